@@ -1,0 +1,38 @@
+#pragma once
+
+#include <torchgraft/plan/plan.h>
+
+#include <ATen/core/Tensor.h>
+
+#include <map>
+#include <string>
+#include <vector>
+
+namespace torchgraft {
+
+// Parameters of one adapter at one place, without the bank dimension. Names and shapes:
+//   LoRA        lora_a [r, in], lora_b [out, r], scaling [] (alpha / r, or 1 when gated)
+//   bottleneck  down_weight [R, H], down_bias [R], up_weight [H, R], up_bias [H], scaling [1] or [H]
+//   prefix      prefix_key [h_kv, P, d], prefix_value [h_kv, P, d] (the prefix MLP already computed: "ejected")
+//   each, when gated: gate_weight [G, H or in], gate_bias [G]; G is 2 for a prefix with shared_gating=False, else 1
+using ModuleWeights = std::map<std::string, at::Tensor>;
+
+// One entry per module of the plan, in the plan's order.
+using AdapterWeights = std::vector<ModuleWeights>;
+
+// A flat state dict as a checkpoint holds it.
+using StateDict = std::map<std::string, at::Tensor>;
+
+// Fresh weights with the oracle's distributions (init_weights, init_weights_seed), drawn from the default CPU generator
+// (so at::manual_seed makes it repeatable), in `options`' dtype and device.
+TORCHGRAFT_PATCH_API AdapterWeights init_weights(const Plan& plan, const at::TensorOptions& options);
+
+// Weights from an AdapterHub checkpoint (`pytorch_adapter.bin` of `model.save_adapter()`), for adapter `saved_name` in
+// it. Modules are matched by module path (modulo leading components such as "bert."), else by layer number and
+// location. Throws c10::Error on a missing key, on a key left over, and on a shape that does not fit (an adapter of another
+// hidden size), naming key, expected and got.
+TORCHGRAFT_PATCH_API AdapterWeights adapter_hub_weights(const Plan& plan, const Structure& structure,
+                                                        const StateDict& state, const std::string& saved_name,
+                                                        const at::TensorOptions& options);
+
+}  // namespace torchgraft

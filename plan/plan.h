@@ -1,0 +1,51 @@
+#pragma once
+
+#include <torchgraft/config/adapter_config.h>
+#include <torchgraft/plan/structure.h>
+
+#include <string>
+#include <variant>
+#include <vector>
+
+namespace torchgraft {
+
+// The three methods, each at one place of one layer. `location` is the oracle's key ("selfattn_lora"), `slot` names the
+// module inside the layer ("selfattn_lora_q"); the two differ only for LoRA on q, k, v.
+struct PlannedLoRA {
+  LoRAConfig config;
+  int64_t in_features = 0;
+  int64_t out_features = 0;
+};
+
+struct PlannedBottleneck {
+  BnConfig config;
+  int64_t hidden_size = 0;
+  int64_t bottleneck_size = 0;  // max(1, int(hidden_size // reduction_factor of this layer))
+};
+
+struct PlannedPrefix {
+  PrefixTuningConfig config;
+  int64_t hidden_size = 0;
+  int64_t num_kv_heads = 0;
+  int64_t head_dim = 0;
+  int64_t group_index = 0;  // this layer's position among the layers with a prefix: its slice of the prefix MLP's output
+  int64_t group_size = 0;   // how many layers share the prefix MLP
+};
+
+struct PlannedModule {
+  int64_t layer = 0;
+  std::string location;
+  std::string slot;
+  std::variant<PlannedLoRA, PlannedBottleneck, PlannedPrefix> method;
+};
+
+using Plan = std::vector<PlannedModule>;
+
+// What `config` puts where on `structure`, in execution order (within a layer: prefix, LoRA q/k/v, mh_adapter,
+// intermediate_lora, output_lora, output_adapter). Nothing is allocated.
+// Throws c10::Error when the structure has no layer, when a location that the config asks for does not exist in a layer
+// that `leave_out` does not exclude (naming the layers and the remedy), when two configs of a union claim one place, or
+// when the config asks for nothing at all.
+TORCHGRAFT_PATCH_API Plan make_plan(const Structure& structure, const AdapterConfig& config);
+
+}  // namespace torchgraft
