@@ -1,0 +1,110 @@
+#include <torchgraft/ops/bank.h>
+
+#include <ATen/ATen.h>
+#include <ATen/TensorSubclassLikeUtils.h>
+
+#include <algorithm>
+
+namespace torchgraft::ops {
+namespace {
+
+Selection mixed(const at::Tensor& ids, bool has_base) {
+  Selection selection;
+  selection.kind = Selection::Kind::kMixed;
+  selection.rows = has_base ? at::clamp_min(ids, 0) : ids;
+  selection.active = at::ge(ids, 0);
+  selection.has_base = has_base;
+  return selection;
+}
+
+Selection uniform(int64_t adapter) {
+  Selection selection;
+  selection.kind = adapter < 0 ? Selection::Kind::kBase : Selection::Kind::kUniform;
+  selection.adapter = adapter;
+  return selection;
+}
+
+Selection read_ids(const char* op, const at::Tensor& ids, int64_t adapters) {
+  const at::Tensor contiguous = ids.contiguous();
+  const int64_t* first = contiguous.const_data_ptr<int64_t>();
+  const int64_t* last = first + contiguous.numel();
+  const int64_t* wrong = std::find_if(first, last, [adapters](int64_t id) { return id < -1 || id >= adapters; });
+  TORCH_CHECK(wrong == last, op, ": expected adapter_ids in [-1, ", adapters, "), got ", *wrong, " in row ",
+              wrong - first);
+  if (first != last && std::all_of(first, last, [first](int64_t id) { return id == *first; })) {
+    return uniform(*first);
+  }
+  return mixed(ids, std::find(first, last, -1) != last);
+}
+
+}  // namespace
+
+Selection resolve_selection(const char* op, const RowArguments& args, const at::Tensor& bank) {
+  if (!args.adapter_ids.defined()) {
+    return uniform(args.adapter);
+  }
+  const at::Tensor& ids = args.adapter_ids;
+  if (at::isTensorSubclassLike(ids)) {
+    return mixed(ids, /*has_base=*/true);
+  }
+  if (ids.is_cpu()) {
+    return read_ids(op, ids, bank.size(0));
+  }
+  at::_assert_async(at::logical_and(at::ge(ids, -1), at::lt(ids, bank.size(0))).all(),
+                    c10::str(op, ": expected adapter_ids in [-1, ", bank.size(0), "), got an id outside"));
+  return mixed(ids, /*has_base=*/true);
+}
+
+at::Tensor select(const Selection& selection, const at::Tensor& bank) {
+  TORCH_INTERNAL_ASSERT(selection.kind != Selection::Kind::kBase, "a base selection has no slice of a bank");
+  if (!selection.is_mixed()) {
+    return bank.select(0, selection.adapter);
+  }
+  return zero_base_rows(selection, bank.index_select(0, selection.rows));
+}
+
+at::Tensor select_backward(const Selection& selection, const at::Tensor& bank, const at::Tensor& grad) {
+  if (!selection.is_mixed()) {
+    return at::select_backward_symint(grad.to(bank.scalar_type()), bank.sym_sizes(), 0, selection.adapter);
+  }
+  const at::Tensor zeros = at::zeros_symint(bank.sym_sizes(), bank.options());
+  return zeros.index_add(0, selection.rows, zero_base_rows(selection, grad.to(bank.scalar_type())));
+}
+
+at::Tensor zero_base_rows(const Selection& selection, const at::Tensor& per_row) {
+  if (!selection.is_mixed() || !selection.has_base) {
+    return per_row;
+  }
+  at::Tensor base = selection.active.logical_not();
+  for (int64_t dim = 1; dim < per_row.dim(); ++dim) {
+    base = base.unsqueeze(-1);
+  }
+  return per_row.masked_fill(base, 0);
+}
+
+at::Tensor project(const at::Tensor& x, const at::Tensor& weight) { return at::matmul(x, weight.transpose(-1, -2)); }
+
+void add_projection_(at::Tensor& sum, const at::Tensor& x, const at::Tensor& weight) {
+  if (weight.dim() == 3) {
+    sum.baddbmm_(x, weight.transpose(1, 2));
+  } else {
+    sum.flatten(0, 1).addmm_(x.flatten(0, 1), weight.t());
+  }
+}
+
+at::Tensor weight_gradient(const Selection& selection, const at::Tensor& grad_y, const at::Tensor& x) {
+  if (selection.is_mixed()) {
+    return at::bmm(grad_y.transpose(1, 2), x);
+  }
+  return at::mm(grad_y.flatten(0, 1).t(), x.flatten(0, 1));
+}
+
+at::Tensor reduce_rows(const Selection& selection, const at::Tensor& per_row) {
+  return selection.is_mixed() ? per_row : per_row.sum(0);
+}
+
+at::ScalarType accumulation_type(at::ScalarType type) {
+  return type == at::kHalf || type == at::kBFloat16 ? at::kFloat : type;
+}
+
+}  // namespace torchgraft::ops

@@ -1,0 +1,230 @@
+#include <torchgraft/ops/check.h>
+
+#include <torchgraft/ops/activation.h>
+
+#include <ATen/ATen.h>
+#include <c10/core/SymBool.h>
+
+#include <initializer_list>
+#include <sstream>
+
+namespace torchgraft::ops {
+namespace {
+
+// One dimension of an expected shape: a known size, or a letter that any size fits.
+class Dim {
+ public:
+  Dim(const char* letter) : letter_(letter) {}                // NOLINT(google-explicit-constructor)
+  Dim(c10::SymInt size) : size_(std::move(size)) {}           // NOLINT(google-explicit-constructor)
+  bool is_known() const { return letter_ == nullptr; }
+  const c10::SymInt& size() const { return size_; }
+  friend std::ostream& operator<<(std::ostream& stream, const Dim& dim) {
+    return dim.is_known() ? stream << dim.size_ : stream << dim.letter_;
+  }
+
+ private:
+  const char* letter_ = nullptr;
+  c10::SymInt size_ = 0;
+};
+
+std::string spell(std::initializer_list<Dim> dims) {
+  std::ostringstream text;
+  text << "[";
+  const char* separator = "";
+  for (const Dim& dim : dims) {
+    text << separator << dim;
+    separator = ", ";
+  }
+  text << "]";
+  return text.str();
+}
+
+// Checks of one op's arguments against that op's `x`.
+class Checker {
+ public:
+  Checker(const char* op, const at::Tensor& x) : op_(op), x_(x) {}
+
+  void shape(const char* name, const at::Tensor& tensor, std::initializer_list<Dim> expected) const {
+    TORCH_CHECK(tensor.dim() == static_cast<int64_t>(expected.size()), op_, ": expected ", name, " of shape ",
+                spell(expected), ", got ", tensor.sym_sizes());
+    int64_t index = 0;
+    for (const Dim& dim : expected) {
+      if (dim.is_known()) {
+        TORCH_SYM_CHECK(tensor.sym_size(index).sym_eq(dim.size()), op_, ": expected ", name, " of shape ",
+                        spell(expected), ", got ", tensor.sym_sizes());
+      }
+      ++index;
+    }
+  }
+
+  void device(const char* name, const at::Tensor& tensor) const {
+    TORCH_CHECK(tensor.device() == x_.device(), op_, ": expected ", name, " on ", x_.device(), " as x, got ",
+                tensor.device());
+  }
+
+  void dtype(const char* name, const at::Tensor& tensor, at::ScalarType expected) const {
+    TORCH_CHECK(tensor.scalar_type() == expected, op_, ": expected ", name, " of dtype ", expected, ", got ",
+                tensor.scalar_type());
+  }
+
+  // A floating argument: x's dtype and device.
+  void like_x(const char* name, const at::Tensor& tensor, std::initializer_list<Dim> expected) const {
+    shape(name, tensor, expected);
+    TORCH_CHECK(tensor.scalar_type() == x_.scalar_type(), op_, ": expected ", name, " of dtype ", x_.scalar_type(),
+                " as x, got ", tensor.scalar_type());
+    device(name, tensor);
+  }
+
+  void input(const at::Tensor& tensor, std::initializer_list<Dim> expected) const {
+    shape("x", tensor, expected);
+    const auto type = tensor.scalar_type();
+    TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf, op_,
+                ": expected x of dtype Float, Double, BFloat16 or Half, got ", type);
+  }
+
+  // The trailing arguments. bank: any parameter, for N. max_gates: 1, or 2 where keys and values have gates of their own.
+  void rows(const RowArguments& rows, const at::Tensor& bank, int64_t max_gates) const {
+    const c10::SymInt adapters = bank.sym_size(0);
+    TORCH_SYM_CHECK(adapters.sym_ge(1), op_, ": expected a bank of at least one adapter, got parameters of shape ",
+                    bank.sym_sizes());
+    gate(rows, adapters, max_gates);
+    if (rows.adapter_ids.defined()) {
+      shape("adapter_ids", rows.adapter_ids, {x_.sym_size(0)});
+      dtype("adapter_ids", rows.adapter_ids, at::kLong);
+      device("adapter_ids", rows.adapter_ids);
+    } else {
+      TORCH_SYM_CHECK(adapters.sym_gt(rows.adapter).sym_and(c10::SymInt(rows.adapter).sym_ge(-1)), op_,
+                      ": expected adapter in [-1, ", adapters, "), got ", rows.adapter);
+    }
+    if (rows.token_mask.defined()) {
+      shape("token_mask", rows.token_mask, {x_.sym_size(0), x_.sym_size(1)});
+      dtype("token_mask", rows.token_mask, at::kBool);
+      device("token_mask", rows.token_mask);
+    }
+  }
+
+ private:
+  void gate(const RowArguments& rows, const c10::SymInt& adapters, int64_t max_gates) const {
+    TORCH_CHECK(rows.gate_weight.defined() == rows.gate_bias.defined(), op_,
+                ": expected gate_weight and gate_bias together, got only ",
+                rows.gate_weight.defined() ? "gate_weight" : "gate_bias");
+    if (!rows.gate_weight.defined()) {
+      return;
+    }
+    like_x("gate_weight", rows.gate_weight, {adapters, "G", x_.sym_size(2)});
+    const c10::SymInt gates = rows.gate_weight.sym_size(1);
+    TORCH_SYM_CHECK(gates.sym_ge(1).sym_and(gates.sym_le(max_gates)), op_, ": expected gate_weight with G = 1",
+                    max_gates == 2 ? " or 2" : "", " gates, shape [N, G, ", x_.sym_size(2), "], got ",
+                    rows.gate_weight.sym_sizes());
+    like_x("gate_bias", rows.gate_bias, {adapters, gates});
+  }
+
+  const char* op_;
+  const at::Tensor& x_;
+};
+
+// attn_mask broadcasts to `target`, aligned at the last dimension, as in scaled_dot_product_attention.
+void check_broadcast(const char* op, const at::Tensor& mask, std::initializer_list<Dim> target) {
+  TORCH_CHECK(mask.dim() >= 2 && mask.dim() <= static_cast<int64_t>(target.size()), op,
+              ": expected attn_mask of 2, 3 or 4 dimensions that broadcasts to ", spell(target), ", got ",
+              mask.sym_sizes());
+  TORCH_CHECK(mask.scalar_type() == at::kBool || mask.is_floating_point(), op,
+              ": expected attn_mask of a floating dtype or Bool, got ", mask.scalar_type());
+  const Dim* expected = target.end() - mask.dim();
+  for (int64_t index = 0; index < mask.dim(); ++index, ++expected) {
+    if (expected->is_known()) {
+      const c10::SymInt size = mask.sym_size(index);
+      TORCH_SYM_CHECK(size.sym_eq(1).sym_or(size.sym_eq(expected->size())), op,
+                      ": expected attn_mask that broadcasts to ", spell(target), ", got ", mask.sym_sizes());
+    }
+  }
+}
+
+void check_heads(const char* op, const PrefixArguments& args) {
+  const c10::SymInt heads = args.query.sym_size(1);
+  const c10::SymInt kv_heads = args.key.sym_size(1);
+  if (args.enable_gqa) {
+    TORCH_SYM_CHECK(kv_heads.sym_ge(1), op, ": expected key with at least one head, got ", args.key.sym_sizes());
+    TORCH_SYM_CHECK((heads % kv_heads).sym_eq(0), op, ": expected query heads that are a multiple of the ", kv_heads,
+                    " key/value heads, got ", heads);
+  } else {
+    TORCH_SYM_CHECK(heads.sym_eq(kv_heads), op, ": expected key with the ", heads, " heads of query, got ", kv_heads,
+                    " (grouped-query attention needs enable_gqa=True)");
+  }
+}
+
+}  // namespace
+
+void check(const LoraArguments& args) {
+  const Checker checker("gated_lora", args.x);
+  checker.input(args.x, {"B", "S", "I"});
+  const c10::SymInt batch = args.x.sym_size(0);
+  const c10::SymInt tokens = args.x.sym_size(1);
+  checker.like_x("base", args.base, {batch, tokens, "O"});
+  checker.like_x("lora_a", args.lora_a, {"N", "r", args.x.sym_size(2)});
+  const c10::SymInt adapters = args.lora_a.sym_size(0);
+  checker.like_x("lora_b", args.lora_b, {adapters, args.base.sym_size(2), args.lora_a.sym_size(1)});
+  checker.like_x("scaling", args.scaling, {adapters});
+  checker.rows(args.rows, args.lora_a, /*max_gates=*/1);
+}
+
+void check(const BottleneckArguments& args) {
+  const char* op = "gated_bottleneck";
+  const Checker checker(op, args.x);
+  checker.input(args.x, {"B", "S", "H"});
+  const c10::SymInt hidden = args.x.sym_size(2);
+  checker.like_x("residual", args.residual, {args.x.sym_size(0), args.x.sym_size(1), hidden});
+  checker.like_x("down_weight", args.down_weight, {"N", "R", hidden});
+  const c10::SymInt adapters = args.down_weight.sym_size(0);
+  const c10::SymInt bottleneck = args.down_weight.sym_size(1);
+  checker.like_x("down_bias", args.down_bias, {adapters, bottleneck});
+  checker.like_x("up_weight", args.up_weight, {adapters, hidden, bottleneck});
+  checker.like_x("up_bias", args.up_bias, {adapters, hidden});
+  checker.like_x("scaling", args.scaling, {adapters, "1 or H"});
+  const c10::SymInt width = args.scaling.sym_size(1);
+  TORCH_SYM_CHECK(width.sym_eq(1).sym_or(width.sym_eq(hidden)), op, ": expected scaling of shape [", adapters,
+                  ", 1] or [", adapters, ", ", hidden, "], got ", args.scaling.sym_sizes());
+  find_activation(args.non_linearity);  // throws, and lists the names, when there is none
+  checker.rows(args.rows, args.down_weight, /*max_gates=*/1);
+}
+
+void check(const PrefixArguments& args) {
+  const char* op = "gated_prefix_attention";
+  const Checker checker(op, args.x);
+  checker.input(args.x, {"B", "S", "H"});
+  const c10::SymInt batch = args.x.sym_size(0);
+  const c10::SymInt tokens = args.x.sym_size(1);
+  checker.like_x("query", args.query, {batch, "h", tokens, "d"});
+  const c10::SymInt head_size = args.query.sym_size(3);
+  checker.like_x("key", args.key, {batch, "h_kv", "S_k", head_size});
+  const c10::SymInt kv_heads = args.key.sym_size(1);
+  checker.like_x("value", args.value, {batch, kv_heads, args.key.sym_size(2), head_size});
+  check_heads(op, args);
+  checker.like_x("prefix_key", args.prefix_key, {"N", kv_heads, "P", head_size});
+  const c10::SymInt adapters = args.prefix_key.sym_size(0);
+  checker.like_x("prefix_value", args.prefix_value, {adapters, kv_heads, args.prefix_key.sym_size(2), head_size});
+  checker.shape("prefix_length", args.prefix_length, {adapters});
+  checker.dtype("prefix_length", args.prefix_length, at::kLong);
+  checker.device("prefix_length", args.prefix_length);
+  if (args.attn_mask.defined()) {
+    TORCH_CHECK(!args.is_causal, op, ": expected is_causal=False beside an attn_mask, got both; merge the causal mask "
+                "into attn_mask");
+    check_broadcast(op, args.attn_mask, {batch, args.query.sym_size(1), tokens, args.key.sym_size(2)});
+    checker.device("attn_mask", args.attn_mask);
+  }
+  TORCH_CHECK(args.dropout_p >= 0.0 && args.dropout_p <= 1.0, op, ": expected dropout_p in [0, 1], got ",
+              args.dropout_p);
+  checker.rows(args.rows, args.prefix_key, /*max_gates=*/2);
+}
+
+void check_attention_token_mask(const at::Tensor& x, const at::Tensor& attn_mask) {
+  const char* op = "attention_token_mask";
+  const Checker checker(op, x);
+  checker.shape("x", x, {"B", "S", "H"});
+  if (attn_mask.defined()) {
+    check_broadcast(op, attn_mask, {x.sym_size(0), "h", "S_q", x.sym_size(1)});
+    checker.device("attn_mask", attn_mask);
+  }
+}
+
+}  // namespace torchgraft::ops

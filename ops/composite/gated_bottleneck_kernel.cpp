@@ -1,0 +1,65 @@
+#include <torchgraft/ops/composite/gated_bottleneck_kernel.h>
+
+#include <torchgraft/ops/check.h>
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+namespace torchgraft::ops {
+
+BottleneckForward bottleneck_forward(const BottleneckArguments& args, const Selection& selection) {
+  BottleneckForward result;
+  if (selection.kind == Selection::Kind::kBase) {
+    result.output = at::clone(args.residual, at::MemoryFormat::Contiguous);
+    return result;
+  }
+  const auto type = args.x.scalar_type();
+  result.gate = gate_forward(args.x, args.rows, selection);
+  const at::Tensor down_bias = select(selection, args.down_bias).unsqueeze(-2);  // [(B,) 1, R]
+  result.inner = project(args.x, select(selection, args.down_weight)).add_(down_bias);
+  result.hidden = find_activation(args.non_linearity).forward(result.inner);
+
+  // scaling (f U^T + b) g = (g f) (scaling U)^T + g (scaling b): nothing wide is computed twice. One scaling for all
+  // channels goes to the narrow side instead of the weight.
+  at::Tensor scaling = select(selection, args.scaling);  // [(B,) 1] or [(B,) H]
+  at::Tensor up_weight = select(selection, args.up_weight);
+  at::Tensor bias = (scaling * select(selection, args.up_bias)).unsqueeze(-2);  // [(B,) 1, H]
+  at::Tensor coefficient;                                                       // [(B,) 1, 1]
+  if (TORCH_GUARD_OR_FALSE(args.scaling.sym_size(1).sym_eq(1))) {
+    coefficient = scaling.unsqueeze(-1);
+  } else {
+    up_weight = up_weight * scaling.unsqueeze(-1);
+  }
+  if (result.gate.value.defined()) {
+    const at::Tensor gate = result.gate.value.unsqueeze(-1);  // [B, 1, 1]
+    bias = (bias * gate).to(type);
+    coefficient = coefficient.defined() ? coefficient * gate : gate;
+  }
+  const at::Tensor scaled = coefficient.defined() ? (result.hidden * coefficient).to(type) : result.hidden;
+  result.output = at::add(args.residual.contiguous(), bias);
+  add_projection_(result.output, scaled, up_weight);
+  return result;
+}
+
+namespace {
+
+std::tuple<at::Tensor, at::Tensor> gated_bottleneck_composite(
+    const at::Tensor& x, const at::Tensor& residual, const at::Tensor& down_weight, const at::Tensor& down_bias,
+    const at::Tensor& up_weight, const at::Tensor& up_bias, const at::Tensor& scaling, std::string_view non_linearity,
+    const std::optional<at::Tensor>& gate_weight, const std::optional<at::Tensor>& gate_bias,
+    const std::optional<at::Tensor>& adapter_ids, int64_t adapter, const std::optional<at::Tensor>& token_mask) {
+  const BottleneckArguments args{
+      x,       residual, down_weight,
+      down_bias, up_weight, up_bias,
+      scaling, std::string(non_linearity), row_arguments(gate_weight, gate_bias, adapter_ids, adapter, token_mask)};
+  check(args);
+  const Selection selection = resolve_selection("gated_bottleneck", args.rows, down_weight);
+  const BottleneckForward forward = bottleneck_forward(args, selection);
+  return {forward.output, gate_result(forward.gate, x, args.rows, selection)};
+}
+
+TORCH_LIBRARY_IMPL(torchgraft, CPU, m) { m.impl("gated_bottleneck", TORCH_FN(gated_bottleneck_composite)); }
+TORCH_LIBRARY_IMPL(torchgraft, CUDA, m) { m.impl("gated_bottleneck", TORCH_FN(gated_bottleneck_composite)); }
+
+}  // namespace
+}  // namespace torchgraft::ops

@@ -1,0 +1,56 @@
+#include <torchgraft/ops/gate.h>
+
+#include <ATen/ATen.h>
+
+namespace torchgraft::ops {
+
+Gate gate_forward(const at::Tensor& x, const RowArguments& args, const Selection& selection) {
+  Gate gate;
+  if (!args.gate_weight.defined() || selection.kind == Selection::Kind::kBase) {
+    return gate;
+  }
+  const auto type = accumulation_type(x.scalar_type());
+  const at::Tensor weight = select(selection, args.gate_weight);           // [(B,) G, I]
+  const at::Tensor bias = select(selection, args.gate_bias).unsqueeze(-2);  // [(B,) 1, G]
+  gate.sigmoids = at::sigmoid(at::add(project(x, weight).to(type), bias));
+  if (args.token_mask.defined()) {
+    // Zero is also the right "derivative" of a sigmoid that is not averaged: s (1 - s) = 0.
+    gate.sigmoids = gate.sigmoids.masked_fill(args.token_mask.logical_not().unsqueeze(-1), 0);
+    gate.tokens = args.token_mask.sum(1, /*keepdim=*/true).clamp_min(1).to(type);
+  } else {
+    gate.tokens = at::full_symint({1, 1}, x.sym_size(1).max(1), x.options().dtype(type));
+  }
+  // A division of two tensors: a product with the reciprocal would not give exactly 1 for an adapter without a gate.
+  gate.value = zero_base_rows(selection, gate.sigmoids.sum(1) / gate.tokens);
+  return gate;
+}
+
+at::Tensor gate_result(const Gate& gate, const at::Tensor& x, const RowArguments& args, const Selection& selection) {
+  if (gate.value.defined()) {
+    return gate.value.to(x.scalar_type());
+  }
+  const c10::SymInt gates = args.gate_weight.defined() ? args.gate_weight.sym_size(1) : c10::SymInt(1);
+  const bool base = selection.kind == Selection::Kind::kBase;
+  return zero_base_rows(selection, at::full_symint({x.sym_size(0), gates}, base ? 0 : 1, x.options()));
+}
+
+GateGradients gate_backward(const Gate& gate, const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight,
+                            const at::Tensor& bias, const Selection& selection, bool need_x, bool need_weight,
+                            bool need_bias) {
+  GateGradients result;
+  const at::Tensor per_token = (zero_base_rows(selection, grad) / gate.tokens).unsqueeze(1);  // [B, 1, G]
+  const at::Tensor grad_logits = per_token * gate.sigmoids * (1 - gate.sigmoids);             // [B, S, G]
+  const at::Tensor narrow = grad_logits.to(x.scalar_type());
+  if (need_x) {
+    result.x = at::matmul(narrow, select(selection, weight));
+  }
+  if (need_weight) {
+    result.weight = select_backward(selection, weight, weight_gradient(selection, narrow, x));
+  }
+  if (need_bias) {
+    result.bias = select_backward(selection, bias, reduce_rows(selection, grad_logits.sum(1)));
+  }
+  return result;
+}
+
+}  // namespace torchgraft::ops

@@ -1,0 +1,33 @@
+#pragma once
+
+#include <torchgraft/ops/arguments.h>
+#include <torchgraft/ops/bank.h>
+
+namespace torchgraft::ops {
+
+// g[b] = mean over tokens of sigmoid(x @ gate_weight^T + gate_bias), as in UniPELT (Mao et al. 2022, section 3.2) and
+// the adapters library. Sums are taken in accumulation_type(x's dtype).
+struct Gate {
+  at::Tensor value;     // [B, G]; 0 for rows without an adapter or without a real token. Undefined: not gated
+  at::Tensor sigmoids;  // [B, S, G]; 0 at tokens that are masked out
+  at::Tensor tokens;    // [B, 1] or [1, 1]: how many tokens were averaged, at least 1
+};
+
+// Not gated, or no row with an adapter: every member undefined.
+Gate gate_forward(const at::Tensor& x, const RowArguments& args, const Selection& selection);
+
+// What an op returns as its second result: [B, G] in x's dtype; ones for an ungated adapter, zeros for base rows.
+at::Tensor gate_result(const Gate& gate, const at::Tensor& x, const RowArguments& args, const Selection& selection);
+
+struct GateGradients {
+  at::Tensor x;       // [B, S, I]
+  at::Tensor weight;  // [N, G, I]
+  at::Tensor bias;    // [N, G]
+};
+
+// grad: [B, G], the gradient of `value`. Only what is asked for is computed. `weight` and `bias` are the banks.
+GateGradients gate_backward(const Gate& gate, const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight,
+                            const at::Tensor& bias, const Selection& selection, bool need_x, bool need_weight,
+                            bool need_bias);
+
+}  // namespace torchgraft::ops

@@ -1,0 +1,162 @@
+#include <torchgraft/patch/graph_utils.h>
+
+#include <torch/csrc/jit/api/compilation_unit.h>
+#include <torch/csrc/jit/api/function_impl.h>
+#include <torch/csrc/jit/frontend/resolver.h>
+#include <torch/csrc/jit/ir/constants.h>
+#include <torch/csrc/jit/passes/inliner.h>
+
+#include <algorithm>
+#include <unordered_map>
+
+namespace torchgraft {
+
+using torch::jit::Block;
+using torch::jit::Graph;
+using torch::jit::Module;
+using torch::jit::Node;
+using torch::jit::Use;
+using torch::jit::Value;
+
+std::optional<ModuleAttribute> resolve_attribute(const Value* value, const Module& root) {
+  std::vector<std::string> names;
+  while (value->node()->kind() == c10::prim::GetAttr) {
+    names.push_back(value->node()->s(c10::attr::name));
+    value = value->node()->input();
+  }
+  const Graph* graph = value->owningGraph();
+  if (graph->inputs().empty() || value != graph->inputs()[0]) {
+    return std::nullopt;
+  }
+  ModuleAttribute result{"", root._ivalue()};
+  for (auto name = names.rbegin(); name != names.rend(); ++name) {
+    if (!result.value.isObject() || !result.value.toObjectRef().type()->findAttributeSlot(*name)) {
+      return std::nullopt;
+    }
+    result.value = result.value.toObjectRef().getAttr(*name);
+    result.path += (result.path.empty() ? "" : ".") + *name;
+  }
+  return result;
+}
+
+at::Tensor resolve_tensor(const Value* value, const Module& root) {
+  if (const auto constant = torch::jit::toIValue(value)) {
+    return constant->isTensor() ? constant->toTensor() : at::Tensor();
+  }
+  const auto attribute = resolve_attribute(value, root);
+  return attribute && attribute->value.isTensor() ? attribute->value.toTensor() : at::Tensor();
+}
+
+std::optional<c10::IValue> resolve_constant(const Value* value) {
+  const auto kind = value->node()->kind();
+  if (kind == c10::prim::NumToTensor || kind == c10::aten::Int || kind == c10::aten::Float ||
+      kind == c10::aten::IntImplicit || kind == c10::aten::FloatImplicit || kind == c10::aten::ScalarImplicit) {
+    return resolve_constant(value->node()->input());
+  }
+  return torch::jit::toIValue(value);
+}
+
+std::optional<int64_t> constant_int(const Value* value) {
+  const auto constant = resolve_constant(value);
+  if (!constant) {
+    return std::nullopt;
+  }
+  if (constant->isInt()) {
+    return constant->toInt();
+  }
+  const bool integral_tensor = constant->isTensor() && constant->toTensor().numel() == 1 &&
+                               at::isIntegralType(constant->toTensor().scalar_type(), /*includeBool=*/false);
+  return integral_tensor ? std::optional<int64_t>(constant->toTensor().item<int64_t>()) : std::nullopt;
+}
+
+std::optional<double> constant_double(const Value* value) {
+  const auto constant = resolve_constant(value);
+  if (!constant) {
+    return std::nullopt;
+  }
+  if (constant->isDouble() || constant->isInt()) {
+    return constant->toScalar().toDouble();
+  }
+  const bool scalar_tensor = constant->isTensor() && constant->toTensor().numel() == 1;
+  return scalar_tensor ? std::optional<double>(constant->toTensor().item<double>()) : std::nullopt;
+}
+
+bool is_none(const Value* value) {
+  return value->mustBeNone();
+}
+
+std::string demangled_name(const c10::TypePtr& type) {
+  const auto class_type = type->cast<c10::ClassType>();
+  if (!class_type || !class_type->name()) {
+    return "";
+  }
+  std::string result;
+  for (const std::string& atom : class_type->name()->atoms()) {
+    if (atom == "__torch__" || atom.rfind("___torch_mangle_", 0) == 0) {
+      continue;
+    }
+    result += (result.empty() ? "" : ".") + atom;
+  }
+  return result;
+}
+
+bool is_aten(const Node* node, std::initializer_list<const char*> names) {
+  if (!node->kind().is_aten()) {
+    return false;
+  }
+  std::string name = node->kind().toUnqualString();
+  const bool in_place = name.size() > 1 && name.back() == '_' && name[name.size() - 2] != '_';
+  if (in_place) {
+    name.pop_back();
+  }
+  return std::find(names.begin(), names.end(), name) != names.end();
+}
+
+void for_each_node(Block* block, const std::function<void(Node*)>& visit) {
+  for (auto it = block->nodes().begin(); it != block->nodes().end();) {
+    Node* node = *it;
+    for (Block* inner : node->blocks()) {
+      for_each_node(inner, visit);
+    }
+    ++it;  // before visit: it may destroy the node
+    visit(node);
+  }
+}
+
+std::vector<Use> data_uses(const Value* value) {
+  std::vector<Use> result;
+  for (const Use& use : value->uses()) {
+    const bool metadata = is_aten(use.user, {"size", "dim", "len", "is_floating_point", "numel"}) ||
+                          use.user->kind() == c10::prim::dtype || use.user->kind() == c10::prim::device;
+    if (!metadata) {
+      result.push_back(use);
+    }
+  }
+  return result;
+}
+
+std::vector<Value*> insert_graph_before(Node* node, Graph& body, at::ArrayRef<Value*> inputs) {
+  TORCH_INTERNAL_ASSERT(inputs.size() == body.inputs().size(), "a body of ", body.inputs().size(), " inputs got ",
+                        inputs.size());
+  torch::jit::WithInsertPoint guard(node);
+  return torch::jit::insertGraph(*node->owningGraph(), body, inputs);
+}
+
+void replace_node(Node* node, at::ArrayRef<Value*> values) {
+  TORCH_INTERNAL_ASSERT(node->outputs().size() == values.size(), "a node of ", node->outputs().size(),
+                        " outputs got ", values.size());
+  for (size_t i = 0; i < values.size(); ++i) {
+    node->outputs()[i]->replaceAllUsesWith(values[i]);
+  }
+  node->destroy();
+}
+
+std::shared_ptr<Graph> compile_graph(const std::string& source, const std::string& name) {
+  torch::jit::CompilationUnit unit;
+  unit.define(std::nullopt, source, torch::jit::nativeResolver(), /*self=*/nullptr);
+  auto graph = torch::jit::toGraphFunction(unit.get_function(name)).graph()->copy();
+  torch::jit::Inline(*graph);
+  return graph;
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,55 @@
+#pragma once
+
+#include <torch/csrc/jit/api/module.h>
+#include <torch/csrc/jit/ir/ir.h>
+
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+// Small questions about a graph that every pass asks.
+namespace torchgraft {
+
+// An attribute reached from the graph's `self` by prim::GetAttr only: the module path ("encoder.layer.0") and its value.
+struct ModuleAttribute {
+  std::string path;
+  c10::IValue value;
+};
+
+// Follows prim::GetAttr from `value` back to the graph's first input; nullopt when it starts anywhere else.
+std::optional<ModuleAttribute> resolve_attribute(const torch::jit::Value* value, const torch::jit::Module& root);
+
+// The tensor behind a prim::Constant or a parameter of `root`; undefined when `value` is neither.
+at::Tensor resolve_tensor(const torch::jit::Value* value, const torch::jit::Module& root);
+
+// The constant behind `value`, seen through prim::NumToTensor and aten::Int (traced graphs wrap sizes in them).
+std::optional<c10::IValue> resolve_constant(const torch::jit::Value* value);
+std::optional<int64_t> constant_int(const torch::jit::Value* value);
+std::optional<double> constant_double(const torch::jit::Value* value);
+bool is_none(const torch::jit::Value* value);
+
+// "torch.nn.modules.activation.MultiheadAttention" for the class
+// "__torch__.torch.nn.modules.activation.___torch_mangle_4.MultiheadAttention".
+std::string demangled_name(const c10::TypePtr& type);
+
+// True for a node of kind `aten::<name>` for one of `names`, with or without the in-place underscore.
+bool is_aten(const torch::jit::Node* node, std::initializer_list<const char*> names);
+
+// Calls `visit` for every node, sub-blocks included, in execution order. `visit` may destroy the node it is given.
+void for_each_node(torch::jit::Block* block, const std::function<void(torch::jit::Node*)>& visit);
+
+// Users of `value` that compute with it: those that only ask for its size, dtype or device are left out.
+std::vector<torch::jit::Use> data_uses(const torch::jit::Value* value);
+
+// Copies `body` before `node`, on `inputs`; returns the values that its outputs became.
+std::vector<torch::jit::Value*> insert_graph_before(torch::jit::Node* node, torch::jit::Graph& body,
+                                                    at::ArrayRef<torch::jit::Value*> inputs);
+
+// Replaces every output of `node` by `values` and destroys it.
+void replace_node(torch::jit::Node* node, at::ArrayRef<torch::jit::Value*> values);
+
+// The graph of a TorchScript function written in `source`, with all its calls inlined.
+std::shared_ptr<torch::jit::Graph> compile_graph(const std::string& source, const std::string& name);
+
+}  // namespace torchgraft

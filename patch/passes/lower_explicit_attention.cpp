@@ -1,0 +1,309 @@
+#include <torchgraft/patch/passes/lower_explicit_attention.h>
+
+#include <torchgraft/patch/graph_utils.h>
+#include <torchgraft/patch/passes/fold_attributes.h>
+
+#include <torch/csrc/jit/ir/constants.h>
+
+#include <optional>
+#include <unordered_map>
+
+namespace torchgraft {
+namespace {
+
+using torch::jit::Block;
+using torch::jit::Graph;
+using torch::jit::Node;
+using torch::jit::Value;
+
+bool is_product(const Node* node) {
+  return is_aten(node, {"matmul", "bmm"});
+}
+
+bool is_number(const Value* value) {
+  const auto kind = value->type()->kind();
+  if (kind == c10::TypeKind::IntType || kind == c10::TypeKind::FloatType || kind == c10::TypeKind::NumberType) {
+    return true;
+  }
+  return constant_double(value).has_value();
+}
+
+// The index of the operand of `node` that carries the scores on, for a step of the path that this pass understands.
+std::optional<size_t> score_operand(const Node* node);
+
+// The product of queries and keys that `scores` comes from, when every step in between is understood.
+Node* find_product(const Value* scores) {
+  Node* node = const_cast<Value*>(scores)->node();
+  if (is_product(node)) {
+    return node;
+  }
+  if (node->kind() == c10::prim::If) {
+    const size_t i = scores->offset();
+    Node* left = find_product(node->blocks()[0]->outputs()[i]);
+    Node* right = find_product(node->blocks()[1]->outputs()[i]);
+    return left == right ? left : nullptr;
+  }
+  const auto operand = score_operand(node);
+  return operand ? find_product(node->input(*operand)) : nullptr;
+}
+
+std::optional<size_t> score_operand(const Node* node) {
+  if (is_aten(node, {"div", "mul"})) {
+    return is_number(node->input(1)) ? std::optional<size_t>(0) : std::nullopt;
+  }
+  if (is_aten(node, {"to", "type_as", "masked_fill", "contiguous"})) {
+    return 0;
+  }
+  if (is_aten(node, {"where"}) && node->inputs().size() == 3) {
+    return 1;
+  }
+  if (is_aten(node, {"sub"})) {
+    return 0;
+  }
+  if (is_aten(node, {"add"})) {
+    // Either side may be the scores; relative position biases are products too, so prefer the left one.
+    for (size_t i : {0, 1}) {
+      if (node->input(i)->type()->isSubtypeOf(*c10::TensorType::get()) && find_product(node->input(i))) {
+        return i;
+      }
+    }
+  }
+  return std::nullopt;
+}
+
+// The slope of an affine path: the product of its constant factors, and the numbers that are known only at run time.
+struct Factors {
+  double constant = 1.0;
+  std::vector<std::pair<Value*, bool>> dynamic;  // (number, divides)
+  bool operator==(const Factors&) const = default;
+};
+
+// Follows the path from the scores' product to the softmax and rebuilds its two parts.
+class AffinePath {
+ public:
+  explicit AffinePath(const std::shared_ptr<Graph>& graph, Node* product) : graph_(graph), product_(product) {}
+
+  // Inserts, at the graph's insertion point, what the path makes of zero scores. Null stands for zero.
+  Value* bias(Value* scores);
+
+  Factors factors;
+  bool understood = true;
+
+ private:
+  Value* of_branch(Node* branch, size_t output);
+  Value* zero_like(Value* value);
+  Value* copy_with(Node* node, size_t operand, Value* replacement);
+
+  std::shared_ptr<Graph> graph_;
+  Node* product_;
+};
+
+Value* AffinePath::zero_like(Value* value) {
+  Value* dtype = graph_->insert(c10::prim::dtype, {product_->input(0)});
+  return graph_->insert(c10::aten::zeros_like, {value}, {torch::jit::NamedValue("dtype", dtype)});
+}
+
+Value* AffinePath::copy_with(Node* node, size_t operand, Value* replacement) {
+  Node* copy = graph_->createClone(node, [](Value* v) { return v; });
+  copy->replaceInput(operand, replacement);
+  // In place would write into the zeros or into a mask that others read.
+  const std::string name = node->kind().toUnqualString();
+  if (name.back() == '_') {
+    Node* functional = graph_->create(c10::Symbol::aten(name.substr(0, name.size() - 1)), copy->inputs(), 1);
+    copy->destroy();
+    copy = functional;
+  }
+  return graph_->insertNode(copy)->output();
+}
+
+Value* AffinePath::bias(Value* scores) {
+  Node* node = scores->node();
+  if (node == product_) {
+    return nullptr;
+  }
+  if (node->kind() == c10::prim::If) {
+    return of_branch(node, scores->offset());
+  }
+  const size_t operand = score_operand(node).value();
+  Value* inner = bias(node->input(operand));
+  if (is_aten(node, {"mul", "div"})) {
+    const bool divides = is_aten(node, {"div"});
+    if (const auto factor = constant_double(node->input(1))) {
+      factors.constant = divides ? factors.constant / *factor : factors.constant * *factor;
+    } else {
+      factors.dynamic.emplace_back(node->input(1), divides);
+    }
+    return inner ? copy_with(node, operand, inner) : nullptr;
+  }
+  if (is_aten(node, {"to", "type_as", "contiguous"})) {
+    return inner;  // the mask is cast to the queries' dtype at the end
+  }
+  if (is_aten(node, {"masked_fill"})) {
+    return copy_with(node, operand, inner ? inner : zero_like(node->input(1)));
+  }
+  if (is_aten(node, {"where"})) {
+    return copy_with(node, operand, inner ? inner : zero_like(node->input(0)));
+  }
+  const bool unit_alpha = node->inputs().size() < 3 || constant_double(node->input(2)) == 1.0;
+  if (!inner && is_aten(node, {"add"}) && unit_alpha) {
+    return node->input(1 - operand);
+  }
+  return copy_with(node, operand, inner ? inner : zero_like(node->input(1 - operand)));
+}
+
+// The same branch with zero scores: its blocks compute their masks as before and yield a bias instead of scores.
+Value* AffinePath::of_branch(Node* branch, size_t output) {
+  Node* copy = graph_->insertNode(graph_->create(c10::prim::If, {branch->input()}, 0));
+  Value* results[2];
+  bool is_zero[2];
+  const Factors before = factors;
+  Factors after[2];
+  for (size_t i = 0; i < 2; ++i) {
+    Block* block = copy->addBlock();
+    block->cloneFrom(branch->blocks()[i], [](Value* v) { return v; });
+    Value* scores = block->outputs()[output];
+    torch::jit::WithInsertPoint guard(block);
+    factors = before;
+    results[i] = bias(scores);
+    after[i] = factors;
+    is_zero[i] = results[i] == nullptr;
+    while (!block->outputs().empty()) {
+      block->eraseOutput(block->outputs().size() - 1);
+    }
+  }
+  // The path above the branch was followed from both sides; a factor inside one side only would make the scale depend
+  // on the condition.
+  understood = understood && after[0] == after[1];
+  // A branch that keeps its scores contributes a zero that broadcasts against anything.
+  for (size_t i = 0; i < 2; ++i) {
+    Block* block = copy->blocks()[i];
+    if (is_zero[i]) {
+      torch::jit::WithInsertPoint guard(block);
+      Value* shape = graph_->insertConstant(std::vector<int64_t>{1, 1, 1, 1});
+      Value* dtype = graph_->insert(c10::prim::dtype, {product_->input(0)});
+      Value* device = graph_->insert(c10::prim::device, {product_->input(0)});
+      results[i] = graph_->insert(c10::aten::zeros, {shape},
+                                  {torch::jit::NamedValue("dtype", dtype), torch::jit::NamedValue("device", device)});
+    }
+    block->registerOutput(results[i]);
+  }
+  return copy->addOutput()->setType(c10::TensorType::get());
+}
+
+// softmax -> [cast] -> [dropout] -> product with the values. `dropout` is null when there is none.
+struct Consumer {
+  Node* dropout = nullptr;
+  Node* product = nullptr;
+};
+
+std::optional<Consumer> find_consumer(Node* softmax, std::string& reason) {
+  Consumer result;
+  Value* current = softmax->output();
+  while (true) {
+    const auto uses = data_uses(current);
+    if (uses.size() != 1) {
+      reason = uses.empty() ? "its result is not used" : "the attention probabilities are used elsewhere too";
+      return std::nullopt;
+    }
+    Node* user = uses[0].user;
+    if (is_product(user) && uses[0].offset == 0) {
+      result.product = user;
+      return result;
+    }
+    if (is_aten(user, {"dropout"}) && !result.dropout) {
+      result.dropout = user;
+    } else if (!is_aten(user, {"to", "type_as", "contiguous"})) {
+      reason = "no product with values follows it";
+      return std::nullopt;
+    }
+    current = user->output();
+  }
+}
+
+Value* insert_dropout_p(Graph& graph, Node* dropout) {
+  if (!dropout) {
+    return graph.insertConstant(0.0);
+  }
+  Value* p = dropout->input(1);
+  Value* training = dropout->input(2);
+  if (const auto constant = torch::jit::toIValue(training)) {
+    return constant->toBool() ? p : graph.insertConstant(0.0);
+  }
+  Value* on = graph.insert(c10::aten::Float, {training});
+  return graph.insert(c10::aten::mul, {p, on});
+}
+
+Value* insert_transposed(Graph& graph, Value* keys_transposed) {
+  Node* node = keys_transposed->node();
+  if (is_aten(node, {"transpose"})) {
+    const auto a = constant_int(node->input(1));
+    const auto b = constant_int(node->input(2));
+    const bool last_two = a && b && ((*a == -1 && *b == -2) || (*a == -2 && *b == -1));
+    if (last_two) {
+      return node->input(0);
+    }
+  }
+  return graph.insert(c10::aten::transpose, {keys_transposed, -2, -1});
+}
+
+// Rewrites the attention around `softmax`; the reason why not when it cannot.
+std::optional<std::string> lower_one(const std::shared_ptr<Graph>& graph, Node* softmax) {
+  std::string reason;
+  const auto dim = constant_int(softmax->input(1));
+  if (!dim || (*dim != -1 && *dim != 3)) {
+    return "it is not over the last dimension";
+  }
+  const auto consumer = find_consumer(softmax, reason);
+  if (!consumer) {
+    return reason;
+  }
+  Node* product = find_product(softmax->input(0));
+  if (!product) {
+    return "its input does not come from a product of queries and keys by scaling and masking alone";
+  }
+  if (product->owningBlock() != softmax->owningBlock() || consumer->product->owningBlock() != softmax->owningBlock()) {
+    return "its products with keys and values are not in the same block";
+  }
+  torch::jit::WithInsertPoint guard(consumer->product);
+  AffinePath path(graph, product);
+  Value* mask = path.bias(softmax->input(0));
+  if (!path.understood) {
+    return "the scale depends on a branch";
+  }
+  Value* query = product->input(0);
+  for (const auto& [factor, divides] : path.factors.dynamic) {
+    query = graph->insert(divides ? c10::aten::div : c10::aten::mul, {query, factor});
+  }
+  Value* key = insert_transposed(*graph, product->input(1));
+  if (mask) {
+    mask = graph->insert(c10::aten::type_as, {mask, query});
+  } else {
+    mask = graph->insertConstant(c10::IValue());
+  }
+  Value* dropout_p = insert_dropout_p(*graph, consumer->dropout);
+  Value* output = graph->insert(c10::aten::scaled_dot_product_attention,
+                                {query, key, consumer->product->input(1), mask, dropout_p, false},
+                                {torch::jit::NamedValue("scale", path.factors.constant)});
+  consumer->product->output()->replaceAllUsesWith(output);
+  return std::nullopt;
+}
+
+}  // namespace
+
+std::vector<UnloweredSoftmax> lower_explicit_attention(const std::shared_ptr<Graph>& graph) {
+  std::vector<Node*> candidates;
+  for_each_node(graph->block(), [&](Node* node) {
+    if (is_aten(node, {"softmax", "_softmax"})) {
+      candidates.push_back(node);
+    }
+  });
+  std::vector<UnloweredSoftmax> unlowered;
+  for (Node* softmax : candidates) {
+    if (const auto reason = lower_one(graph, softmax)) {
+      unlowered.push_back({softmax, *reason});
+    }
+  }
+  return unlowered;
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,60 @@
+#pragma once
+
+#include <torch/csrc/jit/api/module.h>
+#include <torch/csrc/jit/ir/ir.h>
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace torchgraft {
+
+// A size: a product of a number and symbols (batch, sequence, ...). Equal products are equal sizes.
+struct Dim {
+  int64_t factor = 1;
+  std::vector<int> symbols;  // sorted
+
+  bool is_constant() const { return symbols.empty(); }
+  bool operator==(const Dim&) const = default;
+  Dim operator*(const Dim& other) const;
+  // The size that times `divisor` is this one; nullopt when there is none.
+  std::optional<Dim> divided_by(const Dim& divisor) const;
+};
+
+using Shape = std::vector<Dim>;
+
+// Shapes of a graph's values, worked out on demand and as far as they can be known without an input: weights are
+// concrete, sizes are symbols. A graph file keeps no shapes, and a recogniser must know which dimension is the batch.
+//
+// A linear map on a value of unknown shape is taken to see [a, b, features], an embedding to see [a, b].
+class SymbolicShapes {
+ public:
+  explicit SymbolicShapes(const torch::jit::Module& root) : root_(root) {}
+
+  // nullopt when the value is not a tensor or its rank cannot be known.
+  std::optional<Shape> shape(const torch::jit::Value* value);
+
+  // The value of an int; one that is not understood is a symbol of its own.
+  Dim integer(const torch::jit::Value* value);
+
+ private:
+  std::optional<Shape> compute(const torch::jit::Value* value);
+  std::optional<Shape> of_projection(const torch::jit::Node* node);
+  std::optional<Shape> of_embedding(const torch::jit::Node* node);
+  std::optional<Shape> of_layout(const torch::jit::Node* node, size_t output);
+  std::optional<Shape> of_split(const torch::jit::Node* node);
+  std::optional<Shape> of_arithmetic(const torch::jit::Node* node);
+  std::optional<Shape> reshaped(const Shape& from, const torch::jit::Value* sizes);
+  std::optional<Shape> integers(const torch::jit::Value* list);
+  Dim compute_integer(const torch::jit::Value* value);
+  Dim fresh();
+
+  const torch::jit::Module& root_;
+  std::map<const torch::jit::Value*, std::optional<Shape>> shapes_;
+  std::map<const torch::jit::Value*, Dim> integers_;
+  int next_symbol_ = 0;
+};
+
+}  // namespace torchgraft

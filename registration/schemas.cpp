@@ -1,0 +1,28 @@
+#include <torch/library.h>
+
+// Everything that libtorchgraft adds to the dispatcher. Schemas are frozen once released: new arguments come last and
+// have defaults. What each op means is said in ops/<name>.h; its kernels are in ops/<dispatch key>/<name>_kernel.cpp.
+TORCH_LIBRARY(torchgraft, m) {
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+
+  m.def(
+      "gated_bottleneck(Tensor x, Tensor residual, Tensor down_weight, Tensor down_bias, Tensor up_weight, "
+      "Tensor up_bias, Tensor scaling, str non_linearity, Tensor? gate_weight=None, Tensor? gate_bias=None, "
+      "Tensor? adapter_ids=None, int adapter=0, Tensor? token_mask=None) -> (Tensor output, Tensor gate)",
+      tags);
+
+  m.def(
+      "gated_lora(Tensor x, Tensor base, Tensor lora_a, Tensor lora_b, Tensor scaling, Tensor? gate_weight=None, "
+      "Tensor? gate_bias=None, Tensor? adapter_ids=None, int adapter=0, Tensor? token_mask=None) "
+      "-> (Tensor output, Tensor gate)",
+      tags);
+
+  m.def(
+      "gated_prefix_attention(Tensor query, Tensor key, Tensor value, Tensor x, Tensor prefix_key, "
+      "Tensor prefix_value, Tensor prefix_length, Tensor? attn_mask=None, float dropout_p=0.0, bool is_causal=False, "
+      "*, float? scale=None, bool enable_gqa=False, Tensor? gate_weight=None, Tensor? gate_bias=None, "
+      "Tensor? adapter_ids=None, int adapter=0, Tensor? token_mask=None) -> (Tensor output, Tensor gate)",
+      tags);
+
+  m.def("attention_token_mask(Tensor x, Tensor? attn_mask=None) -> Tensor", tags);
+}
