@@ -1,7 +1,6 @@
-#include <torchgraft/ops/activation.h>
-
 #include <ATen/ATen.h>
 #include <c10/util/StringUtil.h>
+#include <torchgraft/ops/activation.h>
 
 #include <algorithm>
 #include <array>

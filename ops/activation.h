@@ -1,8 +1,7 @@
 #pragma once
 
-#include <torchgraft/registration/export.h>
-
 #include <ATen/core/Tensor.h>
+#include <torchgraft/registration/export.h>
 
 #include <string>
 #include <string_view>

@@ -10,9 +10,9 @@
 namespace torchgraft::ops {
 
 // The arguments of each op as one value, so that checks, kernels and gradients share one spelling of them.
-// Dimensions: N adapters in the bank, B batch rows, S tokens, I input and O output features, H hidden size, R bottleneck
-// size, r rank, G gates, h heads, h_kv key/value heads, S_k keys, P prefix positions, d head size.
-// An optional tensor that is absent is an undefined tensor.
+// Dimensions: N adapters in the bank, B batch rows, S tokens, I input and O output features, H hidden size, R
+// bottleneck size, r rank, G gates, h heads, h_kv key/value heads, S_k keys, P prefix positions, d head size. An
+// optional tensor that is absent is an undefined tensor.
 
 inline at::Tensor or_undefined(const std::optional<at::Tensor>& tensor) { return tensor.value_or(at::Tensor()); }
 

@@ -1,6 +1,5 @@
-#include <torchgraft/ops/attention_token_mask.h>
-
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <torchgraft/ops/attention_token_mask.h>
 
 namespace torchgraft::ops {
 

@@ -1,7 +1,6 @@
-#include <torchgraft/ops/bank.h>
-
 #include <ATen/ATen.h>
 #include <ATen/TensorSubclassLikeUtils.h>
+#include <torchgraft/ops/bank.h>
 
 #include <algorithm>
 

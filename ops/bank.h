@@ -13,9 +13,9 @@ struct Selection {
   };
   Kind kind = Kind::kBase;
   int64_t adapter = -1;
-  at::Tensor rows;       // kMixed: int64 [B], 0 where the row has no adapter
-  at::Tensor active;     // kMixed: bool [B], false where the row has no adapter
-  bool has_base = false; // kMixed: false only when it is known that `active` is all true
+  at::Tensor rows;        // kMixed: int64 [B], 0 where the row has no adapter
+  at::Tensor active;      // kMixed: bool [B], false where the row has no adapter
+  bool has_base = false;  // kMixed: false only when it is known that `active` is all true
 
   bool is_mixed() const { return kind == Kind::kMixed; }
 };
@@ -40,8 +40,8 @@ at::Tensor project(const at::Tensor& x, const at::Tensor& weight);
 // sum [B, S, M] (contiguous, overwritten) += x [B, S, K] times the transpose of weight [(B,) M, K].
 void add_projection_(at::Tensor& sum, const at::Tensor& x, const at::Tensor& weight);
 
-// Gradient of a selected weight in y = project(x, weight): grad_y [B, S, M], x [B, S, K] -> [(B,) M, K], summed over the
-// batch in the uniform case.
+// Gradient of a selected weight in y = project(x, weight): grad_y [B, S, M], x [B, S, K] -> [(B,) M, K], summed over
+// the batch in the uniform case.
 at::Tensor weight_gradient(const Selection& selection, const at::Tensor& grad_y, const at::Tensor& x);
 
 // per_row [B, ...] -> [...] summed over the batch (uniform), or itself (mixed): the gradient of a selected value that

@@ -1,9 +1,7 @@
-#include <torchgraft/ops/check.h>
-
-#include <torchgraft/ops/activation.h>
-
 #include <ATen/ATen.h>
 #include <c10/core/SymBool.h>
+#include <torchgraft/ops/activation.h>
+#include <torchgraft/ops/check.h>
 
 #include <initializer_list>
 #include <sstream>
@@ -14,8 +12,8 @@ namespace {
 // One dimension of an expected shape: a known size, or a letter that any size fits.
 class Dim {
  public:
-  Dim(const char* letter) : letter_(letter) {}                // NOLINT(google-explicit-constructor)
-  Dim(c10::SymInt size) : size_(std::move(size)) {}           // NOLINT(google-explicit-constructor)
+  Dim(const char* letter) : letter_(letter) {}       // NOLINT(google-explicit-constructor)
+  Dim(c10::SymInt size) : size_(std::move(size)) {}  // NOLINT(google-explicit-constructor)
   bool is_known() const { return letter_ == nullptr; }
   const c10::SymInt& size() const { return size_; }
   friend std::ostream& operator<<(std::ostream& stream, const Dim& dim) {
@@ -82,7 +80,8 @@ class Checker {
                 ": expected x of dtype Float, Double, BFloat16 or Half, got ", type);
   }
 
-  // The trailing arguments. bank: any parameter, for N. max_gates: 1, or 2 where keys and values have gates of their own.
+  // The trailing arguments. bank: any parameter, for N. max_gates: 1, or 2 where keys and values have gates of their
+  // own.
   void rows(const RowArguments& rows, const at::Tensor& bank, int64_t max_gates) const {
     const c10::SymInt adapters = bank.sym_size(0);
     TORCH_SYM_CHECK(adapters.sym_ge(1), op_, ": expected a bank of at least one adapter, got parameters of shape ",
@@ -207,7 +206,8 @@ void check(const PrefixArguments& args) {
   checker.dtype("prefix_length", args.prefix_length, at::kLong);
   checker.device("prefix_length", args.prefix_length);
   if (args.attn_mask.defined()) {
-    TORCH_CHECK(!args.is_causal, op, ": expected is_causal=False beside an attn_mask, got both; merge the causal mask "
+    TORCH_CHECK(!args.is_causal, op,
+                ": expected is_causal=False beside an attn_mask, got both; merge the causal mask "
                 "into attn_mask");
     check_broadcast(op, args.attn_mask, {batch, args.query.sym_size(1), tokens, args.key.sym_size(2)});
     checker.device("attn_mask", args.attn_mask);

@@ -1,6 +1,5 @@
-#include <torchgraft/ops/gate.h>
-
 #include <ATen/ATen.h>
+#include <torchgraft/ops/gate.h>
 
 namespace torchgraft::ops {
 
@@ -10,7 +9,7 @@ Gate gate_forward(const at::Tensor& x, const RowArguments& args, const Selection
     return gate;
   }
   const auto type = accumulation_type(x.scalar_type());
-  const at::Tensor weight = select(selection, args.gate_weight);           // [(B,) G, I]
+  const at::Tensor weight = select(selection, args.gate_weight);            // [(B,) G, I]
   const at::Tensor bias = select(selection, args.gate_bias).unsqueeze(-2);  // [(B,) 1, G]
   gate.sigmoids = at::sigmoid(at::add(project(x, weight).to(type), bias));
   if (args.token_mask.defined()) {

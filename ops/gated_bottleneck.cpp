@@ -1,6 +1,5 @@
-#include <torchgraft/ops/gated_bottleneck.h>
-
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <torchgraft/ops/gated_bottleneck.h>
 
 namespace torchgraft::ops {
 

@@ -1,8 +1,7 @@
 #pragma once
 
-#include <torchgraft/registration/export.h>
-
 #include <ATen/core/Tensor.h>
+#include <torchgraft/registration/export.h>
 
 #include <cstdint>
 #include <optional>
@@ -16,12 +15,12 @@ namespace torchgraft::ops {
 //   g[b]      = mean over tokens of sigmoid(x[b] gate_weight[n]^T + gate_bias[n]),  1 without gate_weight
 // with n = adapter_ids[b], or `adapter` for every row. n = -1: output[b] = residual[b], gate 0.
 //
-// x, residual [B, S, H], down_weight [N, R, H], down_bias [N, R], up_weight [N, H, R], up_bias [N, H], scaling [N, 1] or
-// [N, H], gate_weight [N, 1, H], gate_bias [N, 1], all in one of float32, float64, bfloat16, float16 and on one device;
-// non_linearity: f, one of non_linearity_names(); adapter_ids int64 [B]; token_mask bool [B, S], true where a token
-// counts for the gate (absent: all). A row without such a token has gate 0.
-// Returns output [B, S, H] (contiguous) and gate [B, 1], both in x's dtype. Differentiable once in every floating
-// argument. Throws c10::Error on wrong shapes, dtypes, devices, names and ids (on CUDA ids are checked asynchronously).
+// x, residual [B, S, H], down_weight [N, R, H], down_bias [N, R], up_weight [N, H, R], up_bias [N, H], scaling [N, 1]
+// or [N, H], gate_weight [N, 1, H], gate_bias [N, 1], all in one of float32, float64, bfloat16, float16 and on one
+// device; non_linearity: f, one of non_linearity_names(); adapter_ids int64 [B]; token_mask bool [B, S], true where a
+// token counts for the gate (absent: all). A row without such a token has gate 0. Returns output [B, S, H] (contiguous)
+// and gate [B, 1], both in x's dtype. Differentiable once in every floating argument. Throws c10::Error on wrong
+// shapes, dtypes, devices, names and ids (on CUDA ids are checked asynchronously).
 TORCHGRAFT_API std::tuple<at::Tensor, at::Tensor> gated_bottleneck(
     const at::Tensor& x, const at::Tensor& residual, const at::Tensor& down_weight, const at::Tensor& down_bias,
     const at::Tensor& up_weight, const at::Tensor& up_bias, const at::Tensor& scaling, std::string_view non_linearity,

@@ -1,6 +1,5 @@
-#include <torchgraft/ops/gated_lora.h>
-
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <torchgraft/ops/gated_lora.h>
 
 namespace torchgraft::ops {
 

@@ -1,6 +1,5 @@
-#include <torchgraft/ops/gated_prefix_attention.h>
-
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <torchgraft/ops/gated_prefix_attention.h>
 
 namespace torchgraft::ops {
 

@@ -7,7 +7,8 @@
 #include <torch/csrc/jit/passes/inliner.h>
 
 #include <algorithm>
-#include <unordered_map>
+#include <deque>
+#include <unordered_set>
 
 namespace torchgraft {
 
@@ -133,6 +134,42 @@ std::vector<Use> data_uses(const Value* value) {
     }
   }
   return result;
+}
+
+std::vector<Node*> nearest_linears(Value* value) {
+  std::vector<Node*> found;
+  std::unordered_set<Value*> seen;
+  std::deque<Value*> queue = {value};
+  while (!queue.empty()) {
+    Value* current = queue.front();
+    queue.pop_front();
+    Node* node = current->node();
+    const bool is_tensor = current->type()->isSubtypeOf(*c10::TensorType::get());
+    const bool is_list = current->type()->kind() == c10::TypeKind::ListType;
+    if (!seen.insert(current).second || !(is_tensor || is_list) || is_aten(node, {"scaled_dot_product_attention"})) {
+      continue;
+    }
+    if (is_aten(node, {"linear"})) {
+      found.push_back(node);
+      continue;
+    }
+    for (Value* input : node->inputs()) {
+      queue.push_back(input);
+    }
+  }
+  return found;
+}
+
+bool is_layout(const Node* node) {
+  return is_aten(node, {"view", "reshape", "_unsafe_view", "transpose", "permute", "contiguous", "flatten", "unflatten",
+                        "unsqueeze", "squeeze", "clone", "to", "type_as", "alias"});
+}
+
+Value* strip_layout(Value* value) {
+  while (is_layout(value->node())) {
+    value = value->node()->input(0);
+  }
+  return value;
 }
 
 std::vector<Value*> insert_graph_before(Node* node, Graph& body, at::ArrayRef<Value*> inputs) {

@@ -42,6 +42,13 @@ void for_each_node(torch::jit::Block* block, const std::function<void(torch::jit
 // Users of `value` that compute with it: those that only ask for its size, dtype or device are left out.
 std::vector<torch::jit::Use> data_uses(const torch::jit::Value* value);
 
+// The linear maps that `value` is computed from with no other linear map or attention in between, nearest first.
+std::vector<torch::jit::Node*> nearest_linears(torch::jit::Value* value);
+
+// `value` seen through ops that only rearrange it (view, transpose, contiguous, ...) or cast its type.
+torch::jit::Value* strip_layout(torch::jit::Value* value);
+bool is_layout(const torch::jit::Node* node);
+
 // Copies `body` before `node`, on `inputs`; returns the values that its outputs became.
 std::vector<torch::jit::Value*> insert_graph_before(torch::jit::Node* node, torch::jit::Graph& body,
                                                     at::ArrayRef<torch::jit::Value*> inputs);

@@ -3,7 +3,8 @@
 #include <torchgraft/registration/export.h>
 
 // Include this in one file of a C++ host that links libtorchgraft and calls the ops only through TorchScript: such a
-// host uses no symbol of the library, and linkers drop a library of which nothing is used. The reference below keeps it.
+// host uses no symbol of the library, and linkers drop a library of which nothing is used. The reference below keeps
+// it.
 
 namespace torchgraft {
 

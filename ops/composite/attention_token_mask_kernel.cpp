@@ -1,8 +1,7 @@
-#include <torchgraft/ops/arguments.h>
-#include <torchgraft/ops/check.h>
-
 #include <ATen/ATen.h>
 #include <torch/library.h>
+#include <torchgraft/ops/arguments.h>
+#include <torchgraft/ops/check.h>
 
 #include <limits>
 
@@ -21,8 +20,8 @@ double hidden_below(at::ScalarType type) {
     case at::kHalf:
       return static_cast<float>(std::numeric_limits<c10::Half>::lowest()) / 2;
     default:
-      TORCH_CHECK(false, "attention_token_mask: expected attn_mask of dtype Float, Double, BFloat16, Half or Bool, got ",
-                  type);
+      TORCH_CHECK(
+          false, "attention_token_mask: expected attn_mask of dtype Float, Double, BFloat16, Half or Bool, got ", type);
   }
 }
 
@@ -48,12 +47,8 @@ at::Tensor attention_token_mask_composite(const at::Tensor& x, const std::option
   return visible.expand({x.size(0), x.size(1)}).clone(at::MemoryFormat::Contiguous);
 }
 
-TORCH_LIBRARY_IMPL(torchgraft, CPU, m) {
-  m.impl("attention_token_mask", TORCH_FN(attention_token_mask_composite));
-}
-TORCH_LIBRARY_IMPL(torchgraft, CUDA, m) {
-  m.impl("attention_token_mask", TORCH_FN(attention_token_mask_composite));
-}
+TORCH_LIBRARY_IMPL(torchgraft, CPU, m) { m.impl("attention_token_mask", TORCH_FN(attention_token_mask_composite)); }
+TORCH_LIBRARY_IMPL(torchgraft, CUDA, m) { m.impl("attention_token_mask", TORCH_FN(attention_token_mask_composite)); }
 
 }  // namespace
 }  // namespace torchgraft::ops

@@ -1,9 +1,7 @@
-#include <torchgraft/ops/composite/gated_bottleneck_kernel.h>
-
-#include <torchgraft/ops/check.h>
-
 #include <ATen/ATen.h>
 #include <torch/library.h>
+#include <torchgraft/ops/check.h>
+#include <torchgraft/ops/composite/gated_bottleneck_kernel.h>
 
 namespace torchgraft::ops {
 
@@ -48,10 +46,15 @@ std::tuple<at::Tensor, at::Tensor> gated_bottleneck_composite(
     const at::Tensor& up_weight, const at::Tensor& up_bias, const at::Tensor& scaling, std::string_view non_linearity,
     const std::optional<at::Tensor>& gate_weight, const std::optional<at::Tensor>& gate_bias,
     const std::optional<at::Tensor>& adapter_ids, int64_t adapter, const std::optional<at::Tensor>& token_mask) {
-  const BottleneckArguments args{
-      x,       residual, down_weight,
-      down_bias, up_weight, up_bias,
-      scaling, std::string(non_linearity), row_arguments(gate_weight, gate_bias, adapter_ids, adapter, token_mask)};
+  const BottleneckArguments args{x,
+                                 residual,
+                                 down_weight,
+                                 down_bias,
+                                 up_weight,
+                                 up_bias,
+                                 scaling,
+                                 std::string(non_linearity),
+                                 row_arguments(gate_weight, gate_bias, adapter_ids, adapter, token_mask)};
   check(args);
   const Selection selection = resolve_selection("gated_bottleneck", args.rows, down_weight);
   const BottleneckForward forward = bottleneck_forward(args, selection);

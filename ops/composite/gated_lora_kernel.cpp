@@ -1,14 +1,12 @@
-#include <torchgraft/ops/composite/gated_lora_kernel.h>
-
-#include <torchgraft/ops/check.h>
-
 #include <ATen/ATen.h>
 #include <torch/library.h>
+#include <torchgraft/ops/check.h>
+#include <torchgraft/ops/composite/gated_lora_kernel.h>
 
 namespace torchgraft::ops {
 
 at::Tensor lora_coefficient(const LoraArguments& args, const Selection& selection, const Gate& gate) {
-  const at::Tensor scaling = select(selection, args.scaling).unsqueeze(-1).unsqueeze(-1).unsqueeze(-1);
+  const at::Tensor scaling = select(selection, args.scaling).unsqueeze(-1).unsqueeze(-1);
   return gate.value.defined() ? gate.value.unsqueeze(-1) * scaling
                               : scaling.to(accumulation_type(args.x.scalar_type()));
 }
@@ -33,8 +31,8 @@ std::tuple<at::Tensor, at::Tensor> gated_lora_composite(
     const at::Tensor& x, const at::Tensor& base, const at::Tensor& lora_a, const at::Tensor& lora_b,
     const at::Tensor& scaling, const std::optional<at::Tensor>& gate_weight, const std::optional<at::Tensor>& gate_bias,
     const std::optional<at::Tensor>& adapter_ids, int64_t adapter, const std::optional<at::Tensor>& token_mask) {
-  const LoraArguments args{x, base, lora_a, lora_b, scaling,
-                           row_arguments(gate_weight, gate_bias, adapter_ids, adapter, token_mask)};
+  const LoraArguments args{x,      base,    lora_a,
+                           lora_b, scaling, row_arguments(gate_weight, gate_bias, adapter_ids, adapter, token_mask)};
   check(args);
   const Selection selection = resolve_selection("gated_lora", args.rows, lora_a);
   const LoraForward forward = lora_forward(args, selection);

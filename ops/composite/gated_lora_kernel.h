@@ -15,7 +15,7 @@ struct LoraForward {
 
 LoraForward lora_forward(const LoraArguments& args, const Selection& selection);
 
-// scaling[n] g[b] as [B or 1, 1, 1] in accumulation precision; g may be undefined.
+// scaling[n] g[b] as [B, 1, 1] or [1, 1] in accumulation precision; g may be undefined.
 at::Tensor lora_coefficient(const LoraArguments& args, const Selection& selection, const Gate& gate);
 
 }  // namespace torchgraft::ops

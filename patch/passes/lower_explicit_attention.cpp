@@ -81,7 +81,9 @@ struct Factors {
 // Follows the path from the scores' product to the softmax and rebuilds its two parts.
 class AffinePath {
  public:
-  explicit AffinePath(const std::shared_ptr<Graph>& graph, Node* product) : graph_(graph), product_(product) {}
+  // `anchor` is a value that exists before the attention and has its dtype and device.
+  AffinePath(const std::shared_ptr<Graph>& graph, Node* product, Value* anchor)
+      : graph_(graph), product_(product), anchor_(anchor) {}
 
   // Inserts, at the graph's insertion point, what the path makes of zero scores. Null stands for zero.
   Value* bias(Value* scores);
@@ -96,10 +98,11 @@ class AffinePath {
 
   std::shared_ptr<Graph> graph_;
   Node* product_;
+  Value* anchor_;
 };
 
 Value* AffinePath::zero_like(Value* value) {
-  Value* dtype = graph_->insert(c10::prim::dtype, {product_->input(0)});
+  Value* dtype = graph_->insert(c10::prim::dtype, {anchor_});
   return graph_->insert(c10::aten::zeros_like, {value}, {torch::jit::NamedValue("dtype", dtype)});
 }
 
@@ -180,8 +183,8 @@ Value* AffinePath::of_branch(Node* branch, size_t output) {
     if (is_zero[i]) {
       torch::jit::WithInsertPoint guard(block);
       Value* shape = graph_->insertConstant(std::vector<int64_t>{1, 1, 1, 1});
-      Value* dtype = graph_->insert(c10::prim::dtype, {product_->input(0)});
-      Value* device = graph_->insert(c10::prim::device, {product_->input(0)});
+      Value* dtype = graph_->insert(c10::prim::dtype, {anchor_});
+      Value* device = graph_->insert(c10::prim::device, {anchor_});
       results[i] = graph_->insert(c10::aten::zeros, {shape},
                                   {torch::jit::NamedValue("dtype", dtype), torch::jit::NamedValue("device", device)});
     }
@@ -265,7 +268,10 @@ std::optional<std::string> lower_one(const std::shared_ptr<Graph>& graph, Node* 
     return "its products with keys and values are not in the same block";
   }
   torch::jit::WithInsertPoint guard(consumer->product);
-  AffinePath path(graph, product);
+  // The mask must not depend on the queries: gates that are pooled over real tokens need it before they exist.
+  const auto linears = nearest_linears(product->input(0));
+  Value* anchor = linears.empty() ? product->input(0) : linears.front()->input(0);
+  AffinePath path(graph, product, anchor);
   Value* mask = path.bias(softmax->input(0));
   if (!path.understood) {
     return "the scale depends on a branch";
@@ -276,7 +282,7 @@ std::optional<std::string> lower_one(const std::shared_ptr<Graph>& graph, Node* 
   }
   Value* key = insert_transposed(*graph, product->input(1));
   if (mask) {
-    mask = graph->insert(c10::aten::type_as, {mask, query});
+    mask = graph->insert(c10::aten::type_as, {mask, anchor});
   } else {
     mask = graph->insertConstant(c10::IValue());
   }

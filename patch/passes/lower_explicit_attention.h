@@ -9,7 +9,7 @@ namespace torchgraft {
 
 // A softmax that looked like attention but was not rewritten, and why.
 struct UnloweredSoftmax {
-  const torch::jit::Node* softmax = nullptr;
+  torch::jit::Node* softmax = nullptr;
   std::string reason;
 };
 

@@ -23,9 +23,10 @@ def additive(mask: Optional[Tensor], mask_type: Optional[int], batch: int, lengt
     if mask is None:
         return None
     blocked = mask.ne(0)
-    if mask_type == 0:
+    kind = 2 if mask_type is None else mask_type
+    if kind == 0:
         blocked = blocked.view(1, 1, length, length)
-    elif mask_type == 1:
+    elif kind == 1:
         blocked = blocked.view(batch, 1, 1, length)
     return torch.masked_fill(torch.zeros_like(blocked, dtype=dtype), blocked, float("-inf"))
 
@@ -83,7 +84,8 @@ bool is_fused(const Node* node) {
   return is_aten(node, {"_transformer_encoder_layer_fwd", "_native_multi_head_attention"});
 }
 
-// Makes every prim::If with a fused op directly in one of its blocks take the other one.
+// Makes every prim::If with a fused op directly in one of its blocks take the other one. The condition is replaced
+// wherever it is used: the early return of the fused side hangs on it too.
 void pin_unfused_branch(Graph& graph) {
   for_each_node(graph.block(), [&](Node* node) {
     if (node->kind() != c10::prim::If) {
@@ -93,19 +95,12 @@ void pin_unfused_branch(Graph& graph) {
       for (Node* inner : node->blocks()[i]->nodes()) {
         if (is_fused(inner)) {
           torch::jit::WithInsertPoint guard(node);
-          node->replaceInput(0, graph.insertConstant(/*take the true block:*/ i == 1));
+          node->input()->replaceAllUsesWith(graph.insertConstant(/*take the true block:*/ i == 1));
           return;
         }
       }
     }
   });
-}
-
-Value* without_cast(Value* value) {
-  while (value->node()->kind() == c10::prim::unchecked_cast) {
-    value = value->node()->input();
-  }
-  return value;
 }
 
 // A nested tensor's mask: `keep` is true for real tokens; in a scripted module it is the negation of `padding`, which
@@ -130,20 +125,28 @@ Value* insert_padded(Node* to_padded, const NestedMask& mask) {
   return insert_graph_before(to_padded, *body, {to_padded->input(0), keep, to_padded->input(1)})[0];
 }
 
-// Scripted: `if use_nested: output, mask = nested(output, mask), None`. Keeps the branch, but dense and with its mask.
-void densify_branch(Node* nested, NestedMask& mask) {
+// Scripted: `if use_nested: output, mask = nested(output, mask), None`. Keeps the branch, but dense and with its mask:
+// the value that the other side yields in the place of None. False when there is no such value, or more than one.
+bool densify_branch(Node* nested, NestedMask& mask) {
   Block* block = nested->owningBlock();
   Node* branch = block->owningNode();
-  Value* keep = nested->input(1);
-  TORCH_INTERNAL_ASSERT(is_aten(keep->node(), {"logical_not"}));
-  mask.padding = without_cast(keep->node()->input());
+  if (branch->kind() != c10::prim::If) {
+    return false;
+  }
   Block* other = branch->blocks()[branch->blocks()[0] == block ? 1 : 0];
+  std::vector<size_t> dropped;
   for (size_t i = 0; i < block->outputs().size(); ++i) {
-    if (is_none(block->outputs()[i]) && without_cast(other->outputs()[i]) == mask.padding) {
-      block->replaceOutput(i, keep->node()->input());
+    if (is_none(block->outputs()[i]) && !is_none(other->outputs()[i])) {
+      dropped.push_back(i);
     }
   }
+  if (dropped.size() != 1 || other->outputs()[dropped[0]]->node()->owningBlock() == other) {
+    return false;
+  }
+  mask.padding = other->outputs()[dropped[0]];
+  block->replaceOutput(dropped[0], mask.padding);
   replace_node(nested, {nested->input(0)});
+  return true;
 }
 
 void lower_nested(const std::shared_ptr<Graph>& graph) {
@@ -162,12 +165,10 @@ void lower_nested(const std::shared_ptr<Graph>& graph) {
   }
   for (size_t i = 0; i < sources.size(); ++i) {
     NestedMask mask{sources[i]->input(1), nullptr};
-    const bool in_branch = sources[i]->owningBlock() != graph->block();
-    if (in_branch && !is_aten(mask.keep->node(), {"logical_not"})) {
-      continue;
-    }
-    if (in_branch) {
-      densify_branch(sources[i], mask);
+    if (sources[i]->owningBlock() != graph->block()) {
+      if (!densify_branch(sources[i], mask)) {
+        continue;
+      }
     } else {
       // Straight line: the fused layers between source and sink run without a mask; give them this one.
       torch::jit::WithInsertPoint guard(sources[i]);

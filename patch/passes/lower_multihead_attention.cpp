@@ -98,11 +98,26 @@ bool weights_are_unread(const Node* call) {
   return true;
 }
 
-bool has_plain_projections(const c10::IValue& module) {
+// An attribute of a scripted module; some versions of the class script theirs as constants of the type.
+c10::IValue attribute_or_constant(const c10::IValue& module, const std::string& name) {
   const auto& object = module.toObjectRef();
-  return object.getAttr("_qkv_same_embed_dim").toBool() && object.getAttr("bias_k").isNone() &&
-         object.getAttr("bias_v").isNone() && !object.getAttr("add_zero_attn").toBool() &&
-         object.getAttr("in_proj_weight").isTensor();
+  if (object.type()->findAttributeSlot(name)) {
+    return object.getAttr(name);
+  }
+  const auto slot = object.type()->findConstantSlot(name);
+  return slot ? object.type()->getConstant(*slot) : c10::IValue();
+}
+
+bool is_true(const c10::IValue& module, const std::string& name) {
+  const c10::IValue value = attribute_or_constant(module, name);
+  return value.isBool() && value.toBool();
+}
+
+bool has_plain_projections(const c10::IValue& module) {
+  return is_true(module, "_qkv_same_embed_dim") && attribute_or_constant(module, "bias_k").isNone() &&
+         attribute_or_constant(module, "bias_v").isNone() && !is_true(module, "add_zero_attn") &&
+         attribute_or_constant(module, "in_proj_weight").isTensor() &&
+         attribute_or_constant(module, "num_heads").isInt();
 }
 
 }  // namespace
@@ -119,12 +134,16 @@ bool lower_multihead_attention(Node* call, const Module& root) {
   if (!attention || !has_plain_projections(attention->value)) {
     return false;
   }
-  const bool batch_first = attention->value.toObjectRef().getAttr("batch_first").toBool();
+  const bool batch_first = is_true(attention->value, "batch_first");
   const auto body = compile_graph(kSource, batch_first ? "self_attention_batch_first" : "self_attention_sequence_first");
 
   Graph* graph = call->owningGraph();
   torch::jit::WithInsertPoint guard(call);
-  const auto get = [&](Value* object, const char* name) { return graph->insertGetAttr(object, name); };
+  const auto get = [&](Value* object, const std::string& name) {
+    const bool is_attribute = object->type()->expectRef<c10::ClassType>().hasAttribute(name);
+    return is_attribute ? graph->insertGetAttr(object, name)
+                        : graph->insertConstant(attribute_or_constant(attention->value, name));
+  };
   Value* self = call->input(kSelf);
   Value* out_proj = get(self, "out_proj");
   const std::vector<Value*> inputs = {

@@ -1,0 +1,90 @@
+#pragma once
+
+#include <c10/core/SymFloat.h>
+#include <torchgraft/ops/arguments.h>
+#include <torchgraft/ops/bank.h>
+#include <torchgraft/ops/gate.h>
+
+#include <tuple>
+
+namespace torchgraft::ops {
+
+// The pieces of gated_prefix_attention. Scores and log-sum-exps are in accumulation_type(query's dtype). All of it
+// allows symbolic sizes, but the flash kernels, which are only called with concrete ones.
+
+c10::SymFloat attention_scale(const PrefixArguments& args);
+
+// attn_mask as something to add to the scores, rank 4, in query's dtype; undefined without a mask.
+at::Tensor additive_mask(const PrefixArguments& args);
+
+// Grouped-query attention without repeating keys: [B, h, S, D] <-> [B, h_kv, (h / h_kv) S, D]. Identity when
+// !enable_gqa.
+at::Tensor group_heads(const PrefixArguments& args, const at::Tensor& per_head);
+at::Tensor ungroup_heads(const PrefixArguments& args, const at::Tensor& grouped);
+
+// left [B, h, S, K] times right [(B,) h_kv, K, D] -> [B, h, S, D]
+at::Tensor times_keys(const PrefixArguments& args, const at::Tensor& left, const at::Tensor& right);
+
+// left^T right of left [B, h, S, K] and right [B, h, S, D] -> [B, h_kv, K, D], summed over the heads that share keys.
+at::Tensor contract_queries(const PrefixArguments& args, const at::Tensor& left, const at::Tensor& right);
+
+// tensor times one gate per row ([B, 1, 1, 1]); the tensor itself when there is no gate.
+at::Tensor apply_gate(const at::Tensor& tensor, const at::Tensor& gate);
+
+// [B, h, S, d] with the memory of a contiguous [B, S, h, d].
+at::Tensor as_token_major(const at::Tensor& output);
+
+// scale query key^T + mask: [B, h, S, S_k]; -inf where a key is hidden.
+at::Tensor sequence_scores(const PrefixArguments& args, const at::Tensor& mask);
+
+// Attention over the sequence alone.
+struct SequencePart {
+  at::Tensor output;       // [B, h, S, d]; 0 where a query sees no key
+  at::Tensor log_sum_exp;  // [B, h, S]; -inf where a query sees no key
+};
+
+// Whether torch's CPU flash kernel computes this sequence part rightly (dense CPU tensors, nothing empty).
+bool can_use_flash(const PrefixArguments& args);
+SequencePart flash_sequence(const PrefixArguments& args, const at::Tensor& mask);
+
+// Gradients of query, key and value in the sequence part, given the *merged* output and log-sum-exp (finite).
+std::tuple<at::Tensor, at::Tensor, at::Tensor> flash_sequence_backward(const PrefixArguments& args,
+                                                                       const at::Tensor& mask, const at::Tensor& grad,
+                                                                       const at::Tensor& output,
+                                                                       const at::Tensor& log_sum_exp);
+
+// The prefixes that the rows use.
+struct Prefix {
+  at::Tensor key;         // [(B,) h_kv, P, d], not gated
+  at::Tensor value;       // [(B,) h_kv, P, d], not gated
+  at::Tensor hidden;      // bool [P] or [B, 1, 1, P]: positions past the adapter's prefix_length. Undefined: none
+  at::Tensor key_gate;    // [B, 1, 1, 1]; undefined: not gated
+  at::Tensor value_gate;  // [B, 1, 1, 1]
+};
+
+// trim: leave out, rather than hide, the positions that a uniform selection does not use (reads prefix_length, so only
+// for dense CPU tensors). Not for a base selection.
+Prefix select_prefix(const PrefixArguments& args, const Selection& selection, const Gate& gate, bool trim);
+
+// scale query key^T of the prefix without its gate: [B, h, S, P].
+at::Tensor prefix_similarities(const PrefixArguments& args, const Prefix& prefix);
+
+// Their scores: gated, -inf where hidden.
+at::Tensor prefix_scores(const Prefix& prefix, const at::Tensor& similarities);
+
+struct AttentionForward {
+  at::Tensor output;  // [B, h, S, d], as_token_major
+  at::Tensor
+      log_sum_exp;  // [B, h, S] over prefix and sequence; 0 where a query sees nothing, so that exp(-inf - it) = 0
+};
+
+// Attends to both and merges. mask: additive_mask(args).
+AttentionForward attend(const PrefixArguments& args, const Prefix& prefix, const at::Tensor& mask);
+
+// The same with dropout on all probabilities, made of differentiable calls (which record a graph when grad mode is on).
+at::Tensor attend_with_dropout(const PrefixArguments& args, const Prefix& prefix, const at::Tensor& mask);
+
+// Without any prefix: scaled_dot_product_attention (also differentiable), as_token_major.
+at::Tensor attend_without_prefix(const PrefixArguments& args, const at::Tensor& mask);
+
+}  // namespace torchgraft::ops

@@ -1,0 +1,255 @@
+#include <ATen/ATen.h>
+#include <ATen/ExpandUtils.h>
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <torch/library.h>
+#include <torchgraft/ops/attention.h>
+#include <torchgraft/ops/autograd/support.h>
+#include <torchgraft/ops/check.h>
+#include <torchgraft/ops/gated_prefix_attention.h>
+
+namespace torchgraft::ops {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// Positions of the tensor arguments, and of their gradients.
+enum Argument : size_t {
+  kQuery,
+  kKey,
+  kValue,
+  kX,
+  kPrefixKey,
+  kPrefixValue,
+  kAttnMask,
+  kGateWeight,
+  kGateBias,
+  kArgumentCount = 16
+};
+
+class GatedPrefixAttentionFunction : public torch::autograd::Function<GatedPrefixAttentionFunction> {
+ public:
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& query, const at::Tensor& key,
+                               const at::Tensor& value, const at::Tensor& x, const at::Tensor& prefix_key,
+                               const at::Tensor& prefix_value, const std::optional<at::Tensor>& attn_mask,
+                               const std::optional<at::Tensor>& gate_weight, const std::optional<at::Tensor>& gate_bias,
+                               const at::Tensor& prefix_length, const std::optional<at::Tensor>& adapter_ids,
+                               const std::optional<at::Tensor>& token_mask, int64_t adapter, bool is_causal,
+                               std::optional<double> scale, bool enable_gqa) {
+    const PrefixArguments args{query,
+                               key,
+                               value,
+                               x,
+                               prefix_key,
+                               prefix_value,
+                               prefix_length,
+                               or_undefined(attn_mask),
+                               /*dropout_p=*/0.0,
+                               is_causal,
+                               scale,
+                               enable_gqa,
+                               row_arguments(gate_weight, gate_bias, adapter_ids, adapter, token_mask)};
+    const Selection selection = resolve_selection("gated_prefix_attention", args.rows, prefix_key);
+    TORCH_INTERNAL_ASSERT(selection.kind != Selection::Kind::kBase, "plain attention takes another path");
+    const Gate gate = gate_forward(x, args.rows, selection);
+    const Prefix prefix = select_prefix(args, selection, gate, /*trim=*/false);
+    const AttentionForward attention = attend(args, prefix, additive_mask(args));
+    const at::Tensor returned_gate = gate_result(gate, x, args.rows, selection);
+    save(ctx,
+         {query, key, value, x, prefix_key, prefix_value, args.attn_mask, args.rows.gate_weight, args.rows.gate_bias},
+         {query, key, value, x, prefix_key, prefix_value, args.attn_mask, args.rows.gate_weight, args.rows.gate_bias,
+          prefix_length, attention.output, attention.log_sum_exp},
+         selection, gate);
+    ctx->saved_data["is_causal"] = is_causal;
+    ctx->saved_data["scale"] = scale;
+    ctx->saved_data["enable_gqa"] = enable_gqa;
+    ctx->set_materialize_grads(false);
+    if (!gate.value.defined()) {
+      ctx->mark_non_differentiable({returned_gate});
+    }
+    return {attention.output, returned_gate};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const Saved saved = restore("gated_prefix_attention", ctx);
+    const variable_list& tensors = saved.tensors;
+    const PrefixArguments args{tensors[0],
+                               tensors[1],
+                               tensors[2],
+                               tensors[3],
+                               tensors[4],
+                               tensors[5],
+                               tensors[9],
+                               tensors[6],
+                               /*dropout_p=*/0.0,
+                               ctx->saved_data["is_causal"].toBool(),
+                               ctx->saved_data["scale"].toOptional<double>(),
+                               ctx->saved_data["enable_gqa"].toBool(),
+                               {tensors[7], tensors[8], {}, saved.selection.adapter, {}}};
+    variable_list result(kArgumentCount);
+    const bool need_gate = saved.gate.value.defined() && saved.needs_any({kX, kGateWeight, kGateBias});
+    at::Tensor grad_gate;  // [B, G]
+    if (grads[0].defined()) {
+      const Incoming incoming = receive(args, saved, grads[0]);
+      grad_gate = through_prefix(args, saved, incoming, need_gate, result);
+      through_sequence(args, saved, incoming, result);
+    }
+    if (need_gate) {
+      grad_gate = accumulate(grad_gate, grads[1]);
+    }
+    if (need_gate && grad_gate.defined()) {
+      const GateGradients gate =
+          gate_backward(saved.gate, grad_gate, args.x, args.rows.gate_weight, args.rows.gate_bias, saved.selection,
+                        saved.needs(kX), saved.needs(kGateWeight), saved.needs(kGateBias));
+      result[kX] = gate.x;
+      result[kGateWeight] = gate.weight;
+      result[kGateBias] = gate.bias;
+    }
+    return result;
+  }
+
+ private:
+  // The gradient of the output and what both parts need of it.
+  struct Incoming {
+    at::Tensor grad;         // [B, h, S, d]
+    at::Tensor output;       // [B, h, S, d]
+    at::Tensor log_sum_exp;  // [B, h, S], finite
+    at::Tensor delta;        // [B, h, S, 1]: <grad, output>, the softmax's mean of its own gradient
+  };
+
+  static Incoming receive(const PrefixArguments& args, const Saved& saved, const at::Tensor& grad) {
+    const at::Tensor& output = saved.tensors[10];
+    const auto sum_type = accumulation_type(args.query.scalar_type());
+    return {grad, output, saved.tensors[11], (grad * output).sum(at::IntArrayRef{-1}, /*keepdim=*/true, sum_type)};
+  }
+
+  // With r = scale query prefix_key^T, p = exp(g_k r - lse) and z = grad prefix_value^T, the gradient of the prefix's
+  // scores is p (g_v z - delta). Returns the gate's gradient if it is needed.
+  static at::Tensor through_prefix(const PrefixArguments& args, const Saved& saved, const Incoming& incoming,
+                                   bool need_gate, variable_list& result) {
+    const bool need_scores = saved.needs_any({kQuery, kPrefixKey}) || need_gate;
+    if (!need_scores && !saved.needs(kPrefixValue)) {
+      return {};
+    }
+    const Selection& selection = saved.selection;
+    const auto type = args.query.scalar_type();
+    const Prefix prefix = select_prefix(args, selection, saved.gate, /*trim=*/false);
+    const at::Tensor similarities = prefix_similarities(args, prefix);
+    const at::Tensor probabilities = at::exp(prefix_scores(prefix, similarities) - incoming.log_sum_exp.unsqueeze(-1));
+    if (saved.needs(kPrefixValue)) {
+      const at::Tensor per_row =
+          contract_queries(args, apply_gate(probabilities, prefix.value_gate).to(type), incoming.grad);
+      result[kPrefixValue] = select_backward(selection, args.prefix_value, reduce_rows(selection, per_row));
+    }
+    if (!need_scores) {
+      return {};
+    }
+    const at::Tensor on_values =
+        times_keys(args, incoming.grad, prefix.value.transpose(-1, -2)).to(probabilities.scalar_type());
+    const at::Tensor grad_scores = probabilities * (apply_gate(on_values, prefix.value_gate) - incoming.delta);
+    const at::Tensor grad_products =
+        (apply_gate(grad_scores, prefix.key_gate) * at::Scalar(attention_scale(args))).to(type);
+    if (saved.needs(kQuery)) {
+      result[kQuery] = times_keys(args, grad_products, prefix.key);
+    }
+    if (saved.needs(kPrefixKey)) {
+      const at::Tensor per_row = contract_queries(args, grad_products, args.query);
+      result[kPrefixKey] = select_backward(selection, args.prefix_key, reduce_rows(selection, per_row));
+    }
+    if (!need_gate) {
+      return {};
+    }
+    const at::Tensor grad_gate = at::zeros_like(saved.gate.value);
+    grad_gate.select(1, 0).add_((grad_scores * similarities).sum(at::IntArrayRef{1, 2, 3}));
+    grad_gate.select(1, -1).add_((probabilities * on_values).sum(at::IntArrayRef{1, 2, 3}));
+    return grad_gate;
+  }
+
+  static void through_sequence(const PrefixArguments& args, const Saved& saved, const Incoming& incoming,
+                               variable_list& result) {
+    const bool need_mask = saved.needs(kAttnMask);
+    if (!saved.needs(kQuery) && !saved.needs(kKey) && !saved.needs(kValue) && !need_mask) {
+      return;
+    }
+    const at::Tensor mask = additive_mask(args);
+    if (can_use_flash(args) && !at::isTensorSubclassLike(incoming.grad) && !need_mask) {
+      auto [query, key, value] =
+          flash_sequence_backward(args, mask, incoming.grad, incoming.output, incoming.log_sum_exp);
+      result[kQuery] = accumulate(result[kQuery], query);
+      result[kKey] = key;
+      result[kValue] = value;
+      return;
+    }
+    const auto type = args.query.scalar_type();
+    const at::Tensor probabilities = at::exp(sequence_scores(args, mask) - incoming.log_sum_exp.unsqueeze(-1));
+    if (saved.needs(kValue)) {
+      result[kValue] = contract_queries(args, probabilities.to(type), incoming.grad);
+    }
+    const at::Tensor on_values = times_keys(args, incoming.grad, args.value.transpose(-1, -2));
+    const at::Tensor grad_scores = probabilities * (on_values - incoming.delta);
+    if (need_mask) {
+      result[kAttnMask] = at::sum_to(grad_scores, args.attn_mask.sym_sizes()).to(args.attn_mask.scalar_type());
+    }
+    const at::Tensor grad_products = (grad_scores * at::Scalar(attention_scale(args))).to(type);
+    if (saved.needs(kQuery)) {
+      result[kQuery] = accumulate(result[kQuery], times_keys(args, grad_products, args.key));
+    }
+    if (saved.needs(kKey)) {
+      result[kKey] = contract_queries(args, grad_products, args.query);
+    }
+  }
+};
+
+// Plain attention and dropout are made of calls that torch differentiates itself.
+std::tuple<at::Tensor, at::Tensor> attend_differentiably(const PrefixArguments& args, const Selection& selection) {
+  const at::Tensor mask = additive_mask(args);
+  const Gate gate = gate_forward(args.x, args.rows, selection);
+  const at::Tensor output = selection.kind == Selection::Kind::kBase
+                                ? attend_without_prefix(args, mask)
+                                : attend_with_dropout(args, select_prefix(args, selection, gate, /*trim=*/false), mask);
+  return {output, gate_result(gate, args.x, args.rows, selection)};
+}
+
+std::tuple<at::Tensor, at::Tensor> gated_prefix_attention_autograd(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& x,
+    const at::Tensor& prefix_key, const at::Tensor& prefix_value, const at::Tensor& prefix_length,
+    const std::optional<at::Tensor>& attn_mask, double dropout_p, bool is_causal, std::optional<double> scale,
+    bool enable_gqa, const std::optional<at::Tensor>& gate_weight, const std::optional<at::Tensor>& gate_bias,
+    const std::optional<at::Tensor>& adapter_ids, int64_t adapter, const std::optional<at::Tensor>& token_mask) {
+  if (!records_gradient({query, key, value, x, prefix_key, prefix_value, or_undefined(attn_mask),
+                         or_undefined(gate_weight), or_undefined(gate_bias)})) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return gated_prefix_attention(query, key, value, x, prefix_key, prefix_value, prefix_length, attn_mask, dropout_p,
+                                  is_causal, scale, enable_gqa, gate_weight, gate_bias, adapter_ids, adapter,
+                                  token_mask);
+  }
+  const PrefixArguments args{query,
+                             key,
+                             value,
+                             x,
+                             prefix_key,
+                             prefix_value,
+                             prefix_length,
+                             or_undefined(attn_mask),
+                             dropout_p,
+                             is_causal,
+                             scale,
+                             enable_gqa,
+                             row_arguments(gate_weight, gate_bias, adapter_ids, adapter, token_mask)};
+  check(args);
+  const Selection selection = resolve_selection("gated_prefix_attention", args.rows, prefix_key);
+  if (dropout_p > 0.0 || selection.kind == Selection::Kind::kBase) {
+    return attend_differentiably(args, selection);
+  }
+  const variable_list result = GatedPrefixAttentionFunction::apply(
+      query, key, value, x, prefix_key, prefix_value, attn_mask, gate_weight, gate_bias, prefix_length, adapter_ids,
+      token_mask, adapter, is_causal, scale, enable_gqa);
+  return {result[0], result[1]};
+}
+
+TORCH_LIBRARY_IMPL(torchgraft, Autograd, m) {
+  m.impl("gated_prefix_attention", TORCH_FN(gated_prefix_attention_autograd));
+}
+
+}  // namespace
+}  // namespace torchgraft::ops

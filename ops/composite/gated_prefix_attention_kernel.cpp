@@ -1,0 +1,54 @@
+#include <ATen/ATen.h>
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <torch/library.h>
+#include <torchgraft/ops/attention.h>
+#include <torchgraft/ops/check.h>
+
+namespace torchgraft::ops {
+namespace {
+
+at::Tensor prefix_attention(const PrefixArguments& args, const Selection& selection, const Gate& gate) {
+  const at::Tensor mask = additive_mask(args);
+  if (selection.kind == Selection::Kind::kBase) {
+    return attend_without_prefix(args, mask);
+  }
+  const bool readable = args.prefix_length.is_cpu() && !at::isTensorSubclassLike(args.prefix_length);
+  const Prefix prefix = select_prefix(args, selection, gate, /*trim=*/readable);
+  if (TORCH_GUARD_OR_FALSE(prefix.key.sym_size(-2).sym_eq(0))) {
+    return attend_without_prefix(args, mask);
+  }
+  return args.dropout_p > 0.0 ? attend_with_dropout(args, prefix, mask) : attend(args, prefix, mask).output;
+}
+
+std::tuple<at::Tensor, at::Tensor> gated_prefix_attention_composite(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& x,
+    const at::Tensor& prefix_key, const at::Tensor& prefix_value, const at::Tensor& prefix_length,
+    const std::optional<at::Tensor>& attn_mask, double dropout_p, bool is_causal, std::optional<double> scale,
+    bool enable_gqa, const std::optional<at::Tensor>& gate_weight, const std::optional<at::Tensor>& gate_bias,
+    const std::optional<at::Tensor>& adapter_ids, int64_t adapter, const std::optional<at::Tensor>& token_mask) {
+  const PrefixArguments args{query,
+                             key,
+                             value,
+                             x,
+                             prefix_key,
+                             prefix_value,
+                             prefix_length,
+                             or_undefined(attn_mask),
+                             dropout_p,
+                             is_causal,
+                             scale,
+                             enable_gqa,
+                             row_arguments(gate_weight, gate_bias, adapter_ids, adapter, token_mask)};
+  check(args);
+  const Selection selection = resolve_selection("gated_prefix_attention", args.rows, prefix_key);
+  const Gate gate = gate_forward(x, args.rows, selection);
+  return {prefix_attention(args, selection, gate), gate_result(gate, x, args.rows, selection)};
+}
+
+TORCH_LIBRARY_IMPL(torchgraft, CPU, m) { m.impl("gated_prefix_attention", TORCH_FN(gated_prefix_attention_composite)); }
+TORCH_LIBRARY_IMPL(torchgraft, CUDA, m) {
+  m.impl("gated_prefix_attention", TORCH_FN(gated_prefix_attention_composite));
+}
+
+}  // namespace
+}  // namespace torchgraft::ops

@@ -1,0 +1,200 @@
+#include <torchgraft/patch/adapter_bank.h>
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <limits>
+#include <tuple>
+
+namespace torchgraft {
+namespace {
+
+// Execution order of the places in a layer.
+int order_of(const std::string& slot) {
+  static const std::vector<std::string> kOrder = {
+      "selfattn_lora_q", "selfattn_lora_k",   "selfattn_lora_v", "self_prefix", "encoder_prefix", "cross_prefix",
+      "mh_adapter",      "cross_adapter",     "intermediate_lora", "output_lora", "output_adapter"};
+  const auto found = std::find(kOrder.begin(), kOrder.end(), slot);
+  TORCH_INTERNAL_ASSERT(found != kOrder.end(), "no execution order for ", slot);
+  return static_cast<int>(found - kOrder.begin());
+}
+
+const char* to_string(BottleneckInput input) {
+  switch (input) {
+    case BottleneckInput::kBranch:
+      return "seq";
+    case BottleneckInput::kNormedSum:
+      return "seq_ln";
+    case BottleneckInput::kResidual:
+      return "par";
+  }
+  TORCH_INTERNAL_ASSERT(false, "unknown bottleneck input");
+}
+
+std::string slot_name(const PlannedModule& module) {
+  if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method)) {
+    return module.slot + "_" + to_string(bottleneck_input(bottleneck->config)) + "_" + bottleneck->config.non_linearity;
+  }
+  return module.slot;
+}
+
+// Members of one bank: (adapter, index into its plan).
+using Members = std::vector<std::pair<size_t, size_t>>;
+
+// Stacks one parameter of the members into [N, ...], padding every dimension to the largest.
+at::Tensor stack_parameter(const std::vector<Adapter>& adapters, const Members& members, const std::string& name,
+                           double missing) {
+  std::vector<int64_t> sizes;
+  at::Tensor example;
+  for (const auto& [adapter, module] : members) {
+    const ModuleWeights& weights = adapters[adapter].weights[module];
+    const auto found = weights.find(name);
+    if (found == weights.end()) {
+      continue;
+    }
+    example = found->second;
+    sizes.resize(std::max<size_t>(sizes.size(), example.dim()), 1);
+    for (int64_t i = 0; i < example.dim(); ++i) {
+      sizes[i] = std::max(sizes[i], example.size(i));
+    }
+  }
+  sizes.insert(sizes.begin(), static_cast<int64_t>(adapters.size()));
+  at::Tensor bank = at::zeros(sizes, example.options().requires_grad(false));
+  for (const auto& [adapter, module] : members) {
+    at::Tensor row = bank[adapter];
+    const ModuleWeights& weights = adapters[adapter].weights[module];
+    const auto found = weights.find(name);
+    if (found == weights.end()) {
+      row.fill_(missing);
+      continue;
+    }
+    for (int64_t i = 0; i < row.dim(); ++i) {
+      // One gate for keys and values, or one scale for all channels, stands for each of them.
+      const bool broadcast = (name.rfind("gate_", 0) == 0 && i == 0) || name == "scaling";
+      if (!broadcast) {
+        row = row.narrow(i, 0, found->second.size(i));
+      }
+    }
+    row.copy_(found->second.detach());
+  }
+  return bank;
+}
+
+BankSlot stack_slot(const std::vector<Adapter>& adapters, const Members& members) {
+  at::NoGradGuard no_grad;
+  const PlannedModule& first = adapters[members[0].first].plan[members[0].second];
+  BankSlot slot{first.layer, first.location, first.slot, slot_name(first)};
+  if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&first.method)) {
+    slot.input = bottleneck_input(bottleneck->config);
+    slot.non_linearity = bottleneck->config.non_linearity;
+  }
+  slot.gates.assign(adapters.size(), 0);
+  std::map<std::string, double> names;  // parameter -> value for members that lack it
+  for (const auto& [adapter, module] : members) {
+    const ModuleWeights& weights = adapters[adapter].weights[module];
+    for (const auto& [name, tensor] : weights) {
+      names[name] = name == "gate_bias" ? std::numeric_limits<double>::infinity() : 0.0;
+    }
+    if (const auto gate = weights.find("gate_bias"); gate != weights.end()) {
+      slot.gates[adapter] = gate->second.size(0);
+    }
+  }
+  for (const auto& [name, missing] : names) {
+    slot.parameters[name] = stack_parameter(adapters, members, name, missing);
+  }
+  if (std::holds_alternative<PlannedPrefix>(first.method)) {
+    std::vector<int64_t> lengths(adapters.size(), 0);
+    for (const auto& [adapter, module] : members) {
+      lengths[adapter] = adapters[adapter].weights[module].at("prefix_key").size(1);
+    }
+    const auto device = slot.parameters.at("prefix_key").device();
+    slot.parameters["prefix_length"] = at::tensor(lengths, at::kLong).to(device);
+  }
+  return slot;
+}
+
+}  // namespace
+
+BottleneckInput bottleneck_input(const BnConfig& config) {
+  if (config.is_parallel) {
+    return BottleneckInput::kResidual;
+  }
+  return config.original_ln_before ? BottleneckInput::kNormedSum : BottleneckInput::kBranch;
+}
+
+std::vector<BankSlot> stack_banks(const std::vector<Adapter>& adapters) {
+  std::map<std::tuple<int64_t, int, std::string>, Members> groups;
+  for (size_t a = 0; a < adapters.size(); ++a) {
+    for (size_t m = 0; m < adapters[a].plan.size(); ++m) {
+      const PlannedModule& module = adapters[a].plan[m];
+      groups[{module.layer, order_of(module.slot), slot_name(module)}].emplace_back(a, m);
+    }
+  }
+  std::vector<BankSlot> slots;
+  for (const auto& [key, members] : groups) {
+    slots.push_back(stack_slot(adapters, members));
+  }
+  return slots;
+}
+
+namespace {
+
+// The weights of one adapter at one place, cut out of the bank: the inverse of stack_parameter.
+ModuleWeights unstack(const torch::jit::Module& slot, size_t adapter, const PlannedModule& module) {
+  std::map<std::string, std::vector<int64_t>> shapes;
+  int64_t gates = 0;
+  int64_t gate_features = 0;
+  if (const auto* lora = std::get_if<PlannedLoRA>(&module.method)) {
+    shapes = {{"lora_a", {lora->config.r, lora->in_features}}, {"lora_b", {lora->out_features, lora->config.r}},
+              {"scaling", {}}};
+    gates = lora->config.use_gating;
+    gate_features = lora->in_features;
+  } else if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method)) {
+    const int64_t hidden = bottleneck->hidden_size;
+    const int64_t size = bottleneck->bottleneck_size;
+    const auto* kind = std::get_if<std::string>(&bottleneck->config.scaling);
+    shapes = {{"down_weight", {size, hidden}}, {"down_bias", {size}}, {"up_weight", {hidden, size}},
+              {"up_bias", {hidden}}, {"scaling", {kind && *kind == "channel" ? hidden : 1}}};
+    gates = bottleneck->config.use_gating;
+    gate_features = hidden;
+  } else {
+    const auto& prefix = std::get<PlannedPrefix>(module.method);
+    const std::vector<int64_t> shape = {prefix.num_kv_heads, prefix.config.prefix_length, prefix.head_dim};
+    shapes = {{"prefix_key", shape}, {"prefix_value", shape}};
+    gates = prefix.config.use_gating ? (prefix.config.shared_gating ? 1 : 2) : 0;
+    gate_features = prefix.hidden_size;
+  }
+  if (gates > 0) {
+    shapes["gate_weight"] = {gates, gate_features};
+    shapes["gate_bias"] = {gates};
+  }
+  ModuleWeights weights;
+  for (const auto& [name, shape] : shapes) {
+    at::Tensor row = slot.attr(name).toTensor().detach()[adapter];
+    for (size_t i = 0; i < shape.size(); ++i) {
+      row = row.narrow(static_cast<int64_t>(i), 0, shape[i]);
+    }
+    weights[name] = row.clone();
+  }
+  return weights;
+}
+
+}  // namespace
+
+std::vector<Adapter> read_adapters(const torch::jit::Module& adapters_module, const Structure& structure) {
+  std::vector<Adapter> adapters;
+  const auto names = adapters_module.attr("names").toListRef();
+  const auto configs = adapters_module.attr("configs").toListRef();
+  for (size_t a = 0; a < names.size(); ++a) {
+    Adapter adapter{names[a].toStringRef(), config_from_json(configs[a].toStringRef())};
+    adapter.plan = make_plan(structure, adapter.config);
+    for (const PlannedModule& module : adapter.plan) {
+      const auto layer = adapters_module.attr("layer_" + std::to_string(module.layer)).toModule();
+      adapter.weights.push_back(unstack(layer.attr(slot_name(module)).toModule(), a, module));
+    }
+    adapters.push_back(std::move(adapter));
+  }
+  return adapters;
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,52 @@
+#pragma once
+
+#include <torchgraft/plan/adapter_weights.h>
+#include <torchgraft/plan/plan.h>
+
+#include <torch/csrc/jit/api/module.h>
+
+#include <string>
+#include <vector>
+
+namespace torchgraft {
+
+// One named adapter with its weights, one entry per module of its plan.
+struct Adapter {
+  std::string name;
+  AdapterConfig config;
+  Plan plan;
+  AdapterWeights weights;
+};
+
+// Where a bottleneck reads its input: the branch before the residual add ("seq"), the normalised sum of branch and
+// residual ("seq_ln", original_ln_before), or the residual ("par").
+enum class BottleneckInput { kBranch, kNormedSum, kResidual };
+BottleneckInput bottleneck_input(const BnConfig& config);
+
+// One op to insert: a place, and the parameters of all adapters there, stacked. Adapters of one place share an op when
+// their computation differs in parameters only (for bottlenecks: same input, same non-linearity).
+struct BankSlot {
+  int64_t layer = 0;
+  std::string location;  // the oracle's key, e.g. "selfattn_lora"
+  std::string slot;      // "selfattn_lora_q"
+  std::string name;      // the slot's module name: "selfattn_lora_q", "output_adapter_seq_ln_relu"
+  BottleneckInput input = BottleneckInput::kBranch;
+  std::string non_linearity;
+  std::map<std::string, at::Tensor> parameters;  // [N, ...], see plan/adapter_weights.h; prefix_length [N] for prefixes
+  std::vector<int64_t> gates;                    // per adapter: how many gates it has here; 0 = not gated, or not here
+};
+
+// Stacks adapters into banks, in execution order. Ranks and prefix lengths are padded with zeros; an adapter without a
+// gate in a gated bank has gate_weight 0 and gate_bias +inf (a gate of exactly 1); an adapter that is not at a place has
+// scaling 0 (or prefix_length 0) there.
+std::vector<BankSlot> stack_banks(const std::vector<Adapter>& adapters);
+
+// The `adapters` submodule: layer_<i>.<slot name>.<parameter>, the adapters' names and configs, and the methods behind
+// activate() and forward_with_gates(). `unit` is the compilation unit of the module that it will belong to.
+torch::jit::Module make_adapters_module(const std::vector<Adapter>& adapters, const std::vector<BankSlot>& slots,
+                                        const std::shared_ptr<torch::jit::CompilationUnit>& unit);
+
+// The adapters of a grafted module's `adapters` submodule, unstacked.
+std::vector<Adapter> read_adapters(const torch::jit::Module& adapters_module, const Structure& structure);
+
+}  // namespace torchgraft

@@ -1,0 +1,30 @@
+#include <torchgraft/patch/canonicalise.h>
+
+#include <torchgraft/patch/passes/fold_attributes.h>
+#include <torchgraft/patch/passes/inline_calls.h>
+#include <torchgraft/patch/passes/lower_fused_encoder.h>
+#include <torchgraft/patch/passes/lower_multihead_attention.h>
+
+#include <torch/csrc/jit/passes/loop_unrolling.h>
+#include <torch/csrc/jit/passes/remove_mutation.h>
+#include <torch/csrc/jit/passes/shape_analysis.h>
+
+namespace torchgraft {
+
+CanonicalGraph canonicalise(const torch::jit::Module& module, const std::string& method_name) {
+  CanonicalGraph result;
+  result.graph = module.get_method(method_name).graph()->copy();
+  torch::jit::EraseShapeInformation(result.graph);  // a trace's example shapes hold for that example only
+  inline_calls(result.graph, [&](torch::jit::Node* call) { return lower_multihead_attention(call, module); });
+  fold_attributes(result.graph, module);
+  torch::jit::UnrollConstantLoops(result.graph);
+  torch::jit::RemoveTensorMutation(result.graph);
+  simplify(result.graph);
+  lower_fused_encoder(result.graph);
+  result.unlowered = lower_explicit_attention(result.graph);
+  simplify(result.graph);
+  result.graph->lint();
+  return result;
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,19 @@
+#pragma once
+
+#include <torchgraft/patch/passes/lower_explicit_attention.h>
+
+#include <torch/csrc/jit/api/module.h>
+
+namespace torchgraft {
+
+// One flat graph of a method in which every attention that could be recognised is an
+// aten::scaled_dot_product_attention at the top level. It computes what the method computes, up to rounding.
+struct CanonicalGraph {
+  std::shared_ptr<torch::jit::Graph> graph;
+  std::vector<UnloweredSoftmax> unlowered;
+};
+
+// `method_name` of `module`, which stays unchanged.
+CanonicalGraph canonicalise(const torch::jit::Module& module, const std::string& method_name);
+
+}  // namespace torchgraft

@@ -1,0 +1,300 @@
+#include <torchgraft/patch/insert.h>
+
+#include <torchgraft/patch/graph_utils.h>
+
+#include <torch/csrc/jit/ir/constants.h>
+
+#include <map>
+
+namespace torchgraft {
+namespace {
+
+using torch::jit::Graph;
+using torch::jit::NamedValue;
+using torch::jit::Node;
+using torch::jit::Value;
+using torch::jit::WithInsertPoint;
+
+bool is_ours(const Node* node) {
+  return std::string(node->kind().toQualString()).rfind("torchgraft::", 0) == 0;
+}
+
+// Values from outside that `node` reads, in its sub-blocks too.
+void free_inputs(Node* node, std::vector<Value*>& result) {
+  result.insert(result.end(), node->inputs().begin(), node->inputs().end());
+  for (torch::jit::Block* block : node->blocks()) {
+    for (Node* inner : block->nodes()) {
+      free_inputs(inner, result);
+    }
+    result.insert(result.end(), block->outputs().begin(), block->outputs().end());
+  }
+}
+
+// Moves the computation of `value` before `point`; false when it depends on something that cannot move there.
+bool hoist(Value* value, Node* point) {
+  Node* node = value->node();
+  if (node->kind() == c10::prim::Param || node->isBefore(point)) {
+    return true;
+  }
+  if (node == point || node->owningBlock() != point->owningBlock() || node->hasSideEffects() || is_ours(node)) {
+    return false;
+  }
+  std::vector<Value*> inputs;
+  free_inputs(node, inputs);
+  for (Value* input : inputs) {
+    Node* source = input->node();
+    bool inside = false;
+    for (torch::jit::Block* block = source->owningBlock(); block; ) {
+      Node* owner = block->owningNode();
+      inside = inside || owner == node;
+      block = owner ? owner->owningBlock() : nullptr;
+    }
+    if (!inside && !hoist(input, point)) {
+      return false;
+    }
+  }
+  node->moveBefore(point);
+  return true;
+}
+
+// A residual site as it is being rewritten: ops chain on the branch, but each reads the original values.
+struct ResidualState {
+  ResidualSite site;
+  Value* branch = nullptr;      // before any adapter
+  Value* normed_sum = nullptr;  // norm(branch + residual), made when an adapter asks for it
+};
+
+class Inserter {
+ public:
+  Inserter(Graph& graph, const GraphSites& sites, const c10::TypePtr& adapters_type, const InsertOptions& options);
+
+  // Inserts the op of `slot` and returns its gate.
+  Value* insert(const BankSlot& slot);
+  Value* adapter_ids() const { return adapter_ids_; }
+
+ private:
+  Value* insert_lora(const BankSlot& slot, const LinearSite& site, const Projection& projection);
+  Value* insert_prefix(const BankSlot& slot, size_t layer);
+  Value* insert_bottleneck(const BankSlot& slot, const ResidualSite& site);
+  Value* normed_sum(ResidualState& state);
+  Value* slot_module(const BankSlot& slot);
+  Value* parameter(const BankSlot& slot, Value* module, const std::string& name);
+  std::vector<NamedValue> common_arguments(const BankSlot& slot, Value* module, Value* tokens);
+  Value* token_mask(size_t layer, Value* tokens);
+  Value* swapped(Value* value, bool sequence_first);
+  Node* call(const char* op, at::ArrayRef<NamedValue> args, at::ArrayRef<NamedValue> named);
+
+  Graph& graph_;
+  const GraphSites& sites_;
+  const InsertOptions& options_;
+  std::map<const Node*, ResidualState> residuals_;  // by the add
+  std::map<const Value*, Value*> token_masks_;      // by the attention mask
+  Value* adapters_ = nullptr;
+  Value* adapter_ids_ = nullptr;
+  Value* active_ = nullptr;
+  Value* input_mask_ = nullptr;
+};
+
+Inserter::Inserter(Graph& graph, const GraphSites& sites, const c10::TypePtr& adapters_type,
+                   const InsertOptions& options)
+    : graph_(graph), sites_(sites), options_(options) {
+  adapter_ids_ = graph.addInput("adapter_ids")->setType(c10::OptionalType::ofTensor());
+  WithInsertPoint guard(*graph.nodes().begin());
+  adapters_ = graph.insertNode(graph.create(c10::prim::GetAttr, {graph.inputs()[0]}, 1)->s_(c10::attr::name, "adapters"))
+                  ->output();
+  adapters_->setType(adapters_type);
+  active_ = graph.insertGetAttr(adapters_, "active");
+  if (options.token_mask_input) {
+    input_mask_ = graph.insert(c10::aten::ne, {graph.inputs()[*options.token_mask_input], 0});
+  }
+}
+
+Value* Inserter::swapped(Value* value, bool sequence_first) {
+  return sequence_first ? graph_.insert(c10::aten::transpose, {value, 0, 1}) : value;
+}
+
+Value* Inserter::slot_module(const BankSlot& slot) {
+  return graph_.insertGetAttr(graph_.insertGetAttr(adapters_, "layer_" + std::to_string(slot.layer)), slot.name);
+}
+
+Value* Inserter::parameter(const BankSlot& slot, Value* module, const std::string& name) {
+  return slot.parameters.count(name) ? graph_.insertGetAttr(module, name) : graph_.insertConstant(c10::IValue());
+}
+
+// gate_weight, gate_bias, adapter_ids, adapter and token_mask: the arguments that every op ends with.
+std::vector<NamedValue> Inserter::common_arguments(const BankSlot& slot, Value* module, Value* tokens) {
+  std::vector<NamedValue> result = {{"gate_weight", parameter(slot, module, "gate_weight")},
+                                    {"gate_bias", parameter(slot, module, "gate_bias")},
+                                    {"adapter_ids", adapter_ids_},
+                                    {"adapter", active_}};
+  const bool gated = slot.parameters.count("gate_weight") > 0;
+  if (gated && options_.pool_unpadded) {
+    result.emplace_back("token_mask", token_mask(slot.layer, tokens));
+  }
+  return result;
+}
+
+Value* Inserter::token_mask(size_t layer, Value* tokens) {
+  if (input_mask_) {
+    return input_mask_;
+  }
+  Value* mask = sites_.layers[layer].attention->input(3);
+  while (is_aten(mask->node(), {"type_as"})) {
+    mask = mask->node()->input(0);
+  }
+  if (const auto known = token_masks_.find(mask); known != token_masks_.end()) {
+    return known->second;
+  }
+  Node* point = graph_.insertPoint();
+  TORCH_CHECK(is_none(mask) || hoist(mask, point),
+              "graft: gate_pooling=\"unpadded\": the attention mask of layer ", layer,
+              " is computed from its queries or keys, so it is not known before them; name the forward argument that is "
+              "the token mask (token_mask_input)");
+  Value* result = call("attention_token_mask", {NamedValue(tokens), NamedValue(mask)}, {})->output();
+  token_masks_[mask] = result;
+  return result;
+}
+
+Node* Inserter::call(const char* op, at::ArrayRef<NamedValue> args, at::ArrayRef<NamedValue> named) {
+  Value* result = graph_.insert(c10::Symbol::fromQualString(std::string("torchgraft::") + op), args, named);
+  Node* node = result->node();
+  // Graph::insert packs several results into a tuple; take them apart again.
+  if (node->kind() == c10::prim::TupleConstruct) {
+    Node* source = node->input(0)->node();
+    node->destroy();
+    return source;
+  }
+  return node;
+}
+
+Value* Inserter::insert_lora(const BankSlot& slot, const LinearSite& site, const Projection& projection) {
+  Value* whole = site.node->output();
+  // The projection's users see the updated value; what is inserted here still reads the original one.
+  Node* last = graph_.create(c10::prim::Constant, 1)->insertAfter(site.node);
+  last->output()->setType(c10::NoneType::get());
+  WithInsertPoint guard(last);
+  Value* base = whole;
+  if (projection.packed) {
+    base = graph_.insert(c10::aten::narrow, {whole, -1, projection.offset, projection.out_features});
+  }
+  Value* x = swapped(site.node->input(0), site.sequence_first);
+  Value* module = slot_module(slot);
+  Node* op = call("gated_lora",
+                  {NamedValue(x), NamedValue(swapped(base, site.sequence_first)),
+                   NamedValue(parameter(slot, module, "lora_a")), NamedValue(parameter(slot, module, "lora_b")),
+                   NamedValue(parameter(slot, module, "scaling"))},
+                  common_arguments(slot, module, x));
+  Value* updated = swapped(op->outputs()[0], site.sequence_first);
+  if (projection.packed) {
+    updated = graph_.insert(c10::aten::slice_scatter,
+                            {whole, updated, -1, projection.offset, projection.offset + projection.out_features, 1});
+  }
+  whole->replaceAllUsesAfterNodeWith(last, updated);
+  last->destroy();
+  return op->outputs()[1];
+}
+
+Value* Inserter::insert_prefix(const BankSlot& slot, size_t layer) {
+  Node* attention = sites_.layers[layer].attention;
+  WithInsertPoint guard(attention);
+  const LinearSite& query = sites_.layers[layer].query;
+  Value* x = swapped(query.node->input(0), query.sequence_first);
+  Value* module = slot_module(slot);
+  std::vector<NamedValue> named = common_arguments(slot, module, x);
+  named.emplace_back("scale", attention->namedInput("scale"));
+  named.emplace_back("enable_gqa", attention->namedInput("enable_gqa"));
+  Node* op = call("gated_prefix_attention",
+                  {NamedValue(attention->input(0)), NamedValue(attention->input(1)), NamedValue(attention->input(2)),
+                   NamedValue(x), NamedValue(parameter(slot, module, "prefix_key")),
+                   NamedValue(parameter(slot, module, "prefix_value")),
+                   NamedValue(parameter(slot, module, "prefix_length")), NamedValue(attention->input(3)),
+                   NamedValue(attention->input(4)), NamedValue(attention->input(5))},
+                  named);
+  attention->output()->replaceAllUsesWith(op->outputs()[0]);
+  return op->outputs()[1];
+}
+
+// What original_ln_before feeds its adapter: the sum that the model makes, and the norm of it when the norm comes after.
+Value* Inserter::normed_sum(ResidualState& state) {
+  if (state.normed_sum) {
+    return state.normed_sum;
+  }
+  const auto same = [](Value* v) { return v; };
+  Node* sum = graph_.insertNode(graph_.createClone(state.site.add, same));
+  sum->replaceInput(state.site.branch_operand, state.branch);
+  state.normed_sum = sum->output();
+  if (state.site.norm) {
+    for (size_t i = 1; i < state.site.norm->inputs().size(); ++i) {
+      TORCH_INTERNAL_ASSERT(hoist(state.site.norm->input(i), state.site.add), "a norm's weights depend on its input");
+    }
+    Node* norm = graph_.insertNode(graph_.createClone(state.site.norm, same));
+    norm->replaceInput(0, sum->output());
+    state.normed_sum = norm->output();
+  }
+  return state.normed_sum;
+}
+
+// branch + residual becomes op(branch) + residual.
+Value* Inserter::insert_bottleneck(const BankSlot& slot, const ResidualSite& site) {
+  ResidualState& state = residuals_.try_emplace(site.add, ResidualState{site, site.branch()}).first->second;
+  WithInsertPoint guard(site.add);
+  Value* x = slot.input == BottleneckInput::kNormedSum  ? normed_sum(state)
+             : slot.input == BottleneckInput::kResidual ? site.residual()
+                                                        : state.branch;
+  x = swapped(x, site.sequence_first);
+  Value* module = slot_module(slot);
+  Node* op = call("gated_bottleneck",
+                  {NamedValue(x), NamedValue(swapped(site.branch(), site.sequence_first)),
+                   NamedValue(parameter(slot, module, "down_weight")), NamedValue(parameter(slot, module, "down_bias")),
+                   NamedValue(parameter(slot, module, "up_weight")), NamedValue(parameter(slot, module, "up_bias")),
+                   NamedValue(parameter(slot, module, "scaling")),
+                   NamedValue(graph_.insertConstant(slot.non_linearity))},
+                  common_arguments(slot, module, x));
+  site.add->replaceInput(site.branch_operand, swapped(op->outputs()[0], site.sequence_first));
+  return op->outputs()[1];
+}
+
+Value* Inserter::insert(const BankSlot& slot) {
+  const LayerSites& sites = sites_.layers[slot.layer];
+  const Layer& layer = sites_.structure.layers[slot.layer];
+  if (slot.slot == "selfattn_lora_q") {
+    return insert_lora(slot, sites.query, *layer.query);
+  }
+  if (slot.slot == "selfattn_lora_k") {
+    return insert_lora(slot, sites.key, *layer.key);
+  }
+  if (slot.slot == "selfattn_lora_v") {
+    return insert_lora(slot, sites.value, *layer.value);
+  }
+  if (slot.slot == "intermediate_lora") {
+    return insert_lora(slot, sites.ffn_in.value(), *layer.ffn_in);
+  }
+  if (slot.slot == "output_lora") {
+    return insert_lora(slot, sites.ffn_out.value(), *layer.ffn_out);
+  }
+  if (slot.slot == "mh_adapter" || slot.slot == "cross_adapter") {
+    return insert_bottleneck(slot, sites.attention_residual.value());
+  }
+  if (slot.slot == "output_adapter") {
+    return insert_bottleneck(slot, sites.ffn_residual.value());
+  }
+  return insert_prefix(slot, slot.layer);
+}
+
+}  // namespace
+
+void insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& sites, const std::vector<BankSlot>& slots,
+                     const c10::TypePtr& adapters_type, const InsertOptions& options) {
+  Inserter inserter(*graph, sites, adapters_type, options);
+  std::vector<Value*> gates;
+  for (const BankSlot& slot : slots) {
+    gates.push_back(inserter.insert(slot));
+  }
+  WithInsertPoint guard(graph->return_node());
+  Value* list = graph->insertNode(graph->createList(c10::TensorType::get(), gates))->output();
+  Value* pair = graph->insertNode(graph->createTuple({graph->outputs()[0], list}))->output();
+  graph->eraseOutput(0);
+  graph->registerOutput(pair);
+}
+
+}  // namespace torchgraft

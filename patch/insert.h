@@ -1,0 +1,23 @@
+#pragma once
+
+#include <torchgraft/patch/adapter_bank.h>
+#include <torchgraft/patch/find_sites.h>
+
+#include <optional>
+#include <vector>
+
+namespace torchgraft {
+
+struct InsertOptions {
+  bool pool_unpadded = false;              // gates are means over real tokens
+  std::optional<size_t> token_mask_input;  // the graph input that is the token mask; else each attention's own mask
+};
+
+// Inserts one torchgraft:: op per slot into `graph`, whose sites are `sites`. Adds the inputs `adapter_ids: Tensor?` and
+// makes the graph return (its result, gates: Tensor[]) with one gate per slot, in the slots' order.
+// The graph's `self` must have the submodule `adapters` that holds the slots.
+void insert_adapters(const std::shared_ptr<torch::jit::Graph>& graph, const GraphSites& sites,
+                     const std::vector<BankSlot>& slots, const c10::TypePtr& adapters_type,
+                     const InsertOptions& options);
+
+}  // namespace torchgraft

@@ -1,0 +1,21 @@
+"""Loads libtorchgraft once, as a host without the Python package would: TORCHGRAFT_LIBRARY, else the newest build."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def library_path() -> Path:
+    if "TORCHGRAFT_LIBRARY" in os.environ:
+        return Path(os.environ["TORCHGRAFT_LIBRARY"])
+    built = [*ROOT.glob("build*/lib/libtorchgraft.so"), *ROOT.glob("build*/*/lib/libtorchgraft.so")]
+    if not built:
+        pytest.exit(f"no libtorchgraft.so under {ROOT}/build*: build it, or set TORCHGRAFT_LIBRARY", returncode=2)
+    return max(built, key=lambda path: path.stat().st_mtime)
+
+
+torch.ops.load_library(str(library_path()))
