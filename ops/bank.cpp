@@ -23,14 +23,15 @@ Selection uniform(int64_t adapter) {
   return selection;
 }
 
-Selection read_ids(const char* op, const at::Tensor& ids, int64_t adapters) {
+Selection read_ids(const char* op, const at::Tensor& ids, int64_t adapters, bool recording) {
   const at::Tensor contiguous = ids.contiguous();
   const int64_t* first = contiguous.const_data_ptr<int64_t>();
   const int64_t* last = first + contiguous.numel();
   const int64_t* wrong = std::find_if(first, last, [adapters](int64_t id) { return id < -1 || id >= adapters; });
   TORCH_CHECK(wrong == last, op, ": expected adapter_ids in [-1, ", adapters, "), got ", *wrong, " in row ",
               wrong - first);
-  if (first != last && std::all_of(first, last, [first](int64_t id) { return id == *first; })) {
+  const bool allowed = first != last && (*first >= 0 || !recording);
+  if (allowed && std::all_of(first, last, [first](int64_t id) { return id == *first; })) {
     return uniform(*first);
   }
   return mixed(ids, std::find(first, last, -1) != last);
@@ -38,7 +39,7 @@ Selection read_ids(const char* op, const at::Tensor& ids, int64_t adapters) {
 
 }  // namespace
 
-Selection resolve_selection(const char* op, const RowArguments& args, const at::Tensor& bank) {
+Selection resolve_selection(const char* op, const RowArguments& args, const at::Tensor& bank, bool recording) {
   if (!args.adapter_ids.defined()) {
     return uniform(args.adapter);
   }
@@ -47,7 +48,7 @@ Selection resolve_selection(const char* op, const RowArguments& args, const at::
     return mixed(ids, /*has_base=*/true);
   }
   if (ids.is_cpu()) {
-    return read_ids(op, ids, bank.size(0));
+    return read_ids(op, ids, bank.size(0), recording);
   }
   at::_assert_async(at::logical_and(at::ge(ids, -1), at::lt(ids, bank.size(0))).all(),
                     c10::str(op, ": expected adapter_ids in [-1, ", bank.size(0), "), got an id outside"));

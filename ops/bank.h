@@ -23,7 +23,9 @@ struct Selection {
 // Reads the ids where that costs nothing (CPU): checks them against the bank's N with an error that names the row, and
 // takes the uniform path when they agree. On CUDA the check is asynchronous. Fake and functional tensors, whose values
 // cannot be read, take the mixed path.
-Selection resolve_selection(const char* op, const RowArguments& args, const at::Tensor& bank);
+// recording: for a graph; ids that are all -1 then stay mixed, so that parameters get zeros and not no gradient, as
+// they do when the values of the ids are not known.
+Selection resolve_selection(const char* op, const RowArguments& args, const at::Tensor& bank, bool recording);
 
 // bank [N, ...] -> [...] (uniform) or [B, ...] (mixed; zeros for rows without an adapter). Not for kBase.
 at::Tensor select(const Selection& selection, const at::Tensor& bank);

@@ -21,7 +21,7 @@ CanonicalGraph canonicalise(const torch::jit::Module& module, const std::string&
   torch::jit::RemoveTensorMutation(result.graph);
   simplify(result.graph);
   lower_fused_encoder(result.graph);
-  result.unlowered = lower_explicit_attention(result.graph);
+  result.unlowered = lower_explicit_attention(result.graph, module);
   simplify(result.graph);
   result.graph->lint();
   return result;

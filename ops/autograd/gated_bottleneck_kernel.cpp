@@ -39,7 +39,7 @@ class GatedBottleneckFunction : public torch::autograd::Function<GatedBottleneck
         down_bias, up_weight,     up_bias,
         scaling,   non_linearity, row_arguments(gate_weight, gate_bias, adapter_ids, adapter, token_mask)};
     check(args);
-    const Selection selection = resolve_selection("gated_bottleneck", args.rows, down_weight);
+    const Selection selection = resolve_selection("gated_bottleneck", args.rows, down_weight, /*recording=*/true);
     const BottleneckForward result = bottleneck_forward(args, selection);
     const at::Tensor gate = gate_result(result.gate, x, args.rows, selection);
     const bool from_output = find_activation(non_linearity).saves_output;

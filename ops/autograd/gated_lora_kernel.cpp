@@ -24,7 +24,7 @@ class GatedLoraFunction : public torch::autograd::Function<GatedLoraFunction> {
     const LoraArguments args{x,      base,    lora_a,
                              lora_b, scaling, row_arguments(gate_weight, gate_bias, adapter_ids, adapter, token_mask)};
     check(args);
-    const Selection selection = resolve_selection("gated_lora", args.rows, lora_a);
+    const Selection selection = resolve_selection("gated_lora", args.rows, lora_a, /*recording=*/true);
     const LoraForward result = lora_forward(args, selection);
     const at::Tensor gate = gate_result(result.gate, x, args.rows, selection);
     save(ctx, {x, base, lora_a, lora_b, scaling, args.rows.gate_weight, args.rows.gate_bias},

@@ -49,7 +49,7 @@ class GatedPrefixAttentionFunction : public torch::autograd::Function<GatedPrefi
                                scale,
                                enable_gqa,
                                row_arguments(gate_weight, gate_bias, adapter_ids, adapter, token_mask)};
-    const Selection selection = resolve_selection("gated_prefix_attention", args.rows, prefix_key);
+    const Selection selection = resolve_selection("gated_prefix_attention", args.rows, prefix_key, /*recording=*/true);
     TORCH_INTERNAL_ASSERT(selection.kind != Selection::Kind::kBase, "plain attention takes another path");
     const Gate gate = gate_forward(x, args.rows, selection);
     const Prefix prefix = select_prefix(args, selection, gate, /*trim=*/false);
@@ -237,7 +237,7 @@ std::tuple<at::Tensor, at::Tensor> gated_prefix_attention_autograd(
                              enable_gqa,
                              row_arguments(gate_weight, gate_bias, adapter_ids, adapter, token_mask)};
   check(args);
-  const Selection selection = resolve_selection("gated_prefix_attention", args.rows, prefix_key);
+  const Selection selection = resolve_selection("gated_prefix_attention", args.rows, prefix_key, /*recording=*/true);
   if (dropout_p > 0.0 || selection.kind == Selection::Kind::kBase) {
     return attend_differentiably(args, selection);
   }

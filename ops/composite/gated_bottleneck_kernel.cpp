@@ -56,7 +56,7 @@ std::tuple<at::Tensor, at::Tensor> gated_bottleneck_composite(
                                  std::string(non_linearity),
                                  row_arguments(gate_weight, gate_bias, adapter_ids, adapter, token_mask)};
   check(args);
-  const Selection selection = resolve_selection("gated_bottleneck", args.rows, down_weight);
+  const Selection selection = resolve_selection("gated_bottleneck", args.rows, down_weight, /*recording=*/false);
   const BottleneckForward forward = bottleneck_forward(args, selection);
   return {forward.output, gate_result(forward.gate, x, args.rows, selection)};
 }

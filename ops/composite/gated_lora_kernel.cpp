@@ -34,7 +34,7 @@ std::tuple<at::Tensor, at::Tensor> gated_lora_composite(
   const LoraArguments args{x,      base,    lora_a,
                            lora_b, scaling, row_arguments(gate_weight, gate_bias, adapter_ids, adapter, token_mask)};
   check(args);
-  const Selection selection = resolve_selection("gated_lora", args.rows, lora_a);
+  const Selection selection = resolve_selection("gated_lora", args.rows, lora_a, /*recording=*/false);
   const LoraForward forward = lora_forward(args, selection);
   return {forward.output, gate_result(forward.gate, x, args.rows, selection)};
 }

@@ -40,7 +40,7 @@ std::tuple<at::Tensor, at::Tensor> gated_prefix_attention_composite(
                              enable_gqa,
                              row_arguments(gate_weight, gate_bias, adapter_ids, adapter, token_mask)};
   check(args);
-  const Selection selection = resolve_selection("gated_prefix_attention", args.rows, prefix_key);
+  const Selection selection = resolve_selection("gated_prefix_attention", args.rows, prefix_key, /*recording=*/false);
   const Gate gate = gate_forward(x, args.rows, selection);
   return {prefix_attention(args, selection, gate), gate_result(gate, x, args.rows, selection)};
 }

@@ -1,7 +1,7 @@
 #include <torchgraft/patch/passes/lower_explicit_attention.h>
 
 #include <torchgraft/patch/graph_utils.h>
-#include <torchgraft/patch/passes/fold_attributes.h>
+#include <torchgraft/patch/symbolic_shape.h>
 
 #include <torch/csrc/jit/ir/constants.h>
 
@@ -16,8 +16,22 @@ using torch::jit::Graph;
 using torch::jit::Node;
 using torch::jit::Value;
 
+// queries times keys: matmul(q, k), bmm(q, k) or baddbmm(bias, q, k).
 bool is_product(const Node* node) {
-  return is_aten(node, {"matmul", "bmm"});
+  return is_aten(node, {"matmul", "bmm", "baddbmm"});
+}
+
+Value* left_factor(Node* product) {
+  return product->input(is_aten(product, {"baddbmm"}) ? 1 : 0);
+}
+
+Value* right_factor(Node* product) {
+  return product->input(is_aten(product, {"baddbmm"}) ? 2 : 1);
+}
+
+// Between [B * h, S, S] and [B, h, S, S].
+bool is_reshape(const Node* node) {
+  return is_aten(node, {"view", "reshape", "_unsafe_view", "unflatten", "flatten"});
 }
 
 bool is_number(const Value* value) {
@@ -51,7 +65,7 @@ std::optional<size_t> score_operand(const Node* node) {
   if (is_aten(node, {"div", "mul"})) {
     return is_number(node->input(1)) ? std::optional<size_t>(0) : std::nullopt;
   }
-  if (is_aten(node, {"to", "type_as", "masked_fill", "contiguous"})) {
+  if (is_aten(node, {"to", "type_as", "masked_fill", "contiguous"}) || is_reshape(node)) {
     return 0;
   }
   if (is_aten(node, {"where"}) && node->inputs().size() == 3) {
@@ -90,6 +104,7 @@ class AffinePath {
 
   Factors factors;
   bool understood = true;
+  bool reshaped = false;
 
  private:
   Value* of_branch(Node* branch, size_t output);
@@ -122,7 +137,7 @@ Value* AffinePath::copy_with(Node* node, size_t operand, Value* replacement) {
 Value* AffinePath::bias(Value* scores) {
   Node* node = scores->node();
   if (node == product_) {
-    return nullptr;
+    return is_aten(node, {"baddbmm"}) ? node->input(0) : nullptr;
   }
   if (node->kind() == c10::prim::If) {
     return of_branch(node, scores->offset());
@@ -140,6 +155,11 @@ Value* AffinePath::bias(Value* scores) {
   }
   if (is_aten(node, {"to", "type_as", "contiguous"})) {
     return inner;  // the mask is cast to the queries' dtype at the end
+  }
+  if (is_reshape(node)) {
+    reshaped = true;
+    understood = understood && !inner;  // a bias of scores of shape [B * h, S, S]
+    return inner;
   }
   if (is_aten(node, {"masked_fill"})) {
     return copy_with(node, operand, inner ? inner : zero_like(node->input(1)));
@@ -209,13 +229,13 @@ std::optional<Consumer> find_consumer(Node* softmax, std::string& reason) {
       return std::nullopt;
     }
     Node* user = uses[0].user;
-    if (is_product(user) && uses[0].offset == 0) {
+    if (is_aten(user, {"matmul", "bmm"}) && uses[0].offset == 0) {
       result.product = user;
       return result;
     }
     if (is_aten(user, {"dropout"}) && !result.dropout) {
       result.dropout = user;
-    } else if (!is_aten(user, {"to", "type_as", "contiguous"})) {
+    } else if (!is_aten(user, {"to", "type_as", "contiguous"}) && !is_reshape(user)) {
       reason = "no product with values follows it";
       return std::nullopt;
     }
@@ -249,13 +269,40 @@ Value* insert_transposed(Graph& graph, Value* keys_transposed) {
   return graph.insert(c10::aten::transpose, {keys_transposed, -2, -1});
 }
 
-// Rewrites the attention around `softmax`; the reason why not when it cannot.
-std::optional<std::string> lower_one(const std::shared_ptr<Graph>& graph, Node* softmax) {
-  std::string reason;
-  const auto dim = constant_int(softmax->input(1));
-  if (!dim || (*dim != -1 && *dim != 3)) {
-    return "it is not over the last dimension";
+// [B * h, S, d] as [B, h, S, d]; what is of rank 4 stays as it is. Null when the rank or the head count is not known.
+Value* insert_rank_4(Graph& graph, SymbolicShapes& shapes, Value* value) {
+  const auto shape = shapes.shape(value);
+  if (!shape || (shape->size() != 3 && shape->size() != 4)) {
+    return nullptr;
   }
+  if (shape->size() == 4) {
+    return value;
+  }
+  if (shape->front().is_constant()) {
+    return nullptr;
+  }
+  Value* sizes = graph.insertConstant(std::vector<int64_t>{-1, shape->front().factor});
+  return graph.insert(c10::Symbol::aten("unflatten"), {value, 0, sizes});
+}
+
+// The bias as something that broadcasts against [B, h, S, S].
+Value* insert_mask(Graph& graph, SymbolicShapes& shapes, Value* bias, Value* anchor, bool product_is_rank_3,
+                   bool& understood) {
+  if (!bias) {
+    return graph.insertConstant(c10::IValue());
+  }
+  if (product_is_rank_3) {
+    const auto shape = shapes.shape(bias);
+    const bool per_head = shape && shape->size() == 3 && !shape->front().is_constant();
+    understood = understood && shape.has_value();
+    bias = per_head ? insert_rank_4(graph, shapes, bias) : bias;
+  }
+  return graph.insert(c10::aten::type_as, {bias, anchor});
+}
+
+// Rewrites the attention around `softmax`; the reason why not when it cannot.
+std::optional<std::string> lower_one(const std::shared_ptr<Graph>& graph, SymbolicShapes& shapes, Node* softmax) {
+  std::string reason;
   const auto consumer = find_consumer(softmax, reason);
   if (!consumer) {
     return reason;
@@ -267,45 +314,57 @@ std::optional<std::string> lower_one(const std::shared_ptr<Graph>& graph, Node* 
   if (product->owningBlock() != softmax->owningBlock() || consumer->product->owningBlock() != softmax->owningBlock()) {
     return "its products with keys and values are not in the same block";
   }
+  const auto dim = constant_int(softmax->input(1));
+  const auto rank = shapes.shape(left_factor(product));
+  const auto value_rank = shapes.shape(consumer->product->input(1));
+  if (!rank || !value_rank) {
+    return "the rank of its queries or values is not known";
+  }
+  if (!dim || (*dim != -1 && *dim != 3 && *dim != static_cast<int64_t>(rank->size()) - 1)) {
+    return "it is not over the last dimension";
+  }
   torch::jit::WithInsertPoint guard(consumer->product);
   // The mask must not depend on the queries: gates that are pooled over real tokens need it before they exist.
-  const auto linears = nearest_linears(product->input(0));
-  Value* anchor = linears.empty() ? product->input(0) : linears.front()->input(0);
+  const auto linears = nearest_linears(left_factor(product));
+  Value* anchor = linears.empty() ? left_factor(product) : linears.front()->input(0);
   AffinePath path(graph, product, anchor);
-  Value* mask = path.bias(softmax->input(0));
-  if (!path.understood) {
-    return "the scale depends on a branch";
+  Value* bias = path.bias(softmax->input(0));
+  // A reshape on the way means that masks were applied in rank 4.
+  const bool masked_in_rank_3 = rank->size() == 3 && value_rank->size() == 3 && *dim != 3 && !path.reshaped;
+  Value* mask = insert_mask(*graph, shapes, bias, anchor, masked_in_rank_3, path.understood);
+  Value* query = insert_rank_4(*graph, shapes, left_factor(product));
+  Value* key = insert_rank_4(*graph, shapes, insert_transposed(*graph, right_factor(product)));
+  Value* value = insert_rank_4(*graph, shapes, consumer->product->input(1));
+  if (!path.understood || !query || !key || !value) {
+    return path.understood ? "the heads are not a dimension of their own" : "its scale or mask is not understood";
   }
-  Value* query = product->input(0);
   for (const auto& [factor, divides] : path.factors.dynamic) {
     query = graph->insert(divides ? c10::aten::div : c10::aten::mul, {query, factor});
   }
-  Value* key = insert_transposed(*graph, product->input(1));
-  if (mask) {
-    mask = graph->insert(c10::aten::type_as, {mask, anchor});
-  } else {
-    mask = graph->insertConstant(c10::IValue());
-  }
   Value* dropout_p = insert_dropout_p(*graph, consumer->dropout);
-  Value* output = graph->insert(c10::aten::scaled_dot_product_attention,
-                                {query, key, consumer->product->input(1), mask, dropout_p, false},
+  Value* output = graph->insert(c10::aten::scaled_dot_product_attention, {query, key, value, mask, dropout_p, false},
                                 {torch::jit::NamedValue("scale", path.factors.constant)});
+  if (value_rank->size() == 3) {
+    output = graph->insert(c10::aten::flatten, {output, 0, 1});
+  }
   consumer->product->output()->replaceAllUsesWith(output);
   return std::nullopt;
 }
 
 }  // namespace
 
-std::vector<UnloweredSoftmax> lower_explicit_attention(const std::shared_ptr<Graph>& graph) {
+std::vector<UnloweredSoftmax> lower_explicit_attention(const std::shared_ptr<Graph>& graph,
+                                                       const torch::jit::Module& module) {
   std::vector<Node*> candidates;
   for_each_node(graph->block(), [&](Node* node) {
     if (is_aten(node, {"softmax", "_softmax"})) {
       candidates.push_back(node);
     }
   });
+  SymbolicShapes shapes(module);
   std::vector<UnloweredSoftmax> unlowered;
   for (Node* softmax : candidates) {
-    if (const auto reason = lower_one(graph, softmax)) {
+    if (const auto reason = lower_one(graph, shapes, softmax)) {
       unlowered.push_back({softmax, *reason});
     }
   }

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <torch/csrc/jit/api/module.h>
 #include <torch/csrc/jit/ir/ir.h>
 
 #include <string>
@@ -20,6 +21,7 @@ struct UnloweredSoftmax {
 // from, masked_fill'ed or where'd, in any order, also inside `if mask is not None:`. That path is affine in the scores,
 // slope * scores + bias: the slope becomes `scale`, and the bias, which is what the path makes of zero scores, becomes
 // `attn_mask`. So masks, relative position biases and their branches are carried over without being understood.
-std::vector<UnloweredSoftmax> lower_explicit_attention(const std::shared_ptr<torch::jit::Graph>& graph);
+std::vector<UnloweredSoftmax> lower_explicit_attention(const std::shared_ptr<torch::jit::Graph>& graph,
+                                                       const torch::jit::Module& module);
 
 }  // namespace torchgraft

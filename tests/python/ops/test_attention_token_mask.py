@@ -1,0 +1,82 @@
+import math
+
+import op_reference
+import pytest
+import torch
+from op_cases import MASKS, attention_mask
+
+op = torch.ops.torchgraft.attention_token_mask
+BATCH, HEADS, QUERIES, TOKENS = 3, 2, 4, 5
+
+
+def make(kind, dtype=torch.float32, queries=QUERIES):
+    torch.manual_seed(0)
+    x = torch.randn(BATCH, TOKENS, 6, dtype=dtype)
+    mask = None if kind is None else attention_mask(kind, BATCH, HEADS, queries, TOKENS, dtype)
+    return x, mask
+
+
+@pytest.mark.parametrize("kind", [None, *MASKS])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_values(kind, dtype):
+    x, mask = make(kind, dtype)
+    actual = op(x, mask)
+    assert actual.dtype == torch.bool
+    assert actual.is_contiguous()
+    assert torch.equal(actual, op_reference.attention_token_mask(x, mask))
+
+
+def test_padding_is_found_whatever_its_spelling():
+    x, mask = make("bool_padding")
+    expected = mask[:, 0, 0]
+    assert torch.equal(expected.sum(1), torch.tensor([5, 4, 3]))
+    assert torch.equal(op(x, mask), expected)
+    for fill in (-math.inf, torch.finfo(torch.float32).min):
+        padded = torch.zeros(BATCH, 1, 1, TOKENS).masked_fill(~mask, fill)
+        assert torch.equal(op(x, padded), expected)
+        # A causal mask merged into it hides no key from the last query.
+        causal = padded + torch.full((TOKENS, TOKENS), fill).triu(1)
+        assert torch.equal(op(x, causal), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_large_but_not_lowest_bias_is_no_mask(dtype):
+    x = torch.zeros(1, 2, 3)
+    mask = torch.tensor([[-1e4, torch.finfo(dtype).min]], dtype=dtype)
+    assert torch.equal(op(x, mask), torch.tensor([[True, False]]))
+
+
+def test_three_dimensional_mask_is_heads_first():
+    x = torch.zeros(2, 3, 1)
+    mask = torch.zeros(2, 1, 3, dtype=torch.bool)
+    mask[1, 0, 2] = True  # only head 1 sees key 2, in every row
+    assert torch.equal(op(x, mask), torch.tensor([[False, False, True]] * 2))
+
+
+@pytest.mark.parametrize("kind", [None, *MASKS])
+def test_opcheck_and_meta(kind):
+    x, mask = make(kind)
+    torch.library.opcheck(op, (x, mask))
+    torch.library.opcheck(op, (x.requires_grad_(), mask))
+    meta = op(x.to("meta"), None if mask is None else mask.to("meta"))
+    assert (meta.shape, meta.dtype) == ((BATCH, TOKENS), torch.bool)
+
+
+def test_result_needs_no_gradient():
+    x, mask = make("float_4d")
+    assert not op(x.requires_grad_(), mask.requires_grad_()).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("x", "mask", "message"),
+    [
+        (torch.zeros(3, 5), None, r"expected x of shape \[B, S, H\], got \[3, 5\]"),
+        (torch.zeros(3, 5, 2), torch.zeros(5, 4), r"expected attn_mask that broadcasts to \[3, h, S_q, 5\], got \[5, 4\]"),
+        (torch.zeros(3, 5, 2), torch.zeros(2, 1, 1, 5), r"broadcasts to \[3, h, S_q, 5\], got \[2, 1, 1, 5\]"),
+        (torch.zeros(3, 5, 2), torch.zeros(5).bool(), r"expected attn_mask of 2, 3 or 4 dimensions"),
+        (torch.zeros(3, 5, 2), torch.zeros(5, 5).int(), "expected attn_mask of a floating dtype or Bool, got Int"),
+    ],
+)
+def test_errors(x, mask, message):
+    with pytest.raises(RuntimeError, match="attention_token_mask: .*" + message):
+        op(x, mask)
