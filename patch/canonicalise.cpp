@@ -27,4 +27,18 @@ CanonicalGraph canonicalise(const torch::jit::Module& module, const std::string&
   return result;
 }
 
+torch::jit::Module canonical_module(const torch::jit::Module& module) {
+  torch::jit::Module result = module.clone();
+  const auto schema = result.get_method("forward").function().getSchema();
+  const auto graph = canonicalise(result, "forward").graph;
+  const c10::QualifiedName name(*result.type()->name(), "forward");
+  const auto unit = result._ivalue()->compilation_unit();
+  result.type()->unsafeRemoveMethod("forward");
+  unit->unsafeRemoveMethod(name);
+  torch::jit::Function* forward = unit->create_function(name, graph);
+  forward->setSchema(schema);
+  result.type()->addMethod(forward);
+  return result;
+}
+
 }  // namespace torchgraft

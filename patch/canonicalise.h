@@ -1,6 +1,7 @@
 #pragma once
 
 #include <torchgraft/patch/passes/lower_explicit_attention.h>
+#include <torchgraft/registration/export.h>
 
 #include <torch/csrc/jit/api/module.h>
 
@@ -15,5 +16,8 @@ struct CanonicalGraph {
 
 // `method_name` of `module`, which stays unchanged.
 CanonicalGraph canonicalise(const torch::jit::Module& module, const std::string& method_name);
+
+// A copy of `module` whose forward is the canonical graph: what grafting nothing makes of it. For tests and for a look.
+TORCHGRAFT_PATCH_API torch::jit::Module canonical_module(const torch::jit::Module& module);
 
 }  // namespace torchgraft

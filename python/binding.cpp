@@ -1,0 +1,61 @@
+// The Python face of libtorchgraft_patch: modules, strings and dicts in and out, no logic of its own.
+
+#include <torchgraft/config/adapter_config.h>
+#include <torchgraft/patch/canonicalise.h>
+#include <torchgraft/patch/graft.h>
+#include <torchgraft/registration/library.h>
+
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <map>
+#include <tuple>
+
+namespace py = pybind11;
+
+namespace {
+
+using torch::jit::Module;
+
+// (name, config as JSON or as a name, AdapterHub state dict, the adapter's name in it)
+using Spec = std::tuple<std::string, std::string, std::optional<std::map<std::string, at::Tensor>>, std::string>;
+
+torchgraft::AdapterConfig config_of(const std::string& text) {
+  return text.find('{') == std::string::npos ? torchgraft::config_from_name(text) : torchgraft::config_from_json(text);
+}
+
+Module graft(const Module& module, const std::vector<Spec>& adapters, const std::string& gate_pooling,
+             const std::string& token_mask_input, const std::string& active, bool verify) {
+  std::vector<torchgraft::AdapterSpec> specs;
+  for (const auto& [name, config, weights, saved_name] : adapters) {
+    specs.push_back({name, config_of(config), weights, saved_name});
+  }
+  return torchgraft::graft(module, specs, {gate_pooling, token_mask_input, active, verify});
+}
+
+// c10::Error carries a C++ stack; a person needs its message.
+void translate_error(std::exception_ptr exception) {
+  try {
+    std::rethrow_exception(exception);
+  } catch (const c10::Error& error) {
+    const py::object type = py::module_::import("torchgraft.errors").attr("GraftError");
+    PyErr_SetString(type.ptr(), error.what_without_backtrace());
+  }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  py::register_local_exception_translator(&translate_error);
+  m.def("version", &torchgraft::version);
+  m.def("graft", &graft, py::arg("module"), py::arg("adapters"), py::arg("gate_pooling"), py::arg("token_mask_input"),
+        py::arg("active"), py::arg("verify"), py::call_guard<py::gil_scoped_release>());
+  m.def("inspect", [](const Module& module) { return torchgraft::to_json(torchgraft::inspect(module)); });
+  m.def("canonical_module", &torchgraft::canonical_module);
+  m.def("config_names", &torchgraft::config_names);
+  m.def("config_from_name",
+        [](const std::string& name) { return torchgraft::config_to_json(torchgraft::config_from_name(name)); });
+  m.def("normalise_config",
+        [](const std::string& json) { return torchgraft::config_to_json(torchgraft::config_from_json(json)); });
+  m.def("check_supported", [](const std::string& text) { torchgraft::check_supported(config_of(text)); });
+}

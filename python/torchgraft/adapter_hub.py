@@ -1,0 +1,87 @@
+"""Reads AdapterHub adapter directories, as `model.save_adapter()` of the `adapters` library writes them."""
+
+import json
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .errors import GraftError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHT_FILES = ("adapter.safetensors", "pytorch_adapter.bin")
+
+
+@dataclass(frozen=True)
+class AdapterDirectory:
+    """What an adapter directory holds.
+
+    Attributes:
+        name: the adapter's name when it was saved, which is part of its weights' names.
+        config: the text of adapter_config.json.
+        weights: the state dict, on the CPU.
+    """
+
+    name: str
+    config: str
+    weights: dict[str, Tensor]
+
+
+def read_config(directory: str | Path) -> str:
+    """The text of a directory's adapter_config.json (or of the file itself).
+
+    Raises:
+        GraftError: there is no such file, or it is not JSON.
+    """
+    path = Path(directory)
+    if path.is_dir():
+        path = path / CONFIG_FILE
+    try:
+        text = path.read_text(encoding="utf-8")
+        json.loads(text)
+    except OSError as error:
+        raise GraftError(f"{path}: cannot read the adapter's configuration ({error.strerror})") from error
+    except ValueError as error:
+        raise GraftError(f"{path}: not a JSON file ({error})") from error
+    return text
+
+
+def _read_weights(directory: Path) -> dict[str, Tensor]:
+    for name in WEIGHT_FILES:
+        path = directory / name
+        if not path.exists():
+            continue
+        try:
+            if path.suffix == ".safetensors":
+                from safetensors.torch import load_file
+
+                return load_file(path, device="cpu")
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise GraftError(f"{path}: refused, it holds more than plain tensors") from error
+        except Exception as error:  # torch and safetensors raise many kinds for a damaged file
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise GraftError(f"{path}: cannot read the adapter's weights ({reason})") from error
+        if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+            raise GraftError(f"{path}: expected a state dict of tensors, got {type(weights).__name__}")
+        return dict(weights)
+    raise GraftError(f"{directory}: no weights, looked for {' and '.join(WEIGHT_FILES)}")
+
+
+def load_adapter_directory(directory: str | Path) -> AdapterDirectory:
+    """Reads an adapter's configuration and weights. Nothing is unpickled but tensors.
+
+    Raises:
+        GraftError: not a directory, a file is missing or damaged; the message names the file.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise GraftError(f"{directory}: not a directory; expected one that model.save_adapter() wrote")
+    config = read_config(directory)
+    content = json.loads(config)
+    name = content.get("name") if isinstance(content, dict) else None
+    if not isinstance(name, str):
+        raise GraftError(f'{directory / CONFIG_FILE}: no "name"; is it an AdapterHub adapter?')
+    return AdapterDirectory(name=name, config=config, weights=_read_weights(directory))

@@ -1,0 +1,81 @@
+"""graft() and inspect()."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ._libraries import patcher
+from .adapter_hub import load_adapter_directory
+from .configs import config_to_json
+from .errors import GraftError
+
+
+def _cpp_module(module: Any) -> Any:
+    if not isinstance(module, torch.jit.ScriptModule):
+        raise TypeError(
+            f"torchgraft works on TorchScript modules, got {type(module).__name__}; "
+            "trace it (torch.jit.trace), script it (torch.jit.script) or load one (torch.jit.load)"
+        )
+    return module._c
+
+
+def graft(
+    module: torch.jit.ScriptModule,
+    config: Any = None,
+    name: str | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
+    *,
+    gate_pooling: str = "all",
+    token_mask: str | None = None,
+    active: str | None = None,
+    verify: bool = True,
+) -> torch.jit.ScriptModule:
+    """A copy of `module` with adapters grafted on; `module` itself is unchanged.
+
+    Args:
+        module: a scripted or traced Transformer, or a module that is grafted already: then the adapters are added.
+        config: what to graft under `name`, freshly initialised: a name ("unipelt", "mam", "lora", ...), a configuration of
+            this package or of the `adapters` library, a dict, or the path of an adapter_config.json.
+        name: the name of that adapter.
+        adapters: trained adapters, {name: AdapterHub directory}; configuration and weights come from the directory.
+        gate_pooling: "all": a gate is the mean over all tokens, as in the `adapters` library. "unpadded": over the tokens
+            that are not padding, so that a row's result does not depend on how far its batch was padded.
+        token_mask: for "unpadded", the argument of forward that is the token mask ([B, S], non-zero = real token).
+            None takes it from the attention's own mask.
+        active: the adapter that is active in the result. None: the last one grafted.
+        verify: check the result (well-formed, complete, survives saving and loading).
+
+    Returns:
+        A ScriptModule with `forward(..., adapter_ids=None)`, `forward_with_gates(..., adapter_ids=None)`,
+        `base_forward(...)`, `activate(name)`, `deactivate()`, `active_adapter()`, `adapter_names()` and
+        `adapter_config(name)`. `adapter_ids` is an int64 tensor [B] that picks an adapter for each row; -1 is the base.
+
+    Raises:
+        GraftError: no attention found, a place that the model does not have, weights that do not fit, an unsupported
+            field of the configuration. The message says what to do.
+    """
+    specs: list[tuple[str, str, dict | None, str]] = []
+    if config is not None:
+        if name is None:
+            raise GraftError("graft: a config needs the name of its adapter (name=...)")
+        specs.append((name, config_to_json(config), None, ""))
+    elif name is not None:
+        raise GraftError(f"graft: the adapter '{name}' needs a config (config=...), or a directory (adapters=...)")
+    for adapter_name, directory in (adapters or {}).items():
+        saved = load_adapter_directory(directory)
+        specs.append((adapter_name, saved.config, saved.weights, saved.name))
+    grafted = patcher().graft(_cpp_module(module), specs, gate_pooling, token_mask or "", active or "", verify)
+    return torch.jit._recursive.wrap_cpp_module(grafted)
+
+
+def inspect(module: torch.jit.ScriptModule) -> dict[str, Any]:
+    """The layers that the patcher sees in `module`, as plain data.
+
+    Returns:
+        {"layers": [...], "near_misses": [...]}: per layer its kind, heads, sizes, norm order, the module paths of its
+        projections, the locations where adapters can go, and notes on what was not found; near misses are sentences.
+    """
+    return json.loads(patcher().inspect(_cpp_module(module)))
