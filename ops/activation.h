@@ -25,7 +25,7 @@ struct Activation {
 };
 
 // Throws c10::Error that lists the names.
-const Activation& find_activation(std::string_view name);
+TORCHGRAFT_API const Activation& find_activation(std::string_view name);
 
 }  // namespace ops
 }  // namespace torchgraft

@@ -174,15 +174,16 @@ AttentionForward attend(const PrefixArguments& args, const Prefix& prefix, const
   if (can_use_flash(args)) {
     const SequencePart sequence = flash_sequence(args, mask);
     result.log_sum_exp = finite_log_sum_exp(at::logaddexp(sequence.log_sum_exp, prefix_lse));
-    const at::Tensor share = at::exp(sequence.log_sum_exp - result.log_sum_exp).unsqueeze(-1);
-    result.output = (sequence.output * share).to(args.query.scalar_type());
+    // In place: the kernel's output is ours, and already token-major where the query is.
+    result.output = sequence.output;
+    result.output.mul_(at::exp(sequence.log_sum_exp - result.log_sum_exp).unsqueeze(-1));
   } else {
     const at::Tensor sequence = sequence_scores(args, mask);
     result.log_sum_exp = finite_log_sum_exp(at::logaddexp(at::logsumexp(sequence, -1), prefix_lse));
     result.output = weigh(args, at::exp(sequence - result.log_sum_exp.unsqueeze(-1)), args.value);
   }
   const at::Tensor probabilities = at::exp(scores - result.log_sum_exp.unsqueeze(-1));
-  result.output = result.output + weigh(args, apply_gate(probabilities, prefix.value_gate), prefix.value);
+  result.output.add_(weigh(args, apply_gate(probabilities, prefix.value_gate), prefix.value));
   result.output = as_token_major(result.output);
   return result;
 }

@@ -108,7 +108,7 @@ def check_one_result_used(op, args, reference):
 def check_opcheck(op, args):
     """All of torch.library.opcheck: schema, autograd registration, fake tensors, AOT dispatch with dynamic shapes."""
     torch.library.opcheck(op, (), with_grad(args))
-    torch.library.opcheck(op, (), args)
+    torch.library.opcheck(op, (), args, test_utils=("test_schema", "test_faketensor"))
 
 
 def check_scripted(op, scripted, args):
@@ -132,7 +132,7 @@ def check_autocast(op, args, dtype=torch.bfloat16):
 
 
 def check_inference_modes(op, args):
-    """Without grad mode nothing is recorded, and the result is bitwise the recorded one's value where both run alike."""
+    """Without grad mode nothing is recorded, and inference mode gives the same bits."""
     leaves = with_grad(args)
     with torch.no_grad():
         plain = op(**leaves)
@@ -148,4 +148,7 @@ def check_meta(op, args):
     results = op(**args)
     on_meta = op(**{n: v.to("meta") if isinstance(v, torch.Tensor) else v for n, v in args.items()})
     for value, meta in zip(results, on_meta):
-        assert (value.shape, value.dtype, value.stride()) == (meta.shape, meta.dtype, meta.stride())
+        assert (value.shape, value.dtype) == (meta.shape, meta.dtype)
+        # A dimension of one element has no stride to speak of.
+        strides = [(a, b) for size, a, b in zip(value.shape, value.stride(), meta.stride()) if size > 1]
+        assert all(a == b for a, b in strides) or value.numel() == 0

@@ -1,0 +1,188 @@
+#include <torchgraft/config/adapter_config.h>
+
+#include <c10/util/Exception.h>
+
+#include <functional>
+#include <map>
+
+namespace torchgraft {
+
+BnConfig seq_bn_config() {
+  BnConfig config;
+  config.original_ln_before = true;
+  return config;
+}
+
+BnConfig double_seq_bn_config() {
+  BnConfig config;
+  config.mh_adapter = true;
+  config.non_linearity = "swish";
+  return config;
+}
+
+BnConfig par_bn_config() {
+  BnConfig config;
+  config.reduction_factor = 2.0;
+  config.init_weights = "mam_adapter";
+  config.is_parallel = true;
+  config.scaling = 4.0;
+  return config;
+}
+
+AdapterConfig mam_config() {
+  PrefixTuningConfig prefix;
+  prefix.bottleneck_size = 800;
+  return config_union({prefix, par_bn_config()});
+}
+
+AdapterConfig unipelt_config() {
+  PrefixTuningConfig prefix;
+  prefix.prefix_length = 10;
+  BnConfig bottleneck = seq_bn_config();
+  LoRAConfig lora;
+  lora.alpha = 2;
+  prefix.use_gating = bottleneck.use_gating = lora.use_gating = true;
+  return config_union({prefix, bottleneck, lora});
+}
+
+namespace {
+
+BnConfig with_inverse(BnConfig config) {
+  config.inv_adapter = "nice";
+  config.inv_adapter_reduction_factor = 2.0;
+  return config;
+}
+
+BnConfig with_phm(BnConfig config) {
+  config.phm_layer = true;
+  config.reduction_factor = 32.0;
+  config.non_linearity = "gelu";
+  return config;
+}
+
+BnConfig with_learned_scaling(BnConfig config) {
+  config.scaling = std::string("learned");
+  return config;
+}
+
+PrefixTuningConfig flat_prefix() {
+  PrefixTuningConfig config;
+  config.flat = true;
+  return config;
+}
+
+LoRAConfig ia3() {
+  LoRAConfig config;
+  config.intermediate_lora = true;
+  config.r = 1;
+  config.alpha = 1;
+  config.attn_matrices = {"k", "v"};
+  config.composition_mode = "scale";
+  config.init_weights = "ia3";
+  return config;
+}
+
+LoRAConfig vera() {
+  LoRAConfig config;
+  config.vera_d = 0.1;
+  config.vera_b = 0.0;
+  config.init_weights = "vera";
+  return config;
+}
+
+LoRAConfig with_dora(LoRAConfig config) {
+  config.use_dora = true;
+  return config;
+}
+
+AdapterConfig single(MethodConfig method) {
+  return AdapterConfig{{std::move(method)}};
+}
+
+const std::map<std::string, std::function<AdapterConfig()>, std::less<>>& registry() {
+  static const std::map<std::string, std::function<AdapterConfig()>, std::less<>> kRegistry = {
+      {"pfeiffer", [] { return single(seq_bn_config()); }},
+      {"houlsby", [] { return single(double_seq_bn_config()); }},
+      {"parallel", [] { return single(par_bn_config()); }},
+      {"scaled_parallel", [] { return single(with_learned_scaling(par_bn_config())); }},
+      {"pfeiffer+inv", [] { return single(with_inverse(seq_bn_config())); }},
+      {"houlsby+inv", [] { return single(with_inverse(double_seq_bn_config())); }},
+      {"seq_bn", [] { return single(seq_bn_config()); }},
+      {"double_seq_bn", [] { return single(double_seq_bn_config()); }},
+      {"par_bn", [] { return single(par_bn_config()); }},
+      {"scaled_par_bn", [] { return single(with_learned_scaling(par_bn_config())); }},
+      {"seq_bn_inv", [] { return single(with_inverse(seq_bn_config())); }},
+      {"double_seq_bn_inv", [] { return single(with_inverse(double_seq_bn_config())); }},
+      {"compacter++", [] { return single(with_phm(seq_bn_config())); }},
+      {"compacter", [] { return single(with_phm(double_seq_bn_config())); }},
+      {"prefix_tuning", [] { return single(PrefixTuningConfig{}); }},
+      {"prefix_tuning_flat", [] { return single(flat_prefix()); }},
+      {"lora", [] { return single(LoRAConfig{}); }},
+      {"ia3", [] { return single(ia3()); }},
+      {"vera", [] { return single(vera()); }},
+      {"dora", [] { return single(with_dora(LoRAConfig{})); }},
+      {"dvora", [] { return single(with_dora(vera())); }},
+      {"mam", [] { return mam_config(); }},
+      {"unipelt", [] { return unipelt_config(); }},
+  };
+  return kRegistry;
+}
+
+}  // namespace
+
+std::vector<std::string> config_names() {
+  std::vector<std::string> names;
+  for (const auto& [name, make] : registry()) {
+    names.push_back(name);
+  }
+  return names;
+}
+
+AdapterConfig config_from_name(std::string_view name) {
+  const auto found = registry().find(name);
+  if (found != registry().end()) {
+    return found->second();
+  }
+  std::string names;
+  for (const std::string& known : config_names()) {
+    names += (names.empty() ? "" : ", ") + known;
+  }
+  TORCH_CHECK(false, "config: no configuration is called '", std::string(name), "'; there are: ", names);
+}
+
+namespace {
+
+const char* method_name(const MethodConfig& method) {
+  return std::holds_alternative<BnConfig>(method)             ? "bottleneck"
+         : std::holds_alternative<PrefixTuningConfig>(method) ? "prefix tuning"
+                                                              : "LoRA";
+}
+
+bool leaves_layers_out(const MethodConfig& method) {
+  return std::visit([](const auto& config) { return !config.leave_out.empty(); }, method);
+}
+
+}  // namespace
+
+// The rules of ConfigUnion.validate: two configs of one architecture must touch different places. With leave_out the
+// places are known only for a model; make_plan checks them.
+AdapterConfig config_union(std::vector<MethodConfig> methods) {
+  for (size_t i = 0; i < methods.size(); ++i) {
+    for (size_t j = 0; j < i; ++j) {
+      const MethodConfig& a = methods[j];
+      const MethodConfig& b = methods[i];
+      if (a.index() != b.index() || leaves_layers_out(a) || leaves_layers_out(b)) {
+        continue;
+      }
+      const auto* left = std::get_if<BnConfig>(&a);
+      const auto* right = std::get_if<BnConfig>(&b);
+      const bool apart = left && left->mh_adapter != right->mh_adapter && left->output_adapter != right->output_adapter;
+      TORCH_CHECK(apart, "config: a union has two ", method_name(a), " configs (", j, " and ", i,
+                  ") for the same places; ", left ? "give each its own of mh_adapter and output_adapter, or use leave_out"
+                                                  : "use leave_out to give each its own layers");
+    }
+  }
+  return AdapterConfig{std::move(methods)};
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,136 @@
+#include <torchgraft/config/adapter_config.h>
+#include <torchgraft/ops/activation.h>
+
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cctype>
+#include <sstream>
+
+namespace torchgraft {
+namespace {
+
+[[noreturn]] void refuse(const std::string& field, const std::string& value, const std::string& supported) {
+  TORCH_CHECK(false, "config: ", field, "=", value, " is not supported yet (supported: ", supported, ")");
+}
+
+std::string printed(bool value) {
+  return value ? "True" : "False";
+}
+
+std::string printed(double value) {
+  std::ostringstream text;
+  text << value;
+  return text.str();
+}
+
+void require_false(const std::string& field, bool value) {
+  if (value) {
+    refuse(field, "True", "False");
+  }
+}
+
+void require_zero(const std::string& field, double value) {
+  if (value != 0.0) {
+    refuse(field, printed(value), "0.0");
+  }
+}
+
+void require_none(const std::string& field, const std::optional<std::string>& value) {
+  if (value) {
+    refuse(field, *value, "None");
+  }
+}
+
+void require_one_of(const std::string& field, const std::string& value, const std::vector<std::string>& names) {
+  if (std::find(names.begin(), names.end(), value) != names.end()) {
+    return;
+  }
+  std::string supported;
+  for (const std::string& name : names) {
+    supported += (supported.empty() ? "" : ", ") + name;
+  }
+  refuse(field, value, supported);
+}
+
+void require_positive(const std::string& field, double value) {
+  TORCH_CHECK(value > 0, "config: expected ", field, " to be positive, got ", value);
+}
+
+std::string lower(std::string text) {
+  std::transform(text.begin(), text.end(), text.begin(), [](unsigned char c) { return std::tolower(c); });
+  return text;
+}
+
+void check_residual(const BnConfig& config) {
+  const auto* flag = std::get_if<bool>(&config.residual_before_ln);
+  if (flag && *flag) {
+    return;
+  }
+  // Without the layer norm before it, and in a parallel adapter, the residual is the same either way.
+  const bool no_effect = flag && (config.is_parallel || !config.original_ln_before);
+  if (!no_effect) {
+    refuse("BnConfig.residual_before_ln", flag ? "False" : std::get<std::string>(config.residual_before_ln), "True");
+  }
+}
+
+void check(const BnConfig& config) {
+  TORCH_CHECK(config.mh_adapter || config.output_adapter || config.cross_adapter,
+              "config: BnConfig has none of mh_adapter, output_adapter and cross_adapter: it adds nothing");
+  if (const auto* factor = std::get_if<double>(&config.reduction_factor)) {
+    require_positive("BnConfig.reduction_factor", *factor);
+  } else {
+    for (const auto& [layer, factor] : std::get<std::map<std::string, double>>(config.reduction_factor)) {
+      require_positive("BnConfig.reduction_factor." + layer, factor);
+    }
+  }
+  require_one_of("BnConfig.non_linearity", lower(config.non_linearity), non_linearity_names());
+  require_one_of("BnConfig.init_weights", config.init_weights, {"bert", "mam_adapter", "houlsby"});
+  if (const auto* scaling = std::get_if<std::string>(&config.scaling)) {
+    require_one_of("BnConfig.scaling", *scaling, {"learned", "channel"});
+  }
+  if (!config.original_ln_after) {
+    refuse("BnConfig.original_ln_after", "False", "True");
+  }
+  check_residual(config);
+  require_false("BnConfig.ln_before", config.ln_before);
+  require_false("BnConfig.ln_after", config.ln_after);
+  require_false("BnConfig.phm_layer", config.phm_layer);
+  require_none("BnConfig.inv_adapter", config.inv_adapter);
+  require_zero("BnConfig.dropout", config.dropout);
+  require_zero("BnConfig.stochastic_depth", config.stochastic_depth);
+}
+
+void check(const PrefixTuningConfig& config) {
+  require_positive("PrefixTuningConfig.prefix_length", static_cast<double>(config.prefix_length));
+  require_positive("PrefixTuningConfig.bottleneck_size", static_cast<double>(config.bottleneck_size));
+  require_one_of("PrefixTuningConfig.non_linearity", lower(config.non_linearity), non_linearity_names());
+  require_zero("PrefixTuningConfig.dropout", config.dropout);
+}
+
+void check(const LoRAConfig& config) {
+  require_positive("LoRAConfig.r", static_cast<double>(config.r));
+  for (const std::string& matrix : config.attn_matrices) {
+    require_one_of("LoRAConfig.attn_matrices", matrix, {"q", "k", "v"});
+  }
+  require_one_of("LoRAConfig.composition_mode", config.composition_mode, {"add"});
+  require_one_of("LoRAConfig.init_weights", config.init_weights, {"lora", "bert", "ia3", "vera"});
+  require_false("LoRAConfig.use_dora", config.use_dora);
+  if (config.vera_d || config.vera_b) {
+    const bool is_d = config.vera_d.has_value();
+    refuse(is_d ? "LoRAConfig.vera_d" : "LoRAConfig.vera_b", printed(is_d ? *config.vera_d : *config.vera_b), "None");
+  }
+  require_none("LoRAConfig.dtype", config.dtype);
+  require_zero("LoRAConfig.dropout", config.dropout);
+}
+
+}  // namespace
+
+void check_supported(const AdapterConfig& config) {
+  TORCH_CHECK(!config.methods.empty(), "config: it has no method");
+  for (const MethodConfig& method : config.methods) {
+    std::visit([](const auto& held) { check(held); }, method);
+  }
+}
+
+}  // namespace torchgraft

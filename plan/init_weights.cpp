@@ -1,0 +1,167 @@
+#include <torchgraft/plan/adapter_weights.h>
+#include <torchgraft/plan/prefix_mlp.h>
+
+#include <ATen/ATen.h>
+
+#include <cmath>
+#include <tuple>
+
+namespace torchgraft {
+namespace {
+
+constexpr double kBertStd = 0.02;
+constexpr double kHoulsbyStd = 1e-2;
+
+// Seeds as the oracle does: every module with a seed starts from it.
+void fix_seed(const std::optional<int64_t>& seed) {
+  if (seed) {
+    at::manual_seed(static_cast<uint64_t>(*seed));
+  }
+}
+
+at::Tensor normal(at::IntArrayRef shape, double std) {
+  return at::empty(shape).normal_(0.0, std);
+}
+
+at::Tensor uniform(at::IntArrayRef shape, double bound) {
+  return at::empty(shape).uniform_(-bound, bound);
+}
+
+// kaiming_uniform_ with leaky-ReLU slope a: bound = sqrt(6 / ((1 + a^2) fan_in)).
+at::Tensor kaiming_uniform(at::IntArrayRef shape, double slope) {
+  return uniform(shape, std::sqrt(6.0 / ((1.0 + slope * slope) * static_cast<double>(shape[1]))));
+}
+
+// torch.nn.Linear's defaults: kaiming_uniform(a = sqrt(5)) and a bias within 1 / sqrt(fan_in).
+at::Tensor linear_weight(int64_t out, int64_t in) {
+  return kaiming_uniform({out, in}, std::sqrt(5.0));
+}
+
+at::Tensor linear_bias(int64_t out, int64_t in) {
+  return uniform({out}, 1.0 / std::sqrt(static_cast<double>(in)));
+}
+
+at::Tensor truncated_normal(at::IntArrayRef shape) {
+  // Inverse transform within two standard deviations.
+  const double low = std::erf(-2.0 / std::sqrt(2.0));
+  at::Tensor values = at::empty(shape, at::kDouble).uniform_(low, -low).erfinv_().mul_(kHoulsbyStd * std::sqrt(2.0));
+  return values.clamp_(-2 * kHoulsbyStd, 2 * kHoulsbyStd).to(at::kFloat);
+}
+
+// A gate of `gates` outputs: normal weights, and torch.nn.Linear's default bias unless it is zero.
+void add_gate(ModuleWeights& weights, int64_t gates, int64_t features, bool zero_bias) {
+  const at::Tensor bias = linear_bias(gates, features);
+  weights["gate_weight"] = normal({gates, features}, kBertStd);
+  weights["gate_bias"] = zero_bias ? at::zeros({gates}) : bias;
+}
+
+ModuleWeights init(const PlannedLoRA& planned) {
+  const LoRAConfig& config = planned.config;
+  const std::vector<int64_t> shape_a = {config.r, planned.in_features};
+  const std::vector<int64_t> shape_b = {planned.out_features, config.r};
+  ModuleWeights weights;
+  fix_seed(config.init_weights_seed);
+  if (config.init_weights == "lora") {
+    weights = {{"lora_a", kaiming_uniform(shape_a, std::sqrt(5.0))}, {"lora_b", at::zeros(shape_b)}};
+  } else if (config.init_weights == "bert") {
+    weights = {{"lora_a", normal(shape_a, kBertStd)}, {"lora_b", normal(shape_b, kBertStd)}};
+  } else if (config.init_weights == "ia3") {
+    weights = {{"lora_a", at::ones(shape_a)}, {"lora_b", at::ones(shape_b)}};
+  } else {
+    TORCH_INTERNAL_ASSERT(config.init_weights == "vera", "unchecked init_weights ", config.init_weights);
+    weights = {{"lora_a", kaiming_uniform(shape_a, 0.0)}, {"lora_b", kaiming_uniform(shape_b, 0.0)}};
+  }
+  // The gate replaces alpha / r.
+  const double scaling = config.use_gating ? 1.0 : config.alpha / static_cast<double>(config.r);
+  weights["scaling"] = at::scalar_tensor(scaling);
+  if (config.use_gating) {
+    add_gate(weights, 1, planned.in_features, /*zero_bias=*/false);
+  }
+  return weights;
+}
+
+at::Tensor bottleneck_scaling(const PlannedBottleneck& planned) {
+  if (const auto* number = std::get_if<double>(&planned.config.scaling)) {
+    return at::full({1}, *number);
+  }
+  const bool per_channel = std::get<std::string>(planned.config.scaling) == "channel";
+  return at::ones({per_channel ? planned.hidden_size : 1});
+}
+
+ModuleWeights init(const PlannedBottleneck& planned) {
+  const BnConfig& config = planned.config;
+  const int64_t hidden = planned.hidden_size;
+  const int64_t size = planned.bottleneck_size;
+  ModuleWeights weights = {{"down_bias", at::zeros({size})}, {"up_bias", at::zeros({hidden})}};
+  fix_seed(config.init_weights_seed);
+  if (config.init_weights == "bert") {
+    weights["down_weight"] = normal({size, hidden}, kBertStd);
+    weights["up_weight"] = normal({hidden, size}, kBertStd);
+  } else if (config.init_weights == "mam_adapter") {
+    weights["down_weight"] = linear_weight(size, hidden);
+    weights["up_weight"] = at::zeros({hidden, size});
+  } else {
+    TORCH_INTERNAL_ASSERT(config.init_weights == "houlsby", "unchecked init_weights ", config.init_weights);
+    weights["down_weight"] = truncated_normal({size, hidden});
+    weights["up_weight"] = truncated_normal({hidden, size});
+  }
+  weights["scaling"] = bottleneck_scaling(planned);
+  if (config.use_gating && config.init_weights == "houlsby") {
+    weights["gate_weight"] = linear_weight(1, hidden);
+    weights["gate_bias"] = linear_bias(1, hidden);
+  } else if (config.use_gating) {
+    add_gate(weights, 1, hidden, /*zero_bias=*/true);
+  }
+  return weights;
+}
+
+// The prefixes of all layers of a group, [P, L 2 h d].
+at::Tensor init_group(const PlannedPrefix& planned) {
+  const PrefixTuningConfig& config = planned.config;
+  const int64_t out = planned.group_size * 2 * planned.num_kv_heads * planned.head_dim;
+  fix_seed(config.init_weights_seed);
+  if (config.flat) {
+    return at::randn({config.prefix_length, out});
+  }
+  const int64_t hidden = planned.hidden_size;
+  const int64_t middle = config.bottleneck_size;
+  PrefixMlp mlp;
+  mlp.embeddings = at::randn({config.prefix_length, hidden});
+  mlp.down_weight = linear_weight(middle, hidden);
+  mlp.down_bias = linear_bias(middle, hidden);
+  mlp.up_weight = linear_weight(out, middle);
+  mlp.up_bias = linear_bias(out, middle);
+  return eject(mlp, config.non_linearity);
+}
+
+}  // namespace
+
+AdapterWeights init_weights(const Plan& plan, const at::TensorOptions& options) {
+  at::NoGradGuard no_grad;
+  std::map<std::string, at::Tensor> groups;  // prefix location -> the group's prefixes
+  AdapterWeights result;
+  for (const PlannedModule& module : plan) {
+    ModuleWeights weights;
+    if (const auto* lora = std::get_if<PlannedLoRA>(&module.method)) {
+      weights = init(*lora);
+    } else if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method)) {
+      weights = init(*bottleneck);
+    } else {
+      const auto& prefix = std::get<PlannedPrefix>(module.method);
+      if (prefix.group_index == 0) {
+        groups[module.location] = init_group(prefix);
+      }
+      std::tie(weights["prefix_key"], weights["prefix_value"]) = prefix_of_layer(groups.at(module.location), prefix);
+      if (prefix.config.use_gating) {
+        add_gate(weights, prefix.config.shared_gating ? 1 : 2, prefix.hidden_size, /*zero_bias=*/false);
+      }
+    }
+    for (auto& [name, tensor] : weights) {
+      tensor = tensor.to(options);
+    }
+    result.push_back(std::move(weights));
+  }
+  return result;
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,212 @@
+#include <torchgraft/plan/plan.h>
+
+#include <torchgraft/plan/locations.h>
+
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <set>
+
+namespace torchgraft {
+
+std::string prefix_location(const Layer& layer) {
+  switch (layer.kind) {
+    case AttentionKind::kSelf:
+      return "self_prefix";
+    case AttentionKind::kEncoder:
+      return "encoder_prefix";
+    case AttentionKind::kCross:
+      return "cross_prefix";
+  }
+  TORCH_INTERNAL_ASSERT(false, "unknown attention kind");
+}
+
+std::string attention_adapter_location(const Layer& layer) {
+  return layer.kind == AttentionKind::kCross ? "cross_adapter" : "mh_adapter";
+}
+
+std::vector<std::string> available_locations(const Layer& layer) {
+  std::vector<std::string> result = {prefix_location(layer)};
+  if (layer.query && layer.key && layer.value) {
+    result.push_back("selfattn_lora");
+  }
+  if (layer.has_attention_residual) {
+    result.push_back(attention_adapter_location(layer));
+  }
+  if (layer.ffn_in) {
+    result.push_back("intermediate_lora");
+  }
+  if (layer.ffn_out) {
+    result.push_back("output_lora");
+  }
+  if (layer.has_ffn_residual) {
+    result.push_back("output_adapter");
+  }
+  return result;
+}
+
+namespace {
+
+bool contains(const std::vector<int64_t>& values, int64_t value) {
+  return std::find(values.begin(), values.end(), value) != values.end();
+}
+
+std::string listed(const std::vector<int64_t>& layers) {
+  std::string result;
+  for (const int64_t layer : layers) {
+    result += (result.empty() ? "" : ", ") + std::to_string(layer);
+  }
+  return result;
+}
+
+double reduction_factor(const BnConfig& config, int64_t layer) {
+  if (const auto* factor = std::get_if<double>(&config.reduction_factor)) {
+    return *factor;
+  }
+  const auto& by_layer = std::get<std::map<std::string, double>>(config.reduction_factor);
+  for (const std::string& key : {std::to_string(layer), std::string("default")}) {
+    if (const auto found = by_layer.find(key); found != by_layer.end()) {
+      return found->second;
+    }
+  }
+  TORCH_CHECK(false, "plan: reduction_factor names neither layer ", layer,
+              " nor a default; give one, e.g. {\"1\": 8, \"default\": 16}");
+}
+
+class Planner {
+ public:
+  explicit Planner(const Structure& structure) : structure_(structure) {}
+
+  void add(const BnConfig& config);
+  void add(const PrefixTuningConfig& config);
+  void add(const LoRAConfig& config);
+  Plan finish();
+
+ private:
+  // True when `layer` has the location and the config does not leave it out; a layer that lacks it is remembered.
+  bool has_place(const Layer& layer, const std::string& location, bool present, const std::vector<int64_t>& leave_out);
+  void add_module(const Layer& layer, const std::string& location, const std::string& slot,
+                  std::variant<PlannedLoRA, PlannedBottleneck, PlannedPrefix> method);
+
+  const Structure& structure_;
+  Plan plan_;
+  std::map<std::string, std::vector<int64_t>> lacking_;
+  std::set<std::pair<int64_t, std::string>> taken_;
+};
+
+bool Planner::has_place(const Layer& layer, const std::string& location, bool present,
+                        const std::vector<int64_t>& leave_out) {
+  if (contains(leave_out, layer.index)) {
+    return false;
+  }
+  if (!present) {
+    lacking_[location].push_back(layer.index);
+  }
+  return present;
+}
+
+void Planner::add_module(const Layer& layer, const std::string& location, const std::string& slot,
+                         std::variant<PlannedLoRA, PlannedBottleneck, PlannedPrefix> method) {
+  TORCH_CHECK(taken_.emplace(layer.index, slot).second, "plan: two configs of the union claim ", location, " of layer ",
+              layer.index, "; use leave_out to give each its own layers");
+  plan_.push_back({layer.index, location, slot, std::move(method)});
+}
+
+void Planner::add(const BnConfig& config) {
+  for (const Layer& layer : structure_.layers) {
+    const auto bottleneck = [&] {
+      const double size = std::floor(static_cast<double>(layer.hidden_size) / reduction_factor(config, layer.index));
+      return PlannedBottleneck{config, layer.hidden_size, std::max<int64_t>(1, static_cast<int64_t>(size))};
+    };
+    const bool cross = layer.kind == AttentionKind::kCross;
+    const std::string location = attention_adapter_location(layer);
+    if ((cross ? config.cross_adapter : config.mh_adapter) &&
+        has_place(layer, location, layer.has_attention_residual, config.leave_out)) {
+      add_module(layer, location, location, bottleneck());
+    }
+    if (config.output_adapter && has_place(layer, "output_adapter", layer.has_ffn_residual, config.leave_out)) {
+      add_module(layer, "output_adapter", "output_adapter", bottleneck());
+    }
+  }
+}
+
+void Planner::add(const PrefixTuningConfig& config) {
+  std::map<std::string, std::vector<const Layer*>> groups;  // layers that share a prefix MLP
+  for (const Layer& layer : structure_.layers) {
+    const bool wanted = layer.kind == AttentionKind::kSelf ||
+                        (layer.kind == AttentionKind::kEncoder ? config.encoder_prefix : config.cross_prefix);
+    if (wanted && !contains(config.leave_out, layer.index)) {
+      groups[prefix_location(layer)].push_back(&layer);
+    }
+  }
+  for (const auto& [location, layers] : groups) {
+    const auto size = static_cast<int64_t>(layers.size());
+    for (int64_t i = 0; i < size; ++i) {
+      const Layer& layer = *layers[i];
+      add_module(layer, location, location,
+                 PlannedPrefix{config, layer.hidden_size, layer.num_kv_heads, layer.head_dim, i, size});
+    }
+  }
+}
+
+void Planner::add(const LoRAConfig& config) {
+  for (const Layer& layer : structure_.layers) {
+    const auto place = [&](const std::string& location, const std::string& slot,
+                           const std::optional<Projection>& projection) {
+      if (has_place(layer, location, projection.has_value(), config.leave_out)) {
+        add_module(layer, location, slot, PlannedLoRA{config, projection->in_features, projection->out_features});
+      }
+    };
+    if (config.selfattn_lora) {
+      for (const auto& [matrix, projection] :
+           {std::pair("q", &layer.query), std::pair("k", &layer.key), std::pair("v", &layer.value)}) {
+        const auto& matrices = config.attn_matrices;
+        if (std::find(matrices.begin(), matrices.end(), matrix) != matrices.end()) {
+          place("selfattn_lora", std::string("selfattn_lora_") + matrix, *projection);
+        }
+      }
+    }
+    if (config.intermediate_lora) {
+      place("intermediate_lora", "intermediate_lora", layer.ffn_in);
+    }
+    if (config.output_lora) {
+      place("output_lora", "output_lora", layer.ffn_out);
+    }
+  }
+}
+
+Plan Planner::finish() {
+  for (const auto& [location, layers] : lacking_) {
+    std::string reasons;
+    for (const std::string& note : structure_.layers[layers.front()].notes) {
+      reasons += "; layer " + std::to_string(layers.front()) + ": " + note;
+    }
+    TORCH_CHECK(false, "plan: the model has no ", location, " in layers ", listed(layers),
+                "; add them to the config's leave_out, or do not ask for this location", reasons);
+  }
+  TORCH_CHECK(!plan_.empty(), "plan: the config asks for nothing on this model");
+  static const std::vector<std::string> kOrder = {
+      "self_prefix",     "encoder_prefix", "cross_prefix",  "selfattn_lora_q",   "selfattn_lora_k", "selfattn_lora_v",
+      "mh_adapter",      "cross_adapter",  "intermediate_lora", "output_lora",   "output_adapter"};
+  const auto rank = [](const PlannedModule& module) {
+    return std::pair(module.layer, std::find(kOrder.begin(), kOrder.end(), module.slot) - kOrder.begin());
+  };
+  std::stable_sort(plan_.begin(), plan_.end(),
+                   [&](const PlannedModule& a, const PlannedModule& b) { return rank(a) < rank(b); });
+  return std::move(plan_);
+}
+
+}  // namespace
+
+Plan make_plan(const Structure& structure, const AdapterConfig& config) {
+  TORCH_CHECK(!structure.layers.empty(), "plan: the model has no attention layer");
+  Planner planner(structure);
+  for (const MethodConfig& method : config.methods) {
+    std::visit([&](const auto& held) { planner.add(held); }, method);
+  }
+  return planner.finish();
+}
+
+}  // namespace torchgraft
