@@ -14,10 +14,6 @@ namespace {
   TORCH_CHECK(false, "config: ", field, "=", value, " is not supported yet (supported: ", supported, ")");
 }
 
-std::string printed(bool value) {
-  return value ? "True" : "False";
-}
-
 std::string printed(double value) {
   std::ostringstream text;
   text << value;

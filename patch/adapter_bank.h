@@ -14,8 +14,8 @@ namespace torchgraft {
 struct Adapter {
   std::string name;
   AdapterConfig config;
-  Plan plan;
-  AdapterWeights weights;
+  Plan plan = {};
+  AdapterWeights weights = {};
 };
 
 // Where a bottleneck reads its input: the branch before the residual add ("seq"), the normalised sum of branch and
@@ -31,9 +31,9 @@ struct BankSlot {
   std::string slot;      // "selfattn_lora_q"
   std::string name;      // the slot's module name: "selfattn_lora_q", "output_adapter_seq_ln_relu"
   BottleneckInput input = BottleneckInput::kBranch;
-  std::string non_linearity;
-  std::map<std::string, at::Tensor> parameters;  // [N, ...], see plan/adapter_weights.h; prefix_length [N] for prefixes
-  std::vector<int64_t> gates;                    // per adapter: how many gates it has here; 0 = not gated, or not here
+  std::string non_linearity = {};
+  std::map<std::string, at::Tensor> parameters = {};  // [N, ...], see plan/adapter_weights.h; prefix_length [N] for prefixes
+  std::vector<int64_t> gates = {};                    // per adapter: how many gates it has here; 0 = not gated, or not here
 };
 
 // Stacks adapters into banks, in execution order. Ranks and prefix lengths are padded with zeros; an adapter without a

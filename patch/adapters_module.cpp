@@ -15,8 +15,7 @@ def activate(self, name: str) -> None:
     for i in range(len(self.names)):
         if self.names[i] == name:
             found = i
-    if found < 0:
-        raise RuntimeError("activate: no adapter is called '" + name + "'; there are: " + ", ".join(self.names))
+    assert found >= 0, "activate: no adapter is called '" + name + "'; there are: " + ", ".join(self.names)
     self.active = found
 
 def deactivate(self) -> None:
@@ -34,10 +33,12 @@ def adapter_names(self) -> List[str]:
     return result
 
 def adapter_config(self, name: str) -> str:
+    found = -1
     for i in range(len(self.names)):
         if self.names[i] == name:
-            return self.configs[i]
-    raise RuntimeError("adapter_config: no adapter is called '" + name + "'; there are: " + ", ".join(self.names))
+            found = i
+    assert found >= 0, "adapter_config: no adapter is called '" + name + "'; there are: " + ", ".join(self.names)
+    return self.configs[found]
 
 def collect_gates(self, gates: List[Tensor], adapter_ids: Optional[Tensor]) -> Dict[str, Dict[int, Dict[str, Tensor]]]:
     result: Dict[str, Dict[int, Dict[str, Tensor]]] = {}

@@ -208,7 +208,10 @@ at::Tensor Reader::ejected(const PlannedPrefix& prefix, const std::string& locat
   if (const auto known = groups_.find(location); known != groups_.end()) {
     return known->second;
   }
-  const auto found = checkpoint_.prefixes.find(location);
+  auto found = checkpoint_.prefixes.find(location);
+  if (found == checkpoint_.prefixes.end()) {
+    found = checkpoint_.prefixes.find(location.substr(0, location.find('_')));  // DistilBERT's "self"
+  }
   TORCH_CHECK(found != checkpoint_.prefixes.end(), "adapter weights: the prefixes of ", location,
               " are missing in the checkpoint");
   const int64_t length = prefix.config.prefix_length;
@@ -278,6 +281,12 @@ void Reader::check_nothing_is_left() const {
       TORCH_CHECK(used_.count(saved.key), "adapter weights: the checkpoint has ", saved.key,
                   ", for which the config and the model have no place (the model has ", structure_.layers.size(),
                   " layers)");
+    }
+  }
+  for (const auto& [location, mlp] : checkpoint_.prefixes) {
+    for (const auto& [name, saved] : mlp) {
+      TORCH_CHECK(used_.count(saved.key), "adapter weights: the checkpoint has ", saved.key,
+                  ", for which the config and the model have no place");
     }
   }
 }

@@ -1,0 +1,215 @@
+"""Adapter configurations, with the fields and defaults of `adapters==1.3.0`.
+
+These are plain data: what a field means is in the AdapterHub documentation, what is supported is checked when grafting
+(an unsupported value is refused by name). The tests compare every field and default with the live library.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .adapter_hub import read_config
+
+
+@dataclass
+class _Method:
+    """One adaptation method."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as adapter_config.json holds them."""
+        return asdict(self)
+
+    def replace(self, **changes: Any) -> "_Method":
+        """A copy with other values."""
+        return replace(self, **changes)
+
+
+@dataclass
+class BnConfig(_Method):
+    """A bottleneck adapter after attention (`mh_adapter`) and/or the feed-forward block (`output_adapter`)."""
+
+    mh_adapter: bool
+    output_adapter: bool
+    reduction_factor: float | Mapping[str, float]
+    non_linearity: str
+    original_ln_before: bool = False
+    original_ln_after: bool = True
+    ln_before: bool = False
+    ln_after: bool = False
+    init_weights: str = "bert"
+    init_weights_seed: int | None = None
+    is_parallel: bool = False
+    scaling: float | str = 1.0
+    use_gating: bool = False
+    residual_before_ln: bool | str = True
+    adapter_residual_before_ln: bool = False
+    inv_adapter: str | None = None
+    inv_adapter_reduction_factor: float | None = None
+    cross_adapter: bool = False
+    leave_out: list[int] = field(default_factory=list)
+    dropout: float = 0.0
+    phm_layer: bool = False
+    phm_dim: int = 4
+    factorized_phm_W: bool | None = True
+    shared_W_phm: bool | None = False
+    shared_phm_rule: bool | None = True
+    factorized_phm_rule: bool | None = False
+    phm_c_init: str | None = "normal"
+    phm_init_range: float | None = 0.0001
+    learn_phm: bool | None = True
+    hypercomplex_nonlinearity: str | None = "glorot-uniform"
+    phm_rank: int | None = 1
+    phm_bias: bool | None = True
+    stochastic_depth: float | None = 0.0
+
+
+@dataclass
+class SeqBnConfig(BnConfig):
+    """Pfeiffer et al. 2020: sequential, after the feed-forward block."""
+
+    original_ln_before: bool = True
+    mh_adapter: bool = False
+    output_adapter: bool = True
+    non_linearity: str = "relu"
+    reduction_factor: float | Mapping[str, float] = 16
+
+
+@dataclass
+class DoubleSeqBnConfig(BnConfig):
+    """Houlsby et al. 2019: sequential, after attention and after the feed-forward block."""
+
+    mh_adapter: bool = True
+    output_adapter: bool = True
+    non_linearity: str = "swish"
+    reduction_factor: float | Mapping[str, float] = 16
+
+
+@dataclass
+class ParBnConfig(BnConfig):
+    """He et al. 2021: parallel to the feed-forward block."""
+
+    mh_adapter: bool = False
+    output_adapter: bool = True
+    non_linearity: str = "relu"
+    reduction_factor: float | Mapping[str, float] = 2
+    init_weights: str = "mam_adapter"
+    is_parallel: bool = True
+    scaling: float | str = 4.0
+
+
+PfeifferConfig = SeqBnConfig
+HoulsbyConfig = DoubleSeqBnConfig
+ParallelConfig = ParBnConfig
+
+
+@dataclass
+class PrefixTuningConfig(_Method):
+    """Li & Liang 2021: learned keys and values before those of every attention."""
+
+    architecture: str | None = "prefix_tuning"
+    encoder_prefix: bool = True
+    cross_prefix: bool = True
+    leave_out: list[int] = field(default_factory=list)
+    flat: bool = False
+    prefix_length: int = 30
+    bottleneck_size: int = 512
+    non_linearity: str = "tanh"
+    dropout: float = 0.0
+    use_gating: bool = False
+    shared_gating: bool = True
+    init_weights_seed: int | None = None
+
+
+@dataclass
+class LoRAConfig(_Method):
+    """Hu et al. 2021: a low-rank update of linear maps. With `use_gating` the gate replaces `alpha / r`."""
+
+    architecture: str | None = "lora"
+    selfattn_lora: bool = True
+    intermediate_lora: bool = False
+    output_lora: bool = False
+    leave_out: list[int] = field(default_factory=list)
+    r: int = 8
+    alpha: int = 8
+    dropout: float = 0.0
+    attn_matrices: list[str] = field(default_factory=lambda: ["q", "v"])
+    composition_mode: str = "add"
+    init_weights: str = "lora"
+    init_weights_seed: int | None = None
+    use_gating: bool = False
+    use_dora: bool = False
+    vera_d: float | None = None
+    vera_b: float | None = None
+    dtype: str | None = None
+
+
+class ConfigUnion:
+    """Several methods under one adapter name. Conflicts between them are found when grafting."""
+
+    architecture = "union"
+
+    def __init__(self, *configs: _Method):
+        for config in configs:
+            if isinstance(config, ConfigUnion):
+                raise TypeError("a union inside a union is not possible")
+            if not isinstance(config, _Method):
+                raise TypeError(f"expected a configuration, got {type(config).__name__}")
+        self.configs = list(configs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The union as adapter_config.json holds it."""
+        return {"architecture": "union", "configs": [config.to_dict() for config in self.configs]}
+
+    def replace(self, **changes: Any) -> "ConfigUnion":
+        """A union of copies with other values."""
+        return ConfigUnion(*[config.replace(**changes) for config in self.configs])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ConfigUnion) and self.to_dict() == other.to_dict()
+
+    def __repr__(self) -> str:
+        return f"ConfigUnion({', '.join(map(repr, self.configs))})"
+
+
+class MAMConfig(ConfigUnion):
+    """Mix-and-match (He et al. 2021): prefixes and a parallel bottleneck."""
+
+    def __init__(self, prefix_tuning: PrefixTuningConfig | None = None, adapter: BnConfig | None = None):
+        super().__init__(prefix_tuning or PrefixTuningConfig(bottleneck_size=800), adapter or ParBnConfig())
+
+
+class UniPELTConfig(ConfigUnion):
+    """Mao et al. 2022: gated prefixes, bottlenecks and LoRA. Gating is switched on in every part."""
+
+    def __init__(
+        self,
+        prefix_tuning: PrefixTuningConfig | None = None,
+        adapter: BnConfig | None = None,
+        lora: LoRAConfig | None = None,
+    ):
+        parts = [
+            prefix_tuning or PrefixTuningConfig(prefix_length=10),
+            adapter or SeqBnConfig(reduction_factor=16),
+            lora or LoRAConfig(r=8, alpha=2),
+        ]
+        super().__init__(*[part.replace(use_gating=True) for part in parts])
+
+
+def config_to_json(config: Any) -> str:
+    """The text that the patcher reads: a configuration as JSON, or its name.
+
+    Args:
+        config: an object with `to_dict()` (of this module or of the `adapters` library), a mapping, a name, or the path
+            of an adapter_config.json or of a directory that holds one.
+    """
+    if hasattr(config, "to_dict"):
+        return json.dumps(config.to_dict())
+    if isinstance(config, Mapping):
+        return json.dumps(dict(config))
+    if isinstance(config, Path) or (isinstance(config, str) and (Path(config).exists() or config.endswith(".json"))):
+        return read_config(config)
+    if isinstance(config, str):
+        return config
+    raise TypeError(f"expected a configuration, its name or its path, got {type(config).__name__}")

@@ -1,0 +1,13 @@
+"""Puts the package of this checkout first on the path and loads the operators."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "python"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import torch  # noqa: E402
+import torchgraft  # noqa: E402, F401
+
+torch.set_num_threads(2)

@@ -1,0 +1,26 @@
+"""Bases and grafted models that many tests use, made once a session."""
+
+import functools
+
+import torch
+import torchgraft
+from models import VARIANTS, Variant, build
+from oracle import Saved, oracle_for
+
+
+@functools.cache
+def base(name: str, dtype: torch.dtype) -> torch.jit.ScriptModule:
+    """The TorchScript module of a variant, in eval mode."""
+    return build(name, dtype)
+
+
+def saved_adapter(variant: Variant, dtype: torch.dtype, config: str, seed: int = 0) -> Saved:
+    """The oracle's randomised adapter for a variant's weights."""
+    return oracle_for(variant, dtype).adapter(config, seed)
+
+
+@functools.cache
+def grafted(name: str, dtype: torch.dtype, config: str, gate_pooling: str = "all") -> torch.jit.ScriptModule:
+    """The variant with the oracle's adapter under the name "task". Do not change it."""
+    saved = saved_adapter(VARIANTS[name], dtype, config)
+    return torchgraft.graft(base(name, dtype), adapters={"task": saved.directory}, gate_pooling=gate_pooling)

@@ -1,0 +1,38 @@
+"""Grafted models equal the oracle: results and gates, for every kind of base and every method."""
+
+import pytest
+import torch
+from grafted import grafted, saved_adapter
+from models import VARIANTS
+from oracle import CONFIGS, TOLERANCE, assert_gates_close, difference, oracle_for, varied_batches
+
+# Every base with the unions; every method on one base of each way of writing attention.
+_UNIONS = ["unipelt", "mam", "union_everything"]
+_ALL_METHODS_ON = ["bert_sdpa", "bert_eager", "own_pre_sdpa_bool", "encoder_fast_post_nested", "encoder_slow_pre_seq_first"]
+_CASES = [
+    (variant, config, dtype)
+    for variant in VARIANTS
+    for config in (CONFIGS if variant in _ALL_METHODS_ON else _UNIONS)
+    for dtype in (torch.float32, torch.float64)
+]
+
+
+@pytest.mark.parametrize(
+    "name, config, dtype", _CASES, ids=[f"{name}-{config}-{str(dtype)[6:]}" for name, config, dtype in _CASES]
+)
+def test_results_and_gates_equal_the_oracle(name: str, config: str, dtype: torch.dtype) -> None:
+    variant = VARIANTS[name]
+    module = grafted(name, dtype, config)
+    saved = saved_adapter(variant, dtype, config)
+    for batch in varied_batches(variant, dtype):
+        expected = oracle_for(variant, dtype).run(variant, batch, saved)
+        with torch.no_grad():
+            result, gates = module.forward_with_gates(*variant.arguments(batch))
+            alone = module(*variant.arguments(batch))
+        actual = variant.compared(variant.hidden(result), batch)
+        assert difference(actual, variant.compared(expected.hidden, batch)) <= TOLERANCE[dtype]
+        assert torch.equal(variant.compared(variant.hidden(alone), batch), actual)
+        if expected.gates:
+            assert_gates_close(gates["task"], expected.gates, TOLERANCE[dtype])
+        else:
+            assert dict(gates["task"]) == {}
