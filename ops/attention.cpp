@@ -169,7 +169,14 @@ at::Tensor prefix_scores(const Prefix& prefix, const at::Tensor& similarities) {
 
 AttentionForward attend(const PrefixArguments& args, const Prefix& prefix, const at::Tensor& mask) {
   AttentionForward result;
-  const at::Tensor scores = prefix_scores(prefix, prefix_similarities(args, prefix));
+  // Scale and gates go to the few prefix keys and values instead of to every score.
+  const auto type = args.query.scalar_type();
+  const at::Tensor keys = apply_gate(prefix.key * at::Scalar(attention_scale(args)), prefix.key_gate).to(type);
+  const at::Tensor values = apply_gate(prefix.value, prefix.value_gate).to(type);
+  at::Tensor scores = times_keys(args, args.query, keys.transpose(-1, -2)).to(accumulation_type(type));
+  if (prefix.hidden.defined()) {
+    scores = scores.masked_fill(prefix.hidden, kNegativeInfinity);
+  }
   const at::Tensor prefix_lse = at::logsumexp(scores, -1);
   if (can_use_flash(args)) {
     const SequencePart sequence = flash_sequence(args, mask);
@@ -183,7 +190,7 @@ AttentionForward attend(const PrefixArguments& args, const Prefix& prefix, const
     result.output = weigh(args, at::exp(sequence - result.log_sum_exp.unsqueeze(-1)), args.value);
   }
   const at::Tensor probabilities = at::exp(scores - result.log_sum_exp.unsqueeze(-1));
-  result.output.add_(weigh(args, apply_gate(probabilities, prefix.value_gate), prefix.value));
+  result.output.add_(weigh(args, probabilities, values));
   result.output = as_token_major(result.output);
   return result;
 }

@@ -52,10 +52,9 @@ Function& add_method(Module& module, const std::string& name, const std::shared_
   return *function;
 }
 
-std::vector<Argument> with_adapter_ids(const FunctionSchema& schema, bool has_default) {
+std::vector<Argument> with_adapter_ids(const FunctionSchema& schema) {
   std::vector<Argument> arguments = schema.arguments();
-  arguments.emplace_back("adapter_ids", c10::OptionalType::ofTensor(), std::nullopt,
-                         has_default ? std::optional<c10::IValue>(c10::IValue()) : std::nullopt);
+  arguments.emplace_back("adapter_ids", c10::OptionalType::ofTensor(), std::nullopt, c10::IValue());
   return arguments;
 }
 
@@ -97,7 +96,7 @@ GraftedCall insert_grafted_call(Graph& graph, const Function& grafted, const c10
 
 void add_forward(Module& module, const Function& base, const Function& grafted, const c10::TypePtr& pair_type,
                  const FunctionSchema& schema) {
-  const auto arguments = with_adapter_ids(schema, /*has_default=*/true);
+  const auto arguments = with_adapter_ids(schema);
   const auto graph = graph_for(module, arguments);
   WithInsertPoint guard(graph->return_node());
   Value* adapters = graph->insertGetAttr(graph->inputs()[0], "adapters");
@@ -122,7 +121,7 @@ void add_forward(Module& module, const Function& base, const Function& grafted, 
 
 void add_forward_with_gates(Module& module, const Function& grafted, const c10::TypePtr& pair_type,
                             const FunctionSchema& schema) {
-  const auto arguments = with_adapter_ids(schema, /*has_default=*/true);
+  const auto arguments = with_adapter_ids(schema);
   const auto graph = graph_for(module, arguments);
   WithInsertPoint guard(graph->return_node());
   const GraftedCall call = insert_grafted_call(*graph, grafted, pair_type);
@@ -177,7 +176,7 @@ void add_methods(Module& module, const std::shared_ptr<Graph>& grafted_graph) {
   const Function& base = add_method(module, kBase, base_graph, schema.arguments(), schema.returns());
 
   const c10::TypePtr pair_type = grafted_graph->outputs()[0]->type();
-  const Function& grafted = add_method(module, kGrafted, grafted_graph, with_adapter_ids(schema, /*has_default=*/false),
+  const Function& grafted = add_method(module, kGrafted, grafted_graph, with_adapter_ids(schema),
                                        {Argument("", pair_type)});
   add_forward(module, base, grafted, pair_type, schema);
   add_forward_with_gates(module, grafted, pair_type, schema);
