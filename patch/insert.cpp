@@ -79,14 +79,15 @@ class Inserter {
   Value* normed_sum(ResidualState& state);
   Value* slot_module(const BankSlot& slot);
   Value* parameter(const BankSlot& slot, Value* module, const std::string& name);
-  std::vector<NamedValue> common_arguments(const BankSlot& slot, Value* module, Value* tokens);
-  Value* token_mask(size_t layer, Value* tokens);
+  std::vector<NamedValue> common_arguments(const BankSlot& slot, Value* module);
+  Value* token_mask(size_t layer);
   Value* swapped(Value* value, bool sequence_first);
   Node* call(const char* op, at::ArrayRef<NamedValue> args, at::ArrayRef<NamedValue> named);
 
   Graph& graph_;
   const GraphSites& sites_;
   const InsertOptions& options_;
+  std::map<const Node*, Value*> projections_;       // by the linear: its result with the adapters so far
   std::map<const Node*, ResidualState> residuals_;  // by the add
   std::map<const Value*, Value*> token_masks_;      // by the attention mask
   Value* adapters_ = nullptr;
@@ -122,34 +123,41 @@ Value* Inserter::parameter(const BankSlot& slot, Value* module, const std::strin
 }
 
 // gate_weight, gate_bias, adapter_ids, adapter and token_mask: the arguments that every op ends with.
-std::vector<NamedValue> Inserter::common_arguments(const BankSlot& slot, Value* module, Value* tokens) {
+std::vector<NamedValue> Inserter::common_arguments(const BankSlot& slot, Value* module) {
   std::vector<NamedValue> result = {{"gate_weight", parameter(slot, module, "gate_weight")},
                                     {"gate_bias", parameter(slot, module, "gate_bias")},
                                     {"adapter_ids", adapter_ids_},
                                     {"adapter", active_}};
   const bool gated = slot.parameters.count("gate_weight") > 0;
   if (gated && options_.pool_unpadded) {
-    result.emplace_back("token_mask", token_mask(slot.layer, tokens));
+    result.emplace_back("token_mask", token_mask(slot.layer));
   }
   return result;
 }
 
-Value* Inserter::token_mask(size_t layer, Value* tokens) {
+// The mask of real tokens, computed before the first projection of the layer, so that every op of it may read it.
+Value* Inserter::token_mask(size_t layer) {
   if (input_mask_) {
     return input_mask_;
   }
-  Value* mask = sites_.layers[layer].attention->input(3);
+  const LayerSites& sites = sites_.layers[layer];
+  Value* mask = sites.attention->input(3);
   while (is_aten(mask->node(), {"type_as"})) {
     mask = mask->node()->input(0);
   }
   if (const auto known = token_masks_.find(mask); known != token_masks_.end()) {
     return known->second;
   }
-  Node* point = graph_.insertPoint();
-  TORCH_CHECK(is_none(mask) || hoist(mask, point),
+  const LinearSite* first = &sites.query;
+  for (const LinearSite* site : {&sites.key, &sites.value}) {
+    first = site->node->isBefore(first->node) ? site : first;
+  }
+  WithInsertPoint guard(first->node);
+  TORCH_CHECK(is_none(mask) || hoist(mask, first->node),
               "graft: gate_pooling=\"unpadded\": the attention mask of layer ", layer,
               " is computed from its queries or keys, so it is not known before them; name the forward argument that is "
               "the token mask (token_mask_input)");
+  Value* tokens = swapped(first->node->input(0), first->sequence_first);
   Value* result = call("attention_token_mask", {NamedValue(tokens), NamedValue(mask)}, {})->output();
   token_masks_[mask] = result;
   return result;
@@ -168,11 +176,12 @@ Node* Inserter::call(const char* op, at::ArrayRef<NamedValue> args, at::ArrayRef
 }
 
 Value* Inserter::insert_lora(const BankSlot& slot, const LinearSite& site, const Projection& projection) {
-  Value* whole = site.node->output();
-  // The projection's users see the updated value; what is inserted here still reads the original one.
-  Node* last = graph_.create(c10::prim::Constant, 1)->insertAfter(site.node);
-  last->output()->setType(c10::NoneType::get());
-  WithInsertPoint guard(last);
+  // Ops on a packed projection follow each other: `whole` is its result so far.
+  Value* whole = projections_.try_emplace(site.node, site.node->output()).first->second;
+  // The users see the updated value; what is inserted before `end` still reads the present one.
+  Node* end = graph_.create(c10::prim::Constant, 1)->insertAfter(whole->node());
+  end->output()->setType(c10::NoneType::get());
+  WithInsertPoint guard(end);
   Value* base = whole;
   if (projection.packed) {
     base = graph_.insert(c10::aten::narrow, {whole, -1, projection.offset, projection.out_features});
@@ -183,14 +192,15 @@ Value* Inserter::insert_lora(const BankSlot& slot, const LinearSite& site, const
                   {NamedValue(x), NamedValue(swapped(base, site.sequence_first)),
                    NamedValue(parameter(slot, module, "lora_a")), NamedValue(parameter(slot, module, "lora_b")),
                    NamedValue(parameter(slot, module, "scaling"))},
-                  common_arguments(slot, module, x));
+                  common_arguments(slot, module));
   Value* updated = swapped(op->outputs()[0], site.sequence_first);
   if (projection.packed) {
     updated = graph_.insert(c10::aten::slice_scatter,
                             {whole, updated, -1, projection.offset, projection.offset + projection.out_features, 1});
   }
-  whole->replaceAllUsesAfterNodeWith(last, updated);
-  last->destroy();
+  whole->replaceAllUsesAfterNodeWith(end, updated);
+  end->destroy();
+  projections_[site.node] = updated;
   return op->outputs()[1];
 }
 
@@ -200,7 +210,7 @@ Value* Inserter::insert_prefix(const BankSlot& slot, size_t layer) {
   const LinearSite& query = sites_.layers[layer].query;
   Value* x = swapped(query.node->input(0), query.sequence_first);
   Value* module = slot_module(slot);
-  std::vector<NamedValue> named = common_arguments(slot, module, x);
+  std::vector<NamedValue> named = common_arguments(slot, module);
   named.emplace_back("scale", attention->namedInput("scale"));
   named.emplace_back("enable_gqa", attention->namedInput("enable_gqa"));
   Node* op = call("gated_prefix_attention",
@@ -249,7 +259,7 @@ Value* Inserter::insert_bottleneck(const BankSlot& slot, const ResidualSite& sit
                    NamedValue(parameter(slot, module, "up_weight")), NamedValue(parameter(slot, module, "up_bias")),
                    NamedValue(parameter(slot, module, "scaling")),
                    NamedValue(graph_.insertConstant(slot.non_linearity))},
-                  common_arguments(slot, module, x));
+                  common_arguments(slot, module));
   site.add->replaceInput(site.branch_operand, swapped(op->outputs()[0], site.sequence_first));
   return op->outputs()[1];
 }

@@ -72,7 +72,13 @@ Model::Model(const std::string& path) {
   if (!std::filesystem::is_regular_file(path)) {
     throw std::runtime_error(path + ": no such file");
   }
-  module_ = torch::jit::load(path, torch::kCPU);
+  try {
+    module_ = torch::jit::load(path, torch::kCPU);
+  } catch (const c10::Error& error) {
+    const std::string reason = error.what_without_backtrace();
+    throw std::runtime_error(path +
+                             ": not a TorchScript file that can be loaded: " + reason.substr(0, reason.find('\n')));
+  }
   module_.eval();
 }
 

@@ -6,7 +6,8 @@
 #include <string>
 #include <vector>
 
-// The output's shape and first values, one table of gates per adapter, and the median of `milliseconds` if there are any.
+// The output's shape and first values, one table of gates per adapter, and the median of `milliseconds` if there are
+// any.
 void print_report(std::ostream& stream, const Response& response, const std::vector<double>& milliseconds);
 
 // The same in full precision (a JSON null where a value is not finite):

@@ -3,27 +3,12 @@
 #include <torchgraft/ops/arguments.h>
 #include <torchgraft/ops/check.h>
 
-#include <limits>
-
 namespace torchgraft::ops {
 namespace {
 
-// A float mask value at or below this hides a key: half of the dtype's lowest finite value.
-double hidden_below(at::ScalarType type) {
-  switch (type) {
-    case at::kDouble:
-      return std::numeric_limits<double>::lowest() / 2;
-    case at::kFloat:
-      return std::numeric_limits<float>::lowest() / 2;
-    case at::kBFloat16:
-      return static_cast<float>(std::numeric_limits<c10::BFloat16>::lowest()) / 2;
-    case at::kHalf:
-      return static_cast<float>(std::numeric_limits<c10::Half>::lowest()) / 2;
-    default:
-      TORCH_CHECK(
-          false, "attention_token_mask: expected attn_mask of dtype Float, Double, BFloat16, Half or Bool, got ", type);
-  }
-}
+// A float mask value at or below this hides a key. Models write -1e4, -1e9, finfo.min or -inf for "masked"; relative
+// position biases and ALiBi stay above -2e3 for any length in use.
+constexpr double kHiddenBelow = -9e3;
 
 at::Tensor attention_token_mask_composite(const at::Tensor& x, const std::optional<at::Tensor>& attn_mask) {
   const at::Tensor mask = or_undefined(attn_mask);
@@ -32,7 +17,7 @@ at::Tensor attention_token_mask_composite(const at::Tensor& x, const std::option
   if (!mask.defined()) {
     return at::ones({x.size(0), x.size(1)}, options);
   }
-  at::Tensor visible = mask.scalar_type() == at::kBool ? mask : at::gt(mask, hidden_below(mask.scalar_type()));
+  at::Tensor visible = mask.scalar_type() == at::kBool ? mask : at::gt(mask, kHiddenBelow);
   visible = visible.any(-2);  // over queries: [.., S]
   switch (mask.dim()) {
     case 4:  // [B, h, S_q, S]

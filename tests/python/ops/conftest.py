@@ -1,4 +1,5 @@
-"""Loads libtorchgraft once, as a host without the Python package would: TORCHGRAFT_LIBRARY, else the newest build."""
+"""Loads libtorchgraft once: whatever is loaded already (by the Python package), else TORCHGRAFT_LIBRARY, else the newest
+build. So the suite also runs alone, as `pytest --confcutdir=tests/python/ops tests/python/ops`, without the package."""
 
 import os
 from pathlib import Path
@@ -18,4 +19,6 @@ def library_path() -> Path:
     return max(built, key=lambda path: path.stat().st_mtime)
 
 
-torch.ops.load_library(str(library_path()))
+# A second copy of the library would register its operators twice, which ends the process.
+if not hasattr(torch.ops.torchgraft, "gated_lora"):
+    torch.ops.load_library(str(library_path()))

@@ -135,7 +135,7 @@ def attention_token_mask(x, attn_mask=None):
     batch, tokens = x.shape[:2]
     if attn_mask is None:
         return torch.ones(batch, tokens, dtype=torch.bool)
-    visible = attn_mask if attn_mask.dtype == torch.bool else attn_mask > torch.finfo(attn_mask.dtype).min / 2
+    visible = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -9e3
     # Prepend the dimensions that broadcasting would, then ask every head and query of the row.
     while visible.dim() < 4:
         visible = visible[None]

@@ -1,0 +1,124 @@
+"""What is installed, and what a C++ host outside the source tree can do with it."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torchgraft
+from torch import Tensor, nn
+
+from hosts_support import ROOT, attempt, run
+
+
+class LowRank(nn.Module):
+    """Calls an operator by name, as a grafted module does."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Parameter(torch.full((1, 2, 8), 0.5))
+        self.b = nn.Parameter(torch.full((1, 8, 2), 0.25))
+        self.scaling = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.torchgraft.gated_lora(x, x, self.a, self.b, self.scaling)[0]
+
+
+def needed(path: Path) -> list[str]:
+    return re.findall(r"\(NEEDED\)\s+Shared library: \[(.+)\]", run("readelf", "-d", path).stdout)
+
+
+def libraries(prefix: Path) -> list[Path]:
+    return [next(prefix.glob(f"lib*/lib{name}.so")) for name in ("torchgraft", "torchgraft_patch")]
+
+
+def test_libraries_link_no_python(prefix):
+    for library in libraries(prefix):
+        assert any(name.startswith("libtorch_cpu") for name in needed(library))
+        assert not [name for name in needed(library) if "python" in name]
+
+
+def test_operators_do_not_need_the_patcher(prefix):
+    assert not [name for name in needed(libraries(prefix)[0]) if "torchgraft" in name]
+
+
+def test_only_marked_symbols_are_exported(prefix):
+    """Weak and unique symbols are templates and inline functions of the headers of torch and of the standard library."""
+    linker_made = {"__bss_start", "_edata", "_end"}
+    for library in libraries(prefix):
+        lines = run("nm", "--dynamic", "--demangle", "--defined-only", library).stdout.splitlines()
+        symbols = [line.split(maxsplit=2)[1:] for line in lines]
+        strong = {name for kind, name in symbols if kind not in "WwVvu"} - linker_made
+        assert strong
+        assert [name for name in strong if not name.startswith("torchgraft::")] == []
+        # No kernel, pass or helper: what lies in an unnamed namespace or a detail stays inside.
+        assert [name for name in strong if "anonymous" in name or "_kernel" in name] == []
+
+
+def test_installed_headers_are_those_of_the_sources(prefix):
+    installed = sorted(path.relative_to(prefix / "include" / "torchgraft") for path in prefix.rglob("*.h"))
+    assert Path("ops/gated_lora.h") in installed and Path("patch/graft.h") in installed
+    for header in installed:
+        text = (ROOT / header).read_text()
+        assert (prefix / "include" / "torchgraft" / header).read_text() == text
+        for included in re.findall(r"#include <torchgraft/(.+)>", text):
+            assert Path(included) in installed, f"{header} includes {included}, which is not installed"
+
+
+def test_host_that_only_links_has_the_operators(hosts, tmp_path):
+    assert "libtorchgraft.so.0" in needed(hosts / "linked_only")
+    torch.jit.script(LowRank()).save(tmp_path / "low_rank.pt")
+    # Ones of [2, 3, 8]: each value becomes 1 + 2 * 0.25 * (8 * 0.5) = 3.
+    printed = run(hosts / "linked_only", tmp_path / "low_rank.pt", 2, 3, 8).stdout
+    assert float(printed) == pytest.approx(3 * 2 * 3 * 8)
+
+
+def test_host_reports_the_operators_own_error(hosts, tmp_path):
+    torch.jit.script(LowRank()).save(tmp_path / "low_rank.pt")
+    result = attempt(hosts / "linked_only", tmp_path / "low_rank.pt", 2, 3, 7)
+    assert result.returncode == 1
+    assert "gated_lora: expected" in result.stderr
+
+
+def test_anchor_keeps_the_library_under_as_needed(hosts):
+    assert "libtorchgraft.so.0" in needed(hosts / "anchored")
+    assert run(hosts / "anchored").stdout.strip() == torchgraft.__version__
+
+
+def test_host_calls_operators_as_functions(hosts):
+    printed = run(hosts / "calls_ops").stdout
+    assert printed.startswith(torchgraft.__version__)
+    assert "gated_lora: expected lora_a" in printed
+
+
+def test_host_grafts_without_python(hosts, tmp_path):
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+    torch.jit.script(nn.TransformerEncoder(layer, 2).eval()).save(tmp_path / "base.pt")
+    printed = run(hosts / "grafts", tmp_path / "base.pt", tmp_path / "grafted.pt").stdout
+    assert printed == "2 layers\n"
+    assert not [name for name in needed(hosts / "grafts") if "python" in name]
+    grafted = torch.jit.load(tmp_path / "grafted.pt")
+    assert grafted.adapter_names() == ["task"]
+    # A fresh UniPELT differs from its base by its prefix alone; ids of -1 give the base back.
+    x = torch.randn(3, 5, 16)
+    base = torch.jit.load(tmp_path / "base.pt")(x)
+    assert not torch.equal(grafted(x), base)
+    torch.testing.assert_close(grafted(x, adapter_ids=torch.full((3,), -1)), base)
+
+
+def test_package_refuses_another_libtorch(prefix, tmp_path):
+    """A LibTorch of another minor version is found: the reason is given, and it is not linked."""
+    other = tmp_path / "other" / "share" / "cmake" / "Torch"
+    other.mkdir(parents=True)
+    (other / "TorchConfig.cmake").write_text("set(Torch_FOUND TRUE)\n")
+    (other / "TorchConfigVersion.cmake").write_text(
+        'set(PACKAGE_VERSION "2.12.1")\nset(PACKAGE_VERSION_COMPATIBLE TRUE)\n'
+    )
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.25)\nproject(host LANGUAGES NONE)\nfind_package(torchgraft REQUIRED)\n"
+    )
+    search = f"{tmp_path / 'other'};{prefix}"
+    result = attempt("cmake", "-S", tmp_path, "-B", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={search}")
+    assert result.returncode != 0
+    message = " ".join(result.stderr.split())
+    assert "built with LibTorch 2.13" in message and "found 2.12.1" in message
