@@ -140,7 +140,7 @@ Module graft(const Module& module, const std::vector<AdapterSpec>& specs, const 
   bank.register_attribute("gate_pooling", c10::StringType::get(), options.gate_pooling);
   bank.register_attribute("token_mask_input", c10::StringType::get(), options.token_mask_input);
   result.register_module("adapters", bank);
-  insert_adapters(canonical.graph, sites, slots, bank.type(), inserting);
+  insert_adapters(canonical.graph, sites, slots, result, inserting);
   add_methods(result, canonical.graph);
   bank.get_method("activate")({options.active.empty() ? specs.back().name : options.active});
   bank.train(module.is_training());

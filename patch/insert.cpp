@@ -1,6 +1,7 @@
 #include <torchgraft/patch/insert.h>
 
 #include <torchgraft/patch/graph_utils.h>
+#include <torchgraft/patch/hoist.h>
 
 #include <torch/csrc/jit/ir/constants.h>
 
@@ -15,48 +16,6 @@ using torch::jit::Node;
 using torch::jit::Value;
 using torch::jit::WithInsertPoint;
 
-bool is_ours(const Node* node) {
-  return std::string(node->kind().toQualString()).rfind("torchgraft::", 0) == 0;
-}
-
-// Values from outside that `node` reads, in its sub-blocks too.
-void free_inputs(Node* node, std::vector<Value*>& result) {
-  result.insert(result.end(), node->inputs().begin(), node->inputs().end());
-  for (torch::jit::Block* block : node->blocks()) {
-    for (Node* inner : block->nodes()) {
-      free_inputs(inner, result);
-    }
-    result.insert(result.end(), block->outputs().begin(), block->outputs().end());
-  }
-}
-
-// Moves the computation of `value` before `point`; false when it depends on something that cannot move there.
-bool hoist(Value* value, Node* point) {
-  Node* node = value->node();
-  if (node->kind() == c10::prim::Param || node->isBefore(point)) {
-    return true;
-  }
-  if (node == point || node->owningBlock() != point->owningBlock() || node->hasSideEffects() || is_ours(node)) {
-    return false;
-  }
-  std::vector<Value*> inputs;
-  free_inputs(node, inputs);
-  for (Value* input : inputs) {
-    Node* source = input->node();
-    bool inside = false;
-    for (torch::jit::Block* block = source->owningBlock(); block; ) {
-      Node* owner = block->owningNode();
-      inside = inside || owner == node;
-      block = owner ? owner->owningBlock() : nullptr;
-    }
-    if (!inside && !hoist(input, point)) {
-      return false;
-    }
-  }
-  node->moveBefore(point);
-  return true;
-}
-
 // A residual site as it is being rewritten: ops chain on the branch, but each reads the original values.
 struct ResidualState {
   ResidualSite site;
@@ -68,6 +27,7 @@ class Inserter {
  public:
   Inserter(Graph& graph, const GraphSites& sites, const c10::TypePtr& adapters_type, const InsertOptions& options);
 
+  void prepare_token_masks(const std::vector<BankSlot>& slots, const torch::jit::Module& root);
   // Inserts the op of `slot` and returns its gate.
   Value* insert(const BankSlot& slot);
   Value* adapter_ids() const { return adapter_ids_; }
@@ -80,7 +40,6 @@ class Inserter {
   Value* slot_module(const BankSlot& slot);
   Value* parameter(const BankSlot& slot, Value* module, const std::string& name);
   std::vector<NamedValue> common_arguments(const BankSlot& slot, Value* module);
-  Value* token_mask(size_t layer);
   Value* swapped(Value* value, bool sequence_first);
   Node* call(const char* op, at::ArrayRef<NamedValue> args, at::ArrayRef<NamedValue> named);
 
@@ -89,7 +48,8 @@ class Inserter {
   const InsertOptions& options_;
   std::map<const Node*, Value*> projections_;       // by the linear: its result with the adapters so far
   std::map<const Node*, ResidualState> residuals_;  // by the add
-  std::map<const Value*, Value*> token_masks_;      // by the attention mask
+  std::map<const Value*, Value*> shared_masks_;     // token masks by attention mask
+  std::map<int64_t, Value*> token_masks_;           // and by layer
   Value* adapters_ = nullptr;
   Value* adapter_ids_ = nullptr;
   Value* active_ = nullptr;
@@ -130,37 +90,41 @@ std::vector<NamedValue> Inserter::common_arguments(const BankSlot& slot, Value* 
                                     {"adapter", active_}};
   const bool gated = slot.parameters.count("gate_weight") > 0;
   if (gated && options_.pool_unpadded) {
-    result.emplace_back("token_mask", token_mask(slot.layer));
+    result.emplace_back("token_mask", input_mask_ ? input_mask_ : token_masks_.at(slot.layer));
   }
   return result;
 }
 
-// The mask of real tokens, computed before the first projection of the layer, so that every op of it may read it.
-Value* Inserter::token_mask(size_t layer) {
-  if (input_mask_) {
-    return input_mask_;
+// One mask of real tokens per attention mask, computed before the first projection of the layer, so that every op of it
+// may read it. Done for all layers before anything is inserted.
+void Inserter::prepare_token_masks(const std::vector<BankSlot>& slots, const torch::jit::Module& root) {
+  Hoist hoist(root);
+  for (const BankSlot& slot : slots) {
+    if (!slot.parameters.count("gate_weight") || token_masks_.count(slot.layer)) {
+      continue;
+    }
+    const LayerSites& sites = sites_.layers[slot.layer];
+    Value* mask = sites.attention->input(3);
+    while (is_aten(mask->node(), {"type_as"})) {
+      mask = mask->node()->input(0);
+    }
+    Value*& shared = shared_masks_[mask];
+    if (!shared) {
+      const LinearSite* first = &sites.query;
+      for (const LinearSite* site : {&sites.key, &sites.value}) {
+        first = site->node->isBefore(first->node) ? site : first;
+      }
+      WithInsertPoint guard(first->node);
+      Value* x = first->node->input(0);
+      TORCH_CHECK(is_none(mask) || hoist(mask, first->node, x),
+                  "graft: gate_pooling=\"unpadded\": the attention mask of layer ", slot.layer,
+                  " is computed from its queries or keys, so it is not known before them; name the forward argument "
+                  "that is the token mask (token_mask_input)");
+      shared = call("attention_token_mask", {NamedValue(swapped(x, first->sequence_first)), NamedValue(mask)}, {})
+                   ->output();
+    }
+    token_masks_[slot.layer] = shared;
   }
-  const LayerSites& sites = sites_.layers[layer];
-  Value* mask = sites.attention->input(3);
-  while (is_aten(mask->node(), {"type_as"})) {
-    mask = mask->node()->input(0);
-  }
-  if (const auto known = token_masks_.find(mask); known != token_masks_.end()) {
-    return known->second;
-  }
-  const LinearSite* first = &sites.query;
-  for (const LinearSite* site : {&sites.key, &sites.value}) {
-    first = site->node->isBefore(first->node) ? site : first;
-  }
-  WithInsertPoint guard(first->node);
-  TORCH_CHECK(is_none(mask) || hoist(mask, first->node),
-              "graft: gate_pooling=\"unpadded\": the attention mask of layer ", layer,
-              " is computed from its queries or keys, so it is not known before them; name the forward argument that is "
-              "the token mask (token_mask_input)");
-  Value* tokens = swapped(first->node->input(0), first->sequence_first);
-  Value* result = call("attention_token_mask", {NamedValue(tokens), NamedValue(mask)}, {})->output();
-  token_masks_[mask] = result;
-  return result;
 }
 
 Node* Inserter::call(const char* op, at::ArrayRef<NamedValue> args, at::ArrayRef<NamedValue> named) {
@@ -235,7 +199,8 @@ Value* Inserter::normed_sum(ResidualState& state) {
   state.normed_sum = sum->output();
   if (state.site.norm) {
     for (size_t i = 1; i < state.site.norm->inputs().size(); ++i) {
-      TORCH_INTERNAL_ASSERT(hoist(state.site.norm->input(i), state.site.add), "a norm's weights depend on its input");
+      TORCH_INTERNAL_ASSERT(Hoist::move(state.site.norm->input(i), state.site.add),
+                            "a norm's weights depend on its input");
     }
     Node* norm = graph_.insertNode(graph_.createClone(state.site.norm, same));
     norm->replaceInput(0, sum->output());
@@ -294,8 +259,11 @@ Value* Inserter::insert(const BankSlot& slot) {
 }  // namespace
 
 void insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& sites, const std::vector<BankSlot>& slots,
-                     const c10::TypePtr& adapters_type, const InsertOptions& options) {
-  Inserter inserter(*graph, sites, adapters_type, options);
+                     const torch::jit::Module& module, const InsertOptions& options) {
+  Inserter inserter(*graph, sites, module.attr("adapters").toModule().type(), options);
+  if (options.pool_unpadded && !options.token_mask_input) {
+    inserter.prepare_token_masks(slots, module);
+  }
   std::vector<Value*> gates;
   for (const BankSlot& slot : slots) {
     gates.push_back(inserter.insert(slot));

@@ -15,9 +15,9 @@ struct InsertOptions {
 
 // Inserts one torchgraft:: op per slot into `graph`, whose sites are `sites`. Adds the inputs `adapter_ids: Tensor?` and
 // makes the graph return (its result, gates: Tensor[]) with one gate per slot, in the slots' order.
-// The graph's `self` must have the submodule `adapters` that holds the slots.
+// `module`, the graph's `self`, must have the submodule `adapters` that holds the slots.
 void insert_adapters(const std::shared_ptr<torch::jit::Graph>& graph, const GraphSites& sites,
-                     const std::vector<BankSlot>& slots, const c10::TypePtr& adapters_type,
+                     const std::vector<BankSlot>& slots, const torch::jit::Module& module,
                      const InsertOptions& options);
 
 }  // namespace torchgraft

@@ -87,7 +87,8 @@ bool Model::is_grafted() const { return module_.find_method("forward_with_gates"
 std::vector<std::string> Model::adapter_names() {
   std::vector<std::string> names;
   if (is_grafted()) {
-    for (const c10::IValue& name : module_.run_method("adapter_names").toListRef()) {
+    const c10::IValue list = module_.run_method("adapter_names");
+    for (const c10::IValue& name : list.toListRef()) {
       names.push_back(name.toStringRef());
     }
   }
