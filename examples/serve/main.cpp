@@ -67,10 +67,11 @@ void serve(const Options& options) {
   }
 }
 
-// libtorch's messages end in traces, C++ ones and TorchScript's; what went wrong is one line among them.
+// libtorch's messages end in traces, C++ ones and TorchScript's; what went wrong is one line among them, in
+// TorchScript's the last: "RuntimeError: gated_lora: expected ...".
 std::string one_line(const std::string& message) {
-  const std::string marker = "RuntimeError: ";
-  const size_t raised = message.rfind(marker);  // the interpreter's last line
+  const std::string marker = "Error: ";
+  const size_t raised = message.rfind(marker);
   const size_t begin = raised == std::string::npos ? 0 : raised + marker.size();
   return message.substr(begin, message.find('\n', begin) - begin);
 }

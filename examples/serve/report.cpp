@@ -65,6 +65,10 @@ std::string gate_cell(const at::Tensor& gate) {
 }
 
 void print_gates(std::ostream& stream, const AdapterGates& gates) {
+  if (gates.layers.empty()) {
+    stream << "gates of " << gates.adapter << ": none, it is not gated\n";
+    return;
+  }
   const size_t shown = std::min(kShownRows, gates.rows.size());
   std::vector<std::vector<std::string>> lines = {{"layer", "location"}};
   for (size_t index = 0; index < shown; ++index) {
