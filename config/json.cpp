@@ -17,6 +17,11 @@ using OrderedJson = nlohmann::ordered_json;
   TORCH_CHECK(false, "config: expected ", field, " to be ", expected, ", got ", value.dump());
 }
 
+// Whether an int64 holds `value` without rounding.
+bool is_exact_integer(double value) {
+  return value == std::floor(value) && std::abs(value) < 1e15;
+}
+
 void read(const std::string& field, const Json& value, bool& target) {
   if (!value.is_boolean()) {
     wrong_type(field, "true or false", value);
@@ -32,8 +37,7 @@ void read(const std::string& field, const Json& value, double& target) {
 }
 
 void read(const std::string& field, const Json& value, int64_t& target) {
-  const bool integral = value.is_number_integer() ||
-                        (value.is_number_float() && value.get<double>() == std::floor(value.get<double>()));
+  const bool integral = value.is_number_integer() || (value.is_number_float() && is_exact_integer(value.get<double>()));
   if (!integral) {
     wrong_type(field, "an integer", value);
   }
@@ -166,8 +170,12 @@ OrderedJson written(const Value& value) {
 }
 
 OrderedJson written(const double& value) {
-  const bool integral = value == std::floor(value) && std::abs(value) < 1e15;
-  return integral ? OrderedJson(static_cast<int64_t>(value)) : OrderedJson(value);
+  return is_exact_integer(value) ? OrderedJson(static_cast<int64_t>(value)) : OrderedJson(value);
+}
+
+// The oracle takes a scaling of 4.0, but not of 4.
+OrderedJson written(const std::variant<double, std::string>& scaling) {
+  return std::visit([](const auto& held) { return OrderedJson(held); }, scaling);
 }
 
 template <typename Value>

@@ -4,6 +4,7 @@
 
 #include <functional>
 #include <map>
+#include <set>
 
 namespace torchgraft {
 
@@ -147,7 +148,9 @@ AdapterConfig config_from_name(std::string_view name) {
   for (const std::string& known : config_names()) {
     names += (names.empty() ? "" : ", ") + known;
   }
-  TORCH_CHECK(false, "config: no configuration is called '", std::string(name), "'; there are: ", names);
+  static const std::set<std::string, std::less<>> kUnsupported = {"prompt_tuning", "mtl_lora", "loreft", "noreft", "direft"};
+  TORCH_CHECK(!kUnsupported.contains(name), "config: the method of '", name, "' is not supported; there are: ", names);
+  TORCH_CHECK(false, "config: no configuration is called '", name, "'; there are: ", names);
 }
 
 namespace {

@@ -70,16 +70,24 @@ void check_residual(const BnConfig& config) {
   }
 }
 
+void check_reduction_factor(const BnConfig& config) {
+  const std::string field = "BnConfig.reduction_factor";
+  if (const auto* factor = std::get_if<double>(&config.reduction_factor)) {
+    require_positive(field, *factor);
+    return;
+  }
+  for (const auto& [layer, factor] : std::get<std::map<std::string, double>>(config.reduction_factor)) {
+    const bool is_number = !layer.empty() && layer.find_first_not_of("0123456789") == std::string::npos;
+    TORCH_CHECK(is_number || layer == "default", "config: expected the keys of ", field,
+                " to be layer numbers or \"default\", got \"", layer, "\"");
+    require_positive(field + "." + layer, factor);
+  }
+}
+
 void check(const BnConfig& config) {
   TORCH_CHECK(config.mh_adapter || config.output_adapter || config.cross_adapter,
               "config: BnConfig has none of mh_adapter, output_adapter and cross_adapter: it adds nothing");
-  if (const auto* factor = std::get_if<double>(&config.reduction_factor)) {
-    require_positive("BnConfig.reduction_factor", *factor);
-  } else {
-    for (const auto& [layer, factor] : std::get<std::map<std::string, double>>(config.reduction_factor)) {
-      require_positive("BnConfig.reduction_factor." + layer, factor);
-    }
-  }
+  check_reduction_factor(config);
   require_one_of("BnConfig.non_linearity", lower(config.non_linearity), non_linearity_names());
   require_one_of("BnConfig.init_weights", config.init_weights, {"bert", "mam_adapter", "houlsby"});
   if (const auto* scaling = std::get_if<std::string>(&config.scaling)) {

@@ -167,8 +167,27 @@ at::Tensor prefix_scores(const Prefix& prefix, const at::Tensor& similarities) {
   return prefix.hidden.defined() ? scores.masked_fill(prefix.hidden, kNegativeInfinity) : scores;
 }
 
+Probabilities joint_softmax(const at::Tensor& sequence_scores, const at::Tensor& prefix_scores) {
+  const at::Tensor log_sum_exp =
+      finite_log_sum_exp(at::logaddexp(at::logsumexp(sequence_scores, -1), at::logsumexp(prefix_scores, -1)));
+  Probabilities result{at::exp(sequence_scores - log_sum_exp.unsqueeze(-1)),
+                       at::exp(prefix_scores - log_sum_exp.unsqueeze(-1))};
+  // Almost 1, but the number of keys where is_precise(log_sum_exp) fails, and 0 where a query sees nothing.
+  const at::Tensor sum = at::add(result.sequence.sum(-1, /*keepdim=*/true), result.prefix.sum(-1, /*keepdim=*/true));
+  const at::Tensor divisor = sum.masked_fill(at::eq(sum, 0), 1);
+  result.sequence = result.sequence.div_(divisor);
+  result.prefix = result.prefix.div_(divisor);
+  return result;
+}
+
+bool is_precise(const at::Tensor& log_sum_exp) {
+  constexpr double kTolerance = 1e-4;
+  const double epsilon = log_sum_exp.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon()
+                                                                  : std::numeric_limits<float>::epsilon();
+  return log_sum_exp.abs().max().item<double>() * epsilon < kTolerance;
+}
+
 AttentionForward attend(const PrefixArguments& args, const Prefix& prefix, const at::Tensor& mask) {
-  AttentionForward result;
   // Scale and gates go to the few prefix keys and values instead of to every score.
   const auto type = args.query.scalar_type();
   const at::Tensor keys = apply_gate(prefix.key * at::Scalar(attention_scale(args)), prefix.key_gate).to(type);
@@ -177,20 +196,18 @@ AttentionForward attend(const PrefixArguments& args, const Prefix& prefix, const
   if (prefix.hidden.defined()) {
     scores = scores.masked_fill(prefix.hidden, kNegativeInfinity);
   }
-  const at::Tensor prefix_lse = at::logsumexp(scores, -1);
+  AttentionForward result;
   if (can_use_flash(args)) {
     const SequencePart sequence = flash_sequence(args, mask);
-    result.log_sum_exp = finite_log_sum_exp(at::logaddexp(sequence.log_sum_exp, prefix_lse));
+    result.log_sum_exp = finite_log_sum_exp(at::logaddexp(sequence.log_sum_exp, at::logsumexp(scores, -1)));
     // In place: the kernel's output is ours, and already token-major where the query is.
     result.output = sequence.output;
     result.output.mul_(at::exp(sequence.log_sum_exp - result.log_sum_exp).unsqueeze(-1));
+    result.output.add_(weigh(args, at::exp(scores - result.log_sum_exp.unsqueeze(-1)), values));
   } else {
-    const at::Tensor sequence = sequence_scores(args, mask);
-    result.log_sum_exp = finite_log_sum_exp(at::logaddexp(at::logsumexp(sequence, -1), prefix_lse));
-    result.output = weigh(args, at::exp(sequence - result.log_sum_exp.unsqueeze(-1)), args.value);
+    const Probabilities probabilities = joint_softmax(sequence_scores(args, mask), scores);
+    result.output = weigh(args, probabilities.sequence, args.value) + weigh(args, probabilities.prefix, values);
   }
-  const at::Tensor probabilities = at::exp(scores - result.log_sum_exp.unsqueeze(-1));
-  result.output.add_(weigh(args, probabilities, values));
   result.output = as_token_major(result.output);
   return result;
 }

@@ -72,10 +72,22 @@ at::Tensor prefix_similarities(const PrefixArguments& args, const Prefix& prefix
 // Their scores: gated, -inf where hidden.
 at::Tensor prefix_scores(const Prefix& prefix, const at::Tensor& similarities);
 
+// Softmax over prefix and sequence together; 0 where a query sees nothing.
+struct Probabilities {
+  at::Tensor sequence;  // [B, h, S, S_k]
+  at::Tensor prefix;    // [B, h, S, P], without the value gate
+};
+Probabilities joint_softmax(const at::Tensor& sequence_scores, const at::Tensor& prefix_scores);
+
+// Whether exp(score - log_sum_exp) is precise. Not where a mask of finite but huge values hides everything that a query
+// could see: finfo.min + log(keys) rounds to finfo.min, and each of the keys gets the probability 1. Reads values.
+bool is_precise(const at::Tensor& log_sum_exp);
+
 struct AttentionForward {
   at::Tensor output;  // [B, h, S, d], as_token_major
-  at::Tensor
-      log_sum_exp;  // [B, h, S] over prefix and sequence; 0 where a query sees nothing, so that exp(-inf - it) = 0
+  // [B, h, S] over prefix and sequence; 0 where a query sees nothing, so that exp(-inf - it) = 0. Undefined where the
+  // flash kernel was not used: then nothing needs it.
+  at::Tensor log_sum_exp;
 };
 
 // Attends to both and merges. mask: additive_mask(args).

@@ -12,9 +12,10 @@ namespace {
 constexpr double kBertStd = 0.02;
 constexpr double kHoulsbyStd = 1e-2;
 
-// Seeds as the oracle does: every module with a seed starts from it.
+// Seeds as the oracle's fix_seed: every module with a seed starts from it; a seed of 0 counts as none there. What is
+// drawn below, and in which order, follows the oracle's modules, so that a seeded module equals the oracle's bit for bit.
 void fix_seed(const std::optional<int64_t>& seed) {
-  if (seed) {
+  if (seed && *seed != 0) {
     at::manual_seed(static_cast<uint64_t>(*seed));
   }
 }
@@ -41,18 +42,23 @@ at::Tensor linear_bias(int64_t out, int64_t in) {
   return uniform({out}, 1.0 / std::sqrt(static_cast<double>(in)));
 }
 
+// trunc_normal_ of mean 0 within two standard deviations, by inverse transform sampling.
 at::Tensor truncated_normal(at::IntArrayRef shape) {
-  // Inverse transform within two standard deviations.
-  const double low = std::erf(-2.0 / std::sqrt(2.0));
-  at::Tensor values = at::empty(shape, at::kDouble).uniform_(low, -low).erfinv_().mul_(kHoulsbyStd * std::sqrt(2.0));
-  return values.clamp_(-2 * kHoulsbyStd, 2 * kHoulsbyStd).to(at::kFloat);
+  const double bound = std::erf(2.0 / std::sqrt(2.0));
+  at::Tensor values = uniform(shape, bound).erfinv_().mul_(kHoulsbyStd * std::sqrt(2.0));
+  return values.clamp_(-2 * kHoulsbyStd, 2 * kHoulsbyStd);
 }
 
-// A gate of `gates` outputs: normal weights, and torch.nn.Linear's default bias unless it is zero.
-void add_gate(ModuleWeights& weights, int64_t gates, int64_t features, bool zero_bias) {
-  const at::Tensor bias = linear_bias(gates, features);
+// A new torch.nn.Linear as a gate of `gates` outputs.
+void add_default_gate(ModuleWeights& weights, int64_t gates, int64_t features) {
+  weights["gate_weight"] = linear_weight(gates, features);
+  weights["gate_bias"] = linear_bias(gates, features);
+}
+
+// The gate of a LoRA or a prefix: a new torch.nn.Linear whose weight, not its bias, is drawn again.
+void add_gate(ModuleWeights& weights, int64_t gates, int64_t features) {
+  add_default_gate(weights, gates, features);
   weights["gate_weight"] = normal({gates, features}, kBertStd);
-  weights["gate_bias"] = zero_bias ? at::zeros({gates}) : bias;
 }
 
 ModuleWeights init(const PlannedLoRA& planned) {
@@ -75,7 +81,7 @@ ModuleWeights init(const PlannedLoRA& planned) {
   const double scaling = config.use_gating ? 1.0 : config.alpha / static_cast<double>(config.r);
   weights["scaling"] = at::scalar_tensor(scaling);
   if (config.use_gating) {
-    add_gate(weights, 1, planned.in_features, /*zero_bias=*/false);
+    add_gate(weights, 1, planned.in_features);
   }
   return weights;
 }
@@ -107,10 +113,10 @@ ModuleWeights init(const PlannedBottleneck& planned) {
   }
   weights["scaling"] = bottleneck_scaling(planned);
   if (config.use_gating && config.init_weights == "houlsby") {
-    weights["gate_weight"] = linear_weight(1, hidden);
-    weights["gate_bias"] = linear_bias(1, hidden);
+    add_default_gate(weights, 1, hidden);  // houlsby leaves the gate as it is
   } else if (config.use_gating) {
-    add_gate(weights, 1, hidden, /*zero_bias=*/true);
+    weights["gate_weight"] = normal({1, hidden}, kBertStd);
+    weights["gate_bias"] = at::zeros({1});
   }
   return weights;
 }
@@ -153,7 +159,7 @@ AdapterWeights init_weights(const Plan& plan, const at::TensorOptions& options) 
       }
       std::tie(weights["prefix_key"], weights["prefix_value"]) = prefix_of_layer(groups.at(module.location), prefix);
       if (prefix.config.use_gating) {
-        add_gate(weights, prefix.config.shared_gating ? 1 : 2, prefix.hidden_size, /*zero_bias=*/false);
+        add_gate(weights, prefix.config.shared_gating ? 1 : 2, prefix.hidden_size);
       }
     }
     for (auto& [name, tensor] : weights) {

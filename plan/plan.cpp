@@ -75,6 +75,14 @@ double reduction_factor(const BnConfig& config, int64_t layer) {
               " nor a default; give one, e.g. {\"1\": 8, \"default\": 16}");
 }
 
+// Python's `hidden // factor`: with a fractional factor it is not always the floor of the rounded quotient (48 // 0.1 is
+// 479), and the shapes of saved adapters follow it.
+int64_t floor_divide(int64_t hidden, double factor) {
+  const auto dividend = static_cast<double>(hidden);
+  const double quotient = (dividend - std::fmod(dividend, factor)) / factor;  // a whole number, up to rounding
+  return static_cast<int64_t>(std::round(quotient));
+}
+
 class Planner {
  public:
   explicit Planner(const Structure& structure) : structure_(structure) {}
@@ -86,7 +94,11 @@ class Planner {
 
  private:
   // True when `layer` has the location and the config does not leave it out; a layer that lacks it is remembered.
+  // The second is for places of the feed-forward block, which a decoder layer's two attentions share.
   bool has_place(const Layer& layer, const std::string& location, bool present, const std::vector<int64_t>& leave_out);
+  bool has_feed_forward_place(const Layer& layer, const std::string& location, bool present,
+                              const std::vector<int64_t>& leave_out);
+  bool neighbour_has_feed_forward(const Layer& layer) const;
   void add_module(const Layer& layer, const std::string& location, const std::string& slot,
                   std::variant<PlannedLoRA, PlannedBottleneck, PlannedPrefix> method);
 
@@ -107,6 +119,26 @@ bool Planner::has_place(const Layer& layer, const std::string& location, bool pr
   return present;
 }
 
+// Self attention and the cross attentions after it are one decoder layer, whose feed-forward block follows one of them.
+bool Planner::neighbour_has_feed_forward(const Layer& layer) const {
+  const Layer* begin = structure_.layers.data();
+  const Layer* end = begin + structure_.layers.size();
+  const Layer* first = &layer;
+  while (first != begin && first->kind == AttentionKind::kCross) {
+    --first;
+  }
+  const Layer* last = &layer + 1;
+  while (last != end && last->kind == AttentionKind::kCross) {
+    ++last;
+  }
+  return std::any_of(first, last, [](const Layer& other) { return other.ffn_in && other.has_ffn_residual; });
+}
+
+bool Planner::has_feed_forward_place(const Layer& layer, const std::string& location, bool present,
+                                     const std::vector<int64_t>& leave_out) {
+  return (present || !neighbour_has_feed_forward(layer)) && has_place(layer, location, present, leave_out);
+}
+
 void Planner::add_module(const Layer& layer, const std::string& location, const std::string& slot,
                          std::variant<PlannedLoRA, PlannedBottleneck, PlannedPrefix> method) {
   TORCH_CHECK(taken_.emplace(layer.index, slot).second, "plan: two configs of the union claim ", location, " of layer ",
@@ -117,8 +149,8 @@ void Planner::add_module(const Layer& layer, const std::string& location, const 
 void Planner::add(const BnConfig& config) {
   for (const Layer& layer : structure_.layers) {
     const auto bottleneck = [&] {
-      const double size = std::floor(static_cast<double>(layer.hidden_size) / reduction_factor(config, layer.index));
-      return PlannedBottleneck{config, layer.hidden_size, std::max<int64_t>(1, static_cast<int64_t>(size))};
+      const int64_t size = floor_divide(layer.hidden_size, reduction_factor(config, layer.index));
+      return PlannedBottleneck{config, layer.hidden_size, std::max<int64_t>(1, size)};
     };
     const bool cross = layer.kind == AttentionKind::kCross;
     const std::string location = attention_adapter_location(layer);
@@ -126,7 +158,8 @@ void Planner::add(const BnConfig& config) {
         has_place(layer, location, layer.has_attention_residual, config.leave_out)) {
       add_module(layer, location, location, bottleneck());
     }
-    if (config.output_adapter && has_place(layer, "output_adapter", layer.has_ffn_residual, config.leave_out)) {
+    if (config.output_adapter &&
+        has_feed_forward_place(layer, "output_adapter", layer.has_ffn_residual, config.leave_out)) {
       add_module(layer, "output_adapter", "output_adapter", bottleneck());
     }
   }
@@ -153,26 +186,26 @@ void Planner::add(const PrefixTuningConfig& config) {
 
 void Planner::add(const LoRAConfig& config) {
   for (const Layer& layer : structure_.layers) {
-    const auto place = [&](const std::string& location, const std::string& slot,
-                           const std::optional<Projection>& projection) {
-      if (has_place(layer, location, projection.has_value(), config.leave_out)) {
-        add_module(layer, location, slot, PlannedLoRA{config, projection->in_features, projection->out_features});
-      }
+    const auto add_lora = [&](const std::string& location, const std::string& slot, const Projection& projection) {
+      add_module(layer, location, slot, PlannedLoRA{config, projection.in_features, projection.out_features});
     };
-    if (config.selfattn_lora) {
-      for (const auto& [matrix, projection] :
-           {std::pair("q", &layer.query), std::pair("k", &layer.key), std::pair("v", &layer.value)}) {
-        const auto& matrices = config.attn_matrices;
-        if (std::find(matrices.begin(), matrices.end(), matrix) != matrices.end()) {
-          place("selfattn_lora", std::string("selfattn_lora_") + matrix, *projection);
-        }
+    const auto wants = [&](const std::string& matrix) {
+      const auto& matrices = config.attn_matrices;
+      return config.selfattn_lora && std::find(matrices.begin(), matrices.end(), matrix) != matrices.end();
+    };
+    for (const auto& [matrix, projection] :
+         {std::pair("q", &layer.query), std::pair("k", &layer.key), std::pair("v", &layer.value)}) {
+      if (wants(matrix) && has_place(layer, "selfattn_lora", projection->has_value(), config.leave_out)) {
+        add_lora("selfattn_lora", std::string("selfattn_lora_") + matrix, **projection);
       }
     }
-    if (config.intermediate_lora) {
-      place("intermediate_lora", "intermediate_lora", layer.ffn_in);
+    if (config.intermediate_lora &&
+        has_feed_forward_place(layer, "intermediate_lora", layer.ffn_in.has_value(), config.leave_out)) {
+      add_lora("intermediate_lora", "intermediate_lora", *layer.ffn_in);
     }
-    if (config.output_lora) {
-      place("output_lora", "output_lora", layer.ffn_out);
+    if (config.output_lora &&
+        has_feed_forward_place(layer, "output_lora", layer.ffn_out.has_value(), config.leave_out)) {
+      add_lora("output_lora", "output_lora", *layer.ffn_out);
     }
   }
 }

@@ -109,22 +109,40 @@ class GatedPrefixAttentionFunction : public torch::autograd::Function<GatedPrefi
   }
 
  private:
-  // The gradient of the output and what both parts need of it.
+  // The gradient of the output and what both parts need of the forward computation.
   struct Incoming {
-    at::Tensor grad;         // [B, h, S, d]
-    at::Tensor output;       // [B, h, S, d]
-    at::Tensor log_sum_exp;  // [B, h, S], finite
-    at::Tensor delta;        // [B, h, S, 1]: <grad, output>, the softmax's mean of its own gradient
+    at::Tensor grad;   // [B, h, S, d]
+    at::Tensor delta;  // [B, h, S, 1]: <grad, output>, the softmax's mean of its own gradient
+    at::Tensor mask;   // additive_mask
+    Prefix prefix;
+    at::Tensor similarities;      // [B, h, S, P]
+    bool flash;                   // the sequence part's gradient is left to torch's kernel
+    Probabilities probabilities;  // when flash: those of the prefix only
   };
 
   static Incoming receive(const PrefixArguments& args, const Saved& saved, const at::Tensor& grad) {
     const at::Tensor& output = saved.tensors[10];
-    const auto sum_type = accumulation_type(args.query.scalar_type());
-    return {grad, output, saved.tensors[11], (grad * output).sum(at::IntArrayRef{-1}, /*keepdim=*/true, sum_type)};
+    const at::Tensor& log_sum_exp = saved.tensors[11];
+    Incoming incoming;
+    incoming.grad = grad;
+    incoming.delta =
+        (grad * output).sum(at::IntArrayRef{-1}, /*keepdim=*/true, accumulation_type(args.query.scalar_type()));
+    incoming.mask = additive_mask(args);
+    incoming.prefix = select_prefix(args, saved.selection, saved.gate, /*trim=*/false);
+    incoming.similarities = prefix_similarities(args, incoming.prefix);
+    incoming.flash = log_sum_exp.defined() && !saved.needs(kAttnMask) && can_use_flash(args) &&
+                     !at::isTensorSubclassLike(grad) && is_precise(log_sum_exp);
+    const at::Tensor scores = prefix_scores(incoming.prefix, incoming.similarities);
+    if (incoming.flash) {
+      incoming.probabilities.prefix = at::exp(scores - log_sum_exp.unsqueeze(-1));
+    } else {
+      incoming.probabilities = joint_softmax(sequence_scores(args, incoming.mask), scores);
+    }
+    return incoming;
   }
 
-  // With r = scale query prefix_key^T, p = exp(g_k r - lse) and z = grad prefix_value^T, the gradient of the prefix's
-  // scores is p (g_v z - delta). Returns the gate's gradient if it is needed.
+  // With r = scale query prefix_key^T, p = softmax(g_k r, ...) and z = grad prefix_value^T, the gradient of the
+  // prefix's scores is p (g_v z - delta). Returns the gate's gradient if it is needed.
   static at::Tensor through_prefix(const PrefixArguments& args, const Saved& saved, const Incoming& incoming,
                                    bool need_gate, variable_list& result) {
     const bool need_scores = saved.needs_any({kQuery, kPrefixKey}) || need_gate;
@@ -133,9 +151,8 @@ class GatedPrefixAttentionFunction : public torch::autograd::Function<GatedPrefi
     }
     const Selection& selection = saved.selection;
     const auto type = args.query.scalar_type();
-    const Prefix prefix = select_prefix(args, selection, saved.gate, /*trim=*/false);
-    const at::Tensor similarities = prefix_similarities(args, prefix);
-    const at::Tensor probabilities = at::exp(prefix_scores(prefix, similarities) - incoming.log_sum_exp.unsqueeze(-1));
+    const Prefix& prefix = incoming.prefix;
+    const at::Tensor& probabilities = incoming.probabilities.prefix;
     if (saved.needs(kPrefixValue)) {
       const at::Tensor per_row =
           contract_queries(args, apply_gate(probabilities, prefix.value_gate).to(type), incoming.grad);
@@ -160,34 +177,32 @@ class GatedPrefixAttentionFunction : public torch::autograd::Function<GatedPrefi
       return {};
     }
     const at::Tensor grad_gate = at::zeros_like(saved.gate.value);
-    grad_gate.select(1, 0).add_((grad_scores * similarities).sum(at::IntArrayRef{1, 2, 3}));
+    grad_gate.select(1, 0).add_((grad_scores * incoming.similarities).sum(at::IntArrayRef{1, 2, 3}));
     grad_gate.select(1, -1).add_((probabilities * on_values).sum(at::IntArrayRef{1, 2, 3}));
     return grad_gate;
   }
 
   static void through_sequence(const PrefixArguments& args, const Saved& saved, const Incoming& incoming,
                                variable_list& result) {
-    const bool need_mask = saved.needs(kAttnMask);
-    if (!saved.needs(kQuery) && !saved.needs(kKey) && !saved.needs(kValue) && !need_mask) {
+    if (!saved.needs_any({kQuery, kKey, kValue, kAttnMask})) {
       return;
     }
-    const at::Tensor mask = additive_mask(args);
-    if (can_use_flash(args) && !at::isTensorSubclassLike(incoming.grad) && !need_mask) {
+    if (incoming.flash) {
       auto [query, key, value] =
-          flash_sequence_backward(args, mask, incoming.grad, incoming.output, incoming.log_sum_exp);
+          flash_sequence_backward(args, incoming.mask, incoming.grad, saved.tensors[10], saved.tensors[11]);
       result[kQuery] = accumulate(result[kQuery], query);
       result[kKey] = key;
       result[kValue] = value;
       return;
     }
     const auto type = args.query.scalar_type();
-    const at::Tensor probabilities = at::exp(sequence_scores(args, mask) - incoming.log_sum_exp.unsqueeze(-1));
+    const at::Tensor& probabilities = incoming.probabilities.sequence;
     if (saved.needs(kValue)) {
       result[kValue] = contract_queries(args, probabilities.to(type), incoming.grad);
     }
     const at::Tensor on_values = times_keys(args, incoming.grad, args.value.transpose(-1, -2));
     const at::Tensor grad_scores = probabilities * (on_values - incoming.delta);
-    if (need_mask) {
+    if (saved.needs(kAttnMask)) {
       result[kAttnMask] = at::sum_to(grad_scores, args.attn_mask.sym_sizes()).to(args.attn_mask.scalar_type());
     }
     const at::Tensor grad_products = (grad_scores * at::Scalar(attention_scale(args))).to(type);

@@ -8,7 +8,8 @@ namespace torchgraft::ops {
 namespace {
 
 at::Tensor prefix_attention(const PrefixArguments& args, const Selection& selection, const Gate& gate) {
-  const at::Tensor mask = additive_mask(args);
+  // Detached: torch's choice of a kernel asks whether a mask requires grad even where nothing is recorded.
+  const at::Tensor mask = args.attn_mask.defined() ? additive_mask(args).detach() : at::Tensor();
   if (selection.kind == Selection::Kind::kBase) {
     return attend_without_prefix(args, mask);
   }

@@ -297,6 +297,7 @@ Value* insert_mask(Graph& graph, SymbolicShapes& shapes, Value* bias, Value* anc
     understood = understood && shape.has_value();
     bias = per_head ? insert_rank_4(graph, shapes, bias) : bias;
   }
+  bias = graph.insert(c10::Symbol::aten("atleast_2d"), {bias});  // what scaled_dot_product_attention asks for
   return graph.insert(c10::aten::type_as, {bias, anchor});
 }
 

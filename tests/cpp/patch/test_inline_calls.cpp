@@ -24,7 +24,7 @@ def forward(self, x: Tensor) -> Tensor:
 )python");
   torch::jit::Module outer("Outer");
   outer.register_module("inner", inner);
-  outer.define("def forward(self, x: Tensor) -> Tensor:\n    return self.inner(self.inner(x))\n");
+  outer.define("def forward(self, x: Tensor) -> Tensor:\n    return self.inner.forward(self.inner.forward(x))\n");
   return outer;
 }
 

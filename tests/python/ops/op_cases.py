@@ -215,5 +215,8 @@ PREFIX_CASES = [
     *(Case(f"mask_{mask}", gate="gated", adapter=1, extra={"mask": mask}) for mask in MASKS),
     *(Case(f"mask_{mask}_ids", extra={"mask": mask}, **MIXED) for mask in MASKS),
     Case("mask_bool_blind_base", adapter=-1, extra={"mask": "bool_blind"}),
+    # A query whose keys are all at finfo.min and that sees no prefix attends to all of them alike, also in float32.
+    Case("lowest_mask_length_0", adapter=1, gate="gated", extra={**RAGGED_BANK, "mask": "float_blind"}),
+    Case("lowest_mask_ids", extra={**RAGGED_BANK, "mask": "float_blind"}, ids=(2, 0, 1)),
     Case("mask_float_3d_base", adapter=-1, extra={"mask": "float_3d"}),
 ]

@@ -101,7 +101,8 @@ def test_scripted(case):
     op_checks.check_scripted(op, scripted, prefix(case, torch.float32))
 
 
-@cases
+# As in scaled_dot_product_attention, a cast makes float32's lowest value -inf: not what float32 attention computes.
+@pytest.mark.parametrize("case", [case for case in PREFIX_CASES if "lowest" not in case.name], ids=str)
 def test_autocast(case):
     op_checks.check_autocast(op, prefix(case, torch.float32))
 

@@ -1,0 +1,132 @@
+#include <torchgraft/plan/checkpoint.h>
+
+#include <ATen/ATen.h>
+
+#include <optional>
+#include <set>
+
+namespace torchgraft {
+namespace {
+
+using Path = std::vector<std::string>;
+
+std::string join(Path::const_iterator first, Path::const_iterator last) {
+  std::string result;
+  for (; first != last; ++first) {
+    result += (result.empty() ? "" : ".") + *first;
+  }
+  return result;
+}
+
+// Our name of a parameter; empty when it is none that is known.
+std::string parameter_name(const std::string& saved) {
+  static const std::map<std::string, std::string> kNames = {
+      {"lora_A", "lora_a"},
+      {"lora_B", "lora_b"},
+      {"adapter_down.0.weight", "down_weight"},
+      {"adapter_down.0.bias", "down_bias"},
+      {"adapter_up.weight", "up_weight"},
+      {"adapter_up.bias", "up_bias"},
+      {"scaling", "scaling"},
+      {"gate.weight", "gate_weight"},
+      {"gate.bias", "gate_bias"},
+      {"weight", "gate_weight"},  // a prefix's gate is a Linear of its own
+      {"bias", "gate_bias"},
+      {"wte.weight", "embeddings"},
+      {"control_trans.0.weight", "down_weight"},
+      {"control_trans.0.bias", "down_bias"},
+      {"control_trans.2.weight", "up_weight"},
+      {"control_trans.2.bias", "up_bias"},
+      {"control_trans", "flat"},
+  };
+  const auto found = kNames.find(saved);
+  return found == kNames.end() ? "" : found->second;
+}
+
+std::optional<SavedKind> kind_of(const std::string& container) {
+  static const std::map<std::string, SavedKind> kKinds = {
+      {"loras", SavedKind::kLoRA}, {"adapters", SavedKind::kBottleneck}, {"prefix_gates", SavedKind::kPrefixGate}};
+  const auto found = kKinds.find(container);
+  return found == kKinds.end() ? std::nullopt : std::optional(found->second);
+}
+
+// A key "<path>.<container>.<name>.<parameter>", container being loras, adapters, prefix_gates or prefix_tunings.
+struct ParsedKey {
+  Path path;
+  std::string container;
+  std::string name;
+  Path parameter;
+};
+
+std::optional<ParsedKey> parse(const std::string& key) {
+  const Path parts = split_path(key);
+  for (size_t i = 0; i + 2 < parts.size(); ++i) {
+    if (kind_of(parts[i]) || parts[i] == "prefix_tunings") {
+      return ParsedKey{Path(parts.begin(), parts.begin() + i), parts[i], parts[i + 1],
+                       Path(parts.begin() + i + 2, parts.end())};
+    }
+  }
+  return std::nullopt;
+}
+
+bool is_same(const at::Tensor& a, const at::Tensor& b) {
+  const bool alike = a.sizes() == b.sizes() && a.scalar_type() == b.scalar_type();
+  return alike && (a.data_ptr() == b.data_ptr() || at::equal(a, b));
+}
+
+// The adapters that the checkpoint holds, for an error.
+std::string names_in(const StateDict& state) {
+  std::set<std::string> names;
+  for (const auto& [key, tensor] : state) {
+    if (const auto parsed = parse(key)) {
+      names.insert(parsed->name);
+    }
+  }
+  return c10::Join(", ", names);
+}
+
+}  // namespace
+
+std::vector<std::string> split_path(const std::string& path) {
+  Path parts = {""};
+  for (const char c : path) {
+    if (c == '.') {
+      parts.emplace_back();
+    } else {
+      parts.back() += c;
+    }
+  }
+  return parts;
+}
+
+Checkpoint sort_checkpoint(const StateDict& state, const std::string& name) {
+  Checkpoint checkpoint;
+  std::map<std::string, size_t> modules;  // path and container -> index
+  for (const auto& [key, tensor] : state) {
+    const auto parsed = parse(key);
+    const bool in_pool = parsed && parsed->container == "prefix_tunings";
+    const size_t skipped = in_pool ? 1 : 0;  // the location comes before the parameter
+    const std::string parameter =
+        parsed ? parameter_name(join(parsed->parameter.begin() + skipped, parsed->parameter.end())) : "";
+    const bool is_ours = parsed && parsed->name == name && !parameter.empty();
+    TORCH_CHECK(is_ours, "adapter weights: ", key, " is not a weight of an adapter '", name,
+                "' that is known; the checkpoint holds the adapters: ", names_in(state));
+    if (in_pool) {
+      // The pool hangs in every layer and at the root: all the same tensors.
+      const auto [kept, is_new] =
+          checkpoint.prefixes[parsed->parameter.front()].emplace(parameter, SavedTensor{key, tensor});
+      TORCH_CHECK(is_new || is_same(tensor, kept->second.tensor), "adapter weights: expected ", key, " and ",
+                  kept->second.key, " to be the same prefix, but their values differ");
+      continue;
+    }
+    const std::string place = join(parsed->path.begin(), parsed->path.end()) + "." + parsed->container;
+    const auto [index, is_new] = modules.emplace(place, checkpoint.modules.size());
+    if (is_new) {
+      checkpoint.modules.push_back({*kind_of(parsed->container), parsed->path, {}});
+    }
+    checkpoint.modules[index->second].parameters[parameter] = {key, tensor};
+  }
+  return checkpoint;
+}
+
+}  // namespace torchgraft

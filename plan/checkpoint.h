@@ -1,0 +1,44 @@
+#pragma once
+
+#include <torchgraft/plan/adapter_weights.h>
+
+#include <ATen/core/Tensor.h>
+
+#include <map>
+#include <string>
+#include <vector>
+
+namespace torchgraft {
+
+// A tensor of a checkpoint, with the key that it came under.
+struct SavedTensor {
+  std::string key;
+  at::Tensor tensor;
+};
+
+// By our name of the parameter: lora_a, down_weight, gate_bias, ... (adapter_weights.h); of a prefix's MLP: embeddings,
+// down_weight, down_bias, up_weight, up_bias, or flat.
+using SavedParameters = std::map<std::string, SavedTensor>;
+
+// The oracle's containers of adapter modules.
+enum class SavedKind { kLoRA, kBottleneck, kPrefixGate };
+
+// What the checkpoint holds for one module of the model it was trained on.
+struct SavedModule {
+  SavedKind kind;
+  std::vector<std::string> path;  // components of the adapted module's path: encoder, layer, 0, attention, self, query
+  SavedParameters parameters;
+};
+
+// An AdapterHub checkpoint, sorted.
+struct Checkpoint {
+  std::vector<SavedModule> modules;
+  std::map<std::string, SavedParameters> prefixes;  // the prefix pool, by the oracle's location key
+};
+
+std::vector<std::string> split_path(const std::string& path);
+
+// Sorts a state dict; throws c10::Error for a key that is not a weight of adapter `name`.
+Checkpoint sort_checkpoint(const StateDict& state, const std::string& name);
+
+}  // namespace torchgraft

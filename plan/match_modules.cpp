@@ -1,0 +1,281 @@
+#include <torchgraft/plan/match_modules.h>
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <cctype>
+#include <optional>
+
+namespace torchgraft {
+namespace {
+
+using Path = std::vector<std::string>;
+
+constexpr size_t kLongestNumber = 9;  // digits
+
+bool is_one_of(const std::string& value, std::initializer_list<const char*> names) {
+  return std::find(names.begin(), names.end(), value) != names.end();
+}
+
+bool is_number(const std::string& text) {
+  return !text.empty() && text.size() <= kLongestNumber &&
+         std::all_of(text.begin(), text.end(), [](unsigned char c) { return std::isdigit(c); });
+}
+
+// The position of the layer's number in a saved path: that of its first number.
+std::optional<size_t> number_position(const Path& path) {
+  const auto found = std::find_if(path.begin(), path.end(), is_number);
+  return found == path.end() ? std::nullopt : std::optional<size_t>(found - path.begin());
+}
+
+bool mentions(const Path& path, const std::string& word) {
+  return std::any_of(path.begin(), path.end(),
+                     [&](const std::string& part) { return part.find(word) != std::string::npos; });
+}
+
+bool is_cross_attention(const Path& path) {
+  return mentions(path, "cross") || mentions(path, "encoder_attn") || mentions(path, "EncDecAttention");
+}
+
+// The slots of a LoRA on a projection of this name, in the order in which a packed one holds them.
+std::vector<std::string> lora_slots(const Path& path) {
+  const std::string& leaf = path.back();
+  if (is_one_of(leaf, {"query", "query_proj", "q_proj", "q_lin", "q", "wq"})) {
+    return {"selfattn_lora_q"};
+  }
+  if (is_one_of(leaf, {"key", "key_proj", "k_proj", "k_lin", "k", "wk"})) {
+    return {"selfattn_lora_k"};
+  }
+  if (is_one_of(leaf, {"value", "value_proj", "v_proj", "v_lin", "v", "wv"})) {
+    return {"selfattn_lora_v"};
+  }
+  if (is_one_of(leaf, {"c_attn", "in_proj", "query_key_value", "qkv", "qkv_proj"})) {
+    return {"selfattn_lora_q", "selfattn_lora_k", "selfattn_lora_v"};
+  }
+  if (mentions(path, "intermediate") ||
+      is_one_of(leaf, {"fc1", "fc_in", "lin1", "linear1", "wi", "up_proj", "c_fc", "ffn"})) {
+    return {"intermediate_lora"};
+  }
+  const bool is_ffn_output = mentions(path, "output") && !mentions(path, "attention");
+  const bool is_mlp_output = leaf == "c_proj" && mentions(path, "mlp");
+  if (is_ffn_output || is_mlp_output || is_one_of(leaf, {"fc2", "fc_out", "lin2", "linear2", "wo", "down_proj"})) {
+    return {"output_lora"};
+  }
+  return {};
+}
+
+std::vector<std::string> slots_of(const SavedModule& saved) {
+  const bool cross = is_cross_attention(saved.path);
+  switch (saved.kind) {
+    case SavedKind::kLoRA:
+      return lora_slots(saved.path);
+    case SavedKind::kBottleneck:
+      return {cross ? "cross_adapter" : mentions(saved.path, "attention") ? "mh_adapter" : "output_adapter"};
+    case SavedKind::kPrefixGate:
+      return cross ? std::vector<std::string>{"cross_prefix"}
+                   : std::vector<std::string>{"self_prefix", "encoder_prefix"};
+  }
+  TORCH_INTERNAL_ASSERT(false, "unknown kind of saved module");
+}
+
+// A layer's projections by slot, with their paths.
+std::vector<std::pair<std::string, Path>> projection_paths(const Layer& layer) {
+  std::vector<std::pair<std::string, Path>> result;
+  for (const auto& [slot, projection] :
+       {std::pair("selfattn_lora_q", &layer.query), std::pair("selfattn_lora_k", &layer.key),
+        std::pair("selfattn_lora_v", &layer.value), std::pair("intermediate_lora", &layer.ffn_in),
+        std::pair("output_lora", &layer.ffn_out)}) {
+    if (*projection) {
+      result.emplace_back(slot, split_path((*projection)->path));
+    }
+  }
+  return result;
+}
+
+// How many components of saved[0 .. number], counted from the number backwards, `path` has in a row; and where the
+// number is in `path`.
+struct Overlap {
+  size_t length = 0;
+  size_t number = 0;
+};
+
+Overlap overlap(const Path& saved, size_t number, const Path& path) {
+  Overlap best;
+  for (size_t i = 0; i < path.size(); ++i) {
+    size_t length = 0;
+    while (length <= std::min(i, number) && path[i - length] == saved[number - length]) {
+      ++length;
+    }
+    if (length > best.length) {
+      best = {length, i};
+    }
+  }
+  return best;
+}
+
+class Matcher {
+ public:
+  Matcher(const Checkpoint& checkpoint, const Plan& plan, const Structure& structure);
+
+  std::vector<SavedParameters> match();
+
+ private:
+  std::vector<int64_t> layers_by_path(const Path& path) const;
+  std::vector<int64_t> layers_by_number(const Path& path) const;
+  std::vector<std::string> slots_by_path(const Path& path, int64_t layer) const;
+  std::vector<size_t> places_of(const SavedModule& saved) const;
+  void put(const SavedModule& saved, const std::vector<size_t>& places);
+
+  const Checkpoint& checkpoint_;
+  const Plan& plan_;
+  const Structure& structure_;
+  bool paths_are_known_ = false;
+  std::vector<SavedParameters> result_;
+};
+
+Matcher::Matcher(const Checkpoint& checkpoint, const Plan& plan, const Structure& structure)
+    : checkpoint_(checkpoint), plan_(plan), structure_(structure), result_(plan.size()) {
+  paths_are_known_ = std::any_of(checkpoint.modules.begin(), checkpoint.modules.end(),
+                                 [&](const SavedModule& saved) { return !layers_by_path(saved.path).empty(); });
+}
+
+// The layers whose paths have the longest overlap with `path`: at least the container's name and the number.
+std::vector<int64_t> Matcher::layers_by_path(const Path& path) const {
+  const auto number = number_position(path);
+  size_t longest = 2;
+  std::vector<int64_t> result;
+  for (size_t i = 0; number && i < structure_.layers.size(); ++i) {
+    size_t length = 0;
+    for (const auto& [slot, projection] : projection_paths(structure_.layers[i])) {
+      length = std::max(length, overlap(path, *number, projection).length);
+    }
+    if (length > longest) {
+      result.clear();
+      longest = length;
+    }
+    if (length == longest) {
+      result.push_back(structure_.layers[i].index);
+    }
+  }
+  return result;
+}
+
+// The layers with the number of `path`: self and cross attention of one decoder layer have the same, and the numbers of
+// a decoder start anew after an encoder's.
+std::vector<int64_t> Matcher::layers_by_number(const Path& path) const {
+  const auto position = number_position(path);
+  if (!position) {
+    return {};
+  }
+  const auto encoders = std::count_if(structure_.layers.begin(), structure_.layers.end(),
+                                      [](const Layer& layer) { return layer.kind == AttentionKind::kEncoder; });
+  const Path container(path.begin(), path.begin() + *position);
+  const int64_t wanted = std::stoll(path[*position]) + (mentions(container, "decoder") ? encoders : 0);
+  std::vector<int64_t> result;
+  int64_t number = -1;
+  for (const Layer& layer : structure_.layers) {
+    number += layer.kind != AttentionKind::kCross;
+    if (number == wanted) {
+      result.push_back(layer.index);
+    }
+  }
+  return result;
+}
+
+// The slots whose projection in `layer` has the very path that the LoRA hung on.
+std::vector<std::string> Matcher::slots_by_path(const Path& path, int64_t layer) const {
+  const auto number = number_position(path);
+  std::vector<std::string> result;
+  for (const auto& [slot, projection] : projection_paths(structure_.layers.at(layer))) {
+    const Overlap found = overlap(path, *number, projection);
+    if (found.length > 0 && std::equal(path.begin() + *number, path.end(), projection.begin() + found.number,
+                                       projection.end())) {
+      result.push_back(slot);
+    }
+  }
+  return result;
+}
+
+// The modules of the plan that a saved one is for.
+std::vector<size_t> Matcher::places_of(const SavedModule& saved) const {
+  const std::vector<int64_t> layers = paths_are_known_ ? layers_by_path(saved.path) : layers_by_number(saved.path);
+  std::map<int64_t, std::vector<std::string>> slots;
+  if (paths_are_known_ && saved.kind == SavedKind::kLoRA) {
+    for (const int64_t layer : layers) {
+      if (auto exact = slots_by_path(saved.path, layer); !exact.empty()) {
+        slots[layer] = std::move(exact);
+      }
+    }
+  }
+  if (slots.empty()) {
+    const bool cross = is_cross_attention(saved.path);
+    for (const int64_t layer : layers) {
+      // The feed-forward block may be found behind either attention of a decoder layer.
+      const std::vector<std::string> named = slots_of(saved);
+      const bool in_attention = !named.empty() && named.front().rfind("selfattn", 0) == 0;
+      const bool layer_is_cross = structure_.layers.at(layer).kind == AttentionKind::kCross;
+      if (!in_attention || cross == layer_is_cross) {
+        slots[layer] = named;
+      }
+    }
+  }
+  std::vector<size_t> places;
+  for (size_t i = 0; i < plan_.size(); ++i) {
+    const auto found = slots.find(plan_[i].layer);
+    if (found != slots.end() &&
+        std::find(found->second.begin(), found->second.end(), plan_[i].slot) != found->second.end()) {
+      places.push_back(i);
+    }
+  }
+  return places;
+}
+
+std::string describe(const PlannedModule& module) {
+  return module.slot + " of layer " + std::to_string(module.layer);
+}
+
+// Gives each place its part: all of the saved module, or its share of a packed q, k, v.
+void Matcher::put(const SavedModule& saved, const std::vector<size_t>& places) {
+  const std::string& key = saved.parameters.begin()->second.key;
+  const auto count = static_cast<int64_t>(places.size());
+  for (size_t part = 0; part < places.size(); ++part) {
+    const PlannedModule& module = plan_[places[part]];
+    const bool packed = saved.kind == SavedKind::kLoRA && module.layer == plan_[places.front()].layer;
+    TORCH_CHECK(packed || count == 1, "adapter weights: ", key, " could be for ", describe(plan_[places.front()]),
+                " and for ", describe(module));
+    SavedParameters& target = result_[places[part]];
+    TORCH_CHECK(target.empty(), "adapter weights: ", key, " and ", target.begin()->second.key, " are both for ",
+                describe(module));
+    for (const auto& [name, parameter] : saved.parameters) {
+      at::Tensor tensor = parameter.tensor;
+      if (count > 1) {
+        TORCH_CHECK(tensor.dim() > 0 && tensor.size(0) % count == 0, "adapter weights: expected the rows of ",
+                    parameter.key, " to be a multiple of ", count, " (a LoRA on ", count,
+                    " packed projections), got shape ", tensor.sizes());
+        const int64_t rows = tensor.size(0) / count;
+        tensor = tensor.narrow(0, static_cast<int64_t>(part) * rows, rows);
+      }
+      target[name] = {parameter.key, tensor};
+    }
+  }
+}
+
+std::vector<SavedParameters> Matcher::match() {
+  for (const SavedModule& saved : checkpoint_.modules) {
+    const std::vector<size_t> places = places_of(saved);
+    TORCH_CHECK(!places.empty(), "adapter weights: the checkpoint has ", saved.parameters.begin()->second.key,
+                ", for which the config and the model have no place (the model has ", structure_.layers.size(),
+                " layers)");
+    put(saved, places);
+  }
+  return std::move(result_);
+}
+
+}  // namespace
+
+std::vector<SavedParameters> match_modules(const Checkpoint& checkpoint, const Plan& plan,
+                                           const Structure& structure) {
+  return Matcher(checkpoint, plan, structure).match();
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,97 @@
+#include "support.h"
+
+#include <torchgraft/config/adapter_config.h>
+
+#include <gtest/gtest.h>
+
+namespace torchgraft {
+namespace {
+
+using testing::error_of;
+
+std::string error_of_json(const std::string& json) {
+  return error_of([&] { check_supported(config_from_json(json)); });
+}
+
+TEST(AdapterConfig, EveryNameSurvivesJson) {
+  for (const std::string& name : config_names()) {
+    const std::string json = config_to_json(config_from_name(name));
+    EXPECT_EQ(config_to_json(config_from_json(json)), json) << name;
+  }
+}
+
+TEST(AdapterConfig, UnipeltIsGatedThroughout) {
+  const AdapterConfig config = config_from_name("unipelt");
+  ASSERT_EQ(config.methods.size(), 3u);
+  EXPECT_TRUE(std::get<PrefixTuningConfig>(config.methods[0]).use_gating);
+  EXPECT_EQ(std::get<PrefixTuningConfig>(config.methods[0]).prefix_length, 10);
+  EXPECT_TRUE(std::get<BnConfig>(config.methods[1]).use_gating);
+  EXPECT_TRUE(std::get<LoRAConfig>(config.methods[2]).use_gating);
+}
+
+TEST(AdapterConfig, ReadsTheFileThatSaveAdapterWrites) {
+  const AdapterConfig config = config_from_json(
+      R"({"config": {"architecture": "lora", "r": 3, "attn_matrices": ["k"]}, "hidden_size": 32, "name": "t"})");
+  const auto& lora = std::get<LoRAConfig>(config.methods.at(0));
+  EXPECT_EQ(lora.r, 3);
+  EXPECT_EQ(lora.attn_matrices, std::vector<std::string>{"k"});
+  EXPECT_EQ(lora.alpha, 8);
+  EXPECT_EQ(config_from_json(R"({"config": "mam"})").methods.size(), 2u);
+}
+
+struct BadConfig {
+  std::string json;
+  std::string message;
+};
+
+class Refused : public ::testing::TestWithParam<BadConfig> {};
+
+TEST_P(Refused, NamesTheField) {
+  const std::string error = error_of_json(GetParam().json);
+  EXPECT_NE(error.find(GetParam().message), std::string::npos) << error;
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Configs, Refused,
+    ::testing::Values(
+        BadConfig{"{", "malformed JSON"}, BadConfig{"[1]", "expected a JSON object"},
+        BadConfig{R"({"architecture": "lora", "rank": 4})", "LoRAConfig has no field 'rank'"},
+        BadConfig{R"({"architecture": "lora", "r": "8"})", "expected LoRAConfig.r to be an integer, got \"8\""},
+        BadConfig{R"({"architecture": "lora", "r": 0})", "expected LoRAConfig.r to be positive"},
+        BadConfig{R"({"architecture": "lora", "use_dora": true})",
+                  "LoRAConfig.use_dora=True is not supported yet (supported: False)"},
+        BadConfig{R"({"architecture": "lora", "dropout": 0.1})", "LoRAConfig.dropout=0.1 is not supported yet"},
+        BadConfig{R"({"architecture": "lora", "vera_d": 0.1})", "LoRAConfig.vera_d=0.1 is not supported yet"},
+        BadConfig{R"({"architecture": "lora", "attn_matrices": ["o"]})", "LoRAConfig.attn_matrices=o is not supported"},
+        BadConfig{R"({"architecture": "reft"})", "the architecture \"reft\" is not supported"},
+        BadConfig{R"({"architecture": "prefix_tuning", "dropout": 0.5})",
+                  "PrefixTuningConfig.dropout=0.5 is not supported yet"},
+        BadConfig{R"({"mh_adapter": true})", "BnConfig needs the field"},
+        BadConfig{R"({"mh_adapter": true, "output_adapter": true, "reduction_factor": 2, "non_linearity": "relu",
+                      "ln_before": true})", "BnConfig.ln_before=True is not supported yet"},
+        BadConfig{R"({"mh_adapter": true, "output_adapter": true, "reduction_factor": 2, "non_linearity": "swosh"})",
+                  "BnConfig.non_linearity=swosh is not supported yet"},
+        BadConfig{R"({"mh_adapter": true, "output_adapter": true, "reduction_factor": 2, "non_linearity": "relu",
+                      "original_ln_before": true, "residual_before_ln": "post_add"})",
+                  "BnConfig.residual_before_ln=post_add is not supported yet"},
+        BadConfig{R"({"architecture": "union", "configs": [{"architecture": "lora"}, {"architecture": "lora"}]})",
+                  "two LoRA configs"},
+        BadConfig{R"({"architecture": "union", "configs": [{"architecture": "union", "configs": []}]})",
+                  "a union inside a union"}));
+
+TEST(AdapterConfig, AnUnknownNameListsTheKnownOnes) {
+  const std::string error = error_of([] { config_from_name("unipel"); });
+  EXPECT_NE(error.find("no configuration is called 'unipel'; there are: compacter"), std::string::npos) << error;
+}
+
+TEST(AdapterConfig, TwoBottlenecksAtDifferentPlacesMayJoin) {
+  BnConfig attention = seq_bn_config();
+  attention.mh_adapter = true;
+  attention.output_adapter = false;
+  EXPECT_EQ(config_union({attention, par_bn_config()}).methods.size(), 2u);
+  EXPECT_NE(error_of([&] { config_union({par_bn_config(), seq_bn_config()}); }).find("for the same places"),
+            std::string::npos);
+}
+
+}  // namespace
+}  // namespace torchgraft
