@@ -113,7 +113,7 @@ bool Planner::has_place(const Layer& layer, const std::string& location, bool pr
   if (contains(leave_out, layer.index)) {
     return false;
   }
-  if (!present) {
+  if (!present && !contains(lacking_[location], layer.index)) {  // q, k and v share a location
     lacking_[location].push_back(layer.index);
   }
   return present;
