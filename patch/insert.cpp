@@ -4,6 +4,7 @@
 #include <torchgraft/patch/hoist.h>
 
 #include <torch/csrc/jit/ir/constants.h>
+#include <torch/csrc/jit/passes/dead_code_elimination.h>
 
 #include <map>
 
@@ -273,6 +274,7 @@ void insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& site
   Value* pair = graph->insertNode(graph->createTuple({graph->outputs()[0], list}))->output();
   graph->eraseOutput(0);
   graph->registerOutput(pair);
+  torch::jit::EliminateDeadCode(graph);  // the attentions that gated_prefix_attention has replaced
 }
 
 }  // namespace torchgraft

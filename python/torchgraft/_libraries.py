@@ -3,61 +3,74 @@
 import importlib.util
 import os
 import sys
-from functools import lru_cache
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-_REMEDY = "run scripts/setup, or set TORCHGRAFT_LIBRARY_DIR to the folder that holds libtorchgraft.so"
+FOLDER_VARIABLE = "TORCHGRAFT_LIBRARY_DIR"
+_REMEDY = f"run scripts/setup, or set {FOLDER_VARIABLE} to the folder that holds libtorchgraft.so"
 
 
-def _candidates() -> list[Path]:
+def _folders() -> list[Path]:
+    """Where the libraries may be, best first. A folder that was asked for is never silently replaced by another."""
+    if given := os.environ.get(FOLDER_VARIABLE):
+        return [Path(given)]
     package = Path(__file__).resolve().parent
-    folders = [package, package.parents[1] / "build" / "lib"]
-    if given := os.environ.get("TORCHGRAFT_LIBRARY_DIR"):
-        folders.insert(0, Path(given))
-    return folders
+    return [package, package.parents[1] / "build" / "lib"]
 
 
-@lru_cache(maxsize=None)
+@cache
 def library_path() -> Path:
     """The path of libtorchgraft.so: all that serving a grafted module needs.
 
     Raises:
         ImportError: it is not built; the message says where it was looked for.
     """
-    for folder in _candidates():
+    for folder in _folders():
         path = folder / "libtorchgraft.so"
         if path.exists():
             return path
-    looked = ", ".join(str(folder) for folder in _candidates())
+    looked = ", ".join(str(folder) for folder in _folders())
     raise ImportError(f"torchgraft: libtorchgraft.so was not found in {looked}; {_REMEDY}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def load_operators() -> None:
-    """Registers the operators torch.ops.torchgraft.* in this process."""
-    torch.ops.load_library(str(library_path()))
-
-
-@lru_cache(maxsize=None)
-def patcher() -> ModuleType:
-    """The pybind11 module, loaded on first use.
+    """Registers the operators torch.ops.torchgraft.* in this process.
 
     Raises:
-        ImportError: it is not built, or it was built for another Python.
+        ImportError: the library is missing, or does not fit this torch.
+    """
+    path = library_path()
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise ImportError(f"torchgraft: {path} does not load with torch {torch.__version__} ({error}); {_REMEDY}") from error
+
+
+@cache
+def patcher() -> ModuleType:
+    """The pybind11 module, loaded on first use: serving needs the operators only.
+
+    Raises:
+        ImportError: it is not built, it was built for another Python, or it does not fit this torch.
     """
     load_operators()
     folder = library_path().parent
-    for path in sorted(folder.glob("_C.*.so")):
-        spec = importlib.util.spec_from_file_location("torchgraft._C", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except ImportError:
+    for suffix in EXTENSION_SUFFIXES:
+        path = folder / f"_C{suffix}"
+        if not path.exists():
             continue
+        spec = importlib.util.spec_from_file_location("torchgraft._C", path)
+        assert spec is not None and spec.loader is not None, path
+        try:
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        except ImportError as error:
+            raise ImportError(f"torchgraft: {path} does not load ({error}); {_REMEDY}") from error
         sys.modules["torchgraft._C"] = module
         return module
     version = f"{sys.version_info.major}.{sys.version_info.minor}"

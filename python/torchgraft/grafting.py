@@ -14,12 +14,22 @@ from .errors import GraftError
 
 
 def _cpp_module(module: Any) -> Any:
+    """The torch::jit::Module inside."""
     if not isinstance(module, torch.jit.ScriptModule):
         raise TypeError(
             f"torchgraft works on TorchScript modules, got {type(module).__name__}; "
             "trace it (torch.jit.trace), script it (torch.jit.script) or load one (torch.jit.load)"
         )
     return module._c
+
+
+def _config_text(config: Any) -> str:
+    """A configuration as JSON, or one of the known names. A file of such a name in the current directory is not meant."""
+    if isinstance(config, str) and config in patcher().config_names():
+        return config
+    if isinstance(config, str) and "/" in config:
+        return config_to_json(Path(config))
+    return config_to_json(config)
 
 
 def graft(
@@ -49,25 +59,28 @@ def graft(
         verify: check the result (well-formed, complete, survives saving and loading).
 
     Returns:
-        A ScriptModule with `forward(..., adapter_ids=None)`, `forward_with_gates(..., adapter_ids=None)`,
-        `base_forward(...)`, `activate(name)`, `deactivate()`, `active_adapter()`, `adapter_names()` and
-        `adapter_config(name)`. `adapter_ids` is an int64 tensor [B] that picks an adapter for each row; -1 is the base.
+        A ScriptModule, in the same mode (train or eval) as `module`, with `forward(..., adapter_ids=None)`,
+        `forward_with_gates(..., adapter_ids=None)`, `base_forward(...)`, `activate(name)`, `deactivate()`,
+        `active_adapter()`, `adapter_names()` and `adapter_config(name)`. `adapter_ids` is an int64 tensor [B] that picks an
+        adapter for each row, in the order of `adapter_names()`; -1 is the base.
 
     Raises:
         GraftError: no attention found, a place that the model does not have, weights that do not fit, an unsupported
             field of the configuration. The message says what to do.
+        TypeError: `module` is not TorchScript, or `config` is nothing that describes a configuration.
     """
+    base = _cpp_module(module)
     specs: list[tuple[str, str, dict | None, str]] = []
     if config is not None:
         if name is None:
             raise GraftError("graft: a config needs the name of its adapter (name=...)")
-        specs.append((name, config_to_json(config), None, ""))
+        specs.append((name, _config_text(config), None, ""))
     elif name is not None:
         raise GraftError(f"graft: the adapter '{name}' needs a config (config=...), or a directory (adapters=...)")
     for adapter_name, directory in (adapters or {}).items():
         saved = load_adapter_directory(directory)
         specs.append((adapter_name, saved.config, saved.weights, saved.name))
-    grafted = patcher().graft(_cpp_module(module), specs, gate_pooling, token_mask or "", active or "", verify)
+    grafted = patcher().graft(base, specs, gate_pooling, token_mask or "", active or "", verify)
     return torch.jit._recursive.wrap_cpp_module(grafted)
 
 
