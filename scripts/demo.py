@@ -82,7 +82,7 @@ def make_oracle(model: BertModel, directory: Path) -> None:
                 for module in modules.values():
                     for parameter in module.parameters():
                         noise = torch.randn(parameter.shape, generator=generator)
-                        parameter.add_(noise * (0.02 if parameter.dim() > 1 else 0.1))
+                        parameter.add_(noise * (0.005 if parameter.dim() > 1 else 0.05))
         model.save_adapter(str(directory / method), method)
     model.eval()
 
