@@ -1,6 +1,7 @@
 # Every outside library is found here, once.
 # LibTorch comes from the Python wheel unless CMAKE_PREFIX_PATH already names one.
-if(NOT Torch_DIR AND NOT "${CMAKE_PREFIX_PATH}" MATCHES "torch")
+find_package(Torch 2.13 QUIET)
+if(NOT Torch_FOUND)
   find_package(Python3 3.11 COMPONENTS Interpreter REQUIRED)
   execute_process(
     COMMAND ${Python3_EXECUTABLE} -c "import torch; print(torch.utils.cmake_prefix_path)"

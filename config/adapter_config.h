@@ -105,8 +105,8 @@ TORCHGRAFT_PATCH_API std::vector<std::string> config_names();
 // "unipelt", "mam", "seq_bn", "pfeiffer", ... Throws c10::Error that lists the names.
 TORCHGRAFT_PATCH_API AdapterConfig config_from_name(std::string_view name);
 
-// The text of an AdapterHub adapter_config.json (with its outer {"config": ...}) or of the inner config alone. An unknown
-// field, a wrong type or malformed JSON throws c10::Error that names it.
+// The text of an AdapterHub adapter_config.json (with its outer {"config": ...}) or of the inner config alone. An
+// unknown field, a wrong type or malformed JSON throws c10::Error that names it.
 TORCHGRAFT_PATCH_API AdapterConfig config_from_json(std::string_view json);
 
 // The inner config, every field written, as AdapterConfig.to_dict() of the oracle: {"architecture": "union", ...} for

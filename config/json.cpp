@@ -18,9 +18,7 @@ using OrderedJson = nlohmann::ordered_json;
 }
 
 // Whether an int64 holds `value` without rounding.
-bool is_exact_integer(double value) {
-  return value == std::floor(value) && std::abs(value) < 1e15;
-}
+bool is_exact_integer(double value) { return value == std::floor(value) && std::abs(value) < 1e15; }
 
 void read(const std::string& field, const Json& value, bool& target) {
   if (!value.is_boolean()) {
@@ -130,8 +128,7 @@ MethodConfig read_method(const Json& json) {
   TORCH_CHECK(json.is_object(), "config: expected an object, got ", json.dump());
   const Json architecture = json.contains("architecture") ? json.at("architecture") : Json();
   if (architecture.is_null() || architecture == "bottleneck") {
-    return read_config(json, "BnConfig", BnConfig{},
-                       [](auto& config, auto visit) { visit_bn_fields(config, visit); },
+    return read_config(json, "BnConfig", BnConfig{}, [](auto& config, auto visit) { visit_bn_fields(config, visit); },
                        {"mh_adapter", "output_adapter", "reduction_factor", "non_linearity"});
   }
   if (architecture == "prefix_tuning") {

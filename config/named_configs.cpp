@@ -96,9 +96,7 @@ LoRAConfig with_dora(LoRAConfig config) {
   return config;
 }
 
-AdapterConfig single(MethodConfig method) {
-  return AdapterConfig{{std::move(method)}};
-}
+AdapterConfig single(MethodConfig method) { return AdapterConfig{{std::move(method)}}; }
 
 const std::map<std::string, std::function<AdapterConfig()>, std::less<>>& registry() {
   static const std::map<std::string, std::function<AdapterConfig()>, std::less<>> kRegistry = {
@@ -148,7 +146,8 @@ AdapterConfig config_from_name(std::string_view name) {
   for (const std::string& known : config_names()) {
     names += (names.empty() ? "" : ", ") + known;
   }
-  static const std::set<std::string, std::less<>> kUnsupported = {"prompt_tuning", "mtl_lora", "loreft", "noreft", "direft"};
+  static const std::set<std::string, std::less<>> kUnsupported = {"prompt_tuning", "mtl_lora", "loreft", "noreft",
+                                                                  "direft"};
   TORCH_CHECK(!kUnsupported.contains(name), "config: the method of '", name, "' is not supported; there are: ", names);
   TORCH_CHECK(false, "config: no configuration is called '", name, "'; there are: ", names);
 }
@@ -181,8 +180,9 @@ AdapterConfig config_union(std::vector<MethodConfig> methods) {
       const auto* right = std::get_if<BnConfig>(&b);
       const bool apart = left && left->mh_adapter != right->mh_adapter && left->output_adapter != right->output_adapter;
       TORCH_CHECK(apart, "config: a union has two ", method_name(a), " configs (", j, " and ", i,
-                  ") for the same places; ", left ? "give each its own of mh_adapter and output_adapter, or use leave_out"
-                                                  : "use leave_out to give each its own layers");
+                  ") for the same places; ",
+                  left ? "give each its own of mh_adapter and output_adapter, or use leave_out"
+                       : "use leave_out to give each its own layers");
     }
   }
   return AdapterConfig{std::move(methods)};

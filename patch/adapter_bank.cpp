@@ -12,8 +12,8 @@ namespace {
 // Execution order of the places in a layer.
 int order_of(const std::string& slot) {
   static const std::vector<std::string> kOrder = {
-      "selfattn_lora_q", "selfattn_lora_k",   "selfattn_lora_v", "self_prefix", "encoder_prefix", "cross_prefix",
-      "mh_adapter",      "cross_adapter",     "intermediate_lora", "output_lora", "output_adapter"};
+      "selfattn_lora_q", "selfattn_lora_k", "selfattn_lora_v",   "self_prefix", "encoder_prefix", "cross_prefix",
+      "mh_adapter",      "cross_adapter",   "intermediate_lora", "output_lora", "output_adapter"};
   const auto found = std::find(kOrder.begin(), kOrder.end(), slot);
   TORCH_INTERNAL_ASSERT(found != kOrder.end(), "no execution order for ", slot);
   return static_cast<int>(found - kOrder.begin());
@@ -145,7 +145,8 @@ ModuleWeights unstack(const torch::jit::Module& slot, size_t adapter, const Plan
   int64_t gates = 0;
   int64_t gate_features = 0;
   if (const auto* lora = std::get_if<PlannedLoRA>(&module.method)) {
-    shapes = {{"lora_a", {lora->config.r, lora->in_features}}, {"lora_b", {lora->out_features, lora->config.r}},
+    shapes = {{"lora_a", {lora->config.r, lora->in_features}},
+              {"lora_b", {lora->out_features, lora->config.r}},
               {"scaling", {}}};
     gates = lora->config.use_gating;
     gate_features = lora->in_features;
@@ -153,8 +154,11 @@ ModuleWeights unstack(const torch::jit::Module& slot, size_t adapter, const Plan
     const int64_t hidden = bottleneck->hidden_size;
     const int64_t size = bottleneck->bottleneck_size;
     const auto* kind = std::get_if<std::string>(&bottleneck->config.scaling);
-    shapes = {{"down_weight", {size, hidden}}, {"down_bias", {size}}, {"up_weight", {hidden, size}},
-              {"up_bias", {hidden}}, {"scaling", {kind && *kind == "channel" ? hidden : 1}}};
+    shapes = {{"down_weight", {size, hidden}},
+              {"down_bias", {size}},
+              {"up_weight", {hidden, size}},
+              {"up_bias", {hidden}},
+              {"scaling", {kind && *kind == "channel" ? hidden : 1}}};
     gates = bottleneck->config.use_gating;
     gate_features = hidden;
   } else {

@@ -32,13 +32,14 @@ struct BankSlot {
   std::string name;      // the slot's module name: "selfattn_lora_q", "output_adapter_seq_ln_relu"
   BottleneckInput input = BottleneckInput::kBranch;
   std::string non_linearity = {};
-  std::map<std::string, at::Tensor> parameters = {};  // [N, ...], see plan/adapter_weights.h; prefix_length [N] for prefixes
-  std::vector<int64_t> gates = {};                    // per adapter: how many gates it has here; 0 = not gated, or not here
+  std::map<std::string, at::Tensor> parameters =
+      {};                           // [N, ...], see plan/adapter_weights.h; prefix_length [N] for prefixes
+  std::vector<int64_t> gates = {};  // per adapter: how many gates it has here; 0 = not gated, or not here
 };
 
 // Stacks adapters into banks, in execution order. Ranks and prefix lengths are padded with zeros; an adapter without a
-// gate in a gated bank has gate_weight 0 and gate_bias +inf (a gate of exactly 1); an adapter that is not at a place has
-// scaling 0 (or prefix_length 0) there.
+// gate in a gated bank has gate_weight 0 and gate_bias +inf (a gate of exactly 1); an adapter that is not at a place
+// has scaling 0 (or prefix_length 0) there.
 std::vector<BankSlot> stack_banks(const std::vector<Adapter>& adapters);
 
 // The `adapters` submodule: layer_<i>.<slot name>.<parameter>, the adapters' names and configs, and the methods behind

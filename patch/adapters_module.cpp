@@ -118,8 +118,8 @@ Module make_adapters_module(const std::vector<Adapter>& adapters, const std::vec
 
   for (const BankSlot& slot : slots) {
     const std::string layer_name = "layer_" + std::to_string(slot.layer);
-    Module layer = root.hasattr(layer_name) ? root.attr(layer_name).toModule()
-                                            : child(root, layer_name, "AdapterLayer", unit);
+    Module layer =
+        root.hasattr(layer_name) ? root.attr(layer_name).toModule() : child(root, layer_name, "AdapterLayer", unit);
     Module module = child(layer, slot.name, "AdapterSlot", unit);
     for (const auto& [name, tensor] : slot.parameters) {
       const bool trained = is_trained(name, slot);

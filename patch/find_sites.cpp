@@ -12,9 +12,7 @@ using torch::jit::Module;
 using torch::jit::Node;
 using torch::jit::Value;
 
-bool is_norm(const Node* node) {
-  return is_aten(node, {"layer_norm", "rms_norm"});
-}
+bool is_norm(const Node* node) { return is_aten(node, {"layer_norm", "rms_norm"}); }
 
 // "encoder.layer.0.attention.self.query" for the weight "encoder.layer.0.attention.self.query.weight", and
 // "layers.0.self_attn.in_proj" for "layers.0.self_attn.in_proj_weight".
@@ -87,8 +85,8 @@ bool SiteFinder::find_packed_columns(Value* heads, Projection& projection, std::
   }
   const int64_t pieces = width > 0 ? projection.out_features / width : 0;
   if (pieces * width != projection.out_features) {
-    reason = c10::str("its projection ", projection.path, " has ", projection.out_features, " columns, of which ", width,
-                      " are taken in a way that is not recognised");
+    reason = c10::str("its projection ", projection.path, " has ", projection.out_features, " columns, of which ",
+                      width, " are taken in a way that is not recognised");
     return false;
   }
   std::optional<int64_t> piece;

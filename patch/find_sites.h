@@ -41,8 +41,8 @@ struct GraphSites {
   std::vector<LayerSites> layers;  // parallel to structure.layers
 };
 
-// Finds layers by data flow, from each attention outwards: its projections, the residual add and norm around it, and the
-// feed-forward block behind them. Names play no part.
+// Finds layers by data flow, from each attention outwards: its projections, the residual add and norm around it, and
+// the feed-forward block behind them. Names play no part.
 GraphSites find_sites(const CanonicalGraph& canonical, const torch::jit::Module& module);
 
 }  // namespace torchgraft

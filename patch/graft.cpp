@@ -18,10 +18,11 @@ namespace {
 using torch::jit::Module;
 
 void check_name(const std::string& name, const std::vector<Adapter>& taken) {
-  const bool identifier = !name.empty() && !std::isdigit(static_cast<unsigned char>(name[0])) &&
-                          std::all_of(name.begin(), name.end(), [](unsigned char c) { return std::isalnum(c) || c == '_'; });
-  TORCH_CHECK(identifier, "graft: '", name, "' cannot be an adapter's name: use letters, digits and underscores, with no ",
-              "digit first");
+  const bool identifier =
+      !name.empty() && !std::isdigit(static_cast<unsigned char>(name[0])) &&
+      std::all_of(name.begin(), name.end(), [](unsigned char c) { return std::isalnum(c) || c == '_'; });
+  TORCH_CHECK(identifier, "graft: '", name,
+              "' cannot be an adapter's name: use letters, digits and underscores, with no ", "digit first");
   for (const Adapter& adapter : taken) {
     TORCH_CHECK(adapter.name != name, "graft: the module already has an adapter '", name, "'; choose another name");
   }
@@ -66,8 +67,8 @@ InsertOptions insert_options(const GraftOptions& options, const Module& module) 
                 options.token_mask_input, "' must be a Tensor, it is ", arguments[i].type()->repr_str());
     result.token_mask_input = i;
   }
-  TORCH_CHECK(result.token_mask_input, "graft: forward has no argument '", options.token_mask_input, "'; it has: ",
-              names);
+  TORCH_CHECK(result.token_mask_input, "graft: forward has no argument '", options.token_mask_input,
+              "'; it has: ", names);
   return result;
 }
 

@@ -15,10 +15,10 @@ namespace torchgraft {
 
 // One adapter to graft.
 struct AdapterSpec {
-  std::string name;                // a Python identifier, not yet taken in the module
+  std::string name;  // a Python identifier, not yet taken in the module
   AdapterConfig config;
   std::optional<StateDict> weights;  // an AdapterHub state dict; without it the adapter is freshly initialised
-  std::string saved_name;          // the adapter's name inside `weights`; empty: the same as `name`
+  std::string saved_name;            // the adapter's name inside `weights`; empty: the same as `name`
 };
 
 struct GraftOptions {
@@ -48,7 +48,8 @@ struct GraftOptions {
 //
 // Throws c10::Error (with module path and remedy) when no attention is found, a location does not exist, weights do not
 // fit, a name is taken, or the config is not supported.
-TORCHGRAFT_PATCH_API torch::jit::Module graft(const torch::jit::Module& module, const std::vector<AdapterSpec>& adapters,
+TORCHGRAFT_PATCH_API torch::jit::Module graft(const torch::jit::Module& module,
+                                              const std::vector<AdapterSpec>& adapters,
                                               const GraftOptions& options = {});
 
 // What the patcher sees in `module` (of a grafted module: in its base). Never throws for a module without attention:

@@ -82,9 +82,7 @@ std::optional<double> constant_double(const Value* value) {
   return scalar_tensor ? std::optional<double>(constant->toTensor().item<double>()) : std::nullopt;
 }
 
-bool is_none(const Value* value) {
-  return value->mustBeNone();
-}
+bool is_none(const Value* value) { return value->mustBeNone(); }
 
 std::string demangled_name(const c10::TypePtr& type) {
   const auto class_type = type->cast<c10::ClassType>();
@@ -180,8 +178,8 @@ std::vector<Value*> insert_graph_before(Node* node, Graph& body, at::ArrayRef<Va
 }
 
 void replace_node(Node* node, at::ArrayRef<Value*> values) {
-  TORCH_INTERNAL_ASSERT(node->outputs().size() == values.size(), "a node of ", node->outputs().size(),
-                        " outputs got ", values.size());
+  TORCH_INTERNAL_ASSERT(node->outputs().size() == values.size(), "a node of ", node->outputs().size(), " outputs got ",
+                        values.size());
   for (size_t i = 0; i < values.size(); ++i) {
     node->outputs()[i]->replaceAllUsesWith(values[i]);
   }

@@ -11,7 +11,8 @@
 // Small questions about a graph that every pass asks.
 namespace torchgraft {
 
-// An attribute reached from the graph's `self` by prim::GetAttr only: the module path ("encoder.layer.0") and its value.
+// An attribute reached from the graph's `self` by prim::GetAttr only: the module path ("encoder.layer.0") and its
+// value.
 struct ModuleAttribute {
   std::string path;
   c10::IValue value;

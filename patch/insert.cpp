@@ -62,8 +62,9 @@ Inserter::Inserter(Graph& graph, const GraphSites& sites, const c10::TypePtr& ad
     : graph_(graph), sites_(sites), options_(options) {
   adapter_ids_ = graph.addInput("adapter_ids")->setType(c10::OptionalType::ofTensor());
   WithInsertPoint guard(*graph.nodes().begin());
-  adapters_ = graph.insertNode(graph.create(c10::prim::GetAttr, {graph.inputs()[0]}, 1)->s_(c10::attr::name, "adapters"))
-                  ->output();
+  adapters_ =
+      graph.insertNode(graph.create(c10::prim::GetAttr, {graph.inputs()[0]}, 1)->s_(c10::attr::name, "adapters"))
+          ->output();
   adapters_->setType(adapters_type);
   active_ = graph.insertGetAttr(adapters_, "active");
   if (options.token_mask_input) {
@@ -121,8 +122,8 @@ void Inserter::prepare_token_masks(const std::vector<BankSlot>& slots, const tor
                   "graft: gate_pooling=\"unpadded\": the attention mask of layer ", slot.layer,
                   " is computed from its queries or keys, so it is not known before them; name the forward argument "
                   "that is the token mask (token_mask_input)");
-      shared = call("attention_token_mask", {NamedValue(swapped(x, first->sequence_first)), NamedValue(mask)}, {})
-                   ->output();
+      shared =
+          call("attention_token_mask", {NamedValue(swapped(x, first->sequence_first)), NamedValue(mask)}, {})->output();
     }
     token_masks_[slot.layer] = shared;
   }
@@ -153,11 +154,11 @@ Value* Inserter::insert_lora(const BankSlot& slot, const LinearSite& site, const
   }
   Value* x = swapped(site.node->input(0), site.sequence_first);
   Value* module = slot_module(slot);
-  Node* op = call("gated_lora",
-                  {NamedValue(x), NamedValue(swapped(base, site.sequence_first)),
-                   NamedValue(parameter(slot, module, "lora_a")), NamedValue(parameter(slot, module, "lora_b")),
-                   NamedValue(parameter(slot, module, "scaling"))},
-                  common_arguments(slot, module));
+  Node* op = call(
+      "gated_lora",
+      {NamedValue(x), NamedValue(swapped(base, site.sequence_first)), NamedValue(parameter(slot, module, "lora_a")),
+       NamedValue(parameter(slot, module, "lora_b")), NamedValue(parameter(slot, module, "scaling"))},
+      common_arguments(slot, module));
   Value* updated = swapped(op->outputs()[0], site.sequence_first);
   if (projection.packed) {
     updated = graph_.insert(c10::aten::slice_scatter,
@@ -178,18 +179,19 @@ Value* Inserter::insert_prefix(const BankSlot& slot, size_t layer) {
   std::vector<NamedValue> named = common_arguments(slot, module);
   named.emplace_back("scale", attention->namedInput("scale"));
   named.emplace_back("enable_gqa", attention->namedInput("enable_gqa"));
-  Node* op = call("gated_prefix_attention",
-                  {NamedValue(attention->input(0)), NamedValue(attention->input(1)), NamedValue(attention->input(2)),
-                   NamedValue(x), NamedValue(parameter(slot, module, "prefix_key")),
-                   NamedValue(parameter(slot, module, "prefix_value")),
-                   NamedValue(parameter(slot, module, "prefix_length")), NamedValue(attention->input(3)),
-                   NamedValue(attention->input(4)), NamedValue(attention->input(5))},
-                  named);
+  Node* op =
+      call("gated_prefix_attention",
+           {NamedValue(attention->input(0)), NamedValue(attention->input(1)), NamedValue(attention->input(2)),
+            NamedValue(x), NamedValue(parameter(slot, module, "prefix_key")),
+            NamedValue(parameter(slot, module, "prefix_value")), NamedValue(parameter(slot, module, "prefix_length")),
+            NamedValue(attention->input(3)), NamedValue(attention->input(4)), NamedValue(attention->input(5))},
+           named);
   attention->output()->replaceAllUsesWith(op->outputs()[0]);
   return op->outputs()[1];
 }
 
-// What original_ln_before feeds its adapter: the sum that the model makes, and the norm of it when the norm comes after.
+// What original_ln_before feeds its adapter: the sum that the model makes, and the norm of it when the norm comes
+// after.
 Value* Inserter::normed_sum(ResidualState& state) {
   if (state.normed_sum) {
     return state.normed_sum;
@@ -219,13 +221,13 @@ Value* Inserter::insert_bottleneck(const BankSlot& slot, const ResidualSite& sit
                                                         : state.branch;
   x = swapped(x, site.sequence_first);
   Value* module = slot_module(slot);
-  Node* op = call("gated_bottleneck",
-                  {NamedValue(x), NamedValue(swapped(site.branch(), site.sequence_first)),
-                   NamedValue(parameter(slot, module, "down_weight")), NamedValue(parameter(slot, module, "down_bias")),
-                   NamedValue(parameter(slot, module, "up_weight")), NamedValue(parameter(slot, module, "up_bias")),
-                   NamedValue(parameter(slot, module, "scaling")),
-                   NamedValue(graph_.insertConstant(slot.non_linearity))},
-                  common_arguments(slot, module));
+  Node* op =
+      call("gated_bottleneck",
+           {NamedValue(x), NamedValue(swapped(site.branch(), site.sequence_first)),
+            NamedValue(parameter(slot, module, "down_weight")), NamedValue(parameter(slot, module, "down_bias")),
+            NamedValue(parameter(slot, module, "up_weight")), NamedValue(parameter(slot, module, "up_bias")),
+            NamedValue(parameter(slot, module, "scaling")), NamedValue(graph_.insertConstant(slot.non_linearity))},
+           common_arguments(slot, module));
   site.add->replaceInput(site.branch_operand, swapped(op->outputs()[0], site.sequence_first));
   return op->outputs()[1];
 }

@@ -38,9 +38,9 @@ def adapter_config(self, name: str) -> str:
     return self.adapters.adapter_config(name)
 )python";
 
-const std::vector<std::string> kAddedMethods = {"forward",        "forward_with_gates", kBase,           kGrafted,
-                                                "activate",       "deactivate",         "active_adapter", "adapter_names",
-                                                "adapter_config"};
+const std::vector<std::string> kAddedMethods = {"forward",        "forward_with_gates", kBase,
+                                                kGrafted,         "activate",           "deactivate",
+                                                "active_adapter", "adapter_names",      "adapter_config"};
 
 Function& add_method(Module& module, const std::string& name, const std::shared_ptr<Graph>& graph,
                      std::vector<Argument> arguments, std::vector<Argument> returns) {
@@ -160,9 +160,7 @@ void retarget_callers(const Module& module, bool add_argument) {
 
 }  // namespace
 
-bool is_grafted(const Module& module) {
-  return module.hasattr("adapters") && module.find_method(kGrafted).has_value();
-}
+bool is_grafted(const Module& module) { return module.hasattr("adapters") && module.find_method(kGrafted).has_value(); }
 
 void add_methods(Module& module, const std::shared_ptr<Graph>& grafted_graph) {
   const Function& forward = module.get_method("forward").function();
@@ -176,8 +174,8 @@ void add_methods(Module& module, const std::shared_ptr<Graph>& grafted_graph) {
   const Function& base = add_method(module, kBase, base_graph, schema.arguments(), schema.returns());
 
   const c10::TypePtr pair_type = grafted_graph->outputs()[0]->type();
-  const Function& grafted = add_method(module, kGrafted, grafted_graph, with_adapter_ids(schema),
-                                       {Argument("", pair_type)});
+  const Function& grafted =
+      add_method(module, kGrafted, grafted_graph, with_adapter_ids(schema), {Argument("", pair_type)});
   add_forward(module, base, grafted, pair_type, schema);
   add_forward_with_gates(module, grafted, pair_type, schema);
   module.define(kDelegates);

@@ -8,8 +8,8 @@ namespace torchgraft {
 // True for a module that graft() made.
 bool is_grafted(const torch::jit::Module& module);
 
-// Gives `module`, whose submodule `adapters` is there already, its grafted methods: `forward` becomes `base_forward`, the
-// graph `grafted` (with adapter_ids as last input and (result, gates) as result) becomes `grafted_forward`, and
+// Gives `module`, whose submodule `adapters` is there already, its grafted methods: `forward` becomes `base_forward`,
+// the graph `grafted` (with adapter_ids as last input and (result, gates) as result) becomes `grafted_forward`, and
 // forward(..., adapter_ids=None), forward_with_gates and the adapter methods are made on top of them. forward takes the
 // base path, untouched, when no adapter is active and no adapter_ids are given.
 void add_methods(torch::jit::Module& module, const std::shared_ptr<torch::jit::Graph>& grafted);

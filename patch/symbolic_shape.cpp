@@ -10,9 +10,7 @@ namespace {
 using torch::jit::Node;
 using torch::jit::Value;
 
-Dim number(int64_t factor) {
-  return Dim{factor, {}};
-}
+Dim number(int64_t factor) { return Dim{factor, {}}; }
 
 // `dim` counted from the front; nullopt when it is no constant or out of range.
 std::optional<size_t> position(const Value* dim, size_t rank) {
@@ -35,10 +33,33 @@ Dim product(const Shape& shape) {
 }
 
 bool keeps_shape(const Node* node) {
-  return is_aten(node, {"layer_norm", "rms_norm", "dropout",  "relu",       "gelu",     "silu",        "tanh",
-                        "sigmoid",    "to",       "type_as",  "contiguous", "clone",    "detach",      "softmax",
-                        "masked_fill", "alias",   "leaky_relu", "mish",     "relu6",    "hardswish",   "elu",
-                        "neg",        "exp",      "rsqrt",    "pow",        "feature_dropout", "native_layer_norm"}) ||
+  return is_aten(node, {"layer_norm",
+                        "rms_norm",
+                        "dropout",
+                        "relu",
+                        "gelu",
+                        "silu",
+                        "tanh",
+                        "sigmoid",
+                        "to",
+                        "type_as",
+                        "contiguous",
+                        "clone",
+                        "detach",
+                        "softmax",
+                        "masked_fill",
+                        "alias",
+                        "leaky_relu",
+                        "mish",
+                        "relu6",
+                        "hardswish",
+                        "elu",
+                        "neg",
+                        "exp",
+                        "rsqrt",
+                        "pow",
+                        "feature_dropout",
+                        "native_layer_norm"}) ||
          node->kind() == c10::prim::unchecked_cast;
 }
 
@@ -62,9 +83,7 @@ std::optional<Dim> Dim::divided_by(const Dim& divisor) const {
   return result;
 }
 
-Dim SymbolicShapes::fresh() {
-  return Dim{1, {next_symbol_++}};
-}
+Dim SymbolicShapes::fresh() { return Dim{1, {next_symbol_++}}; }
 
 std::optional<Shape> SymbolicShapes::shape(const Value* value) {
   if (const auto known = shapes_.find(value); known != shapes_.end()) {
@@ -285,7 +304,8 @@ std::optional<Shape> SymbolicShapes::of_layout(const Node* node, size_t) {
     const auto order = integers(node->input(1));
     Shape permuted;
     for (size_t i = 0; order && i < order->size(); ++i) {
-      const int64_t from = (*order)[i].factor < 0 ? (*order)[i].factor + static_cast<int64_t>(rank) : (*order)[i].factor;
+      const int64_t from =
+          (*order)[i].factor < 0 ? (*order)[i].factor + static_cast<int64_t>(rank) : (*order)[i].factor;
       if (from >= 0 && from < static_cast<int64_t>(rank)) {
         permuted.push_back((*result)[from]);
       }
@@ -356,7 +376,8 @@ Dim SymbolicShapes::compute_integer(const Value* value) {
     return number(*constant);
   }
   const Node* node = value->node();
-  if (node->kind() == c10::prim::NumToTensor || is_aten(node, {"Int", "IntImplicit", "ScalarImplicit", "detach", "to"})) {
+  if (node->kind() == c10::prim::NumToTensor ||
+      is_aten(node, {"Int", "IntImplicit", "ScalarImplicit", "detach", "to"})) {
     return integer(node->input(0));
   }
   if (is_aten(node, {"size"}) && node->inputs().size() == 2) {

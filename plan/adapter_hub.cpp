@@ -11,9 +11,7 @@
 namespace torchgraft {
 namespace {
 
-std::string shape_of(at::IntArrayRef sizes) {
-  return c10::str("[", c10::Join(", ", sizes), "]");
-}
+std::string shape_of(at::IntArrayRef sizes) { return c10::str("[", c10::Join(", ", sizes), "]"); }
 
 // Reads the weights of a plan out of a checkpoint, and remembers what was read.
 class Reader {
@@ -52,8 +50,8 @@ at::Tensor Reader::take(const SavedParameters& saved, const std::string& name, a
         tensor.dim() == 2 && !shape.empty() && shape.back() == hidden_size_ && saved_hidden != hidden_size_;
     TORCH_CHECK(false, "adapter weights: expected ", found->second.key, " of shape ", shape_of(shape), ", got ",
                 shape_of(tensor.sizes()),
-                other_hidden ? c10::str("; this adapter was trained for hidden size ", saved_hidden,
-                                        ", the model has ", hidden_size_)
+                other_hidden ? c10::str("; this adapter was trained for hidden size ", saved_hidden, ", the model has ",
+                                        hidden_size_)
                              : std::string());
   }
   TORCH_CHECK(tensor.is_floating_point(), "adapter weights: expected ", found->second.key,

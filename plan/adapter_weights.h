@@ -29,8 +29,8 @@ TORCHGRAFT_PATCH_API AdapterWeights init_weights(const Plan& plan, const at::Ten
 
 // Weights from an AdapterHub checkpoint (`pytorch_adapter.bin` of `model.save_adapter()`), for adapter `saved_name` in
 // it. Modules are matched by module path (modulo leading components such as "bert."), else by layer number and
-// location. Throws c10::Error on a missing key, on a key left over, and on a shape that does not fit (an adapter of another
-// hidden size), naming key, expected and got.
+// location. Throws c10::Error on a missing key, on a key left over, and on a shape that does not fit (an adapter of
+// another hidden size), naming key, expected and got.
 TORCHGRAFT_PATCH_API AdapterWeights adapter_hub_weights(const Plan& plan, const Structure& structure,
                                                         const StateDict& state, const std::string& saved_name,
                                                         const at::TensorOptions& options);

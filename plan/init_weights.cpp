@@ -13,20 +13,17 @@ constexpr double kBertStd = 0.02;
 constexpr double kHoulsbyStd = 1e-2;
 
 // Seeds as the oracle's fix_seed: every module with a seed starts from it; a seed of 0 counts as none there. What is
-// drawn below, and in which order, follows the oracle's modules, so that a seeded module equals the oracle's bit for bit.
+// drawn below, and in which order, follows the oracle's modules, so that a seeded module equals the oracle's bit for
+// bit.
 void fix_seed(const std::optional<int64_t>& seed) {
   if (seed && *seed != 0) {
     at::manual_seed(static_cast<uint64_t>(*seed));
   }
 }
 
-at::Tensor normal(at::IntArrayRef shape, double std) {
-  return at::empty(shape).normal_(0.0, std);
-}
+at::Tensor normal(at::IntArrayRef shape, double std) { return at::empty(shape).normal_(0.0, std); }
 
-at::Tensor uniform(at::IntArrayRef shape, double bound) {
-  return at::empty(shape).uniform_(-bound, bound);
-}
+at::Tensor uniform(at::IntArrayRef shape, double bound) { return at::empty(shape).uniform_(-bound, bound); }
 
 // kaiming_uniform_ with leaky-ReLU slope a: bound = sqrt(6 / ((1 + a^2) fan_in)).
 at::Tensor kaiming_uniform(at::IntArrayRef shape, double slope) {
@@ -34,19 +31,20 @@ at::Tensor kaiming_uniform(at::IntArrayRef shape, double slope) {
 }
 
 // torch.nn.Linear's defaults: kaiming_uniform(a = sqrt(5)) and a bias within 1 / sqrt(fan_in).
-at::Tensor linear_weight(int64_t out, int64_t in) {
-  return kaiming_uniform({out, in}, std::sqrt(5.0));
-}
+at::Tensor linear_weight(int64_t out, int64_t in) { return kaiming_uniform({out, in}, std::sqrt(5.0)); }
 
-at::Tensor linear_bias(int64_t out, int64_t in) {
-  return uniform({out}, 1.0 / std::sqrt(static_cast<double>(in)));
-}
+at::Tensor linear_bias(int64_t out, int64_t in) { return uniform({out}, 1.0 / std::sqrt(static_cast<double>(in))); }
 
-// trunc_normal_ of mean 0 within two standard deviations, by inverse transform sampling.
+// trunc_normal_ within two standard deviations: whatever lies beyond is drawn again.
 at::Tensor truncated_normal(at::IntArrayRef shape) {
-  const double bound = std::erf(2.0 / std::sqrt(2.0));
-  at::Tensor values = uniform(shape, bound).erfinv_().mul_(kHoulsbyStd * std::sqrt(2.0));
-  return values.clamp_(-2 * kHoulsbyStd, 2 * kHoulsbyStd);
+  at::Tensor values = normal(shape, kHoulsbyStd);
+  while (true) {
+    const at::Tensor beyond = values.abs() > 2 * kHoulsbyStd;
+    if (!beyond.any().item<bool>()) {
+      return values;
+    }
+    values = at::where(beyond, normal(shape, kHoulsbyStd), values);
+  }
 }
 
 // A new torch.nn.Linear as a gate of `gates` outputs.

@@ -188,8 +188,8 @@ std::vector<std::string> Matcher::slots_by_path(const Path& path, int64_t layer)
   std::vector<std::string> result;
   for (const auto& [slot, projection] : projection_paths(structure_.layers.at(layer))) {
     const Overlap found = overlap(path, *number, projection);
-    if (found.length > 0 && std::equal(path.begin() + *number, path.end(), projection.begin() + found.number,
-                                       projection.end())) {
+    if (found.length > 0 &&
+        std::equal(path.begin() + *number, path.end(), projection.begin() + found.number, projection.end())) {
       result.push_back(slot);
     }
   }
@@ -230,9 +230,7 @@ std::vector<size_t> Matcher::places_of(const SavedModule& saved) const {
   return places;
 }
 
-std::string describe(const PlannedModule& module) {
-  return module.slot + " of layer " + std::to_string(module.layer);
-}
+std::string describe(const PlannedModule& module) { return module.slot + " of layer " + std::to_string(module.layer); }
 
 // Gives each place its part: all of the saved module, or its share of a packed q, k, v.
 void Matcher::put(const SavedModule& saved, const std::vector<size_t>& places) {
@@ -273,8 +271,7 @@ std::vector<SavedParameters> Matcher::match() {
 
 }  // namespace
 
-std::vector<SavedParameters> match_modules(const Checkpoint& checkpoint, const Plan& plan,
-                                           const Structure& structure) {
+std::vector<SavedParameters> match_modules(const Checkpoint& checkpoint, const Plan& plan, const Structure& structure) {
   return Matcher(checkpoint, plan, structure).match();
 }
 

@@ -75,8 +75,8 @@ double reduction_factor(const BnConfig& config, int64_t layer) {
               " nor a default; give one, e.g. {\"1\": 8, \"default\": 16}");
 }
 
-// Python's `hidden // factor`: with a fractional factor it is not always the floor of the rounded quotient (48 // 0.1 is
-// 479), and the shapes of saved adapters follow it.
+// Python's `hidden // factor`: with a fractional factor it is not always the floor of the rounded quotient (48 // 0.1
+// is 479), and the shapes of saved adapters follow it.
 int64_t floor_divide(int64_t hidden, double factor) {
   const auto dividend = static_cast<double>(hidden);
   const double quotient = (dividend - std::fmod(dividend, factor)) / factor;  // a whole number, up to rounding
@@ -221,8 +221,8 @@ Plan Planner::finish() {
   }
   TORCH_CHECK(!plan_.empty(), "plan: the config asks for nothing on this model");
   static const std::vector<std::string> kOrder = {
-      "self_prefix",     "encoder_prefix", "cross_prefix",  "selfattn_lora_q",   "selfattn_lora_k", "selfattn_lora_v",
-      "mh_adapter",      "cross_adapter",  "intermediate_lora", "output_lora",   "output_adapter"};
+      "self_prefix", "encoder_prefix", "cross_prefix",      "selfattn_lora_q", "selfattn_lora_k", "selfattn_lora_v",
+      "mh_adapter",  "cross_adapter",  "intermediate_lora", "output_lora",     "output_adapter"};
   const auto rank = [](const PlannedModule& module) {
     return std::pair(module.layer, std::find(kOrder.begin(), kOrder.end(), module.slot) - kOrder.begin());
   };

@@ -28,8 +28,9 @@ struct PlannedPrefix {
   int64_t hidden_size = 0;
   int64_t num_kv_heads = 0;
   int64_t head_dim = 0;
-  int64_t group_index = 0;  // this layer's position among the layers with a prefix: its slice of the prefix MLP's output
-  int64_t group_size = 0;   // how many layers share the prefix MLP
+  int64_t group_index =
+      0;                   // this layer's position among the layers with a prefix: its slice of the prefix MLP's output
+  int64_t group_size = 0;  // how many layers share the prefix MLP
 };
 
 struct PlannedModule {

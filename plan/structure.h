@@ -16,7 +16,7 @@ enum class NormOrder { kPost, kPre, kNone };           // norm after the residua
 
 // One linear map inside a layer.
 struct Projection {
-  std::string path;          // module path from the root, e.g. "encoder.layer.0.attention.self.query"
+  std::string path;  // module path from the root, e.g. "encoder.layer.0.attention.self.query"
   int64_t in_features = 0;
   int64_t out_features = 0;  // of this projection alone, also when it is packed with others
   int64_t offset = 0;        // first output column inside a packed weight (0 when it stands alone)
@@ -38,7 +38,7 @@ struct Layer {
   bool has_attention_residual = false;  // a residual add after `output`: mh_adapter has its place
   bool has_ffn_residual = false;        // a residual add after `ffn_out`: output_adapter has its place
   bool has_attention_mask = false;
-  std::vector<std::string> notes;       // what is missing and why, in words
+  std::vector<std::string> notes;  // what is missing and why, in words
 };
 
 struct Structure {

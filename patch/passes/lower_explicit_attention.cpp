@@ -17,22 +17,14 @@ using torch::jit::Node;
 using torch::jit::Value;
 
 // queries times keys: matmul(q, k), bmm(q, k) or baddbmm(bias, q, k).
-bool is_product(const Node* node) {
-  return is_aten(node, {"matmul", "bmm", "baddbmm"});
-}
+bool is_product(const Node* node) { return is_aten(node, {"matmul", "bmm", "baddbmm"}); }
 
-Value* left_factor(Node* product) {
-  return product->input(is_aten(product, {"baddbmm"}) ? 1 : 0);
-}
+Value* left_factor(Node* product) { return product->input(is_aten(product, {"baddbmm"}) ? 1 : 0); }
 
-Value* right_factor(Node* product) {
-  return product->input(is_aten(product, {"baddbmm"}) ? 2 : 1);
-}
+Value* right_factor(Node* product) { return product->input(is_aten(product, {"baddbmm"}) ? 2 : 1); }
 
 // Between [B * h, S, S] and [B, h, S, S].
-bool is_reshape(const Node* node) {
-  return is_aten(node, {"view", "reshape", "_unsafe_view", "unflatten", "flatten"});
-}
+bool is_reshape(const Node* node) { return is_aten(node, {"view", "reshape", "_unsafe_view", "unflatten", "flatten"}); }
 
 bool is_number(const Value* value) {
   const auto kind = value->type()->kind();

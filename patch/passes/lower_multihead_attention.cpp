@@ -135,7 +135,8 @@ bool lower_multihead_attention(Node* call, const Module& root) {
     return false;
   }
   const bool batch_first = is_true(attention->value, "batch_first");
-  const auto body = compile_graph(kSource, batch_first ? "self_attention_batch_first" : "self_attention_sequence_first");
+  const auto body =
+      compile_graph(kSource, batch_first ? "self_attention_batch_first" : "self_attention_sequence_first");
 
   Graph* graph = call->owningGraph();
   torch::jit::WithInsertPoint guard(call);
@@ -147,9 +148,9 @@ bool lower_multihead_attention(Node* call, const Module& root) {
   Value* self = call->input(kSelf);
   Value* out_proj = get(self, "out_proj");
   const std::vector<Value*> inputs = {
-      call->input(kQuery),      call->input(kKey),          call->input(kValue),      call->input(kAttnMask),
+      call->input(kQuery),          call->input(kKey),           call->input(kValue),       call->input(kAttnMask),
       call->input(kKeyPaddingMask), get(self, "in_proj_weight"), get(self, "in_proj_bias"), get(out_proj, "weight"),
-      get(out_proj, "bias"),    get(self, "num_heads"),     get(self, "head_dim"),    get(self, "dropout"),
+      get(out_proj, "bias"),        get(self, "num_heads"),      get(self, "head_dim"),     get(self, "dropout"),
       get(self, "training")};
   Value* output = insert_graph_before(call, *body, inputs)[0];
   Value* none = graph->insertConstant(c10::IValue());

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ._libraries import patcher
 from .adapter_hub import read_config
 
 
@@ -177,7 +178,11 @@ class MAMConfig(ConfigUnion):
     """Mix-and-match (He et al. 2021): prefixes and a parallel bottleneck."""
 
     def __init__(self, prefix_tuning: PrefixTuningConfig | None = None, adapter: BnConfig | None = None):
-        super().__init__(prefix_tuning or PrefixTuningConfig(bottleneck_size=800), adapter or ParBnConfig())
+        parts = [prefix_tuning or PrefixTuningConfig(bottleneck_size=800), adapter or ParBnConfig()]
+        for name, part, kind in zip(("prefix_tuning", "adapter"), parts, (PrefixTuningConfig, BnConfig), strict=True):
+            if not isinstance(part, kind):
+                raise TypeError(f"expected {name} to be a {kind.__name__}, got {type(part).__name__}")
+        super().__init__(*parts)
 
 
 class UniPELTConfig(ConfigUnion):
@@ -201,13 +206,15 @@ def config_to_json(config: Any) -> str:
     """The text that the patcher reads: a configuration as JSON, or its name.
 
     Args:
-        config: an object with `to_dict()` (of this module or of the `adapters` library), a mapping, a name, or the path
-            of an adapter_config.json or of a directory that holds one.
+        config: an object with `to_dict()` (of this module or of the `adapters` library), a mapping, its JSON text, a name,
+            or the path of an adapter_config.json or of a directory that holds one. A known name goes before a path.
     """
     if hasattr(config, "to_dict"):
         return json.dumps(config.to_dict())
     if isinstance(config, Mapping):
         return json.dumps(dict(config))
+    if isinstance(config, str) and (config.lstrip().startswith("{") or config in patcher().config_names()):
+        return config
     if isinstance(config, Path) or (isinstance(config, str) and (Path(config).exists() or config.endswith(".json"))):
         return read_config(config)
     if isinstance(config, str):

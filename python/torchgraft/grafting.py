@@ -23,15 +23,6 @@ def _cpp_module(module: Any) -> Any:
     return module._c
 
 
-def _config_text(config: Any) -> str:
-    """A configuration as JSON, or one of the known names. A file of such a name in the current directory is not meant."""
-    if isinstance(config, str) and config in patcher().config_names():
-        return config
-    if isinstance(config, str) and "/" in config:
-        return config_to_json(Path(config))
-    return config_to_json(config)
-
-
 def graft(
     module: torch.jit.ScriptModule,
     config: Any = None,
@@ -74,7 +65,7 @@ def graft(
     if config is not None:
         if name is None:
             raise GraftError("graft: a config needs the name of its adapter (name=...)")
-        specs.append((name, _config_text(config), None, ""))
+        specs.append((name, config_to_json(config), None, ""))
     elif name is not None:
         raise GraftError(f"graft: the adapter '{name}' needs a config (config=...), or a directory (adapters=...)")
     for adapter_name, directory in (adapters or {}).items():

@@ -74,6 +74,9 @@ INSTANTIATE_TEST_SUITE_P(
         BadConfig{R"({"mh_adapter": true, "output_adapter": true, "reduction_factor": 2, "non_linearity": "relu",
                       "original_ln_before": true, "residual_before_ln": "post_add"})",
                   "BnConfig.residual_before_ln=post_add is not supported yet"},
+        BadConfig{R"({"mh_adapter": true, "output_adapter": true, "reduction_factor": {"first": 2}, "non_linearity": "relu"})",
+                  "expected the keys of BnConfig.reduction_factor to be layer numbers or \"default\", got \"first\""},
+        BadConfig{R"({"architecture": "lora", "r": 1e30})", "expected LoRAConfig.r to be an integer, got 1e+30"},
         BadConfig{R"({"architecture": "union", "configs": [{"architecture": "lora"}, {"architecture": "lora"}]})",
                   "two LoRA configs"},
         BadConfig{R"({"architecture": "union", "configs": [{"architecture": "union", "configs": []}]})",
@@ -82,6 +85,24 @@ INSTANTIATE_TEST_SUITE_P(
 TEST(AdapterConfig, AnUnknownNameListsTheKnownOnes) {
   const std::string error = error_of([] { config_from_name("unipel"); });
   EXPECT_NE(error.find("no configuration is called 'unipel'; there are: compacter"), std::string::npos) << error;
+}
+
+// The oracle takes a scaling of 4.0 but not of 4, and prints a reduction factor of 2.
+TEST(AdapterConfig, WritesNumbersAsTheOracleDoes) {
+  const std::string json = config_to_json(config_from_name("par_bn"));
+  EXPECT_NE(json.find("\"scaling\":4.0,"), std::string::npos) << json;
+  EXPECT_NE(json.find("\"reduction_factor\":2,"), std::string::npos) << json;
+}
+
+TEST(AdapterConfig, ResidualsWithoutEffectAreAccepted) {
+  BnConfig config = double_seq_bn_config();
+  config.residual_before_ln = false;  // without the norm before it, the same
+  check_supported(AdapterConfig{{config}});
+  config.original_ln_before = true;
+  EXPECT_NE(error_of([&] { check_supported(AdapterConfig{{config}}); }).find("BnConfig.residual_before_ln=False"),
+            std::string::npos);
+  config.is_parallel = true;
+  check_supported(AdapterConfig{{config}});
 }
 
 TEST(AdapterConfig, TwoBottlenecksAtDifferentPlacesMayJoin) {

@@ -11,10 +11,14 @@ constexpr int64_t kHidden = 12;
 
 inline torch::jit::Module encoder_layer(int64_t feed_forward = 20) {
   const auto weight = [](int64_t out, int64_t in) { return at::randn({out, in}) * 0.4; };
-  return make_module({{"q", weight(kHidden, kHidden)}, {"k", weight(kHidden, kHidden)},
-                      {"v", weight(kHidden, kHidden)}, {"o", weight(kHidden, kHidden)},
-                      {"up", weight(feed_forward, kHidden)}, {"down", weight(kHidden, feed_forward)},
-                      {"g1", at::rand({kHidden}) + 0.5}, {"g2", at::rand({kHidden}) + 0.5}},
+  return make_module({{"q", weight(kHidden, kHidden)},
+                      {"k", weight(kHidden, kHidden)},
+                      {"v", weight(kHidden, kHidden)},
+                      {"o", weight(kHidden, kHidden)},
+                      {"up", weight(feed_forward, kHidden)},
+                      {"down", weight(kHidden, feed_forward)},
+                      {"g1", at::rand({kHidden}) + 0.5},
+                      {"g2", at::rand({kHidden}) + 0.5}},
                      R"python(
 def heads(self, x: Tensor) -> Tensor:
     return x.view(x.size(0), x.size(1), 3, 4).transpose(1, 2)

@@ -41,9 +41,10 @@ TEST(FindSites, DescribesEveryLayer) {
 Structure packed(const std::string& heads) {
   return inspect(make_module({{"qkv", at::randn({36, 12})}, {"o", at::randn({12, 12})}},
                              "def forward(self, x: Tensor) -> Tensor:\n"
-                             "    y = torch.linear(x, self.qkv)\n" + heads +
-                             "    z = torch.scaled_dot_product_attention(q, k, v)\n"
-                             "    return torch.linear(z.transpose(1, 2).flatten(2), self.o)\n"));
+                             "    y = torch.linear(x, self.qkv)\n" +
+                                 heads +
+                                 "    z = torch.scaled_dot_product_attention(q, k, v)\n"
+                                 "    return torch.linear(z.transpose(1, 2).flatten(2), self.o)\n"));
 }
 
 void expect_columns(const Structure& structure) {
@@ -59,8 +60,7 @@ void expect_columns(const Structure& structure) {
 }
 
 TEST(FindSites, PackedByChunk) {
-  expect_columns(packed(
-      "    q, k, v = y.view(x.size(0), x.size(1), 9, 4).transpose(1, 2).chunk(3, 1)\n"));
+  expect_columns(packed("    q, k, v = y.view(x.size(0), x.size(1), 9, 4).transpose(1, 2).chunk(3, 1)\n"));
 }
 
 TEST(FindSites, PackedByUnbind) {
@@ -68,14 +68,15 @@ TEST(FindSites, PackedByUnbind) {
 }
 
 TEST(FindSites, PackedBySelect) {
-  expect_columns(packed("    p = y.view(x.size(0), x.size(1), 3, 3, 4).permute(2, 0, 3, 1, 4)\n"
-                        "    q, k, v = p.select(0, 0), p.select(0, 1), p.select(0, 2)\n"));
+  expect_columns(
+      packed("    p = y.view(x.size(0), x.size(1), 3, 3, 4).permute(2, 0, 3, 1, 4)\n"
+             "    q, k, v = p.select(0, 0), p.select(0, 1), p.select(0, 2)\n"));
 }
 
 TEST(FindSites, InterleavedHeadsAreANearMiss) {
-  const Structure structure =
-      packed("    p = y.view(x.size(0), x.size(1), 4, 3, 3).permute(3, 0, 2, 1, 4)\n"
-             "    q, k, v = p.select(0, 0), p.select(0, 1), p.select(0, 2)\n");
+  const Structure structure = packed(
+      "    p = y.view(x.size(0), x.size(1), 4, 3, 3).permute(3, 0, 2, 1, 4)\n"
+      "    q, k, v = p.select(0, 0), p.select(0, 1), p.select(0, 2)\n");
   EXPECT_TRUE(structure.layers.empty());
   ASSERT_EQ(structure.near_misses.size(), 1u);
   EXPECT_NE(structure.near_misses[0].find("interleaved head by head in qkv"), std::string::npos)
@@ -83,8 +84,7 @@ TEST(FindSites, InterleavedHeadsAreANearMiss) {
 }
 
 TEST(FindSites, SaysWhatIsMissing) {
-  const Structure structure = packed(
-      "    q, k, v = y.view(x.size(0), x.size(1), 9, 4).transpose(1, 2).chunk(3, 1)\n");
+  const Structure structure = packed("    q, k, v = y.view(x.size(0), x.size(1), 9, 4).transpose(1, 2).chunk(3, 1)\n");
   ASSERT_EQ(structure.layers.size(), 1u);
   EXPECT_FALSE(structure.layers[0].has_attention_residual);
   ASSERT_EQ(structure.layers[0].notes.size(), 1u);

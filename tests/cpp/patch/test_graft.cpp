@@ -30,8 +30,16 @@ TEST(Graft, UnipeltInsertsOneOpPerPlace) {
   EXPECT_EQ(testing::count_kind(graph, "torchgraft::gated_prefix_attention"), 2u);
   EXPECT_EQ(testing::count_kind(graph, "torchgraft::gated_bottleneck"), 2u);
   EXPECT_EQ(testing::count_kind(graph, "aten::scaled_dot_product_attention"), 0u);
-  EXPECT_EQ(module.attr("adapters").toModule().attr("layer_1").toModule().attr("selfattn_lora_v").toModule()
-                .attr("lora_a").toTensor().sizes(), (std::vector<int64_t>{1, 8, 12}));
+  EXPECT_EQ(module.attr("adapters")
+                .toModule()
+                .attr("layer_1")
+                .toModule()
+                .attr("selfattn_lora_v")
+                .toModule()
+                .attr("lora_a")
+                .toTensor()
+                .sizes(),
+            (std::vector<int64_t>{1, 8, 12}));
 }
 
 TEST(Graft, FreshLoraChangesNothingAndDeactivatedIsTheBase) {
@@ -89,12 +97,15 @@ TEST(Graft, OtherMethodsOfTheModuleKeepCallingForward) {
 TEST(Graft, ErrorsSayWhatToDo) {
   const auto base = encoder();
   EXPECT_NE(error_of([&] { graft(base, {}); }).find("no adapter was given"), std::string::npos);
-  EXPECT_NE(error_of([&] { graft(base, {fresh("task", "dora")}); }).find("LoRAConfig.use_dora=True is not supported yet"),
+  EXPECT_NE(
+      error_of([&] { graft(base, {fresh("task", "dora")}); }).find("LoRAConfig.use_dora=True is not supported yet"),
+      std::string::npos);
+  EXPECT_NE(error_of([&] {
+              graft(graft(base, {fresh("t", "lora")}), {fresh("t", "mam")});
+            }).find("already has an adapter 't'"),
             std::string::npos);
-  EXPECT_NE(error_of([&] { graft(graft(base, {fresh("t", "lora")}), {fresh("t", "mam")}); })
-                .find("already has an adapter 't'"), std::string::npos);
-  const auto plain = testing::make_module({{"w", at::randn({4, 4})}},
-                                          "def forward(self, x: Tensor) -> Tensor:\n    return torch.linear(x, self.w)\n");
+  const auto plain = testing::make_module(
+      {{"w", at::randn({4, 4})}}, "def forward(self, x: Tensor) -> Tensor:\n    return torch.linear(x, self.w)\n");
   EXPECT_NE(error_of([&] { graft(plain, {fresh("task", "mam")}); }).find("no attention was found"), std::string::npos);
   auto taken = encoder();
   taken.register_attribute("adapters", c10::IntType::get(), 1);
@@ -103,8 +114,7 @@ TEST(Graft, ErrorsSayWhatToDo) {
 }
 
 TEST(Graft, WithoutFeedForwardTheErrorNamesTheLayers) {
-  const auto attention_only = testing::make_module(
-      {{"w", at::randn({12, 12})}}, R"python(
+  const auto attention_only = testing::make_module({{"w", at::randn({12, 12})}}, R"python(
 def forward(self, x: Tensor) -> Tensor:
     q = torch.linear(x, self.w).view(x.size(0), x.size(1), 3, 4).transpose(1, 2)
     return torch.scaled_dot_product_attention(q, q, q)

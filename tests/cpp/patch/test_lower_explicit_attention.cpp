@@ -28,7 +28,8 @@ def forward(self, x: Tensor, mask: Optional[Tensor]) -> Tensor:
     q = torch.linear(x, self.wq).view(x.size(0), x.size(1), 3, 4).transpose(1, 2)
     k = torch.linear(x, self.wk).view(x.size(0), x.size(1), 3, 4).transpose(1, 2)
     v = torch.linear(x, self.wv).view(x.size(0), x.size(1), 3, 4).transpose(1, 2)
-)python") + test.body + "    return out\n";
+)python") +
+         test.body + "    return out\n";
 }
 
 class LowerExplicitAttention : public ::testing::TestWithParam<Case> {
@@ -62,47 +63,45 @@ TEST_P(LowerExplicitAttention, BecomesOneFusedCallWithTheSameResult) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Spellings, LowerExplicitAttention,
-    ::testing::Values(
-        Case{"scaled_after", R"python(
+INSTANTIATE_TEST_SUITE_P(Spellings, LowerExplicitAttention,
+                         ::testing::Values(Case{"scaled_after", R"python(
     out = torch.matmul(torch.softmax(torch.matmul(q, k.transpose(-1, -2)) / 2.0, -1), v)
 )python"},
-        Case{"scaled_before_by_size", R"python(
+                                           Case{"scaled_before_by_size", R"python(
     out = torch.matmul(torch.softmax(torch.matmul(q * q.size(-1) ** -0.5, k.transpose(2, 3)), -1), v)
 )python"},
-        Case{"optional_additive_mask", R"python(
+                                           Case{"optional_additive_mask", R"python(
     scores = torch.matmul(q, k.transpose(-1, -2)) * 0.5
     if mask is not None:
         scores = scores + mask
     out = torch.matmul(torch.softmax(scores, -1), v)
 )python"},
-        Case{"optional_masked_fill_after_bias", R"python(
+                                           Case{"optional_masked_fill_after_bias", R"python(
     scores = torch.matmul(q, k.transpose(-1, -2)) * 0.5 + torch.arange(5, dtype=6)
     if mask is not None:
         scores = torch.masked_fill(scores, mask < 0, -1e9)
     out = torch.matmul(torch.softmax(scores, 3), v)
 )python"},
-        Case{"mask_scaled_with_the_scores", R"python(
+                                           Case{"mask_scaled_with_the_scores", R"python(
     scores = (torch.matmul(q, k.transpose(-1, -2)) + torch.arange(5, dtype=6)) / 3.0
     out = torch.matmul(torch.softmax(scores, -1), v)
 )python"},
-        Case{"where", R"python(
+                                           Case{"where", R"python(
     keep = torch.tril(torch.ones([5, 5])) > 0
     scores = torch.matmul(q, k.transpose(-1, -2))
     scores = torch.where(keep, scores, torch.full([], -1e9))
     out = torch.matmul(torch.softmax(scores, -1), v)
 )python"},
-        Case{"merged_heads", R"python(
+                                           Case{"merged_heads", R"python(
     b, s = x.size(0), x.size(1)
     scores = torch.bmm(q.reshape(b * 3, s, 4), k.reshape(b * 3, s, 4).transpose(1, 2)) * 0.5
     out = torch.bmm(torch.softmax(scores, -1), v.reshape(b * 3, s, 4)).view(b, 3, s, 4)
 )python"},
-        Case{"inactive_dropout", R"python(
+                                           Case{"inactive_dropout", R"python(
     probabilities = torch.dropout(torch.softmax(torch.matmul(q, k.transpose(-1, -2)), -1), 0.1, self.training)
     out = torch.matmul(probabilities, v)
 )python"}),
-    [](const auto& info) { return info.param.name; });
+                         [](const auto& info) { return info.param.name; });
 
 // What the pass must leave alone.
 class LeaveAlone : public LowerExplicitAttention {};
@@ -115,29 +114,27 @@ TEST_P(LeaveAlone, SaysWhy) {
   EXPECT_EQ(count_kind(*graph_, kFused), 0u);
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Others, LeaveAlone,
-    ::testing::Values(
-        Case{"probabilities_read_elsewhere", R"python(
+INSTANTIATE_TEST_SUITE_P(Others, LeaveAlone,
+                         ::testing::Values(Case{"probabilities_read_elsewhere", R"python(
     probabilities = torch.softmax(torch.matmul(q, k.transpose(-1, -2)), -1)
     out = torch.matmul(probabilities, v) + probabilities.sum()
 )python"},
-        Case{"scores_through_tanh", R"python(
+                                           Case{"scores_through_tanh", R"python(
     out = torch.matmul(torch.softmax(torch.tanh(torch.matmul(q, k.transpose(-1, -2))), -1), v)
 )python"},
-        Case{"softmax_over_queries", R"python(
+                                           Case{"softmax_over_queries", R"python(
     out = torch.matmul(torch.softmax(torch.matmul(q, k.transpose(-1, -2)), 2), v)
 )python"},
-        Case{"scale_inside_a_branch", R"python(
+                                           Case{"scale_inside_a_branch", R"python(
     scores = torch.matmul(q, k.transpose(-1, -2))
     if mask is not None:
         scores = scores * 0.5
     out = torch.matmul(torch.softmax(scores, -1), v)
 )python"},
-        Case{"not_attention", R"python(
+                                           Case{"not_attention", R"python(
     out = torch.softmax(q, -1)
 )python"}),
-    [](const auto& info) { return info.param.name; });
+                         [](const auto& info) { return info.param.name; });
 
 }  // namespace
 }  // namespace torchgraft

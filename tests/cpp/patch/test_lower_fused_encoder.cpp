@@ -73,8 +73,12 @@ TEST(LowerFusedEncoder, NestedTensorsKeepTheirMaskAndTheirZeros) {
   const auto module = encoder_module(
       "def forward(self, x: Tensor, padding: Tensor) -> Tensor:\n"
       "    nested = torch._nested_tensor_from_mask(x, torch.logical_not(padding), False)\n"
-      "    y = " + fused_call("nested", false, false, "None, None") + "\n"
-      "    y = " + fused_call("y", false, false, "None, None") + "\n"
+      "    y = " +
+      fused_call("nested", false, false, "None, None") +
+      "\n"
+      "    y = " +
+      fused_call("y", false, false, "None, None") +
+      "\n"
       "    return torch.to_padded_tensor(y, 0.0, x.size())\n");
   at::Tensor padding = at::zeros({2, 5}, at::kBool);
   padding[1].slice(0, 3).fill_(true);
@@ -87,15 +91,17 @@ TEST(LowerFusedEncoder, BranchIsPinnedToTheUnfusedSide) {
       "    if x.requires_grad:\n"
       "        y = torch.linear(x, self.o)\n"
       "    else:\n"
-      "        y = " + fused_call("x", true, false, "None, None") + "\n"
+      "        y = " +
+      fused_call("x", true, false, "None, None") +
+      "\n"
       "    return y\n");
   auto graph = module.get_method("forward").graph()->copy();
   simplify(graph);
   lower_fused_encoder(graph);
   EXPECT_EQ(count_kind(*graph, "prim::If"), 0u);
   const at::Tensor x = at::randn({2, 5, kHidden});
-  EXPECT_TRUE(at::allclose(testing::run_graph(module, graph, {x}).toTensor(),
-                           at::linear(x, module.attr("o").toTensor())));
+  EXPECT_TRUE(
+      at::allclose(testing::run_graph(module, graph, {x}).toTensor(), at::linear(x, module.attr("o").toTensor())));
 }
 
 }  // namespace

@@ -43,9 +43,7 @@ std::string shape_of_result(const std::string& body) {
   return printed(shapes.shape(graph->outputs()[0]));
 }
 
-TEST(SymbolicShape, LinearAssumesBatchedTokens) {
-  EXPECT_EQ(shape_of_result("    return y\n"), "a, b, 12");
-}
+TEST(SymbolicShape, LinearAssumesBatchedTokens) { EXPECT_EQ(shape_of_result("    return y\n"), "a, b, 12"); }
 
 TEST(SymbolicShape, ViewInfersTheMissingSize) {
   EXPECT_EQ(shape_of_result("    return y.view(y.size(0), -1, 3, 4)\n"), "a, b, 3, 4");
@@ -75,9 +73,7 @@ TEST(SymbolicShape, PatchesOfAnImage) {
             "a, b*c, 8");
 }
 
-TEST(SymbolicShape, SaysThatItDoesNotKnow) {
-  EXPECT_EQ(shape_of_result("    return torch.nonzero(y)\n"), "unknown");
-}
+TEST(SymbolicShape, SaysThatItDoesNotKnow) { EXPECT_EQ(shape_of_result("    return torch.nonzero(y)\n"), "unknown"); }
 
 }  // namespace
 }  // namespace torchgraft

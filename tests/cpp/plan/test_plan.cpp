@@ -8,6 +8,7 @@
 namespace torchgraft {
 namespace {
 
+using testing::bart_like;
 using testing::bert_like;
 using testing::error_of;
 
@@ -33,6 +34,45 @@ TEST(Plan, LeaveOutAndReductionFactorByLayer) {
   ASSERT_EQ(slots(plan), (std::vector<std::string>{"0:output_adapter", "2:output_adapter"}));
   EXPECT_EQ(std::get<PlannedBottleneck>(plan[0].method).bottleneck_size, 3);
   EXPECT_EQ(std::get<PlannedBottleneck>(plan[1].method).bottleneck_size, 1);  // never 0
+}
+
+// Python: 48 // 0.1 == 479, because 0.1 is a little more than a tenth.
+TEST(Plan, BottleneckSizesAreFloorDivisionsOfPython) {
+  const std::vector<std::pair<double, int64_t>> cases = {{0.1, 119}, {0.3, 40}, {0.7, 17}, {5, 2}, {2.4, 5}, {13, 1}};
+  for (const auto& [factor, size] : cases) {
+    BnConfig config = seq_bn_config();
+    config.reduction_factor = factor;
+    const Plan plan = make_plan(bert_like(1), AdapterConfig{{config}});
+    EXPECT_EQ(std::get<PlannedBottleneck>(plan.at(0).method).bottleneck_size, size) << factor;
+  }
+}
+
+// Self and cross attention share the feed-forward block of their decoder layer.
+TEST(Plan, ADecoderLayerHasOneFeedForwardBlock) {
+  LoRAConfig lora;
+  lora.attn_matrices = {"q"};
+  lora.intermediate_lora = lora.output_lora = true;
+  BnConfig bottleneck = double_seq_bn_config();
+  EXPECT_EQ(slots(make_plan(bart_like(1), AdapterConfig{{bottleneck, lora}})),
+            (std::vector<std::string>{"0:selfattn_lora_q", "0:mh_adapter", "0:intermediate_lora", "0:output_lora",
+                                      "0:output_adapter", "1:selfattn_lora_q", "1:mh_adapter", "2:selfattn_lora_q",
+                                      "2:intermediate_lora", "2:output_lora", "2:output_adapter"}));
+  bottleneck.cross_adapter = true;
+  bottleneck.mh_adapter = bottleneck.output_adapter = false;
+  EXPECT_EQ(slots(make_plan(bart_like(1), AdapterConfig{{bottleneck}})), std::vector<std::string>{"2:cross_adapter"});
+  Structure none = bart_like(1);
+  none.layers[2].ffn_in = none.layers[2].ffn_out = std::nullopt;
+  none.layers[2].has_ffn_residual = false;
+  EXPECT_NE(error_of([&] { make_plan(none, config_from_name("seq_bn")); }).find("no output_adapter in layers 1, 2;"),
+            std::string::npos);
+}
+
+TEST(Plan, PrefixesByKindOfAttention) {
+  PrefixTuningConfig config;
+  EXPECT_EQ(slots(make_plan(bart_like(1), AdapterConfig{{config}})),
+            (std::vector<std::string>{"0:encoder_prefix", "1:self_prefix", "2:cross_prefix"}));
+  config.encoder_prefix = config.cross_prefix = false;
+  EXPECT_EQ(slots(make_plan(bart_like(1), AdapterConfig{{config}})), std::vector<std::string>{"1:self_prefix"});
 }
 
 TEST(Plan, PrefixesOfTheLayersThatHaveOneShareAnMlp) {
@@ -72,6 +112,11 @@ TEST(Plan, Refusals) {
   LoRAConfig first;
   first.leave_out = {0};
   EXPECT_NE(error_of([&] { make_plan(bert_like(2), config_union({first, LoRAConfig{}})); }).find("claim selfattn_lora"),
+            std::string::npos);
+  Structure without_projections = bert_like(2);
+  without_projections.layers[1].query = without_projections.layers[1].value = std::nullopt;
+  EXPECT_NE(error_of([&] { make_plan(without_projections, config_from_name("lora")); })
+                .find("no selfattn_lora in layers 1; add"),
             std::string::npos);
   LoRAConfig nothing;
   nothing.selfattn_lora = false;

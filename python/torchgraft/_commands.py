@@ -1,0 +1,162 @@
+"""What scripts/graft.py does, once its command line is understood."""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ._files import check_writable, load_module, reason, save_module
+from .errors import GraftError
+from .grafting import graft
+from .grafting import inspect as inspect_module
+
+# What a user can cause; anything else is a defect and deserves its traceback. RuntimeError and torch.jit.Error are torch's.
+EXPECTED_ERRORS = (GraftError, OSError, RuntimeError, MemoryError, torch.jit.Error)
+
+__all__ = ["EXPECTED_ERRORS", "add", "inspect", "reason"]
+
+# A parameter that each kind of module has exactly once, to count modules by.
+_ONE_PER_MODULE = (".lora_a", ".prefix_key", ".up_weight")
+_ROLES = ("query", "key", "value", "output", "ffn_in", "ffn_out")
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """A function that shows what is being done, if somebody is watching."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda text: None
+        return
+    with console.status("") as status:
+        yield status.update
+
+
+def add(arguments: argparse.Namespace) -> None:
+    """Grafts adapters onto a file and writes another, whole or not at all.
+
+    Args:
+        arguments: of the command line: base, output (paths), config and name (lists of one length), adapter (pairs of name
+            and directory), gate_pooling, token_mask, active, seed.
+    """
+    check_writable(arguments.output)
+    started = time.perf_counter()
+    with _progress() as show:
+        show(f"loading {arguments.base}")
+        base = load_module(arguments.base)
+        show("grafting")
+        grafted = _graft_all(base, arguments)
+        show(f"saving {arguments.output}")
+        save_module(grafted, arguments.output)
+    print(_summary(base, grafted, arguments.output, time.perf_counter() - started))
+
+
+def _graft_all(base: torch.jit.ScriptModule, arguments: argparse.Namespace) -> torch.jit.ScriptModule:
+    """Fresh adapters in the order given, then trained ones: a graft of a grafted module adds to it."""
+    if arguments.seed is not None:
+        torch.manual_seed(arguments.seed)
+    pooling = {"gate_pooling": arguments.gate_pooling, "token_mask": arguments.token_mask}
+    requests: list[dict[str, Any]] = []
+    for config, name in zip(arguments.config, arguments.name, strict=True):
+        # A name without a slash may be a configuration's; what it means is decided where all configurations are read.
+        requests.append({"config": Path(config) if "/" in config else config, "name": name})
+    if arguments.adapter:
+        requests.append({"adapters": dict(arguments.adapter)})
+    result = base
+    for request in requests:
+        last = request is requests[-1]
+        result = graft(result, **request, **pooling, active=arguments.active if last else None, verify=last)
+    return result
+
+
+def _parameter_count(module: torch.jit.ScriptModule) -> int:
+    return sum(tensor.numel() for tensor in module.state_dict().values())
+
+
+def _summary(base: torch.jit.ScriptModule, grafted: torch.jit.ScriptModule, path: Path, seconds: float) -> str:
+    """Three lines. Keys of the state dict: adapters.layer_<i>.<slot>.<parameter>, a slot is "selfattn_lora_q", ..."""
+    keys = [key for key in grafted.state_dict() if key.startswith("adapters.layer_") and key.endswith(_ONE_PER_MODULE)]
+    layers = len({key.split(".")[1] for key in keys})
+    slots = Counter(key.split(".")[2] for key in keys)
+    places = ", ".join(f"{slot} x {count}" for slot, count in sorted(slots.items()))
+    added = _parameter_count(grafted) - _parameter_count(base)
+    names = ", ".join(f"{index} {name}" for index, name in enumerate(grafted.adapter_names()))
+    return (
+        f"{path}: adapters {names} (active: {grafted.active_adapter()})\n"
+        f"  in {layers} layers: {places}\n"
+        f"  {added:,} parameters added, {path.stat().st_size / 1e6:.1f} MB, {seconds:.1f} s"
+    )
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    """Prints the layers that the patcher sees in a file.
+
+    Args:
+        arguments: of the command line: base (path), json (bool).
+
+    Raises:
+        GraftError: it sees none; what it saw instead is printed nevertheless.
+    """
+    module = load_module(arguments.base)
+    structure = inspect_module(module)
+    try:
+        if arguments.json:
+            print(json.dumps(structure, indent=2))
+        else:
+            _print_structure(module, structure)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if not structure["layers"]:
+        raise GraftError(f"{arguments.base}: no attention was found")
+
+
+def _print_structure(module: torch.jit.ScriptModule, structure: dict[str, Any]) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
+    if hasattr(module, "adapter_names"):
+        names = ", ".join(f"{index} {name}" for index, name in enumerate(module.adapter_names()))
+        console.print(f"grafted already: adapters {names} (active: {module.active_adapter()})")
+    if structure["layers"]:
+        console.print(_layer_table(structure["layers"]))
+    for layer in structure["layers"]:
+        for note in layer["notes"]:
+            console.print(f"layer {layer['index']}: {note}")
+    for miss in structure["near_misses"]:
+        console.print(f"not taken: {miss}")
+
+
+def _layer_table(layers: list[dict[str, Any]]) -> Table:
+    table = Table(show_lines=True)
+    for heading in ("layer", "kind", "heads", "head size", "hidden", "norm"):
+        table.add_column(heading, justify="left" if heading in ("kind", "norm") else "right", no_wrap=True)
+    table.add_column("projections", overflow="fold")
+    table.add_column("locations", overflow="fold")
+    for layer in layers:
+        heads = str(layer["num_heads"])
+        if layer["num_kv_heads"] != layer["num_heads"]:
+            heads += f" ({layer['num_kv_heads']} kv)"
+        cells = [str(layer["index"]), layer["kind"], heads, str(layer["head_dim"]), str(layer["hidden_size"])]
+        cells.append({"post": "post", "pre": "pre", "none": "-"}[layer["norm_order"]])
+        cells.append("\n".join(_projection_line(role, layer[role]) for role in _ROLES))
+        cells.append("\n".join(layer["locations"]))
+        table.add_row(*map(Text, cells))  # Text: a path may hold what rich takes for markup
+    return table
+
+
+def _projection_line(role: str, projection: dict[str, Any] | None) -> str:
+    """E.g. "query: encoder.layer.0.attention.self.query", with columns [from:to] where projections share one weight."""
+    if projection is None:
+        return f"{role}: -"
+    begin = projection["offset"]
+    columns = f"[{begin}:{begin + projection['out_features']}]" if projection["packed"] else ""
+    return f"{role}: {projection['path'] or '(a constant)'}{columns}"

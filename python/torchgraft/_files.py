@@ -1,0 +1,86 @@
+"""TorchScript files on disk."""
+
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+import torch
+
+from .errors import GraftError
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, without the C++ stack or the TorchScript traceback that torch's messages carry."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    text = str(error).split("\nException raised from")[0].strip() or type(error).__name__
+    if text.startswith("The following operation failed in the TorchScript interpreter"):
+        text = text.rsplit("\n", 1)[-1]
+    # An internal check of torch: its last sentences are about bugs and zip files.
+    return text.split(" This is an internal miniz error.")[0]
+
+
+def load_module(path: Path) -> torch.jit.ScriptModule:
+    """Loads a TorchScript file onto the CPU. Nothing in it is unpickled by Python.
+
+    Raises:
+        GraftError: there is no such file, or it is something else.
+    """
+    if not path.is_file():
+        raise GraftError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
+    try:
+        return torch.jit.load(str(path), map_location="cpu")
+    except (RuntimeError, ValueError, OSError) as error:
+        raise GraftError(
+            f"{path}: not a TorchScript file that can be loaded ({reason(error)}); expected what torch.jit.save() of a "
+            "traced or scripted module writes, not a state dict or a model saved by torch.save()"
+        ) from error
+
+
+def check_writable(path: Path) -> None:
+    """Fails before the work, not after it. Leaves nothing behind, however it ends.
+
+    Raises:
+        GraftError: `path` cannot be written as a file.
+    """
+    if path.is_dir():
+        raise GraftError(f"{path}: is a directory; give the name of a file")
+    # Renaming a file onto /dev/null would replace the device.
+    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+        raise GraftError(f"{path}: is not a regular file")
+    if not path.parent.is_dir():
+        raise GraftError(f"{path}: the directory {path.parent} does not exist")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise GraftError(f"{path}: cannot write in {path.parent} ({error.strerror})") from error
+
+
+def save_module(module: torch.jit.ScriptModule, path: Path) -> None:
+    """Writes beside `path`, syncs and renames: `path` holds its old content or all of the new.
+
+    Raises:
+        GraftError: it cannot be written, for example because the disk is full.
+    """
+    check_writable(path)
+    target = path.resolve()  # of a symbolic link, the file behind it is replaced
+    temporary = None
+    try:
+        content = module.save_to_buffer()
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        os.replace(temporary, target)
+        temporary = None
+    except OSError as error:
+        raise GraftError(f"{path}: cannot write ({error.strerror or error})") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
