@@ -2,6 +2,7 @@
 #include <torchgraft/plan/prefix_mlp.h>
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 
 #include <cmath>
 #include <tuple>

@@ -236,11 +236,14 @@ std::string describe(const PlannedModule& module) { return module.slot + " of la
 void Matcher::put(const SavedModule& saved, const std::vector<size_t>& places) {
   const std::string& key = saved.parameters.begin()->second.key;
   const auto count = static_cast<int64_t>(places.size());
+  for (const size_t place : places) {
+    const PlannedModule& first = plan_[places.front()];
+    const bool packed = saved.kind == SavedKind::kLoRA && plan_[place].layer == first.layer;
+    TORCH_CHECK(packed || place == places.front(), "adapter weights: ", key, " could be for ", describe(first),
+                " and for ", describe(plan_[place]), "; layers that share one module (ALBERT) are not supported yet");
+  }
   for (size_t part = 0; part < places.size(); ++part) {
     const PlannedModule& module = plan_[places[part]];
-    const bool packed = saved.kind == SavedKind::kLoRA && module.layer == plan_[places.front()].layer;
-    TORCH_CHECK(packed || count == 1, "adapter weights: ", key, " could be for ", describe(plan_[places.front()]),
-                " and for ", describe(module));
     SavedParameters& target = result_[places[part]];
     TORCH_CHECK(target.empty(), "adapter weights: ", key, " and ", target.begin()->second.key, " are both for ",
                 describe(module));

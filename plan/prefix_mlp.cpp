@@ -3,6 +3,7 @@
 #include <torchgraft/ops/activation.h>
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 
 namespace torchgraft {
 

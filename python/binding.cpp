@@ -6,10 +6,16 @@
 #include <torchgraft/registration/library.h>
 
 #include <pybind11/stl.h>
+#include <torch/csrc/jit/runtime/jit_exception.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <exception>
 #include <map>
+#include <optional>
+#include <string>
+#include <string_view>
 #include <tuple>
+#include <vector>
 
 namespace py = pybind11;
 
@@ -33,13 +39,26 @@ Module graft(const Module& module, const std::vector<Spec>& adapters, const std:
   return torchgraft::graft(module, specs, {gate_pooling, token_mask_input, active, verify});
 }
 
-// c10::Error carries a C++ stack; a person needs its message.
+void set_graft_error(const std::string& message) {
+  const py::object type = py::module_::import("torchgraft.errors").attr("GraftError");
+  PyErr_SetString(type.ptr(), message.c_str());
+}
+
+// What a failed `assert` of a method says, without TorchScript's traceback and class.
+std::string message_of(const torch::jit::JITException& error) {
+  const std::string text = error.getOriginalMsg().value_or(error.what());
+  const std::string_view prefix = "AssertionError: ";
+  return text.starts_with(prefix) ? text.substr(prefix.size()) : text;
+}
+
+// c10::Error carries a C++ stack, a person needs the message.
 void translate_error(std::exception_ptr exception) {
   try {
     std::rethrow_exception(exception);
   } catch (const c10::Error& error) {
-    const py::object type = py::module_::import("torchgraft.errors").attr("GraftError");
-    PyErr_SetString(type.ptr(), error.what_without_backtrace());
+    set_graft_error(error.what_without_backtrace());
+  } catch (const torch::jit::JITException& error) {
+    set_graft_error(message_of(error));
   }
 }
 
@@ -50,7 +69,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("version", &torchgraft::version);
   m.def("graft", &graft, py::arg("module"), py::arg("adapters"), py::arg("gate_pooling"), py::arg("token_mask_input"),
         py::arg("active"), py::arg("verify"), py::call_guard<py::gil_scoped_release>());
-  m.def("inspect", [](const Module& module) { return torchgraft::to_json(torchgraft::inspect(module)); });
+  m.def(
+      "inspect", [](const Module& module) { return torchgraft::to_json(torchgraft::inspect(module)); },
+      py::call_guard<py::gil_scoped_release>());
   m.def("canonical_module", &torchgraft::canonical_module);
   m.def("config_names", &torchgraft::config_names);
   m.def("config_from_name",

@@ -11,14 +11,11 @@ from .errors import GraftError
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, without the C++ stack or the TorchScript traceback that torch's messages carry."""
+    """What went wrong, without the C++ stack that torch's messages carry."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     text = str(error).split("\nException raised from")[0].strip() or type(error).__name__
-    if text.startswith("The following operation failed in the TorchScript interpreter"):
-        text = text.rsplit("\n", 1)[-1]
-    # An internal check of torch: its last sentences are about bugs and zip files.
-    return text.split(" This is an internal miniz error.")[0]
+    return text.split(" This is an internal miniz error.")[0].rstrip(".")  # what follows is about bugs and zip files
 
 
 def load_module(path: Path) -> torch.jit.ScriptModule:

@@ -206,8 +206,9 @@ def config_to_json(config: Any) -> str:
     """The text that the patcher reads: a configuration as JSON, or its name.
 
     Args:
-        config: an object with `to_dict()` (of this module or of the `adapters` library), a mapping, its JSON text, a name,
-            or the path of an adapter_config.json or of a directory that holds one. A known name goes before a path.
+        config: an object with `to_dict()` (of this module or of the `adapters` library), a mapping, its JSON text, a
+            name, or the path of an adapter_config.json or of a directory that holds one. A known name goes before a
+            path.
     """
     if hasattr(config, "to_dict"):
         return json.dumps(config.to_dict())

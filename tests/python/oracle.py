@@ -165,7 +165,7 @@ class Oracle:
                 self.model, inputs_embeds=batch.embeddings, output_adapter_gating_scores=True
             ) as context:
                 outputs = (self._encode(variant, batch, adapter),)
-            scores = context.adapter_gating_scores
+            scores = getattr(context, "adapter_gating_scores", {})  # there is none without an adapter
         gates = self._gates(scores, adapter.name, batch.rows) if adapter else {}
         return Result(outputs[0], outputs, gates)
 

@@ -1,6 +1,7 @@
 """scripts/graft.py: what it writes, and that bad input gets one line, a non-zero exit and nothing left behind."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,9 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOAT = torch.float32
 
 
-def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
+def run(*arguments: object, **options: object) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "scripts" / "graft.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +26,9 @@ def folder(tmp_path_factory) -> Path:
     base("bert_sdpa", FLOAT).save(str(folder / "base.pt"))
     torch.jit.script(torch.nn.Sequential(torch.nn.Linear(2, 2))).save(str(folder / "plain.pt"))
     (folder / "text.pt").write_text("not a model")
+    (folder / "empty.pt").write_bytes(b"")
+    os.mkfifo(folder / "pipe")
+    (folder / "short.pt").write_bytes((folder / "base.pt").read_bytes()[:100_000])
     torch.save({"weight": torch.zeros(2)}, folder / "state.pt")
     return folder
 
@@ -57,6 +61,56 @@ def test_add_trained_adapters_to_a_grafted_file(folder: Path, tmp_path: Path) ->
         assert torch.allclose(module(*arguments)[0], torch.jit.load(str(first))(*arguments)[0], atol=1e-5)
 
 
+def test_several_fresh_and_trained_adapters_at_once(folder: Path, tmp_path: Path) -> None:
+    """Configurations by name and by file; a file that is called like a configuration is not meant."""
+    saved = saved_adapter(VARIANTS["bert_sdpa"], FLOAT, "mam").directory
+    (tmp_path / "lora").write_text("not JSON")
+    done = run("add", folder / "base.pt", "-o", "out.pt", "--config", "lora", "--name", "first", "--config",
+               Path(saved) / "adapter_config.json", "--name", "second", "--config", saved, "--name", "third",
+               "--adapter", f"fourth={saved}", "--active", "second", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "0 first, 1 second, 2 third, 3 fourth (active: second)" in done.stdout
+    module = torch.jit.load(str(tmp_path / "out.pt"))
+    assert module.adapter_names() == ["first", "second", "third", "fourth"]
+    configs = {name: module.adapter_config(name) for name in module.adapter_names()}
+    assert json.loads(configs["first"])["architecture"] == "lora"
+    assert configs["second"] == configs["third"] == configs["fourth"] != configs["first"]
+
+
+def test_the_summary_counts_what_was_added(folder: Path, tmp_path: Path) -> None:
+    done = run("add", folder / "base.pt", "-o", tmp_path / "out.pt", "--config", "lora", "--name", "task")
+    assert done.returncode == 0, done.stderr
+    assert "in 3 layers: selfattn_lora_q x 3, selfattn_lora_v x 3" in done.stdout
+    # A and B of rank 8 between 48 features, a scaling; and what gates hold although LoRA has none here.
+    state = torch.jit.load(str(tmp_path / "out.pt")).state_dict()
+    numbers = sum(value.numel() for key, value in state.items() if key.startswith("adapters."))
+    assert numbers >= 3 * 2 * (8 * 48 + 48 * 8 + 1)
+    assert f"{numbers:,} parameters added" in done.stdout
+
+
+def test_pooling_over_the_real_tokens(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.pt"
+    done = run("add", folder / "base.pt", "-o", out, "--config", "unipelt", "--name", "task", "--gate-pooling", "unpadded",
+               "--token-mask", "attention_mask")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    variant, module = VARIANTS["bert_sdpa"], torch.jit.load(str(out))
+    batch = make_batch([5, 3], 5, FLOAT)
+    with torch.no_grad():
+        gates = [module.forward_with_gates(*variant.arguments(b))[1]["task"] for b in (batch, batch.padded(4))]
+    for layer, locations in gates[0].items():
+        for location, value in locations.items():
+            assert torch.allclose(value, gates[1][layer][location], atol=1e-6)
+
+
+def test_a_link_is_written_through(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    target, link = tmp_path / "real" / "model.pt", tmp_path / "link.pt"
+    target.write_text("old")
+    link.symlink_to(target)
+    assert run("add", folder / "base.pt", "-o", link, "--config", "lora", "--name", "task").returncode == 0
+    assert link.is_symlink() and torch.jit.load(str(target)).adapter_names() == ["task"]
+
+
 def test_output_may_replace_its_input(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     path.write_bytes((folder / "base.pt").read_bytes())
@@ -69,48 +123,109 @@ def test_inspect_prints_a_table_and_data(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     for text in ("encoder.layer.2.attention.self.query", "output_adapter", "post"):
         assert text in done.stdout
+    assert done.stderr == ""
     data = json.loads(run("inspect", folder / "base.pt", "--json").stdout)
     assert [layer["index"] for layer in data["layers"]] == [0, 1, 2]
     assert data["layers"][0]["ffn_in"]["path"] == "encoder.layer.0.intermediate.dense"
     assert "selfattn_lora" in data["layers"][0]["locations"]
 
 
-_ADD = ["-o", "{tmp}/out.pt", "--config", "lora", "--name", "task"]
-BAD = {
-    "no such file": (["add", "{folder}/none.pt", *_ADD], "no such file"),
-    "not TorchScript": (["add", "{folder}/text.pt", *_ADD], "not a TorchScript file"),
-    "a state dict": (["add", "{folder}/state.pt", *_ADD], "not a TorchScript file"),
-    "no attention": (["add", "{folder}/plain.pt", *_ADD], "no attention was found"),
-    "unknown config": (["add", "{folder}/base.pt", "-o", "{tmp}/out.pt", "--config", "unipel", "--name", "t"],
-                       "no configuration is called 'unipel'"),
-    "unsupported field": (["add", "{folder}/base.pt", "-o", "{tmp}/out.pt", "--config", "dora", "--name", "t"],
-                          "LoRAConfig.use_dora=True is not supported yet"),
-    "no such directory": (["add", "{folder}/base.pt", "-o", "{tmp}/none/out.pt", "--config", "lora", "--name", "t"],
-                          "does not exist"),
-    "output is a directory": (["add", "{folder}/base.pt", "-o", "{tmp}", "--config", "lora", "--name", "t"],
-                              "is a directory"),
-    "nothing to graft": (["add", "{folder}/base.pt", "-o", "{tmp}/out.pt"], "nothing to graft"),
-    "config without name": (["add", "{folder}/base.pt", "-o", "{tmp}/out.pt", "--config", "lora"], "go together"),
-    "one name twice": (["add", "{folder}/base.pt", *_ADD, "--adapter", "task={folder}"], "given to two adapters"),
-    "not NAME=DIR": (["add", "{folder}/base.pt", "-o", "{tmp}/out.pt", "--adapter", "task"], "NAME=DIRECTORY"),
-    "not an adapter": (["add", "{folder}/base.pt", "-o", "{tmp}/out.pt", "--adapter", "task={folder}"],
-                       "cannot read the adapter's configuration"),
-    "adapter directory missing": (["add", "{folder}/base.pt", "-o", "{tmp}/out.pt", "--adapter", "task={tmp}/none"],
-                                  "not a directory"),
-    "bad name": (["add", "{folder}/base.pt", "-o", "{tmp}/out.pt", "--config", "lora", "--name", "a b"],
-                 "cannot be an adapter's name"),
+# Arguments (with {folder} of the module's files and {tmp}), what the error says. First the command lines that are wrong
+# whatever the files hold: status 2; then those that fail on files: status 1.
+_OUT = ["add", "{folder}/base.pt", "-o", "{tmp}/out.pt"]
+_LORA = ["--config", "lora", "--name", "task"]
+_OUT_LORA = ["-o", "{tmp}/out.pt", *_LORA]
+WRONG = {
+    "no command": ([], "required: command"),
+    "unknown command": (["remove"], "invalid choice: 'remove'"),
+    "no output": (["add", "{folder}/base.pt", *_LORA], "-o/--output"),
+    "nothing to graft": (_OUT, "nothing to graft"),
+    "config without name": ([*_OUT, "--config", "lora"], "go together, got 1 and 0"),
+    "name without config": ([*_OUT, *_LORA, "--name", "other"], "go together, got 1 and 2"),
+    "one name twice": ([*_OUT, *_LORA, "--adapter", "task={folder}"], "'task' is given to two adapters"),
+    "one fresh name twice": ([*_OUT, *_LORA, *_LORA], "'task' is given to two adapters"),
+    "not NAME=DIRECTORY": ([*_OUT, "--adapter", "task"], "expected NAME=DIRECTORY, got 'task'"),
+    "unknown pooling": ([*_OUT, *_LORA, "--gate-pooling", "some"], "invalid choice: 'some'"),
+    "mask without pooling": ([*_OUT, *_LORA, "--token-mask", "attention_mask"], "is for --gate-pooling unpadded"),
+    "seed is no number": ([*_OUT, *_LORA, "--seed", "x"], "invalid int value: 'x'"),
+}
+FAILING = {
+    "no such file": (["add", "{folder}/none.pt", *_OUT_LORA], "none.pt: no such file"),
+    "base is a directory": (["add", "{folder}", *_OUT_LORA], "not a file"),
+    "not TorchScript": (["add", "{folder}/text.pt", *_OUT_LORA], "not a TorchScript file"),
+    "empty file": (["add", "{folder}/empty.pt", *_OUT_LORA], "not a TorchScript file"),
+    "cut short": (["add", "{folder}/short.pt", *_OUT_LORA], "not a TorchScript file"),
+    "a state dict": (["add", "{folder}/state.pt", *_OUT_LORA], "not a state dict"),
+    "no attention": (["add", "{folder}/plain.pt", *_OUT_LORA], "no attention was found"),
+    "unknown config": ([*_OUT, "--config", "unipel", "--name", "t"], "no configuration is called 'unipel'"),
+    "no such config file": ([*_OUT, "--config", "{tmp}/none", "--name", "t"], "cannot read the adapter's configuration"),
+    "config is not JSON": ([*_OUT, "--config", "{folder}/text.pt", "--name", "t"], "not a JSON file"),
+    "unsupported field": ([*_OUT, "--config", "dora", "--name", "t"], "LoRAConfig.use_dora=True is not supported"),
+    "no such output directory": (["add", "{folder}/base.pt", "-o", "{tmp}/none/out.pt", *_LORA], "does not exist"),
+    "output is a directory": (["add", "{folder}/base.pt", "-o", "{tmp}", *_LORA], "is a directory"),
+    "output is a pipe": (["add", "{folder}/base.pt", "-o", "{folder}/pipe", *_LORA], "is not a regular file"),
+    # Nobody can make files there, not even root.
+    "unwritable directory": (["add", "{folder}/base.pt", "-o", "/proc/out.pt", *_LORA], "cannot write in /proc"),
+    "not an adapter": ([*_OUT, "--adapter", "task={folder}"], "cannot read the adapter's configuration"),
+    "adapter directory missing": ([*_OUT, "--adapter", "task={tmp}/none"], "not a directory"),
+    "bad name": ([*_OUT, "--config", "lora", "--name", "a b"], "cannot be an adapter's name"),
+    "unknown active adapter": ([*_OUT, *_LORA, "--active", "other"], "no adapter is called 'other'; there are: task"),
+    "unknown mask": ([*_OUT, *_LORA, "--gate-pooling", "unpadded", "--token-mask", "mask"], "no argument 'mask'"),
     "inspect no attention": (["inspect", "{folder}/plain.pt"], "no attention was found"),
-}  # fmt: skip
+    "inspect no file": (["inspect", "{folder}/none.pt"], "no such file"),
+}
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line(case: str, folder: Path, tmp_path: Path) -> None:
-    arguments, message = BAD[case]
-    done = run(*[argument.format(folder=folder, tmp=tmp_path) for argument in arguments])
-    assert done.returncode == 1
+def check_one_line(done: subprocess.CompletedProcess, status: int, message: str) -> None:
+    assert done.returncode == status, done.stderr
     assert message in done.stderr
     assert done.stderr.startswith("graft: error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("case", [*WRONG, *FAILING])
+def test_bad_input_is_one_line_and_leaves_nothing(case: str, folder: Path, tmp_path: Path) -> None:
+    arguments, message = (WRONG | FAILING)[case]
+    done = run(*[argument.format(folder=folder, tmp=tmp_path) for argument in arguments])
+    check_one_line(done, 2 if case in WRONG else 1, message)
     assert list(tmp_path.iterdir()) == []
+
+
+# What happens while the new file is synced, the exit status, what is said.
+ACCIDENTS = {
+    "Ctrl-C": ("os.kill(os.getpid(), signal.SIGINT)", 130, "interrupted"),
+    "terminated": ("os.kill(os.getpid(), signal.SIGTERM)", 143, "terminated"),
+    "disk full": ("raise OSError(errno.ENOSPC, 'No space left on device')", 1, "cannot write (No space left on device)"),
+}
+
+
+@pytest.mark.parametrize("case", ACCIDENTS)
+def test_an_accident_while_writing_leaves_the_old_output(case: str, folder: Path, tmp_path: Path) -> None:
+    accident, status, message = ACCIDENTS[case]
+    out = tmp_path / "out.pt"
+    out.write_text("precious")
+    script = str(ROOT / "scripts" / "graft.py")
+    arguments = [script, "add", str(folder / "base.pt"), "-o", str(out), "--config", "lora", "--name", "task"]
+    program = f"""
+import errno, os, runpy, signal, sys
+
+def fsync(descriptor):
+    {accident}
+
+os.fsync = fsync
+sys.argv = {arguments!r}
+runpy.run_path({script!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    check_one_line(done, status, message)
+    assert out.read_text() == "precious"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_without_a_built_library_the_remedy_is_named(folder: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"TORCHGRAFT_LIBRARY_DIR": str(tmp_path)}
+    done = run("inspect", folder / "base.pt", env=environment)
+    check_one_line(done, 1, "run scripts/setup")
+    assert str(tmp_path) in done.stderr
 
 
 def test_an_adapter_of_another_hidden_size(folder: Path, tmp_path: Path) -> None:

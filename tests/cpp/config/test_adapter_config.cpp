@@ -68,14 +68,17 @@ INSTANTIATE_TEST_SUITE_P(
                   "PrefixTuningConfig.dropout=0.5 is not supported yet"},
         BadConfig{R"({"mh_adapter": true})", "BnConfig needs the field"},
         BadConfig{R"({"mh_adapter": true, "output_adapter": true, "reduction_factor": 2, "non_linearity": "relu",
-                      "ln_before": true})", "BnConfig.ln_before=True is not supported yet"},
+                      "ln_before": true})",
+                  "BnConfig.ln_before=True is not supported yet"},
         BadConfig{R"({"mh_adapter": true, "output_adapter": true, "reduction_factor": 2, "non_linearity": "swosh"})",
                   "BnConfig.non_linearity=swosh is not supported yet"},
         BadConfig{R"({"mh_adapter": true, "output_adapter": true, "reduction_factor": 2, "non_linearity": "relu",
                       "original_ln_before": true, "residual_before_ln": "post_add"})",
                   "BnConfig.residual_before_ln=post_add is not supported yet"},
-        BadConfig{R"({"mh_adapter": true, "output_adapter": true, "reduction_factor": {"first": 2}, "non_linearity": "relu"})",
-                  "expected the keys of BnConfig.reduction_factor to be layer numbers or \"default\", got \"first\""},
+        BadConfig{
+            R"({"mh_adapter": true, "output_adapter": true, "non_linearity": "relu",
+                      "reduction_factor": {"first": 2}})",
+            "expected the keys of BnConfig.reduction_factor to be layer numbers or \"default\", got \"first\""},
         BadConfig{R"({"architecture": "lora", "r": 1e30})", "expected LoRAConfig.r to be an integer, got 1e+30"},
         BadConfig{R"({"architecture": "union", "configs": [{"architecture": "lora"}, {"architecture": "lora"}]})",
                   "two LoRA configs"},
@@ -110,7 +113,9 @@ TEST(AdapterConfig, TwoBottlenecksAtDifferentPlacesMayJoin) {
   attention.mh_adapter = true;
   attention.output_adapter = false;
   EXPECT_EQ(config_union({attention, par_bn_config()}).methods.size(), 2u);
-  EXPECT_NE(error_of([&] { config_union({par_bn_config(), seq_bn_config()}); }).find("for the same places"),
+  EXPECT_NE(error_of([&] {
+              config_union({par_bn_config(), seq_bn_config()});
+            }).find("for the same places"),
             std::string::npos);
 }
 

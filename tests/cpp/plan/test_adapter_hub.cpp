@@ -60,7 +60,8 @@ TEST(AdapterHub, FlatPrefixesAreCutIntoLayers) {
 TEST(AdapterHub, ErrorsNameTheKey) {
   StateDict missing = lora_state("", 2);
   missing.erase("encoder.layer.1.attention.self.query.loras.t.lora_B");
-  EXPECT_NE(error_of([&] { read(missing); }).find("lora_b of selfattn_lora_q of layer 1 is missing"), std::string::npos);
+  EXPECT_NE(error_of([&] { read(missing); }).find("lora_b of selfattn_lora_q of layer 1 is missing"),
+            std::string::npos);
   EXPECT_NE(error_of([&] { read(lora_state("", 3)); }).find("encoder.layer.2.attention.self.query"), std::string::npos);
   EXPECT_NE(error_of([&] { read(lora_state("", 2, 8)); }).find("trained for hidden size 8, the model has 12"),
             std::string::npos);

@@ -87,7 +87,7 @@ TEST(MatchModules, EncoderAndDecoderByNumber) {
   for (Layer& layer : structure.layers) {
     for (auto* projection : {&layer.query, &layer.key, &layer.value, &layer.ffn_in, &layer.ffn_out}) {
       if (*projection) {
-        (*projection)->path = "p";
+        (*projection)->path.clear();
       }
     }
   }
@@ -104,9 +104,9 @@ TEST(MatchModules, BottlenecksOfADecoderLayer) {
   put_bottleneck(state, "decoder.layers.0.attention_adapters", 3);
   put_bottleneck(state, "decoder.layers.0.cross_attention_adapters", 4);
   put_bottleneck(state, "decoder.layers.0.output_adapters", 5);
-  EXPECT_EQ(values(bart_like(1), AdapterConfig{{config}}, state, "down_bias"),
-            (Values{"0:mh_adapter=1", "0:output_adapter=2", "1:mh_adapter=3", "2:cross_adapter=4",
-                    "2:output_adapter=5"}));
+  EXPECT_EQ(
+      values(bart_like(1), AdapterConfig{{config}}, state, "down_bias"),
+      (Values{"0:mh_adapter=1", "0:output_adapter=2", "1:mh_adapter=3", "2:cross_adapter=4", "2:output_adapter=5"}));
 }
 
 TEST(MatchModules, GatesOfPrefixesInEveryAttention) {
@@ -115,8 +115,8 @@ TEST(MatchModules, GatesOfPrefixesInEveryAttention) {
   config.prefix_length = 1;
   StateDict state;
   double value = 1;
-  for (const std::string path : {"encoder.layers.0.self_attn", "decoder.layers.0.self_attn",
-                                 "decoder.layers.0.encoder_attn"}) {
+  for (const std::string path :
+       {"encoder.layers.0.self_attn", "decoder.layers.0.self_attn", "decoder.layers.0.encoder_attn"}) {
     state[path + ".prefix_tuning.prefix_gates.t.weight"] = at::full({1, 12}, value++);
     state[path + ".prefix_tuning.prefix_gates.t.bias"] = at::zeros({1});
   }
@@ -156,8 +156,9 @@ TEST(MatchModules, PackedProjectionsAreCut) {
     }
   }
   state[path + ".loras.t.lora_A"] = at::zeros({5, 12});
-  EXPECT_NE(error_of([&] { values(packed, AdapterConfig{{config}}, state, "lora_a"); })
-                .find("expected the rows of h.0.attn.c_attn.loras.t.lora_A to be a multiple of 2"),
+  EXPECT_NE(error_of([&] {
+              values(packed, AdapterConfig{{config}}, state, "lora_a");
+            }).find("expected the rows of h.0.attn.c_attn.loras.t.lora_A to be a multiple of 2"),
             std::string::npos);
 }
 
@@ -173,6 +174,18 @@ TEST(MatchModules, ProjectionsOfAnyNameByPath) {
             (Values{"0:selfattn_lora_q=2", "0:selfattn_lora_v=1"}));
 }
 
+// A number alone is no path: in nn.Sequential(embeddings, layer, layer) the first layer has number 1.
+TEST(MatchModules, ForeignPathsGoByNumber) {
+  Structure structure;
+  append(structure, attention_at(AttentionKind::kSelf, "body.1.attention"));
+  append(structure, attention_at(AttentionKind::kSelf, "body.2.attention"));
+  StateDict state;
+  put_lora(state, "encoder.layer.0.attention.self.query", 1);
+  put_lora(state, "encoder.layer.1.attention.self.query", 2);
+  EXPECT_EQ(values(structure, AdapterConfig{{small_lora()}}, state, "lora_a"),
+            (Values{"0:selfattn_lora_q=1", "1:selfattn_lora_q=2"}));
+}
+
 TEST(MatchModules, LayersLeftOutKeepTheirNumbers) {
   LoRAConfig config = small_lora();
   config.leave_out = {0};
@@ -180,8 +193,9 @@ TEST(MatchModules, LayersLeftOutKeepTheirNumbers) {
   put_lora(state, "layers.1.self_attn.q_proj", 1);
   EXPECT_EQ(values(bert_like(2), AdapterConfig{{config}}, state, "lora_a"), Values{"1:selfattn_lora_q=1"});
   put_lora(state, "layers.0.self_attn.q_proj", 0);
-  EXPECT_NE(error_of([&] { values(bert_like(2), AdapterConfig{{config}}, state, "lora_a"); })
-                .find("the checkpoint has layers.0.self_attn.q_proj.loras.t.lora_A, for which"),
+  EXPECT_NE(error_of([&] {
+              values(bert_like(2), AdapterConfig{{config}}, state, "lora_a");
+            }).find("the checkpoint has layers.0.self_attn.q_proj.loras.t.lora_A, for which"),
             std::string::npos);
 }
 
@@ -192,8 +206,9 @@ TEST(MatchModules, RefusesWhatIsAmbiguous) {
   append(shared, attention_at(AttentionKind::kSelf, "groups.0.attention"));
   StateDict state;
   put_lora(state, "groups.0.attention.q_proj", 1);
-  EXPECT_NE(error_of([&] { values(shared, AdapterConfig{{small_lora()}}, state, "lora_a"); })
-                .find("could be for selfattn_lora_q of layer 0 and for selfattn_lora_q of layer 1"),
+  EXPECT_NE(error_of([&] {
+              values(shared, AdapterConfig{{small_lora()}}, state, "lora_a");
+            }).find("could be for selfattn_lora_q of layer 0 and for selfattn_lora_q of layer 1"),
             std::string::npos);
   // A model of one stack, a checkpoint of two.
   Structure one_stack;
@@ -201,8 +216,9 @@ TEST(MatchModules, RefusesWhatIsAmbiguous) {
   StateDict two_stacks;
   put_lora(two_stacks, "encoder.layers.0.self_attn.q_proj", 1);
   put_lora(two_stacks, "decoder.layers.0.self_attn.q_proj", 2);
-  EXPECT_NE(error_of([&] { values(one_stack, AdapterConfig{{small_lora()}}, two_stacks, "lora_a"); })
-                .find("are both for selfattn_lora_q of layer 0"),
+  EXPECT_NE(error_of([&] {
+              values(one_stack, AdapterConfig{{small_lora()}}, two_stacks, "lora_a");
+            }).find("are both for selfattn_lora_q of layer 0"),
             std::string::npos);
 }
 
@@ -210,8 +226,9 @@ TEST(MatchModules, AnUnknownNameListsThoseThatAreThere) {
   StateDict state;
   put_lora(state, "layers.0.self_attn.q_proj", 1);
   const Plan plan = make_plan(bert_like(1), AdapterConfig{{small_lora()}});
-  EXPECT_NE(error_of([&] { adapter_hub_weights(plan, bert_like(1), state, "task", at::kFloat); })
-                .find("the checkpoint holds the adapters: t"),
+  EXPECT_NE(error_of([&] {
+              adapter_hub_weights(plan, bert_like(1), state, "task", at::kFloat);
+            }).find("the checkpoint holds the adapters: t"),
             std::string::npos);
 }
 

@@ -111,12 +111,15 @@ TEST(Plan, Refusals) {
             std::string::npos);
   LoRAConfig first;
   first.leave_out = {0};
-  EXPECT_NE(error_of([&] { make_plan(bert_like(2), config_union({first, LoRAConfig{}})); }).find("claim selfattn_lora"),
+  EXPECT_NE(error_of([&] {
+              make_plan(bert_like(2), config_union({first, LoRAConfig{}}));
+            }).find("claim selfattn_lora"),
             std::string::npos);
   Structure without_projections = bert_like(2);
   without_projections.layers[1].query = without_projections.layers[1].value = std::nullopt;
-  EXPECT_NE(error_of([&] { make_plan(without_projections, config_from_name("lora")); })
-                .find("no selfattn_lora in layers 1; add"),
+  EXPECT_NE(error_of([&] {
+              make_plan(without_projections, config_from_name("lora"));
+            }).find("no selfattn_lora in layers 1; add"),
             std::string::npos);
   LoRAConfig nothing;
   nothing.selfattn_lora = false;
