@@ -46,7 +46,10 @@ SENTENCES = [
 ]
 PAIRS = [(0, 1), (2, 3), (4, 5), (6, 7), (0, 4)]
 METHODS = ("unipelt", "mam")
-LARGEST_DIFFERENCE = 1e-4  # between C++, Python and the oracle; more than this fails the demo
+# What fails the demo: a difference above 1e-5 that is also above four times the oracle's own float32 rounding error. Random
+# MAM weights make a steep function of the real model: there the oracle is 6e-5 away from itself in float64.
+LARGEST_DIFFERENCE = 1e-5
+ROUNDING_FACTOR = 4
 TIMED_RUNS = 15
 
 console = Console(width=None if sys.stdout.isatty() else 110)
@@ -85,6 +88,14 @@ def make_oracle(model: BertModel, directory: Path) -> None:
                         parameter.add_(noise * (0.005 if parameter.dim() > 1 else 0.05))
         model.save_adapter(str(directory / method), method)
     model.eval()
+
+
+def in_float64(model: BertModel, directory: Path) -> BertModel:
+    """The oracle with the saved adapters in float64: what both sides approximate."""
+    adapters.init(model)
+    for method in METHODS:
+        model.load_adapter(str(directory / method), load_as=method)
+    return model.double().eval()
 
 
 def embed(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -186,9 +197,10 @@ def main() -> int:
     with console.status("making adapters with the oracle"):
         oracle = make_model()
         make_oracle(oracle, folder)
+        exact = in_float64(make_model(), folder)
 
     agreement = Table(title=f"largest difference over {len(SENTENCES)} sentences, output (gates)")
-    for heading in ("adapter", "Python - oracle", "C++ - Python", "C++ - oracle"):
+    for heading in ("adapter", "Python - oracle", "C++ - Python", "C++ - oracle", "oracle, float32 - float64"):
         agreement.add_column(heading, justify="left" if heading == "adapter" else "right")
     sizes = Table(title="files")
     for heading in ("model", "MB", "parameters", "grafted in"):
@@ -199,7 +211,7 @@ def main() -> int:
     hidden = {"base": base(ids, mask)}
     functions = {"base, TorchScript": lambda: base(ids, mask)}
     latencies: dict[str, float] = {}
-    worst, unipelt_gates = 0.0, {}
+    failures, unipelt_gates = [], {}
     for method in METHODS:
         started = time.perf_counter()
         with console.status(f"grafting {method}"):
@@ -222,9 +234,13 @@ def main() -> int:
             (difference(from_cpp, result), gate_difference(python_gates, cpp_gates)),
             (difference(from_cpp, expected.last_hidden_state), gate_difference(scores, cpp_gates)),
         ]
-        worst = max(worst, *(value for pair in triple for value in pair))
+        exact.set_active_adapters(method)
+        rounding = difference(expected.last_hidden_state.double(), exact(ids, mask).last_hidden_state)
+        worst = max(value for pair in triple for value in pair)
+        if not worst <= max(LARGEST_DIFFERENCE, ROUNDING_FACTOR * rounding):
+            failures.append(f"{method} differs by {worst:.1e}, the oracle's own rounding error is {rounding:.1e}")
         shown = [f"{output:.1e}" + (f" ({gate:.1e})" if method == "unipelt" else "") for output, gate in triple]
-        agreement.add_row(method, *shown)
+        agreement.add_row(method, *shown, f"{rounding:.1e}")
         parameters = sum(tensor.numel() for tensor in grafted.state_dict().values())
         sizes.add_row(f"{method}", f"{path.stat().st_size / 1e6:.1f}", f"{parameters:,}", f"{seconds:.2f} s")
         hidden[method] = result
@@ -252,10 +268,11 @@ def main() -> int:
     for name, value in timed.items():
         table.add_row(name, f"{value:.1f}", f"{value / timed['base, TorchScript']:.2f}")
     console.print(table)
-    if not worst <= LARGEST_DIFFERENCE:
-        print(f"demo: error: C++, Python and the oracle differ by {worst:.1e}, more than {LARGEST_DIFFERENCE}", file=sys.stderr)
+    for failure in failures:
+        print(f"demo: error: {failure}", file=sys.stderr)
+    if failures:
         return 1
-    console.print(f"C++, Python and the oracle agree to {worst:.1e} (limit {LARGEST_DIFFERENCE}). Files: {folder}")
+    console.print(f"C++, Python and the oracle agree up to rounding. Files: {folder}")
     return 0
 
 
