@@ -11,12 +11,15 @@ What goes wrong is one line on stderr; the exit status is then 2 for a wrong com
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
+STOPPED = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
 def fail(message: object, status: int = 1) -> NoReturn:
@@ -81,9 +84,24 @@ def check_add(parser: argparse.ArgumentParser, arguments: argparse.Namespace) ->
         parser.error("--token-mask is for --gate-pooling unpadded")
 
 
-def terminate(signal_number: int, frame: object) -> NoReturn:
-    """SIGTERM cleans up as Ctrl-C does."""
-    fail("terminated", 128 + signal_number)
+def stop(signal_number: int, frame: object) -> NoReturn:
+    """Raises, so that what was begun is cleaned up."""
+    fail(STOPPED[signal_number], 128 + signal_number)
+
+
+def stop_at_once(signal_number: int, frame: object) -> NoReturn:
+    """For as long as there is nothing to clean up. While torch is imported, exceptions from a handler can get lost."""
+    try:
+        stop(signal_number, frame)
+    finally:
+        sys.stderr.flush()
+        os._exit(128 + signal_number)
+
+
+def on_stop(handler: Callable[[int, object], NoReturn]) -> None:
+    for number in STOPPED:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and background jobs want it
+            signal.signal(number, handler)
 
 
 def main() -> None:
@@ -91,13 +109,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.command == "add":
         check_add(parser, arguments)
-    signal.signal(signal.SIGTERM, terminate)
     sys.path.insert(0, str(ROOT / "python"))
     try:
         # Not at the top of the file: loading torch takes seconds, a wrong command line is known before.
         from torchgraft import _commands
     except ImportError as error:
         fail(f"{error}; run scripts/setup, then use .venv/bin/python scripts/graft.py")
+    on_stop(stop)
     try:
         getattr(_commands, arguments.command)(arguments)
     except _commands.EXPECTED_ERRORS as error:
@@ -105,7 +123,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        fail("interrupted", 130)
+    on_stop(stop_at_once)
+    main()

@@ -21,7 +21,8 @@ using LayerGates = std::map<int64_t, std::map<std::string, at::Tensor>>;
 
 struct AdapterGates {
   std::string adapter;
-  std::vector<int64_t> rows;  // of the batch, in the order of the gates' rows
+  // Of the batch, in the order of the gates' rows. Empty for an adapter without gates that no ids asked for: all rows.
+  std::vector<int64_t> rows;
   LayerGates layers;
 };
 

@@ -21,7 +21,7 @@ from .errors import GraftError
 from .grafting import graft
 from .grafting import inspect as inspect_module
 
-# What a user can cause; anything else is a defect and deserves its traceback. RuntimeError and torch.jit.Error are torch's.
+# What a user can cause; anything else is a defect and deserves its traceback. RuntimeError, torch.jit.Error: torch's.
 EXPECTED_ERRORS = (GraftError, OSError, RuntimeError, MemoryError, torch.jit.Error)
 
 __all__ = ["EXPECTED_ERRORS", "add", "inspect", "reason"]
@@ -46,8 +46,8 @@ def add(arguments: argparse.Namespace) -> None:
     """Grafts adapters onto a file and writes another, whole or not at all.
 
     Args:
-        arguments: of the command line: base, output (paths), config and name (lists of one length), adapter (pairs of name
-            and directory), gate_pooling, token_mask, active, seed.
+        arguments: of the command line: base, output (paths), config and name (lists of one length), adapter (pairs of
+            name and directory), gate_pooling, token_mask, active, seed.
     """
     check_writable(arguments.output)
     started = time.perf_counter()

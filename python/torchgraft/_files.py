@@ -66,7 +66,8 @@ def save_module(module: torch.jit.ScriptModule, path: Path) -> None:
     temporary = None
     try:
         content = module.save_to_buffer()
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp", delete=False) as file:
+        prefix = f".{target.name}."
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=prefix, suffix=".tmp", delete=False) as file:
             temporary = Path(file.name)
             file.write(content)
             file.flush()

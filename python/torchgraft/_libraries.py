@@ -48,7 +48,8 @@ def load_operators() -> None:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        raise ImportError(f"torchgraft: {path} does not load with torch {torch.__version__} ({error}); {_REMEDY}") from error
+        problem = f"torchgraft: {path} does not load with torch {torch.__version__} ({error})"
+        raise ImportError(f"{problem}; {_REMEDY}") from error
 
 
 @cache

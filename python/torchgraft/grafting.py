@@ -38,12 +38,12 @@ def graft(
 
     Args:
         module: a scripted or traced Transformer, or a module that is grafted already: then the adapters are added.
-        config: what to graft under `name`, freshly initialised: a name ("unipelt", "mam", "lora", ...), a configuration of
-            this package or of the `adapters` library, a dict, or the path of an adapter_config.json.
+        config: what to graft under `name`, freshly initialised: a name ("unipelt", "mam", "lora", ...), a configuration
+            of this package or of the `adapters` library, a dict, or the path of an adapter_config.json.
         name: the name of that adapter.
         adapters: trained adapters, {name: AdapterHub directory}; configuration and weights come from the directory.
-        gate_pooling: "all": a gate is the mean over all tokens, as in the `adapters` library. "unpadded": over the tokens
-            that are not padding, so that a row's result does not depend on how far its batch was padded.
+        gate_pooling: "all": a gate is the mean over all tokens, as in the `adapters` library. "unpadded": over the
+            tokens that are not padding, so that a row's result does not depend on how far its batch was padded.
         token_mask: for "unpadded", the argument of forward that is the token mask ([B, S], non-zero = real token).
             None takes it from the attention's own mask.
         active: the adapter that is active in the result. None: the last one grafted.
@@ -52,8 +52,8 @@ def graft(
     Returns:
         A ScriptModule, in the same mode (train or eval) as `module`, with `forward(..., adapter_ids=None)`,
         `forward_with_gates(..., adapter_ids=None)`, `base_forward(...)`, `activate(name)`, `deactivate()`,
-        `active_adapter()`, `adapter_names()` and `adapter_config(name)`. `adapter_ids` is an int64 tensor [B] that picks an
-        adapter for each row, in the order of `adapter_names()`; -1 is the base.
+        `active_adapter()`, `adapter_names()` and `adapter_config(name)`. `adapter_ids` is an int64 tensor [B]: the
+        adapter of each row, in the order of `adapter_names()`; -1 is the base.
 
     Raises:
         GraftError: no attention found, a place that the model does not have, weights that do not fit, an unsupported

@@ -155,6 +155,10 @@ class Oracle:
     @torch.no_grad()
     def run(self, variant: Variant, batch: Batch, adapter: Saved | None) -> Result:
         """The model's results and gates for the batch; adapter None is the base model."""
+        return self.run_with_grad(variant, batch, adapter)
+
+    def run_with_grad(self, variant: Variant, batch: Batch, adapter: Saved | None) -> Result:
+        """The same, on autograd's record. Gates never are: the library detaches them."""
         self.model.set_active_adapters(adapter.name if adapter else None)
         if variant.inputs == "ids":
             outputs = self.model(batch.ids, batch.mask, output_adapter_gating_scores=adapter is not None)

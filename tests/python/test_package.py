@@ -76,7 +76,8 @@ def test_operators_alone_suffice_until_something_is_grafted(tmp_path: Path) -> N
         TORCHGRAFT_LIBRARY_DIR=str(tmp_path),
     )
     assert "torchgraft.gated_lora" in done.stdout
-    assert f"ImportError: torchgraft: no _C module for Python 3.{sys.version_info.minor} was found in {tmp_path}" in done.stderr
+    version = f"3.{sys.version_info.minor}"
+    assert f"ImportError: torchgraft: no _C module for Python {version} was found in {tmp_path}" in done.stderr
 
 
 def test_versions_agree() -> None:
@@ -134,7 +135,7 @@ def test_a_configuration_can_be_a_file(module, directory: Path) -> None:
         ({"name": "task"}, "'task' needs a config"),
         ({"config": "unipel", "name": "task"}, "no configuration is called 'unipel'; there are: .*unipelt"),
         ({"config": {"architecture": "lora", "rank": 3}, "name": "task"}, "rank"),
-        ({"config": "lora", "name": "task", "active": "other"}, "^activate: no adapter is called 'other'; there are: task$"),
+        ({"config": "lora", "name": "task", "active": "other"}, "^activate: no adapter is called 'other'; .*: task$"),
         ({"config": "lora", "name": "task", "gate_pooling": "none"}, 'expected gate_pooling "all" or "unpadded"'),
         ({"config": "lora", "name": "task", "token_mask": "mask"}, "token mask"),
     ],
@@ -151,7 +152,7 @@ def twice(x: torch.Tensor) -> torch.Tensor:
     return 2 * x
 
 
-@pytest.mark.parametrize("thing", [torch.nn.Linear(2, 2), torch.jit.script(twice), "base.pt", None], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize("thing", [torch.nn.Linear(2, 2), torch.jit.script(twice), "base.pt", None])
 def test_only_torchscript_modules_are_taken(thing) -> None:
     for call in (torchgraft.inspect, lambda given: torchgraft.graft(given, config="lora", name="task")):
         with pytest.raises(TypeError, match=r"torchgraft works on TorchScript modules, got .*torch\.jit\.trace"):

@@ -1,0 +1,109 @@
+"""Gradients of grafted models equal the oracle's: of every adapter parameter and of the input."""
+
+import pytest
+import torch
+import torchgraft
+from grafted import base, grafted, saved_adapter
+from models import VARIANTS, Batch, Variant, make_batch
+from oracle import CONFIGS, Oracle, Saved, adapter_parameters, oracle_for
+from torch import Tensor
+
+DOUBLE = torch.float64
+_NAMES = ["bert_sdpa", "bert_eager", "own_pre_matmul", "own_post_packed_matmul", "encoder_fast_post",
+          "encoder_slow_post_seq_first"]  # fmt: skip
+
+
+def _close(actual: Tensor, expected: Tensor) -> bool:
+    """To 1e-10 of the largest entry."""
+    assert actual.shape == expected.shape
+    return (actual - expected).abs().max().item() <= 1e-10 * max(1.0, expected.abs().max().item())
+
+
+def _batch(variant: Variant) -> Batch:
+    batch = make_batch([7, 4] if variant.masked else [7, 7], 7, DOUBLE, seed=6)
+    batch.embeddings.requires_grad_(variant.inputs == "embeddings")
+    return batch
+
+
+def _loss(hidden: Tensor) -> Tensor:
+    """A weighted sum, so that no two entries of the result count alike (and a layer norm's sum is not constant)."""
+    weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(8), dtype=DOUBLE)
+    return (hidden * weights).sum()
+
+
+def _oracle_gradients(variant: Variant, saved: Saved) -> tuple[list[tuple[str, Tensor, Tensor]], Tensor | None]:
+    """(path, value, gradient) of each of the adapter's parameters, and the gradient of the embeddings."""
+    library = oracle_for(variant, DOUBLE)
+    batch = _batch(variant)
+    unique = {id(parameter): (path, parameter) for path, parameter in adapter_parameters(library.model, saved.name)}
+    named = list(unique.values())
+    inputs = [parameter for _, parameter in named] + [batch.embeddings] * batch.embeddings.requires_grad
+    for tensor in inputs:
+        tensor.requires_grad_()
+    gradients = torch.autograd.grad(_loss(library.run_with_grad(variant, batch, saved).hidden), inputs)
+    triples = [(path, value.detach(), grad) for (path, value), grad in zip(named, gradients, strict=False)]
+    return triples, gradients[len(named)] if len(gradients) > len(named) else None
+
+
+def _prefix_gradients(library: Oracle, saved: Saved, module: torch.jit.ScriptModule, grads: dict) -> dict[str, Tensor]:
+    """The gradients of the prefix pool's parameters that the ejected prefixes' gradients amount to."""
+    pool = library.model.prefix_tuning.prefix_tunings[saved.name]["self_prefix"]
+    states = pool(1)  # per layer with a prefix: [2, 1, heads, P, d], keys and values
+    places = [name.rsplit(".", 1)[0] for name, _ in module.named_parameters() if name.endswith(".prefix_key")]
+    given = [torch.stack([grads[f"{place}.prefix_key"], grads[f"{place}.prefix_value"]]) for place in places]
+    assert len(states) == len(given)
+    names, parameters = zip(*pool.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(states, parameters, given), strict=True))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("name", _NAMES)
+def test_gradients_equal_the_oracle(name: str, config: str) -> None:
+    variant = VARIANTS[name]
+    saved = saved_adapter(variant, DOUBLE, config)
+    module = grafted(name, DOUBLE, config)
+    batch = _batch(variant)
+    named = {key: value for key, value in module.named_parameters() if key.startswith("adapters.")}
+    inputs = [*named.values()] + [batch.embeddings] * batch.embeddings.requires_grad
+    result = torch.autograd.grad(_loss(variant.hidden(module(*variant.arguments(batch)))), inputs)
+    grads = dict(zip(named, result, strict=False))
+
+    expected, of_embeddings = _oracle_gradients(variant, saved)
+    if of_embeddings is not None:
+        assert _close(result[-1], of_embeddings)
+    if any(key.endswith(".prefix_key") for key in named):
+        pool = _prefix_gradients(oracle_for(variant, DOUBLE), saved, module, grads)
+    for path, value, gradient in expected:
+        if ".self_prefix.prefix." in path or ".self.prefix." in path:
+            assert _close(pool[path.split(".prefix.")[1]], gradient), path
+            continue
+        # Parameters are paired by their values, which are random and kept by grafting (with a bank dimension in front).
+        pairs = [key for key, ours in named.items() if ours.shape[1:] == value.shape and torch.equal(ours[0], value)]
+        assert len(pairs) == 1, f"{path} is held by {pairs}"
+        assert _close(grads[pairs[0]][0], gradient), path
+
+
+def test_in_a_mixed_batch_rows_do_not_share_gradients() -> None:
+    """Each adapter's gradient is that of its own rows; an adapter that no row uses gets zero."""
+    variant = VARIANTS["own_post_sdpa"]
+    configs = ["unipelt", "lora", "prefix_two_gates", "par_bn"]
+    directories = {config: saved_adapter(variant, DOUBLE, config).directory for config in configs}
+    bank = torchgraft.graft(base(variant.name, DOUBLE), adapters=directories)
+    named = {key: value for key, value in bank.named_parameters() if key.startswith("adapters.")}
+    batch = make_batch([6, 4, 6, 5, 6], 6, DOUBLE, seed=2)
+    ids = [1, -1, 0, 2, 0]
+
+    def gradients(rows: list[int], adapters: list[int]) -> dict[str, Tensor]:
+        arguments = [tensor[rows] for tensor in variant.arguments(batch)]
+        hidden = variant.hidden(bank(*arguments, adapter_ids=torch.tensor(adapters)))
+        return dict(zip(named, torch.autograd.grad(hidden.pow(3).sum(), [*named.values()]), strict=True))
+
+    together = gradients([0, 1, 2, 3, 4], ids)
+    alone = {adapter: gradients([i for i in range(5) if ids[i] == adapter], [adapter] * ids.count(adapter))
+             for adapter in (0, 1, 2)}  # fmt: skip
+    for name, gradient in together.items():
+        assert bool(gradient.isfinite().all()), name
+        for adapter in (0, 1, 2):
+            assert _close(gradient[adapter], alone[adapter][name][adapter]), (name, adapter)
+        assert bool((gradient[3] == 0).all()), name  # par_bn: no row
+    assert any(bool((gradient[0] != 0).any()) for gradient in together.values())
