@@ -54,7 +54,8 @@ void print_output(std::ostream& stream, const at::Tensor& output) {
   stream << (shown < values.numel() ? "..." : "") << "\n";
 }
 
-// gate: [gates]. "0.5120", or "0.5120/0.4980" where a location has several: q and v of LoRA, a prefix's keys and values.
+// gate: [gates]. "0.5120", or "0.5120/0.4980" where a location has several: q and v of LoRA, a prefix's keys and
+// values.
 std::string gate_cell(const at::Tensor& gate) {
   std::ostringstream cell;
   cell << std::fixed << std::setprecision(4);
