@@ -73,8 +73,20 @@ def test_a_row_of_padding_disturbs_no_other_row(name: str) -> None:
     assert difference(hidden[real], expected[real]) <= TOLERANCE[DOUBLE]
 
 
-# Left out: DistilBERT's eager code fills with -inf and makes such a row NaN; grafted, its attention is zero.
-@pytest.mark.parametrize("name", [name for name in _MASKED if name != "distilbert_eager"])
+# Known limits of lower_explicit_attention: masked_fill replaces scores, and the mask that it becomes is added to them.
+_NOT_KEPT = {
+    "distilbert_eager": "fills with -inf: such a row is NaN in the base; grafted, its attention is zero",
+    "own_post_scaled_query": "fills with -1e9: uniform in the base; grafted, float64 still tells the scores apart",
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=_NOT_KEPT[name])) if name in _NOT_KEPT else name
+        for name in _MASKED
+    ],
+)
 def test_a_row_of_padding_is_what_the_base_makes_of_it(name: str) -> None:
     """A fresh LoRA changes nothing, not even there."""
     batch = _batch(_EMPTY_ROW)
@@ -103,15 +115,15 @@ def test_the_gate_of_a_row_without_tokens_is_a_number(name: str, config: str) ->
         assert difference(hidden[row][keep], single[0][keep]) <= TOLERANCE[DOUBLE]
 
 
-@pytest.mark.parametrize("name", [name for name in _MASKED if name not in ("roberta_sdpa", "roberta_eager",
-                                                                          "distilbert_eager")])  # fmt: skip
+@pytest.mark.parametrize("name", [name for name in _MASKED if VARIANTS[name].inputs == "embeddings"])
 def test_pooling_over_real_tokens_works_wherever_the_padding_is(name: str) -> None:
-    """The same tokens with padding after them and with padding between them, at the same positions."""
-    short = _batch([[1, 1, 1, 1]])
-    longer = short.padded(3)
-    assert longer.mask.tolist() == [[1, 1, 1, 1, 0, 0, 0]]
-    for config in ("seq_bn_gated", "prefix_two_gates"):
-        a, gates_a = _run(name, short, config, "unpadded")
-        b, gates_b = _run(name, longer, config, "unpadded")
-        assert difference(a, b[:, :4]) <= TOLERANCE[DOUBLE]
-        assert_gates_close(gates_a, {i: dict(g) for i, g in gates_b.items()}, TOLERANCE[DOUBLE])
+    """An encoder of embeddings knows no positions: tokens may stand anywhere between padding."""
+    mask = [[0, 1, 1, 0, 1, 1, 0]]
+    scattered = _batch(mask)
+    real = scattered.mask[0] == 1
+    dense = Batch(scattered.ids[:, real], scattered.mask[:, real], scattered.embeddings[:, real])
+    for config in ("seq_bn_gated", "prefix_two_gates", "lora_all_gated"):
+        hidden, gates = _run(name, scattered, config, "unpadded")
+        expected, expected_gates = _run(name, dense, config, "unpadded")
+        assert difference(hidden[:, real], expected) <= TOLERANCE[DOUBLE]
+        assert_gates_close(gates, expected_gates, TOLERANCE[DOUBLE])
