@@ -1,0 +1,59 @@
+"""What a test of an architecture needs to know of it.
+
+A Case is a small random model with a way of calling it and a Reference: whoever knows what the grafted model must give.
+References are the `adapters` library where it supports the model (oracle_reference.py), and a restatement of the
+definitions in plain PyTorch where it does not (restated_reference.py).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+# What every architecture is tested with; the names are keys of oracle.CONFIGS.
+METHODS = ("unipelt", "mam", "double_seq_bn", "lora_all", "prefix_gated")
+
+Gates = dict[int, dict[str, Tensor]]  # gates[layer][location]: [rows, columns]
+
+
+class Reference(Protocol):
+    """Both methods name the adapter "task"."""
+
+    def graft(self, base: torch.jit.ScriptModule, method: str, dtype: torch.dtype) -> torch.jit.ScriptModule:
+        """`base` with the adapter of `method`, every parameter of it random and none of them zero."""
+        ...
+
+    def run(self, grafted: torch.jit.ScriptModule, method: str, arguments: tuple) -> tuple[Tensor, Gates]:
+        """What the grafted model must give for the arguments: the compared tensor, and the gates of gated modules."""
+        ...
+
+
+@dataclass(frozen=True)
+class Case:
+    """One architecture.
+
+    make(dtype): a fresh eager model in eval mode, the same values at every call. It takes positional tensors.
+    arguments(dtype, seed): those tensors. Seed 0 is what the model is traced with; other seeds have other batch sizes,
+        lengths and (where the model takes a mask) paddings. Every row has a real token.
+    hidden(result): the tensor that is compared, from the model's result.
+    forms: how it becomes TorchScript: "traced", "scripted" or both.
+    without: methods that the model has no place for, with the reason.
+    """
+
+    name: str
+    make: Callable[[torch.dtype], nn.Module]
+    arguments: Callable[[torch.dtype, int], tuple]
+    reference: Reference
+    hidden: Callable[[Any], Tensor] = lambda result: result[0] if isinstance(result, tuple) else result
+    forms: tuple[str, ...] = ("traced",)
+    without: dict[str, str] = field(default_factory=dict)
+
+    def to_script(self, form: str, dtype: torch.dtype) -> torch.jit.ScriptModule:
+        """The base as TorchScript."""
+        model = self.make(dtype)
+        if form == "scripted":
+            return torch.jit.script(model)
+        # With grad mode on: torch records its fused encoder layer without it, which is for the cases to choose.
+        return torch.jit.trace(model, self.arguments(dtype, 0), check_trace=False, strict=False)
