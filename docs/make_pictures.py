@@ -1,11 +1,16 @@
 #!/usr/bin/env python3
-"""Draws docs/grafted_layer.svg and .png: a post-norm Transformer layer, and the same layer with UniPELT grafted on.
+"""Draws the pictures of this folder, after scripts/setup:
 
-    pip install -r requirements/docs.txt && python docs/make_pictures.py
+    .venv/bin/pip install -r requirements/docs.txt && .venv/bin/python docs/make_pictures.py
 
-Coordinates are in the picture's own units, x to the right and y upwards; data flows upwards.
+grafted_layer.svg and .png: a post-norm Transformer layer, and the same layer with UniPELT grafted on. Coordinates are
+in the picture's own units, x to the right and y upwards; data flows upwards.
+inspect.svg: what `graft.py inspect --svg` draws of a grafted encoder.
 """
 
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import matplotlib
@@ -14,9 +19,11 @@ matplotlib.use("Agg")
 matplotlib.rcParams.update({"svg.hashsalt": "torchgraft", "font.family": "DejaVu Sans", "mathtext.fontset": "dejavusans"})
 
 import matplotlib.pyplot as plt
+import torch
 from matplotlib.patches import Circle, FancyBboxPatch
 
 HERE = Path(__file__).resolve().parent
+GRAFT = [sys.executable, HERE.parent / "scripts" / "graft.py"]
 INK, PALE = "#334155", "#eef2f6"  # the base model
 ADAPTERS = {  # line colour, fill
     "prefix": ("#0f766e", "#ccf0ea"),
@@ -143,7 +150,7 @@ def bottleneck(canvas, x, side, residual):
     canvas.plus(x, LATE_SUM, "bottleneck")
 
 
-def main():
+def grafted_layer():
     figure, axes = plt.subplots(figsize=(11.6, 10.2))
     axes.set(xlim=(-0.4, 14.6), ylim=(-1.75, 12.9), aspect="equal")
     axes.axis("off")
@@ -174,6 +181,20 @@ def main():
 
     for name, options in (("grafted_layer.svg", {"metadata": {"Date": None}}), ("grafted_layer.png", {"dpi": 110})):
         figure.savefig(HERE / name, bbox_inches="tight", facecolor="white", **options)
+
+
+def inspected_encoder():
+    layer = torch.nn.TransformerEncoderLayer(256, 8, 1024, batch_first=True)
+    with tempfile.TemporaryDirectory() as folder:
+        base, model = Path(folder) / "base.pt", Path(folder) / "encoder.pt"
+        torch.jit.script(torch.nn.TransformerEncoder(layer, 12).eval()).save(base)
+        subprocess.run([*GRAFT, "add", base, "-o", model, "--config", "unipelt", "--name", "reviews"], check=True)
+        subprocess.run([*GRAFT, "inspect", model, "--svg", HERE / "inspect.svg"], check=True)
+
+
+def main():
+    grafted_layer()
+    inspected_encoder()
 
 
 if __name__ == "__main__":

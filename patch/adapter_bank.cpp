@@ -12,8 +12,9 @@ namespace {
 // Execution order of the places in a layer.
 int order_of(const std::string& slot) {
   static const std::vector<std::string> kOrder = {
-      "selfattn_lora_q", "selfattn_lora_k", "selfattn_lora_v",   "self_prefix", "encoder_prefix", "cross_prefix",
-      "mh_adapter",      "cross_adapter",   "intermediate_lora", "output_lora", "output_adapter"};
+      "selfattn_lora_q",  "selfattn_lora_k", "selfattn_lora_v", "crossattn_lora_q", "crossattn_lora_k",
+      "crossattn_lora_v", "self_prefix",     "encoder_prefix",  "cross_prefix",     "mh_adapter",
+      "cross_adapter",    "intermediate_lora", "output_lora",   "output_adapter"};
   const auto found = std::find(kOrder.begin(), kOrder.end(), slot);
   TORCH_INTERNAL_ASSERT(found != kOrder.end(), "no execution order for ", slot);
   return static_cast<int>(found - kOrder.begin());
@@ -83,7 +84,7 @@ at::Tensor stack_parameter(const std::vector<Adapter>& adapters, const Members& 
 BankSlot stack_slot(const std::vector<Adapter>& adapters, const Members& members) {
   at::NoGradGuard no_grad;
   const PlannedModule& first = adapters[members[0].first].plan[members[0].second];
-  BankSlot slot{first.layer, first.location, first.slot, slot_name(first)};
+  BankSlot slot{first.layer, first.number, first.location, first.slot, slot_name(first)};
   if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&first.method)) {
     slot.input = bottleneck_input(bottleneck->config);
     slot.non_linearity = bottleneck->config.non_linearity;
@@ -135,6 +136,19 @@ std::vector<BankSlot> stack_banks(const std::vector<Adapter>& adapters) {
     slots.push_back(stack_slot(adapters, members));
   }
   return slots;
+}
+
+std::vector<SlotRun> slot_runs(const std::vector<BankSlot>& slots, const Structure& structure) {
+  std::vector<SlotRun> runs;
+  for (size_t i = 0; i < structure.layers.size(); ++i) {
+    const Layer& layer = structure.layers[i];
+    for (size_t s = 0; s < slots.size(); ++s) {
+      if (slots[s].layer == layer.shares.value_or(layer.index)) {
+        runs.push_back({s, i});
+      }
+    }
+  }
+  return runs;
 }
 
 namespace {
@@ -193,7 +207,7 @@ std::vector<Adapter> read_adapters(const torch::jit::Module& adapters_module, co
     Adapter adapter{names[a].toStringRef(), config_from_json(configs[a].toStringRef())};
     adapter.plan = make_plan(structure, adapter.config);
     for (const PlannedModule& module : adapter.plan) {
-      const auto layer = adapters_module.attr("layer_" + std::to_string(module.layer)).toModule();
+      const auto layer = adapters_module.attr("layer_" + std::to_string(module.number)).toModule();
       adapter.weights.push_back(unstack(layer.attr(slot_name(module)).toModule(), a, module));
     }
     adapters.push_back(std::move(adapter));

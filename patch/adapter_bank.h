@@ -26,7 +26,8 @@ BottleneckInput bottleneck_input(const BnConfig& config);
 // One op to insert: a place, and the parameters of all adapters there, stacked. Adapters of one place share an op when
 // their computation differs in parameters only (for bottlenecks: same input, same non-linearity).
 struct BankSlot {
-  int64_t layer = 0;
+  int64_t layer = 0;     // Layer::index: the attention where it runs first
+  int64_t number = 0;    // Layer::number: of the Transformer layer
   std::string location;  // the oracle's key, e.g. "selfattn_lora"
   std::string slot;      // "selfattn_lora_q"
   std::string name;      // the slot's module name: "selfattn_lora_q", "output_adapter_seq_ln_relu"
@@ -42,9 +43,19 @@ struct BankSlot {
 // has scaling 0 (or prefix_length 0) there.
 std::vector<BankSlot> stack_banks(const std::vector<Adapter>& adapters);
 
+// One op in the graph: a slot in one run of its layer. A layer whose weights run many times has one set of slots.
+struct SlotRun {
+  size_t slot = 0;   // index into the slots
+  size_t layer = 0;  // index into the structure's layers
+};
+
+// All ops that `slots` make on `structure`, in execution order; the gates that grafted_forward returns are in this order.
+std::vector<SlotRun> slot_runs(const std::vector<BankSlot>& slots, const Structure& structure);
+
 // The `adapters` submodule: layer_<i>.<slot name>.<parameter>, the adapters' names and configs, and the methods behind
 // activate() and forward_with_gates(). `unit` is the compilation unit of the module that it will belong to.
 torch::jit::Module make_adapters_module(const std::vector<Adapter>& adapters, const std::vector<BankSlot>& slots,
+                                        const std::vector<SlotRun>& runs,
                                         const std::shared_ptr<torch::jit::CompilationUnit>& unit);
 
 // The adapters of a grafted module's `adapters` submodule, unstacked.

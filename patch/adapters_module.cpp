@@ -82,10 +82,10 @@ bool is_trained(const std::string& parameter, const BankSlot& slot) {
 }
 
 template <typename Value, typename Get>
-c10::IValue list_of(const std::vector<BankSlot>& slots, Get get) {
+c10::IValue list_of(const std::vector<BankSlot>& slots, const std::vector<SlotRun>& runs, Get get) {
   c10::List<Value> result;
-  for (const BankSlot& slot : slots) {
-    result.push_back(get(slot));
+  for (const SlotRun& run : runs) {
+    result.push_back(get(slots[run.slot]));
   }
   return result;
 }
@@ -93,7 +93,7 @@ c10::IValue list_of(const std::vector<BankSlot>& slots, Get get) {
 }  // namespace
 
 Module make_adapters_module(const std::vector<Adapter>& adapters, const std::vector<BankSlot>& slots,
-                            const std::shared_ptr<torch::jit::CompilationUnit>& unit) {
+                            const std::vector<SlotRun>& runs, const std::shared_ptr<torch::jit::CompilationUnit>& unit) {
   Module root(c10::QualifiedName("__torch__.torchgraft.Adapters"), unit, /*shouldMangle=*/true);
   root.register_attribute("training", c10::BoolType::get(), false);
   c10::List<std::string> names;
@@ -107,17 +107,17 @@ Module make_adapters_module(const std::vector<Adapter>& adapters, const std::vec
   root.register_attribute("configs", strings, configs);
   root.register_attribute("active", c10::IntType::get(), -1);
   root.register_attribute("gate_layers", c10::ListType::ofInts(),
-                          list_of<int64_t>(slots, [](const BankSlot& slot) { return slot.layer; }));
+                          list_of<int64_t>(slots, runs, [](const BankSlot& slot) { return slot.number; }));
   root.register_attribute("gate_locations", strings,
-                          list_of<std::string>(slots, [](const BankSlot& slot) { return slot.location; }));
+                          list_of<std::string>(slots, runs, [](const BankSlot& slot) { return slot.location; }));
   c10::List<c10::List<int64_t>> counts;
-  for (const BankSlot& slot : slots) {
-    counts.push_back(c10::List<int64_t>(slot.gates));
+  for (const SlotRun& run : runs) {
+    counts.push_back(c10::List<int64_t>(slots[run.slot].gates));
   }
   root.register_attribute("gate_counts", c10::ListType::create(c10::ListType::ofInts()), counts);
 
   for (const BankSlot& slot : slots) {
-    const std::string layer_name = "layer_" + std::to_string(slot.layer);
+    const std::string layer_name = "layer_" + std::to_string(slot.number);
     Module layer =
         root.hasattr(layer_name) ? root.attr(layer_name).toModule() : child(root, layer_name, "AdapterLayer", unit);
     Module module = child(layer, slot.name, "AdapterSlot", unit);

@@ -1,8 +1,10 @@
 #include <torchgraft/patch/canonicalise.h>
 
 #include <torchgraft/patch/passes/fold_attributes.h>
+#include <torchgraft/patch/passes/fold_repeated_heads.h>
 #include <torchgraft/patch/passes/inline_calls.h>
 #include <torchgraft/patch/passes/lower_fused_encoder.h>
+#include <torchgraft/patch/passes/lower_linear_forms.h>
 #include <torchgraft/patch/passes/lower_multihead_attention.h>
 
 #include <torch/csrc/jit/passes/loop_unrolling.h>
@@ -21,7 +23,9 @@ CanonicalGraph canonicalise(const torch::jit::Module& module, const std::string&
   torch::jit::RemoveTensorMutation(result.graph);
   simplify(result.graph);
   lower_fused_encoder(result.graph);
+  lower_linear_forms(result.graph, module);
   result.unlowered = lower_explicit_attention(result.graph, module);
+  fold_repeated_heads(result.graph, module);
   simplify(result.graph);
   result.graph->lint();
   return result;

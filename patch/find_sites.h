@@ -11,28 +11,33 @@ namespace torchgraft {
 
 // Where in the graph the places of a Layer are. Pointers are into the canonical graph.
 
-// A linear map: node->input(0) is its input, node->output() its result, of which columns
-// [offset, offset + out_features) are this projection's.
+// A linear map, or some of its columns: node->input(0) is its input, columns [offset, offset + width) of
+// node->output() are this projection's.
 struct LinearSite {
   torch::jit::Node* node = nullptr;
   bool sequence_first = false;  // tokens before batch: [S, B, features]
+  bool is_part = false;         // other columns belong to other projections
+  int64_t offset = 0;
+  int64_t width = 0;
 };
 
-// add = branch + residual, and the norm of the sum when the order is post-norm.
+// What a block adds to the residual stream. `add` adds `branch` to something, in the end (parallel blocks add twice) to
+// `residual`; `sum` is the add whose result is the stream after the block, `norm` the norm of it in post-norm models.
 struct ResidualSite {
   torch::jit::Node* add = nullptr;
   size_t branch_operand = 0;
+  torch::jit::Value* residual = nullptr;
+  torch::jit::Node* sum = nullptr;
   torch::jit::Node* norm = nullptr;
   bool sequence_first = false;
 
   torch::jit::Value* branch() const { return add->input(branch_operand); }
-  torch::jit::Value* residual() const { return add->input(1 - branch_operand); }
 };
 
 struct LayerSites {
   torch::jit::Node* attention = nullptr;  // aten::scaled_dot_product_attention
   LinearSite query, key, value;
-  std::optional<LinearSite> output, ffn_in, ffn_out;
+  std::optional<LinearSite> output, ffn_in, ffn_gate, ffn_out;
   std::optional<ResidualSite> attention_residual, ffn_residual;
 };
 
@@ -42,7 +47,7 @@ struct GraphSites {
 };
 
 // Finds layers by data flow, from each attention outwards: its projections, the residual add and norm around it, and
-// the feed-forward block behind them. Names play no part.
+// the feed-forward block behind or beside it. Names play no part.
 GraphSites find_sites(const CanonicalGraph& canonical, const torch::jit::Module& module);
 
 }  // namespace torchgraft

@@ -1,6 +1,7 @@
 #include <torchgraft/patch/graft.h>
 
 #include <torchgraft/patch/adapter_bank.h>
+#include <torchgraft/patch/apply_sites.h>
 #include <torchgraft/patch/canonicalise.h>
 #include <torchgraft/patch/find_sites.h>
 #include <torchgraft/patch/graph_utils.h>
@@ -43,7 +44,9 @@ void check_found(const Structure& structure) {
 
 // Options of the weights: those of the model's first query projection.
 at::TensorOptions weight_options(const GraphSites& sites, const Module& module) {
-  const at::Tensor weight = resolve_tensor(sites.layers.front().query.node->input(1), module);
+  const at::Tensor weight = weight_source(sites.layers.front().query.node->input(1), module).tensor;
+  TORCH_CHECK(weight.defined(), "graft: the weight of the first attention's query projection is computed at run time; ",
+              "its dtype and device are not known");
   return at::TensorOptions().dtype(weight.scalar_type()).device(weight.device());
 }
 
@@ -72,6 +75,17 @@ InsertOptions insert_options(const GraftOptions& options, const Module& module) 
   return result;
 }
 
+GraphSites places(const CanonicalGraph& canonical, const Module& module, const std::optional<Structure>& wanted) {
+  const GraphSites detected = find_sites(canonical, module);
+  return wanted ? apply_sites(detected, *wanted, canonical, module) : detected;
+}
+
+// The sites that a grafted module was made with; nullopt when they were detected.
+std::optional<Structure> remembered_sites(const Module& grafted) {
+  const std::string& json = grafted.attr("adapters").toModule().attr("sites").toStringRef();
+  return json.empty() ? std::nullopt : std::optional(structure_from_json(json));
+}
+
 // `options` for a module that is grafted already: its gates stay pooled as they are.
 GraftOptions options_like(const Module& grafted, GraftOptions options) {
   const Module adapters = grafted.attr("adapters").toModule();
@@ -83,6 +97,11 @@ GraftOptions options_like(const Module& grafted, GraftOptions options) {
               "graft: the module's token mask is '", mask, "'; all its adapters share that");
   options.gate_pooling = pooling;
   options.token_mask_input = mask;
+  const auto sites = remembered_sites(grafted);
+  TORCH_CHECK(!options.sites || (sites && to_json(*sites) == to_json(*options.sites)),
+              "graft: the module was grafted with ", sites ? "other" : "detected",
+              " sites, which all its adapters share; graft the base anew to change them");
+  options.sites = sites;
   return options;
 }
 
@@ -121,7 +140,7 @@ Module graft(const Module& module, const std::vector<AdapterSpec>& specs, const 
   }
   const InsertOptions inserting = insert_options(options, result);
   const CanonicalGraph canonical = canonicalise(result, "forward");
-  const GraphSites sites = find_sites(canonical, result);
+  const GraphSites sites = places(canonical, result, options.sites);
   check_found(sites.structure);
 
   // 4. plan
@@ -137,25 +156,28 @@ Module graft(const Module& module, const std::vector<AdapterSpec>& specs, const 
   const std::vector<BankSlot> slots = stack_banks(adapters);
 
   // 5. insert
-  Module bank = make_adapters_module(adapters, slots, result._ivalue()->compilation_unit());
+  const std::vector<SlotRun> runs = slot_runs(slots, sites.structure);
+  Module bank = make_adapters_module(adapters, slots, runs, result._ivalue()->compilation_unit());
   bank.register_attribute("gate_pooling", c10::StringType::get(), options.gate_pooling);
   bank.register_attribute("token_mask_input", c10::StringType::get(), options.token_mask_input);
+  bank.register_attribute("sites", c10::StringType::get(), options.sites ? to_json(*options.sites) : "");
   result.register_module("adapters", bank);
-  insert_adapters(canonical.graph, sites, slots, result, inserting);
+  insert_adapters(canonical.graph, sites, slots, runs, result, inserting);
   add_methods(result, canonical.graph);
   bank.get_method("activate")({options.active.empty() ? specs.back().name : options.active});
   bank.train(module.is_training());
 
   // 6. verify
   if (options.verify) {
-    verify_grafted(result, slots);
+    verify_grafted(result, runs.size());
   }
   return result;
 }
 
-Structure inspect(const Module& module) {
-  const CanonicalGraph canonical = canonicalise(module, is_grafted(module) ? "base_forward" : "forward");
-  return find_sites(canonical, module).structure;
+Structure inspect(const Module& module, const std::optional<Structure>& sites) {
+  const bool grafted = is_grafted(module);
+  const CanonicalGraph canonical = canonicalise(module, grafted ? "base_forward" : "forward");
+  return places(canonical, module, grafted && !sites ? remembered_sites(module) : sites).structure;
 }
 
 }  // namespace torchgraft

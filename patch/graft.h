@@ -30,6 +30,8 @@ struct GraftOptions {
   std::string token_mask_input;
   // The adapter that is active in the result; empty: the last of those grafted now.
   std::string active;
+  // Places to use instead of those detected: what inspect() gives, edited. A grafted module remembers them.
+  std::optional<Structure> sites;
   // Save and load the result in memory and compare it with the base where the initialisation implies equality.
   bool verify = true;
 };
@@ -53,7 +55,9 @@ TORCHGRAFT_PATCH_API torch::jit::Module graft(const torch::jit::Module& module,
                                               const GraftOptions& options = {});
 
 // What the patcher sees in `module` (of a grafted module: in its base). Never throws for a module without attention:
-// the result then has no layers and its near misses say why.
-TORCHGRAFT_PATCH_API Structure inspect(const torch::jit::Module& module);
+// the result then has no layers and its near misses say why. With `sites`, what they
+// make of it.
+TORCHGRAFT_PATCH_API Structure inspect(const torch::jit::Module& module,
+                                                const std::optional<Structure>& sites = std::nullopt);
 
 }  // namespace torchgraft

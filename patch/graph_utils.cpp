@@ -48,6 +48,45 @@ at::Tensor resolve_tensor(const Value* value, const Module& root) {
   return attribute && attribute->value.isTensor() ? attribute->value.toTensor() : at::Tensor();
 }
 
+WeightSource weight_source(const Value* weight, const Module& root) {
+  const Node* node = weight->node();
+  if (const at::Tensor tensor = resolve_tensor(weight, root); tensor.defined()) {
+    const auto attribute = resolve_attribute(weight, root);
+    return {tensor, attribute ? attribute->path : ""};
+  }
+  if (is_layout(node) || is_aten(node, {"t", "numpy_T"})) {
+    return weight_source(node->input(0), root);
+  }
+  // One of equal or listed parts, along the rows.
+  const bool unpacks = node->kind() == c10::prim::ListUnpack || node->kind() == c10::aten::__getitem__;
+  const Node* split = unpacks ? node->input(0)->node() : node;
+  if (!is_aten(split, {"chunk", "split", "split_with_sizes", "slice", "narrow"})) {
+    return {};
+  }
+  WeightSource source = weight_source(split->input(0), root);
+  const bool takes = is_aten(split, {"slice", "narrow"});
+  const bool along_rows = constant_int(split->input(takes ? 1 : 2)) == 0;
+  if (!source.tensor.defined() || !along_rows || takes == unpacks) {
+    return {};
+  }
+  source.is_part = true;
+  if (takes) {
+    source.first_row += constant_int(split->input(2)).value_or(0);
+    return source;
+  }
+  const bool by_index = node->kind() == c10::aten::__getitem__;
+  const int64_t piece = by_index ? constant_int(node->input(1)).value_or(0) : static_cast<int64_t>(weight->offset());
+  const auto sizes = resolve_constant(split->input(1));
+  if (sizes && sizes->isIntList()) {
+    for (int64_t i = 0; i < piece; ++i) {
+      source.first_row += sizes->toIntVector().at(i);
+    }
+  } else if (const auto count = constant_int(split->input(1))) {
+    source.first_row += piece * (is_aten(split, {"chunk"}) ? source.tensor.size(0) / *count : *count);
+  }
+  return source;
+}
+
 std::optional<c10::IValue> resolve_constant(const Value* value) {
   const auto kind = value->node()->kind();
   if (kind == c10::prim::NumToTensor || kind == c10::aten::Int || kind == c10::aten::Float ||
@@ -151,7 +190,8 @@ std::vector<Node*> nearest_linears(Value* value) {
       found.push_back(node);
       continue;
     }
-    for (Value* input : node->inputs()) {
+    const bool shaped_like = is_aten(node, {"type_as", "expand_as", "view_as", "zeros_like", "ones_like"});
+    for (Value* input : shaped_like ? node->inputs().slice(0, 1) : node->inputs()) {
       queue.push_back(input);
     }
   }
@@ -160,7 +200,14 @@ std::vector<Node*> nearest_linears(Value* value) {
 
 bool is_layout(const Node* node) {
   return is_aten(node, {"view", "reshape", "_unsafe_view", "transpose", "permute", "contiguous", "flatten", "unflatten",
-                        "unsqueeze", "squeeze", "clone", "to", "type_as", "alias"});
+                        "unsqueeze", "squeeze", "clone", "to", "type_as", "alias", "detach"});
+}
+
+Value* strip_passive(Value* value) {
+  while (is_layout(value->node()) || is_aten(value->node(), {"dropout"})) {
+    value = value->node()->input(0);
+  }
+  return value;
 }
 
 Value* strip_layout(Value* value) {

@@ -24,6 +24,17 @@ std::optional<ModuleAttribute> resolve_attribute(const torch::jit::Value* value,
 // The tensor behind a prim::Constant or a parameter of `root`; undefined when `value` is neither.
 at::Tensor resolve_tensor(const torch::jit::Value* value, const torch::jit::Module& root);
 
+// The parameter (or constant) that a linear map's weight is, or is a transposed, reshaped or cut out part of: a packed
+// in_proj_weight is split before its three products. `tensor` is the whole of it; undefined when the weight is computed
+// otherwise. `path` is empty for a constant.
+struct WeightSource {
+  at::Tensor tensor;
+  std::string path;
+  int64_t first_row = 0;
+  bool is_part = false;
+};
+WeightSource weight_source(const torch::jit::Value* weight, const torch::jit::Module& root);
+
 // The constant behind `value`, seen through prim::NumToTensor and aten::Int (traced graphs wrap sizes in them).
 std::optional<c10::IValue> resolve_constant(const torch::jit::Value* value);
 std::optional<int64_t> constant_int(const torch::jit::Value* value);
@@ -49,6 +60,9 @@ std::vector<torch::jit::Node*> nearest_linears(torch::jit::Value* value);
 // `value` seen through ops that only rearrange it (view, transpose, contiguous, ...) or cast its type.
 torch::jit::Value* strip_layout(torch::jit::Value* value);
 bool is_layout(const torch::jit::Node* node);
+
+// The same, seen through dropout too: what carries the residual stream on unchanged.
+torch::jit::Value* strip_passive(torch::jit::Value* value);
 
 // Copies `body` before `node`, on `inputs`; returns the values that its outputs became.
 std::vector<torch::jit::Value*> insert_graph_before(torch::jit::Node* node, torch::jit::Graph& body,

@@ -28,13 +28,14 @@ class Inserter {
  public:
   Inserter(Graph& graph, const GraphSites& sites, const c10::TypePtr& adapters_type, const InsertOptions& options);
 
-  void prepare_token_masks(const std::vector<BankSlot>& slots, const torch::jit::Module& root);
-  // Inserts the op of `slot` and returns its gate.
-  Value* insert(const BankSlot& slot);
+  void prepare_token_masks(const std::vector<BankSlot>& slots, const std::vector<SlotRun>& runs,
+                           const torch::jit::Module& root);
+  // Inserts the op of `slot` into one run of its layer and returns its gate.
+  Value* insert(const BankSlot& slot, size_t layer);
   Value* adapter_ids() const { return adapter_ids_; }
 
  private:
-  Value* insert_lora(const BankSlot& slot, const LinearSite& site, const Projection& projection);
+  Value* insert_lora(const BankSlot& slot, const LinearSite& site);
   Value* insert_prefix(const BankSlot& slot, size_t layer);
   Value* insert_bottleneck(const BankSlot& slot, const ResidualSite& site);
   Value* normed_sum(ResidualState& state);
@@ -51,6 +52,7 @@ class Inserter {
   std::map<const Node*, ResidualState> residuals_;  // by the add
   std::map<const Value*, Value*> shared_masks_;     // token masks by attention mask
   std::map<int64_t, Value*> token_masks_;           // and by layer
+  int64_t layer_ = 0;  // where the op being inserted goes
   Value* adapters_ = nullptr;
   Value* adapter_ids_ = nullptr;
   Value* active_ = nullptr;
@@ -77,7 +79,7 @@ Value* Inserter::swapped(Value* value, bool sequence_first) {
 }
 
 Value* Inserter::slot_module(const BankSlot& slot) {
-  return graph_.insertGetAttr(graph_.insertGetAttr(adapters_, "layer_" + std::to_string(slot.layer)), slot.name);
+  return graph_.insertGetAttr(graph_.insertGetAttr(adapters_, "layer_" + std::to_string(slot.number)), slot.name);
 }
 
 Value* Inserter::parameter(const BankSlot& slot, Value* module, const std::string& name) {
@@ -92,20 +94,22 @@ std::vector<NamedValue> Inserter::common_arguments(const BankSlot& slot, Value* 
                                     {"adapter", active_}};
   const bool gated = slot.parameters.count("gate_weight") > 0;
   if (gated && options_.pool_unpadded) {
-    result.emplace_back("token_mask", input_mask_ ? input_mask_ : token_masks_.at(slot.layer));
+    result.emplace_back("token_mask", input_mask_ ? input_mask_ : token_masks_.at(layer_));
   }
   return result;
 }
 
 // One mask of real tokens per attention mask, computed before the first projection of the layer, so that every op of it
 // may read it. Done for all layers before anything is inserted.
-void Inserter::prepare_token_masks(const std::vector<BankSlot>& slots, const torch::jit::Module& root) {
+void Inserter::prepare_token_masks(const std::vector<BankSlot>& slots, const std::vector<SlotRun>& runs,
+                                   const torch::jit::Module& root) {
   Hoist hoist(root);
-  for (const BankSlot& slot : slots) {
-    if (!slot.parameters.count("gate_weight") || token_masks_.count(slot.layer)) {
+  for (const SlotRun& run : runs) {
+    const auto layer = static_cast<int64_t>(run.layer);
+    if (!slots[run.slot].parameters.count("gate_weight") || token_masks_.count(layer)) {
       continue;
     }
-    const LayerSites& sites = sites_.layers[slot.layer];
+    const LayerSites& sites = sites_.layers[run.layer];
     Value* mask = sites.attention->input(3);
     while (is_aten(mask->node(), {"type_as"})) {
       mask = mask->node()->input(0);
@@ -119,13 +123,13 @@ void Inserter::prepare_token_masks(const std::vector<BankSlot>& slots, const tor
       WithInsertPoint guard(first->node);
       Value* x = first->node->input(0);
       TORCH_CHECK(is_none(mask) || hoist(mask, first->node, x),
-                  "graft: gate_pooling=\"unpadded\": the attention mask of layer ", slot.layer,
+                  "graft: gate_pooling=\"unpadded\": the attention mask of layer ", layer,
                   " is computed from its queries or keys, so it is not known before them; name the forward argument "
                   "that is the token mask (token_mask_input)");
       shared =
           call("attention_token_mask", {NamedValue(swapped(x, first->sequence_first)), NamedValue(mask)}, {})->output();
     }
-    token_masks_[slot.layer] = shared;
+    token_masks_[layer] = shared;
   }
 }
 
@@ -141,7 +145,7 @@ Node* Inserter::call(const char* op, at::ArrayRef<NamedValue> args, at::ArrayRef
   return node;
 }
 
-Value* Inserter::insert_lora(const BankSlot& slot, const LinearSite& site, const Projection& projection) {
+Value* Inserter::insert_lora(const BankSlot& slot, const LinearSite& site) {
   // Ops on a packed projection follow each other: `whole` is its result so far.
   Value* whole = projections_.try_emplace(site.node, site.node->output()).first->second;
   // The users see the updated value; what is inserted before `end` still reads the present one.
@@ -149,8 +153,8 @@ Value* Inserter::insert_lora(const BankSlot& slot, const LinearSite& site, const
   end->output()->setType(c10::NoneType::get());
   WithInsertPoint guard(end);
   Value* base = whole;
-  if (projection.packed) {
-    base = graph_.insert(c10::aten::narrow, {whole, -1, projection.offset, projection.out_features});
+  if (site.is_part) {
+    base = graph_.insert(c10::aten::narrow, {whole, -1, site.offset, site.width});
   }
   Value* x = swapped(site.node->input(0), site.sequence_first);
   Value* module = slot_module(slot);
@@ -160,9 +164,9 @@ Value* Inserter::insert_lora(const BankSlot& slot, const LinearSite& site, const
        NamedValue(parameter(slot, module, "lora_b")), NamedValue(parameter(slot, module, "scaling"))},
       common_arguments(slot, module));
   Value* updated = swapped(op->outputs()[0], site.sequence_first);
-  if (projection.packed) {
+  if (site.is_part) {
     updated = graph_.insert(c10::aten::slice_scatter,
-                            {whole, updated, -1, projection.offset, projection.offset + projection.out_features, 1});
+                            {whole, updated, -1, site.offset, site.offset + site.width, 1});
   }
   whole->replaceAllUsesAfterNodeWith(end, updated);
   end->destroy();
@@ -197,16 +201,15 @@ Value* Inserter::normed_sum(ResidualState& state) {
     return state.normed_sum;
   }
   const auto same = [](Value* v) { return v; };
-  Node* sum = graph_.insertNode(graph_.createClone(state.site.add, same));
-  sum->replaceInput(state.site.branch_operand, state.branch);
-  state.normed_sum = sum->output();
+  Value* sum = graph_.insert(c10::aten::add, {state.branch, state.site.residual});
+  state.normed_sum = sum;
   if (state.site.norm) {
     for (size_t i = 1; i < state.site.norm->inputs().size(); ++i) {
       TORCH_INTERNAL_ASSERT(Hoist::move(state.site.norm->input(i), state.site.add),
                             "a norm's weights depend on its input");
     }
     Node* norm = graph_.insertNode(graph_.createClone(state.site.norm, same));
-    norm->replaceInput(0, sum->output());
+    norm->replaceInput(0, sum);
     state.normed_sum = norm->output();
   }
   return state.normed_sum;
@@ -217,7 +220,7 @@ Value* Inserter::insert_bottleneck(const BankSlot& slot, const ResidualSite& sit
   ResidualState& state = residuals_.try_emplace(site.add, ResidualState{site, site.branch()}).first->second;
   WithInsertPoint guard(site.add);
   Value* x = slot.input == BottleneckInput::kNormedSum  ? normed_sum(state)
-             : slot.input == BottleneckInput::kResidual ? site.residual()
+             : slot.input == BottleneckInput::kResidual ? site.residual
                                                         : state.branch;
   x = swapped(x, site.sequence_first);
   Value* module = slot_module(slot);
@@ -232,23 +235,21 @@ Value* Inserter::insert_bottleneck(const BankSlot& slot, const ResidualSite& sit
   return op->outputs()[1];
 }
 
-Value* Inserter::insert(const BankSlot& slot) {
-  const LayerSites& sites = sites_.layers[slot.layer];
-  const Layer& layer = sites_.structure.layers[slot.layer];
-  if (slot.slot == "selfattn_lora_q") {
-    return insert_lora(slot, sites.query, *layer.query);
-  }
-  if (slot.slot == "selfattn_lora_k") {
-    return insert_lora(slot, sites.key, *layer.key);
-  }
-  if (slot.slot == "selfattn_lora_v") {
-    return insert_lora(slot, sites.value, *layer.value);
-  }
-  if (slot.slot == "intermediate_lora") {
-    return insert_lora(slot, sites.ffn_in.value(), *layer.ffn_in);
-  }
-  if (slot.slot == "output_lora") {
-    return insert_lora(slot, sites.ffn_out.value(), *layer.ffn_out);
+Value* Inserter::insert(const BankSlot& slot, size_t layer) {
+  const LayerSites& sites = sites_.layers[layer];
+  layer_ = static_cast<int64_t>(layer);
+  const std::map<std::string, const LinearSite*> linears = {
+      {"selfattn_lora_q", &sites.query},
+      {"selfattn_lora_k", &sites.key},
+      {"selfattn_lora_v", &sites.value},
+      {"crossattn_lora_q", &sites.query},
+      {"crossattn_lora_k", &sites.key},
+      {"crossattn_lora_v", &sites.value},
+      {"intermediate_lora", sites.ffn_in ? &*sites.ffn_in : nullptr},
+      {"output_lora", sites.ffn_out ? &*sites.ffn_out : nullptr}};
+  if (const auto linear = linears.find(slot.slot); linear != linears.end()) {
+    TORCH_INTERNAL_ASSERT(linear->second, slot.slot, " was planned for layer ", layer, ", which has no place for it");
+    return insert_lora(slot, *linear->second);
   }
   if (slot.slot == "mh_adapter" || slot.slot == "cross_adapter") {
     return insert_bottleneck(slot, sites.attention_residual.value());
@@ -256,20 +257,21 @@ Value* Inserter::insert(const BankSlot& slot) {
   if (slot.slot == "output_adapter") {
     return insert_bottleneck(slot, sites.ffn_residual.value());
   }
-  return insert_prefix(slot, slot.layer);
+  return insert_prefix(slot, layer);
 }
 
 }  // namespace
 
 void insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& sites, const std::vector<BankSlot>& slots,
-                     const torch::jit::Module& module, const InsertOptions& options) {
+                     const std::vector<SlotRun>& runs, const torch::jit::Module& module,
+                     const InsertOptions& options) {
   Inserter inserter(*graph, sites, module.attr("adapters").toModule().type(), options);
   if (options.pool_unpadded && !options.token_mask_input) {
-    inserter.prepare_token_masks(slots, module);
+    inserter.prepare_token_masks(slots, runs, module);
   }
   std::vector<Value*> gates;
-  for (const BankSlot& slot : slots) {
-    gates.push_back(inserter.insert(slot));
+  for (const SlotRun& run : runs) {
+    gates.push_back(inserter.insert(slots[run.slot], run.layer));
   }
   WithInsertPoint guard(graph->return_node());
   Value* list = graph->insertNode(graph->createList(c10::TensorType::get(), gates))->output();

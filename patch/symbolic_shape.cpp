@@ -10,28 +10,6 @@ namespace {
 using torch::jit::Node;
 using torch::jit::Value;
 
-Dim number(int64_t factor) { return Dim{factor, {}}; }
-
-// `dim` counted from the front; nullopt when it is no constant or out of range.
-std::optional<size_t> position(const Value* dim, size_t rank) {
-  auto index = constant_int(dim);
-  if (!index) {
-    return std::nullopt;
-  }
-  if (*index < 0) {
-    *index += static_cast<int64_t>(rank);
-  }
-  return *index >= 0 && *index < static_cast<int64_t>(rank) ? std::optional<size_t>(*index) : std::nullopt;
-}
-
-Dim product(const Shape& shape) {
-  Dim result;
-  for (const Dim& dim : shape) {
-    result = result * dim;
-  }
-  return result;
-}
-
 bool keeps_shape(const Node* node) {
   return is_aten(node, {"layer_norm",
                         "rms_norm",
@@ -83,18 +61,66 @@ std::optional<Dim> Dim::divided_by(const Dim& divisor) const {
   return result;
 }
 
+std::optional<size_t> position(const Value* dim, size_t rank) {
+  auto index = constant_int(dim);
+  if (!index) {
+    return std::nullopt;
+  }
+  if (*index < 0) {
+    *index += static_cast<int64_t>(rank);
+  }
+  return *index >= 0 && *index < static_cast<int64_t>(rank) ? std::optional<size_t>(*index) : std::nullopt;
+}
+
+Dim product(const Shape& shape) {
+  Dim result;
+  for (const Dim& dim : shape) {
+    result = result * dim;
+  }
+  return result;
+}
+
 Dim SymbolicShapes::fresh() { return Dim{1, {next_symbol_++}}; }
 
+Dim SymbolicShapes::canonical(Dim dim) const {
+  bool changed = false;
+  for (int& symbol : dim.symbols) {
+    for (auto same = same_as_.find(symbol); same != same_as_.end(); same = same_as_.find(symbol)) {
+      symbol = same->second;
+      changed = true;
+    }
+  }
+  if (changed) {
+    std::sort(dim.symbols.begin(), dim.symbols.end());
+  }
+  return dim;
+}
+
+bool SymbolicShapes::assume_equal(const Dim& a, const Dim& b) {
+  const Dim left = canonical(a);
+  const Dim right = canonical(b);
+  const bool single = left.factor == 1 && right.factor == 1 && left.symbols.size() == 1 && right.symbols.size() == 1;
+  if (single && left != right) {
+    const auto [smaller, larger] = std::minmax(left.symbols[0], right.symbols[0]);
+    same_as_[larger] = smaller;
+  }
+  return single;
+}
+
 std::optional<Shape> SymbolicShapes::shape(const Value* value) {
-  if (const auto known = shapes_.find(value); known != shapes_.end()) {
-    return known->second;
+  auto known = shapes_.find(value);
+  if (known == shapes_.end()) {
+    shapes_[value] = std::nullopt;  // a cycle through a loop ends here
+    auto result = compute(value);
+    known = shapes_.find(value);
+    if (result) {  // else a user of the value may have assumed its shape meanwhile
+      known->second = std::move(result);
+    }
   }
-  shapes_[value] = std::nullopt;  // a cycle through a loop ends here
-  auto result = compute(value);
-  if (!result && shapes_[value]) {
-    return shapes_[value];  // a user of the value has assumed its shape meanwhile
+  auto result = known->second;
+  for (size_t i = 0; result && i < result->size(); ++i) {
+    (*result)[i] = canonical((*result)[i]);
   }
-  shapes_[value] = result;
   return result;
 }
 
@@ -118,7 +144,7 @@ std::optional<Shape> SymbolicShapes::compute(const Value* value) {
   if (is_aten(node, {"linear", "addmm", "matmul", "bmm"})) {
     return of_projection(node);
   }
-  if (is_aten(node, {"embedding", "conv2d", "_convolution", "convolution"})) {
+  if (is_aten(node, {"embedding", "conv1d", "conv2d", "_convolution", "convolution"})) {
     return of_embedding(node);
   }
   if (is_aten(node, {"scaled_dot_product_attention"})) {
@@ -130,15 +156,20 @@ std::optional<Shape> SymbolicShapes::compute(const Value* value) {
     return result;
   }
   if (node->kind() == c10::prim::ListUnpack) {
-    return of_split(node->input()->node());
+    return of_split(node->input()->node(), value->offset());
   }
   if (node->kind() == c10::aten::__getitem__) {
-    return of_split(node->input(0)->node());
+    const auto piece = constant_int(node->input(1));
+    return of_split(node->input(0)->node(), piece.value_or(-1));
   }
-  if (is_aten(node, {"add", "sub", "mul", "div", "where"})) {
+  if (is_aten(node, {"add", "sub", "rsub", "mul", "div", "where", "eq", "ne", "lt", "le", "gt", "ge", "__and__",
+                     "logical_and", "maximum", "minimum"})) {
     return of_arithmetic(node);
   }
-  return of_layout(node, value->offset());
+  if (is_aten(node, {"arange", "zeros", "ones", "full"})) {
+    return of_factory(node);
+  }
+  return of_layout(node);
 }
 
 std::optional<Shape> SymbolicShapes::of_projection(const Node* node) {
@@ -166,8 +197,15 @@ std::optional<Shape> SymbolicShapes::of_embedding(const Node* node) {
   if (!weight) {
     return std::nullopt;
   }
-  if (!is_embedding) {
-    return weight->size() == 4 ? std::optional<Shape>(Shape{fresh(), (*weight)[0], fresh(), fresh()}) : std::nullopt;
+  if (!is_embedding) {  // a convolution: its weight is [out, in, sizes...]
+    const auto input = shape(node->input(0));
+    Shape result(weight->size());
+    std::generate(result.begin(), result.end(), [&] { return fresh(); });
+    if (input && input->size() == result.size()) {
+      result[0] = input->front();
+    }
+    result[1] = (*weight)[0];
+    return result;
   }
   auto result = shape(node->input(1));
   if (!result) {
@@ -198,31 +236,16 @@ std::optional<Shape> SymbolicShapes::of_arithmetic(const Node* node) {
   return result;
 }
 
-// What one piece of a chunk, split or unbind looks like.
-std::optional<Shape> SymbolicShapes::of_split(const Node* node) {
-  const bool chunks = is_aten(node, {"chunk", "tensor_split"});
-  const bool unbinds = is_aten(node, {"unbind"});
-  if (!chunks && !unbinds && !is_aten(node, {"split", "split_with_sizes"})) {
-    return std::nullopt;
+// arange(end), arange(0, end) and tensors of given sizes.
+std::optional<Shape> SymbolicShapes::of_factory(const Node* node) {
+  if (!is_aten(node, {"arange"})) {
+    return integers(node->input(0));
   }
-  auto result = shape(node->input(0));
-  const size_t dim_input = unbinds ? 1 : 2;
-  const auto dim = result ? position(node->input(dim_input), result->size()) : std::nullopt;
-  if (!dim) {
-    return std::nullopt;
-  }
-  if (unbinds) {
-    result->erase(result->begin() + *dim);
-    return result;
-  }
-  const auto count = constant_int(node->input(1));
-  if (chunks && count) {
-    const auto piece = (*result)[*dim].divided_by(number(*count));
-    (*result)[*dim] = piece ? *piece : fresh();
-  } else {
-    (*result)[*dim] = count ? number(*count) : fresh();
-  }
-  return result;
+  const auto& arguments = node->schema().arguments();
+  const bool has_start = arguments[0].name() == "start";
+  const bool has_step = arguments.size() > 2 && arguments[2].name() == "step";
+  const bool from_zero = !has_start || constant_int(node->input(0)) == 0;
+  return !has_step && from_zero ? Shape{integer(node->input(has_start ? 1 : 0))} : Shape{fresh()};
 }
 
 std::optional<Shape> SymbolicShapes::integers(const Value* list) {
@@ -243,132 +266,13 @@ std::optional<Shape> SymbolicShapes::integers(const Value* list) {
   return result;
 }
 
-std::optional<Shape> SymbolicShapes::reshaped(const Shape& from, const Value* sizes) {
-  auto result = integers(sizes);
-  if (!result) {
-    return std::nullopt;
-  }
-  Dim known;
-  Dim* inferred = nullptr;
-  for (Dim& dim : *result) {
-    if (dim == number(-1)) {
-      inferred = &dim;
-    } else {
-      known = known * dim;
-    }
-  }
-  if (inferred) {
-    const auto rest = product(from).divided_by(known);
-    *inferred = rest ? *rest : fresh();
-  }
-  return result;
-}
-
-std::optional<Shape> SymbolicShapes::of_layout(const Node* node, size_t) {
-  if (node->inputs().empty() || !node->input(0)->type()->isSubtypeOf(*c10::TensorType::get())) {
-    return std::nullopt;
-  }
-  auto result = shape(node->input(0));
-  if (!result) {
-    // A view of something unknown still says what comes out, unless a size is to be inferred.
-    const auto sizes = is_aten(node, {"view", "reshape"}) ? integers(node->input(1)) : std::nullopt;
-    const bool complete = sizes && std::find(sizes->begin(), sizes->end(), number(-1)) == sizes->end();
-    return complete ? sizes : std::nullopt;
-  }
-  const size_t rank = result->size();
-  if (is_aten(node, {"view", "reshape", "_unsafe_view"})) {
-    return reshaped(*result, node->input(1));
-  }
-  if (is_aten(node, {"expand"})) {
-    auto sizes = integers(node->input(1));
-    for (size_t i = 0; sizes && i < sizes->size() && sizes->size() == rank; ++i) {
-      if ((*sizes)[i] == number(-1)) {
-        (*sizes)[i] = (*result)[i];
-      }
-    }
-    return sizes;
-  }
-  if (is_aten(node, {"transpose", "swapaxes"})) {
-    const auto a = position(node->input(1), rank);
-    const auto b = position(node->input(2), rank);
-    if (a && b) {
-      std::swap((*result)[*a], (*result)[*b]);
-      return result;
-    }
-  }
-  if (is_aten(node, {"t", "numpy_T"}) && rank == 2) {
-    std::swap((*result)[0], (*result)[1]);
-    return result;
-  }
-  if (is_aten(node, {"permute"})) {
-    const auto order = integers(node->input(1));
-    Shape permuted;
-    for (size_t i = 0; order && i < order->size(); ++i) {
-      const int64_t from =
-          (*order)[i].factor < 0 ? (*order)[i].factor + static_cast<int64_t>(rank) : (*order)[i].factor;
-      if (from >= 0 && from < static_cast<int64_t>(rank)) {
-        permuted.push_back((*result)[from]);
-      }
-    }
-    return permuted.size() == rank ? std::optional<Shape>(permuted) : std::nullopt;
-  }
-  if (is_aten(node, {"unsqueeze"})) {
-    const auto at = position(node->input(1), rank + 1);
-    if (at) {
-      result->insert(result->begin() + *at, number(1));
-      return result;
-    }
-  }
-  if (is_aten(node, {"squeeze", "select"}) && node->inputs().size() >= 2) {
-    const auto at = position(node->input(1), rank);
-    if (at && (is_aten(node, {"select"}) || (*result)[*at] == number(1))) {
-      result->erase(result->begin() + *at);
-      return result;
-    }
-  }
-  if (is_aten(node, {"slice", "narrow"})) {
-    const auto at = position(node->input(1), rank);
-    if (at) {
-      const auto start = constant_int(node->input(2));
-      const auto end = is_aten(node, {"slice"}) ? constant_int(node->input(3)) : std::nullopt;
-      const bool whole = start == 0 && end && *end == std::numeric_limits<int64_t>::max();
-      if (!whole) {
-        const bool inside = start && end && *start >= 0 && *end >= *start && (*result)[*at].is_constant() &&
-                            *end <= (*result)[*at].factor;
-        (*result)[*at] = inside ? number(*end - *start) : fresh();
-      }
-      return result;
-    }
-  }
-  if (is_aten(node, {"flatten"})) {
-    const auto start = position(node->input(1), rank);
-    const auto end = position(node->input(2), rank);
-    if (start && end && *start <= *end) {
-      Shape flat(result->begin(), result->begin() + *start);
-      flat.push_back(product(Shape(result->begin() + *start, result->begin() + *end + 1)));
-      flat.insert(flat.end(), result->begin() + *end + 1, result->end());
-      return flat;
-    }
-  }
-  if (is_aten(node, {"unflatten"})) {
-    const auto at = position(node->input(1), rank);
-    const auto sizes = at ? reshaped({(*result)[*at]}, node->input(2)) : std::nullopt;
-    if (sizes) {
-      result->erase(result->begin() + *at);
-      result->insert(result->begin() + *at, sizes->begin(), sizes->end());
-      return result;
-    }
-  }
-  return std::nullopt;
-}
-
 Dim SymbolicShapes::integer(const Value* value) {
   if (const auto known = integers_.find(value); known != integers_.end()) {
-    return known->second;
+    return canonical(known->second);
   }
   const Dim result = compute_integer(value);
   integers_.emplace(value, result);
-  return result;
+  return canonical(result);
 }
 
 Dim SymbolicShapes::compute_integer(const Value* value) {
@@ -396,6 +300,14 @@ Dim SymbolicShapes::compute_integer(const Value* value) {
   }
   if (is_aten(node, {"mul"})) {
     return integer(node->input(0)) * integer(node->input(1));
+  }
+  if (is_aten(node, {"add", "sub"}) && node->inputs().size() >= 2) {
+    const Dim left = integer(node->input(0));
+    const Dim right = integer(node->input(1));
+    if (left.is_constant() && right.is_constant()) {
+      return number(is_aten(node, {"add"}) ? left.factor + right.factor : left.factor - right.factor);
+    }
+    return right == number(0) ? left : fresh();
   }
   if (is_aten(node, {"floordiv", "floor_divide", "div", "__floordiv__"})) {
     const auto quotient = integer(node->input(0)).divided_by(integer(node->input(1)));

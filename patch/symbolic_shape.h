@@ -25,6 +25,12 @@ struct Dim {
 
 using Shape = std::vector<Dim>;
 
+inline Dim number(int64_t factor) { return Dim{factor, {}}; }
+Dim product(const Shape& shape);
+
+// The constant `dim` counted from the front; nullopt when it is no constant or out of range.
+std::optional<size_t> position(const torch::jit::Value* dim, size_t rank);
+
 // Shapes of a graph's values, worked out on demand and as far as they can be known without an input: weights are
 // concrete, sizes are symbols. A graph file keeps no shapes, and a recogniser must know which dimension is the batch.
 //
@@ -39,12 +45,23 @@ class SymbolicShapes {
   // The value of an int; one that is not understood is a symbol of its own.
   Dim integer(const torch::jit::Value* value);
 
+  // Takes two sizes for the same from now on; false when they are not single symbols, of which alone that can be said.
+  bool assume_equal(const Dim& a, const Dim& b);
+
+  // `dim` in the symbols that stand for it after what was assumed.
+  Dim canonical(Dim dim) const;
+
  private:
   std::optional<Shape> compute(const torch::jit::Value* value);
   std::optional<Shape> of_projection(const torch::jit::Node* node);
   std::optional<Shape> of_embedding(const torch::jit::Node* node);
-  std::optional<Shape> of_layout(const torch::jit::Node* node, size_t output);
-  std::optional<Shape> of_split(const torch::jit::Node* node);
+  std::optional<Shape> of_factory(const torch::jit::Node* node);
+  std::optional<Shape> of_layout(const torch::jit::Node* node);
+  std::optional<Shape> of_view(const torch::jit::Node* node, Shape from);
+  std::optional<Shape> of_exchange(const torch::jit::Node* node, Shape from);
+  std::optional<Shape> of_removal(const torch::jit::Node* node, Shape from);
+  std::optional<Shape> of_concatenation(const torch::jit::Node* node);
+  std::optional<Shape> of_split(const torch::jit::Node* node, int64_t piece);
   std::optional<Shape> of_arithmetic(const torch::jit::Node* node);
   std::optional<Shape> reshaped(const Shape& from, const torch::jit::Value* sizes);
   std::optional<Shape> integers(const torch::jit::Value* list);
@@ -54,6 +71,7 @@ class SymbolicShapes {
   const torch::jit::Module& root_;
   std::map<const torch::jit::Value*, std::optional<Shape>> shapes_;
   std::map<const torch::jit::Value*, Dim> integers_;
+  std::map<int, int> same_as_;  // symbol -> the one that stands for it
   int next_symbol_ = 0;
 };
 

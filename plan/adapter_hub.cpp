@@ -109,6 +109,10 @@ const SavedParameters& Reader::pool_of(const std::string& location) const {
       return parameters;
     }
   }
+  // An encoder that stands alone is self attention to us, encoder to some of the library's models.
+  if (checkpoint_.prefixes.size() == 1 && location != "cross_prefix") {
+    return checkpoint_.prefixes.begin()->second;
+  }
   TORCH_CHECK(false, "adapter weights: the prefixes of ", location, " are missing in the checkpoint");
 }
 
@@ -142,7 +146,7 @@ at::Tensor Reader::ejected(const PlannedPrefix& prefix, const std::string& locat
 }
 
 ModuleWeights Reader::read(const PlannedModule& module, const SavedParameters& saved) {
-  const std::string place = module.slot + " of layer " + std::to_string(module.layer);
+  const std::string place = module.slot + " of layer " + std::to_string(module.number);
   ModuleWeights weights;
   if (const auto* lora = std::get_if<PlannedLoRA>(&module.method)) {
     weights = read(*lora, saved, place);

@@ -1,10 +1,13 @@
 #include <torchgraft/plan/match_modules.h>
 
+#include <torchgraft/plan/locations.h>
+
 #include <ATen/ATen.h>
 
 #include <algorithm>
 #include <cctype>
 #include <optional>
+#include <string_view>
 
 namespace torchgraft {
 namespace {
@@ -40,25 +43,26 @@ bool is_cross_attention(const Path& path) {
 // The slots of a LoRA on a projection of this name, in the order in which a packed one holds them.
 std::vector<std::string> lora_slots(const Path& path) {
   const std::string& leaf = path.back();
+  const std::string container = is_cross_attention(path) ? "crossattn_lora_" : "selfattn_lora_";
   if (is_one_of(leaf, {"query", "query_proj", "q_proj", "q_lin", "q", "wq"})) {
-    return {"selfattn_lora_q"};
+    return {container + "q"};
   }
   if (is_one_of(leaf, {"key", "key_proj", "k_proj", "k_lin", "k", "wk"})) {
-    return {"selfattn_lora_k"};
+    return {container + "k"};
   }
   if (is_one_of(leaf, {"value", "value_proj", "v_proj", "v_lin", "v", "wv"})) {
-    return {"selfattn_lora_v"};
+    return {container + "v"};
   }
   if (is_one_of(leaf, {"c_attn", "in_proj", "query_key_value", "qkv", "qkv_proj"})) {
-    return {"selfattn_lora_q", "selfattn_lora_k", "selfattn_lora_v"};
+    return {container + "q", container + "k", container + "v"};
   }
   if (mentions(path, "intermediate") ||
-      is_one_of(leaf, {"fc1", "fc_in", "lin1", "linear1", "wi", "up_proj", "c_fc", "ffn"})) {
+      is_one_of(leaf, {"fc1", "fc_in", "lin1", "linear1", "wi", "wi_1", "up_proj", "c_fc", "ffn"})) {
     return {"intermediate_lora"};
   }
   const bool is_ffn_output = mentions(path, "output") && !mentions(path, "attention");
   const bool is_mlp_output = leaf == "c_proj" && mentions(path, "mlp");
-  if (is_ffn_output || is_mlp_output || is_one_of(leaf, {"fc2", "fc_out", "lin2", "linear2", "wo", "down_proj"})) {
+  if (is_ffn_output || is_mlp_output || is_one_of(leaf, {"fc2", "fc_out", "lin2", "linear2", "wo", "down_proj", "ffn_output"})) {
     return {"output_lora"};
   }
   return {};
@@ -82,11 +86,12 @@ std::vector<std::string> slots_of(const SavedModule& saved) {
 std::vector<std::pair<std::string, Path>> projection_paths(const Layer& layer) {
   std::vector<std::pair<std::string, Path>> result;
   for (const auto& [slot, projection] :
-       {std::pair("selfattn_lora_q", &layer.query), std::pair("selfattn_lora_k", &layer.key),
-        std::pair("selfattn_lora_v", &layer.value), std::pair("intermediate_lora", &layer.ffn_in),
-        std::pair("output_lora", &layer.ffn_out)}) {
+       {std::pair("lora_q", &layer.query), std::pair("lora_k", &layer.key), std::pair("lora_v", &layer.value),
+        std::pair("intermediate_lora", &layer.ffn_in), std::pair("output_lora", &layer.ffn_out)}) {
     if (*projection) {
-      result.emplace_back(slot, split_path((*projection)->path));
+      const bool in_attention = std::string_view(slot).starts_with("lora_");
+      const std::string container = layer.kind == AttentionKind::kCross ? "crossattn_" : "selfattn_";
+      result.emplace_back((in_attention ? container : "") + slot, split_path((*projection)->path));
     }
   }
   return result;
@@ -120,9 +125,11 @@ class Matcher {
   std::vector<SavedParameters> match();
 
  private:
+  // Positions in structure_.layers.
   std::vector<int64_t> layers_by_path(const Path& path) const;
   std::vector<int64_t> layers_by_number(const Path& path) const;
   std::vector<std::string> slots_by_path(const Path& path, int64_t layer) const;
+  std::vector<std::string> bottleneck_by_path(const Path& path, int64_t layer) const;
   std::vector<size_t> places_of(const SavedModule& saved) const;
   void put(const SavedModule& saved, const std::vector<size_t>& places);
 
@@ -145,6 +152,9 @@ std::vector<int64_t> Matcher::layers_by_path(const Path& path) const {
   size_t longest = 2;
   std::vector<int64_t> result;
   for (size_t i = 0; number && i < structure_.layers.size(); ++i) {
+    if (structure_.layers[i].shares) {
+      continue;
+    }
     size_t length = 0;
     for (const auto& [slot, projection] : projection_paths(structure_.layers[i])) {
       length = std::max(length, overlap(path, *number, projection).length);
@@ -154,7 +164,7 @@ std::vector<int64_t> Matcher::layers_by_path(const Path& path) const {
       longest = length;
     }
     if (length == longest) {
-      result.push_back(structure_.layers[i].index);
+      result.push_back(static_cast<int64_t>(i));
     }
   }
   return result;
@@ -167,16 +177,16 @@ std::vector<int64_t> Matcher::layers_by_number(const Path& path) const {
   if (!position) {
     return {};
   }
-  const auto encoders = std::count_if(structure_.layers.begin(), structure_.layers.end(),
-                                      [](const Layer& layer) { return layer.kind == AttentionKind::kEncoder; });
+  int64_t encoders = 0;
+  for (const Layer& layer : structure_.layers) {
+    encoders = layer.kind == AttentionKind::kEncoder ? std::max(encoders, layer.number + 1) : encoders;
+  }
   const Path container(path.begin(), path.begin() + *position);
   const int64_t wanted = std::stoll(path[*position]) + (mentions(container, "decoder") ? encoders : 0);
   std::vector<int64_t> result;
-  int64_t number = -1;
-  for (const Layer& layer : structure_.layers) {
-    number += layer.kind != AttentionKind::kCross;
-    if (number == wanted) {
-      result.push_back(layer.index);
+  for (size_t i = 0; i < structure_.layers.size(); ++i) {
+    if (structure_.layers[i].number == wanted && !structure_.layers[i].shares) {
+      result.push_back(static_cast<int64_t>(i));
     }
   }
   return result;
@@ -196,6 +206,28 @@ std::vector<std::string> Matcher::slots_by_path(const Path& path, int64_t layer)
   return result;
 }
 
+// The place of a bottleneck that hangs on a module with the layer's output projection (T5: "layer.1", which has
+// EncDecAttention.o) or the end of its feed-forward block inside.
+std::vector<std::string> Matcher::bottleneck_by_path(const Path& path, int64_t index) const {
+  const Layer& layer = structure_.layers.at(index);
+  const auto number = number_position(path);
+  const auto holds = [&](const std::optional<Projection>& projection) {
+    const Path inner = split_path(projection ? projection->path : "");
+    const Overlap found = overlap(path, *number, inner);
+    const auto rest = static_cast<size_t>(path.end() - path.begin()) - *number;
+    return found.length > 0 && inner.size() > found.number + rest &&
+           std::equal(path.begin() + *number, path.end(), inner.begin() + found.number);
+  };
+  const bool is_whole_layer = holds(layer.output) && holds(layer.ffn_out);
+  if (is_whole_layer) {
+    return {};
+  }
+  if (holds(layer.output)) {
+    return {attention_adapter_location(layer)};
+  }
+  return holds(layer.ffn_out) ? std::vector<std::string>{"output_adapter"} : std::vector<std::string>{};
+}
+
 // The modules of the plan that a saved one is for.
 std::vector<size_t> Matcher::places_of(const SavedModule& saved) const {
   const std::vector<int64_t> layers = paths_are_known_ ? layers_by_path(saved.path) : layers_by_number(saved.path);
@@ -203,7 +235,14 @@ std::vector<size_t> Matcher::places_of(const SavedModule& saved) const {
   if (paths_are_known_ && saved.kind == SavedKind::kLoRA) {
     for (const int64_t layer : layers) {
       if (auto exact = slots_by_path(saved.path, layer); !exact.empty()) {
-        slots[layer] = std::move(exact);
+        slots[structure_.layers.at(layer).index] = std::move(exact);
+      }
+    }
+  }
+  if (paths_are_known_ && saved.kind == SavedKind::kBottleneck) {
+    for (const int64_t layer : layers) {
+      if (auto exact = bottleneck_by_path(saved.path, layer); !exact.empty()) {
+        slots[structure_.layers.at(layer).index] = std::move(exact);
       }
     }
   }
@@ -212,10 +251,10 @@ std::vector<size_t> Matcher::places_of(const SavedModule& saved) const {
     for (const int64_t layer : layers) {
       // The feed-forward block may be found behind either attention of a decoder layer.
       const std::vector<std::string> named = slots_of(saved);
-      const bool in_attention = !named.empty() && named.front().rfind("selfattn", 0) == 0;
+      const bool in_attention = !named.empty() && named.front().find("attn_lora") != std::string::npos;
       const bool layer_is_cross = structure_.layers.at(layer).kind == AttentionKind::kCross;
       if (!in_attention || cross == layer_is_cross) {
-        slots[layer] = named;
+        slots[structure_.layers.at(layer).index] = named;
       }
     }
   }
@@ -230,7 +269,7 @@ std::vector<size_t> Matcher::places_of(const SavedModule& saved) const {
   return places;
 }
 
-std::string describe(const PlannedModule& module) { return module.slot + " of layer " + std::to_string(module.layer); }
+std::string describe(const PlannedModule& module) { return module.slot + " of layer " + std::to_string(module.number); }
 
 // Gives each place its part: all of the saved module, or its share of a packed q, k, v.
 void Matcher::put(const SavedModule& saved, const std::vector<size_t>& places) {
@@ -240,7 +279,7 @@ void Matcher::put(const SavedModule& saved, const std::vector<size_t>& places) {
     const PlannedModule& first = plan_[places.front()];
     const bool packed = saved.kind == SavedKind::kLoRA && plan_[place].layer == first.layer;
     TORCH_CHECK(packed || place == places.front(), "adapter weights: ", key, " could be for ", describe(first),
-                " and for ", describe(plan_[place]), "; layers that share one module (ALBERT) are not supported yet");
+                " and for ", describe(plan_[place]), "; only packed projections of one layer share a saved module");
   }
   for (size_t part = 0; part < places.size(); ++part) {
     const PlannedModule& module = plan_[places[part]];

@@ -29,7 +29,7 @@ std::string attention_adapter_location(const Layer& layer) {
 
 std::vector<std::string> available_locations(const Layer& layer) {
   std::vector<std::string> result = {prefix_location(layer)};
-  if (layer.query && layer.key && layer.value) {
+  if (layer.query || layer.key || layer.value) {
     result.push_back("selfattn_lora");
   }
   if (layer.has_attention_residual) {
@@ -61,6 +61,14 @@ std::string listed(const std::vector<int64_t>& layers) {
   return result;
 }
 
+// The attentions that have modules of their own.
+std::vector<Layer> first_runs(const Structure& structure) {
+  std::vector<Layer> result;
+  std::copy_if(structure.layers.begin(), structure.layers.end(), std::back_inserter(result),
+               [](const Layer& layer) { return !layer.shares; });
+  return result;
+}
+
 double reduction_factor(const BnConfig& config, int64_t layer) {
   if (const auto* factor = std::get_if<double>(&config.reduction_factor)) {
     return *factor;
@@ -85,7 +93,7 @@ int64_t floor_divide(int64_t hidden, double factor) {
 
 class Planner {
  public:
-  explicit Planner(const Structure& structure) : structure_(structure) {}
+  explicit Planner(const Structure& structure) : structure_(structure), layers_(first_runs(structure)) {}
 
   void add(const BnConfig& config);
   void add(const PrefixTuningConfig& config);
@@ -103,6 +111,7 @@ class Planner {
                   std::variant<PlannedLoRA, PlannedBottleneck, PlannedPrefix> method);
 
   const Structure& structure_;
+  const std::vector<Layer> layers_;  // without those that run again
   Plan plan_;
   std::map<std::string, std::vector<int64_t>> lacking_;
   std::set<std::pair<int64_t, std::string>> taken_;
@@ -110,28 +119,20 @@ class Planner {
 
 bool Planner::has_place(const Layer& layer, const std::string& location, bool present,
                         const std::vector<int64_t>& leave_out) {
-  if (contains(leave_out, layer.index)) {
+  if (contains(leave_out, layer.number)) {
     return false;
   }
-  if (!present && !contains(lacking_[location], layer.index)) {  // q, k and v share a location
-    lacking_[location].push_back(layer.index);
+  if (!present && !contains(lacking_[location], layer.number)) {  // q, k and v share a location
+    lacking_[location].push_back(layer.number);
   }
   return present;
 }
 
-// Self attention and the cross attentions after it are one decoder layer, whose feed-forward block follows one of them.
+// The attentions of one decoder layer have a feed-forward block between them, which follows one of them.
 bool Planner::neighbour_has_feed_forward(const Layer& layer) const {
-  const Layer* begin = structure_.layers.data();
-  const Layer* end = begin + structure_.layers.size();
-  const Layer* first = &layer;
-  while (first != begin && first->kind == AttentionKind::kCross) {
-    --first;
-  }
-  const Layer* last = &layer + 1;
-  while (last != end && last->kind == AttentionKind::kCross) {
-    ++last;
-  }
-  return std::any_of(first, last, [](const Layer& other) { return other.ffn_in && other.has_ffn_residual; });
+  return std::any_of(structure_.layers.begin(), structure_.layers.end(), [&](const Layer& other) {
+    return other.number == layer.number && (other.ffn_in || other.has_ffn_residual);
+  });
 }
 
 bool Planner::has_feed_forward_place(const Layer& layer, const std::string& location, bool present,
@@ -142,14 +143,14 @@ bool Planner::has_feed_forward_place(const Layer& layer, const std::string& loca
 void Planner::add_module(const Layer& layer, const std::string& location, const std::string& slot,
                          std::variant<PlannedLoRA, PlannedBottleneck, PlannedPrefix> method) {
   TORCH_CHECK(taken_.emplace(layer.index, slot).second, "plan: two configs of the union claim ", location, " of layer ",
-              layer.index, "; use leave_out to give each its own layers");
-  plan_.push_back({layer.index, location, slot, std::move(method)});
+              layer.number, "; use leave_out to give each its own layers");
+  plan_.push_back({layer.index, layer.number, location, slot, std::move(method)});
 }
 
 void Planner::add(const BnConfig& config) {
-  for (const Layer& layer : structure_.layers) {
+  for (const Layer& layer : layers_) {
     const auto bottleneck = [&] {
-      const int64_t size = floor_divide(layer.hidden_size, reduction_factor(config, layer.index));
+      const int64_t size = floor_divide(layer.hidden_size, reduction_factor(config, layer.number));
       return PlannedBottleneck{config, layer.hidden_size, std::max<int64_t>(1, size)};
     };
     const bool cross = layer.kind == AttentionKind::kCross;
@@ -167,10 +168,10 @@ void Planner::add(const BnConfig& config) {
 
 void Planner::add(const PrefixTuningConfig& config) {
   std::map<std::string, std::vector<const Layer*>> groups;  // layers that share a prefix MLP
-  for (const Layer& layer : structure_.layers) {
+  for (const Layer& layer : layers_) {
     const bool wanted = layer.kind == AttentionKind::kSelf ||
                         (layer.kind == AttentionKind::kEncoder ? config.encoder_prefix : config.cross_prefix);
-    if (wanted && !contains(config.leave_out, layer.index)) {
+    if (wanted && !contains(config.leave_out, layer.number)) {
       groups[prefix_location(layer)].push_back(&layer);
     }
   }
@@ -185,7 +186,7 @@ void Planner::add(const PrefixTuningConfig& config) {
 }
 
 void Planner::add(const LoRAConfig& config) {
-  for (const Layer& layer : structure_.layers) {
+  for (const Layer& layer : layers_) {
     const auto add_lora = [&](const std::string& location, const std::string& slot, const Projection& projection) {
       add_module(layer, location, slot, PlannedLoRA{config, projection.in_features, projection.out_features});
     };
@@ -196,7 +197,8 @@ void Planner::add(const LoRAConfig& config) {
     for (const auto& [matrix, projection] :
          {std::pair("q", &layer.query), std::pair("k", &layer.key), std::pair("v", &layer.value)}) {
       if (wants(matrix) && has_place(layer, "selfattn_lora", projection->has_value(), config.leave_out)) {
-        add_lora("selfattn_lora", std::string("selfattn_lora_") + matrix, **projection);
+        const bool cross = layer.kind == AttentionKind::kCross;
+        add_lora("selfattn_lora", std::string(cross ? "crossattn_lora_" : "selfattn_lora_") + matrix, **projection);
       }
     }
     if (config.intermediate_lora &&
@@ -213,16 +215,19 @@ void Planner::add(const LoRAConfig& config) {
 Plan Planner::finish() {
   for (const auto& [location, layers] : lacking_) {
     std::string reasons;
-    for (const std::string& note : structure_.layers[layers.front()].notes) {
-      reasons += "; layer " + std::to_string(layers.front()) + ": " + note;
+    for (const Layer& layer : structure_.layers) {
+      for (const std::string& note : layer.number == layers.front() ? layer.notes : std::vector<std::string>()) {
+        reasons += "; layer " + std::to_string(layer.number) + ": " + note;
+      }
     }
     TORCH_CHECK(false, "plan: the model has no ", location, " in layers ", listed(layers),
                 "; add them to the config's leave_out, or do not ask for this location", reasons);
   }
   TORCH_CHECK(!plan_.empty(), "plan: the config asks for nothing on this model");
   static const std::vector<std::string> kOrder = {
-      "self_prefix", "encoder_prefix", "cross_prefix",      "selfattn_lora_q", "selfattn_lora_k", "selfattn_lora_v",
-      "mh_adapter",  "cross_adapter",  "intermediate_lora", "output_lora",     "output_adapter"};
+      "self_prefix",      "encoder_prefix",   "cross_prefix",     "selfattn_lora_q",   "selfattn_lora_k", "selfattn_lora_v",
+      "crossattn_lora_q", "crossattn_lora_k", "crossattn_lora_v", "mh_adapter",        "cross_adapter",
+      "intermediate_lora", "output_lora",     "output_adapter"};
   const auto rank = [](const PlannedModule& module) {
     return std::pair(module.layer, std::find(kOrder.begin(), kOrder.end(), module.slot) - kOrder.begin());
   };

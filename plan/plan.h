@@ -10,7 +10,8 @@
 namespace torchgraft {
 
 // The three methods, each at one place of one layer. `location` is the oracle's key ("selfattn_lora"), `slot` names the
-// module inside the layer ("selfattn_lora_q"); the two differ only for LoRA on q, k, v.
+// module inside the Transformer layer; the two differ for LoRA on q, k, v only: selfattn_lora_q, and crossattn_lora_q in
+// cross attention, whose location is selfattn_lora too.
 struct PlannedLoRA {
   LoRAConfig config;
   int64_t in_features = 0;
@@ -34,7 +35,8 @@ struct PlannedPrefix {
 };
 
 struct PlannedModule {
-  int64_t layer = 0;
+  int64_t layer = 0;   // Layer::index: which attention
+  int64_t number = 0;  // Layer::number: of the Transformer layer
   std::string location;
   std::string slot;
   std::variant<PlannedLoRA, PlannedBottleneck, PlannedPrefix> method;
@@ -42,7 +44,8 @@ struct PlannedModule {
 
 using Plan = std::vector<PlannedModule>;
 
-// What `config` puts where on `structure`, in execution order (within a layer: prefix, LoRA q/k/v, mh_adapter,
+// What `config` puts where on `structure`, in execution order; a layer that runs again shares the modules of its first
+// run. Layers of leave_out and reduction_factor are Transformer layers (within a layer: prefix, LoRA q/k/v, mh_adapter,
 // intermediate_lora, output_lora, output_adapter). Nothing is allocated.
 // Throws c10::Error when the structure has no layer, when a location that the config asks for does not exist in a layer
 // that `leave_out` does not exclude (naming the layers and the remedy), when two configs of a union claim one place, or

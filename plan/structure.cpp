@@ -5,6 +5,10 @@
 #include <c10/util/Exception.h>
 #include <nlohmann/json.hpp>
 
+#include <algorithm>
+#include <initializer_list>
+#include <utility>
+
 namespace torchgraft {
 
 const char* to_string(AttentionKind kind) {
@@ -46,26 +50,121 @@ Json to_json(const std::optional<Projection>& projection) {
           {"packed", projection->packed}};
 }
 
+// The roles of a layer's projections, with their JSON keys.
+const std::vector<std::pair<const char*, std::optional<Projection> Layer::*>> kRoles = {
+    {"query", &Layer::query},   {"key", &Layer::key},           {"value", &Layer::value},    {"output", &Layer::output},
+    {"ffn_in", &Layer::ffn_in}, {"ffn_gate", &Layer::ffn_gate}, {"ffn_out", &Layer::ffn_out}};
+
 Json to_json(const Layer& layer) {
-  return {{"index", layer.index},
-          {"kind", to_string(layer.kind)},
-          {"num_heads", layer.num_heads},
-          {"num_kv_heads", layer.num_kv_heads},
-          {"head_dim", layer.head_dim},
-          {"hidden_size", layer.hidden_size},
-          {"norm_order", to_string(layer.norm_order)},
-          {"attention_mask", layer.has_attention_mask},
-          {"query", to_json(layer.query)},
-          {"key", to_json(layer.key)},
-          {"value", to_json(layer.value)},
-          {"output", to_json(layer.output)},
-          {"ffn_in", to_json(layer.ffn_in)},
-          {"ffn_out", to_json(layer.ffn_out)},
-          {"locations", available_locations(layer)},
-          {"notes", layer.notes}};
+  Json json = {{"index", layer.index},
+               {"layer", layer.number},
+               {"shares", layer.shares ? Json(*layer.shares) : Json(nullptr)},
+               {"kind", to_string(layer.kind)},
+               {"num_heads", layer.num_heads},
+               {"num_kv_heads", layer.num_kv_heads},
+               {"head_dim", layer.head_dim},
+               {"hidden_size", layer.hidden_size},
+               {"norm_order", to_string(layer.norm_order)},
+               {"ffn_norm_order", to_string(layer.ffn_norm_order)},
+               {"attention_mask", layer.has_attention_mask}};
+  for (const auto& [key, projection] : kRoles) {
+    json[key] = to_json(layer.*projection);
+  }
+  json["attention_residual"] = layer.has_attention_residual;
+  json["ffn_residual"] = layer.has_ffn_residual;
+  json["locations"] = available_locations(layer);
+  json["notes"] = layer.notes;
+  return json;
+}
+
+// One object of the JSON with its name for errors: "sites: layer 3: query".
+class Reader {
+ public:
+  Reader(const Json& json, std::string name) : json_(json), name_(std::move(name)) {
+    TORCH_CHECK(json.is_object(), name_, ": expected an object, got ", json.type_name());
+  }
+
+  template <typename T>
+  T get(const char* key) const {
+    TORCH_CHECK(json_.contains(key), name_, ": the field \"", key, "\" is missing");
+    try {
+      return json_.at(key).get<T>();
+    } catch (const Json::exception&) {
+      TORCH_CHECK(false, name_, ": the field \"", key, "\" cannot be ", json_.at(key).dump());
+    }
+  }
+
+  template <typename Enum>
+  Enum one_of(const char* key, std::initializer_list<Enum> values) const {
+    const auto text = get<std::string>(key);
+    std::string names;
+    for (const Enum value : values) {
+      if (text == to_string(value)) {
+        return value;
+      }
+      names += (names.empty() ? "" : ", ") + std::string(to_string(value));
+    }
+    TORCH_CHECK(false, name_, ": expected \"", key, "\" to be one of ", names, ", got \"", text, "\"");
+  }
+
+  std::optional<Projection> projection(const char* key) const {
+    if (!json_.contains(key) || json_.at(key).is_null()) {
+      return std::nullopt;
+    }
+    const Reader inner(json_.at(key), name_ + ": " + key);
+    Projection result;
+    result.path = inner.get<std::string>("path");
+    result.in_features = inner.get<int64_t>("in_features");
+    result.out_features = inner.get<int64_t>("out_features");
+    result.offset = inner.get<int64_t>("offset");
+    result.packed = inner.get<bool>("packed");
+    return result;
+  }
+
+  std::optional<int64_t> optional_index(const char* key) const {
+    return json_.contains(key) && !json_.at(key).is_null() ? std::optional(get<int64_t>(key)) : std::nullopt;
+  }
+
+ private:
+  const Json& json_;
+  std::string name_;
+};
+
+Layer layer_from_json(const Json& json, size_t position) {
+  const Reader reader(json, "sites: entry " + std::to_string(position) + " of \"layers\"");
+  Layer layer;
+  layer.index = reader.get<int64_t>("index");
+  layer.number = reader.get<int64_t>("layer");
+  TORCH_CHECK(layer.index >= 0 && layer.number >= 0, "sites: entry ", position,
+              " of \"layers\": expected \"index\" and \"layer\" of at least 0, got ", layer.index, " and ",
+              layer.number);
+  layer.shares = reader.optional_index("shares");
+  layer.kind =
+      reader.one_of("kind", {AttentionKind::kSelf, AttentionKind::kEncoder, AttentionKind::kCross});
+  layer.num_heads = reader.get<int64_t>("num_heads");
+  layer.num_kv_heads = reader.get<int64_t>("num_kv_heads");
+  layer.head_dim = reader.get<int64_t>("head_dim");
+  layer.hidden_size = reader.get<int64_t>("hidden_size");
+  layer.norm_order = reader.one_of("norm_order", {NormOrder::kPost, NormOrder::kPre, NormOrder::kNone});
+  layer.ffn_norm_order = reader.one_of("ffn_norm_order", {NormOrder::kPost, NormOrder::kPre, NormOrder::kNone});
+  layer.has_attention_mask = reader.get<bool>("attention_mask");
+  for (const auto& [key, projection] : kRoles) {
+    layer.*projection = reader.projection(key);
+  }
+  layer.has_attention_residual = reader.get<bool>("attention_residual");
+  layer.has_ffn_residual = reader.get<bool>("ffn_residual");
+  return layer;
 }
 
 }  // namespace
+
+int64_t Structure::depth() const {
+  int64_t result = 0;
+  for (const Layer& layer : layers) {
+    result = std::max(result, layer.number + 1);
+  }
+  return result;
+}
 
 std::string to_json(const Structure& structure) {
   Json json = {{"layers", Json::array()}, {"near_misses", structure.near_misses}};
@@ -73,6 +172,18 @@ std::string to_json(const Structure& structure) {
     json["layers"].push_back(to_json(layer));
   }
   return json.dump();
+}
+
+Structure structure_from_json(const std::string& text) {
+  const Json json = Json::parse(text, /*cb=*/nullptr, /*allow_exceptions=*/false);
+  TORCH_CHECK(!json.is_discarded(), "sites: this is not JSON; expected what `inspect --json` prints");
+  TORCH_CHECK(json.is_object() && json.contains("layers") && json.at("layers").is_array(),
+              "sites: expected an object with a list \"layers\", as `inspect --json` prints it");
+  Structure structure;
+  for (const Json& layer : json.at("layers")) {
+    structure.layers.push_back(layer_from_json(layer, structure.layers.size()));
+  }
+  return structure;
 }
 
 }  // namespace torchgraft

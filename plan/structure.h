@@ -9,7 +9,7 @@
 
 namespace torchgraft {
 
-// What the patcher found in a graph, free of graph types: it can be printed, saved and compared.
+// What the patcher found in a graph, free of graph types: it can be printed, saved, edited and given back.
 
 enum class AttentionKind { kSelf, kEncoder, kCross };  // kEncoder: self attention in an encoder-decoder's encoder
 enum class NormOrder { kPost, kPre, kNone };           // norm after the residual add, before the block, or neither
@@ -23,18 +23,21 @@ struct Projection {
   bool packed = false;       // shares its weight with other projections (qkv in one)
 };
 
-// One attention core and what belongs to it, numbered in execution order. hidden_size is the width of the residual
-// stream; locations whose projection or residual branch was not found are absent, with the reason in `notes`.
+// One attention core and what belongs to it. hidden_size is the width of the residual stream; locations whose
+// projection or residual branch was not found are absent, with the reason in `notes`.
 struct Layer {
-  int64_t index = 0;
+  int64_t index = 0;              // position in Structure::layers: attentions in execution order
+  int64_t number = 0;             // of the Transformer layer; a decoder layer's self and cross attention share it
+  std::optional<int64_t> shares;  // index of the first attention that runs the same weights (ALBERT), if not this one
   AttentionKind kind = AttentionKind::kSelf;
   int64_t num_heads = 0;
   int64_t num_kv_heads = 0;  // fewer than num_heads under grouped-query attention
   int64_t head_dim = 0;
   int64_t hidden_size = 0;
-  NormOrder norm_order = NormOrder::kNone;
+  NormOrder norm_order = NormOrder::kNone;      // of the attention block
+  NormOrder ffn_norm_order = NormOrder::kNone;  // of the feed-forward block
   std::optional<Projection> query, key, value, output;
-  std::optional<Projection> ffn_in, ffn_out;
+  std::optional<Projection> ffn_in, ffn_gate, ffn_out;  // ffn_gate: in act(gate(x)) * in(x), the one with activation
   bool has_attention_residual = false;  // a residual add after `output`: mh_adapter has its place
   bool has_ffn_residual = false;        // a residual add after `ffn_out`: output_adapter has its place
   bool has_attention_mask = false;
@@ -44,6 +47,9 @@ struct Layer {
 struct Structure {
   std::vector<Layer> layers;
   std::vector<std::string> near_misses;  // "at encoder.layer.3: softmax without a matmul after it (...)"
+
+  // How many Transformer layers there are: numbers run from 0 to this.
+  int64_t depth() const;
 };
 
 TORCHGRAFT_PATCH_API const char* to_string(AttentionKind kind);
@@ -51,5 +57,9 @@ TORCHGRAFT_PATCH_API const char* to_string(NormOrder order);
 
 // JSON text, one object per layer: what `inspect --json` prints.
 TORCHGRAFT_PATCH_API std::string to_json(const Structure& structure);
+
+// The inverse. Near misses, locations and notes are not read: they are conclusions. Throws c10::Error, naming the layer
+// and the field, when the text is not such JSON.
+TORCHGRAFT_PATCH_API Structure structure_from_json(const std::string& text);
 
 }  // namespace torchgraft

@@ -30,13 +30,18 @@ torchgraft::AdapterConfig config_of(const std::string& text) {
   return text.find('{') == std::string::npos ? torchgraft::config_from_name(text) : torchgraft::config_from_json(text);
 }
 
+// Edited sites as JSON; an empty text means that they are to be detected.
+std::optional<torchgraft::Structure> sites_of(const std::string& json) {
+  return json.empty() ? std::nullopt : std::optional(torchgraft::structure_from_json(json));
+}
+
 Module graft(const Module& module, const std::vector<Spec>& adapters, const std::string& gate_pooling,
-             const std::string& token_mask_input, const std::string& active, bool verify) {
+             const std::string& token_mask_input, const std::string& active, bool verify, const std::string& sites) {
   std::vector<torchgraft::AdapterSpec> specs;
   for (const auto& [name, config, weights, saved_name] : adapters) {
     specs.push_back({name, config_of(config), weights, saved_name});
   }
-  return torchgraft::graft(module, specs, {gate_pooling, token_mask_input, active, verify});
+  return torchgraft::graft(module, specs, {gate_pooling, token_mask_input, active, sites_of(sites), verify});
 }
 
 void set_graft_error(const std::string& message) {
@@ -68,10 +73,13 @@ PYBIND11_MODULE(_C, m) {
   py::register_local_exception_translator(&translate_error);
   m.def("version", &torchgraft::version);
   m.def("graft", &graft, py::arg("module"), py::arg("adapters"), py::arg("gate_pooling"), py::arg("token_mask_input"),
-        py::arg("active"), py::arg("verify"), py::call_guard<py::gil_scoped_release>());
+        py::arg("active"), py::arg("verify"), py::arg("sites") = "", py::call_guard<py::gil_scoped_release>());
   m.def(
-      "inspect", [](const Module& module) { return torchgraft::to_json(torchgraft::inspect(module)); },
-      py::call_guard<py::gil_scoped_release>());
+      "inspect",
+      [](const Module& module, const std::string& sites) {
+        return torchgraft::to_json(torchgraft::inspect(module, sites_of(sites)));
+      },
+      py::arg("module"), py::arg("sites") = "", py::call_guard<py::gil_scoped_release>());
   m.def("canonical_module", &torchgraft::canonical_module);
   m.def("config_names", &torchgraft::config_names);
   m.def("config_from_name",

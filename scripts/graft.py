@@ -4,6 +4,7 @@
     graft.py add BASE.pt -o OUT.pt --config unipelt --name task
     graft.py add BASE.pt -o OUT.pt --adapter task=DIRECTORY
     graft.py inspect BASE.pt
+    graft.py inspect BASE.pt --svg PICTURE.svg
 
 What goes wrong is one line on stderr; the exit status is then 2 for a wrong command line, 130 for Ctrl-C, else 1.
 """
@@ -19,6 +20,16 @@ from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
+EDITING = """\
+To correct what is seen, write it to a file, edit that, and give it back:
+
+    graft.py inspect BASE.pt --json > sites.json
+    graft.py inspect BASE.pt --sites sites.json
+    graft.py add BASE.pt -o OUT.pt --config unipelt --name task --sites sites.json
+
+An entry of "layers" that is removed: that attention gets no adapters. Fields that are changed (kind, layer, a
+projection's path, or null for none, a residual set to false) overrule what is seen. More: docs/sites.md.
+"""
 STOPPED = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
@@ -62,10 +73,17 @@ def make_parser() -> argparse.ArgumentParser:
                         help="for --gate-pooling unpadded: the argument of forward that is the token mask")  # fmt: skip
     adding.add_argument("--active", metavar="NAME", help="the adapter that is active in OUT (default: the last one)")
     adding.add_argument("--seed", type=int, help="for fresh weights")
+    adding.add_argument("--sites", type=Path, metavar="FILE",
+                        help="layers that overrule those that are seen: edited output of inspect --json")  # fmt: skip
 
-    inspecting = commands.add_parser("inspect", help="show the layers that are seen in BASE")
-    inspecting.add_argument("base", type=Path, metavar="BASE.pt")
+    inspecting = commands.add_parser("inspect", help="show the layers that are seen in BASE", epilog=EDITING,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    inspecting.add_argument("base", type=Path, metavar="BASE.pt", help="a scripted, traced or grafted model")
     inspecting.add_argument("--json", action="store_true", help="as data")
+    inspecting.add_argument("--sites", type=Path, metavar="FILE", help="layers that overrule those that are seen")
+    inspecting.add_argument("--svg", type=Path, metavar="FILE",
+                            help="draw the layers with what is grafted; of a bare model, with the places")  # fmt: skip
+    inspecting.add_argument("--config", help="draw where this configuration would go (as for add)")
     return parser
 
 
@@ -82,6 +100,11 @@ def check_add(parser: argparse.ArgumentParser, arguments: argparse.Namespace) ->
             parser.error(f"the name '{name}' is given to two adapters")
     if arguments.token_mask and arguments.gate_pooling != "unpadded":
         parser.error("--token-mask is for --gate-pooling unpadded")
+
+
+def check_inspect(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if arguments.config and not arguments.svg:
+        parser.error("--config is for a picture: give --svg FILE too")
 
 
 def stop(signal_number: int, frame: object) -> NoReturn:
@@ -107,8 +130,7 @@ def on_stop(handler: Callable[[int, object], NoReturn]) -> None:
 def main() -> None:
     parser = make_parser()
     arguments = parser.parse_args()
-    if arguments.command == "add":
-        check_add(parser, arguments)
+    {"add": check_add, "inspect": check_inspect}[arguments.command](parser, arguments)
     sys.path.insert(0, str(ROOT / "python"))
     try:
         # Not at the top of the file: loading torch takes seconds, a wrong command line is known before.

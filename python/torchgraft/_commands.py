@@ -16,7 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ._files import check_writable, load_module, reason, save_module
+from ._drawing import draw
+from ._files import check_writable, load_module, reason, save_module, write_whole
+from ._layers import ROLES, slots_of
 from .errors import GraftError
 from .grafting import graft
 from .grafting import inspect as inspect_module
@@ -28,7 +30,6 @@ __all__ = ["EXPECTED_ERRORS", "add", "inspect", "reason"]
 
 # A parameter that each kind of module has exactly once, to count modules by.
 _ONE_PER_MODULE = (".lora_a", ".prefix_key", ".up_weight")
-_ROLES = ("query", "key", "value", "output", "ffn_in", "ffn_out")
 
 
 @contextlib.contextmanager
@@ -47,7 +48,7 @@ def add(arguments: argparse.Namespace) -> None:
 
     Args:
         arguments: of the command line: base, output (paths), config and name (lists of one length), adapter (pairs of
-            name and directory), gate_pooling, token_mask, active, seed.
+            name and directory), gate_pooling, token_mask, active, seed, sites (path or None).
     """
     check_writable(arguments.output)
     started = time.perf_counter()
@@ -68,15 +69,25 @@ def _graft_all(base: torch.jit.ScriptModule, arguments: argparse.Namespace) -> t
     pooling = {"gate_pooling": arguments.gate_pooling, "token_mask": arguments.token_mask}
     requests: list[dict[str, Any]] = []
     for config, name in zip(arguments.config, arguments.name, strict=True):
-        # A name without a slash may be a configuration's; what it means is decided where all configurations are read.
-        requests.append({"config": Path(config) if "/" in config else config, "name": name})
+        requests.append({"config": _config_of(config), "name": name})
     if arguments.adapter:
         requests.append({"adapters": dict(arguments.adapter)})
     result = base
     for request in requests:
         last = request is requests[-1]
-        result = graft(result, **request, **pooling, active=arguments.active if last else None, verify=last)
+        result = graft(result, **request, **pooling, active=arguments.active if last else None, verify=last,
+                       sites=arguments.sites)  # fmt: skip
     return result
+
+
+def _config_of(text: str) -> str | Path:
+    """A name without a slash may be a configuration's; what it means is decided where all configurations are read."""
+    return Path(text) if "/" in text else text
+
+
+def _adapter_list(module: torch.jit.ScriptModule) -> str:
+    names = ", ".join(f"{index} {name}" for index, name in enumerate(module.adapter_names()))
+    return f"adapters {names} (active: {module.active_adapter()})"
 
 
 def _parameter_count(module: torch.jit.ScriptModule) -> int:
@@ -90,28 +101,35 @@ def _summary(base: torch.jit.ScriptModule, grafted: torch.jit.ScriptModule, path
     slots = Counter(key.split(".")[2] for key in keys)
     places = ", ".join(f"{slot} x {count}" for slot, count in sorted(slots.items()))
     added = _parameter_count(grafted) - _parameter_count(base)
-    names = ", ".join(f"{index} {name}" for index, name in enumerate(grafted.adapter_names()))
     return (
-        f"{path}: adapters {names} (active: {grafted.active_adapter()})\n"
+        f"{path}: {_adapter_list(grafted)}\n"
         f"  in {layers} layers: {places}\n"
         f"  {added:,} parameters added, {path.stat().st_size / 1e6:.1f} MB, {seconds:.1f} s"
     )
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    """Prints the layers that the patcher sees in a file.
+    """Prints the layers that the patcher sees in a file, or draws them.
 
     Args:
-        arguments: of the command line: base (path), json (bool).
+        arguments: of the command line: base (path), json (bool), sites, svg (paths or None), config (of a picture; a
+            name or a path, or None).
 
     Raises:
         GraftError: it sees none; what it saw instead is printed nevertheless.
     """
+    if arguments.svg:
+        check_writable(arguments.svg)
     module = load_module(arguments.base)
-    structure = inspect_module(module)
+    structure = inspect_module(module, sites=arguments.sites)
+    drawn = arguments.svg is not None and bool(structure["layers"])
+    if drawn:
+        _save_picture(module, structure, arguments)
     try:
         if arguments.json:
             print(json.dumps(structure, indent=2))
+        elif drawn:
+            print(f"{arguments.svg}: written")
         else:
             _print_structure(module, structure)
         sys.stdout.flush()
@@ -121,21 +139,37 @@ def inspect(arguments: argparse.Namespace) -> None:
         raise GraftError(f"{arguments.base}: no attention was found")
 
 
+def _save_picture(module: torch.jit.ScriptModule, structure: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Draws what is grafted and, with a config, what that would add; of a bare module the places."""
+    is_grafted = hasattr(module, "adapter_names")
+    title = arguments.base.name + (f": {_adapter_list(module)}" if is_grafted else "")
+    if arguments.config:
+        # Only a graft tells where everything goes: leave_out, layers that share weights, places that are missing.
+        taken = module.adapter_names() if is_grafted else []
+        name = next(name for name in map("planned_{}".format, range(len(taken) + 1)) if name not in taken)
+        module = graft(module, _config_of(arguments.config), name, verify=False, sites=arguments.sites)
+        title += f" with {arguments.config}"
+    elif not is_grafted:
+        title += ": where adapters can go"
+    write_whole(draw(structure, slots_of(module), title), arguments.svg)
+
+
 def _print_structure(module: torch.jit.ScriptModule, structure: dict[str, Any]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
     if hasattr(module, "adapter_names"):
-        names = ", ".join(f"{index} {name}" for index, name in enumerate(module.adapter_names()))
-        console.print(f"grafted already: adapters {names} (active: {module.active_adapter()})")
-    if structure["layers"]:
-        console.print(_layer_table(structure["layers"]))
-    for layer in structure["layers"]:
+        console.print(f"grafted already: {_adapter_list(module)}")
+    layers = structure["layers"]
+    if layers:
+        console.print(_layer_table(layers))
+    for layer in layers:
         for note in layer["notes"]:
-            console.print(f"layer {layer['index']}: {note}")
+            console.print(f"layer {layer['layer']}, {layer['kind']} attention: {note}")
     for miss in structure["near_misses"]:
         console.print(f"not taken: {miss}")
 
 
 def _layer_table(layers: list[dict[str, Any]]) -> Table:
+    """One row per attention; a decoder layer has two."""
     table = Table(show_lines=True)
     for heading in ("layer", "kind", "heads", "head size", "hidden", "norm"):
         table.add_column(heading, justify="left" if heading in ("kind", "norm") else "right", no_wrap=True)
@@ -145,12 +179,20 @@ def _layer_table(layers: list[dict[str, Any]]) -> Table:
         heads = str(layer["num_heads"])
         if layer["num_kv_heads"] != layer["num_heads"]:
             heads += f" ({layer['num_kv_heads']} kv)"
-        cells = [str(layer["index"]), layer["kind"], heads, str(layer["head_dim"]), str(layer["hidden_size"])]
-        cells.append({"post": "post", "pre": "pre", "none": "-"}[layer["norm_order"]])
-        cells.append("\n".join(_projection_line(role, layer[role]) for role in _ROLES))
+        number = str(layer["layer"]) + ("" if layer["shares"] is None else " again")
+        cells = [number, layer["kind"], heads, str(layer["head_dim"]), str(layer["hidden_size"]), _norms(layer)]
+        # A gate is told of where there is one; the others are missed where there is none.
+        roles = [role for role in ROLES if role != "ffn_gate" or layer[role]]
+        cells.append("\n".join(_projection_line(role, layer[role]) for role in roles))
         cells.append("\n".join(layer["locations"]))
         table.add_row(*map(Text, cells))  # Text: a path may hold what rich takes for markup
     return table
+
+
+def _norms(layer: dict[str, Any]) -> str:
+    """Of the attention; and of the feed-forward block, where there is one and it differs."""
+    attention, ffn = ("-" if order == "none" else order for order in (layer["norm_order"], layer["ffn_norm_order"]))
+    return attention if ffn == attention or not layer["ffn_out"] else f"{attention}\n{ffn} (ffn)"
 
 
 def _projection_line(role: str, projection: dict[str, Any] | None) -> str:

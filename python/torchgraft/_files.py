@@ -56,6 +56,12 @@ def check_writable(path: Path) -> None:
 
 
 def save_module(module: torch.jit.ScriptModule, path: Path) -> None:
+    """Writes a TorchScript file as write_whole() does."""
+    check_writable(path)
+    write_whole(module.save_to_buffer(), path)
+
+
+def write_whole(content: bytes, path: Path) -> None:
     """Writes beside `path`, syncs and renames: `path` holds its old content or all of the new.
 
     Raises:
@@ -65,7 +71,6 @@ def save_module(module: torch.jit.ScriptModule, path: Path) -> None:
     target = path.resolve()  # of a symbolic link, the file behind it is replaced
     temporary = None
     try:
-        content = module.save_to_buffer()
         prefix = f".{target.name}."
         with tempfile.NamedTemporaryFile(dir=target.parent, prefix=prefix, suffix=".tmp", delete=False) as file:
             temporary = Path(file.name)

@@ -23,6 +23,25 @@ def _cpp_module(module: Any) -> Any:
     return module._c
 
 
+def _sites_option(sites: Mapping[str, Any] | str | Path | None) -> dict[str, str]:
+    """The argument of the patcher that overrules detection: text as `inspect --json` prints it. What it says is checked
+    there, where it is compared with the graph."""
+    if sites is None:
+        return {}
+    if isinstance(sites, Mapping):
+        return {"sites": json.dumps(dict(sites))}
+    if not isinstance(sites, str | Path):
+        raise TypeError(f"expected sites to be a dict or a path, got {type(sites).__name__}")
+    try:
+        text = Path(sites).read_text(encoding="utf-8")
+        json.loads(text)
+    except OSError as error:
+        raise GraftError(f"{sites}: cannot read the sites ({error.strerror})") from error
+    except ValueError as error:
+        raise GraftError(f"{sites}: not a JSON file ({error}); expected what inspect --json prints") from error
+    return {"sites": text}
+
+
 def graft(
     module: torch.jit.ScriptModule,
     config: Any = None,
@@ -33,6 +52,7 @@ def graft(
     token_mask: str | None = None,
     active: str | None = None,
     verify: bool = True,
+    sites: Mapping[str, Any] | str | Path | None = None,
 ) -> torch.jit.ScriptModule:
     """A copy of `module` with adapters grafted on; `module` itself is unchanged.
 
@@ -48,6 +68,8 @@ def graft(
             None takes it from the attention's own mask.
         active: the adapter that is active in the result. None: the last one grafted.
         verify: check the result (well-formed, complete, survives saving and loading).
+        sites: an edited result of inspect(), or the path of a JSON file with it, that overrules detection
+            (docs/sites.md). None: what is detected.
 
     Returns:
         A ScriptModule, in the same mode (train or eval) as `module`, with `forward(..., adapter_ids=None)`,
@@ -71,15 +93,26 @@ def graft(
     for adapter_name, directory in (adapters or {}).items():
         saved = load_adapter_directory(directory)
         specs.append((adapter_name, saved.config, saved.weights, saved.name))
-    grafted = patcher().graft(base, specs, gate_pooling, token_mask or "", active or "", verify)
+    grafted = patcher().graft(base, specs, gate_pooling, token_mask or "", active or "", verify, **_sites_option(sites))
     return torch.jit._recursive.wrap_cpp_module(grafted)
 
 
-def inspect(module: torch.jit.ScriptModule) -> dict[str, Any]:
-    """The layers that the patcher sees in `module`, as plain data.
+def inspect(
+    module: torch.jit.ScriptModule, sites: Mapping[str, Any] | str | Path | None = None
+) -> dict[str, Any]:
+    """The layers that the patcher sees in `module` (of a grafted module: in its base), as plain data.
+
+    Args:
+        module: a TorchScript module.
+        sites: an edited result of this function, or the path of a JSON file with it, that overrules detection
+            (docs/sites.md). None: what is detected.
 
     Returns:
-        {"layers": [...], "near_misses": [...]}: per layer its kind, heads, sizes, norm order, the module paths of its
-        projections, the locations where adapters can go, and notes on what was not found; near misses are sentences.
+        {"layers": [...], "near_misses": [...]}: one entry per attention with its Transformer layer, kind, heads, sizes,
+        norm orders, the module paths of its projections, the locations where adapters can go, and notes on what was not
+        found; near misses are sentences.
+
+    Raises:
+        GraftError: `sites` cannot be read, or does not fit the module.
     """
-    return json.loads(patcher().inspect(_cpp_module(module)))
+    return json.loads(patcher().inspect(_cpp_module(module), **_sites_option(sites)))

@@ -73,14 +73,15 @@ TEST(FindSites, PackedBySelect) {
              "    q, k, v = p.select(0, 0), p.select(0, 1), p.select(0, 2)\n"));
 }
 
-TEST(FindSites, InterleavedHeadsAreANearMiss) {
+TEST(FindSites, InterleavedHeadsAreNoted) {
   const Structure structure = packed(
       "    p = y.view(x.size(0), x.size(1), 4, 3, 3).permute(3, 0, 2, 1, 4)\n"
       "    q, k, v = p.select(0, 0), p.select(0, 1), p.select(0, 2)\n");
-  EXPECT_TRUE(structure.layers.empty());
-  ASSERT_EQ(structure.near_misses.size(), 1u);
-  EXPECT_NE(structure.near_misses[0].find("interleaved head by head in qkv"), std::string::npos)
-      << structure.near_misses[0];
+  ASSERT_EQ(structure.layers.size(), 1u);
+  EXPECT_EQ(structure.layers[0].key->offset, 12);
+  EXPECT_NE(structure.layers[0].notes.at(0).find("the columns of qkv hold queries, keys and values head by head"),
+            std::string::npos)
+      << structure.layers[0].notes[0];
 }
 
 TEST(FindSites, SaysWhatIsMissing) {
@@ -101,7 +102,7 @@ def forward(self, x: Tensor, flag: bool) -> Tensor:
 )python"));
   EXPECT_TRUE(structure.layers.empty());
   ASSERT_EQ(structure.near_misses.size(), 1u);
-  EXPECT_EQ(structure.near_misses[0], "attention behind w was left out: it is inside a branch or a loop");
+  EXPECT_EQ(structure.near_misses[0], "at w: attention was left out: it is inside a branch or a loop");
 }
 
 }  // namespace

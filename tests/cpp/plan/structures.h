@@ -33,6 +33,8 @@ inline void add_feed_forward(Layer& layer, const std::string& in, const std::str
 
 inline void append(Structure& structure, Layer layer) {
   layer.index = static_cast<int64_t>(structure.layers.size());
+  const bool continues = layer.kind == AttentionKind::kCross && layer.index > 0;
+  layer.number = continues ? structure.layers.back().number : structure.depth();
   structure.layers.push_back(std::move(layer));
 }
 

@@ -55,7 +55,7 @@ TEST(Plan, ADecoderLayerHasOneFeedForwardBlock) {
   BnConfig bottleneck = double_seq_bn_config();
   EXPECT_EQ(slots(make_plan(bart_like(1), AdapterConfig{{bottleneck, lora}})),
             (std::vector<std::string>{"0:selfattn_lora_q", "0:mh_adapter", "0:intermediate_lora", "0:output_lora",
-                                      "0:output_adapter", "1:selfattn_lora_q", "1:mh_adapter", "2:selfattn_lora_q",
+                                      "0:output_adapter", "1:selfattn_lora_q", "1:mh_adapter", "2:crossattn_lora_q",
                                       "2:intermediate_lora", "2:output_lora", "2:output_adapter"}));
   bottleneck.cross_adapter = true;
   bottleneck.mh_adapter = bottleneck.output_adapter = false;
