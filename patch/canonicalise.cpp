@@ -3,6 +3,7 @@
 #include <torchgraft/patch/passes/fold_attributes.h>
 #include <torchgraft/patch/passes/fold_repeated_heads.h>
 #include <torchgraft/patch/passes/inline_calls.h>
+#include <torchgraft/patch/passes/lower_explicit_norm.h>
 #include <torchgraft/patch/passes/lower_fused_encoder.h>
 #include <torchgraft/patch/passes/lower_linear_forms.h>
 #include <torchgraft/patch/passes/lower_multihead_attention.h>
@@ -24,6 +25,7 @@ CanonicalGraph canonicalise(const torch::jit::Module& module, const std::string&
   simplify(result.graph);
   lower_fused_encoder(result.graph);
   lower_linear_forms(result.graph, module);
+  lower_explicit_norm(result.graph, module);
   result.unlowered = lower_explicit_attention(result.graph, module);
   fold_repeated_heads(result.graph, module);
   simplify(result.graph);

@@ -131,7 +131,7 @@ bool Planner::has_place(const Layer& layer, const std::string& location, bool pr
 // The attentions of one decoder layer have a feed-forward block between them, which follows one of them.
 bool Planner::neighbour_has_feed_forward(const Layer& layer) const {
   return std::any_of(structure_.layers.begin(), structure_.layers.end(), [&](const Layer& other) {
-    return other.number == layer.number && (other.ffn_in || other.has_ffn_residual);
+    return other.number == layer.number && other.index != layer.index && (other.ffn_in || other.has_ffn_residual);
   });
 }
 

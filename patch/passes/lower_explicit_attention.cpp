@@ -31,7 +31,10 @@ bool is_number(const Value* value) {
   if (kind == c10::TypeKind::IntType || kind == c10::TypeKind::FloatType || kind == c10::TypeKind::NumberType) {
     return true;
   }
-  return constant_double(value).has_value();
+  // GPT-2 divides by torch.full([], sqrt(d)).
+  const bool is_scalar_tensor = is_aten(value->node(), {"full"}) && resolve_constant(value->node()->input(0)) &&
+                                resolve_constant(value->node()->input(0))->toListRef().empty();
+  return constant_double(value).has_value() || is_scalar_tensor;
 }
 
 // The index of the operand of `node` that carries the scores on, for a step of the path that this pass understands.
@@ -248,13 +251,15 @@ Value* insert_dropout_p(Graph& graph, Node* dropout) {
   return graph.insert(c10::aten::mul, {p, on});
 }
 
-Value* insert_transposed(Graph& graph, Value* keys_transposed) {
+Value* insert_transposed(Graph& graph, SymbolicShapes& shapes, Value* keys_transposed) {
   Node* node = keys_transposed->node();
   if (is_aten(node, {"transpose"})) {
     const auto a = constant_int(node->input(1));
     const auto b = constant_int(node->input(2));
-    const bool last_two = a && b && ((*a == -1 && *b == -2) || (*a == -2 && *b == -1));
-    if (last_two) {
+    const auto shape = shapes.shape(node->input(0));
+    const int64_t rank = shape ? static_cast<int64_t>(shape->size()) : 0;
+    const auto from_the_end = [&](int64_t dim) { return dim >= 0 ? dim - rank : dim; };
+    if (a && b && from_the_end(*a) + from_the_end(*b) == -3 && std::abs(from_the_end(*a) - from_the_end(*b)) == 1) {
       return node->input(0);
     }
   }
@@ -326,7 +331,7 @@ std::optional<std::string> lower_one(const std::shared_ptr<Graph>& graph, Symbol
   const bool masked_in_rank_3 = rank->size() == 3 && value_rank->size() == 3 && *dim != 3 && !path.reshaped;
   Value* mask = insert_mask(*graph, shapes, bias, anchor, masked_in_rank_3, path.understood);
   Value* query = insert_rank_4(*graph, shapes, left_factor(product));
-  Value* key = insert_rank_4(*graph, shapes, insert_transposed(*graph, right_factor(product)));
+  Value* key = insert_rank_4(*graph, shapes, insert_transposed(*graph, shapes, right_factor(product)));
   Value* value = insert_rank_4(*graph, shapes, consumer->product->input(1));
   if (!path.understood || !query || !key || !value) {
     return path.understood ? "the heads are not a dimension of their own" : "its scale or mask is not understood";

@@ -69,8 +69,8 @@ StateDict bart_loras() {
 }
 
 const Values kBartLoras = {"0:selfattn_lora_q=10",   "0:intermediate_lora=20", "1:selfattn_lora_q=11",
-                           "1:intermediate_lora=21", "2:selfattn_lora_q=30",   "3:selfattn_lora_q=40",
-                           "3:intermediate_lora=50", "4:selfattn_lora_q=31",   "5:selfattn_lora_q=41",
+                           "1:intermediate_lora=21", "2:selfattn_lora_q=30",   "3:crossattn_lora_q=40",
+                           "3:intermediate_lora=50", "4:selfattn_lora_q=31",   "5:crossattn_lora_q=41",
                            "5:intermediate_lora=51"};
 
 TEST(MatchModules, EncoderAndDecoderByPath) {
