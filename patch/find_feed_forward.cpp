@@ -2,7 +2,6 @@
 #include <torchgraft/patch/site_finder.h>
 
 #include <algorithm>
-#include <map>
 #include <unordered_set>
 
 namespace torchgraft {
@@ -106,42 +105,44 @@ bool is_gate(Node* linear, Node* other) {
 
 }  // namespace
 
-// Behind the attention's sum, or beside the attention: linear, activation, linear, residual add; with two linear maps
-// at its entry when it is gated.
+// Blocks of linear maps, one or two at the entry, that end in a residual add to what they read from one of `streams`.
+std::vector<SiteFinder::FeedForward> SiteFinder::feed_forwards(const std::vector<Value*>& streams,
+                                                               const LayerSites& sites) {
+  std::vector<FeedForward> blocks;
+  for (Node* in : linears_reading(streams)) {
+    const auto out = linear_behind(in->output(), /*through_any_op=*/true);
+    if (!out || attention_projections_.count(out->node) || out->node == sites.output->node) {
+      continue;
+    }
+    const auto same =
+        std::find_if(blocks.begin(), blocks.end(), [&](const FeedForward& b) { return b.out.node == out->node; });
+    if (same != blocks.end()) {
+      same->in.push_back(in);
+      continue;
+    }
+    // Its residual must be what it reads: the end of another block is none of ours.
+    const auto residual = find_residual(out->node->output(), in->input(0));
+    if (residual && norm_order(in->input(0), residual->residual) != NormOrder::kNone) {
+      blocks.push_back({{in}, *out, *residual});
+    }
+  }
+  return blocks;
+}
+
+// Beside the attention (parallel blocks read one norm), else behind its sum: linear, activation, linear, residual add;
+// with two linear maps at its entry when it is gated.
 void SiteFinder::find_feed_forward(Layer& layer, LayerSites& sites) {
   if (!sites.attention_residual) {
     return;
   }
   const ResidualSite& attention = *sites.attention_residual;
-  std::vector<Value*> streams = {attention.sum->output()};
-  if (attention.norm) {
-    streams.push_back(attention.norm->output());
-  }
-  for (Value* stream : streams_of(sites.query.node->input(0))) {
-    streams.push_back(stream);
-  }
-  struct Block {
-    std::vector<Node*> in;
-    LinearSite out;
-    ResidualSite residual;
-  };
-  std::vector<Block> blocks;
-  for (Node* in : linears_reading(streams)) {
-    const auto out = linear_behind(in->output(), /*through_any_op=*/true);
-    if (!out || attention_projections_.count(out->node)) {
-      continue;
+  auto blocks = feed_forwards(streams_of(sites.query.node->input(0)), sites);
+  if (blocks.empty()) {
+    std::vector<Value*> behind = {attention.sum->output()};
+    if (attention.norm) {
+      behind.push_back(attention.norm->output());
     }
-    const auto same = std::find_if(blocks.begin(), blocks.end(), [&](const Block& b) { return b.out.node == out->node; });
-    if (same != blocks.end()) {
-      same->in.push_back(in);
-      continue;
-    }
-    const auto residual = find_residual(out->node->output(), in->input(0));
-    // Its residual must be what it reads: the end of another block, or of this attention, is none of ours.
-    if (residual && norm_order(in->input(0), residual->residual) != NormOrder::kNone &&
-        out->node != sites.output->node) {
-      blocks.push_back({{in}, *out, *residual});
-    }
+    blocks = feed_forwards(behind, sites);
   }
   if (blocks.size() != 1 || blocks[0].in.size() > 2) {
     layer.notes.push_back(blocks.empty()
@@ -149,7 +150,7 @@ void SiteFinder::find_feed_forward(Layer& layer, LayerSites& sites) {
                               : "several feed-forward blocks follow its attention; name one with --sites");
     return;
   }
-  Block& block = blocks.front();
+  FeedForward& block = blocks.front();
   if (block.in.size() == 2) {
     const size_t gate = is_gate(block.in[0], block.in[1]) ? 0 : 1;
     sites.ffn_gate = LinearSite{block.in[gate]};

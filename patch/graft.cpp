@@ -138,6 +138,7 @@ Module graft(const Module& module, const std::vector<AdapterSpec>& specs, const 
   if (regraft) {
     remove_methods(result);
   }
+  inline_module_arguments(result);
   const InsertOptions inserting = insert_options(options, result);
   const CanonicalGraph canonical = canonicalise(result, "forward");
   const GraphSites sites = places(canonical, result, options.sites);

@@ -17,4 +17,8 @@ void add_methods(torch::jit::Module& module, const std::shared_ptr<torch::jit::G
 // The inverse, on a grafted module: the base's methods and attributes are left.
 void remove_methods(torch::jit::Module& module);
 
+// Inlines `forward` when it hands modules to other methods as arguments (a trace of T5 gives its decoder the encoder's
+// embedding). Module::clone() leaves the types of such arguments behind, and what it makes could be saved, not loaded.
+void inline_module_arguments(torch::jit::Module& module);
+
 }  // namespace torchgraft

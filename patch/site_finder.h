@@ -23,6 +23,12 @@ class SiteFinder {
   std::string path_of(const torch::jit::Node* linear) const;
 
  private:
+  struct FeedForward {
+    std::vector<torch::jit::Node*> in;
+    LinearSite out;
+    ResidualSite residual;
+  };
+
   bool find_attention(torch::jit::Node* attention, Layer& layer, LayerSites& sites, std::string& reason);
   bool find_projection(torch::jit::Value* heads, const char* role, std::optional<Projection>& projection,
                        LinearSite& site, Layer& layer, std::string& reason);
@@ -30,6 +36,7 @@ class SiteFinder {
                     std::string& reason);
   void find_attention_residual(Layer& layer, LayerSites& sites);
   void find_feed_forward(Layer& layer, LayerSites& sites);
+  std::vector<FeedForward> feed_forwards(const std::vector<torch::jit::Value*>& streams, const LayerSites& sites);
 
   std::optional<ResidualSite> find_residual(torch::jit::Value* branch, torch::jit::Value* block_input);
   std::optional<LinearSite> linear_behind(torch::jit::Value* value, bool through_any_op);

@@ -38,23 +38,17 @@ def _bias_beside_prefix(
 
 
 def repair_packed_projection(model: nn.Module) -> None:
-    """DeBERTa (v1): a LoRA of q updates q, and the base is the base.
+    """DeBERTa (v1): the base is the base.
 
-    Its packed projection holds q, k and v head by head (head 0's q, k, v, then head 1's ...). The library writes the
-    updates as if all of q came first, then k, then v: the update "of q" falls on q, k and v of the first heads. And it
-    gives the projection, which has no bias, a random one: results differ from the base's with no adapter at all, and
-    from one process to the next. That bias is float32, so that other dtypes fail.
+    The library gives the packed projection, which has no bias, a random one: results differ from the base's with no
+    adapter at all, and from one process to the next. That bias is float32, so that other dtypes fail.
+
+    Not repaired, since trained adapters depend on it: the projection holds q, k and v head by head, but the library
+    writes the updates as if all of q came first, then k, then v.
     """
-    heads = model.config.num_attention_heads
     for module in model.modules():
         if isinstance(module, LoRAMergedLinear):
             module.bias = None
-            module.pad = functools.partial(_pad_by_head, module.pad, heads)
-
-
-def _pad_by_head(pad: Callable[..., Tensor], heads: int, *args, **kwargs) -> Tensor:
-    """[..., q | k | v] as [..., heads, q | k | v of the head], flattened."""
-    return pad(*args, **kwargs).unflatten(-1, (3, heads, -1)).transpose(-3, -2).flatten(-3)
 
 
 def read_attention_output(model: nn.Module) -> None:
