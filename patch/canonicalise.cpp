@@ -3,12 +3,13 @@
 #include <torchgraft/patch/passes/fold_attributes.h>
 #include <torchgraft/patch/passes/fold_repeated_heads.h>
 #include <torchgraft/patch/passes/inline_calls.h>
+#include <torchgraft/patch/passes/lower_einsum.h>
 #include <torchgraft/patch/passes/lower_explicit_norm.h>
 #include <torchgraft/patch/passes/lower_fused_encoder.h>
 #include <torchgraft/patch/passes/lower_linear_forms.h>
 #include <torchgraft/patch/passes/lower_multihead_attention.h>
+#include <torchgraft/patch/passes/unroll_loops.h>
 
-#include <torch/csrc/jit/passes/loop_unrolling.h>
 #include <torch/csrc/jit/passes/remove_mutation.h>
 #include <torch/csrc/jit/passes/shape_analysis.h>
 
@@ -20,10 +21,11 @@ CanonicalGraph canonicalise(const torch::jit::Module& module, const std::string&
   torch::jit::EraseShapeInformation(result.graph);  // a trace's example shapes hold for that example only
   inline_calls(result.graph, [&](torch::jit::Node* call) { return lower_multihead_attention(call, module); });
   fold_attributes(result.graph, module);
-  torch::jit::UnrollConstantLoops(result.graph);
+  unroll_loops(result.graph);
   torch::jit::RemoveTensorMutation(result.graph);
   simplify(result.graph);
   lower_fused_encoder(result.graph);
+  lower_einsum(result.graph, module);
   lower_linear_forms(result.graph, module);
   lower_explicit_norm(result.graph, module);
   result.unlowered = lower_explicit_attention(result.graph, module);
