@@ -223,7 +223,7 @@ std::optional<Shape> SymbolicShapes::of_layout(const Node* node) {
   const auto from = shape(node->input(0));
   if (!from) {
     // A view of something unknown still says what comes out, unless a size is to be inferred.
-    const auto sizes = is_aten(node, {"view", "reshape"}) ? integers(node->input(1)) : std::nullopt;
+    const auto sizes = is_aten(node, {"view", "reshape", "expand"}) ? integers(node->input(1)) : std::nullopt;
     const bool complete = sizes && std::find(sizes->begin(), sizes->end(), number(-1)) == sizes->end();
     return complete ? sizes : std::nullopt;
   }

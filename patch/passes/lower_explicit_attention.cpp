@@ -5,6 +5,7 @@
 
 #include <torch/csrc/jit/ir/constants.h>
 
+#include <algorithm>
 #include <optional>
 #include <unordered_map>
 
@@ -91,8 +92,8 @@ struct Factors {
 class AffinePath {
  public:
   // `anchor` is a value that exists before the attention and has its dtype and device.
-  AffinePath(const std::shared_ptr<Graph>& graph, Node* product, Value* anchor)
-      : graph_(graph), product_(product), anchor_(anchor) {}
+  AffinePath(const std::shared_ptr<Graph>& graph, SymbolicShapes& shapes, Node* product, Value* anchor)
+      : graph_(graph), shapes_(shapes), product_(product), anchor_(anchor) {}
 
   // Inserts, at the graph's insertion point, what the path makes of zero scores. Null stands for zero.
   Value* bias(Value* scores);
@@ -106,7 +107,10 @@ class AffinePath {
   Value* zero_like(Value* value);
   Value* copy_with(Node* node, size_t operand, Value* replacement);
 
+  bool is_full(Value* bias);
+
   std::shared_ptr<Graph> graph_;
+  SymbolicShapes& shapes_;
   Node* product_;
   Value* anchor_;
 };
@@ -127,6 +131,15 @@ Value* AffinePath::copy_with(Node* node, size_t operand, Value* replacement) {
     copy = functional;
   }
   return graph_->insertNode(copy)->output();
+}
+
+// Whether `bias` is visibly as large as the scores, [B * h, S, S], so that it can be reshaped as they are (DeBERTa's
+// relative position scores); what broadcasts cannot.
+bool AffinePath::is_full(Value* bias) {
+  const auto have = shapes_.shape(bias);
+  const auto scores = shapes_.shape(product_->output());
+  return have && scores && have->size() == scores->size() && have->front() == scores->front() &&
+         std::find(have->begin(), have->end(), number(1)) == have->end();
 }
 
 Value* AffinePath::bias(Value* scores) {
@@ -153,8 +166,11 @@ Value* AffinePath::bias(Value* scores) {
   }
   if (is_reshape(node)) {
     reshaped = true;
-    understood = understood && !inner;  // a bias of scores of shape [B * h, S, S]
-    return inner;
+    if (!inner) {
+      return nullptr;
+    }
+    understood = understood && is_full(inner);
+    return copy_with(node, operand, inner);
   }
   if (is_aten(node, {"masked_fill"})) {
     return copy_with(node, operand, inner ? inner : zero_like(node->input(1)));
@@ -325,7 +341,7 @@ std::optional<std::string> lower_one(const std::shared_ptr<Graph>& graph, Symbol
   // The mask must not depend on the queries: gates that are pooled over real tokens need it before they exist.
   const auto linears = nearest_linears(left_factor(product));
   Value* anchor = linears.empty() ? left_factor(product) : linears.front()->input(0);
-  AffinePath path(graph, product, anchor);
+  AffinePath path(graph, shapes, product, anchor);
   Value* bias = path.bias(softmax->input(0));
   // A reshape on the way means that masks were applied in rank 4.
   const bool masked_in_rank_3 = rank->size() == 3 && value_rank->size() == 3 && *dim != 3 && !path.reshaped;
