@@ -83,6 +83,10 @@ bool SiteFinder::find_projection(Value* heads, const char* role, std::optional<P
   }
   Projection found = describe(site.node);
   std::string why_not;
+  const at::Tensor weight = weight_source(site.node->input(1), module_).tensor;
+  if (weight.defined() && weights_elsewhere_.count(weight.data_ptr())) {
+    layer.notes.push_back(found.path + " is applied outside the attention too (relative positions?): LoRA leaves that as it is");
+  }
   if (found.out_features == 0) {
     layer.notes.push_back(std::string("the weight of its ") + role + " projection is computed, not a parameter");
   } else if (!find_columns(heads, found, site, layer, why_not)) {

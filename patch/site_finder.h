@@ -58,6 +58,7 @@ class SiteFinder {
   SymbolicShapes shapes_;
   Dim batch_;
   std::set<torch::jit::Node*> attention_projections_;  // the linear maps behind any attention's q, k and v
+  std::set<const void*> weights_elsewhere_;            // data of the weights of all others
 };
 
 bool is_norm(const torch::jit::Node* node);

@@ -10,6 +10,11 @@ namespace {
 using torch::jit::Node;
 using torch::jit::Value;
 
+bool is_number_type(const Value* value) {
+  const auto kind = value->type()->kind();
+  return kind == c10::TypeKind::IntType || kind == c10::TypeKind::FloatType || kind == c10::TypeKind::NumberType;
+}
+
 bool keeps_shape(const Node* node) {
   return is_aten(node, {"layer_norm",
                         "rms_norm",
@@ -34,6 +39,7 @@ bool keeps_shape(const Node* node) {
                         "elu",
                         "neg",
                         "clamp",
+                        "sqrt",
                         "abs",
                         "sign",
                         "exp",
@@ -168,6 +174,9 @@ std::optional<Shape> SymbolicShapes::compute(const Value* value) {
   if (is_aten(node, {"add", "sub", "rsub", "mul", "div", "where", "eq", "ne", "lt", "le", "gt", "ge", "__and__",
                      "logical_and", "maximum", "minimum"})) {
     return of_arithmetic(node);
+  }
+  if (is_aten(node, {"tensor", "scalar_tensor"})) {
+    return is_number_type(node->input(0)) ? std::optional<Shape>(Shape{}) : std::nullopt;
   }
   if (is_aten(node, {"arange", "zeros", "ones", "full"})) {
     return of_factory(node);

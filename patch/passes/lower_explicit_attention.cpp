@@ -298,6 +298,20 @@ Value* insert_rank_4(Graph& graph, SymbolicShapes& shapes, Value* value) {
   return graph.insert(c10::Symbol::aten("unflatten"), {value, 0, sizes});
 }
 
+// `value` before it was multiplied with, or divided by, numbers, which go to `factors`.
+Value* take_scale(Value* value, SymbolicShapes& shapes, Factors& factors) {
+  for (Node* node = value->node(); is_aten(node, {"div", "mul"}) && node->inputs().size() == 2; node = value->node()) {
+    Value* factor = node->input(1);
+    const auto shape = is_number(factor) ? Shape() : shapes.shape(factor).value_or(Shape{number(-1)});
+    if (!shape.empty()) {
+      break;
+    }
+    factors.dynamic.emplace_back(factor, is_aten(node, {"div"}));
+    value = node->input(0);
+  }
+  return value;
+}
+
 // The bias as something that broadcasts against [B, h, S, S].
 Value* insert_mask(Graph& graph, SymbolicShapes& shapes, Value* bias, Value* anchor, bool product_is_rank_3,
                    bool& understood) {
@@ -347,7 +361,10 @@ std::optional<std::string> lower_one(const std::shared_ptr<Graph>& graph, Symbol
   const bool masked_in_rank_3 = rank->size() == 3 && value_rank->size() == 3 && *dim != 3 && !path.reshaped;
   Value* mask = insert_mask(*graph, shapes, bias, anchor, masked_in_rank_3, path.understood);
   Value* query = insert_rank_4(*graph, shapes, left_factor(product));
-  Value* key = insert_rank_4(*graph, shapes, insert_transposed(*graph, shapes, right_factor(product)));
+  // A scale on the keys is one on all scores: prefixes, which come beside the keys, have it too.
+  Value* keys_transposed = take_scale(right_factor(product), shapes, path.factors);
+  Value* keys = take_scale(insert_transposed(*graph, shapes, keys_transposed), shapes, path.factors);
+  Value* key = insert_rank_4(*graph, shapes, keys);
   Value* value = insert_rank_4(*graph, shapes, consumer->product->input(1));
   if (!path.understood || !query || !key || !value) {
     return path.understood ? "the heads are not a dimension of their own" : "its scale or mask is not understood";

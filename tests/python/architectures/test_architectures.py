@@ -10,7 +10,15 @@ _SEEDS = (1, 2)  # other batch sizes, lengths and paddings than the one that was
 _BASES: dict = {}
 
 # What is known not to work yet, and why. Strict: a case that begins to pass must leave the list.
-NOT_YET: dict[str, str] = {}
+NOT_YET = {
+    (name, method): "LoRA on a projection that DeBERTa also applies to its relative positions changes the tokens only"
+    for name in ("deberta_v2_shared_eager",)
+    for method in ("unipelt", "lora_all")
+}
+
+# The library takes the attention's sum for the branch, and the feed-forward block for the residual, of GPT-J's output
+# adapter: not the definition, and not what is grafted. Its traces also mix float32 into float64.
+_LEFT_OUT = {"gptj_eager"}
 
 
 def _base(name: str, dtype: torch.dtype) -> torch.jit.ScriptModule:
@@ -22,9 +30,10 @@ def _base(name: str, dtype: torch.dtype) -> torch.jit.ScriptModule:
 def _cases() -> list:
     cases = []
     for name, case in CASES.items():
-        marks = [pytest.mark.xfail(reason=NOT_YET[name], strict=True)] if name in NOT_YET else []
         for method in METHODS:
-            if method not in case.without:
+            known = NOT_YET.get((name, method))
+            marks = [pytest.mark.xfail(reason=known, strict=True)] if known else []
+            if method not in case.without and name not in _LEFT_OUT:
                 cases += [pytest.param(name, method, dtype, marks=marks) for dtype in dtypes(name)]
     return cases
 
