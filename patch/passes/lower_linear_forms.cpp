@@ -6,105 +6,181 @@
 #include <torch/csrc/jit/ir/constants.h>
 #include <torch/csrc/jit/passes/dead_code_elimination.h>
 
+#include <algorithm>
+#include <optional>
+#include <vector>
+
 namespace torchgraft {
 namespace {
 
 using torch::jit::Graph;
+using torch::jit::Module;
 using torch::jit::Node;
 using torch::jit::Value;
 
-bool is_view(const Node* node) { return is_aten(node, {"view", "reshape", "_unsafe_view"}); }
+// One round over the graph. No node is destroyed in it, for shapes are remembered by value.
+class LinearLowering {
+ public:
+  LinearLowering(const std::shared_ptr<Graph>& graph, const Module& module)
+      : graph_(graph), module_(module), shapes_(module) {}
 
-// The sizes [rows, columns] of a product's right factor that is a parameter; nullopt when it is none of rank 2.
-std::optional<Shape> weight_shape(Value* weight, const torch::jit::Module& module, SymbolicShapes& shapes) {
-  const auto shape = shapes.shape(weight);
-  const bool known = shape && shape->size() == 2 && (*shape)[0].is_constant() && (*shape)[1].is_constant();
-  return known && weight_source(weight, module).tensor.defined() ? shape : std::nullopt;
+  void lower_product(Node* node);
+  void take_bias(Node* sum);
+  void keep_leading_dims(Node* linear);
+
+ private:
+  std::optional<Shape> matrix(Value* weight);
+  Value* transposed(Value* weight);
+  bool flattens_rows(const Node* view, const Dim& features);
+  Value* insert_linear(Value* x, Value* weight, Value* bias) {
+    return graph_->insert(c10::aten::linear, {x, weight, bias});
+  }
+
+  std::shared_ptr<Graph> graph_;
+  const Module& module_;
+  SymbolicShapes shapes_;
+};
+
+// The shape of a floating-point parameter, constant, or rearranged one of rank 2; nullopt for any other value.
+std::optional<Shape> LinearLowering::matrix(Value* weight) {
+  const at::Tensor tensor = weight_source(weight, module_).tensor;
+  if (!tensor.defined() || !at::isFloatingType(tensor.scalar_type())) {
+    return std::nullopt;
+  }
+  const auto shape = shapes_.shape(weight);
+  const bool is_matrix = shape && shape->size() == 2 && (*shape)[0].is_constant() && (*shape)[1].is_constant();
+  return is_matrix ? shape : std::nullopt;
 }
 
-// weight^T, [out, in] as linear wants it.
-Value* insert_transposed(Graph& graph, Value* weight) {
+// [in, out] as [out, in].
+Value* LinearLowering::transposed(Value* weight) {
   Node* node = weight->node();
-  const bool is_transpose =
-      is_aten(node, {"t"}) || (is_aten(node, {"transpose"}) && constant_int(node->input(1)) != constant_int(node->input(2)));
-  return is_transpose ? node->input(0) : graph.insert(c10::aten::t, {weight});
+  const bool exchanges = is_aten(node, {"t", "numpy_T", "transpose", "permute", "swapaxes", "swapdims"});
+  const auto before = exchanges ? matrix(node->input(0)) : std::nullopt;
+  const auto after = before ? matrix(weight) : std::nullopt;
+  // Of two equal sizes the shape does not say whether they were exchanged: transpose(0, 0) is nothing that models do.
+  const bool is_transpose = after && (*after)[0] == (*before)[1] && (*after)[1] == (*before)[0];
+  return is_transpose ? node->input(0) : graph_->insert(c10::aten::t, {weight});
 }
 
-bool is_one(const Value* value) { return constant_double(value) == 1.0; }
-
-// addmm(bias, x, w): on x of rank 2, or on a view of x whose result is viewed back.
-void lower_addmm(Graph& graph, Node* node, const torch::jit::Module& module, SymbolicShapes& shapes) {
-  const auto weight = weight_shape(node->input(2), module, shapes);
-  if (!weight || !is_one(node->input(3)) || !is_one(node->input(4))) {
+void LinearLowering::lower_product(Node* node) {
+  const bool adds = is_aten(node, {"addmm"});
+  Value* x = node->input(adds ? 1 : 0);
+  Value* weight = node->input(adds ? 2 : 1);
+  const bool scales = adds && (constant_double(node->input(3)) != 1.0 || constant_double(node->input(4)) != 1.0);
+  if (!matrix(weight) || scales || resolve_tensor(x, module_).defined()) {  // two parameters: nothing flows through
     return;
   }
-  Value* x = node->input(1);
-  Value* result = node->output();
-  const auto uses = data_uses(result);
-  if (is_view(x->node()) && uses.size() == 1 && is_view(uses[0].user)) {
-    Value* whole = x->node()->input(0);
-    auto before = shapes.shape(whole);
-    const auto after = shapes.shape(uses[0].user->output());
-    if (before && after && !before->empty() && before->back() == (*weight)[0]) {
-      before->back() = (*weight)[1];
-      if (before == after) {
-        x = whole;
-        result = uses[0].user->output();
-      }
+  torch::jit::WithInsertPoint guard(node);
+  Value* result = insert_linear(x, transposed(weight), graph_->insertConstant(c10::IValue()));
+  if (adds) {
+    result = graph_->insert(c10::aten::add, {result, node->input(0)});
+  }
+  node->output()->replaceAllUsesWith(result);
+}
+
+// linear(x, w) + b, for a product that nothing else reads.
+void LinearLowering::take_bias(Node* sum) {
+  if (sum->inputs().size() < 3 || constant_double(sum->input(2)) != 1.0) {
+    return;
+  }
+  for (const size_t i : {0, 1}) {
+    Node* linear = sum->input(i)->node();
+    Value* bias = sum->input(1 - i);
+    const bool alone = linear->owningBlock() == sum->owningBlock() && data_uses(sum->input(i)).size() == 1;
+    if (!is_aten(linear, {"linear"}) || !is_none(linear->input(2)) || !alone) {
+      continue;
+    }
+    const at::Tensor weight = weight_source(linear->input(1), module_).tensor;
+    const at::Tensor tensor = resolve_tensor(bias, module_);
+    const auto shape = shapes_.shape(linear->input(1));
+    const bool fits = weight.defined() && tensor.defined() && tensor.scalar_type() == weight.scalar_type() && shape &&
+                      tensor.dim() == 1 && number(tensor.size(0)) == shape->front();
+    if (fits) {
+      torch::jit::WithInsertPoint guard(sum);
+      sum->output()->replaceAllUsesWith(insert_linear(linear->input(0), linear->input(1), bias));
+      return;
     }
   }
-  torch::jit::WithInsertPoint guard(node);
-  Value* linear = graph.insert(c10::aten::linear, {x, insert_transposed(graph, node->input(2)), node->input(0)});
-  result->replaceAllUsesWith(linear);
 }
 
-// The add of a bias of rank 1 that alone reads `product`; null when there is none.
-Node* bias_add(Value* product, const Dim& width, SymbolicShapes& shapes) {
-  const auto uses = data_uses(product);
-  if (uses.size() != 1 || !is_aten(uses[0].user, {"add"}) || uses[0].offset > 1) {
-    return nullptr;
+bool is_view(const Node* node) { return is_aten(node, {"view", "reshape", "_unsafe_view"}); }
+
+// x.view(-1, features) of an x whose last dimension is `features`: rows one below the other.
+bool LinearLowering::flattens_rows(const Node* view, const Dim& features) {
+  if (!is_view(view) && !is_aten(view, {"flatten"})) {
+    return false;
   }
-  Node* add = uses[0].user;
-  const auto bias = shapes.shape(add->input(1 - uses[0].offset));
-  const bool fits = bias && bias->size() == 1 && bias->front() == width;
-  return fits && (add->inputs().size() < 3 || is_one(add->input(2))) ? add : nullptr;
+  const Value* x = view->input(0);
+  const auto flat = shapes_.shape(view->output());
+  const auto shape = shapes_.shape(x);
+  if (shape) {
+    return flat && flat->size() == 2 && shape->size() > 2 && shape->back() == features && flat->back() == features;
+  }
+  // Of an x of unknown shape: view(-1, x.size(-1)), which keeps the last dimension whatever it is.
+  const Node* sizes = view->inputs().size() > 1 ? view->input(1)->node() : nullptr;
+  if (!sizes || sizes->kind() != c10::prim::ListConstruct || sizes->inputs().size() != 2) {
+    return false;
+  }
+  const Node* last = sizes->input(1)->node();
+  return is_aten(last, {"size"}) && last->inputs().size() == 2 && last->input(0) == x &&
+         constant_int(last->input(1)) == -1;
 }
 
-void lower_matmul(Graph& graph, Node* node, const torch::jit::Module& module, SymbolicShapes& shapes) {
-  const auto weight = weight_shape(node->input(1), module, shapes);
-  const auto x = shapes.shape(node->input(0));
-  if (!weight || (x && x->size() < 2) || resolve_tensor(node->input(0), module).defined()) {
+// Rows are flattened before a linear map and put back by views of its result. The map does the same on x itself; a view
+// that restores x's leading dimensions goes away, any other is a view of the same elements in the same order.
+void LinearLowering::keep_leading_dims(Node* linear) {
+  const auto weight = matrix(linear->input(1));
+  Node* flattening = linear->input(0)->node();
+  if (!weight || !flattens_rows(flattening, weight->back())) {
     return;
   }
-  Node* add = bias_add(node->output(), (*weight)[1], shapes);
-  Value* bias = add ? add->input(add->input(0) == node->output() ? 1 : 0) : nullptr;
-  const bool at_hand = bias && (bias->node()->isBefore(node) || bias->node()->kind() == c10::prim::Param);
-  Node* last = add && at_hand ? add : node;
-  torch::jit::WithInsertPoint guard(node);
-  Value* none = graph.insertConstant(c10::IValue());
-  Value* linear = graph.insert(c10::aten::linear,
-                               {node->input(0), insert_transposed(graph, node->input(1)), last == add ? bias : none});
-  last->output()->replaceAllUsesWith(linear);
+  const auto uses = data_uses(linear->output());
+  const bool only_viewed = std::all_of(uses.begin(), uses.end(), [](const auto& use) { return is_view(use.user); });
+  if (uses.empty() || !only_viewed) {
+    return;
+  }
+  Value* x = flattening->input(0);
+  auto restored = shapes_.shape(x);
+  if (restored) {
+    restored->back() = weight->front();
+  }
+  torch::jit::WithInsertPoint guard(linear);
+  Value* result = insert_linear(x, linear->input(1), linear->input(2));
+  for (const auto& use : uses) {
+    Node* view = use.user;
+    const auto shape = shapes_.shape(view->output());
+    if (restored && shape == restored) {
+      view->output()->replaceAllUsesWith(result);
+    } else {
+      view->replaceInput(0, result);
+    }
+  }
+}
+
+// Calls `method` on the nodes of these kinds, then drops what they left dead.
+void run_round(const std::shared_ptr<Graph>& graph, const Module& module, std::initializer_list<const char*> kinds,
+               void (LinearLowering::*method)(Node*)) {
+  LinearLowering lowering(graph, module);
+  std::vector<Node*> nodes;
+  for_each_node(graph->block(), [&](Node* node) {
+    const bool in_place = std::string(node->kind().toUnqualString()).back() == '_';
+    if (is_aten(node, kinds) && !in_place) {
+      nodes.push_back(node);
+    }
+  });
+  for (Node* node : nodes) {
+    (lowering.*method)(node);
+  }
+  torch::jit::EliminateDeadCode(graph);
 }
 
 }  // namespace
 
-void lower_linear_forms(const std::shared_ptr<Graph>& graph, const torch::jit::Module& module) {
-  std::vector<Node*> candidates;
-  for_each_node(graph->block(), [&](Node* node) {
-    if (is_aten(node, {"addmm", "matmul", "mm"})) {
-      candidates.push_back(node);
-    }
-  });
-  SymbolicShapes shapes(module);
-  for (Node* node : candidates) {
-    if (is_aten(node, {"addmm"})) {
-      lower_addmm(*graph, node, module, shapes);
-    } else {
-      lower_matmul(*graph, node, module, shapes);
-    }
-  }
-  torch::jit::EliminateDeadCode(graph);
+void lower_linear_forms(const std::shared_ptr<Graph>& graph, const Module& module) {
+  run_round(graph, module, {"matmul", "mm", "addmm"}, &LinearLowering::lower_product);
+  run_round(graph, module, {"add"}, &LinearLowering::take_bias);
+  run_round(graph, module, {"linear"}, &LinearLowering::keep_leading_dims);
 }
 
 }  // namespace torchgraft

@@ -5,11 +5,11 @@
 
 namespace torchgraft {
 
-// Other spellings of a linear map with a weight of rank 2 become aten::linear(x, weight, bias), which everything after
-// this pass looks for:
-//   addmm(b, x.view(-1, in), w).view(..., out)   (Conv1D of transformers' GPT-2; w is [in, out])
-//   matmul(x, w), x @ w.t(), both with or without a following + b   (also what torch.jit.freeze leaves)
-// Only where the weight is a parameter or a constant and x has its rank and width proven.
+// Writes every linear map by a parameter of rank 2 as aten::linear(x, weight, bias):
+//   matmul(x, w), mm(x, w), addmm(b, x, w)    weight = t(w); linear(x, v) for w = t(v)
+//   linear(x, w) + b                          where b is a parameter of shape [out]
+//   linear(x.view(-1, in), ...).view(...)     linear on x itself, so that its tokens and batch stay visible
+// That covers Hugging Face's Conv1D and what torch.jit.optimize_for_inference makes of linear on the CPU.
 void lower_linear_forms(const std::shared_ptr<torch::jit::Graph>& graph, const torch::jit::Module& module);
 
 }  // namespace torchgraft

@@ -1,9 +1,12 @@
 #include "support.h"
 
+#include <torchgraft/patch/graph_utils.h>
 #include <torchgraft/patch/passes/fold_attributes.h>
 #include <torchgraft/patch/passes/lower_linear_forms.h>
 
+#include <ATen/ATen.h>
 #include <gtest/gtest.h>
+#include <torch/csrc/jit/passes/freeze_module.h>
 
 namespace torchgraft {
 namespace {
@@ -13,51 +16,176 @@ using testing::largest_difference;
 using testing::make_module;
 using testing::run_graph;
 
-// `body` on x [2, 5, 3] with the parameters w [3, 4], wt [4, 3] and b [4]; `before` makes x's rank known.
-void expect_linears(const std::string& body, size_t linears) {
+// Linear maps of x [2, 5, 6] by `w` [6, 4] or `v` [4, 6], with or without `b` [4]; `body` makes `out`.
+struct Case {
+  const char* name;
+  const char* body;
+  const char* others;  // kinds, apart from aten::linear, that must be left
+};
+
+torch::jit::Module module_of(const Case& test) {
   at::manual_seed(0);
-  const auto module = make_module(
-      {{"w", at::randn({3, 4})}, {"wt", at::randn({4, 3})}, {"b", at::randn({4})}, {"v", at::randn({3, 3})}},
-      "def forward(self, y: Tensor) -> Tensor:\n    x = torch.linear(y, self.v)\n" + body);
-  const auto before = module.get_method("forward").graph()->copy();
-  simplify(before);
-  const auto after = before->copy();
-  lower_linear_forms(after, module);
-  simplify(after);
-  after->lint();
-  EXPECT_EQ(count_kind(*after, "aten::linear"), linears + 1) << after->toString();
-  const at::Tensor y = at::randn({2, 5, 3});
-  const at::Tensor expected = run_graph(module, before, {y}).toTensor();
-  const at::Tensor result = run_graph(module, after, {y}).toTensor();
-  EXPECT_EQ(result.sizes(), expected.sizes());
-  EXPECT_LE(largest_difference(result, expected), 1e-6);
+  const auto parameter = [](at::IntArrayRef sizes) { return at::randn(sizes).requires_grad_(); };
+  return make_module(
+      {{"w", parameter({6, 4})}, {"v", parameter({4, 6})}, {"b", parameter({4})}, {"e", parameter({9, 6})}},
+      "def forward(self, x: Tensor) -> Tensor:\n" + std::string(test.body) + "    return out\n");
 }
 
-TEST(LowerLinearForms, AddmmBetweenViews) {
-  expect_linears(
-      "    z = torch.addmm(self.b, x.view(-1, x.size(-1)), self.w)\n"
-      "    return z.view(x.size(0), x.size(1), 4)\n",
-      1);
+std::shared_ptr<torch::jit::Graph> lowered(const torch::jit::Module& module) {
+  auto graph = module.get_method("forward").graph()->copy();
+  simplify(graph);
+  lower_linear_forms(graph, module);
+  graph->lint();
+  return graph;
 }
 
-// The first dimensions come back in another order: only the product on two dimensions may become a linear.
-TEST(LowerLinearForms, ViewsThatDoNotMatchStay) {
-  expect_linears(
-      "    z = torch.addmm(self.b, x.view(-1, x.size(-1)), self.w)\n"
-      "    return z.view(x.size(1), x.size(0), 4)\n",
-      1);
+// The result and the gradients of x and of all parameters.
+std::vector<at::Tensor> run_with_gradients(torch::jit::Module& module,
+                                           const std::shared_ptr<torch::jit::Graph>& graph) {
+  at::manual_seed(1);
+  const at::Tensor x = at::randn({2, 5, 6}).requires_grad_();
+  const at::Tensor out = run_graph(module, graph, {x}).toTensor();
+  (out * at::arange(out.numel()).view_as(out).sin()).sum().backward();
+  std::vector<at::Tensor> results = {out, x.grad()};
+  for (at::Tensor parameter : module.parameters()) {
+    results.push_back(parameter.grad().defined() ? parameter.grad() : at::zeros({1}));
+    parameter.mutable_grad() = at::Tensor();
+  }
+  return results;
 }
 
-TEST(LowerLinearForms, MatmulWithAndWithoutBias) {
-  expect_linears("    return torch.matmul(x, self.w)\n", 1);
-  expect_linears("    return torch.matmul(x, self.w) + self.b\n", 1);
-  expect_linears("    return self.b + torch.matmul(x, self.wt.t())\n", 1);
-  expect_linears("    z = torch.matmul(x, self.w)\n    return z + self.b + z.relu()\n", 1);
+void expect_same_results(torch::jit::Module& module, const std::shared_ptr<torch::jit::Graph>& graph) {
+  const auto expected = run_with_gradients(module, module.get_method("forward").graph());
+  const auto actual = run_with_gradients(module, graph);
+  for (size_t i = 0; i < expected.size(); ++i) {
+    EXPECT_LT(largest_difference(expected[i], actual[i]), 1e-5) << "of result " << i;
+    EXPECT_EQ(expected[i].sizes(), actual[i].sizes());
+  }
 }
 
-TEST(LowerLinearForms, OtherProductsStay) {
-  expect_linears("    return torch.matmul(x, x.transpose(1, 2))\n", 0);
-  expect_linears("    return torch.addmm(self.b, x[0], self.w, beta=1, alpha=2)\n", 0);
+const torch::jit::Node* only_linear(const torch::jit::Graph& graph) {
+  const torch::jit::Node* linear = nullptr;
+  for (const torch::jit::Node* node : graph.nodes()) {
+    if (is_aten(node, {"linear"})) {
+      EXPECT_EQ(linear, nullptr) << "several linear maps";
+      linear = node;
+    }
+  }
+  return linear;
+}
+
+class LowerLinearForms : public ::testing::TestWithParam<Case> {};
+
+TEST_P(LowerLinearForms, BecomesLinear) {
+  auto module = module_of(GetParam());
+  const auto graph = lowered(module);
+  EXPECT_EQ(count_kind(*graph, "aten::linear"), 1u);
+  for (const char* kind : {"aten::matmul", "aten::mm", "aten::addmm", "aten::add", "aten::view", "aten::reshape"}) {
+    EXPECT_EQ(count_kind(*graph, kind), std::string(GetParam().others) == kind ? 1u : 0u) << kind;
+  }
+  expect_same_results(module, graph);
+  const torch::jit::Node* linear = only_linear(*graph);
+  ASSERT_NE(linear, nullptr);
+  const WeightSource source = weight_source(linear->input(1), module);
+  EXPECT_TRUE(source.path == "w" || source.path == "v") << source.path;
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Spellings, LowerLinearForms,
+    ::testing::Values(Case{"matmul", "    out = torch.matmul(x, self.w)\n", ""},
+                      Case{"matmul_transposed", "    out = x @ self.v.t()\n", ""},
+                      Case{"matmul_swapped", "    out = torch.matmul(x, self.v.transpose(0, 1))\n", ""},
+                      Case{"matmul_bias", "    out = torch.matmul(x, self.w) + self.b\n", ""},
+                      Case{"bias_first", "    out = self.b + torch.matmul(x, self.w)\n", ""},
+                      Case{"mm", "    out = torch.mm(x[0], self.w)\n", ""},
+                      Case{"addmm", "    out = torch.addmm(self.b, x[0], self.w)\n", ""},
+                      Case{"addmm_of_a_residual", "    out = torch.addmm(x[1][:, 1:5], x[0], self.w)\n", "aten::add"},
+                      Case{"product_read_twice", R"python(
+    y = torch.matmul(x, self.w)
+    out = (y + self.b) * torch.tanh(y)
+)python",
+                           "aten::add"},
+                      Case{"bias_scaled", "    out = torch.add(torch.matmul(x, self.w), self.b, alpha=2.0)\n",
+                           "aten::add"},
+                      Case{"rows_viewed_as_heads", R"python(
+    y = torch.mm(x.view(-1, x.size(-1)), self.w) + self.b
+    out = y.view(x.size(0), x.size(1), 2, 2)
+)python",
+                           "aten::view"}),
+    [](const auto& info) { return info.param.name; });
+
+// A Conv1D whose input has a shape that is known: the view back is gone, the linear map sees x as it was.
+TEST(LowerLinearForms, LinearSeesTheTokens) {
+  auto module = module_of({"", R"python(
+    h = torch.embedding(self.e, x.long().clamp(0, 8)[:, :, 0])
+    y = torch.addmm(self.b, h.view(-1, h.size(2)), self.w).view(h.size(0), h.size(1), 4)
+    out = torch.tanh(y) + x.sum()
+)python",
+                           ""});
+  const auto graph = lowered(module);
+  EXPECT_EQ(count_kind(*graph, "aten::view"), 0u);
+  const torch::jit::Node* linear = only_linear(*graph);
+  ASSERT_NE(linear, nullptr);
+  EXPECT_TRUE(is_aten(linear->input(0)->node(), {"embedding"}));
+  expect_same_results(module, graph);
+}
+
+// Viewed back with the leading dimensions in another order: the same elements, but the view must stay.
+TEST(LowerLinearForms, ViewsThatRestoreAnotherShapeStay) {
+  auto module = module_of({"", R"python(
+    h = torch.embedding(self.e, x.long().clamp(0, 8)[:, :, 0])
+    y = torch.addmm(self.b, h.view(-1, h.size(2)), self.w).view(h.size(1), h.size(0), 4)
+    out = torch.tanh(y) + x.sum()
+)python",
+                           ""});
+  const auto graph = lowered(module);
+  EXPECT_EQ(count_kind(*graph, "aten::view"), 1u);
+  ASSERT_NE(only_linear(*graph), nullptr);
+  expect_same_results(module, graph);
+}
+
+// A view that mixes dimensions into the rows' width is no flattening of rows.
+TEST(LowerLinearForms, RowsOfMergedHeadsStayFlat) {
+  auto module = module_of({"", R"python(
+    h = torch.embedding(self.e, x.long().clamp(0, 8)[:, :, 0]).view(2, 5, 3, 2) + x.sum()
+    out = torch.mm(h.reshape(-1, 6), self.w).view(2, 5, 4)
+)python",
+                           ""});
+  const auto graph = lowered(module);
+  const torch::jit::Node* linear = only_linear(*graph);
+  ASSERT_NE(linear, nullptr);
+  EXPECT_TRUE(is_aten(linear->input(0)->node(), {"reshape"}));
+  expect_same_results(module, graph);
+}
+
+class LeaveProductAlone : public LowerLinearForms {};
+
+TEST_P(LeaveProductAlone, AsItWas) {
+  auto module = module_of(GetParam());
+  const auto graph = lowered(module);
+  EXPECT_EQ(count_kind(*graph, "aten::linear"), 0u);
+  expect_same_results(module, graph);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Others, LeaveProductAlone,
+    ::testing::Values(Case{"weight_on_the_left", "    out = torch.matmul(self.v, x.transpose(1, 2))\n", ""},
+                      Case{"two_inputs", "    out = torch.matmul(x, x.transpose(1, 2))\n", ""},
+                      Case{"weight_of_rank_3", "    out = torch.matmul(x, torch.unsqueeze(self.w, 0))\n", ""},
+                      Case{"weight_computed", "    out = torch.matmul(x, torch.tanh(self.w))\n", ""},
+                      Case{"scaled_addmm", "    out = torch.addmm(self.b, x[0], self.w, beta=0.5)\n", ""}),
+    [](const auto& info) { return info.param.name; });
+
+// Freezing turns parameters into constants; a transposed one is a constant of [in, out].
+TEST(LowerLinearForms, ConstantsOfAFrozenModule) {
+  auto module = module_of({"", "    out = x @ self.v.t() + self.b\n", ""});
+  const at::Tensor x = at::randn({2, 5, 6});
+  const at::Tensor expected = module.forward({x}).toTensor();
+  const auto frozen = torch::jit::freeze_module(module);
+  const auto graph = lowered(frozen);
+  EXPECT_EQ(count_kind(*graph, "aten::linear"), 1u);
+  EXPECT_EQ(count_kind(*graph, "aten::matmul") + count_kind(*graph, "aten::add"), 0u);
+  EXPECT_LT(largest_difference(expected, run_graph(frozen, graph, {x}).toTensor()), 1e-6);
 }
 
 }  // namespace
