@@ -22,6 +22,14 @@ Projection SiteFinder::describe(const Node* linear) {
   }
   result.path = path_of(linear);
   result.offset = source.first_row;
+  Value* weight = const_cast<Value*>(linear->input(1));
+  if (weight->node()->kind() == c10::prim::ListUnpack) {  // split by sizes that are computed from the input's width
+    result.offset = 0;
+    for (size_t i = 0; i < weight->offset(); ++i) {
+      const auto piece = shapes_.shape(weight->node()->outputs()[i]);
+      result.offset += piece && !piece->empty() ? piece->front().factor : 0;
+    }
+  }
   result.packed = source.tensor.defined() && source.is_part;
   return result;
 }

@@ -77,9 +77,14 @@ WeightSource weight_source(const Value* weight, const Module& root) {
   const bool by_index = node->kind() == c10::aten::__getitem__;
   const int64_t piece = by_index ? constant_int(node->input(1)).value_or(0) : static_cast<int64_t>(weight->offset());
   const auto sizes = resolve_constant(split->input(1));
+  const Node* list = split->input(1)->node();
   if (sizes && sizes->isIntList()) {
     for (int64_t i = 0; i < piece; ++i) {
       source.first_row += sizes->toIntVector().at(i);
+    }
+  } else if (list->kind() == c10::prim::ListConstruct) {
+    for (int64_t i = 0; i < piece; ++i) {
+      source.first_row += constant_int(list->input(i)).value_or(0);
     }
   } else if (const auto count = constant_int(split->input(1))) {
     source.first_row += piece * (is_aten(split, {"chunk"}) ? source.tensor.size(0) / *count : *count);

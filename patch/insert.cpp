@@ -164,6 +164,9 @@ Value* Inserter::insert_lora(const BankSlot& slot, const LinearSite& site) {
        NamedValue(parameter(slot, module, "lora_b")), NamedValue(parameter(slot, module, "scaling"))},
       common_arguments(slot, module));
   Value* updated = swapped(op->outputs()[0], site.sequence_first);
+  if (site.sequence_first && !site.is_part) {
+    updated = graph_.insert(c10::aten::contiguous, {updated});  // as a linear's result is: views of it must work
+  }
   if (site.is_part) {
     updated = graph_.insert(c10::aten::slice_scatter,
                             {whole, updated, -1, site.offset, site.offset + site.width, 1});

@@ -85,6 +85,7 @@ std::optional<Shape> SymbolicShapes::reshaped(const Shape& from, const Value* si
     }
   }
   if (!inferred) {
+    assume_equal_products(product(from), known);
     return result;
   }
   auto rest = product(from).divided_by(known);

@@ -116,6 +116,20 @@ bool SymbolicShapes::assume_equal(const Dim& a, const Dim& b) {
   return single;
 }
 
+void SymbolicShapes::assume_equal_products(const Dim& a, const Dim& b) {
+  const Dim left = canonical(a);
+  const Dim right = canonical(b);
+  Dim only_left;
+  Dim only_right;
+  std::set_difference(left.symbols.begin(), left.symbols.end(), right.symbols.begin(), right.symbols.end(),
+                      std::back_inserter(only_left.symbols));
+  std::set_difference(right.symbols.begin(), right.symbols.end(), left.symbols.begin(), left.symbols.end(),
+                      std::back_inserter(only_right.symbols));
+  if (left.factor == right.factor) {
+    assume_equal(only_left, only_right);
+  }
+}
+
 std::optional<Shape> SymbolicShapes::shape(const Value* value) {
   auto known = shapes_.find(value);
   if (known == shapes_.end()) {
