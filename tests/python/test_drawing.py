@@ -207,8 +207,11 @@ def test_without_dot_the_remedy_is_named(monkeypatch, tmp_path) -> None:
 
 def test_a_failure_of_dot_is_told(monkeypatch, tmp_path) -> None:
     program = tmp_path / "dot"
-    program.write_text("#!/bin/sh\necho 'no fonts here' >&2\nexit 3\n")
+    program.write_text("#!/bin/sh\ncat > /dev/null\necho 'no fonts here' >&2\nexit 3\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     with pytest.raises(torchgraft.GraftError, match="dot could not draw the picture: no fonts here"):
+        draw(structure([entry(0)]), {}, "bare")
+    program.write_text("#!/bin/sh\nexit 3\n")  # at once: whether it is still fed is a matter of chance
+    with pytest.raises(torchgraft.GraftError, match="dot could not draw the picture"):
         draw(structure([entry(0)]), {}, "bare")
