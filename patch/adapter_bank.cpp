@@ -12,9 +12,9 @@ namespace {
 // Execution order of the places in a layer.
 int order_of(const std::string& slot) {
   static const std::vector<std::string> kOrder = {
-      "selfattn_lora_q",  "selfattn_lora_k", "selfattn_lora_v", "crossattn_lora_q", "crossattn_lora_k",
-      "crossattn_lora_v", "self_prefix",     "encoder_prefix",  "cross_prefix",     "mh_adapter",
-      "cross_adapter",    "intermediate_lora", "output_lora",   "output_adapter"};
+      "selfattn_lora_q",  "selfattn_lora_k",   "selfattn_lora_v", "crossattn_lora_q", "crossattn_lora_k",
+      "crossattn_lora_v", "self_prefix",       "encoder_prefix",  "cross_prefix",     "mh_adapter",
+      "cross_adapter",    "intermediate_lora", "output_lora",     "output_adapter"};
   const auto found = std::find(kOrder.begin(), kOrder.end(), slot);
   TORCH_INTERNAL_ASSERT(found != kOrder.end(), "no execution order for ", slot);
   return static_cast<int>(found - kOrder.begin());

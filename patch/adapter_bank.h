@@ -49,7 +49,8 @@ struct SlotRun {
   size_t layer = 0;  // index into the structure's layers
 };
 
-// All ops that `slots` make on `structure`, in execution order; the gates that grafted_forward returns are in this order.
+// All ops that `slots` make on `structure`, in execution order; the gates that grafted_forward returns are in this
+// order.
 std::vector<SlotRun> slot_runs(const std::vector<BankSlot>& slots, const Structure& structure);
 
 // The `adapters` submodule: layer_<i>.<slot name>.<parameter>, the adapters' names and configs, and the methods behind

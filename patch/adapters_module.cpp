@@ -93,7 +93,8 @@ c10::IValue list_of(const std::vector<BankSlot>& slots, const std::vector<SlotRu
 }  // namespace
 
 Module make_adapters_module(const std::vector<Adapter>& adapters, const std::vector<BankSlot>& slots,
-                            const std::vector<SlotRun>& runs, const std::shared_ptr<torch::jit::CompilationUnit>& unit) {
+                            const std::vector<SlotRun>& runs,
+                            const std::shared_ptr<torch::jit::CompilationUnit>& unit) {
   Module root(c10::QualifiedName("__torch__.torchgraft.Adapters"), unit, /*shouldMangle=*/true);
   root.register_attribute("training", c10::BoolType::get(), false);
   c10::List<std::string> names;

@@ -17,11 +17,12 @@ bool is_tensor(const Value* value) { return value->type()->isSubtypeOf(*c10::Ten
 
 // Ops that move elements about; whether they are executed decides what arrives where.
 bool moves_elements(const Node* node) {
-  return is_aten(node, {"view",   "reshape",           "_unsafe_view",  "flatten", "unflatten",    "transpose", "swapaxes",
-                        "permute", "movedim",          "unsqueeze",     "squeeze", "chunk",        "split",     "unbind",
-                        "split_with_sizes",            "tensor_split",  "select",  "slice",        "narrow",    "cat",
-                        "concat", "stack",             "expand",        "repeat",  "repeat_interleave", "flip", "t",
-                        "contiguous"});
+  return is_aten(node, {"view",         "reshape",  "_unsafe_view", "flatten", "unflatten",
+                        "transpose",    "swapaxes", "permute",      "movedim", "unsqueeze",
+                        "squeeze",      "chunk",    "split",        "unbind",  "split_with_sizes",
+                        "tensor_split", "select",   "slice",        "narrow",  "cat",
+                        "concat",       "stack",    "expand",       "repeat",  "repeat_interleave",
+                        "flip",         "t",        "contiguous"});
 }
 
 class Probe {

@@ -77,7 +77,8 @@ bool SiteFinder::find_projection(Value* heads, const char* role, std::optional<P
                                  LinearSite& site, Layer& layer, std::string& reason) {
   const auto linears = nearest_linears(heads);
   if (linears.size() != 1) {
-    reason = std::string(linears.empty() ? "no linear projection leads to its " : "several linear maps lead to its ") + role;
+    reason =
+        std::string(linears.empty() ? "no linear projection leads to its " : "several linear maps lead to its ") + role;
     return false;
   }
   site.node = linears.front();
@@ -93,7 +94,8 @@ bool SiteFinder::find_projection(Value* heads, const char* role, std::optional<P
   std::string why_not;
   const at::Tensor weight = weight_source(site.node->input(1), module_).tensor;
   if (weight.defined() && weights_elsewhere_.count(weight.data_ptr())) {
-    layer.notes.push_back(found.path + " is applied outside the attention too (relative positions?): LoRA leaves that as it is");
+    layer.notes.push_back(found.path +
+                          " is applied outside the attention too (relative positions?): LoRA leaves that as it is");
   }
   if (found.out_features == 0) {
     layer.notes.push_back(std::string("the weight of its ") + role + " projection is computed, not a parameter");

@@ -26,9 +26,9 @@ std::optional<LinearSite> SiteFinder::linear_behind(Value* value, bool through_a
       }
       const bool unpacks = user->kind() == c10::prim::ListUnpack;
       const bool passes = is_layout(user) || is_aten(user, {"dropout"}) || is_norm(user) ||
-                          (through_any_op && (unpacks || (user->kind().is_aten() &&
-                                                          !is_aten(user, {"scaled_dot_product_attention", "matmul",
-                                                                          "bmm", "softmax"}))));
+                          (through_any_op &&
+                           (unpacks || (user->kind().is_aten() &&
+                                        !is_aten(user, {"scaled_dot_product_attention", "matmul", "bmm", "softmax"}))));
       if (!passes) {
         return std::nullopt;
       }

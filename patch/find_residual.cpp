@@ -46,8 +46,8 @@ Node* top_level_node(Node* node) {
   return node;
 }
 
-// The one node at the top level that reads `value`, and at which input; a branch (stochastic depth in training) may read
-// it many times.
+// The one node at the top level that reads `value`, and at which input; a branch (stochastic depth in training) may
+// read it many times.
 std::optional<torch::jit::Use> only_reader(Value* value) {
   const auto uses = data_uses(value);
   if (uses.empty()) {
@@ -87,9 +87,9 @@ bool SiteFinder::is_scale(const Node* node, const Value* scaled) {
   return constant_double(factor).has_value() || resolve_tensor(strip_layout(factor), module_).defined();
 }
 
-// The add that `branch` flows into, through dropout, norms, scales and rearrangements. The other operand is the residual
-// stream when it is what the block has read; where two blocks add to one stream (parallel attention and feed-forward)
-// the stream comes in at a later add.
+// The add that `branch` flows into, through dropout, norms, scales and rearrangements. The other operand is the
+// residual stream when it is what the block has read; where two blocks add to one stream (parallel attention and
+// feed-forward) the stream comes in at a later add.
 std::optional<ResidualSite> SiteFinder::find_residual(Value* branch, Value* block_input) {
   for (auto reader = only_reader(branch);; reader = only_reader(branch)) {
     if (!reader) {

@@ -83,8 +83,8 @@ void number_layers(GraphSites& sites, const Module& module) {
       continue;
     }
     const Layer* before = i > 0 ? &sites.structure.layers[i - 1] : nullptr;
-    const bool continues = layer.kind == AttentionKind::kCross && before &&
-                           before->kind != AttentionKind::kEncoder && !before->has_ffn_residual && !before->shares;
+    const bool continues = layer.kind == AttentionKind::kCross && before && before->kind != AttentionKind::kEncoder &&
+                           !before->has_ffn_residual && !before->shares;
     layer.number = continues ? before->number : next++;
   }
 }

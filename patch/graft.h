@@ -58,6 +58,6 @@ TORCHGRAFT_PATCH_API torch::jit::Module graft(const torch::jit::Module& module,
 // the result then has no layers and its near misses say why. With `sites`, what they
 // make of it.
 TORCHGRAFT_PATCH_API Structure inspect(const torch::jit::Module& module,
-                                                const std::optional<Structure>& sites = std::nullopt);
+                                       const std::optional<Structure>& sites = std::nullopt);
 
 }  // namespace torchgraft

@@ -52,7 +52,7 @@ class Inserter {
   std::map<const Node*, ResidualState> residuals_;  // by the add
   std::map<const Value*, Value*> shared_masks_;     // token masks by attention mask
   std::map<int64_t, Value*> token_masks_;           // and by layer
-  int64_t layer_ = 0;  // where the op being inserted goes
+  int64_t layer_ = 0;                               // where the op being inserted goes
   Value* adapters_ = nullptr;
   Value* adapter_ids_ = nullptr;
   Value* active_ = nullptr;
@@ -168,8 +168,7 @@ Value* Inserter::insert_lora(const BankSlot& slot, const LinearSite& site) {
     updated = graph_.insert(c10::aten::contiguous, {updated});  // as a linear's result is: views of it must work
   }
   if (site.is_part) {
-    updated = graph_.insert(c10::aten::slice_scatter,
-                            {whole, updated, -1, site.offset, site.offset + site.width, 1});
+    updated = graph_.insert(c10::aten::slice_scatter, {whole, updated, -1, site.offset, site.offset + site.width, 1});
   }
   whole->replaceAllUsesAfterNodeWith(end, updated);
   end->destroy();
@@ -266,8 +265,7 @@ Value* Inserter::insert(const BankSlot& slot, size_t layer) {
 }  // namespace
 
 void insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& sites, const std::vector<BankSlot>& slots,
-                     const std::vector<SlotRun>& runs, const torch::jit::Module& module,
-                     const InsertOptions& options) {
+                     const std::vector<SlotRun>& runs, const torch::jit::Module& module, const InsertOptions& options) {
   Inserter inserter(*graph, sites, module.attr("adapters").toModule().type(), options);
   if (options.pool_unpadded && !options.token_mask_input) {
     inserter.prepare_token_masks(slots, runs, module);

@@ -180,7 +180,8 @@ bool calls_one_of(Function& method, const std::set<MethodId>& methods) {
   bool found = false;
   if (function) {
     for_each_node(function->graph()->block(), [&](Node* node) {
-      const auto type = node->kind() == c10::prim::CallMethod ? node->input(0)->type()->cast<c10::ClassType>() : nullptr;
+      const auto type =
+          node->kind() == c10::prim::CallMethod ? node->input(0)->type()->cast<c10::ClassType>() : nullptr;
       found = found || (type && methods.count({type.get(), node->s(c10::attr::name)}));
     });
   }

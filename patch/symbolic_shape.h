@@ -48,7 +48,8 @@ class SymbolicShapes {
   // Takes two sizes for the same from now on; false when they are not single symbols, of which alone that can be said.
   bool assume_equal(const Dim& a, const Dim& b);
 
-  // The same for two numbers of elements that are equal: what is left after common factors, when that is one symbol each.
+  // The same for two numbers of elements that are equal: what is left after common factors, when that is one symbol
+  // each.
   void assume_equal_products(const Dim& a, const Dim& b);
 
   // `dim` in the symbols that stand for it after what was assumed.

@@ -51,8 +51,7 @@ void verify_grafted(const Module& module, size_t ops) {
   for (const char* name : {"forward", "forward_with_gates", "grafted_forward", "base_forward"}) {
     module.get_method(name).graph()->lint();
   }
-  TORCH_INTERNAL_ASSERT(count_ops(module) == ops, "planned ", ops, " ops, inserted ",
-                        count_ops(module));
+  TORCH_INTERNAL_ASSERT(count_ops(module) == ops, "planned ", ops, " ops, inserted ", count_ops(module));
   Objects done;
   const Module light(hollow(*module._ivalue(), done));
   std::stringstream file;

@@ -62,7 +62,8 @@ std::vector<std::string> lora_slots(const Path& path) {
   }
   const bool is_ffn_output = mentions(path, "output") && !mentions(path, "attention");
   const bool is_mlp_output = leaf == "c_proj" && mentions(path, "mlp");
-  if (is_ffn_output || is_mlp_output || is_one_of(leaf, {"fc2", "fc_out", "lin2", "linear2", "wo", "down_proj", "ffn_output"})) {
+  if (is_ffn_output || is_mlp_output ||
+      is_one_of(leaf, {"fc2", "fc_out", "lin2", "linear2", "wo", "down_proj", "ffn_output"})) {
     return {"output_lora"};
   }
   return {};

@@ -225,9 +225,9 @@ Plan Planner::finish() {
   }
   TORCH_CHECK(!plan_.empty(), "plan: the config asks for nothing on this model");
   static const std::vector<std::string> kOrder = {
-      "self_prefix",      "encoder_prefix",   "cross_prefix",     "selfattn_lora_q",   "selfattn_lora_k", "selfattn_lora_v",
-      "crossattn_lora_q", "crossattn_lora_k", "crossattn_lora_v", "mh_adapter",        "cross_adapter",
-      "intermediate_lora", "output_lora",     "output_adapter"};
+      "self_prefix",     "encoder_prefix",    "cross_prefix",     "selfattn_lora_q",  "selfattn_lora_k",
+      "selfattn_lora_v", "crossattn_lora_q",  "crossattn_lora_k", "crossattn_lora_v", "mh_adapter",
+      "cross_adapter",   "intermediate_lora", "output_lora",      "output_adapter"};
   const auto rank = [](const PlannedModule& module) {
     return std::pair(module.layer, std::find(kOrder.begin(), kOrder.end(), module.slot) - kOrder.begin());
   };

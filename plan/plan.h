@@ -10,8 +10,8 @@
 namespace torchgraft {
 
 // The three methods, each at one place of one layer. `location` is the oracle's key ("selfattn_lora"), `slot` names the
-// module inside the Transformer layer; the two differ for LoRA on q, k, v only: selfattn_lora_q, and crossattn_lora_q in
-// cross attention, whose location is selfattn_lora too.
+// module inside the Transformer layer; the two differ for LoRA on q, k, v only: selfattn_lora_q, and crossattn_lora_q
+// in cross attention, whose location is selfattn_lora too.
 struct PlannedLoRA {
   LoRAConfig config;
   int64_t in_features = 0;

@@ -139,8 +139,7 @@ Layer layer_from_json(const Json& json, size_t position) {
               " of \"layers\": expected \"index\" and \"layer\" of at least 0, got ", layer.index, " and ",
               layer.number);
   layer.shares = reader.optional_index("shares");
-  layer.kind =
-      reader.one_of("kind", {AttentionKind::kSelf, AttentionKind::kEncoder, AttentionKind::kCross});
+  layer.kind = reader.one_of("kind", {AttentionKind::kSelf, AttentionKind::kEncoder, AttentionKind::kCross});
   layer.num_heads = reader.get<int64_t>("num_heads");
   layer.num_kv_heads = reader.get<int64_t>("num_kv_heads");
   layer.head_dim = reader.get<int64_t>("head_dim");

@@ -38,8 +38,8 @@ struct Layer {
   NormOrder ffn_norm_order = NormOrder::kNone;  // of the feed-forward block
   std::optional<Projection> query, key, value, output;
   std::optional<Projection> ffn_in, ffn_gate, ffn_out;  // ffn_gate: in act(gate(x)) * in(x), the one with activation
-  bool has_attention_residual = false;  // a residual add after `output`: mh_adapter has its place
-  bool has_ffn_residual = false;        // a residual add after `ffn_out`: output_adapter has its place
+  bool has_attention_residual = false;                  // a residual add after `output`: mh_adapter has its place
+  bool has_ffn_residual = false;                        // a residual add after `ffn_out`: output_adapter has its place
   bool has_attention_mask = false;
   std::vector<std::string> notes;  // what is missing and why, in words
 };

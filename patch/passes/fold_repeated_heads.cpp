@@ -51,8 +51,8 @@ Value* before_repetition(Value* heads, SymbolicShapes& shapes) {
   const auto before = shapes.shape(source);
   const auto after = shapes.shape(heads);
   const bool only_heads_grow = before && after && before->size() == 4 && after->size() == 4 &&
-                               (*before)[1].is_constant() && (*after)[1].is_constant() &&
-                               (*before)[3] == (*after)[3] && (*after)[1].factor % (*before)[1].factor == 0;
+                               (*before)[1].is_constant() && (*after)[1].is_constant() && (*before)[3] == (*after)[3] &&
+                               (*after)[1].factor % (*before)[1].factor == 0;
   return only_heads_grow ? source : nullptr;
 }
 
