@@ -38,7 +38,8 @@ class Case:
     arguments(dtype, seed): those tensors. Seed 0 is what the model is traced with; other seeds have other batch sizes,
         lengths and (where the model takes a mask) paddings. Every row has a real token.
     hidden(result): the tensor that is compared, from the model's result.
-    forms: how it becomes TorchScript: "traced", "scripted" or both.
+    forms: how it becomes TorchScript: "traced", "scripted", and "fused": traced without grad mode, in which torch.nn's
+        encoder layers run, and are recorded, as one operator.
     without: methods that the model has no place for, with the reason.
     """
 
@@ -55,5 +56,5 @@ class Case:
         model = self.make(dtype)
         if form == "scripted":
             return torch.jit.script(model)
-        # With grad mode on: torch records its fused encoder layer without it, which is for the cases to choose.
-        return torch.jit.trace(model, self.arguments(dtype, 0), check_trace=False, strict=False)
+        with torch.set_grad_enabled(form != "fused"):
+            return torch.jit.trace(model, self.arguments(dtype, 0), check_trace=False, strict=False)
