@@ -8,6 +8,8 @@
 #include <torchgraft/patch/passes/lower_fused_encoder.h>
 #include <torchgraft/patch/passes/lower_linear_forms.h>
 #include <torchgraft/patch/passes/lower_multihead_attention.h>
+#include <torchgraft/patch/passes/merge_twin_branches.h>
+#include <torchgraft/patch/passes/unflatten_rows.h>
 #include <torchgraft/patch/passes/unroll_loops.h>
 
 #include <torch/csrc/jit/passes/remove_mutation.h>
@@ -20,6 +22,7 @@ CanonicalGraph canonicalise(const torch::jit::Module& module, const std::string&
   result.graph = module.get_method(method_name).graph()->copy();
   torch::jit::EraseShapeInformation(result.graph);  // a trace's example shapes hold for that example only
   inline_calls(result.graph, [&](torch::jit::Node* call) { return lower_multihead_attention(call, module); });
+  merge_twin_branches(result.graph);
   fold_attributes(result.graph, module);
   unroll_loops(result.graph);
   torch::jit::RemoveTensorMutation(result.graph);
@@ -27,6 +30,7 @@ CanonicalGraph canonicalise(const torch::jit::Module& module, const std::string&
   lower_fused_encoder(result.graph);
   lower_einsum(result.graph, module);
   lower_linear_forms(result.graph, module);
+  unflatten_rows(result.graph, module);
   lower_explicit_norm(result.graph, module);
   result.unlowered = lower_explicit_attention(result.graph, module);
   fold_repeated_heads(result.graph, module);

@@ -111,7 +111,9 @@ std::vector<SiteFinder::FeedForward> SiteFinder::feed_forwards(const std::vector
   std::vector<FeedForward> blocks;
   for (Node* in : linears_reading(streams)) {
     const auto out = linear_behind(in->output(), /*through_any_op=*/true);
-    if (!out || attention_projections_.count(out->node) || out->node == sites.output->node) {
+    bool sequence_first = false;
+    if (!out || attention_projections_.count(out->node) || out->node == sites.output->node ||
+        !layout_of(in->input(0), sequence_first) || !layout_of(out->node->input(0), sequence_first)) {
       continue;
     }
     const auto same =

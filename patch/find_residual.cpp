@@ -72,8 +72,18 @@ bool is_tensor_add(const Node* node) {
          node->input(1)->type()->isSubtypeOf(*c10::TensorType::get());
 }
 
-bool contains(const std::vector<Value*>& values, const Value* value) {
-  return std::find(values.begin(), values.end(), value) != values.end();
+// The one of `streams` that `operand` is, or is a sum with: x + attention(x) in x + attention(x) + feed_forward(x).
+// Null when it is neither.
+Value* stream_in(Value* operand, const std::vector<Value*>& streams) {
+  if (std::find(streams.begin(), streams.end(), strip_passive(operand)) != streams.end()) {
+    return operand;
+  }
+  Node* add = operand->node();
+  if (!is_tensor_add(add)) {
+    return nullptr;
+  }
+  Value* found = stream_in(add->input(0), streams);
+  return found ? found : stream_in(add->input(1), streams);
 }
 
 }  // namespace
@@ -89,7 +99,7 @@ bool SiteFinder::is_scale(const Node* node, const Value* scaled) {
 
 // The add that `branch` flows into, through dropout, norms, scales and rearrangements. The other operand is the
 // residual stream when it is what the block has read; where two blocks add to one stream (parallel attention and
-// feed-forward) the stream comes in at a later add.
+// feed-forward) the stream is a part of that operand, or comes in at a later add.
 std::optional<ResidualSite> SiteFinder::find_residual(Value* branch, Value* block_input) {
   for (auto reader = only_reader(branch);; reader = only_reader(branch)) {
     if (!reader) {
@@ -113,17 +123,19 @@ std::optional<ResidualSite> SiteFinder::find_residual(Value* branch, Value* bloc
   site.sum = site.add;
   site.residual = site.add->input(1 - site.branch_operand);
   const auto streams = streams_of(block_input);
-  for (Node* add = site.add; !contains(streams, strip_passive(site.residual));) {
+  Value* stream = stream_in(site.residual, streams);
+  for (Node* add = site.add; !stream;) {
     const auto next = only_reader(add->output());
     if (!next || !is_tensor_add(next->user)) {  // no stream that the block has read: the nearest add is its residual
       site.sum = site.add;
-      site.residual = site.add->input(1 - site.branch_operand);
+      stream = site.residual;
       break;
     }
     add = next->user;
     site.sum = add;
-    site.residual = add->input(1 - next->offset);
+    stream = stream_in(add->input(1 - next->offset), streams);
   }
+  site.residual = stream;
   if (!layout_of(site.sum->output(), site.sequence_first)) {
     return std::nullopt;
   }

@@ -27,15 +27,25 @@ Value* right_factor(Node* product) { return product->input(is_aten(product, {"ba
 // Between [B * h, S, S] and [B, h, S, S].
 bool is_reshape(const Node* node) { return is_aten(node, {"view", "reshape", "_unsafe_view", "unflatten", "flatten"}); }
 
+// A number, or a tensor of rank 0 that is computed from numbers: GPT-2 divides by torch.full([], sqrt(d)), and a trace of
+// `q.size(-1) ** -0.5` computes with sizes as tensors.
 bool is_number(const Value* value) {
   const auto kind = value->type()->kind();
   if (kind == c10::TypeKind::IntType || kind == c10::TypeKind::FloatType || kind == c10::TypeKind::NumberType) {
     return true;
   }
-  // GPT-2 divides by torch.full([], sqrt(d)).
-  const bool is_scalar_tensor = is_aten(value->node(), {"full"}) && resolve_constant(value->node()->input(0)) &&
-                                resolve_constant(value->node()->input(0))->toListRef().empty();
-  return constant_double(value).has_value() || is_scalar_tensor;
+  const Node* node = value->node();
+  if (constant_double(value) || node->kind() == c10::prim::NumToTensor) {
+    return true;
+  }
+  if (is_aten(node, {"full"})) {
+    const auto sizes = resolve_constant(node->input(0));
+    return sizes && sizes->toListRef().empty();
+  }
+  return is_aten(node, {"pow", "sqrt", "rsqrt", "reciprocal", "mul", "div", "to"}) &&
+         std::all_of(node->inputs().begin(), node->inputs().end(), [](const Value* input) {
+           return !input->type()->isSubtypeOf(*c10::TensorType::get()) || is_number(input);
+         });
 }
 
 // The index of the operand of `node` that carries the scores on, for a step of the path that this pass understands.

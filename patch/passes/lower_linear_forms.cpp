@@ -6,7 +6,6 @@
 #include <torch/csrc/jit/ir/constants.h>
 #include <torch/csrc/jit/passes/dead_code_elimination.h>
 
-#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -26,12 +25,10 @@ class LinearLowering {
 
   void lower_product(Node* node);
   void take_bias(Node* sum);
-  void keep_leading_dims(Node* linear);
 
  private:
   std::optional<Shape> matrix(Value* weight);
   Value* transposed(Value* weight);
-  bool flattens_rows(const Node* view, const Dim& features);
   Value* insert_linear(Value* x, Value* weight, Value* bias) {
     return graph_->insert(c10::aten::linear, {x, weight, bias});
   }
@@ -104,60 +101,6 @@ void LinearLowering::take_bias(Node* sum) {
   }
 }
 
-bool is_view(const Node* node) { return is_aten(node, {"view", "reshape", "_unsafe_view"}); }
-
-// x.view(-1, features) of an x whose last dimension is `features`: rows one below the other.
-bool LinearLowering::flattens_rows(const Node* view, const Dim& features) {
-  if (!is_view(view) && !is_aten(view, {"flatten"})) {
-    return false;
-  }
-  const Value* x = view->input(0);
-  const auto flat = shapes_.shape(view->output());
-  const auto shape = shapes_.shape(x);
-  if (shape) {
-    return flat && flat->size() == 2 && shape->size() > 2 && shape->back() == features && flat->back() == features;
-  }
-  // Of an x of unknown shape: view(-1, x.size(-1)), which keeps the last dimension whatever it is.
-  const Node* sizes = view->inputs().size() > 1 ? view->input(1)->node() : nullptr;
-  if (!sizes || sizes->kind() != c10::prim::ListConstruct || sizes->inputs().size() != 2) {
-    return false;
-  }
-  const Node* last = sizes->input(1)->node();
-  return is_aten(last, {"size"}) && last->inputs().size() == 2 && last->input(0) == x &&
-         constant_int(last->input(1)) == -1;
-}
-
-// Rows are flattened before a linear map and put back by views of its result. The map does the same on x itself; a view
-// that restores x's leading dimensions goes away, any other is a view of the same elements in the same order.
-void LinearLowering::keep_leading_dims(Node* linear) {
-  const auto weight = matrix(linear->input(1));
-  Node* flattening = linear->input(0)->node();
-  if (!weight || !flattens_rows(flattening, weight->back())) {
-    return;
-  }
-  const auto uses = data_uses(linear->output());
-  const bool only_viewed = std::all_of(uses.begin(), uses.end(), [](const auto& use) { return is_view(use.user); });
-  if (uses.empty() || !only_viewed) {
-    return;
-  }
-  Value* x = flattening->input(0);
-  auto restored = shapes_.shape(x);
-  if (restored) {
-    restored->back() = weight->front();
-  }
-  torch::jit::WithInsertPoint guard(linear);
-  Value* result = insert_linear(x, linear->input(1), linear->input(2));
-  for (const auto& use : uses) {
-    Node* view = use.user;
-    const auto shape = shapes_.shape(view->output());
-    if (restored && shape == restored) {
-      view->output()->replaceAllUsesWith(result);
-    } else {
-      view->replaceInput(0, result);
-    }
-  }
-}
-
 // Calls `method` on the nodes of these kinds, then drops what they left dead.
 void run_round(const std::shared_ptr<Graph>& graph, const Module& module, std::initializer_list<const char*> kinds,
                void (LinearLowering::*method)(Node*)) {
@@ -180,7 +123,6 @@ void run_round(const std::shared_ptr<Graph>& graph, const Module& module, std::i
 void lower_linear_forms(const std::shared_ptr<Graph>& graph, const Module& module) {
   run_round(graph, module, {"matmul", "mm", "addmm"}, &LinearLowering::lower_product);
   run_round(graph, module, {"add"}, &LinearLowering::take_bias);
-  run_round(graph, module, {"linear"}, &LinearLowering::keep_leading_dims);
 }
 
 }  // namespace torchgraft

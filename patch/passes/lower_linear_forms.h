@@ -8,7 +8,6 @@ namespace torchgraft {
 // Writes every linear map by a parameter of rank 2 as aten::linear(x, weight, bias):
 //   matmul(x, w), mm(x, w), addmm(b, x, w)    weight = t(w); linear(x, v) for w = t(v)
 //   linear(x, w) + b                          where b is a parameter of shape [out]
-//   linear(x.view(-1, in), ...).view(...)     linear on x itself, so that its tokens and batch stay visible
 // That covers Hugging Face's Conv1D and what torch.jit.optimize_for_inference makes of linear on the CPU.
 void lower_linear_forms(const std::shared_ptr<torch::jit::Graph>& graph, const torch::jit::Module& module);
 

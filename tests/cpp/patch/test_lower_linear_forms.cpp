@@ -106,57 +106,8 @@ INSTANTIATE_TEST_SUITE_P(
 )python",
                            "aten::add"},
                       Case{"bias_scaled", "    out = torch.add(torch.matmul(x, self.w), self.b, alpha=2.0)\n",
-                           "aten::add"},
-                      Case{"rows_viewed_as_heads", R"python(
-    y = torch.mm(x.view(-1, x.size(-1)), self.w) + self.b
-    out = y.view(x.size(0), x.size(1), 2, 2)
-)python",
-                           "aten::view"}),
+                           "aten::add"}),
     [](const auto& info) { return info.param.name; });
-
-// A Conv1D whose input has a shape that is known: the view back is gone, the linear map sees x as it was.
-TEST(LowerLinearForms, LinearSeesTheTokens) {
-  auto module = module_of({"", R"python(
-    h = torch.embedding(self.e, x.long().clamp(0, 8)[:, :, 0])
-    y = torch.addmm(self.b, h.view(-1, h.size(2)), self.w).view(h.size(0), h.size(1), 4)
-    out = torch.tanh(y) + x.sum()
-)python",
-                           ""});
-  const auto graph = lowered(module);
-  EXPECT_EQ(count_kind(*graph, "aten::view"), 0u);
-  const torch::jit::Node* linear = only_linear(*graph);
-  ASSERT_NE(linear, nullptr);
-  EXPECT_TRUE(is_aten(linear->input(0)->node(), {"embedding"}));
-  expect_same_results(module, graph);
-}
-
-// Viewed back with the leading dimensions in another order: the same elements, but the view must stay.
-TEST(LowerLinearForms, ViewsThatRestoreAnotherShapeStay) {
-  auto module = module_of({"", R"python(
-    h = torch.embedding(self.e, x.long().clamp(0, 8)[:, :, 0])
-    y = torch.addmm(self.b, h.view(-1, h.size(2)), self.w).view(h.size(1), h.size(0), 4)
-    out = torch.tanh(y) + x.sum()
-)python",
-                           ""});
-  const auto graph = lowered(module);
-  EXPECT_EQ(count_kind(*graph, "aten::view"), 1u);
-  ASSERT_NE(only_linear(*graph), nullptr);
-  expect_same_results(module, graph);
-}
-
-// A view that mixes dimensions into the rows' width is no flattening of rows.
-TEST(LowerLinearForms, RowsOfMergedHeadsStayFlat) {
-  auto module = module_of({"", R"python(
-    h = torch.embedding(self.e, x.long().clamp(0, 8)[:, :, 0]).view(2, 5, 3, 2) + x.sum()
-    out = torch.mm(h.reshape(-1, 6), self.w).view(2, 5, 4)
-)python",
-                           ""});
-  const auto graph = lowered(module);
-  const torch::jit::Node* linear = only_linear(*graph);
-  ASSERT_NE(linear, nullptr);
-  EXPECT_TRUE(is_aten(linear->input(0)->node(), {"reshape"}));
-  expect_same_results(module, graph);
-}
 
 class LeaveProductAlone : public LowerLinearForms {};
 

@@ -3,12 +3,9 @@
 import functools
 
 import hugging_face_repairs as repairs
-import torch
 from case import Case
 from hugging_face_models import FAMILIES
 from oracle_reference import OracleReference
-
-from oracle import TOLERANCE
 
 # LLaMA's and Mistral's mixins wrap down_proj as the intermediate and up_proj as the output projection.
 _SWAPPED = {"intermediate_lora": "output_lora", "output_lora": "intermediate_lora"}
@@ -65,30 +62,3 @@ _LIST = [
 ]
 
 CASES: dict[str, Case] = {case.name: case for case in _LIST}
-
-# Whatever the model's dtype, these compute something in float32: their float64 results agree to its rounding only.
-COMPUTES_IN_FLOAT32 = {
-    "deberta_eager": "its own layer norm",
-    "vit_eager": "softmax",
-    "clip_vision_eager": "softmax",
-    "gpt2_eager": "traced, the square root of the head width",
-    "gptj_eager": "queries, keys and scores",
-    "llama_sdpa": "RMSNorm and rotary angles",
-    "llama_eager": "RMSNorm, rotary angles and softmax",
-    "mistral_sdpa": "RMSNorm and rotary angles",
-    "mistral_eager": "RMSNorm, rotary angles and softmax",
-    "t5_eager": "softmax and the norms' variance",
-    "t5_gated_eager": "softmax and the norms' variance",
-}
-# CLIP's text model writes float64's lowest number into a float32 mask, and stops.
-FLOAT32_ONLY = {"clip_text_sdpa", "clip_text_eager"}
-
-
-def dtypes(name: str) -> tuple[torch.dtype, ...]:
-    """Those in which the case's own model runs."""
-    return (torch.float32,) if name in FLOAT32_ONLY else (torch.float32, torch.float64)
-
-
-def tolerance(name: str, dtype: torch.dtype) -> float:
-    """How far two correct results of the case may be apart."""
-    return TOLERANCE[torch.float32 if name in COMPUTES_IN_FLOAT32 else dtype]

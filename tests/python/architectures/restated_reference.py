@@ -80,9 +80,9 @@ class RestatedReference:
         return grafted
 
     def run(self, grafted: torch.jit.ScriptModule, method: str, arguments: tuple) -> tuple[Tensor, Gates]:
-        parameters = _slots(grafted.state_dict())
-        dtype = next(iter(next(iter(parameters.values())).values())).dtype
-        return self.restate(parameters, method, dtype, arguments)
+        slots = slots_of(grafted)
+        dtype = next(value.dtype for slot in slots.values() for value in slot.values() if value.is_floating_point())
+        return self.restate(slots, method, dtype, arguments)
 
     @torch.no_grad()
     def restate(self, slots: "Slots", method: str | None, dtype: torch.dtype, arguments: tuple) -> tuple[Tensor, Gates]:
@@ -103,10 +103,10 @@ def _made(reference: RestatedReference, dtype: torch.dtype) -> nn.Module:
     return reference.make(dtype)
 
 
-def _slots(state: dict[str, Tensor]) -> Slots:
-    """From keys such as adapters.layer_3.self_prefix.prefix_key and adapters.layer_3.mh_adapter_seq_relu.up_bias."""
+def slots_of(grafted: torch.jit.ScriptModule) -> Slots:
+    """From parameters and buffers such as adapters.layer_3.self_prefix.prefix_key and adapters.layer_3.mh_adapter_seq_relu.up_bias."""
     slots: Slots = {}
-    for path, value in state.items():
+    for path, value in grafted.state_dict().items():
         parts = path.split(".")
         if parts[0] == "adapters" and len(parts) == 4:
             slot = re.sub(r"_adapter_.*", "_adapter", parts[2])

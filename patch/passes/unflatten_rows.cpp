@@ -1,0 +1,208 @@
+#include <torchgraft/patch/passes/unflatten_rows.h>
+
+#include <torchgraft/patch/graph_utils.h>
+#include <torchgraft/patch/symbolic_shape.h>
+
+#include <torch/csrc/jit/ir/constants.h>
+#include <torch/csrc/jit/passes/dead_code_elimination.h>
+
+#include <algorithm>
+#include <map>
+#include <optional>
+#include <set>
+#include <vector>
+
+namespace torchgraft {
+namespace {
+
+using torch::jit::Graph;
+using torch::jit::Module;
+using torch::jit::Node;
+using torch::jit::Value;
+
+bool is_view(const Node* node) { return is_aten(node, {"view", "reshape", "_unsafe_view"}); }
+
+// What works on every element for itself, whatever the dimensions are.
+bool is_pointwise(const Node* node) {
+  return is_aten(node, {"gelu",       "relu",      "relu6",   "silu",     "sigmoid",  "tanh",    "mish", "hardtanh",
+                        "elu",        "hardswish", "softplus", "dropout",  "leaky_relu", "square", "pow",  "neg",
+                        "erf",        "exp",       "sqrt",     "rsqrt",    "abs",      "mul",     "div",  "add",
+                        "sub",        "to",        "clamp",    "contiguous"});
+}
+
+bool is_tensor(const Value* value) { return value->type()->isSubtypeOf(*c10::TensorType::get()); }
+
+// A value whose rows are flattened, as it is before they are: `tokens` is [..., features] where the value is
+// [rows, features]; `source` is what was flattened, which says how the leading dimensions are.
+struct Unflattened {
+  Value* tokens = nullptr;
+  Value* source = nullptr;
+};
+
+// No node is destroyed before the end, for shapes are remembered by value.
+class RowUnflattening {
+ public:
+  RowUnflattening(const std::shared_ptr<Graph>& graph, const Module& module)
+      : graph_(graph), module_(module), shapes_(module) {}
+
+  void visit(Node* node);
+  void flatten_what_is_left();
+
+ private:
+  bool flattens_rows(const Node* view, const Dim& features);
+  void visit_linear(Node* linear);
+  void visit_pointwise(Node* node);
+  void visit_view(Node* view);
+  bool reads_along(const Value* value, const Value* source);
+  void replace(Node* node, Value* tokens, Value* source);
+
+  std::shared_ptr<Graph> graph_;
+  const Module& module_;
+  SymbolicShapes shapes_;
+  std::map<const Value*, Unflattened> flat_;
+  std::vector<Value*> order_;        // the keys of flat_ as they were met
+  std::set<const Node*> converted_;  // nodes whose results nothing needs any more
+};
+
+// x.view(-1, features) of an x whose last dimension is `features`: rows one below the other.
+bool RowUnflattening::flattens_rows(const Node* view, const Dim& features) {
+  if (!is_view(view) && !is_aten(view, {"flatten"})) {
+    return false;
+  }
+  const Value* x = view->input(0);
+  const auto flat = shapes_.shape(view->output());
+  const auto shape = shapes_.shape(x);
+  if (shape) {
+    return flat && flat->size() == 2 && shape->size() > 2 && shape->back() == features && flat->back() == features;
+  }
+  // Of an x of unknown shape: view(-1, x.size(-1)), which keeps the last dimension whatever it is.
+  const Node* sizes = view->inputs().size() > 1 ? view->input(1)->node() : nullptr;
+  if (!sizes || sizes->kind() != c10::prim::ListConstruct || sizes->inputs().size() != 2) {
+    return false;
+  }
+  const Node* last = sizes->input(1)->node();
+  return is_aten(last, {"size"}) && last->inputs().size() == 2 && last->input(0) == x &&
+         constant_int(last->input(1)) == -1;
+}
+
+void RowUnflattening::replace(Node* node, Value* tokens, Value* source) {
+  flat_[node->output()] = {tokens, source};
+  order_.push_back(node->output());
+  converted_.insert(node);
+}
+
+void RowUnflattening::visit_linear(Node* linear) {
+  const auto weight = shapes_.shape(linear->input(1));
+  if (!weight || weight->size() != 2 || !weight->front().is_constant() || !weight->back().is_constant()) {
+    return;
+  }
+  Node* before = linear->input(0)->node();
+  const auto known = flat_.find(linear->input(0));
+  if (known == flat_.end() && !flattens_rows(before, weight->back())) {
+    return;
+  }
+  Value* x = known != flat_.end() ? known->second.tokens : before->input(0);
+  Value* source = known != flat_.end() ? known->second.source : x;
+  torch::jit::WithInsertPoint guard(linear);
+  replace(linear, graph_->insert(c10::aten::linear, {x, linear->input(1), linear->input(2)}), source);
+}
+
+// Whether an operand beside flattened rows means the same beside the rows as they were: it is flattened likewise, or
+// broadcasts along the features only.
+bool RowUnflattening::reads_along(const Value* value, const Value* source) {
+  if (!is_tensor(value)) {
+    return true;
+  }
+  if (const auto known = flat_.find(value); known != flat_.end()) {
+    return known->second.source == source;
+  }
+  const auto shape = shapes_.shape(value);
+  return shape && shape->size() <= 1;
+}
+
+void RowUnflattening::visit_pointwise(Node* node) {
+  const auto first = std::find_if(node->inputs().begin(), node->inputs().end(),
+                                  [&](const Value* input) { return flat_.count(input) > 0; });
+  if (first == node->inputs().end()) {
+    return;
+  }
+  Value* source = flat_.at(*first).source;
+  const bool in_place = std::string(node->kind().toUnqualString()).back() == '_';
+  const bool along = std::all_of(node->inputs().begin(), node->inputs().end(),
+                                 [&](const Value* input) { return reads_along(input, source); });
+  if (in_place || !along) {
+    return;
+  }
+  torch::jit::WithInsertPoint guard(node);
+  Node* copy = graph_->createClone(node, [&](Value* input) {
+    const auto known = flat_.find(input);
+    return known != flat_.end() ? known->second.tokens : input;
+  });
+  graph_->insertNode(copy);
+  copy->output()->setType(c10::TensorType::get());
+  replace(node, copy->output(), source);
+}
+
+// A view that gives the rows their leading dimensions back goes away; any other becomes one of the tokens.
+void RowUnflattening::visit_view(Node* view) {
+  const auto known = flat_.find(view->input(0));
+  if (known == flat_.end()) {
+    return;
+  }
+  const auto [tokens, source] = known->second;
+  auto restored = shapes_.shape(source);
+  const auto shape = shapes_.shape(view->output());
+  const auto features = shapes_.shape(view->input(0));
+  if (restored && features) {
+    restored->back() = features->back();
+  }
+  if (restored && features && shape == restored) {
+    view->output()->replaceAllUsesWith(tokens);
+    converted_.insert(view);
+  } else {
+    view->replaceInput(0, tokens);
+  }
+}
+
+void RowUnflattening::visit(Node* node) {
+  if (is_aten(node, {"linear"})) {
+    visit_linear(node);
+  } else if (is_view(node)) {
+    visit_view(node);
+  } else if (is_pointwise(node) && node->outputs().size() == 1) {
+    visit_pointwise(node);
+  }
+}
+
+// What still reads a flattened value reads a view of the tokens.
+void RowUnflattening::flatten_what_is_left() {
+  for (Value* value : order_) {
+    const auto uses = value->uses();
+    Value* rows = nullptr;
+    for (const auto& use : uses) {
+      if (converted_.count(use.user)) {
+        continue;
+      }
+      if (!rows) {
+        torch::jit::WithInsertPoint guard(value->node());
+        Value* sizes = graph_->insertConstant(std::vector<int64_t>{-1, shapes_.shape(value)->back().factor});
+        rows = graph_->insert(c10::aten::reshape, {flat_.at(value).tokens, sizes});
+      }
+      use.user->replaceInput(use.offset, rows);
+    }
+  }
+}
+
+}  // namespace
+
+void unflatten_rows(const std::shared_ptr<Graph>& graph, const Module& module) {
+  RowUnflattening pass(graph, module);
+  std::vector<Node*> nodes(graph->nodes().begin(), graph->nodes().end());
+  for (Node* node : nodes) {
+    pass.visit(node);
+  }
+  pass.flatten_what_is_left();
+  torch::jit::EliminateDeadCode(graph);
+}
+
+}  // namespace torchgraft
