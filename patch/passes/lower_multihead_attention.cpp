@@ -37,36 +37,43 @@ def merged_mask(attn_mask: Optional[Tensor], key_padding_mask: Optional[Tensor],
             mask = mask + padding
     return mask
 
-def self_attention_batch_first(
-        query: Tensor, key: Tensor, value: Tensor, attn_mask: Optional[Tensor], key_padding_mask: Optional[Tensor],
-        in_proj_weight: Tensor, in_proj_bias: Optional[Tensor], out_weight: Tensor, out_bias: Optional[Tensor],
-        heads: int, head_dim: int, dropout: float, training: bool) -> Tensor:
-    assert query.dim() == 3, "torchgraft: a grafted MultiheadAttention needs batched input, of shape [B, S, H]"
-    batch, length = query.size(0), query.size(1)
-    q, k, v = torch.linear(query, in_proj_weight, in_proj_bias).chunk(3, dim=-1)
-    q = q.view(batch, length, heads, head_dim).transpose(1, 2)
-    k = k.view(batch, length, heads, head_dim).transpose(1, 2)
-    v = v.view(batch, length, heads, head_dim).transpose(1, 2)
-    mask = merged_mask(attn_mask, key_padding_mask, batch, heads, length, length, query.dtype)
-    p = dropout if training else 0.0
-    context = torch.scaled_dot_product_attention(q, k, v, mask, p)
-    context = context.transpose(1, 2).reshape(batch, length, heads * head_dim)
-    return torch.linear(context, out_weight, out_bias)
+def project_together(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Optional[Tensor]):
+    q, k, v = torch.linear(query, weight, bias).chunk(3, dim=-1)
+    return q, k, v
 
-def self_attention_sequence_first(
-        query: Tensor, key: Tensor, value: Tensor, attn_mask: Optional[Tensor], key_padding_mask: Optional[Tensor],
-        in_proj_weight: Tensor, in_proj_bias: Optional[Tensor], out_weight: Tensor, out_bias: Optional[Tensor],
-        heads: int, head_dim: int, dropout: float, training: bool) -> Tensor:
-    assert query.dim() == 3, "torchgraft: a grafted MultiheadAttention needs batched input, of shape [S, B, H]"
-    length, batch = query.size(0), query.size(1)
-    q, k, v = torch.linear(query, in_proj_weight, in_proj_bias).chunk(3, dim=-1)
-    q = q.view(length, batch, heads, head_dim).permute(1, 2, 0, 3)
-    k = k.view(length, batch, heads, head_dim).permute(1, 2, 0, 3)
-    v = v.view(length, batch, heads, head_dim).permute(1, 2, 0, 3)
-    mask = merged_mask(attn_mask, key_padding_mask, batch, heads, length, length, query.dtype)
+def project_with(query: Tensor, key: Tensor, value: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor,
+                 bias: Optional[Tensor]):
+    if bias is None:
+        return torch.linear(query, q_weight), torch.linear(key, k_weight), torch.linear(value, v_weight)
+    q_bias, k_bias, v_bias = bias.chunk(3)
+    return torch.linear(query, q_weight, q_bias), torch.linear(key, k_weight, k_bias), \
+        torch.linear(value, v_weight, v_bias)
+
+def project_apart(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Optional[Tensor]):
+    q_weight, k_weight, v_weight = weight.chunk(3)
+    return project_with(query, key, value, q_weight, k_weight, v_weight, bias)
+
+def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Optional[Tensor], key_padding_mask: Optional[Tensor],
+           out_weight: Tensor, out_bias: Optional[Tensor], heads: int, head_dim: int, batch_first: bool,
+           dropout: float, training: bool) -> Tensor:
+    assert q.dim() == 3, "torchgraft: a grafted MultiheadAttention needs batched input, of rank 3"
+    if batch_first:
+        batch, queries, keys = q.size(0), q.size(1), k.size(1)
+        q = q.view(batch, queries, heads, head_dim).transpose(1, 2)
+        k = k.view(batch, keys, heads, head_dim).transpose(1, 2)
+        v = v.view(batch, keys, heads, head_dim).transpose(1, 2)
+    else:
+        batch, queries, keys = q.size(1), q.size(0), k.size(0)
+        q = q.view(queries, batch, heads, head_dim).permute(1, 2, 0, 3)
+        k = k.view(keys, batch, heads, head_dim).permute(1, 2, 0, 3)
+        v = v.view(keys, batch, heads, head_dim).permute(1, 2, 0, 3)
+    mask = merged_mask(attn_mask, key_padding_mask, batch, heads, queries, keys, q.dtype)
     p = dropout if training else 0.0
     context = torch.scaled_dot_product_attention(q, k, v, mask, p)
-    context = context.permute(2, 0, 1, 3).reshape(length, batch, heads * head_dim)
+    if batch_first:
+        context = context.transpose(1, 2).reshape(batch, queries, heads * head_dim)
+    else:
+        context = context.permute(2, 0, 1, 3).reshape(queries, batch, heads * head_dim)
     return torch.linear(context, out_weight, out_bias)
 )python";
 
@@ -113,12 +120,71 @@ bool is_true(const c10::IValue& module, const std::string& name) {
   return value.isBool() && value.toBool();
 }
 
+// Nothing that torch.nn adds to the keys and values themselves, and projections that are parameters.
 bool has_plain_projections(const c10::IValue& module) {
-  return is_true(module, "_qkv_same_embed_dim") && attribute_or_constant(module, "bias_k").isNone() &&
+  const bool packed = is_true(module, "_qkv_same_embed_dim");
+  const auto is_tensor = [&](const char* name) { return attribute_or_constant(module, name).isTensor(); };
+  const bool has_weights =
+      packed ? is_tensor("in_proj_weight")
+             : is_tensor("q_proj_weight") && is_tensor("k_proj_weight") && is_tensor("v_proj_weight");
+  return has_weights && attribute_or_constant(module, "bias_k").isNone() &&
          attribute_or_constant(module, "bias_v").isNone() && !is_true(module, "add_zero_attn") &&
-         attribute_or_constant(module, "in_proj_weight").isTensor() &&
          attribute_or_constant(module, "num_heads").isInt();
 }
+
+// Writes one call as projections and scaled_dot_product_attention, before it.
+class Lowering {
+ public:
+  Lowering(Node* call, c10::IValue module) : call_(call), graph_(call->owningGraph()), module_(std::move(module)) {}
+
+  Value* insert() {
+    std::vector<Value*> inputs = insert_projections();
+    Value* out_proj = get(self(), "out_proj");
+    const std::vector<Value*> others = {call_->input(kAttnMask),
+                                        call_->input(kKeyPaddingMask),
+                                        get(out_proj, "weight"),
+                                        get(out_proj, "bias"),
+                                        get(self(), "num_heads"),
+                                        get(self(), "head_dim"),
+                                        graph_->insertConstant(is_true(module_, "batch_first")),
+                                        get(self(), "dropout"),
+                                        get(self(), "training")};
+    inputs.insert(inputs.end(), others.begin(), others.end());
+    return insert_graph_before(call_, *compile_graph(kSource, "attend"), inputs)[0];
+  }
+
+ private:
+  Value* self() { return call_->input(kSelf); }
+
+  Value* get(Value* object, const std::string& name) {
+    const bool is_attribute = object->type()->expectRef<c10::ClassType>().hasAttribute(name);
+    return is_attribute ? graph_->insertGetAttr(object, name)
+                        : graph_->insertConstant(attribute_or_constant(module_, name));
+  }
+
+  // q, k and v: by one product where they have one input, else by the rows of in_proj_weight, or weights, of each.
+  std::vector<Value*> insert_projections() {
+    std::vector<Value*> inputs = {call_->input(kQuery), call_->input(kKey), call_->input(kValue)};
+    const bool packed = is_true(module_, "_qkv_same_embed_dim");
+    const bool one_input = inputs[0] == inputs[1] && inputs[1] == inputs[2];
+    if (packed) {
+      inputs.push_back(get(self(), "in_proj_weight"));
+    } else {
+      for (const char* name : {"q_proj_weight", "k_proj_weight", "v_proj_weight"}) {
+        inputs.push_back(get(self(), name));
+      }
+    }
+    inputs.push_back(get(self(), "in_proj_bias"));
+    const char* body = !packed ? "project_with" : one_input ? "project_together" : "project_apart";
+    Value* heads = insert_graph_before(call_, *compile_graph(kSource, body), inputs)[0];
+    Node* unpack = graph_->insertNode(graph_->createTupleUnpack(heads));
+    return {unpack->outputs().begin(), unpack->outputs().end()};
+  }
+
+  Node* call_;
+  Graph* graph_;
+  c10::IValue module_;
+};
 
 }  // namespace
 
@@ -126,33 +192,13 @@ bool lower_multihead_attention(Node* call, const Module& root) {
   if (!is_scripted_multihead_attention(call) || !weights_are_unread(call)) {
     return false;
   }
-  // Self attention only: with other keys each projection has an input of its own.
-  if (call->input(kQuery) != call->input(kKey) || call->input(kKey) != call->input(kValue)) {
-    return false;
-  }
   const auto attention = resolve_attribute(call->input(kSelf), root);
   if (!attention || !has_plain_projections(attention->value)) {
     return false;
   }
-  const bool batch_first = is_true(attention->value, "batch_first");
-  const auto body =
-      compile_graph(kSource, batch_first ? "self_attention_batch_first" : "self_attention_sequence_first");
-
   Graph* graph = call->owningGraph();
   torch::jit::WithInsertPoint guard(call);
-  const auto get = [&](Value* object, const std::string& name) {
-    const bool is_attribute = object->type()->expectRef<c10::ClassType>().hasAttribute(name);
-    return is_attribute ? graph->insertGetAttr(object, name)
-                        : graph->insertConstant(attribute_or_constant(attention->value, name));
-  };
-  Value* self = call->input(kSelf);
-  Value* out_proj = get(self, "out_proj");
-  const std::vector<Value*> inputs = {
-      call->input(kQuery),          call->input(kKey),           call->input(kValue),       call->input(kAttnMask),
-      call->input(kKeyPaddingMask), get(self, "in_proj_weight"), get(self, "in_proj_bias"), get(out_proj, "weight"),
-      get(out_proj, "bias"),        get(self, "num_heads"),      get(self, "head_dim"),     get(self, "dropout"),
-      get(self, "training")};
-  Value* output = insert_graph_before(call, *body, inputs)[0];
+  Value* output = Lowering(call, attention->value).insert();
   Value* none = graph->insertConstant(c10::IValue());
   Value* pair = graph->insertNode(graph->createTuple({output, none}))->output();
   pair->setType(call->output()->type());

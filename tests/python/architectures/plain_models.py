@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from restated_reference import Attention, FeedForward, Layer
 from torch import Tensor, nn
 
-_WEIGHT_STD = 0.25
+_WEIGHT_STD = 0.15
 
 
 @dataclass(frozen=True)
