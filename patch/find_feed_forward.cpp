@@ -147,9 +147,8 @@ void SiteFinder::find_feed_forward(Layer& layer, LayerSites& sites) {
     blocks = feed_forwards(behind, sites);
   }
   if (blocks.size() != 1 || blocks[0].in.size() > 2) {
-    layer.notes.push_back(blocks.empty()
-                              ? "no feed-forward block (linear, activation, linear, residual add) follows its attention"
-                              : "several feed-forward blocks follow its attention; name one with --sites");
+    layer.notes.push_back(blocks.empty() ? kNoFeedForward
+                                         : "several feed-forward blocks follow its attention; name one with --sites");
     return;
   }
   FeedForward& block = blocks.front();

@@ -9,6 +9,7 @@
 namespace torchgraft {
 namespace {
 
+using torch::jit::Block;
 using torch::jit::Module;
 using torch::jit::Node;
 using torch::jit::Value;
@@ -23,9 +24,15 @@ std::unordered_set<const Node*> attentions_behind(Value* value) {
     if (is_aten(node, {"scaled_dot_product_attention"})) {
       attentions.insert(node);
     }
-    for (Value* input : node->inputs()) {
-      if (seen.insert(input).second) {
-        frontier.push_back(input);
+    std::vector<Value*> sources(node->inputs().begin(), node->inputs().end());
+    if (node->kind() == c10::prim::If) {
+      for (Block* block : node->blocks()) {
+        sources.push_back(block->outputs()[frontier[i]->offset()]);
+      }
+    }
+    for (Value* source : sources) {
+      if (seen.insert(source).second) {
+        frontier.push_back(source);
       }
     }
   }
@@ -82,10 +89,13 @@ void number_layers(GraphSites& sites, const Module& module) {
       layer.number = sites.structure.layers[first->second].number;
       continue;
     }
-    const Layer* before = i > 0 ? &sites.structure.layers[i - 1] : nullptr;
+    Layer* before = i > 0 ? &sites.structure.layers[i - 1] : nullptr;
     const bool continues = layer.kind == AttentionKind::kCross && before && before->kind != AttentionKind::kEncoder &&
                            !before->has_ffn_residual && !before->shares;
     layer.number = continues ? before->number : next++;
+    if (continues) {  // the layer's feed-forward block is behind its cross attention
+      std::erase(before->notes, kNoFeedForward);
+    }
   }
 }
 

@@ -7,6 +7,10 @@
 
 namespace torchgraft {
 
+// The note on a layer that has an attention and no feed-forward block.
+inline const std::string kNoFeedForward =
+    "no feed-forward block (linear, activation, linear, residual add) follows its attention";
+
 // Finds what belongs to one attention. One member function per structure, one file per group of them:
 // find_attention.cpp, find_residual.cpp, find_feed_forward.cpp.
 class SiteFinder {

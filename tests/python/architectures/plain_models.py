@@ -15,7 +15,7 @@ _WEIGHT_STD = 0.15
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes and structure. order: which layer runs when; None: each once. The decoder, where there is one, attends to
+    """Sizes and structure. memory: the width of what cross attention reads. order: which layer runs when; None: each once. The decoder, where there is one, attends to
     the result of the encoder (encoder_layers > 0) or to the model's second argument."""
 
     hidden: int = 48
@@ -24,6 +24,7 @@ class Shape:
     ffn: int = 80
     layers: int = 2
     encoder_layers: int = 0
+    memory: int = 48
     norm_first: bool = False
     activation: str = "gelu"
     gated: bool = False
@@ -53,13 +54,13 @@ def rotate(x: Tensor) -> Tensor:
 
 
 class PlainAttention(nn.Module):
-    def __init__(self, shape: Shape):
+    def __init__(self, shape: Shape, memory: int):
         super().__init__()
         self.shape = shape
         inner = shape.kv_heads * shape.head_size()
         self.q = nn.Linear(shape.hidden, shape.hidden, bias=shape.bias)
-        self.k = nn.Linear(shape.hidden, inner, bias=shape.bias)
-        self.v = nn.Linear(shape.hidden, inner, bias=shape.bias)
+        self.k = nn.Linear(memory, inner, bias=shape.bias)
+        self.v = nn.Linear(memory, inner, bias=shape.bias)
         self.o = nn.Linear(shape.hidden, shape.hidden, bias=shape.bias)
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
@@ -89,9 +90,9 @@ class PlainLayer(nn.Module):
     def __init__(self, shape: Shape):
         super().__init__()
         self.shape = shape
-        self.attention, self.norm = PlainAttention(shape), shape.norm()
+        self.attention, self.norm = PlainAttention(shape, shape.hidden), shape.norm()
         if shape.cross:
-            self.cross, self.cross_norm = PlainAttention(shape), shape.norm()
+            self.cross, self.cross_norm = PlainAttention(shape, shape.memory), shape.norm()
         self.ffn = PlainFeedForward(shape)
         self.ffn_norm = None if shape.parallel else shape.norm()
 

@@ -26,8 +26,8 @@ class Spelling:
     nested: bool = False
 
 
-def _hidden(dtype: torch.dtype, seed: int, rows: int, width: int) -> Tensor:
-    return torch.randn(rows, width, 48, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+def _hidden(dtype: torch.dtype, seed: int, rows: int, width: int, features: int) -> Tensor:
+    return torch.randn(rows, width, features, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def _forbidden(mask: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
@@ -182,6 +182,41 @@ class _Stack(nn.Module):
         return x
 
 
+class _CrossLayer(nn.Module):
+    """Self and cross attention; the memory is of a width of its own (kdim, vdim)."""
+
+    def __init__(self, plain: PlainLayer, spelling: Spelling):
+        super().__init__()
+        shape = plain.shape
+        options = dict(bias=shape.bias, batch_first=spelling.batch_first)
+        widths = dict(kdim=shape.memory, vdim=shape.memory)
+        self.attention = nn.MultiheadAttention(shape.hidden, shape.heads, **options)
+        self.cross = nn.MultiheadAttention(shape.hidden, shape.heads, **options, **widths)
+        with torch.no_grad():
+            _copy_attention(self.attention, plain.attention)
+            _copy_attention(self.cross, plain.cross)
+        self.norms = nn.ModuleList([plain.norm, plain.cross_norm, plain.ffn_norm])
+        self.feed = nn.Sequential(plain.ffn.up, nn.GELU(), plain.ffn.down)
+
+    def forward(self, x: Tensor, memory: Tensor, mask: Optional[Tensor], padding: Optional[Tensor]) -> Tensor:
+        x = self.norms[0](x + self.attention(x, x, x, attn_mask=mask, need_weights=False)[0])
+        x = self.norms[1](x + self.cross(x, memory, memory, key_padding_mask=padding)[0])
+        return self.norms[2](x + self.feed(x))
+
+
+class _CrossStack(nn.Module):
+    def __init__(self, plain: PlainTransformer, spelling: Spelling):
+        super().__init__()
+        self.layers = nn.ModuleList(_CrossLayer(layer, spelling) for layer in plain.layers)
+
+    def forward(
+        self, x: Tensor, memory: Tensor, mask: Optional[Tensor] = None, padding: Optional[Tensor] = None
+    ) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, memory, mask, padding)
+        return x
+
+
 class _PaddingOnly(nn.Module):
     """(x, padding)"""
 
@@ -217,9 +252,9 @@ def _has_memory(shape: Shape) -> bool:
 
 def _arguments(shape: Shape, spelling: Spelling, dtype: torch.dtype, seed: int) -> tuple:
     rows, width, memory_width = _SIZES[seed]
-    arguments = [_hidden(dtype, seed, rows, width)]
+    arguments = [_hidden(dtype, seed, rows, width, shape.hidden)]
     if _has_memory(shape):
-        arguments.append(_hidden(dtype, seed + 10, rows, memory_width))
+        arguments.append(_hidden(dtype, seed + 10, rows, memory_width, shape.memory))
     if not spelling.batch_first:
         arguments = [states.transpose(0, 1).contiguous() for states in arguments]
     if spelling.mask:
@@ -294,6 +329,8 @@ _LIST = [
         Spelling(False, "float", "float"),
         _BOTH,
     ),
+    _case("cross_stack", _CrossStack, Shape(cross=True, memory=36), Spelling(mask="bool", padding="bool"), _BOTH),
+    _case("cross_stack_sequence_first", _CrossStack, Shape(cross=True, memory=36), Spelling(False), _BOTH),
     _case("attention_stack_post", _Stack, _POST, Spelling(), _BOTH),
     _case("attention_stack_post_weights", _Stack, _POST, Spelling(False, "bool", "bool", need_weights=True), _BOTH),
     _case("attention_stack_pre", _Stack, Shape(norm_first=True), Spelling(False, "float"), _BOTH),
