@@ -1,5 +1,6 @@
 #include <torchgraft/patch/canonicalise.h>
 
+#include <torchgraft/patch/clone_module.h>
 #include <torchgraft/patch/passes/fold_attributes.h>
 #include <torchgraft/patch/passes/fold_repeated_heads.h>
 #include <torchgraft/patch/passes/inline_calls.h>
@@ -40,7 +41,7 @@ CanonicalGraph canonicalise(const torch::jit::Module& module, const std::string&
 }
 
 torch::jit::Module canonical_module(const torch::jit::Module& module) {
-  torch::jit::Module result = module.clone();
+  torch::jit::Module result = clone_module(module);
   const auto schema = result.get_method("forward").function().getSchema();
   const auto graph = canonicalise(result, "forward").graph;
   const c10::QualifiedName name(*result.type()->name(), "forward");

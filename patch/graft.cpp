@@ -3,6 +3,7 @@
 #include <torchgraft/patch/adapter_bank.h>
 #include <torchgraft/patch/apply_sites.h>
 #include <torchgraft/patch/canonicalise.h>
+#include <torchgraft/patch/clone_module.h>
 #include <torchgraft/patch/find_sites.h>
 #include <torchgraft/patch/graph_utils.h>
 #include <torchgraft/patch/insert.h>
@@ -134,7 +135,7 @@ Module graft(const Module& module, const std::vector<AdapterSpec>& specs, const 
   const GraftOptions options = regraft ? options_like(module, given) : given;
 
   // 1. clone   2. canonicalise   3. find sites
-  Module result = module.clone();
+  Module result = clone_module(module);
   if (regraft) {
     remove_methods(result);
   }

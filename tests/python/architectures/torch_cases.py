@@ -153,7 +153,7 @@ class _StackLayer(nn.Module):
         shape = plain.shape
         self.norm_first, self.need_weights = shape.norm_first, spelling.need_weights
         self.attention = nn.MultiheadAttention(
-            shape.hidden, shape.heads, bias=shape.bias, batch_first=spelling.batch_first
+            shape.hidden, shape.heads, dropout=0.1, bias=shape.bias, batch_first=spelling.batch_first
         )
         with torch.no_grad():
             _copy_attention(self.attention, plain.attention)
@@ -188,7 +188,7 @@ class _CrossLayer(nn.Module):
     def __init__(self, plain: PlainLayer, spelling: Spelling):
         super().__init__()
         shape = plain.shape
-        options = dict(bias=shape.bias, batch_first=spelling.batch_first)
+        options = dict(dropout=0.1, bias=shape.bias, batch_first=spelling.batch_first)
         widths = dict(kdim=shape.memory, vdim=shape.memory)
         self.attention = nn.MultiheadAttention(shape.hidden, shape.heads, **options)
         self.cross = nn.MultiheadAttention(shape.hidden, shape.heads, **options, **widths)

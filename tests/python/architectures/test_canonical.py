@@ -1,0 +1,107 @@
+"""Canonicalisation alone, grafting nothing, leaves every architecture as it was: results, gradients, dropout."""
+
+import pytest
+import torch
+from all_cases import CASES, FORMS
+from torch import Tensor
+from torchgraft._libraries import patcher
+
+from oracle import difference
+
+_IDS = ["-".join(each) for each in FORMS]
+# Float32 inside a float64 model: fused and unfused kernels round differently there.
+_TOLERANCE = 1e-6
+# A softmax over keys that are all masked gives nan in the model itself; the canonical attention gives zeros.
+_NAN = {("modernbert_eager", "traced")}
+_SAMPLES = 400
+
+
+def _canonical(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+    return torch.jit._recursive.wrap_cpp_module(patcher().canonical_module(module._c))
+
+
+def _dtype(name: str) -> torch.dtype:
+    return torch.float32 if name.startswith("clip_text") or name.startswith("gptj") else torch.float64
+
+
+@pytest.mark.parametrize("name, form", FORMS, ids=_IDS)
+def test_results_stay(name: str, form: str) -> None:
+    case, dtype = CASES[name], _dtype(name)
+    base = case.to_script(form, dtype)
+    canonical = _canonical(base)
+    for seed in (0, 1, 2):
+        arguments = case.arguments(dtype, seed)
+        with torch.no_grad():
+            expected, actual = case.hidden(base(*arguments)), case.hidden(canonical(*arguments))
+        known = torch.isfinite(expected)
+        assert known.all() or (name, form) in _NAN
+        assert difference(actual[known], expected[known]) <= (_TOLERANCE if dtype == torch.float64 else 5e-6)
+
+
+def _real_tokens(hidden: Tensor, arguments: tuple) -> Tensor:
+    """1 at real tokens, [B, S, 1], by the mask among the arguments. What stands at padding is nobody's: where DeBERTa
+    masks all scores of a padded query, the canonical attention hands on a gradient that the model drops."""
+    for mask in arguments[1:]:
+        if mask.dtype == torch.int64 and mask.max() <= 1 and mask.shape == hidden.shape[:2]:
+            return mask[:, :, None].to(hidden.dtype)
+    return torch.ones((), dtype=hidden.dtype)
+
+
+def _gradients(module: torch.jit.ScriptModule, case, arguments: tuple) -> dict[str, Tensor | None]:
+    """Of every parameter, of a loss that weighs all results at real tokens."""
+    hidden = case.hidden(module(*arguments))
+    weights = torch.arange(hidden.numel(), dtype=hidden.dtype).sin().view_as(hidden)
+    loss = (hidden * weights * _real_tokens(hidden, arguments)).sum() / hidden.size(0)
+    parameters = {path: value for path, value in module.named_parameters() if value.requires_grad}
+    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return dict(zip(parameters, gradients, strict=True))
+
+
+_DIFFERENTIABLE = [each for each in FORMS if each[1] != "fused" and each not in _NAN]
+
+
+@pytest.mark.parametrize("name, form", _DIFFERENTIABLE, ids=["-".join(each) for each in _DIFFERENTIABLE])
+def test_gradients_stay(name: str, form: str) -> None:
+    """A trace of torch.nn's fused kernels has no gradients."""
+    case, dtype = CASES[name], _dtype(name)
+    base = case.to_script(form, dtype)
+    arguments = case.arguments(dtype, 1)
+    expected, actual = (_gradients(module, case, arguments) for module in (base, _canonical(base)))
+    assert sum(gradient is not None for gradient in expected.values()) > 8
+    assert set(actual) == set(expected)
+    for path, before in expected.items():
+        after = actual[path]
+        if before is not None:
+            scale = max(1.0, before.abs().max().item())
+            assert (after - before).abs().max().item() / scale <= (_TOLERANCE if dtype == torch.float64 else 2e-5)
+        else:
+            assert after is None or after.abs().max() == 0
+
+
+_WITH_DROPOUT = [name for name, form in FORMS if name.startswith("torch_") and form == "scripted"]
+
+
+def _samples(module: torch.jit.ScriptModule, arguments: tuple, seed: int) -> Tensor:
+    """Results of module.train(), one by one: [samples, values]."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        return torch.stack([module(*arguments).flatten() for _ in range(_SAMPLES)])
+
+
+@pytest.mark.parametrize("name", _WITH_DROPOUT)
+def test_dropout_stays(name: str) -> None:
+    """In training the canonical module draws from the same distribution as the scripted module: equal means and spreads
+    of every value, as far as the samples can tell."""
+    case = CASES[name]
+    base = case.to_script("scripted", torch.float32)
+    canonical = _canonical(base)
+    base.train(), canonical.train()
+    arguments = case.arguments(torch.float32, 2)
+    expected, actual = _samples(base, arguments, 1), _samples(canonical, arguments, 2)
+    assert (actual.std(0) > 0).float().mean() > 0.99
+    error = ((expected.var(0) + actual.var(0)) / _SAMPLES).sqrt()
+    assert ((expected.mean(0) - actual.mean(0)).abs() / error.clamp_min(1e-6)).max() < 5.5
+    assert abs((actual.std(0) / expected.std(0).clamp_min(1e-6)).mean().item() - 1) < 0.05
+    base.eval(), canonical.eval()
+    with torch.no_grad():
+        assert difference(canonical(*arguments), base(*arguments)) <= 5e-6
