@@ -2,7 +2,9 @@
 
 #include <torchgraft/patch/clone_module.h>
 #include <torchgraft/patch/passes/fold_attributes.h>
+#include <torchgraft/patch/passes/fold_rank_checks.h>
 #include <torchgraft/patch/passes/fold_repeated_heads.h>
+#include <torchgraft/patch/passes/hoist_score_product.h>
 #include <torchgraft/patch/passes/inline_calls.h>
 #include <torchgraft/patch/passes/lower_einsum.h>
 #include <torchgraft/patch/passes/lower_explicit_norm.h>
@@ -26,13 +28,16 @@ CanonicalGraph canonicalise(const torch::jit::Module& module, const std::string&
   merge_twin_branches(result.graph);
   fold_attributes(result.graph, module);
   unroll_loops(result.graph);
+  torch::jit::RemoveListMutation(result.graph);
   torch::jit::RemoveTensorMutation(result.graph);
   simplify(result.graph);
+  fold_rank_checks(result.graph);
   lower_fused_encoder(result.graph);
   lower_einsum(result.graph, module);
   lower_linear_forms(result.graph, module);
   unflatten_rows(result.graph, module);
   lower_explicit_norm(result.graph, module);
+  hoist_score_product(result.graph);
   result.unlowered = lower_explicit_attention(result.graph, module);
   fold_repeated_heads(result.graph, module);
   simplify(result.graph);

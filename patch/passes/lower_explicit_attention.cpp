@@ -218,12 +218,19 @@ Value* AffinePath::of_branch(Node* branch, size_t output) {
   // The path above the branch was followed from both sides; a factor inside one side only would make the scale depend
   // on the condition.
   understood = understood && after[0] == after[1];
-  // A branch that keeps its scores contributes a zero that broadcasts against anything.
+  // A branch that keeps its scores contributes a zero that broadcasts against them.
+  const auto scores_shape = shapes_.shape(branch->outputs()[output]);
+  const bool heads_in_rows = scores_shape && scores_shape->size() == 3;  // [B * h, S, S], to be unflattened
   for (size_t i = 0; i < 2; ++i) {
     Block* block = copy->blocks()[i];
     if (is_zero[i]) {
       torch::jit::WithInsertPoint guard(block);
       Value* shape = graph_->insertConstant(std::vector<int64_t>{1, 1, 1, 1});
+      if (heads_in_rows) {
+        Value* one = graph_->insertConstant(1);
+        Value* rows = graph_->insert(c10::aten::size, {left_factor(product_), 0});
+        shape = graph_->insertNode(graph_->createList(c10::IntType::get(), {rows, one, one}))->output();
+      }
       Value* dtype = graph_->insert(c10::prim::dtype, {anchor_});
       Value* device = graph_->insert(c10::prim::device, {anchor_});
       results[i] = graph_->insert(c10::aten::zeros, {shape},
