@@ -10,6 +10,7 @@
 #include <torchgraft/patch/passes/lower_explicit_norm.h>
 #include <torchgraft/patch/passes/lower_fused_encoder.h>
 #include <torchgraft/patch/passes/lower_linear_forms.h>
+#include <torchgraft/patch/passes/lower_mkldnn.h>
 #include <torchgraft/patch/passes/lower_multihead_attention.h>
 #include <torchgraft/patch/passes/merge_twin_branches.h>
 #include <torchgraft/patch/passes/unflatten_rows.h>
@@ -24,6 +25,7 @@ CanonicalGraph canonicalise(const torch::jit::Module& module, const std::string&
   CanonicalGraph result;
   result.graph = module.get_method(method_name).graph()->copy();
   torch::jit::EraseShapeInformation(result.graph);  // a trace's example shapes hold for that example only
+  lower_mkldnn(result.graph);
   inline_calls(result.graph, [&](torch::jit::Node* call) { return lower_multihead_attention(call, module); });
   merge_twin_branches(result.graph);
   fold_attributes(result.graph, module);

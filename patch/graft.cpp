@@ -8,6 +8,7 @@
 #include <torchgraft/patch/graph_utils.h>
 #include <torchgraft/patch/insert.h>
 #include <torchgraft/patch/methods.h>
+#include <torchgraft/patch/passes/lower_mkldnn.h>
 #include <torchgraft/patch/verify.h>
 #include <torchgraft/registration/library.h>
 
@@ -139,6 +140,7 @@ Module graft(const Module& module, const std::vector<AdapterSpec>& specs, const 
   if (regraft) {
     remove_methods(result);
   }
+  lower_mkldnn(result.get_method("forward").graph());  // base_forward must be one that can be saved
   inline_module_arguments(result);
   const InsertOptions inserting = insert_options(options, result);
   const CanonicalGraph canonical = canonicalise(result, "forward");

@@ -60,7 +60,7 @@ bool has_rank_message(Block* block) {
   for_each_node(block, [&](Node* node) {
     for (const Value* input : node->inputs()) {
       const auto constant = torch::jit::toIValue(input);
-      found = found || (constant && constant->isString() && constant->toStringRef().rfind(kRankMessage, 0) == 0);
+      found = found || (constant && constant->isString() && constant->toStringRef().find(kRankMessage) != std::string::npos);
     }
   });
   return found;

@@ -47,6 +47,12 @@ NOT_YET = {
     for method in ("unipelt", "lora_all")
 }
 
+# The same for modules that were frozen: (name, form).
+FROZEN_NOT_YET = {
+    (name, "scripted"): "freezing folds the mask away in one of two branches that were the same layers"
+    for name in ("timm_vit_explicit", "timm_vit_qk_norm_layer_scale_explicit")
+}
+
 # The library takes the attention's sum for the branch, and the feed-forward block for the residual, of GPT-J's output
 # adapter: not the definition, and not what is grafted. Its traces also mix float32 into float64.
 LEFT_OUT = {"gptj_eager"}
