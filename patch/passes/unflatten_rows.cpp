@@ -22,9 +22,19 @@ using torch::jit::Value;
 
 bool is_view(const Node* node) { return is_aten(node, {"view", "reshape", "_unsafe_view"}); }
 
-// What works on every element for itself, whatever the dimensions are.
-bool is_pointwise(const Node* node) {
-  return is_aten(node, {"gelu",       "relu",      "relu6",   "silu",     "sigmoid",  "tanh",    "mish", "hardtanh",
+// A norm over the features.
+bool is_norm_of_rows(const Node* node) {
+  if (!is_aten(node, {"layer_norm", "rms_norm"})) {
+    return false;
+  }
+  const auto sizes = resolve_constant(node->input(1));
+  return (sizes && sizes->isIntList() && sizes->toIntVector().size() == 1) ||
+         (node->input(1)->node()->kind() == c10::prim::ListConstruct && node->input(1)->node()->inputs().size() == 1);
+}
+
+// What works on every element, or row, for itself, whatever the leading dimensions are.
+bool works_by_row(const Node* node) {
+  return is_norm_of_rows(node) || is_aten(node, {"gelu",       "relu",      "relu6",   "silu",     "sigmoid",  "tanh",    "mish", "hardtanh",
                         "elu",        "hardswish", "softplus", "dropout",  "leaky_relu", "square", "pow",  "neg",
                         "erf",        "exp",       "sqrt",     "rsqrt",    "abs",      "mul",     "div",  "add",
                         "sub",        "to",        "clamp",    "contiguous"});
@@ -49,9 +59,9 @@ class RowUnflattening {
   void flatten_what_is_left();
 
  private:
-  bool flattens_rows(const Node* view, const Dim& features);
+  bool flattens_rows(const Node* view);
   void visit_linear(Node* linear);
-  void visit_pointwise(Node* node);
+  void visit_step(Node* node);
   void visit_view(Node* view);
   bool reads_along(const Value* value, const Value* source);
   void replace(Node* node, Value* tokens, Value* source);
@@ -65,15 +75,12 @@ class RowUnflattening {
 };
 
 // x.view(-1, features) of an x whose last dimension is `features`: rows one below the other.
-bool RowUnflattening::flattens_rows(const Node* view, const Dim& features) {
-  if (!is_view(view) && !is_aten(view, {"flatten"})) {
-    return false;
-  }
+bool RowUnflattening::flattens_rows(const Node* view) {
   const Value* x = view->input(0);
   const auto flat = shapes_.shape(view->output());
   const auto shape = shapes_.shape(x);
   if (shape) {
-    return flat && flat->size() == 2 && shape->size() > 2 && shape->back() == features && flat->back() == features;
+    return flat && flat->size() == 2 && shape->size() > 2 && shape->back().is_constant() && shape->back() == flat->back();
   }
   // Of an x of unknown shape: view(-1, x.size(-1)), which keeps the last dimension whatever it is.
   const Node* sizes = view->inputs().size() > 1 ? view->input(1)->node() : nullptr;
@@ -92,17 +99,12 @@ void RowUnflattening::replace(Node* node, Value* tokens, Value* source) {
 }
 
 void RowUnflattening::visit_linear(Node* linear) {
-  const auto weight = shapes_.shape(linear->input(1));
-  if (!weight || weight->size() != 2 || !weight->front().is_constant() || !weight->back().is_constant()) {
-    return;
-  }
-  Node* before = linear->input(0)->node();
   const auto known = flat_.find(linear->input(0));
-  if (known == flat_.end() && !flattens_rows(before, weight->back())) {
+  const auto weight = shapes_.shape(linear->input(1));
+  if (known == flat_.end() || !weight || weight->size() != 2 || !weight->front().is_constant()) {
     return;
   }
-  Value* x = known != flat_.end() ? known->second.tokens : before->input(0);
-  Value* source = known != flat_.end() ? known->second.source : x;
+  const auto [x, source] = known->second;
   torch::jit::WithInsertPoint guard(linear);
   replace(linear, graph_->insert(c10::aten::linear, {x, linear->input(1), linear->input(2)}), source);
 }
@@ -120,7 +122,7 @@ bool RowUnflattening::reads_along(const Value* value, const Value* source) {
   return shape && shape->size() <= 1;
 }
 
-void RowUnflattening::visit_pointwise(Node* node) {
+void RowUnflattening::visit_step(Node* node) {
   const auto first = std::find_if(node->inputs().begin(), node->inputs().end(),
                                   [&](const Value* input) { return flat_.count(input) > 0; });
   if (first == node->inputs().end()) {
@@ -147,6 +149,9 @@ void RowUnflattening::visit_pointwise(Node* node) {
 void RowUnflattening::visit_view(Node* view) {
   const auto known = flat_.find(view->input(0));
   if (known == flat_.end()) {
+    if (flattens_rows(view)) {
+      flat_[view->output()] = {view->input(0), view->input(0)};
+    }
     return;
   }
   const auto [tokens, source] = known->second;
@@ -167,10 +172,10 @@ void RowUnflattening::visit_view(Node* view) {
 void RowUnflattening::visit(Node* node) {
   if (is_aten(node, {"linear"})) {
     visit_linear(node);
-  } else if (is_view(node)) {
+  } else if (is_view(node) || is_aten(node, {"flatten"})) {
     visit_view(node);
-  } else if (is_pointwise(node) && node->outputs().size() == 1) {
-    visit_pointwise(node);
+  } else if (works_by_row(node) && node->outputs().size() == 1) {
+    visit_step(node);
   }
 }
 
