@@ -48,6 +48,9 @@ std::string demangled_name(const c10::TypePtr& type);
 // True for a node of kind `aten::<name>` for one of `names`, with or without the in-place underscore.
 bool is_aten(const torch::jit::Node* node, std::initializer_list<const char*> names);
 
+// True for an op that works on every element of its one tensor for itself: activations, functions, dropout, casts.
+bool is_elementwise(const torch::jit::Node* node);
+
 // Calls `visit` for every node, sub-blocks included, in execution order. `visit` may destroy the node it is given.
 void for_each_node(torch::jit::Block* block, const std::function<void(torch::jit::Node*)>& visit);
 

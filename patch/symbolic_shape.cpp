@@ -16,38 +16,8 @@ bool is_number_type(const Value* value) {
 }
 
 bool keeps_shape(const Node* node) {
-  return is_aten(node, {"layer_norm",
-                        "rms_norm",
-                        "dropout",
-                        "relu",
-                        "gelu",
-                        "silu",
-                        "tanh",
-                        "sigmoid",
-                        "to",
-                        "type_as",
-                        "contiguous",
-                        "clone",
-                        "detach",
-                        "softmax",
-                        "masked_fill",
-                        "alias",
-                        "leaky_relu",
-                        "mish",
-                        "relu6",
-                        "hardswish",
-                        "elu",
-                        "neg",
-                        "clamp",
-                        "sqrt",
-                        "abs",
-                        "sign",
-                        "exp",
-                        "rsqrt",
-                        "pow",
-                        "feature_dropout",
-                        "native_layer_norm"}) ||
-         node->kind() == c10::prim::unchecked_cast;
+  return is_elementwise(node) || node->kind() == c10::prim::unchecked_cast ||
+         is_aten(node, {"layer_norm", "native_layer_norm", "rms_norm", "softmax", "log_softmax", "masked_fill", "cumsum"});
 }
 
 }  // namespace

@@ -34,10 +34,7 @@ bool is_norm_of_rows(const Node* node) {
 
 // What works on every element, or row, for itself, whatever the leading dimensions are.
 bool works_by_row(const Node* node) {
-  return is_norm_of_rows(node) || is_aten(node, {"gelu",       "relu",      "relu6",   "silu",     "sigmoid",  "tanh",    "mish", "hardtanh",
-                        "elu",        "hardswish", "softplus", "dropout",  "leaky_relu", "square", "pow",  "neg",
-                        "erf",        "exp",       "sqrt",     "rsqrt",    "abs",      "mul",     "div",  "add",
-                        "sub",        "to",        "clamp",    "contiguous"});
+  return is_norm_of_rows(node) || is_elementwise(node) || is_aten(node, {"mul", "div", "add", "sub"});
 }
 
 bool is_tensor(const Value* value) { return value->type()->isSubtypeOf(*c10::TensorType::get()); }
