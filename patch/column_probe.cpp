@@ -34,6 +34,7 @@ class Probe {
  private:
   c10::IValue evaluate(Value* value);
   c10::IValue run(Node* node, size_t output);
+  bool splits_unknown_size(const Node* node);
   std::vector<int64_t> concrete(const Shape& shape);
   int64_t concrete(const Dim& dim);
 
@@ -63,6 +64,17 @@ std::vector<int64_t> Probe::concrete(const Shape& shape) {
 at::Tensor Probe::tensor(Value* value) {
   const c10::IValue result = evaluate(value);
   return result.isTensor() ? result.toTensor() : at::Tensor();
+}
+
+// Whether `node` takes apart a dimension of unknown size, such as the tokens in those with and without rotary positions:
+// sizes that were guessed need not add up, and columns are the same in every piece.
+bool Probe::splits_unknown_size(const Node* node) {
+  if (!is_aten(node, {"split_with_sizes", "split"}) || node->input(1)->node()->kind() != c10::prim::ListConstruct) {
+    return false;
+  }
+  const auto shape = shapes_.shape(node->input(0));
+  const auto dim = shape ? position(node->input(2), shape->size()) : std::nullopt;
+  return dim && !(*shape)[*dim].is_constant();
 }
 
 // None stands for what cannot be known.
@@ -113,6 +125,11 @@ c10::IValue Probe::run(Node* node, size_t output) {
     }
     const bool inside = list.isTensorList() && index >= 0 && index < static_cast<int64_t>(list.toTensorList().size());
     return inside ? c10::IValue(list.toTensorList().get(index)) : c10::IValue();
+  }
+  if (splits_unknown_size(node)) {
+    const at::Tensor whole = tensor(node->input(0));
+    const auto pieces = static_cast<int64_t>(node->input(1)->node()->inputs().size());
+    return whole.defined() ? c10::IValue(whole.tensor_split(pieces, *constant_int(node->input(2)))) : c10::IValue();
   }
   if (moves_elements(node)) {
     torch::jit::Stack stack;

@@ -118,6 +118,7 @@ class AffinePath {
   Value* copy_with(Node* node, size_t operand, Value* replacement);
 
   bool is_full(Value* bias);
+  Value* with_heads_apart(Node* reshape, Value* bias);
 
   std::shared_ptr<Graph> graph_;
   SymbolicShapes& shapes_;
@@ -152,6 +153,21 @@ bool AffinePath::is_full(Value* bias) {
          std::find(have->begin(), have->end(), number(1)) == have->end();
 }
 
+// BLOOM views scores [B * h, S, S], with its ALiBi [B * h, 1, S] added, as [B, h, S, S]. What broadcasts cannot be viewed
+// so, but its heads can be set apart: [B, h, 1, S]. Null when `reshape` is no such view, or `bias` has no row per head.
+Value* AffinePath::with_heads_apart(Node* reshape, Value* bias) {
+  const auto have = shapes_.shape(bias);
+  const auto before = shapes_.shape(product_->output());
+  const auto after = shapes_.shape(reshape->output());
+  const bool splits = before && after && before->size() == 3 && after->size() == 4 && (*after)[1].is_constant();
+  const bool has_rows = have && have->size() == 3 && !have->front().is_constant();
+  if (!splits || !has_rows || is_full(bias) || have->front().factor % (*after)[1].factor != 0) {
+    return nullptr;
+  }
+  Value* sizes = graph_->insertConstant(std::vector<int64_t>{-1, (*after)[1].factor});
+  return graph_->insert(c10::Symbol::aten("unflatten"), {bias, 0, sizes});
+}
+
 Value* AffinePath::bias(Value* scores) {
   Node* node = scores->node();
   if (node == product_) {
@@ -178,6 +194,9 @@ Value* AffinePath::bias(Value* scores) {
     reshaped = true;
     if (!inner) {
       return nullptr;
+    }
+    if (Value* per_head = with_heads_apart(node, inner)) {
+      return per_head;
     }
     understood = understood && is_full(inner);
     return copy_with(node, operand, inner);
