@@ -66,8 +66,8 @@ at::Tensor Probe::tensor(Value* value) {
   return result.isTensor() ? result.toTensor() : at::Tensor();
 }
 
-// Whether `node` takes apart a dimension of unknown size, such as the tokens in those with and without rotary positions:
-// sizes that were guessed need not add up, and columns are the same in every piece.
+// Whether `node` takes apart a dimension of unknown size, such as the tokens in those with and without rotary
+// positions: sizes that were guessed need not add up, and columns are the same in every piece.
 bool Probe::splits_unknown_size(const Node* node) {
   if (!is_aten(node, {"split_with_sizes", "split"}) || node->input(1)->node()->kind() != c10::prim::ListConstruct) {
     return false;

@@ -156,13 +156,14 @@ bool is_aten(const Node* node, std::initializer_list<const char*> names) {
 }
 
 bool is_elementwise(const Node* node) {
-  return is_aten(node, {"abs",       "alias",  "ceil",       "celu",       "clamp",   "clamp_max", "clamp_min",
-                        "clone",     "contiguous", "cos",    "detach",     "dropout", "elu",       "erf",
-                        "exp",       "feature_dropout", "floor", "gelu",   "hardsigmoid", "hardswish", "hardtanh",
-                        "leaky_relu", "log",    "log1p",      "logical_not", "mish",  "neg",       "pow",
-                        "reciprocal", "relu",   "relu6",      "round",      "rsqrt",  "selu",      "sigmoid",
-                        "sign",      "silu",   "sin",        "softplus",   "sqrt",    "square",    "tanh",
-                        "to",        "type_as", "bitwise_not"});
+  return is_aten(
+      node,
+      {"abs",         "alias", "ceil",        "celu",      "clamp",      "clamp_max",  "clamp_min", "clone",
+       "contiguous",  "cos",   "detach",      "dropout",   "elu",        "erf",        "exp",       "feature_dropout",
+       "floor",       "gelu",  "hardsigmoid", "hardswish", "hardtanh",   "leaky_relu", "log",       "log1p",
+       "logical_not", "mish",  "neg",         "pow",       "reciprocal", "relu",       "relu6",     "round",
+       "rsqrt",       "selu",  "sigmoid",     "sign",      "silu",       "sin",        "softplus",  "sqrt",
+       "square",      "tanh",  "to",          "type_as",   "bitwise_not"});
 }
 
 void for_each_node(Block* block, const std::function<void(Node*)>& visit) {

@@ -17,7 +17,8 @@ bool is_number_type(const Value* value) {
 
 bool keeps_shape(const Node* node) {
   return is_elementwise(node) || node->kind() == c10::prim::unchecked_cast ||
-         is_aten(node, {"layer_norm", "native_layer_norm", "rms_norm", "softmax", "log_softmax", "masked_fill", "cumsum"});
+         is_aten(node,
+                 {"layer_norm", "native_layer_norm", "rms_norm", "softmax", "log_softmax", "masked_fill", "cumsum"});
 }
 
 }  // namespace
@@ -134,7 +135,7 @@ std::optional<Shape> SymbolicShapes::compute(const Value* value) {
   if (keeps_shape(node)) {
     return shape(node->input(0));
   }
-  if (is_aten(node, {"linear", "addmm", "matmul", "bmm"})) {
+  if (is_aten(node, {"linear", "addmm", "matmul", "bmm", "baddbmm"})) {
     return of_projection(node);
   }
   if (is_aten(node, {"embedding", "conv1d", "conv2d", "_convolution", "convolution"})) {
@@ -169,7 +170,7 @@ std::optional<Shape> SymbolicShapes::compute(const Value* value) {
 }
 
 std::optional<Shape> SymbolicShapes::of_projection(const Node* node) {
-  const size_t input = is_aten(node, {"addmm"}) ? 1 : 0;
+  const size_t input = is_aten(node, {"addmm", "baddbmm"}) ? 1 : 0;
   const auto weight = shape(node->input(input + 1));
   auto result = shape(node->input(input));
   if (!weight || weight->size() < 2) {
@@ -214,9 +215,12 @@ std::optional<Shape> SymbolicShapes::of_embedding(const Node* node) {
 
 std::optional<Shape> SymbolicShapes::of_arithmetic(const Node* node) {
   std::optional<Shape> result;
+  bool all_known = true;
   for (const Value* input : node->inputs()) {
-    const auto other = input->type()->isSubtypeOf(*c10::TensorType::get()) ? shape(input) : std::nullopt;
+    const bool is_tensor = input->type()->isSubtypeOf(*c10::TensorType::get());
+    const auto other = is_tensor ? shape(input) : std::nullopt;
     if (!other) {
+      all_known = all_known && !is_tensor;
       continue;
     }
     if (!result || other->size() > result->size()) {
@@ -229,7 +233,11 @@ std::optional<Shape> SymbolicShapes::of_arithmetic(const Node* node) {
       }
     }
   }
-  return result;
+  // Beside an operand of unknown shape, one that carries the tokens says what comes out; a table (ALiBi's slopes) does
+  // not: it broadcasts against the other.
+  const bool is_table =
+      result && std::all_of(result->begin(), result->end(), [](const Dim& d) { return d.is_constant(); });
+  return all_known || !is_table ? result : std::nullopt;
 }
 
 // arange(end), arange(0, end) and tensors of given sizes.

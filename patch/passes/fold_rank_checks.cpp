@@ -33,7 +33,8 @@ std::optional<bool> are_identical(const Value* a, const Value* b) {
   if (a == b) {
     return true;
   }
-  const bool tensors = a->type()->isSubtypeOf(*c10::TensorType::get()) && b->type()->isSubtypeOf(*c10::TensorType::get());
+  const bool tensors =
+      a->type()->isSubtypeOf(*c10::TensorType::get()) && b->type()->isSubtypeOf(*c10::TensorType::get());
   return tensors && is_object_of_its_own(a) && is_object_of_its_own(b) ? std::optional<bool>(false) : std::nullopt;
 }
 
@@ -60,7 +61,8 @@ bool has_rank_message(Block* block) {
   for_each_node(block, [&](Node* node) {
     for (const Value* input : node->inputs()) {
       const auto constant = torch::jit::toIValue(input);
-      found = found || (constant && constant->isString() && constant->toStringRef().find(kRankMessage) != std::string::npos);
+      found = found ||
+              (constant && constant->isString() && constant->toStringRef().find(kRankMessage) != std::string::npos);
     }
   });
   return found;

@@ -25,8 +25,8 @@ std::optional<Product> product_of(Value* value) {
   if (is_aten(node, {"bmm"})) {
     return Product{node->inputs()[0], node->inputs()[1], nullptr};
   }
-  const bool adds = is_aten(node, {"baddbmm"}) && constant_double(node->input(3)) == 1.0 &&
-                    constant_double(node->input(4)) == 1.0;
+  const bool adds =
+      is_aten(node, {"baddbmm"}) && constant_double(node->input(3)) == 1.0 && constant_double(node->input(4)) == 1.0;
   return adds ? std::optional(Product{node->inputs()[1], node->inputs()[2], node->inputs()[0]}) : std::nullopt;
 }
 

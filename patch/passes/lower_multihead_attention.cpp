@@ -124,9 +124,9 @@ bool is_true(const c10::IValue& module, const std::string& name) {
 bool has_plain_projections(const c10::IValue& module) {
   const bool packed = is_true(module, "_qkv_same_embed_dim");
   const auto is_tensor = [&](const char* name) { return attribute_or_constant(module, name).isTensor(); };
-  const bool has_weights =
-      packed ? is_tensor("in_proj_weight")
-             : is_tensor("q_proj_weight") && is_tensor("k_proj_weight") && is_tensor("v_proj_weight");
+  const bool has_weights = packed
+                               ? is_tensor("in_proj_weight")
+                               : is_tensor("q_proj_weight") && is_tensor("k_proj_weight") && is_tensor("v_proj_weight");
   return has_weights && attribute_or_constant(module, "bias_k").isNone() &&
          attribute_or_constant(module, "bias_v").isNone() && !is_true(module, "add_zero_attn") &&
          attribute_or_constant(module, "num_heads").isInt();

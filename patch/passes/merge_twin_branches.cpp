@@ -27,9 +27,7 @@ bool is_inside(const Node* node, const Block* block) {
 }
 
 // Constants and attributes of modules: where among a branch's nodes they are says nothing.
-bool is_access(const Node* node) {
-  return node->kind() == c10::prim::Constant || node->kind() == c10::prim::GetAttr;
-}
+bool is_access(const Node* node) { return node->kind() == c10::prim::Constant || node->kind() == c10::prim::GetAttr; }
 
 std::vector<Node*> steps_of(Block* block) {
   std::vector<Node*> result;

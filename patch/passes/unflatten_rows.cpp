@@ -77,7 +77,8 @@ bool RowUnflattening::flattens_rows(const Node* view) {
   const auto flat = shapes_.shape(view->output());
   const auto shape = shapes_.shape(x);
   if (shape) {
-    return flat && flat->size() == 2 && shape->size() > 2 && shape->back().is_constant() && shape->back() == flat->back();
+    return flat && flat->size() == 2 && shape->size() > 2 && shape->back().is_constant() &&
+           shape->back() == flat->back();
   }
   // Of an x of unknown shape: view(-1, x.size(-1)), which keeps the last dimension whatever it is.
   const Node* sizes = view->inputs().size() > 1 ? view->input(1)->node() : nullptr;

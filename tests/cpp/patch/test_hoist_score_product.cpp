@@ -24,10 +24,11 @@ struct Case {
 class HoistScoreProduct : public ::testing::TestWithParam<Case> {};
 
 TEST_P(HoistScoreProduct, ComputesTheSame) {
-  auto module = make_module({}, std::string("def forward(self, q: Tensor, k: Tensor, mask: Optional[Tensor]) -> Tensor:\n"
-                                            "    if mask is not None:\n        scores = ") +
-                                    GetParam().with_mask + "\n    else:\n        scores = " + GetParam().without_mask +
-                                    "\n    return torch.softmax(scores, dim=-1)\n");
+  auto module =
+      make_module({}, std::string("def forward(self, q: Tensor, k: Tensor, mask: Optional[Tensor]) -> Tensor:\n"
+                                  "    if mask is not None:\n        scores = ") +
+                          GetParam().with_mask + "\n    else:\n        scores = " + GetParam().without_mask +
+                          "\n    return torch.softmax(scores, dim=-1)\n");
   auto graph = module.get_method("forward").graph()->copy();
   simplify(graph);
   hoist_score_product(graph);

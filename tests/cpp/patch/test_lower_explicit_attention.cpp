@@ -97,6 +97,33 @@ INSTANTIATE_TEST_SUITE_P(Spellings, LowerExplicitAttention,
     scores = torch.bmm(q.reshape(b * 3, s, 4), k.reshape(b * 3, s, 4).transpose(1, 2)) * 0.5
     out = torch.bmm(torch.softmax(scores, -1), v.reshape(b * 3, s, 4)).view(b, 3, s, 4)
 )python"},
+                                           Case{"baddbmm_with_alpha_and_beta", R"python(
+    b, s = x.size(0), x.size(1)
+    bias = torch.arange(5, dtype=6).expand(b * 3, s, s)
+    keys = k.reshape(b * 3, s, 4).transpose(1, 2)
+    scores = torch.baddbmm(bias, q.reshape(b * 3, s, 4), keys, beta=2.0, alpha=0.5) * 0.7
+    out = torch.bmm(torch.softmax(scores, -1), v.reshape(b * 3, s, 4)).view(b, 3, s, 4)
+)python"},
+                                           Case{"baddbmm_without_its_bias", R"python(
+    b, s = x.size(0), x.size(1)
+    keys = k.reshape(b * 3, s, 4).transpose(1, 2)
+    scores = torch.baddbmm(torch.ones([1]), q.reshape(b * 3, s, 4), keys, beta=0.0, alpha=0.5)
+    out = torch.bmm(torch.softmax(scores, -1), v.reshape(b * 3, s, 4)).view(b, 3, s, 4)
+)python"},
+                                           Case{"bias_per_head_that_broadcasts", R"python(
+    b, s = x.size(0), x.size(1)
+    slopes = torch.arange(b * 3, dtype=6).remainder(3).view(b * 3, 1, 1)
+    bias = (slopes * torch.arange(s, dtype=6)).view(b * 3, 1, s)
+    scores = torch.baddbmm(bias, q.reshape(b * 3, s, 4), k.reshape(b * 3, s, 4).transpose(1, 2), alpha=0.5)
+    scores = scores.view(b, 3, s, s)
+    if mask is not None:
+        scores = scores + mask
+    out = torch.bmm(torch.softmax(scores, -1).view(b * 3, s, s), v.reshape(b * 3, s, 4)).view(b, 3, s, 4)
+)python"},
+                                           Case{"mask_added_with_alpha", R"python(
+    scores = torch.add(torch.matmul(q, k.transpose(-1, -2)), torch.arange(5, dtype=6), alpha=3.0)
+    out = torch.matmul(torch.softmax(scores, -1), v)
+)python"},
                                            Case{"inactive_dropout", R"python(
     probabilities = torch.dropout(torch.softmax(torch.matmul(q, k.transpose(-1, -2)), -1), 0.1, self.training)
     out = torch.matmul(probabilities, v)
@@ -121,6 +148,14 @@ INSTANTIATE_TEST_SUITE_P(Others, LeaveAlone,
 )python"},
                                            Case{"scores_through_tanh", R"python(
     out = torch.matmul(torch.softmax(torch.tanh(torch.matmul(q, k.transpose(-1, -2))), -1), v)
+)python"},
+                                           Case{"scores_added_with_alpha", R"python(
+    scores = torch.add(torch.arange(5, dtype=6), torch.matmul(q, k.transpose(-1, -2)), alpha=3.0)
+    out = torch.matmul(torch.softmax(scores, -1), v)
+)python"},
+                                           Case{"scores_rounded", R"python(
+    scores = torch.div(torch.matmul(q, k.transpose(-1, -2)), 2.0, rounding_mode="floor")
+    out = torch.matmul(torch.softmax(scores, -1), v)
 )python"},
                                            Case{"softmax_over_queries", R"python(
     out = torch.matmul(torch.softmax(torch.matmul(q, k.transpose(-1, -2)), 2), v)

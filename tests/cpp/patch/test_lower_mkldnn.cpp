@@ -36,7 +36,9 @@ def forward(self, x: Tensor) -> Tensor:
                 count_kind(*graph, "prim::mkldnn_convolution") + count_kind(*graph, "prim::ConstantMKLDNNTensor"),
             0u);
   const at::Tensor x = at::randn({2, 3, 8, 8});
-  EXPECT_LT(largest_difference(run_graph(frozen, graph, {x}).toTensor(), run_graph(module, module.get_method("forward").graph(), {x}).toTensor()), 1e-5);
+  EXPECT_LT(largest_difference(run_graph(frozen, graph, {x}).toTensor(),
+                               run_graph(module, module.get_method("forward").graph(), {x}).toTensor()),
+            1e-5);
 }
 
 TEST(LowerMkldnn, OtherOpsAreNamedWithTheRemedy) {

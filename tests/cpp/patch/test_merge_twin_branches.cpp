@@ -74,23 +74,22 @@ TEST_P(MergeTwinBranches, ComputesTheSame) {
   expect_same_results(module, graph);
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Twins, MergeTwinBranches,
-    ::testing::Values(Case{"other_arguments", R"python(
+INSTANTIATE_TEST_SUITE_P(Twins, MergeTwinBranches,
+                         ::testing::Values(Case{"other_arguments", R"python(
     if mask is not None or flag:
         x = self.layer(self.layer(x, mask, flag), mask, flag)
     else:
         x = self.layer(self.layer(x, None, False), None, False)
     return x
 )python",
-                           4},
-                      Case{"same_arguments", R"python(
+                                                4},
+                                           Case{"same_arguments", R"python(
     if flag:
         return self.layer(x, mask, True)
     return self.layer(x, mask, True)
 )python",
-                           2},
-                      Case{"other_inputs", R"python(
+                                                2},
+                                           Case{"other_inputs", R"python(
     y = x * 2.0
     if flag:
         x = self.layer(x, mask, False)
@@ -98,8 +97,8 @@ INSTANTIATE_TEST_SUITE_P(
         x = self.layer(y, mask, False)
     return x
 )python",
-                           2},
-                      Case{"nested", R"python(
+                                                2},
+                                           Case{"nested", R"python(
     if flag:
         if mask is not None:
             x = self.layer(x, mask, True)
@@ -112,36 +111,35 @@ INSTANTIATE_TEST_SUITE_P(
             x = self.layer(x, None, False)
     return x
 )python",
-                           2}),
-    [](const auto& info) { return info.param.name; });
+                                                2}),
+                         [](const auto& info) { return info.param.name; });
 
-INSTANTIATE_TEST_SUITE_P(
-    NoTwins, MergeTwinBranches,
-    ::testing::Values(Case{"other_weights", R"python(
+INSTANTIATE_TEST_SUITE_P(NoTwins, MergeTwinBranches,
+                         ::testing::Values(Case{"other_weights", R"python(
     if flag:
         x = self.layer(x, mask, False)
     else:
         x = self.other_layer(x, mask, False)
     return x
 )python",
-                           4},
-                      Case{"another_step", R"python(
+                                                4},
+                                           Case{"another_step", R"python(
     if flag:
         x = self.layer(x, mask, False)
     else:
         x = torch.sin(self.layer(x, mask, False))
     return x
 )python",
-                           4},
-                      Case{"once_and_twice", R"python(
+                                                4},
+                                           Case{"once_and_twice", R"python(
     if flag:
         x = self.layer(x, mask, False)
     else:
         x = self.layer(self.layer(x, mask, False), mask, False)
     return x
 )python",
-                           6},
-                      Case{"other_wiring", R"python(
+                                                6},
+                                           Case{"other_wiring", R"python(
     if flag:
         y = torch.linear(x, self.w)
         z = torch.sin(y)
@@ -152,14 +150,14 @@ INSTANTIATE_TEST_SUITE_P(
         x = z - y
     return x
 )python",
-                           2},
-                      Case{"skipped", R"python(
+                                                2},
+                                           Case{"skipped", R"python(
     if flag:
         x = self.layer(x, mask, False)
     return x
 )python",
-                           2}),
-    [](const auto& info) { return info.param.name; });
+                                                2}),
+                         [](const auto& info) { return info.param.name; });
 
 }  // namespace
 }  // namespace torchgraft

@@ -50,9 +50,27 @@ _WAVES = dict(conv_dim=(16, 16), conv_stride=(5, 2), conv_kernel=(10, 3), num_fe
 _WAVES |= dict(num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, vocab_size=32, intermediate_size=80)
 _WINDOW = dict(intermediate_size=80, global_attn_every_n_layers=2, local_attention=4, reference_compile=False)
 _GROUPED = dict(intermediate_size=80, num_key_value_heads=2)
+_BOUNDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+_NEO = dict(num_heads=4, num_layers=2, attention_types=[[["global", "local"], 1]], window_size=8)
+_ESM = dict(pad_token_id=0, mask_token_id=4, position_embedding_type="rotary")
+
+_SMALL = dict(intermediate_size=80)
 
 # name -> (config class, model class, sizes, arguments, expected norm orders, key and value heads)
 _MODELS = {
+    "opt": (hf.OPTConfig, hf.OPTModel, _TEXT | dict(ffn_dim=80, word_embed_proj_dim=48), _text, ["pre", "pre"], 4),
+    "bloom": (hf.BloomConfig, hf.BloomModel, dict(vocab_size=97, n_head=4, n_layer=2), _text, ["pre", "pre"], 4),
+    "gpt_neox": (hf.GPTNeoXConfig, hf.GPTNeoXModel, _TEXT | _SMALL, _causal, ["pre", "pre"], 4),
+    "gpt_neo": (hf.GPTNeoConfig, hf.GPTNeoModel, _TEXT | _SMALL | _NEO, _causal, ["pre", "pre"], 4),
+    "phi": (hf.PhiConfig, hf.PhiModel, _TEXT | _SMALL, _causal, ["pre", "pre"], 4),
+    "phi3": (hf.Phi3Config, hf.Phi3Model, _TEXT | _GROUPED | _BOUNDS, _causal, ["pre", "pre"], 2),
+    "gemma": (hf.GemmaConfig, hf.GemmaModel, _TEXT | _GROUPED | dict(head_dim=12), _causal, ["pre", "pre"], 2),
+    "qwen3": (hf.Qwen3Config, hf.Qwen3Model, _TEXT | _GROUPED | dict(head_dim=12), _causal, ["pre", "pre"], 2),
+    "nemotron": (hf.NemotronConfig, hf.NemotronModel, _TEXT | _GROUPED, _causal, ["pre", "pre"], 2),
+    "roformer": (hf.RoFormerConfig, hf.RoFormerModel, _TEXT | _SMALL, _text, ["post", "post"], 4),
+    "esm": (hf.EsmConfig, hf.EsmModel, _TEXT | _SMALL | _ESM, _text, ["pre", "pre"], 4),
+    "hubert": (hf.HubertConfig, hf.HubertModel, _WAVES, _sound, ["post", "post"], 4),
+    "dinov3": (hf.DINOv3ViTConfig, hf.DINOv3ViTModel, _SMALL | dict(image_size=8, patch_size=4), _pixels, ["pre"] * 2, 4),
     "modernbert": (hf.ModernBertConfig, hf.ModernBertModel, _TEXT | _BERT_TOKENS | _WINDOW, _text, ["none", "pre"], 4),
     "qwen2": (hf.Qwen2Config, hf.Qwen2Model, _TEXT | _GROUPED, _causal, ["pre", "pre"], 2),
     "mpnet": (hf.MPNetConfig, hf.MPNetModel, _TEXT | dict(intermediate_size=80), _text, ["post", "post"], 4),
@@ -61,13 +79,15 @@ _MODELS = {
 }
 
 
-_EAGER_ONLY = {"mpnet"}  # transformers has no other
+_EAGER_ONLY = {"mpnet", "bloom", "gpt_neo", "roformer"}  # transformers has no other
+# Their packed projections hold queries, keys and values head by head, which inspect notes.
+_INTERLEAVED = {"bloom", "gpt_neox"}
 _VARIANTS = [(name, kind) for name in _MODELS for kind in ("sdpa", "eager") if kind == "eager" or name not in _EAGER_ONLY]
 
 
 @pytest.fixture(scope="module", params=_VARIANTS, ids=["_".join(variant) for variant in _VARIANTS])
 def model(request):
-    """(traced base, arguments(rows, width), expected norm orders, expected key and value heads)."""
+    """(traced base, arguments(rows, width), expected norm orders, key and value heads, whether packed head by head)."""
     name, attention = request.param
     config_class, model_class, sizes, arguments, orders, kv_heads = _MODELS[name]
     torch.manual_seed(0)
@@ -77,11 +97,11 @@ def model(request):
     eager = _First(model_class(config)).eval()
     with torch.no_grad():
         base = torch.jit.trace(eager, arguments(2, 9), check_trace=False, strict=False)
-    return base, arguments, orders, kv_heads
+    return base, arguments, orders, kv_heads, name in _INTERLEAVED
 
 
 def test_every_place_is_found(model) -> None:
-    base, _, orders, kv_heads = model
+    base, _, orders, kv_heads, interleaved = model
     structure = torchgraft.inspect(base)
     assert structure["near_misses"] == []
     assert [layer["norm_order"] for layer in structure["layers"]] == orders
@@ -89,11 +109,12 @@ def test_every_place_is_found(model) -> None:
         assert (layer["layer"], layer["kind"], layer["shares"]) == (number, "self", None)
         assert (layer["num_heads"], layer["num_kv_heads"], layer["head_dim"]) == (4, kv_heads, 12)
         assert set(layer["locations"]) == _ALL
-        assert layer["notes"] == []
+        assert all("head by head" in note for note in layer["notes"])
+        assert (layer["notes"] != []) == interleaved
 
 
 def test_the_canonical_graph_computes_the_same(model) -> None:
-    base, arguments, _, _ = model
+    base, arguments, *_ = model
     canonical = torch.jit._recursive.wrap_cpp_module(patcher().canonical_module(base._c))
     for rows, width in ((2, 9), (3, 7)):
         given = arguments(rows, width)
@@ -141,7 +162,7 @@ def _assert_lora_equals_merged_weights(base: torch.jit.ScriptModule, given: tupl
 
 
 def test_lora_equals_merged_weights(model) -> None:
-    base, arguments, _, _ = model
+    base, arguments, *_ = model
     _assert_lora_equals_merged_weights(base, arguments(3, 8))
 
 
