@@ -1,7 +1,7 @@
 """How long grafting takes, and how much memory, by layers.
 
     .venv/bin/pip install -c requirements/constraints.txt -r requirements/docs.txt     # matplotlib, for the picture
-    .venv/bin/python benchmarks/graft_time.py --json graft_time.json --picture docs/graft_time.png
+    .venv/bin/python benchmarks/graft_time.py --picture docs/graft_time.png
 
 Seconds are medians of grafts of freshly loaded modules. Memory is the peak of the process's resident set while it grafts
 (VmHWM, reset before), less what it held before, as a multiple of the weights: a graft that copied the model would say 1.
@@ -124,7 +124,7 @@ def print_table(rows: list[dict], console: Console) -> None:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Seconds by layers, measured and through the origin of the first point's slope."""
+    """Seconds by layers, a curve for each model with the exponent that fits it."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -72,6 +72,25 @@ bool SiteFinder::find_columns(Value* heads, Projection& projection, LinearSite& 
   return true;
 }
 
+// Where else the weight of a projection is applied; false when a LoRA cannot follow it there.
+bool SiteFinder::find_elsewhere(const Node* linear, LinearSite& site) {
+  const at::Tensor weight = weight_source(linear->input(1), module_).tensor;
+  const auto found = weight.defined() ? linears_elsewhere_.find(weight.data_ptr()) : linears_elsewhere_.end();
+  if (found == linears_elsewhere_.end()) {
+    return true;
+  }
+  const bool shared_by_all_rows = std::all_of(found->second.begin(), found->second.end(), [&](Node* other) {
+    const auto shape = shapes_.shape(other->input(0));
+    const bool whole =
+        !weight_source(linear->input(1), module_).is_part && !weight_source(other->input(1), module_).is_part;
+    return whole && is_top_level(other) && shape && shape->size() == 3 && shape->front() == number(1);
+  });
+  if (shared_by_all_rows) {
+    site.elsewhere = found->second;
+  }
+  return shared_by_all_rows;
+}
+
 // `heads` is the projection named `role` after its heads were split. The linear map must be found; its columns may not.
 bool SiteFinder::find_projection(Value* heads, const char* role, std::optional<Projection>& projection,
                                  LinearSite& site, Layer& layer, std::string& reason) {
@@ -92,10 +111,8 @@ bool SiteFinder::find_projection(Value* heads, const char* role, std::optional<P
   }
   Projection found = describe(site.node);
   std::string why_not;
-  const at::Tensor weight = weight_source(site.node->input(1), module_).tensor;
-  if (weight.defined() && weights_elsewhere_.count(weight.data_ptr())) {
-    layer.notes.push_back(found.path +
-                          " is applied outside the attention too (relative positions?): LoRA leaves that as it is");
+  if (!find_elsewhere(site.node, site)) {
+    layer.notes.push_back(found.path + " is applied outside the attention too: LoRA leaves that as it is");
   }
   if (found.out_features == 0) {
     layer.notes.push_back(std::string("the weight of its ") + role + " projection is computed, not a parameter");

@@ -146,7 +146,9 @@ SiteFinder::SiteFinder(const CanonicalGraph& canonical, const Module& module)
   for_each_node(graph_.block(), [&](Node* node) {
     if (is_aten(node, {"linear"}) && !attention_projections_.count(node)) {
       const at::Tensor weight = weight_source(node->input(1), module_).tensor;
-      weights_elsewhere_.insert(weight.defined() ? weight.data_ptr() : nullptr);
+      if (weight.defined()) {
+        linears_elsewhere_[weight.data_ptr()].push_back(node);
+      }
     }
   });
 }

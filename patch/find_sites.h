@@ -13,12 +13,16 @@ namespace torchgraft {
 
 // A linear map, or some of its columns: node->input(0) is its input, columns [offset, offset + width) of
 // node->output() are this projection's.
+//
+// `elsewhere`: linear maps with the same weight whose input [1, P, features] all rows of a batch share, as relative
+// positions are in DeBERTa: a LoRA changes them too.
 struct LinearSite {
   torch::jit::Node* node = nullptr;
   bool sequence_first = false;  // tokens before batch: [S, B, features]
   bool is_part = false;         // other columns belong to other projections
   int64_t offset = 0;
   int64_t width = 0;
+  std::vector<torch::jit::Node*> elsewhere;
 };
 
 // What a block adds to the residual stream. `add` adds `branch` to something, in the end (parallel blocks add twice) to

@@ -166,14 +166,14 @@ Module graft(const Module& module, const std::vector<AdapterSpec>& specs, const 
   bank.register_attribute("token_mask_input", c10::StringType::get(), options.token_mask_input);
   bank.register_attribute("sites", c10::StringType::get(), options.sites ? to_json(*options.sites) : "");
   result.register_module("adapters", bank);
-  insert_adapters(canonical.graph, sites, slots, runs, result, inserting);
+  const size_t ops = insert_adapters(canonical.graph, sites, slots, runs, result, inserting);
   add_methods(result, canonical.graph);
   bank.get_method("activate")({options.active.empty() ? specs.back().name : options.active});
   bank.train(module.is_training());
 
   // 6. verify
   if (options.verify) {
-    verify_grafted(result, runs.size());
+    verify_grafted(result, ops);
   }
   return result;
 }

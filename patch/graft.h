@@ -36,8 +36,9 @@ struct GraftOptions {
   bool verify = true;
 };
 
-// A copy of `module` with the adapters grafted on; `module` itself is unchanged. A module that is already grafted keeps
-// its adapters and gets the new ones added to its banks.
+// A copy of `module` with the adapters grafted on; `module` itself is unchanged. Its parameters are tensors of their
+// own on the memory of the module's (clone_module.h). A module that is already grafted keeps its adapters and gets the
+// new ones added to its banks.
 //
 // The result has the methods
 //   forward(..., adapter_ids: Optional[Tensor] = None)             as before; adapter_ids [B] int64, -1 = base model

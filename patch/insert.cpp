@@ -33,9 +33,12 @@ class Inserter {
   // Inserts the op of `slot` into one run of its layer and returns its gate.
   Value* insert(const BankSlot& slot, size_t layer);
   Value* adapter_ids() const { return adapter_ids_; }
+  size_t ops() const { return ops_; }
 
  private:
   Value* insert_lora(const BankSlot& slot, const LinearSite& site);
+  void insert_lora_elsewhere(const BankSlot& slot, torch::jit::Node* linear);
+  Value* one_adapter();
   Value* insert_prefix(const BankSlot& slot, size_t layer);
   Value* insert_bottleneck(const BankSlot& slot, const ResidualSite& site);
   Value* normed_sum(ResidualState& state);
@@ -52,10 +55,12 @@ class Inserter {
   std::map<const Node*, ResidualState> residuals_;  // by the add
   std::map<const Value*, Value*> shared_masks_;     // token masks by attention mask
   std::map<int64_t, Value*> token_masks_;           // and by layer
+  size_t ops_ = 0;                                  // gated ones, inserted so far
   int64_t layer_ = 0;                               // where the op being inserted goes
   Value* adapters_ = nullptr;
   Value* adapter_ids_ = nullptr;
   Value* active_ = nullptr;
+  Value* one_adapter_ = nullptr;  // see one_adapter()
   Value* input_mask_ = nullptr;
 };
 
@@ -135,6 +140,7 @@ void Inserter::prepare_token_masks(const std::vector<BankSlot>& slots, const std
 
 Node* Inserter::call(const char* op, at::ArrayRef<NamedValue> args, at::ArrayRef<NamedValue> named) {
   Value* result = graph_.insert(c10::Symbol::fromQualString(std::string("torchgraft::") + op), args, named);
+  ops_ += std::string(op).rfind("gated_", 0) == 0;
   Node* node = result->node();
   // Graph::insert packs several results into a tuple; take them apart again.
   if (node->kind() == c10::prim::TupleConstruct) {
@@ -174,6 +180,44 @@ Value* Inserter::insert_lora(const BankSlot& slot, const LinearSite& site) {
   end->destroy();
   projections_[site.node] = updated;
   return op->outputs()[1];
+}
+
+// The adapter of every row, computed before anything else: for what all rows share, there can be only one.
+Value* Inserter::one_adapter() {
+  if (!one_adapter_) {
+    static const auto body = compile_graph(R"python(
+def one_adapter(adapter_ids: Optional[Tensor], active: int) -> int:
+    if adapter_ids is None:
+        return active
+    if adapter_ids.numel() == 0:
+        return active
+    first = int(adapter_ids[0])
+    assert bool((adapter_ids == first).all()), "torchgraft: rows of one batch cannot have different adapters in this " \
+        "model: it applies a projection that has a LoRA to relative positions, which all rows share"
+    return first
+)python",
+                                           "one_adapter");
+    WithInsertPoint guard(active_->node()->next());
+    one_adapter_ = torch::jit::insertGraph(graph_, *body, {adapter_ids_, active_})[0];
+  }
+  return one_adapter_;
+}
+
+// A linear map with the slot's weight on [1, P, features] gets the same LoRA; its gate is pooled over the P positions.
+void Inserter::insert_lora_elsewhere(const BankSlot& slot, Node* linear) {
+  Node* end = graph_.create(c10::prim::Constant, 1)->insertAfter(linear);
+  end->output()->setType(c10::NoneType::get());
+  Value* adapter = one_adapter();
+  WithInsertPoint guard(end);
+  Value* module = slot_module(slot);
+  Node* op =
+      call("gated_lora",
+           {NamedValue(linear->input(0)), NamedValue(linear->output()), NamedValue(parameter(slot, module, "lora_a")),
+            NamedValue(parameter(slot, module, "lora_b")), NamedValue(parameter(slot, module, "scaling"))},
+           {NamedValue("gate_weight", parameter(slot, module, "gate_weight")),
+            NamedValue("gate_bias", parameter(slot, module, "gate_bias")), NamedValue("adapter", adapter)});
+  linear->output()->replaceAllUsesAfterNodeWith(end, op->outputs()[0]);
+  end->destroy();
 }
 
 Value* Inserter::insert_prefix(const BankSlot& slot, size_t layer) {
@@ -251,7 +295,11 @@ Value* Inserter::insert(const BankSlot& slot, size_t layer) {
       {"output_lora", sites.ffn_out ? &*sites.ffn_out : nullptr}};
   if (const auto linear = linears.find(slot.slot); linear != linears.end()) {
     TORCH_INTERNAL_ASSERT(linear->second, slot.slot, " was planned for layer ", layer, ", which has no place for it");
-    return insert_lora(slot, *linear->second);
+    Value* gate = insert_lora(slot, *linear->second);
+    for (Node* other : linear->second->elsewhere) {
+      insert_lora_elsewhere(slot, other);
+    }
+    return gate;
   }
   if (slot.slot == "mh_adapter" || slot.slot == "cross_adapter") {
     return insert_bottleneck(slot, sites.attention_residual.value());
@@ -264,8 +312,9 @@ Value* Inserter::insert(const BankSlot& slot, size_t layer) {
 
 }  // namespace
 
-void insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& sites, const std::vector<BankSlot>& slots,
-                     const std::vector<SlotRun>& runs, const torch::jit::Module& module, const InsertOptions& options) {
+size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& sites, const std::vector<BankSlot>& slots,
+                       const std::vector<SlotRun>& runs, const torch::jit::Module& module,
+                       const InsertOptions& options) {
   Inserter inserter(*graph, sites, module.attr("adapters").toModule().type(), options);
   if (options.pool_unpadded && !options.token_mask_input) {
     inserter.prepare_token_masks(slots, runs, module);
@@ -280,6 +329,7 @@ void insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& site
   graph->eraseOutput(0);
   graph->registerOutput(pair);
   torch::jit::EliminateDeadCode(graph);  // the attentions that gated_prefix_attention has replaced
+  return inserter.ops();
 }
 
 }  // namespace torchgraft

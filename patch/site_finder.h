@@ -2,8 +2,10 @@
 
 #include <torchgraft/patch/find_sites.h>
 
+#include <map>
 #include <set>
 #include <string>
+#include <vector>
 
 namespace torchgraft {
 
@@ -36,6 +38,7 @@ class SiteFinder {
   bool find_attention(torch::jit::Node* attention, Layer& layer, LayerSites& sites, std::string& reason);
   bool find_projection(torch::jit::Value* heads, const char* role, std::optional<Projection>& projection,
                        LinearSite& site, Layer& layer, std::string& reason);
+  bool find_elsewhere(const torch::jit::Node* linear, LinearSite& site);
   bool find_columns(torch::jit::Value* heads, Projection& projection, LinearSite& site, Layer& layer,
                     std::string& reason);
   void find_attention_residual(Layer& layer, LayerSites& sites);
@@ -62,7 +65,7 @@ class SiteFinder {
   SymbolicShapes shapes_;
   Dim batch_;
   std::set<torch::jit::Node*> attention_projections_;  // the linear maps behind any attention's q, k and v
-  std::set<const void*> weights_elsewhere_;            // data of the weights of all others
+  std::map<const void*, std::vector<torch::jit::Node*>> linears_elsewhere_;  // all others, by the data of their weights
 };
 
 bool is_norm(const torch::jit::Node* node);

@@ -40,14 +40,7 @@ _COMPUTES_IN_FLOAT32 = {
 # CLIP's text model writes float64's lowest number into a float32 mask, and stops.
 _FLOAT32_ONLY = {"clip_text_sdpa", "clip_text_eager"}
 
-# What is known not to work yet, and why. Strict: a case that begins to pass must leave the list.
-NOT_YET = {
-    (name, method): "LoRA on a projection that DeBERTa also applies to its relative positions changes the tokens only"
-    for name in ("deberta_v2_shared_eager",)
-    for method in ("unipelt", "lora_all")
-}
-
-# The same for modules that were frozen: (name, form).
+# What is known not to work yet when frozen, and why. Strict: a case that begins to pass must leave the list.
 FROZEN_NOT_YET = {
     (name, "scripted"): "freezing folds the mask away in one of two branches that were the same layers"
     for name in ("timm_vit_explicit", "timm_vit_qk_norm_layer_scale_explicit")

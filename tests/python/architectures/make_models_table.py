@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[3] / "python")]
 
 import torch  # noqa: E402
-from all_cases import CASES, FORMS, FROZEN_NOT_YET, LEFT_OUT, METHODS, NOT_YET, methods  # noqa: E402
+from all_cases import CASES, FORMS, FROZEN_NOT_YET, LEFT_OUT, METHODS, methods  # noqa: E402
 from oracle_reference import OracleReference  # noqa: E402
 
 from oracle import difference  # noqa: E402
@@ -50,8 +50,6 @@ def _largest(case, base, method: str) -> float:
 def _cell(case, base, method: str) -> str:
     if method in case.without:
         return "-"
-    if (case.name, method) in NOT_YET:
-        return "not yet"
     return f"{_largest(case, base, method):.1e}"
 
 
@@ -76,7 +74,7 @@ def main() -> None:
         if name not in LEFT_OUT:
             print(_row(name, form))
     print("\n*-*: the model, or the library with it, has no such place. *not yet*:\n")
-    for reason in sorted(set(NOT_YET.values()) | set(FROZEN_NOT_YET.values())):
+    for reason in sorted(set(FROZEN_NOT_YET.values())):
         print(f"- {reason}.")
 
 

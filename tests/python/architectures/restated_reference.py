@@ -76,7 +76,7 @@ class RestatedReference:
 
     def graft(self, base: torch.jit.ScriptModule, method: str, dtype: torch.dtype) -> torch.jit.ScriptModule:
         grafted = torchgraft.graft(base, config=oracle.CONFIGS[method], name="task")
-        _randomise(grafted)
+        randomise_grafted(grafted)
         return grafted
 
     def run(self, grafted: torch.jit.ScriptModule, method: str, arguments: tuple) -> tuple[Tensor, Gates]:
@@ -114,7 +114,7 @@ def slots_of(grafted: torch.jit.ScriptModule) -> Slots:
     return slots
 
 
-def _randomise(grafted: torch.jit.ScriptModule) -> None:
+def randomise_grafted(grafted: torch.jit.ScriptModule) -> None:
     """Normal values for every parameter of the adapter: none is zero, gates are well away from 0.5."""
     generator = torch.Generator().manual_seed(23)
     with torch.no_grad():

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from all_cases import CASES, FORMS, LEFT_OUT, NOT_YET, dtypes, methods, tolerance
+from all_cases import CASES, FORMS, LEFT_OUT, dtypes, methods, tolerance
 
 from oracle import assert_gates_close, difference
 
@@ -22,10 +22,8 @@ def _parameters() -> list:
     for name, form in FORMS:
         for dtype in dtypes(name) if name not in LEFT_OUT else ():
             for method in methods(name):
-                known = NOT_YET.get((name, method))
-                marks = [pytest.mark.xfail(reason=known, strict=True)] if known else []
                 label = f"{name}-{form}-{method}-{str(dtype).removeprefix('torch.')}"
-                parameters.append(pytest.param(name, form, method, dtype, marks=marks, id=label))
+                parameters.append(pytest.param(name, form, method, dtype, id=label))
     return parameters
 
 
