@@ -44,6 +44,9 @@ _FLOAT32_ONLY = {"clip_text_sdpa", "clip_text_eager"}
 FROZEN_NOT_YET = {
     (name, "scripted"): "freezing folds the mask away in one of two branches that were the same layers"
     for name in ("timm_vit_explicit", "timm_vit_qk_norm_layer_scale_explicit")
+} | {
+    ("deberta_v2_shared_eager", "traced"): "freezing computes the projected relative positions once and for all, "
+    "where no LoRA reaches them"
 }
 
 # The library takes the attention's sum for the branch, and the feed-forward block for the residual, of GPT-J's output
