@@ -152,6 +152,9 @@ void RowUnflattening::visit_view(Node* view) {
     }
     return;
   }
+  if (!is_view(view)) {  // flatten counts dimensions, of which the tokens have others
+    return;
+  }
   const auto [tokens, source] = known->second;
   auto restored = shapes_.shape(source);
   const auto shape = shapes_.shape(view->output());

@@ -156,6 +156,16 @@ TEST(UnflattenRows, OtherReadersGetRows) {
   expect_same_results(module, graph);
 }
 
+// flatten() of rows counts the rows' dimensions.
+TEST(UnflattenRows, FlattenedRowsStayRows) {
+  auto module = module_of(R"python(
+    h = torch.embedding(self.e, x.long().clamp(0, 8)[:, :, 0]) + x.sum()
+    y = torch.mm(h.reshape(-1, 6), self.w)
+    out = torch.flatten(y, 1) * 2 + y
+)python");
+  expect_same_results(module, unflattened(module));
+}
+
 // Two tensors whose rows are flattened from other leading dimensions have the same rows' count, but not the same rows.
 TEST(UnflattenRows, RowsOfOtherOrderStayApart) {
   auto module = module_of(R"python(
