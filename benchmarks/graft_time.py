@@ -3,9 +3,9 @@
     .venv/bin/pip install -c requirements/constraints.txt -r requirements/docs.txt     # matplotlib, for the picture
     .venv/bin/python benchmarks/graft_time.py --picture docs/graft_time.png
 
-Seconds are medians of grafts of freshly loaded modules. Memory is the peak of the process's resident set while it grafts
-(VmHWM, reset before), less what it held before, as a multiple of the weights: a graft that copied the model would say 1.
-Each measurement runs in a process of its own.
+Seconds are medians of grafts of freshly loaded modules. Memory is the peak of the process's resident set while it
+grafts (VmHWM, reset before), less what it held before, as a multiple of the weights: a graft that copied the model would
+say 1. Each measurement runs in a process of its own.
 """
 
 import argparse

@@ -56,8 +56,8 @@ def graft(
 ) -> torch.jit.ScriptModule:
     """A copy of `module` with adapters grafted on; `module` itself is unchanged.
 
-    The copy's parameters are tensors of their own on the memory of the module's: moving or converting one leaves the other
-    as it is; writing into a weight in place writes into both.
+    The copy's parameters are tensors of their own on the memory of the module's: moving or converting one leaves the
+    other as it is; writing into a weight in place writes into both.
 
     Args:
         module: a scripted or traced Transformer, or a module that is grafted already: then the adapters are added.

@@ -1,4 +1,4 @@
-#include "support.h"
+#include "linear_support.h"
 
 #include <torchgraft/patch/graph_utils.h>
 #include <torchgraft/patch/passes/fold_attributes.h>
@@ -12,9 +12,9 @@ namespace torchgraft {
 namespace {
 
 using testing::count_kind;
-using testing::largest_difference;
+using testing::expect_same_results;
 using testing::make_module;
-using testing::run_graph;
+using testing::only_linear;
 
 // Linear maps of x [2, 5, 6] by `w` [6, 4], `u` [4, 6], with biases `b` [4] and `c` [6]; `body` makes `out`.
 torch::jit::Module module_of(const std::string& body) {
@@ -35,41 +35,6 @@ std::shared_ptr<torch::jit::Graph> unflattened(const torch::jit::Module& module)
   unflatten_rows(graph, module);
   graph->lint();
   return graph;
-}
-
-// The result and the gradients of x and of all parameters.
-std::vector<at::Tensor> run_with_gradients(torch::jit::Module& module,
-                                           const std::shared_ptr<torch::jit::Graph>& graph) {
-  at::manual_seed(1);
-  const at::Tensor x = at::randn({2, 5, 6}).requires_grad_();
-  const at::Tensor out = run_graph(module, graph, {x}).toTensor();
-  (out * at::arange(out.numel()).view_as(out).sin()).sum().backward();
-  std::vector<at::Tensor> results = {out, x.grad()};
-  for (at::Tensor parameter : module.parameters()) {
-    results.push_back(parameter.grad().defined() ? parameter.grad() : at::zeros({1}));
-    parameter.mutable_grad() = at::Tensor();
-  }
-  return results;
-}
-
-void expect_same_results(torch::jit::Module& module, const std::shared_ptr<torch::jit::Graph>& graph) {
-  const auto expected = run_with_gradients(module, module.get_method("forward").graph());
-  const auto actual = run_with_gradients(module, graph);
-  for (size_t i = 0; i < expected.size(); ++i) {
-    EXPECT_LT(largest_difference(expected[i], actual[i]), 1e-5) << "of result " << i;
-    EXPECT_EQ(expected[i].sizes(), actual[i].sizes());
-  }
-}
-
-const torch::jit::Node* only_linear(const torch::jit::Graph& graph) {
-  const torch::jit::Node* linear = nullptr;
-  for (const torch::jit::Node* node : graph.nodes()) {
-    if (is_aten(node, {"linear"})) {
-      EXPECT_EQ(linear, nullptr) << "several linear maps";
-      linear = node;
-    }
-  }
-  return linear;
 }
 
 // A Conv1D whose input has a shape that is known: the view back is gone, the linear map sees x as it was.

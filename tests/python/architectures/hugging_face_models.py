@@ -203,7 +203,11 @@ FAMILIES = {
     "t5": Family(hf.T5Config, hf.T5Model, _T5 | dict(d_kv=12), gains=_T5_GAINS, **_SEQ2SEQ),
     # Heads that are together narrower than the hidden states: 4 x 10 of 48.
     "t5_gated": Family(
-        hf.T5Config, hf.T5Model, _T5 | dict(d_kv=10, feed_forward_proj="gated-gelu"), gains=_T5_GAINS | {"wi_1": 0.2, "wo": 0.5}, **_SEQ2SEQ
+        hf.T5Config,
+        hf.T5Model,
+        _T5 | dict(d_kv=10, feed_forward_proj="gated-gelu"),
+        gains=_T5_GAINS | {"wi_1": 0.2, "wo": 0.5},
+        **_SEQ2SEQ,
     ),
     "bart": Family(hf.BartConfig, hf.BartModel, _BART | _TEXT, **_SEQ2SEQ),
     "mbart": Family(hf.MBartConfig, hf.MBartModel, _BART | _TEXT, **_SEQ2SEQ),

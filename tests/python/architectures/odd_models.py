@@ -224,7 +224,9 @@ class OddLayer(nn.Module):
 class OddEncoder(nn.Module):
     """Layers in a loop over a ModuleList."""
 
-    def __init__(self, plain: PlainTransformer, attention: type, norm: Optional[type] = None, ffn: type = OddFeedForward):
+    def __init__(
+        self, plain: PlainTransformer, attention: type, norm: Optional[type] = None, ffn: type = OddFeedForward
+    ):
         super().__init__()
         self.blocks = nn.ModuleList(OddLayer(layer, attention, norm, ffn) for layer in plain.layers)
 

@@ -1,4 +1,4 @@
-"""A Transformer spelled as plainly as it can be: what the models of torch_cases.py and own_cases.py are restatements of.
+"""A Transformer spelled as plainly as it can be; the models of torch_cases.py and own_cases.py are restated by it.
 
 Every projection is a Linear of its own, attention is F.scaled_dot_product_attention, hidden states are [B, S, H].
 """
@@ -15,8 +15,11 @@ _WEIGHT_STD = 0.15
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes and structure. memory: the width of what cross attention reads. order: which layer runs when; None: each once. The decoder, where there is one, attends to
-    the result of the encoder (encoder_layers > 0) or to the model's second argument."""
+    """Sizes and structure.
+
+    memory: the width of what cross attention reads, which is the result of the encoder (encoder_layers > 0) or an
+    argument. order: which layer runs when; None: each once.
+    """
 
     hidden: int = 48
     heads: int = 4

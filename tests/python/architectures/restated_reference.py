@@ -104,7 +104,7 @@ def _made(reference: RestatedReference, dtype: torch.dtype) -> nn.Module:
 
 
 def slots_of(grafted: torch.jit.ScriptModule) -> Slots:
-    """From parameters and buffers such as adapters.layer_3.self_prefix.prefix_key and adapters.layer_3.mh_adapter_seq_relu.up_bias."""
+    """From adapters.layer_3.self_prefix.prefix_key, adapters.layer_3.mh_adapter_seq_relu.up_bias and the like."""
     slots: Slots = {}
     for path, value in grafted.state_dict().items():
         parts = path.split(".")

@@ -1,5 +1,5 @@
-"""A projection with a LoRA that the model also applies to relative positions, which all rows share (DeBERTa v2 and v3 with
-share_att_key). That the result is the library's: test_architectures.py, deberta_v2_shared."""
+"""A projection with a LoRA that the model also applies to relative positions, which all rows share (DeBERTa v2 and v3
+with share_att_key). That the result is the library's: test_architectures.py, deberta_v2_shared."""
 
 import pytest
 import torch

@@ -27,7 +27,8 @@ class Spelling:
 
 
 def _hidden(dtype: torch.dtype, seed: int, rows: int, width: int, features: int) -> Tensor:
-    return torch.randn(rows, width, features, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, width, features, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def _forbidden(mask: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
@@ -313,7 +314,8 @@ _LIST = [
     _case("encoder_post_padding", _Encoder, _POST, Spelling(padding="bool"), ("traced",)),
     _case("encoder_post_nested", _Encoder, _POST, Spelling(padding="bool", nested=True), ("scripted", "fused")),
     _case("encoder_post_sequence_first", _Encoder, _POST, Spelling(False, "float", "float"), _BOTH),
-    _case("encoder_post_no_bias", _Encoder, Shape(bias=False), Spelling(mask="bool"), ("traced",)),  # torch cannot script it
+    # Without biases torch cannot script its own encoder layer.
+    _case("encoder_post_no_bias", _Encoder, Shape(bias=False), Spelling(mask="bool"), ("traced",)),
     _case("encoder_pre", _Encoder, _PRE, Spelling(mask="float"), (*_BOTH, "fused")),
     _case("encoder_pre_sequence_first", _Encoder, _PRE, Spelling(False, "bool", "bool"), _BOTH),
     _case("decoder_post", _Decoder, Shape(cross=True), Spelling(mask="float"), _BOTH),
