@@ -51,12 +51,13 @@ class Inserter {
   Graph& graph_;
   const GraphSites& sites_;
   const InsertOptions& options_;
-  std::map<const Node*, Value*> projections_;       // by the linear: its result with the adapters so far
-  std::map<const Node*, ResidualState> residuals_;  // by the add
-  std::map<const Value*, Value*> shared_masks_;     // token masks by attention mask
-  std::map<int64_t, Value*> token_masks_;           // and by layer
-  size_t ops_ = 0;                                  // gated ones, inserted so far
-  int64_t layer_ = 0;                               // where the op being inserted goes
+  std::map<const Node*, Value*> projections_;  // by the linear: its result with the adapters so far
+  // By the add and the operand that is the branch: parallel blocks may be two operands of one add.
+  std::map<std::pair<const Node*, size_t>, ResidualState> residuals_;
+  std::map<const Value*, Value*> shared_masks_;  // token masks by attention mask
+  std::map<int64_t, Value*> token_masks_;        // and by layer
+  size_t ops_ = 0;                               // gated ones, inserted so far
+  int64_t layer_ = 0;                            // where the op being inserted goes
   Value* adapters_ = nullptr;
   Value* adapter_ids_ = nullptr;
   Value* active_ = nullptr;
@@ -263,7 +264,8 @@ Value* Inserter::normed_sum(ResidualState& state) {
 
 // branch + residual becomes op(branch) + residual.
 Value* Inserter::insert_bottleneck(const BankSlot& slot, const ResidualSite& site) {
-  ResidualState& state = residuals_.try_emplace(site.add, ResidualState{site, site.branch()}).first->second;
+  ResidualState& state =
+      residuals_.try_emplace({site.add, site.branch_operand}, ResidualState{site, site.branch()}).first->second;
   WithInsertPoint guard(site.add);
   Value* x = slot.input == BottleneckInput::kNormedSum  ? normed_sum(state)
              : slot.input == BottleneckInput::kResidual ? site.residual

@@ -121,6 +121,16 @@ Value* insert_mask(Graph& graph, SymbolicShapes& shapes, Value* bias, Value* anc
   return graph.insert(c10::aten::type_as, {bias, anchor});
 }
 
+// Whether `value` was cast on its way from a linear map: GPT-J computes its scores in float32 whatever its dtype.
+bool was_cast(Value* value) {
+  for (Node* node = value->node(); is_layout(node) || is_aten(node, {"mul", "div"}); node = node->input(0)->node()) {
+    if (is_aten(node, {"to", "type_as"})) {
+      return true;
+    }
+  }
+  return false;
+}
+
 // Rewrites the attention around `softmax`; the reason why not when it cannot.
 std::optional<std::string> lower_one(const std::shared_ptr<Graph>& graph, SymbolicShapes& shapes, Node* softmax) {
   std::string reason;
@@ -161,6 +171,10 @@ std::optional<std::string> lower_one(const std::shared_ptr<Graph>& graph, Symbol
   Value* value = insert_rank_4(*graph, shapes, consumer->product->input(1));
   if (!path.understood || !query || !key || !value) {
     return path.understood ? "the heads are not a dimension of their own" : "its scale or mask is not understood";
+  }
+  // Queries and keys in the values' dtype, which is that of prefixes; the fused op takes one for all.
+  for (Value** heads : {&query, &key}) {
+    *heads = was_cast(*heads) ? graph->insert(c10::aten::type_as, {*heads, value}) : *heads;
   }
   for (const auto& [factor, divides] : path.factors.dynamic) {
     query = graph->insert(divides ? c10::aten::div : c10::aten::mul, {query, factor});

@@ -124,6 +124,10 @@ INSTANTIATE_TEST_SUITE_P(Spellings, LowerExplicitAttention,
     scores = torch.add(torch.matmul(q, k.transpose(-1, -2)), torch.arange(5, dtype=6), alpha=3.0)
     out = torch.matmul(torch.softmax(scores, -1), v)
 )python"},
+                                           Case{"scores_in_double", R"python(
+    scores = torch.matmul(q.to(7), k.to(7).transpose(-1, -2)) / 2.0
+    out = torch.matmul(torch.softmax(scores, -1).to(v.dtype), v)
+)python"},
                                            Case{"inactive_dropout", R"python(
     probabilities = torch.dropout(torch.softmax(torch.matmul(q, k.transpose(-1, -2)), -1), 0.1, self.training)
     out = torch.matmul(probabilities, v)

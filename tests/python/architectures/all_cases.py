@@ -49,10 +49,6 @@ FROZEN_NOT_YET = {
     "where no LoRA reaches them"
 }
 
-# The library takes the attention's sum for the branch, and the feed-forward block for the residual, of GPT-J's output
-# adapter: not the definition, and not what is grafted. Its traces also mix float32 into float64.
-LEFT_OUT = {"gptj_eager"}
-
 
 def methods(name: str) -> list[str]:
     """Those that the model has places for."""

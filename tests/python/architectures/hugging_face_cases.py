@@ -51,7 +51,6 @@ _LIST = [
     *_both("clip_vision", renamed={"clip_vision_model_self_prefix": "self_prefix"}),
     *_both("whisper_encoder", renamed=_ALONE),
     *_both("gpt2"),
-    _case("gptj", "eager"),
     *_both("llama", renamed=_SWAPPED),
     *_both("mistral", renamed=_SWAPPED),
     _case("t5", "eager", repair=repairs.keep_positions),

@@ -16,6 +16,7 @@ from case import Case
 from hugging_face_models import causal_arguments, text_arguments
 from restated_reference import Attention, FeedForward, Layer, RestatedReference
 from torch import Tensor, nn
+from transformers.models.gptj.modeling_gptj import GPTJAttention
 from transformers.models.mpnet.modeling_mpnet import MPNetSelfAttention
 
 _SIZES = dict(hidden_size=48, num_attention_heads=4, num_hidden_layers=2)
@@ -48,6 +49,17 @@ class _RestatedMPNetAttention(MPNetSelfAttention):
         return (self.o(context.transpose(1, 2).flatten(2)),)
 
 
+class _RestatedGptjAttention(GPTJAttention):
+    """transformers spells GPT-J's attention with softmax only, its scores in float32."""
+
+    def _attn(self, query, key, value, attention_mask=None, head_mask=None):
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask), None
+
+
+_RESTATED = {MPNetSelfAttention: _RestatedMPNetAttention, GPTJAttention: _RestatedGptjAttention}
+
+
 def _make(config_class, model_class, sizes: dict, attention: str, restated: bool, dtype: torch.dtype) -> nn.Module:
     """The same values whatever the attention and dtype."""
     torch.manual_seed(0)
@@ -59,8 +71,8 @@ def _make(config_class, model_class, sizes: dict, attention: str, restated: bool
         for parameter in model.parameters():  # initialisation is too tame: norms of 1, biases of 0
             parameter.add_(0.1 * torch.randn(parameter.shape))
     for module in model.modules():
-        if restated and type(module) is MPNetSelfAttention:
-            module.__class__ = _RestatedMPNetAttention
+        if restated and type(module) in _RESTATED:
+            module.__class__ = _RESTATED[type(module)]
     return _First(model).to(dtype).eval()
 
 
@@ -117,6 +129,16 @@ _PLACES: dict[str, Callable[[int], dict]] = {
         f"model.encoder.layer.{i}", "attention.attention", ("query", "key", "value"), ("layer_scale1", "layer_scale2"),
         ("norm1", "norm2"), ("mlp.fc1", "mlp.fc2"),
     ),
+    "gptj": lambda i: dict(
+        attentions=(
+            Attention(
+                *(f"model.h.{i}.attn.{name}_proj" for name in "qkv"), f"model.h.{i}.attn.out_proj", f"model.h.{i}.ln_1"
+            ),
+        ),
+        feed_forward=FeedForward(
+            f"model.h.{i}.mlp.fc_in", f"model.h.{i}.mlp.fc_out", f"model.h.{i}.mlp.fc_out", f"model.h.{i}.ln_1"
+        ),
+    ),
     "timm_vit": lambda i: _pre_norm(
         f"blocks.{i}", "attn", ("qkv",) * 3, ("ls1", "ls2"), ("norm1", "norm2"), ("mlp.fc1", "mlp.fc2")
     ),
@@ -131,11 +153,12 @@ _MODERN = _TEXT | _TOKENS | dict(global_attn_every_n_layers=2, local_attention=4
 _FAMILIES = {
     "modernbert": (hf.ModernBertConfig, hf.ModernBertModel, _MODERN, text_arguments),
     "qwen2": (hf.Qwen2Config, hf.Qwen2Model, _TEXT | dict(num_key_value_heads=2), causal_arguments),
+    "gptj": (hf.GPTJConfig, hf.GPTJModel, dict(vocab_size=97, n_positions=64, n_inner=80, rotary_dim=8), causal_arguments),
     "mpnet": (hf.MPNetConfig, hf.MPNetModel, _TEXT, text_arguments),
     "wav2vec2": (hf.Wav2Vec2Config, hf.Wav2Vec2Model, _WAVES, _sound),
     "dinov2": (hf.Dinov2Config, hf.Dinov2Model, dict(image_size=8, patch_size=4), _pixels),
 }
-_EAGER_ONLY = {"mpnet"}
+_EAGER_ONLY = {"mpnet", "gptj"}
 
 
 def _hugging_face_case(family: str, attention: str) -> Case:

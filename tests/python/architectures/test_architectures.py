@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from all_cases import CASES, FORMS, LEFT_OUT, dtypes, methods, tolerance
+from all_cases import CASES, FORMS, dtypes, methods, tolerance
 
 from oracle import assert_gates_close, difference
 
@@ -20,7 +20,7 @@ def _parameters() -> list:
     """(name, form, method, dtype), the dtypes of one base next to each other."""
     parameters = []
     for name, form in FORMS:
-        for dtype in dtypes(name) if name not in LEFT_OUT else ():
+        for dtype in dtypes(name):
             for method in methods(name):
                 label = f"{name}-{form}-{method}-{str(dtype).removeprefix('torch.')}"
                 parameters.append(pytest.param(name, form, method, dtype, id=label))

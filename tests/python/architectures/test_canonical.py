@@ -21,7 +21,7 @@ def _canonical(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
 
 
 def _dtype(name: str) -> torch.dtype:
-    return torch.float32 if name.startswith("clip_text") or name.startswith("gptj") else torch.float64
+    return torch.float32 if name.startswith("clip_text") else torch.float64
 
 
 @pytest.mark.parametrize("name, form", FORMS, ids=_IDS)

@@ -6,7 +6,7 @@ import io
 
 import pytest
 import torch
-from all_cases import CASES, FORMS, FROZEN_NOT_YET, LEFT_OUT, methods
+from all_cases import CASES, FORMS, FROZEN_NOT_YET, methods
 from torch import nn
 
 from oracle import difference
@@ -77,8 +77,7 @@ def _parameters() -> list:
     for name, form in FORMS:
         known = FROZEN_NOT_YET.get((name, form))
         marks = [pytest.mark.xfail(reason=known, strict=True)] if known else []
-        if name not in LEFT_OUT:
-            parameters.append(pytest.param(name, form, marks=marks, id=f"{name}-{form}"))
+        parameters.append(pytest.param(name, form, marks=marks, id=f"{name}-{form}"))
     return parameters
 
 
