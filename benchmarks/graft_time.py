@@ -3,17 +3,20 @@
     .venv/bin/pip install -c requirements/constraints.txt -r requirements/docs.txt     # matplotlib, for the picture
     .venv/bin/python benchmarks/graft_time.py --picture docs/graft_time.png
 
-Seconds are medians of grafts of freshly loaded modules. Memory is the peak of the process's resident set while it
-grafts (VmHWM, reset before), less what it held before, as a multiple of the weights: a graft that copied the model would
-say 1. Each measurement runs in a process of its own.
+Models are random; nothing is downloaded. Seconds are medians of grafts of freshly loaded modules, one thread.
+
+Memory is that of the first graft of a process of its own: later ones find the heap that the first one grew, and look
+cheaper than they are. The peak is the highest resident set while grafting (VmHWM, reset just before), less the resident
+set before; what remains is the resident set afterwards, once malloc has given back what is free, less the same. A graft
+that copied the model would have a peak of 1 of its weights.
 """
 
 import argparse
-import gc
-import io
+import ctypes
 import json
 import math
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -25,15 +28,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "python"))
 
+import rich.box  # noqa: E402
 import torch  # noqa: E402
 import torchgraft  # noqa: E402
 import transformers  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+MIB = 2**20
+
 
 def traced_bert(layers: int, hidden: int) -> torch.jit.ScriptModule:
-    """A random BertModel of BERT-base's shape, but for layers and width; sdpa attention."""
+    """A random BertModel, BERT-base but for layers and width; sdpa attention."""
     config = transformers.BertConfig(
         num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=12, intermediate_size=4 * hidden
     )
@@ -53,6 +59,18 @@ def scripted_encoder(layers: int, hidden: int) -> torch.jit.ScriptModule:
 MODELS = {"traced BERT": traced_bert, "scripted nn.TransformerEncoder": scripted_encoder}
 
 
+def measure_seconds(model: str, layers: int, hidden: int, path: str, method: str, runs: int) -> dict:
+    """seconds: [runs]. The model is left in the file `path`."""
+    torch.jit.save(MODELS[model](layers, hidden), path)
+    seconds = []
+    for _ in range(runs):
+        module = torch.jit.load(path)
+        started = time.perf_counter()
+        torchgraft.graft(module, config=method, name="task")
+        seconds.append(time.perf_counter() - started)
+    return dict(seconds=seconds)
+
+
 def _status(field: str) -> int:
     """A field of /proc/self/status in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -61,116 +79,148 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def measure(model: str, layers: int, hidden: int, method: str, runs: int) -> dict:
-    """One row: seconds [runs], bytes of weights, peak and remaining growth of the resident set in bytes."""
-    file = io.BytesIO()
-    torch.jit.save(MODELS[model](layers, hidden), file)
-    seconds = []
-    for _ in range(runs):
-        file.seek(0)
-        module = torch.jit.load(file)
-        started = time.perf_counter()
-        torchgraft.graft(module, config=method, name="task")
-        seconds.append(time.perf_counter() - started)
-    with tempfile.NamedTemporaryFile() as saved:
-        saved.write(file.getvalue())
-        saved.flush()
-        del file, module
-        gc.collect()
-        module = torch.jit.load(saved.name)
-    weights = sum(parameter.nbytes for parameter in module.parameters())
+def _bytes(module: torch.nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
+
+
+def measure_memory(path: str, method: str) -> dict:
+    """Bytes of the base's weights, of the adapters, and by which the resident set grew: at its peak, and for good."""
+    trim = ctypes.CDLL("libc.so.6").malloc_trim
+    module = torch.jit.load(path)
+    trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     before = _status("VmRSS")
     grafted = torchgraft.graft(module, config=method, name="task")
-    peak, after = _status("VmHWM") - before, _status("VmRSS") - before
-    adapters = sum(parameter.nbytes for parameter in grafted.adapters.parameters())
-    row = dict(model=model, layers=layers, hidden=hidden, method=method, seconds=seconds, weights=weights)
-    return row | dict(adapters=adapters, peak=max(peak, 0), remaining=max(after, 0))
+    peak = _status("VmHWM") - before
+    trim(0)
+    remaining = _status("VmRSS") - before
+    return dict(
+        weights=_bytes(module), adapters=_bytes(grafted.adapters), peak=max(peak, 0), remaining=max(remaining, 0)
+    )
 
 
-def _in_a_process(**arguments) -> dict:
-    command = [sys.executable, __file__, "--measure", json.dumps(arguments)]
+STEPS = {step.__name__: step for step in (measure_seconds, measure_memory)}
+
+
+def _in_a_process(step: str, **arguments) -> dict:
+    command = [sys.executable, __file__, "--step", json.dumps([step, arguments])]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"{arguments}: {done.stderr[-2000:]}")
+        raise RuntimeError(f"{step} {arguments}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def exponent(rows: list[dict]) -> float:
-    """k in seconds ~ layers ** k, by least squares on logarithms."""
-    points = [(math.log(row["layers"]), math.log(statistics.median(row["seconds"]))) for row in rows]
-    mean_x, mean_y = (statistics.mean(axis) for axis in zip(*points, strict=True))
-    spread = sum((x - mean_x) ** 2 for x, _ in points)
-    return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
+def measure(model: str, layers: int, hidden: int, method: str, runs: int) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "base.pt")
+        row = dict(model=model, layers=layers, hidden=hidden, method=method)
+        row |= _in_a_process("measure_seconds", **row, path=path, runs=runs)
+        return row | _in_a_process("measure_memory", path=path, method=method)
 
 
-def print_table(rows: list[dict], console: Console) -> None:
-    table = Table(title="Grafting")
-    for column in ("model", "layers", "hidden", "method", "seconds", "weights", "adapters", "peak / weights"):
-        table.add_column(column, justify="left" if column in ("model", "method") else "right")
+def fit(rows: list[dict]) -> dict:
+    """By least squares: seconds = start + per_layer * layers, with its R²; and seconds ~ layers ** exponent."""
+    layers = [row["layers"] for row in rows]
+    seconds = [statistics.median(row["seconds"]) for row in rows]
+    line = statistics.linear_regression(layers, seconds)
+    power = statistics.linear_regression([math.log(n) for n in layers], [math.log(s) for s in seconds])
+    r2 = statistics.correlation(layers, seconds) ** 2
+    return dict(start=line.intercept, per_layer=line.slope, r2=r2, exponent=power.slope)
+
+
+def curves(rows: list[dict]) -> dict[tuple[str, int], list[dict]]:
+    """(model, hidden) -> its rows; a single one is no curve."""
+    result = {}
     for row in rows:
-        table.add_row(
-            row["model"],
-            str(row["layers"]),
-            str(row["hidden"]),
-            row["method"],
-            f"{statistics.median(row['seconds']):.2f}",
-            f"{row['weights'] / 2**20:.0f} MiB",
-            f"{row['adapters'] / 2**20:.1f} MiB",
-            f"{row['peak'] / row['weights']:.2f}" if row["weights"] > 2**26 else "",  # else it is the graph's
-        )
-    console.print(table)
+        result.setdefault((row["model"], row["hidden"]), []).append(row)
+    return {name: curve for name, curve in result.items() if len(curve) > 1}
+
+
+def make_table(rows: list[dict], markdown: bool) -> Table:
+    table = Table(box=rich.box.MARKDOWN) if markdown else Table(title="Grafting")
+    columns = ("model", "layers", "hidden", "seconds", "weights", "adapters", "peak", "remains", "peak / weights")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in rows:
+        megabytes = [f"{row[key] / MIB:.1f} MiB" for key in ("weights", "adapters", "peak", "remaining")]
+        # To weights of a few MiB, the ratio would say nothing about weights.
+        ratio = f"{row['peak'] / row['weights']:.2f}" if row["weights"] > 64 * MIB else ""
+        seconds = f"{statistics.median(row['seconds']):.2f}"
+        table.add_row(row["model"], str(row["layers"]), str(row["hidden"]), seconds, *megabytes, ratio)
+    return table
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Seconds by layers, a curve for each model with the exponent that fits it."""
+    """A panel for each model: medians by layers as points, the straight line that fits them, its exponent."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    for model in sorted({row["model"] for row in rows}):
-        points = sorted((row["layers"], statistics.median(row["seconds"])) for row in rows if row["model"] == model)
-        layers, seconds = zip(*points, strict=True)
-        own = [row for row in rows if row["model"] == model]
-        axes.plot(layers, seconds, "o-", label=f"{model}: seconds ~ layers^{exponent(own):.2f}")
-    axes.set(xlabel="layers", ylabel="seconds to graft UniPELT (median)", xlim=(0, None), ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend()
+    figure, panels = plt.subplots(1, len(MODELS), figsize=(8.6, 3.6), layout="constrained", squeeze=False)
+    for axes, model in zip(panels[0], MODELS, strict=True):
+        for (name, hidden), curve in curves(rows).items():
+            if name != model:
+                continue
+            found = fit(curve)
+            label = f"hidden {hidden}: layers^{found['exponent']:.2f}, line R² {found['r2']:.3f}"
+            layers = [row["layers"] for row in curve]
+            points = axes.plot(layers, [statistics.median(row["seconds"]) for row in curve], "o", label=label)
+            ends = [0, layers[-1]]
+            line = [found["start"] + found["per_layer"] * end for end in ends]
+            axes.plot(ends, line, "--", color=points[0].get_color(), linewidth=1)
+        axes.set(title=model, xlabel="layers", ylabel=f"seconds to graft (median), {rows[0]['method']}")
+        axes.set(xlim=(0, None), ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small", loc="lower right")
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
+def machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} x {names[0] if names else platform.machine()}, torch {torch.__version__}, one thread"
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, nargs="+", default=[3, 6, 12, 24, 48], help="layers of the curve")
-    parser.add_argument("--hidden", type=int, default=48, help="width of the curve's models, a multiple of 12")
-    parser.add_argument("--base-hidden", type=int, default=768, help="width of the 12-layer model whose memory counts")
-    parser.add_argument("--method", default="unipelt")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write the rows there")
-    parser.add_argument("--picture", type=Path, help="draw the curve there (PNG or SVG)")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    parser.add_argument("--layers", type=int, nargs="+", default=[3, 6, 12, 24, 36, 48])
+    hidden = "widths, multiples of 12; in a narrow model the graph is what costs, 768 is BERT-base's"
+    parser.add_argument("--hidden", type=int, nargs="+", default=[48, 768], help=hidden)
+    parser.add_argument("--method", default="unipelt", help="name of the adapter configuration")
+    parser.add_argument("--runs", type=int, default=5, help="grafts whose median is taken")
+    parser.add_argument("--json", type=Path, help="write machine, rows and fits there")
+    parser.add_argument("--picture", type=Path, help="draw the curves there (PNG or SVG)")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    parser.add_argument("--step", help=argparse.SUPPRESS)  # [function, arguments] as JSON
+    return parser.parse_args()
+
+
+def main() -> None:
     warnings.simplefilter("ignore")
-    if given.measure:
-        print(json.dumps(measure(**json.loads(given.measure))))
+    given = _arguments()
+    if given.step:
+        step, arguments = json.loads(given.step)
+        print(json.dumps(STEPS[step](**arguments)))
         return
-    common = dict(method=given.method, runs=given.runs)
-    base = _in_a_process(model="traced BERT", layers=12, hidden=given.base_hidden, **common)
-    curve = [
-        _in_a_process(model=model, layers=layers, hidden=given.hidden, **common)
+    rows = [
+        measure(model=model, layers=layers, hidden=hidden, method=given.method, runs=given.runs)
         for model in MODELS
-        for layers in given.layers
+        for hidden in sorted(given.hidden)
+        for layers in sorted(given.layers)
     ]
-    print_table([base, *curve], Console())
-    for model in MODELS:
-        print(f"{model}: seconds ~ layers^{exponent([row for row in curve if row['model'] == model]):.2f}")
+    fits = [dict(model=model, hidden=hidden) | fit(curve) for (model, hidden), curve in curves(rows).items()]
+    # Not as narrow as the 80 columns that rich takes where the output is no terminal.
+    Console(width=None if sys.stdout.isatty() else 140).print(make_table(rows, given.markdown))
+    for found in fits:
+        line = f"{found['start']:.3f} s + {found['per_layer']:.4f} s * layers (R² {found['r2']:.3f})"
+        print(f"{found['model']}, hidden {found['hidden']}: seconds = {line}; ~ layers^{found['exponent']:.2f}")
+    print(machine())
     if given.json:
-        given.json.write_text(json.dumps([base, *curve], indent=1) + "\n")
+        given.json.write_text(json.dumps(dict(machine=machine(), rows=rows, fits=fits), indent=1) + "\n")
     if given.picture:
-        draw(curve, given.picture)
+        draw(rows, given.picture)
 
 
 if __name__ == "__main__":
