@@ -13,8 +13,6 @@ namespace {
 using torch::jit::Node;
 using torch::jit::Value;
 
-bool is_tensor(const Value* value) { return value->type()->isSubtypeOf(*c10::TensorType::get()); }
-
 // Ops that move elements about; whether they are executed decides what arrives where.
 bool moves_elements(const Node* node) {
   return is_aten(node, {"view",         "reshape",  "_unsafe_view", "flatten", "unflatten",

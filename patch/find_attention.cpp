@@ -74,15 +74,15 @@ bool SiteFinder::find_columns(Value* heads, Projection& projection, LinearSite& 
 
 // Where else the weight of a projection is applied; false when a LoRA cannot follow it there.
 bool SiteFinder::find_elsewhere(const Node* linear, LinearSite& site) {
-  const at::Tensor weight = weight_source(linear->input(1), module_).tensor;
-  const auto found = weight.defined() ? linears_elsewhere_.find(weight.data_ptr()) : linears_elsewhere_.end();
+  const WeightSource weight = weight_source(linear->input(1), module_);
+  const auto found =
+      weight.tensor.defined() ? linears_elsewhere_.find(weight.tensor.data_ptr()) : linears_elsewhere_.end();
   if (found == linears_elsewhere_.end()) {
     return true;
   }
   const bool shared_by_all_rows = std::all_of(found->second.begin(), found->second.end(), [&](Node* other) {
     const auto shape = shapes_.shape(other->input(0));
-    const bool whole =
-        !weight_source(linear->input(1), module_).is_part && !weight_source(other->input(1), module_).is_part;
+    const bool whole = !weight.is_part && !weight_source(other->input(1), module_).is_part;
     return whole && is_top_level(other) && shape && shape->size() == 3 && shape->front() == number(1);
   });
   if (shared_by_all_rows) {

@@ -67,9 +67,7 @@ std::optional<torch::jit::Use> only_reader(Value* value) {
 }
 
 bool is_tensor_add(const Node* node) {
-  const bool unit_alpha = node->inputs().size() < 3 || constant_double(node->input(2)) == 1.0;
-  return is_aten(node, {"add"}) && unit_alpha && node->input(0)->type()->isSubtypeOf(*c10::TensorType::get()) &&
-         node->input(1)->type()->isSubtypeOf(*c10::TensorType::get());
+  return is_aten(node, {"add"}) && has_unit_alpha(node) && is_tensor(node->input(0)) && is_tensor(node->input(1));
 }
 
 // The one of `streams` that `operand` is, or is a sum with: x + attention(x) in x + attention(x) + feed_forward(x).

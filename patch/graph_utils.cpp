@@ -148,11 +148,28 @@ bool is_aten(const Node* node, std::initializer_list<const char*> names) {
     return false;
   }
   std::string name = node->kind().toUnqualString();
-  const bool in_place = name.size() > 1 && name.back() == '_' && name[name.size() - 2] != '_';
-  if (in_place) {
+  if (is_in_place(node)) {
     name.pop_back();
   }
   return std::find(names.begin(), names.end(), name) != names.end();
+}
+
+bool is_in_place(const Node* node) {
+  const std::string name = node->kind().toUnqualString();
+  return node->kind().is_aten() && name.size() > 1 && name.back() == '_' && name[name.size() - 2] != '_';
+}
+
+bool is_tensor(const Value* value) { return value->type()->isSubtypeOf(*c10::TensorType::get()); }
+
+bool has_unit_alpha(const Node* sum) { return sum->inputs().size() < 3 || constant_double(sum->input(2)) == 1.0; }
+
+bool is_inside(const Node* node, const Block* block) {
+  for (const Block* at = node->owningBlock(); at; at = at->owningNode() ? at->owningNode()->owningBlock() : nullptr) {
+    if (at == block) {
+      return true;
+    }
+  }
+  return false;
 }
 
 bool is_elementwise(const Node* node) {
@@ -197,9 +214,9 @@ std::vector<Node*> nearest_linears(Value* value) {
     Value* current = queue.front();
     queue.pop_front();
     Node* node = current->node();
-    const bool is_tensor = current->type()->isSubtypeOf(*c10::TensorType::get());
     const bool is_list = current->type()->kind() == c10::TypeKind::ListType;
-    if (!seen.insert(current).second || !(is_tensor || is_list) || is_aten(node, {"scaled_dot_product_attention"})) {
+    if (!seen.insert(current).second || !(is_tensor(current) || is_list) ||
+        is_aten(node, {"scaled_dot_product_attention"})) {
       continue;
     }
     if (is_aten(node, {"linear"})) {

@@ -48,6 +48,17 @@ std::string demangled_name(const c10::TypePtr& type);
 // True for a node of kind `aten::<name>` for one of `names`, with or without the in-place underscore.
 bool is_aten(const torch::jit::Node* node, std::initializer_list<const char*> names);
 
+// The same names with the underscore: an aten op that writes into its first operand.
+bool is_in_place(const torch::jit::Node* node);
+
+bool is_tensor(const torch::jit::Value* value);
+
+// add(x, y) or sub(x, y) without a factor of y.
+bool has_unit_alpha(const torch::jit::Node* sum);
+
+// True when `node` stands in `block`, however deep.
+bool is_inside(const torch::jit::Node* node, const torch::jit::Block* block);
+
 // True for an op that works on every element of its one tensor for itself: activations, functions, dropout, casts.
 bool is_elementwise(const torch::jit::Node* node);
 

@@ -44,7 +44,10 @@ class Inserter {
   Value* normed_sum(ResidualState& state);
   Value* slot_module(const BankSlot& slot);
   Value* parameter(const BankSlot& slot, Value* module, const std::string& name);
+  std::vector<NamedValue> gate_arguments(const BankSlot& slot, Value* module);
   std::vector<NamedValue> common_arguments(const BankSlot& slot, Value* module);
+  Node* marker_behind(Node* node);
+  Node* call_lora(const BankSlot& slot, Value* module, Value* x, Value* base, at::ArrayRef<NamedValue> named);
   Value* swapped(Value* value, bool sequence_first);
   Node* call(const char* op, at::ArrayRef<NamedValue> args, at::ArrayRef<NamedValue> named);
 
@@ -92,12 +95,15 @@ Value* Inserter::parameter(const BankSlot& slot, Value* module, const std::strin
   return slot.parameters.count(name) ? graph_.insertGetAttr(module, name) : graph_.insertConstant(c10::IValue());
 }
 
+std::vector<NamedValue> Inserter::gate_arguments(const BankSlot& slot, Value* module) {
+  return {{"gate_weight", parameter(slot, module, "gate_weight")}, {"gate_bias", parameter(slot, module, "gate_bias")}};
+}
+
 // gate_weight, gate_bias, adapter_ids, adapter and token_mask: the arguments that every op ends with.
 std::vector<NamedValue> Inserter::common_arguments(const BankSlot& slot, Value* module) {
-  std::vector<NamedValue> result = {{"gate_weight", parameter(slot, module, "gate_weight")},
-                                    {"gate_bias", parameter(slot, module, "gate_bias")},
-                                    {"adapter_ids", adapter_ids_},
-                                    {"adapter", active_}};
+  std::vector<NamedValue> result = gate_arguments(slot, module);
+  result.emplace_back("adapter_ids", adapter_ids_);
+  result.emplace_back("adapter", active_);
   const bool gated = slot.parameters.count("gate_weight") > 0;
   if (gated && options_.pool_unpadded) {
     result.emplace_back("token_mask", input_mask_ ? input_mask_ : token_masks_.at(layer_));
@@ -152,12 +158,24 @@ Node* Inserter::call(const char* op, at::ArrayRef<NamedValue> args, at::ArrayRef
   return node;
 }
 
+// What is inserted before the marker still reads the present result of `node`; it is for the caller to destroy.
+Node* Inserter::marker_behind(Node* node) {
+  Node* marker = graph_.create(c10::prim::Constant, 1)->insertAfter(node);
+  marker->output()->setType(c10::NoneType::get());
+  return marker;
+}
+
+Node* Inserter::call_lora(const BankSlot& slot, Value* module, Value* x, Value* base, at::ArrayRef<NamedValue> named) {
+  return call("gated_lora",
+              {NamedValue(x), NamedValue(base), NamedValue(parameter(slot, module, "lora_a")),
+               NamedValue(parameter(slot, module, "lora_b")), NamedValue(parameter(slot, module, "scaling"))},
+              named);
+}
+
 Value* Inserter::insert_lora(const BankSlot& slot, const LinearSite& site) {
   // Ops on a packed projection follow each other: `whole` is its result so far.
   Value* whole = projections_.try_emplace(site.node, site.node->output()).first->second;
-  // The users see the updated value; what is inserted before `end` still reads the present one.
-  Node* end = graph_.create(c10::prim::Constant, 1)->insertAfter(whole->node());
-  end->output()->setType(c10::NoneType::get());
+  Node* end = marker_behind(whole->node());  // the users see the updated value
   WithInsertPoint guard(end);
   Value* base = whole;
   if (site.is_part) {
@@ -165,11 +183,7 @@ Value* Inserter::insert_lora(const BankSlot& slot, const LinearSite& site) {
   }
   Value* x = swapped(site.node->input(0), site.sequence_first);
   Value* module = slot_module(slot);
-  Node* op = call(
-      "gated_lora",
-      {NamedValue(x), NamedValue(swapped(base, site.sequence_first)), NamedValue(parameter(slot, module, "lora_a")),
-       NamedValue(parameter(slot, module, "lora_b")), NamedValue(parameter(slot, module, "scaling"))},
-      common_arguments(slot, module));
+  Node* op = call_lora(slot, module, x, swapped(base, site.sequence_first), common_arguments(slot, module));
   Value* updated = swapped(op->outputs()[0], site.sequence_first);
   if (site.sequence_first && !site.is_part) {
     updated = graph_.insert(c10::aten::contiguous, {updated});  // as a linear's result is: views of it must work
@@ -206,17 +220,13 @@ def one_adapter(adapter_ids: Optional[Tensor], active: int) -> int:
 
 // A linear map with the slot's weight on [1, P, features] gets the same LoRA; its gate is pooled over the P positions.
 void Inserter::insert_lora_elsewhere(const BankSlot& slot, Node* linear) {
-  Node* end = graph_.create(c10::prim::Constant, 1)->insertAfter(linear);
-  end->output()->setType(c10::NoneType::get());
   Value* adapter = one_adapter();
+  Node* end = marker_behind(linear);
   WithInsertPoint guard(end);
   Value* module = slot_module(slot);
-  Node* op =
-      call("gated_lora",
-           {NamedValue(linear->input(0)), NamedValue(linear->output()), NamedValue(parameter(slot, module, "lora_a")),
-            NamedValue(parameter(slot, module, "lora_b")), NamedValue(parameter(slot, module, "scaling"))},
-           {NamedValue("gate_weight", parameter(slot, module, "gate_weight")),
-            NamedValue("gate_bias", parameter(slot, module, "gate_bias")), NamedValue("adapter", adapter)});
+  std::vector<NamedValue> named = gate_arguments(slot, module);
+  named.emplace_back("adapter", adapter);
+  Node* op = call_lora(slot, module, linear->input(0), linear->output(), named);
   linear->output()->replaceAllUsesAfterNodeWith(end, op->outputs()[0]);
   end->destroy();
 }

@@ -217,10 +217,9 @@ std::optional<Shape> SymbolicShapes::of_arithmetic(const Node* node) {
   std::optional<Shape> result;
   bool all_known = true;
   for (const Value* input : node->inputs()) {
-    const bool is_tensor = input->type()->isSubtypeOf(*c10::TensorType::get());
-    const auto other = is_tensor ? shape(input) : std::nullopt;
+    const auto other = is_tensor(input) ? shape(input) : std::nullopt;
     if (!other) {
-      all_known = all_known && !is_tensor;
+      all_known = all_known && !is_tensor(input);
       continue;
     }
     if (!result || other->size() > result->size()) {

@@ -38,9 +38,8 @@ bool is_number(const Value* value) {
     return sizes && sizes->toListRef().empty();
   }
   return is_aten(node, {"pow", "sqrt", "rsqrt", "reciprocal", "mul", "div", "to"}) &&
-         std::all_of(node->inputs().begin(), node->inputs().end(), [](const Value* input) {
-           return !input->type()->isSubtypeOf(*c10::TensorType::get()) || is_number(input);
-         });
+         std::all_of(node->inputs().begin(), node->inputs().end(),
+                     [](const Value* input) { return !is_tensor(input) || is_number(input); });
 }
 
 namespace {
@@ -83,10 +82,9 @@ std::optional<size_t> score_operand(const Node* node) {
   }
   if (is_aten(node, {"add"})) {
     // Either side may be the scores; relative position biases are products too, so prefer the left one.
-    const bool unit_alpha = node->inputs().size() < 3 || constant_double(node->input(2)) == 1.0;
     for (size_t i : {0, 1}) {
-      const bool scaled = i == 1 && !unit_alpha;  // add(x, y, alpha) is x + alpha y
-      if (node->input(i)->type()->isSubtypeOf(*c10::TensorType::get()) && !scaled && find_product(node->input(i))) {
+      const bool scaled = i == 1 && !has_unit_alpha(node);  // add(x, y, alpha) is x + alpha y
+      if (is_tensor(node->input(i)) && !scaled && find_product(node->input(i))) {
         return i;
       }
     }
@@ -105,8 +103,8 @@ Value* AffinePath::copy_with(Node* node, size_t operand, Value* replacement) {
   Node* copy = graph_->createClone(node, [](Value* v) { return v; });
   copy->replaceInput(operand, replacement);
   // In place would write into the zeros or into a mask that others read.
-  const std::string name = node->kind().toUnqualString();
-  if (name.back() == '_') {
+  if (is_in_place(node)) {
+    const std::string name = node->kind().toUnqualString();
     Node* functional = graph_->create(c10::Symbol::aten(name.substr(0, name.size() - 1)), copy->inputs(), 1);
     copy->destroy();
     copy = functional;
@@ -190,8 +188,7 @@ Value* AffinePath::bias(Value* scores) {
   if (is_aten(node, {"where"})) {
     return copy_with(node, operand, inner ? inner : zero_like(node->input(0)));
   }
-  const bool unit_alpha = node->inputs().size() < 3 || constant_double(node->input(2)) == 1.0;
-  if (!inner && is_aten(node, {"add"}) && unit_alpha) {
+  if (!inner && is_aten(node, {"add"}) && has_unit_alpha(node)) {
     return node->input(1 - operand);
   }
   return copy_with(node, operand, inner ? inner : zero_like(node->input(1 - operand)));

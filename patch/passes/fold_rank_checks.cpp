@@ -33,9 +33,8 @@ std::optional<bool> are_identical(const Value* a, const Value* b) {
   if (a == b) {
     return true;
   }
-  const bool tensors =
-      a->type()->isSubtypeOf(*c10::TensorType::get()) && b->type()->isSubtypeOf(*c10::TensorType::get());
-  return tensors && is_object_of_its_own(a) && is_object_of_its_own(b) ? std::optional<bool>(false) : std::nullopt;
+  return is_tensor(a) && is_tensor(b) && is_object_of_its_own(a) && is_object_of_its_own(b) ? std::optional<bool>(false)
+                                                                                            : std::nullopt;
 }
 
 // Answers what is known. False when there was nothing.
@@ -70,13 +69,14 @@ bool has_rank_message(Block* block) {
 
 // v in `if v.dim() == 3: ... else: ... raise <kRankMessage>`; null for any other node.
 Value* checked_query(Node* branch) {
-  if (branch->kind() != c10::prim::If || !has_rank_message(branch->blocks()[1])) {
-    return nullptr;
-  }
-  const Node* test = branch->input()->node();
-  const bool compares = is_aten(test, {"eq"}) && constant_int(test->input(1)) == kBatchedRank;
-  return compares && is_aten(test->input(0)->node(), {"dim"}) ? test->input(0)->node()->input(0) : nullptr;
+  const Node* test = branch->kind() == c10::prim::If ? branch->input()->node() : nullptr;
+  const bool compares = test && is_aten(test, {"eq"}) && constant_int(test->input(1)) == kBatchedRank &&
+                        is_aten(test->input(0)->node(), {"dim"});
+  // The message is looked for last: that visits all of the branch.
+  return compares && has_rank_message(branch->blocks()[1]) ? test->input(0)->node()->input(0) : nullptr;
 }
+
+bool is_rearrangement(const Node* node) { return is_aten(node, {"transpose", "contiguous", "permute"}); }
 
 // `value` and what it is a rearrangement of, through branches: all have its rank.
 void add_of_same_rank(Value* value, std::vector<Value*>& found) {
@@ -85,7 +85,7 @@ void add_of_same_rank(Value* value, std::vector<Value*>& found) {
   }
   found.push_back(value);
   Node* node = value->node();
-  if (is_aten(node, {"transpose", "contiguous", "permute"})) {
+  if (is_rearrangement(node)) {
     add_of_same_rank(node->input(0), found);
   } else if (node->kind() == c10::prim::If) {
     for (Block* block : node->blocks()) {
@@ -139,8 +139,7 @@ void fold_rank_checks(const std::shared_ptr<Graph>& graph) {
     return;
   }
   for (Value* value : batched) {
-    const bool derived =
-        is_aten(value->node(), {"transpose", "contiguous", "permute"}) || value->node()->kind() == c10::prim::If;
+    const bool derived = is_rearrangement(value->node()) || value->node()->kind() == c10::prim::If;
     fold_rank(*graph, value, !derived);
   }
   // Branches that go away show that more values are one and the same.

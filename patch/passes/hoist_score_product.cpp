@@ -1,6 +1,7 @@
 #include <torchgraft/patch/passes/hoist_score_product.h>
 
 #include <torchgraft/patch/graph_utils.h>
+#include <torchgraft/patch/passes/affine_path.h>
 
 #include <optional>
 #include <vector>
@@ -22,23 +23,16 @@ struct Product {
 
 std::optional<Product> product_of(Value* value) {
   Node* node = value->node();
-  if (is_aten(node, {"bmm"})) {
-    return Product{node->inputs()[0], node->inputs()[1], nullptr};
-  }
   const bool adds =
       is_aten(node, {"baddbmm"}) && constant_double(node->input(3)) == 1.0 && constant_double(node->input(4)) == 1.0;
-  return adds ? std::optional(Product{node->inputs()[1], node->inputs()[2], node->inputs()[0]}) : std::nullopt;
+  if (!adds && !is_aten(node, {"bmm"})) {
+    return std::nullopt;
+  }
+  return Product{left_factor(node), right_factor(node), adds ? node->input(0) : nullptr};
 }
 
-bool comes_before(const Value* value, const Node* branch) {
-  for (const Block* block = branch->owningBlock(); block;
-       block = block->owningNode() ? block->owningNode()->owningBlock() : nullptr) {
-    if (value->node()->owningBlock() == block) {
-      return true;
-    }
-  }
-  return false;
-}
+// Whether `value`, which something in `branch` reads, exists before it.
+bool comes_before(const Value* value, const Node* branch) { return is_inside(branch, value->node()->owningBlock()); }
 
 // `left` and `right` as one value before `branch`: they are it, or the same transpose of one. Null when they are not.
 Value* before(Value* left, Value* right, Node* branch) {

@@ -20,20 +20,10 @@ using torch::jit::Graph;
 using torch::jit::Node;
 using torch::jit::Value;
 
-bool is_tensor(const Value* value) { return value->type()->isSubtypeOf(*c10::TensorType::get()); }
-
 // The node that reads `value`, when there is just one that reads it once.
 Node* only_user(const Value* value) {
   const auto uses = data_uses(value);
   return uses.size() == 1 ? uses[0].user : nullptr;
-}
-
-bool has_unit_alpha(const Node* sum) { return sum->inputs().size() < 3 || constant_double(sum->input(2)) == 1.0; }
-
-// Written into its first operand: what RemoveTensorMutation could not make functional.
-bool is_in_place(const Node* node) {
-  const std::string name = node->kind().toUnqualString();
-  return node->kind().is_aten() && name.back() == '_';
 }
 
 // One norm as the elementary ops spell it, up to the normalised value.

@@ -107,8 +107,7 @@ void run_round(const std::shared_ptr<Graph>& graph, const Module& module, std::i
   LinearLowering lowering(graph, module);
   std::vector<Node*> nodes;
   for_each_node(graph->block(), [&](Node* node) {
-    const bool in_place = std::string(node->kind().toUnqualString()).back() == '_';
-    if (is_aten(node, kinds) && !in_place) {
+    if (is_aten(node, kinds) && !is_in_place(node)) {
       nodes.push_back(node);
     }
   });

@@ -17,15 +17,6 @@ using torch::jit::Graph;
 using torch::jit::Node;
 using torch::jit::Value;
 
-bool is_inside(const Node* node, const Block* block) {
-  for (const Block* at = node->owningBlock(); at; at = at->owningNode() ? at->owningNode()->owningBlock() : nullptr) {
-    if (at == block) {
-      return true;
-    }
-  }
-  return false;
-}
-
 // Constants and attributes of modules: where among a branch's nodes they are says nothing.
 bool is_access(const Node* node) { return node->kind() == c10::prim::Constant || node->kind() == c10::prim::GetAttr; }
 

@@ -37,8 +37,6 @@ bool works_by_row(const Node* node) {
   return is_norm_of_rows(node) || is_elementwise(node) || is_aten(node, {"mul", "div", "add", "sub"});
 }
 
-bool is_tensor(const Value* value) { return value->type()->isSubtypeOf(*c10::TensorType::get()); }
-
 // A value whose rows are flattened, as it is before they are: `tokens` is [..., features] where the value is
 // [rows, features]; `source` is what was flattened, which says how the leading dimensions are.
 struct Unflattened {
@@ -49,8 +47,7 @@ struct Unflattened {
 // No node is destroyed before the end, for shapes are remembered by value.
 class RowUnflattening {
  public:
-  RowUnflattening(const std::shared_ptr<Graph>& graph, const Module& module)
-      : graph_(graph), module_(module), shapes_(module) {}
+  RowUnflattening(const std::shared_ptr<Graph>& graph, const Module& module) : graph_(graph), shapes_(module) {}
 
   void visit(Node* node);
   void flatten_what_is_left();
@@ -64,7 +61,6 @@ class RowUnflattening {
   void replace(Node* node, Value* tokens, Value* source);
 
   std::shared_ptr<Graph> graph_;
-  const Module& module_;
   SymbolicShapes shapes_;
   std::map<const Value*, Unflattened> flat_;
   std::vector<Value*> order_;        // the keys of flat_ as they were met
@@ -127,10 +123,9 @@ void RowUnflattening::visit_step(Node* node) {
     return;
   }
   Value* source = flat_.at(*first).source;
-  const bool in_place = std::string(node->kind().toUnqualString()).back() == '_';
   const bool along = std::all_of(node->inputs().begin(), node->inputs().end(),
                                  [&](const Value* input) { return reads_along(input, source); });
-  if (in_place || !along) {
+  if (is_in_place(node) || !along) {
     return;
   }
   torch::jit::WithInsertPoint guard(node);

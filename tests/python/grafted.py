@@ -1,11 +1,13 @@
 """Bases and grafted models that many tests use, made once a session."""
 
 import functools
+import io
 
 import torch
 import torchgraft
 from models import VARIANTS, Variant, build
 from oracle import Saved, oracle_for
+from torchgraft._libraries import patcher
 
 
 @functools.cache
@@ -24,3 +26,16 @@ def grafted(name: str, dtype: torch.dtype, config: str, gate_pooling: str = "all
     """The variant with the oracle's adapter under the name "task". Do not change it."""
     saved = saved_adapter(VARIANTS[name], dtype, config)
     return torchgraft.graft(base(name, dtype), adapters={"task": saved.directory}, gate_pooling=gate_pooling)
+
+
+def canonicalised(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+    """The module as the patcher sees it, with nothing grafted."""
+    return torch.jit._recursive.wrap_cpp_module(patcher().canonical_module(module._c))
+
+
+def reloaded(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+    """The module, saved and loaded."""
+    file = io.BytesIO()
+    torch.jit.save(module, file)
+    file.seek(0)
+    return torch.jit.load(file)

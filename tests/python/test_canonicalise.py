@@ -2,13 +2,8 @@
 
 import pytest
 import torch
-from grafted import base
+from grafted import base, canonicalised
 from models import VARIANTS, make_batch
-from torchgraft._libraries import patcher
-
-
-def _canonical(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
-    return torch.jit._recursive.wrap_cpp_module(patcher().canonical_module(module._c))
 
 
 def _hidden(name: str, module: torch.jit.ScriptModule, arguments: tuple) -> torch.Tensor:
@@ -18,7 +13,7 @@ def _hidden(name: str, module: torch.jit.ScriptModule, arguments: tuple) -> torc
 @pytest.mark.parametrize("name", VARIANTS)
 def test_results_stay(name: str) -> None:
     module = base(name, torch.float64)
-    canonical = _canonical(module)
+    canonical = canonicalised(module)
     for lengths in ([9, 6], [4], [7, 7, 1]):
         if not VARIANTS[name].masked:
             lengths = [max(lengths)] * len(lengths)
@@ -33,7 +28,7 @@ def test_gradients_stay(name: str) -> None:
     module = base(name, torch.float64)
     arguments = VARIANTS[name].arguments(make_batch([9, 9], 9, torch.float64))
     gradients = []
-    for each in (module, _canonical(module)):
+    for each in (module, canonicalised(module)):
         parameters = list(each.parameters())
         loss = _hidden(name, each, arguments).square().sum()
         gradients.append(torch.autograd.grad(loss, parameters, allow_unused=True))
@@ -45,7 +40,7 @@ def test_gradients_stay(name: str) -> None:
 @pytest.mark.parametrize("name", ["own_post_packed_matmul", "own_pre_matmul"])
 def test_dropout_of_scripted_modules_keeps_working(name: str) -> None:
     module = base(name, torch.float64)
-    canonical = _canonical(module)
+    canonical = canonicalised(module)
     arguments = VARIANTS[name].arguments(make_batch([9, 9], 9, torch.float64))
     canonical.train()
     torch.manual_seed(0)
@@ -58,7 +53,7 @@ def test_dropout_of_scripted_modules_keeps_working(name: str) -> None:
 def test_dropout_of_a_scripted_torch_encoder_keeps_working() -> None:
     layer = torch.nn.TransformerEncoderLayer(16, 4, 32, dropout=0.5, batch_first=True)
     module = torch.jit.script(torch.nn.TransformerEncoder(layer, 2).train())
-    canonical = _canonical(module)
+    canonical = canonicalised(module)
     x = torch.randn(2, 5, 16)
     torch.manual_seed(0)
     first = canonical(x)
@@ -70,7 +65,7 @@ def test_dropout_of_a_scripted_torch_encoder_keeps_working() -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_attention_is_one_fused_call(name: str) -> None:
-    graph = str(_canonical(base(name, torch.float32)).graph)
+    graph = str(canonicalised(base(name, torch.float32)).graph)
     assert graph.count("aten::scaled_dot_product_attention") == 3
     for hidden_attention in ("aten::softmax", "_transformer_encoder_layer_fwd", "_native_multi_head_attention"):
         assert hidden_attention not in graph

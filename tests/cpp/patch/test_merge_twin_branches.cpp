@@ -18,21 +18,19 @@ using testing::run_graph;
 torch::jit::Module module_of(const std::string& body) {
   at::manual_seed(0);
   return make_module({{"w", at::randn({6, 6})}, {"v", at::randn({6, 6})}}, R"python(
-def layer(self, x: Tensor, mask: Optional[Tensor], causal: bool) -> Tensor:
-    y = torch.linear(x, self.w)
+def apply(self, x: Tensor, w: Tensor, v: Tensor, mask: Optional[Tensor], causal: bool) -> Tensor:
+    y = torch.linear(x, w)
     if mask is not None:
         y = y + mask
     if causal:
         y = torch.tril(y)
-    return torch.linear(torch.tanh(y), self.v) + x
+    return torch.linear(torch.tanh(y), v) + x
+
+def layer(self, x: Tensor, mask: Optional[Tensor], causal: bool) -> Tensor:
+    return self.apply(x, self.w, self.v, mask, causal)
 
 def other_layer(self, x: Tensor, mask: Optional[Tensor], causal: bool) -> Tensor:
-    y = torch.linear(x, self.v)
-    if mask is not None:
-        y = y + mask
-    if causal:
-        y = torch.tril(y)
-    return torch.linear(torch.tanh(y), self.w) + x
+    return self.apply(x, self.v, self.w, mask, causal)
 
 def forward(self, x: Tensor, mask: Optional[Tensor], flag: bool) -> Tensor:
 )python" + body);

@@ -22,11 +22,11 @@ from transformers.models.mpnet.modeling_mpnet import MPNetSelfAttention
 _SIZES = dict(hidden_size=48, num_attention_heads=4, num_hidden_layers=2)
 _TEXT = dict(vocab_size=97, max_position_embeddings=64, intermediate_size=80)
 _TOKENS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2)
-_WAVES = dict(conv_dim=(16, 16), conv_stride=(5, 2), conv_kernel=(10, 3), num_feat_extract_layers=2)
-_WAVES |= dict(num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, vocab_size=32, intermediate_size=80)
+WAVES = dict(conv_dim=(16, 16), conv_stride=(5, 2), conv_kernel=(10, 3), num_feat_extract_layers=2)
+WAVES |= dict(num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, vocab_size=32, intermediate_size=80)
 
 
-class _First(nn.Module):
+class First(nn.Module):
     """The first result of a Hugging Face model on (input, mask) or (input)."""
 
     def __init__(self, model: nn.Module):
@@ -73,7 +73,7 @@ def _make(config_class, model_class, sizes: dict, attention: str, restated: bool
     for module in model.modules():
         if restated and type(module) in _RESTATED:
             module.__class__ = _RESTATED[type(module)]
-    return _First(model).to(dtype).eval()
+    return First(model).to(dtype).eval()
 
 
 def _sound(dtype: torch.dtype, seed: int) -> tuple:
@@ -85,7 +85,7 @@ def _pixels(dtype: torch.dtype, seed: int) -> tuple:
     return (torch.randn((2, 3, 1)[seed], 3, 8, 8, generator=torch.Generator().manual_seed(seed)).to(dtype),)
 
 
-def _pre_norm(layer: str, attention: str, qkv: tuple[str, str, str], branches: tuple[str, str], norms, feeds) -> dict:
+def pre_norm(layer: str, attention: str, qkv: tuple[str, str, str], branches: tuple[str, str], norms, feeds) -> dict:
     """Places of a pre-norm layer, by paths below `layer`."""
     query, key, value = (f"{layer}.{attention}.{name}" for name in qkv)
     return dict(
@@ -96,7 +96,7 @@ def _pre_norm(layer: str, attention: str, qkv: tuple[str, str, str], branches: t
     )
 
 
-def _post_norm(layer: str, qkv: tuple[str, str, str], branches: tuple[str, str], norms, feeds) -> dict:
+def post_norm(layer: str, qkv: tuple[str, str, str], branches: tuple[str, str], norms, feeds) -> dict:
     """Places of a post-norm layer: what a block reads is its residual."""
     query, key, value = (f"{layer}.{name}" for name in qkv)
     up, down = (f"{layer}.{name}" for name in feeds)
@@ -107,39 +107,33 @@ def _post_norm(layer: str, qkv: tuple[str, str, str], branches: tuple[str, str],
 
 
 _PLACES: dict[str, Callable[[int], dict]] = {
-    "modernbert": lambda i: _pre_norm(
+    "modernbert": lambda i: pre_norm(
         f"model.layers.{i}", "attn", ("Wqkv",) * 3, ("attn.out_drop", "mlp.Wo"), ("attn_norm", "mlp_norm"),
         ("mlp.Wi", "mlp.Wo"),
     ),
-    "qwen2": lambda i: _pre_norm(
+    "qwen2": lambda i: pre_norm(
         f"model.layers.{i}", "self_attn", ("q_proj", "k_proj", "v_proj"), ("self_attn.o_proj", "mlp.down_proj"),
         ("input_layernorm", "post_attention_layernorm"), ("mlp.up_proj", "mlp.down_proj"),
     ),
-    "mpnet": lambda i: _post_norm(
+    "mpnet": lambda i: post_norm(
         f"model.encoder.layer.{i}", ("attention.attn.q", "attention.attn.k", "attention.attn.v"),
         ("attention.attn.o", "output.dense"), ("attention.LayerNorm", "output.LayerNorm"),
         ("intermediate.dense", "output.dense"),
     ),
-    "wav2vec2": lambda i: _post_norm(
+    "wav2vec2": lambda i: post_norm(
         f"model.encoder.layers.{i}", ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
         ("attention.out_proj", "feed_forward.output_dense"), ("layer_norm", "final_layer_norm"),
         ("feed_forward.intermediate_dense", "feed_forward.output_dense"),
     ),
-    "dinov2": lambda i: _pre_norm(
+    "dinov2": lambda i: pre_norm(
         f"model.encoder.layer.{i}", "attention.attention", ("query", "key", "value"), ("layer_scale1", "layer_scale2"),
         ("norm1", "norm2"), ("mlp.fc1", "mlp.fc2"),
     ),
-    "gptj": lambda i: dict(
-        attentions=(
-            Attention(
-                *(f"model.h.{i}.attn.{name}_proj" for name in "qkv"), f"model.h.{i}.attn.out_proj", f"model.h.{i}.ln_1"
-            ),
-        ),
-        feed_forward=FeedForward(
-            f"model.h.{i}.mlp.fc_in", f"model.h.{i}.mlp.fc_out", f"model.h.{i}.mlp.fc_out", f"model.h.{i}.ln_1"
-        ),
+    "gptj": lambda i: pre_norm(
+        f"model.h.{i}", "attn", ("q_proj", "k_proj", "v_proj"), ("attn.out_proj", "mlp.fc_out"), ("ln_1", "ln_1"),
+        ("mlp.fc_in", "mlp.fc_out"),
     ),
-    "timm_vit": lambda i: _pre_norm(
+    "timm_vit": lambda i: pre_norm(
         f"blocks.{i}", "attn", ("qkv",) * 3, ("ls1", "ls2"), ("norm1", "norm2"), ("mlp.fc1", "mlp.fc2")
     ),
 }  # fmt: skip
@@ -155,7 +149,7 @@ _FAMILIES = {
     "qwen2": (hf.Qwen2Config, hf.Qwen2Model, _TEXT | dict(num_key_value_heads=2), causal_arguments),
     "gptj": (hf.GPTJConfig, hf.GPTJModel, dict(vocab_size=97, n_positions=64, n_inner=80, rotary_dim=8), causal_arguments),
     "mpnet": (hf.MPNetConfig, hf.MPNetModel, _TEXT, text_arguments),
-    "wav2vec2": (hf.Wav2Vec2Config, hf.Wav2Vec2Model, _WAVES, _sound),
+    "wav2vec2": (hf.Wav2Vec2Config, hf.Wav2Vec2Model, WAVES, _sound),
     "dinov2": (hf.Dinov2Config, hf.Dinov2Model, dict(image_size=8, patch_size=4), _pixels),
 }
 _EAGER_ONLY = {"mpnet", "gptj"}

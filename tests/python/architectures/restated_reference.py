@@ -94,7 +94,7 @@ class RestatedReference:
         return result, record.gates()
 
 
-# slots["layer_0", "self_prefix"]["prefix_key"]: one adapter's parameters, the bank's first dimension gone.
+# slots[0, "self_prefix"]["prefix_key"]: one adapter's parameters, the bank's first dimension gone.
 Slots = dict[tuple[int, str], dict[str, Tensor]]
 
 

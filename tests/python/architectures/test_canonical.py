@@ -3,8 +3,8 @@
 import pytest
 import torch
 from all_cases import CASES, FORMS
+from grafted import canonicalised
 from torch import Tensor
-from torchgraft._libraries import patcher
 
 from oracle import difference
 
@@ -16,10 +16,6 @@ _NAN = {("modernbert_eager", "traced")}
 _SAMPLES = 400
 
 
-def _canonical(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
-    return torch.jit._recursive.wrap_cpp_module(patcher().canonical_module(module._c))
-
-
 def _dtype(name: str) -> torch.dtype:
     return torch.float32 if name.startswith("clip_text") else torch.float64
 
@@ -28,7 +24,7 @@ def _dtype(name: str) -> torch.dtype:
 def test_results_stay(name: str, form: str) -> None:
     case, dtype = CASES[name], _dtype(name)
     base = case.to_script(form, dtype)
-    canonical = _canonical(base)
+    canonical = canonicalised(base)
     for seed in (0, 1, 2):
         arguments = case.arguments(dtype, seed)
         with torch.no_grad():
@@ -66,7 +62,7 @@ def test_gradients_stay(name: str, form: str) -> None:
     case, dtype = CASES[name], _dtype(name)
     base = case.to_script(form, dtype)
     arguments = case.arguments(dtype, 1)
-    expected, actual = (_gradients(module, case, arguments) for module in (base, _canonical(base)))
+    expected, actual = (_gradients(module, case, arguments) for module in (base, canonicalised(base)))
     assert sum(gradient is not None for gradient in expected.values()) > 8
     assert set(actual) == set(expected)
     for path, before in expected.items():
@@ -94,7 +90,7 @@ def test_dropout_stays(name: str) -> None:
     of every value, as far as the samples can tell."""
     case = CASES[name]
     base = case.to_script("scripted", torch.float32)
-    canonical = _canonical(base)
+    canonical = canonicalised(base)
     base.train(), canonical.train()
     arguments = case.arguments(torch.float32, 2)
     expected, actual = _samples(base, arguments, 1), _samples(canonical, arguments, 2)

@@ -2,24 +2,17 @@
 plain grafted model, which test_architectures.py compares with references."""
 
 import functools
-import io
 
 import pytest
 import torch
 from all_cases import CASES, FORMS, FROZEN_NOT_YET, methods
+from grafted import reloaded
 from torch import nn
 
 from oracle import difference
 
 _FAMILIES = ["bert_sdpa", "gpt2_sdpa", "llama_sdpa", "t5_eager", "bart_eager", "vit_sdpa"]
 _DTYPE = torch.float32  # in which torch optimises
-
-
-def _loaded(base: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
-    file = io.BytesIO()
-    torch.jit.save(base, file)
-    file.seek(0)
-    return torch.jit.load(file)
 
 
 class _Head(nn.Module):
@@ -57,10 +50,10 @@ def _assert_same(case, plain_model, other, hidden=None) -> None:
 
 
 @pytest.mark.parametrize("name", _FAMILIES)
-def test_saved_and_loaded(name: str) -> None:
+def test_saved_andreloaded(name: str) -> None:
     case, (base, grafted) = CASES[name], _plain(name, "traced")
-    _assert_same(case, grafted, case.reference.graft(_loaded(base), "unipelt", _DTYPE))
-    _assert_same(case, grafted, _loaded(grafted))
+    _assert_same(case, grafted, case.reference.graft(reloaded(base), "unipelt", _DTYPE))
+    _assert_same(case, grafted, reloaded(grafted))
 
 
 @pytest.mark.parametrize("name", _FAMILIES)
@@ -94,4 +87,4 @@ def test_optimized_for_inference(name: str, form: str) -> None:
     """torch rewrites linear maps, and convolutions into a layout that it cannot save. The result can be saved."""
     case, (base, grafted) = CASES[name], _plain(name, form)
     optimized = torch.jit.optimize_for_inference(torch.jit.freeze(base.eval()))
-    _assert_same(case, grafted, _loaded(case.reference.graft(optimized, methods(name)[0], _DTYPE)))
+    _assert_same(case, grafted, reloaded(case.reference.graft(optimized, methods(name)[0], _DTYPE)))

@@ -1,30 +1,18 @@
 """Architectures that AdapterHub does not know: what is seen of them, and that seeing it changes nothing."""
 
-import io
-
 import pytest
 import torch
 import torchgraft
 import transformers as hf
+from grafted import canonicalised, reloaded
 from oracle import difference
+from restated_cases import WAVES, First
 from torch import Tensor, nn
-from torchgraft._libraries import patcher
 
 _SIZES = dict(hidden_size=48, num_attention_heads=4, num_hidden_layers=2)
 _TEXT = dict(vocab_size=97, max_position_embeddings=64)
 _BERT_TOKENS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2)
 _ALL = {"self_prefix", "selfattn_lora", "mh_adapter", "intermediate_lora", "output_lora", "output_adapter"}
-
-
-class _First(nn.Module):
-    """The first result of a Hugging Face model on (input, mask) or (input)."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.model(inputs)[0] if mask is None else self.model(inputs, attention_mask=mask)[0]
 
 
 def _text(rows: int, width: int) -> tuple:
@@ -46,8 +34,6 @@ def _pixels(rows: int, width: int) -> tuple:
     return (torch.randn(rows, 3, 8, 8, generator=torch.Generator().manual_seed(rows)),)
 
 
-_WAVES = dict(conv_dim=(16, 16), conv_stride=(5, 2), conv_kernel=(10, 3), num_feat_extract_layers=2)
-_WAVES |= dict(num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, vocab_size=32, intermediate_size=80)
 _WINDOW = dict(intermediate_size=80, global_attn_every_n_layers=2, local_attention=4, reference_compile=False)
 _GROUPED = dict(intermediate_size=80, num_key_value_heads=2)
 _IMAGE = dict(image_size=8, patch_size=4)
@@ -70,12 +56,12 @@ _MODELS = {
     "nemotron": (hf.NemotronConfig, hf.NemotronModel, _TEXT | _GROUPED, _causal, ["pre", "pre"], 2),
     "roformer": (hf.RoFormerConfig, hf.RoFormerModel, _TEXT | _SMALL, _text, ["post", "post"], 4),
     "esm": (hf.EsmConfig, hf.EsmModel, _TEXT | _SMALL | _ESM, _text, ["pre", "pre"], 4),
-    "hubert": (hf.HubertConfig, hf.HubertModel, _WAVES, _sound, ["post", "post"], 4),
+    "hubert": (hf.HubertConfig, hf.HubertModel, WAVES, _sound, ["post", "post"], 4),
     "dinov3": (hf.DINOv3ViTConfig, hf.DINOv3ViTModel, _SMALL | _IMAGE, _pixels, ["pre", "pre"], 4),
     "modernbert": (hf.ModernBertConfig, hf.ModernBertModel, _TEXT | _BERT_TOKENS | _WINDOW, _text, ["none", "pre"], 4),
     "qwen2": (hf.Qwen2Config, hf.Qwen2Model, _TEXT | _GROUPED, _causal, ["pre", "pre"], 2),
     "mpnet": (hf.MPNetConfig, hf.MPNetModel, _TEXT | dict(intermediate_size=80), _text, ["post", "post"], 4),
-    "wav2vec2": (hf.Wav2Vec2Config, hf.Wav2Vec2Model, _WAVES, _sound, ["post", "post"], 4),
+    "wav2vec2": (hf.Wav2Vec2Config, hf.Wav2Vec2Model, WAVES, _sound, ["post", "post"], 4),
     "dinov2": (hf.Dinov2Config, hf.Dinov2Model, _IMAGE, _pixels, ["pre", "pre"], 4),
 }
 
@@ -95,7 +81,7 @@ def model(request):
     config = config_class(**_SIZES, **sizes, return_dict=False)
     config.use_cache = False
     config._attn_implementation = attention
-    eager = _First(model_class(config)).eval()
+    eager = First(model_class(config)).eval()
     with torch.no_grad():
         base = torch.jit.trace(eager, arguments(2, 9), check_trace=False, strict=False)
     return base, arguments, orders, kv_heads, name in _INTERLEAVED
@@ -116,7 +102,7 @@ def test_every_place_is_found(model) -> None:
 
 def test_the_canonical_graph_computes_the_same(model) -> None:
     base, arguments, *_ = model
-    canonical = torch.jit._recursive.wrap_cpp_module(patcher().canonical_module(base._c))
+    canonical = canonicalised(base)
     for rows, width in ((2, 9), (3, 7)):
         given = arguments(rows, width)
         with torch.no_grad():
@@ -139,10 +125,7 @@ def _lora_parameters(grafted: torch.jit.ScriptModule, layer: dict, role: str) ->
 def _assert_lora_equals_merged_weights(base: torch.jit.ScriptModule, given: tuple) -> None:
     """A LoRA without a gate is W + alpha / r B A: the base with such weights gives what the grafted model gives."""
     grafted = torchgraft.graft(base, config=_LORA, name="task")
-    file = io.BytesIO()
-    torch.jit.save(base, file)
-    file.seek(0)
-    merged = torch.jit.load(file)  # with weights of its own
+    merged = reloaded(base)  # with weights of its own
     weights = dict(merged.named_parameters())
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -6,6 +6,7 @@ import hugging_face_cases
 import pytest
 import torch
 from all_cases import CASES, FORMS, METHODS, methods, tolerance
+from restated_cases import post_norm, pre_norm
 from restated_reference import Attention, FeedForward, Layer, RestatedReference, slots_of
 
 from oracle import assert_gates_close, difference
@@ -18,45 +19,26 @@ _OTHERWISE_EAGER = {("torch_encoder_post_padding", "traced")}
 
 
 def _bert(number: int) -> Layer:
-    path = f"model.encoder.layer.{number}"
-    return Layer(
-        number,
-        (
-            Attention(
-                *(f"{path}.attention.self.{name}" for name in ("query", "key", "value")),
-                branch=f"{path}.attention.output.dense",
-                residual=f"{path}.attention.self.query",
-                norm=f"{path}.attention.output.LayerNorm",
-            ),
-        ),
-        FeedForward(
-            f"{path}.intermediate.dense",
-            f"{path}.output.dense",
-            branch=f"{path}.output.dense",
-            residual=f"{path}.intermediate.dense",
-            norm=f"{path}.output.LayerNorm",
-        ),
+    places = post_norm(
+        f"model.encoder.layer.{number}",
+        ("attention.self.query", "attention.self.key", "attention.self.value"),
+        ("attention.output.dense", "output.dense"),
+        ("attention.output.LayerNorm", "output.LayerNorm"),
+        ("intermediate.dense", "output.dense"),
     )
+    return Layer(number, **places)
 
 
 def _vit(number: int) -> Layer:
-    path = f"model.encoder.layer.{number}"
-    return Layer(
-        number,
-        (
-            Attention(
-                *(f"{path}.attention.attention.{name}" for name in ("query", "key", "value")),
-                branch=f"{path}.attention.output.dense",
-                residual=f"{path}.layernorm_before",
-            ),
-        ),
-        FeedForward(
-            f"{path}.intermediate.dense",
-            f"{path}.output.dense",
-            branch=f"{path}.output.dense",
-            residual=f"{path}.layernorm_after",
-        ),
+    places = pre_norm(
+        f"model.encoder.layer.{number}",
+        "attention.attention",
+        ("query", "key", "value"),
+        ("attention.output.dense", "output.dense"),
+        ("layernorm_before", "layernorm_after"),
+        ("intermediate.dense", "output.dense"),
     )
+    return Layer(number, **places)
 
 
 def _bart_attention(path: str, name: str, kind: str) -> Attention:

@@ -70,6 +70,19 @@ def _copy_layer(target: nn.Module, source: PlainLayer) -> None:
     target.linear2.load_state_dict(source.ffn.down.state_dict())
 
 
+def _copy_stage(target: nn.Module, layers: nn.ModuleList, norm: nn.Module | None) -> None:
+    """Into a TransformerEncoder or TransformerDecoder."""
+    with torch.no_grad():
+        for layer, source in zip(target.layers, layers, strict=True):
+            _copy_layer(layer, source)
+        if norm is not None:
+            target.norm.load_state_dict(norm.state_dict())
+
+
+def _final_norm(shape: Shape) -> nn.Module | None:
+    return shape.norm() if shape.final_norm else None
+
+
 def _layer_options(shape: Shape, batch_first: bool) -> dict:
     return dict(
         d_model=shape.hidden,
@@ -89,13 +102,8 @@ class _Encoder(nn.Module):
     def __init__(self, plain: PlainTransformer, spelling: Spelling):
         super().__init__()
         layer = nn.TransformerEncoderLayer(**_layer_options(plain.shape, spelling.batch_first))
-        norm = nn.LayerNorm(plain.shape.hidden, eps=1e-5) if plain.shape.final_norm else None
-        self.encoder = nn.TransformerEncoder(layer, plain.shape.layers, norm)
-        with torch.no_grad():
-            for target, source in zip(self.encoder.layers, plain.layers, strict=True):
-                _copy_layer(target, source)
-            if norm is not None:
-                self.encoder.norm.load_state_dict(plain.final_norm.state_dict())
+        self.encoder = nn.TransformerEncoder(layer, plain.shape.layers, _final_norm(plain.shape))
+        _copy_stage(self.encoder, plain.layers, plain.final_norm)
 
     def forward(self, x: Tensor, mask: Optional[Tensor] = None, padding: Optional[Tensor] = None) -> Tensor:
         return self.encoder(x, mask=mask, src_key_padding_mask=padding)
@@ -105,13 +113,8 @@ class _Decoder(nn.Module):
     def __init__(self, plain: PlainTransformer, spelling: Spelling):
         super().__init__()
         layer = nn.TransformerDecoderLayer(**_layer_options(plain.shape, spelling.batch_first))
-        norm = nn.LayerNorm(plain.shape.hidden, eps=1e-5) if plain.shape.final_norm else None
-        self.decoder = nn.TransformerDecoder(layer, plain.shape.layers, norm)
-        with torch.no_grad():
-            for target, source in zip(self.decoder.layers, plain.layers, strict=True):
-                _copy_layer(target, source)
-            if norm is not None:
-                self.decoder.norm.load_state_dict(plain.final_norm.state_dict())
+        self.decoder = nn.TransformerDecoder(layer, plain.shape.layers, _final_norm(plain.shape))
+        _copy_stage(self.decoder, plain.layers, plain.final_norm)
 
     def forward(
         self, x: Tensor, memory: Tensor, mask: Optional[Tensor] = None, padding: Optional[Tensor] = None
@@ -128,14 +131,8 @@ class _Transformer(nn.Module):
         shape = plain.shape
         layers = dict(num_encoder_layers=shape.encoder_layers, num_decoder_layers=shape.layers)
         self.transformer = nn.Transformer(**_layer_options(shape, spelling.batch_first), **layers)
-        with torch.no_grad():
-            for stage, layers, norm in (
-                (self.transformer.encoder, plain.encoder, plain.encoder_norm),
-                (self.transformer.decoder, plain.layers, plain.final_norm),
-            ):
-                stage.norm.load_state_dict(norm.state_dict())
-                for target, source in zip(stage.layers, layers, strict=True):
-                    _copy_layer(target, source)
+        _copy_stage(self.transformer.encoder, plain.encoder, plain.encoder_norm)
+        _copy_stage(self.transformer.decoder, plain.layers, plain.final_norm)
 
     def forward(
         self, x: Tensor, memory: Tensor, mask: Optional[Tensor] = None, padding: Optional[Tensor] = None
