@@ -105,6 +105,11 @@ TORCHGRAFT_PATCH_API std::vector<std::string> config_names();
 // "unipelt", "mam", "seq_bn", "pfeiffer", ... Throws c10::Error that lists the names.
 TORCHGRAFT_PATCH_API AdapterConfig config_from_name(std::string_view name);
 
+// A name with other values, or a union of such, as the oracle's configuration strings:
+// "seq_bn[reduction_factor=8]|lora[r=16, use_gating=True]". Values are Python literals; of a union that has a name
+// ("mam[...]") every part gets them. Throws c10::Error that says what cannot be read.
+TORCHGRAFT_PATCH_API AdapterConfig config_from_string(std::string_view text);
+
 // The text of an AdapterHub adapter_config.json (with its outer {"config": ...}) or of the inner config alone. An
 // unknown field, a wrong type or malformed JSON throws c10::Error that names it.
 TORCHGRAFT_PATCH_API AdapterConfig config_from_json(std::string_view json);

@@ -2,6 +2,7 @@
 
 #include <c10/util/Exception.h>
 
+#include <cctype>
 #include <functional>
 #include <map>
 #include <set>
@@ -100,6 +101,17 @@ AdapterConfig single(MethodConfig method) { return AdapterConfig{{std::move(meth
 
 const std::map<std::string, std::function<AdapterConfig()>, std::less<>>& registry() {
   static const std::map<std::string, std::function<AdapterConfig()>, std::less<>> kRegistry = {
+      // The library's own class names, present and older ones.
+      {"PfeifferConfig", [] { return single(seq_bn_config()); }},
+      {"HoulsbyConfig", [] { return single(double_seq_bn_config()); }},
+      {"ParallelConfig", [] { return single(par_bn_config()); }},
+      {"SeqBnConfig", [] { return single(seq_bn_config()); }},
+      {"DoubleSeqBnConfig", [] { return single(double_seq_bn_config()); }},
+      {"ParBnConfig", [] { return single(par_bn_config()); }},
+      {"PrefixTuningConfig", [] { return single(PrefixTuningConfig{}); }},
+      {"LoRAConfig", [] { return single(LoRAConfig{}); }},
+      {"MAMConfig", [] { return mam_config(); }},
+      {"UniPELTConfig", [] { return unipelt_config(); }},
       {"pfeiffer", [] { return single(seq_bn_config()); }},
       {"houlsby", [] { return single(double_seq_bn_config()); }},
       {"parallel", [] { return single(par_bn_config()); }},
@@ -132,7 +144,9 @@ const std::map<std::string, std::function<AdapterConfig()>, std::less<>>& regist
 std::vector<std::string> config_names() {
   std::vector<std::string> names;
   for (const auto& [name, make] : registry()) {
-    names.push_back(name);
+    if (std::islower(static_cast<unsigned char>(name[0]))) {  // class names are understood, not advertised
+      names.push_back(name);
+    }
   }
   return names;
 }

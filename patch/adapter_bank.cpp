@@ -203,9 +203,11 @@ std::vector<Adapter> read_adapters(const torch::jit::Module& adapters_module, co
   std::vector<Adapter> adapters;
   const auto names = adapters_module.attr("names").toListRef();
   const auto configs = adapters_module.attr("configs").toListRef();
+  const bool has_merged = adapters_module.hasattr("merged");  // files of 0.1.0 have no such list
   for (size_t a = 0; a < names.size(); ++a) {
     Adapter adapter{names[a].toStringRef(), config_from_json(configs[a].toStringRef())};
     adapter.plan = make_plan(structure, adapter.config);
+    adapter.merged = has_merged && adapters_module.attr("merged").toBoolList()[a];
     for (const PlannedModule& module : adapter.plan) {
       const auto layer = adapters_module.attr("layer_" + std::to_string(module.number)).toModule();
       adapter.weights.push_back(unstack(layer.attr(slot_name(module)).toModule(), a, module));

@@ -16,6 +16,7 @@ struct Adapter {
   AdapterConfig config;
   Plan plan = {};
   AdapterWeights weights = {};
+  bool merged = false;  // a LoRA that the base's weights hold: its scaling is 0
 };
 
 // Where a bottleneck reads its input: the branch before the residual add ("seq"), the normalised sum of branch and

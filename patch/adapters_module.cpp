@@ -99,13 +99,16 @@ Module make_adapters_module(const std::vector<Adapter>& adapters, const std::vec
   root.register_attribute("training", c10::BoolType::get(), false);
   c10::List<std::string> names;
   c10::List<std::string> configs;
+  c10::List<bool> merged;
   for (const Adapter& adapter : adapters) {
     names.push_back(adapter.name);
     configs.push_back(config_to_json(adapter.config));
+    merged.push_back(adapter.merged);
   }
   const auto strings = c10::ListType::ofStrings();
   root.register_attribute("names", strings, names);
   root.register_attribute("configs", strings, configs);
+  root.register_attribute("merged", c10::ListType::ofBools(), merged);
   root.register_attribute("active", c10::IntType::get(), -1);
   root.register_attribute("gate_layers", c10::ListType::ofInts(),
                           list_of<int64_t>(slots, runs, [](const BankSlot& slot) { return slot.number; }));

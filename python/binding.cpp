@@ -3,6 +3,9 @@
 #include <torchgraft/config/adapter_config.h>
 #include <torchgraft/patch/canonicalise.h>
 #include <torchgraft/patch/graft.h>
+#include <torchgraft/patch/life.h>
+#include <torchgraft/patch/save_adapter.h>
+#include <torchgraft/plan/safetensors.h>
 #include <torchgraft/registration/library.h>
 
 #include <pybind11/stl.h>
@@ -27,7 +30,9 @@ using torch::jit::Module;
 using Spec = std::tuple<std::string, std::string, std::optional<std::map<std::string, at::Tensor>>, std::string>;
 
 torchgraft::AdapterConfig config_of(const std::string& text) {
-  return text.find('{') == std::string::npos ? torchgraft::config_from_name(text) : torchgraft::config_from_json(text);
+  const size_t first = text.find_first_not_of(" \t\r\n");
+  const bool is_json = first != std::string::npos && text[first] == '{';
+  return is_json ? torchgraft::config_from_json(text) : torchgraft::config_from_string(text);
 }
 
 // Edited sites as JSON; an empty text means that they are to be detected.
@@ -35,13 +40,34 @@ std::optional<torchgraft::Structure> sites_of(const std::string& json) {
   return json.empty() ? std::nullopt : std::optional(torchgraft::structure_from_json(json));
 }
 
+torchgraft::AdapterSpec spec_of(const Spec& spec) {
+  const auto& [name, config, weights, saved_name] = spec;
+  return {name, config_of(config), weights, saved_name};
+}
+
 Module graft(const Module& module, const std::vector<Spec>& adapters, const std::string& gate_pooling,
              const std::string& token_mask_input, const std::string& active, bool verify, const std::string& sites) {
   std::vector<torchgraft::AdapterSpec> specs;
-  for (const auto& [name, config, weights, saved_name] : adapters) {
-    specs.push_back({name, config_of(config), weights, saved_name});
+  for (const Spec& spec : adapters) {
+    specs.push_back(spec_of(spec));
   }
   return torchgraft::graft(module, specs, {gate_pooling, token_mask_input, active, sites_of(sites), verify});
+}
+
+std::vector<py::dict> list_adapters(const Module& module) {
+  std::vector<py::dict> result;
+  for (const torchgraft::AdapterInfo& info : torchgraft::list_adapters(module)) {
+    py::dict entry;
+    entry["name"] = info.name;
+    entry["config"] = info.config;
+    entry["active"] = info.active;
+    entry["merged"] = info.merged;
+    entry["parameters"] = info.parameters;
+    entry["bytes"] = info.bytes;
+    entry["by_location"] = info.by_location;
+    result.push_back(entry);
+  }
+  return result;
 }
 
 void set_graft_error(const std::string& message) {
@@ -80,10 +106,37 @@ PYBIND11_MODULE(_C, m) {
         return torchgraft::to_json(torchgraft::inspect(module, sites_of(sites)));
       },
       py::arg("module"), py::arg("sites") = "", py::call_guard<py::gil_scoped_release>());
+  const py::call_guard<py::gil_scoped_release> no_gil;
+  m.def("list_adapters", &list_adapters);
+  m.def("remove_adapters", &torchgraft::remove_adapters, no_gil);
+  m.def("rename_adapter", &torchgraft::rename_adapter, no_gil);
+  m.def(
+      "replace_adapter",
+      [](const Module& module, const Spec& spec) { return torchgraft::replace_adapter(module, spec_of(spec)); }, no_gil);
+  m.def("average_adapters", &torchgraft::average_adapters, no_gil);
+  m.def("merge_adapter", &torchgraft::merge_adapter, no_gil);
+  m.def("unmerge_adapter", &torchgraft::unmerge_adapter, no_gil);
+  m.def("ungraft", &torchgraft::ungraft, no_gil);
+  m.def(
+      "load_adapter",
+      [](const Module& module, const Spec& spec) { return torchgraft::load_adapter(module, spec_of(spec)); }, no_gil);
+  m.def("adapter_files", [](const Module& module, const std::string& name) {
+    const torchgraft::AdapterFiles files = torchgraft::adapter_files(module, name);
+    return std::pair(files.config, files.weights);
+  });
+  m.def(
+      "write_safetensors",
+      [](const torchgraft::StateDict& tensors, const std::string& path) {
+        torchgraft::write_safetensors(tensors, path);
+      },
+      no_gil);
+  m.def("read_safetensors", &torchgraft::read_safetensors, no_gil);
   m.def("canonical_module", &torchgraft::canonical_module);
   m.def("config_names", &torchgraft::config_names);
   m.def("config_from_name",
         [](const std::string& name) { return torchgraft::config_to_json(torchgraft::config_from_name(name)); });
+  m.def("config_from_string",
+        [](const std::string& text) { return torchgraft::config_to_json(torchgraft::config_from_string(text)); });
   m.def("normalise_config",
         [](const std::string& json) { return torchgraft::config_to_json(torchgraft::config_from_json(json)); });
   m.def("check_supported", [](const std::string& text) { torchgraft::check_supported(config_of(text)); });

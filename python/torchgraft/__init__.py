@@ -10,7 +10,9 @@ Importing the package registers the operators; a process that only serves needs 
 
 from ._libraries import library_path, load_operators
 from .adapter_hub import AdapterDirectory, load_adapter_directory
+from .checkpoints import load_adapter, save_adapter
 from .configs import (
+    AdapterConfig,
     BnConfig,
     ConfigUnion,
     DoubleSeqBnConfig,
@@ -26,13 +28,26 @@ from .configs import (
 )
 from .errors import GraftError
 from .grafting import graft, inspect
+from .life import (
+    AdapterInfo,
+    average_adapter,
+    list_adapters,
+    merge_adapter,
+    remove_adapter,
+    rename_adapter,
+    replace_adapter,
+    ungraft,
+    unmerge_adapter,
+)
 
 __version__ = "0.1.0"
 
 load_operators()
 
 __all__ = [
+    "AdapterConfig",
     "AdapterDirectory",
+    "AdapterInfo",
     "BnConfig",
     "ConfigUnion",
     "DoubleSeqBnConfig",
@@ -46,8 +61,18 @@ __all__ = [
     "PrefixTuningConfig",
     "SeqBnConfig",
     "UniPELTConfig",
+    "average_adapter",
     "graft",
     "inspect",
     "library_path",
+    "list_adapters",
+    "load_adapter",
     "load_adapter_directory",
+    "merge_adapter",
+    "remove_adapter",
+    "rename_adapter",
+    "replace_adapter",
+    "save_adapter",
+    "ungraft",
+    "unmerge_adapter",
 ]

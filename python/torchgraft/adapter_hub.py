@@ -8,10 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ._libraries import patcher
 from .errors import GraftError
 
 CONFIG_FILE = "adapter_config.json"
-WEIGHT_FILES = ("adapter.safetensors", "pytorch_adapter.bin")
+SAFETENSORS_FILE = "adapter.safetensors"
+PICKLE_FILE = "pytorch_adapter.bin"
+WEIGHT_FILES = (SAFETENSORS_FILE, PICKLE_FILE)
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,10 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
             continue
         try:
             if path.suffix == ".safetensors":
-                from safetensors.torch import load_file
-
-                return load_file(path, device="cpu")
+                return patcher().read_safetensors(str(path))
             weights = torch.load(path, map_location="cpu", weights_only=True)
+        except GraftError:
+            raise
         except pickle.UnpicklingError as error:
             raise GraftError(f"{path}: refused, it holds more than plain tensors") from error
         except Exception as error:  # torch and safetensors raise many kinds for a damaged file

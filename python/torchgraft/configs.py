@@ -100,6 +100,7 @@ class ParBnConfig(BnConfig):
     scaling: float | str = 4.0
 
 
+AdapterConfig = BnConfig  # as older releases of the library call it
 PfeifferConfig = SeqBnConfig
 HoulsbyConfig = DoubleSeqBnConfig
 ParallelConfig = ParBnConfig

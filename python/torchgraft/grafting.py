@@ -13,7 +13,7 @@ from .configs import config_to_json
 from .errors import GraftError
 
 
-def _cpp_module(module: Any) -> Any:
+def cpp_module(module: Any) -> Any:
     """The torch::jit::Module inside."""
     if not isinstance(module, torch.jit.ScriptModule):
         raise TypeError(
@@ -21,6 +21,21 @@ def _cpp_module(module: Any) -> Any:
             "trace it (torch.jit.trace), script it (torch.jit.script) or load one (torch.jit.load)"
         )
     return module._c
+
+
+# What the patcher takes for one adapter: its name, its configuration, and trained weights with their name in them.
+Spec = tuple[str, str, dict[str, torch.Tensor] | None, str]
+
+
+def script_module(module: Any) -> torch.jit.ScriptModule:
+    """The Python face of a torch::jit::Module."""
+    return torch.jit._recursive.wrap_cpp_module(module)
+
+
+def directory_spec(directory: str | Path, name: str | None = None) -> Spec:
+    """The adapter of a directory, under `name` or its own."""
+    saved = load_adapter_directory(directory)
+    return name or saved.name, saved.config, saved.weights, saved.name
 
 
 def _sites_option(sites: Mapping[str, Any] | str | Path | None) -> dict[str, str]:
@@ -85,8 +100,8 @@ def graft(
             field of the configuration. The message says what to do.
         TypeError: `module` is not TorchScript, or `config` is nothing that describes a configuration.
     """
-    base = _cpp_module(module)
-    specs: list[tuple[str, str, dict | None, str]] = []
+    base = cpp_module(module)
+    specs: list[Spec] = []
     if config is not None:
         if name is None:
             raise GraftError("graft: a config needs the name of its adapter (name=...)")
@@ -94,10 +109,9 @@ def graft(
     elif name is not None:
         raise GraftError(f"graft: the adapter '{name}' needs a config (config=...), or a directory (adapters=...)")
     for adapter_name, directory in (adapters or {}).items():
-        saved = load_adapter_directory(directory)
-        specs.append((adapter_name, saved.config, saved.weights, saved.name))
+        specs.append(directory_spec(directory, adapter_name))
     grafted = patcher().graft(base, specs, gate_pooling, token_mask or "", active or "", verify, **_sites_option(sites))
-    return torch.jit._recursive.wrap_cpp_module(grafted)
+    return script_module(grafted)
 
 
 def inspect(
@@ -118,4 +132,4 @@ def inspect(
     Raises:
         GraftError: `sites` cannot be read, or does not fit the module.
     """
-    return json.loads(patcher().inspect(_cpp_module(module), **_sites_option(sites)))
+    return json.loads(patcher().inspect(cpp_module(module), **_sites_option(sites)))

@@ -1,0 +1,140 @@
+#include <torchgraft/config/adapter_config.h>
+
+#include <c10/util/Exception.h>
+#include <nlohmann/json.hpp>
+
+#include <cctype>
+#include <vector>
+
+namespace torchgraft {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+std::string_view trimmed(std::string_view text) {
+  while (!text.empty() && std::isspace(static_cast<unsigned char>(text.front()))) {
+    text.remove_prefix(1);
+  }
+  while (!text.empty() && std::isspace(static_cast<unsigned char>(text.back()))) {
+    text.remove_suffix(1);
+  }
+  return text;
+}
+
+bool is_word(char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == '_'; }
+
+// Rewrites `key=value, ...`, whose values are Python literals, as the inside of a JSON object.
+class LiteralReader {
+ public:
+  explicit LiteralReader(std::string_view text) : text_(text) {}
+
+  Json read() {
+    while (at_ < text_.size()) {
+      const char c = text_[at_];
+      if (c == '\'' || c == '"') {
+        string(c);
+      } else if (is_word(c)) {
+        word();
+      } else {
+        json_ += c == '(' ? '[' : c == ')' ? ']' : c;
+        ++at_;
+      }
+    }
+    const Json parsed = Json::parse("{" + json_ + "}", /*cb=*/nullptr, /*allow_exceptions=*/false);
+    TORCH_CHECK(!parsed.is_discarded(), "config: cannot read the values [", text_,
+                "]; expected e.g. [reduction_factor=8, use_gating=True, non_linearity='gelu', leave_out=[0, 1]]");
+    return parsed;
+  }
+
+ private:
+  void string(char quote) {
+    const size_t end = text_.find(quote, at_ + 1);
+    TORCH_CHECK(end != std::string_view::npos, "config: a quote in [", text_, "] is not closed");
+    json_ += Json(std::string(text_.substr(at_ + 1, end - at_ - 1))).dump();
+    at_ = end + 1;
+  }
+
+  // A key (before "=", or a number before ":"), True, False, None or a number.
+  void word() {
+    const size_t begin = at_;
+    while (at_ < text_.size() && (is_word(text_[at_]) || text_[at_] == '.' || continues_exponent())) {
+      ++at_;
+    }
+    const std::string word(text_.substr(begin, at_ - begin));
+    size_t next = at_;
+    while (next < text_.size() && std::isspace(static_cast<unsigned char>(text_[next]))) {
+      ++next;
+    }
+    const char follower = next < text_.size() ? text_[next] : ',';
+    if (follower == '=') {
+      json_ += Json(word).dump() + ":";
+      at_ = next + 1;
+    } else if (follower == ':') {
+      json_ += Json(word).dump();
+    } else if (word == "True" || word == "False") {
+      json_ += word == "True" ? "true" : "false";
+    } else if (word == "None") {
+      json_ += "null";
+    } else {
+      TORCH_CHECK(std::isdigit(static_cast<unsigned char>(word[0])), "config: cannot read the value ", word, " in [",
+                  text_, "]; strings need quotes: '", word, "'");
+      json_ += word;
+    }
+  }
+
+  // The sign in 1e-4.
+  bool continues_exponent() const {
+    return (text_[at_] == '-' || text_[at_] == '+') && at_ > 1 && (text_[at_ - 1] == 'e' || text_[at_ - 1] == 'E') &&
+           std::isdigit(static_cast<unsigned char>(text_[at_ - 2]));
+  }
+
+  std::string_view text_;
+  size_t at_ = 0;
+  std::string json_;
+};
+
+// `method` with the fields of `changes`.
+MethodConfig changed(const MethodConfig& method, const Json& changes) {
+  Json json = Json::parse(config_to_json(AdapterConfig{{method}}));
+  json.update(changes);
+  return config_from_json(json.dump()).methods.front();
+}
+
+AdapterConfig parse_part(std::string_view part) {
+  part = trimmed(part);
+  const size_t bracket = part.find('[');
+  AdapterConfig config = config_from_name(trimmed(part.substr(0, bracket)));
+  if (bracket == std::string_view::npos) {
+    return config;
+  }
+  TORCH_CHECK(part.back() == ']', "config: '", part, "' has no closing bracket at its end");
+  const Json changes = LiteralReader(part.substr(bracket + 1, part.size() - bracket - 2)).read();
+  for (MethodConfig& method : config.methods) {
+    method = changed(method, changes);
+  }
+  return config;
+}
+
+}  // namespace
+
+AdapterConfig config_from_string(std::string_view text) {
+  std::vector<std::string_view> parts;
+  for (size_t begin = 0; begin <= text.size();) {
+    const size_t end = std::min(text.find('|', begin), text.size());
+    parts.push_back(text.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  if (parts.size() == 1) {
+    return parse_part(parts.front());
+  }
+  std::vector<MethodConfig> methods;
+  for (const std::string_view part : parts) {
+    AdapterConfig config = parse_part(part);
+    TORCH_CHECK(config.methods.size() == 1, "config: '", trimmed(part),
+                "' is a union itself; a union inside a union is not possible");
+    methods.push_back(std::move(config.methods.front()));
+  }
+  return config_union(std::move(methods));
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,185 @@
+#include <torchgraft/patch/life.h>
+
+#include <torchgraft/patch/merge.h>
+#include <torchgraft/patch/methods.h>
+#include <torchgraft/patch/rebuild.h>
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <cmath>
+
+namespace torchgraft {
+namespace {
+
+using torch::jit::Module;
+
+void check_grafted(const Module& module, const char* what) {
+  TORCH_CHECK(is_grafted(module), what, ": the module has no adapters; graft some first");
+}
+
+std::string active_name(const Module& module) {
+  const c10::IValue active = module.get_method("active_adapter")({});
+  return active.isNone() ? "" : active.toStringRef();
+}
+
+// Position of `name` among `adapters`.
+size_t find_adapter(const std::vector<Adapter>& adapters, const std::string& name, const char* what) {
+  std::string names;
+  for (size_t i = 0; i < adapters.size(); ++i) {
+    if (adapters[i].name == name) {
+      return i;
+    }
+    names += (i == 0 ? "" : ", ") + adapters[i].name;
+  }
+  TORCH_CHECK(false, what, ": no adapter is called '", name, "'; there are: ", names);
+}
+
+// A grafted module, opened for a change.
+Foundation open(const Module& module, const char* what) {
+  check_grafted(module, what);
+  return lay_foundation(module, {});
+}
+
+// A scaling is alpha / r, or a number of the config, unless it is a bottleneck's "learned" or "channel".
+bool is_trained(const std::string& parameter, const PlannedModule& module) {
+  const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method);
+  return parameter != "scaling" || (bottleneck && std::holds_alternative<std::string>(bottleneck->config.scaling));
+}
+
+// How weights are initialised is no matter once they are there.
+std::string without_init(const AdapterConfig& config) {
+  AdapterConfig copy = config;
+  for (MethodConfig& method : copy.methods) {
+    std::visit(
+        [](auto& held) {
+          held.init_weights_seed.reset();
+          if constexpr (requires { held.init_weights; }) {
+            held.init_weights.clear();
+          }
+        },
+        method);
+  }
+  return config_to_json(copy);
+}
+
+}  // namespace
+
+std::vector<AdapterInfo> list_adapters(const Module& module) {
+  check_grafted(module, "list_adapters");
+  const std::string active = active_name(module);
+  std::vector<AdapterInfo> result;
+  for (const Adapter& adapter : read_adapters(module.attr("adapters").toModule(), inspect(module))) {
+    AdapterInfo info{adapter.name, config_to_json(adapter.config), adapter.name == active, adapter.merged, 0, 0, {}};
+    for (size_t i = 0; i < adapter.plan.size(); ++i) {
+      for (const auto& [name, tensor] : adapter.weights[i]) {
+        if (is_trained(name, adapter.plan[i])) {
+          info.parameters += tensor.numel();
+          info.bytes += static_cast<int64_t>(tensor.nbytes());
+          info.by_location[adapter.plan[i].location] += tensor.numel();
+        }
+      }
+    }
+    result.push_back(std::move(info));
+  }
+  return result;
+}
+
+Module remove_adapters(const Module& module, const std::vector<std::string>& names) {
+  Foundation foundation = open(module, "remove_adapters");
+  std::string active = active_name(module);
+  for (const std::string& name : names) {
+    const size_t index = find_adapter(foundation.adapters, name, "remove_adapters");
+    TORCH_CHECK(!foundation.adapters[index].merged, "remove_adapters: '", name,
+                "' is merged into the base's weights; unmerge it first, or ungraft to keep them as they are");
+    foundation.adapters.erase(foundation.adapters.begin() + static_cast<int64_t>(index));
+    active = active == name ? "" : active;
+  }
+  TORCH_CHECK(!foundation.adapters.empty(), "remove_adapters: this removes the last adapter; ungraft gives the base");
+  return build(std::move(foundation), active);
+}
+
+Module rename_adapter(const Module& module, const std::string& name, const std::string& new_name) {
+  Foundation foundation = open(module, "rename_adapter");
+  const size_t index = find_adapter(foundation.adapters, name, "rename_adapter");
+  check_name(new_name, foundation.adapters);
+  foundation.adapters[index].name = new_name;
+  const std::string active = active_name(module);
+  return build(std::move(foundation), active == name ? new_name : active);
+}
+
+Module replace_adapter(const Module& module, const AdapterSpec& spec) {
+  Foundation foundation = open(module, "replace_adapter");
+  Adapter& adapter = foundation.adapters[find_adapter(foundation.adapters, spec.name, "replace_adapter")];
+  TORCH_CHECK(!adapter.merged, "replace_adapter: '", spec.name, "' is merged into the base's weights; unmerge it first");
+  adapter = make_adapter(spec, foundation.sites.structure, foundation.weights);
+  return build(std::move(foundation), active_name(module));
+}
+
+Module average_adapters(const Module& module, const std::string& name, const std::vector<std::string>& names,
+                        const std::vector<double>& weights, bool normalise) {
+  TORCH_CHECK(!names.empty(), "average_adapters: no adapter to average was named");
+  TORCH_CHECK(weights.empty() || weights.size() == names.size(), "average_adapters: expected ", names.size(),
+              " weights, got ", weights.size());
+  std::vector<double> shares = weights.empty() ? std::vector<double>(names.size(), 1.0) : weights;
+  double sum = 0.0;
+  for (const double share : shares) {
+    TORCH_CHECK(std::isfinite(share), "average_adapters: expected finite weights, got ", share);
+    sum += share;
+  }
+  if (normalise || weights.empty()) {
+    TORCH_CHECK(sum != 0.0, "average_adapters: the weights sum to 0 and cannot be normalised");
+    std::for_each(shares.begin(), shares.end(), [&](double& share) { share /= sum; });
+  }
+  Foundation foundation = open(module, "average_adapters");
+  check_name(name, foundation.adapters);
+  std::vector<const Adapter*> sources;
+  for (const std::string& source : names) {
+    sources.push_back(&foundation.adapters[find_adapter(foundation.adapters, source, "average_adapters")]);
+    TORCH_CHECK(!sources.back()->merged, "average_adapters: '", source, "' is merged; unmerge it first");
+    TORCH_CHECK(without_init(sources.back()->config) == without_init(sources.front()->config), "average_adapters: '",
+                source, "' and '", names.front(), "' have different configurations");
+  }
+  Adapter average = *sources.front();
+  average.name = name;
+  for (size_t m = 0; m < average.weights.size(); ++m) {
+    for (auto& [parameter, tensor] : average.weights[m]) {
+      at::Tensor total = at::zeros(tensor.sizes(), tensor.options().dtype(at::kDouble).requires_grad(false));
+      for (size_t i = 0; i < sources.size(); ++i) {
+        total.add_(sources[i]->weights[m].at(parameter), shares[i]);
+      }
+      // alpha / r is no parameter: it is the same in all, and weights that do not sum to 1 are not for it.
+      tensor = is_trained(parameter, average.plan[m]) ? total.to(tensor.scalar_type()) : tensor;
+    }
+  }
+  foundation.adapters.push_back(std::move(average));
+  return build(std::move(foundation), active_name(module));
+}
+
+namespace {
+
+Module with_merged(const Module& module, const std::string& name, bool merge, const char* what) {
+  Foundation foundation = open(module, what);
+  Adapter& adapter = foundation.adapters[find_adapter(foundation.adapters, name, what)];
+  TORCH_CHECK(adapter.merged != merge, what, ": '", name, merge ? "' is merged already" : "' is not merged");
+  check_can_merge(adapter);
+  move_into_base(adapter, foundation.sites, foundation.module, merge);
+  return build(std::move(foundation), active_name(module));
+}
+
+}  // namespace
+
+Module merge_adapter(const Module& module, const std::string& name) {
+  return with_merged(module, name, /*merge=*/true, "merge_adapter");
+}
+
+Module unmerge_adapter(const Module& module, const std::string& name) {
+  return with_merged(module, name, /*merge=*/false, "unmerge_adapter");
+}
+
+Module ungraft(const Module& module) {
+  check_grafted(module, "ungraft");
+  return base_copy(module);
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,96 @@
+#include <torchgraft/patch/merge.h>
+
+#include <torchgraft/patch/graph_utils.h>
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <map>
+
+namespace torchgraft {
+namespace {
+
+using torch::jit::Node;
+using torch::jit::Value;
+
+// Why `module` has no place in a weight; empty when it has one.
+std::string obstacle(const PlannedModule& module) {
+  if (std::holds_alternative<PlannedBottleneck>(module.method)) {
+    return "a bottleneck adapter has a non-linearity";
+  }
+  if (std::holds_alternative<PlannedPrefix>(module.method)) {
+    return "a prefix adds keys and values";
+  }
+  return std::get<PlannedLoRA>(module.method).config.use_gating ? "its gate depends on the input" : "";
+}
+
+const LinearSite& site_of(const PlannedModule& module, const GraphSites& all) {
+  const auto& layers = all.structure.layers;
+  const auto layer = std::find_if(layers.begin(), layers.end(), [&](const Layer& l) { return l.index == module.layer; });
+  TORCH_INTERNAL_ASSERT(layer != layers.end(), "no layer ", module.layer);
+  const LayerSites& sites = all.layers.at(layer - layers.begin());
+  switch (module.slot.ends_with("_q") ? 'q' : module.slot.ends_with("_k") ? 'k' : module.slot.ends_with("_v") ? 'v' : 'f') {
+    case 'q':
+      return sites.query;
+    case 'k':
+      return sites.key;
+    case 'v':
+      return sites.value;
+    default:
+      return module.slot == "intermediate_lora" ? sites.ffn_in.value() : sites.ffn_out.value();
+  }
+}
+
+// Whether `weight`, [out, in] as a linear reads it, is stored as [in, out] (Conv1D).
+bool is_transposed(const Value* weight) {
+  bool result = false;
+  for (const Node* node = weight->node(); is_layout(node) || is_aten(node, {"t", "numpy_T"});
+       node = node->input(0)->node()) {
+    result = result != is_aten(node, {"t", "numpy_T", "transpose", "permute"});
+  }
+  return result;
+}
+
+}  // namespace
+
+void check_can_merge(const Adapter& adapter) {
+  for (const PlannedModule& module : adapter.plan) {
+    const std::string reason = obstacle(module);
+    TORCH_CHECK(reason.empty(), "merge_adapter: '", adapter.name, "' cannot be merged: ", module.location, " of layer ",
+                module.number, " is no change of a weight, for ", reason, "; only ungated LoRA can be merged");
+  }
+}
+
+void move_into_base(Adapter& adapter, const GraphSites& sites, const torch::jit::Module& module, bool merge) {
+  at::NoGradGuard no_grad;
+  std::map<const c10::TensorImpl*, std::pair<at::Tensor, at::Tensor>> sums;  // weight and its new value
+  for (size_t m = 0; m < adapter.plan.size(); ++m) {
+    const PlannedModule& planned = adapter.plan[m];
+    const PlannedLoRA& lora = std::get<PlannedLoRA>(planned.method);
+    const LinearSite& site = site_of(planned, sites);
+    const WeightSource source = weight_source(site.node->input(1), module);
+    TORCH_CHECK(source.tensor.defined() && !source.path.empty(), "merge_adapter: the weight that ", planned.slot,
+                " of layer ", planned.number, " updates is no parameter of the module (was the module frozen?); merge "
+                "before freezing");
+    auto& [weight, sum] = sums[source.tensor.unsafeGetTensorImpl()];
+    if (!weight.defined()) {
+      weight = source.tensor;
+      sum = source.tensor.detach().to(at::kDouble);
+      sum = sum.is_set_to(source.tensor) ? sum.clone() : sum;
+    }
+    const ModuleWeights& weights = adapter.weights[m];
+    const double scaling = lora.config.alpha / static_cast<double>(lora.config.r);
+    const at::Tensor update = at::matmul(weights.at("lora_b").to(at::kDouble), weights.at("lora_a").to(at::kDouble));
+    at::Tensor rows = is_transposed(site.node->input(1)) ? sum.t() : sum;
+    const int64_t first = source.first_row + (site.is_part ? site.offset : 0);
+    rows.narrow(0, first, update.size(0)).add_(update, merge ? scaling : -scaling);
+    adapter.weights[m].at("scaling") = at::full_like(weights.at("scaling"), merge ? 0.0 : scaling);
+  }
+  for (auto& [impl, pair] : sums) {
+    auto& [weight, sum] = pair;
+    weight.set_data(sum.to(weight.scalar_type()).contiguous());
+  }
+  adapter.merged = merge;
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,49 @@
+#pragma once
+
+#include <torchgraft/patch/adapter_bank.h>
+#include <torchgraft/patch/canonicalise.h>
+#include <torchgraft/patch/find_sites.h>
+#include <torchgraft/patch/graft.h>
+#include <torchgraft/patch/insert.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace torchgraft {
+
+// Everything that is known before the banks are stacked: between lay_foundation() and build(), `adapters` is what there
+// is to change. Adding, removing and renaming adapters differ in nothing else.
+struct Foundation {
+  torch::jit::Module module;     // a copy whose forward is the base's
+  CanonicalGraph canonical;      // of that forward
+  GraphSites sites;              // points into canonical.graph
+  GraftOptions options;          // of a grafted module: those that it was made with
+  InsertOptions inserting;
+  at::TensorOptions weights;     // dtype and device of the adapters
+  std::vector<Adapter> adapters; // those of a grafted module
+};
+
+// Clones `module`, takes off what is grafted, canonicalises and finds the sites. Throws c10::Error when there are none,
+// or when `given` contradicts how the module was grafted.
+Foundation lay_foundation(const torch::jit::Module& module, const GraftOptions& given);
+
+// Stacks the foundation's adapters into banks, inserts the ops and adds the methods. `active` empty: none is active.
+torch::jit::Module build(Foundation foundation, const std::string& active);
+
+// A copy of `module` without anything grafted.
+torch::jit::Module base_copy(const torch::jit::Module& module);
+
+// Throws c10::Error unless `name` is an identifier that no adapter has.
+void check_name(const std::string& name, const std::vector<Adapter>& taken);
+
+// Plans `spec` on `structure` and reads or draws its weights.
+Adapter make_adapter(const AdapterSpec& spec, const Structure& structure, const at::TensorOptions& options);
+
+GraphSites places(const CanonicalGraph& canonical, const torch::jit::Module& module,
+                  const std::optional<Structure>& wanted);
+
+// The sites that a grafted module was made with; nullopt when they were detected.
+std::optional<Structure> remembered_sites(const torch::jit::Module& grafted);
+
+}  // namespace torchgraft

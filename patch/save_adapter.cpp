@@ -1,0 +1,114 @@
+#include <torchgraft/patch/save_adapter.h>
+
+#include <torchgraft/patch/adapter_bank.h>
+#include <torchgraft/patch/life.h>
+#include <torchgraft/patch/methods.h>
+#include <torchgraft/plan/safetensors.h>
+#include <torchgraft/plan/save_adapter_hub.h>
+
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+
+namespace torchgraft {
+namespace {
+
+using torch::jit::Module;
+using Json = nlohmann::ordered_json;
+
+constexpr const char* kConfigFile = "adapter_config.json";
+constexpr const char* kWeightsFile = "adapter.safetensors";
+constexpr const char* kFormat = "adapters.1.3.0";
+constexpr std::streamoff kLongestConfig = 1 << 20;
+
+std::string read_text(const std::filesystem::path& path) {
+  std::ifstream file(path, std::ios::binary | std::ios::ate);
+  TORCH_CHECK(file.good(), path.string(), ": cannot read the adapter's configuration");
+  const std::streamoff size = file.tellg();
+  TORCH_CHECK(size >= 0 && size <= kLongestConfig, path.string(), ": expected a configuration of at most 1 MiB, got ",
+              size, " bytes");
+  std::string text(static_cast<size_t>(size), '\0');
+  file.seekg(0);
+  file.read(text.data(), size);
+  TORCH_CHECK(file.good(), path.string(), ": cannot read the adapter's configuration");
+  return text;
+}
+
+}  // namespace
+
+AdapterFiles adapter_files(const Module& module, const std::string& name) {
+  TORCH_CHECK(is_grafted(module), "save_adapter: the module has no adapters");
+  const Structure structure = inspect(module);
+  std::string names;
+  for (const Adapter& adapter : read_adapters(module.attr("adapters").toModule(), structure)) {
+    names += (names.empty() ? "" : ", ") + adapter.name;
+    if (adapter.name != name) {
+      continue;
+    }
+    const Json config = {{"config", Json::parse(config_to_json(ejected_config(adapter.config)))},
+                         {"hidden_size", structure.layers.front().hidden_size},
+                         {"model_class", nullptr},
+                         {"model_name", nullptr},
+                         {"model_type", nullptr},
+                         {"name", name},
+                         {"version", kFormat}};
+    return {config.dump(2) + "\n", adapter_hub_state(adapter.plan, structure, adapter.weights, name)};
+  }
+  TORCH_CHECK(false, "save_adapter: no adapter is called '", name, "'; there are: ", names);
+}
+
+void save_adapter(const Module& module, const std::string& name, const std::string& directory) {
+  const AdapterFiles files = adapter_files(module, name);
+  std::error_code error;
+  std::filesystem::create_directories(directory, error);
+  TORCH_CHECK(!error, directory, ": cannot make the directory (", error.message(), ")");
+  write_safetensors(files.weights, directory + "/" + kWeightsFile);
+  write_file(directory + "/" + kConfigFile, files.config);
+}
+
+AdapterSpec read_adapter_directory(const std::string& directory, const std::string& name) {
+  const std::filesystem::path path(directory);
+  const std::string text = read_text(path / kConfigFile);
+  const Json json = Json::parse(text, /*cb=*/nullptr, /*allow_exceptions=*/false);
+  TORCH_CHECK(json.is_object() && json.contains("name") && json.at("name").is_string(), (path / kConfigFile).string(),
+              ": expected JSON with the adapter's \"name\"");
+  AdapterSpec spec;
+  spec.saved_name = json.at("name").get<std::string>();
+  spec.name = name.empty() ? spec.saved_name : name;
+  spec.config = config_from_json(text);
+  TORCH_CHECK(std::filesystem::exists(path / kWeightsFile), directory, ": no ", kWeightsFile,
+              "; a pytorch_adapter.bin is read, and written as safetensors, by torchgraft.load_adapter and save_adapter "
+              "in Python");
+  spec.weights = read_safetensors((path / kWeightsFile).string());
+  return spec;
+}
+
+Module load_adapter(const Module& module, const AdapterSpec& spec) {
+  if (!is_grafted(module)) {
+    return graft(module, {spec});
+  }
+  const c10::IValue list = module.get_method("adapter_names")({});
+  const auto names = list.toListRef();
+  const bool known = std::any_of(names.begin(), names.end(),
+                                 [&](const c10::IValue& name) { return name.toStringRef() == spec.name; });
+  if (known) {
+    return replace_adapter(module, spec);
+  }
+  const c10::IValue active = module.get_method("active_adapter")({});
+  GraftOptions options;
+  options.active = active.isNone() ? "" : active.toStringRef();
+  Module result = graft(module, {spec}, options);
+  if (active.isNone()) {
+    result.get_method("deactivate")({});
+  }
+  return result;
+}
+
+Module load_adapter(const Module& module, const std::string& directory, const std::string& name) {
+  return load_adapter(module, read_adapter_directory(directory, name));
+}
+
+}  // namespace torchgraft

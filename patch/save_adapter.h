@@ -1,0 +1,37 @@
+#pragma once
+
+#include <torchgraft/patch/graft.h>
+
+#include <string>
+
+namespace torchgraft {
+
+// One adapter as AdapterHub keeps it in a directory: the text of adapter_config.json and the state dict beside it.
+struct AdapterFiles {
+  std::string config;
+  StateDict weights;
+};
+
+// The adapter `name` of a grafted module, as `model.save_adapter()` of adapters==1.3.0 writes it: its load_adapter()
+// gives the same outputs on the same model. Prefixes are flat ones there, for their MLP is no longer known. Throws
+// c10::Error when the module is not grafted or has no such adapter.
+TORCHGRAFT_PATCH_API AdapterFiles adapter_files(const torch::jit::Module& module, const std::string& name);
+
+// Writes them: adapter_config.json and adapter.safetensors. The directory is made when it is missing; each file is
+// written whole or not at all, the weights first.
+TORCHGRAFT_PATCH_API void save_adapter(const torch::jit::Module& module, const std::string& name,
+                                       const std::string& directory);
+
+// Reads adapter_config.json and adapter.safetensors (pytorch_adapter.bin: from Python). `name` empty: its own.
+TORCHGRAFT_PATCH_API AdapterSpec read_adapter_directory(const std::string& directory, const std::string& name = "");
+
+// A copy of `module`, grafted or not, with the adapter of the directory in place of one of that name, or added to those
+// that it has; the active one stays active, of a bare module the loaded one is. Nothing of `module` changes: a server
+// loads beside its traffic and swaps the copy in. Throws c10::Error when a file is damaged or does not fit.
+TORCHGRAFT_PATCH_API torch::jit::Module load_adapter(const torch::jit::Module& module, const std::string& directory,
+                                                     const std::string& name = "");
+
+// The same for a spec.
+TORCHGRAFT_PATCH_API torch::jit::Module load_adapter(const torch::jit::Module& module, const AdapterSpec& spec);
+
+}  // namespace torchgraft

@@ -1,0 +1,246 @@
+#include <torchgraft/plan/safetensors.h>
+
+#include <ATen/ATen.h>
+#include <c10/util/SmallVector.h>
+#include <nlohmann/json.hpp>
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <fstream>
+#include <functional>
+#include <optional>
+#include <set>
+#include <vector>
+
+namespace torchgraft {
+namespace {
+
+using Json = nlohmann::json;
+
+constexpr uint64_t kLongestHeader = 100'000'000;
+constexpr int kDeepestJson = 8;  // name -> entry -> list; a stranger's nesting must not exhaust the stack
+
+const std::map<std::string, at::ScalarType>& dtypes() {
+  static const std::map<std::string, at::ScalarType> kDtypes = {
+      {"F64", at::kDouble}, {"F32", at::kFloat}, {"F16", at::kHalf},  {"BF16", at::kBFloat16}, {"I64", at::kLong},
+      {"I32", at::kInt},    {"I16", at::kShort}, {"I8", at::kChar},   {"U8", at::kByte},       {"BOOL", at::kBool}};
+  return kDtypes;
+}
+
+// What the header says about one tensor.
+struct Entry {
+  std::string name;
+  at::ScalarType dtype = at::kFloat;
+  std::vector<int64_t> shape;
+  uint64_t begin = 0;
+  uint64_t end = 0;
+};
+
+// Parses the header with repeated names and deep nesting refused while parsing, not after.
+Json parse_header(const std::string& path, const std::string& text) {
+  std::vector<std::set<std::string>> keys;
+  std::string fault;
+  const auto watch = [&](int depth, Json::parse_event_t event, Json& parsed) {
+    if (depth > kDeepestJson) {
+      fault = "its header is nested too deeply";
+    }
+    if (event == Json::parse_event_t::object_start) {
+      keys.emplace_back();
+    } else if (event == Json::parse_event_t::object_end) {
+      keys.pop_back();
+    } else if (event == Json::parse_event_t::key && !keys.back().insert(parsed.get<std::string>()).second) {
+      fault = "its header has the name " + parsed.dump(-1, ' ', true, Json::error_handler_t::replace) + " twice";
+    }
+    return true;
+  };
+  Json json = Json::parse(text, watch, /*allow_exceptions=*/false);
+  TORCH_CHECK(fault.empty(), path, ": ", fault);
+  TORCH_CHECK(!json.is_discarded() && json.is_object(), path, ": its header is not a JSON object");
+  return json;
+}
+
+Entry parse_entry(const std::string& path, const std::string& name, const Json& json, uint64_t data_size) {
+  const auto check = [&](bool holds, const std::string& what) {
+    TORCH_CHECK(holds, path, ": tensor '", name, "': ", what);
+  };
+  check(json.is_object() && json.contains("dtype") && json.contains("shape") && json.contains("data_offsets"),
+        "expected dtype, shape and data_offsets");
+  Entry entry;
+  entry.name = name;
+  const Json& dtype = json.at("dtype");
+  const auto known = dtype.is_string() ? dtypes().find(dtype.get<std::string>()) : dtypes().end();
+  check(known != dtypes().end(), "the dtype " + dtype.dump(-1, ' ', true, Json::error_handler_t::replace) +
+                                     " is not known");
+  entry.dtype = known->second;
+  check(json.at("shape").is_array() && json.at("shape").size() <= 64, "expected shape to be a list of sizes");
+  uint64_t bytes = c10::elementSize(entry.dtype);
+  bool overflow = false;
+  for (const Json& size : json.at("shape")) {
+    check(size.is_number_unsigned() && size.get<uint64_t>() <= INT64_MAX, "expected sizes of at least 0");
+    overflow = __builtin_mul_overflow(bytes, size.get<uint64_t>(), &bytes) || overflow;
+    entry.shape.push_back(static_cast<int64_t>(size.get<uint64_t>()));
+  }
+  const Json& offsets = json.at("data_offsets");
+  check(offsets.is_array() && offsets.size() == 2 && offsets[0].is_number_unsigned() && offsets[1].is_number_unsigned(),
+        "expected data_offsets to be [begin, end]");
+  entry.begin = offsets[0].get<uint64_t>();
+  entry.end = offsets[1].get<uint64_t>();
+  check(entry.begin <= entry.end && entry.end <= data_size,
+        c10::str("its data_offsets [", entry.begin, ", ", entry.end, "] are outside of the file's ", data_size,
+                 " bytes of data (is the file truncated?)"));
+  check(!overflow && entry.end - entry.begin == bytes,
+        c10::str("its shape and dtype need ", overflow ? "too many" : std::to_string(bytes), " bytes, its data_offsets give ",
+                 entry.end - entry.begin));
+  return entry;
+}
+
+// The entries in the order of their data, which they cover without overlap or gap.
+std::vector<Entry> parse_entries(const std::string& path, const Json& header, uint64_t data_size) {
+  std::vector<Entry> entries;
+  for (const auto& [name, json] : header.items()) {
+    if (name != "__metadata__") {
+      entries.push_back(parse_entry(path, name, json, data_size));
+    }
+  }
+  std::sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) {
+    return std::tie(a.begin, a.end, a.name) < std::tie(b.begin, b.end, b.name);
+  });
+  uint64_t reached = 0;
+  for (const Entry& entry : entries) {
+    TORCH_CHECK(entry.begin == reached, path, ": tensor '", entry.name, "': its data begins at ", entry.begin,
+                entry.begin < reached ? ", inside another's, which ends at " : ", after a gap from ", reached);
+    reached = entry.end;
+  }
+  TORCH_CHECK(reached == data_size, path, ": ", data_size - reached, " bytes after its last tensor belong to none");
+  return entries;
+}
+
+std::string reason() { return std::strerror(errno); }
+
+// Closes the file and deletes it unless it was kept.
+class TemporaryFile {
+ public:
+  explicit TemporaryFile(const std::string& target) : target_(target), name_(target + ".XXXXXX") {
+    descriptor_ = mkstemp(name_.data());
+    TORCH_CHECK(descriptor_ >= 0, target, ": cannot write (", reason(), ")");
+  }
+  TemporaryFile(const TemporaryFile&) = delete;
+  TemporaryFile& operator=(const TemporaryFile&) = delete;
+  ~TemporaryFile() {
+    if (descriptor_ >= 0) {
+      close(descriptor_);
+      unlink(name_.c_str());
+    }
+  }
+
+  void write(const void* data, size_t size) {
+    const char* bytes = static_cast<const char*>(data);
+    while (size > 0) {
+      const ssize_t written = ::write(descriptor_, bytes, size);
+      TORCH_CHECK(written > 0 || errno == EINTR, target_, ": cannot write (", reason(), ")");
+      bytes += std::max<ssize_t>(written, 0);
+      size -= static_cast<size_t>(std::max<ssize_t>(written, 0));
+    }
+  }
+
+  // The content under its name, for everyone whom the umask lets.
+  void keep() {
+    struct stat old {};
+    const mode_t mask = umask(0);
+    umask(mask);
+    const mode_t mode = stat(target_.c_str(), &old) == 0 ? old.st_mode & 0777 : 0666 & ~mask;
+    const bool kept = fchmod(descriptor_, mode) == 0 && fsync(descriptor_) == 0 &&
+                      rename(name_.c_str(), target_.c_str()) == 0;
+    TORCH_CHECK(kept, target_, ": cannot write (", reason(), ")");
+    close(descriptor_);
+    descriptor_ = -1;
+  }
+
+ private:
+  std::string target_;
+  std::string name_;
+  int descriptor_ = -1;
+};
+
+std::string dtype_name(const std::string& path, const std::string& tensor, at::ScalarType dtype) {
+  for (const auto& [name, known] : dtypes()) {
+    if (known == dtype) {
+      return name;
+    }
+  }
+  TORCH_CHECK(false, path, ": tensor '", tensor, "': safetensors has no dtype ", dtype);
+}
+
+}  // namespace
+
+StateDict read_safetensors(const std::string& path) {
+  std::ifstream file(path, std::ios::binary | std::ios::ate);
+  TORCH_CHECK(file.good(), path, ": cannot read (", reason(), ")");
+  const std::streamoff end = file.tellg();
+  TORCH_CHECK(end >= 8, path, ": not a safetensors file, it has ", std::max<std::streamoff>(end, 0), " bytes");
+  const auto size = static_cast<uint64_t>(end);
+  file.seekg(0);
+  uint8_t prefix[8];
+  file.read(reinterpret_cast<char*>(prefix), sizeof(prefix));
+  uint64_t length = 0;
+  for (int i = 7; i >= 0; --i) {
+    length = length << 8 | prefix[i];
+  }
+  TORCH_CHECK(length <= kLongestHeader && length <= size - 8, path, ": its header claims ", length,
+              " bytes, the file has ", size - 8, " after the length; it is truncated or no safetensors file");
+  std::string text(length, '\0');
+  file.read(text.data(), static_cast<std::streamsize>(length));
+  TORCH_CHECK(file.good(), path, ": cannot read its header");
+  const std::vector<Entry> entries = parse_entries(path, parse_header(path, text), size - 8 - length);
+  StateDict result;
+  for (const Entry& entry : entries) {
+    at::Tensor tensor = at::empty(entry.shape, at::TensorOptions().dtype(entry.dtype));
+    file.read(static_cast<char*>(tensor.data_ptr()), static_cast<std::streamsize>(entry.end - entry.begin));
+    TORCH_CHECK(file.good(), path, ": tensor '", entry.name, "': cannot read its data");
+    result.emplace(entry.name, std::move(tensor));
+  }
+  return result;
+}
+
+void write_safetensors(const StateDict& tensors, const std::string& path,
+                       const std::map<std::string, std::string>& metadata) {
+  nlohmann::ordered_json header = nlohmann::ordered_json::object();
+  if (!metadata.empty()) {
+    header["__metadata__"] = metadata;
+  }
+  uint64_t offset = 0;
+  for (const auto& [name, tensor] : tensors) {
+    const uint64_t bytes = static_cast<uint64_t>(tensor.numel()) * tensor.element_size();
+    header[name] = {{"dtype", dtype_name(path, name, tensor.scalar_type())},
+                    {"shape", tensor.sizes().vec()},
+                    {"data_offsets", {offset, offset + bytes}}};
+    offset += bytes;
+  }
+  std::string text = header.dump();
+  text.resize((text.size() + 7) / 8 * 8, ' ');  // the data begins at a multiple of 8
+  std::string prefix;
+  for (int i = 0; i < 8; ++i) {
+    prefix += static_cast<char>(static_cast<uint64_t>(text.size()) >> (8 * i) & 0xFF);
+  }
+  TemporaryFile file(path);
+  file.write(prefix.data(), prefix.size());
+  file.write(text.data(), text.size());
+  for (const auto& [name, tensor] : tensors) {
+    const at::Tensor bytes = tensor.detach().to(at::kCPU).contiguous();
+    file.write(bytes.data_ptr(), bytes.nbytes());
+  }
+  file.keep();
+}
+
+void write_file(const std::string& path, std::string_view content) {
+  TemporaryFile file(path);
+  file.write(content.data(), content.size());
+  file.keep();
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,30 @@
+#pragma once
+
+#include <torchgraft/plan/adapter_weights.h>
+
+#include <map>
+#include <string>
+#include <string_view>
+
+namespace torchgraft {
+
+// Files of the safetensors format: 8 bytes little-endian length of the header, the header (JSON: name -> {dtype, shape,
+// data_offsets}, "__metadata__" -> strings), then the tensors' bytes without gaps. Here each tensor is a CPU tensor
+// that owns its memory.
+
+// Reads a whole file. A file comes from a stranger: before anything is allocated for tensors, the header is at most 100
+// MB (the limit of the reference implementation) and within the file, every name is new, every dtype known, every
+// shape's bytes equal its offsets, and offsets neither overlap, nor leave gaps, nor run over the end. So memory is
+// bounded by the size of the file. Throws c10::Error with the path and what is wrong; nothing is returned by halves.
+TORCHGRAFT_PATCH_API StateDict read_safetensors(const std::string& path);
+
+// Writes beside `path`, syncs and renames: `path` holds its old content or all of the new. Tensors are written one by
+// one, sorted by name, whatever memory they share. Throws c10::Error when a dtype has no name in the format, or the
+// file cannot be written.
+TORCHGRAFT_PATCH_API void write_safetensors(const StateDict& tensors, const std::string& path,
+                                            const std::map<std::string, std::string>& metadata = {{"format", "pt"}});
+
+// The same for any content.
+TORCHGRAFT_PATCH_API void write_file(const std::string& path, std::string_view content);
+
+}  // namespace torchgraft

@@ -1,0 +1,219 @@
+#include <torchgraft/plan/save_adapter_hub.h>
+
+#include <torchgraft/plan/checkpoint.h>
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <cctype>
+
+namespace torchgraft {
+namespace {
+
+using Path = std::vector<std::string>;
+
+std::string join(const Path& path) { return c10::Join(".", path); }
+
+Path parent(Path path, size_t levels = 1) {
+  path.resize(path.size() - std::min(levels, path.size()));
+  return path;
+}
+
+bool ends_with(const Path& path, const Path& ending) {
+  return path.size() >= ending.size() && std::equal(ending.rbegin(), ending.rend(), path.rbegin());
+}
+
+// The path up to the last number: that of the Transformer layer.
+Path layer_path(const Path& path) {
+  const auto is_number = [](const std::string& part) {
+    return !part.empty() && std::all_of(part.begin(), part.end(), [](unsigned char c) { return std::isdigit(c); });
+  };
+  const auto found = std::find_if(path.rbegin(), path.rend(), is_number);
+  return found == path.rend() ? parent(path, 2) : Path(path.begin(), found.base());
+}
+
+// How a family of the library calls its containers.
+enum class Family { kBert, kT5, kVit, kAlbert, kOther };
+
+Path query_path(const Layer& layer) {
+  for (const auto* projection : {&layer.query, &layer.key, &layer.value}) {
+    if (*projection) {
+      return split_path((*projection)->path);
+    }
+  }
+  return {"layer", std::to_string(layer.number), "attention", "query"};
+}
+
+Family family_of(const Path& query) {
+  const Path attention = parent(query);
+  if (ends_with(attention, {"attention", "self"})) {
+    return Family::kBert;
+  }
+  if (ends_with(attention, {"SelfAttention"}) || ends_with(attention, {"EncDecAttention"})) {
+    return Family::kT5;
+  }
+  if (ends_with(attention, {"attention", "attention"})) {
+    return Family::kVit;
+  }
+  const bool albert = std::find(attention.begin(), attention.end(), "albert_layers") != attention.end();
+  return albert ? Family::kAlbert : Family::kOther;
+}
+
+std::string attention_container(const Layer& layer) {
+  const Path query = query_path(layer);
+  switch (family_of(query)) {
+    case Family::kBert:
+      return join(layer.output ? parent(split_path(layer.output->path)) : parent(query)) + ".adapters";
+    case Family::kT5:
+      return join(parent(query, 2)) + ".adapters";
+    case Family::kAlbert:
+      return join(parent(query)) + ".attention_adapters.adapters";
+    default:
+      return join(layer_path(query)) +
+             (layer.kind == AttentionKind::kCross ? ".cross_attention_adapters.adapters" : ".attention_adapters.adapters");
+  }
+}
+
+std::string output_container(const Layer& layer) {
+  const Path query = query_path(layer);
+  const Path out = layer.ffn_out ? split_path(layer.ffn_out->path) : Path();
+  switch (out.size() < 2 ? Family::kOther : family_of(query)) {
+    case Family::kBert:
+      return join(parent(out)) + ".adapters";
+    case Family::kT5:
+      return join(parent(out, 2)) + ".adapters";
+    case Family::kVit:
+      return join(parent(out)) + ".output_adapters.adapters";
+    default:
+      return join(layer_path(query)) + ".output_adapters.adapters";
+  }
+}
+
+std::string pool_location(const Layer& layer, const std::string& location) {
+  const Path query = query_path(layer);
+  return !query.empty() && query.back() == "q_lin" ? "self" : location;  // DistilBERT
+}
+
+const Projection& projection_of(const PlannedModule& module, const Layer& layer) {
+  const std::string& slot = module.slot;
+  const std::optional<Projection>& result = slot == "intermediate_lora" ? layer.ffn_in
+                                            : slot == "output_lora"     ? layer.ffn_out
+                                            : slot.ends_with("_q")      ? layer.query
+                                            : slot.ends_with("_k")      ? layer.key
+                                                                        : layer.value;
+  TORCH_INTERNAL_ASSERT(result, slot, " of layer ", layer.number, " has no projection");
+  return *result;
+}
+
+class Writer {
+ public:
+  Writer(const Plan& plan, const Structure& structure, const AdapterWeights& weights, const std::string& name)
+      : plan_(plan), structure_(structure), weights_(weights), name_(name) {}
+
+  StateDict write() {
+    for (size_t i = 0; i < plan_.size(); ++i) {
+      const Layer& layer = layer_of(plan_[i]);
+      if (std::holds_alternative<PlannedLoRA>(plan_[i].method)) {
+        write_lora(plan_[i], layer, weights_[i]);
+      } else if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&plan_[i].method)) {
+        write_bottleneck(plan_[i], *bottleneck, layer, weights_[i]);
+      } else {
+        write_prefix(plan_[i], std::get<PlannedPrefix>(plan_[i].method), layer, weights_[i]);
+      }
+    }
+    for (const auto& [key, group] : groups_) {
+      // [P, L, 2, h, d]: what prefix_of_layer takes apart
+      state_[key] = at::stack(group, 1).flatten();
+    }
+    return std::move(state_);
+  }
+
+ private:
+  const Layer& layer_of(const PlannedModule& module) const {
+    const auto found = std::find_if(structure_.layers.begin(), structure_.layers.end(),
+                                    [&](const Layer& layer) { return layer.index == module.layer; });
+    TORCH_INTERNAL_ASSERT(found != structure_.layers.end(), "no layer ", module.layer);
+    return *found;
+  }
+
+  void put(const std::string& key, const at::Tensor& tensor) { state_[key] = tensor.detach().cpu().contiguous(); }
+
+  // Packed projections are one module of the library, whose parameters are those of its parts on top of each other.
+  void append(const std::string& key, const at::Tensor& tensor) {
+    const auto found = state_.find(key);
+    put(key, found == state_.end() ? tensor : at::cat({found->second, tensor.detach().cpu()}, 0));
+  }
+
+  void write_lora(const PlannedModule& module, const Layer& layer, const ModuleWeights& weights) {
+    const std::string prefix = projection_of(module, layer).path + ".loras." + name_;
+    append(prefix + ".lora_A", weights.at("lora_a"));
+    append(prefix + ".lora_B", weights.at("lora_b"));
+    if (weights.count("gate_weight")) {
+      append(prefix + ".gate.weight", weights.at("gate_weight"));
+      append(prefix + ".gate.bias", weights.at("gate_bias"));
+    }
+  }
+
+  void write_bottleneck(const PlannedModule& module, const PlannedBottleneck& bottleneck, const Layer& layer,
+                        const ModuleWeights& weights) {
+    const bool behind_ffn = module.slot == "output_adapter";
+    const std::string prefix = (behind_ffn ? output_container(layer) : attention_container(layer)) + "." + name_;
+    put(prefix + ".adapter_down.0.weight", weights.at("down_weight"));
+    put(prefix + ".adapter_down.0.bias", weights.at("down_bias"));
+    put(prefix + ".adapter_up.weight", weights.at("up_weight"));
+    put(prefix + ".adapter_up.bias", weights.at("up_bias"));
+    if (std::holds_alternative<std::string>(bottleneck.config.scaling)) {
+      put(prefix + ".scaling", weights.at("scaling"));
+    }
+    if (weights.count("gate_weight")) {
+      put(prefix + ".gate.weight", weights.at("gate_weight"));
+      put(prefix + ".gate.bias", weights.at("gate_bias"));
+    }
+  }
+
+  void write_prefix(const PlannedModule& module, const PlannedPrefix& prefix, const Layer& layer,
+                    const ModuleWeights& weights) {
+    const std::string place = join(parent(query_path(layer))) + ".prefix_tuning";
+    const std::string location = pool_location(layer, module.location);
+    std::string& key = group_keys_[module.location];
+    if (key.empty()) {
+      // The library's pool hangs in every layer; the first layer's stands for all.
+      key = place + ".pool.prefix_tunings." + name_ + "." + location + ".control_trans";
+      groups_[key].resize(prefix.group_size);
+    }
+    // [h, P, d] each -> [P, 2, h, d]
+    const auto by_position = [&](const char* which) { return weights.at(which).detach().cpu().transpose(0, 1); };
+    groups_[key].at(prefix.group_index) = at::stack({by_position("prefix_key"), by_position("prefix_value")}, 1);
+    if (weights.count("gate_weight")) {
+      put(place + ".prefix_gates." + name_ + ".weight", weights.at("gate_weight"));
+      put(place + ".prefix_gates." + name_ + ".bias", weights.at("gate_bias"));
+    }
+  }
+
+  const Plan& plan_;
+  const Structure& structure_;
+  const AdapterWeights& weights_;
+  std::string name_;
+  StateDict state_;
+  std::map<std::string, std::string> group_keys_;  // by location
+  std::map<std::string, std::vector<at::Tensor>> groups_;
+};
+
+}  // namespace
+
+StateDict adapter_hub_state(const Plan& plan, const Structure& structure, const AdapterWeights& weights,
+                            const std::string& name) {
+  at::NoGradGuard no_grad;
+  return Writer(plan, structure, weights, name).write();
+}
+
+AdapterConfig ejected_config(AdapterConfig config) {
+  for (MethodConfig& method : config.methods) {
+    if (auto* prefix = std::get_if<PrefixTuningConfig>(&method)) {
+      prefix->flat = true;
+    }
+  }
+  return config;
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,66 @@
+"""Adapters in directories, as AdapterHub keeps them: adapter_config.json, and the weights beside it."""
+
+import io
+from pathlib import Path
+
+import torch
+
+from ._files import write_whole
+from ._libraries import patcher
+from .adapter_hub import CONFIG_FILE, PICKLE_FILE, SAFETENSORS_FILE
+from .errors import GraftError
+from .grafting import cpp_module, directory_spec, script_module
+
+
+def save_adapter(
+    module: torch.jit.ScriptModule, name: str, directory: str | Path, safetensors: bool = True
+) -> None:
+    """Writes one adapter so that load_adapter() of this package and of `adapters==1.3.0` read it.
+
+    Prefixes are written as flat ones ("flat": true): the MLP that made them is not kept in a grafted module, its
+    outputs are. The directory is made if need be. Each file is written whole or not at all, the configuration last;
+    weights of the other format are removed, so that nobody reads those.
+
+    Args:
+        module: a grafted module.
+        name: the adapter's name, which is part of its weights' names.
+        directory: where to write.
+        safetensors: adapter.safetensors; False: pytorch_adapter.bin.
+
+    Raises:
+        GraftError: no such adapter, or the directory cannot be written.
+    """
+    config, weights = patcher().adapter_files(cpp_module(module), name)
+    directory = Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GraftError(f"{directory}: cannot make the directory ({error.strerror})") from error
+    written, other = (SAFETENSORS_FILE, PICKLE_FILE) if safetensors else (PICKLE_FILE, SAFETENSORS_FILE)
+    if safetensors:
+        patcher().write_safetensors(weights, str(directory / written))
+    else:
+        buffer = io.BytesIO()
+        torch.save(weights, buffer)
+        write_whole(buffer.getvalue(), directory / written)
+    (directory / other).unlink(missing_ok=True)
+    write_whole(config.encode(), directory / CONFIG_FILE)
+
+
+def load_adapter(
+    module: torch.jit.ScriptModule, directory: str | Path, name: str | None = None
+) -> torch.jit.ScriptModule:
+    """A copy of `module`, grafted or not, with the adapter of a directory: in place of one of that name, or in addition.
+
+    The adapter may come from a model whose modules are called otherwise: places are matched by module path where paths
+    agree, else by layer number and location. The active adapter stays active; of a bare module the loaded one is.
+
+    Args:
+        module: a TorchScript Transformer. It is not changed.
+        directory: what save_adapter() wrote, here or in the `adapters` library.
+        name: the adapter's name in the result. None: its own.
+
+    Raises:
+        GraftError: a file is missing or damaged, or the adapter does not fit the module.
+    """
+    return script_module(patcher().load_adapter(cpp_module(module), directory_spec(directory, name)))

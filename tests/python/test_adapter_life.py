@@ -1,0 +1,148 @@
+"""Removing, renaming, replacing, averaging, merging adapters, and taking all of them off."""
+
+import pytest
+import torch
+import torchgraft
+from grafted import base, grafted, reloaded, saved_adapter
+from models import VARIANTS, make_batch
+
+NAMES = ["bert_sdpa", "bert_eager", "own_pre_sdpa_bool", "encoder_fast_post_nested", "encoder_slow_pre_seq_first"]
+ALL_LORA = dict(attn_matrices=["q", "k", "v"], intermediate_lora=True, output_lora=True)
+
+
+def _run(module: torch.jit.ScriptModule, name: str, **keywords) -> torch.Tensor:
+    variant = VARIANTS[name]
+    batch = make_batch([9, 9, 9], 9, next(iter(module.state_dict().values())).dtype, 3)
+    with torch.no_grad():
+        return variant.hidden(module(*variant.arguments(batch), **keywords))
+
+
+def _bank(name: str, dtype: torch.dtype = torch.float64) -> torch.jit.ScriptModule:
+    """Three trained adapters of different methods and sizes: a, b, c; c is active."""
+    variant = VARIANTS[name]
+    directories = {
+        key: saved_adapter(variant, dtype, config).directory
+        for key, config in {"a": "lora_all", "b": "unipelt", "c": "mam"}.items()
+    }
+    return torchgraft.graft(base(name, dtype), adapters=directories)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_removed_and_renamed_adapters_leave_the_others_alone(name: str) -> None:
+    module = _bank(name)
+    before = {key: _run(module, name, adapter_ids=torch.full((3,), i)) for i, key in enumerate("abc")}
+    smaller = torchgraft.remove_adapter(module, "a")
+    assert smaller.adapter_names() == ["b", "c"] and smaller.active_adapter() == "c"
+    renamed = torchgraft.rename_adapter(smaller, "c", "third")
+    assert renamed.adapter_names() == ["b", "third"] and renamed.active_adapter() == "third"
+    for i, key in enumerate("bc"):
+        torch.testing.assert_close(
+            _run(reloaded(renamed), name, adapter_ids=torch.full((3,), i)), before[key], rtol=0, atol=1e-12
+        )
+    assert torchgraft.remove_adapter(module, "c").active_adapter() is None
+    assert module.adapter_names() == ["a", "b", "c"]
+
+
+def test_a_replaced_adapter_keeps_its_number() -> None:
+    module = _bank("bert_sdpa")
+    directory = saved_adapter(VARIANTS["bert_sdpa"], torch.float64, "seq_bn_gated").directory
+    replaced = torchgraft.replace_adapter(module, "b", directory=directory)
+    assert replaced.adapter_names() == ["a", "b", "c"]
+    alone = grafted("bert_sdpa", torch.float64, "seq_bn_gated")
+    ids = torch.full((3,), 1)
+    torch.testing.assert_close(_run(replaced, "bert_sdpa", adapter_ids=ids), _run(alone, "bert_sdpa"), rtol=0, atol=1e-12)
+    with pytest.raises(torchgraft.GraftError, match="a config or a directory"):
+        torchgraft.replace_adapter(module, "b")
+
+
+def test_listed_sizes_are_those_of_the_weights() -> None:
+    module = _bank("bert_sdpa", torch.float32)
+    for info in torchgraft.list_adapters(module):
+        alone = torchgraft.remove_adapter(module, *[name for name in "abc" if name != info.name])
+        trained = {key: p for key, p in alone.adapters.named_parameters()}
+        fixed = sum(p.numel() for key, p in trained.items() if key.endswith(".scaling"))
+        assert info.parameters == sum(p.numel() for p in trained.values()) - fixed
+        assert info.bytes == 4 * info.parameters == 4 * sum(info.by_location.values())
+        assert (info.active, info.merged) == (info.name == "c", False)
+
+
+@pytest.mark.parametrize("weights", [{"x": 1.0, "y": 3.0}, ["x", "y"]], ids=["weighted", "plain"])
+def test_an_average_is_the_mean_of_the_weights(weights) -> None:
+    torch.manual_seed(0)
+    module = torchgraft.graft(base("bert_sdpa", torch.float64), "unipelt", "x")
+    module = torchgraft.graft(module, "unipelt", "y")
+    for parameter in module.adapters.parameters():
+        if parameter.is_floating_point() and parameter.requires_grad:
+            parameter.data.normal_()
+    average = torchgraft.average_adapter(module, "mean", weights)
+    assert average.adapter_names() == ["x", "y", "mean"] and average.active_adapter() == "y"
+    share = 0.25 if isinstance(weights, dict) else 0.5
+    for key, bank in average.adapters.named_parameters():
+        if bank.is_floating_point() and not key.endswith(".scaling"):  # not trained here: a number
+            torch.testing.assert_close(bank[2], share * bank[0] + (1 - share) * bank[1], msg=key)
+
+
+def test_averages_of_what_cannot_be_averaged_are_refused() -> None:
+    module = _bank("bert_sdpa")
+    with pytest.raises(torchgraft.GraftError, match="different configurations"):
+        torchgraft.average_adapter(module, "mean", ["a", "b"])
+    with pytest.raises(torchgraft.GraftError, match="sum to 0"):
+        torchgraft.average_adapter(module, "mean", {"a": 1.0, "b": -1.0})
+    with pytest.raises(torchgraft.GraftError, match="already has an adapter 'a'"):
+        torchgraft.average_adapter(module, "a", ["a"])
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["f32", "f64"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_merged_lora_gives_the_same_results(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    module = _bank(name, dtype)
+    module.activate("a")
+    weights = {key: tensor.clone() for key, tensor in base(name, dtype).state_dict().items()}
+    plain, expected = _run(base(name, dtype), name), _run(module, name)
+    assert (plain - expected).abs().max() > 1e-2
+    merged = torchgraft.merge_adapter(module, "a")
+    assert [info.merged for info in torchgraft.list_adapters(merged)] == [True, False, False]
+    for result in (merged, reloaded(merged), torchgraft.ungraft(merged)):
+        torch.testing.assert_close(_run(result, name), expected, rtol=tolerance, atol=tolerance)
+    restored = torchgraft.unmerge_adapter(reloaded(merged), "a")
+    torch.testing.assert_close(_run(restored, name), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(_run(torchgraft.ungraft(restored), name), plain, rtol=tolerance, atol=tolerance)
+    for key, tensor in weights.items():
+        assert torch.equal(tensor, base(name, dtype).state_dict()[key]), key  # nothing was written through
+
+
+@pytest.mark.parametrize(
+    "config, reason",
+    [("lora_gated", "its gate depends on the input"), ("seq_bn", "non-linearity"), ("mam", "adds keys and values")],
+)
+def test_what_cannot_be_merged_says_why(config: str, reason: str) -> None:
+    with pytest.raises(torchgraft.GraftError, match=reason):
+        torchgraft.merge_adapter(grafted("bert_sdpa", torch.float32, config), "task")
+
+
+def test_the_states_of_merging_are_checked() -> None:
+    merged = torchgraft.merge_adapter(_bank("bert_sdpa"), "a")
+    with pytest.raises(torchgraft.GraftError, match="merged already"):
+        torchgraft.merge_adapter(merged, "a")
+    with pytest.raises(torchgraft.GraftError, match="is merged into the base's weights; unmerge it first"):
+        torchgraft.remove_adapter(merged, "a")
+    with pytest.raises(torchgraft.GraftError, match="'b' is not merged"):
+        torchgraft.unmerge_adapter(merged, "b")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ungrafted_it_is_the_base(name: str) -> None:
+    plain = base(name, torch.float32)
+    bare = torchgraft.ungraft(grafted(name, torch.float32, "unipelt"))
+    assert not hasattr(bare, "adapters") and not hasattr(bare, "adapter_names")
+    assert sorted(bare.state_dict()) == sorted(plain.state_dict())
+    assert bare.code == plain.code
+    assert torch.equal(_run(bare, name), _run(plain, name))
+    assert torch.equal(_run(reloaded(bare), name), _run(plain, name))
+
+
+def test_a_bare_module_has_no_life() -> None:
+    with pytest.raises(torchgraft.GraftError, match="has no adapters"):
+        torchgraft.ungraft(base("bert_sdpa", torch.float32))
+    with pytest.raises(torchgraft.GraftError, match="removes the last adapter"):
+        torchgraft.remove_adapter(grafted("bert_sdpa", torch.float32, "lora"), "task")

@@ -1,0 +1,176 @@
+"""Adapters in directories: what is written here the oracle reads, and what is damaged is refused."""
+
+import json
+import struct
+
+import pytest
+import torch
+import torchgraft
+from grafted import base, grafted, reloaded
+from models import VARIANTS
+from oracle import CONFIGS, TOLERANCE, Oracle, Saved, difference, oracle_for, varied_batches
+from safetensors.torch import load_file, save_file
+from torchgraft._libraries import patcher
+
+_ON = ["bert_sdpa", "distilbert_eager", "vit_sdpa"]
+_ON = [name for name in _ON if name in VARIANTS]
+
+
+def _loaded_by_the_oracle(oracle: Oracle, directory, name: str, dtype: torch.dtype) -> Saved:
+    safetensors = (directory / "adapter.safetensors").exists()
+    loaded = oracle.model.load_adapter(str(directory), use_safetensors=safetensors)
+    oracle.model.to(dtype).eval()
+    # The library makes adapters in float32 and copies into them; what is written is float64.
+    weights = patcher().read_safetensors(str(directory / "adapter.safetensors")) if safetensors else torch.load(
+        directory / "pytorch_adapter.bin", weights_only=True
+    )  # fmt: skip
+    left = set(weights)
+    with torch.no_grad():
+        for key, parameter in oracle.model.state_dict().items():
+            if key in left:
+                assert difference(parameter, weights[key].to(torch.float32).to(dtype)) == 0, key
+                parameter.copy_(weights[key])
+                left.remove(key)
+    assert not left, f"keys that the library's model does not have: {sorted(left)}"
+    assert loaded == name
+    return Saved(name, str(directory))
+
+
+@pytest.mark.parametrize("safetensors", [True, False], ids=["safetensors", "bin"])
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("name", _ON)
+def test_the_oracle_reads_what_is_written(name: str, config: str, safetensors: bool, tmp_path) -> None:
+    if not safetensors and config != "union_everything":
+        pytest.skip("the formats differ in the file only: one configuration is enough")
+    dtype = torch.float64
+    variant = VARIANTS[name]
+    module = torchgraft.rename_adapter(grafted(name, dtype, config), "task", f"written_{config}_{safetensors}")
+    [saved_name] = module.adapter_names()
+    torchgraft.save_adapter(module, saved_name, tmp_path, safetensors=safetensors)
+    oracle = oracle_for(variant, dtype)
+    saved = _loaded_by_the_oracle(oracle, tmp_path, saved_name, dtype)
+    try:
+        for batch in varied_batches(variant, dtype):
+            expected = oracle.run(variant, batch, saved)
+            with torch.no_grad():
+                actual = module(*variant.arguments(batch))
+            hidden = variant.compared(variant.hidden(actual), batch)
+            assert difference(hidden, variant.compared(expected.hidden, batch)) <= TOLERANCE[dtype]
+    finally:
+        oracle.model.delete_adapter(saved_name)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_what_is_written_is_read_again(config: str, tmp_path) -> None:
+    module = grafted("bert_sdpa", torch.float64, config)
+    torchgraft.save_adapter(module, "task", tmp_path)
+    again = torchgraft.load_adapter(base("bert_sdpa", torch.float64), tmp_path)
+    assert again.active_adapter() == "task"
+    variant = VARIANTS["bert_sdpa"]
+    for batch in varied_batches(variant, torch.float64):
+        with torch.no_grad():
+            assert torch.equal(
+                variant.hidden(again(*variant.arguments(batch))), variant.hidden(module(*variant.arguments(batch)))
+            )
+
+
+def test_an_adapter_fits_a_model_whose_modules_are_called_otherwise(tmp_path) -> None:
+    """Saved from a model with packed q, k, v and names of its own, loaded into one of the same structure, and back."""
+    config = torchgraft.ConfigUnion(
+        torchgraft.PrefixTuningConfig(prefix_length=3, use_gating=True),
+        torchgraft.DoubleSeqBnConfig(use_gating=True),
+        torchgraft.LoRAConfig(r=3, attn_matrices=["q", "k", "v"], intermediate_lora=True, output_lora=True),
+    )
+    packed = [name for name in VARIANTS if name.startswith("encoder_slow_post")][0]
+    first = torchgraft.graft(base(packed, torch.float64), config, "task")
+    torchgraft.save_adapter(first, "task", tmp_path / "a")
+    second = torchgraft.load_adapter(base("bert_sdpa", torch.float64), tmp_path / "a")
+    torchgraft.save_adapter(second, "task", tmp_path / "b")
+    third = torchgraft.load_adapter(base(packed, torch.float64), tmp_path / "b")
+    for (key, a), (other, b) in zip(
+        first.adapters.named_parameters(), third.adapters.named_parameters(), strict=True
+    ):
+        assert key == other and torch.equal(a, b)
+
+
+def test_loading_replaces_one_of_the_same_name_and_keeps_the_active_one(tmp_path) -> None:
+    module = torchgraft.graft(base("bert_sdpa", torch.float32), "lora", "a")
+    module = torchgraft.graft(module, "seq_bn", "b")
+    torchgraft.save_adapter(module, "a", tmp_path)
+    added = torchgraft.load_adapter(module, tmp_path, "c")
+    assert added.adapter_names() == ["a", "b", "c"] and added.active_adapter() == "b"
+    replaced = torchgraft.load_adapter(module, tmp_path, "b")
+    assert replaced.adapter_names() == ["a", "b"] and json.loads(replaced.adapter_config("b"))["architecture"] == "lora"
+    module.deactivate()
+    assert torchgraft.load_adapter(module, tmp_path, "d").active_adapter() is None
+
+
+def test_writing_leaves_one_format(tmp_path) -> None:
+    module = torchgraft.graft(base("bert_sdpa", torch.float32), "mam", "task")
+    torchgraft.save_adapter(module, "task", tmp_path, safetensors=False)
+    torchgraft.save_adapter(reloaded(module), "task", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.safetensors", "adapter_config.json"]
+    assert load_file(tmp_path / "adapter.safetensors")  # the reference implementation reads it
+
+
+def test_an_unknown_name_lists_the_known_ones(tmp_path) -> None:
+    module = grafted("bert_sdpa", torch.float32, "lora")
+    with pytest.raises(torchgraft.GraftError, match="no adapter is called 'x'; there are: task"):
+        torchgraft.save_adapter(module, "x", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _file(header: object, data: bytes = b"", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def _entry(begin: int, end: int, shape: list, dtype: str = "F32") -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+_HOSTILE = {
+    "empty": (b"", "not a safetensors file"),
+    "short": (b"\x01\x00\x00", "not a safetensors file"),
+    "huge header": (_file({}, length=2**63), "claims"),
+    "header over the end": (_file({}, length=3), "claims 3 bytes"),
+    "not JSON": (_file(b"{{{{"), "not a JSON object"),
+    "a list": (_file([]), "not a JSON object"),
+    "deep": (_file(b"[" * 100_000), "nested too deeply"),
+    "twice": (_file(b'{"a":{},"a":{}}'), "twice"),
+    "no fields": (_file({"a": {}}), "expected dtype, shape and data_offsets"),
+    "unknown dtype": (_file({"a": _entry(0, 4, [1], "F5")}, b"1234"), "is not known"),
+    "truncated": (_file({"a": _entry(0, 8, [2])}, b"1234"), "is the file truncated"),
+    "backwards": (_file({"a": _entry(4, 0, [1])}, b"1234"), "outside"),
+    "negative size": (_file({"a": _entry(0, 4, [-1])}, b"1234"), "sizes of at least 0"),
+    "overflow": (_file({"a": _entry(0, 4, [2**62, 2**62])}, b"1234"), "too many"),
+    "wrong size": (_file({"a": _entry(0, 4, [2])}, b"1234"), "need 8 bytes"),
+    "overlap": (_file({"a": _entry(0, 8, [2]), "b": _entry(4, 12, [2])}, b"1" * 12), "inside another's"),
+    "gap": (_file({"a": _entry(0, 4, [1]), "b": _entry(8, 12, [1])}, b"1" * 12), "after a gap"),
+    "left over": (_file({"a": _entry(0, 4, [1])}, b"12345678"), "4 bytes after its last tensor"),
+}
+
+
+@pytest.mark.parametrize("content, message", _HOSTILE.values(), ids=_HOSTILE)
+def test_a_damaged_or_hostile_file_is_refused(content: bytes, message: str, tmp_path) -> None:
+    torchgraft.save_adapter(grafted("bert_sdpa", torch.float32, "lora"), "task", tmp_path)
+    (tmp_path / "adapter.safetensors").write_bytes(content)
+    with pytest.raises(torchgraft.GraftError, match=message) as raised:
+        torchgraft.load_adapter(base("bert_sdpa", torch.float32), tmp_path)
+    assert "adapter.safetensors" in str(raised.value)
+
+
+def test_every_dtype_of_the_reference_implementation_is_read(tmp_path) -> None:
+    tensors = {
+        str(dtype): torch.arange(6).reshape(2, 3).to(dtype)
+        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
+                      torch.int16, torch.int8, torch.uint8, torch.bool)
+    }  # fmt: skip
+    tensors |= {"scalar": torch.tensor(2.5), "nothing": torch.zeros(0, 3)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    patcher().write_safetensors(tensors, str(tmp_path / "b.safetensors"))
+    for name, read in (("a", patcher().read_safetensors), ("b", load_file)):
+        found = read(str(tmp_path / f"{name}.safetensors"))
+        assert sorted(found) == sorted(tensors)
+        for key, tensor in tensors.items():
+            assert found[key].dtype == tensor.dtype and torch.equal(found[key], tensor)
