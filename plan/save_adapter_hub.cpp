@@ -32,6 +32,16 @@ Path layer_path(const Path& path) {
   return found == path.rend() ? parent(path, 2) : Path(path.begin(), found.base());
 }
 
+// `key` from where the library's models begin: a model may have been traced inside a wrapper ("model.encoder.layer.0")
+// or under a head ("bert.encoder.layer.0"), whose name load_adapter() of the library would not expect.
+std::string from_library_root(const std::string& key) {
+  static const std::vector<std::string> kRoots = {"encoder", "decoder",    "transformer", "text_model", "vision_model",
+                                                  "h",       "layers",     "layer",       "block",      "blocks"};
+  const Path path = split_path(key);
+  const auto root = std::find_first_of(path.begin(), path.end(), kRoots.begin(), kRoots.end());
+  return root == path.end() ? key : join(Path(root, path.end()));
+}
+
 // How a family of the library calls its containers.
 enum class Family { kBert, kT5, kVit, kAlbert, kOther };
 
@@ -91,7 +101,16 @@ std::string output_container(const Layer& layer) {
 
 std::string pool_location(const Layer& layer, const std::string& location) {
   const Path query = query_path(layer);
-  return !query.empty() && query.back() == "q_lin" ? "self" : location;  // DistilBERT
+  const auto has = [&](const char* part) { return std::find(query.begin(), query.end(), part) != query.end(); };
+  if (location == "self_prefix" && has("q_lin")) {
+    return "self";  // DistilBERT
+  }
+  if (location == "self_prefix" && has("self_attn") && has("encoder")) {
+    return has("text_model")     ? "clip_text_model_self_prefix"
+           : has("vision_model") ? "clip_vision_model_self_prefix"
+                                 : "encoder_prefix";  // BART's or Whisper's encoder alone
+  }
+  return location;
 }
 
 const Projection& projection_of(const PlannedModule& module, const Layer& layer) {
@@ -123,7 +142,7 @@ class Writer {
     }
     for (const auto& [key, group] : groups_) {
       // [P, L, 2, h, d]: what prefix_of_layer takes apart
-      state_[key] = at::stack(group, 1).flatten();
+      put(key, at::stack(group, 1).flatten());
     }
     return std::move(state_);
   }
@@ -136,11 +155,13 @@ class Writer {
     return *found;
   }
 
-  void put(const std::string& key, const at::Tensor& tensor) { state_[key] = tensor.detach().cpu().contiguous(); }
+  void put(const std::string& key, const at::Tensor& tensor) {
+    state_[from_library_root(key)] = tensor.detach().cpu().contiguous();
+  }
 
   // Packed projections are one module of the library, whose parameters are those of its parts on top of each other.
   void append(const std::string& key, const at::Tensor& tensor) {
-    const auto found = state_.find(key);
+    const auto found = state_.find(from_library_root(key));
     put(key, found == state_.end() ? tensor : at::cat({found->second, tensor.detach().cpu()}, 0));
   }
 
