@@ -1,6 +1,5 @@
 """How long grafting takes, and how much memory, by layers.
 
-    .venv/bin/pip install -c requirements/constraints.txt -r requirements/docs.txt     # matplotlib, for the picture
     .venv/bin/python benchmarks/graft_time.py --picture docs/graft_time.png
 
 Models are random; nothing is downloaded. Seconds are medians of grafts of freshly loaded modules, one thread.

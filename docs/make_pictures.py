@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draws the pictures of this folder, after scripts/setup:
 
-    .venv/bin/pip install -r requirements/docs.txt && .venv/bin/python docs/make_pictures.py
+    .venv/bin/python docs/make_pictures.py
 
 grafted_layer.svg and .png: a post-norm Transformer layer, and the same layer with UniPELT grafted on. Coordinates are
 in the picture's own units, x to the right and y upwards; data flows upwards.

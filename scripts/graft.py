@@ -1,10 +1,15 @@
 #!/usr/bin/env python3
-"""Grafts adapters onto a TorchScript file, or shows where they could go.
+"""Grafts adapters onto a TorchScript file, shows where they could go, and works with those of a grafted file.
 
     graft.py add BASE.pt -o OUT.pt --config unipelt --name task
     graft.py add BASE.pt -o OUT.pt --adapter task=DIRECTORY
     graft.py inspect BASE.pt
     graft.py inspect BASE.pt --svg PICTURE.svg
+    graft.py save MODEL.pt NAME DIRECTORY
+    graft.py load MODEL.pt DIRECTORY -o OUT.pt
+    graft.py list MODEL.pt
+    graft.py remove | rename | merge | unmerge | ungraft MODEL.pt ... -o OUT.pt
+    graft.py gates MODEL.pt --text TEXT --tokenizer TOKENIZER.json -o GATES.png
 
 What goes wrong is one line on stderr; the exit status is then 2 for a wrong command line, 130 for Ctrl-C, else 1.
 """
@@ -84,7 +89,45 @@ def make_parser() -> argparse.ArgumentParser:
     inspecting.add_argument("--svg", type=Path, metavar="FILE",
                             help="draw the layers with what is grafted; of a bare model, with the places")  # fmt: skip
     inspecting.add_argument("--config", help="draw where this configuration would go (as for add)")
+    add_life_commands(commands)
     return parser
+
+
+def add_life_commands(commands: argparse._SubParsersAction) -> None:
+    """What is done with a grafted file. Commands that change it write another."""
+
+    def command(name: str, about: str, writes: bool = True) -> argparse.ArgumentParser:
+        result = commands.add_parser(name, help=about)
+        result.add_argument("base", type=Path, metavar="MODEL.pt", help="a grafted model")
+        if writes:
+            result.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.pt")
+        return result
+
+    saving = command("save", "write one adapter as an AdapterHub directory", writes=False)
+    saving.add_argument("name", metavar="NAME")
+    saving.add_argument("directory", type=Path, metavar="DIRECTORY")
+    saving.add_argument("--bin", action="store_true", help="pytorch_adapter.bin instead of adapter.safetensors")
+    loading = command("load", "add the adapter of a directory, or replace the one of its name")
+    loading.add_argument("directory", type=Path, metavar="DIRECTORY")
+    loading.add_argument("--name", help="another name for it")
+    listing = command("list", "show the adapters and their sizes", writes=False)
+    listing.add_argument("--json", action="store_true", help="as data")
+    command("remove", "take adapters off").add_argument("name", nargs="+", metavar="NAME")
+    renaming = command("rename", "give an adapter another name")
+    renaming.add_argument("name", metavar="NAME")
+    renaming.add_argument("to", metavar="NEW_NAME")
+    command("merge", "add an ungated LoRA to the base's weights").add_argument("name", metavar="NAME")
+    command("unmerge", "take a merged LoRA out of them").add_argument("name", metavar="NAME")
+    command("ungraft", "give back the base (after merge: with the merged weights)")
+    gates = command("gates", "draw the gates of an adapter on texts, or print them", writes=False)
+    gates.add_argument("--text", action="append", default=[], help="may be given several times")
+    gates.add_argument("--file", type=Path, metavar="FILE", help="a data set: one text per line")
+    gates.add_argument("--tokenizer", type=Path, metavar="TOKENIZER.json",
+                       help="the model's tokenizer (default: tokenizer.json beside MODEL.pt)")  # fmt: skip
+    gates.add_argument("--max-length", type=int, default=128, help="tokens per text (default: 128)")
+    gates.add_argument("--adapter", metavar="NAME", help="default: the active one")
+    gates.add_argument("--each", action="store_true", help="one map per text, not the mean over all")
+    gates.add_argument("-o", "--output", type=Path, metavar="FILE", help=".png, .svg or .pdf; without it, as text")
 
 
 def check_add(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
@@ -130,7 +173,9 @@ def on_stop(handler: Callable[[int, object], NoReturn]) -> None:
 def main() -> None:
     parser = make_parser()
     arguments = parser.parse_args()
-    {"add": check_add, "inspect": check_inspect}[arguments.command](parser, arguments)
+    checks = {"add": check_add, "inspect": check_inspect}
+    if arguments.command in checks:
+        checks[arguments.command](parser, arguments)
     sys.path.insert(0, str(ROOT / "python"))
     try:
         # Not at the top of the file: loading torch takes seconds, a wrong command line is known before.
@@ -139,7 +184,7 @@ def main() -> None:
         fail(f"{error}; run scripts/setup, then use .venv/bin/python scripts/graft.py")
     on_stop(stop)
     try:
-        getattr(_commands, arguments.command)(arguments)
+        _commands.run(arguments)
     except _commands.EXPECTED_ERRORS as error:
         fail(_commands.reason(error))
 

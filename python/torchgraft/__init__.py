@@ -27,6 +27,7 @@ from .configs import (
     UniPELTConfig,
 )
 from .errors import GraftError
+from .gates import plot_gates
 from .grafting import graft, inspect
 from .life import (
     AdapterInfo,
@@ -69,6 +70,7 @@ __all__ = [
     "load_adapter",
     "load_adapter_directory",
     "merge_adapter",
+    "plot_gates",
     "remove_adapter",
     "rename_adapter",
     "replace_adapter",

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from . import _life_commands
 from ._drawing import draw
 from ._files import check_writable, load_module, reason, save_module, write_whole
 from ._layers import ROLES, slots_of
@@ -26,10 +27,15 @@ from .grafting import inspect as inspect_module
 # What a user can cause; anything else is a defect and deserves its traceback. RuntimeError, torch.jit.Error: torch's.
 EXPECTED_ERRORS = (GraftError, OSError, RuntimeError, MemoryError, torch.jit.Error)
 
-__all__ = ["EXPECTED_ERRORS", "add", "inspect", "reason"]
+__all__ = ["EXPECTED_ERRORS", "add", "inspect", "reason", "run"]
 
 # A parameter that each kind of module has exactly once, to count modules by.
 _ONE_PER_MODULE = (".lora_a", ".prefix_key", ".up_weight")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """The command that the command line names."""
+    {"add": add, "inspect": inspect, **_life_commands.COMMANDS}[arguments.command](arguments)
 
 
 @contextlib.contextmanager

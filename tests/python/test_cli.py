@@ -143,7 +143,7 @@ _LORA = ["--config", "lora", "--name", "task"]
 _OUT_LORA = ["-o", "{tmp}/out.pt", *_LORA]
 WRONG = {
     "no command": ([], "required: command"),
-    "unknown command": (["remove"], "invalid choice: 'remove'"),
+    "unknown command": (["destroy"], "invalid choice: 'destroy'"),
     "no output": (["add", "{folder}/base.pt", *_LORA], "-o/--output"),
     "nothing to graft": (_OUT, "nothing to graft"),
     "config without name": ([*_OUT, "--config", "lora"], "go together, got 1 and 0"),
@@ -285,3 +285,32 @@ def test_a_failed_run_leaves_the_old_output(folder: Path, tmp_path: Path) -> Non
     assert run("add", folder / "plain.pt", "-o", out, "--config", "lora", "--name", "t").returncode == 1
     assert out.read_text() == "precious"
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_the_life_of_a_file(folder: Path, tmp_path: Path) -> None:
+    """add, save, load, list, rename, remove, merge, unmerge, ungraft: each a command that reads and writes files."""
+    a, b, saved = tmp_path / "a.pt", tmp_path / "b.pt", tmp_path / "saved"
+
+    def step(*arguments: object) -> str:
+        done = run(*arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    step("add", folder / "base.pt", "-o", a, "--config", "lora[r=4]|seq_bn", "--name", "x", "--seed", 1)
+    step("save", a, "x", saved)
+    step("load", folder / "base.pt", saved, "-o", b, "--name", "y")
+    assert torch.jit.load(str(b)).adapter_names() == ["y"]
+    state, again = (torch.jit.load(str(path)).adapters.state_dict() for path in (a, b))
+    assert all(torch.equal(tensor, again[key]) for key, tensor in state.items())
+    step("add", a, "-o", b, "--config", "lora", "--name", "z")
+    listed = json.loads(step("list", b, "--json"))
+    assert [entry["name"] for entry in listed] == ["x", "z"] and listed[1]["active"]
+    assert "output_adapter" in step("list", b)
+    step("rename", b, "z", "w", "-o", b)
+    step("merge", b, "w", "-o", b)
+    step("unmerge", b, "w", "-o", b)
+    step("remove", b, "x", "-o", b)
+    assert torch.jit.load(str(b)).adapter_names() == ["w"]
+    assert "no adapters" in step("ungraft", b, "-o", b)
+    done = run("list", b)
+    assert done.returncode == 1 and "nothing is grafted" in done.stderr

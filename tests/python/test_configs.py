@@ -193,3 +193,56 @@ def test_what_is_no_configuration() -> None:
         config_to_json(3)
     with pytest.raises(torchgraft.GraftError, match="nowhere.json: cannot read the adapter's configuration"):
         config_to_json("nowhere.json")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seq_bn[reduction_factor=8]",
+        "seq_bn[reduction_factor=8]|lora[r=16,use_gating=True]",
+        " prefix_tuning[flat=True, prefix_length=3] | par_bn[scaling='learned', leave_out=[0, 1]] ",
+        "double_seq_bn[reduction_factor={'0': 4, 'default': 16}, non_linearity=\"gelu\"]",
+        "lora[attn_matrices=['k'], init_weights_seed=None, alpha=2]",
+        "seq_bn[phm_init_range=1e-4, dropout=0.0]",
+        "seq_bn[mh_adapter=True,output_adapter=False]|par_bn",
+        "mam",
+    ],
+)
+def test_strings_mean_what_they_mean_in_the_library(text: str) -> None:
+    expected = adapters.AdapterConfig.load(text.strip()).to_dict()
+    ours = json.loads(patcher().config_from_string(text))
+    assert ours == json.loads(patcher().normalise_config(json.dumps(expected)))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("seq_bn[reduction_factor=8", "no closing bracket"),
+        ("seq_bn[reduction_factor]", "cannot read the value"),
+        ("seq_bn[non_linearity=gelu]", "strings need quotes: 'gelu'"),
+        ("seq_bn[non_linearity='gelu]", "is not closed"),
+        ("seq_bn[8]", "cannot read the values"),
+        ("seq_bn[wings=2]", "has no field 'wings'"),
+        ("mam|lora", "a union inside a union"),
+        ("lora|lora", "two LoRA configs"),
+        ("lora|", "no configuration is called ''"),
+    ],
+)
+def test_strings_that_are_none_are_refused(text: str, message: str) -> None:
+    with pytest.raises(torchgraft.GraftError, match=message):
+        patcher().config_from_string(text)
+    with pytest.raises(Exception):  # noqa: B017 (the library's is of many kinds)
+        adapters.AdapterConfig.load(text)
+
+
+def test_values_are_checked_at_once() -> None:
+    """The library takes them, and fails where they are used."""
+    with pytest.raises(torchgraft.GraftError, match="expected LoRAConfig.r to be an integer"):
+        patcher().config_from_string("lora[r='x']")
+
+
+@pytest.mark.parametrize("name", ["AdapterConfig", "PfeifferConfig", "HoulsbyConfig", "ParallelConfig"])
+def test_older_class_names(name: str) -> None:
+    new = {"AdapterConfig": "BnConfig", "PfeifferConfig": "SeqBnConfig", "HoulsbyConfig": "DoubleSeqBnConfig",
+           "ParallelConfig": "ParBnConfig"}[name]  # fmt: skip
+    assert getattr(torchgraft, name) is getattr(torchgraft, new)

@@ -1,0 +1,184 @@
+"""The commands of scripts/graft.py that read and change the adapters of a grafted file."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from . import life
+from ._files import check_writable, load_module, save_module
+from .checkpoints import load_adapter, save_adapter
+from .errors import GraftError
+from .gates import gate_table, gather_gates, plot_gates
+
+_BATCH = 32  # texts
+
+
+def _load_grafted(path: Path) -> torch.jit.ScriptModule:
+    module = load_module(path)
+    if not hasattr(module, "adapter_names"):
+        raise GraftError(f"{path}: nothing is grafted onto it; see graft.py add")
+    return module
+
+
+def save(arguments: argparse.Namespace) -> None:
+    """Writes one adapter of a file as an AdapterHub directory."""
+    module = _load_grafted(arguments.base)
+    save_adapter(module, arguments.name, arguments.directory, safetensors=not arguments.bin)
+    print(f"{arguments.directory}: adapter {arguments.name}")
+
+
+def load(arguments: argparse.Namespace) -> None:
+    """Puts the adapter of a directory into a file: in place of one of that name, or in addition."""
+    check_writable(arguments.output)
+    module = load_adapter(load_module(arguments.base), arguments.directory, arguments.name)
+    _write(module, arguments.output)
+
+
+def list_(arguments: argparse.Namespace) -> None:
+    """Prints the adapters of a file with their sizes."""
+    infos = life.list_adapters(_load_grafted(arguments.base))
+    if arguments.json:
+        entries = [vars(info) | {"config": json.loads(info.config)} for info in infos]
+        print(json.dumps(entries, indent=2))
+        return
+    table = Table()
+    for heading in ("id", "name", "state", "parameters", "MB", "locations"):
+        table.add_column(heading, justify="right" if heading in ("id", "parameters", "MB") else "left")
+    for index, info in enumerate(infos):
+        state = ", ".join(word for word in ("active", "merged") if getattr(info, word))
+        table.add_row(str(index), info.name, state, f"{info.parameters:,}", f"{info.bytes / 1e6:.2f}",
+                      ", ".join(sorted(info.by_location)))  # fmt: skip
+    Console(width=None if Console().is_terminal else 160, markup=False, highlight=False).print(table)
+
+
+def _write(module: torch.jit.ScriptModule, path: Path) -> None:
+    save_module(module, path)
+    names = module.adapter_names() if hasattr(module, "adapter_names") else []
+    print(f"{path}: {'adapters ' + ', '.join(names) if names else 'no adapters'}")
+
+
+def _changed(arguments: argparse.Namespace, change: Any, *values: Any) -> None:
+    check_writable(arguments.output)
+    _write(change(_load_grafted(arguments.base), *values), arguments.output)
+
+
+def remove(arguments: argparse.Namespace) -> None:
+    """Writes a file without some adapters."""
+    _changed(arguments, life.remove_adapter, *arguments.name)
+
+
+def rename(arguments: argparse.Namespace) -> None:
+    """Writes a file where an adapter has another name."""
+    _changed(arguments, life.rename_adapter, arguments.name, arguments.to)
+
+
+def merge(arguments: argparse.Namespace) -> None:
+    """Writes a file whose base weights hold a LoRA."""
+    _changed(arguments, life.merge_adapter, arguments.name)
+
+
+def unmerge(arguments: argparse.Namespace) -> None:
+    """Undoes merge."""
+    _changed(arguments, life.unmerge_adapter, arguments.name)
+
+
+def ungraft(arguments: argparse.Namespace) -> None:
+    """Writes the base."""
+    _changed(arguments, life.ungraft)
+
+
+def gates(arguments: argparse.Namespace) -> None:
+    """Draws the gates of an adapter on texts, or prints them."""
+    if arguments.output:
+        check_writable(arguments.output)
+    texts = [*arguments.text, *_lines(arguments.file)]
+    if not texts:
+        raise GraftError("gates: give --text TEXT, or --file FILE with one text per line")
+    module = _load_grafted(arguments.base)
+    name = arguments.adapter or module.active_adapter() or module.adapter_names()[0]
+    module.activate(name)
+    tokenizer = _tokenizer(arguments)
+    found = []
+    for begin in range(0, len(texts), _BATCH):
+        inputs = _inputs(module, tokenizer.encode_batch(texts[begin : begin + _BATCH]))
+        with torch.no_grad():
+            found.append(module.forward_with_gates(*inputs)[1][name])
+    gathered = gather_gates(found)
+    if not gathered:
+        raise GraftError(f"{arguments.base}: the adapter '{name}' has no gates")
+    if arguments.output:
+        title = f"Gates of {name}, mean of {len(texts)} texts" if not arguments.each else f"Gates of {name}"
+        plot_gates(gathered, arguments.output, per_example=arguments.each, labels=texts, title=title)
+        print(f"{arguments.output}: written")
+        return
+    for index in range(len(texts)) if arguments.each else [None]:
+        if index is not None:
+            print(texts[index])
+        _print_gates(*gate_table(gathered, index))
+
+
+def _print_gates(locations: Any, layers: Any, values: torch.Tensor) -> None:
+    width = max(map(len, locations))
+    print(" " * width, *(f"{layer:>5}" for layer in layers))
+    for location, row in zip(locations, values.tolist(), strict=True):
+        print(f"{location:<{width}}", *("    -" if value != value else f"{value:5.2f}" for value in row))
+
+
+def _lines(path: Path | None) -> Any:
+    if path is None:
+        return []
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise GraftError(f"{path}: not UTF-8 text ({error.reason})") from error
+
+
+def _tokenizer(arguments: argparse.Namespace) -> Any:
+    """What a tokenizer.json describes; padding as it says, else with token 0."""
+    from tokenizers import Tokenizer
+
+    path = arguments.tokenizer or arguments.base.parent / "tokenizer.json"
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    if not path.is_file():
+        raise GraftError(f"{path}: no such file; give --tokenizer TOKENIZER.json, as Hugging Face models have it")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no class of its own
+        raise GraftError(f"{path}: not a tokenizer ({str(error).splitlines()[0]})") from error
+    padding = tokenizer.padding or {}
+    tokenizer.enable_padding(**{key: padding[key] for key in ("pad_id", "pad_token", "pad_type_id") if key in padding})
+    tokenizer.enable_truncation(arguments.max_length)
+    return tokenizer
+
+
+def _inputs(module: torch.jit.ScriptModule, encodings: Any) -> Any:
+    """The arguments of forward by their names: token ids come first, a mask and token types are known by name."""
+    values = {
+        "ids": torch.tensor([encoding.ids for encoding in encodings]),
+        "mask": torch.tensor([encoding.attention_mask for encoding in encodings]),
+        "type": torch.tensor([encoding.type_ids for encoding in encodings]),
+    }
+    result: Any = []
+    parameters = module.forward_with_gates.schema.arguments[1:-1]
+    for index, parameter in enumerate(parameters):
+        kind = next((kind for kind in ("mask", "type") if kind in parameter.name), "ids" if index == 0 else None)
+        if kind is not None:
+            result.append(values[kind])
+        elif parameter.has_default_value():
+            break
+        else:
+            raise GraftError(f"gates: forward's argument '{parameter.name}' is none that a text gives (token ids, a "
+                             "mask, token types); use torchgraft.plot_gates from Python")  # fmt: skip
+    return result
+
+
+COMMANDS = {
+    "save": save, "load": load, "list": list_, "remove": remove, "rename": rename, "merge": merge, "unmerge": unmerge,
+    "ungraft": ungraft, "gates": gates,
+}  # fmt: skip

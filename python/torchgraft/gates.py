@@ -1,0 +1,124 @@
+"""A picture of gates: which method of a union works in which layer, as Mao et al. 2022 draw it for UniPELT."""
+
+import io
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._files import write_whole
+from .errors import GraftError
+
+# Rows of the picture from the input of a layer to its end; what is not here follows in alphabetical order.
+_ORDER = ("self_prefix", "encoder_prefix", "cross_prefix", "selfattn_lora", "mh_adapter", "cross_adapter",
+          "intermediate_lora", "output_lora", "output_adapter")  # fmt: skip
+_FORMATS = (".png", ".svg", ".pdf")
+
+# gates[layer][location]: [rows, columns], as forward_with_gates returns them for one adapter.
+AdapterGates = Mapping[int, Mapping[str, Tensor]]
+
+
+def gather_gates(batches: Iterable[AdapterGates]) -> dict[int, dict[str, Tensor]]:
+    """The gates of several batches as those of one: rows behind each other, in float32 on the CPU."""
+    parts: dict[int, dict[str, list[Tensor]]] = {}
+    for gates in batches:
+        for layer in gates:
+            for location in gates[layer]:
+                gate = gates[layer][location].detach().to("cpu", torch.float32)
+                parts.setdefault(layer, {}).setdefault(location, []).append(gate)
+    return {
+        layer: {location: torch.cat(parts[layer][location]) for location in parts[layer]} for layer in sorted(parts)
+    }
+
+
+def _locations(gates: AdapterGates) -> list[str]:
+    found = {location for layer in gates for location in gates[layer]}
+    return sorted(found, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
+
+
+def gate_table(gates: AdapterGates, example: int | None = None) -> tuple[list[str], list[int], Tensor]:
+    """(locations, layers, values [locations, layers]): means over columns, and over rows or of one of them.
+
+    A place without a gate is NaN.
+    """
+    locations, layers = _locations(gates), sorted(gates)
+    values = torch.full((len(locations), len(layers)), float("nan"))
+    for j, layer in enumerate(layers):
+        for location in gates[layer]:
+            gate = gates[layer][location].detach().to("cpu", torch.float32)
+            rows = gate if example is None else gate[example : example + 1]
+            values[locations.index(location), j] = rows.mean()
+    return locations, layers, values
+
+
+def plot_gates(
+    gates: AdapterGates | Iterable[AdapterGates],
+    path: str | Path | None = None,
+    *,
+    per_example: bool = False,
+    labels: Iterable[str] | None = None,
+    title: str | None = None,
+) -> Any:
+    """Draws a heat map of locations by layers, from 0 (the module is off) to 1.
+
+    Args:
+        gates: of one adapter, `forward_with_gates(...)[1][name]`; or an iterable of such, one per batch of a data set.
+            Where a place has several gates (LoRA on q, k and v), their mean is drawn.
+        path: where to write the picture; its ending says the format: .png, .svg or .pdf. None: nowhere.
+        per_example: one map per row of the batch. False: one map of the mean over all rows.
+        labels: of the examples, in order.
+        title: above all.
+
+    Returns:
+        The matplotlib Figure. Nothing global of matplotlib is touched.
+
+    Raises:
+        GraftError: there is no gate (the adapter has none, or no row of the batch used it), or the path's ending is
+            unknown.
+    """
+    from matplotlib.figure import Figure  # takes a second to load, and most users draw nothing
+
+    batches = [gates] if isinstance(gates, Mapping) or hasattr(gates, "keys") else gates
+    gathered = gather_gates(batches)
+    if not gathered:
+        raise GraftError("plot_gates: no gates; is the adapter gated (use_gating=True), and did a row use it?")
+    if path is not None and Path(path).suffix not in _FORMATS:
+        raise GraftError(f"{path}: expected a file ending in one of {', '.join(_FORMATS)}")
+    rows = max(gate.size(0) for by_location in gathered.values() for gate in by_location.values())
+    if rows == 0:
+        raise GraftError("plot_gates: the batch has no rows")
+    examples: list[int | None] = list(range(rows)) if per_example else [None]
+    names = list(labels) if labels is not None else [f"example {i}" for i in range(rows)]
+    locations, layers, _ = gate_table(gathered)
+    figure = Figure(figsize=(2.6 + 0.55 * len(layers), len(examples) * (0.9 + 0.42 * len(locations)) + 0.4),
+                    layout="constrained")  # fmt: skip
+    axes = figure.subplots(len(examples), 1, squeeze=False)[:, 0]
+    for ax, example in zip(axes, examples, strict=True):
+        image = _draw_map(ax, gathered, example)
+        if example is not None and example < len(names):
+            ax.set_title(names[example], fontsize=9, parse_math=False)
+    figure.colorbar(image, ax=list(axes), label="mean gate", shrink=0.9)
+    axes[-1].set_xlabel("layer")
+    figure.suptitle(title if title is not None else f"Gates, mean of {rows} rows" if not per_example else "Gates",
+                    parse_math=False)  # fmt: skip
+    if path is not None:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=Path(path).suffix[1:], dpi=150)
+        write_whole(buffer.getvalue(), Path(path))
+    return figure
+
+
+def _draw_map(ax: Any, gates: AdapterGates, example: int | None) -> Any:
+    locations, layers, values = gate_table(gates, example)
+    image = ax.imshow(values.numpy(), vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto")
+    ax.set_xticks(range(len(layers)), [str(layer) for layer in layers])
+    ax.set_yticks(range(len(locations)), locations)
+    for i in range(len(locations)):
+        for j in range(len(layers)):
+            value = values[i, j].item()
+            if value == value:  # not NaN
+                ax.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7,
+                        color="white" if value < 0.6 else "black")  # fmt: skip
+    return image
