@@ -2,6 +2,7 @@
 
 #include <torchgraft/patch/merge.h>
 #include <torchgraft/patch/methods.h>
+#include <torchgraft/patch/passes/lower_adapters.h>
 #include <torchgraft/patch/rebuild.h>
 
 #include <ATen/ATen.h>
@@ -175,6 +176,17 @@ Module merge_adapter(const Module& module, const std::string& name) {
 
 Module unmerge_adapter(const Module& module, const std::string& name) {
   return with_merged(module, name, /*merge=*/false, "unmerge_adapter");
+}
+
+Module lower(const Module& module) {
+  check_grafted(module, "lower");
+  Foundation foundation = open(module, "lower");
+  foundation.options.verify = false;  // which counts ops
+  Module result = build(std::move(foundation), active_name(module));
+  const auto graph = result.get_method("grafted_forward").graph();
+  lower_adapters(graph);
+  graph->lint();
+  return result;
 }
 
 Module ungraft(const Module& module) {

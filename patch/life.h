@@ -55,6 +55,11 @@ TORCHGRAFT_PATCH_API torch::jit::Module merge_adapter(const torch::jit::Module& 
 // Takes it out of the weights again (up to rounding: the sum is taken in float64).
 TORCHGRAFT_PATCH_API torch::jit::Module unmerge_adapter(const torch::jit::Module& module, const std::string& name);
 
+// A copy whose forward consists of ATen calls alone, so that it loads where libtorchgraft cannot be. Results are the same
+// up to rounding; it is slower, wrong adapter_ids below -1 are taken for the base, and `base_forward` is as it was.
+// What is grafted onto it later is made of ops again.
+TORCHGRAFT_PATCH_API torch::jit::Module lower(const torch::jit::Module& module);
+
 // The base, with the signature and the graph that it had before it was grafted.
 TORCHGRAFT_PATCH_API torch::jit::Module ungraft(const torch::jit::Module& module);
 

@@ -116,6 +116,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("average_adapters", &torchgraft::average_adapters, no_gil);
   m.def("merge_adapter", &torchgraft::merge_adapter, no_gil);
   m.def("unmerge_adapter", &torchgraft::unmerge_adapter, no_gil);
+  m.def("lower", &torchgraft::lower, no_gil);
   m.def("ungraft", &torchgraft::ungraft, no_gil);
   m.def(
       "load_adapter",

@@ -8,7 +8,7 @@
     graft.py save MODEL.pt NAME DIRECTORY
     graft.py load MODEL.pt DIRECTORY -o OUT.pt
     graft.py list MODEL.pt
-    graft.py remove | rename | merge | unmerge | ungraft MODEL.pt ... -o OUT.pt
+    graft.py remove | rename | merge | unmerge | lower | ungraft MODEL.pt ... -o OUT.pt
     graft.py gates MODEL.pt --text TEXT --tokenizer TOKENIZER.json -o GATES.png
 
 What goes wrong is one line on stderr; the exit status is then 2 for a wrong command line, 130 for Ctrl-C, else 1.
@@ -118,6 +118,7 @@ def add_life_commands(commands: argparse._SubParsersAction) -> None:
     renaming.add_argument("to", metavar="NEW_NAME")
     command("merge", "add an ungated LoRA to the base's weights").add_argument("name", metavar="NAME")
     command("unmerge", "take a merged LoRA out of them").add_argument("name", metavar="NAME")
+    command("lower", "make a file of ATen calls alone, which needs no library")
     command("ungraft", "give back the base (after merge: with the merged weights)")
     gates = command("gates", "draw the gates of an adapter on texts, or print them", writes=False)
     gates.add_argument("--text", action="append", default=[], help="may be given several times")

@@ -87,6 +87,11 @@ def unmerge(arguments: argparse.Namespace) -> None:
     _changed(arguments, life.unmerge_adapter, arguments.name)
 
 
+def lower(arguments: argparse.Namespace) -> None:
+    """Writes a file that needs no library."""
+    _changed(arguments, life.lower)
+
+
 def ungraft(arguments: argparse.Namespace) -> None:
     """Writes the base."""
     _changed(arguments, life.ungraft)
@@ -180,5 +185,5 @@ def _inputs(module: torch.jit.ScriptModule, encodings: Any) -> Any:
 
 COMMANDS = {
     "save": save, "load": load, "list": list_, "remove": remove, "rename": rename, "merge": merge, "unmerge": unmerge,
-    "ungraft": ungraft, "gates": gates,
+    "lower": lower, "ungraft": ungraft, "gates": gates,
 }  # fmt: skip

@@ -111,6 +111,14 @@ def unmerge_adapter(module: torch.jit.ScriptModule, name: str) -> torch.jit.Scri
     return script_module(patcher().unmerge_adapter(cpp_module(module), name))
 
 
+def lower(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+    """A copy made of ATen calls alone, which loads where no custom library can be loaded. Same results, but slower.
+
+    What is grafted onto it later is made of this package's ops again.
+    """
+    return script_module(patcher().lower(cpp_module(module)))
+
+
 def ungraft(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
     """The base, with the signature and the graph that it had before it was grafted."""
     return script_module(patcher().ungraft(cpp_module(module)))

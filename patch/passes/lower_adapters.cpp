@@ -1,0 +1,255 @@
+#include <torchgraft/patch/passes/lower_adapters.h>
+
+#include <torchgraft/ops/activation.h>
+#include <torchgraft/patch/graph_utils.h>
+
+#include <torch/csrc/jit/passes/constant_propagation.h>
+#include <torch/csrc/jit/passes/dead_code_elimination.h>
+
+#include <map>
+#include <vector>
+
+namespace torchgraft {
+namespace {
+
+using torch::jit::Graph;
+using torch::jit::Node;
+using torch::jit::Value;
+
+// 11 is torch.bool, for which source that is compiled in C++ has no name.
+// A bank is read as [1, ...] when all rows use one adapter and as [B, ...] when each has its own; both broadcast. The
+// gate of a row without an adapter is 0, which takes away all that a method adds; its prefix is hidden.
+constexpr const char* kShared = R"python(
+def selected(bank: Tensor, adapter_ids: Optional[Tensor], adapter: int) -> Tensor:
+    if adapter_ids is None:
+        return bank.narrow(0, max(adapter, 0), 1)
+    return bank.index_select(0, adapter_ids.clamp(min=0))
+
+def is_active(x: Tensor, adapter_ids: Optional[Tensor], adapter: int) -> Tensor:
+    if adapter_ids is None:
+        return torch.full([1], int(adapter >= 0), dtype=11, device=x.device)
+    return adapter_ids.ge(0)
+
+def pooled(x: Tensor, gate_weight: Optional[Tensor], gate_bias: Optional[Tensor], adapter_ids: Optional[Tensor],
+           adapter: int, token_mask: Optional[Tensor]) -> Tensor:
+    if gate_weight is not None and gate_bias is not None:
+        weight = selected(gate_weight, adapter_ids, adapter)
+        gates = torch.sigmoid(torch.matmul(x, weight.transpose(1, 2)) +
+                              selected(gate_bias, adapter_ids, adapter).unsqueeze(1))
+        if token_mask is not None:
+            keep = token_mask.unsqueeze(-1)
+            gate = gates.masked_fill(torch.logical_not(keep), 0).sum(1) / keep.sum(1).clamp(min=1).to(x.dtype)
+        else:
+            gate = gates.mean(1)
+    else:
+        gate = torch.ones([x.size(0), 1], dtype=x.dtype, device=x.device)
+    active = is_active(x, adapter_ids, adapter).unsqueeze(-1)
+    return torch.where(active, gate, torch.zeros_like(gate))
+
+def additive(query: Tensor, key: Tensor, attn_mask: Optional[Tensor], is_causal: bool) -> Tensor:
+    if attn_mask is not None:
+        mask = attn_mask
+        if mask.dtype == 11:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(torch.logical_not(mask), float("-inf"))
+        mask = mask.to(query.dtype)
+        sizes = list(mask.size())
+        return mask.view([1] * (4 - len(sizes)) + sizes)
+    mask = torch.zeros([1, 1, query.size(2), key.size(2)], dtype=query.dtype, device=query.device)
+    if is_causal:
+        seen = torch.ones([query.size(2), key.size(2)], dtype=11, device=query.device).tril()
+        mask = mask.masked_fill(torch.logical_not(seen), float("-inf"))
+    return mask
+)python";
+
+// By op: the arguments in the order of its schema, and the body.
+struct Definition {
+  std::vector<std::pair<const char*, const char*>> arguments;  // name and type
+  const char* body;
+};
+
+using Arguments = std::vector<std::pair<const char*, const char*>>;
+
+Arguments with_rows(Arguments arguments) {
+  for (const char* name : {"gate_weight", "gate_bias", "adapter_ids"}) {
+    arguments.emplace_back(name, "Tensor");
+  }
+  arguments.emplace_back("adapter", "int");
+  arguments.emplace_back("token_mask", "Tensor");
+  return arguments;
+}
+
+const std::map<std::string, Definition>& definitions() {
+  static const std::map<std::string, Definition> kDefinitions = {
+      {"gated_lora",
+       {with_rows({{"x", "Tensor"}, {"base", "Tensor"}, {"lora_a", "Tensor"}, {"lora_b", "Tensor"}, {"scaling", "Tensor"}}),
+        R"python(
+    gate = pooled(x, gate_weight, gate_bias, adapter_ids, adapter, token_mask)
+    coefficient = selected(scaling, adapter_ids, adapter).view(-1, 1, 1) * gate.unsqueeze(-1)
+    hidden = torch.matmul(x, selected(lora_a, adapter_ids, adapter).transpose(1, 2))
+    update = torch.matmul(hidden * coefficient, selected(lora_b, adapter_ids, adapter).transpose(1, 2))
+    return base + update, gate
+)python"}},
+      {"gated_bottleneck",
+       {with_rows({{"x", "Tensor"},
+                   {"residual", "Tensor"},
+                   {"down_weight", "Tensor"},
+                   {"down_bias", "Tensor"},
+                   {"up_weight", "Tensor"},
+                   {"up_bias", "Tensor"},
+                   {"scaling", "Tensor"},
+                   {"non_linearity", "str"}}),
+        R"python(
+    gate = pooled(x, gate_weight, gate_bias, adapter_ids, adapter, token_mask)
+    inner = torch.matmul(x, selected(down_weight, adapter_ids, adapter).transpose(1, 2)) + \
+        selected(down_bias, adapter_ids, adapter).unsqueeze(1)
+    hidden = ACTIVATION
+    up = torch.matmul(hidden, selected(up_weight, adapter_ids, adapter).transpose(1, 2)) + \
+        selected(up_bias, adapter_ids, adapter).unsqueeze(1)
+    return residual + up * (selected(scaling, adapter_ids, adapter).unsqueeze(1) * gate.unsqueeze(-1)), gate
+)python"}},
+      {"gated_prefix_attention",
+       {with_rows({{"query", "Tensor"},
+                   {"key", "Tensor"},
+                   {"value", "Tensor"},
+                   {"x", "Tensor"},
+                   {"prefix_key", "Tensor"},
+                   {"prefix_value", "Tensor"},
+                   {"prefix_length", "Tensor"},
+                   {"attn_mask", "Tensor"},
+                   {"dropout_p", "float"},
+                   {"is_causal", "bool"},
+                   {"scale", "float"},
+                   {"enable_gqa", "bool"}}),
+        R"python(
+    gate = pooled(x, gate_weight, gate_bias, adapter_ids, adapter, token_mask)
+    rows, columns = query.size(0), gate.size(1)
+    prefixed_key = selected(prefix_key, adapter_ids, adapter) * gate.narrow(1, 0, 1).view(rows, 1, 1, 1)
+    prefixed_value = selected(prefix_value, adapter_ids, adapter) * gate.narrow(1, columns - 1, 1).view(rows, 1, 1, 1)
+    length = prefix_key.size(2)
+    positions = torch.arange(length, device=query.device).unsqueeze(0)
+    used = torch.logical_and(positions.lt(selected(prefix_length, adapter_ids, adapter).unsqueeze(1)),
+                             is_active(x, adapter_ids, adapter).unsqueeze(1))
+    hidden = torch.logical_not(used).view(-1, 1, 1, length)
+    mask = additive(query, key, attn_mask, is_causal)
+    prefix_mask = torch.zeros([1, 1, 1, length], dtype=query.dtype, device=query.device)
+    prefix_mask = prefix_mask.masked_fill(hidden, float("-inf")).expand(rows, mask.size(1), query.size(2), length)
+    mask = torch.cat([prefix_mask, mask.expand(rows, mask.size(1), query.size(2), key.size(2))], -1)
+    keys = torch.cat([prefixed_key, key], 2)
+    values = torch.cat([prefixed_value, value], 2)
+    if enable_gqa:
+        keys = keys.repeat_interleave(query.size(1) // key.size(1), 1)
+        values = values.repeat_interleave(query.size(1) // value.size(1), 1)
+    output = torch.scaled_dot_product_attention(query, keys, values, mask, dropout_p, False, scale=scale)
+    return output.transpose(1, 2).contiguous().transpose(1, 2), gate
+)python"}},
+      {"attention_token_mask",
+       {{{"x", "Tensor"}, {"attn_mask", "Tensor"}},
+        R"python(
+    if attn_mask is None:
+        return torch.ones([x.size(0), x.size(1)], dtype=11, device=x.device)
+    else:
+        visible = attn_mask
+        if visible.dtype != 11:
+            visible = visible.gt(-9000.0)
+        visible = visible.any(-2)
+        if attn_mask.dim() == 4:
+            visible = visible.any(1)
+        elif attn_mask.dim() == 3:
+            visible = visible.any(0)
+        return visible.expand(x.size(0), x.size(1)).contiguous()
+)python"}}};
+  return kDefinitions;
+}
+
+// ops/activation.cpp in TorchScript; names of one function share an entry there.
+std::string activation_source(const std::string& name) {
+  static const std::map<std::string, std::string> kSources = {
+      {"gelu", "torch.gelu(inner)"},
+      {"gelu_10", "torch.clamp(torch.gelu(inner), -10.0, 10.0)"},
+      {"gelu_accurate", "torch.gelu(inner, approximate=\"tanh\")"},
+      {"gelu_fast", "torch.gelu(inner, approximate=\"tanh\")"},
+      {"gelu_new", "torch.gelu(inner, approximate=\"tanh\")"},
+      {"gelu_python", "torch.gelu(inner)"},
+      {"gelu_python_tanh", "torch.gelu(inner, approximate=\"tanh\")"},
+      {"gelu_pytorch_tanh", "torch.gelu(inner, approximate=\"tanh\")"},
+      {"laplace", "0.5 * (1.0 + torch.erf((inner - 0.707107) / (0.282095 * 1.4142135623730951)))"},
+      {"leaky_relu", "torch.leaky_relu(inner, 0.01)"},
+      {"leakyrelu", "torch.leaky_relu(inner, 0.01)"},
+      {"linear", "inner"},
+      {"mish", "torch.mish(inner)"},
+      {"quick_gelu", "inner * torch.sigmoid(1.702 * inner)"},
+      {"relu", "torch.relu(inner)"},
+      {"relu2", "torch.square(torch.relu(inner))"},
+      {"relu6", "torch.clamp(inner, 0.0, 6.0)"},
+      {"sigmoid", "torch.sigmoid(inner)"},
+      {"silu", "torch.silu(inner)"},
+      {"swish", "torch.silu(inner)"},
+      {"tanh", "torch.tanh(inner)"}};
+  const auto found = kSources.find(ops::find_activation(name).name);
+  TORCH_INTERNAL_ASSERT(found != kSources.end(), "no source for the non-linearity ", name);
+  return found->second;
+}
+
+// Compiles a definition for the inputs that `node` has: what is None there is none here either, so that no branch on it
+// is left.
+std::string source_for(const Node* node, const Definition& definition, const std::string& name) {
+  std::string parameters;
+  std::string nones;
+  for (size_t i = 0; i < definition.arguments.size(); ++i) {
+    const auto& [argument, type] = definition.arguments[i];
+    const Value* value = node->input(i);
+    if (is_none(value)) {
+      nones += "    " + std::string(argument) + " = None\n";
+      continue;
+    }
+    const bool optional = value->type()->kind() == c10::TypeKind::OptionalType;
+    parameters += (parameters.empty() ? "" : ", ") + std::string(argument) + ": " +
+                  (optional ? "Optional[" + std::string(type) + "]" : type);
+  }
+  std::string body = definition.body;
+  if (const size_t at = body.find("ACTIVATION"); at != std::string::npos) {
+    const auto non_linearity = torch::jit::toIValue(node->namedInput("non_linearity"));
+    TORCH_INTERNAL_ASSERT(non_linearity, "a non-linearity that is no constant");
+    body.replace(at, std::string("ACTIVATION").size(), activation_source(non_linearity->toStringRef()));
+  }
+  return kShared + ("\ndef " + name + "(" + parameters + "):\n") + nones + body.substr(1);
+}
+
+}  // namespace
+
+void lower_adapters(const std::shared_ptr<Graph>& graph) {
+  std::vector<Node*> ops;
+  for_each_node(graph->block(), [&](Node* node) {
+    if (std::string(node->kind().toQualString()).rfind("torchgraft::", 0) == 0) {
+      ops.push_back(node);
+    }
+  });
+  std::map<std::string, std::shared_ptr<Graph>> bodies;  // by source
+  for (Node* node : ops) {
+    const std::string name = node->kind().toUnqualString();
+    const auto definition = definitions().find(name);
+    TORCH_INTERNAL_ASSERT(definition != definitions().end(), "no definition of ", name);
+    const std::string source = source_for(node, definition->second, name);
+    std::shared_ptr<Graph>& body = bodies[source];
+    if (!body) {
+      body = compile_graph(source, name);
+      torch::jit::ConstantPropagation(body);
+    }
+    std::vector<Value*> inputs;
+    for (size_t i = 0; i < definition->second.arguments.size(); ++i) {
+      if (!is_none(node->input(i))) {
+        inputs.push_back(node->input(i));
+      }
+    }
+    std::vector<Value*> outputs = insert_graph_before(node, *body, inputs);
+    if (node->outputs().size() == 2) {  // a tuple is one value
+      torch::jit::WithInsertPoint guard(node);
+      Node* unpack = graph->insertNode(graph->createTupleUnpack(outputs.at(0)));
+      outputs.assign(unpack->outputs().begin(), unpack->outputs().end());
+    }
+    replace_node(node, outputs);
+  }
+  torch::jit::EliminateDeadCode(graph);
+}
+
+}  // namespace torchgraft

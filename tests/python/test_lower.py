@@ -1,0 +1,123 @@
+"""lower(): the same results without the operator library."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torchgraft
+from grafted import base, grafted, reloaded, saved_adapter
+from models import VARIANTS
+from oracle import CONFIGS, difference, varied_batches
+from torchgraft.configs import BnConfig
+
+NAMES = ["bert_sdpa", "bert_eager", "own_pre_sdpa_bool", "encoder_fast_post_nested", "encoder_slow_pre_seq_first"]
+
+
+def _assert_same(lowered: torch.jit.ScriptModule, module: torch.jit.ScriptModule, name: str, tolerance: float) -> None:
+    variant = VARIANTS[name]
+    dtype = next(p.dtype for p in module.adapters.parameters() if p.is_floating_point())
+    count = len(module.adapter_names())
+    for batch in varied_batches(variant, dtype):
+        mixed = torch.arange(batch.rows) % (count + 1) - 1
+        for ids in (None, mixed, torch.full((batch.rows,), -1)):
+            with torch.no_grad():
+                expected, gates = module.forward_with_gates(*variant.arguments(batch), adapter_ids=ids)
+                actual, lowered_gates = lowered.forward_with_gates(*variant.arguments(batch), adapter_ids=ids)
+            hidden = [variant.compared(variant.hidden(result), batch) for result in (actual, expected)]
+            assert difference(*hidden) <= tolerance
+            assert sorted(gates) == sorted(lowered_gates)
+            for adapter, layers in gates.items():
+                for layer, locations in layers.items():
+                    for location, gate in locations.items():
+                        torch.testing.assert_close(
+                            lowered_gates[adapter][layer][location], gate, rtol=tolerance, atol=tolerance
+                        )
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["f32", "f64"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bank_lowered_gives_the_same(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    variant = VARIANTS[name]
+    directories = {
+        key: saved_adapter(variant, dtype, config).directory
+        for key, config in {"a": "union_everything", "b": "unipelt", "c": "mam", "d": "lora_all"}.items()
+    }
+    module = torchgraft.graft(base(name, dtype), adapters=directories)
+    lowered = torchgraft.lower(module)
+    assert "torchgraft" not in str(lowered.grafted_forward.graph).replace("__torch__.torchgraft", "")
+    _assert_same(reloaded(lowered), module, name, tolerance)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_method_lowered_gives_the_same(config: str) -> None:
+    module = grafted("bert_sdpa", torch.float64, config)
+    _assert_same(torchgraft.lower(module), module, "bert_sdpa", 1e-12)
+
+
+@pytest.mark.parametrize("pooling", ["unpadded"])
+@pytest.mark.parametrize("name", ["bert_sdpa", "own_pre_sdpa_bool"])
+def test_unpadded_gates(name: str, pooling: str) -> None:
+    module = grafted(name, torch.float64, "unipelt", gate_pooling=pooling)
+    _assert_same(torchgraft.lower(module), module, name, 1e-12)
+
+
+def _non_linearities() -> list[str]:
+    from transformers.activations import ACT2FN
+
+    known = []
+    for name in [*ACT2FN, "leakyrelu"]:
+        try:
+            torchgraft._libraries.patcher().check_supported(
+                torchgraft.configs.config_to_json(BnConfig(True, True, 4, name))
+            )
+            known.append(name)
+        except torchgraft.GraftError:
+            pass
+    return known
+
+
+@pytest.mark.parametrize("non_linearity", _non_linearities())
+def test_every_non_linearity(non_linearity: str) -> None:
+    torch.manual_seed(0)
+    config = BnConfig(mh_adapter=True, output_adapter=True, reduction_factor=2, non_linearity=non_linearity)
+    module = torchgraft.graft(base("bert_sdpa", torch.float64), config, "task")
+    with torch.no_grad():
+        for parameter in module.adapters.parameters():
+            if parameter.is_floating_point() and parameter.dim() > 2:
+                parameter.normal_()
+    _assert_same(torchgraft.lower(module), module, "bert_sdpa", 1e-12)
+
+
+def test_it_loads_without_the_library(tmp_path) -> None:
+    path = tmp_path / "lowered.pt"
+    torchgraft.lower(grafted("bert_sdpa", torch.float32, "unipelt")).save(str(path))
+    script = f"""
+import torch
+module = torch.jit.load({str(path)!r})
+ids = torch.randint(0, 5, (2, 4))
+module.forward_with_gates(ids, torch.ones_like(ids))
+module(ids, torch.ones_like(ids), torch.tensor([0, -1]))
+assert not hasattr(torch.ops.torchgraft, "gated_lora")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_gradients_are_the_same() -> None:
+    module = grafted("bert_sdpa", torch.float64, "unipelt")
+    lowered = torchgraft.lower(module)
+    variant = VARIANTS["bert_sdpa"]
+    batch = varied_batches(variant, torch.float64)[0]
+    gradients = []
+    for each in (module, lowered):
+        parameters = [p for p in each.adapters.parameters() if p.requires_grad]
+        loss = variant.compared(variant.hidden(each(*variant.arguments(batch))), batch).square().sum()
+        gradients.append(torch.autograd.grad(loss, parameters))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_more_can_be_grafted_onto_it() -> None:
+    module = torchgraft.graft(torchgraft.lower(grafted("bert_sdpa", torch.float32, "lora")), "mam", "more")
+    assert module.adapter_names() == ["task", "more"]
