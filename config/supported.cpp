@@ -26,6 +26,11 @@ void require_false(const std::string& field, bool value) {
   }
 }
 
+// Without effect where nothing is trained; what is grafted refuses to run in training mode (rebuild.cpp).
+void require_probability(const std::string& field, double value) {
+  TORCH_CHECK(value >= 0.0 && value < 1.0, "config: expected ", field, " to be at least 0 and below 1, got ", value);
+}
+
 void require_zero(const std::string& field, double value) {
   if (value != 0.0) {
     refuse(field, printed(value), "0.0");
@@ -101,7 +106,7 @@ void check(const BnConfig& config) {
   require_false("BnConfig.ln_after", config.ln_after);
   require_false("BnConfig.phm_layer", config.phm_layer);
   require_none("BnConfig.inv_adapter", config.inv_adapter);
-  require_zero("BnConfig.dropout", config.dropout);
+  require_probability("BnConfig.dropout", config.dropout);
   require_zero("BnConfig.stochastic_depth", config.stochastic_depth);
 }
 
@@ -109,7 +114,7 @@ void check(const PrefixTuningConfig& config) {
   require_positive("PrefixTuningConfig.prefix_length", static_cast<double>(config.prefix_length));
   require_positive("PrefixTuningConfig.bottleneck_size", static_cast<double>(config.bottleneck_size));
   require_one_of("PrefixTuningConfig.non_linearity", lower(config.non_linearity), non_linearity_names());
-  require_zero("PrefixTuningConfig.dropout", config.dropout);
+  require_probability("PrefixTuningConfig.dropout", config.dropout);
 }
 
 void check(const LoRAConfig& config) {
@@ -125,7 +130,7 @@ void check(const LoRAConfig& config) {
     refuse(is_d ? "LoRAConfig.vera_d" : "LoRAConfig.vera_b", printed(is_d ? *config.vera_d : *config.vera_b), "None");
   }
   require_none("LoRAConfig.dtype", config.dtype);
-  require_zero("LoRAConfig.dropout", config.dropout);
+  require_probability("LoRAConfig.dropout", config.dropout);
 }
 
 }  // namespace

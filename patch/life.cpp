@@ -112,7 +112,8 @@ Module rename_adapter(const Module& module, const std::string& name, const std::
 Module replace_adapter(const Module& module, const AdapterSpec& spec) {
   Foundation foundation = open(module, "replace_adapter");
   Adapter& adapter = foundation.adapters[find_adapter(foundation.adapters, spec.name, "replace_adapter")];
-  TORCH_CHECK(!adapter.merged, "replace_adapter: '", spec.name, "' is merged into the base's weights; unmerge it first");
+  TORCH_CHECK(!adapter.merged, "replace_adapter: '", spec.name,
+              "' is merged into the base's weights; unmerge it first");
   adapter = make_adapter(spec, foundation.sites.structure, foundation.weights);
   return build(std::move(foundation), active_name(module));
 }

@@ -17,9 +17,9 @@ struct AdapterInfo {
   std::string name;
   std::string config;  // JSON, as adapter_config(name) gives it
   bool active = false;
-  bool merged = false;                        // see merge_adapter
-  int64_t parameters = 0;                     // trained numbers, without the padding of its bank
-  int64_t bytes = 0;                          // of them
+  bool merged = false;                         // see merge_adapter
+  int64_t parameters = 0;                      // trained numbers, without the padding of its bank
+  int64_t bytes = 0;                           // of them
   std::map<std::string, int64_t> by_location;  // parameters by the oracle's location ("output_adapter")
 };
 
@@ -45,19 +45,19 @@ TORCHGRAFT_PATCH_API torch::jit::Module average_adapters(const torch::jit::Modul
                                                          const std::vector<double>& weights = {},
                                                          bool normalise = true);
 
-// Adds alpha / r B A of an ungated LoRA to the weights that it updates, so that it costs nothing: every adapter, and the
-// base, then run on the merged weights. The adapter stays in its bank without effect, for unmerge_adapter. Weights are
-// copied, not written to. ungraft() of the result is the plain merged model.
-// Throws c10::Error when the adapter has a gate, a bottleneck or a prefix, which no weight of the base can hold, and when
-// a weight that it updates is a constant of the graph (a frozen module).
+// Adds alpha / r B A of an ungated LoRA to the weights that it updates, so that it costs nothing: every adapter, and
+// the base, then run on the merged weights. The adapter stays in its bank without effect, for unmerge_adapter. Weights
+// are copied, not written to. ungraft() of the result is the plain merged model. Throws c10::Error when the adapter has
+// a gate, a bottleneck or a prefix, which no weight of the base can hold, and when a weight that it updates is a
+// constant of the graph (a frozen module).
 TORCHGRAFT_PATCH_API torch::jit::Module merge_adapter(const torch::jit::Module& module, const std::string& name);
 
 // Takes it out of the weights again (up to rounding: the sum is taken in float64).
 TORCHGRAFT_PATCH_API torch::jit::Module unmerge_adapter(const torch::jit::Module& module, const std::string& name);
 
-// A copy whose forward consists of ATen calls alone, so that it loads where libtorchgraft cannot be. Results are the same
-// up to rounding; it is slower, wrong adapter_ids below -1 are taken for the base, and `base_forward` is as it was.
-// What is grafted onto it later is made of ops again.
+// A copy whose forward consists of ATen calls alone, so that it loads where libtorchgraft cannot be. Results are the
+// same up to rounding; it is slower, wrong adapter_ids below -1 are taken for the base, and `base_forward` is as it
+// was. What is grafted onto it later is made of ops again.
 TORCHGRAFT_PATCH_API torch::jit::Module lower(const torch::jit::Module& module);
 
 // The base, with the signature and the graph that it had before it was grafted.

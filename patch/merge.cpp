@@ -26,10 +26,14 @@ std::string obstacle(const PlannedModule& module) {
 
 const LinearSite& site_of(const PlannedModule& module, const GraphSites& all) {
   const auto& layers = all.structure.layers;
-  const auto layer = std::find_if(layers.begin(), layers.end(), [&](const Layer& l) { return l.index == module.layer; });
+  const auto layer =
+      std::find_if(layers.begin(), layers.end(), [&](const Layer& l) { return l.index == module.layer; });
   TORCH_INTERNAL_ASSERT(layer != layers.end(), "no layer ", module.layer);
   const LayerSites& sites = all.layers.at(layer - layers.begin());
-  switch (module.slot.ends_with("_q") ? 'q' : module.slot.ends_with("_k") ? 'k' : module.slot.ends_with("_v") ? 'v' : 'f') {
+  switch (module.slot.ends_with("_q")   ? 'q'
+          : module.slot.ends_with("_k") ? 'k'
+          : module.slot.ends_with("_v") ? 'v'
+                                        : 'f') {
     case 'q':
       return sites.query;
     case 'k':
@@ -70,7 +74,8 @@ void move_into_base(Adapter& adapter, const GraphSites& sites, const torch::jit:
     const LinearSite& site = site_of(planned, sites);
     const WeightSource source = weight_source(site.node->input(1), module);
     TORCH_CHECK(source.tensor.defined() && !source.path.empty(), "merge_adapter: the weight that ", planned.slot,
-                " of layer ", planned.number, " updates is no parameter of the module (was the module frozen?); merge "
+                " of layer ", planned.number,
+                " updates is no parameter of the module (was the module frozen?); merge "
                 "before freezing");
     auto& [weight, sum] = sums[source.tensor.unsafeGetTensorImpl()];
     if (!weight.defined()) {

@@ -8,10 +8,14 @@
 #include <torchgraft/patch/verify.h>
 #include <torchgraft/registration/library.h>
 
+#include <algorithm>
+
 namespace torchgraft {
 namespace {
 
+using torch::jit::Graph;
 using torch::jit::Module;
+using torch::jit::Node;
 
 std::string join(const std::vector<std::string>& lines) {
   std::string result;
@@ -78,6 +82,36 @@ GraftOptions options_like(const Module& grafted, GraftOptions options) {
   return options;
 }
 
+std::string names_with_dropout(const std::vector<Adapter>& adapters) {
+  std::string names;
+  for (const Adapter& adapter : adapters) {
+    const bool drops = std::any_of(
+        adapter.config.methods.begin(), adapter.config.methods.end(),
+        [](const auto& method) { return std::visit([](const auto& config) { return config.dropout > 0.0; }, method); });
+    names += drops ? (names.empty() ? "'" : ", '") + adapter.name + "'" : "";
+  }
+  return names;
+}
+
+// The ops have no dropout. In eval mode that is right; in training mode it would silently train something else.
+void refuse_training(Graph& graph, const std::string& names) {
+  const auto body = compile_graph(
+      "def check(training: bool) -> None:\n    assert not training, \"torchgraft: dropout of "
+      "adapters is not applied in training mode yet, and " +
+          names + " have some: set it to 0, or call eval()\"\n",
+      "check");
+  Node* adapters = nullptr;
+  for (Node* node : graph.nodes()) {
+    if (node->kind() == c10::prim::GetAttr && node->s(c10::attr::name) == "adapters") {
+      adapters = node;
+      break;
+    }
+  }
+  TORCH_INTERNAL_ASSERT(adapters, "the grafted graph does not read its adapters");
+  torch::jit::WithInsertPoint guard(adapters->next());
+  torch::jit::insertGraph(graph, *body, {graph.insertGetAttr(adapters->output(), "training")});
+}
+
 }  // namespace
 
 GraphSites places(const CanonicalGraph& canonical, const Module& module, const std::optional<Structure>& wanted) {
@@ -131,6 +165,9 @@ Module build(Foundation foundation, const std::string& active) {
   result.register_module("adapters", bank);
   const size_t ops =
       insert_adapters(foundation.canonical.graph, foundation.sites, slots, runs, result, foundation.inserting);
+  if (const std::string names = names_with_dropout(foundation.adapters); !names.empty()) {
+    refuse_training(*foundation.canonical.graph, names);
+  }
   add_methods(result, foundation.canonical.graph);
   if (!active.empty()) {
     bank.get_method("activate")({active});

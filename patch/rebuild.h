@@ -15,13 +15,13 @@ namespace torchgraft {
 // Everything that is known before the banks are stacked: between lay_foundation() and build(), `adapters` is what there
 // is to change. Adding, removing and renaming adapters differ in nothing else.
 struct Foundation {
-  torch::jit::Module module;     // a copy whose forward is the base's
-  CanonicalGraph canonical;      // of that forward
-  GraphSites sites;              // points into canonical.graph
-  GraftOptions options;          // of a grafted module: those that it was made with
+  torch::jit::Module module;  // a copy whose forward is the base's
+  CanonicalGraph canonical;   // of that forward
+  GraphSites sites;           // points into canonical.graph
+  GraftOptions options;       // of a grafted module: those that it was made with
   InsertOptions inserting;
-  at::TensorOptions weights;     // dtype and device of the adapters
-  std::vector<Adapter> adapters; // those of a grafted module
+  at::TensorOptions weights;      // dtype and device of the adapters
+  std::vector<Adapter> adapters;  // those of a grafted module
 };
 
 // Clones `module`, takes off what is grafted, canonicalises and finds the sites. Throws c10::Error when there are none,

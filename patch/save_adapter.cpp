@@ -79,9 +79,10 @@ AdapterSpec read_adapter_directory(const std::string& directory, const std::stri
   spec.saved_name = json.at("name").get<std::string>();
   spec.name = name.empty() ? spec.saved_name : name;
   spec.config = config_from_json(text);
-  TORCH_CHECK(std::filesystem::exists(path / kWeightsFile), directory, ": no ", kWeightsFile,
-              "; a pytorch_adapter.bin is read, and written as safetensors, by torchgraft.load_adapter and save_adapter "
-              "in Python");
+  TORCH_CHECK(
+      std::filesystem::exists(path / kWeightsFile), directory, ": no ", kWeightsFile,
+      "; a pytorch_adapter.bin is read, and written as safetensors, by torchgraft.load_adapter and save_adapter "
+      "in Python");
   spec.weights = read_safetensors((path / kWeightsFile).string());
   return spec;
 }
@@ -92,8 +93,8 @@ Module load_adapter(const Module& module, const AdapterSpec& spec) {
   }
   const c10::IValue list = module.get_method("adapter_names")({});
   const auto names = list.toListRef();
-  const bool known = std::any_of(names.begin(), names.end(),
-                                 [&](const c10::IValue& name) { return name.toStringRef() == spec.name; });
+  const bool known =
+      std::any_of(names.begin(), names.end(), [&](const c10::IValue& name) { return name.toStringRef() == spec.name; });
   if (known) {
     return replace_adapter(module, spec);
   }

@@ -78,7 +78,7 @@ ModuleWeights init(const PlannedLoRA& planned) {
   }
   // The gate replaces alpha / r.
   const double scaling = config.use_gating ? 1.0 : config.alpha / static_cast<double>(config.r);
-  weights["scaling"] = at::scalar_tensor(scaling);
+  weights["scaling"] = at::scalar_tensor(scaling, at::kDouble);
   if (config.use_gating) {
     add_gate(weights, 1, planned.in_features);
   }
@@ -87,7 +87,7 @@ ModuleWeights init(const PlannedLoRA& planned) {
 
 at::Tensor bottleneck_scaling(const PlannedBottleneck& planned) {
   if (const auto* number = std::get_if<double>(&planned.config.scaling)) {
-    return at::full({1}, *number);
+    return at::full({1}, *number, at::kDouble);
   }
   const bool per_channel = std::get<std::string>(planned.config.scaling) == "channel";
   return at::ones({per_channel ? planned.hidden_size : 1});

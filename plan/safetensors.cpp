@@ -27,8 +27,8 @@ constexpr int kDeepestJson = 8;  // name -> entry -> list; a stranger's nesting 
 
 const std::map<std::string, at::ScalarType>& dtypes() {
   static const std::map<std::string, at::ScalarType> kDtypes = {
-      {"F64", at::kDouble}, {"F32", at::kFloat}, {"F16", at::kHalf},  {"BF16", at::kBFloat16}, {"I64", at::kLong},
-      {"I32", at::kInt},    {"I16", at::kShort}, {"I8", at::kChar},   {"U8", at::kByte},       {"BOOL", at::kBool}};
+      {"F64", at::kDouble}, {"F32", at::kFloat}, {"F16", at::kHalf}, {"BF16", at::kBFloat16}, {"I64", at::kLong},
+      {"I32", at::kInt},    {"I16", at::kShort}, {"I8", at::kChar},  {"U8", at::kByte},       {"BOOL", at::kBool}};
   return kDtypes;
 }
 
@@ -74,8 +74,8 @@ Entry parse_entry(const std::string& path, const std::string& name, const Json& 
   entry.name = name;
   const Json& dtype = json.at("dtype");
   const auto known = dtype.is_string() ? dtypes().find(dtype.get<std::string>()) : dtypes().end();
-  check(known != dtypes().end(), "the dtype " + dtype.dump(-1, ' ', true, Json::error_handler_t::replace) +
-                                     " is not known");
+  check(known != dtypes().end(),
+        "the dtype " + dtype.dump(-1, ' ', true, Json::error_handler_t::replace) + " is not known");
   entry.dtype = known->second;
   check(json.at("shape").is_array() && json.at("shape").size() <= 64, "expected shape to be a list of sizes");
   uint64_t bytes = c10::elementSize(entry.dtype);
@@ -94,8 +94,8 @@ Entry parse_entry(const std::string& path, const std::string& name, const Json& 
         c10::str("its data_offsets [", entry.begin, ", ", entry.end, "] are outside of the file's ", data_size,
                  " bytes of data (is the file truncated?)"));
   check(!overflow && entry.end - entry.begin == bytes,
-        c10::str("its shape and dtype need ", overflow ? "too many" : std::to_string(bytes), " bytes, its data_offsets give ",
-                 entry.end - entry.begin));
+        c10::str("its shape and dtype need ", overflow ? "too many" : std::to_string(bytes),
+                 " bytes, its data_offsets give ", entry.end - entry.begin));
   return entry;
 }
 
@@ -154,8 +154,8 @@ class TemporaryFile {
     const mode_t mask = umask(0);
     umask(mask);
     const mode_t mode = stat(target_.c_str(), &old) == 0 ? old.st_mode & 0777 : 0666 & ~mask;
-    const bool kept = fchmod(descriptor_, mode) == 0 && fsync(descriptor_) == 0 &&
-                      rename(name_.c_str(), target_.c_str()) == 0;
+    const bool kept =
+        fchmod(descriptor_, mode) == 0 && fsync(descriptor_) == 0 && rename(name_.c_str(), target_.c_str()) == 0;
     TORCH_CHECK(kept, target_, ": cannot write (", reason(), ")");
     close(descriptor_);
     descriptor_ = -1;

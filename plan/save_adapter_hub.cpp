@@ -35,8 +35,8 @@ Path layer_path(const Path& path) {
 // `key` from where the library's models begin: a model may have been traced inside a wrapper ("model.encoder.layer.0")
 // or under a head ("bert.encoder.layer.0"), whose name load_adapter() of the library would not expect.
 std::string from_library_root(const std::string& key) {
-  static const std::vector<std::string> kRoots = {"encoder", "decoder",    "transformer", "text_model", "vision_model",
-                                                  "h",       "layers",     "layer",       "block",      "blocks"};
+  static const std::vector<std::string> kRoots = {"encoder", "decoder", "transformer", "text_model", "vision_model",
+                                                  "h",       "layers",  "layer",       "block",      "blocks"};
   const Path path = split_path(key);
   const auto root = std::find_first_of(path.begin(), path.end(), kRoots.begin(), kRoots.end());
   return root == path.end() ? key : join(Path(root, path.end()));
@@ -79,8 +79,8 @@ std::string attention_container(const Layer& layer) {
     case Family::kAlbert:
       return join(parent(query)) + ".attention_adapters.adapters";
     default:
-      return join(layer_path(query)) +
-             (layer.kind == AttentionKind::kCross ? ".cross_attention_adapters.adapters" : ".attention_adapters.adapters");
+      return join(layer_path(query)) + (layer.kind == AttentionKind::kCross ? ".cross_attention_adapters.adapters"
+                                                                            : ".attention_adapters.adapters");
   }
 }
 

@@ -8,8 +8,8 @@ namespace torchgraft {
 
 // The inverse of adapter_hub_weights: a state dict with the keys of `model.save_adapter()` of adapters==1.3.0. Modules
 // are named as the library names them in its BERT, T5, DeBERTa, ViT, ALBERT and DistilBERT families, known by the path
-// of the query projection, and as in its BART, GPT-2 and LLaMA otherwise. LoRA on packed q, k, v is packed; prefixes are
-// written as flat ones ("control_trans"), for their MLP is no longer there: ejected_config says so. On the CPU.
+// of the query projection, and as in its BART, GPT-2 and LLaMA otherwise. LoRA on packed q, k, v is packed; prefixes
+// are written as flat ones ("control_trans"), for their MLP is no longer there: ejected_config says so. On the CPU.
 StateDict adapter_hub_state(const Plan& plan, const Structure& structure, const AdapterWeights& weights,
                             const std::string& name);
 

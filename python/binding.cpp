@@ -112,7 +112,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("rename_adapter", &torchgraft::rename_adapter, no_gil);
   m.def(
       "replace_adapter",
-      [](const Module& module, const Spec& spec) { return torchgraft::replace_adapter(module, spec_of(spec)); }, no_gil);
+      [](const Module& module, const Spec& spec) { return torchgraft::replace_adapter(module, spec_of(spec)); },
+      no_gil);
   m.def("average_adapters", &torchgraft::average_adapters, no_gil);
   m.def("merge_adapter", &torchgraft::merge_adapter, no_gil);
   m.def("unmerge_adapter", &torchgraft::unmerge_adapter, no_gil);

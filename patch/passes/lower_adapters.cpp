@@ -81,7 +81,8 @@ Arguments with_rows(Arguments arguments) {
 const std::map<std::string, Definition>& definitions() {
   static const std::map<std::string, Definition> kDefinitions = {
       {"gated_lora",
-       {with_rows({{"x", "Tensor"}, {"base", "Tensor"}, {"lora_a", "Tensor"}, {"lora_b", "Tensor"}, {"scaling", "Tensor"}}),
+       {with_rows(
+            {{"x", "Tensor"}, {"base", "Tensor"}, {"lora_a", "Tensor"}, {"lora_b", "Tensor"}, {"scaling", "Tensor"}}),
         R"python(
     gate = pooled(x, gate_weight, gate_bias, adapter_ids, adapter, token_mask)
     coefficient = selected(scaling, adapter_ids, adapter).view(-1, 1, 1) * gate.unsqueeze(-1)

@@ -51,8 +51,13 @@ def read_config(directory: str | Path) -> str:
     return text
 
 
-def _read_weights(directory: Path) -> dict[str, Tensor]:
-    for name in WEIGHT_FILES:
+def read_weights(directory: Path, files: tuple[str, ...] = WEIGHT_FILES) -> dict[str, Tensor]:
+    """The state dict in the first of `files` that is there, on the CPU. Nothing is unpickled but tensors.
+
+    Raises:
+        GraftError: there is none, or it is damaged.
+    """
+    for name in files:
         path = directory / name
         if not path.exists():
             continue
@@ -70,7 +75,7 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
         if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
             raise GraftError(f"{path}: expected a state dict of tensors, got {type(weights).__name__}")
         return dict(weights)
-    raise GraftError(f"{directory}: no weights, looked for {' and '.join(WEIGHT_FILES)}")
+    raise GraftError(f"{directory}: no weights, looked for {' and '.join(files)}")
 
 
 def load_adapter_directory(directory: str | Path) -> AdapterDirectory:
@@ -87,4 +92,4 @@ def load_adapter_directory(directory: str | Path) -> AdapterDirectory:
     name = content.get("name") if isinstance(content, dict) else None
     if not isinstance(name, str):
         raise GraftError(f'{directory / CONFIG_FILE}: no "name"; is it an AdapterHub adapter?')
-    return AdapterDirectory(name=name, config=config, weights=_read_weights(directory))
+    return AdapterDirectory(name=name, config=config, weights=read_weights(directory))

@@ -57,10 +57,10 @@ def load_adapter(
 
     Args:
         module: a TorchScript Transformer. It is not changed.
-        directory: what save_adapter() wrote, here or in the `adapters` library.
+        directory: what save_adapter() wrote, here or in the `adapters` library, or a LoRA that PEFT saved.
         name: the adapter's name in the result. None: its own.
 
     Raises:
         GraftError: a file is missing or damaged, or the adapter does not fit the module.
     """
-    return script_module(patcher().load_adapter(cpp_module(module), directory_spec(directory, name)))
+    return script_module(patcher().load_adapter(cpp_module(module), directory_spec(module, directory, name)))

@@ -11,6 +11,7 @@ from ._libraries import patcher
 from .adapter_hub import load_adapter_directory
 from .configs import config_to_json
 from .errors import GraftError
+from .peft import is_peft_directory, load_peft_directory
 
 
 def cpp_module(module: Any) -> Any:
@@ -32,9 +33,12 @@ def script_module(module: Any) -> torch.jit.ScriptModule:
     return torch.jit._recursive.wrap_cpp_module(module)
 
 
-def directory_spec(directory: str | Path, name: str | None = None) -> Spec:
-    """The adapter of a directory, under `name` or its own."""
-    saved = load_adapter_directory(directory)
+def directory_spec(module: torch.jit.ScriptModule, directory: str | Path, name: str | None = None) -> Spec:
+    """The adapter of a directory of AdapterHub or PEFT for `module`, under `name` or its own."""
+    if is_peft_directory(Path(directory)):
+        saved = load_peft_directory(directory, inspect(module))
+    else:
+        saved = load_adapter_directory(directory)
     return name or saved.name, saved.config, saved.weights, saved.name
 
 
@@ -79,7 +83,8 @@ def graft(
         config: what to graft under `name`, freshly initialised: a name ("unipelt", "mam", "lora", ...), a configuration
             of this package or of the `adapters` library, a dict, or the path of an adapter_config.json.
         name: the name of that adapter.
-        adapters: trained adapters, {name: AdapterHub directory}; configuration and weights come from the directory.
+        adapters: trained adapters, {name: directory of AdapterHub, or of a LoRA of PEFT}; configuration and weights come
+            from the directory.
         gate_pooling: "all": a gate is the mean over all tokens, as in the `adapters` library. "unpadded": over the
             tokens that are not padding, so that a row's result does not depend on how far its batch was padded.
         token_mask: for "unpadded", the argument of forward that is the token mask ([B, S], non-zero = real token).
@@ -109,7 +114,7 @@ def graft(
     elif name is not None:
         raise GraftError(f"graft: the adapter '{name}' needs a config (config=...), or a directory (adapters=...)")
     for adapter_name, directory in (adapters or {}).items():
-        specs.append(directory_spec(directory, adapter_name))
+        specs.append(directory_spec(module, directory, adapter_name))
     grafted = patcher().graft(base, specs, gate_pooling, token_mask or "", active or "", verify, **_sites_option(sites))
     return script_module(grafted)
 

@@ -66,7 +66,7 @@ def replace_adapter(
     if (config is None) == (directory is None):
         raise GraftError("replace_adapter: give a config or a directory")
     if directory is not None:
-        spec = directory_spec(directory, name)
+        spec = directory_spec(module, directory, name)
     else:
         spec = (name, config_to_json(config), None, "")
     return script_module(patcher().replace_adapter(cpp_module(module), spec))

@@ -1,0 +1,89 @@
+"""LoRA directories of PEFT give what peft gives."""
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import torchgraft
+from hugging_face_models import FAMILIES
+
+CASES = {
+    "bert-default": ("bert", dict()),
+    "bert-all": ("bert", dict(target_modules=r".*(query|key|value|intermediate\.dense|layer\.\d\.output\.dense)")),
+    "bert-patterns": ("bert", dict(target_modules=["query", "value"], rank_pattern={"layer.1.attention.self.query": 7},
+                                   alpha_pattern={"value": 3})),
+    "bert-rslora": ("bert", dict(target_modules=["key"], use_rslora=True)),
+    "bert-some-layers": ("bert", dict(target_modules=["query"], layers_to_transform=[0, 2])),
+    "bert-uneven": ("bert", dict(target_modules=["layer.0.attention.self.query", "layer.2.attention.self.value"])),
+    "llama-default": ("llama", dict()),
+    "llama-mlp": ("llama", dict(target_modules=["q_proj", "up_proj", "down_proj"])),
+    "gpt2-packed": ("gpt2", dict(target_modules=["c_attn"], fan_in_fan_out=True)),
+}  # fmt: skip
+
+
+def _prepared(
+    family: str, options: dict, folder: Path
+) -> tuple[torch.jit.ScriptModule, tuple, torch.Tensor, torch.Tensor]:
+    """The traced base, arguments, what the base and what peft give; the adapter, random, is saved in the folder."""
+    dtype = torch.float64
+    positional = FAMILIES[family].make("sdpa", dtype)
+    arguments = FAMILIES[family].arguments(dtype, 1)
+    base = torch.jit.trace(positional, FAMILIES[family].arguments(dtype, 0), check_trace=False, strict=False)
+    with torch.no_grad():
+        plain = positional(*arguments)
+        # In place: the layers of `positional` get their updates.
+        tuned = peft.get_peft_model(positional.model, peft.LoraConfig(r=4, lora_alpha=12, lora_dropout=0.1, **options))
+        for path, parameter in tuned.named_parameters():
+            if "lora_" in path:
+                parameter.normal_(std=0.8)
+        tuned.to(dtype).eval().save_pretrained(str(folder))
+        return base, arguments, plain, positional(*arguments)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_peft(case: str, tmp_path) -> None:
+    family, options = CASES[case]
+    base, arguments, plain, expected = _prepared(family, options, tmp_path)
+    module = torchgraft.load_adapter(base, tmp_path, "task")
+    tolerance = 1e-5 if family == "llama" else 1e-10  # LLaMA's norms round to float32
+    with torch.no_grad():
+        assert (plain - expected).abs().max() > 1e-3
+        torch.testing.assert_close(module(*arguments), expected, rtol=tolerance, atol=tolerance)
+    grafted = torchgraft.graft(base, adapters={"a": tmp_path})
+    assert grafted.adapter_names() == ["a"]
+    torchgraft.save_adapter(module, "task", tmp_path / "again")
+    again = torchgraft.load_adapter(base, tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(again(*arguments), module(*arguments))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(target_modules=["attention.output.dense"]), "the attention's output projection, where a LoRA has no place"),
+        (dict(use_dora=True), "use_dora .DoRA. is not supported"),
+        (dict(target_modules=["pooler.dense"]), "the model has no linear map pooler.dense"),
+    ],
+)
+def test_what_has_no_place_is_named(options: dict, message: str, tmp_path) -> None:
+    base, *_ = _prepared("bert", dict(target_modules=["query"]) | options, tmp_path)
+    with pytest.raises(torchgraft.GraftError, match=message):
+        torchgraft.load_adapter(base, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"peft_type": "IA3"}, "PEFT's IA3 is not supported"),
+        ({"init_lora_weights": "pissa_niter_4"}, "has changed the base's weights"),
+        ({"modules_to_save": ["classifier"]}, "modules_to_save .whole modules. is not supported"),
+    ],
+)
+def test_other_configurations_are_named(change: dict, message: str, tmp_path) -> None:
+    base, *_ = _prepared("bert", dict(target_modules=["query"]), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(torchgraft.GraftError, match=message):
+        torchgraft.load_adapter(base, tmp_path)
