@@ -4,6 +4,7 @@
 #include <torchgraft/patch/methods.h>
 #include <torchgraft/patch/passes/lower_adapters.h>
 #include <torchgraft/patch/rebuild.h>
+#include <torchgraft/plan/save_adapter_hub.h>
 
 #include <ATen/ATen.h>
 
@@ -48,10 +49,14 @@ bool is_trained(const std::string& parameter, const PlannedModule& module) {
   return parameter != "scaling" || (bottleneck && std::holds_alternative<std::string>(bottleneck->config.scaling));
 }
 
-// How weights are initialised is no matter once they are there.
+// How weights were initialised, or a prefix was made, is no matter once they are there.
 std::string without_init(const AdapterConfig& config) {
-  AdapterConfig copy = config;
+  AdapterConfig copy = ejected_config(config);
   for (MethodConfig& method : copy.methods) {
+    if (auto* prefix = std::get_if<PrefixTuningConfig>(&method)) {
+      prefix->bottleneck_size = 0;
+      prefix->non_linearity.clear();
+    }
     std::visit(
         [](auto& held) {
           held.init_weights_seed.reset();
