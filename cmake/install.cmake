@@ -22,8 +22,11 @@ if(TORCHGRAFT_BUILD_PATCH)
   list(APPEND torchgraft_headers
     config/adapter_config.h
     patch/graft.h
+    patch/life.h
+    patch/save_adapter.h
     plan/adapter_weights.h
     plan/plan.h
+    plan/safetensors.h
     plan/structure.h)
 endif()
 

@@ -5,7 +5,7 @@
 
 grafted_layer.svg and .png: a post-norm Transformer layer, and the same layer with UniPELT grafted on. Coordinates are
 in the picture's own units, x to the right and y upwards; data flows upwards.
-inspect.svg: what `graft.py inspect --svg` draws of a grafted encoder.
+inspect.svg: what `graft.py inspect --svg` draws of a grafted encoder. gates.png: what plot_gates draws.
 """
 
 import subprocess
@@ -192,9 +192,29 @@ def inspected_encoder():
         subprocess.run([*GRAFT, "inspect", model, "--svg", HERE / "inspect.svg"], check=True)
 
 
+def gates():
+    """Gates of a UniPELT adapter with random weights on MiniLM, over a few sentences (needs the demo's model)."""
+    sys.path[:0] = [str(HERE.parent / "python"), str(HERE.parent / "scripts")]
+    import torchgraft
+    from demo_models import Batch, load_tokenizer, trace_encoder
+
+    texts = ["A gate says how much of a method a layer uses.", "The adapters share one base.", "Rows choose their own."]
+    tokens = load_tokenizer()(texts, padding=True, return_tensors="pt")
+    batch = Batch(tokens["input_ids"], tokens["attention_mask"])
+    torch.manual_seed(0)
+    module = torchgraft.graft(trace_encoder(batch, torch.float32), "unipelt", "task")
+    with torch.no_grad():
+        for name, parameter in module.adapters.named_parameters():
+            if name.endswith("gate_weight"):
+                parameter.normal_(std=0.1)
+        found = module.forward_with_gates(batch.ids, batch.mask)[1]["task"]
+    torchgraft.plot_gates(found, HERE / "gates.png", title="UniPELT gates, random weights, MiniLM")
+
+
 def main():
     grafted_layer()
     inspected_encoder()
+    gates()
 
 
 if __name__ == "__main__":

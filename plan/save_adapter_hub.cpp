@@ -23,13 +23,15 @@ bool ends_with(const Path& path, const Path& ending) {
   return path.size() >= ending.size() && std::equal(ending.rbegin(), ending.rend(), path.rbegin());
 }
 
+bool is_number(const std::string& part) {
+  return !part.empty() && std::all_of(part.begin(), part.end(), [](unsigned char c) { return std::isdigit(c); });
+}
+
+bool has_number(const Path& path) { return std::any_of(path.begin(), path.end(), is_number); }
+
 // The path up to the last number: that of the Transformer layer.
 Path layer_path(const Path& path) {
-  const auto is_number = [](const std::string& part) {
-    return !part.empty() && std::all_of(part.begin(), part.end(), [](unsigned char c) { return std::isdigit(c); });
-  };
-  const auto found = std::find_if(path.rbegin(), path.rend(), is_number);
-  return found == path.rend() ? parent(path, 2) : Path(path.begin(), found.base());
+  return Path(path.begin(), std::find_if(path.rbegin(), path.rend(), is_number).base());
 }
 
 // `key` from where the library's models begin: a model may have been traced inside a wrapper ("model.encoder.layer.0")
@@ -45,13 +47,20 @@ std::string from_library_root(const std::string& key) {
 // How a family of the library calls its containers.
 enum class Family { kBert, kT5, kVit, kAlbert, kOther };
 
-Path query_path(const Layer& layer) {
-  for (const auto* projection : {&layer.query, &layer.key, &layer.value}) {
-    if (*projection) {
-      return split_path((*projection)->path);
-    }
+// Where a projection is. A model whose paths do not number its layers gets those of BERT, by which it is read again.
+Path projection_path(const Layer& layer, const std::optional<Projection>& projection, const Path& in_bert) {
+  const Path path = projection ? split_path(projection->path) : Path();
+  if (has_number(path)) {
+    return path;
   }
-  return {"layer", std::to_string(layer.number), "attention", "query"};
+  Path result = {"layer", std::to_string(layer.number)};
+  result.insert(result.end(), in_bert.begin(), in_bert.end());
+  return result;
+}
+
+Path query_path(const Layer& layer) {
+  const auto& first = layer.query ? layer.query : layer.key ? layer.key : layer.value;
+  return projection_path(layer, first, {layer.kind == AttentionKind::kCross ? "crossattention" : "attention", "query"});
 }
 
 Family family_of(const Path& query) {
@@ -113,15 +122,20 @@ std::string pool_location(const Layer& layer, const std::string& location) {
   return location;
 }
 
-const Projection& projection_of(const PlannedModule& module, const Layer& layer) {
+std::string lora_path(const PlannedModule& module, const Layer& layer) {
   const std::string& slot = module.slot;
-  const std::optional<Projection>& result = slot == "intermediate_lora" ? layer.ffn_in
-                                            : slot == "output_lora"     ? layer.ffn_out
-                                            : slot.ends_with("_q")      ? layer.query
-                                            : slot.ends_with("_k")      ? layer.key
-                                                                        : layer.value;
-  TORCH_INTERNAL_ASSERT(result, slot, " of layer ", layer.number, " has no projection");
-  return *result;
+  if (slot == "intermediate_lora") {
+    return join(projection_path(layer, layer.ffn_in, {"intermediate", "dense"}));
+  }
+  if (slot == "output_lora") {
+    return join(projection_path(layer, layer.ffn_out, {"output", "dense"}));
+  }
+  const std::string attention = layer.kind == AttentionKind::kCross ? "crossattention" : "attention";
+  if (slot.ends_with("_q")) {
+    return join(projection_path(layer, layer.query, {attention, "query"}));
+  }
+  const bool is_key = slot.ends_with("_k");
+  return join(projection_path(layer, is_key ? layer.key : layer.value, {attention, is_key ? "key" : "value"}));
 }
 
 class Writer {
@@ -166,7 +180,7 @@ class Writer {
   }
 
   void write_lora(const PlannedModule& module, const Layer& layer, const ModuleWeights& weights) {
-    const std::string prefix = projection_of(module, layer).path + ".loras." + name_;
+    const std::string prefix = lora_path(module, layer) + ".loras." + name_;
     append(prefix + ".lora_A", weights.at("lora_a"));
     append(prefix + ".lora_B", weights.at("lora_b"));
     if (weights.count("gate_weight")) {

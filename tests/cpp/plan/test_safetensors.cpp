@@ -1,0 +1,86 @@
+#include "support.h"
+
+#include <torchgraft/plan/safetensors.h>
+
+#include <gtest/gtest.h>
+
+#include <filesystem>
+#include <fstream>
+
+namespace torchgraft {
+namespace {
+
+using testing::error_of;
+
+class Safetensors : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    folder_ = std::filesystem::path(::testing::TempDir()) /
+              (std::string("safetensors_") + ::testing::UnitTest::GetInstance()->current_test_info()->name());
+    std::filesystem::create_directories(folder_);
+  }
+  void TearDown() override { std::filesystem::remove_all(folder_); }
+
+  std::string path() const { return (folder_ / "a.safetensors").string(); }
+
+  size_t files() const { return static_cast<size_t>(std::distance(std::filesystem::directory_iterator(folder_), {})); }
+
+  std::filesystem::path folder_;
+};
+
+TEST_F(Safetensors, WhatIsWrittenIsRead) {
+  const at::Tensor base = at::arange(12, at::kFloat).view({3, 4});
+  const StateDict tensors = {{"transposed", base.t()},         {"scalar", at::scalar_tensor(2.5, at::kDouble)},
+                             {"empty", at::empty({0, 3})},     {"half", base.to(at::kHalf)},
+                             {"shared", base.narrow(0, 1, 2)}, {"flags", base.gt(3)}};
+  write_safetensors(tensors, path());
+  const StateDict found = read_safetensors(path());
+  ASSERT_EQ(found.size(), tensors.size());
+  for (const auto& [name, tensor] : tensors) {
+    EXPECT_TRUE(found.at(name).scalar_type() == tensor.scalar_type() && at::equal(found.at(name), tensor)) << name;
+  }
+  EXPECT_EQ(files(), 1u);
+}
+
+TEST_F(Safetensors, EveryTruncationIsRefused) {
+  write_safetensors({{"a", at::ones({5})}, {"b", at::ones({2, 2})}}, path());
+  const auto size = std::filesystem::file_size(path());
+  for (uintmax_t length = 0; length < size; ++length) {
+    std::filesystem::resize_file(path(), length);
+    EXPECT_NE(error_of([&] { read_safetensors(path()); }), "") << length << " of " << size << " bytes";
+    write_safetensors({{"a", at::ones({5})}, {"b", at::ones({2, 2})}}, path());
+  }
+}
+
+TEST_F(Safetensors, EveryChangedByteOfTheHeaderIsRefusedOrHarmless) {
+  write_safetensors({{"a", at::ones({5})}, {"b", at::ones({2, 2})}}, path());
+  std::ifstream in(path(), std::ios::binary);
+  const std::string content((std::istreambuf_iterator<char>(in)), {});
+  for (size_t i = 0; i + 36 < content.size(); ++i) {
+    for (const char byte : {'\0', '9', '"', '{', '\xff'}) {
+      std::string changed = content;
+      changed[i] = byte;
+      std::ofstream(path(), std::ios::binary) << changed;
+      try {
+        for (const auto& [name, tensor] : read_safetensors(path())) {
+          EXPECT_LE(tensor.nbytes(), content.size());
+        }
+      } catch (const c10::Error& error) {
+        EXPECT_NE(std::string(error.what_without_backtrace()).find(path()), std::string::npos);
+      }
+    }
+  }
+}
+
+TEST_F(Safetensors, WhatCannotBeWrittenLeavesNothing) {
+  EXPECT_NE(error_of([&] {
+              write_safetensors({{"c", at::ones({2}, at::kComplexFloat)}}, path());
+            }).find("no dtype"),
+            std::string::npos);
+  EXPECT_EQ(files(), 0u);
+  EXPECT_NE(error_of([&] { write_safetensors({}, (folder_ / "no" / "where").string()); }).find("cannot write"),
+            std::string::npos);
+}
+
+}  // namespace
+}  // namespace torchgraft
