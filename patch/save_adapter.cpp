@@ -112,4 +112,11 @@ Module load_adapter(const Module& module, const std::string& directory, const st
   return load_adapter(module, read_adapter_directory(directory, name));
 }
 
+std::vector<WeightMatch> match_adapter(const Module& module, const AdapterSpec& spec) {
+  TORCH_CHECK(spec.weights, "match_adapter: '", spec.name, "' has no weights to match");
+  const Structure structure = inspect(module);
+  const std::string saved_name = spec.saved_name.empty() ? spec.name : spec.saved_name;
+  return adapter_hub_matches(make_plan(structure, spec.config), structure, *spec.weights, saved_name);
+}
+
 }  // namespace torchgraft

@@ -3,6 +3,7 @@
 #include <torchgraft/patch/graft.h>
 
 #include <string>
+#include <vector>
 
 namespace torchgraft {
 
@@ -33,5 +34,8 @@ TORCHGRAFT_PATCH_API torch::jit::Module load_adapter(const torch::jit::Module& m
 
 // The same for a spec.
 TORCHGRAFT_PATCH_API torch::jit::Module load_adapter(const torch::jit::Module& module, const AdapterSpec& spec);
+
+// What load_adapter would match to what: keys of the spec's weights, and their places in `module`.
+TORCHGRAFT_PATCH_API std::vector<WeightMatch> match_adapter(const torch::jit::Module& module, const AdapterSpec& spec);
 
 }  // namespace torchgraft

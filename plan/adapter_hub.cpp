@@ -197,4 +197,22 @@ AdapterWeights adapter_hub_weights(const Plan& plan, const Structure& structure,
   return result;
 }
 
+std::vector<WeightMatch> adapter_hub_matches(const Plan& plan, const Structure& structure, const StateDict& state,
+                                             const std::string& saved_name) {
+  const Checkpoint checkpoint = sort_checkpoint(state, saved_name);
+  const std::vector<SavedParameters> matched = match_modules(checkpoint, plan, structure);
+  std::vector<WeightMatch> result;
+  for (size_t i = 0; i < plan.size(); ++i) {
+    for (const auto& [name, saved] : matched[i]) {
+      result.push_back({saved.key, c10::str("layer ", plan[i].number, ", ", plan[i].slot, ": ", name)});
+    }
+  }
+  for (const auto& [location, parameters] : checkpoint.prefixes) {
+    for (const auto& [name, saved] : parameters) {
+      result.push_back({saved.key, c10::str("the prefixes of ", location, ": ", name)});
+    }
+  }
+  return result;
+}
+
 }  // namespace torchgraft

@@ -35,4 +35,15 @@ TORCHGRAFT_PATCH_API AdapterWeights adapter_hub_weights(const Plan& plan, const 
                                                         const StateDict& state, const std::string& saved_name,
                                                         const at::TensorOptions& options);
 
+// A key of a checkpoint, and where adapter_hub_weights puts it: "layer 0, selfattn_lora_q: lora_a".
+struct WeightMatch {
+  std::string key;
+  std::string place;
+};
+
+// What adapter_hub_weights matches to what, in the plan's order; the prefixes' MLPs, which layers share, come last.
+TORCHGRAFT_PATCH_API std::vector<WeightMatch> adapter_hub_matches(const Plan& plan, const Structure& structure,
+                                                                  const StateDict& state,
+                                                                  const std::string& saved_name);
+
 }  // namespace torchgraft

@@ -122,6 +122,13 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "load_adapter",
       [](const Module& module, const Spec& spec) { return torchgraft::load_adapter(module, spec_of(spec)); }, no_gil);
+  m.def("match_adapter", [](const Module& module, const Spec& spec) {
+    std::vector<std::pair<std::string, std::string>> result;
+    for (const torchgraft::WeightMatch& match : torchgraft::match_adapter(module, spec_of(spec))) {
+      result.emplace_back(match.key, match.place);
+    }
+    return result;
+  });
   m.def("adapter_files", [](const Module& module, const std::string& name) {
     const torchgraft::AdapterFiles files = torchgraft::adapter_files(module, name);
     return std::pair(files.config, files.weights);

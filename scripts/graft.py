@@ -7,6 +7,7 @@
     graft.py inspect BASE.pt --svg PICTURE.svg
     graft.py save MODEL.pt NAME DIRECTORY
     graft.py load MODEL.pt DIRECTORY -o OUT.pt
+    graft.py match MODEL.pt DIRECTORY
     graft.py list MODEL.pt
     graft.py remove | rename | merge | unmerge | lower | ungraft MODEL.pt ... -o OUT.pt
     graft.py gates MODEL.pt --text TEXT --tokenizer TOKENIZER.json -o GATES.png
@@ -110,6 +111,8 @@ def add_life_commands(commands: argparse._SubParsersAction) -> None:
     loading = command("load", "add the adapter of a directory, or replace the one of its name")
     loading.add_argument("directory", type=Path, metavar="DIRECTORY")
     loading.add_argument("--name", help="another name for it")
+    matching = command("match", "show where load would put each weight of a directory", writes=False)
+    matching.add_argument("directory", type=Path, metavar="DIRECTORY")
     listing = command("list", "show the adapters and their sizes", writes=False)
     listing.add_argument("--json", action="store_true", help="as data")
     command("remove", "take adapters off").add_argument("name", nargs="+", metavar="NAME")

@@ -10,7 +10,7 @@ Importing the package registers the operators; a process that only serves needs 
 
 from ._libraries import library_path, load_operators
 from .adapter_hub import AdapterDirectory, load_adapter_directory
-from .checkpoints import load_adapter, save_adapter
+from .checkpoints import load_adapter, match_adapter, save_adapter
 from .configs import (
     AdapterConfig,
     BnConfig,
@@ -71,6 +71,7 @@ __all__ = [
     "load_adapter",
     "load_adapter_directory",
     "lower",
+    "match_adapter",
     "merge_adapter",
     "plot_gates",
     "remove_adapter",

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from . import life
 from ._files import check_writable, load_module, save_module
-from .checkpoints import load_adapter, save_adapter
+from .checkpoints import load_adapter, match_adapter, save_adapter
 from .errors import GraftError
 from .gates import gate_table, gather_gates, plot_gates
 
@@ -37,6 +37,12 @@ def load(arguments: argparse.Namespace) -> None:
     check_writable(arguments.output)
     module = load_adapter(load_module(arguments.base), arguments.directory, arguments.name)
     _write(module, arguments.output)
+
+
+def match(arguments: argparse.Namespace) -> None:
+    """Prints where load would put each weight of a directory."""
+    for key, place in match_adapter(load_module(arguments.base), arguments.directory):
+        print(f"{key} -> {place}")
 
 
 def list_(arguments: argparse.Namespace) -> None:
@@ -184,6 +190,6 @@ def _inputs(module: torch.jit.ScriptModule, encodings: Any) -> Any:
 
 
 COMMANDS = {
-    "save": save, "load": load, "list": list_, "remove": remove, "rename": rename, "merge": merge, "unmerge": unmerge,
+    "save": save, "load": load, "match": match, "list": list_, "remove": remove, "rename": rename, "merge": merge, "unmerge": unmerge,
     "lower": lower, "ungraft": ungraft, "gates": gates,
 }  # fmt: skip

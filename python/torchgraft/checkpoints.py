@@ -64,3 +64,12 @@ def load_adapter(
         GraftError: a file is missing or damaged, or the adapter does not fit the module.
     """
     return script_module(patcher().load_adapter(cpp_module(module), directory_spec(module, directory, name)))
+
+
+def match_adapter(module: torch.jit.ScriptModule, directory: str | Path) -> list[tuple[str, str]]:
+    """What load_adapter() would match to what: (key of the weights, place in the module), every key of the file.
+
+    Raises:
+        GraftError: as load_adapter(), where a key has no place.
+    """
+    return patcher().match_adapter(cpp_module(module), directory_spec(module, directory))

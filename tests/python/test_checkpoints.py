@@ -72,6 +72,19 @@ def test_what_is_written_is_read_again(config: str, tmp_path) -> None:
             )
 
 
+def test_every_weight_is_told_its_place(tmp_path) -> None:
+    module = grafted("bert_sdpa", torch.float32, "unipelt")
+    torchgraft.save_adapter(module, "task", tmp_path)
+    weights = load_file(tmp_path / "adapter.safetensors")
+    for name in ("bert_sdpa", "own_post_packed_matmul"):  # by path, and by layer number and location
+        places = dict(torchgraft.match_adapter(base(name, torch.float32), tmp_path))
+        assert sorted(places) == sorted(weights)
+        [key] = [key for key in places if "layer.1." in key and key.endswith("query.loras.task.lora_A")]
+        assert places[key] == "layer 1, selfattn_lora_q: lora_a"
+        [pool] = [key for key in places if "control_trans" in key]
+        assert places[pool] == "the prefixes of self_prefix: flat"
+
+
 def test_an_adapter_fits_a_model_whose_modules_are_called_otherwise(tmp_path) -> None:
     """Saved from a model with packed q, k, v and names of its own, loaded into one of the same structure, and back."""
     config = torchgraft.ConfigUnion(

@@ -298,6 +298,7 @@ def test_the_life_of_a_file(folder: Path, tmp_path: Path) -> None:
 
     step("add", folder / "base.pt", "-o", a, "--config", "lora[r=4]|seq_bn", "--name", "x", "--seed", 1)
     step("save", a, "x", saved)
+    assert "layer 0, selfattn_lora_q: lora_a" in step("match", folder / "base.pt", saved)
     step("load", folder / "base.pt", saved, "-o", b, "--name", "y")
     assert torch.jit.load(str(b)).adapter_names() == ["y"]
     state, again = (torch.jit.load(str(path)).adapters.state_dict() for path in (a, b))
