@@ -131,7 +131,12 @@ class Reader {
 };
 
 Layer layer_from_json(const Json& json, size_t position) {
-  const Reader reader(json, "sites: entry " + std::to_string(position) + " of \"layers\"");
+  const std::string name = "sites: entry " + std::to_string(position) + " of \"layers\"";
+  const Reader reader(json, name);
+  static const Json kKnown = to_json(Layer{});
+  for (const auto& [field, value] : json.items()) {
+    TORCH_CHECK(kKnown.contains(field), name, ": there is no field \"", field, "\"");
+  }
   Layer layer;
   layer.index = reader.get<int64_t>("index");
   layer.number = reader.get<int64_t>("layer");

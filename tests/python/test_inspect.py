@@ -194,6 +194,13 @@ def test_the_example_of_the_documentation(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_misspelt_field_is_named() -> None:
+    seen = torchgraft.inspect(base(BERT, FLOAT))
+    seen["layers"][1]["querry"] = None
+    with pytest.raises(torchgraft.GraftError, match='entry 1 of "layers": there is no field "querry"'):
+        torchgraft.inspect(base(BERT, FLOAT), sites=seen)
+
+
 # On the command line
 
 
