@@ -65,8 +65,9 @@ def read_weights(directory: Path, files: tuple[str, ...] = WEIGHT_FILES) -> dict
             if path.suffix == ".safetensors":
                 return patcher().read_safetensors(str(path))
             weights = torch.load(path, map_location="cpu", weights_only=True)
-        except GraftError:
-            raise
+        except GraftError as error:  # of read_safetensors; it names the file too
+            reason = str(error).removeprefix(f"{path}: ")
+            raise GraftError(f"{path}: cannot read the adapter's weights ({reason})") from error
         except pickle.UnpicklingError as error:
             raise GraftError(f"{path}: refused, it holds more than plain tensors") from error
         except Exception as error:  # torch and safetensors raise many kinds for a damaged file
