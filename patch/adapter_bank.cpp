@@ -116,6 +116,17 @@ BankSlot stack_slot(const std::vector<Adapter>& adapters, const Members& members
 
 }  // namespace
 
+size_t find_adapter(const std::vector<Adapter>& adapters, const std::string& name, const char* what) {
+  std::string names;
+  for (size_t i = 0; i < adapters.size(); ++i) {
+    if (adapters[i].name == name) {
+      return i;
+    }
+    names += (i == 0 ? "" : ", ") + adapters[i].name;
+  }
+  TORCH_CHECK(false, what, ": no adapter is called '", name, "'; there are: ", names);
+}
+
 BottleneckInput bottleneck_input(const BnConfig& config) {
   if (config.is_parallel) {
     return BottleneckInput::kResidual;

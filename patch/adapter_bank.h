@@ -19,6 +19,9 @@ struct Adapter {
   bool merged = false;  // a LoRA that the base's weights hold: its scaling is 0
 };
 
+// Position of `name` among `adapters`; throws c10::Error that lists the names, on behalf of the function `what`.
+size_t find_adapter(const std::vector<Adapter>& adapters, const std::string& name, const char* what);
+
 // Where a bottleneck reads its input: the branch before the residual add ("seq"), the normalised sum of branch and
 // residual ("seq_ln", original_ln_before), or the residual ("par").
 enum class BottleneckInput { kBranch, kNormedSum, kResidual };

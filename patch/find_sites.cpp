@@ -184,4 +184,18 @@ bool SiteFinder::find_layer(Node* attention, Layer& layer, LayerSites& sites, st
   return true;
 }
 
+const LinearSite* lora_site(const LayerSites& layer, const std::string& slot) {
+  const auto found_at = [](const std::optional<LinearSite>& site) { return site ? &*site : nullptr; };
+  const std::map<std::string, const LinearSite*> sites = {{"selfattn_lora_q", &layer.query},
+                                                          {"selfattn_lora_k", &layer.key},
+                                                          {"selfattn_lora_v", &layer.value},
+                                                          {"crossattn_lora_q", &layer.query},
+                                                          {"crossattn_lora_k", &layer.key},
+                                                          {"crossattn_lora_v", &layer.value},
+                                                          {"intermediate_lora", found_at(layer.ffn_in)},
+                                                          {"output_lora", found_at(layer.ffn_out)}};
+  const auto site = sites.find(slot);
+  return site == sites.end() ? nullptr : site->second;
+}
+
 }  // namespace torchgraft

@@ -5,6 +5,7 @@
 #include <torchgraft/plan/structure.h>
 
 #include <optional>
+#include <string>
 #include <vector>
 
 namespace torchgraft {
@@ -44,6 +45,10 @@ struct LayerSites {
   std::optional<LinearSite> output, ffn_in, ffn_gate, ffn_out;
   std::optional<ResidualSite> attention_residual, ffn_residual;
 };
+
+// Where the LoRA of a slot ("crossattn_lora_k", "output_lora") goes; null for slots of other methods and for places
+// that the layer lacks.
+const LinearSite* lora_site(const LayerSites& layer, const std::string& slot);
 
 struct GraphSites {
   Structure structure;

@@ -26,8 +26,7 @@ Adapter make_adapter(const AdapterSpec& spec, const Structure& structure, const 
   Adapter adapter{spec.name, spec.config};
   adapter.plan = make_plan(structure, spec.config);
   if (spec.weights) {
-    const std::string saved_name = spec.saved_name.empty() ? spec.name : spec.saved_name;
-    adapter.weights = adapter_hub_weights(adapter.plan, structure, *spec.weights, saved_name, options);
+    adapter.weights = adapter_hub_weights(adapter.plan, structure, *spec.weights, spec.name_in_weights(), options);
   } else {
     adapter.weights = init_weights(adapter.plan, options);
   }

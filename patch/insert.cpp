@@ -296,19 +296,9 @@ Value* Inserter::insert_bottleneck(const BankSlot& slot, const ResidualSite& sit
 Value* Inserter::insert(const BankSlot& slot, size_t layer) {
   const LayerSites& sites = sites_.layers[layer];
   layer_ = static_cast<int64_t>(layer);
-  const std::map<std::string, const LinearSite*> linears = {
-      {"selfattn_lora_q", &sites.query},
-      {"selfattn_lora_k", &sites.key},
-      {"selfattn_lora_v", &sites.value},
-      {"crossattn_lora_q", &sites.query},
-      {"crossattn_lora_k", &sites.key},
-      {"crossattn_lora_v", &sites.value},
-      {"intermediate_lora", sites.ffn_in ? &*sites.ffn_in : nullptr},
-      {"output_lora", sites.ffn_out ? &*sites.ffn_out : nullptr}};
-  if (const auto linear = linears.find(slot.slot); linear != linears.end()) {
-    TORCH_INTERNAL_ASSERT(linear->second, slot.slot, " was planned for layer ", layer, ", which has no place for it");
-    Value* gate = insert_lora(slot, *linear->second);
-    for (Node* other : linear->second->elsewhere) {
+  if (const LinearSite* linear = lora_site(sites, slot.slot)) {
+    Value* gate = insert_lora(slot, *linear);
+    for (Node* other : linear->elsewhere) {
       insert_lora_elsewhere(slot, other);
     }
     return gate;
@@ -319,6 +309,8 @@ Value* Inserter::insert(const BankSlot& slot, size_t layer) {
   if (slot.slot == "output_adapter") {
     return insert_bottleneck(slot, sites.ffn_residual.value());
   }
+  TORCH_INTERNAL_ASSERT(slot.slot.ends_with("_prefix"), slot.slot, " was planned for layer ", layer,
+                        ", which has no place for it");
   return insert_prefix(slot, layer);
 }
 

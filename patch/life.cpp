@@ -20,23 +20,6 @@ void check_grafted(const Module& module, const char* what) {
   TORCH_CHECK(is_grafted(module), what, ": the module has no adapters; graft some first");
 }
 
-std::string active_name(const Module& module) {
-  const c10::IValue active = module.get_method("active_adapter")({});
-  return active.isNone() ? "" : active.toStringRef();
-}
-
-// Position of `name` among `adapters`.
-size_t find_adapter(const std::vector<Adapter>& adapters, const std::string& name, const char* what) {
-  std::string names;
-  for (size_t i = 0; i < adapters.size(); ++i) {
-    if (adapters[i].name == name) {
-      return i;
-    }
-    names += (i == 0 ? "" : ", ") + adapters[i].name;
-  }
-  TORCH_CHECK(false, what, ": no adapter is called '", name, "'; there are: ", names);
-}
-
 // A grafted module, opened for a change.
 Foundation open(const Module& module, const char* what) {
   check_grafted(module, what);
@@ -185,7 +168,6 @@ Module unmerge_adapter(const Module& module, const std::string& name) {
 }
 
 Module lower(const Module& module) {
-  check_grafted(module, "lower");
   Foundation foundation = open(module, "lower");
   foundation.options.verify = false;  // which counts ops
   Module result = build(std::move(foundation), active_name(module));

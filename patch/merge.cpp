@@ -4,7 +4,6 @@
 
 #include <ATen/ATen.h>
 
-#include <algorithm>
 #include <map>
 
 namespace torchgraft {
@@ -22,27 +21,6 @@ std::string obstacle(const PlannedModule& module) {
     return "a prefix adds keys and values";
   }
   return std::get<PlannedLoRA>(module.method).config.use_gating ? "its gate depends on the input" : "";
-}
-
-const LinearSite& site_of(const PlannedModule& module, const GraphSites& all) {
-  const auto& layers = all.structure.layers;
-  const auto layer =
-      std::find_if(layers.begin(), layers.end(), [&](const Layer& l) { return l.index == module.layer; });
-  TORCH_INTERNAL_ASSERT(layer != layers.end(), "no layer ", module.layer);
-  const LayerSites& sites = all.layers.at(layer - layers.begin());
-  switch (module.slot.ends_with("_q")   ? 'q'
-          : module.slot.ends_with("_k") ? 'k'
-          : module.slot.ends_with("_v") ? 'v'
-                                        : 'f') {
-    case 'q':
-      return sites.query;
-    case 'k':
-      return sites.key;
-    case 'v':
-      return sites.value;
-    default:
-      return module.slot == "intermediate_lora" ? sites.ffn_in.value() : sites.ffn_out.value();
-  }
 }
 
 // Whether `weight`, [out, in] as a linear reads it, is stored as [in, out] (Conv1D).
@@ -70,13 +48,11 @@ void move_into_base(Adapter& adapter, const GraphSites& sites, const torch::jit:
   std::map<const c10::TensorImpl*, std::pair<at::Tensor, at::Tensor>> sums;  // weight and its new value
   for (size_t m = 0; m < adapter.plan.size(); ++m) {
     const PlannedModule& planned = adapter.plan[m];
-    const PlannedLoRA& lora = std::get<PlannedLoRA>(planned.method);
-    const LinearSite& site = site_of(planned, sites);
+    const LinearSite& site = *lora_site(sites.layers.at(sites.structure.position(planned.layer)), planned.slot);
     const WeightSource source = weight_source(site.node->input(1), module);
     TORCH_CHECK(source.tensor.defined() && !source.path.empty(), "merge_adapter: the weight that ", planned.slot,
                 " of layer ", planned.number,
-                " updates is no parameter of the module (was the module frozen?); merge "
-                "before freezing");
+                " updates is no parameter of the module (was the module frozen?); merge before freezing");
     auto& [weight, sum] = sums[source.tensor.unsafeGetTensorImpl()];
     if (!weight.defined()) {
       weight = source.tensor;
@@ -84,7 +60,7 @@ void move_into_base(Adapter& adapter, const GraphSites& sites, const torch::jit:
       sum = sum.is_set_to(source.tensor) ? sum.clone() : sum;
     }
     const ModuleWeights& weights = adapter.weights[m];
-    const double scaling = lora.config.alpha / static_cast<double>(lora.config.r);
+    const double scaling = lora_scaling(std::get<PlannedLoRA>(planned.method).config);
     const at::Tensor update = at::matmul(weights.at("lora_b").to(at::kDouble), weights.at("lora_a").to(at::kDouble));
     at::Tensor rows = is_transposed(site.node->input(1)) ? sum.t() : sum;
     const int64_t first = source.first_row + (site.is_part ? site.offset : 0);

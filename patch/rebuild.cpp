@@ -15,7 +15,7 @@ namespace {
 
 using torch::jit::Graph;
 using torch::jit::Module;
-using torch::jit::Node;
+using torch::jit::Value;
 
 std::string join(const std::vector<std::string>& lines) {
   std::string result;
@@ -100,16 +100,9 @@ void refuse_training(Graph& graph, const std::string& names) {
       "adapters is not applied in training mode yet, and " +
           names + " have some: set it to 0, or call eval()\"\n",
       "check");
-  Node* adapters = nullptr;
-  for (Node* node : graph.nodes()) {
-    if (node->kind() == c10::prim::GetAttr && node->s(c10::attr::name) == "adapters") {
-      adapters = node;
-      break;
-    }
-  }
-  TORCH_INTERNAL_ASSERT(adapters, "the grafted graph does not read its adapters");
-  torch::jit::WithInsertPoint guard(adapters->next());
-  torch::jit::insertGraph(graph, *body, {graph.insertGetAttr(adapters->output(), "training")});
+  torch::jit::WithInsertPoint guard(*graph.nodes().begin());
+  Value* adapters = graph.insertGetAttr(graph.inputs()[0], "adapters");
+  torch::jit::insertGraph(graph, *body, {graph.insertGetAttr(adapters, "training")});
 }
 
 }  // namespace
@@ -122,6 +115,11 @@ GraphSites places(const CanonicalGraph& canonical, const Module& module, const s
 std::optional<Structure> remembered_sites(const Module& grafted) {
   const std::string& json = grafted.attr("adapters").toModule().attr("sites").toStringRef();
   return json.empty() ? std::nullopt : std::optional(structure_from_json(json));
+}
+
+std::string active_name(const Module& grafted) {
+  const c10::IValue active = grafted.get_method("active_adapter")({});
+  return active.isNone() ? "" : active.toStringRef();
 }
 
 Foundation lay_foundation(const Module& module, const GraftOptions& given) {

@@ -31,6 +31,9 @@ Foundation lay_foundation(const torch::jit::Module& module, const GraftOptions& 
 // Stacks the foundation's adapters into banks, inserts the ops and adds the methods. `active` empty: none is active.
 torch::jit::Module build(Foundation foundation, const std::string& active);
 
+// The active adapter of a grafted module; empty when there is none.
+std::string active_name(const torch::jit::Module& grafted);
+
 // A copy of `module` without anything grafted.
 torch::jit::Module base_copy(const torch::jit::Module& module);
 

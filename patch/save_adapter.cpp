@@ -1,8 +1,8 @@
 #include <torchgraft/patch/save_adapter.h>
 
-#include <torchgraft/patch/adapter_bank.h>
 #include <torchgraft/patch/life.h>
 #include <torchgraft/patch/methods.h>
+#include <torchgraft/patch/rebuild.h>
 #include <torchgraft/plan/safetensors.h>
 #include <torchgraft/plan/save_adapter_hub.h>
 
@@ -11,7 +11,6 @@
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
-#include <sstream>
 
 namespace torchgraft {
 namespace {
@@ -42,22 +41,16 @@ std::string read_text(const std::filesystem::path& path) {
 AdapterFiles adapter_files(const Module& module, const std::string& name) {
   TORCH_CHECK(is_grafted(module), "save_adapter: the module has no adapters");
   const Structure structure = inspect(module);
-  std::string names;
-  for (const Adapter& adapter : read_adapters(module.attr("adapters").toModule(), structure)) {
-    names += (names.empty() ? "" : ", ") + adapter.name;
-    if (adapter.name != name) {
-      continue;
-    }
-    const Json config = {{"config", Json::parse(config_to_json(ejected_config(adapter.config)))},
-                         {"hidden_size", structure.layers.front().hidden_size},
-                         {"model_class", nullptr},
-                         {"model_name", nullptr},
-                         {"model_type", nullptr},
-                         {"name", name},
-                         {"version", kFormat}};
-    return {config.dump(2) + "\n", adapter_hub_state(adapter.plan, structure, adapter.weights, name)};
-  }
-  TORCH_CHECK(false, "save_adapter: no adapter is called '", name, "'; there are: ", names);
+  const std::vector<Adapter> adapters = read_adapters(module.attr("adapters").toModule(), structure);
+  const Adapter& adapter = adapters[find_adapter(adapters, name, "save_adapter")];
+  const Json config = {{"config", Json::parse(config_to_json(ejected_config(adapter.config)))},
+                       {"hidden_size", structure.layers.front().hidden_size},
+                       {"model_class", nullptr},
+                       {"model_name", nullptr},
+                       {"model_type", nullptr},
+                       {"name", name},
+                       {"version", kFormat}};
+  return {config.dump(2) + "\n", adapter_hub_state(adapter.plan, structure, adapter.weights, name)};
 }
 
 void save_adapter(const Module& module, const std::string& name, const std::string& directory) {
@@ -98,14 +91,10 @@ Module load_adapter(const Module& module, const AdapterSpec& spec) {
   if (known) {
     return replace_adapter(module, spec);
   }
-  const c10::IValue active = module.get_method("active_adapter")({});
-  GraftOptions options;
-  options.active = active.isNone() ? "" : active.toStringRef();
-  Module result = graft(module, {spec}, options);
-  if (active.isNone()) {
-    result.get_method("deactivate")({});
-  }
-  return result;
+  Foundation foundation = lay_foundation(module, {});
+  check_name(spec.name, foundation.adapters);
+  foundation.adapters.push_back(make_adapter(spec, foundation.sites.structure, foundation.weights));
+  return build(std::move(foundation), active_name(module));
 }
 
 Module load_adapter(const Module& module, const std::string& directory, const std::string& name) {
@@ -115,8 +104,7 @@ Module load_adapter(const Module& module, const std::string& directory, const st
 std::vector<WeightMatch> match_adapter(const Module& module, const AdapterSpec& spec) {
   TORCH_CHECK(spec.weights, "match_adapter: '", spec.name, "' has no weights to match");
   const Structure structure = inspect(module);
-  const std::string saved_name = spec.saved_name.empty() ? spec.name : spec.saved_name;
-  return adapter_hub_matches(make_plan(structure, spec.config), structure, *spec.weights, saved_name);
+  return adapter_hub_matches(make_plan(structure, spec.config), structure, *spec.weights, spec.name_in_weights());
 }
 
 }  // namespace torchgraft

@@ -71,9 +71,7 @@ ModuleWeights Reader::read(const PlannedLoRA& planned, const SavedParameters& sa
   ModuleWeights weights;
   weights["lora_a"] = take(saved, "lora_a", {config.r, planned.in_features}, place);
   weights["lora_b"] = take(saved, "lora_b", {planned.out_features, config.r}, place);
-  // The gate replaces alpha / r.
-  const double scaling = config.use_gating ? 1.0 : config.alpha / static_cast<double>(config.r);
-  weights["scaling"] = at::scalar_tensor(scaling, at::kDouble);
+  weights["scaling"] = at::scalar_tensor(lora_scaling(config), at::kDouble);
   if (config.use_gating) {
     read_gate(saved, 1, planned.in_features, place, weights);
   }

@@ -2,6 +2,8 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
+#include <cctype>
 #include <optional>
 #include <set>
 
@@ -9,6 +11,8 @@ namespace torchgraft {
 namespace {
 
 using Path = std::vector<std::string>;
+
+constexpr size_t kLongestNumber = 9;  // digits
 
 std::string join(Path::const_iterator first, Path::const_iterator last) {
   std::string result;
@@ -97,6 +101,11 @@ std::vector<std::string> split_path(const std::string& path) {
     }
   }
   return parts;
+}
+
+bool is_number(const std::string& component) {
+  return !component.empty() && component.size() <= kLongestNumber &&
+         std::all_of(component.begin(), component.end(), [](unsigned char c) { return std::isdigit(c); });
 }
 
 Checkpoint sort_checkpoint(const StateDict& state, const std::string& name) {

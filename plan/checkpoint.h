@@ -38,6 +38,9 @@ struct Checkpoint {
 
 std::vector<std::string> split_path(const std::string& path);
 
+// Whether a component of a path is a layer's number.
+bool is_number(const std::string& component);
+
 // Sorts a state dict; throws c10::Error for a key that is not a weight of adapter `name`.
 Checkpoint sort_checkpoint(const StateDict& state, const std::string& name);
 

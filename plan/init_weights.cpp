@@ -77,8 +77,7 @@ ModuleWeights init(const PlannedLoRA& planned) {
     weights = {{"lora_a", kaiming_uniform(shape_a, 0.0)}, {"lora_b", kaiming_uniform(shape_b, 0.0)}};
   }
   // The gate replaces alpha / r.
-  const double scaling = config.use_gating ? 1.0 : config.alpha / static_cast<double>(config.r);
-  weights["scaling"] = at::scalar_tensor(scaling, at::kDouble);
+  weights["scaling"] = at::scalar_tensor(lora_scaling(config), at::kDouble);
   if (config.use_gating) {
     add_gate(weights, 1, planned.in_features);
   }

@@ -5,7 +5,6 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <cctype>
 #include <optional>
 #include <string_view>
 
@@ -14,15 +13,8 @@ namespace {
 
 using Path = std::vector<std::string>;
 
-constexpr size_t kLongestNumber = 9;  // digits
-
 bool is_one_of(const std::string& value, std::initializer_list<const char*> names) {
   return std::find(names.begin(), names.end(), value) != names.end();
-}
-
-bool is_number(const std::string& text) {
-  return !text.empty() && text.size() <= kLongestNumber &&
-         std::all_of(text.begin(), text.end(), [](unsigned char c) { return std::isdigit(c); });
 }
 
 // The position of the layer's number in a saved path: that of its first number.

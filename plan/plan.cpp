@@ -47,6 +47,10 @@ std::vector<std::string> available_locations(const Layer& layer) {
   return result;
 }
 
+double lora_scaling(const LoRAConfig& config) {
+  return config.use_gating ? 1.0 : config.alpha / static_cast<double>(config.r);
+}
+
 namespace {
 
 bool contains(const std::vector<int64_t>& values, int64_t value) {

@@ -9,6 +9,9 @@
 
 namespace torchgraft {
 
+// What multiplies B A x: alpha / r, or 1 when the gate replaces it.
+double lora_scaling(const LoRAConfig& config);
+
 // The three methods, each at one place of one layer. `location` is the oracle's key ("selfattn_lora"), `slot` names the
 // module inside the Transformer layer; the two differ for LoRA on q, k, v only: selfattn_lora_q, and crossattn_lora_q
 // in cross attention, whose location is selfattn_lora too.

@@ -5,7 +5,6 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <cctype>
 
 namespace torchgraft {
 namespace {
@@ -21,10 +20,6 @@ Path parent(Path path, size_t levels = 1) {
 
 bool ends_with(const Path& path, const Path& ending) {
   return path.size() >= ending.size() && std::equal(ending.rbegin(), ending.rend(), path.rbegin());
-}
-
-bool is_number(const std::string& part) {
-  return !part.empty() && std::all_of(part.begin(), part.end(), [](unsigned char c) { return std::isdigit(c); });
 }
 
 bool has_number(const Path& path) { return std::any_of(path.begin(), path.end(), is_number); }
@@ -138,6 +133,12 @@ std::string lora_path(const PlannedModule& module, const Layer& layer) {
   return join(projection_path(layer, is_key ? layer.key : layer.value, {attention, is_key ? "key" : "value"}));
 }
 
+// The prefixes of one location.
+struct PrefixGroup {
+  std::string key;
+  std::vector<at::Tensor> layers;  // [P, 2, h, d] each
+};
+
 class Writer {
  public:
   Writer(const Plan& plan, const Structure& structure, const AdapterWeights& weights, const std::string& name)
@@ -145,7 +146,7 @@ class Writer {
 
   StateDict write() {
     for (size_t i = 0; i < plan_.size(); ++i) {
-      const Layer& layer = layer_of(plan_[i]);
+      const Layer& layer = structure_.layers[structure_.position(plan_[i].layer)];
       if (std::holds_alternative<PlannedLoRA>(plan_[i].method)) {
         write_lora(plan_[i], layer, weights_[i]);
       } else if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&plan_[i].method)) {
@@ -154,21 +155,14 @@ class Writer {
         write_prefix(plan_[i], std::get<PlannedPrefix>(plan_[i].method), layer, weights_[i]);
       }
     }
-    for (const auto& [key, group] : groups_) {
+    for (const auto& [location, group] : groups_) {
       // [P, L, 2, h, d]: what prefix_of_layer takes apart
-      put(key, at::stack(group, 1).flatten());
+      put(group.key, at::stack(group.layers, 1).flatten());
     }
     return std::move(state_);
   }
 
  private:
-  const Layer& layer_of(const PlannedModule& module) const {
-    const auto found = std::find_if(structure_.layers.begin(), structure_.layers.end(),
-                                    [&](const Layer& layer) { return layer.index == module.layer; });
-    TORCH_INTERNAL_ASSERT(found != structure_.layers.end(), "no layer ", module.layer);
-    return *found;
-  }
-
   void put(const std::string& key, const at::Tensor& tensor) {
     state_[from_library_root(key)] = tensor.detach().cpu().contiguous();
   }
@@ -179,14 +173,18 @@ class Writer {
     put(key, found == state_.end() ? tensor : at::cat({found->second, tensor.detach().cpu()}, 0));
   }
 
+  void write_gate(const std::string& path, const ModuleWeights& weights) {
+    if (weights.count("gate_weight")) {
+      append(path + ".weight", weights.at("gate_weight"));
+      append(path + ".bias", weights.at("gate_bias"));
+    }
+  }
+
   void write_lora(const PlannedModule& module, const Layer& layer, const ModuleWeights& weights) {
     const std::string prefix = lora_path(module, layer) + ".loras." + name_;
     append(prefix + ".lora_A", weights.at("lora_a"));
     append(prefix + ".lora_B", weights.at("lora_b"));
-    if (weights.count("gate_weight")) {
-      append(prefix + ".gate.weight", weights.at("gate_weight"));
-      append(prefix + ".gate.bias", weights.at("gate_bias"));
-    }
+    write_gate(prefix + ".gate", weights);
   }
 
   void write_bottleneck(const PlannedModule& module, const PlannedBottleneck& bottleneck, const Layer& layer,
@@ -200,29 +198,23 @@ class Writer {
     if (std::holds_alternative<std::string>(bottleneck.config.scaling)) {
       put(prefix + ".scaling", weights.at("scaling"));
     }
-    if (weights.count("gate_weight")) {
-      put(prefix + ".gate.weight", weights.at("gate_weight"));
-      put(prefix + ".gate.bias", weights.at("gate_bias"));
-    }
+    write_gate(prefix + ".gate", weights);
   }
 
   void write_prefix(const PlannedModule& module, const PlannedPrefix& prefix, const Layer& layer,
                     const ModuleWeights& weights) {
     const std::string place = join(parent(query_path(layer))) + ".prefix_tuning";
     const std::string location = pool_location(layer, module.location);
-    std::string& key = group_keys_[module.location];
-    if (key.empty()) {
+    PrefixGroup& group = groups_[module.location];
+    if (group.key.empty()) {
       // The library's pool hangs in every layer; the first layer's stands for all.
-      key = place + ".pool.prefix_tunings." + name_ + "." + location + ".control_trans";
-      groups_[key].resize(prefix.group_size);
+      group.key = place + ".pool.prefix_tunings." + name_ + "." + location + ".control_trans";
+      group.layers.resize(prefix.group_size);
     }
     // [h, P, d] each -> [P, 2, h, d]
     const auto by_position = [&](const char* which) { return weights.at(which).detach().cpu().transpose(0, 1); };
-    groups_[key].at(prefix.group_index) = at::stack({by_position("prefix_key"), by_position("prefix_value")}, 1);
-    if (weights.count("gate_weight")) {
-      put(place + ".prefix_gates." + name_ + ".weight", weights.at("gate_weight"));
-      put(place + ".prefix_gates." + name_ + ".bias", weights.at("gate_bias"));
-    }
+    group.layers.at(prefix.group_index) = at::stack({by_position("prefix_key"), by_position("prefix_value")}, 1);
+    write_gate(place + ".prefix_gates." + name_, weights);
   }
 
   const Plan& plan_;
@@ -230,8 +222,7 @@ class Writer {
   const AdapterWeights& weights_;
   std::string name_;
   StateDict state_;
-  std::map<std::string, std::string> group_keys_;  // by location
-  std::map<std::string, std::vector<at::Tensor>> groups_;
+  std::map<std::string, PrefixGroup> groups_;  // by location
 };
 
 }  // namespace

@@ -170,6 +170,13 @@ int64_t Structure::depth() const {
   return result;
 }
 
+size_t Structure::position(int64_t index) const {
+  const auto found =
+      std::find_if(layers.begin(), layers.end(), [&](const Layer& layer) { return layer.index == index; });
+  TORCH_INTERNAL_ASSERT(found != layers.end(), "no layer ", index);
+  return static_cast<size_t>(found - layers.begin());
+}
+
 std::string to_json(const Structure& structure) {
   Json json = {{"layers", Json::array()}, {"near_misses", structure.near_misses}};
   for (const Layer& layer : structure.layers) {

@@ -50,6 +50,9 @@ struct Structure {
 
   // How many Transformer layers there are: numbers run from 0 to this.
   int64_t depth() const;
+
+  // Position in `layers` of the one with this Layer::index; they differ when sites were edited.
+  size_t position(int64_t index) const;
 };
 
 TORCHGRAFT_PATCH_API const char* to_string(AttentionKind kind);

@@ -61,13 +61,13 @@ def additive(query: Tensor, key: Tensor, attn_mask: Optional[Tensor], is_causal:
     return mask
 )python";
 
+using Arguments = std::vector<std::pair<const char*, const char*>>;  // name and type
+
 // By op: the arguments in the order of its schema, and the body.
 struct Definition {
-  std::vector<std::pair<const char*, const char*>> arguments;  // name and type
+  Arguments arguments;
   const char* body;
 };
-
-using Arguments = std::vector<std::pair<const char*, const char*>>;
 
 Arguments with_rows(Arguments arguments) {
   for (const char* name : {"gate_weight", "gate_bias", "adapter_ids"}) {

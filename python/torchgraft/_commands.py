@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import _life_commands
+from ._console import table_console
 from ._drawing import draw
 from ._files import check_writable, load_module, reason, save_module, write_whole
 from ._layers import ROLES, slots_of
@@ -161,7 +162,7 @@ def _save_picture(module: torch.jit.ScriptModule, structure: dict[str, Any], arg
 
 
 def _print_structure(module: torch.jit.ScriptModule, structure: dict[str, Any]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
+    console = table_console()
     if hasattr(module, "adapter_names"):
         console.print(f"grafted already: {_adapter_list(module)}")
     layers = structure["layers"]

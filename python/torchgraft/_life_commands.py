@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from . import life
+from ._console import table_console
 from ._files import check_writable, load_module, save_module
 from .checkpoints import load_adapter, match_adapter, save_adapter
 from .errors import GraftError
@@ -59,7 +59,7 @@ def list_(arguments: argparse.Namespace) -> None:
         state = ", ".join(word for word in ("active", "merged") if getattr(info, word))
         table.add_row(str(index), info.name, state, f"{info.parameters:,}", f"{info.bytes / 1e6:.2f}",
                       ", ".join(sorted(info.by_location)))  # fmt: skip
-    Console(width=None if Console().is_terminal else 160, markup=False, highlight=False).print(table)
+    table_console().print(table)
 
 
 def _write(module: torch.jit.ScriptModule, path: Path) -> None:
@@ -190,6 +190,6 @@ def _inputs(module: torch.jit.ScriptModule, encodings: Any) -> Any:
 
 
 COMMANDS = {
-    "save": save, "load": load, "match": match, "list": list_, "remove": remove, "rename": rename, "merge": merge, "unmerge": unmerge,
-    "lower": lower, "ungraft": ungraft, "gates": gates,
+    "save": save, "load": load, "match": match, "list": list_, "remove": remove, "rename": rename, "merge": merge,
+    "unmerge": unmerge, "lower": lower, "ungraft": ungraft, "gates": gates,
 }  # fmt: skip

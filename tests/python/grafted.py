@@ -10,6 +10,10 @@ from oracle import Saved, oracle_for
 from torchgraft._libraries import patcher
 
 
+# One base of each way of writing attention.
+EVERY_WAY = ["bert_sdpa", "bert_eager", "own_pre_sdpa_bool", "encoder_fast_post_nested", "encoder_slow_pre_seq_first"]
+
+
 @functools.cache
 def base(name: str, dtype: torch.dtype) -> torch.jit.ScriptModule:
     """The TorchScript module of a variant, in eval mode."""

@@ -3,11 +3,9 @@
 import pytest
 import torch
 import torchgraft
-from grafted import base, grafted, reloaded, saved_adapter
+from grafted import EVERY_WAY, base, grafted, reloaded, saved_adapter
 from models import VARIANTS, make_batch
 
-NAMES = ["bert_sdpa", "bert_eager", "own_pre_sdpa_bool", "encoder_fast_post_nested", "encoder_slow_pre_seq_first"]
-ALL_LORA = dict(attn_matrices=["q", "k", "v"], intermediate_lora=True, output_lora=True)
 
 
 def _run(module: torch.jit.ScriptModule, name: str, **keywords) -> torch.Tensor:
@@ -27,7 +25,7 @@ def _bank(name: str, dtype: torch.dtype = torch.float64) -> torch.jit.ScriptModu
     return torchgraft.graft(base(name, dtype), adapters=directories)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY_WAY)
 def test_removed_and_renamed_adapters_leave_the_others_alone(name: str) -> None:
     module = _bank(name)
     before = {key: _run(module, name, adapter_ids=torch.full((3,), i)) for i, key in enumerate("abc")}
@@ -93,7 +91,7 @@ def test_averages_of_what_cannot_be_averaged_are_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["f32", "f64"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY_WAY)
 def test_a_merged_lora_gives_the_same_results(name: str, dtype: torch.dtype, tolerance: float) -> None:
     module = _bank(name, dtype)
     module.activate("a")
@@ -130,7 +128,7 @@ def test_the_states_of_merging_are_checked() -> None:
         torchgraft.unmerge_adapter(merged, "b")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY_WAY)
 def test_ungrafted_it_is_the_base(name: str) -> None:
     plain = base(name, torch.float32)
     bare = torchgraft.ungraft(grafted(name, torch.float32, "unipelt"))

@@ -6,12 +6,11 @@ import sys
 import pytest
 import torch
 import torchgraft
-from grafted import base, grafted, reloaded, saved_adapter
+from grafted import EVERY_WAY, base, grafted, reloaded, saved_adapter
 from models import VARIANTS
 from oracle import CONFIGS, difference, varied_batches
 from torchgraft.configs import BnConfig
 
-NAMES = ["bert_sdpa", "bert_eager", "own_pre_sdpa_bool", "encoder_fast_post_nested", "encoder_slow_pre_seq_first"]
 
 
 def _assert_same(lowered: torch.jit.ScriptModule, module: torch.jit.ScriptModule, name: str, tolerance: float) -> None:
@@ -36,7 +35,7 @@ def _assert_same(lowered: torch.jit.ScriptModule, module: torch.jit.ScriptModule
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["f32", "f64"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY_WAY)
 def test_a_bank_lowered_gives_the_same(name: str, dtype: torch.dtype, tolerance: float) -> None:
     variant = VARIANTS[name]
     directories = {

@@ -2,17 +2,16 @@
 
 import pytest
 import torch
-from grafted import grafted, saved_adapter
+from grafted import EVERY_WAY, grafted, saved_adapter
 from models import VARIANTS
 from oracle import CONFIGS, TOLERANCE, assert_gates_close, difference, oracle_for, varied_batches
 
 # Every base with the unions; every method on one base of each way of writing attention.
 _UNIONS = ["unipelt", "mam", "union_everything"]
-_ALL_METHODS_ON = ["bert_sdpa", "bert_eager", "own_pre_sdpa_bool", "encoder_fast_post_nested", "encoder_slow_pre_seq_first"]
 _CASES = [
     (variant, config, dtype)
     for variant in VARIANTS
-    for config in (CONFIGS if variant in _ALL_METHODS_ON else _UNIONS)
+    for config in (CONFIGS if variant in EVERY_WAY else _UNIONS)
     for dtype in (torch.float32, torch.float64)
 ]
 
