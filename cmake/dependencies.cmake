@@ -14,6 +14,8 @@ if(NOT Torch_FOUND)
   list(APPEND CMAKE_PREFIX_PATH ${torch_prefix})
 endif()
 find_package(Torch 2.13 REQUIRED)
+# Without OpenMP's flags at::parallel_for in a plug-in is silently serial.
+find_package(OpenMP REQUIRED COMPONENTS CXX)
 
 if(TORCHGRAFT_BUILD_PATCH)
   find_package(nlohmann_json 3.11 QUIET)

@@ -6,3 +6,28 @@ function(torchgraft_library target)
   target_compile_options(${target} PRIVATE -Wall -Wextra -Wno-unused-parameter)
   set_target_properties(${target} PROPERTIES VERSION ${PROJECT_VERSION} SOVERSION ${PROJECT_VERSION_MAJOR})
 endfunction()
+
+# Compiles the sources into `target` once for each instruction set of the machine's family, each copy with
+# TORCHGRAFT_INSTRUCTION_SET (default, avx2, avx512) defined; ops/cpu/kernels.cpp chooses one when it runs. ATen's
+# vector types take their width from CPU_CAPABILITY_*.
+function(torchgraft_vectorized target)
+  set(sets default)
+  if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+    list(APPEND sets avx2 avx512)
+    target_compile_definitions(${target} PRIVATE TORCHGRAFT_X86)
+  endif()
+  set(flags_default)
+  set(flags_avx2 -mavx2 -mfma -mf16c -DCPU_CAPABILITY=AVX2 -DCPU_CAPABILITY_AVX2)
+  set(flags_avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c -DCPU_CAPABILITY=AVX512
+      -DCPU_CAPABILITY_AVX512)
+  foreach(instruction_set IN LISTS sets)
+    set(copy ${target}_${instruction_set})
+    add_library(${copy} OBJECT ${ARGN})
+    torchgraft_library(${copy})
+    target_compile_features(${copy} PRIVATE cxx_std_20)
+    target_link_libraries(${copy} PRIVATE torch OpenMP::OpenMP_CXX)
+    target_compile_options(${copy} PRIVATE ${flags_${instruction_set}} -fno-math-errno -fno-trapping-math)
+    target_compile_definitions(${copy} PRIVATE TORCHGRAFT_INSTRUCTION_SET=${instruction_set})
+    target_sources(${target} PRIVATE $<TARGET_OBJECTS:${copy}>)
+  endforeach()
+endfunction()

@@ -31,13 +31,15 @@ def _prepared(
     positional = FAMILIES[family].make("sdpa", dtype)
     arguments = FAMILIES[family].arguments(dtype, 1)
     base = torch.jit.trace(positional, FAMILIES[family].arguments(dtype, 0), check_trace=False, strict=False)
+    torch.manual_seed(0)
     with torch.no_grad():
         plain = positional(*arguments)
         # In place: the layers of `positional` get their updates.
         tuned = peft.get_peft_model(positional.model, peft.LoraConfig(r=4, lora_alpha=12, lora_dropout=0.1, **options))
         for path, parameter in tuned.named_parameters():
             if "lora_" in path:
-                parameter.normal_(std=0.8)
+                # LLaMA's norms compute in float32, and a steep random model multiplies their rounding.
+                parameter.normal_(std=0.2 if family == "llama" else 0.8)
         tuned.to(dtype).eval().save_pretrained(str(folder))
         return base, arguments, plain, positional(*arguments)
 
