@@ -20,21 +20,9 @@ int order_of(const std::string& slot) {
   return static_cast<int>(found - kOrder.begin());
 }
 
-const char* to_string(BottleneckInput input) {
-  switch (input) {
-    case BottleneckInput::kBranch:
-      return "seq";
-    case BottleneckInput::kNormedSum:
-      return "seq_ln";
-    case BottleneckInput::kResidual:
-      return "par";
-  }
-  TORCH_INTERNAL_ASSERT(false, "unknown bottleneck input");
-}
-
 std::string slot_name(const PlannedModule& module) {
   if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method)) {
-    return module.slot + "_" + to_string(bottleneck_input(bottleneck->config)) + "_" + bottleneck->config.non_linearity;
+    return module.slot + "_" + to_string(bottleneck_form(bottleneck->config));
   }
   return module.slot;
 }
@@ -81,13 +69,21 @@ at::Tensor stack_parameter(const std::vector<Adapter>& adapters, const Members& 
   return bank;
 }
 
+// bool [N]: which adapters are members.
+at::Tensor present_in(const Members& members, int64_t adapters) {
+  at::Tensor result = at::zeros({adapters}, at::kBool);
+  for (const auto& [adapter, module] : members) {
+    result[static_cast<int64_t>(adapter)] = true;
+  }
+  return result;
+}
+
 BankSlot stack_slot(const std::vector<Adapter>& adapters, const Members& members) {
   at::NoGradGuard no_grad;
   const PlannedModule& first = adapters[members[0].first].plan[members[0].second];
   BankSlot slot{first.layer, first.number, first.location, first.slot, slot_name(first)};
   if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&first.method)) {
-    slot.input = bottleneck_input(bottleneck->config);
-    slot.non_linearity = bottleneck->config.non_linearity;
+    slot.form = bottleneck_form(bottleneck->config);
   }
   slot.gates.assign(adapters.size(), 0);
   std::map<std::string, double> names;  // parameter -> value for members that lack it
@@ -102,6 +98,10 @@ BankSlot stack_slot(const std::vector<Adapter>& adapters, const Members& members
   }
   for (const auto& [name, missing] : names) {
     slot.parameters[name] = stack_parameter(adapters, members, name, missing);
+  }
+  if (!slot.form.is_plain()) {
+    slot.parameters["present"] = present_in(members, static_cast<int64_t>(adapters.size()))
+                                     .to(slot.parameters.at("down_weight").device());
   }
   if (std::holds_alternative<PlannedPrefix>(first.method)) {
     std::vector<int64_t> lengths(adapters.size(), 0);
@@ -125,13 +125,6 @@ size_t find_adapter(const std::vector<Adapter>& adapters, const std::string& nam
     names += (i == 0 ? "" : ", ") + adapters[i].name;
   }
   TORCH_CHECK(false, what, ": no adapter is called '", name, "'; there are: ", names);
-}
-
-BottleneckInput bottleneck_input(const BnConfig& config) {
-  if (config.is_parallel) {
-    return BottleneckInput::kResidual;
-  }
-  return config.original_ln_before ? BottleneckInput::kNormedSum : BottleneckInput::kBranch;
 }
 
 std::vector<BankSlot> stack_banks(const std::vector<Adapter>& adapters) {
@@ -184,6 +177,13 @@ ModuleWeights unstack(const torch::jit::Module& slot, size_t adapter, const Plan
               {"up_weight", {hidden, size}},
               {"up_bias", {hidden}},
               {"scaling", {kind && *kind == "channel" ? hidden : 1}}};
+    for (const auto& [name, wanted] : {std::pair("norm_before", bottleneck->config.ln_before),
+                                       std::pair("norm_after", bottleneck->config.ln_after)}) {
+      if (wanted) {
+        shapes[std::string(name) + "_weight"] = {hidden};
+        shapes[std::string(name) + "_bias"] = {hidden};
+      }
+    }
     gates = bottleneck->config.use_gating;
     gate_features = hidden;
   } else {

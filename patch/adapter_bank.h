@@ -1,5 +1,6 @@
 #pragma once
 
+#include <torchgraft/patch/bottleneck_form.h>
 #include <torchgraft/plan/adapter_weights.h>
 #include <torchgraft/plan/plan.h>
 
@@ -22,23 +23,17 @@ struct Adapter {
 // Position of `name` among `adapters`; throws c10::Error that lists the names, on behalf of the function `what`.
 size_t find_adapter(const std::vector<Adapter>& adapters, const std::string& name, const char* what);
 
-// Where a bottleneck reads its input: the branch before the residual add ("seq"), the normalised sum of branch and
-// residual ("seq_ln", original_ln_before), or the residual ("par").
-enum class BottleneckInput { kBranch, kNormedSum, kResidual };
-BottleneckInput bottleneck_input(const BnConfig& config);
-
 // One op to insert: a place, and the parameters of all adapters there, stacked. Adapters of one place share an op when
-// their computation differs in parameters only (for bottlenecks: same input, same non-linearity).
+// their computation differs in parameters only (for bottlenecks: those of one form).
 struct BankSlot {
   int64_t layer = 0;     // Layer::index: the attention where it runs first
   int64_t number = 0;    // Layer::number: of the Transformer layer
   std::string location;  // the oracle's key, e.g. "selfattn_lora"
   std::string slot;      // "selfattn_lora_q"
   std::string name;      // the slot's module name: "selfattn_lora_q", "output_adapter_seq_ln_relu"
-  BottleneckInput input = BottleneckInput::kBranch;
-  std::string non_linearity = {};
+  BottleneckForm form = {};  // of bottlenecks
   std::map<std::string, at::Tensor> parameters =
-      {};                           // [N, ...], see plan/adapter_weights.h; prefix_length [N] for prefixes
+      {};                           // [N, ...], see plan/adapter_weights.h; prefix_length [N]; present, bool [N]
   std::vector<int64_t> gates = {};  // per adapter: how many gates it has here; 0 = not gated, or not here
 };
 

@@ -78,7 +78,8 @@ Module child(Module& parent, const std::string& name, const std::string& class_n
 }
 
 bool is_trained(const std::string& parameter, const BankSlot& slot) {
-  return parameter != "prefix_length" && (parameter != "scaling" || slot.name.find("adapter") != std::string::npos);
+  return parameter != "prefix_length" && parameter != "present" &&
+         (parameter != "scaling" || slot.form.scaling_is_trained);
 }
 
 template <typename Value, typename Get>

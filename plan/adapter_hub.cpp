@@ -86,6 +86,13 @@ ModuleWeights Reader::read(const PlannedBottleneck& planned, const SavedParamete
   weights["down_bias"] = take(saved, "down_bias", {size}, place);
   weights["up_weight"] = take(saved, "up_weight", {hidden, size}, place);
   weights["up_bias"] = take(saved, "up_bias", {hidden}, place);
+  for (const auto& [name, wanted] : {std::pair(std::string("norm_before"), planned.config.ln_before),
+                                     std::pair(std::string("norm_after"), planned.config.ln_after)}) {
+    if (wanted) {
+      weights[name + "_weight"] = take(saved, name + "_weight", {hidden}, place);
+      weights[name + "_bias"] = take(saved, name + "_bias", {hidden}, place);
+    }
+  }
   if (const auto* number = std::get_if<double>(&planned.config.scaling)) {
     weights["scaling"] = at::full({1}, *number, at::kDouble);
   } else {

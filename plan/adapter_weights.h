@@ -12,7 +12,8 @@ namespace torchgraft {
 
 // Parameters of one adapter at one place, without the bank dimension. Names and shapes:
 //   LoRA        lora_a [r, in], lora_b [out, r], scaling [] (alpha / r, or 1 when gated)
-//   bottleneck  down_weight [R, H], down_bias [R], up_weight [H, R], up_bias [H], scaling [1] or [H]
+//   bottleneck  down_weight [R, H], down_bias [R], up_weight [H, R], up_bias [H], scaling [1] or [H],
+//               norm_before_weight, norm_before_bias, norm_after_weight, norm_after_bias [H] (ln_before, ln_after)
 //   prefix      prefix_key [h_kv, P, d], prefix_value [h_kv, P, d] (the prefix MLP already computed: "ejected")
 //   each, when gated: gate_weight [G, H or in], gate_bias [G]; G is 2 for a prefix with shared_gating=False, else 1
 using ModuleWeights = std::map<std::string, at::Tensor>;

@@ -22,6 +22,8 @@ std::string join(Path::const_iterator first, Path::const_iterator last) {
   return result;
 }
 
+const std::string kBehindNorm = "down_behind_norm_";
+
 // Our name of a parameter; empty when it is none that is known.
 std::string parameter_name(const std::string& saved) {
   static const std::map<std::string, std::string> kNames = {
@@ -29,6 +31,12 @@ std::string parameter_name(const std::string& saved) {
       {"lora_B", "lora_b"},
       {"adapter_down.0.weight", "down_weight"},
       {"adapter_down.0.bias", "down_bias"},
+      {"adapter_down.1.weight", kBehindNorm + "weight"},  // then adapter_down.0 is the layer norm again
+      {"adapter_down.1.bias", kBehindNorm + "bias"},
+      {"adapter_norm_before.weight", "norm_before_weight"},
+      {"adapter_norm_before.bias", "norm_before_bias"},
+      {"adapter_norm_after.weight", "norm_after_weight"},
+      {"adapter_norm_after.bias", "norm_after_bias"},
       {"adapter_up.weight", "up_weight"},
       {"adapter_up.bias", "up_bias"},
       {"scaling", "scaling"},
@@ -89,6 +97,25 @@ std::string names_in(const StateDict& state) {
   return c10::Join(", ", names);
 }
 
+// With ln_before the library's down projection is a sequence of layer norm and linear map, and the norm has a second
+// name.
+void name_down_projection(SavedParameters& parameters) {
+  for (const char* which : {"weight", "bias"}) {
+    const auto behind = parameters.find(kBehindNorm + which);
+    if (behind == parameters.end()) {
+      continue;
+    }
+    SavedTensor& first = parameters[std::string("down_") + which];
+    if (first.tensor.defined()) {
+      const auto [norm, is_new] = parameters.emplace(std::string("norm_before_") + which, first);
+      TORCH_CHECK(is_new || is_same(norm->second.tensor, first.tensor), "adapter weights: expected ", first.key, " and ",
+                  norm->second.key, " to be the same layer norm, but their values differ");
+    }
+    first = behind->second;
+    parameters.erase(behind);
+  }
+}
+
 }  // namespace
 
 std::vector<std::string> split_path(const std::string& path) {
@@ -134,6 +161,9 @@ Checkpoint sort_checkpoint(const StateDict& state, const std::string& name) {
       checkpoint.modules.push_back({*kind_of(parsed->container), parsed->path, {}});
     }
     checkpoint.modules[index->second].parameters[parameter] = {key, tensor};
+  }
+  for (SavedModule& module : checkpoint.modules) {
+    name_down_projection(module.parameters);
   }
   return checkpoint;
 }

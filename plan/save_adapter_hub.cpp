@@ -191,8 +191,17 @@ class Writer {
                         const ModuleWeights& weights) {
     const bool behind_ffn = module.slot == "output_adapter";
     const std::string prefix = (behind_ffn ? output_container(layer) : attention_container(layer)) + "." + name_;
-    put(prefix + ".adapter_down.0.weight", weights.at("down_weight"));
-    put(prefix + ".adapter_down.0.bias", weights.at("down_bias"));
+    for (const std::string which : {"weight", "bias"}) {
+      const bool behind_norm = bottleneck.config.ln_before;
+      put(prefix + (behind_norm ? ".adapter_down.1." : ".adapter_down.0.") + which, weights.at("down_" + which));
+      if (behind_norm) {  // the library knows the norm by two names
+        put(prefix + ".adapter_down.0." + which, weights.at("norm_before_" + which));
+        put(prefix + ".adapter_norm_before." + which, weights.at("norm_before_" + which));
+      }
+      if (bottleneck.config.ln_after) {
+        put(prefix + ".adapter_norm_after." + which, weights.at("norm_after_" + which));
+      }
+    }
     put(prefix + ".adapter_up.weight", weights.at("up_weight"));
     put(prefix + ".adapter_up.bias", weights.at("up_bias"));
     if (std::holds_alternative<std::string>(bottleneck.config.scaling)) {

@@ -2,6 +2,7 @@
 
 #include <torchgraft/ops/activation.h>
 #include <torchgraft/patch/graph_utils.h>
+#include <torchgraft/patch/row_functions.h>
 
 #include <torch/csrc/jit/passes/constant_propagation.h>
 #include <torch/csrc/jit/passes/dead_code_elimination.h>
@@ -17,35 +18,7 @@ using torch::jit::Node;
 using torch::jit::Value;
 
 // 11 is torch.bool, for which source that is compiled in C++ has no name.
-// A bank is read as [1, ...] when all rows use one adapter and as [B, ...] when each has its own; both broadcast. The
-// gate of a row without an adapter is 0, which takes away all that a method adds; its prefix is hidden.
-constexpr const char* kShared = R"python(
-def selected(bank: Tensor, adapter_ids: Optional[Tensor], adapter: int) -> Tensor:
-    if adapter_ids is None:
-        return bank.narrow(0, max(adapter, 0), 1)
-    return bank.index_select(0, adapter_ids.clamp(min=0))
-
-def is_active(x: Tensor, adapter_ids: Optional[Tensor], adapter: int) -> Tensor:
-    if adapter_ids is None:
-        return torch.full([1], int(adapter >= 0), dtype=11, device=x.device)
-    return adapter_ids.ge(0)
-
-def pooled(x: Tensor, gate_weight: Optional[Tensor], gate_bias: Optional[Tensor], adapter_ids: Optional[Tensor],
-           adapter: int, token_mask: Optional[Tensor]) -> Tensor:
-    if gate_weight is not None and gate_bias is not None:
-        weight = selected(gate_weight, adapter_ids, adapter)
-        gates = torch.sigmoid(torch.matmul(x, weight.transpose(1, 2)) +
-                              selected(gate_bias, adapter_ids, adapter).unsqueeze(1))
-        if token_mask is not None:
-            keep = token_mask.unsqueeze(-1)
-            gate = gates.masked_fill(torch.logical_not(keep), 0).sum(1) / keep.sum(1).clamp(min=1).to(x.dtype)
-        else:
-            gate = gates.mean(1)
-    else:
-        gate = torch.ones([x.size(0), 1], dtype=x.dtype, device=x.device)
-    active = is_active(x, adapter_ids, adapter).unsqueeze(-1)
-    return torch.where(active, gate, torch.zeros_like(gate))
-
+constexpr const char* kAdditive = R"python(
 def additive(query: Tensor, key: Tensor, attn_mask: Optional[Tensor], is_causal: bool) -> Tensor:
     if attn_mask is not None:
         mask = attn_mask
@@ -213,7 +186,7 @@ std::string source_for(const Node* node, const Definition& definition, const std
     TORCH_INTERNAL_ASSERT(non_linearity, "a non-linearity that is no constant");
     body.replace(at, std::string("ACTIVATION").size(), activation_source(non_linearity->toStringRef()));
   }
-  return kShared + ("\ndef " + name + "(" + parameters + "):\n") + nones + body.substr(1);
+  return row_source() + kAdditive + ("\ndef " + name + "(" + parameters + "):\n") + nones + body.substr(1);
 }
 
 }  // namespace

@@ -23,11 +23,12 @@ def _loaded_by_the_oracle(oracle: Oracle, directory, name: str, dtype: torch.dty
     )  # fmt: skip
     left = set(weights)
     with torch.no_grad():
-        for key, parameter in oracle.model.state_dict().items():
-            if key in left:
-                assert difference(parameter, weights[key].to(torch.float32).to(dtype)) == 0, key
-                parameter.copy_(weights[key])
-                left.remove(key)
+        ours = {key: parameter for key, parameter in oracle.model.state_dict().items() if key in left}
+        for key, parameter in ours.items():
+            assert difference(parameter, weights[key].to(torch.float32).to(dtype)) == 0, key
+        for key, parameter in ours.items():  # some keys are two names of one parameter
+            parameter.copy_(weights[key])
+            left.remove(key)
     assert not left, f"keys that the library's model does not have: {sorted(left)}"
     assert loaded == name
     return Saved(name, str(directory))
