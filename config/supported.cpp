@@ -117,15 +117,23 @@ void check(const LoRAConfig& config) {
   for (const std::string& matrix : config.attn_matrices) {
     require_one_of("LoRAConfig.attn_matrices", matrix, {"q", "k", "v"});
   }
-  require_one_of("LoRAConfig.composition_mode", config.composition_mode, {"add"});
+  require_one_of("LoRAConfig.composition_mode", config.composition_mode, {"add", "scale"});
   require_one_of("LoRAConfig.init_weights", config.init_weights, {"lora", "bert", "ia3", "vera"});
-  require_false("LoRAConfig.use_dora", config.use_dora);
   if (config.vera_d || config.vera_b) {
     const bool is_d = config.vera_d.has_value();
     refuse(is_d ? "LoRAConfig.vera_d" : "LoRAConfig.vera_b", printed(is_d ? *config.vera_d : *config.vera_b), "None");
   }
-  require_none("LoRAConfig.dtype", config.dtype);
+  if (config.dtype) {  // weights get the model's dtype: the library's forward pass fails when the two differ
+    require_one_of("LoRAConfig.dtype", *config.dtype,
+                   {"float32", "float", "float64", "double", "float16", "half", "bfloat16"});
+  }
   require_probability("LoRAConfig.dropout", config.dropout);
+  if (config.composition_mode == "scale") {
+    TORCH_CHECK(config.r == 1, "config: composition_mode=\"scale\" ((IA)^3) needs LoRAConfig.r=1, got ", config.r);
+    TORCH_CHECK(!config.use_dora, "config: composition_mode=\"scale\" ((IA)^3) and use_dora exclude each other");
+    TORCH_CHECK(config.dropout == 0.0, "config: composition_mode=\"scale\" ((IA)^3) has no dropout, got ",
+                config.dropout);
+  }
 }
 
 }  // namespace

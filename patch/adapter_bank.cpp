@@ -24,6 +24,10 @@ std::string slot_name(const PlannedModule& module) {
   if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method)) {
     return module.slot + "_" + to_string(bottleneck_form(bottleneck->config));
   }
+  if (const auto* lora = std::get_if<PlannedLoRA>(&module.method)) {
+    const LoRAForm form = lora_form(lora->config);
+    return module.slot + (form == LoRAForm::kScale ? "_scale" : form == LoRAForm::kDora ? "_dora" : "");
+  }
   return module.slot;
 }
 
@@ -84,6 +88,8 @@ BankSlot stack_slot(const std::vector<Adapter>& adapters, const Members& members
   BankSlot slot{first.layer, first.number, first.location, first.slot, slot_name(first)};
   if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&first.method)) {
     slot.form = bottleneck_form(bottleneck->config);
+  } else if (const auto* lora = std::get_if<PlannedLoRA>(&first.method)) {
+    slot.lora = lora_form(lora->config);
   }
   slot.gates.assign(adapters.size(), 0);
   std::map<std::string, double> names;  // parameter -> value for members that lack it
@@ -99,9 +105,9 @@ BankSlot stack_slot(const std::vector<Adapter>& adapters, const Members& members
   for (const auto& [name, missing] : names) {
     slot.parameters[name] = stack_parameter(adapters, members, name, missing);
   }
-  if (!slot.form.is_plain()) {
-    slot.parameters["present"] = present_in(members, static_cast<int64_t>(adapters.size()))
-                                     .to(slot.parameters.at("down_weight").device());
+  if (!slot.form.is_plain() || slot.lora != LoRAForm::kAdd) {
+    slot.parameters["present"] =
+        present_in(members, static_cast<int64_t>(adapters.size())).to(slot.parameters.begin()->second.device());
   }
   if (std::holds_alternative<PlannedPrefix>(first.method)) {
     std::vector<int64_t> lengths(adapters.size(), 0);
@@ -166,6 +172,13 @@ ModuleWeights unstack(const torch::jit::Module& slot, size_t adapter, const Plan
     shapes = {{"lora_a", {lora->config.r, lora->in_features}},
               {"lora_b", {lora->out_features, lora->config.r}},
               {"scaling", {}}};
+    if (lora_form(lora->config) == LoRAForm::kScale) {
+      shapes.erase("lora_a");
+    } else if (lora_form(lora->config) == LoRAForm::kDora) {
+      for (const char* name : {"magnitude", "weight_norm", "fixed"}) {
+        shapes[name] = {lora->out_features};
+      }
+    }
     gates = lora->config.use_gating;
     gate_features = lora->in_features;
   } else if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method)) {

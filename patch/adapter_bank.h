@@ -32,6 +32,7 @@ struct BankSlot {
   std::string slot;      // "selfattn_lora_q"
   std::string name;      // the slot's module name: "selfattn_lora_q", "output_adapter_seq_ln_relu"
   BottleneckForm form = {};  // of bottlenecks
+  LoRAForm lora = LoRAForm::kAdd;
   std::map<std::string, at::Tensor> parameters =
       {};                           // [N, ...], see plan/adapter_weights.h; prefix_length [N]; present, bool [N]
   std::vector<int64_t> gates = {};  // per adapter: how many gates it has here; 0 = not gated, or not here

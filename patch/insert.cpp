@@ -56,7 +56,9 @@ class Inserter {
   std::vector<NamedValue> common_arguments(const BankSlot& slot, Value* module);
   Value* token_mask(const BankSlot& slot);
   Node* marker_behind(Node* node);
-  Node* call_lora(const BankSlot& slot, Value* module, Value* x, Value* base, at::ArrayRef<NamedValue> named);
+  // (output, gate) of a LoRA; x is [B, S, in], base [B, S, out]. `adapter_ids` and `adapter` say whose.
+  std::pair<Value*, Value*> lora(const BankSlot& slot, Value* x, Value* base, Value* adapter_ids, Value* adapter,
+                                 Value* token_mask);
   Value* swapped(Value* value, bool sequence_first);
   Node* call(const char* op, at::ArrayRef<NamedValue> args, at::ArrayRef<NamedValue> named);
 
@@ -182,11 +184,37 @@ Node* Inserter::marker_behind(Node* node) {
   return marker;
 }
 
-Node* Inserter::call_lora(const BankSlot& slot, Value* module, Value* x, Value* base, at::ArrayRef<NamedValue> named) {
-  return call("gated_lora",
-              {NamedValue(x), NamedValue(base), NamedValue(parameter(slot, module, "lora_a")),
-               NamedValue(parameter(slot, module, "lora_b")), NamedValue(parameter(slot, module, "scaling"))},
-              named);
+std::pair<Value*, Value*> Inserter::lora(const BankSlot& slot, Value* x, Value* base, Value* adapter_ids, Value* adapter,
+                                         Value* token_mask) {
+  Value* module = slot_module(slot);
+  std::pair<Value*, Value*> result;  // (output, gate)
+  if (slot.lora != LoRAForm::kScale) {
+    std::vector<NamedValue> named = gate_arguments(slot, module);
+    named.emplace_back("adapter_ids", adapter_ids);
+    named.emplace_back("adapter", adapter);
+    if (token_mask) {
+      named.emplace_back("token_mask", token_mask);
+    }
+    Node* op = call("gated_lora",
+                    {NamedValue(x), NamedValue(base), NamedValue(parameter(slot, module, "lora_a")),
+                     NamedValue(parameter(slot, module, "lora_b")), NamedValue(parameter(slot, module, "scaling"))},
+                    named);
+    result = {op->outputs()[0], op->outputs()[1]};
+  }
+  if (slot.lora == LoRAForm::kAdd) {
+    return result;
+  }
+  // Plain ATen code around or instead of the op; rows of other adapters keep the base's result.
+  RowFunctions rows(graph_, adapter_ids, adapter);
+  const auto of = [&](const char* name) { return parameter(slot, module, name); };
+  if (slot.lora == LoRAForm::kScale) {
+    result.second = rows.pooled(x, of("gate_weight"), of("gate_bias"),
+                                token_mask ? token_mask : graph_.insertConstant(c10::IValue()));
+    result.first = rows.scaled(base, of("lora_b"), of("scaling"), result.second);
+  } else {
+    result.first = rows.with_magnitude(result.first, of("magnitude"), of("weight_norm"), of("fixed"));
+  }
+  return {rows.choose(of("present"), result.first, base), result.second};
 }
 
 Value* Inserter::insert_lora(const BankSlot& slot, const LinearSite& site) {
@@ -199,9 +227,9 @@ Value* Inserter::insert_lora(const BankSlot& slot, const LinearSite& site) {
     base = graph_.insert(c10::aten::narrow, {whole, -1, site.offset, site.width});
   }
   Value* x = swapped(site.node->input(0), site.sequence_first);
-  Value* module = slot_module(slot);
-  Node* op = call_lora(slot, module, x, swapped(base, site.sequence_first), common_arguments(slot, module));
-  Value* updated = swapped(op->outputs()[0], site.sequence_first);
+  const auto [output, gate] =
+      lora(slot, x, swapped(base, site.sequence_first), adapter_ids_, active_, token_mask(slot));
+  Value* updated = swapped(output, site.sequence_first);
   if (site.sequence_first && !site.is_part) {
     updated = graph_.insert(c10::aten::contiguous, {updated});  // as a linear's result is: views of it must work
   }
@@ -211,7 +239,7 @@ Value* Inserter::insert_lora(const BankSlot& slot, const LinearSite& site) {
   whole->replaceAllUsesAfterNodeWith(end, updated);
   end->destroy();
   projections_[site.node] = updated;
-  return op->outputs()[1];
+  return gate;
 }
 
 // The adapter of every row, computed before anything else: for what all rows share, there can be only one.
@@ -240,11 +268,9 @@ void Inserter::insert_lora_elsewhere(const BankSlot& slot, Node* linear) {
   Value* adapter = one_adapter();
   Node* end = marker_behind(linear);
   WithInsertPoint guard(end);
-  Value* module = slot_module(slot);
-  std::vector<NamedValue> named = gate_arguments(slot, module);
-  named.emplace_back("adapter", adapter);
-  Node* op = call_lora(slot, module, linear->input(0), linear->output(), named);
-  linear->output()->replaceAllUsesAfterNodeWith(end, op->outputs()[0]);
+  Value* none = graph_.insertConstant(c10::IValue());
+  Value* updated = lora(slot, linear->input(0), linear->output(), none, adapter, nullptr).first;
+  linear->output()->replaceAllUsesAfterNodeWith(end, updated);
   end->destroy();
 }
 

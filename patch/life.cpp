@@ -29,7 +29,8 @@ Foundation open(const Module& module, const char* what) {
 // A scaling is alpha / r, or a number of the config, unless it is a bottleneck's "learned" or "channel".
 bool is_trained(const std::string& parameter, const PlannedModule& module) {
   const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method);
-  return parameter != "scaling" || (bottleneck && std::holds_alternative<std::string>(bottleneck->config.scaling));
+  return (parameter != "scaling" && parameter != "weight_norm" && parameter != "fixed") ||
+         (parameter == "scaling" && bottleneck && std::holds_alternative<std::string>(bottleneck->config.scaling));
 }
 
 // How weights were initialised, or a prefix was made, is no matter once they are there.
@@ -133,6 +134,7 @@ Module average_adapters(const Module& module, const std::string& name, const std
   Adapter average = *sources.front();
   average.name = name;
   for (size_t m = 0; m < average.weights.size(); ++m) {
+    average.weights[m].erase("weight_norm");  // another one: build() computes it
     for (auto& [parameter, tensor] : average.weights[m]) {
       at::Tensor total = at::zeros(tensor.sizes(), tensor.options().dtype(at::kDouble).requires_grad(false));
       for (size_t i = 0; i < sources.size(); ++i) {

@@ -1,6 +1,6 @@
 #include <torchgraft/patch/merge.h>
 
-#include <torchgraft/patch/graph_utils.h>
+#include <torchgraft/patch/base_weight.h>
 
 #include <ATen/ATen.h>
 
@@ -8,9 +8,6 @@
 
 namespace torchgraft {
 namespace {
-
-using torch::jit::Node;
-using torch::jit::Value;
 
 // Why `module` has no place in a weight; empty when it has one.
 std::string obstacle(const PlannedModule& module) {
@@ -20,17 +17,12 @@ std::string obstacle(const PlannedModule& module) {
   if (std::holds_alternative<PlannedPrefix>(module.method)) {
     return "a prefix adds keys and values";
   }
-  return std::get<PlannedLoRA>(module.method).config.use_gating ? "its gate depends on the input" : "";
-}
-
-// Whether `weight`, [out, in] as a linear reads it, is stored as [in, out] (Conv1D).
-bool is_transposed(const Value* weight) {
-  bool result = false;
-  for (const Node* node = weight->node(); is_layout(node) || is_aten(node, {"t", "numpy_T"});
-       node = node->input(0)->node()) {
-    result = result != is_aten(node, {"t", "numpy_T", "transpose", "permute"});
+  const LoRAConfig& config = std::get<PlannedLoRA>(module.method).config;
+  if (lora_form(config) != LoRAForm::kAdd) {
+    return lora_form(config) == LoRAForm::kScale ? "(IA)^3 scales the projection's bias too"
+                                                 : "DoRA scales the projection's bias too";
   }
-  return result;
+  return config.use_gating ? "its gate depends on the input" : "";
 }
 
 }  // namespace
@@ -49,8 +41,8 @@ void move_into_base(Adapter& adapter, const GraphSites& sites, const torch::jit:
   for (size_t m = 0; m < adapter.plan.size(); ++m) {
     const PlannedModule& planned = adapter.plan[m];
     const LinearSite& site = *lora_site(sites.layers.at(sites.structure.position(planned.layer)), planned.slot);
-    const WeightSource source = weight_source(site.node->input(1), module);
-    TORCH_CHECK(source.tensor.defined() && !source.path.empty(), "merge_adapter: the weight that ", planned.slot,
+    const BaseWeight source = base_weight(site, module);
+    TORCH_CHECK(source.tensor.defined() && source.is_parameter, "merge_adapter: the weight that ", planned.slot,
                 " of layer ", planned.number,
                 " updates is no parameter of the module (was the module frozen?); merge before freezing");
     auto& [weight, sum] = sums[source.tensor.unsafeGetTensorImpl()];
@@ -62,9 +54,7 @@ void move_into_base(Adapter& adapter, const GraphSites& sites, const torch::jit:
     const ModuleWeights& weights = adapter.weights[m];
     const double scaling = lora_scaling(std::get<PlannedLoRA>(planned.method).config);
     const at::Tensor update = at::matmul(weights.at("lora_b").to(at::kDouble), weights.at("lora_a").to(at::kDouble));
-    at::Tensor rows = is_transposed(site.node->input(1)) ? sum.t() : sum;
-    const int64_t first = source.first_row + (site.is_part ? site.offset : 0);
-    rows.narrow(0, first, update.size(0)).add_(update, merge ? scaling : -scaling);
+    source.rows(sum, site, update.size(0)).add_(update, merge ? scaling : -scaling);
     adapter.weights[m].at("scaling") = at::full_like(weights.at("scaling"), merge ? 0.0 : scaling);
   }
   for (auto& [impl, pair] : sums) {

@@ -2,6 +2,7 @@
 
 #include <torchgraft/patch/apply_sites.h>
 #include <torchgraft/patch/clone_module.h>
+#include <torchgraft/patch/dora.h>
 #include <torchgraft/patch/graph_utils.h>
 #include <torchgraft/patch/methods.h>
 #include <torchgraft/patch/passes/lower_mkldnn.h>
@@ -153,6 +154,9 @@ Module base_copy(const Module& module) {
 
 Module build(Foundation foundation, const std::string& active) {
   Module& result = foundation.module;
+  for (Adapter& adapter : foundation.adapters) {
+    complete_dora(adapter, foundation.sites, result);
+  }
   const std::vector<BankSlot> slots = stack_banks(foundation.adapters);
   const std::vector<SlotRun> runs = slot_runs(slots, foundation.sites.structure);
   Module bank = make_adapters_module(foundation.adapters, slots, runs, result._ivalue()->compilation_unit());

@@ -45,6 +45,17 @@ def normed(x: Tensor, weight: Tensor, bias: Tensor, adapter_ids: Optional[Tensor
     plain = torch.layer_norm(x, [x.size(-1)], None, None, 1e-05)
     return plain * selected(weight, adapter_ids, adapter).unsqueeze(1) + selected(bias, adapter_ids, adapter).unsqueeze(1)
 
+def scaled(base: Tensor, vector: Tensor, scaling: Tensor, gate: Tensor, adapter_ids: Optional[Tensor],
+           adapter: int) -> Tensor:
+    coefficient = selected(scaling, adapter_ids, adapter).unsqueeze(-1) * gate
+    return base * (selected(vector, adapter_ids, adapter).squeeze(-1) * coefficient).unsqueeze(1)
+
+def with_magnitude(x: Tensor, magnitude: Tensor, weight_norm: Tensor, fixed: Tensor, adapter_ids: Optional[Tensor],
+                   adapter: int) -> Tensor:
+    ratio = (selected(magnitude, adapter_ids, adapter) / selected(weight_norm, adapter_ids, adapter)).unsqueeze(1)
+    constant = selected(fixed, adapter_ids, adapter).unsqueeze(1)
+    return (x - constant) * ratio + constant
+
 def choose(present: Tensor, x: Tensor, other: Tensor, adapter_ids: Optional[Tensor], adapter: int) -> Tensor:
     chosen = torch.logical_and(selected(present, adapter_ids, adapter), is_active(x, adapter_ids, adapter))
     return torch.where(chosen.view(-1, 1, 1), x, other)
@@ -79,6 +90,14 @@ Value* RowFunctions::normed(Value* x, Value* weight, Value* bias) {
 
 Value* RowFunctions::pooled(Value* x, Value* gate_weight, Value* gate_bias, Value* token_mask) {
   return call("pooled", {x, gate_weight, gate_bias, adapter_ids_, adapter_, token_mask});
+}
+
+Value* RowFunctions::scaled(Value* base, Value* vector, Value* scaling, Value* gate) {
+  return call("scaled", {base, vector, scaling, gate, adapter_ids_, adapter_});
+}
+
+Value* RowFunctions::with_magnitude(Value* x, Value* magnitude, Value* weight_norm, Value* fixed) {
+  return call("with_magnitude", {x, magnitude, weight_norm, fixed, adapter_ids_, adapter_});
 }
 
 Value* RowFunctions::choose(Value* present, Value* x, Value* other) {

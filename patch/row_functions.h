@@ -21,9 +21,17 @@ class RowFunctions {
   // Layer norm of x [B, S, H] with each row's own weight and bias (banks [N, H]); epsilon 1e-5, as nn.LayerNorm has.
   torch::jit::Value* normed(torch::jit::Value* x, torch::jit::Value* weight, torch::jit::Value* bias);
 
-  // A gate [B, G] as the ops compute it, from x [B, S, I]; token_mask may be None.
+  // A gate [B, G] as the ops compute it, from x [B, S, I]; all others may be None.
   torch::jit::Value* pooled(torch::jit::Value* x, torch::jit::Value* gate_weight, torch::jit::Value* gate_bias,
                             torch::jit::Value* token_mask);
+
+  // (IA)^3: base [B, S, O] times the row's vector (bank [N, O, 1]), scaling (bank [N]) and gate [B, 1].
+  torch::jit::Value* scaled(torch::jit::Value* base, torch::jit::Value* vector, torch::jit::Value* scaling,
+                            torch::jit::Value* gate);
+
+  // DoRA: x [B, S, O], but for `fixed`, times magnitude / weight_norm; banks [N, O].
+  torch::jit::Value* with_magnitude(torch::jit::Value* x, torch::jit::Value* magnitude, torch::jit::Value* weight_norm,
+                                    torch::jit::Value* fixed);
 
   // x where the row's adapter is `present` (bool [N]), else `other`; both [B, S, H].
   torch::jit::Value* choose(torch::jit::Value* present, torch::jit::Value* x, torch::jit::Value* other);

@@ -69,7 +69,15 @@ void Reader::read_gate(const SavedParameters& saved, int64_t gates, int64_t feat
 ModuleWeights Reader::read(const PlannedLoRA& planned, const SavedParameters& saved, const std::string& place) {
   const LoRAConfig& config = planned.config;
   ModuleWeights weights;
-  weights["lora_a"] = take(saved, "lora_a", {config.r, planned.in_features}, place);
+  const LoRAForm form = lora_form(config);
+  if (form != LoRAForm::kScale) {
+    weights["lora_a"] = take(saved, "lora_a", {config.r, planned.in_features}, place);
+  }
+  if (form == LoRAForm::kDora) {
+    weights["magnitude"] = take(saved, "magnitude", {planned.out_features, 1}, place).squeeze(-1);
+    weights["fixed"] = saved.count("fixed") ? take(saved, "fixed", {planned.out_features}, place)
+                                            : at::zeros({planned.out_features}, at::kDouble);
+  }
   weights["lora_b"] = take(saved, "lora_b", {planned.out_features, config.r}, place);
   weights["scaling"] = at::scalar_tensor(lora_scaling(config), at::kDouble);
   if (config.use_gating) {

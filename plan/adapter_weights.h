@@ -12,6 +12,9 @@ namespace torchgraft {
 
 // Parameters of one adapter at one place, without the bank dimension. Names and shapes:
 //   LoRA        lora_a [r, in], lora_b [out, r], scaling [] (alpha / r, or 1 when gated)
+//   (IA)^3      lora_b [out, 1], scaling []
+//   DoRA        as LoRA, and magnitude [out], weight_norm [out] (norms of the rows of W + B A when it was grafted),
+//               fixed [out] (what the magnitude does not scale: the bias, for adapters of PEFT)
 //   bottleneck  down_weight [R, H], down_bias [R], up_weight [H, R], up_bias [H], scaling [1] or [H],
 //               norm_before_weight, norm_before_bias, norm_after_weight, norm_after_bias [H] (ln_before, ln_after)
 //   prefix      prefix_key [h_kv, P, d], prefix_value [h_kv, P, d] (the prefix MLP already computed: "ejected")

@@ -29,6 +29,8 @@ std::string parameter_name(const std::string& saved) {
   static const std::map<std::string, std::string> kNames = {
       {"lora_A", "lora_a"},
       {"lora_B", "lora_b"},
+      {"m.weight", "magnitude"},
+      {"fixed", "fixed"},  // of PEFT's DoRA only, which peft.py hands over in these names
       {"adapter_down.0.weight", "down_weight"},
       {"adapter_down.0.bias", "down_bias"},
       {"adapter_down.1.weight", kBehindNorm + "weight"},  // then adapter_down.0 is the layer norm again

@@ -76,6 +76,11 @@ ModuleWeights init(const PlannedLoRA& planned) {
     TORCH_INTERNAL_ASSERT(config.init_weights == "vera", "unchecked init_weights ", config.init_weights);
     weights = {{"lora_a", kaiming_uniform(shape_a, 0.0)}, {"lora_b", kaiming_uniform(shape_b, 0.0)}};
   }
+  if (lora_form(config) == LoRAForm::kScale) {
+    weights.erase("lora_a");
+  } else if (lora_form(config) == LoRAForm::kDora) {
+    weights["fixed"] = at::zeros({planned.out_features});  // the magnitude is the base's: patch/dora.cpp
+  }
   // The gate replaces alpha / r.
   weights["scaling"] = at::scalar_tensor(lora_scaling(config), at::kDouble);
   if (config.use_gating) {

@@ -51,6 +51,10 @@ double lora_scaling(const LoRAConfig& config) {
   return config.use_gating ? 1.0 : config.alpha / static_cast<double>(config.r);
 }
 
+LoRAForm lora_form(const LoRAConfig& config) {
+  return config.composition_mode == "scale" ? LoRAForm::kScale : config.use_dora ? LoRAForm::kDora : LoRAForm::kAdd;
+}
+
 namespace {
 
 bool contains(const std::vector<int64_t>& values, int64_t value) {

@@ -12,6 +12,11 @@ namespace torchgraft {
 // What multiplies B A x: alpha / r, or 1 when the gate replaces it.
 double lora_scaling(const LoRAConfig& config);
 
+// How a LoRAConfig changes a projection: adds B A x; multiplies with a vector ((IA)^3, Liu et al. 2022); adds, and then
+// gives every output a learned magnitude (DoRA, Liu et al. 2024).
+enum class LoRAForm { kAdd, kScale, kDora };
+LoRAForm lora_form(const LoRAConfig& config);
+
 // The three methods, each at one place of one layer. `location` is the oracle's key ("selfattn_lora"), `slot` names the
 // module inside the Transformer layer; the two differ for LoRA on q, k, v only: selfattn_lora_q, and crossattn_lora_q
 // in cross attention, whose location is selfattn_lora too.

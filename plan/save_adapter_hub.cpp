@@ -182,8 +182,16 @@ class Writer {
 
   void write_lora(const PlannedModule& module, const Layer& layer, const ModuleWeights& weights) {
     const std::string prefix = lora_path(module, layer) + ".loras." + name_;
-    append(prefix + ".lora_A", weights.at("lora_a"));
+    if (weights.count("lora_a")) {
+      append(prefix + ".lora_A", weights.at("lora_a"));
+    }
     append(prefix + ".lora_B", weights.at("lora_b"));
+    if (weights.count("magnitude")) {
+      TORCH_CHECK(at::count_nonzero(weights.at("fixed")).item<int64_t>() == 0, "save_adapter: ", module.slot,
+                  " of layer ", module.number, " is a DoRA of PEFT on a projection with a bias, which PEFT's magnitudes "
+                  "do not scale and AdapterHub's do: its directories have no form for it; keep PEFT's directory");
+      append(prefix + ".m.weight", weights.at("magnitude").unsqueeze(-1));
+    }
     write_gate(prefix + ".gate", weights);
   }
 

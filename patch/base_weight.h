@@ -1,0 +1,23 @@
+#pragma once
+
+#include <torchgraft/patch/find_sites.h>
+#include <torchgraft/patch/graph_utils.h>
+
+#include <torch/csrc/jit/api/module.h>
+
+namespace torchgraft {
+
+// The parameter of the base that a linear map reads.
+struct BaseWeight {
+  at::Tensor tensor;  // undefined when it is computed at run time
+  bool is_parameter = false;
+  bool is_transposed = false;  // stored as [in, out] (Conv1D)
+  int64_t first_row = 0;
+
+  // The rows [out_features, in] of `site` in `whole`, a tensor of the parameter's shape: a view.
+  at::Tensor rows(const at::Tensor& whole, const LinearSite& site, int64_t out_features) const;
+};
+
+BaseWeight base_weight(const LinearSite& site, const torch::jit::Module& module);
+
+}  // namespace torchgraft
