@@ -36,7 +36,7 @@ def script_module(module: Any) -> torch.jit.ScriptModule:
 def directory_spec(module: torch.jit.ScriptModule, directory: str | Path, name: str | None = None) -> Spec:
     """The adapter of a directory of AdapterHub or PEFT for `module`, under `name` or its own."""
     if is_peft_directory(Path(directory)):
-        saved = load_peft_directory(directory, inspect(module))
+        saved = load_peft_directory(directory, inspect(module), dict(module.named_parameters()))
     else:
         saved = load_adapter_directory(directory)
     return name or saved.name, saved.config, saved.weights, saved.name

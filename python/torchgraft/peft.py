@@ -18,12 +18,15 @@ from .errors import GraftError
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 DEFAULT_NAME = "default"  # as PEFT calls an adapter that nobody named
 
-_KEY = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")
+_KEY = re.compile(
+    r"(?:base_model\.model\.)?(?P<path>.+)"
+    r"\.(?:lora_(?P<side>[AB])(?:\.[^.]+)?\.weight|lora_(?P<magnitude>magnitude_vector).*)"
+)
 # Initialisations that change the base's weights too: the adapter is right on those only.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
 # Fields that must be off, with what they would mean.
 _UNSUPPORTED = {
-    "use_dora": "DoRA", "use_qalora": "QALoRA", "modules_to_save": "whole modules", "trainable_token_indices": "tokens",
+    "use_qalora": "QALoRA", "modules_to_save": "whole modules", "trainable_token_indices": "tokens",
     "lora_bias": "a bias", "alora_invocation_tokens": "activated LoRA", "target_parameters": "parameters",
     "use_bdlora": "block-diagonal LoRA", "arrow_config": "Arrow",
 }  # fmt: skip
@@ -43,18 +46,26 @@ def is_peft_directory(directory: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Update:
-    """One linear map's update B A, alpha / r already in B. lora_a [r, in], lora_b [out, r]."""
+    """One linear map's update B A, alpha / r already in B. lora_a [r, in], lora_b [out, r], magnitude [out] of DoRA."""
 
     lora_a: Tensor
     lora_b: Tensor
+    magnitude: Tensor | None = None
 
     def padded(self, rank: int) -> "_Update":
         more = rank - self.lora_a.size(0)
         pad = torch.nn.functional.pad
-        return _Update(pad(self.lora_a, (0, 0, 0, more)), pad(self.lora_b, (0, more)))
+        return _Update(pad(self.lora_a, (0, 0, 0, more)), pad(self.lora_b, (0, more)), self.magnitude)
+
+    def rows(self, first: int, count: int) -> "_Update":
+        """The part for one of several packed projections."""
+        magnitude = None if self.magnitude is None else self.magnitude.narrow(0, first, count)
+        return _Update(self.lora_a, self.lora_b.narrow(0, first, count), magnitude)
 
 
-def load_peft_directory(directory: str | Path, structure: Mapping[str, Any]) -> AdapterDirectory:
+def load_peft_directory(
+    directory: str | Path, structure: Mapping[str, Any], parameters: Mapping[str, Tensor]
+) -> AdapterDirectory:
     """The adapter as an AdapterHub one for a model of this structure.
 
     Modules are known by their paths. Ranks that differ (rank_pattern) are padded with zeros to the largest, scalings
@@ -63,6 +74,7 @@ def load_peft_directory(directory: str | Path, structure: Mapping[str, Any]) -> 
     Args:
         directory: what `PeftModel.save_pretrained()` wrote.
         structure: what torchgraft.inspect() says of the model.
+        parameters: the model's, by path: PEFT's DoRA scales all of a projection's result but its bias.
 
     Raises:
         GraftError: not a LoRA, a field that is not supported, or a module that the model does not have or that a LoRA
@@ -76,7 +88,7 @@ def load_peft_directory(directory: str | Path, structure: Mapping[str, Any]) -> 
     for path, update in updates.items():
         places |= _places(directory, path, update, structure)
     rank = max(update.lora_a.size(0) for update in updates.values())
-    return _as_adapter_hub(places, rank, structure)
+    return _as_adapter_hub(directory, places, rank, structure, parameters)
 
 
 def _check_config(directory: Path, config: dict[str, Any]) -> None:
@@ -103,17 +115,20 @@ def _read_updates(directory: Path, config: dict[str, Any]) -> dict[str, _Update]
     sides: dict[str, dict[str, Tensor]] = {}
     for key, tensor in read_weights(directory, WEIGHT_FILES).items():
         match = _KEY.fullmatch(key)
-        if match is None or tensor.dim() != 2 or not tensor.is_floating_point():
+        dimensions = 1 if match and match["magnitude"] else 2
+        if match is None or tensor.dim() != dimensions or not tensor.is_floating_point():
             raise GraftError(f"{directory}: {key} is no weight of a LoRA on a linear map")
-        sides.setdefault(match["path"], {})[match["side"]] = tensor
+        sides.setdefault(match["path"], {})[match["side"] or match["magnitude"]] = tensor
     result = {}
     for path, side in sides.items():
-        if set(side) != {"A", "B"} or side["A"].size(0) != side["B"].size(1):
-            raise GraftError(f"{directory}: expected lora_A [r, in] and lora_B [out, r] for {path}")
+        expected = {"A", "B", "magnitude_vector"} if config.get("use_dora") else {"A", "B"}
+        if set(side) != expected or side["A"].size(0) != side["B"].size(1):
+            raise GraftError(f"{directory}: expected lora_A [r, in] and lora_B [out, r] for {path}"
+                             + (", and its lora_magnitude_vector" if config.get("use_dora") else ""))  # fmt: skip
         rank = side["A"].size(0)
         alpha = _pattern_value(config.get("alpha_pattern"), path, config.get("lora_alpha", 8))
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        result[path] = _Update(side["A"], side["B"] * scaling)
+        result[path] = _Update(side["A"], side["B"] * scaling, side.get("magnitude_vector"))
     if not result:
         raise GraftError(f"{directory}: the adapter has no weights")
     return result
@@ -148,23 +163,35 @@ def _places(
                          f"{width} outputs, got {update.lora_a.size(1)} and {update.lora_b.size(0)}")  # fmt: skip
     first = min(projection["offset"] for _, _, projection in found)
     return {
-        (index, role): (projection, _Update(
-            update.lora_a, update.lora_b.narrow(0, projection["offset"] - first, projection["out_features"])))
+        (index, role): (projection, update.rows(projection["offset"] - first, projection["out_features"]))
         for index, role, projection in found
     }  # fmt: skip
 
 
+def _bias(projection: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> Tensor:
+    """[out] of one projection; zeros when it has none."""
+    features = projection["out_features"]
+    bias = parameters.get(f"{projection['path']}.bias")
+    return torch.zeros(features) if bias is None else bias.detach().narrow(0, projection["offset"], features)
+
+
 def _as_adapter_hub(
-    places: Mapping[tuple[int, str], tuple[dict, _Update]], rank: int, structure: Mapping[str, Any]
+    directory: Path,
+    places: Mapping[tuple[int, str], tuple[dict, _Update]],
+    rank: int,
+    structure: Mapping[str, Any],
+    parameters: Mapping[str, Tensor],
 ) -> AdapterDirectory:
     layers = structure["layers"]
     roles = {role for _, role in places}
     used = {layers[index]["layer"] for index, _ in places}
+    dora = any(update.magnitude is not None for _, update in places.values())
     config = LoRAConfig(
         r=rank,
         alpha=rank,
         selfattn_lora=any(role in _MATRICES for role in roles),
         attn_matrices=[matrix for role, matrix in _MATRICES.items() if role in roles],
+        use_dora=dora,
         leave_out=sorted({layer["layer"] for layer in layers} - used),
         **{flag: role in roles for role, flag in _FLAGS.items()},
     )
@@ -177,12 +204,18 @@ def _as_adapter_hub(
             if role not in roles or projection is None:
                 continue
             _, update = places.get((index, role), (None, None))
+            if update is None and dora:
+                raise GraftError(f"{directory}: DoRA on {role} of some layers, and in layer {layer['layer']} on others, is "
+                                 "not supported; target_modules must name the same projections in each")  # fmt: skip
             if update is None:  # another layer has one here: this one's is zero
                 update = _Update(torch.zeros(1, projection["in_features"]), torch.zeros(projection["out_features"], 1))
             padded = update.padded(rank)
             prefix = f"{projection['path']}.loras.{DEFAULT_NAME}"
             weights.setdefault(f"{prefix}.lora_A", []).append(padded.lora_a)
             weights.setdefault(f"{prefix}.lora_B", []).append(padded.lora_b)
+            if padded.magnitude is not None:
+                weights.setdefault(f"{prefix}.m.weight", []).append(padded.magnitude.unsqueeze(1))
+                weights.setdefault(f"{prefix}.fixed", []).append(_bias(projection, parameters))
     return AdapterDirectory(
         name=DEFAULT_NAME,
         config=json.dumps(config.to_dict()),

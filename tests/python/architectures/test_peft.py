@@ -17,6 +17,10 @@ CASES = {
     "bert-rslora": ("bert", dict(target_modules=["key"], use_rslora=True)),
     "bert-some-layers": ("bert", dict(target_modules=["query"], layers_to_transform=[0, 2])),
     "bert-uneven": ("bert", dict(target_modules=["layer.0.attention.self.query", "layer.2.attention.self.value"])),
+    "bert-dora": ("bert", dict(use_dora=True, rank_pattern={"key": 2}, target_modules=["query", "key", "output.dense"],
+                               exclude_modules=["attention.output.dense"])),
+    "gpt2-dora": ("gpt2", dict(use_dora=True, target_modules=["c_attn"], fan_in_fan_out=True)),
+    "llama-dora": ("llama", dict(use_dora=True, target_modules=["v_proj", "up_proj"])),
     "llama-default": ("llama", dict()),
     "llama-mlp": ("llama", dict(target_modules=["q_proj", "up_proj", "down_proj"])),
     "gpt2-packed": ("gpt2", dict(target_modules=["c_attn"], fan_in_fan_out=True)),
@@ -40,6 +44,8 @@ def _prepared(
             if "lora_" in path:
                 # LLaMA's norms compute in float32, and a steep random model multiplies their rounding.
                 parameter.normal_(std=0.2 if family == "llama" else 0.8)
+                if "magnitude" in path:
+                    parameter.add_(1)
         tuned.to(dtype).eval().save_pretrained(str(folder))
         return base, arguments, plain, positional(*arguments)
 
@@ -55,6 +61,10 @@ def test_equals_peft(case: str, tmp_path) -> None:
         torch.testing.assert_close(module(*arguments), expected, rtol=tolerance, atol=tolerance)
     grafted = torchgraft.graft(base, adapters={"a": tmp_path})
     assert grafted.adapter_names() == ["a"]
+    if options.get("use_dora") and family != "llama":
+        with pytest.raises(torchgraft.GraftError, match="a DoRA of PEFT on a projection with a bias"):
+            torchgraft.save_adapter(module, "task", tmp_path / "again")
+        return
     torchgraft.save_adapter(module, "task", tmp_path / "again")
     again = torchgraft.load_adapter(base, tmp_path / "again")
     with torch.no_grad():
@@ -65,7 +75,8 @@ def test_equals_peft(case: str, tmp_path) -> None:
     "options, message",
     [
         (dict(target_modules=["attention.output.dense"]), "the attention's output projection, where a LoRA has no place"),
-        (dict(use_dora=True), "use_dora .DoRA. is not supported"),
+        (dict(use_dora=True, target_modules=["layer.0.attention.self.query", "layer.1.attention.self.value"]),
+         "DoRA on value of some layers, and in layer 0 on others"),
         (dict(target_modules=["pooler.dense"]), "the model has no linear map pooler.dense"),
     ],
 )
