@@ -20,12 +20,6 @@ std::string printed(double value) {
   return text.str();
 }
 
-void require_false(const std::string& field, bool value) {
-  if (value) {
-    refuse(field, "True", "False");
-  }
-}
-
 // Without effect where nothing is trained; what is grafted refuses to run in training mode (rebuild.cpp).
 void require_probability(const std::string& field, double value) {
   TORCH_CHECK(value >= 0.0 && value < 1.0, "config: expected ", field, " to be at least 0 and below 1, got ", value);
@@ -89,6 +83,17 @@ void check_reduction_factor(const BnConfig& config) {
   }
 }
 
+void check_phm(const BnConfig& config) {
+  require_positive("BnConfig.phm_dim", static_cast<double>(config.phm_dim));
+  require_positive("BnConfig.phm_rank", static_cast<double>(config.phm_rank));
+  require_one_of("BnConfig.phm_c_init", config.phm_c_init, {"normal", "uniform"});
+  require_one_of("BnConfig.hypercomplex_nonlinearity", config.hypercomplex_nonlinearity,
+                 {"phm", "glorot-normal", "glorot-uniform", "normal"});
+  // The library looks for a weight that such a layer does not have.
+  TORCH_CHECK(config.init_weights == "bert", "config: phm_layer (Compacter) needs BnConfig.init_weights=\"bert\", got \"",
+              config.init_weights, "\"");
+}
+
 void check(const BnConfig& config) {
   TORCH_CHECK(config.mh_adapter || config.output_adapter || config.cross_adapter,
               "config: BnConfig has none of mh_adapter, output_adapter and cross_adapter: it adds nothing");
@@ -99,7 +104,9 @@ void check(const BnConfig& config) {
     require_one_of("BnConfig.scaling", *scaling, {"learned", "channel"});
   }
   check_residual(config);
-  require_false("BnConfig.phm_layer", config.phm_layer);
+  if (config.phm_layer) {
+    check_phm(config);
+  }
   require_none("BnConfig.inv_adapter", config.inv_adapter);
   require_probability("BnConfig.dropout", config.dropout);
   require_zero("BnConfig.stochastic_depth", config.stochastic_depth);

@@ -1,6 +1,7 @@
 #include <torchgraft/plan/adapter_weights.h>
 #include <torchgraft/plan/checkpoint.h>
 #include <torchgraft/plan/match_modules.h>
+#include <torchgraft/plan/phm.h>
 #include <torchgraft/plan/prefix_mlp.h>
 
 #include <ATen/ATen.h>
@@ -29,6 +30,8 @@ class Reader {
                  ModuleWeights& weights);
   ModuleWeights read(const PlannedLoRA& planned, const SavedParameters& saved, const std::string& place);
   ModuleWeights read(const PlannedBottleneck& planned, const SavedParameters& saved, const std::string& place);
+  void read_phm(const BnConfig& config, const PhmShape& shape, const SavedParameters& saved, const std::string& place,
+                ModuleWeights& weights);
   const SavedParameters& pool_of(const std::string& location) const;
   at::Tensor ejected(const PlannedPrefix& prefix, const std::string& location);
 
@@ -90,10 +93,15 @@ ModuleWeights Reader::read(const PlannedBottleneck& planned, const SavedParamete
   const int64_t hidden = planned.hidden_size;
   const int64_t size = planned.bottleneck_size;
   ModuleWeights weights;
-  weights["down_weight"] = take(saved, "down_weight", {size, hidden}, place);
-  weights["down_bias"] = take(saved, "down_bias", {size}, place);
-  weights["up_weight"] = take(saved, "up_weight", {hidden, size}, place);
-  weights["up_bias"] = take(saved, "up_bias", {hidden}, place);
+  if (planned.config.phm_layer) {
+    read_phm(planned.config, {hidden, size, "down"}, saved, place, weights);
+    read_phm(planned.config, {size, hidden, "up"}, saved, place, weights);
+  } else {
+    weights["down_weight"] = take(saved, "down_weight", {size, hidden}, place);
+    weights["down_bias"] = take(saved, "down_bias", {size}, place);
+    weights["up_weight"] = take(saved, "up_weight", {hidden, size}, place);
+    weights["up_bias"] = take(saved, "up_bias", {hidden}, place);
+  }
   for (const auto& [name, wanted] : {std::pair(std::string("norm_before"), planned.config.ln_before),
                                      std::pair(std::string("norm_after"), planned.config.ln_after)}) {
     if (wanted) {
@@ -111,6 +119,24 @@ ModuleWeights Reader::read(const PlannedBottleneck& planned, const SavedParamete
     read_gate(saved, 1, hidden, place, weights);
   }
   return weights;
+}
+
+// Computed in float32 or wider whatever the model's type.
+void Reader::read_phm(const BnConfig& config, const PhmShape& shape, const SavedParameters& saved,
+                      const std::string& place, ModuleWeights& weights) {
+  const auto dtype = c10::promoteTypes(c10::typeMetaToScalarType(options_.dtype()), at::kFloat);
+  const std::string side = shape.side;
+  weights[side + "_weight"] = phm_weight(config, shape, [&](const std::string& name, at::IntArrayRef sizes, bool shared) {
+    // The library's names of what is shared: "W_down_left", but "phm_rule_left".
+    const std::string in_all = name.starts_with("W") ? "W_" + side + name.substr(1) : name;
+    TORCH_CHECK(!shared || checkpoint_.shared.count(in_all), "adapter weights: ", in_all,
+                ", which all modules of the adapter share, is missing in the checkpoint: the library leaves it out when it "
+                "saves from a model without a head around it; save from one with a head");
+    return shared ? take(checkpoint_.shared, in_all, sizes, place).to(options_.dtype(dtype))
+                  : take(saved, side + "_" + name, sizes, place).to(options_.dtype(dtype));
+  });
+  weights[side + "_bias"] =
+      config.phm_bias ? take(saved, side + "_bias", {shape.out}, place) : at::zeros({shape.out});
 }
 
 // The part of the prefix pool for `location`: some models put their own name before it, DistilBERT says "self".
@@ -192,6 +218,7 @@ void Reader::check_nothing_is_left() const {
   for (const auto& [location, parameters] : checkpoint_.prefixes) {
     check(parameters);
   }
+  check(checkpoint_.shared);
 }
 
 }  // namespace
@@ -224,6 +251,9 @@ std::vector<WeightMatch> adapter_hub_matches(const Plan& plan, const Structure& 
     for (const auto& [name, saved] : parameters) {
       result.push_back({saved.key, c10::str("the prefixes of ", location, ": ", name)});
     }
+  }
+  for (const auto& [name, saved] : checkpoint.shared) {
+    result.push_back({saved.key, c10::str("all bottlenecks: ", name)});
   }
   return result;
 }

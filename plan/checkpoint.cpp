@@ -22,7 +22,13 @@ std::string join(Path::const_iterator first, Path::const_iterator last) {
   return result;
 }
 
+const std::string kShared = "shared_parameters";
 const std::string kBehindNorm = "down_behind_norm_";
+
+bool is_phm_factor(const std::string& name) {
+  static const std::set<std::string> kFactors = {"W", "W_left", "W_right", "phm_rule", "phm_rule_left", "phm_rule_right"};
+  return kFactors.count(name) > 0;
+}
 
 // Our name of a parameter; empty when it is none that is known.
 std::string parameter_name(const std::string& saved) {
@@ -53,8 +59,18 @@ std::string parameter_name(const std::string& saved) {
       {"control_trans.2.bias", "up_bias"},
       {"control_trans", "flat"},
   };
-  const auto found = kNames.find(saved);
-  return found == kNames.end() ? "" : found->second;
+  if (const auto found = kNames.find(saved); found != kNames.end()) {
+    return found->second;
+  }
+  // Factors of Compacter's projections.
+  for (const auto& [container, side] : {std::pair("adapter_down.0.", std::string("down_")),
+                                        std::pair("adapter_down.1.", kBehindNorm), std::pair("adapter_up.", std::string("up_"))}) {
+    if (saved.starts_with(container)) {
+      const std::string factor = saved.substr(std::string_view(container).size());
+      return factor == "b" ? side + "bias" : is_phm_factor(factor) ? side + factor : "";
+    }
+  }
+  return "";
 }
 
 std::optional<SavedKind> kind_of(const std::string& container) {
@@ -64,7 +80,8 @@ std::optional<SavedKind> kind_of(const std::string& container) {
   return found == kKinds.end() ? std::nullopt : std::optional(found->second);
 }
 
-// A key "<path>.<container>.<name>.<parameter>", container being loras, adapters, prefix_gates or prefix_tunings.
+// A key "<path>.<container>.<name>.<parameter>", container being loras, adapters, prefix_gates, prefix_tunings or
+// shared_parameters (without a path in a model that has no head).
 struct ParsedKey {
   Path path;
   std::string container;
@@ -75,7 +92,7 @@ struct ParsedKey {
 std::optional<ParsedKey> parse(const std::string& key) {
   const Path parts = split_path(key);
   for (size_t i = 0; i + 2 < parts.size(); ++i) {
-    if (kind_of(parts[i]) || parts[i] == "prefix_tunings") {
+    if (kind_of(parts[i]) || parts[i] == "prefix_tunings" || parts[i] == kShared) {
       return ParsedKey{Path(parts.begin(), parts.begin() + i), parts[i], parts[i + 1],
                        Path(parts.begin() + i + 2, parts.end())};
     }
@@ -102,19 +119,28 @@ std::string names_in(const StateDict& state) {
 // With ln_before the library's down projection is a sequence of layer norm and linear map, and the norm has a second
 // name.
 void name_down_projection(SavedParameters& parameters) {
-  for (const char* which : {"weight", "bias"}) {
-    const auto behind = parameters.find(kBehindNorm + which);
-    if (behind == parameters.end()) {
-      continue;
+  std::vector<std::string> behind_norm;
+  for (const auto& [parameter, saved] : parameters) {
+    if (parameter.starts_with(kBehindNorm)) {
+      behind_norm.push_back(parameter.substr(kBehindNorm.size()));
     }
-    SavedTensor& first = parameters[std::string("down_") + which];
-    if (first.tensor.defined()) {
-      const auto [norm, is_new] = parameters.emplace(std::string("norm_before_") + which, first);
-      TORCH_CHECK(is_new || is_same(norm->second.tensor, first.tensor), "adapter weights: expected ", first.key, " and ",
+  }
+  if (behind_norm.empty()) {
+    return;
+  }
+  for (const char* which : {"weight", "bias"}) {
+    const auto first = parameters.find(std::string("down_") + which);
+    if (first != parameters.end()) {
+      const SavedTensor again = first->second;
+      parameters.erase(first);
+      const auto [norm, is_new] = parameters.emplace(std::string("norm_before_") + which, again);
+      TORCH_CHECK(is_new || is_same(norm->second.tensor, again.tensor), "adapter weights: expected ", again.key, " and ",
                   norm->second.key, " to be the same layer norm, but their values differ");
     }
-    first = behind->second;
-    parameters.erase(behind);
+  }
+  for (const std::string& which : behind_norm) {
+    parameters["down_" + which] = parameters.at(kBehindNorm + which);
+    parameters.erase(kBehindNorm + which);
   }
 }
 
@@ -142,6 +168,10 @@ Checkpoint sort_checkpoint(const StateDict& state, const std::string& name) {
   std::map<std::string, size_t> modules;  // path and container -> index
   for (const auto& [key, tensor] : state) {
     const auto parsed = parse(key);
+    if (parsed && parsed->name == name && parsed->container == kShared) {
+      checkpoint.shared[join(parsed->parameter.begin(), parsed->parameter.end())] = {key, tensor};
+      continue;
+    }
     const bool in_pool = parsed && parsed->container == "prefix_tunings";
     const size_t skipped = in_pool ? 1 : 0;  // the location comes before the parameter
     const std::string parameter =

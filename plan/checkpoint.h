@@ -17,7 +17,7 @@ struct SavedTensor {
 };
 
 // By our name of the parameter: lora_a, down_weight, gate_bias, ... (adapter_weights.h); of a prefix's MLP: embeddings,
-// down_weight, down_bias, up_weight, up_bias, or flat.
+// down_weight, down_bias, up_weight, up_bias, or flat; of Compacter: down_W_left, up_phm_rule, ... (phm.h).
 using SavedParameters = std::map<std::string, SavedTensor>;
 
 // The oracle's containers of adapter modules.
@@ -34,6 +34,7 @@ struct SavedModule {
 struct Checkpoint {
   std::vector<SavedModule> modules;
   std::map<std::string, SavedParameters> prefixes;  // the prefix pool, by the oracle's location key
+  SavedParameters shared;                           // Compacter's, by the oracle's names
 };
 
 std::vector<std::string> split_path(const std::string& path);

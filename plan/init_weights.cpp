@@ -1,10 +1,12 @@
 #include <torchgraft/plan/adapter_weights.h>
+#include <torchgraft/plan/phm.h>
 #include <torchgraft/plan/prefix_mlp.h>
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
 #include <cmath>
+#include <map>
 #include <tuple>
 
 namespace torchgraft {
@@ -12,6 +14,7 @@ namespace {
 
 constexpr double kBertStd = 0.02;
 constexpr double kHoulsbyStd = 1e-2;
+constexpr double kPhmRuleSpread = 1e-2;
 
 // Seeds as the oracle's fix_seed: every module with a seed starts from it; a seed of 0 counts as none there. What is
 // drawn below, and in which order, follows the oracle's modules, so that a seeded module equals the oracle's bit for
@@ -97,13 +100,77 @@ at::Tensor bottleneck_scaling(const PlannedBottleneck& planned) {
   return at::ones({per_channel ? planned.hidden_size : 1});
 }
 
-ModuleWeights init(const PlannedBottleneck& planned) {
+// Factors of Compacter's, by name.
+using PhmDraws = std::map<std::string, at::Tensor>;
+
+// xavier_normal_, whatever hypercomplex_nonlinearity says: so does the library.
+at::Tensor xavier_normal(int64_t rows, int64_t columns) {
+  return normal({rows, columns}, std::sqrt(2.0 / static_cast<double>(rows + columns)));
+}
+
+PhmDraws draw_blocks(const BnConfig& config, const PhmShape& shape) {
+  const int64_t in = shape.in / config.phm_dim;
+  const int64_t out = shape.out / config.phm_dim;
+  std::vector<at::Tensor> first;
+  std::vector<at::Tensor> second;
+  for (int64_t i = 0; i < config.phm_dim; ++i) {
+    first.push_back(xavier_normal(in, config.factorized_phm_W ? config.phm_rank : out));
+    if (config.factorized_phm_W) {
+      second.push_back(xavier_normal(config.phm_rank, out));
+    }
+  }
+  if (!config.factorized_phm_W) {
+    return {{"W", at::stack(first)}};
+  }
+  return {{"W_left", at::stack(first)}, {"W_right", at::stack(second)}};
+}
+
+// Rules that modules share have a spread of their own.
+PhmDraws draw_rules(const BnConfig& config) {
+  const bool is_normal = config.phm_c_init == "normal";
+  const double spread = !config.shared_phm_rule ? kPhmRuleSpread : is_normal ? config.phm_init_range : 1.0;
+  const auto draw = [&](at::IntArrayRef sizes) { return is_normal ? normal(sizes, spread) : uniform(sizes, spread); };
+  const int64_t n = config.phm_dim;
+  if (!config.factorized_phm_rule) {
+    return {{"phm_rule", draw({n, n, n})}};
+  }
+  PhmDraws result = {{"phm_rule_left", draw({n, n, 1})}};
+  result["phm_rule_right"] = draw({n, 1, n});
+  return result;
+}
+
+// What the modules of one adapter share: "down", "up" and "rule".
+using SharedFactors = std::map<std::string, PhmDraws>;
+
+at::Tensor init_phm(const BnConfig& config, const PhmShape& shape, SharedFactors& all) {
+  const auto drawn = [&](bool shared, const std::string& key, const auto& draw) {
+    if (!shared) {
+      return draw();
+    }
+    PhmDraws& draws = all[key];
+    draws = draws.empty() ? draw() : draws;
+    return draws;
+  };
+  fix_seed(config.init_weights_seed);
+  PhmDraws factors = drawn(config.shared_W_phm, shape.side, [&] { return draw_blocks(config, shape); });
+  factors.merge(drawn(config.shared_phm_rule, "rule", [&] { return draw_rules(config); }));
+  return phm_weight(config, shape,
+                    [&](const std::string& name, at::IntArrayRef, bool) { return factors.at(name); });
+}
+
+ModuleWeights init(const PlannedBottleneck& planned, SharedFactors& shared) {
   const BnConfig& config = planned.config;
   const int64_t hidden = planned.hidden_size;
   const int64_t size = planned.bottleneck_size;
   ModuleWeights weights = {{"down_bias", at::zeros({size})}, {"up_bias", at::zeros({hidden})}};
+  if (config.phm_layer) {
+    weights["down_weight"] = init_phm(config, {hidden, size, "down"}, shared);
+    weights["up_weight"] = init_phm(config, {size, hidden, "up"}, shared);
+  }
   fix_seed(config.init_weights_seed);
-  if (config.init_weights == "bert") {
+  if (config.phm_layer) {
+    // init_weights is for linear maps
+  } else if (config.init_weights == "bert") {
     weights["down_weight"] = normal({size, hidden}, kBertStd);
     weights["up_weight"] = normal({hidden, size}, kBertStd);
   } else if (config.init_weights == "mam_adapter") {
@@ -155,13 +222,14 @@ at::Tensor init_group(const PlannedPrefix& planned) {
 AdapterWeights init_weights(const Plan& plan, const at::TensorOptions& options) {
   at::NoGradGuard no_grad;
   std::map<std::string, at::Tensor> groups;  // prefix location -> the group's prefixes
+  SharedFactors shared;
   AdapterWeights result;
   for (const PlannedModule& module : plan) {
     ModuleWeights weights;
     if (const auto* lora = std::get_if<PlannedLoRA>(&module.method)) {
       weights = init(*lora);
     } else if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method)) {
-      weights = init(*bottleneck);
+      weights = init(*bottleneck, shared);
     } else {
       const auto& prefix = std::get<PlannedPrefix>(module.method);
       if (prefix.group_index == 0) {

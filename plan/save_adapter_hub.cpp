@@ -254,6 +254,8 @@ AdapterConfig ejected_config(AdapterConfig config) {
   for (MethodConfig& method : config.methods) {
     if (auto* prefix = std::get_if<PrefixTuningConfig>(&method)) {
       prefix->flat = true;
+    } else if (auto* bottleneck = std::get_if<BnConfig>(&method)) {
+      bottleneck->phm_layer = false;
     }
   }
   return config;

@@ -13,6 +13,7 @@ import adapters
 import torch
 from adapters import (
     BnConfig,
+    CompacterConfig,
     ConfigUnion,
     DoubleSeqBnConfig,
     IA3Config,
@@ -64,6 +65,9 @@ CONFIGS = {
     "ia3_gated": IA3Config(use_gating=True, attn_matrices=["q", "k", "v"], output_lora=True),
     "dora": LoRAConfig(use_dora=True, alpha=16),
     "dora_gated": LoRAConfig(use_dora=True, r=3, use_gating=True, **_ALL_LORA),
+    "compacter": CompacterConfig(shared_phm_rule=False, reduction_factor=4),
+    "compacter_factors": CompacterConfig(
+        shared_phm_rule=False, factorized_phm_rule=True, phm_rank=2, ln_before=True, reduction_factor=4),
     "prefix": PrefixTuningConfig(),
     "prefix_gated": PrefixTuningConfig(prefix_length=7, bottleneck_size=20, use_gating=True),
     "prefix_two_gates": PrefixTuningConfig(prefix_length=7, bottleneck_size=20, use_gating=True, shared_gating=False),
@@ -120,6 +124,8 @@ def randomise(model: nn.Module, name: str, seed: int) -> None:
                 value = value * 0.8  # a flat prefix: keys and values themselves
             elif parameter.dim() == 1:
                 value = value * 0.2
+            elif parameter.dim() == 3:
+                value = value * 0.5  # a factor of Compacter's: products of four of them are summed
             else:
                 value = value * 1.2 / parameter.size(1) ** 0.5
             parameter.copy_(value)

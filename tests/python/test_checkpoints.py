@@ -3,14 +3,16 @@
 import json
 import struct
 
+import adapters
 import pytest
 import torch
 import torchgraft
 from grafted import base, grafted, reloaded
-from models import VARIANTS
+from models import VARIANTS, hugging_face
 from oracle import CONFIGS, TOLERANCE, Oracle, Saved, difference, oracle_for, varied_batches
 from safetensors.torch import load_file, save_file
 from torchgraft._libraries import patcher
+from transformers import BertForSequenceClassification
 
 
 def _loaded_by_the_oracle(oracle: Oracle, directory, name: str, dtype: torch.dtype) -> Saved:
@@ -186,3 +188,28 @@ def test_every_dtype_of_the_reference_implementation_is_read(tmp_path) -> None:
         assert sorted(found) == sorted(tensors)
         for key, tensor in tensors.items():
             assert found[key].dtype == tensor.dtype and torch.equal(found[key], tensor)
+
+
+@pytest.mark.parametrize("shared_blocks", [False, True])
+def test_compacter_with_shared_factors(shared_blocks: bool, tmp_path) -> None:
+    """The library saves what all modules share only from a model with a head."""
+    with_head = BertForSequenceClassification(hugging_face("bert", "sdpa", torch.float64).config).double()
+    with_head.bert.load_state_dict(hugging_face("bert", "sdpa", torch.float64).state_dict(), strict=False)
+    adapters.init(with_head)
+    config = adapters.CompacterConfig(reduction_factor=4, phm_init_range=0.5, shared_W_phm=shared_blocks)
+    with_head.add_adapter("task", config=config)
+    with_head.double().eval()
+    with_head.save_adapter(str(tmp_path / "head"), "task", with_head=False)
+    with_head.set_active_adapters("task")
+    variant = VARIANTS["bert_sdpa"]
+    module = torchgraft.load_adapter(base("bert_sdpa", torch.float64), tmp_path / "head")
+    for batch in varied_batches(variant, torch.float64):
+        with torch.no_grad():
+            expected = with_head.bert(batch.ids, batch.mask)[0]
+            actual = variant.hidden(module(*variant.arguments(batch)))
+        assert difference(actual, expected) <= TOLERANCE[torch.float64]
+    weights = torch.load(tmp_path / "head" / "pytorch_adapter.bin", weights_only=True)
+    left = {key: value for key, value in weights.items() if "shared" not in key}
+    torch.save(left, tmp_path / "head" / "pytorch_adapter.bin")
+    with pytest.raises(torchgraft.GraftError, match="which all modules of the adapter share, is missing"):
+        torchgraft.load_adapter(base("bert_sdpa", torch.float64), tmp_path / "head")

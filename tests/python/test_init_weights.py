@@ -5,6 +5,7 @@ import pytest
 import torch
 import torchgraft
 from grafted import base
+from adapters.methods.modeling import PHMLayer
 from models import hugging_face
 from torch import Tensor
 
@@ -20,6 +21,14 @@ CONFIGS = {
     "bert": adapters.DoubleSeqBnConfig(use_gating=True, **SEED),
     "mam_adapter": adapters.ParBnConfig(mh_adapter=True, use_gating=True, scaling="learned", **SEED),
     "houlsby": adapters.SeqBnConfig(init_weights="houlsby", scaling="channel", reduction_factor=3, **SEED),
+    "ia3": adapters.IA3Config(**SEED),
+    "dora": adapters.LoRAConfig(use_dora=True, **SEED, **ALL_LORA),
+    "norms": adapters.SeqBnConfig(ln_before=True, ln_after=True, **SEED),
+    "compacter": adapters.CompacterConfig(shared_phm_rule=False, reduction_factor=4, **SEED),
+    "compacter_factors": adapters.CompacterConfig(
+        shared_phm_rule=False, factorized_phm_rule=True, phm_rank=2, phm_c_init="uniform", reduction_factor=4, **SEED),
+    "compacter_whole": adapters.CompacterPlusPlusConfig(
+        shared_phm_rule=False, factorized_phm_W=False, reduction_factor=4, **SEED),
     "prefix": adapters.PrefixTuningConfig(prefix_length=4, bottleneck_size=20, non_linearity="gelu", **SEED),
     "prefix_flat": adapters.PrefixTuningConfig(prefix_length=4, flat=True, leave_out=[1], **SEED),
     "union": adapters.ConfigUnion(
@@ -32,6 +41,19 @@ CONFIGS = {
 UNSEEDED = [None, 0]
 
 
+def _parameters(adapter: torch.nn.Module | None) -> list[tuple[str, Tensor]]:
+    """(path, value); a layer of Compacter counts as the linear map that it is."""
+    if adapter is None:
+        return []
+    layers = {path: module for path, module in adapter.named_modules() if isinstance(module, PHMLayer)}
+    result = [(name, value) for name, value in adapter.named_parameters() if name.rpartition(".")[0] not in layers]
+    for path, layer in layers.items():
+        # A linear map is known by what it makes of the unit vectors.
+        result.append((f"{path}.weight", (layer(torch.eye(layer.in_features)) - layer.b).T))
+        result.append((f"{path}.bias", layer.b))
+    return [(name, value.squeeze(1) if name == "m.weight" else value) for name, value in result]
+
+
 def _oracle_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
     """{"layer.slot.parameter": value} of the adapter "t", with the names of the grafted module."""
     names = {
@@ -41,6 +63,9 @@ def _oracle_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
         "adapter_down.0.bias": "down_bias",
         "adapter_up.weight": "up_weight",
         "adapter_up.bias": "up_bias",
+        "m.weight": "magnitude",
+        "adapter_norm_after.weight": "norm_after_weight",
+        "adapter_norm_after.bias": "norm_after_bias",
         "scaling": "scaling",
         "gate.weight": "gate_weight",
         "gate.bias": "gate_bias",
@@ -59,7 +84,11 @@ def _oracle_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
         for path, module in block.named_modules():
             for container in ("loras", "adapters"):
                 adapter = dict(getattr(module, container, {})).get("t")
-                for name, value in adapter.named_parameters() if adapter is not None else ():
+                if getattr(adapter, "add_layer_norm_before", False):
+                    names |= {"adapter_down.1.weight": "down_weight", "adapter_down.1.bias": "down_bias",
+                              "adapter_norm_before.weight": "norm_before_weight",
+                              "adapter_norm_before.bias": "norm_before_bias"}  # fmt: skip
+                for name, value in _parameters(adapter):
                     result[f"{layer}.{slots[path]}.{names[name]}"] = value
         pool = block.attention.self.prefix_tuning
         if "t" in pool.prefixes:
@@ -75,6 +104,7 @@ def _grafted_parameters(module: torch.jit.ScriptModule) -> dict[str, Tensor]:
     for name, value in module.adapters.named_parameters():
         layer, slot, parameter = name.removeprefix("layer_").split(".")
         slot = slot[: slot.index("_adapter") + len("_adapter")] if "_adapter" in slot else slot
+        slot = slot.removesuffix("_scale").removesuffix("_dora")
         result[f"{layer}.{slot}.{parameter}"] = value.detach()[0]
     return result
 
@@ -86,11 +116,10 @@ def test_seeded_weights_equal_the_oracle(name: str) -> None:
     model.add_adapter("t", config=CONFIGS[name])
     expected = _oracle_parameters(model)
     actual = _grafted_parameters(torchgraft.graft(base("bert_sdpa", torch.float32), CONFIGS[name], "t"))
-    # A scaling that is no parameter of the oracle is one of the bank.
-    assert set(expected) <= set(actual)
-    assert {key.split(".")[-1] for key in set(actual) - set(expected)} <= {"scaling"}
+    assert set(expected) == set(actual)
     for key, value in expected.items():
-        tolerance = 1e-6 if ".prefix_" in key else 0.0  # the prefix MLP's products
+        is_product = ".prefix_" in key or "compacter" in name or ".magnitude" in key
+        tolerance = 1e-6 if is_product else 0.0
         assert actual[key].shape == value.shape, key
         assert (actual[key] - value).abs().max() <= tolerance, key
 
