@@ -23,12 +23,8 @@ REFUSED = {
     "houlsby+inv": "BnConfig.inv_adapter=nice",
     "seq_bn_inv": "BnConfig.inv_adapter=nice",
     "double_seq_bn_inv": "BnConfig.inv_adapter=nice",
-    "compacter": "BnConfig.phm_layer=True",
-    "compacter++": "BnConfig.phm_layer=True",
-    "ia3": "LoRAConfig.composition_mode=scale",
     "vera": "LoRAConfig.vera_d=0.1",
-    "dora": "LoRAConfig.use_dora=True",
-    "dvora": "LoRAConfig.use_dora=True",
+    "dvora": "LoRAConfig.vera_d=0.1",
 }
 NAMES = sorted(set(ADAPTER_CONFIG_MAP) - OTHER_METHODS)
 
