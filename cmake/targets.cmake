@@ -26,7 +26,8 @@ function(torchgraft_vectorized target)
     torchgraft_library(${copy})
     target_compile_features(${copy} PRIVATE cxx_std_20)
     target_link_libraries(${copy} PRIVATE torch OpenMP::OpenMP_CXX)
-    target_compile_options(${copy} PRIVATE ${flags_${instruction_set}} -fno-math-errno -fno-trapping-math)
+    target_compile_options(${copy} PRIVATE ${flags_${instruction_set}} -fno-math-errno -fno-trapping-math
+      -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized)  # g++ 12 on its own intrinsics
     target_compile_definitions(${copy} PRIVATE TORCHGRAFT_INSTRUCTION_SET=${instruction_set})
     target_sources(${target} PRIVATE $<TARGET_OBJECTS:${copy}>)
   endforeach()

@@ -1,11 +1,58 @@
 #pragma once
 
+#include <cstdint>
+
 namespace torchgraft::ops::cpu {
+
+// y [rows, columns] = x [rows, depth] w [columns, depth]^T (+ x2 w2^T, of depth2) (+ bias): both factors lie row-major
+// along the sum, as nn.Linear stores its weight, so nothing is packed. Leading dimensions are in elements. Each element
+// of y is summed in one fixed order, whatever rows and columns it is computed with.
+struct DotProduct {
+  int64_t rows = 0;
+  int64_t columns = 0;
+  int64_t depth = 0;
+  const float* x = nullptr;
+  int64_t x_stride = 0;
+  const float* w = nullptr;
+  int64_t w_stride = 0;
+  float* y = nullptr;
+  int64_t y_stride = 0;
+  const float* bias = nullptr;  // [columns]
+  int64_t depth2 = 0;
+  const float* x2 = nullptr;
+  int64_t x2_stride = 0;
+  const float* w2 = nullptr;
+  int64_t w2_stride = 0;
+};
+
+// y [rows, columns] = init [rows, columns] + x [rows, depth] w [depth, columns]; w lies row-major along the columns, for
+// sums too short for a DotProduct. init may be y.
+struct OuterProduct {
+  int64_t rows = 0;
+  int64_t columns = 0;
+  int64_t depth = 0;
+  const float* x = nullptr;
+  int64_t x_stride = 0;
+  const float* w = nullptr;
+  int64_t w_stride = 0;
+  const float* init = nullptr;
+  int64_t init_stride = 0;
+  float* y = nullptr;
+  int64_t y_stride = 0;
+};
+
+enum class FusedActivation { kIdentity, kRelu, kSilu, kGelu, kGeluTanh, kTanh, kSigmoid };
 
 // The inner loops, on raw pointers: every source of ops/cpu/vectorized/ is compiled once for each instruction set, and
 // each copy fills in one of these tables.
 struct Kernels {
   const char* instruction_set;  // "default", "avx2" or "avx512"
+  void (*dot_product)(const DotProduct&);
+  void (*outer_product)(const OuterProduct&);
+  // to [columns, rows] = from [rows, columns] transposed, each times scale[row] (null: 1).
+  void (*transpose)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, const float* scale,
+                    float* to, int64_t to_stride);
+  void (*activate)(FusedActivation, float* values, int64_t count);
 };
 
 // The table for this machine: what at::get_cpu_capability() says, so ATEN_CPU_CAPABILITY=default|avx2 chooses here too.

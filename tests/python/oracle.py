@@ -83,7 +83,7 @@ CONFIGS = {
 
 def runs_on(config: str, variant: str) -> bool:
     """Whether the library can run it: "post_add" is a crash where no norm comes behind the residual add."""
-    return config != "bn_residual_post_add" or not ("_pre_" in variant or variant.startswith("vit"))
+    return config != "bn_residual_post_add" or not ("_pre" in variant or variant.startswith("vit"))
 
 
 Gates = dict[int, dict[str, Tensor]]  # gates[layer][location], each [rows, k]

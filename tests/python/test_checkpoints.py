@@ -70,9 +70,8 @@ def test_what_is_written_is_read_again(config: str, tmp_path) -> None:
     variant = VARIANTS["bert_sdpa"]
     for batch in varied_batches(variant, torch.float64):
         with torch.no_grad():
-            assert torch.equal(
-                variant.hidden(again(*variant.arguments(batch))), variant.hidden(module(*variant.arguments(batch)))
-            )
+            read, written = (variant.hidden(each(*variant.arguments(batch))) for each in (again, module))
+            assert difference(read, written) <= TOLERANCE[torch.float64] / 10
 
 
 def test_every_weight_is_told_its_place(tmp_path) -> None:

@@ -32,7 +32,8 @@ def test_results_and_gates_equal_the_oracle(name: str, config: str, dtype: torch
             alone = module(*variant.arguments(batch))
         actual = variant.compared(variant.hidden(result), batch)
         assert difference(actual, variant.compared(expected.hidden, batch)) <= TOLERANCE[dtype]
-        assert torch.equal(variant.compared(variant.hidden(alone), batch), actual)
+        # Not bit for bit: with one thread TorchScript fuses element-wise code from the third run on.
+        assert difference(variant.compared(variant.hidden(alone), batch), actual) <= TOLERANCE[dtype] / 10
         if expected.gates:
             assert_gates_close(gates["task"], expected.gates, TOLERANCE[dtype])
         else:

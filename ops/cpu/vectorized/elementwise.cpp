@@ -1,0 +1,65 @@
+#include <ATen/cpu/vec/vec.h>
+#include <torchgraft/ops/cpu/vectorized/entries.h>
+
+#include <algorithm>
+
+namespace torchgraft::ops::cpu::TORCHGRAFT_VECTORIZED {
+namespace {
+
+using Vec = at::vec::Vectorized<float>;
+constexpr int64_t kLanes = Vec::size();
+
+template <typename Function>
+void map(float* values, int64_t count, const Function& function) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    function(Vec::loadu(values + i)).store(values + i);
+  }
+  if (i < count) {
+    function(Vec::loadu(values + i, count - i)).store(values + i, count - i);
+  }
+}
+
+Vec sigmoid(const Vec& x) { return Vec(1.0F) / (Vec(1.0F) + x.neg().exp()); }
+
+}  // namespace
+
+void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, const float* scale, float* to,
+               int64_t to_stride) {
+  constexpr int64_t kTile = 16;  // a tile's lines of both sides stay in the first cache
+  for (int64_t row = 0; row < rows; row += kTile) {
+    const int64_t row_end = std::min(rows, row + kTile);
+    for (int64_t column = 0; column < columns; ++column) {
+      for (int64_t i = row; i < row_end; ++i) {
+        to[column * to_stride + i] = from[i * from_stride + column] * (scale == nullptr ? 1.0F : scale[i]);
+      }
+    }
+  }
+}
+
+// The formulas of ops/activation.cpp.
+void activate(FusedActivation activation, float* values, int64_t count) {
+  switch (activation) {
+    case FusedActivation::kIdentity:
+      return;
+    case FusedActivation::kRelu:
+      return map(values, count, [](const Vec& x) { return at::vec::maximum(x, Vec(0.0F)); });
+    case FusedActivation::kSilu:
+      return map(values, count, [](const Vec& x) { return x * sigmoid(x); });
+    case FusedActivation::kGelu:
+      return map(values, count, [](const Vec& x) {
+        return x * Vec(0.5F) * (Vec(1.0F) + (x * Vec(0.70710678118654752440F)).erf());
+      });
+    case FusedActivation::kGeluTanh:
+      return map(values, count, [](const Vec& x) {
+        const Vec inner = Vec(0.79788456080286535588F) * (x + Vec(0.044715F) * x * x * x);
+        return x * Vec(0.5F) * (Vec(1.0F) + inner.tanh());
+      });
+    case FusedActivation::kTanh:
+      return map(values, count, [](const Vec& x) { return x.tanh(); });
+    case FusedActivation::kSigmoid:
+      return map(values, count, sigmoid);
+  }
+}
+
+}  // namespace torchgraft::ops::cpu::TORCHGRAFT_VECTORIZED

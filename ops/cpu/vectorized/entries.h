@@ -1,0 +1,18 @@
+#pragma once
+
+#include <torchgraft/ops/cpu/kernels.h>
+
+// What table.cpp collects, in a namespace of each instruction set's own.
+#define TORCHGRAFT_JOIN_2(a, b) a##b
+#define TORCHGRAFT_JOIN(a, b) TORCHGRAFT_JOIN_2(a, b)
+#define TORCHGRAFT_VECTORIZED TORCHGRAFT_JOIN(vectorized_, TORCHGRAFT_INSTRUCTION_SET)
+
+namespace torchgraft::ops::cpu::TORCHGRAFT_VECTORIZED {
+
+void dot_product(const DotProduct& job);
+void outer_product(const OuterProduct& job);
+void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, const float* scale, float* to,
+               int64_t to_stride);
+void activate(FusedActivation activation, float* values, int64_t count);
+
+}  // namespace torchgraft::ops::cpu::TORCHGRAFT_VECTORIZED
