@@ -1,5 +1,7 @@
 #include <ATen/ATen.h>
+#include <torchgraft/ops/cpu/read_tokens.h>
 #include <torchgraft/ops/gate.h>
+#include <torchgraft/ops/kernel_choice.h>
 
 namespace torchgraft::ops {
 
@@ -7,6 +9,9 @@ Gate gate_forward(const at::Tensor& x, const RowArguments& args, const Selection
   Gate gate;
   if (!args.gate_weight.defined() || selection.kind == Selection::Kind::kBase) {
     return gate;
+  }
+  if (takes_fused_kernels(x, selection)) {
+    return cpu::read_tokens(x, {}, args, selection).gate;
   }
   const auto type = accumulation_type(x.scalar_type());
   const at::Tensor weight = select(selection, args.gate_weight);            // [(B,) G, I]

@@ -1,5 +1,6 @@
 #include <ATen/ATen.h>
 #include <ATen/TensorSubclassLikeUtils.h>
+#include <torchgraft/ops/cpu/kernels.h>
 #include <torchgraft/ops/kernel_choice.h>
 
 #include <atomic>
@@ -9,30 +10,42 @@
 namespace torchgraft::ops {
 namespace {
 
-bool read_environment() {
+KernelMode read_environment() {
   const char* value = std::getenv("TORCHGRAFT_KERNELS");
-  if (value == nullptr || std::string_view(value).empty() || std::string_view(value) == "fused") {
-    return false;
+  const std::string_view mode = value == nullptr ? "" : value;
+  if (mode.empty() || mode == "auto") {
+    return KernelMode::kAuto;
   }
-  TORCH_CHECK(std::string_view(value) == "reference",
-              "TORCHGRAFT_KERNELS: expected \"fused\" or \"reference\", got \"", value, "\"");
-  return true;
+  if (mode == "fused") {
+    return KernelMode::kFused;
+  }
+  TORCH_CHECK(mode == "reference", "TORCHGRAFT_KERNELS: expected \"auto\", \"fused\" or \"reference\", got \"", mode,
+              "\"");
+  return KernelMode::kReference;
 }
 
-std::atomic<bool>& reference_flag() {
-  static std::atomic<bool> flag{read_environment()};
-  return flag;
+std::atomic<KernelMode>& mode_in_use() {
+  static std::atomic<KernelMode> mode{read_environment()};
+  return mode;
+}
+
+bool may_run() {
+  const KernelMode mode = kernel_mode();
+  return mode == KernelMode::kFused || (mode == KernelMode::kAuto && cpu::kernels().is_fast);
 }
 
 }  // namespace
 
-bool reference_kernels() { return reference_flag().load(std::memory_order_relaxed); }
-void set_reference_kernels(bool reference) { reference_flag().store(reference, std::memory_order_relaxed); }
+KernelMode kernel_mode() { return mode_in_use().load(std::memory_order_relaxed); }
+void set_kernel_mode(KernelMode mode) { mode_in_use().store(mode, std::memory_order_relaxed); }
 
 bool takes_fused_kernels(const at::Tensor& x) {
-  const auto type = x.scalar_type();
-  return x.is_cpu() && (type == at::kFloat || type == at::kBFloat16) && x.layout() == at::kStrided &&
-         !at::isTensorSubclassLike(x) && !reference_kernels();
+  return x.is_cpu() && x.scalar_type() == at::kFloat && !at::isTensorSubclassLike(x) && x.layout() == at::kStrided &&
+         x.numel() > 0 && may_run();
+}
+
+bool takes_fused_kernels(const at::Tensor& x, const Selection& selection) {
+  return selection.kind != Selection::Kind::kBase && takes_fused_kernels(x);
 }
 
 }  // namespace torchgraft::ops

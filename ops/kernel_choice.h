@@ -1,18 +1,28 @@
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include <torchgraft/ops/bank.h>
+#include <torchgraft/registration/export.h>
 
 namespace torchgraft::ops {
 
 // The one place that decides whether an op's fused CPU kernel or its ATen composition runs. The composition is the
 // reference that every fused kernel is tested against, and takes whatever a fused kernel does not: other devices and
-// dtypes, tensors without memory of their own (fake, functional), and everything under TORCHGRAFT_KERNELS=reference.
+// dtypes, tensors without memory of their own (fake, functional), empty ones, and batches without an adapter.
 
-// What all fused kernels ask of their operands.
+// What all fused kernels ask of their operands: x [B, S, I] float32 on the CPU.
+bool takes_fused_kernels(const at::Tensor& x, const Selection& selection);
+
+// The same without a look at the adapters, for what a fused kernel makes of the base too.
 bool takes_fused_kernels(const at::Tensor& x);
 
-// Whether TORCHGRAFT_KERNELS=reference is set. Read once; `set_reference_kernels` overrules it (for tests).
-bool reference_kernels();
-void set_reference_kernels(bool reference);
+enum class KernelMode {
+  kAuto,       // fused where the machine's instruction set has kernels that were measured to win: AVX2 and AVX-512
+  kFused,      // wherever they can run
+  kReference,  // never
+};
+
+// TORCHGRAFT_KERNELS=auto|fused|reference, read once; set_kernel_mode overrules it (for tests and benchmarks).
+KernelMode kernel_mode();
+TORCHGRAFT_API void set_kernel_mode(KernelMode mode);
 
 }  // namespace torchgraft::ops

@@ -40,9 +40,9 @@ class GatedBottleneckFunction : public torch::autograd::Function<GatedBottleneck
         scaling,   non_linearity, row_arguments(gate_weight, gate_bias, adapter_ids, adapter, token_mask)};
     check(args);
     const Selection selection = resolve_selection("gated_bottleneck", args.rows, down_weight, /*recording=*/true);
-    const BottleneckForward result = bottleneck_forward(args, selection);
-    const at::Tensor gate = gate_result(result.gate, x, args.rows, selection);
     const bool from_output = find_activation(non_linearity).saves_output;
+    const BottleneckForward result = bottleneck_forward(args, selection, /*keep_inner=*/!from_output);
+    const at::Tensor gate = gate_result(result.gate, x, args.rows, selection);
     save(ctx,
          {x, residual, down_weight, down_bias, up_weight, up_bias, scaling, args.rows.gate_weight, args.rows.gate_bias},
          {x, down_weight, down_bias, up_weight, up_bias, scaling, args.rows.gate_weight, args.rows.gate_bias,

@@ -2,10 +2,36 @@
 #include <torch/library.h>
 #include <torchgraft/ops/check.h>
 #include <torchgraft/ops/composite/gated_bottleneck_kernel.h>
+#include <torchgraft/ops/cpu/expand.h>
+#include <torchgraft/ops/cpu/read_tokens.h>
+#include <torchgraft/ops/kernel_choice.h>
 
 namespace torchgraft::ops {
 
-BottleneckForward bottleneck_forward(const BottleneckArguments& args, const Selection& selection) {
+namespace {
+
+BottleneckForward fused_forward(const BottleneckArguments& args, const Selection& selection, bool keep_inner) {
+  const Activation& activation = find_activation(args.non_linearity);
+  const std::optional<cpu::FusedActivation> fused = cpu::fused_activation(activation.name);
+  const bool apart = !fused.has_value();
+  cpu::TokenReading reading = cpu::read_tokens(
+      args.x, {args.down_weight, args.down_bias, fused.value_or(cpu::FusedActivation::kIdentity), keep_inner && !apart},
+      args.rows, selection);
+  BottleneckForward result;
+  result.gate = reading.gate;
+  result.inner = apart ? reading.hidden : reading.inner;
+  result.hidden = apart ? activation.forward(reading.hidden).contiguous() : reading.hidden;
+  result.output = cpu::expand(args.residual, result.hidden, {args.up_weight, args.up_bias, args.scaling}, result.gate,
+                              selection);
+  return result;
+}
+
+}  // namespace
+
+BottleneckForward bottleneck_forward(const BottleneckArguments& args, const Selection& selection, bool keep_inner) {
+  if (takes_fused_kernels(args.x, selection)) {
+    return fused_forward(args, selection, keep_inner);
+  }
   BottleneckForward result;
   if (selection.kind == Selection::Kind::kBase) {
     result.output = at::clone(args.residual, at::MemoryFormat::Contiguous);
@@ -57,7 +83,7 @@ std::tuple<at::Tensor, at::Tensor> gated_bottleneck_composite(
                                  row_arguments(gate_weight, gate_bias, adapter_ids, adapter, token_mask)};
   check(args);
   const Selection selection = resolve_selection("gated_bottleneck", args.rows, down_weight, /*recording=*/false);
-  const BottleneckForward forward = bottleneck_forward(args, selection);
+  const BottleneckForward forward = bottleneck_forward(args, selection, /*keep_inner=*/false);
   return {forward.output, gate_result(forward.gate, x, args.rows, selection)};
 }
 

@@ -11,10 +11,11 @@ namespace torchgraft::ops {
 struct BottleneckForward {
   at::Tensor output;  // [B, S, H]
   Gate gate;
-  at::Tensor inner;   // [B, S, R]: the non-linearity's input. Undefined for a base selection
+  at::Tensor inner;   // [B, S, R]: the non-linearity's input. Undefined for a base selection, and where not kept
   at::Tensor hidden;  // [B, S, R]: the non-linearity's output
 };
 
-BottleneckForward bottleneck_forward(const BottleneckArguments& args, const Selection& selection);
+// keep_inner: for a gradient that is computed from it.
+BottleneckForward bottleneck_forward(const BottleneckArguments& args, const Selection& selection, bool keep_inner);
 
 }  // namespace torchgraft::ops

@@ -2,6 +2,9 @@
 #include <torch/library.h>
 #include <torchgraft/ops/check.h>
 #include <torchgraft/ops/composite/gated_lora_kernel.h>
+#include <torchgraft/ops/cpu/expand.h>
+#include <torchgraft/ops/cpu/read_tokens.h>
+#include <torchgraft/ops/kernel_choice.h>
 
 namespace torchgraft::ops {
 
@@ -13,6 +16,13 @@ at::Tensor lora_coefficient(const LoraArguments& args, const Selection& selectio
 
 LoraForward lora_forward(const LoraArguments& args, const Selection& selection) {
   LoraForward result;
+  if (takes_fused_kernels(args.x, selection)) {
+    const cpu::TokenReading reading = cpu::read_tokens(args.x, {args.lora_a, {}}, args.rows, selection);
+    result.gate = reading.gate;
+    result.hidden = reading.hidden;
+    result.output = cpu::expand(args.base, result.hidden, {args.lora_b, {}, args.scaling}, result.gate, selection);
+    return result;
+  }
   result.output = at::clone(args.base, at::MemoryFormat::Contiguous);
   if (selection.kind == Selection::Kind::kBase) {
     return result;

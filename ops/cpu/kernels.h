@@ -25,8 +25,8 @@ struct DotProduct {
   int64_t w2_stride = 0;
 };
 
-// y [rows, columns] = init [rows, columns] + x [rows, depth] w [depth, columns]; w lies row-major along the columns, for
-// sums too short for a DotProduct. init may be y.
+// y [rows, columns] = init [rows, columns] + x [rows, depth] w [depth, columns]; w lies row-major along the columns,
+// for sums too short for a DotProduct. init may be y.
 struct OuterProduct {
   int64_t rows = 0;
   int64_t columns = 0;
@@ -47,6 +47,7 @@ enum class FusedActivation { kIdentity, kRelu, kSilu, kGelu, kGeluTanh, kTanh, k
 // each copy fills in one of these tables.
 struct Kernels {
   const char* instruction_set;  // "default", "avx2" or "avx512"
+  bool is_fast;                 // measured to be faster than ATen's composition
   void (*dot_product)(const DotProduct&);
   void (*outer_product)(const OuterProduct&);
   // to [columns, rows] = from [rows, columns] transposed, each times scale[row] (null: 1).

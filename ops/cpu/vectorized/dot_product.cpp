@@ -71,8 +71,8 @@ void block(const DotProduct& job, int64_t row, int64_t column) {
   accumulate<R, C>(sums, job.x + row * job.x_stride, job.x_stride, job.w + column * job.w_stride, job.w_stride,
                    job.depth);
   if (job.depth2 > 0) {
-    accumulate<R, C>(sums, job.x2 + row * job.x2_stride, job.x2_stride, job.w2 + column * job.w2_stride,
-                     job.w2_stride, job.depth2);
+    accumulate<R, C>(sums, job.x2 + row * job.x2_stride, job.x2_stride, job.w2 + column * job.w2_stride, job.w2_stride,
+                     job.depth2);
   }
   for (int i = 0; i < R; ++i) {
     float* y = job.y + (row + i) * job.y_stride + column;

@@ -26,12 +26,14 @@ Vec sigmoid(const Vec& x) { return Vec(1.0F) / (Vec(1.0F) + x.neg().exp()); }
 
 void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, const float* scale, float* to,
                int64_t to_stride) {
-  constexpr int64_t kTile = 16;  // a tile's lines of both sides stay in the first cache
-  for (int64_t row = 0; row < rows; row += kTile) {
-    const int64_t row_end = std::min(rows, row + kTile);
-    for (int64_t column = 0; column < columns; ++column) {
-      for (int64_t i = row; i < row_end; ++i) {
-        to[column * to_stride + i] = from[i * from_stride + column] * (scale == nullptr ? 1.0F : scale[i]);
+  for (int64_t row = 0; row < rows; row += kLanes) {
+    const auto tall = static_cast<int>(std::min(kLanes, rows - row));
+    for (int64_t column = 0; column < columns; column += kLanes) {
+      const auto wide = static_cast<int>(std::min(kLanes, columns - column));
+      float* tile = to + column * to_stride + row;
+      at::vec::transpose_mxn<float>(from + row * from_stride + column, from_stride, tile, to_stride, tall, wide);
+      for (int j = 0; j < wide && scale != nullptr; ++j) {
+        (Vec::loadu(tile + j * to_stride, tall) * Vec::loadu(scale + row, tall)).store(tile + j * to_stride, tall);
       }
     }
   }
@@ -47,9 +49,8 @@ void activate(FusedActivation activation, float* values, int64_t count) {
     case FusedActivation::kSilu:
       return map(values, count, [](const Vec& x) { return x * sigmoid(x); });
     case FusedActivation::kGelu:
-      return map(values, count, [](const Vec& x) {
-        return x * Vec(0.5F) * (Vec(1.0F) + (x * Vec(0.70710678118654752440F)).erf());
-      });
+      return map(values, count,
+                 [](const Vec& x) { return x * Vec(0.5F) * (Vec(1.0F) + (x * Vec(0.70710678118654752440F)).erf()); });
     case FusedActivation::kGeluTanh:
       return map(values, count, [](const Vec& x) {
         const Vec inner = Vec(0.79788456080286535588F) * (x + Vec(0.044715F) * x * x * x);

@@ -1,0 +1,28 @@
+#pragma once
+
+#include <torchgraft/ops/bank.h>
+#include <torchgraft/ops/gate.h>
+
+namespace torchgraft::ops::cpu {
+
+// The wide side of an update: base + c (hidden weight^T + bias), where c of a row is its adapter's scaling times its
+// gate. Banks; float32.
+struct Expansion {
+  at::Tensor weight;   // [N, O, R]
+  at::Tensor bias;     // [N, O]; may be undefined
+  at::Tensor scaling;  // [N], [N, 1], or [N, O]: per channel
+};
+
+// base [B, S, O], hidden [B, S, R] -> [B, S, O], contiguous. Rows without an adapter come out as they are in `base`.
+at::Tensor expand(const at::Tensor& base, const at::Tensor& hidden, const Expansion& expansion, const Gate& gate,
+                  const Selection& selection);
+
+// c of every row, [B]: `per_adapter` [N] or [N, 1] times the gate's first column. 0 for rows without an adapter.
+std::vector<float> row_coefficients(const at::Tensor& per_adapter, const Gate& gate, const Selection& selection,
+                                    int64_t batch);
+
+// to [rows, columns] = x [rows, columns] times the coefficient of each token's row; tokens count from `first` in [B S].
+void scale_rows(const float* x, int64_t rows, int64_t columns, const std::vector<float>& coefficients, int64_t first,
+                int64_t tokens, float* to, int64_t to_stride);
+
+}  // namespace torchgraft::ops::cpu

@@ -1,0 +1,14 @@
+#pragma once
+
+#include <torchgraft/ops/arguments.h>
+#include <torchgraft/ops/bank.h>
+#include <torchgraft/ops/gate.h>
+
+namespace torchgraft::ops::cpu {
+
+// x weight^T + bias and the LoRA of `lora` (whose base is not read) in one pass over x; the update is summed in the
+// registers that hold the projection. x [B, S, I], weight [O, I], bias [O] or undefined; float32.
+std::pair<at::Tensor, Gate> lora_projection(const at::Tensor& weight, const at::Tensor& bias, const LoraArguments& lora,
+                                            const Selection& selection);
+
+}  // namespace torchgraft::ops::cpu

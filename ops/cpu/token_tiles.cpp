@@ -1,0 +1,30 @@
+#include <ATen/ATen.h>
+#include <torchgraft/ops/cpu/token_tiles.h>
+
+namespace torchgraft::ops::cpu {
+
+TokenRuns token_runs(const Selection& selection, int64_t batch, int64_t tokens) {
+  TORCH_INTERNAL_ASSERT(selection.kind != Selection::Kind::kBase, "no tokens have an adapter");
+  if (!selection.is_mixed()) {
+    return {batch * tokens, {selection.adapter}};
+  }
+  const at::Tensor rows = selection.rows.contiguous();
+  const at::Tensor active = selection.active.contiguous();
+  const int64_t* row = rows.const_data_ptr<int64_t>();
+  const bool* is_active = active.const_data_ptr<bool>();
+  TokenRuns runs{tokens, {}};
+  for (int64_t b = 0; b < batch; ++b) {
+    runs.adapters.push_back(is_active[b] ? row[b] : -1);
+  }
+  return runs;
+}
+
+BankSlices::BankSlices(const at::Tensor& bank) {
+  if (bank.defined() && bank.numel() > 0) {
+    bank_ = bank.contiguous();
+    first_ = bank_.const_data_ptr<float>();
+    size_ = bank_.numel() / bank_.size(0);
+  }
+}
+
+}  // namespace torchgraft::ops::cpu
