@@ -14,6 +14,7 @@ set(torchgraft_headers
   ops/attention_token_mask.h
   ops/gated_bottleneck.h
   ops/gated_lora.h
+  ops/gated_lora_linear.h
   ops/gated_prefix_attention.h
   registration/export.h
   registration/library.h)

@@ -167,6 +167,21 @@ void check(const LoraArguments& args) {
   checker.rows(args.rows, args.lora_a, /*max_gates=*/1);
 }
 
+void check(const LoraArguments& args, const at::Tensor& weight, const at::Tensor& bias) {
+  const Checker checker("gated_lora_linear", args.x);
+  checker.input(args.x, {"B", "S", "I"});
+  const c10::SymInt features = args.x.sym_size(2);
+  checker.like_x("weight", weight, {"O", features});
+  if (bias.defined()) {
+    checker.like_x("bias", bias, {weight.sym_size(0)});
+  }
+  checker.like_x("lora_a", args.lora_a, {"N", "r", features});
+  const c10::SymInt adapters = args.lora_a.sym_size(0);
+  checker.like_x("lora_b", args.lora_b, {adapters, weight.sym_size(0), args.lora_a.sym_size(1)});
+  checker.like_x("scaling", args.scaling, {adapters});
+  checker.rows(args.rows, args.lora_a, /*max_gates=*/1);
+}
+
 void check(const BottleneckArguments& args) {
   const char* op = "gated_bottleneck";
   const Checker checker(op, args.x);

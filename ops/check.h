@@ -9,6 +9,7 @@ namespace torchgraft::ops {
 //   gated_lora: expected lora_a of shape [N, r, 768], got [1, 8, 512]
 
 void check(const LoraArguments& args);
+void check(const LoraArguments& args, const at::Tensor& weight, const at::Tensor& bias);  // gated_lora_linear; no base
 void check(const BottleneckArguments& args);
 void check(const PrefixArguments& args);
 void check_attention_token_mask(const at::Tensor& x, const at::Tensor& attn_mask);

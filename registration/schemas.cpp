@@ -18,6 +18,12 @@ TORCH_LIBRARY(torchgraft, m) {
       tags);
 
   m.def(
+      "gated_lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor scaling, "
+      "Tensor? gate_weight=None, Tensor? gate_bias=None, Tensor? adapter_ids=None, int adapter=0, "
+      "Tensor? token_mask=None) -> (Tensor output, Tensor gate)",
+      tags);
+
+  m.def(
       "gated_prefix_attention(Tensor query, Tensor key, Tensor value, Tensor x, Tensor prefix_key, "
       "Tensor prefix_value, Tensor prefix_length, Tensor? attn_mask=None, float dropout_p=0.0, bool is_causal=False, "
       "*, float? scale=None, bool enable_gqa=False, Tensor? gate_weight=None, Tensor? gate_bias=None, "

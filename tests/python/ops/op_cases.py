@@ -83,6 +83,15 @@ def lora(case, dtype, features=8, out_features=6):
     }
 
 
+def lora_linear(case, dtype, features=8, out_features=6):
+    args = lora(case, dtype, features, out_features)
+    del args["base"]
+    weight = {"weight": randn(out_features, features, dtype=dtype)}
+    if case.extra.get("bias", True):
+        weight["bias"] = randn(out_features, dtype=dtype)
+    return {"x": args.pop("x"), **weight, **({} if "bias" in weight else {"bias": None}), **args}
+
+
 def bottleneck(case, dtype, features=8):
     torch.manual_seed(0)
     size = case.extra.get("size", 3)

@@ -45,6 +45,10 @@ def gated_lora(
     return torch.stack(rows), gate
 
 
+def gated_lora_linear(x, weight, bias, *lora, **rows):
+    return gated_lora(x, F.linear(x, weight, bias), *lora, **rows)
+
+
 def activation(name):
     return F.leaky_relu if name == "leakyrelu" else ACT2FN[name]
 
