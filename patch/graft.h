@@ -36,6 +36,8 @@ struct GraftOptions {
   std::optional<Structure> sites;
   // Save and load the result in memory and compare it with the base where the initialisation implies equality.
   bool verify = true;
+  // Make one op of a projection and its LoRA (passes/fuse_projections.h). A grafted module remembers it.
+  bool fuse = true;
 };
 
 // A copy of `module` with the adapters grafted on; `module` itself is unchanged. Its parameters are tensors of their

@@ -5,6 +5,7 @@
 #include <torchgraft/patch/dora.h>
 #include <torchgraft/patch/graph_utils.h>
 #include <torchgraft/patch/methods.h>
+#include <torchgraft/patch/passes/fuse_projections.h>
 #include <torchgraft/patch/passes/lower_mkldnn.h>
 #include <torchgraft/patch/verify.h>
 #include <torchgraft/registration/library.h>
@@ -75,6 +76,7 @@ GraftOptions options_like(const Module& grafted, GraftOptions options) {
               "graft: the module's token mask is '", mask, "'; all its adapters share that");
   options.gate_pooling = pooling;
   options.token_mask_input = mask;
+  options.fuse = options.fuse && adapters.attr("fused").toBool();
   const auto sites = remembered_sites(grafted);
   TORCH_CHECK(!options.sites || (sites && to_json(*sites) == to_json(*options.sites)),
               "graft: the module was grafted with ", sites ? "other" : "detected",
@@ -164,9 +166,13 @@ Module build(Foundation foundation, const std::string& active) {
   bank.register_attribute("gate_pooling", c10::StringType::get(), options.gate_pooling);
   bank.register_attribute("token_mask_input", c10::StringType::get(), options.token_mask_input);
   bank.register_attribute("sites", c10::StringType::get(), options.sites ? to_json(*options.sites) : "");
+  bank.register_attribute("fused", c10::BoolType::get(), options.fuse);
   result.register_module("adapters", bank);
   const size_t ops =
       insert_adapters(foundation.canonical.graph, foundation.sites, slots, runs, result, foundation.inserting);
+  if (options.fuse) {
+    fuse_projections(foundation.canonical.graph);
+  }
   if (const std::string names = names_with_dropout(foundation.adapters); !names.empty()) {
     refuse_training(*foundation.canonical.graph, names);
   }

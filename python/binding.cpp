@@ -46,12 +46,13 @@ torchgraft::AdapterSpec spec_of(const Spec& spec) {
 }
 
 Module graft(const Module& module, const std::vector<Spec>& adapters, const std::string& gate_pooling,
-             const std::string& token_mask_input, const std::string& active, bool verify, const std::string& sites) {
+             const std::string& token_mask_input, const std::string& active, bool verify, const std::string& sites,
+             bool fuse) {
   std::vector<torchgraft::AdapterSpec> specs;
   for (const Spec& spec : adapters) {
     specs.push_back(spec_of(spec));
   }
-  return torchgraft::graft(module, specs, {gate_pooling, token_mask_input, active, sites_of(sites), verify});
+  return torchgraft::graft(module, specs, {gate_pooling, token_mask_input, active, sites_of(sites), verify, fuse});
 }
 
 std::vector<py::dict> list_adapters(const Module& module) {
@@ -99,7 +100,7 @@ PYBIND11_MODULE(_C, m) {
   py::register_local_exception_translator(&translate_error);
   m.def("version", &torchgraft::version);
   m.def("graft", &graft, py::arg("module"), py::arg("adapters"), py::arg("gate_pooling"), py::arg("token_mask_input"),
-        py::arg("active"), py::arg("verify"), py::arg("sites") = "", py::call_guard<py::gil_scoped_release>());
+        py::arg("active"), py::arg("verify"), py::arg("sites") = "", py::arg("fuse") = true, py::call_guard<py::gil_scoped_release>());
   m.def(
       "inspect",
       [](const Module& module, const std::string& sites) {

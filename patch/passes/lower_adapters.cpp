@@ -63,6 +63,20 @@ const std::map<std::string, Definition>& definitions() {
     update = torch.matmul(hidden * coefficient, selected(lora_b, adapter_ids, adapter).transpose(1, 2))
     return base + update, gate
 )python"}},
+      {"gated_lora_linear",
+       {with_rows({{"x", "Tensor"},
+                   {"weight", "Tensor"},
+                   {"bias", "Tensor"},
+                   {"lora_a", "Tensor"},
+                   {"lora_b", "Tensor"},
+                   {"scaling", "Tensor"}}),
+        R"python(
+    gate = pooled(x, gate_weight, gate_bias, adapter_ids, adapter, token_mask)
+    coefficient = selected(scaling, adapter_ids, adapter).view(-1, 1, 1) * gate.unsqueeze(-1)
+    hidden = torch.matmul(x, selected(lora_a, adapter_ids, adapter).transpose(1, 2))
+    update = torch.matmul(hidden * coefficient, selected(lora_b, adapter_ids, adapter).transpose(1, 2))
+    return torch.linear(x, weight, bias) + update, gate
+)python"}},
       {"gated_bottleneck",
        {with_rows({{"x", "Tensor"},
                    {"residual", "Tensor"},

@@ -72,6 +72,7 @@ def graft(
     active: str | None = None,
     verify: bool = True,
     sites: Mapping[str, Any] | str | Path | None = None,
+    fuse: bool = True,
 ) -> torch.jit.ScriptModule:
     """A copy of `module` with adapters grafted on; `module` itself is unchanged.
 
@@ -93,6 +94,7 @@ def graft(
         verify: check the result (well-formed, complete, survives saving and loading).
         sites: an edited result of inspect(), or the path of a JSON file with it, that overrules detection
             (docs/sites.md). None: what is detected.
+        fuse: make one operator of a projection and its LoRA (docs/performance.md). A grafted module remembers it.
 
     Returns:
         A ScriptModule, in the same mode (train or eval) as `module`, with `forward(..., adapter_ids=None)`,
@@ -115,7 +117,8 @@ def graft(
         raise GraftError(f"graft: the adapter '{name}' needs a config (config=...), or a directory (adapters=...)")
     for adapter_name, directory in (adapters or {}).items():
         specs.append(directory_spec(module, directory, adapter_name))
-    grafted = patcher().graft(base, specs, gate_pooling, token_mask or "", active or "", verify, **_sites_option(sites))
+    grafted = patcher().graft(base, specs, gate_pooling, token_mask or "", active or "", verify, fuse=fuse,
+                              **_sites_option(sites))  # fmt: skip
     return script_module(grafted)
 
 

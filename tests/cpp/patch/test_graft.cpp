@@ -26,7 +26,7 @@ at::Tensor run(torch::jit::Module& module, const at::Tensor& x) {
 TEST(Graft, UnipeltInsertsOneOpPerPlace) {
   const auto module = graft(encoder(), {fresh("task", "unipelt")});
   const auto& graph = *module.get_method("grafted_forward").graph();
-  EXPECT_EQ(testing::count_kind(graph, "torchgraft::gated_lora"), 4u);
+  EXPECT_EQ(testing::count_kind(graph, "torchgraft::gated_lora_linear"), 4u);
   EXPECT_EQ(testing::count_kind(graph, "torchgraft::gated_prefix_attention"), 2u);
   EXPECT_EQ(testing::count_kind(graph, "torchgraft::gated_bottleneck"), 2u);
   EXPECT_EQ(testing::count_kind(graph, "aten::scaled_dot_product_attention"), 0u);
@@ -91,14 +91,15 @@ TEST(Graft, OtherMethodsOfTheModuleKeepCallingForward) {
   const at::Tensor x = at::randn({2, 5, 12});
   EXPECT_TRUE(at::equal(module.get_method("encode")({x}).toTensor(), run(module, x).mean(1)));
   auto again = graft(module, {fresh("other", "lora")});
-  EXPECT_TRUE(at::equal(again.get_method("encode")({x}).toTensor(), run(again, x).mean(1)));
+  // Where gradients are recorded, as here, a projection and its LoRA are two calls.
+  EXPECT_LT(largest_difference(again.get_method("encode")({x}).toTensor(), run(again, x).mean(1)), 1e-6);
 }
 
 TEST(Graft, ErrorsSayWhatToDo) {
   const auto base = encoder();
   EXPECT_NE(error_of([&] { graft(base, {}); }).find("no adapter was given"), std::string::npos);
   EXPECT_NE(
-      error_of([&] { graft(base, {fresh("task", "dora")}); }).find("LoRAConfig.use_dora=True is not supported yet"),
+      error_of([&] { graft(base, {fresh("task", "vera")}); }).find("LoRAConfig.vera_d=0.1 is not supported yet"),
       std::string::npos);
   EXPECT_NE(error_of([&] {
               graft(graft(base, {fresh("t", "lora")}), {fresh("t", "mam")});

@@ -1,0 +1,58 @@
+#include "support.h"
+
+#include <torchgraft/patch/passes/fuse_projections.h>
+
+#include <gtest/gtest.h>
+#include <torch/csrc/jit/ir/irparser.h>
+#include <torch/csrc/jit/testing/file_check.h>
+
+namespace torchgraft {
+namespace {
+
+constexpr const char* kHead = R"IR(
+graph(%x : Tensor, %y : Tensor, %w : Tensor, %b : Tensor, %a : Tensor, %c : Tensor, %s : Tensor):
+  %none : NoneType = prim::Constant()
+  %zero : int = prim::Constant[value=0]()
+)IR";
+
+std::shared_ptr<torch::jit::Graph> parse(const std::string& body) {
+  auto graph = std::make_shared<torch::jit::Graph>();
+  torch::jit::parseIR(kHead + body, graph.get());
+  return graph;
+}
+
+TEST(FuseProjections, ALinearMapAndItsLoraAreOneOp) {
+  const auto graph = parse(R"IR(
+  %base : Tensor = aten::linear(%x, %w, %b)
+  %out : Tensor, %gate : Tensor = torchgraft::gated_lora(%x, %base, %a, %c, %s, %none, %none, %none, %zero, %none)
+  return (%out, %gate)
+)IR");
+  EXPECT_EQ(fuse_projections(graph), 1u);
+  graph->lint();
+  torch::jit::testing::FileCheck()
+      .check_not("aten::linear")
+      ->check("torchgraft::gated_lora_linear(%x, %w, %b, %a, %c, %s, ")
+      ->check_not("torchgraft::gated_lora(")
+      ->run(*graph);
+}
+
+TEST(FuseProjections, WhatElseIsReadStays) {
+  const auto graph = parse(R"IR(
+  %base : Tensor = aten::linear(%x, %w, %b)
+  %out : Tensor, %gate : Tensor = torchgraft::gated_lora(%x, %base, %a, %c, %s, %none, %none, %none, %zero, %none)
+  return (%out, %base)
+)IR");
+  EXPECT_EQ(fuse_projections(graph), 0u);
+}
+
+TEST(FuseProjections, ALoraOnAnotherInputStays) {
+  const auto graph = parse(R"IR(
+  %base : Tensor = aten::linear(%y, %w, %b)
+  %out : Tensor, %gate : Tensor = torchgraft::gated_lora(%x, %base, %a, %c, %s, %none, %none, %none, %zero, %none)
+  return (%out, %gate)
+)IR");
+  EXPECT_EQ(fuse_projections(graph), 0u);
+}
+
+}  // namespace
+}  // namespace torchgraft
