@@ -1,6 +1,7 @@
 #include <ATen/ATen.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <torchgraft/ops/attention.h>
+#include <torchgraft/ops/cpu/prefix_attention.h>
 
 #include <algorithm>
 #include <limits>
@@ -188,6 +189,9 @@ bool is_precise(const at::Tensor& log_sum_exp) {
 }
 
 AttentionForward attend(const PrefixArguments& args, const Prefix& prefix, const at::Tensor& mask) {
+  if (cpu::takes(args)) {
+    return cpu::attend(args, prefix, mask);
+  }
   // Scale and gates go to the few prefix keys and values instead of to every score.
   const auto type = args.query.scalar_type();
   const at::Tensor keys = apply_gate(prefix.key * at::Scalar(attention_scale(args)), prefix.key_gate).to(type);

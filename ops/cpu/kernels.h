@@ -41,6 +41,35 @@ struct OuterProduct {
   int64_t y_stride = 0;
 };
 
+// softmax(scale q [keys of the prefix, k]^T + mask) [values of the prefix, v] for one head. Every query sees the whole
+// prefix. Rows lie head_size apart or more, elements of a row are neighbours.
+struct HeadAttention {
+  int64_t queries = 0;
+  int64_t keys = 0;
+  int64_t head_size = 0;
+  int64_t prefix = 0;
+  const float* q = nullptr;
+  int64_t q_stride = 0;
+  const float* k = nullptr;
+  int64_t k_stride = 0;
+  const float* v = nullptr;
+  int64_t v_stride = 0;
+  const float* prefix_key = nullptr;    // [prefix, head_size], times key_gate
+  const float* prefix_value = nullptr;  // [prefix, head_size], times value_gate
+  float key_gate = 1.0F;
+  float value_gate = 1.0F;
+  float scale = 1.0F;
+  const float* mask = nullptr;  // added to the scores; may be null
+  int64_t mask_row_stride = 0;
+  int64_t mask_column_stride = 0;
+  bool is_causal = false;   // query i sees keys 0 to i, beside the prefix
+  float* output = nullptr;  // [queries, head_size]; 0 where a query sees nothing
+  int64_t output_stride = 0;
+  float* log_sum_exp = nullptr;  // [queries]; 0 where a query sees nothing
+  int64_t log_sum_exp_stride = 0;
+  float* workspace = nullptr;  // attention_workspace(...) elements
+};
+
 enum class FusedActivation { kIdentity, kRelu, kSilu, kGelu, kGeluTanh, kTanh, kSigmoid };
 
 // The inner loops, on raw pointers: every source of ops/cpu/vectorized/ is compiled once for each instruction set, and
@@ -54,6 +83,8 @@ struct Kernels {
   void (*transpose)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, const float* scale,
                     float* to, int64_t to_stride);
   void (*activate)(FusedActivation, float* values, int64_t count);
+  int64_t (*attention_workspace)(const HeadAttention&);  // bounded, whatever the number of keys
+  void (*attention)(const HeadAttention&);
 };
 
 // The table for this machine: what at::get_cpu_capability() says, so ATEN_CPU_CAPABILITY=default|avx2 chooses here too.

@@ -14,5 +14,7 @@ void outer_product(const OuterProduct& job);
 void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, const float* scale, float* to,
                int64_t to_stride);
 void activate(FusedActivation activation, float* values, int64_t count);
+int64_t attention_workspace(const HeadAttention& job);
+void attention(const HeadAttention& job);
 
 }  // namespace torchgraft::ops::cpu::TORCHGRAFT_VECTORIZED

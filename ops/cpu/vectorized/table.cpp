@@ -18,7 +18,9 @@ const Kernels& TORCHGRAFT_JOIN(kernels_, TORCHGRAFT_INSTRUCTION_SET)() {
                              here::dot_product,
                              here::outer_product,
                              here::transpose,
-                             here::activate};
+                             here::activate,
+                             here::attention_workspace,
+                             here::attention};
   return table;
 }
 

@@ -85,14 +85,14 @@ TEST(Graft, ASecondGraftKeepsTheFirst) {
 }
 
 TEST(Graft, OtherMethodsOfTheModuleKeepCallingForward) {
+  at::NoGradGuard no_grad;  // as run() has it: a projection and its LoRA are one kernel only where nothing is recorded
   auto base = encoder();
   base.define("def encode(self, x: Tensor) -> Tensor:\n    return self.forward(x).mean(1)\n");
   auto module = graft(base, {fresh("task", "prefix_tuning")});
   const at::Tensor x = at::randn({2, 5, 12});
   EXPECT_TRUE(at::equal(module.get_method("encode")({x}).toTensor(), run(module, x).mean(1)));
   auto again = graft(module, {fresh("other", "lora")});
-  // Where gradients are recorded, as here, a projection and its LoRA are two calls.
-  EXPECT_LT(largest_difference(again.get_method("encode")({x}).toTensor(), run(again, x).mean(1)), 1e-6);
+  EXPECT_TRUE(at::equal(again.get_method("encode")({x}).toTensor(), run(again, x).mean(1)));
 }
 
 TEST(Graft, ErrorsSayWhatToDo) {

@@ -1,0 +1,211 @@
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#include <torchgraft/ops/cpu/vectorized/entries.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace torchgraft::ops::cpu::TORCHGRAFT_VECTORIZED {
+namespace {
+
+using Vec = at::vec::Vectorized<float>;
+constexpr int64_t kLanes = Vec::size();
+constexpr int64_t kKeyBlock = 512;   // keys and prefix positions whose packed form stays in the second cache
+constexpr int64_t kQueryBlock = 12;  // a multiple of outer_product's rows
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// The parts of a job's workspace.
+struct Workspace {
+  float* keys;     // [head_size, kKeyBlock]: a block of keys, transposed
+  float* values;   // [prefix, head_size]: the prefix's, gated
+  float* scores;   // [kQueryBlock, kKeyBlock]
+  float* queries;  // [kQueryBlock, head_size], scaled
+  float* gates;    // [prefix]: key_gate
+  float* maxima;   // [queries]
+  float* sums;     // [queries]
+
+  explicit Workspace(const HeadAttention& job)
+      : keys(job.workspace),
+        values(keys + job.head_size * kKeyBlock),
+        scores(values + job.prefix * job.head_size),
+        queries(scores + kQueryBlock * kKeyBlock),
+        gates(queries + kQueryBlock * job.head_size),
+        maxima(gates + job.prefix),
+        sums(maxima + job.queries) {}
+  float* end(const HeadAttention& job) const { return sums + job.queries; }
+};
+
+// Neighbouring positions of prefix and sequence: of the prefix [prefix_begin, prefix_end), of the keys
+// [key_begin, key_end).
+struct KeyBlock {
+  int64_t prefix_begin, prefix_end, key_begin, key_end;
+  int64_t prefix() const { return prefix_end - prefix_begin; }
+  int64_t keys() const { return key_end - key_begin; }
+  int64_t size() const { return prefix() + keys(); }
+};
+
+KeyBlock key_block(const HeadAttention& job, int64_t begin) {
+  const int64_t end = std::min(begin + kKeyBlock, job.prefix + job.keys);
+  const auto in_keys = [&](int64_t position) { return std::max<int64_t>(position - job.prefix, 0); };
+  return {std::min(begin, job.prefix), std::min(end, job.prefix), in_keys(begin), in_keys(end)};
+}
+
+void pack_keys(const HeadAttention& job, const Workspace& space, const KeyBlock& block) {
+  transpose(job.prefix_key + block.prefix_begin * job.head_size, job.head_size, block.prefix(), job.head_size,
+            space.gates, space.keys, kKeyBlock);
+  transpose(job.k + block.key_begin * job.k_stride, job.k_stride, block.keys(), job.head_size, nullptr,
+            space.keys + block.prefix(), kKeyBlock);
+}
+
+// What is added to the scores of one query: nothing on the prefix, the mask on the keys.
+void start_row(const HeadAttention& job, const KeyBlock& block, int64_t query, float* row) {
+  std::fill_n(row, block.prefix(), 0.0F);
+  row += block.prefix();
+  if (job.mask == nullptr) {
+    std::fill_n(row, block.keys(), 0.0F);
+    return;
+  }
+  const float* mask = job.mask + query * job.mask_row_stride + block.key_begin * job.mask_column_stride;
+  if (job.mask_column_stride == 1) {
+    std::copy_n(mask, block.keys(), row);
+    return;
+  }
+  for (int64_t key = 0; key < block.keys(); ++key) {
+    row[key] = mask[key * job.mask_column_stride];
+  }
+}
+
+float largest_of(const float* row, int64_t count) {
+  Vec lanes(-kInfinity);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    lanes = at::vec::maximum(lanes, Vec::loadu(row + i));
+  }
+  float result = at::vec::vec_reduce_all([](const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }, lanes);
+  for (; i < count; ++i) {
+    result = row[i] > result || std::isnan(row[i]) ? row[i] : result;
+  }
+  return result;
+}
+
+// row becomes exp(row - largest); returns the sum.
+float exponentials(float* row, int64_t count, float largest) {
+  const Vec offset(largest);
+  Vec lanes(0.0F);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Vec value = (Vec::loadu(row + i) - offset).exp_u20();
+    value.store(row + i);
+    lanes = lanes + value;
+  }
+  float result = at::vec::vec_reduce_all([](const Vec& a, const Vec& b) { return a + b; }, lanes);
+  if (i < count) {
+    const Vec value = (Vec::loadu(row + i, count - i) - offset).exp_u20();
+    value.store(row + i, count - i);
+    for (; i < count; ++i) {
+      result += row[i];
+    }
+  }
+  return result;
+}
+
+void scale_row(float* row, int64_t count, float factor) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    (Vec::loadu(row + i) * Vec(factor)).store(row + i);
+  }
+  for (; i < count; ++i) {
+    row[i] *= factor;
+  }
+}
+
+// Takes one more block of keys into the running softmax of one query: its scores become weights, what was summed
+// before is brought to the new maximum.
+void weigh_row(const HeadAttention& job, const Workspace& space, const KeyBlock& block, int64_t query, float* row) {
+  if (job.is_causal && query + 1 < block.key_end) {
+    const int64_t seen = std::clamp<int64_t>(query + 1 - block.key_begin, 0, block.keys());
+    std::fill_n(row + block.prefix() + seen, block.keys() - seen, -kInfinity);
+  }
+  const float before = space.maxima[query];
+  const float here = largest_of(row, block.size());
+  const float largest = before > here ? before : here;  // not a number, where one of the scores is none
+  if (largest == -kInfinity) {  // nothing to see yet
+    std::fill_n(row, block.size(), 0.0F);
+    return;
+  }
+  const float factor = std::exp(before - largest);
+  space.sums[query] = space.sums[query] * factor + exponentials(row, block.size(), largest);
+  space.maxima[query] = largest;
+  if (factor != 1.0F) {
+    scale_row(job.output + query * job.output_stride, job.head_size, factor);
+  }
+}
+
+// [first, first + rows): queries of one block of keys.
+void attend_block(const HeadAttention& job, const Workspace& space, const KeyBlock& block, int64_t first,
+                  int64_t rows) {
+  for (int64_t i = 0; i < rows; ++i) {
+    start_row(job, block, first + i, space.scores + i * kKeyBlock);
+    std::copy_n(job.q + (first + i) * job.q_stride, job.head_size, space.queries + i * job.head_size);
+  }
+  scale_row(space.queries, rows * job.head_size, job.scale);
+  OuterProduct product{rows,      block.size(), job.head_size, space.queries, job.head_size, space.keys,
+                       kKeyBlock, space.scores, kKeyBlock,     space.scores,  kKeyBlock};
+  outer_product(product);
+  for (int64_t i = 0; i < rows; ++i) {
+    weigh_row(job, space, block, first + i, space.scores + i * kKeyBlock);
+  }
+  product.columns = job.head_size;
+  product.x_stride = kKeyBlock;
+  float* output = job.output + first * job.output_stride;
+  product.init = product.y = output;
+  product.init_stride = product.y_stride = job.output_stride;
+  if (block.prefix() > 0) {
+    product.depth = block.prefix();
+    product.x = space.scores;
+    product.w = space.values + block.prefix_begin * job.head_size;
+    product.w_stride = job.head_size;
+    outer_product(product);
+  }
+  product.depth = block.keys();
+  product.x = space.scores + block.prefix();
+  product.w = job.v + block.key_begin * job.v_stride;
+  product.w_stride = job.v_stride;
+  outer_product(product);
+}
+
+}  // namespace
+
+int64_t attention_workspace(const HeadAttention& job) {
+  HeadAttention empty = job;
+  float origin = 0.0F;
+  empty.workspace = &origin;
+  return Workspace(empty).end(empty) - &origin;
+}
+
+void attention(const HeadAttention& job) {
+  const Workspace space(job);
+  std::fill_n(space.gates, job.prefix, job.key_gate);
+  std::copy_n(job.prefix_value, job.prefix * job.head_size, space.values);
+  scale_row(space.values, job.prefix * job.head_size, job.value_gate);
+  std::fill_n(space.maxima, job.queries, -kInfinity);
+  std::fill_n(space.sums, job.queries, 0.0F);
+  for (int64_t query = 0; query < job.queries; ++query) {
+    std::fill_n(job.output + query * job.output_stride, job.head_size, 0.0F);
+  }
+  for (int64_t begin = 0; begin < job.prefix + job.keys; begin += kKeyBlock) {
+    const KeyBlock block = key_block(job, begin);
+    pack_keys(job, space, block);
+    for (int64_t first = 0; first < job.queries; first += kQueryBlock) {
+      attend_block(job, space, block, first, std::min(kQueryBlock, job.queries - first));
+    }
+  }
+  for (int64_t query = 0; query < job.queries; ++query) {
+    const float sum = space.sums[query];
+    scale_row(job.output + query * job.output_stride, job.head_size, sum == 0.0F ? 0.0F : 1.0F / sum);
+    job.log_sum_exp[query * job.log_sum_exp_stride] = sum == 0.0F ? 0.0F : space.maxima[query] + std::log(sum);
+  }
+}
+
+}  // namespace torchgraft::ops::cpu::TORCHGRAFT_VECTORIZED
