@@ -21,8 +21,8 @@ BottleneckForward fused_forward(const BottleneckArguments& args, const Selection
   result.gate = reading.gate;
   result.inner = apart ? reading.hidden : reading.inner;
   result.hidden = apart ? activation.forward(reading.hidden).contiguous() : reading.hidden;
-  result.output = cpu::expand(args.residual, result.hidden, {args.up_weight, args.up_bias, args.scaling}, result.gate,
-                              selection);
+  result.output =
+      cpu::expand(args.residual, result.hidden, {args.up_weight, args.up_bias, args.scaling}, result.gate, selection);
   return result;
 }
 

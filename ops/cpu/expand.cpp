@@ -6,6 +6,9 @@
 namespace torchgraft::ops::cpu {
 namespace {
 
+// From this many columns of `hidden` on, a product along them is faster than one with the transposed weight.
+constexpr int64_t kLongSum = 96;
+
 // One adapter's weight, transposed: [R, O], and below it the bias. Per-channel scaling is multiplied in.
 class WideTable {
  public:
@@ -77,56 +80,119 @@ void scale_rows(const float* x, int64_t rows, int64_t columns, const std::vector
   }
 }
 
-at::Tensor expand(const at::Tensor& base, const at::Tensor& hidden, const Expansion& expansion, const Gate& gate,
-                  const Selection& selection) {
-  const at::Tensor init = base.contiguous();
-  const int64_t batch = init.size(0);
-  const int64_t tokens = init.size(1);
-  const int64_t depth = hidden.size(2);
-  const bool per_channel = expansion.scaling.dim() == 2 && expansion.scaling.size(1) != 1;
-  const TokenRuns runs = token_runs(selection, batch, tokens);
-  const WideTable wide(expansion, per_channel);
-  const std::vector<float> coefficients =
-      row_coefficients(per_channel ? at::Tensor() : expansion.scaling, gate, selection, batch);
-  at::Tensor output = at::empty_like(init);
-  const auto* from = init.const_data_ptr<float>();
-  const auto* narrow = hidden.const_data_ptr<float>();
-  auto* to = output.mutable_data_ptr<float>();
+namespace {
 
-  std::vector<float> only;  // the table of a uniform batch
-  int64_t only_for = -1;
-  if (!selection.is_mixed()) {
-    wide.make(selection.adapter, only, only_for);
-  }
-  for_each_tile(runs, [&](int64_t run, int64_t begin, int64_t end) {
-    const int64_t first = run * runs.tokens + begin;
-    const int64_t count = end - begin;
-    const int64_t adapter = runs.adapters[run];
-    OuterProduct job;
-    job.rows = count;
-    job.columns = job.w_stride = job.init_stride = job.y_stride = wide.columns();
-    job.init = from + first * wide.columns();
-    job.y = to + first * wide.columns();
-    if (adapter < 0) {
-      std::copy_n(job.init, count * wide.columns(), job.y);
-      return;
+// What expand() is asked for, on raw pointers.
+class Expander {
+ public:
+  Expander(const at::Tensor& base, const at::Tensor& hidden, const Expansion& expansion, const Gate& gate,
+           const Selection& selection)
+      : tokens_(base.size(1)),
+        depth_(hidden.size(2)),
+        columns_(base.size(2)),
+        per_channel_(expansion.scaling.dim() == 2 && expansion.scaling.size(1) != 1),
+        runs_(token_runs(selection, base.size(0), base.size(1))),
+        wide_(expansion, per_channel_),
+        weight_(expansion.weight),
+        bias_(expansion.bias),
+        coefficients_(row_coefficients(per_channel_ ? at::Tensor() : expansion.scaling, gate, selection, base.size(0))),
+        base_(base),
+        hidden_(hidden) {}
+
+  at::Tensor run(const Selection& selection) {
+    at::Tensor output = at::empty_like(base_);
+    to_ = output.mutable_data_ptr<float>();
+    const bool long_sums = depth_ >= kLongSum && !per_channel_;
+    int64_t only_for = -1;
+    if (!long_sums && !selection.is_mixed()) {
+      wide_.make(selection.adapter, only_, only_for);
     }
+    for_each_tile(runs_, [&](int64_t run, int64_t begin, int64_t end) {
+      const int64_t first = run * runs_.tokens + begin;
+      const int64_t adapter = runs_.adapters[run];
+      if (adapter < 0) {
+        std::copy_n(from(first), (end - begin) * columns_, to_ + first * columns_);
+      } else if (long_sums) {
+        dot_tile(adapter, first, end - begin);
+      } else {
+        outer_tile(adapter, first, end - begin, only_for < 0);
+      }
+    });
+    return output;
+  }
+
+ private:
+  const float* from(int64_t token) const { return base_.const_data_ptr<float>() + token * columns_; }
+
+  // c hidden [count, depth], and c behind each row when there is a bias.
+  std::vector<float> scaled(int64_t first, int64_t count) const {
+    const int64_t width = wide_.rows();
+    std::vector<float> result(count * width);
+    scale_rows(hidden_.const_data_ptr<float>() + first * depth_, count, depth_, coefficients_, first, tokens_,
+               result.data(), width);
+    for (int64_t i = 0; i < count && wide_.has_bias(); ++i) {
+      result[i * width + depth_] = coefficients_[(first + i) / tokens_];
+    }
+    return result;
+  }
+
+  void outer_tile(int64_t adapter, int64_t first, int64_t count, bool make_table) const {
     std::vector<float> own;
     int64_t own_for = -1;
-    if (only_for < 0) {
-      wide.make(adapter, own, own_for);
+    if (make_table) {
+      wide_.make(adapter, own, own_for);
     }
-    std::vector<float> scaled(count * wide.rows());
-    scale_rows(narrow + first * depth, count, depth, coefficients, first, tokens, scaled.data(), wide.rows());
-    for (int64_t i = 0; i < count && wide.has_bias(); ++i) {
-      scaled[i * wide.rows() + depth] = coefficients[(first + i) / tokens];
-    }
-    job.depth = job.x_stride = wide.rows();
-    job.x = scaled.data();
-    job.w = only_for < 0 ? own.data() : only.data();
+    const std::vector<float> narrow = scaled(first, count);
+    OuterProduct job;
+    job.rows = count;
+    job.columns = job.w_stride = job.init_stride = job.y_stride = columns_;
+    job.init = from(first);
+    job.y = to_ + first * columns_;
+    job.depth = job.x_stride = wide_.rows();
+    job.x = narrow.data();
+    job.w = make_table ? own.data() : only_.data();
     kernels().outer_product(job);
-  });
-  return output;
+  }
+
+  void dot_tile(int64_t adapter, int64_t first, int64_t count) const {
+    const std::vector<float> narrow = scaled(first, count);
+    DotProduct job;
+    job.rows = count;
+    job.columns = job.init_stride = job.y_stride = columns_;
+    job.init = from(first);
+    job.y = to_ + first * columns_;
+    job.depth = job.w_stride = depth_;
+    job.x = narrow.data();
+    job.x_stride = job.x2_stride = wide_.rows();
+    job.w = weight_.of(adapter);
+    if (wide_.has_bias()) {
+      job.depth2 = job.w2_stride = 1;
+      job.x2 = narrow.data() + depth_;
+      job.w2 = bias_.of(adapter);
+    }
+    kernels().dot_product(job);
+  }
+
+  int64_t tokens_;  // of a batch row
+  int64_t depth_;
+  int64_t columns_;
+  bool per_channel_;
+  TokenRuns runs_;
+  WideTable wide_;
+  BankSlices weight_;
+  BankSlices bias_;
+  std::vector<float> coefficients_;
+  at::Tensor base_;
+  at::Tensor hidden_;
+  std::vector<float> only_;  // the table of a uniform batch
+  float* to_ = nullptr;
+};
+
+}  // namespace
+
+at::Tensor expand(const at::Tensor& base, const at::Tensor& hidden, const Expansion& expansion, const Gate& gate,
+                  const Selection& selection) {
+  return Expander(base.contiguous(), hidden, expansion, gate, selection).run(selection);
 }
 
 }  // namespace torchgraft::ops::cpu

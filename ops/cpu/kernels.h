@@ -4,7 +4,7 @@
 
 namespace torchgraft::ops::cpu {
 
-// y [rows, columns] = x [rows, depth] w [columns, depth]^T (+ x2 w2^T, of depth2) (+ bias): both factors lie row-major
+// y [rows, columns] = x [rows, depth] w [columns, depth]^T (+ x2 w2^T, of depth2) (+ bias) (+ init): both factors lie row-major
 // along the sum, as nn.Linear stores its weight, so nothing is packed. Leading dimensions are in elements. Each element
 // of y is summed in one fixed order, whatever rows and columns it is computed with.
 struct DotProduct {
@@ -18,6 +18,8 @@ struct DotProduct {
   float* y = nullptr;
   int64_t y_stride = 0;
   const float* bias = nullptr;  // [columns]
+  const float* init = nullptr;  // [rows, columns]
+  int64_t init_stride = 0;
   int64_t depth2 = 0;
   const float* x2 = nullptr;
   int64_t x2_stride = 0;

@@ -73,7 +73,7 @@ def test_all_rows_base_equals_the_base() -> None:
     with torch.no_grad():
         result = bank(*variant.arguments(batch), adapter_ids=torch.tensor([-1, -1]))
         expected = base("bert_sdpa", torch.float32)(*variant.arguments(batch))
-    assert difference(result[0], expected[0]) <= 1e-6
+    assert difference(result[0], expected[0]) <= 1e-5
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,8 @@ struct KeyBlock {
   int64_t prefix() const { return prefix_end - prefix_begin; }
   int64_t keys() const { return key_end - key_begin; }
   int64_t size() const { return prefix() + keys(); }
+  // In whole vectors: what is beyond size() has key 0 and score -inf.
+  int64_t padded() const { return (size() + kLanes - 1) / kLanes * kLanes; }
 };
 
 KeyBlock key_block(const HeadAttention& job, int64_t begin) {
@@ -56,10 +58,14 @@ void pack_keys(const HeadAttention& job, const Workspace& space, const KeyBlock&
             space.gates, space.keys, kKeyBlock);
   transpose(job.k + block.key_begin * job.k_stride, job.k_stride, block.keys(), job.head_size, nullptr,
             space.keys + block.prefix(), kKeyBlock);
+  for (int64_t i = 0; i < job.head_size && block.padded() > block.size(); ++i) {
+    std::fill_n(space.keys + i * kKeyBlock + block.size(), block.padded() - block.size(), 0.0F);
+  }
 }
 
 // What is added to the scores of one query: nothing on the prefix, the mask on the keys.
 void start_row(const HeadAttention& job, const KeyBlock& block, int64_t query, float* row) {
+  std::fill_n(row + block.size(), block.padded() - block.size(), -kInfinity);
   std::fill_n(row, block.prefix(), 0.0F);
   row += block.prefix();
   if (job.mask == nullptr) {
@@ -76,38 +82,25 @@ void start_row(const HeadAttention& job, const KeyBlock& block, int64_t query, f
   }
 }
 
+// Of `count` values, a multiple of the lanes.
 float largest_of(const float* row, int64_t count) {
-  Vec lanes(-kInfinity);
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
+  Vec lanes = Vec::loadu(row);
+  for (int64_t i = kLanes; i < count; i += kLanes) {
     lanes = at::vec::maximum(lanes, Vec::loadu(row + i));
   }
-  float result = at::vec::vec_reduce_all([](const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }, lanes);
-  for (; i < count; ++i) {
-    result = row[i] > result || std::isnan(row[i]) ? row[i] : result;
-  }
-  return result;
+  return at::vec::vec_reduce_all([](const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }, lanes);
 }
 
-// row becomes exp(row - largest); returns the sum.
+// row, a multiple of the lanes, becomes exp(row - largest); returns the sum.
 float exponentials(float* row, int64_t count, float largest) {
   const Vec offset(largest);
   Vec lanes(0.0F);
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
+  for (int64_t i = 0; i < count; i += kLanes) {
     const Vec value = (Vec::loadu(row + i) - offset).exp_u20();
     value.store(row + i);
     lanes = lanes + value;
   }
-  float result = at::vec::vec_reduce_all([](const Vec& a, const Vec& b) { return a + b; }, lanes);
-  if (i < count) {
-    const Vec value = (Vec::loadu(row + i, count - i) - offset).exp_u20();
-    value.store(row + i, count - i);
-    for (; i < count; ++i) {
-      result += row[i];
-    }
-  }
-  return result;
+  return at::vec::vec_reduce_all([](const Vec& a, const Vec& b) { return a + b; }, lanes);
 }
 
 void scale_row(float* row, int64_t count, float factor) {
@@ -128,14 +121,14 @@ void weigh_row(const HeadAttention& job, const Workspace& space, const KeyBlock&
     std::fill_n(row + block.prefix() + seen, block.keys() - seen, -kInfinity);
   }
   const float before = space.maxima[query];
-  const float here = largest_of(row, block.size());
+  const float here = largest_of(row, block.padded());
   const float largest = before > here ? before : here;  // not a number, where one of the scores is none
-  if (largest == -kInfinity) {  // nothing to see yet
+  if (largest == -kInfinity) {                          // nothing to see yet
     std::fill_n(row, block.size(), 0.0F);
     return;
   }
   const float factor = std::exp(before - largest);
-  space.sums[query] = space.sums[query] * factor + exponentials(row, block.size(), largest);
+  space.sums[query] = space.sums[query] * factor + exponentials(row, block.padded(), largest);
   space.maxima[query] = largest;
   if (factor != 1.0F) {
     scale_row(job.output + query * job.output_stride, job.head_size, factor);
@@ -150,8 +143,8 @@ void attend_block(const HeadAttention& job, const Workspace& space, const KeyBlo
     std::copy_n(job.q + (first + i) * job.q_stride, job.head_size, space.queries + i * job.head_size);
   }
   scale_row(space.queries, rows * job.head_size, job.scale);
-  OuterProduct product{rows,      block.size(), job.head_size, space.queries, job.head_size, space.keys,
-                       kKeyBlock, space.scores, kKeyBlock,     space.scores,  kKeyBlock};
+  OuterProduct product{rows,      block.padded(), job.head_size, space.queries, job.head_size, space.keys,
+                       kKeyBlock, space.scores,   kKeyBlock,     space.scores,  kKeyBlock};
   outer_product(product);
   for (int64_t i = 0; i < rows; ++i) {
     weigh_row(job, space, block, first + i, space.scores + i * kKeyBlock);

@@ -1,3 +1,4 @@
+#include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <torchgraft/ops/cpu/vectorized/entries.h>
 
@@ -20,13 +21,31 @@ constexpr int kRows = 3;
 constexpr int kColumns = 4;
 #endif
 
-float sum_of(const Vec& lanes) {
-#ifdef CPU_CAPABILITY_AVX512
-  return _mm512_reduce_add_ps(lanes);
-#else
-  return at::vec::vec_reduce_all([](const Vec& a, const Vec& b) { return a + b; }, lanes);
-#endif
+// The sums of the lanes of four vectors, each in the same order whatever the others hold.
+#if defined(CPU_CAPABILITY_AVX512)
+void four_sums(const Vec& a, const Vec& b, const Vec& c, const Vec& d, float* sums) {
+  // In every 128 bits: a0 + a2, b0 + b2, a1 + a3, b1 + b3, then a, b, c, d.
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xEE));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 }
+#elif defined(CPU_CAPABILITY_AVX2)
+void four_sums(const Vec& a, const Vec& b, const Vec& c, const Vec& d, float* sums) {
+  const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+  const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+  const __m256 all = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE));
+  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+}
+#else
+void four_sums(const Vec& a, const Vec& b, const Vec& c, const Vec& d, float* sums) {
+  const auto add = [](const Vec& left, const Vec& right) { return left + right; };
+  for (const Vec& lanes : {a, b, c, d}) {
+    *sums++ = at::vec::vec_reduce_all(add, Vec(lanes));
+  }
+}
+#endif
 
 // sums[i][j] += x[i] . w[j] over `depth`.
 template <int R, int C>
@@ -75,9 +94,17 @@ void block(const DotProduct& job, int64_t row, int64_t column) {
                      job.depth2);
   }
   for (int i = 0; i < R; ++i) {
+    float row_sums[(C + 3) / 4 * 4];
+    for (int j = 0; j < C; j += 4) {
+      const auto& lanes = sums[i];
+      four_sums(lanes[j], lanes[j + 1 < C ? j + 1 : j], lanes[j + 2 < C ? j + 2 : j], lanes[j + 3 < C ? j + 3 : j],
+                row_sums + j);
+    }
     float* y = job.y + (row + i) * job.y_stride + column;
+    const float* init = job.init == nullptr ? nullptr : job.init + (row + i) * job.init_stride + column;
     for (int j = 0; j < C; ++j) {
-      y[j] = sum_of(sums[i][j]) + (job.bias == nullptr ? 0.0F : job.bias[column + j]);
+      const float bias = job.bias == nullptr ? 0.0F : job.bias[column + j];
+      y[j] = (init == nullptr ? 0.0F : init[j]) + (row_sums[j] + bias);
     }
   }
 }
