@@ -62,4 +62,6 @@ def dtypes(name: str) -> tuple[torch.dtype, ...]:
 
 def tolerance(name: str, form: str, dtype: torch.dtype) -> float:
     """How far two correct results of the case may be apart."""
+    if name.startswith("t5") and dtype == torch.float32:
+        return 2e-5  # T5 does not scale its scores: what products round by is larger there, in the oracle too
     return TOLERANCE[torch.float32 if (name, form) in _COMPUTES_IN_FLOAT32 else dtype]
