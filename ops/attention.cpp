@@ -190,7 +190,11 @@ bool is_precise(const at::Tensor& log_sum_exp) {
 
 AttentionForward attend(const PrefixArguments& args, const Prefix& prefix, const at::Tensor& mask) {
   if (cpu::takes(args)) {
-    return cpu::attend(args, prefix, mask);
+    AttentionForward result = cpu::attend(args, prefix, mask);
+    if (!can_use_flash(args)) {
+      result.log_sum_exp.reset();  // the flash kernel's gradient cannot take such arguments either
+    }
+    return result;
   }
   // Scale and gates go to the few prefix keys and values instead of to every score.
   const auto type = args.query.scalar_type();

@@ -242,6 +242,79 @@ TEST_F(FusedKernels, PrefixAttention) {
   }
 }
 
+// The gradients of sum(output^2) + sum(gate) in all floating tensors: forward passes are fused, the rest is not.
+std::vector<at::Tensor> gradients(const Call& call, at::ScalarType type) {
+  Call cast = call.cast(type);
+  std::vector<at::Tensor> inputs;
+  for (std::vector<at::Tensor>* tensors : {&cast.per_row, &cast.banks}) {
+    for (at::Tensor& tensor : *tensors) {
+      if (tensor.defined() && tensor.is_floating_point()) {
+        tensor = tensor.detach().clone().requires_grad_();
+        inputs.push_back(tensor);
+      }
+    }
+  }
+  const auto [output, gate] = cast();
+  (output.square().sum() + (gate.requires_grad() ? gate.sum() : at::zeros({}, output.options()))).backward();
+  std::vector<at::Tensor> result;
+  for (const at::Tensor& input : inputs) {
+    result.push_back(input.grad().defined() ? input.grad() : at::zeros_like(input));
+  }
+  return result;
+}
+
+void expect_same_gradients(const Call& call) {
+  SCOPED_TRACE(call.name);
+  set_kernel_mode(KernelMode::kReference);
+  const std::vector<at::Tensor> expected = gradients(call, at::kDouble);
+  set_kernel_mode(KernelMode::kFused);
+  const std::vector<at::Tensor> found = gradients(call, at::kFloat);
+  ASSERT_EQ(found.size(), expected.size());
+  for (size_t i = 0; i < found.size(); ++i) {
+    const double size = expected[i].numel() == 0 ? 1.0 : std::max(1.0, expected[i].abs().max().item<double>());
+    expect_close(found[i], expected[i], 1e-4, 1e-5 * size);
+  }
+}
+
+TEST_F(FusedKernels, Gradients) {
+  for (const int64_t kind : {0, 1, 2}) {
+    Call lora{c10::str("lora ", kind), {}, {}, ids_of(kind, 3, 3), mask_of(kind == 1, 3, 9), {}};
+    lora.per_row = {randn({3, 9, 20}), randn({3, 9, 12})};
+    lora.banks = {randn({3, 4, 20}), randn({3, 12, 4}), randn({3}), randn({3, 1, 20}), randn({3, 1})};
+    lora.run = [](const Call& c) {
+      return gated_lora(c.per_row[0], c.per_row[1], c.banks[0], c.banks[1], c.banks[2], c.banks[3], c.banks[4], c.ids,
+                        1, c.token_mask);
+    };
+    expect_same_gradients(lora);
+    for (const char* function : {"relu", "gelu", "mish"}) {
+      Call bottleneck{c10::str(function, kind), {}, {}, ids_of(kind, 3, 3), mask_of(kind == 1, 3, 9), {}};
+      bottleneck.per_row = {randn({3, 9, 20}), randn({3, 9, 20})};
+      bottleneck.banks = {randn({3, 5, 20}), randn({3, 5}),     randn({3, 20, 5}), randn({3, 20}),
+                          randn({3, 1}),     randn({3, 1, 20}), randn({3, 1})};
+      bottleneck.run = [function](const Call& c) {
+        return gated_bottleneck(c.per_row[0], c.per_row[1], c.banks[0], c.banks[1], c.banks[2], c.banks[3], c.banks[4],
+                                function, c.banks[5], c.banks[6], c.ids, 1, c.token_mask);
+      };
+      expect_same_gradients(bottleneck);
+    }
+    for (const int64_t keys : {9, 0}) {
+      Call prefix{c10::str("prefix ", kind, ", keys ", keys), {}, {}, ids_of(kind, 3, 3), std::nullopt, {}};
+      prefix.per_row = {randn({3, 9, 2, 16}).transpose(1, 2), randn({3, keys, 2, 16}).transpose(1, 2),
+                        randn({3, keys, 2, 16}).transpose(1, 2), randn({3, 9, 12}), attention_mask(kind, 3, 9, keys)};
+      prefix.per_row[4] = keys == 0 ? at::Tensor() : prefix.per_row[4];
+      prefix.banks = {randn({3, 2, 6, 16}), randn({3, 2, 6, 16}), at::full({3}, 6, at::kLong), randn({3, 1, 12}),
+                      randn({3, 1})};
+      prefix.run = [](const Call& c) {
+        const at::Tensor mask = c.per_row[4].defined() ? c.per_row[4].detach() : at::Tensor();
+        return gated_prefix_attention(c.per_row[0], c.per_row[1], c.per_row[2], c.per_row[3], c.banks[0], c.banks[1],
+                                      c.banks[2], mask.defined() ? std::make_optional(mask) : std::nullopt, 0.0, false,
+                                      std::nullopt, false, c.banks[3], c.banks[4], c.ids, 1);
+      };
+      expect_same_gradients(prefix);
+    }
+  }
+}
+
 TEST_F(FusedKernels, NotANumberIsNotLost) {
   at::NoGradGuard no_grad;
   set_kernel_mode(KernelMode::kFused);
