@@ -1,0 +1,51 @@
+"""TORCHGRAFT_KERNELS chooses between fused kernels and ATen's compositions; it is read once, so each case is a process."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+_CODE = """
+import torch
+torch.ops.load_library({library!r})
+torch.manual_seed(0)
+x, weight, a, b = torch.randn(2, 40, 96), torch.randn(96, 96), torch.randn(1, 8, 96), torch.randn(1, 96, 8)
+ops = torch.ops.torchgraft
+fused = ops.gated_lora_linear(x, weight, None, a, b, torch.ones(1))[0]
+base = torch.nn.functional.linear(x, weight)
+apart = base + x @ a[0].T @ b[0].T
+assert (fused - apart).abs().max() < 1e-3
+print(torch.equal(fused, ops.gated_lora(x, base, a, b, torch.ones(1))[0]))
+"""
+
+
+def _run(**environment: str) -> subprocess.CompletedProcess:
+    [library] = {path for path in torch.ops.loaded_libraries if "libtorchgraft.so" in path}  # this process's, too
+    code = _CODE.format(library=library)
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_composition"),
+    [
+        ({"TORCHGRAFT_KERNELS": "reference"}, True),
+        ({"TORCHGRAFT_KERNELS": "fused"}, False),
+        ({"TORCHGRAFT_KERNELS": "auto", "ATEN_CPU_CAPABILITY": "default"}, True),
+        ({"TORCHGRAFT_KERNELS": "fused", "ATEN_CPU_CAPABILITY": "default"}, False),
+    ],
+    ids=str,
+)
+def test_what_runs(environment: dict, is_composition: bool) -> None:
+    done = _run(**environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(is_composition)
+
+
+def test_other_values_are_named() -> None:
+    done = _run(TORCHGRAFT_KERNELS="quick")
+    assert done.returncode != 0
+    assert 'TORCHGRAFT_KERNELS: expected "auto", "fused" or "reference", got "quick"' in done.stderr
