@@ -90,8 +90,8 @@ void check_phm(const BnConfig& config) {
   require_one_of("BnConfig.hypercomplex_nonlinearity", config.hypercomplex_nonlinearity,
                  {"phm", "glorot-normal", "glorot-uniform", "normal"});
   // The library looks for a weight that such a layer does not have.
-  TORCH_CHECK(config.init_weights == "bert", "config: phm_layer (Compacter) needs BnConfig.init_weights=\"bert\", got \"",
-              config.init_weights, "\"");
+  TORCH_CHECK(config.init_weights == "bert",
+              "config: phm_layer (Compacter) needs BnConfig.init_weights=\"bert\", got \"", config.init_weights, "\"");
 }
 
 void check(const BnConfig& config) {

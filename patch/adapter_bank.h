@@ -26,11 +26,11 @@ size_t find_adapter(const std::vector<Adapter>& adapters, const std::string& nam
 // One op to insert: a place, and the parameters of all adapters there, stacked. Adapters of one place share an op when
 // their computation differs in parameters only (for bottlenecks: those of one form).
 struct BankSlot {
-  int64_t layer = 0;     // Layer::index: the attention where it runs first
-  int64_t number = 0;    // Layer::number: of the Transformer layer
-  std::string location;  // the oracle's key, e.g. "selfattn_lora"
-  std::string slot;      // "selfattn_lora_q"
-  std::string name;      // the slot's module name: "selfattn_lora_q", "output_adapter_seq_ln_relu"
+  int64_t layer = 0;         // Layer::index: the attention where it runs first
+  int64_t number = 0;        // Layer::number: of the Transformer layer
+  std::string location;      // the oracle's key, e.g. "selfattn_lora"
+  std::string slot;          // "selfattn_lora_q"
+  std::string name;          // the slot's module name: "selfattn_lora_q", "output_adapter_seq_ln_relu"
   BottleneckForm form = {};  // of bottlenecks
   LoRAForm lora = LoRAForm::kAdd;
   std::map<std::string, at::Tensor> parameters =

@@ -78,8 +78,8 @@ Module child(Module& parent, const std::string& name, const std::string& class_n
 }
 
 bool is_trained(const std::string& parameter, const BankSlot& slot) {
-  const bool is_fixed = parameter == "prefix_length" || parameter == "present" || parameter == "weight_norm" ||
-                        parameter == "fixed";
+  const bool is_fixed =
+      parameter == "prefix_length" || parameter == "present" || parameter == "weight_norm" || parameter == "fixed";
   return !is_fixed && (parameter != "scaling" || slot.form.scaling_is_trained);
 }
 

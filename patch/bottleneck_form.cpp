@@ -39,7 +39,7 @@ BottleneckForm bottleneck_form(const BnConfig& config) {
 
 std::string to_string(const BottleneckForm& form) {
   std::string result = to_string(form.input);
-  result += form.residual == BottleneckResidual::kSum          ? "_add"
+  result += form.residual == BottleneckResidual::kSum         ? "_add"
             : form.residual == BottleneckResidual::kNormedSum ? "_normed"
                                                               : "";
   result += form.norm_before ? "_norm_before" : "";

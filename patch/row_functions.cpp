@@ -43,7 +43,8 @@ def pooled(x: Tensor, gate_weight: Optional[Tensor], gate_bias: Optional[Tensor]
 
 def normed(x: Tensor, weight: Tensor, bias: Tensor, adapter_ids: Optional[Tensor], adapter: int) -> Tensor:
     plain = torch.layer_norm(x, [x.size(-1)], None, None, 1e-05)
-    return plain * selected(weight, adapter_ids, adapter).unsqueeze(1) + selected(bias, adapter_ids, adapter).unsqueeze(1)
+    own_weight = selected(weight, adapter_ids, adapter).unsqueeze(1)
+    return plain * own_weight + selected(bias, adapter_ids, adapter).unsqueeze(1)
 
 def scaled(base: Tensor, vector: Tensor, scaling: Tensor, gate: Tensor, adapter_ids: Optional[Tensor],
            adapter: int) -> Tensor:

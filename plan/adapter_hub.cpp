@@ -126,17 +126,18 @@ void Reader::read_phm(const BnConfig& config, const PhmShape& shape, const Saved
                       const std::string& place, ModuleWeights& weights) {
   const auto dtype = c10::promoteTypes(c10::typeMetaToScalarType(options_.dtype()), at::kFloat);
   const std::string side = shape.side;
-  weights[side + "_weight"] = phm_weight(config, shape, [&](const std::string& name, at::IntArrayRef sizes, bool shared) {
-    // The library's names of what is shared: "W_down_left", but "phm_rule_left".
-    const std::string in_all = name.starts_with("W") ? "W_" + side + name.substr(1) : name;
-    TORCH_CHECK(!shared || checkpoint_.shared.count(in_all), "adapter weights: ", in_all,
-                ", which all modules of the adapter share, is missing in the checkpoint: the library leaves it out when it "
-                "saves from a model without a head around it; save from one with a head");
-    return shared ? take(checkpoint_.shared, in_all, sizes, place).to(options_.dtype(dtype))
-                  : take(saved, side + "_" + name, sizes, place).to(options_.dtype(dtype));
-  });
-  weights[side + "_bias"] =
-      config.phm_bias ? take(saved, side + "_bias", {shape.out}, place) : at::zeros({shape.out});
+  weights[side + "_weight"] =
+      phm_weight(config, shape, [&](const std::string& name, at::IntArrayRef sizes, bool shared) {
+        // The library's names of what is shared: "W_down_left", but "phm_rule_left".
+        const std::string in_all = name.starts_with("W") ? "W_" + side + name.substr(1) : name;
+        TORCH_CHECK(
+            !shared || checkpoint_.shared.count(in_all), "adapter weights: ", in_all,
+            ", which all modules of the adapter share, is missing in the checkpoint: the library leaves it out when it "
+            "saves from a model without a head around it; save from one with a head");
+        return shared ? take(checkpoint_.shared, in_all, sizes, place).to(options_.dtype(dtype))
+                      : take(saved, side + "_" + name, sizes, place).to(options_.dtype(dtype));
+      });
+  weights[side + "_bias"] = config.phm_bias ? take(saved, side + "_bias", {shape.out}, place) : at::zeros({shape.out});
 }
 
 // The part of the prefix pool for `location`: some models put their own name before it, DistilBERT says "self".

@@ -26,7 +26,8 @@ const std::string kShared = "shared_parameters";
 const std::string kBehindNorm = "down_behind_norm_";
 
 bool is_phm_factor(const std::string& name) {
-  static const std::set<std::string> kFactors = {"W", "W_left", "W_right", "phm_rule", "phm_rule_left", "phm_rule_right"};
+  static const std::set<std::string> kFactors = {"W",        "W_left",        "W_right",
+                                                 "phm_rule", "phm_rule_left", "phm_rule_right"};
   return kFactors.count(name) > 0;
 }
 
@@ -63,8 +64,9 @@ std::string parameter_name(const std::string& saved) {
     return found->second;
   }
   // Factors of Compacter's projections.
-  for (const auto& [container, side] : {std::pair("adapter_down.0.", std::string("down_")),
-                                        std::pair("adapter_down.1.", kBehindNorm), std::pair("adapter_up.", std::string("up_"))}) {
+  for (const auto& [container, side] :
+       {std::pair("adapter_down.0.", std::string("down_")), std::pair("adapter_down.1.", kBehindNorm),
+        std::pair("adapter_up.", std::string("up_"))}) {
     if (saved.starts_with(container)) {
       const std::string factor = saved.substr(std::string_view(container).size());
       return factor == "b" ? side + "bias" : is_phm_factor(factor) ? side + factor : "";
@@ -134,8 +136,8 @@ void name_down_projection(SavedParameters& parameters) {
       const SavedTensor again = first->second;
       parameters.erase(first);
       const auto [norm, is_new] = parameters.emplace(std::string("norm_before_") + which, again);
-      TORCH_CHECK(is_new || is_same(norm->second.tensor, again.tensor), "adapter weights: expected ", again.key, " and ",
-                  norm->second.key, " to be the same layer norm, but their values differ");
+      TORCH_CHECK(is_new || is_same(norm->second.tensor, again.tensor), "adapter weights: expected ", again.key,
+                  " and ", norm->second.key, " to be the same layer norm, but their values differ");
     }
   }
   for (const std::string& which : behind_norm) {

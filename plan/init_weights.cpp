@@ -154,8 +154,7 @@ at::Tensor init_phm(const BnConfig& config, const PhmShape& shape, SharedFactors
   fix_seed(config.init_weights_seed);
   PhmDraws factors = drawn(config.shared_W_phm, shape.side, [&] { return draw_blocks(config, shape); });
   factors.merge(drawn(config.shared_phm_rule, "rule", [&] { return draw_rules(config); }));
-  return phm_weight(config, shape,
-                    [&](const std::string& name, at::IntArrayRef, bool) { return factors.at(name); });
+  return phm_weight(config, shape, [&](const std::string& name, at::IntArrayRef, bool) { return factors.at(name); });
 }
 
 ModuleWeights init(const PlannedBottleneck& planned, SharedFactors& shared) {

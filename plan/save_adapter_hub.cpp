@@ -188,7 +188,8 @@ class Writer {
     append(prefix + ".lora_B", weights.at("lora_b"));
     if (weights.count("magnitude")) {
       TORCH_CHECK(at::count_nonzero(weights.at("fixed")).item<int64_t>() == 0, "save_adapter: ", module.slot,
-                  " of layer ", module.number, " is a DoRA of PEFT on a projection with a bias, which PEFT's magnitudes "
+                  " of layer ", module.number,
+                  " is a DoRA of PEFT on a projection with a bias, which PEFT's magnitudes "
                   "do not scale and AdapterHub's do: its directories have no form for it; keep PEFT's directory");
       append(prefix + ".m.weight", weights.at("magnitude").unsqueeze(-1));
     }

@@ -100,7 +100,8 @@ PYBIND11_MODULE(_C, m) {
   py::register_local_exception_translator(&translate_error);
   m.def("version", &torchgraft::version);
   m.def("graft", &graft, py::arg("module"), py::arg("adapters"), py::arg("gate_pooling"), py::arg("token_mask_input"),
-        py::arg("active"), py::arg("verify"), py::arg("sites") = "", py::arg("fuse") = true, py::call_guard<py::gil_scoped_release>());
+        py::arg("active"), py::arg("verify"), py::arg("sites") = "", py::arg("fuse") = true,
+        py::call_guard<py::gil_scoped_release>());
   m.def(
       "inspect",
       [](const Module& module, const std::string& sites) {

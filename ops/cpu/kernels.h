@@ -4,9 +4,9 @@
 
 namespace torchgraft::ops::cpu {
 
-// y [rows, columns] = x [rows, depth] w [columns, depth]^T (+ x2 w2^T, of depth2) (+ bias) (+ init): both factors lie row-major
-// along the sum, as nn.Linear stores its weight, so nothing is packed. Leading dimensions are in elements. Each element
-// of y is summed in one fixed order, whatever rows and columns it is computed with.
+// y [rows, columns] = x [rows, depth] w [columns, depth]^T (+ x2 w2^T, of depth2) (+ bias) (+ init): both factors lie
+// row-major along the sum, as nn.Linear stores its weight, so nothing is packed. Leading dimensions are in elements.
+// Each element of y is summed in one fixed order, whatever rows and columns it is computed with.
 struct DotProduct {
   int64_t rows = 0;
   int64_t columns = 0;

@@ -98,9 +98,8 @@ TEST(Graft, OtherMethodsOfTheModuleKeepCallingForward) {
 TEST(Graft, ErrorsSayWhatToDo) {
   const auto base = encoder();
   EXPECT_NE(error_of([&] { graft(base, {}); }).find("no adapter was given"), std::string::npos);
-  EXPECT_NE(
-      error_of([&] { graft(base, {fresh("task", "vera")}); }).find("LoRAConfig.vera_d=0.1 is not supported yet"),
-      std::string::npos);
+  EXPECT_NE(error_of([&] { graft(base, {fresh("task", "vera")}); }).find("LoRAConfig.vera_d=0.1 is not supported yet"),
+            std::string::npos);
   EXPECT_NE(error_of([&] {
               graft(graft(base, {fresh("t", "lora")}), {fresh("t", "mam")});
             }).find("already has an adapter 't'"),
