@@ -5,8 +5,11 @@ import threading
 import pytest
 import torch
 import torchgraft
+import transformers
 from grafted import base
 from models import VARIANTS, make_batch
+from torchgraft._libraries import patcher
+from torchgraft.configs import config_to_json
 
 NAME = "bert_sdpa"
 
@@ -84,6 +87,26 @@ def test_200_unipelt_adapters(tmp_path) -> None:
             module = torchgraft.load_adapter(module, tmp_path / str(index))
         expected = _run(module, 0, row=row)
         torch.testing.assert_close(mixed[row : row + 1], expected, rtol=0, atol=1e-12)
+
+
+def test_200_unipelt_adapters_on_a_model_of_minilms_size() -> None:
+    """float32: a row alone and beside 63 others, each with an adapter of its own."""
+    sizes = dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+    model = transformers.BertModel(transformers.BertConfig(**sizes, return_dict=False)).eval()
+    ids = torch.randint(5, 100, (64, 16), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[::3, 11:] = 0
+    with torch.no_grad():
+        plain = torch.jit.trace(model, (ids, mask), check_trace=False, strict=False)
+    specs = [(f"a{index}", config_to_json("unipelt"), None, "") for index in range(200)]
+    bank = torch.jit._recursive.wrap_cpp_module(patcher().graft(plain._c, specs, "all", "", "", False))
+    bank = _randomised(bank, 4)
+    chosen = torch.randint(-1, 200, (64,), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        mixed, _ = bank(ids, mask, adapter_ids=chosen)
+        for row in range(64):
+            own, _ = bank(ids[row : row + 1], mask[row : row + 1], adapter_ids=chosen[row : row + 1])
+            torch.testing.assert_close(mixed[row : row + 1], own, rtol=0, atol=1e-5)
 
 
 def test_the_bank_changes_beside_running_requests(alone) -> None:
