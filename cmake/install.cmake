@@ -15,6 +15,7 @@ set(torchgraft_headers
   ops/gated_bottleneck.h
   ops/gated_lora.h
   ops/gated_lora_linear.h
+  ops/kernel_mode.h
   ops/gated_prefix_attention.h
   registration/export.h
   registration/library.h)

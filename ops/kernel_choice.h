@@ -1,7 +1,7 @@
 #pragma once
 
 #include <torchgraft/ops/bank.h>
-#include <torchgraft/registration/export.h>
+#include <torchgraft/ops/kernel_mode.h>
 
 namespace torchgraft::ops {
 
@@ -14,15 +14,5 @@ bool takes_fused_kernels(const at::Tensor& x, const Selection& selection);
 
 // The same without a look at the adapters, for what a fused kernel makes of the base too.
 bool takes_fused_kernels(const at::Tensor& x);
-
-enum class KernelMode {
-  kAuto,       // fused where the machine's instruction set has kernels that were measured to win: AVX2 and AVX-512
-  kFused,      // wherever they can run
-  kReference,  // never
-};
-
-// TORCHGRAFT_KERNELS=auto|fused|reference, read once; set_kernel_mode overrules it (for tests and benchmarks).
-KernelMode kernel_mode();
-TORCHGRAFT_API void set_kernel_mode(KernelMode mode);
 
 }  // namespace torchgraft::ops

@@ -6,7 +6,7 @@
 #include <torchgraft/ops/gated_lora.h>
 #include <torchgraft/ops/gated_lora_linear.h>
 #include <torchgraft/ops/gated_prefix_attention.h>
-#include <torchgraft/ops/kernel_choice.h>
+#include <torchgraft/ops/kernel_mode.h>
 
 #include <functional>
 #include <limits>
