@@ -15,7 +15,6 @@ import ctypes
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,7 +24,7 @@ import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "python"))
+sys.path[:0] = [str(ROOT / "python"), str(ROOT / "benchmarks")]
 
 import rich.box  # noqa: E402
 import torch  # noqa: E402
@@ -33,6 +32,7 @@ import torchgraft  # noqa: E402
 import transformers  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
+from this_machine import memory, processor, reset_peak  # noqa: E402
 
 MIB = 2**20
 
@@ -70,14 +70,6 @@ def measure_seconds(model: str, layers: int, hidden: int, path: str, method: str
     return dict(seconds=seconds)
 
 
-def _status(field: str) -> int:
-    """A field of /proc/self/status in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
 def _bytes(module: torch.nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
 
@@ -87,12 +79,12 @@ def measure_memory(path: str, method: str) -> dict:
     trim = ctypes.CDLL("libc.so.6").malloc_trim
     module = torch.jit.load(path)
     trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-    before = _status("VmRSS")
+    reset_peak()
+    before = memory("VmRSS")
     grafted = torchgraft.graft(module, config=method, name="task")
-    peak = _status("VmHWM") - before
+    peak = memory("VmHWM") - before
     trim(0)
-    remaining = _status("VmRSS") - before
+    remaining = memory("VmRSS") - before
     return dict(
         weights=_bytes(module), adapters=_bytes(grafted.adapters), peak=max(peak, 0), remaining=max(remaining, 0)
     )
@@ -177,9 +169,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} x {names[0] if names else platform.machine()}, torch {torch.__version__}, one thread"
+    return f"{os.cpu_count()} x {processor()}, torch {torch.__version__}, one thread"
 
 
 def _arguments() -> argparse.Namespace:

@@ -24,6 +24,7 @@ import torch  # noqa: E402
 import torchgraft  # noqa: E402
 import transformers  # noqa: E402
 from models import MODELS, Positional, batch_of, hugging_face, library, traced  # noqa: E402
+from this_machine import memory, reset_peak  # noqa: E402
 
 MIB = 2**20
 VARIANTS = ("library", "torchgraft")
@@ -55,12 +56,6 @@ class Steps:
         return time.perf_counter() - start
 
 
-def resident(field: str) -> int:
-    """VmRSS or VmHWM of this process, in bytes."""
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
-    return int(line.split()[1]) * 1024
-
-
 def peak_alone(variant: str, shape: str, threads: int) -> float:
     """MiB, measured in a process of its own."""
     command = [sys.executable, __file__, "--alone", variant, "--shapes", shape, "--threads", str(threads)]
@@ -70,11 +65,11 @@ def peak_alone(variant: str, shape: str, threads: int) -> float:
 
 def alone(variant: str, shape: str) -> float:
     steps = Steps(variant, shape)
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    before = memory("VmRSS")
+    reset_peak()
     for _ in range(3):
         steps()
-    return (resident("VmHWM") - before) / MIB
+    return (memory("VmHWM") - before) / MIB
 
 
 def main() -> int:

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <set>
 #include <tuple>
 
 namespace torchgraft {
@@ -133,6 +134,11 @@ size_t find_adapter(const std::vector<Adapter>& adapters, const std::string& nam
   TORCH_CHECK(false, what, ": no adapter is called '", name, "'; there are: ", names);
 }
 
+bool is_trained(const std::string& parameter, bool scaling_is_trained) {
+  static const std::set<std::string> kFixed = {"prefix_length", "present", "weight_norm", "fixed"};
+  return !kFixed.count(parameter) && (parameter != "scaling" || scaling_is_trained);
+}
+
 std::vector<BankSlot> stack_banks(const std::vector<Adapter>& adapters) {
   std::map<std::tuple<int64_t, int, std::string>, Members> groups;
   for (size_t a = 0; a < adapters.size(); ++a) {
@@ -190,12 +196,9 @@ ModuleWeights unstack(const torch::jit::Module& slot, size_t adapter, const Plan
               {"up_weight", {hidden, size}},
               {"up_bias", {hidden}},
               {"scaling", {kind && *kind == "channel" ? hidden : 1}}};
-    for (const auto& [name, wanted] : {std::pair("norm_before", bottleneck->config.ln_before),
-                                       std::pair("norm_after", bottleneck->config.ln_after)}) {
-      if (wanted) {
-        shapes[std::string(name) + "_weight"] = {hidden};
-        shapes[std::string(name) + "_bias"] = {hidden};
-      }
+    for (const std::string& norm : own_norms(bottleneck->config)) {
+      shapes[norm + "_weight"] = {hidden};
+      shapes[norm + "_bias"] = {hidden};
     }
     gates = bottleneck->config.use_gating;
     gate_features = hidden;

@@ -38,6 +38,10 @@ struct BankSlot {
   std::vector<int64_t> gates = {};  // per adapter: how many gates it has here; 0 = not gated, or not here
 };
 
+// Whether a parameter of a bank is learned. A scaling is alpha / r, or a number of the config, unless it is a
+// bottleneck's "learned" or "channel" (BottleneckForm::scaling_is_trained).
+bool is_trained(const std::string& parameter, bool scaling_is_trained);
+
 // Stacks adapters into banks, in execution order. Ranks and prefix lengths are padded with zeros; an adapter without a
 // gate in a gated bank has gate_weight 0 and gate_bias +inf (a gate of exactly 1); an adapter that is not at a place
 // has scaling 0 (or prefix_length 0) there.

@@ -77,12 +77,6 @@ Module child(Module& parent, const std::string& name, const std::string& class_n
   return module;
 }
 
-bool is_trained(const std::string& parameter, const BankSlot& slot) {
-  const bool is_fixed =
-      parameter == "prefix_length" || parameter == "present" || parameter == "weight_norm" || parameter == "fixed";
-  return !is_fixed && (parameter != "scaling" || slot.form.scaling_is_trained);
-}
-
 template <typename Value, typename Get>
 c10::IValue list_of(const std::vector<BankSlot>& slots, const std::vector<SlotRun>& runs, Get get) {
   c10::List<Value> result;
@@ -128,7 +122,7 @@ Module make_adapters_module(const std::vector<Adapter>& adapters, const std::vec
         root.hasattr(layer_name) ? root.attr(layer_name).toModule() : child(root, layer_name, "AdapterLayer", unit);
     Module module = child(layer, slot.name, "AdapterSlot", unit);
     for (const auto& [name, tensor] : slot.parameters) {
-      const bool trained = is_trained(name, slot);
+      const bool trained = is_trained(name, slot.form.scaling_is_trained);
       module.register_parameter(name, tensor.detach().set_requires_grad(trained), /*is_buffer=*/!trained);
     }
   }

@@ -35,7 +35,6 @@ class Inserter {
                            const torch::jit::Module& root);
   // Inserts the op of `slot` into one run of its layer and returns its gate.
   Value* insert(const BankSlot& slot, size_t layer);
-  Value* adapter_ids() const { return adapter_ids_; }
   size_t ops() const { return ops_; }
 
  private:

@@ -26,11 +26,9 @@ Foundation open(const Module& module, const char* what) {
   return lay_foundation(module, {});
 }
 
-// A scaling is alpha / r, or a number of the config, unless it is a bottleneck's "learned" or "channel".
-bool is_trained(const std::string& parameter, const PlannedModule& module) {
+bool is_trained_in(const PlannedModule& module, const std::string& parameter) {
   const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method);
-  return (parameter != "scaling" && parameter != "weight_norm" && parameter != "fixed") ||
-         (parameter == "scaling" && bottleneck && std::holds_alternative<std::string>(bottleneck->config.scaling));
+  return is_trained(parameter, bottleneck && bottleneck_form(bottleneck->config).scaling_is_trained);
 }
 
 // How weights were initialised, or a prefix was made, is no matter once they are there.
@@ -63,7 +61,7 @@ std::vector<AdapterInfo> list_adapters(const Module& module) {
     AdapterInfo info{adapter.name, config_to_json(adapter.config), adapter.name == active, adapter.merged, 0, 0, {}};
     for (size_t i = 0; i < adapter.plan.size(); ++i) {
       for (const auto& [name, tensor] : adapter.weights[i]) {
-        if (is_trained(name, adapter.plan[i])) {
+        if (is_trained_in(adapter.plan[i], name)) {
           info.parameters += tensor.numel();
           info.bytes += static_cast<int64_t>(tensor.nbytes());
           info.by_location[adapter.plan[i].location] += tensor.numel();
@@ -141,7 +139,7 @@ Module average_adapters(const Module& module, const std::string& name, const std
         total.add_(sources[i]->weights[m].at(parameter), shares[i]);
       }
       // alpha / r is no parameter: it is the same in all, and weights that do not sum to 1 are not for it.
-      tensor = is_trained(parameter, average.plan[m]) ? total.to(tensor.scalar_type()) : tensor;
+      tensor = is_trained_in(average.plan[m], parameter) ? total.to(tensor.scalar_type()) : tensor;
     }
   }
   foundation.adapters.push_back(std::move(average));

@@ -102,11 +102,9 @@ ModuleWeights Reader::read(const PlannedBottleneck& planned, const SavedParamete
     weights["up_weight"] = take(saved, "up_weight", {hidden, size}, place);
     weights["up_bias"] = take(saved, "up_bias", {hidden}, place);
   }
-  for (const auto& [name, wanted] : {std::pair(std::string("norm_before"), planned.config.ln_before),
-                                     std::pair(std::string("norm_after"), planned.config.ln_after)}) {
-    if (wanted) {
-      weights[name + "_weight"] = take(saved, name + "_weight", {hidden}, place);
-      weights[name + "_bias"] = take(saved, name + "_bias", {hidden}, place);
+  for (const std::string& norm : own_norms(planned.config)) {
+    for (const std::string& name : {norm + "_weight", norm + "_bias"}) {
+      weights[name] = take(saved, name, {hidden}, place);
     }
   }
   if (const auto* number = std::get_if<double>(&planned.config.scaling)) {

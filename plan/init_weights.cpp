@@ -181,12 +181,9 @@ ModuleWeights init(const PlannedBottleneck& planned, SharedFactors& shared) {
     weights["up_weight"] = truncated_normal({hidden, size});
   }
   weights["scaling"] = bottleneck_scaling(planned);
-  for (const auto& [name, wanted] :
-       {std::pair("norm_before", config.ln_before), std::pair("norm_after", config.ln_after)}) {
-    if (wanted) {
-      weights[std::string(name) + "_weight"] = at::ones({hidden});
-      weights[std::string(name) + "_bias"] = at::zeros({hidden});
-    }
+  for (const std::string& norm : own_norms(config)) {
+    weights[norm + "_weight"] = at::ones({hidden});
+    weights[norm + "_bias"] = at::zeros({hidden});
   }
   if (config.use_gating && config.init_weights == "houlsby") {
     add_default_gate(weights, 1, hidden);  // houlsby leaves the gate as it is

@@ -55,6 +55,17 @@ LoRAForm lora_form(const LoRAConfig& config) {
   return config.composition_mode == "scale" ? LoRAForm::kScale : config.use_dora ? LoRAForm::kDora : LoRAForm::kAdd;
 }
 
+std::vector<std::string> own_norms(const BnConfig& config) {
+  std::vector<std::string> result;
+  if (config.ln_before) {
+    result.emplace_back("norm_before");
+  }
+  if (config.ln_after) {
+    result.emplace_back("norm_after");
+  }
+  return result;
+}
+
 namespace {
 
 bool contains(const std::vector<int64_t>& values, int64_t value) {

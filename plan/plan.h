@@ -17,6 +17,9 @@ double lora_scaling(const LoRAConfig& config);
 enum class LoRAForm { kAdd, kScale, kDora };
 LoRAForm lora_form(const LoRAConfig& config);
 
+// The layer norms that a bottleneck has of its own: "norm_before", "norm_after" (ln_before, ln_after).
+std::vector<std::string> own_norms(const BnConfig& config);
+
 // The three methods, each at one place of one layer. `location` is the oracle's key ("selfattn_lora"), `slot` names the
 // module inside the Transformer layer; the two differ for LoRA on q, k, v only: selfattn_lora_q, and crossattn_lora_q
 // in cross attention, whose location is selfattn_lora too.

@@ -8,24 +8,27 @@
 namespace torchgraft::ops {
 namespace {
 
-Prefix no_prefix(const PrefixArguments& args) {
-  Prefix result;
-  result.key = args.prefix_key.select(0, 0).narrow(1, 0, 0);
-  result.value = args.prefix_value.select(0, 0).narrow(1, 0, 0);
-  return result;
+// By the kernel that a row without an adapter meets in a mixed batch, so that its bits do not depend on the batch.
+at::Tensor without_prefix(const PrefixArguments& args, const at::Tensor& mask) {
+  if (!cpu::takes(args)) {
+    return attend_without_prefix(args, mask);
+  }
+  Prefix none;
+  none.key = args.prefix_key.select(0, 0).narrow(1, 0, 0);
+  none.value = args.prefix_value.select(0, 0).narrow(1, 0, 0);
+  return cpu::attend(args, none, mask).output;
 }
 
 at::Tensor prefix_attention(const PrefixArguments& args, const Selection& selection, const Gate& gate) {
   // Detached: torch's choice of a kernel asks whether a mask requires grad even where nothing is recorded.
   const at::Tensor mask = args.attn_mask.defined() ? additive_mask(args).detach() : at::Tensor();
   if (selection.kind == Selection::Kind::kBase) {
-    // The kernel that a row without an adapter meets in a mixed batch, so that its bits do not depend on the batch.
-    return cpu::takes(args) ? cpu::attend(args, no_prefix(args), mask).output : attend_without_prefix(args, mask);
+    return without_prefix(args, mask);
   }
   const bool readable = args.prefix_length.is_cpu() && !at::isTensorSubclassLike(args.prefix_length);
   const Prefix prefix = select_prefix(args, selection, gate, /*trim=*/readable);
-  if (TORCH_GUARD_OR_FALSE(prefix.key.sym_size(-2).sym_eq(0)) && !cpu::takes(args)) {
-    return attend_without_prefix(args, mask);
+  if (TORCH_GUARD_OR_FALSE(prefix.key.sym_size(-2).sym_eq(0))) {
+    return without_prefix(args, mask);
   }
   return args.dropout_p > 0.0 ? attend_with_dropout(args, prefix, mask) : attend(args, prefix, mask).output;
 }

@@ -21,16 +21,10 @@ class WideTable {
         has_bias_(expansion.bias.defined()) {}
 
   int64_t rows() const { return depth_ + has_bias_; }
-  int64_t columns() const { return columns_; }
   bool has_bias() const { return has_bias_; }
 
-  // Into `table`, unless `made_for`, which is updated, says that it is there.
-  void make(int64_t adapter, std::vector<float>& table, int64_t& made_for) const {
-    if (made_for == adapter) {
-      return;
-    }
-    made_for = adapter;
-    table.resize(rows() * columns_);
+  std::vector<float> of(int64_t adapter) const {
+    std::vector<float> table(rows() * columns_);
     const float* scale = scaling_.of(adapter);
     kernels().transpose(weight_.of(adapter), depth_, columns_, depth_, scale, table.data(), columns_);
     if (has_bias_) {
@@ -40,6 +34,7 @@ class WideTable {
         last[i] = bias[i] * (scale == nullptr ? 1.0F : scale[i]);
       }
     }
+    return table;
   }
 
  private:
@@ -53,15 +48,14 @@ class WideTable {
 
 }  // namespace
 
-std::vector<float> row_coefficients(const at::Tensor& per_adapter, const Gate& gate, const Selection& selection,
+std::vector<float> row_coefficients(const at::Tensor& per_adapter, const Gate& gate, const TokenRuns& runs,
                                     int64_t batch) {
-  const TokenRuns rows = token_runs(selection, batch, 1);
   const BankSlices scaling(per_adapter);
   const float* gates = gate.value.defined() ? gate.value.const_data_ptr<float>() : nullptr;
   const int64_t columns = gate.value.defined() ? gate.value.size(1) : 0;
   std::vector<float> result(batch, 0.0F);
   for (int64_t b = 0; b < batch; ++b) {
-    const int64_t adapter = rows.adapters[rows.count() == 1 ? 0 : b];
+    const int64_t adapter = runs.adapters[runs.count() == 1 ? 0 : b];
     if (adapter >= 0) {
       const float scale = per_adapter.defined() ? scaling.of(adapter)[0] : 1.0F;
       result[b] = gates == nullptr ? scale : scale * gates[b * columns];
@@ -95,17 +89,17 @@ class Expander {
         wide_(expansion, per_channel_),
         weight_(expansion.weight),
         bias_(expansion.bias),
-        coefficients_(row_coefficients(per_channel_ ? at::Tensor() : expansion.scaling, gate, selection, base.size(0))),
+        coefficients_(row_coefficients(per_channel_ ? at::Tensor() : expansion.scaling, gate, runs_, base.size(0))),
         base_(base),
         hidden_(hidden) {}
 
-  at::Tensor run(const Selection& selection) {
+  at::Tensor run() {
     at::Tensor output = at::empty_like(base_);
     to_ = output.mutable_data_ptr<float>();
     const bool long_sums = depth_ >= kLongSum && !per_channel_;
-    int64_t only_for = -1;
-    if (!long_sums && !selection.is_mixed()) {
-      wide_.make(selection.adapter, only_, only_for);
+    std::vector<float> table;  // of all tiles, when they have one adapter
+    if (!long_sums && runs_.count() == 1 && runs_.adapters[0] >= 0) {
+      table = wide_.of(runs_.adapters[0]);
     }
     for_each_tile(runs_, [&](int64_t run, int64_t begin, int64_t end) {
       const int64_t first = run * runs_.tokens + begin;
@@ -114,8 +108,10 @@ class Expander {
         std::copy_n(from(first), (end - begin) * columns_, to_ + first * columns_);
       } else if (long_sums) {
         dot_tile(adapter, first, end - begin);
+      } else if (runs_.count() == 1) {
+        outer_tile(table, first, end - begin);
       } else {
-        outer_tile(adapter, first, end - begin, only_for < 0);
+        outer_tile(wide_.of(adapter), first, end - begin);
       }
     });
     return output;
@@ -136,12 +132,8 @@ class Expander {
     return result;
   }
 
-  void outer_tile(int64_t adapter, int64_t first, int64_t count, bool make_table) const {
-    std::vector<float> own;
-    int64_t own_for = -1;
-    if (make_table) {
-      wide_.make(adapter, own, own_for);
-    }
+  // table: of the tile's adapter
+  void outer_tile(const std::vector<float>& table, int64_t first, int64_t count) const {
     const std::vector<float> narrow = scaled(first, count);
     OuterProduct job;
     job.rows = count;
@@ -150,7 +142,7 @@ class Expander {
     job.y = to_ + first * columns_;
     job.depth = job.x_stride = wide_.rows();
     job.x = narrow.data();
-    job.w = make_table ? own.data() : only_.data();
+    job.w = table.data();
     kernels().outer_product(job);
   }
 
@@ -184,7 +176,6 @@ class Expander {
   std::vector<float> coefficients_;
   at::Tensor base_;
   at::Tensor hidden_;
-  std::vector<float> only_;  // the table of a uniform batch
   float* to_ = nullptr;
 };
 
@@ -192,7 +183,7 @@ class Expander {
 
 at::Tensor expand(const at::Tensor& base, const at::Tensor& hidden, const Expansion& expansion, const Gate& gate,
                   const Selection& selection) {
-  return Expander(base.contiguous(), hidden, expansion, gate, selection).run(selection);
+  return Expander(base.contiguous(), hidden, expansion, gate, selection).run();
 }
 
 }  // namespace torchgraft::ops::cpu

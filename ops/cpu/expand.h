@@ -1,6 +1,7 @@
 #pragma once
 
 #include <torchgraft/ops/bank.h>
+#include <torchgraft/ops/cpu/token_tiles.h>
 #include <torchgraft/ops/gate.h>
 
 namespace torchgraft::ops::cpu {
@@ -18,7 +19,7 @@ at::Tensor expand(const at::Tensor& base, const at::Tensor& hidden, const Expans
                   const Selection& selection);
 
 // c of every row, [B]: `per_adapter` [N] or [N, 1] times the gate's first column. 0 for rows without an adapter.
-std::vector<float> row_coefficients(const at::Tensor& per_adapter, const Gate& gate, const Selection& selection,
+std::vector<float> row_coefficients(const at::Tensor& per_adapter, const Gate& gate, const TokenRuns& runs,
                                     int64_t batch);
 
 // to [rows, columns] = x [rows, columns] times the coefficient of each token's row; tokens count from `first` in [B S].

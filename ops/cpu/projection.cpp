@@ -31,17 +31,16 @@ std::pair<at::Tensor, Gate> lora_projection(const at::Tensor& weight, const at::
   const int64_t columns = projection.size(0);
   at::Tensor output = at::empty({x.size(0), tokens, columns}, x.options());
   TokenReading reading;
-  std::vector<float> coefficients;
   at::Tensor scaled;  // [B, S, r]: c (x A^T)
   TokenRuns runs{x.size(0) * tokens, {-1}};
   const bool adapted = selection.kind != Selection::Kind::kBase;
   if (adapted) {
+    runs = token_runs(selection, x.size(0), tokens);
     reading = read_tokens(x, {lora.lora_a, {}}, lora.rows, selection);
-    coefficients = row_coefficients(lora.scaling, reading.gate, selection, x.size(0));
+    const std::vector<float> coefficients = row_coefficients(lora.scaling, reading.gate, runs, x.size(0));
     scaled = reading.hidden;
     auto* values = scaled.mutable_data_ptr<float>();
     scale_rows(values, x.size(0) * tokens, scaled.size(2), coefficients, 0, tokens, values, scaled.size(2));
-    runs = token_runs(selection, x.size(0), tokens);
   }
   const BankSlices lora_b(adapted ? lora.lora_b : at::Tensor());
   const at::Tensor dense_bias = bias.defined() ? bias.contiguous() : bias;

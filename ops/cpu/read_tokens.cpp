@@ -2,11 +2,46 @@
 #include <torchgraft/ops/cpu/read_tokens.h>
 #include <torchgraft/ops/cpu/token_tiles.h>
 
-#include <cstring>
 #include <map>
+#include <vector>
 
 namespace torchgraft::ops::cpu {
 namespace {
+
+// One thing that is read off the tokens: f(x weight^T + bias), [B S, width].
+struct Columns {
+  BankSlices weight;
+  BankSlices bias;
+  int64_t width;
+  FusedActivation activation;
+  float* to;
+  float* before;  // the same without f; may be null
+
+  // x [count, features] are the tokens from `first` on.
+  void compute(const float* x, int64_t features, int64_t first, int64_t count, int64_t adapter) const {
+    const int64_t size = count * width;
+    float* values = to + first * width;
+    if (adapter < 0) {
+      std::fill_n(values, size, 0.0F);
+    } else {
+      DotProduct job;
+      job.rows = count;
+      job.columns = job.y_stride = width;
+      job.depth = job.x_stride = job.w_stride = features;
+      job.x = x;
+      job.w = weight.of(adapter);
+      job.bias = bias.of(adapter);
+      job.y = values;
+      kernels().dot_product(job);
+    }
+    if (before != nullptr) {
+      std::copy_n(values, size, before + first * width);
+    }
+    if (adapter >= 0) {
+      kernels().activate(activation, values, size);
+    }
+  }
+};
 
 // Means of the sigmoids over the tokens of each row, in the tokens' order.
 void pool(Gate& gate, const RowArguments& rows, const Selection& selection) {
@@ -71,64 +106,30 @@ TokenReading read_tokens(const at::Tensor& input, const TokenReader& reader, con
   const at::Tensor x = input.contiguous();
   const int64_t features = x.size(2);
   const TokenRuns runs = token_runs(selection, x.size(0), x.size(1));
-  const Kernels& table = kernels();
-  const bool gated = rows.gate_weight.defined();
-  const bool has_weight = reader.weight.defined();
-  const int64_t width = has_weight ? reader.weight.size(1) : 0;
-  const int64_t gates = gated ? rows.gate_weight.size(1) : 0;
   TokenReading result;
-  if (has_weight) {
-    result.hidden = at::empty({x.size(0), x.size(1), width}, x.options());
-    result.inner = reader.keep_inner ? at::empty_like(result.hidden) : at::Tensor();
+  std::vector<Columns> parts;
+  const auto add = [&](const at::Tensor& weight, const at::Tensor& bias, FusedActivation activation) {
+    const at::Tensor values = at::empty({x.size(0), x.size(1), weight.size(1)}, x.options());
+    parts.push_back(
+        {BankSlices(weight), BankSlices(bias), weight.size(1), activation, values.mutable_data_ptr<float>(), nullptr});
+    return values;
+  };
+  if (reader.weight.defined()) {
+    result.hidden = add(reader.weight, reader.bias, reader.activation);
+    if (reader.keep_inner) {
+      result.inner = at::empty_like(result.hidden);
+      parts.back().before = result.inner.mutable_data_ptr<float>();
+    }
   }
+  const bool gated = rows.gate_weight.defined();
   if (gated) {
-    result.gate.sigmoids = at::empty({x.size(0), x.size(1), gates}, x.options());
+    result.gate.sigmoids = add(rows.gate_weight, rows.gate_bias, FusedActivation::kSigmoid);
   }
-  const BankSlices weights(reader.weight);
-  const BankSlices biases(reader.bias);
-  const BankSlices gate_weights(rows.gate_weight);
-  const BankSlices gate_biases(rows.gate_bias);
   const auto* from = x.const_data_ptr<float>();
-  float* hidden = has_weight ? result.hidden.mutable_data_ptr<float>() : nullptr;
-  float* inner = result.inner.defined() ? result.inner.mutable_data_ptr<float>() : nullptr;
-  float* sigmoids = gated ? result.gate.sigmoids.mutable_data_ptr<float>() : nullptr;
-
   for_each_tile(runs, [&](int64_t run, int64_t begin, int64_t end) {
     const int64_t first = run * runs.tokens + begin;
-    const int64_t count = end - begin;
-    const int64_t adapter = runs.adapters[run];
-    if (adapter < 0) {
-      for (auto& [target, size] : {std::pair(hidden, width), std::pair(inner, width), std::pair(sigmoids, gates)}) {
-        if (target != nullptr) {
-          std::fill_n(target + first * size, count * size, 0.0F);
-        }
-      }
-      return;
-    }
-    DotProduct job;
-    job.rows = count;
-    job.depth = features;
-    job.x = from + first * features;
-    job.x_stride = features;
-    job.w_stride = features;
-    if (hidden != nullptr) {
-      job.columns = job.y_stride = width;
-      job.w = weights.of(adapter);
-      job.bias = biases.of(adapter);
-      job.y = hidden + first * width;
-      table.dot_product(job);
-      if (inner != nullptr) {
-        std::memcpy(inner + first * width, job.y, sizeof(float) * count * width);
-      }
-      table.activate(reader.activation, job.y, count * width);
-    }
-    if (sigmoids != nullptr) {
-      job.columns = job.y_stride = gates;
-      job.w = gate_weights.of(adapter);
-      job.bias = gate_biases.of(adapter);
-      job.y = sigmoids + first * gates;
-      table.dot_product(job);
-      table.activate(FusedActivation::kSigmoid, job.y, count * gates);
+    for (const Columns& part : parts) {
+      part.compute(from + first * features, features, first, end - begin, runs.adapters[run]);
     }
   });
   if (gated) {

@@ -2,6 +2,7 @@
 
 #include <torchgraft/patch/graph_utils.h>
 
+#include <utility>
 #include <vector>
 
 namespace torchgraft {
@@ -27,14 +28,14 @@ Node* fusable_linear(const Node* lora) {
 size_t fuse_projections(const std::shared_ptr<Graph>& graph) {
   static const auto kLora = c10::Symbol::fromQualString("torchgraft::gated_lora");
   static const auto kFused = c10::Symbol::fromQualString("torchgraft::gated_lora_linear");
-  std::vector<Node*> loras;
+  std::vector<std::pair<Node*, Node*>> pairs;
   for_each_node(graph->block(), [&](Node* node) {
-    if (node->kind() == kLora && fusable_linear(node)) {
-      loras.push_back(node);
+    Node* linear = node->kind() == kLora ? fusable_linear(node) : nullptr;
+    if (linear) {
+      pairs.emplace_back(node, linear);
     }
   });
-  for (Node* lora : loras) {
-    Node* linear = fusable_linear(lora);
+  for (const auto& [lora, linear] : pairs) {
     // x, weight, bias; then lora_a and what follows it
     std::vector<Value*> inputs(linear->inputs().begin(), linear->inputs().end());
     inputs.insert(inputs.end(), lora->inputs().begin() + kBase + 1, lora->inputs().end());
@@ -47,7 +48,7 @@ size_t fuse_projections(const std::shared_ptr<Graph>& graph) {
     lora->destroy();
     linear->destroy();
   }
-  return loras.size();
+  return pairs.size();
 }
 
 }  // namespace torchgraft

@@ -18,7 +18,13 @@ using torch::jit::Node;
 using torch::jit::Value;
 
 // 11 is torch.bool, for which source that is compiled in C++ has no name.
-constexpr const char* kAdditive = R"python(
+constexpr const char* kHelpers = R"python(
+def update(x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: Tensor, gate: Tensor, adapter_ids: Optional[Tensor],
+           adapter: int) -> Tensor:
+    coefficient = selected(scaling, adapter_ids, adapter).view(-1, 1, 1) * gate.unsqueeze(-1)
+    hidden = torch.matmul(x, selected(lora_a, adapter_ids, adapter).transpose(1, 2))
+    return torch.matmul(hidden * coefficient, selected(lora_b, adapter_ids, adapter).transpose(1, 2))
+
 def additive(query: Tensor, key: Tensor, attn_mask: Optional[Tensor], is_causal: bool) -> Tensor:
     if attn_mask is not None:
         mask = attn_mask
@@ -58,10 +64,7 @@ const std::map<std::string, Definition>& definitions() {
             {{"x", "Tensor"}, {"base", "Tensor"}, {"lora_a", "Tensor"}, {"lora_b", "Tensor"}, {"scaling", "Tensor"}}),
         R"python(
     gate = pooled(x, gate_weight, gate_bias, adapter_ids, adapter, token_mask)
-    coefficient = selected(scaling, adapter_ids, adapter).view(-1, 1, 1) * gate.unsqueeze(-1)
-    hidden = torch.matmul(x, selected(lora_a, adapter_ids, adapter).transpose(1, 2))
-    update = torch.matmul(hidden * coefficient, selected(lora_b, adapter_ids, adapter).transpose(1, 2))
-    return base + update, gate
+    return base + update(x, lora_a, lora_b, scaling, gate, adapter_ids, adapter), gate
 )python"}},
       {"gated_lora_linear",
        {with_rows({{"x", "Tensor"},
@@ -72,10 +75,8 @@ const std::map<std::string, Definition>& definitions() {
                    {"scaling", "Tensor"}}),
         R"python(
     gate = pooled(x, gate_weight, gate_bias, adapter_ids, adapter, token_mask)
-    coefficient = selected(scaling, adapter_ids, adapter).view(-1, 1, 1) * gate.unsqueeze(-1)
-    hidden = torch.matmul(x, selected(lora_a, adapter_ids, adapter).transpose(1, 2))
-    update = torch.matmul(hidden * coefficient, selected(lora_b, adapter_ids, adapter).transpose(1, 2))
-    return torch.linear(x, weight, bias) + update, gate
+    base = torch.linear(x, weight, bias)
+    return base + update(x, lora_a, lora_b, scaling, gate, adapter_ids, adapter), gate
 )python"}},
       {"gated_bottleneck",
        {with_rows({{"x", "Tensor"},
@@ -200,7 +201,7 @@ std::string source_for(const Node* node, const Definition& definition, const std
     TORCH_INTERNAL_ASSERT(non_linearity, "a non-linearity that is no constant");
     body.replace(at, std::string("ACTIVATION").size(), activation_source(non_linearity->toStringRef()));
   }
-  return row_source() + kAdditive + ("\ndef " + name + "(" + parameters + "):\n") + nones + body.substr(1);
+  return row_source() + kHelpers + ("\ndef " + name + "(" + parameters + "):\n") + nones + body.substr(1);
 }
 
 }  // namespace

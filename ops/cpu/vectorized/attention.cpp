@@ -1,6 +1,4 @@
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
-#include <torchgraft/ops/cpu/vectorized/entries.h>
+#include <torchgraft/ops/cpu/vectorized/lanes.h>
 
 #include <algorithm>
 #include <cmath>
@@ -9,8 +7,6 @@
 namespace torchgraft::ops::cpu::TORCHGRAFT_VECTORIZED {
 namespace {
 
-using Vec = at::vec::Vectorized<float>;
-constexpr int64_t kLanes = Vec::size();
 constexpr int64_t kKeyBlock = 512;   // keys and prefix positions whose packed form stays in the second cache
 constexpr int64_t kQueryBlock = 12;  // a multiple of outer_product's rows
 constexpr float kInfinity = std::numeric_limits<float>::infinity();

@@ -1,6 +1,4 @@
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
-#include <torchgraft/ops/cpu/vectorized/entries.h>
+#include <torchgraft/ops/cpu/vectorized/lanes.h>
 
 #include <algorithm>
 #include <array>
@@ -8,9 +6,6 @@
 
 namespace torchgraft::ops::cpu::TORCHGRAFT_VECTORIZED {
 namespace {
-
-using Vec = at::vec::Vectorized<float>;
-constexpr int64_t kLanes = Vec::size();
 
 // Rows of x times rows of w whose sums fill the registers: 24 of 32 with AVX-512, 12 of 16 otherwise.
 #ifdef CPU_CAPABILITY_AVX512

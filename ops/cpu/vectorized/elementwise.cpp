@@ -1,13 +1,9 @@
-#include <ATen/cpu/vec/vec.h>
-#include <torchgraft/ops/cpu/vectorized/entries.h>
+#include <torchgraft/ops/cpu/vectorized/lanes.h>
 
 #include <algorithm>
 
 namespace torchgraft::ops::cpu::TORCHGRAFT_VECTORIZED {
 namespace {
-
-using Vec = at::vec::Vectorized<float>;
-constexpr int64_t kLanes = Vec::size();
 
 template <typename Function>
 void map(float* values, int64_t count, const Function& function) {

@@ -1,5 +1,4 @@
-#include <ATen/cpu/vec/vec.h>
-#include <torchgraft/ops/cpu/vectorized/entries.h>
+#include <torchgraft/ops/cpu/vectorized/lanes.h>
 
 #include <algorithm>
 #include <array>
@@ -7,9 +6,6 @@
 
 namespace torchgraft::ops::cpu::TORCHGRAFT_VECTORIZED {
 namespace {
-
-using Vec = at::vec::Vectorized<float>;
-constexpr int64_t kLanes = Vec::size();
 
 // Rows of x times vectors of columns whose sums fill the registers.
 #ifdef CPU_CAPABILITY_AVX512
