@@ -63,7 +63,9 @@ void check_residual(const BnConfig& config) {
   if (!name) {
     return;
   }
-  require_one_of("BnConfig.residual_before_ln", *name, {"post_add", "True", "False"});
+  if (*name != "post_add") {
+    refuse("BnConfig.residual_before_ln", *name, "post_add, True, False");
+  }
   TORCH_CHECK(config.is_parallel || config.original_ln_before,
               "config: BnConfig.residual_before_ln=\"post_add\" needs original_ln_before=True: without it there is no "
               "sum of adapter input and residual");

@@ -76,7 +76,8 @@ GraftOptions options_like(const Module& grafted, GraftOptions options) {
               "graft: the module's token mask is '", mask, "'; all its adapters share that");
   options.gate_pooling = pooling;
   options.token_mask_input = mask;
-  options.fuse = options.fuse && adapters.attr("fused").toBool();
+  const bool was_fused = !adapters.hasattr("fused") || adapters.attr("fused").toBool();  // older files do not say
+  options.fuse = options.fuse && was_fused;
   const auto sites = remembered_sites(grafted);
   TORCH_CHECK(!options.sites || (sites && to_json(*sites) == to_json(*options.sites)),
               "graft: the module was grafted with ", sites ? "other" : "detected",

@@ -82,6 +82,9 @@ INSTANTIATE_TEST_SUITE_P(
         BadConfig{R"({"mh_adapter": true, "output_adapter": true, "reduction_factor": 2, "non_linearity": "relu",
                       "original_ln_before": true, "residual_before_ln": "before"})",
                   "BnConfig.residual_before_ln=before is not supported yet (supported: post_add, True, False)"},
+        BadConfig{R"({"mh_adapter": true, "output_adapter": true, "reduction_factor": 2, "non_linearity": "relu",
+                      "original_ln_before": true, "residual_before_ln": "False"})",
+                  "BnConfig.residual_before_ln=False is not supported yet (supported: post_add, True, False)"},
         BadConfig{
             R"({"mh_adapter": true, "output_adapter": true, "non_linearity": "relu",
                       "reduction_factor": {"first": 2}})",
