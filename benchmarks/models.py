@@ -1,4 +1,4 @@
-"""How long a forward pass takes, grafted and otherwise: every variant in one process, in turns.
+"""How long a model takes, grafted and otherwise: every variant in one process, in turns.
 
     .venv/bin/python benchmarks/models.py --json docs/performance.json --picture docs/performance.png
 
@@ -6,11 +6,18 @@ Models are random and nothing is downloaded; a forward pass takes as long as tha
 every variant once, so that a busy moment of the machine meets all of them; what is printed are ratios of medians to the
 bare base model, traced and frozen, with the quartiles of the rounds' own ratios. Variants:
 
-    base, eager                 the Hugging Face model
-    base                        the same, traced and frozen: 1 by definition
-    library, eager              adapters==1.3.0, as it comes
-    library, traced             its prefixes ejected, traced and frozen: the best that is had without torchgraft
-    torchgraft                  grafted and frozen (with TORCHGRAFT_KERNELS=reference: by ATen's compositions)
+    base, eager          the Hugging Face model
+    base                 the same, traced and frozen: 1 by definition
+    library, eager       adapters==1.3.0, as it comes
+    library, ejected     the same, without the MLP behind its prefixes
+    library, traced      that, traced and frozen: the best that is had without torchgraft
+    peft, eager; traced  beside a LoRA: peft's, traced and frozen in the second
+    torchgraft           grafted and frozen (with TORCHGRAFT_KERNELS=reference: by ATen's compositions)
+    base, compiled; library, compiled    with --compile: torch.compile of the first, and of the ejected library, for each
+                         shape anew, which takes minutes
+
+With --backward a pass is a forward and a backward one: all of the base is trained, of the others the adapters, and what
+is traced is not frozen. Shapes are rows x tokens; ViT's tokens are its 196 patches and one more.
 """
 
 import argparse
@@ -32,6 +39,8 @@ sys.path[:0] = [str(ROOT / "python"), str(ROOT / "benchmarks")]
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 
 import adapters  # noqa: E402
+import peft  # noqa: E402
+import rich.box  # noqa: E402
 import torch  # noqa: E402
 import torchgraft  # noqa: E402
 import transformers  # noqa: E402
@@ -42,9 +51,15 @@ from this_machine import processor  # noqa: E402
 MODELS = {
     "MiniLM": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
     "BERT-base": dict(),
+    "ViT-base": dict(image_size=224),
 }
-CONFIGS = {"UniPELT": adapters.UniPELTConfig, "MAM": adapters.MAMConfig}
-SHAPES = {"MiniLM": ["1x16", "1x32", "8x32", "32x32"], "BERT-base": ["1x32", "1x128", "8x128"]}
+CONFIGS = {"UniPELT": adapters.UniPELTConfig, "MAM": adapters.MAMConfig, "LoRA": adapters.LoRAConfig}
+SHAPES = {
+    "MiniLM": ["1x16", "1x32", "8x32", "32x32"],
+    "BERT-base": ["1x32", "1x128", "8x128"],
+    "ViT-base": ["1x197", "8x197"],
+}
+LARGE_SHAPES = {"MiniLM": ["32x128", "8x512"], "BERT-base": ["32x128", "8x512"], "ViT-base": ["32x197"]}
 BASE = "base"
 
 
@@ -63,84 +78,130 @@ class Row:
 
 
 class Positional(torch.nn.Module):
-    """The model as a function of two tensors, which is what can be traced."""
+    """The model as a function of tensors, which is what can be traced: token ids and their mask, or pixels."""
 
     def __init__(self, model: torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        given = dict(pixel_values=x) if mask is None else dict(input_ids=x, attention_mask=mask)
+        return self.model(**given).last_hidden_state
 
 
-def batch_of(shape: str) -> tuple[torch.Tensor, torch.Tensor]:
+def batch_of(shape: str, sizes: dict | None = None) -> tuple[torch.Tensor, ...]:
+    """What a model of these sizes is called with; without them, a text model."""
     rows, tokens = map(int, shape.split("x"))
+    if is_vision(sizes or {}):
+        return (torch.randn(rows, 3, sizes["image_size"], sizes["image_size"]),)
     ids = torch.randint(5, 100, (rows, tokens))
     return ids, torch.ones_like(ids)
 
 
+def is_vision(sizes: dict) -> bool:
+    return "image_size" in sizes
+
+
 def hugging_face(sizes: dict) -> torch.nn.Module:
     torch.manual_seed(0)
+    if is_vision(sizes):
+        return transformers.ViTModel(transformers.ViTConfig(**sizes), add_pooling_layer=False).eval()
     return transformers.BertModel(transformers.BertConfig(**sizes), add_pooling_layer=False).eval()
 
 
-def traced(module: torch.nn.Module) -> torch.jit.ScriptModule:
+def traced(module: torch.nn.Module, sizes: dict | None = None) -> torch.jit.ScriptModule:
     with torch.no_grad():
-        return torch.jit.trace(module, batch_of("2x16"), check_trace=False, strict=False)
+        return torch.jit.trace(module, batch_of("2x16", sizes), check_trace=False, strict=False)
 
 
 def library(sizes: dict, config: object, ejected: bool) -> torch.nn.Module:
+    """adapters==1.3.0; the base does not require gradients."""
     model = hugging_face(sizes)
     adapters.init(model)
     model.add_adapter("task", config=config)
-    model.set_active_adapters("task")
     if ejected:
         model.eject_prefix_tuning("task")
+    model.train_adapter("task")
     return Positional(model).eval()
 
 
-def variants_of(sizes: dict, config_name: str) -> dict[str, Callable]:
-    base = traced(Positional(hugging_face(sizes)).eval())
-    config = CONFIGS[config_name]
-    grafted = torch.jit.freeze(torchgraft.graft(base, config(), "task", verify=False))
-    return {
-        "base, eager": Positional(hugging_face(sizes)).eval(),
-        BASE: torch.jit.freeze(base),
-        "library, eager": library(sizes, config(), ejected=False),
-        "library, traced": torch.jit.freeze(traced(library(sizes, config(), ejected=True))),
-        "torchgraft": grafted,
+def peft_lora(sizes: dict, config: object) -> torch.nn.Module:
+    names = ["query", "value"]
+    like = peft.LoraConfig(r=config.r, lora_alpha=config.alpha, target_modules=names)
+    return Positional(peft.get_peft_model(hugging_face(sizes), like)).eval()
+
+
+def grafted(base: torch.jit.ScriptModule, config: object) -> torch.jit.ScriptModule:
+    """The base does not require gradients."""
+    module = torchgraft.graft(base, config, "task", verify=False)
+    for path, parameter in module.named_parameters():
+        parameter.requires_grad_(path.startswith("adapters."))
+    return module
+
+
+def variants_of(sizes: dict, config_name: str, backward: bool, compile: bool) -> dict[str, Callable]:
+    config = CONFIGS[config_name]()
+    # A frozen module's parameters are constants, which get no gradients.
+    ready = (lambda module: module) if backward else torch.jit.freeze
+    eager = Positional(hugging_face(sizes)).eval()
+    ejected = library(sizes, config, ejected=True)
+    base = traced(Positional(hugging_face(sizes)).eval(), sizes)
+    result = {
+        "base, eager": eager,
+        BASE: ready(base),
+        "library, eager": library(sizes, config, ejected=False),
+        "library, ejected": ejected,
+        "library, traced": ready(traced(ejected, sizes)),
     }
+    if config_name == "LoRA":
+        del result["library, ejected"]  # there are no prefixes
+        result["peft, eager"] = peft_lora(sizes, config)
+        result["peft, traced"] = ready(traced(result["peft, eager"], sizes))
+    if compile:
+        result["base, compiled"] = torch.compile(eager, dynamic=False)
+        result["library, compiled"] = torch.compile(ejected, dynamic=False)
+    return result | {"torchgraft": ready(grafted(base, config))}
 
 
-def measured(variants: dict[str, Callable], batch: tuple, rounds: int, warm_up: int = 3) -> dict[str, list[float]]:
+def passed(run: Callable, batch: tuple, backward: bool) -> float:
+    """The seconds of one pass. Gradients of the pass before are gone first."""
+    if backward:
+        run.zero_grad(set_to_none=True)
+    with torch.inference_mode(not backward):
+        start = time.perf_counter()
+        output = run(*batch)
+        if backward:
+            output.square().mean().backward()
+        return time.perf_counter() - start
+
+
+def measured(variants: dict[str, Callable], batch: tuple, rounds: int, backward: bool) -> dict[str, list[float]]:
     """Seconds by variant, one for each round."""
+    warm_up = 3
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    with torch.inference_mode():
-        for index in range(warm_up + rounds):
-            for name, run in variants.items():
-                start = time.perf_counter()
-                run(*batch)
-                if index >= warm_up:
-                    seconds[name].append(time.perf_counter() - start)
+    for index in range(warm_up + rounds):
+        for name, run in variants.items():
+            taken = passed(run, batch, backward)
+            if index >= warm_up:
+                seconds[name].append(taken)
     return seconds
 
 
-def rounds_for(run: Callable, batch: tuple, budget: float, variants: int) -> int:
-    with torch.inference_mode():
-        run(*batch)
-        start = time.perf_counter()
-        run(*batch)
-    return max(5, min(60, round(budget / variants / (time.perf_counter() - start))))
+def rounds_for(run: Callable, batch: tuple, budget: float, variants: int, backward: bool) -> int:
+    once = [passed(run, batch, backward) for _ in range(2)]
+    return max(3, min(60, round(budget / variants / once[-1])))
 
 
 def rows_of(model: str, config: str, arguments: argparse.Namespace) -> list[Row]:
-    variants = variants_of(MODELS[model], config)
+    sizes, backward = MODELS[model], arguments.backward
+    variants = variants_of(sizes, config, backward, arguments.compile)
+    shapes = arguments.shapes or (LARGE_SHAPES if arguments.large else SHAPES)[model]
     rows = []
-    for threads, shape in itertools.product(arguments.threads, arguments.shapes or SHAPES[model]):
+    for threads, shape in itertools.product(arguments.threads, shapes):
         torch.set_num_threads(threads)
-        batch = batch_of(shape)
-        rounds = arguments.rounds or rounds_for(variants[BASE], batch, arguments.seconds, len(variants))
-        seconds = measured(variants, batch, rounds)
+        batch = batch_of(shape, sizes)
+        rounds = arguments.rounds or rounds_for(variants[BASE], batch, arguments.seconds, len(variants), backward)
+        seconds = measured(variants, batch, rounds, backward)
         base = seconds[BASE]
         for variant, values in seconds.items():
             ratios = [value / one for value, one in zip(values, base, strict=True)]
@@ -161,20 +222,26 @@ def machine() -> dict[str, str]:
     }
 
 
-def print_tables(rows: list[Row], console: Console) -> None:
-    for model, config in dict.fromkeys((row.model, row.config) for row in rows):
-        table = Table(title=f"{model}, {config}: time as a multiple of the bare base, traced and frozen")
-        mine = [row for row in rows if (row.model, row.config) == (model, config)]
-        columns = list(dict.fromkeys((row.threads, row.shape) for row in mine))
+def print_tables(rows: list[Row], markdown: bool, console: Console) -> None:
+    for model, config, threads in dict.fromkeys((row.model, row.config, row.threads) for row in rows):
+        title = f"{model}, {config}, threads: {threads}"
+        mine = [row for row in rows if (row.model, row.config, row.threads) == (model, config, threads)]
+        shapes = list(dict.fromkeys(row.shape for row in mine))
+        table = Table(title=title, box=rich.box.MARKDOWN if markdown else rich.box.HEAVY_HEAD)
         table.add_column("variant")
-        for threads, shape in columns:
-            table.add_column(f"{shape}, {threads} thr.", justify="right")
+        for shape in shapes:
+            table.add_column(shape, justify="right")
         for variant in dict.fromkeys(row.variant for row in mine):
-            cells = {(row.threads, row.shape): row for row in mine if row.variant == variant}
-            table.add_row(variant, *[f"{cells[key].ratio:.2f}" for key in columns])
-        base = {(row.threads, row.shape): row for row in mine if row.variant == BASE}
-        table.add_row("base, milliseconds", *[f"{base[key].milliseconds:.1f}" for key in columns])
+            cells = {row.shape: row for row in mine if row.variant == variant}
+            if variant == BASE:
+                table.add_row(BASE, *[f"{cells[shape].milliseconds:.1f} ms" for shape in shapes])
+            else:
+                table.add_row(variant, *[cell(cells[shape]) for shape in shapes])
         console.print(table)
+
+
+def cell(row: Row) -> str:
+    return f"{row.ratio:.2f} ({row.quartiles[0]:.2f}-{row.quartiles[1]:.2f})"
 
 
 def draw(rows: list[Row], path: Path) -> None:
@@ -212,13 +279,22 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=list(CONFIGS))
-    parser.add_argument("--shapes", nargs="+", help="rows x tokens, as 8x128; default: by model")
+    shapes = parser.add_mutually_exclusive_group()
+    shapes.add_argument("--shapes", nargs="+", help="rows x tokens, as 8x128; default: by model")
+    shapes.add_argument("--large", action="store_true", help="32x128 and 8x512 instead of the default")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--rounds", type=int, help="default: as many as --seconds allow, 5 to 60")
+    parser.add_argument("--rounds", type=int, help="default: as many as --seconds allow, 3 to 60")
     parser.add_argument("--seconds", type=float, default=20.0, help="for each shape and number of threads")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--picture", type=Path)
-    return parser.parse_args(arguments)
+    parser.add_argument("--backward", action="store_true", help="forward and backward passes")
+    parser.add_argument("--compile", action="store_true", help="torch.compile too: minutes for each shape")
+    parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
+    parser.add_argument("--json", type=Path, help="write machine and rows there")
+    parser.add_argument("--picture", type=Path, help="draw them there (PNG or SVG)")
+    given = parser.parse_args(arguments)
+    vision = [model for model in given.models if is_vision(MODELS[model])]
+    if vision and any(not shape.endswith("x197") for shape in given.shapes or []):
+        parser.error(f"--shapes: {vision[0]} has 197 tokens (8x197)")
+    return given
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -228,14 +304,16 @@ def main(argv: list[str] | None = None) -> int:
         return subprocess.run(command, env=os.environ | ALLOCATOR, check=False).returncode
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
-    console = Console(width=110)
+    console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(", ".join(f"{key}: {value}" for key, value in machine().items()))
     rows: list[Row] = []
     for model, config in itertools.product(arguments.models, arguments.configs):
         rows += rows_of(model, config, arguments)
-    print_tables(rows, console)
+    passes = "forward and backward" if arguments.backward else "forward"
+    console.print(f"{passes}: multiples of the base's median, in brackets the quartiles of the rounds' ratios")
+    print_tables(rows, arguments.markdown, console)
     if arguments.json:
-        text = json.dumps({"machine": machine(), "rows": [asdict(row) for row in rows]}, indent=1)
+        text = json.dumps({"machine": machine(), "passes": passes, "rows": [asdict(row) for row in rows]}, indent=1)
         arguments.json.write_text(text + "\n")
     if arguments.picture:
         draw(rows, arguments.picture)

@@ -1,27 +1,81 @@
 """benchmarks/models.py runs, and what it writes has the form that is said. No times are asserted."""
 
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
 
 _SCRIPT = Path(__file__).resolve().parents[3] / "benchmarks" / "models.py"
+_SMALL = dict(num_hidden_layers=1, hidden_size=24, num_attention_heads=2, intermediate_size=48)
+pytestmark = pytest.mark.filterwarnings("ignore")  # those of tracing
+_ALWAYS = {"base, eager", "base", "library, eager", "library, traced", "torchgraft"}
+
+
+@pytest.fixture(scope="module")
+def models() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("models_benchmark", _SCRIPT)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module  # where its dataclass looks its annotations up
+    specification.loader.exec_module(module)
+    return module
 
 
 def test_rows_of_a_small_run(tmp_path: Path) -> None:
-    options = ["--models", "MiniLM", "--shapes", "1x8", "--threads", "1", "--rounds", "3"]
+    options = ["--models", "MiniLM", "--shapes", "1x8", "2x9", "--threads", "1", "--rounds", "3", "--markdown"]
     files = ["--json", str(tmp_path / "rows.json"), "--picture", str(tmp_path / "bars.svg")]
     done = subprocess.run([sys.executable, str(_SCRIPT), *options, *files], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "rows.json").read_text())
-    assert written["machine"]["kernels"] in ("auto", "fused", "reference")
-    variants = ["base, eager", "base", "library, eager", "library, traced", "torchgraft"]
-    found = [(row["config"], row["variant"]) for row in written["rows"]]
-    assert found == [(config, variant) for config in ("UniPELT", "MAM") for variant in variants]
+    assert written["machine"]["kernels"] in ("auto", "fused", "reference") and written["passes"] == "forward"
+    found = {(row["config"], row["shape"]): set() for row in written["rows"]}
+    assert set(found) == {(config, shape) for config in ("UniPELT", "MAM", "LoRA") for shape in ("1x8", "2x9")}
     for row in written["rows"]:
-        assert (row["model"], row["shape"], row["threads"]) == ("MiniLM", "1x8", 1)
+        found[row["config"], row["shape"]].add(row["variant"])
+        assert (row["model"], row["threads"]) == ("MiniLM", 1)
         assert row["milliseconds"] > 0 and row["quartiles"][0] <= row["quartiles"][1]
         assert row["variant"] != "base" or row["ratio"] == 1.0
+    for (config, _), variants in found.items():
+        peers = {"peft, eager", "peft, traced"} if config == "LoRA" else {"library, ejected"}
+        assert variants == _ALWAYS | peers
     assert (tmp_path / "bars.svg").read_text().startswith("<?xml")
-    for name in variants:
-        assert name in done.stdout
+    cells = [[part.strip() for part in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
+    assert cells[0] == ["variant", "1x8", "2x9"]
+    assert len(cells) == 3 * 2 + len(written["rows"]) // 2
+
+
+def test_shapes_that_a_vision_model_has_not() -> None:
+    command = [sys.executable, str(_SCRIPT), "--models", "ViT-base", "--shapes", "8x128"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "--shapes: ViT-base has 197 tokens (8x197)" in done.stderr
+
+
+@pytest.mark.parametrize("config", ["UniPELT", "MAM", "LoRA"])
+@pytest.mark.parametrize("sizes", [_SMALL, _SMALL | dict(image_size=32)], ids=["text", "vision"])
+def test_variants_compute_the_same_kind_of_thing(models: ModuleType, sizes: dict, config: str) -> None:
+    batch = models.batch_of("2x5", sizes)
+    variants = models.variants_of(sizes, config, backward=False, compile=False)
+    outputs = {name: run(*batch) for name, run in variants.items()}
+    assert {tuple(output.shape) for output in outputs.values()} == {(2, 5, 24)}  # vision: two by two patches and one more
+    # A fresh LoRA changes nothing; the others are drawn anew for each variant.
+    if config == "LoRA":
+        for name, output in outputs.items():
+            torch.testing.assert_close(output, outputs["base"], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("config", ["UniPELT", "LoRA"])
+def test_what_a_backward_pass_trains(models: ModuleType, config: str) -> None:
+    variants = models.variants_of(_SMALL, config, backward=True, compile=False)
+    batch = models.batch_of("2x5")
+    for name, run in variants.items():
+        assert models.passed(run, batch, backward=True) > 0
+        trained = {path for path, parameter in run.named_parameters() if parameter.grad is not None}
+        if name.startswith("base"):
+            assert any("query.weight" in path for path in trained), name
+        else:
+            markers = ("adapter", "lora", "prefix")
+            assert trained and all(any(marker in path for marker in markers) for path in trained), name
