@@ -23,6 +23,7 @@ if(TORCHGRAFT_BUILD_PATCH)
   list(APPEND torchgraft_targets torchgraft_patch)
   list(APPEND torchgraft_headers
     config/adapter_config.h
+    patch/adapter_pool.h
     patch/graft.h
     patch/life.h
     patch/save_adapter.h

@@ -7,10 +7,11 @@
 namespace torchgraft::ops {
 namespace {
 
-Selection mixed(const at::Tensor& ids, bool has_base) {
+// stand_in: the slice that rows without an adapter read, for nothing.
+Selection mixed(const at::Tensor& ids, bool has_base, int64_t stand_in = 0) {
   Selection selection;
   selection.kind = Selection::Kind::kMixed;
-  selection.rows = has_base ? at::clamp_min(ids, 0) : ids;
+  selection.rows = has_base ? ids.masked_fill(at::lt(ids, 0), stand_in) : ids;
   selection.active = at::ge(ids, 0);
   selection.has_base = has_base;
   return selection;
@@ -34,7 +35,9 @@ Selection read_ids(const char* op, const at::Tensor& ids, int64_t adapters, bool
   if (allowed && std::all_of(first, last, [first](int64_t id) { return id == *first; })) {
     return uniform(*first);
   }
-  return mixed(ids, std::find(first, last, -1) != last);
+  // One that the batch uses: other slices may be in another thread's hands (AdapterPool).
+  const int64_t* used = std::find_if(first, last, [](int64_t id) { return id >= 0; });
+  return mixed(ids, std::find(first, last, -1) != last, used == last ? 0 : *used);
 }
 
 }  // namespace

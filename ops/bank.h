@@ -13,7 +13,7 @@ struct Selection {
   };
   Kind kind = Kind::kBase;
   int64_t adapter = -1;
-  at::Tensor rows;        // kMixed: int64 [B], 0 where the row has no adapter
+  at::Tensor rows;        // kMixed: int64 [B], one of the others (or 0) where the row has no adapter
   at::Tensor active;      // kMixed: bool [B], false where the row has no adapter
   bool has_base = false;  // kMixed: false only when it is known that `active` is all true
 

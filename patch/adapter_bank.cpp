@@ -21,6 +21,8 @@ int order_of(const std::string& slot) {
   return static_cast<int>(found - kOrder.begin());
 }
 
+}  // namespace
+
 std::string slot_name(const PlannedModule& module) {
   if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method)) {
     return module.slot + "_" + to_string(bottleneck_form(bottleneck->config));
@@ -32,12 +34,30 @@ std::string slot_name(const PlannedModule& module) {
   return module.slot;
 }
 
+bool broadcasts(const std::string& parameter, int64_t dim) {
+  return (parameter.starts_with("gate_") && dim == 0) || parameter == "scaling";
+}
+
+double missing_value(const std::string& parameter) {
+  return parameter == "gate_bias" ? std::numeric_limits<double>::infinity() : 0.0;
+}
+
+void write_parameter(at::Tensor row, const std::string& parameter, const at::Tensor& value) {
+  for (int64_t i = 0; i < row.dim(); ++i) {
+    if (!broadcasts(parameter, i)) {
+      row = row.narrow(i, 0, value.size(i));
+    }
+  }
+  row.copy_(value.detach());
+}
+
+namespace {
+
 // Members of one bank: (adapter, index into its plan).
 using Members = std::vector<std::pair<size_t, size_t>>;
 
 // Stacks one parameter of the members into [N, ...], padding every dimension to the largest.
-at::Tensor stack_parameter(const std::vector<Adapter>& adapters, const Members& members, const std::string& name,
-                           double missing) {
+at::Tensor stack_parameter(const std::vector<Adapter>& adapters, const Members& members, const std::string& name) {
   std::vector<int64_t> sizes;
   at::Tensor example;
   for (const auto& [adapter, module] : members) {
@@ -55,21 +75,14 @@ at::Tensor stack_parameter(const std::vector<Adapter>& adapters, const Members& 
   sizes.insert(sizes.begin(), static_cast<int64_t>(adapters.size()));
   at::Tensor bank = at::zeros(sizes, example.options().requires_grad(false));
   for (const auto& [adapter, module] : members) {
-    at::Tensor row = bank[adapter];
+    const at::Tensor row = bank[adapter];
     const ModuleWeights& weights = adapters[adapter].weights[module];
     const auto found = weights.find(name);
     if (found == weights.end()) {
-      row.fill_(missing);
+      row.fill_(missing_value(name));
       continue;
     }
-    for (int64_t i = 0; i < row.dim(); ++i) {
-      // One gate for keys and values, or one scale for all channels, stands for each of them.
-      const bool broadcast = (name.rfind("gate_", 0) == 0 && i == 0) || name == "scaling";
-      if (!broadcast) {
-        row = row.narrow(i, 0, found->second.size(i));
-      }
-    }
-    row.copy_(found->second.detach());
+    write_parameter(row, name, found->second);
   }
   return bank;
 }
@@ -93,18 +106,18 @@ BankSlot stack_slot(const std::vector<Adapter>& adapters, const Members& members
     slot.lora = lora_form(lora->config);
   }
   slot.gates.assign(adapters.size(), 0);
-  std::map<std::string, double> names;  // parameter -> value for members that lack it
+  std::set<std::string> names;
   for (const auto& [adapter, module] : members) {
     const ModuleWeights& weights = adapters[adapter].weights[module];
     for (const auto& [name, tensor] : weights) {
-      names[name] = name == "gate_bias" ? std::numeric_limits<double>::infinity() : 0.0;
+      names.insert(name);
     }
     if (const auto gate = weights.find("gate_bias"); gate != weights.end()) {
       slot.gates[adapter] = gate->second.size(0);
     }
   }
-  for (const auto& [name, missing] : names) {
-    slot.parameters[name] = stack_parameter(adapters, members, name, missing);
+  for (const std::string& name : names) {
+    slot.parameters[name] = stack_parameter(adapters, members, name);
   }
   if (!slot.form.is_plain() || slot.lora != LoRAForm::kAdd) {
     slot.parameters["present"] =
@@ -226,6 +239,15 @@ ModuleWeights unstack(const torch::jit::Module& slot, size_t adapter, const Plan
 
 }  // namespace
 
+AdapterWeights read_row(const torch::jit::Module& adapters_module, size_t row, const Plan& plan) {
+  AdapterWeights weights;
+  for (const PlannedModule& module : plan) {
+    const auto layer = adapters_module.attr("layer_" + std::to_string(module.number)).toModule();
+    weights.push_back(unstack(layer.attr(slot_name(module)).toModule(), row, module));
+  }
+  return weights;
+}
+
 std::vector<Adapter> read_adapters(const torch::jit::Module& adapters_module, const Structure& structure) {
   std::vector<Adapter> adapters;
   const auto names = adapters_module.attr("names").toListRef();
@@ -235,10 +257,7 @@ std::vector<Adapter> read_adapters(const torch::jit::Module& adapters_module, co
     Adapter adapter{names[a].toStringRef(), config_from_json(configs[a].toStringRef())};
     adapter.plan = make_plan(structure, adapter.config);
     adapter.merged = has_merged && adapters_module.attr("merged").toBoolList()[a];
-    for (const PlannedModule& module : adapter.plan) {
-      const auto layer = adapters_module.attr("layer_" + std::to_string(module.number)).toModule();
-      adapter.weights.push_back(unstack(layer.attr(slot_name(module)).toModule(), a, module));
-    }
+    adapter.weights = read_row(adapters_module, a, adapter.plan);
     adapters.push_back(std::move(adapter));
   }
   return adapters;

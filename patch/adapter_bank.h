@@ -42,6 +42,19 @@ struct BankSlot {
 // bottleneck's "learned" or "channel" (BottleneckForm::scaling_is_trained).
 bool is_trained(const std::string& parameter, bool scaling_is_trained);
 
+// The module of a layer that holds the bank of a planned module: "selfattn_lora_q", "output_adapter_seq_ln_relu".
+std::string slot_name(const PlannedModule& module);
+
+// Whether one number of an adapter stands for all in that dimension of its bank: one gate for keys and values, one scale
+// for all channels.
+bool broadcasts(const std::string& parameter, int64_t dim);
+
+// What a bank holds for an adapter that lacks a parameter.
+double missing_value(const std::string& parameter);
+
+// Copies a parameter into the row of a bank, which may be larger (ranks, prefix lengths); what is over stays as it is.
+void write_parameter(at::Tensor row, const std::string& parameter, const at::Tensor& value);
+
 // Stacks adapters into banks, in execution order. Ranks and prefix lengths are padded with zeros; an adapter without a
 // gate in a gated bank has gate_weight 0 and gate_bias +inf (a gate of exactly 1); an adapter that is not at a place
 // has scaling 0 (or prefix_length 0) there.
@@ -62,6 +75,9 @@ std::vector<SlotRun> slot_runs(const std::vector<BankSlot>& slots, const Structu
 torch::jit::Module make_adapters_module(const std::vector<Adapter>& adapters, const std::vector<BankSlot>& slots,
                                         const std::vector<SlotRun>& runs,
                                         const std::shared_ptr<torch::jit::CompilationUnit>& unit);
+
+// The weights of one adapter, cut out of the banks: one entry per module of its plan.
+AdapterWeights read_row(const torch::jit::Module& adapters_module, size_t row, const Plan& plan);
 
 // The adapters of a grafted module's `adapters` submodule, unstacked.
 std::vector<Adapter> read_adapters(const torch::jit::Module& adapters_module, const Structure& structure);

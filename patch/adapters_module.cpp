@@ -110,6 +110,9 @@ Module make_adapters_module(const std::vector<Adapter>& adapters, const std::vec
                           list_of<int64_t>(slots, runs, [](const BankSlot& slot) { return slot.number; }));
   root.register_attribute("gate_locations", strings,
                           list_of<std::string>(slots, runs, [](const BankSlot& slot) { return slot.location; }));
+  root.register_attribute("gate_slots", strings, list_of<std::string>(slots, runs, [](const BankSlot& slot) {
+                            return "layer_" + std::to_string(slot.number) + "." + slot.name;
+                          }));
   c10::List<c10::List<int64_t>> counts;
   for (const SlotRun& run : runs) {
     counts.push_back(c10::List<int64_t>(slots[run.slot].gates));

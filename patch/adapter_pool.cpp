@@ -1,0 +1,336 @@
+#include <torchgraft/patch/adapter_pool.h>
+
+#include <torchgraft/patch/dora.h>
+#include <torchgraft/patch/pool_banks.h>
+#include <torchgraft/plan/save_adapter_hub.h>
+
+#include <algorithm>
+#include <condition_variable>
+#include <map>
+#include <mutex>
+#include <set>
+#include <tuple>
+
+namespace torchgraft {
+namespace {
+
+using torch::jit::Module;
+using Names = std::set<std::string>;
+
+// Who may touch the tensors of a row follows from `use` and `pins`, which State::mutex guards:
+//   kFree     nobody
+//   kWriting  the one thread that holds State::loading
+//   kReady    its name leads to it; those who hold the pins read it
+//   kLeaving  no name leads to it; those who hold the pins read it, and it is free when the last one goes
+struct Row {
+  enum class Use { kFree, kWriting, kReady, kLeaving };
+  Use use = Use::kFree;
+  Adapter adapter = {};  // without weights: those are in the banks
+  int64_t pins = 0;
+  uint64_t last_used = 0;
+  bool permanent = false;  // came with the module
+};
+
+// One set of banks. When an adapter does not fit, the next one is built; leases keep the one that they began with.
+struct Generation {
+  Generation(Foundation foundation, std::vector<AdapterConfig> room, int64_t capacity)
+      : banks(std::move(foundation), std::move(room), capacity), rows(static_cast<size_t>(capacity)) {}
+
+  PoolBanks banks;
+  std::vector<Row> rows;
+  std::map<std::string, int64_t> index;  // name -> row, of rows that are ready
+
+  // Takes the name away from the row; it is free at once or when its last lease ends.
+  void leave(int64_t number) {
+    Row& row = rows[static_cast<size_t>(number)];
+    index.erase(row.adapter.name);
+    row.use = row.pins > 0 ? Row::Use::kLeaving : Row::Use::kFree;
+  }
+};
+
+void add_room(std::vector<AdapterConfig>& room, const AdapterConfig& config) {
+  const std::string json = config_to_json(config);
+  const bool known = std::any_of(room.begin(), room.end(),
+                                 [&](const AdapterConfig& other) { return config_to_json(other) == json; });
+  if (!known) {
+    room.push_back(config);
+  }
+}
+
+Adapter without_weights(const Adapter& adapter) {
+  return {adapter.name, adapter.config, adapter.plan, {}, adapter.merged};
+}
+
+}  // namespace
+
+struct AdapterPool::State {
+  State(const Module& module, AdapterPoolOptions options, Loader loader);
+
+  Adapter prepare(const AdapterSpec& spec) const;
+  std::optional<Lease> try_acquire(const std::shared_ptr<State>& self, const std::vector<std::string>& names);
+  // These need `loading` held.
+  void place(const Adapter& adapter, const Names& wanted, bool permanent);
+  void grow(const AdapterConfig& config);
+  int64_t take_row(const std::string& name, const Names& wanted);
+
+  const int64_t capacity;
+  const Loader loader;
+  // The base as it was read, for planning adapters and building banks; nothing is grafted onto it.
+  Foundation base;
+
+  std::mutex loading;  // taken before `mutex`: one thread at a time fetches adapters and writes rows
+
+  mutable std::mutex mutex;  // guards what follows, and the rows and the index of every generation
+  std::condition_variable row_freed;
+  std::shared_ptr<Generation> current;
+  uint64_t clock = 0;
+  AdapterPoolStats counts;
+};
+
+struct AdapterPool::Lease::Held {
+  std::shared_ptr<State> state;
+  std::shared_ptr<Generation> generation;
+  std::vector<int64_t> rows;  // each once
+
+  Held(std::shared_ptr<State> owner, std::shared_ptr<Generation> held, std::vector<int64_t> pinned)
+      : state(std::move(owner)), generation(std::move(held)), rows(std::move(pinned)) {}
+  Held(const Held&) = delete;
+  Held& operator=(const Held&) = delete;
+
+  ~Held() {
+    {
+      const std::lock_guard lock(state->mutex);
+      for (const int64_t number : rows) {
+        Row& row = generation->rows[static_cast<size_t>(number)];
+        if (--row.pins == 0 && row.use == Row::Use::kLeaving) {
+          row.use = Row::Use::kFree;
+        }
+      }
+    }
+    state->row_freed.notify_all();
+  }
+};
+
+AdapterPool::Lease::Lease(std::unique_ptr<Held> held, std::vector<int64_t> ids)
+    : held_(std::move(held)), ids_(std::move(ids)) {}
+AdapterPool::Lease::Lease(Lease&&) noexcept = default;
+AdapterPool::Lease& AdapterPool::Lease::operator=(Lease&&) noexcept = default;
+AdapterPool::Lease::~Lease() = default;
+
+const Module& AdapterPool::Lease::module() const { return held_->generation->banks.module(); }
+
+bool AdapterPool::Lease::same_module(const Lease& other) const {
+  return held_->generation == other.held_->generation;
+}
+
+AdapterPool::State::State(const Module& module, AdapterPoolOptions options, Loader fetch)
+    : capacity(options.capacity), loader(std::move(fetch)), base(lay_foundation(module, options.graft)) {
+  TORCH_CHECK(capacity >= 1, "AdapterPool: expected a capacity of at least 1, got ", capacity);
+  std::vector<Adapter> own;
+  std::swap(own, base.adapters);
+  TORCH_CHECK(static_cast<int64_t>(own.size()) < capacity, "AdapterPool: the module has ", own.size(),
+              " adapters of its own, which stay: expected a capacity above that, got ", capacity);
+  std::vector<AdapterConfig> room;
+  for (const AdapterConfig& config : options.room) {
+    add_room(room, ejected_config(config));
+  }
+  for (const Adapter& adapter : own) {
+    add_room(room, ejected_config(adapter.config));
+  }
+  current = std::make_shared<Generation>(lay_foundation(base.module, base.options), std::move(room), capacity);
+  for (const Adapter& adapter : own) {
+    place(adapter, {}, /*permanent=*/true);
+  }
+}
+
+Adapter AdapterPool::State::prepare(const AdapterSpec& spec) const {
+  TORCH_CHECK(!spec.name.empty(), "AdapterPool: an adapter needs a name; the empty one is the base model");
+  Adapter adapter = make_adapter(spec, base.sites.structure, base.weights);
+  complete_dora(adapter, base.sites, base.module);
+  return adapter;
+}
+
+std::optional<AdapterPool::Lease> AdapterPool::State::try_acquire(const std::shared_ptr<State>& self,
+                                                                  const std::vector<std::string>& names) {
+  const std::lock_guard lock(mutex);
+  std::vector<int64_t> ids;
+  for (const std::string& name : names) {
+    const auto found = current->index.find(name);
+    if (!name.empty() && found == current->index.end()) {
+      return std::nullopt;
+    }
+    ids.push_back(name.empty() ? -1 : found->second);
+  }
+  std::set<int64_t> rows(ids.begin(), ids.end());
+  rows.erase(-1);
+  auto held = std::make_unique<Lease::Held>(self, current, std::vector<int64_t>(rows.begin(), rows.end()));
+  for (const int64_t number : held->rows) {
+    Row& row = current->rows[static_cast<size_t>(number)];
+    ++row.pins;
+    row.last_used = ++clock;
+  }
+  return Lease(std::move(held), std::move(ids));
+}
+
+// A row to write for the adapter `name`, marked as such. The names of `wanted` keep theirs.
+int64_t AdapterPool::State::take_row(const std::string& name, const Names& wanted) {
+  std::unique_lock lock(mutex);
+  std::vector<Row>& rows = current->rows;
+  const auto may_leave = [&](const Row& row) {
+    return row.use == Row::Use::kReady && !row.permanent && (row.adapter.name == name || !wanted.count(row.adapter.name));
+  };
+  for (;;) {
+    int64_t victim = -1;
+    bool leaving = false;
+    for (size_t i = 0; i < rows.size(); ++i) {
+      Row& row = rows[i];
+      if (row.use == Row::Use::kFree) {
+        row.use = Row::Use::kWriting;
+        return static_cast<int64_t>(i);
+      }
+      leaving = leaving || row.use == Row::Use::kLeaving;
+      const auto order = [&](const Row& candidate) {
+        return std::tuple(candidate.pins > 0, candidate.adapter.name != name, candidate.last_used);
+      };
+      if (may_leave(row) && (victim < 0 || order(row) < order(rows[static_cast<size_t>(victim)]))) {
+        victim = static_cast<int64_t>(i);
+      }
+    }
+    const bool at_once = victim >= 0 && rows[static_cast<size_t>(victim)].pins == 0;
+    TORCH_CHECK(victim >= 0 || leaving, "AdapterPool: no row for '", name, "': all ", capacity,
+                " hold adapters that came with the module or are asked for in the same call");
+    if (at_once || !leaving) {
+      // One that is in use gives up its name now, so that no new lease keeps it for ever.
+      current->leave(victim);
+      ++counts.evictions;
+    }
+    if (!at_once) {
+      row_freed.wait(lock);
+    }
+  }
+}
+
+void AdapterPool::State::place(const Adapter& adapter, const Names& wanted, bool permanent) {
+  if (!current->banks.misfit(adapter).empty()) {
+    grow(ejected_config(adapter.config));
+  }
+  const std::string why = current->banks.misfit(adapter);
+  TORCH_INTERNAL_ASSERT(why.empty(), "banks made for '", adapter.name, "' cannot hold it: ", why);
+  const int64_t number = take_row(adapter.name, wanted);
+  current->banks.write(number, adapter);
+
+  const std::lock_guard lock(mutex);
+  if (const auto old = current->index.find(adapter.name); old != current->index.end()) {
+    permanent = permanent || current->rows[static_cast<size_t>(old->second)].permanent;
+    current->leave(old->second);
+  }
+  Row& row = current->rows[static_cast<size_t>(number)];
+  row.adapter = without_weights(adapter);
+  row.last_used = ++clock;
+  row.permanent = permanent;
+  row.use = Row::Use::kReady;
+  current->index[adapter.name] = number;
+  ++counts.loads;
+}
+
+// Banks that hold what these hold, and adapters of `config`. Whoever runs the old ones goes on with them.
+void AdapterPool::State::grow(const AdapterConfig& config) {
+  std::vector<AdapterConfig> room = current->banks.room();
+  add_room(room, config);
+  const auto next = std::make_shared<Generation>(lay_foundation(base.module, base.options), std::move(room), capacity);
+  std::map<std::string, int64_t> residents;
+  {
+    const std::lock_guard lock(mutex);
+    residents = current->index;
+  }
+  for (const auto& [name, number] : residents) {
+    Adapter adapter = current->rows[static_cast<size_t>(number)].adapter;
+    adapter.weights = current->banks.read(number, adapter.plan);
+    next->banks.write(number, adapter);
+  }
+  const std::lock_guard lock(mutex);
+  for (const auto& [name, number] : current->index) {  // less than `residents` when one was evicted meanwhile
+    const Row& old = current->rows[static_cast<size_t>(number)];
+    next->rows[static_cast<size_t>(number)] = {Row::Use::kReady, old.adapter, 0, old.last_used, old.permanent};
+    next->index[name] = number;
+  }
+  current = next;
+  ++counts.rebuilds;
+}
+
+AdapterPool::AdapterPool(const Module& module, AdapterPoolOptions options, Loader loader)
+    : state_(std::make_shared<State>(module, std::move(options), std::move(loader))) {}
+
+AdapterPool::~AdapterPool() = default;
+
+std::optional<AdapterPool::Lease> AdapterPool::try_acquire(const std::vector<std::string>& names) {
+  return state_->try_acquire(state_, names);
+}
+
+AdapterPool::Lease AdapterPool::acquire(const std::vector<std::string>& names) {
+  if (auto lease = try_acquire(names)) {
+    return std::move(*lease);
+  }
+  const std::lock_guard loading(state_->loading);
+  Names wanted(names.begin(), names.end());
+  wanted.erase("");
+  for (;;) {
+    if (auto lease = try_acquire(names)) {
+      return std::move(*lease);
+    }
+    // Each turn brings one name in, and none of them leaves for another.
+    const std::vector<std::string> known = resident();
+    const auto missing = std::find_if(wanted.begin(), wanted.end(), [&](const std::string& name) {
+      return !std::binary_search(known.begin(), known.end(), name);
+    });
+    if (missing == wanted.end()) {
+      continue;
+    }
+    TORCH_CHECK(state_->loader, "AdapterPool: no adapter is called '", *missing, "'; there are: ",
+                c10::Join(", ", known));
+    const AdapterSpec spec = state_->loader(*missing);
+    TORCH_CHECK(spec.name == *missing, "AdapterPool: asked for '", *missing, "', the loader gave '", spec.name, "'");
+    state_->place(state_->prepare(spec), wanted, /*permanent=*/false);
+  }
+}
+
+void AdapterPool::insert(const AdapterSpec& spec) {
+  const std::lock_guard loading(state_->loading);
+  state_->place(state_->prepare(spec), {}, /*permanent=*/false);
+}
+
+bool AdapterPool::evict(const std::string& name) {
+  {
+    const std::lock_guard lock(state_->mutex);
+    const auto found = state_->current->index.find(name);
+    if (found == state_->current->index.end()) {
+      return false;
+    }
+    TORCH_CHECK(!state_->current->rows[static_cast<size_t>(found->second)].permanent, "AdapterPool: '", name,
+                "' came with the module and stays");
+    state_->current->leave(found->second);
+  }
+  state_->row_freed.notify_all();
+  return true;
+}
+
+std::vector<std::string> AdapterPool::resident() const {
+  const std::lock_guard lock(state_->mutex);
+  std::vector<std::string> names;
+  for (const auto& [name, row] : state_->current->index) {
+    names.push_back(name);
+  }
+  return names;
+}
+
+AdapterPoolStats AdapterPool::stats() const {
+  const std::lock_guard lock(state_->mutex);
+  AdapterPoolStats result = state_->counts;
+  result.capacity = state_->capacity;
+  result.resident = static_cast<int64_t>(state_->current->index.size());
+  result.row_bytes = state_->current->banks.row_bytes();
+  result.bank_bytes = result.row_bytes * result.capacity;
+  return result;
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,199 @@
+#include "adapter_folder.h"
+
+#include <torchgraft/patch/adapter_pool.h>
+#include <torchgraft/patch/life.h>
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <random>
+
+namespace torchgraft {
+namespace {
+
+using testing::AdapterFolder;
+using testing::encoder;
+using testing::error_of;
+using testing::largest_difference;
+using testing::made_of;
+using testing::run_rows;
+
+constexpr double kTolerance = 1e-5;
+
+at::Tensor run(const AdapterPool::Lease& lease, const at::Tensor& x) { return run_rows(lease.module(), x, lease.ids()); }
+
+// What the adapter alone makes of x, on a module of its own.
+at::Tensor alone(const AdapterSpec& spec, const at::Tensor& x) {
+  torch::jit::Module module = graft(encoder(), {spec});
+  at::NoGradGuard no_grad;
+  return module.forward({x}).toTensor();
+}
+
+AdapterPoolOptions options(int64_t capacity, const std::vector<std::string>& room) {
+  AdapterPoolOptions result;
+  result.capacity = capacity;
+  for (const std::string& config : room) {
+    result.room.push_back(config_from_string(config));
+  }
+  return result;
+}
+
+TEST(AdapterPool, RowsAreRewrittenInPlace) {
+  AdapterPool pool(encoder(), options(2, {"unipelt"}));
+  const at::Tensor x = at::randn({1, 5, 12});
+  const auto* first = pool.acquire({""}).module()._ivalue().get();
+  for (const char* name : {"a", "b", "c", "d"}) {
+    const AdapterSpec spec = made_of("unipelt", name);
+    pool.insert(spec);
+    const auto lease = pool.acquire({name});
+    EXPECT_EQ(lease.module()._ivalue().get(), first);
+    EXPECT_LT(largest_difference(run(lease, x), alone(spec, x)), kTolerance) << name;
+  }
+  EXPECT_EQ(pool.resident(), (std::vector<std::string>{"c", "d"}));
+  EXPECT_EQ(pool.stats().rebuilds, 0);
+  EXPECT_EQ(pool.stats().evictions, 2);
+}
+
+TEST(AdapterPool, WhatWasUsedLongestAgoLeaves) {
+  AdapterPool pool(encoder(), options(3, {"lora"}));
+  for (const char* name : {"a", "b", "c"}) {
+    pool.insert(made_of("lora", name));
+  }
+  pool.acquire({"a"});
+  pool.insert(made_of("lora", "d"));
+  EXPECT_EQ(pool.resident(), (std::vector<std::string>{"a", "c", "d"}));
+}
+
+TEST(AdapterPool, ALeaseKeepsWhatItHas) {
+  AdapterPool pool(encoder(), options(2, {"lora"}));
+  const at::Tensor x = at::randn({1, 5, 12});
+  const AdapterSpec before = made_of("lora", "a", /*seed=*/1);
+  const AdapterSpec after = made_of("lora", "a", /*seed=*/2);
+  pool.insert(before);
+  const auto old = pool.acquire({"a"});
+  pool.insert(after);
+  const auto renewed = pool.acquire({"a"});
+  EXPECT_LT(largest_difference(run(old, x), alone(before, x)), kTolerance);
+  EXPECT_LT(largest_difference(run(renewed, x), alone(after, x)), kTolerance);
+  EXPECT_GT(largest_difference(run(old, x), run(renewed, x)), 1e-2);
+
+  EXPECT_TRUE(pool.evict("a"));
+  EXPECT_FALSE(pool.evict("a"));
+  EXPECT_FALSE(pool.try_acquire({"a"}).has_value());
+  EXPECT_LT(largest_difference(run(renewed, x), alone(after, x)), kTolerance);
+}
+
+TEST(AdapterPool, ARowKeepsNothingOfItsLastAdapter) {
+  AdapterPool pool(encoder(), options(1, {"lora[r=8]|prefix_tuning[prefix_length=6]", "mam", "unipelt"}));
+  const at::Tensor x = at::randn({1, 5, 12});
+  for (const char* config : {"unipelt", "lora[r=2]", "mam", "prefix_tuning[prefix_length=2, flat=True]",
+                             "lora[r=8]|prefix_tuning[prefix_length=6]", "unipelt"}) {
+    const AdapterSpec spec = made_of(config, "a");
+    pool.insert(spec);
+    EXPECT_EQ(pool.stats().rebuilds, 0) << config;
+    EXPECT_LT(largest_difference(run(pool.acquire({"a"}), x), alone(spec, x)), kTolerance) << config;
+  }
+}
+
+TEST(AdapterPool, GrowsBesideItsLeases) {
+  AdapterPool pool(encoder(), options(4, {"lora[r=2]"}));
+  const at::Tensor x = at::randn({1, 5, 12});
+  const AdapterSpec small = made_of("lora[r=2]", "small");
+  pool.insert(small);
+  const auto old = pool.acquire({"small"});
+  const std::vector<AdapterSpec> larger = {made_of("lora[r=16]", "rank"), made_of("mam", "method"),
+                                           made_of("lora[use_dora=True]", "dora")};
+  for (const AdapterSpec& spec : larger) {
+    pool.insert(spec);
+  }
+  EXPECT_EQ(pool.stats().rebuilds, 3);
+  const auto mixed = pool.acquire({"method", "", "small", "dora", "rank", "small"});
+  EXPECT_FALSE(mixed.same_module(old));
+  const at::Tensor together = run(mixed, x.expand({6, -1, -1}));
+  EXPECT_LT(largest_difference(run(old, x)[0], together[2]), kTolerance);
+  EXPECT_LT(largest_difference(alone(larger[1], x)[0], together[0]), kTolerance);
+  EXPECT_LT(largest_difference(alone(larger[2], x)[0], together[3]), kTolerance);
+  EXPECT_LT(largest_difference(alone(larger[0], x)[0], together[4]), kTolerance);
+  EXPECT_LT(largest_difference(encoder().forward({x}).toTensor()[0], together[1]), kTolerance);
+}
+
+TEST(AdapterPool, GatesComeUnderTheAdaptersNames) {
+  AdapterPool pool(encoder(), options(3, {"unipelt", "lora"}));
+  pool.insert(made_of("lora", "plain"));
+  pool.insert(made_of("unipelt", "gated"));
+  const auto lease = pool.acquire({"gated", "plain", "gated"});
+  const auto ids = at::tensor(lease.ids(), at::kLong);
+  at::NoGradGuard no_grad;
+  const auto pair =
+      lease.module().get_method("forward_with_gates")({at::randn({3, 5, 12})}, {{"adapter_ids", ids}}).toTuple();
+  const auto gates = pair->elements()[1].toGenericDict();
+  EXPECT_EQ(gates.at("gated").toGenericDict().at(1).toGenericDict().at("selfattn_lora").toTensor().sizes(),
+            (std::vector<int64_t>{2, 2}));
+  EXPECT_EQ(gates.at("plain").toGenericDict().size(), 0u);
+}
+
+TEST(AdapterPool, AModulesOwnAdaptersStay) {
+  const AdapterSpec own = made_of("unipelt", "own");
+  AdapterPool pool(graft(encoder(), {own}), options(2, {"lora"}));
+  const at::Tensor x = at::randn({1, 5, 12});
+  for (const char* name : {"a", "b", "c"}) {
+    pool.insert(made_of("lora", name));
+  }
+  EXPECT_EQ(pool.resident(), (std::vector<std::string>{"c", "own"}));
+  EXPECT_LT(largest_difference(run(pool.acquire({"own"}), x), alone(own, x)), kTolerance);
+  EXPECT_NE(error_of([&] { pool.evict("own"); }).find("came with the module"), std::string::npos);
+  EXPECT_NE(error_of([&] { pool.acquire({"c", "z"}); }).find("no adapter is called 'z'; there are: c, own"),
+            std::string::npos);
+  EXPECT_NE(error_of([&] { AdapterPool(graft(encoder(), {own}), options(1, {})); }).find("capacity above that"),
+            std::string::npos);
+}
+
+TEST(AdapterPool, WhatCannotBeLoadedChangesNothing) {
+  AdapterPool pool(encoder(), options(1, {"lora"}), [](const std::string& name) -> AdapterSpec {
+    TORCH_CHECK(name != "missing", "no such file");
+    return made_of("lora", name == "other" ? "another" : name);
+  });
+  AdapterSpec wrong = made_of("lora", "a");
+  wrong.weights->begin()->second = at::zeros({3, 3});
+  pool.acquire({"good"});
+  EXPECT_NE(error_of([&] { pool.insert(wrong); }).find("expected"), std::string::npos);
+  EXPECT_NE(error_of([&] { pool.acquire({"missing"}); }).find("no such file"), std::string::npos);
+  EXPECT_NE(error_of([&] { pool.acquire({"other"}); }).find("the loader gave 'another'"), std::string::npos);
+  EXPECT_NE(error_of([&] { pool.acquire({"a", "b"}); }).find("asked for in the same call"), std::string::npos);
+  EXPECT_TRUE(pool.try_acquire({"b"}) || pool.try_acquire({"a"}));
+  EXPECT_NE(error_of([&] { pool.insert(made_of("lora", "")); }).find("needs a name"), std::string::npos);
+}
+
+TEST(AdapterPool, ARowCostsTheAdaptersWeights) {
+  AdapterPool pool(encoder(), options(8, {"unipelt"}));
+  const auto module = graft(encoder(), {made_of("unipelt", "a")});
+  EXPECT_LE(pool.stats().row_bytes, 1.1 * static_cast<double>(list_adapters(module)[0].bytes));
+  EXPECT_EQ(pool.stats().bank_bytes, 8 * pool.stats().row_bytes);
+}
+
+TEST(AdapterPool, AThousandAdaptersInAFolder) {
+  constexpr int64_t kAdapters = 1000;
+  constexpr int64_t kResident = 64;
+  const AdapterFolder folder("unipelt", kAdapters);
+  AdapterPool pool(encoder(), options(kResident, {"unipelt"}), folder.loader());
+  const torch::jit::Module everything = folder.graft_all();  // banks of 1,000, which other tests hold to the oracle
+
+  std::mt19937 random(0);
+  for (int batch = 0; batch < 40; ++batch) {
+    std::vector<std::string> names;
+    std::vector<int64_t> numbers;
+    for (int row = 0; row < 16; ++row) {
+      numbers.push_back(std::uniform_int_distribution<int64_t>(-1, kAdapters - 1)(random));
+      names.push_back(numbers.back() < 0 ? "" : AdapterFolder::name_of(numbers.back()));
+    }
+    const at::Tensor x = at::randn({16, 7, 12});
+    const auto lease = pool.acquire(names);
+    EXPECT_LT(largest_difference(run(lease, x), run_rows(everything, x, numbers)), kTolerance) << "batch " << batch;
+  }
+  EXPECT_EQ(pool.stats().resident, kResident);
+  EXPECT_GT(pool.stats().evictions, 500);
+  EXPECT_EQ(pool.stats().rebuilds, 0);
+}
+
+}  // namespace
+}  // namespace torchgraft
