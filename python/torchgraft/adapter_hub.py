@@ -94,3 +94,20 @@ def load_adapter_directory(directory: str | Path) -> AdapterDirectory:
     if not isinstance(name, str):
         raise GraftError(f'{directory / CONFIG_FILE}: no "name"; is it an AdapterHub adapter?')
     return AdapterDirectory(name=name, config=config, weights=read_weights(directory))
+
+
+def convert_to_safetensors(directory: str | Path) -> bool:
+    """Writes adapter.safetensors beside the pytorch_adapter.bin of a directory; the file is written whole or not at all.
+
+    Returns:
+        False when it was there already, and nothing was done.
+
+    Raises:
+        GraftError: a file is missing or damaged, or holds more than tensors; or the directory cannot be written.
+    """
+    directory = Path(directory)
+    if (directory / SAFETENSORS_FILE).exists():
+        return False
+    weights = read_weights(directory, (PICKLE_FILE,))
+    patcher().write_safetensors(weights, str(directory / SAFETENSORS_FILE))
+    return True

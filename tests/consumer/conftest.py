@@ -41,3 +41,9 @@ def hosts(tmp_path_factory, prefix) -> Path:
 def serve(tmp_path_factory, prefix) -> Path:
     """The program of examples/serve."""
     return configure_and_build(ROOT / "examples" / "serve", tmp_path_factory.mktemp("serve"), prefix) / "serve"
+
+
+@pytest.fixture(scope="session")
+def server_program(tmp_path_factory, prefix) -> Path:
+    """The program of examples/server."""
+    return configure_and_build(ROOT / "examples" / "server", tmp_path_factory.mktemp("server"), prefix) / "server"

@@ -1,6 +1,7 @@
 // grafts BASE.pt OUT.pt: grafts a fresh UniPELT adapter named "task" onto BASE and saves it. No Python is involved.
 
 #include <torchgraft/config/adapter_config.h>
+#include <torchgraft/patch/adapter_pool.h>
 #include <torchgraft/patch/graft.h>
 #include <torchgraft/patch/life.h>
 #include <torchgraft/patch/save_adapter.h>

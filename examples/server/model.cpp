@@ -1,0 +1,115 @@
+#include "model.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+#include <c10/core/InferenceMode.h>
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace {
+
+// The first tensor of a result that may be a tuple or a dictionary (transformers' models return those).
+at::Tensor first_tensor(const c10::IValue& value) {
+  if (value.isTensor()) {
+    return value.toTensor();
+  }
+  if (value.isTuple() && !value.toTupleRef().elements().empty()) {
+    return first_tensor(value.toTupleRef().elements()[0]);
+  }
+  if (value.isGenericDict() && !value.toGenericDict().empty()) {
+    return first_tensor(value.toGenericDict().begin()->value());
+  }
+  throw std::runtime_error("the model returned no tensor but a " + value.tagKind());
+}
+
+// states: [tokens, hidden] of one row.
+at::Tensor pooled(const at::Tensor& states, int64_t tokens, Pooling pooling) {
+  return pooling == Pooling::kFirst ? states[0] : states.narrow(0, 0, tokens).mean(0);
+}
+
+}  // namespace
+
+size_t longest_row(const TokenRows& rows) {
+  size_t longest = 0;
+  for (const auto& row : rows) {
+    longest = std::max(longest, row.size());
+  }
+  return longest;
+}
+
+Signature::Signature(const torch::jit::Module& module, int64_t pad_id) : pad_id_(pad_id) {
+  const auto& arguments = module.get_method("forward").function().getSchema().arguments();
+  bool has_ids = false;
+  for (size_t i = 1; i < arguments.size(); ++i) {
+    const std::string& name = arguments[i].name();
+    const bool is_tensor = arguments[i].type()->isSubtypeOf(*c10::OptionalType::ofTensor());
+    if (name == "adapter_ids") {
+      continue;
+    }
+    Input input = Input::kNone;
+    if (is_tensor && name.find("mask") != std::string::npos) {
+      input = Input::kMask;
+    } else if (is_tensor && name.find("type") != std::string::npos) {
+      input = Input::kTypes;
+    } else if (is_tensor && !has_ids) {
+      input = Input::kIds;
+      has_ids = true;
+    } else if (!arguments[i].default_value()) {
+      throw std::runtime_error("the model's forward has an argument '" + name +
+                               "' that this server has nothing for; it serves forward(input_ids, attention_mask)");
+    }
+    inputs_.push_back(input);
+  }
+  while (!inputs_.empty() && inputs_.back() == Input::kNone) {
+    inputs_.pop_back();
+  }
+  if (!has_ids) {
+    throw std::runtime_error("the model's forward takes no token ids");
+  }
+}
+
+Outputs Signature::run(const torch::jit::Module& module, const TokenRows& rows,
+                       const std::vector<int64_t>& adapter_ids, const std::vector<Pooling>& pooling) const {
+  const c10::InferenceMode no_gradients;
+  const auto batch = static_cast<int64_t>(rows.size());
+  const auto longest = static_cast<int64_t>(longest_row(rows));
+  const at::Tensor ids = at::full({batch, longest}, pad_id_, at::kLong);
+  const at::Tensor mask = at::zeros({batch, longest}, at::kLong);
+  for (int64_t i = 0; i < batch; ++i) {
+    const auto& row = rows[static_cast<size_t>(i)];
+    std::copy(row.begin(), row.end(), ids.data_ptr<int64_t>() + i * longest);
+    std::fill_n(mask.data_ptr<int64_t>() + i * longest, row.size(), 1);
+  }
+  std::vector<c10::IValue> inputs;
+  for (const Input input : inputs_) {
+    switch (input) {
+      case Input::kIds:
+        inputs.emplace_back(ids);
+        break;
+      case Input::kMask:
+        inputs.emplace_back(mask);
+        break;
+      case Input::kTypes:
+        inputs.emplace_back(at::zeros_like(ids));
+        break;
+      case Input::kNone:
+        inputs.emplace_back();
+        break;
+    }
+  }
+  const torch::jit::Kwargs named = {{"adapter_ids", at::tensor(adapter_ids, at::kLong)}};
+  const at::Tensor result = first_tensor(module.get_method("forward")(std::move(inputs), named)).to(at::kFloat);
+  TORCH_CHECK(result.dim() >= 2 && result.dim() <= 3 && result.size(0) == batch,
+              "the model returned a tensor of shape ", result.sizes(), " for ", batch,
+              " rows; this server answers [rows, tokens, hidden] and [rows, n]");
+  Outputs outputs;
+  for (int64_t i = 0; i < batch; ++i) {
+    const auto row = static_cast<size_t>(i);
+    const auto tokens = static_cast<int64_t>(rows[row].size());
+    const at::Tensor values = (result.dim() == 3 ? pooled(result[i], tokens, pooling[row]) : result[i]).contiguous();
+    const auto* first = values.const_data_ptr<float>();
+    outputs.emplace_back(first, first + values.numel());
+  }
+  return outputs;
+}

@@ -1,0 +1,215 @@
+#include "routes.h"
+
+#include <array>
+#include <charconv>
+#include <chrono>
+#include <cmath>
+#include <nlohmann/json.hpp>
+#include <utility>
+
+namespace {
+
+using nlohmann::json;
+
+constexpr const char* kAdapters = "/v1/adapters";
+
+struct PredictBody {
+  std::string adapter;  // empty: the base model
+  TokenRows rows;
+  Pooling pooling = Pooling::kFirst;
+};
+
+std::string shown(const json& value) {
+  const std::string text = value.dump(-1, ' ', false, json::error_handler_t::replace);
+  return text.size() <= 40 ? text : text.substr(0, 40) + "...";
+}
+
+TokenRows read_rows(const json& list) {
+  if (!list.is_array()) {
+    throw RequestError(400, "\"input_ids\": expected a list of lists of integers, got " + shown(list));
+  }
+  TokenRows rows;
+  for (const json& row : list) {
+    const std::string place = "\"input_ids\"[" + std::to_string(rows.size()) + "]";
+    if (!row.is_array()) {
+      throw RequestError(400, place + ": expected a list of integers, got " + shown(row));
+    }
+    auto& ids = rows.emplace_back();
+    for (const json& id : row) {
+      if (!id.is_number_integer() || id < 0 || (id.is_number_unsigned() && id.get<uint64_t>() > INT64_MAX)) {
+        throw RequestError(400, place + ": expected token ids, integers from 0, got " + shown(id));
+      }
+      ids.push_back(id.get<int64_t>());
+    }
+  }
+  return rows;
+}
+
+PredictBody read_predict(const std::string& text) {
+  const json body = json::parse(text, /*cb=*/nullptr, /*allow_exceptions=*/false);
+  if (body.is_discarded()) {
+    throw RequestError(400, "the body is not JSON");
+  }
+  if (!body.is_object()) {
+    throw RequestError(400, R"(expected {"adapter": name or null, "input_ids": [[...]]}, got )" + shown(body));
+  }
+  PredictBody result;
+  for (const auto& [key, value] : body.items()) {
+    if (key == "adapter") {
+      if (!value.is_null() && !(value.is_string() && !value.get_ref<const std::string&>().empty())) {
+        throw RequestError(400, "\"adapter\": expected a name, or null for the base model, got " + shown(value));
+      }
+      result.adapter = value.is_null() ? "" : value.get<std::string>();
+    } else if (key == "input_ids") {
+      result.rows = read_rows(value);
+    } else if (key == "pooling") {
+      if (value != "first" && value != "mean") {
+        throw RequestError(400, "\"pooling\": expected \"first\" or \"mean\", got " + shown(value));
+      }
+      result.pooling = value == "mean" ? Pooling::kMean : Pooling::kFirst;
+    } else if (key == "texts") {
+      throw RequestError(400, "\"texts\": this server takes token ids; client.py beside it makes them of texts");
+    } else {
+      throw RequestError(400, "unknown field " + shown(key));
+    }
+  }
+  if (!body.contains("input_ids")) {
+    throw RequestError(400, "\"input_ids\" is missing");
+  }
+  return result;
+}
+
+// The shortest text that reads back as the same float; JSON has no other numbers than finite ones.
+void append_number(std::string& text, float value) {
+  std::array<char, 32> buffer;
+  if (!std::isfinite(value)) {
+    text += "null";
+    return;
+  }
+  const auto end = std::to_chars(buffer.data(), buffer.data() + buffer.size(), value).ptr;
+  text.append(buffer.data(), end);
+}
+
+std::string predict_text(const std::string& adapter, const Outputs& outputs) {
+  std::string text = R"({"adapter":)" + (adapter.empty() ? "null" : json(adapter).dump()) + R"(,"outputs":[)";
+  for (size_t row = 0; row < outputs.size(); ++row) {
+    text += row == 0 ? "[" : ",[";
+    for (size_t i = 0; i < outputs[row].size(); ++i) {
+      text += i == 0 ? "" : ",";
+      append_number(text, outputs[row][i]);
+    }
+    text += "]";
+  }
+  return text + "]}";
+}
+
+HttpResponse answer(const json& body) { return {200, body.dump()}; }
+
+void expect_method(const HttpRequest& request, const std::string& allowed) {
+  if (request.method != allowed) {
+    throw RequestError(405, request.path + ": expected " + allowed + ", got " + request.method);
+  }
+}
+
+}  // namespace
+
+void Routes::handle(const HttpRequest& request, Respond respond) {
+  const auto counted = [this, respond = std::move(respond)](HttpResponse response) {
+    service_.metrics().responses.add(std::to_string(response.status));
+    respond(std::move(response));
+  };
+  try {
+    dispatch(request, counted);
+  } catch (const RequestError& error) {
+    counted(error_response(error.status, error.what()));
+  }
+}
+
+void Routes::dispatch(const HttpRequest& request, const Respond& respond) {
+  const std::string& path = request.path;
+  if (path == "/v1/predict") {
+    expect_method(request, "POST");
+    predict(request, respond);
+  } else if (path == kAdapters) {
+    expect_method(request, "GET");
+    respond(list());
+  } else if (path.starts_with(std::string(kAdapters) + "/")) {
+    adapters(request, path.substr(std::string(kAdapters).size() + 1), respond);
+  } else if (path == "/healthz") {
+    expect_method(request, "GET");
+    respond(draining_ ? error_response(503, "draining") : answer({{"status", "ok"}}));
+  } else if (path == "/metrics") {
+    expect_method(request, "GET");
+    respond(metrics());
+  } else {
+    throw RequestError(404, "nothing is at " + path);
+  }
+}
+
+void Routes::predict(const HttpRequest& request, const Respond& respond) {
+  const auto start = std::chrono::steady_clock::now();
+  PredictBody body = read_predict(request.body);
+  service_.predict(body.adapter, std::move(body.rows), body.pooling,
+                   [this, start, adapter = body.adapter, respond](const Outputs& outputs, const RequestError* error) {
+                     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+                     service_.metrics().seconds.observe(seconds.count());
+                     respond(error ? error_response(error->status, error->what())
+                                   : HttpResponse{200, predict_text(adapter, outputs)});
+                   });
+}
+
+void Routes::adapters(const HttpRequest& request, const std::string& name, const Respond& respond) {
+  AdapterStore& store = service_.store();
+  if (request.method == "GET") {
+    respond(answer({{"name", name}, {"config", json::parse(store.config(name))}}));
+  } else if (request.method == "DELETE") {
+    store.remove(name);
+    respond(answer({{"name", name}, {"removed", true}}));
+  } else if (request.method == "PUT") {
+    service_.in_background([&store, name, respond] {
+      try {
+        store.load(name);
+        respond(answer({{"name", name}, {"resident", true}}));
+      } catch (const RequestError& error) {
+        respond(error_response(error.status, error.what()));
+      } catch (const std::exception& error) {
+        respond(error_response(500, error.what()));
+      }
+    });
+  } else {
+    throw RequestError(405, request.path + ": expected GET, PUT or DELETE, got " + request.method);
+  }
+}
+
+HttpResponse Routes::list() const {
+  json adapters = json::array();
+  for (const AdapterStore::Info& info : service_.store().list()) {
+    adapters.push_back({{"name", info.name}, {"resident", info.resident}});
+  }
+  return answer({{"adapters", adapters}});
+}
+
+HttpResponse Routes::metrics() const {
+  const Metrics& metrics = service_.metrics();
+  const auto stats = service_.store().stats();
+  const auto gauge = [](const std::string& name, const std::string& help, auto value) {
+    return metric_text(name, "gauge", help, static_cast<double>(value));
+  };
+  const auto counter = [](const std::string& name, const std::string& help, auto value) {
+    return metric_text(name, "counter", help, static_cast<double>(value));
+  };
+  std::string text = metrics.seconds.text("torchgraft_predict_seconds", "Time from request to answer.");
+  text += metrics.batch_rows.text("torchgraft_batch_rows", "Rows of a forward pass.");
+  text += metrics.responses.text("torchgraft_responses_total", "status", "Answers by status.");
+  text += metrics.adapter_requests.text("torchgraft_adapter_requests_total", "adapter", "Predictions by adapter.");
+  text += gauge("torchgraft_queue_rows", "Rows that wait for a batch.", service_.queued_rows());
+  text += gauge("torchgraft_adapter_rows", "Adapters that fit in memory.", stats.capacity);
+  text += gauge("torchgraft_resident_adapters", "Adapters in memory.", stats.resident);
+  text += gauge("torchgraft_adapter_row_bytes", "Memory of one adapter.", stats.row_bytes);
+  text += gauge("torchgraft_adapter_bytes", "Memory of all rows.", stats.bank_bytes);
+  text += counter("torchgraft_adapter_loads_total", "Adapters brought into memory.", stats.loads);
+  text += counter("torchgraft_adapter_evictions_total", "Adapters that left for others.", stats.evictions);
+  text += counter("torchgraft_bank_rebuilds_total", "Times that the banks had to grow.", stats.rebuilds);
+  text += gauge("process_resident_memory_bytes", "Memory of the process.", resident_memory());
+  return {200, text, "text/plain; version=0.0.4"};
+}

@@ -1,0 +1,33 @@
+#pragma once
+
+#include "http_server.h"
+#include "service.h"
+
+// The server's addresses:
+//   POST   /v1/predict          {"adapter": name or null, "input_ids": [[...]], "pooling": "first" or "mean"}
+//                               -> {"adapter": ..., "outputs": [[...]]}
+//   GET    /v1/adapters         -> {"adapters": [{"name": ..., "resident": ...}]}
+//   GET    /v1/adapters/<name>  -> {"name": ..., "config": ...}
+//   PUT    /v1/adapters/<name>  reads it from the folder, anew if it is in memory
+//   DELETE /v1/adapters/<name>  serves it no more until it is put again; its files stay
+//   GET    /healthz, /metrics
+class Routes {
+ public:
+  explicit Routes(Service& service) : service_(service) {}
+
+  // Never blocks; `respond` may be called later and from another thread.
+  void handle(const HttpRequest& request, Respond respond);
+
+  // From now on /healthz says that the server is about to end.
+  void set_draining() { draining_ = true; }
+
+ private:
+  void dispatch(const HttpRequest& request, const Respond& respond);
+  void predict(const HttpRequest& request, const Respond& respond);
+  void adapters(const HttpRequest& request, const std::string& name, const Respond& respond);
+  HttpResponse list() const;
+  HttpResponse metrics() const;
+
+  Service& service_;
+  std::atomic<bool> draining_{false};
+};

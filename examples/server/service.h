@@ -1,0 +1,78 @@
+#pragma once
+
+#include "adapter_store.h"
+#include "batcher.h"
+#include "metrics.h"
+
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+// A thread for what may take long and must not hold up the others: reading adapters from disk. In order of arrival.
+class JobThread {
+ public:
+  JobThread();
+  JobThread(const JobThread&) = delete;
+  JobThread& operator=(const JobThread&) = delete;
+  ~JobThread();
+
+  // Runs what is queued and accepts no more. For one thread.
+  void stop();
+
+  bool add(std::function<void()> job);  // false when it is stopped
+
+ private:
+  void serve();
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<std::function<void()>> jobs_;
+  bool stopping_ = false;
+  std::thread thread_;
+};
+
+struct ServiceOptions {
+  BatchLimits batch;
+  int workers = 1;
+  size_t tokens = 512;  // of a row
+  int64_t pad_id = 0;
+};
+
+// Predictions of one model with many adapters. Knows no HTTP.
+class Service {
+ public:
+  using Done = std::function<void(Outputs outputs, const RequestError* error)>;
+
+  // `store` must outlive it.
+  Service(AdapterStore& store, const torch::jit::Module& module, const ServiceOptions& options);
+
+  // Answers what was accepted; from then on requests are answered with 503. For one thread.
+  void stop();
+
+  // Calls `done` once, from whatever thread; not before an adapter that is not in memory has been fetched, but returns
+  // at once. An empty adapter is the base model. Throws RequestError for what is wrong with the request itself.
+  void predict(const std::string& adapter, TokenRows rows, Pooling pooling, Done done);
+
+  // Work for the thread that reads adapters. Throws RequestError 503 when it is stopped.
+  void in_background(std::function<void()> job);
+
+  AdapterStore& store() { return store_; }
+  Metrics& metrics() { return metrics_; }
+  size_t queued_rows() const { return batcher_.queued_rows(); }
+
+ private:
+  void check(const TokenRows& rows) const;
+  void enqueue(torchgraft::AdapterPool::Lease lease, TokenRows rows, Pooling pooling, const Done& done);
+  void run(std::vector<Work> batch);
+
+  AdapterStore& store_;
+  const ServiceOptions options_;
+  const Signature signature_;
+  Metrics metrics_;
+  Batcher batcher_;
+  JobThread jobs_;  // ends before the batcher, which it feeds
+};

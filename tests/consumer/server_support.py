@@ -1,0 +1,149 @@
+"""A running examples/server, on 127.0.0.1, and what it should answer."""
+
+import http.client
+import json
+import os
+import select
+import signal
+import subprocess
+from pathlib import Path
+
+import torch
+import torchgraft
+import transformers
+
+VOCABULARY, MOST_TOKENS = 50, 32
+# Of every kind, so that one batch mixes methods, ranks and prefix lengths.
+CONFIGS = ["unipelt", "lora[r=4]", "mam", "prefix_tuning[prefix_length=3]", "seq_bn[reduction_factor=4]"]
+
+
+class Encoder(torch.nn.Module):
+    """A small random BERT as a function of two tensors."""
+
+    def __init__(self):
+        super().__init__()
+        config = transformers.BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=48,
+            max_position_embeddings=MOST_TOKENS,
+        )
+        self.model = transformers.BertModel(config, add_pooling_layer=False)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+
+def traced_encoder() -> torch.jit.ScriptModule:
+    torch.manual_seed(0)
+    ids = torch.ones(2, 8, dtype=torch.int64)
+    with torch.no_grad():
+        return torch.jit.trace(Encoder().eval(), (ids, ids), check_trace=False)
+
+
+def save_random_adapter(base: torch.jit.ScriptModule, directory: Path, config: str, seed: int) -> None:
+    """An adapter that makes a difference, as AdapterHub keeps it."""
+    name = directory.name.replace("-", "_")
+    model = torchgraft.graft(base, config, name)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.adapters.parameters():
+            if parameter.is_floating_point() and parameter.dim() > 1 and parameter.isfinite().all():
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    torchgraft.save_adapter(model, name, directory)
+
+
+class Expected:
+    """What each adapter answers alone: a module of its own for each, run on one row without padding."""
+
+    def __init__(self, base: torch.jit.ScriptModule, adapters: Path):
+        self._base = base
+        self._adapters = adapters
+        self._modules: dict[str | None, torch.jit.ScriptModule] = {None: base}
+
+    def __call__(self, adapter: str | None, ids: list[int], pooling: str = "first") -> torch.Tensor:
+        if adapter not in self._modules:
+            directory = {"alone": self._adapters / adapter}
+            self._modules[adapter] = torchgraft.graft(self._base, adapters=directory, gate_pooling="unpadded")
+        row = torch.tensor([ids])
+        with torch.inference_mode():
+            states = self._modules[adapter](row, torch.ones_like(row))[0]
+        return states[0] if pooling == "first" else states.mean(0)
+
+
+class Server:
+    """One process; ends with the `with` block."""
+
+    def __init__(self, program: Path, model: Path, adapters: Path, *options: object):
+        environment = {key: value for key, value in os.environ.items() if key != "LD_LIBRARY_PATH"}
+        command = [program, model, "--adapters", adapters, "--port", 0, "--threads", 1, *options]
+        self._process = subprocess.Popen(
+            [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        ready, _, _ = select.select([self._process.stdout], [], [], 120)
+        line = self._process.stdout.readline() if ready else ""
+        if not line.startswith("listening on "):
+            self._process.kill()
+            raise AssertionError(f"the server did not start: {line}{self._process.communicate()[1]}")
+        self.port = int(line.rsplit(":", 1)[1])
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._process.poll() is None:
+            self.stop()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def terminate(self) -> None:
+        self._process.send_signal(signal.SIGTERM)
+
+    def stop(self) -> int:
+        """Its exit status."""
+        self.terminate()
+        return self.wait()
+
+    def wait(self) -> int:
+        try:
+            self._process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            raise
+        return self._process.returncode
+
+    def connection(self, timeout: float = 60) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+
+    def ask(self, method: str, path: str, body: object = None, headers: dict[str, str] | None = None):
+        """(status, answer) of one request on a connection of its own. Bytes and text are sent as they are."""
+        connection = self.connection()
+        try:
+            content = body if body is None or isinstance(body, (bytes, str)) else json.dumps(body)
+            connection.request(method, path, content, headers or {})
+            response = connection.getresponse()
+            text = response.read().decode()
+            is_json = response.headers.get_content_type() == "application/json"
+            return response.status, json.loads(text) if is_json else text
+        finally:
+            connection.close()
+
+    def predict(self, adapter: str | None, rows: list[list[int]], **more):
+        return self.ask("POST", "/v1/predict", {"adapter": adapter, "input_ids": rows, **more})
+
+    def outputs(self, adapter: str | None, rows: list[list[int]], **more) -> torch.Tensor:
+        status, answer = self.predict(adapter, rows, **more)
+        assert status == 200, answer
+        assert answer["adapter"] == adapter
+        return torch.tensor(answer["outputs"])
+
+    def metric(self, name: str) -> float:
+        """A metric by its name, with labels if it has some."""
+        status, text = self.ask("GET", "/metrics")
+        assert status == 200
+        values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        return float(values[name])
