@@ -24,9 +24,12 @@ if(TORCHGRAFT_BUILD_PATCH)
   list(APPEND torchgraft_headers
     config/adapter_config.h
     patch/adapter_pool.h
+    config/head_config.h
     patch/graft.h
+    patch/head.h
     patch/life.h
     patch/save_adapter.h
+    patch/train.h
     plan/adapter_weights.h
     plan/plan.h
     plan/safetensors.h

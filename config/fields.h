@@ -1,6 +1,7 @@
 #pragma once
 
 #include <torchgraft/config/adapter_config.h>
+#include <torchgraft/config/head_config.h>
 
 namespace torchgraft {
 
@@ -77,6 +78,18 @@ void visit_lora_fields(Config& c, Visitor&& visit) {
   visit("vera_d", c.vera_d);
   visit("vera_b", c.vera_b);
   visit("dtype", c.dtype);
+}
+
+template <typename Config, typename Visitor>
+void visit_head_fields(Config& c, Visitor&& visit) {
+  visit("head_type", c.head_type);
+  visit("num_labels", c.num_labels);
+  visit("layers", c.layers);
+  visit("activation_function", c.activation_function);
+  visit("label2id", c.label2id);
+  visit("use_pooler", c.use_pooler);
+  visit("bias", c.bias);
+  visit("dropout_prob", c.dropout_prob);
 }
 
 }  // namespace torchgraft

@@ -1,5 +1,7 @@
 #include <torchgraft/patch/adapter_bank.h>
 
+#include <torchgraft/plan/prefix_mlp.h>
+
 #include <ATen/ATen.h>
 
 #include <algorithm>
@@ -21,17 +23,31 @@ int order_of(const std::string& slot) {
   return static_cast<int>(found - kOrder.begin());
 }
 
+// Dropout changes the graph around an op, and acts in training only. Prefixes have theirs in front of the bank.
+double dropout_at(const Adapter& adapter, const PlannedModule& module) {
+  if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method)) {
+    return adapter.trainable ? bottleneck->config.dropout : 0.0;
+  }
+  const auto* lora = std::get_if<PlannedLoRA>(&module.method);
+  return adapter.trainable && lora ? lora->config.dropout : 0.0;
+}
+
+std::string slot_name(const Adapter& adapter, const PlannedModule& module) {
+  const std::string name = slot_name(module);
+  return dropout_at(adapter, module) > 0.0 ? name + "_dropout_" + adapter.name : name;
+}
+
 }  // namespace
 
 std::string slot_name(const PlannedModule& module) {
+  std::string result = module.slot;
   if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method)) {
-    return module.slot + "_" + to_string(bottleneck_form(bottleneck->config));
-  }
-  if (const auto* lora = std::get_if<PlannedLoRA>(&module.method)) {
+    result += "_" + to_string(bottleneck_form(bottleneck->config));
+  } else if (const auto* lora = std::get_if<PlannedLoRA>(&module.method)) {
     const LoRAForm form = lora_form(lora->config);
-    return module.slot + (form == LoRAForm::kScale ? "_scale" : form == LoRAForm::kDora ? "_dora" : "");
+    result += form == LoRAForm::kScale ? "_scale" : form == LoRAForm::kDora ? "_dora" : "";
   }
-  return module.slot;
+  return result;
 }
 
 bool broadcasts(const std::string& parameter, int64_t dim) {
@@ -87,6 +103,20 @@ at::Tensor stack_parameter(const std::vector<Adapter>& adapters, const Members& 
   return bank;
 }
 
+// What is trained of a trainable member.
+OwnWeights own_weights(const Adapter& adapter, size_t index, const PlannedModule& module, const ModuleWeights& weights,
+                       bool scaling_is_trained) {
+  OwnWeights own{index, adapter.name, module};
+  own.from_mlp = adapter.sources.count(module.location) > 0;
+  for (const auto& [name, tensor] : weights) {
+    const bool computed = own.from_mlp && name.starts_with("prefix_");
+    if (is_trained(name, scaling_is_trained) && !computed) {
+      own.parameters[name] = tensor.detach().clone();
+    }
+  }
+  return own;
+}
+
 // bool [N]: which adapters are members.
 at::Tensor present_in(const Members& members, int64_t adapters) {
   at::Tensor result = at::zeros({adapters}, at::kBool);
@@ -99,7 +129,9 @@ at::Tensor present_in(const Members& members, int64_t adapters) {
 BankSlot stack_slot(const std::vector<Adapter>& adapters, const Members& members) {
   at::NoGradGuard no_grad;
   const PlannedModule& first = adapters[members[0].first].plan[members[0].second];
-  BankSlot slot{first.layer, first.number, first.location, first.slot, slot_name(first)};
+  const Adapter& adapter = adapters[members[0].first];
+  BankSlot slot{first.layer, first.number, first.location, first.slot, slot_name(adapter, first)};
+  slot.dropout = dropout_at(adapter, first);
   if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&first.method)) {
     slot.form = bottleneck_form(bottleneck->config);
   } else if (const auto* lora = std::get_if<PlannedLoRA>(&first.method)) {
@@ -131,10 +163,21 @@ BankSlot stack_slot(const std::vector<Adapter>& adapters, const Members& members
     const auto device = slot.parameters.at("prefix_key").device();
     slot.parameters["prefix_length"] = at::tensor(lengths, at::kLong).to(device);
   }
+  for (const auto& [a, m] : members) {
+    if (adapters[a].trainable) {
+      slot.own.push_back(own_weights(adapters[a], a, adapters[a].plan[m], adapters[a].weights[m],
+                                     slot.form.scaling_is_trained));
+      for (const auto& [name, tensor] : slot.own.back().parameters) {
+        slot.parameters.at(name)[static_cast<int64_t>(a)].zero_();  // nobody reads it
+      }
+    }
+  }
   return slot;
 }
 
 }  // namespace
+
+std::string own_module_name(const std::string& adapter) { return "adapter_" + adapter; }
 
 size_t find_adapter(const std::vector<Adapter>& adapters, const std::string& name, const char* what) {
   std::string names;
@@ -147,6 +190,10 @@ size_t find_adapter(const std::vector<Adapter>& adapters, const std::string& nam
   TORCH_CHECK(false, what, ": no adapter is called '", name, "'; there are: ", names);
 }
 
+bool BankSlot::has_bank(const std::string& parameter) const {
+  return own.empty() || gates.size() > 1 || !is_trained(parameter, form.scaling_is_trained);
+}
+
 bool is_trained(const std::string& parameter, bool scaling_is_trained) {
   static const std::set<std::string> kFixed = {"prefix_length", "present", "weight_norm", "fixed"};
   return !kFixed.count(parameter) && (parameter != "scaling" || scaling_is_trained);
@@ -157,7 +204,7 @@ std::vector<BankSlot> stack_banks(const std::vector<Adapter>& adapters) {
   for (size_t a = 0; a < adapters.size(); ++a) {
     for (size_t m = 0; m < adapters[a].plan.size(); ++m) {
       const PlannedModule& module = adapters[a].plan[m];
-      groups[{module.layer, order_of(module.slot), slot_name(module)}].emplace_back(a, m);
+      groups[{module.layer, order_of(module.slot), slot_name(adapters[a], module)}].emplace_back(a, m);
     }
   }
   std::vector<BankSlot> slots;
@@ -182,8 +229,8 @@ std::vector<SlotRun> slot_runs(const std::vector<BankSlot>& slots, const Structu
 
 namespace {
 
-// The weights of one adapter at one place, cut out of the bank: the inverse of stack_parameter.
-ModuleWeights unstack(const torch::jit::Module& slot, size_t adapter, const PlannedModule& module) {
+// The shapes of one adapter's weights at one place, without the bank dimension.
+std::map<std::string, std::vector<int64_t>> shapes_of(const PlannedModule& module) {
   std::map<std::string, std::vector<int64_t>> shapes;
   int64_t gates = 0;
   int64_t gate_features = 0;
@@ -226,9 +273,26 @@ ModuleWeights unstack(const torch::jit::Module& slot, size_t adapter, const Plan
     shapes["gate_weight"] = {gates, gate_features};
     shapes["gate_bias"] = {gates};
   }
+  return shapes;
+}
+
+// The weights of one adapter at one place: its own, else cut out of the bank (the inverse of stack_parameter).
+ModuleWeights unstack(const torch::jit::Module& slot, const Adapter& adapter, size_t index,
+                      const PlannedModule& module) {
+  const std::string own_name = own_module_name(adapter.name);
+  const std::optional<torch::jit::Module> own =
+      slot.hasattr(own_name) ? std::optional(slot.attr(own_name).toModule()) : std::nullopt;
+  const bool from_mlp = adapter.sources.count(module.location) > 0;
   ModuleWeights weights;
-  for (const auto& [name, shape] : shapes) {
-    at::Tensor row = slot.attr(name).toTensor().detach()[adapter];
+  for (const auto& [name, shape] : shapes_of(module)) {
+    if (own && own->hasattr(name)) {
+      weights[name] = own->attr(name).toTensor().detach().clone();
+      continue;
+    }
+    if (from_mlp && name.starts_with("prefix_")) {
+      continue;
+    }
+    at::Tensor row = slot.attr(name).toTensor().detach()[static_cast<int64_t>(index)];
     for (size_t i = 0; i < shape.size(); ++i) {
       row = row.narrow(static_cast<int64_t>(i), 0, shape[i]);
     }
@@ -237,15 +301,51 @@ ModuleWeights unstack(const torch::jit::Module& slot, size_t adapter, const Plan
   return weights;
 }
 
+AdapterWeights read_weights(const torch::jit::Module& adapters_module, const Adapter& adapter, size_t index) {
+  AdapterWeights weights;
+  for (const PlannedModule& module : adapter.plan) {
+    const auto layer = adapters_module.attr("layer_" + std::to_string(module.number)).toModule();
+    weights.push_back(unstack(layer.attr(slot_name(adapter, module)).toModule(), adapter, index, module));
+  }
+  return weights;
+}
+
+// What a trainable adapter's weights are computed from.
+Reparametrisation read_sources(const torch::jit::Module& adapters_module, const Adapter& adapter) {
+  Reparametrisation sources;
+  for (const PlannedModule& module : adapter.plan) {
+    const std::string container = module.location + kMlpSuffix;
+    const std::string own_name = own_module_name(adapter.name);
+    if (sources.count(module.location) || !adapters_module.hasattr(container) ||
+        !adapters_module.attr(container).toModule().hasattr(own_name)) {
+      continue;
+    }
+    for (const auto& parameter : adapters_module.attr(container).toModule().attr(own_name).toModule().named_parameters()) {
+      sources[module.location][parameter.name] = parameter.value.detach().clone();
+    }
+  }
+  return sources;
+}
+
+// The keys and values that the MLPs of a trainable adapter's prefixes make now.
+void compute_prefixes(Adapter& adapter) {
+  std::map<std::string, at::Tensor> ejected;  // by location
+  for (size_t m = 0; m < adapter.plan.size(); ++m) {
+    const auto* prefix = std::get_if<PlannedPrefix>(&adapter.plan[m].method);
+    const auto mlp = adapter.sources.find(adapter.plan[m].location);
+    if (!prefix || mlp == adapter.sources.end()) {
+      continue;
+    }
+    at::Tensor& states = ejected[mlp->first];
+    states = states.defined() ? states : eject(mlp->second, prefix->config.non_linearity);
+    std::tie(adapter.weights[m]["prefix_key"], adapter.weights[m]["prefix_value"]) = prefix_of_layer(states, *prefix);
+  }
+}
+
 }  // namespace
 
 AdapterWeights read_row(const torch::jit::Module& adapters_module, size_t row, const Plan& plan) {
-  AdapterWeights weights;
-  for (const PlannedModule& module : plan) {
-    const auto layer = adapters_module.attr("layer_" + std::to_string(module.number)).toModule();
-    weights.push_back(unstack(layer.attr(slot_name(module)).toModule(), row, module));
-  }
-  return weights;
+  return read_weights(adapters_module, {"", {}, plan}, row);
 }
 
 std::vector<Adapter> read_adapters(const torch::jit::Module& adapters_module, const Structure& structure) {
@@ -257,7 +357,10 @@ std::vector<Adapter> read_adapters(const torch::jit::Module& adapters_module, co
     Adapter adapter{names[a].toStringRef(), config_from_json(configs[a].toStringRef())};
     adapter.plan = make_plan(structure, adapter.config);
     adapter.merged = has_merged && adapters_module.attr("merged").toBoolList()[a];
-    adapter.weights = read_row(adapters_module, a, adapter.plan);
+    adapter.trainable = adapters_module.hasattr("trainable") && adapters_module.attr("trainable").toBoolList()[a];
+    adapter.sources = read_sources(adapters_module, adapter);
+    adapter.weights = read_weights(adapters_module, adapter, a);
+    compute_prefixes(adapter);
     adapters.push_back(std::move(adapter));
   }
   return adapters;

@@ -1,15 +1,22 @@
 #pragma once
 
+#include <torchgraft/config/head_config.h>
 #include <torchgraft/patch/bottleneck_form.h>
 #include <torchgraft/plan/adapter_weights.h>
 #include <torchgraft/plan/plan.h>
 
 #include <torch/csrc/jit/api/module.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
 namespace torchgraft {
+
+struct Head {
+  HeadConfig config;
+  ModuleWeights weights;  // see plan/head_weights.h
+};
 
 // One named adapter with its weights, one entry per module of its plan.
 struct Adapter {
@@ -17,11 +24,27 @@ struct Adapter {
   AdapterConfig config;
   Plan plan = {};
   AdapterWeights weights = {};
-  bool merged = false;  // a LoRA that the base's weights hold: its scaling is 0
+  bool merged = false;     // a LoRA that the base's weights hold: its scaling is 0
+  bool trainable = false;  // has parameters of its own instead of rows of the banks
+  Reparametrisation sources = {};  // of a trainable one: what `weights` are computed from
+  std::optional<Head> head = std::nullopt;
 };
+
+// A trainable adapter's submodule of a slot, or of the container of MLPs "<location>_mlp".
+std::string own_module_name(const std::string& adapter);
+constexpr const char* kMlpSuffix = "_mlp";
 
 // Position of `name` among `adapters`; throws c10::Error that lists the names, on behalf of the function `what`.
 size_t find_adapter(const std::vector<Adapter>& adapters, const std::string& name, const char* what);
+
+// What one trainable adapter has at a slot instead of a row of the bank.
+struct OwnWeights {
+  size_t adapter = 0;
+  std::string name;  // of the adapter
+  PlannedModule module;
+  bool from_mlp = false;  // prefix_key and prefix_value come out of an MLP
+  std::map<std::string, at::Tensor> parameters = {};  // shapes as in plan/adapter_weights.h
+};
 
 // One op to insert: a place, and the parameters of all adapters there, stacked. Adapters of one place share an op when
 // their computation differs in parameters only (for bottlenecks: those of one form).
@@ -36,6 +59,11 @@ struct BankSlot {
   std::map<std::string, at::Tensor> parameters =
       {};                           // [N, ...], see plan/adapter_weights.h; prefix_length [N]; present, bool [N]
   std::vector<int64_t> gates = {};  // per adapter: how many gates it has here; 0 = not gated, or not here
+  double dropout = 0.0;             // of the one trainable adapter that then has the slot for itself
+  std::vector<OwnWeights> own = {};
+
+  // Whether some adapter has a row of the bank `parameter`, whose rows of trainable adapters are not read.
+  bool has_bank(const std::string& parameter) const;
 };
 
 // Whether a parameter of a bank is learned. A scaling is alpha / r, or a number of the config, unless it is a
@@ -57,7 +85,7 @@ void write_parameter(at::Tensor row, const std::string& parameter, const at::Ten
 
 // Stacks adapters into banks, in execution order. Ranks and prefix lengths are padded with zeros; an adapter without a
 // gate in a gated bank has gate_weight 0 and gate_bias +inf (a gate of exactly 1); an adapter that is not at a place
-// has scaling 0 (or prefix_length 0) there.
+// has scaling 0 (or prefix_length 0) there. Trainable adapters have OwnWeights.
 std::vector<BankSlot> stack_banks(const std::vector<Adapter>& adapters);
 
 // One op in the graph: a slot in one run of its layer. A layer whose weights run many times has one set of slots.
@@ -70,8 +98,9 @@ struct SlotRun {
 // order.
 std::vector<SlotRun> slot_runs(const std::vector<BankSlot>& slots, const Structure& structure);
 
-// The `adapters` submodule: layer_<i>.<slot name>.<parameter>, the adapters' names and configs, and the methods behind
-// activate() and forward_with_gates(). `unit` is the compilation unit of the module that it will belong to.
+// The `adapters` submodule: layer_<i>.<slot name>.<parameter>, for trainable adapters
+// layer_<i>.<slot name>.adapter_<name>.<parameter> and <location>_mlp.adapter_<name>.<parameter>; the adapters' names and
+// configs, and the methods behind activate() and forward_with_gates(). `unit` is the compilation unit of the module that it will belong to.
 torch::jit::Module make_adapters_module(const std::vector<Adapter>& adapters, const std::vector<BankSlot>& slots,
                                         const std::vector<SlotRun>& runs,
                                         const std::shared_ptr<torch::jit::CompilationUnit>& unit);

@@ -145,7 +145,9 @@ AdapterPool::State::State(const Module& module, AdapterPoolOptions options, Load
 
 Adapter AdapterPool::State::prepare(const AdapterSpec& spec) const {
   TORCH_CHECK(!spec.name.empty(), "AdapterPool: an adapter needs a name; the empty one is the base model");
-  Adapter adapter = make_adapter(spec, base.sites.structure, base.weights);
+  AdapterSpec frozen = spec;
+  frozen.trainable = false;  // a row of the banks
+  Adapter adapter = make_adapter(frozen, base.sites.structure, base.weights);
   complete_dora(adapter, base.sites, base.module);
   return adapter;
 }

@@ -77,6 +77,20 @@ Module child(Module& parent, const std::string& name, const std::string& class_n
   return module;
 }
 
+// The child of that name, made if need be.
+Module child_once(Module& parent, const std::string& name, const std::string& class_name,
+                  const std::shared_ptr<torch::jit::CompilationUnit>& unit) {
+  return parent.hasattr(name) ? parent.attr(name).toModule() : child(parent, name, class_name, unit);
+}
+
+void register_own(Module& parent, const std::string& adapter, const std::map<std::string, at::Tensor>& parameters,
+                  const std::shared_ptr<torch::jit::CompilationUnit>& unit) {
+  Module own = child(parent, own_module_name(adapter), "TrainableAdapter", unit);
+  for (const auto& [name, tensor] : parameters) {
+    own.register_parameter(name, tensor.detach().set_requires_grad(true), /*is_buffer=*/false);
+  }
+}
+
 template <typename Value, typename Get>
 c10::IValue list_of(const std::vector<BankSlot>& slots, const std::vector<SlotRun>& runs, Get get) {
   c10::List<Value> result;
@@ -96,15 +110,18 @@ Module make_adapters_module(const std::vector<Adapter>& adapters, const std::vec
   c10::List<std::string> names;
   c10::List<std::string> configs;
   c10::List<bool> merged;
+  c10::List<bool> trainable;
   for (const Adapter& adapter : adapters) {
     names.push_back(adapter.name);
     configs.push_back(config_to_json(adapter.config));
     merged.push_back(adapter.merged);
+    trainable.push_back(adapter.trainable);
   }
   const auto strings = c10::ListType::ofStrings();
   root.register_attribute("names", strings, names);
   root.register_attribute("configs", strings, configs);
   root.register_attribute("merged", c10::ListType::ofBools(), merged);
+  root.register_attribute("trainable", c10::ListType::ofBools(), trainable);
   root.register_attribute("active", c10::IntType::get(), -1);
   root.register_attribute("gate_layers", c10::ListType::ofInts(),
                           list_of<int64_t>(slots, runs, [](const BankSlot& slot) { return slot.number; }));
@@ -121,12 +138,22 @@ Module make_adapters_module(const std::vector<Adapter>& adapters, const std::vec
 
   for (const BankSlot& slot : slots) {
     const std::string layer_name = "layer_" + std::to_string(slot.number);
-    Module layer =
-        root.hasattr(layer_name) ? root.attr(layer_name).toModule() : child(root, layer_name, "AdapterLayer", unit);
+    Module layer = child_once(root, layer_name, "AdapterLayer", unit);
     Module module = child(layer, slot.name, "AdapterSlot", unit);
     for (const auto& [name, tensor] : slot.parameters) {
-      const bool trained = is_trained(name, slot.form.scaling_is_trained);
-      module.register_parameter(name, tensor.detach().set_requires_grad(trained), /*is_buffer=*/!trained);
+      if (slot.has_bank(name)) {
+        const bool is_buffer = !is_trained(name, slot.form.scaling_is_trained);
+        module.register_parameter(name, tensor.detach().set_requires_grad(false), is_buffer);
+      }
+    }
+    for (const OwnWeights& own : slot.own) {
+      register_own(module, own.name, own.parameters, unit);
+    }
+  }
+  for (const Adapter& adapter : adapters) {
+    for (const auto& [location, mlp] : adapter.sources) {
+      Module container = child_once(root, location + kMlpSuffix, "PrefixMlps", unit);
+      register_own(container, adapter.name, mlp, unit);
     }
   }
   root.define(kMethods);

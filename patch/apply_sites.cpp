@@ -139,6 +139,7 @@ GraphSites apply_sites(const GraphSites& detected, const Structure& wanted, cons
                        const torch::jit::Module& module) {
   SiteFinder finder(canonical, module);
   GraphSites result;
+  result.result_is_sequence_first = detected.result_is_sequence_first;
   result.structure.near_misses = detected.structure.near_misses;
   std::set<int64_t> seen;
   for (const Layer& entry : wanted.layers) {

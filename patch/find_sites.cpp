@@ -129,6 +129,7 @@ GraphSites find_sites(const CanonicalGraph& canonical, const Module& module) {
     const std::string where = linears.empty() ? "" : finder.path_of(linears.front());
     result.structure.near_misses.push_back(at_path(where) + "a softmax was not taken for attention: " + miss.reason);
   }
+  result.result_is_sequence_first = finder.result_is_sequence_first();
   return result;
 }
 
@@ -173,6 +174,17 @@ bool SiteFinder::layout_of(Value* tokens, bool& sequence_first) {
   }
   sequence_first = !((*shape)[0] == shapes_.canonical(batch_));
   return !sequence_first || (*shape)[1] == shapes_.canonical(batch_);
+}
+
+bool SiteFinder::result_is_sequence_first() {
+  Value* result = graph_.outputs()[0];
+  while (!is_tensor(result) && !result->node()->inputs().empty()) {  // a tuple, or a dict, whose first input is a key
+    const auto inputs = result->node()->inputs();
+    const auto first = std::find_if(inputs.begin(), inputs.end(), [](Value* input) { return is_tensor(input); });
+    result = first == inputs.end() ? inputs[0] : *first;
+  }
+  bool sequence_first = false;
+  return is_tensor(result) && layout_of(result, sequence_first) && sequence_first;
 }
 
 bool SiteFinder::find_layer(Node* attention, Layer& layer, LayerSites& sites, std::string& reason) {

@@ -53,6 +53,7 @@ const LinearSite* lora_site(const LayerSites& layer, const std::string& slot);
 struct GraphSites {
   Structure structure;
   std::vector<LayerSites> layers;  // parallel to structure.layers
+  bool result_is_sequence_first = false;  // the hidden states that forward returns are [S, B, H]
 };
 
 // Finds layers by data flow, from each attention outwards: its projections, the residual add and norm around it, and

@@ -21,14 +21,32 @@ void check_name(const std::string& name, const std::vector<Adapter>& taken) {
   }
 }
 
+void check_can_train(const Adapter& adapter) {
+  TORCH_CHECK(!adapter.merged, "graft: '", adapter.name,
+              "' is merged into the base's weights and cannot be trained; unmerge it first");
+  for (const MethodConfig& method : adapter.config.methods) {
+    const auto* lora = std::get_if<LoRAConfig>(&method);
+    TORCH_CHECK(!lora || lora_form(*lora) != LoRAForm::kDora, "graft: '", adapter.name,
+                "' cannot be trained: DoRA's norms are those of the weights that it was grafted with");
+    const auto* bottleneck = std::get_if<BnConfig>(&method);
+    TORCH_CHECK(!bottleneck || !bottleneck->phm_layer, "graft: '", adapter.name,
+                "' cannot be trained: the factors of Compacter's projections are not kept");
+  }
+}
+
 Adapter make_adapter(const AdapterSpec& spec, const Structure& structure, const at::TensorOptions& options) {
   check_supported(spec.config);
   Adapter adapter{spec.name, spec.config};
   adapter.plan = make_plan(structure, spec.config);
+  adapter.trainable = spec.trainable;
+  if (spec.trainable) {
+    check_can_train(adapter);
+  }
   if (spec.weights) {
-    adapter.weights = adapter_hub_weights(adapter.plan, structure, *spec.weights, spec.name_in_weights(), options);
+    adapter.weights = adapter_hub_weights(adapter.plan, structure, *spec.weights, spec.name_in_weights(), options,
+                                          spec.trainable ? &adapter.sources : nullptr);
   } else {
-    adapter.weights = init_weights(adapter.plan, options);
+    adapter.weights = init_weights(adapter.plan, options, spec.trainable ? &adapter.sources : nullptr);
   }
   TORCH_INTERNAL_ASSERT(adapter.weights.size() == adapter.plan.size());
   return adapter;

@@ -25,6 +25,8 @@ Inserter::Inserter(Graph& graph, const GraphSites& sites, const c10::TypePtr& ad
           ->output();
   adapters_->setType(adapters_type);
   active_ = graph.insertGetAttr(adapters_, "active");
+  Node* end = graph.insertNode(graph.createNone());  // dead in the end
+  trained_.emplace(graph, adapters_, end);
   if (options.token_mask_input) {
     input_mask_ = graph.insert(c10::aten::ne, {graph.inputs()[*options.token_mask_input], 0});
   }
@@ -39,7 +41,14 @@ Value* Inserter::slot_module(const BankSlot& slot) {
 }
 
 Value* Inserter::parameter(const BankSlot& slot, Value* module, const std::string& name) {
-  return slot.parameters.count(name) ? graph_.insertGetAttr(module, name) : graph_.insertConstant(c10::IValue());
+  if (!slot.parameters.count(name)) {
+    return graph_.insertConstant(c10::IValue());
+  }
+  return slot.own.empty() ? graph_.insertGetAttr(module, name) : trained_->bank(slot, name);
+}
+
+Value* Inserter::dropped(const BankSlot& slot, Value* value) {
+  return graph_.insert(c10::aten::dropout, {value, slot.dropout, graph_.insertGetAttr(adapters_, "training")});
 }
 
 std::vector<NamedValue> Inserter::gate_arguments(const BankSlot& slot, Value* module) {

@@ -47,12 +47,12 @@ Node* Inserter::call_bottleneck(const BankSlot& slot, Value* x, Value* residual,
               named);
 }
 
-// The op adds the residual itself, unless a norm comes between. Its gate reads what its down projection reads, unless
+// The op adds the residual itself, unless a norm or dropout comes between. Its gate reads what its down projection reads, unless
 // a norm comes before that: then the gate is pooled beside the op.
 std::pair<Value*, Value*> Inserter::bottleneck(const BankSlot& slot, Value* x, Value* residual) {
   Value* module = slot_module(slot);
   const BottleneckForm& form = slot.form;
-  if (!form.norm_before && !form.norm_after) {
+  if (!form.norm_before && !form.norm_after && slot.dropout == 0.0) {
     Node* op = call_bottleneck(slot, x, residual, common_arguments(slot, module));
     return {op->outputs()[0], op->outputs()[1]};
   }
@@ -73,6 +73,7 @@ std::pair<Value*, Value*> Inserter::bottleneck(const BankSlot& slot, Value* x, V
                        mask ? mask : graph_.insertConstant(c10::IValue()));
     output = graph_.insert(c10::aten::mul, {output, graph_.insert(c10::aten::unsqueeze, {gate, -1})});
   }
+  output = slot.dropout > 0.0 ? dropped(slot, output) : output;
   if (form.residual_in_norm) {
     return {normed(graph_.insert(c10::aten::add, {output, residual}), "norm_after"), gate};
   }

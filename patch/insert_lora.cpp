@@ -10,10 +10,29 @@ using torch::jit::Node;
 using torch::jit::Value;
 using torch::jit::WithInsertPoint;
 
+// Dropout is for what the update reads, not for what its gate reads.
+std::pair<Value*, Value*> Inserter::lora_with_dropout(const BankSlot& slot, Value* x, Value* base, Value* adapter_ids,
+                                                      Value* adapter, Value* token_mask) {
+  Value* module = slot_module(slot);
+  const auto of = [&](const char* name) { return parameter(slot, module, name); };
+  RowFunctions rows(graph_, adapter_ids, adapter);
+  Value* gate = rows.pooled(x, of("gate_weight"), of("gate_bias"),
+                            token_mask ? token_mask : graph_.insertConstant(c10::IValue()));
+  Node* op = call("gated_lora",
+                  {NamedValue(dropped(slot, x)), NamedValue(graph_.insert(c10::aten::zeros_like, {base})),
+                   NamedValue(of("lora_a")), NamedValue(of("lora_b")), NamedValue(of("scaling"))},
+                  {{"adapter_ids", adapter_ids}, {"adapter", adapter}});
+  Value* update = graph_.insert(c10::aten::mul, {op->outputs()[0], graph_.insert(c10::aten::unsqueeze, {gate, -1})});
+  return {graph_.insert(c10::aten::add, {base, update}), gate};
+}
+
 std::pair<Value*, Value*> Inserter::lora(const BankSlot& slot, Value* x, Value* base, Value* adapter_ids,
                                          Value* adapter, Value* token_mask) {
   Value* module = slot_module(slot);
   std::pair<Value*, Value*> result;  // (output, gate)
+  if (slot.dropout > 0.0) {
+    return lora_with_dropout(slot, x, base, adapter_ids, adapter, token_mask);
+  }
   if (slot.lora != LoRAForm::kScale) {
     std::vector<NamedValue> named = gate_arguments(slot, module);
     named.emplace_back("adapter_ids", adapter_ids);

@@ -1,10 +1,12 @@
 #pragma once
 
 #include <torchgraft/patch/insert.h>
+#include <torchgraft/patch/trained_weights.h>
 
 #include <torch/csrc/jit/ir/ir.h>
 
 #include <map>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -50,7 +52,10 @@ class Inserter {
   Node* call_bottleneck(const BankSlot& slot, Value* x, Value* residual, at::ArrayRef<NamedValue> named);
   void replace_stream(ResidualState& state, const BankSlot& slot, Value* output);
   Value* slot_module(const BankSlot& slot);
+  // The bank of a parameter; None where the slot has none.
   Value* parameter(const BankSlot& slot, Value* module, const std::string& name);
+  // Dropout in training mode.
+  Value* dropped(const BankSlot& slot, Value* value);
   std::vector<NamedValue> gate_arguments(const BankSlot& slot, Value* module);
   std::vector<NamedValue> common_arguments(const BankSlot& slot, Value* module);
   Value* token_mask(const BankSlot& slot);
@@ -58,6 +63,8 @@ class Inserter {
   // (output, gate) of a LoRA; x is [B, S, in], base [B, S, out]. `adapter_ids` and `adapter` say whose.
   std::pair<Value*, Value*> lora(const BankSlot& slot, Value* x, Value* base, Value* adapter_ids, Value* adapter,
                                  Value* token_mask);
+  std::pair<Value*, Value*> lora_with_dropout(const BankSlot& slot, Value* x, Value* base, Value* adapter_ids,
+                                              Value* adapter, Value* token_mask);
   Value* swapped(Value* value, bool sequence_first);
   Node* call(const char* op, at::ArrayRef<NamedValue> args, at::ArrayRef<NamedValue> named);
 
@@ -77,6 +84,7 @@ class Inserter {
   Value* active_ = nullptr;
   Value* one_adapter_ = nullptr;  // see one_adapter()
   Value* input_mask_ = nullptr;
+  std::optional<TrainedWeights> trained_;
 };
 
 }  // namespace torchgraft

@@ -51,6 +51,12 @@ std::string without_init(const AdapterConfig& config) {
   return config_to_json(copy);
 }
 
+void count(const at::Tensor& tensor, const std::string& location, AdapterInfo& info) {
+  info.parameters += tensor.numel();
+  info.bytes += static_cast<int64_t>(tensor.nbytes());
+  info.by_location[location] += tensor.numel();
+}
+
 }  // namespace
 
 std::vector<AdapterInfo> list_adapters(const Module& module) {
@@ -58,14 +64,20 @@ std::vector<AdapterInfo> list_adapters(const Module& module) {
   const std::string active = active_name(module);
   std::vector<AdapterInfo> result;
   for (const Adapter& adapter : read_adapters(module.attr("adapters").toModule(), inspect(module))) {
-    AdapterInfo info{adapter.name, config_to_json(adapter.config), adapter.name == active, adapter.merged, 0, 0, {}};
+    AdapterInfo info{adapter.name, config_to_json(adapter.config), adapter.name == active, adapter.merged,
+                     adapter.trainable};
     for (size_t i = 0; i < adapter.plan.size(); ++i) {
+      const std::string& location = adapter.plan[i].location;
       for (const auto& [name, tensor] : adapter.weights[i]) {
-        if (is_trained_in(adapter.plan[i], name)) {
-          info.parameters += tensor.numel();
-          info.bytes += static_cast<int64_t>(tensor.nbytes());
-          info.by_location[adapter.plan[i].location] += tensor.numel();
+        const bool computed = adapter.sources.count(location) && name.starts_with("prefix_");
+        if (is_trained_in(adapter.plan[i], name) && !computed) {
+          count(tensor, location, info);
         }
+      }
+    }
+    for (const auto& [location, mlp] : adapter.sources) {
+      for (const auto& [name, tensor] : mlp) {
+        count(tensor, location, info);
       }
     }
     result.push_back(std::move(info));
@@ -131,6 +143,8 @@ Module average_adapters(const Module& module, const std::string& name, const std
   }
   Adapter average = *sources.front();
   average.name = name;
+  average.trainable = false;
+  average.sources.clear();
   for (size_t m = 0; m < average.weights.size(); ++m) {
     average.weights[m].erase("weight_norm");  // another one: build() computes it
     for (auto& [parameter, tensor] : average.weights[m]) {

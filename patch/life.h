@@ -18,6 +18,7 @@ struct AdapterInfo {
   std::string config;  // JSON, as adapter_config(name) gives it
   bool active = false;
   bool merged = false;                         // see merge_adapter
+  bool trainable = false;                      // see train.h
   int64_t parameters = 0;                      // trained numbers, without the padding of its bank
   int64_t bytes = 0;                           // of them
   std::map<std::string, int64_t> by_location;  // parameters by the oracle's location ("output_adapter")

@@ -66,6 +66,7 @@ void PoolBanks::collect_slots(int64_t capacity) {
   root.setattr("names", repeated<std::string>(capacity, ""));
   root.setattr("configs", repeated<std::string>(capacity, ""));
   root.setattr("merged", repeated<bool>(capacity, false));
+  root.setattr("trainable", repeated<bool>(capacity, false));
   c10::List<c10::List<int64_t>> counts;
   for (size_t run = 0; run < root.attr("gate_slots").toListRef().size(); ++run) {
     counts.push_back(repeated<int64_t>(capacity, 0));

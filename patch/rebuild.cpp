@@ -4,6 +4,7 @@
 #include <torchgraft/patch/clone_module.h>
 #include <torchgraft/patch/dora.h>
 #include <torchgraft/patch/graph_utils.h>
+#include <torchgraft/patch/heads_module.h>
 #include <torchgraft/patch/methods.h>
 #include <torchgraft/patch/passes/fuse_projections.h>
 #include <torchgraft/patch/passes/lower_mkldnn.h>
@@ -86,30 +87,30 @@ GraftOptions options_like(const Module& grafted, GraftOptions options) {
   return options;
 }
 
-std::string names_with_dropout(const std::vector<Adapter>& adapters) {
-  std::string names;
-  for (const Adapter& adapter : adapters) {
-    const bool drops = std::any_of(
-        adapter.config.methods.begin(), adapter.config.methods.end(),
-        [](const auto& method) { return std::visit([](const auto& config) { return config.dropout > 0.0; }, method); });
-    names += drops ? (names.empty() ? "'" : ", '") + adapter.name + "'" : "";
+// A module that is trained learns adapters only.
+void freeze_base(const Module& module) {
+  for (const at::Tensor& parameter : module.parameters()) {
+    parameter.set_requires_grad(false);
   }
-  return names;
-}
-
-// The ops have no dropout. In eval mode that is right; in training mode it would silently train something else.
-void refuse_training(Graph& graph, const std::string& names) {
-  const auto body = compile_graph(
-      "def check(training: bool) -> None:\n    assert not training, \"torchgraft: dropout of "
-      "adapters is not applied in training mode yet, and " +
-          names + " have some: set it to 0, or call eval()\"\n",
-      "check");
-  torch::jit::WithInsertPoint guard(*graph.nodes().begin());
-  Value* adapters = graph.insertGetAttr(graph.inputs()[0], "adapters");
-  torch::jit::insertGraph(graph, *body, {graph.insertGetAttr(adapters, "training")});
 }
 
 }  // namespace
+
+std::string head_mask(const Foundation& foundation, const std::string& wanted) {
+  const auto& arguments = foundation.module.get_method("forward").function().getSchema().arguments();
+  const auto is_mask = [&](const c10::Argument& argument) {
+    return argument.name() == (wanted.empty() ? "attention_mask" : wanted) &&
+           argument.type()->isSubtypeOf(*c10::OptionalType::ofTensor());
+  };
+  const bool found = std::any_of(arguments.begin() + 1, arguments.end(), is_mask);
+  TORCH_CHECK(found || wanted.empty(), "add_head: forward has no Tensor argument '", wanted, "' for the token mask");
+  const std::string result = !found ? "" : wanted.empty() ? "attention_mask" : wanted;
+  const auto& adapters = foundation.adapters;
+  const bool first = std::count_if(adapters.begin(), adapters.end(), [](const Adapter& a) { return a.head.has_value(); }) <= 1;
+  TORCH_CHECK(first || result == foundation.head_mask, "add_head: the token mask of the module's heads is '",
+              foundation.head_mask, "'; all heads share it, got '", result, "'");
+  return result;
+}
 
 GraphSites places(const CanonicalGraph& canonical, const Module& module, const std::optional<Structure>& wanted) {
   const GraphSites detected = find_sites(canonical, module);
@@ -142,7 +143,10 @@ Foundation lay_foundation(const Module& module, const GraftOptions& given) {
   check_found(result.sites.structure);
   result.weights = weight_options(result.sites, result.module);
   if (regraft) {
-    result.adapters = read_adapters(module.attr("adapters").toModule(), result.sites.structure);
+    const Module adapters = module.attr("adapters").toModule();
+    result.adapters = read_adapters(adapters, result.sites.structure);
+    read_heads(adapters, result.adapters);
+    result.head_mask = adapters.hasattr("head_mask") ? adapters.attr("head_mask").toStringRef() : "";
   }
   return result;
 }
@@ -160,6 +164,10 @@ Module build(Foundation foundation, const std::string& active) {
   for (Adapter& adapter : foundation.adapters) {
     complete_dora(adapter, foundation.sites, result);
   }
+  if (std::any_of(foundation.adapters.begin(), foundation.adapters.end(),
+                  [](const Adapter& adapter) { return adapter.trainable; })) {
+    freeze_base(result);
+  }
   const std::vector<BankSlot> slots = stack_banks(foundation.adapters);
   const std::vector<SlotRun> runs = slot_runs(slots, foundation.sites.structure);
   Module bank = make_adapters_module(foundation.adapters, slots, runs, result._ivalue()->compilation_unit());
@@ -168,16 +176,16 @@ Module build(Foundation foundation, const std::string& active) {
   bank.register_attribute("token_mask_input", c10::StringType::get(), options.token_mask_input);
   bank.register_attribute("sites", c10::StringType::get(), options.sites ? to_json(*options.sites) : "");
   bank.register_attribute("fused", c10::BoolType::get(), options.fuse);
+  bank.register_attribute("head_mask", c10::StringType::get(), foundation.head_mask);
+  add_heads(bank, foundation.adapters, result._ivalue()->compilation_unit());
   result.register_module("adapters", bank);
   const size_t ops =
       insert_adapters(foundation.canonical.graph, foundation.sites, slots, runs, result, foundation.inserting);
   if (options.fuse) {
     fuse_projections(foundation.canonical.graph);
   }
-  if (const std::string names = names_with_dropout(foundation.adapters); !names.empty()) {
-    refuse_training(*foundation.canonical.graph, names);
-  }
-  add_methods(result, foundation.canonical.graph);
+  add_methods(result, foundation.canonical.graph,
+              {foundation.head_mask, foundation.sites.result_is_sequence_first});
   if (!active.empty()) {
     bank.get_method("activate")({active});
   }

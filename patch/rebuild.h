@@ -22,7 +22,12 @@ struct Foundation {
   InsertOptions inserting;
   at::TensorOptions weights;      // dtype and device of the adapters
   std::vector<Adapter> adapters;  // those of a grafted module
+  std::string head_mask;          // the argument of forward that heads take for their token mask; empty: none
 };
+
+// The token mask that heads get: `wanted`, or what add_head() says of an empty one. Throws c10::Error when there is no such
+// argument, or when other heads have another.
+std::string head_mask(const Foundation& foundation, const std::string& wanted);
 
 // Clones `module`, takes off what is grafted, canonicalises and finds the sites. Throws c10::Error when there are none,
 // or when `given` contradicts how the module was grafted.
@@ -39,6 +44,9 @@ torch::jit::Module base_copy(const torch::jit::Module& module);
 
 // Throws c10::Error unless `name` is an identifier that no adapter has.
 void check_name(const std::string& name, const std::vector<Adapter>& taken);
+
+// Throws c10::Error when the adapter cannot be trained.
+void check_can_train(const Adapter& adapter);
 
 // Plans `spec` on `structure` and reads or draws its weights.
 Adapter make_adapter(const AdapterSpec& spec, const Structure& structure, const at::TensorOptions& options);

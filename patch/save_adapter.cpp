@@ -43,14 +43,14 @@ AdapterFiles adapter_files(const Module& module, const std::string& name) {
   const Structure structure = inspect(module);
   const std::vector<Adapter> adapters = read_adapters(module.attr("adapters").toModule(), structure);
   const Adapter& adapter = adapters[find_adapter(adapters, name, "save_adapter")];
-  const Json config = {{"config", Json::parse(config_to_json(ejected_config(adapter.config)))},
+  const Json config = {{"config", Json::parse(config_to_json(saved_config(adapter.config, adapter.sources)))},
                        {"hidden_size", structure.layers.front().hidden_size},
                        {"model_class", nullptr},
                        {"model_name", nullptr},
                        {"model_type", nullptr},
                        {"name", name},
                        {"version", kFormat}};
-  return {config.dump(2) + "\n", adapter_hub_state(adapter.plan, structure, adapter.weights, name)};
+  return {config.dump(2) + "\n", adapter_hub_state(adapter.plan, structure, adapter.weights, adapter.sources, name)};
 }
 
 void save_adapter(const Module& module, const std::string& name, const std::string& directory) {

@@ -28,6 +28,9 @@ class SiteFinder {
   // The module path of the weight of a linear map; empty when it has none (a frozen graph's constants).
   std::string path_of(const torch::jit::Node* linear) const;
 
+  // Whether the first tensor of what the graph returns is [S, B, H].
+  bool result_is_sequence_first();
+
  private:
   struct FeedForward {
     std::vector<torch::jit::Node*> in;

@@ -22,6 +22,8 @@ class Reader {
 
   ModuleWeights read(const PlannedModule& module, const SavedParameters& saved);
   void check_nothing_is_left() const;
+  // What the weights read so far are computed from, in the model's dtype.
+  Reparametrisation sources() const;
 
  private:
   at::Tensor take(const SavedParameters& saved, const std::string& name, at::IntArrayRef shape,
@@ -39,6 +41,7 @@ class Reader {
   const Checkpoint& checkpoint_;
   at::TensorOptions options_;
   std::map<std::string, at::Tensor> groups_;  // ejected prefixes by location
+  Reparametrisation sources_;
   std::set<std::string> used_;                // keys
 };
 
@@ -171,12 +174,12 @@ at::Tensor Reader::ejected(const PlannedPrefix& prefix, const std::string& locat
     result = wide("flat", {length * out}).view({length, out});
   } else {
     const int64_t middle = prefix.config.bottleneck_size;
-    PrefixMlp mlp;
-    mlp.embeddings = wide("embeddings", {length, prefix.hidden_size});
-    mlp.down_weight = wide("down_weight", {middle, prefix.hidden_size});
-    mlp.down_bias = wide("down_bias", {middle});
-    mlp.up_weight = wide("up_weight", {out, middle});
-    mlp.up_bias = wide("up_bias", {out});
+    ModuleWeights& mlp = sources_[location];
+    mlp["embeddings"] = wide("embeddings", {length, prefix.hidden_size});
+    mlp["down_weight"] = wide("down_weight", {middle, prefix.hidden_size});
+    mlp["down_bias"] = wide("down_bias", {middle});
+    mlp["up_weight"] = wide("up_weight", {out, middle});
+    mlp["up_bias"] = wide("up_bias", {out});
     result = eject(mlp, prefix.config.non_linearity);
   }
   groups_[location] = result;
@@ -220,10 +223,21 @@ void Reader::check_nothing_is_left() const {
   check(checkpoint_.shared);
 }
 
+Reparametrisation Reader::sources() const {
+  Reparametrisation result = sources_;
+  for (auto& [place, weights] : result) {
+    for (auto& [name, tensor] : weights) {
+      tensor = tensor.to(options_);
+    }
+  }
+  return result;
+}
+
 }  // namespace
 
 AdapterWeights adapter_hub_weights(const Plan& plan, const Structure& structure, const StateDict& state,
-                                   const std::string& saved_name, const at::TensorOptions& options) {
+                                   const std::string& saved_name, const at::TensorOptions& options,
+                                   Reparametrisation* kept) {
   TORCH_CHECK(!structure.layers.empty(), "adapter weights: the model has no attention layer");
   const Checkpoint checkpoint = sort_checkpoint(state, saved_name);
   const std::vector<SavedParameters> matched = match_modules(checkpoint, plan, structure);
@@ -233,6 +247,9 @@ AdapterWeights adapter_hub_weights(const Plan& plan, const Structure& structure,
     result.push_back(reader.read(plan[i], matched[i]));
   }
   reader.check_nothing_is_left();
+  if (kept) {
+    *kept = reader.sources();
+  }
   return result;
 }
 

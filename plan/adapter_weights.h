@@ -24,20 +24,28 @@ using ModuleWeights = std::map<std::string, at::Tensor>;
 // One entry per module of the plan, in the plan's order.
 using AdapterWeights = std::vector<ModuleWeights>;
 
+// What an adapter's weights are computed from while it is trained, by the place that shares it. Not kept for what is only
+// served. Names and shapes:
+//   "self_prefix", "encoder_prefix", "cross_prefix"   the MLP of the prefixes at that location, see plan/prefix_mlp.h
+using Reparametrisation = std::map<std::string, ModuleWeights>;
+
 // A flat state dict as a checkpoint holds it.
 using StateDict = std::map<std::string, at::Tensor>;
 
 // Fresh weights with the oracle's distributions (init_weights, init_weights_seed), drawn from the default CPU generator
-// (so at::manual_seed makes it repeatable), in `options`' dtype and device.
-TORCHGRAFT_PATCH_API AdapterWeights init_weights(const Plan& plan, const at::TensorOptions& options);
+// (so at::manual_seed makes it repeatable), in `options`' dtype and device. `kept`, if given, gets what they were computed
+// from.
+TORCHGRAFT_PATCH_API AdapterWeights init_weights(const Plan& plan, const at::TensorOptions& options,
+                                                 Reparametrisation* kept = nullptr);
 
 // Weights from an AdapterHub checkpoint (`pytorch_adapter.bin` of `model.save_adapter()`), for adapter `saved_name` in
 // it. Modules are matched by module path (modulo leading components such as "bert."), else by layer number and
 // location. Throws c10::Error on a missing key, on a key left over, and on a shape that does not fit (an adapter of
-// another hidden size), naming key, expected and got.
+// another hidden size), naming key, expected and got. `kept`, if given, gets what the weights are computed from.
 TORCHGRAFT_PATCH_API AdapterWeights adapter_hub_weights(const Plan& plan, const Structure& structure,
                                                         const StateDict& state, const std::string& saved_name,
-                                                        const at::TensorOptions& options);
+                                                        const at::TensorOptions& options,
+                                                        Reparametrisation* kept = nullptr);
 
 // A key of a checkpoint, and where adapter_hub_weights puts it: "layer 0, selfattn_lora_q: lora_a".
 struct WeightMatch {

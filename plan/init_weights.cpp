@@ -194,8 +194,8 @@ ModuleWeights init(const PlannedBottleneck& planned, SharedFactors& shared) {
   return weights;
 }
 
-// The prefixes of all layers of a group, [P, L 2 h d].
-at::Tensor init_group(const PlannedPrefix& planned) {
+// The prefixes of all layers of a group, [P, L 2 h d]; `mlp` gets what they come from, unless they are flat.
+at::Tensor init_group(const PlannedPrefix& planned, ModuleWeights& mlp) {
   const PrefixTuningConfig& config = planned.config;
   const int64_t out = planned.group_size * 2 * planned.num_kv_heads * planned.head_dim;
   fix_seed(config.init_weights_seed);
@@ -204,19 +204,29 @@ at::Tensor init_group(const PlannedPrefix& planned) {
   }
   const int64_t hidden = planned.hidden_size;
   const int64_t middle = config.bottleneck_size;
-  PrefixMlp mlp;
-  mlp.embeddings = at::randn({config.prefix_length, hidden});
-  mlp.down_weight = linear_weight(middle, hidden);
-  mlp.down_bias = linear_bias(middle, hidden);
-  mlp.up_weight = linear_weight(out, middle);
-  mlp.up_bias = linear_bias(out, middle);
+  mlp["embeddings"] = at::randn({config.prefix_length, hidden});
+  mlp["down_weight"] = linear_weight(middle, hidden);
+  mlp["down_bias"] = linear_bias(middle, hidden);
+  mlp["up_weight"] = linear_weight(out, middle);
+  mlp["up_bias"] = linear_bias(out, middle);
   return eject(mlp, config.non_linearity);
+}
+
+Reparametrisation converted(Reparametrisation sources, const at::TensorOptions& options) {
+  std::erase_if(sources, [](const auto& entry) { return entry.second.empty(); });
+  for (auto& [place, weights] : sources) {
+    for (auto& [name, tensor] : weights) {
+      tensor = tensor.to(options);
+    }
+  }
+  return sources;
 }
 
 }  // namespace
 
-AdapterWeights init_weights(const Plan& plan, const at::TensorOptions& options) {
+AdapterWeights init_weights(const Plan& plan, const at::TensorOptions& options, Reparametrisation* kept) {
   at::NoGradGuard no_grad;
+  Reparametrisation sources;
   std::map<std::string, at::Tensor> groups;  // prefix location -> the group's prefixes
   SharedFactors shared;
   AdapterWeights result;
@@ -229,7 +239,7 @@ AdapterWeights init_weights(const Plan& plan, const at::TensorOptions& options) 
     } else {
       const auto& prefix = std::get<PlannedPrefix>(module.method);
       if (prefix.group_index == 0) {
-        groups[module.location] = init_group(prefix);
+        groups[module.location] = init_group(prefix, sources[module.location]);
       }
       std::tie(weights["prefix_key"], weights["prefix_value"]) = prefix_of_layer(groups.at(module.location), prefix);
       if (prefix.config.use_gating) {
@@ -240,6 +250,9 @@ AdapterWeights init_weights(const Plan& plan, const at::TensorOptions& options) 
       tensor = tensor.to(options);
     }
     result.push_back(std::move(weights));
+  }
+  if (kept) {
+    *kept = converted(std::move(sources), options);
   }
   return result;
 }

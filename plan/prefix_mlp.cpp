@@ -7,10 +7,10 @@
 
 namespace torchgraft {
 
-at::Tensor eject(const PrefixMlp& mlp, const std::string& non_linearity) {
+at::Tensor eject(const ModuleWeights& mlp, const std::string& non_linearity) {
   at::NoGradGuard no_grad;
-  const at::Tensor hidden = at::linear(mlp.embeddings, mlp.down_weight, mlp.down_bias);
-  return at::linear(ops::find_activation(non_linearity).forward(hidden), mlp.up_weight, mlp.up_bias);
+  const at::Tensor hidden = at::linear(mlp.at("embeddings"), mlp.at("down_weight"), mlp.at("down_bias"));
+  return at::linear(ops::find_activation(non_linearity).forward(hidden), mlp.at("up_weight"), mlp.at("up_bias"));
 }
 
 std::pair<at::Tensor, at::Tensor> prefix_of_layer(const at::Tensor& ejected, const PlannedPrefix& prefix) {

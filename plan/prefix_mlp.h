@@ -1,5 +1,6 @@
 #pragma once
 
+#include <torchgraft/plan/adapter_weights.h>
 #include <torchgraft/plan/plan.h>
 
 #include <ATen/core/Tensor.h>
@@ -9,15 +10,11 @@
 namespace torchgraft {
 
 // The reparametrisation of a prefix (Li & Liang 2021; PrefixTuning of the adapters library), shared by the layers of a
-// group: embeddings [P, H] -> Linear [M, H] -> non-linearity -> Linear [L 2 h d, M].
-struct PrefixMlp {
-  at::Tensor embeddings;  // wte.weight [P, H]
-  at::Tensor down_weight, down_bias;
-  at::Tensor up_weight, up_bias;
-};
+// group: embeddings [P, H] -> down [M, H] -> non-linearity -> up [L 2 h d, M]. Its weights are "embeddings",
+// "down_weight", "down_bias", "up_weight" and "up_bias".
 
 // The MLP's output [P, L 2 h d]: what a flat prefix stores directly.
-at::Tensor eject(const PrefixMlp& mlp, const std::string& non_linearity);
+at::Tensor eject(const ModuleWeights& mlp, const std::string& non_linearity);
 
 // One layer's keys and values, [h, P, d] each, out of the output for all L layers of the group.
 std::pair<at::Tensor, at::Tensor> prefix_of_layer(const at::Tensor& ejected, const PlannedPrefix& prefix);

@@ -141,8 +141,9 @@ struct PrefixGroup {
 
 class Writer {
  public:
-  Writer(const Plan& plan, const Structure& structure, const AdapterWeights& weights, const std::string& name)
-      : plan_(plan), structure_(structure), weights_(weights), name_(name) {}
+  Writer(const Plan& plan, const Structure& structure, const AdapterWeights& weights, const Reparametrisation& sources,
+         const std::string& name)
+      : plan_(plan), structure_(structure), weights_(weights), sources_(sources), name_(name) {}
 
   StateDict write() {
     for (size_t i = 0; i < plan_.size(); ++i) {
@@ -156,8 +157,12 @@ class Writer {
       }
     }
     for (const auto& [location, group] : groups_) {
-      // [P, L, 2, h, d]: what prefix_of_layer takes apart
-      put(group.key, at::stack(group.layers, 1).flatten());
+      if (const auto mlp = sources_.find(location); mlp != sources_.end()) {
+        write_mlp(group.key, mlp->second);
+      } else {
+        // [P, L, 2, h, d]: what prefix_of_layer takes apart
+        put(group.key + ".control_trans", at::stack(group.layers, 1).flatten());
+      }
     }
     return std::move(state_);
   }
@@ -219,6 +224,14 @@ class Writer {
     write_gate(prefix + ".gate", weights);
   }
 
+  void write_mlp(const std::string& path, const ModuleWeights& mlp) {
+    put(path + ".wte.weight", mlp.at("embeddings"));
+    for (const std::string which : {"weight", "bias"}) {
+      put(path + ".control_trans.0." + which, mlp.at("down_" + which));
+      put(path + ".control_trans.2." + which, mlp.at("up_" + which));
+    }
+  }
+
   void write_prefix(const PlannedModule& module, const PlannedPrefix& prefix, const Layer& layer,
                     const ModuleWeights& weights) {
     const std::string place = join(parent(query_path(layer))) + ".prefix_tuning";
@@ -226,7 +239,7 @@ class Writer {
     PrefixGroup& group = groups_[module.location];
     if (group.key.empty()) {
       // The library's pool hangs in every layer; the first layer's stands for all.
-      group.key = place + ".pool.prefix_tunings." + name_ + "." + location + ".control_trans";
+      group.key = place + ".pool.prefix_tunings." + name_ + "." + location;
       group.layers.resize(prefix.group_size);
     }
     // [h, P, d] each -> [P, 2, h, d]
@@ -238,6 +251,7 @@ class Writer {
   const Plan& plan_;
   const Structure& structure_;
   const AdapterWeights& weights_;
+  const Reparametrisation& sources_;
   std::string name_;
   StateDict state_;
   std::map<std::string, PrefixGroup> groups_;  // by location
@@ -246,9 +260,9 @@ class Writer {
 }  // namespace
 
 StateDict adapter_hub_state(const Plan& plan, const Structure& structure, const AdapterWeights& weights,
-                            const std::string& name) {
+                            const Reparametrisation& sources, const std::string& name) {
   at::NoGradGuard no_grad;
-  return Writer(plan, structure, weights, name).write();
+  return Writer(plan, structure, weights, sources, name).write();
 }
 
 AdapterConfig ejected_config(AdapterConfig config) {
@@ -260,6 +274,10 @@ AdapterConfig ejected_config(AdapterConfig config) {
     }
   }
   return config;
+}
+
+AdapterConfig saved_config(const AdapterConfig& config, const Reparametrisation& sources) {
+  return sources.empty() ? ejected_config(config) : config;
 }
 
 }  // namespace torchgraft

@@ -5,6 +5,7 @@
 #include <torchgraft/patch/graft.h>
 #include <torchgraft/patch/life.h>
 #include <torchgraft/patch/save_adapter.h>
+#include <torchgraft/patch/train.h>
 #include <torchgraft/plan/safetensors.h>
 #include <torchgraft/registration/library.h>
 
@@ -26,8 +27,8 @@ namespace {
 
 using torch::jit::Module;
 
-// (name, config as JSON or as a name, AdapterHub state dict, the adapter's name in it)
-using Spec = std::tuple<std::string, std::string, std::optional<std::map<std::string, at::Tensor>>, std::string>;
+// (name, config as JSON or as a name, AdapterHub state dict, the adapter's name in it, trainable)
+using Spec = std::tuple<std::string, std::string, std::optional<std::map<std::string, at::Tensor>>, std::string, bool>;
 
 torchgraft::AdapterConfig config_of(const std::string& text) {
   const size_t first = text.find_first_not_of(" \t\r\n");
@@ -41,8 +42,8 @@ std::optional<torchgraft::Structure> sites_of(const std::string& json) {
 }
 
 torchgraft::AdapterSpec spec_of(const Spec& spec) {
-  const auto& [name, config, weights, saved_name] = spec;
-  return {name, config_of(config), weights, saved_name};
+  const auto& [name, config, weights, saved_name, trainable] = spec;
+  return {name, config_of(config), weights, saved_name, trainable};
 }
 
 Module graft(const Module& module, const std::vector<Spec>& adapters, const std::string& gate_pooling,
@@ -63,6 +64,7 @@ std::vector<py::dict> list_adapters(const Module& module) {
     entry["config"] = info.config;
     entry["active"] = info.active;
     entry["merged"] = info.merged;
+    entry["trainable"] = info.trainable;
     entry["parameters"] = info.parameters;
     entry["bytes"] = info.bytes;
     entry["by_location"] = info.by_location;
@@ -120,6 +122,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("merge_adapter", &torchgraft::merge_adapter, no_gil);
   m.def("unmerge_adapter", &torchgraft::unmerge_adapter, no_gil);
   m.def("lower", &torchgraft::lower, no_gil);
+  m.def("trainable_parameters", &torchgraft::trainable_parameters);
+  m.def("freeze_adapter", &torchgraft::freeze_adapter, no_gil);
+  m.def("unfreeze_adapter", &torchgraft::unfreeze_adapter, no_gil);
   m.def("ungraft", &torchgraft::ungraft, no_gil);
   m.def(
       "load_adapter",

@@ -10,6 +10,7 @@ Importing the package registers the operators; a process that only serves needs 
 
 from ._libraries import library_path, load_operators
 from .adapter_hub import AdapterDirectory, load_adapter_directory
+from .adapter_training import freeze_adapter, trainable_parameters, unfreeze_adapter
 from .checkpoints import load_adapter, match_adapter, save_adapter
 from .configs import (
     AdapterConfig,
@@ -64,6 +65,7 @@ __all__ = [
     "SeqBnConfig",
     "UniPELTConfig",
     "average_adapter",
+    "freeze_adapter",
     "graft",
     "inspect",
     "library_path",
@@ -78,6 +80,8 @@ __all__ = [
     "rename_adapter",
     "replace_adapter",
     "save_adapter",
+    "trainable_parameters",
+    "unfreeze_adapter",
     "ungraft",
     "unmerge_adapter",
 ]

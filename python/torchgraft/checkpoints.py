@@ -17,8 +17,8 @@ def save_adapter(
 ) -> None:
     """Writes one adapter so that load_adapter() of this package and of `adapters==1.3.0` read it.
 
-    Prefixes are written as flat ones ("flat": true): the MLP that made them is not kept in a grafted module, its
-    outputs are. The directory is made if need be. Each file is written whole or not at all, the configuration last;
+    Prefixes of a frozen adapter are written as flat ones ("flat": true): the MLP that made them is not kept, its outputs
+    are. A trainable adapter's MLP is written. The directory is made if need be. Each file is written whole or not at all, the configuration last;
     weights of the other format are removed, so that nobody reads those.
 
     Args:
@@ -48,7 +48,7 @@ def save_adapter(
 
 
 def load_adapter(
-    module: torch.jit.ScriptModule, directory: str | Path, name: str | None = None
+    module: torch.jit.ScriptModule, directory: str | Path, name: str | None = None, trainable: bool = False
 ) -> torch.jit.ScriptModule:
     """A copy of `module`, grafted or not, with the adapter of a directory: in place of one of that name, or in addition.
 
@@ -59,11 +59,12 @@ def load_adapter(
         module: a TorchScript Transformer. It is not changed.
         directory: what save_adapter() wrote, here or in the `adapters` library, or a LoRA that PEFT saved.
         name: the adapter's name in the result. None: its own.
+        trainable: it has parameters of its own in the result, to be trained further.
 
     Raises:
         GraftError: a file is missing or damaged, or the adapter does not fit the module.
     """
-    return script_module(patcher().load_adapter(cpp_module(module), directory_spec(module, directory, name)))
+    return script_module(patcher().load_adapter(cpp_module(module), directory_spec(module, directory, name, trainable)))
 
 
 def match_adapter(module: torch.jit.ScriptModule, directory: str | Path) -> list[tuple[str, str]]:

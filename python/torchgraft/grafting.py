@@ -24,8 +24,9 @@ def cpp_module(module: Any) -> Any:
     return module._c
 
 
-# What the patcher takes for one adapter: its name, its configuration, and trained weights with their name in them.
-Spec = tuple[str, str, dict[str, torch.Tensor] | None, str]
+# What the patcher takes for one adapter: its name, its configuration, trained weights with their name in them, and
+# whether it is trainable.
+Spec = tuple[str, str, dict[str, torch.Tensor] | None, str, bool]
 
 
 def script_module(module: Any) -> torch.jit.ScriptModule:
@@ -33,13 +34,15 @@ def script_module(module: Any) -> torch.jit.ScriptModule:
     return torch.jit._recursive.wrap_cpp_module(module)
 
 
-def directory_spec(module: torch.jit.ScriptModule, directory: str | Path, name: str | None = None) -> Spec:
+def directory_spec(
+    module: torch.jit.ScriptModule, directory: str | Path, name: str | None = None, trainable: bool = False
+) -> Spec:
     """The adapter of a directory of AdapterHub or PEFT for `module`, under `name` or its own."""
     if is_peft_directory(Path(directory)):
         saved = load_peft_directory(directory, inspect(module), dict(module.named_parameters()))
     else:
         saved = load_adapter_directory(directory)
-    return name or saved.name, saved.config, saved.weights, saved.name
+    return name or saved.name, saved.config, saved.weights, saved.name, trainable
 
 
 def _sites_option(sites: Mapping[str, Any] | str | Path | None) -> dict[str, str]:
@@ -73,6 +76,7 @@ def graft(
     verify: bool = True,
     sites: Mapping[str, Any] | str | Path | None = None,
     fuse: bool = True,
+    trainable: bool = False,
 ) -> torch.jit.ScriptModule:
     """A copy of `module` with adapters grafted on; `module` itself is unchanged.
 
@@ -95,6 +99,8 @@ def graft(
         sites: an edited result of inspect(), or the path of a JSON file with it, that overrules detection
             (docs/sites.md). None: what is detected.
         fuse: make one operator of a projection and its LoRA (docs/performance.md). A grafted module remembers it.
+        trainable: the adapters of this call have parameters of their own, to be trained (docs/training.md); the base's
+            weights then require no gradients. False: they are frozen, as unfreeze_adapter() can change.
 
     Returns:
         A ScriptModule, in the same mode (train or eval) as `module`, with `forward(..., adapter_ids=None)`,
@@ -112,11 +118,11 @@ def graft(
     if config is not None:
         if name is None:
             raise GraftError("graft: a config needs the name of its adapter (name=...)")
-        specs.append((name, config_to_json(config), None, ""))
+        specs.append((name, config_to_json(config), None, "", trainable))
     elif name is not None:
         raise GraftError(f"graft: the adapter '{name}' needs a config (config=...), or a directory (adapters=...)")
     for adapter_name, directory in (adapters or {}).items():
-        specs.append(directory_spec(module, directory, adapter_name))
+        specs.append(directory_spec(module, directory, adapter_name, trainable))
     grafted = patcher().graft(base, specs, gate_pooling, token_mask or "", active or "", verify, fuse=fuse,
                               **_sites_option(sites))  # fmt: skip
     return script_module(grafted)

@@ -26,6 +26,7 @@ class AdapterInfo:
         config: its configuration as JSON text.
         active: whether rows without adapter_ids use it.
         merged: whether merge_adapter() has moved it into the base's weights.
+        trainable: whether it has parameters of its own to train; see training.py.
         parameters: how many trained numbers it has, without the padding of the bank that it shares with others.
         bytes: their size.
         by_location: the parameters by the place where they are ("selfattn_lora", "output_adapter", ...).
@@ -35,6 +36,7 @@ class AdapterInfo:
     config: str
     active: bool
     merged: bool
+    trainable: bool
     parameters: int
     bytes: int
     by_location: Mapping[str, int]
@@ -60,15 +62,19 @@ def rename_adapter(module: torch.jit.ScriptModule, name: str, new_name: str) -> 
 
 
 def replace_adapter(
-    module: torch.jit.ScriptModule, name: str, config: Any = None, directory: str | Path | None = None
+    module: torch.jit.ScriptModule,
+    name: str,
+    config: Any = None,
+    directory: str | Path | None = None,
+    trainable: bool = False,
 ) -> torch.jit.ScriptModule:
     """A copy where `name` has another configuration with fresh weights, or what is in a directory; its adapter_id stays."""
     if (config is None) == (directory is None):
         raise GraftError("replace_adapter: give a config or a directory")
     if directory is not None:
-        spec = directory_spec(module, directory, name)
+        spec = directory_spec(module, directory, name, trainable)
     else:
-        spec = (name, config_to_json(config), None, "")
+        spec = (name, config_to_json(config), None, "", trainable)
     return script_module(patcher().replace_adapter(cpp_module(module), spec))
 
 

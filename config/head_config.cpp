@@ -1,0 +1,66 @@
+#include <torchgraft/config/head_config.h>
+
+#include <torchgraft/config/json_fields.h>
+#include <torchgraft/ops/activation.h>
+
+#include <algorithm>
+
+namespace torchgraft {
+namespace {
+
+using json::Json;
+using json::OrderedJson;
+
+void require_one_of(const std::string& field, const std::string& value, const std::vector<std::string>& names) {
+  TORCH_CHECK(std::find(names.begin(), names.end(), value) != names.end(), "head: ", field, "=\"", value,
+              "\" is not supported (supported: ", c10::Join(", ", names), ")");
+}
+
+}  // namespace
+
+HeadConfig head_config_from_json(std::string_view text) {
+  const Json whole = Json::parse(text, /*cb=*/nullptr, /*allow_exceptions=*/false);
+  TORCH_CHECK(whole.is_object() && whole.contains("config") && whole.at("config").is_object(),
+              "head: expected JSON with an object \"config\", as AdapterHub's head_config.json");
+  HeadConfig config = json::read_config(whole.at("config"), "HeadConfig", HeadConfig{}, [](auto& held, auto visit) {
+    visit_head_fields(held, visit);
+  });
+  if (whole.contains("pooling")) {
+    json::read("HeadConfig.pooling", whole.at("pooling"), config.pooling);
+  }
+  check_supported(config);
+  return config;
+}
+
+std::string head_config_to_json(const HeadConfig& config) {
+  OrderedJson fields = OrderedJson::object();
+  visit_head_fields(config, [&](const char* field, const auto& member) { fields[field] = json::written(member); });
+  if (config.head_type == "tagging") {  // the library's head takes neither
+    fields.erase("use_pooler");
+    fields.erase("bias");
+  }
+  return OrderedJson({{"config", fields}, {"pooling", config.pooling}}).dump();
+}
+
+void check_supported(const HeadConfig& config) {
+  require_one_of("head_type", config.head_type, {"classification", "multilabel_classification", "tagging"});
+  require_one_of("pooling", config.pooling, {"first", "mean", "last"});
+  TORCH_CHECK(config.num_labels >= 1, "head: expected num_labels of at least 1, got ", config.num_labels);
+  TORCH_CHECK(config.layers >= 1, "head: expected layers of at least 1, got ", config.layers);
+  TORCH_CHECK(!config.use_pooler, "head: use_pooler=True is not supported: a module's pooler is not looked for");
+  TORCH_CHECK(config.bias || config.head_type != "tagging", "head: a tagging head has a bias");
+  const double dropout = config.dropout_prob.value_or(0.0);
+  TORCH_CHECK(dropout >= 0.0 && dropout < 1.0, "head: expected dropout_prob of at least 0 and below 1, got ", dropout);
+  if (config.activation_function) {
+    require_one_of("activation_function", *config.activation_function, non_linearity_names());
+  }
+  if (config.label2id) {
+    std::set<int64_t> ids;
+    for (const auto& [label, id] : *config.label2id) {
+      TORCH_CHECK(id >= 0 && id < config.num_labels && ids.insert(id).second, "head: expected label2id to give each of ",
+                  config.num_labels, " labels an id of its own from 0 on, got ", id, " for \"", label, "\"");
+    }
+  }
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,38 @@
+#pragma once
+
+#include <torchgraft/registration/export.h>
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <string_view>
+
+namespace torchgraft {
+
+// A task head on the last hidden states [B, S, H] that an adapter's rows end in. Fields and defaults are those of the
+// adapters library's heads, but for `pooling` (the library always takes the first token):
+//   x = pooling(hidden); (layers - 1) times: x = activation(Linear[H, H](dropout(x))); logits = Linear[num_labels, H](dropout(x))
+struct HeadConfig {
+  // "classification", "multilabel_classification" or "tagging" (one result per token: no pooling). A regression is a
+  // classification with num_labels=1, as in the library.
+  std::string head_type = "classification";
+  int64_t num_labels = 2;
+  int64_t layers = 2;
+  std::optional<std::string> activation_function = "tanh";
+  std::optional<std::map<std::string, int64_t>> label2id;
+  bool use_pooler = false;
+  bool bias = true;
+  std::optional<double> dropout_prob;  // none: 0
+  // "first" token, "mean" over real tokens, or "last" real token; which are real, the token mask says.
+  std::string pooling = "first";
+};
+
+// The text of a head_config.json: {"config": {...}, "pooling": ...}. Throws c10::Error that names the field.
+TORCHGRAFT_PATCH_API HeadConfig head_config_from_json(std::string_view json);
+TORCHGRAFT_PATCH_API std::string head_config_to_json(const HeadConfig& config);
+
+// Throws c10::Error naming the first field whose value is not supported.
+TORCHGRAFT_PATCH_API void check_supported(const HeadConfig& config);
+
+}  // namespace torchgraft

@@ -1,0 +1,45 @@
+#include <torchgraft/patch/head.h>
+
+#include <torchgraft/patch/methods.h>
+#include <torchgraft/patch/rebuild.h>
+#include <torchgraft/plan/head_weights.h>
+
+namespace torchgraft {
+
+using torch::jit::Module;
+
+namespace {
+
+Foundation open(const Module& module, const char* what) {
+  TORCH_CHECK(is_grafted(module), what, ": the module has no adapters; graft some first");
+  return lay_foundation(module, {});
+}
+
+}  // namespace
+
+Module add_head(const Module& module, const std::string& name, const HeadConfig& config,
+                const std::string& token_mask_input) {
+  check_supported(config);
+  Foundation foundation = open(module, "add_head");
+  Adapter& adapter = foundation.adapters[find_adapter(foundation.adapters, name, "add_head")];
+  const int64_t hidden_size = foundation.sites.structure.layers.back().hidden_size;
+  adapter.head = Head{config, init_head(config, hidden_size, foundation.weights)};
+  foundation.head_mask = head_mask(foundation, token_mask_input);
+  return build(std::move(foundation), active_name(module));
+}
+
+Module remove_head(const Module& module, const std::string& name) {
+  Foundation foundation = open(module, "remove_head");
+  Adapter& adapter = foundation.adapters[find_adapter(foundation.adapters, name, "remove_head")];
+  TORCH_CHECK(adapter.head, "remove_head: '", name, "' has no head");
+  adapter.head.reset();
+  return build(std::move(foundation), active_name(module));
+}
+
+std::string head_config(const Module& module, const std::string& name) {
+  const Foundation foundation = open(module, "head_config");
+  const auto& head = foundation.adapters[find_adapter(foundation.adapters, name, "head_config")].head;
+  return head ? head_config_to_json(head->config) : "";
+}
+
+}  // namespace torchgraft

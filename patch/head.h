@@ -1,0 +1,28 @@
+#pragma once
+
+#include <torchgraft/config/head_config.h>
+#include <torchgraft/patch/graft.h>
+
+#include <string>
+
+namespace torchgraft {
+
+// A copy in which the adapter `name` has a head with fresh weights (instead of the one that it had); trainable if the
+// adapter is. `token_mask_input` is the argument of forward that says which tokens are real ([B, S], non-zero = real), for
+// pooling; all heads of a module share it. Empty: "attention_mask" if there is such an argument, else all tokens are.
+//
+// Modules with a head have the method
+//   forward_with_head(..., adapter_ids: Optional[Tensor] = None) -> Tensor
+// with forward's arguments: logits [B, L], for tagging [B, S, L]. In a mixed batch L is the largest number of labels of
+// all heads, and columns that a row's head does not have are -inf. The head reads what forward returns: a Tensor
+// [B, S, H], the first one of a tuple, or the entry "last_hidden_state" of a dict.
+TORCHGRAFT_PATCH_API torch::jit::Module add_head(const torch::jit::Module& module, const std::string& name,
+                                                 const HeadConfig& config, const std::string& token_mask_input = "");
+
+// A copy in which it has none.
+TORCHGRAFT_PATCH_API torch::jit::Module remove_head(const torch::jit::Module& module, const std::string& name);
+
+// The head's configuration as JSON (head_config_to_json); empty when the adapter has none.
+TORCHGRAFT_PATCH_API std::string head_config(const torch::jit::Module& module, const std::string& name);
+
+}  // namespace torchgraft

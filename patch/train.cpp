@@ -1,0 +1,57 @@
+#include <torchgraft/patch/train.h>
+
+#include <torchgraft/patch/methods.h>
+#include <torchgraft/patch/rebuild.h>
+
+namespace torchgraft {
+
+using torch::jit::Module;
+
+namespace {
+
+Module with_trainable(const Module& module, const std::string& name, bool trainable, const char* what) {
+  TORCH_CHECK(is_grafted(module), what, ": the module has no adapters; graft some first");
+  Foundation foundation = lay_foundation(module, {});
+  Adapter& adapter = foundation.adapters[find_adapter(foundation.adapters, name, what)];
+  adapter.trainable = trainable;
+  if (trainable) {
+    check_can_train(adapter);
+  } else {
+    adapter.sources.clear();
+  }
+  return build(std::move(foundation), active_name(module));
+}
+
+// Whether a parameter "layer_0.self_prefix.adapter_<name>.gate_bias" is of that adapter.
+bool belongs_to(const std::string& path, const std::string& name) {
+  return path.find("." + own_module_name(name) + ".") != std::string::npos;
+}
+
+}  // namespace
+
+std::vector<std::pair<std::string, at::Tensor>> trainable_parameters(const Module& module, const std::string& name) {
+  TORCH_CHECK(is_grafted(module), "trainable_parameters: the module has no adapters; graft some first");
+  const Module adapters = module.attr("adapters").toModule();
+  std::vector<std::pair<std::string, at::Tensor>> result;
+  for (const auto& parameter : adapters.named_parameters()) {
+    if (belongs_to(parameter.name, name)) {
+      result.emplace_back("adapters." + parameter.name, parameter.value);
+    }
+  }
+  if (result.empty()) {
+    adapters.get_method("adapter_config")({name});  // names the adapters that there are
+  }
+  TORCH_CHECK(!result.empty(), "trainable_parameters: '", name,
+              "' is frozen; graft or load it as a trainable adapter, or call unfreeze_adapter");
+  return result;
+}
+
+Module freeze_adapter(const Module& module, const std::string& name) {
+  return with_trainable(module, name, /*trainable=*/false, "freeze_adapter");
+}
+
+Module unfreeze_adapter(const Module& module, const std::string& name) {
+  return with_trainable(module, name, /*trainable=*/true, "unfreeze_adapter");
+}
+
+}  // namespace torchgraft
