@@ -11,12 +11,23 @@ namespace {
 using json::Json;
 using json::OrderedJson;
 
+const std::vector<std::string> kHeadTypes = {"classification", "multilabel_classification", "tagging"};
+
 void require_one_of(const std::string& field, const std::string& value, const std::vector<std::string>& names) {
   TORCH_CHECK(std::find(names.begin(), names.end(), value) != names.end(), "head: ", field, "=\"", value,
               "\" is not supported (supported: ", c10::Join(", ", names), ")");
 }
 
 }  // namespace
+
+bool is_known_head(std::string_view text) {
+  const Json whole = Json::parse(text, /*cb=*/nullptr, /*allow_exceptions=*/false);
+  if (!whole.is_object() || !whole.contains("config") || !whole.at("config").is_object()) {
+    return false;  // a head of a class of transformers' own has no such object
+  }
+  const Json type = whole.at("config").value("head_type", Json());
+  return std::any_of(kHeadTypes.begin(), kHeadTypes.end(), [&](const std::string& known) { return type == known; });
+}
 
 HeadConfig head_config_from_json(std::string_view text) {
   const Json whole = Json::parse(text, /*cb=*/nullptr, /*allow_exceptions=*/false);
@@ -43,7 +54,7 @@ std::string head_config_to_json(const HeadConfig& config) {
 }
 
 void check_supported(const HeadConfig& config) {
-  require_one_of("head_type", config.head_type, {"classification", "multilabel_classification", "tagging"});
+  require_one_of("head_type", config.head_type, kHeadTypes);
   require_one_of("pooling", config.pooling, {"first", "mean", "last"});
   TORCH_CHECK(config.num_labels >= 1, "head: expected num_labels of at least 1, got ", config.num_labels);
   TORCH_CHECK(config.layers >= 1, "head: expected layers of at least 1, got ", config.layers);

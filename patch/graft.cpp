@@ -2,6 +2,7 @@
 
 #include <torchgraft/patch/methods.h>
 #include <torchgraft/patch/rebuild.h>
+#include <torchgraft/plan/head_weights.h>
 
 #include <algorithm>
 #include <cctype>
@@ -49,6 +50,11 @@ Adapter make_adapter(const AdapterSpec& spec, const Structure& structure, const 
     adapter.weights = init_weights(adapter.plan, options, spec.trainable ? &adapter.sources : nullptr);
   }
   TORCH_INTERNAL_ASSERT(adapter.weights.size() == adapter.plan.size());
+  if (spec.head) {
+    const int64_t hidden_size = structure.layers.back().hidden_size;
+    adapter.head = Head{spec.head->config, head_weights(spec.head->config, hidden_size, spec.head->weights,
+                                                        spec.head->saved_name, options)};
+  }
   return adapter;
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <torchgraft/config/adapter_config.h>
+#include <torchgraft/config/head_config.h>
 #include <torchgraft/plan/adapter_weights.h>
 #include <torchgraft/plan/structure.h>
 #include <torchgraft/registration/export.h>
@@ -13,6 +14,13 @@
 
 namespace torchgraft {
 
+// A task head with its weights: a state dict of the adapters library's head `saved_name`.
+struct HeadSpec {
+  HeadConfig config;
+  StateDict weights;
+  std::string saved_name;
+};
+
 // One adapter to graft.
 struct AdapterSpec {
   std::string name;  // a Python identifier, not yet taken in the module
@@ -20,6 +28,7 @@ struct AdapterSpec {
   std::optional<StateDict> weights;  // an AdapterHub state dict; without it the adapter is freshly initialised
   std::string saved_name;            // the adapter's name inside `weights`; empty: the same as `name`
   bool trainable = false;            // see train.h; else it is frozen: a row of the banks
+  std::optional<HeadSpec> head = {};  // see head.h
 
   const std::string& name_in_weights() const { return saved_name.empty() ? name : saved_name; }
 };

@@ -43,6 +43,8 @@ def adapter_config(self, name: str) -> str:
     return self.adapters.adapter_config(name)
 )python";
 
+constexpr const char* kWithHead = "forward_with_head";  // where there are heads
+
 const std::vector<std::string> kAddedMethods = {"forward",        "forward_with_gates", kBase,
                                                 kGrafted,         "activate",           "deactivate",
                                                 "active_adapter", "adapter_names",      "adapter_config"};
@@ -139,12 +141,51 @@ void add_forward_with_gates(Module& module, const Function& grafted, const c10::
   add_method(module, "forward_with_gates", graph, arguments, {Argument("", pair->type())});
 }
 
+// The last hidden states among what forward returns.
+Value* hidden_states(Graph& graph, Value* result) {
+  if (result->type()->cast<c10::TupleType>()) {
+    Node* unpack = graph.insertNode(graph.createTupleUnpack(result));
+    const auto outputs = unpack->outputs();
+    const auto first = std::find_if(outputs.begin(), outputs.end(), [](Value* output) { return is_tensor(output); });
+    TORCH_CHECK(first != outputs.end(), "add_head: the module's forward returns a tuple without a Tensor");
+    return *first;
+  }
+  if (result->type()->cast<c10::DictType>()) {
+    return graph.insert(c10::aten::__getitem__, {result, "last_hidden_state"});
+  }
+  TORCH_CHECK(is_tensor(result), "add_head: the module's forward returns ", result->type()->repr_str(),
+              "; a head needs a Tensor, a tuple with one, or a dict with \"last_hidden_state\"");
+  return result;
+}
+
+void add_forward_with_head(Module& module, const Function& grafted, const c10::TypePtr& pair_type,
+                           const FunctionSchema& schema, const HeadInputs& inputs) {
+  const auto arguments = with_adapter_ids(schema);
+  const auto graph = graph_for(module, arguments);
+  WithInsertPoint guard(graph->return_node());
+  Value* hidden = hidden_states(*graph, insert_grafted_call(*graph, grafted, pair_type).result);
+  hidden = inputs.sequence_first ? graph->insert(c10::aten::transpose, {hidden, 0, 1}) : hidden;
+  Value* mask = nullptr;
+  for (size_t i = 1; i < arguments.size(); ++i) {
+    mask = arguments[i].name() == inputs.token_mask ? graph->inputs()[i] : mask;
+  }
+  mask = mask ? mask : graph->insertConstant(c10::IValue());
+  Value* adapters = graph->insertGetAttr(graph->inputs()[0], "adapters");
+  const Function& logits = module.attr("adapters").toModule().attr("heads").toModule().type()->getMethod("logits");
+  Value* result = insert_method_call(*graph, logits,
+                                     {graph->insertGetAttr(adapters, "heads"), hidden, mask, graph->inputs().back(),
+                                      graph->insertGetAttr(adapters, "active")},
+                                     c10::TensorType::get());
+  graph->registerOutput(result);
+  add_method(module, kWithHead, graph, arguments, {Argument("", result->type())});
+}
+
 // Calls of `self.forward` from the module's other methods: `adapter_ids` is given as None, or taken away again.
 void retarget_callers(const Module& module, bool add_argument) {
   for (Function* method : module.type()->methods()) {
     auto* function = torch::jit::tryToGraphFunction(*method);
     const std::string& name = method->name();
-    if (!function || name == kBase || name == kGrafted || name == "forward" || name == "forward_with_gates") {
+    if (!function || name == kBase || name == kGrafted || name == "forward" || name == "forward_with_gates" || name == kWithHead) {
       continue;
     }
     for_each_node(function->graph()->block(), [&](Node* node) {
@@ -220,7 +261,7 @@ void inline_module_arguments(Module& module) {
 
 bool is_grafted(const Module& module) { return module.hasattr("adapters") && module.find_method(kGrafted).has_value(); }
 
-void add_methods(Module& module, const std::shared_ptr<Graph>& grafted_graph) {
+void add_methods(Module& module, const std::shared_ptr<Graph>& grafted_graph, const HeadInputs& heads) {
   const Function& forward = module.get_method("forward").function();
   const FunctionSchema schema = forward.getSchema();
   const auto base_graph = torch::jit::toGraphFunction(const_cast<Function&>(forward)).graph();
@@ -236,6 +277,9 @@ void add_methods(Module& module, const std::shared_ptr<Graph>& grafted_graph) {
       add_method(module, kGrafted, grafted_graph, with_adapter_ids(schema), {Argument("", pair_type)});
   add_forward(module, base, grafted, pair_type, schema);
   add_forward_with_gates(module, grafted, pair_type, schema);
+  if (module.attr("adapters").toModule().hasattr("heads")) {
+    add_forward_with_head(module, grafted, pair_type, schema, heads);
+  }
   module.define(kDelegates);
   retarget_callers(module, /*add_argument=*/true);
 }
@@ -247,6 +291,9 @@ void remove_methods(Module& module) {
   retarget_callers(module, /*add_argument=*/false);
   for (const std::string& name : kAddedMethods) {
     remove_method(module, name);
+  }
+  if (module.find_method(kWithHead)) {
+    remove_method(module, kWithHead);
   }
   add_method(module, "forward", graph, schema.arguments(), schema.returns());
   module._ivalue()->unsafeRemoveAttr("adapters");

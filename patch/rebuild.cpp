@@ -87,6 +87,16 @@ GraftOptions options_like(const Module& grafted, GraftOptions options) {
   return options;
 }
 
+// What the token mask of heads is called where nobody says otherwise.
+constexpr const char* kHeadMask = "attention_mask";
+
+bool has_tensor_argument(const Module& module, const std::string& name) {
+  const auto& arguments = module.get_method("forward").function().getSchema().arguments();
+  return std::any_of(arguments.begin() + 1, arguments.end(), [&](const c10::Argument& argument) {
+    return argument.name() == name && argument.type()->isSubtypeOf(*c10::OptionalType::ofTensor());
+  });
+}
+
 // A module that is trained learns adapters only.
 void freeze_base(const Module& module) {
   for (const at::Tensor& parameter : module.parameters()) {
@@ -97,19 +107,16 @@ void freeze_base(const Module& module) {
 }  // namespace
 
 std::string head_mask(const Foundation& foundation, const std::string& wanted) {
-  const auto& arguments = foundation.module.get_method("forward").function().getSchema().arguments();
-  const auto is_mask = [&](const c10::Argument& argument) {
-    return argument.name() == (wanted.empty() ? "attention_mask" : wanted) &&
-           argument.type()->isSubtypeOf(*c10::OptionalType::ofTensor());
-  };
-  const bool found = std::any_of(arguments.begin() + 1, arguments.end(), is_mask);
-  TORCH_CHECK(found || wanted.empty(), "add_head: forward has no Tensor argument '", wanted, "' for the token mask");
-  const std::string result = !found ? "" : wanted.empty() ? "attention_mask" : wanted;
+  if (wanted.empty()) {
+    return foundation.head_mask;
+  }
+  TORCH_CHECK(has_tensor_argument(foundation.module, wanted), "add_head: forward has no Tensor argument '", wanted,
+              "' for the token mask");
   const auto& adapters = foundation.adapters;
-  const bool first = std::count_if(adapters.begin(), adapters.end(), [](const Adapter& a) { return a.head.has_value(); }) <= 1;
-  TORCH_CHECK(first || result == foundation.head_mask, "add_head: the token mask of the module's heads is '",
-              foundation.head_mask, "'; all heads share it, got '", result, "'");
-  return result;
+  const auto heads = std::count_if(adapters.begin(), adapters.end(), [](const Adapter& a) { return a.head.has_value(); });
+  TORCH_CHECK(heads <= 1 || wanted == foundation.head_mask, "add_head: the token mask of the module's heads is '",
+              foundation.head_mask, "'; all heads share it, got '", wanted, "'");
+  return wanted;
 }
 
 GraphSites places(const CanonicalGraph& canonical, const Module& module, const std::optional<Structure>& wanted) {
@@ -142,11 +149,14 @@ Foundation lay_foundation(const Module& module, const GraftOptions& given) {
   result.sites = places(result.canonical, result.module, result.options.sites);
   check_found(result.sites.structure);
   result.weights = weight_options(result.sites, result.module);
+  result.head_mask = has_tensor_argument(result.module, kHeadMask) ? kHeadMask : "";
   if (regraft) {
     const Module adapters = module.attr("adapters").toModule();
     result.adapters = read_adapters(adapters, result.sites.structure);
     read_heads(adapters, result.adapters);
-    result.head_mask = adapters.hasattr("head_mask") ? adapters.attr("head_mask").toStringRef() : "";
+    if (adapters.hasattr("heads")) {
+      result.head_mask = adapters.attr("head_mask").toStringRef();
+    }
   }
   return result;
 }

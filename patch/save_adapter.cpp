@@ -1,8 +1,10 @@
 #include <torchgraft/patch/save_adapter.h>
 
+#include <torchgraft/patch/heads_module.h>
 #include <torchgraft/patch/life.h>
 #include <torchgraft/patch/methods.h>
 #include <torchgraft/patch/rebuild.h>
+#include <torchgraft/plan/head_weights.h>
 #include <torchgraft/plan/safetensors.h>
 #include <torchgraft/plan/save_adapter_hub.h>
 
@@ -20,6 +22,8 @@ using Json = nlohmann::ordered_json;
 
 constexpr const char* kConfigFile = "adapter_config.json";
 constexpr const char* kWeightsFile = "adapter.safetensors";
+constexpr const char* kHeadConfigFile = "head_config.json";
+constexpr const char* kHeadWeightsFile = "model_head.safetensors";
 constexpr const char* kFormat = "adapters.1.3.0";
 constexpr std::streamoff kLongestConfig = 1 << 20;
 
@@ -36,29 +40,72 @@ std::string read_text(const std::filesystem::path& path) {
   return text;
 }
 
-}  // namespace
+Json nullable(const std::string& text) { return text.empty() ? Json(nullptr) : Json(text); }
 
-AdapterFiles adapter_files(const Module& module, const std::string& name) {
-  TORCH_CHECK(is_grafted(module), "save_adapter: the module has no adapters");
-  const Structure structure = inspect(module);
-  const std::vector<Adapter> adapters = read_adapters(module.attr("adapters").toModule(), structure);
-  const Adapter& adapter = adapters[find_adapter(adapters, name, "save_adapter")];
-  const Json config = {{"config", Json::parse(config_to_json(saved_config(adapter.config, adapter.sources)))},
-                       {"hidden_size", structure.layers.front().hidden_size},
-                       {"model_class", nullptr},
-                       {"model_name", nullptr},
-                       {"model_type", nullptr},
-                       {"name", name},
-                       {"version", kFormat}};
-  return {config.dump(2) + "\n", adapter_hub_state(adapter.plan, structure, adapter.weights, adapter.sources, name)};
+// The text of adapter_config.json or head_config.json around the `config` itself.
+Json described(const Json& config, const Structure& structure, const std::string& name,
+               const std::string& model_class) {
+  return {{"config", config},
+          {"hidden_size", structure.layers.front().hidden_size},
+          {"model_class", nullable(model_class)},
+          {"model_name", nullptr},
+          {"model_type", nullptr},
+          {"name", name},
+          {"version", kFormat}};
 }
 
-void save_adapter(const Module& module, const std::string& name, const std::string& directory) {
-  const AdapterFiles files = adapter_files(module, name);
+std::optional<HeadSpec> read_head(const std::filesystem::path& directory) {
+  if (!std::filesystem::exists(directory / kHeadConfigFile) ||
+      !std::filesystem::exists(directory / kHeadWeightsFile)) {
+    return std::nullopt;
+  }
+  const std::string text = read_text(directory / kHeadConfigFile);
+  if (!is_known_head(text)) {
+    return std::nullopt;
+  }
+  const Json json = Json::parse(text);
+  TORCH_CHECK(json.contains("name") && json.at("name").is_string(), (directory / kHeadConfigFile).string(),
+              ": expected JSON with the head's \"name\"");
+  return HeadSpec{head_config_from_json(text), read_safetensors((directory / kHeadWeightsFile).string()),
+                  json.at("name").get<std::string>()};
+}
+
+}  // namespace
+
+AdapterFiles adapter_files(const Module& module, const std::string& name, const std::string& model_class) {
+  TORCH_CHECK(is_grafted(module), "save_adapter: the module has no adapters");
+  const Structure structure = inspect(module);
+  const Module adapters_module = module.attr("adapters").toModule();
+  std::vector<Adapter> adapters = read_adapters(adapters_module, structure);
+  read_heads(adapters_module, adapters);
+  const Adapter& adapter = adapters[find_adapter(adapters, name, "save_adapter")];
+  const Json config = Json::parse(config_to_json(saved_config(adapter.config, adapter.sources)));
+  AdapterFiles files{described(config, structure, name, model_class).dump(2) + "\n",
+                     adapter_hub_state(adapter.plan, structure, adapter.weights, adapter.sources, name)};
+  if (adapter.head) {
+    const Json head = Json::parse(head_config_to_json(adapter.head->config));
+    Json described_head = described(head.at("config"), structure, name, model_class);
+    described_head["pooling"] = head.at("pooling");
+    files.head_config = described_head.dump(2) + "\n";
+    files.head_weights = head_state(adapter.head->config, adapter.head->weights, name);
+  }
+  return files;
+}
+
+void save_adapter(const Module& module, const std::string& name, const std::string& directory,
+                  const std::string& model_class) {
+  const AdapterFiles files = adapter_files(module, name, model_class);
   std::error_code error;
   std::filesystem::create_directories(directory, error);
   TORCH_CHECK(!error, directory, ": cannot make the directory (", error.message(), ")");
   write_safetensors(files.weights, directory + "/" + kWeightsFile);
+  if (!files.head_config.empty()) {
+    write_safetensors(files.head_weights, directory + "/" + kHeadWeightsFile);
+    write_file(directory + "/" + kHeadConfigFile, files.head_config);
+  } else {  // of an adapter that was there before
+    std::filesystem::remove(directory + "/" + kHeadConfigFile, error);
+    std::filesystem::remove(directory + "/" + kHeadWeightsFile, error);
+  }
   write_file(directory + "/" + kConfigFile, files.config);
 }
 
@@ -77,6 +124,7 @@ AdapterSpec read_adapter_directory(const std::string& directory, const std::stri
       "; a pytorch_adapter.bin is read, and written as safetensors, by torchgraft.load_adapter and save_adapter "
       "in Python");
   spec.weights = read_safetensors((path / kWeightsFile).string());
+  spec.head = read_head(path);
   return spec;
 }
 

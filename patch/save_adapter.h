@@ -11,19 +11,24 @@ namespace torchgraft {
 struct AdapterFiles {
   std::string config;
   StateDict weights;
+  std::string head_config;  // the text of head_config.json; empty when the adapter has no head
+  StateDict head_weights;
 };
 
 // The adapter `name` of a grafted module, as `model.save_adapter()` of adapters==1.3.0 writes it: its load_adapter()
-// gives the same outputs on the same model. Prefixes are flat ones there, for their MLP is no longer known. Throws
+// gives the same outputs on the same model. Prefixes of a frozen adapter are flat ones there, for their MLP is no longer
+// known. `model_class` ("BertAdapterModel") is what the library wants to read in a head's file before it takes it. Throws
 // c10::Error when the module is not grafted or has no such adapter.
-TORCHGRAFT_PATCH_API AdapterFiles adapter_files(const torch::jit::Module& module, const std::string& name);
+TORCHGRAFT_PATCH_API AdapterFiles adapter_files(const torch::jit::Module& module, const std::string& name,
+                                                const std::string& model_class = "");
 
-// Writes them: adapter_config.json and adapter.safetensors. The directory is made when it is missing; each file is
+// Writes them: adapter_config.json and adapter.safetensors, of a head head_config.json and model_head.safetensors. The directory is made when it is missing; each file is
 // written whole or not at all, the weights first.
 TORCHGRAFT_PATCH_API void save_adapter(const torch::jit::Module& module, const std::string& name,
-                                       const std::string& directory);
+                                       const std::string& directory, const std::string& model_class = "");
 
-// Reads adapter_config.json and adapter.safetensors (pytorch_adapter.bin: from Python). `name` empty: its own.
+// Reads the same files (pytorch_adapter.bin: from Python). `name` empty: its own. A head of another kind than HeadConfig's
+// is left out.
 TORCHGRAFT_PATCH_API AdapterSpec read_adapter_directory(const std::string& directory, const std::string& name = "");
 
 // A copy of `module`, grafted or not, with the adapter of the directory in place of one of that name, or added to those

@@ -3,6 +3,7 @@
 #include <torchgraft/config/adapter_config.h>
 #include <torchgraft/patch/canonicalise.h>
 #include <torchgraft/patch/graft.h>
+#include <torchgraft/patch/head.h>
 #include <torchgraft/patch/life.h>
 #include <torchgraft/patch/save_adapter.h>
 #include <torchgraft/patch/train.h>
@@ -27,8 +28,11 @@ namespace {
 
 using torch::jit::Module;
 
-// (name, config as JSON or as a name, AdapterHub state dict, the adapter's name in it, trainable)
-using Spec = std::tuple<std::string, std::string, std::optional<std::map<std::string, at::Tensor>>, std::string, bool>;
+// Of a head: (head_config.json, state dict, the head's name in it).
+using Head = std::tuple<std::string, std::map<std::string, at::Tensor>, std::string>;
+// (name, config as JSON or as a name, AdapterHub state dict, the adapter's name in it, trainable, head)
+using Spec = std::tuple<std::string, std::string, std::optional<std::map<std::string, at::Tensor>>, std::string, bool,
+                        std::optional<Head>>;
 
 torchgraft::AdapterConfig config_of(const std::string& text) {
   const size_t first = text.find_first_not_of(" \t\r\n");
@@ -42,8 +46,13 @@ std::optional<torchgraft::Structure> sites_of(const std::string& json) {
 }
 
 torchgraft::AdapterSpec spec_of(const Spec& spec) {
-  const auto& [name, config, weights, saved_name, trainable] = spec;
-  return {name, config_of(config), weights, saved_name, trainable};
+  const auto& [name, config, weights, saved_name, trainable, head] = spec;
+  torchgraft::AdapterSpec result{name, config_of(config), weights, saved_name, trainable};
+  if (head) {
+    const auto& [head_config, head_weights, head_name] = *head;
+    result.head = torchgraft::HeadSpec{torchgraft::head_config_from_json(head_config), head_weights, head_name};
+  }
+  return result;
 }
 
 Module graft(const Module& module, const std::vector<Spec>& adapters, const std::string& gate_pooling,
@@ -136,10 +145,19 @@ PYBIND11_MODULE(_C, m) {
     }
     return result;
   });
-  m.def("adapter_files", [](const Module& module, const std::string& name) {
-    const torchgraft::AdapterFiles files = torchgraft::adapter_files(module, name);
-    return std::pair(files.config, files.weights);
+  m.def("adapter_files", [](const Module& module, const std::string& name, const std::string& model_class) {
+    const torchgraft::AdapterFiles files = torchgraft::adapter_files(module, name, model_class);
+    return std::tuple(files.config, files.weights, files.head_config, files.head_weights);
   });
+  m.def(
+      "add_head",
+      [](const Module& module, const std::string& name, const std::string& config, const std::string& token_mask) {
+        return torchgraft::add_head(module, name, torchgraft::head_config_from_json(config), token_mask);
+      },
+      no_gil);
+  m.def("remove_head", &torchgraft::remove_head, no_gil);
+  m.def("head_config", &torchgraft::head_config, no_gil);
+  m.def("is_known_head", &torchgraft::is_known_head);
   m.def(
       "write_safetensors",
       [](const torchgraft::StateDict& tensors, const std::string& path) {

@@ -30,6 +30,7 @@ from .configs import (
 from .errors import GraftError
 from .gates import plot_gates
 from .grafting import graft, inspect
+from .heads import HeadConfig, add_head, head_config, remove_head
 from .life import (
     AdapterInfo,
     average_adapter,
@@ -55,6 +56,7 @@ __all__ = [
     "ConfigUnion",
     "DoubleSeqBnConfig",
     "GraftError",
+    "HeadConfig",
     "HoulsbyConfig",
     "LoRAConfig",
     "MAMConfig",
@@ -64,9 +66,11 @@ __all__ = [
     "PrefixTuningConfig",
     "SeqBnConfig",
     "UniPELTConfig",
+    "add_head",
     "average_adapter",
     "freeze_adapter",
     "graft",
+    "head_config",
     "inspect",
     "library_path",
     "list_adapters",
@@ -77,6 +81,7 @@ __all__ = [
     "merge_adapter",
     "plot_gates",
     "remove_adapter",
+    "remove_head",
     "rename_adapter",
     "replace_adapter",
     "save_adapter",

@@ -15,6 +15,25 @@ CONFIG_FILE = "adapter_config.json"
 SAFETENSORS_FILE = "adapter.safetensors"
 PICKLE_FILE = "pytorch_adapter.bin"
 WEIGHT_FILES = (SAFETENSORS_FILE, PICKLE_FILE)
+HEAD_CONFIG_FILE = "head_config.json"
+HEAD_SAFETENSORS_FILE = "model_head.safetensors"
+HEAD_PICKLE_FILE = "pytorch_model_head.bin"
+HEAD_WEIGHT_FILES = (HEAD_SAFETENSORS_FILE, HEAD_PICKLE_FILE)
+
+
+@dataclass(frozen=True)
+class SavedHead:
+    """A head in an adapter directory.
+
+    Attributes:
+        name: its name when it was saved, which is part of its weights' names.
+        config: the text of head_config.json.
+        weights: the state dict, on the CPU.
+    """
+
+    name: str
+    config: str
+    weights: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -25,11 +44,13 @@ class AdapterDirectory:
         name: the adapter's name when it was saved, which is part of its weights' names.
         config: the text of adapter_config.json.
         weights: the state dict, on the CPU.
+        head: the head that was saved beside it, if it is one of HeadConfig's kinds.
     """
 
     name: str
     config: str
     weights: dict[str, Tensor]
+    head: SavedHead | None = None
 
 
 def read_config(directory: str | Path) -> str:
@@ -79,8 +100,26 @@ def read_weights(directory: Path, files: tuple[str, ...] = WEIGHT_FILES) -> dict
     raise GraftError(f"{directory}: no weights, looked for {' and '.join(files)}")
 
 
+def read_head(directory: Path) -> SavedHead | None:
+    """The head in an adapter directory; None when there is none, or one for another task than HeadConfig knows.
+
+    Raises:
+        GraftError: it is damaged.
+    """
+    path = directory / HEAD_CONFIG_FILE
+    if not path.exists():
+        return None
+    config = read_config(path)
+    if not patcher().is_known_head(config):
+        return None
+    name = json.loads(config).get("name")
+    if not isinstance(name, str):
+        raise GraftError(f'{path}: no "name"; is it an AdapterHub head?')
+    return SavedHead(name, config, read_weights(directory, HEAD_WEIGHT_FILES))
+
+
 def load_adapter_directory(directory: str | Path) -> AdapterDirectory:
-    """Reads an adapter's configuration and weights. Nothing is unpickled but tensors.
+    """Reads an adapter's configuration and weights, and its head. Nothing is unpickled but tensors.
 
     Raises:
         GraftError: not a directory, a file is missing or damaged; the message names the file.
@@ -93,21 +132,25 @@ def load_adapter_directory(directory: str | Path) -> AdapterDirectory:
     name = content.get("name") if isinstance(content, dict) else None
     if not isinstance(name, str):
         raise GraftError(f'{directory / CONFIG_FILE}: no "name"; is it an AdapterHub adapter?')
-    return AdapterDirectory(name=name, config=config, weights=read_weights(directory))
+    return AdapterDirectory(name, config, read_weights(directory), read_head(directory))
 
 
 def convert_to_safetensors(directory: str | Path) -> bool:
-    """Writes adapter.safetensors beside the pytorch_adapter.bin of a directory; the file is written whole or not at all.
+    """Writes adapter.safetensors beside the pytorch_adapter.bin of a directory, and a head's model_head.safetensors beside
+    its pytorch_model_head.bin; each file is written whole or not at all.
 
     Returns:
-        False when it was there already, and nothing was done.
+        False when they were there already, and nothing was done.
 
     Raises:
         GraftError: a file is missing or damaged, or holds more than tensors; or the directory cannot be written.
     """
     directory = Path(directory)
-    if (directory / SAFETENSORS_FILE).exists():
-        return False
-    weights = read_weights(directory, (PICKLE_FILE,))
-    patcher().write_safetensors(weights, str(directory / SAFETENSORS_FILE))
-    return True
+    done = False
+    for new, old in (WEIGHT_FILES, HEAD_WEIGHT_FILES):
+        is_head = old == HEAD_PICKLE_FILE
+        if (directory / new).exists() or (is_head and not (directory / old).exists()):
+            continue
+        patcher().write_safetensors(read_weights(directory, (old,)), str(directory / new))
+        done = True
+    return done

@@ -7,13 +7,31 @@ import torch
 
 from ._files import write_whole
 from ._libraries import patcher
-from .adapter_hub import CONFIG_FILE, PICKLE_FILE, SAFETENSORS_FILE
+from .adapter_hub import CONFIG_FILE, HEAD_CONFIG_FILE, HEAD_WEIGHT_FILES, WEIGHT_FILES
 from .errors import GraftError
 from .grafting import cpp_module, directory_spec, script_module
 
 
+def _write_weights(
+    weights: dict[str, torch.Tensor], directory: Path, files: tuple[str, str], safetensors: bool
+) -> None:
+    """Writes the first of `files` (safetensors) or the second, and removes the other."""
+    written, other = files if safetensors else reversed(files)
+    if safetensors:
+        patcher().write_safetensors(weights, str(directory / written))
+    else:
+        buffer = io.BytesIO()
+        torch.save(weights, buffer)
+        write_whole(buffer.getvalue(), directory / written)
+    (directory / other).unlink(missing_ok=True)
+
+
 def save_adapter(
-    module: torch.jit.ScriptModule, name: str, directory: str | Path, safetensors: bool = True
+    module: torch.jit.ScriptModule,
+    name: str,
+    directory: str | Path,
+    safetensors: bool = True,
+    model_class: str | None = None,
 ) -> None:
     """Writes one adapter so that load_adapter() of this package and of `adapters==1.3.0` read it.
 
@@ -25,25 +43,28 @@ def save_adapter(
         module: a grafted module.
         name: the adapter's name, which is part of its weights' names.
         directory: where to write.
-        safetensors: adapter.safetensors; False: pytorch_adapter.bin.
+        safetensors: adapter.safetensors (and model_head.safetensors); False: pytorch_adapter.bin (and
+            pytorch_model_head.bin).
+        model_class: what the library wants to read in a head's file before it takes it: "BertAdapterModel".
 
     Raises:
         GraftError: no such adapter, or the directory cannot be written.
     """
-    config, weights = patcher().adapter_files(cpp_module(module), name)
+    config, weights, head_config, head_weights = patcher().adapter_files(
+        cpp_module(module), name, model_class or ""
+    )
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise GraftError(f"{directory}: cannot make the directory ({error.strerror})") from error
-    written, other = (SAFETENSORS_FILE, PICKLE_FILE) if safetensors else (PICKLE_FILE, SAFETENSORS_FILE)
-    if safetensors:
-        patcher().write_safetensors(weights, str(directory / written))
-    else:
-        buffer = io.BytesIO()
-        torch.save(weights, buffer)
-        write_whole(buffer.getvalue(), directory / written)
-    (directory / other).unlink(missing_ok=True)
+    _write_weights(weights, directory, WEIGHT_FILES, safetensors)
+    if head_config:
+        _write_weights(head_weights, directory, HEAD_WEIGHT_FILES, safetensors)
+        write_whole(head_config.encode(), directory / HEAD_CONFIG_FILE)
+    else:  # of an adapter that was there before
+        for file in (HEAD_CONFIG_FILE, *HEAD_WEIGHT_FILES):
+            (directory / file).unlink(missing_ok=True)
     write_whole(config.encode(), directory / CONFIG_FILE)
 
 

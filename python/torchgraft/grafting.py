@@ -24,9 +24,10 @@ def cpp_module(module: Any) -> Any:
     return module._c
 
 
-# What the patcher takes for one adapter: its name, its configuration, trained weights with their name in them, and
-# whether it is trainable.
-Spec = tuple[str, str, dict[str, torch.Tensor] | None, str, bool]
+Weights = dict[str, torch.Tensor]
+# What the patcher takes for one adapter: its name, its configuration, trained weights with their name in them, whether it
+# is trainable, and its head: configuration, weights, and their name in them.
+Spec = tuple[str, str, Weights | None, str, bool, tuple[str, Weights, str] | None]
 
 
 def script_module(module: Any) -> torch.jit.ScriptModule:
@@ -42,7 +43,8 @@ def directory_spec(
         saved = load_peft_directory(directory, inspect(module), dict(module.named_parameters()))
     else:
         saved = load_adapter_directory(directory)
-    return name or saved.name, saved.config, saved.weights, saved.name, trainable
+    head = None if saved.head is None else (saved.head.config, saved.head.weights, saved.head.name)
+    return name or saved.name, saved.config, saved.weights, saved.name, trainable, head
 
 
 def _sites_option(sites: Mapping[str, Any] | str | Path | None) -> dict[str, str]:
@@ -118,7 +120,7 @@ def graft(
     if config is not None:
         if name is None:
             raise GraftError("graft: a config needs the name of its adapter (name=...)")
-        specs.append((name, config_to_json(config), None, "", trainable))
+        specs.append((name, config_to_json(config), None, "", trainable, None))
     elif name is not None:
         raise GraftError(f"graft: the adapter '{name}' needs a config (config=...), or a directory (adapters=...)")
     for adapter_name, directory in (adapters or {}).items():

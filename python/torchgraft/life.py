@@ -74,7 +74,7 @@ def replace_adapter(
     if directory is not None:
         spec = directory_spec(module, directory, name, trainable)
     else:
-        spec = (name, config_to_json(config), None, "", trainable)
+        spec = (name, config_to_json(config), None, "", trainable, None)
     return script_module(patcher().replace_adapter(cpp_module(module), spec))
 
 

@@ -104,9 +104,10 @@ assert not hasattr(torch.ops.torchgraft, "gated_lora")
 
 
 def test_gradients_are_the_same() -> None:
-    module = grafted("bert_sdpa", torch.float64, "unipelt")
-    lowered = torchgraft.lower(module)
     variant = VARIANTS["bert_sdpa"]
+    saved = saved_adapter(variant, torch.float64, "unipelt")
+    module = torchgraft.graft(base("bert_sdpa", torch.float64), adapters={"task": saved.directory}, trainable=True)
+    lowered = torchgraft.lower(module)
     batch = varied_batches(variant, torch.float64)[0]
     gradients = []
     for each in (module, lowered):

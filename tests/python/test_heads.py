@@ -1,0 +1,192 @@
+"""Task heads: against the library's, pooling against its definition, mixed batches, files."""
+
+import json
+from pathlib import Path
+
+import adapters
+import pytest
+import torch
+import torchgraft
+import transformers
+from grafted import reloaded
+from torch import Tensor
+from torchgraft import HeadConfig
+
+
+
+@pytest.fixture(scope="module")
+def library() -> tuple[torch.nn.Module, torch.jit.ScriptModule]:
+    """A small BertAdapterModel of the library, and its base model traced."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, return_dict=False)  # fmt: skip
+    plain = transformers.BertModel(config).eval()
+    batch = _inputs()
+    with torch.no_grad():
+        traced = torch.jit.trace(plain, batch, check_trace=False, strict=False)
+    model = adapters.BertAdapterModel(config)
+    model.bert.load_state_dict(plain.state_dict(), strict=False)
+    return model.eval(), traced
+
+
+def _inputs() -> tuple[Tensor, Tensor]:
+    ids = torch.randint(1, 50, (3, 7), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    mask[2, 1:] = 0
+    return ids, mask
+
+
+_HEADS = {
+    "classification": dict(num_labels=4, layers=2),
+    "one_layer": dict(num_labels=2, layers=1),
+    "deep": dict(num_labels=3, layers=3, activation_function="gelu"),
+    "regression": dict(num_labels=1, layers=2),
+    "multilabel": dict(num_labels=5, multilabel=True),
+    "tagging": dict(num_labels=6, layers=1),
+}
+
+
+@pytest.mark.parametrize("kind", _HEADS)
+@pytest.mark.parametrize("safetensors", [True, False], ids=["safetensors", "bin"])
+def test_a_head_of_the_library_gives_the_same_logits_here_and_back(library, tmp_path: Path, kind, safetensors) -> None:
+    model, traced = library
+    name = f"{kind}_{safetensors}"
+    model.add_adapter(name, config="seq_bn")
+    add = model.add_tagging_head if kind == "tagging" else model.add_classification_head
+    labels = {i: f"label {i}" for i in range(_HEADS[kind]["num_labels"])}
+    add(name, id2label=labels, **_HEADS[kind])
+    model.set_active_adapters(name)
+    model.eval()
+    with torch.no_grad():
+        for parameter in model.heads[name].parameters():
+            parameter.normal_(std=0.3)
+        expected = model(*_inputs(), head=name)[0]
+    model.save_adapter(str(tmp_path / "a"), name, use_safetensors=safetensors)
+
+    module = torchgraft.load_adapter(traced, tmp_path / "a")
+    with torch.no_grad():
+        torch.testing.assert_close(module.forward_with_head(*_inputs()), expected, rtol=0, atol=1e-5)
+    config = torchgraft.head_config(module, name)
+    assert config.num_labels == len(labels) and list(config.labels) == list(labels.values())
+
+    torchgraft.save_adapter(module, name, tmp_path / "b", safetensors, model_class="BertAdapterModel")
+    model.load_adapter(str(tmp_path / "b"), load_as=f"{name}_back", set_active=True, use_safetensors=safetensors)
+    model.eval()
+    with torch.no_grad():
+        again = model(*_inputs(), head=f"{name}_back")[0]
+    torch.testing.assert_close(again, expected, rtol=0, atol=1e-5)
+
+
+def _linear_head(name: str, pooling: str, base_module) -> torch.jit.ScriptModule:
+    module = torchgraft.graft(base_module, "lora", name, trainable=True)
+    torch.manual_seed(2)
+    return torchgraft.add_head(module, name, HeadConfig(num_labels=3, layers=1, pooling=pooling))
+
+
+@pytest.mark.parametrize("pooling", ["first", "mean", "last"])
+def test_pooling_is_what_it_says(library, pooling: str) -> None:
+    module = _linear_head("task", pooling, library[1])
+    ids, mask = _inputs()
+    with torch.no_grad():
+        hidden = module(ids, mask)[0]
+        rows = []
+        for row, count in zip(hidden, mask.sum(1).tolist(), strict=True):
+            rows.append({"first": row[0], "mean": row[:count].mean(0), "last": row[count - 1]}[pooling])
+        weights = module.adapters.heads.adapter_task
+        expected = torch.nn.functional.linear(torch.stack(rows), weights.out_weight, weights.out_bias)
+        torch.testing.assert_close(module.forward_with_head(ids, mask), expected, rtol=0, atol=1e-6)
+
+
+def test_sequence_first_modules_are_pooled_over_tokens() -> None:
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0)
+    plain = torch.jit.script(torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval())
+    module = _linear_head("task", "mean", plain)
+    x = torch.randn(5, 3, 16)
+    with torch.no_grad():
+        weights = module.adapters.heads.adapter_task
+        expected = torch.nn.functional.linear(module(x).mean(0), weights.out_weight, weights.out_bias)
+        torch.testing.assert_close(module.forward_with_head(x), expected, rtol=0, atol=1e-6)
+
+
+def test_rows_of_a_mixed_batch_get_their_own_heads(library) -> None:
+    module = torchgraft.graft(library[1], "lora", "a")
+    module = torchgraft.graft(module, "unipelt", "b", trainable=True)
+    module = torchgraft.graft(module, "seq_bn", "headless")
+    module = torchgraft.add_head(module, "a", HeadConfig(num_labels=2, pooling="mean"))
+    module = torchgraft.add_head(module, "b", HeadConfig(num_labels=5, layers=1))
+    inputs = _inputs()
+    with torch.no_grad():
+        mixed = module.forward_with_head(*inputs, adapter_ids=torch.tensor([1, 0, 1]))
+        assert mixed.shape == (3, 5) and bool(mixed[1, 2:].isneginf().all())
+        for row, (index, labels) in enumerate([(1, 5), (0, 2), (1, 5)]):
+            module.activate("ab"[index])
+            alone = module.forward_with_head(*(tensor[row : row + 1] for tensor in inputs))
+            torch.testing.assert_close(mixed[row : row + 1, :labels], alone, rtol=0, atol=1e-5)
+        with pytest.raises(torch.jit.Error, match="the adapter 'headless' has no head"):
+            module.forward_with_head(*inputs, adapter_ids=torch.tensor([2, 0, 1]))
+        with pytest.raises(torch.jit.Error, match="base model"):
+            module.forward_with_head(*inputs, adapter_ids=torch.tensor([-1, 0, 1]))
+    again = reloaded(module)
+    with torch.no_grad():
+        assert torch.equal(again.forward_with_head(*inputs, adapter_ids=torch.tensor([1, 0, 1])), mixed)
+
+
+def test_a_head_is_trained_with_its_adapter_and_kept_by_the_life_of_adapters(library, tmp_path: Path) -> None:
+    module = _linear_head("task", "mean", library[1])
+    named = torchgraft.trainable_parameters(module, "task")
+    loss = torch.nn.functional.cross_entropy(module.forward_with_head(*_inputs()), torch.tensor([0, 2, 1]))
+    loss.backward()
+    heads = [key for key in named if ".heads." in key]
+    assert len(heads) >= 2 and all(bool(named[key].grad.ne(0).any()) for key in heads if named[key].numel())
+    with torch.no_grad():
+        expected = module.forward_with_head(*_inputs())
+        changed = torchgraft.graft(torchgraft.rename_adapter(torchgraft.freeze_adapter(module, "task"), "task", "t"), "lora", "x")
+        changed.activate("t")
+        torch.testing.assert_close(changed.forward_with_head(*_inputs()), expected, rtol=0, atol=1e-6)
+        torchgraft.save_adapter(changed, "t", tmp_path)
+        assert json.loads((tmp_path / "head_config.json").read_text())["pooling"] == "mean"
+        loaded = torchgraft.load_adapter(library[1], tmp_path)
+        torch.testing.assert_close(loaded.forward_with_head(*_inputs()), expected, rtol=0, atol=1e-6)
+    bare = torchgraft.remove_head(changed, "t")
+    assert not hasattr(bare, "forward_with_head") and torchgraft.head_config(bare, "t") is None
+    torchgraft.save_adapter(bare, "t", tmp_path)
+    assert not (tmp_path / "head_config.json").exists() and not (tmp_path / "model_head.safetensors").exists()
+    assert not hasattr(torchgraft.ungraft(changed), "forward_with_head")
+
+
+def test_wrong_heads_are_refused(library) -> None:
+    module = torchgraft.graft(library[1], "lora", "task")
+    for config, reason in (
+        (HeadConfig(head_type="question_answering"), "head_type=\"question_answering\" is not supported"),
+        (HeadConfig(pooling="max"), "pooling=\"max\""),
+        (HeadConfig(num_labels=0), "num_labels of at least 1"),
+        (HeadConfig(num_labels=3, labels=["a", "b", "c", "d"]), "an id of its own"),
+        (HeadConfig(dropout_prob=1.0), "below 1"),
+    ):  # fmt: skip
+        with pytest.raises(torchgraft.GraftError, match=reason):
+            torchgraft.add_head(module, "task", config)
+    with pytest.raises(torchgraft.GraftError, match="no Tensor argument 'mask'"):
+        torchgraft.add_head(module, "task", HeadConfig(), token_mask="mask")
+    with pytest.raises(torchgraft.GraftError, match="no adapter is called 'other'"):
+        torchgraft.add_head(module, "other", HeadConfig())
+
+
+def test_a_damaged_head_is_an_error_and_a_foreign_one_is_left_out(library, tmp_path: Path) -> None:
+    module = torchgraft.add_head(torchgraft.graft(library[1], "lora", "task"), "task", HeadConfig())
+    torchgraft.save_adapter(module, "task", tmp_path)
+    weights = tmp_path / "model_head.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(torchgraft.GraftError, match="model_head.safetensors"):
+        torchgraft.load_adapter(library[1], tmp_path)
+    weights.write_bytes(whole)
+    config = json.loads((tmp_path / "head_config.json").read_text())
+    config["config"]["num_labels"] = 7
+    (tmp_path / "head_config.json").write_text(json.dumps(config))
+    with pytest.raises(torchgraft.GraftError, match=r"expected heads.task.4.weight of shape \[7, 24\], got \[2, 24\]"):
+        torchgraft.load_adapter(library[1], tmp_path)
+    config["config"] = {"head_type": "question_answering", "num_labels": 2}
+    (tmp_path / "head_config.json").write_text(json.dumps(config))
+    assert torchgraft.head_config(torchgraft.load_adapter(library[1], tmp_path), "task") is None
