@@ -9,7 +9,7 @@
     graft.py load MODEL.pt DIRECTORY -o OUT.pt
     graft.py match MODEL.pt DIRECTORY
     graft.py list MODEL.pt
-    graft.py remove | rename | merge | unmerge | lower | ungraft MODEL.pt ... -o OUT.pt
+    graft.py remove | rename | freeze | unfreeze | merge | unmerge | lower | ungraft MODEL.pt ... -o OUT.pt
     graft.py gates MODEL.pt --text TEXT --tokenizer TOKENIZER.json -o GATES.png
 
 What goes wrong is one line on stderr; the exit status is then 2 for a wrong command line, 130 for Ctrl-C, else 1.
@@ -79,6 +79,8 @@ def make_parser() -> argparse.ArgumentParser:
                         help="for --gate-pooling unpadded: the argument of forward that is the token mask")  # fmt: skip
     adding.add_argument("--active", metavar="NAME", help="the adapter that is active in OUT (default: the last one)")
     adding.add_argument("--seed", type=int, help="for fresh weights")
+    adding.add_argument("--trainable", action="store_true",
+                        help="give the adapters parameters of their own, to be trained (default: frozen)")  # fmt: skip
     adding.add_argument("--sites", type=Path, metavar="FILE",
                         help="layers that overrule those that are seen: edited output of inspect --json")  # fmt: skip
 
@@ -107,10 +109,13 @@ def add_life_commands(commands: argparse._SubParsersAction) -> None:
     saving = command("save", "write one adapter as an AdapterHub directory", writes=False)
     saving.add_argument("name", metavar="NAME")
     saving.add_argument("directory", type=Path, metavar="DIRECTORY")
+    saving.add_argument("--model-class", metavar="CLASS",
+                        help="the class of the library's model that is to load a head, as BertAdapterModel")  # fmt: skip
     saving.add_argument("--bin", action="store_true", help="pytorch_adapter.bin instead of adapter.safetensors")
     loading = command("load", "add the adapter of a directory, or replace the one of its name")
     loading.add_argument("directory", type=Path, metavar="DIRECTORY")
     loading.add_argument("--name", help="another name for it")
+    loading.add_argument("--trainable", action="store_true", help="give it parameters of its own, to be trained")
     matching = command("match", "show where load would put each weight of a directory", writes=False)
     matching.add_argument("directory", type=Path, metavar="DIRECTORY")
     listing = command("list", "show the adapters and their sizes", writes=False)
@@ -119,6 +124,8 @@ def add_life_commands(commands: argparse._SubParsersAction) -> None:
     renaming = command("rename", "give an adapter another name")
     renaming.add_argument("name", metavar="NAME")
     renaming.add_argument("to", metavar="NEW_NAME")
+    command("freeze", "make a trainable adapter a row of the banks").add_argument("name", metavar="NAME")
+    command("unfreeze", "give an adapter parameters of its own").add_argument("name", metavar="NAME")
     command("merge", "add an ungated LoRA to the base's weights").add_argument("name", metavar="NAME")
     command("unmerge", "take a merged LoRA out of them").add_argument("name", metavar="NAME")
     command("lower", "make a file of ATen calls alone, which needs no library")

@@ -55,7 +55,7 @@ def add(arguments: argparse.Namespace) -> None:
 
     Args:
         arguments: of the command line: base, output (paths), config and name (lists of one length), adapter (pairs of
-            name and directory), gate_pooling, token_mask, active, seed, sites (path or None).
+            name and directory), gate_pooling, token_mask, active, seed, trainable, sites (path or None).
     """
     check_writable(arguments.output)
     started = time.perf_counter()
@@ -83,7 +83,7 @@ def _graft_all(base: torch.jit.ScriptModule, arguments: argparse.Namespace) -> t
     for request in requests:
         last = request is requests[-1]
         result = graft(result, **request, **pooling, active=arguments.active if last else None, verify=last,
-                       sites=arguments.sites)  # fmt: skip
+                       sites=arguments.sites, trainable=arguments.trainable)  # fmt: skip
     return result
 
 

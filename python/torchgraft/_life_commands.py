@@ -11,6 +11,7 @@ from rich.table import Table
 from . import life
 from ._console import table_console
 from ._files import check_writable, load_module, save_module
+from .adapter_training import freeze_adapter, unfreeze_adapter
 from .checkpoints import load_adapter, match_adapter, save_adapter
 from .errors import GraftError
 from .gates import gate_table, gather_gates, plot_gates
@@ -28,14 +29,14 @@ def _load_grafted(path: Path) -> torch.jit.ScriptModule:
 def save(arguments: argparse.Namespace) -> None:
     """Writes one adapter of a file as an AdapterHub directory."""
     module = _load_grafted(arguments.base)
-    save_adapter(module, arguments.name, arguments.directory, safetensors=not arguments.bin)
+    save_adapter(module, arguments.name, arguments.directory, not arguments.bin, arguments.model_class)
     print(f"{arguments.directory}: adapter {arguments.name}")
 
 
 def load(arguments: argparse.Namespace) -> None:
     """Puts the adapter of a directory into a file: in place of one of that name, or in addition."""
     check_writable(arguments.output)
-    module = load_adapter(load_module(arguments.base), arguments.directory, arguments.name)
+    module = load_adapter(load_module(arguments.base), arguments.directory, arguments.name, arguments.trainable)
     _write(module, arguments.output)
 
 
@@ -56,7 +57,7 @@ def list_(arguments: argparse.Namespace) -> None:
     for heading in ("id", "name", "state", "parameters", "MB", "locations"):
         table.add_column(heading, justify="right" if heading in ("id", "parameters", "MB") else "left")
     for index, info in enumerate(infos):
-        state = ", ".join(word for word in ("active", "merged") if getattr(info, word))
+        state = ", ".join(word for word in ("active", "merged", "trainable") if getattr(info, word))
         table.add_row(str(index), info.name, state, f"{info.parameters:,}", f"{info.bytes / 1e6:.2f}",
                       ", ".join(sorted(info.by_location)))  # fmt: skip
     table_console().print(table)
@@ -81,6 +82,16 @@ def remove(arguments: argparse.Namespace) -> None:
 def rename(arguments: argparse.Namespace) -> None:
     """Writes a file where an adapter has another name."""
     _changed(arguments, life.rename_adapter, arguments.name, arguments.to)
+
+
+def freeze(arguments: argparse.Namespace) -> None:
+    """Writes a file where an adapter is a row of the banks."""
+    _changed(arguments, freeze_adapter, arguments.name)
+
+
+def unfreeze(arguments: argparse.Namespace) -> None:
+    """Writes a file where an adapter has parameters of its own."""
+    _changed(arguments, unfreeze_adapter, arguments.name)
 
 
 def merge(arguments: argparse.Namespace) -> None:
@@ -190,6 +201,6 @@ def _inputs(module: torch.jit.ScriptModule, encodings: Any) -> Any:
 
 
 COMMANDS = {
-    "save": save, "load": load, "match": match, "list": list_, "remove": remove, "rename": rename, "merge": merge,
-    "unmerge": unmerge, "lower": lower, "ungraft": ungraft, "gates": gates,
+    "save": save, "load": load, "match": match, "list": list_, "remove": remove, "rename": rename, "freeze": freeze,
+    "unfreeze": unfreeze, "merge": merge, "unmerge": unmerge, "lower": lower, "ungraft": ungraft, "gates": gates,
 }  # fmt: skip

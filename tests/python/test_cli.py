@@ -288,7 +288,7 @@ def test_a_failed_run_leaves_the_old_output(folder: Path, tmp_path: Path) -> Non
 
 
 def test_the_life_of_a_file(folder: Path, tmp_path: Path) -> None:
-    """add, save, load, list, rename, remove, merge, unmerge, ungraft: each a command that reads and writes files."""
+    """add, save, load, list, freeze, unfreeze, rename, remove, merge, unmerge, ungraft: each a command that reads and writes files."""
     a, b, saved = tmp_path / "a.pt", tmp_path / "b.pt", tmp_path / "saved"
 
     def step(*arguments: object) -> str:
@@ -307,6 +307,12 @@ def test_the_life_of_a_file(folder: Path, tmp_path: Path) -> None:
     listed = json.loads(step("list", b, "--json"))
     assert [entry["name"] for entry in listed] == ["x", "z"] and listed[1]["active"]
     assert "output_adapter" in step("list", b)
+    step("unfreeze", b, "z", "-o", b)
+    assert "trainable" in step("list", b) and torchgraft.trainable_parameters(torch.jit.load(str(b)), "z")
+    step("freeze", b, "z", "-o", b)
+    assert "trainable" not in step("list", b)
+    step("load", b, saved, "-o", b, "--name", "x", "--trainable")
+    assert [entry["trainable"] for entry in json.loads(step("list", b, "--json"))] == [True, False]
     step("rename", b, "z", "w", "-o", b)
     step("merge", b, "w", "-o", b)
     step("unmerge", b, "w", "-o", b)

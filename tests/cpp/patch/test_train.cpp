@@ -1,0 +1,105 @@
+#include "encoder.h"
+
+#include <torchgraft/patch/adapter_bank.h>
+#include <torchgraft/patch/head.h>
+#include <torchgraft/patch/life.h>
+#include <torchgraft/patch/save_adapter.h>
+#include <torchgraft/patch/train.h>
+
+#include <gtest/gtest.h>
+
+#include <filesystem>
+#include <set>
+
+namespace torchgraft {
+namespace {
+
+using testing::encoder;
+using testing::error_of;
+using testing::largest_difference;
+
+AdapterSpec spec(const std::string& name, const std::string& config, bool trainable) {
+  return {name, config_from_string(config), std::nullopt, "", trainable};
+}
+
+at::Tensor run(torch::jit::Module module, const at::Tensor& x) { return module.forward({x}).toTensor(); }
+
+TEST(Train, OneStepMovesTheTrainableAdapterAlone) {
+  auto module = graft(encoder(), {spec("still", "lora[init_weights='bert']", false), spec("learner", "unipelt", true)});
+  const at::Tensor x = at::randn({2, 5, 12});
+  const auto named = trainable_parameters(module, "learner");
+  std::set<const c10::TensorImpl*> trained;
+  for (const auto& [name, parameter] : named) {
+    trained.insert(parameter.unsafeGetTensorImpl());
+  }
+  for (const at::Tensor& parameter : module.parameters()) {
+    EXPECT_EQ(parameter.requires_grad(), trained.count(parameter.unsafeGetTensorImpl()) == 1);
+  }
+  module.get_method("activate")({"still"});
+  const at::Tensor still = run(module, x).detach();
+  module.get_method("activate")({"learner"});
+  const at::Tensor before = run(module, x);
+  before.square().sum().backward();
+  {
+    at::NoGradGuard no_grad;
+    for (const auto& [name, parameter] : named) {
+      ASSERT_TRUE(parameter.grad().defined()) << name;
+      parameter.sub_(parameter.grad(), 0.1);
+    }
+  }
+  EXPECT_GT(largest_difference(run(module, x), before), 1e-3);
+  module.get_method("activate")({"still"});
+  EXPECT_TRUE(at::equal(run(module, x), still));
+}
+
+TEST(Train, FreezingEjectsAndKeepsTheResult) {
+  const auto module = graft(encoder(), {spec("a", "mam", true)});
+  const at::Tensor x = at::randn({2, 5, 12});
+  const auto frozen = freeze_adapter(module, "a");
+  EXPECT_LT(largest_difference(run(frozen, x), run(module, x)), 1e-6);
+  EXPECT_GT(list_adapters(module)[0].by_location.at("self_prefix"),
+            list_adapters(frozen)[0].by_location.at("self_prefix"));  // the MLP is larger than what it makes
+  EXPECT_NE(error_of([&] { trainable_parameters(frozen, "a"); }).find("'a' is frozen"), std::string::npos);
+  const auto again = unfreeze_adapter(frozen, "a");
+  EXPECT_LT(largest_difference(run(again, x), run(module, x)), 1e-6);
+  EXPECT_EQ(trainable_parameters(again, "a").size(), 2u * (2 + 4));  // keys and values; a bottleneck's four
+}
+
+TEST(Train, BanksOfOneTrainableAdapterHoldNothing) {
+  const auto module = graft(encoder(), {spec("a", "lora", true)});
+  const auto layer = module.attr("adapters").toModule().attr("layer_0").toModule();
+  const auto slot = layer.attr("selfattn_lora_q").toModule();
+  EXPECT_FALSE(slot.hasattr("lora_a"));
+  EXPECT_TRUE(slot.hasattr("scaling"));
+  EXPECT_TRUE(slot.attr(own_module_name("a")).toModule().hasattr("lora_a"));
+}
+
+TEST(Head, ItIsSavedAndLoadedWithItsAdapter) {
+  HeadConfig config;
+  config.num_labels = 3;
+  config.pooling = "mean";
+  config.label2id = {{"bad", 0}, {"fair", 1}, {"good", 2}};
+  auto module = add_head(graft(encoder(), {spec("a", "unipelt", true)}), "a", config);
+  const at::Tensor x = at::randn({2, 5, 12});
+  const at::Tensor expected = module.get_method("forward_with_head")({x}).toTensor();
+  EXPECT_EQ(expected.sizes(), at::IntArrayRef({2, 3}));
+  const auto directory = (std::filesystem::temp_directory_path() / "torchgraft_test_head").string();
+  save_adapter(module, "a", directory);
+  auto loaded = load_adapter(encoder(), directory, "b");
+  EXPECT_LT(largest_difference(loaded.get_method("forward_with_head")({x}).toTensor(), expected), 1e-6);
+  EXPECT_EQ(head_config_from_json(head_config(loaded, "b")).label2id, config.label2id);
+  std::filesystem::remove_all(directory);
+}
+
+TEST(Head, WhatIsNotSupportedIsNamed) {
+  const auto module = graft(encoder(), {spec("a", "lora", false)});
+  HeadConfig config;
+  config.use_pooler = true;
+  EXPECT_NE(error_of([&] { add_head(module, "a", config); }).find("use_pooler=True"), std::string::npos);
+  EXPECT_NE(error_of([&] { add_head(module, "a", HeadConfig{}, "lengths"); }).find("no Tensor argument 'lengths'"),
+            std::string::npos);
+  EXPECT_NE(error_of([&] { head_config_from_json("{}"); }).find("an object \"config\""), std::string::npos);
+}
+
+}  // namespace
+}  // namespace torchgraft
