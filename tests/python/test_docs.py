@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_examples_of_adapters_run(tmp_path) -> None:
     text = (ROOT / "docs" / "adapters.md").read_text()
     marked = re.findall(r"<!-- test -->\n```python\n(.*?)```", text, re.DOTALL)
-    assert len(marked) == text.count("```python") == 10
+    assert len(marked) == text.count("```python") == 12
     environment = os.environ | {"PYTHONPATH": str(ROOT / "python")}
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(marked)], cwd=tmp_path, env=environment, capture_output=True, text=True,
