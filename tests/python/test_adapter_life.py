@@ -5,6 +5,7 @@ import torch
 import torchgraft
 from grafted import EVERY_WAY, base, grafted, reloaded, saved_adapter
 from models import VARIANTS, make_batch
+from oracle import difference
 
 
 
@@ -101,10 +102,10 @@ def test_a_merged_lora_gives_the_same_results(name: str, dtype: torch.dtype, tol
     merged = torchgraft.merge_adapter(module, "a")
     assert [info.merged for info in torchgraft.list_adapters(merged)] == [True, False, False]
     for result in (merged, reloaded(merged), torchgraft.ungraft(merged)):
-        torch.testing.assert_close(_run(result, name), expected, rtol=tolerance, atol=tolerance)
+        assert difference(_run(result, name), expected) <= tolerance
     restored = torchgraft.unmerge_adapter(reloaded(merged), "a")
-    torch.testing.assert_close(_run(restored, name), expected, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(_run(torchgraft.ungraft(restored), name), plain, rtol=tolerance, atol=tolerance)
+    assert difference(_run(restored, name), expected) <= tolerance
+    assert difference(_run(torchgraft.ungraft(restored), name), plain) <= tolerance
     for key, tensor in weights.items():
         assert torch.equal(tensor, base(name, dtype).state_dict()[key]), key  # nothing was written through
 
