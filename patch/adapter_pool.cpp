@@ -1,6 +1,7 @@
 #include <torchgraft/patch/adapter_pool.h>
 
 #include <torchgraft/patch/dora.h>
+#include <torchgraft/patch/head_logits.h>
 #include <torchgraft/patch/pool_banks.h>
 #include <torchgraft/plan/save_adapter_hub.h>
 
@@ -29,6 +30,7 @@ struct Row {
   int64_t pins = 0;
   uint64_t last_used = 0;
   bool permanent = false;  // came with the module
+  std::shared_ptr<const Head> head = nullptr;
 };
 
 // One set of banks. When an adapter does not fit, the next one is built; leases keep the one that they began with.
@@ -61,6 +63,10 @@ Adapter without_weights(const Adapter& adapter) {
   return {adapter.name, adapter.config, adapter.plan, {}, adapter.merged};
 }
 
+std::shared_ptr<const Head> head_of(const Adapter& adapter) {
+  return adapter.head ? std::make_shared<const Head>(*adapter.head) : nullptr;
+}
+
 }  // namespace
 
 struct AdapterPool::State {
@@ -91,6 +97,7 @@ struct AdapterPool::Lease::Held {
   std::shared_ptr<State> state;
   std::shared_ptr<Generation> generation;
   std::vector<int64_t> rows;  // each once
+  std::vector<std::shared_ptr<const Head>> heads;  // one for each name
 
   Held(std::shared_ptr<State> owner, std::shared_ptr<Generation> held, std::vector<int64_t> pinned)
       : state(std::move(owner)), generation(std::move(held)), rows(std::move(pinned)) {}
@@ -121,6 +128,17 @@ const Module& AdapterPool::Lease::module() const { return held_->generation->ban
 
 bool AdapterPool::Lease::same_module(const Lease& other) const {
   return held_->generation == other.held_->generation;
+}
+
+const HeadConfig* AdapterPool::Lease::head(size_t position) const {
+  const auto& head = held_->heads.at(position);
+  return head ? &head->config : nullptr;
+}
+
+at::Tensor AdapterPool::Lease::logits(size_t position, const at::Tensor& hidden, const at::Tensor& token_mask) const {
+  const auto& head = held_->heads.at(position);
+  TORCH_CHECK(head, "AdapterPool: the adapter at position ", position, " has no head");
+  return head_logits(*head, hidden, token_mask);
 }
 
 AdapterPool::State::State(const Module& module, AdapterPoolOptions options, Loader fetch)
@@ -166,6 +184,9 @@ std::optional<AdapterPool::Lease> AdapterPool::State::try_acquire(const std::sha
   std::set<int64_t> rows(ids.begin(), ids.end());
   rows.erase(-1);
   auto held = std::make_unique<Lease::Held>(self, current, std::vector<int64_t>(rows.begin(), rows.end()));
+  for (const int64_t number : ids) {
+    held->heads.push_back(number < 0 ? nullptr : current->rows[static_cast<size_t>(number)].head);
+  }
   for (const int64_t number : held->rows) {
     Row& row = current->rows[static_cast<size_t>(number)];
     ++row.pins;
@@ -228,6 +249,7 @@ void AdapterPool::State::place(const Adapter& adapter, const Names& wanted, bool
   }
   Row& row = current->rows[static_cast<size_t>(number)];
   row.adapter = without_weights(adapter);
+  row.head = head_of(adapter);
   row.last_used = ++clock;
   row.permanent = permanent;
   row.use = Row::Use::kReady;
@@ -253,7 +275,7 @@ void AdapterPool::State::grow(const AdapterConfig& config) {
   const std::lock_guard lock(mutex);
   for (const auto& [name, number] : current->index) {  // less than `residents` when one was evicted meanwhile
     const Row& old = current->rows[static_cast<size_t>(number)];
-    next->rows[static_cast<size_t>(number)] = {Row::Use::kReady, old.adapter, 0, old.last_used, old.permanent};
+    next->rows[static_cast<size_t>(number)] = {Row::Use::kReady, old.adapter, 0, old.last_used, old.permanent, old.head};
     next->index[name] = number;
   }
   current = next;

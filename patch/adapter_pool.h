@@ -1,5 +1,6 @@
 #pragma once
 
+#include <torchgraft/config/head_config.h>
 #include <torchgraft/patch/graft.h>
 
 #include <cstdint>
@@ -57,6 +58,13 @@ class TORCHGRAFT_PATCH_API AdapterPool {
 
     // One row for each name that was asked for, in that order; -1 for the base model.
     const std::vector<int64_t>& ids() const { return ids_; }
+
+    // The task head of the adapter asked for at `position`; null when it has none. Heads are not in the module.
+    const HeadConfig* head(size_t position) const;
+
+    // What it makes of the hidden states [B, S, H] of rows of that adapter; token_mask [B, S], non-zero where a token is
+    // real: logits [B, L], for tagging [B, S, L], as forward_with_head gives them. Throws c10::Error when it has no head.
+    at::Tensor logits(size_t position, const at::Tensor& hidden, const at::Tensor& token_mask) const;
 
    private:
     friend class AdapterPool;

@@ -17,7 +17,7 @@
 struct Work {
   torchgraft::AdapterPool::Lease lease;
   TokenRows rows;
-  Pooling pooling = Pooling::kFirst;
+  Pooling pooling = Pooling::kFirst;  // kHead only if the adapter has one
   // Called once, by a worker: with the outputs, or with what went wrong.
   std::function<void(Outputs outputs, const std::string& error)> done;
   std::chrono::steady_clock::time_point arrived = std::chrono::steady_clock::now();

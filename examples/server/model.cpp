@@ -1,8 +1,6 @@
 #include "model.h"
 
 #include <ATen/ATen.h>
-#include <ATen/core/grad_mode.h>
-#include <c10/core/InferenceMode.h>
 
 #include <algorithm>
 #include <stdexcept>
@@ -23,9 +21,11 @@ at::Tensor first_tensor(const c10::IValue& value) {
   throw std::runtime_error("the model returned no tensor but a " + value.tagKind());
 }
 
-// states: [tokens, hidden] of one row.
-at::Tensor pooled(const at::Tensor& states, int64_t tokens, Pooling pooling) {
-  return pooling == Pooling::kFirst ? states[0] : states.narrow(0, 0, tokens).mean(0);
+// A tensor [n], or [tokens, n].
+Output read_output(const at::Tensor& tensor) {
+  const at::Tensor values = tensor.to(at::kFloat).contiguous();
+  const auto* first = values.const_data_ptr<float>();
+  return {{first, first + values.numel()}, values.dim() == 2 ? values.size(1) : 0};
 }
 
 }  // namespace
@@ -69,9 +69,8 @@ Signature::Signature(const torch::jit::Module& module, int64_t pad_id) : pad_id_
   }
 }
 
-Outputs Signature::run(const torch::jit::Module& module, const TokenRows& rows,
-                       const std::vector<int64_t>& adapter_ids, const std::vector<Pooling>& pooling) const {
-  const c10::InferenceMode no_gradients;
+Signature::Result Signature::run(const torch::jit::Module& module, const TokenRows& rows,
+                                 const std::vector<int64_t>& adapter_ids) const {
   const auto batch = static_cast<int64_t>(rows.size());
   const auto longest = static_cast<int64_t>(longest_row(rows));
   const at::Tensor ids = at::full({batch, longest}, pad_id_, at::kLong);
@@ -103,13 +102,28 @@ Outputs Signature::run(const torch::jit::Module& module, const TokenRows& rows,
   TORCH_CHECK(result.dim() >= 2 && result.dim() <= 3 && result.size(0) == batch,
               "the model returned a tensor of shape ", result.sizes(), " for ", batch,
               " rows; this server answers [rows, tokens, hidden] and [rows, n]");
+  return {result, mask};
+}
+
+Outputs pool_states(const at::Tensor& states, const TokenRows& rows, Pooling pooling) {
   Outputs outputs;
-  for (int64_t i = 0; i < batch; ++i) {
-    const auto row = static_cast<size_t>(i);
-    const auto tokens = static_cast<int64_t>(rows[row].size());
-    const at::Tensor values = (result.dim() == 3 ? pooled(result[i], tokens, pooling[row]) : result[i]).contiguous();
-    const auto* first = values.const_data_ptr<float>();
-    outputs.emplace_back(first, first + values.numel());
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const at::Tensor row = states[static_cast<int64_t>(i)];
+    if (row.dim() == 1) {
+      outputs.push_back(read_output(row));
+    } else {
+      const auto tokens = static_cast<int64_t>(rows[i].size());
+      outputs.push_back(read_output(pooling == Pooling::kMean ? row.narrow(0, 0, tokens).mean(0) : row[0]));
+    }
+  }
+  return outputs;
+}
+
+Outputs read_logits(const at::Tensor& logits, const TokenRows& rows) {
+  Outputs outputs;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const at::Tensor row = logits[static_cast<int64_t>(i)];
+    outputs.push_back(read_output(row.dim() == 2 ? row.narrow(0, 0, static_cast<int64_t>(rows[i].size())) : row));
   }
   return outputs;
 }

@@ -7,10 +7,17 @@
 #include <vector>
 
 using TokenRows = std::vector<std::vector<int64_t>>;
-using Outputs = std::vector<std::vector<float>>;  // one vector per row
 
-// What is answered of a hidden state [tokens, hidden]: that of the first token, or the mean over the row's own tokens.
-enum class Pooling { kFirst, kMean };
+// What is answered of a row: the hidden state of its first token, or the mean over its own tokens; or the logits of its
+// adapter's head.
+enum class Pooling { kFirst, kMean, kHead };
+
+// The answer for one row: numbers, or, where every token has a result, one line of `columns` numbers for each.
+struct Output {
+  std::vector<float> values;
+  int64_t columns = 0;  // 0: one line
+};
+using Outputs = std::vector<Output>;
 
 size_t longest_row(const TokenRows& rows);
 
@@ -22,13 +29,22 @@ class Signature {
   // pad_id: the token behind the end of shorter rows.
   explicit Signature(const torch::jit::Module& module, int64_t pad_id = 0);
 
-  // One forward pass. adapter_ids: one per row. A result [rows, tokens, hidden] is pooled, row by row; [rows, n] is
-  // taken as it is.
-  Outputs run(const torch::jit::Module& module, const TokenRows& rows, const std::vector<int64_t>& adapter_ids,
-              const std::vector<Pooling>& pooling) const;
+  struct Result {
+    at::Tensor states;  // float [rows, tokens, hidden], or what the model returns instead: [rows, n]
+    at::Tensor mask;    // int64 [rows, tokens], 1 where a token is real
+  };
+
+  // One forward pass. adapter_ids: one per row.
+  Result run(const torch::jit::Module& module, const TokenRows& rows, const std::vector<int64_t>& adapter_ids) const;
 
  private:
   enum class Input { kIds, kMask, kTypes, kNone };
   std::vector<Input> inputs_;
   int64_t pad_id_;
 };
+
+// Answers of hidden states [n, tokens, hidden], pooled (not kHead); of [n, k], the rows. `rows` are their tokens.
+Outputs pool_states(const at::Tensor& states, const TokenRows& rows, Pooling pooling);
+
+// Answers of logits [n, L], or [n, tokens, L], of which a row's own tokens are answered.
+Outputs read_logits(const at::Tensor& logits, const TokenRows& rows);

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cmath>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <utility>
 
 namespace {
@@ -16,7 +17,7 @@ constexpr const char* kAdapters = "/v1/adapters";
 struct PredictBody {
   std::string adapter;  // empty: the base model
   TokenRows rows;
-  Pooling pooling = Pooling::kFirst;
+  std::optional<Pooling> pooling;
 };
 
 std::string shown(const json& value) {
@@ -90,15 +91,25 @@ void append_number(std::string& text, float value) {
   text.append(buffer.data(), end);
 }
 
-std::string predict_text(const std::string& adapter, const Outputs& outputs) {
-  std::string text = R"({"adapter":)" + (adapter.empty() ? "null" : json(adapter).dump()) + R"(,"outputs":[)";
-  for (size_t row = 0; row < outputs.size(); ++row) {
-    text += row == 0 ? "[" : ",[";
-    for (size_t i = 0; i < outputs[row].size(); ++i) {
-      text += i == 0 ? "" : ",";
-      append_number(text, outputs[row][i]);
-    }
-    text += "]";
+void append_output(std::string& text, const Output& output) {
+  const auto line = static_cast<size_t>(output.columns);
+  text += line > 0 ? "[[" : "[";
+  for (size_t i = 0; i < output.values.size(); ++i) {
+    text += i == 0 ? "" : line > 0 && i % line == 0 ? "],[" : ",";
+    append_number(text, output.values[i]);
+  }
+  text += line > 0 ? "]]" : "]";
+}
+
+std::string predict_text(const std::string& adapter, const Service::Prediction& prediction) {
+  std::string text = R"({"adapter":)" + (adapter.empty() ? "null" : json(adapter).dump());
+  if (!prediction.labels.empty()) {
+    text += R"(,"labels":)" + json(prediction.labels).dump(-1, ' ', false, json::error_handler_t::replace);
+  }
+  text += prediction.is_logits ? R"(,"logits":[)" : R"(,"outputs":[)";
+  for (size_t row = 0; row < prediction.outputs.size(); ++row) {
+    text += row == 0 ? "" : ",";
+    append_output(text, prediction.outputs[row]);
   }
   return text + "]}";
 }
@@ -150,11 +161,11 @@ void Routes::predict(const HttpRequest& request, const Respond& respond) {
   const auto start = std::chrono::steady_clock::now();
   PredictBody body = read_predict(request.body);
   service_.predict(body.adapter, std::move(body.rows), body.pooling,
-                   [this, start, adapter = body.adapter, respond](const Outputs& outputs, const RequestError* error) {
+                   [this, start, adapter = body.adapter, respond](const Service::Prediction& prediction, const RequestError* error) {
                      const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
                      service_.metrics().seconds.observe(seconds.count());
                      respond(error ? error_response(error->status, error->what())
-                                   : HttpResponse{200, predict_text(adapter, outputs)});
+                                   : HttpResponse{200, predict_text(adapter, prediction)});
                    });
 }
 

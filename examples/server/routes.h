@@ -5,7 +5,8 @@
 
 // The server's addresses:
 //   POST   /v1/predict          {"adapter": name or null, "input_ids": [[...]], "pooling": "first" or "mean"}
-//                               -> {"adapter": ..., "outputs": [[...]]}
+//                               -> {"adapter": ..., "outputs": [[...]]}; without "pooling", of an adapter with a
+//                               head, {"adapter": ..., "labels": [...], "logits": [[...]]}
 //   GET    /v1/adapters         -> {"adapters": [{"name": ..., "resident": ...}]}
 //   GET    /v1/adapters/<name>  -> {"name": ..., "config": ...}
 //   PUT    /v1/adapters/<name>  reads it from the folder, anew if it is in memory

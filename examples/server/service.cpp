@@ -1,7 +1,10 @@
 #include "service.h"
 
+#include <ATen/ATen.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/util/Exception.h>
 
+#include <map>
 #include <utility>
 
 namespace {
@@ -12,6 +15,29 @@ std::string one_line(const std::string& message) {
   const size_t raised = message.rfind(marker);
   const size_t begin = raised == std::string::npos ? 0 : raised + marker.size();
   return message.substr(begin, message.find('\n', begin) - begin);
+}
+
+// By number; empty unless every one has a name.
+std::vector<std::string> labels_of(const torchgraft::HeadConfig& head) {
+  std::vector<std::string> labels(static_cast<size_t>(head.num_labels));
+  size_t named = 0;
+  for (const auto& [label, number] : head.label2id.value_or(std::map<std::string, int64_t>())) {
+    if (number >= 0 && number < head.num_labels && labels[static_cast<size_t>(number)].empty()) {
+      labels[static_cast<size_t>(number)] = label;
+      ++named;
+    }
+  }
+  return named == labels.size() ? labels : std::vector<std::string>();
+}
+
+// What is answered to one request of a batch whose rows begin at `first`.
+Outputs outputs_of(const Work& work, const Signature::Result& result, int64_t first) {
+  const auto count = static_cast<int64_t>(work.rows.size());
+  const at::Tensor states = result.states.narrow(0, first, count);
+  if (work.pooling != Pooling::kHead) {
+    return pool_states(states, work.rows, work.pooling);
+  }
+  return read_logits(work.lease.logits(0, states, result.mask.narrow(0, first, count)), work.rows);
 }
 
 }  // namespace
@@ -91,7 +117,7 @@ void Service::check(const TokenRows& rows) const {
   }
 }
 
-void Service::predict(const std::string& adapter, TokenRows rows, Pooling pooling, Done done) {
+void Service::predict(const std::string& adapter, TokenRows rows, std::optional<Pooling> pooling, Done done) {
   check(rows);
   auto lease = store_.try_acquire(adapter);
   metrics_.adapter_requests.add(adapter);
@@ -111,10 +137,16 @@ void Service::predict(const std::string& adapter, TokenRows rows, Pooling poolin
   });
 }
 
-void Service::enqueue(torchgraft::AdapterPool::Lease lease, TokenRows rows, Pooling pooling, const Done& done) {
-  Work work{std::move(lease), std::move(rows), pooling, [done](Outputs outputs, const std::string& error) {
+void Service::enqueue(torchgraft::AdapterPool::Lease lease, TokenRows rows, std::optional<Pooling> pooling,
+                      const Done& done) {
+  const torchgraft::HeadConfig* head = lease.head(0);
+  const Pooling answer = pooling.value_or(head ? Pooling::kHead : Pooling::kFirst);
+  const bool is_logits = answer == Pooling::kHead;
+  const std::vector<std::string> labels = is_logits ? labels_of(*head) : std::vector<std::string>();
+  Work work{std::move(lease), std::move(rows), answer,
+            [done, is_logits, labels](Outputs outputs, const std::string& error) {
               const RequestError failure(400, error);
-              done(std::move(outputs), error.empty() ? nullptr : &failure);
+              done({std::move(outputs), is_logits, labels}, error.empty() ? nullptr : &failure);
             }};
   if (!batcher_.submit(work)) {
     const RequestError failure(503, "too many requests are waiting, or the server is about to end");
@@ -125,19 +157,23 @@ void Service::enqueue(torchgraft::AdapterPool::Lease lease, TokenRows rows, Pool
 // A batch that fails, because of a token that the model does not know, say, is run again request by request, so that the
 // others get their answers.
 void Service::run(std::vector<Work> batch) {
+  const c10::InferenceMode no_gradients;
   TokenRows rows;
   std::vector<int64_t> ids;
-  std::vector<Pooling> pooling;
   for (const Work& work : batch) {
     rows.insert(rows.end(), work.rows.begin(), work.rows.end());
     ids.insert(ids.end(), work.rows.size(), work.lease.ids().front());
-    pooling.insert(pooling.end(), work.rows.size(), work.pooling);
   }
-  Outputs outputs;
+  std::vector<Outputs> outputs;
   std::string error;
   try {
-    outputs = signature_.run(batch.front().lease.module(), rows, ids, pooling);
+    const Signature::Result result = signature_.run(batch.front().lease.module(), rows, ids);
     metrics_.batch_rows.observe(static_cast<double>(rows.size()));
+    int64_t first = 0;
+    for (const Work& work : batch) {
+      outputs.push_back(outputs_of(work, result, first));
+      first += static_cast<int64_t>(work.rows.size());
+    }
   } catch (const c10::Error& failure) {
     error = one_line(failure.what_without_backtrace());
   } catch (const std::exception& failure) {
@@ -151,14 +187,7 @@ void Service::run(std::vector<Work> batch) {
     }
     return;
   }
-  auto next = outputs.begin();
-  for (Work& work : batch) {
-    Outputs own;
-    if (error.empty()) {
-      const auto end = next + static_cast<int64_t>(work.rows.size());
-      own.assign(std::make_move_iterator(next), std::make_move_iterator(end));
-      next = end;
-    }
-    work.done(std::move(own), error);
+  for (size_t i = 0; i < batch.size(); ++i) {
+    batch[i].done(error.empty() ? std::move(outputs[i]) : Outputs(), error);
   }
 }

@@ -8,6 +8,7 @@
 #include <deque>
 #include <functional>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -45,7 +46,12 @@ struct ServiceOptions {
 // Predictions of one model with many adapters. Knows no HTTP.
 class Service {
  public:
-  using Done = std::function<void(Outputs outputs, const RequestError* error)>;
+  struct Prediction {
+    Outputs outputs;
+    bool is_logits = false;
+    std::vector<std::string> labels;  // of logits, if the head's configuration names them
+  };
+  using Done = std::function<void(Prediction prediction, const RequestError* error)>;
 
   // `store` must outlive it.
   Service(AdapterStore& store, const torch::jit::Module& module, const ServiceOptions& options);
@@ -55,7 +61,8 @@ class Service {
 
   // Calls `done` once, from whatever thread; not before an adapter that is not in memory has been fetched, but returns
   // at once. An empty adapter is the base model. Throws RequestError for what is wrong with the request itself.
-  void predict(const std::string& adapter, TokenRows rows, Pooling pooling, Done done);
+  // Without `pooling`: the logits of the adapter's head if it has one, else the hidden state of the first token.
+  void predict(const std::string& adapter, TokenRows rows, std::optional<Pooling> pooling, Done done);
 
   // Work for the thread that reads adapters. Throws RequestError 503 when it is stopped.
   void in_background(std::function<void()> job);
@@ -66,7 +73,7 @@ class Service {
 
  private:
   void check(const TokenRows& rows) const;
-  void enqueue(torchgraft::AdapterPool::Lease lease, TokenRows rows, Pooling pooling, const Done& done);
+  void enqueue(torchgraft::AdapterPool::Lease lease, TokenRows rows, std::optional<Pooling> pooling, const Done& done);
   void run(std::vector<Work> batch);
 
   AdapterStore& store_;

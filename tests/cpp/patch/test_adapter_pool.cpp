@@ -1,6 +1,7 @@
 #include "adapter_folder.h"
 
 #include <torchgraft/patch/adapter_pool.h>
+#include <torchgraft/patch/head.h>
 #include <torchgraft/patch/life.h>
 
 #include <gtest/gtest.h>
@@ -130,6 +131,39 @@ TEST(AdapterPool, GatesComeUnderTheAdaptersNames) {
   EXPECT_EQ(gates.at("gated").toGenericDict().at(1).toGenericDict().at("selfattn_lora").toTensor().sizes(),
             (std::vector<int64_t>{2, 2}));
   EXPECT_EQ(gates.at("plain").toGenericDict().size(), 0u);
+}
+
+TEST(AdapterPool, HeadsComeWithTheirAdapters) {
+  for (const char* json : {R"({"config": {"head_type": "classification", "num_labels": 3, "layers": 2,
+                                          "activation_function": "tanh"}, "pooling": "mean"})",
+                           R"({"config": {"head_type": "classification", "num_labels": 1, "layers": 1,
+                                          "activation_function": null}, "pooling": "last"})",
+                           R"({"config": {"head_type": "tagging", "num_labels": 5, "layers": 1,
+                                          "activation_function": "tanh"}})"}) {
+    const auto plain = graft(encoder(), {made_of("unipelt", "a")});
+    const auto reference = add_head(plain, "a", head_config_from_json(json));
+    const AdapterFiles files = adapter_files(reference, "a");
+    AdapterSpec spec{"a", config_from_json(files.config), files.weights, "a"};
+    spec.head = HeadSpec{head_config_from_json(files.head_config), files.head_weights, "a"};
+    AdapterPool pool(encoder(), options(2, {"lora"}));
+    pool.insert(made_of("lora", "headless"));
+    pool.insert(spec);  // larger banks
+    const auto lease = pool.acquire({"headless", "a"});
+    ASSERT_EQ(lease.head(0), nullptr);
+    ASSERT_NE(lease.head(1), nullptr);
+    const at::Tensor x = at::randn({3, 5, 12});
+    at::NoGradGuard no_grad;
+    const at::Tensor states = run_rows(lease.module(), x, std::vector<int64_t>(3, lease.ids()[1]));
+    const at::Tensor expected = reference.get_method("forward_with_head")({x}).toTensor();
+    EXPECT_LT(largest_difference(lease.logits(1, states, {}), expected), kTolerance) << json;
+    EXPECT_NE(error_of([&] { lease.logits(0, states, {}); }).find("has no head"), std::string::npos);
+
+    // Real tokens only: as if the row ended there.
+    const at::Tensor mask = at::tensor({1, 1, 1, 0, 0}, at::kLong).expand({3, 5});
+    const at::Tensor shorter = lease.logits(1, states.narrow(1, 0, 3), {});
+    const at::Tensor masked = lease.logits(1, states, mask);
+    EXPECT_LT(largest_difference(masked.dim() == 3 ? masked.narrow(1, 0, 3) : masked, shorter), kTolerance) << json;
+  }
 }
 
 TEST(AdapterPool, AModulesOwnAdaptersStay) {
