@@ -69,7 +69,7 @@ def main() -> int:
                 milliseconds = f"{1e3 * statistics.median(values):.1f}"
                 to_one = ratio(values, seconds["one adapter"])
                 table.add_row(shape, str(threads), name, milliseconds, ratio(values, seconds["base"]), to_one)
-    Console(width=None if sys.stdout.isatty() else 110).print(table)
+    Console(width=None if sys.stdout.isatty() else 110, emoji=False).print(table)
     return 0
 
 

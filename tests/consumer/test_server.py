@@ -122,6 +122,34 @@ def test_adapters_come_and_go_without_a_restart(server_program, models, own_adap
         assert status == 200 and answer["config"]["architecture"] == "lora"
 
 
+@pytest.mark.parametrize(
+    ("head", "labels"),
+    [
+        (torchgraft.HeadConfig(num_labels=3, labels=["bad", "so so", "good"], pooling="mean"), ["bad", "so so", "good"]),
+        (torchgraft.HeadConfig(head_type="tagging", num_labels=4, layers=1), None),
+    ],
+    ids=["classification", "tagging"],
+)
+def test_an_adapter_with_a_head_answers_logits(server_program, models, own_adapters, head, labels):
+    base = torch.jit.load(models / "base.pt")
+    directory = {"headed": models / "adapters" / "task-0"}
+    model = torchgraft.graft(base, adapters=directory, gate_pooling="unpadded")
+    model = torchgraft.add_head(model, "headed", head)
+    torchgraft.save_adapter(model, "headed", own_adapters / "headed")
+    rows = [[3, 4, 5], list(range(1, 20)), [9]]
+    with Server(server_program, models / "base.pt", own_adapters) as server:
+        status, answer = server.predict("headed", rows)
+        assert status == 200 and answer.get("labels") == labels and "outputs" not in answer
+        for got, row in zip(answer["logits"], rows, strict=True):
+            ids = torch.tensor([row])
+            with torch.no_grad():
+                expected = model.forward_with_head(ids, torch.ones_like(ids))[0]
+            torch.testing.assert_close(torch.tensor(got), expected, **TOLERANCE)
+        # Its hidden states are there for the asking, and other adapters answer theirs.
+        assert "outputs" in server.predict("headed", rows, pooling="first")[1]
+        assert "outputs" in server.predict("task-1", rows)[1]
+
+
 def test_an_adapter_that_needs_more_than_the_banks_have(server_program, models, tmp_path, expected):
     folder = tmp_path / "adapters"
     shutil.copytree(models / "adapters" / "task-1", folder / "task-1")  # a LoRA alone
