@@ -54,74 +54,99 @@ void measure(benchmark::State& state, KernelMode mode, double flops, const Run& 
 struct Sizes {
   int64_t tokens, hidden;
   explicit Sizes(const benchmark::State& state) : tokens(state.range(0)), hidden(state.range(1)) {}
-  at::Tensor x() const { return at::randn({1, tokens, hidden}); }
 };
 
-void linear(benchmark::State& state) {
+// What runs: which kernels, on numbers of which type.
+struct Way {
+  KernelMode mode;
+  at::ScalarType type = at::kFloat;
+  at::Tensor random(at::IntArrayRef sizes) const { return at::randn(sizes).to(type); }
+  at::Tensor zeros(at::IntArrayRef sizes) const { return at::zeros(sizes, type); }
+  at::Tensor ones(at::IntArrayRef sizes) const { return at::ones(sizes, type); }
+};
+constexpr Way kReference{KernelMode::kReference};
+constexpr Way kFused{KernelMode::kFused};
+constexpr Way kReferenceBFloat16{KernelMode::kReference, at::kBFloat16};
+constexpr Way kFusedBFloat16{KernelMode::kFused, at::kBFloat16};
+
+void linear(benchmark::State& state, Way way) {
   const Sizes size(state);
-  const at::Tensor x = size.x();
-  const at::Tensor weight = at::randn({size.hidden, size.hidden});
-  const at::Tensor bias = at::randn({size.hidden});
-  measure(state, KernelMode::kReference, 2.0 * size.tokens * size.hidden * size.hidden,
+  const at::Tensor x = way.random({1, size.tokens, size.hidden});
+  const at::Tensor weight = way.random({size.hidden, size.hidden});
+  const at::Tensor bias = way.random({size.hidden});
+  measure(state, way.mode, 2.0 * size.tokens * size.hidden * size.hidden,
           [&] { benchmark::DoNotOptimize(at::linear(x, weight, bias)); });
 }
 
-void lora_linear(benchmark::State& state, KernelMode mode) {
+// projections: of the same input, each by an operator of its own; or `stacked`: by one, the bound of what reading the
+// input once for all of them could gain (a gate that rides along included).
+void lora_linear(benchmark::State& state, Way way, int64_t projections = 1, bool stacked = false) {
   const Sizes size(state);
-  constexpr int64_t kRank = 8;
-  const at::Tensor x = size.x();
-  const at::Tensor weight = at::randn({size.hidden, size.hidden});
-  const at::Tensor bias = at::randn({size.hidden});
-  const at::Tensor a = at::randn({1, kRank, size.hidden});
-  const at::Tensor b = at::randn({1, size.hidden, kRank});
-  const at::Tensor gate = at::randn({1, 1, size.hidden});
-  const double flops = 2.0 * size.tokens * size.hidden * (size.hidden + 2 * kRank + 1);
-  measure(state, mode, flops, [&] {
-    benchmark::DoNotOptimize(
-        torchgraft::ops::gated_lora_linear(x, weight, bias, a, b, at::ones({1}), gate, at::zeros({1, 1})));
+  const int64_t times = stacked ? projections : 1;
+  const int64_t rank = 8 * times;
+  const int64_t columns = size.hidden * times;
+  const at::Tensor x = way.random({1, size.tokens, size.hidden});
+  const at::Tensor weight = way.random({columns, size.hidden});
+  const at::Tensor bias = way.random({columns});
+  const at::Tensor a = way.random({1, rank, size.hidden});
+  const at::Tensor b = way.random({1, columns, rank});
+  const at::Tensor gate = way.random({1, 1, size.hidden});
+  const at::Tensor scaling = way.ones({1});
+  const at::Tensor gate_bias = way.zeros({1, 1});
+  const double flops = 2.0 * size.tokens * size.hidden * static_cast<double>(projections * (size.hidden + 16 + 1));
+  measure(state, way.mode, flops, [&] {
+    for (int64_t i = 0; i < projections / times; ++i) {
+      benchmark::DoNotOptimize(
+          torchgraft::ops::gated_lora_linear(x, weight, bias, a, b, scaling, gate, gate_bias));
+    }
   });
 }
 
-void lora(benchmark::State& state, KernelMode mode) {
+void lora(benchmark::State& state, Way way) {
   const Sizes size(state);
   constexpr int64_t kRank = 8;
-  const at::Tensor x = size.x();
-  const at::Tensor a = at::randn({1, kRank, size.hidden});
-  const at::Tensor b = at::randn({1, size.hidden, kRank});
-  const at::Tensor gate = at::randn({1, 1, size.hidden});
-  measure(state, mode, 2.0 * size.tokens * size.hidden * (2 * kRank + 1), [&] {
-    benchmark::DoNotOptimize(torchgraft::ops::gated_lora(x, x, a, b, at::ones({1}), gate, at::zeros({1, 1})));
+  const at::Tensor x = way.random({1, size.tokens, size.hidden});
+  const at::Tensor a = way.random({1, kRank, size.hidden});
+  const at::Tensor b = way.random({1, size.hidden, kRank});
+  const at::Tensor gate = way.random({1, 1, size.hidden});
+  const at::Tensor scaling = way.ones({1});
+  const at::Tensor gate_bias = way.zeros({1, 1});
+  measure(state, way.mode, 2.0 * size.tokens * size.hidden * (2 * kRank + 1), [&] {
+    benchmark::DoNotOptimize(torchgraft::ops::gated_lora(x, x, a, b, scaling, gate, gate_bias));
   });
 }
 
-void bottleneck(benchmark::State& state, KernelMode mode, int64_t reduction) {
+void bottleneck(benchmark::State& state, Way way, int64_t reduction) {
   const Sizes size(state);
   const int64_t narrow = size.hidden / reduction;
-  const at::Tensor x = size.x();
-  const at::Tensor down = at::randn({1, narrow, size.hidden});
-  const at::Tensor up = at::randn({1, size.hidden, narrow});
-  const at::Tensor gate = at::randn({1, 1, size.hidden});
-  measure(state, mode, 2.0 * size.tokens * size.hidden * (2 * narrow + 1), [&] {
-    benchmark::DoNotOptimize(torchgraft::ops::gated_bottleneck(x, x, down, at::zeros({1, narrow}), up,
-                                                               at::zeros({1, size.hidden}), at::ones({1, 1}), "relu",
-                                                               gate, at::zeros({1, 1})));
+  const at::Tensor x = way.random({1, size.tokens, size.hidden});
+  const at::Tensor down = way.random({1, narrow, size.hidden});
+  const at::Tensor down_bias = way.zeros({1, narrow});
+  const at::Tensor up = way.random({1, size.hidden, narrow});
+  const at::Tensor up_bias = way.zeros({1, size.hidden});
+  const at::Tensor scaling = way.ones({1, 1});
+  const at::Tensor gate = way.random({1, 1, size.hidden});
+  const at::Tensor gate_bias = way.zeros({1, 1});
+  measure(state, way.mode, 2.0 * size.tokens * size.hidden * (2 * narrow + 1), [&] {
+    benchmark::DoNotOptimize(torchgraft::ops::gated_bottleneck(x, x, down, down_bias, up, up_bias, scaling, "relu",
+                                                               gate, gate_bias));
   });
 }
 
 // One row of `tokens`, heads of 64.
-void attention(benchmark::State& state, KernelMode mode, int64_t prefix) {
+void attention(benchmark::State& state, Way way, int64_t prefix) {
   const Sizes size(state);
   constexpr int64_t kHead = 64;
   const int64_t heads = size.hidden / kHead;
-  const at::Tensor x = size.x();
-  const auto projected = [&] { return at::randn({1, size.tokens, heads, kHead}).transpose(1, 2); };
+  const at::Tensor x = way.random({1, size.tokens, size.hidden});
+  const auto projected = [&] { return way.random({1, size.tokens, heads, kHead}).transpose(1, 2); };
   const at::Tensor query = projected();
   const at::Tensor key = projected();
   const at::Tensor value = projected();
-  const at::Tensor mask = at::zeros({1, 1, 1, size.tokens});
-  const at::Tensor positions = at::randn({1, heads, prefix, kHead});
+  const at::Tensor mask = way.zeros({1, 1, 1, size.tokens});
+  const at::Tensor positions = way.random({1, heads, prefix, kHead});
   const at::Tensor length = at::full({1}, prefix, at::kLong);
-  measure(state, mode, 4.0 * size.tokens * size.hidden * static_cast<double>(size.tokens + prefix), [&] {
+  measure(state, way.mode, 4.0 * size.tokens * size.hidden * static_cast<double>(size.tokens + prefix), [&] {
     if (prefix == 0) {
       benchmark::DoNotOptimize(at::scaled_dot_product_attention(query, key, value, mask));
     } else {
@@ -139,19 +164,34 @@ void attention_sizes(benchmark::internal::Benchmark* bench) {
   bench->ArgNames({"tokens", "hidden"})->ArgsProduct({{16, 32, 128, 512, 2048}, {768}})->UseRealTime();
 }
 
-BENCHMARK(linear)->Apply(sizes);
-BENCHMARK_CAPTURE(lora_linear, reference, KernelMode::kReference)->Apply(sizes);
-BENCHMARK_CAPTURE(lora_linear, fused, KernelMode::kFused)->Apply(sizes);
-BENCHMARK_CAPTURE(lora, reference, KernelMode::kReference)->Apply(sizes);
-BENCHMARK_CAPTURE(lora, fused, KernelMode::kFused)->Apply(sizes);
-BENCHMARK_CAPTURE(bottleneck, reference_16, KernelMode::kReference, 16)->Apply(sizes);
-BENCHMARK_CAPTURE(bottleneck, fused_16, KernelMode::kFused, 16)->Apply(sizes);
-BENCHMARK_CAPTURE(bottleneck, reference_2, KernelMode::kReference, 2)->Apply(sizes);
-BENCHMARK_CAPTURE(bottleneck, fused_2, KernelMode::kFused, 2)->Apply(sizes);
-BENCHMARK_CAPTURE(attention, no_prefix, KernelMode::kReference, 0)->Apply(attention_sizes);
-BENCHMARK_CAPTURE(attention, reference_10, KernelMode::kReference, 10)->Apply(attention_sizes);
-BENCHMARK_CAPTURE(attention, fused_10, KernelMode::kFused, 10)->Apply(attention_sizes);
-BENCHMARK_CAPTURE(attention, fused_30, KernelMode::kFused, 30)->Apply(attention_sizes);
+BENCHMARK_CAPTURE(linear, float32, kReference)->Apply(sizes);
+BENCHMARK_CAPTURE(lora_linear, reference, kReference)->Apply(sizes);
+BENCHMARK_CAPTURE(lora_linear, fused, kFused)->Apply(sizes);
+BENCHMARK_CAPTURE(lora_linear, fused_twice, kFused, 2)->Apply(sizes);
+BENCHMARK_CAPTURE(lora_linear, fused_stacked, kFused, 2, true)->Apply(sizes);
+BENCHMARK_CAPTURE(lora, reference, kReference)->Apply(sizes);
+BENCHMARK_CAPTURE(lora, fused, kFused)->Apply(sizes);
+BENCHMARK_CAPTURE(bottleneck, reference_16, kReference, 16)->Apply(sizes);
+BENCHMARK_CAPTURE(bottleneck, fused_16, kFused, 16)->Apply(sizes);
+BENCHMARK_CAPTURE(bottleneck, reference_2, kReference, 2)->Apply(sizes);
+BENCHMARK_CAPTURE(bottleneck, fused_2, kFused, 2)->Apply(sizes);
+BENCHMARK_CAPTURE(attention, no_prefix, kReference, 0)->Apply(attention_sizes);
+BENCHMARK_CAPTURE(attention, reference_10, kReference, 10)->Apply(attention_sizes);
+BENCHMARK_CAPTURE(attention, fused_10, kFused, 10)->Apply(attention_sizes);
+BENCHMARK_CAPTURE(attention, fused_30, kFused, 30)->Apply(attention_sizes);
+
+BENCHMARK_CAPTURE(linear, bfloat16, kReferenceBFloat16)->Apply(sizes);
+BENCHMARK_CAPTURE(lora_linear, bfloat16_reference, kReferenceBFloat16)->Apply(sizes);
+BENCHMARK_CAPTURE(lora_linear, bfloat16_fused, kFusedBFloat16)->Apply(sizes);
+BENCHMARK_CAPTURE(lora, bfloat16_reference, kReferenceBFloat16)->Apply(sizes);
+BENCHMARK_CAPTURE(lora, bfloat16_fused, kFusedBFloat16)->Apply(sizes);
+BENCHMARK_CAPTURE(bottleneck, bfloat16_reference_16, kReferenceBFloat16, 16)->Apply(sizes);
+BENCHMARK_CAPTURE(bottleneck, bfloat16_fused_16, kFusedBFloat16, 16)->Apply(sizes);
+BENCHMARK_CAPTURE(bottleneck, bfloat16_reference_2, kReferenceBFloat16, 2)->Apply(sizes);
+BENCHMARK_CAPTURE(bottleneck, bfloat16_fused_2, kFusedBFloat16, 2)->Apply(sizes);
+BENCHMARK_CAPTURE(attention, bfloat16_no_prefix, kReferenceBFloat16, 0)->Apply(attention_sizes);
+BENCHMARK_CAPTURE(attention, bfloat16_reference_10, kReferenceBFloat16, 10)->Apply(attention_sizes);
+BENCHMARK_CAPTURE(attention, bfloat16_fused_10, kFusedBFloat16, 10)->Apply(attention_sizes);
 
 }  // namespace
 

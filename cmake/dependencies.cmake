@@ -17,13 +17,12 @@ find_package(Torch 2.13 REQUIRED)
 # Without OpenMP's flags at::parallel_for in a plug-in is silently serial.
 find_package(OpenMP REQUIRED COMPONENTS CXX)
 
-if(TORCHGRAFT_BUILD_PATCH)
-  find_package(nlohmann_json 3.11 QUIET)
-  if(NOT nlohmann_json_FOUND)
-    include(FetchContent)
-    FetchContent_Declare(nlohmann_json GIT_REPOSITORY https://github.com/nlohmann/json GIT_TAG v3.11.3)
-    FetchContent_MakeAvailable(nlohmann_json)
-  endif()
+# Headers only.
+find_package(nlohmann_json 3.11 QUIET)
+if(NOT nlohmann_json_FOUND)
+  include(FetchContent)
+  FetchContent_Declare(nlohmann_json GIT_REPOSITORY https://github.com/nlohmann/json GIT_TAG v3.11.3)
+  FetchContent_MakeAvailable(nlohmann_json)
 endif()
 
 if(TORCHGRAFT_BUILD_TESTS)

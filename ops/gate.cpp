@@ -10,7 +10,7 @@ Gate gate_forward(const at::Tensor& x, const RowArguments& args, const Selection
   if (!args.gate_weight.defined() || selection.kind == Selection::Kind::kBase) {
     return gate;
   }
-  if (takes_fused_kernels(x, selection)) {
+  if (takes_fused_kernels(x)) {
     return cpu::read_tokens(x, {}, args, selection).gate;
   }
   const auto type = accumulation_type(x.scalar_type());

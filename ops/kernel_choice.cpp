@@ -1,10 +1,13 @@
 #include <ATen/ATen.h>
 #include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/cpu/Utils.h>
 #include <torchgraft/ops/cpu/kernels.h>
 #include <torchgraft/ops/kernel_choice.h>
 
 #include <atomic>
 #include <cstdlib>
+#include <fstream>
+#include <sstream>
 #include <string_view>
 
 namespace torchgraft::ops {
@@ -29,9 +32,47 @@ std::atomic<KernelMode>& mode_in_use() {
   return mode;
 }
 
-bool may_run() {
+// Then ATen's products of bfloat16 (oneDNN's) do more a cycle than the kernels here, which widen to float32.
+bool processor_has_bfloat16_products() {
+  static const bool has = [] {
+    const auto capabilities = at::cpu::get_cpu_capabilities();
+    const auto is_set = [&capabilities](const char* name) {
+      const auto found = capabilities.find(name);
+      return found != capabilities.end() && found->second.isBool() && found->second.toBool();
+    };
+    return is_set("avx512_bf16") || is_set("amx_bf16");
+  }();
+  return has;
+}
+
+bool is_fast(at::ScalarType type) {
+  return type == at::kFloat ? cpu::kernels().is_fast
+                            : cpu::kernels().is_fast_in_bfloat16 && !processor_has_bfloat16_products();
+}
+
+bool may_run(at::ScalarType type) {
+  const bool has_kernels = type == at::kFloat || type == at::kBFloat16;
   const KernelMode mode = kernel_mode();
-  return mode == KernelMode::kFused || (mode == KernelMode::kAuto && cpu::kernels().is_fast);
+  return has_kernels && (mode == KernelMode::kFused || (mode == KernelMode::kAuto && is_fast(type)));
+}
+
+const KernelTable& measured() {
+  static const KernelTable table = [] {
+    const char* path = std::getenv("TORCHGRAFT_KERNEL_TABLE");
+    if (path == nullptr || *path == '\0') {
+      return KernelTable();
+    }
+    std::ifstream file(path);
+    std::ostringstream text;
+    text << file.rdbuf();
+    TORCH_CHECK(file && text, "TORCHGRAFT_KERNEL_TABLE: ", path, " cannot be read");
+    return KernelTable::parse(text.str(), c10::str("TORCHGRAFT_KERNEL_TABLE: ", path));
+  }();
+  return table;
+}
+
+bool has_memory(const at::Tensor& x) {
+  return x.is_cpu() && !at::isTensorSubclassLike(x) && x.layout() == at::kStrided && x.numel() > 0;
 }
 
 }  // namespace
@@ -39,13 +80,19 @@ bool may_run() {
 KernelMode kernel_mode() { return mode_in_use().load(std::memory_order_relaxed); }
 void set_kernel_mode(KernelMode mode) { mode_in_use().store(mode, std::memory_order_relaxed); }
 
-bool takes_fused_kernels(const at::Tensor& x) {
-  return x.is_cpu() && x.scalar_type() == at::kFloat && !at::isTensorSubclassLike(x) && x.layout() == at::kStrided &&
-         x.numel() > 0 && may_run();
-}
+bool takes_fused_kernels(const at::Tensor& x) { return has_memory(x) && may_run(x.scalar_type()); }
 
-bool takes_fused_kernels(const at::Tensor& x, const Selection& selection) {
-  return selection.kind != Selection::Kind::kBase && takes_fused_kernels(x);
+bool takes_fused_kernels(FusedOp op, const at::Tensor& x) {
+  if (!has_memory(x)) {
+    return false;
+  }
+  if (kernel_mode() == KernelMode::kAuto) {
+    const int64_t features = x.size(-1) * (x.dim() == 4 ? x.size(1) : 1);
+    if (const auto faster = measured().fused_is_faster(op, x.scalar_type(), x.numel() / features, features)) {
+      return *faster;
+    }
+  }
+  return may_run(x.scalar_type());
 }
 
 }  // namespace torchgraft::ops

@@ -1,7 +1,8 @@
 #pragma once
 
-#include <torchgraft/ops/bank.h>
+#include <ATen/core/Tensor.h>
 #include <torchgraft/ops/kernel_mode.h>
+#include <torchgraft/ops/kernel_table.h>
 
 namespace torchgraft::ops {
 
@@ -9,10 +10,12 @@ namespace torchgraft::ops {
 // reference that every fused kernel is tested against, and takes whatever a fused kernel does not: other devices and
 // dtypes, tensors without memory of their own (fake, functional), empty ones, and batches without an adapter.
 
-// What all fused kernels ask of their operands: x [B, S, I] float32 on the CPU.
-bool takes_fused_kernels(const at::Tensor& x, const Selection& selection);
+// Whether `op` does. x: [B, S, I], or a query [B, h, S, d], float32 or bfloat16 on the CPU. In KernelMode::kAuto, what the
+// user's own table says (TORCHGRAFT_KERNEL_TABLE names its file, which is read once; a damaged one throws c10::Error);
+// without one, or where it says nothing, what was measured to be fast.
+bool takes_fused_kernels(FusedOp op, const at::Tensor& x);
 
-// The same without a look at the adapters, for what a fused kernel makes of the base too.
+// The same without the table, for what is part of several ops.
 bool takes_fused_kernels(const at::Tensor& x);
 
 }  // namespace torchgraft::ops

@@ -1,6 +1,7 @@
 // The Python face of libtorchgraft_patch: modules, strings and dicts in and out, no logic of its own.
 
 #include <torchgraft/config/adapter_config.h>
+#include <torchgraft/ops/kernel_mode.h>
 #include <torchgraft/patch/canonicalise.h>
 #include <torchgraft/patch/graft.h>
 #include <torchgraft/patch/head.h>
@@ -174,4 +175,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("normalise_config",
         [](const std::string& json) { return torchgraft::config_to_json(torchgraft::config_from_json(json)); });
   m.def("check_supported", [](const std::string& text) { torchgraft::check_supported(config_of(text)); });
+  using torchgraft::ops::KernelMode;
+  py::enum_<KernelMode>(m, "KernelMode")
+      .value("AUTO", KernelMode::kAuto)
+      .value("FUSED", KernelMode::kFused)
+      .value("REFERENCE", KernelMode::kReference);
+  m.def("kernel_mode", &torchgraft::ops::kernel_mode);
+  m.def("set_kernel_mode", &torchgraft::ops::set_kernel_mode);
 }

@@ -11,6 +11,7 @@
     graft.py list MODEL.pt
     graft.py remove | rename | freeze | unfreeze | merge | unmerge | lower | ungraft MODEL.pt ... -o OUT.pt
     graft.py gates MODEL.pt --text TEXT --tokenizer TOKENIZER.json -o GATES.png
+    graft.py tune -o KERNELS.json
 
 What goes wrong is one line on stderr; the exit status is then 2 for a wrong command line, 130 for Ctrl-C, else 1.
 """
@@ -91,7 +92,14 @@ def make_parser() -> argparse.ArgumentParser:
     inspecting.add_argument("--sites", type=Path, metavar="FILE", help="layers that overrule those that are seen")
     inspecting.add_argument("--svg", type=Path, metavar="FILE",
                             help="draw the layers with what is grafted; of a bare model, with the places")  # fmt: skip
-    inspecting.add_argument("--config", help="draw where this configuration would go (as for add)")
+    inspecting.add_argument("--config", help="show which operators this configuration (as for add) would run; with "
+                                             "--svg, draw where it would go")  # fmt: skip
+    tuning = commands.add_parser("tune", help="measure which kernels are faster on this machine, and write that down")
+    tuning.add_argument("-o", "--output", type=Path, required=True, metavar="KERNELS.json",
+                        help="the file that TORCHGRAFT_KERNEL_TABLE may name")  # fmt: skip
+    tuning.add_argument("--seconds", type=float, default=0.3, help="for each measurement (default: 0.3)")
+    tuning.add_argument("--tokens", type=int, nargs="+", help="of all rows together (default: 16 128 1024)")
+    tuning.add_argument("--features", type=int, nargs="+", help="hidden sizes, multiples of 64 (default: 384 768)")
     add_life_commands(commands)
     return parser
 
@@ -156,9 +164,16 @@ def check_add(parser: argparse.ArgumentParser, arguments: argparse.Namespace) ->
         parser.error("--token-mask is for --gate-pooling unpadded")
 
 
+def check_tune(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if min(arguments.tokens or [1]) < 1:
+        parser.error("--tokens: expected positive numbers")
+    if any(size < 64 or size % 64 for size in arguments.features or []):
+        parser.error("--features: expected multiples of 64")
+
+
 def check_inspect(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    if arguments.config and not arguments.svg:
-        parser.error("--config is for a picture: give --svg FILE too")
+    if arguments.config and arguments.json and not arguments.svg:
+        parser.error("--config is for the table or a picture: leave out --json, or give --svg FILE too")
 
 
 def stop(signal_number: int, frame: object) -> NoReturn:
@@ -184,7 +199,7 @@ def on_stop(handler: Callable[[int, object], NoReturn]) -> None:
 def main() -> None:
     parser = make_parser()
     arguments = parser.parse_args()
-    checks = {"add": check_add, "inspect": check_inspect}
+    checks = {"add": check_add, "inspect": check_inspect, "tune": check_tune}
     if arguments.command in checks:
         checks[arguments.command](parser, arguments)
     sys.path.insert(0, str(ROOT / "python"))

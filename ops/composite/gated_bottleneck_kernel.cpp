@@ -19,17 +19,20 @@ BottleneckForward fused_forward(const BottleneckArguments& args, const Selection
       args.rows, selection);
   BottleneckForward result;
   result.gate = reading.gate;
-  result.inner = apart ? reading.hidden : reading.inner;
-  result.hidden = apart ? activation.forward(reading.hidden).contiguous() : reading.hidden;
+  const at::Tensor inner = apart ? reading.hidden : reading.inner;  // float32
+  const at::Tensor hidden = apart ? activation.forward(reading.hidden).contiguous() : reading.hidden;
   result.output =
-      cpu::expand(args.residual, result.hidden, {args.up_weight, args.up_bias, args.scaling}, result.gate, selection);
+      cpu::expand(args.residual, hidden, {args.up_weight, args.up_bias, args.scaling}, result.gate, selection);
+  const auto type = args.x.scalar_type();
+  result.inner = inner.defined() ? inner.to(type) : inner;
+  result.hidden = hidden.to(type);
   return result;
 }
 
 }  // namespace
 
 BottleneckForward bottleneck_forward(const BottleneckArguments& args, const Selection& selection, bool keep_inner) {
-  if (takes_fused_kernels(args.x, selection)) {
+  if (selection.kind != Selection::Kind::kBase && takes_fused_kernels(FusedOp::kBottleneck, args.x)) {
     return fused_forward(args, selection, keep_inner);
   }
   BottleneckForward result;

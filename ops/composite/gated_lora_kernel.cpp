@@ -16,11 +16,11 @@ at::Tensor lora_coefficient(const LoraArguments& args, const Selection& selectio
 
 LoraForward lora_forward(const LoraArguments& args, const Selection& selection) {
   LoraForward result;
-  if (takes_fused_kernels(args.x, selection)) {
+  if (selection.kind != Selection::Kind::kBase && takes_fused_kernels(FusedOp::kLora, args.x)) {
     const cpu::TokenReading reading = cpu::read_tokens(args.x, {args.lora_a, {}}, args.rows, selection);
     result.gate = reading.gate;
-    result.hidden = reading.hidden;
-    result.output = cpu::expand(args.base, result.hidden, {args.lora_b, {}, args.scaling}, result.gate, selection);
+    result.hidden = reading.hidden.to(args.x.scalar_type());
+    result.output = cpu::expand(args.base, reading.hidden, {args.lora_b, {}, args.scaling}, result.gate, selection);
     return result;
   }
   result.output = at::clone(args.base, at::MemoryFormat::Contiguous);

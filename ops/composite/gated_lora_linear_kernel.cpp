@@ -18,7 +18,7 @@ std::tuple<at::Tensor, at::Tensor> gated_lora_linear_composite(
   check(args, weight, or_undefined(bias));
   const Selection selection = resolve_selection("gated_lora_linear", args.rows, lora_a, /*recording=*/false);
   // A transposed weight (Conv1D) would have to be copied first.
-  if (takes_fused_kernels(x) && weight.is_contiguous()) {
+  if (takes_fused_kernels(FusedOp::kLoraLinear, x) && weight.is_contiguous()) {
     auto [output, gate] = cpu::lora_projection(weight, or_undefined(bias), args, selection);
     return {output, gate_result(gate, x, args.rows, selection)};
   }

@@ -3,6 +3,8 @@
 #include <torchgraft/ops/cpu/kernels.h>
 #include <torchgraft/ops/cpu/token_tiles.h>
 
+#include <cstring>
+
 namespace torchgraft::ops::cpu {
 namespace {
 
@@ -25,13 +27,14 @@ class WideTable {
 
   std::vector<float> of(int64_t adapter) const {
     std::vector<float> table(rows() * columns_);
-    const float* scale = scaling_.of(adapter);
-    kernels().transpose(weight_.of(adapter), depth_, columns_, depth_, scale, table.data(), columns_);
+    const FloatView scale(scaling_.of(adapter), columns_);
+    const FloatView weight(weight_.of(adapter), columns_ * depth_);
+    kernels().transpose(weight.data(), depth_, columns_, depth_, scale.data(), table.data(), columns_);
     if (has_bias_) {
-      const float* bias = bias_.of(adapter);
+      const FloatView bias(bias_.of(adapter), columns_);
       float* last = table.data() + depth_ * columns_;
       for (int64_t i = 0; i < columns_; ++i) {
-        last[i] = bias[i] * (scale == nullptr ? 1.0F : scale[i]);
+        last[i] = bias.data()[i] * (scale.data() == nullptr ? 1.0F : scale.data()[i]);
       }
     }
     return table;
@@ -95,7 +98,8 @@ class Expander {
 
   at::Tensor run() {
     at::Tensor output = at::empty_like(base_);
-    to_ = output.mutable_data_ptr<float>();
+    const int64_t element = output.element_size();
+    auto* to = static_cast<char*>(output.mutable_data_ptr());
     const bool long_sums = depth_ >= kLongSum && !per_channel_;
     std::vector<float> table;  // of all tiles, when they have one adapter
     if (!long_sums && runs_.count() == 1 && runs_.adapters[0] >= 0) {
@@ -104,22 +108,28 @@ class Expander {
     for_each_tile(runs_, [&](int64_t run, int64_t begin, int64_t end) {
       const int64_t first = run * runs_.tokens + begin;
       const int64_t adapter = runs_.adapters[run];
+      const int64_t count = end - begin;
+      const Numbers from = numbers_of(base_) + first * columns_;
+      char* tile_to = to + first * columns_ * element;
       if (adapter < 0) {
-        std::copy_n(from(first), (end - begin) * columns_, to_ + first * columns_);
-      } else if (long_sums) {
-        dot_tile(adapter, first, end - begin);
-      } else if (runs_.count() == 1) {
-        outer_tile(table, first, end - begin);
-      } else {
-        outer_tile(wide_.of(adapter), first, end - begin);
+        std::memcpy(tile_to, from.data, count * columns_ * element);
+        return;
       }
+      FloatResult tile(from.is_bfloat16, tile_to, count, columns_, columns_);
+      const FloatView init(from, count * columns_);
+      if (long_sums) {
+        dot_tile(adapter, first, count, init.data(), tile.data());
+      } else if (runs_.count() == 1) {
+        outer_tile(table, first, count, init.data(), tile.data());
+      } else {
+        outer_tile(wide_.of(adapter), first, count, init.data(), tile.data());
+      }
+      tile.store();
     });
     return output;
   }
 
  private:
-  const float* from(int64_t token) const { return base_.const_data_ptr<float>() + token * columns_; }
-
   // c hidden [count, depth], and c behind each row when there is a bias.
   std::vector<float> scaled(int64_t first, int64_t count) const {
     const int64_t width = wide_.rows();
@@ -133,26 +143,26 @@ class Expander {
   }
 
   // table: of the tile's adapter
-  void outer_tile(const std::vector<float>& table, int64_t first, int64_t count) const {
+  void outer_tile(const std::vector<float>& table, int64_t first, int64_t count, const float* init, float* to) const {
     const std::vector<float> narrow = scaled(first, count);
     OuterProduct job;
     job.rows = count;
     job.columns = job.w_stride = job.init_stride = job.y_stride = columns_;
-    job.init = from(first);
-    job.y = to_ + first * columns_;
+    job.init = init;
+    job.y = to;
     job.depth = job.x_stride = wide_.rows();
     job.x = narrow.data();
     job.w = table.data();
     kernels().outer_product(job);
   }
 
-  void dot_tile(int64_t adapter, int64_t first, int64_t count) const {
+  void dot_tile(int64_t adapter, int64_t first, int64_t count, const float* init, float* to) const {
     const std::vector<float> narrow = scaled(first, count);
     DotProduct job;
     job.rows = count;
     job.columns = job.init_stride = job.y_stride = columns_;
-    job.init = from(first);
-    job.y = to_ + first * columns_;
+    job.init = init;
+    job.y = to;
     job.depth = job.w_stride = depth_;
     job.x = narrow.data();
     job.x_stride = job.x2_stride = wide_.rows();
@@ -176,7 +186,6 @@ class Expander {
   std::vector<float> coefficients_;
   at::Tensor base_;
   at::Tensor hidden_;
-  float* to_ = nullptr;
 };
 
 }  // namespace

@@ -7,14 +7,14 @@
 namespace torchgraft::ops::cpu {
 
 // The wide side of an update: base + c (hidden weight^T + bias), where c of a row is its adapter's scaling times its
-// gate. Banks; float32.
+// gate. Banks, of base's dtype.
 struct Expansion {
   at::Tensor weight;   // [N, O, R]
   at::Tensor bias;     // [N, O]; may be undefined
   at::Tensor scaling;  // [N], [N, 1], or [N, O]: per channel
 };
 
-// base [B, S, O], hidden [B, S, R] -> [B, S, O], contiguous. Rows without an adapter come out as they are in `base`.
+// base [B, S, O] float32 or bfloat16, hidden [B, S, R] float32 -> [B, S, O], contiguous. Rows without an adapter come out as they are in `base`.
 at::Tensor expand(const at::Tensor& base, const at::Tensor& hidden, const Expansion& expansion, const Gate& gate,
                   const Selection& selection);
 

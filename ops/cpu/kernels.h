@@ -1,29 +1,50 @@
 #pragma once
 
+#include <c10/util/BFloat16.h>
+
 #include <cstdint>
 
 namespace torchgraft::ops::cpu {
 
+// Numbers in memory that are only read: float32, or bfloat16, which a kernel widens. Sums are float32 either way.
+struct Numbers {
+  Numbers() = default;
+  Numbers(const float* data) : data(data) {}                            // NOLINT(google-explicit-constructor)
+  Numbers(const c10::BFloat16* data) : data(data), is_bfloat16(true) {}  // NOLINT(google-explicit-constructor)
+
+  explicit operator bool() const { return data != nullptr; }
+  const float* single() const { return static_cast<const float*>(data); }
+  const c10::BFloat16* half() const { return static_cast<const c10::BFloat16*>(data); }
+  float operator[](int64_t index) const { return is_bfloat16 ? static_cast<float>(half()[index]) : single()[index]; }
+  Numbers operator+(int64_t offset) const {
+    return is_bfloat16 ? Numbers(half() + offset) : Numbers(single() + offset);
+  }
+
+  const void* data = nullptr;
+  bool is_bfloat16 = false;
+};
+
 // y [rows, columns] = x [rows, depth] w [columns, depth]^T (+ x2 w2^T, of depth2) (+ bias) (+ init): both factors lie
 // row-major along the sum, as nn.Linear stores its weight, so nothing is packed. Leading dimensions are in elements.
-// Each element of y is summed in one fixed order, whatever rows and columns it is computed with.
+// Each element of y is summed in one fixed order, whatever rows and columns it is computed with. w and w2 have the same
+// dtype.
 struct DotProduct {
   int64_t rows = 0;
   int64_t columns = 0;
   int64_t depth = 0;
   const float* x = nullptr;
   int64_t x_stride = 0;
-  const float* w = nullptr;
+  Numbers w;
   int64_t w_stride = 0;
   float* y = nullptr;
   int64_t y_stride = 0;
-  const float* bias = nullptr;  // [columns]
+  Numbers bias;                 // [columns]
   const float* init = nullptr;  // [rows, columns]
   int64_t init_stride = 0;
   int64_t depth2 = 0;
   const float* x2 = nullptr;
   int64_t x2_stride = 0;
-  const float* w2 = nullptr;
+  Numbers w2;
   int64_t w2_stride = 0;
 };
 
@@ -78,12 +99,15 @@ enum class FusedActivation { kIdentity, kRelu, kSilu, kGelu, kGeluTanh, kTanh, k
 // each copy fills in one of these tables.
 struct Kernels {
   const char* instruction_set;  // "default", "avx2" or "avx512"
-  bool is_fast;                 // measured to be faster than ATen's composition
+  bool is_fast;                 // in float32: measured to be faster than ATen's compositions
+  bool is_fast_in_bfloat16;     // the same, where the processor itself has no products of bfloat16
   void (*dot_product)(const DotProduct&);
   void (*outer_product)(const OuterProduct&);
   // to [columns, rows] = from [rows, columns] transposed, each times scale[row] (null: 1).
   void (*transpose)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, const float* scale,
                     float* to, int64_t to_stride);
+  void (*widen)(const c10::BFloat16* from, int64_t count, float* to);
+  void (*narrow)(const float* from, int64_t count, c10::BFloat16* to);  // to the nearest, ties to even
   void (*activate)(FusedActivation, float* values, int64_t count);
   int64_t (*attention_workspace)(const HeadAttention&);  // bounded, whatever the number of keys
   void (*attention)(const HeadAttention&);

@@ -3,6 +3,7 @@
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <torchgraft/ops/cpu/kernels.h>
 #include <torchgraft/ops/cpu/prefix_attention.h>
+#include <torchgraft/ops/cpu/token_tiles.h>
 #include <torchgraft/ops/kernel_choice.h>
 
 #include <vector>
@@ -13,6 +14,32 @@ namespace {
 at::Tensor with_dense_rows(const at::Tensor& tensor) {
   return tensor.stride(-1) == 1 || tensor.size(-1) == 1 ? tensor : tensor.contiguous();
 }
+
+// Rows of head_size of one head of [B, h, S, d], as float32: where they lie, or widened.
+class HeadRows {
+ public:
+  void read(const at::Tensor& tensor, int64_t b, int64_t head) {
+    const Numbers first = numbers_of(tensor) + (b * tensor.stride(0) + head * tensor.stride(1));
+    data_ = first.single();
+    stride_ = tensor.stride(2);
+    if (first.is_bfloat16) {
+      const int64_t size = tensor.size(3);
+      widened_.resize(tensor.size(2) * size);
+      for (int64_t row = 0; row < tensor.size(2); ++row) {
+        kernels().widen((first + row * stride_).half(), size, widened_.data() + row * size);
+      }
+      data_ = widened_.data();
+      stride_ = size;
+    }
+  }
+  const float* data() const { return data_; }
+  int64_t stride() const { return stride_; }
+
+ private:
+  std::vector<float> widened_;
+  const float* data_ = nullptr;
+  int64_t stride_ = 0;
+};
 
 // A value per batch row; 1 without gates.
 std::vector<float> per_row(const at::Tensor& gate, int64_t batch) {
@@ -40,7 +67,8 @@ std::vector<int64_t> lengths(const Prefix& prefix, int64_t batch) {
 }  // namespace
 
 bool takes(const PrefixArguments& args) {
-  return args.dropout_p == 0.0 && takes_fused_kernels(args.query) && !at::isTensorSubclassLike(args.key);
+  return args.dropout_p == 0.0 && takes_fused_kernels(FusedOp::kPrefixAttention, args.query) &&
+         !at::isTensorSubclassLike(args.key);
 }
 
 AttentionForward attend(const PrefixArguments& args, const Prefix& prefix, const at::Tensor& additive_mask) {
@@ -53,20 +81,25 @@ AttentionForward attend(const PrefixArguments& args, const Prefix& prefix, const
   const int64_t head_size = query.size(3);
   const int64_t group = heads / key.size(1);
   const int64_t positions = prefix.key.size(-2);
-  const at::Tensor prefix_key = prefix.key.contiguous();  // [(B,) h_kv, P, d]
-  const at::Tensor prefix_value = prefix.value.contiguous();
+  const at::Tensor prefix_key = prefix.key.to(at::kFloat).contiguous();  // [(B,) h_kv, P, d]
+  const at::Tensor prefix_value = prefix.value.to(at::kFloat).contiguous();
   const int64_t prefix_row = prefix_key.dim() == 4 ? prefix_key.stride(0) : 0;
   const std::vector<float> key_gates = per_row(prefix.key_gate, batch);
   const std::vector<float> value_gates = per_row(prefix.value_gate, batch);
   const std::vector<int64_t> used = lengths(prefix, batch);
   const at::Tensor mask =
-      additive_mask.defined() ? additive_mask.expand({batch, heads, queries, key.size(2)}) : at::Tensor();
+      additive_mask.defined() ? additive_mask.to(at::kFloat).expand({batch, heads, queries, key.size(2)}) : at::Tensor();
   const auto scale = static_cast<float>(attention_scale(args).expect_float());
 
   at::Tensor output = at::empty({batch, queries, heads, head_size}, query.options());  // token-major
-  at::Tensor log_sum_exp = at::empty({batch, queries, heads}, query.options());
+  at::Tensor log_sum_exp = at::empty({batch, queries, heads}, query.options().dtype(at::kFloat));
+  const bool is_bfloat16 = query.scalar_type() == at::kBFloat16;
+  auto* to = static_cast<char*>(output.mutable_data_ptr());
   const auto work = [&](int64_t begin, int64_t end) {
     std::vector<float> workspace;
+    HeadRows query_rows;
+    HeadRows key_rows;
+    HeadRows value_rows;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / heads;
       const int64_t head = task % heads;
@@ -76,12 +109,15 @@ AttentionForward attend(const PrefixArguments& args, const Prefix& prefix, const
       job.keys = key.size(2);
       job.head_size = head_size;
       job.prefix = used[b];
-      job.q = query.const_data_ptr<float>() + b * query.stride(0) + head * query.stride(1);
-      job.q_stride = query.stride(2);
-      job.k = key.const_data_ptr<float>() + b * key.stride(0) + kv_head * key.stride(1);
-      job.k_stride = key.stride(2);
-      job.v = value.const_data_ptr<float>() + b * value.stride(0) + kv_head * value.stride(1);
-      job.v_stride = value.stride(2);
+      query_rows.read(query, b, head);
+      job.q = query_rows.data();
+      job.q_stride = query_rows.stride();
+      key_rows.read(key, b, kv_head);
+      job.k = key_rows.data();
+      job.k_stride = key_rows.stride();
+      value_rows.read(value, b, kv_head);
+      job.v = value_rows.data();
+      job.v_stride = value_rows.stride();
       const int64_t in_prefix = b * prefix_row + kv_head * positions * head_size;
       job.prefix_key = prefix_key.const_data_ptr<float>() + in_prefix;
       job.prefix_value = prefix_value.const_data_ptr<float>() + in_prefix;
@@ -94,13 +130,16 @@ AttentionForward attend(const PrefixArguments& args, const Prefix& prefix, const
         job.mask_column_stride = mask.stride(3);
       }
       job.is_causal = args.is_causal;
-      job.output = output.mutable_data_ptr<float>() + (b * queries * heads + head) * head_size;
-      job.output_stride = heads * head_size;
+      const FloatResult result(is_bfloat16, to + (b * queries * heads + head) * head_size * output.element_size(),
+                               queries, head_size, heads * head_size);
+      job.output = result.data();
+      job.output_stride = result.stride();
       job.log_sum_exp = log_sum_exp.mutable_data_ptr<float>() + b * queries * heads + head;
       job.log_sum_exp_stride = heads;
       workspace.resize(std::max<size_t>(workspace.size(), kernels().attention_workspace(job)));
       job.workspace = workspace.data();
       kernels().attention(job);
+      result.store();
     }
   };
   at::parallel_for(0, batch * heads, /*grain_size=*/1, work);

@@ -48,11 +48,12 @@ std::pair<at::Tensor, Gate> lora_projection(const at::Tensor& weight, const at::
   const int64_t shares = (columns + share - 1) / share;
   const int64_t tile = shares > 1 ? std::max<int64_t>(runs.tokens, 1) : 64;
   const int64_t per_run = (runs.tokens + tile - 1) / tile;
-  const auto* from = x.const_data_ptr<float>();
-  const auto* rows = projection.const_data_ptr<float>();
-  const float* offsets = bias.defined() ? dense_bias.const_data_ptr<float>() : nullptr;
+  const Numbers from = numbers_of(x);
+  const Numbers rows = numbers_of(projection);
+  const Numbers offsets = numbers_of(dense_bias);
   const float* narrow = adapted ? scaled.const_data_ptr<float>() : nullptr;
-  auto* to = output.mutable_data_ptr<float>();
+  const int64_t element = output.element_size();
+  auto* to = static_cast<char*>(output.mutable_data_ptr());
 
   at::parallel_for(0, runs.count() * per_run * shares, /*grain_size=*/1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
@@ -64,11 +65,13 @@ std::pair<at::Tensor, Gate> lora_projection(const at::Tensor& weight, const at::
       job.rows = std::min(tile, runs.tokens - in_run);
       job.columns = std::min(share, columns - column);
       job.depth = job.x_stride = job.w_stride = features;
-      job.x = from + first * features;
+      const FloatView tokens_at_hand(from + first * features, job.rows * features);
+      FloatResult result(from.is_bfloat16, to + (first * columns + column) * element, job.rows, job.columns, columns);
+      job.x = tokens_at_hand.data();
       job.w = rows + column * features;
-      job.y = to + first * columns + column;
-      job.y_stride = columns;
-      job.bias = offsets == nullptr ? nullptr : offsets + column;
+      job.y = result.data();
+      job.y_stride = result.stride();
+      job.bias = offsets ? offsets + column : offsets;
       if (const int64_t adapter = runs.adapters[run]; adapter >= 0) {
         const int64_t rank = scaled.size(2);
         job.depth2 = job.x2_stride = job.w2_stride = rank;
@@ -76,6 +79,7 @@ std::pair<at::Tensor, Gate> lora_projection(const at::Tensor& weight, const at::
         job.w2 = lora_b.of(adapter) + column * rank;
       }
       kernels().dot_product(job);
+      result.store();
     }
   });
   return {output, reading.gate};

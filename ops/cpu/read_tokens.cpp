@@ -109,7 +109,7 @@ TokenReading read_tokens(const at::Tensor& input, const TokenReader& reader, con
   TokenReading result;
   std::vector<Columns> parts;
   const auto add = [&](const at::Tensor& weight, const at::Tensor& bias, FusedActivation activation) {
-    const at::Tensor values = at::empty({x.size(0), x.size(1), weight.size(1)}, x.options());
+    const at::Tensor values = at::empty({x.size(0), x.size(1), weight.size(1)}, x.options().dtype(at::kFloat));
     parts.push_back(
         {BankSlices(weight), BankSlices(bias), weight.size(1), activation, values.mutable_data_ptr<float>(), nullptr});
     return values;
@@ -125,11 +125,12 @@ TokenReading read_tokens(const at::Tensor& input, const TokenReader& reader, con
   if (gated) {
     result.gate.sigmoids = add(rows.gate_weight, rows.gate_bias, FusedActivation::kSigmoid);
   }
-  const auto* from = x.const_data_ptr<float>();
+  const Numbers from = numbers_of(x);
   for_each_tile(runs, [&](int64_t run, int64_t begin, int64_t end) {
     const int64_t first = run * runs.tokens + begin;
+    const FloatView tile(from + first * features, (end - begin) * features);
     for (const Columns& part : parts) {
-      part.compute(from + first * features, features, first, end - begin, runs.adapters[run]);
+      part.compute(tile.data(), features, first, end - begin, runs.adapters[run]);
     }
   });
   if (gated) {

@@ -10,7 +10,8 @@
 
 namespace torchgraft::ops::cpu {
 
-// What every gated op reads off x [B, S, I] in one pass: the narrow side of its update and the gate.
+// What every gated op reads off x [B, S, I] in one pass: the narrow side of its update and the gate. float32, also of a
+// bfloat16 x.
 struct TokenReading {
   at::Tensor inner;   // [B, S, R]: x weight^T + bias; undefined unless asked for
   at::Tensor hidden;  // [B, S, R]: the activation of it. 0 in rows without an adapter; undefined without a weight
@@ -27,7 +28,7 @@ struct TokenReader {
 // The kernel of a non-linearity, by its name in ops/activation.cpp; nullopt: ATen's is to be used.
 std::optional<FusedActivation> fused_activation(std::string_view non_linearity);
 
-// float32 on the CPU; not for a base selection.
+// x and parameters all float32 or all bfloat16, on the CPU; not for a base selection.
 TokenReading read_tokens(const at::Tensor& x, const TokenReader& reader, const RowArguments& rows,
                          const Selection& selection);
 

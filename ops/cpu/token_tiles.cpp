@@ -19,10 +19,18 @@ TokenRuns token_runs(const Selection& selection, int64_t batch, int64_t tokens) 
   return runs;
 }
 
+Numbers numbers_of(const at::Tensor& tensor) {
+  if (!tensor.defined()) {
+    return {};
+  }
+  return tensor.scalar_type() == at::kBFloat16 ? Numbers(tensor.const_data_ptr<at::BFloat16>())
+                                               : Numbers(tensor.const_data_ptr<float>());
+}
+
 BankSlices::BankSlices(const at::Tensor& bank) {
   if (bank.defined() && bank.numel() > 0) {
     bank_ = bank.contiguous();
-    first_ = bank_.const_data_ptr<float>();
+    first_ = numbers_of(bank_);
     size_ = bank_.numel() / bank_.size(0);
   }
 }

@@ -2,8 +2,10 @@
 
 #include <ATen/Parallel.h>
 #include <torchgraft/ops/bank.h>
+#include <torchgraft/ops/cpu/kernels.h>
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 namespace torchgraft::ops::cpu {
@@ -19,15 +21,69 @@ struct TokenRuns {
 // For batch rows of `tokens` tokens. Not for a base selection.
 TokenRuns token_runs(const Selection& selection, int64_t batch, int64_t tokens);
 
-// A bank's slices, [N, ...] float32; null pointers of an undefined bank. Contiguous banks are read where they are.
+// Where the values of a dense tensor lie, float32 or bfloat16; null of an undefined one.
+Numbers numbers_of(const at::Tensor& tensor);
+
+// `count` neighbouring numbers as float32: where they lie, or widened.
+class FloatView {
+ public:
+  FloatView(Numbers from, int64_t count) : data_(from.single()) {
+    if (from.is_bfloat16) {
+      widened_ = std::make_unique_for_overwrite<float[]>(count);
+      kernels().widen(from.half(), count, widened_.get());
+      data_ = widened_.get();
+    }
+  }
+  const float* data() const { return data_; }
+
+ private:
+  std::unique_ptr<float[]> widened_;
+  const float* data_;
+};
+
+// Rows of a result, computed in float32: where they belong, or, of a bfloat16 result, beside it until store().
+class FloatResult {
+ public:
+  // to: the first of `rows` rows of `columns` values, `stride` values apart
+  FloatResult(bool is_bfloat16, void* to, int64_t rows, int64_t columns, int64_t stride)
+      : rows_(rows), columns_(columns), stride_(stride) {
+    if (is_bfloat16) {
+      to_ = static_cast<c10::BFloat16*>(to);
+      beside_ = std::make_unique_for_overwrite<float[]>(rows * columns);
+      data_ = beside_.get();
+      stride_ = columns;
+      to_stride_ = stride;
+    } else {
+      data_ = static_cast<float*>(to);
+    }
+  }
+  float* data() const { return data_; }
+  int64_t stride() const { return stride_; }
+  void store() const {
+    for (int64_t row = 0; row < rows_ && to_ != nullptr; ++row) {
+      kernels().narrow(data_ + row * stride_, columns_, to_ + row * to_stride_);
+    }
+  }
+
+ private:
+  int64_t rows_;
+  int64_t columns_;
+  int64_t stride_;
+  int64_t to_stride_ = 0;
+  float* data_;
+  c10::BFloat16* to_ = nullptr;
+  std::unique_ptr<float[]> beside_;
+};
+
+// A bank's slices, [N, ...]; null of an undefined bank. Contiguous banks are read where they are.
 class BankSlices {
  public:
   explicit BankSlices(const at::Tensor& bank);
-  const float* of(int64_t adapter) const { return first_ == nullptr ? nullptr : first_ + adapter * size_; }
+  Numbers of(int64_t adapter) const { return first_ ? first_ + adapter * size_ : first_; }
 
  private:
   at::Tensor bank_;
-  const float* first_ = nullptr;
+  Numbers first_;
   int64_t size_ = 0;  // elements of one adapter
 };
 

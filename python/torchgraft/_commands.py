@@ -21,6 +21,8 @@ from ._console import table_console
 from ._drawing import draw
 from ._files import check_writable, load_module, reason, save_module, write_whole
 from ._layers import ROLES, slots_of
+from ._operators import operators_of, ranges
+from ._tuning import FEATURES, OPS, TOKENS, measure
 from .errors import GraftError
 from .grafting import graft
 from .grafting import inspect as inspect_module
@@ -36,7 +38,7 @@ _ONE_PER_MODULE = (".lora_a", ".prefix_key", ".up_weight")
 
 def run(arguments: argparse.Namespace) -> None:
     """The command that the command line names."""
-    {"add": add, "inspect": inspect, **_life_commands.COMMANDS}[arguments.command](arguments)
+    {"add": add, "inspect": inspect, "tune": tune, **_life_commands.COMMANDS}[arguments.command](arguments)
 
 
 @contextlib.contextmanager
@@ -116,11 +118,11 @@ def _summary(base: torch.jit.ScriptModule, grafted: torch.jit.ScriptModule, path
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    """Prints the layers that the patcher sees in a file, or draws them.
+    """Prints the layers that the patcher sees in a file and the operators that run there, or draws them.
 
     Args:
-        arguments: of the command line: base (path), json (bool), sites, svg (paths or None), config (of a picture; a
-            name or a path, or None).
+        arguments: of the command line: base (path), json (bool), sites, svg (paths or None), config (what would be
+            grafted; a name or a path, or None).
 
     Raises:
         GraftError: it sees none; what it saw instead is printed nevertheless.
@@ -138,7 +140,7 @@ def inspect(arguments: argparse.Namespace) -> None:
         elif drawn:
             print(f"{arguments.svg}: written")
         else:
-            _print_structure(module, structure)
+            _print_structure(module, structure, arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -146,22 +148,46 @@ def inspect(arguments: argparse.Namespace) -> None:
         raise GraftError(f"{arguments.base}: no attention was found")
 
 
+def tune(arguments: argparse.Namespace) -> None:
+    """Measures both ways of every operator and writes the file that TORCHGRAFT_KERNEL_TABLE may name.
+
+    Args:
+        arguments: of the command line: output (path), seconds (float, for each measurement), tokens and features (lists
+            of numbers, or None).
+    """
+    check_writable(arguments.output)
+    with _progress() as show:
+        table = measure(arguments.seconds, arguments.tokens or TOKENS, arguments.features or FEATURES, show)
+    write_whole((json.dumps(table, indent=1) + "\n").encode(), arguments.output)
+    for op in OPS:
+        mine = [entry for entry in table["measurements"] if entry["op"] == op]
+        for dtype in dict.fromkeys(entry["dtype"] for entry in mine):
+            ratios = [entry["fused"] / entry["reference"] for entry in mine if entry["dtype"] == dtype]
+            print(f"{op}, {dtype}: fused takes {min(ratios):.2f} to {max(ratios):.2f} of the composition's time")
+    print(f"{arguments.output}: written; use it with TORCHGRAFT_KERNEL_TABLE={arguments.output}")
+
+
 def _save_picture(module: torch.jit.ScriptModule, structure: dict[str, Any], arguments: argparse.Namespace) -> None:
     """Draws what is grafted and, with a config, what that would add; of a bare module the places."""
     is_grafted = hasattr(module, "adapter_names")
     title = arguments.base.name + (f": {_adapter_list(module)}" if is_grafted else "")
     if arguments.config:
-        # Only a graft tells where everything goes: leave_out, layers that share weights, places that are missing.
-        taken = module.adapter_names() if is_grafted else []
-        name = next(name for name in map("planned_{}".format, range(len(taken) + 1)) if name not in taken)
-        module = graft(module, _config_of(arguments.config), name, verify=False, sites=arguments.sites)
+        module = _planned(module, arguments)
         title += f" with {arguments.config}"
     elif not is_grafted:
         title += ": where adapters can go"
     write_whole(draw(structure, slots_of(module), title), arguments.svg)
 
 
-def _print_structure(module: torch.jit.ScriptModule, structure: dict[str, Any]) -> None:
+def _planned(module: torch.jit.ScriptModule, arguments: argparse.Namespace) -> torch.jit.ScriptModule:
+    """The module with the config that is asked about. Only a graft tells where everything goes: leave_out, layers that
+    share weights, places that are missing, what is fused."""
+    taken = module.adapter_names() if hasattr(module, "adapter_names") else []
+    name = next(name for name in map("planned_{}".format, range(len(taken) + 1)) if name not in taken)
+    return graft(module, _config_of(arguments.config), name, verify=False, sites=arguments.sites)
+
+
+def _print_structure(module: torch.jit.ScriptModule, structure: dict[str, Any], arguments: argparse.Namespace) -> None:
     console = table_console()
     if hasattr(module, "adapter_names"):
         console.print(f"grafted already: {_adapter_list(module)}")
@@ -173,6 +199,21 @@ def _print_structure(module: torch.jit.ScriptModule, structure: dict[str, Any]) 
             console.print(f"layer {layer['layer']}, {layer['kind']} attention: {note}")
     for miss in structure["near_misses"]:
         console.print(f"not taken: {miss}")
+    if layers and arguments.config:
+        module = _planned(module, arguments)
+    if hasattr(module, "adapter_names"):
+        console.print(_operator_table(module, arguments.config))
+
+
+def _operator_table(module: torch.jit.ScriptModule, config: str | None) -> Table:
+    """What computes each slot. gated_lora_linear is a projection and its LoRA in one; gated_lora is added to its result."""
+    table = Table(title="operators" + (f" with {config}" if config else ""))
+    for heading in ("slot", "operator", "layers"):
+        table.add_column(heading, overflow="fold")
+    for slot, operators in operators_of(module).items():
+        for operator, numbers in operators.items():
+            table.add_row(*map(Text, (slot, operator, ranges(numbers))))
+    return table
 
 
 def _layer_table(layers: list[dict[str, Any]]) -> Table:

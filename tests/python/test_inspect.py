@@ -17,6 +17,7 @@ from models import VARIANTS, make_batch
 from test_cli import check_one_line, run
 from test_drawing import entry, projection, structure
 from torchgraft import _commands
+from torchgraft._operators import ranges
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOAT = torch.float32
@@ -269,6 +270,34 @@ def test_pictures(folder: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["grafted.pt", "picture.svg"]
 
 
+def operator_rows(text: str) -> list[list[str]]:
+    """The cells of the table of operators, without its heading."""
+    lines = text[text.index("operators") :].splitlines()
+    rows = [re.split(r"[│┃]", line)[1:-1] for line in lines if re.match(r"\s*[│┃]", line)]
+    return [[cell.strip() for cell in row] for row in rows[1:]]
+
+
+def test_which_operators_run(folder: Path, tmp_path: Path) -> None:
+    """A LoRA that is fused with its projection is seen as such, and one that is not; nothing is, of a bare module."""
+    assert "operators" not in run("inspect", folder / "base.pt").stdout
+    assert operator_rows(run("inspect", folder / "base.pt", "--config", "unipelt").stdout) == [
+        ["output_adapter_seq_ln_relu", "gated_bottleneck", "0-2"],
+        ["self_prefix", "gated_prefix_attention", "0-2"],
+        ["selfattn_lora_q", "gated_lora_linear", "0-2"],
+        ["selfattn_lora_v", "gated_lora_linear", "0-2"],
+    ]
+    apart = torchgraft.graft(base(BERT, FLOAT), config="lora", name="task", fuse=False)
+    apart.save(str(tmp_path / "apart.pt"))
+    assert operator_rows(run("inspect", tmp_path / "apart.pt").stdout) == [
+        ["selfattn_lora_q", "gated_lora", "0-2"],
+        ["selfattn_lora_v", "gated_lora", "0-2"],
+    ]
+
+
+def test_ranges_of_layers() -> None:
+    assert ranges([5, 0, 1, 2, 2]) == "0-2, 5" and ranges([3]) == "3" and ranges([]) == ""
+
+
 def test_a_picture_and_data(folder: Path, tmp_path: Path) -> None:
     done = run("inspect", folder / "base.pt", "--svg", tmp_path / "picture.svg", "--json")
     assert json.loads(done.stdout) == json.loads((folder / "sites.json").read_text())
@@ -282,7 +311,7 @@ FAILING = {
     "sites are a directory": ([*_SITES, "{tmp}"], 1, "cannot read the sites (Is a directory"),
     "sites are not JSON": ([*_SITES, "{folder}/text.json"], 1, "text.json: not a JSON file"),
     "sites are a model": ([*_SITES, "{folder}/base.pt"], 1, "base.pt: not a JSON file"),
-    "config without a picture": (["inspect", "{folder}/base.pt", "--config", "mam"], 2, "give --svg FILE too"),
+    "config in data": (["inspect", "{folder}/base.pt", "--json", "--config", "mam"], 2, "or give --svg FILE too"),
     "unknown config": ([*_SVG, "--config", "unipel"], 1, "no configuration is called 'unipel'"),
     "picture of nothing": (["inspect", "{folder}/plain.pt", *_SVG[2:]], 1, "no attention was found"),
     "no such directory": ([*_SVG[:3], "{tmp}/none/picture.svg"], 1, "does not exist"),

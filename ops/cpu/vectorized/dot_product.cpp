@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <utility>
+#include <vector>
 
 namespace torchgraft::ops::cpu::TORCHGRAFT_VECTORIZED {
 namespace {
@@ -72,8 +73,54 @@ inline __attribute__((always_inline)) void accumulate(Vec (&sums)[R][C], const f
   }
 }
 
+// The rows of w and w2 that belong to a few columns of y: where they lie, or widened.
+class Panel {
+ public:
+  explicit Panel(const DotProduct& job) : job_(job), w_stride_(job.w_stride), w2_stride_(job.w2_stride) {
+    if (job.w.is_bfloat16) {
+      w_stride_ = job.depth + kLanes;  // rows a power of two apart would share the cache's few places
+      w2_stride_ = job.depth2 + kLanes;
+      widened_.resize(kColumns * (w_stride_ + w2_stride_));
+    }
+  }
+  void set(int64_t first, int64_t columns) {
+    for (int64_t i = 0; i < columns; ++i) {
+      bias_[i] = job_.bias ? job_.bias[first + i] : 0.0F;
+    }
+    if (!job_.w.is_bfloat16) {
+      w_ = job_.w.single() + first * job_.w_stride;
+      w2_ = job_.depth2 > 0 ? job_.w2.single() + first * job_.w2_stride : nullptr;
+      return;
+    }
+    float* to = widened_.data();
+    w_ = to;
+    w2_ = to + kColumns * w_stride_;
+    for (int64_t i = 0; i < columns; ++i) {
+      widen(job_.w.half() + (first + i) * job_.w_stride, job_.depth, to + i * w_stride_);
+      if (job_.depth2 > 0) {
+        widen(job_.w2.half() + (first + i) * job_.w2_stride, job_.depth2, to + kColumns * w_stride_ + i * w2_stride_);
+      }
+    }
+  }
+  const float* w() const { return w_; }
+  const float* w2() const { return w2_; }
+  int64_t w_stride() const { return w_stride_; }
+  int64_t w2_stride() const { return w2_stride_; }
+  float bias(int column) const { return bias_[column]; }
+
+ private:
+  const DotProduct& job_;
+  int64_t w_stride_;
+  int64_t w2_stride_;
+  const float* w_ = nullptr;
+  const float* w2_ = nullptr;
+  float bias_[kColumns];
+  std::vector<float> widened_;
+};
+
+// panel: of the columns from `column` on
 template <int R, int C>
-void block(const DotProduct& job, int64_t row, int64_t column) {
+void block(const DotProduct& job, const Panel& panel, int64_t row, int64_t column) {
   Vec sums[R][C];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
@@ -82,11 +129,9 @@ void block(const DotProduct& job, int64_t row, int64_t column) {
       sums[i][j] = Vec(0.0F);
     }
   }
-  accumulate<R, C>(sums, job.x + row * job.x_stride, job.x_stride, job.w + column * job.w_stride, job.w_stride,
-                   job.depth);
+  accumulate<R, C>(sums, job.x + row * job.x_stride, job.x_stride, panel.w(), panel.w_stride(), job.depth);
   if (job.depth2 > 0) {
-    accumulate<R, C>(sums, job.x2 + row * job.x2_stride, job.x2_stride, job.w2 + column * job.w2_stride, job.w2_stride,
-                     job.depth2);
+    accumulate<R, C>(sums, job.x2 + row * job.x2_stride, job.x2_stride, panel.w2(), panel.w2_stride(), job.depth2);
   }
   for (int i = 0; i < R; ++i) {
     float row_sums[(C + 3) / 4 * 4];
@@ -98,13 +143,12 @@ void block(const DotProduct& job, int64_t row, int64_t column) {
     float* y = job.y + (row + i) * job.y_stride + column;
     const float* init = job.init == nullptr ? nullptr : job.init + (row + i) * job.init_stride + column;
     for (int j = 0; j < C; ++j) {
-      const float bias = job.bias == nullptr ? 0.0F : job.bias[column + j];
-      y[j] = (init == nullptr ? 0.0F : init[j]) + (row_sums[j] + bias);
+      y[j] = (init == nullptr ? 0.0F : init[j]) + (row_sums[j] + panel.bias(j));
     }
   }
 }
 
-using Block = void (*)(const DotProduct&, int64_t, int64_t);
+using Block = void (*)(const DotProduct&, const Panel&, int64_t, int64_t);
 
 // kBlocks[(rows - 1) * kColumns + columns - 1]
 template <int... I>
@@ -117,11 +161,13 @@ constexpr auto kBlocks = all_blocks(std::make_integer_sequence<int, kRows * kCol
 
 // A few rows of w stay in the first cache while all of x passes by.
 void dot_product(const DotProduct& job) {
+  Panel panel(job);
   for (int64_t column = 0; column < job.columns; column += kColumns) {
     const int64_t columns = std::min<int64_t>(kColumns, job.columns - column);
+    panel.set(column, columns);
     for (int64_t row = 0; row < job.rows; row += kRows) {
       const int64_t rows = std::min<int64_t>(kRows, job.rows - row);
-      kBlocks[(rows - 1) * kColumns + columns - 1](job, row, column);
+      kBlocks[(rows - 1) * kColumns + columns - 1](job, panel, row, column);
     }
   }
 }

@@ -35,6 +35,33 @@ void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t col
   }
 }
 
+void widen(const c10::BFloat16* from, int64_t count, float* to) {
+  using Half = at::vec::Vectorized<c10::BFloat16>;
+  for (int64_t i = 0; i < count; i += Half::size()) {
+    const int64_t left = std::min<int64_t>(Half::size(), count - i);
+    const Half loaded = left == Half::size() ? Half::loadu(from + i) : Half::loadu(from + i, left);
+    const auto [low, high] = at::vec::convert_to_float<c10::BFloat16>(loaded);
+    if (left == Half::size()) {
+      low.store(to + i);
+      high.store(to + i + kLanes);
+    } else {
+      low.store(to + i, static_cast<int>(std::min(left, kLanes)));
+      high.store(to + i + kLanes, static_cast<int>(std::max<int64_t>(left - kLanes, 0)));
+    }
+  }
+}
+
+void narrow(const float* from, int64_t count, c10::BFloat16* to) {
+  using Half = at::vec::Vectorized<c10::BFloat16>;
+  int64_t i = 0;
+  for (; i + Half::size() <= count; i += Half::size()) {
+    at::vec::convert_from_float<c10::BFloat16>(Vec::loadu(from + i), Vec::loadu(from + i + kLanes)).store(to + i);
+  }
+  for (; i < count; ++i) {
+    to[i] = from[i];
+  }
+}
+
 // The formulas of ops/activation.cpp.
 void activate(FusedActivation activation, float* values, int64_t count) {
   switch (activation) {

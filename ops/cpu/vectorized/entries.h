@@ -13,6 +13,8 @@ void dot_product(const DotProduct& job);
 void outer_product(const OuterProduct& job);
 void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, const float* scale, float* to,
                int64_t to_stride);
+void widen(const c10::BFloat16* from, int64_t count, float* to);
+void narrow(const float* from, int64_t count, c10::BFloat16* to);
 void activate(FusedActivation activation, float* values, int64_t count);
 int64_t attention_workspace(const HeadAttention& job);
 void attention(const HeadAttention& job);

@@ -10,14 +10,23 @@ constexpr bool kIsFast = true;
 #else
 constexpr bool kIsFast = false;
 #endif
+// Not measured with AVX-512, whose processors mostly have products of bfloat16.
+#ifdef CPU_CAPABILITY_AVX2
+constexpr bool kIsFastInBFloat16 = true;
+#else
+constexpr bool kIsFastInBFloat16 = false;
+#endif
 
 const Kernels& TORCHGRAFT_JOIN(kernels_, TORCHGRAFT_INSTRUCTION_SET)() {
   namespace here = TORCHGRAFT_VECTORIZED;
   static const Kernels table{TORCHGRAFT_NAME(TORCHGRAFT_INSTRUCTION_SET),
                              kIsFast,
+                             kIsFastInBFloat16,
                              here::dot_product,
                              here::outer_product,
                              here::transpose,
+                             here::widen,
+                             here::narrow,
                              here::activate,
                              here::attention_workspace,
                              here::attention};

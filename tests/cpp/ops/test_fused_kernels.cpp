@@ -8,10 +8,12 @@
 #include <torchgraft/ops/gated_prefix_attention.h>
 #include <torchgraft/ops/kernel_mode.h>
 
+#include <cmath>
 #include <functional>
 #include <limits>
 
-// Every fused CPU kernel against ATen's composition in float64, on sizes that fit no register block.
+// Every fused CPU kernel against ATen's composition in float64, on sizes that fit no register block: in float32, and in
+// bfloat16, where all that may be between them is what float32 may be off and one rounding to the nearest.
 namespace torchgraft::ops::test {
 namespace {
 
@@ -63,34 +65,43 @@ class FusedKernels : public ::testing::Test {
     at::set_num_threads(threads_);
   }
 
-  static Result fused(const Call& call) {
+  static Result fused(const Call& call, at::ScalarType type) {
     set_kernel_mode(KernelMode::kFused);
-    return call.cast(at::kFloat)();
+    return call.cast(type)();
   }
 
   static void check(const Call& call) {
-    SCOPED_TRACE(call.name);
+    check(call, at::kFloat);
+    check(call, at::kBFloat16);
+  }
+
+  static void check(const Call& call, at::ScalarType type) {
+    SCOPED_TRACE(c10::str(call.name, ", ", type));
     at::NoGradGuard no_grad;
     set_kernel_mode(KernelMode::kReference);
-    const auto [expected, expected_gate] = call.cast(at::kDouble)();
-    const auto [output, gate] = fused(call);
+    const auto [expected, expected_gate] = call.cast(type).cast(at::kDouble)();
+    const auto [output, gate] = fused(call, type);
     const double size = expected.numel() == 0 ? 1.0 : std::max(1.0, expected.abs().max().item<double>());
+    const double rounding = type == at::kFloat ? 0.0 : std::ldexp(1.0, -8);  // of 8 bits, to the nearest
     ASSERT_EQ(output.sizes(), expected.sizes());
-    EXPECT_LE((output.to(at::kDouble) - expected).abs().sum().item<double>(), 1e-5 * size * expected.numel());
-    expect_close(output, expected, 1e-5, 1e-5 * size);
-    expect_close(gate, expected_gate, 1e-5, 1e-6);
+    ASSERT_EQ(output.scalar_type(), type);
+    const double off = (output.to(at::kDouble) - expected).abs().sub(rounding * expected.abs()).sum().item<double>();
+    EXPECT_LE(off, 1e-5 * size * expected.numel());
+    expect_close(output, expected, 1e-5 + rounding, 1e-5 * size);
+    expect_close(gate, expected_gate, 1e-5 + rounding, 1e-6);
 
     at::set_num_threads(2);
-    const Result two = fused(call);
+    const Result two = fused(call, type);
     at::set_num_threads(1);
-    const Result one = fused(call);
+    const Result one = fused(call, type);
     at::set_num_threads(2);
     EXPECT_TRUE(at::equal(std::get<0>(one), std::get<0>(two))) << "the bits depend on the number of threads";
     if (!call.ids || output.size(1) == 0 || !call.rows_are_exact) {
       return;
     }
     for (int64_t b = 0; b < call.ids->size(0); ++b) {
-      EXPECT_TRUE(at::equal(std::get<0>(fused(call.row(b)))[0], output[b])) << "row " << b << " depends on the others";
+      EXPECT_TRUE(at::equal(std::get<0>(fused(call.row(b), type))[0], output[b]))
+          << "row " << b << " depends on the others";
     }
   }
 
@@ -140,8 +151,9 @@ TEST_F(FusedKernels, Lora) {
                         1, c.token_mask);
     };
     check(call);
-    const at::Tensor weight = randn({out, in});
-    const std::optional<at::Tensor> bias = gated ? std::make_optional(randn({out})) : std::nullopt;
+    // Numbers that bfloat16 has, too.
+    const at::Tensor weight = randn({out, in}).to(at::kBFloat16).to(at::kDouble);
+    const std::optional<at::Tensor> bias = gated ? std::make_optional(randn({out}).to(at::kBFloat16).to(at::kDouble)) : std::nullopt;
     call.name = c10::str("lora_linear ", variant);
     call.run = [weight, bias](const Call& c) {
       const auto type = c.per_row[0].scalar_type();

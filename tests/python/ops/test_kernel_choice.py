@@ -1,8 +1,10 @@
 """TORCHGRAFT_KERNELS chooses between fused kernels and ATen's compositions; it is read once, so each case is a process."""
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +45,35 @@ def test_what_runs(environment: dict, is_composition: bool) -> None:
     done = _run(**environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(is_composition)
+
+
+def _table(path: Path, **fields: object) -> Path:
+    """A table that says that ATen's composition is faster, of whatever size."""
+    entry = dict(op="gated_lora_linear", dtype="float32", tokens=16, features=96, fused=2.0, reference=1.0)
+    table = dict(kernel_table=1, instruction_set=torch.backends.cpu.get_cpu_capability(), measurements=[entry]) | fields
+    path.write_text(json.dumps(table))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("fields", "mode", "is_composition"),
+    [({}, "auto", True), ({}, "fused", False), (dict(instruction_set="none"), "auto", None)],
+    ids=["the table decides", "not where a mode is asked for", "not of another instruction set"],
+)
+def test_a_table_that_was_measured(tmp_path: Path, fields: dict, mode: str, is_composition: bool | None) -> None:
+    table = str(_table(tmp_path / "table.json", **fields))
+    done = _run(TORCHGRAFT_KERNELS=mode, TORCHGRAFT_KERNEL_TABLE=table)
+    assert done.returncode == 0, done.stderr
+    without = _run(TORCHGRAFT_KERNELS=mode).stdout
+    assert done.stdout == (without if is_composition is None else f"{is_composition}\n")
+
+
+def test_a_table_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("fused")
+    for path, message in (("none.json", "cannot be read"), ("text", "expected what graft.py tune writes, got")):
+        done = _run(TORCHGRAFT_KERNEL_TABLE=str(tmp_path / path))
+        assert done.returncode != 0
+        assert f"TORCHGRAFT_KERNEL_TABLE: {tmp_path / path}" in done.stderr and message in done.stderr
 
 
 def test_other_values_are_named() -> None:

@@ -1,0 +1,48 @@
+"""Which operator computes each grafted place: what a slot came to when it was inserted and fused."""
+
+import re
+from collections.abc import Iterator
+
+import torch
+
+_SLOT_PATH = re.compile(r"adapters\.layer_(\d+)\.([^.]+)\.[^.]+")
+
+
+def operators_of(module: torch.jit.ScriptModule) -> dict[str, dict[str, list[int]]]:
+    """By slot ("selfattn_lora_q") and operator ("gated_lora_linear": with its projection), the layers, as often as each
+    is run; of a slot that is plain ATen code around its parameters, none."""
+    found: dict[str, dict[str, list[int]]] = {}
+    for node in _nodes(module.grafted_forward.graph):
+        kind = node.kind()
+        slots = {match.groups() for value in node.inputs() if (match := _SLOT_PATH.fullmatch(_path_of(value)))}
+        if kind.startswith("torchgraft::"):
+            for layer, slot in slots:
+                found.setdefault(slot, {}).setdefault(kind.removeprefix("torchgraft::"), []).append(int(layer))
+    return {slot: found[slot] for slot in sorted(found)}
+
+
+def _nodes(block: torch._C.Block) -> Iterator[torch._C.Node]:
+    for node in block.nodes():
+        yield node
+        for inner in node.blocks():
+            yield from _nodes(inner)
+
+
+def _path_of(value: torch._C.Value) -> str:
+    """Of an attribute of the module: "adapters.layer_0.selfattn_lora_q.lora_a"; else ""."""
+    names: list[str] = []
+    while value.node().kind() == "prim::GetAttr":
+        names.insert(0, value.node().s("name"))
+        value = next(value.node().inputs())
+    return ".".join(names)
+
+
+def ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2, 5"."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

@@ -1,0 +1,120 @@
+"""Which kernels are faster on this machine: measured, for a file that TORCHGRAFT_KERNEL_TABLE then names."""
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from ._libraries import patcher
+
+DTYPES = (torch.float32, torch.bfloat16)
+TOKENS = (16, 128, 1024)
+FEATURES = (384, 768)
+HEAD_SIZE = 64
+RANK = 8
+PREFIX = 10
+REDUCTIONS = (16, 2)  # UniPELT's and MAM's bottlenecks: one entry of the table stands for both
+
+Case = Callable[[], object]
+
+
+def _lora(dtype: torch.dtype, tokens: int, features: int) -> Case:
+    x, base = torch.randn(2, 1, tokens, features).to(dtype)
+    a, b = torch.randn(1, RANK, features).to(dtype), torch.randn(1, features, RANK).to(dtype)
+    scaling, gate = torch.ones(1, dtype=dtype), _gate(dtype, features)
+    return lambda: torch.ops.torchgraft.gated_lora(x, base, a, b, scaling, *gate)
+
+
+def _lora_linear(dtype: torch.dtype, tokens: int, features: int) -> Case:
+    x, weight, bias = (torch.randn(size).to(dtype) for size in ((1, tokens, features), (features, features), features))
+    a, b = torch.randn(1, RANK, features).to(dtype), torch.randn(1, features, RANK).to(dtype)
+    scaling, gate = torch.ones(1, dtype=dtype), _gate(dtype, features)
+    return lambda: torch.ops.torchgraft.gated_lora_linear(x, weight, bias, a, b, scaling, *gate)
+
+
+def _bottleneck(dtype: torch.dtype, tokens: int, features: int) -> Case:
+    x = torch.randn(1, tokens, features).to(dtype)
+    scaling, gate = torch.ones(1, 1, dtype=dtype), _gate(dtype, features)
+    weights = []
+    for narrow in (features // reduction for reduction in REDUCTIONS):
+        sizes = ((1, narrow, features), (1, narrow), (1, features, narrow), (1, features))
+        weights.append([torch.randn(size).to(dtype) for size in sizes])
+    return lambda: [torch.ops.torchgraft.gated_bottleneck(x, x, *each, scaling, "relu", *gate) for each in weights]
+
+
+def _prefix_attention(dtype: torch.dtype, tokens: int, features: int) -> Case:
+    heads = features // HEAD_SIZE
+    x = torch.randn(1, tokens, features).to(dtype)
+    query, key, value = (torch.randn(1, tokens, heads, HEAD_SIZE).to(dtype).transpose(1, 2) for _ in range(3))
+    prefix, length = torch.randn(1, heads, PREFIX, HEAD_SIZE).to(dtype), torch.tensor([PREFIX])
+    weight, bias = _gate(dtype, features)
+    return lambda: torch.ops.torchgraft.gated_prefix_attention(
+        query, key, value, x, prefix, prefix, length, gate_weight=weight, gate_bias=bias
+    )
+
+
+def _gate(dtype: torch.dtype, features: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(1, 1, features).to(dtype), torch.zeros(1, 1, dtype=dtype)
+
+
+OPS: dict[str, Callable[[torch.dtype, int, int], Case]] = {
+    "gated_lora": _lora,
+    "gated_lora_linear": _lora_linear,
+    "gated_bottleneck": _bottleneck,
+    "gated_prefix_attention": _prefix_attention,
+}
+
+
+def measure(
+    seconds: float,
+    tokens: Iterable[int] = TOKENS,
+    features: Iterable[int] = FEATURES,
+    show: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """What a kernel table holds: medians of both ways' seconds, run in turns, for every op, dtype and size.
+
+    Args:
+        seconds: to spend on each of them, at the least three turns.
+        tokens: numbers of tokens, all rows together.
+        features: hidden sizes, multiples of 64.
+        show: is told what is being measured.
+    """
+    core = patcher()
+    before = core.kernel_mode()
+    measurements = []
+    try:
+        for op, dtype, rows, columns in itertools.product(OPS, DTYPES, tokens, features):
+            name = str(dtype).removeprefix("torch.")
+            show(f"{op}, {name}, {rows} tokens, {columns} features")
+            medians = _medians(OPS[op](dtype, rows, columns), seconds)
+            measurements.append(dict(op=op, dtype=name, tokens=rows, features=columns) | medians)
+    finally:
+        core.set_kernel_mode(before)
+    return dict(
+        kernel_table=1,
+        instruction_set=torch.backends.cpu.get_cpu_capability(),
+        processor=torch.cpu.get_capabilities().get("cpu_name", ""),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        measurements=measurements,
+    )
+
+
+def _medians(case: Case, seconds: float) -> dict[str, float]:
+    core = patcher()
+    modes = {"fused": core.KernelMode.FUSED, "reference": core.KernelMode.REFERENCE}
+    taken: dict[str, list[float]] = {name: [] for name in modes}
+    began = time.perf_counter()
+    turn = 0
+    with torch.inference_mode():
+        while turn < 4 or time.perf_counter() < began + seconds:
+            for name, mode in modes.items():
+                core.set_kernel_mode(mode)
+                start = time.perf_counter()
+                case()
+                taken[name].append(time.perf_counter() - start)
+            turn += 1
+    return {name: statistics.median(values[1:]) for name, values in taken.items()}  # the first turn warms up
