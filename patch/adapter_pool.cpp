@@ -52,8 +52,8 @@ struct Generation {
 
 void add_room(std::vector<AdapterConfig>& room, const AdapterConfig& config) {
   const std::string json = config_to_json(config);
-  const bool known = std::any_of(room.begin(), room.end(),
-                                 [&](const AdapterConfig& other) { return config_to_json(other) == json; });
+  const bool known =
+      std::any_of(room.begin(), room.end(), [&](const AdapterConfig& other) { return config_to_json(other) == json; });
   if (!known) {
     room.push_back(config);
   }
@@ -96,7 +96,7 @@ struct AdapterPool::State {
 struct AdapterPool::Lease::Held {
   std::shared_ptr<State> state;
   std::shared_ptr<Generation> generation;
-  std::vector<int64_t> rows;  // each once
+  std::vector<int64_t> rows;                       // each once
   std::vector<std::shared_ptr<const Head>> heads;  // one for each name
 
   Held(std::shared_ptr<State> owner, std::shared_ptr<Generation> held, std::vector<int64_t> pinned)
@@ -126,9 +126,7 @@ AdapterPool::Lease::~Lease() = default;
 
 const Module& AdapterPool::Lease::module() const { return held_->generation->banks.module(); }
 
-bool AdapterPool::Lease::same_module(const Lease& other) const {
-  return held_->generation == other.held_->generation;
-}
+bool AdapterPool::Lease::same_module(const Lease& other) const { return held_->generation == other.held_->generation; }
 
 const HeadConfig* AdapterPool::Lease::head(size_t position) const {
   const auto& head = held_->heads.at(position);
@@ -200,7 +198,8 @@ int64_t AdapterPool::State::take_row(const std::string& name, const Names& wante
   std::unique_lock lock(mutex);
   std::vector<Row>& rows = current->rows;
   const auto may_leave = [&](const Row& row) {
-    return row.use == Row::Use::kReady && !row.permanent && (row.adapter.name == name || !wanted.count(row.adapter.name));
+    return row.use == Row::Use::kReady && !row.permanent &&
+           (row.adapter.name == name || !wanted.count(row.adapter.name));
   };
   for (;;) {
     int64_t victim = -1;
@@ -275,7 +274,8 @@ void AdapterPool::State::grow(const AdapterConfig& config) {
   const std::lock_guard lock(mutex);
   for (const auto& [name, number] : current->index) {  // less than `residents` when one was evicted meanwhile
     const Row& old = current->rows[static_cast<size_t>(number)];
-    next->rows[static_cast<size_t>(number)] = {Row::Use::kReady, old.adapter, 0, old.last_used, old.permanent, old.head};
+    next->rows[static_cast<size_t>(number)] = {Row::Use::kReady, old.adapter,   0,
+                                               old.last_used,    old.permanent, old.head};
     next->index[name] = number;
   }
   current = next;
@@ -310,8 +310,8 @@ AdapterPool::Lease AdapterPool::acquire(const std::vector<std::string>& names) {
     if (missing == wanted.end()) {
       continue;
     }
-    TORCH_CHECK(state_->loader, "AdapterPool: no adapter is called '", *missing, "'; there are: ",
-                c10::Join(", ", known));
+    TORCH_CHECK(state_->loader, "AdapterPool: no adapter is called '", *missing,
+                "'; there are: ", c10::Join(", ", known));
     const AdapterSpec spec = state_->loader(*missing);
     TORCH_CHECK(spec.name == *missing, "AdapterPool: asked for '", *missing, "', the loader gave '", spec.name, "'");
     state_->place(state_->prepare(spec), wanted, /*permanent=*/false);

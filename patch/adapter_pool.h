@@ -14,8 +14,9 @@ namespace torchgraft {
 
 struct AdapterPoolOptions {
   int64_t capacity = 64;  // adapters in memory at once
-  // Configurations that the rows of the banks are made for. An adapter that needs more (a place, a rank, a longer prefix)
-  // is not refused: the pool builds larger banks beside its traffic and moves over. Empty: that of the first adapter.
+  // Configurations that the rows of the banks are made for. An adapter that needs more (a place, a rank, a longer
+  // prefix) is not refused: the pool builds larger banks beside its traffic and moves over. Empty: that of the first
+  // adapter.
   std::vector<AdapterConfig> room = {};
   // How the base is grafted. With gate_pooling "unpadded" a row's result depends on nothing else in its batch.
   // `active` and `verify` are as in graft(); none is active.
@@ -32,14 +33,14 @@ struct AdapterPoolStats {
   int64_t rebuilds = 0;    // banks that had to grow
 };
 
-// Any number of adapters on one base model, of which `capacity` are in memory: rows of stacked banks [capacity, ...]. An
-// adapter comes in by having its row written, in place, with the graph and the module as they are; when the rows are
+// Any number of adapters on one base model, of which `capacity` are in memory: rows of stacked banks [capacity, ...].
+// An adapter comes in by having its row written, in place, with the graph and the module as they are; when the rows are
 // full the one that was used longest ago leaves.
 //
 // Threads: every function may be called from any thread. A row is written only while nobody holds a lease on it, so a
 // forward pass reads whole adapters, and those that it asked for. Forward passes wait for nothing but the short lock in
-// acquire(); loading waits for rows. Leases that a thread holds while it waits in acquire() can make it wait for itself:
-// acquire all that a batch needs in one call.
+// acquire(); loading waits for rows. Leases that a thread holds while it waits in acquire() can make it wait for
+// itself: acquire all that a batch needs in one call.
 class TORCHGRAFT_PATCH_API AdapterPool {
  public:
   // The right to run rows of `module()`; while it lives, they hold what they held when it was made. Movable. It may
@@ -51,8 +52,8 @@ class TORCHGRAFT_PATCH_API AdapterPool {
     ~Lease();
 
     // Run forward, forward_with_gates or grafted_forward with adapter_ids made of ids(). Its other methods (activate,
-    // adapter_names, ...) are not for use while the pool changes rows. Two leases can be served by one forward pass when
-    // their modules are the same object: same_module().
+    // adapter_names, ...) are not for use while the pool changes rows. Two leases can be served by one forward pass
+    // when their modules are the same object: same_module().
     const torch::jit::Module& module() const;
     bool same_module(const Lease& other) const;
 
@@ -62,8 +63,9 @@ class TORCHGRAFT_PATCH_API AdapterPool {
     // The task head of the adapter asked for at `position`; null when it has none. Heads are not in the module.
     const HeadConfig* head(size_t position) const;
 
-    // What it makes of the hidden states [B, S, H] of rows of that adapter; token_mask [B, S], non-zero where a token is
-    // real: logits [B, L], for tagging [B, S, L], as forward_with_head gives them. Throws c10::Error when it has no head.
+    // What it makes of the hidden states [B, S, H] of rows of that adapter; token_mask [B, S], non-zero where a token
+    // is real: logits [B, L], for tagging [B, S, L], as forward_with_head gives them. Throws c10::Error when it has no
+    // head.
     at::Tensor logits(size_t position, const at::Tensor& hidden, const at::Tensor& token_mask) const;
 
    private:
@@ -88,8 +90,8 @@ class TORCHGRAFT_PATCH_API AdapterPool {
   ~AdapterPool();
 
   // A lease on the adapters of these names; an empty name is the base model, and a name may come several times. Loads
-  // what is not in memory, waiting for rows that others hold. Throws c10::Error when a name is unknown to the loader, its
-  // files do not fit, or there are more names than rows.
+  // what is not in memory, waiting for rows that others hold. Throws c10::Error when a name is unknown to the loader,
+  // its files do not fit, or there are more names than rows.
   Lease acquire(const std::vector<std::string>& names);
 
   // The same without waiting or loading: nullopt when one of them is not in memory.

@@ -7,9 +7,9 @@
 
 namespace torchgraft {
 
-// A grafted module whose banks have a fixed number of rows, [capacity, ...], that are rewritten in place. What a row may
-// hold is settled by the configurations that the banks were made for: their slots, largest ranks, prefix lengths and
-// gates. Knows nothing of threads: who writes a row sees to it that nobody runs it (AdapterPool).
+// A grafted module whose banks have a fixed number of rows, [capacity, ...], that are rewritten in place. What a row
+// may hold is settled by the configurations that the banks were made for: their slots, largest ranks, prefix lengths
+// and gates. Knows nothing of threads: who writes a row sees to it that nobody runs it (AdapterPool).
 class PoolBanks {
  public:
   // Consumes a foundation; its adapters are ignored. No row holds an adapter yet.

@@ -3,9 +3,9 @@
 
     scripts/convert_adapters.py FOLDER
 
-FOLDER is one such directory, or holds several. C++ hosts read safetensors only, which cannot carry code. Here nothing is
-unpickled but tensors. Directories that have the file already are left alone. Exit status 1 when one could not be converted;
-the others are.
+FOLDER is one such directory, or holds several. C++ hosts read safetensors only, which cannot carry code. Here nothing
+is unpickled but tensors. Directories that have the file already are left alone. Exit status 1 when one could not be
+converted; the others are.
 """
 
 import argparse

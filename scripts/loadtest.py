@@ -6,7 +6,7 @@
 The model is MiniLM's size (6 layers, 384 wide; random, as its speed does not depend on its weights), the adapters are
 UniPELT, a request is one text of 8 to 32 tokens. Three series, each point bounded by --requests and --seconds:
 
-    distinct    as many clients as --clients ask one after the other, for 0 (base model), 1, 8, 64, 256 distinct adapters
+    distinct    as many clients as --clients ask one after the other, for 0 (base model), 1, 8, 64, 256 adapters
     offered     requests come at a rate, whoever waits: shares of the throughput with 64 adapters
     library     adapters==1.3.0, eager, set_active_adapters for each request, one process, the same cores
 
@@ -103,7 +103,8 @@ def make_files(folder: Path, count: int) -> None:
 
 def texts(count: int) -> list[list[int]]:
     source = random.Random(0)
-    return [[source.randrange(1000, VOCABULARY) for _ in range(source.randint(SHORTEST, LONGEST))] for _ in range(count)]
+    lengths = [source.randint(SHORTEST, LONGEST) for _ in range(count)]
+    return [[source.randrange(1000, VOCABULARY) for _ in range(length)] for length in lengths]
 
 
 def request_bytes(adapter: str | None, ids: list[int]) -> bytes:

@@ -100,7 +100,8 @@ AdapterStore::AdapterStore(const torch::jit::Module& module, std::filesystem::pa
                            const std::string& gate_pooling)
     : folder_(std::move(folder)),
       own_(own_configs(module)),
-      pool_(module, pool_options(module, folder_, capacity, gate_pooling), [this](const std::string& name) { return read(name); }) {}
+      pool_(module, pool_options(module, folder_, capacity, gate_pooling),
+            [this](const std::string& name) { return read(name); }) {}
 
 AdapterSpec AdapterStore::read(const std::string& name) const {
   return torchgraft::read_adapter_directory((folder_ / name).string(), name);

@@ -27,16 +27,17 @@ class AdapterStore {
   AdapterStore(const torch::jit::Module& module, std::filesystem::path folder, int64_t capacity,
                const std::string& gate_pooling);
 
-  // A lease on one adapter, or on the base model when `name` is empty. The first does not wait: nullopt when the adapter
-  // has to be fetched. Throws RequestError 404 for a name that there is not, 422 when its files are damaged or do not fit.
+  // A lease on one adapter, or on the base model when `name` is empty. The first does not wait: nullopt when the
+  // adapter has to be fetched. Throws RequestError 404 for a name that there is not, 422 when its files are damaged or
+  // do not fit.
   std::optional<torchgraft::AdapterPool::Lease> try_acquire(const std::string& name);
   torchgraft::AdapterPool::Lease acquire(const std::string& name);
 
   // Reads the adapter from its directory, anew if it is in memory. Throws as acquire() does; then the old one stays.
   void load(const std::string& name);
 
-  // Serves the adapter no more until it is loaded again; its files stay. Throws RequestError 404, or 409 for one that is
-  // part of the model's file.
+  // Serves the adapter no more until it is loaded again; its files stay. Throws RequestError 404, or 409 for one that
+  // is part of the model's file.
   void remove(const std::string& name);
 
   struct Info {

@@ -24,14 +24,14 @@ struct Work {
 };
 
 struct BatchLimits {
-  size_t rows = 64;                    // of a batch
-  size_t tokens = 64 * 512;            // of a batch, padding included
-  size_t queued_rows = 1024;           // waiting; more are refused
+  size_t rows = 64;                      // of a batch
+  size_t tokens = 64 * 512;              // of a batch, padding included
+  size_t queued_rows = 1024;             // waiting; more are refused
   std::chrono::microseconds wait{2000};  // for company, from the arrival of the oldest
 };
 
-// Puts requests together, whatever their adapters, and runs them. A batch is taken when it is full or its oldest request
-// has waited long enough; while all workers are busy it grows by itself. Order of arrival is kept.
+// Puts requests together, whatever their adapters, and runs them. A batch is taken when it is full or its oldest
+// request has waited long enough; while all workers are busy it grows by itself. Order of arrival is kept.
 class Batcher {
  public:
   using Run = std::function<void(std::vector<Work> batch)>;

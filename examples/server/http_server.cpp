@@ -70,8 +70,8 @@ class Ticket {
 // What libmicrohttpd calls, on its thread.
 struct HttpServer::Callbacks {
   static MHD_Result queue(Exchange& exchange, const HttpResponse& response) {
-    MHD_Response* reply = MHD_create_response_from_buffer(
-        response.body.size(), const_cast<char*>(response.body.data()), MHD_RESPMEM_MUST_COPY);
+    MHD_Response* reply = MHD_create_response_from_buffer(response.body.size(), const_cast<char*>(response.body.data()),
+                                                          MHD_RESPMEM_MUST_COPY);
     if (!reply) {
       return MHD_NO;
     }
@@ -173,11 +173,12 @@ HttpServer::HttpServer(const std::string& address, uint16_t port, const HttpLimi
   if (inet_pton(AF_INET, address.c_str(), &where.sin_addr) != 1) {
     throw std::runtime_error("expected an IPv4 address to listen on, got '" + address + "'");
   }
-  daemon_ = MHD_start_daemon(
-      MHD_USE_EPOLL_INTERNAL_THREAD | MHD_ALLOW_SUSPEND_RESUME, port, nullptr, nullptr, &Callbacks::access, this,
-      MHD_OPTION_SOCK_ADDR, reinterpret_cast<sockaddr*>(&where), MHD_OPTION_NOTIFY_COMPLETED, &Callbacks::completed,
-      this, MHD_OPTION_UNESCAPE_CALLBACK, &no_escapes, nullptr, MHD_OPTION_CONNECTION_LIMIT, limits_.connections, MHD_OPTION_CONNECTION_TIMEOUT, limits_.idle_seconds,
-      MHD_OPTION_CONNECTION_MEMORY_LIMIT, limits_.header_bytes, MHD_OPTION_LISTEN_BACKLOG_SIZE, 1024U, MHD_OPTION_END);
+  daemon_ = MHD_start_daemon(MHD_USE_EPOLL_INTERNAL_THREAD | MHD_ALLOW_SUSPEND_RESUME, port, nullptr, nullptr,
+                             &Callbacks::access, this, MHD_OPTION_SOCK_ADDR, reinterpret_cast<sockaddr*>(&where),
+                             MHD_OPTION_NOTIFY_COMPLETED, &Callbacks::completed, this, MHD_OPTION_UNESCAPE_CALLBACK,
+                             &no_escapes, nullptr, MHD_OPTION_CONNECTION_LIMIT, limits_.connections,
+                             MHD_OPTION_CONNECTION_TIMEOUT, limits_.idle_seconds, MHD_OPTION_CONNECTION_MEMORY_LIMIT,
+                             limits_.header_bytes, MHD_OPTION_LISTEN_BACKLOG_SIZE, 1024U, MHD_OPTION_END);
   if (!daemon_) {
     throw std::runtime_error("cannot listen on " + address + ":" + std::to_string(port) + " (" + std::strerror(errno) +
                              ")");

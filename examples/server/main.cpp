@@ -100,9 +100,8 @@ void serve(const Options& options) {
   service_options.batch.tokens = service_options.batch.rows * service_options.tokens;
   Service service(store, module, service_options);
   Routes routes(service);
-  HttpServer http(options.address, options.port, options.http, [&](const HttpRequest& request, Respond respond) {
-    routes.handle(request, std::move(respond));
-  });
+  HttpServer http(options.address, options.port, options.http,
+                  [&](const HttpRequest& request, Respond respond) { routes.handle(request, std::move(respond)); });
   std::cout << "listening on " << options.address << ":" << http.port() << std::endl;
 
   int signal = 0;

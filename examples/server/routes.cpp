@@ -160,13 +160,14 @@ void Routes::dispatch(const HttpRequest& request, const Respond& respond) {
 void Routes::predict(const HttpRequest& request, const Respond& respond) {
   const auto start = std::chrono::steady_clock::now();
   PredictBody body = read_predict(request.body);
-  service_.predict(body.adapter, std::move(body.rows), body.pooling,
-                   [this, start, adapter = body.adapter, respond](const Service::Prediction& prediction, const RequestError* error) {
-                     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-                     service_.metrics().seconds.observe(seconds.count());
-                     respond(error ? error_response(error->status, error->what())
-                                   : HttpResponse{200, predict_text(adapter, prediction)});
-                   });
+  service_.predict(
+      body.adapter, std::move(body.rows), body.pooling,
+      [this, start, adapter = body.adapter, respond](const Service::Prediction& prediction, const RequestError* error) {
+        const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+        service_.metrics().seconds.observe(seconds.count());
+        respond(error ? error_response(error->status, error->what())
+                      : HttpResponse{200, predict_text(adapter, prediction)});
+      });
 }
 
 void Routes::adapters(const HttpRequest& request, const std::string& name, const Respond& respond) {

@@ -103,8 +103,8 @@ void Service::in_background(std::function<void()> job) {
 
 void Service::check(const TokenRows& rows) const {
   if (rows.empty() || rows.size() > options_.batch.rows) {
-    throw RequestError(400, "expected 1 to " + std::to_string(options_.batch.rows) + " rows, got " +
-                                std::to_string(rows.size()));
+    throw RequestError(
+        400, "expected 1 to " + std::to_string(options_.batch.rows) + " rows, got " + std::to_string(rows.size()));
   }
   for (const auto& row : rows) {
     if (row.empty()) {
@@ -154,8 +154,8 @@ void Service::enqueue(torchgraft::AdapterPool::Lease lease, TokenRows rows, std:
   }
 }
 
-// A batch that fails, because of a token that the model does not know, say, is run again request by request, so that the
-// others get their answers.
+// A batch that fails, because of a token that the model does not know, say, is run again request by request, so that
+// the others get their answers.
 void Service::run(std::vector<Work> batch) {
   const c10::InferenceMode no_gradients;
   TokenRows rows;

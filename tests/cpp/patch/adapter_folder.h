@@ -24,7 +24,8 @@ inline StateDict random_like(const StateDict& weights, uint64_t seed) {
 }
 
 inline AdapterSpec made_of(const std::string& config, const std::string& name, uint64_t seed = 0) {
-  const AdapterFiles files = adapter_files(graft(encoder(), {{"a", config_from_string(config), std::nullopt, ""}}), "a");
+  const AdapterFiles files =
+      adapter_files(graft(encoder(), {{"a", config_from_string(config), std::nullopt, ""}}), "a");
   const uint64_t own = seed + std::hash<std::string>()(name + config);
   return {name, config_from_json(files.config), random_like(files.weights, own), "a"};
 }

@@ -21,7 +21,9 @@ using testing::run_rows;
 
 constexpr double kTolerance = 1e-5;
 
-at::Tensor run(const AdapterPool::Lease& lease, const at::Tensor& x) { return run_rows(lease.module(), x, lease.ids()); }
+at::Tensor run(const AdapterPool::Lease& lease, const at::Tensor& x) {
+  return run_rows(lease.module(), x, lease.ids());
+}
 
 // What the adapter alone makes of x, on a module of its own.
 at::Tensor alone(const AdapterSpec& spec, const at::Tensor& x) {
@@ -176,7 +178,9 @@ TEST(AdapterPool, AModulesOwnAdaptersStay) {
   EXPECT_EQ(pool.resident(), (std::vector<std::string>{"c", "own"}));
   EXPECT_LT(largest_difference(run(pool.acquire({"own"}), x), alone(own, x)), kTolerance);
   EXPECT_NE(error_of([&] { pool.evict("own"); }).find("came with the module"), std::string::npos);
-  EXPECT_NE(error_of([&] { pool.acquire({"c", "z"}); }).find("no adapter is called 'z'; there are: c, own"),
+  EXPECT_NE(error_of([&] {
+              pool.acquire({"c", "z"});
+            }).find("no adapter is called 'z'; there are: c, own"),
             std::string::npos);
   EXPECT_NE(error_of([&] { AdapterPool(graft(encoder(), {own}), options(1, {})); }).find("capacity above that"),
             std::string::npos);
