@@ -1,10 +1,17 @@
-"""How long a training step takes (forward, backward, AdamW, frozen base), and how much memory.
+"""How long a training step takes (forward, backward, AdamW), and how much memory.
 
-    .venv/bin/python benchmarks/train_step.py --shapes 8x128 --threads 1
+    .venv/bin/python benchmarks/train_step.py --shapes 8x128 --json train_step.json
 
-UniPELT on a random BERT-base; adapters==1.3.0 and torchgraft in turns in one process, medians of steps. The library trains
-the MLP behind its prefixes too; a grafted module holds the prefixes themselves. Memory: each variant in a process of its
-own, the highest resident set (VmHWM) after the steps, less the resident set before them.
+A random BERT-base with UniPELT. All variants run in turns in one process; times are medians of steps, with the quartiles
+of the rounds' ratios to the library:
+
+    library        adapters==1.3.0, as it comes: the adapter is trained, the base frozen
+    torchgraft     graft(..., trainable=True): the same parameters
+    floor          the frozen base alone, gradients passing through every layer (no library can be faster by much)
+    fine-tuning    all of the base, no adapter
+
+Memory: each variant in a process of its own, without the others; the highest resident set (VmHWM) of six steps, less
+the resident set before the first. The first steps are the profiled ones of TorchScript; all count.
 """
 
 import argparse
@@ -15,6 +22,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "python"), str(Path(__file__).resolve().parent)]
@@ -23,82 +31,147 @@ import adapters  # noqa: E402
 import torch  # noqa: E402
 import torchgraft  # noqa: E402
 import transformers  # noqa: E402
-from models import MODELS, Positional, batch_of, hugging_face, library, traced  # noqa: E402
+from models import MODELS, Positional, batch_of, hugging_face, library, machine, traced  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
 from this_machine import memory, reset_peak  # noqa: E402
 
 MIB = 2**20
-VARIANTS = ("library", "torchgraft")
+VARIANTS = ("library", "torchgraft", "floor", "fine-tuning")
+STEPS_FOR_MEMORY = 6
 
 
-def trainable(variant: str) -> torch.nn.Module:
-    sizes = MODELS["BERT-base"]
-    if variant == "library":
-        module = library(sizes, adapters.UniPELTConfig(), ejected=False)
-        module.model.train_adapter("task")
-        return module.eval()  # dropout would cost both the same
-    base = traced(Positional(hugging_face(sizes)).eval())
-    module = torchgraft.graft(base, adapters.UniPELTConfig(), "task", verify=False)
-    for path, parameter in module.named_parameters():
-        parameter.requires_grad_(path.startswith("adapters."))
-    return module
+@dataclass
+class Row:
+    """ratio: of medians to the library's; quartiles: of the rounds' ratios; mebibytes: beyond the model, at most."""
+
+    model: str
+    shape: str
+    threads: int
+    variant: str
+    parameters: int
+    milliseconds: float
+    ratio: float
+    quartiles: tuple[float, float]
+    mebibytes: float
+    memory_ratio: float
 
 
 class Steps:
-    def __init__(self, variant: str, shape: str):
-        self.module, self.batch = trainable(variant), batch_of(shape)
-        self.optimizer = torch.optim.AdamW([value for value in self.module.parameters() if value.requires_grad], lr=1e-4)
+    """A model in eval mode (dropout would cost all the same) and how it is trained."""
+
+    def __init__(self, model: str, variant: str, shape: str):
+        self.batch = batch_of(shape)
+        self.module, self.parameters = trainable(MODELS[model], variant)
+        # The floor has nothing to step on.
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4) if self.parameters else None
 
     def __call__(self) -> float:
         start = time.perf_counter()
-        self.optimizer.zero_grad()
+        if self.optimizer:
+            self.optimizer.zero_grad()
         self.module(*self.batch).square().mean().backward()
-        self.optimizer.step()
+        if self.optimizer:
+            self.optimizer.step()
         return time.perf_counter() - start
 
 
-def peak_alone(variant: str, shape: str, threads: int) -> float:
+def trainable(sizes: dict, variant: str) -> tuple[torch.nn.Module, list[torch.nn.Parameter]]:
+    if variant == "torchgraft":
+        base = traced(Positional(hugging_face(sizes)).eval())
+        module = torchgraft.graft(base, adapters.UniPELTConfig(), "task", verify=False, trainable=True)
+        return module, list(torchgraft.trainable_parameters(module, "task").values())
+    if variant == "library":
+        module = library(sizes, adapters.UniPELTConfig(), ejected=False)
+    else:
+        module = Positional(hugging_face(sizes)).eval()
+    if variant == "floor":
+        module.requires_grad_(False)
+        # As an adapter in the first layer does.
+        module.model.embeddings.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
+    return module, [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def peak_alone(model: str, variant: str, shape: str, threads: int) -> float:
     """MiB, measured in a process of its own."""
-    command = [sys.executable, __file__, "--alone", variant, "--shapes", shape, "--threads", str(threads)]
+    command = [sys.executable, __file__, "--alone", variant, "--model", model]
+    command += ["--shapes", shape, "--threads", str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def alone(variant: str, shape: str) -> float:
-    steps = Steps(variant, shape)
+def alone(model: str, variant: str, shape: str) -> float:
+    steps = Steps(model, variant, shape)
     before = memory("VmRSS")
     reset_peak()
-    for _ in range(3):
+    for _ in range(STEPS_FOR_MEMORY):
         steps()
     return (memory("VmHWM") - before) / MIB
 
 
-def main() -> int:
+def measured(steps: dict[str, Steps], rounds: int) -> dict[str, list[float]]:
+    """Seconds by variant, one for each round."""
+    warm_up = 3
+    seconds: dict[str, list[float]] = {variant: [] for variant in steps}
+    for index in range(warm_up + rounds):
+        for variant, step in steps.items():
+            taken = step()
+            if index >= warm_up:
+                seconds[variant].append(taken)
+    return seconds
+
+
+def rows_of(model: str, shape: str, threads: int, rounds: int) -> list[Row]:
+    peaks = {variant: peak_alone(model, variant, shape, threads) for variant in VARIANTS}
+    steps = {variant: Steps(model, variant, shape) for variant in VARIANTS}
+    seconds = measured(steps, rounds)
+    library_seconds = seconds["library"]
+    rows = []
+    for variant, values in seconds.items():
+        ratios = [value / one for value, one in zip(values, library_seconds, strict=True)]
+        first, _, third = statistics.quantiles(ratios, n=4)
+        median = statistics.median(values)
+        count = sum(parameter.numel() for parameter in steps[variant].parameters)
+        rows.append(Row(model, shape, threads, variant, count, 1e3 * median, median / statistics.median(library_seconds),
+                        (first, third), peaks[variant], peaks[variant] / peaks["library"]))  # fmt: skip
+    return rows
+
+
+def print_table(rows: list[Row], console: Console) -> None:
+    table = Table(title="a training step; ratios to the library's")
+    for name in ("model", "shape", "threads", "variant", "trained", "ms", "time", "quartiles", "MiB", "memory"):
+        table.add_column(name, justify="left" if name in ("model", "variant") else "right")
+    for row in rows:
+        table.add_row(row.model, row.shape, str(row.threads), row.variant, f"{row.parameters / 1e6:.2f} M",
+                      f"{row.milliseconds:.0f}", f"{row.ratio:.3f}", "{:.3f} to {:.3f}".format(*row.quartiles),
+                      f"{row.mebibytes:.0f}", f"{row.memory_ratio:.2f}")  # fmt: skip
+    console.print(table)
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["8x128"])
+    parser.add_argument("--model", choices=["BERT-base", "MiniLM"], default="BERT-base")
+    parser.add_argument("--shapes", nargs="+", default=["8x128"], help="rows x tokens")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--json", type=Path)
     parser.add_argument("--alone", choices=VARIANTS, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
+    console = Console(width=120)
+    rows: list[Row] = []
     for threads, shape in itertools.product(arguments.threads, arguments.shapes):
         torch.set_num_threads(threads)
         if arguments.alone:
-            print(json.dumps(alone(arguments.alone, shape)))
+            print(json.dumps(alone(arguments.model, arguments.alone, shape)))
             continue
-        steps = {variant: Steps(variant, shape) for variant in VARIANTS}
-        seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-        for index in range(arguments.steps + 2):
-            for variant, step in steps.items():
-                taken = step()
-                if index >= 2:
-                    seconds[variant].append(taken)
-        medians = {variant: statistics.median(values) for variant, values in seconds.items()}
-        peaks = {variant: peak_alone(variant, shape, threads) for variant in VARIANTS}
-        print(f"{shape}, {threads} threads: " + ", ".join(
-            f"{variant} {1e3 * medians[variant]:.0f} ms, {peaks[variant]:.0f} MiB" for variant in VARIANTS)
-            + f"; time {medians['torchgraft'] / medians['library']:.2f}, "
-              f"memory {peaks['torchgraft'] / peaks['library']:.2f} of the library's")  # fmt: skip
+        rows += rows_of(arguments.model, shape, threads, arguments.steps)
+    if rows:
+        console.print(", ".join(f"{key}: {value}" for key, value in machine().items()))
+        print_table(rows, console)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": machine(), "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
     return 0
 
 

@@ -38,23 +38,4 @@ at::Tensor gate_result(const Gate& gate, const at::Tensor& x, const RowArguments
   return zero_base_rows(selection, at::full_symint({x.sym_size(0), gates}, base ? 0 : 1, x.options()));
 }
 
-GateGradients gate_backward(const Gate& gate, const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight,
-                            const at::Tensor& bias, const Selection& selection, bool need_x, bool need_weight,
-                            bool need_bias) {
-  GateGradients result;
-  const at::Tensor per_token = (zero_base_rows(selection, grad) / gate.tokens).unsqueeze(1);  // [B, 1, G]
-  const at::Tensor grad_logits = per_token * gate.sigmoids * (1 - gate.sigmoids);             // [B, S, G]
-  const at::Tensor narrow = grad_logits.to(x.scalar_type());
-  if (need_x) {
-    result.x = at::matmul(narrow, select(selection, weight));
-  }
-  if (need_weight) {
-    result.weight = select_backward(selection, weight, weight_gradient(selection, narrow, x));
-  }
-  if (need_bias) {
-    result.bias = select_backward(selection, bias, reduce_rows(selection, grad_logits.sum(1)));
-  }
-  return result;
-}
-
 }  // namespace torchgraft::ops

@@ -19,15 +19,4 @@ Gate gate_forward(const at::Tensor& x, const RowArguments& args, const Selection
 // What an op returns as its second result: [B, G] in x's dtype; ones for an ungated adapter, zeros for base rows.
 at::Tensor gate_result(const Gate& gate, const at::Tensor& x, const RowArguments& args, const Selection& selection);
 
-struct GateGradients {
-  at::Tensor x;       // [B, S, I]
-  at::Tensor weight;  // [N, G, I]
-  at::Tensor bias;    // [N, G]
-};
-
-// grad: [B, G], the gradient of `value`. Only what is asked for is computed. `weight` and `bias` are the banks.
-GateGradients gate_backward(const Gate& gate, const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight,
-                            const at::Tensor& bias, const Selection& selection, bool need_x, bool need_weight,
-                            bool need_bias);
-
 }  // namespace torchgraft::ops

@@ -95,4 +95,9 @@ bool takes_fused_kernels(FusedOp op, const at::Tensor& x) {
   return may_run(x.scalar_type());
 }
 
+bool takes_fused_gradients(const at::Tensor& x, const at::Tensor& grad) {
+  return takes_fused_kernels(x) && takes_fused_kernels(grad) && x.scalar_type() == at::kFloat &&
+         grad.scalar_type() == at::kFloat;
+}
+
 }  // namespace torchgraft::ops

@@ -18,4 +18,7 @@ bool takes_fused_kernels(FusedOp op, const at::Tensor& x);
 // The same without the table, for what is part of several ops.
 bool takes_fused_kernels(const at::Tensor& x);
 
+// The same for the gradient kernels: float32, and an incoming gradient with memory of its own.
+bool takes_fused_gradients(const at::Tensor& x, const at::Tensor& grad);
+
 }  // namespace torchgraft::ops

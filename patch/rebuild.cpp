@@ -7,6 +7,7 @@
 #include <torchgraft/patch/heads_module.h>
 #include <torchgraft/patch/methods.h>
 #include <torchgraft/patch/passes/fuse_projections.h>
+#include <torchgraft/patch/passes/use_eager_autograd.h>
 #include <torchgraft/patch/passes/lower_mkldnn.h>
 #include <torchgraft/patch/verify.h>
 #include <torchgraft/registration/library.h>
@@ -174,8 +175,9 @@ Module build(Foundation foundation, const std::string& active) {
   for (Adapter& adapter : foundation.adapters) {
     complete_dora(adapter, foundation.sites, result);
   }
-  if (std::any_of(foundation.adapters.begin(), foundation.adapters.end(),
-                  [](const Adapter& adapter) { return adapter.trainable; })) {
+  const bool trains = std::any_of(foundation.adapters.begin(), foundation.adapters.end(),
+                                  [](const Adapter& adapter) { return adapter.trainable; });
+  if (trains) {
     freeze_base(result);
   }
   const std::vector<BankSlot> slots = stack_banks(foundation.adapters);
@@ -193,6 +195,9 @@ Module build(Foundation foundation, const std::string& active) {
       insert_adapters(foundation.canonical.graph, foundation.sites, slots, runs, result, foundation.inserting);
   if (options.fuse) {
     fuse_projections(foundation.canonical.graph);
+  }
+  if (trains) {
+    use_eager_autograd(foundation.canonical.graph);
   }
   add_methods(result, foundation.canonical.graph,
               {foundation.head_mask, foundation.sites.result_is_sequence_first});

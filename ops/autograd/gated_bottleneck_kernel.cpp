@@ -1,6 +1,7 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 #include <torchgraft/ops/autograd/support.h>
+#include <torchgraft/ops/autograd/token_reads.h>
 #include <torchgraft/ops/check.h>
 #include <torchgraft/ops/composite/gated_bottleneck_kernel.h>
 #include <torchgraft/ops/gated_bottleneck.h>
@@ -76,21 +77,16 @@ class GatedBottleneckFunction : public torch::autograd::Function<GatedBottleneck
                                    {tensors[6], tensors[7], {}, selection.adapter, {}}};
     const bool gated = saved.gate.value.defined();
     const bool need_gate = gated && saved.needs_any({kX, kGateWeight, kGateBias});
+    TokenReads reads(selection, args.x);
     at::Tensor grad_gate;  // [B, 1]
     if (grads[0].defined()) {
-      grad_gate = through_output(args, saved, grads[0], need_gate, result);
+      grad_gate = through_output(args, saved, grads[0], need_gate, reads, result);
     }
     if (need_gate) {
-      grad_gate = accumulate(grad_gate, grads[1]);
+      reads.add_gate(saved.gate, accumulate(grad_gate, grads[1]), args.rows, saved.needs(kGateWeight),
+                     saved.needs(kGateBias), result[kGateWeight], result[kGateBias]);
     }
-    if (need_gate && grad_gate.defined()) {
-      const GateGradients gate =
-          gate_backward(saved.gate, grad_gate, args.x, args.rows.gate_weight, args.rows.gate_bias, selection,
-                        saved.needs(kX), saved.needs(kGateWeight), saved.needs(kGateBias));
-      result[kX] = accumulate(result[kX], gate.x);
-      result[kGateWeight] = gate.weight;
-      result[kGateBias] = gate.bias;
-    }
+    result[kX] = reads.backward(saved.needs(kX), /*sum=*/{});
     return result;
   }
 
@@ -99,7 +95,7 @@ class GatedBottleneckFunction : public torch::autograd::Function<GatedBottleneck
   // what flows through the output; returns the gate's gradient if it is needed. Nothing of x's size is formed but its
   // gradient.
   static at::Tensor through_output(const BottleneckArguments& args, const Saved& saved, const at::Tensor& grad,
-                                   bool need_gate, variable_list& result) {
+                                   bool need_gate, TokenReads& reads, variable_list& result) {
     const Selection& selection = saved.selection;
     const at::Tensor& hidden = saved.tensors[8];
     const auto sum_type = accumulation_type(args.x.scalar_type());
@@ -110,7 +106,7 @@ class GatedBottleneckFunction : public torch::autograd::Function<GatedBottleneck
       grad_scaled = at::matmul(grad, select(selection, args.up_weight) * scaling.unsqueeze(-1));
     }
     if (need_narrow) {
-      down_gradients(args, saved, with_gate(saved, grad_scaled), result);
+      down_gradients(args, saved, with_gate(saved, grad_scaled), reads, result);
     }
     const bool need_up = saved.needs_any({kUpWeight, kUpBias, kScaling});
     at::Tensor grad_sum;  // [B, H]: grad, summed over tokens
@@ -133,21 +129,15 @@ class GatedBottleneckFunction : public torch::autograd::Function<GatedBottleneck
   }
 
   static void down_gradients(const BottleneckArguments& args, const Saved& saved, const at::Tensor& grad_hidden,
-                             variable_list& result) {
+                             TokenReads& reads, variable_list& result) {
     const Selection& selection = saved.selection;
     const Activation& activation = find_activation(args.non_linearity);
     const at::Tensor grad_inner = activation.backward(grad_hidden, saved.tensors[activation.saves_output ? 8 : 9]);
-    if (saved.needs(kDownWeight)) {
-      result[kDownWeight] =
-          select_backward(selection, args.down_weight, weight_gradient(selection, grad_inner, args.x));
-    }
+    reads.add(grad_inner, args.down_weight, saved.needs(kDownWeight), result[kDownWeight]);
     if (saved.needs(kDownBias)) {
       const at::Tensor per_row =
           grad_inner.sum(at::IntArrayRef{1}, /*keepdim=*/false, accumulation_type(args.x.scalar_type()));
       result[kDownBias] = select_backward(selection, args.down_bias, reduce_rows(selection, per_row));
-    }
-    if (saved.needs(kX)) {
-      result[kX] = at::matmul(grad_inner, select(selection, args.down_weight));
     }
   }
 

@@ -1,5 +1,6 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
+#include <torchgraft/ops/autograd/lora_gradients.h>
 #include <torchgraft/ops/autograd/support.h>
 #include <torchgraft/ops/check.h>
 #include <torchgraft/ops/composite/gated_lora_kernel.h>
@@ -37,8 +38,6 @@ class GatedLoraFunction : public torch::autograd::Function<GatedLoraFunction> {
     return {result.output, gate};
   }
 
-  // With e = grad lora_b (undoing the up projection) and c = scaling g: the gradient of c is sum(e * hidden), of hidden
-  // c e; the rest are products with x and hidden. Nothing wider than r columns is formed but the gradient of x.
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const Saved saved = restore("gated_lora", ctx);
     const Selection& selection = saved.selection;
@@ -47,62 +46,20 @@ class GatedLoraFunction : public torch::autograd::Function<GatedLoraFunction> {
     if (selection.kind == Selection::Kind::kBase) {
       return result;
     }
-    const LoraArguments args{saved.tensors[0], {},
-                             saved.tensors[1], saved.tensors[2],
-                             saved.tensors[3], {saved.tensors[4], saved.tensors[5], {}, selection.adapter, {}}};
-    const bool gated = saved.gate.value.defined();
-    const bool need_gate = gated && saved.needs_any({kX, kGateWeight, kGateBias});
-    at::Tensor grad_gate;  // [B, 1]
-    if (grads[0].defined()) {
-      grad_gate = through_output(args, saved, grads[0], need_gate, result);
-    }
-    if (need_gate) {
-      grad_gate = accumulate(grad_gate, grads[1]);
-    }
-    if (need_gate && grad_gate.defined()) {
-      const GateGradients gate =
-          gate_backward(saved.gate, grad_gate, args.x, args.rows.gate_weight, args.rows.gate_bias, selection,
-                        saved.needs(kX), saved.needs(kGateWeight), saved.needs(kGateBias));
-      result[kX] = accumulate(result[kX], gate.x);
-      result[kGateWeight] = gate.weight;
-      result[kGateBias] = gate.bias;
-    }
+    const variable_list& tensors = saved.tensors;
+    const LoraArguments args{tensors[0], {},         tensors[1],
+                             tensors[2], tensors[3], {tensors[4], tensors[5], {}, selection.adapter, {}}};
+    const LoraNeeds needs{saved.needs(kX),       saved.needs(kLoraA),      saved.needs(kLoraB),
+                          saved.needs(kScaling), saved.needs(kGateWeight), saved.needs(kGateBias)};
+    const LoraGradients gradients =
+        lora_backward(args, selection, saved.gate, /*hidden=*/tensors[6], grads[0], grads[1], needs, /*grad_x=*/{});
+    result[kX] = gradients.x;
+    result[kLoraA] = gradients.lora_a;
+    result[kLoraB] = gradients.lora_b;
+    result[kScaling] = gradients.scaling;
+    result[kGateWeight] = gradients.gate_weight;
+    result[kGateBias] = gradients.gate_bias;
     return result;
-  }
-
- private:
-  // Fills in what flows through the output; returns the gate's gradient if it is needed.
-  static at::Tensor through_output(const LoraArguments& args, const Saved& saved, const at::Tensor& grad,
-                                   bool need_gate, variable_list& result) {
-    const Selection& selection = saved.selection;
-    const at::Tensor& hidden = saved.tensors[6];
-    const auto type = args.x.scalar_type();
-    const at::Tensor coefficient = lora_coefficient(args, selection, saved.gate);
-    const at::Tensor grad_scaled = at::matmul(grad, select(selection, args.lora_b));  // [B, S, r]
-    if (saved.needs(kLoraB)) {
-      const at::Tensor scaled = (hidden * coefficient).to(type);
-      result[kLoraB] = select_backward(selection, args.lora_b, weight_gradient(selection, grad, scaled));
-    }
-    if (saved.needs_any({kLoraA, kX})) {
-      const at::Tensor grad_hidden = (grad_scaled * coefficient).to(type);
-      if (saved.needs(kLoraA)) {
-        result[kLoraA] = select_backward(selection, args.lora_a, weight_gradient(selection, grad_hidden, args.x));
-      }
-      if (saved.needs(kX)) {
-        result[kX] = at::matmul(grad_hidden, select(selection, args.lora_a));
-      }
-    }
-    if (!need_gate && !saved.needs(kScaling)) {
-      return {};
-    }
-    const at::Tensor grad_coefficient =
-        (grad_scaled * hidden).sum(at::IntArrayRef{1, 2}, /*keepdim=*/false, accumulation_type(type));  // [B]
-    if (saved.needs(kScaling)) {
-      const at::Tensor per_row =
-          saved.gate.value.defined() ? grad_coefficient * saved.gate.value.squeeze(1) : grad_coefficient;
-      result[kScaling] = select_backward(selection, args.scaling, reduce_rows(selection, per_row));
-    }
-    return need_gate ? (grad_coefficient * select(selection, args.scaling)).unsqueeze(1) : at::Tensor();
   }
 };
 

@@ -4,8 +4,11 @@
 #include <torch/library.h>
 #include <torchgraft/ops/attention.h>
 #include <torchgraft/ops/autograd/support.h>
+#include <torchgraft/ops/autograd/token_reads.h>
 #include <torchgraft/ops/check.h>
+#include <torchgraft/ops/cpu/prefix_attention_gradient.h>
 #include <torchgraft/ops/gated_prefix_attention.h>
+#include <torchgraft/ops/kernel_choice.h>
 
 namespace torchgraft::ops {
 namespace {
@@ -89,26 +92,63 @@ class GatedPrefixAttentionFunction : public torch::autograd::Function<GatedPrefi
     variable_list result(kArgumentCount);
     const bool need_gate = saved.gate.value.defined() && saved.needs_any({kX, kGateWeight, kGateBias});
     at::Tensor grad_gate;  // [B, G]
-    if (grads[0].defined()) {
+    if (grads[0].defined() && takes_fused(args, saved, grads[0])) {
+      grad_gate = through_fused(args, saved, grads[0], need_gate, result);
+    } else if (grads[0].defined()) {
       const Incoming incoming = receive(args, saved, grads[0]);
       grad_gate = through_prefix(args, saved, incoming, need_gate, result);
       through_sequence(args, saved, incoming, result);
     }
     if (need_gate) {
-      grad_gate = accumulate(grad_gate, grads[1]);
-    }
-    if (need_gate && grad_gate.defined()) {
-      const GateGradients gate =
-          gate_backward(saved.gate, grad_gate, args.x, args.rows.gate_weight, args.rows.gate_bias, saved.selection,
-                        saved.needs(kX), saved.needs(kGateWeight), saved.needs(kGateBias));
-      result[kX] = gate.x;
-      result[kGateWeight] = gate.weight;
-      result[kGateBias] = gate.bias;
+      TokenReads reads(saved.selection, args.x);
+      reads.add_gate(saved.gate, accumulate(grad_gate, grads[1]), args.rows, saved.needs(kGateWeight),
+                     saved.needs(kGateBias), result[kGateWeight], result[kGateBias]);
+      result[kX] = reads.backward(saved.needs(kX), /*sum=*/{});
     }
     return result;
   }
 
  private:
+  // Whether probabilities can be made again of the scores and the saved log-sum-exp, block by block.
+  static bool can_use_log_sum_exp(const PrefixArguments& args, const Saved& saved, const at::Tensor& grad) {
+    const at::Tensor& log_sum_exp = saved.tensors[11];
+    return log_sum_exp.defined() && !saved.needs(kAttnMask) && can_use_flash(args) && !at::isTensorSubclassLike(grad) &&
+           is_precise(log_sum_exp);
+  }
+
+  static bool takes_fused(const PrefixArguments& args, const Saved& saved, const at::Tensor& grad) {
+    return takes_fused_gradients(args.query, grad) && can_use_log_sum_exp(args, saved, grad);
+  }
+
+  // Prefix and sequence by one kernel. Returns the gate's gradient if it is needed.
+  static at::Tensor through_fused(const PrefixArguments& args, const Saved& saved, const at::Tensor& grad,
+                                  bool need_gate, variable_list& result) {
+    const Selection& selection = saved.selection;
+    const Prefix prefix = select_prefix(args, selection, saved.gate, /*trim=*/false);
+    const cpu::AttentionGradients gradients =
+        cpu::attend_backward(args, prefix, additive_mask(args), {saved.tensors[10], saved.tensors[11]}, grad,
+                             saved.needs(kKey), saved.needs(kValue));
+    result[kQuery] = gradients.query;
+    result[kKey] = gradients.key;
+    result[kValue] = gradients.value;
+    const auto of_prefix = [&](const at::Tensor& gated, const at::Tensor& gate, const at::Tensor& bank) {
+      return select_backward(selection, bank, reduce_rows(selection, apply_gate(gated, gate)));
+    };
+    if (saved.needs(kPrefixKey)) {
+      result[kPrefixKey] = of_prefix(gradients.prefix_key, prefix.key_gate, args.prefix_key);
+    }
+    if (saved.needs(kPrefixValue)) {
+      result[kPrefixValue] = of_prefix(gradients.prefix_value, prefix.value_gate, args.prefix_value);
+    }
+    if (!need_gate) {
+      return {};
+    }
+    const at::Tensor grad_gate = at::zeros_like(saved.gate.value);
+    grad_gate.select(1, 0).add_((gradients.prefix_key * prefix.key).sum(at::IntArrayRef{1, 2, 3}));
+    grad_gate.select(1, -1).add_((gradients.prefix_value * prefix.value).sum(at::IntArrayRef{1, 2, 3}));
+    return grad_gate;
+  }
+
   // The gradient of the output and what both parts need of the forward computation.
   struct Incoming {
     at::Tensor grad;   // [B, h, S, d]
@@ -130,8 +170,7 @@ class GatedPrefixAttentionFunction : public torch::autograd::Function<GatedPrefi
     incoming.mask = additive_mask(args);
     incoming.prefix = select_prefix(args, saved.selection, saved.gate, /*trim=*/false);
     incoming.similarities = prefix_similarities(args, incoming.prefix);
-    incoming.flash = log_sum_exp.defined() && !saved.needs(kAttnMask) && can_use_flash(args) &&
-                     !at::isTensorSubclassLike(grad) && is_precise(log_sum_exp);
+    incoming.flash = can_use_log_sum_exp(args, saved, grad);
     const at::Tensor scores = prefix_scores(incoming.prefix, incoming.similarities);
     if (incoming.flash) {
       incoming.probabilities.prefix = at::exp(scores - log_sum_exp.unsqueeze(-1));

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <c10/util/BFloat16.h>
+#include <torchgraft/ops/cpu/attention_gradient.h>
 
 #include <cstdint>
 
@@ -111,6 +112,8 @@ struct Kernels {
   void (*activate)(FusedActivation, float* values, int64_t count);
   int64_t (*attention_workspace)(const HeadAttention&);  // bounded, whatever the number of keys
   void (*attention)(const HeadAttention&);
+  int64_t (*attention_gradient_workspace)(const HeadAttentionGradient&);  // the same for any number of keys and queries
+  void (*attention_gradient)(const HeadAttentionGradient&);
 };
 
 // The table for this machine: what at::get_cpu_capability() says, so ATEN_CPU_CAPABILITY=default|avx2 chooses here too.

@@ -9,11 +9,12 @@
 #include <vector>
 
 namespace torchgraft::ops::cpu {
-namespace {
 
 at::Tensor with_dense_rows(const at::Tensor& tensor) {
   return tensor.stride(-1) == 1 || tensor.size(-1) == 1 ? tensor : tensor.contiguous();
 }
+
+namespace {
 
 // Rows of head_size of one head of [B, h, S, d], as float32: where they lie, or widened.
 class HeadRows {
@@ -51,8 +52,9 @@ std::vector<float> per_row(const at::Tensor& gate, int64_t batch) {
   return result;
 }
 
-// How many prefix positions each batch row uses.
-std::vector<int64_t> lengths(const Prefix& prefix, int64_t batch) {
+}  // namespace
+
+std::vector<int64_t> prefix_lengths(const Prefix& prefix, int64_t batch) {
   const int64_t positions = prefix.key.size(-2);
   std::vector<int64_t> result(batch, positions);
   if (prefix.hidden.defined()) {
@@ -63,8 +65,6 @@ std::vector<int64_t> lengths(const Prefix& prefix, int64_t batch) {
   }
   return result;
 }
-
-}  // namespace
 
 bool takes(const PrefixArguments& args) {
   return args.dropout_p == 0.0 && takes_fused_kernels(FusedOp::kPrefixAttention, args.query) &&
@@ -86,7 +86,7 @@ AttentionForward attend(const PrefixArguments& args, const Prefix& prefix, const
   const int64_t prefix_row = prefix_key.dim() == 4 ? prefix_key.stride(0) : 0;
   const std::vector<float> key_gates = per_row(prefix.key_gate, batch);
   const std::vector<float> value_gates = per_row(prefix.value_gate, batch);
-  const std::vector<int64_t> used = lengths(prefix, batch);
+  const std::vector<int64_t> used = prefix_lengths(prefix, batch);
   const at::Tensor mask =
       additive_mask.defined() ? additive_mask.to(at::kFloat).expand({batch, heads, queries, key.size(2)}) : at::Tensor();
   const auto scale = static_cast<float>(attention_scale(args).expect_float());

@@ -22,8 +22,8 @@ int64_t columns_per_task(int64_t columns, int64_t tokens) {
 
 }  // namespace
 
-std::pair<at::Tensor, Gate> lora_projection(const at::Tensor& weight, const at::Tensor& bias, const LoraArguments& lora,
-                                            const Selection& selection) {
+LoraForward lora_projection(const at::Tensor& weight, const at::Tensor& bias, const LoraArguments& lora,
+                            const Selection& selection) {
   const at::Tensor x = lora.x.contiguous();
   const at::Tensor projection = weight.contiguous();
   const int64_t tokens = x.size(1);
@@ -38,9 +38,9 @@ std::pair<at::Tensor, Gate> lora_projection(const at::Tensor& weight, const at::
     runs = token_runs(selection, x.size(0), tokens);
     reading = read_tokens(x, {lora.lora_a, {}}, lora.rows, selection);
     const std::vector<float> coefficients = row_coefficients(lora.scaling, reading.gate, runs, x.size(0));
-    scaled = reading.hidden;
-    auto* values = scaled.mutable_data_ptr<float>();
-    scale_rows(values, x.size(0) * tokens, scaled.size(2), coefficients, 0, tokens, values, scaled.size(2));
+    scaled = at::empty_like(reading.hidden);
+    scale_rows(reading.hidden.const_data_ptr<float>(), x.size(0) * tokens, scaled.size(2), coefficients, 0, tokens,
+               scaled.mutable_data_ptr<float>(), scaled.size(2));
   }
   const BankSlices lora_b(adapted ? lora.lora_b : at::Tensor());
   const at::Tensor dense_bias = bias.defined() ? bias.contiguous() : bias;
@@ -82,7 +82,7 @@ std::pair<at::Tensor, Gate> lora_projection(const at::Tensor& weight, const at::
       result.store();
     }
   });
-  return {output, reading.gate};
+  return {output, reading.gate, adapted ? reading.hidden.to(x.scalar_type()) : reading.hidden};
 }
 
 }  // namespace torchgraft::ops::cpu

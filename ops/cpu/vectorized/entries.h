@@ -18,5 +18,7 @@ void narrow(const float* from, int64_t count, c10::BFloat16* to);
 void activate(FusedActivation activation, float* values, int64_t count);
 int64_t attention_workspace(const HeadAttention& job);
 void attention(const HeadAttention& job);
+int64_t attention_gradient_workspace(const HeadAttentionGradient& job);
+void attention_gradient(const HeadAttentionGradient& job);
 
 }  // namespace torchgraft::ops::cpu::TORCHGRAFT_VECTORIZED

@@ -29,7 +29,9 @@ const Kernels& TORCHGRAFT_JOIN(kernels_, TORCHGRAFT_INSTRUCTION_SET)() {
                              here::narrow,
                              here::activate,
                              here::attention_workspace,
-                             here::attention};
+                             here::attention,
+                             here::attention_gradient_workspace,
+                             here::attention_gradient};
   return table;
 }
 
