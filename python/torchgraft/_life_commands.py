@@ -11,6 +11,7 @@ from rich.table import Table
 from . import life
 from ._console import table_console
 from ._files import check_writable, load_module, save_module
+from ._text import load_tokenizer, text_arguments
 from .adapter_training import freeze_adapter, unfreeze_adapter
 from .checkpoints import load_adapter, match_adapter, save_adapter
 from .errors import GraftError
@@ -124,10 +125,11 @@ def gates(arguments: argparse.Namespace) -> None:
     module = _load_grafted(arguments.base)
     name = arguments.adapter or module.active_adapter() or module.adapter_names()[0]
     module.activate(name)
-    tokenizer = _tokenizer(arguments)
+    tokenizer = load_tokenizer(arguments.tokenizer or arguments.base.parent / "tokenizer.json", arguments.max_length)
     found = []
     for begin in range(0, len(texts), _BATCH):
-        inputs = _inputs(module, tokenizer.encode_batch(texts[begin : begin + _BATCH]))
+        values = _values(tokenizer.encode_batch(texts[begin : begin + _BATCH]))
+        inputs = text_arguments(module.forward_with_gates, values, "gates")
         with torch.no_grad():
             found.append(module.forward_with_gates(*inputs)[1][name])
     gathered = gather_gates(found)
@@ -160,44 +162,12 @@ def _lines(path: Path | None) -> Any:
         raise GraftError(f"{path}: not UTF-8 text ({error.reason})") from error
 
 
-def _tokenizer(arguments: argparse.Namespace) -> Any:
-    """What a tokenizer.json describes; padding as it says, else with token 0."""
-    from tokenizers import Tokenizer
-
-    path = arguments.tokenizer or arguments.base.parent / "tokenizer.json"
-    if path.is_dir():
-        path = path / "tokenizer.json"
-    if not path.is_file():
-        raise GraftError(f"{path}: no such file; give --tokenizer TOKENIZER.json, as Hugging Face models have it")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises no class of its own
-        raise GraftError(f"{path}: not a tokenizer ({str(error).splitlines()[0]})") from error
-    padding = tokenizer.padding or {}
-    tokenizer.enable_padding(**{key: padding[key] for key in ("pad_id", "pad_token", "pad_type_id") if key in padding})
-    tokenizer.enable_truncation(arguments.max_length)
-    return tokenizer
-
-
-def _inputs(module: torch.jit.ScriptModule, encodings: Any) -> Any:
-    """The arguments of forward by their names: token ids come first, a mask and token types are known by name."""
-    values = {
+def _values(encodings: Any) -> dict[str, torch.Tensor]:
+    return {
         "ids": torch.tensor([encoding.ids for encoding in encodings]),
         "mask": torch.tensor([encoding.attention_mask for encoding in encodings]),
         "type": torch.tensor([encoding.type_ids for encoding in encodings]),
     }
-    result: Any = []
-    parameters = module.forward_with_gates.schema.arguments[1:-1]
-    for index, parameter in enumerate(parameters):
-        kind = next((kind for kind in ("mask", "type") if kind in parameter.name), "ids" if index == 0 else None)
-        if kind is not None:
-            result.append(values[kind])
-        elif parameter.has_default_value():
-            break
-        else:
-            raise GraftError(f"gates: forward's argument '{parameter.name}' is none that a text gives (token ids, a "
-                             "mask, token types); use torchgraft.plot_gates from Python")  # fmt: skip
-    return result
 
 
 COMMANDS = {

@@ -1,4 +1,4 @@
-"""The examples of docs/adapters.md run as they stand, one after the other."""
+"""The examples of docs/adapters.md and docs/training.md run as they stand, one after the other."""
 
 import os
 import re
@@ -9,16 +9,28 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_examples_of_adapters_run(tmp_path) -> None:
-    text = (ROOT / "docs" / "adapters.md").read_text()
+def _run(document: str, blocks: int, folder: Path) -> None:
+    """The marked Python blocks of a document, which are all that it has, in one process."""
+    text = (ROOT / "docs" / document).read_text()
     marked = re.findall(r"<!-- test -->\n```python\n(.*?)```", text, re.DOTALL)
-    assert len(marked) == text.count("```python") == 12
+    assert len(marked) == text.count("```python") == blocks
     environment = os.environ | {"PYTHONPATH": str(ROOT / "python")}
+    program = folder / "blocks.py"  # a file: torch.jit.script reads the source of what it scripts
+    program.write_text("\n".join(marked))
     done = subprocess.run(
-        [sys.executable, "-c", "\n".join(marked)], cwd=tmp_path, env=environment, capture_output=True, text=True,
-        timeout=300,
-    )  # fmt: skip
+        [sys.executable, str(program)], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_examples_of_adapters_run(tmp_path) -> None:
+    _run("adapters.md", 12, tmp_path)
     for written in ("reviews_adapter/adapter.safetensors", "tweets_adapter/pytorch_adapter.bin", "gates.png",
                     "each.svg", "lowered.pt"):  # fmt: skip
+        assert (tmp_path / written).stat().st_size > 0
+
+
+def test_the_examples_of_training_run(tmp_path) -> None:
+    _run("training.md", 2, tmp_path)
+    for written in ("trained/adapter.safetensors", "served.pt", "checkpoint.pt"):
         assert (tmp_path / written).stat().st_size > 0

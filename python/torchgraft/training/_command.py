@@ -1,0 +1,146 @@
+"""What scripts/train.py does, once its command line is understood."""
+
+import argparse
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import HeadConfig, add_head, freeze_adapter, graft, load_adapter, save_adapter, unfreeze_adapter
+from .._files import load_module, reason, save_module, write_whole
+from .._text import load_tokenizer
+from ..errors import GraftError
+from .batches import EncodedExamples, encode_examples
+from .examples import Columns, Example, check_every_class, class_names, read_examples, split_examples
+from .listeners import Listener, ProgressBar, TensorBoardLog
+from .options import TrainingOptions
+from .trainer import Trainer, TrainingResult, score
+from .workers import Workers
+
+# What a user can cause; anything else is a defect and deserves its traceback. RuntimeError, torch.jit.Error: torch's.
+EXPECTED_ERRORS = (GraftError, OSError, RuntimeError, MemoryError, torch.jit.Error)
+
+__all__ = ["EXPECTED_ERRORS", "reason", "run"]
+
+CHECKPOINT = "checkpoint.pt"
+
+
+@dataclass(frozen=True)
+class Data:
+    """The examples of a run, tokenised, and the names of their classes."""
+
+    names: list[str]
+    training: EncodedExamples
+    validation: EncodedExamples | None
+    test: EncodedExamples | None
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Trains, and writes into arguments.output: adapter/ (with its head), checkpoint.pt, scores.json, logs/ and, if
+    asked for, model.pt. Of several processes the first one writes."""
+    workers = Workers.started_by_torchrun(arguments.device)
+    try:
+        _run(arguments, workers)
+    finally:
+        workers.close()
+
+
+def _run(arguments: argparse.Namespace, workers: Workers) -> None:
+    output: Path = arguments.output
+    checkpoint = output / CHECKPOINT
+    if checkpoint.exists() and not (arguments.resume or arguments.restart):
+        raise GraftError(f"{checkpoint}: there already; give --resume to go on, --restart to start anew, "
+                         "or another --output")  # fmt: skip
+    options = TrainingOptions(**{field.name: getattr(arguments, field.name) for field in fields(TrainingOptions)})
+    data = _load_data(arguments)
+    base = load_module(arguments.model)
+    module = _trainable(base, arguments, data.names).to(workers.device)
+    output.mkdir(parents=True, exist_ok=True)
+    listeners: list[Listener] = []
+    if workers.rank == 0:
+        listeners.append(ProgressBar())
+        if arguments.tensorboard:
+            listeners.append(TensorBoardLog(output / "logs"))
+    trainer = Trainer(
+        module, arguments.adapter, data.training, data.validation, len(data.names), options, checkpoint=checkpoint,
+        identity=_identity(arguments, data), workers=workers, listeners=listeners,
+    )  # fmt: skip
+    result = trainer.run(resume=arguments.resume)
+    scores = _final_scores(module, data, workers)
+    if workers.rank == 0:
+        _write(module.cpu(), arguments, data, result, scores)
+
+
+def _identity(arguments: argparse.Namespace, data: Data) -> dict[str, Any]:
+    """What else must be alike where a run goes on: the model, the tokens, the adapter's making."""
+    with arguments.model.open("rb") as file:
+        model = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    tokens = hashlib.sha256(json.dumps([data.training.token_ids, data.training.labels.tolist()]).encode())
+    made = ("config", "start", "pooling", "head_layers", "head_dropout", "gate_pooling")
+    return {"model": model, "training examples": tokens.hexdigest()[:16], "classes": ", ".join(data.names),
+            **{name: str(getattr(arguments, name)) for name in made}}  # fmt: skip
+
+
+def _load_data(arguments: argparse.Namespace) -> Data:
+    columns = Columns(arguments.text_column, arguments.label_column, arguments.group_column)
+    training = read_examples(arguments.train, columns)
+    without_groups = Columns(arguments.text_column, arguments.label_column)
+    validation = read_examples(arguments.validation, without_groups) if arguments.validation else None
+    test = read_examples(arguments.test, without_groups) if arguments.test else None
+    names = arguments.labels.split(",") if arguments.labels else class_names(training)
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise GraftError(f"{arguments.train}: expected at least two different classes, got {', '.join(names)}")
+    if validation is None and arguments.validation_fraction:
+        training, validation = split_examples(training, arguments.validation_fraction, arguments.seed)
+    tokenizer = load_tokenizer(arguments.tokenizer or arguments.model.parent / "tokenizer.json", arguments.max_length)
+
+    def encode(examples: list[Example] | None) -> EncodedExamples | None:
+        return None if examples is None else encode_examples(tokenizer, examples, names)
+
+    data = Data(names, encode(training), encode(validation), encode(test))
+    check_every_class(data.training.labels, names)
+    return data
+
+
+def _trainable(base: torch.jit.ScriptModule, arguments: argparse.Namespace, names: list[str]) -> torch.jit.ScriptModule:
+    """The model with the adapter, unfrozen, and its head: fresh, from a directory, or the one that it has."""
+    name = arguments.adapter
+    torch.manual_seed(arguments.seed)
+    there = base.adapter_names() if hasattr(base, "adapter_names") else []
+    if arguments.start:
+        module = load_adapter(base, arguments.start, name, trainable=True)
+    elif name in there:
+        module = unfreeze_adapter(base, name)
+    else:
+        text = arguments.config
+        config = Path(text) if "/" in text else text
+        module = graft(base, config, name, gate_pooling=arguments.gate_pooling, trainable=True)
+    head = HeadConfig(num_labels=len(names), labels=names, pooling=arguments.pooling, layers=arguments.head_layers,
+                      dropout_prob=arguments.head_dropout)  # fmt: skip
+    return add_head(module, name, head)
+
+
+def _final_scores(module: torch.jit.ScriptModule, data: Data, workers: Workers) -> dict[str, dict[str, float]]:
+    sets = {"validation": data.validation, "test": data.test}
+    return {name: asdict(score(module, examples, len(data.names), workers=workers))
+            for name, examples in sets.items() if examples is not None}  # fmt: skip
+
+
+def _write(
+    module: torch.jit.ScriptModule, arguments: argparse.Namespace, data: Data, result: TrainingResult,
+    scores: dict[str, dict[str, float]],
+) -> None:  # fmt: skip
+    output: Path = arguments.output
+    save_adapter(module, arguments.adapter, output / "adapter", model_class=arguments.model_class)
+    if arguments.save_model:
+        save_module(freeze_adapter(module, arguments.adapter), output / "model.pt")
+    report = {"labels": data.names, "best_epoch": result.best_epoch, "stopped_early": result.stopped_early,
+              "steps": result.steps, "scores": scores, "history": result.history}  # fmt: skip
+    write_whole((json.dumps(report, indent=2) + "\n").encode(), output / "scores.json")
+    for name, values in scores.items():
+        accuracy, macro_f1, loss = values["accuracy"], values["macro_f1"], values["loss"]
+        print(f"{name}: accuracy {accuracy:.3f}, macro-F1 {macro_f1:.3f}, loss {loss:.4f}")
+    print(f"{output / 'adapter'}: adapter {arguments.adapter}")

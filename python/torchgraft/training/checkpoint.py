@@ -1,0 +1,112 @@
+"""What a training run needs to go on after it was killed."""
+
+import io
+import pickle
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._files import reason, write_whole
+from ..errors import GraftError
+
+_FORMAT = 1
+
+
+@dataclass
+class BestEpoch:
+    """The best validation score so far, and the weights that had it."""
+
+    epoch: int
+    score: float
+    parameters: dict[str, Tensor]
+
+
+@dataclass
+class TrainingState:
+    """Everything between two steps that is not a function of the settings.
+
+    Attributes:
+        settings: what must be alike in a run that goes on: options, data, model.
+        parameters: the trained weights by name.
+        optimizer, scheduler: their state_dict().
+        random: the state of torch's generator on each process.
+        epoch, batches_done: the position; whole epochs, and batches in this one.
+        step: steps of the optimizer so far.
+        loss_sum, rows: of this epoch so far, over all processes.
+        seconds: spent on this epoch so far.
+        best: None before the first validation.
+        epochs_without_gain: since the best one.
+        history: what was measured after each epoch.
+        finished: whether the run has ended.
+    """
+
+    settings: dict[str, Any]
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    scheduler: dict[str, Any] = field(default_factory=dict)
+    random: list[Tensor] = field(default_factory=list)
+    epoch: int = 0
+    batches_done: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    rows: int = 0
+    seconds: float = 0.0
+    best: BestEpoch | None = None
+    epochs_without_gain: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    finished: bool = False
+
+
+def save_checkpoint(state: TrainingState, path: Path) -> None:
+    """Writes beside `path`, syncs and renames: whenever the process is killed, `path` holds a whole checkpoint.
+
+    Raises:
+        GraftError: it cannot be written, for example because the disk is full; `path` holds what it held.
+    """
+    content = {name.name: getattr(state, name.name) for name in fields(state)}
+    content["best"] = None if state.best is None else {
+        "epoch": state.best.epoch, "score": state.best.score, "parameters": state.best.parameters,
+    }  # fmt: skip
+    buffer = io.BytesIO()
+    torch.save({"format": _FORMAT, **content}, buffer)
+    write_whole(buffer.getvalue(), path)
+
+
+def load_checkpoint(path: Path) -> TrainingState:
+    """Reads what save_checkpoint() wrote. Nothing but tensors and plain values is unpickled.
+
+    Raises:
+        GraftError: the file is missing, damaged, or something else.
+    """
+    try:
+        written = path.read_bytes()
+    except OSError as error:
+        raise GraftError(f"{path}: cannot read the checkpoint ({error.strerror or error})") from error
+    try:
+        content = torch.load(io.BytesIO(written), map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, EOFError, KeyError, OSError, pickle.UnpicklingError) as error:
+        raise GraftError(f"{path}: not a checkpoint, or damaged ({reason(error).splitlines()[0]})") from error
+    if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
+        raise GraftError(f"{path}: not a checkpoint of this version of torchgraft")
+    if set(content) != {name.name for name in fields(TrainingState)}:
+        raise GraftError(f"{path}: not a checkpoint: its entries are {', '.join(map(str, content))}")
+    best = content.pop("best")
+    return TrainingState(**content, best=None if best is None else BestEpoch(**best))
+
+
+def check_same_run(state: TrainingState, settings: dict[str, Any], path: Path) -> None:
+    """Raises GraftError if the checkpoint is of a run with other settings: to go on would give the weights of neither."""
+    changed = [name for name in sorted(state.settings.keys() | settings.keys())
+               if state.settings.get(name) != settings.get(name)]  # fmt: skip
+    if changed:
+        told = ", ".join(f"{name} was {state.settings.get(name)}, is {settings.get(name)}" for name in changed)
+        raise GraftError(f"{path}: the checkpoint is of another run: {told}; give those settings, or start anew")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Removes what a process that was killed while it wrote has left beside `path`."""
+    for temporary in path.parent.glob(f".{path.name}.*.tmp"):
+        temporary.unlink(missing_ok=True)

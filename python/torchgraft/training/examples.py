@@ -1,0 +1,163 @@
+"""Texts with their classes, from CSV, TSV or JSONL files."""
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import GraftError
+
+FORMATS = (".csv", ".tsv", ".jsonl")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The names of a file's columns (of JSONL: keys). Examples of one group stay together when a file is split."""
+
+    text: str = "text"
+    label: str = "label"
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a file. where: "FILE, line N", for messages."""
+
+    text: str
+    label: str
+    where: str
+    group: str = ""
+
+
+def read_examples(path: Path, columns: Columns = Columns()) -> list[Example]:
+    """Every row of a file. A CSV or TSV file begins with the names of its columns; JSONL holds one object per line.
+
+    Raises:
+        GraftError: the file is missing, empty, not UTF-8, of another form, or a row lacks its text or label.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise GraftError(f"{path}: expected a file ending in {', '.join(FORMATS)}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise GraftError(f"{path}: cannot read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise GraftError(f"{path}: not UTF-8 text (byte {error.start}: {error.reason})") from error
+    rows = _json_rows(path, text) if path.suffix.lower() == ".jsonl" else _table_rows(path, text, columns)
+    examples = [_example(f"{path}, line {line}", row, columns) for line, row in rows]
+    if not examples:
+        raise GraftError(f"{path}: holds no examples")
+    return examples
+
+
+def _table_rows(path: Path, text: str, columns: Columns) -> Iterator[tuple[int, dict]]:
+    # In TSV, as NLP data sets have it, a quotation mark is a character like others.
+    form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix.lower() == ".tsv" else {"strict": True}
+    reader = csv.DictReader(io.StringIO(text, newline=""), **form)
+    try:
+        names = reader.fieldnames or []
+        for name in filter(None, (columns.text, columns.label, columns.group)):
+            if names and name not in names:
+                raise GraftError(f"{path}: has no column '{name}'; its columns are {', '.join(names)}")
+        for row in reader:
+            if None in row or None in row.values():  # what DictReader makes of more or fewer cells
+                raise GraftError(f"{path}, line {reader.line_num}: expected as many cells as the first line has")
+            yield reader.line_num, row
+    except csv.Error as error:  # in the row after the last that could be read
+        raise GraftError(f"{path}, line {reader.line_num + 1}: {error}") from error
+
+
+def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
+    # Not splitlines(): JSON strings may hold the other separators that it knows, such as U+2028.
+    for line, content in enumerate(text.split("\n"), 1):
+        if not content.strip():
+            continue
+        try:
+            row = json.loads(content)
+        except ValueError as error:
+            raise GraftError(f"{path}, line {line}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise GraftError(f"{path}, line {line}: expected an object, got {type(row).__name__}")
+        yield line, row
+
+
+def _example(where: str, row: dict, columns: Columns) -> Example:
+    values = {}
+    for name in filter(None, (columns.text, columns.label, columns.group)):
+        value = row.get(name)
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise GraftError(f"{where}: '{name}' is {'missing' if value is None else 'no text or whole number'}")
+        values[name] = str(value).strip()
+        if not values[name]:
+            raise GraftError(f"{where}: '{name}' is empty")
+    return Example(values[columns.text], values[columns.label], where, values.get(columns.group or "", ""))
+
+
+def class_names(examples: Sequence[Example]) -> list[str]:
+    """The labels that occur, in alphabetical order; whole numbers by their value."""
+    found = {example.label for example in examples}
+    numbers = all(label.isdecimal() for label in found)
+    return sorted(found, key=lambda label: (int(label) if numbers else 0, label))
+
+
+def class_indices(examples: Sequence[Example], names: Sequence[str]) -> torch.Tensor:
+    """The class of each example, [N] int64: the position of its label in `names`.
+
+    A whole number that is no name counts as the position itself.
+
+    Raises:
+        GraftError: a label that is no name, or a number out of range.
+    """
+    positions = {name: index for index, name in enumerate(names)}
+    result = []
+    for example in examples:
+        index = positions.get(example.label)
+        if index is None and example.label.lstrip("-").isdecimal():
+            index = int(example.label)
+            if not 0 <= index < len(names):
+                raise GraftError(f"{example.where}: label {index} is out of range for {len(names)} classes "
+                                 f"(0 to {len(names) - 1}: {', '.join(names)})")  # fmt: skip
+        if index is None:
+            raise GraftError(f"{example.where}: label '{example.label}' is unknown; the classes are {', '.join(names)}")
+        result.append(index)
+    return torch.tensor(result, dtype=torch.int64)
+
+
+def check_every_class(indices: torch.Tensor, names: Sequence[str]) -> None:
+    """Raises GraftError if a class has no example: a model trained on those would never choose it."""
+    counts = Counter(indices.tolist())
+    missing = [name for index, name in enumerate(names) if not counts[index]]
+    if missing:
+        raise GraftError(f"no training example has the label {', '.join(missing)} (there are {len(indices)} of "
+                         f"{', '.join(f'{names[index]}: {count}' for index, count in sorted(counts.items()))}); give "
+                         "more examples, another --seed for the split, or leave the class out")  # fmt: skip
+
+
+def split_examples(
+    examples: Sequence[Example], fraction: float, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """(the rest, about `fraction` of the examples), drawn by `seed`. A group goes to one side; no group: its own.
+
+    Raises:
+        GraftError: one side would be empty.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, example in enumerate(examples):
+        groups.setdefault(f"group {example.group}" if example.group else f"row {index}", []).append(index)
+    members = list(groups.values())
+    wanted = round(fraction * len(examples))
+    taken: set[int] = set()
+    for position in torch.randperm(len(members), generator=torch.Generator().manual_seed(seed)).tolist():
+        if len(taken) >= wanted:
+            break
+        taken.update(members[position])
+    if not 0 < len(taken) < len(examples):
+        raise GraftError(f"cannot split {len(examples)} examples in {len(members)} groups at {fraction}: one side "
+                         "would be empty")  # fmt: skip
+    return ([example for index, example in enumerate(examples) if index not in taken],
+            [examples[index] for index in sorted(taken)])  # fmt: skip

@@ -1,0 +1,96 @@
+"""Who is told how a run goes on: a progress bar, lines of text, TensorBoard."""
+
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..errors import GraftError
+
+
+class Listener:
+    """Told by the Trainer of rank 0. This one does nothing."""
+
+    def started(self, done_steps: int, total_steps: int) -> None:
+        """Before the first step; done_steps > 0 where a run goes on."""
+
+    def stepped(self, step: int, loss: float, learning_rate: float, gradient_norm: float) -> None:
+        """After each step: the mean loss of its examples, and the norm of the gradients before they were clipped."""
+
+    def epoch_ended(self, record: dict[str, Any]) -> None:
+        """After each epoch: what is in TrainingResult.history."""
+
+    def ended(self) -> None:
+        """After the last step, and after an error."""
+
+
+def describe_epoch(record: dict[str, Any]) -> str:
+    """One line."""
+    text = f"epoch {record['epoch']}: loss {record['train_loss']:.4f}"
+    if "validation_accuracy" in record:
+        text += (f", validation loss {record['validation_loss']:.4f}, accuracy {record['validation_accuracy']:.3f}, "
+                 f"macro-F1 {record['validation_macro_f1']:.3f}")  # fmt: skip
+    return f"{text}, {record['seconds']:.1f} s"
+
+
+class ProgressBar(Listener):
+    """Steps, time that is left and loss, as a bar on a terminal; elsewhere one line per epoch."""
+
+    def __init__(self, stream: TextIO = sys.stderr):
+        self._console = Console(file=stream, highlight=False, markup=False)
+        self._bar = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+            TimeRemainingColumn(), TextColumn("loss {task.fields[loss]}"), console=self._console,
+            disable=not self._console.is_terminal,
+        )  # fmt: skip
+        self._smooth: float | None = None
+
+    def started(self, done_steps: int, total_steps: int) -> None:
+        self._task = self._bar.add_task("", total=total_steps, completed=done_steps, loss="-")
+        self._bar.start()
+
+    def stepped(self, step: int, loss: float, learning_rate: float, gradient_norm: float) -> None:
+        self._smooth = loss if self._smooth is None else 0.9 * self._smooth + 0.1 * loss
+        self._bar.update(self._task, completed=step, loss=f"{self._smooth:.4f}")
+
+    def epoch_ended(self, record: dict[str, Any]) -> None:
+        self._console.print(describe_epoch(record), soft_wrap=True)
+
+    def ended(self) -> None:
+        self._bar.stop()
+
+
+class TensorBoardLog(Listener):
+    """Scalars for TensorBoard: loss, learning rate and gradient norm of each step, scores of each epoch."""
+
+    def __init__(self, folder: Path):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise GraftError(f"TensorBoard logs need the package tensorboard ({error}); see requirements/train.txt, "
+                             "or give --no-tensorboard") from error  # fmt: skip
+        self._make, self._folder, self._writer = SummaryWriter, folder, None
+
+    def started(self, done_steps: int, total_steps: int) -> None:
+        # What a killed run had logged beyond its last checkpoint is not shown.
+        purge = {"purge_step": done_steps + 1} if done_steps else {}
+        try:
+            self._writer = self._make(str(self._folder), **purge)
+        except OSError as error:
+            raise GraftError(f"{self._folder}: cannot write logs ({error.strerror})") from error
+
+    def stepped(self, step: int, loss: float, learning_rate: float, gradient_norm: float) -> None:
+        for name, value in (("loss", loss), ("learning_rate", learning_rate), ("gradient_norm", gradient_norm)):
+            self._writer.add_scalar(f"train/{name}", value, step)
+
+    def epoch_ended(self, record: dict[str, Any]) -> None:
+        for name, value in record.items():
+            if name.startswith("validation_"):
+                self._writer.add_scalar(f"validation/{name.removeprefix('validation_')}", value, record["step"])
+        self._writer.flush()
+
+    def ended(self) -> None:
+        if self._writer is not None:
+            self._writer.close()

@@ -1,0 +1,57 @@
+"""What a training run can be told."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..errors import GraftError
+
+SCHEDULES = ("linear", "cosine", "constant")
+CRITERIA = ("accuracy", "macro_f1", "loss")
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How to train.
+
+    Attributes:
+        epochs: at most so many passes over the training examples.
+        batch_size: examples of one forward pass, over all processes.
+        accumulate: batches that make one step of the optimizer. A step is on the mean loss of all their examples.
+        learning_rate, weight_decay: of AdamW.
+        schedule: how the learning rate falls after the warm-up: "linear" or "cosine" to zero, or "constant".
+        warmup: the share of all steps in which it rises from zero.
+        clip: the largest norm that all gradients together may have; 0: any.
+        patience: stop after so many epochs without a better validation score; 0: never.
+        best_by: which score of the validation examples decides which epoch is kept.
+        seed: of the order of examples and of dropout.
+        checkpoint_every: steps between two checkpoints; there is also one at the end of each epoch.
+    """
+
+    epochs: int = 3
+    batch_size: int = 32
+    accumulate: int = 1
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    schedule: str = "linear"
+    warmup: float = 0.06
+    clip: float = 1.0
+    patience: int = 0
+    best_by: str = "accuracy"
+    seed: int = 0
+    checkpoint_every: int = 100
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("checkpoint_every", 1),
+                            ("patience", 0), ("clip", 0), ("weight_decay", 0), ("seed", 0)):  # fmt: skip
+            if not getattr(self, name) >= least:
+                raise GraftError(f"training: expected {name} >= {least}, got {getattr(self, name)}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise GraftError(f"training: expected learning_rate > 0, got {self.learning_rate}")
+        if not 0 <= self.warmup < 1:
+            raise GraftError(f"training: expected 0 <= warmup < 1, got {self.warmup}")
+        for name, known in (("schedule", SCHEDULES), ("best_by", CRITERIA)):
+            if getattr(self, name) not in known:
+                raise GraftError(f"training: expected {name} among {', '.join(known)}, got '{getattr(self, name)}'")
+
+    def as_dict(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}

@@ -1,0 +1,252 @@
+"""Trains one adapter, with its head, of a grafted module."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from .. import trainable_parameters
+from .._text import text_arguments
+from ..errors import GraftError
+from .batches import Batch, EncodedExamples, collate, scoring_batches, training_batches
+from .checkpoint import (
+    BestEpoch,
+    TrainingState,
+    check_same_run,
+    load_checkpoint,
+    remove_leftovers,
+    save_checkpoint,
+)
+from .listeners import Listener
+from .metrics import Scores, confusion_matrix, scores_of
+from .options import TrainingOptions
+from .schedule import learning_rate_factor
+from .workers import Workers
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """history: one record per epoch. best_epoch: the one whose weights the module has, 0 without validation examples:
+    then it has the last one's."""
+
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best_epoch: int = 0
+    stopped_early: bool = False
+    steps: int = 0
+
+
+def score(
+    module: torch.jit.ScriptModule, examples: EncodedExamples, num_labels: int, batch_size: int = 64,
+    workers: Workers | None = None,
+) -> Scores:  # fmt: skip
+    """The scores of the active adapter's head, in eval mode; of all processes together, on each."""
+    workers = workers or Workers()
+    was_training = module.training
+    module.eval()
+    confusion = torch.zeros(num_labels, num_labels, dtype=torch.float64)
+    loss = torch.zeros((), dtype=torch.float64)
+    with torch.no_grad():
+        for indices in scoring_batches(examples.lengths(), batch_size):
+            batch = collate(examples, indices, workers.part(), workers.device)
+            if batch is not None:
+                logits = class_scores(module, batch).float()
+                loss += cross_entropy(logits, batch.labels, reduction="sum").double().cpu()
+                confusion += confusion_matrix(logits.argmax(-1), batch.labels, num_labels).cpu()
+    module.train(was_training)
+    workers.add_up([confusion, loss])
+    return scores_of(confusion, loss.item() / max(1, len(examples)))
+
+
+def class_scores(module: torch.jit.ScriptModule, batch: Batch) -> Tensor:
+    """Logits [B, L] of the active adapter's head."""
+    return module.forward_with_head(*text_arguments(module.forward_with_head, batch.values, "training"))
+
+
+class Trainer:
+    """One run: AdamW on the mean cross entropy of the adapter's and its head's weights; the base is not trained.
+
+    Args:
+        module: a grafted module whose adapter `name` is trainable and has a classification head, on the workers'
+            device. The run changes the adapter's weights in place.
+        name: the adapter.
+        training, validation: tokenised examples. Without validation examples the last epoch is the best.
+        options: how to train.
+        checkpoint: where to write checkpoints; None: nowhere.
+        identity: further settings that must be alike for a checkpoint to be gone on with (the files, the model).
+        workers: the processes that train together.
+        listeners: told of progress, on rank 0 only.
+    """
+
+    def __init__(
+        self, module: torch.jit.ScriptModule, name: str, training: EncodedExamples,
+        validation: EncodedExamples | None, num_labels: int, options: TrainingOptions, *,
+        checkpoint: Path | None = None, identity: Mapping[str, Any] | None = None, workers: Workers | None = None,
+        listeners: Sequence[Listener] = (),
+    ):  # fmt: skip
+        if len(training) == 0:
+            raise GraftError("training: there are no training examples")
+        self._module, self._training, self._validation = module, training, validation
+        self._num_labels, self._options, self._checkpoint = num_labels, options, checkpoint
+        self._workers = workers or Workers()
+        self._listeners = list(listeners) if self._workers.rank == 0 else []
+        module.activate(name)
+        self._parameters = trainable_parameters(module, name)
+        self._workers.take_from_first(list(self._parameters.values()))
+        batches = math.ceil(len(training) / options.batch_size)
+        self._total_steps = options.epochs * math.ceil(batches / options.accumulate)
+        self._optimizer = torch.optim.AdamW(
+            self._parameters.values(), lr=options.learning_rate, weight_decay=options.weight_decay
+        )
+        factor = learning_rate_factor(options.schedule, round(options.warmup * self._total_steps), self._total_steps)
+        self._scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, factor)
+        torch.manual_seed(options.seed + self._workers.rank)  # of dropout: every process its own
+        settings = {**options.as_dict(), "processes": self._workers.size, "examples": len(training), "adapter": name}
+        del settings["checkpoint_every"]
+        self._state = TrainingState({**settings, **(identity or {})})
+
+    def run(self, resume: bool = False) -> TrainingResult:
+        """Trains to the end, and leaves the best epoch's weights in the module.
+
+        Args:
+            resume: go on from the checkpoint, if there is one. The weights at the end are those of a run that was not
+                interrupted.
+
+        Raises:
+            GraftError: the loss or a gradient is not finite; a checkpoint cannot be written, or is of another run. The
+                last checkpoint is then whole, and from before that step.
+        """
+        if self._checkpoint is not None:
+            if self._workers.rank == 0:
+                remove_leftovers(self._checkpoint)
+            if resume and self._checkpoint.exists():
+                self._restore(load_checkpoint(self._checkpoint))
+            else:
+                self._save()  # a disk that is full is better known now
+        state = self._state
+        for listener in self._listeners:
+            listener.started(state.step, self._total_steps)
+        try:
+            while not state.finished:
+                self._train_epoch()
+                self._end_epoch()
+                self._save()
+        finally:
+            for listener in self._listeners:
+                listener.ended()
+        self._module.eval()
+        if state.best is not None:
+            self._set_parameters(state.best.parameters)
+        return TrainingResult(state.history, state.best.epoch if state.best else 0,
+                              state.epoch < self._options.epochs, state.step)  # fmt: skip
+
+    def _train_epoch(self) -> None:
+        """The rest of the epoch that the state is in."""
+        options, state = self._options, self._state
+        self._module.train()
+        batches = training_batches(self._training.lengths(), options.batch_size, options.seed, state.epoch)
+        while state.batches_done < len(batches):
+            chosen = batches[state.batches_done : state.batches_done + options.accumulate]
+            started = time.perf_counter()
+            self._step(chosen)
+            state.seconds += time.perf_counter() - started
+            state.batches_done += len(chosen)
+            if state.step % options.checkpoint_every == 0 and state.batches_done < len(batches):
+                self._save()
+
+    def _step(self, batches: list[list[int]]) -> None:
+        """One step of the optimizer on the mean loss over all rows of `batches`, whichever process has them."""
+        state, rows = self._state, sum(map(len, batches))
+        self._optimizer.zero_grad(set_to_none=True)
+        loss_sum = torch.zeros((), dtype=torch.float64)
+        for indices in batches:
+            batch = collate(self._training, indices, self._workers.part(), self._workers.device)
+            if batch is not None:
+                loss = cross_entropy(class_scores(self._module, batch).float(), batch.labels, reduction="sum")
+                (loss / rows).backward()
+                loss_sum += loss.detach().double().cpu()
+        parameters = list(self._parameters.values())
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self._workers.add_up([loss_sum, *(parameter.grad for parameter in parameters)])
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self._options.clip or math.inf).item()
+        if not (math.isfinite(loss_sum.item()) and math.isfinite(norm)):
+            self._refuse(loss_sum.item() / rows, norm, [index for indices in batches for index in indices])
+        learning_rate = self._scheduler.get_last_lr()[0]
+        self._optimizer.step()
+        self._scheduler.step()
+        state.step += 1
+        state.loss_sum, state.rows = state.loss_sum + loss_sum.item(), state.rows + rows
+        for listener in self._listeners:
+            listener.stepped(state.step, loss_sum.item() / rows, learning_rate, norm)
+
+    def _refuse(self, loss: float, norm: float, indices: list[int]) -> None:
+        """Before the step is made: weights and checkpoint are as good as before."""
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradients is {norm}"
+        places = ", ".join(self._training.where[index] for index in indices[:3])
+        kept = f"; {self._checkpoint} holds the last good state" if self._checkpoint else ""
+        raise GraftError(f"training: {what} in step {self._state.step + 1} of {self._total_steps} (examples: {places}, "
+                         f"...){kept}. Lower the learning rate, or look at the examples")  # fmt: skip
+
+    def _end_epoch(self) -> None:
+        """Measures, compares, and decides whether to go on."""
+        options, state = self._options, self._state
+        state.epoch += 1
+        record: dict[str, Any] = {"epoch": state.epoch, "step": state.step, "train_loss": state.loss_sum / state.rows,
+                                  "seconds": state.seconds}  # fmt: skip
+        state.batches_done, state.loss_sum, state.rows, state.seconds = 0, 0.0, 0, 0.0
+        if self._validation is not None:
+            scores = score(self._module, self._validation, self._num_labels, workers=self._workers)
+            record |= {f"validation_{key}": value for key, value in asdict(scores).items()}
+            value = -scores.loss if options.best_by == "loss" else getattr(scores, options.best_by)
+            if state.best is None or value > state.best.score:
+                state.best = BestEpoch(state.epoch, value, self._copy_parameters())
+                state.epochs_without_gain = 0
+            else:
+                state.epochs_without_gain += 1
+        state.history.append(record)
+        out_of_patience = 0 < options.patience <= state.epochs_without_gain
+        state.finished = state.epoch == options.epochs or out_of_patience
+        for listener in self._listeners:
+            listener.epoch_ended(record)
+
+    def _copy_parameters(self) -> dict[str, Tensor]:
+        return {key: value.detach().cpu().clone() for key, value in self._parameters.items()}
+
+    def _set_parameters(self, values: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for key, parameter in self._parameters.items():
+                parameter.copy_(values[key])
+
+    def _save(self) -> None:
+        if self._checkpoint is None:
+            return
+        state = self._state
+        generators = self._workers.gather(self._random_state())
+        if self._workers.rank == 0:
+            state.parameters, state.random = self._copy_parameters(), generators
+            state.optimizer, state.scheduler = self._optimizer.state_dict(), self._scheduler.state_dict()
+            save_checkpoint(state, self._checkpoint)
+
+    def _random_state(self) -> Tensor:
+        on_gpu = self._workers.device.type == "cuda"
+        return torch.cuda.get_rng_state(self._workers.device) if on_gpu else torch.get_rng_state()
+
+    def _restore(self, state: TrainingState) -> None:
+        check_same_run(state, self._state.settings, self._checkpoint)
+        if state.parameters.keys() != self._parameters.keys():
+            raise GraftError(f"{self._checkpoint}: the checkpoint is of another adapter or head")
+        self._set_parameters(state.parameters)
+        self._optimizer.load_state_dict(state.optimizer)
+        self._scheduler.load_state_dict(state.scheduler)
+        if self._workers.device.type == "cuda":
+            torch.cuda.set_rng_state(state.random[self._workers.rank], self._workers.device)
+        else:
+            torch.set_rng_state(state.random[self._workers.rank])
+        self._state = state

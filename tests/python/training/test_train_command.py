@@ -1,0 +1,250 @@
+"""scripts/train.py: what it writes, that it survives being killed, several processes, and what bad input is told."""
+
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import adapters
+import pytest
+import torch
+import torchgraft
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import LABELS, Files, make_bert, make_examples, make_tokenizer, write_csv, write_files
+from torch.nn.functional import cross_entropy
+from torchgraft.training import encode_examples, read_examples, score
+from torchgraft.training.batches import collate
+
+ROOT = Path(__file__).resolve().parents[3]
+SCRIPT = ROOT / "scripts" / "train.py"
+QUICKLY = ["--epochs", "2", "--batch-size", "8", "--learning-rate", "0.003", "--checkpoint-every", "2"]
+
+
+def execute(*command: object, **environment: str) -> subprocess.CompletedProcess:
+    variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300, env=variables)
+
+
+def train(*arguments: object) -> subprocess.CompletedProcess:
+    return execute(sys.executable, SCRIPT, *arguments)
+
+
+def weights_in(output: Path) -> dict[str, torch.Tensor]:
+    """Of the adapter and of its head."""
+    files = sorted((output / "adapter").glob("*.safetensors"))
+    assert len(files) == 2
+    return {f"{path.name} {key}": value for path in files for key, value in load_file(path).items()}
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    first, second = weights_in(one), weights_in(other)
+    assert first.keys() == second.keys()
+    return max((first[key] - second[key]).abs().max().item() for key in first)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return write_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture(scope="module")
+def whole(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a run that nothing disturbed."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    done = train(files.base, "-o", output, "--train", files.train, "--validation", files.validation, "--test",
+                 files.validation, "--save-model", *QUICKLY)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "epoch 2: loss" in done.stderr and "test: accuracy" in done.stdout
+    return output
+
+
+def test_what_is_written(whole: Path, files: Files) -> None:
+    written = sorted(path.name for path in whole.iterdir())
+    assert written == ["adapter", "checkpoint.pt", "logs", "model.pt", "scores.json"]
+    report = json.loads((whole / "scores.json").read_text())
+    assert report["labels"] == LABELS and report["steps"] == 14
+    assert [record["step"] for record in report["history"]] == [7, 14]
+    assert report["scores"]["validation"] == report["scores"]["test"]
+
+
+def test_the_adapter_scores_the_same_on_the_base(whole: Path, files: Files) -> None:
+    """The adapter's directory, and the whole model, hold what was scored."""
+    examples = encode_examples(make_tokenizer(), read_examples(files.validation), LABELS)
+    expected = json.loads((whole / "scores.json").read_text())["scores"]["validation"]
+    loaded = torchgraft.load_adapter(torch.jit.load(str(files.base)), whole / "adapter")
+    for module in (loaded, torch.jit.load(str(whole / "model.pt"))):
+        scores = score(module, examples, len(LABELS))
+        assert (scores.accuracy, scores.macro_f1) == (expected["accuracy"], expected["macro_f1"])
+        assert scores.loss == pytest.approx(expected["loss"], abs=1e-5)
+
+
+def test_the_library_loads_the_adapter_and_scores_the_same(files: Files, tmp_path: Path) -> None:
+    """With its head: the library's pools by the first token."""
+    done = train(files.base, "-o", tmp_path, "--train", files.train, "--validation", files.validation, "--pooling",
+                 "first", "--head-layers", 2, "--model-class", "BertAdapterModel", *QUICKLY)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    expected = json.loads((tmp_path / "scores.json").read_text())["scores"]["validation"]
+    bert = make_bert()
+    library = adapters.BertAdapterModel(bert.config)
+    library.bert.load_state_dict(bert.state_dict(), strict=False)
+    library.set_active_adapters(library.load_adapter(str(tmp_path / "adapter"), use_safetensors=True))
+    examples = encode_examples(make_tokenizer(), read_examples(files.validation), LABELS)
+    batch = collate(examples, range(len(examples)), slice(None), torch.device("cpu"))
+    with torch.no_grad():
+        logits = library.eval()(batch.values["ids"], batch.values["mask"]).logits
+    assert cross_entropy(logits, batch.labels).item() == pytest.approx(expected["loss"], abs=1e-5)
+    assert (logits.argmax(-1) == batch.labels).double().mean().item() == pytest.approx(expected["accuracy"])
+
+
+def test_the_logs_hold_every_step(whole: Path) -> None:
+    events = EventAccumulator(str(whole / "logs"))
+    events.Reload()
+    expected = {"train/loss", "train/learning_rate", "train/gradient_norm", "validation/accuracy"}
+    assert expected <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 15))
+    report = json.loads((whole / "scores.json").read_text())
+    assert [event.value for event in events.Scalars("validation/loss")] == pytest.approx(
+        [record["validation_loss"] for record in report["history"]]
+    )
+
+
+# When something happens, counted in steps or in files that are synced, what, and the exit status.
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+ACCIDENTS = {
+    "killed while a checkpoint is written": ("os.fsync", 3, KILL, -9),
+    "killed when a checkpoint has just its name": ("os.replace", 4, KILL, -9),
+    "killed between two checkpoints": ("torch.optim.AdamW.step", 10, KILL, -9),
+    "disk full": ("os.fsync", 5, "raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))", 1),
+    "terminated": ("torch.optim.AdamW.step", 6, "os.kill(os.getpid(), signal.SIGTERM)", 143),
+}
+
+
+@pytest.mark.parametrize("case", ACCIDENTS)
+def test_after_an_accident_resume_gives_the_same_weights(
+    case: str, files: Files, whole: Path, tmp_path: Path
+) -> None:
+    function, count, accident, status = ACCIDENTS[case]
+    output = tmp_path / "out"
+    arguments = [str(part) for part in (files.base, "-o", output, "--train", files.train, "--validation",
+                                        files.validation, *QUICKLY)]  # fmt: skip
+    place, name = function.rsplit(".", 1)
+    program = f"""
+import errno, os, runpy, signal, sys
+import torch
+
+calls, original = [], {function}
+
+def replacement(*arguments, **options):
+    calls.append(None)
+    if len(calls) == {count} and {name == "replace"}:
+        original(*arguments, **options)
+    if len(calls) == {count}:
+        {accident}
+    return original(*arguments, **options)
+
+{place}.{name} = replacement
+sys.argv = {[str(SCRIPT), *arguments]!r}
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+    done = execute(sys.executable, "-c", program)
+    assert done.returncode == status, done.stderr
+    if case == "disk full":
+        assert "checkpoint.pt: cannot write (No space left on device)" in done.stderr
+    assert not (output / "adapter").exists()
+    done = train(*arguments, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert largest_difference(output, whole) <= 1e-6
+    assert not list(output.glob(".*.tmp"))
+
+
+def test_two_processes_end_with_the_weights_of_one(files: Files, tmp_path: Path) -> None:
+    """50 examples in batches of 7: parts of 4 and 3, and of 1 and none. Without dropout, which each process draws."""
+    for processes in (1, 2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        done = execute(
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes, "--master-addr", "127.0.0.1",
+            "--master-port", port, SCRIPT, files.base, "-o", tmp_path / str(processes), "--train", files.train,
+            "--validation", files.validation, *QUICKLY, "--batch-size", 7, "--accumulate", 2, "--head-dropout", 0,
+            GLOO_SOCKET_IFNAME="lo",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("validation: accuracy") == 1
+    assert largest_difference(tmp_path / "1", tmp_path / "2") <= 1e-5
+    scores = [json.loads((tmp_path / count / "scores.json").read_text())["scores"]["validation"] for count in "12"]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+
+
+# Arguments after the model, what is said. {f}: the folder of the files. First what is known before anything is loaded
+# (status 2), then what the files hold (status 1).
+_TRAIN = ["--train", "{f}/train.csv", "-o", "{f}/out"]
+WRONG = {
+    "no output": (["--train", "{f}/train.csv"], "-o/--output"),
+    "no data": (["-o", "{f}/out"], "--train"),
+    "two validations": ([*_TRAIN, "--validation", "x.csv", "--validation-fraction", "0.1"], "not both"),
+    "patience for nothing": ([*_TRAIN, "--patience", "2"], "--patience needs --validation"),
+    "a fraction of 1": ([*_TRAIN, "--validation-fraction", "1"], "at least 0 and below 1"),
+    "resume and restart": ([*_TRAIN, "--resume", "--restart"], "not allowed with"),
+}
+FAILING = {
+    "no file": (["--train", "{f}/none.csv", "-o", "{f}/out"], "none.csv: cannot read"),
+    "an empty file": (["--train", "{f}/empty.csv", "-o", "{f}/out"], "empty.csv: holds no examples"),
+    "an unknown label": ([*_TRAIN, "--labels", "bad,good"], "train.csv, line 4: label 'so_so' is unknown"),
+    "a label out of range": (["--train", "{f}/numbers.csv", "--labels", "a,b", "-o", "{f}/out"],
+                             "numbers.csv, line 3: label 2 is out of range for 2 classes"),
+    "an unknown label in the validation file": ([*_TRAIN, "--validation", "{f}/numbers.csv"],
+                                                "numbers.csv, line 3: label 3 is out of range"),
+    "a class without examples": ([*_TRAIN, "--labels", "bad,good,so_so,fine"], "no training example has the label fine"),
+    "one class only": (["--train", "{f}/one.csv", "-o", "{f}/out"], "at least two different classes, got bad"),
+    "no tokenizer": ([*_TRAIN, "--tokenizer", "{f}/none.json"], "none.json: no such file"),
+    "an unknown configuration": ([*_TRAIN, "--config", "unipel"], "no configuration is called 'unipel'"),
+    "a batch of none": ([*_TRAIN, "--batch-size", "0"], "expected batch_size >= 1, got 0"),
+    "an unknown device": ([*_TRAIN, "--device", "abacus"], "device 'abacus'"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[object]], int]:
+    """The script in this process, where torch is loaded already: arguments in, exit status out."""
+    module = runpy.run_path(str(SCRIPT))
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+
+    def call(arguments: list[object]) -> int:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            module["main"]()
+        return ended.value.code
+
+    return call
+
+
+@pytest.mark.parametrize("case", [*WRONG, *FAILING])
+def test_bad_input_is_one_line(case: str, files: Files, main: Callable, capsys: pytest.CaptureFixture) -> None:
+    folder = files.base.parent
+    write_csv(folder / "one.csv", [one for one in make_examples(9) if one.label == "bad"])
+    (folder / "empty.csv").write_text("")
+    (folder / "numbers.csv").write_text("text,label\na film,0\nthe film,2\n" if "validation" not in case
+                                        else "text,label\na film,0\nthe film,3\n")  # fmt: skip
+    arguments, message = (WRONG | FAILING)[case]
+    status = main([files.base, *(argument.format(f=folder) for argument in arguments)])
+    told = capsys.readouterr().err
+    assert status == (2 if case in WRONG else 1), told
+    assert told.startswith("train: error: ") and told.count("\n") == 1
+    assert message in told
+    assert not (folder / "out").exists()
+
+
+def test_a_checkpoint_is_not_overwritten_unasked(
+    whole: Path, files: Files, main: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    before = (whole / "checkpoint.pt").read_bytes()
+    assert main([files.base, "-o", whole, "--train", files.train, *QUICKLY]) == 1
+    assert "give --resume to go on, --restart to start anew" in capsys.readouterr().err
+    assert (whole / "checkpoint.pt").read_bytes() == before
