@@ -142,12 +142,17 @@ Prefix select_prefix(const PrefixArguments& args, const Selection& selection, co
   Prefix prefix;
   prefix.key = select(selection, args.prefix_key);
   prefix.value = select(selection, args.prefix_value);
-  const at::Tensor length = select(selection, args.prefix_length);  // [] or [B]; 0 for base rows
   if (trim && !selection.is_mixed()) {
-    const int64_t used = std::clamp<int64_t>(length.item<int64_t>(), 0, prefix.key.size(-2));
-    prefix.key = prefix.key.narrow(-2, 0, used);
-    prefix.value = prefix.value.narrow(-2, 0, used);
+    // By as few calls of ATen as can be: with a few tokens they are what the op costs.
+    const int64_t length =
+        args.prefix_length.const_data_ptr<int64_t>()[selection.adapter * args.prefix_length.stride(0)];
+    const int64_t used = std::clamp<int64_t>(length, 0, prefix.key.size(-2));
+    if (used < prefix.key.size(-2)) {
+      prefix.key = prefix.key.narrow(-2, 0, used);
+      prefix.value = prefix.value.narrow(-2, 0, used);
+    }
   } else {
+    const at::Tensor length = select(selection, args.prefix_length);  // [] or [B]; 0 for base rows
     const at::Tensor positions = at::arange(args.prefix_key.sym_size(2), args.prefix_length.options());
     prefix.hidden = at::ge(positions, length.unsqueeze(-1).unsqueeze(-1).unsqueeze(-1));
   }

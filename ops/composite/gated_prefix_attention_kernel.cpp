@@ -21,7 +21,8 @@ at::Tensor without_prefix(const PrefixArguments& args, const at::Tensor& mask) {
 
 at::Tensor prefix_attention(const PrefixArguments& args, const Selection& selection, const Gate& gate) {
   // Detached: torch's choice of a kernel asks whether a mask requires grad even where nothing is recorded.
-  const at::Tensor mask = args.attn_mask.defined() ? additive_mask(args).detach() : at::Tensor();
+  at::Tensor mask = additive_mask(args);
+  mask = mask.defined() && mask.requires_grad() ? mask.detach() : mask;
   if (selection.kind == Selection::Kind::kBase) {
     return without_prefix(args, mask);
   }

@@ -1,0 +1,21 @@
+"""benchmarks/profile_model.py runs, and names the operators that were grafted. No times are asserted."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+_SCRIPT = Path(__file__).resolve().parents[3] / "benchmarks" / "profile_model.py"
+
+
+def test_a_small_profile() -> None:
+    options = ["--shape", "1x4", "--config", "MAM", "--passes", "2"]
+    done = subprocess.run([sys.executable, str(_SCRIPT), *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines() if "│" in line]
+    calls = {row[0]: (row[1], row[3]) for row in rows}
+    # MiniLM has six layers; each gets a bottleneck, and a prefix in place of its attention.
+    assert calls["torchgraft::gated_bottleneck"] == ("0", "6")
+    assert calls["torchgraft::gated_prefix_attention"] == ("0", "6")
+    assert calls["aten::addmm"] == ("36", "36")
+    assert "without a profiler: base" in done.stdout
+    assert "gated_lora_linear, gated of next to nothing:" in done.stdout
