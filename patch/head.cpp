@@ -1,6 +1,5 @@
 #include <torchgraft/patch/head.h>
 
-#include <torchgraft/patch/methods.h>
 #include <torchgraft/patch/rebuild.h>
 #include <torchgraft/plan/head_weights.h>
 
@@ -8,19 +7,10 @@ namespace torchgraft {
 
 using torch::jit::Module;
 
-namespace {
-
-Foundation open(const Module& module, const char* what) {
-  TORCH_CHECK(is_grafted(module), what, ": the module has no adapters; graft some first");
-  return lay_foundation(module, {});
-}
-
-}  // namespace
-
 Module add_head(const Module& module, const std::string& name, const HeadConfig& config,
                 const std::string& token_mask_input) {
   check_supported(config);
-  Foundation foundation = open(module, "add_head");
+  Foundation foundation = open_grafted(module, "add_head");
   Adapter& adapter = foundation.adapters[find_adapter(foundation.adapters, name, "add_head")];
   const int64_t hidden_size = foundation.sites.structure.layers.back().hidden_size;
   adapter.head = Head{config, init_head(config, hidden_size, foundation.weights)};
@@ -29,7 +19,7 @@ Module add_head(const Module& module, const std::string& name, const HeadConfig&
 }
 
 Module remove_head(const Module& module, const std::string& name) {
-  Foundation foundation = open(module, "remove_head");
+  Foundation foundation = open_grafted(module, "remove_head");
   Adapter& adapter = foundation.adapters[find_adapter(foundation.adapters, name, "remove_head")];
   TORCH_CHECK(adapter.head, "remove_head: '", name, "' has no head");
   adapter.head.reset();
@@ -37,9 +27,15 @@ Module remove_head(const Module& module, const std::string& name) {
 }
 
 std::string head_config(const Module& module, const std::string& name) {
-  const Foundation foundation = open(module, "head_config");
-  const auto& head = foundation.adapters[find_adapter(foundation.adapters, name, "head_config")].head;
-  return head ? head_config_to_json(head->config) : "";
+  check_grafted(module, "head_config");
+  const Module adapters = module.attr("adapters").toModule();
+  std::vector<Adapter> named;
+  for (const c10::IValue& adapter : adapters.attr("names").toListRef()) {
+    named.push_back({adapter.toStringRef(), {}});
+  }
+  const size_t index = find_adapter(named, name, "head_config");
+  return adapters.hasattr("heads") ? adapters.attr("heads").toModule().attr("configs").toListRef()[index].toStringRef()
+                                   : "";
 }
 
 }  // namespace torchgraft

@@ -16,16 +16,6 @@ namespace {
 
 using torch::jit::Module;
 
-void check_grafted(const Module& module, const char* what) {
-  TORCH_CHECK(is_grafted(module), what, ": the module has no adapters; graft some first");
-}
-
-// A grafted module, opened for a change.
-Foundation open(const Module& module, const char* what) {
-  check_grafted(module, what);
-  return lay_foundation(module, {});
-}
-
 bool is_trained_in(const PlannedModule& module, const std::string& parameter) {
   const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method);
   return is_trained(parameter, bottleneck && bottleneck_form(bottleneck->config).scaling_is_trained);
@@ -86,7 +76,7 @@ std::vector<AdapterInfo> list_adapters(const Module& module) {
 }
 
 Module remove_adapters(const Module& module, const std::vector<std::string>& names) {
-  Foundation foundation = open(module, "remove_adapters");
+  Foundation foundation = open_grafted(module, "remove_adapters");
   std::string active = active_name(module);
   for (const std::string& name : names) {
     const size_t index = find_adapter(foundation.adapters, name, "remove_adapters");
@@ -100,7 +90,7 @@ Module remove_adapters(const Module& module, const std::vector<std::string>& nam
 }
 
 Module rename_adapter(const Module& module, const std::string& name, const std::string& new_name) {
-  Foundation foundation = open(module, "rename_adapter");
+  Foundation foundation = open_grafted(module, "rename_adapter");
   const size_t index = find_adapter(foundation.adapters, name, "rename_adapter");
   check_name(new_name, foundation.adapters);
   foundation.adapters[index].name = new_name;
@@ -109,7 +99,7 @@ Module rename_adapter(const Module& module, const std::string& name, const std::
 }
 
 Module replace_adapter(const Module& module, const AdapterSpec& spec) {
-  Foundation foundation = open(module, "replace_adapter");
+  Foundation foundation = open_grafted(module, "replace_adapter");
   Adapter& adapter = foundation.adapters[find_adapter(foundation.adapters, spec.name, "replace_adapter")];
   TORCH_CHECK(!adapter.merged, "replace_adapter: '", spec.name,
               "' is merged into the base's weights; unmerge it first");
@@ -132,7 +122,7 @@ Module average_adapters(const Module& module, const std::string& name, const std
     TORCH_CHECK(sum != 0.0, "average_adapters: the weights sum to 0 and cannot be normalised");
     std::for_each(shares.begin(), shares.end(), [&](double& share) { share /= sum; });
   }
-  Foundation foundation = open(module, "average_adapters");
+  Foundation foundation = open_grafted(module, "average_adapters");
   check_name(name, foundation.adapters);
   std::vector<const Adapter*> sources;
   for (const std::string& source : names) {
@@ -163,7 +153,7 @@ Module average_adapters(const Module& module, const std::string& name, const std
 namespace {
 
 Module with_merged(const Module& module, const std::string& name, bool merge, const char* what) {
-  Foundation foundation = open(module, what);
+  Foundation foundation = open_grafted(module, what);
   Adapter& adapter = foundation.adapters[find_adapter(foundation.adapters, name, what)];
   TORCH_CHECK(adapter.merged != merge, what, ": '", name, merge ? "' is merged already" : "' is not merged");
   check_can_merge(adapter);
@@ -182,7 +172,7 @@ Module unmerge_adapter(const Module& module, const std::string& name) {
 }
 
 Module lower(const Module& module) {
-  Foundation foundation = open(module, "lower");
+  Foundation foundation = open_grafted(module, "lower");
   foundation.options.verify = false;  // which counts ops
   Module result = build(std::move(foundation), active_name(module));
   const auto graph = result.get_method("grafted_forward").graph();

@@ -162,6 +162,15 @@ Foundation lay_foundation(const Module& module, const GraftOptions& given) {
   return result;
 }
 
+void check_grafted(const Module& module, const char* what) {
+  TORCH_CHECK(is_grafted(module), what, ": the module has no adapters; graft some first");
+}
+
+Foundation open_grafted(const Module& module, const char* what) {
+  check_grafted(module, what);
+  return lay_foundation(module, {});
+}
+
 Module base_copy(const Module& module) {
   Module result = clone_module(module);
   if (is_grafted(module)) {

@@ -33,6 +33,12 @@ std::string head_mask(const Foundation& foundation, const std::string& wanted);
 // or when `given` contradicts how the module was grafted.
 Foundation lay_foundation(const torch::jit::Module& module, const GraftOptions& given);
 
+// Throws c10::Error, on behalf of the function `what`, when nothing is grafted onto `module`.
+void check_grafted(const torch::jit::Module& module, const char* what);
+
+// A grafted module, opened for a change.
+Foundation open_grafted(const torch::jit::Module& module, const char* what);
+
 // Stacks the foundation's adapters into banks, inserts the ops and adds the methods. `active` empty: none is active.
 torch::jit::Module build(Foundation foundation, const std::string& active);
 

@@ -1,6 +1,5 @@
 #include <torchgraft/patch/train.h>
 
-#include <torchgraft/patch/methods.h>
 #include <torchgraft/patch/rebuild.h>
 
 namespace torchgraft {
@@ -10,8 +9,7 @@ using torch::jit::Module;
 namespace {
 
 Module with_trainable(const Module& module, const std::string& name, bool trainable, const char* what) {
-  TORCH_CHECK(is_grafted(module), what, ": the module has no adapters; graft some first");
-  Foundation foundation = lay_foundation(module, {});
+  Foundation foundation = open_grafted(module, what);
   Adapter& adapter = foundation.adapters[find_adapter(foundation.adapters, name, what)];
   adapter.trainable = trainable;
   if (trainable) {
@@ -30,7 +28,7 @@ bool belongs_to(const std::string& path, const std::string& name) {
 }  // namespace
 
 std::vector<std::pair<std::string, at::Tensor>> trainable_parameters(const Module& module, const std::string& name) {
-  TORCH_CHECK(is_grafted(module), "trainable_parameters: the module has no adapters; graft some first");
+  check_grafted(module, "trainable_parameters");
   const Module adapters = module.attr("adapters").toModule();
   std::vector<std::pair<std::string, at::Tensor>> result;
   for (const auto& parameter : adapters.named_parameters()) {
