@@ -130,6 +130,15 @@ def test_base_rows_are_plain_attention(mask, ids, dtype):
         alone, _ = op(**{**args, "adapter_ids": None, "adapter": -1})
         assert torch.equal(output[rows], alone[rows])
         torch.testing.assert_close(output[rows], expected[rows], rtol=1e-5, atol=1e-6)
+    elif dtype == torch.bfloat16 and not torch.equal(output[rows], expected[rows]):
+        # A kernel of its own where the processor has no products of bfloat16: torch's rounds its probabilities to
+        # bfloat16, this one rounds its result, once.
+        alone, _ = op(**{**args, "adapter_ids": None, "adapter": -1})
+        assert torch.equal(output[rows], alone[rows])
+        wide = [None if tensor is None else tensor if tensor.dtype == torch.bool else tensor.double()
+                for tensor in (args["query"], args["key"], args["value"], mask)]  # fmt: skip
+        exact = F.scaled_dot_product_attention(*wide)
+        torch.testing.assert_close(output[rows].double(), exact[rows], rtol=2.0**-8, atol=1e-6)
     else:
         assert torch.equal(output[rows], expected[rows])
     assert not gate[rows].any()
