@@ -140,7 +140,9 @@ def inspect(arguments: argparse.Namespace) -> None:
         elif drawn:
             print(f"{arguments.svg}: written")
         else:
-            _print_structure(module, structure, arguments)
+            _print_structure(module, structure)
+            if structure["layers"]:
+                _print_operators(module, arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -187,7 +189,7 @@ def _planned(module: torch.jit.ScriptModule, arguments: argparse.Namespace) -> t
     return graft(module, _config_of(arguments.config), name, verify=False, sites=arguments.sites)
 
 
-def _print_structure(module: torch.jit.ScriptModule, structure: dict[str, Any], arguments: argparse.Namespace) -> None:
+def _print_structure(module: torch.jit.ScriptModule, structure: dict[str, Any]) -> None:
     console = table_console()
     if hasattr(module, "adapter_names"):
         console.print(f"grafted already: {_adapter_list(module)}")
@@ -199,10 +201,14 @@ def _print_structure(module: torch.jit.ScriptModule, structure: dict[str, Any], 
             console.print(f"layer {layer['layer']}, {layer['kind']} attention: {note}")
     for miss in structure["near_misses"]:
         console.print(f"not taken: {miss}")
-    if layers and arguments.config:
+
+
+def _print_operators(module: torch.jit.ScriptModule, arguments: argparse.Namespace) -> None:
+    """Those of a grafted module, or of what `--config` would graft."""
+    if arguments.config:
         module = _planned(module, arguments)
     if hasattr(module, "adapter_names"):
-        console.print(_operator_table(module, arguments.config))
+        table_console().print(_operator_table(module, arguments.config))
 
 
 def _operator_table(module: torch.jit.ScriptModule, config: str | None) -> Table:
