@@ -47,3 +47,9 @@ def serve(tmp_path_factory, prefix) -> Path:
 def server_program(tmp_path_factory, prefix) -> Path:
     """The program of examples/server."""
     return configure_and_build(ROOT / "examples" / "server", tmp_path_factory.mktemp("server"), prefix) / "server"
+
+
+@pytest.fixture(scope="session")
+def train_program(tmp_path_factory, prefix) -> Path:
+    """The program of examples/train_cpp."""
+    return configure_and_build(ROOT / "examples" / "train_cpp", tmp_path_factory.mktemp("train"), prefix) / "train_cpp"
