@@ -171,7 +171,7 @@ def test_it_stops_early_and_keeps_the_best_epoch(train_program, folder, tmp_path
 
 
 def test_a_grafted_model_and_its_own_adapter_are_trained_further(train_program, folder, trained, tmp_path) -> None:
-    grafted = torchgraft.load_adapter(torch.jit.load(folder / "base.pt"), trained / "adapter", "task")
+    grafted = torchgraft.load_adapter(torch.jit.load(folder / "base.pt"), trained / "adapter", "task", trainable=True)
     grafted = torchgraft.graft(grafted, config="lora", name="other")
     grafted.save(tmp_path / "base.pt")
     arguments = command(train_program, tmp_path, tmp_path / "out", "--epochs", 1, examples=folder / "train.safetensors")
@@ -264,11 +264,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_its_step(train_program, f
     assert not (tmp_path / "adapter").exists()
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(train_program, folder, tmp_path) -> None:
+def test_a_full_disk_leaves_the_last_checkpoint(train_program, folder, trained, tmp_path) -> None:
     """The system lets no file grow beyond the limit: write() fails as it does on a full disk."""
-    # The first checkpoint has no moments yet, the next one is three times as large.
+    # The first checkpoint has no moments yet, the next ones are nearly three times as large.
     arguments = command(train_program, folder, tmp_path, "--epochs", 2, "--checkpoint-every", 1)
-    size = 200_000
+    parameters = sum(tensor.nbytes for tensor in weights(trained).values())
+    size = 2 * parameters
     failed = attempt(*arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
     assert failed.returncode == 1
     assert "checkpoint.safetensors: cannot write (File too large)" in failed.stderr
