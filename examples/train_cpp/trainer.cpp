@@ -122,8 +122,8 @@ void Trainer::end_epoch(Progress& progress) {
   std::string report = text;
   if (validation_) {
     const Scores scores = score(*validation_);
-    TORCH_CHECK(std::isfinite(scores.loss), where(), ": the loss on the validation examples is ", scores.loss,
-                "; try a lower --learning-rate. The last checkpoint is from before that");
+    TORCH_CHECK(std::isfinite(scores.loss), "after epoch ", position_.epoch + 1,
+                ": the loss on the validation examples is ", scores.loss, "; try a lower --learning-rate. The last checkpoint is from before that");
     std::snprintf(text, sizeof(text), "  validation loss %.4f  accuracy %.3f", scores.loss, scores.accuracy);
     report += text;
     if (scores.loss < position_.best_loss) {
