@@ -1,12 +1,11 @@
 #include <torchgraft/patch/adapter_bank.h>
 
-#include <torchgraft/plan/prefix_mlp.h>
+#include <torchgraft/plan/phm.h>
 
 #include <ATen/ATen.h>
 
 #include <algorithm>
 #include <limits>
-#include <set>
 #include <tuple>
 
 namespace torchgraft {
@@ -32,22 +31,24 @@ double dropout_at(const Adapter& adapter, const PlannedModule& module) {
   return adapter.trainable && lora ? lora->config.dropout : 0.0;
 }
 
-std::string slot_name(const Adapter& adapter, const PlannedModule& module) {
-  const std::string name = slot_name(module);
-  return dropout_at(adapter, module) > 0.0 ? name + "_dropout_" + adapter.name : name;
-}
-
 }  // namespace
 
 std::string slot_name(const PlannedModule& module) {
   std::string result = module.slot;
   if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method)) {
-    result += "_" + to_string(bottleneck_form(bottleneck->config));
+    result.append("_").append(to_string(bottleneck_form(bottleneck->config)));
   } else if (const auto* lora = std::get_if<PlannedLoRA>(&module.method)) {
     const LoRAForm form = lora_form(lora->config);
-    result += form == LoRAForm::kScale ? "_scale" : form == LoRAForm::kDora ? "_dora" : "";
+    if (form != LoRAForm::kAdd) {
+      result.append(form == LoRAForm::kScale ? "_scale" : "_dora");
+    }
   }
   return result;
+}
+
+std::string slot_name(const Adapter& adapter, const PlannedModule& module) {
+  const std::string name = slot_name(module);
+  return dropout_at(adapter, module) > 0.0 ? name + "_dropout_" + adapter.name : name;
 }
 
 bool broadcasts(const std::string& parameter, int64_t dim) {
@@ -104,13 +105,14 @@ at::Tensor stack_parameter(const std::vector<Adapter>& adapters, const Members& 
 }
 
 // What is trained of a trainable member.
-OwnWeights own_weights(const Adapter& adapter, size_t index, const PlannedModule& module, const ModuleWeights& weights,
-                       bool scaling_is_trained) {
+OwnWeights own_weights(const Adapter& adapter, size_t index, const PlannedModule& module,
+                       const ModuleWeights& weights) {
   OwnWeights own{index, adapter.name, module};
-  own.from_mlp = adapter.sources.count(module.location) > 0;
+  for (const std::string& name : computed_weights(adapter, module)) {
+    own.computed[name] = weights.at(name).sizes().vec();
+  }
   for (const auto& [name, tensor] : weights) {
-    const bool computed = own.from_mlp && name.starts_with("prefix_");
-    if (is_trained(name, scaling_is_trained) && !computed) {
+    if (is_trained(name, module) && !own.computed.count(name)) {
       own.parameters[name] = tensor.detach().clone();
     }
   }
@@ -165,8 +167,7 @@ BankSlot stack_slot(const std::vector<Adapter>& adapters, const Members& members
   }
   for (const auto& [a, m] : members) {
     if (adapters[a].trainable) {
-      slot.own.push_back(own_weights(adapters[a], a, adapters[a].plan[m], adapters[a].weights[m],
-                                     slot.form.scaling_is_trained));
+      slot.own.push_back(own_weights(adapters[a], a, adapters[a].plan[m], adapters[a].weights[m]));
       for (const auto& [name, tensor] : slot.own.back().parameters) {
         slot.parameters.at(name)[static_cast<int64_t>(a)].zero_();  // nobody reads it
       }
@@ -191,12 +192,38 @@ size_t find_adapter(const std::vector<Adapter>& adapters, const std::string& nam
 }
 
 bool BankSlot::has_bank(const std::string& parameter) const {
-  return own.empty() || gates.size() > 1 || !is_trained(parameter, form.scaling_is_trained);
+  const bool is_alone = gates.size() == 1 && !own.empty();
+  return !is_alone || !(own[0].parameters.count(parameter) || own[0].computed.count(parameter));
 }
 
 bool is_trained(const std::string& parameter, bool scaling_is_trained) {
   static const std::set<std::string> kFixed = {"prefix_length", "present", "weight_norm", "fixed"};
   return !kFixed.count(parameter) && (parameter != "scaling" || scaling_is_trained);
+}
+
+bool is_trained(const std::string& parameter, const PlannedModule& module) {
+  const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method);
+  if (!bottleneck) {
+    return is_trained(parameter, /*scaling_is_trained=*/false);
+  }
+  const bool is_bias = parameter == "down_bias" || parameter == "up_bias";
+  const bool is_absent = is_bias && bottleneck->config.phm_layer && !bottleneck->config.phm_bias;
+  return !is_absent && is_trained(parameter, bottleneck_form(bottleneck->config).scaling_is_trained);
+}
+
+std::set<std::string> computed_weights(const Adapter& adapter, const PlannedModule& module) {
+  if (!adapter.trainable) {
+    return {};
+  }
+  if (std::holds_alternative<PlannedPrefix>(module.method) && adapter.sources.count(module.location)) {
+    return {"prefix_key", "prefix_value"};
+  }
+  if (has_phm_factors(module, adapter.sources)) {
+    return {"down_weight", "up_weight"};
+  }
+  const auto* lora = std::get_if<PlannedLoRA>(&module.method);
+  return lora && lora_form(lora->config) == LoRAForm::kDora ? std::set<std::string>{"weight_norm"}
+                                                            : std::set<std::string>{};
 }
 
 std::vector<BankSlot> stack_banks(const std::vector<Adapter>& adapters) {
@@ -225,145 +252,6 @@ std::vector<SlotRun> slot_runs(const std::vector<BankSlot>& slots, const Structu
     }
   }
   return runs;
-}
-
-namespace {
-
-// The shapes of one adapter's weights at one place, without the bank dimension.
-std::map<std::string, std::vector<int64_t>> shapes_of(const PlannedModule& module) {
-  std::map<std::string, std::vector<int64_t>> shapes;
-  int64_t gates = 0;
-  int64_t gate_features = 0;
-  if (const auto* lora = std::get_if<PlannedLoRA>(&module.method)) {
-    shapes = {{"lora_a", {lora->config.r, lora->in_features}},
-              {"lora_b", {lora->out_features, lora->config.r}},
-              {"scaling", {}}};
-    if (lora_form(lora->config) == LoRAForm::kScale) {
-      shapes.erase("lora_a");
-    } else if (lora_form(lora->config) == LoRAForm::kDora) {
-      for (const char* name : {"magnitude", "weight_norm", "fixed"}) {
-        shapes[name] = {lora->out_features};
-      }
-    }
-    gates = lora->config.use_gating;
-    gate_features = lora->in_features;
-  } else if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method)) {
-    const int64_t hidden = bottleneck->hidden_size;
-    const int64_t size = bottleneck->bottleneck_size;
-    const auto* kind = std::get_if<std::string>(&bottleneck->config.scaling);
-    shapes = {{"down_weight", {size, hidden}},
-              {"down_bias", {size}},
-              {"up_weight", {hidden, size}},
-              {"up_bias", {hidden}},
-              {"scaling", {kind && *kind == "channel" ? hidden : 1}}};
-    for (const std::string& norm : own_norms(bottleneck->config)) {
-      shapes[norm + "_weight"] = {hidden};
-      shapes[norm + "_bias"] = {hidden};
-    }
-    gates = bottleneck->config.use_gating;
-    gate_features = hidden;
-  } else {
-    const auto& prefix = std::get<PlannedPrefix>(module.method);
-    const std::vector<int64_t> shape = {prefix.num_kv_heads, prefix.config.prefix_length, prefix.head_dim};
-    shapes = {{"prefix_key", shape}, {"prefix_value", shape}};
-    gates = prefix.config.use_gating ? (prefix.config.shared_gating ? 1 : 2) : 0;
-    gate_features = prefix.hidden_size;
-  }
-  if (gates > 0) {
-    shapes["gate_weight"] = {gates, gate_features};
-    shapes["gate_bias"] = {gates};
-  }
-  return shapes;
-}
-
-// The weights of one adapter at one place: its own, else cut out of the bank (the inverse of stack_parameter).
-ModuleWeights unstack(const torch::jit::Module& slot, const Adapter& adapter, size_t index,
-                      const PlannedModule& module) {
-  const std::string own_name = own_module_name(adapter.name);
-  const std::optional<torch::jit::Module> own =
-      slot.hasattr(own_name) ? std::optional(slot.attr(own_name).toModule()) : std::nullopt;
-  const bool from_mlp = adapter.sources.count(module.location) > 0;
-  ModuleWeights weights;
-  for (const auto& [name, shape] : shapes_of(module)) {
-    if (own && own->hasattr(name)) {
-      weights[name] = own->attr(name).toTensor().detach().clone();
-      continue;
-    }
-    if (from_mlp && name.starts_with("prefix_")) {
-      continue;
-    }
-    at::Tensor row = slot.attr(name).toTensor().detach()[static_cast<int64_t>(index)];
-    for (size_t i = 0; i < shape.size(); ++i) {
-      row = row.narrow(static_cast<int64_t>(i), 0, shape[i]);
-    }
-    weights[name] = row.clone();
-  }
-  return weights;
-}
-
-AdapterWeights read_weights(const torch::jit::Module& adapters_module, const Adapter& adapter, size_t index) {
-  AdapterWeights weights;
-  for (const PlannedModule& module : adapter.plan) {
-    const auto layer = adapters_module.attr("layer_" + std::to_string(module.number)).toModule();
-    weights.push_back(unstack(layer.attr(slot_name(adapter, module)).toModule(), adapter, index, module));
-  }
-  return weights;
-}
-
-// What a trainable adapter's weights are computed from.
-Reparametrisation read_sources(const torch::jit::Module& adapters_module, const Adapter& adapter) {
-  Reparametrisation sources;
-  for (const PlannedModule& module : adapter.plan) {
-    const std::string container = module.location + kMlpSuffix;
-    const std::string own_name = own_module_name(adapter.name);
-    if (sources.count(module.location) || !adapters_module.hasattr(container) ||
-        !adapters_module.attr(container).toModule().hasattr(own_name)) {
-      continue;
-    }
-    for (const auto& parameter : adapters_module.attr(container).toModule().attr(own_name).toModule().named_parameters()) {
-      sources[module.location][parameter.name] = parameter.value.detach().clone();
-    }
-  }
-  return sources;
-}
-
-// The keys and values that the MLPs of a trainable adapter's prefixes make now.
-void compute_prefixes(Adapter& adapter) {
-  std::map<std::string, at::Tensor> ejected;  // by location
-  for (size_t m = 0; m < adapter.plan.size(); ++m) {
-    const auto* prefix = std::get_if<PlannedPrefix>(&adapter.plan[m].method);
-    const auto mlp = adapter.sources.find(adapter.plan[m].location);
-    if (!prefix || mlp == adapter.sources.end()) {
-      continue;
-    }
-    at::Tensor& states = ejected[mlp->first];
-    states = states.defined() ? states : eject(mlp->second, prefix->config.non_linearity);
-    std::tie(adapter.weights[m]["prefix_key"], adapter.weights[m]["prefix_value"]) = prefix_of_layer(states, *prefix);
-  }
-}
-
-}  // namespace
-
-AdapterWeights read_row(const torch::jit::Module& adapters_module, size_t row, const Plan& plan) {
-  return read_weights(adapters_module, {"", {}, plan}, row);
-}
-
-std::vector<Adapter> read_adapters(const torch::jit::Module& adapters_module, const Structure& structure) {
-  std::vector<Adapter> adapters;
-  const auto names = adapters_module.attr("names").toListRef();
-  const auto configs = adapters_module.attr("configs").toListRef();
-  const bool has_merged = adapters_module.hasattr("merged");  // files of 0.1.0 have no such list
-  for (size_t a = 0; a < names.size(); ++a) {
-    Adapter adapter{names[a].toStringRef(), config_from_json(configs[a].toStringRef())};
-    adapter.plan = make_plan(structure, adapter.config);
-    adapter.merged = has_merged && adapters_module.attr("merged").toBoolList()[a];
-    adapter.trainable = adapters_module.hasattr("trainable") && adapters_module.attr("trainable").toBoolList()[a];
-    adapter.sources = read_sources(adapters_module, adapter);
-    adapter.weights = read_weights(adapters_module, adapter, a);
-    compute_prefixes(adapter);
-    adapters.push_back(std::move(adapter));
-  }
-  return adapters;
 }
 
 }  // namespace torchgraft

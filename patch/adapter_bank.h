@@ -8,6 +8,7 @@
 #include <torch/csrc/jit/api/module.h>
 
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -24,15 +25,16 @@ struct Adapter {
   AdapterConfig config;
   Plan plan = {};
   AdapterWeights weights = {};
-  bool merged = false;     // a LoRA that the base's weights hold: its scaling is 0
-  bool trainable = false;  // has parameters of its own instead of rows of the banks
+  bool merged = false;             // a LoRA that the base's weights hold: its scaling is 0
+  bool trainable = false;          // has parameters of its own instead of rows of the banks
   Reparametrisation sources = {};  // of a trainable one: what `weights` are computed from
   std::optional<Head> head = std::nullopt;
 };
 
-// A trainable adapter's submodule of a slot, or of the container of MLPs "<location>_mlp".
+// A trainable adapter's submodule of a slot, or of the container of what weights are computed from at a place of a
+// Reparametrisation: "self_prefix_source", "layer_0_output_adapter_source".
 std::string own_module_name(const std::string& adapter);
-constexpr const char* kMlpSuffix = "_mlp";
+constexpr const char* kSourceSuffix = "_source";
 
 // Position of `name` among `adapters`; throws c10::Error that lists the names, on behalf of the function `what`.
 size_t find_adapter(const std::vector<Adapter>& adapters, const std::string& name, const char* what);
@@ -42,8 +44,8 @@ struct OwnWeights {
   size_t adapter = 0;
   std::string name;  // of the adapter
   PlannedModule module;
-  bool from_mlp = false;  // prefix_key and prefix_value come out of an MLP
-  std::map<std::string, at::Tensor> parameters = {};  // shapes as in plan/adapter_weights.h
+  std::map<std::string, std::vector<int64_t>> computed = {};  // shapes of computed_weights
+  std::map<std::string, at::Tensor> parameters = {};          // shapes as in plan/adapter_weights.h
 };
 
 // One op to insert: a place, and the parameters of all adapters there, stacked. Adapters of one place share an op when
@@ -70,11 +72,21 @@ struct BankSlot {
 // bottleneck's "learned" or "channel" (BottleneckForm::scaling_is_trained).
 bool is_trained(const std::string& parameter, bool scaling_is_trained);
 
+// The same for one adapter: Compacter without phm_bias has no biases.
+bool is_trained(const std::string& parameter, const PlannedModule& module);
+
+// The weights of `module` that a trainable adapter computes in every pass: those that `sources` make, and the norms of
+// DoRA, which follow from the LoRA and the base's weight.
+std::set<std::string> computed_weights(const Adapter& adapter, const PlannedModule& module);
+
 // The module of a layer that holds the bank of a planned module: "selfattn_lora_q", "output_adapter_seq_ln_relu".
 std::string slot_name(const PlannedModule& module);
 
-// Whether one number of an adapter stands for all in that dimension of its bank: one gate for keys and values, one scale
-// for all channels.
+// The same for `adapter`, which has a slot for itself where it is trained with dropout.
+std::string slot_name(const Adapter& adapter, const PlannedModule& module);
+
+// Whether one number of an adapter stands for all in that dimension of its bank: one gate for keys and values, one
+// scale for all channels.
 bool broadcasts(const std::string& parameter, int64_t dim);
 
 // What a bank holds for an adapter that lacks a parameter.
@@ -99,8 +111,9 @@ struct SlotRun {
 std::vector<SlotRun> slot_runs(const std::vector<BankSlot>& slots, const Structure& structure);
 
 // The `adapters` submodule: layer_<i>.<slot name>.<parameter>, for trainable adapters
-// layer_<i>.<slot name>.adapter_<name>.<parameter> and <location>_mlp.adapter_<name>.<parameter>; the adapters' names and
-// configs, and the methods behind activate() and forward_with_gates(). `unit` is the compilation unit of the module that it will belong to.
+// layer_<i>.<slot name>.adapter_<name>.<parameter> and <place>_source.adapter_<name>.<parameter>; the adapters' names
+// and configs, and the methods behind activate() and forward_with_gates(). `unit` is the compilation unit of the module
+// that it will belong to.
 torch::jit::Module make_adapters_module(const std::vector<Adapter>& adapters, const std::vector<BankSlot>& slots,
                                         const std::vector<SlotRun>& runs,
                                         const std::shared_ptr<torch::jit::CompilationUnit>& unit);

@@ -151,9 +151,9 @@ Module make_adapters_module(const std::vector<Adapter>& adapters, const std::vec
     }
   }
   for (const Adapter& adapter : adapters) {
-    for (const auto& [location, mlp] : adapter.sources) {
-      Module container = child_once(root, location + kMlpSuffix, "PrefixMlps", unit);
-      register_own(container, adapter.name, mlp, unit);
+    for (const auto& [place, weights] : adapter.sources) {
+      Module container = child_once(root, place + kSourceSuffix, "WeightSources", unit);
+      register_own(container, adapter.name, weights, unit);
     }
   }
   root.define(kMethods);

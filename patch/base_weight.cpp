@@ -2,6 +2,8 @@
 
 #include <ATen/ATen.h>
 
+#include <sstream>
+
 namespace torchgraft {
 namespace {
 
@@ -27,7 +29,25 @@ at::Tensor BaseWeight::rows(const at::Tensor& whole, const LinearSite& site, int
 
 BaseWeight base_weight(const LinearSite& site, const torch::jit::Module& module) {
   const WeightSource source = weight_source(site.node->input(1), module);
-  return {source.tensor, !source.path.empty(), is_stored_transposed(site.node->input(1)), source.first_row};
+  return {source.tensor, source.path, is_stored_transposed(site.node->input(1)), source.first_row};
+}
+
+Value* insert_rows(torch::jit::Graph& graph, const BaseWeight& weight, const LinearSite& site, int64_t out_features) {
+  Value* rows = nullptr;
+  if (weight.path.empty()) {
+    rows = graph.insertConstant(weight.tensor);
+  } else {
+    rows = graph.inputs()[0];
+    std::istringstream path(weight.path);
+    for (std::string name; std::getline(path, name, '.');) {
+      rows = graph.insertGetAttr(rows, name);
+    }
+  }
+  if (weight.is_transposed) {
+    rows = graph.insert(c10::aten::t, {rows});
+  }
+  const int64_t first = weight.first_row + (site.is_part ? site.offset : 0);
+  return graph.insert(c10::aten::narrow, {rows, 0, first, out_features});
 }
 
 }  // namespace torchgraft

@@ -9,8 +9,8 @@ namespace torchgraft {
 
 // The parameter of the base that a linear map reads.
 struct BaseWeight {
-  at::Tensor tensor;  // undefined when it is computed at run time
-  bool is_parameter = false;
+  at::Tensor tensor;           // undefined when it is computed at run time
+  std::string path;            // "encoder.layer.0.attention.self.query.weight"; empty when it is a constant
   bool is_transposed = false;  // stored as [in, out] (Conv1D)
   int64_t first_row = 0;
 
@@ -19,5 +19,9 @@ struct BaseWeight {
 };
 
 BaseWeight base_weight(const LinearSite& site, const torch::jit::Module& module);
+
+// The same rows as a value of the graph, read at its insert point. `weight` is that of `site`.
+torch::jit::Value* insert_rows(torch::jit::Graph& graph, const BaseWeight& weight, const LinearSite& site,
+                               int64_t out_features);
 
 }  // namespace torchgraft

@@ -3,6 +3,7 @@
 #include <torchgraft/patch/methods.h>
 #include <torchgraft/patch/rebuild.h>
 #include <torchgraft/plan/head_weights.h>
+#include <torchgraft/plan/phm.h>
 
 #include <algorithm>
 #include <cctype>
@@ -25,13 +26,12 @@ void check_name(const std::string& name, const std::vector<Adapter>& taken) {
 void check_can_train(const Adapter& adapter) {
   TORCH_CHECK(!adapter.merged, "graft: '", adapter.name,
               "' is merged into the base's weights and cannot be trained; unmerge it first");
-  for (const MethodConfig& method : adapter.config.methods) {
-    const auto* lora = std::get_if<LoRAConfig>(&method);
-    TORCH_CHECK(!lora || lora_form(*lora) != LoRAForm::kDora, "graft: '", adapter.name,
-                "' cannot be trained: DoRA's norms are those of the weights that it was grafted with");
-    const auto* bottleneck = std::get_if<BnConfig>(&method);
-    TORCH_CHECK(!bottleneck || !bottleneck->phm_layer, "graft: '", adapter.name,
-                "' cannot be trained: the factors of Compacter's projections are not kept");
+  for (const PlannedModule& module : adapter.plan) {
+    const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method);
+    TORCH_CHECK(!bottleneck || !bottleneck->config.phm_layer || has_phm_factors(module, adapter.sources), "graft: '",
+                adapter.name,
+                "' cannot be trained any more: the factors of Compacter's projections were dropped when it ",
+                "was frozen; load it from its directory as a trainable adapter");
   }
 }
 
@@ -40,9 +40,6 @@ Adapter make_adapter(const AdapterSpec& spec, const Structure& structure, const 
   Adapter adapter{spec.name, spec.config};
   adapter.plan = make_plan(structure, spec.config);
   adapter.trainable = spec.trainable;
-  if (spec.trainable) {
-    check_can_train(adapter);
-  }
   if (spec.weights) {
     adapter.weights = adapter_hub_weights(adapter.plan, structure, *spec.weights, spec.name_in_weights(), options,
                                           spec.trainable ? &adapter.sources : nullptr);
@@ -50,6 +47,9 @@ Adapter make_adapter(const AdapterSpec& spec, const Structure& structure, const 
     adapter.weights = init_weights(adapter.plan, options, spec.trainable ? &adapter.sources : nullptr);
   }
   TORCH_INTERNAL_ASSERT(adapter.weights.size() == adapter.plan.size());
+  if (spec.trainable) {
+    check_can_train(adapter);
+  }
   if (spec.head) {
     const int64_t hidden_size = structure.layers.back().hidden_size;
     adapter.head = Head{spec.head->config, head_weights(spec.head->config, hidden_size, spec.head->weights,

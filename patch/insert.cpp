@@ -15,18 +15,17 @@ using torch::jit::Node;
 using torch::jit::Value;
 using torch::jit::WithInsertPoint;
 
-Inserter::Inserter(Graph& graph, const GraphSites& sites, const c10::TypePtr& adapters_type,
-                   const InsertOptions& options)
+Inserter::Inserter(Graph& graph, const GraphSites& sites, const torch::jit::Module& root, const InsertOptions& options)
     : graph_(graph), sites_(sites), options_(options) {
   adapter_ids_ = graph.addInput("adapter_ids")->setType(c10::OptionalType::ofTensor());
   WithInsertPoint guard(*graph.nodes().begin());
   adapters_ =
       graph.insertNode(graph.create(c10::prim::GetAttr, {graph.inputs()[0]}, 1)->s_(c10::attr::name, "adapters"))
           ->output();
-  adapters_->setType(adapters_type);
+  adapters_->setType(root.attr("adapters").toModule().type());
   active_ = graph.insertGetAttr(adapters_, "active");
   Node* end = graph.insertNode(graph.createNone());  // dead in the end
-  trained_.emplace(graph, adapters_, end);
+  trained_.emplace(graph, sites, root, adapters_, end);
   if (options.token_mask_input) {
     input_mask_ = graph.insert(c10::aten::ne, {graph.inputs()[*options.token_mask_input], 0});
   }
@@ -172,7 +171,7 @@ Value* Inserter::insert(const BankSlot& slot, size_t layer) {
 size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& sites, const std::vector<BankSlot>& slots,
                        const std::vector<SlotRun>& runs, const torch::jit::Module& module,
                        const InsertOptions& options) {
-  Inserter inserter(*graph, sites, module.attr("adapters").toModule().type(), options);
+  Inserter inserter(*graph, sites, module, options);
   if (options.pool_unpadded && !options.token_mask_input) {
     inserter.prepare_token_masks(slots, runs, module);
   }

@@ -31,9 +31,8 @@ std::pair<Value*, Value*> Inserter::lora(const BankSlot& slot, Value* x, Value* 
   Value* module = slot_module(slot);
   std::pair<Value*, Value*> result;  // (output, gate)
   if (slot.dropout > 0.0) {
-    return lora_with_dropout(slot, x, base, adapter_ids, adapter, token_mask);
-  }
-  if (slot.lora != LoRAForm::kScale) {
+    result = lora_with_dropout(slot, x, base, adapter_ids, adapter, token_mask);
+  } else if (slot.lora != LoRAForm::kScale) {
     std::vector<NamedValue> named = gate_arguments(slot, module);
     named.emplace_back("adapter_ids", adapter_ids);
     named.emplace_back("adapter", adapter);

@@ -31,7 +31,7 @@ class Inserter {
   using Node = torch::jit::Node;
   using Value = torch::jit::Value;
 
-  Inserter(Graph& graph, const GraphSites& sites, const c10::TypePtr& adapters_type, const InsertOptions& options);
+  Inserter(Graph& graph, const GraphSites& sites, const torch::jit::Module& root, const InsertOptions& options);
 
   void prepare_token_masks(const std::vector<BankSlot>& slots, const std::vector<SlotRun>& runs,
                            const torch::jit::Module& root);

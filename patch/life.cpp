@@ -4,22 +4,19 @@
 #include <torchgraft/patch/methods.h>
 #include <torchgraft/patch/passes/lower_adapters.h>
 #include <torchgraft/patch/rebuild.h>
+#include <torchgraft/plan/phm.h>
 #include <torchgraft/plan/save_adapter_hub.h>
 
 #include <ATen/ATen.h>
 
 #include <algorithm>
 #include <cmath>
+#include <set>
 
 namespace torchgraft {
 namespace {
 
 using torch::jit::Module;
-
-bool is_trained_in(const PlannedModule& module, const std::string& parameter) {
-  const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method);
-  return is_trained(parameter, bottleneck && bottleneck_form(bottleneck->config).scaling_is_trained);
-}
 
 // How weights were initialised, or a prefix was made, is no matter once they are there.
 std::string without_init(const AdapterConfig& config) {
@@ -47,6 +44,14 @@ void count(const at::Tensor& tensor, const std::string& location, AdapterInfo& i
   info.by_location[location] += tensor.numel();
 }
 
+// The location that a place of a Reparametrisation belongs to: "output_adapter" for "layer_0_output_adapter".
+std::string location_of(const std::string& place, const Plan& plan) {
+  const auto module = std::find_if(plan.begin(), plan.end(), [&](const PlannedModule& planned) {
+    return phm_place(planned, "", "", /*shared=*/false).source == place;
+  });
+  return module == plan.end() ? place : module->location;
+}
+
 }  // namespace
 
 std::vector<AdapterInfo> list_adapters(const Module& module) {
@@ -57,17 +62,17 @@ std::vector<AdapterInfo> list_adapters(const Module& module) {
     AdapterInfo info{adapter.name, config_to_json(adapter.config), adapter.name == active, adapter.merged,
                      adapter.trainable};
     for (size_t i = 0; i < adapter.plan.size(); ++i) {
-      const std::string& location = adapter.plan[i].location;
+      const PlannedModule& module = adapter.plan[i];
+      const std::set<std::string> computed = computed_weights(adapter, module);
       for (const auto& [name, tensor] : adapter.weights[i]) {
-        const bool computed = adapter.sources.count(location) && name.starts_with("prefix_");
-        if (is_trained_in(adapter.plan[i], name) && !computed) {
-          count(tensor, location, info);
+        if (is_trained(name, module) && !computed.count(name)) {
+          count(tensor, module.location, info);
         }
       }
     }
-    for (const auto& [location, mlp] : adapter.sources) {
-      for (const auto& [name, tensor] : mlp) {
-        count(tensor, location, info);
+    for (const auto& [place, weights] : adapter.sources) {
+      for (const auto& [name, tensor] : weights) {
+        count(tensor, location_of(place, adapter.plan), info);
       }
     }
     result.push_back(std::move(info));
@@ -143,7 +148,7 @@ Module average_adapters(const Module& module, const std::string& name, const std
         total.add_(sources[i]->weights[m].at(parameter), shares[i]);
       }
       // alpha / r is no parameter: it is the same in all, and weights that do not sum to 1 are not for it.
-      tensor = is_trained_in(average.plan[m], parameter) ? total.to(tensor.scalar_type()) : tensor;
+      tensor = is_trained(parameter, average.plan[m]) ? total.to(tensor.scalar_type()) : tensor;
     }
   }
   foundation.adapters.push_back(std::move(average));

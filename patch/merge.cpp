@@ -42,7 +42,7 @@ void move_into_base(Adapter& adapter, const GraphSites& sites, const torch::jit:
     const PlannedModule& planned = adapter.plan[m];
     const LinearSite& site = *lora_site(sites.layers.at(sites.structure.position(planned.layer)), planned.slot);
     const BaseWeight source = base_weight(site, module);
-    TORCH_CHECK(source.tensor.defined() && source.is_parameter, "merge_adapter: the weight that ", planned.slot,
+    TORCH_CHECK(source.tensor.defined() && !source.path.empty(), "merge_adapter: the weight that ", planned.slot,
                 " of layer ", planned.number,
                 " updates is no parameter of the module (was the module frozen?); merge before freezing");
     auto& [weight, sum] = sums[source.tensor.unsafeGetTensorImpl()];

@@ -7,8 +7,8 @@
 #include <torchgraft/patch/heads_module.h>
 #include <torchgraft/patch/methods.h>
 #include <torchgraft/patch/passes/fuse_projections.h>
-#include <torchgraft/patch/passes/use_eager_autograd.h>
 #include <torchgraft/patch/passes/lower_mkldnn.h>
+#include <torchgraft/patch/passes/use_eager_autograd.h>
 #include <torchgraft/patch/verify.h>
 #include <torchgraft/registration/library.h>
 
@@ -114,7 +114,8 @@ std::string head_mask(const Foundation& foundation, const std::string& wanted) {
   TORCH_CHECK(has_tensor_argument(foundation.module, wanted), "add_head: forward has no Tensor argument '", wanted,
               "' for the token mask");
   const auto& adapters = foundation.adapters;
-  const auto heads = std::count_if(adapters.begin(), adapters.end(), [](const Adapter& a) { return a.head.has_value(); });
+  const auto heads =
+      std::count_if(adapters.begin(), adapters.end(), [](const Adapter& a) { return a.head.has_value(); });
   TORCH_CHECK(heads <= 1 || wanted == foundation.head_mask, "add_head: the token mask of the module's heads is '",
               foundation.head_mask, "'; all heads share it, got '", wanted, "'");
   return wanted;
@@ -208,8 +209,7 @@ Module build(Foundation foundation, const std::string& active) {
   if (trains) {
     use_eager_autograd(foundation.canonical.graph);
   }
-  add_methods(result, foundation.canonical.graph,
-              {foundation.head_mask, foundation.sites.result_is_sequence_first});
+  add_methods(result, foundation.canonical.graph, {foundation.head_mask, foundation.sites.result_is_sequence_first});
   if (!active.empty()) {
     bank.get_method("activate")({active});
   }

@@ -25,8 +25,8 @@ struct Foundation {
   std::string head_mask;          // the argument of forward that heads take for their token mask; empty: none
 };
 
-// The token mask that heads get: `wanted`, or what it was if that is empty. Throws c10::Error when there is no such argument,
-// or when other heads have another.
+// The token mask that heads get: `wanted`, or what it was if that is empty. Throws c10::Error when there is no such
+// argument, or when other heads have another.
 std::string head_mask(const Foundation& foundation, const std::string& wanted);
 
 // Clones `module`, takes off what is grafted, canonicalises and finds the sites. Throws c10::Error when there are none,

@@ -1,5 +1,6 @@
 #include <torchgraft/patch/save_adapter.h>
 
+#include <torchgraft/patch/graph_utils.h>
 #include <torchgraft/patch/heads_module.h>
 #include <torchgraft/patch/life.h>
 #include <torchgraft/patch/methods.h>
@@ -13,6 +14,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
+#include <sstream>
 
 namespace torchgraft {
 namespace {
@@ -42,6 +44,22 @@ std::string read_text(const std::filesystem::path& path) {
 
 Json nullable(const std::string& text) { return text.empty() ? Json(nullptr) : Json(text); }
 
+// The class of the module around the first layer's query projection; empty when the structure names none.
+std::string attention_class(const Module& module, const Structure& structure) {
+  const Layer& layer = structure.layers.front();
+  c10::IValue holder = module._ivalue();
+  std::istringstream path(layer.query ? layer.query->path : "");
+  std::string class_name;
+  for (std::string name; std::getline(path, name, '.');) {
+    if (!holder.isModule() || !holder.toModule().hasattr(name)) {
+      return "";
+    }
+    class_name = demangled_name(holder.type());
+    holder = holder.toModule().attr(name);
+  }
+  return class_name;
+}
+
 // The text of adapter_config.json or head_config.json around the `config` itself.
 Json described(const Json& config, const Structure& structure, const std::string& name,
                const std::string& model_class) {
@@ -55,8 +73,7 @@ Json described(const Json& config, const Structure& structure, const std::string
 }
 
 std::optional<HeadSpec> read_head(const std::filesystem::path& directory) {
-  if (!std::filesystem::exists(directory / kHeadConfigFile) ||
-      !std::filesystem::exists(directory / kHeadWeightsFile)) {
+  if (!std::filesystem::exists(directory / kHeadConfigFile) || !std::filesystem::exists(directory / kHeadWeightsFile)) {
     return std::nullopt;
   }
   const std::string text = read_text(directory / kHeadConfigFile);
@@ -81,7 +98,8 @@ AdapterFiles adapter_files(const Module& module, const std::string& name, const 
   const Adapter& adapter = adapters[find_adapter(adapters, name, "save_adapter")];
   const Json config = Json::parse(config_to_json(saved_config(adapter.config, adapter.sources)));
   AdapterFiles files{described(config, structure, name, model_class).dump(2) + "\n",
-                     adapter_hub_state(adapter.plan, structure, adapter.weights, adapter.sources, name)};
+                     adapter_hub_state(adapter.plan, structure, adapter.weights, adapter.sources, name,
+                                       attention_class(module, structure))};
   if (adapter.head) {
     const Json head = Json::parse(head_config_to_json(adapter.head->config));
     Json described_head = described(head.at("config"), structure, name, model_class);

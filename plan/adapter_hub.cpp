@@ -31,9 +31,9 @@ class Reader {
   void read_gate(const SavedParameters& saved, int64_t gates, int64_t features, const std::string& place,
                  ModuleWeights& weights);
   ModuleWeights read(const PlannedLoRA& planned, const SavedParameters& saved, const std::string& place);
-  ModuleWeights read(const PlannedBottleneck& planned, const SavedParameters& saved, const std::string& place);
-  void read_phm(const BnConfig& config, const PhmShape& shape, const SavedParameters& saved, const std::string& place,
-                ModuleWeights& weights);
+  ModuleWeights read_bottleneck(const PlannedModule& module, const SavedParameters& saved, const std::string& place);
+  void read_phm(const PlannedModule& module, const PhmShape& shape, const SavedParameters& saved,
+                const std::string& place, ModuleWeights& weights);
   const SavedParameters& pool_of(const std::string& location) const;
   at::Tensor ejected(const PlannedPrefix& prefix, const std::string& location);
 
@@ -42,7 +42,7 @@ class Reader {
   at::TensorOptions options_;
   std::map<std::string, at::Tensor> groups_;  // ejected prefixes by location
   Reparametrisation sources_;
-  std::set<std::string> used_;                // keys
+  std::set<std::string> used_;  // keys
 };
 
 at::Tensor Reader::take(const SavedParameters& saved, const std::string& name, at::IntArrayRef shape,
@@ -92,13 +92,15 @@ ModuleWeights Reader::read(const PlannedLoRA& planned, const SavedParameters& sa
   return weights;
 }
 
-ModuleWeights Reader::read(const PlannedBottleneck& planned, const SavedParameters& saved, const std::string& place) {
+ModuleWeights Reader::read_bottleneck(const PlannedModule& module, const SavedParameters& saved,
+                                      const std::string& place) {
+  const auto& planned = std::get<PlannedBottleneck>(module.method);
   const int64_t hidden = planned.hidden_size;
   const int64_t size = planned.bottleneck_size;
   ModuleWeights weights;
   if (planned.config.phm_layer) {
-    read_phm(planned.config, {hidden, size, "down"}, saved, place, weights);
-    read_phm(planned.config, {size, hidden, "up"}, saved, place, weights);
+    read_phm(module, {hidden, size, "down"}, saved, place, weights);
+    read_phm(module, {size, hidden, "up"}, saved, place, weights);
   } else {
     weights["down_weight"] = take(saved, "down_weight", {size, hidden}, place);
     weights["down_bias"] = take(saved, "down_bias", {size}, place);
@@ -123,20 +125,21 @@ ModuleWeights Reader::read(const PlannedBottleneck& planned, const SavedParamete
 }
 
 // Computed in float32 or wider whatever the model's type.
-void Reader::read_phm(const BnConfig& config, const PhmShape& shape, const SavedParameters& saved,
+void Reader::read_phm(const PlannedModule& module, const PhmShape& shape, const SavedParameters& saved,
                       const std::string& place, ModuleWeights& weights) {
+  const BnConfig& config = std::get<PlannedBottleneck>(module.method).config;
   const auto dtype = c10::promoteTypes(c10::typeMetaToScalarType(options_.dtype()), at::kFloat);
   const std::string side = shape.side;
   weights[side + "_weight"] =
       phm_weight(config, shape, [&](const std::string& name, at::IntArrayRef sizes, bool shared) {
-        // The library's names of what is shared: "W_down_left", but "phm_rule_left".
-        const std::string in_all = name.starts_with("W") ? "W_" + side + name.substr(1) : name;
+        const PhmPlace kept = phm_place(module, side, name, shared);
         TORCH_CHECK(
-            !shared || checkpoint_.shared.count(in_all), "adapter weights: ", in_all,
+            !shared || checkpoint_.shared.count(kept.name), "adapter weights: ", kept.name,
             ", which all modules of the adapter share, is missing in the checkpoint: the library leaves it out when it "
             "saves from a model without a head around it; save from one with a head");
-        return shared ? take(checkpoint_.shared, in_all, sizes, place).to(options_.dtype(dtype))
-                      : take(saved, side + "_" + name, sizes, place).to(options_.dtype(dtype));
+        at::Tensor& factor = sources_[kept.source][kept.name];
+        factor = take(shared ? checkpoint_.shared : saved, kept.name, sizes, place).to(options_.dtype(dtype));
+        return factor;
       });
   weights[side + "_bias"] = config.phm_bias ? take(saved, side + "_bias", {shape.out}, place) : at::zeros({shape.out});
 }
@@ -191,8 +194,8 @@ ModuleWeights Reader::read(const PlannedModule& module, const SavedParameters& s
   ModuleWeights weights;
   if (const auto* lora = std::get_if<PlannedLoRA>(&module.method)) {
     weights = read(*lora, saved, place);
-  } else if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method)) {
-    weights = read(*bottleneck, saved, place);
+  } else if (std::holds_alternative<PlannedBottleneck>(module.method)) {
+    weights = read_bottleneck(module, saved, place);
   } else {
     const auto& prefix = std::get<PlannedPrefix>(module.method);
     std::tie(weights["prefix_key"], weights["prefix_value"]) =

@@ -24,17 +24,18 @@ using ModuleWeights = std::map<std::string, at::Tensor>;
 // One entry per module of the plan, in the plan's order.
 using AdapterWeights = std::vector<ModuleWeights>;
 
-// What an adapter's weights are computed from while it is trained, by the place that shares it. Not kept for what is only
-// served. Names and shapes:
+// What an adapter's weights are computed from while it is trained, by the place that shares it. Not kept for what is
+// only served. Names:
 //   "self_prefix", "encoder_prefix", "cross_prefix"   the MLP of the prefixes at that location, see plan/prefix_mlp.h
+//   "layer_0_output_adapter", "shared_phm"            factors of Compacter's projections, see plan/phm.h
 using Reparametrisation = std::map<std::string, ModuleWeights>;
 
 // A flat state dict as a checkpoint holds it.
 using StateDict = std::map<std::string, at::Tensor>;
 
 // Fresh weights with the oracle's distributions (init_weights, init_weights_seed), drawn from the default CPU generator
-// (so at::manual_seed makes it repeatable), in `options`' dtype and device. `kept`, if given, gets what they were computed
-// from.
+// (so at::manual_seed makes it repeatable), in `options`' dtype and device. `kept`, if given, gets what they were
+// computed from.
 TORCHGRAFT_PATCH_API AdapterWeights init_weights(const Plan& plan, const at::TensorOptions& options,
                                                  Reparametrisation* kept = nullptr);
 

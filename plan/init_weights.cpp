@@ -142,7 +142,9 @@ PhmDraws draw_rules(const BnConfig& config) {
 // What the modules of one adapter share: "down", "up" and "rule".
 using SharedFactors = std::map<std::string, PhmDraws>;
 
-at::Tensor init_phm(const BnConfig& config, const PhmShape& shape, SharedFactors& all) {
+at::Tensor init_phm(const PlannedModule& module, const PhmShape& shape, SharedFactors& all,
+                    Reparametrisation& sources) {
+  const BnConfig& config = std::get<PlannedBottleneck>(module.method).config;
   const auto drawn = [&](bool shared, const std::string& key, const auto& draw) {
     if (!shared) {
       return draw();
@@ -154,17 +156,21 @@ at::Tensor init_phm(const BnConfig& config, const PhmShape& shape, SharedFactors
   fix_seed(config.init_weights_seed);
   PhmDraws factors = drawn(config.shared_W_phm, shape.side, [&] { return draw_blocks(config, shape); });
   factors.merge(drawn(config.shared_phm_rule, "rule", [&] { return draw_rules(config); }));
-  return phm_weight(config, shape, [&](const std::string& name, at::IntArrayRef, bool) { return factors.at(name); });
+  return phm_weight(config, shape, [&](const std::string& name, at::IntArrayRef, bool is_shared) {
+    const PhmPlace place = phm_place(module, shape.side, name, is_shared);
+    return sources[place.source][place.name] = factors.at(name);
+  });
 }
 
-ModuleWeights init(const PlannedBottleneck& planned, SharedFactors& shared) {
+ModuleWeights init_bottleneck(const PlannedModule& module, SharedFactors& shared, Reparametrisation& sources) {
+  const auto& planned = std::get<PlannedBottleneck>(module.method);
   const BnConfig& config = planned.config;
   const int64_t hidden = planned.hidden_size;
   const int64_t size = planned.bottleneck_size;
   ModuleWeights weights = {{"down_bias", at::zeros({size})}, {"up_bias", at::zeros({hidden})}};
   if (config.phm_layer) {
-    weights["down_weight"] = init_phm(config, {hidden, size, "down"}, shared);
-    weights["up_weight"] = init_phm(config, {size, hidden, "up"}, shared);
+    weights["down_weight"] = init_phm(module, {hidden, size, "down"}, shared, sources);
+    weights["up_weight"] = init_phm(module, {size, hidden, "up"}, shared, sources);
   }
   fix_seed(config.init_weights_seed);
   if (config.phm_layer) {
@@ -234,8 +240,8 @@ AdapterWeights init_weights(const Plan& plan, const at::TensorOptions& options, 
     ModuleWeights weights;
     if (const auto* lora = std::get_if<PlannedLoRA>(&module.method)) {
       weights = init(*lora);
-    } else if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method)) {
-      weights = init(*bottleneck, shared);
+    } else if (std::holds_alternative<PlannedBottleneck>(module.method)) {
+      weights = init_bottleneck(module, shared, sources);
     } else {
       const auto& prefix = std::get<PlannedPrefix>(module.method);
       if (prefix.group_index == 0) {

@@ -29,4 +29,35 @@ at::Tensor phm_weight(const BnConfig& config, const PhmShape& shape, const PhmFa
   return sum.reshape({shape.in, shape.out}).t().contiguous();
 }
 
+PhmPlace phm_place(const PlannedModule& module, const std::string& side, const std::string& factor, bool shared) {
+  if (shared) {
+    return {kSharedPhm, factor.starts_with("W") ? "W_" + side + factor.substr(1) : factor};
+  }
+  return {"layer_" + std::to_string(module.number) + "_" + module.slot, side + "_" + factor};
+}
+
+bool has_phm_factors(const PlannedModule& module, const Reparametrisation& sources) {
+  const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method);
+  if (!bottleneck || !bottleneck->config.phm_layer) {
+    return false;
+  }
+  const PhmPlace block =
+      phm_place(module, "down", bottleneck->config.factorized_phm_W ? "W_left" : "W", bottleneck->config.shared_W_phm);
+  const auto found = sources.find(block.source);
+  return found != sources.end() && found->second.count(block.name);
+}
+
+ModuleWeights phm_weights(const PlannedModule& module, const Reparametrisation& sources) {
+  const auto& [config, hidden, size] = std::get<PlannedBottleneck>(module.method);
+  ModuleWeights weights;
+  for (const PhmShape& shape : {PhmShape{hidden, size, "down"}, PhmShape{size, hidden, "up"}}) {
+    weights[shape.side + std::string("_weight")] =
+        phm_weight(config, shape, [&](const std::string& factor, at::IntArrayRef, bool shared) {
+          const PhmPlace place = phm_place(module, shape.side, factor, shared);
+          return sources.at(place.source).at(place.name);
+        });
+  }
+  return weights;
+}
+
 }  // namespace torchgraft

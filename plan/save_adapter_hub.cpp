@@ -1,6 +1,7 @@
 #include <torchgraft/plan/save_adapter_hub.h>
 
 #include <torchgraft/plan/checkpoint.h>
+#include <torchgraft/plan/phm.h>
 
 #include <ATen/ATen.h>
 
@@ -88,10 +89,10 @@ std::string attention_container(const Layer& layer) {
   }
 }
 
-std::string output_container(const Layer& layer) {
+std::string output_container(const Layer& layer, bool is_beit) {
   const Path query = query_path(layer);
   const Path out = layer.ffn_out ? split_path(layer.ffn_out->path) : Path();
-  switch (out.size() < 2 ? Family::kOther : family_of(query)) {
+  switch (out.size() < 2 || is_beit ? Family::kOther : family_of(query)) {
     case Family::kBert:
       return join(parent(out)) + ".adapters";
     case Family::kT5:
@@ -142,8 +143,8 @@ struct PrefixGroup {
 class Writer {
  public:
   Writer(const Plan& plan, const Structure& structure, const AdapterWeights& weights, const Reparametrisation& sources,
-         const std::string& name)
-      : plan_(plan), structure_(structure), weights_(weights), sources_(sources), name_(name) {}
+         const std::string& name, bool is_beit)
+      : plan_(plan), structure_(structure), weights_(weights), sources_(sources), name_(name), is_beit_(is_beit) {}
 
   StateDict write() {
     for (size_t i = 0; i < plan_.size(); ++i) {
@@ -156,6 +157,7 @@ class Writer {
         write_prefix(plan_[i], std::get<PlannedPrefix>(plan_[i].method), layer, weights_[i]);
       }
     }
+    write_shared_phm();
     for (const auto& [location, group] : groups_) {
       if (const auto mlp = sources_.find(location); mlp != sources_.end()) {
         write_mlp(group.key, mlp->second);
@@ -204,10 +206,13 @@ class Writer {
   void write_bottleneck(const PlannedModule& module, const PlannedBottleneck& bottleneck, const Layer& layer,
                         const ModuleWeights& weights) {
     const bool behind_ffn = module.slot == "output_adapter";
-    const std::string prefix = (behind_ffn ? output_container(layer) : attention_container(layer)) + "." + name_;
+    const std::string prefix =
+        (behind_ffn ? output_container(layer, is_beit_) : attention_container(layer)) + "." + name_;
+    const bool behind_norm = bottleneck.config.ln_before;
+    const std::string down = prefix + (behind_norm ? ".adapter_down.1." : ".adapter_down.0.");
+    write_projection(module, "down", down, weights);
+    write_projection(module, "up", prefix + ".adapter_up.", weights);
     for (const std::string which : {"weight", "bias"}) {
-      const bool behind_norm = bottleneck.config.ln_before;
-      put(prefix + (behind_norm ? ".adapter_down.1." : ".adapter_down.0.") + which, weights.at("down_" + which));
       if (behind_norm) {  // the library knows the norm by two names
         put(prefix + ".adapter_down.0." + which, weights.at("norm_before_" + which));
         put(prefix + ".adapter_norm_before." + which, weights.at("norm_before_" + which));
@@ -216,12 +221,36 @@ class Writer {
         put(prefix + ".adapter_norm_after." + which, weights.at("norm_after_" + which));
       }
     }
-    put(prefix + ".adapter_up.weight", weights.at("up_weight"));
-    put(prefix + ".adapter_up.bias", weights.at("up_bias"));
     if (std::holds_alternative<std::string>(bottleneck.config.scaling)) {
       put(prefix + ".scaling", weights.at("scaling"));
     }
     write_gate(prefix + ".gate", weights);
+  }
+
+  // One projection of a bottleneck, at `path`: its factors where they are kept.
+  void write_projection(const PlannedModule& module, const std::string& side, const std::string& path,
+                        const ModuleWeights& weights) {
+    if (!has_phm_factors(module, sources_)) {
+      put(path + "weight", weights.at(side + "_weight"));
+      put(path + "bias", weights.at(side + "_bias"));
+      return;
+    }
+    if (std::get<PlannedBottleneck>(module.method).config.phm_bias) {
+      put(path + "b", weights.at(side + "_bias"));
+    }
+    const auto own = sources_.find(phm_place(module, side, "", /*shared=*/false).source);
+    for (const auto& [name, factor] : own == sources_.end() ? ModuleWeights() : own->second) {
+      if (name.starts_with(side + "_")) {
+        put(path + name.substr(side.size() + 1), factor);
+      }
+    }
+  }
+
+  void write_shared_phm() {
+    const auto shared = sources_.find(kSharedPhm);
+    for (const auto& [name, factor] : shared == sources_.end() ? ModuleWeights() : shared->second) {
+      state_["shared_parameters." + name_ + "." + name] = factor.detach().cpu().contiguous();
+    }
   }
 
   void write_mlp(const std::string& path, const ModuleWeights& mlp) {
@@ -253,6 +282,7 @@ class Writer {
   const AdapterWeights& weights_;
   const Reparametrisation& sources_;
   std::string name_;
+  bool is_beit_;
   StateDict state_;
   std::map<std::string, PrefixGroup> groups_;  // by location
 };
@@ -260,24 +290,28 @@ class Writer {
 }  // namespace
 
 StateDict adapter_hub_state(const Plan& plan, const Structure& structure, const AdapterWeights& weights,
-                            const Reparametrisation& sources, const std::string& name) {
+                            const Reparametrisation& sources, const std::string& name,
+                            const std::string& attention_class) {
   at::NoGradGuard no_grad;
-  return Writer(plan, structure, weights, sources, name).write();
+  const bool is_beit = attention_class.find(".beit.") != std::string::npos;
+  return Writer(plan, structure, weights, sources, name, is_beit).write();
 }
 
-AdapterConfig ejected_config(AdapterConfig config) {
+AdapterConfig ejected_config(const AdapterConfig& config) { return saved_config(config, {}); }
+
+AdapterConfig saved_config(AdapterConfig config, const Reparametrisation& sources) {
+  const auto is_kept = [&](const char* ending) {
+    return std::any_of(sources.begin(), sources.end(),
+                       [&](const auto& entry) { return entry.first.ends_with(ending); });
+  };
   for (MethodConfig& method : config.methods) {
     if (auto* prefix = std::get_if<PrefixTuningConfig>(&method)) {
-      prefix->flat = true;
+      prefix->flat = prefix->flat || !is_kept("_prefix");
     } else if (auto* bottleneck = std::get_if<BnConfig>(&method)) {
-      bottleneck->phm_layer = false;
+      bottleneck->phm_layer = bottleneck->phm_layer && (is_kept("_adapter") || is_kept(kSharedPhm));
     }
   }
   return config;
-}
-
-AdapterConfig saved_config(const AdapterConfig& config, const Reparametrisation& sources) {
-  return sources.empty() ? ejected_config(config) : config;
 }
 
 }  // namespace torchgraft

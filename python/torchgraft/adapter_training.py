@@ -31,6 +31,6 @@ def unfreeze_adapter(module: torch.jit.ScriptModule, name: str) -> torch.jit.Scr
     """A copy in which the adapter is trainable. Of ejected prefixes the keys and values themselves are trained.
 
     Raises:
-        GraftError: the adapter is merged, or a DoRA or Compacter, whose weights depend on others that are not kept.
+        GraftError: the adapter is merged, or a Compacter, whose factors a frozen adapter has not kept.
     """
     return script_module(patcher().unfreeze_adapter(cpp_module(module), name))

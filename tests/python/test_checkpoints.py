@@ -207,6 +207,18 @@ def test_compacter_with_shared_factors(shared_blocks: bool, tmp_path) -> None:
             expected = with_head.bert(batch.ids, batch.mask)[0]
             actual = variant.hidden(module(*variant.arguments(batch)))
         assert difference(actual, expected) <= TOLERANCE[torch.float64]
+    trainable = torchgraft.load_adapter(base("bert_sdpa", torch.float64), tmp_path / "head", trainable=True)
+    with torch.no_grad():
+        for parameter in torchgraft.trainable_parameters(trainable, "task").values():
+            parameter.mul_(1.5)
+        torchgraft.save_adapter(trainable, "task", tmp_path / "trained")
+        # Under its own name: when the library renames, it forgets shared factors that have no model's name before them.
+        with_head.delete_adapter("task")
+        with_head.set_active_adapters(with_head.load_adapter(str(tmp_path / "trained"), use_safetensors=True))
+        with_head.double().eval()
+        expected = with_head.bert(batch.ids, batch.mask)[0]
+        actual = variant.hidden(trainable(*variant.arguments(batch)))
+        assert difference(actual, expected) <= 1e-5  # the library loads into float32
     weights = torch.load(tmp_path / "head" / "pytorch_adapter.bin", weights_only=True)
     left = {key: value for key, value in weights.items() if "shared" not in key}
     torch.save(left, tmp_path / "head" / "pytorch_adapter.bin")

@@ -29,7 +29,7 @@ def _trainable(config: str, name: str = "task") -> torch.jit.ScriptModule:
     return torchgraft.graft(base("bert_sdpa", DOUBLE), adapters={name: saved.directory}, trainable=True)
 
 
-@pytest.mark.parametrize("config", ["unipelt", "mam", "union_everything", "prefix_two_gates", "par_bn_both", "ia3_gated"])
+@pytest.mark.parametrize("config", ["unipelt", "mam", "union_everything", "prefix_two_gates", "par_bn_both", "ia3_gated", "dora_gated"])
 def test_a_trainable_adapter_computes_what_a_frozen_one_does(config: str) -> None:
     module = _trainable(config)
     expected = grafted("bert_sdpa", DOUBLE, config)
@@ -104,31 +104,11 @@ def test_a_frozen_or_unknown_adapter_has_no_parameters_to_train() -> None:
         torchgraft.unfreeze_adapter(torchgraft.merge_adapter(module, "task"), "task")
 
 
-def test_the_mlp_of_a_trainable_prefix_is_saved_and_read_by_the_library(tmp_path: Path) -> None:
-    module = _trainable("mam")
-    with torch.no_grad():
-        for parameter in torchgraft.trainable_parameters(module, "task").values():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3), dtype=DOUBLE))
-    torchgraft.save_adapter(module, "task", tmp_path / "saved")
-    config = json.loads((tmp_path / "saved/adapter_config.json").read_text())["config"]
-    assert not config["configs"][0]["flat"]
-    library = oracle_for(VARIANT, DOUBLE)
-    name = library.model.load_adapter(str(tmp_path / "saved"), load_as="trained_mam", use_safetensors=True)
-    library.model.to(DOUBLE).eval()
-    library.model.set_active_adapters(name)
-    batch = make_batch([9, 6], 9, DOUBLE)
-    with torch.no_grad():
-        expected = library.model(batch.ids, batch.mask)[0]
-        torch.testing.assert_close(_hidden(module), expected, rtol=0, atol=1e-5)  # the library loads into float32
-        loaded = torchgraft.load_adapter(base("bert_sdpa", DOUBLE), tmp_path / "saved", trainable=True)
-        torch.testing.assert_close(_hidden(loaded), _hidden(module), rtol=0, atol=1e-12)
-    library.model.delete_adapter(name)
-
-
 _DROPPING = {
     "bottleneck": adapters.SeqBnConfig(dropout=0.4, use_gating=True),
     "bottleneck_norm": adapters.SeqBnConfig(dropout=0.4, ln_after=True),
     "lora": adapters.LoRAConfig(dropout=0.4, use_gating=True, init_weights="bert"),
+    "dora": adapters.LoRAConfig(dropout=0.4, use_dora=True, init_weights="bert"),
     "prefix": adapters.PrefixTuningConfig(dropout=0.4, prefix_length=5, bottleneck_size=9),
     "prefix_flat": adapters.PrefixTuningConfig(dropout=0.4, prefix_length=5, flat=True),
 }
@@ -173,7 +153,88 @@ def test_dropout_drops_what_the_library_drops(config: str) -> None:
         assert set((draws / share).round(decimals=6).unique().tolist()) == {0.0, 2.0}
 
 
-def test_compacter_and_dora_say_why_they_are_not_trained() -> None:
-    for config, reason in (("compacter", "Compacter"), ("lora[use_dora=True]", "DoRA")):
-        with pytest.raises(torchgraft.GraftError, match=reason):
-            torchgraft.graft(base("bert_sdpa", DOUBLE), config, "task", trainable=True)
+def _perturb(module: torch.jit.ScriptModule) -> None:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in torchgraft.trainable_parameters(module, "task").values():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator, dtype=DOUBLE))
+
+
+_COMPUTED = ["mam", "compacter", "compacter_factors", "dora", "dora_gated"]
+
+
+@pytest.mark.parametrize("config", _COMPUTED)
+def test_what_weights_are_computed_from_is_saved_and_read_by_the_library(config: str, tmp_path: Path) -> None:
+    module = _trainable(config)
+    _perturb(module)
+    torchgraft.save_adapter(module, "task", tmp_path / "saved")
+    written = json.loads((tmp_path / "saved/adapter_config.json").read_text())["config"]
+    if config.startswith("compacter"):
+        assert written["phm_layer"]
+    elif config == "mam":
+        assert not written["configs"][0]["flat"]
+    library = oracle_for(VARIANT, DOUBLE)
+    name = library.model.load_adapter(str(tmp_path / "saved"), load_as=f"trained_{config}", use_safetensors=True)
+    library.model.to(DOUBLE).eval()
+    library.model.set_active_adapters(name)
+    batch = make_batch([9, 6], 9, DOUBLE)
+    with torch.no_grad():
+        expected = library.model(batch.ids, batch.mask)[0]
+        torch.testing.assert_close(_hidden(module), expected, rtol=0, atol=1e-5)  # the library loads into float32
+        loaded = torchgraft.load_adapter(base("bert_sdpa", DOUBLE), tmp_path / "saved", trainable=True)
+        torch.testing.assert_close(_hidden(loaded), _hidden(module), rtol=0, atol=1e-12)
+    library.model.delete_adapter(name)
+
+
+@pytest.mark.parametrize("config", _COMPUTED)
+def test_freezing_keeps_what_was_learned(config: str) -> None:
+    module = _trainable(config)
+    with torch.no_grad():
+        before = _hidden(module)
+        _perturb(module)
+        learned = _hidden(module)
+        assert (learned - before).abs().max() > 1e-3
+        frozen = torchgraft.freeze_adapter(module, "task")
+        torch.testing.assert_close(_hidden(frozen), learned, rtol=0, atol=1e-12)
+        renamed = torchgraft.rename_adapter(module, "task", "other")  # built anew, and still trainable
+        torch.testing.assert_close(_hidden(renamed), learned, rtol=0, atol=1e-12)
+    assert len(torchgraft.trainable_parameters(renamed, "other")) == len(torchgraft.trainable_parameters(module, "task"))
+    if config.startswith("compacter"):
+        with pytest.raises(torchgraft.GraftError, match="factors of Compacter's projections were dropped .* load it from"):
+            torchgraft.unfreeze_adapter(frozen, "task")
+    else:
+        again = torchgraft.unfreeze_adapter(frozen, "task")
+        torch.testing.assert_close(_hidden(again), learned, rtol=0, atol=1e-12)
+
+
+def test_computed_weights_of_two_adapters_in_one_bank() -> None:
+    """Each row of a mixed batch is what its adapter computes alone, and gets that one's gradients."""
+    bank = torchgraft.load_adapter(_trainable("dora_gated", "first"), saved_adapter(VARIANT, DOUBLE, "compacter").directory,
+                                   "second", trainable=True)  # fmt: skip
+    bank = torchgraft.load_adapter(bank, saved_adapter(VARIANT, DOUBLE, "dora").directory, "third", trainable=True)
+    mixed = _hidden(bank, adapter_ids=torch.tensor([2, 1]))
+    with torch.no_grad():
+        for row, config in enumerate(("dora", "compacter")):
+            torch.testing.assert_close(mixed[row], _hidden(_trainable(config))[row], rtol=0, atol=1e-12)
+    named = {name: torchgraft.trainable_parameters(bank, name) for name in ("first", "second", "third")}
+    gradients = dict(zip(
+        [(name, key) for name in named for key in named[name]],
+        torch.autograd.grad(mixed.pow(3).sum(), [tensor for each in named.values() for tensor in each.values()]),
+        strict=True))  # fmt: skip
+    moved = {name for (name, _), gradient in gradients.items() if bool((gradient != 0).any())}
+    assert moved == {"second", "third"}
+
+
+def test_a_new_compacter_and_dora_can_be_trained() -> None:
+    for config in ("compacter++[reduction_factor=4]", "compacter[phm_bias=False, shared_W_phm=True, reduction_factor=4]",
+                   "lora[use_dora=True, dropout=0.3]"):  # fmt: skip
+        module = torchgraft.graft(base("bert_sdpa", DOUBLE), config, "task", trainable=True)
+        named = torchgraft.trainable_parameters(module, "task")
+        assert not any(key.endswith("down_bias") for key in named) or "phm_bias=False" not in config
+        assert sum(p.numel() for p in named.values()) == torchgraft.list_adapters(module)[0].parameters
+        with torch.no_grad():
+            torch.testing.assert_close(_hidden(module), _hidden(torchgraft.freeze_adapter(module, "task")),
+                                       rtol=0, atol=1e-12)  # fmt: skip
+        module.train()
+        for gradient in torch.autograd.grad(_hidden(module).pow(3).sum(), [*named.values()]):
+            assert bool(gradient.isfinite().all())

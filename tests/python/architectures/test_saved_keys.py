@@ -8,18 +8,10 @@ from hugging_face_cases import CASES
 from safetensors.torch import load_file
 
 # LLaMA's and Mistral's mixins hang the intermediate LoRA on down_proj and the output one on up_proj: the same keys.
-# BEiT's layers look like ViT's, whose mixin hangs the output adapter one module deeper.
-_BEIT = pytest.mark.xfail(strict=True, reason="BEiT's bottlenecks are named as ViT's")
 _FORMS = [(name, method) for name, case in CASES.items() for method in METHODS if method not in case.without]
 
 
-def _marks(name: str, method: str) -> list:
-    return [_BEIT] if name.startswith("beit") and method in ("unipelt", "mam", "double_seq_bn") else []
-
-
-@pytest.mark.parametrize(
-    "name, method", [pytest.param(*form, marks=_marks(*form), id="-".join(form)) for form in _FORMS]
-)
+@pytest.mark.parametrize("name, method", [pytest.param(*form, id="-".join(form)) for form in _FORMS])
 def test_the_keys_are_the_librarys(name: str, method: str, tmp_path) -> None:
     case = CASES[name]
     base = case.to_script("traced", torch.float32)
