@@ -1,9 +1,9 @@
 // The Python face of libtorchgraft_patch: modules, strings and dicts in and out, no logic of its own.
 
-#include <torchgraft/config/adapter_config.h>
+#include "binding.h"
+
 #include <torchgraft/ops/kernel_mode.h>
 #include <torchgraft/patch/canonicalise.h>
-#include <torchgraft/patch/graft.h>
 #include <torchgraft/patch/head.h>
 #include <torchgraft/patch/life.h>
 #include <torchgraft/patch/save_adapter.h>
@@ -11,9 +11,7 @@
 #include <torchgraft/plan/safetensors.h>
 #include <torchgraft/registration/library.h>
 
-#include <pybind11/stl.h>
 #include <torch/csrc/jit/runtime/jit_exception.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include <exception>
 #include <map>
@@ -25,25 +23,12 @@
 
 namespace py = pybind11;
 
-namespace {
-
-using torch::jit::Module;
-
-// Of a head: (head_config.json, state dict, the head's name in it).
-using Head = std::tuple<std::string, std::map<std::string, at::Tensor>, std::string>;
-// (name, config as JSON or as a name, AdapterHub state dict, the adapter's name in it, trainable, head)
-using Spec = std::tuple<std::string, std::string, std::optional<std::map<std::string, at::Tensor>>, std::string, bool,
-                        std::optional<Head>>;
+namespace torchgraft_python {
 
 torchgraft::AdapterConfig config_of(const std::string& text) {
   const size_t first = text.find_first_not_of(" \t\r\n");
   const bool is_json = first != std::string::npos && text[first] == '{';
   return is_json ? torchgraft::config_from_json(text) : torchgraft::config_from_string(text);
-}
-
-// Edited sites as JSON; an empty text means that they are to be detected.
-std::optional<torchgraft::Structure> sites_of(const std::string& json) {
-  return json.empty() ? std::nullopt : std::optional(torchgraft::structure_from_json(json));
 }
 
 torchgraft::AdapterSpec spec_of(const Spec& spec) {
@@ -54,6 +39,20 @@ torchgraft::AdapterSpec spec_of(const Spec& spec) {
     result.head = torchgraft::HeadSpec{torchgraft::head_config_from_json(head_config), head_weights, head_name};
   }
   return result;
+}
+
+}  // namespace torchgraft_python
+
+namespace {
+
+using torch::jit::Module;
+using torchgraft_python::config_of;
+using torchgraft_python::Spec;
+using torchgraft_python::spec_of;
+
+// Edited sites as JSON; an empty text means that they are to be detected.
+std::optional<torchgraft::Structure> sites_of(const std::string& json) {
+  return json.empty() ? std::nullopt : std::optional(torchgraft::structure_from_json(json));
 }
 
 Module graft(const Module& module, const std::vector<Spec>& adapters, const std::string& gate_pooling,
@@ -182,4 +181,5 @@ PYBIND11_MODULE(_C, m) {
       .value("REFERENCE", KernelMode::kReference);
   m.def("kernel_mode", &torchgraft::ops::kernel_mode);
   m.def("set_kernel_mode", &torchgraft::ops::set_kernel_mode);
+  torchgraft_python::bind_adapter_pool(m);
 }

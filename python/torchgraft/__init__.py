@@ -43,6 +43,7 @@ from .life import (
     ungraft,
     unmerge_adapter,
 )
+from .pool import AdapterPool, Lease
 
 __version__ = "0.1.0"
 
@@ -52,12 +53,14 @@ __all__ = [
     "AdapterConfig",
     "AdapterDirectory",
     "AdapterInfo",
+    "AdapterPool",
     "BnConfig",
     "ConfigUnion",
     "DoubleSeqBnConfig",
     "GraftError",
     "HeadConfig",
     "HoulsbyConfig",
+    "Lease",
     "LoRAConfig",
     "MAMConfig",
     "ParBnConfig",

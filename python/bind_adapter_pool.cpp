@@ -1,0 +1,63 @@
+#include "binding.h"
+
+#include <torchgraft/patch/adapter_pool.h>
+
+#include <memory>
+#include <utility>
+#include <vector>
+
+namespace py = pybind11;
+
+namespace torchgraft_python {
+namespace {
+
+using torchgraft::AdapterPool;
+using Lease = AdapterPool::Lease;
+
+std::unique_ptr<AdapterPool> make_pool(const torch::jit::Module& module, int64_t capacity,
+                                       const std::vector<std::string>& room, const std::string& gate_pooling,
+                                       const std::string& token_mask_input) {
+  torchgraft::AdapterPoolOptions options;
+  options.capacity = capacity;
+  options.graft.gate_pooling = gate_pooling;
+  options.graft.token_mask_input = token_mask_input;
+  for (const std::string& config : room) {
+    options.room.push_back(config_of(config));
+  }
+  return std::make_unique<AdapterPool>(module, options);
+}
+
+py::dict stats_of(const AdapterPool& pool) {
+  const torchgraft::AdapterPoolStats stats = pool.stats();
+  py::dict result;
+  result["capacity"] = stats.capacity;
+  result["resident"] = stats.resident;
+  result["row_bytes"] = stats.row_bytes;
+  result["bank_bytes"] = stats.bank_bytes;
+  result["loads"] = stats.loads;
+  result["evictions"] = stats.evictions;
+  result["rebuilds"] = stats.rebuilds;
+  return result;
+}
+
+}  // namespace
+
+// Whatever may wait for another thread's lease does so without the GIL, which that thread may need to end it.
+void bind_adapter_pool(py::module_& m) {
+  const py::call_guard<py::gil_scoped_release> no_gil;
+  py::class_<Lease>(m, "Lease")
+      .def("module", [](const Lease& lease) { return lease.module(); })
+      .def("same_module", &Lease::same_module)
+      .def("ids", &Lease::ids);
+  py::class_<AdapterPool>(m, "AdapterPool")
+      .def(py::init(&make_pool), no_gil)
+      .def("acquire", &AdapterPool::acquire, no_gil)
+      .def("try_acquire", &AdapterPool::try_acquire, no_gil)
+      .def(
+          "insert", [](AdapterPool& pool, const Spec& spec) { pool.insert(spec_of(spec)); }, no_gil)
+      .def("evict", &AdapterPool::evict, no_gil)
+      .def("resident", &AdapterPool::resident, no_gil)
+      .def("stats", &stats_of);
+}
+
+}  // namespace torchgraft_python
