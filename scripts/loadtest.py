@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Throughput and latency of examples/server on this machine, and of the adapters library beside it.
+"""Throughput and latency of a server on this machine, and of the adapters library beside it.
 
     scripts/loadtest.py --server build/demo/server/server [--json FILE] [--picture FILE.png]
+    scripts/loadtest.py --server examples/ray_serve/main.py --server-options "--replicas 2 --threads 1"
 
 The model is MiniLM's size (6 layers, 384 wide; random, as its speed does not depend on its weights), the adapters are
 UniPELT, a request is one text of 8 to 32 tokens. Three series, each point bounded by --requests and --seconds:
@@ -35,6 +36,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
 warnings.filterwarnings("ignore")  # of torch.jit being deprecated
 
 import adapters  # noqa: E402
+import psutil  # noqa: E402
 import torch  # noqa: E402
 import torchgraft  # noqa: E402
 import transformers  # noqa: E402
@@ -48,6 +50,7 @@ SIZES = dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, inter
 VOCABULARY = 30522
 SHORTEST, LONGEST = 8, 32  # tokens
 DISTINCT = [0, 1, 8, 64, 256]
+CAPACITY = 64  # adapters in memory
 SHARES = [0.25, 0.5, 0.75, 0.9, 1.1]
 LIBRARY_ADAPTERS = 8
 WARM_UP = 200  # requests
@@ -225,7 +228,8 @@ def library_load(contents: list[list[int]], seconds: float) -> Load:
 
 
 def start_server(program: Path, folder: Path, options: list[str]) -> tuple[subprocess.Popen, int]:
-    command = [program, folder / "base.pt", "--adapters", folder / "adapters", "--port", 0, *options]
+    run = [sys.executable, "-W", "ignore", program] if program.suffix == ".py" else [program]
+    command = [*run, folder / "base.pt", "--adapters", folder / "adapters", "--port", 0, *options]
     process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True)
     line = process.stdout.readline()
     if not line.startswith("listening on "):
@@ -234,30 +238,32 @@ def start_server(program: Path, folder: Path, options: list[str]) -> tuple[subpr
 
 
 def memory_of(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+    """Bytes of a process and of all that it started; what several share counts once."""
+    processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    return sum(process.memory_full_info().pss for process in processes)
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> list[Point]:
     points = []
-    process, port = start_server(arguments.server, folder, ["--capacity", "64", *arguments.server_options.split()])
+    process, port = start_server(arguments.server, folder, ["--capacity", str(CAPACITY), *arguments.server_options.split()])
     try:
         asyncio.run(closed(port, requests_for(0, WARM_UP), arguments.clients, arguments.seconds))
-        for distinct in DISTINCT:
+        for distinct in arguments.distinct:
             contents = requests_for(distinct, arguments.requests)
             asyncio.run(closed(port, contents[:WARM_UP], arguments.clients, arguments.seconds))  # adapters come in
             load = asyncio.run(closed(port, contents, arguments.clients, arguments.seconds))
             points.append(load.point("distinct", distinct))
             print_points(points[-1:])
-        most = next(point.per_second for point in points if point.x == 64)
+        most = max((point for point in points if point.x <= CAPACITY), key=lambda point: point.x).per_second
         for share in SHARES:
-            contents = requests_for(64, arguments.requests)
+            contents = requests_for(CAPACITY, arguments.requests)
             load = asyncio.run(offered(port, contents, share * most, 256, arguments.seconds))
             points.append(load.point("offered", round(share * most)))
             print_points(points[-1:])
-        console.print(f"server: {memory_of(process.pid) / 2**20:.0f} MiB resident at the end")
+        console.print(f"server: {memory_of(process.pid) / 2**20:.0f} MiB of memory at the end")
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=60)
+        process.wait(timeout=120)
     points.append(library_load(texts(arguments.requests), arguments.seconds).point("library", LIBRARY_ADAPTERS))
     print_points(points[-1:])
     return points
@@ -280,7 +286,7 @@ def print_table(points: list[Point]) -> None:
             console.print(f"{point.x:g} adapters: {point.per_second / library:.1f}x the library's answers/s")
 
 
-def draw(points: list[Point], path: Path) -> None:
+def draw(points: list[Point], server: str, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -289,7 +295,7 @@ def draw(points: list[Point], path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
     distinct = [point for point in points if point.series == "distinct"]
     positions = range(len(distinct))
-    left.bar(positions, [point.per_second for point in distinct], color="#4c72b0", label="torchgraft, examples/server")
+    left.bar(positions, [point.per_second for point in distinct], color="#4c72b0", label=f"torchgraft, {server}")
     left.axhline(points[-1].per_second, color="#c44e52", label="adapters library, eager")
     left.set_xticks(positions, [f"{point.x:g}" for point in distinct])
     left.set(xlabel="distinct adapters in flight (64 in memory)", ylabel="answers a second")
@@ -305,16 +311,17 @@ def draw(points: list[Point], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--server", type=Path, required=True, help="the program that examples/server builds")
+    parser.add_argument("--server", type=Path, required=True, help="the program that examples/server builds, or ray_serve's")
     parser.add_argument("--server-options", default="--workers 2 --threads 1")
     parser.add_argument("--requests", type=int, default=3000, help="at most, for each point")
     parser.add_argument("--seconds", type=float, default=15, help="at most, for each point")
+    parser.add_argument("--distinct", type=int, nargs="+", default=DISTINCT, help="numbers of distinct adapters")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        make_files(Path(folder), max(DISTINCT))
+        make_files(Path(folder), max(CAPACITY, *arguments.distinct))
         points = measure(arguments, Path(folder))
     print_table(points)
     if arguments.json:
@@ -322,7 +329,7 @@ def main() -> None:
         document = {"machine": machine, "points": [asdict(point) for point in points]}
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     if arguments.picture:
-        draw(points, arguments.picture)
+        draw(points, arguments.server.stem, arguments.picture)
 
 
 if __name__ == "__main__":

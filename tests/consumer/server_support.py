@@ -74,15 +74,16 @@ class Expected:
 
 
 class Server:
-    """One process; ends with the `with` block."""
+    """One process; ends with the `with` block. Its program: examples/server's, or another that takes the same."""
 
-    def __init__(self, program: Path, model: Path, adapters: Path, *options: object):
+    def __init__(self, program: Path | list, model: Path, adapters: Path, *options: object):
         environment = {key: value for key, value in os.environ.items() if key != "LD_LIBRARY_PATH"}
-        command = [program, model, "--adapters", adapters, "--port", 0, "--threads", 1, *options]
+        words = program if isinstance(program, list) else [program]
+        command = [*words, model, "--adapters", adapters, "--port", 0, "--threads", 1, *options]
         self._process = subprocess.Popen(
             [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
         )
-        ready, _, _ = select.select([self._process.stdout], [], [], 120)
+        ready, _, _ = select.select([self._process.stdout], [], [], 300)
         line = self._process.stdout.readline() if ready else ""
         if not line.startswith("listening on "):
             self._process.kill()

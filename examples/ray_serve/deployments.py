@@ -1,0 +1,186 @@
+"""The Ray Serve application: Gateway reads HTTP, replicas of EncoderReplica hold the model and run batches."""
+
+import asyncio
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import starlette.requests
+import starlette.responses
+import torchgraft
+from encoder import BATCH_ROWS, CONFIG_FILE, WEIGHTS_FILE, Answer, Encoder, Request
+from ray import serve
+
+NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")  # what may be a directory of the folder
+FIELDS = {"adapter", "input_ids", "pooling"}
+MOST_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Settings:
+    """min_replicas to max_replicas of them, each with `capacity` adapters and `threads` threads for a forward pass."""
+
+    model: Path
+    adapters: Path
+    capacity: int = 64
+    threads: int = 1
+    min_replicas: int = 1
+    max_replicas: int = 4
+
+
+class Batches:
+    """What waits when a forward pass begins is its batch, in order of arrival, whatever the adapters.
+
+    Not @serve.batch, which makes batches of one multiplexed model each.
+    """
+
+    def __init__(self, run: Callable[[list[Request]], list[Answer]]):
+        self._run = run
+        self._waiting: list[tuple[Request, asyncio.Future]] = []
+        self._worker: asyncio.Task | None = None
+
+    async def answer(self, request: Request) -> Answer:
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.append((request, future))
+        if self._worker is None:
+            self._worker = asyncio.create_task(self._work())
+        return await future
+
+    async def _work(self) -> None:
+        while self._waiting:
+            batch = self._take()
+            try:
+                answers = await asyncio.to_thread(self._run, [request for request, _ in batch])
+            except Exception as error:
+                answers = [(500, str(error))] * len(batch)
+            for (_, future), answer in zip(batch, answers, strict=True):
+                if not future.done():  # its client has gone
+                    future.set_result(answer)
+        self._worker = None
+
+    def _take(self) -> list[tuple[Request, asyncio.Future]]:
+        """At most BATCH_ROWS rows, at least one request."""
+        count, rows = 0, 0
+        for request, _ in self._waiting:
+            rows += len(request.rows)
+            if count > 0 and rows > BATCH_ROWS:
+                break
+            count += 1
+        batch, self._waiting = self._waiting[:count], self._waiting[count:]
+        return batch
+
+
+@serve.deployment(max_ongoing_requests=256)
+class EncoderReplica:
+    """Ray sends a request to a replica that has its adapter, if one has, and drops those used longest ago.
+
+    What is kept of an adapter is a lease on its row, which requests under way share: a row that is dropped is rewritten
+    only when they are done.
+    """
+
+    def __init__(self, settings: Settings):
+        self._encoder = Encoder(settings.model, settings.adapters, settings.capacity, settings.threads)
+        self._batches = Batches(self._encoder.run)
+
+        @serve.multiplexed(max_num_models_per_replica=settings.capacity)
+        async def adapter(model_id: str) -> torchgraft.Lease:
+            return await asyncio.to_thread(self._encoder.load, *model_id.split("@"))
+
+        self._adapter = adapter
+
+    async def predict(self, name: str, rows: list[list[int]], pooling: str) -> Answer:
+        model_id = serve.get_multiplexed_model_id()
+        if model_id:
+            try:
+                lease = await self._adapter(model_id)
+            except torchgraft.GraftError as error:
+                return 422, f"adapter '{name}' cannot be loaded: {error}"
+        elif not name or name in self._encoder.own:
+            lease = self._encoder.resident(name)
+        else:
+            return 404, f"no adapter is called '{name}'"
+        return await self._batches.answer(Request(lease, rows, pooling))
+
+
+class BadRequest(Exception):
+    pass
+
+
+def read_body(content: bytes) -> tuple[str, list[list[int]], str]:
+    """(adapter, "" for the base; rows; pooling) of the body that examples/server takes."""
+    try:
+        body: Any = json.loads(content)
+    except (ValueError, RecursionError):
+        raise BadRequest("the body is not JSON") from None
+    if not isinstance(body, dict) or not FIELDS.issuperset(body) or "input_ids" not in body:
+        raise BadRequest('expected {"adapter": name or null, "input_ids": [[...]], "pooling": "first" or "mean"}')
+    adapter, rows, pooling = body.get("adapter"), body["input_ids"], body.get("pooling", "first")
+    if adapter is not None and not (isinstance(adapter, str) and adapter):
+        raise BadRequest('"adapter": expected a name, or null for the base model')
+    if pooling not in ("first", "mean"):
+        raise BadRequest('"pooling": expected "first" or "mean"')
+    if not isinstance(rows, list) or not 1 <= len(rows) <= BATCH_ROWS or not all(map(is_row, rows)):
+        raise BadRequest(f'"input_ids": expected 1 to {BATCH_ROWS} lists of 1 to {MOST_TOKENS} token ids, integers from 0')
+    return adapter or "", rows, pooling
+
+
+def is_row(row: object) -> bool:
+    is_list = isinstance(row, list) and 1 <= len(row) <= MOST_TOKENS
+    return is_list and all(type(token) is int and 0 <= token < 2**63 for token in row)
+
+
+@serve.deployment(max_ongoing_requests=1024, ray_actor_options={"num_cpus": 0})
+class Gateway:
+    """HTTP in and out, in the words of examples/server."""
+
+    def __init__(self, encoder: serve.handle.DeploymentHandle, adapters: Path):
+        self._encoder = encoder
+        self._adapters = adapters
+
+    async def __call__(self, request: starlette.requests.Request) -> starlette.responses.JSONResponse:
+        if request.url.path == "/healthz" and request.method == "GET":
+            return starlette.responses.JSONResponse({"status": "ok"})
+        if request.url.path != "/v1/predict" or request.method != "POST":
+            return failure(404, f"nothing is at {request.method} {request.url.path}")
+        try:
+            name, rows, pooling = read_body(await request.body())
+        except BadRequest as error:
+            return failure(400, str(error))
+        if name and not NAME.fullmatch(name):
+            return failure(404, "expected an adapter's name of letters, digits, '_' and '-'")
+        encoder = self._encoder.options(multiplexed_model_id=self._model_id(name))
+        status, answer = await encoder.predict.remote(name, rows, pooling)
+        if status != 200:
+            return failure(status, answer)
+        return starlette.responses.JSONResponse({"adapter": name or None, **answer})
+
+    def _model_id(self, name: str) -> str:
+        """NAME@VERSION of an adapter of the folder, so that changed files are another model; else ""."""
+        directory = self._adapters / name
+        if not name or not (directory / CONFIG_FILE).is_file():
+            return ""
+        weights = directory / WEIGHTS_FILE
+        return f"{name}@{weights.stat().st_mtime_ns if weights.is_file() else 0}"
+
+
+def failure(status: int, message: str) -> starlette.responses.JSONResponse:
+    return starlette.responses.JSONResponse({"error": {"status": status, "message": message}}, status)
+
+
+def application(settings: Settings) -> serve.Application:
+    replicas = EncoderReplica.options(
+        ray_actor_options={"num_cpus": settings.threads},
+        autoscaling_config={
+            "min_replicas": settings.min_replicas,
+            "initial_replicas": settings.min_replicas,
+            "max_replicas": settings.max_replicas,
+            # Requests in a replica, running or waiting: about half a batch beside the one that runs.
+            "target_ongoing_requests": 1.5 * BATCH_ROWS,
+            "upscale_delay_s": 10,
+            "downscale_delay_s": 300,
+        },
+    )
+    return Gateway.bind(replicas.bind(settings), settings.adapters)
