@@ -46,10 +46,15 @@ def main() -> int:
     parser.add_argument("--adapter", help="the base model without")
     parser.add_argument("--url", default="http://127.0.0.1:8080")
     parser.add_argument("--pooling", choices=["first", "mean"], default="mean")
+    parser.add_argument("--most", type=int, default=512, help="tokens of a text; what is longer is cut")
     arguments = parser.parse_args()
     try:
         tokenizer = Tokenizer.from_file(arguments.tokenizer)
-        outputs = predict(arguments.url, tokenizer, arguments.texts, arguments.adapter, arguments.pooling)
+    except Exception as error:  # no other type is raised
+        parser.error(f"{arguments.tokenizer}: {error}")
+    try:
+        how = (arguments.adapter, arguments.pooling, arguments.most)
+        outputs = predict(arguments.url, tokenizer, arguments.texts, *how)
     except (ServerError, OSError) as error:
         print(f"client.py: {error}", file=sys.stderr)
         return 1
