@@ -18,6 +18,7 @@ class TrainingOptions:
         batch_size: examples of one forward pass, over all processes.
         accumulate: batches that make one step of the optimizer. A step is on the mean loss of all their examples.
         learning_rate, weight_decay: of AdamW.
+        head_learning_rate: of the head's weights, which can bear a higher one than a prefix's MLP; None: as the others.
         schedule: how the learning rate falls after the warm-up: "linear" or "cosine" to zero, or "constant".
         warmup: the share of all steps in which it rises from zero.
         clip: the largest norm that all gradients together may have; 0: any.
@@ -31,6 +32,7 @@ class TrainingOptions:
     batch_size: int = 32
     accumulate: int = 1
     learning_rate: float = 1e-3
+    head_learning_rate: float | None = None
     weight_decay: float = 0.01
     schedule: str = "linear"
     warmup: float = 0.06
@@ -45,8 +47,10 @@ class TrainingOptions:
                             ("patience", 0), ("clip", 0), ("weight_decay", 0), ("seed", 0)):  # fmt: skip
             if not getattr(self, name) >= least:
                 raise GraftError(f"training: expected {name} >= {least}, got {getattr(self, name)}")
-        if not 0 < self.learning_rate < float("inf"):
-            raise GraftError(f"training: expected learning_rate > 0, got {self.learning_rate}")
+        for name in ("learning_rate", "head_learning_rate"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 < rate < float("inf"):
+                raise GraftError(f"training: expected {name} > 0, got {rate}")
         if not 0 <= self.warmup < 1:
             raise GraftError(f"training: expected 0 <= warmup < 1, got {self.warmup}")
         for name, known in (("schedule", SCHEDULES), ("best_by", CRITERIA)):

@@ -68,6 +68,18 @@ def class_scores(module: torch.jit.ScriptModule, batch: Batch) -> Tensor:
     return module.forward_with_head(*text_arguments(module.forward_with_head, batch.values, "training"))
 
 
+def _optimizer(parameters: Mapping[str, Tensor], options: TrainingOptions) -> torch.optim.AdamW:
+    """With two rates: the adapter's, and then the head's."""
+    groups: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for key, parameter in parameters.items():
+        groups["heads" in key.split(".")].append(parameter)
+    rates = (options.learning_rate, options.head_learning_rate or options.learning_rate)
+    return torch.optim.AdamW(
+        [{"params": group, "lr": rate} for group, rate in zip(groups, rates, strict=True)],
+        weight_decay=options.weight_decay,
+    )
+
+
 class Trainer:
     """One run: AdamW on the mean cross entropy of the adapter's and its head's weights; the base is not trained.
 
@@ -100,9 +112,7 @@ class Trainer:
         self._workers.take_from_first(list(self._parameters.values()))
         batches = math.ceil(len(training) / options.batch_size)
         self._total_steps = options.epochs * math.ceil(batches / options.accumulate)
-        self._optimizer = torch.optim.AdamW(
-            self._parameters.values(), lr=options.learning_rate, weight_decay=options.weight_decay
-        )
+        self._optimizer = _optimizer(self._parameters, options)
         factor = learning_rate_factor(options.schedule, round(options.warmup * self._total_steps), self._total_steps)
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, factor)
         torch.manual_seed(options.seed + self._workers.rank)  # of dropout: every process its own

@@ -60,14 +60,20 @@ def train(options: TrainingOptions, module: Any = None, examples: int = 50, vali
 
 
 def test_steps_are_those_of_a_loop_written_out() -> None:
-    """AdamW on the mean loss of all rows of the accumulated batches, clipped, with the rate of the schedule."""
-    options = replace(OPTIONS, epochs=1, accumulate=2, schedule="cosine", warmup=0.5, clip=0.05)
+    """AdamW on the mean loss of all rows of the accumulated batches, clipped, with the rates of the schedule."""
+    options = replace(OPTIONS, epochs=1, head_learning_rate=2e-2, accumulate=2, schedule="cosine", warmup=0.5, clip=0.05)
     recorder = Recorder()
     actual = weights_of(train(options, make_model(dropout=0.0), listeners=[recorder]))
 
     module, examples = make_model(dropout=0.0).train(), encoded(50)
-    parameters = list(trainable_parameters(module, "task").values())
-    optimizer = torch.optim.AdamW(parameters, weight_decay=options.weight_decay)
+    by_name = trainable_parameters(module, "task")
+    parameters, head = list(by_name.values()), [value for key, value in by_name.items() if ".heads." in key]
+    optimizers = {
+        options.head_learning_rate: torch.optim.AdamW(head, weight_decay=options.weight_decay),
+        options.learning_rate: torch.optim.AdamW([value for key, value in by_name.items() if ".heads." not in key],
+                                                 weight_decay=options.weight_decay),
+    }  # fmt: skip
+    assert 0 < len(head) < len(parameters)
     batches = training_batches(examples.lengths(), 8, options.seed, 0)
     pairs = [batches[at : at + 2] for at in range(0, len(batches), 2)]
     assert len(pairs) == 4 and len(pairs[-1]) == 1  # 50 rows: six batches of 8 and one of 2
@@ -77,13 +83,15 @@ def test_steps_are_those_of_a_loop_written_out() -> None:
             batch = collate(examples, indices, slice(None), CPU)
             losses.append(cross_entropy(class_scores(module, batch), batch.labels, reduction="none"))
         loss = torch.cat(losses).mean()
-        optimizer.zero_grad()
+        for optimizer in optimizers.values():
+            optimizer.zero_grad()
         loss.backward()
         norm = torch.sqrt(sum(parameter.grad.square().sum() for parameter in parameters)).item()
         for parameter in parameters:
             parameter.grad *= min(1.0, options.clip / norm)
-        optimizer.param_groups[0]["lr"] = options.learning_rate * rate
-        optimizer.step()
+        for highest, optimizer in optimizers.items():
+            optimizer.param_groups[0]["lr"] = highest * rate
+            optimizer.step()
         told = recorder.steps[step]
         assert told == (step + 1, pytest.approx(loss.item(), rel=1e-5), pytest.approx(options.learning_rate * rate),
                         pytest.approx(norm, rel=1e-4))  # fmt: skip
@@ -207,7 +215,8 @@ def test_no_examples() -> None:
 
 @pytest.mark.parametrize("field, value", [
     ("epochs", 0), ("batch_size", 0), ("accumulate", -1), ("learning_rate", 0.0), ("learning_rate", math.nan),
-    ("warmup", 1.0), ("clip", -1.0), ("clip", math.nan), ("schedule", "step"), ("best_by", "f2"), ("patience", -1),
+    ("head_learning_rate", -1.0), ("warmup", 1.0), ("clip", -1.0), ("clip", math.nan), ("schedule", "step"),
+    ("best_by", "f2"), ("patience", -1),
 ])  # fmt: skip
 def test_options_that_make_no_sense(field: str, value: Any) -> None:
     with pytest.raises(GraftError, match=f"expected .*{field}"):
