@@ -85,6 +85,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches that make one step")
     group.add_argument("--learning-rate", type=float, default=1e-3)
     group.add_argument("--head-learning-rate", type=float, metavar="RATE", help="of the head (default: the same)")
+    group.add_argument("--prefix-learning-rate", type=float, metavar="RATE", help="of prefixes (default: the same)")
     group.add_argument("--weight-decay", type=float, default=0.01)
     group.add_argument("--schedule", choices=("linear", "cosine", "constant"), default="linear")
     group.add_argument("--warmup", type=float, default=0.06, metavar="SHARE", help="of all steps")

@@ -18,7 +18,8 @@ class TrainingOptions:
         batch_size: examples of one forward pass, over all processes.
         accumulate: batches that make one step of the optimizer. A step is on the mean loss of all their examples.
         learning_rate, weight_decay: of AdamW.
-        head_learning_rate: of the head's weights, which can bear a higher one than a prefix's MLP; None: as the others.
+        head_learning_rate, prefix_learning_rate: of the head, and of prefixes with their MLPs and gates; None: as the
+            others. A short run needs a higher one for the head; the MLPs bear a lower one only.
         schedule: how the learning rate falls after the warm-up: "linear" or "cosine" to zero, or "constant".
         warmup: the share of all steps in which it rises from zero.
         clip: the largest norm that all gradients together may have; 0: any.
@@ -33,6 +34,7 @@ class TrainingOptions:
     accumulate: int = 1
     learning_rate: float = 1e-3
     head_learning_rate: float | None = None
+    prefix_learning_rate: float | None = None
     weight_decay: float = 0.01
     schedule: str = "linear"
     warmup: float = 0.06
@@ -47,7 +49,7 @@ class TrainingOptions:
                             ("patience", 0), ("clip", 0), ("weight_decay", 0), ("seed", 0)):  # fmt: skip
             if not getattr(self, name) >= least:
                 raise GraftError(f"training: expected {name} >= {least}, got {getattr(self, name)}")
-        for name in ("learning_rate", "head_learning_rate"):
+        for name in ("learning_rate", "head_learning_rate", "prefix_learning_rate"):
             rate = getattr(self, name)
             if rate is not None and not 0 < rate < float("inf"):
                 raise GraftError(f"training: expected {name} > 0, got {rate}")

@@ -68,16 +68,21 @@ def class_scores(module: torch.jit.ScriptModule, batch: Batch) -> Tensor:
     return module.forward_with_head(*text_arguments(module.forward_with_head, batch.values, "training"))
 
 
+def _part_of(key: str) -> str:
+    """"head", "prefix" or "adapter": what a parameter belongs to, by its name in the module. "adapter_NAME" in it says
+    nothing: NAME is the user's."""
+    places = [name for name in key.split(".") if not name.startswith("adapter_")]
+    if "heads" in places:
+        return "head"
+    return "prefix" if any(name.endswith(("_prefix", "_prefix_mlp")) for name in places) else "adapter"
+
+
 def _optimizer(parameters: Mapping[str, Tensor], options: TrainingOptions) -> torch.optim.AdamW:
-    """With two rates: the adapter's, and then the head's."""
-    groups: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for key, parameter in parameters.items():
-        groups["heads" in key.split(".")].append(parameter)
-    rates = (options.learning_rate, options.head_learning_rate or options.learning_rate)
-    return torch.optim.AdamW(
-        [{"params": group, "lr": rate} for group, rate in zip(groups, rates, strict=True)],
-        weight_decay=options.weight_decay,
-    )
+    rates = {"adapter": options.learning_rate, "head": options.head_learning_rate,
+             "prefix": options.prefix_learning_rate}  # fmt: skip
+    groups = [{"params": [value for key, value in parameters.items() if _part_of(key) == part],
+               "lr": rate or options.learning_rate} for part, rate in rates.items()]  # fmt: skip
+    return torch.optim.AdamW(groups, weight_decay=options.weight_decay)
 
 
 class Trainer:

@@ -61,19 +61,20 @@ def train(options: TrainingOptions, module: Any = None, examples: int = 50, vali
 
 def test_steps_are_those_of_a_loop_written_out() -> None:
     """AdamW on the mean loss of all rows of the accumulated batches, clipped, with the rates of the schedule."""
-    options = replace(OPTIONS, epochs=1, head_learning_rate=2e-2, accumulate=2, schedule="cosine", warmup=0.5, clip=0.05)
+    options = replace(OPTIONS, epochs=1, head_learning_rate=2e-2, prefix_learning_rate=1e-3, accumulate=2,
+                      schedule="cosine", warmup=0.5, clip=0.05)
     recorder = Recorder()
     actual = weights_of(train(options, make_model(dropout=0.0), listeners=[recorder]))
 
     module, examples = make_model(dropout=0.0).train(), encoded(50)
     by_name = trainable_parameters(module, "task")
-    parameters, head = list(by_name.values()), [value for key, value in by_name.items() if ".heads." in key]
-    optimizers = {
-        options.head_learning_rate: torch.optim.AdamW(head, weight_decay=options.weight_decay),
-        options.learning_rate: torch.optim.AdamW([value for key, value in by_name.items() if ".heads." not in key],
-                                                 weight_decay=options.weight_decay),
-    }  # fmt: skip
-    assert 0 < len(head) < len(parameters)
+    parameters = list(by_name.values())
+    parts: dict[float, list[torch.Tensor]] = {}
+    for key, parameter in by_name.items():
+        part = options.head_learning_rate if ".heads." in key else options.learning_rate
+        parts.setdefault(options.prefix_learning_rate if ".self_prefix" in key else part, []).append(parameter)
+    assert len(parts) == 3
+    optimizers = {rate: torch.optim.AdamW(part, weight_decay=options.weight_decay) for rate, part in parts.items()}
     batches = training_batches(examples.lengths(), 8, options.seed, 0)
     pairs = [batches[at : at + 2] for at in range(0, len(batches), 2)]
     assert len(pairs) == 4 and len(pairs[-1]) == 1  # 50 rows: six batches of 8 and one of 2
@@ -207,6 +208,13 @@ def test_a_run_with_other_settings_does_not_go_on(tmp_path: Path) -> None:
         train(replace(OPTIONS, epochs=1), examples=40, checkpoint=path, resume=True)
 
 
+def test_an_adapter_of_nothing_but_prefixes() -> None:
+    """It has no parameters at the rate of the others."""
+    before, module = weights_of(make_model("prefix_tuning")), make_model("prefix_tuning")
+    train(replace(OPTIONS, epochs=1, prefix_learning_rate=1e-2), module)
+    assert largest_difference(before, weights_of(module)) > 1e-3
+
+
 def test_no_examples() -> None:
     empty = EncodedExamples([], [], torch.empty(0, dtype=torch.int64), [])
     with pytest.raises(GraftError, match="there are no training examples"):
@@ -215,8 +223,8 @@ def test_no_examples() -> None:
 
 @pytest.mark.parametrize("field, value", [
     ("epochs", 0), ("batch_size", 0), ("accumulate", -1), ("learning_rate", 0.0), ("learning_rate", math.nan),
-    ("head_learning_rate", -1.0), ("warmup", 1.0), ("clip", -1.0), ("clip", math.nan), ("schedule", "step"),
-    ("best_by", "f2"), ("patience", -1),
+    ("head_learning_rate", -1.0), ("prefix_learning_rate", 0.0), ("warmup", 1.0), ("clip", -1.0), ("clip", math.nan),
+    ("schedule", "step"), ("best_by", "f2"), ("patience", -1),
 ])  # fmt: skip
 def test_options_that_make_no_sense(field: str, value: Any) -> None:
     with pytest.raises(GraftError, match=f"expected .*{field}"):
