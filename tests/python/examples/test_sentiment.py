@@ -1,0 +1,96 @@
+"""examples/sentiment: the sentences, and the quick run from beginning to end."""
+
+import csv
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+EXAMPLE = ROOT / "examples" / "sentiment"
+sys.path.insert(0, str(EXAMPLE))
+
+import data  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def collections() -> dict[str, list[data.Sentence]]:
+    return data.read_collections(data.fetch_archive())
+
+
+def test_the_collections_are_whole(collections: dict) -> None:
+    """As many as the authors say, less the texts that occur twice."""
+    said = {"tweets": 4200, "movie_reviews": 10605, "amazon_reviews": 3708, "nyt_editorials": 5190}
+    for domain, sentences in collections.items():
+        assert 0.98 * said[domain] < len(sentences) <= said[domain]
+        assert all(-4 <= one.mean <= 4 and one.text and "&amp;" not in one.text for one in sentences)
+        assert len({one.text.casefold() for one in sentences}) == len(sentences)
+    assert any("clichés" in one.text for one in collections["movie_reviews"])
+
+
+@pytest.mark.parametrize("mean, label", [(-0.51, "negative"), (-0.5, "neutral"), (0.5, "neutral"), (0.51, "positive")])
+def test_the_thresholds(mean: float, label: str) -> None:
+    assert data.Sentence("text", mean, "1").label == label
+
+
+def test_a_split_cuts_no_review_and_no_editorial(collections: dict) -> None:
+    for domain, sentences in collections.items():
+        parts = data.split(sentences)
+        assert sum(map(len, parts.values())) == len(sentences)
+        groups = [{one.group for one in part} for part in parts.values()]
+        assert not groups[0] & groups[1] and not groups[0] & groups[2] and not groups[1] & groups[2], domain
+        assert 0.2 <= len(parts["test"]) / len(sentences) < 0.21
+
+
+def _archive(folder: Path, name: str, kind: bytes = tarfile.REGTYPE, size: int = 4) -> Path:
+    path = folder / "archive.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        entry = tarfile.TarInfo(name)
+        entry.type, entry.size, entry.linkname = kind, size if kind == tarfile.REGTYPE else 0, "/etc/passwd"
+        archive.addfile(entry, io.BytesIO(bytes(size)))
+    return path
+
+
+def test_an_archive_that_is_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(data.DataError, match="the archive has no"):
+        data.read_collections(_archive(tmp_path, "../../escaped"))
+    with pytest.raises(data.DataError, match="is not a file of at most"):
+        data.read_collections(_archive(tmp_path, data._INNER, tarfile.SYMTYPE))
+    monkeypatch.setattr(data, "_LARGEST", 3)
+    with pytest.raises(data.DataError, match="is not a file of at most 3 bytes"):
+        data.read_collections(_archive(tmp_path, data._INNER))
+    (tmp_path / data._ARCHIVE).write_bytes(b"another")
+    with pytest.raises(data.DataError, match="its hash differs"):
+        data.fetch_archive(tmp_path)
+    assert not (tmp_path.parent.parent / "escaped").exists()
+
+
+def test_the_quick_run(tmp_path: Path) -> None:
+    """From the archive to the report, which says by how much UniPELT is better than the probe, and whether that is more
+    than either varies over seeds: whichever way it came out."""
+    done = subprocess.run([sys.executable, str(EXAMPLE / "run.py"), "--quick", "--output", str(tmp_path)],
+                          capture_output=True, text=True, timeout=3000, env=os.environ)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    accuracy = {method: [run["outcome"]["accuracy"] for run in runs if run["job"]["method"] == method and
+                         (run["job"]["domain"], run["job"]["sentences"]) == ("movie_reviews", 1000)]
+                for method in ("UniPELT", "linear probe")}  # fmt: skip
+    assert {method: len(values) for method, values in accuracy.items()} == {"UniPELT": 3, "linear probe": 3}
+    margin = statistics.fmean(accuracy["UniPELT"]) - statistics.fmean(accuracy["linear probe"])
+    won = margin > max(max(values) - min(values) for values in accuracy.values())
+    report, page = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
+    assert ("UniPELT beats the probe by more than chance among seeds" in report) == won
+    assert ("the difference is not larger than that among seeds" in report) == (not won)
+    for text in (f"{margin:.3f} above the probe's", "MAM", "LoRA", "SeqBn", "prefix tuning"):
+        assert text in report and text in page
+    for domain in data.DOMAINS:
+        assert f"gates_{domain}.png" in page and (tmp_path / f"gates_{domain}.png").stat().st_size > 0
+        assert (tmp_path / "adapters" / domain / "adapter_config.json").is_file()
+        with (tmp_path / "data" / f"{domain}_train.csv").open(encoding="utf-8", newline="") as file:
+            assert {row["label"] for row in csv.DictReader(file)} == set(data.LABELS)
