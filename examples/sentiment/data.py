@@ -34,7 +34,7 @@ SPLIT_SEED = 2014
 TEST_SHARE, VALIDATION_SHARE = 0.2, 0.1
 
 CACHE = ROOT / "build" / "datasets"
-_ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
+ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
 _REQUIREMENT = ROOT / "requirements" / "sentiment.txt"
 _INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 _MEMBER = "hutto_ICWSM_2014/{}_GroundTruth.txt"
@@ -72,7 +72,7 @@ def fetch_archive(folder: Path = CACHE) -> Path:
     Raises:
         DataError: it cannot be downloaded, or is not the one that is expected.
     """
-    path = folder / _ARCHIVE
+    path = folder / ARCHIVE
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         # No build isolation: the archive's metadata is read with the setuptools that is here, none is downloaded.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 import torchgraft
 from data import DOMAINS, LABELS
 from encoder import tokenizer, traced_encoder
-from probe import Probe, best_probe, features
+from probe import best_probe, features
 from torch import Tensor
 from torchgraft._files import write_whole
 from torchgraft.gates import AdapterGates
@@ -31,47 +30,22 @@ from torchgraft.training.examples import check_every_class
 from torchgraft.training.metrics import confusion_matrix, scores_of
 
 PROBE = "linear probe"
-# As the report calls them: configuration, learning rate. Of 0.001, 0.003 and 0.01, what one seed did best with on validation
-# sentences of movie reviews, after two epochs of 1,000 (LoRA and SeqBn: 0.003 and 0.01 were tried). What trains the MLP of a
-# prefix ended in one class for everything at 0.003, UniPELT with another seed at 0.002 too; at 0.001 it needs some 100 steps.
-METHODS = {
-    "UniPELT": ("unipelt", 1e-3),
-    "MAM": ("mam", 1e-3),
-    "LoRA": ("lora", 1e-2),
-    "SeqBn": ("seq_bn", 1e-2),
-    "prefix tuning": ("prefix_tuning", 1e-3),
-}
+# As the report calls them, and their configurations.
+METHODS = {"UniPELT": "unipelt", "MAM": "mam", "LoRA": "lora", "SeqBn": "seq_bn", "prefix tuning": "prefix_tuning"}
+# How all of them are trained.
+OPTIONS = TrainingOptions(batch_size=16, learning_rate=3e-3, prefix_learning_rate=1e-3, head_learning_rate=1e-2)
 COMPARED_ON = "movie_reviews"  # where all methods run
+CURVE_METHODS = ("UniPELT", PROBE)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is run.
-
-    Attributes:
-        sentences: training sentences of a run at most; None: all of the domain's.
-        steps: of the optimizer, at least, whatever the number of sentences: few sentences are seen in more epochs.
-        other_steps: the same of all runs but UniPELT's on COMPARED_ON with all its sentences.
-        domain_seeds, method_seeds: of UniPELT and the probe on each domain, and of the other methods on COMPARED_ON.
-        method_sentences: of those other methods; None: as `sentences`.
-        curve: numbers of training sentences; 0: all.
-        curve_methods: the methods of the learning curve.
-        test, validation: sentences at most; None: all.
-    """
+class Size:
+    """Of one training. sentences: at most; None: all of the domain's. steps: of the optimizer, at least: few sentences
+    are seen in more epochs. test: sentences that it is tested on, at most."""
 
     sentences: int | None
     steps: int
-    other_steps: int
-    domain_seeds: dict[str, list[int]]
-    method_seeds: list[int]
-    method_sentences: int | None
-    curve: list[int]
-    curve_methods: list[str]
-    test: int | None
-    validation: int | None
-
-
-SEEDS = [0, 1, 2]
+    test: int
 
 
 @dataclass(frozen=True)
@@ -84,23 +58,51 @@ class Job:
     seed: int
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What is run.
+
+    Attributes:
+        compared, seeds: of UniPELT and the probe on COMPARED_ON.
+        other, other_seeds: of both on the other domains, of other methods on COMPARED_ON, and of the learning curve; the
+            seeds are among `seeds`.
+        curve: numbers of training sentences; None: all.
+        validation: sentences at most, of the probe.
+    """
+
+    compared: Size
+    seeds: list[int]
+    other: Size
+    other_seeds: list[int]
+    curve: list[int | None]
+    validation: int
+
+    def sentences(self, domain: str) -> int | None:
+        """Of UniPELT and the probe there, but for the curve."""
+        return (self.compared if domain == COMPARED_ON else self.other).sentences
+
+    def size(self, job: Job) -> Size:
+        compared = (job.domain, job.sentences) == (COMPARED_ON, self.compared.sentences) and job.method in CURVE_METHODS
+        return self.compared if compared else self.other
+
+
 def jobs_of(plan: Plan) -> list[Job]:
-    """Every run once. The most telling come first, so that a report made early has them."""
+    """Every run once, by seeds, so that a report made early lacks seeds rather than methods."""
     jobs = []
-    for domain in DOMAINS:
-        for seed in plan.domain_seeds[domain]:
-            jobs += [Job(domain, method, plan.sentences, seed) for method in ("UniPELT", PROBE)]
-    others = [method for method in METHODS if method != "UniPELT"]
-    jobs += [Job(COMPARED_ON, method, plan.method_sentences or plan.sentences, seed)
-             for seed in plan.method_seeds for method in others]  # fmt: skip
-    jobs += [Job(COMPARED_ON, method, size or None, seed)
-             for size in plan.curve for seed in plan.method_seeds for method in plan.curve_methods]  # fmt: skip
+    for seed in plan.seeds:
+        jobs += [Job(COMPARED_ON, method, plan.compared.sentences, seed) for method in CURVE_METHODS]
+        if seed in plan.other_seeds:
+            jobs += [Job(domain, method, plan.other.sentences, seed)
+                     for domain in DOMAINS if domain != COMPARED_ON for method in CURVE_METHODS]  # fmt: skip
+            jobs += [Job(COMPARED_ON, method, plan.other.sentences, seed) for method in METHODS if method != "UniPELT"]
+            jobs += [Job(COMPARED_ON, method, size, seed) for size in plan.curve for method in CURVE_METHODS]
     return list(dict.fromkeys(jobs))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run has measured, on the test sentences; gates: of UniPELT, on some of them."""
+    """What one run has measured, on the test sentences. seconds_per_epoch: of all cores together, so that it depends
+    little on what else the machine does. majority: the share of the largest class among the test sentences."""
 
     accuracy: float
     macro_f1: float
@@ -114,7 +116,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Domain:
+class Split:
     training: EncodedExamples
     validation: EncodedExamples
     test: EncodedExamples
@@ -135,61 +137,52 @@ class Experiment:
         self._domains = {}
         for domain, parts in paths.items():
             sets = {part: encode_examples(encode, read_examples(path), LABELS) for part, path in parts.items()}
-            self._domains[domain] = Domain(sets["train"], _first(sets["validation"], plan.validation, 0),
-                                           _first(sets["test"], plan.test, 0))  # fmt: skip
+            self._domains[domain] = Split(sets["train"], sets["validation"], sets["test"])
         self._features: dict[tuple[str, str], Tensor] = {}
 
     def run(self, job: Job) -> Outcome:
-        domain = self._domains[job.domain]
-        training = _first(domain.training, job.sentences, job.seed)
-        check_every_class(training.labels, LABELS)
-        counts = torch.bincount(domain.test.labels, minlength=len(LABELS))
-        outcome = self._probe(job, domain, training) if job.method == PROBE else self._train(job, domain, training)
-        return replace(outcome, training_sentences=len(training), test_sentences=len(domain.test),
+        domain, size = self._domains[job.domain], self._plan.size(job)
+        chosen = Split(_first(domain.training, job.sentences, job.seed),
+                       _first(domain.validation, self._plan.validation, 0),
+                       _first(domain.test, size.test, 0))  # fmt: skip
+        check_every_class(chosen.training.labels, LABELS)
+        counts = torch.bincount(chosen.test.labels, minlength=len(LABELS))
+        outcome = self._probe(job, chosen) if job.method == PROBE else self._train(job, chosen, size.steps)
+        return replace(outcome, training_sentences=len(chosen.training), test_sentences=len(chosen.test),
                        majority=(counts.max() / counts.sum()).item())  # fmt: skip
 
-    def _train(self, job: Job, domain: Domain, training: EncodedExamples) -> Outcome:
+    def _train(self, job: Job, chosen: Split, steps: int) -> Outcome:
         torch.manual_seed(job.seed)
-        config, learning_rate = METHODS[job.method]
-        module = torchgraft.graft(self._base, config, job.domain, trainable=True)
+        module = torchgraft.graft(self._base, METHODS[job.method], job.domain, trainable=True)
         head = torchgraft.HeadConfig(num_labels=len(LABELS), labels=LABELS, pooling="mean", layers=1, dropout_prob=0.1)
         module = torchgraft.add_head(module, job.domain, head)
-        compared = (job.domain, job.method, job.sentences) == (COMPARED_ON, "UniPELT", self._plan.sentences)
-        steps = self._plan.steps if compared else self._plan.other_steps
-        options = TrainingOptions(seed=job.seed, learning_rate=learning_rate)
-        per_epoch = math.ceil(len(training) / options.batch_size)
-        options = replace(options, epochs=math.ceil(steps / per_epoch))
-        result = Trainer(module, job.domain, training, None, len(LABELS), options).run()
-        scores = score(module, domain.test, len(LABELS))
-        if job.method == "UniPELT" and job.seed == SEEDS[0] and job.sentences == self._plan.sentences:
-            self._keep(module, job.domain)
-        seconds = [record["seconds"] for record in result.history]
+        per_epoch = math.ceil(len(chosen.training) / OPTIONS.batch_size)
+        options = replace(OPTIONS, seed=job.seed, epochs=math.ceil(steps / per_epoch))
+        started = time.process_time()
+        result = Trainer(module, job.domain, chosen.training, None, len(LABELS), options).run()
+        seconds = time.process_time() - started
+        scores = score(module, chosen.test, len(LABELS))
+        if (job.method, job.sentences, job.seed) == ("UniPELT", self._plan.sentences(job.domain), self._plan.seeds[0]):
+            self._keep(module, job.domain, chosen.test)
         parameters = sum(value.numel() for value in torchgraft.trainable_parameters(module, job.domain).values())
         return Outcome(scores.accuracy, scores.macro_f1, parameters, options.epochs, result.steps, 0, 0,
-                       statistics.median(seconds), 0.0)  # fmt: skip
+                       seconds / options.epochs, 0.0)  # fmt: skip
 
-    def _keep(self, module: torch.jit.ScriptModule, domain: str) -> None:
+    def _keep(self, module: torch.jit.ScriptModule, domain: str, test: EncodedExamples) -> None:
         """The adapter, for load_adapter() here and in AdapterHub, and a picture of its gates."""
         torchgraft.save_adapter(module, domain, self._folder / "adapters" / domain)
         title = f"UniPELT on {domain}: mean gates over test sentences"
-        torchgraft.plot_gates(self._gates(module, domain), self._folder / f"gates_{domain}.png", title=title)
+        gates = _gates_of(module, domain, test.chosen(range(min(256, len(test)))))
+        torchgraft.plot_gates(gates, self._folder / f"gates_{domain}.png", title=title)
 
-    def _gates(self, module: torch.jit.ScriptModule, domain: str, count: int = 256) -> list[AdapterGates]:
-        examples = _first(self._domains[domain].test, count, 0)
-        found = []
+    def _probe(self, job: Job, chosen: Split) -> Outcome:
+        x, validation, test = (self._known_features(job.domain, part)
+                               for part in (chosen.training, chosen.validation, chosen.test))  # fmt: skip
+        fitted = best_probe(x, chosen.training.labels, validation, chosen.validation.labels, len(LABELS))
         with torch.no_grad():
-            for indices in scoring_batches(examples.lengths(), 64):
-                values = collate(examples, indices, slice(None), torch.device("cpu")).values
-                found.append(module.forward_with_gates(values["ids"], values["mask"])[1][domain])
-        return found
-
-    def _probe(self, job: Job, domain: Domain, training: EncodedExamples) -> Outcome:
-        """Its time is that of the fits, without the features."""
-        parts = (training, domain.validation, domain.test)
-        x, validation, test = (self._known_features(job.domain, part) for part in parts)
-        started = time.perf_counter()
-        fitted = best_probe(x, training.labels, validation, domain.validation.labels, len(LABELS))
-        return self._probe_outcome(fitted, test, domain.test.labels, time.perf_counter() - started)
+            predicted = fitted.logits(test).argmax(-1)
+        scores = scores_of(confusion_matrix(predicted, chosen.test.labels, len(LABELS)), 0.0)
+        return Outcome(scores.accuracy, scores.macro_f1, fitted.parameters(), 0, 0, 0, 0, 0.0, 0.0)
 
     def _known_features(self, domain: str, examples: EncodedExamples) -> Tensor:
         """[N, H]. The base is frozen: what it makes of a sentence is computed once for all runs."""
@@ -200,12 +193,15 @@ class Experiment:
                 self._features[keys[index]] = row
         return torch.stack([self._features[key] for key in keys])
 
-    @staticmethod
-    def _probe_outcome(fitted: Probe, test: Tensor, labels: Tensor, seconds: float) -> Outcome:
-        with torch.no_grad():
-            predicted = fitted.logits(test).argmax(-1)
-        scores = scores_of(confusion_matrix(predicted, labels, len(LABELS)), 0.0)
-        return Outcome(scores.accuracy, scores.macro_f1, fitted.parameters(), 0, 0, 0, 0, seconds, 0.0)
+
+def _gates_of(module: torch.jit.ScriptModule, name: str, examples: EncodedExamples) -> list[AdapterGates]:
+    """Of each batch, the gates of the adapter `name`."""
+    found = []
+    with torch.no_grad():
+        for indices in scoring_batches(examples.lengths(), 64):
+            values = collate(examples, indices, slice(None), torch.device("cpu")).values
+            found.append(module.forward_with_gates(values["ids"], values["mask"])[1][name])
+    return found
 
 
 class Results:

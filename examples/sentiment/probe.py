@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 from torchgraft.training import EncodedExamples
 from torchgraft.training.batches import collate, scoring_batches
 
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # of the weights' squared norm; the validation examples choose
+PENALTIES = (0.01, 0.1, 0.3, 1.0)  # of the weights' squared norm; the validation examples choose
 
 
 def features(base: torch.jit.ScriptModule, examples: EncodedExamples, batch_size: int = 64) -> Tensor:

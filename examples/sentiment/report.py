@@ -13,7 +13,7 @@ from pathlib import Path
 import markdown
 import torch
 from data import DOMAINS, THRESHOLD
-from experiment import COMPARED_ON, METHODS, PROBE, Job, Outcome, Plan
+from experiment import COMPARED_ON, CURVE_METHODS, METHODS, OPTIONS, PROBE, Job, Outcome, Plan
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 from torchgraft._files import write_whole
@@ -90,32 +90,29 @@ def _present(rows: Iterable[Row | None]) -> list[Row]:
     return [row for row in rows if row is not None]
 
 
-def _draw_curve(plan: Plan, outcomes: Outcomes, path: Path) -> bool:
-    """Accuracy and macro-F1 over the number of training sentences. False: there are not two points to join."""
-    sizes = {size or None for size in plan.curve} | {plan.sentences}
+def _curve_rows(plan: Plan, outcomes: Outcomes) -> list[Row]:
+    """By the number of sentences, then by method."""
+    sizes = {*plan.curve, plan.compared.sentences}
+    rows = [row_of(outcomes, COMPARED_ON, method, size) for method in CURVE_METHODS for size in sizes]
+    return sorted(_present(rows), key=lambda row: row.outcome.training_sentences)
+
+
+def _draw_curve(rows: list[Row], path: Path) -> None:
+    """Accuracy and macro-F1 over the number of training sentences."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    axes = figure.subplots(1, 2)
-    points = 0
-    for method in plan.curve_methods:
-        rows = _present(row_of(outcomes, COMPARED_ON, method, size) for size in sizes)
-        rows.sort(key=lambda row: row.outcome.training_sentences)
-        points = max(points, len(rows))
-        for ax, name in zip(axes, ("accuracy", "macro_f1"), strict=True):
-            spreads = [getattr(row, name) for row in rows]
-            counts = [row.outcome.training_sentences for row in rows]
-            means = [spread.mean for spread in spreads]
-            errors = [spread.deviation for spread in spreads]
-            ax.errorbar(counts, means, yerr=errors, marker="o", capsize=3, label=method)
-    for ax, name in zip(axes, ("accuracy", "macro-F1"), strict=True):
+    for ax, name in zip(figure.subplots(1, 2), ("accuracy", "macro_f1"), strict=True):
+        for method in CURVE_METHODS:
+            points = [(row.outcome.training_sentences, getattr(row, name)) for row in rows if row.method == method]
+            means, deviations = [spread.mean for _, spread in points], [spread.deviation for _, spread in points]
+            ax.errorbar([count for count, _ in points], means, yerr=deviations, marker="o", capsize=3, label=method)
         ax.set_xscale("log")
         ax.set_xlabel("training sentences")
-        ax.set_ylabel(name)
+        ax.set_ylabel(name.replace("macro_f1", "macro-F1"))
         ax.grid(alpha=0.3)
         ax.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     write_whole(buffer.getvalue(), path)
-    return points > 1
 
 
 def _machine() -> str:
@@ -125,20 +122,17 @@ def _machine() -> str:
 
 def write_report(plan: Plan, outcomes: Outcomes, folder: Path, command: str) -> None:
     """report.md, report.html and curve.png in `folder`."""
-    compared = plan.method_sentences or plan.sentences
-    has_curve = _draw_curve(plan, outcomes, folder / "curve.png")
-    methods = ["UniPELT", *(method for method in METHODS if method != "UniPELT"), PROBE]
-    sizes = sorted({size or None for size in plan.curve} | {plan.sentences}, key=lambda size: size or 10**9)
+    curve = _curve_rows(plan, outcomes)
+    _draw_curve(curve, folder / "curve.png")
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     text = environment.get_template("report.md.j2").render(
-        command=command, machine=_machine(), threshold=THRESHOLD, plan=plan, compared_on=COMPARED_ON, probe=PROBE,
-        domains=_present(row_of(outcomes, domain, method, plan.sentences) for domain in DOMAINS
-                         for method in ("UniPELT", PROBE)),
-        methods=_present(row_of(outcomes, COMPARED_ON, method, compared) for method in methods),
-        curve=_present(row_of(outcomes, COMPARED_ON, method, size) for size in sizes for method in plan.curve_methods),
-        comparison=compare(outcomes, COMPARED_ON, plan.sentences), has_curve=has_curve,
+        command=command, machine=_machine(), threshold=THRESHOLD, plan=plan, compared_on=COMPARED_ON, options=OPTIONS,
+        comparison=compare(outcomes, COMPARED_ON, plan.compared.sentences), curve=curve,
+        domains=_present(row_of(outcomes, domain, method, plan.sentences(domain)) for domain in DOMAINS
+                         for method in CURVE_METHODS),
+        methods=_present(row_of(outcomes, COMPARED_ON, method, plan.other.sentences) for method in [*METHODS, PROBE]),
         gates=[domain for domain in DOMAINS if (folder / f"gates_{domain}.png").is_file()],
     )  # fmt: skip
     body = markdown.markdown(text, extensions=["tables"])

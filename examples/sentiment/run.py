@@ -16,6 +16,7 @@ import sys
 import tarfile
 import time
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,27 +25,27 @@ warnings.filterwarnings("ignore")  # of torch.jit being deprecated, dozens of ti
 
 import torch  # noqa: E402
 import torchgraft  # noqa: E402
-from data import DOMAINS, DataError, prepare  # noqa: E402
-from experiment import COMPARED_ON, PROBE, SEEDS, Experiment, Plan, Results, jobs_of  # noqa: E402
+from data import DataError, prepare  # noqa: E402
+from experiment import Experiment, Plan, Results, Size, jobs_of  # noqa: E402
 from report import write_report  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 FULL = Plan(
-    sentences=2000, steps=126, other_steps=126, domain_seeds={domain: SEEDS for domain in DOMAINS}, method_seeds=SEEDS,
-    method_sentences=None, curve=[100, 500, 1000, 0], curve_methods=["UniPELT", PROBE], test=1000, validation=500,
+    compared=Size(2000, 125, test=1000), seeds=[0, 1, 2], other=Size(2000, 125, test=1000), other_seeds=[0, 1, 2],
+    curve=[100, 500, 1000, None], validation=500,
 )  # fmt: skip
+# The comparison is that of the full run; all else is there to be seen working.
 QUICK = Plan(
-    sentences=1000, steps=128, other_steps=8,
-    domain_seeds={domain: SEEDS if domain == COMPARED_ON else SEEDS[:1] for domain in DOMAINS}, method_seeds=SEEDS[:1],
-    method_sentences=200, curve=[100], curve_methods=["UniPELT", PROBE], test=400, validation=200,
+    compared=Size(2000, 125, test=1000), seeds=[0, 1, 2], other=Size(200, 13, test=200), other_seeds=[0],
+    curve=[200], validation=500,
 )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace, console: Console) -> None:
     plan, folder = QUICK if arguments.quick else FULL, arguments.output
     folder.mkdir(parents=True, exist_ok=True)
-    results = Results(folder / "results.json", vars(plan))
-    jobs = [job for job in jobs_of(plan) if job not in results.outcomes]
+    results = Results(folder / "results.json", asdict(plan))
+    jobs = [] if arguments.report else [job for job in jobs_of(plan) if job not in results.outcomes]
     if jobs:
         experiment = Experiment(prepare(folder / "data"), plan, folder)
     for index, job in enumerate(jobs, 1):
@@ -62,6 +63,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer sentences and seeds: what the tests run")
+    parser.add_argument("--report", action="store_true", help="run nothing: the report of what has been run so far")
     parser.add_argument("--output", type=Path, help="default: build/sentiment/full, or quick")
     parser.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
     arguments = parser.parse_args()
