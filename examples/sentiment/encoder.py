@@ -32,8 +32,9 @@ def encoder_folder() -> Path:
 
 def traced_encoder() -> torch.jit.ScriptModule:
     """6 layers, hidden size 384, 12 heads; without adapters, and without a thought of them."""
-    from transformers import BertModel
+    from transformers import BertModel, logging
 
+    logging.set_verbosity_error()  # the model's configuration has entries that transformers remarks upon
     model = BertModel.from_pretrained(str(encoder_folder()), local_files_only=True).eval()
     example = (torch.ones(2, 8, dtype=torch.int64), torch.ones(2, 8, dtype=torch.int64))
     return torch.jit.trace(HiddenStates(model), example, check_trace=False)
