@@ -100,12 +100,15 @@ def _curve_rows(plan: Plan, outcomes: Outcomes) -> list[Row]:
 def _draw_curve(rows: list[Row], path: Path) -> None:
     """Accuracy and macro-F1 over the number of training sentences."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
+    counts = sorted({row.outcome.training_sentences for row in rows})
     for ax, name in zip(figure.subplots(1, 2), ("accuracy", "macro_f1"), strict=True):
         for method in CURVE_METHODS:
             points = [(row.outcome.training_sentences, getattr(row, name)) for row in rows if row.method == method]
             means, deviations = [spread.mean for _, spread in points], [spread.deviation for _, spread in points]
             ax.errorbar([count for count, _ in points], means, yerr=deviations, marker="o", capsize=3, label=method)
         ax.set_xscale("log")
+        ax.set_xticks(counts, labels=map(str, counts))
+        ax.minorticks_off()
         ax.set_xlabel("training sentences")
         ax.set_ylabel(name.replace("macro_f1", "macro-F1"))
         ax.grid(alpha=0.3)
@@ -116,8 +119,8 @@ def _draw_curve(rows: list[Row], path: Path) -> None:
 
 
 def _machine() -> str:
-    threads = f"{torch.get_num_threads()} threads"
-    return f"{os.cpu_count()} cores ({platform.machine()}), {threads}, torch {torch.__version__}"
+    cores, threads = os.cpu_count(), torch.get_num_threads()
+    return f"{platform.machine()} (cores: {cores}, threads: {threads}), torch {torch.__version__}"
 
 
 def write_report(plan: Plan, outcomes: Outcomes, folder: Path, command: str) -> None:
