@@ -5,6 +5,8 @@
 #include <torchgraft/patch/pool_banks.h>
 #include <torchgraft/plan/save_adapter_hub.h>
 
+#include <c10/util/ScopeExit.h>
+
 #include <algorithm>
 #include <condition_variable>
 #include <map>
@@ -35,18 +37,22 @@ struct Row {
 
 // One set of banks. When an adapter does not fit, the next one is built; leases keep the one that they began with.
 struct Generation {
-  Generation(Foundation foundation, std::vector<AdapterConfig> room, int64_t capacity)
-      : banks(std::move(foundation), std::move(room), capacity), rows(static_cast<size_t>(capacity)) {}
+  Generation(Foundation foundation, std::vector<AdapterConfig> room, int64_t capacity, int64_t max_row_bytes)
+      : banks(std::move(foundation), std::move(room), capacity, max_row_bytes), rows(static_cast<size_t>(capacity)) {}
 
   PoolBanks banks;
   std::vector<Row> rows;
   std::map<std::string, int64_t> index;  // name -> row, of rows that are ready
 
-  // Takes the name away from the row; it is free at once or when its last lease ends.
-  void leave(int64_t number) {
+  // Of a row that no name leads to: it is free at once or when its last lease ends.
+  void give_up(int64_t number) {
     Row& row = rows[static_cast<size_t>(number)];
-    index.erase(row.adapter.name);
     row.use = row.pins > 0 ? Row::Use::kLeaving : Row::Use::kFree;
+  }
+
+  void leave(int64_t number) {
+    index.erase(rows[static_cast<size_t>(number)].adapter.name);
+    give_up(number);
   }
 };
 
@@ -78,8 +84,10 @@ struct AdapterPool::State {
   void place(const Adapter& adapter, const Names& wanted, bool permanent);
   void grow(const AdapterConfig& config);
   int64_t take_row(const std::string& name, const Names& wanted);
+  void free_row(int64_t number);
 
   const int64_t capacity;
+  const int64_t max_row_bytes;
   const Loader loader;
   // The base as it was read, for planning adapters and building banks; nothing is grafted onto it.
   Foundation base;
@@ -99,8 +107,13 @@ struct AdapterPool::Lease::Held {
   std::vector<int64_t> rows;                       // each once
   std::vector<std::shared_ptr<const Head>> heads;  // one for each name
 
-  Held(std::shared_ptr<State> owner, std::shared_ptr<Generation> held, std::vector<int64_t> pinned)
-      : state(std::move(owner)), generation(std::move(held)), rows(std::move(pinned)) {}
+  // Whoever makes one pins the rows; its destructor takes the pins, and the mutex.
+  Held(std::shared_ptr<State> owner, std::shared_ptr<Generation> held, std::vector<int64_t> pinned,
+       std::vector<std::shared_ptr<const Head>> heads_of_names)
+      : state(std::move(owner)),
+        generation(std::move(held)),
+        rows(std::move(pinned)),
+        heads(std::move(heads_of_names)) {}
   Held(const Held&) = delete;
   Held& operator=(const Held&) = delete;
 
@@ -140,8 +153,12 @@ at::Tensor AdapterPool::Lease::logits(size_t position, const at::Tensor& hidden,
 }
 
 AdapterPool::State::State(const Module& module, AdapterPoolOptions options, Loader fetch)
-    : capacity(options.capacity), loader(std::move(fetch)), base(lay_foundation(module, options.graft)) {
+    : capacity(options.capacity),
+      max_row_bytes(options.max_row_bytes),
+      loader(std::move(fetch)),
+      base(lay_foundation(module, options.graft)) {
   TORCH_CHECK(capacity >= 1, "AdapterPool: expected a capacity of at least 1, got ", capacity);
+  TORCH_CHECK(max_row_bytes >= 0, "AdapterPool: expected max_row_bytes of at least 0, got ", max_row_bytes);
   std::vector<Adapter> own;
   std::swap(own, base.adapters);
   TORCH_CHECK(static_cast<int64_t>(own.size()) < capacity, "AdapterPool: the module has ", own.size(),
@@ -153,7 +170,8 @@ AdapterPool::State::State(const Module& module, AdapterPoolOptions options, Load
   for (const Adapter& adapter : own) {
     add_room(room, ejected_config(adapter.config));
   }
-  current = std::make_shared<Generation>(lay_foundation(base.module, base.options), std::move(room), capacity);
+  current =
+      std::make_shared<Generation>(lay_foundation(base.module, base.options), std::move(room), capacity, max_row_bytes);
   for (const Adapter& adapter : own) {
     place(adapter, {}, /*permanent=*/true);
   }
@@ -181,10 +199,13 @@ std::optional<AdapterPool::Lease> AdapterPool::State::try_acquire(const std::sha
   }
   std::set<int64_t> rows(ids.begin(), ids.end());
   rows.erase(-1);
-  auto held = std::make_unique<Lease::Held>(self, current, std::vector<int64_t>(rows.begin(), rows.end()));
+  std::vector<std::shared_ptr<const Head>> heads;
   for (const int64_t number : ids) {
-    held->heads.push_back(number < 0 ? nullptr : current->rows[static_cast<size_t>(number)].head);
+    heads.push_back(number < 0 ? nullptr : current->rows[static_cast<size_t>(number)].head);
   }
+  // From here on nothing throws: a Held without its pins would take them back, and wait for the mutex.
+  auto held =
+      std::make_unique<Lease::Held>(self, current, std::vector<int64_t>(rows.begin(), rows.end()), std::move(heads));
   for (const int64_t number : held->rows) {
     Row& row = current->rows[static_cast<size_t>(number)];
     ++row.pins;
@@ -223,8 +244,8 @@ int64_t AdapterPool::State::take_row(const std::string& name, const Names& wante
                 " hold adapters that came with the module or are asked for in the same call");
     if (at_once || !leaving) {
       // One that is in use gives up its name now, so that no new lease keeps it for ever.
+      counts.evictions += rows[static_cast<size_t>(victim)].adapter.name == name ? 0 : 1;
       current->leave(victim);
-      ++counts.evictions;
     }
     if (!at_once) {
       row_freed.wait(lock);
@@ -238,29 +259,44 @@ void AdapterPool::State::place(const Adapter& adapter, const Names& wanted, bool
   }
   const std::string why = current->banks.misfit(adapter);
   TORCH_INTERNAL_ASSERT(why.empty(), "banks made for '", adapter.name, "' cannot hold it: ", why);
+  Adapter described = without_weights(adapter);
+  std::shared_ptr<const Head> head = head_of(adapter);
   const int64_t number = take_row(adapter.name, wanted);
+  auto give_back = c10::make_scope_exit([&] { free_row(number); });
   current->banks.write(number, adapter);
 
   const std::lock_guard lock(mutex);
-  if (const auto old = current->index.find(adapter.name); old != current->index.end()) {
-    permanent = permanent || current->rows[static_cast<size_t>(old->second)].permanent;
-    current->leave(old->second);
+  const auto [entry, is_new] = current->index.try_emplace(adapter.name, number);
+  give_back.release();
+  if (!is_new) {
+    permanent = permanent || current->rows[static_cast<size_t>(entry->second)].permanent;
+    current->give_up(entry->second);
+    entry->second = number;
   }
   Row& row = current->rows[static_cast<size_t>(number)];
-  row.adapter = without_weights(adapter);
-  row.head = head_of(adapter);
+  row.adapter = std::move(described);
+  row.head = std::move(head);
   row.last_used = ++clock;
   row.permanent = permanent;
   row.use = Row::Use::kReady;
-  current->index[adapter.name] = number;
   ++counts.loads;
+}
+
+// Of a row that could not be written.
+void AdapterPool::State::free_row(int64_t number) {
+  {
+    const std::lock_guard lock(mutex);
+    current->rows[static_cast<size_t>(number)].use = Row::Use::kFree;
+  }
+  row_freed.notify_all();
 }
 
 // Banks that hold what these hold, and adapters of `config`. Whoever runs the old ones goes on with them.
 void AdapterPool::State::grow(const AdapterConfig& config) {
   std::vector<AdapterConfig> room = current->banks.room();
   add_room(room, config);
-  const auto next = std::make_shared<Generation>(lay_foundation(base.module, base.options), std::move(room), capacity);
+  const auto next =
+      std::make_shared<Generation>(lay_foundation(base.module, base.options), std::move(room), capacity, max_row_bytes);
   std::map<std::string, int64_t> residents;
   {
     const std::lock_guard lock(mutex);

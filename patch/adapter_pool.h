@@ -18,6 +18,9 @@ struct AdapterPoolOptions {
   // prefix) is not refused: the pool builds larger banks beside its traffic and moves over. Empty: that of the first
   // adapter.
   std::vector<AdapterConfig> room = {};
+  // The most bytes that a row may grow to; all `capacity` rows grow together. An adapter that needs more is refused.
+  // 0: no limit.
+  int64_t max_row_bytes = 0;
   // How the base is grafted. With gate_pooling "unpadded" a row's result depends on nothing else in its batch.
   // `active` and `verify` are as in graft(); none is active.
   GraftOptions graft = {};
@@ -29,7 +32,7 @@ struct AdapterPoolStats {
   int64_t row_bytes = 0;   // of one adapter in the banks, padding included
   int64_t bank_bytes = 0;  // of all rows
   int64_t loads = 0;       // rows written
-  int64_t evictions = 0;   // adapters that left for others
+  int64_t evictions = 0;   // adapters that left for others, not those replaced by insert()
   int64_t rebuilds = 0;    // banks that had to grow
 };
 
@@ -91,14 +94,15 @@ class TORCHGRAFT_PATCH_API AdapterPool {
 
   // A lease on the adapters of these names; an empty name is the base model, and a name may come several times. Loads
   // what is not in memory, waiting for rows that others hold. Throws c10::Error when a name is unknown to the loader,
-  // its files do not fit, or there are more names than rows.
+  // its files do not fit, or there are more names than rows. What it throws leaves the pool as usable as before.
   Lease acquire(const std::vector<std::string>& names);
 
   // The same without waiting or loading: nullopt when one of them is not in memory.
   std::optional<Lease> try_acquire(const std::vector<std::string>& names);
 
   // Brings an adapter in, or replaces the one of that name at once for all who acquire from now on; leases keep what
-  // they have. Throws c10::Error when it does not fit the model; then nothing has changed.
+  // they have. Throws c10::Error when it does not fit the model or max_row_bytes; then nothing has changed. When memory
+  // runs out while it is written, another may have left for it.
   void insert(const AdapterSpec& spec);
 
   // Takes an adapter out of memory; leases keep it until they end. False when it is not in memory. Throws c10::Error

@@ -41,12 +41,28 @@ std::vector<Adapter> templates(const std::vector<AdapterConfig>& room, const Fou
 
 }  // namespace
 
-PoolBanks::PoolBanks(Foundation foundation, std::vector<AdapterConfig> room, int64_t capacity)
+PoolBanks::PoolBanks(Foundation foundation, std::vector<AdapterConfig> room, int64_t capacity, int64_t max_row_bytes)
     : room_(std::move(room)) {
   foundation.adapters = templates(room_, foundation);
   module_ = build(std::move(foundation), /*active=*/"");
   module_.eval();
+  if (max_row_bytes > 0) {
+    check_row_bytes(max_row_bytes);
+  }
   collect_slots(capacity);
+}
+
+// Before `capacity` rows are allocated.
+void PoolBanks::check_row_bytes(int64_t limit) const {
+  int64_t bytes = 0;
+  for (const auto& bank : module_.attr("adapters").toModule().named_attributes(/*recurse=*/true)) {
+    if (bank.value.isTensor()) {
+      const at::Tensor& tensor = bank.value.toTensor();
+      bytes += static_cast<int64_t>(tensor.nbytes()) / std::max<int64_t>(tensor.size(0), 1);
+    }
+  }
+  TORCH_CHECK(bytes <= limit, "AdapterPool: expected adapters of at most ", limit, " bytes each, rows for these need ",
+              bytes);
 }
 
 void PoolBanks::collect_slots(int64_t capacity) {

@@ -12,8 +12,9 @@ namespace torchgraft {
 // and gates. Knows nothing of threads: who writes a row sees to it that nobody runs it (AdapterPool).
 class PoolBanks {
  public:
-  // Consumes a foundation; its adapters are ignored. No row holds an adapter yet.
-  PoolBanks(Foundation foundation, std::vector<AdapterConfig> room, int64_t capacity);
+  // Consumes a foundation; its adapters are ignored. No row holds an adapter yet. Throws c10::Error when a row for
+  // `room` takes more than max_row_bytes; 0 is no limit.
+  PoolBanks(Foundation foundation, std::vector<AdapterConfig> room, int64_t capacity, int64_t max_row_bytes = 0);
 
   const torch::jit::Module& module() const { return module_; }
   const std::vector<AdapterConfig>& room() const { return room_; }
@@ -36,6 +37,7 @@ class PoolBanks {
     std::map<std::string, at::Tensor> parameters;
   };
 
+  void check_row_bytes(int64_t limit) const;
   void collect_slots(int64_t capacity);
   static void write_slot(const Slot& slot, int64_t row, const ModuleWeights* weights);
 

@@ -4,9 +4,11 @@
 #include <torchgraft/patch/head.h>
 #include <torchgraft/patch/life.h>
 
+#include <c10/core/CPUAllocator.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <new>
 #include <random>
 
 namespace torchgraft {
@@ -40,6 +42,27 @@ AdapterPoolOptions options(int64_t capacity, const std::vector<std::string>& roo
   }
   return result;
 }
+
+// While it lives, memory for tensors is gone after `count` more of them.
+class LittleMemory : public c10::Allocator {
+ public:
+  explicit LittleMemory(int64_t count) : left_(count) { c10::SetCPUAllocator(this); }
+  LittleMemory(const LittleMemory&) = delete;
+  LittleMemory& operator=(const LittleMemory&) = delete;
+  ~LittleMemory() override { c10::SetCPUAllocator(real_); }
+
+  c10::DataPtr allocate(size_t bytes) override {
+    if (--left_ < 0) {
+      throw std::bad_alloc();
+    }
+    return real_->allocate(bytes);
+  }
+  void copy_data(void* to, const void* from, size_t bytes) const override { real_->copy_data(to, from, bytes); }
+
+ private:
+  c10::Allocator* const real_ = c10::GetCPUAllocator();
+  int64_t left_;
+};
 
 TEST(AdapterPool, RowsAreRewrittenInPlace) {
   AdapterPool pool(encoder(), options(2, {"unipelt"}));
@@ -200,6 +223,49 @@ TEST(AdapterPool, WhatCannotBeLoadedChangesNothing) {
   EXPECT_NE(error_of([&] { pool.acquire({"a", "b"}); }).find("asked for in the same call"), std::string::npos);
   EXPECT_TRUE(pool.try_acquire({"b"}) || pool.try_acquire({"a"}));
   EXPECT_NE(error_of([&] { pool.insert(made_of("lora", "")); }).find("needs a name"), std::string::npos);
+}
+
+TEST(AdapterPool, ARowThatCouldNotBeWrittenIsFree) {
+  AdapterPool pool(encoder(), options(1, {"unipelt"}));
+  const at::Tensor x = at::randn({1, 5, 12});
+  const AdapterSpec spec = made_of("unipelt", "a");
+  const AdapterSpec other = made_of("lora", "b");
+  const at::Tensor expected = alone(other, x);
+  int64_t failures = 0;
+  for (bool fails = true; fails; ++failures) {
+    try {
+      const LittleMemory memory(failures);
+      pool.insert(spec);
+      fails = false;
+    } catch (const std::exception&) {
+      EXPECT_FALSE(pool.try_acquire({"a"}).has_value());
+    }
+    pool.insert(other);
+    ASSERT_LT(largest_difference(run(pool.acquire({"b"}), x), expected), kTolerance) << "after " << failures;
+  }
+  EXPECT_GT(failures, 20);  // in every tensor of the row
+}
+
+TEST(AdapterPool, RowsGrowNoFurtherThanTheyMay) {
+  AdapterPoolOptions limited = options(4, {"lora[r=4]"});
+  limited.max_row_bytes = AdapterPool(encoder(), options(4, {"lora[r=8]"})).stats().row_bytes;
+  AdapterPool pool(encoder(), limited);
+  pool.insert(made_of("lora[r=8]", "fits"));
+  EXPECT_NE(error_of([&] { pool.insert(made_of("lora[r=9]", "large")); }).find("adapters of at most"),
+            std::string::npos);
+  EXPECT_EQ(pool.resident(), std::vector<std::string>{"fits"});
+  EXPECT_EQ(pool.stats().row_bytes, limited.max_row_bytes);
+  limited.max_row_bytes = 1;
+  EXPECT_NE(error_of([&] { AdapterPool(encoder(), limited); }).find("adapters of at most"), std::string::npos);
+}
+
+TEST(AdapterPool, ReplacingAnAdapterEvictsNone) {
+  AdapterPool pool(encoder(), options(1, {"lora"}));
+  pool.insert(made_of("lora", "a"));
+  pool.insert(made_of("lora", "a", /*seed=*/2));
+  EXPECT_EQ(pool.stats().evictions, 0);
+  pool.insert(made_of("lora", "b"));
+  EXPECT_EQ(pool.stats().evictions, 1);
 }
 
 TEST(AdapterPool, ARowCostsTheAdaptersWeights) {
