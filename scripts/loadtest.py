@@ -17,9 +17,11 @@ The client runs on the same cores as the server and costs it some. Nothing is do
 import argparse
 import asyncio
 import json
+import math
 import os
 import random
 import re
+import select
 import signal
 import statistics
 import subprocess
@@ -54,6 +56,7 @@ CAPACITY = 64  # adapters in memory
 SHARES = [0.25, 0.5, 0.75, 0.9, 1.1]
 LIBRARY_ADAPTERS = 8
 WARM_UP = 200  # requests
+START_SECONDS, ANSWER_SECONDS, STOP_SECONDS = 300, 60, 120  # then it hangs
 
 console = Console(width=None if sys.stdout.isatty() else 110)
 
@@ -130,12 +133,13 @@ class Client:
         self._writer.close()
 
     async def ask(self, content: bytes) -> int:
-        """The status; the answer is read to its end and dropped."""
-        self._writer.write(content)
-        head = await self._reader.readuntil(b"\r\n\r\n")
-        length = int(re.search(rb"Content-Length: (\d+)", head, re.IGNORECASE)[1])
-        await self._reader.readexactly(length)
-        return int(head[9:12])
+        """The status; the answer is read to its end and dropped. Raises TimeoutError after ANSWER_SECONDS."""
+        async with asyncio.timeout(ANSWER_SECONDS):
+            self._writer.write(content)
+            head = await self._reader.readuntil(b"\r\n\r\n")
+            length = int(re.search(rb"Content-Length: (\d+)", head, re.IGNORECASE)[1])
+            await self._reader.readexactly(length)
+            return int(head[9:12])
 
 
 class Load:
@@ -154,8 +158,10 @@ class Load:
 
     def point(self, series: str, x: float) -> Point:
         elapsed = time.perf_counter() - self.start
-        cuts = statistics.quantiles(self.seconds, n=100, method="inclusive")
-        p50, p95, p99 = (1e3 * cuts[index - 1] for index in (50, 95, 99))
+        p50 = p95 = p99 = math.nan
+        if len(self.seconds) >= 2:
+            cuts = statistics.quantiles(self.seconds, n=100, method="inclusive")
+            p50, p95, p99 = (1e3 * cuts[index - 1] for index in (50, 95, 99))
         return Point(series, x, len(self.seconds), self.refused, len(self.seconds) / elapsed, p50, p95, p99)
 
 
@@ -231,10 +237,20 @@ def start_server(program: Path, folder: Path, options: list[str]) -> tuple[subpr
     run = [sys.executable, "-W", "ignore", program] if program.suffix == ".py" else [program]
     command = [*run, folder / "base.pt", "--adapters", folder / "adapters", "--port", 0, *options]
     process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True)
-    line = process.stdout.readline()
+    ready, _, _ = select.select([process.stdout], [], [], START_SECONDS)
+    line = process.stdout.readline() if ready else ""
     if not line.startswith("listening on "):
+        process.kill()
         raise SystemExit("the server did not start")
     return process, int(line.rsplit(":", 1)[1])
+
+
+def stop_server(process: subprocess.Popen) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(timeout=STOP_SECONDS)
+    finally:
+        process.kill()
 
 
 def memory_of(pid: int) -> int:
@@ -262,8 +278,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[Point]:
             print_points(points[-1:])
         console.print(f"server: {memory_of(process.pid) / 2**20:.0f} MiB of memory at the end")
     finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=120)
+        stop_server(process)
     points.append(library_load(texts(arguments.requests), arguments.seconds).point("library", LIBRARY_ADAPTERS))
     print_points(points[-1:])
     return points

@@ -3,7 +3,8 @@
 
     client.py --tokenizer tokenizer.json [--adapter NAME] [--url http://127.0.0.1:8080] TEXT...
 
-Prints one line of JSON for each text. Needs the package `tokenizers`.
+Prints one line of JSON for each text: the logits of an adapter that has a head, by label if its labels have names, else
+the hidden state, of the first token or as --pooling says. Needs the package `tokenizers`.
 """
 
 import argparse
@@ -20,9 +21,18 @@ class ServerError(Exception):
 
 
 def predict(
-    url: str, tokenizer: Tokenizer, texts: list[str], adapter: str | None = None, pooling: str = "mean", most: int = 512
-) -> list[list[float]]:
-    """The outputs, one list of numbers for each text; adapter None is the base model. Texts are cut at `most` tokens.
+    url: str,
+    tokenizer: Tokenizer,
+    texts: list[str],
+    adapter: str | None = None,
+    pooling: str | None = None,
+    most: int = 512,
+) -> dict:
+    """The answer: "outputs", or "logits" and perhaps "labels", one list for each text. Texts are cut at `most` tokens.
+
+    Args:
+        adapter: None is the base model.
+        pooling: "first" or "mean": hidden states even of an adapter with a head; None: logits if it has one.
 
     Raises:
         ServerError: the server refused; OSError: it cannot be reached.
@@ -30,13 +40,30 @@ def predict(
     tokenizer.enable_truncation(most)
     tokenizer.no_padding()  # the server pads, and knows what is padding
     ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
-    body = json.dumps({"adapter": adapter, "input_ids": ids, "pooling": pooling}).encode()
-    request = urllib.request.Request(url + "/v1/predict", body, {"Content-Type": "application/json"})
+    body = {"adapter": adapter, "input_ids": ids} | ({"pooling": pooling} if pooling else {})
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url + "/v1/predict", json.dumps(body).encode(), headers)
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
-            return json.load(response)["outputs"]
+            return json.load(response)
     except urllib.error.HTTPError as error:
         raise ServerError(f"{error.code}: {json.load(error)['error']['message']}") from error
+
+
+def named(logits: list, labels: list[str] | None) -> list | dict:
+    """By label, where there are labels; for tagging, of each token."""
+    if labels is None:
+        return logits
+    if isinstance(logits[0], list):
+        return [named(token, labels) for token in logits]
+    return dict(zip(labels, logits, strict=True))
+
+
+def results(answer: dict) -> list[dict]:
+    """One for each text."""
+    if "outputs" in answer:
+        return [{"output": output} for output in answer["outputs"]]
+    return [{"logits": named(logits, answer.get("labels"))} for logits in answer["logits"]]
 
 
 def main() -> int:
@@ -45,7 +72,7 @@ def main() -> int:
     parser.add_argument("--tokenizer", required=True, help="the model's tokenizer.json")
     parser.add_argument("--adapter", help="the base model without")
     parser.add_argument("--url", default="http://127.0.0.1:8080")
-    parser.add_argument("--pooling", choices=["first", "mean"], default="mean")
+    parser.add_argument("--pooling", choices=["first", "mean"])
     parser.add_argument("--most", type=int, default=512, help="tokens of a text; what is longer is cut")
     arguments = parser.parse_args()
     try:
@@ -54,12 +81,12 @@ def main() -> int:
         parser.error(f"{arguments.tokenizer}: {error}")
     try:
         how = (arguments.adapter, arguments.pooling, arguments.most)
-        outputs = predict(arguments.url, tokenizer, arguments.texts, *how)
+        answer = predict(arguments.url, tokenizer, arguments.texts, *how)
     except (ServerError, OSError) as error:
         print(f"client.py: {error}", file=sys.stderr)
         return 1
-    for text, output in zip(arguments.texts, outputs, strict=True):
-        print(json.dumps({"text": text, "output": output}, ensure_ascii=False))
+    for text, result in zip(arguments.texts, results(answer), strict=True):
+        print(json.dumps({"text": text, **result}, ensure_ascii=False))
     return 0
 
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 import tokenizers
 import torch
+import torchgraft
 import transformers
 
 from hosts_support import ROOT
@@ -62,6 +63,32 @@ def test_texts_are_answered_as_their_tokens(server, models, tokenizer, adapter, 
     for line, text in zip(lines, texts, strict=True):
         ids = by_python(text).input_ids
         torch.testing.assert_close(torch.tensor(line["output"]), expected(adapter, ids, pooling), rtol=0, atol=1e-5)
+
+
+def test_logits_are_answered_by_label(server, models, tokenizer):
+    """Of adapters with heads; their hidden states are there for the asking."""
+    heads = {
+        "rated": torchgraft.HeadConfig(num_labels=2, labels=["no", "yes"]),
+        "tagged": torchgraft.HeadConfig(head_type="tagging", num_labels=2, labels=["out", "in"]),
+        "nameless": torchgraft.HeadConfig(num_labels=3),
+    }
+    adapters = {name: models / "adapters" / "task" for name in heads}
+    model = torchgraft.graft(torch.jit.load(models / "base.pt"), adapters=adapters)
+    ids = [[2, 4, 7, 3]]  # [CLS] a is [SEP]
+    answers = {}
+    for name, head in heads.items():
+        model = torchgraft.add_head(model, name, head)
+        torchgraft.save_adapter(model, name, models / "adapters" / name)
+        done = ask(server, tokenizer, "--adapter", name, "a is")
+        assert done.returncode == 0, done.stderr
+        answers[name] = json.loads(done.stdout)["logits"]
+    logits = {name: server.predict(name, ids)[1]["logits"][0] for name in heads}
+    assert answers["rated"] == pytest.approx(dict(zip(["no", "yes"], logits["rated"], strict=True)), abs=1e-5)
+    assert answers["nameless"] == pytest.approx(logits["nameless"], abs=1e-5)
+    assert len(answers["tagged"]) == 4
+    for token, expected in zip(answers["tagged"], logits["tagged"], strict=True):
+        assert token == pytest.approx(dict(zip(["out", "in"], expected, strict=True)), abs=1e-5)
+    assert "output" in json.loads(ask(server, tokenizer, "--adapter", "rated", "--pooling", "mean", "a is").stdout)
 
 
 def test_long_texts_are_cut_where_the_caller_says(server, tokenizer):
