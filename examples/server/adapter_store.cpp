@@ -30,8 +30,7 @@ bool is_adapter(const std::filesystem::path& directory) {
 
 std::vector<std::string> names_in(const std::filesystem::path& folder) {
   std::vector<std::string> names;
-  std::error_code none;
-  for (const auto& entry : std::filesystem::directory_iterator(folder, none)) {
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
     const std::string name = entry.path().filename().string();
     if (is_name(name) && is_adapter(entry.path())) {
       names.push_back(name);
@@ -53,12 +52,11 @@ std::string first_line(const std::string& message) { return message.substr(0, me
 bool is_grafted(const torch::jit::Module& module) { return module.find_method("adapter_names").has_value(); }
 
 torchgraft::AdapterPoolOptions pool_options(const torch::jit::Module& module, const std::filesystem::path& folder,
-                                            int64_t capacity, const std::string& gate_pooling) {
-  torchgraft::AdapterPoolOptions options;
-  options.capacity = capacity;
-  if (!is_grafted(module)) {
-    options.graft.gate_pooling = gate_pooling;
+                                            torchgraft::AdapterPoolOptions options) {
+  if (is_grafted(module)) {
+    options.graft = {};
   }
+  options.room.clear();
   std::set<std::string> seen;
   for (const std::string& name : names_in(folder)) {
     try {
@@ -96,12 +94,11 @@ auto answered(const std::string& name, Action action) {
 
 }  // namespace
 
-AdapterStore::AdapterStore(const torch::jit::Module& module, std::filesystem::path folder, int64_t capacity,
-                           const std::string& gate_pooling)
+AdapterStore::AdapterStore(const torch::jit::Module& module, std::filesystem::path folder,
+                           const torchgraft::AdapterPoolOptions& options)
     : folder_(std::move(folder)),
       own_(own_configs(module)),
-      pool_(module, pool_options(module, folder_, capacity, gate_pooling),
-            [this](const std::string& name) { return read(name); }) {}
+      pool_(module, pool_options(module, folder_, options), [this](const std::string& name) { return read(name); }) {}
 
 AdapterSpec AdapterStore::read(const std::string& name) const {
   return torchgraft::read_adapter_directory((folder_ / name).string(), name);

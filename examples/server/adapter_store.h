@@ -22,10 +22,11 @@ struct RequestError : std::runtime_error {
 // A folder of adapter directories (adapter_config.json, adapter.safetensors) and those of them that are in memory.
 class AdapterStore {
  public:
-  // `module` is a base model or a grafted one. Rows are made for the configurations in the folder. gate_pooling: of a
-  // base; with "unpadded" an answer does not depend on what else is in its batch. A grafted module keeps its own.
-  AdapterStore(const torch::jit::Module& module, std::filesystem::path folder, int64_t capacity,
-               const std::string& gate_pooling);
+  // `module` is a base model or a grafted one. Rows are made for the configurations in the folder, whatever
+  // `options.room` says. options.graft is for a base: with gate_pooling "unpadded" an answer does not depend on what
+  // else is in its batch. A grafted module keeps its own. Throws when the folder cannot be read.
+  AdapterStore(const torch::jit::Module& module, std::filesystem::path folder,
+               const torchgraft::AdapterPoolOptions& options);
 
   // A lease on one adapter, or on the base model when `name` is empty. The first does not wait: nullopt when the
   // adapter has to be fetched. Throws RequestError 404 for a name that there is not, 422 when its files are damaged or
@@ -44,7 +45,7 @@ class AdapterStore {
     std::string name;
     bool resident = false;
   };
-  std::vector<Info> list() const;                     // sorted
+  std::vector<Info> list() const;                     // sorted; throws when the folder cannot be read
   std::string config(const std::string& name) const;  // JSON; throws as acquire() does
   bool is_served(const std::string& name) const;
 

@@ -1,6 +1,7 @@
 #include "batcher.h"
 
 #include <algorithm>
+#include <iostream>
 #include <utility>
 
 Batcher::Batcher(const BatchLimits& limits, int workers, Run run) : limits_(limits), run_(std::move(run)) {
@@ -12,11 +13,15 @@ Batcher::Batcher(const BatchLimits& limits, int workers, Run run) : limits_(limi
 Batcher::~Batcher() { stop(); }
 
 void Batcher::stop() {
+  std::deque<Work> dropped;
   {
     const std::lock_guard lock(mutex_);
     stopping_ = true;
+    dropped.swap(queue_);
+    queued_rows_ = 0;
   }
   changed_.notify_all();
+  dropped.clear();  // answered before what runs has ended
   for (std::thread& worker : workers_) {
     worker.join();
   }
@@ -76,8 +81,16 @@ void Batcher::serve() {
       continue;
     }
     std::vector<Work> batch = take();
+    const bool is_more = !queue_.empty();
     lock.unlock();
-    run_(std::move(batch));
+    if (is_more) {  // for a worker that no arrival has woken
+      changed_.notify_one();
+    }
+    try {
+      run_(std::move(batch));
+    } catch (const std::exception& error) {  // no memory: this batch is lost, and nothing else
+      std::cerr << "server: a batch was dropped: " << error.what() << "\n";
+    }
     lock.lock();
   }
 }

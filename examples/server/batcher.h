@@ -18,14 +18,15 @@ struct Work {
   torchgraft::AdapterPool::Lease lease;
   TokenRows rows;
   Pooling pooling = Pooling::kFirst;  // kHead only if the adapter has one
-  // Called once, by a worker: with the outputs, or with what went wrong.
-  std::function<void(Outputs outputs, const std::string& error)> done;
+  // Called once, by a worker: with the outputs, or with what went wrong (null: nothing). Not called when the work is
+  // dropped, by stop() or by a worker that ran out of memory.
+  std::function<void(Outputs outputs, const std::string* error)> done;
   std::chrono::steady_clock::time_point arrived = std::chrono::steady_clock::now();
 };
 
 struct BatchLimits {
   size_t rows = 64;                      // of a batch
-  size_t tokens = 64 * 512;              // of a batch, padding included
+  size_t tokens = 8192;                  // of a batch, padding included, unless it is one request
   size_t queued_rows = 1024;             // waiting; more are refused
   std::chrono::microseconds wait{2000};  // for company, from the arrival of the oldest
 };
@@ -41,7 +42,7 @@ class Batcher {
   Batcher& operator=(const Batcher&) = delete;
   ~Batcher();
 
-  // Runs what is queued and accepts no more. For one thread.
+  // Waits for the batches that run, drops what is queued, and accepts no more. For one thread.
   void stop();
 
   // False when the queue is full or stopped; `work` is then as it was.

@@ -49,10 +49,14 @@ namespace {
 // What a handler holds: answers when it is told to, or at its end.
 class Ticket {
  public:
-  explicit Ticket(std::function<void(HttpResponse)> answer) : answer_(std::move(answer)) {}
+  Ticket(std::function<void(HttpResponse)> answer, const std::atomic<bool>& draining)
+      : answer_(std::move(answer)), draining_(draining) {}
   Ticket(const Ticket&) = delete;
   Ticket& operator=(const Ticket&) = delete;
-  ~Ticket() { respond(error_response(500, "the request was given up")); }
+  ~Ticket() {
+    respond(draining_ ? error_response(503, "the server is about to end")
+                      : error_response(500, "the request was given up"));
+  }
 
   void respond(HttpResponse response) {
     if (!answered_.exchange(true)) {
@@ -61,7 +65,8 @@ class Ticket {
   }
 
  private:
-  std::function<void(HttpResponse)> answer_;
+  const std::function<void(HttpResponse)> answer_;
+  const std::atomic<bool>& draining_;
   std::atomic<bool> answered_{false};
 };
 
@@ -92,7 +97,6 @@ struct HttpServer::Callbacks {
                           void** state) {
     auto* exchange = new Exchange{server, connection, {method, url, ""}, std::nullopt};
     *state = exchange;
-    ++server.in_flight_;
     int headers = 0;
     MHD_get_connection_values(connection, MHD_HEADER_KIND, &count_header, &headers);
     if (headers > server.limits_.headers) {
@@ -122,22 +126,34 @@ struct HttpServer::Callbacks {
   }
 
   static void dispatch(Exchange& exchange) {
-    exchange.dispatched = true;
-    MHD_suspend_connection(exchange.connection);
-    const auto ticket = std::make_shared<Ticket>([&exchange](HttpResponse response) {
+    const auto answer = [&exchange](HttpResponse response) {
       exchange.response = std::move(response);
       MHD_resume_connection(exchange.connection);
-    });
+    };
+    MHD_suspend_connection(exchange.connection);
+    exchange.dispatched = true;
+    ++exchange.server.in_flight_;
+    const auto ticket = std::make_shared<Ticket>(answer, exchange.server.draining_);
     try {
-      exchange.server.handler_(exchange.request,
+      exchange.server.handler_(std::move(exchange.request),
                                [ticket](HttpResponse response) { ticket->respond(std::move(response)); });
     } catch (const std::exception& error) {
       ticket->respond(error_response(500, error.what()));
     }
   }
 
+  // No exception may reach libmicrohttpd: the connection is closed instead.
   static MHD_Result access(void* self, MHD_Connection* connection, const char* url, const char* method,
                            const char* /*version*/, const char* data, size_t* size, void** state) {
+    try {
+      return proceed(self, connection, url, method, data, size, state);
+    } catch (const std::exception&) {  // no memory
+      return MHD_NO;
+    }
+  }
+
+  static MHD_Result proceed(void* self, MHD_Connection* connection, const char* url, const char* method,
+                            const char* data, size_t* size, void** state) {
     auto& server = *static_cast<HttpServer*>(self);
     if (!*state) {
       return begin(server, connection, url, method, state);
@@ -157,10 +173,12 @@ struct HttpServer::Callbacks {
   }
 
   static void completed(void* self, MHD_Connection*, void** state, MHD_RequestTerminationCode) {
-    if (*state) {
-      delete static_cast<Exchange*>(*state);
+    if (const auto* exchange = static_cast<Exchange*>(*state)) {
+      if (exchange->dispatched) {
+        --static_cast<HttpServer*>(self)->in_flight_;
+      }
+      delete exchange;
       *state = nullptr;
-      --static_cast<HttpServer*>(self)->in_flight_;
     }
   }
 };

@@ -33,16 +33,18 @@ struct HttpLimits {
   unsigned idle_seconds = 30;  // a connection on which nothing happens is closed
 };
 
-// Answers a request, once, from any thread. One that is never answered is answered with 500 when its last owner goes.
+// Answers a request, once, from any thread. One that is never answered is answered when its last owner goes: with 500,
+// or with 503 once the server has stopped accepting.
 using Respond = std::function<void(HttpResponse)>;
 
 // HTTP/1.1 on libmicrohttpd: one thread waits for all connections (epoll), and no connection holds a thread while its
 // request is worked on or while it is idle.
 class HttpServer {
  public:
-  using Handler = std::function<void(const HttpRequest&, Respond)>;
+  using Handler = std::function<void(HttpRequest, Respond)>;
 
-  // port 0: one that is free. Throws std::runtime_error when it cannot listen. The handler must not block.
+  // port 0: one that is free. Throws std::runtime_error when it cannot listen. The handler runs on the thread that all
+  // connections share: it must not wait for long.
   HttpServer(const std::string& address, uint16_t port, const HttpLimits& limits, Handler handler);
   HttpServer(const HttpServer&) = delete;
   HttpServer& operator=(const HttpServer&) = delete;

@@ -7,12 +7,15 @@
 #include "service.h"
 
 #include <ATen/Parallel.h>
+#include <sys/resource.h>
 #include <torch/script.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <chrono>
 #include <csignal>
 #include <iostream>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <utility>
@@ -24,8 +27,7 @@ struct Options {
   std::string adapters;
   std::string address = "127.0.0.1";
   uint16_t port = 8080;
-  int64_t capacity = 64;
-  std::string gate_pooling = "unpadded";
+  torchgraft::AdapterPoolOptions pool;
   int threads = 0;
   int64_t wait_us = 2000;
   unsigned drain_seconds = 30;
@@ -40,25 +42,70 @@ void declare(CLI::App& app, Options& options) {
       ->check(CLI::ExistingDirectory);
   app.add_option("--address", options.address, "IPv4 address to listen on")->capture_default_str();
   app.add_option("--port", options.port, "0: one that is free")->capture_default_str();
-  app.add_option("--capacity", options.capacity, "adapters in memory at once")->check(CLI::PositiveNumber);
-  app.add_option("--gate-pooling", options.gate_pooling, "of a model that is not grafted yet")
+  app.add_option("--capacity", options.pool.capacity, "adapters in memory at once")->check(CLI::PositiveNumber);
+  app.add_option("--max-adapter-bytes", options.pool.max_row_bytes,
+                 "memory that one adapter may take; as much is taken for each of the capacity")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  app.add_option("--gate-pooling", options.pool.graft.gate_pooling, "of a model that is not grafted yet")
       ->check(CLI::IsMember({"unpadded", "all"}))
       ->capture_default_str();
   app.add_option("--threads", options.threads, "threads for each forward pass (libtorch's default)")
       ->check(CLI::PositiveNumber);
   app.add_option("--workers", options.service.workers, "forward passes at once")->check(CLI::Range(1, 64));
   app.add_option("--max-batch", options.service.batch.rows, "rows of a batch")->check(CLI::PositiveNumber);
+  app.add_option("--max-batch-tokens", options.service.batch.tokens,
+                 "tokens of a batch, padding included, unless it is one request")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
   app.add_option("--max-wait-us", options.wait_us, "how long a request waits for company, in microseconds")
       ->check(CLI::NonNegativeNumber);
-  app.add_option("--max-queue", options.service.batch.queued_rows, "rows that wait; more are refused with 503")
+  app.add_option("--max-queue", options.service.batch.queued_rows,
+                 "rows that wait, at least those of a batch; more are refused with 503")
       ->check(CLI::PositiveNumber);
   app.add_option("--max-tokens", options.service.tokens, "tokens of a row")->check(CLI::PositiveNumber);
+  app.add_option("--vocabulary", options.service.vocabulary, "tokens that the model has, if its graph does not say it")
+      ->check(CLI::PositiveNumber);
   app.add_option("--pad-id", options.service.pad_id, "the token behind the end of shorter rows");
   app.add_option("--max-body", options.http.body_bytes, "bytes of a request")->check(CLI::PositiveNumber);
-  app.add_option("--max-connections", options.http.connections)->check(CLI::PositiveNumber);
+  app.add_option("--max-connections", options.http.connections, "fewer where the limit of open files is lower")
+      ->check(CLI::PositiveNumber);
   app.add_option("--idle-seconds", options.http.idle_seconds, "after which a silent connection is closed")
       ->check(CLI::PositiveNumber);
-  app.add_option("--drain-seconds", options.drain_seconds, "how long SIGTERM waits for requests under way");
+  app.add_option("--drain-seconds", options.drain_seconds,
+                 "how long SIGTERM waits for requests under way; those that still wait then are answered with 503");
+}
+
+void check(const Options& options) {
+  const BatchLimits& batch = options.service.batch;
+  if (batch.queued_rows < batch.rows) {
+    throw CLI::ValidationError("--max-queue", "expected at least --max-batch, " + std::to_string(batch.rows) +
+                                                  ", as one request may have that many rows, got " +
+                                                  std::to_string(batch.queued_rows));
+  }
+}
+
+// Raises the limit of open files for `wanted` connections; returns how many there may be, with files left for adapters.
+unsigned connections_within_limits(unsigned wanted) {
+  constexpr rlim_t kOtherFiles = 64;
+  rlimit files = {};
+  getrlimit(RLIMIT_NOFILE, &files);
+  const rlim_t needed = wanted + kOtherFiles;
+  if (files.rlim_cur < needed) {
+    files.rlim_cur = std::min(needed, files.rlim_max);
+    setrlimit(RLIMIT_NOFILE, &files);
+    getrlimit(RLIMIT_NOFILE, &files);
+  }
+  if (files.rlim_cur >= needed) {
+    return wanted;
+  }
+  if (files.rlim_cur <= kOtherFiles) {
+    throw std::runtime_error("expected a limit of open files above " + std::to_string(kOtherFiles) + ", got " +
+                             std::to_string(files.rlim_cur));
+  }
+  const auto fitting = static_cast<unsigned>(files.rlim_cur - kOtherFiles);
+  std::cerr << "server: " << fitting << " connections at most: " << files.rlim_cur << " files may be open\n";
+  return fitting;
 }
 
 // Blocks them in this thread and in all that it starts, for sigwait.
@@ -72,13 +119,18 @@ sigset_t block_signals() {
   return signals;
 }
 
-// Until nothing has been under way for a moment, in which a client may use a connection that is still open.
-void drain(const HttpServer& http, unsigned seconds) {
-  const auto pause = std::chrono::milliseconds(10);
-  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(seconds);
-  for (int quiet = 0; quiet < 50 && std::chrono::steady_clock::now() < deadline;) {
-    quiet = http.in_flight() == 0 ? quiet + 1 : 0;
-    std::this_thread::sleep_for(pause);
+// Until nothing has been under way for `quiet`, but no longer than `most`.
+void wait_until_idle(const HttpServer& http, std::chrono::milliseconds quiet, std::chrono::seconds most) {
+  using std::chrono::steady_clock;
+  const auto deadline = steady_clock::now() + most;
+  auto busy = steady_clock::now();
+  while (steady_clock::now() < deadline) {
+    if (http.in_flight() > 0) {
+      busy = steady_clock::now();
+    } else if (steady_clock::now() - busy >= quiet) {
+      return;
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
   }
 }
 
@@ -89,28 +141,33 @@ torch::jit::Module load(const std::string& path) {
 }
 
 void serve(const Options& options) {
+  check(options);
   const sigset_t signals = block_signals();
   if (options.threads > 0) {
     at::set_num_threads(options.threads);
   }
   const torch::jit::Module module = load(options.model);
-  AdapterStore store(module, options.adapters, options.capacity, options.gate_pooling);
+  AdapterStore store(module, options.adapters, options.pool);
   ServiceOptions service_options = options.service;
   service_options.batch.wait = std::chrono::microseconds(options.wait_us);
-  service_options.batch.tokens = service_options.batch.rows * service_options.tokens;
   Service service(store, module, service_options);
   Routes routes(service);
-  HttpServer http(options.address, options.port, options.http,
-                  [&](const HttpRequest& request, Respond respond) { routes.handle(request, std::move(respond)); });
+  HttpLimits limits = options.http;
+  limits.connections = connections_within_limits(limits.connections);
+  HttpServer http(options.address, options.port, limits,
+                  [&](HttpRequest request, Respond respond) { routes.handle(request, std::move(respond)); });
   std::cout << "listening on " << options.address << ":" << http.port() << std::endl;
 
   int signal = 0;
   sigwait(&signals, &signal);
+  pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);  // a second one ends the process
   std::cout << "draining" << std::endl;
   routes.set_draining();
   http.stop_accepting();
-  drain(http, options.drain_seconds);
+  // A client may use a connection that is still open: half a second without requests, and there are none.
+  wait_until_idle(http, std::chrono::milliseconds(500), std::chrono::seconds(options.drain_seconds));
   service.stop();
+  wait_until_idle(http, std::chrono::milliseconds(0), std::chrono::seconds(2));  // what stop() dropped is answered
 }
 
 }  // namespace
@@ -118,6 +175,8 @@ void serve(const Options& options) {
 int main(int argc, char** argv) {
   CLI::App app("Serves a TorchScript text encoder with many adapters over HTTP.", "server");
   Options options;
+  options.pool.graft.gate_pooling = "unpadded";
+  options.pool.max_row_bytes = int64_t{256} << 20;
   declare(app, options);
   try {
     app.parse(argc, argv);

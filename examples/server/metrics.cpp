@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <fstream>
+#include <iomanip>
 #include <sstream>
 
 namespace {
@@ -34,7 +35,7 @@ std::string Histogram::text(const std::string& name, const std::string& help) co
     i < bounds_.size() ? out << bounds_[i] : out << "+Inf";
     out << "\"} " << below << "\n";
   }
-  out << name << "_sum " << sum_ << "\n" << name << "_count " << below << "\n";
+  out << name << "_sum " << std::setprecision(17) << sum_ << "\n" << name << "_count " << below << "\n";
   return out.str();
 }
 

@@ -1,8 +1,13 @@
 #include "model.h"
 
 #include <ATen/ATen.h>
+#include <torch/csrc/jit/ir/ir.h>
+#include <torch/csrc/jit/passes/inliner.h>
+#include <torch/csrc/jit/runtime/graph_iterator.h>
 
 #include <algorithm>
+#include <functional>
+#include <map>
 #include <stdexcept>
 
 namespace {
@@ -28,6 +33,47 @@ Output read_output(const at::Tensor& tensor) {
   return {{first, first + values.numel()}, values.dim() == 2 ? values.size(1) : 0};
 }
 
+using torch::jit::Value;
+
+// What `value` is in a graph of `module`: a constant, or an attribute of it or of a module in it.
+std::optional<c10::IValue> known_value(const Value* value, const torch::jit::Module& module) {
+  const torch::jit::Node* node = value->node();
+  if (value == node->owningGraph()->inputs()[0]) {
+    return module._ivalue();
+  }
+  if (node->kind() == torch::jit::prim::GetAttr) {
+    const auto owner = known_value(node->input(), module);
+    return owner && owner->isObject() ? std::optional(owner->toObjectRef().getAttr(node->s(torch::jit::attr::name)))
+                                      : std::nullopt;
+  }
+  return torch::jit::toIValue(value);
+}
+
+// Through what changes the shape or the dtype of ids, but not which they are.
+const Value* origin(const Value* value) {
+  for (;;) {
+    const auto kind = value->node()->kind();
+    if (kind != at::aten::to && kind != at::aten::view && kind != at::aten::reshape && kind != at::aten::contiguous) {
+      return value;
+    }
+    value = value->node()->input(0);
+  }
+}
+
+// The rows of the embedding that forward's argument number `ids` (self is 0) goes to.
+std::optional<int64_t> embedding_rows(const torch::jit::Module& module, size_t ids) {
+  std::shared_ptr<torch::jit::Graph> graph = module.get_method("forward").graph()->copy();
+  torch::jit::Inline(*graph);
+  torch::jit::DepthFirstGraphNodeIterator nodes(graph);
+  while (const torch::jit::Node* node = nodes.next()) {
+    if (node->kind() == at::aten::embedding && origin(node->input(1)) == graph->inputs()[ids]) {
+      const auto table = known_value(node->input(0), module);
+      return table && table->isTensor() ? std::optional(table->toTensor().size(0)) : std::nullopt;
+    }
+  }
+  return std::nullopt;
+}
+
 }  // namespace
 
 size_t longest_row(const TokenRows& rows) {
@@ -50,11 +96,13 @@ Signature::Signature(const torch::jit::Module& module, int64_t pad_id) : pad_id_
     Input input = Input::kNone;
     if (is_tensor && name.find("mask") != std::string::npos) {
       input = Input::kMask;
+      has_mask_ = true;
     } else if (is_tensor && name.find("type") != std::string::npos) {
       input = Input::kTypes;
     } else if (is_tensor && !has_ids) {
       input = Input::kIds;
       has_ids = true;
+      vocabulary_ = embedding_rows(module, i);
     } else if (!arguments[i].default_value()) {
       throw std::runtime_error("the model's forward has an argument '" + name +
                                "' that this server has nothing for; it serves forward(input_ids, attention_mask)");
@@ -71,6 +119,36 @@ Signature::Signature(const torch::jit::Module& module, int64_t pad_id) : pad_id_
 
 Signature::Result Signature::run(const torch::jit::Module& module, const TokenRows& rows,
                                  const std::vector<int64_t>& adapter_ids) const {
+  std::map<size_t, std::vector<int64_t>, std::greater<>> lengths;  // to the numbers of the rows, the longest first
+  for (size_t i = 0; i < rows.size(); ++i) {
+    lengths[rows[i].size()].push_back(static_cast<int64_t>(i));
+  }
+  if (has_mask_ || lengths.size() == 1) {
+    return run_padded(module, rows, adapter_ids);
+  }
+  Result all;
+  for (const auto& [length, numbers] : lengths) {
+    TokenRows some;
+    std::vector<int64_t> ids;
+    for (const int64_t number : numbers) {
+      some.push_back(rows[static_cast<size_t>(number)]);
+      ids.push_back(adapter_ids[static_cast<size_t>(number)]);
+    }
+    const Result part = run_padded(module, some, ids);
+    if (!all.states.defined()) {
+      std::vector<int64_t> shape = part.states.sizes().vec();
+      shape[0] = static_cast<int64_t>(rows.size());
+      all = {at::zeros(shape, part.states.options()), at::zeros({shape[0], part.mask.size(1)}, at::kLong)};
+    }
+    const at::Tensor places = at::tensor(numbers, at::kLong);
+    all.states.narrow(1, 0, part.states.size(1)).index_copy_(0, places, part.states);
+    all.mask.narrow(1, 0, part.mask.size(1)).index_copy_(0, places, part.mask);
+  }
+  return all;
+}
+
+Signature::Result Signature::run_padded(const torch::jit::Module& module, const TokenRows& rows,
+                                        const std::vector<int64_t>& adapter_ids) const {
   const auto batch = static_cast<int64_t>(rows.size());
   const auto longest = static_cast<int64_t>(longest_row(rows));
   const at::Tensor ids = at::full({batch, longest}, pad_id_, at::kLong);

@@ -3,6 +3,7 @@
 #include <torch/csrc/jit/api/module.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -21,7 +22,8 @@ using Outputs = std::vector<Output>;
 
 size_t longest_row(const TokenRows& rows);
 
-// How a text encoder is called: forward(input_ids, attention_mask, ...), with [rows, tokens] int64 each.
+// How a text encoder is called: forward(input_ids, attention_mask, ...), with [rows, tokens] int64 each. One that takes
+// no mask would read padding as tokens: it gets rows of one length at a time.
 class Signature {
  public:
   // Reads the arguments of `module`'s forward: a name with "mask" in it is the mask, one with "type" the token types
@@ -34,12 +36,21 @@ class Signature {
     at::Tensor mask;    // int64 [rows, tokens], 1 where a token is real
   };
 
-  // One forward pass. adapter_ids: one per row.
+  // One forward pass; without a mask, one for each length among the rows. adapter_ids: one per row.
   Result run(const torch::jit::Module& module, const TokenRows& rows, const std::vector<int64_t>& adapter_ids) const;
+
+  // Token ids are below this: the rows of the embedding that they are looked up in. nullopt when it was not found.
+  std::optional<int64_t> vocabulary() const { return vocabulary_; }
 
  private:
   enum class Input { kIds, kMask, kTypes, kNone };
+
+  Result run_padded(const torch::jit::Module& module, const TokenRows& rows,
+                    const std::vector<int64_t>& adapter_ids) const;
+
   std::vector<Input> inputs_;
+  bool has_mask_ = false;
+  std::optional<int64_t> vocabulary_;
   int64_t pad_id_;
 };
 

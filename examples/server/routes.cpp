@@ -20,7 +20,13 @@ struct PredictBody {
   std::optional<Pooling> pooling;
 };
 
+constexpr int kDeepestJson = 4;  // body -> input_ids -> row -> id
+
+// Lists and objects by their kind only: they may be as long as a body.
 std::string shown(const json& value) {
+  if (value.is_structured()) {
+    return value.is_array() ? "a list" : "an object";
+  }
   const std::string text = value.dump(-1, ' ', false, json::error_handler_t::replace);
   return text.size() <= 40 ? text : text.substr(0, 40) + "...";
 }
@@ -46,11 +52,23 @@ TokenRows read_rows(const json& list) {
   return rows;
 }
 
-PredictBody read_predict(const std::string& text) {
-  const json body = json::parse(text, /*cb=*/nullptr, /*allow_exceptions=*/false);
+// A stranger's nesting must not exhaust the stack of what walks over the value later.
+json parse_body(const std::string& text) {
+  const auto watch = [](int depth, json::parse_event_t, const json&) {
+    if (depth > kDeepestJson) {
+      throw RequestError(400, "the body is nested too deeply");
+    }
+    return true;
+  };
+  json body = json::parse(text, watch, /*allow_exceptions=*/false);
   if (body.is_discarded()) {
     throw RequestError(400, "the body is not JSON");
   }
+  return body;
+}
+
+PredictBody read_predict(const std::string& text) {
+  const json body = parse_body(text);
   if (!body.is_object()) {
     throw RequestError(400, R"(expected {"adapter": name or null, "input_ids": [[...]]}, got )" + shown(body));
   }
@@ -214,7 +232,7 @@ HttpResponse Routes::metrics() const {
   text += metrics.batch_rows.text("torchgraft_batch_rows", "Rows of a forward pass.");
   text += metrics.responses.text("torchgraft_responses_total", "status", "Answers by status.");
   text += metrics.adapter_requests.text("torchgraft_adapter_requests_total", "adapter", "Predictions by adapter.");
-  text += gauge("torchgraft_queue_rows", "Rows that wait for a batch.", service_.queued_rows());
+  text += gauge("torchgraft_queue_rows", "Rows that wait for a batch, or for their adapter.", service_.queued_rows());
   text += gauge("torchgraft_adapter_rows", "Adapters that fit in memory.", stats.capacity);
   text += gauge("torchgraft_resident_adapters", "Adapters in memory.", stats.resident);
   text += gauge("torchgraft_adapter_row_bytes", "Memory of one adapter.", stats.row_bytes);

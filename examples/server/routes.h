@@ -16,7 +16,8 @@ class Routes {
  public:
   explicit Routes(Service& service) : service_(service) {}
 
-  // Never blocks; `respond` may be called later and from another thread.
+  // Waits for no adapter and no forward pass, only for the file system to say which directories there are. `respond`
+  // may be called later and from another thread.
   void handle(const HttpRequest& request, Respond respond);
 
   // From now on /healthz says that the server is about to end.

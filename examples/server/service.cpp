@@ -4,7 +4,11 @@
 #include <c10/core/InferenceMode.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
+#include <iostream>
+#include <iterator>
 #include <map>
+#include <memory>
 #include <utility>
 
 namespace {
@@ -14,8 +18,11 @@ std::string one_line(const std::string& message) {
   const std::string marker = "Error: ";
   const size_t raised = message.rfind(marker);
   const size_t begin = raised == std::string::npos ? 0 : raised + marker.size();
-  return message.substr(begin, message.find('\n', begin) - begin);
+  const std::string line = message.substr(begin, message.find('\n', begin) - begin);
+  return line.empty() ? "it did not say why" : line;
 }
+
+constexpr const char* kBusy = "too many requests are waiting, or the server is about to end";
 
 // By number; empty unless every one has a name.
 std::vector<std::string> labels_of(const torchgraft::HeadConfig& head) {
@@ -47,11 +54,14 @@ JobThread::JobThread() : thread_([this] { serve(); }) {}
 JobThread::~JobThread() { stop(); }
 
 void JobThread::stop() {
+  std::deque<std::function<void()>> dropped;
   {
     const std::lock_guard lock(mutex_);
     stopping_ = true;
+    dropped.swap(jobs_);
   }
   changed_.notify_all();
+  dropped.clear();  // answered before what runs has ended
   if (thread_.joinable()) {
     thread_.join();
   }
@@ -76,10 +86,15 @@ void JobThread::serve() {
     if (jobs_.empty()) {
       return;
     }
-    const auto job = std::move(jobs_.front());
+    std::function<void()> job = std::move(jobs_.front());
     jobs_.pop_front();
     lock.unlock();
-    job();
+    try {
+      job();
+    } catch (const std::exception& error) {  // no memory for an answer
+      std::cerr << "server: a request was dropped: " << error.what() << "\n";
+    }
+    job = nullptr;  // what it holds goes while nobody waits for the lock
     lock.lock();
   }
 }
@@ -88,11 +103,12 @@ Service::Service(AdapterStore& store, const torch::jit::Module& module, const Se
     : store_(store),
       options_(options),
       signature_(module, options.pad_id),
+      vocabulary_(options.vocabulary > 0 ? options.vocabulary : signature_.vocabulary()),
       batcher_(options.batch, options.workers, [this](std::vector<Work> batch) { run(std::move(batch)); }) {}
 
 void Service::stop() {
+  batcher_.stop();  // first: a job may wait for rows that what is queued holds
   jobs_.stop();
-  batcher_.stop();
 }
 
 void Service::in_background(std::function<void()> job) {
@@ -114,6 +130,11 @@ void Service::check(const TokenRows& rows) const {
       throw RequestError(413, "expected at most " + std::to_string(options_.tokens) + " tokens in a row, got " +
                                   std::to_string(row.size()));
     }
+    const int64_t largest = *std::max_element(row.begin(), row.end());
+    if (vocabulary_ && largest >= *vocabulary_) {
+      throw RequestError(400, "expected token ids below " + std::to_string(*vocabulary_) +
+                                  ", which the model has, got " + std::to_string(largest));
+    }
   }
 }
 
@@ -123,9 +144,20 @@ void Service::predict(const std::string& adapter, TokenRows rows, std::optional<
   metrics_.adapter_requests.add(adapter);
   if (lease) {
     enqueue(std::move(*lease), std::move(rows), pooling, done);
-    return;
+  } else {
+    fetch_first(adapter, std::move(rows), pooling, std::move(done));
   }
-  in_background([this, adapter, rows = std::move(rows), pooling, done = std::move(done)]() mutable {
+}
+
+void Service::fetch_first(const std::string& adapter, TokenRows rows, std::optional<Pooling> pooling, Done done) {
+  const size_t count = rows.size();
+  if (queued_rows() + count > options_.batch.queued_rows) {
+    throw RequestError(503, kBusy);
+  }
+  waiting_rows_ += count;
+  // Counted until the job is done or dropped.
+  const std::shared_ptr<void> waiting(nullptr, [this, count](void*) { waiting_rows_ -= count; });
+  in_background([this, adapter, rows = std::move(rows), pooling, done = std::move(done), waiting]() mutable {
     try {
       enqueue(store_.acquire(adapter), std::move(rows), pooling, done);
     } catch (const RequestError& error) {
@@ -144,29 +176,44 @@ void Service::enqueue(torchgraft::AdapterPool::Lease lease, TokenRows rows, std:
   const bool is_logits = answer == Pooling::kHead;
   const std::vector<std::string> labels = is_logits ? labels_of(*head) : std::vector<std::string>();
   Work work{std::move(lease), std::move(rows), answer,
-            [done, is_logits, labels](Outputs outputs, const std::string& error) {
-              const RequestError failure(400, error);
-              done({std::move(outputs), is_logits, labels}, error.empty() ? nullptr : &failure);
+            [done, is_logits, labels](Outputs outputs, const std::string* error) {
+              const RequestError failure(500, error ? "the model failed: " + *error : "");
+              done({std::move(outputs), is_logits, labels}, error ? &failure : nullptr);
             }};
   if (!batcher_.submit(work)) {
-    const RequestError failure(503, "too many requests are waiting, or the server is about to end");
+    const RequestError failure(503, kBusy);
     done({}, &failure);
   }
 }
 
-// A batch that fails, because of a token that the model does not know, say, is run again request by request, so that
-// the others get their answers.
+// A batch that fails is run again in halves, so that all get their answers but those that fail alone: of n requests one
+// bad one costs the others about 2 log2(n) smaller passes.
 void Service::run(std::vector<Work> batch) {
-  const c10::InferenceMode no_gradients;
-  TokenRows rows;
-  std::vector<int64_t> ids;
-  for (const Work& work : batch) {
-    rows.insert(rows.end(), work.rows.begin(), work.rows.end());
-    ids.insert(ids.end(), work.rows.size(), work.lease.ids().front());
-  }
   std::vector<Outputs> outputs;
-  std::string error;
+  const std::optional<std::string> error = pass(batch, outputs);
+  if (error && batch.size() > 1) {
+    const auto middle = batch.begin() + static_cast<std::ptrdiff_t>(batch.size() / 2);
+    std::vector<Work> rest(std::make_move_iterator(middle), std::make_move_iterator(batch.end()));
+    batch.erase(middle, batch.end());
+    run(std::move(batch));
+    run(std::move(rest));
+    return;
+  }
+  for (size_t i = 0; i < batch.size(); ++i) {
+    batch[i].done(error ? Outputs() : std::move(outputs[i]), error ? &*error : nullptr);
+  }
+}
+
+// One forward pass: what each request of the batch is answered, or what went wrong.
+std::optional<std::string> Service::pass(const std::vector<Work>& batch, std::vector<Outputs>& outputs) {
+  const c10::InferenceMode no_gradients;
   try {
+    TokenRows rows;
+    std::vector<int64_t> ids;
+    for (const Work& work : batch) {
+      rows.insert(rows.end(), work.rows.begin(), work.rows.end());
+      ids.insert(ids.end(), work.rows.size(), work.lease.ids().front());
+    }
     const Signature::Result result = signature_.run(batch.front().lease.module(), rows, ids);
     metrics_.batch_rows.observe(static_cast<double>(rows.size()));
     int64_t first = 0;
@@ -174,20 +221,10 @@ void Service::run(std::vector<Work> batch) {
       outputs.push_back(outputs_of(work, result, first));
       first += static_cast<int64_t>(work.rows.size());
     }
+    return std::nullopt;
   } catch (const c10::Error& failure) {
-    error = one_line(failure.what_without_backtrace());
+    return one_line(failure.what_without_backtrace());
   } catch (const std::exception& failure) {
-    error = one_line(failure.what());
-  }
-  if (!error.empty() && batch.size() > 1) {
-    for (Work& work : batch) {
-      std::vector<Work> single;
-      single.push_back(std::move(work));
-      run(std::move(single));
-    }
-    return;
-  }
-  for (size_t i = 0; i < batch.size(); ++i) {
-    batch[i].done(error.empty() ? std::move(outputs[i]) : Outputs(), error);
+    return one_line(failure.what());
   }
 }

@@ -1,6 +1,8 @@
 """Installs the build into a temporary prefix and builds the outside hosts against it, once a session."""
 
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -45,7 +47,15 @@ def serve(tmp_path_factory, prefix) -> Path:
 
 @pytest.fixture(scope="session")
 def server_program(tmp_path_factory, prefix) -> Path:
-    """The program of examples/server."""
+    """The program of examples/server. Skips without its HTTP library, which CMake does not download."""
+    header = subprocess.run(
+        [os.environ.get("CXX", "g++"), "-E", "-x", "c++", "-"],
+        input="#include <microhttpd.h>",
+        text=True,
+        capture_output=True,
+    )
+    if header.returncode != 0:
+        pytest.skip("microhttpd.h was not found: install libmicrohttpd-dev")
     return configure_and_build(ROOT / "examples" / "server", tmp_path_factory.mktemp("server"), prefix) / "server"
 
 
@@ -53,3 +63,41 @@ def server_program(tmp_path_factory, prefix) -> Path:
 def train_program(tmp_path_factory, prefix) -> Path:
     """The program of examples/train_cpp."""
     return configure_and_build(ROOT / "examples" / "train_cpp", tmp_path_factory.mktemp("train"), prefix) / "train_cpp"
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """base.pt and the folder of adapters task-0 ... task-11, of all kinds."""
+    from server_support import ADAPTERS, CONFIGS, save_random_adapter, traced_encoder
+
+    folder = tmp_path_factory.mktemp("models")
+    base = traced_encoder()
+    base.save(folder / "base.pt")
+    for index in range(ADAPTERS):
+        save_random_adapter(base, folder / "adapters" / f"task-{index}", CONFIGS[index % len(CONFIGS)], index)
+    shutil.copytree(folder / "adapters" / "task-0", folder / "secret")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def expected(models):
+    from server_support import Expected
+
+    return Expected(torch.jit.load(models / "base.pt"), models / "adapters")
+
+
+@pytest.fixture(scope="module")
+def server(server_program, models):
+    """One server for all that leave it as it is; that it lives to the end is a test of its own."""
+    from server_support import CAPACITY, Server
+
+    with Server(server_program, models / "base.pt", models / "adapters", "--capacity", CAPACITY) as running:
+        yield running
+        assert running.ask("GET", "/healthz") == (200, {"status": "ok"})
+        assert running.stop() == 0
+
+
+@pytest.fixture
+def own_adapters(models, tmp_path):
+    """A copy of the folder for a test that changes it."""
+    return shutil.copytree(models / "adapters", tmp_path / "adapters")

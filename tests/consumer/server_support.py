@@ -3,9 +3,12 @@
 import http.client
 import json
 import os
+import resource
 import select
 import signal
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,6 +16,9 @@ import torchgraft
 import transformers
 
 VOCABULARY, MOST_TOKENS = 50, 32
+ADAPTERS = 12
+CAPACITY = 5  # less than there are: they come and go
+TOLERANCE = dict(rtol=0, atol=1e-5)
 # Of every kind, so that one batch mixes methods, ranks and prefix lengths.
 CONFIGS = ["unipelt", "lora[r=4]", "mam", "prefix_tuning[prefix_length=3]", "seq_bn[reduction_factor=4]"]
 
@@ -55,6 +61,20 @@ def save_random_adapter(base: torch.jit.ScriptModule, directory: Path, config: s
     torchgraft.save_adapter(model, name, directory)
 
 
+def wait_until(holds: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def allow_open_files(count: int) -> None:
+    """To this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+
+
 class Expected:
     """What each adapter answers alone: a module of its own for each, run on one row without padding."""
 
@@ -74,14 +94,29 @@ class Expected:
 
 
 class Server:
-    """One process; ends with the `with` block. Its program: examples/server's, or another that takes the same."""
+    """One process; ends with the `with` block. Its program: examples/server's, or another that takes the same.
 
-    def __init__(self, program: Path | list, model: Path, adapters: Path, *options: object):
+    open_files: its soft and hard limit.
+    """
+
+    def __init__(
+        self,
+        program: Path | list,
+        model: Path,
+        adapters: Path,
+        *options: object,
+        open_files: tuple[int, int] | None = None,
+    ):
         environment = {key: value for key, value in os.environ.items() if key != "LD_LIBRARY_PATH"}
         words = program if isinstance(program, list) else [program]
         command = [*words, model, "--adapters", adapters, "--port", 0, "--threads", 1, *options]
         self._process = subprocess.Popen(
-            [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            [str(part) for part in command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            preexec_fn=open_files and (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, open_files)),
         )
         ready, _, _ = select.select([self._process.stdout], [], [], 300)
         line = self._process.stdout.readline() if ready else ""
@@ -103,6 +138,10 @@ class Server:
 
     def terminate(self) -> None:
         self._process.send_signal(signal.SIGTERM)
+
+    def terminate_and_see_it_drain(self) -> None:
+        self.terminate()
+        assert self._process.stdout.readline() == "draining\n"
 
     def stop(self) -> int:
         """Its exit status."""
