@@ -139,12 +139,24 @@ const std::map<std::string, std::function<AdapterConfig()>, std::less<>>& regist
   return kRegistry;
 }
 
+// Class names are understood only.
+bool is_advertised(const std::string& name) { return std::islower(static_cast<unsigned char>(name[0])); }
+
+bool is_supported(const AdapterConfig& config) {
+  try {
+    check_supported(config);
+    return true;
+  } catch (const c10::Error&) {
+    return false;
+  }
+}
+
 }  // namespace
 
 std::vector<std::string> config_names() {
   std::vector<std::string> names;
   for (const auto& [name, make] : registry()) {
-    if (std::islower(static_cast<unsigned char>(name[0]))) {  // class names are understood, not advertised
+    if (is_advertised(name)) {
       names.push_back(name);
     }
   }
@@ -157,8 +169,10 @@ AdapterConfig config_from_name(std::string_view name) {
     return found->second();
   }
   std::string names;
-  for (const std::string& known : config_names()) {
-    names += (names.empty() ? "" : ", ") + known;
+  for (const auto& [known, make] : registry()) {
+    if (is_advertised(known) && is_supported(make())) {
+      names += (names.empty() ? "" : ", ") + known;
+    }
   }
   static const std::set<std::string, std::less<>> kUnsupported = {"prompt_tuning", "mtl_lora", "loreft", "noreft",
                                                                   "direft"};

@@ -20,7 +20,7 @@ std::string printed(double value) {
   return text.str();
 }
 
-// Without effect where nothing is trained; what is grafted refuses to run in training mode (rebuild.cpp).
+// Of a dropout, which acts on adapters that are trained only.
 void require_probability(const std::string& field, double value) {
   TORCH_CHECK(value >= 0.0 && value < 1.0, "config: expected ", field, " to be at least 0 and below 1, got ", value);
 }

@@ -6,12 +6,15 @@
 namespace torchgraft::ops {
 
 Gate gate_forward(const at::Tensor& x, const RowArguments& args, const Selection& selection) {
+  const bool gated = args.gate_weight.defined() && selection.kind != Selection::Kind::kBase;
+  return gated && takes_fused_kernels(x) ? cpu::read_tokens(x, {}, args, selection).gate
+                                         : composed_gate(x, args, selection);
+}
+
+Gate composed_gate(const at::Tensor& x, const RowArguments& args, const Selection& selection) {
   Gate gate;
   if (!args.gate_weight.defined() || selection.kind == Selection::Kind::kBase) {
     return gate;
-  }
-  if (takes_fused_kernels(x)) {
-    return cpu::read_tokens(x, {}, args, selection).gate;
   }
   const auto type = accumulation_type(x.scalar_type());
   const at::Tensor weight = select(selection, args.gate_weight);            // [(B,) G, I]

@@ -16,6 +16,9 @@ struct Gate {
 // Not gated, or no row with an adapter: every member undefined.
 Gate gate_forward(const at::Tensor& x, const RowArguments& args, const Selection& selection);
 
+// The same, made of calls that torch differentiates itself.
+Gate composed_gate(const at::Tensor& x, const RowArguments& args, const Selection& selection);
+
 // What an op returns as its second result: [B, G] in x's dtype; ones for an ungated adapter, zeros for base rows.
 at::Tensor gate_result(const Gate& gate, const at::Tensor& x, const RowArguments& args, const Selection& selection);
 

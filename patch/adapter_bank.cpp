@@ -191,6 +191,14 @@ size_t find_adapter(const std::vector<Adapter>& adapters, const std::string& nam
   TORCH_CHECK(false, what, ": no adapter is called '", name, "'; there are: ", names);
 }
 
+size_t check_known(const torch::jit::Module& adapters_module, const std::string& name, const char* what) {
+  std::vector<Adapter> named;
+  for (const c10::IValue& adapter : adapters_module.attr("names").toListRef()) {
+    named.push_back({adapter.toStringRef(), {}});
+  }
+  return find_adapter(named, name, what);
+}
+
 bool BankSlot::has_bank(const std::string& parameter) const {
   const bool is_alone = gates.size() == 1 && !own.empty();
   return !is_alone || !(own[0].parameters.count(parameter) || own[0].computed.count(parameter));

@@ -39,6 +39,9 @@ constexpr const char* kSourceSuffix = "_source";
 // Position of `name` among `adapters`; throws c10::Error that lists the names, on behalf of the function `what`.
 size_t find_adapter(const std::vector<Adapter>& adapters, const std::string& name, const char* what);
 
+// The same among the names of an `adapters` submodule.
+size_t check_known(const torch::jit::Module& adapters_module, const std::string& name, const char* what);
+
 // What one trainable adapter has at a slot instead of a row of the bank.
 struct OwnWeights {
   size_t adapter = 0;

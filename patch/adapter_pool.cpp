@@ -167,7 +167,10 @@ AdapterPool::State::State(const Module& module, AdapterPoolOptions options, Load
   for (const AdapterConfig& config : options.room) {
     add_room(room, ejected_config(config));
   }
-  for (const Adapter& adapter : own) {
+  for (Adapter& adapter : own) {
+    adapter.trainable = false;  // a row of the banks, whose norms of DoRA are those of now
+    adapter.sources.clear();
+    complete_dora(adapter, base.sites, base.module);
     add_room(room, ejected_config(adapter.config));
   }
   current =

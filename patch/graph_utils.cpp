@@ -8,6 +8,8 @@
 
 #include <algorithm>
 #include <deque>
+#include <map>
+#include <mutex>
 #include <unordered_set>
 
 namespace torchgraft {
@@ -267,9 +269,16 @@ void replace_node(Node* node, at::ArrayRef<Value*> values) {
 }
 
 std::shared_ptr<Graph> compile_graph(const std::string& source, const std::string& name) {
-  torch::jit::CompilationUnit unit;
-  unit.define(std::nullopt, source, torch::jit::nativeResolver(), /*self=*/nullptr);
-  auto graph = torch::jit::toGraphFunction(unit.get_function(name)).graph()->copy();
+  // Nodes of an inlined call point to the function that they come from, and errors read it: units live as long as any
+  // graph may, that is, as long as the process. There are few sources.
+  static std::mutex mutex;
+  static auto* units = new std::map<std::string, torch::jit::CompilationUnit>();
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [unit, is_new] = units->try_emplace(source);
+  if (is_new) {
+    unit->second.define(std::nullopt, source, torch::jit::nativeResolver(), /*self=*/nullptr);
+  }
+  auto graph = torch::jit::toGraphFunction(unit->second.get_function(name)).graph()->copy();
   torch::jit::Inline(*graph);
   return graph;
 }

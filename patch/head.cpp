@@ -29,11 +29,7 @@ Module remove_head(const Module& module, const std::string& name) {
 std::string head_config(const Module& module, const std::string& name) {
   check_grafted(module, "head_config");
   const Module adapters = module.attr("adapters").toModule();
-  std::vector<Adapter> named;
-  for (const c10::IValue& adapter : adapters.attr("names").toListRef()) {
-    named.push_back({adapter.toStringRef(), {}});
-  }
-  const size_t index = find_adapter(named, name, "head_config");
+  const size_t index = check_known(adapters, name, "head_config");
   return adapters.hasattr("heads") ? adapters.attr("heads").toModule().attr("configs").toListRef()[index].toStringRef()
                                    : "";
 }

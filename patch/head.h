@@ -8,8 +8,9 @@
 namespace torchgraft {
 
 // A copy in which the adapter `name` has a head with fresh weights (instead of the one that it had); trainable if the
-// adapter is. `token_mask_input` is the argument of forward that says which tokens are real ([B, S], non-zero = real), for
-// pooling; all heads of a module share it. Empty: "attention_mask" if there is such an argument, else all tokens are.
+// adapter is. `token_mask_input` is the argument of forward that says which tokens are real ([B, S], non-zero = real),
+// for pooling; all heads of a module share it. Empty: "attention_mask", or "decoder_attention_mask" of a model with
+// cross attention, if there is such an argument, else all tokens are.
 //
 // Modules with a head have the method
 //   forward_with_head(..., adapter_ids: Optional[Tensor] = None) -> Tensor

@@ -15,14 +15,15 @@ at::Tensor pooled(const HeadConfig& config, const at::Tensor& hidden, const at::
   if (config.pooling == "first") {
     return hidden.select(1, 0);
   }
-  const at::Tensor keep =
-      token_mask.defined() ? token_mask.ne(0) : at::ones({hidden.size(0), hidden.size(1)}, at::kBool);
+  const at::Tensor keep = token_mask.defined()
+                              ? token_mask.ne(0)
+                              : at::ones({hidden.size(0), hidden.size(1)}, hidden.options().dtype(at::kBool));
   if (config.pooling == "mean") {
     const at::Tensor total = hidden.masked_fill(keep.logical_not().unsqueeze(-1), 0.0).sum(1);
     return total / keep.sum(1).clamp_min(1).unsqueeze(-1).to(hidden.scalar_type());
   }
   TORCH_INTERNAL_ASSERT(config.pooling == "last", "unknown pooling ", config.pooling);
-  const at::Tensor last = at::where(keep, at::arange(hidden.size(1)), 0).amax(1);
+  const at::Tensor last = at::where(keep, at::arange(hidden.size(1), keep.options().dtype(at::kLong)), 0).amax(1);
   return hidden.gather(1, last.view({-1, 1, 1}).expand({-1, 1, hidden.size(2)})).squeeze(1);
 }
 

@@ -51,7 +51,9 @@ def logits(self, hidden: Tensor, token_mask: Optional[Tensor], adapter_ids: Opti
         str(hidden.dim()) + " dimensions"
     if token_mask is not None:
         assert token_mask.dim() == 2 and token_mask.size(1) == hidden.size(1), \
-            "forward_with_head: expected a token mask of shape [B, S]"
+            "forward_with_head: the argument that is the heads' token mask (add_head's token_mask) has the shape " + \
+            str(token_mask.size()) + ", where the hidden states are " + str(hidden.size()) + ": expected [B, S]; name " \
+            "another argument"
     if adapter_ids is None:
         assert active >= 0, "forward_with_head: no adapter is active"
         return self.logits_of(hidden, token_mask, active)
@@ -77,9 +79,6 @@ def logits(self, hidden: Tensor, token_mask: Optional[Tensor], adapter_ids: Opti
 )python";
 
 bool has_head(const Adapter& adapter) { return adapter.head.has_value(); }
-
-// "out_bias" of a head without one is not trained.
-bool is_learned(const HeadConfig& config, const std::string& name) { return config.bias || name != "out_bias"; }
 
 // [N, ...], each row as large as the largest.
 at::Tensor stack(const std::vector<Adapter>& adapters, const std::string& name) {
@@ -171,6 +170,8 @@ std::string accessors(const std::vector<Adapter>& adapters) {
 }
 
 }  // namespace
+
+bool is_learned(const HeadConfig& config, const std::string& name) { return config.bias || name != "out_bias"; }
 
 void add_heads(Module& adapters_module, const std::vector<Adapter>& adapters,
                const std::shared_ptr<torch::jit::CompilationUnit>& unit) {

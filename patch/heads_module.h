@@ -5,6 +5,7 @@
 #include <torch/csrc/jit/api/module.h>
 
 #include <memory>
+#include <string>
 #include <vector>
 
 namespace torchgraft {
@@ -16,6 +17,9 @@ namespace torchgraft {
 // -inf. It fails on rows whose adapter has no head, and on rows with and without pooling in one batch.
 void add_heads(torch::jit::Module& adapters_module, const std::vector<Adapter>& adapters,
                const std::shared_ptr<torch::jit::CompilationUnit>& unit);
+
+// "out_bias" of a head without one is not trained.
+bool is_learned(const HeadConfig& config, const std::string& name);
 
 // The heads of `adapters`, read back.
 void read_heads(const torch::jit::Module& adapters_module, std::vector<Adapter>& adapters);

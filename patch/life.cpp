@@ -1,5 +1,6 @@
 #include <torchgraft/patch/life.h>
 
+#include <torchgraft/patch/heads_module.h>
 #include <torchgraft/patch/merge.h>
 #include <torchgraft/patch/methods.h>
 #include <torchgraft/patch/passes/lower_adapters.h>
@@ -58,7 +59,10 @@ std::vector<AdapterInfo> list_adapters(const Module& module) {
   check_grafted(module, "list_adapters");
   const std::string active = active_name(module);
   std::vector<AdapterInfo> result;
-  for (const Adapter& adapter : read_adapters(module.attr("adapters").toModule(), inspect(module))) {
+  const Module adapters_module = module.attr("adapters").toModule();
+  std::vector<Adapter> adapters = read_adapters(adapters_module, inspect(module));
+  read_heads(adapters_module, adapters);
+  for (const Adapter& adapter : adapters) {
     AdapterInfo info{adapter.name, config_to_json(adapter.config), adapter.name == active, adapter.merged,
                      adapter.trainable};
     for (size_t i = 0; i < adapter.plan.size(); ++i) {
@@ -73,6 +77,11 @@ std::vector<AdapterInfo> list_adapters(const Module& module) {
     for (const auto& [place, weights] : adapter.sources) {
       for (const auto& [name, tensor] : weights) {
         count(tensor, location_of(place, adapter.plan), info);
+      }
+    }
+    for (const auto& [name, tensor] : adapter.head ? adapter.head->weights : ModuleWeights()) {
+      if (is_learned(adapter.head->config, name)) {
+        count(tensor, "head", info);
       }
     }
     result.push_back(std::move(info));
@@ -140,6 +149,7 @@ Module average_adapters(const Module& module, const std::string& name, const std
   average.name = name;
   average.trainable = false;
   average.sources.clear();
+  average.head.reset();
   for (size_t m = 0; m < average.weights.size(); ++m) {
     average.weights[m].erase("weight_norm");  // another one: build() computes it
     for (auto& [parameter, tensor] : average.weights[m]) {
@@ -163,6 +173,11 @@ Module with_merged(const Module& module, const std::string& name, bool merge, co
   TORCH_CHECK(adapter.merged != merge, what, ": '", name, merge ? "' is merged already" : "' is not merged");
   check_can_merge(adapter);
   move_into_base(adapter, foundation.sites, foundation.module, merge);
+  for (Adapter& other : foundation.adapters) {
+    for (ModuleWeights& weights : other.weights) {
+      weights.erase("weight_norm");  // a DoRA's, of the weights that were: build() computes it
+    }
+  }
   return build(std::move(foundation), active_name(module));
 }
 

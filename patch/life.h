@@ -19,9 +19,9 @@ struct AdapterInfo {
   bool active = false;
   bool merged = false;                         // see merge_adapter
   bool trainable = false;                      // see train.h
-  int64_t parameters = 0;                      // trained numbers, without the padding of its bank
+  int64_t parameters = 0;                      // trained numbers, the head's too, without the padding of its bank
   int64_t bytes = 0;                           // of them
-  std::map<std::string, int64_t> by_location;  // parameters by the oracle's location ("output_adapter")
+  std::map<std::string, int64_t> by_location;  // parameters by the oracle's location ("output_adapter"), or "head"
 };
 
 // In the order of adapter_names(), which adapter_ids count.
@@ -34,13 +34,15 @@ TORCHGRAFT_PATCH_API torch::jit::Module remove_adapters(const torch::jit::Module
 TORCHGRAFT_PATCH_API torch::jit::Module rename_adapter(const torch::jit::Module& module, const std::string& name,
                                                        const std::string& new_name);
 
-// The adapter `spec.name` gets another configuration and other weights; its place among adapter_names() stays.
+// The adapter `spec.name` gets another configuration and other weights, and the head of `spec`, or none; its place
+// among adapter_names() stays.
 TORCHGRAFT_PATCH_API torch::jit::Module replace_adapter(const torch::jit::Module& module, const AdapterSpec& spec);
 
 // Adds `name`, whose every parameter is sum_i weights[i] * parameter of names[i]. Empty weights: all the same. With
 // `normalise` they are divided by their sum. The configurations must be equal up to how weights are initialised.
 // As average_adapter(combine_strategy="linear") of the adapters library, but that prefixes are averaged as keys and
-// values, not as the weights of their MLP.
+// values, not as the weights of their MLP, and Compacter's projections, not their factors. The average is frozen, and
+// has no head: heads are of different tasks.
 TORCHGRAFT_PATCH_API torch::jit::Module average_adapters(const torch::jit::Module& module, const std::string& name,
                                                          const std::vector<std::string>& names,
                                                          const std::vector<double>& weights = {},
@@ -61,7 +63,8 @@ TORCHGRAFT_PATCH_API torch::jit::Module unmerge_adapter(const torch::jit::Module
 // was. What is grafted onto it later is made of ops again.
 TORCHGRAFT_PATCH_API torch::jit::Module lower(const torch::jit::Module& module);
 
-// The base, with the signature and the graph that it had before it was grafted.
+// The base, with the signature and the graph that it had before it was grafted. Its parameters require no gradients
+// when the module has, or had, a trainable adapter: grafting that froze them.
 TORCHGRAFT_PATCH_API torch::jit::Module ungraft(const torch::jit::Module& module);
 
 }  // namespace torchgraft

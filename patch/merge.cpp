@@ -28,6 +28,8 @@ std::string obstacle(const PlannedModule& module) {
 }  // namespace
 
 void check_can_merge(const Adapter& adapter) {
+  TORCH_CHECK(!adapter.trainable, "merge_adapter: '", adapter.name,
+              "' is trainable, and would go on changing; freeze it first");
   for (const PlannedModule& module : adapter.plan) {
     const std::string reason = obstacle(module);
     TORCH_CHECK(reason.empty(), "merge_adapter: '", adapter.name, "' cannot be merged: ", module.location, " of layer ",

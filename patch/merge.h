@@ -5,7 +5,8 @@
 
 namespace torchgraft {
 
-// Throws c10::Error unless `adapter` consists of ungated LoRA alone, saying which part no weight can hold, and why.
+// Throws c10::Error unless `adapter` is frozen and consists of ungated LoRA alone, saying which part no weight can
+// hold, and why.
 void check_can_merge(const Adapter& adapter);
 
 // Adds the adapter's updates to the weights of `module` that its projections read (merge), or subtracts them, and sets

@@ -185,7 +185,8 @@ void retarget_callers(const Module& module, bool add_argument) {
   for (Function* method : module.type()->methods()) {
     auto* function = torch::jit::tryToGraphFunction(*method);
     const std::string& name = method->name();
-    if (!function || name == kBase || name == kGrafted || name == "forward" || name == "forward_with_gates" || name == kWithHead) {
+    if (!function || name == kBase || name == kGrafted || name == "forward" || name == "forward_with_gates" ||
+        name == kWithHead) {
       continue;
     }
     for_each_node(function->graph()->block(), [&](Node* node) {
@@ -265,7 +266,9 @@ void add_methods(Module& module, const std::shared_ptr<Graph>& grafted_graph, co
   const Function& forward = module.get_method("forward").function();
   const FunctionSchema schema = forward.getSchema();
   const auto base_graph = torch::jit::toGraphFunction(const_cast<Function&>(forward)).graph();
-  for (const std::string& name : kAddedMethods) {
+  std::vector<std::string> names = kAddedMethods;
+  names.push_back(kWithHead);
+  for (const std::string& name : names) {
     TORCH_CHECK(name == "forward" || !module.find_method(name), "graft: the module already has a method '", name,
                 "', which a grafted module needs for itself; rename it before scripting");
   }

@@ -109,23 +109,40 @@ Reparametrisation read_sources(const torch::jit::Module& adapters_module, const 
   return sources;
 }
 
-// The weights that the sources make now.
+// In float32 or wider.
+Reparametrisation widened(Reparametrisation sources) {
+  for (auto& [place, weights] : sources) {
+    for (auto& [name, tensor] : weights) {
+      tensor = tensor.to(c10::promoteTypes(tensor.scalar_type(), at::kFloat));
+    }
+  }
+  return sources;
+}
+
+// The weights that the sources make now, computed in float32 or wider whatever the module's type.
 void compute_weights(Adapter& adapter) {
+  if (adapter.sources.empty()) {
+    return;
+  }
+  const Reparametrisation sources = widened(adapter.sources);
+  const at::ScalarType dtype = adapter.sources.begin()->second.begin()->second.scalar_type();
   std::map<std::string, at::Tensor> ejected;  // by location
   for (size_t m = 0; m < adapter.plan.size(); ++m) {
     const PlannedModule& module = adapter.plan[m];
     ModuleWeights& weights = adapter.weights[m];
-    if (has_phm_factors(module, adapter.sources)) {
-      weights.merge(phm_weights(module, adapter.sources));
+    if (has_phm_factors(module, sources)) {
+      for (const auto& [name, weight] : phm_weights(module, sources)) {
+        weights[name] = weight.to(dtype);
+      }
       continue;
     }
     const auto* prefix = std::get_if<PlannedPrefix>(&module.method);
-    const auto mlp = adapter.sources.find(module.location);
-    if (!prefix || mlp == adapter.sources.end()) {
+    const auto mlp = sources.find(module.location);
+    if (!prefix || mlp == sources.end()) {
       continue;
     }
     at::Tensor& states = ejected[mlp->first];
-    states = states.defined() ? states : eject(mlp->second, prefix->config.non_linearity);
+    states = states.defined() ? states : eject(mlp->second, prefix->config.non_linearity).to(dtype);
     std::tie(weights["prefix_key"], weights["prefix_value"]) = prefix_of_layer(states, *prefix);
   }
 }

@@ -88,8 +88,13 @@ GraftOptions options_like(const Module& grafted, GraftOptions options) {
   return options;
 }
 
-// What the token mask of heads is called where nobody says otherwise.
-constexpr const char* kHeadMask = "attention_mask";
+// What the token mask of heads is called where nobody says otherwise: forward returns a decoder's states where there is
+// one.
+const char* usual_head_mask(const Structure& structure) {
+  const bool has_decoder = std::any_of(structure.layers.begin(), structure.layers.end(),
+                                       [](const Layer& layer) { return layer.kind == AttentionKind::kCross; });
+  return has_decoder ? "decoder_attention_mask" : "attention_mask";
+}
 
 bool has_tensor_argument(const Module& module, const std::string& name) {
   const auto& arguments = module.get_method("forward").function().getSchema().arguments();
@@ -151,7 +156,8 @@ Foundation lay_foundation(const Module& module, const GraftOptions& given) {
   result.sites = places(result.canonical, result.module, result.options.sites);
   check_found(result.sites.structure);
   result.weights = weight_options(result.sites, result.module);
-  result.head_mask = has_tensor_argument(result.module, kHeadMask) ? kHeadMask : "";
+  const std::string mask = usual_head_mask(result.sites.structure);
+  result.head_mask = has_tensor_argument(result.module, mask) ? mask : "";
   if (regraft) {
     const Module adapters = module.attr("adapters").toModule();
     result.adapters = read_adapters(adapters, result.sites.structure);
@@ -181,6 +187,9 @@ Module base_copy(const Module& module) {
 }
 
 Module build(Foundation foundation, const std::string& active) {
+  if (!active.empty()) {
+    find_adapter(foundation.adapters, active, "activate");
+  }
   Module& result = foundation.module;
   for (Adapter& adapter : foundation.adapters) {
     complete_dora(adapter, foundation.sites, result);

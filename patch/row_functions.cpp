@@ -2,13 +2,9 @@
 
 #include <torchgraft/patch/graph_utils.h>
 
-#include <map>
-#include <mutex>
-
 namespace torchgraft {
 namespace {
 
-using torch::jit::Graph;
 using torch::jit::Value;
 
 // A bank is read as [1, ...] when all rows use one adapter and as [B, ...] when each has its own; both broadcast. The
@@ -62,18 +58,6 @@ def choose(present: Tensor, x: Tensor, other: Tensor, adapter_ids: Optional[Tens
     return torch.where(chosen.view(-1, 1, 1), x, other)
 )python";
 
-// The graph of one of the functions, compiled when it is first asked for.
-std::shared_ptr<Graph> compiled(const std::string& name) {
-  static std::mutex mutex;
-  static std::map<std::string, std::shared_ptr<Graph>> graphs;
-  const std::lock_guard<std::mutex> lock(mutex);
-  std::shared_ptr<Graph>& graph = graphs[name];
-  if (!graph) {
-    graph = compile_graph(row_source(), name);
-  }
-  return graph;
-}
-
 }  // namespace
 
 const std::string& row_source() {
@@ -82,7 +66,7 @@ const std::string& row_source() {
 }
 
 Value* RowFunctions::call(const std::string& name, std::vector<Value*> arguments) {
-  return torch::jit::insertGraph(graph_, *compiled(name), arguments)[0];
+  return torch::jit::insertGraph(graph_, *compile_graph(row_source(), name), arguments)[0];
 }
 
 Value* RowFunctions::normed(Value* x, Value* weight, Value* bias) {

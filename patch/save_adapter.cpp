@@ -1,5 +1,6 @@
 #include <torchgraft/patch/save_adapter.h>
 
+#include <torchgraft/patch/directory_update.h>
 #include <torchgraft/patch/graph_utils.h>
 #include <torchgraft/patch/heads_module.h>
 #include <torchgraft/patch/life.h>
@@ -26,7 +27,11 @@ constexpr const char* kConfigFile = "adapter_config.json";
 constexpr const char* kWeightsFile = "adapter.safetensors";
 constexpr const char* kHeadConfigFile = "head_config.json";
 constexpr const char* kHeadWeightsFile = "model_head.safetensors";
+constexpr const char* kPickledWeightsFile = "pytorch_adapter.bin";
+constexpr const char* kPickledHeadFile = "pytorch_model_head.bin";
 constexpr const char* kFormat = "adapters.1.3.0";
+constexpr const char* kReadInPython =
+    " is read, and written as safetensors, by torchgraft.load_adapter and save_adapter in Python";
 constexpr std::streamoff kLongestConfig = 1 << 20;
 
 std::string read_text(const std::filesystem::path& path) {
@@ -73,13 +78,15 @@ Json described(const Json& config, const Structure& structure, const std::string
 }
 
 std::optional<HeadSpec> read_head(const std::filesystem::path& directory) {
-  if (!std::filesystem::exists(directory / kHeadConfigFile) || !std::filesystem::exists(directory / kHeadWeightsFile)) {
+  if (!std::filesystem::exists(directory / kHeadConfigFile)) {
     return std::nullopt;
   }
   const std::string text = read_text(directory / kHeadConfigFile);
   if (!is_known_head(text)) {
     return std::nullopt;
   }
+  TORCH_CHECK(std::filesystem::exists(directory / kHeadWeightsFile), directory.string(), ": no ", kHeadWeightsFile,
+              " beside its ", kHeadConfigFile, "; a ", kPickledHeadFile, kReadInPython);
   const Json json = Json::parse(text);
   TORCH_CHECK(json.contains("name") && json.at("name").is_string(), (directory / kHeadConfigFile).string(),
               ": expected JSON with the head's \"name\"");
@@ -113,18 +120,17 @@ AdapterFiles adapter_files(const Module& module, const std::string& name, const 
 void save_adapter(const Module& module, const std::string& name, const std::string& directory,
                   const std::string& model_class) {
   const AdapterFiles files = adapter_files(module, name, model_class);
-  std::error_code error;
-  std::filesystem::create_directories(directory, error);
-  TORCH_CHECK(!error, directory, ": cannot make the directory (", error.message(), ")");
-  write_safetensors(files.weights, directory + "/" + kWeightsFile);
+  DirectoryUpdate update(directory);
+  std::vector<std::string> obsolete = {kPickledWeightsFile, kPickledHeadFile};  // the library would read those
+  write_safetensors(files.weights, update.stage(kWeightsFile));
   if (!files.head_config.empty()) {
-    write_safetensors(files.head_weights, directory + "/" + kHeadWeightsFile);
-    write_file(directory + "/" + kHeadConfigFile, files.head_config);
+    write_safetensors(files.head_weights, update.stage(kHeadWeightsFile));
+    update.stage(kHeadConfigFile, files.head_config);
   } else {  // of an adapter that was there before
-    std::filesystem::remove(directory + "/" + kHeadConfigFile, error);
-    std::filesystem::remove(directory + "/" + kHeadWeightsFile, error);
+    obsolete.insert(obsolete.end(), {kHeadConfigFile, kHeadWeightsFile});
   }
-  write_file(directory + "/" + kConfigFile, files.config);
+  update.stage(kConfigFile, files.config);
+  update.commit(kConfigFile, obsolete);
 }
 
 AdapterSpec read_adapter_directory(const std::string& directory, const std::string& name) {
@@ -137,10 +143,8 @@ AdapterSpec read_adapter_directory(const std::string& directory, const std::stri
   spec.saved_name = json.at("name").get<std::string>();
   spec.name = name.empty() ? spec.saved_name : name;
   spec.config = config_from_json(text);
-  TORCH_CHECK(
-      std::filesystem::exists(path / kWeightsFile), directory, ": no ", kWeightsFile,
-      "; a pytorch_adapter.bin is read, and written as safetensors, by torchgraft.load_adapter and save_adapter "
-      "in Python");
+  TORCH_CHECK(std::filesystem::exists(path / kWeightsFile), directory, ": no ", kWeightsFile, "; a ",
+              kPickledWeightsFile, kReadInPython);
   spec.weights = read_safetensors((path / kWeightsFile).string());
   spec.head = read_head(path);
   return spec;

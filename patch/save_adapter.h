@@ -16,19 +16,21 @@ struct AdapterFiles {
 };
 
 // The adapter `name` of a grafted module, as `model.save_adapter()` of adapters==1.3.0 writes it: its load_adapter()
-// gives the same outputs on the same model. Prefixes of a frozen adapter are flat ones there, for their MLP is no longer
-// known. `model_class` ("BertAdapterModel") is what the library wants to read in a head's file before it takes it. Throws
-// c10::Error when the module is not grafted or has no such adapter.
+// gives the same outputs on the same model. Prefixes of a frozen adapter are flat ones there, for their MLP is no
+// longer known. `model_class` ("BertAdapterModel") is what the library wants to read in a head's file before it takes
+// it. Throws c10::Error when the module is not grafted or has no such adapter.
 TORCHGRAFT_PATCH_API AdapterFiles adapter_files(const torch::jit::Module& module, const std::string& name,
                                                 const std::string& model_class = "");
 
-// Writes them: adapter_config.json and adapter.safetensors, of a head head_config.json and model_head.safetensors. The directory is made when it is missing; each file is
-// written whole or not at all, the weights first.
+// Writes them: adapter_config.json and adapter.safetensors, of a head head_config.json and model_head.safetensors, all
+// or, when something throws, none; what else an adapter may have there, of the one before it or for the library to read
+// instead, is removed. The directory is made when it is missing. Killed in between, it has the old adapter, the new
+// one, or (for an instant, of renaming) no adapter_config.json.
 TORCHGRAFT_PATCH_API void save_adapter(const torch::jit::Module& module, const std::string& name,
                                        const std::string& directory, const std::string& model_class = "");
 
-// Reads the same files (pytorch_adapter.bin: from Python). `name` empty: its own. A head of another kind than HeadConfig's
-// is left out.
+// Reads the same files (pytorch_adapter.bin: from Python). `name` empty: its own. A head of another kind than
+// HeadConfig's is left out. Throws c10::Error when a file is missing or damaged.
 TORCHGRAFT_PATCH_API AdapterSpec read_adapter_directory(const std::string& directory, const std::string& name = "");
 
 // A copy of `module`, grafted or not, with the adapter of the directory in place of one of that name, or added to those

@@ -30,14 +30,12 @@ bool belongs_to(const std::string& path, const std::string& name) {
 std::vector<std::pair<std::string, at::Tensor>> trainable_parameters(const Module& module, const std::string& name) {
   check_grafted(module, "trainable_parameters");
   const Module adapters = module.attr("adapters").toModule();
+  check_known(adapters, name, "trainable_parameters");
   std::vector<std::pair<std::string, at::Tensor>> result;
   for (const auto& parameter : adapters.named_parameters()) {
     if (belongs_to(parameter.name, name)) {
       result.emplace_back("adapters." + parameter.name, parameter.value);
     }
-  }
-  if (result.empty()) {
-    adapters.get_method("adapter_config")({name});  // names the adapters that there are
   }
   TORCH_CHECK(!result.empty(), "trainable_parameters: '", name,
               "' is frozen; graft or load it as a trainable adapter, or call unfreeze_adapter");

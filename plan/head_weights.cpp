@@ -11,8 +11,8 @@ namespace {
 
 constexpr double kStd = 0.02;
 
-// Positions of the linear maps in the library's Sequential: dropout and linear for each layer, and behind all but the last
-// an activation.
+// Positions of the linear maps in the library's Sequential: dropout and linear for each layer, and behind all but the
+// last an activation.
 std::vector<int64_t> positions(const HeadConfig& config) {
   const int64_t step = config.activation_function ? 3 : 2;
   std::vector<int64_t> result;
@@ -49,7 +49,10 @@ ModuleWeights head_weights(const HeadConfig& config, int64_t hidden_size, const 
     ++used;
     return found->second.detach().to(options);
   };
-  ModuleWeights weights = init_head(config, hidden_size, options);
+  const int64_t dense = config.layers - 1;
+  ModuleWeights weights = {{"dense_weight", at::empty({dense, hidden_size, hidden_size}, options)},
+                           {"dense_bias", at::empty({dense, hidden_size}, options)},
+                           {"out_bias", at::zeros({config.num_labels}, options)}};
   const std::vector<int64_t> at = positions(config);
   for (int64_t i = 0; i + 1 < config.layers; ++i) {
     weights["dense_weight"][i].copy_(take(at[i], "weight", {hidden_size, hidden_size}));

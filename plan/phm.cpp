@@ -4,8 +4,15 @@
 
 namespace torchgraft {
 
-at::Tensor phm_weight(const BnConfig& config, const PhmShape& shape, const PhmFactors& factors) {
+at::Tensor phm_weight(const BnConfig& config, const PhmShape& shape, const PhmFactors& given) {
   const int64_t n = config.phm_dim;
+  const auto factors = [&](const char* name, at::IntArrayRef wanted, bool shared) {
+    const at::Tensor factor = given(name, wanted, shared);
+    TORCH_CHECK(factor.sizes() == wanted, "plan: Compacter's ", name, " has the shape ", factor.sizes(), " where ",
+                wanted,
+                " is needed; factors that all modules share (shared_W_phm) need one reduction_factor for all layers");
+    return factor;
+  };
   TORCH_CHECK(shape.in % n == 0 && shape.out % n == 0, "plan: phm_dim=", n,
               " must divide the sizes of the bottleneck's projections, but one is from ", shape.in, " to ", shape.out,
               "; choose another phm_dim or reduction_factor");

@@ -134,6 +134,8 @@ class Planner {
   Plan plan_;
   std::map<std::string, std::vector<int64_t>> lacking_;
   std::set<std::pair<int64_t, std::string>> taken_;
+  std::set<std::string> prefixed_;  // locations
+  bool shares_phm_ = false;
 };
 
 bool Planner::has_place(const Layer& layer, const std::string& location, bool present,
@@ -167,6 +169,12 @@ void Planner::add_module(const Layer& layer, const std::string& location, const 
 }
 
 void Planner::add(const BnConfig& config) {
+  if (config.phm_layer && (config.shared_W_phm || config.shared_phm_rule)) {
+    TORCH_CHECK(!shares_phm_,
+                "plan: two Compacter configs of the union share factors (shared_W_phm, shared_phm_rule), "
+                "which are one set for the whole adapter; let at most one share them");
+    shares_phm_ = true;
+  }
   for (const Layer& layer : layers_) {
     const auto bottleneck = [&] {
       const int64_t size = floor_divide(layer.hidden_size, reduction_factor(config, layer.number));
@@ -195,6 +203,8 @@ void Planner::add(const PrefixTuningConfig& config) {
     }
   }
   for (const auto& [location, layers] : groups) {
+    TORCH_CHECK(prefixed_.insert(location).second, "plan: two prefix configs of the union claim ", location,
+                "; the layers of a location share the MLP that makes their prefixes, so give one config all of them");
     const auto size = static_cast<int64_t>(layers.size());
     for (int64_t i = 0; i < size; ++i) {
       const Layer& layer = *layers[i];

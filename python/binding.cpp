@@ -4,6 +4,7 @@
 
 #include <torchgraft/ops/kernel_mode.h>
 #include <torchgraft/patch/canonicalise.h>
+#include <torchgraft/patch/directory_update.h>
 #include <torchgraft/patch/head.h>
 #include <torchgraft/patch/life.h>
 #include <torchgraft/patch/save_adapter.h>
@@ -148,6 +149,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("adapter_files", [](const Module& module, const std::string& name, const std::string& model_class) {
     const torchgraft::AdapterFiles files = torchgraft::adapter_files(module, name, model_class);
     return std::tuple(files.config, files.weights, files.head_config, files.head_weights);
+  });
+  m.def("save_adapter", &torchgraft::save_adapter, no_gil);
+  // Contents by file name; see DirectoryUpdate.
+  m.def("update_directory", [](const std::string& directory, const std::map<std::string, py::bytes>& contents,
+                               const std::vector<std::string>& obsolete, const std::string& marker) {
+    torchgraft::DirectoryUpdate update(directory);
+    for (const auto& [name, content] : contents) {
+      update.stage(name, std::string(content));
+    }
+    update.commit(marker, obsolete);
   });
   m.def(
       "add_head",

@@ -257,7 +257,7 @@ class GatedPrefixAttentionFunction : public torch::autograd::Function<GatedPrefi
 // Plain attention and dropout are made of calls that torch differentiates itself.
 std::tuple<at::Tensor, at::Tensor> attend_differentiably(const PrefixArguments& args, const Selection& selection) {
   const at::Tensor mask = additive_mask(args);
-  const Gate gate = gate_forward(args.x, args.rows, selection);
+  const Gate gate = composed_gate(args.x, args.rows, selection);
   const at::Tensor output = selection.kind == Selection::Kind::kBase
                                 ? attend_without_prefix(args, mask)
                                 : attend_with_dropout(args, select_prefix(args, selection, gate, /*trim=*/false), mask);

@@ -5,25 +5,15 @@ from pathlib import Path
 
 import torch
 
-from ._files import write_whole
 from ._libraries import patcher
 from .adapter_hub import CONFIG_FILE, HEAD_CONFIG_FILE, HEAD_WEIGHT_FILES, WEIGHT_FILES
-from .errors import GraftError
 from .grafting import cpp_module, directory_spec, script_module
 
 
-def _write_weights(
-    weights: dict[str, torch.Tensor], directory: Path, files: tuple[str, str], safetensors: bool
-) -> None:
-    """Writes the first of `files` (safetensors) or the second, and removes the other."""
-    written, other = files if safetensors else reversed(files)
-    if safetensors:
-        patcher().write_safetensors(weights, str(directory / written))
-    else:
-        buffer = io.BytesIO()
-        torch.save(weights, buffer)
-        write_whole(buffer.getvalue(), directory / written)
-    (directory / other).unlink(missing_ok=True)
+def _pickled(weights: dict[str, torch.Tensor]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(weights, buffer)
+    return buffer.getvalue()
 
 
 def save_adapter(
@@ -36,8 +26,9 @@ def save_adapter(
     """Writes one adapter so that load_adapter() of this package and of `adapters==1.3.0` read it.
 
     Prefixes of a frozen adapter are written as flat ones ("flat": true): the MLP that made them is not kept, its outputs
-    are. A trainable adapter's MLP is written. The directory is made if need be. Each file is written whole or not at all, the configuration last;
-    weights of the other format are removed, so that nobody reads those.
+    are. A trainable adapter's MLP is written. The directory is made if need be. All files are written or, when something
+    goes wrong, none; what else an adapter may have there, of the one before it or in the other format, is removed. Killed in
+    between, it has the old adapter, the new one, or (for an instant, of renaming) no adapter_config.json.
 
     Args:
         module: a grafted module.
@@ -50,22 +41,18 @@ def save_adapter(
     Raises:
         GraftError: no such adapter, or the directory cannot be written.
     """
-    config, weights, head_config, head_weights = patcher().adapter_files(
-        cpp_module(module), name, model_class or ""
-    )
-    directory = Path(directory)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise GraftError(f"{directory}: cannot make the directory ({error.strerror})") from error
-    _write_weights(weights, directory, WEIGHT_FILES, safetensors)
+    arguments = cpp_module(module), name
+    if safetensors:
+        patcher().save_adapter(*arguments, str(directory), model_class or "")
+        return
+    config, weights, head_config, head_weights = patcher().adapter_files(*arguments, model_class or "")
+    contents = {CONFIG_FILE: config.encode(), WEIGHT_FILES[1]: _pickled(weights)}
+    obsolete = [WEIGHT_FILES[0], HEAD_WEIGHT_FILES[0]]
     if head_config:
-        _write_weights(head_weights, directory, HEAD_WEIGHT_FILES, safetensors)
-        write_whole(head_config.encode(), directory / HEAD_CONFIG_FILE)
+        contents |= {HEAD_CONFIG_FILE: head_config.encode(), HEAD_WEIGHT_FILES[1]: _pickled(head_weights)}
     else:  # of an adapter that was there before
-        for file in (HEAD_CONFIG_FILE, *HEAD_WEIGHT_FILES):
-            (directory / file).unlink(missing_ok=True)
-    write_whole(config.encode(), directory / CONFIG_FILE)
+        obsolete += [HEAD_CONFIG_FILE, HEAD_WEIGHT_FILES[1]]
+    patcher().update_directory(str(directory), contents, obsolete, CONFIG_FILE)
 
 
 def load_adapter(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ._libraries import patcher
+from .errors import GraftError
 from .grafting import cpp_module, script_module
 
 
@@ -37,7 +38,13 @@ class HeadConfig:
     pooling: str = "first"
 
     def to_json(self) -> str:
-        """The text of a head_config.json."""
+        """The text of a head_config.json.
+
+        Raises:
+            GraftError: the labels are not `num_labels` different ones.
+        """
+        if self.labels is not None and len(set(self.labels)) != self.num_labels:
+            raise GraftError(f"head: expected {self.num_labels} different labels (num_labels), got {list(self.labels)}")
         fields: dict[str, Any] = asdict(self)
         labels, pooling = fields.pop("labels"), fields.pop("pooling")
         fields["label2id"] = None if labels is None else {label: index for index, label in enumerate(labels)}
@@ -68,7 +75,7 @@ def add_head(
         name: of the adapter. A head that it has is replaced.
         config: what the head is.
         token_mask: the argument of forward that says which tokens are real ([B, S], non-zero = real). None:
-            "attention_mask" if forward has it, else all tokens are. All heads of a module share it.
+            "attention_mask", or "decoder_attention_mask" of a model with cross attention, if forward has it, else all are. All heads of a module share it.
 
     Raises:
         GraftError: an unknown adapter, an unsupported field, or another token mask than that of the other heads.

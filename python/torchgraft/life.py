@@ -26,7 +26,7 @@ class AdapterInfo:
         config: its configuration as JSON text.
         active: whether rows without adapter_ids use it.
         merged: whether merge_adapter() has moved it into the base's weights.
-        trainable: whether it has parameters of its own to train; see training.py.
+        trainable: whether it has parameters of its own to train; see adapter_training.py.
         parameters: how many trained numbers it has, without the padding of the bank that it shares with others.
         bytes: their size.
         by_location: the parameters by the place where they are ("selfattn_lora", "output_adapter", ...).
@@ -126,5 +126,8 @@ def lower(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
 
 
 def ungraft(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
-    """The base, with the signature and the graph that it had before it was grafted."""
+    """The base, with the signature and the graph that it had before it was grafted.
+
+    Its parameters require no gradients when the module has, or had, a trainable adapter: grafting that froze them.
+    """
     return script_module(patcher().ungraft(cpp_module(module)))

@@ -129,6 +129,22 @@ def test_the_states_of_merging_are_checked() -> None:
         torchgraft.unmerge_adapter(merged, "b")
 
 
+def test_a_trainable_adapter_is_not_merged() -> None:
+    module = torchgraft.graft(base("bert_sdpa", torch.float32), "lora", "task", trainable=True)
+    with pytest.raises(torchgraft.GraftError, match="'task' is trainable, and would go on changing; freeze it first"):
+        torchgraft.merge_adapter(module, "task")
+
+
+def test_after_a_merge_dora_divides_by_the_norms_of_the_merged_weights() -> None:
+    """As in the library, which computes them in every pass."""
+    saved = {key: saved_adapter(VARIANTS["bert_sdpa"], torch.float64, config).directory
+             for key, config in {"a": "lora_all", "d": "dora_gated"}.items()}  # fmt: skip
+    merged = torchgraft.merge_adapter(torchgraft.graft(base("bert_sdpa", torch.float64), adapters=saved), "a")
+    merged.activate("d")
+    live = torchgraft.unfreeze_adapter(merged, "d")  # computes the norms in every pass, too
+    assert difference(_run(merged, "bert_sdpa"), _run(live, "bert_sdpa")) <= 1e-12
+
+
 @pytest.mark.parametrize("name", EVERY_WAY)
 def test_ungrafted_it_is_the_base(name: str) -> None:
     plain = base(name, torch.float32)

@@ -1,6 +1,7 @@
 """Task heads: against the library's, pooling against its definition, mixed batches, files."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import adapters
@@ -11,7 +12,6 @@ import transformers
 from grafted import reloaded
 from torch import Tensor
 from torchgraft import HeadConfig
-
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def test_wrong_heads_are_refused(library) -> None:
         (HeadConfig(head_type="question_answering"), "head_type=\"question_answering\" is not supported"),
         (HeadConfig(pooling="max"), "pooling=\"max\""),
         (HeadConfig(num_labels=0), "num_labels of at least 1"),
-        (HeadConfig(num_labels=3, labels=["a", "b", "c", "d"]), "an id of its own"),
+        (HeadConfig(num_labels=3, labels=["a", "b", "c", "d"]), "expected 3 different labels"),
         (HeadConfig(dropout_prob=1.0), "below 1"),
     ):  # fmt: skip
         with pytest.raises(torchgraft.GraftError, match=reason):
@@ -190,3 +190,74 @@ def test_a_damaged_head_is_an_error_and_a_foreign_one_is_left_out(library, tmp_p
     config["config"] = {"head_type": "question_answering", "num_labels": 2}
     (tmp_path / "head_config.json").write_text(json.dumps(config))
     assert torchgraft.head_config(torchgraft.load_adapter(library[1], tmp_path), "task") is None
+
+
+def _headless_copy(module: torch.jit.ScriptModule) -> str:
+    """A directory with the adapter "a" alone."""
+    directory = tempfile.mkdtemp()
+    torchgraft.save_adapter(torchgraft.remove_head(module, "a"), "a", directory)
+    return directory
+
+
+def test_labels_are_as_many_as_the_logits(library) -> None:
+    for labels, number in ((["bad", "bad"], 2), (["bad", "good"], 3)):
+        with pytest.raises(torchgraft.GraftError, match=f"expected {number} different labels"):
+            HeadConfig(num_labels=number, labels=labels).to_json()
+
+
+def test_what_becomes_of_heads_when_adapters_are_averaged_replaced_and_counted(library) -> None:
+    module = torchgraft.graft(library[1], "seq_bn", "a")
+    plain = torchgraft.list_adapters(module)[0].parameters
+    module = torchgraft.add_head(module, "a", HeadConfig(num_labels=3, layers=2))
+    info = torchgraft.list_adapters(module)[0]
+    assert info.parameters - plain == info.by_location["head"] == 24 * 24 + 24 + 3 * 24 + 3
+    module = torchgraft.load_adapter(module, _headless_copy(module), "b")
+    average = torchgraft.average_adapter(module, "c", ["a", "b"])
+    assert [torchgraft.head_config(average, name) is None for name in "abc"] == [False, True, True]
+    assert torchgraft.head_config(torchgraft.load_adapter(module, _headless_copy(module), "a"), "a") is None
+
+
+def test_loading_a_head_draws_no_random_numbers(library, tmp_path: Path) -> None:
+    module = torchgraft.add_head(torchgraft.graft(library[1], "seq_bn", "a"), "a", HeadConfig())
+    torchgraft.save_adapter(module, "a", tmp_path)
+    state = torch.get_rng_state()
+    torchgraft.load_adapter(library[1], tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_decoders_head_pools_the_decoders_tokens() -> None:
+    torch.manual_seed(0)
+    config = transformers.BartConfig(
+        vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, dropout=0.0, return_dict=False,
+        use_cache=False, attn_implementation="eager")  # fmt: skip
+    ids, mask = torch.randint(4, 40, (2, 5)), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    decoder_mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    model = transformers.BartModel(config).eval()
+    inputs = (ids, mask, ids[:, :4].contiguous(), decoder_mask)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, inputs, check_trace=False, strict=False)
+        module = torchgraft.add_head(torchgraft.graft(traced, "lora", "a"), "a",
+                                     HeadConfig(layers=1, activation_function=None, pooling="mean"))  # fmt: skip
+        weights = module.adapters.heads
+        hidden = module(*inputs)[0]
+        pooled = (hidden * decoder_mask.unsqueeze(-1)).sum(1) / decoder_mask.sum(1, keepdim=True)
+        expected = torch.nn.functional.linear(pooled, weights.out_weight[0], weights.out_bias[0])
+        torch.testing.assert_close(module.forward_with_head(*inputs), expected)
+
+
+def test_a_method_of_the_name_is_refused() -> None:
+    class Named(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)
+
+        @torch.jit.export
+        def forward_with_head(self, x: Tensor) -> Tensor:
+            return x
+
+    with pytest.raises(torchgraft.GraftError, match="already has a method 'forward_with_head'"):
+        torchgraft.graft(torch.jit.script(Named().eval()), "lora", "a")

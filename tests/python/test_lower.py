@@ -54,6 +54,14 @@ def test_every_method_lowered_gives_the_same(config: str) -> None:
     _assert_same(torchgraft.lower(module), module, "bert_sdpa", 1e-12)
 
 
+def test_an_error_inside_a_lowered_module_is_an_error() -> None:
+    """Also in one that was not saved in between, whose nodes point to the functions that they were compiled from."""
+    lowered = torchgraft.lower(grafted("bert_sdpa", torch.float32, "lora"))
+    arguments = VARIANTS["bert_sdpa"].arguments(varied_batches(VARIANTS["bert_sdpa"], torch.float32)[0])
+    with pytest.raises((RuntimeError, IndexError)):
+        lowered(*arguments, adapter_ids=torch.full((arguments[0].size(0),), 5))
+
+
 @pytest.mark.parametrize("pooling", ["unpadded"])
 @pytest.mark.parametrize("name", ["bert_sdpa", "own_pre_sdpa_bool"])
 def test_unpadded_gates(name: str, pooling: str) -> None:

@@ -9,7 +9,7 @@ import torch
 import torchgraft
 from grafted import base, grafted, reloaded, saved_adapter
 from models import VARIANTS, make_batch
-from oracle import oracle_for
+from oracle import CONFIGS, oracle_for
 from torch import Tensor
 
 DOUBLE = torch.float64
@@ -238,3 +238,31 @@ def test_a_new_compacter_and_dora_can_be_trained() -> None:
         module.train()
         for gradient in torch.autograd.grad(_hidden(module).pow(3).sum(), [*named.values()]):
             assert bool(gradient.isfinite().all())
+
+
+def test_in_bfloat16_a_frozen_prefix_is_the_loaded_one(tmp_path: Path) -> None:
+    """Both are computed in float32 and rounded once."""
+    directory = saved_adapter(VARIANT, torch.float32, "mam").directory
+    plain = base("bert_sdpa", torch.bfloat16)
+    torchgraft.save_adapter(torchgraft.load_adapter(plain, directory, trainable=True), _only_name(directory), tmp_path)
+    loaded = torchgraft.load_adapter(plain, tmp_path)
+    frozen = torchgraft.freeze_adapter(torchgraft.load_adapter(plain, tmp_path, trainable=True), _only_name(directory))
+    for (key, value), (_, other) in zip(loaded.adapters.named_parameters(), frozen.adapters.named_parameters(), strict=True):
+        assert torch.equal(value, other), key
+
+
+def _only_name(directory: str) -> str:
+    return json.loads((Path(directory) / "adapter_config.json").read_text())["name"]
+
+
+@pytest.mark.parametrize("config", ["unipelt", "mam", "union_everything", "prefix_two_gates", "lora_all_gated"])
+def test_in_training_mode_every_parameter_gets_a_gradient(config: str) -> None:
+    """Also where the base drops attention, and in float32, which the fused kernels take."""
+    layer = torch.nn.TransformerEncoderLayer(48, 4, 64, dropout=0.1, batch_first=True)
+    encoder = torch.nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+    module = torchgraft.graft(torch.jit.script(encoder.eval()), CONFIGS[config], "task", trainable=True)
+    module.train()
+    for parameter in (named := torchgraft.trainable_parameters(module, "task")).values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    module(torch.randn(2, 7, 48)).pow(3).sum().backward()
+    assert [key for key, parameter in named.items() if parameter.grad is None or not parameter.grad.any()] == []

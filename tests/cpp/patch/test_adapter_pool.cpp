@@ -4,7 +4,9 @@
 #include <torchgraft/patch/head.h>
 #include <torchgraft/patch/life.h>
 
+
 #include <c10/core/CPUAllocator.h>
+#include <torchgraft/patch/train.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -118,6 +120,22 @@ TEST(AdapterPool, ARowKeepsNothingOfItsLastAdapter) {
     pool.insert(spec);
     EXPECT_EQ(pool.stats().rebuilds, 0) << config;
     EXPECT_LT(largest_difference(run(pool.acquire({"a"}), x), alone(spec, x)), kTolerance) << config;
+  }
+}
+
+TEST(AdapterPool, ATrainableAdapterOfItsModuleIsServedAsItIsNow) {
+  const at::Tensor x = at::randn({1, 5, 12});
+  for (const char* config : {"lora[use_dora=True, init_weights='bert']", "mam", "compacter++[reduction_factor=3]"}) {
+    auto module = graft(encoder(), {{"own", config_from_string(config), std::nullopt, "", /*trainable=*/true}});
+    {
+      at::NoGradGuard no_grad;
+      for (const auto& [name, parameter] : trainable_parameters(module, "own")) {
+        parameter.add_(0.1 * at::rand_like(parameter));
+      }
+    }
+    AdapterPool pool(module, options(2, {}));
+    const at::Tensor expected = module.forward({x}).toTensor();
+    EXPECT_LT(largest_difference(run(pool.acquire({"own"}), x), expected), kTolerance) << config;
   }
 }
 

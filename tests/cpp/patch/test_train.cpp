@@ -9,6 +9,7 @@
 #include <gtest/gtest.h>
 
 #include <filesystem>
+#include <fstream>
 #include <set>
 
 namespace torchgraft {
@@ -60,6 +61,7 @@ TEST(Train, FreezingEjectsAndKeepsTheResult) {
   EXPECT_GT(list_adapters(module)[0].by_location.at("self_prefix"),
             list_adapters(frozen)[0].by_location.at("self_prefix"));  // the MLP is larger than what it makes
   EXPECT_NE(error_of([&] { trainable_parameters(frozen, "a"); }).find("'a' is frozen"), std::string::npos);
+  EXPECT_NE(error_of([&] { trainable_parameters(frozen, "z"); }).find("there are: a"), std::string::npos);
   const auto again = unfreeze_adapter(frozen, "a");
   EXPECT_LT(largest_difference(run(again, x), run(module, x)), 1e-6);
   EXPECT_EQ(trainable_parameters(again, "a").size(), 2u * (2 + 4));  // keys and values; a bottleneck's four
@@ -84,10 +86,16 @@ TEST(Head, ItIsSavedAndLoadedWithItsAdapter) {
   const at::Tensor expected = module.get_method("forward_with_head")({x}).toTensor();
   EXPECT_EQ(expected.sizes(), at::IntArrayRef({2, 3}));
   const auto directory = (std::filesystem::temp_directory_path() / "torchgraft_test_head").string();
+  std::filesystem::create_directories(directory);
+  std::ofstream(directory + "/pytorch_adapter.bin") << "of an older adapter: the library would read it";
   save_adapter(module, "a", directory);
+  EXPECT_FALSE(std::filesystem::exists(directory + "/pytorch_adapter.bin"));
   auto loaded = load_adapter(encoder(), directory, "b");
   EXPECT_LT(largest_difference(loaded.get_method("forward_with_head")({x}).toTensor(), expected), 1e-6);
   EXPECT_EQ(head_config_from_json(head_config(loaded, "b")).label2id, config.label2id);
+  std::filesystem::remove(directory + "/model_head.safetensors");
+  EXPECT_NE(error_of([&] { load_adapter(encoder(), directory, "b"); }).find("no model_head.safetensors"),
+            std::string::npos);
   std::filesystem::remove_all(directory);
 }
 

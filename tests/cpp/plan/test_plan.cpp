@@ -115,6 +115,24 @@ TEST(Plan, Refusals) {
               make_plan(bert_like(2), config_union({first, LoRAConfig{}}));
             }).find("claim selfattn_lora"),
             std::string::npos);
+  PrefixTuningConfig short_prefix;  // as in the library: one pool for a location
+  short_prefix.prefix_length = 3;
+  short_prefix.leave_out = {0};
+  PrefixTuningConfig long_prefix;
+  long_prefix.leave_out = {1};
+  EXPECT_NE(error_of([&] {
+              make_plan(bert_like(2), config_union({short_prefix, long_prefix}));
+            }).find("two prefix configs of the union claim self_prefix"),
+            std::string::npos);
+  BnConfig compacter = seq_bn_config();
+  compacter.phm_layer = true;
+  compacter.leave_out = {0};
+  BnConfig other = compacter;
+  other.leave_out = {1};
+  EXPECT_NE(error_of([&] {
+              make_plan(bert_like(2), config_union({compacter, other}));
+            }).find("two Compacter configs of the union share factors"),
+            std::string::npos);
   Structure without_projections = bert_like(2);
   without_projections.layers[1].query = without_projections.layers[1].value = std::nullopt;
   EXPECT_NE(error_of([&] {

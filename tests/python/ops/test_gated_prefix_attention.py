@@ -184,6 +184,20 @@ def test_dropout_is_random_and_right_on_average():
     assert (error <= 5 * draws.std(0) / len(draws) ** 0.5 + 1e-12).all()
 
 
+def test_dropout_in_float32_gives_the_gradients_of_float64():
+    """Those of the gate among them, whose kernel in float32 records none. One seed drops the same in both."""
+    wide = dropout_args(0.3, attn_mask=None)
+    narrow = {name: value.float() if torch.is_tensor(value) and value.is_floating_point() else value
+              for name, value in wide.items()}  # fmt: skip
+    found = []
+    for args in (narrow, wide):
+        torch.manual_seed(0)
+        found.append(op_checks.gradients(op, args, weights=(1.0, None)))
+    assert found[0]["gate_weight"].any() and found[0]["gate_bias"].any()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient.double(), found[1][name], rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_dropout_hits_prefix_and_sequence_alike():
     args = dropout_args(0.5, prefix_value=torch.zeros(3, 2, 3, 4, dtype=torch.float64), attn_mask=None)
     args["value"] = torch.ones_like(args["value"])
