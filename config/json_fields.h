@@ -106,7 +106,8 @@ inline void read(const std::string& field, const Json& value, std::variant<bool,
   }
 }
 
-inline void read(const std::string& field, const Json& value, std::variant<double, std::map<std::string, double>>& target) {
+inline void read(const std::string& field, const Json& value,
+                 std::variant<double, std::map<std::string, double>>& target) {
   if (value.is_number()) {
     target = value.get<double>();
     return;
@@ -135,7 +136,7 @@ Config read_config(const Json& json, const char* name, Config config, Visit visi
     }
   });
   for (const auto& [field, value] : json.items()) {
-    TORCH_CHECK(known.count(field), "config: ", name, " has no field '", field, "'");
+    TORCH_CHECK(known.count(field), "config: ", name, " has no field '", field, "'; it has: ", c10::Join(", ", known));
   }
   return config;
 }

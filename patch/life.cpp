@@ -63,8 +63,12 @@ std::vector<AdapterInfo> list_adapters(const Module& module) {
   std::vector<Adapter> adapters = read_adapters(adapters_module, inspect(module));
   read_heads(adapters_module, adapters);
   for (const Adapter& adapter : adapters) {
-    AdapterInfo info{adapter.name, config_to_json(adapter.config), adapter.name == active, adapter.merged,
-                     adapter.trainable};
+    AdapterInfo info;
+    info.name = adapter.name;
+    info.config = config_to_json(adapter.config);
+    info.active = adapter.name == active;
+    info.merged = adapter.merged;
+    info.trainable = adapter.trainable;
     for (size_t i = 0; i < adapter.plan.size(); ++i) {
       const PlannedModule& module = adapter.plan[i];
       const std::set<std::string> computed = computed_weights(adapter, module);

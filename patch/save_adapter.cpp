@@ -104,9 +104,10 @@ AdapterFiles adapter_files(const Module& module, const std::string& name, const 
   read_heads(adapters_module, adapters);
   const Adapter& adapter = adapters[find_adapter(adapters, name, "save_adapter")];
   const Json config = Json::parse(config_to_json(saved_config(adapter.config, adapter.sources)));
-  AdapterFiles files{described(config, structure, name, model_class).dump(2) + "\n",
-                     adapter_hub_state(adapter.plan, structure, adapter.weights, adapter.sources, name,
-                                       attention_class(module, structure))};
+  AdapterFiles files;
+  files.config = described(config, structure, name, model_class).dump(2) + "\n";
+  files.weights = adapter_hub_state(adapter.plan, structure, adapter.weights, adapter.sources, name,
+                                    attention_class(module, structure));
   if (adapter.head) {
     const Json head = Json::parse(head_config_to_json(adapter.head->config));
     Json described_head = described(head.at("config"), structure, name, model_class);
@@ -174,7 +175,10 @@ Module load_adapter(const Module& module, const std::string& directory, const st
 std::vector<WeightMatch> match_adapter(const Module& module, const AdapterSpec& spec) {
   TORCH_CHECK(spec.weights, "match_adapter: '", spec.name, "' has no weights to match");
   const Structure structure = inspect(module);
-  return adapter_hub_matches(make_plan(structure, spec.config), structure, *spec.weights, spec.name_in_weights());
+  const Plan plan = make_plan(structure, spec.config);
+  adapter_hub_weights(plan, structure, *spec.weights, spec.name_in_weights(),
+                      at::TensorOptions());  // throws at a misfit
+  return adapter_hub_matches(plan, structure, *spec.weights, spec.name_in_weights());
 }
 
 }  // namespace torchgraft

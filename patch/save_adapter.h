@@ -42,7 +42,8 @@ TORCHGRAFT_PATCH_API torch::jit::Module load_adapter(const torch::jit::Module& m
 // The same for a spec.
 TORCHGRAFT_PATCH_API torch::jit::Module load_adapter(const torch::jit::Module& module, const AdapterSpec& spec);
 
-// What load_adapter would match to what: keys of the spec's weights, and their places in `module`.
+// What load_adapter would match to what: keys of the spec's weights, and their places in `module`. Throws c10::Error
+// where load_adapter would, at a key without a place, or a shape that does not fit.
 TORCHGRAFT_PATCH_API std::vector<WeightMatch> match_adapter(const torch::jit::Module& module, const AdapterSpec& spec);
 
 }  // namespace torchgraft

@@ -26,6 +26,7 @@ from ._tuning import FEATURES, OPS, TOKENS, measure
 from .errors import GraftError
 from .grafting import graft
 from .grafting import inspect as inspect_module
+from .life import list_adapters
 
 # What a user can cause; anything else is a defect and deserves its traceback. RuntimeError, torch.jit.Error: torch's.
 EXPECTED_ERRORS = (GraftError, OSError, RuntimeError, MemoryError, torch.jit.Error)
@@ -99,17 +100,14 @@ def _adapter_list(module: torch.jit.ScriptModule) -> str:
     return f"adapters {names} (active: {module.active_adapter()})"
 
 
-def _parameter_count(module: torch.jit.ScriptModule) -> int:
-    return sum(tensor.numel() for tensor in module.state_dict().values())
-
-
 def _summary(base: torch.jit.ScriptModule, grafted: torch.jit.ScriptModule, path: Path, seconds: float) -> str:
     """Three lines. Keys of the state dict: adapters.layer_<i>.<slot>.<parameter>, a slot is "selfattn_lora_q", ..."""
     keys = [key for key in grafted.state_dict() if key.startswith("adapters.layer_") and key.endswith(_ONE_PER_MODULE)]
     layers = len({key.split(".")[1] for key in keys})
     slots = Counter(key.split(".")[2] for key in keys)
     places = ", ".join(f"{slot} x {count}" for slot, count in sorted(slots.items()))
-    added = _parameter_count(grafted) - _parameter_count(base)
+    known = base.adapter_names() if hasattr(base, "adapter_names") else []
+    added = sum(info.parameters for info in list_adapters(grafted) if info.name not in known)
     return (
         f"{path}: {_adapter_list(grafted)}\n"
         f"  in {layers} layers: {places}\n"

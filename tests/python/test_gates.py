@@ -135,3 +135,9 @@ def test_the_command_draws_a_data_set(folder: Path, tmp_path: Path) -> None:
 def test_a_wrong_command_is_one_line(folder: Path, arguments: list, message: str) -> None:
     done = _run(folder / "model.pt", *arguments)
     assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_gates_of_all_adapters_at_once_are_no_gates_of_one() -> None:
+    layers = {0: {"selfattn_lora": torch.rand(2, 1)}}
+    with pytest.raises(torchgraft.GraftError, match=r"expected the gates of one adapter, gates\[name\]; got those of: a, b"):
+        torchgraft.plot_gates({"a": layers, "b": layers})
