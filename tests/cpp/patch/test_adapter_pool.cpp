@@ -3,10 +3,9 @@
 #include <torchgraft/patch/adapter_pool.h>
 #include <torchgraft/patch/head.h>
 #include <torchgraft/patch/life.h>
-
+#include <torchgraft/patch/train.h>
 
 #include <c10/core/CPUAllocator.h>
-#include <torchgraft/patch/train.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
