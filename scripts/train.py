@@ -9,7 +9,8 @@ BASE.pt is a TorchScript Transformer, grafted or not, that takes token ids and, 
 the head are trained. Files end in .csv, .tsv (both with the names of columns in the first line) or .jsonl. OUT gets
 adapter/ (for load_adapter(), here and in AdapterHub), checkpoint.pt, scores.json and logs/ for TensorBoard.
 
-What goes wrong is one line on stderr; the exit status is then 2 for a wrong command line, 130 for Ctrl-C, else 1.
+What goes wrong is one line on stderr; the exit status is then 2 for a wrong command line, 130 for Ctrl-C, 143 for
+SIGTERM, else 1.
 """
 
 from __future__ import annotations
@@ -68,13 +69,15 @@ def _add_adapter(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--adapter", default="task", metavar="NAME", help="the one to train, made if BASE.pt lacks it")
     group.add_argument("--config", default="unipelt",
                        help="of a new adapter: unipelt, mam, lora, or the path of an adapter_config.json")  # fmt: skip
-    group.add_argument("--start", type=Path, metavar="DIRECTORY", help="begin with a saved adapter's weights")
+    group.add_argument("--start", type=Path, metavar="DIRECTORY", help="begin with a saved adapter and its head")
     group.add_argument("--gate-pooling", choices=("all", "unpadded"), default="all",
                        help="of a new adapter: whether gates average over padding too (default: all)")  # fmt: skip
     group.add_argument("--pooling", choices=("mean", "first"), default="mean",
                        help="what the head sees: the mean over real tokens (default), or the first token")  # fmt: skip
     group.add_argument("--head-layers", type=int, choices=(1, 2), default=1)
     group.add_argument("--head-dropout", type=float, default=0.1)
+    group.add_argument("--new-head", action="store_true",
+                       help="a fresh head also for an adapter that has one; else that is trained further")  # fmt: skip
     group.add_argument("--model-class", metavar="CLASS",
                        help="what AdapterHub wants to read before it takes the head: BertAdapterModel")  # fmt: skip
 

@@ -1,6 +1,6 @@
 """From texts to the arguments of a model's forward."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,9 @@ def load_tokenizer(path: Path, max_length: int) -> Any:
     return tokenizer
 
 
-def text_arguments(method: Any, values: Mapping[str, Tensor], command: str) -> list[Tensor]:
-    """The arguments that a method of a grafted module takes: token ids come first, a mask and types are known by name.
+def text_arguments(method: Any, values: Mapping[str, Tensor], command: str) -> list[Any]:
+    """The arguments that a method of a grafted module takes, up to the last that a text gives; those between have their
+    defaults. Of the tensors, a mask and types are known by name, token ids are the first of the others.
 
     Args:
         method: forward, forward_with_gates, ... of a ScriptModule.
@@ -44,14 +45,26 @@ def text_arguments(method: Any, values: Mapping[str, Tensor], command: str) -> l
     Raises:
         GraftError: the method needs something that a text does not give.
     """
-    result: list[Tensor] = []
-    for index, parameter in enumerate(method.schema.arguments[1:]):
-        kind = next((kind for kind in ("mask", "type") if kind in parameter.name), "ids" if index == 0 else None)
+    result: list[Any] = []
+    given: dict[str, int] = {}  # kind -> position
+    for parameter in method.schema.arguments[1:]:
+        kind = _kind(parameter, known=given.keys())
         if kind is not None:
+            given[kind] = len(result)
             result.append(values[kind])
         elif parameter.has_default_value():
-            break
+            result.append(parameter.default_value)
         else:
             raise GraftError(f"{command}: forward's argument '{parameter.name}' is none that a text gives (token ids, a "
                              "mask, token types); call the module from Python")  # fmt: skip
-    return result
+    if "ids" not in given:
+        raise GraftError(f"{command}: forward takes no token ids; call the module from Python")
+    return result[: max(given.values()) + 1]
+
+
+def _kind(parameter: Any, known: Collection[str]) -> str | None:
+    """What of a text an argument takes; None: nothing."""
+    if str(parameter.type) not in ("Tensor", "Optional[Tensor]"):
+        return None
+    named = next((kind for kind in ("mask", "type") if kind in parameter.name), None)
+    return named or ("ids" if "ids" not in known else None)

@@ -3,13 +3,14 @@
 import argparse
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import HeadConfig, add_head, freeze_adapter, graft, load_adapter, save_adapter, unfreeze_adapter
+from .. import HeadConfig, add_head, freeze_adapter, graft, head_config, load_adapter, save_adapter, unfreeze_adapter
 from .._files import load_module, reason, save_module, write_whole
 from .._text import load_tokenizer
 from ..errors import GraftError
@@ -75,13 +76,37 @@ def _run(arguments: argparse.Namespace, workers: Workers) -> None:
 
 
 def _identity(arguments: argparse.Namespace, data: Data) -> dict[str, Any]:
-    """What else must be alike where a run goes on: the model, the tokens, the adapter's making."""
-    with arguments.model.open("rb") as file:
-        model = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    tokens = hashlib.sha256(json.dumps([data.training.token_ids, data.training.labels.tolist()]).encode())
-    made = ("config", "start", "pooling", "head_layers", "head_dropout", "gate_pooling")
-    return {"model": model, "training examples": tokens.hexdigest()[:16], "classes": ", ".join(data.names),
+    """What else must be alike in a run that goes on: the model, the tokens, the adapter's making; files by their content."""
+    config = _config(arguments)
+    made = ("new_head", "pooling", "head_layers", "head_dropout", "gate_pooling")
+    return {"model": _digest(arguments.model), "training examples": _digest_of_tokens(data.training),
+            "validation examples": _digest_of_tokens(data.validation), "classes": ", ".join(data.names),
+            "config": _digest(config) if isinstance(config, Path) else config,
+            "start": _digest(arguments.start) if arguments.start else "",
             **{name: str(getattr(arguments, name)) for name in made}}  # fmt: skip
+
+
+def _digest(path: Path) -> str:
+    """Of a file, or of all files in a directory with their names: short, for messages too."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb") as opened:
+                content = hashlib.file_digest(opened, "sha256")
+            name = file.relative_to(path).as_posix()  # of `path` itself: "."
+            digest.update(f"{name} {content.hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _digest_of_tokens(examples: EncodedExamples | None) -> str:
+    if examples is None:
+        return "none"
+    content = [examples.token_ids, examples.type_ids, examples.labels.tolist(), examples.pad_id, examples.pad_type_id]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def _config(arguments: argparse.Namespace) -> str | Path:
+    return Path(arguments.config) if "/" in arguments.config else arguments.config
 
 
 def _load_data(arguments: argparse.Namespace) -> Data:
@@ -106,7 +131,7 @@ def _load_data(arguments: argparse.Namespace) -> Data:
 
 
 def _trainable(base: torch.jit.ScriptModule, arguments: argparse.Namespace, names: list[str]) -> torch.jit.ScriptModule:
-    """The model with the adapter, unfrozen, and its head: fresh, from a directory, or the one that it has."""
+    """The model with the adapter, unfrozen, and its head: from a directory, those that it has, or fresh."""
     name = arguments.adapter
     torch.manual_seed(arguments.seed)
     there = base.adapter_names() if hasattr(base, "adapter_names") else []
@@ -115,18 +140,33 @@ def _trainable(base: torch.jit.ScriptModule, arguments: argparse.Namespace, name
     elif name in there:
         module = unfreeze_adapter(base, name)
     else:
-        text = arguments.config
-        config = Path(text) if "/" in text else text
-        module = graft(base, config, name, gate_pooling=arguments.gate_pooling, trainable=True)
+        module = graft(base, _config(arguments), name, gate_pooling=arguments.gate_pooling, trainable=True)
+    own = head_config(module, name)
+    if own is not None and not arguments.new_head:
+        _check_head(own, name, names)
+        return module
     head = HeadConfig(num_labels=len(names), labels=names, pooling=arguments.pooling, layers=arguments.head_layers,
                       dropout_prob=arguments.head_dropout)  # fmt: skip
     return add_head(module, name, head)
 
 
+def _check_head(head: HeadConfig, adapter: str, names: list[str]) -> None:
+    labels = list(head.labels) if head.labels else names if head.num_labels == len(names) else None
+    if head.head_type != "classification" or labels != names:
+        what = ", ".join(labels) if labels else f"{head.num_labels} labels"
+        raise GraftError(f"the adapter '{adapter}' has a head for {head.head_type} of {what}; the classes here are "
+                         f"{', '.join(names)}. Give those in --labels, or --new-head for a fresh one")  # fmt: skip
+
+
 def _final_scores(module: torch.jit.ScriptModule, data: Data, workers: Workers) -> dict[str, dict[str, float]]:
-    sets = {"validation": data.validation, "test": data.test}
-    return {name: asdict(score(module, examples, len(data.names), workers=workers))
-            for name, examples in sets.items() if examples is not None}  # fmt: skip
+    result = {}
+    for name, examples in (("validation", data.validation), ("test", data.test)):
+        if examples is not None:
+            scores = score(module, examples, len(data.names), workers=workers)
+            if not math.isfinite(scores.loss):
+                raise GraftError(f"the trained adapter's loss on the {name} examples is {scores.loss}")
+            result[name] = asdict(scores)
+    return result
 
 
 def _write(

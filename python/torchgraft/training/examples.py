@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ import torch
 from ..errors import GraftError
 
 FORMATS = (".csv", ".tsv", ".jsonl")
+
+_WHOLE_NUMBER = re.compile("-?[0-9]+")
 
 
 @dataclass(frozen=True)
@@ -101,23 +104,24 @@ def _example(where: str, row: dict, columns: Columns) -> Example:
 def class_names(examples: Sequence[Example]) -> list[str]:
     """The labels that occur, in alphabetical order; whole numbers by their value."""
     found = {example.label for example in examples}
-    numbers = all(label.isdecimal() for label in found)
+    numbers = all(map(_WHOLE_NUMBER.fullmatch, found))
     return sorted(found, key=lambda label: (int(label) if numbers else 0, label))
 
 
 def class_indices(examples: Sequence[Example], names: Sequence[str]) -> torch.Tensor:
     """The class of each example, [N] int64: the position of its label in `names`.
 
-    A whole number that is no name counts as the position itself.
+    Where no name is a whole number, such a label counts as the position itself.
 
     Raises:
         GraftError: a label that is no name, or a number out of range.
     """
     positions = {name: index for index, name in enumerate(names)}
+    by_position = not any(map(_WHOLE_NUMBER.fullmatch, names))  # else "0" of "1", "2" would be "1"
     result = []
     for example in examples:
         index = positions.get(example.label)
-        if index is None and example.label.lstrip("-").isdecimal():
+        if index is None and by_position and _WHOLE_NUMBER.fullmatch(example.label):
             index = int(example.label)
             if not 0 <= index < len(names):
                 raise GraftError(f"{example.where}: label {index} is out of range for {len(names)} classes "

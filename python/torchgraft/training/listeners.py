@@ -23,7 +23,7 @@ class Listener:
         """After each epoch: what is in TrainingResult.history."""
 
     def ended(self) -> None:
-        """After the last step, and after an error."""
+        """After the last step, and after an error, in started() too."""
 
 
 def describe_epoch(record: dict[str, Any]) -> str:
@@ -74,10 +74,9 @@ class TensorBoardLog(Listener):
         self._make, self._folder, self._writer = SummaryWriter, folder, None
 
     def started(self, done_steps: int, total_steps: int) -> None:
-        # What a killed run had logged beyond its last checkpoint is not shown.
-        purge = {"purge_step": done_steps + 1} if done_steps else {}
         try:
-            self._writer = self._make(str(self._folder), **purge)
+            # What a run before had logged from there on is not shown: a killed one beyond its last checkpoint, or all.
+            self._writer = self._make(str(self._folder), purge_step=done_steps + 1)
         except OSError as error:
             raise GraftError(f"{self._folder}: cannot write logs ({error.strerror})") from error
 

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,8 +134,8 @@ class Trainer:
                 interrupted.
 
         Raises:
-            GraftError: the loss or a gradient is not finite; a checkpoint cannot be written, or is of another run. The
-                last checkpoint is then whole, and from before that step.
+            GraftError: the loss before or after a step, or a gradient, is not finite; a checkpoint cannot be written, or
+                is of another run. The last checkpoint is then whole, and from before that step.
         """
         if self._checkpoint is not None:
             if self._workers.rank == 0:
@@ -144,16 +145,14 @@ class Trainer:
             else:
                 self._save()  # a disk that is full is better known now
         state = self._state
-        for listener in self._listeners:
-            listener.started(state.step, self._total_steps)
-        try:
+        with ExitStack() as ends:
+            for listener in self._listeners:
+                ends.callback(listener.ended)
+                listener.started(state.step, self._total_steps)
             while not state.finished:
                 self._train_epoch()
                 self._end_epoch()
                 self._save()
-        finally:
-            for listener in self._listeners:
-                listener.ended()
         self._module.eval()
         if state.best is not None:
             self._set_parameters(state.best.parameters)
@@ -171,8 +170,13 @@ class Trainer:
             self._step(chosen)
             state.seconds += time.perf_counter() - started
             state.batches_done += len(chosen)
-            if state.step % options.checkpoint_every == 0 and state.batches_done < len(batches):
-                self._save()
+            ended = state.batches_done >= len(batches)
+            if ended or state.step % options.checkpoint_every == 0:
+                rows = self._training.chosen(chosen[-1])
+                scores = score(self._module, rows, self._num_labels, workers=self._workers)
+                self._check_loss(scores.loss, "its own examples")
+                if not ended:
+                    self._save()
 
     def _step(self, batches: list[list[int]]) -> None:
         """One step of the optimizer on the mean loss over all rows of `batches`, whichever process has them."""
@@ -202,12 +206,20 @@ class Trainer:
             listener.stepped(state.step, loss_sum.item() / rows, learning_rate, norm)
 
     def _refuse(self, loss: float, norm: float, indices: list[int]) -> None:
-        """Before the step is made: weights and checkpoint are as good as before."""
+        """Before the step is made."""
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradients is {norm}"
         places = ", ".join(self._training.where[index] for index in indices[:3])
-        kept = f"; {self._checkpoint} holds the last good state" if self._checkpoint else ""
         raise GraftError(f"training: {what} in step {self._state.step + 1} of {self._total_steps} (examples: {places}, "
-                         f"...){kept}. Lower the learning rate, or look at the examples")  # fmt: skip
+                         f"...){self._kept()}. Lower the learning rate, or look at the examples")  # fmt: skip
+
+    def _check_loss(self, loss: float, where: str) -> None:
+        """A step that was too large shows only in the next forward pass; its weights must not be written."""
+        if not math.isfinite(loss):
+            raise GraftError(f"training: after step {self._state.step} of {self._total_steps} the loss on {where} is "
+                             f"{loss}{self._kept()}. Lower the learning rate")  # fmt: skip
+
+    def _kept(self) -> str:
+        return f"; {self._checkpoint} is from before that step" if self._checkpoint else ""
 
     def _end_epoch(self) -> None:
         """Measures, compares, and decides whether to go on."""
@@ -218,6 +230,7 @@ class Trainer:
         state.batches_done, state.loss_sum, state.rows, state.seconds = 0, 0.0, 0, 0.0
         if self._validation is not None:
             scores = score(self._module, self._validation, self._num_labels, workers=self._workers)
+            self._check_loss(scores.loss, "the validation examples")
             record |= {f"validation_{key}": value for key, value in asdict(scores).items()}
             value = -scores.loss if options.best_by == "loss" else getattr(scores, options.best_by)
             if state.best is None or value > state.best.score:

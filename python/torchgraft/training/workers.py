@@ -30,16 +30,19 @@ class Workers:
         """Joins the process group whose address torchrun has put into the environment, if it has.
 
         Args:
-            device: None: this process's GPU if torch sees GPUs, else the CPU. The backend is nccl or gloo accordingly.
+            device: None: this process's GPU if torch sees GPUs, else the CPU. "cuda": this process's GPU. The backend
+                is nccl or gloo accordingly.
 
         Raises:
             GraftError: torch does not know or see the device.
         """
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if device is None:
-            device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             chosen = torch.device(device)
+            if chosen.type == "cuda" and chosen.index is None:
+                chosen = torch.device("cuda", local_rank)
             torch.empty(0, device=chosen)
         except (RuntimeError, AssertionError) as error:
             raise GraftError(f"device '{device}': {str(error).splitlines()[0]}") from error

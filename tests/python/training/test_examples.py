@@ -77,11 +77,19 @@ def test_classes_are_names_or_positions() -> None:
     assert class_names(_labelled("b", "10", "9")) == ["10", "9", "b"]
     assert class_names(_labelled("10", "9", "0")) == ["0", "9", "10"]
     assert class_indices(_labelled("good", "bad", "1"), ["bad", "good"]).tolist() == [1, 0, 1]
+    assert class_names(_labelled("1", "-1", "0")) == ["-1", "0", "1"]
     # A number that is a name is that name.
     assert class_indices(_labelled("1", "2"), ["2", "1"]).tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("label", ["0", "-1", "--1", "٣"])
+def test_no_number_is_a_position_where_names_are_numbers(label: str) -> None:
+    with pytest.raises(GraftError, match=f"file, line 3: label '{label}' is unknown; the classes are 1, 2, 3"):
+        class_indices(_labelled("1", label), ["1", "2", "3"])
+
+
 @pytest.mark.parametrize("label, message", [
+    ("--1", "file, line 3: label '--1' is unknown; the classes are bad, good"),
     ("2", "file, line 3: label 2 is out of range for 2 classes (0 to 1: bad, good)"),
     ("-1", "file, line 3: label -1 is out of range"),
     ("ugly", "file, line 3: label 'ugly' is unknown; the classes are bad, good"),

@@ -1,13 +1,14 @@
 """scripts/train.py: what it writes, that it survives being killed, several processes, and what bad input is told."""
 
+import argparse
 import json
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import adapters
@@ -16,9 +17,10 @@ import torch
 import torchgraft
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import LABELS, Files, make_bert, make_examples, make_tokenizer, write_csv, write_files
+from tiny import LABELS, Files, encoded, make_bert, make_examples, make_tokenizer, write_csv, write_files
 from torch.nn.functional import cross_entropy
-from torchgraft.training import encode_examples, read_examples, score
+from torchgraft.training import _command, encode_examples, read_examples, score
+from torchgraft.training._command import Data
 from torchgraft.training.batches import collate
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -166,12 +168,9 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 def test_two_processes_end_with_the_weights_of_one(files: Files, tmp_path: Path) -> None:
     """50 examples in batches of 7: parts of 4 and 3, and of 1 and none. Without dropout, which each process draws."""
     for processes in (1, 2):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         done = execute(
-            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes, "--master-addr", "127.0.0.1",
-            "--master-port", port, SCRIPT, files.base, "-o", tmp_path / str(processes), "--train", files.train,
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes, "--standalone",
+            "--local-addr", "127.0.0.1", SCRIPT, files.base, "-o", tmp_path / str(processes), "--train", files.train,
             "--validation", files.validation, *QUICKLY, "--batch-size", 7, "--accumulate", 2, "--head-dropout", 0,
             GLOO_SOCKET_IFNAME="lo",
         )  # fmt: skip
@@ -223,6 +222,75 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[object]], int]:
         return ended.value.code
 
     return call
+
+
+def test_other_validation_examples_are_another_run(
+    whole: Path, files: Files, tmp_path: Path, main: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    other = write_csv(tmp_path / "other.csv", make_examples(21, 2))
+    assert main([files.base, "-o", whole, "--train", files.train, "--validation", other, *QUICKLY, "--resume"]) == 1
+    assert "checkpoint.pt: the checkpoint is of another run: validation examples was" in capsys.readouterr().err
+
+
+def parsed(*arguments: object) -> argparse.Namespace:
+    return runpy.run_path(str(SCRIPT))["make_parser"]().parse_args([str(part) for part in arguments])
+
+
+def test_a_run_is_known_by_the_content_of_its_files(tmp_path: Path) -> None:
+    model, config, start = (tmp_path / name for name in ("base.pt", "config.json", "start"))
+    start.mkdir()
+    content = {model: b"model", config: b"{}", start / "adapter.safetensors": b"1"}
+    for path, written in content.items():
+        path.write_bytes(written)
+    arguments = parsed(model, "-o", tmp_path, "--train", "train.csv", "--config", config, "--start", start)
+    data = Data(LABELS, encoded(9), encoded(6, 1), None)
+
+    def changed(data: Data = data) -> set[str]:
+        now = _command._identity(arguments, data)
+        return {key for key in before | now if before.get(key) != now.get(key)}
+
+    before = _command._identity(arguments, data)
+    for path, key in ((model, "model"), (config, "config"), (start / "adapter.safetensors", "start")):
+        path.write_bytes(b"other")
+        assert changed() == {key}
+        path.write_bytes(content[path])
+    assert changed() == set()
+    types = replace(data.training, type_ids=[[1] * length for length in data.training.lengths()])
+    labels = replace(data.validation, labels=data.validation.labels.flip(0))
+    assert changed(replace(data, training=types)) == {"training examples"}
+    for validation in (labels, None):
+        assert changed(replace(data, validation=validation)) == {"validation examples"}
+
+
+@pytest.fixture(params=["--start", "in the model"])
+def trained_before(request: pytest.FixtureRequest, whole: Path, files: Files, tmp_path: Path) -> list[object]:
+    """Arguments to go on with the adapter, and its head, of another run."""
+    if request.param == "--start":
+        return [files.base, "-o", tmp_path / "out", "--train", files.train, "--start", whole / "adapter"]
+    module = torchgraft.load_adapter(torch.jit.load(str(files.base)), whole / "adapter", "task")
+    module.save(str(tmp_path / "grafted.pt"))
+    (tmp_path / "tokenizer.json").write_bytes((files.base.parent / "tokenizer.json").read_bytes())
+    return [tmp_path / "grafted.pt", "-o", tmp_path / "out", "--train", files.train]
+
+
+def test_a_head_that_was_trained_is_kept(trained_before: list[object], whole: Path, files: Files) -> None:
+    examples = encode_examples(make_tokenizer(), read_examples(files.validation), LABELS)
+    expected = json.loads((whole / "scores.json").read_text())["scores"]["validation"]["loss"]
+    base = torch.jit.load(str(trained_before[0]))
+    kept = _command._trainable(base, parsed(*trained_before), LABELS)
+    assert score(kept, examples, len(LABELS)).loss == pytest.approx(expected, abs=1e-5)
+    assert any(value.requires_grad for key, value in kept.named_parameters() if "head" in key)
+    fresh = _command._trainable(base, parsed(*trained_before, "--new-head"), LABELS)
+    assert score(fresh, examples, len(LABELS)).loss != pytest.approx(expected, abs=1e-4)
+
+
+def test_a_head_with_other_labels_is_not_trained_further(
+    trained_before: list[object], main: Callable, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    assert main([*trained_before, "--labels", "good,bad,so_so"]) == 1
+    assert ("'task' has a head for classification of bad, good, so_so; the classes here are good, bad, so_so. Give those "
+            "in --labels, or --new-head for a fresh one") in capsys.readouterr().err  # fmt: skip
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("case", [*WRONG, *FAILING])

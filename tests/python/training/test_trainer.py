@@ -15,6 +15,7 @@ from torchgraft.training.batches import collate, training_batches
 from torchgraft.training.checkpoint import load_checkpoint
 from torchgraft.training.trainer import class_scores
 
+UNKNOWN = 1  # the tokenizer's [UNK]
 CPU = torch.device("cpu")
 OPTIONS = TrainingOptions(epochs=2, batch_size=8, learning_rate=3e-3, seed=5, checkpoint_every=2)
 
@@ -173,8 +174,45 @@ def test_a_loss_that_is_no_number_ends_the_run_before_the_step(value: float, tmp
         train(OPTIONS, module, checkpoint=path, listeners=[Spoiled()])
     assert "is nan" in str(caught.value) or "is inf" in str(caught.value)
     assert "in step 4 of 14 (examples: examples, line" in str(caught.value)
-    assert f"{path} holds the last good state" in str(caught.value)
+    assert f"{path} is from before that step" in str(caught.value)
     _checks_that_the_state_is_good(path, 2)
+
+
+@pytest.mark.parametrize("validation", [0, 21])
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_weights_after_a_step_that_was_too_large_are_not_written(epochs: int, validation: int, tmp_path: Path) -> None:
+    """One step in each epoch: nothing but a forward pass after it sees what it has done."""
+    options, path = replace(OPTIONS, epochs=epochs, learning_rate=1e30, warmup=0.0), tmp_path / "checkpoint.pt"
+    with pytest.raises(GraftError, match=f"after step 1 of {epochs} the loss on its own examples is nan; .*Lower"):
+        train(options, examples=8, validation=validation, checkpoint=path)
+    _checks_that_the_state_is_good(path, 0)
+    assert all(value.abs().max() < 100 for value in load_checkpoint(path).parameters.values())
+
+
+@pytest.mark.parametrize("best_by", ["loss", "accuracy"])
+def test_a_validation_loss_that_is_no_number_ends_the_run(best_by: str, tmp_path: Path) -> None:
+    """It comes from a token that no training example has."""
+    module, path, held_out = make_model(), tmp_path / "checkpoint.pt", encoded(21, 1)
+    embedding = next(value for key, value in module.named_parameters() if "word_embeddings" in key)
+    with torch.no_grad():
+        embedding[UNKNOWN] = math.nan
+    held_out.token_ids[4][1] = UNKNOWN
+    trainer = Trainer(module, "task", encoded(50), held_out, 3, replace(OPTIONS, best_by=best_by), checkpoint=path)
+    with pytest.raises(GraftError, match="after step 7 of 14 the loss on the validation examples is nan"):
+        trainer.run()
+    _checks_that_the_state_is_good(path, 6)
+    assert load_checkpoint(path).best is None
+
+
+def test_a_listener_that_fails_to_start_ends_those_before_it() -> None:
+    class Failing(Recorder):
+        def started(self, done_steps: int, total_steps: int) -> None:
+            raise GraftError("no place for logs")
+
+    bar, log = Recorder(), Failing()
+    with pytest.raises(GraftError, match="no place for logs"):
+        train(OPTIONS, listeners=[bar, log])
+    assert (bar.ends, log.ends) == (1, 1) and bar.steps == []
 
 
 def test_a_full_disk_ends_the_run_with_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
