@@ -23,6 +23,7 @@ namespace {
 using Json = nlohmann::json;
 
 constexpr uint64_t kLongestHeader = 100'000'000;
+constexpr std::string_view kTemporary = ".tmp";
 constexpr int kDeepestJson = 8;  // name -> entry -> list; a stranger's nesting must not exhaust the stack
 
 const std::map<std::string, at::ScalarType>& dtypes() {
@@ -125,8 +126,9 @@ std::string reason() { return std::strerror(errno); }
 // Closes the file and deletes it unless it was kept.
 class TemporaryFile {
  public:
-  explicit TemporaryFile(const std::string& target) : target_(target), name_(target + ".XXXXXX") {
-    descriptor_ = mkstemp(name_.data());
+  explicit TemporaryFile(const std::string& target)
+      : target_(target), name_(target + ".XXXXXX" + std::string(kTemporary)) {
+    descriptor_ = mkstemps(name_.data(), static_cast<int>(kTemporary.size()));
     TORCH_CHECK(descriptor_ >= 0, target, ": cannot write (", reason(), ")");
   }
   TemporaryFile(const TemporaryFile&) = delete;

@@ -18,9 +18,9 @@ namespace torchgraft {
 // bounded by the size of the file. Throws c10::Error with the path and what is wrong; nothing is returned by halves.
 TORCHGRAFT_PATCH_API StateDict read_safetensors(const std::string& path);
 
-// Writes beside `path`, syncs and renames: `path` holds its old content or all of the new. Tensors are written one by
-// one, sorted by name, whatever memory they share. Throws c10::Error when a dtype has no name in the format, or the
-// file cannot be written.
+// Writes beside `path` (PATH.XXXXXX.tmp, which stays if the process is killed), syncs and renames: `path` holds its old
+// content or all of the new. Tensors are written one by one, sorted by name, whatever memory they share. Throws
+// c10::Error when a dtype has no name in the format, or the file cannot be written.
 TORCHGRAFT_PATCH_API void write_safetensors(const StateDict& tensors, const std::string& path,
                                             const std::map<std::string, std::string>& metadata = {{"format", "pt"}});
 

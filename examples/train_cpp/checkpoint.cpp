@@ -2,11 +2,11 @@
 
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
+#include <c10/util/hash.h>
 
 #include <cstring>
 #include <filesystem>
 #include <fstream>
-#include <functional>
 #include <sstream>
 
 namespace {
@@ -64,22 +64,31 @@ const at::Tensor& take_like(const StateDict& tensors, const std::string& where, 
   return take(tensors, where, key, other.scalar_type(), other.sizes());
 }
 
+// Whether write_safetensors() calls a file so before it is `target`: TARGET.XXXXXX.tmp.
+bool is_temporary(const std::string& name, const std::string& target) {
+  const std::string begin = target + ".";
+  const std::string end = ".tmp";
+  return name.size() == begin.size() + 6 + end.size() && name.starts_with(begin) && name.ends_with(end);
+}
+
 at::Tensor generator_state() { return at::detail::getDefaultCPUGenerator().get_state(); }
 
 }  // namespace
 
 CheckpointFile::CheckpointFile(std::string path, Settings settings)
-    : path_(std::move(path)), settings_(std::move(settings)) {
+    : path_(std::move(path)), settings_(std::move(settings)) {}
+
+bool CheckpointFile::exists() const { return std::filesystem::exists(path_); }
+
+void CheckpointFile::remove_leftovers() const {
   const std::filesystem::path file(path_);
   std::error_code error;
   for (const auto& entry : std::filesystem::directory_iterator(file.parent_path(), error)) {
-    if (entry.path().filename().string().starts_with(file.filename().string() + ".")) {
+    if (is_temporary(entry.path().filename().string(), file.filename().string())) {
       std::filesystem::remove(entry.path(), error);
     }
   }
 }
-
-bool CheckpointFile::exists() const { return std::filesystem::exists(path_); }
 
 void CheckpointFile::write(const Position& position, const NamedParameters& parameters,
                            const torch::optim::AdamW& optimizer, const StateDict& best) const {
@@ -114,7 +123,8 @@ void CheckpointFile::check_settings(const StateDict& tensors) const {
   }
 }
 
-Position CheckpointFile::read(const NamedParameters& parameters, torch::optim::AdamW& optimizer, StateDict& best) const {
+Position CheckpointFile::read(const NamedParameters& parameters, torch::optim::AdamW& optimizer,
+                              StateDict& best) const {
   const StateDict tensors = torchgraft::read_safetensors(path_);
   check_settings(tensors);
   const at::Tensor generator = take_like(tensors, path_, "generator", generator_state());
@@ -155,12 +165,10 @@ std::string file_digest(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   TORCH_CHECK(file.good(), path, ": cannot read");
   std::string block(1 << 20, '\0');
-  uint64_t digest = 0;
+  std::string digest;
   while (file.read(block.data(), static_cast<std::streamsize>(block.size())), file.gcount() > 0) {
-    const std::string_view read(block.data(), static_cast<size_t>(file.gcount()));
-    digest = digest * 1099511628211u + std::hash<std::string_view>()(read);
+    block.resize(static_cast<size_t>(file.gcount()));
+    digest = c10::sha1(digest + block).str();  // a chain: it takes a text only at once
   }
-  std::ostringstream text;
-  text << std::hex << digest;
-  return text.str();
+  return digest;
 }

@@ -30,17 +30,19 @@ using NamedParameters = std::vector<std::pair<std::string, at::Tensor>>;
 // epoch's parameters, the default generator. It is replaced whole or not at all, whenever the process is killed.
 class CheckpointFile {
  public:
-  // Removes what killed processes left half-written beside `path`.
   CheckpointFile(std::string path, Settings settings);
 
   bool exists() const;
+
+  // Removes what killed processes left half-written beside the file.
+  void remove_leftovers() const;
 
   // `best` is empty, or has a tensor for each parameter. Throws c10::Error when the file cannot be written.
   void write(const Position& position, const NamedParameters& parameters, const torch::optim::AdamW& optimizer,
              const torchgraft::StateDict& best) const;
 
-  // Puts everything back in place. Throws c10::Error, before anything is changed, when the file is damaged or is of a run
-  // with other settings.
+  // Puts everything back in place. Throws c10::Error, before anything is changed, when the file is damaged or is of a
+  // run with other settings.
   Position read(const NamedParameters& parameters, torch::optim::AdamW& optimizer, torchgraft::StateDict& best) const;
 
  private:

@@ -47,13 +47,21 @@ torch::jit::Module with_adapter(const torch::jit::Module& base, const AdapterOpt
   return torchgraft::graft(base, {spec}, graft);
 }
 
+void check_labels(const torchgraft::HeadConfig& head, const std::string& adapter,
+                  const std::vector<std::string>& labels) {
+  TORCH_CHECK(head.num_labels == static_cast<int64_t>(labels.size()), "the head of '", adapter, "' has ",
+              head.num_labels, " labels, --labels names ", labels.size());
+  for (const auto& [label, index] : head.label2id.value_or(std::map<std::string, int64_t>{})) {
+    TORCH_CHECK(labels.at(static_cast<size_t>(index)) == label, "the head of '", adapter, "' has the label ", label,
+                " where --labels has ", labels.at(static_cast<size_t>(index)));
+  }
+}
+
 torch::jit::Module with_head(const torch::jit::Module& module, const AdapterOptions& options,
                              const std::vector<std::string>& labels) {
   const std::string own = torchgraft::head_config(module, options.name);
   if (!own.empty()) {
-    const int64_t count = torchgraft::head_config_from_json(own).num_labels;
-    TORCH_CHECK(count == static_cast<int64_t>(labels.size()), "the head of '", options.name, "' has ", count,
-                " labels, --labels names ", labels.size());
+    check_labels(torchgraft::head_config_from_json(own), options.name, labels);
     return module;
   }
   torchgraft::HeadConfig head;

@@ -27,8 +27,9 @@ int64_t first_row(const at::Tensor& wrong) {
 void check_shapes(const Examples& examples, const std::string& path) {
   const at::Tensor& ids = examples.input_ids;
   TORCH_CHECK(ids.dim() == 2, path, ": 'input_ids': expected shape [n, S], got ", ids.sizes());
-  TORCH_CHECK(examples.attention_mask.sizes() == ids.sizes(), path, ": 'attention_mask': expected the shape of input_ids, ",
-              ids.sizes(), ", got ", examples.attention_mask.sizes());
+  TORCH_CHECK(examples.attention_mask.sizes() == ids.sizes(), path,
+              ": 'attention_mask': expected the shape of input_ids, ", ids.sizes(), ", got ",
+              examples.attention_mask.sizes());
   TORCH_CHECK(examples.labels.dim() == 1 && examples.labels.size(0) == ids.size(0), path,
               ": 'labels': expected one for each row of input_ids, [", ids.size(0), "], got ", examples.labels.sizes());
   TORCH_CHECK(ids.numel() > 0, path, ": holds no examples (input_ids of shape ", ids.sizes(), ")");
@@ -77,7 +78,8 @@ std::pair<Examples, Examples> split(const Examples& examples, double fraction, u
               " examples leaves one side of the split empty");
   const at::Tensor order =
       at::randperm(examples.size(), at::make_generator<at::CPUGeneratorImpl>(seed), at::TensorOptions(at::kLong));
-  return {select(examples, order.narrow(0, count, examples.size() - count)), select(examples, order.narrow(0, 0, count))};
+  return {select(examples, order.narrow(0, count, examples.size() - count)),
+          select(examples, order.narrow(0, 0, count))};
 }
 
 void check_every_class(const Examples& training, const std::vector<std::string>& labels) {

@@ -19,8 +19,8 @@ struct Examples {
   Examples rows(const at::Tensor& indices) const;
 };
 
-// Throws c10::Error with the path and what is wrong: a tensor that is missing, of another dtype or shape, no examples, a
-// row without tokens, a label out of range.
+// Throws c10::Error with the path and what is wrong: a tensor that is missing, of another dtype or shape, no examples,
+// a row without tokens, a label out of range.
 Examples read_examples(const std::string& path, int64_t classes);
 
 // (the rest, round(fraction * n) examples), drawn by `seed`. Throws c10::Error when one of them would be empty.

@@ -30,11 +30,12 @@ Progress::~Progress() { wipe(); }
 
 std::string Progress::line(int64_t done, int64_t epoch, double loss) const {
   const double elapsed = std::chrono::duration<double>(Clock::now() - start_).count();
-  const double left = elapsed / static_cast<double>(std::max<int64_t>(1, done - first_)) * static_cast<double>(total_ - done);
+  const double left =
+      elapsed / static_cast<double>(std::max<int64_t>(1, done - first_)) * static_cast<double>(total_ - done);
   std::string bar;
   if (terminal_) {
     const auto filled = static_cast<size_t>(kWidth * done / std::max<int64_t>(1, total_));
-    bar = "[" + std::string(filled, '#') + std::string(kWidth - filled, '.') + "] ";
+    bar.append("[").append(filled, '#').append(kWidth - filled, '.').append("] ");
   }
   char text[160];
   std::snprintf(text, sizeof(text), "step %lld/%lld  epoch %lld  loss %.4f  ETA %s", static_cast<long long>(done),

@@ -19,8 +19,15 @@ from safetensors.numpy import save
 from tokenizers import Tokenizer
 
 
-class TableError(Exception):
-    """What is wrong with the table."""
+class InputError(Exception):
+    """What is wrong with a file."""
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(path)
+    except Exception as error:  # the library raises no class of its own
+        raise InputError(f"{path}: not a tokenizer.json ({error})") from error
 
 
 def read_table(path: Path, text_column: str, label_column: str, labels: list[str]) -> tuple[list[str], list[int]]:
@@ -31,16 +38,16 @@ def read_table(path: Path, text_column: str, label_column: str, labels: list[str
         reader = csv.DictReader(file, **form)
         for column in (text_column, label_column):
             if column not in (reader.fieldnames or []):
-                raise TableError(f"{path}: no column '{column}'; its first line has {reader.fieldnames or 'nothing'}")
+                raise InputError(f"{path}: no column '{column}'; its first line has {reader.fieldnames or 'nothing'}")
         for row in reader:
             text, label = row[text_column], row[label_column]
             if not text or label not in labels:
                 problem = f"label '{label}' is none of {', '.join(labels)}" if text else "no text"
-                raise TableError(f"{path}, line {reader.line_num}: {problem}")
+                raise InputError(f"{path}, line {reader.line_num}: {problem}")
             texts.append(text)
             classes.append(labels.index(label))
     if not texts:
-        raise TableError(f"{path}: no rows")
+        raise InputError(f"{path}: no rows")
     return texts, classes
 
 
@@ -64,7 +71,7 @@ def main() -> int:
     parser.add_argument("--max-length", type=int, default=128, help="longer texts are cut (128 tokens)")
     arguments = parser.parse_args()
     try:
-        tokenizer = Tokenizer.from_file(arguments.tokenizer)
+        tokenizer = load_tokenizer(arguments.tokenizer)
         columns = (arguments.text_column, arguments.label_column)
         texts, classes = read_table(arguments.table, *columns, arguments.labels.split(","))
         tokenizer.enable_truncation(arguments.max_length)
@@ -76,7 +83,7 @@ def main() -> int:
             "labels": numpy.array(classes, numpy.int64),
         }
         write_whole(save(tensors), arguments.output)
-    except (TableError, OSError, UnicodeDecodeError, csv.Error) as error:
+    except (InputError, OSError, UnicodeDecodeError, csv.Error) as error:
         print(f"tokenise.py: {error}", file=sys.stderr)
         return 1
     rows, tokens = tensors["input_ids"].shape

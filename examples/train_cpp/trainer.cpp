@@ -46,21 +46,22 @@ Trainer::Trainer(Classifier& classifier, const Examples& training, const std::op
       epoch_steps_(quotient_up(training.size(), options.batch_size * options.accumulate)),
       total_steps_(options.epochs * epoch_steps_),
       parameters_(tensors_of(classifier.parameters())),
-      optimizer_(parameters_,
-                 torch::optim::AdamWOptions(options.learning_rate).weight_decay(options.weight_decay)) {}
+      optimizer_(parameters_, torch::optim::AdamWOptions(options.learning_rate).weight_decay(options.weight_decay)) {}
 
 void Trainer::run(bool restart) {
-  // TorchScript's optimising executor runs a graph differently once it has seen it a few times, and a process that goes on
-  // has not yet: results would differ in the last bits.
+  // TorchScript's optimising executor runs a graph differently once it has seen it a few times, and a process that goes
+  // on has not yet: results would differ in the last bits.
   const torch::jit::GraphOptimizerEnabledGuard plain_interpreter(false);
   if (checkpoint_.exists() && !restart) {
     position_ = checkpoint_.read(classifier_.parameters(), optimizer_, best_);
+    checkpoint_.remove_leftovers();
   } else {
+    checkpoint_.remove_leftovers();
     save();  // a disk that is full is better known now
   }
   Progress progress(steps_done(), total_steps_);
   if (steps_done() > 0 && !position_.finished) {
-    progress.note("going on " + where());
+    progress.note("going on " + where(position_.step + 1));
   }
   while (!position_.finished) {
     train_epoch(progress);
@@ -81,17 +82,23 @@ void Trainer::train_epoch(Progress& progress) {
   const std::vector<at::Tensor> steps = order.split(options_.batch_size * options_.accumulate);
   epoch_loss_ = 0.0;
   for (int64_t here = 1; position_.step < epoch_steps_; ++here) {
-    epoch_loss_ += (step(steps[static_cast<size_t>(position_.step)]) - epoch_loss_) / static_cast<double>(here);
+    const at::Tensor& indices = steps[static_cast<size_t>(position_.step)];
+    epoch_loss_ += (step(indices) - epoch_loss_) / static_cast<double>(here);
     position_.step += 1;
     progress.update(steps_done(), position_.epoch + 1, epoch_loss_);
-    if (position_.step < epoch_steps_ && steps_done() % options_.checkpoint_every == 0) {
-      save();
+    const bool ended = position_.step == epoch_steps_;
+    if (ended || steps_done() % options_.checkpoint_every == 0) {
+      check_loss(score(training_.rows(indices)).loss, "its own examples");
+      classifier_.set_training(true);
+      if (!ended) {
+        save();
+      }
     }
   }
 }
 
-// The mean loss of the rows `indices`. Each of its batches adds its share to the gradients, so that they are those of one
-// large batch.
+// The mean loss of the rows `indices`. Each of its batches adds its share to the gradients, so that they are those of
+// one large batch.
 double Trainer::step(const at::Tensor& indices) {
   optimizer_.zero_grad();
   double loss = 0.0;
@@ -100,19 +107,25 @@ double Trainer::step(const at::Tensor& indices) {
     const at::Tensor summed = at::cross_entropy_loss(classifier_.logits(rows), rows.labels, {}, at::Reduction::Sum);
     const at::Tensor share = summed / static_cast<double>(indices.size(0));
     loss += share.item<double>();
-    TORCH_CHECK(std::isfinite(loss), where(), ": the loss is ", loss,
+    TORCH_CHECK(std::isfinite(loss), where(position_.step + 1), ": the loss is ", loss,
                 "; try a lower --learning-rate. The last checkpoint is from before this step");
     share.backward();
   }
   const double largest = options_.clip > 0 ? options_.clip : std::numeric_limits<double>::infinity();
   const double norm = torch::nn::utils::clip_grad_norm_(parameters_, largest);
-  TORCH_CHECK(std::isfinite(norm), where(), ": the norm of the gradients is ", norm,
+  TORCH_CHECK(std::isfinite(norm), where(position_.step + 1), ": the norm of the gradients is ", norm,
               "; try a lower --learning-rate. The last checkpoint is from before this step");
   const int64_t warmup_steps = std::llround(options_.warmup * static_cast<double>(total_steps_));
   const double factor = learning_rate_factor(steps_done(), warmup_steps, total_steps_);
   optimizer_.param_groups()[0].options().set_lr(options_.learning_rate * factor);
   optimizer_.step();
   return loss;
+}
+
+// A step that was too large shows only in the next forward pass; its weights must not be written.
+void Trainer::check_loss(double loss, const char* examples) const {
+  TORCH_CHECK(std::isfinite(loss), where(position_.step), ": after the step the loss on ", examples, " is ", loss,
+              "; try a lower --learning-rate. The last checkpoint is from before this step");
 }
 
 void Trainer::end_epoch(Progress& progress) {
@@ -122,8 +135,7 @@ void Trainer::end_epoch(Progress& progress) {
   std::string report = text;
   if (validation_) {
     const Scores scores = score(*validation_);
-    TORCH_CHECK(std::isfinite(scores.loss), "after epoch ", position_.epoch + 1,
-                ": the loss on the validation examples is ", scores.loss, "; try a lower --learning-rate. The last checkpoint is from before that");
+    check_loss(scores.loss, "the validation examples");
     std::snprintf(text, sizeof(text), "  validation loss %.4f  accuracy %.3f", scores.loss, scores.accuracy);
     report += text;
     if (scores.loss < position_.best_loss) {
@@ -162,7 +174,7 @@ Scores Trainer::score(const Examples& examples) {
 
 void Trainer::save() const { checkpoint_.write(position_, classifier_.parameters(), optimizer_, best_); }
 
-std::string Trainer::where() const {
-  return "in epoch " + std::to_string(position_.epoch + 1) + ", step " + std::to_string(position_.step + 1) + " of " +
+std::string Trainer::where(int64_t step) const {
+  return "in epoch " + std::to_string(position_.epoch + 1) + ", step " + std::to_string(step) + " of " +
          std::to_string(epoch_steps_);
 }

@@ -19,17 +19,18 @@ struct Scores {
 // last step, and then falls linearly to 0 at the end.
 double learning_rate_factor(int64_t done, int64_t warmup_steps, int64_t total_steps);
 
-// One run: AdamW on the mean cross entropy of the adapter's and its head's weights. Given the same arguments it ends with
-// the same weights however often it was killed in between: the order of an epoch's examples follows from the seed and the
-// epoch's number, everything else is in the checkpoint.
+// One run: AdamW on the mean cross entropy of the adapter's and its head's weights. Given the same arguments it ends
+// with the same weights however often it was killed in between: the order of an epoch's examples follows from the seed
+// and the epoch's number, everything else is in the checkpoint.
 class Trainer {
  public:
   Trainer(Classifier& classifier, const Examples& training, const std::optional<Examples>& validation,
           const TrainingOptions& options, const CheckpointFile& checkpoint);
 
   // From the checkpoint, or from the start if there is none or `restart`, to the end. The classifier then has the best
-  // epoch's weights, without validation examples the last one's. Throws c10::Error when the loss or a gradient is not
-  // finite, or a checkpoint cannot be written; the last checkpoint is then whole, and from before that step.
+  // epoch's weights, without validation examples the last one's. Throws c10::Error when the loss before or after a
+  // step, or a gradient, is not finite, or a checkpoint cannot be written; the last checkpoint is then whole, and from
+  // before that step.
   void run(bool restart);
 
   Scores score(const Examples& examples);
@@ -37,10 +38,11 @@ class Trainer {
  private:
   void train_epoch(Progress& progress);
   double step(const at::Tensor& indices);
+  void check_loss(double loss, const char* examples) const;
   void end_epoch(Progress& progress);
   void save() const;
   int64_t steps_done() const { return position_.epoch * epoch_steps_ + position_.step; }
-  std::string where() const;
+  std::string where(int64_t step) const;
 
   Classifier& classifier_;
   const Examples& training_;

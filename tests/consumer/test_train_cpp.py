@@ -1,12 +1,13 @@
 """examples/train_cpp: learns, survives kills and bad input, and what it writes the library scores the same."""
 
+import hashlib
 import os
 import pty
+import re
 import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import adapters
@@ -119,31 +120,30 @@ def test_it_learns_and_the_library_scores_what_it_wrote_the_same(train_program, 
     torch.testing.assert_close(mine, logits, rtol=0, atol=1e-5)
 
 
-def kill_when(program: subprocess.Popen, happened) -> None:
-    deadline = time.monotonic() + 120
-    while not happened() and program.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    program.send_signal(signal.SIGKILL)
-    program.communicate()
-    assert program.returncode == -signal.SIGKILL  # not over before that
+@pytest.fixture(scope="module")
+def accident(tmp_path_factory) -> dict[str, str]:
+    """The environment in which a program's fourth rename() kills it: its fourth checkpoint does not get its name."""
+    library = tmp_path_factory.mktemp("accident") / "kill_at_rename.so"
+    source = ROOT / "tests" / "consumer" / "kill_at_rename.cpp"
+    run(os.environ.get("CXX", "c++"), "-shared", "-fPIC", source, "-o", library, "-ldl")
+    return os.environ | {"LD_PRELOAD": str(library), "KILL_AT_RENAME": "4"}
 
 
-def test_killed_three_times_it_ends_with_the_same_weights(train_program, folder, trained, tmp_path) -> None:
+def test_killed_three_times_it_ends_with_the_same_weights(train_program, folder, trained, tmp_path, accident) -> None:
     arguments = command(train_program, folder, tmp_path, *LONG, "--validation", folder / "validation.safetensors")
-    checkpoint = tmp_path / "checkpoint.safetensors"
-
-    def place() -> tuple[int, ...]:
-        return tuple(load_file(checkpoint)["position"][:2].tolist()) if checkpoint.exists() else (0, 0)
-
-    for _ in range(3):
-        before = place()
-        program = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        kill_when(program, lambda before=before: place() > before)
-    assert (0, 0) < place() < (14, 0)
-    (tmp_path / "checkpoint.safetensors.a1B2c3").write_bytes(b"half")  # what a kill while it writes leaves
+    kept = [tmp_path / f"checkpoint.safetensors.{ending}" for ending in ("backup", "a1B2c3.tmp.old")]
+    for path in kept:
+        path.write_bytes(b"the user's")
+    # Checkpoints: one before the first step, after each third, and after each epoch, which has ten. (Epoch, step in it.)
+    for place in ((0, 6), (1, 2), (2, 0)):
+        killed = subprocess.run(arguments, env=accident, capture_output=True)
+        assert killed.returncode == -signal.SIGKILL
+        checkpoint = load_file(tmp_path / "checkpoint.safetensors")
+        assert tuple(checkpoint["position"][:2].tolist()) == place
+        assert len(list(tmp_path.glob("checkpoint.safetensors.??????.tmp"))) == 1  # of this process only
     resumed = run(*arguments)
-    assert "going on in epoch" in resumed.stderr
-    assert not (tmp_path / "checkpoint.safetensors.a1B2c3").exists()
+    assert "going on in epoch 3, step 1 of 10" in resumed.stderr
+    assert not list(tmp_path.glob("*.tmp")) and all(path.read_bytes() == b"the user's" for path in kept)
     check_equal_weights(tmp_path, trained)
 
 
@@ -179,6 +179,11 @@ def test_a_grafted_model_and_its_own_adapter_are_trained_further(train_program, 
     arguments[arguments.index("--learning-rate") + 1] = "0"
     run(*arguments)
     check_equal_weights(tmp_path / "out", trained)  # a rate of 0 changes nothing
+    arguments[arguments.index("--labels") + 1] = "good,bad,so_so"
+    arguments[arguments.index("-o") + 1] = str(tmp_path / "other")
+    refused = attempt(*arguments)
+    assert refused.returncode == 1
+    assert refused.stderr == "train_cpp: the head of 'task' has the label bad where --labels has good\n"
 
 
 def on_terminal(arguments: list[str]) -> str:
@@ -253,16 +258,34 @@ def test_errors_are_one_line(train_program, folder, tmp_path, data, options, mes
     assert not (tmp_path / "out" / "adapter").exists()
 
 
+def check_that_nothing_was_learnt(output: Path) -> None:
+    kept = load_file(output / "checkpoint.safetensors")
+    assert kept["position"][:2].tolist() == [0, 0]
+    assert all(tensor.abs().max() < 100 for key, tensor in kept.items() if key.startswith("parameters/"))
+    assert not (output / "adapter").exists()
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_before_its_step(train_program, folder, tmp_path) -> None:
     arguments = command(train_program, folder, tmp_path, "--epochs", 9, "--checkpoint-every", 1, "--warmup", 0.5)
     arguments[arguments.index("--learning-rate") + 1] = "1e30"
     failed = attempt(*arguments)
     assert failed.returncode == 1
-    assert "in epoch 1, step " in failed.stderr and "try a lower --learning-rate" in failed.stderr
-    kept = load_file(tmp_path / "checkpoint.safetensors")
-    assert kept["position"][:2].tolist() >= [0, 1]
-    assert all(bool(tensor.isfinite().all()) for key, tensor in kept.items() if key.startswith("parameters/"))
-    assert not (tmp_path / "adapter").exists()
+    assert re.search("in epoch 1, step 1 of 8: after the step the loss on its own examples is -?nan;", failed.stderr)
+    assert "try a lower --learning-rate" in failed.stderr
+    check_that_nothing_was_learnt(tmp_path)
+
+
+@pytest.mark.parametrize("validation", [(), ("--validation-fraction", 0.2)])
+def test_weights_after_a_last_step_that_was_too_large_are_not_written(
+    train_program, folder, tmp_path, validation
+) -> None:
+    """Nothing but a forward pass after it sees what the only step has done."""
+    arguments = command(train_program, folder, tmp_path, "--epochs", 1, "--batch-size", 240, *validation)
+    arguments[arguments.index("--learning-rate") + 1] = "1e30"
+    failed = attempt(*arguments)
+    assert failed.returncode == 1
+    assert re.search("in epoch 1, step 1 of 1: after the step the loss on its own examples is -?nan;", failed.stderr)
+    check_that_nothing_was_learnt(tmp_path)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(train_program, folder, trained, tmp_path) -> None:
@@ -283,13 +306,31 @@ def test_a_checkpoint_of_another_run_or_damaged_is_refused(train_program, folder
     output = tmp_path / "out"
     run(*command(train_program, folder, output, "--epochs", 1))
     other = command(train_program, folder, output, "--epochs", 2)
+    half = output / "checkpoint.safetensors.a1B2c3.tmp"  # of a process that may go on with those settings
+    half.write_bytes(b"half")
     failed = attempt(*other)
     assert failed.returncode == 1 and "is of a run with --epochs 1, now it is 2" in failed.stderr
+    assert half.exists()
     checkpoint = output / "checkpoint.safetensors"
     checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
     failed = attempt(*command(train_program, folder, output, "--epochs", 1))
     assert failed.returncode == 1 and "checkpoint.safetensors" in failed.stderr
     run(*other, "--restart")
+
+
+def digest(path: Path) -> str:
+    """SHA-1 of each MiB behind the digest of what came before."""
+    content, found = path.read_bytes(), ""
+    for begin in range(0, len(content), 1 << 20):
+        found = hashlib.sha1(found.encode() + content[begin : begin + (1 << 20)]).hexdigest()
+    return found
+
+
+def test_a_checkpoint_knows_its_files_by_their_content(train_program, folder, trained) -> None:
+    """By a digest that is not the standard library's: that differs between builds of the program."""
+    settings = bytes(load_file(trained / "checkpoint.safetensors")["settings"].tolist()).decode().splitlines()
+    assert f"model={digest(folder / 'base.pt')}" in settings
+    assert f"examples={digest(folder / 'train.safetensors')}" in settings
 
 
 def test_tokenise_makes_what_the_program_reads(train_program, folder, tmp_path) -> None:
@@ -306,6 +347,13 @@ def test_tokenise_makes_what_the_program_reads(train_program, folder, tmp_path) 
     assert data["input_ids"].tolist() == [[1, 4, 1, 5], [2, 5, 0, 0], [3, 0, 0, 0]]
     assert data["attention_mask"].sum(1).tolist() == [4, 2, 1] and data["labels"].tolist() == [0, 1, 2]
     run(*command(train_program, folder, tmp_path / "out", "--epochs", 1, examples=tmp_path / "made.safetensors"))
+
+    for tokenizer_file, content in ((tmp_path / "none.json", None), (tmp_path / "broken.json", "{")):
+        if content:
+            tokenizer_file.write_text(content)
+        failed = attempt(*arguments, "--tokenizer", tokenizer_file, "-o", tmp_path / "made.safetensors")
+        assert failed.returncode == 1 and failed.stderr.count("\n") == 1
+        assert failed.stderr.startswith(f"tokenise.py: {tokenizer_file}: not a tokenizer.json (")
 
     table.write_text("text,label\ngreat film,fine\n")
     failed = attempt(*arguments, "-o", tmp_path / "made.safetensors")
