@@ -75,7 +75,7 @@ def _part_of(key: str) -> str:
     places = [name for name in key.split(".") if not name.startswith("adapter_")]
     if "heads" in places:
         return "head"
-    return "prefix" if any(name.endswith(("_prefix", "_prefix_mlp")) for name in places) else "adapter"
+    return "prefix" if any(name.endswith(("_prefix", "_prefix_source")) for name in places) else "adapter"
 
 
 def _optimizer(parameters: Mapping[str, Tensor], options: TrainingOptions) -> torch.optim.AdamW:
