@@ -131,12 +131,8 @@ def peft_lora(sizes: dict, config: object) -> torch.nn.Module:
     return Positional(peft.get_peft_model(hugging_face(sizes), like)).eval()
 
 
-def grafted(base: torch.jit.ScriptModule, config: object) -> torch.jit.ScriptModule:
-    """The base does not require gradients."""
-    module = torchgraft.graft(base, config, "task", verify=False)
-    for path, parameter in module.named_parameters():
-        parameter.requires_grad_(path.startswith("adapters."))
-    return module
+def grafted(base: torch.jit.ScriptModule, config: object, trainable: bool = False) -> torch.jit.ScriptModule:
+    return torchgraft.graft(base, config, "task", verify=False, trainable=trainable)
 
 
 def variants_of(sizes: dict, config_name: str, backward: bool, compile: bool) -> dict[str, Callable]:
@@ -160,7 +156,7 @@ def variants_of(sizes: dict, config_name: str, backward: bool, compile: bool) ->
     if compile:
         result["base, compiled"] = torch.compile(eager, dynamic=False)
         result["library, compiled"] = torch.compile(ejected, dynamic=False)
-    return result | {"torchgraft": ready(grafted(base, config))}
+    return result | {"torchgraft": ready(grafted(base, config, trainable=backward))}
 
 
 def passed(run: Callable, batch: tuple, backward: bool) -> float:

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -17,28 +18,30 @@ constexpr int kRows = 3;
 constexpr int kColumns = 4;
 #endif
 
-// The sums of the lanes of four vectors, each in the same order whatever the others hold.
+// sums[i] = bias[i] + the sum of the lanes of one of four vectors, in the same order whatever the others hold.
 #if defined(CPU_CAPABILITY_AVX512)
-void four_sums(const Vec& a, const Vec& b, const Vec& c, const Vec& d, float* sums) {
+void four_sums(const Vec& a, const Vec& b, const Vec& c, const Vec& d, const float* bias, float* sums) {
   // In every 128 bits: a0 + a2, b0 + b2, a1 + a3, b1 + b3, then a, b, c, d.
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
   const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
   const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xEE));
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+  const __m128 total = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  _mm_storeu_ps(sums, _mm_add_ps(total, _mm_loadu_ps(bias)));
 }
 #elif defined(CPU_CAPABILITY_AVX2)
-void four_sums(const Vec& a, const Vec& b, const Vec& c, const Vec& d, float* sums) {
+void four_sums(const Vec& a, const Vec& b, const Vec& c, const Vec& d, const float* bias, float* sums) {
   const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
   const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
   const __m256 all = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE));
-  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+  const __m128 total = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+  _mm_storeu_ps(sums, _mm_add_ps(total, _mm_loadu_ps(bias)));
 }
 #else
-void four_sums(const Vec& a, const Vec& b, const Vec& c, const Vec& d, float* sums) {
+void four_sums(const Vec& a, const Vec& b, const Vec& c, const Vec& d, const float* bias, float* sums) {
   const auto add = [](const Vec& left, const Vec& right) { return left + right; };
   for (const Vec& lanes : {a, b, c, d}) {
-    *sums++ = at::vec::vec_reduce_all(add, Vec(lanes));
+    *sums++ = at::vec::vec_reduce_all(add, Vec(lanes)) + *bias++;
   }
 }
 #endif
@@ -106,7 +109,7 @@ class Panel {
   const float* w2() const { return w2_; }
   int64_t w_stride() const { return w_stride_; }
   int64_t w2_stride() const { return w2_stride_; }
-  float bias(int column) const { return bias_[column]; }
+  const float* bias() const { return bias_; }  // [kColumns] and to a multiple of four
 
  private:
   const DotProduct& job_;
@@ -114,7 +117,7 @@ class Panel {
   int64_t w2_stride_;
   const float* w_ = nullptr;
   const float* w2_ = nullptr;
-  float bias_[kColumns];
+  float bias_[(kColumns + 3) / 4 * 4] = {};
   std::vector<float> widened_;
 };
 
@@ -133,18 +136,25 @@ void block(const DotProduct& job, const Panel& panel, int64_t row, int64_t colum
   if (job.depth2 > 0) {
     accumulate<R, C>(sums, job.x2 + row * job.x2_stride, job.x2_stride, panel.w2(), panel.w2_stride(), job.depth2);
   }
+  // On the stack: written through y the compiler would have to expect that y is one of the inputs, value by value.
+  float row_sums[R][(C + 3) / 4 * 4];
+#pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
-    float row_sums[(C + 3) / 4 * 4];
+#pragma GCC unroll 8
     for (int j = 0; j < C; j += 4) {
       const auto& lanes = sums[i];
       four_sums(lanes[j], lanes[j + 1 < C ? j + 1 : j], lanes[j + 2 < C ? j + 2 : j], lanes[j + 3 < C ? j + 3 : j],
-                row_sums + j);
+                panel.bias() + j, row_sums[i] + j);
     }
-    float* y = job.y + (row + i) * job.y_stride + column;
-    const float* init = job.init == nullptr ? nullptr : job.init + (row + i) * job.init_stride + column;
-    for (int j = 0; j < C; ++j) {
-      y[j] = (init == nullptr ? 0.0F : init[j]) + (row_sums[j] + panel.bias(j));
+  }
+  for (int i = 0; i < R; ++i) {
+    if (job.init != nullptr) {
+      const float* init = job.init + (row + i) * job.init_stride + column;
+      for (int j = 0; j < C; ++j) {
+        row_sums[i][j] = init[j] + row_sums[i][j];
+      }
     }
+    std::memcpy(job.y + (row + i) * job.y_stride + column, row_sums[i], C * sizeof(float));
   }
 }
 
