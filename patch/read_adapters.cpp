@@ -1,6 +1,7 @@
 #include <torchgraft/patch/adapter_bank.h>
 #include <torchgraft/plan/phm.h>
 #include <torchgraft/plan/prefix_mlp.h>
+#include <torchgraft/plan/reparametrisation.h>
 
 #include <ATen/ATen.h>
 
@@ -109,23 +110,13 @@ Reparametrisation read_sources(const torch::jit::Module& adapters_module, const 
   return sources;
 }
 
-// In float32 or wider.
-Reparametrisation widened(Reparametrisation sources) {
-  for (auto& [place, weights] : sources) {
-    for (auto& [name, tensor] : weights) {
-      tensor = tensor.to(c10::promoteTypes(tensor.scalar_type(), at::kFloat));
-    }
-  }
-  return sources;
-}
-
 // The weights that the sources make now, computed in float32 or wider whatever the module's type.
 void compute_weights(Adapter& adapter) {
   if (adapter.sources.empty()) {
     return;
   }
-  const Reparametrisation sources = widened(adapter.sources);
   const at::ScalarType dtype = adapter.sources.begin()->second.begin()->second.scalar_type();
+  const Reparametrisation sources = converted(adapter.sources, c10::promoteTypes(dtype, at::kFloat));
   std::map<std::string, at::Tensor> ejected;  // by location
   for (size_t m = 0; m < adapter.plan.size(); ++m) {
     const PlannedModule& module = adapter.plan[m];

@@ -3,6 +3,7 @@
 #include <torchgraft/plan/match_modules.h>
 #include <torchgraft/plan/phm.h>
 #include <torchgraft/plan/prefix_mlp.h>
+#include <torchgraft/plan/reparametrisation.h>
 
 #include <ATen/ATen.h>
 
@@ -23,7 +24,7 @@ class Reader {
   ModuleWeights read(const PlannedModule& module, const SavedParameters& saved);
   void check_nothing_is_left() const;
   // What the weights read so far are computed from, in the model's dtype.
-  Reparametrisation sources() const;
+  Reparametrisation sources() const { return converted(sources_, options_); }
 
  private:
   at::Tensor take(const SavedParameters& saved, const std::string& name, at::IntArrayRef shape,
@@ -224,16 +225,6 @@ void Reader::check_nothing_is_left() const {
     check(parameters);
   }
   check(checkpoint_.shared);
-}
-
-Reparametrisation Reader::sources() const {
-  Reparametrisation result = sources_;
-  for (auto& [place, weights] : result) {
-    for (auto& [name, tensor] : weights) {
-      tensor = tensor.to(options_);
-    }
-  }
-  return result;
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 #include <torchgraft/plan/adapter_weights.h>
 #include <torchgraft/plan/phm.h>
 #include <torchgraft/plan/prefix_mlp.h>
+#include <torchgraft/plan/reparametrisation.h>
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
@@ -216,16 +217,6 @@ at::Tensor init_group(const PlannedPrefix& planned, ModuleWeights& mlp) {
   mlp["up_weight"] = linear_weight(out, middle);
   mlp["up_bias"] = linear_bias(out, middle);
   return eject(mlp, config.non_linearity);
-}
-
-Reparametrisation converted(Reparametrisation sources, const at::TensorOptions& options) {
-  std::erase_if(sources, [](const auto& entry) { return entry.second.empty(); });
-  for (auto& [place, weights] : sources) {
-    for (auto& [name, tensor] : weights) {
-      tensor = tensor.to(options);
-    }
-  }
-  return sources;
 }
 
 }  // namespace

@@ -1,0 +1,10 @@
+#pragma once
+
+#include <torchgraft/plan/adapter_weights.h>
+
+namespace torchgraft {
+
+// `sources` in `options`' dtype and device, without the places that have none.
+Reparametrisation converted(Reparametrisation sources, const at::TensorOptions& options);
+
+}  // namespace torchgraft
