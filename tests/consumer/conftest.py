@@ -68,13 +68,10 @@ def train_program(tmp_path_factory, prefix) -> Path:
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """base.pt and the folder of adapters task-0 ... task-11, of all kinds."""
-    from server_support import ADAPTERS, CONFIGS, save_random_adapter, traced_encoder
+    from server_support import ADAPTERS, save_models
 
     folder = tmp_path_factory.mktemp("models")
-    base = traced_encoder()
-    base.save(folder / "base.pt")
-    for index in range(ADAPTERS):
-        save_random_adapter(base, folder / "adapters" / f"task-{index}", CONFIGS[index % len(CONFIGS)], index)
+    save_models(folder, ADAPTERS)
     shutil.copytree(folder / "adapters" / "task-0", folder / "secret")
     return folder
 

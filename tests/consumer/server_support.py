@@ -61,6 +61,15 @@ def save_random_adapter(base: torch.jit.ScriptModule, directory: Path, config: s
     torchgraft.save_adapter(model, name, directory)
 
 
+def save_models(folder: Path, adapters: int, names: str = "adapters/task-{}") -> torch.jit.ScriptModule:
+    """base.pt, which is returned, and adapters of all kinds below `folder`."""
+    base = traced_encoder()
+    base.save(folder / "base.pt")
+    for index in range(adapters):
+        save_random_adapter(base, folder / names.format(index), CONFIGS[index % len(CONFIGS)], index)
+    return base
+
+
 def wait_until(holds: Callable[[], bool], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not holds():

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hosts_support import ROOT
-from server_support import CONFIGS, MOST_TOKENS, VOCABULARY, Expected, Server, save_random_adapter, traced_encoder
+from server_support import MOST_TOKENS, VOCABULARY, Expected, Server, save_models
 
 ADAPTERS, CAPACITY = 6, 3  # of each replica: less than there are
 TOLERANCE = dict(rtol=0, atol=1e-5)
@@ -22,10 +22,7 @@ PROGRAM = [sys.executable, "-W", "ignore", ROOT / "examples" / "ray_serve" / "ma
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    base = traced_encoder()
-    base.save(folder / "base.pt")
-    for index in range(ADAPTERS):
-        save_random_adapter(base, folder / "adapters" / f"task-{index}", CONFIGS[index % len(CONFIGS)], index)
+    save_models(folder, ADAPTERS)
     return folder
 
 

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from server_support import CONFIGS, Expected, Server, save_random_adapter, traced_encoder
+from server_support import CONFIGS, Expected, Server, save_models, save_random_adapter
 
 KINDS = 10
 TOLERANCE = dict(rtol=0, atol=1e-5)
@@ -19,10 +19,7 @@ TOLERANCE = dict(rtol=0, atol=1e-5)
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    base = traced_encoder()
-    base.save(folder / "base.pt")
-    for index in range(KINDS):
-        save_random_adapter(base, folder / "kinds" / f"kind-{index}", CONFIGS[index % len(CONFIGS)], index)
+    base = save_models(folder, KINDS, "kinds/kind-{}")
     save_random_adapter(base, folder / "twins" / "kind-0", CONFIGS[0], KINDS)
     return folder
 
