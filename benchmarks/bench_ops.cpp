@@ -11,6 +11,7 @@
 #include <ATen/core/grad_mode.h>
 #include <benchmark/benchmark.h>
 #include <torchgraft/ops/gated_bottleneck.h>
+#include <torchgraft/ops/gated_bottleneck_linear.h>
 #include <torchgraft/ops/gated_lora.h>
 #include <torchgraft/ops/gated_lora_linear.h>
 #include <torchgraft/ops/gated_prefix_attention.h>
@@ -133,6 +134,31 @@ void bottleneck(benchmark::State& state, Way way, int64_t reduction) {
   });
 }
 
+// The second map of a feed-forward block of four times the hidden size, and a parallel bottleneck beside it; reduction 0:
+// without.
+void feed_forward(benchmark::State& state, Way way, int64_t reduction) {
+  const Sizes size(state);
+  const int64_t wide = 4 * size.hidden;
+  const int64_t narrow = reduction == 0 ? 0 : size.hidden / reduction;
+  const at::Tensor x = way.random({1, size.tokens, size.hidden});
+  const at::Tensor input = way.random({1, size.tokens, wide});
+  const at::Tensor weight = way.random({size.hidden, wide});
+  const at::Tensor bias = way.random({size.hidden});
+  const at::Tensor down = way.random({1, narrow, size.hidden});
+  const at::Tensor down_bias = way.zeros({1, narrow});
+  const at::Tensor up = way.random({1, size.hidden, narrow});
+  const at::Tensor up_bias = way.zeros({1, size.hidden});
+  const at::Tensor scaling = way.ones({1, 1});
+  measure(state, way.mode, 2.0 * size.tokens * size.hidden * (wide + 2 * narrow), [&] {
+    if (reduction == 0) {
+      benchmark::DoNotOptimize(at::linear(input, weight, bias));
+    } else {
+      benchmark::DoNotOptimize(torchgraft::ops::gated_bottleneck_linear(x, input, weight, bias, down, down_bias, up,
+                                                                        up_bias, scaling, "relu"));
+    }
+  });
+}
+
 // One row of `tokens`, heads of 64.
 void attention(benchmark::State& state, Way way, int64_t prefix) {
   const Sizes size(state);
@@ -175,6 +201,9 @@ BENCHMARK_CAPTURE(bottleneck, reference_16, kReference, 16)->Apply(sizes);
 BENCHMARK_CAPTURE(bottleneck, fused_16, kFused, 16)->Apply(sizes);
 BENCHMARK_CAPTURE(bottleneck, reference_2, kReference, 2)->Apply(sizes);
 BENCHMARK_CAPTURE(bottleneck, fused_2, kFused, 2)->Apply(sizes);
+BENCHMARK_CAPTURE(feed_forward, linear, kReference, 0)->Apply(sizes);
+BENCHMARK_CAPTURE(feed_forward, reference_2, kReference, 2)->Apply(sizes);
+BENCHMARK_CAPTURE(feed_forward, fused_2, kFused, 2)->Apply(sizes);
 BENCHMARK_CAPTURE(attention, no_prefix, kReference, 0)->Apply(attention_sizes);
 BENCHMARK_CAPTURE(attention, reference_10, kReference, 10)->Apply(attention_sizes);
 BENCHMARK_CAPTURE(attention, fused_10, kFused, 10)->Apply(attention_sizes);

@@ -61,6 +61,7 @@ def smallest_calls() -> dict[str, Callable]:
         "linear": lambda: torch.nn.functional.linear(x, weight),
         "scaled_dot_product_attention": lambda: torch.nn.functional.scaled_dot_product_attention(head, head, head),
         "gated_bottleneck": lambda: ops.gated_bottleneck(x, x, *down),
+        "gated_bottleneck_linear": lambda: ops.gated_bottleneck_linear(x, x, weight, None, *down),
         "gated_bottleneck, gated": lambda: ops.gated_bottleneck(x, x, *down, *gate),
         "gated_lora_linear, gated": lambda: ops.gated_lora_linear(x, weight, None, a, b, one, *gate),
         "gated_prefix_attention": lambda: ops.gated_prefix_attention(head, head, head, x, prefix, prefix, length),

@@ -13,6 +13,7 @@ set(torchgraft_headers
   ops/activation.h
   ops/attention_token_mask.h
   ops/gated_bottleneck.h
+  ops/gated_bottleneck_linear.h
   ops/gated_lora.h
   ops/gated_lora_linear.h
   ops/kernel_mode.h

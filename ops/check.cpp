@@ -182,12 +182,11 @@ void check(const LoraArguments& args, const at::Tensor& weight, const at::Tensor
   checker.rows(args.rows, args.lora_a, /*max_gates=*/1);
 }
 
-void check(const BottleneckArguments& args) {
-  const char* op = "gated_bottleneck";
-  const Checker checker(op, args.x);
-  checker.input(args.x, {"B", "S", "H"});
+namespace {
+
+// All but what is added to the bottleneck's result.
+void check_bottleneck(const char* op, const Checker& checker, const BottleneckArguments& args) {
   const c10::SymInt hidden = args.x.sym_size(2);
-  checker.like_x("residual", args.residual, {args.x.sym_size(0), args.x.sym_size(1), hidden});
   checker.like_x("down_weight", args.down_weight, {"N", "R", hidden});
   const c10::SymInt adapters = args.down_weight.sym_size(0);
   const c10::SymInt bottleneck = args.down_weight.sym_size(1);
@@ -200,6 +199,29 @@ void check(const BottleneckArguments& args) {
                   ", 1] or [", adapters, ", ", hidden, "], got ", args.scaling.sym_sizes());
   find_activation(args.non_linearity);  // throws, and lists the names, when there is none
   checker.rows(args.rows, args.down_weight, /*max_gates=*/1);
+}
+
+}  // namespace
+
+void check(const BottleneckArguments& args) {
+  const char* op = "gated_bottleneck";
+  const Checker checker(op, args.x);
+  checker.input(args.x, {"B", "S", "H"});
+  checker.like_x("residual", args.residual, {args.x.sym_size(0), args.x.sym_size(1), args.x.sym_size(2)});
+  check_bottleneck(op, checker, args);
+}
+
+void check(const BottleneckArguments& args, const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) {
+  const char* op = "gated_bottleneck_linear";
+  const Checker checker(op, args.x);
+  checker.input(args.x, {"B", "S", "H"});
+  const c10::SymInt hidden = args.x.sym_size(2);
+  checker.like_x("input", input, {args.x.sym_size(0), args.x.sym_size(1), "I"});
+  checker.like_x("weight", weight, {hidden, input.sym_size(2)});
+  if (bias.defined()) {
+    checker.like_x("bias", bias, {hidden});
+  }
+  check_bottleneck(op, checker, args);
 }
 
 void check(const PrefixArguments& args) {

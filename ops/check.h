@@ -11,6 +11,8 @@ namespace torchgraft::ops {
 void check(const LoraArguments& args);
 void check(const LoraArguments& args, const at::Tensor& weight, const at::Tensor& bias);  // gated_lora_linear; no base
 void check(const BottleneckArguments& args);
+// gated_bottleneck_linear; no residual
+void check(const BottleneckArguments& args, const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias);
 void check(const PrefixArguments& args);
 void check_attention_token_mask(const at::Tensor& x, const at::Tensor& attn_mask);
 

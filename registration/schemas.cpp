@@ -12,6 +12,13 @@ TORCH_LIBRARY(torchgraft, m) {
       tags);
 
   m.def(
+      "gated_bottleneck_linear(Tensor x, Tensor input, Tensor weight, Tensor? bias, Tensor down_weight, "
+      "Tensor down_bias, Tensor up_weight, Tensor up_bias, Tensor scaling, str non_linearity, "
+      "Tensor? gate_weight=None, Tensor? gate_bias=None, Tensor? adapter_ids=None, int adapter=0, "
+      "Tensor? token_mask=None) -> (Tensor output, Tensor gate)",
+      tags);
+
+  m.def(
       "gated_lora(Tensor x, Tensor base, Tensor lora_a, Tensor lora_b, Tensor scaling, Tensor? gate_weight=None, "
       "Tensor? gate_bias=None, Tensor? adapter_ids=None, int adapter=0, Tensor? token_mask=None) "
       "-> (Tensor output, Tensor gate)",

@@ -8,24 +8,30 @@
 
 namespace torchgraft::ops {
 
-namespace {
-
-BottleneckForward fused_forward(const BottleneckArguments& args, const Selection& selection, bool keep_inner) {
+NarrowSide fused_narrow_side(const BottleneckArguments& args, const Selection& selection, bool keep_inner) {
   const Activation& activation = find_activation(args.non_linearity);
   const std::optional<cpu::FusedActivation> fused = cpu::fused_activation(activation.name);
   const bool apart = !fused.has_value();
-  cpu::TokenReading reading = cpu::read_tokens(
+  const cpu::TokenReading reading = cpu::read_tokens(
       args.x, {args.down_weight, args.down_bias, fused.value_or(cpu::FusedActivation::kIdentity), keep_inner && !apart},
       args.rows, selection);
+  if (apart) {
+    return {reading.gate, reading.hidden, activation.forward(reading.hidden).contiguous()};
+  }
+  return {reading.gate, reading.inner, reading.hidden};
+}
+
+namespace {
+
+BottleneckForward fused_forward(const BottleneckArguments& args, const Selection& selection, bool keep_inner) {
+  const NarrowSide narrow = fused_narrow_side(args, selection, keep_inner);
   BottleneckForward result;
-  result.gate = reading.gate;
-  const at::Tensor inner = apart ? reading.hidden : reading.inner;  // float32
-  const at::Tensor hidden = apart ? activation.forward(reading.hidden).contiguous() : reading.hidden;
+  result.gate = narrow.gate;
   result.output =
-      cpu::expand(args.residual, hidden, {args.up_weight, args.up_bias, args.scaling}, result.gate, selection);
+      cpu::expand(args.residual, narrow.hidden, {args.up_weight, args.up_bias, args.scaling}, result.gate, selection);
   const auto type = args.x.scalar_type();
-  result.inner = inner.defined() ? inner.to(type) : inner;
-  result.hidden = hidden.to(type);
+  result.inner = narrow.inner.defined() ? narrow.inner.to(type) : narrow.inner;
+  result.hidden = narrow.hidden.to(type);
   return result;
 }
 

@@ -15,6 +15,16 @@ struct BottleneckForward {
   at::Tensor hidden;  // [B, S, R]: the non-linearity's output
 };
 
+// What the fused kernels read off x: float32, also of a bfloat16 x. inner is undefined where it is not kept.
+struct NarrowSide {
+  Gate gate;
+  at::Tensor inner;   // [B, S, R]
+  at::Tensor hidden;  // [B, S, R], contiguous
+};
+
+// Where takes_fused_kernels(), and not for a base selection.
+NarrowSide fused_narrow_side(const BottleneckArguments& args, const Selection& selection, bool keep_inner);
+
 // keep_inner: for a gradient that is computed from it.
 BottleneckForward bottleneck_forward(const BottleneckArguments& args, const Selection& selection, bool keep_inner);
 

@@ -20,29 +20,75 @@ int64_t columns_per_task(int64_t columns, int64_t tokens) {
   return std::min(columns, (share + kMultiple - 1) / kMultiple * kMultiple);
 }
 
+// An update's numbers: the narrow side with c multiplied in, and the bank's slices.
+class UpdateTiles {
+ public:
+  UpdateTiles(const ProjectionUpdate& update, const TokenRuns& runs)
+      : rank_(update.hidden.size(2)),
+        tokens_(update.hidden.size(1)),
+        weight_(update.weight),
+        bias_(update.bias),
+        has_bias_(update.bias.defined()),
+        coefficients_(row_coefficients(update.scaling, update.gate, runs, update.hidden.size(0))),
+        scaled_(at::empty_like(update.hidden)) {
+    scale_rows(update.hidden.const_data_ptr<float>(), update.hidden.size(0) * tokens_, rank_, coefficients_, 0, tokens_,
+               scaled_.mutable_data_ptr<float>(), rank_);
+  }
+
+  // Adds the products to `job`, whose rows are the tokens from `first` on, and whose columns start at `column`.
+  void join(DotProduct& job, int64_t adapter, int64_t first, int64_t column) const {
+    job.depth2 = job.x2_stride = job.w2_stride = rank_;
+    job.x2 = scaled_.const_data_ptr<float>() + first * rank_;
+    job.w2 = weight_.of(adapter) + column * rank_;
+  }
+
+  // y += c bias, for the rows and columns of `job`, which has been done.
+  void add_bias(const DotProduct& job, int64_t adapter, int64_t first, int64_t column) const {
+    if (!has_bias_) {
+      return;
+    }
+    std::vector<float> coefficients(job.rows);
+    for (int64_t i = 0; i < job.rows; ++i) {
+      coefficients[i] = coefficients_[(first + i) / tokens_];
+    }
+    const FloatView bias(bias_.of(adapter) + column, job.columns);
+    OuterProduct sum;
+    sum.rows = job.rows;
+    sum.columns = sum.w_stride = job.columns;
+    sum.depth = sum.x_stride = 1;
+    sum.x = coefficients.data();
+    sum.w = bias.data();
+    sum.init = sum.y = job.y;
+    sum.init_stride = sum.y_stride = job.y_stride;
+    kernels().outer_product(sum);
+  }
+
+ private:
+  int64_t rank_;
+  int64_t tokens_;  // of a batch row
+  BankSlices weight_;
+  BankSlices bias_;
+  bool has_bias_;
+  std::vector<float> coefficients_;  // c of each batch row
+  at::Tensor scaled_;                // [B, S, R]
+};
+
 }  // namespace
 
-LoraForward lora_projection(const at::Tensor& weight, const at::Tensor& bias, const LoraArguments& lora,
-                            const Selection& selection) {
-  const at::Tensor x = lora.x.contiguous();
+at::Tensor project(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
+                   const ProjectionUpdate& update, const Selection& selection) {
+  const at::Tensor x = input.contiguous();
   const at::Tensor projection = weight.contiguous();
-  const int64_t tokens = x.size(1);
   const int64_t features = x.size(2);
   const int64_t columns = projection.size(0);
-  at::Tensor output = at::empty({x.size(0), tokens, columns}, x.options());
-  TokenReading reading;
-  at::Tensor scaled;  // [B, S, r]: c (x A^T)
-  TokenRuns runs{x.size(0) * tokens, {-1}};
+  at::Tensor output = at::empty({x.size(0), x.size(1), columns}, x.options());
   const bool adapted = selection.kind != Selection::Kind::kBase;
+  const TokenRuns runs =
+      adapted ? token_runs(selection, x.size(0), x.size(1)) : TokenRuns{x.size(0) * x.size(1), {-1}};
+  std::optional<UpdateTiles> tiles;
   if (adapted) {
-    runs = token_runs(selection, x.size(0), tokens);
-    reading = read_tokens(x, {lora.lora_a, {}}, lora.rows, selection);
-    const std::vector<float> coefficients = row_coefficients(lora.scaling, reading.gate, runs, x.size(0));
-    scaled = at::empty_like(reading.hidden);
-    scale_rows(reading.hidden.const_data_ptr<float>(), x.size(0) * tokens, scaled.size(2), coefficients, 0, tokens,
-               scaled.mutable_data_ptr<float>(), scaled.size(2));
+    tiles.emplace(update, runs);
   }
-  const BankSlices lora_b(adapted ? lora.lora_b : at::Tensor());
   const at::Tensor dense_bias = bias.defined() ? bias.contiguous() : bias;
   const int64_t share = columns_per_task(columns, runs.count() * runs.tokens);
   const int64_t shares = (columns + share - 1) / share;
@@ -51,7 +97,6 @@ LoraForward lora_projection(const at::Tensor& weight, const at::Tensor& bias, co
   const Numbers from = numbers_of(x);
   const Numbers rows = numbers_of(projection);
   const Numbers offsets = numbers_of(dense_bias);
-  const float* narrow = adapted ? scaled.const_data_ptr<float>() : nullptr;
   const int64_t element = output.element_size();
   auto* to = static_cast<char*>(output.mutable_data_ptr());
 
@@ -61,6 +106,7 @@ LoraForward lora_projection(const at::Tensor& weight, const at::Tensor& bias, co
       const int64_t run = task / shares / per_run;
       const int64_t in_run = task / shares % per_run * tile;
       const int64_t first = run * runs.tokens + in_run;
+      const int64_t adapter = runs.adapters[run];
       DotProduct job;
       job.rows = std::min(tile, runs.tokens - in_run);
       job.columns = std::min(share, columns - column);
@@ -72,17 +118,28 @@ LoraForward lora_projection(const at::Tensor& weight, const at::Tensor& bias, co
       job.y = result.data();
       job.y_stride = result.stride();
       job.bias = offsets ? offsets + column : offsets;
-      if (const int64_t adapter = runs.adapters[run]; adapter >= 0) {
-        const int64_t rank = scaled.size(2);
-        job.depth2 = job.x2_stride = job.w2_stride = rank;
-        job.x2 = narrow + first * rank;
-        job.w2 = lora_b.of(adapter) + column * rank;
+      if (adapter >= 0) {
+        tiles->join(job, adapter, first, column);
       }
       kernels().dot_product(job);
+      if (adapter >= 0) {
+        tiles->add_bias(job, adapter, first, column);
+      }
       result.store();
     }
   });
-  return {output, reading.gate, adapted ? reading.hidden.to(x.scalar_type()) : reading.hidden};
+  return output;
+}
+
+LoraForward lora_projection(const at::Tensor& weight, const at::Tensor& bias, const LoraArguments& lora,
+                            const Selection& selection) {
+  if (selection.kind == Selection::Kind::kBase) {
+    return {project(lora.x, weight, bias, {}, selection), {}, {}};
+  }
+  const at::Tensor x = lora.x.contiguous();
+  const TokenReading reading = read_tokens(x, {lora.lora_a, {}}, lora.rows, selection);
+  const ProjectionUpdate update{reading.hidden, lora.lora_b, {}, lora.scaling, reading.gate};
+  return {project(x, weight, bias, update, selection), reading.gate, reading.hidden.to(x.scalar_type())};
 }
 
 }  // namespace torchgraft::ops::cpu

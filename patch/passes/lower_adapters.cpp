@@ -40,6 +40,16 @@ def additive(query: Tensor, key: Tensor, attn_mask: Optional[Tensor], is_causal:
     return mask
 )python";
 
+// What both bottlenecks compute from x, residual and gate.
+constexpr const char* kBottleneck = R"python(
+    inner = torch.matmul(x, selected(down_weight, adapter_ids, adapter).transpose(1, 2)) + \
+        selected(down_bias, adapter_ids, adapter).unsqueeze(1)
+    hidden = ACTIVATION
+    up = torch.matmul(hidden, selected(up_weight, adapter_ids, adapter).transpose(1, 2)) + \
+        selected(up_bias, adapter_ids, adapter).unsqueeze(1)
+    return residual + up * (selected(scaling, adapter_ids, adapter).unsqueeze(1) * gate.unsqueeze(-1)), gate
+)python";
+
 using Arguments = std::vector<std::pair<const char*, const char*>>;  // name and type
 
 // By op: the arguments in the order of its schema, and the body.
@@ -47,6 +57,15 @@ struct Definition {
   Arguments arguments;
   const char* body;
 };
+
+// The arguments of a bottleneck behind what it is added to.
+Arguments with_bottleneck(Arguments arguments) {
+  for (const char* name : {"down_weight", "down_bias", "up_weight", "up_bias", "scaling"}) {
+    arguments.emplace_back(name, "Tensor");
+  }
+  arguments.emplace_back("non_linearity", "str");
+  return arguments;
+}
 
 Arguments with_rows(Arguments arguments) {
   for (const char* name : {"gate_weight", "gate_bias", "adapter_ids"}) {
@@ -78,23 +97,17 @@ const std::map<std::string, Definition>& definitions() {
     base = torch.linear(x, weight, bias)
     return base + update(x, lora_a, lora_b, scaling, gate, adapter_ids, adapter), gate
 )python"}},
-      {"gated_bottleneck",
-       {with_rows({{"x", "Tensor"},
-                   {"residual", "Tensor"},
-                   {"down_weight", "Tensor"},
-                   {"down_bias", "Tensor"},
-                   {"up_weight", "Tensor"},
-                   {"up_bias", "Tensor"},
-                   {"scaling", "Tensor"},
-                   {"non_linearity", "str"}}),
+      {"gated_bottleneck", {with_rows(with_bottleneck({{"x", "Tensor"}, {"residual", "Tensor"}})), R"python(
+    gate = pooled(x, gate_weight, gate_bias, adapter_ids, adapter, token_mask)
+BOTTLENECK
+)python"}},
+      {"gated_bottleneck_linear",
+       {with_rows(with_bottleneck(
+            {{"x", "Tensor"}, {"input", "Tensor"}, {"weight", "Tensor"}, {"bias", "Tensor"}})),
         R"python(
     gate = pooled(x, gate_weight, gate_bias, adapter_ids, adapter, token_mask)
-    inner = torch.matmul(x, selected(down_weight, adapter_ids, adapter).transpose(1, 2)) + \
-        selected(down_bias, adapter_ids, adapter).unsqueeze(1)
-    hidden = ACTIVATION
-    up = torch.matmul(hidden, selected(up_weight, adapter_ids, adapter).transpose(1, 2)) + \
-        selected(up_bias, adapter_ids, adapter).unsqueeze(1)
-    return residual + up * (selected(scaling, adapter_ids, adapter).unsqueeze(1) * gate.unsqueeze(-1)), gate
+    residual = torch.linear(input, weight, bias)
+BOTTLENECK
 )python"}},
       {"gated_prefix_attention",
        {with_rows({{"query", "Tensor"},
@@ -150,6 +163,16 @@ const std::map<std::string, Definition>& definitions() {
   return kDefinitions;
 }
 
+// Whether `text` has `word`, which then is `by`.
+bool replace(std::string& text, const std::string& word, const std::string& by) {
+  const size_t at = text.find(word);
+  if (at == std::string::npos) {
+    return false;
+  }
+  text.replace(at, word.size(), by);
+  return true;
+}
+
 // Compiles a definition for the inputs that `node` has: what is None there is none here either, so that no branch on it
 // is left.
 std::string source_for(const Node* node, const Definition& definition, const std::string& name) {
@@ -167,10 +190,10 @@ std::string source_for(const Node* node, const Definition& definition, const std
                   (optional ? "Optional[" + std::string(type) + "]" : type);
   }
   std::string body = definition.body;
-  if (const size_t at = body.find("ACTIVATION"); at != std::string::npos) {
+  if (replace(body, "BOTTLENECK", kBottleneck)) {
     const auto non_linearity = torch::jit::toIValue(node->namedInput("non_linearity"));
     TORCH_INTERNAL_ASSERT(non_linearity, "a non-linearity that is no constant");
-    body.replace(at, std::string("ACTIVATION").size(), activation_source(non_linearity->toStringRef()));
+    replace(body, "ACTIVATION", activation_source(non_linearity->toStringRef()));
   }
   return row_source() + kHelpers + ("\ndef " + name + "(" + parameters + "):\n") + nones + body.substr(1);
 }

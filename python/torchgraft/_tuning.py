@@ -16,6 +16,7 @@ FEATURES = (384, 768)
 HEAD_SIZE = 64
 RANK = 8
 PREFIX = 10
+FEED_FORWARD = 4  # times the hidden size
 REDUCTIONS = (16, 2)  # UniPELT's and MAM's bottlenecks: one entry of the table stands for both
 
 Case = Callable[[], object]
@@ -38,11 +39,23 @@ def _lora_linear(dtype: torch.dtype, tokens: int, features: int) -> Case:
 def _bottleneck(dtype: torch.dtype, tokens: int, features: int) -> Case:
     x = torch.randn(1, tokens, features).to(dtype)
     scaling, gate = torch.ones(1, 1, dtype=dtype), _gate(dtype, features)
-    weights = []
-    for narrow in (features // reduction for reduction in REDUCTIONS):
-        sizes = ((1, narrow, features), (1, narrow), (1, features, narrow), (1, features))
-        weights.append([torch.randn(size).to(dtype) for size in sizes])
+    weights = [_bottleneck_weights(dtype, features, features // reduction) for reduction in REDUCTIONS]
     return lambda: [torch.ops.torchgraft.gated_bottleneck(x, x, *each, scaling, "relu", *gate) for each in weights]
+
+
+def _bottleneck_linear(dtype: torch.dtype, tokens: int, features: int) -> Case:
+    """Beside the second map of a feed-forward block."""
+    wide = FEED_FORWARD * features
+    sizes = ((1, tokens, features), (1, tokens, wide), (features, wide), features)
+    x, hidden, weight, bias = (torch.randn(size).to(dtype) for size in sizes)
+    weights = _bottleneck_weights(dtype, features, features // REDUCTIONS[-1])
+    scaling = torch.ones(1, 1, dtype=dtype)
+    return lambda: torch.ops.torchgraft.gated_bottleneck_linear(x, hidden, weight, bias, *weights, scaling, "relu")
+
+
+def _bottleneck_weights(dtype: torch.dtype, features: int, narrow: int) -> list[torch.Tensor]:
+    sizes = ((1, narrow, features), (1, narrow), (1, features, narrow), (1, features))
+    return [torch.randn(size).to(dtype) for size in sizes]
 
 
 def _prefix_attention(dtype: torch.dtype, tokens: int, features: int) -> Case:
@@ -64,6 +77,7 @@ OPS: dict[str, Callable[[torch.dtype, int, int], Case]] = {
     "gated_lora": _lora,
     "gated_lora_linear": _lora_linear,
     "gated_bottleneck": _bottleneck,
+    "gated_bottleneck_linear": _bottleneck_linear,
     "gated_prefix_attention": _prefix_attention,
 }
 

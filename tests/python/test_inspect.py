@@ -286,6 +286,9 @@ def test_which_operators_run(folder: Path, tmp_path: Path) -> None:
         ["selfattn_lora_q", "gated_lora_linear", "0-2"],
         ["selfattn_lora_v", "gated_lora_linear", "0-2"],
     ]
+    assert operator_rows(run("inspect", folder / "base.pt", "--config", "par_bn").stdout) == [
+        ["output_adapter_par_relu", "gated_bottleneck_linear", "0-2"]
+    ]
     apart = torchgraft.graft(base(BERT, FLOAT), config="lora", name="task", fuse=False)
     apart.save(str(tmp_path / "apart.pt"))
     assert operator_rows(run("inspect", tmp_path / "apart.pt").stdout) == [

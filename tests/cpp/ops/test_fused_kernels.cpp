@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <torchgraft/ops/gated_bottleneck.h>
+#include <torchgraft/ops/gated_bottleneck_linear.h>
 #include <torchgraft/ops/gated_lora.h>
 #include <torchgraft/ops/gated_lora_linear.h>
 #include <torchgraft/ops/gated_prefix_attention.h>
@@ -193,6 +194,23 @@ TEST_F(FusedKernels, Bottleneck) {
       // ATen rounds its own element-wise functions by where in memory a value lies.
       call.rows_are_exact = functions[variant % functions.size()] != "mish";
       check(call);
+      if (channels == 1) {
+        // Numbers that bfloat16 has, too.
+        const int64_t features = 3 * hidden + variant;
+        const at::Tensor weight = randn({hidden, features}).to(at::kBFloat16).to(at::kDouble);
+        const std::optional<at::Tensor> bias =
+            variant % 4 ? std::make_optional(randn({hidden}).to(at::kBFloat16).to(at::kDouble)) : std::nullopt;
+        call.name = c10::str("bottleneck_linear ", variant);
+        call.per_row[1] = spread(randn({batch, tokens, features}));
+        call.run = [weight, bias, function = functions[variant % functions.size()]](const Call& c) {
+          const auto type = c.per_row[0].scalar_type();
+          return gated_bottleneck_linear(c.per_row[0], c.per_row[1], weight.to(type),
+                                         bias ? std::make_optional(bias->to(type)) : bias, c.banks[0], c.banks[1],
+                                         c.banks[2], c.banks[3], c.banks[4], function, bank(c, 5), bank(c, 6), c.ids, 1,
+                                         c.token_mask);
+        };
+        check(call);
+      }
       ++variant;
     }
   }

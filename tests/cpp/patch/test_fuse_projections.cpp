@@ -54,5 +54,39 @@ TEST(FuseProjections, ALoraOnAnotherInputStays) {
   EXPECT_EQ(fuse_projections(graph), 0u);
 }
 
+constexpr const char* kBottleneckHead = R"IR(
+graph(%x : Tensor, %h : Tensor, %w : Tensor, %b : Tensor, %d : Tensor, %e : Tensor, %u : Tensor, %f : Tensor,
+      %s : Tensor):
+  %none : NoneType = prim::Constant()
+  %zero : int = prim::Constant[value=0]()
+  %relu : str = prim::Constant[value="relu"]()
+)IR";
+
+TEST(FuseProjections, ALinearMapAndItsParallelBottleneckAreOneOp) {
+  auto graph = std::make_shared<torch::jit::Graph>();
+  torch::jit::parseIR(std::string(kBottleneckHead) + R"IR(
+  %y : Tensor = aten::linear(%h, %w, %b)
+  %o : Tensor, %g : Tensor = torchgraft::gated_bottleneck(%x, %y, %d, %e, %u, %f, %s, %relu, %none, %none, %none, %zero, %none)
+  return (%o, %g)
+)IR", graph.get());
+  EXPECT_EQ(fuse_projections(graph), 1u);
+  graph->lint();
+  torch::jit::testing::FileCheck()
+      .check_not("aten::linear")
+      ->check("torchgraft::gated_bottleneck_linear(%x, %h, %w, %b, %d, %e, %u, %f, %s, ")
+      ->check_not("torchgraft::gated_bottleneck(")
+      ->run(*graph);
+}
+
+TEST(FuseProjections, ASequentialBottleneckReadsTheLinearMapTwiceAndStays) {
+  auto graph = std::make_shared<torch::jit::Graph>();
+  torch::jit::parseIR(std::string(kBottleneckHead) + R"IR(
+  %y : Tensor = aten::linear(%h, %w, %b)
+  %o : Tensor, %g : Tensor = torchgraft::gated_bottleneck(%y, %y, %d, %e, %u, %f, %s, %relu, %none, %none, %none, %zero, %none)
+  return (%o, %g)
+)IR", graph.get());
+  EXPECT_EQ(fuse_projections(graph), 0u);
+}
+
 }  // namespace
 }  // namespace torchgraft

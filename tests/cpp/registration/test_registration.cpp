@@ -27,6 +27,11 @@ TEST(Schemas, AreFrozen) {
             "torchgraft::gated_lora(Tensor x, Tensor base, Tensor lora_a, Tensor lora_b, Tensor scaling, "
             "Tensor? gate_weight=None, Tensor? gate_bias=None, Tensor? adapter_ids=None, int adapter=0, "
             "Tensor? token_mask=None) -> (Tensor output, Tensor gate)");
+  EXPECT_EQ(schema("torchgraft::gated_bottleneck_linear"),
+            "torchgraft::gated_bottleneck_linear(Tensor x, Tensor input, Tensor weight, Tensor? bias, "
+            "Tensor down_weight, Tensor down_bias, Tensor up_weight, Tensor up_bias, Tensor scaling, "
+            "str non_linearity, Tensor? gate_weight=None, Tensor? gate_bias=None, Tensor? adapter_ids=None, "
+            "int adapter=0, Tensor? token_mask=None) -> (Tensor output, Tensor gate)");
   EXPECT_EQ(schema("torchgraft::gated_lora_linear"),
             "torchgraft::gated_lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, "
             "Tensor scaling, Tensor? gate_weight=None, Tensor? gate_bias=None, Tensor? adapter_ids=None, "
@@ -56,7 +61,8 @@ TEST_P(Kernels, AreThereForEveryKey) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Ops, Kernels,
-                         testing::Values("torchgraft::gated_bottleneck", "torchgraft::gated_lora",
+                         testing::Values("torchgraft::gated_bottleneck", "torchgraft::gated_bottleneck_linear",
+                                         "torchgraft::gated_lora",
                                          "torchgraft::gated_lora_linear", "torchgraft::gated_prefix_attention",
                                          "torchgraft::attention_token_mask"),
                          [](const auto& info) { return std::string(info.param).substr(sizeof("torchgraft::") - 1); });

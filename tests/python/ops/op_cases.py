@@ -108,6 +108,18 @@ def bottleneck(case, dtype, features=8):
     }
 
 
+def bottleneck_linear(case, dtype, features=8, in_features=5):
+    args = bottleneck(case, dtype, features)
+    del args["residual"]
+    given = {
+        "x": args.pop("x"),
+        "input": randn(case.batch, case.tokens, in_features, dtype=dtype),
+        "weight": randn(features, in_features, dtype=dtype),
+        "bias": randn(features, dtype=dtype) if case.extra.get("bias", True) else None,
+    }
+    return given | args
+
+
 def attention_mask(kind, batch, heads, queries, keys, dtype):
     """Masks by name; the "blind" ones leave some query of row 0 without any key."""
     real = torch.arange(keys) < torch.arange(keys, keys - batch, -1)[:, None]  # [B, S_k]: row b ends in b pads

@@ -80,6 +80,10 @@ def gated_bottleneck(
     return torch.stack(rows), gate
 
 
+def gated_bottleneck_linear(x, input, weight, bias, *bottleneck, **rows):
+    return gated_bottleneck(x, F.linear(input, weight, bias), *bottleneck, **rows)
+
+
 def dense_mask(attn_mask, is_causal, shape, dtype):
     """Any mask of scaled_dot_product_attention as an additive [B, h, S, S_k]."""
     mask = torch.zeros(shape, dtype=dtype)
