@@ -172,7 +172,7 @@ class Expander {
       job.x2 = narrow.data() + depth_;
       job.w2 = bias_.of(adapter);
     }
-    kernels().dot_product(job);
+    multiply(job, tokens_, columns_);
   }
 
   int64_t tokens_;  // of a batch row

@@ -27,8 +27,8 @@ struct Numbers {
 
 // y [rows, columns] = x [rows, depth] w [columns, depth]^T (+ x2 w2^T, of depth2) (+ bias) (+ init): both factors lie
 // row-major along the sum, as nn.Linear stores its weight, so nothing is packed. Leading dimensions are in elements.
-// Each element of y is summed in one fixed order, whatever rows and columns it is computed with. w and w2 have the same
-// dtype.
+// Each element of y is summed in one fixed order, whatever rows and columns it is computed with: another one in
+// token_product than in dot_product. w and w2 have the same dtype.
 struct DotProduct {
   int64_t rows = 0;
   int64_t columns = 0;
@@ -102,7 +102,8 @@ struct Kernels {
   const char* instruction_set;  // "default", "avx2" or "avx512"
   bool is_fast;                 // in float32: measured to be faster than ATen's compositions
   bool is_fast_in_bfloat16;     // the same, where the processor itself has no products of bfloat16
-  void (*dot_product)(const DotProduct&);
+  void (*dot_product)(const DotProduct&);    // the lanes hold terms of one sum, which are added up at the end
+  void (*token_product)(const DotProduct&);  // the lanes hold tokens, which are packed first
   void (*outer_product)(const OuterProduct&);
   // to [columns, rows] = from [rows, columns] transposed, each times scale[row] (null: 1).
   void (*transpose)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, const float* scale,

@@ -121,7 +121,7 @@ at::Tensor project(const at::Tensor& input, const at::Tensor& weight, const at::
       if (adapter >= 0) {
         tiles->join(job, adapter, first, column);
       }
-      kernels().dot_product(job);
+      multiply(job, x.size(1), columns);
       if (adapter >= 0) {
         tiles->add_bias(job, adapter, first, column);
       }

@@ -17,8 +17,8 @@ struct Columns {
   float* to;
   float* before;  // the same without f; may be null
 
-  // x [count, features] are the tokens from `first` on.
-  void compute(const float* x, int64_t features, int64_t first, int64_t count, int64_t adapter) const {
+  // x [count, features] are the tokens from `first` on, of rows of `tokens` tokens.
+  void compute(const float* x, int64_t features, int64_t first, int64_t count, int64_t tokens, int64_t adapter) const {
     const int64_t size = count * width;
     float* values = to + first * width;
     if (adapter < 0) {
@@ -32,7 +32,7 @@ struct Columns {
       job.w = weight.of(adapter);
       job.bias = bias.of(adapter);
       job.y = values;
-      kernels().dot_product(job);
+      multiply(job, tokens, width);
     }
     if (before != nullptr) {
       std::copy_n(values, size, before + first * width);
@@ -130,7 +130,7 @@ TokenReading read_tokens(const at::Tensor& input, const TokenReader& reader, con
     const int64_t first = run * runs.tokens + begin;
     const FloatView tile(from + first * features, (end - begin) * features);
     for (const Columns& part : parts) {
-      part.compute(tile.data(), features, first, end - begin, runs.adapters[run]);
+      part.compute(tile.data(), features, first, end - begin, x.size(1), runs.adapters[run]);
     }
   });
   if (gated) {

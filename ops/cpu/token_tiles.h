@@ -24,6 +24,10 @@ TokenRuns token_runs(const Selection& selection, int64_t batch, int64_t tokens);
 // Where the values of a dense tensor lie, float32 or bfloat16; null of an undefined one.
 Numbers numbers_of(const at::Tensor& tensor);
 
+// The product of `job`, summed in the way that suits its whole result, [rows of the batch x row_tokens, columns]: neither
+// depends on what else is in the batch, nor on how the result is divided among tasks.
+void multiply(const DotProduct& job, int64_t row_tokens, int64_t columns);
+
 // `count` neighbouring numbers as float32: where they lie, or widened.
 class FloatView {
  public:
@@ -91,11 +95,11 @@ class BankSlices {
 // the tile that it is in.
 template <typename Work>
 void for_each_tile(const TokenRuns& runs, const Work& work) {
-  constexpr int64_t kTile = 64;      // a tile of x, and of the result, stay in the second cache
-  constexpr int64_t kSmallest = 12;  // rows: less feeds the register blocks badly
+  constexpr int64_t kTile = 64;     // a tile of x, and of the result, stay in the second cache
+  constexpr int64_t kMultiple = 8;  // tokens: what a vector, or half of one, holds
   const int64_t all = runs.count() * runs.tokens;
   const int64_t share = (all + at::get_num_threads() - 1) / at::get_num_threads();
-  const int64_t tile = std::clamp(share, kSmallest, kTile);
+  const int64_t tile = std::clamp((share + kMultiple - 1) / kMultiple * kMultiple, kMultiple, kTile);
   const int64_t per_run = (runs.tokens + tile - 1) / tile;
   at::parallel_for(0, runs.count() * per_run, /*grain_size=*/1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

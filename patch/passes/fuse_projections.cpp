@@ -2,6 +2,7 @@
 
 #include <torchgraft/patch/graph_utils.h>
 
+#include <utility>
 #include <vector>
 
 namespace torchgraft {
@@ -14,19 +15,39 @@ using torch::jit::Value;
 constexpr size_t kX = 0;
 constexpr size_t kBase = 1;  // what the op adds its result to: the second argument of both
 
-// The linear map whose result `op` updates, when nothing else sees it.
-Node* own_linear(const Node* op) {
-  Node* linear = op->input(kBase)->node();
-  const bool is_own = is_aten(linear, {"linear"}) && linear->output()->uses().size() == 1 &&
-                      linear->owningBlock() == op->owningBlock();
-  return is_own ? linear : nullptr;
+bool is_used_once(const Node* node) { return node->outputs().size() == 1 && node->output()->uses().size() == 1; }
+
+// Dropout that was traced in eval mode.
+bool does_nothing(const Node* node) {
+  if (!is_aten(node, {"dropout"})) {
+    return false;
+  }
+  const auto train = torch::jit::toIValue(node->namedInput("train"));
+  return train && train->isBool() && !train->toBool();
 }
 
+// An op and the linear map whose result it updates, which nothing else sees.
 struct Pair {
-  Node* op;
-  Node* linear;
-  bool is_lora;
+  Node* op = nullptr;
+  bool is_lora = false;
+  std::vector<Node*> between;  // from the op to the linear map: what does nothing
+  Node* linear = nullptr;      // null: there is none
 };
+
+Pair pair_of(Node* op, bool is_lora) {
+  Pair pair{op, is_lora, {}, nullptr};
+  Node* base = op->input(kBase)->node();
+  while (does_nothing(base) && is_used_once(base)) {
+    pair.between.push_back(base);
+    base = base->input(0)->node();
+  }
+  const bool is_own =
+      is_aten(base, {"linear"}) && is_used_once(base) && base->owningBlock() == op->owningBlock();
+  if (is_own && (!is_lora || base->input(0) == op->input(kX))) {
+    pair.linear = base;
+  }
+  return pair;
+}
 
 Node* create_fused(Graph& graph, const Pair& pair) {
   static const auto kLoraLinear = c10::Symbol::fromQualString("torchgraft::gated_lora_linear");
@@ -48,9 +69,11 @@ size_t fuse_projections(const std::shared_ptr<Graph>& graph) {
   std::vector<Pair> pairs;
   for_each_node(graph->block(), [&](Node* node) {
     const bool is_lora = node->kind() == kLora;
-    Node* linear = is_lora || node->kind() == kBottleneck ? own_linear(node) : nullptr;
-    if (linear && (!is_lora || linear->input(0) == node->input(kX))) {
-      pairs.push_back({node, linear, is_lora});
+    if (is_lora || node->kind() == kBottleneck) {
+      Pair pair = pair_of(node, is_lora);
+      if (pair.linear) {
+        pairs.push_back(std::move(pair));
+      }
     }
   });
   for (const Pair& pair : pairs) {
@@ -61,6 +84,9 @@ size_t fuse_projections(const std::shared_ptr<Graph>& graph) {
       pair.op->output(i)->replaceAllUsesWith(fused->output(i));
     }
     pair.op->destroy();
+    for (Node* node : pair.between) {
+      node->destroy();
+    }
     pair.linear->destroy();
   }
   return pairs.size();

@@ -1,10 +1,10 @@
 #include <torchgraft/ops/cpu/vectorized/lanes.h>
+#include <torchgraft/ops/cpu/vectorized/weight_rows.h>
 
 #include <algorithm>
 #include <array>
 #include <cstring>
 #include <utility>
-#include <vector>
 
 namespace torchgraft::ops::cpu::TORCHGRAFT_VECTORIZED {
 namespace {
@@ -76,50 +76,7 @@ inline __attribute__((always_inline)) void accumulate(Vec (&sums)[R][C], const f
   }
 }
 
-// The rows of w and w2 that belong to a few columns of y: where they lie, or widened.
-class Panel {
- public:
-  explicit Panel(const DotProduct& job) : job_(job), w_stride_(job.w_stride), w2_stride_(job.w2_stride) {
-    if (job.w.is_bfloat16) {
-      w_stride_ = job.depth + kLanes;  // rows a power of two apart would share the cache's few places
-      w2_stride_ = job.depth2 + kLanes;
-      widened_.resize(kColumns * (w_stride_ + w2_stride_));
-    }
-  }
-  void set(int64_t first, int64_t columns) {
-    for (int64_t i = 0; i < columns; ++i) {
-      bias_[i] = job_.bias ? job_.bias[first + i] : 0.0F;
-    }
-    if (!job_.w.is_bfloat16) {
-      w_ = job_.w.single() + first * job_.w_stride;
-      w2_ = job_.depth2 > 0 ? job_.w2.single() + first * job_.w2_stride : nullptr;
-      return;
-    }
-    float* to = widened_.data();
-    w_ = to;
-    w2_ = to + kColumns * w_stride_;
-    for (int64_t i = 0; i < columns; ++i) {
-      widen(job_.w.half() + (first + i) * job_.w_stride, job_.depth, to + i * w_stride_);
-      if (job_.depth2 > 0) {
-        widen(job_.w2.half() + (first + i) * job_.w2_stride, job_.depth2, to + kColumns * w_stride_ + i * w2_stride_);
-      }
-    }
-  }
-  const float* w() const { return w_; }
-  const float* w2() const { return w2_; }
-  int64_t w_stride() const { return w_stride_; }
-  int64_t w2_stride() const { return w2_stride_; }
-  const float* bias() const { return bias_; }  // [kColumns] and to a multiple of four
-
- private:
-  const DotProduct& job_;
-  int64_t w_stride_;
-  int64_t w2_stride_;
-  const float* w_ = nullptr;
-  const float* w2_ = nullptr;
-  float bias_[(kColumns + 3) / 4 * 4] = {};
-  std::vector<float> widened_;
-};
+using Panel = WeightRows<kColumns>;
 
 // panel: of the columns from `column` on
 template <int R, int C>

@@ -10,6 +10,7 @@
 namespace torchgraft::ops::cpu::TORCHGRAFT_VECTORIZED {
 
 void dot_product(const DotProduct& job);
+void token_product(const DotProduct& job);
 void outer_product(const OuterProduct& job);
 void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, const float* scale, float* to,
                int64_t to_stride);

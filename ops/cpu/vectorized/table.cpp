@@ -23,6 +23,7 @@ const Kernels& TORCHGRAFT_JOIN(kernels_, TORCHGRAFT_INSTRUCTION_SET)() {
                              kIsFast,
                              kIsFastInBFloat16,
                              here::dot_product,
+                             here::token_product,
                              here::outer_product,
                              here::transpose,
                              here::widen,

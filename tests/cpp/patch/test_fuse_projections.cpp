@@ -78,6 +78,27 @@ TEST(FuseProjections, ALinearMapAndItsParallelBottleneckAreOneOp) {
       ->run(*graph);
 }
 
+// %y is what the bottleneck is added to.
+std::string with_dropout(bool train) {
+  return std::string(kBottleneckHead) + "  %train : bool = prim::Constant[value=" + (train ? "1" : "0") + R"IR(]()
+  %p : float = prim::Constant[value=0.1]()
+  %l : Tensor = aten::linear(%h, %w, %b)
+  %y : Tensor = aten::dropout(%l, %p, %train)
+  %o : Tensor, %g : Tensor = torchgraft::gated_bottleneck(%x, %y, %d, %e, %u, %f, %s, %relu, %none, %none, %none, %zero, %none)
+  return (%o, %g)
+)IR";
+}
+
+TEST(FuseProjections, DropoutThatWasTracedInEvalModeDoesNotStandBetween) {
+  for (const bool train : {false, true}) {
+    auto graph = std::make_shared<torch::jit::Graph>();
+    torch::jit::parseIR(with_dropout(train), graph.get());
+    EXPECT_EQ(fuse_projections(graph), train ? 0u : 1u);
+    graph->lint();
+    EXPECT_EQ(testing::count_kind(*graph, "aten::dropout"), train ? 1u : 0u);
+  }
+}
+
 TEST(FuseProjections, ASequentialBottleneckReadsTheLinearMapTwiceAndStays) {
   auto graph = std::make_shared<torch::jit::Graph>();
   torch::jit::parseIR(std::string(kBottleneckHead) + R"IR(

@@ -1,0 +1,55 @@
+#pragma once
+
+#include <torchgraft/ops/cpu/vectorized/lanes.h>
+
+#include <vector>
+
+namespace torchgraft::ops::cpu::TORCHGRAFT_VECTORIZED {
+
+// The rows of w and w2 that belong to a few columns of y, at most `Most`: where they lie, or widened.
+template <int Most>
+class WeightRows {
+ public:
+  explicit WeightRows(const DotProduct& job) : job_(job), w_stride_(job.w_stride), w2_stride_(job.w2_stride) {
+    if (job.w.is_bfloat16) {
+      w_stride_ = job.depth + kLanes;  // rows a power of two apart would share the cache's few places
+      w2_stride_ = job.depth2 + kLanes;
+      widened_.resize(Most * (w_stride_ + w2_stride_));
+    }
+  }
+  void set(int64_t first, int64_t columns) {
+    for (int64_t i = 0; i < columns; ++i) {
+      bias_[i] = job_.bias ? job_.bias[first + i] : 0.0F;
+    }
+    if (!job_.w.is_bfloat16) {
+      w_ = job_.w.single() + first * job_.w_stride;
+      w2_ = job_.depth2 > 0 ? job_.w2.single() + first * job_.w2_stride : nullptr;
+      return;
+    }
+    float* to = widened_.data();
+    w_ = to;
+    w2_ = to + Most * w_stride_;
+    for (int64_t i = 0; i < columns; ++i) {
+      widen(job_.w.half() + (first + i) * job_.w_stride, job_.depth, to + i * w_stride_);
+      if (job_.depth2 > 0) {
+        widen(job_.w2.half() + (first + i) * job_.w2_stride, job_.depth2, to + Most * w_stride_ + i * w2_stride_);
+      }
+    }
+  }
+  const float* w() const { return w_; }
+  const float* w2() const { return w2_; }
+  int64_t w_stride() const { return w_stride_; }
+  int64_t w2_stride() const { return w2_stride_; }
+  const float* bias() const { return bias_; }  // [Most] and to a multiple of four
+
+ private:
+  const DotProduct& job_;
+  int64_t w_stride_;
+  int64_t w2_stride_;
+  const float* w_ = nullptr;
+  const float* w2_ = nullptr;
+  float bias_[(Most + 3) / 4 * 4] = {};
+  std::vector<float> widened_;
+};
+
+}  // namespace torchgraft::ops::cpu::TORCHGRAFT_VECTORIZED
