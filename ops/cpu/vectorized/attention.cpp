@@ -11,23 +11,27 @@ constexpr int64_t kKeyBlock = 512;   // keys and prefix positions whose packed f
 constexpr int64_t kQueryBlock = 12;  // a multiple of outer_product's rows
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+int64_t in_vectors(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+
 // The parts of a job's workspace.
 struct Workspace {
-  float* keys;     // [head_size, kKeyBlock]: a block of keys, transposed
+  int64_t stride;  // of keys and scores: a block, and a vector more, for rows a power of two apart share few cache sets
+  float* keys;     // [head_size, stride]: a block of keys, transposed and scaled
   float* values;   // [prefix, head_size]: the prefix's, gated
-  float* scores;   // [kQueryBlock, kKeyBlock]
-  float* queries;  // [kQueryBlock, head_size], scaled
-  float* gates;    // [prefix]: key_gate
+  float* scores;   // [kQueryBlock, stride]
+  float* gates;    // [prefix]: the factor of a prefix's key, key_gate times scale
+  float* scales;   // [stride]: of any other key, scale
   float* maxima;   // [queries]
   float* sums;     // [queries]
 
   explicit Workspace(const HeadAttention& job)
-      : keys(job.workspace),
-        values(keys + job.head_size * kKeyBlock),
+      : stride(in_vectors(std::min(kKeyBlock, job.prefix + job.keys)) + kLanes),
+        keys(job.workspace),
+        values(keys + job.head_size * stride),
         scores(values + job.prefix * job.head_size),
-        queries(scores + kQueryBlock * kKeyBlock),
-        gates(queries + kQueryBlock * job.head_size),
-        maxima(gates + job.prefix),
+        gates(scores + kQueryBlock * stride),
+        scales(gates + job.prefix),
+        maxima(scales + stride),
         sums(maxima + job.queries) {}
   float* end(const HeadAttention& job) const { return sums + job.queries; }
 };
@@ -40,7 +44,7 @@ struct KeyBlock {
   int64_t keys() const { return key_end - key_begin; }
   int64_t size() const { return prefix() + keys(); }
   // In whole vectors: what is beyond size() has key 0 and score -inf.
-  int64_t padded() const { return (size() + kLanes - 1) / kLanes * kLanes; }
+  int64_t padded() const { return in_vectors(size()); }
 };
 
 KeyBlock key_block(const HeadAttention& job, int64_t begin) {
@@ -49,13 +53,24 @@ KeyBlock key_block(const HeadAttention& job, int64_t begin) {
   return {std::min(begin, job.prefix), std::min(end, job.prefix), in_keys(begin), in_keys(end)};
 }
 
+// Asks for the first rows, which lie too far apart for the processor to foresee.
+void prefetch_rows(const float* rows, int64_t stride, int64_t count, int64_t size) {
+  constexpr int64_t kMost = 64;
+  constexpr int64_t kLine = 16;  // floats
+  for (int64_t i = 0; i < std::min(count, kMost); ++i) {
+    for (int64_t j = 0; j < size; j += kLine) {
+      __builtin_prefetch(rows + i * stride + j);
+    }
+  }
+}
+
 void pack_keys(const HeadAttention& job, const Workspace& space, const KeyBlock& block) {
   transpose(job.prefix_key + block.prefix_begin * job.head_size, job.head_size, block.prefix(), job.head_size,
-            space.gates, space.keys, kKeyBlock);
-  transpose(job.k + block.key_begin * job.k_stride, job.k_stride, block.keys(), job.head_size, nullptr,
-            space.keys + block.prefix(), kKeyBlock);
+            space.gates, space.keys, space.stride);
+  transpose(job.k + block.key_begin * job.k_stride, job.k_stride, block.keys(), job.head_size, space.scales,
+            space.keys + block.prefix(), space.stride);
   for (int64_t i = 0; i < job.head_size && block.padded() > block.size(); ++i) {
-    std::fill_n(space.keys + i * kKeyBlock + block.size(), block.padded() - block.size(), 0.0F);
+    std::fill_n(space.keys + i * space.stride + block.size(), block.padded() - block.size(), 0.0F);
   }
 }
 
@@ -135,18 +150,17 @@ void weigh_row(const HeadAttention& job, const Workspace& space, const KeyBlock&
 void attend_block(const HeadAttention& job, const Workspace& space, const KeyBlock& block, int64_t first,
                   int64_t rows) {
   for (int64_t i = 0; i < rows; ++i) {
-    start_row(job, block, first + i, space.scores + i * kKeyBlock);
-    std::copy_n(job.q + (first + i) * job.q_stride, job.head_size, space.queries + i * job.head_size);
+    start_row(job, block, first + i, space.scores + i * space.stride);
   }
-  scale_row(space.queries, rows * job.head_size, job.scale);
-  OuterProduct product{rows,      block.padded(), job.head_size, space.queries, job.head_size, space.keys,
-                       kKeyBlock, space.scores,   kKeyBlock,     space.scores,  kKeyBlock};
+  OuterProduct product{rows,         block.padded(), job.head_size, job.q + first * job.q_stride,
+                       job.q_stride, space.keys,     space.stride,  space.scores,
+                       space.stride, space.scores,   space.stride};
   outer_product(product);
   for (int64_t i = 0; i < rows; ++i) {
-    weigh_row(job, space, block, first + i, space.scores + i * kKeyBlock);
+    weigh_row(job, space, block, first + i, space.scores + i * space.stride);
   }
   product.columns = job.head_size;
-  product.x_stride = kKeyBlock;
+  product.x_stride = space.stride;
   float* output = job.output + first * job.output_stride;
   product.init = product.y = output;
   product.init_stride = product.y_stride = job.output_stride;
@@ -175,7 +189,11 @@ int64_t attention_workspace(const HeadAttention& job) {
 
 void attention(const HeadAttention& job) {
   const Workspace space(job);
-  std::fill_n(space.gates, job.prefix, job.key_gate);
+  prefetch_rows(job.k, job.k_stride, job.keys, job.head_size);
+  prefetch_rows(job.q, job.q_stride, job.queries, job.head_size);
+  prefetch_rows(job.v, job.v_stride, job.keys, job.head_size);
+  std::fill_n(space.gates, job.prefix, job.key_gate * job.scale);
+  std::fill_n(space.scales, space.stride, job.scale);
   std::copy_n(job.prefix_value, job.prefix * job.head_size, space.values);
   scale_row(space.values, job.prefix * job.head_size, job.value_gate);
   std::fill_n(space.maxima, job.queries, -kInfinity);
