@@ -1,9 +1,40 @@
 #include <ATen/ATen.h>
+#include <torchgraft/ops/autograd/norm_output.h>
 #include <torchgraft/ops/autograd/support.h>
 
 #include <algorithm>
 
 namespace torchgraft::ops {
+namespace {
+
+using Norms = std::vector<c10::intrusive_ptr<torch::autograd::Node>>;  // by saved tensor; null: it is kept
+
+struct NormsHolder : torch::CustomClassHolder {
+  explicit NormsHolder(Norms norms) : norms(std::move(norms)) {}
+  Norms norms;
+};
+
+// Takes the results of layer norms out of `tensors`.
+Norms without_norms(torch::autograd::variable_list& tensors) {
+  Norms norms;
+  for (at::Tensor& tensor : tensors) {
+    norms.push_back(norm_that_made(tensor));
+    if (norms.back()) {
+      tensor = at::Tensor();
+    }
+  }
+  return norms;
+}
+
+void with_norms(const Norms& norms, torch::autograd::variable_list& tensors) {
+  for (size_t i = 0; i < norms.size(); ++i) {
+    if (norms[i]) {
+      tensors[i] = output_of_norm(norms[i]);
+    }
+  }
+}
+
+}  // namespace
 
 bool records_gradient(std::initializer_list<at::Tensor> differentiable) {
   return at::GradMode::is_enabled() &&
@@ -24,6 +55,7 @@ void save(torch::autograd::AutogradContext* ctx, const torch::autograd::variable
     edges.push_back(argument.defined() ? next++ : -1);
   }
   ctx->saved_data["edges"] = edges;
+  ctx->saved_data["norms"] = c10::IValue::make_capsule(c10::make_intrusive<NormsHolder>(without_norms(tensors)));
   for (const at::Tensor& tensor : {selection.rows, selection.active, gate.value, gate.sigmoids, gate.tokens}) {
     tensors.push_back(tensor);
   }
@@ -51,6 +83,7 @@ Saved restore(const char* op, torch::autograd::AutogradContext* ctx) {
   saved.selection.active = shared[1];
   saved.gate = {shared[2], shared[3], shared[4]};
   saved.tensors.resize(saved.tensors.size() - kShared);
+  with_norms(static_cast<NormsHolder&>(*ctx->saved_data["norms"].toCapsule()).norms, saved.tensors);
   return saved;
 }
 

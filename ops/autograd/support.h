@@ -18,7 +18,7 @@ std::optional<at::Tensor> or_none(const at::Tensor& tensor);
 
 // `arguments`: the op's differentiable arguments, in the order in which Function::apply takes them before all others
 // (an absent one undefined). Saves a selection and a gate behind an op's own `tensors`, and takes them back. Saved
-// tensors keep their order.
+// tensors keep their order. The result of a layer norm is not kept but had again (norm_output.h).
 void save(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& arguments,
           torch::autograd::variable_list tensors, const Selection& selection, const Gate& gate);
 

@@ -1,0 +1,42 @@
+#include <ATen/ATen.h>
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <torch/csrc/autograd/edge.h>
+#include <torch/csrc/autograd/generated/Functions.h>
+#include <torch/csrc/autograd/variable.h>
+#include <torchgraft/ops/autograd/norm_output.h>
+
+namespace torchgraft::ops {
+
+using torch::autograd::Node;
+using LayerNormNode = torch::autograd::generated::NativeLayerNormBackward0;
+
+c10::intrusive_ptr<Node> norm_that_made(const at::Tensor& tensor) {
+  if (!tensor.defined() || !tensor.requires_grad() || at::isTensorSubclassLike(tensor)) {
+    return {};
+  }
+  torch::autograd::Edge edge(tensor.grad_fn(), tensor.output_nr());
+  // An alias (patch/passes/use_eager_autograd.h) is the same tensor.
+  while (dynamic_cast<torch::autograd::generated::AliasBackward0*>(edge.function.get()) != nullptr) {
+    edge = edge.function->next_edge(0);
+  }
+  const c10::intrusive_ptr<Node>& node = edge.function;
+  const bool is_result = edge.input_nr == 0 && dynamic_cast<LayerNormNode*>(node.get()) != nullptr;
+  return is_result ? node : c10::intrusive_ptr<Node>();
+}
+
+at::Tensor output_of_norm(const c10::intrusive_ptr<Node>& node) {
+  auto* norm = dynamic_cast<LayerNormNode*>(node.get());
+  TORCH_INTERNAL_ASSERT(norm != nullptr, "not the node of a layer norm");
+  const at::Tensor input = norm->input_.unpack();
+  const at::Tensor mean = norm->result1_.unpack(node);     // [..., 1]
+  const at::Tensor inverse = norm->result2_.unpack(node);  // [..., 1], of the deviation
+  const at::Tensor weight = norm->weight_.unpack();        // undefined: 1
+  const at::Tensor bias = norm->bias_.unpack();            // undefined: 0
+  at::Tensor result = (input - mean).mul_(inverse);        // in mean's precision, or more
+  if (weight.defined()) {
+    result = bias.defined() ? at::addcmul(bias, result, weight) : result.mul_(weight);
+  }
+  return result.to(input.scalar_type());
+}
+
+}  // namespace torchgraft::ops
