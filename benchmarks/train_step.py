@@ -10,13 +10,16 @@ of the rounds' ratios to the library:
     floor          the frozen base alone, gradients passing through every layer (no library can be faster by much)
     fine-tuning    all of the base, no adapter
 
-Memory: each variant in a process of its own, without the others; the highest resident set (VmHWM) of six steps, less
-the resident set before the first. The first steps are the profiled ones of TorchScript; all count.
+Memory: each variant in processes of its own, without the others; the highest resident set (VmHWM) of six steps, less
+the resident set before the first. The first steps are the profiled ones of TorchScript; all count. Twice: "needed" with
+MALLOC_MMAP_THRESHOLD_=1048576, so that glibc gives freed tensors back to the system at once; "held" as it comes, with
+what glibc keeps in holes between tensors that live longer.
 """
 
 import argparse
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -39,11 +42,12 @@ from this_machine import memory, reset_peak  # noqa: E402
 MIB = 2**20
 VARIANTS = ("library", "torchgraft", "floor", "fine-tuning")
 STEPS_FOR_MEMORY = 6
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 
 
 @dataclass
 class Row:
-    """ratio: of medians to the library's; quartiles: of the rounds' ratios; mebibytes: beyond the model, at most."""
+    """ratio: of medians to the library's; quartiles: of the rounds' ratios; needed and held: MiB beyond the model."""
 
     model: str
     shape: str
@@ -53,8 +57,10 @@ class Row:
     milliseconds: float
     ratio: float
     quartiles: tuple[float, float]
-    mebibytes: float
-    memory_ratio: float
+    needed: float
+    needed_ratio: float
+    held: float
+    held_ratio: float
 
 
 class Steps:
@@ -92,11 +98,11 @@ def trainable(sizes: dict, variant: str) -> tuple[torch.nn.Module, list[torch.nn
     return module, [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def peak_alone(model: str, variant: str, shape: str, threads: int) -> float:
+def peak_alone(model: str, variant: str, shape: str, threads: int, environment: dict[str, str]) -> float:
     """MiB, measured in a process of its own."""
     command = [sys.executable, __file__, "--alone", variant, "--model", model]
     command += ["--shapes", shape, "--threads", str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -122,7 +128,10 @@ def measured(steps: dict[str, Steps], rounds: int) -> dict[str, list[float]]:
 
 
 def rows_of(model: str, shape: str, threads: int, rounds: int) -> list[Row]:
-    peaks = {variant: peak_alone(model, variant, shape, threads) for variant in VARIANTS}
+    needed, held = (
+        {variant: peak_alone(model, variant, shape, threads, environment) for variant in VARIANTS}
+        for environment in (GIVES_BACK, {})
+    )
     steps = {variant: Steps(model, variant, shape) for variant in VARIANTS}
     seconds = measured(steps, rounds)
     library_seconds = seconds["library"]
@@ -133,18 +142,20 @@ def rows_of(model: str, shape: str, threads: int, rounds: int) -> list[Row]:
         median = statistics.median(values)
         count = sum(parameter.numel() for parameter in steps[variant].parameters)
         rows.append(Row(model, shape, threads, variant, count, 1e3 * median, median / statistics.median(library_seconds),
-                        (first, third), peaks[variant], peaks[variant] / peaks["library"]))  # fmt: skip
+                        (first, third), needed[variant], needed[variant] / needed["library"], held[variant],
+                        held[variant] / held["library"]))  # fmt: skip
     return rows
 
 
 def print_table(rows: list[Row], console: Console) -> None:
     table = Table(title="a training step; ratios to the library's")
-    for name in ("model", "shape", "threads", "variant", "trained", "ms", "time", "quartiles", "MiB", "memory"):
+    for name in ("model", "shape", "threads", "variant", "trained", "ms", "time", "quartiles", "MiB needed", "ratio", "held",
+                 "ratio"):
         table.add_column(name, justify="left" if name in ("model", "variant") else "right")
     for row in rows:
         table.add_row(row.model, row.shape, str(row.threads), row.variant, f"{row.parameters / 1e6:.2f} M",
                       f"{row.milliseconds:.0f}", f"{row.ratio:.3f}", "{:.3f} to {:.3f}".format(*row.quartiles),
-                      f"{row.mebibytes:.0f}", f"{row.memory_ratio:.2f}")  # fmt: skip
+                      f"{row.needed:.0f}", f"{row.needed_ratio:.2f}", f"{row.held:.0f}", f"{row.held_ratio:.2f}")  # fmt: skip
     console.print(table)
 
 

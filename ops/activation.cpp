@@ -102,7 +102,7 @@ constexpr std::array kActivations = {
 
 }  // namespace
 
-const Activation& find_activation(std::string_view name) {
+const Activation& find_activation(std::string_view name, const char* op) {
   const auto same = [name](const Activation& activation) {
     const std::string_view known = activation.name;
     return known.size() == name.size() && std::equal(known.begin(), known.end(), name.begin(), [](char a, char b) {
@@ -110,7 +110,7 @@ const Activation& find_activation(std::string_view name) {
            });
   };
   const auto found = std::find_if(kActivations.begin(), kActivations.end(), same);
-  TORCH_CHECK(found != kActivations.end(), "gated_bottleneck: expected non_linearity to be one of ",
+  TORCH_CHECK(found != kActivations.end(), op, ": expected non_linearity to be one of ",
               c10::Join(", ", non_linearity_names()), ", got \"", name, "\"");
   return *found;
 }

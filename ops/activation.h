@@ -24,8 +24,8 @@ struct Activation {
   bool saves_output;
 };
 
-// Throws c10::Error that lists the names.
-TORCHGRAFT_API const Activation& find_activation(std::string_view name);
+// Throws c10::Error, in the name of `op`, that lists the names.
+TORCHGRAFT_API const Activation& find_activation(std::string_view name, const char* op = "gated_bottleneck");
 
 }  // namespace ops
 }  // namespace torchgraft

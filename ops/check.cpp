@@ -197,7 +197,7 @@ void check_bottleneck(const char* op, const Checker& checker, const BottleneckAr
   const c10::SymInt width = args.scaling.sym_size(1);
   TORCH_SYM_CHECK(width.sym_eq(1).sym_or(width.sym_eq(hidden)), op, ": expected scaling of shape [", adapters,
                   ", 1] or [", adapters, ", ", hidden, "], got ", args.scaling.sym_sizes());
-  find_activation(args.non_linearity);  // throws, and lists the names, when there is none
+  find_activation(args.non_linearity, op);  // throws, and lists the names, when there is none
   checker.rows(args.rows, args.down_weight, /*max_gates=*/1);
 }
 

@@ -71,11 +71,12 @@ const KernelTable& measured() {
   return table;
 }
 
+
+}  // namespace
+
 bool has_memory(const at::Tensor& x) {
   return x.is_cpu() && !at::isTensorSubclassLike(x) && x.layout() == at::kStrided && x.numel() > 0;
 }
-
-}  // namespace
 
 KernelMode kernel_mode() { return mode_in_use().load(std::memory_order_relaxed); }
 void set_kernel_mode(KernelMode mode) { mode_in_use().store(mode, std::memory_order_relaxed); }

@@ -15,6 +15,9 @@ namespace torchgraft::ops {
 // without one, or where it says nothing, what was measured to be fast.
 bool takes_fused_kernels(FusedOp op, const at::Tensor& x);
 
+// Whether x has elements on the CPU that a kernel can read: what the functions here ask of x beside its dtype.
+bool has_memory(const at::Tensor& x);
+
 // The same without the table, for what is part of several ops.
 bool takes_fused_kernels(const at::Tensor& x);
 

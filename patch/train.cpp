@@ -22,7 +22,10 @@ Module with_trainable(const Module& module, const std::string& name, bool traina
 
 // Whether a parameter "layer_0.self_prefix.adapter_<name>.gate_bias" is of that adapter.
 bool belongs_to(const std::string& path, const std::string& name) {
-  return path.find("." + own_module_name(name) + ".") != std::string::npos;
+  std::string part = own_module_name(name);
+  part.insert(part.begin(), '.');
+  part.push_back('.');
+  return path.find(part) != std::string::npos;
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 """Trains adapters for sentiment in four domains, compares methods, and writes a report.
 
     .venv/bin/python examples/sentiment/run.py --quick      # 3.5 minutes on two idle cores (Zen 3)
-    .venv/bin/python examples/sentiment/run.py              # an estimated 2,900 CPU seconds
+    .venv/bin/python examples/sentiment/run.py              # half an hour on two cores
 
 UniPELT for tweets, movie reviews, Amazon reviews and editorials; on movie reviews also MAM, LoRA, SeqBn, prefix tuning
 and, against which all are held, a linear probe of the frozen base; by three seeds. The output folder gets report.md,

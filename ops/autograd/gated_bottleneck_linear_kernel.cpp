@@ -1,6 +1,7 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 #include <torchgraft/ops/autograd/support.h>
+#include <torchgraft/ops/bank.h>
 #include <torchgraft/ops/check.h>
 #include <torchgraft/ops/gated_bottleneck.h>
 #include <torchgraft/ops/gated_bottleneck_linear.h>
@@ -30,7 +31,9 @@ std::tuple<at::Tensor, at::Tensor> gated_bottleneck_linear_autograd(
                                  scaling,
                                  std::string(non_linearity),
                                  row_arguments(gate_weight, gate_bias, adapter_ids, adapter, token_mask)};
-  check(args, input, weight, or_undefined(bias));  // so that errors name this op
+  // So that errors name this op.
+  check(args, input, weight, or_undefined(bias));
+  resolve_selection("gated_bottleneck_linear", args.rows, down_weight, /*recording=*/true);
   return gated_bottleneck(x, at::linear(input, weight, bias), down_weight, down_bias, up_weight, up_bias, scaling,
                           non_linearity, gate_weight, gate_bias, adapter_ids, adapter, token_mask);
 }

@@ -10,8 +10,23 @@ namespace torchgraft::ops {
 using torch::autograd::Node;
 using LayerNormNode = torch::autograd::generated::NativeLayerNormBackward0;
 
+namespace {
+
+bool can_be_had_again(LayerNormNode& norm, const c10::intrusive_ptr<Node>& node) {
+  for (const torch::autograd::SavedVariable* saved :
+       {&norm.input_, &norm.result1_, &norm.result2_, &norm.weight_, &norm.bias_}) {
+    if (saved->has_hooks()) {
+      return false;
+    }
+  }
+  const auto precision = norm.result1_.unpack(node).scalar_type();  // of means and deviations
+  return precision == at::kFloat || precision == at::kDouble;
+}
+
+}  // namespace
+
 c10::intrusive_ptr<Node> norm_that_made(const at::Tensor& tensor) {
-  if (!tensor.defined() || !tensor.requires_grad() || at::isTensorSubclassLike(tensor)) {
+  if (!tensor.defined() || !tensor.requires_grad() || at::isTensorSubclassLike(tensor) || tensor._version() != 0) {
     return {};
   }
   torch::autograd::Edge edge(tensor.grad_fn(), tensor.output_nr());
@@ -19,9 +34,9 @@ c10::intrusive_ptr<Node> norm_that_made(const at::Tensor& tensor) {
   while (dynamic_cast<torch::autograd::generated::AliasBackward0*>(edge.function.get()) != nullptr) {
     edge = edge.function->next_edge(0);
   }
-  const c10::intrusive_ptr<Node>& node = edge.function;
-  const bool is_result = edge.input_nr == 0 && dynamic_cast<LayerNormNode*>(node.get()) != nullptr;
-  return is_result ? node : c10::intrusive_ptr<Node>();
+  auto* norm = dynamic_cast<LayerNormNode*>(edge.function.get());
+  const bool is_result = norm != nullptr && edge.input_nr == 0 && can_be_had_again(*norm, edge.function);
+  return is_result ? edge.function : c10::intrusive_ptr<Node>();
 }
 
 at::Tensor output_of_norm(const c10::intrusive_ptr<Node>& node) {
@@ -32,9 +47,13 @@ at::Tensor output_of_norm(const c10::intrusive_ptr<Node>& node) {
   const at::Tensor inverse = norm->result2_.unpack(node);  // [..., 1], of the deviation
   const at::Tensor weight = norm->weight_.unpack();        // undefined: 1
   const at::Tensor bias = norm->bias_.unpack();            // undefined: 0
-  at::Tensor result = (input - mean).mul_(inverse);        // in mean's precision, or more
-  if (weight.defined()) {
-    result = bias.defined() ? at::addcmul(bias, result, weight) : result.mul_(weight);
+  at::Tensor result = (input - mean).mul_(inverse);        // in the precision of the mean
+  if (weight.defined() && bias.defined()) {
+    result = at::addcmul(bias, result, weight);
+  } else if (weight.defined()) {
+    result.mul_(weight);
+  } else if (bias.defined()) {
+    result.add_(bias);
   }
   return result.to(input.scalar_type());
 }

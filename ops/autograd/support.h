@@ -8,7 +8,7 @@
 
 namespace torchgraft::ops {
 
-// What the gradients of the three ops share.
+// What the gradients of the ops share.
 
 // Whether a graph is to be recorded: otherwise the op is only dispatched on, and nothing is saved.
 bool records_gradient(std::initializer_list<at::Tensor> differentiable);

@@ -10,7 +10,7 @@ namespace {
 
 // A scaling for each channel would have to be multiplied into the up weight first, a transposed weight to be copied.
 bool takes_fused_kernel(const BottleneckArguments& args, const at::Tensor& input, const at::Tensor& weight) {
-  return takes_fused_kernels(FusedOp::kBottleneckLinear, args.x) && takes_fused_kernels(input) &&
+  return takes_fused_kernels(FusedOp::kBottleneckLinear, args.x) && has_memory(input) &&
          weight.is_contiguous() && args.scaling.size(1) == 1;
 }
 
@@ -18,11 +18,11 @@ std::tuple<at::Tensor, Gate> fused_forward(const BottleneckArguments& args, cons
                                            const at::Tensor& weight, const at::Tensor& bias,
                                            const Selection& selection) {
   if (selection.kind == Selection::Kind::kBase) {
-    return {cpu::project(input, weight, bias, {}, selection), {}};
+    return {cpu::linear_with_update(input, weight, bias, {}, selection), {}};
   }
   const NarrowSide narrow = fused_narrow_side(args, selection, /*keep_inner=*/false);
   const cpu::ProjectionUpdate update{narrow.hidden, args.up_weight, args.up_bias, args.scaling, narrow.gate};
-  return {cpu::project(input, weight, bias, update, selection), narrow.gate};
+  return {cpu::linear_with_update(input, weight, bias, update, selection), narrow.gate};
 }
 
 std::tuple<at::Tensor, at::Tensor> gated_bottleneck_linear_composite(

@@ -75,13 +75,16 @@ class UpdateTiles {
 
 }  // namespace
 
-at::Tensor project(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
+at::Tensor linear_with_update(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
                    const ProjectionUpdate& update, const Selection& selection) {
   const at::Tensor x = input.contiguous();
   const at::Tensor projection = weight.contiguous();
   const int64_t features = x.size(2);
   const int64_t columns = projection.size(0);
   at::Tensor output = at::empty({x.size(0), x.size(1), columns}, x.options());
+  if (output.numel() == 0) {
+    return output;
+  }
   const bool adapted = selection.kind != Selection::Kind::kBase;
   const TokenRuns runs =
       adapted ? token_runs(selection, x.size(0), x.size(1)) : TokenRuns{x.size(0) * x.size(1), {-1}};
@@ -134,12 +137,12 @@ at::Tensor project(const at::Tensor& input, const at::Tensor& weight, const at::
 LoraForward lora_projection(const at::Tensor& weight, const at::Tensor& bias, const LoraArguments& lora,
                             const Selection& selection) {
   if (selection.kind == Selection::Kind::kBase) {
-    return {project(lora.x, weight, bias, {}, selection), {}, {}};
+    return {linear_with_update(lora.x, weight, bias, {}, selection), {}, {}};
   }
   const at::Tensor x = lora.x.contiguous();
   const TokenReading reading = read_tokens(x, {lora.lora_a, {}}, lora.rows, selection);
   const ProjectionUpdate update{reading.hidden, lora.lora_b, {}, lora.scaling, reading.gate};
-  return {project(x, weight, bias, update, selection), reading.gate, reading.hidden.to(x.scalar_type())};
+  return {linear_with_update(x, weight, bias, update, selection), reading.gate, reading.hidden.to(x.scalar_type())};
 }
 
 }  // namespace torchgraft::ops::cpu

@@ -27,7 +27,13 @@ void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t col
     for (int64_t column = 0; column < columns; column += kLanes) {
       const auto wide = static_cast<int>(std::min(kLanes, columns - column));
       float* tile = to + column * to_stride + row;
-      at::vec::transpose_mxn<float>(from + row * from_stride + column, from_stride, tile, to_stride, tall, wide);
+      const float* block = from + row * from_stride + column;
+      if (tall == kLanes && wide == kLanes) {
+        at::vec::transpose_mxn<float, static_cast<int>(kLanes), static_cast<int>(kLanes)>(block, from_stride, tile,
+                                                                                          to_stride);
+      } else {
+        at::vec::transpose_mxn<float>(block, from_stride, tile, to_stride, tall, wide);
+      }
       for (int j = 0; j < wide && scale != nullptr; ++j) {
         (Vec::loadu(tile + j * to_stride, tall) * Vec::loadu(scale + row, tall)).store(tile + j * to_stride, tall);
       }

@@ -20,7 +20,7 @@ constexpr int64_t kHalf = 0;
 #endif
 constexpr int kRows = 6;
 constexpr int64_t kPanel = kVectors * kLanes;  // tokens
-constexpr int64_t kTokens = 64;                // of a tile, which stays in the second cache while all of w passes by
+constexpr int64_t kTokens = 64;                // of a tile, which stays in a cache while all of w passes by
 constexpr int64_t kColumns = 48;               // of y at a time: whole register blocks, and whole vectors
 
 #ifdef CPU_CAPABILITY_AVX512
@@ -50,7 +50,8 @@ int64_t panel_width(int64_t tokens) {
 class PackedTokens {
  public:
   PackedTokens(const float* x, int64_t stride, int64_t tokens, int64_t depth)
-      : depth_(depth), packed_(std::make_unique_for_overwrite<float[]>(kTokens * depth)) {
+      : depth_(depth),
+        packed_(std::make_unique_for_overwrite<float[]>((tokens + kLanes - 1) / kLanes * kLanes * depth)) {
     for (int64_t first = 0; first < tokens;) {
       const int64_t width = panel_width(tokens - first);
       pack(x + first * stride, stride, std::min(width, tokens - first), width, packed_.get() + first * depth);

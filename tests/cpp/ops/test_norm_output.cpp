@@ -4,9 +4,12 @@
 #include <torch/csrc/autograd/autograd.h>
 #include <torchgraft/ops/gated_bottleneck.h>
 #include <torchgraft/ops/gated_lora.h>
+#include <torchgraft/ops/gated_lora_linear.h>
 #include <torchgraft/ops/gated_prefix_attention.h>
 
 #include <functional>
+#include <string>
+#include <vector>
 
 // What an operator reads may be the result of a layer norm: that is not kept for the gradient, and the gradient is the
 // same.
@@ -42,16 +45,38 @@ Op prefix_attention() {
   };
 }
 
+// Reads the norm's result twice.
+Op lora_linears() {
+  return [w = randn({4, kFeatures}), a = parameter({1, 2, kFeatures}), b = parameter({1, 4, 2})](const at::Tensor& x) {
+    const auto once = [&] { return std::get<0>(gated_lora_linear(x, w, std::nullopt, a, b, at::ones({1}, at::kDouble))); };
+    return once() * once();
+  };
+}
+
+std::vector<Op> ops() { return {lora(), lora_linears(), bottleneck(), prefix_attention()}; }
+
 struct Norm {
   at::Tensor weight, bias;
   at::Tensor operator()(const at::Tensor& x) const {
-    const auto given = [](const at::Tensor& tensor) { return tensor.defined() ? std::make_optional(tensor) : std::nullopt; };
+    const auto given = [](const at::Tensor& tensor) {
+      return tensor.defined() ? std::make_optional(tensor) : std::nullopt;
+    };
     return at::layer_norm(x, {kFeatures}, given(weight), given(bias));
   }
 };
 
 std::vector<Norm> norms() {
-  return {{}, {randn({kFeatures}), {}}, {randn({kFeatures}), randn({kFeatures})}, {parameter({kFeatures}), parameter({kFeatures})}};
+  const auto fixed = [] { return randn({kFeatures}); };
+  return {{}, {fixed(), {}}, {{}, fixed()}, {fixed(), fixed()}, {parameter({kFeatures}), parameter({kFeatures})}};
+}
+
+// Whether `op` keeps its input alive.
+bool keeps(const Op& op, at::Tensor normed) {
+  const auto memory = normed.storage().getWeakStorageImpl();
+  const at::Tensor output = op(normed);
+  EXPECT_TRUE(output.requires_grad());
+  normed.reset();
+  return !memory.expired();
 }
 
 at::Tensor gradient(const Op& op, const at::Tensor& input, const Norm& norm, bool had_again) {
@@ -65,7 +90,7 @@ at::Tensor gradient(const Op& op, const at::Tensor& input, const Norm& norm, boo
 TEST(NormOutput, GradientsAreTheSame) {
   at::manual_seed(0);
   const at::Tensor input = parameter({2, 5, kFeatures});
-  for (const Op& op : {lora(), bottleneck(), prefix_attention()}) {
+  for (const Op& op : ops()) {
     for (const Norm& norm : norms()) {
       const at::Tensor expected = gradient(op, input, norm, false);
       EXPECT_GT(expected.abs().max().item<double>(), 1e-3);
@@ -77,24 +102,50 @@ TEST(NormOutput, GradientsAreTheSame) {
 TEST(NormOutput, IsNotKept) {
   at::manual_seed(0);
   const at::Tensor input = parameter({2, 5, kFeatures});
-  for (const Op& op : {lora(), bottleneck(), prefix_attention()}) {
-    for (const bool had_again : {true, false}) {
-      at::Tensor normed = Norm{randn({kFeatures}), randn({kFeatures})}(input);
-      normed = had_again ? normed : normed * 1.0;
-      const auto memory = normed.storage().getWeakStorageImpl();
-      const at::Tensor output = op(normed);
-      normed.reset();
-      EXPECT_EQ(memory.expired(), had_again);
-      EXPECT_TRUE(output.requires_grad());
-    }
+  const Norm norm{randn({kFeatures}), randn({kFeatures})};
+  for (const Op& op : ops()) {
+    EXPECT_FALSE(keeps(op, norm(input)));
+    EXPECT_TRUE(keeps(op, norm(input) * 1.0));
   }
+}
+
+TEST(NormOutput, IsKeptWhereItCannotBeHadAgainAsItWas) {
+  at::manual_seed(0);
+  const at::Tensor input = parameter({2, 5, kFeatures});
+  const auto changed = [&] {
+    at::Tensor normed = Norm{}(input);
+    at::NoGradGuard no_grad;
+    normed.select(2, 0).zero_();
+    return normed;
+  };
+  const Op op = bottleneck();
+  EXPECT_TRUE(keeps(op, changed()));
+  const at::Tensor output = op(changed());
+  at::Tensor copy = changed();
+  const at::Tensor expected = op(copy * 1.0);
+  const at::Tensor found = torch::autograd::grad({output.sum()}, {input})[0];
+  EXPECT_TRUE(at::equal(found, torch::autograd::grad({expected.sum()}, {input})[0]));
+
+  // ATen keeps the means of bfloat16 in bfloat16.
+  const at::Tensor half = input.detach().to(at::kBFloat16).requires_grad_();
+  const Op half_lora = [](const at::Tensor& x) {
+    const auto like = [](at::IntArrayRef sizes) { return at::ones(sizes, at::kBFloat16); };
+    return std::get<0>(gated_lora(x, like({2, 5, 4}), like({1, 2, kFeatures}), like({1, 4, 2}), like({1})));
+  };
+  EXPECT_TRUE(keeps(half_lora, Norm{}(half)));
 }
 
 TEST(NormOutput, ASecondBackwardPassSaysThatTheGraphIsGone) {
   const at::Tensor input = parameter({2, 5, kFeatures});
-  const at::Tensor loss = bottleneck()(Norm{}(input)).sum();
-  loss.backward();
-  EXPECT_THROW(loss.backward(), c10::Error);
+  const at::Tensor normed = Norm{}(input);
+  const at::Tensor loss = bottleneck()(normed).sum();
+  (normed * 2.0).sum().backward();  // uses the norm's node up
+  try {
+    loss.backward();
+    ADD_FAILURE() << "nothing was thrown";
+  } catch (const c10::Error& error) {
+    EXPECT_NE(std::string(error.what()).find("backward through the graph a second time"), std::string::npos);
+  }
   const at::Tensor again = bottleneck()(Norm{}(input)).sum();
   again.backward({}, /*retain_graph=*/true);
   EXPECT_NO_THROW(again.backward());

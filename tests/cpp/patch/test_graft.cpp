@@ -23,6 +23,13 @@ at::Tensor run(torch::jit::Module& module, const at::Tensor& x) {
   return module.forward({x}).toTensor();
 }
 
+TEST(Graft, AParallelBottleneckTakesTheLinearMapBesideItIn) {
+  const auto module = graft(encoder(), {fresh("task", "mam")});
+  const auto& graph = *module.get_method("grafted_forward").graph();
+  EXPECT_EQ(testing::count_kind(graph, "torchgraft::gated_bottleneck_linear"), 2u);
+  EXPECT_EQ(testing::count_kind(graph, "torchgraft::gated_bottleneck"), 0u);
+}
+
 TEST(Graft, UnipeltInsertsOneOpPerPlace) {
   const auto module = graft(encoder(), {fresh("task", "unipelt")});
   const auto& graph = *module.get_method("grafted_forward").graph();

@@ -69,7 +69,7 @@ def test_inference_and_meta(case):
     batch=st.integers(0, 4),
     tokens=st.integers(0, 40),
     features=st.integers(1, 70),
-    out_features=st.integers(1, 70),
+    out_features=st.integers(0, 70),
     rank=st.integers(0, 20),
     gated=st.booleans(),
     data=st.data(),

@@ -1,0 +1,28 @@
+"""graft(fuse=...): which operators compute a place changes its results by rounding only."""
+
+import pytest
+import torch
+import torchgraft
+from grafted import base
+
+BERT = "bert_sdpa"
+
+
+def results(config: str, fuse: bool) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    ids = torch.randint(5, 90, (3, 21))
+    model = torchgraft.graft(base(BERT, torch.float32), config=config, name="task", fuse=fuse)
+    # A fresh adapter changes nothing.
+    for path, tensor in sorted(model.adapters.named_buffers()):
+        if tensor.is_floating_point() and path.endswith(("weight", "bias", "lora_a", "lora_b", "key", "value")):
+            tensor.copy_(0.1 * torch.randn_like(tensor))
+    with torch.no_grad():
+        return [model(ids, torch.ones_like(ids), adapter_ids=torch.tensor(rows)) for rows in ([0, 0, 0], [0, -1, 0])]
+
+
+@pytest.mark.parametrize("config", ["mam", "unipelt", "par_bn[use_gating=True]", "lora"])
+def test_results_are_those_of_the_parts(config: str) -> None:
+    fused, apart = results(config, True), results(config, False)
+    assert (fused[0][1] - fused[1][1]).abs().max() > 0.1  # the adapter does something
+    for one, other in zip(fused, apart, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
