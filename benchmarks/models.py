@@ -173,7 +173,7 @@ def passed(run: Callable, batch: tuple, backward: bool) -> float:
 
 def measured(variants: dict[str, Callable], batch: tuple, rounds: int, backward: bool) -> dict[str, list[float]]:
     """Seconds by variant, one for each round."""
-    warm_up = 3
+    warm_up = 3 if rounds > 6 else 2  # TorchScript compiles in the first two
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for index in range(warm_up + rounds):
         for name, run in variants.items():
@@ -293,6 +293,19 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     return given
 
 
+def passes_of(arguments: argparse.Namespace) -> str:
+    return "forward and backward" if arguments.backward else "forward"
+
+
+def write(rows: list[Row], arguments: argparse.Namespace) -> None:
+    """The files that were asked for."""
+    if arguments.json:
+        found = {"machine": machine(), "passes": passes_of(arguments), "rows": [asdict(row) for row in rows]}
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    if arguments.picture:
+        draw(rows, arguments.picture)
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = parsed(argv)
     if "MALLOC_TRIM_THRESHOLD_" not in os.environ:  # glibc reads it when a process starts
@@ -305,14 +318,10 @@ def main(argv: list[str] | None = None) -> int:
     rows: list[Row] = []
     for model, config in itertools.product(arguments.models, arguments.configs):
         rows += rows_of(model, config, arguments)
-    passes = "forward and backward" if arguments.backward else "forward"
+        write(rows, arguments)  # what there is, should the rest be stopped
+    passes = passes_of(arguments)
     console.print(f"{passes}: multiples of the base's median, in brackets the quartiles of the rounds' ratios")
     print_tables(rows, arguments.markdown, console)
-    if arguments.json:
-        text = json.dumps({"machine": machine(), "passes": passes, "rows": [asdict(row) for row in rows]}, indent=1)
-        arguments.json.write_text(text + "\n")
-    if arguments.picture:
-        draw(rows, arguments.picture)
     return 0
 
 
