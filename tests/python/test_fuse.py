@@ -5,17 +5,16 @@ import torch
 import torchgraft
 from grafted import base
 
-BERT = "bert_sdpa"
-
 
 def results(config: str, fuse: bool) -> list[torch.Tensor]:
+    """Hidden states of a batch with one adapter, and of the same with a row of the base model."""
+    model = torchgraft.graft(base("bert_sdpa", torch.float32), config=config, name="task", fuse=fuse)
     torch.manual_seed(0)
     ids = torch.randint(5, 90, (3, 21))
-    model = torchgraft.graft(base(BERT, torch.float32), config=config, name="task", fuse=fuse)
     with torch.no_grad():
         for _, parameter in sorted(model.adapters.named_parameters()):  # a fresh adapter changes nothing
             parameter.copy_(0.3 * torch.randn_like(parameter))
-        return [model(ids, torch.ones_like(ids), adapter_ids=torch.tensor(rows)) for rows in ([0, 0, 0], [0, -1, 0])]
+        return [model(ids, torch.ones_like(ids), adapter_ids=torch.tensor(rows))[0] for rows in ([0, 0, 0], [0, -1, 0])]
 
 
 @pytest.mark.parametrize("config", ["mam", "unipelt", "par_bn[use_gating=True]", "lora"])

@@ -1,0 +1,69 @@
+"""The product of the fused kernels beside the library's: `linear`, and gated_lora_linear with a LoRA of rank 0, in turns.
+
+    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/products.py
+
+GFLOP/s from medians of float32, by sizes of the weight (inputs to outputs) and tokens; then the ratio of the times.
+"""
+
+import argparse
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "python"), str(Path(__file__).resolve().parent)]
+
+import torch  # noqa: E402
+import torchgraft  # noqa: E402, F401 - loads the operators
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+from this_machine import processor  # noqa: E402
+
+SIZES = ["384x384", "384x1536", "1536x384", "768x768", "3072x768"]
+TOKENS = [16, 32, 128, 1024]
+
+
+def medians(cases: dict[str, Callable], turns: int) -> dict[str, float]:
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(turns):
+        for name, run in cases.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first turn warms up
+
+
+def cases_of(tokens: int, inputs: int, outputs: int) -> dict[str, Callable]:
+    x, weight, bias = torch.randn(1, tokens, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
+    lora = torch.empty(1, 0, inputs), torch.empty(1, outputs, 0), torch.ones(1)
+    return {
+        "library": lambda: torch.nn.functional.linear(x, weight, bias),
+        "fused": lambda: torch.ops.torchgraft.gated_lora_linear(x, weight, bias, *lora),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=SIZES, help="inputs x outputs, as 768x3072")
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
+    parser.add_argument("--turns", type=int, help="default: by size, 8 to 300")
+    arguments = parser.parse_args(argv)
+    table = Table(title=f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}")
+    for name in ("weight", "tokens", "library GFLOP/s", "fused", "time, fused / library"):
+        table.add_column(name, justify="right")
+    with torch.inference_mode():
+        for size, tokens in itertools.product(arguments.sizes, arguments.tokens):
+            inputs, outputs = map(int, size.split("x"))
+            work = tokens * inputs * outputs
+            turns = arguments.turns or max(8, min(300, int(2e9 / work)))
+            found = medians(cases_of(tokens, inputs, outputs), turns)
+            rates = [f"{2e-9 * work / seconds:.0f}" for seconds in found.values()]
+            table.add_row(size, str(tokens), *rates, f"{found['fused'] / found['library']:.2f}")
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
