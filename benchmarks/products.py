@@ -1,4 +1,4 @@
-"""The product of the fused kernels beside the library's: `linear`, and gated_lora_linear with a LoRA of rank 0, in turns.
+"""The fused kernels' product beside the library's: `linear`, and gated_lora_linear with a LoRA of rank 0, in turns.
 
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/products.py
 

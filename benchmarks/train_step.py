@@ -149,13 +149,15 @@ def rows_of(model: str, shape: str, threads: int, rounds: int) -> list[Row]:
 
 def print_table(rows: list[Row], console: Console) -> None:
     table = Table(title="a training step; ratios to the library's")
-    for name in ("model", "shape", "threads", "variant", "trained", "ms", "time", "quartiles", "MiB needed", "ratio", "held",
-                 "ratio"):
+    columns = ("model", "shape", "threads", "variant", "trained", "ms", "time", "quartiles", "MiB needed", "ratio", "held",
+               "ratio")  # fmt: skip
+    for name in columns:
         table.add_column(name, justify="left" if name in ("model", "variant") else "right")
     for row in rows:
         table.add_row(row.model, row.shape, str(row.threads), row.variant, f"{row.parameters / 1e6:.2f} M",
                       f"{row.milliseconds:.0f}", f"{row.ratio:.3f}", "{:.3f} to {:.3f}".format(*row.quartiles),
-                      f"{row.needed:.0f}", f"{row.needed_ratio:.2f}", f"{row.held:.0f}", f"{row.held_ratio:.2f}")  # fmt: skip
+                      f"{row.needed:.0f}", f"{row.needed_ratio:.2f}", f"{row.held:.0f}",
+                      f"{row.held_ratio:.2f}")  # fmt: skip
     console.print(table)
 
 

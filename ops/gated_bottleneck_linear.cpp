@@ -12,8 +12,8 @@ std::tuple<at::Tensor, at::Tensor> gated_bottleneck_linear(
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("torchgraft::gated_bottleneck_linear", "")
                              .typed<decltype(gated_bottleneck_linear)>();
-  return op.call(x, input, weight, bias, down_weight, down_bias, up_weight, up_bias, scaling, non_linearity, gate_weight,
-                 gate_bias, adapter_ids, adapter, token_mask);
+  return op.call(x, input, weight, bias, down_weight, down_bias, up_weight, up_bias, scaling, non_linearity,
+                 gate_weight, gate_bias, adapter_ids, adapter, token_mask);
 }
 
 }  // namespace torchgraft::ops

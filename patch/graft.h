@@ -46,7 +46,8 @@ struct GraftOptions {
   std::optional<Structure> sites;
   // Save and load the result in memory and compare it with the base where the initialisation implies equality.
   bool verify = true;
-  // Make one op of a projection and its LoRA or parallel bottleneck (passes/fuse_projections.h). A grafted module remembers it.
+  // Make one op of a linear map and its LoRA or parallel bottleneck (passes/fuse_projections.h). A grafted module
+  // remembers it.
   bool fuse = true;
 };
 

@@ -131,7 +131,8 @@ def write_report(plan: Plan, outcomes: Outcomes, folder: Path, command: str) -> 
         loader=FileSystemLoader(_TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     text = environment.get_template("report.md.j2").render(
-        command=command, machine=_machine(), threshold=THRESHOLD, plan=plan, compared_on=COMPARED_ON, options=OPTIONS, rates=RATES,
+        command=command, machine=_machine(), threshold=THRESHOLD, plan=plan, compared_on=COMPARED_ON,
+        options=OPTIONS, rates=RATES,
         comparison=compare(outcomes, COMPARED_ON, plan.compared.sentences), curve=curve,
         domains=_present(row_of(outcomes, domain, method, plan.sentences(domain)) for domain in DOMAINS
                          for method in CURVE_METHODS),

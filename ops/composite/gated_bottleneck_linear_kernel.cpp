@@ -10,8 +10,8 @@ namespace {
 
 // A scaling for each channel would have to be multiplied into the up weight first, a transposed weight to be copied.
 bool takes_fused_kernel(const BottleneckArguments& args, const at::Tensor& input, const at::Tensor& weight) {
-  return takes_fused_kernels(FusedOp::kBottleneckLinear, args.x) && has_memory(input) &&
-         weight.is_contiguous() && args.scaling.size(1) == 1;
+  return takes_fused_kernels(FusedOp::kBottleneckLinear, args.x) && has_memory(input) && weight.is_contiguous() &&
+         args.scaling.size(1) == 1;
 }
 
 std::tuple<at::Tensor, Gate> fused_forward(const BottleneckArguments& args, const at::Tensor& input,
@@ -41,8 +41,7 @@ std::tuple<at::Tensor, at::Tensor> gated_bottleneck_linear_composite(
                            std::string(non_linearity),
                            row_arguments(gate_weight, gate_bias, adapter_ids, adapter, token_mask)};
   check(args, input, weight, or_undefined(bias));
-  const Selection selection =
-      resolve_selection("gated_bottleneck_linear", args.rows, down_weight, /*recording=*/false);
+  const Selection selection = resolve_selection("gated_bottleneck_linear", args.rows, down_weight, /*recording=*/false);
   if (takes_fused_kernel(args, input, weight)) {
     const auto [output, gate] = fused_forward(args, input, weight, or_undefined(bias), selection);
     return {output, gate_result(gate, x, args.rows, selection)};

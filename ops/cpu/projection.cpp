@@ -76,7 +76,7 @@ class UpdateTiles {
 }  // namespace
 
 at::Tensor linear_with_update(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
-                   const ProjectionUpdate& update, const Selection& selection) {
+                              const ProjectionUpdate& update, const Selection& selection) {
   const at::Tensor x = input.contiguous();
   const at::Tensor projection = weight.contiguous();
   const int64_t features = x.size(2);
@@ -86,8 +86,7 @@ at::Tensor linear_with_update(const at::Tensor& input, const at::Tensor& weight,
     return output;
   }
   const bool adapted = selection.kind != Selection::Kind::kBase;
-  const TokenRuns runs =
-      adapted ? token_runs(selection, x.size(0), x.size(1)) : TokenRuns{x.size(0) * x.size(1), {-1}};
+  const TokenRuns runs = adapted ? token_runs(selection, x.size(0), x.size(1)) : TokenRuns{x.size(0) * x.size(1), {-1}};
   std::optional<UpdateTiles> tiles;
   if (adapted) {
     tiles.emplace(update, runs);

@@ -7,8 +7,8 @@
 
 namespace torchgraft::ops::cpu {
 
-// What is added to a linear map of the same result: c (hidden weight^T + bias), where c of a row is its adapter's scaling
-// times its gate.
+// What is added to a linear map of the same result: c (hidden weight^T + bias), where c of a row is its adapter's
+// scaling times its gate.
 struct ProjectionUpdate {
   at::Tensor hidden;   // [B, S, R] float32, contiguous; undefined: nothing is added
   at::Tensor weight;   // bank [N, O, R]
@@ -17,11 +17,11 @@ struct ProjectionUpdate {
   Gate gate;
 };
 
-// x weight^T + bias and `update` in one pass: the update is summed in the registers that hold the projection. x [B, S, I],
-// weight [O, I], bias [O] or undefined, and the banks, all float32 or all bfloat16 -> [B, S, O]. For a base selection the
-// update is not read.
+// x weight^T + bias and `update` in one pass: the update is summed in the registers that hold the projection.
+// x [B, S, I], weight [O, I], bias [O] or undefined, and the banks, all float32 or all bfloat16 -> [B, S, O]. For a
+// base selection the update is not read.
 at::Tensor linear_with_update(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
-                   const ProjectionUpdate& update, const Selection& selection);
+                              const ProjectionUpdate& update, const Selection& selection);
 
 // A projection and the LoRA of `lora` (whose base is not read), which reads the same x.
 LoraForward lora_projection(const at::Tensor& weight, const at::Tensor& bias, const LoraArguments& lora,

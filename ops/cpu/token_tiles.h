@@ -24,8 +24,8 @@ TokenRuns token_runs(const Selection& selection, int64_t batch, int64_t tokens);
 // Where the values of a dense tensor lie, float32 or bfloat16; null of an undefined one.
 Numbers numbers_of(const at::Tensor& tensor);
 
-// The product of `job`, summed in the way that suits its whole result, [rows of the batch x row_tokens, columns]: neither
-// depends on what else is in the batch, nor on how the result is divided among tasks.
+// The product of `job`, summed in the way that suits rows of the batch of `row_tokens` tokens and a whole result of
+// `columns` columns. So the bits depend neither on what else is in the batch, nor on how the work is divided.
 void multiply(const DotProduct& job, int64_t row_tokens, int64_t columns);
 
 // `count` neighbouring numbers as float32: where they lie, or widened.

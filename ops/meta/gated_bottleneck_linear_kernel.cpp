@@ -24,9 +24,7 @@ std::tuple<at::Tensor, at::Tensor> gated_bottleneck_linear_meta(
   return {at::empty_symint(x.sym_sizes(), x.options()), at::empty_symint({x.sym_size(0), 1}, x.options())};
 }
 
-TORCH_LIBRARY_IMPL(torchgraft, Meta, m) {
-  m.impl("gated_bottleneck_linear", TORCH_FN(gated_bottleneck_linear_meta));
-}
+TORCH_LIBRARY_IMPL(torchgraft, Meta, m) { m.impl("gated_bottleneck_linear", TORCH_FN(gated_bottleneck_linear_meta)); }
 
 }  // namespace
 }  // namespace torchgraft::ops

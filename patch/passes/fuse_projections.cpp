@@ -24,11 +24,10 @@ struct Form {
 };
 
 const Form* form_of(const Node* node) {
-  static const std::vector<Form> kForms = {
-      {c10::Symbol::fromQualString("torchgraft::gated_lora"),
-       c10::Symbol::fromQualString("torchgraft::gated_lora_linear"), true},
-      {c10::Symbol::fromQualString("torchgraft::gated_bottleneck"),
-       c10::Symbol::fromQualString("torchgraft::gated_bottleneck_linear"), false}};
+  static const std::vector<Form> kForms = {{c10::Symbol::fromQualString("torchgraft::gated_lora"),
+                                            c10::Symbol::fromQualString("torchgraft::gated_lora_linear"), true},
+                                           {c10::Symbol::fromQualString("torchgraft::gated_bottleneck"),
+                                            c10::Symbol::fromQualString("torchgraft::gated_bottleneck_linear"), false}};
   const auto found =
       std::find_if(kForms.begin(), kForms.end(), [node](const Form& form) { return form.op == node->kind(); });
   return found == kForms.end() ? nullptr : &*found;

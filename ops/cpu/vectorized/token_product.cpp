@@ -26,7 +26,7 @@ constexpr int64_t kColumns = 48;               // of y at a time: whole register
 #ifdef CPU_CAPABILITY_AVX512
 struct Half {
   Half() = default;
-  Half(__m256 values) : values(values) {}                     // NOLINT(google-explicit-constructor)
+  Half(__m256 values) : values(values) {}  // NOLINT(google-explicit-constructor)
   explicit Half(float value) : values(_mm256_set1_ps(value)) {}
   static Half loadu(const float* from) { return _mm256_loadu_ps(from); }
   static constexpr int64_t size() { return kHalf; }

@@ -23,8 +23,8 @@ constexpr int64_t kFeatures = 6;
 at::Tensor parameter(at::IntArrayRef sizes) { return randn(sizes).requires_grad_(); }
 
 Op lora() {
-  return [a = parameter({1, 2, kFeatures}), b = parameter({1, 4, 2}), gate = parameter({1, 1, kFeatures})](
-             const at::Tensor& x) {
+  return [a = parameter({1, 2, kFeatures}), b = parameter({1, 4, 2}),
+          gate = parameter({1, 1, kFeatures})](const at::Tensor& x) {
     return std::get<0>(gated_lora(x, at::zeros({2, 5, 4}, at::kDouble), a, b, at::ones({1}, at::kDouble), gate,
                                   at::zeros({1, 1}, at::kDouble)));
   };
@@ -38,17 +38,19 @@ Op bottleneck() {
 }
 
 Op prefix_attention() {
-  return [q = randn({2, 2, 5, 3}), key = parameter({1, 2, 2, 3}), gate = parameter({1, 1, kFeatures})](
-             const at::Tensor& x) {
-    return std::get<0>(gated_prefix_attention(q, q, q, x, key, key, at::full({1}, 2, at::kLong), std::nullopt, 0.0, false,
-                                              std::nullopt, false, gate, at::zeros({1, 1}, at::kDouble)));
+  return [q = randn({2, 2, 5, 3}), key = parameter({1, 2, 2, 3}),
+          gate = parameter({1, 1, kFeatures})](const at::Tensor& x) {
+    return std::get<0>(gated_prefix_attention(q, q, q, x, key, key, at::full({1}, 2, at::kLong), std::nullopt, 0.0,
+                                              false, std::nullopt, false, gate, at::zeros({1, 1}, at::kDouble)));
   };
 }
 
 // Reads the norm's result twice.
 Op lora_linears() {
   return [w = randn({4, kFeatures}), a = parameter({1, 2, kFeatures}), b = parameter({1, 4, 2})](const at::Tensor& x) {
-    const auto once = [&] { return std::get<0>(gated_lora_linear(x, w, std::nullopt, a, b, at::ones({1}, at::kDouble))); };
+    const auto once = [&] {
+      return std::get<0>(gated_lora_linear(x, w, std::nullopt, a, b, at::ones({1}, at::kDouble)));
+    };
     return once() * once();
   };
 }

@@ -10,8 +10,8 @@ _SCRIPT = Path(__file__).resolve().parents[3] / "benchmarks" / "train_step.py"
 
 def test_a_small_run(tmp_path: Path) -> None:
     path = tmp_path / "steps.json"
-    options = ["--model", "MiniLM", "--shapes", "1x4", "--threads", "1", "--steps", "2", "--json", path]
-    done = subprocess.run([sys.executable, str(_SCRIPT), *map(str, options)], capture_output=True, text=True, check=False)
+    options = ["--model", "MiniLM", "--shapes", "1x4", "--threads", "1", "--steps", "2", "--json", str(path)]
+    done = subprocess.run([sys.executable, str(_SCRIPT), *options], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = {row["variant"]: row for row in json.loads(path.read_text())["rows"]}
     assert set(rows) == {"library", "torchgraft", "floor", "fine-tuning"}
