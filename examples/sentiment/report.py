@@ -13,7 +13,7 @@ from pathlib import Path
 import markdown
 import torch
 from data import DOMAINS, THRESHOLD
-from experiment import COMPARED_ON, CURVE_METHODS, METHODS, OPTIONS, PROBE, RATES, Job, Outcome, Plan
+from experiment import COMPARED_ON, CURVE_METHODS, METHODS, OPTIONS, PROBE, Job, Outcome, Plan
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 from torchgraft._files import write_whole
@@ -132,7 +132,7 @@ def write_report(plan: Plan, outcomes: Outcomes, folder: Path, command: str) -> 
     )
     text = environment.get_template("report.md.j2").render(
         command=command, machine=_machine(), threshold=THRESHOLD, plan=plan, compared_on=COMPARED_ON,
-        options=OPTIONS, rates=RATES,
+        options=OPTIONS,
         comparison=compare(outcomes, COMPARED_ON, plan.compared.sentences), curve=curve,
         domains=_present(row_of(outcomes, domain, method, plan.sentences(domain)) for domain in DOMAINS
                          for method in CURVE_METHODS),
