@@ -11,8 +11,6 @@ constexpr int64_t kKeyBlock = 512;   // keys and prefix positions whose packed f
 constexpr int64_t kQueryBlock = 12;  // a multiple of outer_product's rows
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-int64_t in_vectors(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
-
 // The parts of a job's workspace.
 struct Workspace {
   int64_t stride;  // of keys and scores: a block, and a vector more, for rows a power of two apart share few cache sets

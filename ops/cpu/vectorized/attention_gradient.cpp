@@ -37,7 +37,7 @@ struct Workspace {
 
 struct QueryBlock {
   int64_t first, count;
-  int64_t padded() const { return (count + kLanes - 1) / kLanes * kLanes; }
+  int64_t padded() const { return in_vectors(count); }
 };
 
 // Neighbouring keys with their values, and where their gradients are summed; null: not wanted.

@@ -50,8 +50,7 @@ int64_t panel_width(int64_t tokens) {
 class PackedTokens {
  public:
   PackedTokens(const float* x, int64_t stride, int64_t tokens, int64_t depth)
-      : depth_(depth),
-        packed_(std::make_unique_for_overwrite<float[]>((tokens + kLanes - 1) / kLanes * kLanes * depth)) {
+      : depth_(depth), packed_(std::make_unique_for_overwrite<float[]>(in_vectors(tokens) * depth)) {
     for (int64_t first = 0; first < tokens;) {
       const int64_t width = panel_width(tokens - first);
       pack(x + first * stride, stride, std::min(width, tokens - first), width, packed_.get() + first * depth);
