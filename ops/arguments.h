@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <utility>
 
 namespace torchgraft::ops {
@@ -53,6 +54,16 @@ struct BottleneckArguments {
   std::string non_linearity;
   RowArguments rows;
 };
+
+// In the order of the schemas; gated_bottleneck_linear has no residual (undefined).
+inline BottleneckArguments bottleneck_arguments(const at::Tensor& x, const at::Tensor& residual,
+                                                const at::Tensor& down_weight, const at::Tensor& down_bias,
+                                                const at::Tensor& up_weight, const at::Tensor& up_bias,
+                                                const at::Tensor& scaling, std::string_view non_linearity,
+                                                RowArguments rows) {
+  return {x,       residual, down_weight,                down_bias,      up_weight,
+          up_bias, scaling,  std::string(non_linearity), std::move(rows)};
+}
 
 struct PrefixArguments {
   at::Tensor query;          // [B, h, S, d]

@@ -35,10 +35,9 @@ class GatedBottleneckFunction : public torch::autograd::Function<GatedBottleneck
                                const std::optional<at::Tensor>& adapter_ids,
                                const std::optional<at::Tensor>& token_mask, int64_t adapter,
                                const std::string& non_linearity) {
-    const BottleneckArguments args{
-        x,         residual,      down_weight,
-        down_bias, up_weight,     up_bias,
-        scaling,   non_linearity, row_arguments(gate_weight, gate_bias, adapter_ids, adapter, token_mask)};
+    const BottleneckArguments args =
+        bottleneck_arguments(x, residual, down_weight, down_bias, up_weight, up_bias, scaling, non_linearity,
+                             row_arguments(gate_weight, gate_bias, adapter_ids, adapter, token_mask));
     check(args);
     const Selection selection = resolve_selection("gated_bottleneck", args.rows, down_weight, /*recording=*/true);
     const bool from_output = find_activation(non_linearity).saves_output;

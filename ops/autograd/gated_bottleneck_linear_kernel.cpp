@@ -22,15 +22,9 @@ std::tuple<at::Tensor, at::Tensor> gated_bottleneck_linear_autograd(
     return gated_bottleneck_linear(x, input, weight, bias, down_weight, down_bias, up_weight, up_bias, scaling,
                                    non_linearity, gate_weight, gate_bias, adapter_ids, adapter, token_mask);
   }
-  const BottleneckArguments args{x,
-                                 {},
-                                 down_weight,
-                                 down_bias,
-                                 up_weight,
-                                 up_bias,
-                                 scaling,
-                                 std::string(non_linearity),
-                                 row_arguments(gate_weight, gate_bias, adapter_ids, adapter, token_mask)};
+  const BottleneckArguments args =
+      bottleneck_arguments(x, {}, down_weight, down_bias, up_weight, up_bias, scaling, non_linearity,
+                           row_arguments(gate_weight, gate_bias, adapter_ids, adapter, token_mask));
   // So that errors name this op.
   check(args, input, weight, or_undefined(bias));
   resolve_selection("gated_bottleneck_linear", args.rows, down_weight, /*recording=*/true);

@@ -81,15 +81,9 @@ std::tuple<at::Tensor, at::Tensor> gated_bottleneck_composite(
     const at::Tensor& up_weight, const at::Tensor& up_bias, const at::Tensor& scaling, std::string_view non_linearity,
     const std::optional<at::Tensor>& gate_weight, const std::optional<at::Tensor>& gate_bias,
     const std::optional<at::Tensor>& adapter_ids, int64_t adapter, const std::optional<at::Tensor>& token_mask) {
-  const BottleneckArguments args{x,
-                                 residual,
-                                 down_weight,
-                                 down_bias,
-                                 up_weight,
-                                 up_bias,
-                                 scaling,
-                                 std::string(non_linearity),
-                                 row_arguments(gate_weight, gate_bias, adapter_ids, adapter, token_mask)};
+  const BottleneckArguments args =
+      bottleneck_arguments(x, residual, down_weight, down_bias, up_weight, up_bias, scaling, non_linearity,
+                           row_arguments(gate_weight, gate_bias, adapter_ids, adapter, token_mask));
   check(args);
   const Selection selection = resolve_selection("gated_bottleneck", args.rows, down_weight, /*recording=*/false);
   const BottleneckForward forward = bottleneck_forward(args, selection, /*keep_inner=*/false);

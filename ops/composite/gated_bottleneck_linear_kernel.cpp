@@ -31,15 +31,9 @@ std::tuple<at::Tensor, at::Tensor> gated_bottleneck_linear_composite(
     const at::Tensor& scaling, std::string_view non_linearity, const std::optional<at::Tensor>& gate_weight,
     const std::optional<at::Tensor>& gate_bias, const std::optional<at::Tensor>& adapter_ids, int64_t adapter,
     const std::optional<at::Tensor>& token_mask) {
-  BottleneckArguments args{x,
-                           {},
-                           down_weight,
-                           down_bias,
-                           up_weight,
-                           up_bias,
-                           scaling,
-                           std::string(non_linearity),
-                           row_arguments(gate_weight, gate_bias, adapter_ids, adapter, token_mask)};
+  BottleneckArguments args =
+      bottleneck_arguments(x, {}, down_weight, down_bias, up_weight, up_bias, scaling, non_linearity,
+                           row_arguments(gate_weight, gate_bias, adapter_ids, adapter, token_mask));
   check(args, input, weight, or_undefined(bias));
   const Selection selection = resolve_selection("gated_bottleneck_linear", args.rows, down_weight, /*recording=*/false);
   if (takes_fused_kernel(args, input, weight)) {
