@@ -181,10 +181,14 @@ def test_a_queue_that_is_smaller_than_a_request_is_refused(server_program, model
 
 
 def test_sums_have_all_their_digits(server):
-    server.predict(None, [[1]])
-    text = server.ask("GET", "/metrics")[1]
-    line = next(line for line in text.splitlines() if line.startswith("torchgraft_predict_seconds_sum "))
-    assert len(line.split()[1].replace(".", "").lstrip("0")) > 8
+    def digits_of_the_sum():
+        server.predict(None, [[1]])
+        text = server.ask("GET", "/metrics")[1]
+        line = next(line for line in text.splitlines() if line.startswith("torchgraft_predict_seconds_sum "))
+        return len(line.split()[1].replace(".", "").lstrip("0"))
+
+    # A stream rounds to six unless told otherwise. One sum of nanoseconds may end in zeros; not all of eight do.
+    assert max(digits_of_the_sum() for _ in range(8)) > 6
 
 
 def test_a_folder_that_has_gone_is_not_an_empty_one(server_program, models, own_adapters):
