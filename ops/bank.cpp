@@ -95,13 +95,6 @@ void add_projection_(at::Tensor& sum, const at::Tensor& x, const at::Tensor& wei
   }
 }
 
-at::Tensor weight_gradient(const Selection& selection, const at::Tensor& grad_y, const at::Tensor& x) {
-  if (selection.is_mixed()) {
-    return at::bmm(grad_y.transpose(1, 2), x);
-  }
-  return at::mm(grad_y.flatten(0, 1).t(), x.flatten(0, 1));
-}
-
 at::Tensor reduce_rows(const Selection& selection, const at::Tensor& per_row) {
   return selection.is_mixed() ? per_row : per_row.sum(0);
 }

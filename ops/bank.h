@@ -42,10 +42,6 @@ at::Tensor project(const at::Tensor& x, const at::Tensor& weight);
 // sum [B, S, M] (contiguous, overwritten) += x [B, S, K] times the transpose of weight [(B,) M, K].
 void add_projection_(at::Tensor& sum, const at::Tensor& x, const at::Tensor& weight);
 
-// Gradient of a selected weight in y = project(x, weight): grad_y [B, S, M], x [B, S, K] -> [(B,) M, K], summed over
-// the batch in the uniform case.
-at::Tensor weight_gradient(const Selection& selection, const at::Tensor& grad_y, const at::Tensor& x);
-
 // per_row [B, ...] -> [...] summed over the batch (uniform), or itself (mixed): the gradient of a selected value that
 // was broadcast over the rows.
 at::Tensor reduce_rows(const Selection& selection, const at::Tensor& per_row);

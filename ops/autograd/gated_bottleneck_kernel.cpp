@@ -85,7 +85,7 @@ class GatedBottleneckFunction : public torch::autograd::Function<GatedBottleneck
       reads.add_gate(saved.gate, accumulate(grad_gate, grads[1]), args.rows, saved.needs(kGateWeight),
                      saved.needs(kGateBias), result[kGateWeight], result[kGateBias]);
     }
-    result[kX] = reads.backward(saved.needs(kX), /*sum=*/{});
+    result[kX] = reads.backward(saved.needs(kX));
     return result;
   }
 
@@ -102,7 +102,7 @@ class GatedBottleneckFunction : public torch::autograd::Function<GatedBottleneck
     const bool need_narrow = saved.needs_any({kX, kDownWeight, kDownBias});
     at::Tensor grad_scaled;  // [B, S, R]: grad W
     if (need_gate || need_narrow) {
-      grad_scaled = at::matmul(grad, select(selection, args.up_weight) * scaling.unsqueeze(-1));
+      grad_scaled = narrow_product(selection, grad, select(selection, args.up_weight) * scaling.unsqueeze(-1));
     }
     if (need_narrow) {
       down_gradients(args, saved, with_gate(saved, grad_scaled), reads, result);

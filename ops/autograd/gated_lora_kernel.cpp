@@ -52,7 +52,7 @@ class GatedLoraFunction : public torch::autograd::Function<GatedLoraFunction> {
     const LoraNeeds needs{saved.needs(kX),       saved.needs(kLoraA),      saved.needs(kLoraB),
                           saved.needs(kScaling), saved.needs(kGateWeight), saved.needs(kGateBias)};
     const LoraGradients gradients =
-        lora_backward(args, selection, saved.gate, /*hidden=*/tensors[6], grads[0], grads[1], needs, /*grad_x=*/{});
+        lora_backward(args, selection, saved.gate, /*hidden=*/tensors[6], grads[0], grads[1], needs, /*linear=*/{});
     result[kX] = gradients.x;
     result[kLoraA] = gradients.lora_a;
     result[kLoraB] = gradients.lora_b;

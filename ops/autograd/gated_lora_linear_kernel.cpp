@@ -58,7 +58,11 @@ class GatedLoraLinearFunction : public torch::autograd::Function<GatedLoraLinear
     if (grads[0].defined()) {
       through_projection(saved, grads[0], result);
     }
+    const LinearGradient linear{grads[0], tensors[1]};
     if (selection.kind == Selection::Kind::kBase) {
+      if (saved.needs(kX)) {
+        result[kX] = input_gradient(selection, linear, {}, {});
+      }
       return result;
     }
     const LoraArguments args{tensors[0], {},         tensors[2],
@@ -66,7 +70,7 @@ class GatedLoraLinearFunction : public torch::autograd::Function<GatedLoraLinear
     const LoraNeeds needs{saved.needs(kX),       saved.needs(kLoraA),      saved.needs(kLoraB),
                           saved.needs(kScaling), saved.needs(kGateWeight), saved.needs(kGateBias)};
     const LoraGradients gradients =
-        lora_backward(args, selection, saved.gate, /*hidden=*/tensors[7], grads[0], grads[1], needs, result[kX]);
+        lora_backward(args, selection, saved.gate, /*hidden=*/tensors[7], grads[0], grads[1], needs, linear);
     result[kX] = gradients.x;
     result[kLoraA] = gradients.lora_a;
     result[kLoraB] = gradients.lora_b;
@@ -77,13 +81,9 @@ class GatedLoraLinearFunction : public torch::autograd::Function<GatedLoraLinear
   }
 
  private:
-  // Of x weight^T + bias. A frozen weight has no gradient: then this is one product.
+  // Of weight and bias in x weight^T + bias; frozen ones have no gradient.
   static void through_projection(const Saved& saved, const at::Tensor& grad, variable_list& result) {
     const at::Tensor tokens = grad.flatten(0, 1);  // [B S, O]
-    if (saved.needs(kX)) {
-      const at::Tensor& x = saved.tensors[0];
-      result[kX] = at::mm(tokens, saved.tensors[1]).view_symint(x.sym_sizes());
-    }
     if (saved.needs(kWeight)) {
       result[kWeight] = at::mm(tokens.t(), saved.tensors[0].flatten(0, 1));
     }

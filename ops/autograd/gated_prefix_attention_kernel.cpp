@@ -103,7 +103,7 @@ class GatedPrefixAttentionFunction : public torch::autograd::Function<GatedPrefi
       TokenReads reads(saved.selection, args.x);
       reads.add_gate(saved.gate, accumulate(grad_gate, grads[1]), args.rows, saved.needs(kGateWeight),
                      saved.needs(kGateBias), result[kGateWeight], result[kGateBias]);
-      result[kX] = reads.backward(saved.needs(kX), /*sum=*/{});
+      result[kX] = reads.backward(saved.needs(kX));
     }
     return result;
   }

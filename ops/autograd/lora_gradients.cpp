@@ -20,7 +20,7 @@ ThroughOutput through_output(const LoraArguments& args, const Selection& selecti
                              LoraGradients& result) {
   const auto type = args.x.scalar_type();
   const at::Tensor coefficient = lora_coefficient(args, selection, gate);
-  const at::Tensor grad_scaled = at::matmul(grad, select(selection, args.lora_b));  // [B, S, r]
+  const at::Tensor grad_scaled = narrow_product(selection, grad, select(selection, args.lora_b));  // [B, S, r]
   ThroughOutput through;
   if (needs.lora_b) {
     const at::Tensor scaled = (hidden * coefficient).to(type);
@@ -48,7 +48,7 @@ ThroughOutput through_output(const LoraArguments& args, const Selection& selecti
 
 LoraGradients lora_backward(const LoraArguments& args, const Selection& selection, const Gate& gate,
                             const at::Tensor& hidden, const at::Tensor& grad, const at::Tensor& grad_gate,
-                            const LoraNeeds& needs, const at::Tensor& grad_x) {
+                            const LoraNeeds& needs, const LinearGradient& linear) {
   const bool need_gate = gate.value.defined() && (needs.x || needs.gate_weight || needs.gate_bias);
   LoraGradients result;
   ThroughOutput through;
@@ -63,7 +63,7 @@ LoraGradients lora_backward(const LoraArguments& args, const Selection& selectio
     reads.add_gate(gate, accumulate(through.gate, grad_gate), args.rows, needs.gate_weight, needs.gate_bias,
                    result.gate_weight, result.gate_bias);
   }
-  result.x = reads.backward(needs.x, grad_x);
+  result.x = reads.backward(needs.x, linear);
   return result;
 }
 

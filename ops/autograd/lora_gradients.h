@@ -1,6 +1,7 @@
 #pragma once
 
 #include <torchgraft/ops/arguments.h>
+#include <torchgraft/ops/autograd/products.h>
 #include <torchgraft/ops/bank.h>
 #include <torchgraft/ops/gate.h>
 
@@ -18,10 +19,10 @@ struct LoraGradients {
 };
 
 // grad [B, S, O] and grad_gate [B, 1]: of output and gate; undefined: that result was not used. args without base;
-// hidden [B, S, r] and gate: of the forward pass. grad_x [B, S, I], contiguous and not used otherwise: what else flows
-// into x, the result is added to it in place; undefined: nothing. Not for a base selection.
+// hidden [B, S, r] and gate: of the forward pass. linear: what else reads x, if anything; x's gradient is of both. Not
+// for a base selection.
 LoraGradients lora_backward(const LoraArguments& args, const Selection& selection, const Gate& gate,
                             const at::Tensor& hidden, const at::Tensor& grad, const at::Tensor& grad_gate,
-                            const LoraNeeds& needs, const at::Tensor& grad_x);
+                            const LoraNeeds& needs, const LinearGradient& linear);
 
 }  // namespace torchgraft::ops

@@ -4,6 +4,8 @@
 #include <torch/csrc/autograd/generated/Functions.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torchgraft/ops/autograd/norm_output.h>
+#include <torchgraft/ops/cpu/normalize.h>
+#include <torchgraft/ops/kernel_choice.h>
 
 namespace torchgraft::ops {
 
@@ -21,6 +23,11 @@ bool can_be_had_again(LayerNormNode& norm, const c10::intrusive_ptr<Node>& node)
   }
   const auto precision = norm.result1_.unpack(node).scalar_type();  // of means and deviations
   return precision == at::kFloat || precision == at::kDouble;
+}
+
+// Of an undefined tensor: yes.
+bool has_dtype(const at::Tensor& tensor, at::ScalarType type) {
+  return !tensor.defined() || tensor.scalar_type() == type;
 }
 
 }  // namespace
@@ -47,7 +54,11 @@ at::Tensor output_of_norm(const c10::intrusive_ptr<Node>& node) {
   const at::Tensor inverse = norm->result2_.unpack(node);  // [..., 1], of the deviation
   const at::Tensor weight = norm->weight_.unpack();        // undefined: 1
   const at::Tensor bias = norm->bias_.unpack();            // undefined: 0
-  at::Tensor result = (input - mean).mul_(inverse);        // in the precision of the mean
+  if (input.scalar_type() == at::kFloat && takes_fused_kernels(input) && has_dtype(weight, at::kFloat) &&
+      has_dtype(bias, at::kFloat)) {
+    return cpu::normalize(input, mean, inverse, weight, bias);
+  }
+  at::Tensor result = (input - mean).mul_(inverse);  // in the precision of the mean
   if (weight.defined() && bias.defined()) {
     result = at::addcmul(bias, result, weight);
   } else if (weight.defined()) {

@@ -27,21 +27,18 @@ void TokenReads::add_gate(const Gate& gate, const at::Tensor& grad, const RowArg
   }
 }
 
-at::Tensor TokenReads::backward(bool need_x, at::Tensor sum) {
-  if (need_x && !reads_.empty()) {
+at::Tensor TokenReads::backward(bool need_x, const LinearGradient& linear) {
+  at::Tensor sum;
+  if (need_x && reads_.empty()) {
+    sum = input_gradient(selection_, linear, {}, {});
+  } else if (need_x) {
     std::vector<at::Tensor> grads;
     std::vector<at::Tensor> weights;
     for (const Read& read : reads_) {
       grads.push_back(read.grad);
       weights.push_back(select(selection_, read.bank));
     }
-    const at::Tensor grad = joined(grads, -1);
-    const at::Tensor weight = joined(weights, -2);
-    if (sum.defined()) {
-      add_projection_(sum, grad, weight.transpose(-1, -2));
-    } else {
-      sum = at::matmul(grad, weight);
-    }
+    sum = input_gradient(selection_, linear, joined(grads, -1), joined(weights, -2));
   }
   std::vector<at::Tensor> grads;
   for (const Read& read : reads_) {

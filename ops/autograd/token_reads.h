@@ -1,6 +1,7 @@
 #pragma once
 
 #include <torchgraft/ops/arguments.h>
+#include <torchgraft/ops/autograd/products.h>
 #include <torchgraft/ops/bank.h>
 #include <torchgraft/ops/gate.h>
 
@@ -21,9 +22,8 @@ class TokenReads {
   void add_gate(const Gate& gate, const at::Tensor& grad, const RowArguments& rows, bool need_weight, bool need_bias,
                 at::Tensor& weight, at::Tensor& bias);
 
-  // x's gradient, if needed; added in place to `sum` where that is defined (contiguous, not used otherwise). Otherwise
-  // `sum` itself.
-  at::Tensor backward(bool need_x, at::Tensor sum);
+  // x's gradient, if needed: also of `linear`, which reads x, too.
+  at::Tensor backward(bool need_x, const LinearGradient& linear = {});
 
  private:
   struct Read {

@@ -37,6 +37,7 @@ struct DotProduct {
   int64_t x_stride = 0;
   Numbers w;
   int64_t w_stride = 0;
+  int64_t w_step = 1;  // between the elements of one row of w; another than 1 only in token_product, of float32
   float* y = nullptr;
   int64_t y_stride = 0;
   Numbers bias;                 // [columns]
@@ -111,6 +112,9 @@ struct Kernels {
   void (*widen)(const c10::BFloat16* from, int64_t count, float* to);
   void (*narrow)(const float* from, int64_t count, c10::BFloat16* to);  // to the nearest, ties to even
   void (*activate)(FusedActivation, float* values, int64_t count);
+  // to = (x - mean) inverse weight + bias, of `count` elements each; weight and bias may be null.
+  void (*normalize)(const float* x, int64_t count, float mean, float inverse, const float* weight, const float* bias,
+                    float* to);
   int64_t (*attention_workspace)(const HeadAttention&);  // bounded, whatever the number of keys
   void (*attention)(const HeadAttention&);
   int64_t (*attention_gradient_workspace)(const HeadAttentionGradient&);  // the same for any number of keys and queries

@@ -20,6 +20,13 @@ int64_t columns_per_task(int64_t columns, int64_t tokens) {
   return std::min(columns, (share + kMultiple - 1) / kMultiple * kMultiple);
 }
 
+// The transpose of a contiguous weight is read where it lies, if the kernel can.
+at::Tensor readable(const at::Tensor& weight, int64_t row_tokens) {
+  const bool as_it_is = weight.scalar_type() == at::kFloat && weight.t().is_contiguous() &&
+                        packs_tokens(row_tokens, weight.size(0));
+  return as_it_is ? weight : weight.contiguous();
+}
+
 // An update's numbers: the narrow side with c multiplied in, and the bank's slices.
 class UpdateTiles {
  public:
@@ -78,7 +85,7 @@ class UpdateTiles {
 at::Tensor linear_with_update(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
                               const ProjectionUpdate& update, const Selection& selection) {
   const at::Tensor x = input.contiguous();
-  const at::Tensor projection = weight.contiguous();
+  const at::Tensor projection = readable(weight, x.size(1));
   const int64_t features = x.size(2);
   const int64_t columns = projection.size(0);
   at::Tensor output = at::empty({x.size(0), x.size(1), columns}, x.options());
@@ -112,11 +119,13 @@ at::Tensor linear_with_update(const at::Tensor& input, const at::Tensor& weight,
       DotProduct job;
       job.rows = std::min(tile, runs.tokens - in_run);
       job.columns = std::min(share, columns - column);
-      job.depth = job.x_stride = job.w_stride = features;
+      job.depth = job.x_stride = features;
+      job.w_stride = projection.stride(0);
+      job.w_step = projection.stride(1);
       const FloatView tokens_at_hand(from + first * features, job.rows * features);
       FloatResult result(from.is_bfloat16, to + (first * columns + column) * element, job.rows, job.columns, columns);
       job.x = tokens_at_hand.data();
-      job.w = rows + column * features;
+      job.w = rows + column * job.w_stride;
       job.y = result.data();
       job.y_stride = result.stride();
       job.bias = offsets ? offsets + column : offsets;

@@ -18,7 +18,7 @@ struct ProjectionUpdate {
 };
 
 // x weight^T + bias and `update` in one pass: the update is summed in the registers that hold the projection.
-// x [B, S, I], weight [O, I], bias [O] or undefined, and the banks, all float32 or all bfloat16 -> [B, S, O]. For a
+// x [B, S, I], weight [O, I] (or the transpose of a contiguous one: nothing is copied in float32), bias [O] or undefined, and the banks, all float32 or all bfloat16 -> [B, S, O]. For a
 // base selection the update is not read.
 at::Tensor linear_with_update(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
                               const ProjectionUpdate& update, const Selection& selection);

@@ -19,11 +19,15 @@ TokenRuns token_runs(const Selection& selection, int64_t batch, int64_t tokens) 
   return runs;
 }
 
-void multiply(const DotProduct& job, int64_t row_tokens, int64_t columns) {
+bool packs_tokens(int64_t row_tokens, int64_t columns) {
   // Fewer tokens leave lanes empty; fewer columns are not worth packing the tokens for.
   constexpr int64_t kTokens = 16;
   constexpr int64_t kColumns = 32;
-  (row_tokens >= kTokens && columns >= kColumns ? kernels().token_product : kernels().dot_product)(job);
+  return row_tokens >= kTokens && columns >= kColumns;
+}
+
+void multiply(const DotProduct& job, int64_t row_tokens, int64_t columns) {
+  (packs_tokens(row_tokens, columns) ? kernels().token_product : kernels().dot_product)(job);
 }
 
 Numbers numbers_of(const at::Tensor& tensor) {

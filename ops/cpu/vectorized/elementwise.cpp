@@ -68,6 +68,21 @@ void narrow(const float* from, int64_t count, c10::BFloat16* to) {
   }
 }
 
+void normalize(const float* x, int64_t count, float mean, float inverse, const float* weight, const float* bias,
+               float* to) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int64_t some = std::min(kLanes, count - i);
+    Vec value = (Vec::loadu(x + i, some) - Vec(mean)) * Vec(inverse);
+    if (weight != nullptr) {
+      value = value * Vec::loadu(weight + i, some);
+    }
+    if (bias != nullptr) {
+      value = value + Vec::loadu(bias + i, some);
+    }
+    value.store(to + i, static_cast<int>(some));
+  }
+}
+
 // The formulas of ops/activation.cpp.
 void activate(FusedActivation activation, float* values, int64_t count) {
   switch (activation) {

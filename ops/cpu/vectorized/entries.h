@@ -17,6 +17,8 @@ void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t col
 void widen(const c10::BFloat16* from, int64_t count, float* to);
 void narrow(const float* from, int64_t count, c10::BFloat16* to);
 void activate(FusedActivation activation, float* values, int64_t count);
+void normalize(const float* x, int64_t count, float mean, float inverse, const float* weight, const float* bias,
+               float* to);
 int64_t attention_workspace(const HeadAttention& job);
 void attention(const HeadAttention& job);
 int64_t attention_gradient_workspace(const HeadAttentionGradient& job);

@@ -29,6 +29,7 @@ const Kernels& TORCHGRAFT_JOIN(kernels_, TORCHGRAFT_INSTRUCTION_SET)() {
                              here::widen,
                              here::narrow,
                              here::activate,
+                             here::normalize,
                              here::attention_workspace,
                              here::attention,
                              here::attention_gradient_workspace,

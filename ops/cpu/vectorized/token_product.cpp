@@ -71,9 +71,10 @@ class PackedTokens {
   std::unique_ptr<float[]> packed_;
 };
 
+// w[i * stride + k * step] is element k of row i.
 template <typename V, int R, int C>
-inline __attribute__((always_inline)) void accumulate(V (&sums)[R][C], const float* w, int64_t stride, const float* x,
-                                                      int64_t depth) {
+inline __attribute__((always_inline)) void accumulate(V (&sums)[R][C], const float* w, int64_t stride, int64_t step,
+                                                      const float* x, int64_t depth) {
   for (int64_t k = 0; k < depth; ++k) {
     V right[C];
 #pragma GCC unroll 8
@@ -82,7 +83,7 @@ inline __attribute__((always_inline)) void accumulate(V (&sums)[R][C], const flo
     }
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
-      const V left(w[i * stride + k]);
+      const V left(w[i * stride + k * step]);
 #pragma GCC unroll 8
       for (int j = 0; j < C; ++j) {
         sums[i][j] = fmadd(left, right[j], sums[i][j]);
@@ -102,8 +103,8 @@ void block(const WeightRows<kRows>& rows, const float* x, int64_t depth, const f
       sums[i][j] = V(rows.bias()[i]);
     }
   }
-  accumulate<V, R, C>(sums, rows.w(), rows.w_stride(), x, depth);
-  accumulate<V, R, C>(sums, rows.w2(), rows.w2_stride(), x2, depth2);
+  accumulate<V, R, C>(sums, rows.w(), rows.w_stride(), rows.w_step(), x, depth);
+  accumulate<V, R, C>(sums, rows.w2(), rows.w2_stride(), /*step=*/1, x2, depth2);
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 8

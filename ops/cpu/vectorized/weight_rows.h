@@ -39,6 +39,7 @@ class WeightRows {
   const float* w() const { return w_; }
   const float* w2() const { return w2_; }
   int64_t w_stride() const { return w_stride_; }
+  int64_t w_step() const { return job_.w_step; }
   int64_t w2_stride() const { return w2_stride_; }
   const float* bias() const { return bias_; }  // [Most] and to a multiple of four
 

@@ -1,0 +1,126 @@
+#include <ATen/ATen.h>
+#include <torchgraft/ops/cpu/gradient_products.h>
+#include <torchgraft/ops/cpu/kernels.h>
+#include <torchgraft/ops/cpu/projection.h>
+#include <torchgraft/ops/cpu/token_tiles.h>
+
+namespace torchgraft::ops::cpu {
+namespace {
+
+// Every batch is one run of tokens here: what a row's gradient is does not depend on how rows are told apart.
+TokenRuns one_run(const at::Tensor& tokens) { return {tokens.size(0) * tokens.size(1), {0}}; }
+
+at::Tensor in_float(const at::Tensor& narrow) { return narrow.to(at::kFloat).contiguous(); }
+
+// y [R, count] += narrow [R, tokens] wide [tokens, count]: `count` columns of `wide` from `column` on, some tokens at a
+// time, which stay in a cache while the rows of y pass by.
+void sum_columns(const at::Tensor& narrow, const at::Tensor& wide, int64_t column, int64_t count, float* y,
+                 int64_t y_stride) {
+  constexpr int64_t kTokens = 64;
+  const int64_t tokens = narrow.size(1);
+  const int64_t features = wide.size(-1);
+  const Numbers from = numbers_of(wide);
+  std::vector<float> widened(from.is_bfloat16 ? kTokens * count : 0);
+  OuterProduct job;
+  job.rows = narrow.size(0);
+  job.columns = count;
+  job.x_stride = tokens;
+  job.init = job.y = y;
+  job.init_stride = job.y_stride = y_stride;
+  for (int64_t first = 0; first < tokens; first += kTokens) {
+    job.depth = std::min(kTokens, tokens - first);
+    job.x = narrow.const_data_ptr<float>() + first;
+    if (from.is_bfloat16) {
+      for (int64_t i = 0; i < job.depth; ++i) {
+        kernels().widen(from.half() + (first + i) * features + column, count, widened.data() + i * count);
+      }
+      job.w = widened.data();
+      job.w_stride = count;
+    } else {
+      job.w = from.single() + first * features + column;
+      job.w_stride = features;
+    }
+    kernels().outer_product(job);
+  }
+}
+
+}  // namespace
+
+at::Tensor narrow_product(const at::Tensor& grad, const at::Tensor& weight) {
+  const at::Tensor from = grad.contiguous();
+  const at::Tensor rows = weight.t().contiguous();  // [R, O]
+  const int64_t features = from.size(2);
+  const int64_t columns = rows.size(0);
+  at::Tensor result = at::empty({from.size(0), from.size(1), columns}, from.options().dtype(at::kFloat));
+  const TokenRuns runs = one_run(from);
+  for_each_tile(runs, [&](int64_t /*run*/, int64_t begin, int64_t end) {
+    const FloatView tokens(numbers_of(from) + begin * features, (end - begin) * features);
+    DotProduct job;
+    job.rows = end - begin;
+    job.columns = job.y_stride = columns;
+    job.depth = job.x_stride = job.w_stride = features;
+    job.x = tokens.data();
+    job.w = numbers_of(rows);
+    job.y = result.mutable_data_ptr<float>() + begin * columns;
+    multiply(job, runs.tokens, columns);
+  });
+  return result;
+}
+
+at::Tensor token_sum(const at::Tensor& left, const at::Tensor& right) {
+  constexpr int64_t kColumns = 64;  // whole register blocks
+  const bool left_is_narrow = left.size(2) <= right.size(2);
+  const at::Tensor narrow = in_float((left_is_narrow ? left : right).flatten(0, 1).t());
+  const at::Tensor wide = (left_is_narrow ? right : left).contiguous();
+  const int64_t columns = wide.size(2);
+  at::Tensor sum = at::zeros({narrow.size(0), columns}, narrow.options());
+  auto* to = sum.mutable_data_ptr<float>();
+  // Columns are divided, not tokens: a sum over tokens is the same for any number of threads.
+  at::parallel_for(0, (columns + kColumns - 1) / kColumns, /*grain_size=*/1, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kColumns;
+    sum_columns(narrow, wide, first, std::min(columns, end * kColumns) - first, to + first, columns);
+  });
+  return left_is_narrow ? sum : sum.t();
+}
+
+at::Tensor wide_product(const at::Tensor& narrow, const at::Tensor& weight) {
+  const at::Tensor tokens = in_float(narrow);
+  const at::Tensor table = in_float(weight);
+  const int64_t depth = table.size(0);
+  const int64_t columns = table.size(1);
+  at::Tensor result = at::empty({tokens.size(0), tokens.size(1), columns}, weight.options());
+  const bool is_bfloat16 = result.scalar_type() == at::kBFloat16;
+  auto* to = static_cast<char*>(result.mutable_data_ptr());
+  for_each_tile(one_run(tokens), [&](int64_t /*run*/, int64_t begin, int64_t end) {
+    const int64_t count = end - begin;
+    const FloatResult tile(is_bfloat16, to + begin * columns * result.element_size(), count, columns, columns);
+    std::fill_n(tile.data(), count * columns, 0.0F);
+    OuterProduct job;
+    job.rows = count;
+    job.columns = job.w_stride = job.init_stride = job.y_stride = columns;
+    job.depth = job.x_stride = depth;
+    job.x = tokens.const_data_ptr<float>() + begin * depth;
+    job.w = table.const_data_ptr<float>();
+    job.init = job.y = tile.data();
+    kernels().outer_product(job);
+    tile.store();
+  });
+  return result;
+}
+
+at::Tensor wide_product(const at::Tensor& grad, const at::Tensor& weight, const at::Tensor& narrow,
+                        const at::Tensor& narrow_weight) {
+  const at::Tensor tokens = grad.contiguous().flatten(0, 1).unsqueeze(0);  // [1, B S, O]
+  Selection selection;
+  ProjectionUpdate update;
+  if (narrow.defined()) {
+    selection.kind = Selection::Kind::kUniform;
+    selection.adapter = 0;
+    update.hidden = in_float(narrow).flatten(0, 1).unsqueeze(0);
+    update.weight = narrow_weight.t().contiguous().unsqueeze(0);  // [1, I, R]
+  }
+  return linear_with_update(tokens, weight.t(), /*bias=*/{}, update, selection)
+      .view({grad.size(0), grad.size(1), weight.size(1)});
+}
+
+}  // namespace torchgraft::ops::cpu
