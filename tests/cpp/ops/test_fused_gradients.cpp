@@ -155,12 +155,62 @@ at::Tensor spread(const at::Tensor& tensor) { return at::stack({tensor, tensor},
 
 at::Tensor if_gated(bool gated, at::IntArrayRef sizes) { return gated ? randn(sizes) : at::Tensor(); }
 
+Call lora_linear_call(int64_t batch, int64_t tokens, int64_t in, int64_t out, int64_t rank) {
+  Call call{"lora_linear",
+            {randn({batch, tokens, in}), randn({out, in}), randn({out}), randn({2, rank, in}), randn({2, out, rank}),
+             randn({2}), randn({2, 1, in}), randn({2, 1})},
+            {}};
+  call.run = [](const Tensors& t) {
+    return gated_lora_linear(t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], std::nullopt, 1);
+  };
+  return call;
+}
+
+Call bottleneck_call(int64_t batch, int64_t tokens, int64_t hidden, int64_t size) {
+  Call call{"bottleneck",
+            {randn({batch, tokens, hidden}), randn({batch, tokens, hidden}), randn({2, size, hidden}),
+             randn({2, size}), randn({2, hidden, size}), randn({2, hidden}), randn({2, 1}), randn({2, 1, hidden}),
+             randn({2, 1})},
+            {}};
+  call.run = [](const Tensors& t) {
+    return gated_bottleneck(t[0], t[1], t[2], t[3], t[4], t[5], t[6], "gelu", t[7], t[8], std::nullopt, 1);
+  };
+  return call;
+}
+
+TEST_F(FusedGradients, OfNarrowProductsHaveTheSameBitsForAnyThreads) {
+  expect_same_bits_by_threads(lora_linear_call(3, 70, 150, 200, 9));
+  expect_same_bits_by_threads(bottleneck_call(3, 70, 150, 50));
+}
+
+// Sums in float32, rounded once between products: as far from the truth as ATen's composition at most.
+TEST_F(FusedGradients, BFloat16) {
+  for (Call call : {lora_linear_call(3, 33, 70, 51, 9), bottleneck_call(2, 45, 70, 19), bottleneck_call(1, 5, 9, 2)}) {
+    SCOPED_TRACE(call.name);
+    for (at::Tensor& input : call.inputs) {
+      input = input.to(at::kBFloat16).to(at::kDouble);
+    }
+    const Tensors expected = gradients(call, at::kDouble, KernelMode::kReference);
+    const Tensors found = gradients(call, at::kBFloat16, KernelMode::kFused);
+    const Tensors composed = gradients(call, at::kBFloat16, KernelMode::kReference);
+    for (size_t i = 0; i < expected.size(); ++i) {
+      SCOPED_TRACE(c10::str("input ", i));
+      EXPECT_EQ(found[i].scalar_type(), at::kBFloat16);
+      const auto error = [&](const at::Tensor& tensor) { return (tensor.to(at::kDouble) - expected[i]).norm(); };
+      const double rounding = 0x1p-8 * expected[i].norm().item<double>();
+      EXPECT_LE(error(found[i]).item<double>(), 2 * rounding + error(composed[i]).item<double>());
+    }
+  }
+}
+
 TEST_F(FusedGradients, Lora) {
   int64_t variant = 0;
   for (const auto& [batch, tokens, in, out, rank] : {std::tuple(3, 5, 8, 6, 2),
                                                      {1, 1, 1, 1, 1},
                                                      {4, 33, 70, 51, 9},
                                                      {5, 7, 19, 100, 30},
+                                                     {2, 35, 65, 50, 140},
+                                                     {3, 40, 33, 67, 31},
                                                      {0, 4, 8, 8, 2},
                                                      {2, 0, 8, 8, 2},
                                                      {3, 4, 16, 16, 0}}) {
@@ -206,6 +256,8 @@ TEST_F(FusedGradients, Bottleneck) {
                                                     {4, 33, 70, 9},
                                                     {3, 66, 48, 100},
                                                     {2, 3, 17, 33},
+                                                    {2, 70, 65, 130},
+                                                    {1, 15, 40, 7},
                                                     {0, 4, 8, 2},
                                                     {2, 0, 8, 2}}) {
     for (const int64_t channels : {int64_t{1}, static_cast<int64_t>(hidden)}) {

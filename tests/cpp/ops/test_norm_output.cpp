@@ -101,6 +101,32 @@ TEST(NormOutput, GradientsAreTheSame) {
   }
 }
 
+// Weights' gradients are what the norm's result is had again for. 37 features: whole vectors and a rest.
+TEST(NormOutput, WeightsGradientsAreTheSame) {
+  at::manual_seed(0);
+  constexpr int64_t kMany = 37;
+  for (const at::ScalarType type : {at::kDouble, at::kFloat}) {
+    const auto fixed = [type](at::IntArrayRef sizes) { return randn(sizes).to(type); };
+    const at::Tensor input = (3 * fixed({2, 19, kMany}) + 1).requires_grad_();
+    const at::Tensor a = fixed({1, 2, kMany}).requires_grad_();
+    const at::Tensor b = fixed({1, 4, 2});
+    const at::Tensor weight = fixed({kMany});
+    const at::Tensor bias = fixed({kMany});
+    for (const auto& [given_weight, given_bias] : std::vector<std::pair<std::optional<at::Tensor>, std::optional<at::Tensor>>>{
+             {}, {weight, {}}, {{}, bias}, {weight, bias}}) {
+      const at::Tensor normed = at::layer_norm(input, {kMany}, given_weight, given_bias);
+      const auto gradient_of_a = [&](const at::Tensor& x) {
+        const at::Tensor base = at::zeros({2, 19, 4}, type);
+        const auto [output, gate] = gated_lora(x, base, a, b, at::ones({1}, type));
+        return torch::autograd::grad({output.square().sum()}, {a}, {}, /*retain_graph=*/true)[0];
+      };
+      const at::Tensor expected = gradient_of_a(normed * 1.0);
+      const double tolerance = (type == at::kFloat ? 1e-5 : 1e-12) * expected.abs().max().item<double>();
+      EXPECT_LE((gradient_of_a(normed) - expected).abs().max().item<double>(), tolerance);
+    }
+  }
+}
+
 TEST(NormOutput, IsNotKept) {
   at::manual_seed(0);
   const at::Tensor input = parameter({2, 5, kFeatures});
