@@ -61,6 +61,17 @@ SHAPES = {
 }
 LARGE_SHAPES = {"MiniLM": ["32x128", "8x512"], "BERT-base": ["32x128", "8x512"], "ViT-base": ["32x197"]}
 BASE = "base"
+COLORS = {
+    "base, eager": "silver",
+    "base, compiled": "gray",
+    "library, eager": "tab:red",
+    "library, ejected": "tab:orange",
+    "library, traced": "gold",
+    "library, compiled": "tab:olive",
+    "peft, eager": "tab:cyan",
+    "peft, traced": "tab:blue",
+    "torchgraft": "tab:green",
+}
 
 
 @dataclass
@@ -259,16 +270,18 @@ def draw(rows: list[Row], path: Path) -> None:
             spread = [[max(0.0, cells[key].ratio - cells[key].quartiles[0]) for key in columns],
                       [max(0.0, cells[key].quartiles[1] - cells[key].ratio) for key in columns]]  # fmt: skip
             places = [position + index * width for position in range(len(columns))]
-            axis.bar(places, heights, width, yerr=spread, label=name, error_kw={"linewidth": 0.7})
+            axis.bar(places, heights, width, yerr=spread, color=COLORS[name], error_kw={"linewidth": 0.7})
         axis.axhline(1.0, color="black", linewidth=0.8)
         axis.set_xticks([position + 0.4 - width / 2 for position in range(len(columns))])
         axis.set_xticklabels([f"{shape}\n{threads} thr." for threads, shape in columns], fontsize=8)
         axis.set_ylabel("time / base")
         axis.set_title(f"{model}, {config}", fontsize=10)
         axis.set_ylim(bottom=0.8)
-    axes[0, 0].legend(fontsize=8, ncols=2)
+    drawn = [name for name in COLORS if any(row.variant == name for row in rows)]
+    patches = [pyplot.Rectangle((0, 0), 1, 1, color=COLORS[name]) for name in drawn]
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.legend(patches, drawn, fontsize=8, ncols=len(drawn), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:

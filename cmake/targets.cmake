@@ -21,14 +21,28 @@ function(torchgraft_vectorized target)
   set(flags_avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c -DCPU_CAPABILITY=AVX512
       -DCPU_CAPABILITY_AVX512)
   foreach(instruction_set IN LISTS sets)
-    set(copy ${target}_${instruction_set})
-    add_library(${copy} OBJECT ${ARGN})
-    torchgraft_library(${copy})
-    target_compile_features(${copy} PRIVATE cxx_std_20)
-    target_link_libraries(${copy} PRIVATE torch OpenMP::OpenMP_CXX)
-    target_compile_options(${copy} PRIVATE ${flags_${instruction_set}} -fno-math-errno -fno-trapping-math
-      -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized)  # g++ 12 on its own intrinsics
-    target_compile_definitions(${copy} PRIVATE TORCHGRAFT_INSTRUCTION_SET=${instruction_set})
-    target_sources(${target} PRIVATE $<TARGET_OBJECTS:${copy}>)
+    torchgraft_vectorized_copy(${target} ${instruction_set} "${flags_${instruction_set}}" ${ARGN})
   endforeach()
+endfunction()
+
+# One copy, compiled with `flags`.
+function(torchgraft_vectorized_copy target instruction_set flags)
+  set(copy ${target}_${instruction_set})
+  add_library(${copy} OBJECT ${ARGN})
+  torchgraft_library(${copy})
+  target_compile_features(${copy} PRIVATE cxx_std_20)
+  target_link_libraries(${copy} PRIVATE torch OpenMP::OpenMP_CXX)
+  target_compile_options(${copy} PRIVATE ${flags} -fno-math-errno -fno-trapping-math
+    -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized)  # g++ 12 on its own intrinsics
+  target_compile_definitions(${copy} PRIVATE TORCHGRAFT_INSTRUCTION_SET=${instruction_set})
+  target_sources(${target} PRIVATE $<TARGET_OBJECTS:${copy}>)
+endfunction()
+
+# The same for what only processors with AVX512-BF16 can run, in a namespace of its own.
+function(torchgraft_vectorized_avx512_bf16 target)
+  if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+    torchgraft_vectorized_copy(${target} avx512_bf16
+      "-mavx512bf16;-mavx512f;-mavx512bw;-mavx512vl;-mavx512dq;-mavx2;-mfma;-mf16c;-DCPU_CAPABILITY=AVX512;-DCPU_CAPABILITY_AVX512"
+      ${ARGN})
+  endif()
 endfunction()

@@ -1,6 +1,5 @@
 #include <ATen/ATen.h>
 #include <ATen/TensorSubclassLikeUtils.h>
-#include <ATen/cpu/Utils.h>
 #include <torchgraft/ops/cpu/kernels.h>
 #include <torchgraft/ops/kernel_choice.h>
 
@@ -32,22 +31,8 @@ std::atomic<KernelMode>& mode_in_use() {
   return mode;
 }
 
-// Then ATen's products of bfloat16 (oneDNN's) do more a cycle than the kernels here, which widen to float32.
-bool processor_has_bfloat16_products() {
-  static const bool has = [] {
-    const auto capabilities = at::cpu::get_cpu_capabilities();
-    const auto is_set = [&capabilities](const char* name) {
-      const auto found = capabilities.find(name);
-      return found != capabilities.end() && found->second.isBool() && found->second.toBool();
-    };
-    return is_set("avx512_bf16") || is_set("amx_bf16");
-  }();
-  return has;
-}
-
 bool is_fast(at::ScalarType type) {
-  return type == at::kFloat ? cpu::kernels().is_fast
-                            : cpu::kernels().is_fast_in_bfloat16 && !processor_has_bfloat16_products();
+  return type == at::kFloat ? cpu::kernels().is_fast : cpu::kernels().is_fast_in_bfloat16;
 }
 
 bool may_run(at::ScalarType type) {

@@ -60,6 +60,7 @@ at::Tensor narrow_product(const at::Tensor& grad, const at::Tensor& weight) {
     job.columns = job.y_stride = columns;
     job.depth = job.x_stride = job.w_stride = features;
     job.x = tokens.data();
+    job.x_is_bfloat16 = numbers_of(from).is_bfloat16;
     job.w = numbers_of(rows);
     job.y = result.mutable_data_ptr<float>() + begin * columns;
     multiply(job, runs.tokens, columns);

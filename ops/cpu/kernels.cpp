@@ -1,4 +1,5 @@
 #include <ATen/Version.h>
+#include <ATen/cpu/Utils.h>
 #include <torchgraft/ops/cpu/kernels.h>
 
 #include <string>
@@ -10,6 +11,32 @@ const Kernels& kernels_default();
 #ifdef TORCHGRAFT_X86
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
+namespace vectorized_avx512_bf16 {
+void token_product_bfloat16(const DotProduct&);
+}
+
+namespace {
+
+bool processor_has(const char* name) {
+  const auto capabilities = at::cpu::get_cpu_capabilities();
+  const auto found = capabilities.find(name);
+  return found != capabilities.end() && found->second.isBool() && found->second.toBool();
+}
+
+// With AMX, ATen's products of bfloat16 (oneDNN's) do more a cycle than any kernel here, and with AVX512-BF16 more than
+// those that widen to float32. AVX-512 without either was not measured.
+Kernels with_products_of_bfloat16(Kernels table, bool is_avx512) {
+  const bool has_pairs = processor_has("avx512_bf16");
+  const bool has_tiles = processor_has("amx_bf16");
+  if (is_avx512 && has_pairs) {
+    table.token_product_bfloat16 = vectorized_avx512_bf16::token_product_bfloat16;
+    table.is_fast_in_bfloat16 = true;
+  }
+  table.is_fast_in_bfloat16 = table.is_fast_in_bfloat16 && !has_tiles && (is_avx512 || !has_pairs);
+  return table;
+}
+
+}  // namespace
 #endif
 
 const Kernels& kernels() {
@@ -17,10 +44,12 @@ const Kernels& kernels() {
 #ifdef TORCHGRAFT_X86
     const std::string capability = at::get_cpu_capability();
     if (capability == "AVX512") {
-      return kernels_avx512();
+      static const Kernels avx512 = with_products_of_bfloat16(kernels_avx512(), /*is_avx512=*/true);
+      return avx512;
     }
     if (capability == "AVX2") {
-      return kernels_avx2();
+      static const Kernels avx2 = with_products_of_bfloat16(kernels_avx2(), /*is_avx512=*/false);
+      return avx2;
     }
 #endif
     return kernels_default();

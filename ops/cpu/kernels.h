@@ -35,6 +35,7 @@ struct DotProduct {
   int64_t depth = 0;
   const float* x = nullptr;
   int64_t x_stride = 0;
+  bool x_is_bfloat16 = false;  // every number of x is one of bfloat16
   Numbers w;
   int64_t w_stride = 0;
   int64_t w_step = 1;  // between the elements of one row of w; another than 1 only in token_product, of float32
@@ -102,9 +103,11 @@ enum class FusedActivation { kIdentity, kRelu, kSilu, kGelu, kGeluTanh, kTanh, k
 struct Kernels {
   const char* instruction_set;  // "default", "avx2" or "avx512"
   bool is_fast;                 // in float32: measured to be faster than ATen's compositions
-  bool is_fast_in_bfloat16;     // the same, where the processor itself has no products of bfloat16
+  bool is_fast_in_bfloat16;     // the same
   void (*dot_product)(const DotProduct&);    // the lanes hold terms of one sum, which are added up at the end
   void (*token_product)(const DotProduct&);  // the lanes hold tokens, which are packed first
+  // The same by the processor's own products of bfloat16, for a job with x_is_bfloat16 and such a w; null: it has none.
+  void (*token_product_bfloat16)(const DotProduct&);
   void (*outer_product)(const OuterProduct&);
   // to [columns, rows] = from [rows, columns] transposed, each times scale[row] (null: 1).
   void (*transpose)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, const float* scale,

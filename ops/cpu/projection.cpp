@@ -125,6 +125,7 @@ at::Tensor linear_with_update(const at::Tensor& input, const at::Tensor& weight,
       const FloatView tokens_at_hand(from + first * features, job.rows * features);
       FloatResult result(from.is_bfloat16, to + (first * columns + column) * element, job.rows, job.columns, columns);
       job.x = tokens_at_hand.data();
+      job.x_is_bfloat16 = from.is_bfloat16;
       job.w = rows + column * job.w_stride;
       job.y = result.data();
       job.y_stride = result.stride();

@@ -18,7 +18,7 @@ struct Columns {
   float* before;  // the same without f; may be null
 
   // x [count, features] are the tokens from `first` on, of rows of `tokens` tokens.
-  void compute(const float* x, int64_t features, int64_t first, int64_t count, int64_t tokens, int64_t adapter) const {
+  void compute(const float* x, bool is_bfloat16, int64_t features, int64_t first, int64_t count, int64_t tokens, int64_t adapter) const {
     const int64_t size = count * width;
     float* values = to + first * width;
     if (adapter < 0) {
@@ -29,6 +29,7 @@ struct Columns {
       job.columns = job.y_stride = width;
       job.depth = job.x_stride = job.w_stride = features;
       job.x = x;
+      job.x_is_bfloat16 = is_bfloat16;
       job.w = weight.of(adapter);
       job.bias = bias.of(adapter);
       job.y = values;
@@ -130,7 +131,7 @@ TokenReading read_tokens(const at::Tensor& input, const TokenReader& reader, con
     const int64_t first = run * runs.tokens + begin;
     const FloatView tile(from + first * features, (end - begin) * features);
     for (const Columns& part : parts) {
-      part.compute(tile.data(), features, first, end - begin, x.size(1), runs.adapters[run]);
+      part.compute(tile.data(), from.is_bfloat16, features, first, end - begin, x.size(1), runs.adapters[run]);
     }
   });
   if (gated) {

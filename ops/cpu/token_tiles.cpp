@@ -27,7 +27,13 @@ bool packs_tokens(int64_t row_tokens, int64_t columns) {
 }
 
 void multiply(const DotProduct& job, int64_t row_tokens, int64_t columns) {
-  (packs_tokens(row_tokens, columns) ? kernels().token_product : kernels().dot_product)(job);
+  if (!packs_tokens(row_tokens, columns)) {
+    kernels().dot_product(job);
+  } else if (job.x_is_bfloat16 && job.w.is_bfloat16 && kernels().token_product_bfloat16 != nullptr) {
+    kernels().token_product_bfloat16(job);
+  } else {
+    kernels().token_product(job);
+  }
 }
 
 Numbers numbers_of(const at::Tensor& tensor) {

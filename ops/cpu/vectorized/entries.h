@@ -11,6 +11,7 @@ namespace torchgraft::ops::cpu::TORCHGRAFT_VECTORIZED {
 
 void dot_product(const DotProduct& job);
 void token_product(const DotProduct& job);
+void token_product_bfloat16(const DotProduct& job);  // in a copy of its own, for AVX512-BF16
 void outer_product(const OuterProduct& job);
 void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, const float* scale, float* to,
                int64_t to_stride);

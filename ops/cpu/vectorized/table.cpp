@@ -10,7 +10,7 @@ constexpr bool kIsFast = true;
 #else
 constexpr bool kIsFast = false;
 #endif
-// Not measured with AVX-512, whose processors mostly have products of bfloat16.
+// With AVX-512 it depends on the processor: kernels.cpp.
 #ifdef CPU_CAPABILITY_AVX2
 constexpr bool kIsFastInBFloat16 = true;
 #else
@@ -24,6 +24,7 @@ const Kernels& TORCHGRAFT_JOIN(kernels_, TORCHGRAFT_INSTRUCTION_SET)() {
                              kIsFastInBFloat16,
                              here::dot_product,
                              here::token_product,
+                             nullptr,
                              here::outer_product,
                              here::transpose,
                              here::widen,

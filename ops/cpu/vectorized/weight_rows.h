@@ -6,13 +6,16 @@
 
 namespace torchgraft::ops::cpu::TORCHGRAFT_VECTORIZED {
 
-// The rows of w and w2 that belong to a few columns of y, at most `Most`: where they lie, or widened.
+// The rows of w and w2 that belong to a few columns of y, at most `Most`: where they lie, or widened. With `floats` false
+// a bfloat16 w is not widened, but w2 is.
 template <int Most>
 class WeightRows {
  public:
-  explicit WeightRows(const DotProduct& job) : job_(job), w_stride_(job.w_stride), w2_stride_(job.w2_stride) {
+  explicit WeightRows(const DotProduct& job, bool floats = true)
+      : job_(job), floats_(floats), w_stride_(job.w_stride), w2_stride_(job.w2_stride) {
     if (job.w.is_bfloat16) {
-      w_stride_ = job.depth + kLanes;  // rows a power of two apart would share the cache's few places
+      // Rows a power of two apart would share the cache's few places.
+      w_stride_ = floats ? job.depth + kLanes : 0;
       w2_stride_ = job.depth2 + kLanes;
       widened_.resize(Most * (w_stride_ + w2_stride_));
     }
@@ -21,6 +24,7 @@ class WeightRows {
     for (int64_t i = 0; i < columns; ++i) {
       bias_[i] = job_.bias ? job_.bias[first + i] : 0.0F;
     }
+    first_ = first;
     if (!job_.w.is_bfloat16) {
       w_ = job_.w.single() + first * job_.w_stride;
       w2_ = job_.depth2 > 0 ? job_.w2.single() + first * job_.w2_stride : nullptr;
@@ -30,7 +34,9 @@ class WeightRows {
     w_ = to;
     w2_ = to + Most * w_stride_;
     for (int64_t i = 0; i < columns; ++i) {
-      widen(job_.w.half() + (first + i) * job_.w_stride, job_.depth, to + i * w_stride_);
+      if (floats_) {
+        widen(job_.w.half() + (first + i) * job_.w_stride, job_.depth, to + i * w_stride_);
+      }
       if (job_.depth2 > 0) {
         widen(job_.w2.half() + (first + i) * job_.w2_stride, job_.depth2, to + Most * w_stride_ + i * w2_stride_);
       }
@@ -41,10 +47,14 @@ class WeightRows {
   int64_t w_stride() const { return w_stride_; }
   int64_t w_step() const { return job_.w_step; }
   int64_t w2_stride() const { return w2_stride_; }
+  const c10::BFloat16* half_w() const { return job_.w.half() + first_ * job_.w_stride; }
+  int64_t half_w_stride() const { return job_.w_stride; }
   const float* bias() const { return bias_; }  // [Most] and to a multiple of four
 
  private:
   const DotProduct& job_;
+  bool floats_;
+  int64_t first_ = 0;
   int64_t w_stride_;
   int64_t w2_stride_;
   const float* w_ = nullptr;
