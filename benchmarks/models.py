@@ -13,11 +13,12 @@ bare base model, traced and frozen, with the quartiles of the rounds' own ratios
     library, traced      that, traced and frozen: the best that is had without torchgraft
     peft, eager; traced  beside a LoRA: peft's, traced and frozen in the second
     torchgraft           grafted and frozen (with TORCHGRAFT_KERNELS=reference: by ATen's compositions)
-    base, compiled; library, compiled    with --compile: torch.compile of the first, and of the ejected library, for each
-                         shape anew, which takes minutes
+    base, compiled; library, compiled    with --compile: torch.compile of the first, and of the ejected library, for
+                         each shape anew, which takes minutes
 
-With --backward a pass is a forward and a backward one: all of the base is trained, of the others the adapters, and what
-is traced is not frozen. Shapes are rows x tokens; ViT's tokens are its 196 patches and one more.
+With --dtype bfloat16 all of a model is in bfloat16. With --backward a pass is a forward and a backward one: all of the
+base is trained, of the others the adapters, and what is traced is not frozen. Shapes are rows x tokens; ViT's tokens
+are its 196 patches and one more.
 """
 
 import argparse
@@ -60,6 +61,7 @@ SHAPES = {
     "ViT-base": ["1x197", "8x197"],
 }
 LARGE_SHAPES = {"MiniLM": ["32x128", "8x512"], "BERT-base": ["32x128", "8x512"], "ViT-base": ["32x197"]}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BASE = "base"
 COLORS = {
     "base, eager": "silver",
@@ -100,11 +102,11 @@ class Positional(torch.nn.Module):
         return self.model(**given).last_hidden_state
 
 
-def batch_of(shape: str, sizes: dict | None = None) -> tuple[torch.Tensor, ...]:
+def batch_of(shape: str, sizes: dict | None = None, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     """What a model of these sizes is called with; without them, a text model."""
     rows, tokens = map(int, shape.split("x"))
     if is_vision(sizes or {}):
-        return (torch.randn(rows, 3, sizes["image_size"], sizes["image_size"]),)
+        return (torch.randn(rows, 3, sizes["image_size"], sizes["image_size"], dtype=dtype),)
     ids = torch.randint(5, 100, (rows, tokens))
     return ids, torch.ones_like(ids)
 
@@ -121,8 +123,9 @@ def hugging_face(sizes: dict) -> torch.nn.Module:
 
 
 def traced(module: torch.nn.Module, sizes: dict | None = None) -> torch.jit.ScriptModule:
+    dtype = next(module.parameters()).dtype
     with torch.no_grad():
-        return torch.jit.trace(module, batch_of("2x16", sizes), check_trace=False, strict=False)
+        return torch.jit.trace(module, batch_of("2x16", sizes, dtype), check_trace=False, strict=False)
 
 
 def library(sizes: dict, config: object, ejected: bool) -> torch.nn.Module:
@@ -146,25 +149,26 @@ def grafted(base: torch.jit.ScriptModule, config: object, trainable: bool = Fals
     return torchgraft.graft(base, config, "task", verify=False, trainable=trainable)
 
 
-def variants_of(sizes: dict, config_name: str, backward: bool, compile: bool) -> dict[str, Callable]:
-    config = CONFIGS[config_name]()
+def variants_of(sizes: dict, config_name: str, arguments: argparse.Namespace) -> dict[str, Callable]:
+    config, backward = CONFIGS[config_name](), arguments.backward
+    dtype = DTYPES[arguments.dtype]
     # A frozen module's parameters are constants, which get no gradients.
     ready = (lambda module: module) if backward else torch.jit.freeze
-    eager = Positional(hugging_face(sizes)).eval()
-    ejected = library(sizes, config, ejected=True)
-    base = traced(Positional(hugging_face(sizes)).eval(), sizes)
+    eager = Positional(hugging_face(sizes)).to(dtype).eval()
+    ejected = library(sizes, config, ejected=True).to(dtype)
+    base = traced(Positional(hugging_face(sizes)).to(dtype).eval(), sizes)
     result = {
         "base, eager": eager,
         BASE: ready(base),
-        "library, eager": library(sizes, config, ejected=False),
+        "library, eager": library(sizes, config, ejected=False).to(dtype),
         "library, ejected": ejected,
         "library, traced": ready(traced(ejected, sizes)),
     }
     if config_name == "LoRA":
         del result["library, ejected"]  # there are no prefixes
-        result["peft, eager"] = peft_lora(sizes, config)
+        result["peft, eager"] = peft_lora(sizes, config).to(dtype)
         result["peft, traced"] = ready(traced(result["peft, eager"], sizes))
-    if compile:
+    if arguments.compile:
         result["base, compiled"] = torch.compile(eager, dynamic=False)
         result["library, compiled"] = torch.compile(ejected, dynamic=False)
     return result | {"torchgraft": ready(grafted(base, config, trainable=backward))}
@@ -201,12 +205,12 @@ def rounds_for(run: Callable, batch: tuple, budget: float, variants: int, backwa
 
 def rows_of(model: str, config: str, arguments: argparse.Namespace) -> list[Row]:
     sizes, backward = MODELS[model], arguments.backward
-    variants = variants_of(sizes, config, backward, arguments.compile)
+    variants = variants_of(sizes, config, arguments)
     shapes = arguments.shapes or (LARGE_SHAPES if arguments.large else SHAPES)[model]
     rows = []
     for threads, shape in itertools.product(arguments.threads, shapes):
         torch.set_num_threads(threads)
-        batch = batch_of(shape, sizes)
+        batch = batch_of(shape, sizes, DTYPES[arguments.dtype])
         rounds = arguments.rounds or rounds_for(variants[BASE], batch, arguments.seconds, len(variants), backward)
         seconds = measured(variants, batch, rounds, backward)
         base = seconds[BASE]
@@ -294,12 +298,16 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, help="default: as many as --seconds allow, 3 to 60")
     parser.add_argument("--seconds", type=float, default=20.0, help="for each shape and number of threads")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--backward", action="store_true", help="forward and backward passes")
     parser.add_argument("--compile", action="store_true", help="torch.compile too: minutes for each shape")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     parser.add_argument("--json", type=Path, help="write machine and rows there")
+    parser.add_argument("--add", action="store_true", help="keep the file's other rows, which are of the same machine")
     parser.add_argument("--picture", type=Path, help="draw them there (PNG or SVG)")
     given = parser.parse_args(arguments)
+    if given.add and not given.json:
+        parser.error("--add: expected --json, the file to add to")
     vision = [model for model in given.models if is_vision(MODELS[model])]
     if vision and any(not shape.endswith("x197") for shape in given.shapes or []):
         parser.error(f"--shapes: {vision[0]} has 197 tokens (8x197)")
@@ -310,10 +318,31 @@ def passes_of(arguments: argparse.Namespace) -> str:
     return "forward and backward" if arguments.backward else "forward"
 
 
+def header(arguments: argparse.Namespace) -> dict:
+    """What all rows of a file have in common."""
+    return {"machine": machine(), "passes": passes_of(arguments), "dtype": arguments.dtype}
+
+
+def rows_at_hand(arguments: argparse.Namespace) -> list[Row]:
+    """With --add: those of the JSON file."""
+    if not arguments.add or not arguments.json.exists():
+        return []
+    found = json.loads(arguments.json.read_text())
+    rows = [Row(**row) for row in found.pop("rows")]
+    if found != header(arguments):
+        raise SystemExit(f"--add: {arguments.json} is of another machine, dtype or kind of passes: {found}")
+    return rows
+
+
+def measurement(row: Row) -> tuple:
+    """What is measured together."""
+    return row.model, row.config, row.shape, row.threads
+
+
 def write(rows: list[Row], arguments: argparse.Namespace) -> None:
     """The files that were asked for."""
     if arguments.json:
-        found = {"machine": machine(), "passes": passes_of(arguments), "rows": [asdict(row) for row in rows]}
+        found = header(arguments) | {"rows": [asdict(row) for row in rows]}
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
     if arguments.picture:
         draw(rows, arguments.picture)
@@ -328,12 +357,14 @@ def main(argv: list[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(", ".join(f"{key}: {value}" for key, value in machine().items()))
-    rows: list[Row] = []
+    rows = rows_at_hand(arguments)
     for model, config in itertools.product(arguments.models, arguments.configs):
-        rows += rows_of(model, config, arguments)
+        new = rows_of(model, config, arguments)
+        done = {measurement(row) for row in new}
+        rows = [row for row in rows if measurement(row) not in done] + new
         write(rows, arguments)  # what there is, should the rest be stopped
     passes = passes_of(arguments)
-    console.print(f"{passes}: multiples of the base's median, in brackets the quartiles of the rounds' ratios")
+    console.print(f"{arguments.dtype}, {passes}: multiples of the base's median, in brackets the quartiles of the rounds' ratios")
     print_tables(rows, arguments.markdown, console)
     return 0
 

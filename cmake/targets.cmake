@@ -7,6 +7,11 @@ function(torchgraft_library target)
   set_target_properties(${target} PROPERTIES VERSION ${PROJECT_VERSION} SOVERSION ${PROJECT_VERSION_MAJOR})
 endfunction()
 
+set(torchgraft_flags_default)
+set(torchgraft_flags_avx2 -mavx2 -mfma -mf16c -DCPU_CAPABILITY=AVX2 -DCPU_CAPABILITY_AVX2)
+set(torchgraft_flags_avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c -DCPU_CAPABILITY=AVX512
+    -DCPU_CAPABILITY_AVX512)
+
 # Compiles the sources into `target` once for each instruction set of the machine's family, each copy with
 # TORCHGRAFT_INSTRUCTION_SET (default, avx2, avx512) defined; ops/cpu/kernels.cpp chooses one when it runs. ATen's
 # vector types take their width from CPU_CAPABILITY_*.
@@ -16,12 +21,8 @@ function(torchgraft_vectorized target)
     list(APPEND sets avx2 avx512)
     target_compile_definitions(${target} PRIVATE TORCHGRAFT_X86)
   endif()
-  set(flags_default)
-  set(flags_avx2 -mavx2 -mfma -mf16c -DCPU_CAPABILITY=AVX2 -DCPU_CAPABILITY_AVX2)
-  set(flags_avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c -DCPU_CAPABILITY=AVX512
-      -DCPU_CAPABILITY_AVX512)
   foreach(instruction_set IN LISTS sets)
-    torchgraft_vectorized_copy(${target} ${instruction_set} "${flags_${instruction_set}}" ${ARGN})
+    torchgraft_vectorized_copy(${target} ${instruction_set} "${torchgraft_flags_${instruction_set}}" ${ARGN})
   endforeach()
 endfunction()
 
@@ -36,13 +37,13 @@ function(torchgraft_vectorized_copy target instruction_set flags)
     -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized)  # g++ 12 on its own intrinsics
   target_compile_definitions(${copy} PRIVATE TORCHGRAFT_INSTRUCTION_SET=${instruction_set})
   target_sources(${target} PRIVATE $<TARGET_OBJECTS:${copy}>)
+  set_property(TARGET ${target} APPEND PROPERTY TORCHGRAFT_COPIES ${copy})
 endfunction()
 
 # The same for what only processors with AVX512-BF16 can run, in a namespace of its own.
+# To be called after torchgraft_vectorized: of inline functions that have a copy in each, the linker keeps the first.
 function(torchgraft_vectorized_avx512_bf16 target)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
-    torchgraft_vectorized_copy(${target} avx512_bf16
-      "-mavx512bf16;-mavx512f;-mavx512bw;-mavx512vl;-mavx512dq;-mavx2;-mfma;-mf16c;-DCPU_CAPABILITY=AVX512;-DCPU_CAPABILITY_AVX512"
-      ${ARGN})
+    torchgraft_vectorized_copy(${target} avx512_bf16 "${torchgraft_flags_avx512};-mavx512bf16" ${ARGN})
   endif()
 endfunction()

@@ -1,5 +1,6 @@
 #include <ATen/ATen.h>
 #include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/Version.h>
 #include <torchgraft/ops/cpu/kernels.h>
 #include <torchgraft/ops/kernel_choice.h>
 
@@ -56,7 +57,6 @@ const KernelTable& measured() {
   return table;
 }
 
-
 }  // namespace
 
 bool has_memory(const at::Tensor& x) {
@@ -65,6 +65,10 @@ bool has_memory(const at::Tensor& x) {
 
 KernelMode kernel_mode() { return mode_in_use().load(std::memory_order_relaxed); }
 void set_kernel_mode(KernelMode mode) { mode_in_use().store(mode, std::memory_order_relaxed); }
+
+std::string kernel_instruction_set() {
+  return at::get_cpu_capability() + (cpu::kernels().token_product_bfloat16 == nullptr ? "" : "+BF16");
+}
 
 bool takes_fused_kernels(const at::Tensor& x) { return has_memory(x) && may_run(x.scalar_type()); }
 

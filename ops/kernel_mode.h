@@ -2,6 +2,8 @@
 
 #include <torchgraft/registration/export.h>
 
+#include <string>
+
 namespace torchgraft::ops {
 
 // Which CPU kernels the operators run. Results differ by rounding only.
@@ -15,5 +17,9 @@ enum class KernelMode {
 // for all threads.
 TORCHGRAFT_API KernelMode kernel_mode();
 TORCHGRAFT_API void set_kernel_mode(KernelMode mode);
+
+// What a measurement of the kernels depends on: at::get_cpu_capability(), and "+BF16" behind it where kernels use the
+// processor's products of bfloat16 ("AVX512+BF16").
+TORCHGRAFT_API std::string kernel_instruction_set();
 
 }  // namespace torchgraft::ops

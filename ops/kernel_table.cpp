@@ -1,5 +1,5 @@
-#include <ATen/Version.h>
 #include <c10/util/Exception.h>
+#include <torchgraft/ops/kernel_mode.h>
 #include <torchgraft/ops/kernel_table.h>
 
 #include <cmath>
@@ -38,7 +38,7 @@ KernelTable KernelTable::parse(const std::string& text, const std::string& sourc
     const Json json = Json::parse(text);
     const int version = json.at("kernel_table").get<int>();
     TORCH_CHECK(version == 1, "expected \"kernel_table\" to be 1, got ", version);
-    const bool is_ours = json.at("instruction_set").get<std::string>() == at::get_cpu_capability();
+    const bool is_ours = json.at("instruction_set").get<std::string>() == kernel_instruction_set();
     for (const Json& entry : json.at("measurements")) {
       Measurement found{};
       found.op = one_of<FusedOp>(entry, "op",

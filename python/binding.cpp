@@ -191,6 +191,7 @@ PYBIND11_MODULE(_C, m) {
       .value("FUSED", KernelMode::kFused)
       .value("REFERENCE", KernelMode::kReference);
   m.def("kernel_mode", &torchgraft::ops::kernel_mode);
+  m.def("kernel_instruction_set", &torchgraft::ops::kernel_instruction_set);
   m.def("set_kernel_mode", &torchgraft::ops::set_kernel_mode);
   torchgraft_python::bind_adapter_pool(m);
 }

@@ -25,9 +25,9 @@ bool can_be_had_again(LayerNormNode& norm, const c10::intrusive_ptr<Node>& node)
   return precision == at::kFloat || precision == at::kDouble;
 }
 
-// Of an undefined tensor: yes.
-bool has_dtype(const at::Tensor& tensor, at::ScalarType type) {
-  return !tensor.defined() || tensor.scalar_type() == type;
+// Of an undefined tensor, too.
+bool is_readable(const at::Tensor& tensor) {
+  return !tensor.defined() || (has_memory(tensor) && tensor.scalar_type() == at::kFloat);
 }
 
 }  // namespace
@@ -54,8 +54,8 @@ at::Tensor output_of_norm(const c10::intrusive_ptr<Node>& node) {
   const at::Tensor inverse = norm->result2_.unpack(node);  // [..., 1], of the deviation
   const at::Tensor weight = norm->weight_.unpack();        // undefined: 1
   const at::Tensor bias = norm->bias_.unpack();            // undefined: 0
-  if (input.scalar_type() == at::kFloat && takes_fused_kernels(input) && has_dtype(weight, at::kFloat) &&
-      has_dtype(bias, at::kFloat)) {
+  if (input.scalar_type() == at::kFloat && takes_fused_kernels(input) && is_readable(weight) &&
+      is_readable(bias)) {
     return cpu::normalize(input, mean, inverse, weight, bias);
   }
   at::Tensor result = (input - mean).mul_(inverse);  // in the precision of the mean

@@ -1,6 +1,7 @@
 #include <ATen/ATen.h>
 #include <torchgraft/ops/autograd/products.h>
 #include <torchgraft/ops/cpu/gradient_products.h>
+#include <torchgraft/ops/cpu/projection.h>
 #include <torchgraft/ops/kernel_choice.h>
 
 #include <algorithm>
@@ -8,14 +9,23 @@
 namespace torchgraft::ops {
 namespace {
 
-// Wider products are the library's business, and those of a few tokens, for which a weight is hardly read twice.
+// Wider products are left to ATen.
 constexpr int64_t kNarrow = 128;
-constexpr int64_t kTokens = 16;
+// From so many tokens on a product is long beside a copy of its weight.
+constexpr int64_t kTokensWorthACopy = 256;
 
 bool takes_fused(const Selection& selection, std::initializer_list<at::Tensor> factors) {
   return !selection.is_mixed() && std::all_of(factors.begin(), factors.end(), [](const at::Tensor& factor) {
     return takes_fused_kernels(factor);
   });
+}
+
+bool takes_fused(const Selection& selection, const LinearGradient& linear) {
+  if (!takes_fused(selection, {linear.grad, linear.weight})) {
+    return false;
+  }
+  const int64_t tokens = linear.grad.size(0) * linear.grad.size(1);
+  return tokens >= kTokensWorthACopy || cpu::is_read_in_place(linear.weight.t(), tokens);
 }
 
 bool is_narrow(const at::Tensor& factor, int64_t dim) { return factor.size(dim) <= kNarrow; }
@@ -48,9 +58,8 @@ at::Tensor input_gradient(const Selection& selection, const LinearGradient& line
     const bool fused = takes_fused(selection, {narrow, narrow_weight}) && is_narrow(narrow, 2);
     return fused ? cpu::wide_product(narrow, narrow_weight) : at::matmul(narrow, narrow_weight);
   }
-  if (takes_fused(selection, {linear.grad, linear.weight}) && linear.grad.size(0) * linear.grad.size(1) >= kTokens &&
-      (!narrow.defined() || takes_fused(selection, {narrow, narrow_weight}))) {
-    return cpu::wide_product(linear.grad, linear.weight, narrow, narrow_weight);
+  if (takes_fused(selection, linear) && (!narrow.defined() || takes_fused(selection, {narrow, narrow_weight}))) {
+    return cpu::linear_gradient(linear.grad, linear.weight, narrow, narrow_weight);
   }
   at::Tensor sum = at::matmul(linear.grad, linear.weight);
   if (narrow.defined()) {

@@ -4,8 +4,8 @@
 
 namespace torchgraft::ops {
 
-// The products of the gradients: by fused kernels (ops/cpu/gradient_products.h) where kernel_choice.h takes them and all
-// rows have one adapter, else by ATen.
+// The products of the gradients: by fused kernels (ops/cpu/gradient_products.h) where kernel_choice.h takes them and
+// all rows have one adapter, else by ATen.
 
 // grad [B, S, O] weight [(B,) O, R] -> [B, S, R]: through y = h weight^T, down to the narrow h.
 at::Tensor narrow_product(const Selection& selection, const at::Tensor& grad, const at::Tensor& weight);

@@ -8,10 +8,10 @@
 namespace torchgraft::ops {
 namespace {
 
-// A scaling for each channel would have to be multiplied into the up weight first, a transposed weight to be copied.
+// A scaling for each channel would have to be multiplied into the up weight first.
 bool takes_fused_kernel(const BottleneckArguments& args, const at::Tensor& input, const at::Tensor& weight) {
-  return takes_fused_kernels(FusedOp::kBottleneckLinear, args.x) && has_memory(input) && weight.is_contiguous() &&
-         args.scaling.size(1) == 1;
+  return takes_fused_kernels(FusedOp::kBottleneckLinear, args.x) && has_memory(input) &&
+         cpu::is_read_in_place(weight, args.x.size(1)) && args.scaling.size(1) == 1;
 }
 
 std::tuple<at::Tensor, Gate> fused_forward(const BottleneckArguments& args, const at::Tensor& input,

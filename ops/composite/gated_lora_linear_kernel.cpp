@@ -9,8 +9,7 @@ namespace torchgraft::ops {
 
 LoraForward lora_linear_forward(const LoraArguments& args, const at::Tensor& weight, const at::Tensor& bias,
                                 const Selection& selection) {
-  // A transposed weight (Conv1D) would have to be copied first.
-  if (takes_fused_kernels(FusedOp::kLoraLinear, args.x) && weight.is_contiguous()) {
+  if (takes_fused_kernels(FusedOp::kLoraLinear, args.x) && cpu::is_read_in_place(weight, args.x.size(1))) {
     return cpu::lora_projection(weight, bias, args, selection);
   }
   LoraArguments with_base = args;

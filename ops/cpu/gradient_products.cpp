@@ -109,8 +109,8 @@ at::Tensor wide_product(const at::Tensor& narrow, const at::Tensor& weight) {
   return result;
 }
 
-at::Tensor wide_product(const at::Tensor& grad, const at::Tensor& weight, const at::Tensor& narrow,
-                        const at::Tensor& narrow_weight) {
+at::Tensor linear_gradient(const at::Tensor& grad, const at::Tensor& weight, const at::Tensor& narrow,
+                           const at::Tensor& narrow_weight) {
   const at::Tensor tokens = grad.contiguous().flatten(0, 1).unsqueeze(0);  // [1, B S, O]
   Selection selection;
   ProjectionUpdate update;

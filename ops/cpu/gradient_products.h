@@ -4,8 +4,8 @@
 
 namespace torchgraft::ops::cpu {
 
-// The products that the gradients of LoRAs and bottlenecks are made of, for tokens [B, S, ...] that all have one adapter
-// (slices of its banks are given). float32 or bfloat16 each; sums are float32. One side is narrow: R of them.
+// The products that the gradients of LoRAs and bottlenecks are made of, for tokens [B, S, ...] that all have one
+// adapter (slices of its banks are given). float32 or bfloat16 each; sums are float32. One side is narrow: R of them.
 
 // grad [B, S, O] weight [O, R] -> [B, S, R] float32
 at::Tensor narrow_product(const at::Tensor& grad, const at::Tensor& weight);
@@ -18,7 +18,7 @@ at::Tensor wide_product(const at::Tensor& narrow, const at::Tensor& weight);
 
 // grad [B, S, O] weight [O, I] + narrow [B, S, R] narrow_weight [R, I] -> [B, S, I], of the dtype of `grad`, in one
 // pass. narrow may be undefined: then nothing is added. The weights have the same dtype.
-at::Tensor wide_product(const at::Tensor& grad, const at::Tensor& weight, const at::Tensor& narrow,
-                        const at::Tensor& narrow_weight);
+at::Tensor linear_gradient(const at::Tensor& grad, const at::Tensor& weight, const at::Tensor& narrow,
+                           const at::Tensor& narrow_weight);
 
 }  // namespace torchgraft::ops::cpu

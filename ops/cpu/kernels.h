@@ -26,7 +26,7 @@ struct Numbers {
 };
 
 // y [rows, columns] = x [rows, depth] w [columns, depth]^T (+ x2 w2^T, of depth2) (+ bias) (+ init): both factors lie
-// row-major along the sum, as nn.Linear stores its weight, so no weight is packed. Leading dimensions are in elements.
+// row-major along the sum, as nn.Linear stores its weight, so no weight is packed (but see w_step). Leading dimensions are in elements.
 // Each element of y is summed in one fixed order, whatever rows and columns it is computed with: another one in
 // token_product than in dot_product. w and w2 have the same dtype.
 struct DotProduct {
@@ -51,8 +51,8 @@ struct DotProduct {
   int64_t w2_stride = 0;
 };
 
-// y [rows, columns] = init [rows, columns] + x [rows, depth] w [depth, columns]; w lies row-major along the columns,
-// for sums too short for a DotProduct. init may be y.
+// y [rows, columns] = init [rows, columns] + x [rows, depth] w [depth, columns]; w lies row-major along the columns:
+// for short sums, and for sums over tokens, some of them at a time. init may be y.
 struct OuterProduct {
   int64_t rows = 0;
   int64_t columns = 0;
@@ -107,6 +107,7 @@ struct Kernels {
   void (*dot_product)(const DotProduct&);    // the lanes hold terms of one sum, which are added up at the end
   void (*token_product)(const DotProduct&);  // the lanes hold tokens, which are packed first
   // The same by the processor's own products of bfloat16, for a job with x_is_bfloat16 and such a w; null: it has none.
+  // Terms are added by pairs, and numbers below 2^-126 count as 0.
   void (*token_product_bfloat16)(const DotProduct&);
   void (*outer_product)(const OuterProduct&);
   // to [columns, rows] = from [rows, columns] transposed, each times scale[row] (null: 1).

@@ -20,13 +20,6 @@ int64_t columns_per_task(int64_t columns, int64_t tokens) {
   return std::min(columns, (share + kMultiple - 1) / kMultiple * kMultiple);
 }
 
-// The transpose of a contiguous weight is read where it lies, if the kernel can.
-at::Tensor readable(const at::Tensor& weight, int64_t row_tokens) {
-  const bool as_it_is = weight.scalar_type() == at::kFloat && weight.t().is_contiguous() &&
-                        packs_tokens(row_tokens, weight.size(0));
-  return as_it_is ? weight : weight.contiguous();
-}
-
 // An update's numbers: the narrow side with c multiplied in, and the bank's slices.
 class UpdateTiles {
  public:
@@ -82,10 +75,15 @@ class UpdateTiles {
 
 }  // namespace
 
+bool is_read_in_place(const at::Tensor& weight, int64_t row_tokens) {
+  return weight.is_contiguous() || (weight.scalar_type() == at::kFloat && weight.t().is_contiguous() &&
+                                    packs_tokens(row_tokens, weight.size(0)));
+}
+
 at::Tensor linear_with_update(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
                               const ProjectionUpdate& update, const Selection& selection) {
   const at::Tensor x = input.contiguous();
-  const at::Tensor projection = readable(weight, x.size(1));
+  const at::Tensor projection = is_read_in_place(weight, x.size(1)) ? weight : weight.contiguous();
   const int64_t features = x.size(2);
   const int64_t columns = projection.size(0);
   at::Tensor output = at::empty({x.size(0), x.size(1), columns}, x.options());

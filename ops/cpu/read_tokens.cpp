@@ -8,6 +8,17 @@
 namespace torchgraft::ops::cpu {
 namespace {
 
+// x [count, features]: the tokens from `first` on, of one adapter.
+struct TokenTile {
+  const float* x;
+  bool is_bfloat16;  // whether its numbers are
+  int64_t features;
+  int64_t row_tokens;  // tokens of a batch row
+  int64_t first;
+  int64_t count;
+  int64_t adapter;  // -1: none
+};
+
 // One thing that is read off the tokens: f(x weight^T + bias), [B S, width].
 struct Columns {
   BankSlices weight;
@@ -17,8 +28,8 @@ struct Columns {
   float* to;
   float* before;  // the same without f; may be null
 
-  // x [count, features] are the tokens from `first` on, of rows of `tokens` tokens.
-  void compute(const float* x, bool is_bfloat16, int64_t features, int64_t first, int64_t count, int64_t tokens, int64_t adapter) const {
+  void compute(const TokenTile& tile) const {
+    const auto [x, is_bfloat16, features, row_tokens, first, count, adapter] = tile;
     const int64_t size = count * width;
     float* values = to + first * width;
     if (adapter < 0) {
@@ -33,7 +44,7 @@ struct Columns {
       job.w = weight.of(adapter);
       job.bias = bias.of(adapter);
       job.y = values;
-      multiply(job, tokens, width);
+      multiply(job, row_tokens, width);
     }
     if (before != nullptr) {
       std::copy_n(values, size, before + first * width);
@@ -129,9 +140,11 @@ TokenReading read_tokens(const at::Tensor& input, const TokenReader& reader, con
   const Numbers from = numbers_of(x);
   for_each_tile(runs, [&](int64_t run, int64_t begin, int64_t end) {
     const int64_t first = run * runs.tokens + begin;
-    const FloatView tile(from + first * features, (end - begin) * features);
+    const FloatView tokens(from + first * features, (end - begin) * features);
+    const TokenTile tile{tokens.data(), from.is_bfloat16, features,          x.size(1),
+                         first,         end - begin,      runs.adapters[run]};
     for (const Columns& part : parts) {
-      part.compute(tile.data(), from.is_bfloat16, features, first, end - begin, x.size(1), runs.adapters[run]);
+      part.compute(tile);
     }
   });
   if (gated) {

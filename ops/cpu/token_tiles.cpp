@@ -27,7 +27,10 @@ bool packs_tokens(int64_t row_tokens, int64_t columns) {
 }
 
 void multiply(const DotProduct& job, int64_t row_tokens, int64_t columns) {
-  if (!packs_tokens(row_tokens, columns)) {
+  const bool packs = packs_tokens(row_tokens, columns);
+  TORCH_INTERNAL_ASSERT_DEBUG_ONLY(job.w_step == 1 || job.depth <= 1 || (packs && !job.w.is_bfloat16),
+                                   "a weight in steps is read by the float32 kernel that packs tokens alone");
+  if (!packs) {
     kernels().dot_product(job);
   } else if (job.x_is_bfloat16 && job.w.is_bfloat16 && kernels().token_product_bfloat16 != nullptr) {
     kernels().token_product_bfloat16(job);

@@ -24,7 +24,7 @@ TokenRuns token_runs(const Selection& selection, int64_t batch, int64_t tokens);
 // Where the values of a dense tensor lie, float32 or bfloat16; null of an undefined one.
 Numbers numbers_of(const at::Tensor& tensor);
 
-// Whether multiply() takes the kernel that packs tokens into lanes, which reads a weight in any layout.
+// Whether multiply() packs tokens into the lanes of vectors. Then a float32 weight may have any w_step.
 bool packs_tokens(int64_t row_tokens, int64_t columns);
 
 // The product of `job`, summed in the way that suits rows of the batch of `row_tokens` tokens and a whole result of

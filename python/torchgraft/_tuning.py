@@ -109,7 +109,7 @@ def measure(
         core.set_kernel_mode(before)
     return dict(
         kernel_table=1,
-        instruction_set=torch.backends.cpu.get_cpu_capability(),
+        instruction_set=core.kernel_instruction_set(),
         processor=torch.cpu.get_capabilities().get("cpu_name", ""),
         threads=torch.get_num_threads(),
         torch=torch.__version__,

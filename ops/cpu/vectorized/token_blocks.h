@@ -157,7 +157,8 @@ Block block_of(int64_t rows, int64_t width) {
 }
 
 // y [tokens, columns] = sums [columns, kTokens] transposed (+ init).
-inline void store(const DotProduct& job, const float* sums, int64_t row, int64_t tokens, int64_t column, int64_t columns) {
+inline void store(const DotProduct& job, const float* sums, int64_t row, int64_t tokens, int64_t column,
+                  int64_t columns) {
   float* to = job.y + row * job.y_stride + column;
   if (job.init == nullptr) {
     transpose(sums, kTokens, columns, tokens, nullptr, to, job.y_stride);

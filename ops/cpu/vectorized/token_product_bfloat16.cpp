@@ -3,7 +3,8 @@
 #include <bit>
 #include <cstring>
 
-// With the instruction of AVX512-BF16 that multiplies bfloat16 by pairs: 2 x 16 products a cycle where float32 has 16.
+// With the instruction of AVX512-BF16 that multiplies bfloat16 by pairs: 32 products where float32 has 16. It adds the
+// second term of a pair first, rounds to the nearest, and takes subnormal numbers, also its own sums, as 0.
 
 namespace torchgraft::ops::cpu::TORCHGRAFT_VECTORIZED {
 namespace {
@@ -34,7 +35,9 @@ struct Pairs {
     alignas(64) float singles[kTerms * kPanel];
     for (int64_t first = 0; first < depth; first += kTerms) {
       const int64_t terms = std::min(kTerms, depth - first);
-      std::fill_n(singles, 2 * rows(terms) * width, 0.0F);
+      if (tokens < width || terms % 2 != 0) {
+        std::fill_n(singles, 2 * rows(terms) * width, 0.0F);
+      }
       transpose(x + first, stride, tokens, terms, nullptr, singles, width);
       for (int64_t k = 0; k < terms; k += 2) {
         join(singles + k * width, width, to + (first + k) / 2 * width);

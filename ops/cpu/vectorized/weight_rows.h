@@ -6,8 +6,8 @@
 
 namespace torchgraft::ops::cpu::TORCHGRAFT_VECTORIZED {
 
-// The rows of w and w2 that belong to a few columns of y, at most `Most`: where they lie, or widened. With `floats` false
-// a bfloat16 w is not widened, but w2 is.
+// The rows of w and w2 that belong to a few columns of y, at most `Most`: where they lie, or widened. A bfloat16 w is
+// widened only if `floats`, w2 always.
 template <int Most>
 class WeightRows {
  public:
@@ -31,7 +31,7 @@ class WeightRows {
       return;
     }
     float* to = widened_.data();
-    w_ = to;
+    w_ = floats_ ? to : nullptr;
     w2_ = to + Most * w_stride_;
     for (int64_t i = 0; i < columns; ++i) {
       if (floats_) {
@@ -42,7 +42,7 @@ class WeightRows {
       }
     }
   }
-  const float* w() const { return w_; }
+  const float* w() const { return w_; }  // null: half_w() is to be read
   const float* w2() const { return w2_; }
   int64_t w_stride() const { return w_stride_; }
   int64_t w_step() const { return job_.w_step; }

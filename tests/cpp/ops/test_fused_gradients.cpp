@@ -183,7 +183,7 @@ TEST_F(FusedGradients, OfNarrowProductsHaveTheSameBitsForAnyThreads) {
   expect_same_bits_by_threads(bottleneck_call(3, 70, 150, 50));
 }
 
-// Sums in float32, rounded once between products: as far from the truth as ATen's composition at most.
+// Sums in float32: no further from the truth than ATen's composition, but for the rounding of what is returned.
 TEST_F(FusedGradients, BFloat16) {
   for (Call call : {lora_linear_call(3, 33, 70, 51, 9), bottleneck_call(2, 45, 70, 19), bottleneck_call(1, 5, 9, 2)}) {
     SCOPED_TRACE(call.name);
@@ -209,8 +209,9 @@ TEST_F(FusedGradients, Lora) {
                                                      {1, 1, 1, 1, 1},
                                                      {4, 33, 70, 51, 9},
                                                      {5, 7, 19, 100, 30},
-                                                     {2, 35, 65, 50, 140},
                                                      {3, 40, 33, 67, 31},
+                                                     {2, 35, 65, 50, 140},
+                                                     {2, 20, 150, 140, 130},
                                                      {0, 4, 8, 8, 2},
                                                      {2, 0, 8, 8, 2},
                                                      {3, 4, 16, 16, 0}}) {
@@ -380,11 +381,32 @@ TEST_F(FusedGradients, ExpandedGradient) {
     }
     return result;
   };
-  Call linear{"lora_linear", {randn({2, 5, 9}), randn({7, 9}), randn({1, 3, 9}), randn({1, 7, 3}), randn({1})}, {}};
+  Call linear{"lora_linear",
+              {randn({2, 17, 40}), randn({35, 40}), randn({1, 3, 40}), randn({1, 35, 3}), randn({1})},
+              {}};
   linear.run = [](const Tensors& t) { return gated_lora_linear(t[0], t[1], std::nullopt, t[2], t[3], t[4]); };
   for (const Call& call : {attention_call({2, 3, 3, 11, 11, 8, 4}, 1), linear}) {
     SCOPED_TRACE(call.name);
     expect_same(summed(call, at::kFloat, KernelMode::kFused), summed(call, at::kDouble, KernelMode::kReference));
+  }
+}
+
+// A linear map's weight may lie in memory in any way: as Conv1D's does, or otherwise.
+TEST_F(FusedGradients, LoraLinearWithStridedWeights) {
+  const Call plain = lora_linear_call(2, 40, 70, 51, 9);
+  const Tensors expected = gradients(plain, at::kDouble, KernelMode::kReference);
+  const std::vector<std::function<at::Tensor(const at::Tensor&)>> layouts = {
+      [](const at::Tensor& w) { return w.t().contiguous().t(); },
+      [](const at::Tensor& w) { return at::stack({w, w}, -1).select(-1, 1); }};
+  for (const auto& layout : layouts) {
+    Call call = plain;
+    call.run = [&](const Tensors& t) {
+      Tensors changed = t;
+      changed[1] = layout(t[1]);
+      const auto [output, gate] = plain.run(changed);
+      return Result{output.transpose(0, 1).contiguous().transpose(0, 1), gate};
+    };
+    expect_same(gradients(call, at::kFloat, KernelMode::kFused), expected);
   }
 }
 

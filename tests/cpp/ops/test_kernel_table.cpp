@@ -1,6 +1,7 @@
 #include "op_test.h"
 
 #include <ATen/Version.h>
+#include <torchgraft/ops/kernel_mode.h>
 #include <torchgraft/ops/kernel_table.h>
 
 // What a user's measurements say, and what is said of files that hold none.
@@ -18,7 +19,7 @@ std::string measured(const std::string& op, const std::string& dtype, int tokens
 }
 
 TEST(KernelTable, TheNearestSizeDecides) {
-  const std::string here = at::get_cpu_capability();
+  const std::string here = kernel_instruction_set();
   const KernelTable table = KernelTable::parse(
       test::table(here, measured("gated_lora_linear", "float32", 16, 768, 1.0, 2.0) + "," +
                             measured("gated_lora_linear", "float32", 1024, 768, 2.0, 1.0) + "," +

@@ -6,6 +6,7 @@
 #include <torchgraft/ops/gated_lora.h>
 #include <torchgraft/ops/gated_lora_linear.h>
 #include <torchgraft/ops/gated_prefix_attention.h>
+#include <torchgraft/ops/kernel_mode.h>
 
 #include <functional>
 #include <string>
@@ -101,9 +102,11 @@ TEST(NormOutput, GradientsAreTheSame) {
   }
 }
 
-// Weights' gradients are what the norm's result is had again for. 37 features: whole vectors and a rest.
-TEST(NormOutput, WeightsGradientsAreTheSame) {
+// Weights' gradients are what the norm's result is had again for. 37 features: whole vectors and a rest. (The name has
+// it run with every copy of the kernels.)
+TEST(FusedNormOutput, WeightsGradientsAreTheSame) {
   at::manual_seed(0);
+  set_kernel_mode(KernelMode::kFused);
   constexpr int64_t kMany = 37;
   for (const at::ScalarType type : {at::kDouble, at::kFloat}) {
     const auto fixed = [type](at::IntArrayRef sizes) { return randn(sizes).to(type); };
@@ -112,9 +115,10 @@ TEST(NormOutput, WeightsGradientsAreTheSame) {
     const at::Tensor b = fixed({1, 4, 2});
     const at::Tensor weight = fixed({kMany});
     const at::Tensor bias = fixed({kMany});
-    for (const auto& [given_weight, given_bias] : std::vector<std::pair<std::optional<at::Tensor>, std::optional<at::Tensor>>>{
-             {}, {weight, {}}, {{}, bias}, {weight, bias}}) {
-      const at::Tensor normed = at::layer_norm(input, {kMany}, given_weight, given_bias);
+    using Given = std::optional<at::Tensor>;
+    for (const auto& [its_weight, its_bias] :
+         std::vector<std::pair<Given, Given>>{{}, {weight, {}}, {{}, bias}, {weight, bias}}) {
+      const at::Tensor normed = at::layer_norm(input, {kMany}, its_weight, its_bias);
       const auto gradient_of_a = [&](const at::Tensor& x) {
         const at::Tensor base = at::zeros({2, 19, 4}, type);
         const auto [output, gate] = gated_lora(x, base, a, b, at::ones({1}, type));
@@ -125,6 +129,7 @@ TEST(NormOutput, WeightsGradientsAreTheSame) {
       EXPECT_LE((gradient_of_a(normed) - expected).abs().max().item<double>(), tolerance);
     }
   }
+  set_kernel_mode(KernelMode::kAuto);
 }
 
 TEST(NormOutput, IsNotKept) {

@@ -48,6 +48,25 @@ def test_rows_of_a_small_run(tmp_path: Path) -> None:
     assert len(cells) == 3 * 2 + len(written["rows"]) // 2
 
 
+def test_rows_are_added_to_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+
+    def run(*options: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(_SCRIPT), "--models", "MiniLM", "--configs", "UniPELT", "--rounds", "2"]
+        command += ["--threads", "1", "--add", *options]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    for shapes in (["1x8", "1x9"], ["1x9", "1x10"]):
+        done = run("--json", str(path), "--shapes", *shapes)
+        assert done.returncode == 0, done.stderr
+    rows = [(row["shape"], row["variant"]) for row in json.loads(path.read_text())["rows"]]
+    assert len(rows) == len(set(rows)) and {shape for shape, _ in rows} == {"1x8", "1x9", "1x10"}
+    other = run("--json", str(path), "--shapes", "1x8", "--dtype", "bfloat16")
+    assert other.returncode == 1 and "--add: " in other.stderr and "of another machine, dtype" in other.stderr
+    nowhere = run("--shapes", "1x8")
+    assert nowhere.returncode == 2 and "--add: expected --json" in nowhere.stderr
+
+
 def test_shapes_that_a_vision_model_has_not() -> None:
     command = [sys.executable, str(_SCRIPT), "--models", "ViT-base", "--shapes", "8x128"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -58,7 +77,7 @@ def test_shapes_that_a_vision_model_has_not() -> None:
 @pytest.mark.parametrize("sizes", [_SMALL, _SMALL | dict(image_size=32)], ids=["text", "vision"])
 def test_variants_compute_the_same_kind_of_thing(models: ModuleType, sizes: dict, config: str) -> None:
     batch = models.batch_of("2x5", sizes)
-    variants = models.variants_of(sizes, config, backward=False, compile=False)
+    variants = models.variants_of(sizes, config, models.parsed([]))
     outputs = {name: run(*batch) for name, run in variants.items()}
     assert {tuple(output.shape) for output in outputs.values()} == {(2, 5, 24)}  # vision: two by two patches and one more
     # A fresh LoRA changes nothing; the others are drawn anew for each variant.
@@ -67,9 +86,24 @@ def test_variants_compute_the_same_kind_of_thing(models: ModuleType, sizes: dict
             torch.testing.assert_close(output, outputs["base"], rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("sizes", [_SMALL, _SMALL | dict(image_size=32)], ids=["text", "vision"])
+def test_all_of_a_variant_is_in_bfloat16(models: ModuleType, sizes: dict) -> None:
+    batch = models.batch_of("2x5", sizes, torch.bfloat16)
+    not_frozen = models.parsed(["--dtype", "bfloat16", "--backward"])
+    for name, run in models.variants_of(sizes, "UniPELT", not_frozen).items():
+        assert run(*batch).dtype == torch.bfloat16, name
+        assert {parameter.dtype for parameter in run.parameters()} == {torch.bfloat16}, name
+
+
+def test_every_variant_has_a_colour_of_its_own(models: ModuleType) -> None:
+    variants = {*models.variants_of(_SMALL, "LoRA", models.parsed(["--compile"])), "library, ejected"}
+    assert variants - {models.BASE} == set(models.COLORS)
+    assert len(set(models.COLORS.values())) == len(models.COLORS)
+
+
 @pytest.mark.parametrize("config", ["UniPELT", "LoRA"])
 def test_what_a_backward_pass_trains(models: ModuleType, config: str) -> None:
-    variants = models.variants_of(_SMALL, config, backward=True, compile=False)
+    variants = models.variants_of(_SMALL, config, models.parsed(["--backward"]))
     batch = models.batch_of("2x5")
     for name, run in variants.items():
         assert models.passed(run, batch, backward=True) > 0
