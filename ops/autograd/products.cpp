@@ -1,7 +1,6 @@
 #include <ATen/ATen.h>
 #include <torchgraft/ops/autograd/products.h>
 #include <torchgraft/ops/cpu/gradient_products.h>
-#include <torchgraft/ops/cpu/projection.h>
 #include <torchgraft/ops/kernel_choice.h>
 
 #include <algorithm>
@@ -11,8 +10,6 @@ namespace {
 
 // Wider products are left to ATen.
 constexpr int64_t kNarrow = 128;
-// From so many tokens on a product is long beside a copy of its weight.
-constexpr int64_t kTokensWorthACopy = 256;
 
 bool takes_fused(const Selection& selection, std::initializer_list<at::Tensor> factors) {
   return !selection.is_mixed() && std::all_of(factors.begin(), factors.end(), [](const at::Tensor& factor) {
@@ -21,11 +18,8 @@ bool takes_fused(const Selection& selection, std::initializer_list<at::Tensor> f
 }
 
 bool takes_fused(const Selection& selection, const LinearGradient& linear) {
-  if (!takes_fused(selection, {linear.grad, linear.weight})) {
-    return false;
-  }
-  const int64_t tokens = linear.grad.size(0) * linear.grad.size(1);
-  return tokens >= kTokensWorthACopy || cpu::is_read_in_place(linear.weight.t(), tokens);
+  return takes_fused(selection, {linear.grad, linear.weight}) &&
+         cpu::suits_linear_gradient(linear.weight, linear.grad.size(0) * linear.grad.size(1));
 }
 
 bool is_narrow(const at::Tensor& factor, int64_t dim) { return factor.size(dim) <= kNarrow; }

@@ -109,6 +109,12 @@ at::Tensor wide_product(const at::Tensor& narrow, const at::Tensor& weight) {
   return result;
 }
 
+bool suits_linear_gradient(const at::Tensor& weight, int64_t tokens) {
+  constexpr int64_t kTokensWorthACopy = 64;
+  const bool has_slow_rival = weight.scalar_type() == at::kBFloat16 && kernels().token_product_bfloat16 == nullptr;
+  return is_read_in_place(weight.t(), tokens) || (has_slow_rival && tokens >= kTokensWorthACopy);
+}
+
 at::Tensor linear_gradient(const at::Tensor& grad, const at::Tensor& weight, const at::Tensor& narrow,
                            const at::Tensor& narrow_weight) {
   const at::Tensor tokens = grad.contiguous().flatten(0, 1).unsqueeze(0);  // [1, B S, O]

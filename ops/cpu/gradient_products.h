@@ -16,6 +16,10 @@ at::Tensor token_sum(const at::Tensor& left, const at::Tensor& right);
 // narrow [B, S, R] weight [R, I] -> [B, S, I], of the dtype of `weight`
 at::Tensor wide_product(const at::Tensor& narrow, const at::Tensor& weight);
 
+// Whether linear_gradient is faster than ATen's product with `weight` [O, I], for so many tokens: where it need not
+// copy the weight, or where ATen's products of bfloat16 take far longer than a copy (the processor has none itself).
+bool suits_linear_gradient(const at::Tensor& weight, int64_t tokens);
+
 // grad [B, S, O] weight [O, I] + narrow [B, S, R] narrow_weight [R, I] -> [B, S, I], of the dtype of `grad`, in one
 // pass. narrow may be undefined: then nothing is added. The weights have the same dtype.
 at::Tensor linear_gradient(const at::Tensor& grad, const at::Tensor& weight, const at::Tensor& narrow,

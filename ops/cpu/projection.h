@@ -17,8 +17,9 @@ struct ProjectionUpdate {
   Gate gate;
 };
 
-// Whether linear_with_update reads `weight` [O, I] where it lies for rows of `row_tokens` tokens, and copies nothing: a
-// contiguous one, and the transpose of one in float32 (Conv1D's; a linear map's in its gradient) with tokens enough.
+// Whether linear_with_update reads `weight` [O, I] where it lies for rows of `row_tokens` tokens, uncopied: a
+// contiguous one, and the transpose of one in float32 (Conv1D's; a linear map's in its gradient) where that is fast: for
+// tokens enough, and no more than 1024 features on either side.
 bool is_read_in_place(const at::Tensor& weight, int64_t row_tokens);
 
 // x weight^T + bias and `update` in one pass: the update is summed in the registers that hold the projection.
