@@ -26,7 +26,8 @@ struct Numbers {
 };
 
 // y [rows, columns] = x [rows, depth] w [columns, depth]^T (+ x2 w2^T, of depth2) (+ bias) (+ init): both factors lie
-// row-major along the sum, as nn.Linear stores its weight, so no weight is packed (but see w_step). Leading dimensions are in elements.
+// row-major along the sum, as nn.Linear stores its weight, so no weight is packed (but see w_step). Leading
+// dimensions are in elements.
 // Each element of y is summed in one fixed order, whatever rows and columns it is computed with: another one in
 // token_product than in dot_product. w and w2 have the same dtype.
 struct DotProduct {

@@ -18,13 +18,13 @@ struct ProjectionUpdate {
 };
 
 // Whether linear_with_update reads `weight` [O, I] where it lies for rows of `row_tokens` tokens, uncopied: a
-// contiguous one, and the transpose of one in float32 (Conv1D's; a linear map's in its gradient) where that is fast: for
-// tokens enough, and no more than 1024 features on either side.
+// contiguous one, and the transpose of one in float32 (Conv1D's; a linear map's in its gradient) where that is fast,
+// for tokens enough, and no more than 1024 features on either side.
 bool is_read_in_place(const at::Tensor& weight, int64_t row_tokens);
 
 // x weight^T + bias and `update` in one pass: the update is summed in the registers that hold the projection.
-// x [B, S, I], weight [O, I], bias [O] or undefined, and the banks, all float32 or all bfloat16 -> [B, S, O]. For a base
-// selection the update is not read.
+// x [B, S, I], weight [O, I], bias [O] or undefined, and the banks, all float32 or all bfloat16 -> [B, S, O]. For a
+// base selection the update is not read.
 at::Tensor linear_with_update(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
                               const ProjectionUpdate& update, const Selection& selection);
 
