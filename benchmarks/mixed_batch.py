@@ -12,15 +12,14 @@ import os
 import statistics
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import models  # puts python/ on the path
 import torch
 import torchgraft
-import transformers
 from rich.console import Console
 from rich.table import Table
+from this_machine import silence
 
 ADAPTERS = 64
 SIZES = models.MODELS["MiniLM"]
@@ -57,8 +56,7 @@ def main() -> int:
     if "MALLOC_TRIM_THRESHOLD_" not in os.environ:  # glibc reads it when a process starts
         command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:]]
         return subprocess.run(command, env=os.environ | models.ALLOCATOR, check=False).returncode
-    warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
+    silence()
     table = Table("rows x tokens", "threads", "variant", "ms", "to the base", "to one adapter")
     for shape in arguments.shapes:
         variants = make_variants(int(shape.split("x")[0]))

@@ -29,7 +29,6 @@ import statistics
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,7 +46,7 @@ import torchgraft  # noqa: E402
 import transformers  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
-from this_machine import processor  # noqa: E402
+from this_machine import processor, silence  # noqa: E402
 
 MODELS = {
     "MiniLM": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
@@ -227,9 +226,10 @@ def machine() -> dict[str, str]:
     return {
         "processor": processor(),
         "cores": str(os.cpu_count()),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "instructions": torchgraft._libraries.patcher().kernel_instruction_set(),
         "torch": torch.__version__,
         "kernels": os.environ.get("TORCHGRAFT_KERNELS", "auto"),
+        "kernel table": os.environ.get("TORCHGRAFT_KERNEL_TABLE", ""),
     }
 
 
@@ -330,7 +330,8 @@ def rows_at_hand(arguments: argparse.Namespace) -> list[Row]:
     found = json.loads(arguments.json.read_text())
     rows = [Row(**row) for row in found.pop("rows")]
     if found != header(arguments):
-        raise SystemExit(f"--add: {arguments.json} is of another machine, dtype or kind of passes: {found}")
+        raise SystemExit(f"--add: {arguments.json} is of another machine, dtype or kind of passes: {found}, not "
+                         f"{header(arguments)}")  # fmt: skip
     return rows
 
 
@@ -353,8 +354,7 @@ def main(argv: list[str] | None = None) -> int:
     if "MALLOC_TRIM_THRESHOLD_" not in os.environ:  # glibc reads it when a process starts
         command = [sys.executable, str(Path(__file__).resolve()), *(sys.argv[1:] if argv is None else argv)]
         return subprocess.run(command, env=os.environ | ALLOCATOR, check=False).returncode
-    warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
+    silence()
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(", ".join(f"{key}: {value}" for key, value in machine().items()))
     rows = rows_at_hand(arguments)

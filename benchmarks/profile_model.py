@@ -11,7 +11,6 @@ import argparse
 import statistics
 import sys
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +18,10 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "python"), str(Path(__file__).resolve().parent)]
 
 import torch  # noqa: E402
-import transformers  # noqa: E402
 from models import CONFIGS, MODELS, Positional, batch_of, grafted, hugging_face, traced  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
+from this_machine import silence  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 
@@ -96,8 +95,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--passes", type=int, default=60)
     given = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
+    silence()
     torch.set_num_threads(given.threads)
     sizes = MODELS[given.model]
     base = traced(Positional(hugging_face(sizes)).eval(), sizes)

@@ -1,6 +1,8 @@
-"""What the benchmarks ask of the machine that they run on (Linux)."""
+"""What the benchmarks ask of the machine that they run on (Linux), and the remarks of libraries that they keep out."""
 
+import logging
 import platform
+import warnings
 from pathlib import Path
 
 
@@ -21,3 +23,10 @@ def memory(field: str) -> int:
 
 def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def silence() -> None:
+    """Tracing warns, and the libraries remark upon models that are being put together."""
+    warnings.filterwarnings("ignore")
+    for name in ("transformers", "adapters"):
+        logging.getLogger(name).setLevel(logging.ERROR)

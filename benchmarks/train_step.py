@@ -24,7 +24,6 @@ import statistics
 import subprocess
 import sys
 import time
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,11 +32,10 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "python"), str(Path(__
 import adapters  # noqa: E402
 import torch  # noqa: E402
 import torchgraft  # noqa: E402
-import transformers  # noqa: E402
 from models import MODELS, Positional, batch_of, hugging_face, library, machine, traced  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
-from this_machine import memory, reset_peak  # noqa: E402
+from this_machine import memory, reset_peak, silence  # noqa: E402
 
 MIB = 2**20
 VARIANTS = ("library", "torchgraft", "floor", "fine-tuning")
@@ -170,8 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--alone", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
+    silence()
     console = Console(width=120)
     rows: list[Row] = []
     for threads, shape in itertools.product(arguments.threads, arguments.shapes):
