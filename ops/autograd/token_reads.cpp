@@ -4,7 +4,11 @@
 namespace torchgraft::ops {
 namespace {
 
+// Undefined if there are none.
 at::Tensor joined(const std::vector<at::Tensor>& parts, int64_t dim) {
+  if (parts.empty()) {
+    return {};
+  }
   return parts.size() == 1 ? parts.front() : at::cat(parts, dim);
 }
 
@@ -29,9 +33,7 @@ void TokenReads::add_gate(const Gate& gate, const at::Tensor& grad, const RowArg
 
 at::Tensor TokenReads::backward(bool need_x, const LinearGradient& linear) {
   at::Tensor sum;
-  if (need_x && reads_.empty()) {
-    sum = input_gradient(selection_, linear, {}, {});
-  } else if (need_x) {
+  if (need_x) {
     std::vector<at::Tensor> grads;
     std::vector<at::Tensor> weights;
     for (const Read& read : reads_) {

@@ -2,6 +2,7 @@
 #include <torchgraft/ops/cpu/gradient_products.h>
 #include <torchgraft/ops/cpu/kernels.h>
 #include <torchgraft/ops/cpu/projection.h>
+#include <torchgraft/ops/cpu/read_tokens.h>
 #include <torchgraft/ops/cpu/token_tiles.h>
 
 namespace torchgraft::ops::cpu {
@@ -9,6 +10,17 @@ namespace {
 
 // Every batch is one run of tokens here: what a row's gradient is does not depend on how rows are told apart.
 TokenRuns one_run(const at::Tensor& tokens) { return {tokens.size(0) * tokens.size(1), {0}}; }
+
+// tokens [B, S, K] -> [1, B S, K]
+at::Tensor as_one_row(const at::Tensor& tokens) { return tokens.contiguous().flatten(0, 1).unsqueeze(0); }
+
+// Of a bank of one.
+Selection only_adapter() {
+  Selection selection;
+  selection.kind = Selection::Kind::kUniform;
+  selection.adapter = 0;
+  return selection;
+}
 
 at::Tensor in_float(const at::Tensor& narrow) { return narrow.to(at::kFloat).contiguous(); }
 
@@ -47,25 +59,9 @@ void sum_columns(const at::Tensor& narrow, const at::Tensor& wide, int64_t colum
 }  // namespace
 
 at::Tensor narrow_product(const at::Tensor& grad, const at::Tensor& weight) {
-  const at::Tensor from = grad.contiguous();
-  const at::Tensor rows = weight.t().contiguous();  // [R, O]
-  const int64_t features = from.size(2);
-  const int64_t columns = rows.size(0);
-  at::Tensor result = at::empty({from.size(0), from.size(1), columns}, from.options().dtype(at::kFloat));
-  const TokenRuns runs = one_run(from);
-  for_each_tile(runs, [&](int64_t /*run*/, int64_t begin, int64_t end) {
-    const FloatView tokens(numbers_of(from) + begin * features, (end - begin) * features);
-    DotProduct job;
-    job.rows = end - begin;
-    job.columns = job.y_stride = columns;
-    job.depth = job.x_stride = job.w_stride = features;
-    job.x = tokens.data();
-    job.x_is_bfloat16 = numbers_of(from).is_bfloat16;
-    job.w = numbers_of(rows);
-    job.y = result.mutable_data_ptr<float>() + begin * columns;
-    multiply(job, runs.tokens, columns);
-  });
-  return result;
+  const at::Tensor bank = weight.t().contiguous().unsqueeze(0);  // [1, R, O]
+  return read_tokens(as_one_row(grad), {bank, {}}, /*rows=*/{}, only_adapter())
+      .hidden.view({grad.size(0), grad.size(1), weight.size(1)});
 }
 
 at::Tensor token_sum(const at::Tensor& left, const at::Tensor& right) {
@@ -117,16 +113,13 @@ bool suits_linear_gradient(const at::Tensor& weight, int64_t tokens) {
 
 at::Tensor linear_gradient(const at::Tensor& grad, const at::Tensor& weight, const at::Tensor& narrow,
                            const at::Tensor& narrow_weight) {
-  const at::Tensor tokens = grad.contiguous().flatten(0, 1).unsqueeze(0);  // [1, B S, O]
-  Selection selection;
   ProjectionUpdate update;
   if (narrow.defined()) {
-    selection.kind = Selection::Kind::kUniform;
-    selection.adapter = 0;
-    update.hidden = in_float(narrow).flatten(0, 1).unsqueeze(0);
+    update.hidden = as_one_row(in_float(narrow));
     update.weight = narrow_weight.t().contiguous().unsqueeze(0);  // [1, I, R]
   }
-  return linear_with_update(tokens, weight.t(), /*bias=*/{}, update, selection)
+  const Selection selection = narrow.defined() ? only_adapter() : Selection();
+  return linear_with_update(as_one_row(grad), weight.t(), /*bias=*/{}, update, selection)
       .view({grad.size(0), grad.size(1), weight.size(1)});
 }
 

@@ -190,7 +190,7 @@ void product_by_tokens(const DotProduct& job) {
         for (int64_t token = 0; token < tokens;) {
           const int64_t width = panel_width(tokens - token);
           block_of<Terms>(count, width)(rows, x.panel(token), job.depth, x2.panel(token), job.depth2,
-                                 sums + i * kTokens + token);
+                                        sums + i * kTokens + token);
           token += width;
         }
       }
