@@ -97,8 +97,7 @@ void lora_linear(benchmark::State& state, Way way, int64_t projections = 1, bool
   const double flops = 2.0 * size.tokens * size.hidden * static_cast<double>(projections * (size.hidden + 16 + 1));
   measure(state, way.mode, flops, [&] {
     for (int64_t i = 0; i < projections / times; ++i) {
-      benchmark::DoNotOptimize(
-          torchgraft::ops::gated_lora_linear(x, weight, bias, a, b, scaling, gate, gate_bias));
+      benchmark::DoNotOptimize(torchgraft::ops::gated_lora_linear(x, weight, bias, a, b, scaling, gate, gate_bias));
     }
   });
 }
@@ -112,9 +111,8 @@ void lora(benchmark::State& state, Way way) {
   const at::Tensor gate = way.random({1, 1, size.hidden});
   const at::Tensor scaling = way.ones({1});
   const at::Tensor gate_bias = way.zeros({1, 1});
-  measure(state, way.mode, 2.0 * size.tokens * size.hidden * (2 * kRank + 1), [&] {
-    benchmark::DoNotOptimize(torchgraft::ops::gated_lora(x, x, a, b, scaling, gate, gate_bias));
-  });
+  measure(state, way.mode, 2.0 * size.tokens * size.hidden * (2 * kRank + 1),
+          [&] { benchmark::DoNotOptimize(torchgraft::ops::gated_lora(x, x, a, b, scaling, gate, gate_bias)); });
 }
 
 void bottleneck(benchmark::State& state, Way way, int64_t reduction) {
@@ -129,13 +127,13 @@ void bottleneck(benchmark::State& state, Way way, int64_t reduction) {
   const at::Tensor gate = way.random({1, 1, size.hidden});
   const at::Tensor gate_bias = way.zeros({1, 1});
   measure(state, way.mode, 2.0 * size.tokens * size.hidden * (2 * narrow + 1), [&] {
-    benchmark::DoNotOptimize(torchgraft::ops::gated_bottleneck(x, x, down, down_bias, up, up_bias, scaling, "relu",
-                                                               gate, gate_bias));
+    benchmark::DoNotOptimize(
+        torchgraft::ops::gated_bottleneck(x, x, down, down_bias, up, up_bias, scaling, "relu", gate, gate_bias));
   });
 }
 
-// The second map of a feed-forward block of four times the hidden size, and a parallel bottleneck beside it; reduction 0:
-// without.
+// The second map of a feed-forward block of four times the hidden size, and a parallel bottleneck beside it; reduction
+// 0: without.
 void feed_forward(benchmark::State& state, Way way, int64_t reduction) {
   const Sizes size(state);
   const int64_t wide = 4 * size.hidden;

@@ -28,10 +28,11 @@ sys.path[:0] = [str(ROOT / "python"), str(ROOT / "benchmarks")]
 
 import rich.box  # noqa: E402
 import torch  # noqa: E402
-import torchgraft  # noqa: E402
 import transformers  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
+
+import torchgraft  # noqa: E402
 from this_machine import memory, processor, reset_peak  # noqa: E402
 
 MIB = 2**20

@@ -14,11 +14,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import models  # puts python/ on the path
 import torch
-import torchgraft
 from rich.console import Console
 from rich.table import Table
+
+import models  # puts python/ on the path
+import torchgraft
 from this_machine import silence
 
 ADAPTERS = 64

@@ -42,10 +42,11 @@ import adapters  # noqa: E402
 import peft  # noqa: E402
 import rich.box  # noqa: E402
 import torch  # noqa: E402
-import torchgraft  # noqa: E402
 import transformers  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
+
+import torchgraft  # noqa: E402
 from this_machine import processor, silence  # noqa: E402
 
 MODELS = {

@@ -16,9 +16,10 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "python"), str(Path(__file__).resolve().parent)]
 
 import torch  # noqa: E402
-import torchgraft  # noqa: E402, F401 - loads the operators
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
+
+import torchgraft  # noqa: E402, F401 - loads the operators
 from this_machine import processor  # noqa: E402
 
 SIZES = ["384x384", "384x1536", "1536x384", "768x768", "3072x768"]

@@ -18,11 +18,12 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "python"), str(Path(__file__).resolve().parent)]
 
 import torch  # noqa: E402
-from models import CONFIGS, MODELS, Positional, batch_of, grafted, hugging_face, traced  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
-from this_machine import silence  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
+
+from models import CONFIGS, MODELS, Positional, batch_of, grafted, hugging_face, traced  # noqa: E402
+from this_machine import silence  # noqa: E402
 
 
 def own_times(run: Callable, batch: tuple) -> dict[str, tuple[int, float]]:
@@ -75,7 +76,9 @@ def print_profile(base: dict, mine: dict, passes: tuple[float, float], console: 
     for column in ("operator", "base: calls", "time", "grafted: calls", "time", "difference"):
         table.add_column(column, justify="left" if column == "operator" else "right")
     nothing = (0, 0.0)
-    names = sorted(base.keys() | mine.keys(), key=lambda name: -max(base.get(name, nothing)[1], mine.get(name, nothing)[1]))
+    names = sorted(
+        base.keys() | mine.keys(), key=lambda name: -max(base.get(name, nothing)[1], mine.get(name, nothing)[1])
+    )
     for name in names:
         (calls, taken), (my_calls, my_time) = base.get(name, nothing), mine.get(name, nothing)
         if max(taken, my_time) >= 0.005 * sum(value for _, value in mine.values()):

@@ -31,10 +31,11 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "python"), str(Path(__
 
 import adapters  # noqa: E402
 import torch  # noqa: E402
-import torchgraft  # noqa: E402
-from models import MODELS, Positional, batch_of, hugging_face, library, machine, traced  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
+
+import torchgraft  # noqa: E402
+from models import MODELS, Positional, batch_of, hugging_face, library, machine, traced  # noqa: E402
 from this_machine import memory, reset_peak, silence  # noqa: E402
 
 MIB = 2**20
@@ -181,7 +182,9 @@ def main(argv: list[str] | None = None) -> int:
         console.print(", ".join(f"{key}: {value}" for key, value in machine().items()))
         print_table(rows, console)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine(), "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+        arguments.json.write_text(
+            json.dumps({"machine": machine(), "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
+        )
     return 0
 
 

@@ -33,9 +33,8 @@ HeadConfig head_config_from_json(std::string_view text) {
   const Json whole = Json::parse(text, /*cb=*/nullptr, /*allow_exceptions=*/false);
   TORCH_CHECK(whole.is_object() && whole.contains("config") && whole.at("config").is_object(),
               "head: expected JSON with an object \"config\", as AdapterHub's head_config.json");
-  HeadConfig config = json::read_config(whole.at("config"), "HeadConfig", HeadConfig{}, [](auto& held, auto visit) {
-    visit_head_fields(held, visit);
-  });
+  HeadConfig config = json::read_config(whole.at("config"), "HeadConfig", HeadConfig{},
+                                        [](auto& held, auto visit) { visit_head_fields(held, visit); });
   if (whole.contains("pooling")) {
     json::read("HeadConfig.pooling", whole.at("pooling"), config.pooling);
   }
@@ -68,8 +67,9 @@ void check_supported(const HeadConfig& config) {
   if (config.label2id) {
     std::set<int64_t> ids;
     for (const auto& [label, id] : *config.label2id) {
-      TORCH_CHECK(id >= 0 && id < config.num_labels && ids.insert(id).second, "head: expected label2id to give each of ",
-                  config.num_labels, " labels an id of its own from 0 on, got ", id, " for \"", label, "\"");
+      TORCH_CHECK(id >= 0 && id < config.num_labels && ids.insert(id).second,
+                  "head: expected label2id to give each of ", config.num_labels,
+                  " labels an id of its own from 0 on, got ", id, " for \"", label, "\"");
     }
   }
 }

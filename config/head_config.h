@@ -12,7 +12,8 @@ namespace torchgraft {
 
 // A task head on the last hidden states [B, S, H] that an adapter's rows end in. Fields and defaults are those of the
 // adapters library's heads, but for `pooling` (the library always takes the first token):
-//   x = pooling(hidden); (layers - 1) times: x = activation(Linear[H, H](dropout(x))); logits = Linear[num_labels, H](dropout(x))
+//   x = pooling(hidden); (layers - 1) times: x = activation(Linear[H, H](dropout(x))); logits = Linear[num_labels,
+//   H](dropout(x))
 struct HeadConfig {
   // "classification", "multilabel_classification" or "tagging" (one result per token: no pooling). A regression is a
   // classification with num_labels=1, as in the library.

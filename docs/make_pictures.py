@@ -16,7 +16,9 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-matplotlib.rcParams.update({"svg.hashsalt": "torchgraft", "font.family": "DejaVu Sans", "mathtext.fontset": "dejavusans"})
+matplotlib.rcParams.update(
+    {"svg.hashsalt": "torchgraft", "font.family": "DejaVu Sans", "mathtext.fontset": "dejavusans"}
+)
 
 import matplotlib.pyplot as plt
 import torch

@@ -61,8 +61,8 @@ inline BottleneckArguments bottleneck_arguments(const at::Tensor& x, const at::T
                                                 const at::Tensor& up_weight, const at::Tensor& up_bias,
                                                 const at::Tensor& scaling, std::string_view non_linearity,
                                                 RowArguments rows) {
-  return {x,       residual, down_weight,                down_bias,      up_weight,
-          up_bias, scaling,  std::string(non_linearity), std::move(rows)};
+  return {
+      x, residual, down_weight, down_bias, up_weight, up_bias, scaling, std::string(non_linearity), std::move(rows)};
 }
 
 struct PrefixArguments {

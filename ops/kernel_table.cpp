@@ -73,8 +73,7 @@ std::optional<bool> KernelTable::fused_is_faster(FusedOp op, at::ScalarType type
   const double log_tokens = std::log2(static_cast<double>(tokens));
   const double log_features = std::log2(static_cast<double>(features));
   for (const Measurement& measured : measurements_) {
-    const double distance =
-        std::abs(measured.log_tokens - log_tokens) + std::abs(measured.log_features - log_features);
+    const double distance = std::abs(measured.log_tokens - log_tokens) + std::abs(measured.log_features - log_features);
     if (measured.op == op && measured.type == type && distance < nearest) {
       nearest = distance;
       result = measured.fused_is_faster;

@@ -17,8 +17,9 @@ class KernelTable {
  public:
   KernelTable() = default;  // nothing measured
 
-  // text: JSON as tune writes it; source: what errors name. A table of another instruction set (kernel_instruction_set())
-  // than this process has is about other kernels: nothing of it is taken. Anything else than a table throws c10::Error.
+  // text: JSON as tune writes it; source: what errors name. A table of another instruction set
+  // (kernel_instruction_set()) than this process has is about other kernels: nothing of it is taken. Anything else than
+  // a table throws c10::Error.
   static KernelTable parse(const std::string& text, const std::string& source);
 
   // What the nearest size says that was measured (by the sum of the ratios' logarithms). nullopt: none was, of this op

@@ -52,7 +52,7 @@ const LinearSite* lora_site(const LayerSites& layer, const std::string& slot);
 
 struct GraphSites {
   Structure structure;
-  std::vector<LayerSites> layers;  // parallel to structure.layers
+  std::vector<LayerSites> layers;         // parallel to structure.layers
   bool result_is_sequence_first = false;  // the hidden states that forward returns are [S, B, H]
 };
 

@@ -25,9 +25,9 @@ struct HeadSpec {
 struct AdapterSpec {
   std::string name;  // a Python identifier, not yet taken in the module
   AdapterConfig config;
-  std::optional<StateDict> weights;  // an AdapterHub state dict; without it the adapter is freshly initialised
-  std::string saved_name;            // the adapter's name inside `weights`; empty: the same as `name`
-  bool trainable = false;            // see train.h; else it is frozen: a row of the banks
+  std::optional<StateDict> weights;   // an AdapterHub state dict; without it the adapter is freshly initialised
+  std::string saved_name;             // the adapter's name inside `weights`; empty: the same as `name`
+  bool trainable = false;             // see train.h; else it is frozen: a row of the banks
   std::optional<HeadSpec> head = {};  // see head.h
 
   const std::string& name_in_weights() const { return saved_name.empty() ? name : saved_name; }

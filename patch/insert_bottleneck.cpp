@@ -47,8 +47,8 @@ Node* Inserter::call_bottleneck(const BankSlot& slot, Value* x, Value* residual,
               named);
 }
 
-// The op adds the residual itself, unless a norm or dropout comes between. Its gate reads what its down projection reads, unless
-// a norm comes before that: then the gate is pooled beside the op.
+// The op adds the residual itself, unless a norm or dropout comes between. Its gate reads what its down projection
+// reads, unless a norm comes before that: then the gate is pooled beside the op.
 std::pair<Value*, Value*> Inserter::bottleneck(const BankSlot& slot, Value* x, Value* residual) {
   Value* module = slot_module(slot);
   const BottleneckForm& form = slot.form;

@@ -152,7 +152,7 @@ class TemporaryFile {
 
   // The content under its name, for everyone whom the umask lets.
   void keep() {
-    struct stat old {};
+    struct stat old{};
     const mode_t mask = umask(0);
     umask(mask);
     const mode_t mode = stat(target_.c_str(), &old) == 0 ? old.st_mode & 0777 : 0666 & ~mask;

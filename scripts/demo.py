@@ -21,6 +21,10 @@ sys.path.insert(0, str(ROOT / "python"))
 warnings.filterwarnings("ignore")  # of torch.jit being deprecated, dozens of times
 
 import torch  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.progress import track  # noqa: E402
+from transformers.utils import logging as transformers_logging  # noqa: E402
+
 import torchgraft  # noqa: E402
 from demo_models import (  # noqa: E402
     GATED,
@@ -36,9 +40,6 @@ from demo_models import (  # noqa: E402
     trace_encoder,
 )
 from demo_report import Agreement, print_gates, print_similarities, print_sizes, print_times  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.progress import track  # noqa: E402
-from transformers.utils import logging as transformers_logging  # noqa: E402
 
 SENTENCES = [
     "The cat is sleeping on the sofa.",

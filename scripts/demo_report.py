@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from demo_models import Run, gate_difference, output_difference
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+
+from demo_models import Run, gate_difference, output_difference
 
 
 def _table(*headings: str) -> Table:

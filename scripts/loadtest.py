@@ -40,11 +40,12 @@ warnings.filterwarnings("ignore")  # of torch.jit being deprecated
 import adapters  # noqa: E402
 import psutil  # noqa: E402
 import torch  # noqa: E402
-import torchgraft  # noqa: E402
 import transformers  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
+
+import torchgraft  # noqa: E402
 from this_machine import processor  # noqa: E402
 from torchgraft.adapter_hub import CONFIG_FILE, SAFETENSORS_FILE  # noqa: E402
 
@@ -261,7 +262,9 @@ def memory_of(pid: int) -> int:
 
 def measure(arguments: argparse.Namespace, folder: Path) -> list[Point]:
     points = []
-    process, port = start_server(arguments.server, folder, ["--capacity", str(CAPACITY), *arguments.server_options.split()])
+    process, port = start_server(
+        arguments.server, folder, ["--capacity", str(CAPACITY), *arguments.server_options.split()]
+    )
     try:
         asyncio.run(closed(port, requests_for(0, WARM_UP), arguments.clients, arguments.seconds))
         for distinct in arguments.distinct:
@@ -326,7 +329,9 @@ def draw(points: list[Point], server: str, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--server", type=Path, required=True, help="the program that examples/server builds, or ray_serve's")
+    parser.add_argument(
+        "--server", type=Path, required=True, help="the program that examples/server builds, or ray_serve's"
+    )
     parser.add_argument("--server-options", default="--workers 2 --threads 1")
     parser.add_argument("--requests", type=int, default=3000, help="at most, for each point")
     parser.add_argument("--seconds", type=float, default=15, help="at most, for each point")

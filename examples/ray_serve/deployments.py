@@ -10,9 +10,10 @@ from typing import Any
 
 import starlette.requests
 import starlette.responses
+from ray import serve
+
 import torchgraft
 from encoder import BATCH_ROWS, CONFIG_FILE, WEIGHTS_FILE, Answer, Encoder, Request
-from ray import serve
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")  # what may be a directory of the folder
 FIELDS = {"adapter", "input_ids", "pooling"}
@@ -123,7 +124,9 @@ def read_body(content: bytes) -> tuple[str, list[list[int]], str]:
     if pooling not in ("first", "mean"):
         raise BadRequest('"pooling": expected "first" or "mean"')
     if not isinstance(rows, list) or not 1 <= len(rows) <= BATCH_ROWS or not all(map(is_row, rows)):
-        raise BadRequest(f'"input_ids": expected 1 to {BATCH_ROWS} lists of 1 to {MOST_TOKENS} token ids, integers from 0')
+        raise BadRequest(
+            f'"input_ids": expected 1 to {BATCH_ROWS} lists of 1 to {MOST_TOKENS} token ids, integers from 0'
+        )
     return adapter or "", rows, pooling
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
 import torchgraft
 
 CONFIG_FILE = "adapter_config.json"

@@ -46,8 +46,9 @@ def free_port() -> int:
 def main() -> int:
     arguments = parsed()
     import ray  # after the environment is set
-    from deployments import Settings, application
     from ray import serve
+
+    from deployments import Settings, application
 
     most = arguments.max_replicas or arguments.replicas
     settings = Settings(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
 from torchgraft._text import load_tokenizer
 
 MAX_LENGTH = 128  # tokens; of the sentences here under 0.1% are longer

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 import torchgraft
 from data import DOMAINS, LABELS
 from encoder import tokenizer, traced_encoder
 from probe import best_probe, features
-from torch import Tensor
 from torchgraft._files import write_whole
 from torchgraft.gates import AdapterGates
 from torchgraft.training import (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+
 from torchgraft.training import EncodedExamples
 from torchgraft.training.batches import collate, scoring_batches
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import markdown
 import torch
-from data import DOMAINS, THRESHOLD
-from experiment import COMPARED_ON, CURVE_METHODS, METHODS, OPTIONS, PROBE, Job, Outcome, Plan
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
+
+from data import DOMAINS, THRESHOLD
+from experiment import COMPARED_ON, CURVE_METHODS, METHODS, OPTIONS, PROBE, Job, Outcome, Plan
 from torchgraft._files import write_whole
 
 _TEMPLATES = Path(__file__).resolve().parent / "templates"

@@ -24,11 +24,12 @@ sys.path.insert(0, str(ROOT / "python"))
 warnings.filterwarnings("ignore")  # of torch.jit being deprecated, dozens of times
 
 import torch  # noqa: E402
+from rich.console import Console  # noqa: E402
+
 import torchgraft  # noqa: E402
 from data import DataError, prepare  # noqa: E402
 from experiment import Experiment, Plan, Results, Size, jobs_of  # noqa: E402
 from report import write_report  # noqa: E402
-from rich.console import Console  # noqa: E402
 
 FULL = Plan(
     compared=Size(2000, 125, test=1000), seeds=[0, 1, 2], other=Size(2000, 125, test=1000), other_seeds=[0, 1, 2],

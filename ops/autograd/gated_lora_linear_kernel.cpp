@@ -13,17 +13,7 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 // Positions of the tensor arguments, and of their gradients.
-enum Argument : size_t {
-  kX,
-  kWeight,
-  kBias,
-  kLoraA,
-  kLoraB,
-  kScaling,
-  kGateWeight,
-  kGateBias,
-  kArgumentCount = 11
-};
+enum Argument : size_t { kX, kWeight, kBias, kLoraA, kLoraB, kScaling, kGateWeight, kGateBias, kArgumentCount = 11 };
 
 class GatedLoraLinearFunction : public torch::autograd::Function<GatedLoraLinearFunction> {
  public:
@@ -39,8 +29,7 @@ class GatedLoraLinearFunction : public torch::autograd::Function<GatedLoraLinear
     const Selection selection = resolve_selection("gated_lora_linear", args.rows, lora_a, /*recording=*/true);
     const LoraForward result = lora_linear_forward(args, weight, or_undefined(bias), selection);
     const at::Tensor gate = gate_result(result.gate, x, args.rows, selection);
-    save(ctx,
-         {x, weight, or_undefined(bias), lora_a, lora_b, scaling, args.rows.gate_weight, args.rows.gate_bias},
+    save(ctx, {x, weight, or_undefined(bias), lora_a, lora_b, scaling, args.rows.gate_weight, args.rows.gate_bias},
          {x, weight, lora_a, lora_b, scaling, args.rows.gate_weight, args.rows.gate_bias, result.hidden}, selection,
          result.gate);
     ctx->set_materialize_grads(false);

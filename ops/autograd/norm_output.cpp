@@ -54,8 +54,7 @@ at::Tensor output_of_norm(const c10::intrusive_ptr<Node>& node) {
   const at::Tensor inverse = norm->result2_.unpack(node);  // [..., 1], of the deviation
   const at::Tensor weight = norm->weight_.unpack();        // undefined: 1
   const at::Tensor bias = norm->bias_.unpack();            // undefined: 0
-  if (input.scalar_type() == at::kFloat && takes_fused_kernels(input) && is_readable(weight) &&
-      is_readable(bias)) {
+  if (input.scalar_type() == at::kFloat && takes_fused_kernels(input) && is_readable(weight) && is_readable(bias)) {
     return cpu::normalize(input, mean, inverse, weight, bias);
   }
   at::Tensor result = (input - mean).mul_(inverse);  // in the precision of the mean

@@ -12,9 +12,8 @@ namespace {
 constexpr int64_t kNarrow = 128;
 
 bool takes_fused(const Selection& selection, std::initializer_list<at::Tensor> factors) {
-  return !selection.is_mixed() && std::all_of(factors.begin(), factors.end(), [](const at::Tensor& factor) {
-    return takes_fused_kernels(factor);
-  });
+  return !selection.is_mixed() && std::all_of(factors.begin(), factors.end(),
+                                              [](const at::Tensor& factor) { return takes_fused_kernels(factor); });
 }
 
 bool takes_fused(const Selection& selection, const LinearGradient& linear) {

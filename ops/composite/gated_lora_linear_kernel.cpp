@@ -25,7 +25,7 @@ std::tuple<at::Tensor, at::Tensor> gated_lora_linear_composite(
     const std::optional<at::Tensor>& gate_bias, const std::optional<at::Tensor>& adapter_ids, int64_t adapter,
     const std::optional<at::Tensor>& token_mask) {
   const LoraArguments args{x,      {},      lora_a,
-                     lora_b, scaling, row_arguments(gate_weight, gate_bias, adapter_ids, adapter, token_mask)};
+                           lora_b, scaling, row_arguments(gate_weight, gate_bias, adapter_ids, adapter, token_mask)};
   check(args, weight, or_undefined(bias));
   const Selection selection = resolve_selection("gated_lora_linear", args.rows, lora_a, /*recording=*/false);
   const LoraForward forward = lora_linear_forward(args, weight, or_undefined(bias), selection);

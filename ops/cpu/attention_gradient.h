@@ -4,9 +4,9 @@
 
 namespace torchgraft::ops::cpu {
 
-// Gradients of softmax(scale q [key_gate prefix_key, k]^T + mask) [value_gate prefix_value, v], for one head of queries.
-// Rows lie head_size apart or more, elements of a row are neighbours. Gradients of keys, values and prefixes are added
-// to what is there, so that the heads which share keys (grouped queries) can follow each other.
+// Gradients of softmax(scale q [key_gate prefix_key, k]^T + mask) [value_gate prefix_value, v], for one head of
+// queries. Rows lie head_size apart or more, elements of a row are neighbours. Gradients of keys, values and prefixes
+// are added to what is there, so that the heads which share keys (grouped queries) can follow each other.
 struct HeadAttentionGradient {
   int64_t queries = 0;
   int64_t keys = 0;

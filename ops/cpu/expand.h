@@ -14,7 +14,8 @@ struct Expansion {
   at::Tensor scaling;  // [N], [N, 1], or [N, O]: per channel
 };
 
-// base [B, S, O] float32 or bfloat16, hidden [B, S, R] float32 -> [B, S, O], contiguous. Rows without an adapter come out as they are in `base`.
+// base [B, S, O] float32 or bfloat16, hidden [B, S, R] float32 -> [B, S, O], contiguous. Rows without an adapter come
+// out as they are in `base`.
 at::Tensor expand(const at::Tensor& base, const at::Tensor& hidden, const Expansion& expansion, const Gate& gate,
                   const Selection& selection);
 

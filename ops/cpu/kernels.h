@@ -10,7 +10,7 @@ namespace torchgraft::ops::cpu {
 // Numbers in memory that are only read: float32, or bfloat16, which a kernel widens. Sums are float32 either way.
 struct Numbers {
   Numbers() = default;
-  Numbers(const float* data) : data(data) {}                            // NOLINT(google-explicit-constructor)
+  Numbers(const float* data) : data(data) {}                             // NOLINT(google-explicit-constructor)
   Numbers(const c10::BFloat16* data) : data(data), is_bfloat16(true) {}  // NOLINT(google-explicit-constructor)
 
   explicit operator bool() const { return data != nullptr; }
@@ -102,9 +102,9 @@ enum class FusedActivation { kIdentity, kRelu, kSilu, kGelu, kGeluTanh, kTanh, k
 // The inner loops, on raw pointers: every source of ops/cpu/vectorized/ is compiled once for each instruction set, and
 // each copy fills in one of these tables.
 struct Kernels {
-  const char* instruction_set;  // "default", "avx2" or "avx512"
-  bool is_fast;                 // in float32: measured to be faster than ATen's compositions
-  bool is_fast_in_bfloat16;     // the same
+  const char* instruction_set;               // "default", "avx2" or "avx512"
+  bool is_fast;                              // in float32: measured to be faster than ATen's compositions
+  bool is_fast_in_bfloat16;                  // the same
   void (*dot_product)(const DotProduct&);    // the lanes hold terms of one sum, which are added up at the end
   void (*token_product)(const DotProduct&);  // the lanes hold tokens, which are packed first
   // The same by the processor's own products of bfloat16, for a job with x_is_bfloat16 and such a w; null: it has none.

@@ -87,8 +87,9 @@ AttentionForward attend(const PrefixArguments& args, const Prefix& prefix, const
   const std::vector<float> key_gates = per_row(prefix.key_gate, batch);
   const std::vector<float> value_gates = per_row(prefix.value_gate, batch);
   const std::vector<int64_t> used = prefix_lengths(prefix, batch);
-  const at::Tensor mask =
-      additive_mask.defined() ? additive_mask.to(at::kFloat).expand({batch, heads, queries, key.size(2)}) : at::Tensor();
+  const at::Tensor mask = additive_mask.defined()
+                              ? additive_mask.to(at::kFloat).expand({batch, heads, queries, key.size(2)})
+                              : at::Tensor();
   const auto scale = static_cast<float>(attention_scale(args).expect_float());
 
   at::Tensor output = at::empty({batch, queries, heads, head_size}, query.options());  // token-major

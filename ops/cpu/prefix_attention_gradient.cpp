@@ -54,9 +54,8 @@ AttentionGradients attend_backward(const PrefixArguments& args, const Prefix& pr
   const at::Tensor prefix_key = gated(prefix.key, prefix.key_gate, batch);
   const at::Tensor prefix_value = gated(prefix.value, prefix.value_gate, batch);
   const std::vector<int64_t> used = prefix_lengths(prefix, batch);
-  const at::Tensor mask = additive_mask.defined()
-                              ? additive_mask.expand({batch, query.size(1), query.size(2), key.size(2)})
-                              : at::Tensor();
+  const at::Tensor mask =
+      additive_mask.defined() ? additive_mask.expand({batch, query.size(1), query.size(2), key.size(2)}) : at::Tensor();
   AttentionGradients result{token_major(empty, query), need_key ? token_major(zeros, key) : at::Tensor(),
                             need_value ? token_major(zeros, value) : at::Tensor(), at::zeros_like(prefix_key),
                             at::zeros_like(prefix_value)};

@@ -78,9 +78,9 @@ class UpdateTiles {
 bool is_read_in_place(const at::Tensor& weight, int64_t row_tokens) {
   // Columns of larger weights take more of the second cache than it has, or share its few places.
   constexpr int64_t kMost = 1024;
-  return weight.is_contiguous() || (weight.scalar_type() == at::kFloat && weight.t().is_contiguous() &&
-                                    weight.size(0) <= kMost && weight.size(1) <= kMost &&
-                                    packs_tokens(row_tokens, weight.size(0)));
+  return weight.is_contiguous() ||
+         (weight.scalar_type() == at::kFloat && weight.t().is_contiguous() && weight.size(0) <= kMost &&
+          weight.size(1) <= kMost && packs_tokens(row_tokens, weight.size(0)));
 }
 
 at::Tensor linear_with_update(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,

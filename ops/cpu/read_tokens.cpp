@@ -141,8 +141,7 @@ TokenReading read_tokens(const at::Tensor& input, const TokenReader& reader, con
   for_each_tile(runs, [&](int64_t run, int64_t begin, int64_t end) {
     const int64_t first = run * runs.tokens + begin;
     const FloatView tokens(from + first * features, (end - begin) * features);
-    const TokenTile tile{tokens.data(), from.is_bfloat16, features,          x.size(1),
-                         first,         end - begin,      runs.adapters[run]};
+    const TokenTile tile{tokens.data(), from.is_bfloat16, features, x.size(1), first, end - begin, runs.adapters[run]};
     for (const Columns& part : parts) {
       part.compute(tile);
     }

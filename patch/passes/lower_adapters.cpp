@@ -102,8 +102,7 @@ const std::map<std::string, Definition>& definitions() {
 BOTTLENECK
 )python"}},
       {"gated_bottleneck_linear",
-       {with_rows(with_bottleneck(
-            {{"x", "Tensor"}, {"input", "Tensor"}, {"weight", "Tensor"}, {"bias", "Tensor"}})),
+       {with_rows(with_bottleneck({{"x", "Tensor"}, {"input", "Tensor"}, {"weight", "Tensor"}, {"bias", "Tensor"}})),
         R"python(
     gate = pooled(x, gate_weight, gate_bias, adapter_ids, adapter, token_mask)
     residual = torch.linear(input, weight, bias)

@@ -14,9 +14,7 @@ using torch::jit::Node;
 using torch::jit::Use;
 using torch::jit::Value;
 
-bool is_joined(const Node* node) {
-  return node->kind() != c10::prim::Constant && torch::jit::isDifferentiable(node);
-}
+bool is_joined(const Node* node) { return node->kind() != c10::prim::Constant && torch::jit::isDifferentiable(node); }
 
 bool has_joined_reader(const Value* value) {
   return std::any_of(value->uses().begin(), value->uses().end(), [](const Use& use) { return is_joined(use.user); });

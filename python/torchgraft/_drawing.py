@@ -35,7 +35,9 @@ def draw(structure: dict[str, Any], slots: dict[int, frozenset[Slot]], title: st
     except graphviz.CalledProcessError as error:
         raise GraftError(f"dot could not draw the picture: {error.stderr.decode(errors='replace').strip()}") from error
     except BrokenPipeError as error:
-        raise GraftError("dot could not draw the picture: it ended before it had read it; run 'dot -V' to see why") from error
+        raise GraftError(
+            "dot could not draw the picture: it ended before it had read it; run 'dot -V' to see why"
+        ) from error
 
 
 def make_graph(structure: dict[str, Any], slots: dict[int, frozenset[Slot]], title: str) -> graphviz.Digraph:

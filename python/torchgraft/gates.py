@@ -28,7 +28,9 @@ def gather_gates(batches: Iterable[AdapterGates]) -> dict[int, dict[str, Tensor]
             for location in gates[layer]:
                 if not isinstance(gates[layer][location], Tensor):
                     names = ", ".join(map(str, gates))
-                    raise GraftError(f"plot_gates: expected the gates of one adapter, gates[name]; got those of: {names}")
+                    raise GraftError(
+                        f"plot_gates: expected the gates of one adapter, gates[name]; got those of: {names}"
+                    )
                 gate = gates[layer][location].detach().to("cpu", torch.float32)
                 parts.setdefault(layer, {}).setdefault(location, []).append(gate)
     return {

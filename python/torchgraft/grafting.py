@@ -130,9 +130,7 @@ def graft(
     return script_module(grafted)
 
 
-def inspect(
-    module: torch.jit.ScriptModule, sites: Mapping[str, Any] | str | Path | None = None
-) -> dict[str, Any]:
+def inspect(module: torch.jit.ScriptModule, sites: Mapping[str, Any] | str | Path | None = None) -> dict[str, Any]:
     """The layers that the patcher sees in `module` (of a grafted module: in its base), as plain data.
 
     Args:

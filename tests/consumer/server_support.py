@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torchgraft
 import transformers
+
+import torchgraft
 
 VOCABULARY, MOST_TOKENS = 50, 32
 ADAPTERS = 12

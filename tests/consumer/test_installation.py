@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchgraft
 from torch import Tensor, nn
 
+import torchgraft
 from hosts_support import ROOT, attempt, run
 
 

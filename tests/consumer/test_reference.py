@@ -4,8 +4,8 @@ import re
 
 import pytest
 import torch
-import torchgraft  # noqa: F401  registers the operators
 
+import torchgraft  # noqa: F401  registers the operators
 from hosts_support import ROOT
 
 PAGE = (ROOT / "docs" / "ops.md").read_text()

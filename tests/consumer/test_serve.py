@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-import torchgraft
 from torch import nn
 
+import torchgraft
 from hosts_support import attempt, run
 
 BATCH, TOKENS, HIDDEN = 3, 5, 16

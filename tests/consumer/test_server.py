@@ -10,8 +10,8 @@ import time
 
 import pytest
 import torch
-import torchgraft
 
+import torchgraft
 from server_support import ADAPTERS, CAPACITY, MOST_TOKENS, TOLERANCE, VOCABULARY, Server, allow_open_files, wait_until
 
 DEEP = "[" * 1_000_000 + "]" * 1_000_000

@@ -7,9 +7,9 @@ import sys
 import pytest
 import tokenizers
 import torch
-import torchgraft
 import transformers
 
+import torchgraft
 from hosts_support import ROOT
 from server_support import MOST_TOKENS, VOCABULARY, Expected, Server, save_random_adapter, traced_encoder
 
@@ -72,7 +72,7 @@ def test_logits_are_answered_by_label(server, models, tokenizer):
         "tagged": torchgraft.HeadConfig(head_type="tagging", num_labels=2, labels=["out", "in"]),
         "nameless": torchgraft.HeadConfig(num_labels=3),
     }
-    adapters = {name: models / "adapters" / "task" for name in heads}
+    adapters = dict.fromkeys(heads, models / "adapters" / "task")
     model = torchgraft.graft(torch.jit.load(models / "base.pt"), adapters=adapters)
     ids = [[2, 4, 7, 3]]  # [CLS] a is [SEP]
     answers = {}

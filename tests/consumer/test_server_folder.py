@@ -32,7 +32,9 @@ def expected(models):
 def test_a_thousand_adapters_in_64_rows(server_program, models, tmp_path, expected):
     """Neighbours differ in kind, so that a row which is not whole, or another's, shows."""
     for index in range(1000):
-        shutil.copytree(models / "kinds" / f"kind-{index % KINDS}", tmp_path / f"task-{index}", copy_function=shutil.copy)
+        shutil.copytree(
+            models / "kinds" / f"kind-{index % KINDS}", tmp_path / f"task-{index}", copy_function=shutil.copy
+        )
 
     def ask(index: int) -> tuple:
         row = [1 + index % 40, 2, 3 + index % 7]

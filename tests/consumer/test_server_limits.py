@@ -12,8 +12,8 @@ import subprocess
 
 import pytest
 import torch
-import torchgraft
 
+import torchgraft
 from server_support import ADAPTERS, MOST_TOKENS, TOLERANCE, VOCABULARY, Server, allow_open_files, wait_until
 
 WAITS = 600_000_000  # microseconds: a batch that is not full waits for longer than any test

@@ -13,11 +13,11 @@ from pathlib import Path
 import adapters
 import pytest
 import torch
-import torchgraft
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+import torchgraft
 from hosts_support import ROOT, attempt, run
 
 LABELS = ("bad", "good", "so_so")
@@ -235,7 +235,11 @@ EMPTY = {key: value[:0] for key, value in make_examples(3, 0).items()}
         (None, (), "cannot read"),
         (changed(labels=None), (), "no tensor 'labels'"),
         (changed(labels=torch.zeros(24)), (), "'labels': expected int64, got float"),
-        (changed(labels=torch.zeros(23).long()), (), "'labels': expected one for each row of input_ids, [24], got [23]"),
+        (
+            changed(labels=torch.zeros(23).long()),
+            (),
+            "'labels': expected one for each row of input_ids, [24], got [23]",
+        ),
         (changed(input_ids=torch.zeros(24).long()), (), "'input_ids': expected shape [n, S], got [24]"),
         (changed(attention_mask=torch.ones(24, 8).long()), (), "'attention_mask': expected the shape of input_ids"),
         (changed(attention_mask=torch.zeros(24, 9).long()), (), "row 0: attention_mask says that it has no tokens"),
@@ -341,7 +345,15 @@ def test_tokenise_makes_what_the_program_reads(train_program, folder, tmp_path) 
     table = tmp_path / "table.csv"
     table.write_text('text,label\n"awful, awful film",bad\ngreat film,good\nusual,so_so\n')
     script = ROOT / "examples" / "train_cpp" / "tokenise.py"
-    arguments = (sys.executable, script, table, "--tokenizer", tmp_path / "tokenizer.json", "--labels", ",".join(LABELS))
+    arguments = (
+        sys.executable,
+        script,
+        table,
+        "--tokenizer",
+        tmp_path / "tokenizer.json",
+        "--labels",
+        ",".join(LABELS),
+    )
     run(*arguments, "-o", tmp_path / "made.safetensors")
     data = load_file(tmp_path / "made.safetensors")
     assert data["input_ids"].tolist() == [[1, 4, 1, 5], [2, 5, 0, 0], [3, 0, 0, 0]]

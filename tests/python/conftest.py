@@ -8,6 +8,7 @@ sys.path.insert(0, str(ROOT / "python"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch  # noqa: E402
+
 import torchgraft  # noqa: E402, F401
 
 # Tiny models: a second thread only waits, and waits long where the cores are shared.

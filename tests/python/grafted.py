@@ -4,11 +4,11 @@ import functools
 import io
 
 import torch
+
 import torchgraft
 from models import VARIANTS, Variant, build
 from oracle import Saved, oracle_for
 from torchgraft._libraries import patcher
-
 
 # One base of each way of writing attention.
 EVERY_WAY = ["bert_sdpa", "bert_eager", "own_pre_sdpa_bool", "encoder_fast_post_nested", "encoder_slow_pre_seq_first"]

@@ -197,9 +197,7 @@ def torch_encoder(source: nn.Module, variant: Variant) -> nn.TransformerEncoder:
     for target, given in zip(encoder.layers, source.encoder.layer, strict=True):
         inner = given.attention.self if variant.post_norm else given.attention.attention
         with torch.no_grad():
-            target.self_attn.in_proj_weight.copy_(
-                torch.cat([inner.query.weight, inner.key.weight, inner.value.weight])
-            )
+            target.self_attn.in_proj_weight.copy_(torch.cat([inner.query.weight, inner.key.weight, inner.value.weight]))
             target.self_attn.in_proj_bias.copy_(torch.cat([inner.query.bias, inner.key.bias, inner.value.bias]))
         copy_linear(target.self_attn.out_proj, given.attention.output.dense)
         copy_linear(target.linear1, given.intermediate.dense)
@@ -227,9 +225,7 @@ def build(name: str, dtype: torch.dtype) -> torch.jit.ScriptModule:
     example = variant.arguments(make_batch([9, 6], 9, dtype, seed=99))
     if variant.own is not None:
         core, packed, kind = variant.own
-        module = own_encoder(
-            source, post_norm=variant.post_norm, core=core, packed=packed, kind=kind, dropout=DROPOUT
-        )
+        module = own_encoder(source, post_norm=variant.post_norm, core=core, packed=packed, kind=kind, dropout=DROPOUT)
         return torch.jit.script(module.to(dtype).eval())
     if variant.encoder is None:
         return torch.jit.trace(source, example, check_trace=False)

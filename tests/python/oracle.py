@@ -67,7 +67,8 @@ CONFIGS = {
     "dora_gated": LoRAConfig(use_dora=True, r=3, use_gating=True, **_ALL_LORA),
     "compacter": CompacterConfig(shared_phm_rule=False, reduction_factor=4),
     "compacter_factors": CompacterConfig(
-        shared_phm_rule=False, factorized_phm_rule=True, phm_rank=2, ln_before=True, reduction_factor=4),
+        shared_phm_rule=False, factorized_phm_rule=True, phm_rank=2, ln_before=True, reduction_factor=4
+    ),
     "prefix": PrefixTuningConfig(),
     "prefix_gated": PrefixTuningConfig(prefix_length=7, bottleneck_size=20, use_gating=True),
     "prefix_two_gates": PrefixTuningConfig(prefix_length=7, bottleneck_size=20, use_gating=True, shared_gating=False),
@@ -80,6 +81,7 @@ CONFIGS = {
         LoRAConfig(r=3, alpha=9, use_gating=True, **_ALL_LORA),
     ),
 }
+
 
 def runs_on(config: str, variant: str) -> bool:
     """Whether the library can run it: "post_add" is a crash where no norm comes behind the residual add."""

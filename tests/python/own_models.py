@@ -5,7 +5,7 @@ find by data flow. Shapes: embeddings and results [B, S, H], ids [B, S] int64, m
 """
 
 import math
-from typing import Optional, Tuple
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +84,7 @@ class SeparateProjections(nn.Module):
         self.wk = nn.Linear(hidden, hidden)
         self.wv = nn.Linear(hidden, hidden)
 
-    def forward(self, x: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.wq(x), self.wk(x), self.wv(x)
 
     def take(self, q: nn.Linear, k: nn.Linear, v: nn.Linear) -> None:
@@ -100,7 +100,7 @@ class PackedProjections(nn.Module):
         super().__init__()
         self.wqkv = nn.Linear(hidden, 3 * hidden)
 
-    def forward(self, x: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.wqkv(x).chunk(3, dim=-1)
         return q, k, v
 

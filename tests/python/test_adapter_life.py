@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+
 import torchgraft
 from grafted import EVERY_WAY, base, grafted, reloaded, saved_adapter
 from models import VARIANTS, make_batch
 from oracle import difference
-
 
 
 def _run(module: torch.jit.ScriptModule, name: str, **keywords) -> torch.Tensor:
@@ -49,7 +49,9 @@ def test_a_replaced_adapter_keeps_its_number() -> None:
     assert replaced.adapter_names() == ["a", "b", "c"]
     alone = grafted("bert_sdpa", torch.float64, "seq_bn_gated")
     ids = torch.full((3,), 1)
-    torch.testing.assert_close(_run(replaced, "bert_sdpa", adapter_ids=ids), _run(alone, "bert_sdpa"), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        _run(replaced, "bert_sdpa", adapter_ids=ids), _run(alone, "bert_sdpa"), rtol=0, atol=1e-12
+    )
     with pytest.raises(torchgraft.GraftError, match="a config or a directory"):
         torchgraft.replace_adapter(module, "b")
 

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+
 import torchgraft
 from grafted import base, saved_adapter
 from models import VARIANTS, make_batch

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from grafted import base, canonicalised
 from models import VARIANTS, make_batch
 

@@ -6,13 +6,14 @@ import struct
 import adapters
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertForSequenceClassification
+
 import torchgraft
 from grafted import base, grafted, reloaded
 from models import VARIANTS, hugging_face
 from oracle import CONFIGS, TOLERANCE, Oracle, Saved, difference, oracle_for, varied_batches
-from safetensors.torch import load_file, save_file
 from torchgraft._libraries import patcher
-from transformers import BertForSequenceClassification
 
 
 def _loaded_by_the_oracle(oracle: Oracle, directory, name: str, dtype: torch.dtype) -> Saved:
@@ -100,9 +101,7 @@ def test_an_adapter_fits_a_model_whose_modules_are_called_otherwise(tmp_path) ->
     second = torchgraft.load_adapter(base("bert_sdpa", torch.float64), tmp_path / "a")
     torchgraft.save_adapter(second, "task", tmp_path / "b")
     third = torchgraft.load_adapter(base(packed, torch.float64), tmp_path / "b")
-    for (key, a), (other, b) in zip(
-        first.adapters.named_parameters(), third.adapters.named_parameters(), strict=True
-    ):
+    for (key, a), (other, b) in zip(first.adapters.named_parameters(), third.adapters.named_parameters(), strict=True):
         assert key == other and torch.equal(a, b)
 
 

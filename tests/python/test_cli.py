@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 import torchgraft
 from grafted import base, saved_adapter
 from models import VARIANTS, make_batch

@@ -6,8 +6,9 @@ import json
 
 import adapters
 import pytest
-import torchgraft
 from adapters.configuration.adapter_config import ADAPTER_CONFIG_MAP
+
+import torchgraft
 from torchgraft._libraries import patcher
 from torchgraft.configs import config_to_json
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import adapters
 import pytest
 import torch
-import torchgraft
 import transformers
+
+import torchgraft
 from torchgraft.adapter_hub import PICKLE_FILE, SAFETENSORS_FILE
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "convert_adapters.py"

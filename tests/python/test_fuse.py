@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 import torchgraft
 from grafted import base
 

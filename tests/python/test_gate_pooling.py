@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 import torchgraft
 from grafted import base, grafted, saved_adapter
 from models import VARIANTS, make_batch
@@ -69,5 +70,3 @@ def test_the_mask_can_be_an_input_by_name() -> None:
 def test_bad_options_are_named(options: dict, message: str) -> None:
     with pytest.raises(torchgraft.GraftError, match=message):
         torchgraft.graft(base("bert_sdpa", torch.float32), config="unipelt", name="task", **options)
-
-

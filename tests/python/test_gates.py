@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+
 import torchgraft
 from grafted import grafted
 from models import VARIANTS, make_batch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torchgraft.gates import gate_table, gather_gates
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,5 +140,7 @@ def test_a_wrong_command_is_one_line(folder: Path, arguments: list, message: str
 
 def test_gates_of_all_adapters_at_once_are_no_gates_of_one() -> None:
     layers = {0: {"selfattn_lora": torch.rand(2, 1)}}
-    with pytest.raises(torchgraft.GraftError, match=r"expected the gates of one adapter, gates\[name\]; got those of: a, b"):
+    with pytest.raises(
+        torchgraft.GraftError, match=r"expected the gates of one adapter, gates\[name\]; got those of: a, b"
+    ):
         torchgraft.plot_gates({"a": layers, "b": layers})

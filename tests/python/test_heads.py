@@ -7,10 +7,11 @@ from pathlib import Path
 import adapters
 import pytest
 import torch
-import torchgraft
 import transformers
-from grafted import reloaded
 from torch import Tensor
+
+import torchgraft
+from grafted import reloaded
 from torchgraft import HeadConfig
 
 
@@ -142,7 +143,9 @@ def test_a_head_is_trained_with_its_adapter_and_kept_by_the_life_of_adapters(lib
     assert len(heads) >= 2 and all(bool(named[key].grad.ne(0).any()) for key in heads if named[key].numel())
     with torch.no_grad():
         expected = module.forward_with_head(*_inputs())
-        changed = torchgraft.graft(torchgraft.rename_adapter(torchgraft.freeze_adapter(module, "task"), "task", "t"), "lora", "x")
+        changed = torchgraft.graft(
+            torchgraft.rename_adapter(torchgraft.freeze_adapter(module, "task"), "task", "t"), "lora", "x"
+        )
         changed.activate("t")
         torch.testing.assert_close(changed.forward_with_head(*_inputs()), expected, rtol=0, atol=1e-6)
         torchgraft.save_adapter(changed, "t", tmp_path)

@@ -3,11 +3,12 @@
 import adapters
 import pytest
 import torch
+from adapters.methods.modeling import PHMLayer
+from torch import Tensor
+
 import torchgraft
 from grafted import base
-from adapters.methods.modeling import PHMLayer
 from models import hugging_face
-from torch import Tensor
 
 SEED = dict(init_weights_seed=5)
 ALL_LORA = dict(r=5, attn_matrices=["q", "k", "v"], intermediate_lora=True, output_lora=True)
@@ -26,9 +27,11 @@ CONFIGS = {
     "norms": adapters.SeqBnConfig(ln_before=True, ln_after=True, **SEED),
     "compacter": adapters.CompacterConfig(shared_phm_rule=False, reduction_factor=4, **SEED),
     "compacter_factors": adapters.CompacterConfig(
-        shared_phm_rule=False, factorized_phm_rule=True, phm_rank=2, phm_c_init="uniform", reduction_factor=4, **SEED),
+        shared_phm_rule=False, factorized_phm_rule=True, phm_rank=2, phm_c_init="uniform", reduction_factor=4, **SEED
+    ),
     "compacter_whole": adapters.CompacterPlusPlusConfig(
-        shared_phm_rule=False, factorized_phm_W=False, reduction_factor=4, **SEED),
+        shared_phm_rule=False, factorized_phm_W=False, reduction_factor=4, **SEED
+    ),
     "prefix": adapters.PrefixTuningConfig(prefix_length=4, bottleneck_size=20, non_linearity="gelu", **SEED),
     "prefix_flat": adapters.PrefixTuningConfig(prefix_length=4, flat=True, leave_out=[1], **SEED),
     "union": adapters.ConfigUnion(

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+
 import torchgraft
 from grafted import base, grafted
 from models import VARIANTS, make_batch

@@ -4,8 +4,9 @@ import threading
 
 import pytest
 import torch
-import torchgraft
 import transformers
+
+import torchgraft
 from grafted import base
 from models import VARIANTS, make_batch
 from torchgraft._libraries import patcher

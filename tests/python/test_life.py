@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+
 import torchgraft
 from grafted import base, grafted, saved_adapter
 from models import VARIANTS, build, make_batch
@@ -134,7 +135,9 @@ def test_the_bases_state_stays(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["bert_sdpa", "own_pre_sdpa_bool", "encoder_script_post"])
 def test_a_second_graft_adds_to_the_banks(name: str) -> None:
-    directories = {config: saved_adapter(VARIANTS[name], FLOAT, config).directory for config in ("unipelt", "mam", "lora_all")}
+    directories = {
+        config: saved_adapter(VARIANTS[name], FLOAT, config).directory for config in ("unipelt", "mam", "lora_all")
+    }
     at_once = torchgraft.graft(base(name, FLOAT), adapters=directories)
     one_by_one = base(name, FLOAT)
     for config, directory in directories.items():
@@ -222,9 +225,8 @@ def test_half_precision_is_close(dtype: torch.dtype) -> None:
 
 
 def test_what_does_not_fit_is_named(tmp_path) -> None:
-    from transformers import BertConfig, BertModel
-
     import adapters
+    from transformers import BertConfig, BertModel
 
     other = BertModel(BertConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40,
                                  vocab_size=50))  # fmt: skip

@@ -5,12 +5,12 @@ import sys
 
 import pytest
 import torch
+
 import torchgraft
 from grafted import EVERY_WAY, base, grafted, reloaded, saved_adapter
 from models import VARIANTS
 from oracle import CONFIGS, difference, varied_batches
 from torchgraft.configs import BnConfig
-
 
 
 def _assert_same(lowered: torch.jit.ScriptModule, module: torch.jit.ScriptModule, name: str, tolerance: float) -> None:

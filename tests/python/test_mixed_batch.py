@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+
 import torchgraft
 from grafted import base, saved_adapter
 from models import VARIANTS, make_batch

@@ -8,6 +8,7 @@ import functools
 
 import pytest
 import torch
+
 import torchgraft
 from grafted import base, saved_adapter
 from models import VARIANTS, Batch, Variant, make_batch
@@ -19,7 +20,9 @@ DOUBLE = torch.float64
 @functools.cache
 def _bank(name: str) -> torch.jit.ScriptModule:
     """The variant with all adapters, each under the name of its config."""
-    directories = {config: saved_adapter(VARIANTS[name], DOUBLE, config).directory for config in CONFIGS if runs_on(config, name)}
+    directories = {
+        config: saved_adapter(VARIANTS[name], DOUBLE, config).directory for config in CONFIGS if runs_on(config, name)
+    }
     return torchgraft.graft(base(name, DOUBLE), adapters=directories)
 
 
@@ -70,9 +73,7 @@ def test_each_row_of_a_mixed_batch_equals_the_oracle(name: str) -> None:
     for row, config in enumerate(_MIXED):
         single = batch.row(row)
         expected = _expected(variant, single, config)
-        found = difference(
-            variant.compared(hidden[row : row + 1], single), variant.compared(expected.hidden, single)
-        )
+        found = difference(variant.compared(hidden[row : row + 1], single), variant.compared(expected.hidden, single))
         assert found <= TOLERANCE[DOUBLE], f"row {row} ({config}) differs by {found}"
         if config and expected.gates:
             position = _MIXED[:row].count(config)

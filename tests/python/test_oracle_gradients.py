@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from torch import Tensor
+
 import torchgraft
 from grafted import base, saved_adapter
 from models import VARIANTS, Batch, Variant, make_batch
 from oracle import CONFIGS, Saved, adapter_parameters, oracle_for, runs_on
-from torch import Tensor
 
 DOUBLE = torch.float64
 _NAMES = ["bert_sdpa", "bert_eager", "own_pre_matmul", "own_post_packed_matmul", "encoder_fast_post",
@@ -75,8 +76,9 @@ def test_gradients_equal_the_oracle(name: str, config: str) -> None:
     if flat:
         keys = [key for key in named if key.endswith(("prefix_key", "prefix_value"))]
         places = [key.rsplit(".", 1)[0] for key in keys if key.endswith("prefix_key")]
-        ours = torch.stack([torch.stack([grads[f"{place}.prefix_{which}"] for which in ("key", "value")])
-                            for place in places])  # [L, 2, h, P, d]
+        ours = torch.stack(
+            [torch.stack([grads[f"{place}.prefix_{which}"] for which in ("key", "value")]) for place in places]
+        )  # [L, 2, h, P, d]
         assert _close(ours.permute(3, 0, 1, 2, 4).flatten(), flat[0][1])
         found.update(keys)
     assert found == set(named)

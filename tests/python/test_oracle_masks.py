@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 import torchgraft
 from grafted import base, grafted, saved_adapter
 from models import VARIANTS, Batch, make_batch

@@ -44,6 +44,8 @@ def test_cpp_snippet_compiles_and_runs_as_an_outside_consumer(tmp_path) -> None:
     ):
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
-    done = subprocess.run([str(tmp_path / "b" / "snippet"), str(tmp_path / "grafted.pt")], capture_output=True, text=True)
+    done = subprocess.run(
+        [str(tmp_path / "b" / "snippet"), str(tmp_path / "grafted.pt")], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[3, 10, 64]"

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from torchgraft import GraftError
 from torchgraft._text import text_arguments
 

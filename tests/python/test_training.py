@@ -6,11 +6,12 @@ from pathlib import Path
 import adapters
 import pytest
 import torch
+from torch import Tensor
+
 import torchgraft
 from grafted import base, grafted, reloaded, saved_adapter
 from models import VARIANTS, make_batch
 from oracle import CONFIGS, oracle_for
-from torch import Tensor
 
 DOUBLE = torch.float64
 VARIANT = VARIANTS["bert_sdpa"]
@@ -29,7 +30,9 @@ def _trainable(config: str, name: str = "task") -> torch.jit.ScriptModule:
     return torchgraft.graft(base("bert_sdpa", DOUBLE), adapters={name: saved.directory}, trainable=True)
 
 
-@pytest.mark.parametrize("config", ["unipelt", "mam", "union_everything", "prefix_two_gates", "par_bn_both", "ia3_gated", "dora_gated"])
+@pytest.mark.parametrize(
+    "config", ["unipelt", "mam", "union_everything", "prefix_two_gates", "par_bn_both", "ia3_gated", "dora_gated"]
+)
 def test_a_trainable_adapter_computes_what_a_frozen_one_does(config: str) -> None:
     module = _trainable(config)
     expected = grafted("bert_sdpa", DOUBLE, config)
@@ -45,7 +48,9 @@ def test_a_trainable_adapter_computes_what_a_frozen_one_does(config: str) -> Non
 
 def test_in_a_bank_only_the_trainable_adapter_moves() -> None:
     """Weight decay and all: the frozen ones have no parameters that an optimizer could be given."""
-    saved = {config: saved_adapter(VARIANT, DOUBLE, config).directory for config in ("lora_all", "prefix_two_gates", "mam")}
+    saved = {
+        config: saved_adapter(VARIANT, DOUBLE, config).directory for config in ("lora_all", "prefix_two_gates", "mam")
+    }
     bank = torchgraft.graft(base("bert_sdpa", DOUBLE), adapters=saved)
     bank = torchgraft.load_adapter(bank, saved_adapter(VARIANT, DOUBLE, "unipelt").directory, "learner", trainable=True)
     ids = torch.tensor([3, 0])
@@ -70,7 +75,9 @@ def test_gradients_in_a_bank_are_those_alone() -> None:
     """The bank's larger rank and longer prefix are padding, through which gradients come back unchanged."""
     alone = _trainable("unipelt", "learner")
     directory = saved_adapter(VARIANT, DOUBLE, "unipelt").directory
-    others = {config: saved_adapter(VARIANT, DOUBLE, config).directory for config in ("prefix", "lora", "union_everything")}
+    others = {
+        config: saved_adapter(VARIANT, DOUBLE, config).directory for config in ("prefix", "lora", "union_everything")
+    }
     bank = torchgraft.load_adapter(
         torchgraft.graft(base("bert_sdpa", DOUBLE), adapters=others), directory, "learner", trainable=True)  # fmt: skip
 
@@ -198,9 +205,13 @@ def test_freezing_keeps_what_was_learned(config: str) -> None:
         torch.testing.assert_close(_hidden(frozen), learned, rtol=0, atol=1e-12)
         renamed = torchgraft.rename_adapter(module, "task", "other")  # built anew, and still trainable
         torch.testing.assert_close(_hidden(renamed), learned, rtol=0, atol=1e-12)
-    assert len(torchgraft.trainable_parameters(renamed, "other")) == len(torchgraft.trainable_parameters(module, "task"))
+    assert len(torchgraft.trainable_parameters(renamed, "other")) == len(
+        torchgraft.trainable_parameters(module, "task")
+    )
     if config.startswith("compacter"):
-        with pytest.raises(torchgraft.GraftError, match="factors of Compacter's projections were dropped .* load it from"):
+        with pytest.raises(
+            torchgraft.GraftError, match="factors of Compacter's projections were dropped .* load it from"
+        ):
             torchgraft.unfreeze_adapter(frozen, "task")
     else:
         again = torchgraft.unfreeze_adapter(frozen, "task")
@@ -247,7 +258,9 @@ def test_in_bfloat16_a_frozen_prefix_is_the_loaded_one(tmp_path: Path) -> None:
     torchgraft.save_adapter(torchgraft.load_adapter(plain, directory, trainable=True), _only_name(directory), tmp_path)
     loaded = torchgraft.load_adapter(plain, tmp_path)
     frozen = torchgraft.freeze_adapter(torchgraft.load_adapter(plain, tmp_path, trainable=True), _only_name(directory))
-    for (key, value), (_, other) in zip(loaded.adapters.named_parameters(), frozen.adapters.named_parameters(), strict=True):
+    for (key, value), (_, other) in zip(
+        loaded.adapters.named_parameters(), frozen.adapters.named_parameters(), strict=True
+    ):
         assert torch.equal(value, other), key
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+
 from test_cli import check_one_line, run
 from torchgraft import _tuning
 from torchgraft._libraries import patcher

@@ -126,8 +126,17 @@ void start_key(const HeadAttentionGradient& job, const Workspace& space, const Q
 // probabilities = exp(k q^T + mask - log_sum_exp)
 void recompute_probabilities(const HeadAttentionGradient& job, const Workspace& space, const QueryBlock& queries,
                              const KeyBlock& keys) {
-  OuterProduct product{keys.count,  queries.padded(),    job.head_size, keys.k, keys.k_stride, space.queries_transposed,
-                       kQueryBlock, space.log_sum_exps, 0,             space.probabilities, kQueryBlock};
+  OuterProduct product{keys.count,
+                       queries.padded(),
+                       job.head_size,
+                       keys.k,
+                       keys.k_stride,
+                       space.queries_transposed,
+                       kQueryBlock,
+                       space.log_sum_exps,
+                       0,
+                       space.probabilities,
+                       kQueryBlock};
   const bool masked = job.mask != nullptr && !keys.is_prefix;
   if (masked) {
     for (int64_t j = 0; j < keys.count; ++j) {

@@ -142,9 +142,7 @@ def check_every_class(indices: torch.Tensor, names: Sequence[str]) -> None:
                          "more examples, another --seed for the split, or leave the class out")  # fmt: skip
 
 
-def split_examples(
-    examples: Sequence[Example], fraction: float, seed: int
-) -> tuple[list[Example], list[Example]]:
+def split_examples(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
     """(the rest, about `fraction` of the examples), drawn by `seed`. A group goes to one side; no group: its own.
 
     Raises:

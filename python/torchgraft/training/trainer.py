@@ -70,7 +70,7 @@ def class_scores(module: torch.jit.ScriptModule, batch: Batch) -> Tensor:
 
 
 def _part_of(key: str) -> str:
-    """"head", "prefix" or "adapter": what a parameter belongs to, by its name in the module. "adapter_NAME" in it says
+    """What a parameter belongs to, by its name in the module: "head", "prefix" or "adapter". "adapter_NAME" in it says
     nothing: NAME is the user's."""
     places = [name for name in key.split(".") if not name.startswith("adapter_")]
     if "heads" in places:

@@ -38,8 +38,8 @@ class FusedGradients : public ::testing::Test {
 
   // Of a fixed random functional of both results, in the inputs that `wanted` names (empty: in all); undefined where
   // there is none.
-  static Tensors gradients(const Call& call, at::ScalarType type, KernelMode mode, const std::vector<size_t>& wanted = {},
-                           Weights weights = {}) {
+  static Tensors gradients(const Call& call, at::ScalarType type, KernelMode mode,
+                           const std::vector<size_t>& wanted = {}, Weights weights = {}) {
     set_kernel_mode(mode);
     Tensors inputs;
     for (size_t i = 0; i < call.inputs.size(); ++i) {

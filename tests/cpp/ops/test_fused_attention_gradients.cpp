@@ -113,9 +113,8 @@ TEST_F(FusedGradients, ExpandedGradient) {
     }
     return result;
   };
-  Call linear{"lora_linear",
-              {randn({2, 17, 40}), randn({35, 40}), randn({1, 3, 40}), randn({1, 35, 3}), randn({1})},
-              {}};
+  Call linear{
+      "lora_linear", {randn({2, 17, 40}), randn({35, 40}), randn({1, 3, 40}), randn({1, 35, 3}), randn({1})}, {}};
   linear.run = [](const Tensors& t) { return gated_lora_linear(t[0], t[1], std::nullopt, t[2], t[3], t[4]); };
   for (const Call& call : {attention_call({2, 3, 3, 11, 11, 8, 4}, 1), linear}) {
     SCOPED_TRACE(call.name);

@@ -28,9 +28,8 @@ Call lora_linear_call(int64_t batch, int64_t tokens, int64_t in, int64_t out, in
 
 Call bottleneck_call(int64_t batch, int64_t tokens, int64_t hidden, int64_t size) {
   Call call{"bottleneck",
-            {randn({batch, tokens, hidden}), randn({batch, tokens, hidden}), randn({2, size, hidden}),
-             randn({2, size}), randn({2, hidden, size}), randn({2, hidden}), randn({2, 1}), randn({2, 1, hidden}),
-             randn({2, 1})},
+            {randn({batch, tokens, hidden}), randn({batch, tokens, hidden}), randn({2, size, hidden}), randn({2, size}),
+             randn({2, hidden, size}), randn({2, hidden}), randn({2, 1}), randn({2, 1, hidden}), randn({2, 1})},
             {}};
   call.run = [](const Tensors& t) {
     return gated_bottleneck(t[0], t[1], t[2], t[3], t[4], t[5], t[6], "gelu", t[7], t[8], std::nullopt, 1);

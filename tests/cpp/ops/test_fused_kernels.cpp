@@ -158,7 +158,8 @@ TEST_F(FusedKernels, Lora) {
     check(call);
     // Numbers that bfloat16 has, too.
     const at::Tensor weight = randn({out, in}).to(at::kBFloat16).to(at::kDouble);
-    const std::optional<at::Tensor> bias = gated ? std::make_optional(randn({out}).to(at::kBFloat16).to(at::kDouble)) : std::nullopt;
+    const std::optional<at::Tensor> bias =
+        gated ? std::make_optional(randn({out}).to(at::kBFloat16).to(at::kDouble)) : std::nullopt;
     call.name = c10::str("lora_linear ", variant);
     call.run = [weight, bias](const Call& c) {
       const auto type = c.per_row[0].scalar_type();
@@ -210,10 +211,9 @@ TEST_F(FusedKernels, Bottleneck) {
         call.per_row[1] = spread(randn({batch, tokens, features}));
         call.run = [weight, bias, function = functions[variant % functions.size()]](const Call& c) {
           const auto type = c.per_row[0].scalar_type();
-          return gated_bottleneck_linear(c.per_row[0], c.per_row[1], weight.to(type),
-                                         bias ? std::make_optional(bias->to(type)) : bias, c.banks[0], c.banks[1],
-                                         c.banks[2], c.banks[3], c.banks[4], function, bank(c, 5), bank(c, 6), c.ids, 1,
-                                         c.token_mask);
+          return gated_bottleneck_linear(
+              c.per_row[0], c.per_row[1], weight.to(type), bias ? std::make_optional(bias->to(type)) : bias, c.banks[0],
+              c.banks[1], c.banks[2], c.banks[3], c.banks[4], function, bank(c, 5), bank(c, 6), c.ids, 1, c.token_mask);
         };
         check(call);
       }

@@ -127,11 +127,8 @@ TEST(GatedLoraErrors, NameOpArgumentExpectedAndGot) {
   expect_error([&] { call(randn({1, 8, 512})); }, "gated_lora: expected lora_a of shape [N, r, 8], got [1, 8, 512]");
   expect_error([&] { call(in.lora_a.to(at::kHalf)); }, "gated_lora: expected lora_a of dtype Double as x, got Half");
   expect_error([&] { call(in.lora_a.to(at::kMeta)); }, "gated_lora: expected lora_a on cpu as x, got meta");
-  expect_error(
-      [&] {
-        call(in.lora_a, at::tensor({0, 1, 3}, at::kLong));
-      },
-      "gated_lora: expected adapter_ids in [-1, 3), got 3 in row 2");
+  expect_error([&] { call(in.lora_a, at::tensor({0, 1, 3}, at::kLong)); },
+               "gated_lora: expected adapter_ids in [-1, 3), got 3 in row 2");
   expect_error([&] { call(in.lora_a, {}, 3); }, "gated_lora: expected adapter in [-1, 3), got 3");
 }
 

@@ -161,11 +161,8 @@ TEST(AttentionTokenMask, ReadsBoolAndFloatMasksAlike) {
     EXPECT_TRUE(
         at::equal(attention_token_mask(x, at::zeros({2, 1, 1, 3}).masked_fill(padding.logical_not(), low)), real));
   }
-  expect_error(
-      [&] {
-        attention_token_mask(x, at::zeros({3, 2}));
-      },
-      "attention_token_mask: expected attn_mask that broadcasts to [2, h, S_q, 3], got [3, 2]");
+  expect_error([&] { attention_token_mask(x, at::zeros({3, 2})); },
+               "attention_token_mask: expected attn_mask that broadcasts to [2, h, S_q, 3], got [3, 2]");
 }
 
 }  // namespace

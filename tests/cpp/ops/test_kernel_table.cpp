@@ -20,13 +20,13 @@ std::string measured(const std::string& op, const std::string& dtype, int tokens
 
 TEST(KernelTable, TheNearestSizeDecides) {
   const std::string here = kernel_instruction_set();
-  const KernelTable table = KernelTable::parse(
-      test::table(here, measured("gated_lora_linear", "float32", 16, 768, 1.0, 2.0) + "," +
-                            measured("gated_lora_linear", "float32", 1024, 768, 2.0, 1.0) + "," +
-                            measured("gated_lora_linear", "float32", 16, 384, 2.0, 1.0) + "," +
-                            measured("gated_lora_linear", "bfloat16", 16, 768, 2.0, 1.0) + "," +
-                            measured("gated_bottleneck", "float32", 16, 768, 1.0, 1.0)),
-      "here");
+  const KernelTable table =
+      KernelTable::parse(test::table(here, measured("gated_lora_linear", "float32", 16, 768, 1.0, 2.0) + "," +
+                                               measured("gated_lora_linear", "float32", 1024, 768, 2.0, 1.0) + "," +
+                                               measured("gated_lora_linear", "float32", 16, 384, 2.0, 1.0) + "," +
+                                               measured("gated_lora_linear", "bfloat16", 16, 768, 2.0, 1.0) + "," +
+                                               measured("gated_bottleneck", "float32", 16, 768, 1.0, 1.0)),
+                         "here");
   const auto linear = [&table](int64_t tokens, int64_t features) {
     return table.fused_is_faster(FusedOp::kLoraLinear, at::kFloat, tokens, features);
   };
@@ -63,7 +63,8 @@ TEST(KernelTable, DamagedFilesAreNamed) {
   const std::string tables = table("AVX2", good);
   EXPECT_EQ(error_of(tables), "");
   for (size_t length = 0; length < tables.size(); ++length) {
-    EXPECT_EQ(error_of(tables.substr(0, length)).find("here.json: expected what graft.py tune writes, got "), 0) << length;
+    EXPECT_EQ(error_of(tables.substr(0, length)).find("here.json: expected what graft.py tune writes, got "), 0)
+        << length;
   }
   for (const char* text : {"[]", "3", "null", "{}", R"({"kernel_table": "1"})", R"({"kernel_table": 1})",
                            R"({"kernel_table": 1, "instruction_set": "AVX2", "measurements": [3]})"}) {

@@ -38,11 +38,10 @@ class FusedTokenProducts : public ::testing::Test {
   static std::vector<at::Tensor> results(const at::Tensor& x, const at::Tensor& w) {
     const at::Tensor half = w.to(at::kBFloat16);
     const at::Tensor transposed = w.t().contiguous().t();
-    std::vector<at::Tensor> found = {
-        run(kernels().token_product, x, w, w.const_data_ptr<float>()),
-        run(kernels().token_product, x, transposed, transposed.const_data_ptr<float>()),
-        run(kernels().token_product, x, w, half.const_data_ptr<at::BFloat16>()),
-        run(kernels().dot_product, x, w, w.const_data_ptr<float>())};
+    std::vector<at::Tensor> found = {run(kernels().token_product, x, w, w.const_data_ptr<float>()),
+                                     run(kernels().token_product, x, transposed, transposed.const_data_ptr<float>()),
+                                     run(kernels().token_product, x, w, half.const_data_ptr<at::BFloat16>()),
+                                     run(kernels().dot_product, x, w, w.const_data_ptr<float>())};
     if (kernels().token_product_bfloat16 != nullptr) {
       found.push_back(run(kernels().token_product_bfloat16, x, w, half.const_data_ptr<at::BFloat16>()));
     }
@@ -66,7 +65,8 @@ TEST_F(FusedTokenProducts, OfAnySize) {
     const at::Tensor w = random({columns, depth});
     const at::Tensor expected = at::mm(x.to(at::kDouble), w.to(at::kDouble).t());
     for (const at::Tensor& found : results(x, w)) {
-      EXPECT_LE((found - expected).abs().max().item<double>(), 1e-5 * std::max(1.0, expected.abs().max().item<double>()));
+      EXPECT_LE((found - expected).abs().max().item<double>(),
+                1e-5 * std::max(1.0, expected.abs().max().item<double>()));
     }
   }
 }

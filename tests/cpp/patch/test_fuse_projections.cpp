@@ -91,7 +91,8 @@ TEST(FuseProjections, ALinearMapAndItsParallelBottleneckAreOneOp) {
 TEST(FuseProjections, WhatABottleneckCannotTakeInStays) {
   const std::string linear = "  %y : Tensor = aten::linear(%h, %w, %b)";
   EXPECT_EQ(fuse_projections(bottleneck_graph(linear, ", %y")), 0u) << "returned";
-  EXPECT_EQ(fuse_projections(bottleneck_graph(linear + "\n  %z : Tensor = aten::relu(%y)", ", %z")), 0u) << "read twice";
+  EXPECT_EQ(fuse_projections(bottleneck_graph(linear + "\n  %z : Tensor = aten::relu(%y)", ", %z")), 0u)
+      << "read twice";
   EXPECT_EQ(fuse_projections(bottleneck_graph(linear + "\n  %z : Tensor = aten::relu_(%h)", ", %z")), 0u)
       << "its input changes before the bottleneck";
   const std::string dropout = R"IR(
@@ -122,7 +123,8 @@ TEST(FuseProjections, ASequentialBottleneckReadsTheLinearMapTwiceAndStays) {
   %y : Tensor = aten::linear(%h, %w, %b)
   %o : Tensor, %g : Tensor = torchgraft::gated_bottleneck(%y, %y, %d, %e, %u, %f, %s, %relu, %none, %none, %none, %zero, %none)
   return (%o, %g)
-)IR", graph.get());
+)IR",
+                      graph.get());
   EXPECT_EQ(fuse_projections(graph), 0u);
 }
 

@@ -111,9 +111,7 @@ TEST(Plan, Refusals) {
             std::string::npos);
   LoRAConfig first;
   first.leave_out = {0};
-  EXPECT_NE(error_of([&] {
-              make_plan(bert_like(2), config_union({first, LoRAConfig{}}));
-            }).find("claim selfattn_lora"),
+  EXPECT_NE(error_of([&] { make_plan(bert_like(2), config_union({first, LoRAConfig{}})); }).find("claim selfattn_lora"),
             std::string::npos);
   PrefixTuningConfig short_prefix;  // as in the library: one pool for a location
   short_prefix.prefix_length = 3;

@@ -73,9 +73,7 @@ TEST_F(Safetensors, EveryChangedByteOfTheHeaderIsRefusedOrHarmless) {
 }
 
 TEST_F(Safetensors, WhatCannotBeWrittenLeavesNothing) {
-  EXPECT_NE(error_of([&] {
-              write_safetensors({{"c", at::ones({2}, at::kComplexFloat)}}, path());
-            }).find("no dtype"),
+  EXPECT_NE(error_of([&] { write_safetensors({{"c", at::ones({2}, at::kComplexFloat)}}, path()); }).find("no dtype"),
             std::string::npos);
   EXPECT_EQ(files(), 0u);
   EXPECT_NE(error_of([&] { write_safetensors({}, (folder_ / "no" / "where").string()); }).find("cannot write"),

@@ -62,9 +62,8 @@ TEST_P(Kernels, AreThereForEveryKey) {
 
 INSTANTIATE_TEST_SUITE_P(Ops, Kernels,
                          testing::Values("torchgraft::gated_bottleneck", "torchgraft::gated_bottleneck_linear",
-                                         "torchgraft::gated_lora",
-                                         "torchgraft::gated_lora_linear", "torchgraft::gated_prefix_attention",
-                                         "torchgraft::attention_token_mask"),
+                                         "torchgraft::gated_lora", "torchgraft::gated_lora_linear",
+                                         "torchgraft::gated_prefix_attention", "torchgraft::attention_token_mask"),
                          [](const auto& info) { return std::string(info.param).substr(sizeof("torchgraft::") - 1); });
 
 TEST(Library, TellsItsVersionToThoseWhoLoadIt) {

@@ -1,12 +1,12 @@
 """Every case there is, and how far two correct results of it may be apart."""
 
+import torch
+
 import hugging_face_cases
 import own_cases
 import restated_cases
-import torch
 import torch_cases
 from case import METHODS, Case
-
 from oracle import TOLERANCE
 
 CASES: dict[str, Case] = {

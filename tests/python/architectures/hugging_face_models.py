@@ -158,8 +158,10 @@ _BART = dict(d_model=HIDDEN, encoder_layers=2, decoder_layers=3, encoder_attenti
 _T5 = dict(d_model=HIDDEN, num_heads=HEADS, num_layers=2, num_decoder_layers=3, d_ff=FFN, vocab_size=VOCABULARY)
 _DEBERTA = _SIZES | _TEXT | dict(relative_attention=True, pos_att_type=["c2p", "p2c"], num_hidden_layers=3)
 _DEBERTA_V2 = _DEBERTA | dict(position_buckets=8, norm_rel_ebd="layer_norm")
-_WHISPER = _BART | dict(encoder_layers=3, vocab_size=VOCABULARY, num_mel_bins=8, max_source_positions=11) | dict(
-    pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1
+_WHISPER = (
+    _BART
+    | dict(encoder_layers=3, vocab_size=VOCABULARY, num_mel_bins=8, max_source_positions=11)
+    | dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
 )
 # T5 divides no scores by the square root of the head width: its queries are that much smaller.
 _T5_GAINS = {"SelfAttention.q": 12**-0.5, "EncDecAttention.q": 12**-0.5}
@@ -173,9 +175,7 @@ FAMILIES = {
     "xlm_roberta": Family(hf.XLMRobertaConfig, hf.XLMRobertaModel, _SIZES | _TEXT),
     "electra": Family(hf.ElectraConfig, hf.ElectraModel, _SIZES | _TEXT | dict(embedding_size=20)),
     "distilbert": Family(hf.DistilBertConfig, hf.DistilBertModel, _DISTIL | _TEXT),
-    "albert": Family(
-        hf.AlbertConfig, hf.AlbertModel, _SIZES | _TEXT | dict(embedding_size=20, num_hidden_layers=3)
-    ),
+    "albert": Family(hf.AlbertConfig, hf.AlbertModel, _SIZES | _TEXT | dict(embedding_size=20, num_hidden_layers=3)),
     # Two sets of weights for three layers: the first two share one.
     "albert_groups": Family(
         hf.AlbertConfig,

@@ -11,10 +11,10 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[3] / "python")]
 
 import torch  # noqa: E402
-from all_cases import CASES, FORMS, FROZEN_NOT_YET, METHODS, methods  # noqa: E402
-from oracle_reference import OracleReference  # noqa: E402
 
+from all_cases import CASES, FORMS, FROZEN_NOT_YET, METHODS, methods  # noqa: E402
 from oracle import difference  # noqa: E402
+from oracle_reference import OracleReference  # noqa: E402
 
 COLUMNS = [*METHODS, "frozen", "optimized"]
 

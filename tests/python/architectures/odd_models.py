@@ -4,12 +4,13 @@ Every class takes its weights from a plain one. Hidden states [B, S, H]; masks [
 """
 
 import math
-from typing import List, Optional, Tuple
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
-from plain_models import PlainAttention, PlainFeedForward, PlainLayer, PlainTransformer
 from torch import Tensor, nn
+
+from plain_models import PlainAttention, PlainFeedForward, PlainLayer, PlainTransformer
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], causal: bool) -> Tensor:
@@ -273,7 +274,7 @@ class SiameseEncoder(nn.Module):
         super().__init__()
         self.tower = OddEncoder(plain, HelperAttention)
 
-    def forward(self, first: Tensor, first_mask: Tensor, second: Tensor, second_mask: Tensor) -> Tuple[Tensor, Tensor]:
+    def forward(self, first: Tensor, first_mask: Tensor, second: Tensor, second_mask: Tensor) -> tuple[Tensor, Tensor]:
         return self.tower(first, first_mask), self.tower(second, second_mask)
 
 
@@ -285,5 +286,5 @@ class Ensemble(nn.Module):
         self.first, self.second = OddEncoder(first, HelperAttention), OddEncoder(second, EinsumScoresAttention)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        results: List[Tensor] = [self.first(x, mask), self.second(x, mask)]
+        results: list[Tensor] = [self.first(x, mask), self.second(x, mask)]
         return torch.stack(results).mean(0)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 
 import adapters
 import torch
-import torchgraft
 from adapters.context import ForwardContext
 from torch import Tensor, nn
 
 import oracle
+import torchgraft
 from case import Gates
 
 
@@ -51,9 +51,7 @@ class OracleReference:
         return replace(self, repair=None)
 
 
-def distance_of_unrepaired(
-    reference: OracleReference, method: str, dtype: torch.dtype, arguments: tuple
-) -> float:
+def distance_of_unrepaired(reference: OracleReference, method: str, dtype: torch.dtype, arguments: tuple) -> float:
     """The largest difference that the repair of the library makes to the compared tensor."""
     repaired, _ = reference.expected(method, dtype, arguments)
     untouched, _ = reference.unrepaired().expected(method, dtype, arguments)

@@ -5,12 +5,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import odd_models as odd
 import torch
+from torch import Tensor, nn
+
+import odd_models as odd
 from case import Case
 from plain_models import PlainTransformer, Shape
 from restated_reference import Layer, RestatedReference
-from torch import Tensor, nn
 
 # Lengths of the rows, by seed. Seed 0 is traced.
 _LENGTHS = ([9, 6], [4, 11, 8], [5])

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from restated_reference import Attention, FeedForward, Layer
 from torch import Tensor, nn
+
+from restated_reference import Attention, FeedForward, Layer
 
 _WEIGHT_STD = 0.15
 

@@ -12,12 +12,13 @@ from unittest import mock
 
 import torch
 import transformers as hf
-from case import Case
-from hugging_face_models import causal_arguments, text_arguments
-from restated_reference import Attention, FeedForward, Layer, RestatedReference
 from torch import Tensor, nn
 from transformers.models.gptj.modeling_gptj import GPTJAttention
 from transformers.models.mpnet.modeling_mpnet import MPNetSelfAttention
+
+from case import Case
+from hugging_face_models import causal_arguments, text_arguments
+from restated_reference import Attention, FeedForward, Layer, RestatedReference
 
 _SIZES = dict(hidden_size=48, num_attention_heads=4, num_hidden_layers=2)
 _TEXT = dict(vocab_size=97, max_position_embeddings=64, intermediate_size=80)
@@ -147,7 +148,12 @@ _MODERN = _TEXT | _TOKENS | dict(global_attn_every_n_layers=2, local_attention=4
 _FAMILIES = {
     "modernbert": (hf.ModernBertConfig, hf.ModernBertModel, _MODERN, text_arguments),
     "qwen2": (hf.Qwen2Config, hf.Qwen2Model, _TEXT | dict(num_key_value_heads=2), causal_arguments),
-    "gptj": (hf.GPTJConfig, hf.GPTJModel, dict(vocab_size=97, n_positions=64, n_inner=80, rotary_dim=8), causal_arguments),
+    "gptj": (
+        hf.GPTJConfig,
+        hf.GPTJModel,
+        dict(vocab_size=97, n_positions=64, n_inner=80, rotary_dim=8),
+        causal_arguments,
+    ),
     "mpnet": (hf.MPNetConfig, hf.MPNetModel, _TEXT, text_arguments),
     "wav2vec2": (hf.Wav2Vec2Config, hf.Wav2Vec2Model, WAVES, _sound),
     "dinov2": (hf.Dinov2Config, hf.Dinov2Model, dict(image_size=8, patch_size=4), _pixels),

@@ -14,10 +14,10 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-import torchgraft
 from torch import Tensor, nn
 
 import oracle
+import torchgraft
 from case import Gates
 
 _ACTIVATIONS = {"relu": F.relu, "swish": F.silu}

@@ -4,8 +4,8 @@ import functools
 
 import pytest
 import torch
-from all_cases import CASES, FORMS, dtypes, methods, tolerance
 
+from all_cases import CASES, FORMS, dtypes, methods, tolerance
 from oracle import assert_gates_close, difference
 
 _SEEDS = (1, 2)  # other batch sizes, lengths and paddings than the one that was traced

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from all_cases import CASES, FORMS
-from grafted import canonicalised
 from torch import Tensor
 
+from all_cases import CASES, FORMS
+from grafted import canonicalised
 from oracle import difference
 
 _IDS = ["-".join(each) for each in FORMS]

@@ -5,10 +5,10 @@ import functools
 
 import pytest
 import torch
-from all_cases import CASES, FORMS, FROZEN_NOT_YET, methods
-from grafted import reloaded
 from torch import nn
 
+from all_cases import CASES, FORMS, FROZEN_NOT_YET, methods
+from grafted import reloaded
 from oracle import difference
 
 _FAMILIES = ["bert_sdpa", "gpt2_sdpa", "llama_sdpa", "t5_eager", "bart_eager", "vit_sdpa"]

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+
 from all_cases import dtypes, methods, tolerance
 from hugging_face_cases import CASES
-from oracle_reference import distance_of_unrepaired
-
 from oracle import difference
+from oracle_reference import distance_of_unrepaired
 
 _SEEDS = range(4)
 _CASES = [(name, dtype) for name in CASES for dtype in dtypes(name)]

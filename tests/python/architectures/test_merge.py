@@ -2,14 +2,13 @@
 
 import pytest
 import torch
+
 import torchgraft
 from hugging_face_cases import CASES
 from oracle import difference
 
 # Transposed weights (GPT-2), shared layers (ALBERT), weights that are applied to relative positions too (DeBERTa).
-_NAMES = [
-    name for name, case in CASES.items() if "lora_all" not in case.without and name.rpartition("_")[2] != "sdpa"
-]
+_NAMES = [name for name, case in CASES.items() if "lora_all" not in case.without and name.rpartition("_")[2] != "sdpa"]
 # Their norms or softmaxes round to float32.
 _ROUNDED = ("llama", "mistral", "t5", "clip", "deberta", "vit")
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+
 from all_cases import CASES, FORMS, FROZEN_NOT_YET, METHODS, methods, tolerance
 from make_models_table import COLUMNS
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+
 import torchgraft
 from hugging_face_models import FAMILIES
 
@@ -74,9 +75,14 @@ def test_equals_peft(case: str, tmp_path) -> None:
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(target_modules=["attention.output.dense"]), "the attention's output projection, where a LoRA has no place"),
-        (dict(use_dora=True, target_modules=["layer.0.attention.self.query", "layer.1.attention.self.value"]),
-         "DoRA on value of some layers, and in layer 0 on others"),
+        (
+            dict(target_modules=["attention.output.dense"]),
+            "the attention's output projection, where a LoRA has no place",
+        ),
+        (
+            dict(use_dora=True, target_modules=["layer.0.attention.self.query", "layer.1.attention.self.value"]),
+            "DoRA on value of some layers, and in layer 0 on others",
+        ),
         (dict(target_modules=["pooler.dense"]), "the model has no linear map pooler.dense"),
     ],
 )

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-import torchgraft
 import transformers as hf
+from torch import Tensor, nn
+
+import torchgraft
 from grafted import canonicalised, reloaded
 from oracle import difference
 from restated_cases import WAVES, First
-from torch import Tensor, nn
 
 _SIZES = dict(hidden_size=48, num_attention_heads=4, num_hidden_layers=2)
 _TEXT = dict(vocab_size=97, max_position_embeddings=64)

@@ -3,11 +3,11 @@ with share_att_key). That the result is the library's: test_architectures.py, de
 
 import pytest
 import torch
+
 import torchgraft
 from all_cases import CASES
-from restated_reference import randomise_grafted
-
 from oracle import difference
+from restated_reference import randomise_grafted
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,14 @@
 
 import functools
 
-import hugging_face_cases
 import pytest
 import torch
+
+import hugging_face_cases
 from all_cases import CASES, FORMS, METHODS, methods, tolerance
+from oracle import assert_gates_close, difference
 from restated_cases import post_norm, pre_norm
 from restated_reference import Attention, FeedForward, Layer, RestatedReference, slots_of
-
-from oracle import assert_gates_close, difference
 
 _RESTATED = [(name, form) for name, form in FORMS if isinstance(CASES[name].reference, RestatedReference)]
 # Softmax over keys that are all masked: sdpa gives zeros, the model's own softmax gives nan or a mean over padding.

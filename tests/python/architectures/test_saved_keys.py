@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 import torchgraft
 from case import METHODS
 from hugging_face_cases import CASES
-from safetensors.torch import load_file
 
 # LLaMA's and Mistral's mixins hang the intermediate LoRA on down_proj and the output one on up_proj: the same keys.
 _FORMS = [(name, method) for name, case in CASES.items() for method in METHODS if method not in case.without]

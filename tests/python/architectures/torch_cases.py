@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from typing import Optional
 
 import torch
+from torch import Tensor, nn
+
 from case import Case
 from plain_models import PlainAttention, PlainLayer, PlainTransformer, Shape
 from restated_reference import RestatedReference
-from torch import Tensor, nn
 
 # (rows, tokens, tokens of the memory), by seed. Seed 0 is traced.
 _SIZES = ((2, 6, 9), (3, 8, 5), (1, 5, 7))
@@ -138,9 +139,7 @@ class _Transformer(nn.Module):
         self, x: Tensor, memory: Tensor, mask: Optional[Tensor] = None, padding: Optional[Tensor] = None
     ) -> Tensor:
         """memory is what the encoder reads, padding is its."""
-        return self.transformer(
-            memory, x, tgt_mask=mask, src_key_padding_mask=padding, memory_key_padding_mask=padding
-        )
+        return self.transformer(memory, x, tgt_mask=mask, src_key_padding_mask=padding, memory_key_padding_mask=padding)
 
 
 class _StackLayer(nn.Module):

@@ -79,7 +79,9 @@ def test_variants_compute_the_same_kind_of_thing(models: ModuleType, sizes: dict
     batch = models.batch_of("2x5", sizes)
     variants = models.variants_of(sizes, config, models.parsed([]))
     outputs = {name: run(*batch) for name, run in variants.items()}
-    assert {tuple(output.shape) for output in outputs.values()} == {(2, 5, 24)}  # vision: two by two patches and one more
+    assert {tuple(output.shape) for output in outputs.values()} == {
+        (2, 5, 24)
+    }  # vision: two by two patches and one more
     # A fresh LoRA changes nothing; the others are drawn anew for each variant.
     if config == "LoRA":
         for name, output in outputs.items():

@@ -17,7 +17,6 @@ sys.path.insert(0, str(EXAMPLE))
 
 import data  # noqa: E402
 
-
 ARCHIVE = data.CACHE / data.ARCHIVE
 # scripts/test runs scripts/setup, which fails where it cannot have the archive: there nothing is skipped.
 needs_archive = pytest.mark.skipif(not ARCHIVE.is_file(), reason=f"no {ARCHIVE}: scripts/setup downloads it")

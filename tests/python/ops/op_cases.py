@@ -64,7 +64,9 @@ def row_arguments(case, features, dtype):
     if case.ids is not None:
         args["adapter_ids"] = torch.tensor(case.ids)
     if case.token_mask:
-        args["token_mask"] = torch.arange(case.tokens) < torch.arange(case.tokens, case.tokens - case.batch, -1)[:, None]
+        args["token_mask"] = (
+            torch.arange(case.tokens) < torch.arange(case.tokens, case.tokens - case.batch, -1)[:, None]
+        )
         if case.token_mask == "empty_row":
             args["token_mask"][0] = False
     return args

@@ -1,8 +1,9 @@
 import math
 
-import op_reference
 import pytest
 import torch
+
+import op_reference
 from op_cases import MASKS, attention_mask
 
 op = torch.ops.torchgraft.attention_token_mask
@@ -71,7 +72,11 @@ def test_result_needs_no_gradient():
     ("x", "mask", "message"),
     [
         (torch.zeros(3, 5), None, r"expected x of shape \[B, S, H\], got \[3, 5\]"),
-        (torch.zeros(3, 5, 2), torch.zeros(5, 4), r"expected attn_mask that broadcasts to \[3, h, S_q, 5\], got \[5, 4\]"),
+        (
+            torch.zeros(3, 5, 2),
+            torch.zeros(5, 4),
+            r"expected attn_mask that broadcasts to \[3, h, S_q, 5\], got \[5, 4\]",
+        ),
         (torch.zeros(3, 5, 2), torch.zeros(2, 1, 1, 5), r"broadcasts to \[3, h, S_q, 5\], got \[2, 1, 1, 5\]"),
         (torch.zeros(3, 5, 2), torch.zeros(5).bool(), r"expected attn_mask of 2, 3 or 4 dimensions"),
         (torch.zeros(3, 5, 2), torch.zeros(5, 5).int(), "expected attn_mask of a floating dtype or Bool, got Int"),

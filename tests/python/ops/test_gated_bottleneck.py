@@ -1,11 +1,12 @@
-import op_checks
-import op_reference
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import BOTTLENECK_CASES, Case, bottleneck
 from transformers.activations import ACT2FN
+
+import op_checks
+import op_reference
+from op_cases import BOTTLENECK_CASES, Case, bottleneck
 
 op = torch.ops.torchgraft.gated_bottleneck
 cases = pytest.mark.parametrize("case", BOTTLENECK_CASES, ids=str)

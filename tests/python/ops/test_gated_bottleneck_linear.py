@@ -1,9 +1,10 @@
-import op_checks
-import op_reference
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import op_checks
+import op_reference
 from op_cases import BOTTLENECK_CASES, Case, bottleneck_linear
 
 op = torch.ops.torchgraft.gated_bottleneck_linear

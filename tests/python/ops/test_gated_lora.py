@@ -1,9 +1,10 @@
-import op_checks
-import op_reference
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import op_checks
+import op_reference
 from op_cases import LORA_CASES, Case, lora
 
 op = torch.ops.torchgraft.gated_lora
@@ -127,7 +128,10 @@ def test_random_shapes(batch, tokens, features, out_features, rank, gated, data)
     ("changes", "message"),
     [
         ({"x": torch.zeros(3, 8)}, r"gated_lora: expected x of shape \[B, S, I\], got \[3, 8\]"),
-        ({"x": torch.zeros(3, 5, 8).long()}, "gated_lora: expected x of dtype Float, Double, BFloat16 or Half, got Long"),
+        (
+            {"x": torch.zeros(3, 5, 8).long()},
+            "gated_lora: expected x of dtype Float, Double, BFloat16 or Half, got Long",
+        ),
         ({"base": torch.zeros(3, 4, 6)}, r"gated_lora: expected base of shape \[3, 5, O\], got \[3, 4, 6\]"),
         ({"lora_a": torch.zeros(3, 2, 7)}, r"gated_lora: expected lora_a of shape \[N, r, 8\], got \[3, 2, 7\]"),
         ({"lora_a": torch.zeros(0, 2, 8)}, r"gated_lora: expected lora_b of shape \[0, 6, 2\], got \[3, 6, 2\]"),

@@ -1,9 +1,10 @@
-import op_checks
-import op_reference
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import op_checks
+import op_reference
 from op_cases import LORA_CASES, Case, lora_linear
 
 op = torch.ops.torchgraft.gated_lora_linear
@@ -89,7 +90,10 @@ def test_random_shapes(batch, tokens, features, out_features, rank, gated, data)
         ({"weight": torch.zeros(6, 7)}, r"gated_lora_linear: expected weight of shape \[O, 8\], got \[6, 7\]"),
         ({"bias": torch.zeros(5)}, r"gated_lora_linear: expected bias of shape \[6\], got \[5\]"),
         ({"lora_b": torch.zeros(3, 5, 2)}, r"gated_lora_linear: expected lora_b of shape \[3, 6, 2\], got \[3, 5, 2\]"),
-        ({"adapter_ids": torch.tensor([0, 3, 0])}, r"gated_lora_linear: expected adapter_ids in \[-1, 3\), got 3 in row 1"),
+        (
+            {"adapter_ids": torch.tensor([0, 3, 0])},
+            r"gated_lora_linear: expected adapter_ids in \[-1, 3\), got 3 in row 1",
+        ),
     ],
 )
 def test_errors(changes, message):

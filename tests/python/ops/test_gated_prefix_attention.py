@@ -1,10 +1,11 @@
-import op_checks
-import op_reference
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import op_checks
+import op_reference
 from op_cases import MASKS, PREFIX_CASES, Case, prefix
 
 op = torch.ops.torchgraft.gated_prefix_attention

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from torchgraft._libraries import patcher
 
 _CODE = """

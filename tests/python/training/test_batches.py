@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from tiny import LABELS, encoded, make_examples, make_tokenizer
 from torchgraft.training.batches import collate, scoring_batches, training_batches
 from torchgraft.training.metrics import confusion_matrix, scores_of

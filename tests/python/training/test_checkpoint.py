@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from torchgraft import GraftError
 from torchgraft.training.checkpoint import (
     BestEpoch,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from torchgraft import GraftError
 from torchgraft.training import Columns, Example, class_names, read_examples, split_examples
 from torchgraft.training.examples import check_every_class, class_indices

@@ -14,11 +14,12 @@ from pathlib import Path
 import adapters
 import pytest
 import torch
-import torchgraft
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import LABELS, Files, encoded, make_bert, make_examples, make_tokenizer, write_csv, write_files
 from torch.nn.functional import cross_entropy
+
+import torchgraft
+from tiny import LABELS, Files, encoded, make_bert, make_examples, make_tokenizer, write_csv, write_files
 from torchgraft.training import _command, encode_examples, read_examples, score
 from torchgraft.training._command import Data
 from torchgraft.training.batches import collate
@@ -128,9 +129,7 @@ ACCIDENTS = {
 
 
 @pytest.mark.parametrize("case", ACCIDENTS)
-def test_after_an_accident_resume_gives_the_same_weights(
-    case: str, files: Files, whole: Path, tmp_path: Path
-) -> None:
+def test_after_an_accident_resume_gives_the_same_weights(case: str, files: Files, whole: Path, tmp_path: Path) -> None:
     function, count, accident, status = ACCIDENTS[case]
     output = tmp_path / "out"
     arguments = [str(part) for part in (files.base, "-o", output, "--train", files.train, "--validation",

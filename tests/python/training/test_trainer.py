@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import LABELS, encoded, make_model
 from torch.nn.functional import cross_entropy
+
+from tiny import LABELS, encoded, make_model
 from torchgraft import GraftError, trainable_parameters
 from torchgraft.training import EncodedExamples, Listener, Trainer, TrainingOptions, score
 from torchgraft.training.batches import collate, training_batches
@@ -62,8 +63,16 @@ def train(options: TrainingOptions, module: Any = None, examples: int = 50, vali
 
 def test_steps_are_those_of_a_loop_written_out() -> None:
     """AdamW on the mean loss of all rows of the accumulated batches, clipped, with the rates of the schedule."""
-    options = replace(OPTIONS, epochs=1, head_learning_rate=2e-2, prefix_learning_rate=1e-3, accumulate=2,
-                      schedule="cosine", warmup=0.5, clip=0.05)
+    options = replace(
+        OPTIONS,
+        epochs=1,
+        head_learning_rate=2e-2,
+        prefix_learning_rate=1e-3,
+        accumulate=2,
+        schedule="cosine",
+        warmup=0.5,
+        clip=0.05,
+    )
     recorder = Recorder()
     actual = weights_of(train(options, make_model(dropout=0.0), listeners=[recorder]))
 

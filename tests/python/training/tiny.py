@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torchgraft
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torchgraft.training import EncodedExamples, Example, encode_examples
 from transformers import BertConfig, BertModel
+
+import torchgraft
+from torchgraft.training import EncodedExamples, Example, encode_examples
 
 LABELS = ["bad", "good", "so_so"]
 _TELLING = {"bad": ["awful", "dull", "poor"], "good": ["fine", "great", "lovely"], "so_so": ["usual", "plain", "even"]}
