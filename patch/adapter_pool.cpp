@@ -1,8 +1,8 @@
 #include <torchgraft/patch/adapter_pool.h>
 
-#include <torchgraft/patch/dora.h>
-#include <torchgraft/patch/head_logits.h>
-#include <torchgraft/patch/pool_banks.h>
+#include <torchgraft/patch/adapters/dora.h>
+#include <torchgraft/patch/module/head_logits.h>
+#include <torchgraft/patch/pool/pool_banks.h>
 #include <torchgraft/plan/save_adapter_hub.h>
 
 #include <c10/util/ScopeExit.h>

@@ -1,7 +1,7 @@
 #include <torchgraft/patch/graft.h>
 
-#include <torchgraft/patch/methods.h>
-#include <torchgraft/patch/rebuild.h>
+#include <torchgraft/patch/module/draft.h>
+#include <torchgraft/patch/module/methods.h>
 #include <torchgraft/plan/head_weights.h>
 #include <torchgraft/plan/phm.h>
 

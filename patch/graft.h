@@ -46,14 +46,14 @@ struct GraftOptions {
   std::optional<Structure> sites;
   // Save and load the result in memory and compare it with the base where the initialisation implies equality.
   bool verify = true;
-  // Make one op of a linear map and its LoRA or parallel bottleneck (passes/fuse_projections.h). A grafted module
+  // Make one op of a linear map and its LoRA or parallel bottleneck (insert/fuse_projections.h). A grafted module
   // remembers it.
   bool fuse = true;
 };
 
 // A copy of `module` with the adapters grafted on; `module` itself is unchanged. Its parameters are tensors of their
-// own on the memory of the module's (clone_module.h). A module that is already grafted keeps its adapters and gets the
-// new ones added to its banks.
+// own on the memory of the module's (graph/clone_module.h). A module that is already grafted keeps its adapters and
+// gets the new ones added to its banks.
 //
 // The result has the methods
 //   forward(..., adapter_ids: Optional[Tensor] = None)             as before; adapter_ids [B] int64, -1 = base model

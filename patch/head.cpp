@@ -1,6 +1,6 @@
 #include <torchgraft/patch/head.h>
 
-#include <torchgraft/patch/rebuild.h>
+#include <torchgraft/patch/module/draft.h>
 #include <torchgraft/plan/head_weights.h>
 
 namespace torchgraft {

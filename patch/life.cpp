@@ -1,10 +1,10 @@
 #include <torchgraft/patch/life.h>
 
-#include <torchgraft/patch/heads_module.h>
-#include <torchgraft/patch/merge.h>
-#include <torchgraft/patch/methods.h>
-#include <torchgraft/patch/passes/lower_adapters.h>
-#include <torchgraft/patch/rebuild.h>
+#include <torchgraft/patch/adapters/decompose_adapters.h>
+#include <torchgraft/patch/adapters/merge.h>
+#include <torchgraft/patch/module/draft.h>
+#include <torchgraft/patch/module/heads_module.h>
+#include <torchgraft/patch/module/methods.h>
 #include <torchgraft/plan/phm.h>
 #include <torchgraft/plan/save_adapter_hub.h>
 
@@ -200,7 +200,7 @@ Module lower(const Module& module) {
   foundation.options.verify = false;  // which counts ops
   Module result = build(std::move(foundation), active_name(module));
   const auto graph = result.get_method("grafted_forward").graph();
-  lower_adapters(graph);
+  decompose_adapters(graph);
   graph->lint();
   return result;
 }

@@ -1,11 +1,11 @@
 #include <torchgraft/patch/save_adapter.h>
 
-#include <torchgraft/patch/directory_update.h>
-#include <torchgraft/patch/graph_utils.h>
-#include <torchgraft/patch/heads_module.h>
+#include <torchgraft/patch/adapters/directory_update.h>
+#include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/life.h>
-#include <torchgraft/patch/methods.h>
-#include <torchgraft/patch/rebuild.h>
+#include <torchgraft/patch/module/draft.h>
+#include <torchgraft/patch/module/heads_module.h>
+#include <torchgraft/patch/module/methods.h>
 #include <torchgraft/plan/head_weights.h>
 #include <torchgraft/plan/safetensors.h>
 #include <torchgraft/plan/save_adapter_hub.h>

@@ -1,6 +1,6 @@
 #include <torchgraft/patch/train.h>
 
-#include <torchgraft/patch/rebuild.h>
+#include <torchgraft/patch/module/draft.h>
 
 namespace torchgraft {
 

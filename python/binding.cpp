@@ -3,8 +3,8 @@
 #include "binding.h"
 
 #include <torchgraft/ops/kernel_mode.h>
-#include <torchgraft/patch/canonicalise.h>
-#include <torchgraft/patch/directory_update.h>
+#include <torchgraft/patch/canonicalise/canonicalise.h>
+#include <torchgraft/patch/adapters/directory_update.h>
 #include <torchgraft/patch/head.h>
 #include <torchgraft/patch/life.h>
 #include <torchgraft/patch/save_adapter.h>

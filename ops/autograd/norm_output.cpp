@@ -37,7 +37,7 @@ c10::intrusive_ptr<Node> norm_that_made(const at::Tensor& tensor) {
     return {};
   }
   torch::autograd::Edge edge(tensor.grad_fn(), tensor.output_nr());
-  // An alias (patch/passes/use_eager_autograd.h) is the same tensor.
+  // An alias (patch/insert/use_eager_autograd.h) is the same tensor.
   while (dynamic_cast<torch::autograd::generated::AliasBackward0*>(edge.function.get()) != nullptr) {
     edge = edge.function->next_edge(0);
   }

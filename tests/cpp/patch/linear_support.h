@@ -2,7 +2,7 @@
 
 #include "support.h"
 
-#include <torchgraft/patch/graph_utils.h>
+#include <torchgraft/patch/graph/graph_utils.h>
 
 #include <gtest/gtest.h>
 

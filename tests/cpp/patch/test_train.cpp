@@ -1,8 +1,8 @@
 #include "encoder.h"
 
-#include <torchgraft/patch/adapter_bank.h>
 #include <torchgraft/patch/head.h>
 #include <torchgraft/patch/life.h>
+#include <torchgraft/patch/module/adapter_bank.h>
 #include <torchgraft/patch/save_adapter.h>
 #include <torchgraft/patch/train.h>
 

@@ -1,0 +1,237 @@
+#include <torchgraft/patch/adapters/decompose_adapters.h>
+
+#include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/insert/activation_source.h>
+#include <torchgraft/patch/insert/row_functions.h>
+
+#include <torch/csrc/jit/passes/constant_propagation.h>
+#include <torch/csrc/jit/passes/dead_code_elimination.h>
+
+#include <map>
+#include <vector>
+
+namespace torchgraft {
+namespace {
+
+using torch::jit::Graph;
+using torch::jit::Node;
+using torch::jit::Value;
+
+// 11 is torch.bool, for which source that is compiled in C++ has no name.
+constexpr const char* kHelpers = R"python(
+def update(x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: Tensor, gate: Tensor, adapter_ids: Optional[Tensor],
+           adapter: int) -> Tensor:
+    coefficient = selected(scaling, adapter_ids, adapter).view(-1, 1, 1) * gate.unsqueeze(-1)
+    hidden = torch.matmul(x, selected(lora_a, adapter_ids, adapter).transpose(1, 2))
+    return torch.matmul(hidden * coefficient, selected(lora_b, adapter_ids, adapter).transpose(1, 2))
+
+def additive(query: Tensor, key: Tensor, attn_mask: Optional[Tensor], is_causal: bool) -> Tensor:
+    if attn_mask is not None:
+        mask = attn_mask
+        if mask.dtype == 11:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(torch.logical_not(mask), float("-inf"))
+        mask = mask.to(query.dtype)
+        sizes = list(mask.size())
+        return mask.view([1] * (4 - len(sizes)) + sizes)
+    mask = torch.zeros([1, 1, query.size(2), key.size(2)], dtype=query.dtype, device=query.device)
+    if is_causal:
+        seen = torch.ones([query.size(2), key.size(2)], dtype=11, device=query.device).tril()
+        mask = mask.masked_fill(torch.logical_not(seen), float("-inf"))
+    return mask
+)python";
+
+// What both bottlenecks compute from x, residual and gate.
+constexpr const char* kBottleneck = R"python(
+    inner = torch.matmul(x, selected(down_weight, adapter_ids, adapter).transpose(1, 2)) + \
+        selected(down_bias, adapter_ids, adapter).unsqueeze(1)
+    hidden = ACTIVATION
+    up = torch.matmul(hidden, selected(up_weight, adapter_ids, adapter).transpose(1, 2)) + \
+        selected(up_bias, adapter_ids, adapter).unsqueeze(1)
+    return residual + up * (selected(scaling, adapter_ids, adapter).unsqueeze(1) * gate.unsqueeze(-1)), gate
+)python";
+
+using Arguments = std::vector<std::pair<const char*, const char*>>;  // name and type
+
+// By op: the arguments in the order of its schema, and the body.
+struct Definition {
+  Arguments arguments;
+  const char* body;
+};
+
+// The arguments of a bottleneck behind what it is added to.
+Arguments with_bottleneck(Arguments arguments) {
+  for (const char* name : {"down_weight", "down_bias", "up_weight", "up_bias", "scaling"}) {
+    arguments.emplace_back(name, "Tensor");
+  }
+  arguments.emplace_back("non_linearity", "str");
+  return arguments;
+}
+
+Arguments with_rows(Arguments arguments) {
+  for (const char* name : {"gate_weight", "gate_bias", "adapter_ids"}) {
+    arguments.emplace_back(name, "Tensor");
+  }
+  arguments.emplace_back("adapter", "int");
+  arguments.emplace_back("token_mask", "Tensor");
+  return arguments;
+}
+
+const std::map<std::string, Definition>& definitions() {
+  static const std::map<std::string, Definition> kDefinitions = {
+      {"gated_lora",
+       {with_rows(
+            {{"x", "Tensor"}, {"base", "Tensor"}, {"lora_a", "Tensor"}, {"lora_b", "Tensor"}, {"scaling", "Tensor"}}),
+        R"python(
+    gate = pooled(x, gate_weight, gate_bias, adapter_ids, adapter, token_mask)
+    return base + update(x, lora_a, lora_b, scaling, gate, adapter_ids, adapter), gate
+)python"}},
+      {"gated_lora_linear",
+       {with_rows({{"x", "Tensor"},
+                   {"weight", "Tensor"},
+                   {"bias", "Tensor"},
+                   {"lora_a", "Tensor"},
+                   {"lora_b", "Tensor"},
+                   {"scaling", "Tensor"}}),
+        R"python(
+    gate = pooled(x, gate_weight, gate_bias, adapter_ids, adapter, token_mask)
+    base = torch.linear(x, weight, bias)
+    return base + update(x, lora_a, lora_b, scaling, gate, adapter_ids, adapter), gate
+)python"}},
+      {"gated_bottleneck", {with_rows(with_bottleneck({{"x", "Tensor"}, {"residual", "Tensor"}})), R"python(
+    gate = pooled(x, gate_weight, gate_bias, adapter_ids, adapter, token_mask)
+BOTTLENECK
+)python"}},
+      {"gated_bottleneck_linear",
+       {with_rows(with_bottleneck({{"x", "Tensor"}, {"input", "Tensor"}, {"weight", "Tensor"}, {"bias", "Tensor"}})),
+        R"python(
+    gate = pooled(x, gate_weight, gate_bias, adapter_ids, adapter, token_mask)
+    residual = torch.linear(input, weight, bias)
+BOTTLENECK
+)python"}},
+      {"gated_prefix_attention",
+       {with_rows({{"query", "Tensor"},
+                   {"key", "Tensor"},
+                   {"value", "Tensor"},
+                   {"x", "Tensor"},
+                   {"prefix_key", "Tensor"},
+                   {"prefix_value", "Tensor"},
+                   {"prefix_length", "Tensor"},
+                   {"attn_mask", "Tensor"},
+                   {"dropout_p", "float"},
+                   {"is_causal", "bool"},
+                   {"scale", "float"},
+                   {"enable_gqa", "bool"}}),
+        R"python(
+    gate = pooled(x, gate_weight, gate_bias, adapter_ids, adapter, token_mask)
+    rows, columns = query.size(0), gate.size(1)
+    prefixed_key = selected(prefix_key, adapter_ids, adapter) * gate.narrow(1, 0, 1).view(rows, 1, 1, 1)
+    prefixed_value = selected(prefix_value, adapter_ids, adapter) * gate.narrow(1, columns - 1, 1).view(rows, 1, 1, 1)
+    length = prefix_key.size(2)
+    positions = torch.arange(length, device=query.device).unsqueeze(0)
+    used = torch.logical_and(positions.lt(selected(prefix_length, adapter_ids, adapter).unsqueeze(1)),
+                             is_active(x, adapter_ids, adapter).unsqueeze(1))
+    hidden = torch.logical_not(used).view(-1, 1, 1, length)
+    mask = additive(query, key, attn_mask, is_causal)
+    prefix_mask = torch.zeros([1, 1, 1, length], dtype=query.dtype, device=query.device)
+    prefix_mask = prefix_mask.masked_fill(hidden, float("-inf")).expand(rows, mask.size(1), query.size(2), length)
+    mask = torch.cat([prefix_mask, mask.expand(rows, mask.size(1), query.size(2), key.size(2))], -1)
+    keys = torch.cat([prefixed_key, key], 2)
+    values = torch.cat([prefixed_value, value], 2)
+    if enable_gqa:
+        keys = keys.repeat_interleave(query.size(1) // key.size(1), 1)
+        values = values.repeat_interleave(query.size(1) // value.size(1), 1)
+    output = torch.scaled_dot_product_attention(query, keys, values, mask, dropout_p, False, scale=scale)
+    return output.transpose(1, 2).contiguous().transpose(1, 2), gate
+)python"}},
+      {"attention_token_mask",
+       {{{"x", "Tensor"}, {"attn_mask", "Tensor"}},
+        R"python(
+    if attn_mask is None:
+        return torch.ones([x.size(0), x.size(1)], dtype=11, device=x.device)
+    else:
+        visible = attn_mask
+        if visible.dtype != 11:
+            visible = visible.gt(-9000.0)
+        visible = visible.any(-2)
+        if attn_mask.dim() == 4:
+            visible = visible.any(1)
+        elif attn_mask.dim() == 3:
+            visible = visible.any(0)
+        return visible.expand(x.size(0), x.size(1)).contiguous()
+)python"}}};
+  return kDefinitions;
+}
+
+// Whether `text` has `word`, which then is `by`.
+bool replace(std::string& text, const std::string& word, const std::string& by) {
+  const size_t at = text.find(word);
+  if (at == std::string::npos) {
+    return false;
+  }
+  text.replace(at, word.size(), by);
+  return true;
+}
+
+// Compiles a definition for the inputs that `node` has: what is None there is none here either, so that no branch on it
+// is left.
+std::string source_for(const Node* node, const Definition& definition, const std::string& name) {
+  std::string parameters;
+  std::string nones;
+  for (size_t i = 0; i < definition.arguments.size(); ++i) {
+    const auto& [argument, type] = definition.arguments[i];
+    const Value* value = node->input(i);
+    if (is_none(value)) {
+      nones += "    " + std::string(argument) + " = None\n";
+      continue;
+    }
+    const bool optional = value->type()->kind() == c10::TypeKind::OptionalType;
+    parameters += (parameters.empty() ? "" : ", ") + std::string(argument) + ": " +
+                  (optional ? "Optional[" + std::string(type) + "]" : type);
+  }
+  std::string body = definition.body;
+  if (replace(body, "BOTTLENECK", kBottleneck)) {
+    const auto non_linearity = torch::jit::toIValue(node->namedInput("non_linearity"));
+    TORCH_INTERNAL_ASSERT(non_linearity, "a non-linearity that is no constant");
+    replace(body, "ACTIVATION", activation_source(non_linearity->toStringRef()));
+  }
+  return row_source() + kHelpers + ("\ndef " + name + "(" + parameters + "):\n") + nones + body.substr(1);
+}
+
+}  // namespace
+
+void decompose_adapters(const std::shared_ptr<Graph>& graph) {
+  std::vector<Node*> ops;
+  for_each_node(graph->block(), [&](Node* node) {
+    if (std::string(node->kind().toQualString()).rfind("torchgraft::", 0) == 0) {
+      ops.push_back(node);
+    }
+  });
+  std::map<std::string, std::shared_ptr<Graph>> bodies;  // by source
+  for (Node* node : ops) {
+    const std::string name = node->kind().toUnqualString();
+    const auto definition = definitions().find(name);
+    TORCH_INTERNAL_ASSERT(definition != definitions().end(), "no definition of ", name);
+    const std::string source = source_for(node, definition->second, name);
+    std::shared_ptr<Graph>& body = bodies[source];
+    if (!body) {
+      body = compile_graph(source, name);
+      torch::jit::ConstantPropagation(body);
+    }
+    std::vector<Value*> inputs;
+    for (size_t i = 0; i < definition->second.arguments.size(); ++i) {
+      if (!is_none(node->input(i))) {
+        inputs.push_back(node->input(i));
+      }
+    }
+    std::vector<Value*> outputs = insert_graph_before(node, *body, inputs);
+    if (node->outputs().size() == 2) {  // a tuple is one value
+      torch::jit::WithInsertPoint guard(node);
+      Node* unpack = graph->insertNode(graph->createTupleUnpack(outputs.at(0)));
+      outputs.assign(unpack->outputs().begin(), unpack->outputs().end());
+    }
+    replace_node(node, outputs);
+  }
+  torch::jit::EliminateDeadCode(graph);
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,13 @@
+#pragma once
+
+#include <torch/csrc/jit/ir/ir.h>
+
+#include <memory>
+
+namespace torchgraft {
+
+// Replaces every torchgraft:: op by the ATen calls that its header defines it by, for hosts where no custom library can
+// be loaded. Each site costs what its formula says: prefixes are concatenated with the keys, and banks are gathered.
+void decompose_adapters(const std::shared_ptr<torch::jit::Graph>& graph);
+
+}  // namespace torchgraft

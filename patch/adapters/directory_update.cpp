@@ -1,0 +1,58 @@
+#include <torchgraft/patch/adapters/directory_update.h>
+
+#include <torchgraft/plan/safetensors.h>
+
+#include <c10/util/Exception.h>
+
+#include <unistd.h>
+
+#include <filesystem>
+
+namespace torchgraft {
+namespace fs = std::filesystem;
+
+DirectoryUpdate::DirectoryUpdate(std::string directory) : directory_(std::move(directory)) {
+  std::error_code error;
+  fs::create_directories(directory_, error);
+  TORCH_CHECK(!error, directory_, ": cannot make the directory (", error.message(), ")");
+}
+
+DirectoryUpdate::~DirectoryUpdate() {
+  std::error_code ignored;
+  for (const std::string& name : staged_) {
+    fs::remove(staged_path(name), ignored);
+  }
+}
+
+// Two processes may save into one directory.
+std::string DirectoryUpdate::staged_path(const std::string& name) const {
+  return path_of("." + name + "." + std::to_string(getpid()) + ".new");
+}
+
+std::string DirectoryUpdate::stage(const std::string& name) {
+  staged_.push_back(name);
+  return staged_path(name);
+}
+
+void DirectoryUpdate::stage(const std::string& name, std::string_view content) { write_file(stage(name), content); }
+
+void DirectoryUpdate::commit(const std::string& marker, const std::vector<std::string>& obsolete) {
+  std::error_code error;
+  fs::remove(path_of(marker), error);
+  const auto put_in_place = [&](const std::string& name) {
+    fs::rename(staged_path(name), path_of(name), error);
+    TORCH_CHECK(!error, path_of(name), ": cannot write (", error.message(), ")");
+  };
+  for (const std::string& name : staged_) {
+    if (name != marker) {
+      put_in_place(name);
+    }
+  }
+  for (const std::string& name : obsolete) {
+    fs::remove(path_of(name), error);
+  }
+  put_in_place(marker);
+  staged_.clear();
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,69 @@
+#include <torchgraft/patch/adapters/merge.h>
+
+#include <torchgraft/patch/sites/base_weight.h>
+
+#include <ATen/ATen.h>
+
+#include <map>
+
+namespace torchgraft {
+namespace {
+
+// Why `module` has no place in a weight; empty when it has one.
+std::string obstacle(const PlannedModule& module) {
+  if (std::holds_alternative<PlannedBottleneck>(module.method)) {
+    return "a bottleneck adapter has a non-linearity";
+  }
+  if (std::holds_alternative<PlannedPrefix>(module.method)) {
+    return "a prefix adds keys and values";
+  }
+  const LoRAConfig& config = std::get<PlannedLoRA>(module.method).config;
+  if (lora_form(config) != LoRAForm::kAdd) {
+    return lora_form(config) == LoRAForm::kScale ? "(IA)^3 scales the projection's bias too"
+                                                 : "DoRA scales the projection's bias too";
+  }
+  return config.use_gating ? "its gate depends on the input" : "";
+}
+
+}  // namespace
+
+void check_can_merge(const Adapter& adapter) {
+  TORCH_CHECK(!adapter.trainable, "merge_adapter: '", adapter.name,
+              "' is trainable, and would go on changing; freeze it first");
+  for (const PlannedModule& module : adapter.plan) {
+    const std::string reason = obstacle(module);
+    TORCH_CHECK(reason.empty(), "merge_adapter: '", adapter.name, "' cannot be merged: ", module.location, " of layer ",
+                module.number, " is no change of a weight, for ", reason, "; only ungated LoRA can be merged");
+  }
+}
+
+void move_into_base(Adapter& adapter, const GraphSites& sites, const torch::jit::Module& module, bool merge) {
+  at::NoGradGuard no_grad;
+  std::map<const c10::TensorImpl*, std::pair<at::Tensor, at::Tensor>> sums;  // weight and its new value
+  for (size_t m = 0; m < adapter.plan.size(); ++m) {
+    const PlannedModule& planned = adapter.plan[m];
+    const LinearSite& site = *lora_site(sites.layers.at(sites.structure.position(planned.layer)), planned.slot);
+    const BaseWeight source = base_weight(site, module);
+    TORCH_CHECK(source.tensor.defined() && !source.path.empty(), "merge_adapter: the weight that ", planned.slot,
+                " of layer ", planned.number,
+                " updates is no parameter of the module (was the module frozen?); merge before freezing");
+    auto& [weight, sum] = sums[source.tensor.unsafeGetTensorImpl()];
+    if (!weight.defined()) {
+      weight = source.tensor;
+      sum = source.tensor.detach().to(at::kDouble);
+      sum = sum.is_set_to(source.tensor) ? sum.clone() : sum;
+    }
+    const ModuleWeights& weights = adapter.weights[m];
+    const double scaling = lora_scaling(std::get<PlannedLoRA>(planned.method).config);
+    const at::Tensor update = at::matmul(weights.at("lora_b").to(at::kDouble), weights.at("lora_a").to(at::kDouble));
+    source.rows(sum, site, update.size(0)).add_(update, merge ? scaling : -scaling);
+    adapter.weights[m].at("scaling") = at::full_like(weights.at("scaling"), merge ? 0.0 : scaling);
+  }
+  for (auto& [impl, pair] : sums) {
+    auto& [weight, sum] = pair;
+    weight.set_data(sum.to(weight.scalar_type()).contiguous());
+  }
+  adapter.merged = merge;
+}
+
+}  // namespace torchgraft

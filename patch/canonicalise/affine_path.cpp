@@ -1,0 +1,243 @@
+#include <torchgraft/patch/canonicalise/affine_path.h>
+
+#include <torchgraft/patch/graph/graph_utils.h>
+
+#include <torch/csrc/jit/ir/constants.h>
+
+#include <algorithm>
+#include <string>
+
+namespace torchgraft {
+
+using torch::jit::Block;
+using torch::jit::Graph;
+using torch::jit::Node;
+using torch::jit::Value;
+
+bool is_product(const Node* node) { return is_aten(node, {"matmul", "bmm", "baddbmm"}); }
+
+Value* left_factor(Node* product) { return product->input(is_aten(product, {"baddbmm"}) ? 1 : 0); }
+
+Value* right_factor(Node* product) { return product->input(is_aten(product, {"baddbmm"}) ? 2 : 1); }
+
+bool is_reshape(const Node* node) { return is_aten(node, {"view", "reshape", "_unsafe_view", "unflatten", "flatten"}); }
+
+// A number, or a tensor of rank 0 that is computed from numbers: GPT-2 divides by torch.full([], sqrt(d)), and a trace
+// of `q.size(-1) ** -0.5` computes with sizes as tensors.
+bool is_number(const Value* value) {
+  const auto kind = value->type()->kind();
+  if (kind == c10::TypeKind::IntType || kind == c10::TypeKind::FloatType || kind == c10::TypeKind::NumberType) {
+    return true;
+  }
+  const Node* node = value->node();
+  if (constant_double(value) || node->kind() == c10::prim::NumToTensor) {
+    return true;
+  }
+  if (is_aten(node, {"full"})) {
+    const auto sizes = resolve_constant(node->input(0));
+    return sizes && sizes->toListRef().empty();
+  }
+  return is_aten(node, {"pow", "sqrt", "rsqrt", "reciprocal", "mul", "div", "to"}) &&
+         std::all_of(node->inputs().begin(), node->inputs().end(),
+                     [](const Value* input) { return !is_tensor(input) || is_number(input); });
+}
+
+namespace {
+
+// The index of the operand of `node` that carries the scores on, for a step of the path that is understood.
+std::optional<size_t> score_operand(const Node* node);
+
+}  // namespace
+
+Node* find_product(const Value* scores) {
+  Node* node = const_cast<Value*>(scores)->node();
+  if (is_product(node)) {
+    return node;
+  }
+  if (node->kind() == c10::prim::If) {
+    const size_t i = scores->offset();
+    Node* left = find_product(node->blocks()[0]->outputs()[i]);
+    Node* right = find_product(node->blocks()[1]->outputs()[i]);
+    return left == right ? left : nullptr;
+  }
+  const auto operand = score_operand(node);
+  return operand ? find_product(node->input(*operand)) : nullptr;
+}
+
+namespace {
+
+std::optional<size_t> score_operand(const Node* node) {
+  if (is_aten(node, {"div", "mul"})) {
+    const bool rounds = node->inputs().size() > 2 && !is_none(node->input(2));
+    return is_number(node->input(1)) && !rounds ? std::optional<size_t>(0) : std::nullopt;
+  }
+  if (is_aten(node, {"to", "type_as", "masked_fill", "contiguous"}) || is_reshape(node)) {
+    return 0;
+  }
+  if (is_aten(node, {"where"}) && node->inputs().size() == 3) {
+    return 1;
+  }
+  if (is_aten(node, {"sub"})) {
+    return 0;
+  }
+  if (is_aten(node, {"add"})) {
+    // Either side may be the scores; relative position biases are products too, so prefer the left one.
+    for (size_t i : {0, 1}) {
+      const bool scaled = i == 1 && !has_unit_alpha(node);  // add(x, y, alpha) is x + alpha y
+      if (is_tensor(node->input(i)) && !scaled && find_product(node->input(i))) {
+        return i;
+      }
+    }
+  }
+  return std::nullopt;
+}
+
+}  // namespace
+
+Value* AffinePath::zero_like(Value* value) {
+  Value* dtype = graph_->insert(c10::prim::dtype, {anchor_});
+  return graph_->insert(c10::aten::zeros_like, {value}, {torch::jit::NamedValue("dtype", dtype)});
+}
+
+Value* AffinePath::copy_with(Node* node, size_t operand, Value* replacement) {
+  Node* copy = graph_->createClone(node, [](Value* v) { return v; });
+  copy->replaceInput(operand, replacement);
+  // In place would write into the zeros or into a mask that others read.
+  if (is_in_place(node)) {
+    const std::string name = node->kind().toUnqualString();
+    Node* functional = graph_->create(c10::Symbol::aten(name.substr(0, name.size() - 1)), copy->inputs(), 1);
+    copy->destroy();
+    copy = functional;
+  }
+  return graph_->insertNode(copy)->output();
+}
+
+// Whether `bias` is visibly as large as the scores, [B * h, S, S], so that it can be reshaped as they are (DeBERTa's
+// relative position scores); what broadcasts cannot.
+bool AffinePath::is_full(Value* bias) {
+  const auto have = shapes_.shape(bias);
+  const auto scores = shapes_.shape(product_->output());
+  return have && scores && have->size() == scores->size() && have->front() == scores->front() &&
+         std::find(have->begin(), have->end(), number(1)) == have->end();
+}
+
+// beta bias of baddbmm(bias, q, k, beta, alpha); alpha is a factor of the scores.
+Value* AffinePath::bias_of_product() {
+  const auto beta = constant_double(product_->input(3));
+  const auto alpha = constant_double(product_->input(4));
+  understood = understood && beta && alpha;
+  factors.constant *= alpha.value_or(1.0);
+  if (beta == 0.0) {
+    return nullptr;
+  }
+  return beta == 1.0 ? product_->input(0) : graph_->insert(c10::aten::mul, {product_->input(0), product_->input(3)});
+}
+
+// BLOOM views scores [B * h, S, S], with its ALiBi [B * h, 1, S] added, as [B, h, S, S]. What broadcasts cannot be
+// viewed so, but its heads can be set apart: [B, h, 1, S]. Null when `reshape` is no such view, or `bias` has no row
+// per head.
+Value* AffinePath::with_heads_apart(Node* reshape, Value* bias) {
+  const auto have = shapes_.shape(bias);
+  const auto before = shapes_.shape(product_->output());
+  const auto after = shapes_.shape(reshape->output());
+  const bool splits = before && after && before->size() == 3 && after->size() == 4 && (*after)[1].is_constant();
+  const bool has_rows = have && have->size() == 3 && !have->front().is_constant();
+  if (!splits || !has_rows || is_full(bias) || have->front().factor % (*after)[1].factor != 0) {
+    return nullptr;
+  }
+  Value* sizes = graph_->insertConstant(std::vector<int64_t>{-1, (*after)[1].factor});
+  return graph_->insert(c10::Symbol::aten("unflatten"), {bias, 0, sizes});
+}
+
+Value* AffinePath::bias(Value* scores) {
+  Node* node = scores->node();
+  if (node == product_) {
+    return is_aten(node, {"baddbmm"}) ? bias_of_product() : nullptr;
+  }
+  if (node->kind() == c10::prim::If) {
+    return of_branch(node, scores->offset());
+  }
+  const size_t operand = score_operand(node).value();
+  Value* inner = bias(node->input(operand));
+  if (is_aten(node, {"mul", "div"})) {
+    const bool divides = is_aten(node, {"div"});
+    if (const auto factor = constant_double(node->input(1))) {
+      factors.constant = divides ? factors.constant / *factor : factors.constant * *factor;
+    } else {
+      factors.dynamic.emplace_back(node->input(1), divides);
+    }
+    return inner ? copy_with(node, operand, inner) : nullptr;
+  }
+  if (is_aten(node, {"to", "type_as", "contiguous"})) {
+    return inner;  // the mask is cast to the queries' dtype at the end
+  }
+  if (is_reshape(node)) {
+    reshaped = true;
+    if (!inner) {
+      return nullptr;
+    }
+    if (Value* per_head = with_heads_apart(node, inner)) {
+      return per_head;
+    }
+    understood = understood && is_full(inner);
+    return copy_with(node, operand, inner);
+  }
+  if (is_aten(node, {"masked_fill"})) {
+    return copy_with(node, operand, inner ? inner : zero_like(node->input(1)));
+  }
+  if (is_aten(node, {"where"})) {
+    return copy_with(node, operand, inner ? inner : zero_like(node->input(0)));
+  }
+  if (!inner && is_aten(node, {"add"}) && has_unit_alpha(node)) {
+    return node->input(1 - operand);
+  }
+  return copy_with(node, operand, inner ? inner : zero_like(node->input(1 - operand)));
+}
+
+// The same branch with zero scores: its blocks compute their masks as before and yield a bias instead of scores.
+Value* AffinePath::of_branch(Node* branch, size_t output) {
+  Node* copy = graph_->insertNode(graph_->create(c10::prim::If, {branch->input()}, 0));
+  Value* results[2];
+  bool is_zero[2];
+  const Factors before = factors;
+  Factors after[2];
+  for (size_t i = 0; i < 2; ++i) {
+    Block* block = copy->addBlock();
+    block->cloneFrom(branch->blocks()[i], [](Value* v) { return v; });
+    Value* scores = block->outputs()[output];
+    torch::jit::WithInsertPoint guard(block);
+    factors = before;
+    results[i] = bias(scores);
+    after[i] = factors;
+    is_zero[i] = results[i] == nullptr;
+    while (!block->outputs().empty()) {
+      block->eraseOutput(block->outputs().size() - 1);
+    }
+  }
+  // The path above the branch was followed from both sides; a factor inside one side only would make the scale depend
+  // on the condition.
+  understood = understood && after[0] == after[1];
+  // A branch that keeps its scores contributes a zero that broadcasts against them.
+  const auto scores_shape = shapes_.shape(branch->outputs()[output]);
+  const bool heads_in_rows = scores_shape && scores_shape->size() == 3;  // [B * h, S, S], to be unflattened
+  for (size_t i = 0; i < 2; ++i) {
+    Block* block = copy->blocks()[i];
+    if (is_zero[i]) {
+      torch::jit::WithInsertPoint guard(block);
+      Value* shape = graph_->insertConstant(std::vector<int64_t>{1, 1, 1, 1});
+      if (heads_in_rows) {
+        Value* one = graph_->insertConstant(1);
+        Value* rows = graph_->insert(c10::aten::size, {left_factor(product_), 0});
+        shape = graph_->insertNode(graph_->createList(c10::IntType::get(), {rows, one, one}))->output();
+      }
+      Value* dtype = graph_->insert(c10::prim::dtype, {anchor_});
+      Value* device = graph_->insert(c10::prim::device, {anchor_});
+      results[i] = graph_->insert(c10::aten::zeros, {shape},
+                                  {torch::jit::NamedValue("dtype", dtype), torch::jit::NamedValue("device", device)});
+    }
+    block->registerOutput(results[i]);
+  }
+  return copy->addOutput()->setType(c10::TensorType::get());
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,66 @@
+#pragma once
+
+#include <torchgraft/patch/graph/symbolic_shape.h>
+
+#include <torch/csrc/jit/ir/ir.h>
+
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+// What lies between the product of queries and keys and the softmax over it: scales, masks and reshapes, an affine map.
+namespace torchgraft {
+
+// queries times keys: matmul(q, k), bmm(q, k) or baddbmm(bias, q, k).
+bool is_product(const torch::jit::Node* node);
+torch::jit::Value* left_factor(torch::jit::Node* product);
+torch::jit::Value* right_factor(torch::jit::Node* product);
+
+// A number, or a tensor of rank 0 that is computed from numbers.
+bool is_number(const torch::jit::Value* value);
+
+// Between [B * h, S, S] and [B, h, S, S].
+bool is_reshape(const torch::jit::Node* node);
+
+// The product of queries and keys that `scores` comes from, when every step in between is understood.
+torch::jit::Node* find_product(const torch::jit::Value* scores);
+
+// The slope of an affine path: the product of its constant factors, and the numbers that are known only at run time.
+struct Factors {
+  double constant = 1.0;
+  std::vector<std::pair<torch::jit::Value*, bool>> dynamic;  // (number, divides)
+  bool operator==(const Factors&) const = default;
+};
+
+// Follows the path from the scores' product to the softmax and rebuilds its two parts.
+class AffinePath {
+ public:
+  // `anchor` is a value that exists before the attention and has its dtype and device.
+  AffinePath(const std::shared_ptr<torch::jit::Graph>& graph, SymbolicShapes& shapes, torch::jit::Node* product,
+             torch::jit::Value* anchor)
+      : graph_(graph), shapes_(shapes), product_(product), anchor_(anchor) {}
+
+  // Inserts, at the graph's insertion point, what the path makes of zero scores. Null stands for zero.
+  torch::jit::Value* bias(torch::jit::Value* scores);
+
+  Factors factors;
+  bool understood = true;
+  bool reshaped = false;
+
+ private:
+  torch::jit::Value* of_branch(torch::jit::Node* branch, size_t output);
+  torch::jit::Value* zero_like(torch::jit::Value* value);
+  torch::jit::Value* copy_with(torch::jit::Node* node, size_t operand, torch::jit::Value* replacement);
+
+  bool is_full(torch::jit::Value* bias);
+  torch::jit::Value* bias_of_product();
+  torch::jit::Value* with_heads_apart(torch::jit::Node* reshape, torch::jit::Value* bias);
+
+  std::shared_ptr<torch::jit::Graph> graph_;
+  SymbolicShapes& shapes_;
+  torch::jit::Node* product_;
+  torch::jit::Value* anchor_;
+};
+
+}  // namespace torchgraft

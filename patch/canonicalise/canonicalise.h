@@ -1,0 +1,23 @@
+#pragma once
+
+#include <torchgraft/patch/canonicalise/raise_attention.h>
+#include <torchgraft/registration/export.h>
+
+#include <torch/csrc/jit/api/module.h>
+
+namespace torchgraft {
+
+// One flat graph of a method in which every attention that could be recognised is an
+// aten::scaled_dot_product_attention at the top level. It computes what the method computes, up to rounding.
+struct CanonicalGraph {
+  std::shared_ptr<torch::jit::Graph> graph;
+  std::vector<UnraisedSoftmax> unraised;
+};
+
+// `method_name` of `module`, which stays unchanged.
+CanonicalGraph canonicalise(const torch::jit::Module& module, const std::string& method_name);
+
+// A copy of `module` whose forward is the canonical graph: what grafting nothing makes of it. For tests and for a look.
+TORCHGRAFT_PATCH_API torch::jit::Module canonical_module(const torch::jit::Module& module);
+
+}  // namespace torchgraft

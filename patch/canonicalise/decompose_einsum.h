@@ -1,0 +1,16 @@
+#pragma once
+
+#include <torch/csrc/jit/api/module.h>
+#include <torch/csrc/jit/ir/ir.h>
+
+namespace torchgraft {
+
+// Rewrites aten::einsum of two tensors by a constant equation where it is
+//   a linear map: one operand is a parameter, and every letter that both have is summed over
+//       "bsd,dhk->bshk": aten::linear on the parameter as [out, in], then unflatten;
+//   a batched product: "bqhd,bkhd->bhqk", "bhqk,bkhd->bqhd": permutes and aten::matmul of [batch..., rows, columns].
+// Ellipses, repeated letters, letters that one operand alone has and that are summed, and products with several row or
+// column letters stay as they are.
+void decompose_einsum(const std::shared_ptr<torch::jit::Graph>& graph, const torch::jit::Module& module);
+
+}  // namespace torchgraft

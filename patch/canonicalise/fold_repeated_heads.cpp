@@ -1,0 +1,87 @@
+#include <torchgraft/patch/canonicalise/fold_repeated_heads.h>
+
+#include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/symbolic_shape.h>
+
+#include <torch/csrc/jit/ir/constants.h>
+#include <torch/csrc/jit/passes/dead_code_elimination.h>
+
+namespace torchgraft {
+namespace {
+
+using torch::jit::Node;
+using torch::jit::Value;
+
+constexpr int64_t kHeads = 1;  // the dimension of the heads in [batch, heads, tokens, head size]
+
+Value* without_contiguous(Value* value) {
+  while (is_aten(value->node(), {"contiguous", "clone"})) {
+    value = value->node()->input(0);
+  }
+  return value;
+}
+
+// [B, kv, S, d] when `heads` is that with each head repeated in a row; null otherwise.
+Value* before_repetition(Value* heads, SymbolicShapes& shapes) {
+  heads = without_contiguous(heads);
+  Node* node = heads->node();
+  if (is_aten(node, {"repeat_interleave"}) && node->inputs().size() > 2) {
+    const auto shape = shapes.shape(node->input(0));
+    const bool along_heads = shape && shape->size() == 4 && constant_int(node->input(2)) == kHeads;
+    return along_heads ? node->input(0) : nullptr;
+  }
+  if (!is_aten(node, {"reshape", "view", "flatten", "_unsafe_view"})) {
+    return nullptr;
+  }
+  Node* expand = without_contiguous(node->input(0))->node();
+  if (!is_aten(expand, {"expand"})) {
+    return nullptr;
+  }
+  Value* inserted = expand->input(0);
+  while (is_aten(inserted->node(), {"slice"})) {  // x[:, :, None, :, :] as a trace records it
+    inserted = inserted->node()->input(0);
+  }
+  if (!is_aten(inserted->node(), {"unsqueeze"}) || constant_int(inserted->node()->input(1)) != kHeads + 1) {
+    return nullptr;
+  }
+  Value* source = inserted->node()->input(0);
+  while (is_aten(source->node(), {"slice"}) && shapes.shape(source) == shapes.shape(source->node()->input(0))) {
+    source = source->node()->input(0);
+  }
+  const auto before = shapes.shape(source);
+  const auto after = shapes.shape(heads);
+  const bool only_heads_grow = before && after && before->size() == 4 && after->size() == 4 &&
+                               (*before)[1].is_constant() && (*after)[1].is_constant() && (*before)[3] == (*after)[3] &&
+                               (*after)[1].factor % (*before)[1].factor == 0;
+  return only_heads_grow ? source : nullptr;
+}
+
+}  // namespace
+
+void fold_repeated_heads(const std::shared_ptr<torch::jit::Graph>& graph, const torch::jit::Module& module) {
+  SymbolicShapes shapes(module);
+  for_each_node(graph->block(), [&](Node* node) {
+    if (!is_aten(node, {"scaled_dot_product_attention"})) {
+      return;
+    }
+    for (size_t i : {0, 1, 2}) {  // shapes flow from the projections
+      for (Node* linear : nearest_linears(node->input(i))) {
+        shapes.shape(linear->output());
+      }
+    }
+    Value* key = before_repetition(node->input(1), shapes);
+    Value* value = before_repetition(node->input(2), shapes);
+    if (!key || !value || shapes.shape(key)->at(kHeads) != shapes.shape(value)->at(kHeads)) {
+      return;
+    }
+    torch::jit::WithInsertPoint guard(node);
+    const size_t gqa = node->inputs().size() - 1;
+    TORCH_INTERNAL_ASSERT(node->schema().arguments().at(gqa).name() == "enable_gqa");
+    node->replaceInput(1, key);
+    node->replaceInput(2, value);
+    node->replaceInput(gqa, graph->insertConstant(true));
+  });
+  torch::jit::EliminateDeadCode(graph);
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,94 @@
+#include <torchgraft/patch/canonicalise/hoist_score_product.h>
+
+#include <torchgraft/patch/canonicalise/affine_path.h>
+#include <torchgraft/patch/graph/graph_utils.h>
+
+#include <optional>
+#include <vector>
+
+namespace torchgraft {
+namespace {
+
+using torch::jit::Block;
+using torch::jit::Graph;
+using torch::jit::Node;
+using torch::jit::Value;
+
+// bmm(q, k), or baddbmm(bias, q, k) with beta and alpha 1.
+struct Product {
+  Value* query = nullptr;
+  Value* key = nullptr;
+  Value* bias = nullptr;
+};
+
+std::optional<Product> product_of(Value* value) {
+  Node* node = value->node();
+  const bool adds =
+      is_aten(node, {"baddbmm"}) && constant_double(node->input(3)) == 1.0 && constant_double(node->input(4)) == 1.0;
+  if (!adds && !is_aten(node, {"bmm"})) {
+    return std::nullopt;
+  }
+  return Product{left_factor(node), right_factor(node), adds ? node->input(0) : nullptr};
+}
+
+// Whether `value`, which something in `branch` reads, exists before it.
+bool comes_before(const Value* value, const Node* branch) { return is_inside(branch, value->node()->owningBlock()); }
+
+// `left` and `right` as one value before `branch`: they are it, or the same transpose of one. Null when they are not.
+Value* before(Value* left, Value* right, Node* branch) {
+  if (left == right) {
+    return comes_before(left, branch) ? left : nullptr;
+  }
+  Node* a = left->node();
+  const Node* b = right->node();
+  const bool both = is_aten(a, {"transpose"}) && is_aten(b, {"transpose"}) && a->input(0) == b->input(0) &&
+                    comes_before(a->input(0), branch) && constant_int(a->input(1)) && constant_int(a->input(2)) &&
+                    constant_int(a->input(1)) == constant_int(b->input(1)) &&
+                    constant_int(a->input(2)) == constant_int(b->input(2));
+  if (!both) {
+    return nullptr;
+  }
+  Graph* graph = branch->owningGraph();
+  torch::jit::WithInsertPoint guard(branch);
+  return graph->insert(c10::aten::transpose, {a->input(0), *constant_int(a->input(1)), *constant_int(a->input(2))});
+}
+
+void hoist_output(Node* branch, size_t output) {
+  std::vector<Product> products;
+  for (Block* block : branch->blocks()) {
+    const auto product = product_of(block->outputs()[output]);
+    if (!product) {
+      return;
+    }
+    products.push_back(*product);
+  }
+  Value* query = before(products[0].query, products[1].query, branch);
+  Value* key = query ? before(products[0].key, products[1].key, branch) : nullptr;
+  if (!key) {
+    return;
+  }
+  Graph* graph = branch->owningGraph();
+  Value* scores = nullptr;
+  {
+    torch::jit::WithInsertPoint guard(branch);
+    scores = graph->insert(c10::aten::bmm, {query, key});
+  }
+  for (size_t i = 0; i < products.size(); ++i) {
+    Block* block = branch->blocks()[i];
+    torch::jit::WithInsertPoint guard(block);
+    Value* bias = products[i].bias;
+    block->replaceOutput(output, bias ? graph->insert(c10::aten::add, {scores, bias}) : scores);
+  }
+}
+
+}  // namespace
+
+void hoist_score_product(const std::shared_ptr<Graph>& graph) {
+  for_each_node(graph->block(), [](Node* node) {
+    for (size_t i = 0; node->kind() == c10::prim::If && i < node->outputs().size(); ++i) {
+      hoist_output(node, i);
+    }
+  });
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,211 @@
+#include <torchgraft/patch/canonicalise/raise_attention.h>
+
+#include <torchgraft/patch/canonicalise/affine_path.h>
+#include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/symbolic_shape.h>
+
+#include <torch/csrc/jit/ir/constants.h>
+
+#include <algorithm>
+#include <optional>
+#include <unordered_map>
+
+namespace torchgraft {
+namespace {
+
+using torch::jit::Graph;
+using torch::jit::Node;
+using torch::jit::Value;
+
+// softmax -> [cast] -> [dropout] -> product with the values. `dropout` is null when there is none.
+struct Consumer {
+  Node* dropout = nullptr;
+  Node* product = nullptr;
+};
+
+std::optional<Consumer> find_consumer(Node* softmax, std::string& reason) {
+  Consumer result;
+  Value* current = softmax->output();
+  while (true) {
+    const auto uses = data_uses(current);
+    if (uses.size() != 1) {
+      reason = uses.empty() ? "its result is not used" : "the attention probabilities are used elsewhere too";
+      return std::nullopt;
+    }
+    Node* user = uses[0].user;
+    if (is_aten(user, {"matmul", "bmm"}) && uses[0].offset == 0) {
+      result.product = user;
+      return result;
+    }
+    if (is_aten(user, {"dropout"}) && !result.dropout) {
+      result.dropout = user;
+    } else if (!is_aten(user, {"to", "type_as", "contiguous"}) && !is_reshape(user)) {
+      reason = "no product with values follows it";
+      return std::nullopt;
+    }
+    current = user->output();
+  }
+}
+
+Value* insert_dropout_p(Graph& graph, Node* dropout) {
+  if (!dropout) {
+    return graph.insertConstant(0.0);
+  }
+  Value* p = dropout->input(1);
+  Value* training = dropout->input(2);
+  if (const auto constant = torch::jit::toIValue(training)) {
+    return constant->toBool() ? p : graph.insertConstant(0.0);
+  }
+  Value* on = graph.insert(c10::aten::Float, {training});
+  return graph.insert(c10::aten::mul, {p, on});
+}
+
+Value* insert_transposed(Graph& graph, SymbolicShapes& shapes, Value* keys_transposed) {
+  Node* node = keys_transposed->node();
+  if (is_aten(node, {"transpose"})) {
+    const auto a = constant_int(node->input(1));
+    const auto b = constant_int(node->input(2));
+    const auto shape = shapes.shape(node->input(0));
+    const int64_t rank = shape ? static_cast<int64_t>(shape->size()) : 0;
+    const auto from_the_end = [&](int64_t dim) { return dim >= 0 ? dim - rank : dim; };
+    if (a && b && from_the_end(*a) + from_the_end(*b) == -3 && std::abs(from_the_end(*a) - from_the_end(*b)) == 1) {
+      return node->input(0);
+    }
+  }
+  return graph.insert(c10::aten::transpose, {keys_transposed, -2, -1});
+}
+
+// [B * h, S, d] as [B, h, S, d]; what is of rank 4 stays as it is. Null when the rank or the head count is not known.
+Value* insert_rank_4(Graph& graph, SymbolicShapes& shapes, Value* value) {
+  const auto shape = shapes.shape(value);
+  if (!shape || (shape->size() != 3 && shape->size() != 4)) {
+    return nullptr;
+  }
+  if (shape->size() == 4) {
+    return value;
+  }
+  if (shape->front().is_constant()) {
+    return nullptr;
+  }
+  Value* sizes = graph.insertConstant(std::vector<int64_t>{-1, shape->front().factor});
+  return graph.insert(c10::Symbol::aten("unflatten"), {value, 0, sizes});
+}
+
+// `value` before it was multiplied with, or divided by, numbers, which go to `factors`.
+Value* take_scale(Value* value, SymbolicShapes& shapes, Factors& factors) {
+  for (Node* node = value->node(); is_aten(node, {"div", "mul"}) && node->inputs().size() == 2; node = value->node()) {
+    Value* factor = node->input(1);
+    const auto shape = is_number(factor) ? Shape() : shapes.shape(factor).value_or(Shape{number(-1)});
+    if (!shape.empty()) {
+      break;
+    }
+    factors.dynamic.emplace_back(factor, is_aten(node, {"div"}));
+    value = node->input(0);
+  }
+  return value;
+}
+
+// The bias as something that broadcasts against [B, h, S, S].
+Value* insert_mask(Graph& graph, SymbolicShapes& shapes, Value* bias, Value* anchor, bool product_is_rank_3,
+                   bool& understood) {
+  if (!bias) {
+    return graph.insertConstant(c10::IValue());
+  }
+  if (product_is_rank_3) {
+    const auto shape = shapes.shape(bias);
+    const bool per_head = shape && shape->size() == 3 && !shape->front().is_constant();
+    understood = understood && shape.has_value();
+    bias = per_head ? insert_rank_4(graph, shapes, bias) : bias;
+  }
+  bias = graph.insert(c10::Symbol::aten("atleast_2d"), {bias});  // what scaled_dot_product_attention asks for
+  return graph.insert(c10::aten::type_as, {bias, anchor});
+}
+
+// Whether `value` was cast on its way from a linear map: GPT-J computes its scores in float32 whatever its dtype.
+bool was_cast(Value* value) {
+  for (Node* node = value->node(); is_layout(node) || is_aten(node, {"mul", "div"}); node = node->input(0)->node()) {
+    if (is_aten(node, {"to", "type_as"})) {
+      return true;
+    }
+  }
+  return false;
+}
+
+// Rewrites the attention around `softmax`; the reason why not when it cannot.
+std::optional<std::string> lower_one(const std::shared_ptr<Graph>& graph, SymbolicShapes& shapes, Node* softmax) {
+  std::string reason;
+  const auto consumer = find_consumer(softmax, reason);
+  if (!consumer) {
+    return reason;
+  }
+  Node* product = find_product(softmax->input(0));
+  if (!product) {
+    return "its input does not come from a product of queries and keys by scaling and masking alone";
+  }
+  if (product->owningBlock() != softmax->owningBlock() || consumer->product->owningBlock() != softmax->owningBlock()) {
+    return "its products with keys and values are not in the same block";
+  }
+  const auto dim = constant_int(softmax->input(1));
+  const auto rank = shapes.shape(left_factor(product));
+  const auto value_rank = shapes.shape(consumer->product->input(1));
+  if (!rank || !value_rank) {
+    return "the rank of its queries or values is not known";
+  }
+  if (!dim || (*dim != -1 && *dim != 3 && *dim != static_cast<int64_t>(rank->size()) - 1)) {
+    return "it is not over the last dimension";
+  }
+  torch::jit::WithInsertPoint guard(consumer->product);
+  // The mask must not depend on the queries: gates that are pooled over real tokens need it before they exist.
+  const auto linears = nearest_linears(left_factor(product));
+  Value* anchor = linears.empty() ? left_factor(product) : linears.front()->input(0);
+  AffinePath path(graph, shapes, product, anchor);
+  Value* bias = path.bias(softmax->input(0));
+  // A reshape on the way means that masks were applied in rank 4.
+  const bool masked_in_rank_3 = rank->size() == 3 && value_rank->size() == 3 && *dim != 3 && !path.reshaped;
+  Value* mask = insert_mask(*graph, shapes, bias, anchor, masked_in_rank_3, path.understood);
+  Value* query = insert_rank_4(*graph, shapes, left_factor(product));
+  // A scale on the keys is one on all scores: prefixes, which come beside the keys, have it too.
+  Value* keys_transposed = take_scale(right_factor(product), shapes, path.factors);
+  Value* keys = take_scale(insert_transposed(*graph, shapes, keys_transposed), shapes, path.factors);
+  Value* key = insert_rank_4(*graph, shapes, keys);
+  Value* value = insert_rank_4(*graph, shapes, consumer->product->input(1));
+  if (!path.understood || !query || !key || !value) {
+    return path.understood ? "the heads are not a dimension of their own" : "its scale or mask is not understood";
+  }
+  // Queries and keys in the values' dtype, which is that of prefixes; the fused op takes one for all.
+  for (Value** heads : {&query, &key}) {
+    *heads = was_cast(*heads) ? graph->insert(c10::aten::type_as, {*heads, value}) : *heads;
+  }
+  for (const auto& [factor, divides] : path.factors.dynamic) {
+    query = graph->insert(divides ? c10::aten::div : c10::aten::mul, {query, factor});
+  }
+  Value* dropout_p = insert_dropout_p(*graph, consumer->dropout);
+  Value* output = graph->insert(c10::aten::scaled_dot_product_attention, {query, key, value, mask, dropout_p, false},
+                                {torch::jit::NamedValue("scale", path.factors.constant)});
+  if (value_rank->size() == 3) {
+    output = graph->insert(c10::aten::flatten, {output, 0, 1});
+  }
+  consumer->product->output()->replaceAllUsesWith(output);
+  return std::nullopt;
+}
+
+}  // namespace
+
+std::vector<UnraisedSoftmax> raise_attention(const std::shared_ptr<Graph>& graph, const torch::jit::Module& module) {
+  std::vector<Node*> candidates;
+  for_each_node(graph->block(), [&](Node* node) {
+    if (is_aten(node, {"softmax", "_softmax"})) {
+      candidates.push_back(node);
+    }
+  });
+  SymbolicShapes shapes(module);
+  std::vector<UnraisedSoftmax> unraised;
+  for (Node* softmax : candidates) {
+    if (const auto reason = lower_one(graph, shapes, softmax)) {
+      unraised.push_back({softmax, *reason});
+    }
+  }
+  return unraised;
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,27 @@
+#pragma once
+
+#include <torch/csrc/jit/api/module.h>
+#include <torch/csrc/jit/ir/ir.h>
+
+#include <string>
+#include <vector>
+
+namespace torchgraft {
+
+// A softmax that looked like attention but was not rewritten, and why.
+struct UnraisedSoftmax {
+  torch::jit::Node* softmax = nullptr;
+  std::string reason;
+};
+
+// Rewrites attention that is written out, matmul -> scale -> mask -> softmax -> dropout -> matmul, as one
+// aten::scaled_dot_product_attention.
+//
+// Between the first matmul and the softmax, scores may be multiplied or divided by numbers, and added to, subtracted
+// from, masked_fill'ed or where'd, in any order, also inside `if mask is not None:`. That path is affine in the scores,
+// slope * scores + bias: the slope becomes `scale`, and the bias, which is what the path makes of zero scores, becomes
+// `attn_mask`. So masks, relative position biases and their branches are carried over without being understood.
+std::vector<UnraisedSoftmax> raise_attention(const std::shared_ptr<torch::jit::Graph>& graph,
+                                             const torch::jit::Module& module);
+
+}  // namespace torchgraft

@@ -1,0 +1,127 @@
+#include <torchgraft/patch/canonicalise/raise_linear.h>
+
+#include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/symbolic_shape.h>
+
+#include <torch/csrc/jit/ir/constants.h>
+#include <torch/csrc/jit/passes/dead_code_elimination.h>
+
+#include <optional>
+#include <vector>
+
+namespace torchgraft {
+namespace {
+
+using torch::jit::Graph;
+using torch::jit::Module;
+using torch::jit::Node;
+using torch::jit::Value;
+
+// One round over the graph. No node is destroyed in it, for shapes are remembered by value.
+class LinearLowering {
+ public:
+  LinearLowering(const std::shared_ptr<Graph>& graph, const Module& module)
+      : graph_(graph), module_(module), shapes_(module) {}
+
+  void lower_product(Node* node);
+  void take_bias(Node* sum);
+
+ private:
+  std::optional<Shape> matrix(Value* weight);
+  Value* transposed(Value* weight);
+  Value* insert_linear(Value* x, Value* weight, Value* bias) {
+    return graph_->insert(c10::aten::linear, {x, weight, bias});
+  }
+
+  std::shared_ptr<Graph> graph_;
+  const Module& module_;
+  SymbolicShapes shapes_;
+};
+
+// The shape of a floating-point parameter, constant, or rearranged one of rank 2; nullopt for any other value.
+std::optional<Shape> LinearLowering::matrix(Value* weight) {
+  const at::Tensor tensor = weight_source(weight, module_).tensor;
+  if (!tensor.defined() || !at::isFloatingType(tensor.scalar_type())) {
+    return std::nullopt;
+  }
+  const auto shape = shapes_.shape(weight);
+  const bool is_matrix = shape && shape->size() == 2 && (*shape)[0].is_constant() && (*shape)[1].is_constant();
+  return is_matrix ? shape : std::nullopt;
+}
+
+// [in, out] as [out, in].
+Value* LinearLowering::transposed(Value* weight) {
+  Node* node = weight->node();
+  const bool exchanges = is_aten(node, {"t", "numpy_T", "transpose", "permute", "swapaxes", "swapdims"});
+  const auto before = exchanges ? matrix(node->input(0)) : std::nullopt;
+  const auto after = before ? matrix(weight) : std::nullopt;
+  // Of two equal sizes the shape does not say whether they were exchanged: transpose(0, 0) is nothing that models do.
+  const bool is_transpose = after && (*after)[0] == (*before)[1] && (*after)[1] == (*before)[0];
+  return is_transpose ? node->input(0) : graph_->insert(c10::aten::t, {weight});
+}
+
+void LinearLowering::lower_product(Node* node) {
+  const bool adds = is_aten(node, {"addmm"});
+  Value* x = node->input(adds ? 1 : 0);
+  Value* weight = node->input(adds ? 2 : 1);
+  const bool scales = adds && (constant_double(node->input(3)) != 1.0 || constant_double(node->input(4)) != 1.0);
+  if (!matrix(weight) || scales || resolve_tensor(x, module_).defined()) {  // two parameters: nothing flows through
+    return;
+  }
+  torch::jit::WithInsertPoint guard(node);
+  Value* result = insert_linear(x, transposed(weight), graph_->insertConstant(c10::IValue()));
+  if (adds) {
+    result = graph_->insert(c10::aten::add, {result, node->input(0)});
+  }
+  node->output()->replaceAllUsesWith(result);
+}
+
+// linear(x, w) + b, for a product that nothing else reads.
+void LinearLowering::take_bias(Node* sum) {
+  if (sum->inputs().size() < 3 || constant_double(sum->input(2)) != 1.0) {
+    return;
+  }
+  for (const size_t i : {0, 1}) {
+    Node* linear = sum->input(i)->node();
+    Value* bias = sum->input(1 - i);
+    const bool alone = linear->owningBlock() == sum->owningBlock() && data_uses(sum->input(i)).size() == 1;
+    if (!is_aten(linear, {"linear"}) || !is_none(linear->input(2)) || !alone) {
+      continue;
+    }
+    const at::Tensor weight = weight_source(linear->input(1), module_).tensor;
+    const at::Tensor tensor = resolve_tensor(bias, module_);
+    const auto shape = shapes_.shape(linear->input(1));
+    const bool fits = weight.defined() && tensor.defined() && tensor.scalar_type() == weight.scalar_type() && shape &&
+                      tensor.dim() == 1 && number(tensor.size(0)) == shape->front();
+    if (fits) {
+      torch::jit::WithInsertPoint guard(sum);
+      sum->output()->replaceAllUsesWith(insert_linear(linear->input(0), linear->input(1), bias));
+      return;
+    }
+  }
+}
+
+// Calls `method` on the nodes of these kinds, then drops what they left dead.
+void run_round(const std::shared_ptr<Graph>& graph, const Module& module, std::initializer_list<const char*> kinds,
+               void (LinearLowering::*method)(Node*)) {
+  LinearLowering lowering(graph, module);
+  std::vector<Node*> nodes;
+  for_each_node(graph->block(), [&](Node* node) {
+    if (is_aten(node, kinds) && !is_in_place(node)) {
+      nodes.push_back(node);
+    }
+  });
+  for (Node* node : nodes) {
+    (lowering.*method)(node);
+  }
+  torch::jit::EliminateDeadCode(graph);
+}
+
+}  // namespace
+
+void raise_linear(const std::shared_ptr<Graph>& graph, const Module& module) {
+  run_round(graph, module, {"matmul", "mm", "addmm"}, &LinearLowering::lower_product);
+  run_round(graph, module, {"add"}, &LinearLowering::take_bias);
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,340 @@
+#include <torchgraft/patch/canonicalise/raise_norm.h>
+
+#include <torchgraft/patch/graph/dtype_casts.h>
+#include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/symbolic_shape.h>
+
+#include <torch/csrc/jit/ir/constants.h>
+#include <torch/csrc/jit/passes/dead_code_elimination.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <vector>
+
+namespace torchgraft {
+namespace {
+
+using torch::jit::Block;
+using torch::jit::Graph;
+using torch::jit::Node;
+using torch::jit::Value;
+
+// The node that reads `value`, when there is just one that reads it once.
+Node* only_user(const Value* value) {
+  const auto uses = data_uses(value);
+  return uses.size() == 1 ? uses[0].user : nullptr;
+}
+
+// One norm as the elementary ops spell it, up to the normalised value.
+struct Core {
+  Value* input = nullptr;     // what is normalised, before a cast to float32
+  Value* measured = nullptr;  // what the statistics are of: `input` or its cast
+  Value* scaled = nullptr;    // what they divide: `input`, its cast, or such minus the mean
+  Node* result = nullptr;     // the mul or div that makes the normalised value
+  bool centred = false;       // layer norm
+  double eps = 0.0;
+};
+
+// What follows the normalised value and belongs to the norm, in order: casts, the weight, the bias.
+struct Tail {
+  std::vector<Node*> steps;
+  Value* weight = nullptr;
+  Value* bias = nullptr;
+};
+
+class NormLowering {
+ public:
+  NormLowering(const std::shared_ptr<Graph>& graph, const torch::jit::Module& module)
+      : graph_(graph), shapes_(module) {}
+
+  void lower(Node* root);
+
+ private:
+  std::optional<Core> match(Node* root);
+  bool match_statistics(Value* variance, Core& core);
+  bool match_scaling(Node* root, Core& core);
+  bool is_mean(const Value* value, const Value* of);
+  Value* centred_on(Value* value);
+  bool over_last(const Node* reduction);
+  bool is_per_feature(const Value* value, const Core& core);
+  Tail follow(const Core& core, Node* step);
+  void rewrite(const Core& core, const Tail& tail);
+
+  std::shared_ptr<Graph> graph_;
+  SymbolicShapes shapes_;
+};
+
+// mean(x, dim, keepdim) and var(x, dim, ..., keepdim) over the last dimension, which stays with size 1.
+bool NormLowering::over_last(const Node* reduction) {
+  const auto dims = resolve_constant(reduction->input(1));
+  std::optional<int64_t> dim;
+  if (dims && dims->isIntList() && dims->toIntVector().size() == 1) {
+    dim = dims->toIntVector()[0];
+  } else if (const Node* list = reduction->input(1)->node();
+             list->kind() == c10::prim::ListConstruct && list->inputs().size() == 1) {
+    dim = constant_int(list->input(0));
+  }
+  const bool is_mean = is_aten(reduction, {"mean"});
+  const auto keeps = resolve_constant(reduction->input(is_mean ? 2 : 3));
+  if (!dim || !keeps || !keeps->isBool() || !keeps->toBool() || (is_mean && !is_none(reduction->input(3)))) {
+    return false;
+  }
+  const auto shape = shapes_.shape(reduction->input(0));
+  return *dim == -1 || (shape && *dim == static_cast<int64_t>(shape->size()) - 1);
+}
+
+bool NormLowering::is_mean(const Value* value, const Value* of) {
+  const Node* node = value->node();
+  return is_aten(node, {"mean"}) && node->inputs().size() == 4 && node->input(0) == of && over_last(node);
+}
+
+// x for x - mean(x).
+Value* NormLowering::centred_on(Value* value) {
+  Node* node = value->node();
+  const bool is_difference = is_aten(node, {"sub"}) && is_tensor(node->input(1)) && has_unit_alpha(node);
+  return is_difference && is_mean(node->input(1), node->input(0)) ? node->input(0) : nullptr;
+}
+
+bool is_biased_variance(const Node* node) {
+  if (!is_aten(node, {"var"}) || node->inputs().size() != 4) {
+    return false;
+  }
+  const auto correction = resolve_constant(node->input(2));  // a number, or the flag `unbiased`
+  return correction && ((correction->isBool() && !correction->toBool()) || constant_double(node->input(2)) == 0.0);
+}
+
+// The square that `node` makes is of its first input.
+bool is_square(const Node* node) {
+  return (is_aten(node, {"pow"}) && constant_double(node->input(1)) == 2.0) || is_aten(node, {"square"}) ||
+         (is_aten(node, {"mul"}) && node->input(0) == node->input(1));
+}
+
+// mean(x^2), mean((x - mean(x))^2) or var(x).
+bool NormLowering::match_statistics(Value* variance, Core& core) {
+  Node* node = variance->node();
+  if (is_biased_variance(node) && over_last(node)) {
+    core.measured = node->input(0);
+    core.centred = true;
+    return true;
+  }
+  if (!is_aten(node, {"mean"}) || node->inputs().size() != 4 || !over_last(node)) {
+    return false;
+  }
+  Node* square = node->input(0)->node();
+  if (!is_square(square) || data_uses(square->output()).size() != 1) {
+    return false;
+  }
+  Value* base = square->input(0);
+  Value* uncentred = centred_on(base);
+  core.measured = uncentred ? uncentred : base;
+  core.centred = uncentred != nullptr;
+  return true;
+}
+
+// From rsqrt(v), reciprocal(sqrt(v)) or sqrt(v) to the product or quotient with the input.
+bool NormLowering::match_scaling(Node* root, Core& core) {
+  const bool by_power = is_aten(root, {"pow"});
+  bool inverted = is_aten(root, {"rsqrt"}) || (by_power && constant_double(root->input(1)) == -0.5);
+  Value* statistics = root->output();
+  Node* user = only_user(statistics);
+  if (user && !inverted && is_aten(user, {"reciprocal"})) {
+    inverted = true;
+    statistics = user->output();
+    user = only_user(statistics);
+  }
+  const bool applies =
+      user && (inverted ? is_aten(user, {"mul"}) : is_aten(user, {"div"}) && user->inputs().size() == 2);
+  if (!applies || user->owningBlock() != root->owningBlock() || is_in_place(user)) {
+    return false;
+  }
+  const size_t at = user->input(0) == statistics ? 0 : 1;
+  if (!inverted && at == 0) {
+    return false;
+  }
+  core.result = user;
+  core.scaled = user->input(1 - at);
+  if (!is_tensor(core.scaled)) {
+    return false;
+  }
+  Value* uncentred = centred_on(strip_casts(core.scaled));
+  Value* base = core.centred ? uncentred : core.scaled;
+  return base && strip_casts(base) == strip_casts(core.measured);
+}
+
+// Whether what centres the input serves this norm alone. The mean and the difference may be there twice.
+bool is_private(const Core& core) {
+  if (!core.centred) {
+    return true;
+  }
+  const Node* difference = strip_casts(core.scaled)->node();
+  const auto inside = [&](const torch::jit::Use& use) {
+    return use.user == core.result || is_square(use.user) || is_dtype_cast(use.user) || is_cast_like(use.user);
+  };
+  const auto differences = data_uses(difference->output());
+  const auto means = data_uses(difference->input(1));
+  return std::all_of(differences.begin(), differences.end(), inside) &&
+         std::all_of(means.begin(), means.end(), [&](const torch::jit::Use& use) {
+           return is_aten(use.user, {"sub"}) && use.user->input(0) == difference->input(0) && use.offset == 1;
+         });
+}
+
+std::optional<Core> NormLowering::match(Node* root) {
+  Node* sum = root->input(0)->node();
+  if (!is_aten(sum, {"add"}) || !has_unit_alpha(sum) || !only_user(sum->output())) {
+    return std::nullopt;
+  }
+  const auto eps = constant_double(sum->input(1));
+  Core core;
+  if (!eps || !only_user(sum->input(0)) || !match_statistics(sum->input(0), core) || !match_scaling(root, core) ||
+      !is_private(core)) {
+    return std::nullopt;
+  }
+  core.eps = *eps;
+  // A cast to float32 is what the norm does by itself; any other says something.
+  Node* cast = core.measured->node();
+  const bool to_float = is_dtype_cast(cast) && constant_int(cast->input(1)) == static_cast<int64_t>(at::kFloat);
+  core.input = to_float ? cast->input(0) : core.measured;
+  return core;
+}
+
+// `if half precision: x = x.to(...)`: both blocks yield the one value, cast or as it is.
+bool is_conditional_cast(Node* node, const Value* value) {
+  if (!node || node->kind() != c10::prim::If || node->outputs().size() != 1) {
+    return false;
+  }
+  const auto blocks = node->blocks();
+  return std::all_of(blocks.begin(), blocks.end(),
+                     [&](Block* block) { return strip_casts(block->outputs()[0]) == value; });
+}
+
+// The nodes that read `value`, once each; a conditional cast of it counts as one node.
+std::vector<Node*> readers(Value* value) {
+  std::vector<Node*> result;
+  for (const auto& use : data_uses(value)) {
+    Block* block = use.user->owningBlock();
+    Node* node = is_conditional_cast(block->owningNode(), value) ? block->owningNode() : use.user;
+    if (std::find(result.begin(), result.end(), node) == result.end()) {
+      result.push_back(node);
+    }
+  }
+  return result;
+}
+
+bool NormLowering::is_per_feature(const Value* value, const Core& core) {
+  const auto shape = is_tensor(value) ? shapes_.shape(value) : std::nullopt;
+  if (!shape || shape->size() != 1 || !shape->front().is_constant()) {
+    return false;
+  }
+  const auto input = shapes_.shape(core.input);
+  return !input || input->empty() || !input->back().is_constant() || input->back() == shape->front();
+}
+
+// The steps from `step`, a reader of the normalised value, as long as each is the only reader of the one before.
+Tail NormLowering::follow(const Core& core, Node* step) {
+  Tail tail;
+  Value* current = core.result->output();
+  while (step && step->owningBlock() == core.result->owningBlock()) {
+    const bool like_input =
+        is_cast_like(step) && step->input(0) == current && strip_casts(step->input(1)) == strip_casts(core.input);
+    const bool casts =
+        like_input || (is_dtype_cast(step) && step->input(0) == current) || is_conditional_cast(step, current);
+    const bool scales = is_aten(step, {"mul"}) && !tail.weight && !tail.bias;
+    const bool shifts = is_aten(step, {"add"}) && core.centred && !tail.bias && has_unit_alpha(step);
+    if ((!casts && !scales && !shifts) || is_in_place(step)) {
+      break;
+    }
+    if (!casts) {
+      Value* operand = step->input(step->input(0) == current ? 1 : 0);
+      if (operand == current || !is_per_feature(operand, core)) {
+        break;
+      }
+      (scales ? tail.weight : tail.bias) = operand;
+    }
+    tail.steps.push_back(step);
+    current = step->output();
+    const auto next = readers(current);
+    step = next.size() == 1 ? next.front() : nullptr;
+  }
+  return tail;
+}
+
+// Puts the norm, and the cast that its result may need, in the place of the last step.
+void NormLowering::rewrite(const Core& core, const Tail& tail) {
+  Value* sized = tail.weight ? tail.weight : tail.bias ? tail.bias : core.input;
+  const auto shape = shapes_.shape(sized);
+  if (!shape || shape->empty() || !shape->back().is_constant()) {
+    return;  // a norm without weights of an input of unknown width
+  }
+  Value* old = (tail.steps.empty() ? core.result : tail.steps.back())->output();
+  torch::jit::WithInsertPoint guard(old->node()->next());
+  Value* none = graph_->insertConstant(c10::IValue());
+  Value* sizes = graph_->insertConstant(std::vector<int64_t>{shape->back().factor});
+  Value* weight = tail.weight ? tail.weight : none;
+  Value* norm = core.centred ? graph_->insert(c10::aten::layer_norm,
+                                              {core.input, sizes, weight, tail.bias ? tail.bias : none, core.eps, true})
+                             : graph_->insert(c10::Symbol::aten("rms_norm"), {core.input, sizes, weight, core.eps});
+  ResultType type(*graph_, norm, core.input);
+  Value* scaled = centred_on(core.scaled);
+  type.cast_like(scaled ? scaled : core.scaled);
+  type.promote(core.measured);
+  Value* before = core.result->output();
+  Value* result = norm;
+  for (Node* step : tail.steps) {
+    if (step->kind() == c10::prim::If) {
+      result = type.apply();
+      Node* copy = graph_->createClone(step, [&](Value* v) { return v == before ? result : v; });
+      result = graph_->insertNode(copy)->output();
+      type = ResultType(*graph_, result, result);
+    } else if (is_dtype_cast(step) || is_cast_like(step)) {
+      type.cast(step);
+    } else {
+      type.promote(step->input(step->input(0) == before ? 1 : 0));
+    }
+    before = step->output();
+  }
+  old->replaceAllUsesWith(type.apply());
+}
+
+void NormLowering::lower(Node* root) {
+  const auto core = match(root);
+  if (!core) {
+    return;
+  }
+  // Several weights may share the normalised value, once common subexpressions are one.
+  std::vector<Tail> tails;
+  bool is_read_as_it_is = false;
+  for (Node* reader : readers(core->result->output())) {
+    tails.push_back(follow(*core, reader));
+    if (tails.back().steps.empty()) {
+      tails.pop_back();
+      is_read_as_it_is = true;
+    }
+  }
+  for (const Tail& tail : tails) {
+    rewrite(*core, tail);
+  }
+  if (is_read_as_it_is) {
+    rewrite(*core, {});
+  }
+}
+
+}  // namespace
+
+void raise_norm(const std::shared_ptr<Graph>& graph, const torch::jit::Module& module) {
+  std::vector<Node*> roots;
+  for_each_node(graph->block(), [&](Node* node) {
+    const bool is_root = is_aten(node, {"rsqrt", "sqrt"}) ||
+                         (is_aten(node, {"pow"}) && std::abs(constant_double(node->input(1)).value_or(0.0)) == 0.5);
+    if (is_root) {
+      roots.push_back(node);
+    }
+  });
+  NormLowering lowering(graph, module);
+  for (Node* root : roots) {
+    lowering.lower(root);
+  }
+  torch::jit::EliminateDeadCode(graph);  // only now: shapes are remembered by value
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,209 @@
+#include <torchgraft/patch/canonicalise/unflatten_rows.h>
+
+#include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/symbolic_shape.h>
+
+#include <torch/csrc/jit/ir/constants.h>
+#include <torch/csrc/jit/passes/dead_code_elimination.h>
+
+#include <algorithm>
+#include <map>
+#include <optional>
+#include <set>
+#include <vector>
+
+namespace torchgraft {
+namespace {
+
+using torch::jit::Graph;
+using torch::jit::Module;
+using torch::jit::Node;
+using torch::jit::Value;
+
+bool is_view(const Node* node) { return is_aten(node, {"view", "reshape", "_unsafe_view"}); }
+
+// A norm over the features.
+bool is_norm_of_rows(const Node* node) {
+  if (!is_aten(node, {"layer_norm", "rms_norm"})) {
+    return false;
+  }
+  const auto sizes = resolve_constant(node->input(1));
+  return (sizes && sizes->isIntList() && sizes->toIntVector().size() == 1) ||
+         (node->input(1)->node()->kind() == c10::prim::ListConstruct && node->input(1)->node()->inputs().size() == 1);
+}
+
+// What works on every element, or row, for itself, whatever the leading dimensions are.
+bool works_by_row(const Node* node) {
+  return is_norm_of_rows(node) || is_elementwise(node) || is_aten(node, {"mul", "div", "add", "sub"});
+}
+
+// A value whose rows are flattened, as it is before they are: `tokens` is [..., features] where the value is
+// [rows, features]; `source` is what was flattened, which says how the leading dimensions are.
+struct Unflattened {
+  Value* tokens = nullptr;
+  Value* source = nullptr;
+};
+
+// No node is destroyed before the end, for shapes are remembered by value.
+class RowUnflattening {
+ public:
+  RowUnflattening(const std::shared_ptr<Graph>& graph, const Module& module) : graph_(graph), shapes_(module) {}
+
+  void visit(Node* node);
+  void flatten_what_is_left();
+
+ private:
+  bool flattens_rows(const Node* view);
+  void visit_linear(Node* linear);
+  void visit_step(Node* node);
+  void visit_view(Node* view);
+  bool reads_along(const Value* value, const Value* source);
+  void replace(Node* node, Value* tokens, Value* source);
+
+  std::shared_ptr<Graph> graph_;
+  SymbolicShapes shapes_;
+  std::map<const Value*, Unflattened> flat_;
+  std::vector<Value*> order_;        // the keys of flat_ as they were met
+  std::set<const Node*> converted_;  // nodes whose results nothing needs any more
+};
+
+// x.view(-1, features) of an x whose last dimension is `features`: rows one below the other.
+bool RowUnflattening::flattens_rows(const Node* view) {
+  const Value* x = view->input(0);
+  const auto flat = shapes_.shape(view->output());
+  const auto shape = shapes_.shape(x);
+  if (shape) {
+    return flat && flat->size() == 2 && shape->size() > 2 && shape->back().is_constant() &&
+           shape->back() == flat->back();
+  }
+  // Of an x of unknown shape: view(-1, x.size(-1)), which keeps the last dimension whatever it is.
+  const Node* sizes = view->inputs().size() > 1 ? view->input(1)->node() : nullptr;
+  if (!sizes || sizes->kind() != c10::prim::ListConstruct || sizes->inputs().size() != 2) {
+    return false;
+  }
+  const Node* last = sizes->input(1)->node();
+  return is_aten(last, {"size"}) && last->inputs().size() == 2 && last->input(0) == x &&
+         constant_int(last->input(1)) == -1;
+}
+
+void RowUnflattening::replace(Node* node, Value* tokens, Value* source) {
+  flat_[node->output()] = {tokens, source};
+  order_.push_back(node->output());
+  converted_.insert(node);
+}
+
+void RowUnflattening::visit_linear(Node* linear) {
+  const auto known = flat_.find(linear->input(0));
+  const auto weight = shapes_.shape(linear->input(1));
+  if (known == flat_.end() || !weight || weight->size() != 2 || !weight->front().is_constant()) {
+    return;
+  }
+  const auto [x, source] = known->second;
+  torch::jit::WithInsertPoint guard(linear);
+  replace(linear, graph_->insert(c10::aten::linear, {x, linear->input(1), linear->input(2)}), source);
+}
+
+// Whether an operand beside flattened rows means the same beside the rows as they were: it is flattened likewise, or
+// broadcasts along the features only.
+bool RowUnflattening::reads_along(const Value* value, const Value* source) {
+  if (!is_tensor(value)) {
+    return true;
+  }
+  if (const auto known = flat_.find(value); known != flat_.end()) {
+    return known->second.source == source;
+  }
+  const auto shape = shapes_.shape(value);
+  return shape && shape->size() <= 1;
+}
+
+void RowUnflattening::visit_step(Node* node) {
+  const auto first = std::find_if(node->inputs().begin(), node->inputs().end(),
+                                  [&](const Value* input) { return flat_.count(input) > 0; });
+  if (first == node->inputs().end()) {
+    return;
+  }
+  Value* source = flat_.at(*first).source;
+  const bool along = std::all_of(node->inputs().begin(), node->inputs().end(),
+                                 [&](const Value* input) { return reads_along(input, source); });
+  if (is_in_place(node) || !along) {
+    return;
+  }
+  torch::jit::WithInsertPoint guard(node);
+  Node* copy = graph_->createClone(node, [&](Value* input) {
+    const auto known = flat_.find(input);
+    return known != flat_.end() ? known->second.tokens : input;
+  });
+  graph_->insertNode(copy);
+  copy->output()->setType(c10::TensorType::get());
+  replace(node, copy->output(), source);
+}
+
+// A view that gives the rows their leading dimensions back goes away; any other becomes one of the tokens.
+void RowUnflattening::visit_view(Node* view) {
+  const auto known = flat_.find(view->input(0));
+  if (known == flat_.end()) {
+    if (flattens_rows(view)) {
+      flat_[view->output()] = {view->input(0), view->input(0)};
+    }
+    return;
+  }
+  if (!is_view(view)) {  // flatten counts dimensions, of which the tokens have others
+    return;
+  }
+  const auto [tokens, source] = known->second;
+  auto restored = shapes_.shape(source);
+  const auto shape = shapes_.shape(view->output());
+  const auto features = shapes_.shape(view->input(0));
+  if (restored && features) {
+    restored->back() = features->back();
+  }
+  if (restored && features && shape == restored) {
+    view->output()->replaceAllUsesWith(tokens);
+    converted_.insert(view);
+  } else {
+    view->replaceInput(0, tokens);
+  }
+}
+
+void RowUnflattening::visit(Node* node) {
+  if (is_aten(node, {"linear"})) {
+    visit_linear(node);
+  } else if (is_view(node) || is_aten(node, {"flatten"})) {
+    visit_view(node);
+  } else if (works_by_row(node) && node->outputs().size() == 1) {
+    visit_step(node);
+  }
+}
+
+// What still reads a flattened value reads a view of the tokens.
+void RowUnflattening::flatten_what_is_left() {
+  for (Value* value : order_) {
+    const auto uses = value->uses();
+    Value* rows = nullptr;
+    for (const auto& use : uses) {
+      if (converted_.count(use.user)) {
+        continue;
+      }
+      if (!rows) {
+        torch::jit::WithInsertPoint guard(value->node());
+        Value* sizes = graph_->insertConstant(std::vector<int64_t>{-1, shapes_.shape(value)->back().factor});
+        rows = graph_->insert(c10::aten::reshape, {flat_.at(value).tokens, sizes});
+      }
+      use.user->replaceInput(use.offset, rows);
+    }
+  }
+}
+
+}  // namespace
+
+void unflatten_rows(const std::shared_ptr<Graph>& graph, const Module& module) {
+  RowUnflattening pass(graph, module);
+  std::vector<Node*> nodes(graph->nodes().begin(), graph->nodes().end());
+  for (Node* node : nodes) {
+    pass.visit(node);
+  }
+  pass.flatten_what_is_left();
+  torch::jit::EliminateDeadCode(graph);
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,286 @@
+#include <torchgraft/patch/graph/graph_utils.h>
+
+#include <torch/csrc/jit/api/compilation_unit.h>
+#include <torch/csrc/jit/api/function_impl.h>
+#include <torch/csrc/jit/frontend/resolver.h>
+#include <torch/csrc/jit/ir/constants.h>
+#include <torch/csrc/jit/passes/inliner.h>
+
+#include <algorithm>
+#include <deque>
+#include <map>
+#include <mutex>
+#include <unordered_set>
+
+namespace torchgraft {
+
+using torch::jit::Block;
+using torch::jit::Graph;
+using torch::jit::Module;
+using torch::jit::Node;
+using torch::jit::Use;
+using torch::jit::Value;
+
+std::optional<ModuleAttribute> resolve_attribute(const Value* value, const Module& root) {
+  std::vector<std::string> names;
+  while (value->node()->kind() == c10::prim::GetAttr) {
+    names.push_back(value->node()->s(c10::attr::name));
+    value = value->node()->input();
+  }
+  const Graph* graph = value->owningGraph();
+  if (graph->inputs().empty() || value != graph->inputs()[0]) {
+    return std::nullopt;
+  }
+  ModuleAttribute result{"", root._ivalue()};
+  for (auto name = names.rbegin(); name != names.rend(); ++name) {
+    if (!result.value.isObject() || !result.value.toObjectRef().type()->findAttributeSlot(*name)) {
+      return std::nullopt;
+    }
+    result.value = result.value.toObjectRef().getAttr(*name);
+    result.path += (result.path.empty() ? "" : ".") + *name;
+  }
+  return result;
+}
+
+at::Tensor resolve_tensor(const Value* value, const Module& root) {
+  if (const auto constant = torch::jit::toIValue(value)) {
+    return constant->isTensor() ? constant->toTensor() : at::Tensor();
+  }
+  const auto attribute = resolve_attribute(value, root);
+  return attribute && attribute->value.isTensor() ? attribute->value.toTensor() : at::Tensor();
+}
+
+WeightSource weight_source(const Value* weight, const Module& root) {
+  const Node* node = weight->node();
+  if (const at::Tensor tensor = resolve_tensor(weight, root); tensor.defined()) {
+    const auto attribute = resolve_attribute(weight, root);
+    return {tensor, attribute ? attribute->path : ""};
+  }
+  if (is_layout(node) || is_aten(node, {"t", "numpy_T"})) {
+    return weight_source(node->input(0), root);
+  }
+  // One of equal or listed parts, along the rows.
+  const bool unpacks = node->kind() == c10::prim::ListUnpack || node->kind() == c10::aten::__getitem__;
+  const Node* split = unpacks ? node->input(0)->node() : node;
+  if (!is_aten(split, {"chunk", "split", "split_with_sizes", "slice", "narrow"})) {
+    return {};
+  }
+  WeightSource source = weight_source(split->input(0), root);
+  const bool takes = is_aten(split, {"slice", "narrow"});
+  const bool along_rows = constant_int(split->input(takes ? 1 : 2)) == 0;
+  if (!source.tensor.defined() || !along_rows || takes == unpacks) {
+    return {};
+  }
+  source.is_part = true;
+  if (takes) {
+    source.first_row += constant_int(split->input(2)).value_or(0);
+    return source;
+  }
+  const bool by_index = node->kind() == c10::aten::__getitem__;
+  const int64_t piece = by_index ? constant_int(node->input(1)).value_or(0) : static_cast<int64_t>(weight->offset());
+  const auto sizes = resolve_constant(split->input(1));
+  const Node* list = split->input(1)->node();
+  if (sizes && sizes->isIntList()) {
+    for (int64_t i = 0; i < piece; ++i) {
+      source.first_row += sizes->toIntVector().at(i);
+    }
+  } else if (list->kind() == c10::prim::ListConstruct) {
+    for (int64_t i = 0; i < piece; ++i) {
+      source.first_row += constant_int(list->input(i)).value_or(0);
+    }
+  } else if (const auto count = constant_int(split->input(1))) {
+    source.first_row += piece * (is_aten(split, {"chunk"}) ? source.tensor.size(0) / *count : *count);
+  }
+  return source;
+}
+
+std::optional<c10::IValue> resolve_constant(const Value* value) {
+  const auto kind = value->node()->kind();
+  if (kind == c10::prim::NumToTensor || kind == c10::aten::Int || kind == c10::aten::Float ||
+      kind == c10::aten::IntImplicit || kind == c10::aten::FloatImplicit || kind == c10::aten::ScalarImplicit) {
+    return resolve_constant(value->node()->input());
+  }
+  return torch::jit::toIValue(value);
+}
+
+std::optional<int64_t> constant_int(const Value* value) {
+  const auto constant = resolve_constant(value);
+  if (!constant) {
+    return std::nullopt;
+  }
+  if (constant->isInt()) {
+    return constant->toInt();
+  }
+  const bool integral_tensor = constant->isTensor() && constant->toTensor().numel() == 1 &&
+                               at::isIntegralType(constant->toTensor().scalar_type(), /*includeBool=*/false);
+  return integral_tensor ? std::optional<int64_t>(constant->toTensor().item<int64_t>()) : std::nullopt;
+}
+
+std::optional<double> constant_double(const Value* value) {
+  const auto constant = resolve_constant(value);
+  if (!constant) {
+    return std::nullopt;
+  }
+  if (constant->isDouble() || constant->isInt()) {
+    return constant->toScalar().toDouble();
+  }
+  const bool scalar_tensor = constant->isTensor() && constant->toTensor().numel() == 1;
+  return scalar_tensor ? std::optional<double>(constant->toTensor().item<double>()) : std::nullopt;
+}
+
+bool is_none(const Value* value) { return value->mustBeNone(); }
+
+std::string demangled_name(const c10::TypePtr& type) {
+  const auto class_type = type->cast<c10::ClassType>();
+  if (!class_type || !class_type->name()) {
+    return "";
+  }
+  std::string result;
+  for (const std::string& atom : class_type->name()->atoms()) {
+    if (atom == "__torch__" || atom.rfind("___torch_mangle_", 0) == 0) {
+      continue;
+    }
+    result += (result.empty() ? "" : ".") + atom;
+  }
+  return result;
+}
+
+bool is_aten(const Node* node, std::initializer_list<const char*> names) {
+  if (!node->kind().is_aten()) {
+    return false;
+  }
+  std::string name = node->kind().toUnqualString();
+  if (is_in_place(node)) {
+    name.pop_back();
+  }
+  return std::find(names.begin(), names.end(), name) != names.end();
+}
+
+bool is_in_place(const Node* node) {
+  const std::string name = node->kind().toUnqualString();
+  return node->kind().is_aten() && name.size() > 1 && name.back() == '_' && name[name.size() - 2] != '_';
+}
+
+bool is_tensor(const Value* value) { return value->type()->isSubtypeOf(*c10::TensorType::get()); }
+
+bool has_unit_alpha(const Node* sum) { return sum->inputs().size() < 3 || constant_double(sum->input(2)) == 1.0; }
+
+bool is_inside(const Node* node, const Block* block) {
+  for (const Block* at = node->owningBlock(); at; at = at->owningNode() ? at->owningNode()->owningBlock() : nullptr) {
+    if (at == block) {
+      return true;
+    }
+  }
+  return false;
+}
+
+bool is_elementwise(const Node* node) {
+  return is_aten(
+      node,
+      {"abs",         "alias", "ceil",        "celu",      "clamp",      "clamp_max",  "clamp_min", "clone",
+       "contiguous",  "cos",   "detach",      "dropout",   "elu",        "erf",        "exp",       "feature_dropout",
+       "floor",       "gelu",  "hardsigmoid", "hardswish", "hardtanh",   "leaky_relu", "log",       "log1p",
+       "logical_not", "mish",  "neg",         "pow",       "reciprocal", "relu",       "relu6",     "round",
+       "rsqrt",       "selu",  "sigmoid",     "sign",      "silu",       "sin",        "softplus",  "sqrt",
+       "square",      "tanh",  "to",          "type_as",   "bitwise_not"});
+}
+
+void for_each_node(Block* block, const std::function<void(Node*)>& visit) {
+  for (auto it = block->nodes().begin(); it != block->nodes().end();) {
+    Node* node = *it;
+    for (Block* inner : node->blocks()) {
+      for_each_node(inner, visit);
+    }
+    ++it;  // before visit: it may destroy the node
+    visit(node);
+  }
+}
+
+std::vector<Use> data_uses(const Value* value) {
+  std::vector<Use> result;
+  for (const Use& use : value->uses()) {
+    const bool metadata = is_aten(use.user, {"size", "dim", "len", "is_floating_point", "numel"}) ||
+                          use.user->kind() == c10::prim::dtype || use.user->kind() == c10::prim::device;
+    if (!metadata) {
+      result.push_back(use);
+    }
+  }
+  return result;
+}
+
+std::vector<Node*> nearest_linears(Value* value) {
+  std::vector<Node*> found;
+  std::unordered_set<Value*> seen;
+  std::deque<Value*> queue = {value};
+  while (!queue.empty()) {
+    Value* current = queue.front();
+    queue.pop_front();
+    Node* node = current->node();
+    const bool is_list = current->type()->kind() == c10::TypeKind::ListType;
+    if (!seen.insert(current).second || !(is_tensor(current) || is_list) ||
+        is_aten(node, {"scaled_dot_product_attention"})) {
+      continue;
+    }
+    if (is_aten(node, {"linear"})) {
+      found.push_back(node);
+      continue;
+    }
+    const bool shaped_like = is_aten(node, {"type_as", "expand_as", "view_as", "zeros_like", "ones_like"});
+    for (Value* input : shaped_like ? node->inputs().slice(0, 1) : node->inputs()) {
+      queue.push_back(input);
+    }
+  }
+  return found;
+}
+
+bool is_layout(const Node* node) {
+  return is_aten(node, {"view", "reshape", "_unsafe_view", "transpose", "permute", "contiguous", "flatten", "unflatten",
+                        "unsqueeze", "squeeze", "clone", "to", "type_as", "alias", "detach"});
+}
+
+Value* strip_passive(Value* value) {
+  while (is_layout(value->node()) || is_aten(value->node(), {"dropout"})) {
+    value = value->node()->input(0);
+  }
+  return value;
+}
+
+Value* strip_layout(Value* value) {
+  while (is_layout(value->node())) {
+    value = value->node()->input(0);
+  }
+  return value;
+}
+
+std::vector<Value*> insert_graph_before(Node* node, Graph& body, at::ArrayRef<Value*> inputs) {
+  TORCH_INTERNAL_ASSERT(inputs.size() == body.inputs().size(), "a body of ", body.inputs().size(), " inputs got ",
+                        inputs.size());
+  torch::jit::WithInsertPoint guard(node);
+  return torch::jit::insertGraph(*node->owningGraph(), body, inputs);
+}
+
+void replace_node(Node* node, at::ArrayRef<Value*> values) {
+  TORCH_INTERNAL_ASSERT(node->outputs().size() == values.size(), "a node of ", node->outputs().size(), " outputs got ",
+                        values.size());
+  for (size_t i = 0; i < values.size(); ++i) {
+    node->outputs()[i]->replaceAllUsesWith(values[i]);
+  }
+  node->destroy();
+}
+
+std::shared_ptr<Graph> compile_graph(const std::string& source, const std::string& name) {
+  // Nodes of an inlined call point to the function that they come from, and errors read it: units live as long as any
+  // graph may, that is, as long as the process. There are few sources.
+  static std::mutex mutex;
+  static auto* units = new std::map<std::string, torch::jit::CompilationUnit>();
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [unit, is_new] = units->try_emplace(source);
+  if (is_new) {
+    unit->second.define(std::nullopt, source, torch::jit::nativeResolver(), /*self=*/nullptr);
+  }
+  auto graph = torch::jit::toGraphFunction(unit->second.get_function(name)).graph()->copy();
+  torch::jit::Inline(*graph);
+  return graph;
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,123 @@
+#include <torchgraft/patch/graph/hoist.h>
+
+#include <torchgraft/patch/graph/graph_utils.h>
+
+#include <functional>
+
+namespace torchgraft {
+namespace {
+
+using torch::jit::Block;
+using torch::jit::Node;
+using torch::jit::Value;
+
+// Values that `node` reads, those of its sub-blocks included.
+void collect_inputs(Node* node, std::vector<Value*>& result) {
+  result.insert(result.end(), node->inputs().begin(), node->inputs().end());
+  for (Block* block : node->blocks()) {
+    for (Node* inner : block->nodes()) {
+      collect_inputs(inner, result);
+    }
+    result.insert(result.end(), block->outputs().begin(), block->outputs().end());
+  }
+}
+
+bool is_inside(const Value* value, const Node* node) {
+  for (const Block* block = value->node()->owningBlock(); block;) {
+    const Node* owner = block->owningNode();
+    if (owner == node) {
+      return true;
+    }
+    block = owner ? owner->owningBlock() : nullptr;
+  }
+  return false;
+}
+
+bool is_metadata(const Node* node) {
+  return node->kind() == c10::prim::dtype || node->kind() == c10::prim::device ||
+         (is_aten(node, {"size"}) && node->inputs().size() == 2);
+}
+
+// Puts something else in the place of metadata that is read inside the branches of `node`.
+void replace_inner_metadata(Node* node, Node* point, const std::function<bool(Node*)>& replace_metadata) {
+  for (Block* block : node->blocks()) {
+    for_each_node(block, [&](Node* inner) {
+      const bool is_later = is_metadata(inner) && !is_inside(inner->input(0), node) &&
+                            inner->input(0)->node()->kind() != c10::prim::Param &&
+                            !inner->input(0)->node()->isBefore(point);
+      if (is_later && replace_metadata(inner)) {
+        inner->destroy();
+      }
+    });
+  }
+}
+
+// `replace_metadata` may make a size, dtype or device available in another way; then it returns true.
+bool move_before(Value* value, Node* point, const std::function<bool(Node*)>& replace_metadata) {
+  Node* node = value->node();
+  if (node->kind() == c10::prim::Param || node->isBefore(point)) {
+    return true;
+  }
+  if (is_metadata(node) && replace_metadata(node)) {
+    return true;
+  }
+  if (node == point || node->owningBlock() != point->owningBlock() || node->hasSideEffects()) {
+    return false;
+  }
+  // The projections themselves stay: what depends on their contents cannot be known before them.
+  if (is_aten(node, {"linear", "scaled_dot_product_attention"})) {
+    return false;
+  }
+  replace_inner_metadata(node, point, replace_metadata);
+  std::vector<Value*> inputs;
+  collect_inputs(node, inputs);
+  for (Value* input : inputs) {
+    if (!is_inside(input, node) && !move_before(input, point, replace_metadata)) {
+      return false;
+    }
+  }
+  node->moveBefore(point);
+  return true;
+}
+
+}  // namespace
+
+bool Hoist::read_from_anchor(Node* metadata, Node* point, Value* anchor) {
+  torch::jit::Graph* graph = metadata->owningGraph();
+  torch::jit::WithInsertPoint guard(point);
+  Value* replacement = nullptr;
+  if (is_aten(metadata, {"size"})) {
+    const auto of = shapes_.shape(metadata->input(0));
+    const auto have = shapes_.shape(anchor);
+    auto dim = constant_int(metadata->input(1));
+    if (!of || !have || !dim) {
+      return false;
+    }
+    const int64_t index = *dim < 0 ? *dim + static_cast<int64_t>(of->size()) : *dim;
+    const Dim& wanted = (*of)[index];
+    if (wanted.is_constant()) {
+      replacement = graph->insertConstant(wanted.factor);
+    }
+    for (size_t i = 0; i < have->size() && !replacement; ++i) {
+      if ((*have)[i] == wanted) {
+        replacement = graph->insert(c10::aten::size, {anchor, static_cast<int64_t>(i)});
+      }
+    }
+  } else {
+    replacement = graph->insert(metadata->kind(), {anchor});
+  }
+  if (replacement) {
+    metadata->output()->replaceAllUsesWith(replacement);
+  }
+  return replacement != nullptr;
+}
+
+bool Hoist::operator()(Value* value, Node* point, Value* anchor) {
+  return move_before(value, point, [&](Node* metadata) { return read_from_anchor(metadata, point, anchor); });
+}
+
+bool Hoist::move(Value* value, Node* point) {
+  return move_before(value, point, [](Node*) { return false; });
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,24 @@
+#pragma once
+
+#include <torchgraft/patch/module/adapter_bank.h>
+#include <torchgraft/patch/sites/find_sites.h>
+
+#include <optional>
+#include <vector>
+
+namespace torchgraft {
+
+struct InsertOptions {
+  bool pool_unpadded = false;              // gates are means over real tokens
+  std::optional<size_t> token_mask_input;  // the graph input that is the token mask; else each attention's own mask
+};
+
+// Inserts one torchgraft:: op per run of a slot into `graph`, whose sites are `sites`, and one more wherever a
+// projection with a LoRA is applied outside its attention; returns how many. Adds the inputs `adapter_ids: Tensor?` and
+// makes the graph return (its result, gates: Tensor[]) with one gate per run, in their order. `module`, the graph's
+// `self`, must have the submodule `adapters` that holds the slots.
+size_t insert_adapters(const std::shared_ptr<torch::jit::Graph>& graph, const GraphSites& sites,
+                       const std::vector<BankSlot>& slots, const std::vector<SlotRun>& runs,
+                       const torch::jit::Module& module, const InsertOptions& options);
+
+}  // namespace torchgraft

@@ -1,0 +1,92 @@
+#include <torchgraft/patch/insert/row_functions.h>
+
+#include <torchgraft/patch/graph/graph_utils.h>
+
+namespace torchgraft {
+namespace {
+
+using torch::jit::Value;
+
+// A bank is read as [1, ...] when all rows use one adapter and as [B, ...] when each has its own; both broadcast. The
+// gate of a row without an adapter is 0, which takes away all that a method adds; its prefix is hidden.
+// 11 is torch.bool, for which source that is compiled in C++ has no name.
+constexpr const char* kSource = R"python(
+def selected(bank: Tensor, adapter_ids: Optional[Tensor], adapter: int) -> Tensor:
+    if adapter_ids is None:
+        return bank.narrow(0, max(adapter, 0), 1)
+    return bank.index_select(0, adapter_ids.clamp(min=0))
+
+def is_active(x: Tensor, adapter_ids: Optional[Tensor], adapter: int) -> Tensor:
+    if adapter_ids is None:
+        return torch.full([1], int(adapter >= 0), dtype=11, device=x.device)
+    return adapter_ids.ge(0)
+
+def pooled(x: Tensor, gate_weight: Optional[Tensor], gate_bias: Optional[Tensor], adapter_ids: Optional[Tensor],
+           adapter: int, token_mask: Optional[Tensor]) -> Tensor:
+    if gate_weight is not None and gate_bias is not None:
+        weight = selected(gate_weight, adapter_ids, adapter)
+        gates = torch.sigmoid(torch.matmul(x, weight.transpose(1, 2)) +
+                              selected(gate_bias, adapter_ids, adapter).unsqueeze(1))
+        if token_mask is not None:
+            keep = token_mask.unsqueeze(-1)
+            gate = gates.masked_fill(torch.logical_not(keep), 0).sum(1) / keep.sum(1).clamp(min=1).to(x.dtype)
+        else:
+            gate = gates.mean(1)
+    else:
+        gate = torch.ones([x.size(0), 1], dtype=x.dtype, device=x.device)
+    active = is_active(x, adapter_ids, adapter).unsqueeze(-1)
+    return torch.where(active, gate, torch.zeros_like(gate))
+
+def normed(x: Tensor, weight: Tensor, bias: Tensor, adapter_ids: Optional[Tensor], adapter: int) -> Tensor:
+    plain = torch.layer_norm(x, [x.size(-1)], None, None, 1e-05)
+    own_weight = selected(weight, adapter_ids, adapter).unsqueeze(1)
+    return plain * own_weight + selected(bias, adapter_ids, adapter).unsqueeze(1)
+
+def scaled(base: Tensor, vector: Tensor, scaling: Tensor, gate: Tensor, adapter_ids: Optional[Tensor],
+           adapter: int) -> Tensor:
+    coefficient = selected(scaling, adapter_ids, adapter).unsqueeze(-1) * gate
+    return base * (selected(vector, adapter_ids, adapter).squeeze(-1) * coefficient).unsqueeze(1)
+
+def with_magnitude(x: Tensor, magnitude: Tensor, weight_norm: Tensor, fixed: Tensor, adapter_ids: Optional[Tensor],
+                   adapter: int) -> Tensor:
+    ratio = (selected(magnitude, adapter_ids, adapter) / selected(weight_norm, adapter_ids, adapter)).unsqueeze(1)
+    constant = selected(fixed, adapter_ids, adapter).unsqueeze(1)
+    return (x - constant) * ratio + constant
+
+def choose(present: Tensor, x: Tensor, other: Tensor, adapter_ids: Optional[Tensor], adapter: int) -> Tensor:
+    chosen = torch.logical_and(selected(present, adapter_ids, adapter), is_active(x, adapter_ids, adapter))
+    return torch.where(chosen.view(-1, 1, 1), x, other)
+)python";
+
+}  // namespace
+
+const std::string& row_source() {
+  static const std::string source = kSource;
+  return source;
+}
+
+Value* RowFunctions::call(const std::string& name, std::vector<Value*> arguments) {
+  return torch::jit::insertGraph(graph_, *compile_graph(row_source(), name), arguments)[0];
+}
+
+Value* RowFunctions::normed(Value* x, Value* weight, Value* bias) {
+  return call("normed", {x, weight, bias, adapter_ids_, adapter_});
+}
+
+Value* RowFunctions::pooled(Value* x, Value* gate_weight, Value* gate_bias, Value* token_mask) {
+  return call("pooled", {x, gate_weight, gate_bias, adapter_ids_, adapter_, token_mask});
+}
+
+Value* RowFunctions::scaled(Value* base, Value* vector, Value* scaling, Value* gate) {
+  return call("scaled", {base, vector, scaling, gate, adapter_ids_, adapter_});
+}
+
+Value* RowFunctions::with_magnitude(Value* x, Value* magnitude, Value* weight_norm, Value* fixed) {
+  return call("with_magnitude", {x, magnitude, weight_norm, fixed, adapter_ids_, adapter_});
+}
+
+Value* RowFunctions::choose(Value* present, Value* x, Value* other) {
+  return call("choose", {present, x, other, adapter_ids_, adapter_});
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,47 @@
+#pragma once
+
+#include <torch/csrc/jit/ir/ir.h>
+
+#include <string>
+#include <vector>
+
+namespace torchgraft {
+
+// TorchScript source of the functions that plain ATen code around the ops is made of; row_functions.cpp says what each
+// does. decompose_adapters appends its own to it.
+const std::string& row_source();
+
+// Inserts calls of these functions at the graph's insert point. Rows use the adapters that `adapter_ids` (Tensor?)
+// gives them, or `adapter` (int) when it is None; -1 is the base.
+class RowFunctions {
+ public:
+  RowFunctions(torch::jit::Graph& graph, torch::jit::Value* adapter_ids, torch::jit::Value* adapter)
+      : graph_(graph), adapter_ids_(adapter_ids), adapter_(adapter) {}
+
+  // Layer norm of x [B, S, H] with each row's own weight and bias (banks [N, H]); epsilon 1e-5, as nn.LayerNorm has.
+  torch::jit::Value* normed(torch::jit::Value* x, torch::jit::Value* weight, torch::jit::Value* bias);
+
+  // A gate [B, G] as the ops compute it, from x [B, S, I]; all others may be None.
+  torch::jit::Value* pooled(torch::jit::Value* x, torch::jit::Value* gate_weight, torch::jit::Value* gate_bias,
+                            torch::jit::Value* token_mask);
+
+  // (IA)^3: base [B, S, O] times the row's vector (bank [N, O, 1]), scaling (bank [N]) and gate [B, 1].
+  torch::jit::Value* scaled(torch::jit::Value* base, torch::jit::Value* vector, torch::jit::Value* scaling,
+                            torch::jit::Value* gate);
+
+  // DoRA: x [B, S, O], but for `fixed`, times magnitude / weight_norm; banks [N, O].
+  torch::jit::Value* with_magnitude(torch::jit::Value* x, torch::jit::Value* magnitude, torch::jit::Value* weight_norm,
+                                    torch::jit::Value* fixed);
+
+  // x where the row's adapter is `present` (bool [N]), else `other`; both [B, S, H].
+  torch::jit::Value* choose(torch::jit::Value* present, torch::jit::Value* x, torch::jit::Value* other);
+
+ private:
+  torch::jit::Value* call(const std::string& name, std::vector<torch::jit::Value*> arguments);
+
+  torch::jit::Graph& graph_;
+  torch::jit::Value* adapter_ids_;
+  torch::jit::Value* adapter_;
+};
+
+}  // namespace torchgraft

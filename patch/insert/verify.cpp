@@ -1,0 +1,65 @@
+#include <torchgraft/patch/insert/verify.h>
+
+#include <torchgraft/patch/graph/graph_utils.h>
+
+#include <torch/csrc/jit/serialization/import.h>
+
+#include <sstream>
+#include <unordered_map>
+
+namespace torchgraft {
+namespace {
+
+using torch::jit::Module;
+using torch::jit::Node;
+
+using Objects = std::unordered_map<const c10::ivalue::Object*, c10::intrusive_ptr<c10::ivalue::Object>>;
+
+// The same object tree with each tensor's contents replaced by one element that all indices share.
+c10::intrusive_ptr<c10::ivalue::Object> hollow(const c10::ivalue::Object& object, Objects& done) {
+  if (const auto found = done.find(&object); found != done.end()) {
+    return found->second;
+  }
+  const auto copy = c10::ivalue::Object::create(object.type(), object.slots().size());
+  done[&object] = copy;
+  for (size_t i = 0; i < object.slots().size(); ++i) {
+    const c10::IValue& slot = object.getSlot(i);
+    if (slot.isTensor() && slot.toTensor().defined()) {
+      const at::Tensor& tensor = slot.toTensor();
+      copy->setSlot(i, at::zeros({}, tensor.options().requires_grad(false)).expand(tensor.sizes()));
+    } else if (slot.isObject() && slot.toObjectRef().type()->is_module()) {
+      copy->setSlot(i, hollow(slot.toObjectRef(), done));
+    } else {
+      copy->setSlot(i, slot);
+    }
+  }
+  return copy;
+}
+
+size_t count_ops(const Module& module) {
+  size_t count = 0;
+  for_each_node(module.get_method("grafted_forward").graph()->block(), [&](Node* node) {
+    const std::string kind = node->kind().toQualString();
+    count += kind.rfind("torchgraft::gated_", 0) == 0;
+  });
+  return count;
+}
+
+}  // namespace
+
+void verify_grafted(const Module& module, size_t ops) {
+  for (const char* name : {"forward", "forward_with_gates", "grafted_forward", "base_forward"}) {
+    module.get_method(name).graph()->lint();
+  }
+  TORCH_INTERNAL_ASSERT(count_ops(module) == ops, "planned ", ops, " ops, inserted ", count_ops(module));
+  Objects done;
+  const Module light(hollow(*module._ivalue(), done));
+  std::stringstream file;
+  light.save(file);
+  const Module loaded = torch::jit::load(file, module.attr("adapters").toModule().parameters().size() > 0
+                                                   ? std::optional<c10::Device>(c10::kCPU)
+                                                   : std::nullopt);
+  TORCH_INTERNAL_ASSERT(count_ops(loaded) == ops, "an op was lost in saving and loading");
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,265 @@
+#include <torchgraft/patch/module/adapter_bank.h>
+
+#include <torchgraft/plan/phm.h>
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <limits>
+#include <tuple>
+
+namespace torchgraft {
+namespace {
+
+// Execution order of the places in a layer.
+int order_of(const std::string& slot) {
+  static const std::vector<std::string> kOrder = {
+      "selfattn_lora_q",  "selfattn_lora_k",   "selfattn_lora_v", "crossattn_lora_q", "crossattn_lora_k",
+      "crossattn_lora_v", "self_prefix",       "encoder_prefix",  "cross_prefix",     "mh_adapter",
+      "cross_adapter",    "intermediate_lora", "output_lora",     "output_adapter"};
+  const auto found = std::find(kOrder.begin(), kOrder.end(), slot);
+  TORCH_INTERNAL_ASSERT(found != kOrder.end(), "no execution order for ", slot);
+  return static_cast<int>(found - kOrder.begin());
+}
+
+// Dropout changes the graph around an op, and acts in training only. Prefixes have theirs in front of the bank.
+double dropout_at(const Adapter& adapter, const PlannedModule& module) {
+  if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method)) {
+    return adapter.trainable ? bottleneck->config.dropout : 0.0;
+  }
+  const auto* lora = std::get_if<PlannedLoRA>(&module.method);
+  return adapter.trainable && lora ? lora->config.dropout : 0.0;
+}
+
+}  // namespace
+
+std::string slot_name(const PlannedModule& module) {
+  std::string result = module.slot;
+  if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method)) {
+    result.append("_").append(to_string(bottleneck_form(bottleneck->config)));
+  } else if (const auto* lora = std::get_if<PlannedLoRA>(&module.method)) {
+    const LoRAForm form = lora_form(lora->config);
+    if (form != LoRAForm::kAdd) {
+      result.append(form == LoRAForm::kScale ? "_scale" : "_dora");
+    }
+  }
+  return result;
+}
+
+std::string slot_name(const Adapter& adapter, const PlannedModule& module) {
+  const std::string name = slot_name(module);
+  return dropout_at(adapter, module) > 0.0 ? name + "_dropout_" + adapter.name : name;
+}
+
+bool broadcasts(const std::string& parameter, int64_t dim) {
+  return (parameter.starts_with("gate_") && dim == 0) || parameter == "scaling";
+}
+
+double missing_value(const std::string& parameter) {
+  return parameter == "gate_bias" ? std::numeric_limits<double>::infinity() : 0.0;
+}
+
+void write_parameter(at::Tensor row, const std::string& parameter, const at::Tensor& value) {
+  for (int64_t i = 0; i < row.dim(); ++i) {
+    if (!broadcasts(parameter, i)) {
+      row = row.narrow(i, 0, value.size(i));
+    }
+  }
+  row.copy_(value.detach());
+}
+
+namespace {
+
+// Members of one bank: (adapter, index into its plan).
+using Members = std::vector<std::pair<size_t, size_t>>;
+
+// Stacks one parameter of the members into [N, ...], padding every dimension to the largest.
+at::Tensor stack_parameter(const std::vector<Adapter>& adapters, const Members& members, const std::string& name) {
+  std::vector<int64_t> sizes;
+  at::Tensor example;
+  for (const auto& [adapter, module] : members) {
+    const ModuleWeights& weights = adapters[adapter].weights[module];
+    const auto found = weights.find(name);
+    if (found == weights.end()) {
+      continue;
+    }
+    example = found->second;
+    sizes.resize(std::max<size_t>(sizes.size(), example.dim()), 1);
+    for (int64_t i = 0; i < example.dim(); ++i) {
+      sizes[i] = std::max(sizes[i], example.size(i));
+    }
+  }
+  sizes.insert(sizes.begin(), static_cast<int64_t>(adapters.size()));
+  at::Tensor bank = at::zeros(sizes, example.options().requires_grad(false));
+  for (const auto& [adapter, module] : members) {
+    const at::Tensor row = bank[adapter];
+    const ModuleWeights& weights = adapters[adapter].weights[module];
+    const auto found = weights.find(name);
+    if (found == weights.end()) {
+      row.fill_(missing_value(name));
+      continue;
+    }
+    write_parameter(row, name, found->second);
+  }
+  return bank;
+}
+
+// What is trained of a trainable member.
+OwnWeights own_weights(const Adapter& adapter, size_t index, const PlannedModule& module,
+                       const ModuleWeights& weights) {
+  OwnWeights own{index, adapter.name, module};
+  for (const std::string& name : computed_weights(adapter, module)) {
+    own.computed[name] = weights.at(name).sizes().vec();
+  }
+  for (const auto& [name, tensor] : weights) {
+    if (is_trained(name, module) && !own.computed.count(name)) {
+      own.parameters[name] = tensor.detach().clone();
+    }
+  }
+  return own;
+}
+
+// bool [N]: which adapters are members.
+at::Tensor present_in(const Members& members, int64_t adapters) {
+  at::Tensor result = at::zeros({adapters}, at::kBool);
+  for (const auto& [adapter, module] : members) {
+    result[static_cast<int64_t>(adapter)] = true;
+  }
+  return result;
+}
+
+BankSlot stack_slot(const std::vector<Adapter>& adapters, const Members& members) {
+  at::NoGradGuard no_grad;
+  const PlannedModule& first = adapters[members[0].first].plan[members[0].second];
+  const Adapter& adapter = adapters[members[0].first];
+  BankSlot slot{first.layer, first.number, first.location, first.slot, slot_name(adapter, first)};
+  slot.dropout = dropout_at(adapter, first);
+  if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&first.method)) {
+    slot.form = bottleneck_form(bottleneck->config);
+  } else if (const auto* lora = std::get_if<PlannedLoRA>(&first.method)) {
+    slot.lora = lora_form(lora->config);
+  }
+  slot.gates.assign(adapters.size(), 0);
+  std::set<std::string> names;
+  for (const auto& [adapter, module] : members) {
+    const ModuleWeights& weights = adapters[adapter].weights[module];
+    for (const auto& [name, tensor] : weights) {
+      names.insert(name);
+    }
+    if (const auto gate = weights.find("gate_bias"); gate != weights.end()) {
+      slot.gates[adapter] = gate->second.size(0);
+    }
+  }
+  for (const std::string& name : names) {
+    slot.parameters[name] = stack_parameter(adapters, members, name);
+  }
+  if (!slot.form.is_plain() || slot.lora != LoRAForm::kAdd) {
+    slot.parameters["present"] =
+        present_in(members, static_cast<int64_t>(adapters.size())).to(slot.parameters.begin()->second.device());
+  }
+  if (std::holds_alternative<PlannedPrefix>(first.method)) {
+    std::vector<int64_t> lengths(adapters.size(), 0);
+    for (const auto& [adapter, module] : members) {
+      lengths[adapter] = adapters[adapter].weights[module].at("prefix_key").size(1);
+    }
+    const auto device = slot.parameters.at("prefix_key").device();
+    slot.parameters["prefix_length"] = at::tensor(lengths, at::kLong).to(device);
+  }
+  for (const auto& [a, m] : members) {
+    if (adapters[a].trainable) {
+      slot.own.push_back(own_weights(adapters[a], a, adapters[a].plan[m], adapters[a].weights[m]));
+      for (const auto& [name, tensor] : slot.own.back().parameters) {
+        slot.parameters.at(name)[static_cast<int64_t>(a)].zero_();  // nobody reads it
+      }
+    }
+  }
+  return slot;
+}
+
+}  // namespace
+
+std::string own_module_name(const std::string& adapter) { return "adapter_" + adapter; }
+
+size_t find_adapter(const std::vector<Adapter>& adapters, const std::string& name, const char* what) {
+  std::string names;
+  for (size_t i = 0; i < adapters.size(); ++i) {
+    if (adapters[i].name == name) {
+      return i;
+    }
+    names += (i == 0 ? "" : ", ") + adapters[i].name;
+  }
+  TORCH_CHECK(false, what, ": no adapter is called '", name, "'; there are: ", names);
+}
+
+size_t check_known(const torch::jit::Module& adapters_module, const std::string& name, const char* what) {
+  std::vector<Adapter> named;
+  for (const c10::IValue& adapter : adapters_module.attr("names").toListRef()) {
+    named.push_back({adapter.toStringRef(), {}});
+  }
+  return find_adapter(named, name, what);
+}
+
+bool BankSlot::has_bank(const std::string& parameter) const {
+  const bool is_alone = gates.size() == 1 && !own.empty();
+  return !is_alone || !(own[0].parameters.count(parameter) || own[0].computed.count(parameter));
+}
+
+bool is_trained(const std::string& parameter, bool scaling_is_trained) {
+  static const std::set<std::string> kFixed = {"prefix_length", "present", "weight_norm", "fixed"};
+  return !kFixed.count(parameter) && (parameter != "scaling" || scaling_is_trained);
+}
+
+bool is_trained(const std::string& parameter, const PlannedModule& module) {
+  const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method);
+  if (!bottleneck) {
+    return is_trained(parameter, /*scaling_is_trained=*/false);
+  }
+  const bool is_bias = parameter == "down_bias" || parameter == "up_bias";
+  const bool is_absent = is_bias && bottleneck->config.phm_layer && !bottleneck->config.phm_bias;
+  return !is_absent && is_trained(parameter, bottleneck_form(bottleneck->config).scaling_is_trained);
+}
+
+std::set<std::string> computed_weights(const Adapter& adapter, const PlannedModule& module) {
+  if (!adapter.trainable) {
+    return {};
+  }
+  if (std::holds_alternative<PlannedPrefix>(module.method) && adapter.sources.count(module.location)) {
+    return {"prefix_key", "prefix_value"};
+  }
+  if (has_phm_factors(module, adapter.sources)) {
+    return {"down_weight", "up_weight"};
+  }
+  const auto* lora = std::get_if<PlannedLoRA>(&module.method);
+  return lora && lora_form(lora->config) == LoRAForm::kDora ? std::set<std::string>{"weight_norm"}
+                                                            : std::set<std::string>{};
+}
+
+std::vector<BankSlot> stack_banks(const std::vector<Adapter>& adapters) {
+  std::map<std::tuple<int64_t, int, std::string>, Members> groups;
+  for (size_t a = 0; a < adapters.size(); ++a) {
+    for (size_t m = 0; m < adapters[a].plan.size(); ++m) {
+      const PlannedModule& module = adapters[a].plan[m];
+      groups[{module.layer, order_of(module.slot), slot_name(adapters[a], module)}].emplace_back(a, m);
+    }
+  }
+  std::vector<BankSlot> slots;
+  for (const auto& [key, members] : groups) {
+    slots.push_back(stack_slot(adapters, members));
+  }
+  return slots;
+}
+
+std::vector<SlotRun> slot_runs(const std::vector<BankSlot>& slots, const Structure& structure) {
+  std::vector<SlotRun> runs;
+  for (size_t i = 0; i < structure.layers.size(); ++i) {
+    const Layer& layer = structure.layers[i];
+    for (size_t s = 0; s < slots.size(); ++s) {
+      if (slots[s].layer == layer.shares.value_or(layer.index)) {
+        runs.push_back({s, i});
+      }
+    }
+  }
+  return runs;
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,163 @@
+#include <torchgraft/patch/module/adapter_bank.h>
+
+#include <ATen/ATen.h>
+
+namespace torchgraft {
+namespace {
+
+using torch::jit::Module;
+
+// `gates` has one tensor [B, G] per inserted op, in the order of gate_layers, gate_locations and gate_counts.
+// Rows of an adapter are those that adapter_ids gives it, or all when it is the active one.
+constexpr const char* kMethods = R"python(
+def activate(self, name: str) -> None:
+    found = -1
+    for i in range(len(self.names)):
+        if self.names[i] == name:
+            found = i
+    assert found >= 0, "activate: no adapter is called '" + name + "'; there are: " + ", ".join(self.names)
+    self.active = found
+
+def deactivate(self) -> None:
+    self.active = -1
+
+def active_adapter(self) -> Optional[str]:
+    if self.active < 0:
+        return None
+    return self.names[self.active]
+
+def adapter_names(self) -> List[str]:
+    result: List[str] = []
+    for name in self.names:
+        result.append(name)
+    return result
+
+def adapter_config(self, name: str) -> str:
+    found = -1
+    for i in range(len(self.names)):
+        if self.names[i] == name:
+            found = i
+    assert found >= 0, "adapter_config: no adapter is called '" + name + "'; there are: " + ", ".join(self.names)
+    return self.configs[found]
+
+def collect_gates(self, gates: List[Tensor], adapter_ids: Optional[Tensor]) -> Dict[str, Dict[int, Dict[str, Tensor]]]:
+    result: Dict[str, Dict[int, Dict[str, Tensor]]] = {}
+    for a in range(len(self.names)):
+        present = a == self.active
+        rows: Optional[Tensor] = None
+        if adapter_ids is not None:
+            chosen = torch.nonzero(torch.eq(adapter_ids, a)).view(-1)
+            present = chosen.numel() > 0
+            rows = chosen
+        if present:
+            layers: Dict[int, Dict[str, Tensor]] = {}
+            for i in range(len(gates)):
+                count = self.gate_counts[i][a]
+                if count > 0:
+                    gate = gates[i].narrow(1, 0, count)
+                    if rows is not None:
+                        gate = gate.index_select(0, rows)
+                    layer = self.gate_layers[i]
+                    location = self.gate_locations[i]
+                    if layer not in layers:
+                        empty: Dict[str, Tensor] = {}
+                        layers[layer] = empty
+                    if location in layers[layer]:
+                        gate = torch.cat([layers[layer][location], gate], 1)
+                    layers[layer][location] = gate
+            result[self.names[a]] = layers
+    return result
+)python";
+
+Module child(Module& parent, const std::string& name, const std::string& class_name,
+             const std::shared_ptr<torch::jit::CompilationUnit>& unit) {
+  Module module(c10::QualifiedName("__torch__.torchgraft." + class_name), unit, /*shouldMangle=*/true);
+  module.register_attribute("training", c10::BoolType::get(), false);
+  parent.register_module(name, module);
+  return module;
+}
+
+// The child of that name, made if need be.
+Module child_once(Module& parent, const std::string& name, const std::string& class_name,
+                  const std::shared_ptr<torch::jit::CompilationUnit>& unit) {
+  return parent.hasattr(name) ? parent.attr(name).toModule() : child(parent, name, class_name, unit);
+}
+
+void register_own(Module& parent, const std::string& adapter, const std::map<std::string, at::Tensor>& parameters,
+                  const std::shared_ptr<torch::jit::CompilationUnit>& unit) {
+  Module own = child(parent, own_module_name(adapter), "TrainableAdapter", unit);
+  for (const auto& [name, tensor] : parameters) {
+    own.register_parameter(name, tensor.detach().set_requires_grad(true), /*is_buffer=*/false);
+  }
+}
+
+template <typename Value, typename Get>
+c10::IValue list_of(const std::vector<BankSlot>& slots, const std::vector<SlotRun>& runs, Get get) {
+  c10::List<Value> result;
+  for (const SlotRun& run : runs) {
+    result.push_back(get(slots[run.slot]));
+  }
+  return result;
+}
+
+}  // namespace
+
+Module make_adapters_module(const std::vector<Adapter>& adapters, const std::vector<BankSlot>& slots,
+                            const std::vector<SlotRun>& runs,
+                            const std::shared_ptr<torch::jit::CompilationUnit>& unit) {
+  Module root(c10::QualifiedName("__torch__.torchgraft.Adapters"), unit, /*shouldMangle=*/true);
+  root.register_attribute("training", c10::BoolType::get(), false);
+  c10::List<std::string> names;
+  c10::List<std::string> configs;
+  c10::List<bool> merged;
+  c10::List<bool> trainable;
+  for (const Adapter& adapter : adapters) {
+    names.push_back(adapter.name);
+    configs.push_back(config_to_json(adapter.config));
+    merged.push_back(adapter.merged);
+    trainable.push_back(adapter.trainable);
+  }
+  const auto strings = c10::ListType::ofStrings();
+  root.register_attribute("names", strings, names);
+  root.register_attribute("configs", strings, configs);
+  root.register_attribute("merged", c10::ListType::ofBools(), merged);
+  root.register_attribute("trainable", c10::ListType::ofBools(), trainable);
+  root.register_attribute("active", c10::IntType::get(), -1);
+  root.register_attribute("gate_layers", c10::ListType::ofInts(),
+                          list_of<int64_t>(slots, runs, [](const BankSlot& slot) { return slot.number; }));
+  root.register_attribute("gate_locations", strings,
+                          list_of<std::string>(slots, runs, [](const BankSlot& slot) { return slot.location; }));
+  root.register_attribute("gate_slots", strings, list_of<std::string>(slots, runs, [](const BankSlot& slot) {
+                            return "layer_" + std::to_string(slot.number) + "." + slot.name;
+                          }));
+  c10::List<c10::List<int64_t>> counts;
+  for (const SlotRun& run : runs) {
+    counts.push_back(c10::List<int64_t>(slots[run.slot].gates));
+  }
+  root.register_attribute("gate_counts", c10::ListType::create(c10::ListType::ofInts()), counts);
+
+  for (const BankSlot& slot : slots) {
+    const std::string layer_name = "layer_" + std::to_string(slot.number);
+    Module layer = child_once(root, layer_name, "AdapterLayer", unit);
+    Module module = child(layer, slot.name, "AdapterSlot", unit);
+    for (const auto& [name, tensor] : slot.parameters) {
+      if (slot.has_bank(name)) {
+        const bool is_buffer = !is_trained(name, slot.form.scaling_is_trained);
+        module.register_parameter(name, tensor.detach().set_requires_grad(false), is_buffer);
+      }
+    }
+    for (const OwnWeights& own : slot.own) {
+      register_own(module, own.name, own.parameters, unit);
+    }
+  }
+  for (const Adapter& adapter : adapters) {
+    for (const auto& [place, weights] : adapter.sources) {
+      Module container = child_once(root, place + kSourceSuffix, "WeightSources", unit);
+      register_own(container, adapter.name, weights, unit);
+    }
+  }
+  root.define(kMethods);
+  return root;
+}
+
+}  // namespace torchgraft

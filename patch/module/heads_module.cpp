@@ -1,0 +1,222 @@
+#include <torchgraft/patch/module/heads_module.h>
+
+#include <torchgraft/patch/insert/activation_source.h>
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <set>
+
+namespace torchgraft {
+namespace {
+
+using torch::jit::Module;
+
+const std::vector<std::string> kWeights = {"dense_weight", "dense_bias", "out_weight", "out_bias"};
+
+constexpr const char* kMethods = R"python(
+def pooled(self, hidden: Tensor, token_mask: Optional[Tensor], adapter: int) -> Tensor:
+    how = self.pooling[adapter]
+    if how == "none":
+        return hidden
+    if how == "first":
+        return hidden.select(1, 0)
+    if token_mask is None:
+        if how == "mean":
+            return hidden.mean(1)
+        return hidden.select(1, -1)
+    keep = token_mask.ne(0)
+    if how == "mean":
+        total = hidden.masked_fill(torch.logical_not(keep).unsqueeze(-1), 0.0).sum(1)
+        return total / keep.sum(1).clamp(min=1).unsqueeze(-1).to(hidden.dtype)
+    positions = torch.arange(hidden.size(1), device=hidden.device)
+    last = torch.where(keep, positions, torch.zeros_like(positions)).amax([1])
+    return hidden.gather(1, last.view(-1, 1, 1).expand(-1, 1, hidden.size(2))).squeeze(1)
+
+def logits_of(self, hidden: Tensor, token_mask: Optional[Tensor], adapter: int) -> Tensor:
+    assert self.labels[adapter] > 0, "forward_with_head: the adapter '" + self.names[adapter] + "' has no head"
+    x = self.pooled(hidden, token_mask, adapter)
+    dense_weight = self.dense_weight_of(adapter)
+    dense_bias = self.dense_bias_of(adapter)
+    for layer in range(self.layers[adapter] - 1):
+        x = torch.dropout(x, self.dropout[adapter], self.training)
+        x = self.activation(torch.linear(x, dense_weight[layer], dense_bias[layer]), adapter)
+    x = torch.dropout(x, self.dropout[adapter], self.training)
+    labels = self.labels[adapter]
+    weight = self.out_weight_of(adapter).narrow(0, 0, labels)
+    return torch.linear(x, weight, self.out_bias_of(adapter).narrow(0, 0, labels))
+
+def logits(self, hidden: Tensor, token_mask: Optional[Tensor], adapter_ids: Optional[Tensor], active: int) -> Tensor:
+    assert hidden.dim() == 3, "forward_with_head: expected the module's result to be hidden states [B, S, H], it has " + \
+        str(hidden.dim()) + " dimensions"
+    if token_mask is not None:
+        assert token_mask.dim() == 2 and token_mask.size(1) == hidden.size(1), \
+            "forward_with_head: the argument that is the heads' token mask (add_head's token_mask) has the shape " + \
+            str(token_mask.size()) + ", where the hidden states are " + str(hidden.size()) + ": expected [B, S]; name " \
+            "another argument"
+    if adapter_ids is None:
+        assert active >= 0, "forward_with_head: no adapter is active"
+        return self.logits_of(hidden, token_mask, active)
+    assert bool(adapter_ids.ge(0).all()), "forward_with_head: a row of the base model (adapter_ids -1) has no head"
+    most = max(self.labels)
+    result: Optional[Tensor] = None
+    for adapter in range(len(self.names)):
+        rows = torch.nonzero(torch.eq(adapter_ids, adapter)).view(-1)
+        if rows.numel() > 0:
+            mask: Optional[Tensor] = None
+            if token_mask is not None:
+                mask = token_mask.index_select(0, rows)
+            own = self.logits_of(hidden.index_select(0, rows), mask, adapter)
+            own = torch.constant_pad_nd(own, [0, most - own.size(-1)], float("-inf"))
+            if result is None:
+                result = torch.zeros([hidden.size(0)] + list(own.size())[1:], dtype=own.dtype, device=own.device)
+            assert result.dim() == own.dim(), \
+                "forward_with_head: heads with a result per row and per token cannot share a batch"
+            result = result.index_copy(0, rows, own)
+    if result is None:
+        return torch.zeros([0, most], dtype=hidden.dtype, device=hidden.device)
+    return result
+)python";
+
+bool has_head(const Adapter& adapter) { return adapter.head.has_value(); }
+
+// [N, ...], each row as large as the largest.
+at::Tensor stack(const std::vector<Adapter>& adapters, const std::string& name) {
+  std::vector<int64_t> sizes;
+  at::TensorOptions options;
+  for (const Adapter& adapter : adapters) {
+    if (has_head(adapter)) {
+      const at::Tensor& weight = adapter.head->weights.at(name);
+      options = weight.options().requires_grad(false);
+      sizes.resize(weight.dim(), 0);
+      for (int64_t i = 0; i < weight.dim(); ++i) {
+        sizes[i] = std::max(sizes[i], weight.size(i));
+      }
+    }
+  }
+  sizes.insert(sizes.begin(), static_cast<int64_t>(adapters.size()));
+  at::Tensor bank = at::zeros(sizes, options);
+  for (size_t a = 0; a < adapters.size(); ++a) {
+    if (has_head(adapters[a]) && !adapters[a].trainable) {
+      const at::Tensor& weight = adapters[a].head->weights.at(name);
+      at::Tensor row = bank[static_cast<int64_t>(a)];
+      for (int64_t i = 0; i < weight.dim(); ++i) {
+        row = row.narrow(i, 0, weight.size(i));
+      }
+      row.copy_(weight.detach());
+    }
+  }
+  return bank;
+}
+
+void register_own(Module& heads, const Adapter& adapter, const std::shared_ptr<torch::jit::CompilationUnit>& unit) {
+  Module own(c10::QualifiedName("__torch__.torchgraft.TrainableHead"), unit, /*shouldMangle=*/true);
+  own.register_attribute("training", c10::BoolType::get(), false);
+  for (const std::string& name : kWeights) {
+    const at::Tensor weight = adapter.head->weights.at(name).detach().clone();
+    const bool learned = is_learned(adapter.head->config, name) && weight.numel() > 0;
+    own.register_parameter(name, weight.set_requires_grad(learned), /*is_buffer=*/!learned);
+  }
+  heads.register_module(own_module_name(adapter.name), own);
+}
+
+void register_fields(Module& heads, const std::vector<Adapter>& adapters) {
+  c10::List<std::string> names, configs, activations, pooling;
+  c10::List<int64_t> labels, layers;
+  c10::List<double> dropout;
+  for (const Adapter& adapter : adapters) {
+    const HeadConfig config = adapter.head ? adapter.head->config : HeadConfig{};
+    names.push_back(adapter.name);
+    configs.push_back(adapter.head ? head_config_to_json(config) : "");
+    activations.push_back(config.activation_function.value_or("linear"));
+    pooling.push_back(config.head_type == "tagging" ? "none" : config.pooling);
+    labels.push_back(adapter.head ? config.num_labels : 0);
+    layers.push_back(config.layers);
+    dropout.push_back(adapter.trainable ? config.dropout_prob.value_or(0.0) : 0.0);
+  }
+  heads.register_attribute("names", c10::ListType::ofStrings(), names);
+  heads.register_attribute("configs", c10::ListType::ofStrings(), configs);
+  heads.register_attribute("activations", c10::ListType::ofStrings(), activations);
+  heads.register_attribute("pooling", c10::ListType::ofStrings(), pooling);
+  heads.register_attribute("labels", c10::ListType::ofInts(), labels);
+  heads.register_attribute("layers", c10::ListType::ofInts(), layers);
+  heads.register_attribute("dropout", c10::ListType::ofFloats(), dropout);
+}
+
+// Methods whose text depends on the adapters: a weight of one of them, and the non-linearities that they use.
+std::string accessors(const std::vector<Adapter>& adapters) {
+  std::string source;
+  for (const std::string& name : kWeights) {
+    source += "\ndef " + name + "_of(self, adapter: int) -> Tensor:\n";
+    for (size_t a = 0; a < adapters.size(); ++a) {
+      if (has_head(adapters[a]) && adapters[a].trainable) {
+        source += "    if adapter == " + std::to_string(a) + ":\n        return self." +
+                  own_module_name(adapters[a].name) + "." + name + "\n";
+      }
+    }
+    source += "    return self." + name + ".select(0, adapter)\n";
+  }
+  std::set<std::string> activations;
+  for (const Adapter& adapter : adapters) {
+    if (has_head(adapter) && adapter.head->config.activation_function) {
+      activations.insert(*adapter.head->config.activation_function);
+    }
+  }
+  source += "\ndef activation(self, inner: Tensor, adapter: int) -> Tensor:\n    name = self.activations[adapter]\n";
+  for (const std::string& name : activations) {
+    source += "    if name == \"" + name + "\":\n        return " + activation_source(name) + "\n";
+  }
+  return source + "    return inner\n";
+}
+
+}  // namespace
+
+bool is_learned(const HeadConfig& config, const std::string& name) { return config.bias || name != "out_bias"; }
+
+void add_heads(Module& adapters_module, const std::vector<Adapter>& adapters,
+               const std::shared_ptr<torch::jit::CompilationUnit>& unit) {
+  if (std::none_of(adapters.begin(), adapters.end(), has_head)) {
+    return;
+  }
+  at::NoGradGuard no_grad;
+  Module heads(c10::QualifiedName("__torch__.torchgraft.Heads"), unit, /*shouldMangle=*/true);
+  heads.register_attribute("training", c10::BoolType::get(), false);
+  register_fields(heads, adapters);
+  for (const std::string& name : kWeights) {
+    heads.register_parameter(name, stack(adapters, name), /*is_buffer=*/false);
+  }
+  for (const Adapter& adapter : adapters) {
+    if (has_head(adapter) && adapter.trainable) {
+      register_own(heads, adapter, unit);
+    }
+  }
+  heads.define(accessors(adapters) + kMethods);
+  adapters_module.register_module("heads", heads);
+}
+
+void read_heads(const Module& adapters_module, std::vector<Adapter>& adapters) {
+  if (!adapters_module.hasattr("heads")) {
+    return;
+  }
+  const Module heads = adapters_module.attr("heads").toModule();
+  const auto configs = heads.attr("configs").toListRef();
+  for (size_t a = 0; a < adapters.size(); ++a) {
+    if (configs[a].toStringRef().empty()) {
+      continue;
+    }
+    Head head{head_config_from_json(configs[a].toStringRef()), {}};
+    const std::string own = own_module_name(adapters[a].name);
+    for (const std::string& name : kWeights) {
+      if (heads.hasattr(own)) {
+        head.weights[name] = heads.attr(own).toModule().attr(name).toTensor().detach().clone();
+        continue;
+      }
+      at::Tensor row = heads.attr(name).toTensor().detach()[static_cast<int64_t>(a)];
+      const int64_t first = name.starts_with("dense_") ? head.config.layers - 1 : head.config.num_labels;
+      head.weights[name] = row.narrow(0, 0, first).clone();
+    }
+    adapters[a].head = std::move(head);
+  }
+}
+
+}  // namespace torchgraft

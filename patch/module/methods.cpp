@@ -1,0 +1,306 @@
+#include <torchgraft/patch/module/methods.h>
+
+#include <torchgraft/patch/canonicalise/inline_calls.h>
+#include <torchgraft/patch/graph/graph_utils.h>
+
+#include <torch/csrc/jit/api/function_impl.h>
+#include <torch/csrc/jit/ir/constants.h>
+
+#include <algorithm>
+#include <map>
+#include <set>
+
+namespace torchgraft {
+namespace {
+
+using c10::Argument;
+using c10::FunctionSchema;
+using torch::jit::Block;
+using torch::jit::Function;
+using torch::jit::Graph;
+using torch::jit::Module;
+using torch::jit::Node;
+using torch::jit::Value;
+using torch::jit::WithInsertPoint;
+
+constexpr const char* kBase = "base_forward";
+constexpr const char* kGrafted = "grafted_forward";
+
+constexpr const char* kDelegates = R"python(
+def activate(self, name: str) -> None:
+    self.adapters.activate(name)
+
+def deactivate(self) -> None:
+    self.adapters.deactivate()
+
+def active_adapter(self) -> Optional[str]:
+    return self.adapters.active_adapter()
+
+def adapter_names(self) -> List[str]:
+    return self.adapters.adapter_names()
+
+def adapter_config(self, name: str) -> str:
+    return self.adapters.adapter_config(name)
+)python";
+
+constexpr const char* kWithHead = "forward_with_head";  // where there are heads
+
+const std::vector<std::string> kAddedMethods = {"forward",        "forward_with_gates", kBase,
+                                                kGrafted,         "activate",           "deactivate",
+                                                "active_adapter", "adapter_names",      "adapter_config"};
+
+Function& add_method(Module& module, const std::string& name, const std::shared_ptr<Graph>& graph,
+                     std::vector<Argument> arguments, std::vector<Argument> returns) {
+  const auto unit = module._ivalue()->compilation_unit();
+  const c10::QualifiedName qualified(*module.type()->name(), name);
+  Function* function = unit->create_function(qualified, graph);
+  module.type()->addMethod(function);
+  function->setSchema(FunctionSchema(name, "", std::move(arguments), std::move(returns)));
+  return *function;
+}
+
+std::vector<Argument> with_adapter_ids(const FunctionSchema& schema) {
+  std::vector<Argument> arguments = schema.arguments();
+  arguments.emplace_back("adapter_ids", c10::OptionalType::ofTensor(), std::nullopt, c10::IValue());
+  return arguments;
+}
+
+// Out of the class and out of its compilation unit, so that the name is free again.
+void remove_method(Module& module, const std::string& name) {
+  const c10::QualifiedName qualified(*module.type()->name(), name);
+  module.type()->unsafeRemoveMethod(name);
+  module._ivalue()->compilation_unit()->unsafeRemoveMethod(qualified);
+}
+
+// A graph with the inputs of `schema` (whose first is self) and adapter_ids.
+std::shared_ptr<Graph> graph_for(const Module& module, const std::vector<Argument>& arguments) {
+  auto graph = std::make_shared<Graph>();
+  for (const Argument& argument : arguments) {
+    const bool is_self = graph->inputs().empty();
+    graph->addInput(argument.name())->setType(is_self ? c10::TypePtr(module.type()) : argument.type());
+  }
+  return graph;
+}
+
+Value* insert_method_call(Graph& graph, const Function& method, at::ArrayRef<Value*> inputs,
+                          const c10::TypePtr& result) {
+  Node* call = graph.create(c10::prim::CallMethod, inputs, 1);
+  call->s_(c10::attr::name, method.name());
+  call->output()->setType(result);
+  return graph.insertNode(call)->output();
+}
+
+struct GraftedCall {
+  Value* result = nullptr;
+  Value* gates = nullptr;
+};
+
+GraftedCall insert_grafted_call(Graph& graph, const Function& grafted, const c10::TypePtr& pair_type) {
+  Value* pair = insert_method_call(graph, grafted, graph.inputs(), pair_type);
+  Node* unpack = graph.insertNode(graph.createTupleUnpack(pair));
+  return {unpack->outputs()[0], unpack->outputs()[1]};
+}
+
+void add_forward(Module& module, const Function& base, const Function& grafted, const c10::TypePtr& pair_type,
+                 const FunctionSchema& schema) {
+  const auto arguments = with_adapter_ids(schema);
+  const auto graph = graph_for(module, arguments);
+  WithInsertPoint guard(graph->return_node());
+  Value* adapters = graph->insertGetAttr(graph->inputs()[0], "adapters");
+  Value* active = graph->insertGetAttr(adapters, "active");
+  Value* inactive = graph->insert(c10::aten::lt, {active, 0});
+  Value* no_ids = graph->insert(c10::aten::__is__, {graph->inputs().back(), graph->insertConstant(c10::IValue())});
+  Value* use_base = graph->insert(c10::aten::__and__, {inactive, no_ids});
+  Node* branch = graph->insertNode(graph->create(c10::prim::If, {use_base}, 1));
+  const c10::TypePtr result_type = schema.returns()[0].type();
+  {
+    WithInsertPoint inner(branch->addBlock());
+    const auto base_inputs = graph->inputs().slice(0, graph->inputs().size() - 1);
+    branch->blocks()[0]->registerOutput(insert_method_call(*graph, base, base_inputs, result_type));
+  }
+  {
+    WithInsertPoint inner(branch->addBlock());
+    branch->blocks()[1]->registerOutput(insert_grafted_call(*graph, grafted, pair_type).result);
+  }
+  graph->registerOutput(branch->output()->setType(result_type));
+  add_method(module, "forward", graph, arguments, schema.returns());
+}
+
+void add_forward_with_gates(Module& module, const Function& grafted, const c10::TypePtr& pair_type,
+                            const FunctionSchema& schema) {
+  const auto arguments = with_adapter_ids(schema);
+  const auto graph = graph_for(module, arguments);
+  WithInsertPoint guard(graph->return_node());
+  const GraftedCall call = insert_grafted_call(*graph, grafted, pair_type);
+  Value* adapters = graph->insertGetAttr(graph->inputs()[0], "adapters");
+  const Function& collect = module.attr("adapters").toModule().type()->getMethod("collect_gates");
+  const c10::TypePtr gates_type = collect.getSchema().returns()[0].type();
+  Value* gates = insert_method_call(*graph, collect, {adapters, call.gates, graph->inputs().back()}, gates_type);
+  Value* pair = graph->insertNode(graph->createTuple({call.result, gates}))->output();
+  graph->registerOutput(pair);
+  add_method(module, "forward_with_gates", graph, arguments, {Argument("", pair->type())});
+}
+
+// The last hidden states among what forward returns.
+Value* hidden_states(Graph& graph, Value* result) {
+  if (result->type()->cast<c10::TupleType>()) {
+    Node* unpack = graph.insertNode(graph.createTupleUnpack(result));
+    const auto outputs = unpack->outputs();
+    const auto first = std::find_if(outputs.begin(), outputs.end(), [](Value* output) { return is_tensor(output); });
+    TORCH_CHECK(first != outputs.end(), "add_head: the module's forward returns a tuple without a Tensor");
+    return *first;
+  }
+  if (result->type()->cast<c10::DictType>()) {
+    return graph.insert(c10::aten::__getitem__, {result, "last_hidden_state"});
+  }
+  TORCH_CHECK(is_tensor(result), "add_head: the module's forward returns ", result->type()->repr_str(),
+              "; a head needs a Tensor, a tuple with one, or a dict with \"last_hidden_state\"");
+  return result;
+}
+
+void add_forward_with_head(Module& module, const Function& grafted, const c10::TypePtr& pair_type,
+                           const FunctionSchema& schema, const HeadInputs& inputs) {
+  const auto arguments = with_adapter_ids(schema);
+  const auto graph = graph_for(module, arguments);
+  WithInsertPoint guard(graph->return_node());
+  Value* hidden = hidden_states(*graph, insert_grafted_call(*graph, grafted, pair_type).result);
+  hidden = inputs.sequence_first ? graph->insert(c10::aten::transpose, {hidden, 0, 1}) : hidden;
+  Value* mask = nullptr;
+  for (size_t i = 1; i < arguments.size(); ++i) {
+    mask = arguments[i].name() == inputs.token_mask ? graph->inputs()[i] : mask;
+  }
+  mask = mask ? mask : graph->insertConstant(c10::IValue());
+  Value* adapters = graph->insertGetAttr(graph->inputs()[0], "adapters");
+  const Function& logits = module.attr("adapters").toModule().attr("heads").toModule().type()->getMethod("logits");
+  Value* result = insert_method_call(*graph, logits,
+                                     {graph->insertGetAttr(adapters, "heads"), hidden, mask, graph->inputs().back(),
+                                      graph->insertGetAttr(adapters, "active")},
+                                     c10::TensorType::get());
+  graph->registerOutput(result);
+  add_method(module, kWithHead, graph, arguments, {Argument("", result->type())});
+}
+
+// Calls of `self.forward` from the module's other methods: `adapter_ids` is given as None, or taken away again.
+void retarget_callers(const Module& module, bool add_argument) {
+  for (Function* method : module.type()->methods()) {
+    auto* function = torch::jit::tryToGraphFunction(*method);
+    const std::string& name = method->name();
+    if (!function || name == kBase || name == kGrafted || name == "forward" || name == "forward_with_gates" ||
+        name == kWithHead) {
+      continue;
+    }
+    for_each_node(function->graph()->block(), [&](Node* node) {
+      const bool calls_forward = node->kind() == c10::prim::CallMethod && node->s(c10::attr::name) == "forward" &&
+                                 node->input(0)->type() == module.type();
+      if (!calls_forward) {
+        return;
+      }
+      if (add_argument) {
+        WithInsertPoint guard(node);
+        node->addInput(node->owningGraph()->insertConstant(c10::IValue()));
+      } else {
+        node->removeInput(node->inputs().size() - 1);
+      }
+    });
+  }
+}
+
+}  // namespace
+
+namespace {
+
+using MethodId = std::pair<const c10::ClassType*, std::string>;
+
+bool takes_module(const Function& method) {
+  const auto& arguments = method.getSchema().arguments();
+  return std::any_of(arguments.begin() + 1, arguments.end(),
+                     [](const Argument& argument) { return argument.type()->is_module(); });
+}
+
+bool calls_one_of(Function& method, const std::set<MethodId>& methods) {
+  auto* function = torch::jit::tryToGraphFunction(method);
+  bool found = false;
+  if (function) {
+    for_each_node(function->graph()->block(), [&](Node* node) {
+      const auto type =
+          node->kind() == c10::prim::CallMethod ? node->input(0)->type()->cast<c10::ClassType>() : nullptr;
+      found = found || (type && methods.count({type.get(), node->s(c10::attr::name)}));
+    });
+  }
+  return found;
+}
+
+}  // namespace
+
+void inline_module_arguments(Module& module) {
+  std::map<MethodId, Module> broken;
+  std::set<MethodId> ids;
+  for (size_t before = ids.size() + 1; before != ids.size();) {  // callers of what is broken are broken
+    before = ids.size();
+    for (const Module& inner : module.modules()) {
+      for (Function* method : inner.type()->methods()) {
+        if (takes_module(*method) || calls_one_of(*method, ids)) {
+          const MethodId id(inner.type().get(), method->name());
+          ids.insert(id);
+          broken.emplace(id, inner);
+        }
+      }
+    }
+  }
+  const MethodId forward(module.type().get(), "forward");
+  if (!ids.count(forward)) {
+    return;
+  }
+  const FunctionSchema schema = module.get_method("forward").function().getSchema();
+  const auto graph = module.get_method("forward").graph()->copy();
+  inline_calls(graph, [](Node*) { return false; });
+  for (auto& [id, inner] : broken) {
+    remove_method(inner, id.second);
+  }
+  add_method(module, "forward", graph, schema.arguments(), schema.returns());
+}
+
+bool is_grafted(const Module& module) { return module.hasattr("adapters") && module.find_method(kGrafted).has_value(); }
+
+void add_methods(Module& module, const std::shared_ptr<Graph>& grafted_graph, const HeadInputs& heads) {
+  const Function& forward = module.get_method("forward").function();
+  const FunctionSchema schema = forward.getSchema();
+  const auto base_graph = torch::jit::toGraphFunction(const_cast<Function&>(forward)).graph();
+  std::vector<std::string> names = kAddedMethods;
+  names.push_back(kWithHead);
+  for (const std::string& name : names) {
+    TORCH_CHECK(name == "forward" || !module.find_method(name), "graft: the module already has a method '", name,
+                "', which a grafted module needs for itself; rename it before scripting");
+  }
+  remove_method(module, "forward");
+  const Function& base = add_method(module, kBase, base_graph, schema.arguments(), schema.returns());
+
+  const c10::TypePtr pair_type = grafted_graph->outputs()[0]->type();
+  const Function& grafted =
+      add_method(module, kGrafted, grafted_graph, with_adapter_ids(schema), {Argument("", pair_type)});
+  add_forward(module, base, grafted, pair_type, schema);
+  add_forward_with_gates(module, grafted, pair_type, schema);
+  if (module.attr("adapters").toModule().hasattr("heads")) {
+    add_forward_with_head(module, grafted, pair_type, schema, heads);
+  }
+  module.define(kDelegates);
+  retarget_callers(module, /*add_argument=*/true);
+}
+
+void remove_methods(Module& module) {
+  const Function& base = module.get_method(kBase).function();
+  const FunctionSchema schema = base.getSchema();
+  const auto graph = torch::jit::toGraphFunction(const_cast<Function&>(base)).graph();
+  retarget_callers(module, /*add_argument=*/false);
+  for (const std::string& name : kAddedMethods) {
+    remove_method(module, name);
+  }
+  if (module.find_method(kWithHead)) {
+    remove_method(module, kWithHead);
+  }
+  add_method(module, "forward", graph, schema.arguments(), schema.returns());
+  module._ivalue()->unsafeRemoveAttr("adapters");
+  module.type()->unsafeRemoveAttribute("adapters");
+}
+
+}  // namespace torchgraft

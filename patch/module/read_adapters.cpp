@@ -1,0 +1,165 @@
+#include <torchgraft/patch/module/adapter_bank.h>
+#include <torchgraft/plan/phm.h>
+#include <torchgraft/plan/prefix_mlp.h>
+#include <torchgraft/plan/reparametrisation.h>
+
+#include <ATen/ATen.h>
+
+#include <cstring>
+#include <set>
+#include <tuple>
+
+// The inverse of stack_banks and make_adapters_module.
+namespace torchgraft {
+namespace {
+
+// The shapes of one adapter's weights at one place, without the bank dimension.
+std::map<std::string, std::vector<int64_t>> shapes_of(const PlannedModule& module) {
+  std::map<std::string, std::vector<int64_t>> shapes;
+  int64_t gates = 0;
+  int64_t gate_features = 0;
+  if (const auto* lora = std::get_if<PlannedLoRA>(&module.method)) {
+    shapes = {{"lora_a", {lora->config.r, lora->in_features}},
+              {"lora_b", {lora->out_features, lora->config.r}},
+              {"scaling", {}}};
+    if (lora_form(lora->config) == LoRAForm::kScale) {
+      shapes.erase("lora_a");
+    } else if (lora_form(lora->config) == LoRAForm::kDora) {
+      for (const char* name : {"magnitude", "weight_norm", "fixed"}) {
+        shapes[name] = {lora->out_features};
+      }
+    }
+    gates = lora->config.use_gating;
+    gate_features = lora->in_features;
+  } else if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method)) {
+    const int64_t hidden = bottleneck->hidden_size;
+    const int64_t size = bottleneck->bottleneck_size;
+    const auto* kind = std::get_if<std::string>(&bottleneck->config.scaling);
+    shapes = {{"down_weight", {size, hidden}},
+              {"down_bias", {size}},
+              {"up_weight", {hidden, size}},
+              {"up_bias", {hidden}},
+              {"scaling", {kind && *kind == "channel" ? hidden : 1}}};
+    for (const std::string& norm : own_norms(bottleneck->config)) {
+      shapes[norm + "_weight"] = {hidden};
+      shapes[norm + "_bias"] = {hidden};
+    }
+    gates = bottleneck->config.use_gating;
+    gate_features = hidden;
+  } else {
+    const auto& prefix = std::get<PlannedPrefix>(module.method);
+    const std::vector<int64_t> shape = {prefix.num_kv_heads, prefix.config.prefix_length, prefix.head_dim};
+    shapes = {{"prefix_key", shape}, {"prefix_value", shape}};
+    gates = prefix.config.use_gating ? (prefix.config.shared_gating ? 1 : 2) : 0;
+    gate_features = prefix.hidden_size;
+  }
+  if (gates > 0) {
+    shapes["gate_weight"] = {gates, gate_features};
+    shapes["gate_bias"] = {gates};
+  }
+  return shapes;
+}
+
+// The weights of one adapter at one place: its own, else cut out of the bank (the inverse of stack_parameter).
+ModuleWeights unstack(const torch::jit::Module& slot, const Adapter& adapter, size_t index,
+                      const PlannedModule& module) {
+  const std::string own_name = own_module_name(adapter.name);
+  const std::optional<torch::jit::Module> own =
+      slot.hasattr(own_name) ? std::optional(slot.attr(own_name).toModule()) : std::nullopt;
+  const std::set<std::string> computed = computed_weights(adapter, module);
+  ModuleWeights weights;
+  for (const auto& [name, shape] : shapes_of(module)) {
+    if (own && own->hasattr(name)) {
+      weights[name] = own->attr(name).toTensor().detach().clone();
+      continue;
+    }
+    if (computed.count(name)) {
+      continue;  // compute_weights, and for the norms of DoRA complete_dora
+    }
+    at::Tensor row = slot.attr(name).toTensor().detach()[static_cast<int64_t>(index)];
+    for (size_t i = 0; i < shape.size(); ++i) {
+      row = row.narrow(static_cast<int64_t>(i), 0, shape[i]);
+    }
+    weights[name] = row.clone();
+  }
+  return weights;
+}
+
+AdapterWeights read_weights(const torch::jit::Module& adapters_module, const Adapter& adapter, size_t index) {
+  AdapterWeights weights;
+  for (const PlannedModule& module : adapter.plan) {
+    const auto layer = adapters_module.attr("layer_" + std::to_string(module.number)).toModule();
+    weights.push_back(unstack(layer.attr(slot_name(adapter, module)).toModule(), adapter, index, module));
+  }
+  return weights;
+}
+
+// What a trainable adapter's weights are computed from.
+Reparametrisation read_sources(const torch::jit::Module& adapters_module, const std::string& adapter) {
+  Reparametrisation sources;
+  const std::string own_name = own_module_name(adapter);
+  for (const auto& child : adapters_module.named_children()) {
+    if (!child.name.ends_with(kSourceSuffix) || !child.value.hasattr(own_name)) {
+      continue;
+    }
+    const std::string place = child.name.substr(0, child.name.size() - std::strlen(kSourceSuffix));
+    for (const auto& parameter : child.value.attr(own_name).toModule().named_parameters()) {
+      sources[place][parameter.name] = parameter.value.detach().clone();
+    }
+  }
+  return sources;
+}
+
+// The weights that the sources make now, computed in float32 or wider whatever the module's type.
+void compute_weights(Adapter& adapter) {
+  if (adapter.sources.empty()) {
+    return;
+  }
+  const at::ScalarType dtype = adapter.sources.begin()->second.begin()->second.scalar_type();
+  const Reparametrisation sources = converted(adapter.sources, c10::promoteTypes(dtype, at::kFloat));
+  std::map<std::string, at::Tensor> ejected;  // by location
+  for (size_t m = 0; m < adapter.plan.size(); ++m) {
+    const PlannedModule& module = adapter.plan[m];
+    ModuleWeights& weights = adapter.weights[m];
+    if (has_phm_factors(module, sources)) {
+      for (const auto& [name, weight] : phm_weights(module, sources)) {
+        weights[name] = weight.to(dtype);
+      }
+      continue;
+    }
+    const auto* prefix = std::get_if<PlannedPrefix>(&module.method);
+    const auto mlp = sources.find(module.location);
+    if (!prefix || mlp == sources.end()) {
+      continue;
+    }
+    at::Tensor& states = ejected[mlp->first];
+    states = states.defined() ? states : eject(mlp->second, prefix->config.non_linearity).to(dtype);
+    std::tie(weights["prefix_key"], weights["prefix_value"]) = prefix_of_layer(states, *prefix);
+  }
+}
+
+}  // namespace
+
+AdapterWeights read_row(const torch::jit::Module& adapters_module, size_t row, const Plan& plan) {
+  return read_weights(adapters_module, {"", {}, plan}, row);
+}
+
+std::vector<Adapter> read_adapters(const torch::jit::Module& adapters_module, const Structure& structure) {
+  std::vector<Adapter> adapters;
+  const auto names = adapters_module.attr("names").toListRef();
+  const auto configs = adapters_module.attr("configs").toListRef();
+  const bool has_merged = adapters_module.hasattr("merged");  // files of 0.1.0 have no such list
+  for (size_t a = 0; a < names.size(); ++a) {
+    Adapter adapter{names[a].toStringRef(), config_from_json(configs[a].toStringRef())};
+    adapter.plan = make_plan(structure, adapter.config);
+    adapter.merged = has_merged && adapters_module.attr("merged").toBoolList()[a];
+    adapter.trainable = adapters_module.hasattr("trainable") && adapters_module.attr("trainable").toBoolList()[a];
+    adapter.sources = read_sources(adapters_module, adapter.name);
+    adapter.weights = read_weights(adapters_module, adapter, a);
+    compute_weights(adapter);
+    adapters.push_back(std::move(adapter));
+  }
+  return adapters;
+}
+
+}  // namespace torchgraft

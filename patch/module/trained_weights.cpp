@@ -1,0 +1,176 @@
+#include <torchgraft/patch/module/trained_weights.h>
+
+#include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/insert/activation_source.h>
+#include <torchgraft/patch/sites/base_weight.h>
+#include <torchgraft/plan/phm.h>
+
+namespace torchgraft {
+
+using torch::jit::Value;
+using torch::jit::WithInsertPoint;
+
+namespace {
+
+// As eject() in plan/prefix_mlp.h. The result is [P, 2 L, h, d]: keys of layer i at 2 i, values at 2 i + 1.
+std::string mlp_source(const std::string& non_linearity) {
+  return R"python(
+def prefix_states(embeddings: Tensor, down_weight: Tensor, down_bias: Tensor, up_weight: Tensor, up_bias: Tensor,
+                  parts: int, heads: int) -> Tensor:
+    inner = torch.linear(embeddings, down_weight, down_bias)
+    states = torch.linear()python" +
+         activation_source(non_linearity) + R"python(, up_weight, up_bias)
+    return states.view(embeddings.size(0), parts, heads, -1)
+)python";
+}
+
+}  // namespace
+
+Value* TrainedWeights::dropped(Value* value, double p) {
+  return p == 0.0 ? value : graph_.insert(c10::aten::dropout, {value, p, graph_.insertGetAttr(adapters_, "training")});
+}
+
+// What weights are computed from.
+Value* TrainedWeights::source(const OwnWeights& own, const std::string& place, const std::string& name) {
+  Value* container = graph_.insertGetAttr(adapters_, place + kSourceSuffix);
+  return graph_.insertGetAttr(graph_.insertGetAttr(container, own_module_name(own.name)), name);
+}
+
+// The library drops each row's keys and values by themselves; here the rows of a batch share what is dropped.
+Value* TrainedWeights::prefix_states(const OwnWeights& own) {
+  Value*& states = states_[{own.name, own.module.location}];
+  if (states) {
+    return states;
+  }
+  const auto& prefix = std::get<PlannedPrefix>(own.module.method);
+  std::vector<Value*> inputs;
+  for (const char* name : {"embeddings", "down_weight", "down_bias", "up_weight", "up_bias"}) {
+    inputs.push_back(source(own, own.module.location, name));
+  }
+  inputs.push_back(graph_.insertConstant(2 * prefix.group_size));
+  inputs.push_back(graph_.insertConstant(prefix.num_kv_heads));
+  const auto body = compile_graph(mlp_source(prefix.config.non_linearity), "prefix_states");
+  states = dropped(torch::jit::insertGraph(graph_, *body, inputs)[0], prefix.config.dropout);
+  return states;
+}
+
+// [h, P, d]
+Value* TrainedWeights::prefix_of_layer(const OwnWeights& own, bool is_value) {
+  const auto& prefix = std::get<PlannedPrefix>(own.module.method);
+  Value* part = graph_.insert(c10::aten::select, {prefix_states(own), 1, 2 * prefix.group_index + is_value});
+  return graph_.insert(c10::aten::transpose, {part, 0, 1});
+}
+
+// [out, in], of plan/phm.h; sum over i of kron(rules[i], blocks[i]) is one product of [n n, n] and [n, in / n out / n].
+Value* TrainedWeights::phm_weight(const OwnWeights& own, const std::string& side) {
+  const auto& bottleneck = std::get<PlannedBottleneck>(own.module.method);
+  const BnConfig& config = bottleneck.config;
+  const auto factor = [&](const std::string& name, bool shared) {
+    const PhmPlace place = phm_place(own.module, side, name, shared);
+    return source(own, place.source, place.name);
+  };
+  const auto whole = [&](const std::string& name, bool is_product, bool shared) {
+    return is_product ? graph_.insert(c10::aten::bmm, {factor(name + "_left", shared), factor(name + "_right", shared)})
+                      : factor(name, shared);
+  };
+  static const auto body = compile_graph(R"python(
+def phm_weight(rules: Tensor, blocks: Tensor) -> Tensor:
+    n, rows, columns = blocks.size(0), blocks.size(1), blocks.size(2)
+    products = torch.matmul(rules.reshape(n, n * n).t(), blocks.reshape(n, rows * columns))
+    return products.view(n, n, rows, columns).permute(1, 3, 0, 2).reshape(n * columns, n * rows)
+)python",
+                                         "phm_weight");
+  Value* rules = whole("phm_rule", config.factorized_phm_rule, config.shared_phm_rule);
+  Value* blocks = whole("W", config.factorized_phm_W, config.shared_W_phm);
+  return torch::jit::insertGraph(graph_, *body, {rules, blocks})[0];
+}
+
+// [out]: the norms of the rows of W + B A, as in patch/dora.cpp.
+Value* TrainedWeights::weight_norm(const BankSlot& slot, const OwnWeights& own, Value* slot_module) {
+  const auto& lora = std::get<PlannedLoRA>(own.module.method);
+  const LinearSite& site = *lora_site(sites_.layers.at(sites_.structure.position(slot.layer)), slot.slot);
+  Value* weight = insert_rows(graph_, base_weight(site, root_), site, lora.out_features);
+  Value* module = graph_.insertGetAttr(slot_module, own_module_name(own.name));
+  Value* a = graph_.insertGetAttr(module, "lora_a");
+  Value* b = graph_.insertGetAttr(module, "lora_b");
+  Value* updated = graph_.insert(c10::aten::add, {weight, graph_.insert(c10::aten::matmul, {b, a})});
+  const std::vector<int64_t> of_rows = {1};
+  Value* norm = graph_.insert(c10::aten::linalg_vector_norm, {updated, 2, of_rows});
+  return graph_.insert(c10::aten::type_as, {norm, b});
+}
+
+// A weight that the adapter computes from others (computed_weights).
+Value* TrainedWeights::computed_row(const BankSlot& slot, const OwnWeights& own, const std::string& name,
+                                    Value* slot_module) {
+  if (name == "weight_norm") {
+    return weight_norm(slot, own, slot_module);
+  }
+  if (std::holds_alternative<PlannedBottleneck>(own.module.method)) {
+    return phm_weight(own, name == "down_weight" ? "down" : "up");
+  }
+  return prefix_of_layer(own, name == "prefix_value");
+}
+
+Value* TrainedWeights::padded(Value* row, at::IntArrayRef sizes, at::IntArrayRef wanted, const std::string& name) {
+  std::vector<int64_t> padding;  // from the last dimension on
+  std::vector<int64_t> broadcast;
+  for (size_t i = wanted.size(); i-- > 0;) {
+    padding.push_back(0);
+    padding.push_back(broadcasts(name, static_cast<int64_t>(i)) ? 0 : wanted[i] - sizes[i]);
+  }
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    broadcast.push_back(broadcasts(name, static_cast<int64_t>(i)) ? wanted[i] : -1);
+  }
+  if (std::any_of(padding.begin(), padding.end(), [](int64_t size) { return size != 0; })) {
+    row = graph_.insert(c10::aten::constant_pad_nd, {row, padding});
+  }
+  return sizes == wanted ? row : graph_.insert(c10::aten::expand, {row, broadcast});
+}
+
+Value* TrainedWeights::own_row(const BankSlot& slot, const OwnWeights& own, const std::string& name,
+                               Value* slot_module) {
+  const auto wanted = slot.parameters.at(name).sizes().slice(1);
+  Value* row = nullptr;
+  std::vector<int64_t> sizes;
+  if (own.computed.count(name)) {
+    row = computed_row(slot, own, name, slot_module);
+    sizes = own.computed.at(name);
+  } else if (const auto found = own.parameters.find(name); found != own.parameters.end()) {
+    row = graph_.insertGetAttr(graph_.insertGetAttr(slot_module, own_module_name(own.name)), name);
+    sizes = found->second.sizes().vec();
+    const auto* prefix = std::get_if<PlannedPrefix>(&own.module.method);
+    row = prefix && name.starts_with("prefix_") ? dropped(row, prefix->config.dropout) : row;
+  }
+  return row ? graph_.insert(c10::aten::unsqueeze, {padded(row, sizes, wanted, name), 0}) : nullptr;
+}
+
+Value* TrainedWeights::bank(const BankSlot& slot, const std::string& name) {
+  const std::string layer = "layer_" + std::to_string(slot.number);
+  Value*& bank = banks_[{layer + "." + slot.name, name}];
+  if (bank) {
+    return bank;
+  }
+  WithInsertPoint guard(end_);
+  Value* module = graph_.insertGetAttr(graph_.insertGetAttr(adapters_, layer), slot.name);
+  bank = slot.has_bank(name) ? graph_.insertGetAttr(module, name) : nullptr;
+  const int64_t adapters = slot.parameters.at(name).size(0);
+  for (const OwnWeights& own : slot.own) {
+    Value* row = own_row(slot, own, name, module);
+    if (!row) {
+      continue;
+    }
+    if (!bank) {
+      bank = row;
+      continue;
+    }
+    const auto index = static_cast<int64_t>(own.adapter);
+    Value* before = graph_.insert(c10::aten::narrow, {bank, 0, 0, index});
+    Value* behind = graph_.insert(c10::aten::narrow, {bank, 0, index + 1, adapters - index - 1});
+    Value* rows = graph_.insertNode(graph_.createList(c10::TensorType::get(), {before, row, behind}))->output();
+    bank = graph_.insert(c10::aten::cat, {rows, 0});
+  }
+  TORCH_INTERNAL_ASSERT(bank, "nobody has ", name, " at ", slot.name);
+  return bank;
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,178 @@
+#include <torchgraft/patch/pool/pool_banks.h>
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+
+namespace torchgraft {
+namespace {
+
+using torch::jit::Module;
+
+std::string slot_path(const PlannedModule& module) {
+  return "layer_" + std::to_string(module.number) + "." + slot_name(module);
+}
+
+// [capacity, ...] without any adapter, shaped as `bank` is otherwise.
+at::Tensor empty_bank(const std::string& name, const at::Tensor& bank, int64_t capacity) {
+  std::vector<int64_t> sizes = bank.sizes().vec();
+  sizes[0] = capacity;
+  return at::full(sizes, missing_value(name), bank.options().requires_grad(false));
+}
+
+template <typename Value>
+c10::List<Value> repeated(int64_t count, const Value& value) {
+  c10::List<Value> list;
+  for (int64_t i = 0; i < count; ++i) {
+    list.push_back(value);
+  }
+  return list;
+}
+
+// One adapter of each configuration, so that build() finds out what the banks must hold.
+std::vector<Adapter> templates(const std::vector<AdapterConfig>& room, const Foundation& foundation) {
+  std::vector<Adapter> result;
+  for (const AdapterConfig& config : room) {
+    const AdapterSpec spec{"room_" + std::to_string(result.size()), config, std::nullopt, ""};
+    result.push_back(make_adapter(spec, foundation.sites.structure, foundation.weights));
+  }
+  return result;
+}
+
+}  // namespace
+
+PoolBanks::PoolBanks(Foundation foundation, std::vector<AdapterConfig> room, int64_t capacity, int64_t max_row_bytes)
+    : room_(std::move(room)) {
+  foundation.adapters = templates(room_, foundation);
+  module_ = build(std::move(foundation), /*active=*/"");
+  module_.eval();
+  if (max_row_bytes > 0) {
+    check_row_bytes(max_row_bytes);
+  }
+  collect_slots(capacity);
+}
+
+// Before `capacity` rows are allocated.
+void PoolBanks::check_row_bytes(int64_t limit) const {
+  int64_t bytes = 0;
+  for (const auto& bank : module_.attr("adapters").toModule().named_attributes(/*recurse=*/true)) {
+    if (bank.value.isTensor()) {
+      const at::Tensor& tensor = bank.value.toTensor();
+      bytes += static_cast<int64_t>(tensor.nbytes()) / std::max<int64_t>(tensor.size(0), 1);
+    }
+  }
+  TORCH_CHECK(bytes <= limit, "AdapterPool: expected adapters of at most ", limit, " bytes each, rows for these need ",
+              bytes);
+}
+
+void PoolBanks::collect_slots(int64_t capacity) {
+  Module root = module_.attr("adapters").toModule();
+  for (const auto& layer : root.named_children()) {
+    for (auto slot : layer.value.named_children()) {
+      Slot& kept = slots_.emplace_back(Slot{layer.name + "." + slot.name, {}});
+      for (const auto& attribute : slot.value.named_attributes(/*recurse=*/false)) {
+        if (attribute.value.isTensor()) {
+          const at::Tensor bank = empty_bank(attribute.name, attribute.value.toTensor(), capacity);
+          slot.value.setattr(attribute.name, bank);
+          kept.parameters[attribute.name] = bank;
+        }
+      }
+    }
+  }
+  root.setattr("names", repeated<std::string>(capacity, ""));
+  root.setattr("configs", repeated<std::string>(capacity, ""));
+  root.setattr("merged", repeated<bool>(capacity, false));
+  root.setattr("trainable", repeated<bool>(capacity, false));
+  c10::List<c10::List<int64_t>> counts;
+  for (size_t run = 0; run < root.attr("gate_slots").toListRef().size(); ++run) {
+    counts.push_back(repeated<int64_t>(capacity, 0));
+  }
+  root.setattr("gate_counts", counts);
+}
+
+std::string PoolBanks::misfit(const Adapter& adapter) const {
+  for (size_t m = 0; m < adapter.plan.size(); ++m) {
+    const std::string path = slot_path(adapter.plan[m]);
+    const auto slot =
+        std::find_if(slots_.begin(), slots_.end(), [&](const Slot& candidate) { return candidate.path == path; });
+    if (slot == slots_.end()) {
+      return "no bank for " + path;
+    }
+    for (const auto& [name, value] : adapter.weights[m]) {
+      const auto bank = slot->parameters.find(name);
+      if (bank == slot->parameters.end()) {
+        return "no " + name + " in the bank of " + path;
+      }
+      const auto room = bank->second.sizes().slice(1);
+      for (size_t i = 0; i < room.size(); ++i) {
+        const int64_t size = static_cast<int64_t>(i) < value.dim() ? value.size(static_cast<int64_t>(i)) : 1;
+        if (broadcasts(name, static_cast<int64_t>(i)) ? size != room[i] && size != 1 : size > room[i]) {
+          return c10::str("no room for ", name, " ", value.sizes(), " in the bank of ", path, ", which has ", room);
+        }
+      }
+    }
+  }
+  return "";
+}
+
+// A parameter is put together beside the bank and then copied over the whole row: nothing of the adapter that was there
+// before is left, whatever its ranks. weights: null when the adapter has none here.
+void PoolBanks::write_slot(const Slot& slot, int64_t row, const ModuleWeights* weights) {
+  for (const auto& [name, bank] : slot.parameters) {
+    const at::Tensor target = bank.select(0, row);
+    at::Tensor value = at::full(target.sizes(), missing_value(name), target.options());
+    if (name == "present") {
+      value.fill_(weights != nullptr);
+    } else if (name == "prefix_length") {
+      value.fill_(weights ? weights->at("prefix_key").size(1) : 0);
+    } else if (weights && weights->count(name)) {
+      write_parameter(value, name, weights->at(name));
+    }
+    target.copy_(value);
+  }
+}
+
+void PoolBanks::write(int64_t row, const Adapter& adapter) {
+  at::NoGradGuard no_grad;
+  TORCH_INTERNAL_ASSERT(misfit(adapter).empty(), misfit(adapter));
+  std::map<std::string, size_t> places;
+  for (size_t m = 0; m < adapter.plan.size(); ++m) {
+    places[slot_path(adapter.plan[m])] = m;
+  }
+  const auto weights_at = [&](const std::string& path) {
+    const auto place = places.find(path);
+    return place == places.end() ? nullptr : &adapter.weights[place->second];
+  };
+  for (const Slot& slot : slots_) {
+    write_slot(slot, row, weights_at(slot.path));
+  }
+  // Elements of lists that forward_with_gates reads for the rows of its batch only: who runs another row reads none of
+  // what changes here.
+  const Module root = module_.attr("adapters").toModule();
+  root.attr("names").toList().set(row, adapter.name);
+  root.attr("configs").toList().set(row, config_to_json(adapter.config));
+  root.attr("merged").toBoolList().set(row, adapter.merged);
+  const auto slots = root.attr("gate_slots").toListRef();
+  const auto counts = root.attr("gate_counts").toList();
+  for (size_t run = 0; run < slots.size(); ++run) {
+    const ModuleWeights* weights = weights_at(slots[run].toStringRef());
+    const bool gated = weights && weights->count("gate_bias");
+    counts.get(run).toIntList().set(row, gated ? weights->at("gate_bias").size(0) : 0);
+  }
+}
+
+AdapterWeights PoolBanks::read(int64_t row, const Plan& plan) const {
+  return read_row(module_.attr("adapters").toModule(), static_cast<size_t>(row), plan);
+}
+
+int64_t PoolBanks::row_bytes() const {
+  int64_t bytes = 0;
+  for (const Slot& slot : slots_) {
+    for (const auto& [name, bank] : slot.parameters) {
+      bytes += static_cast<int64_t>(bank.nbytes()) / bank.size(0);
+    }
+  }
+  return bytes;
+}
+
+}  // namespace torchgraft

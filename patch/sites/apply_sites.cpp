@@ -1,0 +1,166 @@
+#include <torchgraft/patch/sites/apply_sites.h>
+
+#include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/sites/site_finder.h>
+
+#include <map>
+#include <set>
+
+namespace torchgraft {
+
+using torch::jit::Node;
+using torch::jit::Value;
+
+namespace {
+
+std::string entry_name(const Layer& layer) { return "sites: the entry with index " + std::to_string(layer.index); }
+
+void check_same_sizes(const Layer& wanted, const Layer& found) {
+  const auto check = [&](const char* field, int64_t given, int64_t actual) {
+    TORCH_CHECK(given == actual, entry_name(wanted), ": \"", field, "\" is ", given, ", but the model's is ", actual,
+                "; sizes cannot be edited");
+  };
+  check("num_heads", wanted.num_heads, found.num_heads);
+  check("num_kv_heads", wanted.num_kv_heads, found.num_kv_heads);
+  check("head_dim", wanted.head_dim, found.head_dim);
+  check("hidden_size", wanted.hidden_size, found.hidden_size);
+}
+
+bool is_same(const std::optional<Projection>& a, const std::optional<Projection>& b) {
+  return a && b && a->path == b->path && a->offset == b->offset && a->out_features == b->out_features;
+}
+
+}  // namespace
+
+// The linear map whose weight has this path.
+Node* SiteFinder::linear_at(const std::string& path, const std::string& what) {
+  std::vector<Node*> found;
+  std::set<std::string> near;
+  const auto parent = [](const std::string& p) { return p.substr(0, p.find_last_of('.')); };
+  for (Node* node : graph_.nodes()) {
+    if (!is_aten(node, {"linear"})) {
+      continue;
+    }
+    const std::string other = path_of(node);
+    if (other == path) {
+      found.push_back(node);
+    } else if (parent(other) == parent(path) || parent(parent(other)) == parent(parent(path))) {
+      near.insert(other);
+    }
+  }
+  TORCH_CHECK(!found.empty(), what, ": the model has no linear map '", path, "'",
+              near.empty() ? "" : "; nearby are: ", c10::Join(", ", near));
+  TORCH_CHECK(found.size() == 1, what, ": the linear map '", path, "' runs ", found.size(),
+              " times; it cannot be named for one of them");
+  return found.front();
+}
+
+LinearSite SiteFinder::site_at(const Projection& wanted, const std::string& what) {
+  LinearSite site{linear_at(wanted.path, what)};
+  const Projection whole = describe(site.node);
+  TORCH_CHECK(whole.in_features == wanted.in_features && wanted.offset >= whole.offset &&
+                  wanted.offset + wanted.out_features <= whole.offset + whole.out_features,
+              what, ": '", wanted.path, "' has ", whole.in_features, " inputs and ", whole.out_features,
+              " columns; the entry says ", wanted.in_features, " inputs and columns ", wanted.offset, " to ",
+              wanted.offset + wanted.out_features);
+  TORCH_CHECK(layout_of(site.node->input(0), site.sequence_first), what, ": the input of '", wanted.path,
+              "' is not of shape [batch, tokens, features] (or tokens first)");
+  site.offset = wanted.offset - whole.offset;
+  site.width = wanted.out_features;
+  site.is_part = wanted.out_features != whole.out_features;
+  return site;
+}
+
+void SiteFinder::apply_residual(const Layer& wanted, const char* field, bool has_one, NormOrder order,
+                                const LinearSite* behind, const LinearSite& in, std::optional<ResidualSite>& site) {
+  const std::string what = entry_name(wanted) + ": \"" + field + "\"";
+  if (!has_one) {
+    site.reset();
+    return;
+  }
+  if (!site && behind) {
+    site = find_residual(behind->node->output(), in.node->input(0));
+  }
+  TORCH_CHECK(site, what, " is true, but no residual add is found there");
+  Node* norm = norm_after(site->sum->output());
+  TORCH_CHECK(order != NormOrder::kPost || norm, what,
+              ": the norm order says \"post\", but no norm alone reads the sum");
+  site->norm = order == NormOrder::kPost ? norm : nullptr;
+}
+
+void SiteFinder::apply(const Layer& wanted, Layer& layer, LayerSites& sites) {
+  check_same_sizes(wanted, layer);
+  if (const auto query = shapes_.shape(sites.attention->input(0))) {
+    batch_ = query->front();
+  }
+  const auto place = [&](const char* role, const std::optional<Projection>& given, std::optional<Projection>& known,
+                         std::optional<LinearSite>& site) {
+    if (given && !is_same(given, known)) {
+      site = site_at(*given, entry_name(wanted) + ": \"" + role + "\"");
+    } else if (!given) {
+      site.reset();
+    }
+    const bool moved = !is_same(given, known);
+    known = given;
+    return moved;
+  };
+  const auto place_in_attention = [&](const char* role, const std::optional<Projection>& given,
+                                      std::optional<Projection>& known, LinearSite& site) {
+    std::optional<LinearSite> held = site;
+    place(role, given, known, held);
+    site = held.value_or(site);  // prefixes read its input also when it is closed to LoRA
+  };
+  place_in_attention("query", wanted.query, layer.query, sites.query);
+  place_in_attention("key", wanted.key, layer.key, sites.key);
+  place_in_attention("value", wanted.value, layer.value, sites.value);
+  if (place("output", wanted.output, layer.output, sites.output)) {
+    sites.attention_residual.reset();
+  }
+  place("ffn_in", wanted.ffn_in, layer.ffn_in, sites.ffn_in);
+  place("ffn_gate", wanted.ffn_gate, layer.ffn_gate, sites.ffn_gate);
+  if (place("ffn_out", wanted.ffn_out, layer.ffn_out, sites.ffn_out)) {
+    sites.ffn_residual.reset();
+  }
+  apply_residual(wanted, "attention_residual", wanted.has_attention_residual, wanted.norm_order,
+                 sites.output ? &*sites.output : nullptr, sites.query, sites.attention_residual);
+  apply_residual(wanted, "ffn_residual", wanted.has_ffn_residual, wanted.ffn_norm_order,
+                 sites.ffn_out ? &*sites.ffn_out : nullptr, sites.ffn_in ? *sites.ffn_in : sites.query,
+                 sites.ffn_residual);
+  layer.kind = wanted.kind;
+  layer.number = wanted.number;
+  layer.shares = wanted.shares;
+  layer.norm_order = wanted.norm_order;
+  layer.ffn_norm_order = wanted.ffn_norm_order;
+  layer.has_attention_residual = wanted.has_attention_residual;
+  layer.has_ffn_residual = wanted.has_ffn_residual;
+}
+
+GraphSites apply_sites(const GraphSites& detected, const Structure& wanted, const CanonicalGraph& canonical,
+                       const torch::jit::Module& module) {
+  SiteFinder finder(canonical, module);
+  GraphSites result;
+  result.result_is_sequence_first = detected.result_is_sequence_first;
+  result.structure.near_misses = detected.structure.near_misses;
+  std::set<int64_t> seen;
+  for (const Layer& entry : wanted.layers) {
+    TORCH_CHECK(entry.index < static_cast<int64_t>(detected.layers.size()), entry_name(entry), ": the model has ",
+                detected.layers.size(), " attentions, counted from 0");
+    TORCH_CHECK(seen.insert(entry.index).second, entry_name(entry), " is there twice");
+    Layer layer = detected.structure.layers[entry.index];
+    LayerSites sites = detected.layers[entry.index];
+    finder.apply(entry, layer, sites);
+    result.structure.layers.push_back(std::move(layer));
+    result.layers.push_back(std::move(sites));
+  }
+  // Of the runs of a layer, the first that is left stands for it.
+  std::map<int64_t, int64_t> stands_for;
+  for (Layer& layer : result.structure.layers) {
+    if (layer.shares && !seen.count(*layer.shares)) {
+      const auto [first, is_new] = stands_for.emplace(*layer.shares, layer.index);
+      layer.shares = is_new ? std::nullopt : std::optional(first->second);
+    }
+  }
+  return result;
+}
+
+}  // namespace torchgraft

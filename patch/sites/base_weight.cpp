@@ -1,0 +1,53 @@
+#include <torchgraft/patch/sites/base_weight.h>
+
+#include <ATen/ATen.h>
+
+#include <sstream>
+
+namespace torchgraft {
+namespace {
+
+using torch::jit::Node;
+using torch::jit::Value;
+
+// Whether `weight`, [out, in] as a linear reads it, is stored as [in, out].
+bool is_stored_transposed(const Value* weight) {
+  bool result = false;
+  for (const Node* node = weight->node(); is_layout(node) || is_aten(node, {"t", "numpy_T"});
+       node = node->input(0)->node()) {
+    result = result != is_aten(node, {"t", "numpy_T", "transpose", "permute"});
+  }
+  return result;
+}
+
+}  // namespace
+
+at::Tensor BaseWeight::rows(const at::Tensor& whole, const LinearSite& site, int64_t out_features) const {
+  const at::Tensor as_read = is_transposed ? whole.t() : whole;
+  return as_read.narrow(0, first_row + (site.is_part ? site.offset : 0), out_features);
+}
+
+BaseWeight base_weight(const LinearSite& site, const torch::jit::Module& module) {
+  const WeightSource source = weight_source(site.node->input(1), module);
+  return {source.tensor, source.path, is_stored_transposed(site.node->input(1)), source.first_row};
+}
+
+Value* insert_rows(torch::jit::Graph& graph, const BaseWeight& weight, const LinearSite& site, int64_t out_features) {
+  Value* rows = nullptr;
+  if (weight.path.empty()) {
+    rows = graph.insertConstant(weight.tensor);
+  } else {
+    rows = graph.inputs()[0];
+    std::istringstream path(weight.path);
+    for (std::string name; std::getline(path, name, '.');) {
+      rows = graph.insertGetAttr(rows, name);
+    }
+  }
+  if (weight.is_transposed) {
+    rows = graph.insert(c10::aten::t, {rows});
+  }
+  const int64_t first = weight.first_row + (site.is_part ? site.offset : 0);
+  return graph.insert(c10::aten::narrow, {rows, 0, first, out_features});
+}
+
+}  // namespace torchgraft

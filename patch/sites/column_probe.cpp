@@ -1,0 +1,168 @@
+#include <torchgraft/patch/sites/column_probe.h>
+
+#include <torchgraft/patch/graph/graph_utils.h>
+
+#include <ATen/ATen.h>
+#include <torch/csrc/jit/ir/constants.h>
+
+#include <algorithm>
+
+namespace torchgraft {
+namespace {
+
+using torch::jit::Node;
+using torch::jit::Value;
+
+// Ops that move elements about; whether they are executed decides what arrives where.
+bool moves_elements(const Node* node) {
+  return is_aten(node, {"view",         "reshape",  "_unsafe_view", "flatten", "unflatten",
+                        "transpose",    "swapaxes", "permute",      "movedim", "unsqueeze",
+                        "squeeze",      "chunk",    "split",        "unbind",  "split_with_sizes",
+                        "tensor_split", "select",   "slice",        "narrow",  "cat",
+                        "concat",       "stack",    "expand",       "repeat",  "repeat_interleave",
+                        "flip",         "t",        "contiguous"});
+}
+
+class Probe {
+ public:
+  Probe(Node* linear, SymbolicShapes& shapes) : linear_(linear), shapes_(shapes) {}
+
+  at::Tensor tensor(Value* value);
+
+ private:
+  c10::IValue evaluate(Value* value);
+  c10::IValue run(Node* node, size_t output);
+  bool splits_unknown_size(const Node* node);
+  std::vector<int64_t> concrete(const Shape& shape);
+  int64_t concrete(const Dim& dim);
+
+  Node* linear_;
+  SymbolicShapes& shapes_;
+  std::map<int, int64_t> sizes_;  // of the symbols
+  std::map<Value*, c10::IValue> known_;
+};
+
+int64_t Probe::concrete(const Dim& dim) {
+  int64_t result = dim.factor;
+  for (const int symbol : dim.symbols) {
+    // Small sizes of which none is 1, which would broadcast.
+    result *= sizes_.try_emplace(symbol, static_cast<int64_t>(sizes_.size()) + 2).first->second;
+  }
+  return result;
+}
+
+std::vector<int64_t> Probe::concrete(const Shape& shape) {
+  std::vector<int64_t> result;
+  for (const Dim& dim : shape) {
+    result.push_back(concrete(dim));
+  }
+  return result;
+}
+
+at::Tensor Probe::tensor(Value* value) {
+  const c10::IValue result = evaluate(value);
+  return result.isTensor() ? result.toTensor() : at::Tensor();
+}
+
+// Whether `node` takes apart a dimension of unknown size, such as the tokens in those with and without rotary
+// positions: sizes that were guessed need not add up, and columns are the same in every piece.
+bool Probe::splits_unknown_size(const Node* node) {
+  if (!is_aten(node, {"split_with_sizes", "split"}) || node->input(1)->node()->kind() != c10::prim::ListConstruct) {
+    return false;
+  }
+  const auto shape = shapes_.shape(node->input(0));
+  const auto dim = shape ? position(node->input(2), shape->size()) : std::nullopt;
+  return dim && !(*shape)[*dim].is_constant();
+}
+
+// None stands for what cannot be known.
+c10::IValue Probe::evaluate(Value* value) {
+  if (const auto known = known_.find(value); known != known_.end()) {
+    return known->second;
+  }
+  c10::IValue result;
+  Node* node = value->node();
+  if (value == linear_->output()) {
+    if (const auto shape = shapes_.shape(value)) {
+      const auto sizes = concrete(*shape);
+      result = at::arange(sizes.back()).expand(sizes).contiguous();
+    }
+  } else if (const auto constant = resolve_constant(value)) {
+    result = *constant;
+  } else if (value->type()->kind() == c10::TypeKind::IntType) {
+    result = concrete(shapes_.integer(value));
+  } else {
+    result = run(node, value->offset());
+  }
+  known_[value] = result;
+  return result;
+}
+
+c10::IValue Probe::run(Node* node, size_t output) {
+  if (node->kind() == c10::prim::If) {
+    return evaluate(node->blocks()[0]->outputs()[output]);
+  }
+  if (node->kind() == c10::prim::ListConstruct) {
+    const bool of_ints = node->output()->type()->expectRef<c10::ListType>().getElementType() == c10::IntType::get();
+    std::vector<int64_t> integers;
+    std::vector<at::Tensor> tensors;
+    for (Value* item : node->inputs()) {
+      if (of_ints) {
+        integers.push_back(concrete(shapes_.integer(item)));
+      } else if (tensors.push_back(tensor(item)); !tensors.back().defined()) {
+        return {};
+      }
+    }
+    return of_ints ? c10::IValue(integers) : c10::IValue(tensors);
+  }
+  if (node->kind() == c10::prim::ListUnpack || node->kind() == c10::aten::__getitem__) {
+    const c10::IValue list = evaluate(node->input(0));
+    int64_t index = static_cast<int64_t>(output);
+    if (node->kind() == c10::aten::__getitem__) {
+      index = constant_int(node->input(1)).value_or(-1);
+    }
+    const bool inside = list.isTensorList() && index >= 0 && index < static_cast<int64_t>(list.toTensorList().size());
+    return inside ? c10::IValue(list.toTensorList().get(index)) : c10::IValue();
+  }
+  if (splits_unknown_size(node)) {
+    const at::Tensor whole = tensor(node->input(0));
+    const auto pieces = static_cast<int64_t>(node->input(1)->node()->inputs().size());
+    return whole.defined() ? c10::IValue(whole.tensor_split(pieces, *constant_int(node->input(2)))) : c10::IValue();
+  }
+  if (moves_elements(node)) {
+    torch::jit::Stack stack;
+    for (Value* input : node->inputs()) {
+      stack.push_back(evaluate(input));
+      if (stack.back().isNone() && !is_none(input)) {
+        return {};
+      }
+    }
+    node->getOperation()(stack);
+    return stack.empty() ? c10::IValue() : stack.front();
+  }
+  for (Value* input : node->inputs()) {
+    const auto linears = is_tensor(input) ? nearest_linears(input) : std::vector<Node*>();
+    if (std::find(linears.begin(), linears.end(), linear_) != linears.end()) {
+      return evaluate(input);
+    }
+  }
+  return {};
+}
+
+}  // namespace
+
+std::optional<std::vector<int64_t>> columns_reaching(Value* heads, Node* linear, SymbolicShapes& shapes) {
+  at::Tensor arrived;
+  try {
+    arrived = Probe(linear, shapes).tensor(heads);
+  } catch (const c10::Error&) {  // a size that was guessed does not fit: nothing is known then
+    return std::nullopt;
+  }
+  if (!arrived.defined() || arrived.dim() != 4) {
+    return std::nullopt;
+  }
+  const at::Tensor columns = arrived.select(2, 0).select(0, 0).reshape(-1).to(at::kLong).contiguous();
+  return std::vector<int64_t>(columns.data_ptr<int64_t>(), columns.data_ptr<int64_t>() + columns.numel());
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,165 @@
+#include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/sites/site_finder.h>
+
+#include <algorithm>
+
+namespace torchgraft {
+
+using torch::jit::Node;
+using torch::jit::Value;
+
+bool is_norm(const Node* node) { return is_aten(node, {"layer_norm", "rms_norm"}); }
+
+std::vector<Value*> streams_of(Value* input) {
+  std::vector<Value*> result = {strip_passive(input)};
+  if (is_norm(result.front()->node())) {
+    result.push_back(strip_passive(result.front()->node()->input(0)));
+  }
+  return result;
+}
+
+NormOrder norm_order(Value* input, Value* residual) {
+  const auto streams = streams_of(input);
+  residual = strip_passive(residual);
+  if (residual == streams.front()) {
+    return NormOrder::kPost;
+  }
+  return residual == streams.back() ? NormOrder::kPre : NormOrder::kNone;
+}
+
+Node* norm_after(Value* sum) {
+  const auto uses = data_uses(sum);
+  const bool alone = uses.size() == 1 && is_norm(uses[0].user) && uses[0].offset == 0;
+  return alone ? uses[0].user : nullptr;
+}
+
+namespace {
+
+// The node of the graph's own block that `node` is, or is inside of.
+Node* top_level_node(Node* node) {
+  while (Node* owner = node->owningBlock()->owningNode()) {
+    if (owner->kind() == c10::prim::Return || owner->kind() == c10::prim::Param) {
+      break;
+    }
+    node = owner;
+  }
+  return node;
+}
+
+// The one node at the top level that reads `value`, and at which input; a branch (stochastic depth in training) may
+// read it many times.
+std::optional<torch::jit::Use> only_reader(Value* value) {
+  const auto uses = data_uses(value);
+  if (uses.empty()) {
+    return std::nullopt;
+  }
+  Node* reader = top_level_node(uses[0].user);
+  for (const auto& use : uses) {
+    if (top_level_node(use.user) != reader) {
+      return std::nullopt;
+    }
+  }
+  const bool direct = uses[0].user == reader;
+  if (direct && uses.size() > 1) {
+    return std::nullopt;
+  }
+  return torch::jit::Use(reader, direct ? uses[0].offset : 0);
+}
+
+bool is_tensor_add(const Node* node) {
+  return is_aten(node, {"add"}) && has_unit_alpha(node) && is_tensor(node->input(0)) && is_tensor(node->input(1));
+}
+
+// The one of `streams` that `operand` is, or is a sum with: x + attention(x) in x + attention(x) + feed_forward(x).
+// Null when it is neither.
+Value* stream_in(Value* operand, const std::vector<Value*>& streams) {
+  if (std::find(streams.begin(), streams.end(), strip_passive(operand)) != streams.end()) {
+    return operand;
+  }
+  Node* add = operand->node();
+  if (!is_tensor_add(add)) {
+    return nullptr;
+  }
+  Value* found = stream_in(add->input(0), streams);
+  return found ? found : stream_in(add->input(1), streams);
+}
+
+}  // namespace
+
+// Multiplication by something that does not depend on the input: layer scale, a residual multiplier.
+bool SiteFinder::is_scale(const Node* node, const Value* scaled) {
+  if (!is_aten(node, {"mul", "div"}) || node->inputs().size() < 2) {
+    return false;
+  }
+  Value* factor = const_cast<Value*>(node->input(node->input(0) == scaled ? 1 : 0));
+  return constant_double(factor).has_value() || resolve_tensor(strip_layout(factor), module_).defined();
+}
+
+// The add that `branch` flows into, through dropout, norms, scales and rearrangements. The other operand is the
+// residual stream when it is what the block has read; where two blocks add to one stream (parallel attention and
+// feed-forward) the stream is a part of that operand, or comes in at a later add.
+std::optional<ResidualSite> SiteFinder::find_residual(Value* branch, Value* block_input) {
+  for (auto reader = only_reader(branch);; reader = only_reader(branch)) {
+    if (!reader) {
+      return std::nullopt;
+    }
+    Node* node = reader->user;
+    const bool passes = is_layout(node) || is_aten(node, {"dropout"}) || is_norm(node) || is_scale(node, branch) ||
+                        (node->kind() == c10::prim::If && node->outputs().size() == 1);
+    if (is_tensor_add(node)) {
+      break;
+    }
+    if (!passes || node->outputs().size() != 1) {
+      return std::nullopt;
+    }
+    branch = node->output();
+  }
+  const auto first = only_reader(branch);
+  ResidualSite site;
+  site.add = first->user;
+  site.branch_operand = first->offset;
+  site.sum = site.add;
+  site.residual = site.add->input(1 - site.branch_operand);
+  const auto streams = streams_of(block_input);
+  Value* stream = stream_in(site.residual, streams);
+  for (Node* add = site.add; !stream;) {
+    const auto next = only_reader(add->output());
+    if (!next || !is_tensor_add(next->user)) {  // no stream that the block has read: the nearest add is its residual
+      site.sum = site.add;
+      stream = site.residual;
+      break;
+    }
+    add = next->user;
+    site.sum = add;
+    stream = stream_in(add->input(1 - next->offset), streams);
+  }
+  site.residual = stream;
+  if (!layout_of(site.sum->output(), site.sequence_first)) {
+    return std::nullopt;
+  }
+  return site;
+}
+
+void SiteFinder::find_attention_residual(Layer& layer, LayerSites& sites) {
+  sites.output = linear_behind(sites.attention->output(), /*through_any_op=*/false);
+  if (!sites.output) {
+    layer.notes.push_back("no output projection follows the attention");
+    return;
+  }
+  layer.output = describe(sites.output->node);
+  Value* input = sites.query.node->input(0);
+  sites.attention_residual = find_residual(sites.output->node->output(), input);
+  if (!sites.attention_residual) {
+    layer.notes.push_back("no residual add follows " + layer.output->path);
+    return;
+  }
+  ResidualSite& residual = *sites.attention_residual;
+  layer.has_attention_residual = true;
+  layer.norm_order = norm_order(input, residual.residual);
+  residual.norm = layer.norm_order == NormOrder::kPost ? norm_after(residual.sum->output()) : nullptr;
+  if (!residual.norm && layer.norm_order == NormOrder::kPost) {
+    layer.norm_order = NormOrder::kNone;
+  }
+}
+
+}  // namespace torchgraft

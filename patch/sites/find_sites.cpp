@@ -1,0 +1,213 @@
+#include <torchgraft/patch/sites/find_sites.h>
+
+#include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/sites/site_finder.h>
+
+#include <map>
+#include <unordered_set>
+
+namespace torchgraft {
+namespace {
+
+using torch::jit::Block;
+using torch::jit::Module;
+using torch::jit::Node;
+using torch::jit::Value;
+
+// The attentions that `value` is computed from.
+std::unordered_set<const Node*> attentions_behind(Value* value) {
+  std::unordered_set<const Node*> attentions;
+  std::unordered_set<const Value*> seen = {value};
+  std::vector<Value*> frontier = {value};
+  for (size_t i = 0; i < frontier.size(); ++i) {
+    Node* node = frontier[i]->node();
+    if (is_aten(node, {"scaled_dot_product_attention"})) {
+      attentions.insert(node);
+    }
+    std::vector<Value*> sources(node->inputs().begin(), node->inputs().end());
+    if (node->kind() == c10::prim::If) {
+      for (Block* block : node->blocks()) {
+        sources.push_back(block->outputs()[frontier[i]->offset()]);
+      }
+    }
+    for (Value* source : sources) {
+      if (seen.insert(source).second) {
+        frontier.push_back(source);
+      }
+    }
+  }
+  return attentions;
+}
+
+// Self attentions whose result is what cross attentions read belong to an encoder.
+void mark_encoder(GraphSites& sites) {
+  std::unordered_set<const Value*> memories;
+  for (size_t i = 0; i < sites.layers.size(); ++i) {
+    Value* memory = sites.layers[i].key.node->input(0);
+    if (sites.structure.layers[i].kind != AttentionKind::kCross || !memories.insert(memory).second) {
+      continue;
+    }
+    const auto behind = attentions_behind(memory);
+    for (size_t j = 0; j < sites.layers.size(); ++j) {
+      if (sites.structure.layers[j].kind == AttentionKind::kSelf && behind.count(sites.layers[j].attention)) {
+        sites.structure.layers[j].kind = AttentionKind::kEncoder;
+      }
+    }
+  }
+}
+
+// What a layer's linear maps multiply with: equal for two runs of one layer. Empty when a weight is computed.
+std::vector<std::pair<const void*, int64_t>> weights_of(const LayerSites& sites, const Module& module) {
+  std::vector<std::pair<const void*, int64_t>> result;
+  for (const LinearSite* site : {&sites.query, &sites.key, &sites.value, sites.output ? &*sites.output : nullptr,
+                                 sites.ffn_in ? &*sites.ffn_in : nullptr, sites.ffn_out ? &*sites.ffn_out : nullptr}) {
+    if (!site) {
+      result.emplace_back(nullptr, 0);
+      continue;
+    }
+    const WeightSource source = weight_source(site->node->input(1), module);
+    if (!source.tensor.defined()) {
+      return {};
+    }
+    result.emplace_back(source.tensor.data_ptr(), source.first_row);
+  }
+  return result;
+}
+
+// Transformer layers count from 0 in the order in which they first run. A layer that runs again keeps its number, and a
+// cross attention has that of the self attention before it, unless a feed-forward block lies between them.
+void number_layers(GraphSites& sites, const Module& module) {
+  std::map<std::vector<std::pair<const void*, int64_t>>, int64_t> first_runs;
+  int64_t next = 0;
+  for (size_t i = 0; i < sites.layers.size(); ++i) {
+    Layer& layer = sites.structure.layers[i];
+    layer.index = static_cast<int64_t>(i);
+    const auto weights = weights_of(sites.layers[i], module);
+    const auto [first, is_new] = weights.empty() ? std::pair(first_runs.end(), true) : first_runs.emplace(weights, i);
+    if (!is_new) {
+      layer.shares = first->second;
+      layer.number = sites.structure.layers[first->second].number;
+      continue;
+    }
+    Layer* before = i > 0 ? &sites.structure.layers[i - 1] : nullptr;
+    const bool continues = layer.kind == AttentionKind::kCross && before && before->kind != AttentionKind::kEncoder &&
+                           !before->has_ffn_residual && !before->shares;
+    layer.number = continues ? before->number : next++;
+    if (continues) {  // the layer's feed-forward block is behind its cross attention
+      std::erase(before->notes, kNoFeedForward);
+    }
+  }
+}
+
+std::string at_path(const std::string& path) { return path.empty() ? "" : "at " + path + ": "; }
+
+}  // namespace
+
+GraphSites find_sites(const CanonicalGraph& canonical, const Module& module) {
+  GraphSites result;
+  SiteFinder finder(canonical, module);
+  for_each_node(canonical.graph->block(), [&](Node* node) {
+    if (!is_aten(node, {"scaled_dot_product_attention"})) {
+      return;
+    }
+    Layer layer;
+    LayerSites sites;
+    std::string reason;
+    if (finder.find_layer(node, layer, sites, reason)) {
+      result.structure.layers.push_back(std::move(layer));
+      result.layers.push_back(std::move(sites));
+    } else {
+      const auto linears = nearest_linears(node->input(0));
+      const std::string where = linears.empty() ? "" : finder.path_of(linears.front());
+      result.structure.near_misses.push_back(at_path(where) + "attention was left out: " + reason);
+    }
+  });
+  mark_encoder(result);
+  number_layers(result, module);
+  for (const UnraisedSoftmax& miss : canonical.unraised) {
+    const auto linears = nearest_linears(miss.softmax->input(0));
+    const std::string where = linears.empty() ? "" : finder.path_of(linears.front());
+    result.structure.near_misses.push_back(at_path(where) + "a softmax was not taken for attention: " + miss.reason);
+  }
+  result.result_is_sequence_first = finder.result_is_sequence_first();
+  return result;
+}
+
+SiteFinder::SiteFinder(const CanonicalGraph& canonical, const Module& module)
+    : graph_(*canonical.graph), module_(module), shapes_(module) {
+  for_each_node(graph_.block(), [&](Node* node) {
+    if (is_aten(node, {"scaled_dot_product_attention"})) {
+      for (size_t i : {0, 1, 2}) {
+        for (Node* linear : nearest_linears(node->input(i))) {
+          attention_projections_.insert(linear);
+        }
+      }
+    }
+  });
+  for_each_node(graph_.block(), [&](Node* node) {
+    if (is_aten(node, {"linear"}) && !attention_projections_.count(node)) {
+      const at::Tensor weight = weight_source(node->input(1), module_).tensor;
+      if (weight.defined()) {
+        linears_elsewhere_[weight.data_ptr()].push_back(node);
+      }
+    }
+  });
+}
+
+// "encoder.layer.0.attention.self.query" for the weight "encoder.layer.0.attention.self.query.weight", and
+// "layers.0.self_attn.in_proj" for "layers.0.self_attn.in_proj_weight".
+std::string SiteFinder::path_of(const Node* linear) const {
+  std::string path = weight_source(linear->input(1), module_).path;
+  for (const std::string suffix : {".weight", "_weight"}) {
+    if (path.size() > suffix.size() && path.ends_with(suffix)) {
+      path.resize(path.size() - suffix.size());
+      break;
+    }
+  }
+  return path;
+}
+
+bool SiteFinder::layout_of(Value* tokens, bool& sequence_first) {
+  const auto shape = shapes_.shape(tokens);
+  if (!shape || shape->size() != 3) {
+    return false;
+  }
+  sequence_first = !((*shape)[0] == shapes_.canonical(batch_));
+  return !sequence_first || (*shape)[1] == shapes_.canonical(batch_);
+}
+
+bool SiteFinder::result_is_sequence_first() {
+  Value* result = graph_.outputs()[0];
+  while (!is_tensor(result) && !result->node()->inputs().empty()) {  // a tuple, or a dict, whose first input is a key
+    const auto inputs = result->node()->inputs();
+    const auto first = std::find_if(inputs.begin(), inputs.end(), [](Value* input) { return is_tensor(input); });
+    result = first == inputs.end() ? inputs[0] : *first;
+  }
+  bool sequence_first = false;
+  return is_tensor(result) && layout_of(result, sequence_first) && sequence_first;
+}
+
+bool SiteFinder::find_layer(Node* attention, Layer& layer, LayerSites& sites, std::string& reason) {
+  if (!find_attention(attention, layer, sites, reason)) {
+    return false;
+  }
+  find_attention_residual(layer, sites);
+  find_feed_forward(layer, sites);
+  return true;
+}
+
+const LinearSite* lora_site(const LayerSites& layer, const std::string& slot) {
+  const auto found_at = [](const std::optional<LinearSite>& site) { return site ? &*site : nullptr; };
+  const std::map<std::string, const LinearSite*> sites = {{"selfattn_lora_q", &layer.query},
+                                                          {"selfattn_lora_k", &layer.key},
+                                                          {"selfattn_lora_v", &layer.value},
+                                                          {"crossattn_lora_q", &layer.query},
+                                                          {"crossattn_lora_k", &layer.key},
+                                                          {"crossattn_lora_v", &layer.value},
+                                                          {"intermediate_lora", found_at(layer.ffn_in)},
+                                                          {"output_lora", found_at(layer.ffn_out)}};
+  const auto site = sites.find(slot);
+  return site == sites.end() ? nullptr : site->second;
+}
+
+}  // namespace torchgraft

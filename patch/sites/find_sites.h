@@ -1,0 +1,63 @@
+#pragma once
+
+#include <torchgraft/patch/canonicalise/canonicalise.h>
+#include <torchgraft/patch/graph/symbolic_shape.h>
+#include <torchgraft/plan/structure.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace torchgraft {
+
+// Where in the graph the places of a Layer are. Pointers are into the canonical graph.
+
+// A linear map, or some of its columns: node->input(0) is its input, columns [offset, offset + width) of
+// node->output() are this projection's.
+//
+// `elsewhere`: linear maps with the same weight whose input [1, P, features] all rows of a batch share, as relative
+// positions are in DeBERTa: a LoRA changes them too.
+struct LinearSite {
+  torch::jit::Node* node = nullptr;
+  bool sequence_first = false;  // tokens before batch: [S, B, features]
+  bool is_part = false;         // other columns belong to other projections
+  int64_t offset = 0;
+  int64_t width = 0;
+  std::vector<torch::jit::Node*> elsewhere;
+};
+
+// What a block adds to the residual stream. `add` adds `branch` to something, in the end (parallel blocks add twice) to
+// `residual`; `sum` is the add whose result is the stream after the block, `norm` the norm of it in post-norm models.
+struct ResidualSite {
+  torch::jit::Node* add = nullptr;
+  size_t branch_operand = 0;
+  torch::jit::Value* residual = nullptr;
+  torch::jit::Node* sum = nullptr;
+  torch::jit::Node* norm = nullptr;
+  bool sequence_first = false;
+
+  torch::jit::Value* branch() const { return add->input(branch_operand); }
+};
+
+struct LayerSites {
+  torch::jit::Node* attention = nullptr;  // aten::scaled_dot_product_attention
+  LinearSite query, key, value;
+  std::optional<LinearSite> output, ffn_in, ffn_gate, ffn_out;
+  std::optional<ResidualSite> attention_residual, ffn_residual;
+};
+
+// Where the LoRA of a slot ("crossattn_lora_k", "output_lora") goes; null for slots of other methods and for places
+// that the layer lacks.
+const LinearSite* lora_site(const LayerSites& layer, const std::string& slot);
+
+struct GraphSites {
+  Structure structure;
+  std::vector<LayerSites> layers;         // parallel to structure.layers
+  bool result_is_sequence_first = false;  // the hidden states that forward returns are [S, B, H]
+};
+
+// Finds layers by data flow, from each attention outwards: its projections, the residual add and norm around it, and
+// the feed-forward block behind or beside it. Names play no part.
+GraphSites find_sites(const CanonicalGraph& canonical, const torch::jit::Module& module);
+
+}  // namespace torchgraft

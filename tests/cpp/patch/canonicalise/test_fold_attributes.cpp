@@ -1,0 +1,50 @@
+#include "support.h"
+
+#include <torchgraft/patch/canonicalise/fold_attributes.h>
+
+#include <ATen/ATen.h>
+#include <gtest/gtest.h>
+#include <torch/csrc/jit/testing/file_check.h>
+
+namespace torchgraft {
+namespace {
+
+torch::jit::Module module_with_attributes() {
+  torch::jit::Module module("Attributes");
+  module.register_attribute("training", c10::BoolType::get(), true);
+  module.register_attribute("norm_first", c10::BoolType::get(), false);
+  module.register_attribute("calls", c10::IntType::get(), 0);
+  module.define(R"python(
+def count(self) -> None:
+    self.calls = self.calls + 1
+
+def forward(self, x: Tensor) -> Tensor:
+    if self.norm_first:
+        x = torch.relu(x)
+    else:
+        x = torch.tanh(x)
+    x = torch.dropout(x, 0.5, self.training)
+    return x * self.calls
+)python");
+  return module;
+}
+
+TEST(FoldAttributes, BranchesOnPlainAttributesFoldAway) {
+  const auto module = module_with_attributes();
+  const auto graph = module.get_method("forward").graph()->copy();
+  fold_attributes(graph, module);
+  torch::jit::testing::FileCheck().check("aten::tanh")->check_not("prim::If")->check_not("aten::relu")->run(*graph);
+}
+
+TEST(FoldAttributes, TrainingAndAssignedAttributesStay) {
+  const auto module = module_with_attributes();
+  const auto graph = module.get_method("forward").graph()->copy();
+  fold_attributes(graph, module);
+  torch::jit::testing::FileCheck()
+      .check_count("prim::GetAttr[name=\"training\"]", 1, /*exactly=*/true)
+      ->check_count("prim::GetAttr[name=\"calls\"]", 1, /*exactly=*/true)
+      ->run(*graph);
+}
+
+}  // namespace
+}  // namespace torchgraft

@@ -1,0 +1,79 @@
+#include "support.h"
+
+#include <torchgraft/patch/canonicalise/fold_attributes.h>
+#include <torchgraft/patch/graph/symbolic_shape.h>
+
+#include <ATen/ATen.h>
+#include <gtest/gtest.h>
+
+namespace torchgraft {
+namespace {
+
+using testing::make_module;
+
+// Shapes printed as "a*8, 5": symbols are letters in the order in which they first appear.
+std::string printed(const std::optional<Shape>& shape) {
+  if (!shape) {
+    return "unknown";
+  }
+  std::map<int, char> letters;
+  std::string result;
+  for (const Dim& dim : *shape) {
+    result += result.empty() ? "" : ", ";
+    std::string text;
+    for (const int symbol : dim.symbols) {
+      const auto letter = letters.emplace(symbol, static_cast<char>('a' + letters.size())).first;
+      text += (text.empty() ? "" : "*") + std::string(1, letter->second);
+    }
+    if (dim.factor != 1 || text.empty()) {
+      text += (text.empty() ? "" : "*") + std::to_string(dim.factor);
+    }
+    result += text;
+  }
+  return result;
+}
+
+std::string shape_of_result(const std::string& body) {
+  const auto module =
+      make_module({{"w", at::randn({12, 8})}, {"table", at::randn({30, 8})}, {"image", at::randn({8, 3, 4, 4})}},
+                  "def forward(self, x: Tensor):\n    y = torch.linear(x, self.w)\n" + body);
+  auto graph = module.get_method("forward").graph()->copy();
+  simplify(graph);
+  SymbolicShapes shapes(module);
+  return printed(shapes.shape(graph->outputs()[0]));
+}
+
+TEST(SymbolicShape, LinearAssumesBatchedTokens) { EXPECT_EQ(shape_of_result("    return y\n"), "a, b, 12"); }
+
+TEST(SymbolicShape, ViewInfersTheMissingSize) {
+  EXPECT_EQ(shape_of_result("    return y.view(y.size(0), -1, 3, 4)\n"), "a, b, 3, 4");
+  EXPECT_EQ(shape_of_result("    return y.view(y.size(0) * 3, -1, 4)\n"), "a*3, b, 4");
+}
+
+TEST(SymbolicShape, LayoutOps) {
+  EXPECT_EQ(shape_of_result("    return y.transpose(0, 1)\n"), "a, b, 12");  // letters by appearance: a is the tokens
+  EXPECT_EQ(shape_of_result("    return y.view(y.size(0), y.size(1), 3, 4).permute(2, 0, 1, 3)\n"), "3, a, b, 4");
+  EXPECT_EQ(shape_of_result("    return y.unflatten(-1, [3, 4]).unsqueeze(0).transpose(0, -2).squeeze(-2)\n"),
+            "3, a, b, 4");
+  EXPECT_EQ(shape_of_result("    return y.flatten(0, 1)\n"), "a*b, 12");
+  EXPECT_EQ(shape_of_result("    return y.unflatten(-1, [3, 4]).select(2, 1)\n"), "a, b, 4");
+}
+
+TEST(SymbolicShape, Splits) {
+  EXPECT_EQ(shape_of_result("    a, b, c = y.chunk(3, -1)\n    return b\n"), "a, b, 4");
+  EXPECT_EQ(shape_of_result("    return y.slice(2, 4, 8)\n"), "a, b, 4");
+}
+
+TEST(SymbolicShape, EmbeddingOfTokenIds) {
+  EXPECT_EQ(shape_of_result("    return torch.embedding(self.table, torch.argmax(y, -1))\n"), "a, b, 8");
+}
+
+TEST(SymbolicShape, PatchesOfAnImage) {
+  EXPECT_EQ(shape_of_result("    return torch.conv2d(x, self.image, None, [4, 4]).flatten(2).transpose(1, 2)\n"),
+            "a, b*c, 8");
+}
+
+TEST(SymbolicShape, SaysThatItDoesNotKnow) { EXPECT_EQ(shape_of_result("    return torch.nonzero(y)\n"), "unknown"); }
+
+}  // namespace
+}  // namespace torchgraft
