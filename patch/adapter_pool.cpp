@@ -1,7 +1,9 @@
 #include <torchgraft/patch/adapter_pool.h>
 
 #include <torchgraft/patch/adapters/dora.h>
+#include <torchgraft/patch/module/draft.h>
 #include <torchgraft/patch/module/head_logits.h>
+#include <torchgraft/patch/module/make_adapter.h>
 #include <torchgraft/patch/pool/pool_banks.h>
 #include <torchgraft/plan/save_adapter_hub.h>
 
@@ -37,8 +39,8 @@ struct Row {
 
 // One set of banks. When an adapter does not fit, the next one is built; leases keep the one that they began with.
 struct Generation {
-  Generation(Foundation foundation, std::vector<AdapterConfig> room, int64_t capacity, int64_t max_row_bytes)
-      : banks(std::move(foundation), std::move(room), capacity, max_row_bytes), rows(static_cast<size_t>(capacity)) {}
+  Generation(Draft draft, std::vector<AdapterConfig> room, int64_t capacity, int64_t max_row_bytes)
+      : banks(std::move(draft), std::move(room), capacity, max_row_bytes), rows(static_cast<size_t>(capacity)) {}
 
   PoolBanks banks;
   std::vector<Row> rows;
@@ -90,7 +92,7 @@ struct AdapterPool::State {
   const int64_t max_row_bytes;
   const Loader loader;
   // The base as it was read, for planning adapters and building banks; nothing is grafted onto it.
-  Foundation base;
+  Draft base;
 
   std::mutex loading;  // taken before `mutex`: one thread at a time fetches adapters and writes rows
 
@@ -156,7 +158,7 @@ AdapterPool::State::State(const Module& module, AdapterPoolOptions options, Load
     : capacity(options.capacity),
       max_row_bytes(options.max_row_bytes),
       loader(std::move(fetch)),
-      base(lay_foundation(module, options.graft)) {
+      base(open_draft(module, options.graft)) {
   TORCH_CHECK(capacity >= 1, "AdapterPool: expected a capacity of at least 1, got ", capacity);
   TORCH_CHECK(max_row_bytes >= 0, "AdapterPool: expected max_row_bytes of at least 0, got ", max_row_bytes);
   std::vector<Adapter> own;
@@ -174,7 +176,7 @@ AdapterPool::State::State(const Module& module, AdapterPoolOptions options, Load
     add_room(room, ejected_config(adapter.config));
   }
   current =
-      std::make_shared<Generation>(lay_foundation(base.module, base.options), std::move(room), capacity, max_row_bytes);
+      std::make_shared<Generation>(open_draft(base.module, base.options), std::move(room), capacity, max_row_bytes);
   for (const Adapter& adapter : own) {
     place(adapter, {}, /*permanent=*/true);
   }
@@ -299,7 +301,7 @@ void AdapterPool::State::grow(const AdapterConfig& config) {
   std::vector<AdapterConfig> room = current->banks.room();
   add_room(room, config);
   const auto next =
-      std::make_shared<Generation>(lay_foundation(base.module, base.options), std::move(room), capacity, max_row_bytes);
+      std::make_shared<Generation>(open_draft(base.module, base.options), std::move(room), capacity, max_row_bytes);
   std::map<std::string, int64_t> residents;
   {
     const std::lock_guard lock(mutex);

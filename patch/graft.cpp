@@ -1,77 +1,29 @@
 #include <torchgraft/patch/graft.h>
 
 #include <torchgraft/patch/module/draft.h>
+#include <torchgraft/patch/module/graft_options.h>
+#include <torchgraft/patch/module/make_adapter.h>
 #include <torchgraft/patch/module/methods.h>
-#include <torchgraft/plan/head_weights.h>
-#include <torchgraft/plan/phm.h>
-
-#include <algorithm>
-#include <cctype>
+#include <torchgraft/patch/sites/apply_sites.h>
 
 namespace torchgraft {
 
 using torch::jit::Module;
 
-void check_name(const std::string& name, const std::vector<Adapter>& taken) {
-  const bool identifier =
-      !name.empty() && !std::isdigit(static_cast<unsigned char>(name[0])) &&
-      std::all_of(name.begin(), name.end(), [](unsigned char c) { return std::isalnum(c) || c == '_'; });
-  TORCH_CHECK(identifier, "graft: '", name,
-              "' cannot be an adapter's name: use letters, digits and underscores, with no ", "digit first");
-  for (const Adapter& adapter : taken) {
-    TORCH_CHECK(adapter.name != name, "graft: the module already has an adapter '", name, "'; choose another name");
-  }
-}
-
-void check_can_train(const Adapter& adapter) {
-  TORCH_CHECK(!adapter.merged, "graft: '", adapter.name,
-              "' is merged into the base's weights and cannot be trained; unmerge it first");
-  for (const PlannedModule& module : adapter.plan) {
-    const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method);
-    TORCH_CHECK(!bottleneck || !bottleneck->config.phm_layer || has_phm_factors(module, adapter.sources), "graft: '",
-                adapter.name,
-                "' cannot be trained any more: the factors of Compacter's projections were dropped when it ",
-                "was frozen; load it from its directory as a trainable adapter");
-  }
-}
-
-Adapter make_adapter(const AdapterSpec& spec, const Structure& structure, const at::TensorOptions& options) {
-  check_supported(spec.config);
-  Adapter adapter{spec.name, spec.config};
-  adapter.plan = make_plan(structure, spec.config);
-  adapter.trainable = spec.trainable;
-  if (spec.weights) {
-    adapter.weights = adapter_hub_weights(adapter.plan, structure, *spec.weights, spec.name_in_weights(), options,
-                                          spec.trainable ? &adapter.sources : nullptr);
-  } else {
-    adapter.weights = init_weights(adapter.plan, options, spec.trainable ? &adapter.sources : nullptr);
-  }
-  TORCH_INTERNAL_ASSERT(adapter.weights.size() == adapter.plan.size());
-  if (spec.trainable) {
-    check_can_train(adapter);
-  }
-  if (spec.head) {
-    const int64_t hidden_size = structure.layers.back().hidden_size;
-    adapter.head = Head{spec.head->config, head_weights(spec.head->config, hidden_size, spec.head->weights,
-                                                        spec.head->saved_name, options)};
-  }
-  return adapter;
-}
-
 Module graft(const Module& module, const std::vector<AdapterSpec>& specs, const GraftOptions& options) {
   TORCH_CHECK(!specs.empty(), "graft: no adapter was given");
-  Foundation foundation = lay_foundation(module, options);
+  Draft draft = open_draft(module, options);
   for (const AdapterSpec& spec : specs) {
-    check_name(spec.name, foundation.adapters);
-    foundation.adapters.push_back(make_adapter(spec, foundation.sites.structure, foundation.weights));
+    check_name(spec.name, draft.adapters);
+    draft.adapters.push_back(make_adapter(spec, draft.sites.structure, draft.weights));
   }
-  return build(std::move(foundation), options.active.empty() ? specs.back().name : options.active);
+  return build(std::move(draft), options.active.empty() ? specs.back().name : options.active);
 }
 
 Structure inspect(const Module& module, const std::optional<Structure>& sites) {
   const bool grafted = is_grafted(module);
   const CanonicalGraph canonical = canonicalise(module, grafted ? "base_forward" : "forward");
-  return places(canonical, module, grafted && !sites ? remembered_sites(module) : sites).structure;
+  return choose_sites(canonical, module, grafted && !sites ? remembered_sites(module) : sites).structure;
 }
 
 }  // namespace torchgraft

@@ -2,9 +2,12 @@
 
 #include <torchgraft/patch/adapters/decompose_adapters.h>
 #include <torchgraft/patch/adapters/merge.h>
+#include <torchgraft/patch/module/adapter_bank.h>
 #include <torchgraft/patch/module/draft.h>
 #include <torchgraft/patch/module/heads_module.h>
+#include <torchgraft/patch/module/make_adapter.h>
 #include <torchgraft/patch/module/methods.h>
+#include <torchgraft/patch/module/read_adapters.h>
 #include <torchgraft/plan/phm.h>
 #include <torchgraft/plan/save_adapter_hub.h>
 
@@ -94,35 +97,35 @@ std::vector<AdapterInfo> list_adapters(const Module& module) {
 }
 
 Module remove_adapters(const Module& module, const std::vector<std::string>& names) {
-  Foundation foundation = open_grafted(module, "remove_adapters");
+  Draft draft = open_grafted(module, "remove_adapters");
   std::string active = active_name(module);
   for (const std::string& name : names) {
-    const size_t index = find_adapter(foundation.adapters, name, "remove_adapters");
-    TORCH_CHECK(!foundation.adapters[index].merged, "remove_adapters: '", name,
+    const size_t index = find_adapter(draft.adapters, name, "remove_adapters");
+    TORCH_CHECK(!draft.adapters[index].merged, "remove_adapters: '", name,
                 "' is merged into the base's weights; unmerge it first, or ungraft to keep them as they are");
-    foundation.adapters.erase(foundation.adapters.begin() + static_cast<int64_t>(index));
+    draft.adapters.erase(draft.adapters.begin() + static_cast<int64_t>(index));
     active = active == name ? "" : active;
   }
-  TORCH_CHECK(!foundation.adapters.empty(), "remove_adapters: this removes the last adapter; ungraft gives the base");
-  return build(std::move(foundation), active);
+  TORCH_CHECK(!draft.adapters.empty(), "remove_adapters: this removes the last adapter; ungraft gives the base");
+  return build(std::move(draft), active);
 }
 
 Module rename_adapter(const Module& module, const std::string& name, const std::string& new_name) {
-  Foundation foundation = open_grafted(module, "rename_adapter");
-  const size_t index = find_adapter(foundation.adapters, name, "rename_adapter");
-  check_name(new_name, foundation.adapters);
-  foundation.adapters[index].name = new_name;
+  Draft draft = open_grafted(module, "rename_adapter");
+  const size_t index = find_adapter(draft.adapters, name, "rename_adapter");
+  check_name(new_name, draft.adapters);
+  draft.adapters[index].name = new_name;
   const std::string active = active_name(module);
-  return build(std::move(foundation), active == name ? new_name : active);
+  return build(std::move(draft), active == name ? new_name : active);
 }
 
 Module replace_adapter(const Module& module, const AdapterSpec& spec) {
-  Foundation foundation = open_grafted(module, "replace_adapter");
-  Adapter& adapter = foundation.adapters[find_adapter(foundation.adapters, spec.name, "replace_adapter")];
+  Draft draft = open_grafted(module, "replace_adapter");
+  Adapter& adapter = draft.adapters[find_adapter(draft.adapters, spec.name, "replace_adapter")];
   TORCH_CHECK(!adapter.merged, "replace_adapter: '", spec.name,
               "' is merged into the base's weights; unmerge it first");
-  adapter = make_adapter(spec, foundation.sites.structure, foundation.weights);
-  return build(std::move(foundation), active_name(module));
+  adapter = make_adapter(spec, draft.sites.structure, draft.weights);
+  return build(std::move(draft), active_name(module));
 }
 
 Module average_adapters(const Module& module, const std::string& name, const std::vector<std::string>& names,
@@ -140,11 +143,11 @@ Module average_adapters(const Module& module, const std::string& name, const std
     TORCH_CHECK(sum != 0.0, "average_adapters: the weights sum to 0 and cannot be normalised");
     std::for_each(shares.begin(), shares.end(), [&](double& share) { share /= sum; });
   }
-  Foundation foundation = open_grafted(module, "average_adapters");
-  check_name(name, foundation.adapters);
+  Draft draft = open_grafted(module, "average_adapters");
+  check_name(name, draft.adapters);
   std::vector<const Adapter*> sources;
   for (const std::string& source : names) {
-    sources.push_back(&foundation.adapters[find_adapter(foundation.adapters, source, "average_adapters")]);
+    sources.push_back(&draft.adapters[find_adapter(draft.adapters, source, "average_adapters")]);
     TORCH_CHECK(!sources.back()->merged, "average_adapters: '", source, "' is merged; unmerge it first");
     TORCH_CHECK(without_init(sources.back()->config) == without_init(sources.front()->config), "average_adapters: '",
                 source, "' and '", names.front(), "' have different configurations");
@@ -165,24 +168,24 @@ Module average_adapters(const Module& module, const std::string& name, const std
       tensor = is_trained(parameter, average.plan[m]) ? total.to(tensor.scalar_type()) : tensor;
     }
   }
-  foundation.adapters.push_back(std::move(average));
-  return build(std::move(foundation), active_name(module));
+  draft.adapters.push_back(std::move(average));
+  return build(std::move(draft), active_name(module));
 }
 
 namespace {
 
 Module with_merged(const Module& module, const std::string& name, bool merge, const char* what) {
-  Foundation foundation = open_grafted(module, what);
-  Adapter& adapter = foundation.adapters[find_adapter(foundation.adapters, name, what)];
+  Draft draft = open_grafted(module, what);
+  Adapter& adapter = draft.adapters[find_adapter(draft.adapters, name, what)];
   TORCH_CHECK(adapter.merged != merge, what, ": '", name, merge ? "' is merged already" : "' is not merged");
   check_can_merge(adapter);
-  move_into_base(adapter, foundation.sites, foundation.module, merge);
-  for (Adapter& other : foundation.adapters) {
+  move_into_base(adapter, draft.sites, draft.module, merge);
+  for (Adapter& other : draft.adapters) {
     for (ModuleWeights& weights : other.weights) {
       weights.erase("weight_norm");  // a DoRA's, of the weights that were: build() computes it
     }
   }
-  return build(std::move(foundation), active_name(module));
+  return build(std::move(draft), active_name(module));
 }
 
 }  // namespace
@@ -196,9 +199,9 @@ Module unmerge_adapter(const Module& module, const std::string& name) {
 }
 
 Module lower(const Module& module) {
-  Foundation foundation = open_grafted(module, "lower");
-  foundation.options.verify = false;  // which counts ops
-  Module result = build(std::move(foundation), active_name(module));
+  Draft draft = open_grafted(module, "lower");
+  draft.options.verify = false;  // which counts ops
+  Module result = build(std::move(draft), active_name(module));
   const auto graph = result.get_method("grafted_forward").graph();
   decompose_adapters(graph);
   graph->lint();

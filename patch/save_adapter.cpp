@@ -3,9 +3,12 @@
 #include <torchgraft/patch/adapters/directory_update.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/life.h>
+#include <torchgraft/patch/module/adapters_module.h>
 #include <torchgraft/patch/module/draft.h>
 #include <torchgraft/patch/module/heads_module.h>
+#include <torchgraft/patch/module/make_adapter.h>
 #include <torchgraft/patch/module/methods.h>
+#include <torchgraft/patch/module/read_adapters.h>
 #include <torchgraft/plan/head_weights.h>
 #include <torchgraft/plan/safetensors.h>
 #include <torchgraft/plan/save_adapter_hub.h>
@@ -162,10 +165,10 @@ Module load_adapter(const Module& module, const AdapterSpec& spec) {
   if (known) {
     return replace_adapter(module, spec);
   }
-  Foundation foundation = lay_foundation(module, {});
-  check_name(spec.name, foundation.adapters);
-  foundation.adapters.push_back(make_adapter(spec, foundation.sites.structure, foundation.weights));
-  return build(std::move(foundation), active_name(module));
+  Draft draft = open_draft(module, {});
+  check_name(spec.name, draft.adapters);
+  draft.adapters.push_back(make_adapter(spec, draft.sites.structure, draft.weights));
+  return build(std::move(draft), active_name(module));
 }
 
 Module load_adapter(const Module& module, const std::string& directory, const std::string& name) {

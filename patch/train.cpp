@@ -1,6 +1,9 @@
 #include <torchgraft/patch/train.h>
 
+#include <torchgraft/patch/module/adapters_module.h>
 #include <torchgraft/patch/module/draft.h>
+#include <torchgraft/patch/module/make_adapter.h>
+#include <torchgraft/patch/module/methods.h>
 
 namespace torchgraft {
 
@@ -9,15 +12,15 @@ using torch::jit::Module;
 namespace {
 
 Module with_trainable(const Module& module, const std::string& name, bool trainable, const char* what) {
-  Foundation foundation = open_grafted(module, what);
-  Adapter& adapter = foundation.adapters[find_adapter(foundation.adapters, name, what)];
+  Draft draft = open_grafted(module, what);
+  Adapter& adapter = draft.adapters[find_adapter(draft.adapters, name, what)];
   adapter.trainable = trainable;
   if (trainable) {
     check_can_train(adapter);
   } else {
     adapter.sources.clear();
   }
-  return build(std::move(foundation), active_name(module));
+  return build(std::move(draft), active_name(module));
 }
 
 // Whether a parameter "layer_0.self_prefix.adapter_<name>.gate_bias" is of that adapter.
@@ -33,7 +36,7 @@ bool belongs_to(const std::string& path, const std::string& name) {
 std::vector<std::pair<std::string, at::Tensor>> trainable_parameters(const Module& module, const std::string& name) {
   check_grafted(module, "trainable_parameters");
   const Module adapters = module.attr("adapters").toModule();
-  check_known(adapters, name, "trainable_parameters");
+  find_adapter(adapters, name, "trainable_parameters");
   std::vector<std::pair<std::string, at::Tensor>> result;
   for (const auto& parameter : adapters.named_parameters()) {
     if (belongs_to(parameter.name, name)) {

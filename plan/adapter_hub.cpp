@@ -191,7 +191,7 @@ at::Tensor Reader::ejected(const PlannedPrefix& prefix, const std::string& locat
 }
 
 ModuleWeights Reader::read(const PlannedModule& module, const SavedParameters& saved) {
-  const std::string place = module.slot + " of layer " + std::to_string(module.number);
+  const std::string place = module.site + " of layer " + std::to_string(module.number);
   ModuleWeights weights;
   if (const auto* lora = std::get_if<PlannedLoRA>(&module.method)) {
     weights = read(*lora, saved, place);
@@ -254,7 +254,7 @@ std::vector<WeightMatch> adapter_hub_matches(const Plan& plan, const Structure& 
   std::vector<WeightMatch> result;
   for (size_t i = 0; i < plan.size(); ++i) {
     for (const auto& [name, saved] : matched[i]) {
-      result.push_back({saved.key, c10::str("layer ", plan[i].number, ", ", plan[i].slot, ": ", name)});
+      result.push_back({saved.key, c10::str("layer ", plan[i].number, ", ", plan[i].site, ": ", name)});
     }
   }
   for (const auto& [location, parameters] : checkpoint.prefixes) {

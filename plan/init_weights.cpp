@@ -6,8 +6,10 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
+#include <algorithm>
 #include <cmath>
 #include <map>
+#include <numeric>
 #include <tuple>
 
 namespace torchgraft {
@@ -219,6 +221,18 @@ at::Tensor init_group(const PlannedPrefix& planned, ModuleWeights& mlp) {
   return eject(mlp, config.non_linearity);
 }
 
+// The plan's modules in the order in which their weights are drawn: layer by layer, prefixes first. A seed gives the
+// weights that it gave before plans were in execution order.
+std::vector<size_t> drawing_order(const Plan& plan) {
+  std::vector<size_t> order(plan.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  const auto rank = [&](size_t i) {
+    return std::pair(plan[i].layer, !std::holds_alternative<PlannedPrefix>(plan[i].method));
+  };
+  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return rank(a) < rank(b); });
+  return order;
+}
+
 }  // namespace
 
 AdapterWeights init_weights(const Plan& plan, const at::TensorOptions& options, Reparametrisation* kept) {
@@ -226,9 +240,10 @@ AdapterWeights init_weights(const Plan& plan, const at::TensorOptions& options, 
   Reparametrisation sources;
   std::map<std::string, at::Tensor> groups;  // prefix location -> the group's prefixes
   SharedFactors shared;
-  AdapterWeights result;
-  for (const PlannedModule& module : plan) {
-    ModuleWeights weights;
+  AdapterWeights result(plan.size());
+  for (const size_t index : drawing_order(plan)) {
+    const PlannedModule& module = plan[index];
+    ModuleWeights& weights = result[index];
     if (const auto* lora = std::get_if<PlannedLoRA>(&module.method)) {
       weights = init(*lora);
     } else if (std::holds_alternative<PlannedBottleneck>(module.method)) {
@@ -246,7 +261,6 @@ AdapterWeights init_weights(const Plan& plan, const at::TensorOptions& options, 
     for (auto& [name, tensor] : weights) {
       tensor = tensor.to(options);
     }
-    result.push_back(std::move(weights));
   }
   if (kept) {
     *kept = converted(std::move(sources), options);

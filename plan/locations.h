@@ -7,7 +7,12 @@
 
 namespace torchgraft {
 
-// The oracle's location keys that `layer` has a place for.
+// The position of a site ("selfattn_lora_q", "output_adapter") among the sites of a layer, in the order in which they
+// run: projections, the attention itself, what follows it, the feed-forward block. The one such list: plans and slots
+// are sorted by it.
+size_t execution_order(const std::string& site);
+
+// The oracle's location keys that `layer` has a site for.
 std::vector<std::string> available_locations(const Layer& layer);
 
 // Where a prefix of this layer's attention is: self_prefix, encoder_prefix or cross_prefix.

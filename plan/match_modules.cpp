@@ -32,7 +32,7 @@ bool is_cross_attention(const Path& path) {
   return mentions(path, "cross") || mentions(path, "encoder_attn") || mentions(path, "EncDecAttention");
 }
 
-// The slots of a LoRA on a projection of this name, in the order in which a packed one holds them.
+// The sites of a LoRA on a projection of this name, in the order in which a packed one holds them.
 std::vector<std::string> lora_slots(const Path& path) {
   const std::string& leaf = path.back();
   const std::string container = is_cross_attention(path) ? "crossattn_lora_" : "selfattn_lora_";
@@ -61,7 +61,7 @@ std::vector<std::string> lora_slots(const Path& path) {
   return {};
 }
 
-std::vector<std::string> slots_of(const SavedModule& saved) {
+std::vector<std::string> sites_of(const SavedModule& saved) {
   const bool cross = is_cross_attention(saved.path);
   switch (saved.kind) {
     case SavedKind::kLoRA:
@@ -75,16 +75,16 @@ std::vector<std::string> slots_of(const SavedModule& saved) {
   TORCH_INTERNAL_ASSERT(false, "unknown kind of saved module");
 }
 
-// A layer's projections by slot, with their paths.
+// A layer's projections by site, with their paths.
 std::vector<std::pair<std::string, Path>> projection_paths(const Layer& layer) {
   std::vector<std::pair<std::string, Path>> result;
-  for (const auto& [slot, projection] :
+  for (const auto& [site, projection] :
        {std::pair("lora_q", &layer.query), std::pair("lora_k", &layer.key), std::pair("lora_v", &layer.value),
         std::pair("intermediate_lora", &layer.ffn_in), std::pair("output_lora", &layer.ffn_out)}) {
     if (*projection) {
-      const bool in_attention = std::string_view(slot).starts_with("lora_");
+      const bool in_attention = std::string_view(site).starts_with("lora_");
       const std::string container = layer.kind == AttentionKind::kCross ? "crossattn_" : "selfattn_";
-      result.emplace_back((in_attention ? container : "") + slot, split_path((*projection)->path));
+      result.emplace_back((in_attention ? container : "") + site, split_path((*projection)->path));
     }
   }
   return result;
@@ -121,7 +121,7 @@ class Matcher {
   // Positions in structure_.layers.
   std::vector<int64_t> layers_by_path(const Path& path) const;
   std::vector<int64_t> layers_by_number(const Path& path) const;
-  std::vector<std::string> slots_by_path(const Path& path, int64_t layer) const;
+  std::vector<std::string> sites_by_path(const Path& path, int64_t layer) const;
   std::vector<std::string> bottleneck_by_path(const Path& path, int64_t layer) const;
   std::vector<size_t> places_of(const SavedModule& saved) const;
   void put(const SavedModule& saved, const std::vector<size_t>& places);
@@ -149,7 +149,7 @@ std::vector<int64_t> Matcher::layers_by_path(const Path& path) const {
       continue;
     }
     size_t length = 0;
-    for (const auto& [slot, projection] : projection_paths(structure_.layers[i])) {
+    for (const auto& [site, projection] : projection_paths(structure_.layers[i])) {
       length = std::max(length, overlap(path, *number, projection).length);
     }
     if (length > longest) {
@@ -185,15 +185,15 @@ std::vector<int64_t> Matcher::layers_by_number(const Path& path) const {
   return result;
 }
 
-// The slots whose projection in `layer` has the very path that the LoRA hung on.
-std::vector<std::string> Matcher::slots_by_path(const Path& path, int64_t layer) const {
+// The sites whose projection in `layer` has the very path that the LoRA hung on.
+std::vector<std::string> Matcher::sites_by_path(const Path& path, int64_t layer) const {
   const auto number = number_position(path);
   std::vector<std::string> result;
-  for (const auto& [slot, projection] : projection_paths(structure_.layers.at(layer))) {
+  for (const auto& [site, projection] : projection_paths(structure_.layers.at(layer))) {
     const Overlap found = overlap(path, *number, projection);
     if (found.length > 0 &&
         std::equal(path.begin() + *number, path.end(), projection.begin() + found.number, projection.end())) {
-      result.push_back(slot);
+      result.push_back(site);
     }
   }
   return result;
@@ -224,45 +224,45 @@ std::vector<std::string> Matcher::bottleneck_by_path(const Path& path, int64_t i
 // The modules of the plan that a saved one is for.
 std::vector<size_t> Matcher::places_of(const SavedModule& saved) const {
   const std::vector<int64_t> layers = paths_are_known_ ? layers_by_path(saved.path) : layers_by_number(saved.path);
-  std::map<int64_t, std::vector<std::string>> slots;
+  std::map<int64_t, std::vector<std::string>> sites;
   if (paths_are_known_ && saved.kind == SavedKind::kLoRA) {
     for (const int64_t layer : layers) {
-      if (auto exact = slots_by_path(saved.path, layer); !exact.empty()) {
-        slots[structure_.layers.at(layer).index] = std::move(exact);
+      if (auto exact = sites_by_path(saved.path, layer); !exact.empty()) {
+        sites[structure_.layers.at(layer).index] = std::move(exact);
       }
     }
   }
   if (paths_are_known_ && saved.kind == SavedKind::kBottleneck) {
     for (const int64_t layer : layers) {
       if (auto exact = bottleneck_by_path(saved.path, layer); !exact.empty()) {
-        slots[structure_.layers.at(layer).index] = std::move(exact);
+        sites[structure_.layers.at(layer).index] = std::move(exact);
       }
     }
   }
-  if (slots.empty()) {
+  if (sites.empty()) {
     const bool cross = is_cross_attention(saved.path);
     for (const int64_t layer : layers) {
       // The feed-forward block may be found behind either attention of a decoder layer.
-      const std::vector<std::string> named = slots_of(saved);
+      const std::vector<std::string> named = sites_of(saved);
       const bool in_attention = !named.empty() && named.front().find("attn_lora") != std::string::npos;
       const bool layer_is_cross = structure_.layers.at(layer).kind == AttentionKind::kCross;
       if (!in_attention || cross == layer_is_cross) {
-        slots[structure_.layers.at(layer).index] = named;
+        sites[structure_.layers.at(layer).index] = named;
       }
     }
   }
   std::vector<size_t> places;
   for (size_t i = 0; i < plan_.size(); ++i) {
-    const auto found = slots.find(plan_[i].layer);
-    if (found != slots.end() &&
-        std::find(found->second.begin(), found->second.end(), plan_[i].slot) != found->second.end()) {
+    const auto found = sites.find(plan_[i].layer);
+    if (found != sites.end() &&
+        std::find(found->second.begin(), found->second.end(), plan_[i].site) != found->second.end()) {
       places.push_back(i);
     }
   }
   return places;
 }
 
-std::string describe(const PlannedModule& module) { return module.slot + " of layer " + std::to_string(module.number); }
+std::string describe(const PlannedModule& module) { return module.site + " of layer " + std::to_string(module.number); }
 
 // Gives each place its part: all of the saved module, or its share of a packed q, k, v.
 void Matcher::put(const SavedModule& saved, const std::vector<size_t>& places) {

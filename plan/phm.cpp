@@ -40,7 +40,7 @@ PhmPlace phm_place(const PlannedModule& module, const std::string& side, const s
   if (shared) {
     return {kSharedPhm, factor.starts_with("W") ? "W_" + side + factor.substr(1) : factor};
   }
-  return {"layer_" + std::to_string(module.number) + "_" + module.slot, side + "_" + factor};
+  return {"layer_" + std::to_string(module.number) + "_" + module.site, side + "_" + factor};
 }
 
 bool has_phm_factors(const PlannedModule& module, const Reparametrisation& sources) {

@@ -11,42 +11,6 @@
 
 namespace torchgraft {
 
-std::string prefix_location(const Layer& layer) {
-  switch (layer.kind) {
-    case AttentionKind::kSelf:
-      return "self_prefix";
-    case AttentionKind::kEncoder:
-      return "encoder_prefix";
-    case AttentionKind::kCross:
-      return "cross_prefix";
-  }
-  TORCH_INTERNAL_ASSERT(false, "unknown attention kind");
-}
-
-std::string attention_adapter_location(const Layer& layer) {
-  return layer.kind == AttentionKind::kCross ? "cross_adapter" : "mh_adapter";
-}
-
-std::vector<std::string> available_locations(const Layer& layer) {
-  std::vector<std::string> result = {prefix_location(layer)};
-  if (layer.query || layer.key || layer.value) {
-    result.push_back("selfattn_lora");
-  }
-  if (layer.has_attention_residual) {
-    result.push_back(attention_adapter_location(layer));
-  }
-  if (layer.ffn_in) {
-    result.push_back("intermediate_lora");
-  }
-  if (layer.ffn_out) {
-    result.push_back("output_lora");
-  }
-  if (layer.has_ffn_residual) {
-    result.push_back("output_adapter");
-  }
-  return result;
-}
-
 double lora_scaling(const LoRAConfig& config) {
   return config.use_gating ? 1.0 : config.alpha / static_cast<double>(config.r);
 }
@@ -121,12 +85,13 @@ class Planner {
 
  private:
   // True when `layer` has the location and the config does not leave it out; a layer that lacks it is remembered.
-  // The second is for places of the feed-forward block, which a decoder layer's two attentions share.
-  bool has_place(const Layer& layer, const std::string& location, bool present, const std::vector<int64_t>& leave_out);
-  bool has_feed_forward_place(const Layer& layer, const std::string& location, bool present,
-                              const std::vector<int64_t>& leave_out);
+  // The second is for locations of the feed-forward block, which a decoder layer's two attentions share.
+  bool has_location(const Layer& layer, const std::string& location, bool present,
+                    const std::vector<int64_t>& leave_out);
+  bool has_feed_forward_location(const Layer& layer, const std::string& location, bool present,
+                                 const std::vector<int64_t>& leave_out);
   bool neighbour_has_feed_forward(const Layer& layer) const;
-  void add_module(const Layer& layer, const std::string& location, const std::string& slot,
+  void add_module(const Layer& layer, const std::string& location, const std::string& site,
                   std::variant<PlannedLoRA, PlannedBottleneck, PlannedPrefix> method);
 
   const Structure& structure_;
@@ -138,8 +103,8 @@ class Planner {
   bool shares_phm_ = false;
 };
 
-bool Planner::has_place(const Layer& layer, const std::string& location, bool present,
-                        const std::vector<int64_t>& leave_out) {
+bool Planner::has_location(const Layer& layer, const std::string& location, bool present,
+                           const std::vector<int64_t>& leave_out) {
   if (contains(leave_out, layer.number)) {
     return false;
   }
@@ -156,16 +121,16 @@ bool Planner::neighbour_has_feed_forward(const Layer& layer) const {
   });
 }
 
-bool Planner::has_feed_forward_place(const Layer& layer, const std::string& location, bool present,
-                                     const std::vector<int64_t>& leave_out) {
-  return (present || !neighbour_has_feed_forward(layer)) && has_place(layer, location, present, leave_out);
+bool Planner::has_feed_forward_location(const Layer& layer, const std::string& location, bool present,
+                                        const std::vector<int64_t>& leave_out) {
+  return (present || !neighbour_has_feed_forward(layer)) && has_location(layer, location, present, leave_out);
 }
 
-void Planner::add_module(const Layer& layer, const std::string& location, const std::string& slot,
+void Planner::add_module(const Layer& layer, const std::string& location, const std::string& site,
                          std::variant<PlannedLoRA, PlannedBottleneck, PlannedPrefix> method) {
-  TORCH_CHECK(taken_.emplace(layer.index, slot).second, "plan: two configs of the union claim ", location, " of layer ",
+  TORCH_CHECK(taken_.emplace(layer.index, site).second, "plan: two configs of the union claim ", location, " of layer ",
               layer.number, "; use leave_out to give each its own layers");
-  plan_.push_back({layer.index, layer.number, location, slot, std::move(method)});
+  plan_.push_back({layer.index, layer.number, location, site, std::move(method)});
 }
 
 void Planner::add(const BnConfig& config) {
@@ -183,11 +148,11 @@ void Planner::add(const BnConfig& config) {
     const bool cross = layer.kind == AttentionKind::kCross;
     const std::string location = attention_adapter_location(layer);
     if ((cross ? config.cross_adapter : config.mh_adapter) &&
-        has_place(layer, location, layer.has_attention_residual, config.leave_out)) {
+        has_location(layer, location, layer.has_attention_residual, config.leave_out)) {
       add_module(layer, location, location, bottleneck());
     }
     if (config.output_adapter &&
-        has_feed_forward_place(layer, "output_adapter", layer.has_ffn_residual, config.leave_out)) {
+        has_feed_forward_location(layer, "output_adapter", layer.has_ffn_residual, config.leave_out)) {
       add_module(layer, "output_adapter", "output_adapter", bottleneck());
     }
   }
@@ -216,8 +181,8 @@ void Planner::add(const PrefixTuningConfig& config) {
 
 void Planner::add(const LoRAConfig& config) {
   for (const Layer& layer : layers_) {
-    const auto add_lora = [&](const std::string& location, const std::string& slot, const Projection& projection) {
-      add_module(layer, location, slot, PlannedLoRA{config, projection.in_features, projection.out_features});
+    const auto add_lora = [&](const std::string& location, const std::string& site, const Projection& projection) {
+      add_module(layer, location, site, PlannedLoRA{config, projection.in_features, projection.out_features});
     };
     const auto wants = [&](const std::string& matrix) {
       const auto& matrices = config.attn_matrices;
@@ -225,17 +190,17 @@ void Planner::add(const LoRAConfig& config) {
     };
     for (const auto& [matrix, projection] :
          {std::pair("q", &layer.query), std::pair("k", &layer.key), std::pair("v", &layer.value)}) {
-      if (wants(matrix) && has_place(layer, "selfattn_lora", projection->has_value(), config.leave_out)) {
+      if (wants(matrix) && has_location(layer, "selfattn_lora", projection->has_value(), config.leave_out)) {
         const bool cross = layer.kind == AttentionKind::kCross;
         add_lora("selfattn_lora", std::string(cross ? "crossattn_lora_" : "selfattn_lora_") + matrix, **projection);
       }
     }
     if (config.intermediate_lora &&
-        has_feed_forward_place(layer, "intermediate_lora", layer.ffn_in.has_value(), config.leave_out)) {
+        has_feed_forward_location(layer, "intermediate_lora", layer.ffn_in.has_value(), config.leave_out)) {
       add_lora("intermediate_lora", "intermediate_lora", *layer.ffn_in);
     }
     if (config.output_lora &&
-        has_feed_forward_place(layer, "output_lora", layer.ffn_out.has_value(), config.leave_out)) {
+        has_feed_forward_location(layer, "output_lora", layer.ffn_out.has_value(), config.leave_out)) {
       add_lora("output_lora", "output_lora", *layer.ffn_out);
     }
   }
@@ -253,13 +218,7 @@ Plan Planner::finish() {
                 "; add them to the config's leave_out, or do not ask for this location", reasons);
   }
   TORCH_CHECK(!plan_.empty(), "plan: the config asks for nothing on this model");
-  static const std::vector<std::string> kOrder = {
-      "self_prefix",     "encoder_prefix",    "cross_prefix",     "selfattn_lora_q",  "selfattn_lora_k",
-      "selfattn_lora_v", "crossattn_lora_q",  "crossattn_lora_k", "crossattn_lora_v", "mh_adapter",
-      "cross_adapter",   "intermediate_lora", "output_lora",      "output_adapter"};
-  const auto rank = [](const PlannedModule& module) {
-    return std::pair(module.layer, std::find(kOrder.begin(), kOrder.end(), module.slot) - kOrder.begin());
-  };
+  const auto rank = [](const PlannedModule& module) { return std::pair(module.layer, execution_order(module.site)); };
   std::stable_sort(plan_.begin(), plan_.end(),
                    [&](const PlannedModule& a, const PlannedModule& b) { return rank(a) < rank(b); });
   return std::move(plan_);

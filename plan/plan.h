@@ -20,9 +20,9 @@ LoRAForm lora_form(const LoRAConfig& config);
 // The layer norms that a bottleneck has of its own: "norm_before", "norm_after" (ln_before, ln_after).
 std::vector<std::string> own_norms(const BnConfig& config);
 
-// The three methods, each at one place of one layer. `location` is the oracle's key ("selfattn_lora"), `slot` names the
-// module inside the Transformer layer; the two differ for LoRA on q, k, v only: selfattn_lora_q, and crossattn_lora_q
-// in cross attention, whose location is selfattn_lora too.
+// The three methods, each at one site of one layer. `location` is the oracle's key ("selfattn_lora"); `site` names the
+// one linear map, attention or residual add that the method works on. The two differ for LoRA on q, k and v only: the
+// sites are selfattn_lora_q, and in cross attention crossattn_lora_q, whose location is selfattn_lora too.
 struct PlannedLoRA {
   LoRAConfig config;
   int64_t in_features = 0;
@@ -49,15 +49,14 @@ struct PlannedModule {
   int64_t layer = 0;   // Layer::index: which attention
   int64_t number = 0;  // Layer::number: of the Transformer layer
   std::string location;
-  std::string slot;
+  std::string site;
   std::variant<PlannedLoRA, PlannedBottleneck, PlannedPrefix> method;
 };
 
 using Plan = std::vector<PlannedModule>;
 
-// What `config` puts where on `structure`, in execution order; a layer that runs again shares the modules of its first
-// run. Layers of leave_out and reduction_factor are Transformer layers (within a layer: prefix, LoRA q/k/v, mh_adapter,
-// intermediate_lora, output_lora, output_adapter). Nothing is allocated.
+// What `config` puts where on `structure`, in execution order (plan/locations.h); a layer that runs again shares the
+// modules of its first run. Layers of leave_out and reduction_factor are Transformer layers. Nothing is allocated.
 // Throws c10::Error when the structure has no layer, when a location that the config asks for does not exist in a layer
 // that `leave_out` does not exclude (naming the layers and the remedy), when two configs of a union claim one place, or
 // when the config asks for nothing at all.

@@ -119,18 +119,18 @@ std::string pool_location(const Layer& layer, const std::string& location) {
 }
 
 std::string lora_path(const PlannedModule& module, const Layer& layer) {
-  const std::string& slot = module.slot;
-  if (slot == "intermediate_lora") {
+  const std::string& site = module.site;
+  if (site == "intermediate_lora") {
     return join(projection_path(layer, layer.ffn_in, {"intermediate", "dense"}));
   }
-  if (slot == "output_lora") {
+  if (site == "output_lora") {
     return join(projection_path(layer, layer.ffn_out, {"output", "dense"}));
   }
   const std::string attention = layer.kind == AttentionKind::kCross ? "crossattention" : "attention";
-  if (slot.ends_with("_q")) {
+  if (site.ends_with("_q")) {
     return join(projection_path(layer, layer.query, {attention, "query"}));
   }
-  const bool is_key = slot.ends_with("_k");
+  const bool is_key = site.ends_with("_k");
   return join(projection_path(layer, is_key ? layer.key : layer.value, {attention, is_key ? "key" : "value"}));
 }
 
@@ -194,7 +194,7 @@ class Writer {
     }
     append(prefix + ".lora_B", weights.at("lora_b"));
     if (weights.count("magnitude")) {
-      TORCH_CHECK(at::count_nonzero(weights.at("fixed")).item<int64_t>() == 0, "save_adapter: ", module.slot,
+      TORCH_CHECK(at::count_nonzero(weights.at("fixed")).item<int64_t>() == 0, "save_adapter: ", module.site,
                   " of layer ", module.number,
                   " is a DoRA of PEFT on a projection with a bias, which PEFT's magnitudes "
                   "do not scale and AdapterHub's do: its directories have no form for it; keep PEFT's directory");
@@ -205,7 +205,7 @@ class Writer {
 
   void write_bottleneck(const PlannedModule& module, const PlannedBottleneck& bottleneck, const Layer& layer,
                         const ModuleWeights& weights) {
-    const bool behind_ffn = module.slot == "output_adapter";
+    const bool behind_ffn = module.site == "output_adapter";
     const std::string prefix =
         (behind_ffn ? output_container(layer, is_beit_) : attention_container(layer)) + "." + name_;
     const bool behind_norm = bottleneck.config.ln_before;

@@ -15,9 +15,9 @@ void complete_dora(Adapter& adapter, const GraphSites& sites, const torch::jit::
     if (!lora || lora_form(lora->config) != LoRAForm::kDora || weights.count("weight_norm")) {
       continue;
     }
-    const LinearSite& site = *lora_site(sites.layers.at(sites.structure.position(planned.layer)), planned.slot);
+    const LinearSite& site = *lora_site(sites.layers.at(sites.structure.position(planned.layer)), planned.site);
     const BaseWeight base = base_weight(site, module);
-    TORCH_CHECK(base.tensor.defined(), "graft: DoRA on ", planned.slot, " of layer ", planned.number,
+    TORCH_CHECK(base.tensor.defined(), "graft: DoRA on ", planned.site, " of layer ", planned.number,
                 " needs the weight of the projection, which is computed at run time");
     const at::Tensor weight = base.rows(base.tensor.detach().to(at::kDouble), site, lora->out_features);
     const at::Tensor lora_b = weights.at("lora_b").detach().to(weight);

@@ -42,9 +42,9 @@ void move_into_base(Adapter& adapter, const GraphSites& sites, const torch::jit:
   std::map<const c10::TensorImpl*, std::pair<at::Tensor, at::Tensor>> sums;  // weight and its new value
   for (size_t m = 0; m < adapter.plan.size(); ++m) {
     const PlannedModule& planned = adapter.plan[m];
-    const LinearSite& site = *lora_site(sites.layers.at(sites.structure.position(planned.layer)), planned.slot);
+    const LinearSite& site = *lora_site(sites.layers.at(sites.structure.position(planned.layer)), planned.site);
     const BaseWeight source = base_weight(site, module);
-    TORCH_CHECK(source.tensor.defined() && !source.path.empty(), "merge_adapter: the weight that ", planned.slot,
+    TORCH_CHECK(source.tensor.defined() && !source.path.empty(), "merge_adapter: the weight that ", planned.site,
                 " of layer ", planned.number,
                 " updates is no parameter of the module (was the module frozen?); merge before freezing");
     auto& [weight, sum] = sums[source.tensor.unsafeGetTensorImpl()];

@@ -15,49 +15,72 @@
 #include <torchgraft/patch/canonicalise/unflatten_rows.h>
 #include <torchgraft/patch/canonicalise/unroll_loops.h>
 #include <torchgraft/patch/graph/clone_module.h>
+#include <torchgraft/patch/graph/dump_graph.h>
+#include <torchgraft/patch/graph/module_methods.h>
 
 #include <torch/csrc/jit/passes/remove_mutation.h>
 #include <torch/csrc/jit/passes/shape_analysis.h>
 
 namespace torchgraft {
 
-CanonicalGraph canonicalise(const torch::jit::Module& module, const std::string& method_name) {
+namespace {
+
+using torch::jit::Graph;
+using torch::jit::Module;
+
+struct Pass {
+  const char* name;
+  void (*run)(CanonicalGraph& canonical, const Module& module);
+};
+
+// In the order in which they run: each may count on what those above it have left.
+const Pass kPasses[] = {
+    {"erase_shapes",  // a trace's example shapes hold for that example only
+     [](CanonicalGraph& c, const Module&) { torch::jit::EraseShapeInformation(c.graph); }},
+    {"raise_mkldnn_convolution", [](CanonicalGraph& c, const Module&) { raise_mkldnn_convolution(c.graph); }},
+    {"inline_calls",
+     [](CanonicalGraph& c, const Module& m) {
+       inline_calls(c.graph, [&](torch::jit::Node* call) { return decompose_multihead_attention(call, m); });
+     }},
+    {"merge_twin_branches", [](CanonicalGraph& c, const Module&) { merge_twin_branches(c.graph); }},
+    {"fold_attributes", [](CanonicalGraph& c, const Module& m) { fold_attributes(c.graph, m); }},
+    {"unroll_loops", [](CanonicalGraph& c, const Module&) { unroll_loops(c.graph); }},
+    {"remove_list_mutation", [](CanonicalGraph& c, const Module&) { torch::jit::RemoveListMutation(c.graph); }},
+    {"remove_tensor_mutation", [](CanonicalGraph& c, const Module&) { torch::jit::RemoveTensorMutation(c.graph); }},
+    {"simplify", [](CanonicalGraph& c, const Module&) { simplify(c.graph); }},
+    {"fold_rank_checks", [](CanonicalGraph& c, const Module&) { fold_rank_checks(c.graph); }},
+    {"decompose_fused_encoder", [](CanonicalGraph& c, const Module&) { decompose_fused_encoder(c.graph); }},
+    {"decompose_einsum", [](CanonicalGraph& c, const Module& m) { decompose_einsum(c.graph, m); }},
+    {"raise_linear", [](CanonicalGraph& c, const Module& m) { raise_linear(c.graph, m); }},
+    {"unflatten_rows", [](CanonicalGraph& c, const Module& m) { unflatten_rows(c.graph, m); }},
+    {"raise_norm", [](CanonicalGraph& c, const Module& m) { raise_norm(c.graph, m); }},
+    {"hoist_score_product", [](CanonicalGraph& c, const Module&) { hoist_score_product(c.graph); }},
+    {"raise_attention", [](CanonicalGraph& c, const Module& m) { c.unraised = raise_attention(c.graph, m); }},
+    {"fold_repeated_heads", [](CanonicalGraph& c, const Module& m) { fold_repeated_heads(c.graph, m); }},
+    {"simplify", [](CanonicalGraph& c, const Module&) { simplify(c.graph); }},
+};
+
+}  // namespace
+
+CanonicalGraph canonicalise(const Module& module, const std::string& method_name) {
   CanonicalGraph result;
   result.graph = module.get_method(method_name).graph()->copy();
-  torch::jit::EraseShapeInformation(result.graph);  // a trace's example shapes hold for that example only
-  raise_mkldnn_convolution(result.graph);
-  inline_calls(result.graph, [&](torch::jit::Node* call) { return decompose_multihead_attention(call, module); });
-  merge_twin_branches(result.graph);
-  fold_attributes(result.graph, module);
-  unroll_loops(result.graph);
-  torch::jit::RemoveListMutation(result.graph);
-  torch::jit::RemoveTensorMutation(result.graph);
-  simplify(result.graph);
-  fold_rank_checks(result.graph);
-  decompose_fused_encoder(result.graph);
-  decompose_einsum(result.graph, module);
-  raise_linear(result.graph, module);
-  unflatten_rows(result.graph, module);
-  raise_norm(result.graph, module);
-  hoist_score_product(result.graph);
-  result.unraised = raise_attention(result.graph, module);
-  fold_repeated_heads(result.graph, module);
-  simplify(result.graph);
+  GraphDump dump("canonicalise_" + method_name);
+  dump("method", *result.graph);
+  for (const Pass& pass : kPasses) {
+    pass.run(result, module);
+    dump(pass.name, *result.graph);
+  }
   result.graph->lint();
   return result;
 }
 
-torch::jit::Module canonical_module(const torch::jit::Module& module) {
-  torch::jit::Module result = clone_module(module);
+Module canonical_module(const Module& module) {
+  Module result = clone_module(module);
   const auto schema = result.get_method("forward").function().getSchema();
   const auto graph = canonicalise(result, "forward").graph;
-  const c10::QualifiedName name(*result.type()->name(), "forward");
-  const auto unit = result._ivalue()->compilation_unit();
-  result.type()->unsafeRemoveMethod("forward");
-  unit->unsafeRemoveMethod(name);
-  torch::jit::Function* forward = unit->create_function(name, graph);
-  forward->setSchema(schema);
-  result.type()->addMethod(forward);
+  remove_method(result, "forward");
+  add_method(result, "forward", graph, schema.arguments(), schema.returns());
   return result;
 }
 

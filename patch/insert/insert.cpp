@@ -35,27 +35,27 @@ Value* Inserter::swapped(Value* value, bool sequence_first) {
   return sequence_first ? graph_.insert(c10::aten::transpose, {value, 0, 1}) : value;
 }
 
-Value* Inserter::slot_module(const BankSlot& slot) {
+Value* Inserter::slot_module(const Slot& slot) {
   return graph_.insertGetAttr(graph_.insertGetAttr(adapters_, "layer_" + std::to_string(slot.number)), slot.name);
 }
 
-Value* Inserter::parameter(const BankSlot& slot, Value* module, const std::string& name) {
+Value* Inserter::parameter(const Slot& slot, Value* module, const std::string& name) {
   if (!slot.parameters.count(name)) {
     return graph_.insertConstant(c10::IValue());
   }
   return slot.own.empty() ? graph_.insertGetAttr(module, name) : trained_->bank(slot, name);
 }
 
-Value* Inserter::dropped(const BankSlot& slot, Value* value) {
+Value* Inserter::dropped(const Slot& slot, Value* value) {
   return graph_.insert(c10::aten::dropout, {value, slot.dropout, graph_.insertGetAttr(adapters_, "training")});
 }
 
-std::vector<NamedValue> Inserter::gate_arguments(const BankSlot& slot, Value* module) {
+std::vector<NamedValue> Inserter::gate_arguments(const Slot& slot, Value* module) {
   return {{"gate_weight", parameter(slot, module, "gate_weight")}, {"gate_bias", parameter(slot, module, "gate_bias")}};
 }
 
 // gate_weight, gate_bias, adapter_ids, adapter and token_mask: the arguments that every op ends with.
-std::vector<NamedValue> Inserter::common_arguments(const BankSlot& slot, Value* module) {
+std::vector<NamedValue> Inserter::common_arguments(const Slot& slot, Value* module) {
   std::vector<NamedValue> result = gate_arguments(slot, module);
   result.emplace_back("adapter_ids", adapter_ids_);
   result.emplace_back("adapter", active_);
@@ -66,7 +66,7 @@ std::vector<NamedValue> Inserter::common_arguments(const BankSlot& slot, Value* 
 }
 
 // Null where gates are means over all tokens, or there are none.
-Value* Inserter::token_mask(const BankSlot& slot) {
+Value* Inserter::token_mask(const Slot& slot) {
   if (!options_.pool_unpadded || !slot.parameters.count("gate_weight")) {
     return nullptr;
   }
@@ -75,7 +75,7 @@ Value* Inserter::token_mask(const BankSlot& slot) {
 
 // One mask of real tokens per attention mask, computed before the first projection of the layer, so that every op of it
 // may read it. Done for all layers before anything is inserted.
-void Inserter::prepare_token_masks(const std::vector<BankSlot>& slots, const std::vector<SlotRun>& runs,
+void Inserter::prepare_token_masks(const std::vector<Slot>& slots, const std::vector<SlotRun>& runs,
                                    const torch::jit::Module& root) {
   Hoist hoist(root);
   for (const SlotRun& run : runs) {
@@ -127,7 +127,7 @@ Node* Inserter::marker_behind(Node* node) {
   return marker;
 }
 
-Value* Inserter::insert_prefix(const BankSlot& slot, size_t layer) {
+Value* Inserter::insert_prefix(const Slot& slot, size_t layer) {
   Node* attention = sites_.layers[layer].attention;
   WithInsertPoint guard(attention);
   const LinearSite& query = sites_.layers[layer].query;
@@ -147,28 +147,28 @@ Value* Inserter::insert_prefix(const BankSlot& slot, size_t layer) {
   return op->outputs()[1];
 }
 
-Value* Inserter::insert(const BankSlot& slot, size_t layer) {
+Value* Inserter::insert(const Slot& slot, size_t layer) {
   const LayerSites& sites = sites_.layers[layer];
   layer_ = static_cast<int64_t>(layer);
-  if (const LinearSite* linear = lora_site(sites, slot.slot)) {
+  if (const LinearSite* linear = lora_site(sites, slot.site)) {
     Value* gate = insert_lora(slot, *linear);
     for (Node* other : linear->elsewhere) {
       insert_lora_elsewhere(slot, other);
     }
     return gate;
   }
-  if (slot.slot == "mh_adapter" || slot.slot == "cross_adapter") {
+  if (slot.site == "mh_adapter" || slot.site == "cross_adapter") {
     return insert_bottleneck(slot, sites.attention_residual.value());
   }
-  if (slot.slot == "output_adapter") {
+  if (slot.site == "output_adapter") {
     return insert_bottleneck(slot, sites.ffn_residual.value());
   }
-  TORCH_INTERNAL_ASSERT(slot.slot.ends_with("_prefix"), slot.slot, " was planned for layer ", layer,
+  TORCH_INTERNAL_ASSERT(slot.site.ends_with("_prefix"), slot.site, " was planned for layer ", layer,
                         ", which has no place for it");
   return insert_prefix(slot, layer);
 }
 
-size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& sites, const std::vector<BankSlot>& slots,
+size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& sites, const std::vector<Slot>& slots,
                        const std::vector<SlotRun>& runs, const torch::jit::Module& module,
                        const InsertOptions& options) {
   Inserter inserter(*graph, sites, module, options);

@@ -18,7 +18,7 @@ struct InsertOptions {
 // makes the graph return (its result, gates: Tensor[]) with one gate per run, in their order. `module`, the graph's
 // `self`, must have the submodule `adapters` that holds the slots.
 size_t insert_adapters(const std::shared_ptr<torch::jit::Graph>& graph, const GraphSites& sites,
-                       const std::vector<BankSlot>& slots, const std::vector<SlotRun>& runs,
+                       const std::vector<Slot>& slots, const std::vector<SlotRun>& runs,
                        const torch::jit::Module& module, const InsertOptions& options);
 
 }  // namespace torchgraft

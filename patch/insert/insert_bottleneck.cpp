@@ -2,6 +2,7 @@
 
 #include <torchgraft/patch/graph/hoist.h>
 #include <torchgraft/patch/insert/row_functions.h>
+#include <torchgraft/patch/module/adapter_bank.h>
 
 namespace torchgraft {
 
@@ -37,7 +38,7 @@ Value* Inserter::normed_sum(ResidualState& state) {
   return state.normed_sum;
 }
 
-Node* Inserter::call_bottleneck(const BankSlot& slot, Value* x, Value* residual, at::ArrayRef<NamedValue> named) {
+Node* Inserter::call_bottleneck(const Slot& slot, Value* x, Value* residual, at::ArrayRef<NamedValue> named) {
   Value* module = slot_module(slot);
   return call("gated_bottleneck",
               {NamedValue(x), NamedValue(residual), NamedValue(parameter(slot, module, "down_weight")),
@@ -49,7 +50,7 @@ Node* Inserter::call_bottleneck(const BankSlot& slot, Value* x, Value* residual,
 
 // The op adds the residual itself, unless a norm or dropout comes between. Its gate reads what its down projection
 // reads, unless a norm comes before that: then the gate is pooled beside the op.
-std::pair<Value*, Value*> Inserter::bottleneck(const BankSlot& slot, Value* x, Value* residual) {
+std::pair<Value*, Value*> Inserter::bottleneck(const Slot& slot, Value* x, Value* residual) {
   Value* module = slot_module(slot);
   const BottleneckForm& form = slot.form;
   if (!form.norm_before && !form.norm_after && slot.dropout == 0.0) {
@@ -82,7 +83,7 @@ std::pair<Value*, Value*> Inserter::bottleneck(const BankSlot& slot, Value* x, V
 }
 
 // Without original_ln_after the adapter has the last word: neither residual nor norm comes behind it.
-void Inserter::replace_stream(ResidualState& state, const BankSlot& slot, Value* output) {
+void Inserter::replace_stream(ResidualState& state, const Slot& slot, Value* output) {
   const ResidualSite& site = state.site;
   TORCH_CHECK(site.sum == site.add, "graft: original_ln_after=False has no meaning for ", slot.location, " of layer ",
               slot.number, ", whose attention and feed-forward block are parallel: their results are added together");
@@ -102,7 +103,7 @@ void Inserter::replace_stream(ResidualState& state, const BankSlot& slot, Value*
 }
 
 // branch + residual becomes op(branch) + residual.
-Value* Inserter::insert_bottleneck(const BankSlot& slot, const ResidualSite& site) {
+Value* Inserter::insert_bottleneck(const Slot& slot, const ResidualSite& site) {
   ResidualState& state =
       residuals_.try_emplace({site.add, site.branch_operand}, ResidualState{site, site.branch()}).first->second;
   if (const auto replaced = streams_.find(state.site.residual); replaced != streams_.end()) {

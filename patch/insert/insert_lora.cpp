@@ -2,6 +2,7 @@
 
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/insert/row_functions.h>
+#include <torchgraft/patch/module/adapter_bank.h>
 
 namespace torchgraft {
 
@@ -11,7 +12,7 @@ using torch::jit::Value;
 using torch::jit::WithInsertPoint;
 
 // Dropout is for what the update reads, not for what its gate reads.
-std::pair<Value*, Value*> Inserter::lora_with_dropout(const BankSlot& slot, Value* x, Value* base, Value* adapter_ids,
+std::pair<Value*, Value*> Inserter::lora_with_dropout(const Slot& slot, Value* x, Value* base, Value* adapter_ids,
                                                       Value* adapter, Value* token_mask) {
   Value* module = slot_module(slot);
   const auto of = [&](const char* name) { return parameter(slot, module, name); };
@@ -26,8 +27,8 @@ std::pair<Value*, Value*> Inserter::lora_with_dropout(const BankSlot& slot, Valu
   return {graph_.insert(c10::aten::add, {base, update}), gate};
 }
 
-std::pair<Value*, Value*> Inserter::lora(const BankSlot& slot, Value* x, Value* base, Value* adapter_ids,
-                                         Value* adapter, Value* token_mask) {
+std::pair<Value*, Value*> Inserter::lora(const Slot& slot, Value* x, Value* base, Value* adapter_ids, Value* adapter,
+                                         Value* token_mask) {
   Value* module = slot_module(slot);
   std::pair<Value*, Value*> result;  // (output, gate)
   if (slot.dropout > 0.0) {
@@ -61,7 +62,7 @@ std::pair<Value*, Value*> Inserter::lora(const BankSlot& slot, Value* x, Value* 
   return {rows.choose(of("present"), result.first, base), result.second};
 }
 
-Value* Inserter::insert_lora(const BankSlot& slot, const LinearSite& site) {
+Value* Inserter::insert_lora(const Slot& slot, const LinearSite& site) {
   // Ops on a packed projection follow each other: `whole` is its result so far.
   Value* whole = projections_.try_emplace(site.node, site.node->output()).first->second;
   Node* end = marker_behind(whole->node());  // the users see the updated value
@@ -108,7 +109,7 @@ def one_adapter(adapter_ids: Optional[Tensor], active: int) -> int:
 }
 
 // A linear map with the slot's weight on [1, P, features] gets the same LoRA; its gate is pooled over the P positions.
-void Inserter::insert_lora_elsewhere(const BankSlot& slot, Node* linear) {
+void Inserter::insert_lora_elsewhere(const Slot& slot, Node* linear) {
   Value* adapter = one_adapter();
   Node* end = marker_behind(linear);
   WithInsertPoint guard(end);

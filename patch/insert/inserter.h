@@ -1,6 +1,7 @@
 #pragma once
 
 #include <torchgraft/patch/insert/insert.h>
+#include <torchgraft/patch/module/adapter_bank.h>
 #include <torchgraft/patch/module/trained_weights.h>
 
 #include <torch/csrc/jit/ir/ir.h>
@@ -33,37 +34,37 @@ class Inserter {
 
   Inserter(Graph& graph, const GraphSites& sites, const torch::jit::Module& root, const InsertOptions& options);
 
-  void prepare_token_masks(const std::vector<BankSlot>& slots, const std::vector<SlotRun>& runs,
+  void prepare_token_masks(const std::vector<Slot>& slots, const std::vector<SlotRun>& runs,
                            const torch::jit::Module& root);
   // Inserts the op of `slot` into one run of its layer and returns its gate.
-  Value* insert(const BankSlot& slot, size_t layer);
+  Value* insert(const Slot& slot, size_t layer);
   size_t ops() const { return ops_; }
 
  private:
-  Value* insert_lora(const BankSlot& slot, const LinearSite& site);
-  void insert_lora_elsewhere(const BankSlot& slot, Node* linear);
+  Value* insert_lora(const Slot& slot, const LinearSite& site);
+  void insert_lora_elsewhere(const Slot& slot, Node* linear);
   Value* one_adapter();
-  Value* insert_prefix(const BankSlot& slot, size_t layer);
-  Value* insert_bottleneck(const BankSlot& slot, const ResidualSite& site);
+  Value* insert_prefix(const Slot& slot, size_t layer);
+  Value* insert_bottleneck(const Slot& slot, const ResidualSite& site);
   Value* sum(ResidualState& state);
   Value* normed_sum(ResidualState& state);
   // (output, gate) of a bottleneck on x; x and residual are [B, S, H].
-  std::pair<Value*, Value*> bottleneck(const BankSlot& slot, Value* x, Value* residual);
-  Node* call_bottleneck(const BankSlot& slot, Value* x, Value* residual, at::ArrayRef<NamedValue> named);
-  void replace_stream(ResidualState& state, const BankSlot& slot, Value* output);
-  Value* slot_module(const BankSlot& slot);
+  std::pair<Value*, Value*> bottleneck(const Slot& slot, Value* x, Value* residual);
+  Node* call_bottleneck(const Slot& slot, Value* x, Value* residual, at::ArrayRef<NamedValue> named);
+  void replace_stream(ResidualState& state, const Slot& slot, Value* output);
+  Value* slot_module(const Slot& slot);
   // The bank of a parameter; None where the slot has none.
-  Value* parameter(const BankSlot& slot, Value* module, const std::string& name);
+  Value* parameter(const Slot& slot, Value* module, const std::string& name);
   // Dropout in training mode.
-  Value* dropped(const BankSlot& slot, Value* value);
-  std::vector<NamedValue> gate_arguments(const BankSlot& slot, Value* module);
-  std::vector<NamedValue> common_arguments(const BankSlot& slot, Value* module);
-  Value* token_mask(const BankSlot& slot);
+  Value* dropped(const Slot& slot, Value* value);
+  std::vector<NamedValue> gate_arguments(const Slot& slot, Value* module);
+  std::vector<NamedValue> common_arguments(const Slot& slot, Value* module);
+  Value* token_mask(const Slot& slot);
   Node* marker_behind(Node* node);
   // (output, gate) of a LoRA; x is [B, S, in], base [B, S, out]. `adapter_ids` and `adapter` say whose.
-  std::pair<Value*, Value*> lora(const BankSlot& slot, Value* x, Value* base, Value* adapter_ids, Value* adapter,
+  std::pair<Value*, Value*> lora(const Slot& slot, Value* x, Value* base, Value* adapter_ids, Value* adapter,
                                  Value* token_mask);
-  std::pair<Value*, Value*> lora_with_dropout(const BankSlot& slot, Value* x, Value* base, Value* adapter_ids,
+  std::pair<Value*, Value*> lora_with_dropout(const Slot& slot, Value* x, Value* base, Value* adapter_ids,
                                               Value* adapter, Value* token_mask);
   Value* swapped(Value* value, bool sequence_first);
   Node* call(const char* op, at::ArrayRef<NamedValue> args, at::ArrayRef<NamedValue> named);

@@ -1,5 +1,6 @@
 #include <torchgraft/patch/module/adapter_bank.h>
 
+#include <torchgraft/plan/locations.h>
 #include <torchgraft/plan/phm.h>
 
 #include <ATen/ATen.h>
@@ -10,17 +11,6 @@
 
 namespace torchgraft {
 namespace {
-
-// Execution order of the places in a layer.
-int order_of(const std::string& slot) {
-  static const std::vector<std::string> kOrder = {
-      "selfattn_lora_q",  "selfattn_lora_k",   "selfattn_lora_v", "crossattn_lora_q", "crossattn_lora_k",
-      "crossattn_lora_v", "self_prefix",       "encoder_prefix",  "cross_prefix",     "mh_adapter",
-      "cross_adapter",    "intermediate_lora", "output_lora",     "output_adapter"};
-  const auto found = std::find(kOrder.begin(), kOrder.end(), slot);
-  TORCH_INTERNAL_ASSERT(found != kOrder.end(), "no execution order for ", slot);
-  return static_cast<int>(found - kOrder.begin());
-}
 
 // Dropout changes the graph around an op, and acts in training only. Prefixes have theirs in front of the bank.
 double dropout_at(const Adapter& adapter, const PlannedModule& module) {
@@ -34,7 +24,7 @@ double dropout_at(const Adapter& adapter, const PlannedModule& module) {
 }  // namespace
 
 std::string slot_name(const PlannedModule& module) {
-  std::string result = module.slot;
+  std::string result = module.site;
   if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method)) {
     result.append("_").append(to_string(bottleneck_form(bottleneck->config)));
   } else if (const auto* lora = std::get_if<PlannedLoRA>(&module.method)) {
@@ -128,11 +118,11 @@ at::Tensor present_in(const Members& members, int64_t adapters) {
   return result;
 }
 
-BankSlot stack_slot(const std::vector<Adapter>& adapters, const Members& members) {
+Slot stack_slot(const std::vector<Adapter>& adapters, const Members& members) {
   at::NoGradGuard no_grad;
   const PlannedModule& first = adapters[members[0].first].plan[members[0].second];
   const Adapter& adapter = adapters[members[0].first];
-  BankSlot slot{first.layer, first.number, first.location, first.slot, slot_name(adapter, first)};
+  Slot slot{first.layer, first.number, first.location, first.site, slot_name(adapter, first)};
   slot.dropout = dropout_at(adapter, first);
   if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&first.method)) {
     slot.form = bottleneck_form(bottleneck->config);
@@ -178,28 +168,7 @@ BankSlot stack_slot(const std::vector<Adapter>& adapters, const Members& members
 
 }  // namespace
 
-std::string own_module_name(const std::string& adapter) { return "adapter_" + adapter; }
-
-size_t find_adapter(const std::vector<Adapter>& adapters, const std::string& name, const char* what) {
-  std::string names;
-  for (size_t i = 0; i < adapters.size(); ++i) {
-    if (adapters[i].name == name) {
-      return i;
-    }
-    names += (i == 0 ? "" : ", ") + adapters[i].name;
-  }
-  TORCH_CHECK(false, what, ": no adapter is called '", name, "'; there are: ", names);
-}
-
-size_t check_known(const torch::jit::Module& adapters_module, const std::string& name, const char* what) {
-  std::vector<Adapter> named;
-  for (const c10::IValue& adapter : adapters_module.attr("names").toListRef()) {
-    named.push_back({adapter.toStringRef(), {}});
-  }
-  return find_adapter(named, name, what);
-}
-
-bool BankSlot::has_bank(const std::string& parameter) const {
+bool Slot::has_bank(const std::string& parameter) const {
   const bool is_alone = gates.size() == 1 && !own.empty();
   return !is_alone || !(own[0].parameters.count(parameter) || own[0].computed.count(parameter));
 }
@@ -234,22 +203,22 @@ std::set<std::string> computed_weights(const Adapter& adapter, const PlannedModu
                                                             : std::set<std::string>{};
 }
 
-std::vector<BankSlot> stack_banks(const std::vector<Adapter>& adapters) {
-  std::map<std::tuple<int64_t, int, std::string>, Members> groups;
+std::vector<Slot> stack_banks(const std::vector<Adapter>& adapters) {
+  std::map<std::tuple<int64_t, size_t, std::string>, Members> groups;
   for (size_t a = 0; a < adapters.size(); ++a) {
     for (size_t m = 0; m < adapters[a].plan.size(); ++m) {
       const PlannedModule& module = adapters[a].plan[m];
-      groups[{module.layer, order_of(module.slot), slot_name(adapters[a], module)}].emplace_back(a, m);
+      groups[{module.layer, execution_order(module.site), slot_name(adapters[a], module)}].emplace_back(a, m);
     }
   }
-  std::vector<BankSlot> slots;
+  std::vector<Slot> slots;
   for (const auto& [key, members] : groups) {
     slots.push_back(stack_slot(adapters, members));
   }
   return slots;
 }
 
-std::vector<SlotRun> slot_runs(const std::vector<BankSlot>& slots, const Structure& structure) {
+std::vector<SlotRun> slot_runs(const std::vector<Slot>& slots, const Structure& structure) {
   std::vector<SlotRun> runs;
   for (size_t i = 0; i < structure.layers.size(); ++i) {
     const Layer& layer = structure.layers[i];

@@ -1,4 +1,4 @@
-#include <torchgraft/patch/module/adapter_bank.h>
+#include <torchgraft/patch/module/adapters_module.h>
 
 #include <ATen/ATen.h>
 
@@ -92,7 +92,7 @@ void register_own(Module& parent, const std::string& adapter, const std::map<std
 }
 
 template <typename Value, typename Get>
-c10::IValue list_of(const std::vector<BankSlot>& slots, const std::vector<SlotRun>& runs, Get get) {
+c10::IValue list_of(const std::vector<Slot>& slots, const std::vector<SlotRun>& runs, Get get) {
   c10::List<Value> result;
   for (const SlotRun& run : runs) {
     result.push_back(get(slots[run.slot]));
@@ -102,7 +102,17 @@ c10::IValue list_of(const std::vector<BankSlot>& slots, const std::vector<SlotRu
 
 }  // namespace
 
-Module make_adapters_module(const std::vector<Adapter>& adapters, const std::vector<BankSlot>& slots,
+std::string own_module_name(const std::string& adapter) { return "adapter_" + adapter; }
+
+size_t find_adapter(const torch::jit::Module& adapters_module, const std::string& name, const char* what) {
+  std::vector<Adapter> named;
+  for (const c10::IValue& adapter : adapters_module.attr("names").toListRef()) {
+    named.push_back({adapter.toStringRef(), {}});
+  }
+  return find_adapter(named, name, what);
+}
+
+Module make_adapters_module(const std::vector<Adapter>& adapters, const std::vector<Slot>& slots,
                             const std::vector<SlotRun>& runs,
                             const std::shared_ptr<torch::jit::CompilationUnit>& unit) {
   Module root(c10::QualifiedName("__torch__.torchgraft.Adapters"), unit, /*shouldMangle=*/true);
@@ -124,10 +134,10 @@ Module make_adapters_module(const std::vector<Adapter>& adapters, const std::vec
   root.register_attribute("trainable", c10::ListType::ofBools(), trainable);
   root.register_attribute("active", c10::IntType::get(), -1);
   root.register_attribute("gate_layers", c10::ListType::ofInts(),
-                          list_of<int64_t>(slots, runs, [](const BankSlot& slot) { return slot.number; }));
+                          list_of<int64_t>(slots, runs, [](const Slot& slot) { return slot.number; }));
   root.register_attribute("gate_locations", strings,
-                          list_of<std::string>(slots, runs, [](const BankSlot& slot) { return slot.location; }));
-  root.register_attribute("gate_slots", strings, list_of<std::string>(slots, runs, [](const BankSlot& slot) {
+                          list_of<std::string>(slots, runs, [](const Slot& slot) { return slot.location; }));
+  root.register_attribute("gate_slots", strings, list_of<std::string>(slots, runs, [](const Slot& slot) {
                             return "layer_" + std::to_string(slot.number) + "." + slot.name;
                           }));
   c10::List<c10::List<int64_t>> counts;
@@ -136,7 +146,7 @@ Module make_adapters_module(const std::vector<Adapter>& adapters, const std::vec
   }
   root.register_attribute("gate_counts", c10::ListType::create(c10::ListType::ofInts()), counts);
 
-  for (const BankSlot& slot : slots) {
+  for (const Slot& slot : slots) {
     const std::string layer_name = "layer_" + std::to_string(slot.number);
     Module layer = child_once(root, layer_name, "AdapterLayer", unit);
     Module module = child(layer, slot.name, "AdapterSlot", unit);

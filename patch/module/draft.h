@@ -3,18 +3,18 @@
 #include <torchgraft/patch/canonicalise/canonicalise.h>
 #include <torchgraft/patch/graft.h>
 #include <torchgraft/patch/insert/insert.h>
-#include <torchgraft/patch/module/adapter_bank.h>
+#include <torchgraft/patch/module/adapter.h>
 #include <torchgraft/patch/sites/find_sites.h>
 
-#include <optional>
 #include <string>
 #include <vector>
 
 namespace torchgraft {
 
-// Everything that is known before the banks are stacked: between lay_foundation() and build(), `adapters` is what there
-// is to change. Adding, removing and renaming adapters differ in nothing else.
-struct Foundation {
+// A module that is open for a change: a copy of the base, what was found in it, and the adapters that the result gets.
+// open_draft() takes a module apart, build() puts it together; grafting, removing, renaming and merging change
+// `adapters` in between and differ in nothing else.
+struct Draft {
   torch::jit::Module module;  // a copy whose forward is the base's
   CanonicalGraph canonical;   // of that forward
   GraphSites sites;           // points into canonical.graph
@@ -25,42 +25,22 @@ struct Foundation {
   std::string head_mask;          // the argument of forward that heads take for their token mask; empty: none
 };
 
-// The token mask that heads get: `wanted`, or what it was if that is empty. Throws c10::Error when there is no such
-// argument, or when other heads have another.
-std::string head_mask(const Foundation& foundation, const std::string& wanted);
+// Copies `module` without what is grafted onto it, canonicalises the copy's forward, finds the sites and reads the
+// adapters. Throws c10::Error when there are no sites, or when `given` contradicts how the module was grafted.
+Draft open_draft(const torch::jit::Module& module, const GraftOptions& given);
 
-// Clones `module`, takes off what is grafted, canonicalises and finds the sites. Throws c10::Error when there are none,
-// or when `given` contradicts how the module was grafted.
-Foundation lay_foundation(const torch::jit::Module& module, const GraftOptions& given);
+// The same for a grafted module only. Throws c10::Error, on behalf of the function `what`, when nothing is grafted.
+Draft open_grafted(const torch::jit::Module& module, const char* what);
 
-// Throws c10::Error, on behalf of the function `what`, when nothing is grafted onto `module`.
-void check_grafted(const torch::jit::Module& module, const char* what);
-
-// A grafted module, opened for a change.
-Foundation open_grafted(const torch::jit::Module& module, const char* what);
-
-// Stacks the foundation's adapters into banks, inserts the ops and adds the methods. `active` empty: none is active.
-torch::jit::Module build(Foundation foundation, const std::string& active);
-
-// The active adapter of a grafted module; empty when there is none.
-std::string active_name(const torch::jit::Module& grafted);
+// Stacks the draft's adapters into banks, inserts the ops, adds the methods and verifies the result. `active` empty: no
+// adapter is active.
+torch::jit::Module build(Draft draft, const std::string& active);
 
 // A copy of `module` without anything grafted.
 torch::jit::Module base_copy(const torch::jit::Module& module);
 
-// Throws c10::Error unless `name` is an identifier that no adapter has.
-void check_name(const std::string& name, const std::vector<Adapter>& taken);
-
-// Throws c10::Error when the adapter cannot be trained.
-void check_can_train(const Adapter& adapter);
-
-// Plans `spec` on `structure` and reads or draws its weights.
-Adapter make_adapter(const AdapterSpec& spec, const Structure& structure, const at::TensorOptions& options);
-
-GraphSites places(const CanonicalGraph& canonical, const torch::jit::Module& module,
-                  const std::optional<Structure>& wanted);
-
-// The sites that a grafted module was made with; nullopt when they were detected.
-std::optional<Structure> remembered_sites(const torch::jit::Module& grafted);
+// The token mask that heads get: `wanted`, or the draft's own if that is empty. Throws c10::Error when forward has no
+// such argument, or when the heads that are there have another mask.
+std::string head_mask(const Draft& draft, const std::string& wanted);
 
 }  // namespace torchgraft

@@ -1,6 +1,7 @@
 #include <torchgraft/patch/module/heads_module.h>
 
 #include <torchgraft/patch/insert/activation_source.h>
+#include <torchgraft/patch/module/adapters_module.h>
 
 #include <ATen/ATen.h>
 

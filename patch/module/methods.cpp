@@ -1,21 +1,18 @@
 #include <torchgraft/patch/module/methods.h>
 
-#include <torchgraft/patch/canonicalise/inline_calls.h>
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/module_methods.h>
 
 #include <torch/csrc/jit/api/function_impl.h>
 #include <torch/csrc/jit/ir/constants.h>
 
 #include <algorithm>
-#include <map>
-#include <set>
 
 namespace torchgraft {
 namespace {
 
 using c10::Argument;
 using c10::FunctionSchema;
-using torch::jit::Block;
 using torch::jit::Function;
 using torch::jit::Graph;
 using torch::jit::Module;
@@ -49,27 +46,10 @@ const std::vector<std::string> kAddedMethods = {"forward",        "forward_with_
                                                 kGrafted,         "activate",           "deactivate",
                                                 "active_adapter", "adapter_names",      "adapter_config"};
 
-Function& add_method(Module& module, const std::string& name, const std::shared_ptr<Graph>& graph,
-                     std::vector<Argument> arguments, std::vector<Argument> returns) {
-  const auto unit = module._ivalue()->compilation_unit();
-  const c10::QualifiedName qualified(*module.type()->name(), name);
-  Function* function = unit->create_function(qualified, graph);
-  module.type()->addMethod(function);
-  function->setSchema(FunctionSchema(name, "", std::move(arguments), std::move(returns)));
-  return *function;
-}
-
 std::vector<Argument> with_adapter_ids(const FunctionSchema& schema) {
   std::vector<Argument> arguments = schema.arguments();
   arguments.emplace_back("adapter_ids", c10::OptionalType::ofTensor(), std::nullopt, c10::IValue());
   return arguments;
-}
-
-// Out of the class and out of its compilation unit, so that the name is free again.
-void remove_method(Module& module, const std::string& name) {
-  const c10::QualifiedName qualified(*module.type()->name(), name);
-  module.type()->unsafeRemoveMethod(name);
-  module._ivalue()->compilation_unit()->unsafeRemoveMethod(qualified);
 }
 
 // A graph with the inputs of `schema` (whose first is self) and adapter_ids.
@@ -207,60 +187,16 @@ void retarget_callers(const Module& module, bool add_argument) {
 
 }  // namespace
 
-namespace {
-
-using MethodId = std::pair<const c10::ClassType*, std::string>;
-
-bool takes_module(const Function& method) {
-  const auto& arguments = method.getSchema().arguments();
-  return std::any_of(arguments.begin() + 1, arguments.end(),
-                     [](const Argument& argument) { return argument.type()->is_module(); });
-}
-
-bool calls_one_of(Function& method, const std::set<MethodId>& methods) {
-  auto* function = torch::jit::tryToGraphFunction(method);
-  bool found = false;
-  if (function) {
-    for_each_node(function->graph()->block(), [&](Node* node) {
-      const auto type =
-          node->kind() == c10::prim::CallMethod ? node->input(0)->type()->cast<c10::ClassType>() : nullptr;
-      found = found || (type && methods.count({type.get(), node->s(c10::attr::name)}));
-    });
-  }
-  return found;
-}
-
-}  // namespace
-
-void inline_module_arguments(Module& module) {
-  std::map<MethodId, Module> broken;
-  std::set<MethodId> ids;
-  for (size_t before = ids.size() + 1; before != ids.size();) {  // callers of what is broken are broken
-    before = ids.size();
-    for (const Module& inner : module.modules()) {
-      for (Function* method : inner.type()->methods()) {
-        if (takes_module(*method) || calls_one_of(*method, ids)) {
-          const MethodId id(inner.type().get(), method->name());
-          ids.insert(id);
-          broken.emplace(id, inner);
-        }
-      }
-    }
-  }
-  const MethodId forward(module.type().get(), "forward");
-  if (!ids.count(forward)) {
-    return;
-  }
-  const FunctionSchema schema = module.get_method("forward").function().getSchema();
-  const auto graph = module.get_method("forward").graph()->copy();
-  inline_calls(graph, [](Node*) { return false; });
-  for (auto& [id, inner] : broken) {
-    remove_method(inner, id.second);
-  }
-  add_method(module, "forward", graph, schema.arguments(), schema.returns());
-}
-
 bool is_grafted(const Module& module) { return module.hasattr("adapters") && module.find_method(kGrafted).has_value(); }
+
+void check_grafted(const Module& module, const char* what) {
+  TORCH_CHECK(is_grafted(module), what, ": the module has no adapters; graft some first");
+}
+
+std::string active_name(const Module& grafted) {
+  const c10::IValue active = grafted.get_method("active_adapter")({});
+  return active.isNone() ? "" : active.toStringRef();
+}
 
 void add_methods(Module& module, const std::shared_ptr<Graph>& grafted_graph, const HeadInputs& heads) {
   const Function& forward = module.get_method("forward").function();

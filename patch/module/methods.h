@@ -11,6 +11,12 @@ namespace torchgraft {
 // True for a module that graft() made.
 bool is_grafted(const torch::jit::Module& module);
 
+// Throws c10::Error, on behalf of the function `what`, when nothing is grafted onto `module`.
+void check_grafted(const torch::jit::Module& module, const char* what);
+
+// The active adapter of a grafted module; empty when there is none.
+std::string active_name(const torch::jit::Module& grafted);
+
 // What forward_with_head needs to know of forward.
 struct HeadInputs {
   std::string token_mask;       // the argument that is the token mask; empty: none
@@ -27,9 +33,5 @@ void add_methods(torch::jit::Module& module, const std::shared_ptr<torch::jit::G
 
 // The inverse, on a grafted module: the base's methods and attributes are left.
 void remove_methods(torch::jit::Module& module);
-
-// Inlines `forward` when it hands modules to other methods as arguments (a trace of T5 gives its decoder the encoder's
-// embedding). Module::clone() leaves the types of such arguments behind, and what it makes could be saved, not loaded.
-void inline_module_arguments(torch::jit::Module& module);
 
 }  // namespace torchgraft

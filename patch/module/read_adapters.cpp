@@ -1,4 +1,6 @@
-#include <torchgraft/patch/module/adapter_bank.h>
+#include <torchgraft/patch/module/read_adapters.h>
+
+#include <torchgraft/patch/module/adapters_module.h>
 #include <torchgraft/plan/phm.h>
 #include <torchgraft/plan/prefix_mlp.h>
 #include <torchgraft/plan/reparametrisation.h>
@@ -9,7 +11,6 @@
 #include <set>
 #include <tuple>
 
-// The inverse of stack_banks and make_adapters_module.
 namespace torchgraft {
 namespace {
 

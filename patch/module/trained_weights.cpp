@@ -2,6 +2,7 @@
 
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/insert/activation_source.h>
+#include <torchgraft/patch/module/adapters_module.h>
 #include <torchgraft/patch/sites/base_weight.h>
 #include <torchgraft/plan/phm.h>
 
@@ -86,9 +87,9 @@ def phm_weight(rules: Tensor, blocks: Tensor) -> Tensor:
 }
 
 // [out]: the norms of the rows of W + B A, as in patch/dora.cpp.
-Value* TrainedWeights::weight_norm(const BankSlot& slot, const OwnWeights& own, Value* slot_module) {
+Value* TrainedWeights::weight_norm(const Slot& slot, const OwnWeights& own, Value* slot_module) {
   const auto& lora = std::get<PlannedLoRA>(own.module.method);
-  const LinearSite& site = *lora_site(sites_.layers.at(sites_.structure.position(slot.layer)), slot.slot);
+  const LinearSite& site = *lora_site(sites_.layers.at(sites_.structure.position(slot.layer)), slot.site);
   Value* weight = insert_rows(graph_, base_weight(site, root_), site, lora.out_features);
   Value* module = graph_.insertGetAttr(slot_module, own_module_name(own.name));
   Value* a = graph_.insertGetAttr(module, "lora_a");
@@ -100,7 +101,7 @@ Value* TrainedWeights::weight_norm(const BankSlot& slot, const OwnWeights& own, 
 }
 
 // A weight that the adapter computes from others (computed_weights).
-Value* TrainedWeights::computed_row(const BankSlot& slot, const OwnWeights& own, const std::string& name,
+Value* TrainedWeights::computed_row(const Slot& slot, const OwnWeights& own, const std::string& name,
                                     Value* slot_module) {
   if (name == "weight_norm") {
     return weight_norm(slot, own, slot_module);
@@ -127,8 +128,7 @@ Value* TrainedWeights::padded(Value* row, at::IntArrayRef sizes, at::IntArrayRef
   return sizes == wanted ? row : graph_.insert(c10::aten::expand, {row, broadcast});
 }
 
-Value* TrainedWeights::own_row(const BankSlot& slot, const OwnWeights& own, const std::string& name,
-                               Value* slot_module) {
+Value* TrainedWeights::own_row(const Slot& slot, const OwnWeights& own, const std::string& name, Value* slot_module) {
   const auto wanted = slot.parameters.at(name).sizes().slice(1);
   Value* row = nullptr;
   std::vector<int64_t> sizes;
@@ -144,7 +144,7 @@ Value* TrainedWeights::own_row(const BankSlot& slot, const OwnWeights& own, cons
   return row ? graph_.insert(c10::aten::unsqueeze, {padded(row, sizes, wanted, name), 0}) : nullptr;
 }
 
-Value* TrainedWeights::bank(const BankSlot& slot, const std::string& name) {
+Value* TrainedWeights::bank(const Slot& slot, const std::string& name) {
   const std::string layer = "layer_" + std::to_string(slot.number);
   Value*& bank = banks_[{layer + "." + slot.name, name}];
   if (bank) {

@@ -23,19 +23,19 @@ class TrainedWeights {
       : graph_(graph), sites_(sites), root_(root), adapters_(adapters), end_(end) {}
 
   // The bank [N, ...] of a slot that has trainable adapters.
-  torch::jit::Value* bank(const BankSlot& slot, const std::string& name);
+  torch::jit::Value* bank(const Slot& slot, const std::string& name);
 
  private:
   using Value = torch::jit::Value;
 
-  Value* own_row(const BankSlot& slot, const OwnWeights& own, const std::string& name, Value* slot_module);
-  Value* computed_row(const BankSlot& slot, const OwnWeights& own, const std::string& name, Value* slot_module);
+  Value* own_row(const Slot& slot, const OwnWeights& own, const std::string& name, Value* slot_module);
+  Value* computed_row(const Slot& slot, const OwnWeights& own, const std::string& name, Value* slot_module);
   Value* padded(Value* row, at::IntArrayRef sizes, at::IntArrayRef wanted, const std::string& name);
   Value* prefix_states(const OwnWeights& own);
   Value* prefix_of_layer(const OwnWeights& own, bool is_value);
   Value* source(const OwnWeights& own, const std::string& place, const std::string& name);
   Value* phm_weight(const OwnWeights& own, const std::string& side);
-  Value* weight_norm(const BankSlot& slot, const OwnWeights& own, Value* slot_module);
+  Value* weight_norm(const Slot& slot, const OwnWeights& own, Value* slot_module);
   Value* dropped(Value* value, double p);
 
   torch::jit::Graph& graph_;

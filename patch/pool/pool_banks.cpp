@@ -1,5 +1,9 @@
 #include <torchgraft/patch/pool/pool_banks.h>
 
+#include <torchgraft/patch/module/adapter_bank.h>
+#include <torchgraft/patch/module/make_adapter.h>
+#include <torchgraft/patch/module/read_adapters.h>
+
 #include <ATen/ATen.h>
 
 #include <algorithm>
@@ -30,21 +34,21 @@ c10::List<Value> repeated(int64_t count, const Value& value) {
 }
 
 // One adapter of each configuration, so that build() finds out what the banks must hold.
-std::vector<Adapter> templates(const std::vector<AdapterConfig>& room, const Foundation& foundation) {
+std::vector<Adapter> templates(const std::vector<AdapterConfig>& room, const Draft& draft) {
   std::vector<Adapter> result;
   for (const AdapterConfig& config : room) {
     const AdapterSpec spec{"room_" + std::to_string(result.size()), config, std::nullopt, ""};
-    result.push_back(make_adapter(spec, foundation.sites.structure, foundation.weights));
+    result.push_back(make_adapter(spec, draft.sites.structure, draft.weights));
   }
   return result;
 }
 
 }  // namespace
 
-PoolBanks::PoolBanks(Foundation foundation, std::vector<AdapterConfig> room, int64_t capacity, int64_t max_row_bytes)
+PoolBanks::PoolBanks(Draft draft, std::vector<AdapterConfig> room, int64_t capacity, int64_t max_row_bytes)
     : room_(std::move(room)) {
-  foundation.adapters = templates(room_, foundation);
-  module_ = build(std::move(foundation), /*active=*/"");
+  draft.adapters = templates(room_, draft);
+  module_ = build(std::move(draft), /*active=*/"");
   module_.eval();
   if (max_row_bytes > 0) {
     check_row_bytes(max_row_bytes);

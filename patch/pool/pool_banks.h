@@ -1,5 +1,6 @@
 #pragma once
 
+#include <torchgraft/patch/module/adapter_bank.h>
 #include <torchgraft/patch/module/draft.h>
 
 #include <string>
@@ -12,9 +13,9 @@ namespace torchgraft {
 // and gates. Knows nothing of threads: who writes a row sees to it that nobody runs it (AdapterPool).
 class PoolBanks {
  public:
-  // Consumes a foundation; its adapters are ignored. No row holds an adapter yet. Throws c10::Error when a row for
+  // Consumes a draft; its adapters are ignored. No row holds an adapter yet. Throws c10::Error when a row for
   // `room` takes more than max_row_bytes; 0 is no limit.
-  PoolBanks(Foundation foundation, std::vector<AdapterConfig> room, int64_t capacity, int64_t max_row_bytes = 0);
+  PoolBanks(Draft draft, std::vector<AdapterConfig> room, int64_t capacity, int64_t max_row_bytes = 0);
 
   const torch::jit::Module& module() const { return module_; }
   const std::vector<AdapterConfig>& room() const { return room_; }

@@ -163,4 +163,10 @@ GraphSites apply_sites(const GraphSites& detected, const Structure& wanted, cons
   return result;
 }
 
+GraphSites choose_sites(const CanonicalGraph& canonical, const torch::jit::Module& module,
+                        const std::optional<Structure>& wanted) {
+  const GraphSites detected = find_sites(canonical, module);
+  return wanted ? apply_sites(detected, *wanted, canonical, module) : detected;
+}
+
 }  // namespace torchgraft

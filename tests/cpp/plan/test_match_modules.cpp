@@ -48,7 +48,7 @@ std::vector<std::string> values(const Structure& structure, const AdapterConfig&
     if (const auto found = weights.at(i).find(parameter); found != weights[i].end()) {
       const at::Tensor flat = found->second.flatten();
       EXPECT_TRUE(flat.eq(flat[0]).all().item<bool>());
-      result.push_back(c10::str(plan[i].layer, ":", plan[i].slot, "=", flat[0].item<double>()));
+      result.push_back(c10::str(plan[i].layer, ":", plan[i].site, "=", flat[0].item<double>()));
     }
   }
   return result;

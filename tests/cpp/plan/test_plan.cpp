@@ -15,7 +15,7 @@ using testing::error_of;
 std::vector<std::string> slots(const Plan& plan) {
   std::vector<std::string> result;
   for (const PlannedModule& module : plan) {
-    result.push_back(std::to_string(module.layer) + ":" + module.slot);
+    result.push_back(std::to_string(module.layer) + ":" + module.site);
   }
   return result;
 }

@@ -1,0 +1,11 @@
+#pragma once
+
+#include <torch/csrc/jit/api/module.h>
+
+namespace torchgraft {
+
+// Inlines `forward` when it hands modules to other methods as arguments (a trace of T5 gives its decoder the encoder's
+// embedding). Module::clone() leaves the types of such arguments behind, and what it makes could be saved, not loaded.
+void inline_module_arguments(torch::jit::Module& module);
+
+}  // namespace torchgraft

@@ -1,0 +1,33 @@
+#pragma once
+
+#include <torchgraft/config/head_config.h>
+#include <torchgraft/plan/adapter_weights.h>
+#include <torchgraft/plan/plan.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace torchgraft {
+
+struct Head {
+  HeadConfig config;
+  ModuleWeights weights;  // see plan/head_weights.h
+};
+
+// One named adapter with its weights, one entry per module of its plan.
+struct Adapter {
+  std::string name;
+  AdapterConfig config;
+  Plan plan = {};
+  AdapterWeights weights = {};
+  bool merged = false;             // a LoRA that the base's weights hold: its scaling is 0
+  bool trainable = false;          // has parameters of its own instead of rows of the banks
+  Reparametrisation sources = {};  // of a trainable one: what `weights` are computed from
+  std::optional<Head> head = std::nullopt;
+};
+
+// Position of `name` among `adapters`; throws c10::Error that lists the names, on behalf of the function `what`.
+size_t find_adapter(const std::vector<Adapter>& adapters, const std::string& name, const char* what);
+
+}  // namespace torchgraft

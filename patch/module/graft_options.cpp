@@ -1,0 +1,57 @@
+#include <torchgraft/patch/module/graft_options.h>
+
+namespace torchgraft {
+
+using torch::jit::Module;
+
+InsertOptions insert_options(const GraftOptions& options, const Module& module) {
+  TORCH_CHECK(options.gate_pooling == "all" || options.gate_pooling == "unpadded",
+              "graft: expected gate_pooling \"all\" or \"unpadded\", got \"", options.gate_pooling, "\"");
+  InsertOptions result;
+  result.pool_unpadded = options.gate_pooling == "unpadded";
+  if (options.token_mask_input.empty()) {
+    return result;
+  }
+  TORCH_CHECK(result.pool_unpadded, "graft: a token mask is used with gate_pooling \"unpadded\" only");
+  std::string names;
+  const auto& arguments = module.get_method("forward").function().getSchema().arguments();
+  for (size_t i = 1; i < arguments.size(); ++i) {
+    names += (names.empty() ? "" : ", ") + arguments[i].name();
+    if (arguments[i].name() != options.token_mask_input) {
+      continue;
+    }
+    TORCH_CHECK(arguments[i].type()->isSubtypeOf(*c10::TensorType::get()), "graft: the token mask input '",
+                options.token_mask_input, "' must be a Tensor, it is ", arguments[i].type()->repr_str());
+    result.token_mask_input = i;
+  }
+  TORCH_CHECK(result.token_mask_input, "graft: forward has no argument '", options.token_mask_input,
+              "'; it has: ", names);
+  return result;
+}
+
+GraftOptions options_like(const Module& grafted, GraftOptions options) {
+  const Module adapters = grafted.attr("adapters").toModule();
+  const std::string pooling = adapters.attr("gate_pooling").toStringRef();
+  const std::string mask = adapters.attr("token_mask_input").toStringRef();
+  TORCH_CHECK(options.gate_pooling == "all" || options.gate_pooling == pooling,
+              "graft: the module's gates are pooled over \"", pooling, "\" tokens; all its adapters share that");
+  TORCH_CHECK(options.token_mask_input.empty() || options.token_mask_input == mask,
+              "graft: the module's token mask is '", mask, "'; all its adapters share that");
+  options.gate_pooling = pooling;
+  options.token_mask_input = mask;
+  const bool was_fused = !adapters.hasattr("fused") || adapters.attr("fused").toBool();  // older files do not say
+  options.fuse = options.fuse && was_fused;
+  const auto sites = remembered_sites(grafted);
+  TORCH_CHECK(!options.sites || (sites && to_json(*sites) == to_json(*options.sites)),
+              "graft: the module was grafted with ", sites ? "other" : "detected",
+              " sites, which all its adapters share; graft the base anew to change them");
+  options.sites = sites;
+  return options;
+}
+
+std::optional<Structure> remembered_sites(const Module& grafted) {
+  const std::string& json = grafted.attr("adapters").toModule().attr("sites").toStringRef();
+  return json.empty() ? std::nullopt : std::optional(structure_from_json(json));
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,20 @@
+#pragma once
+
+#include <torchgraft/patch/graft.h>
+#include <torchgraft/patch/module/adapter.h>
+
+#include <string>
+#include <vector>
+
+namespace torchgraft {
+
+// Throws c10::Error unless `name` is an identifier that no adapter has.
+void check_name(const std::string& name, const std::vector<Adapter>& taken);
+
+// Throws c10::Error when the adapter cannot be trained.
+void check_can_train(const Adapter& adapter);
+
+// Plans `spec` on `structure` and reads or draws its weights.
+Adapter make_adapter(const AdapterSpec& spec, const Structure& structure, const at::TensorOptions& options);
+
+}  // namespace torchgraft

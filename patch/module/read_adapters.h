@@ -1,0 +1,18 @@
+#pragma once
+
+#include <torchgraft/patch/module/adapter.h>
+
+#include <torch/csrc/jit/api/module.h>
+
+#include <vector>
+
+// The inverse of stack_banks (adapter_bank.h) and make_adapters_module (adapters_module.h).
+namespace torchgraft {
+
+// The weights of one adapter, cut out of the banks: one entry per module of its plan.
+AdapterWeights read_row(const torch::jit::Module& adapters_module, size_t row, const Plan& plan);
+
+// The adapters of a grafted module's `adapters` submodule, unstacked.
+std::vector<Adapter> read_adapters(const torch::jit::Module& adapters_module, const Structure& structure);
+
+}  // namespace torchgraft

@@ -1,0 +1,55 @@
+#include <torchgraft/plan/locations.h>
+
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+
+namespace torchgraft {
+
+size_t execution_order(const std::string& site) {
+  static const std::vector<std::string> kSites = {
+      "selfattn_lora_q",  "selfattn_lora_k",   "selfattn_lora_v", "crossattn_lora_q", "crossattn_lora_k",
+      "crossattn_lora_v", "self_prefix",       "encoder_prefix",  "cross_prefix",     "mh_adapter",
+      "cross_adapter",    "intermediate_lora", "output_lora",     "output_adapter"};
+  const auto found = std::find(kSites.begin(), kSites.end(), site);
+  TORCH_INTERNAL_ASSERT(found != kSites.end(), "no execution order for ", site);
+  return static_cast<size_t>(found - kSites.begin());
+}
+
+std::string prefix_location(const Layer& layer) {
+  switch (layer.kind) {
+    case AttentionKind::kSelf:
+      return "self_prefix";
+    case AttentionKind::kEncoder:
+      return "encoder_prefix";
+    case AttentionKind::kCross:
+      return "cross_prefix";
+  }
+  TORCH_INTERNAL_ASSERT(false, "unknown attention kind");
+}
+
+std::string attention_adapter_location(const Layer& layer) {
+  return layer.kind == AttentionKind::kCross ? "cross_adapter" : "mh_adapter";
+}
+
+std::vector<std::string> available_locations(const Layer& layer) {
+  std::vector<std::string> result = {prefix_location(layer)};
+  if (layer.query || layer.key || layer.value) {
+    result.push_back("selfattn_lora");
+  }
+  if (layer.has_attention_residual) {
+    result.push_back(attention_adapter_location(layer));
+  }
+  if (layer.ffn_in) {
+    result.push_back("intermediate_lora");
+  }
+  if (layer.ffn_out) {
+    result.push_back("output_lora");
+  }
+  if (layer.has_ffn_residual) {
+    result.push_back("output_adapter");
+  }
+  return result;
+}
+
+}  // namespace torchgraft
