@@ -25,7 +25,7 @@ struct Slot {
   int64_t layer = 0;         // Layer::index: the attention where it runs first
   int64_t number = 0;        // Layer::number: of the Transformer layer
   std::string location;      // the oracle's key, e.g. "selfattn_lora"
-  std::string slot;          // "selfattn_lora_q"
+  std::string site;          // "selfattn_lora_q"
   std::string name;          // the slot's module name: "selfattn_lora_q", "output_adapter_seq_ln_relu"
   BottleneckForm form = {};  // of bottlenecks
   LoRAForm lora = LoRAForm::kAdd;
