@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/mixed_batch.py
 
 MiniLM's size, UniPELT, 64 rows. Every variant runs once in each round, so that a busy moment of the machine meets all
-of them; printed are ratios of medians, with the quartiles of the rounds' own ratios. The grafted module is as AdapterPool
-serves it: on a frozen base, not frozen itself, for its rows change.
+of them; printed are ratios of medians, with the quartiles of the rounds' own ratios. The grafted module is as
+AdapterPool serves it: on a frozen base, not frozen itself, for its rows change.
 """
 
 import argparse

@@ -364,8 +364,8 @@ def main(argv: list[str] | None = None) -> int:
         done = {measurement(row) for row in new}
         rows = [row for row in rows if measurement(row) not in done] + new
         write(rows, arguments)  # what there is, should the rest be stopped
-    console.print(f"{arguments.dtype}, {passes_of(arguments)}: multiples of the base's median, in brackets the quartiles of "
-                  "the rounds' ratios")  # fmt: skip
+    console.print(f"{arguments.dtype}, {passes_of(arguments)}: multiples of the base's median, in brackets the "
+                  "quartiles of the rounds' ratios")  # fmt: skip
     print_tables(rows, arguments.markdown, console)
     return 0
 

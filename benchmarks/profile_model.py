@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/profile_model.py --model MiniLM --shape 1x16 --config MAM
 
-Both traced and frozen, passes in turns; of each operator the least time of all passes, which a busy machine disturbs least.
-A profiler costs about a microsecond for each operator, so a sum is more than the time without it; that is printed too. Last, what a call of each operator costs with next to nothing
-to compute (one token, two features): dispatch, checks, allocations.
+Both traced and frozen, passes in turns; of each operator the least time of all passes, which a busy machine disturbs
+least. A profiler costs about a microsecond for each operator, so a sum is more than the time without it; that is
+printed too. Last, what a call of each operator costs with next to nothing to compute (one token, two features):
+dispatch, checks, allocations.
 """
 
 import argparse

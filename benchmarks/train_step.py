@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/train_step.py --shapes 8x128 --json train_step.json
 
-A random BERT-base with UniPELT. All variants run in turns in one process; times are medians of steps, with the quartiles
-of the rounds' ratios to the library:
+A random BERT-base with UniPELT. All variants run in turns in one process; times are medians of steps, with the
+quartiles of the rounds' ratios to the library:
 
     library        adapters==1.3.0, as it comes: the adapter is trained, the base frozen
     torchgraft     graft(..., trainable=True): the same parameters
@@ -140,16 +140,17 @@ def rows_of(model: str, shape: str, threads: int, rounds: int) -> list[Row]:
         first, _, third = statistics.quantiles(ratios, n=4)
         median = statistics.median(values)
         count = sum(parameter.numel() for parameter in steps[variant].parameters)
-        rows.append(Row(model, shape, threads, variant, count, 1e3 * median, median / statistics.median(library_seconds),
-                        (first, third), needed[variant], needed[variant] / needed["library"], held[variant],
+        rows.append(Row(model, shape, threads, variant, count, 1e3 * median,
+                        median / statistics.median(library_seconds), (first, third), needed[variant],
+                        needed[variant] / needed["library"], held[variant],
                         held[variant] / held["library"]))  # fmt: skip
     return rows
 
 
 def print_table(rows: list[Row], console: Console) -> None:
     table = Table(title="a training step; ratios to the library's")
-    columns = ("model", "shape", "threads", "variant", "trained", "ms", "time", "quartiles", "MiB needed", "ratio", "held",
-               "ratio")  # fmt: skip
+    columns = ("model", "shape", "threads", "variant", "trained", "ms", "time", "quartiles", "MiB needed", "ratio",
+               "held", "ratio")  # fmt: skip
     for name in columns:
         table.add_column(name, justify="left" if name in ("model", "variant") else "right")
     for row in rows:

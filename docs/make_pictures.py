@@ -8,21 +8,21 @@ in the picture's own units, x to the right and y upwards; data flows upwards.
 inspect.svg: what `graft.py inspect --svg` draws of a grafted encoder. gates.png: what plot_gates draws.
 """
 
+import itertools
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.patches import Circle, FancyBboxPatch
 
 matplotlib.use("Agg")
 matplotlib.rcParams.update(
     {"svg.hashsalt": "torchgraft", "font.family": "DejaVu Sans", "mathtext.fontset": "dejavusans"}
 )
-
-import matplotlib.pyplot as plt
-import torch
-from matplotlib.patches import Circle, FancyBboxPatch
 
 HERE = Path(__file__).resolve().parent
 GRAFT = [sys.executable, HERE.parent / "scripts" / "graft.py"]
@@ -145,7 +145,7 @@ def bottleneck(canvas, x, side, residual):
     for height, name in zip(heights, names, strict=True):
         wide = {"add, layer norm": 2.25, "down": 1.45, "ReLU": 0.95, "up": 1.45}[name]
         canvas.box(side, height, name, width=wide, height=0.46, adapter="bottleneck")
-    for low, high in zip(heights, heights[1:]):
+    for low, high in itertools.pairwise(heights):
         canvas.path((side, low + 0.23), (side, high - 0.23), adapter="bottleneck")
     canvas.path((side, heights[-1] + 0.23), (side, LATE_SUM), (x + 0.16, LATE_SUM), adapter="bottleneck")
     canvas.gate((x + side) / 2, LATE_SUM, "bottleneck")

@@ -117,8 +117,11 @@ def add_life_commands(commands: argparse._SubParsersAction) -> None:
     saving = command("save", "write one adapter as an AdapterHub directory", writes=False)
     saving.add_argument("name", metavar="NAME")
     saving.add_argument("directory", type=Path, metavar="DIRECTORY")
-    saving.add_argument("--model-class", metavar="CLASS",
-                        help="the class of the library's model that is to load a head, as BertAdapterModel")  # fmt: skip
+    saving.add_argument(
+        "--model-class",
+        metavar="CLASS",
+        help="the class of the library's model that is to load a head, as BertAdapterModel",
+    )
     saving.add_argument("--bin", action="store_true", help="pytorch_adapter.bin instead of adapter.safetensors")
     loading = command("load", "add the adapter of a directory, or replace the one of its name")
     loading.add_argument("directory", type=Path, metavar="DIRECTORY")

@@ -106,7 +106,7 @@ class EncoderReplica:
         return await self._batches.answer(Request(lease, rows, pooling))
 
 
-class BadRequest(Exception):
+class BadRequestError(Exception):
     pass
 
 
@@ -115,16 +115,16 @@ def read_body(content: bytes) -> tuple[str, list[list[int]], str]:
     try:
         body: Any = json.loads(content)
     except (ValueError, RecursionError):
-        raise BadRequest("the body is not JSON") from None
+        raise BadRequestError("the body is not JSON") from None
     if not isinstance(body, dict) or not FIELDS.issuperset(body) or "input_ids" not in body:
-        raise BadRequest('expected {"adapter": name or null, "input_ids": [[...]], "pooling": "first" or "mean"}')
+        raise BadRequestError('expected {"adapter": name or null, "input_ids": [[...]], "pooling": "first" or "mean"}')
     adapter, rows, pooling = body.get("adapter"), body["input_ids"], body.get("pooling", "first")
     if adapter is not None and not (isinstance(adapter, str) and adapter):
-        raise BadRequest('"adapter": expected a name, or null for the base model')
+        raise BadRequestError('"adapter": expected a name, or null for the base model')
     if pooling not in ("first", "mean"):
-        raise BadRequest('"pooling": expected "first" or "mean"')
+        raise BadRequestError('"pooling": expected "first" or "mean"')
     if not isinstance(rows, list) or not 1 <= len(rows) <= BATCH_ROWS or not all(map(is_row, rows)):
-        raise BadRequest(
+        raise BadRequestError(
             f'"input_ids": expected 1 to {BATCH_ROWS} lists of 1 to {MOST_TOKENS} token ids, integers from 0'
         )
     return adapter or "", rows, pooling
@@ -150,7 +150,7 @@ class Gateway:
             return failure(404, f"nothing is at {request.method} {request.url.path}")
         try:
             name, rows, pooling = read_body(await request.body())
-        except BadRequest as error:
+        except BadRequestError as error:
             return failure(400, str(error))
         if name and not NAME.fullmatch(name):
             return failure(404, "expected an adapter's name of letters, digits, '_' and '-'")

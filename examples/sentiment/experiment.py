@@ -65,8 +65,8 @@ class Plan:
 
     Attributes:
         compared, seeds: of UniPELT and the probe on COMPARED_ON.
-        other, other_seeds: of both on the other domains, of other methods on COMPARED_ON, and of the learning curve; the
-            seeds are among `seeds`.
+        other, other_seeds: of both on the other domains, of other methods on COMPARED_ON, and of the learning curve;
+            the seeds are among `seeds`.
         curve: numbers of training sentences; None: all.
         validation: sentences at most, of the probe.
     """

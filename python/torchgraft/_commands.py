@@ -210,8 +210,8 @@ def _print_operators(module: torch.jit.ScriptModule, arguments: argparse.Namespa
 
 
 def _operator_table(module: torch.jit.ScriptModule, config: str | None) -> Table:
-    """What computes each slot. gated_lora_linear is a projection and its LoRA in one, gated_bottleneck_linear a linear map
-    and its parallel bottleneck; the others are added to a result."""
+    """What computes each slot. gated_lora_linear is a projection and its LoRA in one, gated_bottleneck_linear a linear
+    map and its parallel bottleneck; the others are added to a result."""
     table = Table(title="operators" + (f" with {config}" if config else ""))
     for heading in ("slot", "operator", "layers"):
         table.add_column(heading, overflow="fold")

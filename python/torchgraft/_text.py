@@ -55,8 +55,8 @@ def text_arguments(method: Any, values: Mapping[str, Tensor], command: str) -> l
         elif parameter.has_default_value():
             result.append(parameter.default_value)
         else:
-            raise GraftError(f"{command}: forward's argument '{parameter.name}' is none that a text gives (token ids, a "
-                             "mask, token types); call the module from Python")  # fmt: skip
+            raise GraftError(f"{command}: forward's argument '{parameter.name}' is none that a text gives (token ids, "
+                             "a mask, token types); call the module from Python")  # fmt: skip
     if "ids" not in given:
         raise GraftError(f"{command}: forward takes no token ids; call the module from Python")
     return result[: max(given.values()) + 1]

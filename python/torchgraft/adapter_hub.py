@@ -136,8 +136,8 @@ def load_adapter_directory(directory: str | Path) -> AdapterDirectory:
 
 
 def convert_to_safetensors(directory: str | Path) -> bool:
-    """Writes adapter.safetensors beside the pytorch_adapter.bin of a directory, and a head's model_head.safetensors beside
-    its pytorch_model_head.bin; each file is written whole or not at all.
+    """Writes adapter.safetensors beside the pytorch_adapter.bin of a directory, and a head's model_head.safetensors
+    beside its pytorch_model_head.bin; each file is written whole or not at all.
 
     Returns:
         False when they were there already, and nothing was done.

@@ -25,10 +25,11 @@ def save_adapter(
 ) -> None:
     """Writes one adapter so that load_adapter() of this package and of `adapters==1.3.0` read it.
 
-    Prefixes of a frozen adapter are written as flat ones ("flat": true): the MLP that made them is not kept, its outputs
-    are. A trainable adapter's MLP is written. The directory is made if need be. All files are written or, when something
-    goes wrong, none; what else an adapter may have there, of the one before it or in the other format, is removed. Killed in
-    between, it has the old adapter, the new one, or (for an instant, of renaming) no adapter_config.json.
+    Prefixes of a frozen adapter are written as flat ones ("flat": true): the MLP that made them is not kept, its
+    outputs are. A trainable adapter's MLP is written. The directory is made if need be. All files are written or, when
+    something goes wrong, none; what else an adapter may have there, of the one before it or in the other format, is
+    removed. Killed in between, it has the old adapter, the new one, or (for an instant, of renaming) no
+    adapter_config.json.
 
     Args:
         module: a grafted module.
@@ -58,7 +59,7 @@ def save_adapter(
 def load_adapter(
     module: torch.jit.ScriptModule, directory: str | Path, name: str | None = None, trainable: bool = False
 ) -> torch.jit.ScriptModule:
-    """A copy of `module`, grafted or not, with the adapter of a directory: in place of one of that name, or in addition.
+    """A copy of `module`, grafted or not, with the adapter of a directory, in place of one of that name if any.
 
     The adapter may come from a model whose modules are called otherwise: places are matched by module path where paths
     agree, else by layer number and location. The active adapter stays active; of a bare module the loaded one is.

@@ -53,8 +53,8 @@ class BnConfig(_Method):
     dropout: float = 0.0
     phm_layer: bool = False
     phm_dim: int = 4
-    factorized_phm_W: bool | None = True
-    shared_W_phm: bool | None = False
+    factorized_phm_W: bool | None = True  # noqa: N815 (the library's name)
+    shared_W_phm: bool | None = False  # noqa: N815
     shared_phm_rule: bool | None = True
     factorized_phm_rule: bool | None = False
     phm_c_init: str | None = "normal"

@@ -25,8 +25,8 @@ def cpp_module(module: Any) -> Any:
 
 
 Weights = dict[str, torch.Tensor]
-# What the patcher takes for one adapter: its name, its configuration, trained weights with their name in them, whether it
-# is trainable, and its head: configuration, weights, and their name in them.
+# What the patcher takes for one adapter: its name, its configuration, trained weights with their name in them, whether
+# it is trainable, and its head: configuration, weights, and their name in them.
 Spec = tuple[str, str, Weights | None, str, bool, tuple[str, Weights, str] | None]
 
 
@@ -90,8 +90,8 @@ def graft(
         config: what to graft under `name`, freshly initialised: a name ("unipelt", "mam", "lora", ...), a configuration
             of this package or of the `adapters` library, a dict, or the path of an adapter_config.json.
         name: the name of that adapter.
-        adapters: trained adapters, {name: directory of AdapterHub, or of a LoRA of PEFT}; configuration and weights come
-            from the directory.
+        adapters: trained adapters, {name: directory of AdapterHub, or of a LoRA of PEFT}; configuration and weights
+            come from the directory.
         gate_pooling: "all": a gate is the mean over all tokens, as in the `adapters` library. "unpadded": over the
             tokens that are not padding, so that a row's result does not depend on how far its batch was padded.
         token_mask: for "unpadded", the argument of forward that is the token mask ([B, S], non-zero = real token).

@@ -65,17 +65,18 @@ def add_head(
 ) -> torch.jit.ScriptModule:
     """A copy in which the adapter `name` has a head with fresh weights; it is trainable if the adapter is.
 
-    The copy has the method `forward_with_head(..., adapter_ids=None)` with forward's arguments. It returns logits [B, L],
-    for tagging [B, S, L]. In a mixed batch L is the largest number of labels of all heads, and columns that a row's head
-    does not have are -inf. The head reads what forward returns: a Tensor [B, S, H], the first one of a tuple, or the entry
-    "last_hidden_state" of a dict.
+    The copy has the method `forward_with_head(..., adapter_ids=None)` with forward's arguments. It returns logits
+    [B, L], for tagging [B, S, L]. In a mixed batch L is the largest number of labels of all heads, and columns that a
+    row's head does not have are -inf. The head reads what forward returns: a Tensor [B, S, H], the first of a tuple, or
+    the entry "last_hidden_state" of a dict.
 
     Args:
         module: a grafted module.
         name: of the adapter. A head that it has is replaced.
         config: what the head is.
         token_mask: the argument of forward that says which tokens are real ([B, S], non-zero = real). None:
-            "attention_mask", or "decoder_attention_mask" of a model with cross attention, if forward has it, else all are. All heads of a module share it.
+            "attention_mask", or "decoder_attention_mask" of a model with cross attention, if forward has it, else all
+            are. All heads of a module share it.
 
     Raises:
         GraftError: an unknown adapter, an unsupported field, or another token mask than that of the other heads.

@@ -68,7 +68,7 @@ def replace_adapter(
     directory: str | Path | None = None,
     trainable: bool = False,
 ) -> torch.jit.ScriptModule:
-    """A copy where `name` has another configuration with fresh weights, or what is in a directory; its adapter_id stays."""
+    """A copy where `name`, with its adapter_id, has a new configuration with fresh weights, or those of a directory."""
     if (config is None) == (directory is None):
         raise GraftError("replace_adapter: give a config or a directory")
     if directory is not None:

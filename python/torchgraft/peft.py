@@ -99,8 +99,8 @@ def _check_config(directory: Path, config: dict[str, Any]) -> None:
             raise GraftError(f"{directory}: {field} ({meaning}) is not supported")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
-        raise GraftError(f"{directory}: init_lora_weights={init} has changed the base's weights, which the model here does "
-                         "not have; convert it with PEFT's path_initial_model_for_weight_conversion")  # fmt: skip
+        raise GraftError(f"{directory}: init_lora_weights={init} has changed the base's weights, which the model here "
+                         "does not have; convert it with PEFT's path_initial_model_for_weight_conversion")  # fmt: skip
 
 
 def _pattern_value(patterns: Mapping[str, Any] | None, path: str, default: float) -> float:
@@ -159,8 +159,8 @@ def _places(
                              "query, key and value projections and both ends of the feed-forward block")  # fmt: skip
     width = sum(projection["out_features"] for _, _, projection in found)
     if update.lora_b.size(0) != width or update.lora_a.size(1) != found[0][2]["in_features"]:
-        raise GraftError(f"{directory}: expected lora_A and lora_B of {path} for {found[0][2]['in_features']} inputs and "
-                         f"{width} outputs, got {update.lora_a.size(1)} and {update.lora_b.size(0)}")  # fmt: skip
+        raise GraftError(f"{directory}: expected lora_A and lora_B of {path} for {found[0][2]['in_features']} inputs "
+                         f"and {width} outputs, got {update.lora_a.size(1)} and {update.lora_b.size(0)}")  # fmt: skip
     first = min(projection["offset"] for _, _, projection in found)
     return {
         (index, role): (projection, update.rows(projection["offset"] - first, projection["out_features"]))
@@ -205,8 +205,9 @@ def _as_adapter_hub(
                 continue
             _, update = places.get((index, role), (None, None))
             if update is None and dora:
-                raise GraftError(f"{directory}: DoRA on {role} of some layers, and in layer {layer['layer']} on others, is "
-                                 "not supported; target_modules must name the same projections in each")  # fmt: skip
+                raise GraftError(f"{directory}: DoRA on {role} of some layers, and in layer {layer['layer']} on "
+                                 "others, is not supported; target_modules must name the same projections in "
+                                 "each")  # fmt: skip
             if update is None:  # another layer has one here: this one's is zero
                 update = _Update(torch.zeros(1, projection["in_features"]), torch.zeros(projection["out_features"], 1))
             padded = update.padded(rank)

@@ -42,8 +42,8 @@ class AdapterPool:
     Args:
         module: a base model, or a grafted one, whose adapters then stay. It is not changed.
         capacity: how many adapters are in memory.
-        room: configurations (as graft() takes them) that rows must hold. An adapter that needs more makes the pool build
-            larger rows beside its traffic. None: those of the first adapter.
+        room: configurations (as graft() takes them) that rows must hold. An adapter that needs more makes the pool
+            build larger rows beside its traffic. None: those of the first adapter.
         gate_pooling, token_mask: as in graft(); with "unpadded" a row's result does not depend on its batch.
 
     Raises:

@@ -43,7 +43,7 @@ def test_operators_do_not_need_the_patcher(prefix):
 
 
 def test_only_marked_symbols_are_exported(prefix):
-    """Weak and unique symbols are templates and inline functions of the headers of torch and of the standard library."""
+    """Weak and unique symbols are templates and inline functions of the headers of torch and the standard library."""
     linker_made = {"__bss_start", "_edata", "_end"}
     for library in libraries(prefix):
         lines = run("nm", "--dynamic", "--demangle", "--defined-only", library).stdout.splitlines()

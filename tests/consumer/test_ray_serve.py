@@ -121,7 +121,7 @@ def test_other_addresses(server):
 
 
 def test_only_this_machine_is_listened_to(server):
-    """All but one port of each replica, which Ray opens for itself on every interface (examples/ray_serve/README.md)."""
+    """All but one port of each replica, which Ray opens on every interface (examples/ray_serve/README.md)."""
     processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
     open_ports = 0
     for process in processes:

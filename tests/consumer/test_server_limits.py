@@ -138,15 +138,17 @@ def test_a_request_that_waits_keeps_no_body(server_program, models):
         with connections_to(server, count) as clients:
             for number, client in enumerate(clients):
                 client.sendall(post([[1, 2]], padding=padding))
-                wait_until(lambda: server.metric("torchgraft_queue_rows") == number + 1)
+                wait_until(lambda rows=number + 1: server.metric("torchgraft_queue_rows") == rows)
             assert server.metric("process_resident_memory_bytes") < before + count * padding / 2
 
 
 def test_more_connections_than_files_at_first(server_program, models):
     """The limit of open files is raised."""
-    with Server(server_program, models / "base.pt", models / "adapters", open_files=(128, 4096)) as server:
-        with connections_to(server, 300):
-            assert server.predict("task-0", [[1]])[0] == 200
+    with (
+        Server(server_program, models / "base.pt", models / "adapters", open_files=(128, 4096)) as server,
+        connections_to(server, 300),
+    ):
+        assert server.predict("task-0", [[1]])[0] == 200
 
 
 def test_connections_leave_files_for_adapters(server_program, models):
@@ -213,11 +215,13 @@ def test_an_adapter_that_is_too_large_is_refused(server_program, models, tmp_pat
 
 def test_a_body_that_never_comes_holds_up_no_end(server_program, models):
     options = ("--drain-seconds", 600, "--idle-seconds", 600)
-    with Server(server_program, models / "base.pt", models / "adapters", *options) as server:
-        with connections_to(server, 1) as (client,):
-            client.sendall(post([[1, 2]])[:-5])
-            assert server.ask("GET", "/healthz")[0] == 200
-            assert server.stop() == 0  # or Server.wait() gives up
+    with (
+        Server(server_program, models / "base.pt", models / "adapters", *options) as server,
+        connections_to(server, 1) as (client,),
+    ):
+        client.sendall(post([[1, 2]])[:-5])
+        assert server.ask("GET", "/healthz")[0] == 200
+        assert server.stop() == 0  # or Server.wait() gives up
 
 
 def test_what_still_waits_when_draining_is_over_is_answered(server_program, models, own_adapters):
@@ -240,10 +244,12 @@ def test_what_still_waits_when_draining_is_over_is_answered(server_program, mode
 
 def test_a_second_signal_ends_it_at_once(server_program, models):
     options = ("--drain-seconds", 600, "--max-wait-us", WAITS)
-    with Server(server_program, models / "base.pt", models / "adapters", *options) as server:
-        with connections_to(server, 1) as (client,):
-            client.sendall(post([[1, 2]]))
-            wait_until(lambda: server.metric("torchgraft_queue_rows") == 1)
-            server.terminate_and_see_it_drain()
-            server.terminate()
-            assert server.wait() == -signal.SIGTERM
+    with (
+        Server(server_program, models / "base.pt", models / "adapters", *options) as server,
+        connections_to(server, 1) as (client,),
+    ):
+        client.sendall(post([[1, 2]]))
+        wait_until(lambda: server.metric("torchgraft_queue_rows") == 1)
+        server.terminate_and_see_it_drain()
+        server.terminate()
+        assert server.wait() == -signal.SIGTERM

@@ -40,7 +40,8 @@ def library_model() -> adapters.BertAdapterModel:
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=WORDS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.2, return_dict=False)  # fmt: skip
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.2,
+        return_dict=False)  # fmt: skip
     plain = transformers.BertModel(config).eval()
     model = adapters.BertAdapterModel(config)
     model.bert.load_state_dict(plain.state_dict(), strict=False)
@@ -66,7 +67,10 @@ def folder(tmp_path_factory, library) -> Path:
 
 
 # UniPELT's methods, small and ungated but for one; dropout, so that the generator matters.
-UNION = "prefix_tuning[bottleneck_size=8, prefix_length=4, dropout=0.1]|seq_bn[reduction_factor=4]|lora[r=4, use_gating=True]"
+UNION = (
+    "prefix_tuning[bottleneck_size=8, prefix_length=4, dropout=0.1]|seq_bn[reduction_factor=4]|"
+    "lora[r=4, use_gating=True]"
+)
 
 
 def command(program, folder, output, *options, examples="train.safetensors", config=UNION) -> list[str]:
@@ -134,7 +138,7 @@ def test_killed_three_times_it_ends_with_the_same_weights(train_program, folder,
     kept = [tmp_path / f"checkpoint.safetensors.{ending}" for ending in ("backup", "a1B2c3.tmp.old")]
     for path in kept:
         path.write_bytes(b"the user's")
-    # Checkpoints: one before the first step, after each third, and after each epoch, which has ten. (Epoch, step in it.)
+    # Checkpoints: one before the first step, after each third, and after each epoch, which has ten. (Epoch, its step.)
     for place in ((0, 6), (1, 2), (2, 0)):
         killed = subprocess.run(arguments, env=accident, capture_output=True)
         assert killed.returncode == -signal.SIGKILL

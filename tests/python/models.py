@@ -1,7 +1,7 @@
 """The base models of the tests: small random ones, as TorchScript, each with the Hugging Face model it equals.
 
-A Variant says how a base is built, called and compared. Sizes are chosen so that no two mean the same number: hidden 48,
-heads 4, head width 12, feed-forward 80, layers 3.
+A Variant says how a base is built, called and compared. Sizes are chosen so that no two mean the same number: hidden
+48, heads 4, head width 12, feed-forward 80, layers 3.
 """
 
 import functools
@@ -90,8 +90,7 @@ def hugging_face(family: str, attention: str, dtype: torch.dtype) -> nn.Module:
                 # Large enough that attention is far from uniform, so that a lost mask or prefix is seen.
                 value = value * 1.3 / parameter.size(1) ** 0.5
             parameter.copy_(value)
-        model = model.to(dtype)
-    return model
+        return model.to(dtype)
 
 
 @dataclass(frozen=True)

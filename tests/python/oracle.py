@@ -33,7 +33,7 @@ from models import Batch, Variant
 _ALL_LORA = dict(attn_matrices=["q", "k", "v"], intermediate_lora=True, output_lora=True)
 _MAP = {"0": 4, "default": 12}
 
-# Every method alone and in unions, gated and not. Prefixes are short of the defaults where the default is not the point.
+# Every method alone and in unions, gated and not. Prefixes are shorter than by default, but where that matters.
 CONFIGS = {
     "unipelt": UniPELTConfig(),
     "mam": MAMConfig(),

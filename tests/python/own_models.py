@@ -1,7 +1,7 @@
 """Hand-written Transformer encoders for torch.jit.script, with weights taken from a Hugging Face model.
 
-Their module names and their spelling of attention differ from Hugging Face's on purpose: what the patcher finds, it must
-find by data flow. Shapes: embeddings and results [B, S, H], ids [B, S] int64, masks [B, S] int64 with 1 = real token.
+Their module names and their spelling of attention differ from Hugging Face's on purpose: what the patcher finds, it
+must find by data flow. Shapes: embeddings and results [B, S, H], ids and masks [B, S] int64 with 1 = real token.
 """
 
 import math

@@ -60,7 +60,7 @@ def test_listed_sizes_are_those_of_the_weights() -> None:
     module = _bank("bert_sdpa", torch.float32)
     for info in torchgraft.list_adapters(module):
         alone = torchgraft.remove_adapter(module, *[name for name in "abc" if name != info.name])
-        trained = {key: p for key, p in alone.adapters.named_parameters()}
+        trained = dict(alone.adapters.named_parameters())
         fixed = sum(p.numel() for key, p in trained.items() if key.endswith(".scaling"))
         assert info.parameters == sum(p.numel() for p in trained.values()) - fixed
         assert info.bytes == 4 * info.parameters == 4 * sum(info.by_location.values())
@@ -93,7 +93,7 @@ def test_averages_of_what_cannot_be_averaged_are_refused() -> None:
         torchgraft.average_adapter(module, "a", ["a"])
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["f32", "f64"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["f32", "f64"])
 @pytest.mark.parametrize("name", EVERY_WAY)
 def test_a_merged_lora_gives_the_same_results(name: str, dtype: torch.dtype, tolerance: float) -> None:
     module = _bank(name, dtype)
@@ -113,7 +113,7 @@ def test_a_merged_lora_gives_the_same_results(name: str, dtype: torch.dtype, tol
 
 
 @pytest.mark.parametrize(
-    "config, reason",
+    ("config", "reason"),
     [("lora_gated", "its gate depends on the input"), ("seq_bn", "non-linearity"), ("mam", "adds keys and values")],
 )
 def test_what_cannot_be_merged_says_why(config: str, reason: str) -> None:

@@ -41,7 +41,7 @@ def _loaded_by_the_oracle(oracle: Oracle, directory, name: str, dtype: torch.dty
 _FILES = [(config, True) for config in CONFIGS] + [("union_everything", False)]
 
 
-@pytest.mark.parametrize("config, safetensors", _FILES)
+@pytest.mark.parametrize(("config", "safetensors"), _FILES)
 @pytest.mark.parametrize("name", ["bert_sdpa", "distilbert_eager"])
 def test_the_oracle_reads_what_is_written(name: str, config: str, safetensors: bool, tmp_path) -> None:
     dtype = torch.float64
@@ -163,7 +163,7 @@ _HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("content, message", _HOSTILE.values(), ids=_HOSTILE)
+@pytest.mark.parametrize(("content", "message"), _HOSTILE.values(), ids=_HOSTILE)
 def test_a_damaged_or_hostile_file_is_refused(content: bytes, message: str, tmp_path) -> None:
     torchgraft.save_adapter(grafted("bert_sdpa", torch.float32, "lora"), "task", tmp_path)
     (tmp_path / "adapter.safetensors").write_bytes(content)

@@ -291,7 +291,8 @@ def test_a_failed_run_leaves_the_old_output(folder: Path, tmp_path: Path) -> Non
 
 
 def test_the_life_of_a_file(folder: Path, tmp_path: Path) -> None:
-    """add, save, load, list, freeze, unfreeze, rename, remove, merge, unmerge, ungraft: each a command that reads and writes files."""
+    """add, save, load, list, freeze, unfreeze, rename, remove, merge, unmerge, ungraft: each a command that reads and
+    writes files."""
     a, b, saved = tmp_path / "a.pt", tmp_path / "b.pt", tmp_path / "saved"
 
     def step(*arguments: object) -> str:

@@ -32,7 +32,7 @@ def test_padding_does_not_move_a_row(name: str, config: str) -> None:
 
 @pytest.mark.parametrize("name", _MASKED)
 def test_in_float32_padding_moves_a_row_no_more_than_the_base(name: str) -> None:
-    """Longer rows are summed in another order, so BERT's own result moves too, by 1e-6 on these steep random weights."""
+    """Longer rows are summed in another order, so BERT's own result moves too: 1e-6 on these steep random weights."""
     moved = _moved_by_padding(name, grafted(name, torch.float32, "unipelt", "unpadded"), torch.float32)
     of_base = _moved_by_padding("bert_eager", base("bert_eager", torch.float32), torch.float32)
     assert moved <= max(1e-6, 4 * of_base)
@@ -60,7 +60,7 @@ def test_the_mask_can_be_an_input_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    ("options", "message"),
     [
         (dict(gate_pooling="some"), 'expected gate_pooling "all" or "unpadded"'),
         (dict(gate_pooling="unpadded", token_mask="mask"), "no argument 'mask'; it has: input_ids, attention_mask"),

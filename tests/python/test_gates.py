@@ -66,7 +66,7 @@ def test_a_place_without_a_gate_stays_empty() -> None:
     torchgraft.plot_gates(gates)
 
 
-@pytest.mark.parametrize("ending, magic", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+@pytest.mark.parametrize(("ending", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
 def test_pictures_are_written(ending: str, magic: bytes, tmp_path) -> None:
     path = tmp_path / f"gates.{ending}"
     torchgraft.plot_gates(_gates([7, 4]), path)
@@ -125,7 +125,7 @@ def test_the_command_draws_a_data_set(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         ([], "give --text"),
         (["--text", "a", "--adapter", "x"], "no adapter is called 'x'"),

@@ -107,7 +107,7 @@ def test_a_removed_entry_computes_what_leave_out_does(seen: dict) -> None:
     assert not torch.allclose(results[0], result_of(base(BERT, FLOAT)))
 
 
-@pytest.mark.parametrize("residual, location, config, allowed", [
+@pytest.mark.parametrize(("residual", "location", "config", "allowed"), [
     ("attention_residual", "mh_adapter", "double_seq_bn", "seq_bn"),
     ("ffn_residual", "output_adapter", "par_bn", "lora"),
 ])  # fmt: skip
@@ -198,8 +198,9 @@ def test_the_example_of_the_documentation(tmp_path: Path) -> None:
 
 def test_a_misspelt_field_is_named() -> None:
     seen = torchgraft.inspect(base(BERT, FLOAT))
-    seen["layers"][1]["querry"] = None
-    with pytest.raises(torchgraft.GraftError, match='entry 1 of "layers": there is no field "querry"'):
+    misspelt = "querry"  # codespell:ignore querry
+    seen["layers"][1][misspelt] = None
+    with pytest.raises(torchgraft.GraftError, match=f'entry 1 of "layers": there is no field "{misspelt}"'):
         torchgraft.inspect(base(BERT, FLOAT), sites=seen)
 
 

@@ -70,11 +70,11 @@ def test_deactivated_it_is_the_base_bit_for_bit(name: str) -> None:
         assert not _same(module(*arguments), expected)
 
 
-# Attention that is written out is computed by another kernel once grafted, so float32 rounding alone moves it by 2e-6 on
-# these steep random weights: it is compared in float64.
+# Attention that is written out is computed by another kernel once grafted, so float32 rounding alone moves it by 2e-6
+# on these steep random weights: it is compared in float64.
 @pytest.mark.parametrize("config", ["lora", "par_bn"])
 @pytest.mark.parametrize(
-    "name, dtype, tolerance",
+    ("name", "dtype", "tolerance"),
     [
         ("bert_sdpa", FLOAT, 1e-5),
         ("own_pre_sdpa_bool", FLOAT, 1e-5),

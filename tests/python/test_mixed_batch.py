@@ -78,7 +78,7 @@ def test_all_rows_base_equals_the_base() -> None:
 
 
 @pytest.mark.parametrize(
-    "ids, message",
+    ("ids", "message"),
     [
         ([0, 5], "adapter_ids"),
         ([0, -2], "adapter_ids"),

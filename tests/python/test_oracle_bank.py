@@ -35,7 +35,7 @@ def _expected(variant: Variant, batch: Batch, config: str | None) -> Result:
     return oracle_for(variant, DOUBLE).run(variant, batch, saved)
 
 
-@pytest.mark.parametrize("name, config", [(n, c) for n in VARIANTS for c in CONFIGS if runs_on(c, n)])
+@pytest.mark.parametrize(("name", "config"), [(n, c) for n in VARIANTS for c in CONFIGS if runs_on(c, n)])
 def test_an_adapter_in_a_bank_equals_the_oracle(name: str, config: str) -> None:
     variant, bank = VARIANTS[name], _bank(name)
     batch = _batch(variant)

@@ -25,7 +25,7 @@ def test_base_equals_the_oracle_without_adapter(name, dtype):
 
 
 @pytest.mark.parametrize(
-    "config, family", [(c, f) for c in CONFIGS for f in ("bert", "distilbert", "vit") if runs_on(c, f)]
+    ("config", "family"), [(c, f) for c in CONFIGS for f in ("bert", "distilbert", "vit") if runs_on(c, f)]
 )
 def test_oracle_adapter_is_far_from_neutral(config, family):
     """A parity test proves nothing about a parameter that is zero, or about gates that are all alike."""

@@ -46,7 +46,7 @@ def _oracle_gradients(variant: Variant, saved: Saved) -> tuple[list[tuple[str, T
     return triples, gradients[len(named)] if len(gradients) > len(named) else None
 
 
-@pytest.mark.parametrize("name, config", [(n, c) for n in _NAMES for c in CONFIGS if runs_on(c, n)])
+@pytest.mark.parametrize(("name", "config"), [(n, c) for n in _NAMES for c in CONFIGS if runs_on(c, n)])
 def test_gradients_equal_the_oracle(name: str, config: str) -> None:
     variant = VARIANTS[name]
     saved = saved_adapter(variant, DOUBLE, config)
@@ -63,7 +63,7 @@ def test_gradients_equal_the_oracle(name: str, config: str) -> None:
         assert _close(result[-1], of_embeddings)
     found = set()
     for path, value, gradient in expected:
-        # Parameters are paired by their values, which are random and kept by grafting; a flat prefix is one tensor there.
+        # Parameters are paired by their values, which are random and kept by grafting; a flat prefix is one tensor.
         if path.endswith(".control_trans"):
             continue
         if path.endswith(".m.weight"):  # DoRA's magnitude is the weight [out, 1] of a Linear there

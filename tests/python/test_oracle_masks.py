@@ -1,4 +1,4 @@
-"""Masks and sizes at the edge: padding on the left and in the middle, rows of nothing but padding, one token, long rows."""
+"""Masks and sizes at the edge: padding on the left and in the middle, rows of padding only, one token, long rows."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def test_a_row_of_padding_sees_the_prefix(name: str) -> None:
 
 @pytest.mark.parametrize("name", _MASKED)
 def test_a_row_of_padding_disturbs_no_other_row(name: str) -> None:
-    """Without a prefix nothing is left to attend to, and frameworks differ in what they make of that; the rest stands."""
+    """Without a prefix nothing is left to attend to, and frameworks differ in what they do then; the rest stands."""
     batch = _batch(_EMPTY_ROW)
     hidden, _ = _run(name, batch, "lora_all_gated")
     expected = _expected(name, batch, "lora_all_gated").hidden

@@ -20,7 +20,7 @@ _CASES = [
 
 
 @pytest.mark.parametrize(
-    "name, config, dtype", _CASES, ids=[f"{name}-{config}-{str(dtype)[6:]}" for name, config, dtype in _CASES]
+    ("name", "config", "dtype"), _CASES, ids=[f"{name}-{config}-{str(dtype)[6:]}" for name, config, dtype in _CASES]
 )
 def test_results_and_gates_equal_the_oracle(name: str, config: str, dtype: torch.dtype) -> None:
     variant = VARIANTS[name]

@@ -137,15 +137,17 @@ def test_dropout_acts_in_training_and_only_there(config: str) -> None:
 
 @pytest.mark.parametrize("config", ["bottleneck", "lora"])
 def test_dropout_drops_what_the_library_drops(config: str) -> None:
-    """A model of one layer whose adapter's share of the result is linear in what is dropped: its mean over many draws is
-    the result without dropout, and its variance the library's."""
+    """A model of one layer whose adapter's share of the result is linear in what is dropped: its mean over many draws
+    is the result without dropout, and its variance the library's."""
     torch.manual_seed(1)
     x = torch.randn(1, 3, 16, dtype=DOUBLE)
     settings = dict(batch_first=True, dropout=0.0, dtype=DOUBLE)
     layer = torch.nn.TransformerEncoderLayer(16, 2, 32, norm_first=True, **settings)
     plain = torch.jit.script(torch.nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval())
-    made = {"bottleneck": "seq_bn[dropout=0.5, original_ln_before=False, non_linearity='linear']",
-            "lora": "lora[dropout=0.5, attn_matrices=[], selfattn_lora=False, output_lora=True, init_weights='bert']"}  # fmt: skip
+    made = {
+        "bottleneck": "seq_bn[dropout=0.5, original_ln_before=False, non_linearity='linear']",
+        "lora": "lora[dropout=0.5, attn_matrices=[], selfattn_lora=False, output_lora=True, init_weights='bert']",
+    }
     module = torchgraft.graft(plain, made[config], "task", trainable=True)
     with torch.no_grad():
         for parameter in torchgraft.trainable_parameters(module, "task").values():
@@ -220,8 +222,10 @@ def test_freezing_keeps_what_was_learned(config: str) -> None:
 
 def test_computed_weights_of_two_adapters_in_one_bank() -> None:
     """Each row of a mixed batch is what its adapter computes alone, and gets that one's gradients."""
-    bank = torchgraft.load_adapter(_trainable("dora_gated", "first"), saved_adapter(VARIANT, DOUBLE, "compacter").directory,
-                                   "second", trainable=True)  # fmt: skip
+    bank = _trainable("dora_gated", "first")
+    bank = torchgraft.load_adapter(
+        bank, saved_adapter(VARIANT, DOUBLE, "compacter").directory, "second", trainable=True
+    )
     bank = torchgraft.load_adapter(bank, saved_adapter(VARIANT, DOUBLE, "dora").directory, "third", trainable=True)
     mixed = _hidden(bank, adapter_ids=torch.tensor([2, 1]))
     with torch.no_grad():
@@ -237,8 +241,11 @@ def test_computed_weights_of_two_adapters_in_one_bank() -> None:
 
 
 def test_a_new_compacter_and_dora_can_be_trained() -> None:
-    for config in ("compacter++[reduction_factor=4]", "compacter[phm_bias=False, shared_W_phm=True, reduction_factor=4]",
-                   "lora[use_dora=True, dropout=0.3]"):  # fmt: skip
+    for config in (
+        "compacter++[reduction_factor=4]",
+        "compacter[phm_bias=False, shared_W_phm=True, reduction_factor=4]",
+        "lora[use_dora=True, dropout=0.3]",
+    ):
         module = torchgraft.graft(base("bert_sdpa", DOUBLE), config, "task", trainable=True)
         named = torchgraft.trainable_parameters(module, "task")
         assert not any(key.endswith("down_bias") for key in named) or "phm_bias=False" not in config

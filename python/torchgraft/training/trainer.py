@@ -134,8 +134,8 @@ class Trainer:
                 interrupted.
 
         Raises:
-            GraftError: the loss before or after a step, or a gradient, is not finite; a checkpoint cannot be written, or
-                is of another run. The last checkpoint is then whole, and from before that step.
+            GraftError: the loss before or after a step, or a gradient, is not finite; a checkpoint cannot be written,
+                or is of another run. The last checkpoint is then whole, and from before that step.
         """
         if self._checkpoint is not None:
             if self._workers.rank == 0:

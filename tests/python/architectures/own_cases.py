@@ -66,10 +66,13 @@ class _RestatedEnsemble(nn.Module):
         return first + [replace(layer, number=layer.number + len(first)) for layer in second]
 
 
+_SHAPE = Shape()
+
+
 def _case(
     name: str,
     make: Callable[[PlainTransformer], nn.Module],
-    shape: Shape = Shape(),
+    shape: Shape = _SHAPE,
     *,
     causal: bool = False,
     restated: type = _Restated,

@@ -27,7 +27,7 @@ def _parameters() -> list:
     return parameters
 
 
-@pytest.mark.parametrize("name, form, method, dtype", _parameters())
+@pytest.mark.parametrize(("name", "form", "method", "dtype"), _parameters())
 def test_equals_the_reference(name: str, form: str, method: str, dtype: torch.dtype) -> None:
     case = CASES[name]
     grafted = case.reference.graft(_base(name, form, dtype), method, dtype)

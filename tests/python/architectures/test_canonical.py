@@ -20,7 +20,7 @@ def _dtype(name: str) -> torch.dtype:
     return torch.float32 if name.startswith("clip_text") else torch.float64
 
 
-@pytest.mark.parametrize("name, form", FORMS, ids=_IDS)
+@pytest.mark.parametrize(("name", "form"), FORMS, ids=_IDS)
 def test_results_stay(name: str, form: str) -> None:
     case, dtype = CASES[name], _dtype(name)
     base = case.to_script(form, dtype)
@@ -56,7 +56,7 @@ def _gradients(module: torch.jit.ScriptModule, case, arguments: tuple) -> dict[s
 _DIFFERENTIABLE = [each for each in FORMS if each[1] != "fused" and each not in _NAN]
 
 
-@pytest.mark.parametrize("name, form", _DIFFERENTIABLE, ids=["-".join(each) for each in _DIFFERENTIABLE])
+@pytest.mark.parametrize(("name", "form"), _DIFFERENTIABLE, ids=["-".join(each) for each in _DIFFERENTIABLE])
 def test_gradients_stay(name: str, form: str) -> None:
     """A trace of torch.nn's fused kernels has no gradients."""
     case, dtype = CASES[name], _dtype(name)

@@ -74,7 +74,7 @@ def _parameters() -> list:
     return parameters
 
 
-@pytest.mark.parametrize("name, form", _parameters())
+@pytest.mark.parametrize(("name", "form"), _parameters())
 def test_frozen(name: str, form: str) -> None:
     """A frozen module has no module paths left: saved adapters find their layers by number."""
     case, (base, grafted) = CASES[name], _plain(name, form)
@@ -82,7 +82,7 @@ def test_frozen(name: str, form: str) -> None:
     _assert_same(case, grafted, case.reference.graft(frozen, methods(name)[0], _DTYPE))
 
 
-@pytest.mark.parametrize("name, form", _parameters())
+@pytest.mark.parametrize(("name", "form"), _parameters())
 def test_optimized_for_inference(name: str, form: str) -> None:
     """torch rewrites linear maps, and convolutions into a layout that it cannot save. The result can be saved."""
     case, (base, grafted) = CASES[name], _plain(name, form)

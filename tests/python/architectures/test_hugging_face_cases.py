@@ -12,7 +12,7 @@ _SEEDS = range(4)
 _CASES = [(name, dtype) for name in CASES for dtype in dtypes(name)]
 
 
-@pytest.mark.parametrize("name, dtype", _CASES, ids=[f"{name}-{str(dtype)[6:]}" for name, dtype in _CASES])
+@pytest.mark.parametrize(("name", "dtype"), _CASES, ids=[f"{name}-{str(dtype)[6:]}" for name, dtype in _CASES])
 def test_traced_base_equals_its_model_and_the_library_without_adapter(name: str, dtype: torch.dtype) -> None:
     case = CASES[name]
     base = case.to_script("traced", dtype)
@@ -40,7 +40,7 @@ def test_every_method_moves_the_result_and_its_gates(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name, method",
+    ("name", "method"),
     [("t5_eager", "prefix_gated"), ("t5_gated_eager", "prefix_gated"), ("albert_eager", "double_seq_bn")],
 )
 def test_repairs_repair_what_they_say(name: str, method: str) -> None:

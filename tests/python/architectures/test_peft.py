@@ -73,7 +73,7 @@ def test_equals_peft(case: str, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    ("options", "message"),
     [
         (
             dict(target_modules=["attention.output.dense"]),
@@ -93,7 +93,7 @@ def test_what_has_no_place_is_named(options: dict, message: str, tmp_path) -> No
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         ({"peft_type": "IA3"}, "PEFT's IA3 is not supported"),
         ({"init_lora_weights": "pissa_niter_4"}, "has changed the base's weights"),

@@ -29,7 +29,7 @@ def test_nothing_is_noted() -> None:
     assert all(layer["notes"] == [] for layer in torchgraft.inspect(base)["layers"])
 
 
-@pytest.mark.parametrize("name, number", [("first", 0), ("second", 1)])
+@pytest.mark.parametrize(("name", "number"), [("first", 0), ("second", 1)])
 def test_rows_of_one_adapter_are_as_if_it_were_active(grafted, name: str, number: int) -> None:
     arguments = _arguments()
     ids = torch.full((arguments[0].size(0),), number)

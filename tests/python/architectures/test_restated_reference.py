@@ -93,7 +93,7 @@ def test_the_restatement_is_the_librarys(name: str, method: str) -> None:
         assert_gates_close(gates, expected_gates, tolerance(name, "traced", dtype))
 
 
-@pytest.mark.parametrize("name, form", _RESTATED, ids=["-".join(each) for each in _RESTATED])
+@pytest.mark.parametrize(("name", "form"), _RESTATED, ids=["-".join(each) for each in _RESTATED])
 def test_the_base_computes_what_its_restatement_does(name: str, form: str) -> None:
     case, dtype = CASES[name], torch.float64
     base, model = case.to_script(form, dtype), case.make(dtype)

@@ -12,7 +12,7 @@ from hugging_face_cases import CASES
 _FORMS = [(name, method) for name, case in CASES.items() for method in METHODS if method not in case.without]
 
 
-@pytest.mark.parametrize("name, method", [pytest.param(*form, id="-".join(form)) for form in _FORMS])
+@pytest.mark.parametrize(("name", "method"), [pytest.param(*form, id="-".join(form)) for form in _FORMS])
 def test_the_keys_are_the_librarys(name: str, method: str, tmp_path) -> None:
     case = CASES[name]
     base = case.to_script("traced", torch.float32)

@@ -49,7 +49,9 @@ def _padding(rows: int, width: int) -> Tensor:
 def _copy_attention(target: nn.MultiheadAttention, source: PlainAttention) -> None:
     linears = (source.q, source.k, source.v)
     if target.in_proj_weight is None:
-        for weight, linear in zip((target.q_proj_weight, target.k_proj_weight, target.v_proj_weight), linears):
+        for weight, linear in zip(
+            (target.q_proj_weight, target.k_proj_weight, target.v_proj_weight), linears, strict=True
+        ):
             weight.copy_(linear.weight)
     else:
         target.in_proj_weight.copy_(torch.cat([linear.weight for linear in linears]))

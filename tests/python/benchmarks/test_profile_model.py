@@ -13,7 +13,7 @@ def test_a_small_profile() -> None:
     assert done.returncode == 0, done.stderr
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines() if "│" in line]
     calls = {row[0]: (row[1], row[3]) for row in rows}
-    # MiniLM has six layers; each gets a bottleneck, which takes a linear map in, and a prefix in place of its attention.
+    # MiniLM has six layers; each gets a bottleneck, which takes a linear map in, and a prefix for its attention.
     assert calls["torchgraft::gated_bottleneck_linear"] == ("0", "6")
     assert calls["torchgraft::gated_prefix_attention"] == ("0", "6")
     assert calls["aten::addmm"] == ("36", "30")

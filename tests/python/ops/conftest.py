@@ -1,5 +1,5 @@
-"""Loads libtorchgraft once: whatever is loaded already (by the Python package), else TORCHGRAFT_LIBRARY, else the newest
-build. So the suite also runs alone, as `pytest --confcutdir=tests/python/ops tests/python/ops`, without the package."""
+"""Loads libtorchgraft once: whatever is loaded already (by the Python package), else TORCHGRAFT_LIBRARY, else the
+newest build. So the suite also runs without the package: `pytest --confcutdir=tests/python/ops tests/python/ops`."""
 
 import os
 from pathlib import Path

@@ -33,12 +33,12 @@ def with_grad(args, names=None):
 
 
 def gradients(function, args, names=None, weights=(1.0, 1.0)):
-    """Gradients of a fixed random functional of both results. weights: how much output and gate count; None: not used."""
+    """Gradients of a fixed random functional of both results. weights: how much each counts; None: not used."""
     copies = with_grad(args, names)
     results = function(**copies)
     generator = torch.Generator().manual_seed(1)
     loss = 0
-    for result, weight in zip(results, weights):
+    for result, weight in zip(results, weights, strict=True):
         direction = torch.randn(result.shape, generator=generator, dtype=torch.float64).to(result.dtype)
         if weight is not None and result.requires_grad:
             loss = loss + weight * (result * direction).sum()
@@ -63,7 +63,7 @@ def check_values(op, reference, args, dtype):
     """Results and all gradients against the reference in float64."""
     expected = reference(**cast(args, torch.float64))
     actual = op(**args)
-    for value, want in zip(actual, expected):
+    for value, want in zip(actual, expected, strict=True):
         assert value.dtype == dtype
         assert value.isfinite().all()
         torch.testing.assert_close(value.double(), want, **TOLERANCE[dtype])
@@ -80,7 +80,7 @@ def check_gradcheck(op, args):
     copies = with_grad(args)
 
     def function(*tensors):
-        results = op(**{**copies, **dict(zip(names, tensors))})
+        results = op(**{**copies, **dict(zip(names, tensors, strict=True))})
         return tuple(result for result in results if result.requires_grad)
 
     assert torch.autograd.gradcheck(function, [copies[name] for name in names], atol=1e-6, rtol=1e-5)
@@ -113,7 +113,7 @@ def check_opcheck(op, args):
 
 def check_scripted(op, scripted, args):
     """The scripted call gives what the eager one gives, gradients included."""
-    for value, want in zip(scripted(**args), op(**args)):
+    for value, want in zip(scripted(**args), op(**args), strict=True):
         torch.testing.assert_close(value, want, rtol=0, atol=0)
     for _ in range(3):  # the profiling executor changes its mind after the first runs
         assert_same_gradients(gradients(scripted, args), gradients(op, args), rtol=0, atol=0)
@@ -125,7 +125,7 @@ def check_autocast(op, args, dtype=torch.bfloat16):
     with torch.autocast("cpu", dtype=dtype):
         actual = op(**args)
         grads = gradients(op, args)
-    for value, want in zip(actual, expected):
+    for value, want in zip(actual, expected, strict=True):
         assert value.dtype == dtype
         torch.testing.assert_close(value.float(), want, **TOLERANCE[dtype])
     assert all(grad is None or grad.dtype == torch.float32 for grad in grads.values())
@@ -138,7 +138,7 @@ def check_inference_modes(op, args):
         plain = op(**leaves)
     with torch.inference_mode():
         inference = op(**args)
-    for value, other in zip(plain, inference):
+    for value, other in zip(plain, inference, strict=True):
         assert not value.requires_grad
         torch.testing.assert_close(value, other, rtol=0, atol=0)
 
@@ -147,8 +147,8 @@ def check_meta(op, args):
     """Meta tensors in: the shapes, dtypes and strides of the real result out."""
     results = op(**args)
     on_meta = op(**{n: v.to("meta") if isinstance(v, torch.Tensor) else v for n, v in args.items()})
-    for value, meta in zip(results, on_meta):
+    for value, meta in zip(results, on_meta, strict=True):
         assert (value.shape, value.dtype) == (meta.shape, meta.dtype)
         # A dimension of one element has no stride to speak of.
-        strides = [(a, b) for size, a, b in zip(value.shape, value.stride(), meta.stride()) if size > 1]
+        strides = [(a, b) for size, a, b in zip(value.shape, value.stride(), meta.stride(), strict=True) if size > 1]
         assert all(a == b for a, b in strides) or value.numel() == 0

@@ -1,4 +1,4 @@
-"""TORCHGRAFT_KERNELS chooses between fused kernels and ATen's compositions; it is read once, so each case is a process."""
+"""TORCHGRAFT_KERNELS chooses between fused kernels and ATen's compositions; it is read once: each case is a process."""
 
 import json
 import os

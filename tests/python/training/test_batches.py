@@ -64,7 +64,7 @@ def test_tokens_are_the_tokenizers() -> None:
     assert examples.labels.tolist() == [LABELS.index(one.label)]
 
 
-@pytest.mark.parametrize("schedule, middle", [("linear", 0.5), ("cosine", 0.5), ("constant", 1.0)])
+@pytest.mark.parametrize(("schedule", "middle"), [("linear", 0.5), ("cosine", 0.5), ("constant", 1.0)])
 def test_the_learning_rate_rises_and_falls(schedule: str, middle: float) -> None:
     factor = learning_rate_factor(schedule, 10, 110)
     assert [factor(step) for step in range(10)] == pytest.approx([(step + 1) / 10 for step in range(10)])

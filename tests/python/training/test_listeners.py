@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchgraft.training import TensorBoardLog
 
 
-@pytest.mark.parametrize("done, expected", [(0, [1, 2]), (3, [1, 2, 3, 4, 5])])
+@pytest.mark.parametrize(("done", "expected"), [(0, [1, 2]), (3, [1, 2, 3, 4, 5])])
 def test_the_log_has_one_run(done: int, expected: list[int], tmp_path: Path) -> None:
     """Begun anew, or gone on with from step `done`, after a process that logged six steps."""
     for first, last in ((0, 6), (done, done + 2)):

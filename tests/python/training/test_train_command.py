@@ -199,7 +199,8 @@ FAILING = {
                              "numbers.csv, line 3: label 2 is out of range for 2 classes"),
     "an unknown label in the validation file": ([*_TRAIN, "--validation", "{f}/numbers.csv"],
                                                 "numbers.csv, line 3: label 3 is out of range"),
-    "a class without examples": ([*_TRAIN, "--labels", "bad,good,so_so,fine"], "no training example has the label fine"),
+    "a class without examples": ([*_TRAIN, "--labels", "bad,good,so_so,fine"],
+                                 "no training example has the label fine"),
     "one class only": (["--train", "{f}/one.csv", "-o", "{f}/out"], "at least two different classes, got bad"),
     "no tokenizer": ([*_TRAIN, "--tokenizer", "{f}/none.json"], "none.json: no such file"),
     "an unknown configuration": ([*_TRAIN, "--config", "unipel"], "no configuration is called 'unipel'"),
@@ -287,8 +288,8 @@ def test_a_head_with_other_labels_is_not_trained_further(
     trained_before: list[object], main: Callable, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
     assert main([*trained_before, "--labels", "good,bad,so_so"]) == 1
-    assert ("'task' has a head for classification of bad, good, so_so; the classes here are good, bad, so_so. Give those "
-            "in --labels, or --new-head for a fresh one") in capsys.readouterr().err  # fmt: skip
+    assert ("'task' has a head for classification of bad, good, so_so; the classes here are good, bad, so_so. Give "
+            "those in --labels, or --new-head for a fresh one") in capsys.readouterr().err  # fmt: skip
     assert not (tmp_path / "out").exists()
 
 

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 OPTIONS = TrainingOptions(epochs=2, batch_size=8, learning_rate=3e-3, seed=5, checkpoint_every=2)
 
 
-class Interruption(Exception):
+class InterruptionError(Exception):
     """Stands for whatever ends a process between two steps."""
 
 
@@ -34,7 +34,7 @@ class Recorder(Listener):
     def stepped(self, step: int, loss: float, learning_rate: float, gradient_norm: float) -> None:
         self.steps.append((step, loss, learning_rate, gradient_norm))
         if step == self.stop:
-            raise Interruption
+            raise InterruptionError
 
     def epoch_ended(self, record: dict[str, Any]) -> None:
         self.epochs.append(record)
@@ -129,7 +129,7 @@ def test_a_stopped_run_ends_with_the_same_weights(stop: int, tmp_path: Path) -> 
     whole, interrupted, resumed = Recorder(), Recorder(stop), Recorder()
     expected = weights_of(train(OPTIONS, validation=21, listeners=[whole]))
     path = tmp_path / "checkpoint.pt"
-    with pytest.raises(Interruption):
+    with pytest.raises(InterruptionError):
         train(OPTIONS, validation=21, listeners=[interrupted], checkpoint=path)
     again = train(OPTIONS, validation=21, listeners=[resumed], checkpoint=path, resume=True)
     assert largest_difference(weights_of(again), expected) <= 1e-6
@@ -268,7 +268,7 @@ def test_no_examples() -> None:
         Trainer(make_model(), "task", empty, None, 3, OPTIONS)
 
 
-@pytest.mark.parametrize("field, value", [
+@pytest.mark.parametrize(("field", "value"), [
     ("epochs", 0), ("batch_size", 0), ("accumulate", -1), ("learning_rate", 0.0), ("learning_rate", math.nan),
     ("head_learning_rate", -1.0), ("prefix_learning_rate", 0.0), ("warmup", 1.0), ("clip", -1.0), ("clip", math.nan),
     ("schedule", "step"), ("best_by", "f2"), ("patience", -1),

@@ -7,7 +7,7 @@ from torchgraft import GraftError
 from torchgraft.training import Workers
 
 
-@pytest.mark.parametrize("device, expected", [("cuda", "cuda:2"), ("cuda:0", "cuda:0"), (None, "cuda:2")])
+@pytest.mark.parametrize(("device", "expected"), [("cuda", "cuda:2"), ("cuda:0", "cuda:0"), (None, "cuda:2")])
 def test_each_process_has_a_gpu_of_its_own(device: str | None, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine with four GPUs: set_device() takes no device without a number, as torch's."""
     chosen = []
