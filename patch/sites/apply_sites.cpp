@@ -1,6 +1,7 @@
 #include <torchgraft/patch/sites/apply_sites.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/sites/find_residual.h>
 #include <torchgraft/patch/sites/site_finder.h>
 
 #include <map>
@@ -30,40 +31,15 @@ bool is_same(const std::optional<Projection>& a, const std::optional<Projection>
   return a && b && a->path == b->path && a->offset == b->offset && a->out_features == b->out_features;
 }
 
-}  // namespace
-
-// The linear map whose weight has this path.
-Node* SiteFinder::linear_at(const std::string& path, const std::string& what) {
-  std::vector<Node*> found;
-  std::set<std::string> near;
-  const auto parent = [](const std::string& p) { return p.substr(0, p.find_last_of('.')); };
-  for (Node* node : graph_.nodes()) {
-    if (!is_aten(node, {"linear"})) {
-      continue;
-    }
-    const std::string other = path_of(node);
-    if (other == path) {
-      found.push_back(node);
-    } else if (parent(other) == parent(path) || parent(parent(other)) == parent(parent(path))) {
-      near.insert(other);
-    }
-  }
-  TORCH_CHECK(!found.empty(), what, ": the model has no linear map '", path, "'",
-              near.empty() ? "" : "; nearby are: ", c10::Join(", ", near));
-  TORCH_CHECK(found.size() == 1, what, ": the linear map '", path, "' runs ", found.size(),
-              " times; it cannot be named for one of them");
-  return found.front();
-}
-
-LinearSite SiteFinder::site_at(const Projection& wanted, const std::string& what) {
-  LinearSite site{linear_at(wanted.path, what)};
-  const Projection whole = describe(site.node);
+LinearSite site_at(SiteFinder& finder, const Projection& wanted, const std::string& what) {
+  LinearSite site{finder.linear_at(wanted.path, what)};
+  const Projection whole = finder.describe(site.node);
   TORCH_CHECK(whole.in_features == wanted.in_features && wanted.offset >= whole.offset &&
                   wanted.offset + wanted.out_features <= whole.offset + whole.out_features,
               what, ": '", wanted.path, "' has ", whole.in_features, " inputs and ", whole.out_features,
               " columns; the entry says ", wanted.in_features, " inputs and columns ", wanted.offset, " to ",
               wanted.offset + wanted.out_features);
-  TORCH_CHECK(layout_of(site.node->input(0), site.sequence_first), what, ": the input of '", wanted.path,
+  TORCH_CHECK(finder.layout_of(site.node->input(0), site.sequence_first), what, ": the input of '", wanted.path,
               "' is not of shape [batch, tokens, features] (or tokens first)");
   site.offset = wanted.offset - whole.offset;
   site.width = wanted.out_features;
@@ -71,15 +47,15 @@ LinearSite SiteFinder::site_at(const Projection& wanted, const std::string& what
   return site;
 }
 
-void SiteFinder::apply_residual(const Layer& wanted, const char* field, bool has_one, NormOrder order,
-                                const LinearSite* behind, const LinearSite& in, std::optional<ResidualSite>& site) {
+void apply_residual(SiteFinder& finder, const Layer& wanted, const char* field, bool has_one, NormOrder order,
+                    const LinearSite* behind, const LinearSite& in, std::optional<ResidualSite>& site) {
   const std::string what = entry_name(wanted) + ": \"" + field + "\"";
   if (!has_one) {
     site.reset();
     return;
   }
   if (!site && behind) {
-    site = find_residual(behind->node->output(), in.node->input(0));
+    site = find_residual(finder, behind->node->output(), in.node->input(0));
   }
   TORCH_CHECK(site, what, " is true, but no residual add is found there");
   Node* norm = norm_after(site->sum->output());
@@ -88,15 +64,16 @@ void SiteFinder::apply_residual(const Layer& wanted, const char* field, bool has
   site->norm = order == NormOrder::kPost ? norm : nullptr;
 }
 
-void SiteFinder::apply(const Layer& wanted, Layer& layer, LayerSites& sites) {
+// Overrules what was found for `layer` by an edited entry.
+void apply(SiteFinder& finder, const Layer& wanted, Layer& layer, LayerSites& sites) {
   check_same_sizes(wanted, layer);
-  if (const auto query = shapes_.shape(sites.attention->input(0))) {
-    batch_ = query->front();
+  if (const auto query = finder.shapes().shape(sites.attention->input(0))) {
+    finder.batch() = query->front();
   }
   const auto place = [&](const char* role, const std::optional<Projection>& given, std::optional<Projection>& known,
                          std::optional<LinearSite>& site) {
     if (given && !is_same(given, known)) {
-      site = site_at(*given, entry_name(wanted) + ": \"" + role + "\"");
+      site = site_at(finder, *given, entry_name(wanted) + ": \"" + role + "\"");
     } else if (!given) {
       site.reset();
     }
@@ -121,9 +98,9 @@ void SiteFinder::apply(const Layer& wanted, Layer& layer, LayerSites& sites) {
   if (place("ffn_out", wanted.ffn_out, layer.ffn_out, sites.ffn_out)) {
     sites.ffn_residual.reset();
   }
-  apply_residual(wanted, "attention_residual", wanted.has_attention_residual, wanted.norm_order,
+  apply_residual(finder, wanted, "attention_residual", wanted.has_attention_residual, wanted.norm_order,
                  sites.output ? &*sites.output : nullptr, sites.query, sites.attention_residual);
-  apply_residual(wanted, "ffn_residual", wanted.has_ffn_residual, wanted.ffn_norm_order,
+  apply_residual(finder, wanted, "ffn_residual", wanted.has_ffn_residual, wanted.ffn_norm_order,
                  sites.ffn_out ? &*sites.ffn_out : nullptr, sites.ffn_in ? *sites.ffn_in : sites.query,
                  sites.ffn_residual);
   layer.kind = wanted.kind;
@@ -134,6 +111,8 @@ void SiteFinder::apply(const Layer& wanted, Layer& layer, LayerSites& sites) {
   layer.has_attention_residual = wanted.has_attention_residual;
   layer.has_ffn_residual = wanted.has_ffn_residual;
 }
+
+}  // namespace
 
 GraphSites apply_sites(const GraphSites& detected, const Structure& wanted, const CanonicalGraph& canonical,
                        const torch::jit::Module& module) {
@@ -148,7 +127,7 @@ GraphSites apply_sites(const GraphSites& detected, const Structure& wanted, cons
     TORCH_CHECK(seen.insert(entry.index).second, entry_name(entry), " is there twice");
     Layer layer = detected.structure.layers[entry.index];
     LayerSites sites = detected.layers[entry.index];
-    finder.apply(entry, layer, sites);
+    apply(finder, entry, layer, sites);
     result.structure.layers.push_back(std::move(layer));
     result.layers.push_back(std::move(sites));
   }

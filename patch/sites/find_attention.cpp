@@ -1,6 +1,7 @@
+#include <torchgraft/patch/sites/find_attention.h>
+
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/sites/column_probe.h>
-#include <torchgraft/patch/sites/site_finder.h>
 
 #include <algorithm>
 
@@ -9,35 +10,12 @@ namespace torchgraft {
 using torch::jit::Node;
 using torch::jit::Value;
 
-Projection SiteFinder::describe(const Node* linear) {
-  Projection result;
-  const auto shape = shapes_.shape(linear->input(1));
-  if (shape && shape->size() == 2 && (*shape)[0].is_constant() && (*shape)[1].is_constant()) {
-    result.out_features = (*shape)[0].factor;
-    result.in_features = (*shape)[1].factor;
-  }
-  const WeightSource source = weight_source(linear->input(1), module_);
-  if (!source.tensor.defined()) {
-    result.out_features = 0;  // computed at run time
-  }
-  result.path = path_of(linear);
-  result.offset = source.first_row;
-  Value* weight = const_cast<Value*>(linear->input(1));
-  if (weight->node()->kind() == c10::prim::ListUnpack) {  // split by sizes that are computed from the input's width
-    result.offset = 0;
-    for (size_t i = 0; i < weight->offset(); ++i) {
-      const auto piece = shapes_.shape(weight->node()->outputs()[i]);
-      result.offset += piece && !piece->empty() ? piece->front().factor : 0;
-    }
-  }
-  result.packed = source.tensor.defined() && source.is_part;
-  return result;
-}
+namespace {
 
 // Which columns of its linear map's output `heads` takes. Without an answer the projection is left out, with a note:
 // the attention's prefixes do not need it.
-bool SiteFinder::find_columns(Value* heads, Projection& projection, LinearSite& site, Layer& layer,
-                              std::string& reason) {
+bool find_columns(SiteFinder& finder, Value* heads, Projection& projection, LinearSite& site, Layer& layer,
+                  std::string& reason) {
   const auto columns = columns_reaching(heads, site.node, shapes_);
   if (!columns || columns->empty()) {
     reason = c10::str("it is not clear which columns of ", projection.path, " it takes");
@@ -73,17 +51,17 @@ bool SiteFinder::find_columns(Value* heads, Projection& projection, LinearSite& 
 }
 
 // Where else the weight of a projection is applied; false when a LoRA cannot follow it there.
-bool SiteFinder::find_elsewhere(const Node* linear, LinearSite& site) {
-  const WeightSource weight = weight_source(linear->input(1), module_);
-  const auto found =
-      weight.tensor.defined() ? linears_elsewhere_.find(weight.tensor.data_ptr()) : linears_elsewhere_.end();
-  if (found == linears_elsewhere_.end()) {
+bool find_elsewhere(SiteFinder& finder, const Node* linear, LinearSite& site) {
+  const WeightSource weight = weight_source(linear->input(1), finder.module());
+  const auto found = weight.tensor.defined() ? finder.linears_elsewhere().find(weight.tensor.data_ptr())
+                                             : finder.linears_elsewhere().end();
+  if (found == finder.linears_elsewhere().end()) {
     return true;
   }
   const bool shared_by_all_rows = std::all_of(found->second.begin(), found->second.end(), [&](Node* other) {
-    const auto shape = shapes_.shape(other->input(0));
-    const bool whole = !weight.is_part && !weight_source(other->input(1), module_).is_part;
-    return whole && is_top_level(other) && shape && shape->size() == 3 && shape->front() == number(1);
+    const auto shape = finder.shapes().shape(other->input(0));
+    const bool whole = !weight.is_part && !weight_source(other->input(1), finder.module()).is_part;
+    return whole && finder.is_top_level(other) && shape && shape->size() == 3 && shape->front() == number(1);
   });
   if (shared_by_all_rows) {
     site.elsewhere = found->second;
@@ -92,8 +70,8 @@ bool SiteFinder::find_elsewhere(const Node* linear, LinearSite& site) {
 }
 
 // `heads` is the projection named `role` after its heads were split. The linear map must be found; its columns may not.
-bool SiteFinder::find_projection(Value* heads, const char* role, std::optional<Projection>& projection,
-                                 LinearSite& site, Layer& layer, std::string& reason) {
+bool find_projection(SiteFinder& finder, Value* heads, const char* role, std::optional<Projection>& projection,
+                     LinearSite& site, Layer& layer, std::string& reason) {
   const auto linears = nearest_linears(heads);
   if (linears.size() != 1) {
     reason =
@@ -101,22 +79,23 @@ bool SiteFinder::find_projection(Value* heads, const char* role, std::optional<P
     return false;
   }
   site.node = linears.front();
-  if (!is_top_level(site.node)) {
+  if (!finder.is_top_level(site.node)) {
     reason = std::string("the projection of its ") + role + " is inside a branch or a loop";
     return false;
   }
-  if (!layout_of(site.node->input(0), site.sequence_first)) {
-    reason = "the input of " + path_of(site.node) + " is not of shape [batch, tokens, features] (or tokens first)";
+  if (!finder.layout_of(site.node->input(0), site.sequence_first)) {
+    reason =
+        "the input of " + finder.path_of(site.node) + " is not of shape [batch, tokens, features] (or tokens first)";
     return false;
   }
-  Projection found = describe(site.node);
+  Projection found = finder.describe(site.node);
   std::string why_not;
-  if (!find_elsewhere(site.node, site)) {
+  if (!find_elsewhere(finder, site.node, site)) {
     layer.notes.push_back(found.path + " is applied outside the attention too: LoRA leaves that as it is");
   }
   if (found.out_features == 0) {
     layer.notes.push_back(std::string("the weight of its ") + role + " projection is computed, not a parameter");
-  } else if (!find_columns(heads, found, site, layer, why_not)) {
+  } else if (!find_columns(finder, heads, found, site, layer, why_not)) {
     layer.notes.push_back(std::string("no LoRA on its ") + role + ": " + why_not);
   } else {
     projection = found;
@@ -124,38 +103,40 @@ bool SiteFinder::find_projection(Value* heads, const char* role, std::optional<P
   return true;
 }
 
-bool SiteFinder::find_attention(Node* attention, Layer& layer, LayerSites& sites, std::string& reason) {
-  if (!is_top_level(attention)) {
+}  // namespace
+
+bool find_attention(SiteFinder& finder, Node* attention, Layer& layer, LayerSites& sites, std::string& reason) {
+  if (!finder.is_top_level(attention)) {
     reason = "it is inside a branch or a loop";
     return false;
   }
   // Shapes flow from the projections: visit them first so that what they assume is known.
   for (size_t i : {0, 1, 2}) {
     for (Node* linear : nearest_linears(attention->input(i))) {
-      shapes_.shape(linear->output());
+      finder.shapes().shape(linear->output());
     }
   }
-  auto query = shapes_.shape(attention->input(0));
-  auto key = shapes_.shape(attention->input(1));
+  auto query = finder.shapes().shape(attention->input(0));
+  auto key = finder.shapes().shape(attention->input(1));
   const bool visible = query && key && query->size() == 4 && key->size() == 4 && (*query)[1].is_constant() &&
                        (*query)[3].is_constant() && (*key)[1].is_constant();
   if (!visible) {
     reason = "its queries and keys are not visibly of shape [batch, heads, tokens, head size]";
     return false;
   }
-  shapes_.assume_equal((*query)[0], (*key)[0]);
-  batch_ = shapes_.canonical((*query)[0]);
+  finder.shapes().assume_equal((*query)[0], (*key)[0]);
+  finder.batch() = finder.shapes().canonical((*query)[0]);
   layer.num_heads = (*query)[1].factor;
   layer.num_kv_heads = (*key)[1].factor;
   layer.head_dim = (*query)[3].factor;
   layer.has_attention_mask = !is_none(attention->input(3));
   sites.attention = attention;
-  if (!find_projection(attention->input(0), "query", layer.query, sites.query, layer, reason) ||
-      !find_projection(attention->input(1), "key", layer.key, sites.key, layer, reason) ||
-      !find_projection(attention->input(2), "value", layer.value, sites.value, layer, reason)) {
+  if (!find_projection(finder, attention->input(0), "query", layer.query, sites.query, layer, reason) ||
+      !find_projection(finder, attention->input(1), "key", layer.key, sites.key, layer, reason) ||
+      !find_projection(finder, attention->input(2), "value", layer.value, sites.value, layer, reason)) {
     return false;
   }
-  const auto input = shapes_.shape(sites.query.node->input(0));
+  const auto input = finder.shapes().shape(sites.query.node->input(0));
   if (!input || !input->back().is_constant()) {
     reason = "the width of the input of its query projection is not known";
     return false;

@@ -1,5 +1,7 @@
+#include <torchgraft/patch/sites/find_feed_forward.h>
+
 #include <torchgraft/patch/graph/graph_utils.h>
-#include <torchgraft/patch/sites/site_finder.h>
+#include <torchgraft/patch/sites/find_residual.h>
 
 #include <algorithm>
 #include <unordered_set>
@@ -9,46 +11,16 @@ namespace torchgraft {
 using torch::jit::Node;
 using torch::jit::Value;
 
-// The one linear map that `value` flows into: through rearrangements and norms only, or through any element-wise op.
-std::optional<LinearSite> SiteFinder::linear_behind(Value* value, bool through_any_op) {
-  Node* found = nullptr;
-  std::vector<Value*> frontier = {value};
-  std::unordered_set<Value*> seen = {value};
-  for (size_t i = 0; i < frontier.size(); ++i) {
-    for (const auto& use : data_uses(frontier[i])) {
-      Node* user = use.user;
-      if (is_aten(user, {"linear"}) && use.offset == 0) {
-        if (found && found != user) {
-          return std::nullopt;
-        }
-        found = user;
-        continue;
-      }
-      const bool unpacks = user->kind() == c10::prim::ListUnpack;
-      const bool passes = is_layout(user) || is_aten(user, {"dropout"}) || is_norm(user) ||
-                          (through_any_op &&
-                           (unpacks || (user->kind().is_aten() &&
-                                        !is_aten(user, {"scaled_dot_product_attention", "matmul", "bmm", "softmax"}))));
-      if (!passes) {
-        return std::nullopt;
-      }
-      for (Value* output : user->outputs()) {
-        if (seen.insert(output).second) {
-          frontier.push_back(output);
-        }
-      }
-    }
-  }
-  if (!found || !is_top_level(found)) {
-    return std::nullopt;
-  }
-  LinearSite site{found};
-  layout_of(found->input(0), site.sequence_first);
-  return site;
-}
+namespace {
+
+struct FeedForward {
+  std::vector<Node*> in;
+  LinearSite out;
+  ResidualSite residual;
+};
 
 // Linear maps that read one of `streams` through at most one norm: ways into a feed-forward block.
-std::vector<Node*> SiteFinder::linears_reading(const std::vector<Value*>& streams) {
+std::vector<Node*> linears_reading(SiteFinder& finder, const std::vector<Value*>& streams) {
   std::vector<Node*> result;
   std::vector<std::pair<Value*, bool>> frontier;  // value, whether a norm has been passed
   std::unordered_set<Value*> seen;
@@ -61,11 +33,12 @@ std::vector<Node*> SiteFinder::linears_reading(const std::vector<Value*>& stream
     const auto [value, normed] = frontier[i];
     for (const auto& use : data_uses(value)) {
       Node* user = use.user;
-      if (use.offset != 0 || !is_top_level(user)) {
+      if (use.offset != 0 || !finder.is_top_level(user)) {
         continue;
       }
       if (is_aten(user, {"linear"})) {
-        if (!attention_projections_.count(user) && std::find(result.begin(), result.end(), user) == result.end()) {
+        if (!finder.attention_projections().count(user) &&
+            std::find(result.begin(), result.end(), user) == result.end()) {
           result.push_back(user);
         }
       } else if ((is_layout(user) || is_aten(user, {"dropout"}) || (is_norm(user) && !normed)) &&
@@ -76,8 +49,6 @@ std::vector<Node*> SiteFinder::linears_reading(const std::vector<Value*>& stream
   }
   return result;
 }
-
-namespace {
 
 // Of two linear maps whose results are multiplied, act(gate(x)) * in(x): whether `linear` is the one with the
 // activation.
@@ -103,17 +74,15 @@ bool is_gate(Node* linear, Node* other) {
   return false;
 }
 
-}  // namespace
-
 // Blocks of linear maps, one or two at the entry, that end in a residual add to what they read from one of `streams`.
-std::vector<SiteFinder::FeedForward> SiteFinder::feed_forwards(const std::vector<Value*>& streams,
-                                                               const LayerSites& sites) {
+std::vector<FeedForward> feed_forwards(SiteFinder& finder, const std::vector<Value*>& streams,
+                                       const LayerSites& sites) {
   std::vector<FeedForward> blocks;
-  for (Node* in : linears_reading(streams)) {
-    const auto out = linear_behind(in->output(), /*through_any_op=*/true);
+  for (Node* in : linears_reading(finder, streams)) {
+    const auto out = finder.linear_behind(in->output(), /*through_any_op=*/true);
     bool sequence_first = false;
-    if (!out || attention_projections_.count(out->node) || out->node == sites.output->node ||
-        !layout_of(in->input(0), sequence_first) || !layout_of(out->node->input(0), sequence_first)) {
+    if (!out || finder.attention_projections().count(out->node) || out->node == sites.output->node ||
+        !finder.layout_of(in->input(0), sequence_first) || !finder.layout_of(out->node->input(0), sequence_first)) {
       continue;
     }
     const auto same =
@@ -123,7 +92,7 @@ std::vector<SiteFinder::FeedForward> SiteFinder::feed_forwards(const std::vector
       continue;
     }
     // Its residual must be what it reads: the end of another block is none of ours.
-    const auto residual = find_residual(out->node->output(), in->input(0));
+    const auto residual = find_residual(finder, out->node->output(), in->input(0));
     if (residual && norm_order(in->input(0), residual->residual) != NormOrder::kNone) {
       blocks.push_back({{in}, *out, *residual});
     }
@@ -131,20 +100,20 @@ std::vector<SiteFinder::FeedForward> SiteFinder::feed_forwards(const std::vector
   return blocks;
 }
 
-// Beside the attention (parallel blocks read one norm), else behind its sum: linear, activation, linear, residual add;
-// with two linear maps at its entry when it is gated.
-void SiteFinder::find_feed_forward(Layer& layer, LayerSites& sites) {
+}  // namespace
+
+void find_feed_forward(SiteFinder& finder, Layer& layer, LayerSites& sites) {
   if (!sites.attention_residual) {
     return;
   }
   const ResidualSite& attention = *sites.attention_residual;
-  auto blocks = feed_forwards(streams_of(sites.query.node->input(0)), sites);
+  auto blocks = feed_forwards(finder, streams_of(sites.query.node->input(0)), sites);
   if (blocks.empty()) {
     std::vector<Value*> behind = {attention.sum->output()};
     if (attention.norm) {
       behind.push_back(attention.norm->output());
     }
-    blocks = feed_forwards(behind, sites);
+    blocks = feed_forwards(finder, behind, sites);
   }
   if (blocks.size() != 1 || blocks[0].in.size() > 2) {
     layer.notes.push_back(blocks.empty() ? kNoFeedForward
@@ -155,16 +124,16 @@ void SiteFinder::find_feed_forward(Layer& layer, LayerSites& sites) {
   if (block.in.size() == 2) {
     const size_t gate = is_gate(block.in[0], block.in[1]) ? 0 : 1;
     sites.ffn_gate = LinearSite{block.in[gate]};
-    layer.ffn_gate = describe(block.in[gate]);
-    layout_of(sites.ffn_gate->node->input(0), sites.ffn_gate->sequence_first);
+    layer.ffn_gate = finder.describe(block.in[gate]);
+    finder.layout_of(sites.ffn_gate->node->input(0), sites.ffn_gate->sequence_first);
     block.in.erase(block.in.begin() + static_cast<std::ptrdiff_t>(gate));
   }
   sites.ffn_in = LinearSite{block.in[0]};
-  layout_of(block.in[0]->input(0), sites.ffn_in->sequence_first);
+  finder.layout_of(block.in[0]->input(0), sites.ffn_in->sequence_first);
   sites.ffn_out = block.out;
   sites.ffn_residual = block.residual;
-  layer.ffn_in = describe(sites.ffn_in->node);
-  layer.ffn_out = describe(sites.ffn_out->node);
+  layer.ffn_in = finder.describe(sites.ffn_in->node);
+  layer.ffn_out = finder.describe(sites.ffn_out->node);
   layer.has_ffn_residual = true;
   layer.ffn_norm_order = norm_order(sites.ffn_in->node->input(0), block.residual.residual);
   if (layer.ffn_norm_order == NormOrder::kPost) {

@@ -1,5 +1,6 @@
+#include <torchgraft/patch/sites/find_residual.h>
+
 #include <torchgraft/patch/graph/graph_utils.h>
-#include <torchgraft/patch/sites/site_finder.h>
 
 #include <algorithm>
 
@@ -7,8 +8,6 @@ namespace torchgraft {
 
 using torch::jit::Node;
 using torch::jit::Value;
-
-bool is_norm(const Node* node) { return is_aten(node, {"layer_norm", "rms_norm"}); }
 
 std::vector<Value*> streams_of(Value* input) {
   std::vector<Value*> result = {strip_passive(input)};
@@ -86,26 +85,14 @@ Value* stream_in(Value* operand, const std::vector<Value*>& streams) {
 
 }  // namespace
 
-// Multiplication by something that does not depend on the input: layer scale, a residual multiplier.
-bool SiteFinder::is_scale(const Node* node, const Value* scaled) {
-  if (!is_aten(node, {"mul", "div"}) || node->inputs().size() < 2) {
-    return false;
-  }
-  Value* factor = const_cast<Value*>(node->input(node->input(0) == scaled ? 1 : 0));
-  return constant_double(factor).has_value() || resolve_tensor(strip_layout(factor), module_).defined();
-}
-
-// The add that `branch` flows into, through dropout, norms, scales and rearrangements. The other operand is the
-// residual stream when it is what the block has read; where two blocks add to one stream (parallel attention and
-// feed-forward) the stream is a part of that operand, or comes in at a later add.
-std::optional<ResidualSite> SiteFinder::find_residual(Value* branch, Value* block_input) {
+std::optional<ResidualSite> find_residual(SiteFinder& finder, Value* branch, Value* block_input) {
   for (auto reader = only_reader(branch);; reader = only_reader(branch)) {
     if (!reader) {
       return std::nullopt;
     }
     Node* node = reader->user;
-    const bool passes = is_layout(node) || is_aten(node, {"dropout"}) || is_norm(node) || is_scale(node, branch) ||
-                        (node->kind() == c10::prim::If && node->outputs().size() == 1);
+    const bool passes = is_layout(node) || is_aten(node, {"dropout"}) || is_norm(node) ||
+                        finder.is_scale(node, branch) || (node->kind() == c10::prim::If && node->outputs().size() == 1);
     if (is_tensor_add(node)) {
       break;
     }
@@ -134,21 +121,21 @@ std::optional<ResidualSite> SiteFinder::find_residual(Value* branch, Value* bloc
     stream = stream_in(add->input(1 - next->offset), streams);
   }
   site.residual = stream;
-  if (!layout_of(site.sum->output(), site.sequence_first)) {
+  if (!finder.layout_of(site.sum->output(), site.sequence_first)) {
     return std::nullopt;
   }
   return site;
 }
 
-void SiteFinder::find_attention_residual(Layer& layer, LayerSites& sites) {
-  sites.output = linear_behind(sites.attention->output(), /*through_any_op=*/false);
+void find_attention_residual(SiteFinder& finder, Layer& layer, LayerSites& sites) {
+  sites.output = finder.linear_behind(sites.attention->output(), /*through_any_op=*/false);
   if (!sites.output) {
     layer.notes.push_back("no output projection follows the attention");
     return;
   }
-  layer.output = describe(sites.output->node);
+  layer.output = finder.describe(sites.output->node);
   Value* input = sites.query.node->input(0);
-  sites.attention_residual = find_residual(sites.output->node->output(), input);
+  sites.attention_residual = find_residual(finder, sites.output->node->output(), input);
   if (!sites.attention_residual) {
     layer.notes.push_back("no residual add follows " + layer.output->path);
     return;

@@ -1,6 +1,9 @@
 #include <torchgraft/patch/sites/find_sites.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/sites/find_attention.h>
+#include <torchgraft/patch/sites/find_feed_forward.h>
+#include <torchgraft/patch/sites/find_residual.h>
 #include <torchgraft/patch/sites/site_finder.h>
 
 #include <map>
@@ -99,6 +102,15 @@ void number_layers(GraphSites& sites, const Module& module) {
   }
 }
 
+bool find_layer(SiteFinder& finder, Node* attention, Layer& layer, LayerSites& sites, std::string& reason) {
+  if (!find_attention(finder, attention, layer, sites, reason)) {
+    return false;
+  }
+  find_attention_residual(finder, layer, sites);
+  find_feed_forward(finder, layer, sites);
+  return true;
+}
+
 std::string at_path(const std::string& path) { return path.empty() ? "" : "at " + path + ": "; }
 
 }  // namespace
@@ -113,7 +125,7 @@ GraphSites find_sites(const CanonicalGraph& canonical, const Module& module) {
     Layer layer;
     LayerSites sites;
     std::string reason;
-    if (finder.find_layer(node, layer, sites, reason)) {
+    if (find_layer(finder, node, layer, sites, reason)) {
       result.structure.layers.push_back(std::move(layer));
       result.layers.push_back(std::move(sites));
     } else {
@@ -131,69 +143,6 @@ GraphSites find_sites(const CanonicalGraph& canonical, const Module& module) {
   }
   result.result_is_sequence_first = finder.result_is_sequence_first();
   return result;
-}
-
-SiteFinder::SiteFinder(const CanonicalGraph& canonical, const Module& module)
-    : graph_(*canonical.graph), module_(module), shapes_(module) {
-  for_each_node(graph_.block(), [&](Node* node) {
-    if (is_aten(node, {"scaled_dot_product_attention"})) {
-      for (size_t i : {0, 1, 2}) {
-        for (Node* linear : nearest_linears(node->input(i))) {
-          attention_projections_.insert(linear);
-        }
-      }
-    }
-  });
-  for_each_node(graph_.block(), [&](Node* node) {
-    if (is_aten(node, {"linear"}) && !attention_projections_.count(node)) {
-      const at::Tensor weight = weight_source(node->input(1), module_).tensor;
-      if (weight.defined()) {
-        linears_elsewhere_[weight.data_ptr()].push_back(node);
-      }
-    }
-  });
-}
-
-// "encoder.layer.0.attention.self.query" for the weight "encoder.layer.0.attention.self.query.weight", and
-// "layers.0.self_attn.in_proj" for "layers.0.self_attn.in_proj_weight".
-std::string SiteFinder::path_of(const Node* linear) const {
-  std::string path = weight_source(linear->input(1), module_).path;
-  for (const std::string suffix : {".weight", "_weight"}) {
-    if (path.size() > suffix.size() && path.ends_with(suffix)) {
-      path.resize(path.size() - suffix.size());
-      break;
-    }
-  }
-  return path;
-}
-
-bool SiteFinder::layout_of(Value* tokens, bool& sequence_first) {
-  const auto shape = shapes_.shape(tokens);
-  if (!shape || shape->size() != 3) {
-    return false;
-  }
-  sequence_first = !((*shape)[0] == shapes_.canonical(batch_));
-  return !sequence_first || (*shape)[1] == shapes_.canonical(batch_);
-}
-
-bool SiteFinder::result_is_sequence_first() {
-  Value* result = graph_.outputs()[0];
-  while (!is_tensor(result) && !result->node()->inputs().empty()) {  // a tuple, or a dict, whose first input is a key
-    const auto inputs = result->node()->inputs();
-    const auto first = std::find_if(inputs.begin(), inputs.end(), [](Value* input) { return is_tensor(input); });
-    result = first == inputs.end() ? inputs[0] : *first;
-  }
-  bool sequence_first = false;
-  return is_tensor(result) && layout_of(result, sequence_first) && sequence_first;
-}
-
-bool SiteFinder::find_layer(Node* attention, Layer& layer, LayerSites& sites, std::string& reason) {
-  if (!find_attention(attention, layer, sites, reason)) {
-    return false;
-  }
-  find_attention_residual(layer, sites);
-  find_feed_forward(layer, sites);
-  return true;
 }
 
 const LinearSite* lora_site(const LayerSites& layer, const std::string& slot) {

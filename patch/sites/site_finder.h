@@ -1,85 +1,64 @@
 #pragma once
 
+#include <torchgraft/patch/graph/symbolic_shape.h>
 #include <torchgraft/patch/sites/find_sites.h>
 
 #include <map>
+#include <optional>
 #include <set>
 #include <string>
 #include <vector>
 
 namespace torchgraft {
 
-// The note on a layer that has an attention and no feed-forward block.
-inline const std::string kNoFeedForward =
-    "no feed-forward block (linear, activation, linear, residual add) follows its attention";
-
-// Finds what belongs to one attention. One member function per structure, one file per group of them:
-// find_attention.cpp, find_residual.cpp, find_feed_forward.cpp.
+// What find_attention, find_residual, find_feed_forward and apply_sites all ask of one canonical graph. Knows the
+// shapes that were worked out so far, and the batch dimension of the attention that is looked at.
 class SiteFinder {
  public:
   SiteFinder(const CanonicalGraph& canonical, const torch::jit::Module& module);
 
-  // Fills both from `attention`; false, with the reason in words, when it cannot be adapted at all.
-  bool find_layer(torch::jit::Node* attention, Layer& layer, LayerSites& sites, std::string& reason);
+  SymbolicShapes& shapes() { return shapes_; }
+  const torch::jit::Module& module() const { return module_; }
+  // The size of the batch in the attention at hand; set before layout_of is asked.
+  Dim& batch() { return batch_; }
+  // The linear maps behind any attention's queries, keys and values.
+  const std::set<torch::jit::Node*>& attention_projections() const { return attention_projections_; }
+  // All other linear maps, by the data of their weights.
+  const std::map<const void*, std::vector<torch::jit::Node*>>& linears_elsewhere() const { return linears_elsewhere_; }
 
-  // Overrules what was found for `layer` by an edited entry.
-  void apply(const Layer& wanted, Layer& layer, LayerSites& sites);
+  // Whether `node` stands in no branch and no loop.
+  bool is_top_level(const torch::jit::Node* node) const { return node->owningBlock() == graph_.block(); }
 
   // The module path of the weight of a linear map; empty when it has none (a frozen graph's constants).
   std::string path_of(const torch::jit::Node* linear) const;
 
-  // Whether the first tensor of what the graph returns is [S, B, H].
-  bool result_is_sequence_first();
-
- private:
-  struct FeedForward {
-    std::vector<torch::jit::Node*> in;
-    LinearSite out;
-    ResidualSite residual;
-  };
-
-  bool find_attention(torch::jit::Node* attention, Layer& layer, LayerSites& sites, std::string& reason);
-  bool find_projection(torch::jit::Value* heads, const char* role, std::optional<Projection>& projection,
-                       LinearSite& site, Layer& layer, std::string& reason);
-  bool find_elsewhere(const torch::jit::Node* linear, LinearSite& site);
-  bool find_columns(torch::jit::Value* heads, Projection& projection, LinearSite& site, Layer& layer,
-                    std::string& reason);
-  void find_attention_residual(Layer& layer, LayerSites& sites);
-  void find_feed_forward(Layer& layer, LayerSites& sites);
-  std::vector<FeedForward> feed_forwards(const std::vector<torch::jit::Value*>& streams, const LayerSites& sites);
-
-  std::optional<ResidualSite> find_residual(torch::jit::Value* branch, torch::jit::Value* block_input);
-  std::optional<LinearSite> linear_behind(torch::jit::Value* value, bool through_any_op);
-  std::vector<torch::jit::Node*> linears_reading(const std::vector<torch::jit::Value*>& streams);
-  bool is_scale(const torch::jit::Node* node, const torch::jit::Value* scaled);
-  bool is_top_level(const torch::jit::Node* node) const { return node->owningBlock() == graph_.block(); }
-
+  // The linear map whose weight has this path. Throws c10::Error, on behalf of `what`, when there is none, or several.
   torch::jit::Node* linear_at(const std::string& path, const std::string& what);
-  LinearSite site_at(const Projection& wanted, const std::string& what);
-  void apply_residual(const Layer& wanted, const char* field, bool has_one, NormOrder order, const LinearSite* behind,
-                      const LinearSite& in, std::optional<ResidualSite>& site);
 
+  // Sizes, path and columns of a linear map; out_features is 0 when its weight is computed at run time.
   Projection describe(const torch::jit::Node* linear);
+
   // Whether `tokens`, of rank 3, has the batch first or second; false when it is neither.
   bool layout_of(torch::jit::Value* tokens, bool& sequence_first);
 
+  // Whether the first tensor of what the graph returns is [S, B, H].
+  bool result_is_sequence_first();
+
+  // The one linear map that `value` flows into: through rearrangements and norms only, or through any element-wise op.
+  std::optional<LinearSite> linear_behind(torch::jit::Value* value, bool through_any_op);
+
+  // Multiplication by something that does not depend on the input: layer scale, a residual multiplier.
+  bool is_scale(const torch::jit::Node* node, const torch::jit::Value* scaled);
+
+ private:
   torch::jit::Graph& graph_;
   const torch::jit::Module& module_;
   SymbolicShapes shapes_;
   Dim batch_;
-  std::set<torch::jit::Node*> attention_projections_;  // the linear maps behind any attention's q, k and v
-  std::map<const void*, std::vector<torch::jit::Node*>> linears_elsewhere_;  // all others, by the data of their weights
+  std::set<torch::jit::Node*> attention_projections_;
+  std::map<const void*, std::vector<torch::jit::Node*>> linears_elsewhere_;
 };
 
 bool is_norm(const torch::jit::Node* node);
-
-// The values that a block reading `input` may take for the residual stream: `input` itself, and what it is the norm of.
-std::vector<torch::jit::Value*> streams_of(torch::jit::Value* input);
-
-// The norm order of a block that reads `input` and adds to `residual`; kPost still needs a norm after the add.
-NormOrder norm_order(torch::jit::Value* input, torch::jit::Value* residual);
-
-// The norm that alone reads `sum`, as after a post-norm block; null when there is none or others read it too.
-torch::jit::Node* norm_after(torch::jit::Value* sum);
 
 }  // namespace torchgraft

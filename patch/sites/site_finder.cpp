@@ -1,0 +1,162 @@
+#include <torchgraft/patch/sites/site_finder.h>
+
+#include <torchgraft/patch/graph/graph_utils.h>
+
+#include <algorithm>
+#include <unordered_set>
+
+namespace torchgraft {
+
+using torch::jit::Module;
+using torch::jit::Node;
+using torch::jit::Value;
+
+bool is_norm(const Node* node) { return is_aten(node, {"layer_norm", "rms_norm"}); }
+
+SiteFinder::SiteFinder(const CanonicalGraph& canonical, const Module& module)
+    : graph_(*canonical.graph), module_(module), shapes_(module) {
+  for_each_node(graph_.block(), [&](Node* node) {
+    if (is_aten(node, {"scaled_dot_product_attention"})) {
+      for (size_t i : {0, 1, 2}) {
+        for (Node* linear : nearest_linears(node->input(i))) {
+          attention_projections_.insert(linear);
+        }
+      }
+    }
+  });
+  for_each_node(graph_.block(), [&](Node* node) {
+    if (is_aten(node, {"linear"}) && !attention_projections_.count(node)) {
+      const at::Tensor weight = weight_source(node->input(1), module_).tensor;
+      if (weight.defined()) {
+        linears_elsewhere_[weight.data_ptr()].push_back(node);
+      }
+    }
+  });
+}
+
+// "encoder.layer.0.attention.self.query" for the weight "encoder.layer.0.attention.self.query.weight", and
+// "layers.0.self_attn.in_proj" for "layers.0.self_attn.in_proj_weight".
+std::string SiteFinder::path_of(const Node* linear) const {
+  std::string path = weight_source(linear->input(1), module_).path;
+  for (const std::string suffix : {".weight", "_weight"}) {
+    if (path.size() > suffix.size() && path.ends_with(suffix)) {
+      path.resize(path.size() - suffix.size());
+      break;
+    }
+  }
+  return path;
+}
+
+bool SiteFinder::layout_of(Value* tokens, bool& sequence_first) {
+  const auto shape = shapes_.shape(tokens);
+  if (!shape || shape->size() != 3) {
+    return false;
+  }
+  sequence_first = !((*shape)[0] == shapes_.canonical(batch_));
+  return !sequence_first || (*shape)[1] == shapes_.canonical(batch_);
+}
+
+bool SiteFinder::result_is_sequence_first() {
+  Value* result = graph_.outputs()[0];
+  while (!is_tensor(result) && !result->node()->inputs().empty()) {  // a tuple, or a dict, whose first input is a key
+    const auto inputs = result->node()->inputs();
+    const auto first = std::find_if(inputs.begin(), inputs.end(), [](Value* input) { return is_tensor(input); });
+    result = first == inputs.end() ? inputs[0] : *first;
+  }
+  bool sequence_first = false;
+  return is_tensor(result) && layout_of(result, sequence_first) && sequence_first;
+}
+
+Projection SiteFinder::describe(const Node* linear) {
+  Projection result;
+  const auto shape = shapes_.shape(linear->input(1));
+  if (shape && shape->size() == 2 && (*shape)[0].is_constant() && (*shape)[1].is_constant()) {
+    result.out_features = (*shape)[0].factor;
+    result.in_features = (*shape)[1].factor;
+  }
+  const WeightSource source = weight_source(linear->input(1), module_);
+  if (!source.tensor.defined()) {
+    result.out_features = 0;  // computed at run time
+  }
+  result.path = path_of(linear);
+  result.offset = source.first_row;
+  Value* weight = const_cast<Value*>(linear->input(1));
+  if (weight->node()->kind() == c10::prim::ListUnpack) {  // split by sizes that are computed from the input's width
+    result.offset = 0;
+    for (size_t i = 0; i < weight->offset(); ++i) {
+      const auto piece = shapes_.shape(weight->node()->outputs()[i]);
+      result.offset += piece && !piece->empty() ? piece->front().factor : 0;
+    }
+  }
+  result.packed = source.tensor.defined() && source.is_part;
+  return result;
+}
+
+std::optional<LinearSite> SiteFinder::linear_behind(Value* value, bool through_any_op) {
+  Node* found = nullptr;
+  std::vector<Value*> frontier = {value};
+  std::unordered_set<Value*> seen = {value};
+  for (size_t i = 0; i < frontier.size(); ++i) {
+    for (const auto& use : data_uses(frontier[i])) {
+      Node* user = use.user;
+      if (is_aten(user, {"linear"}) && use.offset == 0) {
+        if (found && found != user) {
+          return std::nullopt;
+        }
+        found = user;
+        continue;
+      }
+      const bool unpacks = user->kind() == c10::prim::ListUnpack;
+      const bool passes = is_layout(user) || is_aten(user, {"dropout"}) || is_norm(user) ||
+                          (through_any_op &&
+                           (unpacks || (user->kind().is_aten() &&
+                                        !is_aten(user, {"scaled_dot_product_attention", "matmul", "bmm", "softmax"}))));
+      if (!passes) {
+        return std::nullopt;
+      }
+      for (Value* output : user->outputs()) {
+        if (seen.insert(output).second) {
+          frontier.push_back(output);
+        }
+      }
+    }
+  }
+  if (!found || !is_top_level(found)) {
+    return std::nullopt;
+  }
+  LinearSite site{found};
+  layout_of(found->input(0), site.sequence_first);
+  return site;
+}
+
+bool SiteFinder::is_scale(const Node* node, const Value* scaled) {
+  if (!is_aten(node, {"mul", "div"}) || node->inputs().size() < 2) {
+    return false;
+  }
+  Value* factor = const_cast<Value*>(node->input(node->input(0) == scaled ? 1 : 0));
+  return constant_double(factor).has_value() || resolve_tensor(strip_layout(factor), module_).defined();
+}
+
+Node* SiteFinder::linear_at(const std::string& path, const std::string& what) {
+  std::vector<Node*> found;
+  std::set<std::string> near;
+  const auto parent = [](const std::string& p) { return p.substr(0, p.find_last_of('.')); };
+  for (Node* node : graph_.nodes()) {
+    if (!is_aten(node, {"linear"})) {
+      continue;
+    }
+    const std::string other = path_of(node);
+    if (other == path) {
+      found.push_back(node);
+    } else if (parent(other) == parent(path) || parent(parent(other)) == parent(parent(path))) {
+      near.insert(other);
+    }
+  }
+  TORCH_CHECK(!found.empty(), what, ": the model has no linear map '", path, "'",
+              near.empty() ? "" : "; nearby are: ", c10::Join(", ", near));
+  TORCH_CHECK(found.size() == 1, what, ": the linear map '", path, "' runs ", found.size(),
+              " times; it cannot be named for one of them");
+  return found.front();
+}
+
+}  // namespace torchgraft
