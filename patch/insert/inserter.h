@@ -9,22 +9,12 @@
 #include <map>
 #include <optional>
 #include <string>
-#include <utility>
 #include <vector>
 
-// Inside insert_adapters() only: insert.cpp, insert_lora.cpp and insert_bottleneck.cpp.
 namespace torchgraft {
 
-// A residual site as it is being rewritten: ops chain on the branch, but each reads the original values.
-struct ResidualState {
-  ResidualSite site;
-  torch::jit::Value* branch = nullptr;      // before any adapter
-  torch::jit::Value* sum = nullptr;         // branch + residual, made when an adapter asks for it
-  torch::jit::Value* normed_sum = nullptr;  // norm(branch + residual), likewise
-  // What the model has behind the norm, or behind the add, with the adapters so far.
-  torch::jit::Value* stream = nullptr;
-};
-
+// What insert_lora, insert_prefix and insert_bottleneck share while ops are written into one graph: its inputs
+// adapter_ids and active, the banks of a slot as values, and the calls of ops.
 class Inserter {
  public:
   using Graph = torch::jit::Graph;
@@ -32,58 +22,55 @@ class Inserter {
   using Node = torch::jit::Node;
   using Value = torch::jit::Value;
 
+  // Adds the input adapter_ids to `graph`. What is passed must outlive this.
   Inserter(Graph& graph, const GraphSites& sites, const torch::jit::Module& root, const InsertOptions& options);
 
+  // For gate_pooling="unpadded" without a token mask input: one mask of real tokens per attention mask, computed before
+  // the first projection of the layer, so that every op of the layer can read it. Call it before anything is inserted.
   void prepare_token_masks(const std::vector<Slot>& slots, const std::vector<SlotRun>& runs,
                            const torch::jit::Module& root);
-  // Inserts the op of `slot` into one run of its layer and returns its gate.
-  Value* insert(const Slot& slot, size_t layer);
+
+  // Ops are inserted into this layer (an index into the sites' layers) from now on.
+  void enter_layer(size_t layer) { layer_ = layer; }
+  const LayerSites& layer_sites() const { return sites_.layers[layer_]; }
+  size_t layer() const { return layer_; }
+
+  Graph& graph() { return graph_; }
+  Value* adapter_ids() const { return adapter_ids_; }
+  Value* active() const { return active_; }
+  // How many gated ops call() has inserted.
   size_t ops() const { return ops_; }
 
- private:
-  Value* insert_lora(const Slot& slot, const LinearSite& site);
-  void insert_lora_elsewhere(const Slot& slot, Node* linear);
-  Value* one_adapter();
-  Value* insert_prefix(const Slot& slot, size_t layer);
-  Value* insert_bottleneck(const Slot& slot, const ResidualSite& site);
-  Value* sum(ResidualState& state);
-  Value* normed_sum(ResidualState& state);
-  // (output, gate) of a bottleneck on x; x and residual are [B, S, H].
-  std::pair<Value*, Value*> bottleneck(const Slot& slot, Value* x, Value* residual);
-  Node* call_bottleneck(const Slot& slot, Value* x, Value* residual, at::ArrayRef<NamedValue> named);
-  void replace_stream(ResidualState& state, const Slot& slot, Value* output);
   Value* slot_module(const Slot& slot);
   // The bank of a parameter; None where the slot has none.
   Value* parameter(const Slot& slot, Value* module, const std::string& name);
-  // Dropout in training mode.
+  // `value` after the slot's dropout, which acts in training mode.
   Value* dropped(const Slot& slot, Value* value);
-  std::vector<NamedValue> gate_arguments(const Slot& slot, Value* module);
-  std::vector<NamedValue> common_arguments(const Slot& slot, Value* module);
+  // Null where gates are means over all tokens, or where the slot has none.
   Value* token_mask(const Slot& slot);
-  Node* marker_behind(Node* node);
-  // (output, gate) of a LoRA; x is [B, S, in], base [B, S, out]. `adapter_ids` and `adapter` say whose.
-  std::pair<Value*, Value*> lora(const Slot& slot, Value* x, Value* base, Value* adapter_ids, Value* adapter,
-                                 Value* token_mask);
-  std::pair<Value*, Value*> lora_with_dropout(const Slot& slot, Value* x, Value* base, Value* adapter_ids,
-                                              Value* adapter, Value* token_mask);
-  Value* swapped(Value* value, bool sequence_first);
-  Node* call(const char* op, at::ArrayRef<NamedValue> args, at::ArrayRef<NamedValue> named);
+  // gate_weight and gate_bias.
+  std::vector<NamedValue> gate_arguments(const Slot& slot, Value* module);
+  // The arguments that every op ends with: gate_weight, gate_bias, adapter_ids, adapter and token_mask.
+  std::vector<NamedValue> common_arguments(const Slot& slot, Value* module);
 
+  // Dimensions 0 and 1 of `value` exchanged where `sequence_first` says so.
+  Value* swapped(Value* value, bool sequence_first);
+  // The node that calls torchgraft::<op> at the graph's insert point.
+  Node* call(const char* op, at::ArrayRef<NamedValue> args, at::ArrayRef<NamedValue> named);
+  // A node behind `node`: what is inserted before it still reads the present result of `node`. The caller destroys it.
+  Node* marker_behind(Node* node);
+
+ private:
   Graph& graph_;
   const GraphSites& sites_;
   const InsertOptions& options_;
-  std::map<const Node*, Value*> projections_;  // by the linear: its result with the adapters so far
-  // By the add and the operand that is the branch: parallel blocks may be two operands of one add.
-  std::map<std::pair<const Node*, size_t>, ResidualState> residuals_;
-  std::map<const Value*, Value*> streams_;       // what has taken the place of a value of the residual stream
   std::map<const Value*, Value*> shared_masks_;  // token masks by attention mask
-  std::map<int64_t, Value*> token_masks_;        // and by layer
-  size_t ops_ = 0;                               // gated ones, inserted so far
-  int64_t layer_ = 0;                            // where the op being inserted goes
+  std::map<size_t, Value*> token_masks_;         // and by layer
+  size_t ops_ = 0;
+  size_t layer_ = 0;
   Value* adapters_ = nullptr;
   Value* adapter_ids_ = nullptr;
   Value* active_ = nullptr;
-  Value* one_adapter_ = nullptr;  // see one_adapter()
   Value* input_mask_ = nullptr;
   std::optional<TrainedWeights> trained_;
 };

@@ -1,0 +1,51 @@
+#pragma once
+
+#include <torchgraft/patch/insert/inserter.h>
+
+#include <map>
+#include <utility>
+
+namespace torchgraft {
+
+// A residual site as it is being rewritten: ops chain on the branch, but each reads the original values.
+struct ResidualState {
+  ResidualSite site;
+  torch::jit::Value* branch = nullptr;      // before any adapter
+  torch::jit::Value* sum = nullptr;         // branch + residual, made when an adapter asks for it
+  torch::jit::Value* normed_sum = nullptr;  // norm(branch + residual), likewise
+  // What the model has behind the norm, or behind the add, with the adapters so far.
+  torch::jit::Value* stream = nullptr;
+};
+
+// Adds bottlenecks to residual sites: branch + residual becomes op(branch) + residual.
+class BottleneckInserter {
+ public:
+  explicit BottleneckInserter(Inserter& inserter) : inserter_(inserter), graph_(inserter.graph()) {}
+
+  // Adds the bottleneck of `slot` to `site`. Returns the gate. Throws c10::Error where the configuration has no meaning
+  // at this site: post_add without a norm, original_ln_after=False in a parallel block.
+  torch::jit::Value* operator()(const Slot& slot, const ResidualSite& site);
+
+ private:
+  using NamedValue = torch::jit::NamedValue;
+  using Node = torch::jit::Node;
+  using Value = torch::jit::Value;
+
+  Value* sum(ResidualState& state);
+  // What original_ln_before feeds its adapter: the sum that the model makes, and the norm of that sum in a post-norm
+  // model.
+  Value* normed_sum(ResidualState& state);
+  // (output, gate) of a bottleneck on x; x and residual are [B, S, H].
+  std::pair<Value*, Value*> bottleneck(const Slot& slot, Value* x, Value* residual);
+  Node* call_bottleneck(const Slot& slot, Value* x, Value* residual, at::ArrayRef<NamedValue> named);
+  // Without original_ln_after the adapter's output replaces the stream: neither residual nor norm follows.
+  void replace_stream(ResidualState& state, const Slot& slot, Value* output);
+
+  Inserter& inserter_;
+  torch::jit::Graph& graph_;
+  // By the add and the operand that is the branch: parallel blocks may be two operands of one add.
+  std::map<std::pair<const Node*, size_t>, ResidualState> residuals_;
+  std::map<const Value*, Value*> streams_;  // what has taken the place of a value of the residual stream
+};
+
+}  // namespace torchgraft

@@ -1,0 +1,41 @@
+#pragma once
+
+#include <torchgraft/patch/insert/inserter.h>
+
+#include <map>
+#include <utility>
+
+namespace torchgraft {
+
+// Adds LoRAs to projections. Ops on one packed projection follow each other.
+class LoraInserter {
+ public:
+  explicit LoraInserter(Inserter& inserter) : inserter_(inserter), graph_(inserter.graph()) {}
+
+  // Adds the LoRA of `slot` to `site`, and to the linear maps elsewhere that have the same weight. Returns the gate.
+  torch::jit::Value* operator()(const Slot& slot, const LinearSite& site);
+
+ private:
+  using Node = torch::jit::Node;
+  using Value = torch::jit::Value;
+
+  Value* insert(const Slot& slot, const LinearSite& site);
+  // A linear map with the slot's weight on [1, P, features] gets the same LoRA; its gate is pooled over the P
+  // positions.
+  void insert_elsewhere(const Slot& slot, Node* linear);
+  // The adapter of every row, computed before anything else: what all rows share can have only one.
+  Value* one_adapter();
+  // (output, gate) of a LoRA; x is [B, S, in], base [B, S, out]. `adapter_ids` and `adapter` say whose.
+  std::pair<Value*, Value*> lora(const Slot& slot, Value* x, Value* base, Value* adapter_ids, Value* adapter,
+                                 Value* token_mask);
+  // The same where the update reads `x` after dropout; the gate reads `x` itself.
+  std::pair<Value*, Value*> lora_with_dropout(const Slot& slot, Value* x, Value* base, Value* adapter_ids,
+                                              Value* adapter, Value* token_mask);
+
+  Inserter& inserter_;
+  torch::jit::Graph& graph_;
+  std::map<const Node*, Value*> projections_;  // by the linear: its result with the adapters so far
+  Value* one_adapter_ = nullptr;               // see one_adapter()
+};
+
+}  // namespace torchgraft

@@ -1,0 +1,123 @@
+#include <torchgraft/patch/insert/inserter.h>
+
+#include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/hoist.h>
+
+#include <torch/csrc/jit/ir/constants.h>
+
+namespace torchgraft {
+
+using torch::jit::Graph;
+using torch::jit::NamedValue;
+using torch::jit::Node;
+using torch::jit::Value;
+using torch::jit::WithInsertPoint;
+
+Inserter::Inserter(Graph& graph, const GraphSites& sites, const torch::jit::Module& root, const InsertOptions& options)
+    : graph_(graph), sites_(sites), options_(options) {
+  adapter_ids_ = graph.addInput("adapter_ids")->setType(c10::OptionalType::ofTensor());
+  WithInsertPoint guard(*graph.nodes().begin());
+  adapters_ =
+      graph.insertNode(graph.create(c10::prim::GetAttr, {graph.inputs()[0]}, 1)->s_(c10::attr::name, "adapters"))
+          ->output();
+  adapters_->setType(root.attr("adapters").toModule().type());
+  active_ = graph.insertGetAttr(adapters_, "active");
+  Node* end = graph.insertNode(graph.createNone());  // dead in the end
+  trained_.emplace(graph, sites, root, adapters_, end);
+  if (options.token_mask_input) {
+    input_mask_ = graph.insert(c10::aten::ne, {graph.inputs()[*options.token_mask_input], 0});
+  }
+}
+
+Value* Inserter::swapped(Value* value, bool sequence_first) {
+  return sequence_first ? graph_.insert(c10::aten::transpose, {value, 0, 1}) : value;
+}
+
+Value* Inserter::slot_module(const Slot& slot) {
+  return graph_.insertGetAttr(graph_.insertGetAttr(adapters_, "layer_" + std::to_string(slot.number)), slot.name);
+}
+
+Value* Inserter::parameter(const Slot& slot, Value* module, const std::string& name) {
+  if (!slot.parameters.count(name)) {
+    return graph_.insertConstant(c10::IValue());
+  }
+  return slot.own.empty() ? graph_.insertGetAttr(module, name) : trained_->bank(slot, name);
+}
+
+Value* Inserter::dropped(const Slot& slot, Value* value) {
+  return graph_.insert(c10::aten::dropout, {value, slot.dropout, graph_.insertGetAttr(adapters_, "training")});
+}
+
+std::vector<NamedValue> Inserter::gate_arguments(const Slot& slot, Value* module) {
+  return {{"gate_weight", parameter(slot, module, "gate_weight")}, {"gate_bias", parameter(slot, module, "gate_bias")}};
+}
+
+std::vector<NamedValue> Inserter::common_arguments(const Slot& slot, Value* module) {
+  std::vector<NamedValue> result = gate_arguments(slot, module);
+  result.emplace_back("adapter_ids", adapter_ids_);
+  result.emplace_back("adapter", active_);
+  if (Value* mask = token_mask(slot)) {
+    result.emplace_back("token_mask", mask);
+  }
+  return result;
+}
+
+Value* Inserter::token_mask(const Slot& slot) {
+  if (!options_.pool_unpadded || !slot.parameters.count("gate_weight")) {
+    return nullptr;
+  }
+  return input_mask_ ? input_mask_ : token_masks_.at(layer_);
+}
+
+void Inserter::prepare_token_masks(const std::vector<Slot>& slots, const std::vector<SlotRun>& runs,
+                                   const torch::jit::Module& root) {
+  Hoist hoist(root);
+  for (const SlotRun& run : runs) {
+    const size_t layer = run.layer;
+    if (!slots[run.slot].parameters.count("gate_weight") || token_masks_.count(layer)) {
+      continue;
+    }
+    const LayerSites& sites = sites_.layers[layer];
+    Value* mask = sites.attention->input(3);
+    while (is_aten(mask->node(), {"type_as"})) {
+      mask = mask->node()->input(0);
+    }
+    Value*& shared = shared_masks_[mask];
+    if (!shared) {
+      const LinearSite* first = &sites.query;
+      for (const LinearSite* site : {&sites.key, &sites.value}) {
+        first = site->node->isBefore(first->node) ? site : first;
+      }
+      WithInsertPoint guard(first->node);
+      Value* x = first->node->input(0);
+      TORCH_CHECK(is_none(mask) || hoist(mask, first->node, x),
+                  "graft: gate_pooling=\"unpadded\": the attention mask of layer ", layer,
+                  " is computed from its queries or keys, so it is not known before them; name the forward argument "
+                  "that is the token mask (token_mask_input)");
+      shared =
+          call("attention_token_mask", {NamedValue(swapped(x, first->sequence_first)), NamedValue(mask)}, {})->output();
+    }
+    token_masks_[layer] = shared;
+  }
+}
+
+Node* Inserter::call(const char* op, at::ArrayRef<NamedValue> args, at::ArrayRef<NamedValue> named) {
+  Value* result = graph_.insert(c10::Symbol::fromQualString(std::string("torchgraft::") + op), args, named);
+  ops_ += std::string(op).rfind("gated_", 0) == 0;
+  Node* node = result->node();
+  // Graph::insert packs several results into a tuple; take them apart again.
+  if (node->kind() == c10::prim::TupleConstruct) {
+    Node* source = node->input(0)->node();
+    node->destroy();
+    return source;
+  }
+  return node;
+}
+
+Node* Inserter::marker_behind(Node* node) {
+  Node* marker = graph_.create(c10::prim::Constant, 1)->insertAfter(node);
+  marker->output()->setType(c10::NoneType::get());
+  return marker;
+}
+
+}  // namespace torchgraft
