@@ -35,19 +35,19 @@ std::string attention_adapter_location(const Layer& layer) {
 std::vector<std::string> available_locations(const Layer& layer) {
   std::vector<std::string> result = {prefix_location(layer)};
   if (layer.query || layer.key || layer.value) {
-    result.push_back("selfattn_lora");
+    result.emplace_back("selfattn_lora");
   }
   if (layer.has_attention_residual) {
     result.push_back(attention_adapter_location(layer));
   }
   if (layer.ffn_in) {
-    result.push_back("intermediate_lora");
+    result.emplace_back("intermediate_lora");
   }
   if (layer.ffn_out) {
-    result.push_back("output_lora");
+    result.emplace_back("output_lora");
   }
   if (layer.has_ffn_residual) {
-    result.push_back("output_adapter");
+    result.emplace_back("output_adapter");
   }
   return result;
 }

@@ -1,7 +1,6 @@
-// The part of SymbolicShapes that follows tensors through views, splits and concatenations.
+#include <torchgraft/patch/graph/symbolic_layout.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
-#include <torchgraft/patch/graph/symbolic_shape.h>
 
 #include <algorithm>
 #include <limits>
@@ -11,14 +10,13 @@ namespace torchgraft {
 using torch::jit::Node;
 using torch::jit::Value;
 
-// What one piece of a chunk, split or unbind looks like.
-std::optional<Shape> SymbolicShapes::of_split(const Node* node, int64_t piece) {
+std::optional<Shape> shape_of_piece(SymbolicShapes& shapes, const Node* node, int64_t piece) {
   const bool chunks = is_aten(node, {"chunk", "tensor_split"});
   const bool unbinds = is_aten(node, {"unbind"});
   if (!chunks && !unbinds && !is_aten(node, {"split", "split_with_sizes"})) {
     return std::nullopt;
   }
-  auto result = shape(node->input(0));
+  auto result = shapes.shape(node->input(0));
   const size_t dim_input = unbinds ? 1 : 2;
   const auto dim = result ? position(node->input(dim_input), result->size()) : std::nullopt;
   if (!dim) {
@@ -29,24 +27,26 @@ std::optional<Shape> SymbolicShapes::of_split(const Node* node, int64_t piece) {
     return result;
   }
   const auto count = constant_int(node->input(1));
-  const auto sizes = count ? std::nullopt : integers(node->input(1));
+  const auto sizes = count ? std::nullopt : shapes.integers(node->input(1));
   if (chunks && count) {
     const auto part = (*result)[*dim].divided_by(number(*count));
-    (*result)[*dim] = part ? *part : fresh();
+    (*result)[*dim] = part ? *part : shapes.fresh();
   } else if (sizes && piece >= 0 && piece < static_cast<int64_t>(sizes->size())) {
     (*result)[*dim] = (*sizes)[piece];
   } else {
-    (*result)[*dim] = count ? number(*count) : fresh();
+    (*result)[*dim] = count ? number(*count) : shapes.fresh();
   }
   return result;
 }
 
-std::optional<Shape> SymbolicShapes::of_concatenation(const Node* node) {
+namespace {
+
+std::optional<Shape> concatenated(SymbolicShapes& shapes, const Node* node) {
   const Node* list = node->input(0)->node();
   if (list->kind() != c10::prim::ListConstruct || list->inputs().empty()) {
     return std::nullopt;
   }
-  auto result = shape(list->input(0));
+  auto result = shapes.shape(list->input(0));
   const bool stacks = is_aten(node, {"stack"});
   const auto dim = result ? position(node->input(1), result->size() + stacks) : std::nullopt;
   if (!dim) {
@@ -59,9 +59,9 @@ std::optional<Shape> SymbolicShapes::of_concatenation(const Node* node) {
   // Parts that are multiples of one size add up: [n d] and [m d] give [(n + m) d].
   Dim total{0, (*result)[*dim].symbols};
   for (const Value* part : list->inputs()) {
-    const auto sizes = shape(part);
+    const auto sizes = shapes.shape(part);
     if (!sizes || sizes->size() != result->size() || (*sizes)[*dim].symbols != total.symbols) {
-      (*result)[*dim] = fresh();
+      (*result)[*dim] = shapes.fresh();
       return result;
     }
     total.factor += (*sizes)[*dim].factor;
@@ -70,8 +70,8 @@ std::optional<Shape> SymbolicShapes::of_concatenation(const Node* node) {
   return result;
 }
 
-std::optional<Shape> SymbolicShapes::reshaped(const Shape& from, const Value* sizes) {
-  auto result = integers(sizes);
+std::optional<Shape> reshaped(SymbolicShapes& shapes, const Shape& from, const Value* sizes) {
+  auto result = shapes.integers(sizes);
   if (!result) {
     return std::nullopt;
   }
@@ -85,25 +85,25 @@ std::optional<Shape> SymbolicShapes::reshaped(const Shape& from, const Value* si
     }
   }
   if (!inferred) {
-    assume_equal_products(product(from), known);
+    shapes.assume_equal_products(product(from), known);
     return result;
   }
   auto rest = product(from).divided_by(known);
   // A decoder's batch size that is used to view what comes from its encoder: a view keeps its first dimension.
-  if (!rest && !from.empty() && inferred != &result->front() && assume_equal(from.front(), result->front())) {
-    rest = canonical(product(from)).divided_by(canonical(known));
+  if (!rest && !from.empty() && inferred != &result->front() && shapes.assume_equal(from.front(), result->front())) {
+    rest = shapes.canonical(product(from)).divided_by(shapes.canonical(known));
   }
-  *inferred = rest ? *rest : fresh();
+  *inferred = rest ? *rest : shapes.fresh();
   return result;
 }
 
-std::optional<Shape> SymbolicShapes::of_view(const Node* node, Shape from) {
+std::optional<Shape> viewed(SymbolicShapes& shapes, const Node* node, Shape from) {
   const size_t rank = from.size();
   if (is_aten(node, {"view", "reshape", "_unsafe_view"})) {
     return reshaped(from, node->input(1));
   }
   if (is_aten(node, {"expand"})) {
-    auto sizes = integers(node->input(1));
+    auto sizes = shapes.integers(node->input(1));
     const size_t added = sizes && sizes->size() >= rank ? sizes->size() - rank : 0;
     for (size_t i = added; sizes && i < sizes->size(); ++i) {
       if ((*sizes)[i] == number(-1)) {
@@ -124,7 +124,7 @@ std::optional<Shape> SymbolicShapes::of_view(const Node* node, Shape from) {
   }
   if (is_aten(node, {"unflatten"})) {
     const auto at = position(node->input(1), rank);
-    const auto sizes = at ? reshaped({from[*at]}, node->input(2)) : std::nullopt;
+    const auto sizes = at ? reshaped(shapes, {from[*at]}, node->input(2)) : std::nullopt;
     if (sizes) {
       from.erase(from.begin() + *at);
       from.insert(from.begin() + *at, sizes->begin(), sizes->end());
@@ -135,7 +135,7 @@ std::optional<Shape> SymbolicShapes::of_view(const Node* node, Shape from) {
 }
 
 // transpose, t, permute, movedim of one dimension.
-std::optional<Shape> SymbolicShapes::of_exchange(const Node* node, Shape from) {
+std::optional<Shape> exchanged(SymbolicShapes& shapes, const Node* node, Shape from) {
   const size_t rank = from.size();
   if (is_aten(node, {"transpose", "swapaxes", "swapdims"})) {
     const auto a = position(node->input(1), rank);
@@ -150,7 +150,7 @@ std::optional<Shape> SymbolicShapes::of_exchange(const Node* node, Shape from) {
     return from;
   }
   if (is_aten(node, {"permute"})) {
-    const auto order = integers(node->input(1));
+    const auto order = shapes.integers(node->input(1));
     Shape permuted;
     for (size_t i = 0; order && i < order->size(); ++i) {
       const int64_t at = (*order)[i].factor < 0 ? (*order)[i].factor + static_cast<int64_t>(rank) : (*order)[i].factor;
@@ -164,7 +164,7 @@ std::optional<Shape> SymbolicShapes::of_exchange(const Node* node, Shape from) {
 }
 
 // Ops that take a part of a dimension, or a dimension, away.
-std::optional<Shape> SymbolicShapes::of_removal(const Node* node, Shape from) {
+std::optional<Shape> cut_down(SymbolicShapes& shapes, const Node* node, Shape from) {
   if (node->inputs().size() < 2) {
     return std::nullopt;
   }
@@ -180,20 +180,21 @@ std::optional<Shape> SymbolicShapes::of_removal(const Node* node, Shape from) {
     return std::nullopt;
   }
   if (is_aten(node, {"narrow"})) {
-    from[*at] = integer(node->input(3));
+    from[*at] = shapes.integer(node->input(3));
     return from;
   }
   if (node->inputs().size() > 4 && constant_int(node->input(4)).value_or(0) != 1) {
-    from[*at] = fresh();
+    from[*at] = shapes.fresh();
     return from;
   }
-  const Dim start = is_none(node->input(2)) ? number(0) : integer(node->input(2));
-  const Dim end = is_none(node->input(3)) ? number(std::numeric_limits<int64_t>::max()) : integer(node->input(3));
+  const Dim start = is_none(node->input(2)) ? number(0) : shapes.integer(node->input(2));
+  const Dim end =
+      is_none(node->input(3)) ? number(std::numeric_limits<int64_t>::max()) : shapes.integer(node->input(3));
   const Dim size = from[*at];
   const bool to_the_end = end == size || (end.is_constant() && end.factor == std::numeric_limits<int64_t>::max());
   if (start == number(0)) {
     const bool inside = end.is_constant() && end.factor >= 0 && size.is_constant() && end.factor <= size.factor;
-    from[*at] = to_the_end ? size : inside ? end : fresh();
+    from[*at] = to_the_end ? size : inside ? end : shapes.fresh();
   } else if (size.is_constant() && start.is_constant()) {
     const auto absolute = [&](const Dim& bound) {
       const int64_t value = bound.factor < 0 ? bound.factor + size.factor : bound.factor;
@@ -201,41 +202,43 @@ std::optional<Shape> SymbolicShapes::of_removal(const Node* node, Shape from) {
     };
     const bool known = to_the_end || end.is_constant();
     const int64_t last = to_the_end ? size.factor : absolute(end);
-    from[*at] = known ? number(std::max<int64_t>(0, last - absolute(start))) : fresh();
+    from[*at] = known ? number(std::max<int64_t>(0, last - absolute(start))) : shapes.fresh();
   } else {
-    from[*at] = fresh();
+    from[*at] = shapes.fresh();
   }
   return from;
 }
 
-std::optional<Shape> SymbolicShapes::of_layout(const Node* node) {
+}  // namespace
+
+std::optional<Shape> shape_of_layout(SymbolicShapes& shapes, const Node* node) {
   if (is_aten(node, {"cat", "concat", "stack"})) {
-    return of_concatenation(node);
+    return concatenated(node);
   }
   if (node->inputs().empty() || !node->input(0)->type()->isSubtypeOf(*c10::TensorType::get())) {
     return std::nullopt;
   }
   if (is_aten(node, {"expand_as", "view_as", "reshape_as"})) {
-    return shape(node->input(1));
+    return shapes.shape(node->input(1));
   }
   if (is_aten(node, {"gather"})) {
-    return shape(node->input(2));
+    return shapes.shape(node->input(2));
   }
-  const auto from = shape(node->input(0));
+  const auto from = shapes.shape(node->input(0));
   if (!from) {
     // A view of something unknown still says what comes out, unless a size is to be inferred.
-    const auto sizes = is_aten(node, {"view", "reshape", "expand"}) ? integers(node->input(1)) : std::nullopt;
+    const auto sizes = is_aten(node, {"view", "reshape", "expand"}) ? shapes.integers(node->input(1)) : std::nullopt;
     const bool complete = sizes && std::find(sizes->begin(), sizes->end(), number(-1)) == sizes->end();
     return complete ? sizes : std::nullopt;
   }
   if (is_aten(node, {"view", "reshape", "_unsafe_view", "expand", "flatten", "unflatten"})) {
-    return of_view(node, *from);
+    return viewed(node, *from);
   }
   if (is_aten(node, {"transpose", "swapaxes", "swapdims", "t", "numpy_T", "permute"})) {
-    return of_exchange(node, *from);
+    return exchanged(node, *from);
   }
   if (is_aten(node, {"squeeze", "select", "slice", "narrow"})) {
-    return of_removal(node, *from);
+    return cut_down(node, *from);
   }
   if (is_aten(node, {"unsqueeze"})) {
     const auto at = position(node->input(1), from->size() + 1);
@@ -246,7 +249,7 @@ std::optional<Shape> SymbolicShapes::of_layout(const Node* node) {
     }
   }
   if (is_aten(node, {"mean", "sum", "amax"}) && node->inputs().size() > 2) {
-    const auto dims = integers(node->input(1));
+    const auto dims = shapes.integers(node->input(1));
     const auto keeps = resolve_constant(node->input(2));
     const bool last = dims && dims->size() == 1 && keeps && keeps->isBool() && keeps->toBool() &&
                       ((*dims)[0] == number(-1) || (*dims)[0] == number(static_cast<int64_t>(from->size()) - 1));

@@ -1,6 +1,7 @@
 #include <torchgraft/patch/graph/symbolic_shape.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/symbolic_layout.h>
 
 #include <algorithm>
 
@@ -150,11 +151,11 @@ std::optional<Shape> SymbolicShapes::compute(const Value* value) {
     return result;
   }
   if (node->kind() == c10::prim::ListUnpack) {
-    return of_split(node->input()->node(), value->offset());
+    return shape_of_piece(*this, node->input()->node(), value->offset());
   }
   if (node->kind() == c10::aten::__getitem__) {
     const auto piece = constant_int(node->input(1));
-    return of_split(node->input(0)->node(), piece.value_or(-1));
+    return shape_of_piece(*this, node->input(0)->node(), piece.value_or(-1));
   }
   if (is_aten(node, {"add", "sub", "rsub", "mul", "div", "where", "eq", "ne", "lt", "le", "gt", "ge", "__and__",
                      "logical_and", "maximum", "minimum"})) {
@@ -166,7 +167,7 @@ std::optional<Shape> SymbolicShapes::compute(const Value* value) {
   if (is_aten(node, {"arange", "zeros", "ones", "full"})) {
     return of_factory(node);
   }
-  return of_layout(node);
+  return shape_of_layout(*this, node);
 }
 
 std::optional<Shape> SymbolicShapes::of_projection(const Node* node) {

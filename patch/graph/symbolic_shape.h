@@ -45,6 +45,12 @@ class SymbolicShapes {
   // The value of an int; one that is not understood is a symbol of its own.
   Dim integer(const torch::jit::Value* value);
 
+  // The values of a list of ints; nullopt when the list is not made in one place.
+  std::optional<Shape> integers(const torch::jit::Value* list);
+
+  // A symbol that stands for no other size yet.
+  Dim fresh();
+
   // Takes two sizes for the same from now on; false when they are not single symbols, of which alone that can be said.
   bool assume_equal(const Dim& a, const Dim& b);
 
@@ -60,17 +66,8 @@ class SymbolicShapes {
   std::optional<Shape> of_projection(const torch::jit::Node* node);
   std::optional<Shape> of_embedding(const torch::jit::Node* node);
   std::optional<Shape> of_factory(const torch::jit::Node* node);
-  std::optional<Shape> of_layout(const torch::jit::Node* node);
-  std::optional<Shape> of_view(const torch::jit::Node* node, Shape from);
-  std::optional<Shape> of_exchange(const torch::jit::Node* node, Shape from);
-  std::optional<Shape> of_removal(const torch::jit::Node* node, Shape from);
-  std::optional<Shape> of_concatenation(const torch::jit::Node* node);
-  std::optional<Shape> of_split(const torch::jit::Node* node, int64_t piece);
   std::optional<Shape> of_arithmetic(const torch::jit::Node* node);
-  std::optional<Shape> reshaped(const Shape& from, const torch::jit::Value* sizes);
-  std::optional<Shape> integers(const torch::jit::Value* list);
   Dim compute_integer(const torch::jit::Value* value);
-  Dim fresh();
 
   const torch::jit::Module& root_;
   std::map<const torch::jit::Value*, std::optional<Shape>> shapes_;
