@@ -123,14 +123,15 @@ bool AffinePath::is_full(Value* bias) {
 
 // beta bias of baddbmm(bias, q, k, beta, alpha); alpha is a factor of the scores.
 Value* AffinePath::bias_of_product() {
-  const auto beta = constant_double(product_->input(3));
-  const auto alpha = constant_double(product_->input(4));
+  const auto beta = constant_double(product_->namedInput("beta"));
+  const auto alpha = constant_double(product_->namedInput("alpha"));
   understood = understood && beta && alpha;
   factors.constant *= alpha.value_or(1.0);
   if (beta == 0.0) {
     return nullptr;
   }
-  return beta == 1.0 ? product_->input(0) : graph_->insert(c10::aten::mul, {product_->input(0), product_->input(3)});
+  return beta == 1.0 ? product_->namedInput("self")
+                     : graph_->insert(c10::aten::mul, {product_->namedInput("self"), product_->namedInput("beta")});
 }
 
 // BLOOM views scores [B * h, S, S], with its ALiBi [B * h, 1, S] added, as [B, h, S, S]. What broadcasts cannot be

@@ -70,12 +70,12 @@ std::optional<Equation> parse(std::string text) {
   return sums_alone ? std::nullopt : std::optional<Equation>(result);
 }
 
-class EinsumLowering {
+class EinsumDecomposer {
  public:
-  EinsumLowering(const std::shared_ptr<Graph>& graph, const torch::jit::Module& module)
+  EinsumDecomposer(const std::shared_ptr<Graph>& graph, const torch::jit::Module& module)
       : graph_(graph), module_(module) {}
 
-  void lower(Node* node);
+  void decompose(Node* node);
 
  private:
   Value* linear(const Equation& equation, Value* input, Value* weight);
@@ -89,7 +89,7 @@ class EinsumLowering {
 };
 
 // `value`, whose dimensions are the letters `from`, with its dimensions in the order `to`.
-Value* EinsumLowering::permuted(Value* value, const std::string& from, const std::string& to) {
+Value* EinsumDecomposer::permuted(Value* value, const std::string& from, const std::string& to) {
   if (from == to) {
     return value;
   }
@@ -100,13 +100,13 @@ Value* EinsumLowering::permuted(Value* value, const std::string& from, const std
   return graph_->insert(c10::aten::permute, {value, graph_->insertConstant(order)});
 }
 
-Value* EinsumLowering::flattened(Value* value, int64_t start, int64_t end) {
+Value* EinsumDecomposer::flattened(Value* value, int64_t start, int64_t end) {
   return start == end ? value : graph_->insert(c10::aten::flatten, {value, start, end});
 }
 
 // A parameter of dimensions `letters` as [out, in].
-Value* EinsumLowering::weight_matrix(Value* weight, const std::string& letters, const std::string& out,
-                                     const std::string& in) {
+Value* EinsumDecomposer::weight_matrix(Value* weight, const std::string& letters, const std::string& out,
+                                       const std::string& in) {
   if (letters.size() == 2) {
     return letters == out + in ? weight : graph_->insert(c10::aten::t, {weight});
   }
@@ -117,7 +117,7 @@ Value* EinsumLowering::weight_matrix(Value* weight, const std::string& letters, 
 }
 
 // A linear map of the letters of `input` (the equation's left side) that the weight has too. Null when it is none.
-Value* EinsumLowering::linear(const Equation& equation, Value* input, Value* weight) {
+Value* EinsumDecomposer::linear(const Equation& equation, Value* input, Value* weight) {
   const std::string rows = letters_of(equation.left, equation.right, false, equation.result, true);
   const std::string in = letters_of(equation.left, equation.right, true, equation.result, false);
   const std::string out = letters_of(equation.result, equation.right, true, equation.left, false);
@@ -146,7 +146,7 @@ Value* EinsumLowering::linear(const Equation& equation, Value* input, Value* wei
 bool comes_from_softmax(Value* value) { return is_aten(strip_passive(value)->node(), {"softmax", "_softmax"}); }
 
 // [batch..., row, inner] times [batch..., inner, column]. Null when there is not one letter of each.
-Value* EinsumLowering::product(Equation equation, Value* left, Value* right) {
+Value* EinsumDecomposer::product(Equation equation, Value* left, Value* right) {
   const auto row_of = [](const Equation& e) { return letters_of(e.left, e.right, false, e.result, true); };
   const auto column_of = [](const Equation& e) { return letters_of(e.right, e.left, false, e.result, true); };
   const std::string inner = letters_of(equation.left, equation.right, true, equation.result, false);
@@ -173,9 +173,9 @@ Value* EinsumLowering::product(Equation equation, Value* left, Value* right) {
   return permuted(graph_->insert(c10::aten::matmul, {left, right}), batch + row + column, equation.result);
 }
 
-void EinsumLowering::lower(Node* node) {
-  const auto text = resolve_constant(node->input(0));
-  Node* list = node->input(1)->node();
+void EinsumDecomposer::decompose(Node* node) {
+  const auto text = resolve_constant(node->namedInput("equation"));
+  Node* list = node->namedInput("tensors")->node();
   if (!text || !text->isString() || list->kind() != c10::prim::ListConstruct || list->inputs().size() != 2) {
     return;
   }
@@ -196,10 +196,10 @@ void EinsumLowering::lower(Node* node) {
 }  // namespace
 
 void decompose_einsum(const std::shared_ptr<Graph>& graph, const torch::jit::Module& module) {
-  EinsumLowering lowering(graph, module);
+  EinsumDecomposer decomposer(graph, module);
   for_each_node(graph->block(), [&](Node* node) {
     if (is_aten(node, {"einsum"})) {
-      lowering.lower(node);
+      decomposer.decompose(node);
     }
   });
 }

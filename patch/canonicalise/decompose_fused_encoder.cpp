@@ -122,7 +122,8 @@ Value* insert_padded(Node* to_padded, const NestedMask& mask) {
     keep = graph->insert(c10::aten::logical_not, {padding});
   }
   const auto body = compile_graph(kSource, "padded");
-  return insert_graph_before(to_padded, *body, {to_padded->input(0), keep, to_padded->input(1)})[0];
+  return insert_graph_before(to_padded, *body,
+                             {to_padded->namedInput("self"), keep, to_padded->namedInput("padding")})[0];
 }
 
 // Scripted: `if use_nested: output, mask = nested(output, mask), None`. Keeps the branch, but dense and with its mask:
@@ -176,7 +177,7 @@ void lower_nested(const std::shared_ptr<Graph>& graph) {
       Value* padding_type = graph->insertConstant(1);
       Value* current = sources[i]->output();
       for (Node* node = sources[i]->next(); node != sinks[i]; node = node->next()) {
-        if (is_aten(node, {"_transformer_encoder_layer_fwd"}) && node->input(0) == current) {
+        if (is_aten(node, {"_transformer_encoder_layer_fwd"}) && node->namedInput("src") == current) {
           node->replaceInput(kEncoderMask, padding);
           node->replaceInput(kEncoderMaskType, padding_type);
           current = node->output();
@@ -196,8 +197,9 @@ void lower_straight_line(Graph& graph) {
       replace_node(node, insert_graph_before(node, *body, node->inputs()));
       return;
     }
-    const bool plain_attention = is_aten(node, {"_native_multi_head_attention"}) && node->input(0) == node->input(1) &&
-                                 node->input(1) == node->input(2) && node->outputs()[1]->uses().empty();
+    const bool plain_attention =
+        is_aten(node, {"_native_multi_head_attention"}) && node->namedInput("query") == node->namedInput("key") &&
+        node->namedInput("key") == node->namedInput("value") && node->outputs()[1]->uses().empty();
     if (plain_attention) {
       const auto body = compile_graph(kSource, "native_attention");
       node->outputs()[0]->replaceAllUsesWith(insert_graph_before(node, *body, node->inputs())[0]);

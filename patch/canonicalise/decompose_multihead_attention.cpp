@@ -133,9 +133,9 @@ bool has_plain_projections(const c10::IValue& module) {
 }
 
 // Writes one call as projections and scaled_dot_product_attention, before it.
-class Lowering {
+class StraightLine {
  public:
-  Lowering(Node* call, c10::IValue module) : call_(call), graph_(call->owningGraph()), module_(std::move(module)) {}
+  StraightLine(Node* call, c10::IValue module) : call_(call), graph_(call->owningGraph()), module_(std::move(module)) {}
 
   Value* insert() {
     std::vector<Value*> inputs = insert_projections();
@@ -198,7 +198,7 @@ bool decompose_multihead_attention(Node* call, const Module& root) {
   }
   Graph* graph = call->owningGraph();
   torch::jit::WithInsertPoint guard(call);
-  Value* output = Lowering(call, attention->value).insert();
+  Value* output = StraightLine(call, attention->value).insert();
   Value* none = graph->insertConstant(c10::IValue());
   Value* pair = graph->insertNode(graph->createTuple({output, none}))->output();
   pair->setType(call->output()->type());

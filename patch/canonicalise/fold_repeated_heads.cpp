@@ -16,7 +16,7 @@ constexpr int64_t kHeads = 1;  // the dimension of the heads in [batch, heads, t
 
 Value* without_contiguous(Value* value) {
   while (is_aten(value->node(), {"contiguous", "clone"})) {
-    value = value->node()->input(0);
+    value = value->node()->namedInput("self");
   }
   return value;
 }
@@ -26,27 +26,28 @@ Value* before_repetition(Value* heads, SymbolicShapes& shapes) {
   heads = without_contiguous(heads);
   Node* node = heads->node();
   if (is_aten(node, {"repeat_interleave"}) && node->inputs().size() > 2) {
-    const auto shape = shapes.shape(node->input(0));
-    const bool along_heads = shape && shape->size() == 4 && constant_int(node->input(2)) == kHeads;
-    return along_heads ? node->input(0) : nullptr;
+    const auto shape = shapes.shape(node->namedInput("self"));
+    const bool along_heads = shape && shape->size() == 4 && constant_int(node->namedInput("dim")) == kHeads;
+    return along_heads ? node->namedInput("self") : nullptr;
   }
   if (!is_aten(node, {"reshape", "view", "flatten", "_unsafe_view"})) {
     return nullptr;
   }
-  Node* expand = without_contiguous(node->input(0))->node();
+  Node* expand = without_contiguous(node->namedInput("self"))->node();
   if (!is_aten(expand, {"expand"})) {
     return nullptr;
   }
-  Value* inserted = expand->input(0);
+  Value* inserted = expand->namedInput("self");
   while (is_aten(inserted->node(), {"slice"})) {  // x[:, :, None, :, :] as a trace records it
-    inserted = inserted->node()->input(0);
+    inserted = inserted->node()->namedInput("self");
   }
-  if (!is_aten(inserted->node(), {"unsqueeze"}) || constant_int(inserted->node()->input(1)) != kHeads + 1) {
+  if (!is_aten(inserted->node(), {"unsqueeze"}) || constant_int(inserted->node()->namedInput("dim")) != kHeads + 1) {
     return nullptr;
   }
-  Value* source = inserted->node()->input(0);
-  while (is_aten(source->node(), {"slice"}) && shapes.shape(source) == shapes.shape(source->node()->input(0))) {
-    source = source->node()->input(0);
+  Value* source = inserted->node()->namedInput("self");
+  while (is_aten(source->node(), {"slice"}) &&
+         shapes.shape(source) == shapes.shape(source->node()->namedInput("self"))) {
+    source = source->node()->namedInput("self");
   }
   const auto before = shapes.shape(source);
   const auto after = shapes.shape(heads);
@@ -69,8 +70,8 @@ void fold_repeated_heads(const std::shared_ptr<torch::jit::Graph>& graph, const 
         shapes.shape(linear->output());
       }
     }
-    Value* key = before_repetition(node->input(1), shapes);
-    Value* value = before_repetition(node->input(2), shapes);
+    Value* key = before_repetition(node->namedInput("key"), shapes);
+    Value* value = before_repetition(node->namedInput("value"), shapes);
     if (!key || !value || shapes.shape(key)->at(kHeads) != shapes.shape(value)->at(kHeads)) {
       return;
     }

@@ -23,12 +23,12 @@ struct Product {
 
 std::optional<Product> product_of(Value* value) {
   Node* node = value->node();
-  const bool adds =
-      is_aten(node, {"baddbmm"}) && constant_double(node->input(3)) == 1.0 && constant_double(node->input(4)) == 1.0;
+  const bool adds = is_aten(node, {"baddbmm"}) && constant_double(node->namedInput("beta")) == 1.0 &&
+                    constant_double(node->namedInput("alpha")) == 1.0;
   if (!adds && !is_aten(node, {"bmm"})) {
     return std::nullopt;
   }
-  return Product{left_factor(node), right_factor(node), adds ? node->input(0) : nullptr};
+  return Product{left_factor(node), right_factor(node), adds ? node->namedInput("self") : nullptr};
 }
 
 // Whether `value`, which something in `branch` reads, exists before it.
@@ -41,16 +41,18 @@ Value* before(Value* left, Value* right, Node* branch) {
   }
   Node* a = left->node();
   const Node* b = right->node();
-  const bool both = is_aten(a, {"transpose"}) && is_aten(b, {"transpose"}) && a->input(0) == b->input(0) &&
-                    comes_before(a->input(0), branch) && constant_int(a->input(1)) && constant_int(a->input(2)) &&
-                    constant_int(a->input(1)) == constant_int(b->input(1)) &&
-                    constant_int(a->input(2)) == constant_int(b->input(2));
+  const bool both = is_aten(a, {"transpose"}) && is_aten(b, {"transpose"}) &&
+                    a->namedInput("self") == b->namedInput("self") && comes_before(a->namedInput("self"), branch) &&
+                    constant_int(a->namedInput("dim0")) && constant_int(a->namedInput("dim1")) &&
+                    constant_int(a->namedInput("dim0")) == constant_int(b->namedInput("dim0")) &&
+                    constant_int(a->namedInput("dim1")) == constant_int(b->namedInput("dim1"));
   if (!both) {
     return nullptr;
   }
   Graph* graph = branch->owningGraph();
   torch::jit::WithInsertPoint guard(branch);
-  return graph->insert(c10::aten::transpose, {a->input(0), *constant_int(a->input(1)), *constant_int(a->input(2))});
+  return graph->insert(c10::aten::transpose, {a->namedInput("self"), *constant_int(a->namedInput("dim0")),
+                                              *constant_int(a->namedInput("dim1"))});
 }
 
 void hoist_output(Node* branch, size_t output) {

@@ -51,8 +51,8 @@ Value* insert_dropout_p(Graph& graph, Node* dropout) {
   if (!dropout) {
     return graph.insertConstant(0.0);
   }
-  Value* p = dropout->input(1);
-  Value* training = dropout->input(2);
+  Value* p = dropout->namedInput("p");
+  Value* training = dropout->namedInput("train");
   if (const auto constant = torch::jit::toIValue(training)) {
     return constant->toBool() ? p : graph.insertConstant(0.0);
   }
@@ -63,9 +63,9 @@ Value* insert_dropout_p(Graph& graph, Node* dropout) {
 Value* insert_transposed(Graph& graph, SymbolicShapes& shapes, Value* keys_transposed) {
   Node* node = keys_transposed->node();
   if (is_aten(node, {"transpose"})) {
-    const auto a = constant_int(node->input(1));
-    const auto b = constant_int(node->input(2));
-    const auto shape = shapes.shape(node->input(0));
+    const auto a = constant_int(node->namedInput("dim0"));
+    const auto b = constant_int(node->namedInput("dim1"));
+    const auto shape = shapes.shape(node->namedInput("self"));
     const int64_t rank = shape ? static_cast<int64_t>(shape->size()) : 0;
     const auto from_the_end = [&](int64_t dim) { return dim >= 0 ? dim - rank : dim; };
     if (a && b && from_the_end(*a) + from_the_end(*b) == -3 && std::abs(from_the_end(*a) - from_the_end(*b)) == 1) {
@@ -138,14 +138,14 @@ std::optional<std::string> lower_one(const std::shared_ptr<Graph>& graph, Symbol
   if (!consumer) {
     return reason;
   }
-  Node* product = find_product(softmax->input(0));
+  Node* product = find_product(softmax->namedInput("self"));
   if (!product) {
     return "its input does not come from a product of queries and keys by scaling and masking alone";
   }
   if (product->owningBlock() != softmax->owningBlock() || consumer->product->owningBlock() != softmax->owningBlock()) {
     return "its products with keys and values are not in the same block";
   }
-  const auto dim = constant_int(softmax->input(1));
+  const auto dim = constant_int(softmax->namedInput("dim"));
   const auto rank = shapes.shape(left_factor(product));
   const auto value_rank = shapes.shape(consumer->product->input(1));
   if (!rank || !value_rank) {
@@ -157,9 +157,9 @@ std::optional<std::string> lower_one(const std::shared_ptr<Graph>& graph, Symbol
   torch::jit::WithInsertPoint guard(consumer->product);
   // The mask must not depend on the queries: gates that are pooled over real tokens need it before they exist.
   const auto linears = nearest_linears(left_factor(product));
-  Value* anchor = linears.empty() ? left_factor(product) : linears.front()->input(0);
+  Value* anchor = linears.empty() ? left_factor(product) : linears.front()->namedInput("input");
   AffinePath path(graph, shapes, product, anchor);
-  Value* bias = path.bias(softmax->input(0));
+  Value* bias = path.bias(softmax->namedInput("self"));
   // A reshape on the way means that masks were applied in rank 4.
   const bool masked_in_rank_3 = rank->size() == 3 && value_rank->size() == 3 && *dim != 3 && !path.reshaped;
   Value* mask = insert_mask(*graph, shapes, bias, anchor, masked_in_rank_3, path.understood);

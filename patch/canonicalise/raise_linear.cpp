@@ -18,12 +18,12 @@ using torch::jit::Node;
 using torch::jit::Value;
 
 // One round over the graph. No node is destroyed in it, for shapes are remembered by value.
-class LinearLowering {
+class LinearRaiser {
  public:
-  LinearLowering(const std::shared_ptr<Graph>& graph, const Module& module)
+  LinearRaiser(const std::shared_ptr<Graph>& graph, const Module& module)
       : graph_(graph), module_(module), shapes_(module) {}
 
-  void lower_product(Node* node);
+  void raise_product(Node* node);
   void take_bias(Node* sum);
 
  private:
@@ -39,7 +39,7 @@ class LinearLowering {
 };
 
 // The shape of a floating-point parameter, constant, or rearranged one of rank 2; nullopt for any other value.
-std::optional<Shape> LinearLowering::matrix(Value* weight) {
+std::optional<Shape> LinearRaiser::matrix(Value* weight) {
   const at::Tensor tensor = weight_source(weight, module_).tensor;
   if (!tensor.defined() || !at::isFloatingType(tensor.scalar_type())) {
     return std::nullopt;
@@ -50,7 +50,7 @@ std::optional<Shape> LinearLowering::matrix(Value* weight) {
 }
 
 // [in, out] as [out, in].
-Value* LinearLowering::transposed(Value* weight) {
+Value* LinearRaiser::transposed(Value* weight) {
   Node* node = weight->node();
   const bool exchanges = is_aten(node, {"t", "numpy_T", "transpose", "permute", "swapaxes", "swapdims"});
   const auto before = exchanges ? matrix(node->input(0)) : std::nullopt;
@@ -60,24 +60,25 @@ Value* LinearLowering::transposed(Value* weight) {
   return is_transpose ? node->input(0) : graph_->insert(c10::aten::t, {weight});
 }
 
-void LinearLowering::lower_product(Node* node) {
+void LinearRaiser::raise_product(Node* node) {
   const bool adds = is_aten(node, {"addmm"});
   Value* x = node->input(adds ? 1 : 0);
   Value* weight = node->input(adds ? 2 : 1);
-  const bool scales = adds && (constant_double(node->input(3)) != 1.0 || constant_double(node->input(4)) != 1.0);
+  const bool scales =
+      adds && (constant_double(node->namedInput("beta")) != 1.0 || constant_double(node->namedInput("alpha")) != 1.0);
   if (!matrix(weight) || scales || resolve_tensor(x, module_).defined()) {  // two parameters: nothing flows through
     return;
   }
   torch::jit::WithInsertPoint guard(node);
   Value* result = insert_linear(x, transposed(weight), graph_->insertConstant(c10::IValue()));
   if (adds) {
-    result = graph_->insert(c10::aten::add, {result, node->input(0)});
+    result = graph_->insert(c10::aten::add, {result, node->namedInput("self")});
   }
   node->output()->replaceAllUsesWith(result);
 }
 
 // linear(x, w) + b, for a product that nothing else reads.
-void LinearLowering::take_bias(Node* sum) {
+void LinearRaiser::take_bias(Node* sum) {
   if (sum->inputs().size() < 3 || constant_double(sum->input(2)) != 1.0) {
     return;
   }
@@ -85,17 +86,17 @@ void LinearLowering::take_bias(Node* sum) {
     Node* linear = sum->input(i)->node();
     Value* bias = sum->input(1 - i);
     const bool alone = linear->owningBlock() == sum->owningBlock() && data_uses(sum->input(i)).size() == 1;
-    if (!is_aten(linear, {"linear"}) || !is_none(linear->input(2)) || !alone) {
+    if (!is_aten(linear, {"linear"}) || !is_none(linear->namedInput("bias")) || !alone) {
       continue;
     }
-    const at::Tensor weight = weight_source(linear->input(1), module_).tensor;
+    const at::Tensor weight = weight_source(linear->namedInput("weight"), module_).tensor;
     const at::Tensor tensor = resolve_tensor(bias, module_);
-    const auto shape = shapes_.shape(linear->input(1));
+    const auto shape = shapes_.shape(linear->namedInput("weight"));
     const bool fits = weight.defined() && tensor.defined() && tensor.scalar_type() == weight.scalar_type() && shape &&
                       tensor.dim() == 1 && number(tensor.size(0)) == shape->front();
     if (fits) {
       torch::jit::WithInsertPoint guard(sum);
-      sum->output()->replaceAllUsesWith(insert_linear(linear->input(0), linear->input(1), bias));
+      sum->output()->replaceAllUsesWith(insert_linear(linear->namedInput("input"), linear->namedInput("weight"), bias));
       return;
     }
   }
@@ -103,8 +104,8 @@ void LinearLowering::take_bias(Node* sum) {
 
 // Calls `method` on the nodes of these kinds, then drops what they left dead.
 void run_round(const std::shared_ptr<Graph>& graph, const Module& module, std::initializer_list<const char*> kinds,
-               void (LinearLowering::*method)(Node*)) {
-  LinearLowering lowering(graph, module);
+               void (LinearRaiser::*method)(Node*)) {
+  LinearRaiser raiser(graph, module);
   std::vector<Node*> nodes;
   for_each_node(graph->block(), [&](Node* node) {
     if (is_aten(node, kinds) && !is_in_place(node)) {
@@ -112,7 +113,7 @@ void run_round(const std::shared_ptr<Graph>& graph, const Module& module, std::i
     }
   });
   for (Node* node : nodes) {
-    (lowering.*method)(node);
+    (raiser.*method)(node);
   }
   torch::jit::EliminateDeadCode(graph);
 }
@@ -120,8 +121,8 @@ void run_round(const std::shared_ptr<Graph>& graph, const Module& module, std::i
 }  // namespace
 
 void raise_linear(const std::shared_ptr<Graph>& graph, const Module& module) {
-  run_round(graph, module, {"matmul", "mm", "addmm"}, &LinearLowering::lower_product);
-  run_round(graph, module, {"add"}, &LinearLowering::take_bias);
+  run_round(graph, module, {"matmul", "mm", "addmm"}, &LinearRaiser::raise_product);
+  run_round(graph, module, {"add"}, &LinearRaiser::take_bias);
 }
 
 }  // namespace torchgraft

@@ -43,12 +43,11 @@ struct Tail {
   Value* bias = nullptr;
 };
 
-class NormLowering {
+class NormRaiser {
  public:
-  NormLowering(const std::shared_ptr<Graph>& graph, const torch::jit::Module& module)
-      : graph_(graph), shapes_(module) {}
+  NormRaiser(const std::shared_ptr<Graph>& graph, const torch::jit::Module& module) : graph_(graph), shapes_(module) {}
 
-  void lower(Node* root);
+  void raise(Node* root);
 
  private:
   std::optional<Core> match(Node* root);
@@ -66,31 +65,31 @@ class NormLowering {
 };
 
 // mean(x, dim, keepdim) and var(x, dim, ..., keepdim) over the last dimension, which stays with size 1.
-bool NormLowering::over_last(const Node* reduction) {
-  const auto dims = resolve_constant(reduction->input(1));
+bool NormRaiser::over_last(const Node* reduction) {
+  const auto dims = resolve_constant(reduction->namedInput("dim"));
   std::optional<int64_t> dim;
   if (dims && dims->isIntList() && dims->toIntVector().size() == 1) {
     dim = dims->toIntVector()[0];
-  } else if (const Node* list = reduction->input(1)->node();
+  } else if (const Node* list = reduction->namedInput("dim")->node();
              list->kind() == c10::prim::ListConstruct && list->inputs().size() == 1) {
     dim = constant_int(list->input(0));
   }
   const bool is_mean = is_aten(reduction, {"mean"});
-  const auto keeps = resolve_constant(reduction->input(is_mean ? 2 : 3));
-  if (!dim || !keeps || !keeps->isBool() || !keeps->toBool() || (is_mean && !is_none(reduction->input(3)))) {
+  const auto keeps = resolve_constant(reduction->namedInput("keepdim"));
+  if (!dim || !keeps || !keeps->isBool() || !keeps->toBool() || (is_mean && !is_none(reduction->namedInput("dtype")))) {
     return false;
   }
-  const auto shape = shapes_.shape(reduction->input(0));
+  const auto shape = shapes_.shape(reduction->namedInput("self"));
   return *dim == -1 || (shape && *dim == static_cast<int64_t>(shape->size()) - 1);
 }
 
-bool NormLowering::is_mean(const Value* value, const Value* of) {
+bool NormRaiser::is_mean(const Value* value, const Value* of) {
   const Node* node = value->node();
-  return is_aten(node, {"mean"}) && node->inputs().size() == 4 && node->input(0) == of && over_last(node);
+  return is_aten(node, {"mean"}) && node->inputs().size() == 4 && node->namedInput("self") == of && over_last(node);
 }
 
 // x for x - mean(x).
-Value* NormLowering::centred_on(Value* value) {
+Value* NormRaiser::centred_on(Value* value) {
   Node* node = value->node();
   const bool is_difference = is_aten(node, {"sub"}) && is_tensor(node->input(1)) && has_unit_alpha(node);
   return is_difference && is_mean(node->input(1), node->input(0)) ? node->input(0) : nullptr;
@@ -106,26 +105,26 @@ bool is_biased_variance(const Node* node) {
 
 // The square that `node` makes is of its first input.
 bool is_square(const Node* node) {
-  return (is_aten(node, {"pow"}) && constant_double(node->input(1)) == 2.0) || is_aten(node, {"square"}) ||
-         (is_aten(node, {"mul"}) && node->input(0) == node->input(1));
+  return (is_aten(node, {"pow"}) && constant_double(node->namedInput("exponent")) == 2.0) ||
+         is_aten(node, {"square"}) || (is_aten(node, {"mul"}) && node->input(0) == node->input(1));
 }
 
 // mean(x^2), mean((x - mean(x))^2) or var(x).
-bool NormLowering::match_statistics(Value* variance, Core& core) {
+bool NormRaiser::match_statistics(Value* variance, Core& core) {
   Node* node = variance->node();
   if (is_biased_variance(node) && over_last(node)) {
-    core.measured = node->input(0);
+    core.measured = node->namedInput("self");
     core.centred = true;
     return true;
   }
   if (!is_aten(node, {"mean"}) || node->inputs().size() != 4 || !over_last(node)) {
     return false;
   }
-  Node* square = node->input(0)->node();
+  Node* square = node->namedInput("self")->node();
   if (!is_square(square) || data_uses(square->output()).size() != 1) {
     return false;
   }
-  Value* base = square->input(0);
+  Value* base = square->namedInput("self");
   Value* uncentred = centred_on(base);
   core.measured = uncentred ? uncentred : base;
   core.centred = uncentred != nullptr;
@@ -133,9 +132,9 @@ bool NormLowering::match_statistics(Value* variance, Core& core) {
 }
 
 // From rsqrt(v), reciprocal(sqrt(v)) or sqrt(v) to the product or quotient with the input.
-bool NormLowering::match_scaling(Node* root, Core& core) {
+bool NormRaiser::match_scaling(Node* root, Core& core) {
   const bool by_power = is_aten(root, {"pow"});
-  bool inverted = is_aten(root, {"rsqrt"}) || (by_power && constant_double(root->input(1)) == -0.5);
+  bool inverted = is_aten(root, {"rsqrt"}) || (by_power && constant_double(root->namedInput("exponent")) == -0.5);
   Value* statistics = root->output();
   Node* user = only_user(statistics);
   if (user && !inverted && is_aten(user, {"reciprocal"})) {
@@ -172,28 +171,29 @@ bool is_private(const Core& core) {
     return use.user == core.result || is_square(use.user) || is_dtype_cast(use.user) || is_cast_like(use.user);
   };
   const auto differences = data_uses(difference->output());
-  const auto means = data_uses(difference->input(1));
+  const auto means = data_uses(difference->namedInput("other"));
   return std::all_of(differences.begin(), differences.end(), inside) &&
          std::all_of(means.begin(), means.end(), [&](const torch::jit::Use& use) {
-           return is_aten(use.user, {"sub"}) && use.user->input(0) == difference->input(0) && use.offset == 1;
+           return is_aten(use.user, {"sub"}) && use.user->input(0) == difference->namedInput("self") && use.offset == 1;
          });
 }
 
-std::optional<Core> NormLowering::match(Node* root) {
-  Node* sum = root->input(0)->node();
+std::optional<Core> NormRaiser::match(Node* root) {
+  Node* sum = root->namedInput("self")->node();
   if (!is_aten(sum, {"add"}) || !has_unit_alpha(sum) || !only_user(sum->output())) {
     return std::nullopt;
   }
-  const auto eps = constant_double(sum->input(1));
+  const auto eps = constant_double(sum->namedInput("other"));
   Core core;
-  if (!eps || !only_user(sum->input(0)) || !match_statistics(sum->input(0), core) || !match_scaling(root, core) ||
-      !is_private(core)) {
+  if (!eps || !only_user(sum->namedInput("self")) || !match_statistics(sum->namedInput("self"), core) ||
+      !match_scaling(root, core) || !is_private(core)) {
     return std::nullopt;
   }
   core.eps = *eps;
   // A cast to float32 is what the norm does by itself; any other says something.
   Node* cast = core.measured->node();
-  const bool to_float = is_dtype_cast(cast) && constant_int(cast->input(1)) == static_cast<int64_t>(at::kFloat);
+  const bool to_float =
+      is_dtype_cast(cast) && constant_int(cast->namedInput("dtype")) == static_cast<int64_t>(at::kFloat);
   core.input = to_float ? cast->input(0) : core.measured;
   return core;
 }
@@ -221,7 +221,7 @@ std::vector<Node*> readers(Value* value) {
   return result;
 }
 
-bool NormLowering::is_per_feature(const Value* value, const Core& core) {
+bool NormRaiser::is_per_feature(const Value* value, const Core& core) {
   const auto shape = is_tensor(value) ? shapes_.shape(value) : std::nullopt;
   if (!shape || shape->size() != 1 || !shape->front().is_constant()) {
     return false;
@@ -231,7 +231,7 @@ bool NormLowering::is_per_feature(const Value* value, const Core& core) {
 }
 
 // The steps from `step`, a reader of the normalised value, as long as each is the only reader of the one before.
-Tail NormLowering::follow(const Core& core, Node* step) {
+Tail NormRaiser::follow(const Core& core, Node* step) {
   Tail tail;
   Value* current = core.result->output();
   while (step && step->owningBlock() == core.result->owningBlock()) {
@@ -260,7 +260,7 @@ Tail NormLowering::follow(const Core& core, Node* step) {
 }
 
 // Puts the norm, and the cast that its result may need, in the place of the last step.
-void NormLowering::rewrite(const Core& core, const Tail& tail) {
+void NormRaiser::rewrite(const Core& core, const Tail& tail) {
   Value* sized = tail.weight ? tail.weight : tail.bias ? tail.bias : core.input;
   const auto shape = shapes_.shape(sized);
   if (!shape || shape->empty() || !shape->back().is_constant()) {
@@ -296,7 +296,7 @@ void NormLowering::rewrite(const Core& core, const Tail& tail) {
   old->replaceAllUsesWith(type.apply());
 }
 
-void NormLowering::lower(Node* root) {
+void NormRaiser::raise(Node* root) {
   const auto core = match(root);
   if (!core) {
     return;
@@ -324,15 +324,16 @@ void NormLowering::lower(Node* root) {
 void raise_norm(const std::shared_ptr<Graph>& graph, const torch::jit::Module& module) {
   std::vector<Node*> roots;
   for_each_node(graph->block(), [&](Node* node) {
-    const bool is_root = is_aten(node, {"rsqrt", "sqrt"}) ||
-                         (is_aten(node, {"pow"}) && std::abs(constant_double(node->input(1)).value_or(0.0)) == 0.5);
+    const bool is_root =
+        is_aten(node, {"rsqrt", "sqrt"}) ||
+        (is_aten(node, {"pow"}) && std::abs(constant_double(node->namedInput("exponent")).value_or(0.0)) == 0.5);
     if (is_root) {
       roots.push_back(node);
     }
   });
-  NormLowering lowering(graph, module);
+  NormRaiser raiser(graph, module);
   for (Node* root : roots) {
-    lowering.lower(root);
+    raiser.raise(root);
   }
   torch::jit::EliminateDeadCode(graph);  // only now: shapes are remembered by value
 }

@@ -69,7 +69,7 @@ class RowUnflattening {
 
 // x.view(-1, features) of an x whose last dimension is `features`: rows one below the other.
 bool RowUnflattening::flattens_rows(const Node* view) {
-  const Value* x = view->input(0);
+  const Value* x = view->namedInput("self");
   const auto flat = shapes_.shape(view->output());
   const auto shape = shapes_.shape(x);
   if (shape) {
@@ -93,14 +93,15 @@ void RowUnflattening::replace(Node* node, Value* tokens, Value* source) {
 }
 
 void RowUnflattening::visit_linear(Node* linear) {
-  const auto known = flat_.find(linear->input(0));
-  const auto weight = shapes_.shape(linear->input(1));
+  const auto known = flat_.find(linear->namedInput("input"));
+  const auto weight = shapes_.shape(linear->namedInput("weight"));
   if (known == flat_.end() || !weight || weight->size() != 2 || !weight->front().is_constant()) {
     return;
   }
   const auto [x, source] = known->second;
   torch::jit::WithInsertPoint guard(linear);
-  replace(linear, graph_->insert(c10::aten::linear, {x, linear->input(1), linear->input(2)}), source);
+  replace(linear, graph_->insert(c10::aten::linear, {x, linear->namedInput("weight"), linear->namedInput("bias")}),
+          source);
 }
 
 // Whether an operand beside flattened rows means the same beside the rows as they were: it is flattened likewise, or
@@ -140,10 +141,10 @@ void RowUnflattening::visit_step(Node* node) {
 
 // A view that gives the rows their leading dimensions back goes away; any other becomes one of the tokens.
 void RowUnflattening::visit_view(Node* view) {
-  const auto known = flat_.find(view->input(0));
+  const auto known = flat_.find(view->namedInput("self"));
   if (known == flat_.end()) {
     if (flattens_rows(view)) {
-      flat_[view->output()] = {view->input(0), view->input(0)};
+      flat_[view->output()] = {view->namedInput("self"), view->namedInput("self")};
     }
     return;
   }
@@ -153,7 +154,7 @@ void RowUnflattening::visit_view(Node* view) {
   const auto [tokens, source] = known->second;
   auto restored = shapes_.shape(source);
   const auto shape = shapes_.shape(view->output());
-  const auto features = shapes_.shape(view->input(0));
+  const auto features = shapes_.shape(view->namedInput("self"));
   if (restored && features) {
     restored->back() = features->back();
   }

@@ -163,7 +163,9 @@ bool is_in_place(const Node* node) {
 
 bool is_tensor(const Value* value) { return value->type()->isSubtypeOf(*c10::TensorType::get()); }
 
-bool has_unit_alpha(const Node* sum) { return sum->inputs().size() < 3 || constant_double(sum->input(2)) == 1.0; }
+bool has_unit_alpha(const Node* sum) {
+  return sum->inputs().size() < 3 || constant_double(sum->namedInput("alpha")) == 1.0;
+}
 
 bool is_inside(const Node* node, const Block* block) {
   for (const Block* at = node->owningBlock(); at; at = at->owningNode() ? at->owningNode()->owningBlock() : nullptr) {

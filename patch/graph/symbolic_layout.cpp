@@ -16,7 +16,7 @@ std::optional<Shape> shape_of_piece(SymbolicShapes& shapes, const Node* node, in
   if (!chunks && !unbinds && !is_aten(node, {"split", "split_with_sizes"})) {
     return std::nullopt;
   }
-  auto result = shapes.shape(node->input(0));
+  auto result = shapes.shape(node->namedInput("self"));
   const size_t dim_input = unbinds ? 1 : 2;
   const auto dim = result ? position(node->input(dim_input), result->size()) : std::nullopt;
   if (!dim) {
@@ -42,13 +42,13 @@ std::optional<Shape> shape_of_piece(SymbolicShapes& shapes, const Node* node, in
 namespace {
 
 std::optional<Shape> concatenated(SymbolicShapes& shapes, const Node* node) {
-  const Node* list = node->input(0)->node();
+  const Node* list = node->namedInput("tensors")->node();
   if (list->kind() != c10::prim::ListConstruct || list->inputs().empty()) {
     return std::nullopt;
   }
   auto result = shapes.shape(list->input(0));
   const bool stacks = is_aten(node, {"stack"});
-  const auto dim = result ? position(node->input(1), result->size() + stacks) : std::nullopt;
+  const auto dim = result ? position(node->namedInput("dim"), result->size() + stacks) : std::nullopt;
   if (!dim) {
     return std::nullopt;
   }
@@ -100,10 +100,10 @@ std::optional<Shape> reshaped(SymbolicShapes& shapes, const Shape& from, const V
 std::optional<Shape> viewed(SymbolicShapes& shapes, const Node* node, Shape from) {
   const size_t rank = from.size();
   if (is_aten(node, {"view", "reshape", "_unsafe_view"})) {
-    return reshaped(from, node->input(1));
+    return reshaped(shapes, from, node->input(1));
   }
   if (is_aten(node, {"expand"})) {
-    auto sizes = shapes.integers(node->input(1));
+    auto sizes = shapes.integers(node->namedInput("size"));
     const size_t added = sizes && sizes->size() >= rank ? sizes->size() - rank : 0;
     for (size_t i = added; sizes && i < sizes->size(); ++i) {
       if ((*sizes)[i] == number(-1)) {
@@ -113,8 +113,8 @@ std::optional<Shape> viewed(SymbolicShapes& shapes, const Node* node, Shape from
     return sizes;
   }
   if (is_aten(node, {"flatten"})) {
-    const auto start = position(node->input(1), rank);
-    const auto end = position(node->input(2), rank);
+    const auto start = position(node->namedInput("start_dim"), rank);
+    const auto end = position(node->namedInput("end_dim"), rank);
     if (start && end && *start <= *end) {
       Shape flat(from.begin(), from.begin() + *start);
       flat.push_back(product(Shape(from.begin() + *start, from.begin() + *end + 1)));
@@ -123,8 +123,8 @@ std::optional<Shape> viewed(SymbolicShapes& shapes, const Node* node, Shape from
     }
   }
   if (is_aten(node, {"unflatten"})) {
-    const auto at = position(node->input(1), rank);
-    const auto sizes = at ? reshaped(shapes, {from[*at]}, node->input(2)) : std::nullopt;
+    const auto at = position(node->namedInput("dim"), rank);
+    const auto sizes = at ? reshaped(shapes, {from[*at]}, node->namedInput("sizes")) : std::nullopt;
     if (sizes) {
       from.erase(from.begin() + *at);
       from.insert(from.begin() + *at, sizes->begin(), sizes->end());
@@ -150,7 +150,7 @@ std::optional<Shape> exchanged(SymbolicShapes& shapes, const Node* node, Shape f
     return from;
   }
   if (is_aten(node, {"permute"})) {
-    const auto order = shapes.integers(node->input(1));
+    const auto order = shapes.integers(node->namedInput("dims"));
     Shape permuted;
     for (size_t i = 0; order && i < order->size(); ++i) {
       const int64_t at = (*order)[i].factor < 0 ? (*order)[i].factor + static_cast<int64_t>(rank) : (*order)[i].factor;
@@ -180,16 +180,16 @@ std::optional<Shape> cut_down(SymbolicShapes& shapes, const Node* node, Shape fr
     return std::nullopt;
   }
   if (is_aten(node, {"narrow"})) {
-    from[*at] = shapes.integer(node->input(3));
+    from[*at] = shapes.integer(node->namedInput("length"));
     return from;
   }
-  if (node->inputs().size() > 4 && constant_int(node->input(4)).value_or(0) != 1) {
+  if (constant_int(node->namedInput("step")).value_or(0) != 1) {
     from[*at] = shapes.fresh();
     return from;
   }
-  const Dim start = is_none(node->input(2)) ? number(0) : shapes.integer(node->input(2));
-  const Dim end =
-      is_none(node->input(3)) ? number(std::numeric_limits<int64_t>::max()) : shapes.integer(node->input(3));
+  const Dim start = is_none(node->namedInput("start")) ? number(0) : shapes.integer(node->namedInput("start"));
+  const Dim end = is_none(node->namedInput("end")) ? number(std::numeric_limits<int64_t>::max())
+                                                   : shapes.integer(node->namedInput("end"));
   const Dim size = from[*at];
   const bool to_the_end = end == size || (end.is_constant() && end.factor == std::numeric_limits<int64_t>::max());
   if (start == number(0)) {
@@ -213,16 +213,16 @@ std::optional<Shape> cut_down(SymbolicShapes& shapes, const Node* node, Shape fr
 
 std::optional<Shape> shape_of_layout(SymbolicShapes& shapes, const Node* node) {
   if (is_aten(node, {"cat", "concat", "stack"})) {
-    return concatenated(node);
+    return concatenated(shapes, node);
   }
   if (node->inputs().empty() || !node->input(0)->type()->isSubtypeOf(*c10::TensorType::get())) {
     return std::nullopt;
   }
   if (is_aten(node, {"expand_as", "view_as", "reshape_as"})) {
-    return shapes.shape(node->input(1));
+    return shapes.shape(node->namedInput("other"));
   }
   if (is_aten(node, {"gather"})) {
-    return shapes.shape(node->input(2));
+    return shapes.shape(node->namedInput("index"));
   }
   const auto from = shapes.shape(node->input(0));
   if (!from) {
@@ -232,16 +232,16 @@ std::optional<Shape> shape_of_layout(SymbolicShapes& shapes, const Node* node) {
     return complete ? sizes : std::nullopt;
   }
   if (is_aten(node, {"view", "reshape", "_unsafe_view", "expand", "flatten", "unflatten"})) {
-    return viewed(node, *from);
+    return viewed(shapes, node, *from);
   }
   if (is_aten(node, {"transpose", "swapaxes", "swapdims", "t", "numpy_T", "permute"})) {
-    return exchanged(node, *from);
+    return exchanged(shapes, node, *from);
   }
   if (is_aten(node, {"squeeze", "select", "slice", "narrow"})) {
-    return cut_down(node, *from);
+    return cut_down(shapes, node, *from);
   }
   if (is_aten(node, {"unsqueeze"})) {
-    const auto at = position(node->input(1), from->size() + 1);
+    const auto at = position(node->namedInput("dim"), from->size() + 1);
     Shape result = *from;
     if (at) {
       result.insert(result.begin() + *at, number(1));
@@ -249,8 +249,8 @@ std::optional<Shape> shape_of_layout(SymbolicShapes& shapes, const Node* node) {
     }
   }
   if (is_aten(node, {"mean", "sum", "amax"}) && node->inputs().size() > 2) {
-    const auto dims = shapes.integers(node->input(1));
-    const auto keeps = resolve_constant(node->input(2));
+    const auto dims = shapes.integers(node->namedInput("dim"));
+    const auto keeps = resolve_constant(node->namedInput("keepdim"));
     const bool last = dims && dims->size() == 1 && keeps && keeps->isBool() && keeps->toBool() &&
                       ((*dims)[0] == number(-1) || (*dims)[0] == number(static_cast<int64_t>(from->size()) - 1));
     Shape result = *from;

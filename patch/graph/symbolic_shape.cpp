@@ -143,8 +143,8 @@ std::optional<Shape> SymbolicShapes::compute(const Value* value) {
     return of_embedding(node);
   }
   if (is_aten(node, {"scaled_dot_product_attention"})) {
-    auto result = shape(node->input(0));
-    const auto values = shape(node->input(2));
+    auto result = shape(node->namedInput("query"));
+    const auto values = shape(node->namedInput("value"));
     if (result && values) {
       result->back() = values->back();
     }

@@ -80,7 +80,7 @@ Value* LoraInserter::insert(const Slot& slot, const LinearSite& site) {
   if (site.is_part) {
     base = graph_.insert(c10::aten::narrow, {whole, -1, site.offset, site.width});
   }
-  Value* x = inserter_.swapped(site.node->input(0), site.sequence_first);
+  Value* x = inserter_.swapped(site.node->namedInput("input"), site.sequence_first);
   const auto [output, gate] = lora(slot, x, inserter_.swapped(base, site.sequence_first), inserter_.adapter_ids(),
                                    inserter_.active(), inserter_.token_mask(slot));
   Value* updated = inserter_.swapped(output, site.sequence_first);
@@ -121,7 +121,7 @@ void LoraInserter::insert_elsewhere(const Slot& slot, Node* linear) {
   Node* end = inserter_.marker_behind(linear);
   WithInsertPoint guard(end);
   Value* none = graph_.insertConstant(c10::IValue());
-  Value* updated = lora(slot, linear->input(0), linear->output(), none, adapter, nullptr).first;
+  Value* updated = lora(slot, linear->namedInput("input"), linear->output(), none, adapter, nullptr).first;
   linear->output()->replaceAllUsesAfterNodeWith(end, updated);
   end->destroy();
 }

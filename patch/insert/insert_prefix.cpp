@@ -11,19 +11,20 @@ Value* insert_prefix(Inserter& inserter, const Slot& slot) {
   Node* attention = inserter.layer_sites().attention;
   WithInsertPoint guard(attention);
   const LinearSite& query = inserter.layer_sites().query;
-  Value* x = inserter.swapped(query.node->input(0), query.sequence_first);
+  Value* x = inserter.swapped(query.node->namedInput("input"), query.sequence_first);
   Value* module = inserter.slot_module(slot);
   std::vector<NamedValue> named = inserter.common_arguments(slot, module);
   named.emplace_back("scale", attention->namedInput("scale"));
   named.emplace_back("enable_gqa", attention->namedInput("enable_gqa"));
-  Node* op =
-      inserter.call("gated_prefix_attention",
-                    {NamedValue(attention->input(0)), NamedValue(attention->input(1)), NamedValue(attention->input(2)),
-                     NamedValue(x), NamedValue(inserter.parameter(slot, module, "prefix_key")),
-                     NamedValue(inserter.parameter(slot, module, "prefix_value")),
-                     NamedValue(inserter.parameter(slot, module, "prefix_length")), NamedValue(attention->input(3)),
-                     NamedValue(attention->input(4)), NamedValue(attention->input(5))},
-                    named);
+  Node* op = inserter.call(
+      "gated_prefix_attention",
+      {NamedValue(attention->namedInput("query")), NamedValue(attention->namedInput("key")),
+       NamedValue(attention->namedInput("value")), NamedValue(x),
+       NamedValue(inserter.parameter(slot, module, "prefix_key")),
+       NamedValue(inserter.parameter(slot, module, "prefix_value")),
+       NamedValue(inserter.parameter(slot, module, "prefix_length")), NamedValue(attention->namedInput("attn_mask")),
+       NamedValue(attention->namedInput("dropout_p")), NamedValue(attention->namedInput("is_causal"))},
+      named);
   attention->output()->replaceAllUsesWith(op->outputs()[0]);
   return op->outputs()[1];
 }

@@ -78,7 +78,7 @@ void Inserter::prepare_token_masks(const std::vector<Slot>& slots, const std::ve
       continue;
     }
     const LayerSites& sites = sites_.layers[layer];
-    Value* mask = sites.attention->input(3);
+    Value* mask = sites.attention->namedInput("attn_mask");
     while (is_aten(mask->node(), {"type_as"})) {
       mask = mask->node()->input(0);
     }
@@ -89,7 +89,7 @@ void Inserter::prepare_token_masks(const std::vector<Slot>& slots, const std::ve
         first = site->node->isBefore(first->node) ? site : first;
       }
       WithInsertPoint guard(first->node);
-      Value* x = first->node->input(0);
+      Value* x = first->node->namedInput("input");
       TORCH_CHECK(is_none(mask) || hoist(mask, first->node, x),
                   "graft: gate_pooling=\"unpadded\": the attention mask of layer ", layer,
                   " is computed from its queries or keys, so it is not known before them; name the forward argument "

@@ -39,7 +39,7 @@ void check_found(const Structure& structure) {
 
 // Options of the weights: those of the model's first query projection.
 at::TensorOptions weight_options(const GraphSites& sites, const Module& module) {
-  const at::Tensor weight = weight_source(sites.layers.front().query.node->input(1), module).tensor;
+  const at::Tensor weight = weight_source(sites.layers.front().query.node->namedInput("weight"), module).tensor;
   TORCH_CHECK(weight.defined(), "graft: the weight of the first attention's query projection is computed at run time; ",
               "its dtype and device are not known");
   return at::TensorOptions().dtype(weight.scalar_type()).device(weight.device());

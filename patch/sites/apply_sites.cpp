@@ -39,8 +39,8 @@ LinearSite site_at(SiteFinder& finder, const Projection& wanted, const std::stri
               what, ": '", wanted.path, "' has ", whole.in_features, " inputs and ", whole.out_features,
               " columns; the entry says ", wanted.in_features, " inputs and columns ", wanted.offset, " to ",
               wanted.offset + wanted.out_features);
-  TORCH_CHECK(finder.layout_of(site.node->input(0), site.sequence_first), what, ": the input of '", wanted.path,
-              "' is not of shape [batch, tokens, features] (or tokens first)");
+  TORCH_CHECK(finder.layout_of(site.node->namedInput("input"), site.sequence_first), what, ": the input of '",
+              wanted.path, "' is not of shape [batch, tokens, features] (or tokens first)");
   site.offset = wanted.offset - whole.offset;
   site.width = wanted.out_features;
   site.is_part = wanted.out_features != whole.out_features;
@@ -55,7 +55,7 @@ void apply_residual(SiteFinder& finder, const Layer& wanted, const char* field, 
     return;
   }
   if (!site && behind) {
-    site = find_residual(finder, behind->node->output(), in.node->input(0));
+    site = find_residual(finder, behind->node->output(), in.node->namedInput("input"));
   }
   TORCH_CHECK(site, what, " is true, but no residual add is found there");
   Node* norm = norm_after(site->sum->output());
@@ -67,7 +67,7 @@ void apply_residual(SiteFinder& finder, const Layer& wanted, const char* field, 
 // Overrules what was found for `layer` by an edited entry.
 void apply(SiteFinder& finder, const Layer& wanted, Layer& layer, LayerSites& sites) {
   check_same_sizes(wanted, layer);
-  if (const auto query = finder.shapes().shape(sites.attention->input(0))) {
+  if (const auto query = finder.shapes().shape(sites.attention->namedInput("query"))) {
     finder.batch() = query->front();
   }
   const auto place = [&](const char* role, const std::optional<Projection>& given, std::optional<Projection>& known,

@@ -28,8 +28,8 @@ at::Tensor BaseWeight::rows(const at::Tensor& whole, const LinearSite& site, int
 }
 
 BaseWeight base_weight(const LinearSite& site, const torch::jit::Module& module) {
-  const WeightSource source = weight_source(site.node->input(1), module);
-  return {source.tensor, source.path, is_stored_transposed(site.node->input(1)), source.first_row};
+  const WeightSource source = weight_source(site.node->namedInput("weight"), module);
+  return {source.tensor, source.path, is_stored_transposed(site.node->namedInput("weight")), source.first_row};
 }
 
 Value* insert_rows(torch::jit::Graph& graph, const BaseWeight& weight, const LinearSite& site, int64_t out_features) {

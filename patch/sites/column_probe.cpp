@@ -70,8 +70,8 @@ bool Probe::splits_unknown_size(const Node* node) {
   if (!is_aten(node, {"split_with_sizes", "split"}) || node->input(1)->node()->kind() != c10::prim::ListConstruct) {
     return false;
   }
-  const auto shape = shapes_.shape(node->input(0));
-  const auto dim = shape ? position(node->input(2), shape->size()) : std::nullopt;
+  const auto shape = shapes_.shape(node->namedInput("self"));
+  const auto dim = shape ? position(node->namedInput("dim"), shape->size()) : std::nullopt;
   return dim && !(*shape)[*dim].is_constant();
 }
 
@@ -125,9 +125,10 @@ c10::IValue Probe::run(Node* node, size_t output) {
     return inside ? c10::IValue(list.toTensorList().get(index)) : c10::IValue();
   }
   if (splits_unknown_size(node)) {
-    const at::Tensor whole = tensor(node->input(0));
+    const at::Tensor whole = tensor(node->namedInput("self"));
     const auto pieces = static_cast<int64_t>(node->input(1)->node()->inputs().size());
-    return whole.defined() ? c10::IValue(whole.tensor_split(pieces, *constant_int(node->input(2)))) : c10::IValue();
+    return whole.defined() ? c10::IValue(whole.tensor_split(pieces, *constant_int(node->namedInput("dim"))))
+                           : c10::IValue();
   }
   if (moves_elements(node)) {
     torch::jit::Stack stack;

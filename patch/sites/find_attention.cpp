@@ -52,15 +52,15 @@ bool find_columns(SiteFinder& finder, Value* heads, Projection& projection, Line
 
 // Where else the weight of a projection is applied; false when a LoRA cannot follow it there.
 bool find_elsewhere(SiteFinder& finder, const Node* linear, LinearSite& site) {
-  const WeightSource weight = weight_source(linear->input(1), finder.module());
+  const WeightSource weight = weight_source(linear->namedInput("weight"), finder.module());
   const auto found = weight.tensor.defined() ? finder.linears_elsewhere().find(weight.tensor.data_ptr())
                                              : finder.linears_elsewhere().end();
   if (found == finder.linears_elsewhere().end()) {
     return true;
   }
   const bool shared_by_all_rows = std::all_of(found->second.begin(), found->second.end(), [&](Node* other) {
-    const auto shape = finder.shapes().shape(other->input(0));
-    const bool whole = !weight.is_part && !weight_source(other->input(1), finder.module()).is_part;
+    const auto shape = finder.shapes().shape(other->namedInput("input"));
+    const bool whole = !weight.is_part && !weight_source(other->namedInput("weight"), finder.module()).is_part;
     return whole && finder.is_top_level(other) && shape && shape->size() == 3 && shape->front() == number(1);
   });
   if (shared_by_all_rows) {
@@ -83,7 +83,7 @@ bool find_projection(SiteFinder& finder, Value* heads, const char* role, std::op
     reason = std::string("the projection of its ") + role + " is inside a branch or a loop";
     return false;
   }
-  if (!finder.layout_of(site.node->input(0), site.sequence_first)) {
+  if (!finder.layout_of(site.node->namedInput("input"), site.sequence_first)) {
     reason =
         "the input of " + finder.path_of(site.node) + " is not of shape [batch, tokens, features] (or tokens first)";
     return false;
@@ -111,13 +111,13 @@ bool find_attention(SiteFinder& finder, Node* attention, Layer& layer, LayerSite
     return false;
   }
   // Shapes flow from the projections: visit them first so that what they assume is known.
-  for (size_t i : {0, 1, 2}) {
-    for (Node* linear : nearest_linears(attention->input(i))) {
+  for (const char* input : {"query", "key", "value"}) {
+    for (Node* linear : nearest_linears(attention->namedInput(input))) {
       finder.shapes().shape(linear->output());
     }
   }
-  auto query = finder.shapes().shape(attention->input(0));
-  auto key = finder.shapes().shape(attention->input(1));
+  auto query = finder.shapes().shape(attention->namedInput("query"));
+  auto key = finder.shapes().shape(attention->namedInput("key"));
   const bool visible = query && key && query->size() == 4 && key->size() == 4 && (*query)[1].is_constant() &&
                        (*query)[3].is_constant() && (*key)[1].is_constant();
   if (!visible) {
@@ -129,20 +129,21 @@ bool find_attention(SiteFinder& finder, Node* attention, Layer& layer, LayerSite
   layer.num_heads = (*query)[1].factor;
   layer.num_kv_heads = (*key)[1].factor;
   layer.head_dim = (*query)[3].factor;
-  layer.has_attention_mask = !is_none(attention->input(3));
+  layer.has_attention_mask = !is_none(attention->namedInput("attn_mask"));
   sites.attention = attention;
-  if (!find_projection(finder, attention->input(0), "query", layer.query, sites.query, layer, reason) ||
-      !find_projection(finder, attention->input(1), "key", layer.key, sites.key, layer, reason) ||
-      !find_projection(finder, attention->input(2), "value", layer.value, sites.value, layer, reason)) {
+  if (!find_projection(finder, attention->namedInput("query"), "query", layer.query, sites.query, layer, reason) ||
+      !find_projection(finder, attention->namedInput("key"), "key", layer.key, sites.key, layer, reason) ||
+      !find_projection(finder, attention->namedInput("value"), "value", layer.value, sites.value, layer, reason)) {
     return false;
   }
-  const auto input = finder.shapes().shape(sites.query.node->input(0));
+  const auto input = finder.shapes().shape(sites.query.node->namedInput("input"));
   if (!input || !input->back().is_constant()) {
     reason = "the width of the input of its query projection is not known";
     return false;
   }
   layer.hidden_size = input->back().factor;
-  const bool same_input = strip_layout(sites.query.node->input(0)) == strip_layout(sites.key.node->input(0));
+  const bool same_input =
+      strip_layout(sites.query.node->namedInput("input")) == strip_layout(sites.key.node->namedInput("input"));
   layer.kind = same_input ? AttentionKind::kSelf : AttentionKind::kCross;
   return true;
 }

@@ -12,7 +12,7 @@ using torch::jit::Value;
 std::vector<Value*> streams_of(Value* input) {
   std::vector<Value*> result = {strip_passive(input)};
   if (is_norm(result.front()->node())) {
-    result.push_back(strip_passive(result.front()->node()->input(0)));
+    result.push_back(strip_passive(result.front()->node()->namedInput("input")));
   }
   return result;
 }
@@ -79,8 +79,8 @@ Value* stream_in(Value* operand, const std::vector<Value*>& streams) {
   if (!is_tensor_add(add)) {
     return nullptr;
   }
-  Value* found = stream_in(add->input(0), streams);
-  return found ? found : stream_in(add->input(1), streams);
+  Value* found = stream_in(add->namedInput("self"), streams);
+  return found ? found : stream_in(add->namedInput("other"), streams);
 }
 
 }  // namespace
@@ -134,7 +134,7 @@ void find_attention_residual(SiteFinder& finder, Layer& layer, LayerSites& sites
     return;
   }
   layer.output = finder.describe(sites.output->node);
-  Value* input = sites.query.node->input(0);
+  Value* input = sites.query.node->namedInput("input");
   sites.attention_residual = find_residual(finder, sites.output->node->output(), input);
   if (!sites.attention_residual) {
     layer.notes.push_back("no residual add follows " + layer.output->path);

@@ -46,7 +46,7 @@ std::unordered_set<const Node*> attentions_behind(Value* value) {
 void mark_encoder(GraphSites& sites) {
   std::unordered_set<const Value*> memories;
   for (size_t i = 0; i < sites.layers.size(); ++i) {
-    Value* memory = sites.layers[i].key.node->input(0);
+    Value* memory = sites.layers[i].key.node->namedInput("input");
     if (sites.structure.layers[i].kind != AttentionKind::kCross || !memories.insert(memory).second) {
       continue;
     }
@@ -68,7 +68,7 @@ std::vector<std::pair<const void*, int64_t>> weights_of(const LayerSites& sites,
       result.emplace_back(nullptr, 0);
       continue;
     }
-    const WeightSource source = weight_source(site->node->input(1), module);
+    const WeightSource source = weight_source(site->node->namedInput("weight"), module);
     if (!source.tensor.defined()) {
       return {};
     }
@@ -129,7 +129,7 @@ GraphSites find_sites(const CanonicalGraph& canonical, const Module& module) {
       result.structure.layers.push_back(std::move(layer));
       result.layers.push_back(std::move(sites));
     } else {
-      const auto linears = nearest_linears(node->input(0));
+      const auto linears = nearest_linears(node->namedInput("query"));
       const std::string where = linears.empty() ? "" : finder.path_of(linears.front());
       result.structure.near_misses.push_back(at_path(where) + "attention was left out: " + reason);
     }
@@ -137,7 +137,7 @@ GraphSites find_sites(const CanonicalGraph& canonical, const Module& module) {
   mark_encoder(result);
   number_layers(result, module);
   for (const UnraisedSoftmax& miss : canonical.unraised) {
-    const auto linears = nearest_linears(miss.softmax->input(0));
+    const auto linears = nearest_linears(miss.softmax->namedInput("self"));
     const std::string where = linears.empty() ? "" : finder.path_of(linears.front());
     result.structure.near_misses.push_back(at_path(where) + "a softmax was not taken for attention: " + miss.reason);
   }

@@ -17,8 +17,8 @@ SiteFinder::SiteFinder(const CanonicalGraph& canonical, const Module& module)
     : graph_(*canonical.graph), module_(module), shapes_(module) {
   for_each_node(graph_.block(), [&](Node* node) {
     if (is_aten(node, {"scaled_dot_product_attention"})) {
-      for (size_t i : {0, 1, 2}) {
-        for (Node* linear : nearest_linears(node->input(i))) {
+      for (const char* input : {"query", "key", "value"}) {
+        for (Node* linear : nearest_linears(node->namedInput(input))) {
           attention_projections_.insert(linear);
         }
       }
@@ -26,7 +26,7 @@ SiteFinder::SiteFinder(const CanonicalGraph& canonical, const Module& module)
   });
   for_each_node(graph_.block(), [&](Node* node) {
     if (is_aten(node, {"linear"}) && !attention_projections_.count(node)) {
-      const at::Tensor weight = weight_source(node->input(1), module_).tensor;
+      const at::Tensor weight = weight_source(node->namedInput("weight"), module_).tensor;
       if (weight.defined()) {
         linears_elsewhere_[weight.data_ptr()].push_back(node);
       }
@@ -37,7 +37,7 @@ SiteFinder::SiteFinder(const CanonicalGraph& canonical, const Module& module)
 // "encoder.layer.0.attention.self.query" for the weight "encoder.layer.0.attention.self.query.weight", and
 // "layers.0.self_attn.in_proj" for "layers.0.self_attn.in_proj_weight".
 std::string SiteFinder::path_of(const Node* linear) const {
-  std::string path = weight_source(linear->input(1), module_).path;
+  std::string path = weight_source(linear->namedInput("weight"), module_).path;
   for (const std::string suffix : {".weight", "_weight"}) {
     if (path.size() > suffix.size() && path.ends_with(suffix)) {
       path.resize(path.size() - suffix.size());
@@ -69,18 +69,18 @@ bool SiteFinder::result_is_sequence_first() {
 
 Projection SiteFinder::describe(const Node* linear) {
   Projection result;
-  const auto shape = shapes_.shape(linear->input(1));
+  const auto shape = shapes_.shape(linear->namedInput("weight"));
   if (shape && shape->size() == 2 && (*shape)[0].is_constant() && (*shape)[1].is_constant()) {
     result.out_features = (*shape)[0].factor;
     result.in_features = (*shape)[1].factor;
   }
-  const WeightSource source = weight_source(linear->input(1), module_);
+  const WeightSource source = weight_source(linear->namedInput("weight"), module_);
   if (!source.tensor.defined()) {
     result.out_features = 0;  // computed at run time
   }
   result.path = path_of(linear);
   result.offset = source.first_row;
-  Value* weight = const_cast<Value*>(linear->input(1));
+  Value* weight = const_cast<Value*>(linear->namedInput("weight"));
   if (weight->node()->kind() == c10::prim::ListUnpack) {  // split by sizes that are computed from the input's width
     result.offset = 0;
     for (size_t i = 0; i < weight->offset(); ++i) {
@@ -125,7 +125,7 @@ std::optional<LinearSite> SiteFinder::linear_behind(Value* value, bool through_a
     return std::nullopt;
   }
   LinearSite site{found};
-  layout_of(found->input(0), site.sequence_first);
+  layout_of(found->namedInput("input"), site.sequence_first);
   return site;
 }
 
