@@ -92,6 +92,8 @@ def make_parser() -> argparse.ArgumentParser:
     inspecting.add_argument("--sites", type=Path, metavar="FILE", help="layers that overrule those that are seen")
     inspecting.add_argument("--svg", type=Path, metavar="FILE",
                             help="draw the layers with what is grafted; of a bare model, with the places")  # fmt: skip
+    inspecting.add_argument("--dump", type=Path, metavar="DIR",
+                            help="write the graph after every pass into DIR, for whoever works on the patcher")  # fmt: skip
     inspecting.add_argument("--config", help="show which operators this configuration (as for add) would run; with "
                                              "--svg, draw where it would go")  # fmt: skip
     tuning = commands.add_parser("tune", help="measure which kernels are faster on this machine, and write that down")

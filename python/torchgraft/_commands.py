@@ -33,6 +33,9 @@ EXPECTED_ERRORS = (GraftError, OSError, RuntimeError, MemoryError, torch.jit.Err
 
 __all__ = ["EXPECTED_ERRORS", "add", "inspect", "reason", "run"]
 
+# The environment variable that patch/graph/dump_graph.h reads.
+DUMP = "TORCHGRAFT_DUMP"
+
 # A parameter that each kind of module has exactly once, to count modules by.
 _ONE_PER_MODULE = (".lora_a", ".prefix_key", ".up_weight")
 
@@ -119,12 +122,31 @@ def inspect(arguments: argparse.Namespace) -> None:
     """Prints the layers that the patcher sees in a file and the operators that run there, or draws them.
 
     Args:
-        arguments: of the command line: base (path), json (bool), sites, svg (paths or None), config (what would be
-            grafted; a name or a path, or None).
+        arguments: of the command line: base (path), json (bool), sites, svg, dump (paths or None), config (what would
+            be grafted; a name or a path, or None).
 
     Raises:
         GraftError: it sees none; what it saw instead is printed nevertheless.
     """
+    with _dumping(arguments.dump):
+        _inspect(arguments)
+
+
+@contextlib.contextmanager
+def _dumping(folder: Path | None) -> Iterator[None]:
+    """Graphs are written after every pass while this lasts."""
+    before = os.environ.get(DUMP)
+    if folder is not None:
+        os.environ[DUMP] = str(folder)
+    try:
+        yield
+    finally:
+        if folder is not None:
+            del os.environ[DUMP]
+            os.environ.update({} if before is None else {DUMP: before})
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
     if arguments.svg:
         check_writable(arguments.svg)
     module = load_module(arguments.base)

@@ -337,3 +337,20 @@ def test_without_dot_the_old_picture_stays(folder: Path, tmp_path: Path) -> None
     done = run("inspect", folder / "base.pt", "--svg", svg, env=os.environ | {"PATH": str(tmp_path)})
     check_one_line(done, 1, "needs Graphviz's program 'dot'")
     assert svg.read_text() == "precious" and list(tmp_path.iterdir()) == [svg]
+
+
+def test_dump_holds_the_graph_after_every_pass(folder: Path, tmp_path: Path) -> None:
+    done = run("inspect", folder / "base.pt", "--dump", tmp_path)
+    assert done.returncode == 0, done.stderr
+    passes = sorted((tmp_path / "00_canonicalise_forward").iterdir())
+    assert passes[0].name == "00_method.txt" and passes[-1].name.endswith("_simplify.txt")
+    before, after = (
+        next(file for file in passes if file.name.endswith(f"_{name}.txt")).read_text()
+        for name in ("method", "inline_calls")
+    )
+    assert "prim::CallMethod" in before and "prim::CallMethod" not in after
+
+
+def test_dump_into_a_file_is_refused(folder: Path) -> None:
+    done = run("inspect", folder / "base.pt", "--dump", folder / "base.pt")
+    check_one_line(done, 1, "TORCHGRAFT_DUMP: cannot write")
