@@ -16,7 +16,7 @@ namespace {
 // the attention's prefixes do not need it.
 bool find_columns(SiteFinder& finder, Value* heads, Projection& projection, LinearSite& site, Layer& layer,
                   std::string& reason) {
-  const auto columns = columns_reaching(heads, site.node, shapes_);
+  const auto columns = columns_reaching(heads, site.node, finder.shapes());
   if (!columns || columns->empty()) {
     reason = c10::str("it is not clear which columns of ", projection.path, " it takes");
     return false;

@@ -130,7 +130,7 @@ std::optional<ResidualSite> find_residual(SiteFinder& finder, Value* branch, Val
 void find_attention_residual(SiteFinder& finder, Layer& layer, LayerSites& sites) {
   sites.output = finder.linear_behind(sites.attention->output(), /*through_any_op=*/false);
   if (!sites.output) {
-    layer.notes.push_back("no output projection follows the attention");
+    layer.notes.emplace_back("no output projection follows the attention");
     return;
   }
   layer.output = finder.describe(sites.output->node);

@@ -23,7 +23,7 @@ struct LinearSite {
   bool is_part = false;         // other columns belong to other projections
   int64_t offset = 0;
   int64_t width = 0;
-  std::vector<torch::jit::Node*> elsewhere;
+  std::vector<torch::jit::Node*> elsewhere = {};
 };
 
 // What a block adds to the residual stream. `add` adds `branch` to something, in the end (parallel blocks add twice) to
