@@ -1,4 +1,5 @@
 # Shared by the scripts of this folder: source it, do not run it.
+# shellcheck shell=bash disable=SC2034
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$ROOT/.venv"
