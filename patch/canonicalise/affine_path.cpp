@@ -1,11 +1,15 @@
 #include <torchgraft/patch/canonicalise/affine_path.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/writes.h>
 
 #include <torch/csrc/jit/ir/constants.h>
 
 #include <algorithm>
+#include <functional>
+#include <iterator>
 #include <string>
+#include <unordered_set>
 
 namespace torchgraft {
 
@@ -93,6 +97,103 @@ std::optional<size_t> score_operand(const Node* node) {
 }
 
 }  // namespace
+
+namespace {
+
+// Calls `visit` for every node of the path from `scores` back to the product, whichever side of a branch it is on.
+void for_each_step(const Value* scores, const Node* product, const std::function<void(Node*)>& visit) {
+  Node* node = const_cast<Value*>(scores)->node();
+  if (node == product) {
+    return;
+  }
+  visit(node);
+  if (node->kind() == c10::prim::If) {
+    for (Block* block : node->blocks()) {
+      for_each_step(block->outputs()[scores->offset()], product, visit);
+    }
+    return;
+  }
+  for_each_step(node->input(score_operand(node).value()), product, visit);
+}
+
+// The number that every element of `value` is; nullopt when that is not known.
+std::optional<double> filled_with(const Value* value, const torch::jit::Module& root) {
+  if (const auto number = constant_double(value)) {
+    return number;
+  }
+  const Node* node = value->node();
+  if (const at::Tensor tensor = resolve_tensor(value, root); tensor.defined()) {
+    return tensor.numel() == 1 ? std::optional(tensor.item<double>()) : std::nullopt;
+  }
+  if (is_aten(node, {"full"})) {
+    return filled_with(node->namedInput("fill_value"), root);
+  }
+  if (is_aten(node, {"tensor", "scalar_tensor", "to", "type_as", "expand", "expand_as", "view"}) ||
+      node->kind() == c10::prim::NumToTensor) {
+    return filled_with(node->input(0), root);
+  }
+  return std::nullopt;
+}
+
+bool is_computed_from(const Value* value, const Value* source) {
+  std::vector<const Value*> frontier = {value};
+  std::unordered_set<const Value*> seen = {value};
+  for (size_t i = 0; i < frontier.size(); ++i) {
+    if (frontier[i] == source) {
+      return true;
+    }
+    const auto add = [&](const Value* next) {
+      if (seen.insert(next).second) {
+        frontier.push_back(next);
+      }
+    };
+    const Node* node = frontier[i]->node();
+    if (is_aten(node, {"size"}) || node->kind() == c10::prim::dtype || node->kind() == c10::prim::device) {
+      continue;  // reads no element
+    }
+    std::for_each(node->inputs().begin(), node->inputs().end(), add);
+    for (const Block* block : node->blocks()) {
+      std::for_each(block->outputs().begin(), block->outputs().end(), add);
+    }
+  }
+  return false;
+}
+
+// At most this is taken for "masked" (ops/attention_token_mask.h): e^-9000 is zero in every dtype.
+constexpr double kMasked = -9000.0;
+
+}  // namespace
+
+torch::jit::ValueSet path_values(const Value* scores, const Node* product) {
+  torch::jit::ValueSet values;
+  for_each_step(scores, product, [&](Node* node) {
+    for (at::ArrayRef<Value*> group : {node->inputs(), node->outputs()}) {
+      std::copy_if(group.begin(), group.end(), std::inserter(values, values.end()), is_tensor);
+    }
+  });
+  values.insert(product->output());
+  return values;
+}
+
+std::optional<std::string> why_no_mask(const Value* scores, const Node* product, const torch::jit::Module& root) {
+  std::optional<std::string> reason;
+  for_each_step(scores, product, [&](Node* node) {
+    const bool fills = is_aten(node, {"masked_fill"});
+    if (reason || (!fills && !is_aten(node, {"where"}))) {
+      return;
+    }
+    if (is_computed_from(node->input(fills ? 1 : 0), product->output())) {
+      reason = described(node) + " decides by the scores themselves which of them it replaces";
+      return;
+    }
+    const auto value = filled_with(node->input(2), root);
+    if (!value || !(*value <= kMasked)) {
+      reason = described(node) + " sets scores to " + (value ? c10::str(*value) : "what is not a constant") +
+               ", which is no mask: expected -inf, or at most " + c10::str(kMasked);
+    }
+  });
+  return reason;
+}
 
 Value* AffinePath::zero_like(Value* value) {
   Value* dtype = graph_->insert(c10::prim::dtype, {anchor_});

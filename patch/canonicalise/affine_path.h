@@ -2,10 +2,12 @@
 
 #include <torchgraft/patch/graph/symbolic_shape.h>
 
+#include <torch/csrc/jit/api/module.h>
 #include <torch/csrc/jit/ir/ir.h>
 
 #include <memory>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -25,6 +27,14 @@ bool is_reshape(const torch::jit::Node* node);
 
 // The product of queries and keys that `scores` comes from, when every step in between is understood.
 torch::jit::Node* find_product(const torch::jit::Value* scores);
+
+// All values between `product` and `scores`, and what the steps between them read.
+torch::jit::ValueSet path_values(const torch::jit::Value* scores, const torch::jit::Node* product);
+
+// Why a step of the path sets scores to what is no mask, in words; nullopt when every masked_fill and where on it
+// writes a score so low that its probability is zero, under a condition that does not read the scores.
+std::optional<std::string> why_no_mask(const torch::jit::Value* scores, const torch::jit::Node* product,
+                                       const torch::jit::Module& root);
 
 // The slope of an affine path: the product of its constant factors, and the numbers that are known only at run time.
 struct Factors {

@@ -12,6 +12,7 @@
 #include <torchgraft/patch/canonicalise/raise_linear.h>
 #include <torchgraft/patch/canonicalise/raise_mkldnn_convolution.h>
 #include <torchgraft/patch/canonicalise/raise_norm.h>
+#include <torchgraft/patch/canonicalise/remove_writes.h>
 #include <torchgraft/patch/canonicalise/unflatten_rows.h>
 #include <torchgraft/patch/canonicalise/unroll_loops.h>
 #include <torchgraft/patch/graph/clone_module.h>
@@ -46,6 +47,7 @@ const Pass kPasses[] = {
     {"fold_attributes", [](CanonicalGraph& c, const Module& m) { fold_attributes(c.graph, m); }},
     {"unroll_loops", [](CanonicalGraph& c, const Module&) { unroll_loops(c.graph); }},
     {"remove_list_mutation", [](CanonicalGraph& c, const Module&) { torch::jit::RemoveListMutation(c.graph); }},
+    {"remove_writes", [](CanonicalGraph& c, const Module&) { remove_writes(c.graph); }},
     {"remove_tensor_mutation", [](CanonicalGraph& c, const Module&) { torch::jit::RemoveTensorMutation(c.graph); }},
     {"simplify", [](CanonicalGraph& c, const Module&) { simplify(c.graph); }},
     {"fold_rank_checks", [](CanonicalGraph& c, const Module&) { fold_rank_checks(c.graph); }},

@@ -11,8 +11,8 @@ namespace torchgraft {
 using CallDecomposition = std::function<bool(torch::jit::Node* call)>;
 
 // Replaces every method and function call by the callee's nodes, so that one flat graph is left. A method call is
-// offered to `decompose_call` first: library modules whose bodies hide attention are decomposed there, while their class
-// is still visible. Throws c10::Error for a call that has no graph (an interface, a builtin function).
+// offered to `decompose_call` first: library modules whose bodies hide attention are decomposed there, while their
+// class is still visible. Throws c10::Error for a call that has no graph (an interface, a builtin function).
 void inline_calls(const std::shared_ptr<torch::jit::Graph>& graph, const CallDecomposition& decompose_call);
 
 }  // namespace torchgraft

@@ -3,6 +3,7 @@
 #include <torchgraft/patch/canonicalise/affine_path.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/symbolic_shape.h>
+#include <torchgraft/patch/graph/writes.h>
 
 #include <torch/csrc/jit/ir/constants.h>
 
@@ -21,6 +22,12 @@ using torch::jit::Value;
 struct Consumer {
   Node* dropout = nullptr;
   Node* product = nullptr;
+};
+
+struct Attention {
+  Node* softmax = nullptr;
+  Node* product = nullptr;  // of queries and keys
+  Consumer consumer;
 };
 
 std::optional<Consumer> find_consumer(Node* softmax, std::string& reason) {
@@ -93,7 +100,8 @@ Value* insert_rank_4(Graph& graph, SymbolicShapes& shapes, Value* value) {
 
 // `value` before it was multiplied with, or divided by, numbers, which go to `factors`.
 Value* take_scale(Value* value, SymbolicShapes& shapes, Factors& factors) {
-  for (Node* node = value->node(); is_aten(node, {"div", "mul"}) && node->inputs().size() == 2; node = value->node()) {
+  for (Node* node = value->node(); is_aten(node, {"div", "mul"}) && !is_in_place(node) && node->inputs().size() == 2;
+       node = value->node()) {
     Value* factor = node->input(1);
     const auto shape = is_number(factor) ? Shape() : shapes.shape(factor).value_or(Shape{number(-1)});
     if (!shape.empty()) {
@@ -131,30 +139,52 @@ bool was_cast(Value* value) {
   return false;
 }
 
-// Rewrites the attention around `softmax`; the reason why not when it cannot.
-std::optional<std::string> lower_one(const std::shared_ptr<Graph>& graph, SymbolicShapes& shapes, Node* softmax) {
-  std::string reason;
+// The attention around `softmax`; nullopt, with the reason in words, when there is none that can be rewritten.
+std::optional<Attention> find_one(Node* softmax, const torch::jit::Module& module, const Writes& writes,
+                                  std::string& reason) {
   const auto consumer = find_consumer(softmax, reason);
   if (!consumer) {
-    return reason;
+    return std::nullopt;
   }
   Node* product = find_product(softmax->namedInput("self"));
   if (!product) {
-    return "its input does not come from a product of queries and keys by scaling and masking alone";
+    reason = "its input does not come from a product of queries and keys by scaling and masking alone";
+    return std::nullopt;
   }
   if (product->owningBlock() != softmax->owningBlock() || consumer->product->owningBlock() != softmax->owningBlock()) {
-    return "its products with keys and values are not in the same block";
+    reason = "its products with keys and values are not in the same block";
+    return std::nullopt;
   }
+  // The new node computes at the second product what these held before.
+  torch::jit::ValueSet moved = path_values(softmax->namedInput("self"), product);
+  moved.insert({left_factor(product), right_factor(product), softmax->output(), consumer->product->input(0)});
+  if (const Node* writer = writes.between(product, consumer->product, moved)) {
+    reason = described(writer) +
+             " writes into its queries, keys, scores or mask in place, and it cannot be proven that "
+             "nothing else sees that; write a new tensor instead";
+    return std::nullopt;
+  }
+  if (const auto why = why_no_mask(softmax->namedInput("self"), product, module)) {
+    reason = *why;
+    return std::nullopt;
+  }
+  return Attention{softmax, product, *consumer};
+}
+
+// Rewrites an attention; the reason why not when it cannot.
+std::optional<std::string> raise_one(const std::shared_ptr<Graph>& graph, SymbolicShapes& shapes,
+                                     const Attention& attention) {
+  const auto& [softmax, product, consumer] = attention;
   const auto dim = constant_int(softmax->namedInput("dim"));
   const auto rank = shapes.shape(left_factor(product));
-  const auto value_rank = shapes.shape(consumer->product->input(1));
+  const auto value_rank = shapes.shape(consumer.product->input(1));
   if (!rank || !value_rank) {
     return "the rank of its queries or values is not known";
   }
   if (!dim || (*dim != -1 && *dim != 3 && *dim != static_cast<int64_t>(rank->size()) - 1)) {
     return "it is not over the last dimension";
   }
-  torch::jit::WithInsertPoint guard(consumer->product);
+  torch::jit::WithInsertPoint guard(consumer.product);
   // The mask must not depend on the queries: gates that are pooled over real tokens need it before they exist.
   const auto linears = nearest_linears(left_factor(product));
   Value* anchor = linears.empty() ? left_factor(product) : linears.front()->namedInput("input");
@@ -168,7 +198,7 @@ std::optional<std::string> lower_one(const std::shared_ptr<Graph>& graph, Symbol
   Value* keys_transposed = take_scale(right_factor(product), shapes, path.factors);
   Value* keys = take_scale(insert_transposed(*graph, shapes, keys_transposed), shapes, path.factors);
   Value* key = insert_rank_4(*graph, shapes, keys);
-  Value* value = insert_rank_4(*graph, shapes, consumer->product->input(1));
+  Value* value = insert_rank_4(*graph, shapes, consumer.product->input(1));
   if (!path.understood || !query || !key || !value) {
     return path.understood ? "the heads are not a dimension of their own" : "its scale or mask is not understood";
   }
@@ -179,13 +209,13 @@ std::optional<std::string> lower_one(const std::shared_ptr<Graph>& graph, Symbol
   for (const auto& [factor, divides] : path.factors.dynamic) {
     query = graph->insert(divides ? c10::aten::div : c10::aten::mul, {query, factor});
   }
-  Value* dropout_p = insert_dropout_p(*graph, consumer->dropout);
+  Value* dropout_p = insert_dropout_p(*graph, consumer.dropout);
   Value* output = graph->insert(c10::aten::scaled_dot_product_attention, {query, key, value, mask, dropout_p, false},
                                 {torch::jit::NamedValue("scale", path.factors.constant)});
   if (value_rank->size() == 3) {
     output = graph->insert(c10::aten::flatten, {output, 0, 1});
   }
-  consumer->product->output()->replaceAllUsesWith(output);
+  consumer.product->output()->replaceAllUsesWith(output);
   return std::nullopt;
 }
 
@@ -198,11 +228,21 @@ std::vector<UnraisedSoftmax> raise_attention(const std::shared_ptr<Graph>& graph
       candidates.push_back(node);
     }
   });
-  SymbolicShapes shapes(module);
   std::vector<UnraisedSoftmax> unraised;
+  std::vector<Attention> attentions;
+  const Writes writes(graph);
   for (Node* softmax : candidates) {
-    if (const auto reason = lower_one(graph, shapes, softmax)) {
-      unraised.push_back({softmax, *reason});
+    std::string reason;
+    if (const auto attention = find_one(softmax, module, writes, reason)) {
+      attentions.push_back(*attention);
+    } else {
+      unraised.push_back({softmax, reason});
+    }
+  }
+  SymbolicShapes shapes(module);
+  for (const Attention& attention : attentions) {
+    if (const auto reason = raise_one(graph, shapes, attention)) {
+      unraised.push_back({attention.softmax, *reason});
     }
   }
   return unraised;

@@ -91,7 +91,8 @@ bool NormRaiser::is_mean(const Value* value, const Value* of) {
 // x for x - mean(x).
 Value* NormRaiser::centred_on(Value* value) {
   Node* node = value->node();
-  const bool is_difference = is_aten(node, {"sub"}) && is_tensor(node->input(1)) && has_unit_alpha(node);
+  const bool is_difference =
+      is_aten(node, {"sub"}) && !is_in_place(node) && is_tensor(node->input(1)) && has_unit_alpha(node);
   return is_difference && is_mean(node->input(1), node->input(0)) ? node->input(0) : nullptr;
 }
 
@@ -105,6 +106,9 @@ bool is_biased_variance(const Node* node) {
 
 // The square that `node` makes is of its first input.
 bool is_square(const Node* node) {
+  if (is_in_place(node)) {
+    return false;  // nothing is left of what was squared
+  }
   return (is_aten(node, {"pow"}) && constant_double(node->namedInput("exponent")) == 2.0) ||
          is_aten(node, {"square"}) || (is_aten(node, {"mul"}) && node->input(0) == node->input(1));
 }

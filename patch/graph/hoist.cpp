@@ -1,6 +1,7 @@
 #include <torchgraft/patch/graph/hoist.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/writes.h>
 
 #include <functional>
 
@@ -80,6 +81,28 @@ bool move_before(Value* value, Node* point, const std::function<bool(Node*)>& re
   return true;
 }
 
+// What `value` is computed from behind `point`, itself included.
+torch::jit::ValueSet computed_behind(Value* value, const Node* point) {
+  torch::jit::ValueSet values;
+  std::vector<Value*> frontier = {value};
+  while (!frontier.empty()) {
+    Value* next = frontier.back();
+    frontier.pop_back();
+    Node* node = next->node();
+    if (node->kind() != c10::prim::Param && !node->isBefore(point) && values.insert(next).second) {
+      collect_inputs(node, frontier);
+    }
+  }
+  return values;
+}
+
+// Whether something writes in place into what `value` is computed from: a move would leave that write behind.
+bool is_written_behind(Value* value, const Node* point) {
+  const auto values = computed_behind(value, point);
+  const bool moves = !values.empty() && value->node()->owningBlock() == point->owningBlock();
+  return moves && Writes(point->owningGraph()->shared_from_this()).between(point, value->node(), values);
+}
+
 }  // namespace
 
 bool Hoist::read_from_anchor(Node* metadata, Node* point, Value* anchor) {
@@ -113,7 +136,8 @@ bool Hoist::read_from_anchor(Node* metadata, Node* point, Value* anchor) {
 }
 
 bool Hoist::operator()(Value* value, Node* point, Value* anchor) {
-  return move_before(value, point, [&](Node* metadata) { return read_from_anchor(metadata, point, anchor); });
+  return !is_written_behind(value, point) &&
+         move_before(value, point, [&](Node* metadata) { return read_from_anchor(metadata, point, anchor); });
 }
 
 bool Hoist::move(Value* value, Node* point) {

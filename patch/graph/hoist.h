@@ -14,7 +14,8 @@ class Hoist {
 
   // Makes `value` available before `point`, with everything that it is computed from. Sizes, dtypes and devices of
   // tensors that do not exist there yet are read from `anchor` instead, which has the same batch, tokens, dtype and
-  // device. False, with the graph still correct, when `value` depends on the contents of something later.
+  // device. False, with the graph still correct, when `value` depends on the contents of something later,
+  // or on memory that is written in place in between.
   bool operator()(torch::jit::Value* value, torch::jit::Node* point, torch::jit::Value* anchor);
 
   // The same without an anchor.

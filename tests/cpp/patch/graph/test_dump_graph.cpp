@@ -22,7 +22,7 @@ class DumpTo {
 };
 
 fs::path fresh_folder(const std::string& name) {
-  const fs::path folder = fs::path(testing::TempDir()) / name;
+  const fs::path folder = fs::path(::testing::TempDir()) / name;
   fs::remove_all(folder);
   return folder;
 }

@@ -1,0 +1,248 @@
+#include <torchgraft/patch/canonicalise/remove_writes.h>
+
+#include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/writes.h>
+
+#include <torch/csrc/jit/ir/alias_analysis.h>
+#include <torch/csrc/jit/runtime/operator.h>
+
+#include <algorithm>
+#include <set>
+#include <vector>
+
+namespace torchgraft {
+namespace {
+
+using torch::jit::AliasDb;
+using torch::jit::Block;
+using torch::jit::Graph;
+using torch::jit::Node;
+using torch::jit::Value;
+using torch::jit::WithInsertPoint;
+
+// Views that can be put back: the written part goes where the view was taken from. reshape is none of them: nobody
+// knows whether it copied.
+bool is_undone(const Node* view) {
+  return is_aten(view, {"select", "slice", "transpose", "view"}) && !is_writer(view) && is_tensor(view->input(0));
+}
+
+// What a write changes: `views` from the tensor that is written into back to `root`, which no view made.
+struct Target {
+  std::vector<Value*> views;  // the written one first; empty when the root itself is written
+  Value* root = nullptr;
+
+  bool holds(const Value* value) const {
+    return value == root || std::find(views.begin(), views.end(), value) != views.end();
+  }
+};
+
+Target target_of(Value* written) {
+  Target target;
+  while (is_undone(written->node())) {
+    target.views.push_back(written);
+    written = written->node()->input(0);
+  }
+  target.root = written;
+  return target;
+}
+
+// Whether `root` is memory that a node of this graph has made for itself.
+bool is_made_here(const Value* root, const AliasDb& aliases) {
+  const Node* node = root->node();
+  const auto* schema = node->maybeSchema();
+  if (!schema || !node->kind().is_aten() || is_writer(node) || root->type()->kind() != c10::TypeKind::TensorType) {
+    return false;
+  }
+  const auto* alias = schema->returns().at(root->offset()).alias_info();
+  return !alias && !aliases.mayContainAlias(const_cast<Value*>(root), node->owningGraph()->inputs());
+}
+
+// The branches around `writer`, from the inside, up to the block of `root`; false when a loop is among them.
+bool branches_between(const Node* writer, const Value* root, std::vector<Node*>& branches) {
+  const Block* home = root->node()->owningBlock();
+  for (const Block* block = writer->owningBlock(); block != home; block = block->owningNode()->owningBlock()) {
+    Node* owner = const_cast<Node*>(block->owningNode());
+    if (!owner || owner->kind() != c10::prim::If) {
+      return false;
+    }
+    branches.push_back(owner);
+  }
+  return true;
+}
+
+bool is_read_behind(const Value* value, const Node* node) {
+  return std::any_of(value->uses().begin(), value->uses().end(), [&](const torch::jit::Use& use) {
+    return use.user != node && (use.user->kind() == c10::prim::Return || use.user->isAfter(node));
+  });
+}
+
+// All values of the graph that are tensors or may hold one.
+std::vector<Value*> mutable_values(Block* block) {
+  std::vector<Value*> values;
+  const auto add = [&](at::ArrayRef<Value*> more) {
+    std::copy_if(more.begin(), more.end(), std::back_inserter(values),
+                 [](Value* value) { return AliasDb::isMutableType(value); });
+  };
+  add(block->inputs());
+  for_each_node(block, [&](Node* node) {
+    add(node->outputs());
+    for (Block* inner : node->blocks()) {
+      add(inner->inputs());
+    }
+  });
+  return values;
+}
+
+// Whether nobody but the target, and the writer's own result, can see the write.
+bool is_hidden(const Node* writer, const Target& target, const std::vector<Node*>& branches, const AliasDb& aliases,
+               const std::vector<Value*>& values) {
+  for (Value* value : values) {
+    // What is made behind the write is made from the target's new values, or from a value that is looked at here.
+    const bool is_later = value->node() == writer || value->node()->isAfter(writer);
+    if (is_later || target.holds(value) || !aliases.mayContainAlias(value, target.root)) {
+      continue;
+    }
+    if (is_read_behind(value, writer)) {
+      return false;
+    }
+  }
+  // Behind the branches, only the root is given its new value.
+  return branches.empty() || std::none_of(target.views.begin(), target.views.end(),
+                                          [&](const Value* view) { return is_read_behind(view, branches.front()); });
+}
+
+// An out-of-place operator with the overload and the arguments of `writer`; null when there is none.
+Value* insert_variant(Graph& graph, const Node* writer, c10::Symbol functional) {
+  const auto& from = writer->schema();
+  for (const auto& candidate : torch::jit::getAllOperatorsFor(functional)) {
+    const auto& schema = candidate->schema();
+    if (schema.overload_name() == from.overload_name() && !schema.is_mutable() &&
+        schema.arguments().size() == from.arguments().size() && schema.returns().size() == 1) {
+      Node* node = graph.insertNode(graph.create(functional, writer->inputs(), 1));
+      node->setSourceRange(writer->sourceRange());
+      return node->output()->setType(c10::TensorType::get());
+    }
+  }
+  return nullptr;
+}
+
+// What `writer` leaves in the tensor that it writes into, computed out of place; null when that cannot be said.
+Value* insert_functional(Graph& graph, Node* writer) {
+  if (!is_in_place(writer) || is_aten(writer, {"set", "resize", "resize_as"})) {
+    return nullptr;
+  }
+  Value* written = writer->input(0);
+  if (is_aten(writer, {"zero"})) {
+    return graph.insert(c10::aten::zeros_like, {written});
+  }
+  if (is_aten(writer, {"copy"})) {
+    Value* source = graph.insert(c10::aten::type_as, {writer->input(1), written});
+    return graph.insert(c10::aten::clone, {graph.insert(c10::aten::expand_as, {source, written})});
+  }
+  const std::string name = writer->kind().toUnqualString();
+  Value* result = insert_variant(graph, writer, c10::Symbol::aten(name.substr(0, name.size() - 1)));
+  const bool promotes = result && writer->inputs().size() > 1 && is_tensor(writer->input(1));
+  return promotes ? graph.insert(c10::aten::type_as, {result, written}) : result;  // a write keeps the dtype
+}
+
+// `whole`, from which `view` was taken, with `part` in its place.
+Value* insert_undone(Graph& graph, const Node* view, Value* whole, Value* part) {
+  if (is_aten(view, {"select"})) {
+    return graph.insert(c10::aten::select_scatter, {whole, part, view->namedInput("dim"), view->namedInput("index")});
+  }
+  if (is_aten(view, {"slice"})) {
+    return graph.insert(c10::aten::slice_scatter, {whole, part, view->namedInput("dim"), view->namedInput("start"),
+                                                   view->namedInput("end"), view->namedInput("step")});
+  }
+  if (is_aten(view, {"transpose"})) {
+    return graph.insert(c10::aten::transpose, {part, view->namedInput("dim0"), view->namedInput("dim1")});
+  }
+  return graph.insert(c10::Symbol::aten("reshape_as"), {part, whole});
+}
+
+void replace_behind(Value* value, const Node* node, Value* by) {
+  const auto uses = value->uses();  // a copy: it changes
+  for (const auto& use : uses) {
+    if (use.user != node && use.user != by->node() && use.user->isAfter(node)) {
+      use.user->replaceInput(use.offset, by);
+    }
+  }
+}
+
+// Uses inside `block` only, its return included.
+void replace_inside(Block* block, Value* value, const Node* node, Value* by) {
+  const auto uses = value->uses();
+  for (const auto& use : uses) {
+    const bool inside = use.user == block->return_node() || is_inside(use.user, block);
+    if (inside && use.user != node && use.user->isAfter(node)) {
+      use.user->replaceInput(use.offset, by);
+    }
+  }
+}
+
+void rewrite(Graph& graph, Node* writer, const Target& target, const std::vector<Node*>& branches, Value* written) {
+  WithInsertPoint guard(writer);
+  std::vector<Value*> renewed = {written};  // parallel to the views, and the root last
+  for (size_t i = 0; i < target.views.size(); ++i) {
+    Value* whole = i + 1 < target.views.size() ? target.views[i + 1] : target.root;
+    renewed.push_back(insert_undone(graph, target.views[i]->node(), whole, renewed.back()));
+  }
+  writer->output()->replaceAllUsesWith(written);
+  Block* block = writer->owningBlock();
+  for (size_t i = 0; i < target.views.size(); ++i) {
+    replace_inside(block, target.views[i], writer, renewed[i]);
+  }
+  replace_inside(block, target.root, writer, renewed.back());
+  Value* root = renewed.back();
+  Node* before = writer;
+  for (Node* branch : branches) {
+    for (Block* side : branch->blocks()) {
+      const bool writes = side == before->owningBlock();
+      side->registerOutput(writes ? root : target.root);
+    }
+    root = branch->addOutput()->setType(c10::TensorType::get());
+    replace_inside(branch->owningBlock(), target.root, branch, root);
+    before = branch;
+  }
+  writer->destroy();
+}
+
+// Removes the first write that can be removed; false when there is none.
+bool remove_one(const std::shared_ptr<Graph>& graph, std::set<const Node*>& kept) {
+  std::vector<Node*> writers;
+  for_each_node(graph->block(), [&](Node* node) {
+    if (is_writer(node) && node->kind().is_aten() && node->outputs().size() == 1 && is_tensor(node->output()) &&
+        !kept.count(node)) {
+      writers.push_back(node);
+    }
+  });
+  if (writers.empty()) {
+    return false;
+  }
+  const AliasDb aliases(graph);
+  const std::vector<Value*> values = mutable_values(graph->block());
+  for (Node* writer : writers) {
+    const Target target = target_of(writer->input(0));
+    std::vector<Node*> branches;
+    const bool removable = is_made_here(target.root, aliases) && branches_between(writer, target.root, branches) &&
+                           is_hidden(writer, target, branches, aliases, values);
+    WithInsertPoint guard(writer);
+    Value* written = removable ? insert_functional(*graph, writer) : nullptr;
+    if (written) {
+      rewrite(*graph, writer, target, branches, written);
+      return true;
+    }
+    kept.insert(writer);
+  }
+  return false;
+}
+
+}  // namespace
+
+void remove_writes(const std::shared_ptr<Graph>& graph) {
+  std::set<const Node*> kept;
+  while (remove_one(graph, kept)) {
+  }
+}
+
+}  // namespace torchgraft
