@@ -97,7 +97,7 @@ torch::jit::ValueSet computed_behind(Value* value, const Node* point) {
 }
 
 // Whether something writes in place into what `value` is computed from: a move would leave that write behind.
-bool is_written_behind(Value* value, const Node* point) {
+bool is_written_behind(Value* value, Node* point) {
   const auto values = computed_behind(value, point);
   const bool moves = !values.empty() && value->node()->owningBlock() == point->owningBlock();
   return moves && Writes(point->owningGraph()->shared_from_this()).between(point, value->node(), values);
