@@ -47,14 +47,14 @@ Target target_of(Value* written) {
 }
 
 // Whether `root` is memory that a node of this graph has made for itself.
-bool is_made_here(const Value* root, const AliasDb& aliases) {
-  const Node* node = root->node();
+bool is_made_here(Value* root, const AliasDb& aliases) {
+  Node* node = root->node();
   const auto* schema = node->maybeSchema();
   if (!schema || !node->kind().is_aten() || is_writer(node) || root->type()->kind() != c10::TypeKind::TensorType) {
     return false;
   }
   const auto* alias = schema->returns().at(root->offset()).alias_info();
-  return !alias && !aliases.mayContainAlias(const_cast<Value*>(root), node->owningGraph()->inputs());
+  return !alias && !aliases.mayContainAlias(root, node->owningGraph()->inputs());
 }
 
 // The branches around `writer`, from the inside, up to the block of `root`; false when a loop is among them.
@@ -112,7 +112,7 @@ bool is_hidden(const Node* writer, const Target& target, const std::vector<Node*
 }
 
 // An out-of-place operator with the overload and the arguments of `writer`; null when there is none.
-Value* insert_variant(Graph& graph, const Node* writer, c10::Symbol functional) {
+Value* insert_variant(Graph& graph, Node* writer, c10::Symbol functional) {
   const auto& from = writer->schema();
   for (const auto& candidate : torch::jit::getAllOperatorsFor(functional)) {
     const auto& schema = candidate->schema();
@@ -158,15 +158,6 @@ Value* insert_undone(Graph& graph, const Node* view, Value* whole, Value* part) 
     return graph.insert(c10::aten::transpose, {part, view->namedInput("dim0"), view->namedInput("dim1")});
   }
   return graph.insert(c10::Symbol::aten("reshape_as"), {part, whole});
-}
-
-void replace_behind(Value* value, const Node* node, Value* by) {
-  const auto uses = value->uses();  // a copy: it changes
-  for (const auto& use : uses) {
-    if (use.user != node && use.user != by->node() && use.user->isAfter(node)) {
-      use.user->replaceInput(use.offset, by);
-    }
-  }
 }
 
 // Uses inside `block` only, its return included.
