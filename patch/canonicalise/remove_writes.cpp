@@ -76,18 +76,12 @@ bool is_read_behind(const Value* value, const Node* node) {
   });
 }
 
-// All values of the graph that are tensors or may hold one.
-std::vector<Value*> mutable_values(Block* block) {
-  std::vector<Value*> values;
-  const auto add = [&](at::ArrayRef<Value*> more) {
-    std::copy_if(more.begin(), more.end(), std::back_inserter(values),
-                 [](Value* value) { return AliasDb::isMutableType(value); });
-  };
-  add(block->inputs());
+std::vector<Value*> all_values(Block* block) {
+  std::vector<Value*> values(block->inputs().begin(), block->inputs().end());
   for_each_node(block, [&](Node* node) {
-    add(node->outputs());
+    values.insert(values.end(), node->outputs().begin(), node->outputs().end());
     for (Block* inner : node->blocks()) {
-      add(inner->inputs());
+      values.insert(values.end(), inner->inputs().begin(), inner->inputs().end());
     }
   });
   return values;
@@ -211,7 +205,7 @@ bool remove_one(const std::shared_ptr<Graph>& graph, std::set<const Node*>& kept
     return false;
   }
   const AliasDb aliases(graph);
-  const std::vector<Value*> values = mutable_values(graph->block());
+  const std::vector<Value*> values = all_values(graph->block());
   for (Node* writer : writers) {
     const Target target = target_of(writer->input(0));
     std::vector<Node*> branches;
