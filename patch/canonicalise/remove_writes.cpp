@@ -49,6 +49,10 @@ Target target_of(Value* written) {
 // Whether `root` is memory that a node of this graph has made for itself.
 bool is_made_here(Value* root, const AliasDb& aliases) {
   Node* node = root->node();
+  if (node->kind() == c10::prim::If) {
+    return std::all_of(node->blocks().begin(), node->blocks().end(),
+                       [&](Block* block) { return is_made_here(block->outputs()[root->offset()], aliases); });
+  }
   const auto* schema = node->maybeSchema();
   if (!schema || !node->kind().is_aten() || is_writer(node) || root->type()->kind() != c10::TypeKind::TensorType) {
     return false;
@@ -165,8 +169,8 @@ void replace_inside(Block* block, Value* value, const Node* node, Value* by) {
   }
 }
 
+// Gives every reader behind `writer` what `written` says; the insert point of `graph` is before `writer`.
 void rewrite(Graph& graph, Node* writer, const Target& target, const std::vector<Node*>& branches, Value* written) {
-  WithInsertPoint guard(writer);
   std::vector<Value*> renewed = {written};  // parallel to the views, and the root last
   for (size_t i = 0; i < target.views.size(); ++i) {
     Value* whole = i + 1 < target.views.size() ? target.views[i + 1] : target.root;
@@ -189,7 +193,6 @@ void rewrite(Graph& graph, Node* writer, const Target& target, const std::vector
     replace_inside(branch->owningBlock(), target.root, branch, root);
     before = branch;
   }
-  writer->destroy();
 }
 
 // Removes the first write that can be removed; false when there is none.
@@ -211,10 +214,16 @@ bool remove_one(const std::shared_ptr<Graph>& graph, std::set<const Node*>& kept
     std::vector<Node*> branches;
     const bool removable = is_made_here(target.root, aliases) && branches_between(writer, target.root, branches) &&
                            is_hidden(writer, target, branches, aliases, values);
-    WithInsertPoint guard(writer);
-    Value* written = removable ? insert_functional(*graph, writer) : nullptr;
+    Value* written = nullptr;
+    if (removable) {
+      WithInsertPoint guard(writer);
+      written = insert_functional(*graph, writer);
+      if (written) {
+        rewrite(*graph, writer, target, branches, written);
+      }
+    }
     if (written) {
-      rewrite(*graph, writer, target, branches, written);
+      writer->destroy();
       return true;
     }
     kept.insert(writer);
