@@ -96,7 +96,10 @@ bool is_hidden(const Node* writer, const Target& target, const std::vector<Node*
                const std::vector<Value*>& values) {
   for (Value* value : values) {
     // What is made behind the write is made from the target's new values, or from a value that is looked at here.
-    const bool is_later = value->node() == writer || value->node()->isAfter(writer);
+    const auto blocks = value->node()->blocks();
+    const bool ends_later =
+        std::any_of(blocks.begin(), blocks.end(), [&](const Block* block) { return is_inside(writer, block); });
+    const bool is_later = ends_later || value->node() == writer || value->node()->isAfter(writer);
     if (is_later || target.holds(value) || !aliases.mayContainAlias(value, target.root)) {
       continue;
     }
