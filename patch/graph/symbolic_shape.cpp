@@ -19,7 +19,8 @@ bool is_number_type(const Value* value) {
 bool keeps_shape(const Node* node) {
   return is_elementwise(node) || node->kind() == c10::prim::unchecked_cast ||
          is_aten(node,
-                 {"layer_norm", "native_layer_norm", "rms_norm", "softmax", "log_softmax", "masked_fill", "cumsum"});
+                 {"layer_norm", "native_layer_norm", "rms_norm", "softmax", "log_softmax", "masked_fill", "cumsum",
+                  "fill", "copy", "index_put", "index_fill", "index_copy", "select_scatter", "slice_scatter"});
 }
 
 }  // namespace

@@ -40,15 +40,12 @@ SPELLINGS = {
     "filled with a tensor": "scores = torch.where(mask[:, None, None, :] == 0, torch.full([], -1e9), scores)",
     "where keeps the scores first": "scores = torch.where(mask[:, None, None, :] != 0, scores, torch.full([], -1e9))",
 }
-# What must be taken, and not only be refused with a reason.
+# These are taken; all others are refused, with a reason that holds the text.
 EXACT = {"masked_fill_", "masked_fill_ in a branch", "add_ of a mask", "keys scaled in place", "filled with minus infinity",
          "half of the queries scaled in place", "keys scaled through a view", "keys scaled through select",
-         "where keeps the scores first"}  # fmt: skip
+         "filled with a tensor", "where keeps the scores first"}  # fmt: skip
 REFUSED = {
     "filled with 0": "sets scores to 0, which is no mask",
-    "filled with -10": "sets scores to -10, which is no mask",
-    "where of the scores themselves": "decides by the scores themselves",
-    "leaky relu by where": "decides by the scores themselves",
 }
 
 _SOURCE = """

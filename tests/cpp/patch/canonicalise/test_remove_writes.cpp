@@ -101,7 +101,7 @@ INSTANTIATE_TEST_SUITE_P(Removed, RemoveWrites,
 )python",
                                                 0},
                                            Case{"by_a_wider_number", R"python(
-    y = x.to(15)
+    y = torch.full_like(x, 2.0, dtype=15)
     y.add_(x)
     return y.to(6)
 )python",
