@@ -79,7 +79,12 @@ std::optional<size_t> score_operand(const Node* node) {
     return 0;
   }
   if (is_aten(node, {"where"}) && node->inputs().size() == 3) {
-    return 1;
+    for (size_t i : {1, 2}) {
+      if (is_tensor(node->input(i)) && find_product(node->input(i))) {
+        return i;
+      }
+    }
+    return std::nullopt;
   }
   if (is_aten(node, {"sub"})) {
     return 0;
@@ -186,7 +191,9 @@ std::optional<std::string> why_no_mask(const Value* scores, const Node* product,
       reason = described(node) + " decides by the scores themselves which of them it replaces";
       return;
     }
-    const auto value = filled_with(node->input(2), root);
+    // masked_fill(scores, mask, value); where(condition, scores, value), or the other way round.
+    const bool scores_come_last = !fills && score_operand(node) == 2;
+    const auto value = filled_with(node->input(scores_come_last ? 1 : 2), root);
     if (!value || !(*value <= kMasked)) {
       reason = described(node) + " sets scores to " + (value ? c10::str(*value) : "what is not a constant") +
                ", which is no mask: expected -inf, or at most " + c10::str(kMasked);
