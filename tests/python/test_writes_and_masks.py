@@ -1,7 +1,7 @@
-"""Attention that writes in place, or masks by what is no mask: grafted exactly, or refused with the line that does it.
+"""Attention that writes in place, or sets scores to what is no mask: exact, or refused with the line that does it.
 
-A fresh LoRA changes nothing, so a grafted module must give what its base gives. Every spelling stands in one attention of
-one layer, scripted and traced.
+A fresh LoRA changes nothing, so a grafted module must give what its base gives. Every spelling stands in one
+attention of one layer, scripted and traced.
 """
 
 import math
