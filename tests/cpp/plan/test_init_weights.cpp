@@ -27,6 +27,16 @@ TEST(InitWeights, LoraStartsAsTheIdentity) {
   EXPECT_EQ(weights.count("gate_weight"), 0u);
 }
 
+// A seed gives what it always gave: within a layer prefixes are drawn first, although projections run before them.
+TEST(InitWeights, PrefixesAreDrawnBeforeTheLorasOfTheirLayer) {
+  const AdapterConfig config{{PrefixTuningConfig(), LoRAConfig()}};
+  Reparametrisation sources;
+  at::manual_seed(7);
+  init_weights(make_plan(bert_like(1), config), at::kFloat, &sources);
+  at::manual_seed(7);
+  EXPECT_TRUE(at::equal(sources.at("self_prefix").at("embeddings"), at::randn({30, 12})));
+}
+
 TEST(InitWeights, AGateReplacesTheScaling) {
   LoRAConfig config;
   config.alpha = 2;

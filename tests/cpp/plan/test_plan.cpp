@@ -12,7 +12,7 @@ using testing::bart_like;
 using testing::bert_like;
 using testing::error_of;
 
-std::vector<std::string> slots(const Plan& plan) {
+std::vector<std::string> sites(const Plan& plan) {
   std::vector<std::string> result;
   for (const PlannedModule& module : plan) {
     result.push_back(std::to_string(module.layer) + ":" + module.site);
@@ -21,9 +21,9 @@ std::vector<std::string> slots(const Plan& plan) {
 }
 
 TEST(Plan, UnipeltInExecutionOrder) {
-  EXPECT_EQ(slots(make_plan(bert_like(2), config_from_name("unipelt"))),
-            (std::vector<std::string>{"0:self_prefix", "0:selfattn_lora_q", "0:selfattn_lora_v", "0:output_adapter",
-                                      "1:self_prefix", "1:selfattn_lora_q", "1:selfattn_lora_v", "1:output_adapter"}));
+  EXPECT_EQ(sites(make_plan(bert_like(2), config_from_name("unipelt"))),
+            (std::vector<std::string>{"0:selfattn_lora_q", "0:selfattn_lora_v", "0:self_prefix", "0:output_adapter",
+                                      "1:selfattn_lora_q", "1:selfattn_lora_v", "1:self_prefix", "1:output_adapter"}));
 }
 
 TEST(Plan, LeaveOutAndReductionFactorByLayer) {
@@ -31,7 +31,7 @@ TEST(Plan, LeaveOutAndReductionFactorByLayer) {
   config.leave_out = {1};
   config.reduction_factor = std::map<std::string, double>{{"0", 4}, {"default", 100}};
   const Plan plan = make_plan(bert_like(3), AdapterConfig{{config}});
-  ASSERT_EQ(slots(plan), (std::vector<std::string>{"0:output_adapter", "2:output_adapter"}));
+  ASSERT_EQ(sites(plan), (std::vector<std::string>{"0:output_adapter", "2:output_adapter"}));
   EXPECT_EQ(std::get<PlannedBottleneck>(plan[0].method).bottleneck_size, 3);
   EXPECT_EQ(std::get<PlannedBottleneck>(plan[1].method).bottleneck_size, 1);  // never 0
 }
@@ -53,13 +53,13 @@ TEST(Plan, ADecoderLayerHasOneFeedForwardBlock) {
   lora.attn_matrices = {"q"};
   lora.intermediate_lora = lora.output_lora = true;
   BnConfig bottleneck = double_seq_bn_config();
-  EXPECT_EQ(slots(make_plan(bart_like(1), AdapterConfig{{bottleneck, lora}})),
+  EXPECT_EQ(sites(make_plan(bart_like(1), AdapterConfig{{bottleneck, lora}})),
             (std::vector<std::string>{"0:selfattn_lora_q", "0:mh_adapter", "0:intermediate_lora", "0:output_lora",
                                       "0:output_adapter", "1:selfattn_lora_q", "1:mh_adapter", "2:crossattn_lora_q",
                                       "2:intermediate_lora", "2:output_lora", "2:output_adapter"}));
   bottleneck.cross_adapter = true;
   bottleneck.mh_adapter = bottleneck.output_adapter = false;
-  EXPECT_EQ(slots(make_plan(bart_like(1), AdapterConfig{{bottleneck}})), std::vector<std::string>{"2:cross_adapter"});
+  EXPECT_EQ(sites(make_plan(bart_like(1), AdapterConfig{{bottleneck}})), std::vector<std::string>{"2:cross_adapter"});
   Structure none = bart_like(1);
   none.layers[2].ffn_in = none.layers[2].ffn_out = std::nullopt;
   none.layers[2].has_ffn_residual = false;
@@ -69,10 +69,10 @@ TEST(Plan, ADecoderLayerHasOneFeedForwardBlock) {
 
 TEST(Plan, PrefixesByKindOfAttention) {
   PrefixTuningConfig config;
-  EXPECT_EQ(slots(make_plan(bart_like(1), AdapterConfig{{config}})),
+  EXPECT_EQ(sites(make_plan(bart_like(1), AdapterConfig{{config}})),
             (std::vector<std::string>{"0:encoder_prefix", "1:self_prefix", "2:cross_prefix"}));
   config.encoder_prefix = config.cross_prefix = false;
-  EXPECT_EQ(slots(make_plan(bart_like(1), AdapterConfig{{config}})), std::vector<std::string>{"1:self_prefix"});
+  EXPECT_EQ(sites(make_plan(bart_like(1), AdapterConfig{{config}})), std::vector<std::string>{"1:self_prefix"});
 }
 
 TEST(Plan, PrefixesOfTheLayersThatHaveOneShareAnMlp) {
@@ -89,7 +89,7 @@ TEST(Plan, LoraTakesTheSizesOfItsProjection) {
   config.selfattn_lora = false;
   config.intermediate_lora = config.output_lora = true;
   const Plan plan = make_plan(bert_like(1), AdapterConfig{{config}});
-  ASSERT_EQ(slots(plan), (std::vector<std::string>{"0:intermediate_lora", "0:output_lora"}));
+  ASSERT_EQ(sites(plan), (std::vector<std::string>{"0:intermediate_lora", "0:output_lora"}));
   EXPECT_EQ(std::get<PlannedLoRA>(plan[0].method).out_features, 20);
   EXPECT_EQ(std::get<PlannedLoRA>(plan[1].method).in_features, 20);
 }
