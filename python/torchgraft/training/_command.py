@@ -76,7 +76,8 @@ def _run(arguments: argparse.Namespace, workers: Workers) -> None:
 
 
 def _identity(arguments: argparse.Namespace, data: Data) -> dict[str, Any]:
-    """What else must be alike in a run that goes on: model, tokens, the adapter's making; files by their content."""
+    """What else must be alike in a run that goes on: the model, the tokens, the adapter's making; files by their
+    content."""
     config = _config(arguments)
     made = ("new_head", "pooling", "head_layers", "head_dropout", "gate_pooling")
     return {"model": _digest(arguments.model), "training examples": _digest_of_tokens(data.training),

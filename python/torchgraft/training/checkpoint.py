@@ -98,7 +98,8 @@ def load_checkpoint(path: Path) -> TrainingState:
 
 
 def check_same_run(state: TrainingState, settings: dict[str, Any], path: Path) -> None:
-    """Raises GraftError if the checkpoint is of a run with other settings: going on would give neither's weights."""
+    """Raises GraftError if the checkpoint is of a run with other settings: to go on would give the weights of
+    neither."""
     changed = [name for name in sorted(state.settings.keys() | settings.keys())
                if state.settings.get(name) != settings.get(name)]  # fmt: skip
     if changed:
