@@ -1,4 +1,4 @@
-"""TorchScript files on disk."""
+"""TorchScript files on disk, and the errors of commands."""
 
 import os
 import stat
@@ -8,6 +8,10 @@ from pathlib import Path
 import torch
 
 from .errors import GraftError
+
+# The errors that a user of a command can cause. Any other is a defect, and Python shows its traceback. torch raises
+# RuntimeError and torch.jit.Error.
+EXPECTED_ERRORS = (GraftError, OSError, RuntimeError, MemoryError, torch.jit.Error)
 
 
 def reason(error: BaseException) -> str:

@@ -219,6 +219,12 @@ class UniPELTConfig(ConfigUnion):
         super().__init__(*[part.replace(use_gating=True) for part in parts])
 
 
+def config_argument(text: str) -> str | Path:
+    """Returns a configuration that a user names on a command line: a path if it has a slash, else text, which
+    config_to_json() takes for a name or a path."""
+    return Path(text) if "/" in text else text
+
+
 def config_to_json(config: Any) -> str:
     """Returns a configuration as the patcher reads it: JSON text, or a name.
 

@@ -39,6 +39,16 @@ def script_module(module: Any) -> torch.jit.ScriptModule:
     return torch.jit._recursive.wrap_cpp_module(module)
 
 
+def is_grafted(module: torch.jit.ScriptModule) -> bool:
+    """Returns whether adapters are grafted onto `module`."""
+    return hasattr(module, "adapter_names")
+
+
+def names_of(module: torch.jit.ScriptModule) -> list[str]:
+    """Returns the names of the adapters of `module`, grafted or not."""
+    return module.adapter_names() if is_grafted(module) else []
+
+
 def directory_spec(
     module: torch.jit.ScriptModule, directory: str | Path, name: str | None = None, trainable: bool = False
 ) -> Spec:

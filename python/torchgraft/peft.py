@@ -101,8 +101,10 @@ def _check_config(directory: Path, config: dict[str, Any]) -> None:
             raise GraftError(f"{directory}: {field} ({meaning}) is not supported")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
-        raise GraftError(f"{directory}: init_lora_weights={init} has changed the base's weights, and this model does not "
-                         "have the changed ones; convert it with PEFT's path_initial_model_for_weight_conversion")  # fmt: skip
+        raise GraftError(
+            f"{directory}: init_lora_weights={init} has changed the base's weights, and this model does not have the "
+            "changed ones; convert the adapter with PEFT's path_initial_model_for_weight_conversion"
+        )
 
 
 def _pattern_value(patterns: Mapping[str, Any] | None, path: str, default: float) -> float:
@@ -161,12 +163,16 @@ def _targets(
     for _, role, _ in found:
         if role not in _MATRICES and role not in _FLAGS:
             what = "the attention's output projection" if role == "output" else "the gate of the feed-forward block"
-            raise GraftError(f"{directory}: {path} is {what}, where AdapterHub has no location for a LoRA; target_modules may "
-                             "name query, key and value projections and both ends of the feed-forward block")  # fmt: skip
+            raise GraftError(
+                f"{directory}: {path} is {what}, where AdapterHub has no location for a LoRA; target_modules may name "
+                "query, key and value projections and both ends of the feed-forward block"
+            )
     width = sum(projection["out_features"] for _, _, projection in found)
     if update.lora_b.size(0) != width or update.lora_a.size(1) != found[0][2]["in_features"]:
-        raise GraftError(f"{directory}: expected lora_A and lora_B of {path} for {found[0][2]['in_features']} inputs "
-                         f"and {width} outputs, got {update.lora_a.size(1)} and {update.lora_b.size(0)}")  # fmt: skip
+        raise GraftError(
+            f"{directory}: expected lora_A and lora_B of {path} for {found[0][2]['in_features']} inputs and {width} "
+            f"outputs, got {update.lora_a.size(1)} and {update.lora_b.size(0)}"
+        )
     first = min(projection["offset"] for _, _, projection in found)
     return {
         (index, role): (projection, update.rows(projection["offset"] - first, projection["out_features"]))
@@ -211,8 +217,10 @@ def _as_adapter_hub(
                 continue
             _, update = targets.get((index, role), (None, None))
             if update is None and dora:
-                raise GraftError(f"{directory}: DoRA on {role} of some layers, and in layer {layer['layer']} on others, is "
-                                 "not supported; target_modules must name the same projections in each")  # fmt: skip
+                raise GraftError(
+                    f"{directory}: DoRA on {role} of some layers, and in layer {layer['layer']} on others, is not "
+                    "supported; target_modules must name the same projections in each layer"
+                )
             if update is None:  # other layers update this role: here the update is zero
                 update = _Update(torch.zeros(1, projection["in_features"]), torch.zeros(projection["out_features"], 1))
             padded = update.padded(rank)
