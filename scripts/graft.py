@@ -87,6 +87,8 @@ def make_parser() -> argparse.ArgumentParser:
     inspecting.add_argument("--svg", type=Path, metavar="FILE",
                             help="draw the layers with their adapters; if nothing is grafted, with the locations "
                                  "where adapters can act")  # fmt: skip
+    inspecting.add_argument("--dump", type=Path, metavar="DIR",
+                            help="write the graph after every pass into DIR, for work on the patcher")  # fmt: skip
     inspecting.add_argument("--config", help="show the operators that this configuration (as for add) would run; with "
                                              "--svg, draw where its adapters would act")  # fmt: skip
     tuning = commands.add_parser("tune", help="measure which kernels are faster on this machine, and write a table")

@@ -31,6 +31,9 @@ from .life import list_adapters
 
 __all__ = ["EXPECTED_ERRORS", "add", "inspect", "reason", "run"]
 
+# The environment variable that patch/graph/dump_graph.h reads.
+DUMP = "TORCHGRAFT_DUMP"
+
 # One parameter of each kind of grafted module. A module has it exactly once, so it serves to count modules.
 _ONE_PER_MODULE = (".lora_a", ".prefix_key", ".up_weight")
 
@@ -112,8 +115,8 @@ def inspect(arguments: argparse.Namespace) -> None:
     """Prints or draws the layers that the patcher sees in a file, and the operators that run in them.
 
     Args:
-        arguments: the command line's: base (path), json (bool), sites, svg (paths or None), config (the configuration
-            to show as if it was grafted; a name or a path, or None).
+        arguments: the command line's: base (path), json (bool), sites, svg, dump (paths or None), config (the
+            configuration to show as if it was grafted; a name or a path, or None).
 
     Raises:
         GraftError: the patcher sees no attention. The command has printed the near misses then.
@@ -124,7 +127,8 @@ def inspect(arguments: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def _dumping(folder: Path | None) -> Iterator[None]:
-    """Graphs are written after every pass while this lasts."""
+    """Makes the patcher write its graphs into `folder` after every pass, as long as the context lasts. None:
+    nowhere."""
     before = os.environ.get(DUMP)
     if folder is not None:
         os.environ[DUMP] = str(folder)

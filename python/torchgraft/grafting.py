@@ -151,7 +151,7 @@ def graft(
 
 
 def inspect(module: torch.jit.ScriptModule, sites: Mapping[str, Any] | str | Path | None = None) -> dict[str, Any]:
-    """Returns the sites that the patcher sees in `module`, as plain data. For a grafted module it inspects the base.
+    """Returns the layers that the patcher sees in `module`, as plain data. For a grafted module it inspects the base.
 
     Args:
         module: a TorchScript module.
