@@ -1,5 +1,4 @@
-"""Measures what many adapters in one batch cost: 64 adapters beside one, and one beside the base model without
-adapters.
+"""Measures what many adapters in one batch cost, beside one adapter and beside the base model without any.
 
     .venv/bin/python benchmarks/mixed_batch.py
 

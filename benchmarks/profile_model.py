@@ -1,12 +1,11 @@
-"""Shows where the time of a grafted model goes, beside its base: operators' own time in one forward pass, by
-torch.profiler.
+"""Shows where the time of a grafted model goes, beside its base: operators' own time in one forward pass.
 
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/profile_model.py --model MiniLM --shape 1x16 --config MAM
 
-Both models are traced and frozen by torch.jit.freeze, and run in turns. Of each operator the script takes the least
-time of all passes, which a busy machine disturbs least. The profiler costs about a microsecond for each operator, so
-sums are more than the time without it; the script prints that time, too. At the end it prints the time of each operator
-with almost nothing to compute (one token, two features): dispatch, checks, allocations.
+Both models are traced and frozen by torch.jit.freeze, and run in turns under torch.profiler. Of each operator the
+script takes the least time of all passes, which a busy machine disturbs least. The profiler costs about a microsecond
+for each operator, so sums are more than the time without it; the script prints that time, too. At the end it prints the
+time of each operator with almost nothing to compute (one token, two features): dispatch, checks, allocations.
 """
 
 import argparse

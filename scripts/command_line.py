@@ -1,5 +1,4 @@
-"""Parts of the command lines of graft.py and train.py. Imports no torch: a wrong command line fails before torch
-loads."""
+"""Shared by the command lines of graft.py and train.py. Imports no torch, so that a wrong one fails at once."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The parts of scripts/demo.py: the MiniLM encoder, the oracle's adapters, and one batch through each
-implementation."""
+"""The encoder, the oracle's adapters, and one batch through each implementation, for scripts/demo.py."""
 
 from __future__ import annotations
 

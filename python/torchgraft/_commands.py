@@ -252,8 +252,7 @@ def _layer_table(layers: list[dict[str, Any]]) -> Table:
             heads += f" ({layer['num_kv_heads']} kv)"
         number = str(layer["layer"]) + ("" if layer["shares"] is None else " again")
         cells = [number, layer["kind"], heads, str(layer["head_dim"]), str(layer["hidden_size"]), _norms(layer)]
-        # Every role gets a line, "-" if no linear map has it. Only the gate's line is left out then: few models have
-        # one.
+        # A role without a linear map gets the line "role: -", except the gate, which few models have.
         roles = [role for role in ROLES if role != "ffn_gate" or layer[role]]
         cells.append("\n".join(_projection_line(role, layer[role]) for role in roles))
         cells.append("\n".join(layer["locations"]))

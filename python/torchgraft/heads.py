@@ -1,5 +1,4 @@
-"""Task heads: small networks on the last hidden states. A head belongs to an adapter and is saved and served with
-it."""
+"""Task heads: small networks on the last hidden states, saved and served with an adapter."""
 
 import json
 from collections.abc import Sequence

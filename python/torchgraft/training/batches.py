@@ -36,6 +36,7 @@ class EncodedExamples:
         return len(self.token_ids)
 
     def lengths(self) -> list[int]:
+        """Returns the number of tokens of each example."""
         return [len(ids) for ids in self.token_ids]
 
     def chosen(self, indices: Sequence[int]) -> "EncodedExamples":

@@ -65,4 +65,5 @@ class TrainingOptions:
                 raise GraftError(f"training: expected {name} among {', '.join(known)}, got '{getattr(self, name)}'")
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns the options by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
