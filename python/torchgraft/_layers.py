@@ -1,5 +1,4 @@
-"""Groups the layers of a model for a picture: the attentions of a Transformer layer together, layers that look alike as
-one.
+"""Groups a model's layers for a picture: the attentions of one layer together, layers that look alike as one.
 
 The input is the result of inspect() and, for grafted modules, the keys of their state dict.
 """
