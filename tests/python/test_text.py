@@ -35,7 +35,7 @@ def test_every_argument_gets_what_it_is_named_for(case: str) -> None:
     assert method(*found) == 1
 
 
-@pytest.mark.parametrize("arguments, message", [
+@pytest.mark.parametrize(("arguments", "message"), [
     ("input_ids: Tensor, pixels: Tensor", "forward needs the argument 'pixels', and a text gives token ids"),
     ("attention_mask: Tensor", "forward takes no token ids"),
     ("length: int, input_ids: Tensor", "forward needs the argument 'length'"),
