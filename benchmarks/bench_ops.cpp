@@ -1,10 +1,11 @@
-// The operators by themselves: fused kernels beside ATen's compositions and beside what the base does anyway.
+// Measures the operators by themselves: fused kernels, ATen's compositions, and the base's own linear map and
+// attention.
 //
 //   cmake -S . -B build -DTORCHGRAFT_BUILD_BENCHMARKS=ON && cmake --build build --target bench_ops
 //   OMP_NUM_THREADS=1 build/bin/bench_ops --benchmark_enable_random_interleaving=true --benchmark_repetitions=9
 //       --benchmark_report_aggregates_only=true
 //
-// Counters: GFLOP/s of the products alone, and their share of the best library product of this machine, measured here.
+// Counters: GFLOP/s of the products alone, and their share of the best product of ATen's library on this machine.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -23,7 +24,7 @@ namespace {
 
 using torchgraft::ops::KernelMode;
 
-// GFLOP/s of a large product of the library that ATen uses.
+// The best GFLOP/s of ten large products of the library that ATen uses.
 double library_peak() {
   static const double peak = [] {
     const at::Tensor a = at::randn({1024, 1024});
@@ -57,7 +58,7 @@ struct Sizes {
   explicit Sizes(const benchmark::State& state) : tokens(state.range(0)), hidden(state.range(1)) {}
 };
 
-// What runs: which kernels, on numbers of which type.
+// Which kernels run, and the dtype of their tensors.
 struct Way {
   KernelMode mode;
   at::ScalarType type = at::kFloat;
@@ -79,8 +80,8 @@ void linear(benchmark::State& state, Way way) {
           [&] { benchmark::DoNotOptimize(at::linear(x, weight, bias)); });
 }
 
-// projections: of the same input, each by an operator of its own; or `stacked`: by one, the bound of what reading the
-// input once for all of them could gain (a gate that rides along included).
+// `projections` projections of one input, with an operator for each. stacked: one operator for all of them, which
+// bounds what a single read of the input, for projections and gate together, could gain.
 void lora_linear(benchmark::State& state, Way way, int64_t projections = 1, bool stacked = false) {
   const Sizes size(state);
   const int64_t times = stacked ? projections : 1;
@@ -132,8 +133,8 @@ void bottleneck(benchmark::State& state, Way way, int64_t reduction) {
   });
 }
 
-// The second map of a feed-forward block of four times the hidden size, and a parallel bottleneck beside it; reduction
-// 0: without.
+// The second linear map of a feed-forward block, which is four times as wide as the hidden size, and a parallel
+// bottleneck beside it. reduction 0: without a bottleneck.
 void feed_forward(benchmark::State& state, Way way, int64_t reduction) {
   const Sizes size(state);
   const int64_t wide = 4 * size.hidden;
@@ -157,7 +158,7 @@ void feed_forward(benchmark::State& state, Way way, int64_t reduction) {
   });
 }
 
-// One row of `tokens`, heads of 64.
+// Attention with one row of `tokens` tokens and heads of 64. prefix 0: attention without a prefix.
 void attention(benchmark::State& state, Way way, int64_t prefix) {
   const Sizes size(state);
   constexpr int64_t kHead = 64;

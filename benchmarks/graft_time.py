@@ -1,13 +1,14 @@
-"""How long grafting takes, and how much memory, by layers.
+"""Measures how much time and memory grafting takes, by layers.
 
     .venv/bin/python benchmarks/graft_time.py --picture docs/graft_time.png
 
-Models are random; nothing is downloaded. Seconds are medians of grafts of freshly loaded modules, one thread.
+Models have random weights; the script downloads nothing. Seconds are medians of grafts of freshly loaded modules, on
+one thread.
 
-Memory is that of the first graft of a process of its own: later ones find the heap that the first one grew, and look
-cheaper than they are. The peak is the highest resident set while grafting (VmHWM, reset just before), less the resident
-set before; what remains is the resident set afterwards, once malloc has given back what is free, less the same. A graft
-that copied the model would have a peak of 1 of its weights.
+Memory is that of the first graft in a process: later grafts use the heap that the first one has grown, and look cheaper
+than they are. "peak" is the highest resident set while grafting (VmHWM, reset just before), minus the resident set
+before. "remains" is the resident set afterwards, when malloc has given free memory back, minus the resident set before.
+If a graft copied the model, its peak would be 1 of its weights.
 """
 
 import argparse
@@ -39,7 +40,7 @@ MIB = 2**20
 
 
 def traced_bert(layers: int, hidden: int) -> torch.jit.ScriptModule:
-    """A random BertModel, BERT-base but for layers and width; sdpa attention."""
+    """Traces a random BertModel with sdpa attention: BERT-base except for layers and width."""
     config = transformers.BertConfig(
         num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=12, intermediate_size=4 * hidden
     )
@@ -51,7 +52,7 @@ def traced_bert(layers: int, hidden: int) -> torch.jit.ScriptModule:
 
 
 def scripted_encoder(layers: int, hidden: int) -> torch.jit.ScriptModule:
-    """torch.nn.TransformerEncoder, whose scripted form is the largest graph there is."""
+    """Scripts torch.nn.TransformerEncoder. No other model of these sizes has so large a graph."""
     layer = torch.nn.TransformerEncoderLayer(hidden, 12, 4 * hidden, batch_first=True)
     return torch.jit.script(torch.nn.TransformerEncoder(layer, layers).eval())
 
@@ -60,7 +61,7 @@ MODELS = {"traced BERT": traced_bert, "scripted nn.TransformerEncoder": scripted
 
 
 def measure_seconds(model: str, layers: int, hidden: int, path: str, method: str, runs: int) -> dict:
-    """seconds: [runs]. The model is left in the file `path`."""
+    """Returns {"seconds": one number for each run}, and leaves the model in the file `path`."""
     torch.jit.save(MODELS[model](layers, hidden), path)
     seconds = []
     for _ in range(runs):
@@ -76,7 +77,8 @@ def _bytes(module: torch.nn.Module) -> int:
 
 
 def measure_memory(path: str, method: str) -> dict:
-    """Bytes of the base's weights, of the adapters, and by which the resident set grew: at its peak, and for good."""
+    """Returns bytes: of the base's weights, of the adapters, and the growth of the resident set at its peak and
+    afterwards."""
     trim = ctypes.CDLL("libc.so.6").malloc_trim
     module = torch.jit.load(path)
     trim(0)
@@ -112,7 +114,7 @@ def measure(model: str, layers: int, hidden: int, method: str, runs: int) -> dic
 
 
 def fit(rows: list[dict]) -> dict:
-    """By least squares: seconds = start + per_layer * layers, with its R²; and seconds ~ layers ** exponent."""
+    """Fits by least squares: seconds = start + per_layer * layers, with its R²; and seconds ~ layers ** exponent."""
     layers = [row["layers"] for row in rows]
     seconds = [statistics.median(row["seconds"]) for row in rows]
     line = statistics.linear_regression(layers, seconds)
@@ -122,7 +124,7 @@ def fit(rows: list[dict]) -> dict:
 
 
 def curves(rows: list[dict]) -> dict[tuple[str, int], list[dict]]:
-    """(model, hidden) -> its rows; a single one is no curve."""
+    """Groups rows by (model, hidden). Leaves out groups of a single row, which are no curve."""
     result = {}
     for row in rows:
         result.setdefault((row["model"], row["hidden"]), []).append(row)
@@ -136,7 +138,7 @@ def make_table(rows: list[dict], markdown: bool) -> Table:
         table.add_column(column, justify="left" if column == "model" else "right")
     for row in rows:
         megabytes = [f"{row[key] / MIB:.1f} MiB" for key in ("weights", "adapters", "peak", "remaining")]
-        # To weights of a few MiB, the ratio would say nothing about weights.
+        # With weights of a few MiB, other memory decides the ratio.
         ratio = f"{row['peak'] / row['weights']:.2f}" if row["weights"] > 64 * MIB else ""
         seconds = f"{statistics.median(row['seconds']):.2f}"
         table.add_row(row["model"], str(row["layers"]), str(row["hidden"]), seconds, *megabytes, ratio)
@@ -144,7 +146,7 @@ def make_table(rows: list[dict], markdown: bool) -> Table:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """A panel for each model: medians by layers as points, the straight line that fits them, its exponent."""
+    """Draws a panel for each model: medians by layers as points, and the straight line that fits them."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -176,12 +178,12 @@ def machine() -> str:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, nargs="+", default=[3, 6, 12, 24, 36, 48])
-    hidden = "widths, multiples of 12; in a narrow model the graph is what costs, 768 is BERT-base's"
+    hidden = "widths, multiples of 12; 768 is BERT-base's; in a narrow model most of the time goes into the graph"
     parser.add_argument("--hidden", type=int, nargs="+", default=[48, 768], help=hidden)
-    parser.add_argument("--method", default="unipelt", help="name of the adapter configuration")
-    parser.add_argument("--runs", type=int, default=5, help="grafts whose median is taken")
-    parser.add_argument("--json", type=Path, help="write machine, rows and fits there")
-    parser.add_argument("--picture", type=Path, help="draw the curves there (PNG or SVG)")
+    parser.add_argument("--method", default="unipelt", help="name of the adapter's configuration")
+    parser.add_argument("--runs", type=int, default=5, help="grafts for each median")
+    parser.add_argument("--json", type=Path, help="write machine, rows and fits to this file")
+    parser.add_argument("--picture", type=Path, help="draw the curves into this file (PNG or SVG)")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--step", help=argparse.SUPPRESS)  # [function, arguments] as JSON
     return parser.parse_args()
@@ -201,7 +203,7 @@ def main() -> None:
         for layers in sorted(given.layers)
     ]
     fits = [dict(model=model, hidden=hidden) | fit(curve) for (model, hidden), curve in curves(rows).items()]
-    # Not as narrow as the 80 columns that rich takes where the output is no terminal.
+    # If the output is no terminal, rich would take 80 columns, which is too narrow.
     Console(width=None if sys.stdout.isatty() else 140).print(make_table(rows, given.markdown))
     for found in fits:
         line = f"{found['start']:.3f} s + {found['per_layer']:.4f} s * layers (R² {found['r2']:.3f})"

@@ -1,18 +1,16 @@
-"""What many adapters in one batch cost: 64 distinct ones against one, and one against the bare base model.
+"""Measures what many adapters in one batch cost, beside one adapter and beside the base model without any.
 
     .venv/bin/python benchmarks/mixed_batch.py
 
-MiniLM's size, UniPELT, 64 rows. Every variant runs once in each round, so that a busy moment of the machine meets all
-of them; printed are ratios of medians, with the quartiles of the rounds' own ratios. The grafted module is as
-AdapterPool serves it: on a frozen base, not frozen itself, for its rows change.
+The model has MiniLM's size, the adapters are UniPELT, a batch has 64 rows. All variants run in turns. The script prints
+ratios of medians, with the quartiles of the rounds' own ratios. The base went through torch.jit.freeze; the grafted
+module did not, as in an AdapterPool, which changes its rows.
 """
 
 import argparse
-import os
 import statistics
-import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from rich.console import Console
@@ -21,6 +19,7 @@ from rich.table import Table
 import models  # puts python/ on the path
 import torchgraft
 from this_machine import silence
+from turns import ratio
 
 ADAPTERS = 64
 SIZES = models.MODELS["MiniLM"]
@@ -42,10 +41,9 @@ def make_variants(rows: int) -> dict[str, object]:
     }
 
 
-def ratio(values: list[float], to: list[float]) -> str:
-    rounds = [value / other for value, other in zip(values, to, strict=True)]
-    first, _, third = statistics.quantiles(rounds, n=4)
-    return f"{statistics.median(values) / statistics.median(to):.2f} [{first:.2f}, {third:.2f}]"
+def cell(values: Sequence[float], to: Sequence[float]) -> str:
+    found = ratio(values, to)
+    return f"{found.value:.2f} [{found.quartiles[0]:.2f}, {found.quartiles[1]:.2f}]"
 
 
 def main() -> int:
@@ -54,9 +52,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=40)
     arguments = parser.parse_args()
-    if "MALLOC_TRIM_THRESHOLD_" not in os.environ:  # glibc reads it when a process starts
-        command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:]]
-        return subprocess.run(command, env=os.environ | models.ALLOCATOR, check=False).returncode
+    status = models.run_with_allocator(__file__, sys.argv[1:])
+    if status is not None:
+        return status
     silence()
     table = Table("rows x tokens", "threads", "variant", "ms", "to the base", "to one adapter")
     for shape in arguments.shapes:
@@ -66,8 +64,8 @@ def main() -> int:
             seconds = models.measured(variants, models.batch_of(shape), arguments.rounds, backward=False)
             for name, values in seconds.items():
                 milliseconds = f"{1e3 * statistics.median(values):.1f}"
-                to_one = ratio(values, seconds["one adapter"])
-                table.add_row(shape, str(threads), name, milliseconds, ratio(values, seconds["base"]), to_one)
+                to_one = cell(values, seconds["one adapter"])
+                table.add_row(shape, str(threads), name, milliseconds, cell(values, seconds["base"]), to_one)
     Console(width=None if sys.stdout.isatty() else 110, emoji=False).print(table)
     return 0
 

@@ -1,24 +1,25 @@
-"""How long a model takes, grafted and otherwise: every variant in one process, in turns.
+"""Measures how long a model takes, grafted and otherwise. All variants run in one process, in turns.
 
     .venv/bin/python benchmarks/models.py --json docs/performance.json --picture docs/performance.png
 
-Models are random and nothing is downloaded; a forward pass takes as long as that of trained weights. Each round runs
-every variant once, so that a busy moment of the machine meets all of them; what is printed are ratios of medians to the
-bare base model, traced and frozen, with the quartiles of the rounds' own ratios. Variants:
+Models have random weights, with which a forward pass takes as long as with trained ones; the script downloads nothing.
+It prints ratios of medians to the base model without adapters, traced and frozen by torch.jit.freeze, with the
+quartiles of the rounds' own ratios. Variants:
 
     base, eager          the Hugging Face model
     base                 the same, traced and frozen: 1 by definition
-    library, eager       adapters==1.3.0, as it comes
+    library, eager       adapters==1.3.0, unchanged
     library, ejected     the same, without the MLP behind its prefixes
-    library, traced      that, traced and frozen: the best that is had without torchgraft
-    peft, eager; traced  beside a LoRA: peft's, traced and frozen in the second
-    torchgraft           grafted and frozen (with TORCHGRAFT_KERNELS=reference: by ATen's compositions)
-    base, compiled; library, compiled    with --compile: torch.compile of the first, and of the ejected library, for
-                         each shape anew, which takes minutes
+    library, traced      the same, ejected, traced and frozen: the fastest way without torchgraft
+    peft, eager          for LoRA only: PEFT's LoRA
+    peft, traced         the same, traced and frozen
+    torchgraft           grafted and frozen (with TORCHGRAFT_KERNELS=reference: ATen's compositions)
+    base, compiled       with --compile: torch.compile of "base, eager", anew for each shape, which takes minutes
+    library, compiled    with --compile: torch.compile of "library, ejected"
 
-With --dtype bfloat16 all of a model is in bfloat16. With --backward a pass is a forward and a backward one: all of the
-base is trained, of the others the adapters, and what is traced is not frozen. Shapes are rows x tokens; ViT's tokens
-are its 196 patches and one more.
+With --dtype bfloat16 all of a model is in bfloat16. With --backward a pass is a forward and a backward pass: it trains
+all weights of the base, and the adapters of the other variants, and traced modules are not frozen. Shapes are rows x
+tokens; ViT's tokens are its 196 patches and one more.
 """
 
 import argparse
@@ -31,11 +32,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "python"), str(ROOT / "benchmarks")]
-# Large results are pages that the kernel hands out anew, unless malloc keeps them.
+# malloc keeps the pages of large results. Otherwise the kernel would hand out new pages for each result.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 
 import adapters  # noqa: E402
@@ -48,6 +50,7 @@ from rich.table import Table  # noqa: E402
 
 import torchgraft  # noqa: E402
 from this_machine import processor, silence  # noqa: E402
+from turns import in_turns, ratio  # noqa: E402
 
 MODELS = {
     "MiniLM": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
@@ -78,7 +81,7 @@ COLORS = {
 
 @dataclass
 class Row:
-    """ratio: of medians to the base's; quartiles: of the rounds' ratios."""
+    """ratio: the median's ratio to the base's; quartiles: of the rounds' own ratios."""
 
     model: str
     shape: str
@@ -91,7 +94,7 @@ class Row:
 
 
 class Positional(torch.nn.Module):
-    """The model as a function of tensors, which is what can be traced: token ids and their mask, or pixels."""
+    """The model as a function of tensors, which torch.jit.trace needs: token ids and their mask, or pixels."""
 
     def __init__(self, model: torch.nn.Module):
         super().__init__()
@@ -103,7 +106,8 @@ class Positional(torch.nn.Module):
 
 
 def batch_of(shape: str, sizes: dict | None = None, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
-    """What a model of these sizes is called with; without them, a text model."""
+    """Makes the arguments of a model of these sizes: ids and mask, int64 [rows, tokens], or pixels. None: of a text
+    model."""
     rows, tokens = map(int, shape.split("x"))
     if is_vision(sizes or {}):
         return (torch.randn(rows, 3, sizes["image_size"], sizes["image_size"], dtype=dtype),)
@@ -129,7 +133,7 @@ def traced(module: torch.nn.Module, sizes: dict | None = None) -> torch.jit.Scri
 
 
 def library(sizes: dict, config: object, ejected: bool) -> torch.nn.Module:
-    """adapters==1.3.0; the base does not require gradients."""
+    """Makes a model with an adapter of adapters==1.3.0. The base requires no gradients."""
     model = hugging_face(sizes)
     adapters.init(model)
     model.add_adapter("task", config=config)
@@ -152,7 +156,7 @@ def grafted(base: torch.jit.ScriptModule, config: object, trainable: bool = Fals
 def variants_of(sizes: dict, config_name: str, arguments: argparse.Namespace) -> dict[str, Callable]:
     config, backward = CONFIGS[config_name](), arguments.backward
     dtype = DTYPES[arguments.dtype]
-    # A frozen module's parameters are constants, which get no gradients.
+    # torch.jit.freeze makes parameters constants, which get no gradients.
     ready = (lambda module: module) if backward else torch.jit.freeze
     eager = Positional(hugging_face(sizes)).to(dtype).eval()
     ejected = library(sizes, config, ejected=True).to(dtype)
@@ -175,7 +179,7 @@ def variants_of(sizes: dict, config_name: str, arguments: argparse.Namespace) ->
 
 
 def passed(run: Callable, batch: tuple, backward: bool) -> float:
-    """The seconds of one pass. Gradients of the pass before are gone first."""
+    """Runs one pass and returns its seconds. Drops the gradients of the pass before."""
     if backward:
         run.zero_grad(set_to_none=True)
     with torch.inference_mode(not backward):
@@ -187,15 +191,10 @@ def passed(run: Callable, batch: tuple, backward: bool) -> float:
 
 
 def measured(variants: dict[str, Callable], batch: tuple, rounds: int, backward: bool) -> dict[str, list[float]]:
-    """Seconds by variant, one for each round."""
+    """Returns the seconds of each variant, one number for each round."""
     warm_up = 3 if rounds > 6 else 2  # TorchScript compiles in the first two
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for index in range(warm_up + rounds):
-        for name, run in variants.items():
-            taken = passed(run, batch, backward)
-            if index >= warm_up:
-                seconds[name].append(taken)
-    return seconds
+    runs = {name: partial(passed, run, batch, backward) for name, run in variants.items()}
+    return in_turns(runs, rounds, warm_up)
 
 
 def rounds_for(run: Callable, batch: tuple, budget: float, variants: int, backward: bool) -> int:
@@ -215,11 +214,8 @@ def rows_of(model: str, config: str, arguments: argparse.Namespace) -> list[Row]
         seconds = measured(variants, batch, rounds, backward)
         base = seconds[BASE]
         for variant, values in seconds.items():
-            ratios = [value / one for value, one in zip(values, base, strict=True)]
-            first, _, third = statistics.quantiles(ratios, n=4)
-            median = statistics.median(values)
-            ratio = median / statistics.median(base)
-            rows.append(Row(model, shape, threads, config, variant, 1e3 * median, ratio, (first, third)))
+            to_base, milliseconds = ratio(values, base), 1e3 * statistics.median(values)
+            rows.append(Row(model, shape, threads, config, variant, milliseconds, to_base.value, to_base.quartiles))
     return rows
 
 
@@ -274,8 +270,8 @@ def draw(rows: list[Row], path: Path) -> None:
             heights = [cells[key].ratio for key in columns]
             spread = [[max(0.0, cells[key].ratio - cells[key].quartiles[0]) for key in columns],
                       [max(0.0, cells[key].quartiles[1] - cells[key].ratio) for key in columns]]  # fmt: skip
-            places = [position + index * width for position in range(len(columns))]
-            axis.bar(places, heights, width, yerr=spread, color=COLORS[name], error_kw={"linewidth": 0.7})
+            centres = [position + index * width for position in range(len(columns))]
+            axis.bar(centres, heights, width, yerr=spread, color=COLORS[name], error_kw={"linewidth": 0.7})
         axis.axhline(1.0, color="black", linewidth=0.8)
         axis.set_xticks([position + 0.4 - width / 2 for position in range(len(columns))])
         axis.set_xticklabels([f"{shape}\n{threads} thr." for threads, shape in columns], fontsize=8)
@@ -294,18 +290,22 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=list(CONFIGS))
     shapes = parser.add_mutually_exclusive_group()
-    shapes.add_argument("--shapes", nargs="+", help="rows x tokens, as 8x128; default: by model")
+    shapes.add_argument("--shapes", nargs="+", help="rows x tokens: 8x128; default: by model")
     shapes.add_argument("--large", action="store_true", help="32x128 and 8x512 instead of the default")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, help="default: as many as --seconds allow, 3 to 60")
-    parser.add_argument("--seconds", type=float, default=20.0, help="for each shape and number of threads")
+    parser.add_argument("--seconds", type=float, default=20.0, help="time for each shape and number of threads")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--backward", action="store_true", help="forward and backward passes")
-    parser.add_argument("--compile", action="store_true", help="torch.compile too: minutes for each shape")
+    parser.add_argument("--backward", action="store_true", help="measure forward and backward passes")
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile, too: minutes for each shape")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
-    parser.add_argument("--json", type=Path, help="write machine and rows there")
-    parser.add_argument("--add", action="store_true", help="keep the file's other rows, which are of the same machine")
-    parser.add_argument("--picture", type=Path, help="draw them there (PNG or SVG)")
+    parser.add_argument("--json", type=Path, help="write machine and rows to this file")
+    parser.add_argument(
+        "--add",
+        action="store_true",
+        help="keep the other rows of the --json file; they must come from the same machine",
+    )
+    parser.add_argument("--picture", type=Path, help="draw the rows into this file (PNG or SVG)")
     given = parser.parse_args(arguments)
     if given.add and not given.json:
         parser.error("--add: expected --json, the file to add to")
@@ -320,12 +320,12 @@ def passes_of(arguments: argparse.Namespace) -> str:
 
 
 def header(arguments: argparse.Namespace) -> dict:
-    """What all rows of a file have in common."""
+    """Returns what all rows of a file have in common."""
     return {"machine": machine(), "passes": passes_of(arguments), "dtype": arguments.dtype}
 
 
 def rows_at_hand(arguments: argparse.Namespace) -> list[Row]:
-    """With --add: those of the JSON file."""
+    """Returns the rows of the JSON file, with --add; else none."""
     if not arguments.add or not arguments.json.exists():
         return []
     found = json.loads(arguments.json.read_text())
@@ -337,12 +337,12 @@ def rows_at_hand(arguments: argparse.Namespace) -> list[Row]:
 
 
 def measurement(row: Row) -> tuple:
-    """What is measured together."""
+    """Returns a key that is equal for rows that were measured together."""
     return row.model, row.config, row.shape, row.threads
 
 
 def write(rows: list[Row], arguments: argparse.Namespace) -> None:
-    """The files that were asked for."""
+    """Writes the files that the command line names."""
     if arguments.json:
         found = header(arguments) | {"rows": [asdict(row) for row in rows]}
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
@@ -350,11 +350,23 @@ def write(rows: list[Row], arguments: argparse.Namespace) -> None:
         draw(rows, arguments.picture)
 
 
+def run_with_allocator(script: str, arguments: list[str]) -> int | None:
+    """Runs a script again with ALLOCATOR in its environment, which glibc reads only when a process starts.
+
+    Returns:
+        The exit status of that process. None: this process has ALLOCATOR already.
+    """
+    if "MALLOC_TRIM_THRESHOLD_" in os.environ:
+        return None
+    command = [sys.executable, str(Path(script).resolve()), *arguments]
+    return subprocess.run(command, env=os.environ | ALLOCATOR, check=False).returncode
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = parsed(argv)
-    if "MALLOC_TRIM_THRESHOLD_" not in os.environ:  # glibc reads it when a process starts
-        command = [sys.executable, str(Path(__file__).resolve()), *(sys.argv[1:] if argv is None else argv)]
-        return subprocess.run(command, env=os.environ | ALLOCATOR, check=False).returncode
+    status = run_with_allocator(__file__, sys.argv[1:] if argv is None else argv)
+    if status is not None:
+        return status
     silence()
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(", ".join(f"{key}: {value}" for key, value in machine().items()))
@@ -363,9 +375,11 @@ def main(argv: list[str] | None = None) -> int:
         new = rows_of(model, config, arguments)
         done = {measurement(row) for row in new}
         rows = [row for row in rows if measurement(row) not in done] + new
-        write(rows, arguments)  # what there is, should the rest be stopped
-    console.print(f"{arguments.dtype}, {passes_of(arguments)}: multiples of the base's median, in brackets the "
-                  "quartiles of the rounds' ratios")  # fmt: skip
+        write(rows, arguments)  # now, in case that the rest is stopped
+    console.print(
+        f"{arguments.dtype}, {passes_of(arguments)}: multiples of the base's median, in brackets the quartiles of the "
+        "rounds' ratios"
+    )
     print_tables(rows, arguments.markdown, console)
     return 0
 

@@ -1,16 +1,17 @@
-"""The fused kernels' product beside the library's: `linear`, and gated_lora_linear with a LoRA of rank 0, in turns.
+"""Compares the fused kernels' product with MKL's: gated_lora_linear with a LoRA of rank 0, and `linear`, in turns.
 
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/products.py
 
-GFLOP/s from medians of float32, by sizes of the weight (inputs to outputs) and tokens; then the ratio of the times.
+Prints GFLOP/s from medians, in float32, by sizes of the weight (inputs to outputs) and tokens; then the ratio of the
+times.
 """
 
 import argparse
 import itertools
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "python"), str(Path(__file__).resolve().parent)]
@@ -21,19 +22,16 @@ from rich.table import Table  # noqa: E402
 
 import torchgraft  # noqa: E402, F401 - loads the operators
 from this_machine import processor  # noqa: E402
+from turns import in_turns, seconds_of  # noqa: E402
 
 SIZES = ["384x384", "384x1536", "1536x384", "768x768", "3072x768"]
 TOKENS = [16, 32, 128, 1024]
 
 
 def medians(cases: dict[str, Callable], turns: int) -> dict[str, float]:
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(turns):
-        for name, run in cases.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first turn warms up
+    """Returns the median seconds of each case. The first turn warms up."""
+    seconds = in_turns({name: partial(seconds_of, run) for name, run in cases.items()}, turns - 1, warm_up=1)
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def cases_of(tokens: int, inputs: int, outputs: int) -> dict[str, Callable]:
@@ -47,9 +45,9 @@ def cases_of(tokens: int, inputs: int, outputs: int) -> dict[str, Callable]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=SIZES, help="inputs x outputs, as 768x3072")
+    parser.add_argument("--sizes", nargs="+", default=SIZES, help="inputs x outputs: 768x3072")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
-    parser.add_argument("--turns", type=int, help="default: by size, 8 to 300")
+    parser.add_argument("--turns", type=int, help="turns of each measurement; default: by size, 8 to 300")
     arguments = parser.parse_args(argv)
     table = Table(title=f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}")
     for name in ("weight", "tokens", "library GFLOP/s", "fused", "time, fused / library"):

@@ -1,17 +1,16 @@
-"""Where the time of a grafted model goes, beside its base: operators' own time in one forward pass, by torch.profiler.
+"""Shows where the time of a grafted model goes, beside its base: operators' own time in one forward pass.
 
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/profile_model.py --model MiniLM --shape 1x16 --config MAM
 
-Both traced and frozen, passes in turns; of each operator the least time of all passes, which a busy machine disturbs
-least. A profiler costs about a microsecond for each operator, so a sum is more than the time without it; that is
-printed too. Last, what a call of each operator costs with next to nothing to compute (one token, two features):
-dispatch, checks, allocations.
+Both models are traced and frozen by torch.jit.freeze, and run in turns under torch.profiler. Of each operator the
+script takes the least time of all passes, which a busy machine disturbs least. The profiler costs about a microsecond
+for each operator, so sums are more than the time without it; the script prints that time, too. At the end it prints the
+time of each operator with almost nothing to compute (one token, two features): dispatch, checks, allocations.
 """
 
 import argparse
 import statistics
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -23,12 +22,13 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
-from models import CONFIGS, MODELS, Positional, batch_of, grafted, hugging_face, traced  # noqa: E402
+from models import CONFIGS, MODELS, Positional, batch_of, grafted, hugging_face, passed, traced  # noqa: E402
 from this_machine import silence  # noqa: E402
+from turns import seconds_of  # noqa: E402
 
 
 def own_times(run: Callable, batch: tuple) -> dict[str, tuple[int, float]]:
-    """One pass: calls and microseconds of each operator, less what the operators inside it took."""
+    """Profiles one pass. Returns calls and microseconds of each operator, without the time of operators inside it."""
     with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as profiler:
         run(*batch)
     found: dict[str, tuple[int, float]] = defaultdict(lambda: (0, 0.0))
@@ -44,15 +44,9 @@ def least(passes: list[dict[str, tuple[int, float]]]) -> dict[str, tuple[int, fl
     return {name: (passes[-1][name][0], min(one[name][1] for one in passes)) for name in names}
 
 
-def seconds_of(run: Callable, batch: tuple) -> float:
-    with torch.inference_mode():
-        start = time.perf_counter()
-        run(*batch)
-        return time.perf_counter() - start
-
-
 def smallest_calls() -> dict[str, Callable]:
-    """Each operator on one token of two features, as MAM and UniPELT call it; and a linear map, to compare."""
+    """Makes a call of each operator, as MAM and UniPELT call it, on one token of two features; and of linear maps, to
+    compare."""
     ops = torch.ops.torchgraft
     x, a, b, weight = torch.randn(1, 1, 2), torch.randn(1, 1, 2), torch.randn(1, 2, 1), torch.randn(2, 2)
     one, gate = torch.ones(1), (torch.randn(1, 1, 2), torch.zeros(1, 1))
@@ -109,7 +103,7 @@ def main() -> int:
     profiles: list[list[dict]] = [[], []]
     for index in range(given.passes + 5):
         for run, taken, profiled in zip(runs, seconds, profiles, strict=True):
-            taken.append(seconds_of(run, batch))
+            taken.append(passed(run, batch, backward=False))
             if index >= 5:
                 profiled.append(own_times(run, batch))
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -117,11 +111,7 @@ def main() -> int:
     print_profile(least(profiles[0]), least(profiles[1]), passes, console)
     with torch.inference_mode():
         for name, call in smallest_calls().items():
-            taken = []
-            for _ in range(500):
-                start = time.perf_counter()
-                call()
-                taken.append(time.perf_counter() - start)
+            taken = [seconds_of(call) for _ in range(500)]
             console.print(f"{name} of next to nothing: {1e6 * statistics.median(taken):.1f} microseconds")
     return 0
 

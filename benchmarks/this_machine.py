@@ -1,4 +1,4 @@
-"""What the benchmarks ask of the machine that they run on (Linux), and the remarks of libraries that they keep out."""
+"""Asks Linux about the machine, and silences the remarks of libraries."""
 
 import logging
 import platform
@@ -7,6 +7,7 @@ from pathlib import Path
 
 
 def processor() -> str:
+    """Returns the name of the processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -14,7 +15,8 @@ def processor() -> str:
 
 
 def memory(field: str) -> int:
-    """VmRSS (resident now) or VmHWM (at most, since the process began or reset_peak()) of this process, in bytes."""
+    """Returns the bytes of a field of this process: VmRSS is the resident set now, VmHWM its peak since
+    reset_peak()."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
@@ -22,11 +24,12 @@ def memory(field: str) -> int:
 
 
 def reset_peak() -> None:
+    """Sets VmHWM to the resident set."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def silence() -> None:
-    """Tracing warns, and the libraries remark upon models that are being put together."""
+    """Switches off the warnings of tracing, and the messages of transformers and adapters about new models."""
     warnings.filterwarnings("ignore")
     for name in ("transformers", "adapters"):
         logging.getLogger(name).setLevel(logging.ERROR)

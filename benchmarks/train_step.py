@@ -1,19 +1,19 @@
-"""How long a training step takes (forward, backward, AdamW), and how much memory.
+"""Measures how much time and memory a training step takes (forward, backward, AdamW).
 
     .venv/bin/python benchmarks/train_step.py --shapes 8x128 --json train_step.json
 
-A random BERT-base with UniPELT. All variants run in turns in one process; times are medians of steps, with the
-quartiles of the rounds' ratios to the library:
+The model is a BERT-base with random weights and UniPELT. All variants run in turns in one process. Times are medians of
+steps, with the quartiles of the rounds' ratios to the library:
 
-    library        adapters==1.3.0, as it comes: the adapter is trained, the base frozen
-    torchgraft     graft(..., trainable=True): the same parameters
-    floor          the frozen base alone, gradients passing through every layer (no library can be faster by much)
-    fine-tuning    all of the base, no adapter
+    library        adapters==1.3.0, unchanged: trains the adapter, not the base
+    torchgraft     graft(..., trainable=True): trains the same parameters
+    floor          trains nothing; gradients pass through every layer of the base (no library can be much faster)
+    fine-tuning    trains all of the base, without an adapter
 
-Memory: each variant in processes of its own, without the others; the highest resident set (VmHWM) of six steps, less
-the resident set before the first. The first steps are the profiled ones of TorchScript; all count. Twice: "needed" with
-MALLOC_MMAP_THRESHOLD_=1048576, so that glibc gives freed tensors back to the system at once; "held" as it comes, with
-what glibc keeps in holes between tensors that live longer.
+For memory each variant runs in processes of its own. The number is the highest resident set (VmHWM) of six steps, minus
+the resident set before the first one. TorchScript profiles the first steps; they count, too. There are two numbers:
+"needed", with MALLOC_MMAP_THRESHOLD_=1048576, where glibc gives freed tensors back to the system at once; and "held",
+with glibc's defaults, which also counts the holes that glibc keeps between tensors that live longer.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from rich.table import Table  # noqa: E402
 import torchgraft  # noqa: E402
 from models import MODELS, Positional, batch_of, hugging_face, library, machine, traced  # noqa: E402
 from this_machine import memory, reset_peak, silence  # noqa: E402
+from turns import in_turns, ratio  # noqa: E402
 
 MIB = 2**20
 VARIANTS = ("library", "torchgraft", "floor", "fine-tuning")
@@ -46,7 +47,8 @@ GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 
 @dataclass
 class Row:
-    """ratio: of medians to the library's; quartiles: of the rounds' ratios; needed and held: MiB beyond the model."""
+    """ratio: the median's ratio to the library's; quartiles: of the rounds' own ratios; needed, held: MiB beyond the
+    model."""
 
     model: str
     shape: str
@@ -63,12 +65,12 @@ class Row:
 
 
 class Steps:
-    """A model in eval mode (dropout would cost all the same) and how it is trained."""
+    """Training steps of a model in eval mode; dropout would cost all variants the same."""
 
     def __init__(self, model: str, variant: str, shape: str):
         self.batch = batch_of(shape)
         self.module, self.parameters = trainable(MODELS[model], variant)
-        # The floor has nothing to step on.
+        # The floor has no parameters to train.
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4) if self.parameters else None
 
     def __call__(self) -> float:
@@ -92,13 +94,13 @@ def trainable(sizes: dict, variant: str) -> tuple[torch.nn.Module, list[torch.nn
         module = Positional(hugging_face(sizes)).eval()
     if variant == "floor":
         module.requires_grad_(False)
-        # As an adapter in the first layer does.
+        # Gradients begin at the embeddings, as with an adapter in the first layer.
         module.model.embeddings.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
     return module, [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def peak_alone(model: str, variant: str, shape: str, threads: int, environment: dict[str, str]) -> float:
-    """MiB, measured in a process of its own."""
+    """Returns MiB, measured in a process of its own."""
     command = [sys.executable, __file__, "--alone", variant, "--model", model]
     command += ["--shapes", shape, "--threads", str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | environment)
@@ -114,35 +116,19 @@ def alone(model: str, variant: str, shape: str) -> float:
     return (memory("VmHWM") - before) / MIB
 
 
-def measured(steps: dict[str, Steps], rounds: int) -> dict[str, list[float]]:
-    """Seconds by variant, one for each round."""
-    warm_up = 3
-    seconds: dict[str, list[float]] = {variant: [] for variant in steps}
-    for index in range(warm_up + rounds):
-        for variant, step in steps.items():
-            taken = step()
-            if index >= warm_up:
-                seconds[variant].append(taken)
-    return seconds
-
-
 def rows_of(model: str, shape: str, threads: int, rounds: int) -> list[Row]:
     needed, held = (
         {variant: peak_alone(model, variant, shape, threads, environment) for variant in VARIANTS}
         for environment in (GIVES_BACK, {})
     )
     steps = {variant: Steps(model, variant, shape) for variant in VARIANTS}
-    seconds = measured(steps, rounds)
-    library_seconds = seconds["library"]
+    seconds = in_turns(steps, rounds, warm_up=3)
     rows = []
     for variant, values in seconds.items():
-        ratios = [value / one for value, one in zip(values, library_seconds, strict=True)]
-        first, _, third = statistics.quantiles(ratios, n=4)
-        median = statistics.median(values)
+        to_library, milliseconds = ratio(values, seconds["library"]), 1e3 * statistics.median(values)
         count = sum(parameter.numel() for parameter in steps[variant].parameters)
-        rows.append(Row(model, shape, threads, variant, count, 1e3 * median,
-                        median / statistics.median(library_seconds), (first, third), needed[variant],
-                        needed[variant] / needed["library"], held[variant],
+        rows.append(Row(model, shape, threads, variant, count, milliseconds, to_library.value, to_library.quartiles,
+                        needed[variant], needed[variant] / needed["library"], held[variant],
                         held[variant] / held["library"]))  # fmt: skip
     return rows
 

@@ -3,9 +3,9 @@
 
     .venv/bin/python docs/make_pictures.py
 
-grafted_layer.svg and .png: a post-norm Transformer layer, and the same layer with UniPELT grafted on. Coordinates are
-in the picture's own units, x to the right and y upwards; data flows upwards.
-inspect.svg: what `graft.py inspect --svg` draws of a grafted encoder. gates.png: what plot_gates draws.
+grafted_layer.svg and .png show a post-norm Transformer layer, and the same layer with UniPELT grafted on. Coordinates
+are in the picture's own units, x to the right and y upwards; data flows upwards. inspect.svg is the output of
+`graft.py inspect --svg` for a grafted encoder; gates.png is the output of plot_gates.
 """
 
 import itertools
@@ -36,7 +36,7 @@ MUTED = "#64748b"
 
 
 class Canvas:
-    """Boxes, gates, sums and arrows on one axes."""
+    """Draws boxes, gates, sums and arrows on one axes."""
 
     def __init__(self, axes):
         self.axes = axes
@@ -51,7 +51,7 @@ class Canvas:
         self.axes.text(x, y, text, ha="center", va="center", fontsize=10, color=line, zorder=4)
 
     def gate(self, x, y, adapter):
-        """Multiplies what passes by g."""
+        """Draws a gate: it multiplies its input by g."""
         line, _ = ADAPTERS[adapter]
         self.axes.add_patch(Circle((x, y), 0.25, fc=line, ec="white", lw=1.2, zorder=5))
         self.axes.text(x, y - 0.01, r"$\times g$", ha="center", va="center", fontsize=9.5, color="white", zorder=6)
@@ -62,7 +62,7 @@ class Canvas:
         self.axes.text(x, y - 0.01, "+", ha="center", va="center", fontsize=12, color=line, zorder=6)
 
     def path(self, *points, adapter=None, arrow=True):
-        """A line through the points, with a head at the last."""
+        """Draws a line through the points, with an arrow head at the last one."""
         line = ADAPTERS[adapter][0] if adapter else INK
         xs, ys = zip(*points, strict=True)
         self.axes.plot(xs, ys, color=line, lw=1.5, solid_joinstyle="round", zorder=2)
@@ -83,7 +83,7 @@ WIDE = 3.9
 
 
 def base_layer(canvas, x):
-    """A post-norm layer with its main path at x. Returns the columns of q, k and v."""
+    """Draws a post-norm layer with its main path at x. Returns the columns of q, k and v."""
     columns = (x - 1.35, x, x + 1.35)
     canvas.label(x, INPUT - 0.2, "hidden states")
     canvas.path((x, INPUT), (x, SPLIT), arrow=False)
@@ -107,13 +107,13 @@ def base_layer(canvas, x):
 
 
 def residuals(canvas, x, side):
-    """The two residual connections, `side` away from the main path."""
+    """Draws the two residual connections, at the column `side`."""
     for start, norm in ((SPLIT - 0.3, NORM1), (NORM1 + 0.55, NORM2)):
         canvas.path((x, start), (side, start), (side, norm), (x - 1.15, norm))
 
 
 def lora(canvas, column, side):
-    """A low-rank branch at `side`, from the layer's input to the projection at `column`."""
+    """Draws a low-rank branch at `side`, from the layer's input to the projection at `column`."""
     canvas.path((column, SPLIT), (side, SPLIT), (side, 1.1), adapter="lora")
     canvas.box(side, 1.36, "A", width=0.8, height=0.46, adapter="lora")
     canvas.path((side, 1.6), (side, 1.77), adapter="lora")
@@ -135,7 +135,7 @@ def prefix(canvas, x, side):
 
 
 def bottleneck(canvas, x, side, residual):
-    """Reads the normalised sum, adds to the FFN's output before the layer's own norm."""
+    """Draws a bottleneck that reads the normalised sum and adds to the FFN's output, before the layer's own norm."""
     fork = FFN_OUT + 0.55
     canvas.path((x, fork), (side - 1.45, fork), (side - 1.45, NORM1 + 0.9), (side, NORM1 + 0.9), (side, 6.9),
                 adapter="bottleneck")  # fmt: skip
@@ -195,7 +195,8 @@ def inspected_encoder():
 
 
 def gates():
-    """Gates of a UniPELT adapter with random weights on MiniLM, over a few sentences (needs the demo's model)."""
+    """Draws the gates of a UniPELT adapter with random weights on MiniLM, over a few sentences (needs the demo's
+    model)."""
     sys.path[:0] = [str(HERE.parent / "python"), str(HERE.parent / "scripts")]
     import torchgraft
     from demo_models import Batch, load_tokenizer, trace_encoder

@@ -42,7 +42,7 @@ py::dict stats_of(const AdapterPool& pool) {
 
 }  // namespace
 
-// Whatever may wait for another thread's lease does so without the GIL, which that thread may need to end it.
+// A method that may wait for another thread's lease releases the GIL: that thread may need the GIL to end its lease.
 void bind_adapter_pool(py::module_& m) {
   const py::call_guard<py::gil_scoped_release> no_gil;
   py::class_<Lease>(m, "Lease")

@@ -1,4 +1,4 @@
-// The Python face of libtorchgraft_patch: modules, strings and dicts in and out, no logic of its own.
+// Python's binding of libtorchgraft_patch. It converts modules, strings and dicts, and has no logic of its own.
 
 #include "binding.h"
 
@@ -51,7 +51,7 @@ using torchgraft_python::config_of;
 using torchgraft_python::Spec;
 using torchgraft_python::spec_of;
 
-// Edited sites as JSON; an empty text means that they are to be detected.
+// The edited sites that the JSON text describes. Empty text: none, the patcher detects them.
 std::optional<torchgraft::Structure> sites_of(const std::string& json) {
   return json.empty() ? std::nullopt : std::optional(torchgraft::structure_from_json(json));
 }
@@ -88,14 +88,14 @@ void set_graft_error(const std::string& message) {
   PyErr_SetString(type.ptr(), message.c_str());
 }
 
-// What a failed `assert` of a method says, without TorchScript's traceback and class.
+// The message of a failed `assert` in a method, without TorchScript's traceback and class name.
 std::string message_of(const torch::jit::JITException& error) {
   const std::string text = error.getOriginalMsg().value_or(error.what());
   const std::string_view prefix = "AssertionError: ";
   return text.starts_with(prefix) ? text.substr(prefix.size()) : text;
 }
 
-// c10::Error carries a C++ stack, a person needs the message.
+// c10::Error carries a C++ stack; a user needs only the message.
 void translate_error(std::exception_ptr exception) {
   try {
     std::rethrow_exception(exception);
@@ -151,7 +151,7 @@ PYBIND11_MODULE(_C, m) {
     return std::tuple(files.config, files.weights, files.head_config, files.head_weights);
   });
   m.def("save_adapter", &torchgraft::save_adapter, no_gil);
-  // Contents by file name; see DirectoryUpdate.
+  // contents: the new files by name. See DirectoryUpdate.
   m.def("update_directory", [](const std::string& directory, const std::map<std::string, py::bytes>& contents,
                                const std::vector<std::string>& obsolete, const std::string& marker) {
     torchgraft::DirectoryUpdate update(directory);

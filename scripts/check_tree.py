@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""What scripts/check holds beyond what its tools know: line lengths, sizes of files and functions, who includes whom.
+"""Checks for scripts/check that no tool makes: line lengths, sizes of files and functions, and includes between
+folders.
 
 scripts/check_tree.py          # one line for each finding; exit code 1 if there is one
 scripts/check_tree.py --fix    # wraps paragraphs of Markdown that are too wide
@@ -19,8 +20,9 @@ WIDTH = 120
 FILE_LINES, FUNCTION_LINES = 400, 60
 NOT_TEXT = {".png", ".svg", ".json", ".j2"}
 
-# What a source of each folder may include besides the standard library: folders of this project (or single headers),
-# and prefixes of other libraries' headers. A folder that is not listed may include anything.
+# For each folder: the folders (or single headers) of this project that its sources may include, and the prefixes of
+# other libraries' headers. Every source may include the standard library. A folder that is not listed may include
+# anything.
 _EXPORT = "registration/export.h"
 LAYERS: dict[str, tuple[set[str], tuple[str, ...]]] = {
     "config": ({"config", _EXPORT}, ("c10/util/", "nlohmann/")),
@@ -41,7 +43,7 @@ Finding = tuple[Path, int, str]
 
 
 def tracked_files() -> list[Path]:
-    """The files of the tree, relative to ROOT: those that git knows and new ones that it does not ignore."""
+    """Returns the files of the tree, relative to ROOT: those that git knows, and new files that it does not ignore."""
     command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
     return [Path(name) for name in sorted(set(names)) if name and (ROOT / name).is_file()]
@@ -52,7 +54,7 @@ def lines_of(path: Path) -> list[str]:
 
 
 def is_too_wide(line: str, markdown: bool) -> bool:
-    """In Markdown the rows of tables are as wide as they are, and the address of a link counts for nothing."""
+    """In Markdown, rows of tables may have any width, and the addresses of links do not count."""
     if markdown:
         if line.lstrip().startswith("|"):
             return False
@@ -72,7 +74,7 @@ def long_lines(path: Path) -> Iterator[Finding]:
 
 
 def cpp_functions(lines: list[str]) -> Iterator[tuple[int, int]]:
-    """First and last line of every definition that clang-format begins in the first column."""
+    """Yields the first and the last line of every definition that clang-format begins in the first column."""
     start = None
     for number, line in enumerate(lines, 1):
         if line == "}" and start:
@@ -88,7 +90,7 @@ def python_functions(lines: list[str]) -> Iterator[tuple[int, int]]:
     for node in ast.walk(ast.parse("\n".join(lines))):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             body = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
-            first = body[0].lineno - (node.body[0].lineno - node.lineno)  # the docstring is not counted
+            first = body[0].lineno - (node.body[0].lineno - node.lineno)  # the docstring does not count
             yield first, node.end_lineno or node.lineno
 
 
@@ -129,7 +131,7 @@ _SPAN = re.compile(r"`[^`]*`")
 
 
 def paragraphs(lines: list[str]) -> Iterator[tuple[int, int]]:
-    """Half-open ranges of lines: paragraphs and items of lists, outside blocks of code, tables, headings and HTML."""
+    """Yields half-open ranges of lines: paragraphs and items of lists, without code, tables, headings and HTML."""
     start, fenced, in_list = None, False, False
     for number, line in enumerate([*lines, ""]):
         item = _ITEM.match(line)
@@ -148,7 +150,7 @@ def paragraphs(lines: list[str]) -> Iterator[tuple[int, int]]:
 
 
 def wrapped(lines: list[str]) -> list[str]:
-    """The paragraph in lines of at most WIDTH; as it was where a line would begin like a list, a heading or a table."""
+    """Wraps a paragraph at WIDTH. Leaves it as it is if a new line would begin like a list, a heading or a table."""
     item = _ITEM.match(lines[0])
     indent = re.match(r"\s*", lines[0])[0]
     inner = " " * item.end() if item else indent

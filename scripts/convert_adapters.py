@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Gives adapter directories of AdapterHub that have pytorch_adapter.bin an adapter.safetensors beside it.
+"""Writes adapter.safetensors beside the pytorch_adapter.bin of AdapterHub's adapter directories.
 
     scripts/convert_adapters.py FOLDER
 
-FOLDER is one such directory, or holds several. C++ hosts read safetensors only, which cannot carry code. Here nothing
-is unpickled but tensors. Directories that have the file already are left alone. Exit status 1 when one could not be
-converted; the others are.
+FOLDER is one such directory, or holds several. C++ hosts read safetensors only, which cannot carry code. The script
+unpickles only tensors. It skips directories that have the file already. If it cannot convert a directory, it converts
+the others, and its exit status is 1.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Grafts UniPELT and MAM onto a real sentence encoder and compares C++, Python and the oracle. Called by scripts/demo.
 
-The encoder is all-MiniLM-L6-v2. Its adapters are made and saved by the oracle, the `adapters` library, with random
-weights; grafting reads them from their directories. Exit status 1 if the three disagree, or anything fails.
+The encoder is all-MiniLM-L6-v2. The oracle, the `adapters` library, makes and saves its adapters with random weights;
+grafting reads them from their directories. Exit status 1 if the three disagree, or if anything fails.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "python"))
-warnings.filterwarnings("ignore")  # of torch.jit being deprecated, dozens of times
+warnings.filterwarnings("ignore")  # torch.jit is deprecated, and says so dozens of times
 
 import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -55,13 +55,13 @@ SENTENCES = [
 ]
 PAIRS = [(0, 1), (2, 3), (4, 5), (6, 7), (0, 4)]
 TIMED_RUNS = 15
-WARM_UP_RUNS = 3  # TorchScript specialises in its first runs
+WARM_UP_RUNS = 3  # TorchScript specialises its graphs in the first runs
 
 console = Console(width=None if sys.stdout.isatty() else 110)
 
 
 class Demo:
-    """The encoder, its adapters, and where everything is written."""
+    """The encoder, its adapters, and the folder for models and results."""
 
     def __init__(self, serve: Path, folder: Path):
         self.serve, self.folder = serve, folder
@@ -80,7 +80,7 @@ class Demo:
         return self.folder / f"{model}.pt"
 
     def graft(self) -> None:
-        """One file for each adapter, made in Python, and one with both, made on the command line."""
+        """Grafts each adapter into a file of its own, in Python, and both into one file, on the command line."""
         for name in GATED:
             with console.status(f"grafting {name}"):
                 started = time.perf_counter()
@@ -92,11 +92,15 @@ class Demo:
             pairs = [word for name in GATED for word in ("--adapter", f"{name}={self.folder / name}")]
             program = [sys.executable, ROOT / "scripts" / "graft.py"]
             run_program([*program, "add", self.path("base"), "-o", self.path("both"), *pairs])
-            self.seconds["both"] = time.perf_counter() - started  # of the whole program
+            self.seconds["both"] = time.perf_counter() - started  # the time of the whole program
         self.grafted["both"] = torch.jit.load(str(self.path("both")))
 
     def compare(self) -> tuple[Agreement, dict[str, Run], dict[str, list[float]]]:
-        """How well the three agree; the results in Python and the times in C++ (milliseconds) of each case."""
+        """Compares the three implementations.
+
+        Returns:
+            (how well they agree, the results in Python by case, the times in C++ by case, in milliseconds).
+        """
         agreement, results, cpp_times = Agreement(self.batch.mask), {}, {}
         cases = [("base", self.base, self.batch)]
         cases += [(name, self.grafted[name], self.batch) for name in GATED]
@@ -125,10 +129,10 @@ class Demo:
             cpp = run_cpp(self.serve, self.path(stem), self.batch, self.folder / f"{stem}.json", 0)
             python, oracle = run_python(model, self.batch), self.oracle.run(self.batch, name)
             agreement.add(f"{name}, float64", torch.float64, python, cpp, oracle)
-        self.oracle.model.float()  # exact: these were float32 numbers
+        self.oracle.model.float()  # exact: the weights were float32 before
 
     def time(self, cpp: dict[str, list[float]]) -> dict[str, float]:
-        """Median milliseconds. In Python the models run in turn, so that a slow moment hits all alike."""
+        """Returns median milliseconds. In Python the models run in turns, so that a slow moment hits all of them."""
         batch, mixed = self.batch, self.batch.mixed(len(GATED))
         functions = {"base, TorchScript": lambda: self.base(batch.ids, batch.mask)}
         for name in GATED:
@@ -182,7 +186,7 @@ def main() -> int:
     parser.add_argument("--serve", type=Path, required=True, help="the program of examples/serve")
     parser.add_argument("--output", type=Path, required=True, help="the folder for models and results")
     transformers_logging.set_verbosity_error()
-    logging.getLogger("adapters").setLevel(logging.ERROR)  # it warns whenever the base model is run
+    logging.getLogger("adapters").setLevel(logging.ERROR)  # it warns in every run of the base model
     try:
         run(parser.parse_args())
         return 0

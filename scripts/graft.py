@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Grafts adapters onto a TorchScript file, shows where they could go, and works with those of a grafted file.
+"""Grafts adapters onto a TorchScript file, shows where adapters can act, and changes the adapters of a grafted file.
 
     graft.py add BASE.pt -o OUT.pt --config unipelt --name task
     graft.py add BASE.pt -o OUT.pt --adapter task=DIRECTORY
@@ -13,48 +13,38 @@
     graft.py gates MODEL.pt --text TEXT --tokenizer TOKENIZER.json -o GATES.png
     graft.py tune -o KERNELS.json
 
-What goes wrong is one line on stderr; the exit status is then 2 for a wrong command line, 130 for Ctrl-C, else 1.
+An error is one line on stderr. The exit status is then 2 for a wrong command line, 130 for Ctrl-C, 143 for SIGTERM,
+else 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))  # for runpy, which does not add a script's folder
+
+from command_line import STOPPED, Parser, fail, on_stop  # noqa: E402
+
+PROGRAM = "graft"
 EDITING = """\
-To correct what is seen, write it to a file, edit that, and give it back:
+If a layer is seen wrongly, write the description of the layers to a file, edit it, and give it back:
 
     graft.py inspect BASE.pt --json > sites.json
     graft.py inspect BASE.pt --sites sites.json
     graft.py add BASE.pt -o OUT.pt --config unipelt --name task --sites sites.json
 
-An entry of "layers" that is removed: that attention gets no adapters. Fields that are changed (kind, layer, a
-projection's path, or null for none, a residual set to false) overrule what is seen. More: docs/sites.md.
+Remove an entry of "layers", and its attention gets no adapters. Change a field (kind, layer, a projection's path, or
+null for no projection, a residual to false), and it overrules what is seen. More: docs/sites.md.
 """
-STOPPED = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
-
-
-def fail(message: object, status: int = 1) -> NoReturn:
-    """One line, whatever the message looks like."""
-    print("graft: error:", " ".join(str(message).split()), file=sys.stderr)
-    raise SystemExit(status)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse without the usage text before an error."""
-
-    def error(self, message: str) -> NoReturn:
-        fail(f"{message} (see {self.prog} --help)", 2)
 
 
 def name_and_directory(text: str) -> tuple[str, Path]:
-    """The argument of --adapter."""
+    """Parses the argument of --adapter."""
     name, _, directory = text.partition("=")
     if not name or not directory:
         raise argparse.ArgumentTypeError(f"expected NAME=DIRECTORY, got '{text}'")
@@ -69,45 +59,50 @@ def make_parser() -> argparse.ArgumentParser:
     adding.add_argument("base", type=Path, metavar="BASE.pt", help="a scripted or traced (or already grafted) model")
     adding.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.pt")
     adding.add_argument("--config", action="append", default=[],
-                        help="unipelt, mam, lora, seq_bn, ..., or the path of an adapter_config.json or of its folder; "
-                             "with fresh weights. May be given several times, each with its --name")  # fmt: skip
+                        help="graft a fresh adapter: unipelt, mam, lora, seq_bn, ..., or the path of an "
+                             "adapter_config.json or of its folder. May be given several times, each with a "
+                             "--name")  # fmt: skip
     adding.add_argument("--name", action="append", default=[], help="the name of the adapter that --config makes")
     adding.add_argument("--adapter", action="append", default=[], type=name_and_directory, metavar="NAME=DIRECTORY",
-                        help="a trained AdapterHub adapter; may be given several times")  # fmt: skip
+                        help="graft a trained adapter from its AdapterHub directory; may be given several "
+                             "times")  # fmt: skip
     adding.add_argument("--gate-pooling", choices=("all", "unpadded"), default="all",
                         help="whether gates average over padding too (default: all, as in AdapterHub)")  # fmt: skip
     adding.add_argument("--token-mask", metavar="INPUT",
                         help="for --gate-pooling unpadded: the argument of forward that is the token mask")  # fmt: skip
     adding.add_argument("--active", metavar="NAME", help="the adapter that is active in OUT (default: the last one)")
-    adding.add_argument("--seed", type=int, help="for fresh weights")
+    adding.add_argument("--seed", type=int, help="seed of fresh weights")
     adding.add_argument("--trainable", action="store_true",
-                        help="give the adapters parameters of their own, to be trained (default: frozen)")  # fmt: skip
+                        help="give the adapters parameters of their own, to train them (default: frozen)")  # fmt: skip
     adding.add_argument("--sites", type=Path, metavar="FILE",
-                        help="layers that overrule those that are seen: edited output of inspect --json")  # fmt: skip
+                        help="an edited output of inspect --json; it overrules the layers that are seen")  # fmt: skip
 
-    inspecting = commands.add_parser("inspect", help="show the layers that are seen in BASE", epilog=EDITING,
+    inspecting = commands.add_parser("inspect", help="show the layers that the patcher sees in BASE", epilog=EDITING,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     inspecting.add_argument("base", type=Path, metavar="BASE.pt", help="a scripted, traced or grafted model")
-    inspecting.add_argument("--json", action="store_true", help="as data")
-    inspecting.add_argument("--sites", type=Path, metavar="FILE", help="layers that overrule those that are seen")
+    inspecting.add_argument("--json", action="store_true", help="print JSON")
+    inspecting.add_argument(
+        "--sites", type=Path, metavar="FILE", help="an edited output of --json; it overrules the layers that are seen"
+    )
     inspecting.add_argument("--svg", type=Path, metavar="FILE",
-                            help="draw the layers with what is grafted; of a bare model, with the places")  # fmt: skip
+                            help="draw the layers with their adapters; if nothing is grafted, with the locations "
+                                 "where adapters can act")  # fmt: skip
     inspecting.add_argument("--dump", type=Path, metavar="DIR",
-                            help="write the graph after every pass into DIR, for whoever works on the patcher")  # fmt: skip
-    inspecting.add_argument("--config", help="show which operators this configuration (as for add) would run; with "
-                                             "--svg, draw where it would go")  # fmt: skip
-    tuning = commands.add_parser("tune", help="measure which kernels are faster on this machine, and write that down")
+                            help="write the graph after every pass into DIR, for work on the patcher")  # fmt: skip
+    inspecting.add_argument("--config", help="show the operators that this configuration (as for add) would run; with "
+                                             "--svg, draw where its adapters would act")  # fmt: skip
+    tuning = commands.add_parser("tune", help="measure which kernels are faster on this machine, and write a table")
     tuning.add_argument("-o", "--output", type=Path, required=True, metavar="KERNELS.json",
                         help="the file that TORCHGRAFT_KERNEL_TABLE may name")  # fmt: skip
-    tuning.add_argument("--seconds", type=float, default=0.3, help="for each measurement (default: 0.3)")
-    tuning.add_argument("--tokens", type=int, nargs="+", help="of all rows together (default: 16 128 1024)")
+    tuning.add_argument("--seconds", type=float, default=0.3, help="time of each measurement (default: 0.3)")
+    tuning.add_argument("--tokens", type=int, nargs="+", help="tokens of all rows together (default: 16 128 1024)")
     tuning.add_argument("--features", type=int, nargs="+", help="hidden sizes, multiples of 64 (default: 384 768)")
     add_life_commands(commands)
     return parser
 
 
 def add_life_commands(commands: argparse._SubParsersAction) -> None:
-    """What is done with a grafted file. Commands that change it write another."""
+    """Adds the commands for grafted files. A command that changes the adapters writes another file."""
 
     def command(name: str, about: str, writes: bool = True) -> argparse.ArgumentParser:
         result = commands.add_parser(name, help=about)
@@ -116,46 +111,54 @@ def add_life_commands(commands: argparse._SubParsersAction) -> None:
             result.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.pt")
         return result
 
-    saving = command("save", "write one adapter as an AdapterHub directory", writes=False)
+    saving = command("save", "write one adapter into an AdapterHub directory", writes=False)
     saving.add_argument("name", metavar="NAME")
     saving.add_argument("directory", type=Path, metavar="DIRECTORY")
     saving.add_argument(
         "--model-class",
         metavar="CLASS",
-        help="the class of the library's model that is to load a head, as BertAdapterModel",
+        help="the model class of the adapters library that is to load the head: BertAdapterModel",
     )
-    saving.add_argument("--bin", action="store_true", help="pytorch_adapter.bin instead of adapter.safetensors")
-    loading = command("load", "add the adapter of a directory, or replace the one of its name")
+    saving.add_argument("--bin", action="store_true", help="write pytorch_adapter.bin instead of adapter.safetensors")
+    loading = command("load", "add the adapter of a directory, or replace the adapter of its name")
     loading.add_argument("directory", type=Path, metavar="DIRECTORY")
-    loading.add_argument("--name", help="another name for it")
-    loading.add_argument("--trainable", action="store_true", help="give it parameters of its own, to be trained")
+    loading.add_argument("--name", help="the adapter's name in OUT.pt (default: its name in the directory)")
+    loading.add_argument("--trainable", action="store_true", help="give it parameters of its own, to train it")
     matching = command("match", "show where load would put each weight of a directory", writes=False)
     matching.add_argument("directory", type=Path, metavar="DIRECTORY")
     listing = command("list", "show the adapters and their sizes", writes=False)
-    listing.add_argument("--json", action="store_true", help="as data")
-    command("remove", "take adapters off").add_argument("name", nargs="+", metavar="NAME")
+    listing.add_argument("--json", action="store_true", help="print JSON")
+    command("remove", "remove adapters").add_argument("name", nargs="+", metavar="NAME")
     renaming = command("rename", "give an adapter another name")
     renaming.add_argument("name", metavar="NAME")
     renaming.add_argument("to", metavar="NEW_NAME")
-    command("freeze", "make a trainable adapter a row of the banks").add_argument("name", metavar="NAME")
-    command("unfreeze", "give an adapter parameters of its own").add_argument("name", metavar="NAME")
+    command("freeze", "make a trainable adapter frozen: a row of the banks, to be served").add_argument(
+        "name", metavar="NAME"
+    )
+    command("unfreeze", "make a frozen adapter trainable: it gets parameters of its own").add_argument(
+        "name", metavar="NAME"
+    )
     command("merge", "add an ungated LoRA to the base's weights").add_argument("name", metavar="NAME")
-    command("unmerge", "take a merged LoRA out of them").add_argument("name", metavar="NAME")
-    command("lower", "make a file of ATen calls alone, which needs no library")
+    command("unmerge", "subtract a merged LoRA from the base's weights").add_argument("name", metavar="NAME")
+    command("lower", "replace torchgraft's operators by ATen calls: OUT.pt loads without libtorchgraft.so")
     command("ungraft", "give back the base (after merge: with the merged weights)")
     gates = command("gates", "draw the gates of an adapter on texts, or print them", writes=False)
-    gates.add_argument("--text", action="append", default=[], help="may be given several times")
+    gates.add_argument("--text", action="append", default=[], help="a text; may be given several times")
     gates.add_argument("--file", type=Path, metavar="FILE", help="a data set: one text per line")
     gates.add_argument("--tokenizer", type=Path, metavar="TOKENIZER.json",
                        help="the model's tokenizer (default: tokenizer.json beside MODEL.pt)")  # fmt: skip
     gates.add_argument("--max-length", type=int, default=128, help="tokens per text (default: 128)")
-    gates.add_argument("--adapter", metavar="NAME", help="default: the active one")
-    gates.add_argument("--each", action="store_true", help="one map per text, not the mean over all")
-    gates.add_argument("-o", "--output", type=Path, metavar="FILE", help=".png, .svg or .pdf; without it, as text")
+    gates.add_argument("--adapter", metavar="NAME", help="the adapter (default: the active one)")
+    gates.add_argument(
+        "--each", action="store_true", help="draw or print one map per text, not the mean over all texts"
+    )
+    gates.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="a picture: .png, .svg or .pdf (default: print text)"
+    )
 
 
 def check_add(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """What a wrong command line gets told before anything is loaded."""
+    """Checks the arguments of add, before anything is loaded."""
     configs, names = len(arguments.config), len(arguments.name)
     if configs != names:
         parser.error(f"--config and --name go together, got {configs} and {names} of them")
@@ -182,23 +185,18 @@ def check_inspect(parser: argparse.ArgumentParser, arguments: argparse.Namespace
 
 
 def stop(signal_number: int, frame: object) -> NoReturn:
-    """Raises, so that what was begun is cleaned up."""
-    fail(STOPPED[signal_number], 128 + signal_number)
+    """Raises SystemExit, so that temporary files are removed."""
+    fail(PROGRAM, STOPPED[signal_number], 128 + signal_number)
 
 
 def stop_at_once(signal_number: int, frame: object) -> NoReturn:
-    """For as long as there is nothing to clean up. While torch is imported, exceptions from a handler can get lost."""
+    """Ends the process. Serves while torch is imported: code that runs then can swallow exceptions of a handler, and
+    there is nothing to clean up yet."""
     try:
         stop(signal_number, frame)
     finally:
         sys.stderr.flush()
         os._exit(128 + signal_number)
-
-
-def on_stop(handler: Callable[[int, object], NoReturn]) -> None:
-    for number in STOPPED:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and background jobs want it
-            signal.signal(number, handler)
 
 
 def main() -> None:
@@ -209,15 +207,15 @@ def main() -> None:
         checks[arguments.command](parser, arguments)
     sys.path.insert(0, str(ROOT / "python"))
     try:
-        # Not at the top of the file: loading torch takes seconds, a wrong command line is known before.
+        # Not at the top of the file: torch takes seconds to load, and a wrong command line needs no torch.
         from torchgraft import _commands
     except ImportError as error:
-        fail(f"{error}; run scripts/setup, then use .venv/bin/python scripts/graft.py")
+        fail(PROGRAM, f"{error}; run scripts/setup, then use .venv/bin/python scripts/graft.py")
     on_stop(stop)
     try:
         _commands.run(arguments)
     except _commands.EXPECTED_ERRORS as error:
-        fail(_commands.reason(error))
+        fail(PROGRAM, _commands.reason(error))
 
 
 if __name__ == "__main__":

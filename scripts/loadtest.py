@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
-"""Throughput and latency of a server on this machine, and of the adapters library beside it.
+"""Measures throughput and latency of a server on this machine, and of the adapters library beside it.
 
     scripts/loadtest.py --server build/demo/server/server [--json FILE] [--picture FILE.png]
     scripts/loadtest.py --server examples/ray_serve/main.py --server-options "--replicas 2 --threads 1"
 
-The model is MiniLM's size (6 layers, 384 wide; random, as its speed does not depend on its weights), the adapters are
-UniPELT, a request is one text of 8 to 32 tokens. Three series, each point bounded by --requests and --seconds:
+The model has MiniLM's size (6 layers, 384 wide) and random weights, on which its speed does not depend. The adapters
+are UniPELT. A request is one text of 8 to 32 tokens. --requests and --seconds limit each point of three series:
 
-    distinct    as many clients as --clients ask one after the other, for 0 (base model), 1, 8, 64, 256 adapters
-    offered     requests come at a rate, whoever waits: shares of the throughput with 64 adapters
+    distinct    --clients clients; each sends its next request after an answer; 0 (base model), 1, 8, 64, 256 adapters
+    offered     requests arrive at a fixed rate, however many wait: shares of the throughput with 64 adapters
     library     adapters==1.3.0, eager, set_active_adapters for each request, one process, the same cores
 
-The client runs on the same cores as the server and costs it some. Nothing is downloaded, nothing leaves 127.0.0.1.
+The clients run on the same cores as the server and slow it down a little. The script downloads nothing and connects to
+127.0.0.1 only.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "python"), str(ROOT / "benchmarks")]
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
-warnings.filterwarnings("ignore")  # of torch.jit being deprecated
+warnings.filterwarnings("ignore")  # torch.jit is deprecated, and says so
 
 import adapters  # noqa: E402
 import psutil  # noqa: E402
@@ -46,6 +47,7 @@ from rich.table import Table  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 import torchgraft  # noqa: E402
+from demo_models import HiddenStates  # noqa: E402
 from this_machine import processor  # noqa: E402
 from torchgraft.adapter_hub import CONFIG_FILE, SAFETENSORS_FILE  # noqa: E402
 
@@ -57,17 +59,18 @@ CAPACITY = 64  # adapters in memory
 SHARES = [0.25, 0.5, 0.75, 0.9, 1.1]
 LIBRARY_ADAPTERS = 8
 WARM_UP = 200  # requests
-START_SECONDS, ANSWER_SECONDS, STOP_SECONDS = 300, 60, 120  # then it hangs
+START_SECONDS, ANSWER_SECONDS, STOP_SECONDS = 300, 60, 120  # a server that takes longer hangs
 
 console = Console(width=None if sys.stdout.isatty() else 110)
 
 
 @dataclass
 class Point:
-    """One line of the table. per_second: answers; milliseconds: of the answers, from request to last byte."""
+    """One line of the table. per_second: answers; p50, p95, p99: milliseconds from a request to the last byte of its
+    answer."""
 
     series: str
-    x: float  # distinct adapters, or requests offered a second
+    x: float  # distinct adapters, or offered requests a second
     answered: int
     refused: int
     per_second: float
@@ -76,25 +79,16 @@ class Point:
     p99: float
 
 
-class Encoder(torch.nn.Module):
-    def __init__(self, model: torch.nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-
-
 def encoder() -> torch.nn.Module:
     torch.manual_seed(0)
     return transformers.BertModel(transformers.BertConfig(**SIZES), add_pooling_layer=False).eval()
 
 
 def make_files(folder: Path, count: int) -> None:
-    """base.pt and adapters/task_0 ...: one that is grafted, and copies with other numbers."""
+    """Writes base.pt, and adapters/task_0, ... with different weights."""
     example = torch.ones(2, 16, dtype=torch.int64)
     with torch.no_grad():
-        base = torch.jit.trace(Encoder(encoder()).eval(), (example, example), check_trace=False)
+        base = torch.jit.trace(HiddenStates(encoder()).eval(), (example, example), check_trace=False)
     torch.jit.freeze(base).save(str(folder / "base.pt"))
     model = torchgraft.graft(base, "unipelt", "saved")
     torchgraft.save_adapter(model, "saved", folder / "saved")
@@ -121,7 +115,7 @@ def request_bytes(adapter: str | None, ids: list[int]) -> bytes:
 
 
 class Client:
-    """One connection."""
+    """One connection to the server."""
 
     def __init__(self, port: int):
         self._port = port
@@ -134,7 +128,14 @@ class Client:
         self._writer.close()
 
     async def ask(self, content: bytes) -> int:
-        """The status; the answer is read to its end and dropped. Raises TimeoutError after ANSWER_SECONDS."""
+        """Sends a request and drops the answer.
+
+        Returns:
+            The HTTP status.
+
+        Raises:
+            TimeoutError: the answer takes more than ANSWER_SECONDS.
+        """
         async with asyncio.timeout(ANSWER_SECONDS):
             self._writer.write(content)
             head = await self._reader.readuntil(b"\r\n\r\n")
@@ -144,7 +145,7 @@ class Client:
 
 
 class Load:
-    """What a series of requests came to."""
+    """The answers to a series of requests."""
 
     def __init__(self):
         self.seconds: list[float] = []
@@ -173,7 +174,7 @@ def requests_for(distinct: int, count: int) -> list[bytes]:
 
 
 async def closed(port: int, contents: list[bytes], clients: int, seconds: float) -> Load:
-    """Each client asks as soon as it has its answer."""
+    """Sends requests from `clients` clients. Each sends the next one as soon as it has its answer."""
     load, waiting = Load(), iter(contents)
 
     async def work() -> None:
@@ -189,7 +190,7 @@ async def closed(port: int, contents: list[bytes], clients: int, seconds: float)
 
 
 async def offered(port: int, contents: list[bytes], rate: float, clients: int, seconds: float) -> Load:
-    """Requests at random times; latency counts from when a request was due, so that a slow server cannot hide."""
+    """Sends requests at random times. Latency counts from the time a request was due, so that a slow server shows."""
     source = random.Random(1)
     queue: asyncio.Queue = asyncio.Queue()
     due = 0.0
@@ -213,7 +214,7 @@ async def offered(port: int, contents: list[bytes], rate: float, clients: int, s
 
 
 def library_load(contents: list[list[int]], seconds: float) -> Load:
-    """Each request alone, as it comes, with its adapter made active for it."""
+    """Runs each request alone, after making its adapter active, as the library serves."""
     model = encoder()
     adapters.init(model)
     for index in range(LIBRARY_ADAPTERS):
@@ -255,7 +256,7 @@ def stop_server(process: subprocess.Popen) -> None:
 
 
 def memory_of(pid: int) -> int:
-    """Bytes of a process and of all that it started; what several share counts once."""
+    """Returns the bytes of a process and its children. Memory that several share counts once."""
     processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
     return sum(process.memory_full_info().pss for process in processes)
 
@@ -269,7 +270,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[Point]:
         asyncio.run(closed(port, requests_for(0, WARM_UP), arguments.clients, arguments.seconds))
         for distinct in arguments.distinct:
             contents = requests_for(distinct, arguments.requests)
-            asyncio.run(closed(port, contents[:WARM_UP], arguments.clients, arguments.seconds))  # adapters come in
+            asyncio.run(closed(port, contents[:WARM_UP], arguments.clients, arguments.seconds))  # loads the adapters
             load = asyncio.run(closed(port, contents, arguments.clients, arguments.seconds))
             points.append(load.point("distinct", distinct))
             print_points(points[-1:])
@@ -330,11 +331,14 @@ def draw(points: list[Point], server: str, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--server", type=Path, required=True, help="the program that examples/server builds, or ray_serve's"
+        "--server",
+        type=Path,
+        required=True,
+        help="the program that examples/server builds, or examples/ray_serve/main.py",
     )
     parser.add_argument("--server-options", default="--workers 2 --threads 1")
-    parser.add_argument("--requests", type=int, default=3000, help="at most, for each point")
-    parser.add_argument("--seconds", type=float, default=15, help="at most, for each point")
+    parser.add_argument("--requests", type=int, default=3000, help="the most for each point")
+    parser.add_argument("--seconds", type=float, default=15, help="the most for each point")
     parser.add_argument("--distinct", type=int, nargs="+", default=DISTINCT, help="numbers of distinct adapters")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--json", type=Path)

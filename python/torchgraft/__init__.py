@@ -4,8 +4,8 @@
     model = torchgraft.graft(base, config="unipelt", name="task")
     model.save("task.pt")
 
-Importing the package registers the operators; a process that only serves needs no more than
-`torch.ops.load_library(torchgraft.library_path())` and `torch.jit.load`.
+Importing the package registers the operators. A process that only serves need not import it: it calls
+`torch.ops.load_library(PATH)` with the path of libtorchgraft.so, then `torch.jit.load`.
 """
 
 from ._libraries import library_path, load_operators

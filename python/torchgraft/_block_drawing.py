@@ -1,4 +1,4 @@
-"""One Transformer layer, or a run of alike ones, in the picture of `inspect --svg`."""
+"""Draws one Transformer layer, or a group of layers that look alike, for the picture of `inspect --svg`."""
 
 import html
 import textwrap
@@ -11,14 +11,14 @@ from ._layers import ROLES, Group, Slot
 
 INK, PALE, MUTED, PAPER = "#334155", "#eef2f6", "#64748b", "#fbfcfd"  # the base model
 WARNING = "#b91c1c"
-METHODS = {  # line colour, fill; the colours of docs/grafted_layer.svg
+METHODS = {  # line colour, fill: as in docs/grafted_layer.svg
     "prefix": ("#0f766e", "#ccf0ea"),
     "LoRA": ("#c2570c", "#fde6d0"),
     "bottleneck": ("#6d28d9", "#e7defc"),
 }
 NOTE_WIDTH = 36  # columns
 
-# Per kind of attention: its title, the slot of its prefix, what its LoRA slots begin with, its bottleneck's location.
+# For each kind of attention: title, slot of its prefix, beginning of its LoRA slots' names, location of its bottleneck.
 _KINDS = {
     "self": ("self attention", "self_prefix", "selfattn_lora", "mh_adapter"),
     "encoder": ("self attention", "encoder_prefix", "selfattn_lora", "mh_adapter"),
@@ -26,18 +26,19 @@ _KINDS = {
 }
 _MATRICES = {"query": "q", "key": "k", "value": "v"}
 _FFN_LORA = {"ffn_in": "intermediate_lora", "ffn_out": "output_lora"}
-# How bottlenecks' slots go on after the location; what begins with another comes first.
+# How the names of bottlenecks' slots continue after the location. "seq" also begins "seq_ln", which therefore comes
+# first.
 _WAYS = {"seq_ln": "sequential, reads the normed sum", "seq": "sequential", "par": "parallel"}
 
-Edge = tuple[str, tuple[str, ...]]  # a box of projections, as edges name it, and its roles
+Edge = tuple[str, tuple[str, ...]]  # (the node or port of a box of projections, the roles of the projections)
 
 
 class Style:
-    """How a whole picture is drawn, and what was drawn so far.
+    """The style of a whole picture, and the methods drawn so far.
 
     Attributes:
-        grafted: grafted modules are drawn; otherwise, with dashes, the places for them.
-        drawn: keys of METHODS.
+        grafted: whether the picture shows grafted modules. False: it shows, dashed, the locations for them.
+        drawn: the methods drawn so far, keys of METHODS.
     """
 
     def __init__(self, grafted: bool):
@@ -50,7 +51,7 @@ class Style:
         return f"{kind}_{self._names}"
 
     def badge(self, method: str, title: str, detail: str = "") -> str:
-        """A cell for a grafted module, or for its place."""
+        """Makes a cell for a grafted module, or for a location."""
         self.drawn.add(method)
         line, fill = METHODS[method]
         if self.grafted:
@@ -62,7 +63,7 @@ class BlockDrawing:
     """Draws one group as a cluster. A `node` is the name of a box, perhaps with one of its ports.
 
     Args:
-        root: the whole graph: an arrow between clusters belongs to neither.
+        root: the whole graph, which gets the arrows between clusters.
         memory: the node that cross attention reads.
     """
 
@@ -71,10 +72,10 @@ class BlockDrawing:
         self.group, self.style, self.memory = group, style, memory
         self.slots = sorted(group.first.slots, key=lambda slot: slot.name)
         self.prefix = _common_prefix(group)
-        self.column = style.new_name("column")  # of the boxes that dot should put below each other
+        self.column = style.new_name("column")  # the group of boxes that dot should put below each other
 
     def draw(self, parent: graphviz.Digraph, start: str) -> str:
-        """In `parent`, behind the node `start`; returns the last node."""
+        """Draws into `parent`, behind the node `start`; returns the last node."""
         with parent.subgraph(name=self.style.new_name("cluster")) as self.graph:
             self.graph.attr(label=self.label(), labeljust="l", style="rounded,filled", color=MUTED, fillcolor=PAPER,
                             margin="16")  # fmt: skip
@@ -85,7 +86,7 @@ class BlockDrawing:
         return end
 
     def attention(self, index: int, start: str) -> str:
-        """norm? -> q, k, v and attention -> output -> bottleneck? -> add -> norm?"""
+        """Draws norm? -> q, k, v and attention -> output -> bottleneck? -> add -> norm?; returns the last node."""
         entry = self.group.first.attentions[index]
         source = self.norm(start) if entry["norm_order"] == "pre" else start
         core, projections = self.core(index)
@@ -107,7 +108,7 @@ class BlockDrawing:
         return self.residual(entry["attention_residual"], entry["norm_order"], location, start, [end])
 
     def feed_forward(self, index: int, start: str) -> str:
-        """norm? -> in, beside the gate -> out -> bottleneck? -> add -> norm?"""
+        """Draws norm? -> in, beside the gate -> out -> bottleneck? -> add -> norm?; returns the last node."""
         entry = self.group.first.attentions[index]
         if not (entry["ffn_in"] or entry["ffn_out"] or entry["ffn_residual"]):
             return start
@@ -122,14 +123,14 @@ class BlockDrawing:
         return self.residual(entry["ffn_residual"], entry["ffn_norm_order"], "output_adapter", start, ends)
 
     def residual(self, present: bool, order: str, location: str, start: str, ends: list[str]) -> str:
-        """What comes after a branch that ends in `ends`: sequential bottlenecks in it, parallel ones beside it, the add
-        and the norm. Without a residual connection there are none of them."""
+        """Draws the end of a branch, behind the nodes `ends`: sequential bottlenecks in it, parallel ones beside it,
+        the add and the norm. Draws nothing without a residual connection. Returns the last node."""
         if not present:
             return ends[-1]
         here = [slot for slot in self.slots if slot.name.startswith(f"{location}_")]
         lines = [_bottleneck_lines(slot) for slot in here if not _is_parallel(slot)]
         if not self.style.grafted:
-            lines = [("place for a bottleneck", location)]
+            lines = [("location for a bottleneck", location)]
         for title, detail in lines:
             node = self.box("bottleneck", [self.style.badge("bottleneck", title, detail)])
             for end in ends:
@@ -150,7 +151,7 @@ class BlockDrawing:
     # Boxes
 
     def node(self, kind: str, **look: str) -> str:
-        """On the main path."""
+        """Adds a node to the main path."""
         name = self.style.new_name(kind)
         self.graph.node(name, group=self.column, **look)
         return name
@@ -164,11 +165,12 @@ class BlockDrawing:
         return name
 
     def boxes(self, index: int, roles: tuple[str, ...]) -> list[str]:
-        """A box for each linear map of these roles."""
+        """Draws a box for each linear map of these roles; returns the nodes."""
         return [self.box("projection", cells) for cells, _ in self.projections(index, roles)]
 
     def core(self, index: int) -> tuple[str, list[Edge]]:
-        """An attention with its q, k and v above it, in one node, so that they keep their order."""
+        """Draws an attention with its q, k and v above it, in one node, so that they keep their order. Returns the
+        node, and the ports of q, k and v."""
         entry = self.group.first.attentions[index]
         title, location, _, _ = _KINDS[entry["kind"]]
         heads = f"{entry['num_heads']} heads of {entry['head_dim']}"
@@ -179,7 +181,7 @@ class BlockDrawing:
                   for slot in self.slots if slot.name == location]  # fmt: skip
         if not self.style.grafted and location in entry["locations"]:
             cells.append(self.style.badge("prefix", "prefix"))
-        # What comes from the encoder, which stands on the left, stays on the left.
+        # Keys and values come from the encoder, which stands on the left: they stay on the left.
         order = ("key", "value", "query") if entry["kind"] == "cross" else ("query", "key", "value")
         projections = self.projections(index, order)
         upper = "".join(f'<TD PORT="{roles[0]}">{_table(inner)}</TD>' for inner, roles in projections)
@@ -190,10 +192,10 @@ class BlockDrawing:
         return core, [(f"{core}:{roles[0]}:n", roles) for _, roles in projections]
 
     def projections(self, index: int, roles: tuple[str, ...]) -> list[tuple[list[str], tuple[str, ...]]]:
-        """The cells of each linear map: its own and those of what is grafted onto it. Projections that share a weight
-        are one."""
+        """Returns the cells of each linear map, its own and those of its LoRAs, and the roles of the map. Projections
+        that share a weight are one map."""
         entry = self.group.first.attentions[index]
-        maps: dict[str, list[str]] = {}  # roles by path, or for constants by role
+        maps: dict[str, list[str]] = {}  # path -> roles; a constant has no path, and its role is the key
         for role in roles:
             if entry[role] is not None:
                 maps.setdefault(self.group.path(index, role) or role, []).append(role)
@@ -207,7 +209,7 @@ class BlockDrawing:
         return result
 
     def lora(self, entry: dict[str, Any], role: str, where: str) -> list[str]:
-        """The badges of one projection. `where` says which it is, in a box of several."""
+        """Makes the LoRA badges of one projection. `where` names it in a box of several projections."""
         location = name = _FFN_LORA.get(role, "")
         if role in _MATRICES:
             location, name = "selfattn_lora", f"{_KINDS[entry['kind']][2]}_{_MATRICES[role]}"
@@ -218,11 +220,11 @@ class BlockDrawing:
         return badges
 
     def flow(self, start: str, end: str) -> None:
-        """An arrow of the main path."""
+        """Draws an arrow of the main path."""
         self.graph.edge(start, end, weight="4")
 
     def label(self) -> str:
-        """HTML: which layers, and where their modules are."""
+        """Returns HTML: which layers the group holds, and the common path of their modules."""
         blocks = self.group.blocks
         count = f" ({len(blocks)} alike)" if len({block.number for block in blocks}) > 1 else ""
         lines = [f'<FONT POINT-SIZE="13" COLOR="{INK}"><B>{text_of(self.group.label)}</B>{count}</FONT>']
@@ -232,7 +234,7 @@ class BlockDrawing:
 
 
 def text_of(text: str) -> str:
-    """HTML; Graphviz substitutes \\N and the like even there."""
+    """Escapes text for HTML labels, in which Graphviz still substitutes \\N and the like."""
     return html.escape(text).replace("\\", "\\\\")
 
 
@@ -245,7 +247,7 @@ def _cell(title: str, detail: str = "", line: str = INK, fill: str = PALE, look:
 
 
 def _note_text(notes: Iterable[str]) -> str:
-    """HTML: what was not found, and why."""
+    """Returns HTML with the notes: what was not found, and why."""
     lines = [text_of(line) for note in notes for line in textwrap.wrap(note, NOTE_WIDTH)]
     return f'<<FONT POINT-SIZE="9" COLOR="{WARNING}">{_left(lines)}</FONT>>'
 
@@ -267,7 +269,8 @@ def _is_parallel(slot: Slot) -> bool:
 
 
 def _bottleneck_lines(slot: Slot) -> tuple[str, str]:
-    """E.g. "bottleneck of 48, gated", "parallel, relu" for the slot output_adapter_par_relu."""
+    """Returns title and detail of a bottleneck: "bottleneck of 48, gated", "parallel, relu" for
+    output_adapter_par_relu."""
     suffix = slot.name.partition("_adapter_")[2]
     way = next(way for way in _WAYS if suffix.startswith(f"{way}_"))
     return _with_gate(f"bottleneck of {slot.size}", slot), f"{_WAYS[way]}, {suffix.removeprefix(f'{way}_')}"
@@ -278,7 +281,7 @@ def _with_gate(text: str, slot: Slot) -> str:
 
 
 def _common_prefix(group: Group) -> str:
-    """What the paths of a block's modules begin with, up to a dot."""
+    """Returns the longest common beginning, up to a dot, of the paths of a block's modules."""
     paths = [group.path(index, role).split(".")[:-1] for index, entry in enumerate(group.first.attentions)
              for role in ROLES if entry[role] is not None and entry[role]["path"]]  # fmt: skip
     common = []

@@ -1,4 +1,4 @@
-"""What scripts/graft.py does, once its command line is understood."""
+"""The commands of scripts/graft.py, on a parsed command line: add, inspect and tune."""
 
 import argparse
 import contextlib
@@ -19,35 +19,33 @@ from rich.text import Text
 from . import _life_commands
 from ._console import table_console
 from ._drawing import draw
-from ._files import check_writable, load_module, reason, save_module, write_whole
+from ._files import EXPECTED_ERRORS, check_writable, load_module, reason, save_module, write_whole
 from ._layers import ROLES, slots_of
 from ._operators import operators_of, ranges
 from ._tuning import FEATURES, OPS, TOKENS, measure
+from .configs import config_argument
 from .errors import GraftError
-from .grafting import graft
+from .grafting import graft, is_grafted, names_of
 from .grafting import inspect as inspect_module
 from .life import list_adapters
-
-# What a user can cause; anything else is a defect and deserves its traceback. RuntimeError, torch.jit.Error: torch's.
-EXPECTED_ERRORS = (GraftError, OSError, RuntimeError, MemoryError, torch.jit.Error)
 
 __all__ = ["EXPECTED_ERRORS", "add", "inspect", "reason", "run"]
 
 # The environment variable that patch/graph/dump_graph.h reads.
 DUMP = "TORCHGRAFT_DUMP"
 
-# A parameter that each kind of module has exactly once, to count modules by.
+# One parameter of each kind of grafted module. A module has it exactly once, so it serves to count modules.
 _ONE_PER_MODULE = (".lora_a", ".prefix_key", ".up_weight")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """The command that the command line names."""
+    """Runs the command that the command line names."""
     {"add": add, "inspect": inspect, "tune": tune, **_life_commands.COMMANDS}[arguments.command](arguments)
 
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
-    """A function that shows what is being done, if somebody is watching."""
+    """Yields a function that shows a text as the current step. On a stream that is no terminal it shows nothing."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda text: None
@@ -57,10 +55,10 @@ def _progress() -> Iterator[Callable[[str], None]]:
 
 
 def add(arguments: argparse.Namespace) -> None:
-    """Grafts adapters onto a file and writes another, whole or not at all.
+    """Grafts adapters onto the module of a file, and writes another file, whole or not at all.
 
     Args:
-        arguments: of the command line: base, output (paths), config and name (lists of one length), adapter (pairs of
+        arguments: the command line's: base, output (paths), config and name (lists of one length), adapter (pairs of
             name and directory), gate_pooling, token_mask, active, seed, trainable, sites (path or None).
     """
     check_writable(arguments.output)
@@ -76,13 +74,13 @@ def add(arguments: argparse.Namespace) -> None:
 
 
 def _graft_all(base: torch.jit.ScriptModule, arguments: argparse.Namespace) -> torch.jit.ScriptModule:
-    """Fresh adapters in the order given, then trained ones: a graft of a grafted module adds to it."""
+    """Grafts fresh adapters in the order of the command line, then trained ones."""
     if arguments.seed is not None:
         torch.manual_seed(arguments.seed)
     pooling = {"gate_pooling": arguments.gate_pooling, "token_mask": arguments.token_mask}
     requests: list[dict[str, Any]] = []
     for config, name in zip(arguments.config, arguments.name, strict=True):
-        requests.append({"config": _config_of(config), "name": name})
+        requests.append({"config": config_argument(config), "name": name})
     if arguments.adapter:
         requests.append({"adapters": dict(arguments.adapter)})
     result = base
@@ -93,40 +91,35 @@ def _graft_all(base: torch.jit.ScriptModule, arguments: argparse.Namespace) -> t
     return result
 
 
-def _config_of(text: str) -> str | Path:
-    """A name without a slash may be a configuration's; what it means is decided where all configurations are read."""
-    return Path(text) if "/" in text else text
-
-
 def _adapter_list(module: torch.jit.ScriptModule) -> str:
     names = ", ".join(f"{index} {name}" for index, name in enumerate(module.adapter_names()))
     return f"adapters {names} (active: {module.active_adapter()})"
 
 
 def _summary(base: torch.jit.ScriptModule, grafted: torch.jit.ScriptModule, path: Path, seconds: float) -> str:
-    """Three lines. Keys of the state dict: adapters.layer_<i>.<slot>.<parameter>, a slot is "selfattn_lora_q", ..."""
+    """Describes a graft in three lines, from the keys adapters.layer_<i>.<slot>.<parameter> of the state dict."""
     keys = [key for key in grafted.state_dict() if key.startswith("adapters.layer_") and key.endswith(_ONE_PER_MODULE)]
     layers = len({key.split(".")[1] for key in keys})
     slots = Counter(key.split(".")[2] for key in keys)
-    places = ", ".join(f"{slot} x {count}" for slot, count in sorted(slots.items()))
-    known = base.adapter_names() if hasattr(base, "adapter_names") else []
+    counts = ", ".join(f"{slot} x {count}" for slot, count in sorted(slots.items()))
+    known = names_of(base)
     added = sum(info.parameters for info in list_adapters(grafted) if info.name not in known)
     return (
         f"{path}: {_adapter_list(grafted)}\n"
-        f"  in {layers} layers: {places}\n"
+        f"  in {layers} layers: {counts}\n"
         f"  {added:,} parameters added, {path.stat().st_size / 1e6:.1f} MB, {seconds:.1f} s"
     )
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    """Prints the layers that the patcher sees in a file and the operators that run there, or draws them.
+    """Prints or draws the layers that the patcher sees in a file, and the operators that run in them.
 
     Args:
-        arguments: of the command line: base (path), json (bool), sites, svg, dump (paths or None), config (what would
-            be grafted; a name or a path, or None).
+        arguments: the command line's: base (path), json (bool), sites, svg, dump (paths or None), config (the
+            configuration to show as if it was grafted; a name or a path, or None).
 
     Raises:
-        GraftError: it sees none; what it saw instead is printed nevertheless.
+        GraftError: the patcher sees no attention. The command has printed the near misses then.
     """
     with _dumping(arguments.dump):
         _inspect(arguments)
@@ -134,7 +127,8 @@ def inspect(arguments: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def _dumping(folder: Path | None) -> Iterator[None]:
-    """Graphs are written after every pass while this lasts."""
+    """Makes the patcher write its graphs into `folder` after every pass, as long as the context lasts. None:
+    nowhere."""
     before = os.environ.get(DUMP)
     if folder is not None:
         os.environ[DUMP] = str(folder)
@@ -164,17 +158,18 @@ def _inspect(arguments: argparse.Namespace) -> None:
             if structure["layers"]:
                 _print_operators(module, arguments)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as head, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if not structure["layers"]:
         raise GraftError(f"{arguments.base}: no attention was found")
 
 
 def tune(arguments: argparse.Namespace) -> None:
-    """Measures both ways of every operator and writes the file that TORCHGRAFT_KERNEL_TABLE may name.
+    """Measures every operator with fused kernels and with ATen's compositions, and writes a kernel table for
+    TORCHGRAFT_KERNEL_TABLE.
 
     Args:
-        arguments: of the command line: output (path), seconds (float, for each measurement), tokens and features (lists
+        arguments: the command line's: output (path), seconds (float, for each measurement), tokens and features (lists
             of numbers, or None).
     """
     check_writable(arguments.output)
@@ -190,28 +185,29 @@ def tune(arguments: argparse.Namespace) -> None:
 
 
 def _save_picture(module: torch.jit.ScriptModule, structure: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """Draws what is grafted and, with a config, what that would add; of a bare module the places."""
-    is_grafted = hasattr(module, "adapter_names")
-    title = arguments.base.name + (f": {_adapter_list(module)}" if is_grafted else "")
+    """Draws the grafted modules and, with a config, those that it would add. If nothing is grafted, draws the locations
+    where adapters can act."""
+    grafted = is_grafted(module)
+    title = arguments.base.name + (f": {_adapter_list(module)}" if grafted else "")
     if arguments.config:
         module = _planned(module, arguments)
         title += f" with {arguments.config}"
-    elif not is_grafted:
-        title += ": where adapters can go"
+    elif not grafted:
+        title += ": where adapters can act"
     write_whole(draw(structure, slots_of(module), title), arguments.svg)
 
 
 def _planned(module: torch.jit.ScriptModule, arguments: argparse.Namespace) -> torch.jit.ScriptModule:
-    """The module with the config that is asked about. Only a graft tells where everything goes: leave_out, layers that
-    share weights, places that are missing, what is fused."""
-    taken = module.adapter_names() if hasattr(module, "adapter_names") else []
+    """Grafts the config that the user asks about. Only a graft shows the effect of leave_out, shared weights, missing
+    locations and fusion."""
+    taken = names_of(module)
     name = next(name for name in map("planned_{}".format, range(len(taken) + 1)) if name not in taken)
-    return graft(module, _config_of(arguments.config), name, verify=False, sites=arguments.sites)
+    return graft(module, config_argument(arguments.config), name, verify=False, sites=arguments.sites)
 
 
 def _print_structure(module: torch.jit.ScriptModule, structure: dict[str, Any]) -> None:
     console = table_console()
-    if hasattr(module, "adapter_names"):
+    if is_grafted(module):
         console.print(f"grafted already: {_adapter_list(module)}")
     layers = structure["layers"]
     if layers:
@@ -224,16 +220,16 @@ def _print_structure(module: torch.jit.ScriptModule, structure: dict[str, Any]) 
 
 
 def _print_operators(module: torch.jit.ScriptModule, arguments: argparse.Namespace) -> None:
-    """Those of a grafted module, or of what `--config` would graft."""
+    """Prints the operators of a grafted module, or those that `--config` would graft."""
     if arguments.config:
         module = _planned(module, arguments)
-    if hasattr(module, "adapter_names"):
+    if is_grafted(module):
         table_console().print(_operator_table(module, arguments.config))
 
 
 def _operator_table(module: torch.jit.ScriptModule, config: str | None) -> Table:
-    """What computes each slot. gated_lora_linear is a projection and its LoRA in one, gated_bottleneck_linear a linear
-    map and its parallel bottleneck; the others are added to a result."""
+    """Tabulates the operator of each slot. gated_lora_linear computes a projection and its LoRA,
+    gated_bottleneck_linear a linear map and its parallel bottleneck; the other operators compute an adapter alone."""
     table = Table(title="operators" + (f" with {config}" if config else ""))
     for heading in ("slot", "operator", "layers"):
         table.add_column(heading, overflow="fold")
@@ -244,7 +240,7 @@ def _operator_table(module: torch.jit.ScriptModule, config: str | None) -> Table
 
 
 def _layer_table(layers: list[dict[str, Any]]) -> Table:
-    """One row per attention; a decoder layer has two."""
+    """Makes a table with one row per attention; a decoder layer has two attentions."""
     table = Table(show_lines=True)
     for heading in ("layer", "kind", "heads", "head size", "hidden", "norm"):
         table.add_column(heading, justify="left" if heading in ("kind", "norm") else "right", no_wrap=True)
@@ -256,22 +252,22 @@ def _layer_table(layers: list[dict[str, Any]]) -> Table:
             heads += f" ({layer['num_kv_heads']} kv)"
         number = str(layer["layer"]) + ("" if layer["shares"] is None else " again")
         cells = [number, layer["kind"], heads, str(layer["head_dim"]), str(layer["hidden_size"]), _norms(layer)]
-        # A gate is told of where there is one; the others are missed where there is none.
+        # A role without a linear map gets the line "role: -", except the gate, which few models have.
         roles = [role for role in ROLES if role != "ffn_gate" or layer[role]]
         cells.append("\n".join(_projection_line(role, layer[role]) for role in roles))
         cells.append("\n".join(layer["locations"]))
-        table.add_row(*map(Text, cells))  # Text: a path may hold what rich takes for markup
+        table.add_row(*map(Text, cells))  # Text: rich would read brackets in a path as markup
     return table
 
 
 def _norms(layer: dict[str, Any]) -> str:
-    """Of the attention; and of the feed-forward block, where there is one and it differs."""
+    """Returns the norm order of the attention, and of the feed-forward block if that differs."""
     attention, ffn = ("-" if order == "none" else order for order in (layer["norm_order"], layer["ffn_norm_order"]))
     return attention if ffn == attention or not layer["ffn_out"] else f"{attention}\n{ffn} (ffn)"
 
 
 def _projection_line(role: str, projection: dict[str, Any] | None) -> str:
-    """E.g. "query: encoder.layer.0.attention.self.query", with columns [from:to] where projections share one weight."""
+    """Returns "query: encoder.layer.0.attention.self.query", with columns [from:to] if projections share one weight."""
     if projection is None:
         return f"{role}: -"
     begin = projection["offset"]

@@ -1,4 +1,4 @@
-"""Where the commands print tables."""
+"""The console on which the commands print tables."""
 
 import sys
 
@@ -6,5 +6,6 @@ from rich.console import Console
 
 
 def table_console() -> Console:
-    """As wide as the terminal; 160 columns where a program reads. What is printed is no markup."""
+    """Returns a console as wide as the terminal, or 160 columns wide if a program reads the output. It prints text as
+    it is: brackets are no markup."""
     return Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)

@@ -1,4 +1,4 @@
-"""The picture of `inspect --svg`: a model's layers with their grafted modules, or with the places for them.
+"""Draws the picture of `inspect --svg`: a model's layers with their grafted modules, or with the locations for them.
 
 Data flows downwards. Layers that look alike are drawn once. An encoder and a decoder stand side by side.
 """
@@ -15,12 +15,13 @@ FONT = "Helvetica,Arial,sans-serif"
 
 
 def draw(structure: dict[str, Any], slots: dict[int, frozenset[Slot]], title: str) -> bytes:
-    """An SVG file.
+    """Returns the content of an SVG file.
 
     Args:
-        structure: of inspect(), with at least one layer.
-        slots: the grafted modules of each Transformer layer; when there are none, the places for them are drawn.
-        title: what the picture shows, one line.
+        structure: the result of inspect(), with at least one layer.
+        slots: the slots of each Transformer layer. If there are none, the picture shows the locations where adapters
+            can act.
+        title: the title of the picture, one line.
 
     Raises:
         GraftError: Graphviz's program `dot` is missing, or fails.
@@ -41,7 +42,7 @@ def draw(structure: dict[str, Any], slots: dict[int, frozenset[Slot]], title: st
 
 
 def make_graph(structure: dict[str, Any], slots: dict[int, frozenset[Slot]], title: str) -> graphviz.Digraph:
-    """What draw() gives to `dot`."""
+    """Returns the graph that draw() gives to `dot`."""
     patterns = patterns_of(blocks_of(structure["layers"], slots))
     encoder = [pattern for pattern in patterns if _kinds(pattern) == {"encoder"}]
     decoder = [pattern for pattern in patterns if pattern not in encoder]
@@ -59,7 +60,7 @@ def _kinds(pattern: Pattern) -> set[str]:
 
 
 class _Drawing:
-    """The graph with what surrounds the blocks. A `node` is the name of a box."""
+    """Draws a whole model: blocks, inputs, outputs, title and legend. A `node` is the name of a box."""
 
     def __init__(self, grafted: bool):
         self.style = Style(grafted)
@@ -71,10 +72,13 @@ class _Drawing:
         )  # fmt: skip
 
     def stack(self, name: str, patterns: list[Pattern], memory: str | None) -> str:
-        """Draws layers that follow each other, with their input and output; returns the output's node.
+        """Draws consecutive layers with their input and output.
 
         Args:
             memory: the node that cross attention reads.
+
+        Returns:
+            The node of the output.
         """
         end = self.text(f"{name} input".strip())
         for pattern in patterns:
@@ -96,11 +100,11 @@ class _Drawing:
         return name
 
     def finish(self, title: str, near_misses: int) -> graphviz.Digraph:
-        """Title and legend, for what was drawn."""
+        """Adds the title, and a legend of the methods that were drawn."""
         cells = [f'<TD BGCOLOR="{PALE}" COLOR="{INK}"><FONT COLOR="{INK}">base model</FONT></TD>']
         for method, (line, fill) in METHODS.items():
             if method in self.style.drawn:
-                text = method if self.style.grafted else f"place for {method}"
+                text = method if self.style.grafted else f"location for {method}"
                 look = f'BGCOLOR="{fill}"' if self.style.grafted else 'STYLE="dashed"'
                 cells.append(f'<TD {look} COLOR="{line}"><FONT COLOR="{line}">{text}</FONT></TD>')
         cells.append(f'<TD BORDER="0"><FONT COLOR="{MUTED}">dashed arrows: residual connections</FONT></TD>')

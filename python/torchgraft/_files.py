@@ -1,4 +1,4 @@
-"""TorchScript files on disk."""
+"""TorchScript files on disk, and the errors of commands."""
 
 import os
 import stat
@@ -9,20 +9,24 @@ import torch
 
 from .errors import GraftError
 
+# The errors that a user of a command can cause. Any other is a defect, and Python shows its traceback. torch raises
+# RuntimeError and torch.jit.Error.
+EXPECTED_ERRORS = (GraftError, OSError, RuntimeError, MemoryError, torch.jit.Error)
+
 
 def reason(error: BaseException) -> str:
-    """What went wrong, without the C++ stack that torch's messages carry."""
+    """Returns the message of an error, without the C++ stack that torch's messages carry."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     text = str(error).split("\nException raised from")[0].strip() or type(error).__name__
-    return text.split(" This is an internal miniz error.")[0].rstrip(".")  # what follows is about bugs and zip files
+    return text.split(" This is an internal miniz error.")[0].rstrip(".")  # the rest tells users to report a bug
 
 
 def load_module(path: Path) -> torch.jit.ScriptModule:
-    """Loads a TorchScript file onto the CPU. Nothing in it is unpickled by Python.
+    """Loads a TorchScript file onto the CPU. Python unpickles nothing in it.
 
     Raises:
-        GraftError: there is no such file, or it is something else.
+        GraftError: there is no file at `path`, or it is not a TorchScript file.
     """
     if not path.is_file():
         raise GraftError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
@@ -36,7 +40,7 @@ def load_module(path: Path) -> torch.jit.ScriptModule:
 
 
 def check_writable(path: Path) -> None:
-    """Fails before the work, not after it. Leaves nothing behind, however it ends.
+    """Checks, before the work that makes the content, that `path` can be written. Leaves no file behind.
 
     Raises:
         GraftError: `path` cannot be written as a file.
@@ -56,19 +60,20 @@ def check_writable(path: Path) -> None:
 
 
 def save_module(module: torch.jit.ScriptModule, path: Path) -> None:
-    """Writes a TorchScript file as write_whole() does."""
+    """Writes `module` as a TorchScript file, whole or not at all; see write_whole()."""
     check_writable(path)
     write_whole(module.save_to_buffer(), path)
 
 
 def write_whole(content: bytes, path: Path) -> None:
-    """Writes beside `path`, syncs and renames: `path` holds its old content or all of the new.
+    """Writes `content` to a temporary file beside `path`, syncs it and renames it to `path`. So `path` always holds
+    either its old content or all of the new.
 
     Raises:
-        GraftError: it cannot be written, for example because the disk is full.
+        GraftError: the file cannot be written, for example because the disk is full.
     """
     check_writable(path)
-    target = path.resolve()  # of a symbolic link, the file behind it is replaced
+    target = path.resolve()  # a symbolic link stays, the file behind it is replaced
     temporary = None
     try:
         prefix = f".{target.name}."

@@ -1,6 +1,6 @@
-"""Layers as a picture shows them: the attentions of a Transformer layer together, layers that look alike as one.
+"""Groups a model's layers for a picture: the attentions of one layer together, layers that look alike as one.
 
-The input is what inspect() gives and, for grafted modules, the keys of their state dict.
+The input is the result of inspect() and, for grafted modules, the keys of their state dict.
 """
 
 import re
@@ -11,17 +11,17 @@ from typing import Any
 import torch
 
 ROLES = ("query", "key", "value", "output", "ffn_gate", "ffn_in", "ffn_out")  # in the order in which a layer runs them
-LONGEST_PATTERN = 6  # a pattern of layers such as local, local, global is looked for up to this length
+LONGEST_PATTERN = 6  # the most layers in a repeated pattern, such as local, local, global
 
 _SLOT_KEY = re.compile(r"adapters\.layer_(\d+)\.([^.]+)\.(lora_a|prefix_key|up_weight)")
-# Which dimension of that parameter is the module's size: lora_a [N, r, in], prefix_key [N, heads, length, head size],
-# up_weight [N, out, bottleneck].
+# The dimension of this parameter that holds the module's size. Shapes: lora_a [N, r, in], prefix_key [N, heads, length,
+# head size], up_weight [N, out, bottleneck].
 _SIZE_DIMENSION = {"lora_a": 1, "prefix_key": 2, "up_weight": 2}
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One grafted module. `name` is its slot, "selfattn_lora_q"; `size` its rank, prefix length or bottleneck width."""
+    """A slot of a layer. name: "selfattn_lora_q"; size: its bank's rank, prefix length or bottleneck width."""
 
     name: str
     size: int
@@ -30,7 +30,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Block:
-    """One run of one Transformer layer: the entries of inspect()'s "layers" in the order in which they run."""
+    """One run of one Transformer layer. attentions: its entries of inspect()'s "layers", in execution order."""
 
     number: int
     attentions: tuple[dict[str, Any], ...]
@@ -49,7 +49,7 @@ class Group:
 
     @property
     def label(self) -> str:
-        """E.g. "layer 3", "layers 0 to 11", "layers 0, 2, ... 46", "layer 0, run 12 times"."""
+        """The caption: "layer 3", "layers 0 to 11", "layers 0, 2, ... 46" or "layer 0, run 12 times"."""
         numbers = [block.number for block in self.blocks]
         if len(set(numbers)) == 1:
             runs = f", run {len(numbers)} times" if len(numbers) > 1 else ""
@@ -60,17 +60,18 @@ class Group:
         return f"layers {', '.join(shown)}"
 
     def path(self, attention: int, role: str) -> str:
-        """The module path of a projection, with what differs between the blocks as a range: "layer.{0-11}.query"."""
+        """Returns the module path of a projection; numbers that differ between the blocks are a range:
+        "layer.{0-11}.query"."""
         paths = [block.attentions[attention][role]["path"].split(".") for block in self.blocks]
         return ".".join(_range_of(column) for column in zip(*paths, strict=True))
 
 
-# Groups that follow each other again and again: groups[0].blocks[0], groups[1].blocks[0], groups[0].blocks[1], ...
+# Groups that run in turn, again and again: groups[0].blocks[0], groups[1].blocks[0], groups[0].blocks[1], ...
 Pattern = list[Group]
 
 
 def slots_of(module: torch.jit.ScriptModule) -> dict[int, frozenset[Slot]]:
-    """The modules grafted on each Transformer layer; none for a module that is not grafted."""
+    """Returns the slots of each Transformer layer; none if nothing is grafted onto `module`."""
     state = module.state_dict()
     found: dict[int, set[Slot]] = {}
     for key, value in state.items():
@@ -82,11 +83,11 @@ def slots_of(module: torch.jit.ScriptModule) -> dict[int, frozenset[Slot]]:
 
 
 def blocks_of(layers: Iterable[dict[str, Any]], slots: Mapping[int, frozenset[Slot]]) -> list[Block]:
-    """The runs of Transformer layers in `layers`. A layer whose weights run again keeps its number, so what begins a
-    block is another number, or an attention that the block has already."""
+    """Splits `layers` into runs of Transformer layers. A new block begins at another layer number, or at an attention
+    that the block has already: a layer whose weights run again keeps its number."""
     result: list[Block] = []
     attentions: list[dict[str, Any]] = []
-    weights: set[int] = set()  # the attention that each of them runs: itself, or an earlier one
+    weights: set[int] = set()  # for each attention the index of the first one with its weights
     for entry in layers:
         shares = entry["index"] if entry["shares"] is None else entry["shares"]
         if attentions and (entry["layer"] != attentions[0]["layer"] or shares in weights):
@@ -98,7 +99,8 @@ def blocks_of(layers: Iterable[dict[str, Any]], slots: Mapping[int, frozenset[Sl
 
 
 def patterns_of(blocks: list[Block]) -> list[Pattern]:
-    """The fewest groups that show `blocks`: at every block, the pattern that covers most of what follows."""
+    """Groups `blocks` into few patterns: at every block it takes the pattern that covers most of the following
+    blocks."""
     looks = [_look(block) for block in blocks]
     result: list[Pattern] = []
     start = 0
@@ -121,7 +123,8 @@ def _block(attentions: list[dict[str, Any]], slots: Mapping[int, frozenset[Slot]
 
 
 def _look(block: Block) -> Any:
-    """Equal for blocks that look alike: all but the numbers in paths and notes, and which layer it is."""
+    """Returns a value that is equal for blocks that look alike: all entries without layer numbers and numbers in paths
+    and notes."""
 
     def masked(value: Any) -> Any:
         if isinstance(value, str):
@@ -130,13 +133,13 @@ def _look(block: Block) -> Any:
             return tuple((key, masked(inner)) for key, inner in value.items())
         return tuple(map(masked, value)) if isinstance(value, list) else value
 
-    places = ("index", "layer", "shares")
-    entries = [{key: value for key, value in entry.items() if key not in places} for entry in block.attentions]
+    positions = ("index", "layer", "shares")
+    entries = [{key: value for key, value in entry.items() if key not in positions} for entry in block.attentions]
     return masked(entries), block.slots
 
 
 def _repetitions(looks: list[Any], length: int) -> int:
-    """How often the first `length` looks follow each other; at least 1."""
+    """Counts how often the first `length` looks repeat, the first time included."""
     times = 1
     while looks[times * length : (times + 1) * length] == looks[:length]:
         times += 1
@@ -144,6 +147,6 @@ def _repetitions(looks: list[Any], length: int) -> int:
 
 
 def _range_of(segments: Iterable[str]) -> str:
-    """One segment of the paths of alike layers: the same in all, or numbers."""
+    """Joins one segment of the paths of alike layers: the segment itself if all are equal, else a range of numbers."""
     distinct = list(dict.fromkeys(segments))
     return distinct[0] if len(distinct) == 1 else f"{{{distinct[0]}-{distinct[-1]}}}"

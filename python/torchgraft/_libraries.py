@@ -15,7 +15,7 @@ _REMEDY = f"run scripts/setup, or set {FOLDER_VARIABLE} to the folder that holds
 
 
 def _folders() -> list[Path]:
-    """Where the libraries may be, best first. A folder that was asked for is never silently replaced by another."""
+    """Returns the folders to search, best first. If the user has named a folder, no other one is searched."""
     if given := os.environ.get(FOLDER_VARIABLE):
         return [Path(given)]
     package = Path(__file__).resolve().parent
@@ -24,10 +24,10 @@ def _folders() -> list[Path]:
 
 @cache
 def library_path() -> Path:
-    """The path of libtorchgraft.so: all that serving a grafted module needs.
+    """Returns the path of libtorchgraft.so, the only library that serving a grafted module needs.
 
     Raises:
-        ImportError: it is not built; the message says where it was looked for.
+        ImportError: no folder has the library; the message names the folders.
     """
     for folder in _folders():
         path = folder / "libtorchgraft.so"
@@ -42,7 +42,7 @@ def load_operators() -> None:
     """Registers the operators torch.ops.torchgraft.* in this process.
 
     Raises:
-        ImportError: the library is missing, or does not fit this torch.
+        ImportError: the library is missing, or was built for another torch.
     """
     path = library_path()
     try:
@@ -54,10 +54,10 @@ def load_operators() -> None:
 
 @cache
 def patcher() -> ModuleType:
-    """The pybind11 module, loaded on first use: serving needs the operators only.
+    """Returns the pybind11 module, and loads it on first use: serving needs only the operators.
 
     Raises:
-        ImportError: it is not built, it was built for another Python, or it does not fit this torch.
+        ImportError: the module is missing, or was built for another Python or another torch.
     """
     load_operators()
     folder = library_path().parent

@@ -1,4 +1,4 @@
-"""The commands of scripts/graft.py that read and change the adapters of a grafted file."""
+"""The commands of scripts/graft.py that read or change the adapters of a grafted file."""
 
 import argparse
 import json
@@ -16,26 +16,27 @@ from .adapter_training import freeze_adapter, unfreeze_adapter
 from .checkpoints import load_adapter, match_adapter, save_adapter
 from .errors import GraftError
 from .gates import gate_table, gather_gates, plot_gates
+from .grafting import is_grafted, names_of
 
 _BATCH = 32  # texts
 
 
 def _load_grafted(path: Path) -> torch.jit.ScriptModule:
     module = load_module(path)
-    if not hasattr(module, "adapter_names"):
+    if not is_grafted(module):
         raise GraftError(f"{path}: nothing is grafted onto it; see graft.py add")
     return module
 
 
 def save(arguments: argparse.Namespace) -> None:
-    """Writes one adapter of a file as an AdapterHub directory."""
+    """Writes one adapter of a file into an AdapterHub directory."""
     module = _load_grafted(arguments.base)
     save_adapter(module, arguments.name, arguments.directory, not arguments.bin, arguments.model_class)
     print(f"{arguments.directory}: adapter {arguments.name}")
 
 
 def load(arguments: argparse.Namespace) -> None:
-    """Puts the adapter of a directory into a file: in place of one of that name, or in addition."""
+    """Writes a file with the adapter of a directory added, or in place of the adapter of that name."""
     check_writable(arguments.output)
     module = load_adapter(load_module(arguments.base), arguments.directory, arguments.name, arguments.trainable)
     _write(module, arguments.output)
@@ -43,8 +44,8 @@ def load(arguments: argparse.Namespace) -> None:
 
 def match(arguments: argparse.Namespace) -> None:
     """Prints where load would put each weight of a directory."""
-    for key, place in match_adapter(load_module(arguments.base), arguments.directory):
-        print(f"{key} -> {place}")
+    for key, target in match_adapter(load_module(arguments.base), arguments.directory):
+        print(f"{key} -> {target}")
 
 
 def list_(arguments: argparse.Namespace) -> None:
@@ -66,7 +67,7 @@ def list_(arguments: argparse.Namespace) -> None:
 
 def _write(module: torch.jit.ScriptModule, path: Path) -> None:
     save_module(module, path)
-    names = module.adapter_names() if hasattr(module, "adapter_names") else []
+    names = names_of(module)
     print(f"{path}: {'adapters ' + ', '.join(names) if names else 'no adapters'}")
 
 
@@ -81,37 +82,37 @@ def remove(arguments: argparse.Namespace) -> None:
 
 
 def rename(arguments: argparse.Namespace) -> None:
-    """Writes a file where an adapter has another name."""
+    """Writes a file in which an adapter has another name."""
     _changed(arguments, life.rename_adapter, arguments.name, arguments.to)
 
 
 def freeze(arguments: argparse.Namespace) -> None:
-    """Writes a file where an adapter is a row of the banks."""
+    """Writes a file in which an adapter is frozen: a row of the banks."""
     _changed(arguments, freeze_adapter, arguments.name)
 
 
 def unfreeze(arguments: argparse.Namespace) -> None:
-    """Writes a file where an adapter has parameters of its own."""
+    """Writes a file in which an adapter is trainable: it has parameters of its own."""
     _changed(arguments, unfreeze_adapter, arguments.name)
 
 
 def merge(arguments: argparse.Namespace) -> None:
-    """Writes a file whose base weights hold a LoRA."""
+    """Writes a file in which a LoRA is added to the base's weights."""
     _changed(arguments, life.merge_adapter, arguments.name)
 
 
 def unmerge(arguments: argparse.Namespace) -> None:
-    """Undoes merge."""
+    """Writes a file in which a merged LoRA is taken out of the base's weights."""
     _changed(arguments, life.unmerge_adapter, arguments.name)
 
 
 def lower(arguments: argparse.Namespace) -> None:
-    """Writes a file that needs no library."""
+    """Writes a file that loads without libtorchgraft.so."""
     _changed(arguments, life.lower)
 
 
 def ungraft(arguments: argparse.Namespace) -> None:
-    """Writes the base."""
+    """Writes the base, without adapters."""
     _changed(arguments, life.ungraft)
 
 

@@ -1,4 +1,4 @@
-"""Which operator computes each grafted place: what a slot came to when it was inserted and fused."""
+"""Finds the operator that computes each slot of a grafted module."""
 
 import re
 from collections.abc import Iterator
@@ -9,8 +9,8 @@ _SLOT_PATH = re.compile(r"adapters\.layer_(\d+)\.([^.]+)\.[^.]+")
 
 
 def operators_of(module: torch.jit.ScriptModule) -> dict[str, dict[str, list[int]]]:
-    """By slot ("selfattn_lora_q") and operator ("gated_lora_linear": with its projection), the layers, as often as each
-    is run; of a slot that is plain ATen code around its parameters, none."""
+    """Returns {slot ("selfattn_lora_q"): {operator ("gated_lora_linear"): layers}}. A layer occurs as often as the
+    graph runs it. A slot that only ATen calls compute is missing."""
     found: dict[str, dict[str, list[int]]] = {}
     for node in _nodes(module.grafted_forward.graph):
         kind = node.kind()
@@ -29,7 +29,8 @@ def _nodes(block: torch._C.Block) -> Iterator[torch._C.Node]:
 
 
 def _path_of(value: torch._C.Value) -> str:
-    """Of an attribute of the module: "adapters.layer_0.selfattn_lora_q.lora_a"; else ""."""
+    """Returns the path of a value that is an attribute of the module, "adapters.layer_0.selfattn_lora_q.lora_a"; else
+    ""."""
     names: list[str] = []
     while value.node().kind() == "prim::GetAttr":
         names.insert(0, value.node().s("name"))
@@ -38,7 +39,7 @@ def _path_of(value: torch._C.Value) -> str:
 
 
 def ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] -> "0-2, 5"."""
+    """Writes numbers as ranges: [0, 1, 2, 5] -> "0-2, 5"."""
     runs: list[list[int]] = []
     for number in sorted(set(numbers)):
         if runs and number == runs[-1][1] + 1:

@@ -1,4 +1,4 @@
-"""From texts to the arguments of a model's forward."""
+"""Turns texts into the arguments of a model's forward."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -10,12 +10,14 @@ from .errors import GraftError
 
 
 def load_tokenizer(path: Path, max_length: int) -> Any:
-    """The tokenizers.Tokenizer that a tokenizer.json (or the folder that holds it) describes; longer texts are cut.
+    """Loads a tokenizers.Tokenizer that pads, and cuts texts to `max_length` tokens.
 
-    It pads as its file says, else with token 0.
+    Args:
+        path: a tokenizer.json, or the folder that holds one. If the file does not say how to pad, token 0 pads.
+        max_length: the most tokens of a text.
 
     Raises:
-        GraftError: there is no such file, or it is something else.
+        GraftError: the file is missing, or is not a tokenizer.json.
     """
     from tokenizers import Tokenizer
 
@@ -34,16 +36,18 @@ def load_tokenizer(path: Path, max_length: int) -> Any:
 
 
 def text_arguments(method: Any, values: Mapping[str, Tensor], command: str) -> list[Any]:
-    """The arguments that a method of a grafted module takes, up to the last that a text gives; those between have their
-    defaults. Of the tensors, a mask and types are known by name, token ids are the first of the others.
+    """Returns the arguments for a method of a grafted module, up to the last one that a text gives.
+
+    A Tensor argument whose name contains "mask" or "type" gets the mask or the token types. The first other Tensor
+    argument gets the token ids. Arguments between these get their defaults.
 
     Args:
         method: forward, forward_with_gates, ... of a ScriptModule.
-        values: "ids", "mask" and "type", each [B, S] int64.
-        command: who asks, for the message.
+        values: "ids", "mask" and "type", each int64 [B, S].
+        command: the name of the caller, for messages.
 
     Raises:
-        GraftError: the method needs something that a text does not give.
+        GraftError: the method takes no token ids, or needs an argument that a text does not give.
     """
     result: list[Any] = []
     given: dict[str, int] = {}  # kind -> position
@@ -55,15 +59,17 @@ def text_arguments(method: Any, values: Mapping[str, Tensor], command: str) -> l
         elif parameter.has_default_value():
             result.append(parameter.default_value)
         else:
-            raise GraftError(f"{command}: forward's argument '{parameter.name}' is none that a text gives (token ids, "
-                             "a mask, token types); call the module from Python")  # fmt: skip
+            raise GraftError(
+                f"{command}: forward needs the argument '{parameter.name}', and a text gives token ids, a mask and "
+                "token types only; call the module from Python"
+            )
     if "ids" not in given:
         raise GraftError(f"{command}: forward takes no token ids; call the module from Python")
     return result[: max(given.values()) + 1]
 
 
 def _kind(parameter: Any, known: Collection[str]) -> str | None:
-    """What of a text an argument takes; None: nothing."""
+    """Returns which of a text's values the argument gets; None: none of them."""
     if str(parameter.type) not in ("Tensor", "Optional[Tensor]"):
         return None
     named = next((kind for kind in ("mask", "type") if kind in parameter.name), None)

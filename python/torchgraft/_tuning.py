@@ -1,4 +1,4 @@
-"""Which kernels are faster on this machine: measured, for a file that TORCHGRAFT_KERNEL_TABLE then names."""
+"""Measures which kernels are faster on this machine, for a file that TORCHGRAFT_KERNEL_TABLE names."""
 
 import itertools
 import time
@@ -16,7 +16,7 @@ HEAD_SIZE = 64
 RANK = 8
 PREFIX = 10
 FEED_FORWARD = 4  # times the hidden size
-REDUCTIONS = (16, 2)  # UniPELT's and MAM's bottlenecks: one entry of the table stands for both
+REDUCTIONS = (16, 2)  # of UniPELT's and MAM's bottlenecks; the table has one entry for both
 
 Case = Callable[[], object]
 
@@ -43,7 +43,7 @@ def _bottleneck(dtype: torch.dtype, tokens: int, features: int) -> Case:
 
 
 def _bottleneck_linear(dtype: torch.dtype, tokens: int, features: int) -> Case:
-    """Beside the second map of a feed-forward block."""
+    """A bottleneck beside the second linear map of a feed-forward block."""
     wide = FEED_FORWARD * features
     sizes = ((1, tokens, features), (1, tokens, wide), (features, wide), features)
     x, hidden, weight, bias = (torch.randn(size).to(dtype) for size in sizes)
@@ -87,13 +87,16 @@ def measure(
     features: Iterable[int] = FEATURES,
     show: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """What a kernel table holds: the least seconds of both ways, run in turns, for every op, dtype and size.
+    """Measures the fused kernel and ATen's composition of every operator, in turns, for every dtype and size.
 
     Args:
-        seconds: to spend on each of them, at the least four turns.
-        tokens: numbers of tokens, all rows together.
+        seconds: how long to measure each operator, dtype and size. Each takes at least four turns.
+        tokens: numbers of tokens, of all rows together.
         features: hidden sizes, multiples of 64.
-        show: is told what is being measured.
+        show: called with a description of each measurement before it begins.
+
+    Returns:
+        The content of a kernel table: the least seconds of both ways, and the machine that was measured.
     """
     core = patcher()
     before = core.kernel_mode()
@@ -117,7 +120,7 @@ def measure(
 
 
 def _least(case: Case, seconds: float) -> dict[str, float]:
-    """The shortest time of each way: on a busy machine a median may be the machine's, not the kernel's."""
+    """Returns the shortest time of each way. On a busy machine a median would measure the machine, not the kernel."""
     core = patcher()
     modes = {"fused": core.KernelMode.FUSED, "reference": core.KernelMode.REFERENCE}
     taken: dict[str, list[float]] = {name: [] for name in modes}

@@ -23,10 +23,10 @@ HEAD_WEIGHT_FILES = (HEAD_SAFETENSORS_FILE, HEAD_PICKLE_FILE)
 
 @dataclass(frozen=True)
 class SavedHead:
-    """A head in an adapter directory.
+    """A task head, as an adapter directory holds it.
 
     Attributes:
-        name: its name when it was saved, which is part of its weights' names.
+        name: the head's name when it was saved; its weights' names contain it.
         config: the text of head_config.json.
         weights: the state dict, on the CPU.
     """
@@ -41,10 +41,10 @@ class AdapterDirectory:
     """What an adapter directory holds.
 
     Attributes:
-        name: the adapter's name when it was saved, which is part of its weights' names.
+        name: the adapter's name when it was saved; its weights' names contain it.
         config: the text of adapter_config.json.
         weights: the state dict, on the CPU.
-        head: the head that was saved beside it, if it is one of HeadConfig's kinds.
+        head: the head that was saved with the adapter. None: there is none, or HeadConfig does not know its kind.
     """
 
     name: str
@@ -54,10 +54,13 @@ class AdapterDirectory:
 
 
 def read_config(directory: str | Path) -> str:
-    """The text of a directory's adapter_config.json (or of the file itself).
+    """Returns the text of an adapter_config.json.
+
+    Args:
+        directory: the directory that holds the file, or the path of the file itself.
 
     Raises:
-        GraftError: there is no such file, or it is not JSON.
+        GraftError: the file is missing, or is not JSON.
     """
     path = Path(directory)
     if path.is_dir():
@@ -73,10 +76,10 @@ def read_config(directory: str | Path) -> str:
 
 
 def read_weights(directory: Path, files: tuple[str, ...] = WEIGHT_FILES) -> dict[str, Tensor]:
-    """The state dict in the first of `files` that is there, on the CPU. Nothing is unpickled but tensors.
+    """Reads the state dict from the first of `files` that exists, onto the CPU. Unpickles only tensors.
 
     Raises:
-        GraftError: there is none, or it is damaged.
+        GraftError: no file exists, or the file is damaged or holds more than tensors.
     """
     for name in files:
         path = directory / name
@@ -86,7 +89,7 @@ def read_weights(directory: Path, files: tuple[str, ...] = WEIGHT_FILES) -> dict
             if path.suffix == ".safetensors":
                 return patcher().read_safetensors(str(path))
             weights = torch.load(path, map_location="cpu", weights_only=True)
-        except GraftError as error:  # of read_safetensors; it names the file too
+        except GraftError as error:  # read_safetensors() raised it, and names the file, too
             reason = str(error).removeprefix(f"{path}: ")
             raise GraftError(f"{path}: cannot read the adapter's weights ({reason})") from error
         except pickle.UnpicklingError as error:
@@ -101,10 +104,11 @@ def read_weights(directory: Path, files: tuple[str, ...] = WEIGHT_FILES) -> dict
 
 
 def read_head(directory: Path) -> SavedHead | None:
-    """The head in an adapter directory; None when there is none, or one for another task than HeadConfig knows.
+    """Reads the head of an adapter directory. Returns None if there is no head, or if HeadConfig does not know its
+    kind.
 
     Raises:
-        GraftError: it is damaged.
+        GraftError: a file of the head is missing or damaged.
     """
     path = directory / HEAD_CONFIG_FILE
     if not path.exists():
@@ -119,10 +123,10 @@ def read_head(directory: Path) -> SavedHead | None:
 
 
 def load_adapter_directory(directory: str | Path) -> AdapterDirectory:
-    """Reads an adapter's configuration and weights, and its head. Nothing is unpickled but tensors.
+    """Reads an adapter's configuration and weights, and its head. Unpickles only tensors.
 
     Raises:
-        GraftError: not a directory, a file is missing or damaged; the message names the file.
+        GraftError: `directory` is not a directory, or a file is missing or damaged. The message names the file.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -137,10 +141,10 @@ def load_adapter_directory(directory: str | Path) -> AdapterDirectory:
 
 def convert_to_safetensors(directory: str | Path) -> bool:
     """Writes adapter.safetensors beside the pytorch_adapter.bin of a directory, and a head's model_head.safetensors
-    beside its pytorch_model_head.bin; each file is written whole or not at all.
+    beside its pytorch_model_head.bin. Writes each file whole or not at all.
 
     Returns:
-        False when they were there already, and nothing was done.
+        Whether it wrote a file. False: the directory had all files already.
 
     Raises:
         GraftError: a file is missing or damaged, or holds more than tensors; or the directory cannot be written.

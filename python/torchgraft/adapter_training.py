@@ -1,7 +1,8 @@
-"""Which adapters are trained, and their parameters.
+"""Makes adapters trainable or frozen, and lists the parameters of trainable ones.
 
-A frozen adapter is a row of banks that require no gradients. A trainable one has parameters of its own in the module,
-the MLPs of its prefixes among them, and its dropout acts in train() mode.
+A bank holds the parameters of all adapters of one slot, stacked along the first dimension. A frozen adapter is a row of
+the banks, which require no gradients. A trainable adapter has parameters of its own in the module, among them the MLPs
+of its prefixes, and its dropout acts in train() mode.
 """
 
 import torch
@@ -11,26 +12,35 @@ from .grafting import cpp_module, script_module
 
 
 def trainable_parameters(module: torch.jit.ScriptModule, name: str) -> dict[str, torch.Tensor]:
-    """The parameters of a trainable adapter, and of its head, by their names in the module.
+    """Returns the parameters of a trainable adapter and of its head, by their names in the module.
 
-    They are the module's own tensors, in an order that is the same for every copy of it: an optimizer that steps on
-    them trains the module.
+    They are the module's own tensors: an optimizer that changes them trains the module. Their order is the same for
+    every copy of the module.
 
     Raises:
         GraftError: the adapter is unknown or frozen.
+        TypeError: `module` is not TorchScript.
     """
     return dict(patcher().trainable_parameters(cpp_module(module), name))
 
 
 def freeze_adapter(module: torch.jit.ScriptModule, name: str) -> torch.jit.ScriptModule:
-    """A copy in which the adapter is a row of the banks, as served: its prefixes are computed, their MLPs dropped."""
+    """Returns a copy to serve, in which the adapter is a row of the banks. The copy holds the keys and values of the
+    adapter's prefixes, and not the MLPs that computed them.
+
+    Raises:
+        GraftError: the adapter is unknown.
+        TypeError: `module` is not TorchScript.
+    """
     return script_module(patcher().freeze_adapter(cpp_module(module), name))
 
 
 def unfreeze_adapter(module: torch.jit.ScriptModule, name: str) -> torch.jit.ScriptModule:
-    """A copy in which the adapter is trainable. Of ejected prefixes the keys and values themselves are trained.
+    """Returns a copy in which the adapter is trainable. Its prefixes have lost their MLPs when they were frozen; the
+    copy trains their keys and values themselves.
 
     Raises:
-        GraftError: the adapter is merged, or a Compacter, whose factors a frozen adapter has not kept.
+        GraftError: the adapter is unknown, or merged, or a Compacter, whose factors a frozen adapter has dropped.
+        TypeError: `module` is not TorchScript.
     """
     return script_module(patcher().unfreeze_adapter(cpp_module(module), name))

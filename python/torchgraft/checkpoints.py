@@ -1,4 +1,4 @@
-"""Adapters in directories, as AdapterHub keeps them: adapter_config.json, and the weights beside it."""
+"""Saves adapters to AdapterHub directories (adapter_config.json and weights), and loads them."""
 
 import io
 from pathlib import Path
@@ -23,24 +23,27 @@ def save_adapter(
     safetensors: bool = True,
     model_class: str | None = None,
 ) -> None:
-    """Writes one adapter so that load_adapter() of this package and of `adapters==1.3.0` read it.
+    """Writes one adapter into a directory that load_adapter() of this package and of `adapters==1.3.0` read.
 
-    Prefixes of a frozen adapter are written as flat ones ("flat": true): the MLP that made them is not kept, its
-    outputs are. A trainable adapter's MLP is written. The directory is made if need be. All files are written or, when
-    something goes wrong, none; what else an adapter may have there, of the one before it or in the other format, is
-    removed. Killed in between, it has the old adapter, the new one, or (for an instant, of renaming) no
-    adapter_config.json.
+    A frozen adapter's prefixes are written as flat ones ("flat": true), because it keeps the outputs of the MLP that
+    made them and not the MLP. A trainable adapter's MLP is written.
+
+    The function makes the directory if it is missing. It writes all files or, if something goes wrong, none. It removes
+    files that an earlier adapter or the other format left there. If the process is killed meanwhile, the directory has
+    the old adapter, the new one, or (for the instant of renaming) no adapter_config.json.
 
     Args:
         module: a grafted module.
-        name: the adapter's name, which is part of its weights' names.
+        name: the adapter's name; its weights' names contain it.
         directory: where to write.
-        safetensors: adapter.safetensors (and model_head.safetensors); False: pytorch_adapter.bin (and
+        safetensors: write adapter.safetensors (and model_head.safetensors). False: pytorch_adapter.bin (and
             pytorch_model_head.bin).
-        model_class: what the library wants to read in a head's file before it takes it: "BertAdapterModel".
+        model_class: the model class of the `adapters` library that is to load the head ("BertAdapterModel"). The
+            library ignores a head whose file does not name the class of its model.
 
     Raises:
-        GraftError: no such adapter, or the directory cannot be written.
+        GraftError: the module has no such adapter, or the directory cannot be written.
+        TypeError: `module` is not TorchScript.
     """
     arguments = cpp_module(module), name
     if safetensors:
@@ -51,7 +54,7 @@ def save_adapter(
     obsolete = [WEIGHT_FILES[0], HEAD_WEIGHT_FILES[0]]
     if head_config:
         contents |= {HEAD_CONFIG_FILE: head_config.encode(), HEAD_WEIGHT_FILES[1]: _pickled(head_weights)}
-    else:  # of an adapter that was there before
+    else:  # an adapter that was there before may have left a head
         obsolete += [HEAD_CONFIG_FILE, HEAD_WEIGHT_FILES[1]]
     patcher().update_directory(str(directory), contents, obsolete, CONFIG_FILE)
 
@@ -59,27 +62,35 @@ def save_adapter(
 def load_adapter(
     module: torch.jit.ScriptModule, directory: str | Path, name: str | None = None, trainable: bool = False
 ) -> torch.jit.ScriptModule:
-    """A copy of `module`, grafted or not, with the adapter of a directory, in place of one of that name if any.
+    """Returns a copy of `module` that has the adapter of a directory. It replaces the adapter of that name, if there is
+    one.
 
-    The adapter may come from a model whose modules are called otherwise: places are matched by module path where paths
-    agree, else by layer number and location. The active adapter stays active; of a bare module the loaded one is.
+    The adapter may come from a model whose modules have other names: weights are matched by module path where paths
+    agree, else by layer number and location. The active adapter stays active; if `module` was not grafted, the loaded
+    adapter is active.
 
     Args:
-        module: a TorchScript Transformer. It is not changed.
+        module: a TorchScript Transformer, grafted or not. It is not changed.
         directory: what save_adapter() wrote, here or in the `adapters` library, or a LoRA that PEFT saved.
-        name: the adapter's name in the result. None: its own.
-        trainable: it has parameters of its own in the result, to be trained further.
+        name: the adapter's name in the result. None: the name in the directory.
+        trainable: give the adapter parameters of its own, to train it further. False: the adapter is frozen.
 
     Raises:
         GraftError: a file is missing or damaged, or the adapter does not fit the module.
+        TypeError: `module` is not TorchScript.
     """
     return script_module(patcher().load_adapter(cpp_module(module), directory_spec(module, directory, name, trainable)))
 
 
 def match_adapter(module: torch.jit.ScriptModule, directory: str | Path) -> list[tuple[str, str]]:
-    """What load_adapter() would match to what: (key of the weights, place in the module), every key of the file.
+    """Returns where load_adapter() would put each weight of a directory.
+
+    Returns:
+        For every key of the file (key, layer, slot and parameter): ("...query.loras.task.lora_A", "layer 1,
+        selfattn_lora_q: lora_a").
 
     Raises:
-        GraftError: as load_adapter(), where a key has no place.
+        GraftError: load_adapter() would refuse the directory, for example because a key has no location in the module.
+        TypeError: `module` is not TorchScript.
     """
     return patcher().match_adapter(cpp_module(module), directory_spec(module, directory))

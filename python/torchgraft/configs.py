@@ -1,7 +1,7 @@
 """Adapter configurations, with the fields and defaults of `adapters==1.3.0`.
 
-These are plain data: what a field means is in the AdapterHub documentation, what is supported is checked when grafting
-(an unsupported value is refused by name). The tests compare every field and default with the live library.
+The classes are plain data. AdapterHub's documentation says what each field means. graft() checks which values are
+supported and refuses others by name. The tests compare every field and default with the installed library.
 """
 
 import json
@@ -16,14 +16,18 @@ from .adapter_hub import read_config
 
 @dataclass
 class _Method:
-    """One adaptation method."""
+    """The base class of configurations of one method."""
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as adapter_config.json holds them."""
+        """Returns all fields, as adapter_config.json holds them."""
         return asdict(self)
 
     def replace(self, **changes: Any) -> "_Method":
-        """A copy with other values."""
+        """Returns a copy with other values.
+
+        Raises:
+            TypeError: a field does not exist.
+        """
         return replace(self, **changes)
 
 
@@ -100,7 +104,7 @@ class ParBnConfig(BnConfig):
     scaling: float | str = 4.0
 
 
-AdapterConfig = BnConfig  # as older releases of the library call it
+AdapterConfig = BnConfig  # the names in older releases of the library
 PfeifferConfig = SeqBnConfig
 HoulsbyConfig = DoubleSeqBnConfig
 ParallelConfig = ParBnConfig
@@ -148,7 +152,11 @@ class LoRAConfig(_Method):
 
 
 class ConfigUnion:
-    """Several methods under one adapter name. Conflicts between them are found when grafting."""
+    """Several methods under one adapter name. graft() finds conflicts between them.
+
+    Raises:
+        TypeError: a part is not a configuration of this module, or is itself a union.
+    """
 
     architecture = "union"
 
@@ -161,11 +169,15 @@ class ConfigUnion:
         self.configs = list(configs)
 
     def to_dict(self) -> dict[str, Any]:
-        """The union as adapter_config.json holds it."""
+        """Returns the union as adapter_config.json holds it."""
         return {"architecture": "union", "configs": [config.to_dict() for config in self.configs]}
 
     def replace(self, **changes: Any) -> "ConfigUnion":
-        """A union of copies with other values."""
+        """Returns a union whose parts are copies with other values.
+
+        Raises:
+            TypeError: a part does not have the field.
+        """
         return ConfigUnion(*[config.replace(**changes) for config in self.configs])
 
     def __eq__(self, other: object) -> bool:
@@ -176,7 +188,11 @@ class ConfigUnion:
 
 
 class MAMConfig(ConfigUnion):
-    """Mix-and-match (He et al. 2021): prefixes and a parallel bottleneck."""
+    """Mix-and-match (He et al. 2021): prefixes and a parallel bottleneck.
+
+    Raises:
+        TypeError: a part has the wrong class.
+    """
 
     def __init__(self, prefix_tuning: PrefixTuningConfig | None = None, adapter: BnConfig | None = None):
         parts = [prefix_tuning or PrefixTuningConfig(bottleneck_size=800), adapter or ParBnConfig()]
@@ -187,7 +203,7 @@ class MAMConfig(ConfigUnion):
 
 
 class UniPELTConfig(ConfigUnion):
-    """Mao et al. 2022: gated prefixes, bottlenecks and LoRA. Gating is switched on in every part."""
+    """Mao et al. 2022: gated prefixes, bottlenecks and LoRA. Every part is copied with use_gating=True."""
 
     def __init__(
         self,
@@ -203,13 +219,23 @@ class UniPELTConfig(ConfigUnion):
         super().__init__(*[part.replace(use_gating=True) for part in parts])
 
 
+def config_argument(text: str) -> str | Path:
+    """Returns a configuration that a user names on a command line: a path if it has a slash, else text, which
+    config_to_json() takes for a name or a path."""
+    return Path(text) if "/" in text else text
+
+
 def config_to_json(config: Any) -> str:
-    """The text that the patcher reads: a configuration as JSON, or its name.
+    """Returns a configuration as the patcher reads it: JSON text, or a name.
 
     Args:
-        config: an object with `to_dict()` (of this module or of the `adapters` library), a mapping, its JSON text, a
-            name, or the path of an adapter_config.json or of a directory that holds one. A known name goes before a
-            path.
+        config: an object with `to_dict()` (of this module or of the `adapters` library), a mapping, JSON text, a name,
+            or the path of an adapter_config.json or of a directory that holds one. A string that is a known name is not
+            taken for a path.
+
+    Raises:
+        GraftError: the file cannot be read, or is not JSON.
+        TypeError: `config` is none of these.
     """
     if hasattr(config, "to_dict"):
         return json.dumps(config.to_dict())

@@ -2,4 +2,4 @@
 
 
 class GraftError(ValueError):
-    """A module, configuration or checkpoint that cannot be grafted; the message says why and what to do."""
+    """torchgraft refuses a module, a configuration, a file or a call. The message says why and what to do."""

@@ -1,4 +1,4 @@
-"""A picture of gates: which method of a union works in which layer, as Mao et al. 2022 draw it for UniPELT."""
+"""Draws gates: which method of a union acts in which layer, as Mao et al. 2022 draw it for UniPELT."""
 
 import io
 from collections.abc import Iterable, Mapping
@@ -11,17 +11,27 @@ from torch import Tensor
 from ._files import write_whole
 from .errors import GraftError
 
-# Rows of the picture from the input of a layer to its end; what is not here follows in alphabetical order.
+# Rows of the picture, from the input of a layer to its end. Other locations follow in alphabetical order.
 _ORDER = ("self_prefix", "encoder_prefix", "cross_prefix", "selfattn_lora", "mh_adapter", "cross_adapter",
           "intermediate_lora", "output_lora", "output_adapter")  # fmt: skip
 _FORMATS = (".png", ".svg", ".pdf")
 
-# gates[layer][location]: [rows, columns], as forward_with_gates returns them for one adapter.
+# gates[layer][location]: floating, [rows, columns], as forward_with_gates returns them for one adapter.
 AdapterGates = Mapping[int, Mapping[str, Tensor]]
 
 
 def gather_gates(batches: Iterable[AdapterGates]) -> dict[int, dict[str, Tensor]]:
-    """The gates of several batches as those of one: rows behind each other, in float32 on the CPU."""
+    """Returns the gates of several batches as the gates of one batch.
+
+    Args:
+        batches: for each batch the gates of one adapter, [layer][location]: floating, [rows, columns].
+
+    Returns:
+        The same, with the rows of all batches one behind the other: float32 [all rows, columns], on the CPU.
+
+    Raises:
+        GraftError: an entry holds the gates of several adapters, by name.
+    """
     parts: dict[int, dict[str, list[Tensor]]] = {}
     for gates in batches:
         for layer in gates:
@@ -44,9 +54,15 @@ def _locations(gates: AdapterGates) -> list[str]:
 
 
 def gate_table(gates: AdapterGates, example: int | None = None) -> tuple[list[str], list[int], Tensor]:
-    """(locations, layers, values [locations, layers]): means over columns, and over rows or of one of them.
+    """Returns the mean gate of each location in each layer.
 
-    A place without a gate is NaN.
+    Args:
+        gates: of one adapter, [layer][location]: floating, [rows, columns].
+        example: the row to read. None: the mean over all rows.
+
+    Returns:
+        (locations, layers, values): values is float32 [locations, layers], on the CPU. It is NaN where a layer has no
+        gate at a location.
     """
     locations, layers = _locations(gates), sorted(gates)
     values = torch.full((len(locations), len(layers)), float("nan"))
@@ -69,19 +85,20 @@ def plot_gates(
     """Draws a heat map of locations by layers, from 0 (the module is off) to 1.
 
     Args:
-        gates: of one adapter, `forward_with_gates(...)[1][name]`; or an iterable of such, one per batch of a data set.
-            Where a place has several gates (LoRA on q, k and v), their mean is drawn.
-        path: where to write the picture; its ending says the format: .png, .svg or .pdf. None: nowhere.
-        per_example: one map per row of the batch. False: one map of the mean over all rows.
-        labels: of the examples, in order.
-        title: above all.
+        gates: the gates of one adapter, `forward_with_gates(...)[1][name]`: by layer and location, floating [rows,
+            columns]. Or an iterable of such gates, one entry per batch of a data set. If a location has several gates
+            (LoRA on q, k and v), the map shows their mean.
+        path: where to write the picture. Its suffix gives the format: .png, .svg or .pdf. None: write no file.
+        per_example: draw one map per row of the batch. False: draw one map of the mean over all rows.
+        labels: the names of the rows, in order, for `per_example`.
+        title: the title of the picture.
 
     Returns:
-        The matplotlib Figure. Nothing global of matplotlib is touched.
+        The matplotlib Figure. The function changes no global state of matplotlib.
 
     Raises:
-        GraftError: there is no gate (the adapter has none, or no row of the batch used it), or the path's ending is
-            unknown.
+        GraftError: there are no gates (the adapter has none, or no row of the batch used it), `gates` holds the gates
+            of several adapters, the suffix is unknown, or the file cannot be written.
     """
     from matplotlib.figure import Figure  # takes a second to load, and most users draw nothing
 

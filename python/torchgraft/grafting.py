@@ -1,4 +1,4 @@
-"""graft() and inspect()."""
+"""Grafts adapters onto a module, and inspects modules."""
 
 import json
 from collections.abc import Mapping
@@ -15,7 +15,11 @@ from .peft import is_peft_directory, load_peft_directory
 
 
 def cpp_module(module: Any) -> Any:
-    """The torch::jit::Module inside."""
+    """Returns the torch::jit::Module inside `module`.
+
+    Raises:
+        TypeError: `module` is not TorchScript.
+    """
     if not isinstance(module, torch.jit.ScriptModule):
         raise TypeError(
             f"torchgraft works on TorchScript modules, got {type(module).__name__}; "
@@ -25,20 +29,30 @@ def cpp_module(module: Any) -> Any:
 
 
 Weights = dict[str, torch.Tensor]
-# What the patcher takes for one adapter: its name, its configuration, trained weights with their name in them, whether
-# it is trainable, and its head: configuration, weights, and their name in them.
+# One adapter for the patcher: name, configuration, trained weights, the adapter's name in these weights, whether it is
+# trainable, and its head: (configuration, weights, the head's name in these weights).
 Spec = tuple[str, str, Weights | None, str, bool, tuple[str, Weights, str] | None]
 
 
 def script_module(module: Any) -> torch.jit.ScriptModule:
-    """The Python face of a torch::jit::Module."""
+    """Wraps a torch::jit::Module as a ScriptModule."""
     return torch.jit._recursive.wrap_cpp_module(module)
+
+
+def is_grafted(module: torch.jit.ScriptModule) -> bool:
+    """Returns whether adapters are grafted onto `module`."""
+    return hasattr(module, "adapter_names")
+
+
+def names_of(module: torch.jit.ScriptModule) -> list[str]:
+    """Returns the names of the adapters of `module`, grafted or not."""
+    return module.adapter_names() if is_grafted(module) else []
 
 
 def directory_spec(
     module: torch.jit.ScriptModule, directory: str | Path, name: str | None = None, trainable: bool = False
 ) -> Spec:
-    """The adapter of a directory of AdapterHub or PEFT for `module`, under `name` or its own."""
+    """Reads the adapter of a directory of AdapterHub or PEFT, for `module`. `name` None: the name in the directory."""
     if is_peft_directory(Path(directory)):
         saved = load_peft_directory(directory, inspect(module), dict(module.named_parameters()))
     else:
@@ -48,8 +62,8 @@ def directory_spec(
 
 
 def _sites_option(sites: Mapping[str, Any] | str | Path | None) -> dict[str, str]:
-    """The argument of the patcher that overrules detection: text as `inspect --json` prints it. What it says is checked
-    there, where it is compared with the graph."""
+    """Returns the patcher's argument `sites`: text as `inspect --json` prints it. Checks only that it is JSON: the
+    patcher compares it with the graph."""
     if sites is None:
         return {}
     if isinstance(sites, Mapping):
@@ -80,40 +94,46 @@ def graft(
     fuse: bool = True,
     trainable: bool = False,
 ) -> torch.jit.ScriptModule:
-    """A copy of `module` with adapters grafted on; `module` itself is unchanged.
+    """Returns a copy of `module` with adapters grafted on; `module` itself is unchanged.
 
-    The copy's parameters are tensors of their own on the memory of the module's: moving or converting one leaves the
-    other as it is; writing into a weight in place writes into both.
+    The copy's parameters are other tensors on the same memory. If you move or convert one module, the other stays as it
+    is; if you write into a weight in place, you change both.
 
     Args:
-        module: a scripted or traced Transformer, or a module that is grafted already: then the adapters are added.
-        config: what to graft under `name`, freshly initialised: a name ("unipelt", "mam", "lora", ...), a configuration
-            of this package or of the `adapters` library, a dict, or the path of an adapter_config.json.
-        name: the name of that adapter.
-        adapters: trained adapters, {name: directory of AdapterHub, or of a LoRA of PEFT}; configuration and weights
+        module: a scripted or traced Transformer. If it is grafted already, the adapters are added to those that it has.
+        config: the configuration of a fresh adapter: a name ("unipelt", "mam", "lora", ...), a configuration of this
+            package or of the `adapters` library, a dict, or the path of an adapter_config.json.
+        name: the name of the fresh adapter.
+        adapters: trained adapters, {name: directory of AdapterHub, or of a LoRA of PEFT}. Configuration and weights
             come from the directory.
-        gate_pooling: "all": a gate is the mean over all tokens, as in the `adapters` library. "unpadded": over the
-            tokens that are not padding, so that a row's result does not depend on how far its batch was padded.
-        token_mask: for "unpadded", the argument of forward that is the token mask ([B, S], non-zero = real token).
-            None takes it from the attention's own mask.
+        gate_pooling: "all": a gate is the mean over all tokens, as in the `adapters` library. "unpadded": the mean over
+            the tokens that are not padding, so that a row's result does not depend on how far its batch was padded.
+        token_mask: for "unpadded": the name of forward's argument that is the token mask ([B, S], non-zero = real
+            token). None: each attention's own mask says which tokens are real.
         active: the adapter that is active in the result. None: the last one grafted.
         verify: check the result (well-formed, complete, survives saving and loading).
-        sites: an edited result of inspect(), or the path of a JSON file with it, that overrules detection
-            (docs/sites.md). None: what is detected.
-        fuse: make one operator of a projection and its LoRA (docs/performance.md). A grafted module remembers it.
-        trainable: the adapters of this call have parameters of their own, to be trained (docs/training.md); the base's
-            weights then require no gradients. False: they are frozen, as unfreeze_adapter() can change.
+        sites: an edited result of inspect(), or the path of a JSON file with it. It overrules what the patcher detects
+            (docs/sites.md). None: the patcher detects the sites.
+        fuse: fuse a projection and its LoRA into one operator, and a linear map and its parallel bottleneck
+            (docs/performance.md). A grafted module remembers this choice.
+        trainable: give the adapters of this call parameters of their own, to train them (docs/training.md). The base's
+            weights then require no gradients. False: the adapters are frozen; unfreeze_adapter() makes them trainable.
 
     Returns:
-        A ScriptModule, in the same mode (train or eval) as `module`, with `forward(..., adapter_ids=None)`,
-        `forward_with_gates(..., adapter_ids=None)`, `base_forward(...)`, `activate(name)`, `deactivate()`,
-        `active_adapter()`, `adapter_names()` and `adapter_config(name)`. `adapter_ids` is an int64 tensor [B]: the
-        adapter of each row, in the order of `adapter_names()`; -1 is the base.
+        A ScriptModule, in the same mode (train or eval) as `module`, with these methods:
+
+        - `forward(..., adapter_ids=None)`: the arguments and the result of the base's forward. `adapter_ids`, int64
+          [B]: the adapter of each row, counted as in `adapter_names()`; -1 is the base. None: all rows use the active
+          adapter.
+        - `forward_with_gates(..., adapter_ids=None)`: (result, gates). `gates[adapter][layer][location]` is [rows that
+          use the adapter, gates], in the dtype of the hidden states.
+        - `base_forward(...)`: the base.
+        - `activate(name)`, `deactivate()`, `active_adapter()`, `adapter_names()` and `adapter_config(name)`.
 
     Raises:
-        GraftError: no attention found, a place that the model does not have, weights that do not fit, an unsupported
-            field of the configuration. The message says what to do.
-        TypeError: `module` is not TorchScript, or `config` is nothing that describes a configuration.
+        GraftError: no attention was found, the model lacks a location, weights do not fit, a name is taken, or a field
+            of the configuration is not supported. The message says what to do.
+        TypeError: `module` is not TorchScript, or `config` describes no configuration.
     """
     base = cpp_module(module)
     specs: list[Spec] = []
@@ -131,19 +151,20 @@ def graft(
 
 
 def inspect(module: torch.jit.ScriptModule, sites: Mapping[str, Any] | str | Path | None = None) -> dict[str, Any]:
-    """The layers that the patcher sees in `module` (of a grafted module: in its base), as plain data.
+    """Returns the layers that the patcher sees in `module`, as plain data. For a grafted module it inspects the base.
 
     Args:
         module: a TorchScript module.
-        sites: an edited result of this function, or the path of a JSON file with it, that overrules detection
-            (docs/sites.md). None: what is detected.
+        sites: an edited result of this function, or the path of a JSON file with it. It overrules what the patcher
+            detects (docs/sites.md). None: the patcher detects the sites.
 
     Returns:
-        {"layers": [...], "near_misses": [...]}: one entry per attention with its Transformer layer, kind, heads, sizes,
-        norm orders, the module paths of its projections, the locations where adapters can go, and notes on what was not
-        found; near misses are sentences.
+        {"layers": [...], "near_misses": [...]}. "layers" has one entry per attention: its Transformer layer, kind,
+        heads, sizes, norm orders, the module paths of its projections, the locations where adapters can act, and notes
+        on what was not found. Near misses are sentences.
 
     Raises:
         GraftError: `sites` cannot be read, or does not fit the module.
+        TypeError: `module` is not TorchScript, or `sites` is neither a dict nor a path.
     """
     return json.loads(patcher().inspect(cpp_module(module), **_sites_option(sites)))

@@ -1,4 +1,4 @@
-"""Task heads: a small network on the last hidden states, kept with an adapter, saved and served with it."""
+"""Task heads: small networks on the last hidden states, saved and served with an adapter."""
 
 import json
 from collections.abc import Sequence
@@ -14,18 +14,21 @@ from .grafting import cpp_module, script_module
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """A head of the `adapters` library: pooling, then `layers` linear maps with dropout before each.
+    """The configuration of a head of the `adapters` library: pooling, then `layers` linear maps with dropout before
+    each.
 
     Attributes:
-        head_type: "classification", "multilabel_classification" or "tagging" (a result per token). A regression is a
+        head_type: "classification", "multilabel_classification" or "tagging" (logits for each token). A regression is a
             classification with num_labels=1, as in the library.
-        num_labels: columns of the logits.
-        layers: linear maps; all but the last keep the hidden size and are followed by `activation_function`.
-        activation_function: a non-linearity by name, or None.
-        labels: the labels' names, in the order of the logits; their number is `num_labels`.
-        bias: whether the last linear map has one.
-        dropout_prob: None is 0.
-        pooling: "first" token (what the library does), "mean" over real tokens or "last" real token.
+        num_labels: the number of logits.
+        layers: the number of linear maps. All but the last keep the hidden size and have `activation_function` behind
+            them.
+        activation_function: the name of a non-linearity, or None.
+        labels: the names of the labels, in the order of the logits. None: the labels have no names.
+        bias: whether the last linear map has a bias.
+        dropout_prob: the probability of dropout. None: 0.
+        pooling: which hidden states the head reads: of the "first" token (what the library does), the "mean" over real
+            tokens, or of the "last" real token.
     """
 
     head_type: str = "classification"
@@ -38,10 +41,10 @@ class HeadConfig:
     pooling: str = "first"
 
     def to_json(self) -> str:
-        """The text of a head_config.json.
+        """Returns the text of a head_config.json.
 
         Raises:
-            GraftError: the labels are not `num_labels` different ones.
+            GraftError: `labels` does not hold `num_labels` different names.
         """
         if self.labels is not None and len(set(self.labels)) != self.num_labels:
             raise GraftError(f"head: expected {self.num_labels} different labels (num_labels), got {list(self.labels)}")
@@ -52,7 +55,7 @@ class HeadConfig:
 
     @staticmethod
     def from_json(text: str) -> "HeadConfig":
-        """What to_json() was called on."""
+        """Returns the configuration whose to_json() gave `text`."""
         content = json.loads(text)
         fields = content["config"]
         label2id, _ = fields.pop("label2id"), fields.pop("use_pooler", None)
@@ -63,33 +66,46 @@ class HeadConfig:
 def add_head(
     module: torch.jit.ScriptModule, name: str, config: HeadConfig, token_mask: str | None = None
 ) -> torch.jit.ScriptModule:
-    """A copy in which the adapter `name` has a head with fresh weights; it is trainable if the adapter is.
+    """Returns a copy in which the adapter `name` has a head with fresh weights. The head is trainable if the adapter
+    is.
 
-    The copy has the method `forward_with_head(..., adapter_ids=None)` with forward's arguments. It returns logits
-    [B, L], for tagging [B, S, L]. In a mixed batch L is the largest number of labels of all heads, and columns that a
-    row's head does not have are -inf. The head reads what forward returns: a Tensor [B, S, H], the first of a tuple, or
-    the entry "last_hidden_state" of a dict.
+    The copy has the method `forward_with_head(..., adapter_ids=None)` with forward's arguments. It returns logits [B,
+    L], for tagging [B, S, L]. In a batch that mixes adapters, L is the largest number of labels of all heads; columns
+    beyond the labels of a row's head are -inf. The head reads forward's result: a Tensor [B, S, H], the first Tensor of
+    a tuple, or the entry "last_hidden_state" of a dict.
 
     Args:
         module: a grafted module.
-        name: of the adapter. A head that it has is replaced.
-        config: what the head is.
-        token_mask: the argument of forward that says which tokens are real ([B, S], non-zero = real). None:
-            "attention_mask", or "decoder_attention_mask" of a model with cross attention, if forward has it, else all
-            are. All heads of a module share it.
+        name: the adapter. If it has a head, the new one replaces it.
+        config: the head's configuration.
+        token_mask: the name of forward's argument that says which tokens are real ([B, S], non-zero = real). None:
+            "attention_mask", or "decoder_attention_mask" in a model with cross attention; if forward has no such
+            argument, all tokens are real. All heads of a module share it.
 
     Raises:
-        GraftError: an unknown adapter, an unsupported field, or another token mask than that of the other heads.
+        GraftError: the adapter is unknown, a field is not supported, `labels` does not fit `num_labels`, or the other
+            heads have another token mask.
+        TypeError: `module` is not TorchScript.
     """
     return script_module(patcher().add_head(cpp_module(module), name, config.to_json(), token_mask or ""))
 
 
 def remove_head(module: torch.jit.ScriptModule, name: str) -> torch.jit.ScriptModule:
-    """A copy in which the adapter has no head."""
+    """Returns a copy in which the adapter has no head.
+
+    Raises:
+        GraftError: the adapter is unknown.
+        TypeError: `module` is not TorchScript.
+    """
     return script_module(patcher().remove_head(cpp_module(module), name))
 
 
 def head_config(module: torch.jit.ScriptModule, name: str) -> HeadConfig | None:
-    """The head of an adapter; None when it has none."""
+    """Returns the configuration of an adapter's head, or None if it has no head.
+
+    Raises:
+        GraftError: the adapter is unknown.
+        TypeError: `module` is not TorchScript.
+    """
     text = patcher().head_config(cpp_module(module), name)
     return HeadConfig.from_json(text) if text else None

@@ -1,7 +1,9 @@
-"""What can be done with the adapters of a grafted module.
+"""Lists, removes, renames, replaces, averages and merges the adapters of a grafted module.
 
-Every function returns a new module and leaves the one that it is given as it is, so that threads which run that are not
-disturbed: a server makes the new one beside its traffic and swaps it in. Both share the memory of the base's weights.
+Every function but list_adapters() returns a new module and does not change the module that it gets, so that threads can
+go on running it: a server makes the new module beside its traffic and swaps it in. Both share the memory of the base's
+weights. Every function raises GraftError if the module is not grafted or an adapter is unknown, and TypeError if the
+module is not TorchScript.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,14 +24,15 @@ class AdapterInfo:
     """One adapter of a grafted module.
 
     Attributes:
-        name: its name.
+        name: the adapter's name.
         config: its configuration as JSON text.
-        active: whether rows without adapter_ids use it.
-        merged: whether merge_adapter() has moved it into the base's weights.
+        active: whether rows use it when forward gets no adapter_ids.
+        merged: whether merge_adapter() has added it to the base's weights.
         trainable: whether it has parameters of its own to train; see adapter_training.py.
-        parameters: how many trained numbers it has, without the padding of the bank that it shares with others.
-        bytes: their size.
-        by_location: the parameters by the place where they are ("selfattn_lora", "output_adapter", ...).
+        parameters: how many trained numbers the adapter and its head have, without the padding in the banks.
+        bytes: the size of these numbers.
+        by_location: the number of parameters at each location ("selfattn_lora", "output_adapter", ...), and of the
+            "head".
     """
 
     name: str
@@ -43,21 +46,25 @@ class AdapterInfo:
 
 
 def list_adapters(module: torch.jit.ScriptModule) -> list[AdapterInfo]:
-    """The adapters in the order of adapter_names(), which adapter_ids count."""
+    """Returns the adapters in the order of adapter_names(): an adapter's position is its number in adapter_ids."""
     return [AdapterInfo(**entry) for entry in patcher().list_adapters(cpp_module(module))]
 
 
 def remove_adapter(module: torch.jit.ScriptModule, *names: str) -> torch.jit.ScriptModule:
-    """A copy without these adapters. Those behind them move up: their adapter_ids change.
+    """Returns a copy without these adapters. Later adapters move up: their adapter_ids change.
 
     Raises:
-        GraftError: an unknown name, the last adapter (ungraft() gives the base), or one that is merged.
+        GraftError: a name is unknown, an adapter is merged, or none would be left (ungraft() gives the base).
     """
     return script_module(patcher().remove_adapters(cpp_module(module), list(names)))
 
 
 def rename_adapter(module: torch.jit.ScriptModule, name: str, new_name: str) -> torch.jit.ScriptModule:
-    """A copy where the adapter has another name; its adapter_id stays."""
+    """Returns a copy where the adapter has another name. Its number in adapter_ids stays.
+
+    Raises:
+        GraftError: `name` is unknown, or `new_name` is taken or no identifier.
+    """
     return script_module(patcher().rename_adapter(cpp_module(module), name, new_name))
 
 
@@ -68,7 +75,18 @@ def replace_adapter(
     directory: str | Path | None = None,
     trainable: bool = False,
 ) -> torch.jit.ScriptModule:
-    """A copy where `name`, with its adapter_id, has a new configuration with fresh weights, or those of a directory."""
+    """Returns a copy where `name` is another adapter. Its number in adapter_ids stays.
+
+    Args:
+        module: a grafted module.
+        name: the adapter to replace.
+        config: the configuration of the new adapter, with fresh weights; anything that graft() takes.
+        directory: a directory of AdapterHub or PEFT that holds the new adapter. Give `config` or `directory`, not both.
+        trainable: give the new adapter parameters of its own, to train it. False: it is frozen.
+
+    Raises:
+        GraftError: `name` is unknown, or the new adapter does not fit the module.
+    """
     if (config is None) == (directory is None):
         raise GraftError("replace_adapter: give a config or a directory")
     if directory is not None:
@@ -85,16 +103,21 @@ def average_adapter(
     *,
     normalize_weights: bool = True,
 ) -> torch.jit.ScriptModule:
-    """A copy with one more adapter, whose every parameter is the weighted mean of the others'.
+    """Returns a copy with one more adapter, whose parameters are weighted means of the parameters of others.
 
-    As average_adapter(combine_strategy="linear") of the `adapters` library, but that prefixes are averaged as keys and
-    values and not as weights of the MLP that made them.
+    The function does what average_adapter(combine_strategy="linear") of the `adapters` library does, except that it
+    averages prefixes as keys and values, not as weights of the MLP that made them, and a Compacter by its projections,
+    not by their factors. The average is frozen and has no head.
 
     Args:
         module: a grafted module.
-        name: of the new adapter.
-        adapters: the names of those to average, with weights or without (all alike). Their configurations must agree.
+        name: the name of the new adapter.
+        adapters: the adapters to average, {name: weight}, or names alone: then all have the same weight. Their
+            configurations must agree.
         normalize_weights: divide the weights by their sum.
+
+    Raises:
+        GraftError: a name is unknown, `name` is taken, the configurations differ, or the weights sum to 0.
     """
     names = list(adapters)
     weights = [float(adapters[key]) for key in names] if isinstance(adapters, Mapping) else []
@@ -102,32 +125,40 @@ def average_adapter(
 
 
 def merge_adapter(module: torch.jit.ScriptModule, name: str) -> torch.jit.ScriptModule:
-    """A copy whose base weights hold the adapter, an ungated LoRA: W + alpha / r B A. It then costs nothing.
+    """Returns a copy in which an ungated LoRA is added to the base's weights: W + alpha / r B A. It then costs nothing.
 
-    The adapter stays listed, without effect, for unmerge_adapter(). ungraft() of the copy is the plain merged model.
+    The adapter stays in the list, without effect, for unmerge_adapter(). ungraft() of the copy gives the plain merged
+    model.
 
     Raises:
-        GraftError: a gate, a bottleneck or a prefix, which no weight can hold; or frozen weights.
+        GraftError: the adapter has a gate, a bottleneck or a prefix, which no weight can hold; it is trainable or
+            merged already; or the base went through torch.jit.freeze, which makes its weights constants.
     """
     return script_module(patcher().merge_adapter(cpp_module(module), name))
 
 
 def unmerge_adapter(module: torch.jit.ScriptModule, name: str) -> torch.jit.ScriptModule:
-    """A copy with the adapter taken out of the base's weights again, up to rounding."""
+    """Returns a copy in which a merged adapter is subtracted from the base's weights again, exact up to rounding.
+
+    Raises:
+        GraftError: the adapter is unknown or not merged.
+    """
     return script_module(patcher().unmerge_adapter(cpp_module(module), name))
 
 
 def lower(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
-    """A copy made of ATen calls alone, which loads where no custom library can be loaded. Same results, but slower.
+    """Returns a copy that calls ATen operators only, for hosts that cannot load libtorchgraft.so. It gives the same
+    results up to rounding, and is slower.
 
-    What is grafted onto it later is made of this package's ops again.
+    If you graft onto the copy, the new module calls torchgraft's operators again.
     """
     return script_module(patcher().lower(cpp_module(module)))
 
 
 def ungraft(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
-    """The base, with the signature and the graph that it had before it was grafted.
+    """Returns the base, with the signature and the graph that it had before grafting.
 
-    Its parameters require no gradients when the module has, or had, a trainable adapter: grafting that froze them.
+    If the module has, or had, a trainable adapter, the base's parameters require no gradients: grafting has switched
+    them off.
     """
     return script_module(patcher().ungraft(cpp_module(module)))

@@ -16,27 +16,27 @@ from .configs import LoRAConfig
 from .errors import GraftError
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-DEFAULT_NAME = "default"  # as PEFT calls an adapter that nobody named
+DEFAULT_NAME = "default"  # PEFT's name for an adapter to which the user gave none
 
 _KEY = re.compile(
     r"(?:base_model\.model\.)?(?P<path>.+)"
     r"\.(?:lora_(?P<side>[AB])(?:\.[^.]+)?\.weight|lora_(?P<magnitude>magnitude_vector).*)"
 )
-# Initialisations that change the base's weights too: the adapter is right on those only.
+# Initialisations that also change the base's weights: the adapter fits the changed weights only.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
-# Fields that must be off, with what they would mean.
+# Fields that must be off, and what each would add.
 _UNSUPPORTED = {
     "use_qalora": "QALoRA", "modules_to_save": "whole modules", "trainable_token_indices": "tokens",
     "lora_bias": "a bias", "alora_invocation_tokens": "activated LoRA", "target_parameters": "parameters",
     "use_bdlora": "block-diagonal LoRA", "arrow_config": "Arrow",
 }  # fmt: skip
-# Roles of a layer's projections that a LoRA has a place at, with the field of LoRAConfig.
+# The roles of a layer's projections at which a LoRA can act, with the matrix or the field of LoRAConfig for it.
 _MATRICES = {"query": "q", "key": "k", "value": "v"}
 _FLAGS = {"ffn_in": "intermediate_lora", "ffn_out": "output_lora"}
 
 
 def is_peft_directory(directory: Path) -> bool:
-    """Whether adapter_config.json says so. Unreadable files are none."""
+    """Returns whether PEFT wrote the directory, by its adapter_config.json. False if that file cannot be read."""
     try:
         content = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -46,7 +46,8 @@ def is_peft_directory(directory: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Update:
-    """One linear map's update B A, alpha / r already in B. lora_a [r, in], lora_b [out, r], magnitude [out] of DoRA."""
+    """The update B A of one linear map. lora_a: [r, in]; lora_b: [out, r], multiplied by alpha / r already; magnitude:
+    [out], DoRA's. All are floating."""
 
     lora_a: Tensor
     lora_b: Tensor
@@ -58,7 +59,7 @@ class _Update:
         return _Update(pad(self.lora_a, (0, 0, 0, more)), pad(self.lora_b, (0, more)), self.magnitude)
 
     def rows(self, first: int, count: int) -> "_Update":
-        """The part for one of several packed projections."""
+        """Returns the part of the update for one of several packed projections."""
         magnitude = None if self.magnitude is None else self.magnitude.narrow(0, first, count)
         return _Update(self.lora_a, self.lora_b.narrow(0, first, count), magnitude)
 
@@ -66,29 +67,30 @@ class _Update:
 def load_peft_directory(
     directory: str | Path, structure: Mapping[str, Any], parameters: Mapping[str, Tensor]
 ) -> AdapterDirectory:
-    """The adapter as an AdapterHub one for a model of this structure.
+    """Reads a LoRA of PEFT and converts it to an AdapterHub adapter for a model of this structure.
 
-    Modules are known by their paths. Ranks that differ (rank_pattern) are padded with zeros to the largest, scalings
-    (alpha_pattern, use_rslora) are multiplied into B, and layers without an update are left out.
+    The function matches linear maps by module path. It pads ranks that differ (rank_pattern) with zeros to the largest,
+    multiplies scalings (alpha_pattern, use_rslora) into B, and lists layers without an update in `leave_out`.
 
     Args:
         directory: what `PeftModel.save_pretrained()` wrote.
-        structure: what torchgraft.inspect() says of the model.
-        parameters: the model's, by path: PEFT's DoRA scales all of a projection's result but its bias.
+        structure: the result of torchgraft.inspect() for the model.
+        parameters: the model's parameters, by path. DoRA needs the biases: PEFT's DoRA scales all of a projection's
+            result but its bias.
 
     Raises:
-        GraftError: not a LoRA, a field that is not supported, or a module that the model does not have or that a LoRA
-            has no place at (the attention's output projection, gates of feed-forward blocks).
+        GraftError: the directory holds no LoRA; a field is not supported; the model lacks a linear map; or AdapterHub
+            has no location for it (the attention's output projection, the gate of a feed-forward block).
     """
     directory = Path(directory)
     config = json.loads(read_config(directory))
     _check_config(directory, config)
     updates = _read_updates(directory, config)
-    places: dict[tuple[int, str], tuple[dict, _Update]] = {}  # (index in layers, role) -> projection and its update
+    targets: dict[tuple[int, str], tuple[dict, _Update]] = {}
     for path, update in updates.items():
-        places |= _places(directory, path, update, structure)
+        targets |= _targets(directory, path, update, structure)
     rank = max(update.lora_a.size(0) for update in updates.values())
-    return _as_adapter_hub(directory, places, rank, structure, parameters)
+    return _as_adapter_hub(directory, targets, rank, structure, parameters)
 
 
 def _check_config(directory: Path, config: dict[str, Any]) -> None:
@@ -99,12 +101,14 @@ def _check_config(directory: Path, config: dict[str, Any]) -> None:
             raise GraftError(f"{directory}: {field} ({meaning}) is not supported")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
-        raise GraftError(f"{directory}: init_lora_weights={init} has changed the base's weights, which the model here "
-                         "does not have; convert it with PEFT's path_initial_model_for_weight_conversion")  # fmt: skip
+        raise GraftError(
+            f"{directory}: init_lora_weights={init} has changed the base's weights, and this model does not have the "
+            "changed ones; convert the adapter with PEFT's path_initial_model_for_weight_conversion"
+        )
 
 
 def _pattern_value(patterns: Mapping[str, Any] | None, path: str, default: float) -> float:
-    """Of the first pattern that is the path's end, as PEFT looks them up."""
+    """Returns the value of the first pattern that matches the end of `path`, as PEFT does."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(?:.*\.)?(?:{pattern})$", path):
             return value
@@ -117,7 +121,7 @@ def _read_updates(directory: Path, config: dict[str, Any]) -> dict[str, _Update]
         match = _KEY.fullmatch(key)
         dimensions = 1 if match and match["magnitude"] else 2
         if match is None or tensor.dim() != dimensions or not tensor.is_floating_point():
-            raise GraftError(f"{directory}: {key} is no weight of a LoRA on a linear map")
+            raise GraftError(f"{directory}: {key} is not a weight of a LoRA on a linear map")
         sides.setdefault(match["path"], {})[match["side"] or match["magnitude"]] = tensor
     result = {}
     for path, side in sides.items():
@@ -135,14 +139,18 @@ def _read_updates(directory: Path, config: dict[str, Any]) -> dict[str, _Update]
 
 
 def _is_same_path(a: str, b: str) -> bool:
-    """Modulo leading components: a model may have been traced under a head, or inside a wrapper."""
+    """Compares paths without their leading components: a model may have been traced inside a head or a wrapper."""
     return a == b or a.endswith("." + b) or b.endswith("." + a)
 
 
-def _places(
+def _targets(
     directory: Path, path: str, update: _Update, structure: Mapping[str, Any]
 ) -> dict[tuple[int, str], tuple[dict, _Update]]:
-    """Where an update goes: one projection, or all that are packed into one linear map."""
+    """Returns the projections that an update changes: one, or all that are packed into one linear map.
+
+    Returns:
+        {(index in "layers", role): (the projection's entry, its part of the update)}.
+    """
     roles = [*_MATRICES, "output", "ffn_in", "ffn_gate", "ffn_out"]
     found = [
         (index, role, layer[role])
@@ -155,12 +163,16 @@ def _places(
     for _, role, _ in found:
         if role not in _MATRICES and role not in _FLAGS:
             what = "the attention's output projection" if role == "output" else "the gate of the feed-forward block"
-            raise GraftError(f"{directory}: {path} is {what}, where a LoRA has no place; target_modules may name "
-                             "query, key and value projections and both ends of the feed-forward block")  # fmt: skip
+            raise GraftError(
+                f"{directory}: {path} is {what}, where AdapterHub has no location for a LoRA; target_modules may name "
+                "query, key and value projections and both ends of the feed-forward block"
+            )
     width = sum(projection["out_features"] for _, _, projection in found)
     if update.lora_b.size(0) != width or update.lora_a.size(1) != found[0][2]["in_features"]:
-        raise GraftError(f"{directory}: expected lora_A and lora_B of {path} for {found[0][2]['in_features']} inputs "
-                         f"and {width} outputs, got {update.lora_a.size(1)} and {update.lora_b.size(0)}")  # fmt: skip
+        raise GraftError(
+            f"{directory}: expected lora_A and lora_B of {path} for {found[0][2]['in_features']} inputs and {width} "
+            f"outputs, got {update.lora_a.size(1)} and {update.lora_b.size(0)}"
+        )
     first = min(projection["offset"] for _, _, projection in found)
     return {
         (index, role): (projection, update.rows(projection["offset"] - first, projection["out_features"]))
@@ -169,7 +181,7 @@ def _places(
 
 
 def _bias(projection: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> Tensor:
-    """[out] of one projection; zeros when it has none."""
+    """Returns the bias of one projection, [out]; zeros if it has none."""
     features = projection["out_features"]
     bias = parameters.get(f"{projection['path']}.bias")
     return torch.zeros(features) if bias is None else bias.detach().narrow(0, projection["offset"], features)
@@ -177,15 +189,15 @@ def _bias(projection: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> Te
 
 def _as_adapter_hub(
     directory: Path,
-    places: Mapping[tuple[int, str], tuple[dict, _Update]],
+    targets: Mapping[tuple[int, str], tuple[dict, _Update]],
     rank: int,
     structure: Mapping[str, Any],
     parameters: Mapping[str, Tensor],
 ) -> AdapterDirectory:
     layers = structure["layers"]
-    roles = {role for _, role in places}
-    used = {layers[index]["layer"] for index, _ in places}
-    dora = any(update.magnitude is not None for _, update in places.values())
+    roles = {role for _, role in targets}
+    used = {layers[index]["layer"] for index, _ in targets}
+    dora = any(update.magnitude is not None for _, update in targets.values())
     config = LoRAConfig(
         r=rank,
         alpha=rank,
@@ -203,12 +215,13 @@ def _as_adapter_hub(
             projection = layer[role]
             if role not in roles or projection is None:
                 continue
-            _, update = places.get((index, role), (None, None))
+            _, update = targets.get((index, role), (None, None))
             if update is None and dora:
-                raise GraftError(f"{directory}: DoRA on {role} of some layers, and in layer {layer['layer']} on "
-                                 "others, is not supported; target_modules must name the same projections in "
-                                 "each")  # fmt: skip
-            if update is None:  # another layer has one here: this one's is zero
+                raise GraftError(
+                    f"{directory}: DoRA on {role} of some layers, and in layer {layer['layer']} on others, is not "
+                    "supported; target_modules must name the same projections in each layer"
+                )
+            if update is None:  # other layers update this role: here the update is zero
                 update = _Update(torch.zeros(1, projection["in_features"]), torch.zeros(projection["out_features"], 1))
             padded = update.padded(rank)
             prefix = f"{projection['path']}.loras.{DEFAULT_NAME}"

@@ -1,4 +1,4 @@
-"""AdapterPool: more adapters on one base than memory has room for."""
+"""AdapterPool serves more adapters on one base than fit in memory."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,13 +12,13 @@ from .grafting import cpp_module, directory_spec, script_module
 
 
 class Lease:
-    """The right to run some adapters of a pool: while it lives, their rows hold what they held when it was made.
+    """The right to run some adapters of a pool. As long as a lease lives, the pool does not write their rows.
 
-    It ends with its `with` block, or with its last reference.
+    A lease ends with its `with` block, or with its last reference.
 
     Attributes:
-        module: run its `forward` or `forward_with_gates` with adapter_ids.
-        ids: int64 [B], the row of each name that was asked for, in that order; -1 is the base model.
+        module: the module to run: call its `forward` or `forward_with_gates` with adapter_ids=ids.
+        ids: int64 [B], on the CPU: the row of each requested name, in their order; -1 is the base model.
     """
 
     def __init__(self, held: Any, module: torch.jit.ScriptModule):
@@ -34,20 +34,24 @@ class Lease:
 
 
 class AdapterPool:
-    """A fixed number of adapters on one base model, any of them in any batch; the one used longest ago makes room.
+    """Keeps a fixed number of adapters on one base model in memory. Any of them can be used in any batch.
 
-    An adapter comes in by having its row of the stacked banks written, in place: the graph and the module stay. All
-    methods may be called from any thread. docs/architecture.md has the rules.
+    A bank holds the parameters of all adapters of one slot, stacked along the first dimension: [capacity, ...]. To load
+    an adapter, the pool writes its row of the banks in place; the graph and the module stay. If all rows are taken, the
+    adapter that was used longest ago gives its row up. All methods may be called from any thread. docs/architecture.md
+    has the rules.
 
     Args:
-        module: a base model, or a grafted one, whose adapters then stay. It is not changed.
-        capacity: how many adapters are in memory.
-        room: configurations (as graft() takes them) that rows must hold. An adapter that needs more makes the pool
-            build larger rows beside its traffic. None: those of the first adapter.
-        gate_pooling, token_mask: as in graft(); with "unpadded" a row's result does not depend on its batch.
+        module: a base model, or a grafted module, whose adapters then stay. It is not changed.
+        capacity: how many adapters are in memory at once.
+        room: configurations, as graft() takes them. Every row is made large enough for each of them. If an adapter
+            needs more, the pool builds larger banks beside its traffic. Empty: rows fit the first adapter.
+        gate_pooling, token_mask: as in graft(). With "unpadded" a row's result does not depend on its batch.
 
     Raises:
-        GraftError: as graft(), and when capacity is not above the number of adapters of `module`.
+        GraftError: graft() would refuse `module` or a configuration, or `capacity` is not above the number of adapters
+            of `module`.
+        TypeError: `module` is not TorchScript.
     """
 
     def __init__(
@@ -62,47 +66,53 @@ class AdapterPool:
         self._base = module
         configs = [config_to_json(config) for config in room]
         self._pool = patcher().AdapterPool(cpp_module(module), capacity, configs, gate_pooling, token_mask or "")
-        # The newest rows' module in Python: wrapping one takes milliseconds.
+        # The module of the newest banks, wrapped for Python: wrapping takes milliseconds.
         self._newest: tuple[Any, torch.jit.ScriptModule] | None = None
 
     def insert(self, name: str, directory: str | Path) -> None:
-        """Brings the adapter of a directory (AdapterHub's, or a LoRA of PEFT) in, or replaces the one of that name for
-        all who acquire it from now on. Waits for a row if leases hold them all.
+        """Loads the adapter of a directory (AdapterHub's, or a LoRA of PEFT). It replaces the adapter of that name for
+        everybody who acquires it from now on. If leases hold all rows, the method waits for one.
 
         Raises:
-            GraftError: it cannot be read or does not fit the model; then nothing has changed.
+            GraftError: the directory cannot be read, or the adapter does not fit the model. The pool has not changed.
         """
         self._pool.insert(directory_spec(self._base, directory, name))
 
     def acquire(self, names: Sequence[str]) -> Lease:
-        """A lease on adapters that are in memory, one name for each row of a batch; "" is the base model.
+        """Returns a lease on adapters that are in memory.
+
+        Args:
+            names: the adapter of each row of a batch. "" is the base model.
 
         Raises:
-            GraftError: one of them is not there.
+            GraftError: an adapter is not in memory.
         """
         return self._lease(self._pool.acquire(list(names)))
 
     def try_acquire(self, names: Sequence[str]) -> Lease | None:
-        """The same; None when one of them is not there."""
+        """Returns a lease as acquire() does, or None if an adapter is not in memory."""
         held = self._pool.try_acquire(list(names))
         return None if held is None else self._lease(held)
 
     def evict(self, name: str) -> bool:
-        """Takes an adapter out of memory; leases keep it until they end. False when it is not there."""
+        """Takes an adapter out of memory; its row is free when the last lease on it ends. Returns False if it was not
+        there."""
         return self._pool.evict(name)
 
     def resident(self) -> list[str]:
-        """The names of those in memory, sorted."""
+        """Returns the names of the adapters in memory, sorted."""
         return self._pool.resident()
 
     def stats(self) -> dict[str, int]:
-        """capacity, resident, row_bytes (of one adapter, padding included), bank_bytes, loads, evictions, rebuilds."""
+        """Returns counts and sizes: "capacity", "resident" (adapters in memory), "row_bytes" (of one adapter, with
+        padding), "bank_bytes" (of all rows), "loads" (rows written), "evictions" and "rebuilds" (of banks that had to
+        grow)."""
         return self._pool.stats()
 
     def _lease(self, held: Any) -> Lease:
         newest = self._newest
         if newest is None or not newest[0].same_module(held):
-            # A lease on no row, which keeps nobody waiting, tells later whether the module is still this one.
+            # A lease on no row keeps nobody waiting. It tells later whether the module is still this one.
             newest = (self._pool.acquire([]), script_module(held.module()))
             if newest[0].same_module(held):
                 self._newest = newest

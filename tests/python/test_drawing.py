@@ -129,7 +129,7 @@ def test_a_deep_model_makes_no_larger_picture() -> None:
 def test_places_of_a_bare_model() -> None:
     drawn = texts(draw(structure([entry(0)]), {}, "bare"))
     assert [drawn.count(text) for text in ("LoRA", "prefix", "mh_adapter", "output_adapter")] == [5, 1, 1, 1]
-    assert "place for LoRA" in drawn and "place for bottleneck" in drawn
+    assert "location for LoRA" in drawn and "location for bottleneck" in drawn
 
 
 def test_only_places_that_are_there() -> None:

@@ -256,7 +256,7 @@ def test_pictures(folder: Path, tmp_path: Path) -> None:
     """Of a bare model, with a configuration, of a grafted model, and of that with another configuration."""
     grafted(BERT, FLOAT, "unipelt").save(str(tmp_path / "grafted.pt"))
     expected = {
-        ("base.pt",): (["base.pt: where adapters can go", "mh_adapter", "place for prefix"], ["gated"]),
+        ("base.pt",): (["base.pt: where adapters can act", "mh_adapter", "location for prefix"], ["gated"]),
         ("base.pt", "mam"): (["base.pt with mam", "prefix of 30", "bottleneck of 24"], ["place", "LoRA"]),
         ("grafted.pt",): (["grafted.pt: adapters 0 task (active: task)", "LoRA, r = 8, gated"], ["place"]),
         ("grafted.pt", "par_bn"): (["LoRA, r = 8, gated", "sequential", "parallel, relu", "with par_bn"], ["place"]),

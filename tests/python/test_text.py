@@ -36,9 +36,9 @@ def test_every_argument_gets_what_it_is_named_for(case: str) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ("input_ids: Tensor, pixels: Tensor", "forward's argument 'pixels' is none that a text gives"),
+    ("input_ids: Tensor, pixels: Tensor", "forward needs the argument 'pixels', and a text gives token ids"),
     ("attention_mask: Tensor", "forward takes no token ids"),
-    ("length: int, input_ids: Tensor", "forward's argument 'length'"),
+    ("length: int, input_ids: Tensor", "forward needs the argument 'length'"),
 ])  # fmt: skip
 def test_what_a_text_does_not_give(arguments: str, message: str) -> None:
     with pytest.raises(GraftError, match=f"test: {message}"):

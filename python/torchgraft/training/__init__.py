@@ -1,4 +1,4 @@
-"""Training of adapters on texts with classes; scripts/train.py is a command line on it (docs/training.md)."""
+"""Trains adapters on texts with classes (docs/training.md). scripts/train.py is its command line."""
 
 from .batches import EncodedExamples, encode_examples
 from .examples import Columns, Example, class_names, read_examples, split_examples

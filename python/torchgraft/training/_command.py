@@ -1,4 +1,4 @@
-"""What scripts/train.py does, once its command line is understood."""
+"""The work of scripts/train.py, on a parsed command line."""
 
 import argparse
 import hashlib
@@ -11,18 +11,17 @@ from typing import Any
 import torch
 
 from .. import HeadConfig, add_head, freeze_adapter, graft, head_config, load_adapter, save_adapter, unfreeze_adapter
-from .._files import load_module, reason, save_module, write_whole
+from .._files import EXPECTED_ERRORS, load_module, reason, save_module, write_whole
 from .._text import load_tokenizer
+from ..configs import config_argument
 from ..errors import GraftError
+from ..grafting import names_of
 from .batches import EncodedExamples, encode_examples
 from .examples import Columns, Example, check_every_class, class_names, read_examples, split_examples
 from .listeners import Listener, ProgressBar, TensorBoardLog
 from .options import TrainingOptions
 from .trainer import Trainer, TrainingResult, score
 from .workers import Workers
-
-# What a user can cause; anything else is a defect and deserves its traceback. RuntimeError, torch.jit.Error: torch's.
-EXPECTED_ERRORS = (GraftError, OSError, RuntimeError, MemoryError, torch.jit.Error)
 
 __all__ = ["EXPECTED_ERRORS", "reason", "run"]
 
@@ -31,7 +30,7 @@ CHECKPOINT = "checkpoint.pt"
 
 @dataclass(frozen=True)
 class Data:
-    """The examples of a run, tokenised, and the names of their classes."""
+    """The tokenised examples of a run, and the names of their classes."""
 
     names: list[str]
     training: EncodedExamples
@@ -40,8 +39,13 @@ class Data:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Trains, and writes into arguments.output: adapter/ (with its head), checkpoint.pt, scores.json, logs/ and, if
-    asked for, model.pt. Of several processes the first one writes."""
+    """Trains, and writes into arguments.output: adapter/ (with its head), checkpoint.pt, scores.json, logs/ and, with
+    --save-model, model.pt. If several processes train together, only the first one writes.
+
+    Raises:
+        GraftError: a file or a setting is wrong, or a loss or gradient is not finite. The message says why and what to
+            do.
+    """
     workers = Workers.started_by_torchrun(arguments.device)
     try:
         _run(arguments, workers)
@@ -53,7 +57,7 @@ def _run(arguments: argparse.Namespace, workers: Workers) -> None:
     output: Path = arguments.output
     checkpoint = output / CHECKPOINT
     if checkpoint.exists() and not (arguments.resume or arguments.restart):
-        raise GraftError(f"{checkpoint}: there already; give --resume to go on, --restart to start anew, "
+        raise GraftError(f"{checkpoint}: exists already; give --resume to go on, --restart to start anew, "
                          "or another --output")  # fmt: skip
     options = TrainingOptions(**{field.name: getattr(arguments, field.name) for field in fields(TrainingOptions)})
     data = _load_data(arguments)
@@ -76,8 +80,9 @@ def _run(arguments: argparse.Namespace, workers: Workers) -> None:
 
 
 def _identity(arguments: argparse.Namespace, data: Data) -> dict[str, Any]:
-    """What else must be alike in a run that goes on: model, tokens, the adapter's making; files by their content."""
-    config = _config(arguments)
+    """Returns what a resumed run must share with the run before, beside its options: the model, the examples, and how
+    the adapter was made. Files count by their content."""
+    config = config_argument(arguments.config)
     made = ("new_head", "pooling", "head_layers", "head_dropout", "gate_pooling")
     return {"model": _digest(arguments.model), "training examples": _digest_of_tokens(data.training),
             "validation examples": _digest_of_tokens(data.validation), "classes": ", ".join(data.names),
@@ -87,13 +92,13 @@ def _identity(arguments: argparse.Namespace, data: Data) -> dict[str, Any]:
 
 
 def _digest(path: Path) -> str:
-    """Of a file, or of all files in a directory with their names: short, for messages too."""
+    """Returns a short hash of a file, or of the names and contents of all files in a directory."""
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
             with file.open("rb") as opened:
                 content = hashlib.file_digest(opened, "sha256")
-            name = file.relative_to(path).as_posix()  # of `path` itself: "."
+            name = file.relative_to(path).as_posix()  # "." for `path` itself
             digest.update(f"{name} {content.hexdigest()}\n".encode())
     return digest.hexdigest()[:16]
 
@@ -103,10 +108,6 @@ def _digest_of_tokens(examples: EncodedExamples | None) -> str:
         return "none"
     content = [examples.token_ids, examples.type_ids, examples.labels.tolist(), examples.pad_id, examples.pad_type_id]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-
-
-def _config(arguments: argparse.Namespace) -> str | Path:
-    return Path(arguments.config) if "/" in arguments.config else arguments.config
 
 
 def _load_data(arguments: argparse.Namespace) -> Data:
@@ -131,16 +132,17 @@ def _load_data(arguments: argparse.Namespace) -> Data:
 
 
 def _trainable(base: torch.jit.ScriptModule, arguments: argparse.Namespace, names: list[str]) -> torch.jit.ScriptModule:
-    """The model with the adapter, unfrozen, and its head: from a directory, those that it has, or fresh."""
+    """Returns the model with a trainable adapter and its head: from --start, from the model itself, or fresh."""
     name = arguments.adapter
     torch.manual_seed(arguments.seed)
-    there = base.adapter_names() if hasattr(base, "adapter_names") else []
     if arguments.start:
         module = load_adapter(base, arguments.start, name, trainable=True)
-    elif name in there:
+    elif name in names_of(base):
         module = unfreeze_adapter(base, name)
     else:
-        module = graft(base, _config(arguments), name, gate_pooling=arguments.gate_pooling, trainable=True)
+        module = graft(
+            base, config_argument(arguments.config), name, gate_pooling=arguments.gate_pooling, trainable=True
+        )
     own = head_config(module, name)
     if own is not None and not arguments.new_head:
         _check_head(own, name, names)

@@ -1,4 +1,4 @@
-"""Which examples make a batch, and the tensors of a batch."""
+"""Divides examples into batches, and makes the tensors of a batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,15 +9,20 @@ from torch import Tensor
 
 from .examples import Example, class_indices
 
-# Batches are cut from so many batches' worth of examples in order of length: little padding, still much shuffling.
+# The examples of this many batches are sorted by length before they are cut into batches: this leaves little padding,
+# and the batches still differ from epoch to epoch.
 _BATCHES_PER_POOL = 16
 
 
 @dataclass(frozen=True)
 class EncodedExamples:
-    """Tokenised texts with their classes.
+    """N tokenised texts with their classes.
 
-    token_ids, type_ids: one list of whole numbers per example; labels: [N] int64; where: the places in files.
+    Attributes:
+        token_ids, type_ids: a list of integers for each example.
+        labels: int64 [N], the classes.
+        where: "FILE, line N" for each example, for messages.
+        pad_id, pad_type_id: the token and the type that pad shorter texts.
     """
 
     token_ids: list[list[int]]
@@ -31,10 +36,11 @@ class EncodedExamples:
         return len(self.token_ids)
 
     def lengths(self) -> list[int]:
+        """Returns the number of tokens of each example."""
         return [len(ids) for ids in self.token_ids]
 
     def chosen(self, indices: Sequence[int]) -> "EncodedExamples":
-        """Some of the examples, in the order of `indices`."""
+        """Returns the examples at `indices`, in this order."""
         return EncodedExamples(
             [self.token_ids[i] for i in indices], [self.type_ids[i] for i in indices],
             self.labels[torch.tensor(list(indices), dtype=torch.int64)], [self.where[i] for i in indices],
@@ -43,14 +49,19 @@ class EncodedExamples:
 
 
 def encode_examples(tokenizer: Any, examples: Sequence[Example], names: Sequence[str]) -> EncodedExamples:
-    """Tokenises with a tokenizers.Tokenizer; classes are positions in `names`.
+    """Tokenises examples and looks up their classes.
+
+    Args:
+        tokenizer: a tokenizers.Tokenizer. Its padding is switched off.
+        examples: the texts with their labels.
+        names: the names of the classes. A class is a position in it.
 
     Raises:
-        GraftError: an unknown label.
+        GraftError: a label is unknown.
     """
     labels = class_indices(examples, names)
     padding = tokenizer.padding or {}
-    tokenizer.no_padding()  # batches pad, each to its own longest text
+    tokenizer.no_padding()  # collate() pads each batch to its longest text
     encodings = tokenizer.encode_batch([example.text for example in examples])
     return EncodedExamples(
         [encoding.ids for encoding in encodings], [encoding.type_ids for encoding in encodings], labels,
@@ -59,8 +70,8 @@ def encode_examples(tokenizer: Any, examples: Sequence[Example], names: Sequence
 
 
 def training_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """The batches of one epoch, each example once: a function of the arguments alone, so that a run can be taken up in
-    the middle of an epoch, by any number of processes."""
+    """Returns the batches of one epoch, as positions in `lengths`; each example occurs once. The result depends only on
+    the arguments, so that any number of processes can resume a run in the middle of an epoch."""
     generator = torch.Generator().manual_seed((seed << 20) + epoch)
     order = torch.randperm(len(lengths), generator=generator).tolist()
     batches = []
@@ -72,24 +83,24 @@ def training_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: 
 
 
 def scoring_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Every example once, in order of length."""
+    """Returns batches with every example once, in order of length."""
     order = sorted(range(len(lengths)), key=lambda index: lengths[index])
     return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """values: "ids", "mask" (1 = token, 0 = padding) and "type", each [B, S] int64; labels: [B] int64."""
+    """values: "ids", "mask" (1 = token, 0 = padding) and "type", each int64 [B, S]; labels: int64 [B]."""
 
     values: dict[str, Tensor]
     labels: Tensor
 
 
 def collate(examples: EncodedExamples, indices: Sequence[int], part: slice, device: torch.device) -> Batch | None:
-    """The tensors of `indices[part]`, or None if that is nothing.
+    """Returns the tensors of the examples `indices[part]` on `device`, or None if this part is empty.
 
-    Padded to the longest of all `indices`: gates are means over padding too, so that a row's result would otherwise
-    depend on which process has it.
+    Rows are padded to the longest of all `indices`, not of the part: gates are means over padding, too, and a row's
+    result would otherwise depend on the process that has it.
     """
     width = max(len(examples.token_ids[index]) for index in indices)
     rows = list(indices[part])

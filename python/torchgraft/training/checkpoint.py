@@ -1,4 +1,4 @@
-"""What a training run needs to go on after it was killed."""
+"""Saves and loads the state of a training run, so that it can go on after it was killed."""
 
 import io
 import pickle
@@ -17,7 +17,7 @@ _FORMAT = 1
 
 @dataclass
 class BestEpoch:
-    """The best validation score so far, and the weights that had it."""
+    """The epoch with the best validation score so far, and its weights."""
 
     epoch: int
     score: float
@@ -26,20 +26,20 @@ class BestEpoch:
 
 @dataclass
 class TrainingState:
-    """Everything between two steps that is not a function of the settings.
+    """The state of a run between two steps, except what follows from its settings.
 
     Attributes:
-        settings: what must be alike in a run that goes on: options, data, model.
-        parameters: the trained weights by name.
+        settings: what a resumed run must share with the run before: options, data, model.
+        parameters: the trained weights, by name.
         optimizer, scheduler: their state_dict().
-        random: the state of torch's generator on each process.
-        epoch, batches_done: the position; whole epochs, and batches in this one.
+        random: the state of torch's generator in each process.
+        epoch, batches_done: the position in the run: complete epochs, and complete batches of the current epoch.
         step: steps of the optimizer so far.
-        loss_sum, rows: of this epoch so far, over all processes.
-        seconds: spent on this epoch so far.
-        best: None before the first validation.
-        epochs_without_gain: since the best one.
-        history: what was measured after each epoch.
+        loss_sum, rows: the sum of losses and the number of rows of the current epoch so far, over all processes.
+        seconds: the time of the current epoch so far.
+        best: the best epoch. None before the first validation.
+        epochs_without_gain: epochs since the best one.
+        history: a record of each epoch.
         finished: whether the run has ended.
     """
 
@@ -61,10 +61,10 @@ class TrainingState:
 
 
 def save_checkpoint(state: TrainingState, path: Path) -> None:
-    """Writes beside `path`, syncs and renames: whenever the process is killed, `path` holds a whole checkpoint.
+    """Writes a checkpoint with write_whole(): whenever the process is killed, `path` holds a whole checkpoint.
 
     Raises:
-        GraftError: it cannot be written, for example because the disk is full; `path` holds what it held.
+        GraftError: the file cannot be written, for example because the disk is full. `path` keeps its content.
     """
     content = {name.name: getattr(state, name.name) for name in fields(state)}
     content["best"] = None if state.best is None else {
@@ -76,10 +76,10 @@ def save_checkpoint(state: TrainingState, path: Path) -> None:
 
 
 def load_checkpoint(path: Path) -> TrainingState:
-    """Reads what save_checkpoint() wrote. Nothing but tensors and plain values is unpickled.
+    """Reads what save_checkpoint() wrote. Unpickles only tensors and plain values.
 
     Raises:
-        GraftError: the file is missing, damaged, or something else.
+        GraftError: the file is missing, damaged, or not a checkpoint.
     """
     try:
         written = path.read_bytes()
@@ -98,7 +98,11 @@ def load_checkpoint(path: Path) -> TrainingState:
 
 
 def check_same_run(state: TrainingState, settings: dict[str, Any], path: Path) -> None:
-    """Raises GraftError if the checkpoint is of a run with other settings: going on would give neither's weights."""
+    """Compares the settings of a checkpoint with those of this run. To mix two runs would give the weights of neither.
+
+    Raises:
+        GraftError: a setting differs. The message names it with both values.
+    """
     changed = [name for name in sorted(state.settings.keys() | settings.keys())
                if state.settings.get(name) != settings.get(name)]  # fmt: skip
     if changed:
@@ -107,6 +111,6 @@ def check_same_run(state: TrainingState, settings: dict[str, Any], path: Path) -
 
 
 def remove_leftovers(path: Path) -> None:
-    """Removes what a process that was killed while it wrote has left beside `path`."""
+    """Removes the temporary files that a process left beside `path` when it was killed while it wrote."""
     for temporary in path.parent.glob(f".{path.name}.*.tmp"):
         temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Texts with their classes, from CSV, TSV or JSONL files."""
+"""Reads texts with classes from CSV, TSV or JSONL files, and splits them."""
 
 import csv
 import io
@@ -20,7 +20,13 @@ _WHOLE_NUMBER = re.compile("-?[0-9]+")
 
 @dataclass(frozen=True)
 class Columns:
-    """The names of a file's columns (of JSONL: keys). Examples of one group stay together when a file is split."""
+    """The names of the columns to read (in JSONL: keys).
+
+    Attributes:
+        text: the column of the text.
+        label: the column of the class.
+        group: a column whose equal values make a group. split_examples() keeps groups together. None: no groups.
+    """
 
     text: str = "text"
     label: str = "label"
@@ -29,7 +35,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Example:
-    """One row of a file. where: "FILE, line N", for messages."""
+    """One row of a file. where: "FILE, line N", for messages; group: "" if it is in no group."""
 
     text: str
     label: str
@@ -38,10 +44,10 @@ class Example:
 
 
 def read_examples(path: Path, columns: Columns = Columns()) -> list[Example]:
-    """Every row of a file. A CSV or TSV file begins with the names of its columns; JSONL holds one object per line.
+    """Reads every row of a file. A CSV or TSV file begins with the names of its columns; JSONL has one object per line.
 
     Raises:
-        GraftError: the file is missing, empty, not UTF-8, of another form, or a row lacks its text or label.
+        GraftError: the file is missing, empty, not UTF-8 or not in its format, or a row lacks its text, label or group.
     """
     if path.suffix.lower() not in FORMATS:
         raise GraftError(f"{path}: expected a file ending in {', '.join(FORMATS)}")
@@ -59,7 +65,7 @@ def read_examples(path: Path, columns: Columns = Columns()) -> list[Example]:
 
 
 def _table_rows(path: Path, text: str, columns: Columns) -> Iterator[tuple[int, dict]]:
-    # In TSV, as NLP data sets have it, a quotation mark is a character like others.
+    # In the TSV files of NLP data sets, a quotation mark is an ordinary character.
     form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix.lower() == ".tsv" else {"strict": True}
     reader = csv.DictReader(io.StringIO(text, newline=""), **form)
     try:
@@ -68,15 +74,15 @@ def _table_rows(path: Path, text: str, columns: Columns) -> Iterator[tuple[int, 
             if names and name not in names:
                 raise GraftError(f"{path}: has no column '{name}'; its columns are {', '.join(names)}")
         for row in reader:
-            if None in row or None in row.values():  # what DictReader makes of more or fewer cells
+            if None in row or None in row.values():  # DictReader marks too many or too few cells so
                 raise GraftError(f"{path}, line {reader.line_num}: expected as many cells as the first line has")
             yield reader.line_num, row
-    except csv.Error as error:  # in the row after the last that could be read
+    except csv.Error as error:  # the fault is in the row after the last one read
         raise GraftError(f"{path}, line {reader.line_num + 1}: {error}") from error
 
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
-    # Not splitlines(): JSON strings may hold the other separators that it knows, such as U+2028.
+    # Not splitlines(): it also splits at characters that JSON strings may hold, such as U+2028.
     for line, content in enumerate(text.split("\n"), 1):
         if not content.strip():
             continue
@@ -94,7 +100,9 @@ def _example(where: str, row: dict, columns: Columns) -> Example:
     for name in filter(None, (columns.text, columns.label, columns.group)):
         value = row.get(name)
         if isinstance(value, bool) or not isinstance(value, str | int):
-            raise GraftError(f"{where}: '{name}' is {'missing' if value is None else 'no text or whole number'}")
+            raise GraftError(
+                f"{where}: '{name}' is {'missing' if value is None else 'neither text nor a whole number'}"
+            )
         values[name] = str(value).strip()
         if not values[name]:
             raise GraftError(f"{where}: '{name}' is empty")
@@ -102,19 +110,19 @@ def _example(where: str, row: dict, columns: Columns) -> Example:
 
 
 def class_names(examples: Sequence[Example]) -> list[str]:
-    """The labels that occur, in alphabetical order; whole numbers by their value."""
+    """Returns the labels that occur, in alphabetical order; if all are whole numbers, in order of their values."""
     found = {example.label for example in examples}
     numbers = all(map(_WHOLE_NUMBER.fullmatch, found))
     return sorted(found, key=lambda label: (int(label) if numbers else 0, label))
 
 
 def class_indices(examples: Sequence[Example], names: Sequence[str]) -> torch.Tensor:
-    """The class of each example, [N] int64: the position of its label in `names`.
+    """Returns the class of each example, int64 [N]: the position of its label in `names`.
 
-    Where no name is a whole number, such a label counts as the position itself.
+    If no name is a whole number, a label that is a whole number is the position itself.
 
     Raises:
-        GraftError: a label that is no name, or a number out of range.
+        GraftError: a label is unknown, or a number is out of range.
     """
     positions = {name: index for index, name in enumerate(names)}
     by_position = not any(map(_WHOLE_NUMBER.fullmatch, names))  # else "0" of "1", "2" would be "1"
@@ -133,7 +141,15 @@ def class_indices(examples: Sequence[Example], names: Sequence[str]) -> torch.Te
 
 
 def check_every_class(indices: torch.Tensor, names: Sequence[str]) -> None:
-    """Raises GraftError if a class has no example: a model trained on those would never choose it."""
+    """Checks that every class has an example: a model would never learn to choose a class without one.
+
+    Args:
+        indices: int64 [N], the class of each example.
+        names: the names of the classes.
+
+    Raises:
+        GraftError: a class has no example.
+    """
     counts = Counter(indices.tolist())
     missing = [name for index, name in enumerate(names) if not counts[index]]
     if missing:
@@ -143,7 +159,10 @@ def check_every_class(indices: torch.Tensor, names: Sequence[str]) -> None:
 
 
 def split_examples(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """(the rest, about `fraction` of the examples), drawn by `seed`. A group goes to one side; no group: its own.
+    """Splits examples at random into (the rest, about `fraction` of them).
+
+    `seed` decides the draw. All examples of a group go to the same side; an example without a group is a group of its
+    own.
 
     Raises:
         GraftError: one side would be empty.

@@ -1,4 +1,4 @@
-"""Who is told how a run goes on: a progress bar, lines of text, TensorBoard."""
+"""Shows the progress of a run: on a terminal, as lines of text, in TensorBoard."""
 
 import sys
 from pathlib import Path
@@ -11,23 +11,23 @@ from ..errors import GraftError
 
 
 class Listener:
-    """Told by the Trainer of rank 0. This one does nothing."""
+    """The Trainer of rank 0 calls these methods. Here they do nothing."""
 
     def started(self, done_steps: int, total_steps: int) -> None:
-        """Before the first step; done_steps > 0 where a run goes on."""
+        """Called before the first step. done_steps: steps of the run before, if this run resumes it."""
 
     def stepped(self, step: int, loss: float, learning_rate: float, gradient_norm: float) -> None:
-        """After each step: the mean loss of its examples, and the norm of the gradients before they were clipped."""
+        """Called after each step, with the mean loss of its examples and the norm of the gradients before clipping."""
 
     def epoch_ended(self, record: dict[str, Any]) -> None:
-        """After each epoch: what is in TrainingResult.history."""
+        """Called after each epoch, with its record in TrainingResult.history."""
 
     def ended(self) -> None:
-        """After the last step, and after an error, in started() too."""
+        """Called after the last step, and after an error, even one in started()."""
 
 
 def describe_epoch(record: dict[str, Any]) -> str:
-    """One line."""
+    """Describes the record of an epoch in one line."""
     text = f"epoch {record['epoch']}: loss {record['train_loss']:.4f}"
     if "validation_accuracy" in record:
         text += (f", validation loss {record['validation_loss']:.4f}, accuracy {record['validation_accuracy']:.3f}, "
@@ -36,7 +36,7 @@ def describe_epoch(record: dict[str, Any]) -> str:
 
 
 class ProgressBar(Listener):
-    """Steps, time that is left and loss, as a bar on a terminal; elsewhere one line per epoch."""
+    """Shows steps, the remaining time and the loss as a bar on a terminal. Elsewhere it prints one line per epoch."""
 
     def __init__(self, stream: TextIO = sys.stderr):
         self._console = Console(file=stream, highlight=False, markup=False)
@@ -63,7 +63,11 @@ class ProgressBar(Listener):
 
 
 class TensorBoardLog(Listener):
-    """Scalars for TensorBoard: loss, learning rate and gradient norm of each step, scores of each epoch."""
+    """Writes scalars for TensorBoard: loss, learning rate and gradient norm of each step, scores of each epoch.
+
+    Raises:
+        GraftError: the package tensorboard is not installed.
+    """
 
     def __init__(self, folder: Path):
         try:
@@ -75,7 +79,8 @@ class TensorBoardLog(Listener):
 
     def started(self, done_steps: int, total_steps: int) -> None:
         try:
-            # What a run before had logged from there on is not shown: a killed one beyond its last checkpoint, or all.
+            # TensorBoard drops what an earlier run has logged from this step on: a killed run beyond its last
+            # checkpoint.
             self._writer = self._make(str(self._folder), purge_step=done_steps + 1)
         except OSError as error:
             raise GraftError(f"{self._folder}: cannot write logs ({error.strerror})") from error

@@ -1,4 +1,4 @@
-"""How good predictions are."""
+"""Scores of predictions."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Scores:
-    """loss: mean cross entropy. accuracy: share of right answers. macro_f1: mean over classes of F1."""
+    """loss: the mean cross entropy; accuracy: the share of right answers; macro_f1: the mean F1 of the classes."""
 
     loss: float
     accuracy: float
@@ -16,13 +16,24 @@ class Scores:
 
 
 def confusion_matrix(predicted: Tensor, labels: Tensor, num_labels: int) -> Tensor:
-    """[L, L] float64: how often class i (row) was taken for class j (column). predicted, labels: [N] int64."""
+    """Counts how often class i (row) was taken for class j (column).
+
+    Args:
+        predicted, labels: int64 [N].
+        num_labels: the number L of classes.
+
+    Returns:
+        float64 [L, L].
+    """
     counts = torch.bincount(labels * num_labels + predicted, minlength=num_labels**2)
     return counts.view(num_labels, num_labels).to(torch.float64)
 
 
 def scores_of(confusion: Tensor, loss: float) -> Scores:
-    """F1 of a class is 2 TP / (2 TP + FP + FN). A class that neither occurs nor is predicted does not count."""
+    """Computes scores from a confusion matrix [L, L] and the mean loss.
+
+    The F1 of a class is 2 TP / (2 TP + FP + FN). A class that neither occurs nor is predicted does not count.
+    """
     right, predicted, actual = confusion.diagonal(), confusion.sum(0), confusion.sum(1)
     occurring = predicted + actual > 0
     f1 = 2 * right[occurring] / (predicted + actual)[occurring]

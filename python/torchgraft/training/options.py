@@ -1,4 +1,4 @@
-"""What a training run can be told."""
+"""The options of a training run."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -14,19 +14,24 @@ class TrainingOptions:
     """How to train.
 
     Attributes:
-        epochs: at most so many passes over the training examples.
-        batch_size: examples of one forward pass, over all processes.
-        accumulate: batches that make one step of the optimizer. A step is on the mean loss of all their examples.
-        learning_rate, weight_decay: of AdamW.
-        head_learning_rate, prefix_learning_rate: of the head, and of prefixes with their MLPs and gates; None: as the
-            others. A short run needs a higher one for the head; the MLPs bear a lower one only.
+        epochs: the most passes over the training examples.
+        batch_size: the number of examples in one batch, over all processes.
+        accumulate: the number of batches for one step of the optimizer, which minimises the mean loss of all their
+            examples.
+        learning_rate, weight_decay: AdamW's.
+        head_learning_rate, prefix_learning_rate: the learning rates of the head, and of prefixes with their MLPs and
+            gates. None: `learning_rate`. A short run needs a higher rate for the head; the MLPs tolerate only a lower
+            rate.
         schedule: how the learning rate falls after the warm-up: "linear" or "cosine" to zero, or "constant".
-        warmup: the share of all steps in which it rises from zero.
-        clip: the largest norm that all gradients together may have; 0: any.
-        patience: stop after so many epochs without a better validation score; 0: never.
-        best_by: which score of the validation examples decides which epoch is kept.
-        seed: of the order of examples and of dropout.
-        checkpoint_every: steps between two checkpoints; there is also one at the end of each epoch.
+        warmup: the share of all steps in which the learning rate rises from zero.
+        clip: the largest norm of all gradients together; larger ones are scaled down. 0: no limit.
+        patience: stop after this many epochs without a better validation score. 0: never.
+        best_by: the validation score that decides which epoch's weights are kept: "accuracy", "macro_f1" or "loss".
+        seed: decides the order of examples and dropout.
+        checkpoint_every: the number of steps between two checkpoints. Each epoch also ends with one.
+
+    Raises:
+        GraftError: a value is out of range, or unknown.
     """
 
     epochs: int = 3
@@ -60,4 +65,5 @@ class TrainingOptions:
                 raise GraftError(f"training: expected {name} among {', '.join(known)}, got '{getattr(self, name)}'")
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns the options by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}

@@ -5,9 +5,11 @@ from collections.abc import Callable
 
 
 def learning_rate_factor(schedule: str, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
-    """A function from the number of steps done to the factor of the learning rate in the next one, for LambdaLR.
+    """Returns a function for LambdaLR, from the number of steps done to the factor of the learning rate in the next
+    step.
 
-    It rises linearly over the warm-up and reaches 1 in its last step; then "linear" and "cosine" fall to 0 at the end.
+    The factor rises linearly over the warm-up and reaches 1 in its last step. With "linear" and "cosine" it then falls
+    to 0 at the end.
     """
 
     def factor(done: int) -> float:

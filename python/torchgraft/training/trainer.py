@@ -1,4 +1,4 @@
-"""Trains one adapter, with its head, of a grafted module."""
+"""Trains one adapter of a grafted module, with its head."""
 
 import math
 import time
@@ -33,8 +33,15 @@ from .workers import Workers
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """history: one record per epoch. best_epoch: the one whose weights the module has, 0 without validation examples:
-    then it has the last one's."""
+    """The result of a run.
+
+    Attributes:
+        history: one record per epoch: "epoch", "step", "train_loss", "seconds", and "validation_..." scores.
+        best_epoch: the epoch whose weights the module has. 0: there were no validation examples, and the module has the
+            weights of the last epoch.
+        stopped_early: whether `patience` has ended the run.
+        steps: steps of the optimizer.
+    """
 
     history: list[dict[str, Any]] = field(default_factory=list)
     best_epoch: int = 0
@@ -46,7 +53,21 @@ def score(
     module: torch.jit.ScriptModule, examples: EncodedExamples, num_labels: int, batch_size: int = 64,
     workers: Workers | None = None,
 ) -> Scores:  # fmt: skip
-    """The scores of the active adapter's head, in eval mode; of all processes together, on each."""
+    """Scores the active adapter's head on examples, in eval mode.
+
+    Args:
+        module: a grafted module whose active adapter has a classification head, on the workers' device.
+        examples: the tokenised examples.
+        num_labels: the number of classes.
+        batch_size: the number of examples in one batch, over all processes.
+        workers: the processes that score together. None: this process alone.
+
+    Returns:
+        The scores over all examples, the same in every process.
+
+    Raises:
+        GraftError: forward needs an argument that a text does not give.
+    """
     workers = workers or Workers()
     was_training = module.training
     module.eval()
@@ -65,17 +86,17 @@ def score(
 
 
 def class_scores(module: torch.jit.ScriptModule, batch: Batch) -> Tensor:
-    """Logits [B, L] of the active adapter's head."""
+    """Returns the logits of the active adapter's head: [B, L], floating."""
     return module.forward_with_head(*text_arguments(module.forward_with_head, batch.values, "training"))
 
 
 def _part_of(key: str) -> str:
-    """What a parameter belongs to, by its name in the module: "head", "prefix" or "adapter". "adapter_NAME" in it says
-    nothing: NAME is the user's."""
-    places = [name for name in key.split(".") if not name.startswith("adapter_")]
-    if "heads" in places:
+    """Returns whether a parameter belongs to the "head", a "prefix" or else the "adapter", by its name in the module.
+    Ignores "adapter_NAME" in the name: the user has chosen NAME."""
+    parts = [name for name in key.split(".") if not name.startswith("adapter_")]
+    if "heads" in parts:
         return "head"
-    return "prefix" if any(name.endswith(("_prefix", "_prefix_source")) for name in places) else "adapter"
+    return "prefix" if any(name.endswith(("_prefix", "_prefix_source")) for name in parts) else "adapter"
 
 
 def _optimizer(parameters: Mapping[str, Tensor], options: TrainingOptions) -> torch.optim.AdamW:
@@ -87,18 +108,23 @@ def _optimizer(parameters: Mapping[str, Tensor], options: TrainingOptions) -> to
 
 
 class Trainer:
-    """One run: AdamW on the mean cross entropy of the adapter's and its head's weights; the base is not trained.
+    """One run. AdamW minimises the mean cross entropy; it changes the weights of the adapter and its head, not the
+    base.
 
     Args:
         module: a grafted module whose adapter `name` is trainable and has a classification head, on the workers'
             device. The run changes the adapter's weights in place.
         name: the adapter.
-        training, validation: tokenised examples. Without validation examples the last epoch is the best.
+        training, validation: tokenised examples. Without validation examples the last epoch is kept.
+        num_labels: the number of classes.
         options: how to train.
-        checkpoint: where to write checkpoints; None: nowhere.
-        identity: further settings that must be alike for a checkpoint to be gone on with (the files, the model).
-        workers: the processes that train together.
-        listeners: told of progress, on rank 0 only.
+        checkpoint: where to write checkpoints. None: the run writes none.
+        identity: further settings that a resumed run must share with its checkpoint (the files, the model).
+        workers: the processes that train together. None: this process alone.
+        listeners: their methods are called as the run proceeds, on rank 0 only.
+
+    Raises:
+        GraftError: there are no training examples, or the adapter is unknown or frozen.
     """
 
     def __init__(
@@ -121,7 +147,7 @@ class Trainer:
         self._optimizer = _optimizer(self._parameters, options)
         factor = learning_rate_factor(options.schedule, round(options.warmup * self._total_steps), self._total_steps)
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, factor)
-        torch.manual_seed(options.seed + self._workers.rank)  # of dropout: every process its own
+        torch.manual_seed(options.seed + self._workers.rank)  # for dropout, which differs between processes
         settings = {**options.as_dict(), "processes": self._workers.size, "examples": len(training), "adapter": name}
         del settings["checkpoint_every"]
         self._state = TrainingState({**settings, **(identity or {})})
@@ -130,12 +156,12 @@ class Trainer:
         """Trains to the end, and leaves the best epoch's weights in the module.
 
         Args:
-            resume: go on from the checkpoint, if there is one. The weights at the end are those of a run that was not
+            resume: go on from the checkpoint, if there is one. The run then ends with the weights of a run that was not
                 interrupted.
 
         Raises:
-            GraftError: the loss before or after a step, or a gradient, is not finite; a checkpoint cannot be written,
-                or is of another run. The last checkpoint is then whole, and from before that step.
+            GraftError: the loss before or after a step, or a gradient, is not finite; or a checkpoint cannot be
+                written, or is of another run. The last checkpoint is then whole, and from before that step.
         """
         if self._checkpoint is not None:
             if self._workers.rank == 0:
@@ -143,7 +169,7 @@ class Trainer:
             if resume and self._checkpoint.exists():
                 self._restore(load_checkpoint(self._checkpoint))
             else:
-                self._save()  # a disk that is full is better known now
+                self._save()  # fails now, not after an epoch, if the disk is full
         state = self._state
         with ExitStack() as ends:
             for listener in self._listeners:
@@ -160,7 +186,7 @@ class Trainer:
                               state.epoch < self._options.epochs, state.step)  # fmt: skip
 
     def _train_epoch(self) -> None:
-        """The rest of the epoch that the state is in."""
+        """Trains from the current position to the end of the epoch."""
         options, state = self._options, self._state
         self._module.train()
         batches = training_batches(self._training.lengths(), options.batch_size, options.seed, state.epoch)
@@ -179,7 +205,7 @@ class Trainer:
                     self._save()
 
     def _step(self, batches: list[list[int]]) -> None:
-        """One step of the optimizer on the mean loss over all rows of `batches`, whichever process has them."""
+        """Makes one step of the optimizer, on the mean loss over all rows of `batches` in all processes."""
         state, rows = self._state, sum(map(len, batches))
         self._optimizer.zero_grad(set_to_none=True)
         loss_sum = torch.zeros((), dtype=torch.float64)
@@ -206,14 +232,17 @@ class Trainer:
             listener.stepped(state.step, loss_sum.item() / rows, learning_rate, norm)
 
     def _refuse(self, loss: float, norm: float, indices: list[int]) -> None:
-        """Before the step is made."""
+        """Raises GraftError, before the step is made."""
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradients is {norm}"
-        places = ", ".join(self._training.where[index] for index in indices[:3])
-        raise GraftError(f"training: {what} in step {self._state.step + 1} of {self._total_steps} (examples: {places}, "
-                         f"...){self._kept()}. Lower the learning rate, or look at the examples")  # fmt: skip
+        examples = ", ".join(self._training.where[index] for index in indices[:3])
+        raise GraftError(
+            f"training: {what} in step {self._state.step + 1} of {self._total_steps} (examples: {examples}, ...)"
+            f"{self._kept()}. Lower the learning rate, or look at the examples"
+        )
 
     def _check_loss(self, loss: float, where: str) -> None:
-        """A step that was too large shows only in the next forward pass; its weights must not be written."""
+        """Raises GraftError if the loss is not finite. Too large a step shows only in the next forward pass; its
+        weights must not be written."""
         if not math.isfinite(loss):
             raise GraftError(f"training: after step {self._state.step} of {self._total_steps} the loss on {where} is "
                              f"{loss}{self._kept()}. Lower the learning rate")  # fmt: skip
@@ -222,7 +251,7 @@ class Trainer:
         return f"; {self._checkpoint} is from before that step" if self._checkpoint else ""
 
     def _end_epoch(self) -> None:
-        """Measures, compares, and decides whether to go on."""
+        """Scores the validation examples, keeps the best weights, and decides whether the run goes on."""
         options, state = self._options, self._state
         state.epoch += 1
         record: dict[str, Any] = {"epoch": state.epoch, "step": state.step, "train_loss": state.loss_sum / state.rows,

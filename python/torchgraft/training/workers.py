@@ -1,4 +1,4 @@
-"""The processes of a run that torchrun starts; one process is a group of one."""
+"""The processes of a run that torchrun starts. A single process is a group of one."""
 
 import os
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from ..errors import GraftError
 
 
 class Workers:
-    """This process among those that train together. Without a process group of torch.distributed: alone.
+    """This process among the processes that train together. It is alone if torch.distributed has no process group.
 
     Attributes:
-        rank: of this process; 0 writes files and reports.
-        size: how many processes there are.
-        device: where this process computes.
+        rank: the number of this process. Process 0 writes files and reports.
+        size: the number of processes.
+        device: the device on which this process computes.
     """
 
     def __init__(self, device: str | torch.device = "cpu"):
@@ -27,11 +27,11 @@ class Workers:
 
     @classmethod
     def started_by_torchrun(cls, device: str | None = None) -> "Workers":
-        """Joins the process group whose address torchrun has put into the environment, if it has.
+        """Joins the process group whose address torchrun has put into the environment. Without torchrun, stays alone.
 
         Args:
-            device: None: this process's GPU if torch sees GPUs, else the CPU. "cuda": this process's GPU. The backend
-                is nccl or gloo accordingly.
+            device: the device of this process. "cuda": this process's GPU. None: this process's GPU if torch sees GPUs,
+                else the CPU. GPUs use nccl, CPUs gloo.
 
         Raises:
             GraftError: torch does not know or see the device.
@@ -58,27 +58,29 @@ class Workers:
             torch.distributed.destroy_process_group()
 
     def part(self) -> slice:
-        """Which rows of a batch this process takes. Uneven, or none, where there are too few."""
+        """Returns which rows of a batch this process takes. Parts may differ in size; the part of a small batch may be
+        empty."""
         return slice(self.rank, None, self.size)
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Replaces each tensor, on every process, by the sum of what all processes have; in one message."""
+        """Replaces each tensor, in every process, by its sum over all processes. All tensors travel in one message."""
         if self.size == 1:
             return
-        # float64 holds counts and float32 gradients exactly enough; half as fast to send, and adapters are small.
+        # float64 holds counts exactly, and gradients without loss. It takes twice the time to send; adapters are small.
         flat = torch.cat([tensor.detach().reshape(-1).to(self.device, torch.float64) for tensor in tensors])
         torch.distributed.all_reduce(flat)
         for tensor, value in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.detach().copy_(value.view(tensor.shape))
 
     def take_from_first(self, tensors: Sequence[Tensor]) -> None:
-        """Replaces each tensor by that of rank 0."""
+        """Replaces each tensor, in every process, by the tensor of rank 0."""
         if self.size > 1:
             for tensor in tensors:
                 torch.distributed.broadcast(tensor.detach(), 0)
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """The tensors of all ranks, on every process. They have one shape, and are on the CPU."""
+        """Returns the tensors of all ranks, in every process, on the CPU. `tensor` has the same shape in all
+        processes."""
         if self.size == 1:
             return [tensor]
         mine = tensor.to(self.device)

@@ -20,13 +20,14 @@ COLUMNS = [*METHODS, "frozen", "optimized"]
 
 _HEAD = f"""# Models
 
-The largest absolute difference (float32, hidden states and gates, two batches that were not traced) of grafted small
-random models from their reference: `adapters==1.3.0` where the library supports the model, else a restatement of the
-definitions in plain PyTorch (`restated_reference.py`, which is held to the library on BERT, ViT and BART). Made by
-`tests/python/architectures/make_models_table.py`; the same cases are tests (`test_architectures.py`, float32 and
-float64; `test_forms.py`; `test_canonical.py`). *frozen* is after `torch.jit.freeze`, *optimized* after
-`torch.jit.optimize_for_inference` of that, both with the first method of the row. *fused*: traced without grad mode,
-where torch.nn runs a whole layer as one operator.
+The table shows the largest absolute difference of grafted small random models from their reference: float32, hidden
+states and gates, two batches other than the one that was traced. The reference is `adapters==1.3.0` where the library
+supports the model, else a restatement of the definitions in plain PyTorch (`restated_reference.py`; the tests compare
+it with the library on BERT, ViT and BART). `tests/python/architectures/make_models_table.py` makes this page. The same
+cases are tests: `test_architectures.py` (float32 and float64), `test_forms.py`, `test_canonical.py`. *frozen*: the
+model went through `torch.jit.freeze`; *optimized*: also through `torch.jit.optimize_for_inference`; both columns use
+the first method of the row. *fused*: the model was traced without grad mode, where torch.nn runs a whole layer as one
+operator.
 
 | model | form | reference | {" | ".join(COLUMNS)} |
 |---|---|---|{"---|" * len(COLUMNS)}"""
@@ -72,7 +73,7 @@ def main() -> None:
     print(_HEAD)
     for name, form in FORMS:
         print(_row(name, form))
-    print("\n*-*: the model, or the library with it, has no such place. *not yet*:\n")
+    print("\n*-*: the model, or the library with it, has no such location. *not yet*:\n")
     for reason in sorted(set(FROZEN_NOT_YET.values())):
         print(f"- {reason}.")
 

@@ -77,7 +77,7 @@ def test_equals_peft(case: str, tmp_path) -> None:
     [
         (
             dict(target_modules=["attention.output.dense"]),
-            "the attention's output projection, where a LoRA has no place",
+            "the attention's output projection, where AdapterHub has no location for a LoRA",
         ),
         (
             dict(use_dora=True, target_modules=["layer.0.attention.self.query", "layer.1.attention.self.value"]),

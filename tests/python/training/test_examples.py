@@ -55,7 +55,7 @@ WRONG = {
     "an empty label": ("a.tsv", "text\tlabel\na\t\n", "line 2: 'label' is empty"),
     "not JSON": ("a.jsonl", '{"text": "a", "label": 1}\n{"text": ', "line 2: not JSON"),
     "not an object": ("a.jsonl", "[1]\n", "line 1: expected an object, got list"),
-    "a fraction": ("a.jsonl", '{"text": "a", "label": 0.5}\n', "'label' is no text or whole number"),
+    "a fraction": ("a.jsonl", '{"text": "a", "label": 0.5}\n', "'label' is neither text nor a whole number"),
     "no label": ("a.jsonl", '{"text": "a"}\n', "'label' is missing"),
     "Latin-1": ("a.csv", "text,label\ncliché,b\n".encode("latin-1"), "not UTF-8 text (byte 16"),
 }
