@@ -10,6 +10,7 @@ target_link_libraries(torchgraft INTERFACE
 
 set(torchgraft_targets torchgraft)
 set(torchgraft_headers
+  activations/activation.h
   ops/activation.h
   ops/attention_token_mask.h
   ops/gated_bottleneck.h

@@ -1,7 +1,7 @@
 #include <torchgraft/config/head_config.h>
 
+#include <torchgraft/activations/activation.h>
 #include <torchgraft/config/json_fields.h>
-#include <torchgraft/ops/activation.h>
 
 #include <algorithm>
 

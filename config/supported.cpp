@@ -1,5 +1,5 @@
+#include <torchgraft/activations/activation.h>
 #include <torchgraft/config/adapter_config.h>
-#include <torchgraft/ops/activation.h>
 
 #include <c10/util/Exception.h>
 

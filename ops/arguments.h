@@ -5,36 +5,30 @@
 #include <cstdint>
 #include <optional>
 #include <string>
-#include <string_view>
-#include <utility>
 
 namespace torchgraft::ops {
 
-// The arguments of each op as one value, so that checks, kernels and gradients share one spelling of them.
+// The arguments of each operator as one struct, which checks, forward passes and gradients take. Members stand in the
+// order of the schema (registration/schemas.cpp): from_schema.h fills them in that order. An optional tensor that is
+// absent is an undefined tensor here.
 // Dimensions: N adapters in the bank, B batch rows, S tokens, I input and O output features, H hidden size, R
-// bottleneck size, r rank, G gates, h heads, h_kv key/value heads, S_k keys, P prefix positions, d head size. An
-// optional tensor that is absent is an undefined tensor.
+// bottleneck size, r rank, G gates, h heads, h_kv key/value heads, S_k keys, P prefix positions, d head size.
 
-inline at::Tensor or_undefined(const std::optional<at::Tensor>& tensor) { return tensor.value_or(at::Tensor()); }
+struct GateParameters {
+  at::Tensor weight;  // gate_weight [N, G, I]; absent: no gate
+  at::Tensor bias;    // gate_bias [N, G]
+};
 
-// What every op takes: the gate and which adapter each row uses.
+// The last arguments of every schema: the gate, and the adapter of each row.
 struct RowArguments {
-  at::Tensor gate_weight;  // [N, G, I]; absent: no gate
-  at::Tensor gate_bias;    // [N, G]
+  GateParameters gate;
   at::Tensor adapter_ids;  // int64 [B]; absent: `adapter` for every row
   int64_t adapter = 0;     // -1: the base model
   at::Tensor token_mask;   // bool [B, S], true = real token; absent: all real
 };
 
-inline RowArguments row_arguments(const std::optional<at::Tensor>& gate_weight,
-                                  const std::optional<at::Tensor>& gate_bias,
-                                  const std::optional<at::Tensor>& adapter_ids, int64_t adapter,
-                                  const std::optional<at::Tensor>& token_mask) {
-  return {or_undefined(gate_weight), or_undefined(gate_bias), or_undefined(adapter_ids), adapter,
-          or_undefined(token_mask)};
-}
-
 struct LoraArguments {
+  static constexpr const char* kOperator = "gated_lora";
   at::Tensor x;        // [B, S, I]
   at::Tensor base;     // [B, S, O]
   at::Tensor lora_a;   // [N, r, I]
@@ -43,7 +37,22 @@ struct LoraArguments {
   RowArguments rows;
 };
 
+struct LoraLinearArguments {
+  static constexpr const char* kOperator = "gated_lora_linear";
+  at::Tensor x;        // [B, S, I]
+  at::Tensor weight;   // [O, I]
+  at::Tensor bias;     // [O] or absent
+  at::Tensor lora_a;   // [N, r, I]
+  at::Tensor lora_b;   // [N, O, r]
+  at::Tensor scaling;  // [N]
+  RowArguments rows;
+
+  // The LoRA alone, on what the projection gave.
+  LoraArguments lora(const at::Tensor& base) const { return {x, base, lora_a, lora_b, scaling, rows}; }
+};
+
 struct BottleneckArguments {
+  static constexpr const char* kOperator = "gated_bottleneck";
   at::Tensor x;            // [B, S, H]
   at::Tensor residual;     // [B, S, H]
   at::Tensor down_weight;  // [N, R, H]
@@ -55,17 +64,28 @@ struct BottleneckArguments {
   RowArguments rows;
 };
 
-// In the order of the schemas; gated_bottleneck_linear has no residual (undefined).
-inline BottleneckArguments bottleneck_arguments(const at::Tensor& x, const at::Tensor& residual,
-                                                const at::Tensor& down_weight, const at::Tensor& down_bias,
-                                                const at::Tensor& up_weight, const at::Tensor& up_bias,
-                                                const at::Tensor& scaling, std::string_view non_linearity,
-                                                RowArguments rows) {
-  return {
-      x, residual, down_weight, down_bias, up_weight, up_bias, scaling, std::string(non_linearity), std::move(rows)};
-}
+struct BottleneckLinearArguments {
+  static constexpr const char* kOperator = "gated_bottleneck_linear";
+  at::Tensor x;            // [B, S, H]
+  at::Tensor input;        // [B, S, I]
+  at::Tensor weight;       // [H, I]
+  at::Tensor bias;         // [H] or absent
+  at::Tensor down_weight;  // [N, R, H]
+  at::Tensor down_bias;    // [N, R]
+  at::Tensor up_weight;    // [N, H, R]
+  at::Tensor up_bias;      // [N, H]
+  at::Tensor scaling;      // [N, 1] or [N, H]
+  std::string non_linearity;
+  RowArguments rows;
+
+  // The bottleneck alone, added to what the linear map gave.
+  BottleneckArguments bottleneck(const at::Tensor& residual) const {
+    return {x, residual, down_weight, down_bias, up_weight, up_bias, scaling, non_linearity, rows};
+  }
+};
 
 struct PrefixArguments {
+  static constexpr const char* kOperator = "gated_prefix_attention";
   at::Tensor query;          // [B, h, S, d]
   at::Tensor key;            // [B, h_kv, S_k, d]
   at::Tensor value;          // [B, h_kv, S_k, d]
@@ -79,6 +99,12 @@ struct PrefixArguments {
   std::optional<double> scale;  // absent: 1 / sqrt(d)
   bool enable_gqa = false;
   RowArguments rows;
+};
+
+struct TokenMaskArguments {
+  static constexpr const char* kOperator = "attention_token_mask";
+  at::Tensor x;          // [B, S, H]
+  at::Tensor attn_mask;  // bool or floating, broadcastable to [B, h, S_q, S]; absent: all tokens are real
 };
 
 }  // namespace torchgraft::ops

@@ -11,7 +11,7 @@ namespace {
 
 constexpr double kNegativeInfinity = -std::numeric_limits<double>::infinity();
 
-// The flash kernels read heads with stride 1 along d and give wrong numbers, not an error, for other layouts.
+// The flash kernels read heads with stride 1 along d. For other layouts they give wrong numbers, not an error.
 at::Tensor with_dense_heads(const at::Tensor& tensor) { return tensor.stride(-1) == 1 ? tensor : tensor.contiguous(); }
 
 at::Tensor row_factor(const at::Tensor& gate, int64_t column) {
@@ -23,7 +23,7 @@ at::Tensor weigh(const PrefixArguments& args, const at::Tensor& probabilities, c
   return times_keys(args, probabilities.to(args.query.scalar_type()), values);
 }
 
-// 0 for -inf, so that exp(score - it) is 0 and not NaN where a query sees nothing.
+// 0 for -inf: where a query sees nothing, exp(score - 0) is 0, but exp(score + inf) would be NaN.
 at::Tensor finite_log_sum_exp(const at::Tensor& log_sum_exp) {
   return log_sum_exp.masked_fill(at::isneginf(log_sum_exp), 0);
 }
@@ -143,9 +143,8 @@ Prefix select_prefix(const PrefixArguments& args, const Selection& selection, co
   prefix.key = select(selection, args.prefix_key);
   prefix.value = select(selection, args.prefix_value);
   if (trim && !selection.is_mixed()) {
-    // By as few calls of ATen as can be: with a few tokens they are what the op costs.
-    const int64_t length =
-        args.prefix_length.const_data_ptr<int64_t>()[selection.adapter * args.prefix_length.stride(0)];
+    // By few calls of ATen: with a few tokens, calls are most of what the operator costs.
+    const int64_t length = args.prefix_length.const_data_ptr<int64_t>()[selection.slice * args.prefix_length.stride(0)];
     const int64_t used = std::clamp<int64_t>(length, 0, prefix.key.size(-2));
     if (used < prefix.key.size(-2)) {
       prefix.key = prefix.key.narrow(-2, 0, used);
@@ -178,7 +177,7 @@ Probabilities joint_softmax(const at::Tensor& sequence_scores, const at::Tensor&
       finite_log_sum_exp(at::logaddexp(at::logsumexp(sequence_scores, -1), at::logsumexp(prefix_scores, -1)));
   Probabilities result{at::exp(sequence_scores - log_sum_exp.unsqueeze(-1)),
                        at::exp(prefix_scores - log_sum_exp.unsqueeze(-1))};
-  // Almost 1, but the number of keys where is_precise(log_sum_exp) fails, and 0 where a query sees nothing.
+  // Almost 1; the number of keys where is_precise(log_sum_exp) is false; 0 where a query sees nothing.
   const at::Tensor sum = at::add(result.sequence.sum(-1, /*keepdim=*/true), result.prefix.sum(-1, /*keepdim=*/true));
   const at::Tensor divisor = sum.masked_fill(at::eq(sum, 0), 1);
   result.sequence = result.sequence.div_(divisor);
@@ -194,7 +193,7 @@ bool is_precise(const at::Tensor& log_sum_exp) {
 }
 
 AttentionForward attend(const PrefixArguments& args, const Prefix& prefix, const at::Tensor& mask) {
-  if (cpu::takes(args)) {
+  if (cpu::takes_fused_attention(args)) {
     AttentionForward result = cpu::attend(args, prefix, mask);
     if (!can_use_flash(args)) {
       result.log_sum_exp.reset();  // the flash kernel's gradient cannot take such arguments either

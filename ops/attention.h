@@ -9,12 +9,12 @@
 
 namespace torchgraft::ops {
 
-// The pieces of gated_prefix_attention. Scores and log-sum-exps are in accumulation_type(query's dtype). All of it
-// allows symbolic sizes, but the flash kernels, which are only called with concrete ones.
+// The pieces of gated_prefix_attention. Scores and log-sum-exps are in accumulation_type(query's dtype). Everything
+// but the flash kernels allows symbolic sizes.
 
 c10::SymFloat attention_scale(const PrefixArguments& args);
 
-// attn_mask as something to add to the scores, rank 4, in query's dtype; undefined without a mask.
+// attn_mask as a summand of the scores, of four dimensions, in query's dtype; undefined without a mask.
 at::Tensor additive_mask(const PrefixArguments& args);
 
 // Grouped-query attention without repeating keys: [B, h, S, D] <-> [B, h_kv, (h / h_kv) S, D]. Identity when
@@ -43,7 +43,7 @@ struct SequencePart {
   at::Tensor log_sum_exp;  // [B, h, S]; -inf where a query sees no key
 };
 
-// Whether torch's CPU flash kernel computes this sequence part rightly (dense CPU tensors, nothing empty).
+// Whether torch's CPU flash kernel can compute the sequence part: dense CPU tensors, none empty, no dropout.
 bool can_use_flash(const PrefixArguments& args);
 SequencePart flash_sequence(const PrefixArguments& args, const at::Tensor& mask);
 
@@ -57,13 +57,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> flash_sequence_backward(const Pre
 struct Prefix {
   at::Tensor key;         // [(B,) h_kv, P, d], not gated
   at::Tensor value;       // [(B,) h_kv, P, d], not gated
-  at::Tensor hidden;      // bool [P] or [B, 1, 1, P]: positions past the adapter's prefix_length. Undefined: none
+  at::Tensor hidden;      // bool [P] or [B, 1, 1, P]: positions past the row's prefix_length. Undefined: none
   at::Tensor key_gate;    // [B, 1, 1, 1]; undefined: not gated
   at::Tensor value_gate;  // [B, 1, 1, 1]
 };
 
-// trim: leave out, rather than hide, the positions that a uniform selection does not use (reads prefix_length, so only
-// for dense CPU tensors). Not for a base selection.
+// trim: leave out, rather than hide, the positions that a uniform selection does not use. That reads prefix_length: for
+// dense CPU tensors only. Not for a base selection.
 Prefix select_prefix(const PrefixArguments& args, const Selection& selection, const Gate& gate, bool trim);
 
 // scale query key^T of the prefix without its gate: [B, h, S, P].
@@ -79,24 +79,24 @@ struct Probabilities {
 };
 Probabilities joint_softmax(const at::Tensor& sequence_scores, const at::Tensor& prefix_scores);
 
-// Whether exp(score - log_sum_exp) is precise. Not where a mask of finite but huge values hides everything that a query
-// could see: finfo.min + log(keys) rounds to finfo.min, and each of the keys gets the probability 1. Reads values.
+// Whether exp(score - log_sum_exp) is precise. It is not where a mask of finite but huge values hides every key of a
+// query: finfo.min + log(keys) rounds to finfo.min, and each of the keys gets the probability 1. Reads values.
 bool is_precise(const at::Tensor& log_sum_exp);
 
 struct AttentionForward {
   at::Tensor output;  // [B, h, S, d], as_token_major
-  // [B, h, S] over prefix and sequence; 0 where a query sees nothing, so that exp(-inf - it) = 0. Undefined where the
-  // flash kernel was not used: then nothing needs it.
+  // [B, h, S] over prefix and sequence; 0 where a query sees nothing, for exp(-inf - 0) = 0. Undefined where the flash
+  // kernel was not used: its gradient alone needs the values.
   at::Tensor log_sum_exp;
 };
 
-// Attends to both and merges. mask: additive_mask(args).
+// Attends to prefix and sequence, and merges. mask: additive_mask(args).
 AttentionForward attend(const PrefixArguments& args, const Prefix& prefix, const at::Tensor& mask);
 
-// The same with dropout on all probabilities, made of differentiable calls (which record a graph when grad mode is on).
+// The same with dropout on all probabilities, by ATen's operators, which record a graph when grad mode is on.
 at::Tensor attend_with_dropout(const PrefixArguments& args, const Prefix& prefix, const at::Tensor& mask);
 
-// Without any prefix: scaled_dot_product_attention (also differentiable), as_token_major.
+// Without any prefix: scaled_dot_product_attention, as_token_major. Differentiable, too.
 at::Tensor attend_without_prefix(const PrefixArguments& args, const at::Tensor& mask);
 
 }  // namespace torchgraft::ops

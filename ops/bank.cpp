@@ -7,7 +7,7 @@
 namespace torchgraft::ops {
 namespace {
 
-// stand_in: the slice that rows without an adapter read, for nothing.
+// stand_in: the slice that base rows read; what is computed from it is dropped.
 Selection mixed(const at::Tensor& ids, bool has_base, int64_t stand_in = 0) {
   Selection selection;
   selection.kind = Selection::Kind::kMixed;
@@ -17,10 +17,10 @@ Selection mixed(const at::Tensor& ids, bool has_base, int64_t stand_in = 0) {
   return selection;
 }
 
-Selection uniform(int64_t adapter) {
+Selection uniform(int64_t slice) {
   Selection selection;
-  selection.kind = adapter < 0 ? Selection::Kind::kBase : Selection::Kind::kUniform;
-  selection.adapter = adapter;
+  selection.kind = slice < 0 ? Selection::Kind::kBase : Selection::Kind::kUniform;
+  selection.slice = slice;
   return selection;
 }
 
@@ -35,7 +35,7 @@ Selection read_ids(const char* op, const at::Tensor& ids, int64_t adapters, bool
   if (allowed && std::all_of(first, last, [first](int64_t id) { return id == *first; })) {
     return uniform(*first);
   }
-  // One that the batch uses: other slices may be in another thread's hands (AdapterPool).
+  // A slice that the batch uses: another thread may be writing any other one (AdapterPool).
   const int64_t* used = std::find_if(first, last, [](int64_t id) { return id >= 0; });
   return mixed(ids, std::find(first, last, -1) != last, used == last ? 0 : *used);
 }
@@ -61,14 +61,14 @@ Selection resolve_selection(const char* op, const RowArguments& args, const at::
 at::Tensor select(const Selection& selection, const at::Tensor& bank) {
   TORCH_INTERNAL_ASSERT(selection.kind != Selection::Kind::kBase, "a base selection has no slice of a bank");
   if (!selection.is_mixed()) {
-    return bank.select(0, selection.adapter);
+    return bank.select(0, selection.slice);
   }
   return zero_base_rows(selection, bank.index_select(0, selection.rows));
 }
 
 at::Tensor select_backward(const Selection& selection, const at::Tensor& bank, const at::Tensor& grad) {
   if (!selection.is_mixed()) {
-    return at::select_backward_symint(grad.to(bank.scalar_type()), bank.sym_sizes(), 0, selection.adapter);
+    return at::select_backward_symint(grad.to(bank.scalar_type()), bank.sym_sizes(), 0, selection.slice);
   }
   const at::Tensor zeros = at::zeros_symint(bank.sym_sizes(), bank.options());
   return zeros.index_add(0, selection.rows, zero_base_rows(selection, grad.to(bank.scalar_type())));
@@ -83,6 +83,10 @@ at::Tensor zero_base_rows(const Selection& selection, const at::Tensor& per_row)
     base = base.unsqueeze(-1);
   }
   return per_row.masked_fill(base, 0);
+}
+
+at::Tensor linear_map(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
+  return at::linear(x, weight, bias.defined() ? std::make_optional(bias) : std::nullopt);
 }
 
 at::Tensor project(const at::Tensor& x, const at::Tensor& weight) { return at::matmul(x, weight.transpose(-1, -2)); }

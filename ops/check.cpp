@@ -1,6 +1,6 @@
 #include <ATen/ATen.h>
 #include <c10/core/SymBool.h>
-#include <torchgraft/ops/activation.h>
+#include <torchgraft/activations/activation.h>
 #include <torchgraft/ops/check.h>
 
 #include <initializer_list>
@@ -37,10 +37,11 @@ std::string spell(std::initializer_list<Dim> dims) {
   return text.str();
 }
 
-// Checks of one op's arguments against that op's `x`.
+// Checks of one operator's arguments against its `x`.
 class Checker {
  public:
-  Checker(const char* op, const at::Tensor& x) : op_(op), x_(x) {}
+  template <typename Arguments>
+  explicit Checker(const Arguments& args) : op_(Arguments::kOperator), x_(args.x) {}
 
   void shape(const char* name, const at::Tensor& tensor, std::initializer_list<Dim> expected) const {
     TORCH_CHECK(tensor.dim() == static_cast<int64_t>(expected.size()), op_, ": expected ", name, " of shape ",
@@ -60,6 +61,12 @@ class Checker {
                 tensor.device());
   }
 
+  // Kernels are registered for every backend, also for those of sparse tensors.
+  void layout(const char* name, const at::Tensor& tensor) const {
+    TORCH_CHECK(tensor.layout() == at::kStrided, op_, ": expected ", name, " to be a dense tensor, got one of layout ",
+                tensor.layout());
+  }
+
   void dtype(const char* name, const at::Tensor& tensor, at::ScalarType expected) const {
     TORCH_CHECK(tensor.scalar_type() == expected, op_, ": expected ", name, " of dtype ", expected, ", got ",
                 tensor.scalar_type());
@@ -68,6 +75,7 @@ class Checker {
   // A floating argument: x's dtype and device.
   void like_x(const char* name, const at::Tensor& tensor, std::initializer_list<Dim> expected) const {
     shape(name, tensor, expected);
+    layout(name, tensor);
     TORCH_CHECK(tensor.scalar_type() == x_.scalar_type(), op_, ": expected ", name, " of dtype ", x_.scalar_type(),
                 " as x, got ", tensor.scalar_type());
     device(name, tensor);
@@ -75,6 +83,7 @@ class Checker {
 
   void input(const at::Tensor& tensor, std::initializer_list<Dim> expected) const {
     shape("x", tensor, expected);
+    layout("x", tensor);
     const auto type = tensor.scalar_type();
     TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf, op_,
                 ": expected x of dtype Float, Double, BFloat16 or Half, got ", type);
@@ -86,7 +95,7 @@ class Checker {
     const c10::SymInt adapters = bank.sym_size(0);
     TORCH_SYM_CHECK(adapters.sym_ge(1), op_, ": expected a bank of at least one adapter, got parameters of shape ",
                     bank.sym_sizes());
-    gate(rows, adapters, max_gates);
+    gate(rows.gate, adapters, max_gates);
     if (rows.adapter_ids.defined()) {
       shape("adapter_ids", rows.adapter_ids, {x_.sym_size(0)});
       dtype("adapter_ids", rows.adapter_ids, at::kLong);
@@ -103,26 +112,26 @@ class Checker {
   }
 
  private:
-  void gate(const RowArguments& rows, const c10::SymInt& adapters, int64_t max_gates) const {
-    TORCH_CHECK(rows.gate_weight.defined() == rows.gate_bias.defined(), op_,
+  void gate(const GateParameters& gate, const c10::SymInt& adapters, int64_t max_gates) const {
+    TORCH_CHECK(gate.weight.defined() == gate.bias.defined(), op_,
                 ": expected gate_weight and gate_bias together, got only ",
-                rows.gate_weight.defined() ? "gate_weight" : "gate_bias");
-    if (!rows.gate_weight.defined()) {
+                gate.weight.defined() ? "gate_weight" : "gate_bias");
+    if (!gate.weight.defined()) {
       return;
     }
-    like_x("gate_weight", rows.gate_weight, {adapters, "G", x_.sym_size(2)});
-    const c10::SymInt gates = rows.gate_weight.sym_size(1);
+    like_x("gate_weight", gate.weight, {adapters, "G", x_.sym_size(2)});
+    const c10::SymInt gates = gate.weight.sym_size(1);
     TORCH_SYM_CHECK(gates.sym_ge(1).sym_and(gates.sym_le(max_gates)), op_, ": expected gate_weight with G = 1",
                     max_gates == 2 ? " or 2" : "", " gates, shape [N, G, ", x_.sym_size(2), "], got ",
-                    rows.gate_weight.sym_sizes());
-    like_x("gate_bias", rows.gate_bias, {adapters, gates});
+                    gate.weight.sym_sizes());
+    like_x("gate_bias", gate.bias, {adapters, gates});
   }
 
   const char* op_;
   const at::Tensor& x_;
 };
 
-// attn_mask broadcasts to `target`, aligned at the last dimension, as in scaled_dot_product_attention.
+// That attn_mask broadcasts to `target`, aligned at the last dimension, as in scaled_dot_product_attention.
 void check_broadcast(const char* op, const at::Tensor& mask, std::initializer_list<Dim> target) {
   TORCH_CHECK(mask.dim() >= 2 && mask.dim() <= static_cast<int64_t>(target.size()), op,
               ": expected attn_mask of 2, 3 or 4 dimensions that broadcasts to ", spell(target), ", got ",
@@ -139,7 +148,8 @@ void check_broadcast(const char* op, const at::Tensor& mask, std::initializer_li
   }
 }
 
-void check_heads(const char* op, const PrefixArguments& args) {
+void check_heads(const PrefixArguments& args) {
+  const char* op = PrefixArguments::kOperator;
   const c10::SymInt heads = args.query.sym_size(1);
   const c10::SymInt kv_heads = args.key.sym_size(1);
   if (args.enable_gqa) {
@@ -152,40 +162,29 @@ void check_heads(const char* op, const PrefixArguments& args) {
   }
 }
 
-}  // namespace
-
-void check(const LoraArguments& args) {
-  const Checker checker("gated_lora", args.x);
-  checker.input(args.x, {"B", "S", "I"});
-  const c10::SymInt batch = args.x.sym_size(0);
-  const c10::SymInt tokens = args.x.sym_size(1);
-  checker.like_x("base", args.base, {batch, tokens, "O"});
+// LoRA's own arguments and the trailing ones. outputs: O.
+template <typename Arguments>
+void check_lora(const Checker& checker, const Arguments& args, const c10::SymInt& outputs) {
   checker.like_x("lora_a", args.lora_a, {"N", "r", args.x.sym_size(2)});
   const c10::SymInt adapters = args.lora_a.sym_size(0);
-  checker.like_x("lora_b", args.lora_b, {adapters, args.base.sym_size(2), args.lora_a.sym_size(1)});
+  checker.like_x("lora_b", args.lora_b, {adapters, outputs, args.lora_a.sym_size(1)});
   checker.like_x("scaling", args.scaling, {adapters});
   checker.rows(args.rows, args.lora_a, /*max_gates=*/1);
 }
 
-void check(const LoraArguments& args, const at::Tensor& weight, const at::Tensor& bias) {
-  const Checker checker("gated_lora_linear", args.x);
-  checker.input(args.x, {"B", "S", "I"});
-  const c10::SymInt features = args.x.sym_size(2);
-  checker.like_x("weight", weight, {"O", features});
+// weight [outputs, inputs] and the bias, which may be absent.
+void check_linear(const Checker& checker, const at::Tensor& weight, const at::Tensor& bias, const Dim& outputs,
+                  const c10::SymInt& inputs) {
+  checker.like_x("weight", weight, {outputs, inputs});
   if (bias.defined()) {
     checker.like_x("bias", bias, {weight.sym_size(0)});
   }
-  checker.like_x("lora_a", args.lora_a, {"N", "r", features});
-  const c10::SymInt adapters = args.lora_a.sym_size(0);
-  checker.like_x("lora_b", args.lora_b, {adapters, weight.sym_size(0), args.lora_a.sym_size(1)});
-  checker.like_x("scaling", args.scaling, {adapters});
-  checker.rows(args.rows, args.lora_a, /*max_gates=*/1);
 }
 
-namespace {
-
-// All but what is added to the bottleneck's result.
-void check_bottleneck(const char* op, const Checker& checker, const BottleneckArguments& args) {
+// The bottleneck's own arguments and the trailing ones.
+template <typename Arguments>
+void check_bottleneck(const Checker& checker, const Arguments& args) {
+  const char* op = Arguments::kOperator;
   const c10::SymInt hidden = args.x.sym_size(2);
   checker.like_x("down_weight", args.down_weight, {"N", "R", hidden});
   const c10::SymInt adapters = args.down_weight.sym_size(0);
@@ -203,30 +202,38 @@ void check_bottleneck(const char* op, const Checker& checker, const BottleneckAr
 
 }  // namespace
 
-void check(const BottleneckArguments& args) {
-  const char* op = "gated_bottleneck";
-  const Checker checker(op, args.x);
-  checker.input(args.x, {"B", "S", "H"});
-  checker.like_x("residual", args.residual, {args.x.sym_size(0), args.x.sym_size(1), args.x.sym_size(2)});
-  check_bottleneck(op, checker, args);
+void check(const LoraArguments& args) {
+  const Checker checker(args);
+  checker.input(args.x, {"B", "S", "I"});
+  checker.like_x("base", args.base, {args.x.sym_size(0), args.x.sym_size(1), "O"});
+  check_lora(checker, args, args.base.sym_size(2));
 }
 
-void check(const BottleneckArguments& args, const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) {
-  const char* op = "gated_bottleneck_linear";
-  const Checker checker(op, args.x);
+void check(const LoraLinearArguments& args) {
+  const Checker checker(args);
+  checker.input(args.x, {"B", "S", "I"});
+  check_linear(checker, args.weight, args.bias, "O", args.x.sym_size(2));
+  check_lora(checker, args, args.weight.sym_size(0));
+}
+
+void check(const BottleneckArguments& args) {
+  const Checker checker(args);
   checker.input(args.x, {"B", "S", "H"});
-  const c10::SymInt hidden = args.x.sym_size(2);
-  checker.like_x("input", input, {args.x.sym_size(0), args.x.sym_size(1), "I"});
-  checker.like_x("weight", weight, {hidden, input.sym_size(2)});
-  if (bias.defined()) {
-    checker.like_x("bias", bias, {hidden});
-  }
-  check_bottleneck(op, checker, args);
+  checker.like_x("residual", args.residual, {args.x.sym_size(0), args.x.sym_size(1), args.x.sym_size(2)});
+  check_bottleneck(checker, args);
+}
+
+void check(const BottleneckLinearArguments& args) {
+  const Checker checker(args);
+  checker.input(args.x, {"B", "S", "H"});
+  checker.like_x("input", args.input, {args.x.sym_size(0), args.x.sym_size(1), "I"});
+  check_linear(checker, args.weight, args.bias, args.x.sym_size(2), args.input.sym_size(2));
+  check_bottleneck(checker, args);
 }
 
 void check(const PrefixArguments& args) {
-  const char* op = "gated_prefix_attention";
-  const Checker checker(op, args.x);
+  const char* op = PrefixArguments::kOperator;
+  const Checker checker(args);
   checker.input(args.x, {"B", "S", "H"});
   const c10::SymInt batch = args.x.sym_size(0);
   const c10::SymInt tokens = args.x.sym_size(1);
@@ -235,7 +242,7 @@ void check(const PrefixArguments& args) {
   checker.like_x("key", args.key, {batch, "h_kv", "S_k", head_size});
   const c10::SymInt kv_heads = args.key.sym_size(1);
   checker.like_x("value", args.value, {batch, kv_heads, args.key.sym_size(2), head_size});
-  check_heads(op, args);
+  check_heads(args);
   checker.like_x("prefix_key", args.prefix_key, {"N", kv_heads, "P", head_size});
   const c10::SymInt adapters = args.prefix_key.sym_size(0);
   checker.like_x("prefix_value", args.prefix_value, {adapters, kv_heads, args.prefix_key.sym_size(2), head_size});
@@ -244,9 +251,9 @@ void check(const PrefixArguments& args) {
   checker.device("prefix_length", args.prefix_length);
   if (args.attn_mask.defined()) {
     TORCH_CHECK(!args.is_causal, op,
-                ": expected is_causal=False beside an attn_mask, got both; merge the causal mask "
-                "into attn_mask");
+                ": expected is_causal=False beside an attn_mask, got both; merge the causal mask into attn_mask");
     check_broadcast(op, args.attn_mask, {batch, args.query.sym_size(1), tokens, args.key.sym_size(2)});
+    checker.layout("attn_mask", args.attn_mask);
     checker.device("attn_mask", args.attn_mask);
   }
   TORCH_CHECK(args.dropout_p >= 0.0 && args.dropout_p <= 1.0, op, ": expected dropout_p in [0, 1], got ",
@@ -254,13 +261,15 @@ void check(const PrefixArguments& args) {
   checker.rows(args.rows, args.prefix_key, /*max_gates=*/2);
 }
 
-void check_attention_token_mask(const at::Tensor& x, const at::Tensor& attn_mask) {
-  const char* op = "attention_token_mask";
-  const Checker checker(op, x);
-  checker.shape("x", x, {"B", "S", "H"});
-  if (attn_mask.defined()) {
-    check_broadcast(op, attn_mask, {x.sym_size(0), "h", "S_q", x.sym_size(1)});
-    checker.device("attn_mask", attn_mask);
+void check(const TokenMaskArguments& args) {
+  const Checker checker(args);
+  checker.shape("x", args.x, {"B", "S", "H"});
+  checker.layout("x", args.x);
+  if (args.attn_mask.defined()) {
+    check_broadcast(TokenMaskArguments::kOperator, args.attn_mask,
+                    {args.x.sym_size(0), "h", "S_q", args.x.sym_size(1)});
+    checker.layout("attn_mask", args.attn_mask);
+    checker.device("attn_mask", args.attn_mask);
   }
 }
 

@@ -9,11 +9,10 @@ namespace torchgraft::ops {
 //   gated_lora: expected lora_a of shape [N, r, 768], got [1, 8, 512]
 
 void check(const LoraArguments& args);
-void check(const LoraArguments& args, const at::Tensor& weight, const at::Tensor& bias);  // gated_lora_linear; no base
+void check(const LoraLinearArguments& args);
 void check(const BottleneckArguments& args);
-// gated_bottleneck_linear; no residual
-void check(const BottleneckArguments& args, const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias);
+void check(const BottleneckLinearArguments& args);
 void check(const PrefixArguments& args);
-void check_attention_token_mask(const at::Tensor& x, const at::Tensor& attn_mask);
+void check(const TokenMaskArguments& args);
 
 }  // namespace torchgraft::ops

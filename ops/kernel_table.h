@@ -17,13 +17,13 @@ class KernelTable {
  public:
   KernelTable() = default;  // nothing measured
 
-  // text: JSON as tune writes it; source: what errors name. A table of another instruction set
-  // (kernel_instruction_set()) than this process has is about other kernels: nothing of it is taken. Anything else than
-  // a table throws c10::Error.
+  // text: JSON as tune writes it; source: what errors name. A table for another instruction set than
+  // kernel_instruction_set() was measured with other kernels: its measurements are dropped. Text that is no table
+  // throws c10::Error.
   static KernelTable parse(const std::string& text, const std::string& source);
 
-  // What the nearest size says that was measured (by the sum of the ratios' logarithms). nullopt: none was, of this op
-  // and dtype.
+  // What was measured at the nearest size (by the sum of the ratios' logarithms). nullopt: nothing was, for this
+  // operator and dtype.
   std::optional<bool> fused_is_faster(FusedOp op, at::ScalarType type, int64_t tokens, int64_t features) const;
 
  private:

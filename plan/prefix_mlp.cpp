@@ -1,6 +1,6 @@
 #include <torchgraft/plan/prefix_mlp.h>
 
-#include <torchgraft/ops/activation.h>
+#include <torchgraft/activations/activation.h>
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
@@ -10,7 +10,7 @@ namespace torchgraft {
 at::Tensor eject(const ModuleWeights& mlp, const std::string& non_linearity) {
   at::NoGradGuard no_grad;
   const at::Tensor hidden = at::linear(mlp.at("embeddings"), mlp.at("down_weight"), mlp.at("down_bias"));
-  return at::linear(ops::find_activation(non_linearity).forward(hidden), mlp.at("up_weight"), mlp.at("up_bias"));
+  return at::linear(find_activation(non_linearity).forward(hidden), mlp.at("up_weight"), mlp.at("up_bias"));
 }
 
 std::pair<at::Tensor, at::Tensor> prefix_of_layer(const at::Tensor& ejected, const PlannedPrefix& prefix) {

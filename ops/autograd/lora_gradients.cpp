@@ -1,30 +1,29 @@
 #include <ATen/ATen.h>
 #include <torchgraft/ops/autograd/lora_gradients.h>
-#include <torchgraft/ops/autograd/support.h>
 #include <torchgraft/ops/autograd/token_reads.h>
-#include <torchgraft/ops/composite/gated_lora_kernel.h>
+#include <torchgraft/ops/forward/gated_lora.h>
 
 namespace torchgraft::ops {
 namespace {
 
 // What flows through the output, down to the narrow side.
 struct ThroughOutput {
-  at::Tensor hidden;  // [B, S, r]
+  at::Tensor hidden;  // [B, S, r]; undefined: not asked for
   at::Tensor gate;    // [B, 1]; undefined: not asked for
 };
 
 // With e = grad lora_b (undoing the up projection) and c = scaling g: the gradient of c is sum(e * hidden), of hidden
-// c e.
-ThroughOutput through_output(const LoraArguments& args, const Selection& selection, const Gate& gate,
-                             const at::Tensor& hidden, const at::Tensor& grad, const LoraNeeds& needs, bool need_gate,
-                             LoraGradients& result) {
-  const auto type = args.x.scalar_type();
-  const at::Tensor coefficient = lora_coefficient(args, selection, gate);
-  const at::Tensor grad_scaled = narrow_product(selection, grad, select(selection, args.lora_b));  // [B, S, r]
+// c e. Fills in the gradients of lora_b and scaling.
+ThroughOutput through_output(const LoraSaved& saved, const at::Tensor& grad, const LoraInputs<bool>& needs,
+                             bool need_gate, LoraInputs<at::Tensor>& gradients) {
+  const Selection& selection = saved.selection;
+  const auto type = saved.x.scalar_type();
+  const at::Tensor coefficient = lora_coefficient(saved.scaling, selection, saved.gate, type);
+  const at::Tensor grad_scaled = narrow_product(selection, grad, select(selection, saved.lora_b));  // [B, S, r]
   ThroughOutput through;
   if (needs.lora_b) {
-    const at::Tensor scaled = (hidden * coefficient).to(type);
-    result.lora_b = select_backward(selection, args.lora_b, weight_gradient(selection, grad, scaled));
+    const at::Tensor scaled = (saved.hidden * coefficient).to(type);
+    gradients.lora_b = select_backward(selection, saved.lora_b, weight_gradient(selection, grad, scaled));
   }
   if (needs.lora_a || needs.x) {
     through.hidden = (grad_scaled * coefficient).to(type);
@@ -33,38 +32,44 @@ ThroughOutput through_output(const LoraArguments& args, const Selection& selecti
     return through;
   }
   const at::Tensor grad_coefficient =
-      (grad_scaled * hidden).sum(at::IntArrayRef{1, 2}, /*keepdim=*/false, accumulation_type(type));  // [B]
+      (grad_scaled * saved.hidden).sum(at::IntArrayRef{1, 2}, /*keepdim=*/false, accumulation_type(type));  // [B]
   if (needs.scaling) {
-    const at::Tensor per_row = gate.value.defined() ? grad_coefficient * gate.value.squeeze(1) : grad_coefficient;
-    result.scaling = select_backward(selection, args.scaling, reduce_rows(selection, per_row));
+    const at::Tensor& gate = saved.gate.value;
+    const at::Tensor per_row = gate.defined() ? grad_coefficient * gate.squeeze(1) : grad_coefficient;
+    gradients.scaling = select_backward(selection, saved.scaling, reduce_rows(selection, per_row));
   }
   if (need_gate) {
-    through.gate = (grad_coefficient * select(selection, args.scaling)).unsqueeze(1);
+    through.gate = (grad_coefficient * select(selection, saved.scaling)).unsqueeze(1);
   }
   return through;
 }
 
 }  // namespace
 
-LoraGradients lora_backward(const LoraArguments& args, const Selection& selection, const Gate& gate,
-                            const at::Tensor& hidden, const at::Tensor& grad, const at::Tensor& grad_gate,
-                            const LoraNeeds& needs, const LinearGradient& linear) {
-  const bool need_gate = gate.value.defined() && (needs.x || needs.gate_weight || needs.gate_bias);
-  LoraGradients result;
-  ThroughOutput through;
-  if (grad.defined()) {
-    through = through_output(args, selection, gate, hidden, grad, needs, need_gate, result);
+LoraInputs<at::Tensor> lora_backward(const LoraSaved& saved, const ResultGradients& grads,
+                                     const LoraInputs<bool>& needs) {
+  const LinearGradient linear = saved.weight.defined() ? LinearGradient{grads.output, saved.weight} : LinearGradient{};
+  LoraInputs<at::Tensor> gradients;
+  if (saved.selection.kind == Selection::Kind::kBase) {
+    if (needs.x) {
+      gradients.x = input_gradient(saved.selection, linear, {}, {});
+    }
+    return gradients;
   }
-  TokenReads reads(selection, args.x);
+  const bool need_gate = saved.gate.value.defined() && (needs.x || needs.gate.any());
+  ThroughOutput through;
+  if (grads.output.defined()) {
+    through = through_output(saved, grads.output, needs, need_gate, gradients);
+  }
+  TokenReads reads(saved.selection, saved.x);
   if (through.hidden.defined()) {
-    reads.add(through.hidden, args.lora_a, needs.lora_a, result.lora_a);
+    reads.add(through.hidden, saved.lora_a, needs.lora_a, gradients.lora_a);
   }
   if (need_gate) {
-    reads.add_gate(gate, accumulate(through.gate, grad_gate), args.rows, needs.gate_weight, needs.gate_bias,
-                   result.gate_weight, result.gate_bias);
+    reads.add_gate(saved.gate, accumulate(through.gate, grads.gate), saved.gate_parameters, needs.gate, gradients.gate);
   }
-  result.x = reads.backward(needs.x, linear);
-  return result;
+  gradients.x = reads.backward(needs.x, linear);
+  return gradients;
 }
 
 }  // namespace torchgraft::ops

@@ -14,7 +14,7 @@ using LayerNormNode = torch::autograd::generated::NativeLayerNormBackward0;
 
 namespace {
 
-bool can_be_had_again(LayerNormNode& norm, const c10::intrusive_ptr<Node>& node) {
+bool can_be_recomputed(LayerNormNode& norm, const c10::intrusive_ptr<Node>& node) {
   for (const torch::autograd::SavedVariable* saved :
        {&norm.input_, &norm.result1_, &norm.result2_, &norm.weight_, &norm.bias_}) {
     if (saved->has_hooks()) {
@@ -25,14 +25,14 @@ bool can_be_had_again(LayerNormNode& norm, const c10::intrusive_ptr<Node>& node)
   return precision == at::kFloat || precision == at::kDouble;
 }
 
-// Of an undefined tensor, too.
+// True of an undefined tensor.
 bool is_readable(const at::Tensor& tensor) {
   return !tensor.defined() || (has_memory(tensor) && tensor.scalar_type() == at::kFloat);
 }
 
 }  // namespace
 
-c10::intrusive_ptr<Node> norm_that_made(const at::Tensor& tensor) {
+c10::intrusive_ptr<Node> norm_node_of(const at::Tensor& tensor) {
   if (!tensor.defined() || !tensor.requires_grad() || at::isTensorSubclassLike(tensor) || tensor._version() != 0) {
     return {};
   }
@@ -42,11 +42,11 @@ c10::intrusive_ptr<Node> norm_that_made(const at::Tensor& tensor) {
     edge = edge.function->next_edge(0);
   }
   auto* norm = dynamic_cast<LayerNormNode*>(edge.function.get());
-  const bool is_result = norm != nullptr && edge.input_nr == 0 && can_be_had_again(*norm, edge.function);
+  const bool is_result = norm != nullptr && edge.input_nr == 0 && can_be_recomputed(*norm, edge.function);
   return is_result ? edge.function : c10::intrusive_ptr<Node>();
 }
 
-at::Tensor output_of_norm(const c10::intrusive_ptr<Node>& node) {
+at::Tensor recompute_norm_output(const c10::intrusive_ptr<Node>& node) {
   auto* norm = dynamic_cast<LayerNormNode*>(node.get());
   TORCH_INTERNAL_ASSERT(norm != nullptr, "not the node of a layer norm");
   const at::Tensor input = norm->input_.unpack();

@@ -6,16 +6,17 @@
 
 namespace torchgraft::ops {
 
-// The result of a layer norm need not be kept for a gradient: the norm's own node keeps what it normalised, with means
-// and deviations, from which the result is had again by one multiplication and one addition.
+// A gradient need not keep the result of a layer norm. The norm's own node keeps the norm's input, means and
+// deviations; one multiplication and one addition compute the result from them again.
 
-// The node of the layer norm whose result `tensor` is, where it can be had again as exactly as it was: means and
+// The node of the layer norm that made `tensor`, if the result can be recomputed as precisely as it was: means and
 // deviations are float32 or float64, nothing has changed `tensor` in place since, and no hooks (of checkpointing, say)
-// count how often the node's tensors are read. Null otherwise: `tensor` is to be kept. What was changed behind
-// autograd's back (`tensor.data`) is not seen.
-c10::intrusive_ptr<torch::autograd::Node> norm_that_made(const at::Tensor& tensor);
+// count how often the node's tensors are read. Otherwise null: the gradient has to keep `tensor`. A change behind
+// autograd's back (`tensor.data`) goes unnoticed.
+c10::intrusive_ptr<torch::autograd::Node> norm_node_of(const at::Tensor& tensor);
 
-// Up to rounding. Throws c10::Error when another backward pass without retain_graph has used the node up.
-at::Tensor output_of_norm(const c10::intrusive_ptr<torch::autograd::Node>& norm);
+// The norm's result, up to rounding. Throws c10::Error if another backward pass without retain_graph has freed the
+// node's tensors.
+at::Tensor recompute_norm_output(const c10::intrusive_ptr<torch::autograd::Node>& norm);
 
 }  // namespace torchgraft::ops

@@ -18,16 +18,16 @@ void TokenReads::add(const at::Tensor& grad, const at::Tensor& bank, bool need_w
   reads_.push_back({grad, bank, need_weight ? &weight : nullptr});
 }
 
-void TokenReads::add_gate(const Gate& gate, const at::Tensor& grad, const RowArguments& rows, bool need_weight,
-                          bool need_bias, at::Tensor& weight, at::Tensor& bias) {
+void TokenReads::add_gate(const Gate& gate, const at::Tensor& grad, const GateParameters& parameters,
+                          const GateInputs<bool>& needs, GateInputs<at::Tensor>& gradients) {
   if (!grad.defined()) {
     return;
   }
   const at::Tensor per_token = (zero_base_rows(selection_, grad) / gate.tokens).unsqueeze(1);  // [B, 1, G]
   const at::Tensor logits = per_token * gate.sigmoids * (1 - gate.sigmoids);                   // [B, S, G]
-  add(logits.to(x_.scalar_type()), rows.gate_weight, need_weight, weight);
-  if (need_bias) {
-    bias = select_backward(selection_, rows.gate_bias, reduce_rows(selection_, logits.sum(1)));
+  add(logits.to(x_.scalar_type()), parameters.weight, needs.weight, gradients.weight);
+  if (needs.bias) {
+    gradients.bias = select_backward(selection_, parameters.bias, reduce_rows(selection_, logits.sum(1)));
   }
 }
 

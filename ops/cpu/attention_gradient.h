@@ -6,7 +6,7 @@ namespace torchgraft::ops::cpu {
 
 // Gradients of softmax(scale q [key_gate prefix_key, k]^T + mask) [value_gate prefix_value, v], for one head of
 // queries. Rows lie head_size apart or more, elements of a row are neighbours. Gradients of keys, values and prefixes
-// are added to what is there, so that the heads which share keys (grouped queries) can follow each other.
+// are added to what is there: heads that share keys (grouped queries) run one after the other.
 struct HeadAttentionGradient {
   int64_t queries = 0;
   int64_t keys = 0;
@@ -34,9 +34,9 @@ struct HeadAttentionGradient {
 
   float* grad_q = nullptr;  // [queries, head_size], overwritten
   int64_t grad_q_stride = 0;
-  float* grad_k = nullptr;  // [keys, head_size]; null: not wanted
+  float* grad_k = nullptr;  // [keys, head_size]; null: not asked for
   int64_t grad_k_stride = 0;
-  float* grad_v = nullptr;  // [keys, head_size]; null: not wanted
+  float* grad_v = nullptr;  // [keys, head_size]; null: not asked for
   int64_t grad_v_stride = 0;
   float* grad_prefix_key = nullptr;    // [prefix, head_size], of the gated keys
   float* grad_prefix_value = nullptr;  // [prefix, head_size], of the gated values

@@ -8,10 +8,10 @@
 namespace torchgraft::ops::cpu {
 namespace {
 
-// From this many columns of `hidden` on, a product along them is faster than one with the transposed weight.
+// With this many columns of `hidden` or more, sums along them are faster than products with the transposed weight.
 constexpr int64_t kLongSum = 96;
 
-// One adapter's weight, transposed: [R, O], and below it the bias. Per-channel scaling is multiplied in.
+// A slice's weight, transposed: [R, O], and below it the bias. Per-channel scaling is multiplied in.
 class WideTable {
  public:
   WideTable(const Expansion& expansion, bool per_channel)
@@ -25,13 +25,13 @@ class WideTable {
   int64_t rows() const { return depth_ + has_bias_; }
   bool has_bias() const { return has_bias_; }
 
-  std::vector<float> of(int64_t adapter) const {
+  std::vector<float> of(int64_t slice) const {
     std::vector<float> table(rows() * columns_);
-    const FloatView scale(scaling_.of(adapter), columns_);
-    const FloatView weight(weight_.of(adapter), columns_ * depth_);
+    const FloatView scale(scaling_.of(slice), columns_);
+    const FloatView weight(weight_.of(slice), columns_ * depth_);
     kernels().transpose(weight.data(), depth_, columns_, depth_, scale.data(), table.data(), columns_);
     if (has_bias_) {
-      const FloatView bias(bias_.of(adapter), columns_);
+      const FloatView bias(bias_.of(slice), columns_);
       float* last = table.data() + depth_ * columns_;
       for (int64_t i = 0; i < columns_; ++i) {
         last[i] = bias.data()[i] * (scale.data() == nullptr ? 1.0F : scale.data()[i]);
@@ -51,16 +51,15 @@ class WideTable {
 
 }  // namespace
 
-std::vector<float> row_coefficients(const at::Tensor& per_adapter, const Gate& gate, const TokenRuns& runs,
-                                    int64_t batch) {
-  const BankSlices scaling(per_adapter);
+std::vector<float> row_coefficients(const at::Tensor& scaling, const Gate& gate, const TokenRuns& runs, int64_t batch) {
+  const BankSlices scales(scaling);
   const float* gates = gate.value.defined() ? gate.value.const_data_ptr<float>() : nullptr;
   const int64_t columns = gate.value.defined() ? gate.value.size(1) : 0;
   std::vector<float> result(batch, 0.0F);
   for (int64_t b = 0; b < batch; ++b) {
-    const int64_t adapter = runs.adapters[runs.count() == 1 ? 0 : b];
-    if (adapter >= 0) {
-      const float scale = per_adapter.defined() ? scaling.of(adapter)[0] : 1.0F;
+    const int64_t slice = runs.slices[runs.count() == 1 ? 0 : b];
+    if (slice >= 0) {
+      const float scale = scaling.defined() ? scales.of(slice)[0] : 1.0F;
       result[b] = gates == nullptr ? scale : scale * gates[b * columns];
     }
   }
@@ -79,7 +78,7 @@ void scale_rows(const float* x, int64_t rows, int64_t columns, const std::vector
 
 namespace {
 
-// What expand() is asked for, on raw pointers.
+// One call of expand(), on raw pointers.
 class Expander {
  public:
   Expander(const at::Tensor& base, const at::Tensor& hidden, const Expansion& expansion, const Gate& gate,
@@ -101,28 +100,28 @@ class Expander {
     const int64_t element = output.element_size();
     auto* to = static_cast<char*>(output.mutable_data_ptr());
     const bool long_sums = depth_ >= kLongSum && !per_channel_;
-    std::vector<float> table;  // of all tiles, when they have one adapter
-    if (!long_sums && runs_.count() == 1 && runs_.adapters[0] >= 0) {
-      table = wide_.of(runs_.adapters[0]);
+    std::vector<float> table;  // of all tiles, when they use one slice
+    if (!long_sums && runs_.count() == 1 && runs_.slices[0] >= 0) {
+      table = wide_.of(runs_.slices[0]);
     }
     for_each_tile(runs_, [&](int64_t run, int64_t begin, int64_t end) {
       const int64_t first = run * runs_.tokens + begin;
-      const int64_t adapter = runs_.adapters[run];
+      const int64_t slice = runs_.slices[run];
       const int64_t count = end - begin;
       const Numbers from = numbers_of(base_) + first * columns_;
       char* tile_to = to + first * columns_ * element;
-      if (adapter < 0) {
+      if (slice < 0) {
         std::memcpy(tile_to, from.data, count * columns_ * element);
         return;
       }
       FloatResult tile(from.is_bfloat16, tile_to, count, columns_, columns_);
       const FloatView init(from, count * columns_);
       if (long_sums) {
-        dot_tile(adapter, first, count, init.data(), tile.data());
+        dot_tile(slice, first, count, init.data(), tile.data());
       } else if (runs_.count() == 1) {
         outer_tile(table, first, count, init.data(), tile.data());
       } else {
-        outer_tile(wide_.of(adapter), first, count, init.data(), tile.data());
+        outer_tile(wide_.of(slice), first, count, init.data(), tile.data());
       }
       tile.store();
     });
@@ -130,7 +129,7 @@ class Expander {
   }
 
  private:
-  // c hidden [count, depth], and c behind each row when there is a bias.
+  // c hidden [count, depth]; with a bias, c stands behind each row.
   std::vector<float> scaled(int64_t first, int64_t count) const {
     const int64_t width = wide_.rows();
     std::vector<float> result(count * width);
@@ -142,7 +141,7 @@ class Expander {
     return result;
   }
 
-  // table: of the tile's adapter
+  // table: of the tile's slice
   void outer_tile(const std::vector<float>& table, int64_t first, int64_t count, const float* init, float* to) const {
     const std::vector<float> narrow = scaled(first, count);
     OuterProduct job;
@@ -156,7 +155,7 @@ class Expander {
     kernels().outer_product(job);
   }
 
-  void dot_tile(int64_t adapter, int64_t first, int64_t count, const float* init, float* to) const {
+  void dot_tile(int64_t slice, int64_t first, int64_t count, const float* init, float* to) const {
     const std::vector<float> narrow = scaled(first, count);
     DotProduct job;
     job.rows = count;
@@ -166,11 +165,11 @@ class Expander {
     job.depth = job.w_stride = depth_;
     job.x = narrow.data();
     job.x_stride = job.x2_stride = wide_.rows();
-    job.w = weight_.of(adapter);
+    job.w = weight_.of(slice);
     if (wide_.has_bias()) {
       job.depth2 = job.w2_stride = 1;
       job.x2 = narrow.data() + depth_;
-      job.w2 = bias_.of(adapter);
+      job.w2 = bias_.of(slice);
     }
     multiply(job, tokens_, columns_);
   }

@@ -8,24 +8,24 @@
 namespace torchgraft::ops::cpu {
 namespace {
 
-// Every batch is one run of tokens here: what a row's gradient is does not depend on how rows are told apart.
+// Every batch is one run of tokens here: its rows all use the same slices, so nothing has to tell them apart.
 TokenRuns one_run(const at::Tensor& tokens) { return {tokens.size(0) * tokens.size(1), {0}}; }
 
 // tokens [B, S, K] -> [1, B S, K]
 at::Tensor as_one_row(const at::Tensor& tokens) { return tokens.contiguous().flatten(0, 1).unsqueeze(0); }
 
-// Of a bank of one.
-Selection only_adapter() {
+// Of a bank of one slice.
+Selection only_slice() {
   Selection selection;
   selection.kind = Selection::Kind::kUniform;
-  selection.adapter = 0;
+  selection.slice = 0;
   return selection;
 }
 
 at::Tensor in_float(const at::Tensor& narrow) { return narrow.to(at::kFloat).contiguous(); }
 
-// y [R, count] += narrow [R, tokens] wide [tokens, count]: `count` columns of `wide` from `column` on, some tokens at a
-// time, which stay in a cache while the rows of y pass by.
+// y [R, count] += narrow [R, tokens] wide [tokens, count], for `count` columns of `wide` from `column` on. Some tokens
+// at a time stay in a cache while all rows of y are updated.
 void sum_columns(const at::Tensor& narrow, const at::Tensor& wide, int64_t column, int64_t count, float* y,
                  int64_t y_stride) {
   constexpr int64_t kTokens = 64;
@@ -44,12 +44,12 @@ void sum_columns(const at::Tensor& narrow, const at::Tensor& wide, int64_t colum
     job.x = narrow.const_data_ptr<float>() + first;
     if (from.is_bfloat16) {
       for (int64_t i = 0; i < job.depth; ++i) {
-        kernels().widen(from.half() + (first + i) * features + column, count, widened.data() + i * count);
+        kernels().widen(from.bfloat16() + (first + i) * features + column, count, widened.data() + i * count);
       }
       job.w = widened.data();
       job.w_stride = count;
     } else {
-      job.w = from.single() + first * features + column;
+      job.w = from.float32() + first * features + column;
       job.w_stride = features;
     }
     kernels().outer_product(job);
@@ -60,7 +60,7 @@ void sum_columns(const at::Tensor& narrow, const at::Tensor& wide, int64_t colum
 
 at::Tensor narrow_product(const at::Tensor& grad, const at::Tensor& weight) {
   const at::Tensor bank = weight.t().contiguous().unsqueeze(0);  // [1, R, O]
-  return read_tokens(as_one_row(grad), {bank, {}}, /*rows=*/{}, only_adapter())
+  return read_tokens(as_one_row(grad), {.weight = bank}, /*rows=*/{}, only_slice())
       .hidden.view({grad.size(0), grad.size(1), weight.size(1)});
 }
 
@@ -118,7 +118,7 @@ at::Tensor linear_gradient(const at::Tensor& grad, const at::Tensor& weight, con
     update.hidden = as_one_row(in_float(narrow));
     update.weight = narrow_weight.t().contiguous().unsqueeze(0);  // [1, I, R]
   }
-  const Selection selection = narrow.defined() ? only_adapter() : Selection();
+  const Selection selection = narrow.defined() ? only_slice() : Selection();
   return linear_with_update(as_one_row(grad), weight.t(), /*bias=*/{}, update, selection)
       .view({grad.size(0), grad.size(1), weight.size(1)});
 }

@@ -4,8 +4,8 @@
 
 namespace torchgraft::ops::cpu {
 
-// The products that the gradients of LoRAs and bottlenecks are made of, for tokens [B, S, ...] that all have one
-// adapter (slices of its banks are given). float32 or bfloat16 each; sums are float32. One side is narrow: R of them.
+// The products that the gradients of LoRAs and bottlenecks are made of, for tokens [B, S, ...] that all use one
+// slice of the banks (which is given). float32 or bfloat16 each; sums are float32. One side is narrow: R of them.
 
 // grad [B, S, O] weight [O, R] -> [B, S, R] float32
 at::Tensor narrow_product(const at::Tensor& grad, const at::Tensor& weight);

@@ -23,8 +23,9 @@ bool processor_has(const char* name) {
   return found != capabilities.end() && found->second.isBool() && found->second.toBool();
 }
 
-// Kernels of AVX-512 use products by pairs where the processor has them; without, they were not measured. Where it has
-// them ATen's products (oneDNN's) are faster than the kernels of AVX2, which widen to float32, and with AMX than all.
+// The AVX-512 kernels multiply bfloat16 by pairs where the processor can; without that they were not measured. On such
+// a processor ATen's products (oneDNN's) are faster than the AVX2 kernels, which widen to float32. With AMX, ATen's are
+// faster than all kernels here.
 Kernels with_products_of_bfloat16(Kernels table, bool is_avx512) {
   const bool has_pairs = processor_has("avx512_bf16");
   if (is_avx512 && has_pairs) {

@@ -14,11 +14,13 @@ struct Numbers {
   Numbers(const c10::BFloat16* data) : data(data), is_bfloat16(true) {}  // NOLINT(google-explicit-constructor)
 
   explicit operator bool() const { return data != nullptr; }
-  const float* single() const { return static_cast<const float*>(data); }
-  const c10::BFloat16* half() const { return static_cast<const c10::BFloat16*>(data); }
-  float operator[](int64_t index) const { return is_bfloat16 ? static_cast<float>(half()[index]) : single()[index]; }
+  const float* float32() const { return static_cast<const float*>(data); }
+  const c10::BFloat16* bfloat16() const { return static_cast<const c10::BFloat16*>(data); }
+  float operator[](int64_t index) const {
+    return is_bfloat16 ? static_cast<float>(bfloat16()[index]) : float32()[index];
+  }
   Numbers operator+(int64_t offset) const {
-    return is_bfloat16 ? Numbers(half() + offset) : Numbers(single() + offset);
+    return is_bfloat16 ? Numbers(bfloat16() + offset) : Numbers(float32() + offset);
   }
 
   const void* data = nullptr;
@@ -28,18 +30,18 @@ struct Numbers {
 // y [rows, columns] = x [rows, depth] w [columns, depth]^T (+ x2 w2^T, of depth2) (+ bias) (+ init): both factors lie
 // row-major along the sum, as nn.Linear stores its weight, so no weight is packed (but see w_step). Leading
 // dimensions are in elements.
-// Each element of y is summed in one fixed order, whatever rows and columns it is computed with: another one in
-// token_product than in dot_product. w and w2 have the same dtype.
+// Each element of y is summed in one fixed order, whatever rows and columns are computed with it; token_product and
+// dot_product each have an order of their own. w and w2 have the same dtype.
 struct DotProduct {
   int64_t rows = 0;
   int64_t columns = 0;
   int64_t depth = 0;
   const float* x = nullptr;
   int64_t x_stride = 0;
-  bool x_is_bfloat16 = false;  // every number of x is one of bfloat16
+  bool x_is_bfloat16 = false;  // every number of x is a value that bfloat16 has
   Numbers w;
   int64_t w_stride = 0;
-  int64_t w_step = 1;  // between the elements of one row of w; another than 1 only in token_product, of float32
+  int64_t w_step = 1;  // between the elements of one row of w; other than 1 only for token_product of float32
   float* y = nullptr;
   int64_t y_stride = 0;
   Numbers bias;                 // [columns]
@@ -107,8 +109,8 @@ struct Kernels {
   bool is_fast_in_bfloat16;                  // the same
   void (*dot_product)(const DotProduct&);    // the lanes hold terms of one sum, which are added up at the end
   void (*token_product)(const DotProduct&);  // the lanes hold tokens, which are packed first
-  // The same by the processor's own products of bfloat16, for a job with x_is_bfloat16 and such a w; null: it has none.
-  // Terms are added by pairs, and numbers below 2^-126 count as 0.
+  // The same by the processor's own products of bfloat16, where x_is_bfloat16 and w is bfloat16; null: the processor
+  // has none. Terms are added by pairs, and numbers below 2^-126 count as 0.
   void (*token_product_bfloat16)(const DotProduct&);
   void (*outer_product)(const OuterProduct&);
   // to [columns, rows] = from [rows, columns] transposed, each times scale[row] (null: 1).
@@ -126,7 +128,8 @@ struct Kernels {
   void (*attention_gradient)(const HeadAttentionGradient&);
 };
 
-// The table for this machine: what at::get_cpu_capability() says, so ATEN_CPU_CAPABILITY=default|avx2 chooses here too.
+// The table of the instruction set that at::get_cpu_capability() names: ATEN_CPU_CAPABILITY=default|avx2 chooses here,
+// too.
 const Kernels& kernels();
 
 }  // namespace torchgraft::ops::cpu

@@ -21,13 +21,13 @@ class HeadRows {
  public:
   void read(const at::Tensor& tensor, int64_t b, int64_t head) {
     const Numbers first = numbers_of(tensor) + (b * tensor.stride(0) + head * tensor.stride(1));
-    data_ = first.single();
+    data_ = first.float32();
     stride_ = tensor.stride(2);
     if (first.is_bfloat16) {
       const int64_t size = tensor.size(3);
       widened_.resize(tensor.size(2) * size);
       for (int64_t row = 0; row < tensor.size(2); ++row) {
-        kernels().widen((first + row * stride_).half(), size, widened_.data() + row * size);
+        kernels().widen((first + row * stride_).bfloat16(), size, widened_.data() + row * size);
       }
       data_ = widened_.data();
       stride_ = size;
@@ -66,7 +66,13 @@ std::vector<int64_t> prefix_lengths(const Prefix& prefix, int64_t batch) {
   return result;
 }
 
-bool takes(const PrefixArguments& args) {
+at::Tensor expanded_mask(const PrefixArguments& args, const at::Tensor& mask) {
+  const at::Tensor& query = args.query;
+  return mask.defined() ? mask.to(at::kFloat).expand({query.size(0), query.size(1), query.size(2), args.key.size(2)})
+                        : mask;
+}
+
+bool takes_fused_attention(const PrefixArguments& args) {
   return args.dropout_p == 0.0 && takes_fused_kernels(FusedOp::kPrefixAttention, args.query) &&
          !at::isTensorSubclassLike(args.key);
 }
@@ -87,9 +93,7 @@ AttentionForward attend(const PrefixArguments& args, const Prefix& prefix, const
   const std::vector<float> key_gates = per_row(prefix.key_gate, batch);
   const std::vector<float> value_gates = per_row(prefix.value_gate, batch);
   const std::vector<int64_t> used = prefix_lengths(prefix, batch);
-  const at::Tensor mask = additive_mask.defined()
-                              ? additive_mask.to(at::kFloat).expand({batch, heads, queries, key.size(2)})
-                              : at::Tensor();
+  const at::Tensor mask = expanded_mask(args, additive_mask);
   const auto scale = static_cast<float>(attention_scale(args).expect_float());
 
   at::Tensor output = at::empty({batch, queries, heads, head_size}, query.options());  // token-major
@@ -125,11 +129,7 @@ AttentionForward attend(const PrefixArguments& args, const Prefix& prefix, const
       job.key_gate = key_gates[b];
       job.value_gate = value_gates[b];
       job.scale = scale;
-      if (mask.defined()) {
-        job.mask = mask.const_data_ptr<float>() + b * mask.stride(0) + head * mask.stride(1);
-        job.mask_row_stride = mask.stride(2);
-        job.mask_column_stride = mask.stride(3);
-      }
+      set_mask(job, mask, b, head);
       job.is_causal = args.is_causal;
       const FloatResult result(is_bfloat16, to + (b * queries * heads + head) * head_size * output.element_size(),
                                queries, head_size, heads * head_size);

@@ -54,11 +54,12 @@ AttentionGradients attend_backward(const PrefixArguments& args, const Prefix& pr
   const at::Tensor prefix_key = gated(prefix.key, prefix.key_gate, batch);
   const at::Tensor prefix_value = gated(prefix.value, prefix.value_gate, batch);
   const std::vector<int64_t> used = prefix_lengths(prefix, batch);
-  const at::Tensor mask =
-      additive_mask.defined() ? additive_mask.expand({batch, query.size(1), query.size(2), key.size(2)}) : at::Tensor();
-  AttentionGradients result{token_major(empty, query), need_key ? token_major(zeros, key) : at::Tensor(),
-                            need_value ? token_major(zeros, value) : at::Tensor(), at::zeros_like(prefix_key),
-                            at::zeros_like(prefix_value)};
+  const at::Tensor mask = expanded_mask(args, additive_mask);
+  AttentionGradients result{.query = token_major(empty, query),
+                            .key = need_key ? token_major(zeros, key) : at::Tensor(),
+                            .value = need_value ? token_major(zeros, value) : at::Tensor(),
+                            .prefix_key = at::zeros_like(prefix_key),
+                            .prefix_value = at::zeros_like(prefix_value)};
   const at::Tensor& sums = forward.log_sum_exp;
   HeadAttentionGradient common;
   common.queries = query.size(2);
@@ -93,11 +94,7 @@ AttentionGradients attend_backward(const PrefixArguments& args, const Prefix& pr
     job.prefix_value = rows_of(prefix_value, b, kv_head);
     job.grad_prefix_key = rows_to(result.prefix_key, b, kv_head);
     job.grad_prefix_value = rows_to(result.prefix_value, b, kv_head);
-    if (mask.defined()) {
-      job.mask = mask.const_data_ptr<float>() + b * mask.stride(0) + head * mask.stride(1);
-      job.mask_row_stride = mask.stride(2);
-      job.mask_column_stride = mask.stride(3);
-    }
+    set_mask(job, mask, b, head);
     workspace.resize(kernels().attention_gradient_workspace(job));
     job.workspace = workspace.data();
     kernels().attention_gradient(job);

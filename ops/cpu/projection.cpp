@@ -2,13 +2,12 @@
 #include <torchgraft/ops/cpu/expand.h>
 #include <torchgraft/ops/cpu/kernels.h>
 #include <torchgraft/ops/cpu/projection.h>
-#include <torchgraft/ops/cpu/read_tokens.h>
 #include <torchgraft/ops/cpu/token_tiles.h>
 
 namespace torchgraft::ops::cpu {
 namespace {
 
-// Columns of the weight that one task computes: all where there are tokens enough for all threads, else a share.
+// Columns of the weight that one task computes: all if there are enough tokens for all threads, else a share.
 int64_t columns_per_task(int64_t columns, int64_t tokens) {
   constexpr int64_t kTokensPerThread = 128;
   constexpr int64_t kMultiple = 24;  // of every register block's columns
@@ -36,14 +35,14 @@ class UpdateTiles {
   }
 
   // Adds the products to `job`, whose rows are the tokens from `first` on, and whose columns start at `column`.
-  void join(DotProduct& job, int64_t adapter, int64_t first, int64_t column) const {
+  void join(DotProduct& job, int64_t slice, int64_t first, int64_t column) const {
     job.depth2 = job.x2_stride = job.w2_stride = rank_;
     job.x2 = scaled_.const_data_ptr<float>() + first * rank_;
-    job.w2 = weight_.of(adapter) + column * rank_;
+    job.w2 = weight_.of(slice) + column * rank_;
   }
 
-  // y += c bias, for the rows and columns of `job`, which has been done.
-  void add_bias(const DotProduct& job, int64_t adapter, int64_t first, int64_t column) const {
+  // y += c bias, for the rows and columns of `job`, after its products.
+  void add_bias(const DotProduct& job, int64_t slice, int64_t first, int64_t column) const {
     if (!has_bias_) {
       return;
     }
@@ -51,7 +50,7 @@ class UpdateTiles {
     for (int64_t i = 0; i < job.rows; ++i) {
       coefficients[i] = coefficients_[(first + i) / tokens_];
     }
-    const FloatView bias(bias_.of(adapter) + column, job.columns);
+    const FloatView bias(bias_.of(slice) + column, job.columns);
     OuterProduct sum;
     sum.rows = job.rows;
     sum.columns = sum.w_stride = job.columns;
@@ -76,7 +75,7 @@ class UpdateTiles {
 }  // namespace
 
 bool is_read_in_place(const at::Tensor& weight, int64_t row_tokens) {
-  // Columns of larger weights take more of the second cache than it has, or share its few places.
+  // The columns of larger weights do not fit into the second cache, or share few of its sets.
   constexpr int64_t kMost = 1024;
   return weight.is_contiguous() ||
          (weight.scalar_type() == at::kFloat && weight.t().is_contiguous() && weight.size(0) <= kMost &&
@@ -116,7 +115,7 @@ at::Tensor linear_with_update(const at::Tensor& input, const at::Tensor& weight,
       const int64_t run = task / shares / per_run;
       const int64_t in_run = task / shares % per_run * tile;
       const int64_t first = run * runs.tokens + in_run;
-      const int64_t adapter = runs.adapters[run];
+      const int64_t slice = runs.slices[run];
       DotProduct job;
       job.rows = std::min(tile, runs.tokens - in_run);
       job.columns = std::min(share, columns - column);
@@ -131,28 +130,17 @@ at::Tensor linear_with_update(const at::Tensor& input, const at::Tensor& weight,
       job.y = result.data();
       job.y_stride = result.stride();
       job.bias = offsets ? offsets + column : offsets;
-      if (adapter >= 0) {
-        tiles->join(job, adapter, first, column);
+      if (slice >= 0) {
+        tiles->join(job, slice, first, column);
       }
       multiply(job, x.size(1), columns);
-      if (adapter >= 0) {
-        tiles->add_bias(job, adapter, first, column);
+      if (slice >= 0) {
+        tiles->add_bias(job, slice, first, column);
       }
       result.store();
     }
   });
   return output;
-}
-
-LoraForward lora_projection(const at::Tensor& weight, const at::Tensor& bias, const LoraArguments& lora,
-                            const Selection& selection) {
-  if (selection.kind == Selection::Kind::kBase) {
-    return {linear_with_update(lora.x, weight, bias, {}, selection), {}, {}};
-  }
-  const at::Tensor x = lora.x.contiguous();
-  const TokenReading reading = read_tokens(x, {lora.lora_a, {}}, lora.rows, selection);
-  const ProjectionUpdate update{reading.hidden, lora.lora_b, {}, lora.scaling, reading.gate};
-  return {linear_with_update(x, weight, bias, update, selection), reading.gate, reading.hidden.to(x.scalar_type())};
 }
 
 }  // namespace torchgraft::ops::cpu

@@ -2,37 +2,36 @@
 #include <torchgraft/ops/cpu/read_tokens.h>
 #include <torchgraft/ops/cpu/token_tiles.h>
 
-#include <map>
 #include <vector>
 
 namespace torchgraft::ops::cpu {
 namespace {
 
-// x [count, features]: the tokens from `first` on, of one adapter.
+// x [count, features]: the tokens from `first` on, of one slice of the banks.
 struct TokenTile {
   const float* x;
-  bool is_bfloat16;  // whether its numbers are
+  bool is_bfloat16;  // every number of x is a value that bfloat16 has
   int64_t features;
   int64_t row_tokens;  // tokens of a batch row
   int64_t first;
   int64_t count;
-  int64_t adapter;  // -1: none
+  int64_t slice;  // -1: base rows
 };
 
-// One thing that is read off the tokens: f(x weight^T + bias), [B S, width].
+// One product that is read off the tokens: f(x weight^T + bias), [B S, width].
 struct Columns {
   BankSlices weight;
   BankSlices bias;
   int64_t width;
   FusedActivation activation;
   float* to;
-  float* before;  // the same without f; may be null
+  float* before;  // x weight^T + bias, without f; may be null
 
   void compute(const TokenTile& tile) const {
-    const auto [x, is_bfloat16, features, row_tokens, first, count, adapter] = tile;
+    const auto [x, is_bfloat16, features, row_tokens, first, count, slice] = tile;
     const int64_t size = count * width;
     float* values = to + first * width;
-    if (adapter < 0) {
+    if (slice < 0) {
       std::fill_n(values, size, 0.0F);
     } else {
       DotProduct job;
@@ -41,15 +40,15 @@ struct Columns {
       job.depth = job.x_stride = job.w_stride = features;
       job.x = x;
       job.x_is_bfloat16 = is_bfloat16;
-      job.w = weight.of(adapter);
-      job.bias = bias.of(adapter);
+      job.w = weight.of(slice);
+      job.bias = bias.of(slice);
       job.y = values;
       multiply(job, row_tokens, width);
     }
     if (before != nullptr) {
       std::copy_n(values, size, before + first * width);
     }
-    if (adapter >= 0) {
+    if (slice >= 0) {
       kernels().activate(activation, values, size);
     }
   }
@@ -74,7 +73,7 @@ void pool(Gate& gate, const RowArguments& rows, const Selection& selection) {
     for (int64_t s = 0; s < tokens; ++s) {
       float* token = sigmoids + (b * tokens + s) * gates;
       if (real != nullptr && !real[s]) {
-        std::fill_n(token, gates, 0.0F);  // also the right derivative of what is not averaged
+        std::fill_n(token, gates, 0.0F);  // s (1 - s) = 0: a token that is not averaged has no gradient either
       }
       count += real == nullptr || real[s];
     }
@@ -94,23 +93,25 @@ void pool(Gate& gate, const RowArguments& rows, const Selection& selection) {
 
 }  // namespace
 
-std::optional<FusedActivation> fused_activation(std::string_view non_linearity) {
-  static const std::map<std::string_view, FusedActivation> kActivations = {
-      {"gelu", FusedActivation::kGelu},
-      {"gelu_accurate", FusedActivation::kGeluTanh},
-      {"gelu_fast", FusedActivation::kGeluTanh},
-      {"gelu_new", FusedActivation::kGeluTanh},
-      {"gelu_python", FusedActivation::kGelu},
-      {"gelu_python_tanh", FusedActivation::kGeluTanh},
-      {"gelu_pytorch_tanh", FusedActivation::kGeluTanh},
-      {"linear", FusedActivation::kIdentity},
-      {"relu", FusedActivation::kRelu},
-      {"sigmoid", FusedActivation::kSigmoid},
-      {"silu", FusedActivation::kSilu},
-      {"swish", FusedActivation::kSilu},
-      {"tanh", FusedActivation::kTanh}};
-  const auto found = kActivations.find(non_linearity);
-  return found == kActivations.end() ? std::nullopt : std::optional(found->second);
+std::optional<FusedActivation> fused_activation(NonLinearity function) {
+  switch (function) {
+    case NonLinearity::kGelu:
+      return FusedActivation::kGelu;
+    case NonLinearity::kGeluTanh:
+      return FusedActivation::kGeluTanh;
+    case NonLinearity::kIdentity:
+      return FusedActivation::kIdentity;
+    case NonLinearity::kRelu:
+      return FusedActivation::kRelu;
+    case NonLinearity::kSigmoid:
+      return FusedActivation::kSigmoid;
+    case NonLinearity::kSilu:
+      return FusedActivation::kSilu;
+    case NonLinearity::kTanh:
+      return FusedActivation::kTanh;
+    default:
+      return std::nullopt;
+  }
 }
 
 TokenReading read_tokens(const at::Tensor& input, const TokenReader& reader, const RowArguments& rows,
@@ -122,8 +123,12 @@ TokenReading read_tokens(const at::Tensor& input, const TokenReader& reader, con
   std::vector<Columns> parts;
   const auto add = [&](const at::Tensor& weight, const at::Tensor& bias, FusedActivation activation) {
     const at::Tensor values = at::empty({x.size(0), x.size(1), weight.size(1)}, x.options().dtype(at::kFloat));
-    parts.push_back(
-        {BankSlices(weight), BankSlices(bias), weight.size(1), activation, values.mutable_data_ptr<float>(), nullptr});
+    parts.push_back({.weight = BankSlices(weight),
+                     .bias = BankSlices(bias),
+                     .width = weight.size(1),
+                     .activation = activation,
+                     .to = values.mutable_data_ptr<float>(),
+                     .before = nullptr});
     return values;
   };
   if (reader.weight.defined()) {
@@ -133,15 +138,21 @@ TokenReading read_tokens(const at::Tensor& input, const TokenReader& reader, con
       parts.back().before = result.inner.mutable_data_ptr<float>();
     }
   }
-  const bool gated = rows.gate_weight.defined();
+  const bool gated = rows.gate.weight.defined();
   if (gated) {
-    result.gate.sigmoids = add(rows.gate_weight, rows.gate_bias, FusedActivation::kSigmoid);
+    result.gate.sigmoids = add(rows.gate.weight, rows.gate.bias, FusedActivation::kSigmoid);
   }
   const Numbers from = numbers_of(x);
   for_each_tile(runs, [&](int64_t run, int64_t begin, int64_t end) {
     const int64_t first = run * runs.tokens + begin;
     const FloatView tokens(from + first * features, (end - begin) * features);
-    const TokenTile tile{tokens.data(), from.is_bfloat16, features, x.size(1), first, end - begin, runs.adapters[run]};
+    const TokenTile tile{.x = tokens.data(),
+                         .is_bfloat16 = from.is_bfloat16,
+                         .features = features,
+                         .row_tokens = x.size(1),
+                         .first = first,
+                         .count = end - begin,
+                         .slice = runs.slices[run]};
     for (const Columns& part : parts) {
       part.compute(tile);
     }

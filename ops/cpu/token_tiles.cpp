@@ -4,9 +4,10 @@
 namespace torchgraft::ops::cpu {
 
 TokenRuns token_runs(const Selection& selection, int64_t batch, int64_t tokens) {
-  TORCH_INTERNAL_ASSERT(selection.kind != Selection::Kind::kBase, "no tokens have an adapter");
+  TORCH_INTERNAL_ASSERT(selection.kind != Selection::Kind::kBase,
+                        "expected a selection with adapters, got base rows only");
   if (!selection.is_mixed()) {
-    return {batch * tokens, {selection.adapter}};
+    return {batch * tokens, {selection.slice}};
   }
   const at::Tensor rows = selection.rows.contiguous();
   const at::Tensor active = selection.active.contiguous();
@@ -14,7 +15,7 @@ TokenRuns token_runs(const Selection& selection, int64_t batch, int64_t tokens) 
   const bool* is_active = active.const_data_ptr<bool>();
   TokenRuns runs{tokens, {}};
   for (int64_t b = 0; b < batch; ++b) {
-    runs.adapters.push_back(is_active[b] ? row[b] : -1);
+    runs.slices.push_back(is_active[b] ? row[b] : -1);
   }
   return runs;
 }

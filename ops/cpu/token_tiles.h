@@ -10,12 +10,12 @@
 
 namespace torchgraft::ops::cpu {
 
-// Neighbouring tokens of one adapter: all of the batch when its rows agree, else one row.
+// Neighbouring tokens that use one slice of the banks: all of the batch when its rows agree, else one row.
 struct TokenRuns {
-  int64_t tokens = 0;             // of each run
-  std::vector<int64_t> adapters;  // by run; -1: none
+  int64_t tokens = 0;           // of each run
+  std::vector<int64_t> slices;  // by run; -1: base rows
 
-  int64_t count() const { return static_cast<int64_t>(adapters.size()); }
+  int64_t count() const { return static_cast<int64_t>(slices.size()); }
 };
 
 // For batch rows of `tokens` tokens. Not for a base selection.
@@ -27,17 +27,17 @@ Numbers numbers_of(const at::Tensor& tensor);
 // Whether multiply() packs tokens into the lanes of vectors. Then a float32 weight may have any w_step.
 bool packs_tokens(int64_t row_tokens, int64_t columns);
 
-// The product of `job`, summed in the way that suits rows of the batch of `row_tokens` tokens and a whole result of
-// `columns` columns. So the bits depend neither on what else is in the batch, nor on how the work is divided.
+// Computes `job`. row_tokens, the tokens of a batch row, and `columns`, those of the whole result, choose the kernel:
+// so the bits depend neither on what else is in the batch nor on how the work is divided.
 void multiply(const DotProduct& job, int64_t row_tokens, int64_t columns);
 
 // `count` neighbouring numbers as float32: where they lie, or widened.
 class FloatView {
  public:
-  FloatView(Numbers from, int64_t count) : data_(from.single()) {
+  FloatView(Numbers from, int64_t count) : data_(from.float32()) {
     if (from.is_bfloat16) {
       widened_ = std::make_unique_for_overwrite<float[]>(count);
-      kernels().widen(from.half(), count, widened_.get());
+      kernels().widen(from.bfloat16(), count, widened_.get());
       data_ = widened_.get();
     }
   }
@@ -48,7 +48,7 @@ class FloatView {
   const float* data_;
 };
 
-// Rows of a result, computed in float32: where they belong, or, of a bfloat16 result, beside it until store().
+// Rows of a result, computed in float32: in place, or, for a bfloat16 result, in a buffer until store().
 class FloatResult {
  public:
   // to: the first of `rows` rows of `columns` values, `stride` values apart
@@ -86,12 +86,12 @@ class FloatResult {
 class BankSlices {
  public:
   explicit BankSlices(const at::Tensor& bank);
-  Numbers of(int64_t adapter) const { return first_ ? first_ + adapter * size_ : first_; }
+  Numbers of(int64_t slice) const { return first_ ? first_ + slice * size_ : first_; }
 
  private:
   at::Tensor bank_;
   Numbers first_;
-  int64_t size_ = 0;  // elements of one adapter
+  int64_t size_ = 0;  // elements of one slice
 };
 
 // Calls work(run, first token, end token) for tiles of all runs, on all threads. A token's result must not depend on

@@ -13,7 +13,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // The parts of a job's workspace.
 struct Workspace {
-  int64_t stride;  // of keys and scores: a block, and a vector more, for rows a power of two apart share few cache sets
+  int64_t stride;  // of keys and scores: a block and a vector; rows a power of two apart would share few cache sets
   float* keys;     // [head_size, stride]: a block of keys, transposed and scaled
   float* values;   // [prefix, head_size]: the prefix's, gated
   float* scores;   // [kQueryBlock, stride]
@@ -48,10 +48,13 @@ struct KeyBlock {
 KeyBlock key_block(const HeadAttention& job, int64_t begin) {
   const int64_t end = std::min(begin + kKeyBlock, job.prefix + job.keys);
   const auto in_keys = [&](int64_t position) { return std::max<int64_t>(position - job.prefix, 0); };
-  return {std::min(begin, job.prefix), std::min(end, job.prefix), in_keys(begin), in_keys(end)};
+  return {.prefix_begin = std::min(begin, job.prefix),
+          .prefix_end = std::min(end, job.prefix),
+          .key_begin = in_keys(begin),
+          .key_end = in_keys(end)};
 }
 
-// Asks for the first rows, which lie too far apart for the processor to foresee.
+// Asks for the first rows early: they lie too far apart for the processor to guess.
 void prefetch_rows(const float* rows, int64_t stride, int64_t count, int64_t size) {
   constexpr int64_t kMost = 64;
   constexpr int64_t kLine = 16;  // floats
@@ -72,7 +75,7 @@ void pack_keys(const HeadAttention& job, const Workspace& space, const KeyBlock&
   }
 }
 
-// What is added to the scores of one query: nothing on the prefix, the mask on the keys.
+// Writes the summands of one query's scores: 0 on the prefix, the mask on the keys.
 void start_row(const HeadAttention& job, const KeyBlock& block, int64_t query, float* row) {
   std::fill_n(row + block.size(), block.padded() - block.size(), -kInfinity);
   std::fill_n(row, block.prefix(), 0.0F);
@@ -112,18 +115,8 @@ float exponentials(float* row, int64_t count, float largest) {
   return at::vec::vec_reduce_all([](const Vec& a, const Vec& b) { return a + b; }, lanes);
 }
 
-void scale_row(float* row, int64_t count, float factor) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    (Vec::loadu(row + i) * Vec(factor)).store(row + i);
-  }
-  for (; i < count; ++i) {
-    row[i] *= factor;
-  }
-}
-
-// Takes one more block of keys into the running softmax of one query: its scores become weights, what was summed
-// before is brought to the new maximum.
+// Adds one block of keys to the running softmax of one query: its scores become weights, and earlier sums are scaled to
+// the new maximum.
 void weigh_row(const HeadAttention& job, const Workspace& space, const KeyBlock& block, int64_t query, float* row) {
   if (job.is_causal && query + 1 < block.key_end) {
     const int64_t seen = std::clamp<int64_t>(query + 1 - block.key_begin, 0, block.keys());
@@ -131,7 +124,7 @@ void weigh_row(const HeadAttention& job, const Workspace& space, const KeyBlock&
   }
   const float before = space.maxima[query];
   const float here = largest_of(row, block.padded());
-  const float largest = before > here ? before : here;  // not a number, where one of the scores is none
+  const float largest = before > here ? before : here;  // NaN if a score is NaN
   if (largest == -kInfinity) {                          // nothing to see yet
     std::fill_n(row, block.size(), 0.0F);
     return;
@@ -144,24 +137,35 @@ void weigh_row(const HeadAttention& job, const Workspace& space, const KeyBlock&
   }
 }
 
-// [first, first + rows): queries of one block of keys.
+// Queries [first, first + rows) and one block of keys.
 void attend_block(const HeadAttention& job, const Workspace& space, const KeyBlock& block, int64_t first,
                   int64_t rows) {
   for (int64_t i = 0; i < rows; ++i) {
     start_row(job, block, first + i, space.scores + i * space.stride);
   }
-  OuterProduct product{rows,         block.padded(), job.head_size, job.q + first * job.q_stride,
-                       job.q_stride, space.keys,     space.stride,  space.scores,
-                       space.stride, space.scores,   space.stride};
-  outer_product(product);
+  outer_product({.rows = rows,
+                 .columns = block.padded(),
+                 .depth = job.head_size,
+                 .x = job.q + first * job.q_stride,
+                 .x_stride = job.q_stride,
+                 .w = space.keys,
+                 .w_stride = space.stride,
+                 .init = space.scores,
+                 .init_stride = space.stride,
+                 .y = space.scores,
+                 .y_stride = space.stride});
   for (int64_t i = 0; i < rows; ++i) {
     weigh_row(job, space, block, first + i, space.scores + i * space.stride);
   }
-  product.columns = job.head_size;
-  product.x_stride = space.stride;
+  // output += weights values, of the prefix and of the sequence.
   float* output = job.output + first * job.output_stride;
-  product.init = product.y = output;
-  product.init_stride = product.y_stride = job.output_stride;
+  OuterProduct product{.rows = rows,
+                       .columns = job.head_size,
+                       .x_stride = space.stride,
+                       .init = output,
+                       .init_stride = job.output_stride,
+                       .y = output,
+                       .y_stride = job.output_stride};
   if (block.prefix() > 0) {
     product.depth = block.prefix();
     product.x = space.scores;

@@ -6,13 +6,13 @@
 namespace torchgraft::ops::cpu::TORCHGRAFT_VECTORIZED {
 namespace {
 
-// Everything of size [queries, keys] exists for one block of both, in the second cache, and with the queries along the
-// vectors: their log-sum-exps are then one vector, and keys and values are read where they are.
+// Everything of size [queries, keys] exists for one block of queries and keys at a time, and stays in the second cache.
+// Queries lie along the vectors: their log-sum-exps are then one vector, and keys and values are read where they are.
 constexpr int64_t kQueryBlock = 64;  // a multiple of the lanes
 constexpr int64_t kKeyBlock = 96;    // a multiple of outer_product's rows
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// The parts of a job's workspace. Columns of queries that a block does not have hold whatever was there.
+// The parts of a job's workspace. In a block of fewer queries the last columns hold leftovers.
 struct Workspace {
   float* queries;             // [kQueryBlock, head_size], scaled
   float* queries_transposed;  // [head_size, kQueryBlock]
@@ -35,12 +35,13 @@ struct Workspace {
   const float* end() const { return by_query + kQueryBlock * kKeyBlock; }
 };
 
+// Neighbouring queries.
 struct QueryBlock {
   int64_t first, count;
   int64_t padded() const { return in_vectors(count); }
 };
 
-// Neighbouring keys with their values, and where their gradients are summed; null: not wanted.
+// Neighbouring keys with their values, and where their gradients are summed; null: not asked for.
 struct KeyBlock {
   int64_t first, count;  // positions in the sequence; of a prefix, positions in it
   bool is_prefix;
@@ -57,40 +58,34 @@ struct KeyBlock {
 KeyBlock prefix_block(const HeadAttentionGradient& job, int64_t first) {
   const int64_t offset = first * job.head_size;
   const auto at = [offset](float* pointer) { return pointer == nullptr ? nullptr : pointer + offset; };
-  return {first,
-          std::min(kKeyBlock, job.prefix - first),
-          /*is_prefix=*/true,
-          job.prefix_key + offset,
-          job.head_size,
-          job.prefix_value + offset,
-          job.head_size,
-          at(job.grad_prefix_key),
-          job.head_size,
-          at(job.grad_prefix_value),
-          job.head_size};
+  return {.first = first,
+          .count = std::min(kKeyBlock, job.prefix - first),
+          .is_prefix = true,
+          .k = job.prefix_key + offset,
+          .k_stride = job.head_size,
+          .v = job.prefix_value + offset,
+          .v_stride = job.head_size,
+          .grad_k = at(job.grad_prefix_key),
+          .grad_k_stride = job.head_size,
+          .grad_v = at(job.grad_prefix_value),
+          .grad_v_stride = job.head_size};
 }
 
 KeyBlock sequence_block(const HeadAttentionGradient& job, int64_t first) {
   const auto at = [first](float* pointer, int64_t stride) {
     return pointer == nullptr ? nullptr : pointer + first * stride;
   };
-  return {first,
-          std::min(kKeyBlock, job.keys - first),
-          /*is_prefix=*/false,
-          job.k + first * job.k_stride,
-          job.k_stride,
-          job.v + first * job.v_stride,
-          job.v_stride,
-          at(job.grad_k, job.grad_k_stride),
-          job.grad_k_stride,
-          at(job.grad_v, job.grad_v_stride),
-          job.grad_v_stride};
-}
-
-void scale_row(float* row, int64_t count, float factor) {
-  for (int64_t i = 0; i < count; ++i) {
-    row[i] *= factor;
-  }
+  return {.first = first,
+          .count = std::min(kKeyBlock, job.keys - first),
+          .is_prefix = false,
+          .k = job.k + first * job.k_stride,
+          .k_stride = job.k_stride,
+          .v = job.v + first * job.v_stride,
+          .v_stride = job.v_stride,
+          .grad_k = at(job.grad_k, job.grad_k_stride),
+          .grad_k_stride = job.grad_k_stride,
+          .grad_v = at(job.grad_v, job.grad_v_stride),
+          .grad_v_stride = job.grad_v_stride};
 }
 
 void pack_queries(const HeadAttentionGradient& job, const Workspace& space, const QueryBlock& block) {
@@ -114,7 +109,7 @@ void pack_queries(const HeadAttentionGradient& job, const Workspace& space, cons
             space.grads_transposed, kQueryBlock);
 }
 
-// What is added to the product of one key of the sequence with the queries: its mask - log_sum_exp.
+// Writes the summands of one key's products with the queries: mask - log_sum_exp.
 void start_key(const HeadAttentionGradient& job, const Workspace& space, const QueryBlock& queries, int64_t key,
                float* row) {
   const float* mask = job.mask + queries.first * job.mask_row_stride + key * job.mask_column_stride;
@@ -126,17 +121,17 @@ void start_key(const HeadAttentionGradient& job, const Workspace& space, const Q
 // probabilities = exp(k q^T + mask - log_sum_exp)
 void recompute_probabilities(const HeadAttentionGradient& job, const Workspace& space, const QueryBlock& queries,
                              const KeyBlock& keys) {
-  OuterProduct product{keys.count,
-                       queries.padded(),
-                       job.head_size,
-                       keys.k,
-                       keys.k_stride,
-                       space.queries_transposed,
-                       kQueryBlock,
-                       space.log_sum_exps,
-                       0,
-                       space.probabilities,
-                       kQueryBlock};
+  OuterProduct product{.rows = keys.count,
+                       .columns = queries.padded(),
+                       .depth = job.head_size,
+                       .x = keys.k,
+                       .x_stride = keys.k_stride,
+                       .w = space.queries_transposed,
+                       .w_stride = kQueryBlock,
+                       .init = space.log_sum_exps,
+                       .init_stride = 0,
+                       .y = space.probabilities,
+                       .y_stride = kQueryBlock};
   const bool masked = job.mask != nullptr && !keys.is_prefix;
   if (masked) {
     for (int64_t j = 0; j < keys.count; ++j) {
@@ -161,8 +156,17 @@ void recompute_probabilities(const HeadAttentionGradient& job, const Workspace& 
 // scores = probabilities (v grad^T - delta)
 void score_gradients(const HeadAttentionGradient& job, const Workspace& space, const QueryBlock& queries,
                      const KeyBlock& keys) {
-  outer_product({keys.count, queries.padded(), job.head_size, keys.v, keys.v_stride, space.grads_transposed,
-                 kQueryBlock, space.deltas, 0, space.scores, kQueryBlock});
+  outer_product({.rows = keys.count,
+                 .columns = queries.padded(),
+                 .depth = job.head_size,
+                 .x = keys.v,
+                 .x_stride = keys.v_stride,
+                 .w = space.grads_transposed,
+                 .w_stride = kQueryBlock,
+                 .init = space.deltas,
+                 .init_stride = 0,
+                 .y = space.scores,
+                 .y_stride = kQueryBlock});
   for (int64_t j = 0; j < keys.count; ++j) {
     float* row = space.scores + j * kQueryBlock;
     const float* probability = space.probabilities + j * kQueryBlock;
@@ -177,19 +181,45 @@ void through_block(const HeadAttentionGradient& job, const Workspace& space, con
   recompute_probabilities(job, space, queries, keys);
   const int64_t size = job.head_size;
   if (keys.grad_v != nullptr) {
-    outer_product({keys.count, size, queries.count, space.probabilities, kQueryBlock,
-                   job.grad + queries.first * job.grad_stride, job.grad_stride, keys.grad_v, keys.grad_v_stride,
-                   keys.grad_v, keys.grad_v_stride});
+    outer_product({.rows = keys.count,
+                   .columns = size,
+                   .depth = queries.count,
+                   .x = space.probabilities,
+                   .x_stride = kQueryBlock,
+                   .w = job.grad + queries.first * job.grad_stride,
+                   .w_stride = job.grad_stride,
+                   .init = keys.grad_v,
+                   .init_stride = keys.grad_v_stride,
+                   .y = keys.grad_v,
+                   .y_stride = keys.grad_v_stride});
   }
   score_gradients(job, space, queries, keys);
   if (keys.grad_k != nullptr) {
-    outer_product({keys.count, size, queries.count, space.scores, kQueryBlock, space.queries, size, keys.grad_k,
-                   keys.grad_k_stride, keys.grad_k, keys.grad_k_stride});
+    outer_product({.rows = keys.count,
+                   .columns = size,
+                   .depth = queries.count,
+                   .x = space.scores,
+                   .x_stride = kQueryBlock,
+                   .w = space.queries,
+                   .w_stride = size,
+                   .init = keys.grad_k,
+                   .init_stride = keys.grad_k_stride,
+                   .y = keys.grad_k,
+                   .y_stride = keys.grad_k_stride});
   }
   transpose(space.scores, kQueryBlock, keys.count, queries.count, nullptr, space.by_query, kKeyBlock);
   float* grad_q = job.grad_q + queries.first * job.grad_q_stride;
-  outer_product({queries.count, size, keys.count, space.by_query, kKeyBlock, keys.k, keys.k_stride, grad_q,
-                 job.grad_q_stride, grad_q, job.grad_q_stride});
+  outer_product({.rows = queries.count,
+                 .columns = size,
+                 .depth = keys.count,
+                 .x = space.by_query,
+                 .x_stride = kKeyBlock,
+                 .w = keys.k,
+                 .w_stride = keys.k_stride,
+                 .init = grad_q,
+                 .init_stride = job.grad_q_stride,
+                 .y = grad_q,
+                 .y_stride = job.grad_q_stride});
 }
 
 }  // namespace

@@ -18,15 +18,15 @@ constexpr int kRows = 3;
 constexpr int kColumns = 4;
 #endif
 
-// sums[i] = bias[i] + the sum of the lanes of one of four vectors, in the same order whatever the others hold.
+// sums[i] = bias[i] + the sum of the lanes of one of four vectors, in an order that the other three do not change.
 #if defined(CPU_CAPABILITY_AVX512)
 void four_sums(const Vec& a, const Vec& b, const Vec& c, const Vec& d, const float* bias, float* sums) {
   // In every 128 bits: a0 + a2, b0 + b2, a1 + a3, b1 + b3, then a, b, c, d.
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
   const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
   const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xEE));
-  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-  const __m128 total = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  const __m128 total = _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
   _mm_storeu_ps(sums, _mm_add_ps(total, _mm_loadu_ps(bias)));
 }
 #elif defined(CPU_CAPABILITY_AVX2)
@@ -93,7 +93,7 @@ void block(const DotProduct& job, const Panel& panel, int64_t row, int64_t colum
   if (job.depth2 > 0) {
     accumulate<R, C>(sums, job.x2 + row * job.x2_stride, job.x2_stride, panel.w2(), panel.w2_stride(), job.depth2);
   }
-  // On the stack: written through y the compiler would have to expect that y is one of the inputs, value by value.
+  // On the stack: the compiler would have to expect that every value written through y changes one of the inputs.
   float row_sums[R][(C + 3) / 4 * 4];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
@@ -126,7 +126,7 @@ constexpr auto kBlocks = all_blocks(std::make_integer_sequence<int, kRows * kCol
 
 }  // namespace
 
-// A few rows of w stay in the first cache while all of x passes by.
+// A few rows of w stay in the first cache while all of x is read.
 void dot_product(const DotProduct& job) {
   Panel panel(job);
   for (int64_t column = 0; column < job.columns; column += kColumns) {

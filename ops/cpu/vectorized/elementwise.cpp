@@ -42,12 +42,12 @@ void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t col
 }
 
 void widen(const c10::BFloat16* from, int64_t count, float* to) {
-  using Half = at::vec::Vectorized<c10::BFloat16>;
-  for (int64_t i = 0; i < count; i += Half::size()) {
-    const int64_t left = std::min<int64_t>(Half::size(), count - i);
-    const Half loaded = left == Half::size() ? Half::loadu(from + i) : Half::loadu(from + i, left);
+  using BFloats = at::vec::Vectorized<c10::BFloat16>;
+  for (int64_t i = 0; i < count; i += BFloats::size()) {
+    const int64_t left = std::min<int64_t>(BFloats::size(), count - i);
+    const BFloats loaded = left == BFloats::size() ? BFloats::loadu(from + i) : BFloats::loadu(from + i, left);
     const auto [low, high] = at::vec::convert_to_float<c10::BFloat16>(loaded);
-    if (left == Half::size()) {
+    if (left == BFloats::size()) {
       low.store(to + i);
       high.store(to + i + kLanes);
     } else {
@@ -58,9 +58,9 @@ void widen(const c10::BFloat16* from, int64_t count, float* to) {
 }
 
 void narrow(const float* from, int64_t count, c10::BFloat16* to) {
-  using Half = at::vec::Vectorized<c10::BFloat16>;
+  using BFloats = at::vec::Vectorized<c10::BFloat16>;
   int64_t i = 0;
-  for (; i + Half::size() <= count; i += Half::size()) {
+  for (; i + BFloats::size() <= count; i += BFloats::size()) {
     at::vec::convert_from_float<c10::BFloat16>(Vec::loadu(from + i), Vec::loadu(from + i + kLanes)).store(to + i);
   }
   for (; i < count; ++i) {
@@ -83,7 +83,7 @@ void normalize(const float* x, int64_t count, float mean, float inverse, const f
   }
 }
 
-// The formulas of ops/activation.cpp.
+// The formulas of activations/activation.cpp.
 void activate(FusedActivation activation, float* values, int64_t count) {
   switch (activation) {
     case FusedActivation::kIdentity:

@@ -10,7 +10,7 @@ constexpr bool kIsFast = true;
 #else
 constexpr bool kIsFast = false;
 #endif
-// With AVX-512 it depends on the processor: kernels.cpp.
+// With AVX-512 this depends on the processor: kernels.cpp decides.
 #ifdef CPU_CAPABILITY_AVX2
 constexpr bool kIsFastInBFloat16 = true;
 #else
@@ -19,22 +19,22 @@ constexpr bool kIsFastInBFloat16 = false;
 
 const Kernels& TORCHGRAFT_JOIN(kernels_, TORCHGRAFT_INSTRUCTION_SET)() {
   namespace here = TORCHGRAFT_VECTORIZED;
-  static const Kernels table{TORCHGRAFT_NAME(TORCHGRAFT_INSTRUCTION_SET),
-                             kIsFast,
-                             kIsFastInBFloat16,
-                             here::dot_product,
-                             here::token_product,
-                             nullptr,
-                             here::outer_product,
-                             here::transpose,
-                             here::widen,
-                             here::narrow,
-                             here::activate,
-                             here::normalize,
-                             here::attention_workspace,
-                             here::attention,
-                             here::attention_gradient_workspace,
-                             here::attention_gradient};
+  static const Kernels table{.instruction_set = TORCHGRAFT_NAME(TORCHGRAFT_INSTRUCTION_SET),
+                             .is_fast = kIsFast,
+                             .is_fast_in_bfloat16 = kIsFastInBFloat16,
+                             .dot_product = here::dot_product,
+                             .token_product = here::token_product,
+                             .token_product_bfloat16 = nullptr,
+                             .outer_product = here::outer_product,
+                             .transpose = here::transpose,
+                             .widen = here::widen,
+                             .narrow = here::narrow,
+                             .activate = here::activate,
+                             .normalize = here::normalize,
+                             .attention_workspace = here::attention_workspace,
+                             .attention = here::attention,
+                             .attention_gradient_workspace = here::attention_gradient_workspace,
+                             .attention_gradient = here::attention_gradient};
   return table;
 }
 

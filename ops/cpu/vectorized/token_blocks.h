@@ -1,7 +1,7 @@
 #pragma once
 
-// What token_product.cpp and token_product_bfloat16.cpp share: tokens are packed into the lanes of a vector, so that no
-// sums across lanes are left to do. A class `Terms` says how the terms of a sum are packed, and how they are added up.
+// What token_product.cpp and token_product_bfloat16.cpp share: each lane of a vector holds a token, so no sums across
+// lanes are left to do. A class `Terms` says how the terms of a sum are packed, and how they are added up.
 
 #include <torchgraft/ops/cpu/vectorized/lanes.h>
 #include <torchgraft/ops/cpu/vectorized/weight_rows.h>
@@ -14,32 +14,34 @@
 namespace torchgraft::ops::cpu::TORCHGRAFT_VECTORIZED {
 namespace {
 
-// Rows of w times vectors of tokens whose sums fill the registers: 24 of 32 with AVX-512, 12 of 16 otherwise. Half a
-// vector holds a rest of tokens that would leave more than half of one empty.
+// Rows of w times vectors of tokens whose sums fill the registers: 24 of 32 with AVX-512, 12 of 16 otherwise. The last
+// tokens of a tile go into half a vector if they fit: in a whole one, half of the lanes or more would be empty.
 #ifdef CPU_CAPABILITY_AVX512
 constexpr int kVectors = 4;
-constexpr int64_t kHalf = 8;
+constexpr int64_t kHalfVector = 8;
 #else
 constexpr int kVectors = 2;
-constexpr int64_t kHalf = 0;
+constexpr int64_t kHalfVector = 0;
 #endif
 constexpr int kRows = 6;
 constexpr int64_t kPanel = kVectors * kLanes;  // tokens
-constexpr int64_t kTokens = 64;                // of a tile, which stays in a cache while all of w passes by
+constexpr int64_t kTokens = 64;                // of a tile, which stays in a cache while all of w is read
 constexpr int64_t kColumns = 48;               // of y at a time: whole register blocks, and whole vectors
 
 #ifdef CPU_CAPABILITY_AVX512
-struct Half {
-  Half() = default;
-  Half(__m256 values) : values(values) {}  // NOLINT(google-explicit-constructor)
-  explicit Half(float value) : values(_mm256_set1_ps(value)) {}
-  static Half loadu(const float* from) { return _mm256_loadu_ps(from); }
-  static constexpr int64_t size() { return kHalf; }
+struct HalfVec {
+  HalfVec() = default;
+  HalfVec(__m256 values) : values(values) {}  // NOLINT(google-explicit-constructor)
+  explicit HalfVec(float value) : values(_mm256_set1_ps(value)) {}
+  static HalfVec loadu(const float* from) { return _mm256_loadu_ps(from); }
+  static constexpr int64_t size() { return kHalfVector; }
   void store(float* to) const { _mm256_storeu_ps(to, values); }
   operator __m256() const { return values; }  // NOLINT(google-explicit-constructor)
   __m256 values;
 };
-inline Half fmadd(const Half& a, const Half& b, const Half& c) { return _mm256_fmadd_ps(a.values, b.values, c.values); }
+inline HalfVec fmadd(const HalfVec& a, const HalfVec& b, const HalfVec& c) {
+  return _mm256_fmadd_ps(a.values, b.values, c.values);
+}
 #endif
 using at::vec::fmadd;
 
@@ -48,8 +50,8 @@ inline int64_t panel_width(int64_t tokens) {
   if (tokens >= kPanel) {
     return kPanel;
   }
-  const int64_t vectors = tokens / kLanes + (tokens % kLanes > kHalf);
-  return vectors == 0 ? kHalf : vectors * kLanes;
+  const int64_t vectors = tokens / kLanes + (tokens % kLanes > kHalfVector);
+  return vectors == 0 ? kHalfVector : vectors * kLanes;
 }
 
 // A tile of tokens in panels of [Terms::rows(depth), width]: tokens lie in the lanes. Missing tokens are zero.
@@ -146,11 +148,11 @@ template <typename Terms>
 Block block_of(int64_t rows, int64_t width) {
   static constexpr auto kBlocks = all_blocks<Terms>(std::make_integer_sequence<int, kRows * kVectors>());
 #ifdef CPU_CAPABILITY_AVX512
-  static constexpr std::array<Block, kRows> kHalves = {block<Terms, Half, 1, 1>, block<Terms, Half, 2, 1>,
-                                                       block<Terms, Half, 3, 1>, block<Terms, Half, 4, 1>,
-                                                       block<Terms, Half, 5, 1>, block<Terms, Half, 6, 1>};
-  if (width == kHalf) {
-    return kHalves[rows - 1];
+  static constexpr std::array<Block, kRows> kHalfBlocks = {block<Terms, HalfVec, 1, 1>, block<Terms, HalfVec, 2, 1>,
+                                                           block<Terms, HalfVec, 3, 1>, block<Terms, HalfVec, 4, 1>,
+                                                           block<Terms, HalfVec, 5, 1>, block<Terms, HalfVec, 6, 1>};
+  if (width == kHalfVector) {
+    return kHalfBlocks[rows - 1];
   }
 #endif
   return kBlocks[(rows - 1) * kVectors + width / kLanes - 1];

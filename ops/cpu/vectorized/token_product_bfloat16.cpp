@@ -3,8 +3,8 @@
 #include <bit>
 #include <cstring>
 
-// With the instruction of AVX512-BF16 that multiplies bfloat16 by pairs: 32 products where float32 has 16. It adds the
-// second term of a pair first, rounds to the nearest, and takes subnormal numbers, also its own sums, as 0.
+// By the instruction of AVX512-BF16 that multiplies bfloat16 by pairs: 32 products where float32 has 16. It adds the
+// second term of a pair first, rounds to the nearest, and treats subnormal numbers, also its own sums, as 0.
 
 namespace torchgraft::ops::cpu::TORCHGRAFT_VECTORIZED {
 namespace {
@@ -20,11 +20,12 @@ float last_at(const c10::BFloat16* w) { return std::bit_cast<float>(static_cast<
 inline Vec add_pairs(const Vec& left, const Vec& right, const Vec& sum) {
   return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_castps_si512(left), (__m512bh)_mm512_castps_si512(right));
 }
-inline Half add_pairs(const Half& left, const Half& right, const Half& sum) {
+inline HalfVec add_pairs(const HalfVec& left, const HalfVec& right, const HalfVec& sum) {
   return _mm256_dpbf16_ps(sum, (__m256bh)_mm256_castps_si256(left), (__m256bh)_mm256_castps_si256(right));
 }
 
-// Two terms in each lane. Weights are read where they are, unwidened; a last term of an odd number has 0 beside it.
+// Two terms in each lane. Weights are read where they are, without widening. If the number of terms is odd, the last
+// one has 0 beside it.
 struct Pairs {
   static constexpr bool kReadsFloats = false;
   static int64_t rows(int64_t depth) { return (depth + 1) / 2; }
@@ -48,8 +49,8 @@ struct Pairs {
   template <typename V, int R, int C>
   static inline __attribute__((always_inline)) void accumulate(V (&sums)[R][C], const WeightRows<kRows>& rows,
                                                                const float* x, int64_t depth) {
-    const c10::BFloat16* w = rows.half_w();
-    const int64_t stride = rows.half_w_stride();
+    const c10::BFloat16* w = rows.bfloat16_w();
+    const int64_t stride = rows.bfloat16_w_stride();
     for (int64_t k = 0; k < depth / 2; ++k) {
       add<V, R, C>(sums, x + k * C * V::size(), [&](int i) { return pair_at(w + i * stride + 2 * k); });
     }

@@ -160,12 +160,12 @@ TEST(NormOutput, IsKeptWhereItCannotBeHadAgainAsItWas) {
   EXPECT_TRUE(at::equal(found, torch::autograd::grad({expected.sum()}, {input})[0]));
 
   // ATen keeps the means of bfloat16 in bfloat16.
-  const at::Tensor half = input.detach().to(at::kBFloat16).requires_grad_();
-  const Op half_lora = [](const at::Tensor& x) {
+  const at::Tensor bfloat16 = input.detach().to(at::kBFloat16).requires_grad_();
+  const Op bfloat16_lora = [](const at::Tensor& x) {
     const auto like = [](at::IntArrayRef sizes) { return at::ones(sizes, at::kBFloat16); };
     return std::get<0>(gated_lora(x, like({2, 5, 4}), like({1, 2, kFeatures}), like({1, 4, 2}), like({1})));
   };
-  EXPECT_TRUE(keeps(half_lora, Norm{}(half)));
+  EXPECT_TRUE(keeps(bfloat16_lora, Norm{}(bfloat16)));
 }
 
 TEST(NormOutput, ASecondBackwardPassSaysThatTheGraphIsGone) {

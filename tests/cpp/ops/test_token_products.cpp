@@ -36,14 +36,14 @@ class FusedTokenProducts : public ::testing::Test {
 
   // By every kernel there is, of numbers that bfloat16 has.
   static std::vector<at::Tensor> results(const at::Tensor& x, const at::Tensor& w) {
-    const at::Tensor half = w.to(at::kBFloat16);
+    const at::Tensor bfloat16 = w.to(at::kBFloat16);
     const at::Tensor transposed = w.t().contiguous().t();
     std::vector<at::Tensor> found = {run(kernels().token_product, x, w, w.const_data_ptr<float>()),
                                      run(kernels().token_product, x, transposed, transposed.const_data_ptr<float>()),
-                                     run(kernels().token_product, x, w, half.const_data_ptr<at::BFloat16>()),
+                                     run(kernels().token_product, x, w, bfloat16.const_data_ptr<at::BFloat16>()),
                                      run(kernels().dot_product, x, w, w.const_data_ptr<float>())};
     if (kernels().token_product_bfloat16 != nullptr) {
-      found.push_back(run(kernels().token_product_bfloat16, x, w, half.const_data_ptr<at::BFloat16>()));
+      found.push_back(run(kernels().token_product_bfloat16, x, w, bfloat16.const_data_ptr<at::BFloat16>()));
     }
     return found;
   }

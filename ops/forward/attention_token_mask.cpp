@@ -1,0 +1,44 @@
+#include <ATen/ATen.h>
+#include <torch/library.h>
+#include <torchgraft/ops/attention_token_mask.h>
+#include <torchgraft/ops/check.h>
+#include <torchgraft/ops/from_schema.h>
+
+namespace torchgraft::ops {
+namespace {
+
+// A float mask value at or below this hides a key. Models write -1e4, -1e9, finfo.min or -inf for "masked"; relative
+// position biases and ALiBi stay above -2e3 for any length in use.
+constexpr double kHiddenBelow = -9e3;
+
+at::Tensor forward(const TokenMaskArguments& args) {
+  check(args);
+  const at::IntArrayRef sizes = args.x.sizes().slice(0, 2);  // [B, S]
+  if (!args.attn_mask.defined()) {
+    return at::ones(sizes, args.x.options().dtype(at::kBool));
+  }
+  const at::Tensor& mask = args.attn_mask;
+  at::Tensor visible = mask.scalar_type() == at::kBool ? mask : at::gt(mask, kHiddenBelow);
+  visible = visible.any(-2);  // over queries: [.., S]
+  switch (mask.dim()) {
+    case 4:  // [B, h, S_q, S]
+      visible = visible.any(1);
+      break;
+    case 3:  // [h, S_q, S]
+      visible = visible.any(0);
+      break;
+    default:  // [S_q, S]
+      break;
+  }
+  return visible.expand(sizes).clone(at::MemoryFormat::Contiguous);
+}
+
+TORCH_LIBRARY_IMPL(torchgraft, CompositeExplicitAutograd, m) {
+  m.impl("attention_token_mask", from_schema<TokenMaskArguments, forward, decltype(attention_token_mask)>);
+}
+
+// The result is boolean: nothing to differentiate, and no reason to warn about it.
+TORCH_LIBRARY_IMPL(torchgraft, Autograd, m) { m.impl("attention_token_mask", torch::CppFunction::makeFallthrough()); }
+
+}  // namespace
+}  // namespace torchgraft::ops
