@@ -22,7 +22,7 @@ Inserter::Inserter(Graph& graph, const GraphSites& sites, const torch::jit::Modu
           ->output();
   adapters_->setType(root.attr("adapters").toModule().type());
   active_ = graph.insertGetAttr(adapters_, "active");
-  Node* end = graph.insertNode(graph.createNone());  // dead in the end
+  Node* end = graph.insertNode(graph.createNone());  // trained banks are made before it; dead code in the end
   trained_.emplace(graph, sites, root, adapters_, end);
   if (options.token_mask_input) {
     input_mask_ = graph.insert(c10::aten::ne, {graph.inputs()[*options.token_mask_input], 0});
