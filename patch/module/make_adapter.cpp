@@ -42,7 +42,8 @@ Adapter make_adapter(const AdapterSpec& spec, const Structure& structure, const 
   } else {
     adapter.weights = init_weights(adapter.plan, options, spec.trainable ? &adapter.sources : nullptr);
   }
-  TORCH_INTERNAL_ASSERT(adapter.weights.size() == adapter.plan.size());
+  TORCH_INTERNAL_ASSERT(adapter.weights.size() == adapter.plan.size(), "a plan of ", adapter.plan.size(),
+                        " modules got weights for ", adapter.weights.size());
   if (spec.trainable) {
     check_can_train(adapter);
   }
