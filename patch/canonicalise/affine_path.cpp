@@ -121,7 +121,7 @@ void for_each_step(const Value* scores, const Node* product, const std::function
   for_each_step(node->input(score_operand(node).value()), product, visit);
 }
 
-// The number that every element of `value` is; nullopt when that is not known.
+// The number in every element of `value`; nullopt when it is not known.
 std::optional<double> filled_with(const Value* value, const torch::jit::Module& root) {
   if (const auto number = constant_double(value)) {
     return number;
@@ -164,7 +164,7 @@ bool is_computed_from(const Value* value, const Value* source) {
   return false;
 }
 
-// At most this is taken for "masked" (ops/attention_token_mask.h): e^-9000 is zero in every dtype.
+// Scores up to this count as masked (ops/attention_token_mask.h): e^-9000 is zero in every dtype.
 constexpr double kMasked = -9000.0;
 
 }  // namespace

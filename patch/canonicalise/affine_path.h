@@ -28,11 +28,11 @@ bool is_reshape(const torch::jit::Node* node);
 // The product of queries and keys that `scores` comes from; null when a step in between is not understood.
 torch::jit::Node* find_product(const torch::jit::Value* scores);
 
-// All values between `product` and `scores`, and what the steps between them read.
+// All values on the path from `product` to `scores`, and all tensors that its steps read.
 torch::jit::ValueSet path_values(const torch::jit::Value* scores, const torch::jit::Node* product);
 
-// Why a step of the path sets scores to what is no mask, in words; nullopt when every masked_fill and where on it
-// writes a score so low that its probability is zero, under a condition that does not read the scores.
+// Says why a masked_fill or where on the path does not mask; nullopt when all do. One masks when it writes scores so
+// low that their probabilities are zero, under a condition that does not depend on the scores.
 std::optional<std::string> why_no_mask(const torch::jit::Value* scores, const torch::jit::Node* product,
                                        const torch::jit::Module& root);
 

@@ -139,7 +139,7 @@ bool was_cast(Value* value) {
   return false;
 }
 
-// The attention around `softmax`; nullopt, with the reason in words, when there is none that can be rewritten.
+// The attention around `softmax`; nullopt, with the reason in words, when it cannot be rewritten.
 std::optional<Attention> find_one(Node* softmax, const torch::jit::Module& module, const Writes& writes,
                                   std::string& reason) {
   const auto consumer = find_consumer(softmax, reason);
@@ -155,7 +155,7 @@ std::optional<Attention> find_one(Node* softmax, const torch::jit::Module& modul
     reason = "its products with keys and values are not in the same block";
     return std::nullopt;
   }
-  // The new node computes at the second product what these held before.
+  // The new node reads these values later than the old ones did: at the second product.
   torch::jit::ValueSet moved = path_values(softmax->namedInput("self"), product);
   moved.insert({left_factor(product), right_factor(product), softmax->output(), consumer->product->input(0)});
   if (const Node* writer = writes.between(product, consumer->product, moved)) {
@@ -171,7 +171,7 @@ std::optional<Attention> find_one(Node* softmax, const torch::jit::Module& modul
   return Attention{softmax, product, *consumer};
 }
 
-// Rewrites an attention; the reason why not when it cannot.
+// Rewrites an attention. Returns the reason, in words, when it cannot.
 std::optional<std::string> raise_one(const std::shared_ptr<Graph>& graph, SymbolicShapes& shapes,
                                      const Attention& attention) {
   const auto& [softmax, product, consumer] = attention;

@@ -107,7 +107,7 @@ bool is_biased_variance(const Node* node) {
 // Whether `node` squares its first input.
 bool is_square(const Node* node) {
   if (is_in_place(node)) {
-    return false;  // nothing is left of what was squared
+    return false;  // the square has replaced its input
   }
   return (is_aten(node, {"pow"}) && constant_double(node->namedInput("exponent")) == 2.0) ||
          is_aten(node, {"square"}) || (is_aten(node, {"mul"}) && node->input(0) == node->input(1));

@@ -83,7 +83,7 @@ bool move_before(Value* value, Node* point, const std::function<bool(Node*)>& re
   return true;
 }
 
-// What `value` is computed from behind `point`, itself included.
+// The values behind `point` that `value` is computed from, itself included.
 torch::jit::ValueSet computed_behind(Value* value, const Node* point) {
   torch::jit::ValueSet values;
   std::vector<Value*> frontier = {value};
@@ -98,7 +98,8 @@ torch::jit::ValueSet computed_behind(Value* value, const Node* point) {
   return values;
 }
 
-// Whether something writes in place into what `value` is computed from: a move would leave that write behind.
+// Whether a node writes in place into a value that `value` is computed from: moving `value` would leave the write
+// behind.
 bool is_written_behind(Value* value, Node* point) {
   const auto values = computed_behind(value, point);
   const bool moves = !values.empty() && value->node()->owningBlock() == point->owningBlock();

@@ -45,7 +45,7 @@ class SymbolicShapes {
   // The value of an int; a fresh symbol when the int is not understood.
   Dim integer(const torch::jit::Value* value);
 
-  // The values of a list of ints; nullopt when the list is not made in one place.
+  // The values of a list of ints; nullopt when the list is neither a constant nor one ListConstruct.
   std::optional<Shape> integers(const torch::jit::Value* list);
 
   // A symbol that stands for no other size yet.
