@@ -25,8 +25,8 @@ using Names = std::set<std::string>;
 // Who may touch the tensors of a row follows from `use` and `pins`, which State::mutex guards:
 //   kFree     nobody
 //   kWriting  the one thread that holds State::loading
-//   kReady    its name leads to it; those who hold the pins read it
-//   kLeaving  no name leads to it; those who hold the pins read it, and it is free when the last one goes
+//   kReady    its name leads to it; whoever holds a pin reads it
+//   kLeaving  no name leads to it; whoever holds a pin reads it, and the last one to go frees it
 struct Row {
   enum class Use { kFree, kWriting, kReady, kLeaving };
   Use use = Use::kFree;
@@ -37,7 +37,8 @@ struct Row {
   std::shared_ptr<const Head> head = nullptr;
 };
 
-// One set of banks. When an adapter does not fit, the next one is built; leases keep the one that they began with.
+// One set of banks. When an adapter does not fit, the pool builds the next generation; leases keep the one that they
+// began with.
 struct Generation {
   Generation(Draft draft, std::vector<AdapterConfig> room, int64_t capacity, int64_t max_row_bytes)
       : banks(std::move(draft), std::move(room), capacity, max_row_bytes), rows(static_cast<size_t>(capacity)) {}
@@ -46,15 +47,16 @@ struct Generation {
   std::vector<Row> rows;
   std::map<std::string, int64_t> index;  // name -> row, of rows that are ready
 
-  // Of a row that no name leads to: it is free at once or when its last lease ends.
-  void give_up(int64_t number) {
+  // Frees a row that no name leads to: at once, or when its last lease ends.
+  void release(int64_t number) {
     Row& row = rows[static_cast<size_t>(number)];
     row.use = row.pins > 0 ? Row::Use::kLeaving : Row::Use::kFree;
   }
 
-  void leave(int64_t number) {
+  // Takes a row's name away and frees the row.
+  void evict(int64_t number) {
     index.erase(rows[static_cast<size_t>(number)].adapter.name);
-    give_up(number);
+    release(number);
   }
 };
 
@@ -82,8 +84,8 @@ struct AdapterPool::State {
 
   Adapter prepare(const AdapterSpec& spec) const;
   std::optional<Lease> try_acquire(const std::shared_ptr<State>& self, const std::vector<std::string>& names);
-  // These need `loading` held.
-  void place(const Adapter& adapter, const Names& wanted, bool permanent);
+  // The caller of these holds `loading`.
+  void load(const Adapter& adapter, const Names& wanted, bool permanent);
   void grow(const AdapterConfig& config);
   int64_t take_row(const std::string& name, const Names& wanted);
   void free_row(int64_t number);
@@ -91,7 +93,7 @@ struct AdapterPool::State {
   const int64_t capacity;
   const int64_t max_row_bytes;
   const Loader loader;
-  // The base as it was read, for planning adapters and building banks; nothing is grafted onto it.
+  // The base, for planning adapters and building banks; nothing is grafted onto it.
   Draft base;
 
   std::mutex loading;  // taken before `mutex`: one thread at a time fetches adapters and writes rows
@@ -109,7 +111,7 @@ struct AdapterPool::Lease::Held {
   std::vector<int64_t> rows;                       // each once
   std::vector<std::shared_ptr<const Head>> heads;  // one for each name
 
-  // Whoever makes one pins the rows; its destructor takes the pins, and the mutex.
+  // Whoever makes a Held pins its rows. The destructor takes the mutex and removes the pins.
   Held(std::shared_ptr<State> owner, std::shared_ptr<Generation> held, std::vector<int64_t> pinned,
        std::vector<std::shared_ptr<const Head>> heads_of_names)
       : state(std::move(owner)),
@@ -170,7 +172,7 @@ AdapterPool::State::State(const Module& module, AdapterPoolOptions options, Load
     add_room(room, ejected_config(config));
   }
   for (Adapter& adapter : own) {
-    adapter.trainable = false;  // a row of the banks, whose norms of DoRA are those of now
+    adapter.trainable = false;  // it becomes a row of the banks, with DoRA's norms as they are now
     adapter.sources.clear();
     complete_dora(adapter, base.sites, base.module);
     add_room(room, ejected_config(adapter.config));
@@ -178,14 +180,14 @@ AdapterPool::State::State(const Module& module, AdapterPoolOptions options, Load
   current =
       std::make_shared<Generation>(open_draft(base.module, base.options), std::move(room), capacity, max_row_bytes);
   for (const Adapter& adapter : own) {
-    place(adapter, {}, /*permanent=*/true);
+    load(adapter, {}, /*permanent=*/true);
   }
 }
 
 Adapter AdapterPool::State::prepare(const AdapterSpec& spec) const {
   TORCH_CHECK(!spec.name.empty(), "AdapterPool: an adapter needs a name; the empty one is the base model");
   AdapterSpec frozen = spec;
-  frozen.trainable = false;  // a row of the banks
+  frozen.trainable = false;  // it becomes a row of the banks
   Adapter adapter = make_adapter(frozen, base.sites.structure, base.weights);
   complete_dora(adapter, base.sites, base.module);
   return adapter;
@@ -208,7 +210,8 @@ std::optional<AdapterPool::Lease> AdapterPool::State::try_acquire(const std::sha
   for (const int64_t number : ids) {
     heads.push_back(number < 0 ? nullptr : current->rows[static_cast<size_t>(number)].head);
   }
-  // From here on nothing throws: a Held without its pins would take them back, and wait for the mutex.
+  // From here on nothing may throw: the destructor of a Held whose rows are not pinned yet would remove pins that
+  // others hold, and would wait for the mutex.
   auto held =
       std::make_unique<Lease::Held>(self, current, std::vector<int64_t>(rows.begin(), rows.end()), std::move(heads));
   for (const int64_t number : held->rows) {
@@ -219,7 +222,7 @@ std::optional<AdapterPool::Lease> AdapterPool::State::try_acquire(const std::sha
   return Lease(std::move(held), std::move(ids));
 }
 
-// A row to write for the adapter `name`, marked as such. The names of `wanted` keep theirs.
+// Finds a row for the adapter `name` and marks it kWriting. Other adapters in `wanted` keep their rows.
 int64_t AdapterPool::State::take_row(const std::string& name, const Names& wanted) {
   std::unique_lock lock(mutex);
   std::vector<Row>& rows = current->rows;
@@ -245,12 +248,14 @@ int64_t AdapterPool::State::take_row(const std::string& name, const Names& wante
       }
     }
     const bool at_once = victim >= 0 && rows[static_cast<size_t>(victim)].pins == 0;
-    TORCH_CHECK(victim >= 0 || leaving, "AdapterPool: no row for '", name, "': all ", capacity,
-                " hold adapters that came with the module or are asked for in the same call");
+    TORCH_CHECK(
+        victim >= 0 || leaving, "AdapterPool: no row for '", name, "': all ", capacity,
+        " hold adapters that came with the module or are asked for in the same call; raise the capacity, or ask "
+        "for fewer at once");
     if (at_once || !leaving) {
-      // One that is in use gives up its name now, so that no new lease keeps it for ever.
+      // An adapter in use loses its name now, so that no new lease can hold its row for ever.
       counts.evictions += rows[static_cast<size_t>(victim)].adapter.name == name ? 0 : 1;
-      current->leave(victim);
+      current->evict(victim);
     }
     if (!at_once) {
       row_freed.wait(lock);
@@ -258,7 +263,8 @@ int64_t AdapterPool::State::take_row(const std::string& name, const Names& wante
   }
 }
 
-void AdapterPool::State::place(const Adapter& adapter, const Names& wanted, bool permanent) {
+// Writes a row and then moves the adapter's name to it. Grows the banks first when the adapter does not fit.
+void AdapterPool::State::load(const Adapter& adapter, const Names& wanted, bool permanent) {
   if (!current->banks.misfit(adapter).empty()) {
     grow(ejected_config(adapter.config));
   }
@@ -275,7 +281,7 @@ void AdapterPool::State::place(const Adapter& adapter, const Names& wanted, bool
   give_back.release();
   if (!is_new) {
     permanent = permanent || current->rows[static_cast<size_t>(entry->second)].permanent;
-    current->give_up(entry->second);
+    current->release(entry->second);
     entry->second = number;
   }
   Row& row = current->rows[static_cast<size_t>(number)];
@@ -287,7 +293,7 @@ void AdapterPool::State::place(const Adapter& adapter, const Names& wanted, bool
   ++counts.loads;
 }
 
-// Of a row that could not be written.
+// Frees a row that could not be written.
 void AdapterPool::State::free_row(int64_t number) {
   {
     const std::lock_guard lock(mutex);
@@ -296,7 +302,7 @@ void AdapterPool::State::free_row(int64_t number) {
   row_freed.notify_all();
 }
 
-// Banks that hold what these hold, and adapters of `config`. Whoever runs the old ones goes on with them.
+// Builds banks for the present adapters and for adapters of `config`, and moves over. Leases go on with the old banks.
 void AdapterPool::State::grow(const AdapterConfig& config) {
   std::vector<AdapterConfig> room = current->banks.room();
   add_room(room, config);
@@ -313,7 +319,7 @@ void AdapterPool::State::grow(const AdapterConfig& config) {
     next->banks.write(number, adapter);
   }
   const std::lock_guard lock(mutex);
-  for (const auto& [name, number] : current->index) {  // less than `residents` when one was evicted meanwhile
+  for (const auto& [name, number] : current->index) {  // some of `residents`: others may have been evicted meanwhile
     const Row& old = current->rows[static_cast<size_t>(number)];
     next->rows[static_cast<size_t>(number)] = {Row::Use::kReady, old.adapter,   0,
                                                old.last_used,    old.permanent, old.head};
@@ -343,7 +349,7 @@ AdapterPool::Lease AdapterPool::acquire(const std::vector<std::string>& names) {
     if (auto lease = try_acquire(names)) {
       return std::move(*lease);
     }
-    // Each turn brings one name in, and none of them leaves for another.
+    // Each turn loads one of the names, and none of them loses its row to another.
     const std::vector<std::string> known = resident();
     const auto missing = std::find_if(wanted.begin(), wanted.end(), [&](const std::string& name) {
       return !std::binary_search(known.begin(), known.end(), name);
@@ -354,14 +360,15 @@ AdapterPool::Lease AdapterPool::acquire(const std::vector<std::string>& names) {
     TORCH_CHECK(state_->loader, "AdapterPool: no adapter is called '", *missing,
                 "'; there are: ", c10::Join(", ", known));
     const AdapterSpec spec = state_->loader(*missing);
-    TORCH_CHECK(spec.name == *missing, "AdapterPool: asked for '", *missing, "', the loader gave '", spec.name, "'");
-    state_->place(state_->prepare(spec), wanted, /*permanent=*/false);
+    TORCH_CHECK(spec.name == *missing, "AdapterPool: expected an adapter called '", *missing, "', the loader gave '",
+                spec.name, "'");
+    state_->load(state_->prepare(spec), wanted, /*permanent=*/false);
   }
 }
 
 void AdapterPool::insert(const AdapterSpec& spec) {
   const std::lock_guard loading(state_->loading);
-  state_->place(state_->prepare(spec), {}, /*permanent=*/false);
+  state_->load(state_->prepare(spec), {}, /*permanent=*/false);
 }
 
 bool AdapterPool::evict(const std::string& name) {
@@ -373,7 +380,7 @@ bool AdapterPool::evict(const std::string& name) {
     }
     TORCH_CHECK(!state_->current->rows[static_cast<size_t>(found->second)].permanent, "AdapterPool: '", name,
                 "' came with the module and stays");
-    state_->current->leave(found->second);
+    state_->current->evict(found->second);
   }
   state_->row_freed.notify_all();
   return true;

@@ -42,37 +42,37 @@ struct GraftOptions {
   std::string token_mask_input;
   // The adapter that is active in the result; empty: the last of those grafted now.
   std::string active;
-  // Places to use instead of those detected: what inspect() gives, edited. A grafted module remembers them.
+  // Sites to use instead of the detected ones: an edited result of inspect(). A grafted module remembers them.
   std::optional<Structure> sites;
-  // Save and load the result in memory and compare it with the base where the initialisation implies equality.
+  // Check the result: well-formed graphs, the planned ops, saving and loading in memory (insert/verify.h).
   bool verify = true;
   // Make one op of a linear map and its LoRA or parallel bottleneck (insert/fuse_projections.h). A grafted module
   // remembers it.
   bool fuse = true;
 };
 
-// A copy of `module` with the adapters grafted on; `module` itself is unchanged. Its parameters are tensors of their
-// own on the memory of the module's (graph/clone_module.h). A module that is already grafted keeps its adapters and
-// gets the new ones added to its banks.
+// Returns a copy of `module` with the adapters grafted on; `module` stays as it is. The copy's parameters share the
+// memory of the module's (graph/clone_module.h). A module that is grafted already keeps its adapters and gets the new
+// ones beside them.
 //
 // The result has the methods
 //   forward(..., adapter_ids: Optional[Tensor] = None)             as before; adapter_ids [B] int64, -1 = base model
 //   forward_with_gates(..., adapter_ids: Optional[Tensor] = None)  -> (result, gates), with
-//       gates: Dict[str, Dict[int, Dict[str, Tensor]]], gates[adapter][layer][location] of shape [rows of it, gates]
-//   base_forward(...)                                              the base model, untouched
+//       gates: Dict[str, Dict[int, Dict[str, Tensor]]], gates[adapter][layer][location]: [the adapter's rows, gates]
+//   base_forward(...)                                              the base, untouched
 //   activate(name: str), deactivate(), active_adapter() -> Optional[str], adapter_names() -> List[str]
 //   adapter_config(name: str) -> str                               the adapter's config as JSON
 // and its parameters in the submodule `adapters`.
 //
-// Throws c10::Error (with module path and remedy) when no attention is found, a location does not exist, weights do not
+// Throws c10::Error (with module path and remedy) when no attention is found, a layer lacks a location, weights do not
 // fit, a name is taken, or the config is not supported.
 TORCHGRAFT_PATCH_API torch::jit::Module graft(const torch::jit::Module& module,
                                               const std::vector<AdapterSpec>& adapters,
                                               const GraftOptions& options = {});
 
-// What the patcher sees in `module` (of a grafted module: in its base). Never throws for a module without attention:
-// the result then has no layers and its near misses say why. With `sites`, what they
-// make of it.
+// Describes what the patcher finds in `module`, or in the base of a grafted one. A module without attention is no
+// error: the result has no layers then, and its near misses say why. `sites`, an edited description, overrules what is
+// found.
 TORCHGRAFT_PATCH_API Structure inspect(const torch::jit::Module& module,
                                        const std::optional<Structure>& sites = std::nullopt);
 

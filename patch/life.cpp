@@ -22,7 +22,7 @@ namespace {
 
 using torch::jit::Module;
 
-// How weights were initialised, or a prefix was made, is no matter once they are there.
+// The configuration as JSON without what only decides how weights come to be: their initialisation, a prefix's MLP.
 std::string without_init(const AdapterConfig& config) {
   AdapterConfig copy = ejected_config(config);
   for (MethodConfig& method : copy.methods) {
@@ -42,18 +42,18 @@ std::string without_init(const AdapterConfig& config) {
   return config_to_json(copy);
 }
 
-void count(const at::Tensor& tensor, const std::string& location, AdapterInfo& info) {
+void add_size(const at::Tensor& tensor, const std::string& location, AdapterInfo& info) {
   info.parameters += tensor.numel();
   info.bytes += static_cast<int64_t>(tensor.nbytes());
   info.by_location[location] += tensor.numel();
 }
 
-// The location that a place of a Reparametrisation belongs to: "output_adapter" for "layer_0_output_adapter".
-std::string location_of(const std::string& place, const Plan& plan) {
+// The location of a source of weights (a key of a Reparametrisation): "output_adapter" for "layer_0_output_adapter".
+std::string location_of(const std::string& source, const Plan& plan) {
   const auto module = std::find_if(plan.begin(), plan.end(), [&](const PlannedModule& planned) {
-    return phm_place(planned, "", "", /*shared=*/false).source == place;
+    return phm_place(planned, "", "", /*shared=*/false).source == source;
   });
-  return module == plan.end() ? place : module->location;
+  return module == plan.end() ? source : module->location;
 }
 
 }  // namespace
@@ -77,18 +77,18 @@ std::vector<AdapterInfo> list_adapters(const Module& module) {
       const std::set<std::string> computed = computed_weights(adapter, module);
       for (const auto& [name, tensor] : adapter.weights[i]) {
         if (is_trained(name, module) && !computed.count(name)) {
-          count(tensor, module.location, info);
+          add_size(tensor, module.location, info);
         }
       }
     }
-    for (const auto& [place, weights] : adapter.sources) {
+    for (const auto& [source, weights] : adapter.sources) {
       for (const auto& [name, tensor] : weights) {
-        count(tensor, location_of(place, adapter.plan), info);
+        add_size(tensor, location_of(source, adapter.plan), info);
       }
     }
     for (const auto& [name, tensor] : adapter.head ? adapter.head->weights : ModuleWeights()) {
       if (is_learned(adapter.head->config, name)) {
-        count(tensor, "head", info);
+        add_size(tensor, "head", info);
       }
     }
     result.push_back(std::move(info));
@@ -102,7 +102,7 @@ Module remove_adapters(const Module& module, const std::vector<std::string>& nam
   for (const std::string& name : names) {
     const size_t index = find_adapter(draft.adapters, name, "remove_adapters");
     TORCH_CHECK(!draft.adapters[index].merged, "remove_adapters: '", name,
-                "' is merged into the base's weights; unmerge it first, or ungraft to keep them as they are");
+                "' is merged into the base's weights; unmerge it first, or ungraft to keep the merged weights");
     draft.adapters.erase(draft.adapters.begin() + static_cast<int64_t>(index));
     active = active == name ? "" : active;
   }
@@ -130,7 +130,7 @@ Module replace_adapter(const Module& module, const AdapterSpec& spec) {
 
 Module average_adapters(const Module& module, const std::string& name, const std::vector<std::string>& names,
                         const std::vector<double>& weights, bool normalise) {
-  TORCH_CHECK(!names.empty(), "average_adapters: no adapter to average was named");
+  TORCH_CHECK(!names.empty(), "average_adapters: expected the names of adapters to average, got none");
   TORCH_CHECK(weights.empty() || weights.size() == names.size(), "average_adapters: expected ", names.size(),
               " weights, got ", weights.size());
   std::vector<double> shares = weights.empty() ? std::vector<double>(names.size(), 1.0) : weights;
@@ -140,7 +140,8 @@ Module average_adapters(const Module& module, const std::string& name, const std
     sum += share;
   }
   if (normalise || weights.empty()) {
-    TORCH_CHECK(sum != 0.0, "average_adapters: the weights sum to 0 and cannot be normalised");
+    TORCH_CHECK(sum != 0.0, "average_adapters: the weights sum to 0 and cannot be normalised; choose others, or turn ",
+                "normalise off");
     std::for_each(shares.begin(), shares.end(), [&](double& share) { share /= sum; });
   }
   Draft draft = open_grafted(module, "average_adapters");
@@ -150,7 +151,7 @@ Module average_adapters(const Module& module, const std::string& name, const std
     sources.push_back(&draft.adapters[find_adapter(draft.adapters, source, "average_adapters")]);
     TORCH_CHECK(!sources.back()->merged, "average_adapters: '", source, "' is merged; unmerge it first");
     TORCH_CHECK(without_init(sources.back()->config) == without_init(sources.front()->config), "average_adapters: '",
-                source, "' and '", names.front(), "' have different configurations");
+                source, "' and '", names.front(), "' have different configurations; only equal ones can be averaged");
   }
   Adapter average = *sources.front();
   average.name = name;
@@ -158,13 +159,13 @@ Module average_adapters(const Module& module, const std::string& name, const std
   average.sources.clear();
   average.head.reset();
   for (size_t m = 0; m < average.weights.size(); ++m) {
-    average.weights[m].erase("weight_norm");  // another one: build() computes it
+    average.weights[m].erase("weight_norm");  // build() computes that of the average
     for (auto& [parameter, tensor] : average.weights[m]) {
       at::Tensor total = at::zeros(tensor.sizes(), tensor.options().dtype(at::kDouble).requires_grad(false));
       for (size_t i = 0; i < sources.size(); ++i) {
         total.add_(sources[i]->weights[m].at(parameter), shares[i]);
       }
-      // alpha / r is no parameter: it is the same in all, and weights that do not sum to 1 are not for it.
+      // alpha / r is no parameter: all sources have the same, and weights that do not sum to 1 must not change it.
       tensor = is_trained(parameter, average.plan[m]) ? total.to(tensor.scalar_type()) : tensor;
     }
   }
@@ -182,7 +183,7 @@ Module with_merged(const Module& module, const std::string& name, bool merge, co
   move_into_base(adapter, draft.sites, draft.module, merge);
   for (Adapter& other : draft.adapters) {
     for (ModuleWeights& weights : other.weights) {
-      weights.erase("weight_norm");  // a DoRA's, of the weights that were: build() computes it
+      weights.erase("weight_norm");  // DoRA's norms depend on the base's weights: build() computes them again
     }
   }
   return build(std::move(draft), active_name(module));
@@ -200,7 +201,7 @@ Module unmerge_adapter(const Module& module, const std::string& name) {
 
 Module lower(const Module& module) {
   Draft draft = open_grafted(module, "lower");
-  draft.options.verify = false;  // which counts ops
+  draft.options.verify = false;  // it checks ops, and none are left below
   Module result = build(std::move(draft), active_name(module));
   const auto graph = result.get_method("grafted_forward").graph();
   decompose_adapters(graph);

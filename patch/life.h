@@ -8,10 +8,11 @@
 
 namespace torchgraft {
 
-// What can be done with the adapters of a grafted module. Each function returns a copy and leaves `module` as it is, so
-// that threads that run it are not disturbed: swap the copy in when it is ready. The copy shares the memory of the
-// base's weights with `module` (clone_module.h); the banks are new. The active adapter stays active where it still is.
-// All throw c10::Error when `module` is not grafted, and when a name is unknown (listing the known ones) or taken.
+// Changes to the adapters of a grafted module. Each function returns a copy and leaves `module` alone, so other threads
+// may go on running `module`: swap the copy in when it is ready. The copy shares the memory of the base's weights
+// (graph/clone_module.h) and has banks of its own. The active adapter stays active unless it is removed. All functions
+// throw c10::Error when nothing is grafted onto `module`, when a name is unknown (the message lists the known ones),
+// and when a new name is taken.
 
 struct AdapterInfo {
   std::string name;
@@ -20,51 +21,52 @@ struct AdapterInfo {
   bool merged = false;                         // see merge_adapter
   bool trainable = false;                      // see train.h
   int64_t parameters = 0;                      // trained numbers, the head's too, without the padding of its bank
-  int64_t bytes = 0;                           // of them
+  int64_t bytes = 0;                           // of these numbers
   std::map<std::string, int64_t> by_location;  // parameters by the oracle's location ("output_adapter"), or "head"
 };
 
-// In the order of adapter_names(), which adapter_ids count.
+// Lists the adapters in the order of adapter_names(), in which adapter_ids count.
 TORCHGRAFT_PATCH_API std::vector<AdapterInfo> list_adapters(const torch::jit::Module& module);
 
-// Later adapters move up: their adapter_ids change. The last adapter cannot be removed (see ungraft), nor a merged one.
+// Removes adapters. Later ones move up: their adapter_ids change. Throws c10::Error for the last adapter (ungraft gives
+// the base) and for a merged one.
 TORCHGRAFT_PATCH_API torch::jit::Module remove_adapters(const torch::jit::Module& module,
                                                         const std::vector<std::string>& names);
 
 TORCHGRAFT_PATCH_API torch::jit::Module rename_adapter(const torch::jit::Module& module, const std::string& name,
                                                        const std::string& new_name);
 
-// The adapter `spec.name` gets another configuration and other weights, and the head of `spec`, or none; its place
+// Gives the adapter `spec.name` the configuration and weights of `spec`, and its head or none. The adapter's position
 // among adapter_names() stays.
 TORCHGRAFT_PATCH_API torch::jit::Module replace_adapter(const torch::jit::Module& module, const AdapterSpec& spec);
 
-// Adds `name`, whose every parameter is sum_i weights[i] * parameter of names[i]. Empty weights: all the same. With
-// `normalise` they are divided by their sum. The configurations must be equal up to how weights are initialised.
-// As average_adapter(combine_strategy="linear") of the adapters library, but that prefixes are averaged as keys and
-// values, not as the weights of their MLP, and Compacter's projections, not their factors. The average is frozen, and
-// has no head: heads are of different tasks.
+// Adds the adapter `name`: each parameter is the sum over i of weights[i] times that parameter of names[i]. Empty
+// weights: all equal. `normalise` divides the weights by their sum. The configurations must be equal, up to how weights
+// are initialised. The adapters library does the same (average_adapter, combine_strategy="linear"), but for two things:
+// here prefixes are averaged as keys and values, not as weights of their MLP, and Compacter is averaged as projections,
+// not as factors. The average is frozen and has no head: heads belong to different tasks.
 TORCHGRAFT_PATCH_API torch::jit::Module average_adapters(const torch::jit::Module& module, const std::string& name,
                                                          const std::vector<std::string>& names,
                                                          const std::vector<double>& weights = {},
                                                          bool normalise = true);
 
-// Adds alpha / r B A of an ungated LoRA to the weights that it updates, so that it costs nothing: every adapter, and
-// the base, then run on the merged weights. The adapter stays in its bank without effect, for unmerge_adapter. Weights
-// are copied, not written to. ungraft() of the result is the plain merged model. Throws c10::Error when the adapter has
-// a gate, a bottleneck or a prefix, which no weight of the base can hold, and when a weight that it updates is a
-// constant of the graph (a frozen module).
+// Adds alpha / r B A of an ungated LoRA to the weights that the LoRA updates, so that it costs nothing at run time. The
+// base and all other adapters run on the merged weights too. The adapter stays in its bank without effect, for
+// unmerge_adapter. Merged weights are copies: the module's own stay as they are. ungraft() of the result gives the
+// merged model. Throws c10::Error when the adapter has a gate, a bottleneck or a prefix, which no weight can hold, and
+// when a weight is a constant of the graph (a frozen module).
 TORCHGRAFT_PATCH_API torch::jit::Module merge_adapter(const torch::jit::Module& module, const std::string& name);
 
-// Takes it out of the weights again (up to rounding: the sum is taken in float64).
+// Subtracts a merged LoRA from the weights again, up to rounding: sums are taken in float64.
 TORCHGRAFT_PATCH_API torch::jit::Module unmerge_adapter(const torch::jit::Module& module, const std::string& name);
 
-// A copy whose forward consists of ATen calls alone, so that it loads where libtorchgraft cannot be. Results are the
-// same up to rounding; it is slower, wrong adapter_ids below -1 are taken for the base, and `base_forward` is as it
-// was. What is grafted onto it later is made of ops again.
+// Returns a copy whose forward consists of ATen calls alone, so that it loads without libtorchgraft. Its results are
+// the same up to rounding. It is slower, and takes adapter_ids below -1 for the base instead of refusing them.
+// `base_forward` stays as it is. Grafting onto the copy makes a module with ops again.
 TORCHGRAFT_PATCH_API torch::jit::Module lower(const torch::jit::Module& module);
 
-// The base, with the signature and the graph that it had before it was grafted. Its parameters require no gradients
-// when the module has, or had, a trainable adapter: grafting that froze them.
+// Returns the base, with the signature and graph that it had before grafting. Its parameters require no gradients if
+// the module has, or had, a trainable adapter: grafting such an adapter freezes the base.
 TORCHGRAFT_PATCH_API torch::jit::Module ungraft(const torch::jit::Module& module);
 
 }  // namespace torchgraft

@@ -34,7 +34,7 @@ constexpr const char* kPickledWeightsFile = "pytorch_adapter.bin";
 constexpr const char* kPickledHeadFile = "pytorch_model_head.bin";
 constexpr const char* kFormat = "adapters.1.3.0";
 constexpr const char* kReadInPython =
-    " is read, and written as safetensors, by torchgraft.load_adapter and save_adapter in Python";
+    " is for Python: load it there with torchgraft.load_adapter and save the adapter again";
 constexpr std::streamoff kLongestConfig = 1 << 20;
 
 std::string read_text(const std::filesystem::path& path) {
@@ -68,9 +68,9 @@ std::string attention_class(const Module& module, const Structure& structure) {
   return class_name;
 }
 
-// The text of adapter_config.json or head_config.json around the `config` itself.
-Json described(const Json& config, const Structure& structure, const std::string& name,
-               const std::string& model_class) {
+// The content of adapter_config.json or head_config.json around `config`.
+Json config_file(const Json& config, const Structure& structure, const std::string& name,
+                 const std::string& model_class) {
   return {{"config", config},
           {"hidden_size", structure.layers.front().hidden_size},
           {"model_class", nullable(model_class)},
@@ -100,7 +100,7 @@ std::optional<HeadSpec> read_head(const std::filesystem::path& directory) {
 }  // namespace
 
 AdapterFiles adapter_files(const Module& module, const std::string& name, const std::string& model_class) {
-  TORCH_CHECK(is_grafted(module), "save_adapter: the module has no adapters");
+  TORCH_CHECK(is_grafted(module), "save_adapter: the module has no adapters; graft some first");
   const Structure structure = inspect(module);
   const Module adapters_module = module.attr("adapters").toModule();
   std::vector<Adapter> adapters = read_adapters(adapters_module, structure);
@@ -108,14 +108,14 @@ AdapterFiles adapter_files(const Module& module, const std::string& name, const 
   const Adapter& adapter = adapters[find_adapter(adapters, name, "save_adapter")];
   const Json config = Json::parse(config_to_json(saved_config(adapter.config, adapter.sources)));
   AdapterFiles files;
-  files.config = described(config, structure, name, model_class).dump(2) + "\n";
+  files.config = config_file(config, structure, name, model_class).dump(2) + "\n";
   files.weights = adapter_hub_state(adapter.plan, structure, adapter.weights, adapter.sources, name,
                                     attention_class(module, structure));
   if (adapter.head) {
     const Json head = Json::parse(head_config_to_json(adapter.head->config));
-    Json described_head = described(head.at("config"), structure, name, model_class);
-    described_head["pooling"] = head.at("pooling");
-    files.head_config = described_head.dump(2) + "\n";
+    Json head_file = config_file(head.at("config"), structure, name, model_class);
+    head_file["pooling"] = head.at("pooling");
+    files.head_config = head_file.dump(2) + "\n";
     files.head_weights = head_state(adapter.head->config, adapter.head->weights, name);
   }
   return files;
@@ -130,7 +130,7 @@ void save_adapter(const Module& module, const std::string& name, const std::stri
   if (!files.head_config.empty()) {
     write_safetensors(files.head_weights, update.stage(kHeadWeightsFile));
     update.stage(kHeadConfigFile, files.head_config);
-  } else {  // of an adapter that was there before
+  } else {  // an earlier adapter may have left them
     obsolete.insert(obsolete.end(), {kHeadConfigFile, kHeadWeightsFile});
   }
   update.stage(kConfigFile, files.config);
@@ -180,7 +180,7 @@ std::vector<WeightMatch> match_adapter(const Module& module, const AdapterSpec& 
   const Structure structure = inspect(module);
   const Plan plan = make_plan(structure, spec.config);
   adapter_hub_weights(plan, structure, *spec.weights, spec.name_in_weights(),
-                      at::TensorOptions());  // throws at a misfit
+                      at::TensorOptions());  // throws where something does not fit
   return adapter_hub_matches(plan, structure, *spec.weights, spec.name_in_weights());
 }
 

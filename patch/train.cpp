@@ -23,7 +23,7 @@ Module with_trainable(const Module& module, const std::string& name, bool traina
   return build(std::move(draft), active_name(module));
 }
 
-// Whether a parameter "layer_0.self_prefix.adapter_<name>.gate_bias" is of that adapter.
+// Whether the parameter at `path` ("layer_0.self_prefix.adapter_<name>.gate_bias") belongs to the adapter `name`.
 bool belongs_to(const std::string& path, const std::string& name) {
   std::string part = own_module_name(name);
   part.insert(part.begin(), '.');

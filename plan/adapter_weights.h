@@ -10,7 +10,7 @@
 
 namespace torchgraft {
 
-// Parameters of one adapter at one place, without the bank dimension. Names and shapes:
+// Parameters of one adapter at one site, without the bank dimension. Names and shapes:
 //   LoRA        lora_a [r, in], lora_b [out, r], scaling [] (alpha / r, or 1 when gated)
 //   (IA)^3      lora_b [out, 1], scaling []
 //   DoRA        as LoRA, and magnitude [out], weight_norm [out] (norms of the rows of W + B A when it was grafted),
@@ -24,8 +24,7 @@ using ModuleWeights = std::map<std::string, at::Tensor>;
 // One entry per module of the plan, in the plan's order.
 using AdapterWeights = std::vector<ModuleWeights>;
 
-// What an adapter's weights are computed from while it is trained, by the place that shares it. Not kept for what is
-// only served. Names:
+// What an adapter's weights are computed from while the adapter is trained. A frozen adapter does not keep it. Keys:
 //   "self_prefix", "encoder_prefix", "cross_prefix"   the MLP of the prefixes at that location, see plan/prefix_mlp.h
 //   "layer_0_output_adapter", "shared_phm"            factors of Compacter's projections, see plan/phm.h
 using Reparametrisation = std::map<std::string, ModuleWeights>;
@@ -33,28 +32,29 @@ using Reparametrisation = std::map<std::string, ModuleWeights>;
 // A flat state dict as a checkpoint holds it.
 using StateDict = std::map<std::string, at::Tensor>;
 
-// Fresh weights with the oracle's distributions (init_weights, init_weights_seed), drawn from the default CPU generator
-// (so at::manual_seed makes it repeatable), in `options`' dtype and device. `kept`, if given, gets what they were
-// computed from.
+// Draws fresh weights with the oracle's distributions (init_weights, init_weights_seed) from the default CPU generator,
+// so that at::manual_seed makes them repeatable; in the dtype and on the device of `options`. `kept`, if given, gets
+// what the weights are computed from.
 TORCHGRAFT_PATCH_API AdapterWeights init_weights(const Plan& plan, const at::TensorOptions& options,
                                                  Reparametrisation* kept = nullptr);
 
-// Weights from an AdapterHub checkpoint (`pytorch_adapter.bin` of `model.save_adapter()`), for adapter `saved_name` in
-// it. Modules are matched by module path (modulo leading components such as "bert."), else by layer number and
-// location. Throws c10::Error on a missing key, on a key left over, and on a shape that does not fit (an adapter of
-// another hidden size), naming key, expected and got. `kept`, if given, gets what the weights are computed from.
+// Reads the weights of the adapter `saved_name` from an AdapterHub checkpoint (`pytorch_adapter.bin` of
+// `model.save_adapter()`). Matches modules by module path (modulo leading components such as "bert."), else by layer
+// number and location. Throws c10::Error on a missing key, on a key left over, and on a shape that does not fit (an
+// adapter of another hidden size), naming key, expected and got. `kept`, if given, gets what the weights are computed
+// from.
 TORCHGRAFT_PATCH_API AdapterWeights adapter_hub_weights(const Plan& plan, const Structure& structure,
                                                         const StateDict& state, const std::string& saved_name,
                                                         const at::TensorOptions& options,
                                                         Reparametrisation* kept = nullptr);
 
-// A key of a checkpoint, and where adapter_hub_weights puts it: "layer 0, selfattn_lora_q: lora_a".
+// A key of a checkpoint, and the parameter that adapter_hub_weights reads it into: "layer 0, selfattn_lora_q: lora_a".
 struct WeightMatch {
   std::string key;
   std::string place;
 };
 
-// What adapter_hub_weights matches to what, in the plan's order; the prefixes' MLPs, which layers share, come last.
+// Lists the matches that adapter_hub_weights makes, in the plan's order. Prefix MLPs, which layers share, come last.
 TORCHGRAFT_PATCH_API std::vector<WeightMatch> adapter_hub_matches(const Plan& plan, const Structure& structure,
                                                                   const StateDict& state,
                                                                   const std::string& saved_name);

@@ -32,21 +32,21 @@ bool is_cross_attention(const Path& path) {
   return mentions(path, "cross") || mentions(path, "encoder_attn") || mentions(path, "EncDecAttention");
 }
 
-// The sites of a LoRA on a projection of this name, in the order in which a packed one holds them.
-std::vector<std::string> lora_slots(const Path& path) {
+// The sites of a LoRA on a projection of this name, in the order in which a packed projection holds them.
+std::vector<std::string> lora_sites(const Path& path) {
   const std::string& leaf = path.back();
-  const std::string container = is_cross_attention(path) ? "crossattn_lora_" : "selfattn_lora_";
+  const std::string prefix = is_cross_attention(path) ? "crossattn_lora_" : "selfattn_lora_";
   if (is_one_of(leaf, {"query", "query_proj", "q_proj", "q_lin", "q", "wq"})) {
-    return {container + "q"};
+    return {prefix + "q"};
   }
   if (is_one_of(leaf, {"key", "key_proj", "k_proj", "k_lin", "k", "wk"})) {
-    return {container + "k"};
+    return {prefix + "k"};
   }
   if (is_one_of(leaf, {"value", "value_proj", "v_proj", "v_lin", "v", "wv"})) {
-    return {container + "v"};
+    return {prefix + "v"};
   }
   if (is_one_of(leaf, {"c_attn", "in_proj", "query_key_value", "qkv", "qkv_proj"})) {
-    return {container + "q", container + "k", container + "v"};
+    return {prefix + "q", prefix + "k", prefix + "v"};
   }
   if (mentions(path, "intermediate") ||
       is_one_of(leaf, {"fc1", "fc_in", "lin1", "linear1", "wi", "wi_1", "up_proj", "c_fc", "ffn"})) {
@@ -61,11 +61,12 @@ std::vector<std::string> lora_slots(const Path& path) {
   return {};
 }
 
-std::vector<std::string> sites_of(const SavedModule& saved) {
+// The sites that the names in a saved module's path stand for.
+std::vector<std::string> sites_by_name(const SavedModule& saved) {
   const bool cross = is_cross_attention(saved.path);
   switch (saved.kind) {
     case SavedKind::kLoRA:
-      return lora_slots(saved.path);
+      return lora_sites(saved.path);
     case SavedKind::kBottleneck:
       return {cross ? "cross_adapter" : mentions(saved.path, "attention") ? "mh_adapter" : "output_adapter"};
     case SavedKind::kPrefixGate:
@@ -83,15 +84,15 @@ std::vector<std::pair<std::string, Path>> projection_paths(const Layer& layer) {
         std::pair("intermediate_lora", &layer.ffn_in), std::pair("output_lora", &layer.ffn_out)}) {
     if (*projection) {
       const bool in_attention = std::string_view(site).starts_with("lora_");
-      const std::string container = layer.kind == AttentionKind::kCross ? "crossattn_" : "selfattn_";
-      result.emplace_back((in_attention ? container : "") + site, split_path((*projection)->path));
+      const std::string prefix = layer.kind == AttentionKind::kCross ? "crossattn_" : "selfattn_";
+      result.emplace_back((in_attention ? prefix : "") + site, split_path((*projection)->path));
     }
   }
   return result;
 }
 
-// How many components of saved[0 .. number], counted from the number backwards, `path` has in a row; and where the
-// number is in `path`.
+// The longest run of components, from saved[number] backwards, that `path` has too: its length, and the position of the
+// number in `path`.
 struct Overlap {
   size_t length = 0;
   size_t number = 0;
@@ -123,8 +124,8 @@ class Matcher {
   std::vector<int64_t> layers_by_number(const Path& path) const;
   std::vector<std::string> sites_by_path(const Path& path, int64_t layer) const;
   std::vector<std::string> bottleneck_by_path(const Path& path, int64_t layer) const;
-  std::vector<size_t> places_of(const SavedModule& saved) const;
-  void put(const SavedModule& saved, const std::vector<size_t>& places);
+  std::vector<size_t> modules_for(const SavedModule& saved) const;
+  void assign(const SavedModule& saved, const std::vector<size_t>& modules);
 
   const Checkpoint& checkpoint_;
   const Plan& plan_;
@@ -163,8 +164,8 @@ std::vector<int64_t> Matcher::layers_by_path(const Path& path) const {
   return result;
 }
 
-// The layers with the number of `path`: self and cross attention of one decoder layer have the same, and the numbers of
-// a decoder start anew after an encoder's.
+// The layers with the number in `path`. Self and cross attention of one decoder layer share a number. In saved paths a
+// decoder counts from 0 again, in the structure it counts on from the encoder.
 std::vector<int64_t> Matcher::layers_by_number(const Path& path) const {
   const auto position = number_position(path);
   if (!position) {
@@ -185,7 +186,7 @@ std::vector<int64_t> Matcher::layers_by_number(const Path& path) const {
   return result;
 }
 
-// The sites whose projection in `layer` has the very path that the LoRA hung on.
+// The sites whose projection in `layer` has the very path of the saved LoRA.
 std::vector<std::string> Matcher::sites_by_path(const Path& path, int64_t layer) const {
   const auto number = number_position(path);
   std::vector<std::string> result;
@@ -199,8 +200,8 @@ std::vector<std::string> Matcher::sites_by_path(const Path& path, int64_t layer)
   return result;
 }
 
-// The place of a bottleneck that hangs on a module with the layer's output projection (T5: "layer.1", which has
-// EncDecAttention.o) or the end of its feed-forward block inside.
+// The site of a bottleneck on a module that holds the layer's output projection (T5: "layer.1", which has
+// EncDecAttention.o), or the end of its feed-forward block.
 std::vector<std::string> Matcher::bottleneck_by_path(const Path& path, int64_t index) const {
   const Layer& layer = structure_.layers.at(index);
   const auto number = number_position(path);
@@ -221,8 +222,8 @@ std::vector<std::string> Matcher::bottleneck_by_path(const Path& path, int64_t i
   return holds(layer.ffn_out) ? std::vector<std::string>{"output_adapter"} : std::vector<std::string>{};
 }
 
-// The modules of the plan that a saved one is for.
-std::vector<size_t> Matcher::places_of(const SavedModule& saved) const {
+// The modules of the plan that a saved module is for.
+std::vector<size_t> Matcher::modules_for(const SavedModule& saved) const {
   const std::vector<int64_t> layers = paths_are_known_ ? layers_by_path(saved.path) : layers_by_number(saved.path);
   std::map<int64_t, std::vector<std::string>> sites;
   if (paths_are_known_ && saved.kind == SavedKind::kLoRA) {
@@ -243,7 +244,7 @@ std::vector<size_t> Matcher::places_of(const SavedModule& saved) const {
     const bool cross = is_cross_attention(saved.path);
     for (const int64_t layer : layers) {
       // The feed-forward block may be found behind either attention of a decoder layer.
-      const std::vector<std::string> named = sites_of(saved);
+      const std::vector<std::string> named = sites_by_name(saved);
       const bool in_attention = !named.empty() && named.front().find("attn_lora") != std::string::npos;
       const bool layer_is_cross = structure_.layers.at(layer).kind == AttentionKind::kCross;
       if (!in_attention || cross == layer_is_cross) {
@@ -251,32 +252,32 @@ std::vector<size_t> Matcher::places_of(const SavedModule& saved) const {
       }
     }
   }
-  std::vector<size_t> places;
+  std::vector<size_t> modules;
   for (size_t i = 0; i < plan_.size(); ++i) {
     const auto found = sites.find(plan_[i].layer);
     if (found != sites.end() &&
         std::find(found->second.begin(), found->second.end(), plan_[i].site) != found->second.end()) {
-      places.push_back(i);
+      modules.push_back(i);
     }
   }
-  return places;
+  return modules;
 }
 
 std::string describe(const PlannedModule& module) { return module.site + " of layer " + std::to_string(module.number); }
 
-// Gives each place its part: all of the saved module, or its share of a packed q, k, v.
-void Matcher::put(const SavedModule& saved, const std::vector<size_t>& places) {
+// Gives each module its part: all of the saved module, or its share of a packed q, k, v.
+void Matcher::assign(const SavedModule& saved, const std::vector<size_t>& modules) {
   const std::string& key = saved.parameters.begin()->second.key;
-  const auto count = static_cast<int64_t>(places.size());
-  for (const size_t place : places) {
-    const PlannedModule& first = plan_[places.front()];
-    const bool packed = saved.kind == SavedKind::kLoRA && plan_[place].layer == first.layer;
-    TORCH_CHECK(packed || place == places.front(), "adapter weights: ", key, " could be for ", describe(first),
-                " and for ", describe(plan_[place]), "; only packed projections of one layer share a saved module");
+  const auto count = static_cast<int64_t>(modules.size());
+  for (const size_t index : modules) {
+    const PlannedModule& first = plan_[modules.front()];
+    const bool packed = saved.kind == SavedKind::kLoRA && plan_[index].layer == first.layer;
+    TORCH_CHECK(packed || index == modules.front(), "adapter weights: ", key, " could be for ", describe(first),
+                " and for ", describe(plan_[index]), "; only packed projections of one layer share a saved module");
   }
-  for (size_t part = 0; part < places.size(); ++part) {
-    const PlannedModule& module = plan_[places[part]];
-    SavedParameters& target = result_[places[part]];
+  for (size_t part = 0; part < modules.size(); ++part) {
+    const PlannedModule& module = plan_[modules[part]];
+    SavedParameters& target = result_[modules[part]];
     TORCH_CHECK(target.empty(), "adapter weights: ", key, " and ", target.begin()->second.key, " are both for ",
                 describe(module));
     for (const auto& [name, parameter] : saved.parameters) {
@@ -295,11 +296,11 @@ void Matcher::put(const SavedModule& saved, const std::vector<size_t>& places) {
 
 std::vector<SavedParameters> Matcher::match() {
   for (const SavedModule& saved : checkpoint_.modules) {
-    const std::vector<size_t> places = places_of(saved);
-    TORCH_CHECK(!places.empty(), "adapter weights: the checkpoint has ", saved.parameters.begin()->second.key,
-                ", for which the config and the model have no place (the model has ", structure_.layers.size(),
-                " layers)");
-    put(saved, places);
+    const std::vector<size_t> modules = modules_for(saved);
+    TORCH_CHECK(!modules.empty(), "adapter weights: the checkpoint has ", saved.parameters.begin()->second.key,
+                ", for which the config and the model have no site (the model has ", structure_.layers.size(),
+                " layers); check that model and config are those of the adapter");
+    assign(saved, modules);
   }
   return std::move(result_);
 }

@@ -9,7 +9,7 @@
 
 namespace torchgraft {
 
-// What multiplies B A x: alpha / r, or 1 when the gate replaces it.
+// The factor of B A x: alpha / r, or 1 when a gate replaces it.
 double lora_scaling(const LoRAConfig& config);
 
 // How a LoRAConfig changes a projection: adds B A x; multiplies with a vector ((IA)^3, Liu et al. 2022); adds, and then
@@ -17,7 +17,7 @@ double lora_scaling(const LoRAConfig& config);
 enum class LoRAForm { kAdd, kScale, kDora };
 LoRAForm lora_form(const LoRAConfig& config);
 
-// The layer norms that a bottleneck has of its own: "norm_before", "norm_after" (ln_before, ln_after).
+// The layer norms of a bottleneck's own: "norm_before", "norm_after" (ln_before, ln_after).
 std::vector<std::string> own_norms(const BnConfig& config);
 
 // The three methods, each at one site of one layer. `location` is the oracle's key ("selfattn_lora"); `site` names the
@@ -40,9 +40,8 @@ struct PlannedPrefix {
   int64_t hidden_size = 0;
   int64_t num_kv_heads = 0;
   int64_t head_dim = 0;
-  int64_t group_index =
-      0;                   // this layer's position among the layers with a prefix: its slice of the prefix MLP's output
-  int64_t group_size = 0;  // how many layers share the prefix MLP
+  int64_t group_index = 0;  // position among the layers with a prefix: this layer's slice of the prefix MLP's output
+  int64_t group_size = 0;   // how many layers share the prefix MLP
 };
 
 struct PlannedModule {
@@ -55,11 +54,11 @@ struct PlannedModule {
 
 using Plan = std::vector<PlannedModule>;
 
-// What `config` puts where on `structure`, in execution order (plan/locations.h); a layer that runs again shares the
-// modules of its first run. Layers of leave_out and reduction_factor are Transformer layers. Nothing is allocated.
-// Throws c10::Error when the structure has no layer, when a location that the config asks for does not exist in a layer
-// that `leave_out` does not exclude (naming the layers and the remedy), when two configs of a union claim one place, or
-// when the config asks for nothing at all.
+// Lists the modules that `config` puts on `structure`, in execution order (plan/locations.h). A layer that runs again
+// shares the modules of its first run. leave_out and reduction_factor count Transformer layers. Allocates nothing.
+// Throws c10::Error when the structure has no layer, when a layer outside `leave_out` lacks a location that the config
+// asks for (naming the layers and the remedy), when two configs of a union claim one location, and when the config asks
+// for nothing at all.
 TORCHGRAFT_PATCH_API Plan make_plan(const Structure& structure, const AdapterConfig& config);
 
 }  // namespace torchgraft

@@ -9,7 +9,7 @@
 
 namespace torchgraft {
 
-// What the patcher found in a graph, free of graph types: it can be printed, saved, edited and given back.
+// What the patcher found in a graph, free of graph types: a user can print, save and edit it, and give it back.
 
 enum class AttentionKind { kSelf, kEncoder, kCross };  // kEncoder: self attention in an encoder-decoder's encoder
 enum class NormOrder { kPost, kPre, kNone };           // norm after the residual add, before the block, or neither
@@ -18,13 +18,13 @@ enum class NormOrder { kPost, kPre, kNone };           // norm after the residua
 struct Projection {
   std::string path;  // module path from the root, e.g. "encoder.layer.0.attention.self.query"
   int64_t in_features = 0;
-  int64_t out_features = 0;  // of this projection alone, also when it is packed with others
+  int64_t out_features = 0;  // of this projection alone, even when it is packed with others
   int64_t offset = 0;        // first output column inside a packed weight (0 when it stands alone)
   bool packed = false;       // shares its weight with other projections (qkv in one)
 };
 
-// One attention core and what belongs to it. hidden_size is the width of the residual stream; locations whose
-// projection or residual branch was not found are absent, with the reason in `notes`.
+// One attention and what belongs to it. hidden_size is the width of the residual stream. A location whose projection or
+// residual add was not found is absent; `notes` give the reason.
 struct Layer {
   int64_t index = 0;              // position in Structure::layers: attentions in execution order
   int64_t number = 0;             // of the Transformer layer; a decoder layer's self and cross attention share it
@@ -38,8 +38,8 @@ struct Layer {
   NormOrder ffn_norm_order = NormOrder::kNone;  // of the feed-forward block
   std::optional<Projection> query, key, value, output;
   std::optional<Projection> ffn_in, ffn_gate, ffn_out;  // ffn_gate: in act(gate(x)) * in(x), the one with activation
-  bool has_attention_residual = false;                  // a residual add after `output`: mh_adapter has its place
-  bool has_ffn_residual = false;                        // a residual add after `ffn_out`: output_adapter has its place
+  bool has_attention_residual = false;                  // a residual add after `output`: the site of mh_adapter
+  bool has_ffn_residual = false;                        // a residual add after `ffn_out`: the site of output_adapter
   bool has_attention_mask = false;
   std::vector<std::string> notes;  // what is missing and why, in words
 };
@@ -48,10 +48,10 @@ struct Structure {
   std::vector<Layer> layers;
   std::vector<std::string> near_misses;  // "at encoder.layer.3: softmax without a matmul after it (...)"
 
-  // How many Transformer layers there are: numbers run from 0 to this.
+  // The number of Transformer layers: Layer::number is below it.
   int64_t depth() const;
 
-  // Position in `layers` of the one with this Layer::index; they differ when sites were edited.
+  // Position in `layers` of the layer with this Layer::index. The two differ when sites were edited.
   size_t position(int64_t index) const;
 };
 
@@ -61,8 +61,8 @@ TORCHGRAFT_PATCH_API const char* to_string(NormOrder order);
 // JSON text, one object per layer: what `inspect --json` prints.
 TORCHGRAFT_PATCH_API std::string to_json(const Structure& structure);
 
-// The inverse. Near misses, locations and notes are not read: they are conclusions. Throws c10::Error, naming the layer
-// and the field, when the text is not such JSON.
+// The inverse. Does not read near misses, locations and notes: they are conclusions. Throws c10::Error, naming the
+// layer and the field, when the text is not such JSON.
 TORCHGRAFT_PATCH_API Structure structure_from_json(const std::string& text);
 
 }  // namespace torchgraft

@@ -17,7 +17,7 @@ using torch::jit::Graph;
 using torch::jit::Node;
 using torch::jit::Value;
 
-// 11 is torch.bool, for which source that is compiled in C++ has no name.
+// 11 is torch.bool: TorchScript that is compiled in C++ has no name for it.
 constexpr const char* kHelpers = R"python(
 def update(x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: Tensor, gate: Tensor, adapter_ids: Optional[Tensor],
            adapter: int) -> Tensor:
@@ -40,7 +40,7 @@ def additive(query: Tensor, key: Tensor, attn_mask: Optional[Tensor], is_causal:
     return mask
 )python";
 
-// What both bottlenecks compute from x, residual and gate.
+// The end of both bottlenecks' bodies: computes the result from x, residual and gate.
 constexpr const char* kBottleneck = R"python(
     inner = torch.matmul(x, selected(down_weight, adapter_ids, adapter).transpose(1, 2)) + \
         selected(down_bias, adapter_ids, adapter).unsqueeze(1)
@@ -52,13 +52,13 @@ constexpr const char* kBottleneck = R"python(
 
 using Arguments = std::vector<std::pair<const char*, const char*>>;  // name and type
 
-// By op: the arguments in the order of its schema, and the body.
+// What an op computes: its arguments in the order of its schema, and the body of a function of them.
 struct Definition {
   Arguments arguments;
   const char* body;
 };
 
-// The arguments of a bottleneck behind what it is added to.
+// Appends the arguments that both bottlenecks share.
 Arguments with_bottleneck(Arguments arguments) {
   for (const char* name : {"down_weight", "down_bias", "up_weight", "up_bias", "scaling"}) {
     arguments.emplace_back(name, "Tensor");
@@ -67,7 +67,8 @@ Arguments with_bottleneck(Arguments arguments) {
   return arguments;
 }
 
-Arguments with_rows(Arguments arguments) {
+// Appends the arguments that every op ends with.
+Arguments with_common(Arguments arguments) {
   for (const char* name : {"gate_weight", "gate_bias", "adapter_ids"}) {
     arguments.emplace_back(name, "Tensor");
   }
@@ -79,48 +80,48 @@ Arguments with_rows(Arguments arguments) {
 const std::map<std::string, Definition>& definitions() {
   static const std::map<std::string, Definition> kDefinitions = {
       {"gated_lora",
-       {with_rows(
+       {with_common(
             {{"x", "Tensor"}, {"base", "Tensor"}, {"lora_a", "Tensor"}, {"lora_b", "Tensor"}, {"scaling", "Tensor"}}),
         R"python(
     gate = pooled(x, gate_weight, gate_bias, adapter_ids, adapter, token_mask)
     return base + update(x, lora_a, lora_b, scaling, gate, adapter_ids, adapter), gate
 )python"}},
       {"gated_lora_linear",
-       {with_rows({{"x", "Tensor"},
-                   {"weight", "Tensor"},
-                   {"bias", "Tensor"},
-                   {"lora_a", "Tensor"},
-                   {"lora_b", "Tensor"},
-                   {"scaling", "Tensor"}}),
+       {with_common({{"x", "Tensor"},
+                     {"weight", "Tensor"},
+                     {"bias", "Tensor"},
+                     {"lora_a", "Tensor"},
+                     {"lora_b", "Tensor"},
+                     {"scaling", "Tensor"}}),
         R"python(
     gate = pooled(x, gate_weight, gate_bias, adapter_ids, adapter, token_mask)
     base = torch.linear(x, weight, bias)
     return base + update(x, lora_a, lora_b, scaling, gate, adapter_ids, adapter), gate
 )python"}},
-      {"gated_bottleneck", {with_rows(with_bottleneck({{"x", "Tensor"}, {"residual", "Tensor"}})), R"python(
+      {"gated_bottleneck", {with_common(with_bottleneck({{"x", "Tensor"}, {"residual", "Tensor"}})), R"python(
     gate = pooled(x, gate_weight, gate_bias, adapter_ids, adapter, token_mask)
 BOTTLENECK
 )python"}},
       {"gated_bottleneck_linear",
-       {with_rows(with_bottleneck({{"x", "Tensor"}, {"input", "Tensor"}, {"weight", "Tensor"}, {"bias", "Tensor"}})),
+       {with_common(with_bottleneck({{"x", "Tensor"}, {"input", "Tensor"}, {"weight", "Tensor"}, {"bias", "Tensor"}})),
         R"python(
     gate = pooled(x, gate_weight, gate_bias, adapter_ids, adapter, token_mask)
     residual = torch.linear(input, weight, bias)
 BOTTLENECK
 )python"}},
       {"gated_prefix_attention",
-       {with_rows({{"query", "Tensor"},
-                   {"key", "Tensor"},
-                   {"value", "Tensor"},
-                   {"x", "Tensor"},
-                   {"prefix_key", "Tensor"},
-                   {"prefix_value", "Tensor"},
-                   {"prefix_length", "Tensor"},
-                   {"attn_mask", "Tensor"},
-                   {"dropout_p", "float"},
-                   {"is_causal", "bool"},
-                   {"scale", "float"},
-                   {"enable_gqa", "bool"}}),
+       {with_common({{"query", "Tensor"},
+                     {"key", "Tensor"},
+                     {"value", "Tensor"},
+                     {"x", "Tensor"},
+                     {"prefix_key", "Tensor"},
+                     {"prefix_value", "Tensor"},
+                     {"prefix_length", "Tensor"},
+                     {"attn_mask", "Tensor"},
+                     {"dropout_p", "float"},
+                     {"is_causal", "bool"},
+                     {"scale", "float"},
+                     {"enable_gqa", "bool"}}),
         R"python(
     gate = pooled(x, gate_weight, gate_bias, adapter_ids, adapter, token_mask)
     rows, columns = query.size(0), gate.size(1)
@@ -162,8 +163,8 @@ BOTTLENECK
   return kDefinitions;
 }
 
-// Whether `text` has `word`, which then is `by`.
-bool replace(std::string& text, const std::string& word, const std::string& by) {
+// Replaces the first `word` of `text`; returns whether there was one.
+bool replace_word(std::string& text, const std::string& word, const std::string& by) {
   const size_t at = text.find(word);
   if (at == std::string::npos) {
     return false;
@@ -172,8 +173,8 @@ bool replace(std::string& text, const std::string& word, const std::string& by) 
   return true;
 }
 
-// Compiles a definition for the inputs that `node` has: what is None there is none here either, so that no branch on it
-// is left.
+// The source of a function for the inputs of `node`. An input that is None becomes a local constant None, so that no
+// branch on it is left.
 std::string source_for(const Node* node, const Definition& definition, const std::string& name) {
   std::string parameters;
   std::string nones;
@@ -189,10 +190,10 @@ std::string source_for(const Node* node, const Definition& definition, const std
                   (optional ? "Optional[" + std::string(type) + "]" : type);
   }
   std::string body = definition.body;
-  if (replace(body, "BOTTLENECK", kBottleneck)) {
+  if (replace_word(body, "BOTTLENECK", kBottleneck)) {
     const auto non_linearity = torch::jit::toIValue(node->namedInput("non_linearity"));
-    TORCH_INTERNAL_ASSERT(non_linearity, "a non-linearity that is no constant");
-    replace(body, "ACTIVATION", activation_source(non_linearity->toStringRef()));
+    TORCH_INTERNAL_ASSERT(non_linearity, "the non-linearity of ", name, " is no constant");
+    replace_word(body, "ACTIVATION", activation_source(non_linearity->toStringRef()));
   }
   return row_source() + kHelpers + ("\ndef " + name + "(" + parameters + "):\n") + nones + body.substr(1);
 }
@@ -210,7 +211,7 @@ void decompose_adapters(const std::shared_ptr<Graph>& graph) {
   for (Node* node : ops) {
     const std::string name = node->kind().toUnqualString();
     const auto definition = definitions().find(name);
-    TORCH_INTERNAL_ASSERT(definition != definitions().end(), "no definition of ", name);
+    TORCH_INTERNAL_ASSERT(definition != definitions().end(), "the op ", name, " has no definition in ATen calls");
     const std::string source = source_for(node, definition->second, name);
     std::shared_ptr<Graph>& body = bodies[source];
     if (!body) {
@@ -224,7 +225,7 @@ void decompose_adapters(const std::shared_ptr<Graph>& graph) {
       }
     }
     std::vector<Value*> outputs = insert_graph_before(node, *body, inputs);
-    if (node->outputs().size() == 2) {  // a tuple is one value
+    if (node->outputs().size() == 2) {  // the body returns both as one tuple
       torch::jit::WithInsertPoint guard(node);
       Node* unpack = graph->insertNode(graph->createTupleUnpack(outputs.at(0)));
       outputs.assign(unpack->outputs().begin(), unpack->outputs().end());

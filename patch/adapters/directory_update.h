@@ -8,9 +8,9 @@
 
 namespace torchgraft {
 
-// Several files of a directory that belong together, changed as one. All are written under other names first, where a
-// full disk shows; commit() only renames. While it does, the file that makes the directory an adapter is not there: a
-// reader, or a process that was killed in between, leaves no mixture of old and new that loads.
+// Changes several files of a directory as one. All are written under other names first, so that a full disk does no
+// harm; commit() only renames. While it renames, the file that makes the directory an adapter is missing: no reader
+// loads a mixture of old and new, not even when the process is killed meanwhile.
 class TORCHGRAFT_PATCH_API DirectoryUpdate {
  public:
   // Makes the directory if need be. Throws c10::Error when that fails.
@@ -20,12 +20,12 @@ class TORCHGRAFT_PATCH_API DirectoryUpdate {
   // Removes what was staged and not committed.
   ~DirectoryUpdate();
 
-  // The path where the new content of the file `name` is to be written.
+  // Returns the path for the new content of the file `name`. The caller writes it.
   std::string stage(const std::string& name);
-  // The same, written here.
+  // Writes the new content of the file `name`.
   void stage(const std::string& name, std::string_view content);
 
-  // Puts the staged files in place and takes `obsolete` ones away; `marker`, one of the staged, comes last. Throws
+  // Puts the staged files in place and removes the `obsolete` ones. `marker`, one of the staged, comes last. Throws
   // c10::Error when a file cannot be moved.
   void commit(const std::string& marker, const std::vector<std::string>& obsolete);
 

@@ -18,10 +18,10 @@ void complete_dora(Adapter& adapter, const GraphSites& sites, const torch::jit::
     const LinearSite& site = *lora_site(sites.layers.at(sites.structure.position(planned.layer)), planned.site);
     const BaseWeight base = base_weight(site, module);
     TORCH_CHECK(base.tensor.defined(), "graft: DoRA on ", planned.site, " of layer ", planned.number,
-                " needs the weight of the projection, which is computed at run time");
+                " needs the weight of the projection, which is computed at run time; use LoRA there");
     const at::Tensor weight = base.rows(base.tensor.detach().to(at::kDouble), site, lora->out_features);
     const at::Tensor lora_b = weights.at("lora_b").detach().to(weight);
-    // PEFT's norm is that of W + (alpha / r) B A: its B has that factor in it.
+    // PEFT takes the norm of W + (alpha / r) B A. An adapter of PEFT is read with that factor in B.
     const at::Tensor updated = at::add(weight, at::matmul(lora_b, weights.at("lora_a").detach().to(weight)));
     const auto norms = [&](const at::Tensor& rows) { return at::linalg_vector_norm(rows, 2, at::IntArrayRef{1}); };
     if (!weights.count("magnitude")) {

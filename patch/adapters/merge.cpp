@@ -9,7 +9,7 @@
 namespace torchgraft {
 namespace {
 
-// Why `module` has no place in a weight; empty when it has one.
+// Why no weight can hold `module`; empty when one can.
 std::string obstacle(const PlannedModule& module) {
   if (std::holds_alternative<PlannedBottleneck>(module.method)) {
     return "a bottleneck adapter has a non-linearity";
@@ -32,8 +32,9 @@ void check_can_merge(const Adapter& adapter) {
               "' is trainable, and would go on changing; freeze it first");
   for (const PlannedModule& module : adapter.plan) {
     const std::string reason = obstacle(module);
-    TORCH_CHECK(reason.empty(), "merge_adapter: '", adapter.name, "' cannot be merged: ", module.location, " of layer ",
-                module.number, " is no change of a weight, for ", reason, "; only ungated LoRA can be merged");
+    TORCH_CHECK(reason.empty(), "merge_adapter: '", adapter.name, "' cannot be merged: no weight can hold ",
+                module.location, " of layer ", module.number, ", because ", reason,
+                "; only ungated LoRA can be merged");
   }
 }
 
@@ -46,7 +47,7 @@ void move_into_base(Adapter& adapter, const GraphSites& sites, const torch::jit:
     const BaseWeight source = base_weight(site, module);
     TORCH_CHECK(source.tensor.defined() && !source.path.empty(), "merge_adapter: the weight that ", planned.site,
                 " of layer ", planned.number,
-                " updates is no parameter of the module (was the module frozen?); merge before freezing");
+                " updates is no parameter of the module (was the module frozen?); merge before torch.jit.freeze");
     auto& [weight, sum] = sums[source.tensor.unsafeGetTensorImpl()];
     if (!weight.defined()) {
       weight = source.tensor;

@@ -48,7 +48,7 @@ bool is_number(const Value* value) {
 
 namespace {
 
-// The index of the operand of `node` that carries the scores on, for a step of the path that is understood.
+// The operand of `node` that carries the scores; nullopt when `node` is no step of a path that is understood.
 std::optional<size_t> score_operand(const Node* node);
 
 }  // namespace
@@ -121,7 +121,7 @@ void for_each_step(const Value* scores, const Node* product, const std::function
   for_each_step(node->input(score_operand(node).value()), product, visit);
 }
 
-// The number that every element of `value` is; nullopt when that is not known.
+// The number in every element of `value`; nullopt when it is not known.
 std::optional<double> filled_with(const Value* value, const torch::jit::Module& root) {
   if (const auto number = constant_double(value)) {
     return number;
@@ -164,7 +164,7 @@ bool is_computed_from(const Value* value, const Value* source) {
   return false;
 }
 
-// At most this is taken for "masked" (ops/attention_token_mask.h): e^-9000 is zero in every dtype.
+// Scores up to this count as masked (ops/attention_token_mask.h): e^-9000 is zero in every dtype.
 constexpr double kMasked = -9000.0;
 
 }  // namespace
@@ -210,7 +210,7 @@ Value* AffinePath::zero_like(Value* value) {
 Value* AffinePath::copy_with(Node* node, size_t operand, Value* replacement) {
   Node* copy = graph_->createClone(node, [](Value* v) { return v; });
   copy->replaceInput(operand, replacement);
-  // In place would write into the zeros or into a mask that others read.
+  // An op in place would write into the zeros, or into a mask that others read.
   if (is_in_place(node)) {
     const std::string name = node->kind().toUnqualString();
     Node* functional = graph_->create(c10::Symbol::aten(name.substr(0, name.size() - 1)), copy->inputs(), 1);
@@ -220,8 +220,8 @@ Value* AffinePath::copy_with(Node* node, size_t operand, Value* replacement) {
   return graph_->insertNode(copy)->output();
 }
 
-// Whether `bias` is visibly as large as the scores, [B * h, S, S], so that it can be reshaped as they are (DeBERTa's
-// relative position scores); what broadcasts cannot.
+// Whether `bias` is known to be as large as the scores, [B * h, S, S]. Then it can be reshaped like them (DeBERTa's
+// relative position scores); a bias that broadcasts cannot.
 bool AffinePath::is_full(Value* bias) {
   const auto have = shapes_.shape(bias);
   const auto scores = shapes_.shape(product_->output());
@@ -229,7 +229,7 @@ bool AffinePath::is_full(Value* bias) {
          std::find(have->begin(), have->end(), number(1)) == have->end();
 }
 
-// beta bias of baddbmm(bias, q, k, beta, alpha); alpha is a factor of the scores.
+// The term beta * bias of baddbmm(bias, q, k, beta, alpha). alpha is a factor of the scores.
 Value* AffinePath::bias_of_product() {
   const auto beta = constant_double(product_->namedInput("beta"));
   const auto alpha = constant_double(product_->namedInput("alpha"));
@@ -242,9 +242,9 @@ Value* AffinePath::bias_of_product() {
                      : graph_->insert(c10::aten::mul, {product_->namedInput("self"), product_->namedInput("beta")});
 }
 
-// BLOOM views scores [B * h, S, S], with its ALiBi [B * h, 1, S] added, as [B, h, S, S]. What broadcasts cannot be
-// viewed so, but its heads can be set apart: [B, h, 1, S]. Null when `reshape` is no such view, or `bias` has no row
-// per head.
+// BLOOM adds its ALiBi [B * h, 1, S] to scores [B * h, S, S] and views the sum as [B, h, S, S]. A bias that broadcasts
+// cannot be viewed so, but its heads can be set apart: [B, h, 1, S]. Null when `reshape` is no such view, or when
+// `bias` has no row per head.
 Value* AffinePath::with_heads_apart(Node* reshape, Value* bias) {
   const auto have = shapes_.shape(bias);
   const auto before = shapes_.shape(product_->output());
@@ -303,7 +303,7 @@ Value* AffinePath::bias(Value* scores) {
   return copy_with(node, operand, inner ? inner : zero_like(node->input(1 - operand)));
 }
 
-// The same branch with zero scores: its blocks compute their masks as before and yield a bias instead of scores.
+// Inserts a copy of `branch` for zero scores: its blocks compute their masks as before, and yield a bias, not scores.
 Value* AffinePath::of_branch(Node* branch, size_t output) {
   Node* copy = graph_->insertNode(graph_->create(c10::prim::If, {branch->input()}, 0));
   Value* results[2];
@@ -326,7 +326,7 @@ Value* AffinePath::of_branch(Node* branch, size_t output) {
   // The path above the branch was followed from both sides; a factor inside one side only would make the scale depend
   // on the condition.
   understood = understood && after[0] == after[1];
-  // A branch that keeps its scores contributes a zero that broadcasts against them.
+  // A side that adds nothing yields a zero that broadcasts against the scores.
   const auto scores_shape = shapes_.shape(branch->outputs()[output]);
   const bool heads_in_rows = scores_shape && scores_shape->size() == 3;  // [B * h, S, S], to be unflattened
   for (size_t i = 0; i < 2; ++i) {

@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-// What lies between the product of queries and keys and the softmax over it: scales, masks and reshapes, an affine map.
+// The path from the product of queries and keys to the softmax: scales, masks and reshapes, which are affine together.
 namespace torchgraft {
 
 // queries times keys: matmul(q, k), bmm(q, k) or baddbmm(bias, q, k).
@@ -22,17 +22,17 @@ torch::jit::Value* right_factor(torch::jit::Node* product);
 // A number, or a tensor of rank 0 that is computed from numbers.
 bool is_number(const torch::jit::Value* value);
 
-// Between [B * h, S, S] and [B, h, S, S].
+// A view that may lead from [B * h, S, S] to [B, h, S, S], or back.
 bool is_reshape(const torch::jit::Node* node);
 
-// The product of queries and keys that `scores` comes from, when every step in between is understood.
+// The product of queries and keys that `scores` comes from; null when a step in between is not understood.
 torch::jit::Node* find_product(const torch::jit::Value* scores);
 
-// All values between `product` and `scores`, and what the steps between them read.
+// All values on the path from `product` to `scores`, and all tensors that its steps read.
 torch::jit::ValueSet path_values(const torch::jit::Value* scores, const torch::jit::Node* product);
 
-// Why a step of the path sets scores to what is no mask, in words; nullopt when every masked_fill and where on it
-// writes a score so low that its probability is zero, under a condition that does not read the scores.
+// Says why a masked_fill or where on the path does not mask; nullopt when all do. One masks when it writes scores so
+// low that their probabilities are zero, under a condition that does not depend on the scores.
 std::optional<std::string> why_no_mask(const torch::jit::Value* scores, const torch::jit::Node* product,
                                        const torch::jit::Module& root);
 
@@ -43,7 +43,7 @@ struct Factors {
   bool operator==(const Factors&) const = default;
 };
 
-// Follows the path from the scores' product to the softmax and rebuilds its two parts.
+// Finds the two parts of an affine path: its slope, `factors`, and its bias.
 class AffinePath {
  public:
   // `anchor` is a value that exists before the attention and has its dtype and device.
@@ -51,7 +51,8 @@ class AffinePath {
              torch::jit::Value* anchor)
       : graph_(graph), shapes_(shapes), product_(product), anchor_(anchor) {}
 
-  // Inserts, at the graph's insertion point, what the path makes of zero scores. Null stands for zero.
+  // Inserts what the path makes of zero scores at the graph's insertion point; null stands for zero. Fills
+  // `factors` on the way.
   torch::jit::Value* bias(torch::jit::Value* scores);
 
   Factors factors;

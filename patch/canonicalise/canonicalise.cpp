@@ -34,7 +34,7 @@ struct Pass {
   void (*run)(CanonicalGraph& canonical, const Module& module);
 };
 
-// In the order in which they run: each may count on what those above it have left.
+// In execution order: a pass may rely on the work of those above it.
 const Pass kPasses[] = {
     {"erase_shapes",  // a trace's example shapes hold for that example only
      [](CanonicalGraph& c, const Module&) { torch::jit::EraseShapeInformation(c.graph); }},

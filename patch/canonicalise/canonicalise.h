@@ -14,10 +14,10 @@ struct CanonicalGraph {
   std::vector<UnraisedSoftmax> unraised;
 };
 
-// `method_name` of `module`, which stays unchanged.
+// Canonicalises the method `method_name` of `module`, which stays unchanged.
 CanonicalGraph canonicalise(const torch::jit::Module& module, const std::string& method_name);
 
-// A copy of `module` whose forward is the canonical graph: what grafting nothing makes of it. For tests and for a look.
+// Returns a copy of `module` whose forward is the canonical graph, without any adapter. For tests and for inspection.
 TORCHGRAFT_PATCH_API torch::jit::Module canonical_module(const torch::jit::Module& module);
 
 }  // namespace torchgraft

@@ -19,7 +19,7 @@ using torch::jit::Value;
 
 bool contains(const std::string& letters, char letter) { return letters.find(letter) != std::string::npos; }
 
-// The letters of `from` that are in `a` and in `b`, or not, in the order of `from`.
+// The letters of `from`, in its order, that are in `a` if in_a says so, else not; likewise for `b`.
 std::string letters_of(const std::string& from, const std::string& a, bool in_a, const std::string& b, bool in_b) {
   std::string result;
   std::copy_if(from.begin(), from.end(), std::back_inserter(result),
@@ -43,7 +43,7 @@ bool is_plain(const std::string& letters) {
   return true;
 }
 
-// Without an arrow the result has the letters that occur once, in order of the alphabet.
+// Without an arrow the result has the letters that occur once, in alphabetical order.
 std::string implied_result(const Equation& equation) {
   std::string letters = letters_of(equation.left, equation.right, false, "", false) +
                         letters_of(equation.right, equation.left, false, "", false);
@@ -88,7 +88,7 @@ class EinsumDecomposer {
   const torch::jit::Module& module_;
 };
 
-// `value`, whose dimensions are the letters `from`, with its dimensions in the order `to`.
+// Permutes `value`, whose dimensions are the letters `from`, to the order `to`.
 Value* EinsumDecomposer::permuted(Value* value, const std::string& from, const std::string& to) {
   if (from == to) {
     return value;
@@ -104,7 +104,7 @@ Value* EinsumDecomposer::flattened(Value* value, int64_t start, int64_t end) {
   return start == end ? value : graph_->insert(c10::aten::flatten, {value, start, end});
 }
 
-// A parameter of dimensions `letters` as [out, in].
+// Inserts a parameter with the dimensions `letters` as a matrix [out, in].
 Value* EinsumDecomposer::weight_matrix(Value* weight, const std::string& letters, const std::string& out,
                                        const std::string& in) {
   if (letters.size() == 2) {
@@ -116,13 +116,13 @@ Value* EinsumDecomposer::weight_matrix(Value* weight, const std::string& letters
   return flattened(matrix, 0, outs - 1);
 }
 
-// A linear map of the letters of `input` (the equation's left side) that the weight has too. Null when it is none.
+// Inserts the einsum as a linear map of `input`, the equation's left side. Null when it is none.
 Value* EinsumDecomposer::linear(const Equation& equation, Value* input, Value* weight) {
   const std::string rows = letters_of(equation.left, equation.right, false, equation.result, true);
   const std::string in = letters_of(equation.left, equation.right, true, equation.result, false);
   const std::string out = letters_of(equation.result, equation.right, true, equation.left, false);
   const at::Tensor tensor = weight_source(weight, module_).tensor;
-  const auto shape = SymbolicShapes(module_).shape(weight);  // not kept: nodes go away
+  const auto shape = SymbolicShapes(module_).shape(weight);  // not a member: it would keep shapes of destroyed nodes
   const bool is_map = !rows.empty() && !in.empty() && !out.empty() && rows.size() + in.size() == equation.left.size();
   const bool is_parameter = tensor.defined() && at::isFloatingType(tensor.scalar_type());
   const bool sizes_known = shape && shape->size() == equation.right.size() &&
@@ -145,7 +145,8 @@ Value* EinsumDecomposer::linear(const Equation& equation, Value* input, Value* w
 
 bool comes_from_softmax(Value* value) { return is_aten(strip_passive(value)->node(), {"softmax", "_softmax"}); }
 
-// [batch..., row, inner] times [batch..., inner, column]. Null when there is not one letter of each.
+// Inserts the einsum as [batch..., row, inner] times [batch..., inner, column]. Null unless row, inner and column are
+// one letter each.
 Value* EinsumDecomposer::product(Equation equation, Value* left, Value* right) {
   const auto row_of = [](const Equation& e) { return letters_of(e.left, e.right, false, e.result, true); };
   const auto column_of = [](const Equation& e) { return letters_of(e.right, e.left, false, e.result, true); };
@@ -153,7 +154,7 @@ Value* EinsumDecomposer::product(Equation equation, Value* left, Value* right) {
   if (row_of(equation).size() != 1 || column_of(equation).size() != 1 || inner.size() != 1) {
     return nullptr;
   }
-  // Attention probabilities are the left factor; else what comes first in the result (the queries of "bqk") is.
+  // Attention probabilities are the left factor; else the operand whose letter comes first in the result is.
   const bool columns_first = equation.result.find(column_of(equation)) < equation.result.find(row_of(equation));
   if (comes_from_softmax(right) || (columns_first && !comes_from_softmax(left))) {
     std::swap(equation.left, equation.right);
@@ -163,7 +164,7 @@ Value* EinsumDecomposer::product(Equation equation, Value* left, Value* right) {
   const std::string column = column_of(equation);
   const std::string batch = letters_of(equation.result, equation.left, true, equation.right, true);
   left = permuted(left, equation.left, batch + row + inner);
-  // Keys as [..., tokens, d] and values as [..., tokens, d]: the order in which the operand has its letters.
+  // Keeps the operand's own order of letters, so that keys and values are both [..., tokens, d].
   if (equation.right.find(column) < equation.right.find(inner)) {
     right = permuted(right, equation.right, batch + column + inner);
     right = graph_->insert(c10::aten::transpose, {right, -1, -2});

@@ -9,8 +9,8 @@ namespace torchgraft {
 //   a linear map: one operand is a parameter, and every letter that both have is summed over
 //       "bsd,dhk->bshk": aten::linear on the parameter as [out, in], then unflatten;
 //   a batched product: "bqhd,bkhd->bhqk", "bhqk,bkhd->bqhd": permutes and aten::matmul of [batch..., rows, columns].
-// Ellipses, repeated letters, letters that one operand alone has and that are summed, and products with several row or
-// column letters stay as they are.
+// Leaves einsums as they are that have an ellipsis or a repeated letter, that sum over a letter of one operand alone,
+// or whose product has several row or column letters.
 void decompose_einsum(const std::shared_ptr<torch::jit::Graph>& graph, const torch::jit::Module& module);
 
 }  // namespace torchgraft

@@ -84,8 +84,8 @@ bool is_fused(const Node* node) {
   return is_aten(node, {"_transformer_encoder_layer_fwd", "_native_multi_head_attention"});
 }
 
-// Makes every prim::If with a fused op directly in one of its blocks take the other one. The condition is replaced
-// wherever it is used: the early return of the fused side hangs on it too.
+// Makes every prim::If with a fused op directly in one of its blocks take the other block. Replaces the condition
+// wherever it is used: the early return of the fused side depends on it too.
 void pin_unfused_branch(Graph& graph) {
   for_each_node(graph.block(), [&](Node* node) {
     if (node->kind() != c10::prim::If) {
@@ -126,8 +126,9 @@ Value* insert_padded(Node* to_padded, const NestedMask& mask) {
                              {to_padded->namedInput("self"), keep, to_padded->namedInput("padding")})[0];
 }
 
-// Scripted: `if use_nested: output, mask = nested(output, mask), None`. Keeps the branch, but dense and with its mask:
-// the value that the other side yields in the place of None. False when there is no such value, or more than one.
+// A scripted module has `if use_nested: output, mask = nested(output, mask), None`. Keeps the branch, but makes it
+// dense and lets it yield its mask: the value that the other side yields instead of None. Returns false when there is
+// no such value, or more than one.
 bool densify_branch(Node* nested, NestedMask& mask) {
   Block* block = nested->owningBlock();
   Node* branch = block->owningNode();
@@ -150,7 +151,7 @@ bool densify_branch(Node* nested, NestedMask& mask) {
   return true;
 }
 
-void lower_nested(const std::shared_ptr<Graph>& graph) {
+void densify_nested(const std::shared_ptr<Graph>& graph) {
   std::vector<Node*> sources;
   std::vector<Node*> sinks;
   for_each_node(graph->block(), [&](Node* node) {
@@ -171,7 +172,7 @@ void lower_nested(const std::shared_ptr<Graph>& graph) {
         continue;
       }
     } else {
-      // Straight line: the fused layers between source and sink run without a mask; give them this one.
+      // In a straight line the fused layers between source and sink run without a mask: give them this one.
       torch::jit::WithInsertPoint guard(sources[i]);
       Value* padding = graph->insert(c10::aten::logical_not, {mask.keep});
       Value* padding_type = graph->insertConstant(1);
@@ -189,8 +190,9 @@ void lower_nested(const std::shared_ptr<Graph>& graph) {
   }
 }
 
-// The nested decision reads `is_nested` of tensors that are dense now; what remains of it is harmless.
-void lower_straight_line(Graph& graph) {
+// Decomposes the fused ops in straight lines. The code that asks whether tensors are nested sees dense ones now, and
+// does no harm.
+void decompose_straight_line(Graph& graph) {
   for_each_node(graph.block(), [&](Node* node) {
     if (is_aten(node, {"_transformer_encoder_layer_fwd"})) {
       const auto body = compile_graph(kSource, "encoder_layer");
@@ -211,10 +213,10 @@ void lower_straight_line(Graph& graph) {
 }  // namespace
 
 void decompose_fused_encoder(const std::shared_ptr<Graph>& graph) {
-  lower_nested(graph);
+  densify_nested(graph);
   pin_unfused_branch(*graph);
   simplify(graph);
-  lower_straight_line(*graph);
+  decompose_straight_line(*graph);
   simplify(graph);
 }
 

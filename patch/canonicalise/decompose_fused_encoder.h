@@ -12,7 +12,7 @@ namespace torchgraft {
 //     norms and residual adds;
 //   - aten::_nested_tensor_from_mask becomes its dense input with the mask handed to the attentions behind it, and
 //     to_padded_tensor sets the padded positions to the padding value, as the nested form does.
-// Results agree with the fused form up to rounding. A fused op with inputs that are not covered is left as it is.
+// Results agree with the fused form up to rounding. A fused op with inputs that this pass does not cover stays.
 void decompose_fused_encoder(const std::shared_ptr<torch::jit::Graph>& graph);
 
 }  // namespace torchgraft

@@ -89,7 +89,7 @@ bool is_scripted_multihead_attention(const Node* call) {
   return function.getSchema().arguments()[kNeedWeights].name() == "need_weights";
 }
 
-// True when the attention weights, second in the result, are None or read by nobody.
+// True when the attention weights, second in the result, are None or never read.
 bool weights_are_unread(const Node* call) {
   const auto need_weights = torch::jit::toIValue(call->input(kNeedWeights));
   if (need_weights && need_weights->isBool() && !need_weights->toBool()) {
@@ -120,7 +120,7 @@ bool is_true(const c10::IValue& module, const std::string& name) {
   return value.isBool() && value.toBool();
 }
 
-// Nothing that torch.nn adds to the keys and values themselves, and projections that are parameters.
+// Whether the projections are parameters, and torch.nn adds nothing to the keys and values.
 bool has_plain_projections(const c10::IValue& module) {
   const bool packed = is_true(module, "_qkv_same_embed_dim");
   const auto is_tensor = [&](const char* name) { return attribute_or_constant(module, name).isTensor(); };
@@ -132,7 +132,7 @@ bool has_plain_projections(const c10::IValue& module) {
          attribute_or_constant(module, "num_heads").isInt();
 }
 
-// Writes one call as projections and scaled_dot_product_attention, before it.
+// Inserts projections and scaled_dot_product_attention for one call, before it.
 class StraightLine {
  public:
   StraightLine(Node* call, c10::IValue module) : call_(call), graph_(call->owningGraph()), module_(std::move(module)) {}
@@ -162,7 +162,7 @@ class StraightLine {
                         : graph_->insertConstant(attribute_or_constant(module_, name));
   }
 
-  // q, k and v: by one product where they have one input, else by the rows of in_proj_weight, or weights, of each.
+  // q, k and v: one product when they have one input, else three, with rows of in_proj_weight or with three weights.
   std::vector<Value*> insert_projections() {
     std::vector<Value*> inputs = {call_->input(kQuery), call_->input(kKey), call_->input(kValue)};
     const bool packed = is_true(module_, "_qkv_same_embed_dim");

@@ -10,7 +10,7 @@ namespace torchgraft {
 // a method of the module assigns. Then folds constants and constant branches, and drops dead code.
 void fold_attributes(const std::shared_ptr<torch::jit::Graph>& graph, const torch::jit::Module& module);
 
-// Constant propagation, peephole, common subexpressions and dead code until the graph stays as it is.
+// Folds constants, does peephole optimizations, and drops common subexpressions and dead code, until nothing changes.
 void simplify(std::shared_ptr<torch::jit::Graph> graph);
 
 }  // namespace torchgraft

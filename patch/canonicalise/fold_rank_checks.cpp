@@ -21,8 +21,8 @@ using torch::jit::Value;
 constexpr const char* kRankMessage = "query should be unbatched 2D or batched 3D tensor";
 constexpr int64_t kBatchedRank = 3;
 
-// A tensor that is no other value's: an argument of forward (given one tensor twice, torch.nn computes the same by
-// another branch), or made by an op that never returns what it was given.
+// Whether no other value is the same tensor object: `value` is an argument of forward, or the result of an op that
+// never returns its operand. When a caller gives one tensor twice, torch.nn computes the same on another branch.
 bool is_object_of_its_own(const Value* value) {
   return value->node()->kind() == c10::prim::Param ||
          is_aten(value->node(), {"transpose", "layer_norm", "linear", "add", "view", "permute"});
@@ -37,7 +37,7 @@ std::optional<bool> are_identical(const Value* a, const Value* b) {
                                                                                             : std::nullopt;
 }
 
-// Answers what is known. False when there was nothing.
+// Folds the answers that are known. Returns false when there are none.
 bool fold_identities(const std::shared_ptr<Graph>& graph) {
   bool found = false;
   for_each_node(graph->block(), [&](Node* node) {
@@ -72,13 +72,13 @@ Value* checked_query(Node* branch) {
   const Node* test = branch->kind() == c10::prim::If ? branch->input()->node() : nullptr;
   const bool compares = test && is_aten(test, {"eq"}) && constant_int(test->input(1)) == kBatchedRank &&
                         is_aten(test->input(0)->node(), {"dim"});
-  // The message is looked for last: that visits all of the branch.
+  // Looks for the message last: that search visits all of the branch.
   return compares && has_rank_message(branch->blocks()[1]) ? test->input(0)->node()->input(0) : nullptr;
 }
 
 bool is_rearrangement(const Node* node) { return is_aten(node, {"transpose", "contiguous", "permute"}); }
 
-// `value` and what it is a rearrangement of, through branches: all have its rank.
+// Adds `value`, and the values that it is rearranged from, through branches, to `found`: all have one rank.
 void add_of_same_rank(Value* value, std::vector<Value*>& found) {
   if (std::find(found.begin(), found.end(), value) != found.end()) {
     return;
@@ -94,13 +94,13 @@ void add_of_same_rank(Value* value, std::vector<Value*>& found) {
   }
 }
 
-// Where nodes that read `value` may stand.
-Node* first_place_behind(Value* value) {
+// The node right behind `value`: readers of `value` may be inserted before it.
+Node* node_behind(Value* value) {
   Node* node = value->node();
   return node->kind() == c10::prim::Param ? *node->owningBlock()->nodes().begin() : node->next();
 }
 
-// dim(value) is the constant; that it is is asserted where `value` comes to be, if it is not rearranged from another.
+// Replaces dim(value) by the constant rank. `asserts`: also asserts that rank, right behind `value`.
 void fold_rank(Graph& graph, Value* value, bool asserts) {
   std::vector<Node*> questions;
   for (const auto& use : value->uses()) {
@@ -111,7 +111,7 @@ void fold_rank(Graph& graph, Value* value, bool asserts) {
   if (questions.empty()) {
     return;
   }
-  torch::jit::WithInsertPoint guard(first_place_behind(value));
+  torch::jit::WithInsertPoint guard(node_behind(value));
   if (asserts) {
     static const auto body = compile_graph(R"python(
 def check(x: Tensor):
@@ -142,7 +142,7 @@ void fold_rank_checks(const std::shared_ptr<Graph>& graph) {
     const bool derived = is_rearrangement(value->node()) || value->node()->kind() == c10::prim::If;
     fold_rank(*graph, value, !derived);
   }
-  // Branches that go away show that more values are one and the same.
+  // When branches go away, more values turn out to be identical.
   do {
     simplify(graph);
   } while (fold_identities(graph));

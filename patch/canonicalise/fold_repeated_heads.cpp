@@ -21,7 +21,7 @@ Value* without_contiguous(Value* value) {
   return value;
 }
 
-// [B, kv, S, d] when `heads` is that with each head repeated in a row; null otherwise.
+// The value [B, kv, S, d] whose heads `heads` repeats, each several times in a row; null when there is none.
 Value* before_repetition(Value* heads, SymbolicShapes& shapes) {
   heads = without_contiguous(heads);
   Node* node = heads->node();
@@ -77,7 +77,8 @@ void fold_repeated_heads(const std::shared_ptr<torch::jit::Graph>& graph, const 
     }
     torch::jit::WithInsertPoint guard(node);
     const size_t gqa = node->inputs().size() - 1;
-    TORCH_INTERNAL_ASSERT(node->schema().arguments().at(gqa).name() == "enable_gqa");
+    TORCH_INTERNAL_ASSERT(node->schema().arguments().at(gqa).name() == "enable_gqa",
+                          "enable_gqa is not the last argument of ", node->schema());
     node->replaceInput(1, key);
     node->replaceInput(2, value);
     node->replaceInput(gqa, graph->insertConstant(true));

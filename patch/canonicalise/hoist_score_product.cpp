@@ -31,11 +31,12 @@ std::optional<Product> product_of(Value* value) {
   return Product{left_factor(node), right_factor(node), adds ? node->namedInput("self") : nullptr};
 }
 
-// Whether `value`, which something in `branch` reads, exists before it.
+// Whether `value`, which a node in `branch` reads, exists before `branch`.
 bool comes_before(const Value* value, const Node* branch) { return is_inside(branch, value->node()->owningBlock()); }
 
-// `left` and `right` as one value before `branch`: they are it, or the same transpose of one. Null when they are not.
-Value* before(Value* left, Value* right, Node* branch) {
+// One value before `branch` for both `left` and `right`: they are the same value, or the same transpose of one value.
+// Null when they are not.
+Value* common_value(Value* left, Value* right, Node* branch) {
   if (left == right) {
     return comes_before(left, branch) ? left : nullptr;
   }
@@ -64,8 +65,8 @@ void hoist_output(Node* branch, size_t output) {
     }
     products.push_back(*product);
   }
-  Value* query = before(products[0].query, products[1].query, branch);
-  Value* key = query ? before(products[0].key, products[1].key, branch) : nullptr;
+  Value* query = common_value(products[0].query, products[1].query, branch);
+  Value* key = query ? common_value(products[0].key, products[1].key, branch) : nullptr;
   if (!key) {
     return;
   }

@@ -26,9 +26,12 @@ std::shared_ptr<Graph> callee_graph(Node* call) {
     TORCH_INTERNAL_ASSERT(function, class_type->repr_str(), " has no method ", call->s(c10::attr::name));
   }
   auto* graph_function = torch::jit::tryToGraphFunction(*function);
-  TORCH_CHECK(graph_function, "inline_calls: the function ", function->qualname().qualifiedName(), " has no graph");
+  TORCH_CHECK(graph_function, "inline_calls: the function ", function->qualname().qualifiedName(),
+              " has no graph; call a scripted or traced function instead");
   graph_function->ensure_defined();
-  TORCH_INTERNAL_ASSERT(graph_function->graph()->inputs().size() + skipped_inputs == call->inputs().size());
+  TORCH_INTERNAL_ASSERT(graph_function->graph()->inputs().size() + skipped_inputs == call->inputs().size(),
+                        "the call of ", function->name(), " has ", call->inputs().size(), " inputs, its graph has ",
+                        graph_function->graph()->inputs().size());
   return graph_function->graph();
 }
 
@@ -48,7 +51,7 @@ void inline_block(Block* block, const CallDecomposition& decompose_call) {
       const auto graph = callee_graph(node);
       replace_node(node, insert_graph_before(node, *graph, node->inputs().slice(is_function ? 1 : 0)));
     }
-    it = ++before->iterator();  // what was inserted is visited in its turn
+    it = ++before->iterator();  // the inserted nodes come next
   }
 }
 

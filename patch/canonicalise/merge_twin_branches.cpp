@@ -17,7 +17,7 @@ using torch::jit::Graph;
 using torch::jit::Node;
 using torch::jit::Value;
 
-// Constants and attributes of modules: where among a branch's nodes they are says nothing.
+// Constants and attributes of modules. Their order among a branch's nodes means nothing.
 bool is_access(const Node* node) { return node->kind() == c10::prim::Constant || node->kind() == c10::prim::GetAttr; }
 
 std::vector<Node*> steps_of(Block* block) {
@@ -57,8 +57,8 @@ bool accepts(const Node* node, size_t index, const c10::TypePtr& type) {
   return wanted->kind() == c10::TypeKind::VarType || type->isSubtypeOf(*wanted);
 }
 
-// `mask`, known not to be None inside `if mask is not None`, is handed on as a value of its own. Whoever takes it as it
-// was gets it as it was: on the other side it may be None.
+// Inside `if mask is not None` TorchScript passes on a value of its own that cannot be None. Gives readers that accept
+// None the original `mask`, which the twin of such a reader gets too.
 void drop_idle_refinements(const std::shared_ptr<Graph>& graph) {
   for_each_node(graph->block(), [](Node* node) {
     if (node->kind() != c10::prim::unchecked_cast) {
@@ -247,7 +247,7 @@ bool has_linear_maps(Node* branch) {
 
 void merge_twin_branches(const std::shared_ptr<Graph>& graph) {
   drop_idle_refinements(graph);
-  // Inner branches come first: an outer one may then be the twin of its other side.
+  // Inner branches come first: two sides of an outer one may be twins only once their inner branches are merged.
   for_each_node(graph->block(), [](Node* node) {
     if (node->kind() != c10::prim::If || !has_linear_maps(node)) {
       return;

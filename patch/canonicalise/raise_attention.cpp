@@ -82,7 +82,7 @@ Value* insert_transposed(Graph& graph, SymbolicShapes& shapes, Value* keys_trans
   return graph.insert(c10::aten::transpose, {keys_transposed, -2, -1});
 }
 
-// [B * h, S, d] as [B, h, S, d]; what is of rank 4 stays as it is. Null when the rank or the head count is not known.
+// Inserts [B * h, S, d] as [B, h, S, d]; a value of rank 4 stays. Null when the rank or the head count is not known.
 Value* insert_rank_4(Graph& graph, SymbolicShapes& shapes, Value* value) {
   const auto shape = shapes.shape(value);
   if (!shape || (shape->size() != 3 && shape->size() != 4)) {
@@ -98,7 +98,7 @@ Value* insert_rank_4(Graph& graph, SymbolicShapes& shapes, Value* value) {
   return graph.insert(c10::Symbol::aten("unflatten"), {value, 0, sizes});
 }
 
-// `value` before it was multiplied with, or divided by, numbers, which go to `factors`.
+// `value` before all multiplications and divisions by numbers. The numbers go to `factors`.
 Value* take_scale(Value* value, SymbolicShapes& shapes, Factors& factors) {
   for (Node* node = value->node(); is_aten(node, {"div", "mul"}) && !is_in_place(node) && node->inputs().size() == 2;
        node = value->node()) {
@@ -113,7 +113,7 @@ Value* take_scale(Value* value, SymbolicShapes& shapes, Factors& factors) {
   return value;
 }
 
-// The bias as something that broadcasts against [B, h, S, S].
+// Inserts the bias in a shape that broadcasts against [B, h, S, S].
 Value* insert_mask(Graph& graph, SymbolicShapes& shapes, Value* bias, Value* anchor, bool product_is_rank_3,
                    bool& understood) {
   if (!bias) {
@@ -139,7 +139,7 @@ bool was_cast(Value* value) {
   return false;
 }
 
-// The attention around `softmax`; nullopt, with the reason in words, when there is none that can be rewritten.
+// The attention around `softmax`; nullopt, with the reason in words, when it cannot be rewritten.
 std::optional<Attention> find_one(Node* softmax, const torch::jit::Module& module, const Writes& writes,
                                   std::string& reason) {
   const auto consumer = find_consumer(softmax, reason);
@@ -155,7 +155,7 @@ std::optional<Attention> find_one(Node* softmax, const torch::jit::Module& modul
     reason = "its products with keys and values are not in the same block";
     return std::nullopt;
   }
-  // The new node computes at the second product what these held before.
+  // The new node reads these values later than the old ones did: at the second product.
   torch::jit::ValueSet moved = path_values(softmax->namedInput("self"), product);
   moved.insert({left_factor(product), right_factor(product), softmax->output(), consumer->product->input(0)});
   if (const Node* writer = writes.between(product, consumer->product, moved)) {
@@ -171,7 +171,7 @@ std::optional<Attention> find_one(Node* softmax, const torch::jit::Module& modul
   return Attention{softmax, product, *consumer};
 }
 
-// Rewrites an attention; the reason why not when it cannot.
+// Rewrites an attention. Returns the reason, in words, when it cannot.
 std::optional<std::string> raise_one(const std::shared_ptr<Graph>& graph, SymbolicShapes& shapes,
                                      const Attention& attention) {
   const auto& [softmax, product, consumer] = attention;
@@ -185,7 +185,7 @@ std::optional<std::string> raise_one(const std::shared_ptr<Graph>& graph, Symbol
     return "it is not over the last dimension";
   }
   torch::jit::WithInsertPoint guard(consumer.product);
-  // The mask must not depend on the queries: gates that are pooled over real tokens need it before they exist.
+  // The mask must not depend on the queries: gates that are pooled over real tokens need it before the queries exist.
   const auto linears = nearest_linears(left_factor(product));
   Value* anchor = linears.empty() ? left_factor(product) : linears.front()->namedInput("input");
   AffinePath path(graph, shapes, product, anchor);
@@ -194,7 +194,7 @@ std::optional<std::string> raise_one(const std::shared_ptr<Graph>& graph, Symbol
   const bool masked_in_rank_3 = rank->size() == 3 && value_rank->size() == 3 && *dim != 3 && !path.reshaped;
   Value* mask = insert_mask(*graph, shapes, bias, anchor, masked_in_rank_3, path.understood);
   Value* query = insert_rank_4(*graph, shapes, left_factor(product));
-  // A scale on the keys is one on all scores: prefixes, which come beside the keys, have it too.
+  // A scale of the keys scales all scores, also those of prefixes, which come beside the keys.
   Value* keys_transposed = take_scale(right_factor(product), shapes, path.factors);
   Value* keys = take_scale(insert_transposed(*graph, shapes, keys_transposed), shapes, path.factors);
   Value* key = insert_rank_4(*graph, shapes, keys);
@@ -202,7 +202,7 @@ std::optional<std::string> raise_one(const std::shared_ptr<Graph>& graph, Symbol
   if (!path.understood || !query || !key || !value) {
     return path.understood ? "the heads are not a dimension of their own" : "its scale or mask is not understood";
   }
-  // Queries and keys in the values' dtype, which is that of prefixes; the fused op takes one for all.
+  // The fused op takes one dtype: cast queries and keys to that of the values, which prefixes have too.
   for (Value** heads : {&query, &key}) {
     *heads = was_cast(*heads) ? graph->insert(c10::aten::type_as, {*heads, value}) : *heads;
   }

@@ -17,7 +17,7 @@ using torch::jit::Module;
 using torch::jit::Node;
 using torch::jit::Value;
 
-// One round over the graph. No node is destroyed in it, for shapes are remembered by value.
+// One round over the graph. It destroys no node, because shapes are kept by value.
 class LinearRaiser {
  public:
   LinearRaiser(const std::shared_ptr<Graph>& graph, const Module& module)
@@ -38,7 +38,7 @@ class LinearRaiser {
   SymbolicShapes shapes_;
 };
 
-// The shape of a floating-point parameter, constant, or rearranged one of rank 2; nullopt for any other value.
+// The shape of a floating-point parameter or constant of rank 2, perhaps rearranged; nullopt for any other value.
 std::optional<Shape> LinearRaiser::matrix(Value* weight) {
   const at::Tensor tensor = weight_source(weight, module_).tensor;
   if (!tensor.defined() || !at::isFloatingType(tensor.scalar_type())) {
@@ -49,13 +49,13 @@ std::optional<Shape> LinearRaiser::matrix(Value* weight) {
   return is_matrix ? shape : std::nullopt;
 }
 
-// [in, out] as [out, in].
+// Inserts [in, out] as [out, in].
 Value* LinearRaiser::transposed(Value* weight) {
   Node* node = weight->node();
   const bool exchanges = is_aten(node, {"t", "numpy_T", "transpose", "permute", "swapaxes", "swapdims"});
   const auto before = exchanges ? matrix(node->input(0)) : std::nullopt;
   const auto after = before ? matrix(weight) : std::nullopt;
-  // Of two equal sizes the shape does not say whether they were exchanged: transpose(0, 0) is nothing that models do.
+  // The shape of a square does not show whether its sizes were exchanged, but no model writes transpose(0, 0).
   const bool is_transpose = after && (*after)[0] == (*before)[1] && (*after)[1] == (*before)[0];
   return is_transpose ? node->input(0) : graph_->insert(c10::aten::t, {weight});
 }
@@ -77,7 +77,7 @@ void LinearRaiser::raise_product(Node* node) {
   node->output()->replaceAllUsesWith(result);
 }
 
-// linear(x, w) + b, for a product that nothing else reads.
+// Makes one node of linear(x, w) + b, if nothing else reads the product.
 void LinearRaiser::take_bias(Node* sum) {
   if (sum->inputs().size() < 3 || constant_double(sum->input(2)) != 1.0) {
     return;
@@ -102,7 +102,7 @@ void LinearRaiser::take_bias(Node* sum) {
   }
 }
 
-// Calls `method` on the nodes of these kinds, then drops what they left dead.
+// Calls `method` on the nodes of these kinds, then drops dead code.
 void run_round(const std::shared_ptr<Graph>& graph, const Module& module, std::initializer_list<const char*> kinds,
                void (LinearRaiser::*method)(Node*)) {
   LinearRaiser raiser(graph, module);

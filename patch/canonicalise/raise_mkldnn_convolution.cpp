@@ -24,7 +24,7 @@ Value* insert_convolution(Graph& graph, Node* node) {
                        transposed, output_padding, node->input(6)});
 }
 
-// What `node` is without oneDNN's layout; null for a node that has nothing to do with it.
+// Inserts what `node` computes, without oneDNN's layout; null for a node that does not use that layout.
 Value* insert_dense(Graph& graph, Node* node) {
   if (is_aten(node, {"to_mkldnn", "to_dense"})) {
     return node->input(0);

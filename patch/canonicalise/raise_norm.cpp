@@ -20,7 +20,7 @@ using torch::jit::Graph;
 using torch::jit::Node;
 using torch::jit::Value;
 
-// The node that reads `value`, when there is just one that reads it once.
+// The node that alone reads `value`, and once; null when there is none.
 Node* only_user(const Value* value) {
   const auto uses = data_uses(value);
   return uses.size() == 1 ? uses[0].user : nullptr;
@@ -30,7 +30,7 @@ Node* only_user(const Value* value) {
 struct Core {
   Value* input = nullptr;     // what is normalised, before a cast to float32
   Value* measured = nullptr;  // what the statistics are of: `input` or its cast
-  Value* scaled = nullptr;    // what they divide: `input`, its cast, or such minus the mean
+  Value* scaled = nullptr;    // what they divide: `input` or its cast, perhaps minus the mean
   Node* result = nullptr;     // the mul or div that makes the normalised value
   bool centred = false;       // layer norm
   double eps = 0.0;
@@ -104,10 +104,10 @@ bool is_biased_variance(const Node* node) {
   return correction && ((correction->isBool() && !correction->toBool()) || constant_double(node->input(2)) == 0.0);
 }
 
-// The square that `node` makes is of its first input.
+// Whether `node` squares its first input.
 bool is_square(const Node* node) {
   if (is_in_place(node)) {
-    return false;  // nothing is left of what was squared
+    return false;  // the square has replaced its input
   }
   return (is_aten(node, {"pow"}) && constant_double(node->namedInput("exponent")) == 2.0) ||
          is_aten(node, {"square"}) || (is_aten(node, {"mul"}) && node->input(0) == node->input(1));
@@ -165,7 +165,7 @@ bool NormRaiser::match_scaling(Node* root, Core& core) {
   return base && strip_casts(base) == strip_casts(core.measured);
 }
 
-// Whether what centres the input serves this norm alone. The mean and the difference may be there twice.
+// Whether only this norm reads the mean and the centred input. Both may be there twice.
 bool is_private(const Core& core) {
   if (!core.centred) {
     return true;
@@ -194,7 +194,7 @@ std::optional<Core> NormRaiser::match(Node* root) {
     return std::nullopt;
   }
   core.eps = *eps;
-  // A cast to float32 is what the norm does by itself; any other says something.
+  // The norm computes in float32 by itself, so a cast to float32 goes away; any other cast stays.
   Node* cast = core.measured->node();
   const bool to_float =
       is_dtype_cast(cast) && constant_int(cast->namedInput("dtype")) == static_cast<int64_t>(at::kFloat);
@@ -202,7 +202,7 @@ std::optional<Core> NormRaiser::match(Node* root) {
   return core;
 }
 
-// `if half precision: x = x.to(...)`: both blocks yield the one value, cast or as it is.
+// Whether `node` is an `if` like `if 16 bits: x = x.to(...)`: both blocks yield `value`, cast or not.
 bool is_conditional_cast(Node* node, const Value* value) {
   if (!node || node->kind() != c10::prim::If || node->outputs().size() != 1) {
     return false;
@@ -263,7 +263,7 @@ Tail NormRaiser::follow(const Core& core, Node* step) {
   return tail;
 }
 
-// Puts the norm, and the cast that its result may need, in the place of the last step.
+// Replaces the last step by the norm, and by the cast that its result may need.
 void NormRaiser::rewrite(const Core& core, const Tail& tail) {
   Value* sized = tail.weight ? tail.weight : tail.bias ? tail.bias : core.input;
   const auto shape = shapes_.shape(sized);
@@ -339,7 +339,7 @@ void raise_norm(const std::shared_ptr<Graph>& graph, const torch::jit::Module& m
   for (Node* root : roots) {
     raiser.raise(root);
   }
-  torch::jit::EliminateDeadCode(graph);  // only now: shapes are remembered by value
+  torch::jit::EliminateDeadCode(graph);  // only now, because shapes are kept by value
 }
 
 }  // namespace torchgraft

@@ -20,13 +20,12 @@ using torch::jit::Node;
 using torch::jit::Value;
 using torch::jit::WithInsertPoint;
 
-// Views that can be put back: the written part goes where the view was taken from. reshape is none of them: nobody
-// knows whether it copied.
-bool is_undone(const Node* view) {
+// Whether insert_undone() can put a written view back where it was taken from. It cannot for reshape, which may copy.
+bool can_be_undone(const Node* view) {
   return is_aten(view, {"select", "slice", "transpose", "view"}) && !is_writer(view) && is_tensor(view->input(0));
 }
 
-// What a write changes: `views` from the tensor that is written into back to `root`, which no view made.
+// What a write changes: the `views` from the tensor that it writes into back to `root`, and `root`, which is no view.
 struct Target {
   std::vector<Value*> views;  // the written one first; empty when the root itself is written
   Value* root = nullptr;
@@ -38,7 +37,7 @@ struct Target {
 
 Target target_of(Value* written) {
   Target target;
-  while (is_undone(written->node())) {
+  while (can_be_undone(written->node())) {
     target.views.push_back(written);
     written = written->node()->input(0);
   }
@@ -46,7 +45,7 @@ Target target_of(Value* written) {
   return target;
 }
 
-// Whether `root` is memory that a node of this graph has made for itself.
+// Whether a node of this graph has made the memory of `root`.
 bool is_made_here(Value* root, const AliasDb& aliases) {
   Node* node = root->node();
   if (node->kind() == c10::prim::If) {
@@ -91,11 +90,11 @@ std::vector<Value*> all_values(Block* block) {
   return values;
 }
 
-// Whether nobody but the target, and the writer's own result, can see the write.
+// Whether the write can be seen in the target and in the writer's own result only.
 bool is_hidden(const Node* writer, const Target& target, const std::vector<Node*>& branches, const AliasDb& aliases,
                const std::vector<Value*>& values) {
   for (Value* value : values) {
-    // What is made behind the write is made from the target's new values, or from a value that is looked at here.
+    // A value made behind the write is made from the target's new values, or from values that this loop checks.
     const auto blocks = value->node()->blocks();
     const bool ends_later =
         std::any_of(blocks.begin(), blocks.end(), [&](const Block* block) { return is_inside(writer, block); });
@@ -107,7 +106,7 @@ bool is_hidden(const Node* writer, const Target& target, const std::vector<Node*
       return false;
     }
   }
-  // Behind the branches, only the root is given its new value.
+  // Behind the branches only the root gets a new value, so no view may be read there.
   return branches.empty() || std::none_of(target.views.begin(), target.views.end(),
                                           [&](const Value* view) { return is_read_behind(view, branches.front()); });
 }
@@ -127,7 +126,7 @@ Value* insert_variant(Graph& graph, Node* writer, c10::Symbol functional) {
   return nullptr;
 }
 
-// What `writer` leaves in the tensor that it writes into, computed out of place; null when that cannot be said.
+// Computes out of place what `writer` leaves in the tensor that it writes into. Null when there is no way to.
 Value* insert_functional(Graph& graph, Node* writer) {
   if (!is_in_place(writer) || is_aten(writer, {"set", "resize", "resize_as"})) {
     return nullptr;
@@ -146,7 +145,7 @@ Value* insert_functional(Graph& graph, Node* writer) {
   return promotes ? graph.insert(c10::aten::type_as, {result, written}) : result;  // a write keeps the dtype
 }
 
-// `whole`, from which `view` was taken, with `part` in its place.
+// Inserts `whole`, from which `view` was taken, with `part` instead of the view.
 Value* insert_undone(Graph& graph, const Node* view, Value* whole, Value* part) {
   if (is_aten(view, {"select"})) {
     return graph.insert(c10::aten::select_scatter, {whole, part, view->namedInput("dim"), view->namedInput("index")});
@@ -161,7 +160,7 @@ Value* insert_undone(Graph& graph, const Node* view, Value* whole, Value* part) 
   return graph.insert(c10::Symbol::aten("reshape_as"), {part, whole});
 }
 
-// Uses inside `block` only, its return included.
+// Replaces `value` behind `node` at its uses inside `block`, the block's return included.
 void replace_inside(Block* block, Value* value, const Node* node, Value* by) {
   const auto uses = value->uses();
   for (const auto& use : uses) {
@@ -172,7 +171,8 @@ void replace_inside(Block* block, Value* value, const Node* node, Value* by) {
   }
 }
 
-// Gives every reader behind `writer` what `written` says; the insert point of `graph` is before `writer`.
+// Gives every reader behind `writer` the values that follow from `written`. The insert point of `graph` is before
+// `writer`.
 void rewrite(Graph& graph, Node* writer, const Target& target, const std::vector<Node*>& branches, Value* written) {
   std::vector<Value*> renewed = {written};  // parallel to the views, and the root last
   for (size_t i = 0; i < target.views.size(); ++i) {

@@ -32,42 +32,42 @@ bool is_norm_of_rows(const Node* node) {
          (node->input(1)->node()->kind() == c10::prim::ListConstruct && node->input(1)->node()->inputs().size() == 1);
 }
 
-// What works on every element, or row, for itself, whatever the leading dimensions are.
+// Whether `node` computes each element, or row, from that one alone, whatever the leading dimensions are.
 bool works_by_row(const Node* node) {
   return is_norm_of_rows(node) || is_elementwise(node) || is_aten(node, {"mul", "div", "add", "sub"});
 }
 
-// A value whose rows are flattened, as it is before they are: `tokens` is [..., features] where the value is
-// [rows, features]; `source` is what was flattened, which says how the leading dimensions are.
+// A value [rows, features] without its flattening: `tokens` is [..., features]. `source` is the value that the model
+// has flattened: it has the leading dimensions.
 struct Unflattened {
   Value* tokens = nullptr;
   Value* source = nullptr;
 };
 
-// No node is destroyed before the end, for shapes are remembered by value.
+// Destroys no node before the end, because shapes are kept by value.
 class RowUnflattening {
  public:
   RowUnflattening(const std::shared_ptr<Graph>& graph, const Module& module) : graph_(graph), shapes_(module) {}
 
   void visit(Node* node);
-  void flatten_what_is_left();
+  void flatten_for_other_readers();
 
  private:
   bool flattens_rows(const Node* view);
   void visit_linear(Node* linear);
   void visit_step(Node* node);
   void visit_view(Node* view);
-  bool reads_along(const Value* value, const Value* source);
+  bool fits_tokens(const Value* value, const Value* source);
   void replace(Node* node, Value* tokens, Value* source);
 
   std::shared_ptr<Graph> graph_;
   SymbolicShapes shapes_;
   std::map<const Value*, Unflattened> flat_;
-  std::vector<Value*> order_;        // the keys of flat_ as they were met
+  std::vector<Value*> order_;        // the keys of flat_, in execution order
   std::set<const Node*> converted_;  // nodes whose results nothing needs any more
 };
 
-// x.view(-1, features) of an x whose last dimension is `features`: rows one below the other.
+// Whether `view` puts rows one below the other: x.view(-1, features), where `features` is the last dimension of x.
 bool RowUnflattening::flattens_rows(const Node* view) {
   const Value* x = view->namedInput("self");
   const auto flat = shapes_.shape(view->output());
@@ -76,7 +76,7 @@ bool RowUnflattening::flattens_rows(const Node* view) {
     return flat && flat->size() == 2 && shape->size() > 2 && shape->back().is_constant() &&
            shape->back() == flat->back();
   }
-  // Of an x of unknown shape: view(-1, x.size(-1)), which keeps the last dimension whatever it is.
+  // When the shape of x is unknown: view(-1, x.size(-1)), which keeps the last dimension, whatever it is.
   const Node* sizes = view->inputs().size() > 1 ? view->input(1)->node() : nullptr;
   if (!sizes || sizes->kind() != c10::prim::ListConstruct || sizes->inputs().size() != 2) {
     return false;
@@ -104,9 +104,9 @@ void RowUnflattening::visit_linear(Node* linear) {
           source);
 }
 
-// Whether an operand beside flattened rows means the same beside the rows as they were: it is flattened likewise, or
-// broadcasts along the features only.
-bool RowUnflattening::reads_along(const Value* value, const Value* source) {
+// Whether an operand beside flattened rows fits the tokens too: it is flattened from the same `source`, or broadcasts
+// along the features only.
+bool RowUnflattening::fits_tokens(const Value* value, const Value* source) {
   if (!is_tensor(value)) {
     return true;
   }
@@ -124,9 +124,9 @@ void RowUnflattening::visit_step(Node* node) {
     return;
   }
   Value* source = flat_.at(*first).source;
-  const bool along = std::all_of(node->inputs().begin(), node->inputs().end(),
-                                 [&](const Value* input) { return reads_along(input, source); });
-  if (is_in_place(node) || !along) {
+  const bool all_fit = std::all_of(node->inputs().begin(), node->inputs().end(),
+                                   [&](const Value* input) { return fits_tokens(input, source); });
+  if (is_in_place(node) || !all_fit) {
     return;
   }
   torch::jit::WithInsertPoint guard(node);
@@ -139,7 +139,7 @@ void RowUnflattening::visit_step(Node* node) {
   replace(node, copy->output(), source);
 }
 
-// A view that gives the rows their leading dimensions back goes away; any other becomes one of the tokens.
+// Removes a view that gives the rows their leading dimensions back; any other becomes a view of the tokens.
 void RowUnflattening::visit_view(Node* view) {
   const auto known = flat_.find(view->namedInput("self"));
   if (known == flat_.end()) {
@@ -148,7 +148,7 @@ void RowUnflattening::visit_view(Node* view) {
     }
     return;
   }
-  if (!is_view(view)) {  // flatten counts dimensions, of which the tokens have others
+  if (!is_view(view)) {  // flatten counts dimensions, and the tokens have more of them
     return;
   }
   const auto [tokens, source] = known->second;
@@ -176,8 +176,8 @@ void RowUnflattening::visit(Node* node) {
   }
 }
 
-// What still reads a flattened value reads a view of the tokens.
-void RowUnflattening::flatten_what_is_left() {
+// Gives readers that were not converted a view of the tokens.
+void RowUnflattening::flatten_for_other_readers() {
   for (Value* value : order_) {
     const auto uses = value->uses();
     Value* rows = nullptr;
@@ -203,7 +203,7 @@ void unflatten_rows(const std::shared_ptr<Graph>& graph, const Module& module) {
   for (Node* node : nodes) {
     pass.visit(node);
   }
-  pass.flatten_what_is_left();
+  pass.flatten_for_other_readers();
   torch::jit::EliminateDeadCode(graph);
 }
 

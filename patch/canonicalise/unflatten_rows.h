@@ -9,8 +9,8 @@ namespace torchgraft {
 //   y = linear(x.view(-1, in), ...)          linear(x, ...)
 //   z = gelu(y), y * sigmoid(y), ...         the same, element by element
 //   z.view(batch, tokens, out)               nothing, or a view of the same elements in the same order
-// Run after raise_linear, which leaves only aten::linear. Hugging Face's Conv1D and feed-forward blocks on
-// flattened rows are what it is for.
+// Run after raise_linear, which leaves only aten::linear. Hugging Face's Conv1D and some feed-forward blocks work on
+// flattened rows.
 void unflatten_rows(const std::shared_ptr<torch::jit::Graph>& graph, const torch::jit::Module& module);
 
 }  // namespace torchgraft

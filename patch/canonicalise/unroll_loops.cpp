@@ -45,7 +45,7 @@ std::optional<int64_t> known_runs(Node* loop) {
   if (!is_aten(length, {"len"})) {
     return std::nullopt;
   }
-  // A list that nothing but readers see keeps its length.
+  // A list that is only read keeps its length.
   const Value* list = length->input();
   const bool only_read = std::all_of(list->uses().begin(), list->uses().end(), [](const torch::jit::Use& use) {
     return use.user->kind() == c10::aten::__getitem__ || is_aten(use.user, {"len"});
@@ -58,7 +58,7 @@ std::optional<int64_t> known_runs(Node* loop) {
                                                      : std::nullopt;
 }
 
-// Puts `runs` copies of the body before `loop`, and the last copy's results in the place of the loop's.
+// Inserts `runs` copies of the body before `loop`, and replaces the results of the loop by those of the last copy.
 void unroll(Graph& graph, Node* loop, int64_t runs) {
   Block* body = loop->blocks()[0];
   std::vector<Value*> carried(loop->inputs().begin() + 2, loop->inputs().end());
@@ -85,7 +85,7 @@ void unroll(Graph& graph, Node* loop, int64_t runs) {
   replace_node(loop, carried);
 }
 
-void visit(Graph& graph, Block* block) {
+void unroll_in_block(Graph& graph, Block* block) {
   for (auto it = block->nodes().begin(); it != block->nodes().end();) {
     Node* node = *it;
     const bool is_candidate = node->kind() == c10::prim::Loop && holds_attention(node->blocks()[0]);
@@ -97,7 +97,7 @@ void visit(Graph& graph, Block* block) {
       continue;
     }
     for (Block* inner : node->blocks()) {
-      visit(graph, inner);
+      unroll_in_block(graph, inner);
     }
     ++it;
   }
@@ -105,6 +105,6 @@ void visit(Graph& graph, Block* block) {
 
 }  // namespace
 
-void unroll_loops(const std::shared_ptr<Graph>& graph) { visit(*graph, graph->block()); }
+void unroll_loops(const std::shared_ptr<Graph>& graph) { unroll_in_block(*graph, graph->block()); }
 
 }  // namespace torchgraft

@@ -10,7 +10,7 @@ using torch::jit::Module;
 
 class Cloner {
  public:
-  // Gives every attribute of `object`, which still holds those of the original, a value of its own.
+  // Gives `object` attribute values of its own. Before, it shares those of the original.
   void separate(const c10::intrusive_ptr<c10::ivalue::Object>& object) {
     if (!visited_.insert(object.get()).second) {
       return;
@@ -29,7 +29,7 @@ class Cloner {
   }
 
  private:
-  // A leaf on the same memory.
+  // A leaf tensor on the memory of `tensor`.
   at::Tensor alias(const at::Tensor& tensor) {
     at::Tensor& result = aliases_[tensor.unsafeGetTensorImpl()];
     if (!result.defined() && tensor.defined()) {

@@ -4,10 +4,10 @@
 
 namespace torchgraft {
 
-// A copy of `module` with types and methods of its own, which may be rewritten. Its parameters are tensors of their own
-// on the memory of the module's: a copy costs no second set of weights, moving or converting it leaves the module as it
-// is, writing into a weight writes into both. Buffers and other attributes are copied. What was one tensor in the
-// module, as tied embeddings are, is one tensor in the copy; torch::jit::Module::clone makes several of it.
+// Copies `module` with its types and methods, so that the copy's methods may be rewritten. The copy's parameters are
+// new tensors on the same memory: a copy costs no second set of weights, and moving or converting it leaves `module`
+// alone, but writing into a weight writes into both. Buffers and other attributes are copied. Tied weights stay tied;
+// torch::jit::Module::clone would make several tensors of them.
 torch::jit::Module clone_module(const torch::jit::Module& module);
 
 }  // namespace torchgraft

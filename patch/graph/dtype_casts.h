@@ -2,7 +2,7 @@
 
 #include <torch/csrc/jit/ir/ir.h>
 
-// Casts between dtypes in a graph, for passes that put one op in the place of several.
+// Casts between dtypes in a graph, for passes that replace several ops by one.
 namespace torchgraft {
 
 // x.to(dtype), and no change of device or layout.
@@ -11,29 +11,29 @@ bool is_dtype_cast(const torch::jit::Node* node);
 // x.type_as(other) and x.to(other).
 bool is_cast_like(const torch::jit::Node* node);
 
-// `value` before any of both.
+// `value` before all casts of both kinds.
 torch::jit::Value* strip_casts(torch::jit::Value* value);
 
-// The dtype that elementary ops give their result, promoted operand by operand, as an int in the graph. Nodes go to the
-// graph's insertion point, and only where the result may differ from where it started.
+// Follows the dtype of a value through elementary ops, which promote operand by operand. The dtype is an int in the
+// graph. Inserts nodes at the graph's insertion point, and only where the dtype may have changed.
 class ResultType {
  public:
   // `value` has the dtype of `input`.
   ResultType(torch::jit::Graph& graph, torch::jit::Value* value, torch::jit::Value* input)
       : graph_(&graph), value_(value), input_(input) {}
 
-  // As the result of a cast node.
+  // Takes the dtype that `node`, a cast, casts to.
   void cast(const torch::jit::Node* node);
   void cast_like(torch::jit::Value* value) { current_ = dtype_of(value); }
 
-  // As the result of an op with one more operand, neither of which is a number.
+  // Takes the dtype of an op on the value and `operand`, both tensors.
   void promote(torch::jit::Value* operand);
 
-  // The value in this dtype.
+  // Casts the value to the dtype reached.
   torch::jit::Value* apply();
 
  private:
-  // Null stands for the dtype of `input`.
+  // In these and in current_, null stands for the dtype of `input`.
   torch::jit::Value* dtype_of(torch::jit::Value* value);
   torch::jit::Value* relative(torch::jit::Value* dtype);
   torch::jit::Value* absolute(torch::jit::Value* dtype);

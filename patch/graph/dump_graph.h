@@ -6,11 +6,11 @@
 
 namespace torchgraft {
 
-// Writes a graph to a file after every pass, for a look between passes: does nothing unless the environment variable
-// TORCHGRAFT_DUMP names a folder, which is made if need be.
+// Writes a graph to a file after every pass, if the environment variable TORCHGRAFT_DUMP names a folder; makes the
+// folder if need be.
 //
-// Each GraphDump is one run of a phase and has a folder of its own, DIR/<run>_<phase>: the run counts from 0 in the
-// process. Its files are <step>_<pass>.txt; diff two neighbours to see what a pass did.
+// Each GraphDump is one run of a phase and has a folder of its own, DIR/<run>_<phase>. Runs count from 0 in the
+// process. The files are <step>_<pass>.txt: diff two neighbours to see what a pass did.
 class GraphDump {
  public:
   explicit GraphDump(const std::string& phase);

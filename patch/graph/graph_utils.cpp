@@ -59,20 +59,20 @@ WeightSource weight_source(const Value* weight, const Module& root) {
   if (is_layout(node) || is_aten(node, {"t", "numpy_T"})) {
     return weight_source(node->input(0), root);
   }
-  // One of equal or listed parts, along the rows.
-  const bool unpacks = node->kind() == c10::prim::ListUnpack || node->kind() == c10::aten::__getitem__;
-  const Node* split = unpacks ? node->input(0)->node() : node;
+  // Some of the rows: one piece of a split, or a slice.
+  const bool is_piece = node->kind() == c10::prim::ListUnpack || node->kind() == c10::aten::__getitem__;
+  const Node* split = is_piece ? node->input(0)->node() : node;
   if (!is_aten(split, {"chunk", "split", "split_with_sizes", "slice", "narrow"})) {
     return {};
   }
   WeightSource source = weight_source(split->input(0), root);
-  const bool takes = is_aten(split, {"slice", "narrow"});
-  const bool along_rows = constant_int(split->input(takes ? 1 : 2)) == 0;
-  if (!source.tensor.defined() || !along_rows || takes == unpacks) {
+  const bool is_slice = is_aten(split, {"slice", "narrow"});
+  const bool along_rows = constant_int(split->input(is_slice ? 1 : 2)) == 0;
+  if (!source.tensor.defined() || !along_rows || is_slice == is_piece) {
     return {};
   }
   source.is_part = true;
-  if (takes) {
+  if (is_slice) {
     source.first_row += constant_int(split->input(2)).value_or(0);
     return source;
   }
@@ -271,8 +271,8 @@ void replace_node(Node* node, at::ArrayRef<Value*> values) {
 }
 
 std::shared_ptr<Graph> compile_graph(const std::string& source, const std::string& name) {
-  // Nodes of an inlined call point to the function that they come from, and errors read it: units live as long as any
-  // graph may, that is, as long as the process. There are few sources.
+  // Inlined nodes point to the function that they came from, and error messages read it. So a unit has to outlive every
+  // graph: units live as long as the process. There are few sources.
   static std::mutex mutex;
   static auto* units = new std::map<std::string, torch::jit::CompilationUnit>();
   const std::lock_guard<std::mutex> lock(mutex);

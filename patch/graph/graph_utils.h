@@ -18,15 +18,15 @@ struct ModuleAttribute {
   c10::IValue value;
 };
 
-// Follows prim::GetAttr from `value` back to the graph's first input; nullopt when it starts anywhere else.
+// Follows prim::GetAttr from `value` back to the graph's first input; nullopt when the chain starts elsewhere.
 std::optional<ModuleAttribute> resolve_attribute(const torch::jit::Value* value, const torch::jit::Module& root);
 
 // The tensor behind a prim::Constant or a parameter of `root`; undefined when `value` is neither.
 at::Tensor resolve_tensor(const torch::jit::Value* value, const torch::jit::Module& root);
 
-// The parameter (or constant) that a linear map's weight is, or is a transposed, reshaped or cut out part of: a packed
-// in_proj_weight is split before its three products. `tensor` is the whole of it; undefined when the weight is computed
-// otherwise. `path` is empty for a constant.
+// The parameter or constant that a linear map reads its weight from: all of it, or some rows (a packed in_proj_weight
+// is split before its three products), perhaps transposed or reshaped. `tensor` is all of it, and undefined when the
+// weight is computed in another way. `path` is empty for a constant.
 struct WeightSource {
   at::Tensor tensor;
   std::string path;
@@ -48,7 +48,7 @@ std::string demangled_name(const c10::TypePtr& type);
 // True for a node of kind `aten::<name>` for one of `names`, with or without the in-place underscore.
 bool is_aten(const torch::jit::Node* node, std::initializer_list<const char*> names);
 
-// The same names with the underscore: an aten op that writes into its first operand.
+// True for an aten op whose name ends in the underscore: one that writes into its first operand.
 bool is_in_place(const torch::jit::Node* node);
 
 bool is_tensor(const torch::jit::Value* value);
@@ -59,30 +59,30 @@ bool has_unit_alpha(const torch::jit::Node* sum);
 // True when `node` stands in `block`, however deep.
 bool is_inside(const torch::jit::Node* node, const torch::jit::Block* block);
 
-// True for an op that works on every element of its one tensor for itself: activations, functions, dropout, casts.
+// True for an op on one tensor that computes each element from that element alone: activations, dropout, casts.
 bool is_elementwise(const torch::jit::Node* node);
 
-// Calls `visit` for every node, sub-blocks included, in execution order. `visit` may destroy the node it is given.
+// Calls `visit` for every node, sub-blocks included, in execution order. `visit` may destroy its node.
 void for_each_node(torch::jit::Block* block, const std::function<void(torch::jit::Node*)>& visit);
 
-// Users of `value` that compute with it: those that only ask for its size, dtype or device are left out.
+// Users of `value` that compute with its elements, not those that ask for its size, dtype or device only.
 std::vector<torch::jit::Use> data_uses(const torch::jit::Value* value);
 
-// The linear maps that `value` is computed from with no other linear map or attention in between, nearest first.
+// The linear maps that `value` is computed from without another linear map or attention in between, nearest first.
 std::vector<torch::jit::Node*> nearest_linears(torch::jit::Value* value);
 
-// `value` seen through ops that only rearrange it (view, transpose, contiguous, ...) or cast its type.
+// `value` before all ops that only rearrange it (view, transpose, contiguous, ...) or cast its type.
 torch::jit::Value* strip_layout(torch::jit::Value* value);
 bool is_layout(const torch::jit::Node* node);
 
-// The same, seen through dropout too: what carries the residual stream on unchanged.
+// `value` before all such ops and dropout. They carry the residual stream on.
 torch::jit::Value* strip_passive(torch::jit::Value* value);
 
-// Copies `body` before `node`, on `inputs`; returns the values that its outputs became.
+// Copies the nodes of `body` to before `node`, on `inputs`; returns the copies of its outputs.
 std::vector<torch::jit::Value*> insert_graph_before(torch::jit::Node* node, torch::jit::Graph& body,
                                                     at::ArrayRef<torch::jit::Value*> inputs);
 
-// Replaces every output of `node` by `values` and destroys it.
+// Replaces the outputs of `node` by `values` and destroys `node`.
 void replace_node(torch::jit::Node* node, at::ArrayRef<torch::jit::Value*> values);
 
 // The graph of a TorchScript function written in `source`, with all its calls inlined.

@@ -39,7 +39,8 @@ bool is_metadata(const Node* node) {
          (is_aten(node, {"size"}) && node->inputs().size() == 2);
 }
 
-// Puts something else in the place of metadata that is read inside the branches of `node`.
+// Hands every size, dtype and device that the branches of `node` read from tensors behind `point` to
+// `replace_metadata`.
 void replace_inner_metadata(Node* node, Node* point, const std::function<bool(Node*)>& replace_metadata) {
   for (Block* block : node->blocks()) {
     for_each_node(block, [&](Node* inner) {
@@ -53,7 +54,8 @@ void replace_inner_metadata(Node* node, Node* point, const std::function<bool(No
   }
 }
 
-// `replace_metadata` may make a size, dtype or device available in another way; then it returns true.
+// Moves `value`, and all that it is computed from, to before `point`. `replace_metadata` returns true when it has
+// replaced a size, dtype or device, whose node then stays.
 bool move_before(Value* value, Node* point, const std::function<bool(Node*)>& replace_metadata) {
   Node* node = value->node();
   if (node->kind() == c10::prim::Param || node->isBefore(point)) {
@@ -65,7 +67,7 @@ bool move_before(Value* value, Node* point, const std::function<bool(Node*)>& re
   if (node == point || node->owningBlock() != point->owningBlock() || node->hasSideEffects()) {
     return false;
   }
-  // The projections themselves stay: what depends on their contents cannot be known before them.
+  // Nothing that depends on the contents of a projection or an attention can be known before it.
   if (is_aten(node, {"linear", "scaled_dot_product_attention"})) {
     return false;
   }
@@ -81,7 +83,7 @@ bool move_before(Value* value, Node* point, const std::function<bool(Node*)>& re
   return true;
 }
 
-// What `value` is computed from behind `point`, itself included.
+// The values behind `point` that `value` is computed from, itself included.
 torch::jit::ValueSet computed_behind(Value* value, const Node* point) {
   torch::jit::ValueSet values;
   std::vector<Value*> frontier = {value};
@@ -96,7 +98,8 @@ torch::jit::ValueSet computed_behind(Value* value, const Node* point) {
   return values;
 }
 
-// Whether something writes in place into what `value` is computed from: a move would leave that write behind.
+// Whether a node writes in place into a value that `value` is computed from: moving `value` would leave the write
+// behind.
 bool is_written_behind(Value* value, Node* point) {
   const auto values = computed_behind(value, point);
   const bool moves = !values.empty() && value->node()->owningBlock() == point->owningBlock();
@@ -110,19 +113,19 @@ bool Hoist::read_from_anchor(Node* metadata, Node* point, Value* anchor) {
   torch::jit::WithInsertPoint guard(point);
   Value* replacement = nullptr;
   if (is_aten(metadata, {"size"})) {
-    const auto of = shapes_.shape(metadata->input(0));
-    const auto have = shapes_.shape(anchor);
+    const auto shape = shapes_.shape(metadata->input(0));
+    const auto anchor_shape = shapes_.shape(anchor);
     auto dim = constant_int(metadata->input(1));
-    if (!of || !have || !dim) {
+    if (!shape || !anchor_shape || !dim) {
       return false;
     }
-    const int64_t index = *dim < 0 ? *dim + static_cast<int64_t>(of->size()) : *dim;
-    const Dim& wanted = (*of)[index];
+    const int64_t index = *dim < 0 ? *dim + static_cast<int64_t>(shape->size()) : *dim;
+    const Dim& wanted = (*shape)[index];
     if (wanted.is_constant()) {
       replacement = graph->insertConstant(wanted.factor);
     }
-    for (size_t i = 0; i < have->size() && !replacement; ++i) {
-      if ((*have)[i] == wanted) {
+    for (size_t i = 0; i < anchor_shape->size() && !replacement; ++i) {
+      if ((*anchor_shape)[i] == wanted) {
         replacement = graph->insert(c10::aten::size, {anchor, static_cast<int64_t>(i)});
       }
     }

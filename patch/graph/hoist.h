@@ -12,13 +12,13 @@ class Hoist {
  public:
   explicit Hoist(const torch::jit::Module& root) : shapes_(root) {}
 
-  // Makes `value` available before `point`, with everything that it is computed from. Sizes, dtypes and devices of
-  // tensors that do not exist there yet are read from `anchor` instead, which has the same batch, tokens, dtype and
-  // device. False, with the graph still correct, when `value` depends on the contents of something later,
-  // or on memory that is written in place in between.
+  // Moves `value`, and all that it is computed from, to before `point`. Where that needs the size, dtype or device of a
+  // tensor that does not exist there yet, `anchor` gives it, which has the same batch, tokens, dtype and device.
+  // Returns false, and leaves a correct graph, when `value` depends on the contents of such a tensor, or on memory that
+  // is written in place in between.
   bool operator()(torch::jit::Value* value, torch::jit::Node* point, torch::jit::Value* anchor);
 
-  // The same without an anchor.
+  // Does the same without an anchor.
   static bool move(torch::jit::Value* value, torch::jit::Node* point);
 
  private:

@@ -14,7 +14,7 @@ torch::jit::Function& add_method(torch::jit::Module& module, const std::string& 
                                  const std::shared_ptr<torch::jit::Graph>& graph, std::vector<c10::Argument> arguments,
                                  std::vector<c10::Argument> returns);
 
-// Takes a method out of the class and out of its compilation unit, so that the name is free again.
+// Removes a method from the class and from its compilation unit. Its name is free afterwards.
 void remove_method(torch::jit::Module& module, const std::string& name);
 
 }  // namespace torchgraft

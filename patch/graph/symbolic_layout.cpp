@@ -89,7 +89,7 @@ std::optional<Shape> reshaped(SymbolicShapes& shapes, const Shape& from, const V
     return result;
   }
   auto rest = product(from).divided_by(known);
-  // A decoder's batch size that is used to view what comes from its encoder: a view keeps its first dimension.
+  // A decoder may view its encoder's result with a batch size of its own: equate the two first dimensions.
   if (!rest && !from.empty() && inferred != &result->front() && shapes.assume_equal(from.front(), result->front())) {
     rest = shapes.canonical(product(from)).divided_by(shapes.canonical(known));
   }
@@ -134,7 +134,7 @@ std::optional<Shape> viewed(SymbolicShapes& shapes, const Node* node, Shape from
   return std::nullopt;
 }
 
-// transpose, t, permute, movedim of one dimension.
+// transpose, swapaxes, swapdims, t, numpy_T and permute.
 std::optional<Shape> exchanged(SymbolicShapes& shapes, const Node* node, Shape from) {
   const size_t rank = from.size();
   if (is_aten(node, {"transpose", "swapaxes", "swapdims"})) {
@@ -163,7 +163,7 @@ std::optional<Shape> exchanged(SymbolicShapes& shapes, const Node* node, Shape f
   return std::nullopt;
 }
 
-// Ops that take a part of a dimension, or a dimension, away.
+// squeeze, select, slice and narrow.
 std::optional<Shape> cut_down(SymbolicShapes& shapes, const Node* node, Shape from) {
   if (node->inputs().size() < 2) {
     return std::nullopt;
@@ -226,7 +226,7 @@ std::optional<Shape> shape_of_layout(SymbolicShapes& shapes, const Node* node) {
   }
   const auto from = shapes.shape(node->input(0));
   if (!from) {
-    // A view of something unknown still says what comes out, unless a size is to be inferred.
+    // A view gives all sizes of its result, even when its input is unknown, unless one of them is -1.
     const auto sizes = is_aten(node, {"view", "reshape", "expand"}) ? shapes.integers(node->input(1)) : std::nullopt;
     const bool complete = sizes && std::find(sizes->begin(), sizes->end(), number(-1)) == sizes->end();
     return complete ? sizes : std::nullopt;

@@ -2,7 +2,7 @@
 
 #include <torchgraft/patch/graph/symbolic_shape.h>
 
-// How shapes go through views, splits and concatenations.
+// Shapes behind views, splits and concatenations.
 namespace torchgraft {
 
 // The shape of the output of `node`, an op that rearranges, cuts, joins or broadcasts tensors. nullopt for any other

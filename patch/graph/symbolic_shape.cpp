@@ -109,7 +109,7 @@ std::optional<Shape> SymbolicShapes::shape(const Value* value) {
     shapes_[value] = std::nullopt;  // a cycle through a loop ends here
     auto result = compute(value);
     known = shapes_.find(value);
-    if (result) {  // else a user of the value may have assumed its shape meanwhile
+    if (result) {  // else keep the shape that a user of the value may have assumed meanwhile
       known->second = std::move(result);
     }
   }
@@ -234,8 +234,8 @@ std::optional<Shape> SymbolicShapes::of_arithmetic(const Node* node) {
       }
     }
   }
-  // Beside an operand of unknown shape, one that carries the tokens says what comes out; a table (ALiBi's slopes) does
-  // not: it broadcasts against the other.
+  // When one operand is unknown, another that carries the tokens still gives the shape of the result. A table (ALiBi's
+  // slopes) does not: it broadcasts against the unknown one.
   const bool is_table =
       result && std::all_of(result->begin(), result->end(), [](const Dim& d) { return d.is_constant(); });
   return all_known || !is_table ? result : std::nullopt;

@@ -19,7 +19,7 @@ struct Dim {
   bool is_constant() const { return symbols.empty(); }
   bool operator==(const Dim&) const = default;
   Dim operator*(const Dim& other) const;
-  // The size that times `divisor` is this one; nullopt when there is none.
+  // This size divided by `divisor`; nullopt when `divisor` does not divide it.
   std::optional<Dim> divided_by(const Dim& divisor) const;
 };
 
@@ -28,11 +28,11 @@ using Shape = std::vector<Dim>;
 inline Dim number(int64_t factor) { return Dim{factor, {}}; }
 Dim product(const Shape& shape);
 
-// The constant `dim` counted from the front; nullopt when it is no constant or out of range.
+// `dim` counted from the front; nullopt when it is no constant or out of range.
 std::optional<size_t> position(const torch::jit::Value* dim, size_t rank);
 
-// Shapes of a graph's values, worked out on demand and as far as they can be known without an input: weights are
-// concrete, sizes are symbols. A graph file keeps no shapes, and a recogniser must know which dimension is the batch.
+// Works out the shapes of a graph's values on demand, as far as they follow without an input: the sizes of weights are
+// numbers, others are symbols. A saved graph has no shapes, and recognisers must know which dimension is the batch.
 //
 // A linear map on a value of unknown shape is taken to see [a, b, features], an embedding to see [a, b].
 class SymbolicShapes {
@@ -42,23 +42,22 @@ class SymbolicShapes {
   // nullopt when the value is not a tensor or its rank cannot be known.
   std::optional<Shape> shape(const torch::jit::Value* value);
 
-  // The value of an int; one that is not understood is a symbol of its own.
+  // The value of an int; a fresh symbol when the int is not understood.
   Dim integer(const torch::jit::Value* value);
 
-  // The values of a list of ints; nullopt when the list is not made in one place.
+  // The values of a list of ints; nullopt when the list is neither a constant nor one ListConstruct.
   std::optional<Shape> integers(const torch::jit::Value* list);
 
   // A symbol that stands for no other size yet.
   Dim fresh();
 
-  // Takes two sizes for the same from now on; false when they are not single symbols, of which alone that can be said.
+  // Equates two sizes from now on. Returns false, and does nothing, unless both are single symbols.
   bool assume_equal(const Dim& a, const Dim& b);
 
-  // The same for two numbers of elements that are equal: what is left after common factors, when that is one symbol
-  // each.
+  // Equates what two equal numbers of elements leave without their common factors, if that is one symbol each.
   void assume_equal_products(const Dim& a, const Dim& b);
 
-  // `dim` in the symbols that stand for it after what was assumed.
+  // `dim` with each symbol replaced by the one that it was equated with.
   Dim canonical(Dim dim) const;
 
  private:

@@ -9,7 +9,8 @@
 
 namespace torchgraft {
 
-// The nodes of a graph that write in place, and what they write into. Holds for the graph as it was when this was made.
+// The nodes of a graph that write in place, and what they write into. Describes the graph at construction; not later
+// changes.
 class Writes {
  public:
   explicit Writes(const std::shared_ptr<torch::jit::Graph>& graph);

@@ -13,15 +13,15 @@ enum class BottleneckInput { kBranch, kNormedSum, kResidual };
 // What its result is added to (residual_before_ln, which matters with original_ln_before only).
 enum class BottleneckResidual { kBranch, kSum, kNormedSum };
 
-// All of a configuration that changes the graph around the op, and not the op's parameters alone. Adapters of one form
-// share an op.
+// What a configuration changes in the graph around the op, beyond the op's parameters. Adapters of one form share an
+// op.
 struct BottleneckForm {
   BottleneckInput input = BottleneckInput::kBranch;
   BottleneckResidual residual = BottleneckResidual::kBranch;
   bool norm_before = false;         // ln_before
   bool norm_after = false;          // ln_after
   bool residual_in_norm = false;    // adapter_residual_before_ln, with ln_after: LN(adapter + residual)
-  bool replaces_norm = false;       // not original_ln_after: its result is that of the norm behind it (or of the add)
+  bool replaces_norm = false;       // not original_ln_after: its result replaces that of the norm or add behind it
   bool scaling_is_trained = false;  // "learned" or "channel"
   std::string non_linearity;
 
@@ -33,7 +33,7 @@ struct BottleneckForm {
 
 BottleneckForm bottleneck_form(const BnConfig& config);
 
-// What slots of this form are called behind their location: "seq_ln_relu", "seq_ln_add_norm_after_swish".
+// The part of a slot's name behind the location: "seq_ln_relu", "seq_ln_add_norm_after_swish".
 std::string to_string(const BottleneckForm& form);
 
 }  // namespace torchgraft

@@ -14,28 +14,29 @@ using torch::jit::Node;
 using torch::jit::Value;
 
 constexpr size_t kX = 0;
-constexpr size_t kBase = 1;  // what the op adds its result to: the second argument of both
+constexpr size_t kBase = 1;  // the operand that the op adds its result to, in both ops
 
-// An op, what it becomes with a linear map, and whether that reads the op's own x.
-struct Form {
+// An adapter op, the op that it becomes with a linear map, and whether the linear map must read the op's x.
+struct Fusion {
   c10::Symbol op;
   c10::Symbol fused;
   bool reads_same_x;
 };
 
-const Form* form_of(const Node* node) {
-  static const std::vector<Form> kForms = {{c10::Symbol::fromQualString("torchgraft::gated_lora"),
-                                            c10::Symbol::fromQualString("torchgraft::gated_lora_linear"), true},
-                                           {c10::Symbol::fromQualString("torchgraft::gated_bottleneck"),
-                                            c10::Symbol::fromQualString("torchgraft::gated_bottleneck_linear"), false}};
-  const auto found =
-      std::find_if(kForms.begin(), kForms.end(), [node](const Form& form) { return form.op == node->kind(); });
-  return found == kForms.end() ? nullptr : &*found;
+const Fusion* fusion_of(const Node* node) {
+  static const std::vector<Fusion> kFusions = {
+      {c10::Symbol::fromQualString("torchgraft::gated_lora"),
+       c10::Symbol::fromQualString("torchgraft::gated_lora_linear"), true},
+      {c10::Symbol::fromQualString("torchgraft::gated_bottleneck"),
+       c10::Symbol::fromQualString("torchgraft::gated_bottleneck_linear"), false}};
+  const auto found = std::find_if(kFusions.begin(), kFusions.end(),
+                                  [node](const Fusion& fusion) { return fusion.op == node->kind(); });
+  return found == kFusions.end() ? nullptr : &*found;
 }
 
 bool is_used_once(const Node* node) { return node->outputs().size() == 1 && node->output()->uses().size() == 1; }
 
-// Dropout that was traced in eval mode.
+// Whether `node` is dropout that was traced in eval mode.
 bool does_nothing(const Node* node) {
   if (!is_aten(node, {"dropout"})) {
     return false;
@@ -44,7 +45,8 @@ bool does_nothing(const Node* node) {
   return train && train->isBool() && !train->toBool();
 }
 
-// The linear map is computed where the op is: what it reads must not have changed by then.
+// Whether no node between the two writes into a tensor. A fused op runs the linear map at `last`: its inputs must not
+// have changed by then.
 bool nothing_writes_between(const Node* first, const Node* last) {
   for (const Node* node = first->next(); node != last; node = node->next()) {
     const auto* schema = node->maybeSchema();
@@ -56,23 +58,23 @@ bool nothing_writes_between(const Node* first, const Node* last) {
   return true;
 }
 
-// An op and the linear map whose result it updates, which nothing else sees.
+// An adapter op and the linear map whose result it updates. Nothing else reads that result.
 struct Pair {
   Node* op = nullptr;
-  const Form* form = nullptr;
-  std::vector<Node*> between;  // from the op to the linear map: what does nothing
-  Node* linear = nullptr;      // null: there is none
+  const Fusion* fusion = nullptr;
+  std::vector<Node*> between;  // nodes that do nothing, from the op to the linear map
+  Node* linear = nullptr;      // null when there is none
 };
 
-Pair pair_of(Node* op, const Form* form) {
-  Pair pair{op, form, {}, nullptr};
+Pair pair_of(Node* op, const Fusion* fusion) {
+  Pair pair{op, fusion, {}, nullptr};
   Node* base = op->input(kBase)->node();
   while (does_nothing(base) && is_used_once(base)) {
     pair.between.push_back(base);
     base = base->input(0)->node();
   }
   const bool is_own = is_aten(base, {"linear"}) && is_used_once(base) && base->owningBlock() == op->owningBlock() &&
-                      (!form->reads_same_x || base->input(0) == op->input(kX));
+                      (!fusion->reads_same_x || base->input(0) == op->input(kX));
   if (is_own && nothing_writes_between(base, op)) {
     pair.linear = base;
   }
@@ -81,12 +83,12 @@ Pair pair_of(Node* op, const Form* form) {
 
 Node* create_fused(Graph& graph, const Pair& pair) {
   std::vector<Value*> inputs;  // x, (input,) weight, bias, and what follows the base
-  if (!pair.form->reads_same_x) {
+  if (!pair.fusion->reads_same_x) {
     inputs.push_back(pair.op->input(kX));
   }
   inputs.insert(inputs.end(), pair.linear->inputs().begin(), pair.linear->inputs().end());
   inputs.insert(inputs.end(), pair.op->inputs().begin() + kBase + 1, pair.op->inputs().end());
-  return graph.create(pair.form->fused, inputs, pair.op->outputs().size());
+  return graph.create(pair.fusion->fused, inputs, pair.op->outputs().size());
 }
 
 }  // namespace
@@ -94,8 +96,8 @@ Node* create_fused(Graph& graph, const Pair& pair) {
 size_t fuse_projections(const std::shared_ptr<Graph>& graph) {
   std::vector<Pair> pairs;
   for_each_node(graph->block(), [&](Node* node) {
-    if (const Form* form = form_of(node)) {
-      Pair pair = pair_of(node, form);
+    if (const Fusion* fusion = fusion_of(node)) {
+      Pair pair = pair_of(node, fusion);
       if (pair.linear) {
         pairs.push_back(std::move(pair));
       }

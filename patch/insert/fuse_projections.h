@@ -4,9 +4,9 @@
 
 namespace torchgraft {
 
-// linear(x, weight, bias) becomes one op with the only one that uses its result: with a gated_lora on the same x a
-// gated_lora_linear, which reads x once; as the residual of a gated_bottleneck (a parallel one) a
-// gated_bottleneck_linear. The results stay as they are, up to rounding. Returns how many there are.
+// Makes one op of linear(x, weight, bias) and the adapter op that alone reads its result: a gated_lora on the same x
+// becomes gated_lora_linear, which reads x once; a gated_bottleneck whose residual it is (a parallel one) becomes
+// gated_bottleneck_linear. Results are the same, up to rounding. Returns the number of fused ops.
 size_t fuse_projections(const std::shared_ptr<torch::jit::Graph>& graph);
 
 }  // namespace torchgraft

@@ -13,10 +13,10 @@ struct InsertOptions {
   std::optional<size_t> token_mask_input;  // the graph input that is the token mask; else each attention's own mask
 };
 
-// Inserts one torchgraft:: op per run of a slot into `graph`, whose sites are `sites`, and one more wherever a
-// projection with a LoRA is applied outside its attention; returns how many. Adds the inputs `adapter_ids: Tensor?` and
-// makes the graph return (its result, gates: Tensor[]) with one gate per run, in their order. `module`, the graph's
-// `self`, must have the submodule `adapters` that holds the slots.
+// Inserts one torchgraft:: op per run into `graph`, whose sites are `sites`, and one more wherever a projection with a
+// LoRA is applied outside its attention. Returns the number of ops. Adds the input `adapter_ids: Tensor?`, and makes
+// the graph return (its result, gates: Tensor[]), one gate per run in the order of `runs`. `module`, the graph's
+// `self`, must have the submodule `adapters` with the slots.
 size_t insert_adapters(const std::shared_ptr<torch::jit::Graph>& graph, const GraphSites& sites,
                        const std::vector<Slot>& slots, const std::vector<SlotRun>& runs,
                        const torch::jit::Module& module, const InsertOptions& options);

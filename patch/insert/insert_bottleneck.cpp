@@ -49,8 +49,8 @@ Node* BottleneckInserter::call_bottleneck(const Slot& slot, Value* x, Value* res
       named);
 }
 
-// The op adds the residual itself, unless a norm or dropout comes between. Its gate reads what its down projection
-// reads, unless a norm comes before that: then the gate is pooled beside the op.
+// The op adds the residual itself, unless a norm or dropout comes between. The op pools its gate from the input of its
+// down projection. When a norm comes before that projection, the gate is pooled outside the op, from x.
 std::pair<Value*, Value*> BottleneckInserter::bottleneck(const Slot& slot, Value* x, Value* residual) {
   Value* module = inserter_.slot_module(slot);
   const BottleneckForm& form = slot.form;
@@ -88,7 +88,9 @@ std::pair<Value*, Value*> BottleneckInserter::bottleneck(const Slot& slot, Value
 void BottleneckInserter::replace_stream(ResidualState& state, const Slot& slot, Value* output) {
   const ResidualSite& site = state.site;
   TORCH_CHECK(site.sum == site.add, "graft: original_ln_after=False has no meaning for ", slot.location, " of layer ",
-              slot.number, ", whose attention and feed-forward block are parallel: their results are added together");
+              slot.number,
+              ", whose attention and feed-forward block are parallel: the model adds their results "
+              "together; use original_ln_after=True");
   if (!state.stream) {
     state.stream = (site.norm ? site.norm : site.sum)->output();
   }

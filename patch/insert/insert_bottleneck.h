@@ -7,13 +7,13 @@
 
 namespace torchgraft {
 
-// A residual site as it is being rewritten: ops chain on the branch, but each reads the original values.
+// A residual site while it is rewritten: ops follow each other on the branch, but each reads the original values.
 struct ResidualState {
   ResidualSite site;
   torch::jit::Value* branch = nullptr;      // before any adapter
   torch::jit::Value* sum = nullptr;         // branch + residual, made when an adapter asks for it
   torch::jit::Value* normed_sum = nullptr;  // norm(branch + residual), likewise
-  // What the model has behind the norm, or behind the add, with the adapters so far.
+  // The residual stream behind the norm, or behind the add, with the adapters so far.
   torch::jit::Value* stream = nullptr;
 };
 
@@ -32,20 +32,20 @@ class BottleneckInserter {
   using Value = torch::jit::Value;
 
   Value* sum(ResidualState& state);
-  // What original_ln_before feeds its adapter: the sum that the model makes, and the norm of that sum in a post-norm
-  // model.
+  // The input of an adapter with original_ln_before: the norm of the model's sum, or the sum itself in a model without
+  // a norm there.
   Value* normed_sum(ResidualState& state);
   // (output, gate) of a bottleneck on x; x and residual are [B, S, H].
   std::pair<Value*, Value*> bottleneck(const Slot& slot, Value* x, Value* residual);
   Node* call_bottleneck(const Slot& slot, Value* x, Value* residual, at::ArrayRef<NamedValue> named);
-  // Without original_ln_after the adapter's output replaces the stream: neither residual nor norm follows.
+  // Puts the adapter's output in place of the stream (original_ln_after=False): neither residual nor norm follows.
   void replace_stream(ResidualState& state, const Slot& slot, Value* output);
 
   Inserter& inserter_;
   torch::jit::Graph& graph_;
   // By the add and the operand that is the branch: parallel blocks may be two operands of one add.
   std::map<std::pair<const Node*, size_t>, ResidualState> residuals_;
-  std::map<const Value*, Value*> streams_;  // what has taken the place of a value of the residual stream
+  std::map<const Value*, Value*> streams_;  // values of the residual stream, and their replacements
 };
 
 }  // namespace torchgraft

@@ -50,7 +50,7 @@ std::pair<Value*, Value*> LoraInserter::lora(const Slot& slot, Value* x, Value* 
   if (slot.lora == LoRAForm::kAdd) {
     return result;
   }
-  // Plain ATen code around or instead of the op; rows of other adapters keep the base's result.
+  // Plain ATen code around or instead of the op. Rows of other adapters keep the base's result.
   RowFunctions rows(graph_, adapter_ids, adapter);
   const auto of = [&](const char* name) { return inserter_.parameter(slot, module, name); };
   if (slot.lora == LoRAForm::kScale) {
@@ -74,7 +74,7 @@ Value* LoraInserter::operator()(const Slot& slot, const LinearSite& site) {
 Value* LoraInserter::insert(const Slot& slot, const LinearSite& site) {
   // Ops on a packed projection follow each other: `whole` is its result so far.
   Value* whole = projections_.try_emplace(site.node, site.node->output()).first->second;
-  Node* end = inserter_.marker_behind(whole->node());  // the users see the updated value
+  Node* end = inserter_.marker_behind(whole->node());  // users behind it read the updated value
   WithInsertPoint guard(end);
   Value* base = whole;
   if (site.is_part) {
@@ -85,7 +85,7 @@ Value* LoraInserter::insert(const Slot& slot, const LinearSite& site) {
                                    inserter_.active(), inserter_.token_mask(slot));
   Value* updated = inserter_.swapped(output, site.sequence_first);
   if (site.sequence_first && !site.is_part) {
-    updated = graph_.insert(c10::aten::contiguous, {updated});  // as a linear's result is: views of it must work
+    updated = graph_.insert(c10::aten::contiguous, {updated});  // as the linear map's result was: it may be viewed
   }
   if (site.is_part) {
     updated = graph_.insert(c10::aten::slice_scatter, {whole, updated, -1, site.offset, site.offset + site.width, 1});
@@ -106,7 +106,8 @@ def one_adapter(adapter_ids: Optional[Tensor], active: int) -> int:
         return active
     first = int(adapter_ids[0])
     assert bool((adapter_ids == first).all()), "torchgraft: rows of one batch cannot have different adapters in this " \
-        "model: it applies a projection that has a LoRA to relative positions, which all rows share"
+        "model: it applies a projection that has a LoRA to relative positions, which all rows share; use one adapter " \
+        "per batch"
     return first
 )python",
                                            "one_adapter");

@@ -20,12 +20,12 @@ class LoraInserter {
   using Value = torch::jit::Value;
 
   Value* insert(const Slot& slot, const LinearSite& site);
-  // A linear map with the slot's weight on [1, P, features] gets the same LoRA; its gate is pooled over the P
+  // Adds the same LoRA to a linear map with the same weight on [1, P, features]; its gate is pooled over the P
   // positions.
   void insert_elsewhere(const Slot& slot, Node* linear);
-  // The adapter of every row, computed before anything else: what all rows share can have only one.
+  // The adapter that all rows have, computed at the graph's top: a value that rows share can have only one.
   Value* one_adapter();
-  // (output, gate) of a LoRA; x is [B, S, in], base [B, S, out]. `adapter_ids` and `adapter` say whose.
+  // (output, gate) of a LoRA; x is [B, S, in], base [B, S, out]. `adapter_ids` and `adapter` choose the adapters.
   std::pair<Value*, Value*> lora(const Slot& slot, Value* x, Value* base, Value* adapter_ids, Value* adapter,
                                  Value* token_mask);
   // The same where the update reads `x` after dropout; the gate reads `x` itself.
@@ -34,8 +34,8 @@ class LoraInserter {
 
   Inserter& inserter_;
   torch::jit::Graph& graph_;
-  std::map<const Node*, Value*> projections_;  // by the linear: its result with the adapters so far
-  Value* one_adapter_ = nullptr;               // see one_adapter()
+  std::map<const Node*, Value*> projections_;  // results of linear maps with the adapters so far
+  Value* one_adapter_ = nullptr;
 };
 
 }  // namespace torchgraft

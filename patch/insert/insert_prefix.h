@@ -4,7 +4,7 @@
 
 namespace torchgraft {
 
-// Puts a gated_prefix_attention in the place of the attention of the inserter's layer; the attention itself is dead
+// Replaces the attention of the inserter's layer by a gated_prefix_attention; the node of the attention is dead
 // afterwards. Returns the gate.
 torch::jit::Value* insert_prefix(Inserter& inserter, const Slot& slot);
 

@@ -22,7 +22,7 @@ Inserter::Inserter(Graph& graph, const GraphSites& sites, const torch::jit::Modu
           ->output();
   adapters_->setType(root.attr("adapters").toModule().type());
   active_ = graph.insertGetAttr(adapters_, "active");
-  Node* end = graph.insertNode(graph.createNone());  // dead in the end
+  Node* end = graph.insertNode(graph.createNone());  // trained banks are made before it; dead code in the end
   trained_.emplace(graph, sites, root, adapters_, end);
   if (options.token_mask_input) {
     input_mask_ = graph.insert(c10::aten::ne, {graph.inputs()[*options.token_mask_input], 0});
@@ -93,8 +93,7 @@ void Inserter::prepare_token_masks(const std::vector<Slot>& slots, const std::ve
       TORCH_CHECK(is_none(mask) || hoist(mask, first->node, x),
                   "graft: gate_pooling=\"unpadded\": the attention mask of layer ", layer,
                   " is computed from its queries or keys, or written in place behind them, so it is not known before "
-                  "them; name the forward argument "
-                  "that is the token mask (token_mask_input)");
+                  "them; name the forward argument that is the token mask (token_mask_input)");
       shared =
           call("attention_token_mask", {NamedValue(swapped(x, first->sequence_first)), NamedValue(mask)}, {})->output();
     }

@@ -13,8 +13,8 @@
 
 namespace torchgraft {
 
-// What insert_lora, insert_prefix and insert_bottleneck share while ops are written into one graph: its inputs
-// adapter_ids and active, the banks of a slot as values, and the calls of ops.
+// What insert_lora, insert_prefix and insert_bottleneck share while they write ops into one graph: the values of
+// adapter_ids and of the active adapter, the banks of a slot as values, and the calls of ops.
 class Inserter {
  public:
   using Graph = torch::jit::Graph;
@@ -22,11 +22,11 @@ class Inserter {
   using Node = torch::jit::Node;
   using Value = torch::jit::Value;
 
-  // Adds the input adapter_ids to `graph`. What is passed must outlive this.
+  // Adds the input adapter_ids to `graph`. All arguments must outlive the Inserter.
   Inserter(Graph& graph, const GraphSites& sites, const torch::jit::Module& root, const InsertOptions& options);
 
-  // For gate_pooling="unpadded" without a token mask input: one mask of real tokens per attention mask, computed before
-  // the first projection of the layer, so that every op of the layer can read it. Call it before anything is inserted.
+  // Makes one mask of real tokens per attention mask, before the layer's first projection, so that every op of the
+  // layer can read it. For gate_pooling="unpadded" without a token mask input. Call it before any op is inserted.
   void prepare_token_masks(const std::vector<Slot>& slots, const std::vector<SlotRun>& runs,
                            const torch::jit::Module& root);
 
@@ -46,7 +46,7 @@ class Inserter {
   Value* parameter(const Slot& slot, Value* module, const std::string& name);
   // `value` after the slot's dropout, which acts in training mode.
   Value* dropped(const Slot& slot, Value* value);
-  // Null where gates are means over all tokens, or where the slot has none.
+  // The tokens that the slot's gate is a mean over; null for all tokens, or without a gate.
   Value* token_mask(const Slot& slot);
   // gate_weight and gate_bias.
   std::vector<NamedValue> gate_arguments(const Slot& slot, Value* module);
@@ -65,7 +65,7 @@ class Inserter {
   const GraphSites& sites_;
   const InsertOptions& options_;
   std::map<const Value*, Value*> shared_masks_;  // token masks by attention mask
-  std::map<size_t, Value*> token_masks_;         // and by layer
+  std::map<size_t, Value*> token_masks_;         // token masks by layer
   size_t ops_ = 0;
   size_t layer_ = 0;
   Value* adapters_ = nullptr;

@@ -7,9 +7,9 @@ namespace {
 
 using torch::jit::Value;
 
-// A bank is read as [1, ...] when all rows use one adapter and as [B, ...] when each has its own; both broadcast. The
-// gate of a row without an adapter is 0, which takes away all that a method adds; its prefix is hidden.
-// 11 is torch.bool, for which source that is compiled in C++ has no name.
+// A bank is read as [1, ...] when all rows use one adapter, and as [B, ...] when each has its own; both broadcast. A
+// row without an adapter has a gate of 0, which removes what a method adds, and sees no prefix. 11 is torch.bool:
+// TorchScript that is compiled in C++ has no name for it.
 constexpr const char* kSource = R"python(
 def selected(bank: Tensor, adapter_ids: Optional[Tensor], adapter: int) -> Tensor:
     if adapter_ids is None:

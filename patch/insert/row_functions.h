@@ -7,12 +7,12 @@
 
 namespace torchgraft {
 
-// TorchScript source of the functions that plain ATen code around the ops is made of; row_functions.cpp says what each
-// does. decompose_adapters appends its own to it.
+// TorchScript source of the functions below, which make the plain ATen code around the ops. decompose_adapters appends
+// functions of its own.
 const std::string& row_source();
 
 // Inserts calls of these functions at the graph's insert point. Rows use the adapters that `adapter_ids` (Tensor?)
-// gives them, or `adapter` (int) when it is None; -1 is the base.
+// gives them, or all of them `adapter` (int) when adapter_ids is None; -1 is the base.
 class RowFunctions {
  public:
   RowFunctions(torch::jit::Graph& graph, torch::jit::Value* adapter_ids, torch::jit::Value* adapter)
@@ -29,7 +29,7 @@ class RowFunctions {
   torch::jit::Value* scaled(torch::jit::Value* base, torch::jit::Value* vector, torch::jit::Value* scaling,
                             torch::jit::Value* gate);
 
-  // DoRA: x [B, S, O], but for `fixed`, times magnitude / weight_norm; banks [N, O].
+  // DoRA: (x - fixed) * magnitude / weight_norm + fixed, for x [B, S, O] and banks [N, O].
   torch::jit::Value* with_magnitude(torch::jit::Value* x, torch::jit::Value* magnitude, torch::jit::Value* weight_norm,
                                     torch::jit::Value* fixed);
 

@@ -15,7 +15,7 @@ using torch::jit::Node;
 
 using Objects = std::unordered_map<const c10::ivalue::Object*, c10::intrusive_ptr<c10::ivalue::Object>>;
 
-// The same object tree with each tensor's contents replaced by one element that all indices share.
+// Copies an object tree with tensors of the same shapes, in which all indices share one element.
 c10::intrusive_ptr<c10::ivalue::Object> hollow(const c10::ivalue::Object& object, Objects& done) {
   if (const auto found = done.find(&object); found != done.end()) {
     return found->second;

@@ -4,8 +4,9 @@
 
 namespace torchgraft {
 
-// Checks a grafted module: its graphs are well-formed, hold exactly `ops` ops, and survive saving and loading (on
-// a copy without weights, so that a large model costs nothing). Throws c10::Error: a failure is a bug of torchgraft's.
+// Checks that the graphs of a grafted module are well-formed, hold exactly `ops` ops, and survive saving and loading.
+// It saves a copy without weights, so that a large model costs nothing. Throws c10::Error: a failure is a bug in
+// torchgraft.
 void verify_grafted(const torch::jit::Module& module, size_t ops);
 
 }  // namespace torchgraft

@@ -21,13 +21,13 @@ struct Adapter {
   AdapterConfig config;
   Plan plan = {};
   AdapterWeights weights = {};
-  bool merged = false;             // a LoRA that the base's weights hold: its scaling is 0
+  bool merged = false;             // a LoRA that is in the base's weights: its scaling is 0
   bool trainable = false;          // has parameters of its own instead of rows of the banks
-  Reparametrisation sources = {};  // of a trainable one: what `weights` are computed from
+  Reparametrisation sources = {};  // what a trainable adapter's `weights` are computed from
   std::optional<Head> head = std::nullopt;
 };
 
-// Position of `name` among `adapters`; throws c10::Error that lists the names, on behalf of the function `what`.
+// Position of `name` among `adapters`. Throws c10::Error that lists the names, on behalf of the function `what`.
 size_t find_adapter(const std::vector<Adapter>& adapters, const std::string& name, const char* what);
 
 }  // namespace torchgraft

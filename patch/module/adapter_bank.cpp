@@ -12,7 +12,7 @@
 namespace torchgraft {
 namespace {
 
-// Dropout changes the graph around an op, and acts in training only. Prefixes have theirs in front of the bank.
+// The dropout that changes the graph around the op. It acts in training only. Prefixes have theirs before the bank.
 double dropout_at(const Adapter& adapter, const PlannedModule& module) {
   if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method)) {
     return adapter.trainable ? bottleneck->config.dropout : 0.0;
@@ -94,7 +94,7 @@ at::Tensor stack_parameter(const std::vector<Adapter>& adapters, const Members& 
   return bank;
 }
 
-// What is trained of a trainable member.
+// The own parameters of a trainable member, and the shapes of its computed weights.
 OwnWeights own_weights(const Adapter& adapter, size_t index, const PlannedModule& module,
                        const ModuleWeights& weights) {
   OwnWeights own{index, adapter.name, module};
@@ -159,7 +159,7 @@ Slot stack_slot(const std::vector<Adapter>& adapters, const Members& members) {
     if (adapters[a].trainable) {
       slot.own.push_back(own_weights(adapters[a], a, adapters[a].plan[m], adapters[a].weights[m]));
       for (const auto& [name, tensor] : slot.own.back().parameters) {
-        slot.parameters.at(name)[static_cast<int64_t>(a)].zero_();  // nobody reads it
+        slot.parameters.at(name)[static_cast<int64_t>(a)].zero_();  // this row is never read
       }
     }
   }

@@ -10,7 +10,7 @@
 
 namespace torchgraft {
 
-// What one trainable adapter has at a slot instead of a row of the bank.
+// The weights that one trainable adapter has in a slot, instead of a row of the bank.
 struct OwnWeights {
   size_t adapter = 0;
   std::string name;  // of the adapter
@@ -19,66 +19,66 @@ struct OwnWeights {
   std::map<std::string, at::Tensor> parameters = {};          // shapes as in plan/adapter_weights.h
 };
 
-// One op to insert: a place, and the parameters of all adapters there, stacked. Adapters of one place share an op when
-// their computation differs in parameters only (for bottlenecks: those of one form).
+// A site together with a way of computing, and the banks of the adapters that have it. Adapters share a slot when they
+// differ in parameters only; bottlenecks, when they have one form. A slot is one op in the graph for each run of its
+// layer.
 struct Slot {
   int64_t layer = 0;         // Layer::index: the attention where it runs first
   int64_t number = 0;        // Layer::number: of the Transformer layer
-  std::string location;      // the oracle's key, e.g. "selfattn_lora"
+  std::string location;      // "selfattn_lora"
   std::string site;          // "selfattn_lora_q"
-  std::string name;          // the slot's module name: "selfattn_lora_q", "output_adapter_seq_ln_relu"
+  std::string name;          // also of the slot's submodule: "selfattn_lora_q", "output_adapter_seq_ln_relu"
   BottleneckForm form = {};  // of bottlenecks
   LoRAForm lora = LoRAForm::kAdd;
-  std::map<std::string, at::Tensor> parameters =
-      {};                           // [N, ...], see plan/adapter_weights.h; prefix_length [N]; present, bool [N]
-  std::vector<int64_t> gates = {};  // per adapter: how many gates it has here; 0 = not gated, or not here
-  double dropout = 0.0;             // of the one trainable adapter that then has the slot for itself
+  // Banks [N, ...] of the parameters in plan/adapter_weights.h; also prefix_length [N], and present, bool [N].
+  std::map<std::string, at::Tensor> parameters = {};
+  std::vector<int64_t> gates = {};  // by adapter: how many gates it has in this slot; 0 also when it is not in the slot
+  double dropout = 0.0;             // above 0 only in a slot that one trainable adapter has for itself
   std::vector<OwnWeights> own = {};
 
-  // Whether some adapter has a row of the bank `parameter`, whose rows of trainable adapters are not read.
+  // Whether a row of the bank `parameter` is read: not when the only adapter has the parameter for itself.
   bool has_bank(const std::string& parameter) const;
 };
 
-// Whether a parameter of a bank is learned. A scaling is alpha / r, or a number of the config, unless it is a
-// bottleneck's "learned" or "channel" (BottleneckForm::scaling_is_trained).
+// Whether a parameter of a bank is trained. A scaling is not: it is alpha / r, or a number of the config. A
+// bottleneck's scaling "learned" or "channel" is (BottleneckForm::scaling_is_trained).
 bool is_trained(const std::string& parameter, bool scaling_is_trained);
 
 // The same for one adapter: Compacter without phm_bias has no biases.
 bool is_trained(const std::string& parameter, const PlannedModule& module);
 
-// The weights of `module` that a trainable adapter computes in every pass: those that `sources` make, and the norms of
-// DoRA, which follow from the LoRA and the base's weight.
+// The weights of `module` that a trainable adapter computes in every pass: those made of its `sources`, and the norms
+// of DoRA, which follow from the LoRA and the base's weight.
 std::set<std::string> computed_weights(const Adapter& adapter, const PlannedModule& module);
 
-// The module of a layer that holds the bank of a planned module: "selfattn_lora_q", "output_adapter_seq_ln_relu".
+// The slot of a planned module: "selfattn_lora_q", "output_adapter_seq_ln_relu".
 std::string slot_name(const PlannedModule& module);
 
-// The same for `adapter`, which has a slot for itself where it is trained with dropout.
+// The same for a module of `adapter`, which has a slot for itself when it is trained with dropout.
 std::string slot_name(const Adapter& adapter, const PlannedModule& module);
 
-// Whether one number of an adapter stands for all in that dimension of its bank: one gate for keys and values, one
-// scale for all channels.
+// Whether one number of an adapter fills a whole row of its bank along `dim`: one gate for keys and values, one scale
+// for all channels.
 bool broadcasts(const std::string& parameter, int64_t dim);
 
-// What a bank holds for an adapter that lacks a parameter.
+// The number that a bank holds for an adapter without the parameter.
 double missing_value(const std::string& parameter);
 
-// Copies a parameter into the row of a bank, which may be larger (ranks, prefix lengths); what is over stays as it is.
+// Copies a parameter into its row of a bank. The row may be larger (ranks, prefix lengths); the rest stays as it is.
 void write_parameter(at::Tensor row, const std::string& parameter, const at::Tensor& value);
 
-// Stacks adapters into banks, in execution order. Ranks and prefix lengths are padded with zeros; an adapter without a
-// gate in a gated bank has gate_weight 0 and gate_bias +inf (a gate of exactly 1); an adapter that is not at a place
-// has scaling 0 (or prefix_length 0) there. Trainable adapters have OwnWeights.
+// Stacks adapters into banks, in execution order. Ranks and prefix lengths are padded with zeros. In a slot with gates
+// an adapter without a gate has gate_weight 0 and gate_bias +inf (a gate of exactly 1). An adapter that is not in a
+// slot has scaling 0 (or prefix_length 0) there. Trainable adapters have OwnWeights.
 std::vector<Slot> stack_banks(const std::vector<Adapter>& adapters);
 
-// One op in the graph: a slot in one run of its layer. A layer whose weights run many times has one set of slots.
+// One op in the graph: a slot in one run of its layer. A layer that runs many times has one set of slots.
 struct SlotRun {
   size_t slot = 0;   // index into the slots
   size_t layer = 0;  // index into the structure's layers
 };
 
-// All ops that `slots` make on `structure`, in execution order; the gates that grafted_forward returns are in this
-// order.
+// All runs of `slots` on `structure`, in execution order. grafted_forward returns its gates in this order.
 std::vector<SlotRun> slot_runs(const std::vector<Slot>& slots, const Structure& structure);
 
 }  // namespace torchgraft

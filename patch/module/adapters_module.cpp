@@ -7,8 +7,8 @@ namespace {
 
 using torch::jit::Module;
 
-// `gates` has one tensor [B, G] per inserted op, in the order of gate_layers, gate_locations and gate_counts.
-// Rows of an adapter are those that adapter_ids gives it, or all when it is the active one.
+// `gates` has one tensor [B, G] per inserted op, in the order of gate_layers, gate_locations and gate_counts. An
+// adapter has the rows that adapter_ids gives it or, without adapter_ids, all rows when it is active.
 constexpr const char* kMethods = R"python(
 def activate(self, name: str) -> None:
     found = -1
@@ -77,7 +77,7 @@ Module child(Module& parent, const std::string& name, const std::string& class_n
   return module;
 }
 
-// The child of that name, made if need be.
+// Returns the child of that name; makes it if need be.
 Module child_once(Module& parent, const std::string& name, const std::string& class_name,
                   const std::shared_ptr<torch::jit::CompilationUnit>& unit) {
   return parent.hasattr(name) ? parent.attr(name).toModule() : child(parent, name, class_name, unit);
@@ -161,8 +161,8 @@ Module make_adapters_module(const std::vector<Adapter>& adapters, const std::vec
     }
   }
   for (const Adapter& adapter : adapters) {
-    for (const auto& [place, weights] : adapter.sources) {
-      Module container = child_once(root, place + kSourceSuffix, "WeightSources", unit);
+    for (const auto& [source, weights] : adapter.sources) {
+      Module container = child_once(root, source + kSourceSuffix, "WeightSources", unit);
       register_own(container, adapter.name, weights, unit);
     }
   }

@@ -10,18 +10,20 @@
 
 namespace torchgraft {
 
-// A trainable adapter's submodule of a slot, or of the container of what weights are computed from at a place of a
-// Reparametrisation: "self_prefix_source", "layer_0_output_adapter_source".
+// The submodule that holds a trainable adapter's own weights in a slot, or in a container of sources.
 std::string own_module_name(const std::string& adapter);
+
+// A container of sources is called like their key in a Reparametrisation, with this suffix: "self_prefix_source",
+// "layer_0_output_adapter_source".
 constexpr const char* kSourceSuffix = "_source";
 
 // Position of `name` among the adapters of an `adapters` submodule; throws as find_adapter does.
 size_t find_adapter(const torch::jit::Module& adapters_module, const std::string& name, const char* what);
 
-// The `adapters` submodule: layer_<i>.<slot name>.<parameter>, for trainable adapters
-// layer_<i>.<slot name>.adapter_<name>.<parameter> and <place>_source.adapter_<name>.<parameter>; the adapters' names
-// and configs, and the methods behind activate() and forward_with_gates(). `unit` is the compilation unit of the module
-// that it will belong to.
+// Makes the `adapters` submodule: banks layer_<i>.<slot name>.<parameter>; for trainable adapters
+// layer_<i>.<slot name>.adapter_<name>.<parameter> and <key>_source.adapter_<name>.<parameter>; the adapters' names and
+// configs, and the methods behind activate() and forward_with_gates(). `unit` is the compilation unit of the module
+// that gets it.
 torch::jit::Module make_adapters_module(const std::vector<Adapter>& adapters, const std::vector<Slot>& slots,
                                         const std::vector<SlotRun>& runs,
                                         const std::shared_ptr<torch::jit::CompilationUnit>& unit);

@@ -37,7 +37,7 @@ void check_found(const Structure& structure) {
               structure.near_misses.empty() ? "; is it a Transformer?" : "; near misses:", join(structure.near_misses));
 }
 
-// Options of the weights: those of the model's first query projection.
+// The dtype and device of adapter weights: those of the model's first query projection.
 at::TensorOptions weight_options(const GraphSites& sites, const Module& module) {
   const at::Tensor weight = weight_source(sites.layers.front().query.node->namedInput("weight"), module).tensor;
   TORCH_CHECK(weight.defined(), "graft: the weight of the first attention's query projection is computed at run time; ",
@@ -45,8 +45,7 @@ at::TensorOptions weight_options(const GraphSites& sites, const Module& module) 
   return at::TensorOptions().dtype(weight.scalar_type()).device(weight.device());
 }
 
-// What the token mask of heads is called where nobody says otherwise: forward returns a decoder's states where there is
-// one.
+// The default name of the heads' token mask. A model with a decoder returns the decoder's states.
 const char* usual_head_mask(const Structure& structure) {
   const bool has_decoder = std::any_of(structure.layers.begin(), structure.layers.end(),
                                        [](const Layer& layer) { return layer.kind == AttentionKind::kCross; });
@@ -60,14 +59,14 @@ bool has_tensor_argument(const Module& module, const std::string& name) {
   });
 }
 
-// A module that is trained learns adapters only.
+// Training changes adapters only.
 void freeze_base(const Module& module) {
   for (const at::Tensor& parameter : module.parameters()) {
     parameter.set_requires_grad(false);
   }
 }
 
-// The submodule `adapters` of the draft's module: banks, heads and what the module was grafted with.
+// Adds the submodule `adapters` to the draft's module: banks, heads, and the options of the graft.
 Module add_adapters_module(Draft& draft, const std::vector<Slot>& slots, const std::vector<SlotRun>& runs) {
   const auto unit = draft.module._ivalue()->compilation_unit();
   Module adapters = make_adapters_module(draft.adapters, slots, runs, unit);
@@ -90,12 +89,12 @@ std::string head_mask(const Draft& draft, const std::string& wanted) {
     return draft.head_mask;
   }
   TORCH_CHECK(has_tensor_argument(draft.module, wanted), "add_head: forward has no Tensor argument '", wanted,
-              "' for the token mask");
+              "' for the token mask; name one of its arguments");
   const auto& adapters = draft.adapters;
   const auto heads =
       std::count_if(adapters.begin(), adapters.end(), [](const Adapter& a) { return a.head.has_value(); });
-  TORCH_CHECK(heads <= 1 || wanted == draft.head_mask, "add_head: the token mask of the module's heads is '",
-              draft.head_mask, "'; all heads share it, got '", wanted, "'");
+  TORCH_CHECK(heads <= 1 || wanted == draft.head_mask, "add_head: expected the token mask '", draft.head_mask,
+              "', which all heads of the module share, got '", wanted, "'");
   return wanted;
 }
 
@@ -107,7 +106,7 @@ Draft open_draft(const Module& module, const GraftOptions& given) {
   Draft result;
   result.options = regraft ? options_like(module, given) : given;
   result.module = base_copy(module);
-  raise_mkldnn_convolution(result.module.get_method("forward").graph());  // base_forward must be one that can be saved
+  raise_mkldnn_convolution(result.module.get_method("forward").graph());  // torch could not save base_forward otherwise
   inline_module_arguments(result.module);
   result.inserting = insert_options(result.options, result.module);
   result.canonical = canonicalise(result.module, "forward");

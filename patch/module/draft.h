@@ -12,35 +12,36 @@
 namespace torchgraft {
 
 // A module that is open for a change: a copy of the base, what was found in it, and the adapters that the result gets.
-// open_draft() takes a module apart, build() puts it together; grafting, removing, renaming and merging change
-// `adapters` in between and differ in nothing else.
+// open_draft() takes a module apart, build() puts it together. Grafting, removing, renaming and merging change
+// `adapters` in between, and differ in nothing else.
 struct Draft {
   torch::jit::Module module;  // a copy whose forward is the base's
   CanonicalGraph canonical;   // of that forward
   GraphSites sites;           // points into canonical.graph
-  GraftOptions options;       // of a grafted module: those that it was made with
+  GraftOptions options;       // a grafted module keeps those that it was made with
   InsertOptions inserting;
   at::TensorOptions weights;      // dtype and device of the adapters
-  std::vector<Adapter> adapters;  // those of a grafted module
-  std::string head_mask;          // the argument of forward that heads take for their token mask; empty: none
+  std::vector<Adapter> adapters;  // at first those that the module has
+  std::string head_mask;          // the argument of forward that is the heads' token mask; empty: none
 };
 
-// Copies `module` without what is grafted onto it, canonicalises the copy's forward, finds the sites and reads the
-// adapters. Throws c10::Error when there are no sites, or when `given` contradicts how the module was grafted.
+// Copies the base of `module`, canonicalises the copy's forward, finds the sites and reads the adapters. Throws
+// c10::Error when no attention is found, or when `given` contradicts how the module was grafted.
 Draft open_draft(const torch::jit::Module& module, const GraftOptions& given);
 
-// The same for a grafted module only. Throws c10::Error, on behalf of the function `what`, when nothing is grafted.
+// Does the same, for a grafted module only: throws c10::Error, on behalf of the function `what`, when nothing is
+// grafted.
 Draft open_grafted(const torch::jit::Module& module, const char* what);
 
-// Stacks the draft's adapters into banks, inserts the ops, adds the methods and verifies the result. `active` empty: no
-// adapter is active.
+// Stacks the draft's adapters into banks, inserts the ops, adds the methods and verifies the result. With an empty
+// `active` no adapter is active.
 torch::jit::Module build(Draft draft, const std::string& active);
 
 // A copy of `module` without anything grafted.
 torch::jit::Module base_copy(const torch::jit::Module& module);
 
-// The token mask that heads get: `wanted`, or the draft's own if that is empty. Throws c10::Error when forward has no
-// such argument, or when the heads that are there have another mask.
+// The token mask for a new head: `wanted`, or the draft's own if that is empty. Throws c10::Error when forward has no
+// such argument, or when other heads have another mask.
 std::string head_mask(const Draft& draft, const std::string& wanted);
 
 }  // namespace torchgraft

@@ -12,7 +12,7 @@ InsertOptions insert_options(const GraftOptions& options, const Module& module) 
   if (options.token_mask_input.empty()) {
     return result;
   }
-  TORCH_CHECK(result.pool_unpadded, "graft: a token mask is used with gate_pooling \"unpadded\" only");
+  TORCH_CHECK(result.pool_unpadded, "graft: a token mask is used with gate_pooling \"unpadded\" only; leave it out");
   std::string names;
   const auto& arguments = module.get_method("forward").function().getSchema().arguments();
   for (size_t i = 1; i < arguments.size(); ++i) {
@@ -21,7 +21,7 @@ InsertOptions insert_options(const GraftOptions& options, const Module& module) 
       continue;
     }
     TORCH_CHECK(arguments[i].type()->isSubtypeOf(*c10::TensorType::get()), "graft: the token mask input '",
-                options.token_mask_input, "' must be a Tensor, it is ", arguments[i].type()->repr_str());
+                options.token_mask_input, "' must be a Tensor, got ", arguments[i].type()->repr_str());
     result.token_mask_input = i;
   }
   TORCH_CHECK(result.token_mask_input, "graft: forward has no argument '", options.token_mask_input,

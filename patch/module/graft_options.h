@@ -7,12 +7,12 @@
 
 namespace torchgraft {
 
-// What `options` say to the insertion of ops into `module`, a base. Throws c10::Error when gate_pooling is unknown, or
-// when token_mask_input is no Tensor argument of forward.
+// The options for inserting ops into `module`, a base. Throws c10::Error when gate_pooling is unknown, or when
+// token_mask_input is no Tensor argument of forward.
 InsertOptions insert_options(const GraftOptions& options, const torch::jit::Module& module);
 
-// `options` with what `grafted` was made with: all adapters of a module share it. Throws c10::Error when the two
-// contradict each other.
+// `options` with those of the graft that made `grafted`, which all adapters of a module share. Throws c10::Error when
+// the two contradict each other.
 GraftOptions options_like(const torch::jit::Module& grafted, GraftOptions options);
 
 // The sites that a grafted module was made with; nullopt when they were detected.

@@ -48,15 +48,14 @@ def logits_of(self, hidden: Tensor, token_mask: Optional[Tensor], adapter: int) 
     return torch.linear(x, weight, self.out_bias_of(adapter).narrow(0, 0, labels))
 
 def logits(self, hidden: Tensor, token_mask: Optional[Tensor], adapter_ids: Optional[Tensor], active: int) -> Tensor:
-    assert hidden.dim() == 3, "forward_with_head: expected the module's result to be hidden states [B, S, H], it has " + \
+    assert hidden.dim() == 3, "forward_with_head: expected the module's result to be hidden states [B, S, H], got " + \
         str(hidden.dim()) + " dimensions"
     if token_mask is not None:
         assert token_mask.dim() == 2 and token_mask.size(1) == hidden.size(1), \
-            "forward_with_head: the argument that is the heads' token mask (add_head's token_mask) has the shape " + \
-            str(token_mask.size()) + ", where the hidden states are " + str(hidden.size()) + ": expected [B, S]; name " \
-            "another argument"
+            "forward_with_head: expected the heads' token mask (add_head's token_mask) to be [B, S] for hidden " \
+            "states " + str(hidden.size()) + ", got " + str(token_mask.size()) + "; name another argument"
     if adapter_ids is None:
-        assert active >= 0, "forward_with_head: no adapter is active"
+        assert active >= 0, "forward_with_head: no adapter is active; activate one, or pass adapter_ids"
         return self.logits_of(hidden, token_mask, active)
     assert bool(adapter_ids.ge(0).all()), "forward_with_head: a row of the base model (adapter_ids -1) has no head"
     most = max(self.labels)
@@ -72,7 +71,7 @@ def logits(self, hidden: Tensor, token_mask: Optional[Tensor], adapter_ids: Opti
             if result is None:
                 result = torch.zeros([hidden.size(0)] + list(own.size())[1:], dtype=own.dtype, device=own.device)
             assert result.dim() == own.dim(), \
-                "forward_with_head: heads with a result per row and per token cannot share a batch"
+                "forward_with_head: heads with a result per row and heads with one per token cannot share a batch"
             result = result.index_copy(0, rows, own)
     if result is None:
         return torch.zeros([0, most], dtype=hidden.dtype, device=hidden.device)
@@ -81,7 +80,7 @@ def logits(self, hidden: Tensor, token_mask: Optional[Tensor], adapter_ids: Opti
 
 bool has_head(const Adapter& adapter) { return adapter.head.has_value(); }
 
-// [N, ...], each row as large as the largest.
+// Stacks a weight of all heads into [N, ...], with rows as large as the largest.
 at::Tensor stack(const std::vector<Adapter>& adapters, const std::string& name) {
   std::vector<int64_t> sizes;
   at::TensorOptions options;
@@ -144,7 +143,7 @@ void register_fields(Module& heads, const std::vector<Adapter>& adapters) {
   heads.register_attribute("dropout", c10::ListType::ofFloats(), dropout);
 }
 
-// Methods whose text depends on the adapters: a weight of one of them, and the non-linearities that they use.
+// Source of the methods that depend on the adapters: they give a weight of one adapter, and apply its non-linearity.
 std::string accessors(const std::vector<Adapter>& adapters) {
   std::string source;
   for (const std::string& name : kWeights) {

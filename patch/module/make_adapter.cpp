@@ -13,7 +13,7 @@ void check_name(const std::string& name, const std::vector<Adapter>& taken) {
       !name.empty() && !std::isdigit(static_cast<unsigned char>(name[0])) &&
       std::all_of(name.begin(), name.end(), [](unsigned char c) { return std::isalnum(c) || c == '_'; });
   TORCH_CHECK(identifier, "graft: '", name,
-              "' cannot be an adapter's name: use letters, digits and underscores, with no ", "digit first");
+              "' cannot be an adapter's name: use letters, digits and underscores, with no digit first");
   for (const Adapter& adapter : taken) {
     TORCH_CHECK(adapter.name != name, "graft: the module already has an adapter '", name, "'; choose another name");
   }
@@ -26,8 +26,8 @@ void check_can_train(const Adapter& adapter) {
     const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method);
     TORCH_CHECK(!bottleneck || !bottleneck->config.phm_layer || has_phm_factors(module, adapter.sources), "graft: '",
                 adapter.name,
-                "' cannot be trained any more: the factors of Compacter's projections were dropped when it ",
-                "was frozen; load it from its directory as a trainable adapter");
+                "' cannot be trained any more: the factors of Compacter's projections were dropped when it was frozen; "
+                "load it from its directory as a trainable adapter");
   }
 }
 
@@ -42,7 +42,8 @@ Adapter make_adapter(const AdapterSpec& spec, const Structure& structure, const 
   } else {
     adapter.weights = init_weights(adapter.plan, options, spec.trainable ? &adapter.sources : nullptr);
   }
-  TORCH_INTERNAL_ASSERT(adapter.weights.size() == adapter.plan.size());
+  TORCH_INTERNAL_ASSERT(adapter.weights.size() == adapter.plan.size(), "a plan of ", adapter.plan.size(),
+                        " modules got weights for ", adapter.weights.size());
   if (spec.trainable) {
     check_can_train(adapter);
   }

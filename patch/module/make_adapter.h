@@ -11,7 +11,7 @@ namespace torchgraft {
 // Throws c10::Error unless `name` is an identifier that no adapter has.
 void check_name(const std::string& name, const std::vector<Adapter>& taken);
 
-// Throws c10::Error when the adapter cannot be trained.
+// Throws c10::Error for a merged adapter, and for a Compacter without its factors.
 void check_can_train(const Adapter& adapter);
 
 // Plans `spec` on `structure` and reads or draws its weights.

@@ -52,7 +52,7 @@ std::vector<Argument> with_adapter_ids(const FunctionSchema& schema) {
   return arguments;
 }
 
-// A graph with the inputs of `schema` (whose first is self) and adapter_ids.
+// An empty graph with these inputs, of which the first is self.
 std::shared_ptr<Graph> graph_for(const Module& module, const std::vector<Argument>& arguments) {
   auto graph = std::make_shared<Graph>();
   for (const Argument& argument : arguments) {
@@ -121,7 +121,7 @@ void add_forward_with_gates(Module& module, const Function& grafted, const c10::
   add_method(module, "forward_with_gates", graph, arguments, {Argument("", pair->type())});
 }
 
-// The last hidden states among what forward returns.
+// The hidden states in the result of forward.
 Value* hidden_states(Graph& graph, Value* result) {
   if (result->type()->cast<c10::TupleType>()) {
     Node* unpack = graph.insertNode(graph.createTupleUnpack(result));
@@ -160,8 +160,8 @@ void add_forward_with_head(Module& module, const Function& grafted, const c10::T
   add_method(module, kWithHead, graph, arguments, {Argument("", result->type())});
 }
 
-// Calls of `self.forward` from the module's other methods: `adapter_ids` is given as None, or taken away again.
-void retarget_callers(const Module& module, bool add_argument) {
+// Adds adapter_ids=None to the calls of `self.forward` in the module's other methods, or removes that argument.
+void change_callers(const Module& module, bool add_argument) {
   for (Function* method : module.type()->methods()) {
     auto* function = torch::jit::tryToGraphFunction(*method);
     const std::string& name = method->name();
@@ -220,14 +220,14 @@ void add_methods(Module& module, const std::shared_ptr<Graph>& grafted_graph, co
     add_forward_with_head(module, grafted, pair_type, schema, heads);
   }
   module.define(kDelegates);
-  retarget_callers(module, /*add_argument=*/true);
+  change_callers(module, /*add_argument=*/true);
 }
 
 void remove_methods(Module& module) {
   const Function& base = module.get_method(kBase).function();
   const FunctionSchema schema = base.getSchema();
   const auto graph = torch::jit::toGraphFunction(const_cast<Function&>(base)).graph();
-  retarget_callers(module, /*add_argument=*/false);
+  change_callers(module, /*add_argument=*/false);
   for (const std::string& name : kAddedMethods) {
     remove_method(module, name);
   }

@@ -20,18 +20,17 @@ std::string active_name(const torch::jit::Module& grafted);
 // What forward_with_head needs to know of forward.
 struct HeadInputs {
   std::string token_mask;       // the argument that is the token mask; empty: none
-  bool sequence_first = false;  // its hidden states are [S, B, H]
+  bool sequence_first = false;  // the hidden states are [S, B, H]
 };
 
-// Gives `module`, whose submodule `adapters` is there already, its grafted methods: `forward` becomes `base_forward`,
-// the graph `grafted` (with adapter_ids as last input and (result, gates) as result) becomes `grafted_forward`, and
-// forward(..., adapter_ids=None), forward_with_gates and the adapter methods are made on top of them. forward takes the
-// base path, untouched, when no adapter is active and no adapter_ids are given. Where adapters have heads,
-// forward_with_head is made, too.
+// Gives `module`, which has the submodule `adapters` already, its grafted methods. `forward` becomes `base_forward`;
+// the graph `grafted`, with adapter_ids as its last input and (result, gates) as its result, becomes `grafted_forward`.
+// On top of these come forward(..., adapter_ids=None), forward_with_gates, the methods for adapters and, if there are
+// heads, forward_with_head. forward runs the untouched base when no adapter is active and no adapter_ids are given.
 void add_methods(torch::jit::Module& module, const std::shared_ptr<torch::jit::Graph>& grafted,
                  const HeadInputs& heads);
 
-// The inverse, on a grafted module: the base's methods and attributes are left.
+// Undoes add_methods and removes the submodule `adapters`: the base's methods and attributes are left.
 void remove_methods(torch::jit::Module& module);
 
 }  // namespace torchgraft

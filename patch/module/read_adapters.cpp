@@ -14,7 +14,7 @@
 namespace torchgraft {
 namespace {
 
-// The shapes of one adapter's weights at one place, without the bank dimension.
+// The shapes of one adapter's weights in one slot, without the bank dimension.
 std::map<std::string, std::vector<int64_t>> shapes_of(const PlannedModule& module) {
   std::map<std::string, std::vector<int64_t>> shapes;
   int64_t gates = 0;
@@ -61,7 +61,8 @@ std::map<std::string, std::vector<int64_t>> shapes_of(const PlannedModule& modul
   return shapes;
 }
 
-// The weights of one adapter at one place: its own, else cut out of the bank (the inverse of stack_parameter).
+// The weights of one adapter in one slot: its own ones, the others cut out of the bank (the inverse of
+// stack_parameter).
 ModuleWeights unstack(const torch::jit::Module& slot, const Adapter& adapter, size_t index,
                       const PlannedModule& module) {
   const std::string own_name = own_module_name(adapter.name);
@@ -75,7 +76,7 @@ ModuleWeights unstack(const torch::jit::Module& slot, const Adapter& adapter, si
       continue;
     }
     if (computed.count(name)) {
-      continue;  // compute_weights, and for the norms of DoRA complete_dora
+      continue;  // compute_weights makes it, or complete_dora for DoRA's norms
     }
     at::Tensor row = slot.attr(name).toTensor().detach()[static_cast<int64_t>(index)];
     for (size_t i = 0; i < shape.size(); ++i) {
@@ -95,7 +96,7 @@ AdapterWeights read_weights(const torch::jit::Module& adapters_module, const Ada
   return weights;
 }
 
-// What a trainable adapter's weights are computed from.
+// Reads what a trainable adapter's weights are computed from.
 Reparametrisation read_sources(const torch::jit::Module& adapters_module, const std::string& adapter) {
   Reparametrisation sources;
   const std::string own_name = own_module_name(adapter);
@@ -103,15 +104,15 @@ Reparametrisation read_sources(const torch::jit::Module& adapters_module, const 
     if (!child.name.ends_with(kSourceSuffix) || !child.value.hasattr(own_name)) {
       continue;
     }
-    const std::string place = child.name.substr(0, child.name.size() - std::strlen(kSourceSuffix));
+    const std::string source = child.name.substr(0, child.name.size() - std::strlen(kSourceSuffix));
     for (const auto& parameter : child.value.attr(own_name).toModule().named_parameters()) {
-      sources[place][parameter.name] = parameter.value.detach().clone();
+      sources[source][parameter.name] = parameter.value.detach().clone();
     }
   }
   return sources;
 }
 
-// The weights that the sources make now, computed in float32 or wider whatever the module's type.
+// Computes weights from their sources, in float32 or wider whatever the module's dtype.
 void compute_weights(Adapter& adapter) {
   if (adapter.sources.empty()) {
     return;

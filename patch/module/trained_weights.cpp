@@ -31,13 +31,13 @@ Value* TrainedWeights::dropped(Value* value, double p) {
   return p == 0.0 ? value : graph_.insert(c10::aten::dropout, {value, p, graph_.insertGetAttr(adapters_, "training")});
 }
 
-// What weights are computed from.
-Value* TrainedWeights::source(const OwnWeights& own, const std::string& place, const std::string& name) {
-  Value* container = graph_.insertGetAttr(adapters_, place + kSourceSuffix);
+// A tensor that weights are computed from; `key` is that of the Reparametrisation.
+Value* TrainedWeights::source(const OwnWeights& own, const std::string& key, const std::string& name) {
+  Value* container = graph_.insertGetAttr(adapters_, key + kSourceSuffix);
   return graph_.insertGetAttr(graph_.insertGetAttr(container, own_module_name(own.name)), name);
 }
 
-// The library drops each row's keys and values by themselves; here the rows of a batch share what is dropped.
+// Dropout differs from the adapters library, which drops keys and values row by row: here all rows of a batch share it.
 Value* TrainedWeights::prefix_states(const OwnWeights& own) {
   Value*& states = states_[{own.name, own.module.location}];
   if (states) {
@@ -62,13 +62,14 @@ Value* TrainedWeights::prefix_of_layer(const OwnWeights& own, bool is_value) {
   return graph_.insert(c10::aten::transpose, {part, 0, 1});
 }
 
-// [out, in], of plan/phm.h; sum over i of kron(rules[i], blocks[i]) is one product of [n n, n] and [n, in / n out / n].
+// [out, in], as in plan/phm.h. The sum over i of kron(rules[i], blocks[i]) is one product of [n n, n] and
+// [n, in / n out / n].
 Value* TrainedWeights::phm_weight(const OwnWeights& own, const std::string& side) {
   const auto& bottleneck = std::get<PlannedBottleneck>(own.module.method);
   const BnConfig& config = bottleneck.config;
   const auto factor = [&](const std::string& name, bool shared) {
-    const PhmPlace place = phm_place(own.module, side, name, shared);
-    return source(own, place.source, place.name);
+    const PhmPlace kept = phm_place(own.module, side, name, shared);
+    return source(own, kept.source, kept.name);
   };
   const auto whole = [&](const std::string& name, bool is_product, bool shared) {
     return is_product ? graph_.insert(c10::aten::bmm, {factor(name + "_left", shared), factor(name + "_right", shared)})
@@ -86,7 +87,7 @@ def phm_weight(rules: Tensor, blocks: Tensor) -> Tensor:
   return torch::jit::insertGraph(graph_, *body, {rules, blocks})[0];
 }
 
-// [out]: the norms of the rows of W + B A, as in patch/dora.cpp.
+// [out]: the norms of the rows of W + B A, as in adapters/dora.cpp.
 Value* TrainedWeights::weight_norm(const Slot& slot, const OwnWeights& own, Value* slot_module) {
   const auto& lora = std::get<PlannedLoRA>(own.module.method);
   const LinearSite& site = *lora_site(sites_.layers.at(sites_.structure.position(slot.layer)), slot.site);
@@ -100,7 +101,7 @@ Value* TrainedWeights::weight_norm(const Slot& slot, const OwnWeights& own, Valu
   return graph_.insert(c10::aten::type_as, {norm, b});
 }
 
-// A weight that the adapter computes from others (computed_weights).
+// One of computed_weights().
 Value* TrainedWeights::computed_row(const Slot& slot, const OwnWeights& own, const std::string& name,
                                     Value* slot_module) {
   if (name == "weight_norm") {
@@ -169,7 +170,7 @@ Value* TrainedWeights::bank(const Slot& slot, const std::string& name) {
     Value* rows = graph_.insertNode(graph_.createList(c10::TensorType::get(), {before, row, behind}))->output();
     bank = graph_.insert(c10::aten::cat, {rows, 0});
   }
-  TORCH_INTERNAL_ASSERT(bank, "nobody has ", name, " at ", slot.name);
+  TORCH_INTERNAL_ASSERT(bank, "no adapter has the parameter ", name, " in the slot ", slot.name);
   return bank;
 }
 

@@ -11,13 +11,13 @@
 
 namespace torchgraft {
 
-// Banks as values of a graph, where adapters that are being trained have weights of their own: the bank that the ops
-// read is then put together in the graph, [rows before; own weights; rows behind], so that gradients reach just those.
-// All of it stands at the graph's top, once, however often a layer runs. With one adapter nothing is copied.
+// Makes the banks of slots with trainable adapters as values of a graph. The graph puts such a bank together from
+// [rows before; own weights; rows behind], so that gradients reach the own weights alone. It does so once, at its top,
+// however often a layer runs. With one adapter nothing is copied.
 class TrainedWeights {
  public:
-  // `adapters` is the value of the `adapters` submodule of `root`; nodes are inserted before `end`, in the order of the
-  // calls. What is passed must outlive this.
+  // `adapters` is the value of the `adapters` submodule of `root`. Nodes are inserted before `end`, in the order of the
+  // calls. All arguments must outlive the TrainedWeights.
   TrainedWeights(torch::jit::Graph& graph, const GraphSites& sites, const torch::jit::Module& root,
                  torch::jit::Value* adapters, torch::jit::Node* end)
       : graph_(graph), sites_(sites), root_(root), adapters_(adapters), end_(end) {}
@@ -33,7 +33,7 @@ class TrainedWeights {
   Value* padded(Value* row, at::IntArrayRef sizes, at::IntArrayRef wanted, const std::string& name);
   Value* prefix_states(const OwnWeights& own);
   Value* prefix_of_layer(const OwnWeights& own, bool is_value);
-  Value* source(const OwnWeights& own, const std::string& place, const std::string& name);
+  Value* source(const OwnWeights& own, const std::string& key, const std::string& name);
   Value* phm_weight(const OwnWeights& own, const std::string& side);
   Value* weight_norm(const Slot& slot, const OwnWeights& own, Value* slot_module);
   Value* dropped(Value* value, double p);
@@ -44,7 +44,7 @@ class TrainedWeights {
   Value* adapters_;
   torch::jit::Node* end_;
   std::map<std::pair<std::string, std::string>, Value*> banks_;   // by "<layer>.<slot>" and parameter
-  std::map<std::pair<std::string, std::string>, Value*> states_;  // MLPs' outputs, by adapter and location
+  std::map<std::pair<std::string, std::string>, Value*> states_;  // results of prefix MLPs, by adapter and location
 };
 
 }  // namespace torchgraft

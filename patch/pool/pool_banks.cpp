@@ -17,7 +17,7 @@ std::string slot_path(const PlannedModule& module) {
   return "layer_" + std::to_string(module.number) + "." + slot_name(module);
 }
 
-// [capacity, ...] without any adapter, shaped as `bank` is otherwise.
+// A bank [capacity, ...] for rows like those of `bank`, without any adapter.
 at::Tensor empty_bank(const std::string& name, const at::Tensor& bank, int64_t capacity) {
   std::vector<int64_t> sizes = bank.sizes().vec();
   sizes[0] = capacity;
@@ -33,7 +33,7 @@ c10::List<Value> repeated(int64_t count, const Value& value) {
   return list;
 }
 
-// One adapter of each configuration, so that build() finds out what the banks must hold.
+// One adapter of each configuration: build() makes banks that hold them.
 std::vector<Adapter> templates(const std::vector<AdapterConfig>& room, const Draft& draft) {
   std::vector<Adapter> result;
   for (const AdapterConfig& config : room) {
@@ -53,10 +53,10 @@ PoolBanks::PoolBanks(Draft draft, std::vector<AdapterConfig> room, int64_t capac
   if (max_row_bytes > 0) {
     check_row_bytes(max_row_bytes);
   }
-  collect_slots(capacity);
+  allocate_banks(capacity);
 }
 
-// Before `capacity` rows are allocated.
+// Called before `capacity` rows are allocated.
 void PoolBanks::check_row_bytes(int64_t limit) const {
   int64_t bytes = 0;
   for (const auto& bank : module_.attr("adapters").toModule().named_attributes(/*recurse=*/true)) {
@@ -66,10 +66,11 @@ void PoolBanks::check_row_bytes(int64_t limit) const {
     }
   }
   TORCH_CHECK(bytes <= limit, "AdapterPool: expected adapters of at most ", limit, " bytes each, rows for these need ",
-              bytes);
+              bytes, "; raise max_row_bytes, or use smaller adapters");
 }
 
-void PoolBanks::collect_slots(int64_t capacity) {
+// Gives every bank of the module `capacity` rows, and keeps the banks by slot.
+void PoolBanks::allocate_banks(int64_t capacity) {
   Module root = module_.attr("adapters").toModule();
   for (const auto& layer : root.named_children()) {
     for (auto slot : layer.value.named_children()) {
@@ -119,8 +120,8 @@ std::string PoolBanks::misfit(const Adapter& adapter) const {
   return "";
 }
 
-// A parameter is put together beside the bank and then copied over the whole row: nothing of the adapter that was there
-// before is left, whatever its ranks. weights: null when the adapter has none here.
+// Puts each parameter together beside the bank and then copies it over the whole row: nothing is left of an earlier
+// adapter, whatever its ranks. `weights` is null when the adapter does not have this slot.
 void PoolBanks::write_slot(const Slot& slot, int64_t row, const ModuleWeights* weights) {
   for (const auto& [name, bank] : slot.parameters) {
     const at::Tensor target = bank.select(0, row);
@@ -139,19 +140,19 @@ void PoolBanks::write_slot(const Slot& slot, int64_t row, const ModuleWeights* w
 void PoolBanks::write(int64_t row, const Adapter& adapter) {
   at::NoGradGuard no_grad;
   TORCH_INTERNAL_ASSERT(misfit(adapter).empty(), misfit(adapter));
-  std::map<std::string, size_t> places;
+  std::map<std::string, size_t> modules;  // slot path -> index into the plan
   for (size_t m = 0; m < adapter.plan.size(); ++m) {
-    places[slot_path(adapter.plan[m])] = m;
+    modules[slot_path(adapter.plan[m])] = m;
   }
   const auto weights_at = [&](const std::string& path) {
-    const auto place = places.find(path);
-    return place == places.end() ? nullptr : &adapter.weights[place->second];
+    const auto module = modules.find(path);
+    return module == modules.end() ? nullptr : &adapter.weights[module->second];
   };
   for (const Slot& slot : slots_) {
     write_slot(slot, row, weights_at(slot.path));
   }
-  // Elements of lists that forward_with_gates reads for the rows of its batch only: who runs another row reads none of
-  // what changes here.
+  // forward_with_gates reads these lists at the rows of its batch only: a pass over other rows reads nothing that
+  // changes here.
   const Module root = module_.attr("adapters").toModule();
   root.attr("names").toList().set(row, adapter.name);
   root.attr("configs").toList().set(row, config_to_json(adapter.config));

@@ -57,10 +57,10 @@ void apply_residual(SiteFinder& finder, const Layer& wanted, const char* field, 
   if (!site && behind) {
     site = find_residual(finder, behind->node->output(), in.node->namedInput("input"));
   }
-  TORCH_CHECK(site, what, " is true, but no residual add is found there");
+  TORCH_CHECK(site, what, " is true, but the model has no residual add there; set it to false");
   Node* norm = norm_after(site->sum->output());
   TORCH_CHECK(order != NormOrder::kPost || norm, what,
-              ": the norm order says \"post\", but no norm alone reads the sum");
+              ": the norm order is \"post\", but no norm follows the sum as its only reader; use \"pre\" or \"none\"");
   site->norm = order == NormOrder::kPost ? norm : nullptr;
 }
 
@@ -70,8 +70,9 @@ void apply(SiteFinder& finder, const Layer& wanted, Layer& layer, LayerSites& si
   if (const auto query = finder.shapes().shape(sites.attention->namedInput("query"))) {
     finder.batch() = query->front();
   }
-  const auto place = [&](const char* role, const std::optional<Projection>& given, std::optional<Projection>& known,
-                         std::optional<LinearSite>& site) {
+  // Returns whether the projection is another now.
+  const auto overrule = [&](const char* role, const std::optional<Projection>& given, std::optional<Projection>& known,
+                            std::optional<LinearSite>& site) {
     if (given && !is_same(given, known)) {
       site = site_at(finder, *given, entry_name(wanted) + ": \"" + role + "\"");
     } else if (!given) {
@@ -81,21 +82,21 @@ void apply(SiteFinder& finder, const Layer& wanted, Layer& layer, LayerSites& si
     known = given;
     return moved;
   };
-  const auto place_in_attention = [&](const char* role, const std::optional<Projection>& given,
+  const auto overrule_attention = [&](const char* role, const std::optional<Projection>& given,
                                       std::optional<Projection>& known, LinearSite& site) {
-    std::optional<LinearSite> held = site;
-    place(role, given, known, held);
-    site = held.value_or(site);  // prefixes read its input also when it is closed to LoRA
+    std::optional<LinearSite> chosen = site;
+    overrule(role, given, known, chosen);
+    site = chosen.value_or(site);  // without the projection LoRA has no site, but prefixes still read its input
   };
-  place_in_attention("query", wanted.query, layer.query, sites.query);
-  place_in_attention("key", wanted.key, layer.key, sites.key);
-  place_in_attention("value", wanted.value, layer.value, sites.value);
-  if (place("output", wanted.output, layer.output, sites.output)) {
+  overrule_attention("query", wanted.query, layer.query, sites.query);
+  overrule_attention("key", wanted.key, layer.key, sites.key);
+  overrule_attention("value", wanted.value, layer.value, sites.value);
+  if (overrule("output", wanted.output, layer.output, sites.output)) {
     sites.attention_residual.reset();
   }
-  place("ffn_in", wanted.ffn_in, layer.ffn_in, sites.ffn_in);
-  place("ffn_gate", wanted.ffn_gate, layer.ffn_gate, sites.ffn_gate);
-  if (place("ffn_out", wanted.ffn_out, layer.ffn_out, sites.ffn_out)) {
+  overrule("ffn_in", wanted.ffn_in, layer.ffn_in, sites.ffn_in);
+  overrule("ffn_gate", wanted.ffn_gate, layer.ffn_gate, sites.ffn_gate);
+  if (overrule("ffn_out", wanted.ffn_out, layer.ffn_out, sites.ffn_out)) {
     sites.ffn_residual.reset();
   }
   apply_residual(finder, wanted, "attention_residual", wanted.has_attention_residual, wanted.norm_order,
@@ -124,14 +125,14 @@ GraphSites apply_sites(const GraphSites& detected, const Structure& wanted, cons
   for (const Layer& entry : wanted.layers) {
     TORCH_CHECK(entry.index < static_cast<int64_t>(detected.layers.size()), entry_name(entry), ": the model has ",
                 detected.layers.size(), " attentions, counted from 0");
-    TORCH_CHECK(seen.insert(entry.index).second, entry_name(entry), " is there twice");
+    TORCH_CHECK(seen.insert(entry.index).second, entry_name(entry), " comes twice; remove one");
     Layer layer = detected.structure.layers[entry.index];
     LayerSites sites = detected.layers[entry.index];
     apply(finder, entry, layer, sites);
     result.structure.layers.push_back(std::move(layer));
     result.layers.push_back(std::move(sites));
   }
-  // Of the runs of a layer, the first that is left stands for it.
+  // Of the runs of a layer, the first one left stands for the layer.
   std::map<int64_t, int64_t> stands_for;
   for (Layer& layer : result.structure.layers) {
     if (layer.shares && !seen.count(*layer.shares)) {

@@ -13,7 +13,7 @@ namespace {
 using torch::jit::Node;
 using torch::jit::Value;
 
-// Ops that move elements about; whether they are executed decides what arrives where.
+// Ops that move elements about without computing: the probe executes them.
 bool moves_elements(const Node* node) {
   return is_aten(node, {"view",         "reshape",  "_unsafe_view", "flatten", "unflatten",
                         "transpose",    "swapaxes", "permute",      "movedim", "unsqueeze",
@@ -38,14 +38,14 @@ class Probe {
 
   Node* linear_;
   SymbolicShapes& shapes_;
-  std::map<int, int64_t> sizes_;  // of the symbols
+  std::map<int, int64_t> sizes_;  // by symbol
   std::map<Value*, c10::IValue> known_;
 };
 
 int64_t Probe::concrete(const Dim& dim) {
   int64_t result = dim.factor;
   for (const int symbol : dim.symbols) {
-    // Small sizes of which none is 1, which would broadcast.
+    // Symbols get small sizes from 2 on: a size of 1 would broadcast.
     result *= sizes_.try_emplace(symbol, static_cast<int64_t>(sizes_.size()) + 2).first->second;
   }
   return result;
@@ -64,8 +64,8 @@ at::Tensor Probe::tensor(Value* value) {
   return result.isTensor() ? result.toTensor() : at::Tensor();
 }
 
-// Whether `node` takes apart a dimension of unknown size, such as the tokens in those with and without rotary
-// positions: sizes that were guessed need not add up, and columns are the same in every piece.
+// Whether `node` splits a dimension of unknown size, such as the tokens into those with and without rotary positions.
+// The guessed sizes need not add up, but all pieces hold the same columns.
 bool Probe::splits_unknown_size(const Node* node) {
   if (!is_aten(node, {"split_with_sizes", "split"}) || node->input(1)->node()->kind() != c10::prim::ListConstruct) {
     return false;
@@ -75,7 +75,7 @@ bool Probe::splits_unknown_size(const Node* node) {
   return dim && !(*shape)[*dim].is_constant();
 }
 
-// None stands for what cannot be known.
+// Returns None for a value that cannot be known.
 c10::IValue Probe::evaluate(Value* value) {
   if (const auto known = known_.find(value); known != known_.end()) {
     return known->second;
@@ -156,7 +156,7 @@ std::optional<std::vector<int64_t>> columns_reaching(Value* heads, Node* linear,
   at::Tensor arrived;
   try {
     arrived = Probe(linear, shapes).tensor(heads);
-  } catch (const c10::Error&) {  // a size that was guessed does not fit: nothing is known then
+  } catch (const c10::Error&) {  // a guessed size does not fit: nothing is known
     return std::nullopt;
   }
   if (!arrived.defined() || arrived.dim() != 4) {

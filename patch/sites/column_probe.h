@@ -10,9 +10,9 @@ namespace torchgraft {
 
 // Which columns of a linear map's output arrive in `heads` ([batch, heads, tokens, head size]), head by head.
 //
-// Answered by running what lies between on a tensor of column numbers: views, splits and concatenations are executed,
-// whatever computes (rotary embeddings, biases, norms) hands its main operand through. nullopt when the path holds
-// something that can be neither executed nor handed through.
+// Runs the path from the linear map to `heads` on a tensor of column numbers: executes views, splits and
+// concatenations, and hands the main operand of whatever computes (rotary embeddings, biases, norms) through. nullopt
+// when neither can be done.
 std::optional<std::vector<int64_t>> columns_reaching(torch::jit::Value* heads, torch::jit::Node* linear,
                                                      SymbolicShapes& shapes);
 

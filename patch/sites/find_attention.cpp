@@ -12,13 +12,13 @@ using torch::jit::Value;
 
 namespace {
 
-// Which columns of its linear map's output `heads` takes. Without an answer the projection is left out, with a note:
-// the attention's prefixes do not need it.
+// Finds the columns of its linear map's output that `heads` reads. Without them only LoRA is left out, with a note:
+// prefixes do not need them.
 bool find_columns(SiteFinder& finder, Value* heads, Projection& projection, LinearSite& site, Layer& layer,
                   std::string& reason) {
   const auto columns = columns_reaching(heads, site.node, finder.shapes());
   if (!columns || columns->empty()) {
-    reason = c10::str("it is not clear which columns of ", projection.path, " it takes");
+    reason = c10::str("it cannot be seen which columns of ", projection.path, " it reads");
     return false;
   }
   site.width = static_cast<int64_t>(columns->size());
@@ -33,7 +33,7 @@ bool find_columns(SiteFinder& finder, Value* heads, Projection& projection, Line
   }
   if (!in_a_row) {  // [heads, pieces, head size]: the first head begins at piece * head size
     if (projection.out_features % site.width != 0 || site.offset % layer.head_dim != 0) {
-      reason = c10::str("the columns that it takes of ", projection.path, " are neither in a row nor head by head");
+      reason = c10::str("it reads columns of ", projection.path, " that lie neither in a row nor head by head");
       return false;
     }
     site.offset = site.offset / layer.head_dim * site.width;
@@ -50,7 +50,7 @@ bool find_columns(SiteFinder& finder, Value* heads, Projection& projection, Line
   return true;
 }
 
-// Where else the weight of a projection is applied; false when a LoRA cannot follow it there.
+// Finds other linear maps that apply the weight of a projection. Returns false when a LoRA cannot change them too.
 bool find_elsewhere(SiteFinder& finder, const Node* linear, LinearSite& site) {
   const WeightSource weight = weight_source(linear->namedInput("weight"), finder.module());
   const auto found = weight.tensor.defined() ? finder.linears_elsewhere().find(weight.tensor.data_ptr())
@@ -69,7 +69,8 @@ bool find_elsewhere(SiteFinder& finder, const Node* linear, LinearSite& site) {
   return shared_by_all_rows;
 }
 
-// `heads` is the projection named `role` after its heads were split. The linear map must be found; its columns may not.
+// Finds the projection behind `heads`, the attention's input `role`. Fails without a linear map; only notes that its
+// columns are unknown.
 bool find_projection(SiteFinder& finder, Value* heads, const char* role, std::optional<Projection>& projection,
                      LinearSite& site, Layer& layer, std::string& reason) {
   const auto linears = nearest_linears(heads);
@@ -91,7 +92,7 @@ bool find_projection(SiteFinder& finder, Value* heads, const char* role, std::op
   Projection found = finder.describe(site.node);
   std::string why_not;
   if (!find_elsewhere(finder, site.node, site)) {
-    layer.notes.push_back(found.path + " is applied outside the attention too: LoRA leaves that as it is");
+    layer.notes.push_back(found.path + " is applied outside the attention too: LoRA changes it in the attention only");
   }
   if (found.out_features == 0) {
     layer.notes.push_back(std::string("the weight of its ") + role + " projection is computed, not a parameter");
@@ -110,7 +111,7 @@ bool find_attention(SiteFinder& finder, Node* attention, Layer& layer, LayerSite
     reason = "it is inside a branch or a loop";
     return false;
   }
-  // Shapes flow from the projections: visit them first so that what they assume is known.
+  // Shapes flow from the projections: visit those first, so that their assumptions are known.
   for (const char* input : {"query", "key", "value"}) {
     for (Node* linear : nearest_linears(attention->namedInput(input))) {
       finder.shapes().shape(linear->output());
@@ -121,7 +122,7 @@ bool find_attention(SiteFinder& finder, Node* attention, Layer& layer, LayerSite
   const bool visible = query && key && query->size() == 4 && key->size() == 4 && (*query)[1].is_constant() &&
                        (*query)[3].is_constant() && (*key)[1].is_constant();
   if (!visible) {
-    reason = "its queries and keys are not visibly of shape [batch, heads, tokens, head size]";
+    reason = "its queries and keys cannot be seen to have the shape [batch, heads, tokens, head size]";
     return false;
   }
   finder.shapes().assume_equal((*query)[0], (*key)[0]);

@@ -6,9 +6,9 @@
 
 namespace torchgraft {
 
-// Fills what `layer` and `sites` say of `attention`, an aten::scaled_dot_product_attention: its sizes, its kind, its
-// mask, and the projections behind its queries, keys and values. False, with the reason in words, when no adapter can
-// work on it at all; a projection that only LoRA cannot work on is left out with a note.
+// Describes `attention`, an aten::scaled_dot_product_attention, in `layer` and `sites`: its sizes, kind and mask, and
+// the projections behind its queries, keys and values. Returns false, with the reason in words, when no adapter can
+// work on it. A projection that LoRA alone cannot work on is left out, with a note.
 bool find_attention(SiteFinder& finder, torch::jit::Node* attention, Layer& layer, LayerSites& sites,
                     std::string& reason);
 

@@ -19,7 +19,7 @@ struct FeedForward {
   ResidualSite residual;
 };
 
-// Linear maps that read one of `streams` through at most one norm: ways into a feed-forward block.
+// Linear maps that read one of `streams` through at most one norm, as the entry of a feed-forward block does.
 std::vector<Node*> linears_reading(SiteFinder& finder, const std::vector<Value*>& streams) {
   std::vector<Node*> result;
   std::vector<std::pair<Value*, bool>> frontier;  // value, whether a norm has been passed
@@ -50,8 +50,7 @@ std::vector<Node*> linears_reading(SiteFinder& finder, const std::vector<Value*>
   return result;
 }
 
-// Of two linear maps whose results are multiplied, act(gate(x)) * in(x): whether `linear` is the one with the
-// activation.
+// Whether `linear` is the gate in act(gate(x)) * in(x), the product of two linear maps: the one with the activation.
 bool is_gate(Node* linear, Node* other) {
   std::vector<Value*> frontier = {linear->output()};
   std::unordered_set<Value*> seen = {linear->output()};
@@ -74,7 +73,7 @@ bool is_gate(Node* linear, Node* other) {
   return false;
 }
 
-// Blocks of linear maps, one or two at the entry, that end in a residual add to what they read from one of `streams`.
+// Blocks of one or two linear maps at the entry and one at the end that read one of `streams` and are added to it.
 std::vector<FeedForward> feed_forwards(SiteFinder& finder, const std::vector<Value*>& streams,
                                        const LayerSites& sites) {
   std::vector<FeedForward> blocks;
@@ -92,7 +91,7 @@ std::vector<FeedForward> feed_forwards(SiteFinder& finder, const std::vector<Val
       same->in.push_back(in);
       continue;
     }
-    // Its residual must be what it reads: the end of another block is none of ours.
+    // A block is added to what it reads; another residual means that `out` ends another block.
     const auto residual = find_residual(finder, out->node->output(), in->namedInput("input"));
     if (residual && norm_order(in->namedInput("input"), residual->residual) != NormOrder::kNone) {
       blocks.push_back({{in}, *out, *residual});

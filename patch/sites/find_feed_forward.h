@@ -10,9 +10,9 @@ namespace torchgraft {
 inline const std::string kNoFeedForward =
     "no feed-forward block (linear, activation, linear, residual add) follows its attention";
 
-// Fills the feed-forward block of `layer`, whose attention is known: linear, activation, linear, residual add, with two
-// linear maps at its entry when it is gated. It stands beside the attention (parallel blocks read one norm), else
-// behind the attention's sum. Notes why there is none.
+// Finds the feed-forward block of `layer`, whose attention is known: linear, activation, linear, residual add; a gated
+// block has two linear maps at its entry. Looks beside the attention first (parallel blocks read one norm), then behind
+// the attention's sum. Notes why the layer has none.
 void find_feed_forward(SiteFinder& finder, Layer& layer, LayerSites& sites);
 
 }  // namespace torchgraft

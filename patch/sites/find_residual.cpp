@@ -34,7 +34,7 @@ Node* norm_after(Value* sum) {
 
 namespace {
 
-// The node of the graph's own block that `node` is, or is inside of.
+// `node`, or the node of the graph's own block around it.
 Node* top_level_node(Node* node) {
   while (Node* owner = node->owningBlock()->owningNode()) {
     if (owner->kind() == c10::prim::Return || owner->kind() == c10::prim::Param) {
@@ -45,8 +45,8 @@ Node* top_level_node(Node* node) {
   return node;
 }
 
-// The one node at the top level that reads `value`, and at which input; a branch (stochastic depth in training) may
-// read it many times.
+// The one top-level node that reads `value`, and at which input. A branch (stochastic depth in training) may read it
+// many times.
 std::optional<torch::jit::Use> only_reader(Value* value) {
   const auto uses = data_uses(value);
   if (uses.empty()) {
@@ -69,8 +69,8 @@ bool is_tensor_add(const Node* node) {
   return is_aten(node, {"add"}) && has_unit_alpha(node) && is_tensor(node->input(0)) && is_tensor(node->input(1));
 }
 
-// The one of `streams` that `operand` is, or is a sum with: x + attention(x) in x + attention(x) + feed_forward(x).
-// Null when it is neither.
+// The one of `streams` that is `operand`, or a term of it when `operand` is a sum, as x is of x + attention(x). Null
+// when there is none.
 Value* stream_in(Value* operand, const std::vector<Value*>& streams) {
   if (std::find(streams.begin(), streams.end(), strip_passive(operand)) != streams.end()) {
     return operand;
@@ -111,7 +111,7 @@ std::optional<ResidualSite> find_residual(SiteFinder& finder, Value* branch, Val
   Value* stream = stream_in(site.residual, streams);
   for (Node* add = site.add; !stream;) {
     const auto next = only_reader(add->output());
-    if (!next || !is_tensor_add(next->user)) {  // no stream that the block has read: the nearest add is its residual
+    if (!next || !is_tensor_add(next->user)) {  // no add brings in the stream: the nearest one is the residual add
       site.sum = site.add;
       stream = site.residual;
       break;

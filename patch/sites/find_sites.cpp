@@ -42,7 +42,7 @@ std::unordered_set<const Node*> attentions_behind(Value* value) {
   return attentions;
 }
 
-// Self attentions whose result is what cross attentions read belong to an encoder.
+// Self attentions whose result a cross attention reads belong to an encoder.
 void mark_encoder(GraphSites& sites) {
   std::unordered_set<const Value*> memories;
   for (size_t i = 0; i < sites.layers.size(); ++i) {
@@ -59,7 +59,7 @@ void mark_encoder(GraphSites& sites) {
   }
 }
 
-// What a layer's linear maps multiply with: equal for two runs of one layer. Empty when a weight is computed.
+// The weights of a layer's linear maps, equal for two runs of one layer. Empty when a weight is computed at run time.
 std::vector<std::pair<const void*, int64_t>> weights_of(const LayerSites& sites, const Module& module) {
   std::vector<std::pair<const void*, int64_t>> result;
   for (const LinearSite* site : {&sites.query, &sites.key, &sites.value, sites.output ? &*sites.output : nullptr,
@@ -77,8 +77,8 @@ std::vector<std::pair<const void*, int64_t>> weights_of(const LayerSites& sites,
   return result;
 }
 
-// Transformer layers count from 0 in the order in which they first run. A layer that runs again keeps its number, and a
-// cross attention has that of the self attention before it, unless a feed-forward block lies between them.
+// Numbers Transformer layers from 0 in the order in which they first run. A layer that runs again keeps its number. A
+// cross attention has the number of the self attention before it, unless a feed-forward block lies between them.
 void number_layers(GraphSites& sites, const Module& module) {
   std::map<std::vector<std::pair<const void*, int64_t>>, int64_t> first_runs;
   int64_t next = 0;
@@ -145,18 +145,18 @@ GraphSites find_sites(const CanonicalGraph& canonical, const Module& module) {
   return result;
 }
 
-const LinearSite* lora_site(const LayerSites& layer, const std::string& slot) {
-  const auto found_at = [](const std::optional<LinearSite>& site) { return site ? &*site : nullptr; };
+const LinearSite* lora_site(const LayerSites& layer, const std::string& site) {
+  const auto pointer = [](const std::optional<LinearSite>& linear) { return linear ? &*linear : nullptr; };
   const std::map<std::string, const LinearSite*> sites = {{"selfattn_lora_q", &layer.query},
                                                           {"selfattn_lora_k", &layer.key},
                                                           {"selfattn_lora_v", &layer.value},
                                                           {"crossattn_lora_q", &layer.query},
                                                           {"crossattn_lora_k", &layer.key},
                                                           {"crossattn_lora_v", &layer.value},
-                                                          {"intermediate_lora", found_at(layer.ffn_in)},
-                                                          {"output_lora", found_at(layer.ffn_out)}};
-  const auto site = sites.find(slot);
-  return site == sites.end() ? nullptr : site->second;
+                                                          {"intermediate_lora", pointer(layer.ffn_in)},
+                                                          {"output_lora", pointer(layer.ffn_out)}};
+  const auto found = sites.find(site);
+  return found == sites.end() ? nullptr : found->second;
 }
 
 }  // namespace torchgraft

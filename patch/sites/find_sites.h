@@ -10,13 +10,13 @@
 
 namespace torchgraft {
 
-// Where in the graph the places of a Layer are. Pointers are into the canonical graph.
+// The sites of a Layer in the graph. Pointers are into the canonical graph.
 
-// A linear map, or some of its columns: node->input(0) is its input, columns [offset, offset + width) of
-// node->output() are this projection's.
+// A linear map, or some of its columns: `node` is the aten::linear, and columns [offset, offset + width) of its output
+// are this projection's.
 //
-// `elsewhere`: linear maps with the same weight whose input [1, P, features] all rows of a batch share, as relative
-// positions are in DeBERTa: a LoRA changes them too.
+// `elsewhere` are linear maps with the same weight on an input [1, P, features] that all rows of a batch share
+// (DeBERTa's relative positions): a LoRA changes them too.
 struct LinearSite {
   torch::jit::Node* node = nullptr;
   bool sequence_first = false;  // tokens before batch: [S, B, features]
@@ -26,8 +26,9 @@ struct LinearSite {
   std::vector<torch::jit::Node*> elsewhere = {};
 };
 
-// What a block adds to the residual stream. `add` adds `branch` to something, in the end (parallel blocks add twice) to
-// `residual`; `sum` is the add whose result is the stream after the block, `norm` the norm of it in post-norm models.
+// What a block adds to the residual stream. `add` adds `branch` to `residual`, or to a sum that a later add brings
+// there (parallel blocks add twice). The result of `sum` is the stream behind the block; `norm` is its norm in
+// post-norm models.
 struct ResidualSite {
   torch::jit::Node* add = nullptr;
   size_t branch_operand = 0;
@@ -46,9 +47,9 @@ struct LayerSites {
   std::optional<ResidualSite> attention_residual, ffn_residual;
 };
 
-// Where the LoRA of a slot ("crossattn_lora_k", "output_lora") goes; null for slots of other methods and for places
+// The linear map of a LoRA site ("crossattn_lora_k", "output_lora"); null for sites of other methods, and for a site
 // that the layer lacks.
-const LinearSite* lora_site(const LayerSites& layer, const std::string& slot);
+const LinearSite* lora_site(const LayerSites& layer, const std::string& site);
 
 struct GraphSites {
   Structure structure;
@@ -57,7 +58,7 @@ struct GraphSites {
 };
 
 // Finds layers by data flow, from each attention outwards: its projections, the residual add and norm around it, and
-// the feed-forward block behind or beside it. Names play no part.
+// the feed-forward block behind or beside it. Names of modules play no part.
 GraphSites find_sites(const CanonicalGraph& canonical, const torch::jit::Module& module);
 
 }  // namespace torchgraft

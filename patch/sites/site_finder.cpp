@@ -58,7 +58,7 @@ bool SiteFinder::layout_of(Value* tokens, bool& sequence_first) {
 
 bool SiteFinder::result_is_sequence_first() {
   Value* result = graph_.outputs()[0];
-  while (!is_tensor(result) && !result->node()->inputs().empty()) {  // a tuple, or a dict, whose first input is a key
+  while (!is_tensor(result) && !result->node()->inputs().empty()) {  // a tuple, or a dict (its first input is a key)
     const auto inputs = result->node()->inputs();
     const auto first = std::find_if(inputs.begin(), inputs.end(), [](Value* input) { return is_tensor(input); });
     result = first == inputs.end() ? inputs[0] : *first;
@@ -155,7 +155,7 @@ Node* SiteFinder::linear_at(const std::string& path, const std::string& what) {
   TORCH_CHECK(!found.empty(), what, ": the model has no linear map '", path, "'",
               near.empty() ? "" : "; nearby are: ", c10::Join(", ", near));
   TORCH_CHECK(found.size() == 1, what, ": the linear map '", path, "' runs ", found.size(),
-              " times; it cannot be named for one of them");
+              " times, and a path cannot name one of the runs; choose a linear map that runs once");
   return found.front();
 }
 

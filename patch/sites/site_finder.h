@@ -11,15 +11,15 @@
 
 namespace torchgraft {
 
-// What find_attention, find_residual, find_feed_forward and apply_sites all ask of one canonical graph. Knows the
-// shapes that were worked out so far, and the batch dimension of the attention that is looked at.
+// Answers what find_attention, find_residual, find_feed_forward and apply_sites all ask of one canonical graph. Keeps
+// the shapes worked out so far, and the batch size of the present attention.
 class SiteFinder {
  public:
   SiteFinder(const CanonicalGraph& canonical, const torch::jit::Module& module);
 
   SymbolicShapes& shapes() { return shapes_; }
   const torch::jit::Module& module() const { return module_; }
-  // The size of the batch in the attention at hand; set before layout_of is asked.
+  // The batch size in the present attention. Set it before layout_of is called.
   Dim& batch() { return batch_; }
   // The linear maps behind any attention's queries, keys and values.
   const std::set<torch::jit::Node*>& attention_projections() const { return attention_projections_; }
@@ -32,22 +32,24 @@ class SiteFinder {
   // The module path of the weight of a linear map; empty when it has none (a frozen graph's constants).
   std::string path_of(const torch::jit::Node* linear) const;
 
-  // The linear map whose weight has this path. Throws c10::Error, on behalf of `what`, when there is none, or several.
+  // The linear map with this path. Throws c10::Error, on behalf of `what`, when there is none, or several.
   torch::jit::Node* linear_at(const std::string& path, const std::string& what);
 
   // Sizes, path and columns of a linear map; out_features is 0 when its weight is computed at run time.
   Projection describe(const torch::jit::Node* linear);
 
-  // Whether `tokens`, of rank 3, has the batch first or second; false when it is neither.
+  // Sets sequence_first to whether `tokens`, of rank 3, has the batch second; false when it has it neither first nor
+  // second.
   bool layout_of(torch::jit::Value* tokens, bool& sequence_first);
 
-  // Whether the first tensor of what the graph returns is [S, B, H].
+  // Whether the first tensor of the graph's result is [S, B, H].
   bool result_is_sequence_first();
 
   // The one linear map that `value` flows into: through rearrangements and norms only, or through any element-wise op.
   std::optional<LinearSite> linear_behind(torch::jit::Value* value, bool through_any_op);
 
-  // Multiplication by something that does not depend on the input: layer scale, a residual multiplier.
+  // Whether `node` multiplies `scaled` by something that does not depend on the input: layer scale, a residual
+  // multiplier.
   bool is_scale(const torch::jit::Node* node, const torch::jit::Value* scaled);
 
  private:

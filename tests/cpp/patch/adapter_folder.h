@@ -10,10 +10,10 @@
 
 #include <filesystem>
 
-// Adapters for encoder(), of which no two do the same.
+// Adapters for encoder(). No two of them compute the same.
 namespace torchgraft::testing {
 
-// Weights of that scale make a difference in every output, and leave gates between 0 and 1.
+// Random weights of a scale that changes every output and leaves gates between 0 and 1.
 inline StateDict random_like(const StateDict& weights, uint64_t seed) {
   auto generator = at::make_generator<at::CPUGeneratorImpl>(seed);
   StateDict result;
@@ -35,7 +35,7 @@ inline at::Tensor run_rows(const torch::jit::Module& module, const at::Tensor& x
   return module.get_method("forward")({x}, {{"adapter_ids", at::tensor(ids, at::kLong)}}).toTensor();
 }
 
-// `count` adapters of one configuration as AdapterHub keeps them, each in a directory of its own.
+// `count` adapters of one configuration, each in a directory of its own as AdapterHub keeps it.
 class AdapterFolder {
  public:
   AdapterFolder(const std::string& config, int64_t count) : count_(count) {
@@ -61,7 +61,7 @@ class AdapterFolder {
     return [this](const std::string& name) { return read(name); };
   }
 
-  // All of them in one module, grafted as ever: adapter i is name_of(i).
+  // One module with all adapters, made by graft(): adapter i is name_of(i).
   torch::jit::Module graft_all() const {
     std::vector<AdapterSpec> specs;
     for (int64_t i = 0; i < count_; ++i) {

@@ -4,7 +4,7 @@
 
 #include <ATen/ATen.h>
 
-// A post-norm encoder layer stack in TorchScript text: hidden size 12, 3 heads of 4, feed-forward size 20.
+// A stack of post-norm encoder layers in TorchScript text: hidden size 12, 3 heads of 4, feed-forward size 20.
 namespace torchgraft::testing {
 
 constexpr int64_t kHidden = 12;

@@ -33,7 +33,7 @@ inline void expect_same_results(torch::jit::Module& module, const std::shared_pt
   }
 }
 
-// The linear map at the top level of the graph; null when there is none or are several.
+// The one linear map at the top level of the graph. Null when there is none; fails when there are several.
 inline const torch::jit::Node* only_linear(const torch::jit::Graph& graph) {
   const torch::jit::Node* linear = nullptr;
   for (const torch::jit::Node* node : graph.nodes()) {

@@ -28,7 +28,7 @@ at::Tensor run(const AdapterPool::Lease& lease, const at::Tensor& x) {
   return run_rows(lease.module(), x, lease.ids());
 }
 
-// What the adapter alone makes of x, on a module of its own.
+// The result for x of a module with this adapter alone.
 at::Tensor alone(const AdapterSpec& spec, const at::Tensor& x) {
   torch::jit::Module module = graft(encoder(), {spec});
   at::NoGradGuard no_grad;
@@ -44,7 +44,7 @@ AdapterPoolOptions options(int64_t capacity, const std::vector<std::string>& roo
   return result;
 }
 
-// While it lives, memory for tensors is gone after `count` more of them.
+// While it lives, every allocation for a tensor after the next `count` ones fails.
 class LittleMemory : public c10::Allocator {
  public:
   explicit LittleMemory(int64_t count) : left_(count) { c10::SetCPUAllocator(this); }
@@ -65,7 +65,7 @@ class LittleMemory : public c10::Allocator {
   int64_t left_;
 };
 
-TEST(AdapterPool, RowsAreRewrittenInPlace) {
+TEST(AdapterPool, InsertRewritesRowsInPlace) {
   AdapterPool pool(encoder(), options(2, {"unipelt"}));
   const at::Tensor x = at::randn({1, 5, 12});
   const auto* first = pool.acquire({""}).module()._ivalue().get();
@@ -81,7 +81,7 @@ TEST(AdapterPool, RowsAreRewrittenInPlace) {
   EXPECT_EQ(pool.stats().evictions, 2);
 }
 
-TEST(AdapterPool, WhatWasUsedLongestAgoLeaves) {
+TEST(AdapterPool, InsertIntoAFullPoolEvictsTheLeastRecentlyUsed) {
   AdapterPool pool(encoder(), options(3, {"lora"}));
   for (const char* name : {"a", "b", "c"}) {
     pool.insert(made_of("lora", name));
@@ -91,7 +91,7 @@ TEST(AdapterPool, WhatWasUsedLongestAgoLeaves) {
   EXPECT_EQ(pool.resident(), (std::vector<std::string>{"a", "c", "d"}));
 }
 
-TEST(AdapterPool, ALeaseKeepsWhatItHas) {
+TEST(AdapterPool, LeasesKeepAdaptersThatAreReplacedOrEvicted) {
   AdapterPool pool(encoder(), options(2, {"lora"}));
   const at::Tensor x = at::randn({1, 5, 12});
   const AdapterSpec before = made_of("lora", "a", /*seed=*/1);
@@ -110,7 +110,7 @@ TEST(AdapterPool, ALeaseKeepsWhatItHas) {
   EXPECT_LT(largest_difference(run(renewed, x), alone(after, x)), kTolerance);
 }
 
-TEST(AdapterPool, ARowKeepsNothingOfItsLastAdapter) {
+TEST(AdapterPool, RewrittenRowsKeepNothingOfEarlierAdapters) {
   AdapterPool pool(encoder(), options(1, {"lora[r=8]|prefix_tuning[prefix_length=6]", "mam", "unipelt"}));
   const at::Tensor x = at::randn({1, 5, 12});
   for (const char* config : {"unipelt", "lora[r=2]", "mam", "prefix_tuning[prefix_length=2, flat=True]",
@@ -122,7 +122,7 @@ TEST(AdapterPool, ARowKeepsNothingOfItsLastAdapter) {
   }
 }
 
-TEST(AdapterPool, ATrainableAdapterOfItsModuleIsServedAsItIsNow) {
+TEST(AdapterPool, TrainableAdaptersOfTheModuleAreServedWithTheirPresentWeights) {
   const at::Tensor x = at::randn({1, 5, 12});
   for (const char* config : {"lora[use_dora=True, init_weights='bert']", "mam", "compacter++[reduction_factor=3]"}) {
     auto module = graft(encoder(), {{"own", config_from_string(config), std::nullopt, "", /*trainable=*/true}});
@@ -138,7 +138,7 @@ TEST(AdapterPool, ATrainableAdapterOfItsModuleIsServedAsItIsNow) {
   }
 }
 
-TEST(AdapterPool, GrowsBesideItsLeases) {
+TEST(AdapterPool, LargerAdaptersGrowTheBanksBesideALease) {
   AdapterPool pool(encoder(), options(4, {"lora[r=2]"}));
   const at::Tensor x = at::randn({1, 5, 12});
   const AdapterSpec small = made_of("lora[r=2]", "small");
@@ -160,7 +160,7 @@ TEST(AdapterPool, GrowsBesideItsLeases) {
   EXPECT_LT(largest_difference(encoder().forward({x}).toTensor()[0], together[1]), kTolerance);
 }
 
-TEST(AdapterPool, GatesComeUnderTheAdaptersNames) {
+TEST(AdapterPool, GatesAreReportedByAdapterName) {
   AdapterPool pool(encoder(), options(3, {"unipelt", "lora"}));
   pool.insert(made_of("lora", "plain"));
   pool.insert(made_of("unipelt", "gated"));
@@ -175,7 +175,7 @@ TEST(AdapterPool, GatesComeUnderTheAdaptersNames) {
   EXPECT_EQ(gates.at("plain").toGenericDict().size(), 0u);
 }
 
-TEST(AdapterPool, HeadsComeWithTheirAdapters) {
+TEST(AdapterPool, LeasesComputeLogitsAsForwardWithHeadDoes) {
   for (const char* json : {R"({"config": {"head_type": "classification", "num_labels": 3, "layers": 2,
                                           "activation_function": "tanh"}, "pooling": "mean"})",
                            R"({"config": {"head_type": "classification", "num_labels": 1, "layers": 1,
@@ -200,7 +200,7 @@ TEST(AdapterPool, HeadsComeWithTheirAdapters) {
     EXPECT_LT(largest_difference(lease.logits(1, states, {}), expected), kTolerance) << json;
     EXPECT_NE(error_of([&] { lease.logits(0, states, {}); }).find("has no head"), std::string::npos);
 
-    // Real tokens only: as if the row ended there.
+    // With a token mask the padding must not count: the logits are those of the shorter rows.
     const at::Tensor mask = at::tensor({1, 1, 1, 0, 0}, at::kLong).expand({3, 5});
     const at::Tensor shorter = lease.logits(1, states.narrow(1, 0, 3), {});
     const at::Tensor masked = lease.logits(1, states, mask);
@@ -208,7 +208,7 @@ TEST(AdapterPool, HeadsComeWithTheirAdapters) {
   }
 }
 
-TEST(AdapterPool, AModulesOwnAdaptersStay) {
+TEST(AdapterPool, AdaptersOfTheModuleAreNeverEvicted) {
   const AdapterSpec own = made_of("unipelt", "own");
   AdapterPool pool(graft(encoder(), {own}), options(2, {"lora"}));
   const at::Tensor x = at::randn({1, 5, 12});
@@ -224,7 +224,7 @@ TEST(AdapterPool, AModulesOwnAdaptersStay) {
             std::string::npos);
 }
 
-TEST(AdapterPool, WhatCannotBeLoadedChangesNothing) {
+TEST(AdapterPool, AdaptersThatCannotBeLoadedChangeNothing) {
   AdapterPool pool(encoder(), options(1, {"lora"}), [](const std::string& name) -> AdapterSpec {
     TORCH_CHECK(name != "missing", "no such file");
     return made_of("lora", name == "other" ? "another" : name);
@@ -240,7 +240,7 @@ TEST(AdapterPool, WhatCannotBeLoadedChangesNothing) {
   EXPECT_NE(error_of([&] { pool.insert(made_of("lora", "")); }).find("needs a name"), std::string::npos);
 }
 
-TEST(AdapterPool, ARowThatCouldNotBeWrittenIsFree) {
+TEST(AdapterPool, ARowWhoseWritingFailedIsFreeAgain) {
   AdapterPool pool(encoder(), options(1, {"unipelt"}));
   const at::Tensor x = at::randn({1, 5, 12});
   const AdapterSpec spec = made_of("unipelt", "a");
@@ -258,10 +258,10 @@ TEST(AdapterPool, ARowThatCouldNotBeWrittenIsFree) {
     pool.insert(other);
     ASSERT_LT(largest_difference(run(pool.acquire({"b"}), x), expected), kTolerance) << "after " << failures;
   }
-  EXPECT_GT(failures, 20);  // in every tensor of the row
+  EXPECT_GT(failures, 20);  // each tensor of the row has failed once
 }
 
-TEST(AdapterPool, RowsGrowNoFurtherThanTheyMay) {
+TEST(AdapterPool, AdaptersAboveMaxRowBytesAreRefused) {
   AdapterPoolOptions limited = options(4, {"lora[r=4]"});
   limited.max_row_bytes = AdapterPool(encoder(), options(4, {"lora[r=8]"})).stats().row_bytes;
   AdapterPool pool(encoder(), limited);
@@ -283,19 +283,19 @@ TEST(AdapterPool, ReplacingAnAdapterEvictsNone) {
   EXPECT_EQ(pool.stats().evictions, 1);
 }
 
-TEST(AdapterPool, ARowCostsTheAdaptersWeights) {
+TEST(AdapterPool, ARowTakesAtMostATenthMoreThanItsAdaptersWeights) {
   AdapterPool pool(encoder(), options(8, {"unipelt"}));
   const auto module = graft(encoder(), {made_of("unipelt", "a")});
   EXPECT_LE(pool.stats().row_bytes, 1.1 * static_cast<double>(list_adapters(module)[0].bytes));
   EXPECT_EQ(pool.stats().bank_bytes, 8 * pool.stats().row_bytes);
 }
 
-TEST(AdapterPool, AThousandAdaptersInAFolder) {
+TEST(AdapterPool, SixtyFourRowsServeAThousandAdapters) {
   constexpr int64_t kAdapters = 1000;
   constexpr int64_t kResident = 64;
   const AdapterFolder folder("unipelt", kAdapters);
   AdapterPool pool(encoder(), options(kResident, {"unipelt"}), folder.loader());
-  const torch::jit::Module everything = folder.graft_all();  // banks of 1,000, which other tests hold to the oracle
+  const torch::jit::Module everything = folder.graft_all();  // other tests compare such modules with the oracle
 
   std::mt19937 random(0);
   for (int batch = 0; batch < 40; ++batch) {

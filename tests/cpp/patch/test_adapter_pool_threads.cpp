@@ -10,7 +10,7 @@
 #include <random>
 #include <thread>
 
-// Threads that serve, load, replace and evict at once, on fewer rows than there are adapters. Also run by hand under
+// Threads that serve, load, replace and evict at the same time, with more adapters than rows. Also run by hand under
 // ThreadSanitizer (cmake --preset tsan; docs/serving.md).
 namespace torchgraft {
 namespace {
@@ -23,7 +23,7 @@ using testing::run_rows;
 
 constexpr double kTolerance = 1e-5;
 
-// Every adapter comes in two versions, which are a sign apart in every weight.
+// Two versions of one adapter: all weights of the second are those of the first with the other sign.
 struct Versions {
   AdapterSpec first;
   AdapterSpec second;
@@ -62,7 +62,7 @@ class AdapterPoolThreads : public ::testing::Test {
     return loads_.fetch_add(1) % 2 == 0 ? adapters_[number].first : adapters_[number].second;
   }
 
-  // Whether a row is what its adapter makes of x_, in one of its versions: not the two mixed, nor another's.
+  // Whether a row is the result for x_ of one version of its adapter: of no mixture, and of no other adapter.
   bool is_right(const at::Tensor& row, int64_t adapter) const {
     if (adapter < 0) {
       return largest_difference(row, base_) < kTolerance;
@@ -71,7 +71,7 @@ class AdapterPoolThreads : public ::testing::Test {
     return largest_difference(row, both[0]) < kTolerance || largest_difference(row, both[1]) < kTolerance;
   }
 
-  // Rows of random adapters and the base, run twice under one lease: both times the same.
+  // Runs rows of random adapters and of the base twice under one lease. Counts wrong rows, and batches that changed.
   void serve(AdapterPool& pool, unsigned seed, int batches) {
     std::mt19937 random(seed);
     std::uniform_int_distribution<int64_t> any(-1, static_cast<int64_t>(adapters_.size()) - 1);
@@ -144,7 +144,7 @@ void run_together(AdapterPool& pool, int servers, const std::function<void(unsig
   }
 }
 
-TEST_F(AdapterPoolThreads, NoRequestIsLostAndNoWeightsAreMixed) {
+TEST_F(AdapterPoolThreads, RequestsBesideReplacingAndEvictingGetWholeAdapters) {
   AdapterPoolOptions options;
   options.capacity = kRows;
   for (const Versions& versions : adapters_) {
@@ -161,7 +161,7 @@ TEST_F(AdapterPoolThreads, NoRequestIsLostAndNoWeightsAreMixed) {
   EXPECT_EQ(pool.stats().rebuilds, 0);
 }
 
-TEST_F(AdapterPoolThreads, BanksGrowUnderLoad) {
+TEST_F(AdapterPoolThreads, RequestsWhileBanksGrowGetWholeAdapters) {
   AdapterPoolOptions options;
   options.capacity = kRows;
   options.room = {adapters_[1].first.config};  // the smallest LoRA: each other method is a rebuild

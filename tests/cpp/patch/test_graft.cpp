@@ -23,14 +23,14 @@ at::Tensor run(torch::jit::Module& module, const at::Tensor& x) {
   return module.forward({x}).toTensor();
 }
 
-TEST(Graft, AParallelBottleneckTakesTheLinearMapBesideItIn) {
+TEST(Graft, MamFusesParallelBottlenecksWithTheLinearMapsBesideThem) {
   const auto module = graft(encoder(), {fresh("task", "mam")});
   const auto& graph = *module.get_method("grafted_forward").graph();
   EXPECT_EQ(testing::count_kind(graph, "torchgraft::gated_bottleneck_linear"), 2u);
   EXPECT_EQ(testing::count_kind(graph, "torchgraft::gated_bottleneck"), 0u);
 }
 
-TEST(Graft, UnipeltInsertsOneOpPerPlace) {
+TEST(Graft, UnipeltInsertsOneOpPerSite) {
   const auto module = graft(encoder(), {fresh("task", "unipelt")});
   const auto& graph = *module.get_method("grafted_forward").graph();
   EXPECT_EQ(testing::count_kind(graph, "torchgraft::gated_lora_linear"), 4u);
@@ -49,7 +49,7 @@ TEST(Graft, UnipeltInsertsOneOpPerPlace) {
             (std::vector<int64_t>{1, 8, 12}));
 }
 
-TEST(Graft, FreshLoraChangesNothingAndDeactivatedIsTheBase) {
+TEST(Graft, FreshLoraGivesTheBasesResultAndDeactivatedItsBits) {
   auto base = encoder();
   auto module = graft(base, {fresh("task", "lora")});
   const at::Tensor x = at::randn({2, 5, 12});
@@ -59,7 +59,7 @@ TEST(Graft, FreshLoraChangesNothingAndDeactivatedIsTheBase) {
   EXPECT_TRUE(at::equal(run(module, x), expected));
 }
 
-TEST(Graft, AHostNeedsNoHeaderOfOurs) {
+TEST(Graft, TorchScriptMethodsAloneServeAMixedBatch) {
   auto module = graft(encoder(), {fresh("a", "unipelt"), fresh("b", "mam")});
   EXPECT_EQ(module.get_method("adapter_names")({}).toListRef().size(), 2u);
   EXPECT_EQ(module.get_method("active_adapter")({}).toStringRef(), "b");
@@ -74,7 +74,7 @@ TEST(Graft, AHostNeedsNoHeaderOfOurs) {
   EXPECT_EQ(layer.at("self_prefix").toTensor().sizes(), (std::vector<int64_t>{1, 1}));
 }
 
-TEST(Graft, SavesAndLoads) {
+TEST(Graft, ASavedAndLoadedModuleGivesTheSameBits) {
   auto module = graft(encoder(), {fresh("task", "unipelt")});
   std::stringstream file;
   module.save(file);
@@ -83,7 +83,7 @@ TEST(Graft, SavesAndLoads) {
   EXPECT_TRUE(at::equal(run(module, x), run(loaded, x)));
 }
 
-TEST(Graft, ASecondGraftKeepsTheFirst) {
+TEST(Graft, ASecondGraftKeepsTheResultOfTheFirst) {
   auto first = graft(encoder(), {fresh("a", "unipelt")});
   auto second = graft(first, {fresh("b", "mam")});
   second.get_method("activate")({"a"});
@@ -92,7 +92,7 @@ TEST(Graft, ASecondGraftKeepsTheFirst) {
 }
 
 TEST(Graft, OtherMethodsOfTheModuleKeepCallingForward) {
-  at::NoGradGuard no_grad;  // as run() has it: a projection and its LoRA are one kernel only where nothing is recorded
+  at::NoGradGuard no_grad;  // as in run(): with autograd a projection and its LoRA are two kernels, and round otherwise
   auto base = encoder();
   base.define("def encode(self, x: Tensor) -> Tensor:\n    return self.forward(x).mean(1)\n");
   auto module = graft(base, {fresh("task", "prefix_tuning")});
@@ -102,7 +102,7 @@ TEST(Graft, OtherMethodsOfTheModuleKeepCallingForward) {
   EXPECT_TRUE(at::equal(again.get_method("encode")({x}).toTensor(), run(again, x).mean(1)));
 }
 
-TEST(Graft, ErrorsSayWhatToDo) {
+TEST(Graft, WhatCannotBeGraftedIsNamed) {
   const auto base = encoder();
   EXPECT_NE(error_of([&] { graft(base, {}); }).find("no adapter was given"), std::string::npos);
   EXPECT_NE(error_of([&] { graft(base, {fresh("task", "vera")}); }).find("LoRAConfig.vera_d=0.1 is not supported yet"),
@@ -120,7 +120,7 @@ TEST(Graft, ErrorsSayWhatToDo) {
             std::string::npos);
 }
 
-TEST(Graft, WithoutFeedForwardTheErrorNamesTheLayers) {
+TEST(Graft, AMissingFeedForwardBlockIsNamedWithItsLayersAndTheRemedy) {
   const auto attention_only = testing::make_module({{"w", at::randn({12, 12})}}, R"python(
 def forward(self, x: Tensor) -> Tensor:
     q = torch.linear(x, self.w).view(x.size(0), x.size(1), 3, 4).transpose(1, 2)

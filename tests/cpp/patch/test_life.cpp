@@ -23,7 +23,7 @@ AdapterSpec spec(const std::string& name, const std::string& config) {
   return {name, config_from_string(config), std::nullopt, ""};
 }
 
-// Every float parameter of the banks random, scalings excepted.
+// Draws the matrices and prefixes in all banks from a normal distribution.
 torch::jit::Module randomised(torch::jit::Module module) {
   at::NoGradGuard no_grad;
   for (at::Tensor parameter : module.attr("adapters").toModule().parameters()) {
@@ -34,7 +34,7 @@ torch::jit::Module randomised(torch::jit::Module module) {
   return module;
 }
 
-TEST(Life, AdaptersAreListedRenamedAndRemoved) {
+TEST(Life, RemovingAndRenamingKeepsTheActiveAdaptersResult) {
   auto module = randomised(graft(encoder(), {spec("a", "lora"), spec("b", "unipelt")}));
   const at::Tensor x = at::randn({2, 5, 12});
   const at::Tensor expected = run(module, x);
@@ -47,7 +47,7 @@ TEST(Life, AdaptersAreListedRenamedAndRemoved) {
   EXPECT_NE(error_of([&] { remove_adapters(module, {"z"}); }).find("there are: a, b"), std::string::npos);
 }
 
-TEST(Life, MergingAndUnmerging) {
+TEST(Life, UngraftGivesTheMergedModelAndAfterUnmergingTheBase) {
   auto base = encoder();
   const auto module = randomised(graft(base, {spec("a", "lora[attn_matrices=['q', 'k', 'v'], output_lora=True]")}));
   const at::Tensor x = at::randn({2, 5, 12});
@@ -59,7 +59,7 @@ TEST(Life, MergingAndUnmerging) {
   EXPECT_GT(largest_difference(run(module, x), plain), 1e-2);
 }
 
-TEST(Life, AFailedMergeChangesNothing) {
+TEST(Life, MergingABottleneckThrowsAndChangesNothing) {
   auto base = encoder();
   const at::Tensor x = at::randn({2, 5, 12});
   const auto module = randomised(graft(base, {spec("a", "lora|seq_bn")}));
@@ -69,7 +69,7 @@ TEST(Life, AFailedMergeChangesNothing) {
   EXPECT_TRUE(at::equal(run(module, x), expected));
 }
 
-TEST(Life, ALoweredModuleHasNoOpOfOurs) {
+TEST(Life, LowerGivesTheSameResultsWithoutTorchgraftsOps) {
   const auto module = randomised(graft(encoder(), {spec("a", "unipelt"), spec("b", "mam")}));
   const auto lowered = lower(module);
   const at::Tensor x = at::randn({2, 5, 12});
@@ -80,7 +80,7 @@ TEST(Life, ALoweredModuleHasNoOpOfOurs) {
   }
 }
 
-TEST(Life, AHostLoadsAnAdapterBesideItsTraffic) {
+TEST(Life, LoadAdapterLeavesTheServingModuleAloneAndNamesDamagedFiles) {
   const std::string folder = std::string(::testing::TempDir()) + "/saved_adapter";
   auto base = encoder();
   const auto source = randomised(graft(base, {spec("a", "unipelt")}));

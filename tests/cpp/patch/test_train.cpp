@@ -26,7 +26,7 @@ AdapterSpec spec(const std::string& name, const std::string& config, bool traina
 
 at::Tensor run(torch::jit::Module module, const at::Tensor& x) { return module.forward({x}).toTensor(); }
 
-TEST(Train, OneStepMovesTheTrainableAdapterAlone) {
+TEST(Train, AStepChangesTheTrainableAdapterAndNotTheFrozenOne) {
   auto module = graft(encoder(), {spec("still", "lora[init_weights='bert']", false), spec("learner", "unipelt", true)});
   const at::Tensor x = at::randn({2, 5, 12});
   const auto named = trainable_parameters(module, "learner");
@@ -54,13 +54,13 @@ TEST(Train, OneStepMovesTheTrainableAdapterAlone) {
   EXPECT_TRUE(at::equal(run(module, x), still));
 }
 
-TEST(Train, FreezingEjectsAndKeepsTheResult) {
+TEST(Train, FreezingAndUnfreezingEjectPrefixesAndKeepTheResult) {
   const auto module = graft(encoder(), {spec("a", "mam", true)});
   const at::Tensor x = at::randn({2, 5, 12});
   const auto frozen = freeze_adapter(module, "a");
   EXPECT_LT(largest_difference(run(frozen, x), run(module, x)), 1e-6);
   EXPECT_GT(list_adapters(module)[0].by_location.at("self_prefix"),
-            list_adapters(frozen)[0].by_location.at("self_prefix"));  // the MLP is larger than what it makes
+            list_adapters(frozen)[0].by_location.at("self_prefix"));  // the MLP is larger than the prefixes it makes
   EXPECT_NE(error_of([&] { trainable_parameters(frozen, "a"); }).find("'a' is frozen"), std::string::npos);
   EXPECT_NE(error_of([&] { trainable_parameters(frozen, "z"); }).find("there are: a"), std::string::npos);
   const auto again = unfreeze_adapter(frozen, "a");
@@ -68,7 +68,7 @@ TEST(Train, FreezingEjectsAndKeepsTheResult) {
   EXPECT_EQ(trainable_parameters(again, "a").size(), 2u * (2 + 4));  // keys and values; a bottleneck's four
 }
 
-TEST(Train, BanksOfOneTrainableAdapterHoldNothing) {
+TEST(Train, ASingleTrainableAdapterHasItsParametersInNoBank) {
   const auto module = graft(encoder(), {spec("a", "lora", true)});
   const auto layer = module.attr("adapters").toModule().attr("layer_0").toModule();
   const auto slot = layer.attr("selfattn_lora_q").toModule();
@@ -77,7 +77,7 @@ TEST(Train, BanksOfOneTrainableAdapterHoldNothing) {
   EXPECT_TRUE(slot.attr(own_module_name("a")).toModule().hasattr("lora_a"));
 }
 
-TEST(Head, ItIsSavedAndLoadedWithItsAdapter) {
+TEST(Head, SaveAndLoadAdapterKeepItsHead) {
   HeadConfig config;
   config.num_labels = 3;
   config.pooling = "mean";
@@ -100,7 +100,7 @@ TEST(Head, ItIsSavedAndLoadedWithItsAdapter) {
   std::filesystem::remove_all(directory);
 }
 
-TEST(Head, WhatIsNotSupportedIsNamed) {
+TEST(Head, UnsupportedHeadsAreNamed) {
   const auto module = graft(encoder(), {spec("a", "lora", false)});
   HeadConfig config;
   config.use_pooler = true;

@@ -36,17 +36,17 @@ class Directory : public ::testing::Test {
   std::filesystem::path folder_;
 };
 
-TEST_F(Directory, NothingChangesBeforeTheCommit) {
+TEST_F(Directory, StagingWithoutACommitChangesNothing) {
   {
     DirectoryUpdate update(folder_.string());
     update.stage("weights", "new");
     EXPECT_EQ(content("weights"), "old");
     EXPECT_EQ(content("config"), "old");
   }
-  EXPECT_EQ(files(), 2u);  // what was staged is gone
+  EXPECT_EQ(files(), 2u);  // the staged files are gone
 }
 
-TEST_F(Directory, ACommitPutsAllInPlaceAndTakesTheObsoleteAway) {
+TEST_F(Directory, ACommitWritesTheStagedFilesAndRemovesTheObsoleteOnes) {
   DirectoryUpdate update(folder_.string());
   update.stage("config", "new");
   update.stage("tensors", "new");
@@ -55,7 +55,7 @@ TEST_F(Directory, ACommitPutsAllInPlaceAndTakesTheObsoleteAway) {
   EXPECT_EQ(files(), 2u);
 }
 
-TEST_F(Directory, ACommitThatFailsLeavesNoMixture) {
+TEST_F(Directory, ACommitThatFailsLeavesNoMixtureThatLoads) {
   std::filesystem::create_directories(folder_ / "tensors" / "in the way");
   {
     DirectoryUpdate update(folder_.string());
@@ -64,11 +64,11 @@ TEST_F(Directory, ACommitThatFailsLeavesNoMixture) {
     const std::string error = error_of([&] { update.commit("config", {"weights"}); });
     EXPECT_NE(error.find("tensors: cannot write"), std::string::npos) << error;
   }
-  EXPECT_FALSE(std::filesystem::exists(folder_ / "config"));  // it would make the directory an adapter
+  EXPECT_FALSE(std::filesystem::exists(folder_ / "config"));  // with this file the directory would load
   EXPECT_EQ(content("weights"), "old");
 }
 
-TEST_F(Directory, OneThatCannotBeMadeIsNamed) {
+TEST_F(Directory, ADirectoryThatCannotBeMadeIsNamed) {
   EXPECT_NE(
       error_of([&] { DirectoryUpdate((folder_ / "config" / "inside").string()); }).find("cannot make the directory"),
       std::string::npos);

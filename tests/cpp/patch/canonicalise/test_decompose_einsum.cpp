@@ -33,7 +33,7 @@ torch::jit::Module module_of(const Case& test) {
                                           "])\n");
 }
 
-std::shared_ptr<torch::jit::Graph> lowered(const torch::jit::Module& module) {
+std::shared_ptr<torch::jit::Graph> decomposed(const torch::jit::Module& module) {
   auto graph = module.get_method("forward").graph()->copy();
   simplify(graph);
   decompose_einsum(graph, module);
@@ -63,7 +63,7 @@ class DecomposeEinsum : public ::testing::TestWithParam<Case> {
  protected:
   void expect_one(const char* kind, const char* other) {
     auto module = module_of(GetParam());
-    const auto graph = lowered(module);
+    const auto graph = decomposed(module);
     EXPECT_EQ(count_kind(*graph, kind), 1u);
     EXPECT_EQ(count_kind(*graph, other), 0u);
     EXPECT_EQ(count_kind(*graph, "aten::einsum"), 0u);
@@ -115,7 +115,7 @@ INSTANTIATE_TEST_SUITE_P(
 class Others : public DecomposeEinsum {};
 
 TEST_P(Others, StayAsTheyAre) {
-  const auto graph = lowered(module_of(GetParam()));
+  const auto graph = decomposed(module_of(GetParam()));
   EXPECT_EQ(count_kind(*graph, "aten::einsum"), 1u);
 }
 
@@ -137,14 +137,14 @@ def forward(self, x: Tensor) -> Tensor:
     return torch.einsum('bshk,hkd->bsd', [torch.einsum('bhqk,bkhd->bqhd', [p, v]), self.wo])
 )python";
 
-// What the recognisers go on with: the linear maps, and an attention that becomes one fused call.
-TEST(DecomposeEinsum, AttentionInEinsumsIsRecognised) {
+// The recognisers need linear maps, and an attention that becomes one fused call.
+TEST(DecomposeEinsum, AnAttentionInEinsumsBecomesOneFusedCall) {
   at::manual_seed(0);
   const auto weight = [](at::IntArrayRef sizes) { return at::randn(sizes).div_(3.0); };
   auto module = make_module(
       {{"wq", weight({6, 3, 4})}, {"wk", weight({6, 3, 4})}, {"wv", weight({6, 3, 4})}, {"wo", weight({3, 4, 6})}},
       kAttention);
-  const auto graph = lowered(module);
+  const auto graph = decomposed(module);
   EXPECT_TRUE(raise_attention(graph, module).empty());
   simplify(graph);
   torch::jit::testing::FileCheck()

@@ -15,7 +15,7 @@ using testing::largest_difference;
 constexpr int64_t kHidden = 16;
 constexpr int64_t kInner = 24;
 
-// The parameters of one encoder layer, by the names that the sources below use.
+// A module with the parameters of one encoder layer, by the names that the sources below use.
 torch::jit::Module encoder_module(const std::string& source) {
   at::manual_seed(0);
   std::vector<std::pair<std::string, at::Tensor>> parameters = {
@@ -37,7 +37,7 @@ std::string fused_call(const std::string& x, bool gelu, bool norm_first, const s
          ", 1e-5, self.g1, self.b1, self.g2, self.b2, self.w1, self.c1, self.w2, self.c2, " + mask + ")";
 }
 
-void expect_lowered(const torch::jit::Module& module, std::vector<c10::IValue> inputs) {
+void expect_decomposed(const torch::jit::Module& module, std::vector<c10::IValue> inputs) {
   at::NoGradGuard no_grad;
   auto graph = module.get_method("forward").graph()->copy();
   simplify(graph);
@@ -51,25 +51,25 @@ void expect_lowered(const torch::jit::Module& module, std::vector<c10::IValue> i
   EXPECT_LT(largest_difference(expected, testing::run_graph(module, graph, inputs).toTensor()), 1e-5);
 }
 
-TEST(DecomposeFusedEncoder, StraightLine) {
+TEST(DecomposeFusedEncoder, AFusedLayerInAStraightLineComputesTheSame) {
   for (const bool norm_first : {false, true}) {
     for (const bool gelu : {false, true}) {
       const auto module = encoder_module("def forward(self, x: Tensor) -> Tensor:\n    return " +
                                          fused_call("x", gelu, norm_first, "None, None") + "\n");
-      expect_lowered(module, {at::randn({2, 5, kHidden})});
+      expect_decomposed(module, {at::randn({2, 5, kHidden})});
     }
   }
 }
 
-TEST(DecomposeFusedEncoder, KeyPaddingMask) {
+TEST(DecomposeFusedEncoder, AFusedLayerWithAPaddingMaskComputesTheSame) {
   const auto module = encoder_module("def forward(self, x: Tensor, padding: Tensor) -> Tensor:\n    return " +
                                      fused_call("x", true, false, "padding, 1") + "\n");
   at::Tensor padding = at::zeros({2, 5}, at::kBool);
   padding[1].slice(0, 3).fill_(true);
-  expect_lowered(module, {at::randn({2, 5, kHidden}), padding});
+  expect_decomposed(module, {at::randn({2, 5, kHidden}), padding});
 }
 
-TEST(DecomposeFusedEncoder, NestedTensorsKeepTheirMaskAndTheirZeros) {
+TEST(DecomposeFusedEncoder, NestedTensorsBecomeDenseWithTheirMaskAndTheirZeros) {
   const auto module = encoder_module(
       "def forward(self, x: Tensor, padding: Tensor) -> Tensor:\n"
       "    nested = torch._nested_tensor_from_mask(x, torch.logical_not(padding), False)\n"
@@ -82,10 +82,10 @@ TEST(DecomposeFusedEncoder, NestedTensorsKeepTheirMaskAndTheirZeros) {
       "    return torch.to_padded_tensor(y, 0.0, x.size())\n");
   at::Tensor padding = at::zeros({2, 5}, at::kBool);
   padding[1].slice(0, 3).fill_(true);
-  expect_lowered(module, {at::randn({2, 5, kHidden}), padding});
+  expect_decomposed(module, {at::randn({2, 5, kHidden}), padding});
 }
 
-TEST(DecomposeFusedEncoder, BranchIsPinnedToTheUnfusedSide) {
+TEST(DecomposeFusedEncoder, ABranchWithAFusedLayerTakesItsOtherSide) {
   const auto module = encoder_module(
       "def forward(self, x: Tensor) -> Tensor:\n"
       "    if x.requires_grad:\n"

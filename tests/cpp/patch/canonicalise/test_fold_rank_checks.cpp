@@ -14,7 +14,7 @@ using testing::largest_difference;
 using testing::make_module;
 using testing::run_graph;
 
-// What torch.nn.MultiheadAttention asks, in short; `message` is its error for other ranks.
+// The questions of torch.nn.MultiheadAttention in short. `message` is its error for other ranks.
 torch::jit::Module module_with(const std::string& message) {
   return make_module({{"w", at::eye(4)}}, R"python(
 def forward(self, x: Tensor, memory: Tensor) -> Tensor:
@@ -41,13 +41,13 @@ def forward(self, x: Tensor, memory: Tensor) -> Tensor:
 
 constexpr const char* kMessage = "query should be unbatched 2D or batched 3D tensor";
 
-TEST(FoldRankChecks, OneWayIsLeft) {
+TEST(FoldRankChecks, BatchedInputComputesTheSameAndRank2IsRefused) {
   const auto module = module_with(kMessage);
   auto graph = module.get_method("forward").graph()->copy();
   simplify(graph);
   fold_rank_checks(graph);
   graph->lint();
-  EXPECT_EQ(count_kind(*graph, "prim::If"), 1u) << *graph;  // the assertion
+  EXPECT_EQ(count_kind(*graph, "prim::If"), 1u) << *graph;  // that of the assertion
   EXPECT_EQ(count_kind(*graph, "aten::linear"), 2u);
   const at::Tensor x = at::randn({2, 3, 4}), memory = at::randn({2, 3, 4});
   EXPECT_EQ(largest_difference(run_graph(module, graph, {x, memory}).toTensor(),

@@ -13,7 +13,7 @@ using testing::largest_difference;
 using testing::make_module;
 using testing::run_graph;
 
-// Attention with 4 heads of width 3 for queries and 2 for keys and values; `repeat` is what makes k and v 4 heads.
+// Attention with 4 heads of width 3 for queries, and 2 for keys and values. `repeat` repeats those of k and v to 4.
 void expect_folded(const std::string& repeat, bool folded) {
   at::manual_seed(0);
   const auto module = make_module({{"wq", at::randn({12, 12})}, {"wk", at::randn({6, 12})}, {"wv", at::randn({6, 12})}},
@@ -39,18 +39,18 @@ def forward(self, x: Tensor) -> Tensor:
             1e-6);
 }
 
-TEST(FoldRepeatedHeads, ExpandAndReshape) {
+TEST(FoldRepeatedHeads, HeadsRepeatedByExpandAndReshapeFold) {
   expect_folded(
       "    k = k[:, :, None, :, :].expand(b, 2, 2, s, 3).reshape(b, 4, s, 3)\n"
       "    v = v.unsqueeze(2).expand(b, 2, 2, s, 3).reshape(b, 4, s, 3)\n",
       true);
 }
 
-TEST(FoldRepeatedHeads, RepeatInterleave) {
+TEST(FoldRepeatedHeads, HeadsRepeatedByRepeatInterleaveFold) {
   expect_folded("    k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)\n", true);
 }
 
-// Heads tiled one after the other (0 1 0 1) are not what enable_gqa means.
+// enable_gqa repeats each head in a row (0 0 1 1); tiled heads (0 1 0 1) are others.
 TEST(FoldRepeatedHeads, TiledHeadsStay) {
   expect_folded(
       "    k = k.unsqueeze(1).expand(b, 2, 2, s, 3).reshape(b, 4, s, 3)\n"

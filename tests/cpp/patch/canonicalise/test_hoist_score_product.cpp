@@ -18,7 +18,7 @@ struct Case {
   const char* name;
   const char* with_mask;
   const char* without_mask;
-  size_t products;  // bmm and baddbmm, left in the graph
+  size_t products;  // bmm and baddbmm that are left in the graph
 };
 
 class HoistScoreProduct : public ::testing::TestWithParam<Case> {};

@@ -40,13 +40,13 @@ TEST(InlineCalls, LeavesOneFlatGraphThatComputesTheSame) {
   EXPECT_TRUE(at::equal(copy.forward({x}).toTensor(), testing::run_graph(module, graph, {x}).toTensor()));
 }
 
-TEST(InlineCalls, OffersEveryMethodCallForLowering) {
+TEST(InlineCalls, OffersEveryMethodCallForDecomposing) {
   const auto module = nested_module();
   const auto graph = module.get_method("forward").graph()->copy();
   std::vector<std::string> offered;
   inline_calls(graph, [&](torch::jit::Node* call) {
     offered.push_back(call->s(c10::attr::name));
-    if (offered.back() == "twice") {  // put nothing in its place
+    if (offered.back() == "twice") {  // replaces the call by its input
       call->output()->replaceAllUsesWith(call->input(1));
       call->destroy();
       return true;

@@ -14,7 +14,7 @@ using testing::largest_difference;
 using testing::make_module;
 using testing::run_graph;
 
-// A layer of weights `w` and `v` [6, 6]; `body` is what forward(x [2, 5, 6], mask, flag) does with it.
+// A layer with the weights `w` and `v` [6, 6]. `body` is that of forward(x [2, 5, 6], mask, flag).
 torch::jit::Module module_of(const std::string& body) {
   at::manual_seed(0);
   return make_module({{"w", at::randn({6, 6})}, {"v", at::randn({6, 6})}}, R"python(

@@ -16,7 +16,7 @@ using testing::run_graph;
 
 constexpr const char* kFused = "aten::scaled_dot_product_attention";
 
-// q, k, v [2, 3, 5, 4] through 12 -> 12 projections of x [2, 5, 12]; `body` makes `out` of them and of `mask`.
+// q, k, v [2, 3, 5, 4] are 12 -> 12 projections of x [2, 5, 12]. `body` makes `out` from them and from `mask`.
 struct Case {
   const char* name;
   const char* body;

@@ -22,7 +22,7 @@ using testing::run_graph;
 struct Case {
   const char* name;
   const char* body;
-  const char* others;  // kinds, apart from aten::linear, that must be left
+  const char* others;  // kinds other than aten::linear that must be left
 };
 
 torch::jit::Module module_of(const Case& test) {
@@ -78,7 +78,7 @@ INSTANTIATE_TEST_SUITE_P(
 
 class LeaveProductAlone : public RaiseLinear {};
 
-TEST_P(LeaveProductAlone, AsItWas) {
+TEST_P(LeaveProductAlone, TheGraphStays) {
   auto module = module_of(GetParam());
   const auto graph = lowered(module);
   EXPECT_EQ(count_kind(*graph, "aten::linear"), 0u);
@@ -94,8 +94,8 @@ INSTANTIATE_TEST_SUITE_P(
                       Case{"scaled_addmm", "    out = torch.addmm(self.b, x[0], self.w, beta=0.5)\n", ""}),
     [](const auto& info) { return info.param.name; });
 
-// Freezing turns parameters into constants; a transposed one is a constant of [in, out].
-TEST(RaiseLinear, ConstantsOfAFrozenModule) {
+// Freezing makes constants of parameters; that of a transposed parameter is [in, out].
+TEST(RaiseLinear, AProductWithAConstantOfAFrozenModuleBecomesLinear) {
   auto module = module_of({"", "    out = x @ self.v.t() + self.b\n", ""});
   const at::Tensor x = at::randn({2, 5, 6});
   const at::Tensor expected = module.forward({x}).toTensor();

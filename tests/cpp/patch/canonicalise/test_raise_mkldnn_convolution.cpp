@@ -17,7 +17,7 @@ using testing::largest_difference;
 using testing::make_module;
 using testing::run_graph;
 
-TEST(RaiseMkldnnConvolution, ConvolutionsAreDenseAgain) {
+TEST(RaiseMkldnnConvolution, ConvolutionsBecomeDenseAgain) {
   if (!at::hasMKLDNN()) {
     GTEST_SKIP() << "torch was built without oneDNN";
   }

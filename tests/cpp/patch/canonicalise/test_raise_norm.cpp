@@ -17,10 +17,10 @@ using testing::run_graph;
 constexpr const char* kRms = "aten::rms_norm";
 constexpr const char* kLayer = "aten::layer_norm";
 
-// Norms of x [2, 5, 12] as they are written; `w` and `b` are the module's parameters [12], `body` makes `out`.
+// Spellings of norms of x [2, 5, 12]. `w` and `b` are the module's parameters [12], `body` makes `out`.
 struct Case {
   const char* name;
-  const char* kind;  // of the one node that it becomes; of the node that must not appear when it is to be left alone
+  const char* kind;  // of the node that the norm becomes, or must not become
   const char* body;
 };
 
@@ -32,7 +32,7 @@ torch::jit::Module module_of(const Case& test, at::ScalarType dtype) {
                      "def forward(self, x: Tensor) -> Tensor:\n" + std::string(test.body) + "    return out\n");
 }
 
-std::shared_ptr<torch::jit::Graph> lowered(const torch::jit::Module& module) {
+std::shared_ptr<torch::jit::Graph> raised(const torch::jit::Module& module) {
   auto graph = module.get_method("forward").graph()->copy();
   simplify(graph);
   raise_norm(graph, module);
@@ -64,7 +64,7 @@ class RaiseNorm : public ::testing::TestWithParam<Case> {
     auto before = module.get_method("forward").graph()->copy();
     const at::Tensor x = (at::randn({2, 5, 12}) * 3 + 1).to(dtype);
     const auto expected = run_with_gradients(module, before, x);
-    const auto actual = run_with_gradients(module, lowered(module), x);
+    const auto actual = run_with_gradients(module, raised(module), x);
     double largest = 0.0;
     for (size_t i = 0; i < expected.size(); ++i) {
       EXPECT_EQ(expected[i].scalar_type(), actual[i].scalar_type()) << "of result " << i;
@@ -76,7 +76,7 @@ class RaiseNorm : public ::testing::TestWithParam<Case> {
 };
 
 TEST_P(RaiseNorm, BecomesOneNode) {
-  const auto graph = lowered(module_of(GetParam(), at::kFloat));
+  const auto graph = raised(module_of(GetParam(), at::kFloat));
   EXPECT_EQ(count_kind(*graph, GetParam().kind), 1u);
   for (const char* kind : {"aten::rsqrt", "aten::sqrt", "aten::pow", "aten::mean", "aten::var", "aten::sub"}) {
     EXPECT_EQ(count_kind(*graph, kind), 0u) << kind;
@@ -88,8 +88,8 @@ TEST_P(RaiseNorm, KeepsResultsAndGradients) {
   EXPECT_LT(difference(at::kDouble), 1e-6);
 }
 
-// A few roundings of the result's own precision: 8 bits, 11 bits.
-TEST_P(RaiseNorm, KeepsHalfPrecisionTypes) {
+// Differences are a few roundings of the result's own precision: 8 bits, 11 bits.
+TEST_P(RaiseNorm, KeepsResultsIn16Bits) {
   EXPECT_LT(difference(at::kBFloat16), 4.0 / 128);
   EXPECT_LT(difference(at::kHalf), 4.0 / 1024);
 }
@@ -145,10 +145,10 @@ INSTANTIATE_TEST_SUITE_P(Spellings, RaiseNorm,
 )python"}),
                          [](const auto& info) { return info.param.name; });
 
-// What must stay as it is: not this norm, or not this norm alone.
+// Code that must stay: it is no norm, or another reader needs a part of the norm.
 class LeaveNormAlone : public RaiseNorm {};
 
-TEST_P(LeaveNormAlone, AsItWas) {
+TEST_P(LeaveNormAlone, TheGraphStays) {
   auto module = module_of(GetParam(), at::kFloat);
   auto graph = module.get_method("forward").graph()->copy();
   simplify(graph);
@@ -200,24 +200,24 @@ TEST(RaiseNorm, WeightsThatShareTheNormalisedValueBecomeANormEach) {
 )python"},
                           at::kFloat);
   const at::Tensor x = at::randn({2, 5, 12});
-  const auto graph = lowered(module);
+  const auto graph = raised(module);
   EXPECT_GE(count_kind(*graph, kRms), 2u);
   EXPECT_LT(largest_difference(module.forward({x}).toTensor(), run_graph(module, graph, {x}).toTensor()), 1e-6);
 }
 
 // float16 squares overflow from 256 on: the result must come from float32.
-TEST(RaiseNorm, HalfPrecisionIsComputedInFloat32) {
+TEST(RaiseNorm, Float16IsComputedInFloat32) {
   auto module = module_of({"", kRms, R"python(
     h = x.float()
     out = self.w * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-2)).to(x.dtype)
 )python"},
                           at::kHalf);
   const at::Tensor x = at::full({1, 3, 12}, 3000.0, at::kHalf);
-  const at::Tensor out = run_graph(module, lowered(module), {x}).toTensor();
+  const at::Tensor out = run_graph(module, raised(module), {x}).toTensor();
   EXPECT_LT(largest_difference(out, module.forward({x}).toTensor()), 1e-3);
 }
 
-// A trace bakes `.to(float32)` in; what float32 weights make of half-precision input is float32.
+// A trace holds `.to(float32)` as a constant. With float32 weights the result is float32 for 16-bit input too.
 TEST(RaiseNorm, MixedTypesArePromotedAsBefore) {
   auto module = module_of({"", kRms, R"python(
     h = x.to(6)
@@ -226,7 +226,7 @@ TEST(RaiseNorm, MixedTypesArePromotedAsBefore) {
                           at::kDouble);
   for (const auto dtype : {at::kHalf, at::kBFloat16, at::kFloat, at::kDouble}) {
     const at::Tensor x = at::randn({2, 3, 12}).to(dtype);
-    const at::Tensor out = run_graph(module, lowered(module), {x}).toTensor();
+    const at::Tensor out = run_graph(module, raised(module), {x}).toTensor();
     EXPECT_EQ(out.scalar_type(), module.forward({x}).toTensor().scalar_type());
   }
 }

@@ -16,7 +16,7 @@ using testing::expect_same_results;
 using testing::make_module;
 using testing::only_linear;
 
-// Linear maps of x [2, 5, 6] by `w` [6, 4], `u` [4, 6], with biases `b` [4] and `c` [6]; `body` makes `out`.
+// Linear maps of x [2, 5, 6] by `w` [6, 4] and `u` [4, 6], with biases `b` [4] and `c` [6]. `body` makes `out`.
 torch::jit::Module module_of(const std::string& body) {
   at::manual_seed(0);
   const auto parameter = [](at::IntArrayRef sizes) { return at::randn(sizes).requires_grad_(); };
@@ -37,8 +37,8 @@ std::shared_ptr<torch::jit::Graph> unflattened(const torch::jit::Module& module)
   return graph;
 }
 
-// A Conv1D whose input has a shape that is known: the view back is gone, the linear map sees x as it was.
-TEST(UnflattenRows, LinearSeesTheTokens) {
+// The input of this Conv1D has a known shape: both views go away, and the linear map reads the tokens.
+TEST(UnflattenRows, TheLinearMapOfAConv1dReadsTheTokens) {
   auto module = module_of(R"python(
     h = torch.embedding(self.e, x.long().clamp(0, 8)[:, :, 0])
     y = torch.addmm(self.b, h.view(-1, h.size(2)), self.w).view(h.size(0), h.size(1), 4)
@@ -52,7 +52,7 @@ TEST(UnflattenRows, LinearSeesTheTokens) {
   expect_same_results(module, graph);
 }
 
-// Viewed back with the leading dimensions in another order: the same elements, but the view must stay.
+// The view back has the leading dimensions in another order: the elements are the same, but the view must stay.
 TEST(UnflattenRows, ViewsThatRestoreAnotherShapeStay) {
   auto module = module_of(R"python(
     h = torch.embedding(self.e, x.long().clamp(0, 8)[:, :, 0])
@@ -65,7 +65,7 @@ TEST(UnflattenRows, ViewsThatRestoreAnotherShapeStay) {
   expect_same_results(module, graph);
 }
 
-// A view that mixes dimensions into the rows' width is no flattening of rows.
+// A view that merges dimensions into the rows' width does not flatten rows.
 TEST(UnflattenRows, RowsOfMergedHeadsStayFlat) {
   auto module = module_of(R"python(
     h = torch.embedding(self.e, x.long().clamp(0, 8)[:, :, 0]).view(2, 5, 3, 2) + x.sum()
@@ -78,7 +78,7 @@ TEST(UnflattenRows, RowsOfMergedHeadsStayFlat) {
   expect_same_results(module, graph);
 }
 
-TEST(UnflattenRows, RowsViewedAsHeads) {
+TEST(UnflattenRows, AViewOfRowsAsHeadsBecomesOneOfTheTokens) {
   auto module = module_of(R"python(
     y = torch.mm(x.view(-1, x.size(-1)), self.w) + self.b
     out = y.view(x.size(0), x.size(1), 2, 2)
@@ -91,8 +91,8 @@ TEST(UnflattenRows, RowsViewedAsHeads) {
   expect_same_results(module, graph);
 }
 
-// A whole feed-forward block on flattened rows, gated and with a constant beside it: no view is left.
-TEST(UnflattenRows, FeedForward) {
+// A whole feed-forward block on flattened rows, gated and with a constant added.
+TEST(UnflattenRows, AFeedForwardBlockKeepsNoView) {
   auto module = module_of(R"python(
     h = torch.embedding(self.e, x.long().clamp(0, 8)[:, :, 0])
     rows = h.reshape(-1, 6)
@@ -107,7 +107,7 @@ TEST(UnflattenRows, FeedForward) {
   expect_same_results(module, graph);
 }
 
-// What is not understood reads rows as before: a sum over them, rows of another tensor.
+// Code that the pass does not understand goes on reading rows: a sum over them, a product with rows of another tensor.
 TEST(UnflattenRows, OtherReadersGetRows) {
   auto module = module_of(R"python(
     h = torch.embedding(self.e, x.long().clamp(0, 8)[:, :, 0]) + x.sum()
@@ -121,7 +121,7 @@ TEST(UnflattenRows, OtherReadersGetRows) {
   expect_same_results(module, graph);
 }
 
-// flatten() of rows counts the rows' dimensions.
+// flatten(y, 1) of rows counts their two dimensions, not those of the tokens.
 TEST(UnflattenRows, FlattenedRowsStayRows) {
   auto module = module_of(R"python(
     h = torch.embedding(self.e, x.long().clamp(0, 8)[:, :, 0]) + x.sum()
@@ -131,7 +131,7 @@ TEST(UnflattenRows, FlattenedRowsStayRows) {
   expect_same_results(module, unflattened(module));
 }
 
-// Two tensors whose rows are flattened from other leading dimensions have the same rows' count, but not the same rows.
+// Rows that were flattened from dimensions in another order are as many, but they are not the same rows.
 TEST(UnflattenRows, RowsOfOtherOrderStayApart) {
   auto module = module_of(R"python(
     h = torch.embedding(self.e, x.long().clamp(0, 8)[:, :, 0]) + x.sum()

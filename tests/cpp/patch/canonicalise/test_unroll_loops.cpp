@@ -15,11 +15,11 @@ using testing::largest_difference;
 using testing::make_module;
 using testing::run_graph;
 
-// A loop over one layer with shared weights; `attend` holds the softmax that makes it one.
+// A loop over one layer with shared weights. The softmax in `attend` makes it a loop over attentions.
 struct Case {
   const char* name;
   const char* body;
-  size_t softmaxes;  // after unrolling; 1 inside a loop when it is to be left alone
+  size_t softmaxes;  // after unrolling; 1, inside the loop, when the loop must stay
 };
 
 torch::jit::Module module_of(const Case& test) {
@@ -69,7 +69,7 @@ class UnrollLoops : public ::testing::TestWithParam<Case> {
   }
 };
 
-TEST_P(UnrollLoops, EachRunIsALayer) {
+TEST_P(UnrollLoops, EachRunBecomesALayer) {
   auto module = module_of(GetParam());
   const auto graph = unrolled(module);
   EXPECT_EQ(count_kind(*graph, "prim::Loop"), 0u);
@@ -121,7 +121,7 @@ INSTANTIATE_TEST_SUITE_P(Known, UnrollLoops,
 
 class LeaveLoopAlone : public UnrollLoops {};
 
-TEST_P(LeaveLoopAlone, AsItWas) {
+TEST_P(LeaveLoopAlone, TheLoopStays) {
   auto module = module_of(GetParam());
   const auto graph = unrolled(module);
   EXPECT_EQ(count_kind(*graph, "prim::Loop"), 1u);
@@ -152,8 +152,8 @@ INSTANTIATE_TEST_SUITE_P(Others, LeaveLoopAlone,
                                                 1}),
                          [](const auto& info) { return info.param.name; });
 
-// A loop inside a branch that stays, and another branch inside a loop.
-TEST(UnrollLoops, InsideABranch) {
+// The branch around the loop stays; inside the loop there is another branch.
+TEST(UnrollLoops, ALoopInsideABranchIsUnrolled) {
   auto module = module_of({"", R"python(
     if bool(x.sum() > 0):
         for i in range(self.runs):

@@ -10,7 +10,7 @@ namespace {
 
 using testing::make_module;
 
-// Two parts that share one weight, a buffer, a list that forward appends to.
+// A module with two parts that share one weight, a buffer, and a list that forward appends to.
 torch::jit::Module make_tied() {
   const at::Tensor weight = at::ones({3, 3}).requires_grad_();
   torch::jit::Module module = make_module({{"w", weight}}, "def forward(self, x: Tensor) -> Tensor:\n    return x\n");
@@ -33,7 +33,7 @@ TEST(CloneModule, ParametersShareMemoryAndStayTied) {
   EXPECT_TRUE(cloned.is_same(copy.attr("part").toModule().attr("v").toTensor()));
 }
 
-TEST(CloneModule, ConvertingTheCopyLeavesTheModule) {
+TEST(CloneModule, ConvertingTheCopyLeavesTheModuleAsItIs) {
   const auto module = make_tied();
   auto copy = clone_module(module);
   copy.to(at::kDouble);
@@ -51,7 +51,7 @@ TEST(CloneModule, BuffersAndContainersAreCopied) {
   EXPECT_EQ(module.attr("cache").toTensorList().size(), 1u);
 }
 
-TEST(CloneModule, MethodsAreItsOwn) {
+TEST(CloneModule, DefiningAMethodOnTheCopyLeavesTheModuleWithoutIt) {
   const auto module = make_tied();
   auto copy = clone_module(module);
   copy.define("def twice(self, x: Tensor) -> Tensor:\n    return x * 2\n");

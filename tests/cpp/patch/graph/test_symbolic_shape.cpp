@@ -11,7 +11,7 @@ namespace {
 
 using testing::make_module;
 
-// Shapes printed as "a*8, 5": symbols are letters in the order in which they first appear.
+// Prints a shape as "a*8, 5". Symbols are letters, in the order in which they first appear.
 std::string printed(const std::optional<Shape>& shape) {
   if (!shape) {
     return "unknown";
@@ -50,8 +50,8 @@ TEST(SymbolicShape, ViewInfersTheMissingSize) {
   EXPECT_EQ(shape_of_result("    return y.view(y.size(0) * 3, -1, 4)\n"), "a*3, b, 4");
 }
 
-TEST(SymbolicShape, LayoutOps) {
-  EXPECT_EQ(shape_of_result("    return y.transpose(0, 1)\n"), "a, b, 12");  // letters by appearance: a is the tokens
+TEST(SymbolicShape, LayoutOpsMoveSizesAlong) {
+  EXPECT_EQ(shape_of_result("    return y.transpose(0, 1)\n"), "a, b, 12");  // "a" comes first, and is the tokens here
   EXPECT_EQ(shape_of_result("    return y.view(y.size(0), y.size(1), 3, 4).permute(2, 0, 1, 3)\n"), "3, a, b, 4");
   EXPECT_EQ(shape_of_result("    return y.unflatten(-1, [3, 4]).unsqueeze(0).transpose(0, -2).squeeze(-2)\n"),
             "3, a, b, 4");
@@ -59,21 +59,23 @@ TEST(SymbolicShape, LayoutOps) {
   EXPECT_EQ(shape_of_result("    return y.unflatten(-1, [3, 4]).select(2, 1)\n"), "a, b, 4");
 }
 
-TEST(SymbolicShape, Splits) {
+TEST(SymbolicShape, PiecesOfAConstantSizeHaveAConstantSize) {
   EXPECT_EQ(shape_of_result("    a, b, c = y.chunk(3, -1)\n    return b\n"), "a, b, 4");
   EXPECT_EQ(shape_of_result("    return y.slice(2, 4, 8)\n"), "a, b, 4");
 }
 
-TEST(SymbolicShape, EmbeddingOfTokenIds) {
+TEST(SymbolicShape, AnEmbeddingOfTokenIdsAddsItsWidth) {
   EXPECT_EQ(shape_of_result("    return torch.embedding(self.table, torch.argmax(y, -1))\n"), "a, b, 8");
 }
 
-TEST(SymbolicShape, PatchesOfAnImage) {
+TEST(SymbolicShape, PatchesOfAnImageBecomeTokens) {
   EXPECT_EQ(shape_of_result("    return torch.conv2d(x, self.image, None, [4, 4]).flatten(2).transpose(1, 2)\n"),
             "a, b*c, 8");
 }
 
-TEST(SymbolicShape, SaysThatItDoesNotKnow) { EXPECT_EQ(shape_of_result("    return torch.nonzero(y)\n"), "unknown"); }
+TEST(SymbolicShape, TheShapeOfNonzeroIsUnknown) {
+  EXPECT_EQ(shape_of_result("    return torch.nonzero(y)\n"), "unknown");
+}
 
 }  // namespace
 }  // namespace torchgraft

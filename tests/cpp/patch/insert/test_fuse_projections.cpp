@@ -21,7 +21,7 @@ std::shared_ptr<torch::jit::Graph> parse(const std::string& body) {
   return graph;
 }
 
-TEST(FuseProjections, ALinearMapAndItsLoraAreOneOp) {
+TEST(FuseProjections, ALinearMapAndItsLoraBecomeOneOp) {
   const auto graph = parse(R"IR(
   %base : Tensor = aten::linear(%x, %w, %b)
   %out : Tensor, %gate : Tensor = torchgraft::gated_lora(%x, %base, %a, %c, %s, %none, %none, %none, %zero, %none)
@@ -36,7 +36,7 @@ TEST(FuseProjections, ALinearMapAndItsLoraAreOneOp) {
       ->run(*graph);
 }
 
-TEST(FuseProjections, WhatElseIsReadStays) {
+TEST(FuseProjections, ALinearMapThatIsReadElsewhereStays) {
   const auto graph = parse(R"IR(
   %base : Tensor = aten::linear(%x, %w, %b)
   %out : Tensor, %gate : Tensor = torchgraft::gated_lora(%x, %base, %a, %c, %s, %none, %none, %none, %zero, %none)
@@ -65,7 +65,7 @@ graph(%x : Tensor, %h : Tensor, %w : Tensor, %b : Tensor, %d : Tensor, %e : Tens
 constexpr const char* kBottleneckOp =
     "torchgraft::gated_bottleneck(%x, %y, %d, %e, %u, %f, %s, %relu, %none, %none, %none, %zero, %none)";
 
-// `body` says what %y is, with %l where a linear map stands before it; returned: beside the bottleneck's results.
+// A gated_bottleneck on %y, which `body` defines. `returned`: more values for the graph to return.
 std::shared_ptr<torch::jit::Graph> bottleneck_graph(const std::string& body, const std::string& returned = "") {
   auto graph = std::make_shared<torch::jit::Graph>();
   torch::jit::parseIR(std::string(kBottleneckHead) + body + "\n  %o : Tensor, %g : Tensor = " + kBottleneckOp +
@@ -74,7 +74,7 @@ std::shared_ptr<torch::jit::Graph> bottleneck_graph(const std::string& body, con
   return graph;
 }
 
-TEST(FuseProjections, ALinearMapAndItsParallelBottleneckAreOneOp) {
+TEST(FuseProjections, ALinearMapAndItsParallelBottleneckBecomeOneOp) {
   for (const std::string bias : {"%b", "%none"}) {
     const auto graph = bottleneck_graph("  %y : Tensor = aten::linear(%h, %w, " + bias + ")");
     EXPECT_EQ(fuse_projections(graph), 1u);
@@ -88,7 +88,7 @@ TEST(FuseProjections, ALinearMapAndItsParallelBottleneckAreOneOp) {
   }
 }
 
-TEST(FuseProjections, WhatABottleneckCannotTakeInStays) {
+TEST(FuseProjections, ALinearMapOfABottleneckStaysWhenItIsReadElsewhereOrItsInputChanges) {
   const std::string linear = "  %y : Tensor = aten::linear(%h, %w, %b)";
   EXPECT_EQ(fuse_projections(bottleneck_graph(linear, ", %y")), 0u) << "returned";
   EXPECT_EQ(fuse_projections(bottleneck_graph(linear + "\n  %z : Tensor = aten::relu(%y)", ", %z")), 0u)
@@ -105,7 +105,7 @@ TEST(FuseProjections, WhatABottleneckCannotTakeInStays) {
   EXPECT_EQ(fuse_projections(bottleneck_graph(dropout)), 1u);
 }
 
-TEST(FuseProjections, DropoutThatWasTracedInTrainingModeStandsBetween) {
+TEST(FuseProjections, DropoutTracedInTrainingModePreventsFusing) {
   for (const std::string train : {"0", "1"}) {
     const auto graph = bottleneck_graph("  %train : bool = prim::Constant[value=" + train + R"IR(]()
   %p : float = prim::Constant[value=0.1]()

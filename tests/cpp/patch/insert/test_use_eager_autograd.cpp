@@ -11,7 +11,7 @@ namespace {
 using torch::jit::Graph;
 using torch::jit::Stack;
 
-// What lies between two attentions.
+// The operators between two attentions.
 std::shared_ptr<Graph> feed_forward() {
   auto graph = std::make_shared<Graph>();
   torch::jit::parseIR(R"IR(
@@ -39,7 +39,7 @@ size_t joined_groups(const std::shared_ptr<Graph>& graph) {
   return torch::jit::CreateAutodiffSubgraphs(copy).size();
 }
 
-// Result and gradient of x.
+// The result, and the gradient of x.
 std::vector<at::Tensor> run(const std::shared_ptr<Graph>& graph) {
   at::manual_seed(0);
   const at::Tensor x = at::randn({3, 6}).requires_grad_();
@@ -51,16 +51,16 @@ std::vector<at::Tensor> run(const std::shared_ptr<Graph>& graph) {
   return {y, x.grad()};
 }
 
-TEST(UseEagerAutograd, NothingIsLeftToJoin) {
+TEST(UseEagerAutograd, AliasesLeaveTorchScriptNothingToJoin) {
   const auto graph = feed_forward();
   EXPECT_EQ(joined_groups(graph), 1u);
   EXPECT_EQ(use_eager_autograd(graph), 4u);
   graph->lint();
   EXPECT_EQ(joined_groups(graph), 0u);
-  EXPECT_EQ(use_eager_autograd(graph), 0u) << "twice is once";
+  EXPECT_EQ(use_eager_autograd(graph), 0u) << "a second run adds nothing";
 }
 
-TEST(UseEagerAutograd, ResultsAndGradientsStay) {
+TEST(UseEagerAutograd, ResultsKeepTheirBitsAndGradientsTheirValues) {
   const auto graph = feed_forward();
   const auto expected = run(graph->copy());
   use_eager_autograd(graph);

@@ -37,7 +37,7 @@ TEST(FindSites, DescribesEveryLayer) {
   }
 }
 
-// One attention over x [B, S, 12] whose heads come from a packed projection, in the way that `heads` says.
+// One attention over x [B, S, 12]. `heads` cuts q, k and v out of `y`, the result of a packed projection.
 Structure packed(const std::string& heads) {
   return inspect(make_module({{"qkv", at::randn({36, 12})}, {"o", at::randn({12, 12})}},
                              "def forward(self, x: Tensor) -> Tensor:\n"
@@ -59,21 +59,21 @@ void expect_columns(const Structure& structure) {
   }
 }
 
-TEST(FindSites, PackedByChunk) {
+TEST(FindSites, ColumnsOfAChunkedProjectionAreFound) {
   expect_columns(packed("    q, k, v = y.view(x.size(0), x.size(1), 9, 4).transpose(1, 2).chunk(3, 1)\n"));
 }
 
-TEST(FindSites, PackedByUnbind) {
+TEST(FindSites, ColumnsOfAnUnboundProjectionAreFound) {
   expect_columns(packed("    q, k, v = y.view(x.size(0), x.size(1), 3, 3, 4).permute(2, 0, 3, 1, 4).unbind(0)\n"));
 }
 
-TEST(FindSites, PackedBySelect) {
+TEST(FindSites, ColumnsOfASelectedProjectionAreFound) {
   expect_columns(
       packed("    p = y.view(x.size(0), x.size(1), 3, 3, 4).permute(2, 0, 3, 1, 4)\n"
              "    q, k, v = p.select(0, 0), p.select(0, 1), p.select(0, 2)\n"));
 }
 
-TEST(FindSites, InterleavedHeadsAreNoted) {
+TEST(FindSites, ColumnsThatLieHeadByHeadAreNoted) {
   const Structure structure = packed(
       "    p = y.view(x.size(0), x.size(1), 4, 3, 3).permute(3, 0, 2, 1, 4)\n"
       "    q, k, v = p.select(0, 0), p.select(0, 1), p.select(0, 2)\n");
@@ -84,7 +84,7 @@ TEST(FindSites, InterleavedHeadsAreNoted) {
       << structure.layers[0].notes[0];
 }
 
-TEST(FindSites, SaysWhatIsMissing) {
+TEST(FindSites, AMissingResidualAddIsNoted) {
   const Structure structure = packed("    q, k, v = y.view(x.size(0), x.size(1), 9, 4).transpose(1, 2).chunk(3, 1)\n");
   ASSERT_EQ(structure.layers.size(), 1u);
   EXPECT_FALSE(structure.layers[0].has_attention_residual);
