@@ -8,6 +8,8 @@ from grafted import EVERY_WAY, base, grafted, reloaded, saved_adapter
 from models import VARIANTS, make_batch
 from oracle import difference
 
+pytestmark = pytest.mark.quick
+
 
 def _run(module: torch.jit.ScriptModule, name: str, **keywords) -> torch.Tensor:
     variant = VARIANTS[name]

@@ -9,6 +9,17 @@ from op_cases import LORA_CASES, Case, lora
 
 op = torch.ops.torchgraft.gated_lora
 cases = pytest.mark.parametrize("case", LORA_CASES, ids=str)
+one_of_each = op_checks.one_of_each(
+    LORA_CASES,
+    "plain",
+    "base",
+    "gated_ragged",
+    "ids_all_base",
+    "ids_partly_gated_empty_row",
+    "one_token_one_row",
+    "rank_0",
+    "no_tokens",
+)
 FLOAT_TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -51,7 +62,7 @@ def test_one_result_used(case):
     op_checks.check_one_result_used(op, lora(case, torch.float64), op_reference.gated_lora)
 
 
-@cases
+@one_of_each
 def test_opcheck(case):
     op_checks.check_opcheck(op, lora(case, torch.float32))
 

@@ -10,6 +10,24 @@ from op_cases import MASKS, PREFIX_CASES, Case, prefix
 
 op = torch.ops.torchgraft.gated_prefix_attention
 cases = pytest.mark.parametrize("case", PREFIX_CASES, ids=str)
+one_of_each = op_checks.one_of_each(
+    PREFIX_CASES,
+    "plain",
+    "base",
+    "gated_ragged",
+    "ids_all_base",
+    "ids_partly_gated_empty_row",
+    "one_token_one_row",
+    "two_gates_ids",
+    "causal_more_keys_ids",
+    "lengths_ids_bool",
+    "no_positions_ids",
+    "no_keys_ids",
+    "grouped_ids",
+    "token_major",
+    "mask_bool_padding",
+    "mask_float_4d_ids",
+)
 FLOAT_TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -92,7 +110,7 @@ def test_one_result_used(case):
     op_checks.check_one_result_used(op, prefix(case, torch.float64), op_reference.gated_prefix_attention)
 
 
-@cases
+@one_of_each
 def test_opcheck(case):
     op_checks.check_opcheck(op, prefix(case, torch.float32))
 

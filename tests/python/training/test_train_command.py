@@ -293,6 +293,7 @@ def test_a_head_with_other_labels_is_not_trained_further(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("case", [*WRONG, *FAILING])
 def test_bad_input_is_one_line(case: str, files: Files, main: Callable, capsys: pytest.CaptureFixture) -> None:
     folder = files.base.parent
