@@ -165,7 +165,7 @@ _HOSTILE = {
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("content, message", _HOSTILE.values(), ids=_HOSTILE)
+@pytest.mark.parametrize(("content", "message"), _HOSTILE.values(), ids=_HOSTILE)
 def test_a_damaged_or_hostile_file_is_refused(content: bytes, message: str, tmp_path) -> None:
     torchgraft.save_adapter(grafted("bert_sdpa", torch.float32, "lora"), "task", tmp_path)
     (tmp_path / "adapter.safetensors").write_bytes(content)

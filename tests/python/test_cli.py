@@ -193,7 +193,7 @@ FAILING = {
 }
 
 
-# These as processes: a wrong command line, what torch says of a damaged file, an error that has several lines in Python.
+# As processes: a wrong command line, what torch says of a damaged file, an error of several lines in Python.
 _ALONE = {"no command", "cut short", "nearly attention"}
 
 

@@ -58,7 +58,7 @@ def _cases() -> list:
     return cases
 
 
-@pytest.mark.parametrize("name, config", _cases())
+@pytest.mark.parametrize(("name", "config"), _cases())
 def test_gradients_of_parameters_and_input_equal_the_oracle(name: str, config: str) -> None:
     variant = VARIANTS[name]
     saved = saved_adapter(variant, DOUBLE, config)

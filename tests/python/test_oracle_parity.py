@@ -21,7 +21,7 @@ _CASES = [
 ]
 
 
-@pytest.mark.parametrize("name, config", _CASES)
+@pytest.mark.parametrize(("name", "config"), _CASES)
 def test_results_and_gates_of_one_adapter_equal_the_oracle(name: str, config: str) -> None:
     dtype = torch.float32
     variant = VARIANTS[name]

@@ -21,8 +21,8 @@ CASES: dict[str, Case] = {
 # (name, form); the first form of a case is the one that most people export.
 FORMS: list[tuple[str, str]] = [(name, form) for name, case in CASES.items() for form in case.forms]
 
-# One of each kind, for scripts/test quick: post-norm, pre-norm, a decoder, one that feeds another, shared layers, a packed
-# projection, torch.nn's layers in each form, loops of a scripted model.
+# One of each kind, for scripts/test quick: post-norm, pre-norm, a decoder, one that feeds another, shared layers, a
+# packed projection, torch.nn's layers as one operator and scripted, two towers.
 QUICK = {
     ("bert_sdpa", "traced"),
     ("vit_eager", "traced"),

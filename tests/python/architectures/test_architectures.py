@@ -24,7 +24,7 @@ def _parameters() -> list:
     ]
 
 
-@pytest.mark.parametrize("name, form, dtype", _parameters())
+@pytest.mark.parametrize(("name", "form", "dtype"), _parameters())
 def test_results_and_gates_of_every_method_equal_the_reference(name: str, form: str, dtype: torch.dtype) -> None:
     case = CASES[name]
     grafted = case.reference.graft(base(name, form, dtype), methods(name), dtype)

@@ -30,7 +30,7 @@ def _parameters(forms: list[tuple[str, str]]) -> list:
     return [pytest.param(*each, id="-".join(each), marks=[pytest.mark.quick] * (each in QUICK)) for each in forms]
 
 
-@pytest.mark.parametrize("name, form", _parameters(FORMS))
+@pytest.mark.parametrize(("name", "form"), _parameters(FORMS))
 def test_results_of_the_canonical_module_are_the_modules(name: str, form: str) -> None:
     case, dtype = CASES[name], _dtype(name)
     module, canonical = base(name, form, dtype), _canonical(name, form)
@@ -65,7 +65,7 @@ def _gradients(module: torch.jit.ScriptModule, case, arguments: tuple) -> dict[s
 _DIFFERENTIABLE = [each for each in FORMS if each[1] != "fused" and each not in _NAN]
 
 
-@pytest.mark.parametrize("name, form", _parameters(_DIFFERENTIABLE))
+@pytest.mark.parametrize(("name", "form"), _parameters(_DIFFERENTIABLE))
 def test_gradients_of_the_canonical_module_are_the_modules(name: str, form: str) -> None:
     """A trace of torch.nn's fused kernels has no gradients."""
     case, dtype = CASES[name], _dtype(name)

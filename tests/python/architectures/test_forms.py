@@ -76,7 +76,7 @@ def _parameters() -> list:
     return parameters
 
 
-@pytest.mark.parametrize("name, form", _parameters())
+@pytest.mark.parametrize(("name", "form"), _parameters())
 def test_a_frozen_base_gives_the_same(name: str, form: str) -> None:
     """A frozen module has no module paths left: saved adapters find their layers by number."""
     case, (plain, grafted) = CASES[name], _plain(name, form)
@@ -84,7 +84,7 @@ def test_a_frozen_base_gives_the_same(name: str, form: str) -> None:
     _assert_same(case, grafted, case.reference.graft(frozen, methods(name)[:1], _DTYPE))
 
 
-@pytest.mark.parametrize("name, form", _parameters())
+@pytest.mark.parametrize(("name", "form"), _parameters())
 def test_a_base_optimized_for_inference_gives_the_same(name: str, form: str) -> None:
     """torch rewrites linear maps, and convolutions into a layout that it cannot save. The result can be saved."""
     case, (plain, grafted) = CASES[name], _plain(name, form)

@@ -39,7 +39,9 @@ def test_the_collections_are_whole(collections: dict) -> None:
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("mean, label", [(-0.51, "negative"), (-0.5, "neutral"), (0.5, "neutral"), (0.51, "positive")])
+@pytest.mark.parametrize(
+    ("mean", "label"), [(-0.51, "negative"), (-0.5, "neutral"), (0.5, "neutral"), (0.51, "positive")]
+)
 def test_the_thresholds(mean: float, label: str) -> None:
     assert data.Sentence("text", mean, "1").label == label
 
