@@ -3,9 +3,9 @@
 
     tests/mutations/run.py --tree DIR [NAME...]      of these, or of all
 
-DIR is a checkout that nobody else uses and that scripts/setup --tests has built (git worktree add DIR). Of each mutation
-the files are put back as they were, with what was compiled of them, so that the next one builds no more than it needs.
-Exit status 1 when a mutation slips, or when its text is not there any more.
+DIR is a checkout that nobody else uses and that scripts/setup --tests has built (git worktree add DIR). Of each
+mutation the files are put back as they were, with what was compiled of them, so that the next one builds no more than
+it needs. Exit status 1 when a mutation slips, or when its text is not there any more.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 PROGRAMS = ["test_ops", "test_kernels", "test_registration", "test_config", "test_plan", "test_patch"]
-LIBRARIES = ["torchgraft", "torchgraft_patch", "torchgraft_python"]
+OPERATORS = ["torchgraft"]
+LIBRARIES = [*OPERATORS, "torchgraft_patch", "torchgraft_python"]
 
 
 def find_file(tree: Path, mutation: dict) -> Path | str:
@@ -86,7 +88,9 @@ class Tree:
             filters = {name: ":".join(f"{s}.*:*/{s}.*:{s}/*" for s in given) for name, given in suites.items()}
             return [*suites], [[f"build/bin/{name}", f"--gtest_filter={chosen}"] for name, chosen in filters.items()]
         words = [f"tests/{word}" if (self.root / "tests" / word.split("::")[0]).exists() else word for word in words]
-        return LIBRARIES, [[sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *words]]
+        return LIBRARIES, [
+            [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *words]
+        ]
 
 
 @contextlib.contextmanager
@@ -112,6 +116,8 @@ def judge(tree: Tree, mutation: dict) -> str:
     if isinstance(path, str):
         return path
     targets, commands = tree.tests(mutation["tests"])
+    if targets == LIBRARIES and path.relative_to(tree.root).parts[0] in ("ops", "registration"):
+        targets = OPERATORS
     with changed(tree, path, mutation, targets):
         if path.suffix in (".cpp", ".h") and "examples" not in path.parts and not tree.compile(targets):
             return "does not build"
@@ -132,6 +138,7 @@ def main() -> int:
     unknown = set(arguments.names) - set(mutations)
     if unknown:
         parser.error(f"no mutation is called {', '.join(sorted(unknown))}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that files are put back
     tree, bad = Tree(arguments.tree), 0
     for name in arguments.names or mutations:
         started = time.monotonic()
