@@ -20,7 +20,12 @@ def library_path() -> Path:
 
 
 # What takes long; of it, one case of each operator is quick.
-_LONG = {"test_opcheck", "test_gradcheck", "test_random_shapes", "test_dropout_is_random_and_right_on_average"}
+_LONG = {
+    "test_opcheck_finds_nothing",
+    "test_gradients_equal_finite_differences",
+    "test_random_shapes_equal_the_reference",
+    "test_dropout_is_random_and_right_on_average",
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

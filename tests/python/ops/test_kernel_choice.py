@@ -66,7 +66,9 @@ def _table(path: Path, **fields: object) -> Path:
     [({}, "auto", True), ({}, "fused", False), (dict(instruction_set="none"), "auto", None)],
     ids=["the table decides", "not where a mode is asked for", "not of another instruction set"],
 )
-def test_a_measured_table_decides_where_nothing_else_does(tmp_path: Path, fields: dict, mode: str, is_composition: bool | None) -> None:
+def test_a_measured_table_decides_where_nothing_else_does(
+    tmp_path: Path, fields: dict, mode: str, is_composition: bool | None
+) -> None:
     table = str(_table(tmp_path / "table.json", **fields))
     done = _run(TORCHGRAFT_KERNELS=mode, TORCHGRAFT_KERNEL_TABLE=table)
     assert done.returncode == 0, done.stderr
