@@ -1,9 +1,12 @@
-"""Installs the build into a temporary prefix and builds the outside hosts against it, once a session."""
+"""Installs the build and builds the outside hosts against it: once a run, in build/consumer, where the next run finds
+what has not changed."""
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,35 +21,58 @@ os.environ.setdefault("TORCHGRAFT_LIBRARY_DIR", str(BUILD / "lib"))
 sys.path.insert(0, str(ROOT / "python"))
 
 
+def made_once(name: str, make: Callable[[Path], None]) -> Path:
+    """build/consumer/<name>, as `make` leaves it. Of several workers of pytest-xdist one makes it, the others wait."""
+    folder = BUILD / "consumer" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    of_this_run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    with open(folder.with_suffix(".made"), "a+") as made:
+        fcntl.flock(made, fcntl.LOCK_EX)
+        made.seek(0)
+        if made.read() != of_this_run:
+            make(folder)
+            made.truncate(0)
+            made.write(of_this_run)
+    return folder
+
+
 @pytest.fixture(scope="session")
-def prefix(tmp_path_factory) -> Path:
-    """Where `cmake --install` has put torchgraft."""
-    target = tmp_path_factory.mktemp("prefix")
-    run("cmake", "--install", BUILD, "--prefix", target)
-    return target
+def prefix() -> Path:
+    """Where `cmake --install` has put torchgraft, and nothing else."""
+
+    def install(folder: Path) -> None:
+        run("cmake", "--install", BUILD, "--prefix", folder)
+        installed = set((BUILD / "install_manifest.txt").read_text().splitlines())
+        for path in folder.rglob("*"):
+            if not path.is_dir() and str(path) not in installed:
+                path.unlink()  # of an earlier run
+
+    return made_once("prefix", install)
 
 
-def configure_and_build(source: Path, binary: Path, prefix: Path) -> Path:
-    search = f"{prefix};{torch.utils.cmake_prefix_path}"
-    run("cmake", "-S", source, "-B", binary, "-G", "Ninja", f"-DCMAKE_PREFIX_PATH={search}")
-    run("cmake", "--build", binary, "-j", os.environ.get("TORCHGRAFT_JOBS", "2"))
-    return binary
+def configured_and_built(name: str, source: Path, prefix: Path) -> Path:
+    def build(folder: Path) -> None:
+        search = f"{prefix};{torch.utils.cmake_prefix_path}"
+        run("cmake", "-S", source, "-B", folder, "-G", "Ninja", f"-DCMAKE_PREFIX_PATH={search}")
+        run("cmake", "--build", folder, "-j", os.environ.get("TORCHGRAFT_JOBS", "2"))
+
+    return made_once(name, build)
 
 
 @pytest.fixture(scope="session")
-def hosts(tmp_path_factory, prefix) -> Path:
+def hosts(prefix) -> Path:
     """The folder with the programs of this folder's CMakeLists.txt."""
-    return configure_and_build(ROOT / "tests" / "consumer", tmp_path_factory.mktemp("hosts"), prefix)
+    return configured_and_built("hosts", ROOT / "tests" / "consumer", prefix)
 
 
 @pytest.fixture(scope="session")
-def serve(tmp_path_factory, prefix) -> Path:
+def serve(prefix) -> Path:
     """The program of examples/serve."""
-    return configure_and_build(ROOT / "examples" / "serve", tmp_path_factory.mktemp("serve"), prefix) / "serve"
+    return configured_and_built("serve", ROOT / "examples" / "serve", prefix) / "serve"
 
 
 @pytest.fixture(scope="session")
-def server_program(tmp_path_factory, prefix) -> Path:
+def server_program(prefix) -> Path:
     """The program of examples/server. Skips without its HTTP library, which CMake does not download."""
     header = subprocess.run(
         [os.environ.get("CXX", "g++"), "-E", "-x", "c++", "-"],
@@ -56,13 +82,13 @@ def server_program(tmp_path_factory, prefix) -> Path:
     )
     if header.returncode != 0:
         pytest.skip("microhttpd.h was not found: install libmicrohttpd-dev")
-    return configure_and_build(ROOT / "examples" / "server", tmp_path_factory.mktemp("server"), prefix) / "server"
+    return configured_and_built("server", ROOT / "examples" / "server", prefix) / "server"
 
 
 @pytest.fixture(scope="session")
-def train_program(tmp_path_factory, prefix) -> Path:
+def train_program(prefix) -> Path:
     """The program of examples/train_cpp."""
-    return configure_and_build(ROOT / "examples" / "train_cpp", tmp_path_factory.mktemp("train"), prefix) / "train_cpp"
+    return configured_and_built("train_cpp", ROOT / "examples" / "train_cpp", prefix) / "train_cpp"
 
 
 @pytest.fixture(scope="session")

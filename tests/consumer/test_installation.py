@@ -42,6 +42,7 @@ def test_operators_do_not_need_the_patcher(prefix):
     assert not [name for name in needed(libraries(prefix)[0]) if "torchgraft" in name]
 
 
+@pytest.mark.quick
 def test_only_marked_symbols_are_exported(prefix):
     """Weak and unique symbols are templates and inline functions of the headers of torch and the standard library."""
     linker_made = {"__bss_start", "_edata", "_end"}
@@ -55,6 +56,7 @@ def test_only_marked_symbols_are_exported(prefix):
         assert [name for name in strong if "anonymous" in name or re.search(r"_kernels?\b", name)] == []
 
 
+@pytest.mark.quick
 def test_installed_headers_are_those_of_the_sources(prefix):
     installed = sorted(path.relative_to(prefix / "include" / "torchgraft") for path in prefix.rglob("*.h"))
     assert Path("ops/gated_lora.h") in installed and Path("patch/graft.h") in installed

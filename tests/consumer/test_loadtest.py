@@ -3,9 +3,12 @@
 import json
 import sys
 
+import pytest
+
 from hosts_support import ROOT, run
 
 
+@pytest.mark.slow(seconds=60)
 def test_every_point_is_there(server_program, tmp_path):
     document, picture = tmp_path / "points.json", tmp_path / "points.png"
     command = [sys.executable, ROOT / "scripts" / "loadtest.py", "--server", server_program]

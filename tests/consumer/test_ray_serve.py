@@ -14,6 +14,8 @@ import torch
 from hosts_support import ROOT
 from server_support import MOST_TOKENS, VOCABULARY, Expected, Server, save_models
 
+pytestmark = pytest.mark.slow(seconds=60)  # Ray is a dozen processes
+
 ADAPTERS, CAPACITY = 6, 3  # of each replica: less than there are
 TOLERANCE = dict(rtol=0, atol=1e-5)
 PROGRAM = [sys.executable, "-W", "ignore", ROOT / "examples" / "ray_serve" / "main.py"]

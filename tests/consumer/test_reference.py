@@ -39,6 +39,7 @@ def lora_arguments(**changes):
     return arguments | changes
 
 
+@pytest.mark.quick
 def test_every_schema_is_documented_as_registered():
     shortened = [schema.replace("=0.0", "=0.") for schema in documented_schemas()]  # torch prints 0.0 so
     assert sorted(shortened) == sorted(registered_schemas())

@@ -25,6 +25,7 @@ def name_of(index: int) -> str | None:
     return f"task-{index}" if index >= 0 else None
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("pooling", ["first", "mean"])
 def test_each_adapter_alone(server, expected, pooling):
     source = random.Random(0)

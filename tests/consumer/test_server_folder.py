@@ -29,6 +29,7 @@ def expected(models):
     return Expected(torch.jit.load(models / "base.pt"), models / "kinds")
 
 
+@pytest.mark.slow(seconds=60)
 def test_a_thousand_adapters_in_64_rows(server_program, models, tmp_path, expected):
     """Neighbours differ in kind, so that a row which is not whole, or another's, shows."""
     for index in range(1000):

@@ -8,6 +8,8 @@ from grafted import EVERY_WAY, base, grafted, reloaded, saved_adapter
 from models import VARIANTS, make_batch
 from oracle import difference
 
+pytestmark = pytest.mark.quick
+
 
 def _run(module: torch.jit.ScriptModule, name: str, **keywords) -> torch.Tensor:
     variant = VARIANTS[name]
@@ -78,9 +80,12 @@ def test_an_average_is_the_mean_of_the_weights(weights) -> None:
     average = torchgraft.average_adapter(module, "mean", weights)
     assert average.adapter_names() == ["x", "y", "mean"] and average.active_adapter() == "y"
     share = 0.25 if isinstance(weights, dict) else 0.5
+    total = torchgraft.average_adapter(module, "sum", {"x": 1.0, "y": 3.0}, normalize_weights=False)
+    sums = dict(total.adapters.named_parameters())
     for key, bank in average.adapters.named_parameters():
         if bank.is_floating_point() and not key.endswith(".scaling"):  # not trained here: a number
             torch.testing.assert_close(bank[2], share * bank[0] + (1 - share) * bank[1], msg=key)
+            torch.testing.assert_close(sums[key][2], bank[0] + 3 * bank[1], msg=key)
 
 
 def test_averages_of_what_cannot_be_averaged_are_refused() -> None:

@@ -11,6 +11,8 @@ from grafted import base, saved_adapter
 from models import VARIANTS, make_batch
 from oracle import TOLERANCE, difference
 
+pytestmark = pytest.mark.quick
+
 CONFIGS = ["unipelt", "lora_all", "prefix_two_gates"]
 # What the first two need.
 ROOM = ["unipelt", "lora[r=8,intermediate_lora=True,output_lora=True,attn_matrices=['q','k','v']]"]

@@ -1,4 +1,7 @@
-"""Canonicalisation alone, grafting nothing, leaves every model as it was: results, gradients, dropout."""
+"""Canonicalisation alone, grafting nothing, leaves hand-written models as they were: results, gradients, dropout.
+
+Hugging Face models and torch.nn's encoders: architectures/test_canonical.py.
+"""
 
 import pytest
 import torch
@@ -6,13 +9,18 @@ import torch
 from grafted import base, canonicalised
 from models import VARIANTS, make_batch
 
+pytestmark = pytest.mark.quick
+
+
+_OWN = [name for name, variant in VARIANTS.items() if variant.own]
+
 
 def _hidden(name: str, module: torch.jit.ScriptModule, arguments: tuple) -> torch.Tensor:
     return VARIANTS[name].hidden(module(*arguments))
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_results_stay(name: str) -> None:
+@pytest.mark.parametrize("name", _OWN)
+def test_results_of_the_canonical_module_are_the_modules(name: str) -> None:
     module = base(name, torch.float64)
     canonical = canonicalised(module)
     for lengths in ([9, 6], [4], [7, 7, 1]):
@@ -23,9 +31,8 @@ def test_results_stay(name: str) -> None:
             assert torch.allclose(_hidden(name, canonical, arguments), _hidden(name, module, arguments), 0, 1e-10)
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if "fast" not in name])
-def test_gradients_stay(name: str) -> None:
-    """Modules traced into fused kernels have none."""
+@pytest.mark.parametrize("name", _OWN)
+def test_gradients_of_the_canonical_module_are_the_modules(name: str) -> None:
     module = base(name, torch.float64)
     arguments = VARIANTS[name].arguments(make_batch([9, 9], 9, torch.float64))
     gradients = []

@@ -88,6 +88,7 @@ def test_every_weight_is_told_its_place(tmp_path) -> None:
         assert places[pool] == "the prefixes of self_prefix: flat"
 
 
+@pytest.mark.quick
 def test_an_adapter_fits_a_model_whose_modules_are_called_otherwise(tmp_path) -> None:
     """Saved from a model with packed q, k, v and names of its own, loaded into one of the same structure, and back."""
     config = torchgraft.ConfigUnion(
@@ -163,6 +164,7 @@ _HOSTILE = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("content", "message"), _HOSTILE.values(), ids=_HOSTILE)
 def test_a_damaged_or_hostile_file_is_refused(content: bytes, message: str, tmp_path) -> None:
     torchgraft.save_adapter(grafted("bert_sdpa", torch.float32, "lora"), "task", tmp_path)
@@ -172,6 +174,7 @@ def test_a_damaged_or_hostile_file_is_refused(content: bytes, message: str, tmp_
     assert "adapter.safetensors" in str(raised.value)
 
 
+@pytest.mark.quick
 def test_every_dtype_of_the_reference_implementation_is_read(tmp_path) -> None:
     tensors = {
         str(dtype): torch.arange(6).reshape(2, 3).to(dtype)

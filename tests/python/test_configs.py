@@ -12,6 +12,8 @@ import torchgraft
 from torchgraft._libraries import patcher
 from torchgraft.configs import config_to_json
 
+pytestmark = pytest.mark.quick
+
 CLASSES = ["BnConfig", "SeqBnConfig", "DoubleSeqBnConfig", "ParBnConfig", "PrefixTuningConfig", "LoRAConfig"]
 UNIONS = ["MAMConfig", "UniPELTConfig"]
 REQUIRED = dict(mh_adapter=True, output_adapter=False, reduction_factor=4, non_linearity="gelu")

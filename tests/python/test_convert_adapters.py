@@ -2,7 +2,6 @@
 
 import pickle
 import subprocess
-import sys
 from pathlib import Path
 
 import adapters
@@ -11,13 +10,12 @@ import torch
 import transformers
 
 import torchgraft
+from scripts_here import run_here, run_process
 from torchgraft.adapter_hub import PICKLE_FILE, SAFETENSORS_FILE
-
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "convert_adapters.py"
 
 
 def convert(folder: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, SCRIPT, folder], capture_output=True, text=True, timeout=300)
+    return run_here("convert_adapters.py", folder)
 
 
 class Bomb:
@@ -40,6 +38,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.quick
 def test_weights_stay_what_they_are(folder):
     result = convert(folder)
     assert result.returncode == 0, result.stderr
@@ -58,7 +57,7 @@ def test_what_holds_code_is_refused_and_the_others_are_converted(folder):
     (folder / "first" / PICKLE_FILE).write_bytes(pickle.dumps(Bomb(target)))
     (folder / "broken").mkdir()
     (folder / "broken" / PICKLE_FILE).write_bytes(b"garbage")
-    result = convert(folder)
+    result = run_process("convert_adapters.py", folder)
     assert result.returncode == 1
     assert "holds more than plain tensors" in result.stderr and "broken" in result.stderr
     assert not target.exists() and not (folder / "first" / SAFETENSORS_FILE).exists()

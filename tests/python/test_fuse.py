@@ -6,6 +6,8 @@ import torch
 import torchgraft
 from grafted import base
 
+pytestmark = pytest.mark.quick
+
 
 def results(config: str, fuse: bool) -> list[torch.Tensor]:
     """Hidden states of a batch with one adapter, and of the same with a row of the base model."""

@@ -2,7 +2,6 @@
 
 import math
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import torchgraft
 from grafted import grafted
 from models import VARIANTS, make_batch
+from scripts_here import run_here, run_process
 from torchgraft.gates import gate_table, gather_gates
 
-ROOT = Path(__file__).resolve().parents[2]
 NAME = "bert_sdpa"
 TEXTS = ["red blue", "green red red <b>$x$", "blue"]
 
@@ -95,10 +94,10 @@ def folder(tmp_path_factory) -> Path:
 
 
 def _run(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts" / "graft.py"), "gates", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return run_here("graft.py", "gates", *arguments)
 
 
+@pytest.mark.quick
 def test_the_command_prints_what_the_model_gives(folder: Path) -> None:
     done = _run(folder / "model.pt", *[word for text in TEXTS for word in ("--text", text)])
     assert done.returncode == 0, done.stderr
@@ -119,7 +118,7 @@ def test_the_command_draws_a_data_set(folder: Path, tmp_path: Path) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join(TEXTS * 15) + "\n\n")
     path = tmp_path / "gates.svg"
-    done = _run(folder / "model.pt", "--file", texts, "-o", path)
+    done = run_process("graft.py", "gates", folder / "model.pt", "--file", texts, "-o", path)
     assert done.returncode == 0, done.stderr
     assert "svg" in path.read_text()[:500]
 

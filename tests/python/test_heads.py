@@ -14,6 +14,8 @@ import torchgraft
 from grafted import reloaded
 from torchgraft import HeadConfig
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(scope="module")
 def library() -> tuple[torch.nn.Module, torch.jit.ScriptModule]:

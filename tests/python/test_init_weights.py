@@ -112,6 +112,7 @@ def _grafted_parameters(module: torch.jit.ScriptModule) -> dict[str, Tensor]:
     return result
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", CONFIGS)
 def test_seeded_weights_equal_the_oracle(name: str) -> None:
     model = hugging_face("bert", "sdpa", torch.float32)

@@ -15,7 +15,7 @@ import torch
 import torchgraft
 from grafted import base, grafted
 from models import VARIANTS, make_batch
-from test_cli import check_one_line, run
+from test_cli import check_one_line, run, run_alone
 from test_drawing import entry, projection, structure
 from torchgraft import _commands
 from torchgraft._operators import ranges
@@ -71,6 +71,7 @@ def test_every_field_is_there(name: str) -> None:
 # What is given back
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", MODELS)
 def test_unedited_sites_change_nothing(name: str, tmp_path: Path) -> None:
     module = base(name, FLOAT)
@@ -279,6 +280,7 @@ def operator_rows(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in row] for row in rows[1:]]
 
 
+@pytest.mark.quick
 def test_which_operators_run(folder: Path, tmp_path: Path) -> None:
     """A LoRA that is fused with its projection is seen as such, and one that is not; nothing is, of a bare module."""
     assert "operators" not in run("inspect", folder / "base.pt").stdout
@@ -334,7 +336,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(case: str, folder: Path, tmp_p
 def test_without_dot_the_old_picture_stays(folder: Path, tmp_path: Path) -> None:
     svg = tmp_path / "picture.svg"
     svg.write_text("precious")
-    done = run("inspect", folder / "base.pt", "--svg", svg, env=os.environ | {"PATH": str(tmp_path)})
+    done = run_alone("inspect", folder / "base.pt", "--svg", svg, env={"PATH": str(tmp_path)})
     check_one_line(done, 1, "needs Graphviz's program 'dot'")
     assert svg.read_text() == "precious" and list(tmp_path.iterdir()) == [svg]
 

@@ -14,6 +14,8 @@ from grafted import base, grafted, saved_adapter
 from models import VARIANTS, build, make_batch
 from oracle import difference
 
+pytestmark = pytest.mark.quick
+
 _NAMES = ["bert_sdpa", "own_post_packed_matmul", "encoder_script_post", "encoder_fast_post_nested"]
 FLOAT = torch.float32
 

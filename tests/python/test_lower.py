@@ -64,7 +64,7 @@ def test_an_error_inside_a_lowered_module_is_an_error() -> None:
 
 @pytest.mark.parametrize("pooling", ["unpadded"])
 @pytest.mark.parametrize("name", ["bert_sdpa", "own_pre_sdpa_bool"])
-def test_unpadded_gates(name: str, pooling: str) -> None:
+def test_gates_over_real_tokens_are_lowered(name: str, pooling: str) -> None:
     module = grafted(name, torch.float64, "unipelt", gate_pooling=pooling)
     _assert_same(torchgraft.lower(module), module, name, 1e-12)
 
@@ -96,7 +96,7 @@ def test_every_non_linearity(non_linearity: str) -> None:
     _assert_same(torchgraft.lower(module), module, "bert_sdpa", 1e-12)
 
 
-def test_it_loads_without_the_library(tmp_path) -> None:
+def test_a_lowered_file_loads_without_the_library(tmp_path) -> None:
     path = tmp_path / "lowered.pt"
     torchgraft.lower(grafted("bert_sdpa", torch.float32, "unipelt")).save(str(path))
     script = f"""
@@ -111,7 +111,7 @@ assert not hasattr(torch.ops.torchgraft, "gated_lora")
     assert done.returncode == 0, done.stderr
 
 
-def test_gradients_are_the_same() -> None:
+def test_gradients_of_a_lowered_module_are_the_modules() -> None:
     variant = VARIANTS["bert_sdpa"]
     saved = saved_adapter(variant, torch.float64, "unipelt")
     module = torchgraft.graft(base("bert_sdpa", torch.float64), adapters={"task": saved.directory}, trainable=True)

@@ -10,6 +10,8 @@ from grafted import base, saved_adapter
 from models import VARIANTS, make_batch
 from oracle import TOLERANCE, difference
 
+pytestmark = pytest.mark.quick
+
 # Different methods, ranks, prefix lengths, with and without gates.
 _ADAPTERS = ["unipelt", "mam", "lora_all", "prefix_two_gates", "double_seq_bn_gated"]
 _IDS = [1, -1, 0, 3, 2, 4, 0]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import torchgraft
-from grafted import base, saved_adapter
+from grafted import EVERY_WAY, base, saved_adapter
 from models import VARIANTS, Batch, Variant, make_batch
 from oracle import CONFIGS, TOLERANCE, Result, assert_gates_close, difference, oracle_for, runs_on
 
@@ -59,7 +59,9 @@ _MIXED = [None, "unipelt", "mam", "prefix_two_gates", "lora_all", "prefix_leave_
           "bn_norms", "bn_residual_normed", "bn_norm_all", "compacter", None]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.quick] * (name in EVERY_WAY)) for name in VARIANTS]
+)
 def test_each_row_of_a_mixed_batch_equals_the_oracle(name: str) -> None:
     """The oracle runs each row alone, padded as far as the batch is."""
     variant, bank = VARIANTS[name], _bank(name)

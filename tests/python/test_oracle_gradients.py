@@ -46,8 +46,20 @@ def _oracle_gradients(variant: Variant, saved: Saved) -> tuple[list[tuple[str, T
     return triples, gradients[len(named)] if len(gradients) > len(named) else None
 
 
-@pytest.mark.parametrize(("name", "config"), [(n, c) for n in _NAMES for c in CONFIGS if runs_on(c, n)])
-def test_gradients_equal_the_oracle(name: str, config: str) -> None:
+def _cases() -> list:
+    """Every method on BERT, on one of the other bases in turn, and the rest when there is time."""
+    cases = []
+    for index, config in enumerate(CONFIGS):
+        others = [name for name in _NAMES[1:] if runs_on(config, name)]
+        chosen = {_NAMES[0], others[index % len(others)]}
+        for name in [_NAMES[0], *others]:
+            marks = [] if name in chosen else [pytest.mark.slow(seconds=2)]
+            cases.append(pytest.param(name, config, marks=marks + [pytest.mark.quick] * (config == "unipelt")))
+    return cases
+
+
+@pytest.mark.parametrize(("name", "config"), _cases())
+def test_gradients_of_parameters_and_input_equal_the_oracle(name: str, config: str) -> None:
     variant = VARIANTS[name]
     saved = saved_adapter(variant, DOUBLE, config)
     module = torchgraft.graft(base(name, DOUBLE), adapters={"task": saved.directory}, trainable=True)

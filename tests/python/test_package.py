@@ -81,6 +81,7 @@ def test_operators_alone_suffice_until_something_is_grafted(tmp_path: Path) -> N
     assert f"ImportError: torchgraft: no _C module for Python {version} was found in {tmp_path}" in done.stderr
 
 
+@pytest.mark.quick
 def test_versions_agree() -> None:
     assert patcher().version() == torchgraft.__version__
     assert f"project(torchgraft VERSION {torchgraft.__version__} " in (ROOT / "CMakeLists.txt").read_text()
@@ -141,6 +142,7 @@ def test_a_configuration_can_be_a_file(module, directory: Path) -> None:
         ({"config": "lora", "name": "task", "token_mask": "mask"}, "token mask"),
     ],
 )
+@pytest.mark.quick
 def test_wrong_arguments_are_named_without_a_trace(module, arguments: dict, message: str) -> None:
     with pytest.raises(torchgraft.GraftError, match=message) as caught:
         torchgraft.graft(module, **arguments)
@@ -262,6 +264,7 @@ def _code(directory: Path) -> None:
         (_code, "pytorch_adapter.bin", "refused, it holds more than plain tensors"),
     ],
 )
+@pytest.mark.quick
 def test_a_damaged_directory_is_named(directory: Path, damage, file: str, message: str) -> None:
     damage(directory)
     with pytest.raises(torchgraft.GraftError, match=message) as caught:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from test_cli import check_one_line, run
@@ -30,6 +31,7 @@ def test_a_small_measurement() -> None:
     assert all(entry["fused"] > 0 and entry["reference"] > 0 for entry in table["measurements"])
 
 
+@pytest.mark.quick
 def test_both_ways_compute_the_same() -> None:
     """What is compared are two ways to one result."""
     core = patcher()

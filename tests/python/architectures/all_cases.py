@@ -1,5 +1,7 @@
 """Every case there is, and how far two correct results of it may be apart."""
 
+import functools
+
 import torch
 
 import hugging_face_cases
@@ -18,6 +20,23 @@ CASES: dict[str, Case] = {
 
 # (name, form); the first form of a case is the one that most people export.
 FORMS: list[tuple[str, str]] = [(name, form) for name, case in CASES.items() for form in case.forms]
+
+# One of each kind, for scripts/test quick: post-norm, pre-norm, a decoder, one that feeds another, shared layers, a
+# packed projection, torch.nn's layers as one operator and scripted, two towers.
+QUICK = {
+    ("bert_sdpa", "traced"),
+    ("vit_eager", "traced"),
+    ("llama_sdpa", "traced"),
+    ("bart_eager", "traced"),
+    ("albert_sdpa", "traced"),
+    ("gpt2_sdpa", "traced"),
+    ("deberta_v2_shared_eager", "traced"),
+    ("modernbert_sdpa", "traced"),
+    ("own_einsum", "scripted"),
+    ("own_siamese", "scripted"),
+    ("torch_encoder_post_padding", "fused"),
+    ("torch_encoder_post_padding", "scripted"),
+}
 
 # Whatever the model's dtype, these compute something in float32: their float64 results agree to its rounding only.
 _COMPUTES_IN_FLOAT32 = {
@@ -48,6 +67,12 @@ FROZEN_NOT_YET = {
     ("deberta_v2_shared_eager", "traced"): "freezing computes the projected relative positions once and for all, "
     "where no LoRA reaches them"
 }
+
+
+@functools.cache
+def base(name: str, form: str, dtype: torch.dtype) -> torch.jit.ScriptModule:
+    """The case's model as TorchScript, made once a process. Never modify it."""
+    return CASES[name].to_script(form, dtype)
 
 
 def methods(name: str) -> list[str]:

@@ -19,14 +19,15 @@ Gates = dict[int, dict[str, Tensor]]  # gates[layer][location]: [rows, columns]
 
 
 class Reference(Protocol):
-    """Both methods name the adapter "task"."""
+    """Adapters have the names of their methods."""
 
-    def graft(self, base: torch.jit.ScriptModule, method: str, dtype: torch.dtype) -> torch.jit.ScriptModule:
-        """`base` with the adapter of `method`, every parameter of it random and none of them zero."""
+    def graft(self, base: torch.jit.ScriptModule, methods: list[str], dtype: torch.dtype) -> torch.jit.ScriptModule:
+        """`base` with an adapter for each method, all in one bank, every parameter random and none of them zero."""
         ...
 
     def run(self, grafted: torch.jit.ScriptModule, method: str, arguments: tuple) -> tuple[Tensor, Gates]:
-        """What the grafted model must give for the arguments: the compared tensor, and the gates of gated modules."""
+        """What the grafted model must give for the arguments where the adapter of `method` is active: the compared
+        tensor, and the gates of gated modules."""
         ...
 
 

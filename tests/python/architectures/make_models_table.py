@@ -34,7 +34,7 @@ operator.
 
 
 def _largest(case, base, method: str) -> float:
-    grafted = case.reference.graft(base, method, torch.float32)
+    grafted = case.reference.graft(base, [method], torch.float32)
     largest = 0.0
     for seed in (1, 2):
         arguments = case.arguments(torch.float32, seed)
@@ -44,7 +44,7 @@ def _largest(case, base, method: str) -> float:
         largest = max(largest, difference(case.hidden(result), expected))
         for layer, locations in expected_gates.items():
             for location, gate in locations.items():
-                largest = max(largest, difference(gates["task"][layer][location], gate))
+                largest = max(largest, difference(gates[method][layer][location], gate))
     return largest
 
 

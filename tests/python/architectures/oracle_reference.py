@@ -33,8 +33,8 @@ class OracleReference:
     lora_order: str = "qkv"
     repair: Callable[[nn.Module], None] | None = None
 
-    def graft(self, base: torch.jit.ScriptModule, method: str, dtype: torch.dtype) -> torch.jit.ScriptModule:
-        return torchgraft.graft(base, adapters={"task": self.directory(method, dtype)})
+    def graft(self, base: torch.jit.ScriptModule, methods: list[str], dtype: torch.dtype) -> torch.jit.ScriptModule:
+        return torchgraft.graft(base, adapters={method: self.directory(method, dtype) for method in methods})
 
     def run(self, grafted: torch.jit.ScriptModule, method: str, arguments: tuple) -> tuple[Tensor, Gates]:
         return self.expected(method, _dtype_of(grafted), arguments)

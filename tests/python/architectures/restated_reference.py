@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import oracle
-import torchgraft
 from case import Gates
+from torchgraft._libraries import patcher
+from torchgraft.configs import config_to_json
 
 _ACTIVATIONS = {"relu": F.relu, "swish": F.silu}
 
@@ -74,13 +75,15 @@ class RestatedReference:
     layers: Callable[[nn.Module], list[Layer]]
     hidden: Callable = lambda result: result[0] if isinstance(result, tuple) else result
 
-    def graft(self, base: torch.jit.ScriptModule, method: str, dtype: torch.dtype) -> torch.jit.ScriptModule:
-        grafted = torchgraft.graft(base, config=oracle.CONFIGS[method], name="task")
+    def graft(self, base: torch.jit.ScriptModule, methods: list[str], dtype: torch.dtype) -> torch.jit.ScriptModule:
+        specs = [(method, config_to_json(oracle.CONFIGS[method]), None, "", False, None) for method in methods]
+        grafted = patcher().graft(base._c, specs, "all", "", "", True)
+        grafted = torch.jit._recursive.wrap_cpp_module(grafted)
         randomise_grafted(grafted)
         return grafted
 
     def run(self, grafted: torch.jit.ScriptModule, method: str, arguments: tuple) -> tuple[Tensor, Gates]:
-        slots = slots_of(grafted)
+        slots = slots_of(grafted, grafted.adapter_names().index(method))
         dtype = next(value.dtype for slot in slots.values() for value in slot.values() if value.is_floating_point())
         return self.restate(slots, method, dtype, arguments)
 
@@ -94,7 +97,7 @@ class RestatedReference:
         return result, record.gates()
 
 
-# slots[0, "self_prefix"]["prefix_key"]: one adapter's parameters, the bank's first dimension gone.
+# slots[0, "self_prefix"]["prefix_key"]: one adapter's parameters, without the bank's first dimension and its padding.
 Slots = dict[tuple[int, str], dict[str, Tensor]]
 
 
@@ -103,35 +106,74 @@ def _made(reference: RestatedReference, dtype: torch.dtype) -> nn.Module:
     return reference.make(dtype)
 
 
-def slots_of(grafted: torch.jit.ScriptModule) -> Slots:
-    """From adapters.layer_3.self_prefix.prefix_key, adapters.layer_3.mh_adapter_seq_relu.up_bias and the like."""
-    slots: Slots = {}
+# The parameter that is never zero in a fresh adapter, and in which dimension of one adapter its size is. What a bank
+# holds beyond the size is padding; where all is zero, the adapter has nothing there.
+_SIZED = {"lora_a": 0, "down_weight": 0, "prefix_key": 1}
+# Others with that size: the dimension.
+_SIZES = {"lora_b": 1, "down_bias": 0, "up_weight": 1, "prefix_value": 1}
+
+
+def _places(grafted: torch.jit.ScriptModule) -> dict[tuple[str, str], dict[str, Tensor]]:
+    """From adapters.layer_3.self_prefix.prefix_key, adapters.layer_3.mh_adapter_seq_relu.up_bias and the like:
+    ("layer_3", "self_prefix") -> parameters of the bank."""
+    places: dict[tuple[str, str], dict[str, Tensor]] = {}
     for path, value in grafted.state_dict().items():
         parts = path.split(".")
         if parts[0] == "adapters" and len(parts) == 4:
-            slot = re.sub(r"_adapter_.*", "_adapter", parts[2])
-            slots.setdefault((int(parts[1].removeprefix("layer_")), slot), {})[parts[3]] = value[0].clone()
+            places.setdefault((parts[1], parts[2]), {})[parts[3]] = value
+    return places
+
+
+def _of_one(bank: dict[str, Tensor], adapter: int) -> dict[str, Tensor]:
+    """Views on an adapter's part of the bank, without padding; empty where it has none."""
+    mine = {name: value[adapter] for name, value in bank.items()}
+    [sized] = set(mine) & set(_SIZED)
+    used = mine[sized].movedim(_SIZED[sized], 0).flatten(1).ne(0).any(1)
+    size = int(used.sum())
+    if size == 0:
+        return {}
+    assert bool(used[:size].all()), "padding is on the right"
+    for name, dimension in {sized: _SIZED[sized], **_SIZES}.items():
+        if name in mine:
+            mine[name] = mine[name].narrow(dimension, 0, size)
+    if "gate_bias" in mine and bool(mine["gate_bias"].isposinf().all()):  # it has no gate, others of the bank have
+        assert not mine["gate_weight"].any()
+        del mine["gate_weight"], mine["gate_bias"]
+    return mine
+
+
+def slots_of(grafted: torch.jit.ScriptModule, adapter: int = 0) -> Slots:
+    """Copies of an adapter's parameters."""
+    slots: Slots = {}
+    for (layer, slot), bank in _places(grafted).items():
+        mine = _of_one(bank, adapter)
+        if mine:
+            key = int(layer.removeprefix("layer_")), re.sub(r"_adapter_.*", "_adapter", slot)
+            assert key not in slots
+            slots[key] = {name: value.clone() for name, value in mine.items()}
     return slots
 
 
 def randomise_grafted(grafted: torch.jit.ScriptModule) -> None:
-    """Normal values for every parameter of the adapter: none is zero, gates are well away from 0.5."""
+    """Normal values for every parameter of the fresh adapters: none is zero, gates are well away from 0.5. The bank's
+    padding stays."""
     generator = torch.Generator().manual_seed(23)
-    with torch.no_grad():
-        for path, parameter in sorted(grafted.adapters.named_parameters()):
-            value = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            name = path.split(".")[-1]
-            if name == "gate_bias":
-                value = torch.sign(value) * (0.7 + 0.4 * value.abs())
-            elif name == "gate_weight":
-                value = value * 0.15
-            elif name.startswith("prefix"):
-                value = value * 0.8
-            elif name.endswith("bias"):
-                value = value * 0.2
-            elif name != "scaling":  # scaling stays alpha / r, or the configured number
-                value = value * 1.2 / parameter.size(-1) ** 0.5
-            if name != "scaling":
+    for _, bank in sorted(_places(grafted).items()):
+        for adapter in range(next(iter(bank.values())).size(0)):
+            for name, parameter in sorted(_of_one(bank, adapter).items()):
+                if name in ("scaling", "prefix_length"):  # alpha / r, or the configured number
+                    continue
+                value = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                if name == "gate_bias":
+                    value = torch.sign(value) * (0.7 + 0.4 * value.abs())
+                elif name == "gate_weight":
+                    value = value * 0.15
+                elif name.startswith("prefix"):
+                    value = value * 0.8
+                elif name.endswith("bias"):
+                    value = value * 0.2
+                else:
+                    value = value * 1.2 / parameter.size(-1) ** 0.5
                 parameter.copy_(value)
 
 

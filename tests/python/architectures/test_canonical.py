@@ -1,14 +1,15 @@
 """Canonicalisation alone, grafting nothing, leaves every architecture as it was: results, gradients, dropout."""
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
 
-from all_cases import CASES, FORMS
+from all_cases import CASES, FORMS, QUICK, base
 from grafted import canonicalised
 from oracle import difference
 
-_IDS = ["-".join(each) for each in FORMS]
 # Float32 inside a float64 model: fused and unfused kernels round differently there.
 _TOLERANCE = 1e-6
 # A softmax over keys that are all masked gives nan in the model itself; the canonical attention gives zeros.
@@ -20,15 +21,23 @@ def _dtype(name: str) -> torch.dtype:
     return torch.float32 if name.startswith("clip_text") else torch.float64
 
 
-@pytest.mark.parametrize(("name", "form"), FORMS, ids=_IDS)
-def test_results_stay(name: str, form: str) -> None:
+@functools.cache
+def _canonical(name: str, form: str) -> torch.jit.ScriptModule:
+    return canonicalised(base(name, form, _dtype(name)))
+
+
+def _parameters(forms: list[tuple[str, str]]) -> list:
+    return [pytest.param(*each, id="-".join(each), marks=[pytest.mark.quick] * (each in QUICK)) for each in forms]
+
+
+@pytest.mark.parametrize(("name", "form"), _parameters(FORMS))
+def test_results_of_the_canonical_module_are_the_modules(name: str, form: str) -> None:
     case, dtype = CASES[name], _dtype(name)
-    base = case.to_script(form, dtype)
-    canonical = canonicalised(base)
+    module, canonical = base(name, form, dtype), _canonical(name, form)
     for seed in (0, 1, 2):
         arguments = case.arguments(dtype, seed)
         with torch.no_grad():
-            expected, actual = case.hidden(base(*arguments)), case.hidden(canonical(*arguments))
+            expected, actual = case.hidden(module(*arguments)), case.hidden(canonical(*arguments))
         known = torch.isfinite(expected)
         assert known.all() or (name, form) in _NAN
         assert difference(actual[known], expected[known]) <= (_TOLERANCE if dtype == torch.float64 else 5e-6)
@@ -56,13 +65,13 @@ def _gradients(module: torch.jit.ScriptModule, case, arguments: tuple) -> dict[s
 _DIFFERENTIABLE = [each for each in FORMS if each[1] != "fused" and each not in _NAN]
 
 
-@pytest.mark.parametrize(("name", "form"), _DIFFERENTIABLE, ids=["-".join(each) for each in _DIFFERENTIABLE])
-def test_gradients_stay(name: str, form: str) -> None:
+@pytest.mark.parametrize(("name", "form"), _parameters(_DIFFERENTIABLE))
+def test_gradients_of_the_canonical_module_are_the_modules(name: str, form: str) -> None:
     """A trace of torch.nn's fused kernels has no gradients."""
     case, dtype = CASES[name], _dtype(name)
-    base = case.to_script(form, dtype)
     arguments = case.arguments(dtype, 1)
-    expected, actual = (_gradients(module, case, arguments) for module in (base, canonicalised(base)))
+    modules = base(name, form, dtype), _canonical(name, form)
+    expected, actual = (_gradients(module, case, arguments) for module in modules)
     assert sum(gradient is not None for gradient in expected.values()) > 8
     assert set(actual) == set(expected)
     for path, before in expected.items():
@@ -85,19 +94,19 @@ def _samples(module: torch.jit.ScriptModule, arguments: tuple, seed: int) -> Ten
 
 
 @pytest.mark.parametrize("name", _WITH_DROPOUT)
-def test_dropout_stays(name: str) -> None:
+def test_dropout_of_the_canonical_module_is_the_modules(name: str) -> None:
     """In training the canonical module draws from the same distribution as the scripted module: equal means and spreads
     of every value, as far as the samples can tell."""
     case = CASES[name]
-    base = case.to_script("scripted", torch.float32)
-    canonical = canonicalised(base)
-    base.train(), canonical.train()
+    module = case.to_script("scripted", torch.float32)
+    canonical = canonicalised(module)
+    module.train(), canonical.train()
     arguments = case.arguments(torch.float32, 2)
-    expected, actual = _samples(base, arguments, 1), _samples(canonical, arguments, 2)
+    expected, actual = _samples(module, arguments, 1), _samples(canonical, arguments, 2)
     assert (actual.std(0) > 0).float().mean() > 0.99
     error = ((expected.var(0) + actual.var(0)) / _SAMPLES).sqrt()
     assert ((expected.mean(0) - actual.mean(0)).abs() / error.clamp_min(1e-6)).max() < 5.5
     assert abs((actual.std(0) / expected.std(0).clamp_min(1e-6)).mean().item() - 1) < 0.05
-    base.eval(), canonical.eval()
+    module.eval(), canonical.eval()
     with torch.no_grad():
-        assert difference(canonical(*arguments), base(*arguments)) <= 5e-6
+        assert difference(canonical(*arguments), module(*arguments)) <= 5e-6

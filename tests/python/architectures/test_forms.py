@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from all_cases import CASES, FORMS, FROZEN_NOT_YET, methods
+from all_cases import CASES, FORMS, FROZEN_NOT_YET, base, methods
 from grafted import reloaded
 from oracle import difference
 
@@ -32,8 +32,8 @@ class _Head(nn.Module):
 @functools.cache
 def _plain(name: str, form: str) -> tuple[torch.jit.ScriptModule, torch.jit.ScriptModule]:
     """(base, grafted with the reference's adapter)."""
-    base = CASES[name].to_script(form, _DTYPE)
-    return base, CASES[name].reference.graft(base, methods(name)[0], _DTYPE)
+    plain = base(name, form, _DTYPE)
+    return plain, CASES[name].reference.graft(plain, methods(name)[:1], _DTYPE)
 
 
 def _assert_same(case, plain_model, other, hidden=None) -> None:
@@ -44,25 +44,27 @@ def _assert_same(case, plain_model, other, hidden=None) -> None:
             expected, gates = plain_model.forward_with_gates(*arguments)
             result, other_gates = other.forward_with_gates(*arguments)
         assert difference(hidden(result), case.hidden(expected)) <= 1e-5
-        for layer, locations in gates["task"].items():
-            for location, gate in locations.items():
-                assert difference(other_gates["task"][layer][location], gate) <= 1e-5
+        assert list(gates) == list(other_gates)
+        for method, layers in gates.items():
+            for layer, locations in layers.items():
+                for location, gate in locations.items():
+                    assert difference(other_gates[method][layer][location], gate) <= 1e-5
 
 
 @pytest.mark.parametrize("name", _FAMILIES)
-def test_saved_andreloaded(name: str) -> None:
-    case, (base, grafted) = CASES[name], _plain(name, "traced")
-    _assert_same(case, grafted, case.reference.graft(reloaded(base), "unipelt", _DTYPE))
+def test_a_saved_and_reloaded_base_gives_the_same(name: str) -> None:
+    case, (plain, grafted) = CASES[name], _plain(name, "traced")
+    _assert_same(case, grafted, case.reference.graft(reloaded(plain), ["unipelt"], _DTYPE))
     _assert_same(case, grafted, reloaded(grafted))
 
 
 @pytest.mark.parametrize("name", _FAMILIES)
-def test_with_a_head_on_top(name: str) -> None:
-    case, (base, grafted) = CASES[name], _plain(name, "traced")
+def test_a_model_inside_another_gives_the_same(name: str) -> None:
+    case, (plain, grafted) = CASES[name], _plain(name, "traced")
     arguments = case.arguments(_DTYPE, 0)
-    width = case.hidden(base(*arguments)).size(-1)
+    width = case.hidden(plain(*arguments)).size(-1)
     wrapped = torch.jit.trace(_Head(case.make(_DTYPE), width), arguments, check_trace=False, strict=False)
-    _assert_same(case, grafted, case.reference.graft(wrapped, "unipelt", _DTYPE), hidden=lambda result: result[0])
+    _assert_same(case, grafted, case.reference.graft(wrapped, ["unipelt"], _DTYPE), hidden=lambda result: result[0])
 
 
 def _parameters() -> list:
@@ -75,16 +77,16 @@ def _parameters() -> list:
 
 
 @pytest.mark.parametrize(("name", "form"), _parameters())
-def test_frozen(name: str, form: str) -> None:
+def test_a_frozen_base_gives_the_same(name: str, form: str) -> None:
     """A frozen module has no module paths left: saved adapters find their layers by number."""
-    case, (base, grafted) = CASES[name], _plain(name, form)
-    frozen = torch.jit.freeze(base.eval())
-    _assert_same(case, grafted, case.reference.graft(frozen, methods(name)[0], _DTYPE))
+    case, (plain, grafted) = CASES[name], _plain(name, form)
+    frozen = torch.jit.freeze(plain.eval())
+    _assert_same(case, grafted, case.reference.graft(frozen, methods(name)[:1], _DTYPE))
 
 
 @pytest.mark.parametrize(("name", "form"), _parameters())
-def test_optimized_for_inference(name: str, form: str) -> None:
+def test_a_base_optimized_for_inference_gives_the_same(name: str, form: str) -> None:
     """torch rewrites linear maps, and convolutions into a layout that it cannot save. The result can be saved."""
-    case, (base, grafted) = CASES[name], _plain(name, form)
-    optimized = torch.jit.optimize_for_inference(torch.jit.freeze(base.eval()))
-    _assert_same(case, grafted, reloaded(case.reference.graft(optimized, methods(name)[0], _DTYPE)))
+    case, (plain, grafted) = CASES[name], _plain(name, form)
+    optimized = torch.jit.optimize_for_inference(torch.jit.freeze(plain.eval()))
+    _assert_same(case, grafted, reloaded(case.reference.graft(optimized, methods(name)[:1], _DTYPE)))

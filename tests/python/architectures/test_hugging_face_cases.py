@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from all_cases import dtypes, methods, tolerance
+from all_cases import base, dtypes, methods, tolerance
 from hugging_face_cases import CASES
 from oracle import difference
 from oracle_reference import distance_of_unrepaired
@@ -15,13 +15,13 @@ _CASES = [(name, dtype) for name in CASES for dtype in dtypes(name)]
 @pytest.mark.parametrize(("name", "dtype"), _CASES, ids=[f"{name}-{str(dtype)[6:]}" for name, dtype in _CASES])
 def test_traced_base_equals_its_model_and_the_library_without_adapter(name: str, dtype: torch.dtype) -> None:
     case = CASES[name]
-    base = case.to_script("traced", dtype)
+    script = base(name, "traced", dtype)
     model = case.make(dtype)
     for seed in _SEEDS:
         arguments = case.arguments(dtype, seed)
         with torch.no_grad():
             expected = case.hidden(model(*arguments))
-            actual = case.hidden(base(*arguments))
+            actual = case.hidden(script(*arguments))
         library, _ = case.reference.expected(None, dtype, arguments)
         assert difference(actual, expected) <= tolerance(name, "traced", dtype)
         assert difference(library, expected) <= tolerance(name, "traced", dtype)
@@ -31,12 +31,12 @@ def test_traced_base_equals_its_model_and_the_library_without_adapter(name: str,
 def test_every_method_moves_the_result_and_its_gates(name: str) -> None:
     case = CASES[name]
     arguments = case.arguments(torch.float32, 1)
-    base, _ = case.reference.expected(None, torch.float32, arguments)
+    plain, _ = case.reference.expected(None, torch.float32, arguments)
     for method in methods(name):
         result, gates = case.reference.expected(method, torch.float32, arguments)
-        assert difference(result, base) > 0.05
+        assert difference(result, plain) > 0.05
         for gate in (gate for locations in gates.values() for gate in locations.values()):
-            assert gate.size(0) == base.size(0) and (gate - 0.5).abs().mean() > 0.02
+            assert gate.size(0) == plain.size(0) and (gate - 0.5).abs().mean() > 0.02
 
 
 @pytest.mark.parametrize(

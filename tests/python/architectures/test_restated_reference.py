@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hugging_face_cases
-from all_cases import CASES, FORMS, METHODS, methods, tolerance
+from all_cases import CASES, FORMS, METHODS, base, methods, tolerance
 from oracle import assert_gates_close, difference
 from restated_cases import post_norm, pre_norm
 from restated_reference import Attention, FeedForward, Layer, RestatedReference, slots_of
@@ -83,7 +83,7 @@ _KNOWN = {
 def test_the_restatement_is_the_librarys(name: str, method: str) -> None:
     """The same parameters, the same results and gates, where the library supports the model."""
     case, dtype = hugging_face_cases.CASES[name], torch.float64
-    grafted = case.reference.graft(case.to_script("traced", dtype), method, dtype)
+    grafted = case.reference.graft(base(name, "traced", dtype), [method], dtype)
     restated = RestatedReference(case.make, _KNOWN[name])
     for seed in (1, 2):
         arguments = case.arguments(dtype, seed)
@@ -96,12 +96,12 @@ def test_the_restatement_is_the_librarys(name: str, method: str) -> None:
 @pytest.mark.parametrize(("name", "form"), _RESTATED, ids=["-".join(each) for each in _RESTATED])
 def test_the_base_computes_what_its_restatement_does(name: str, form: str) -> None:
     case, dtype = CASES[name], torch.float64
-    base, model = case.to_script(form, dtype), case.make(dtype)
+    script, model = base(name, form, dtype), case.make(dtype)
     for seed in (0, 1, 2):
         arguments = case.arguments(dtype, seed)
         restated, _ = case.reference.restate({}, None, dtype, arguments)
         with torch.no_grad():
-            result, eager = case.hidden(base(*arguments)), case.hidden(model(*arguments))
+            result, eager = case.hidden(script(*arguments)), case.hidden(model(*arguments))
         if (name, form) not in _MASKED_ROWS:
             assert difference(result, restated) <= max(tolerance(name, form, dtype), 1e-6)
         if (name, form) not in _MASKED_ROWS | _OTHERWISE_EAGER:
@@ -111,10 +111,11 @@ def test_the_base_computes_what_its_restatement_does(name: str, form: str) -> No
 @pytest.mark.parametrize("name", sorted({name for name, _ in _RESTATED}))
 def test_every_method_moves_the_result_and_its_gates(name: str) -> None:
     case, dtype = CASES[name], torch.float32
-    base, arguments = case.to_script(case.forms[0], dtype), case.arguments(dtype, 1)
+    arguments = case.arguments(dtype, 1)
     plain, _ = case.reference.restate({}, None, dtype, arguments)
+    grafted = case.reference.graft(base(name, case.forms[0], dtype), methods(name), dtype)
     for method in methods(name):
-        result, gates = case.reference.run(case.reference.graft(base, method, dtype), method, arguments)
+        result, gates = case.reference.run(grafted, method, arguments)
         assert difference(result, plain) > 0.05
         for gate in (gate for locations in gates.values() for gate in locations.values()):
             assert gate.size(0) == arguments[0].size(0) or name.startswith("torch_")  # tokens come first in some

@@ -21,6 +21,7 @@ def graft_time() -> ModuleType:
     return module
 
 
+@pytest.mark.slow(seconds=60)
 def test_rows_of_a_small_run(tmp_path: Path) -> None:
     pictures = ["--picture", str(tmp_path / "curve.svg")] if importlib.util.find_spec("matplotlib") else []
     command = [sys.executable, str(_SCRIPT), *_SMALL, "--markdown", "--json", str(tmp_path / "rows.json"), *pictures]
@@ -47,6 +48,7 @@ def test_rows_of_a_small_run(tmp_path: Path) -> None:
     assert not pictures or (tmp_path / "curve.svg").read_text().startswith("<?xml")
 
 
+@pytest.mark.quick
 def test_fit_of_a_line_and_of_a_square(graft_time: ModuleType) -> None:
     line = graft_time.fit([dict(layers=n, seconds=[0.1 * n + 2.0, 50.0, 0.1 * n + 2.0]) for n in (3, 6, 12)])
     assert line["start"] == pytest.approx(2.0) and line["per_layer"] == pytest.approx(0.1)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = """
 import sys; sys.path.insert(0, "benchmarks")
@@ -24,7 +26,8 @@ sys.exit(mixed_batch.main())
 """
 
 
-def test_it_runs():
+@pytest.mark.slow(seconds=15)
+def test_variants_of_a_mixed_batch_give_the_same():
     environment = {"MALLOC_TRIM_THRESHOLD_": "1000000000"}  # in this process
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, cwd=ROOT, env=os.environ | environment

@@ -25,6 +25,7 @@ def models() -> ModuleType:
     return module
 
 
+@pytest.mark.slow(seconds=90)
 def test_rows_of_a_small_run(tmp_path: Path) -> None:
     options = ["--models", "MiniLM", "--shapes", "1x8", "2x9", "--threads", "1", "--rounds", "3", "--markdown"]
     files = ["--json", str(tmp_path / "rows.json"), "--picture", str(tmp_path / "bars.svg")]
@@ -48,6 +49,7 @@ def test_rows_of_a_small_run(tmp_path: Path) -> None:
     assert len(cells) == 3 * 2 + len(written["rows"]) // 2
 
 
+@pytest.mark.slow(seconds=90)
 def test_rows_are_added_to_a_file(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
 

@@ -4,10 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 _SCRIPT = Path(__file__).resolve().parents[3] / "benchmarks" / "products.py"
 
 
-def test_a_small_run() -> None:
+@pytest.mark.slow(seconds=15)
+def test_a_small_run_prints_its_rows() -> None:
     options = ["--sizes", "32x48", "--tokens", "3", "20", "--turns", "2"]
     done = subprocess.run([sys.executable, str(_SCRIPT), *options], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

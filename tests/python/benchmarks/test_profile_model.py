@@ -4,10 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 _SCRIPT = Path(__file__).resolve().parents[3] / "benchmarks" / "profile_model.py"
 
 
-def test_a_small_profile() -> None:
+@pytest.mark.slow(seconds=15)
+def test_a_small_profile_lists_operators() -> None:
     options = ["--shape", "1x4", "--config", "MAM", "--passes", "2"]
     done = subprocess.run([sys.executable, str(_SCRIPT), *options], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

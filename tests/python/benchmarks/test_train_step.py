@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 _SCRIPT = Path(__file__).resolve().parents[3] / "benchmarks" / "train_step.py"
 
 
-def test_a_small_run(tmp_path: Path) -> None:
+@pytest.mark.slow(seconds=60)
+def test_a_small_run_prints_its_rows(tmp_path: Path) -> None:
     path = tmp_path / "steps.json"
     options = ["--model", "MiniLM", "--shapes", "1x4", "--threads", "1", "--steps", "2", "--json", str(path)]
     done = subprocess.run([sys.executable, str(_SCRIPT), *options], capture_output=True, text=True, check=False)

@@ -38,6 +38,7 @@ def test_the_collections_are_whole(collections: dict) -> None:
     assert any("clichés" in one.text for one in collections["movie_reviews"])
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("mean", "label"), [(-0.51, "negative"), (-0.5, "neutral"), (0.5, "neutral"), (0.51, "positive")]
 )
@@ -85,6 +86,7 @@ def accuracies(runs: list[dict], method: str) -> list[float]:
 
 
 @needs_archive
+@pytest.mark.slow(seconds=600)
 def test_the_quick_run(tmp_path: Path) -> None:
     """From the archive to the report. UniPELT is better than the probe by more than either varies over seeds, and the
     report says so."""

@@ -19,6 +19,22 @@ def library_path() -> Path:
     return max(built, key=lambda path: path.stat().st_mtime)
 
 
+# What takes long; of it, one case of each operator is quick.
+_LONG = {
+    "test_opcheck_finds_nothing",
+    "test_gradients_equal_finite_differences",
+    "test_random_shapes_equal_the_reference",
+    "test_dropout_is_random_and_right_on_average",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    folder = Path(__file__).parent
+    for item in items:
+        if item.path.parent == folder and (item.originalname not in _LONG or item.name.endswith("[plain]")):
+            item.add_marker(pytest.mark.quick)
+
+
 # A second copy of the library would register its operators twice, which ends the process.
 if not hasattr(torch.ops.torchgraft, "gated_lora"):
     torch.ops.load_library(str(library_path()))

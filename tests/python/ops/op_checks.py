@@ -1,5 +1,6 @@
 """What is checked of every op, whatever it computes. `args` is a dict of keyword arguments."""
 
+import pytest
 import torch
 
 TOLERANCE = {
@@ -8,6 +9,15 @@ TOLERANCE = {
     torch.bfloat16: {"rtol": 5e-2, "atol": 8e-2},
     torch.float16: {"rtol": 1e-2, "atol": 1e-2},
 }
+
+
+def one_of_each(cases, *names):
+    """Parametrizes over all cases, of which those that are not named are slow: for checks that take seconds a case, and
+    that can tell few kinds of cases apart."""
+    assert set(names) <= {case.name for case in cases}
+    slow = pytest.mark.slow(seconds=3)
+    parameters = [case if case.name in names else pytest.param(case, marks=slow) for case in cases]
+    return pytest.mark.parametrize("case", parameters, ids=str)
 
 
 def cast(args, dtype):

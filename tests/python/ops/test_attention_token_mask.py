@@ -19,7 +19,7 @@ def make(kind, dtype=torch.float32, queries=QUERIES):
 
 @pytest.mark.parametrize("kind", [None, *MASKS])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_values(kind, dtype):
+def test_results_and_gradients_equal_the_reference(kind, dtype):
     x, mask = make(kind, dtype)
     actual = op(x, mask)
     assert actual.dtype == torch.bool
@@ -55,7 +55,7 @@ def test_three_dimensional_mask_is_heads_first():
 
 
 @pytest.mark.parametrize("kind", [None, *MASKS])
-def test_opcheck_and_meta(kind):
+def test_opcheck_finds_nothing_and_meta_tensors_have_the_shape(kind):
     x, mask = make(kind)
     torch.library.opcheck(op, (x, mask))
     torch.library.opcheck(op, (x.requires_grad_(), mask))
@@ -82,6 +82,6 @@ def test_result_needs_no_gradient():
         (torch.zeros(3, 5, 2), torch.zeros(5, 5).int(), "expected attn_mask of a floating dtype or Bool, got Int"),
     ],
 )
-def test_errors(x, mask, message):
+def test_wrong_arguments_are_named(x, mask, message):
     with pytest.raises(RuntimeError, match="attention_token_mask: .*" + message):
         op(x, mask)

@@ -10,6 +10,18 @@ from op_cases import BOTTLENECK_CASES, Case, bottleneck
 
 op = torch.ops.torchgraft.gated_bottleneck
 cases = pytest.mark.parametrize("case", BOTTLENECK_CASES, ids=str)
+one_of_each = op_checks.one_of_each(
+    BOTTLENECK_CASES,
+    "plain",
+    "base",
+    "gated_ragged",
+    "ids_all_base",
+    "ids_partly_gated_empty_row",
+    "one_token_one_row",
+    "channel_scaling_ids",
+    "gelu",
+    "size_0",
+)
 FLOAT_TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # ACT2FN without the entries that hold parameters, and the adapters library's own spelling of leaky ReLU.
 NON_LINEARITIES = sorted({*ACT2FN, "leakyrelu"} - {"prelu", "xielu"})
@@ -50,42 +62,42 @@ def scripted(
 
 @cases
 @pytest.mark.parametrize("dtype", FLOAT_TYPES, ids=str)
-def test_values(case, dtype):
+def test_results_and_gradients_equal_the_reference(case, dtype):
     op_checks.check_values(op, op_reference.gated_bottleneck, bottleneck(case, dtype), dtype)
 
 
 @cases
-def test_gradcheck(case):
+def test_gradients_equal_finite_differences(case):
     op_checks.check_gradcheck(op, bottleneck(case, torch.float64))
 
 
 @cases
-def test_needs_grad(case):
+def test_the_gradient_of_one_argument_is_that_of_all(case):
     op_checks.check_needs_grad(op, bottleneck(case, torch.float64))
 
 
 @cases
-def test_one_result_used(case):
+def test_gradients_of_one_result_equal_the_reference(case):
     op_checks.check_one_result_used(op, bottleneck(case, torch.float64), op_reference.gated_bottleneck)
 
 
-@cases
-def test_opcheck(case):
+@one_of_each
+def test_opcheck_finds_nothing(case):
     op_checks.check_opcheck(op, bottleneck(case, torch.float32))
 
 
 @cases
-def test_scripted(case):
+def test_a_scripted_call_gives_the_same(case):
     op_checks.check_scripted(op, scripted, bottleneck(case, torch.float32))
 
 
 @cases
-def test_autocast(case):
+def test_autocast_gives_the_low_dtype_and_gradients_in_float32(case):
     op_checks.check_autocast(op, bottleneck(case, torch.float32))
 
 
 @cases
-def test_inference_and_meta(case):
+def test_inference_mode_and_meta_tensors_give_the_same(case):
     args = bottleneck(case, torch.float32)
     op_checks.check_inference_modes(op, args)
     op_checks.check_meta(op, args)
@@ -160,7 +172,7 @@ def test_result_is_no_alias_and_is_dense():
     name=st.sampled_from(["tanh", "gelu", "silu", "gelu_new"]),
     data=st.data(),
 )
-def test_random_shapes(batch, tokens, features, size, gated, channels, name, data):
+def test_random_shapes_equal_the_reference(batch, tokens, features, size, gated, channels, name, data):
     ids = data.draw(st.none() | st.tuples(*[st.integers(-1, 1)] * batch))
     extra = {"size": size, "channels": features if channels else 1, "non_linearity": name}
     case = Case("", batch, tokens, 2, "gated" if gated else None, ids=ids, extra=extra)
@@ -183,7 +195,7 @@ def test_random_shapes(batch, tokens, features, size, gated, channels, name, dat
         ({"token_mask": torch.ones(5, dtype=torch.bool)}, r"expected token_mask of shape \[3, 5\], got \[5\]"),
     ],
 )
-def test_errors(changes, message):
+def test_wrong_arguments_are_named(changes, message):
     args = {**bottleneck(Case("", gate="gated"), torch.float32), **changes}
     with pytest.raises(RuntimeError, match="gated_bottleneck: " + message):
         op(**args)

@@ -10,6 +10,8 @@ from op_cases import BOTTLENECK_CASES, Case, bottleneck_linear
 op = torch.ops.torchgraft.gated_bottleneck_linear
 CASES = [*BOTTLENECK_CASES, Case("no_bias", gate="gated", extra={"bias": False})]
 cases = pytest.mark.parametrize("case", CASES, ids=str)
+# What these do under autograd is two operators, each checked in its own file.
+one_of_each = op_checks.one_of_each(CASES, "plain", "channel_scaling_ids", "no_bias")
 FLOAT_TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -52,32 +54,32 @@ def scripted(
 
 @cases
 @pytest.mark.parametrize("dtype", FLOAT_TYPES, ids=str)
-def test_values(case, dtype):
+def test_results_and_gradients_equal_the_reference(case, dtype):
     op_checks.check_values(op, op_reference.gated_bottleneck_linear, bottleneck_linear(case, dtype), dtype)
 
 
-@cases
-def test_gradcheck(case):
+@one_of_each
+def test_gradients_equal_finite_differences(case):
     op_checks.check_gradcheck(op, bottleneck_linear(case, torch.float64))
 
 
-@cases
-def test_opcheck(case):
+@one_of_each
+def test_opcheck_finds_nothing(case):
     op_checks.check_opcheck(op, bottleneck_linear(case, torch.float32))
 
 
 @cases
-def test_scripted(case):
+def test_a_scripted_call_gives_the_same(case):
     op_checks.check_scripted(op, scripted, bottleneck_linear(case, torch.float32))
 
 
 @cases
-def test_autocast(case):
+def test_autocast_gives_the_low_dtype_and_gradients_in_float32(case):
     op_checks.check_autocast(op, bottleneck_linear(case, torch.float32))
 
 
 @cases
-def test_inference_and_meta(case):
+def test_inference_mode_and_meta_tensors_give_the_same(case):
     args = bottleneck_linear(case, torch.float32)
     op_checks.check_inference_modes(op, args)
     op_checks.check_meta(op, args)
@@ -106,7 +108,7 @@ def test_base_rows_are_exact_beside_non_finite_weights():
     name=st.sampled_from(["tanh", "gelu", "relu", "mish"]),
     data=st.data(),
 )
-def test_random_shapes(batch, tokens, features, in_features, size, gated, channels, name, data):
+def test_random_shapes_equal_the_reference(batch, tokens, features, in_features, size, gated, channels, name, data):
     ids = data.draw(st.none() | st.tuples(*[st.integers(-1, 1)] * batch))
     extra = {"size": size, "channels": features if channels else 1, "non_linearity": name}
     case = Case("", batch, tokens, 2, "gated" if gated else None, ids=ids, extra=extra)
@@ -128,7 +130,7 @@ def test_random_shapes(batch, tokens, features, in_features, size, gated, channe
         ({"adapter_ids": torch.tensor([9, 0, 0])}, r"expected adapter_ids in \[-1, 3\), got 9 in row 0"),
     ],
 )
-def test_errors(changes, message, recording):
+def test_wrong_arguments_are_named(changes, message, recording):
     args = {**bottleneck_linear(Case("", gate="gated"), torch.float32), **changes}
     args["x"].requires_grad_(recording)
     with pytest.raises(RuntimeError, match="gated_bottleneck_linear: " + message):

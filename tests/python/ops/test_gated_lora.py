@@ -9,6 +9,17 @@ from op_cases import LORA_CASES, Case, lora
 
 op = torch.ops.torchgraft.gated_lora
 cases = pytest.mark.parametrize("case", LORA_CASES, ids=str)
+one_of_each = op_checks.one_of_each(
+    LORA_CASES,
+    "plain",
+    "base",
+    "gated_ragged",
+    "ids_all_base",
+    "ids_partly_gated_empty_row",
+    "one_token_one_row",
+    "rank_0",
+    "no_tokens",
+)
 FLOAT_TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -32,42 +43,42 @@ def scripted(
 
 @cases
 @pytest.mark.parametrize("dtype", FLOAT_TYPES, ids=str)
-def test_values(case, dtype):
+def test_results_and_gradients_equal_the_reference(case, dtype):
     op_checks.check_values(op, op_reference.gated_lora, lora(case, dtype), dtype)
 
 
 @cases
-def test_gradcheck(case):
+def test_gradients_equal_finite_differences(case):
     op_checks.check_gradcheck(op, lora(case, torch.float64))
 
 
 @cases
-def test_needs_grad(case):
+def test_the_gradient_of_one_argument_is_that_of_all(case):
     op_checks.check_needs_grad(op, lora(case, torch.float64))
 
 
 @cases
-def test_one_result_used(case):
+def test_gradients_of_one_result_equal_the_reference(case):
     op_checks.check_one_result_used(op, lora(case, torch.float64), op_reference.gated_lora)
 
 
-@cases
-def test_opcheck(case):
+@one_of_each
+def test_opcheck_finds_nothing(case):
     op_checks.check_opcheck(op, lora(case, torch.float32))
 
 
 @cases
-def test_scripted(case):
+def test_a_scripted_call_gives_the_same(case):
     op_checks.check_scripted(op, scripted, lora(case, torch.float32))
 
 
 @cases
-def test_autocast(case):
+def test_autocast_gives_the_low_dtype_and_gradients_in_float32(case):
     op_checks.check_autocast(op, lora(case, torch.float32))
 
 
 @cases
-def test_inference_and_meta(case):
+def test_inference_mode_and_meta_tensors_give_the_same(case):
     args = lora(case, torch.float32)
     op_checks.check_inference_modes(op, args)
     op_checks.check_meta(op, args)
@@ -117,7 +128,7 @@ def test_ungated_adapter_of_a_gated_bank_has_gate_exactly_one(dtype, tokens, mas
     gated=st.booleans(),
     data=st.data(),
 )
-def test_random_shapes(batch, tokens, features, out_features, rank, gated, data):
+def test_random_shapes_equal_the_reference(batch, tokens, features, out_features, rank, gated, data):
     ids = data.draw(st.none() | st.tuples(*[st.integers(-1, 1)] * batch))
     case = Case("", batch, tokens, 2, "gated" if gated else None, ids=ids, extra={"rank": rank})
     args = lora(case, torch.float64, features, out_features)
@@ -153,7 +164,7 @@ def test_random_shapes(batch, tokens, features, out_features, rank, gated, data)
     ],
 )
 @pytest.mark.parametrize("recording", [False, True], ids=["no_grad", "grad"])
-def test_errors(changes, message, recording):
+def test_wrong_arguments_are_named(changes, message, recording):
     args = {**lora(Case("", gate="gated"), torch.float32), **changes}
     if recording:
         args["scaling"] = args["scaling"].clone().requires_grad_()

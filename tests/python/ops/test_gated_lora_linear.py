@@ -10,6 +10,8 @@ from op_cases import LORA_CASES, Case, lora_linear
 op = torch.ops.torchgraft.gated_lora_linear
 CASES = [*LORA_CASES, Case("no_bias", gate="gated", extra={"bias": False})]
 cases = pytest.mark.parametrize("case", CASES, ids=str)
+# What these do under autograd is two operators, each checked in its own file.
+one_of_each = op_checks.one_of_each(CASES, "plain", "ids_partly_gated_empty_row", "no_bias")
 FLOAT_TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -34,32 +36,32 @@ def scripted(
 
 @cases
 @pytest.mark.parametrize("dtype", FLOAT_TYPES, ids=str)
-def test_values(case, dtype):
+def test_results_and_gradients_equal_the_reference(case, dtype):
     op_checks.check_values(op, op_reference.gated_lora_linear, lora_linear(case, dtype), dtype)
 
 
-@cases
-def test_gradcheck(case):
+@one_of_each
+def test_gradients_equal_finite_differences(case):
     op_checks.check_gradcheck(op, lora_linear(case, torch.float64))
 
 
-@cases
-def test_opcheck(case):
+@one_of_each
+def test_opcheck_finds_nothing(case):
     op_checks.check_opcheck(op, lora_linear(case, torch.float32))
 
 
 @cases
-def test_scripted(case):
+def test_a_scripted_call_gives_the_same(case):
     op_checks.check_scripted(op, scripted, lora_linear(case, torch.float32))
 
 
 @cases
-def test_autocast(case):
+def test_autocast_gives_the_low_dtype_and_gradients_in_float32(case):
     op_checks.check_autocast(op, lora_linear(case, torch.float32))
 
 
 @cases
-def test_inference_and_meta(case):
+def test_inference_mode_and_meta_tensors_give_the_same(case):
     args = lora_linear(case, torch.float32)
     op_checks.check_inference_modes(op, args)
     op_checks.check_meta(op, args)
@@ -75,7 +77,7 @@ def test_inference_and_meta(case):
     gated=st.booleans(),
     data=st.data(),
 )
-def test_random_shapes(batch, tokens, features, out_features, rank, gated, data):
+def test_random_shapes_equal_the_reference(batch, tokens, features, out_features, rank, gated, data):
     ids = data.draw(st.none() | st.tuples(*[st.integers(-1, 1)] * batch))
     case = Case("", batch, tokens, 2, "gated" if gated else None, ids=ids, extra={"rank": rank})
     if batch == 0:
@@ -96,6 +98,6 @@ def test_random_shapes(batch, tokens, features, out_features, rank, gated, data)
         ),
     ],
 )
-def test_errors(changes, message):
+def test_wrong_arguments_are_named(changes, message):
     with pytest.raises(RuntimeError, match=message):
         op(**{**lora_linear(Case("", gate="gated"), torch.float32), **changes})

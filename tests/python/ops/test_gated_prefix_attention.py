@@ -10,6 +10,24 @@ from op_cases import MASKS, PREFIX_CASES, Case, prefix
 
 op = torch.ops.torchgraft.gated_prefix_attention
 cases = pytest.mark.parametrize("case", PREFIX_CASES, ids=str)
+one_of_each = op_checks.one_of_each(
+    PREFIX_CASES,
+    "plain",
+    "base",
+    "gated_ragged",
+    "ids_all_base",
+    "ids_partly_gated_empty_row",
+    "one_token_one_row",
+    "two_gates_ids",
+    "causal_more_keys_ids",
+    "lengths_ids_bool",
+    "no_positions_ids",
+    "no_keys_ids",
+    "grouped_ids",
+    "token_major",
+    "mask_bool_padding",
+    "mask_float_4d_ids",
+)
 FLOAT_TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -56,13 +74,13 @@ def scripted(
 
 @cases
 @pytest.mark.parametrize("dtype", FLOAT_TYPES, ids=str)
-def test_values(case, dtype):
+def test_results_and_gradients_equal_the_reference(case, dtype):
     op_checks.check_values(op, op_reference.gated_prefix_attention, prefix(case, dtype), dtype)
 
 
 @cases
-def test_gradients_without_the_mask_s(case):
-    """A mask that needs no gradient takes torch's flash backward; test_values covers the other path."""
+def test_gradients_beside_a_mask_without_one_equal_the_reference(case):
+    """A mask that needs no gradient takes torch's flash backward; test_results_and_gradients_equal_the_reference covers the other path."""
     args = prefix(case, torch.float64)
     names = [name for name in op_checks.differentiable(args) if name != "attn_mask"]
     op_checks.assert_same_gradients(
@@ -74,7 +92,7 @@ def test_gradients_without_the_mask_s(case):
 
 
 @cases
-def test_gradcheck(case):
+def test_gradients_equal_finite_differences(case):
     args = prefix(case, torch.float64)
     mask = args.get("attn_mask")
     if mask is not None and mask.is_floating_point():
@@ -83,33 +101,33 @@ def test_gradcheck(case):
 
 
 @cases
-def test_needs_grad(case):
+def test_the_gradient_of_one_argument_is_that_of_all(case):
     op_checks.check_needs_grad(op, prefix(case, torch.float64))
 
 
 @cases
-def test_one_result_used(case):
+def test_gradients_of_one_result_equal_the_reference(case):
     op_checks.check_one_result_used(op, prefix(case, torch.float64), op_reference.gated_prefix_attention)
 
 
-@cases
-def test_opcheck(case):
+@one_of_each
+def test_opcheck_finds_nothing(case):
     op_checks.check_opcheck(op, prefix(case, torch.float32))
 
 
 @cases
-def test_scripted(case):
+def test_a_scripted_call_gives_the_same(case):
     op_checks.check_scripted(op, scripted, prefix(case, torch.float32))
 
 
 # As in scaled_dot_product_attention, a cast makes float32's lowest value -inf: not what float32 attention computes.
 @pytest.mark.parametrize("case", [case for case in PREFIX_CASES if "lowest" not in case.name], ids=str)
-def test_autocast(case):
+def test_autocast_gives_the_low_dtype_and_gradients_in_float32(case):
     op_checks.check_autocast(op, prefix(case, torch.float32))
 
 
 @cases
-def test_inference_and_meta(case):
+def test_inference_mode_and_meta_tensors_give_the_same(case):
     args = prefix(case, torch.float32)
     op_checks.check_inference_modes(op, args)
     op_checks.check_meta(op, args)
@@ -258,7 +276,7 @@ def test_prefix_ignores_positions_past_its_length():
     mask=st.sampled_from([None, "causal", *MASKS]),
     data=st.data(),
 )
-def test_random_shapes(batch, queries, keys, kv_heads, repeats, positions, size, gates, mask, data):
+def test_random_shapes_equal_the_reference(batch, queries, keys, kv_heads, repeats, positions, size, gates, mask, data):
     if mask is not None and mask.endswith("blind") and queries < 2:
         queries = 2
     ids = data.draw(st.none() | st.tuples(*[st.integers(-1, 1)] * batch))
@@ -305,7 +323,7 @@ def test_random_shapes(batch, queries, keys, kv_heads, repeats, positions, size,
         ({"adapter": 7}, r"expected adapter in \[-1, 3\), got 7"),
     ],
 )
-def test_errors(changes, message):
+def test_wrong_arguments_are_named(changes, message):
     args = {**prefix(Case("", gate="gated"), torch.float32), **changes}
     with pytest.raises(RuntimeError, match="gated_prefix_attention: " + message):
         op(**args)

@@ -1,4 +1,7 @@
-"""TORCHGRAFT_KERNELS chooses between fused kernels and ATen's compositions; it is read once: each case is a process."""
+"""TORCHGRAFT_KERNELS chooses between fused kernels and ATen's compositions, whose products the profiler sees.
+
+It is read once: each case is a process.
+"""
 
 import json
 import os
@@ -15,14 +18,13 @@ _CODE = """
 import torch
 torch.ops.load_library({library!r})
 torch.manual_seed(0)
-# Of longer rows the library may sum in the same order.
 x, weight, a, b = torch.randn(2, 8, 96), torch.randn(96, 96), torch.randn(1, 8, 96), torch.randn(1, 96, 8)
-ops = torch.ops.torchgraft
-fused = ops.gated_lora_linear(x, weight, None, a, b, torch.ones(1))[0]
-base = torch.nn.functional.linear(x, weight)
-apart = base + x @ a[0].T @ b[0].T
-assert (fused - apart).abs().max() < 1e-3
-print(torch.equal(fused, ops.gated_lora(x, base, a, b, torch.ones(1))[0]))
+with torch.autograd.profiler.profile() as profile:
+    result = torch.ops.torchgraft.gated_lora_linear(x, weight, None, a, b, torch.ones(1))[0]
+apart = torch.nn.functional.linear(x, weight) + x @ a[0].T @ b[0].T
+assert (result - apart).abs().max() < 1e-3
+names = {{event.name for event in profile.function_events}}
+print(not names.isdisjoint(["aten::linear", "aten::matmul", "aten::mm", "aten::addmm"]))
 """
 
 
@@ -44,7 +46,7 @@ def _run(**environment: str) -> subprocess.CompletedProcess:
     ],
     ids=str,
 )
-def test_what_runs(environment: dict, is_composition: bool) -> None:
+def test_the_environment_chooses_fused_kernels_or_compositions(environment: dict, is_composition: bool) -> None:
     done = _run(**environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(is_composition)
@@ -64,7 +66,9 @@ def _table(path: Path, **fields: object) -> Path:
     [({}, "auto", True), ({}, "fused", False), (dict(instruction_set="none"), "auto", None)],
     ids=["the table decides", "not where a mode is asked for", "not of another instruction set"],
 )
-def test_a_table_that_was_measured(tmp_path: Path, fields: dict, mode: str, is_composition: bool | None) -> None:
+def test_a_measured_table_decides_where_nothing_else_does(
+    tmp_path: Path, fields: dict, mode: str, is_composition: bool | None
+) -> None:
     table = str(_table(tmp_path / "table.json", **fields))
     done = _run(TORCHGRAFT_KERNELS=mode, TORCHGRAFT_KERNEL_TABLE=table)
     assert done.returncode == 0, done.stderr
@@ -72,7 +76,7 @@ def test_a_table_that_was_measured(tmp_path: Path, fields: dict, mode: str, is_c
     assert done.stdout == (without if is_composition is None else f"{is_composition}\n")
 
 
-def test_a_table_that_is_none(tmp_path: Path) -> None:
+def test_a_file_that_is_no_table_is_named(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("fused")
     for path, message in (("none.json", "cannot be read"), ("text", "expected what graft.py tune writes, got")):
         done = _run(TORCHGRAFT_KERNEL_TABLE=str(tmp_path / path))
@@ -80,7 +84,7 @@ def test_a_table_that_is_none(tmp_path: Path) -> None:
         assert f"TORCHGRAFT_KERNEL_TABLE: {tmp_path / path}" in done.stderr and message in done.stderr
 
 
-def test_other_values_are_named() -> None:
+def test_an_unknown_mode_is_named_with_the_known() -> None:
     done = _run(TORCHGRAFT_KERNELS="quick")
     assert done.returncode != 0
     assert 'TORCHGRAFT_KERNELS: expected "auto", "fused" or "reference", got "quick"' in done.stderr

@@ -10,6 +10,8 @@ from torchgraft.training.batches import collate, scoring_batches, training_batch
 from torchgraft.training.metrics import confusion_matrix, scores_of
 from torchgraft.training.schedule import learning_rate_factor
 
+pytestmark = pytest.mark.quick
+
 CPU = torch.device("cpu")
 LENGTHS = [(7 * index) % 23 + 1 for index in range(1000)]
 

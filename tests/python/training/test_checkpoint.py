@@ -18,6 +18,8 @@ from torchgraft.training.checkpoint import (
     save_checkpoint,
 )
 
+pytestmark = pytest.mark.quick
+
 
 def _state(step: int = 7) -> TrainingState:
     weight = torch.nn.Parameter(torch.randn(3, generator=torch.Generator().manual_seed(step)))

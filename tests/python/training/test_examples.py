@@ -10,6 +10,8 @@ from torchgraft import GraftError
 from torchgraft.training import Columns, Example, class_names, read_examples, split_examples
 from torchgraft.training.examples import check_every_class, class_indices
 
+pytestmark = pytest.mark.quick
+
 AWKWARD = 'says "no", twice\u2028and, on'
 
 

@@ -236,6 +236,15 @@ def parsed(*arguments: object) -> argparse.Namespace:
     return runpy.run_path(str(SCRIPT))["make_parser"]().parse_args([str(part) for part in arguments])
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("validation", [("--validation", "x.csv"), ("--validation-fraction", "0.1")])
+def test_patience_goes_with_either_kind_of_validation(validation: tuple[str, str]) -> None:
+    script = runpy.run_path(str(SCRIPT))
+    parser = script["make_parser"]()
+    arguments = parser.parse_args(["base.pt", "-o", "out", "--train", "x.csv", "--patience", "2", *validation])
+    script["check"](parser, arguments)
+
+
 def test_a_run_is_known_by_the_content_of_its_files(tmp_path: Path) -> None:
     model, config, start = (tmp_path / name for name in ("base.pt", "config.json", "start"))
     start.mkdir()
@@ -293,6 +302,7 @@ def test_a_head_with_other_labels_is_not_trained_further(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("case", [*WRONG, *FAILING])
 def test_bad_input_is_one_line(case: str, files: Files, main: Callable, capsys: pytest.CaptureFixture) -> None:
     folder = files.base.parent

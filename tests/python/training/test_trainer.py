@@ -61,6 +61,7 @@ def train(options: TrainingOptions, module: Any = None, examples: int = 50, vali
     return module
 
 
+@pytest.mark.quick
 def test_steps_are_those_of_a_loop_written_out() -> None:
     """AdamW on the mean loss of all rows of the accumulated batches, clipped, with the rates of the schedule."""
     options = replace(

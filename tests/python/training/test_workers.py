@@ -6,6 +6,8 @@ import torch
 from torchgraft import GraftError
 from torchgraft.training import Workers
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(("device", "expected"), [("cuda", "cuda:2"), ("cuda:0", "cuda:0"), (None, "cuda:2")])
 def test_each_process_has_a_gpu_of_its_own(device: str | None, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
