@@ -4,7 +4,7 @@
 #include <torchgraft/patch/module/draft.h>
 #include <torchgraft/patch/module/head_logits.h>
 #include <torchgraft/patch/module/make_adapter.h>
-#include <torchgraft/patch/pool/pool_banks.h>
+#include <torchgraft/patch/pool/pool_generation.h>
 #include <torchgraft/plan/save_adapter_hub.h>
 
 #include <c10/util/ScopeExit.h>
@@ -20,45 +20,9 @@ namespace torchgraft {
 namespace {
 
 using torch::jit::Module;
+using Generation = PoolGeneration;
+using Row = PoolRow;
 using Names = std::set<std::string>;
-
-// Who may touch the tensors of a row follows from `use` and `pins`, which State::mutex guards:
-//   kFree     nobody
-//   kWriting  the one thread that holds State::loading
-//   kReady    its name leads to it; whoever holds a pin reads it
-//   kLeaving  no name leads to it; whoever holds a pin reads it, and the last one to go frees it
-struct Row {
-  enum class Use { kFree, kWriting, kReady, kLeaving };
-  Use use = Use::kFree;
-  Adapter adapter = {};  // without weights: those are in the banks
-  int64_t pins = 0;
-  uint64_t last_used = 0;
-  bool permanent = false;  // came with the module
-  std::shared_ptr<const Head> head = nullptr;
-};
-
-// One set of banks. When an adapter does not fit, the pool builds the next generation; leases keep the one that they
-// began with.
-struct Generation {
-  Generation(Draft draft, std::vector<AdapterConfig> room, int64_t capacity, int64_t max_row_bytes)
-      : banks(std::move(draft), std::move(room), capacity, max_row_bytes), rows(static_cast<size_t>(capacity)) {}
-
-  PoolBanks banks;
-  std::vector<Row> rows;
-  std::map<std::string, int64_t> index;  // name -> row, of rows that are ready
-
-  // Frees a row that no name leads to: at once, or when its last lease ends.
-  void release(int64_t number) {
-    Row& row = rows[static_cast<size_t>(number)];
-    row.use = row.pins > 0 ? Row::Use::kLeaving : Row::Use::kFree;
-  }
-
-  // Takes a row's name away and frees the row.
-  void evict(int64_t number) {
-    index.erase(rows[static_cast<size_t>(number)].adapter.name);
-    release(number);
-  }
-};
 
 void add_room(std::vector<AdapterConfig>& room, const AdapterConfig& config) {
   const std::string json = config_to_json(config);

@@ -121,7 +121,8 @@ TEST(FuseProjections, ASequentialBottleneckReadsTheLinearMapTwiceAndStays) {
   auto graph = std::make_shared<torch::jit::Graph>();
   torch::jit::parseIR(std::string(kBottleneckHead) + R"IR(
   %y : Tensor = aten::linear(%h, %w, %b)
-  %o : Tensor, %g : Tensor = torchgraft::gated_bottleneck(%y, %y, %d, %e, %u, %f, %s, %relu, %none, %none, %none, %zero, %none)
+  %o : Tensor, %g : Tensor = torchgraft::gated_bottleneck(%y, %y, %d, %e, %u, %f, %s, %relu, %none, %none,
+                                                          %none, %zero, %none)
   return (%o, %g)
 )IR",
                       graph.get());
