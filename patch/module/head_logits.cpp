@@ -1,6 +1,6 @@
 #include <torchgraft/patch/module/head_logits.h>
 
-#include <torchgraft/ops/activation.h>
+#include <torchgraft/activations/activation.h>
 
 #include <ATen/ATen.h>
 
@@ -35,7 +35,7 @@ at::Tensor head_logits(const Head& head, const at::Tensor& hidden, const at::Ten
   for (int64_t layer = 0; layer < head.config.layers - 1; ++layer) {
     x = at::linear(x, head.weights.at("dense_weight")[layer], head.weights.at("dense_bias")[layer]);
     if (head.config.activation_function) {
-      x = ops::find_activation(*head.config.activation_function).forward(x);
+      x = find_activation(*head.config.activation_function).forward(x);
     }
   }
   return at::linear(x, head.weights.at("out_weight"), head.weights.at("out_bias"));
