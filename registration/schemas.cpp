@@ -1,7 +1,7 @@
 #include <torch/library.h>
 
 // Everything that libtorchgraft adds to the dispatcher. Schemas are frozen once released: new arguments come last and
-// have defaults. What each op means is said in ops/<name>.h; its kernels are in ops/<dispatch key>/<name>_kernel.cpp.
+// have defaults. ops/<name>.h says what each operator means; ops/forward/<name>.cpp computes it.
 TORCH_LIBRARY(torchgraft, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
 

@@ -6,6 +6,7 @@
 #include <torchgraft/ops/gate.h>
 
 #include <tuple>
+#include <utility>
 #include <vector>
 
 namespace torchgraft::ops {
@@ -18,6 +19,7 @@ namespace torchgraft::ops {
 //                               gradient is asked for; all() has pointers to them, in the same order for every Value
 //   struct Saved {...};         what the gradient needs of the forward pass: selection, gate and gate_parameters, and
 //                               more; tensors() has pointers to all other tensors that it holds
+//                               (autograd would neither watch nor free one that is left out)
 //   static Inputs<at::Tensor> inputs(const Arguments&);
 //   static Recorded<Saved> forward(const Arguments&);
 //   static Inputs<at::Tensor> backward(const Saved&, const ResultGradients&, const Inputs<bool>& needs);
