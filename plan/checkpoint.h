@@ -1,6 +1,6 @@
 #pragma once
 
-#include <torchgraft/plan/adapter_weights.h>
+#include <torchgraft/plan/module_weights.h>
 
 #include <ATen/core/Tensor.h>
 
@@ -16,7 +16,7 @@ struct SavedTensor {
   at::Tensor tensor;
 };
 
-// By our name of the parameter: lora_a, down_weight, gate_bias, ... (adapter_weights.h); of a prefix's MLP: embeddings,
+// By our name of the parameter: lora_a, down_weight, gate_bias, ... (module_weights.h); of a prefix's MLP: embeddings,
 // down_weight, down_bias, up_weight, up_bias, or flat; of Compacter: down_W_left, up_phm_rule, ... (phm.h).
 using SavedParameters = std::map<std::string, SavedTensor>;
 

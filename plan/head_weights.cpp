@@ -22,8 +22,6 @@ std::vector<int64_t> positions(const HeadConfig& config) {
   return result;
 }
 
-std::string shape_of(at::IntArrayRef sizes) { return c10::str("[", c10::Join(", ", sizes), "]"); }
-
 }  // namespace
 
 ModuleWeights init_head(const HeadConfig& config, int64_t hidden_size, const at::TensorOptions& options) {
@@ -42,8 +40,8 @@ ModuleWeights head_weights(const HeadConfig& config, int64_t hidden_size, const 
     const std::string key = c10::str("heads.", name, ".", position, ".", which);
     const auto found = state.find(key);
     TORCH_CHECK(found != state.end(), "head weights: ", key, " is missing");
-    TORCH_CHECK(found->second.sizes() == shape, "head weights: expected ", key, " of shape ", shape_of(shape), ", got ",
-                shape_of(found->second.sizes()));
+    TORCH_CHECK(found->second.sizes() == shape, "head weights: expected ", key, " of shape ", shape, ", got ",
+                found->second.sizes());
     TORCH_CHECK(found->second.is_floating_point(), "head weights: expected ", key,
                 " to be of a floating-point type, got ", found->second.scalar_type());
     ++used;

@@ -1,7 +1,7 @@
 #pragma once
 
 #include <torchgraft/config/head_config.h>
-#include <torchgraft/plan/adapter_weights.h>
+#include <torchgraft/plan/module_weights.h>
 
 #include <string>
 

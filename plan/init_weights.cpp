@@ -1,4 +1,5 @@
-#include <torchgraft/plan/adapter_weights.h>
+#include <torchgraft/plan/init_weights.h>
+
 #include <torchgraft/plan/phm.h>
 #include <torchgraft/plan/prefix_mlp.h>
 #include <torchgraft/plan/reparametrisation.h>

@@ -1,6 +1,6 @@
 #pragma once
 
-#include <torchgraft/plan/adapter_weights.h>
+#include <torchgraft/plan/module_weights.h>
 
 namespace torchgraft {
 

@@ -12,7 +12,7 @@ namespace {
 
 using Path = std::vector<std::string>;
 
-std::string join(const Path& path) { return c10::Join(".", path); }
+std::string joined(const Path& path) { return c10::Join(".", path); }
 
 Path parent(Path path, size_t levels = 1) {
   path.resize(path.size() - std::min(levels, path.size()));
@@ -37,7 +37,7 @@ std::string from_library_root(const std::string& key) {
                                                   "h",       "layers",  "layer",       "block",      "blocks"};
   const Path path = split_path(key);
   const auto root = std::find_first_of(path.begin(), path.end(), kRoots.begin(), kRoots.end());
-  return root == path.end() ? key : join(Path(root, path.end()));
+  return root == path.end() ? key : joined(Path(root, path.end()));
 }
 
 // How a family of the library calls its containers.
@@ -78,14 +78,14 @@ std::string attention_container(const Layer& layer) {
   const Path query = query_path(layer);
   switch (family_of(query)) {
     case Family::kBert:
-      return join(layer.output ? parent(split_path(layer.output->path)) : parent(query)) + ".adapters";
+      return joined(layer.output ? parent(split_path(layer.output->path)) : parent(query)) + ".adapters";
     case Family::kT5:
-      return join(parent(query, 2)) + ".adapters";
+      return joined(parent(query, 2)) + ".adapters";
     case Family::kAlbert:
-      return join(parent(query)) + ".attention_adapters.adapters";
+      return joined(parent(query)) + ".attention_adapters.adapters";
     default:
-      return join(layer_path(query)) + (layer.kind == AttentionKind::kCross ? ".cross_attention_adapters.adapters"
-                                                                            : ".attention_adapters.adapters");
+      return joined(layer_path(query)) + (layer.kind == AttentionKind::kCross ? ".cross_attention_adapters.adapters"
+                                                                              : ".attention_adapters.adapters");
   }
 }
 
@@ -94,13 +94,13 @@ std::string output_container(const Layer& layer, bool is_beit) {
   const Path out = layer.ffn_out ? split_path(layer.ffn_out->path) : Path();
   switch (out.size() < 2 || is_beit ? Family::kOther : family_of(query)) {
     case Family::kBert:
-      return join(parent(out)) + ".adapters";
+      return joined(parent(out)) + ".adapters";
     case Family::kT5:
-      return join(parent(out, 2)) + ".adapters";
+      return joined(parent(out, 2)) + ".adapters";
     case Family::kVit:
-      return join(parent(out)) + ".output_adapters.adapters";
+      return joined(parent(out)) + ".output_adapters.adapters";
     default:
-      return join(layer_path(query)) + ".output_adapters.adapters";
+      return joined(layer_path(query)) + ".output_adapters.adapters";
   }
 }
 
@@ -121,17 +121,17 @@ std::string pool_location(const Layer& layer, const std::string& location) {
 std::string lora_path(const PlannedModule& module, const Layer& layer) {
   const std::string& site = module.site;
   if (site == "intermediate_lora") {
-    return join(projection_path(layer, layer.ffn_in, {"intermediate", "dense"}));
+    return joined(projection_path(layer, layer.ffn_in, {"intermediate", "dense"}));
   }
   if (site == "output_lora") {
-    return join(projection_path(layer, layer.ffn_out, {"output", "dense"}));
+    return joined(projection_path(layer, layer.ffn_out, {"output", "dense"}));
   }
   const std::string attention = layer.kind == AttentionKind::kCross ? "crossattention" : "attention";
   if (site.ends_with("_q")) {
-    return join(projection_path(layer, layer.query, {attention, "query"}));
+    return joined(projection_path(layer, layer.query, {attention, "query"}));
   }
   const bool is_key = site.ends_with("_k");
-  return join(projection_path(layer, is_key ? layer.key : layer.value, {attention, is_key ? "key" : "value"}));
+  return joined(projection_path(layer, is_key ? layer.key : layer.value, {attention, is_key ? "key" : "value"}));
 }
 
 // The prefixes of one location.
@@ -263,7 +263,7 @@ class Writer {
 
   void write_prefix(const PlannedModule& module, const PlannedPrefix& prefix, const Layer& layer,
                     const ModuleWeights& weights) {
-    const std::string place = join(parent(query_path(layer))) + ".prefix_tuning";
+    const std::string place = joined(parent(query_path(layer))) + ".prefix_tuning";
     const std::string location = pool_location(layer, module.location);
     PrefixGroup& group = groups_[module.location];
     if (group.key.empty()) {

@@ -1,6 +1,7 @@
 #pragma once
 
-#include <torchgraft/plan/adapter_weights.h>
+#include <torchgraft/plan/module_weights.h>
+#include <torchgraft/plan/plan.h>
 
 #include <string>
 
