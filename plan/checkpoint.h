@@ -10,7 +10,7 @@
 
 namespace torchgraft {
 
-// A tensor of a checkpoint, with the key that it came under.
+// A tensor of a checkpoint, with its key.
 struct SavedTensor {
   std::string key;
   at::Tensor tensor;
@@ -39,7 +39,7 @@ struct Checkpoint {
 
 std::vector<std::string> split_path(const std::string& path);
 
-// Whether a component of a path is a layer's number.
+// Whether a component of a path is a number.
 bool is_number(const std::string& component);
 
 // Sorts a state dict; throws c10::Error for a key that is not a weight of adapter `name`.

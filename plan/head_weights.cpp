@@ -11,8 +11,8 @@ namespace {
 
 constexpr double kStd = 0.02;
 
-// Positions of the linear maps in the library's Sequential: dropout and linear for each layer, and behind all but the
-// last an activation.
+// Positions of the linear maps in the library's Sequential: each layer is a dropout and a linear map; an activation
+// follows all but the last.
 std::vector<int64_t> positions(const HeadConfig& config) {
   const int64_t step = config.activation_function ? 3 : 2;
   std::vector<int64_t> result;

@@ -41,7 +41,7 @@ struct PhmPlace {
 };
 PhmPlace phm_place(const PlannedModule& module, const std::string& side, const std::string& factor, bool shared);
 
-// Whether `sources` has the factors of `module`, a bottleneck.
+// Whether `sources` has the factors of this module.
 bool has_phm_factors(const PlannedModule& module, const Reparametrisation& sources);
 
 // Computes down_weight and up_weight from these factors.

@@ -14,7 +14,7 @@
 namespace torchgraft {
 namespace {
 
-// Reads the weights of a plan out of a checkpoint, and remembers what was read.
+// Reads the weights of a plan from a checkpoint, and remembers which keys it has read.
 class WeightReader {
  public:
   WeightReader(int64_t hidden_size, const Checkpoint& checkpoint, const at::TensorOptions& options)
@@ -123,7 +123,7 @@ ModuleWeights WeightReader::read_bottleneck(const PlannedModule& module, const S
   return weights;
 }
 
-// Computed in float32 or wider whatever the model's type.
+// Computes in float32 or wider, whatever the model's dtype.
 void WeightReader::read_phm(const PlannedModule& module, const PhmShape& shape, const SavedParameters& saved,
                             const std::string& place, ModuleWeights& weights) {
   const BnConfig& config = std::get<PlannedBottleneck>(module.method).config;
@@ -143,7 +143,8 @@ void WeightReader::read_phm(const PlannedModule& module, const PhmShape& shape, 
   weights[side + "_bias"] = config.phm_bias ? take(saved, side + "_bias", {shape.out}, place) : at::zeros({shape.out});
 }
 
-// The part of the prefix pool for `location`: some models put their own name before it, DistilBERT says "self".
+// The part of the prefix pool for `location`. Some models prefix the location with their own name; DistilBERT calls it
+// "self".
 const SavedParameters& WeightReader::pool_of(const std::string& location) const {
   const std::string ending = "_" + location;
   for (const auto& [saved_location, parameters] : checkpoint_.prefixes) {
@@ -152,14 +153,14 @@ const SavedParameters& WeightReader::pool_of(const std::string& location) const 
       return parameters;
     }
   }
-  // An encoder that stands alone is self attention to us, encoder to some of the library's models.
+  // Attention of an encoder without a decoder: "self" to us, "encoder" in some of the library's models.
   if (checkpoint_.prefixes.size() == 1 && location != "cross_prefix") {
     return checkpoint_.prefixes.begin()->second;
   }
   TORCH_CHECK(false, "adapter weights: the prefixes of ", location, " are missing in the checkpoint");
 }
 
-// [P, L 2 h d] of the group at `location`, computed in float32 or wider whatever the model's type.
+// [P, L 2 h d] of the group at `location`, computed in float32 or wider, whatever the model's dtype.
 at::Tensor WeightReader::ejected(const PlannedPrefix& prefix, const std::string& location) {
   if (const auto known = groups_.find(location); known != groups_.end()) {
     return known->second;

@@ -4,7 +4,7 @@
 
 namespace torchgraft {
 
-// `sources` in `options`' dtype and device, without the places that have none.
+// `sources` in the dtype and on the device of `options`, without empty places.
 Reparametrisation converted(Reparametrisation sources, const at::TensorOptions& options);
 
 }  // namespace torchgraft

@@ -25,7 +25,7 @@ bool ends_with(const Path& path, const Path& ending) {
 
 bool has_number(const Path& path) { return std::any_of(path.begin(), path.end(), is_number); }
 
-// The path up to the last number: that of the Transformer layer.
+// The path up to its last number, which is the Transformer layer's.
 Path layer_path(const Path& path) {
   return Path(path.begin(), std::find_if(path.rbegin(), path.rend(), is_number).base());
 }
@@ -40,10 +40,11 @@ std::string from_library_root(const std::string& key) {
   return root == path.end() ? key : joined(Path(root, path.end()));
 }
 
-// How a family of the library calls its containers.
+// The families of the library differ in the names of their containers.
 enum class Family { kBert, kT5, kVit, kAlbert, kOther };
 
-// Where a projection is. A model whose paths do not number its layers gets those of BERT, by which it is read again.
+// The path of a projection. A model whose paths do not number its layers gets BERT's paths; reading matches those by
+// their numbers.
 Path projection_path(const Layer& layer, const std::optional<Projection>& projection, const Path& in_bert) {
   const Path path = projection ? split_path(projection->path) : Path();
   if (has_number(path)) {
@@ -174,7 +175,7 @@ class Writer {
     state_[from_library_root(key)] = tensor.detach().cpu().contiguous();
   }
 
-  // Packed projections are one module of the library, whose parameters are those of its parts on top of each other.
+  // A packed projection is one module of the library: its parameters are those of its parts, concatenated by rows.
   void append(const std::string& key, const at::Tensor& tensor) {
     const auto found = state_.find(from_library_root(key));
     put(key, found == state_.end() ? tensor : at::cat({found->second, tensor.detach().cpu()}, 0));
@@ -213,7 +214,7 @@ class Writer {
     write_projection(module, "down", down, weights);
     write_projection(module, "up", prefix + ".adapter_up.", weights);
     for (const std::string which : {"weight", "bias"}) {
-      if (behind_norm) {  // the library knows the norm by two names
+      if (behind_norm) {  // the library saves the norm under two names
         put(prefix + ".adapter_down.0." + which, weights.at("norm_before_" + which));
         put(prefix + ".adapter_norm_before." + which, weights.at("norm_before_" + which));
       }
@@ -227,7 +228,7 @@ class Writer {
     write_gate(prefix + ".gate", weights);
   }
 
-  // One projection of a bottleneck, at `path`: its factors where they are kept.
+  // One projection of a bottleneck, at `path`; as factors if `sources` has them.
   void write_projection(const PlannedModule& module, const std::string& side, const std::string& path,
                         const ModuleWeights& weights) {
     if (!has_phm_factors(module, sources_)) {
@@ -267,7 +268,7 @@ class Writer {
     const std::string location = pool_location(layer, module.location);
     PrefixGroup& group = groups_[module.location];
     if (group.key.empty()) {
-      // The library's pool hangs in every layer; the first layer's stands for all.
+      // Every layer of the library holds the pool; we write the first layer's.
       group.key = place + ".pool.prefix_tunings." + name_ + "." + location;
       group.layers.resize(prefix.group_size);
     }

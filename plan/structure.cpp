@@ -77,7 +77,7 @@ OrderedJson to_json(const Layer& layer) {
   return json;
 }
 
-// One object of the JSON with its name for errors: "sites: layer 3: query".
+// Reads one object of the JSON. Its name is for error messages: "sites: layer 3: query".
 class FieldReader {
  public:
   FieldReader(const OrderedJson& json, std::string name) : json_(json), name_(std::move(name)) {
