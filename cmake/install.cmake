@@ -25,15 +25,24 @@ if(TORCHGRAFT_BUILD_PATCH)
   list(APPEND torchgraft_targets torchgraft_patch)
   list(APPEND torchgraft_headers
     config/adapter_config.h
-    patch/adapter_pool.h
+    config/check_supported.h
+    config/config_json.h
+    config/config_string.h
+    config/config_union.h
     config/head_config.h
+    config/method_configs.h
+    config/named_configs.h
+    patch/adapter_pool.h
     patch/graft.h
     patch/head.h
     patch/life.h
     patch/save_adapter.h
     patch/train.h
     plan/adapter_weights.h
+    plan/init_weights.h
+    plan/module_weights.h
     plan/plan.h
+    plan/read_adapter_hub.h
     plan/safetensors.h
     plan/structure.h)
 endif()

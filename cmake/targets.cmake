@@ -7,6 +7,46 @@ function(torchgraft_library target)
   set_target_properties(${target} PROPERTIES VERSION ${PROJECT_VERSION} SOVERSION ${PROJECT_VERSION_MAJOR})
 endfunction()
 
+# Compiles the sources of `target` in units of `sources_each`, in the order in which they are listed: LibTorch's
+# headers, which take ten times as long as a source of ours, are then read once for each unit. Names in anonymous
+# namespaces must differ within a target.
+function(torchgraft_few_units target sources_each)
+  if(TORCHGRAFT_UNITY)
+    set_target_properties(${target} PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE ${sources_each})
+  endif()
+endfunction()
+
+# Headers that each source reads, parsed once. Few units need none: a precompiled header of LibTorch's is half a
+# gigabyte, and takes longer to make than two units take to read the headers.
+function(torchgraft_precompiled_headers target)
+  if(NOT TORCHGRAFT_UNITY)
+    target_precompile_headers(${target} PRIVATE ${ARGN})
+  endif()
+endfunction()
+
+# For code that runs once for a model, not once for a token: nobody sees what -O3 gains there, and it costs a third of
+# the compile time.
+function(torchgraft_light_optimisation target)
+  target_compile_options(${target} PRIVATE $<$<CONFIG:Release>:-O1>)
+endfunction()
+
+# torchgraft_room(TARGET KNOWN...): an object library whose sources can include these folders and headers of this
+# project and no others, so that a layer that knows too much does not compile. What they may include of other libraries,
+# scripts/check_tree.py holds.
+function(torchgraft_room target)
+  set(folder ${PROJECT_BINARY_DIR}/rooms/${target})
+  file(REMOVE_RECURSE ${folder})
+  foreach(known IN LISTS ARGN)
+    cmake_path(GET known PARENT_PATH parent)
+    file(MAKE_DIRECTORY ${folder}/torchgraft/${parent})
+    file(CREATE_LINK ${PROJECT_SOURCE_DIR}/${known} ${folder}/torchgraft/${known} SYMBOLIC)
+  endforeach()
+  target_include_directories(${target} PRIVATE ${folder})
+  target_compile_options(${target} PRIVATE -Wall -Wextra -Wno-unused-parameter)
+  target_compile_features(${target} PRIVATE cxx_std_20)
+  torchgraft_light_optimisation(${target})
+endfunction()
+
 set(torchgraft_flags_default)
 set(torchgraft_flags_avx2 -mavx2 -mfma -mf16c -DCPU_CAPABILITY=AVX2 -DCPU_CAPABILITY_AVX2)
 set(torchgraft_flags_avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c -DCPU_CAPABILITY=AVX512

@@ -1,7 +1,11 @@
-#include <torchgraft/config/adapter_config.h>
+#include <torchgraft/config/config_string.h>
+
+#include <torchgraft/config/config_json.h>
+#include <torchgraft/config/config_union.h>
+#include <torchgraft/config/json_fields.h>
+#include <torchgraft/config/named_configs.h>
 
 #include <c10/util/Exception.h>
-#include <nlohmann/json.hpp>
 
 #include <cctype>
 #include <vector>
@@ -9,7 +13,7 @@
 namespace torchgraft {
 namespace {
 
-using Json = nlohmann::ordered_json;
+using json::OrderedJson;
 
 std::string_view trimmed(std::string_view text) {
   while (!text.empty() && std::isspace(static_cast<unsigned char>(text.front()))) {
@@ -28,7 +32,7 @@ class LiteralReader {
  public:
   explicit LiteralReader(std::string_view text) : text_(text) {}
 
-  Json read() {
+  OrderedJson read() {
     while (at_ < text_.size()) {
       const char c = text_[at_];
       if (c == '\'' || c == '"') {
@@ -40,7 +44,7 @@ class LiteralReader {
         ++at_;
       }
     }
-    const Json parsed = Json::parse("{" + json_ + "}", /*cb=*/nullptr, /*allow_exceptions=*/false);
+    const OrderedJson parsed = OrderedJson::parse("{" + json_ + "}", /*cb=*/nullptr, /*allow_exceptions=*/false);
     TORCH_CHECK(!parsed.is_discarded(), "config: cannot read the values [", text_,
                 "]; expected e.g. [reduction_factor=8, use_gating=True, non_linearity='gelu', leave_out=[0, 1]]");
     return parsed;
@@ -50,7 +54,7 @@ class LiteralReader {
   void string(char quote) {
     const size_t end = text_.find(quote, at_ + 1);
     TORCH_CHECK(end != std::string_view::npos, "config: a quote in [", text_, "] is not closed");
-    json_ += Json(std::string(text_.substr(at_ + 1, end - at_ - 1))).dump();
+    json_ += OrderedJson(std::string(text_.substr(at_ + 1, end - at_ - 1))).dump();
     at_ = end + 1;
   }
 
@@ -67,10 +71,10 @@ class LiteralReader {
     }
     const char follower = next < text_.size() ? text_[next] : ',';
     if (follower == '=') {
-      json_ += Json(word).dump() + ":";
+      json_ += OrderedJson(word).dump() + ":";
       at_ = next + 1;
     } else if (follower == ':') {
-      json_ += Json(word).dump();
+      json_ += OrderedJson(word).dump();
     } else if (word == "True" || word == "False") {
       json_ += word == "True" ? "true" : "false";
     } else if (word == "None") {
@@ -93,9 +97,9 @@ class LiteralReader {
   std::string json_;
 };
 
-// `method` with the fields of `changes`.
-MethodConfig changed(const MethodConfig& method, const Json& changes) {
-  Json json = Json::parse(config_to_json(AdapterConfig{{method}}));
+// `method` with the values of `changes` in place of its own.
+MethodConfig changed(const MethodConfig& method, const OrderedJson& changes) {
+  OrderedJson json = OrderedJson::parse(config_to_json(AdapterConfig{{method}}));
   json.update(changes);
   return config_from_json(json.dump()).methods.front();
 }
@@ -108,7 +112,7 @@ AdapterConfig parse_part(std::string_view part) {
     return config;
   }
   TORCH_CHECK(part.back() == ']', "config: '", part, "' has no closing bracket at its end");
-  const Json changes = LiteralReader(part.substr(bracket + 1, part.size() - bracket - 2)).read();
+  const OrderedJson changes = LiteralReader(part.substr(bracket + 1, part.size() - bracket - 2)).read();
   for (MethodConfig& method : config.methods) {
     method = changed(method, changes);
   }

@@ -1,12 +1,12 @@
 #pragma once
 
-#include <torchgraft/config/adapter_config.h>
 #include <torchgraft/config/head_config.h>
+#include <torchgraft/config/method_configs.h>
 
 namespace torchgraft {
 
-// The one list of each config's fields: reading, writing and checking all go through it.
-// visit(name, member) for every field, in the order of the struct.
+// The one list of each config's fields, which reading and writing go through: visit(name, member) is called for every
+// field, in the order of the struct.
 
 template <typename Config, typename Visitor>
 void visit_bn_fields(Config& c, Visitor&& visit) {

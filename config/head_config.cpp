@@ -13,7 +13,7 @@ using json::OrderedJson;
 
 const std::vector<std::string> kHeadTypes = {"classification", "multilabel_classification", "tagging"};
 
-void require_one_of(const std::string& field, const std::string& value, const std::vector<std::string>& names) {
+void require_known(const std::string& field, const std::string& value, const std::vector<std::string>& names) {
   TORCH_CHECK(std::find(names.begin(), names.end(), value) != names.end(), "head: ", field, "=\"", value,
               "\" is not supported (supported: ", c10::Join(", ", names), ")");
 }
@@ -23,7 +23,7 @@ void require_one_of(const std::string& field, const std::string& value, const st
 bool is_known_head(std::string_view text) {
   const Json whole = Json::parse(text, /*cb=*/nullptr, /*allow_exceptions=*/false);
   if (!whole.is_object() || !whole.contains("config") || !whole.at("config").is_object()) {
-    return false;  // a head of a class of transformers' own has no such object
+    return false;  // heads of transformers' own classes have no such object
   }
   const Json type = whole.at("config").value("head_type", Json());
   return std::any_of(kHeadTypes.begin(), kHeadTypes.end(), [&](const std::string& known) { return type == known; });
@@ -45,7 +45,7 @@ HeadConfig head_config_from_json(std::string_view text) {
 std::string head_config_to_json(const HeadConfig& config) {
   OrderedJson fields = OrderedJson::object();
   visit_head_fields(config, [&](const char* field, const auto& member) { fields[field] = json::written(member); });
-  if (config.head_type == "tagging") {  // the library's head takes neither
+  if (config.head_type == "tagging") {  // the library's tagging head takes neither
     fields.erase("use_pooler");
     fields.erase("bias");
   }
@@ -53,8 +53,8 @@ std::string head_config_to_json(const HeadConfig& config) {
 }
 
 void check_supported(const HeadConfig& config) {
-  require_one_of("head_type", config.head_type, kHeadTypes);
-  require_one_of("pooling", config.pooling, {"first", "mean", "last"});
+  require_known("head_type", config.head_type, kHeadTypes);
+  require_known("pooling", config.pooling, {"first", "mean", "last"});
   TORCH_CHECK(config.num_labels >= 1, "head: expected num_labels of at least 1, got ", config.num_labels);
   TORCH_CHECK(config.layers >= 1, "head: expected layers of at least 1, got ", config.layers);
   TORCH_CHECK(!config.use_pooler, "head: use_pooler=True is not supported: a module's pooler is not looked for");
@@ -62,7 +62,7 @@ void check_supported(const HeadConfig& config) {
   const double dropout = config.dropout_prob.value_or(0.0);
   TORCH_CHECK(dropout >= 0.0 && dropout < 1.0, "head: expected dropout_prob of at least 0 and below 1, got ", dropout);
   if (config.activation_function) {
-    require_one_of("activation_function", *config.activation_function, non_linearity_names());
+    require_known("activation_function", *config.activation_function, non_linearity_names());
   }
   if (config.label2id) {
     std::set<int64_t> ids;

@@ -10,8 +10,8 @@
 
 namespace torchgraft {
 
-// A task head on the last hidden states [B, S, H] that an adapter's rows end in. Fields and defaults are those of the
-// adapters library's heads, but for `pooling` (the library always takes the first token):
+// The task head of an adapter: it reads the last hidden states [B, S, H] of the rows that use the adapter. Fields and
+// defaults are those of the adapters library's heads, but for `pooling` (the library always takes the first token):
 //   x = pooling(hidden); (layers - 1) times: x = activation(Linear[H, H](dropout(x))); logits = Linear[num_labels,
 //   H](dropout(x))
 struct HeadConfig {
@@ -25,7 +25,7 @@ struct HeadConfig {
   bool use_pooler = false;
   bool bias = true;
   std::optional<double> dropout_prob;  // none: 0
-  // "first" token, "mean" over real tokens, or "last" real token; which are real, the token mask says.
+  // "first" token, "mean" over real tokens, or "last" real token; the token mask says which are real.
   std::string pooling = "first";
 };
 
@@ -33,7 +33,7 @@ struct HeadConfig {
 TORCHGRAFT_PATCH_API HeadConfig head_config_from_json(std::string_view json);
 TORCHGRAFT_PATCH_API std::string head_config_to_json(const HeadConfig& config);
 
-// Whether a head_config.json is of a head_type above; others, for other tasks, have other fields.
+// Whether a head_config.json has one of the head types above. Heads for other tasks have other fields.
 TORCHGRAFT_PATCH_API bool is_known_head(std::string_view json);
 
 // Throws c10::Error naming the first field whose value is not supported.

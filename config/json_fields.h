@@ -13,7 +13,7 @@
 #include <variant>
 #include <vector>
 
-// How fields of configurations are read from JSON and written to it. Inside config/ only.
+// Reads fields of configurations from JSON and writes them. For config/ only.
 namespace torchgraft::json {
 
 using Json = nlohmann::json;
@@ -23,7 +23,7 @@ using OrderedJson = nlohmann::ordered_json;
   TORCH_CHECK(false, "config: expected ", field, " to be ", expected, ", got ", value.dump());
 }
 
-// Whether an int64 holds `value` without rounding.
+// Whether `value` is a whole number that an int64 holds exactly.
 inline bool is_exact_integer(double value) { return value == std::floor(value) && std::abs(value) < 1e15; }
 
 inline void read(const std::string& field, const Json& value, bool& target) {
@@ -122,7 +122,7 @@ inline void read(const std::string& field, const Json& value,
   target = by_layer;
 }
 
-// Reads every field of `config` that `json` has; `required` must be there.
+// `config` with the values of those fields that `json` has; it must have the `required` ones, and no unknown one.
 template <typename Config, typename Visit>
 Config read_config(const Json& json, const char* name, Config config, Visit visit,
                    const std::set<std::string>& required = {}) {

@@ -1,4 +1,7 @@
-#include <torchgraft/config/adapter_config.h>
+#include <torchgraft/config/named_configs.h>
+
+#include <torchgraft/config/check_supported.h>
+#include <torchgraft/config/config_union.h>
 
 #include <c10/util/Exception.h>
 
@@ -178,42 +181,6 @@ AdapterConfig config_from_name(std::string_view name) {
                                                                   "direft"};
   TORCH_CHECK(!kUnsupported.contains(name), "config: the method of '", name, "' is not supported; there are: ", names);
   TORCH_CHECK(false, "config: no configuration is called '", name, "'; there are: ", names);
-}
-
-namespace {
-
-const char* method_name(const MethodConfig& method) {
-  return std::holds_alternative<BnConfig>(method)             ? "bottleneck"
-         : std::holds_alternative<PrefixTuningConfig>(method) ? "prefix tuning"
-                                                              : "LoRA";
-}
-
-bool leaves_layers_out(const MethodConfig& method) {
-  return std::visit([](const auto& config) { return !config.leave_out.empty(); }, method);
-}
-
-}  // namespace
-
-// The rules of ConfigUnion.validate: two configs of one architecture must touch different places. With leave_out the
-// places are known only for a model; make_plan checks them.
-AdapterConfig config_union(std::vector<MethodConfig> methods) {
-  for (size_t i = 0; i < methods.size(); ++i) {
-    for (size_t j = 0; j < i; ++j) {
-      const MethodConfig& a = methods[j];
-      const MethodConfig& b = methods[i];
-      if (a.index() != b.index() || leaves_layers_out(a) || leaves_layers_out(b)) {
-        continue;
-      }
-      const auto* left = std::get_if<BnConfig>(&a);
-      const auto* right = std::get_if<BnConfig>(&b);
-      const bool apart = left && left->mh_adapter != right->mh_adapter && left->output_adapter != right->output_adapter;
-      TORCH_CHECK(apart, "config: a union has two ", method_name(a), " configs (", j, " and ", i,
-                  ") for the same places; ",
-                  left ? "give each its own of mh_adapter and output_adapter, or use leave_out"
-                       : "use leave_out to give each its own layers");
-    }
-  }
-  return AdapterConfig{std::move(methods)};
 }
 
 }  // namespace torchgraft

@@ -31,16 +31,16 @@ bool is_phm_factor(const std::string& name) {
   return kFactors.count(name) > 0;
 }
 
-// Our name of a parameter; empty when it is none that is known.
+// Our name of a saved parameter; empty when we know none.
 std::string parameter_name(const std::string& saved) {
   static const std::map<std::string, std::string> kNames = {
       {"lora_A", "lora_a"},
       {"lora_B", "lora_b"},
       {"m.weight", "magnitude"},
-      {"fixed", "fixed"},  // of PEFT's DoRA only, which peft.py hands over in these names
+      {"fixed", "fixed"},  // only in PEFT's DoRA, which peft.py passes in these names
       {"adapter_down.0.weight", "down_weight"},
       {"adapter_down.0.bias", "down_bias"},
-      {"adapter_down.1.weight", kBehindNorm + "weight"},  // then adapter_down.0 is the layer norm again
+      {"adapter_down.1.weight", kBehindNorm + "weight"},  // then adapter_down.0 is the layer norm
       {"adapter_down.1.bias", kBehindNorm + "bias"},
       {"adapter_norm_before.weight", "norm_before_weight"},
       {"adapter_norm_before.bias", "norm_before_bias"},
@@ -82,8 +82,8 @@ std::optional<SavedKind> kind_of(const std::string& container) {
   return found == kKinds.end() ? std::nullopt : std::optional(found->second);
 }
 
-// A key "<path>.<container>.<name>.<parameter>", container being loras, adapters, prefix_gates, prefix_tunings or
-// shared_parameters (without a path in a model that has no head).
+// A key "<path>.<container>.<name>.<parameter>". The container is one of loras, adapters, prefix_gates, prefix_tunings
+// or shared_parameters (without a path in a model that has no head).
 struct ParsedKey {
   Path path;
   std::string container;
@@ -107,7 +107,7 @@ bool is_same(const at::Tensor& a, const at::Tensor& b) {
   return alike && (a.data_ptr() == b.data_ptr() || at::equal(a, b));
 }
 
-// The adapters that the checkpoint holds, for an error.
+// The names of the adapters in the checkpoint, for an error message.
 std::string names_in(const StateDict& state) {
   std::set<std::string> names;
   for (const auto& [key, tensor] : state) {
@@ -182,7 +182,7 @@ Checkpoint sort_checkpoint(const StateDict& state, const std::string& name) {
     TORCH_CHECK(is_ours, "adapter weights: ", key, " is not a weight of an adapter '", name,
                 "' that is known; the checkpoint holds the adapters: ", names_in(state));
     if (in_pool) {
-      // The pool hangs in every layer and at the root: all the same tensors.
+      // Every layer and the root hold the pool, with the same tensors.
       const auto [kept, is_new] =
           checkpoint.prefixes[parsed->parameter.front()].emplace(parameter, SavedTensor{key, tensor});
       TORCH_CHECK(is_new || is_same(tensor, kept->second.tensor), "adapter weights: expected ", key, " and ",

@@ -1,6 +1,6 @@
 #pragma once
 
-#include <torchgraft/plan/adapter_weights.h>
+#include <torchgraft/plan/module_weights.h>
 
 #include <ATen/core/Tensor.h>
 
@@ -10,13 +10,13 @@
 
 namespace torchgraft {
 
-// A tensor of a checkpoint, with the key that it came under.
+// A tensor of a checkpoint, with its key.
 struct SavedTensor {
   std::string key;
   at::Tensor tensor;
 };
 
-// By our name of the parameter: lora_a, down_weight, gate_bias, ... (adapter_weights.h); of a prefix's MLP: embeddings,
+// By our name of the parameter: lora_a, down_weight, gate_bias, ... (module_weights.h); of a prefix's MLP: embeddings,
 // down_weight, down_bias, up_weight, up_bias, or flat; of Compacter: down_W_left, up_phm_rule, ... (phm.h).
 using SavedParameters = std::map<std::string, SavedTensor>;
 
@@ -39,7 +39,7 @@ struct Checkpoint {
 
 std::vector<std::string> split_path(const std::string& path);
 
-// Whether a component of a path is a layer's number.
+// Whether a component of a path is a number.
 bool is_number(const std::string& component);
 
 // Sorts a state dict; throws c10::Error for a key that is not a weight of adapter `name`.

@@ -11,8 +11,8 @@ namespace {
 
 constexpr double kStd = 0.02;
 
-// Positions of the linear maps in the library's Sequential: dropout and linear for each layer, and behind all but the
-// last an activation.
+// Positions of the linear maps in the library's Sequential: each layer is a dropout and a linear map; an activation
+// follows all but the last.
 std::vector<int64_t> positions(const HeadConfig& config) {
   const int64_t step = config.activation_function ? 3 : 2;
   std::vector<int64_t> result;
@@ -21,8 +21,6 @@ std::vector<int64_t> positions(const HeadConfig& config) {
   }
   return result;
 }
-
-std::string shape_of(at::IntArrayRef sizes) { return c10::str("[", c10::Join(", ", sizes), "]"); }
 
 }  // namespace
 
@@ -42,8 +40,8 @@ ModuleWeights head_weights(const HeadConfig& config, int64_t hidden_size, const 
     const std::string key = c10::str("heads.", name, ".", position, ".", which);
     const auto found = state.find(key);
     TORCH_CHECK(found != state.end(), "head weights: ", key, " is missing");
-    TORCH_CHECK(found->second.sizes() == shape, "head weights: expected ", key, " of shape ", shape_of(shape), ", got ",
-                shape_of(found->second.sizes()));
+    TORCH_CHECK(found->second.sizes() == shape, "head weights: expected ", key, " of shape ", shape, ", got ",
+                found->second.sizes());
     TORCH_CHECK(found->second.is_floating_point(), "head weights: expected ", key,
                 " to be of a floating-point type, got ", found->second.scalar_type());
     ++used;

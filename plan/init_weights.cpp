@@ -1,4 +1,5 @@
-#include <torchgraft/plan/adapter_weights.h>
+#include <torchgraft/plan/init_weights.h>
+
 #include <torchgraft/plan/phm.h>
 #include <torchgraft/plan/prefix_mlp.h>
 #include <torchgraft/plan/reparametrisation.h>
@@ -19,9 +20,8 @@ constexpr double kBertStd = 0.02;
 constexpr double kHoulsbyStd = 1e-2;
 constexpr double kPhmRuleSpread = 1e-2;
 
-// Seeds as the oracle's fix_seed: every module with a seed starts from it; a seed of 0 counts as none there. What is
-// drawn below, and in which order, follows the oracle's modules, so that a seeded module equals the oracle's bit for
-// bit.
+// Seeds as the oracle's fix_seed does: every module that has a seed starts from it, and 0 counts as no seed. The draws
+// below, and their order, are those of the oracle's modules: a seeded module equals the oracle's bit for bit.
 void fix_seed(const std::optional<int64_t>& seed) {
   if (seed && *seed != 0) {
     at::manual_seed(static_cast<uint64_t>(*seed));
@@ -42,7 +42,7 @@ at::Tensor linear_weight(int64_t out, int64_t in) { return kaiming_uniform({out,
 
 at::Tensor linear_bias(int64_t out, int64_t in) { return uniform({out}, 1.0 / std::sqrt(static_cast<double>(in))); }
 
-// trunc_normal_ within two standard deviations: whatever lies beyond is drawn again.
+// trunc_normal_ within two standard deviations: draws values beyond them again.
 at::Tensor truncated_normal(at::IntArrayRef shape) {
   at::Tensor values = normal(shape, kHoulsbyStd);
   while (true) {
@@ -60,7 +60,7 @@ void add_default_gate(ModuleWeights& weights, int64_t gates, int64_t features) {
   weights["gate_bias"] = linear_bias(gates, features);
 }
 
-// The gate of a LoRA or a prefix: a new torch.nn.Linear whose weight, not its bias, is drawn again.
+// The gate of a LoRA or a prefix: a new torch.nn.Linear, whose weight the oracle draws a second time, but not its bias.
 void add_gate(ModuleWeights& weights, int64_t gates, int64_t features) {
   add_default_gate(weights, gates, features);
   weights["gate_weight"] = normal({gates, features}, kBertStd);
@@ -103,10 +103,10 @@ at::Tensor bottleneck_scaling(const PlannedBottleneck& planned) {
   return at::ones({per_channel ? planned.hidden_size : 1});
 }
 
-// Factors of Compacter's, by name.
+// The factors of Compacter's projections, by name.
 using PhmDraws = std::map<std::string, at::Tensor>;
 
-// xavier_normal_, whatever hypercomplex_nonlinearity says: so does the library.
+// xavier_normal_: the library ignores hypercomplex_nonlinearity, too.
 at::Tensor xavier_normal(int64_t rows, int64_t columns) {
   return normal({rows, columns}, std::sqrt(2.0 / static_cast<double>(rows + columns)));
 }
@@ -128,7 +128,7 @@ PhmDraws draw_blocks(const BnConfig& config, const PhmShape& shape) {
   return {{"W_left", at::stack(first)}, {"W_right", at::stack(second)}};
 }
 
-// Rules that modules share have a spread of their own.
+// Rules that modules share have their own standard deviation.
 PhmDraws draw_rules(const BnConfig& config) {
   const bool is_normal = config.phm_c_init == "normal";
   const double spread = !config.shared_phm_rule ? kPhmRuleSpread : is_normal ? config.phm_init_range : 1.0;
@@ -203,7 +203,8 @@ ModuleWeights init_bottleneck(const PlannedModule& module, SharedFactors& shared
   return weights;
 }
 
-// The prefixes of all layers of a group, [P, L 2 h d]; `mlp` gets what they come from, unless they are flat.
+// The prefixes of all layers of a group, [P, L 2 h d]; `mlp` gets the weights that they are computed from, unless they
+// are flat.
 at::Tensor init_group(const PlannedPrefix& planned, ModuleWeights& mlp) {
   const PrefixTuningConfig& config = planned.config;
   const int64_t out = planned.group_size * 2 * planned.num_kv_heads * planned.head_dim;

@@ -17,7 +17,7 @@ bool is_one_of(const std::string& value, std::initializer_list<const char*> name
   return std::find(names.begin(), names.end(), value) != names.end();
 }
 
-// The position of the layer's number in a saved path: that of its first number.
+// The position of the layer's number in a saved path: the first number there.
 std::optional<size_t> number_position(const Path& path) {
   const auto found = std::find_if(path.begin(), path.end(), is_number);
   return found == path.end() ? std::nullopt : std::optional<size_t>(found - path.begin());
@@ -140,7 +140,7 @@ Matcher::Matcher(const Checkpoint& checkpoint, const Plan& plan, const Structure
                                  [&](const SavedModule& saved) { return !layers_by_path(saved.path).empty(); });
 }
 
-// The layers whose paths have the longest overlap with `path`: at least the container's name and the number.
+// The layers whose paths overlap longest with `path`, at least in the container's name and the number.
 std::vector<int64_t> Matcher::layers_by_path(const Path& path) const {
   const auto number = number_position(path);
   size_t longest = 2;

@@ -1,6 +1,7 @@
 #pragma once
 
-#include <torchgraft/plan/adapter_weights.h>
+#include <torchgraft/plan/module_weights.h>
+#include <torchgraft/plan/plan.h>
 
 #include <ATen/core/Tensor.h>
 
@@ -40,7 +41,7 @@ struct PhmPlace {
 };
 PhmPlace phm_place(const PlannedModule& module, const std::string& side, const std::string& factor, bool shared);
 
-// Whether `sources` has the factors of `module`, a bottleneck.
+// Whether `sources` has the factors of this module.
 bool has_phm_factors(const PlannedModule& module, const Reparametrisation& sources);
 
 // Computes down_weight and up_weight from these factors.

@@ -66,8 +66,8 @@ double reduction_factor(const BnConfig& config, int64_t layer) {
               " nor a default; give one, e.g. {\"1\": 8, \"default\": 16}");
 }
 
-// Python's `hidden // factor`: with a fractional factor it is not always the floor of the rounded quotient (48 // 0.1
-// is 479), and the shapes of saved adapters follow it.
+// Python's `hidden // factor`, which the shapes of saved adapters follow: with a fractional factor it is not always the
+// floor of the rounded quotient (48 // 0.1 is 479).
 int64_t floor_divide(int64_t hidden, double factor) {
   const auto dividend = static_cast<double>(hidden);
   const double quotient = (dividend - std::fmod(dividend, factor)) / factor;  // a whole number, up to rounding
@@ -84,8 +84,8 @@ class Planner {
   Plan finish();
 
  private:
-  // True when `layer` has the location and the config does not leave it out; a layer that lacks it is remembered.
-  // The second is for locations of the feed-forward block, which a decoder layer's two attentions share.
+  // Whether `layer` has the location, and the config does not leave the layer out. Notes a layer that lacks it. The
+  // second function is for locations of the feed-forward block, which the two attentions of a decoder layer share.
   bool has_location(const Layer& layer, const std::string& location, bool present,
                     const std::vector<int64_t>& leave_out);
   bool has_feed_forward_location(const Layer& layer, const std::string& location, bool present,
@@ -114,7 +114,7 @@ bool Planner::has_location(const Layer& layer, const std::string& location, bool
   return present;
 }
 
-// The attentions of one decoder layer have a feed-forward block between them, which follows one of them.
+// The two attentions of a decoder layer share one feed-forward block, which follows one of them.
 bool Planner::neighbour_has_feed_forward(const Layer& layer) const {
   return std::any_of(structure_.layers.begin(), structure_.layers.end(), [&](const Layer& other) {
     return other.number == layer.number && other.index != layer.index && (other.ffn_in || other.has_ffn_residual);

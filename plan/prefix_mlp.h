@@ -1,6 +1,6 @@
 #pragma once
 
-#include <torchgraft/plan/adapter_weights.h>
+#include <torchgraft/plan/module_weights.h>
 #include <torchgraft/plan/plan.h>
 
 #include <ATen/core/Tensor.h>
@@ -13,7 +13,7 @@ namespace torchgraft {
 // group: embeddings [P, H] -> down [M, H] -> non-linearity -> up [L 2 h d, M]. Its weights are "embeddings",
 // "down_weight", "down_bias", "up_weight" and "up_bias".
 
-// The MLP's output [P, L 2 h d]: what a flat prefix stores directly.
+// The MLP's output [P, L 2 h d], which a flat prefix stores directly.
 at::Tensor eject(const ModuleWeights& mlp, const std::string& non_linearity);
 
 // One layer's keys and values, [h, P, d] each, out of the output for all L layers of the group.

@@ -1,10 +1,10 @@
 #pragma once
 
-#include <torchgraft/plan/adapter_weights.h>
+#include <torchgraft/plan/module_weights.h>
 
 namespace torchgraft {
 
-// `sources` in `options`' dtype and device, without the places that have none.
+// `sources` in the dtype and on the device of `options`, without empty places.
 Reparametrisation converted(Reparametrisation sources, const at::TensorOptions& options);
 
 }  // namespace torchgraft

@@ -42,7 +42,7 @@ struct Entry {
   uint64_t end = 0;
 };
 
-// Parses the header with repeated names and deep nesting refused while parsing, not after.
+// Parses the header, and refuses repeated names and deep nesting on the way, not afterwards.
 Json parse_header(const std::string& path, const std::string& text) {
   std::vector<std::set<std::string>> keys;
   std::string fault;
@@ -100,7 +100,7 @@ Entry parse_entry(const std::string& path, const std::string& name, const Json& 
   return entry;
 }
 
-// The entries in the order of their data, which they cover without overlap or gap.
+// The entries, sorted by their data, which they cover without overlap or gap.
 std::vector<Entry> parse_entries(const std::string& path, const Json& header, uint64_t data_size) {
   std::vector<Entry> entries;
   for (const auto& [name, json] : header.items()) {
@@ -123,7 +123,7 @@ std::vector<Entry> parse_entries(const std::string& path, const Json& header, ui
 
 std::string reason() { return std::strerror(errno); }
 
-// Closes the file and deletes it unless it was kept.
+// Closes the file, and deletes it unless keep() was called.
 class TemporaryFile {
  public:
   explicit TemporaryFile(const std::string& target)
@@ -150,7 +150,7 @@ class TemporaryFile {
     }
   }
 
-  // The content under its name, for everyone whom the umask lets.
+  // Renames the file to its final name, readable for everyone whom the umask permits.
   void keep() {
     struct stat old{};
     const mode_t mask = umask(0);

@@ -1,6 +1,7 @@
 #pragma once
 
-#include <torchgraft/plan/adapter_weights.h>
+#include <torchgraft/plan/module_weights.h>
+#include <torchgraft/registration/export.h>
 
 #include <map>
 #include <string>
@@ -12,10 +13,11 @@ namespace torchgraft {
 // data_offsets}, "__metadata__" -> strings), then the tensors' bytes without gaps. Here each tensor is a CPU tensor
 // that owns its memory.
 
-// Reads a whole file. A file comes from a stranger: before anything is allocated for tensors, the header is at most 100
+// Reads a whole file. We trust no file: before anything is allocated for tensors, the header is at most 100
 // MB (the limit of the reference implementation) and within the file, every name is new, every dtype known, every
 // shape's bytes equal its offsets, and offsets neither overlap, nor leave gaps, nor run over the end. So memory is
-// bounded by the size of the file. Throws c10::Error with the path and what is wrong; nothing is returned by halves.
+// bounded by the size of the file. Throws c10::Error with the path and what is wrong; no part of a bad file is
+// returned.
 TORCHGRAFT_PATCH_API StateDict read_safetensors(const std::string& path);
 
 // Writes beside `path` (PATH.XXXXXX.tmp, which stays if the process is killed), syncs and renames: `path` holds its old

@@ -12,7 +12,7 @@ namespace {
 
 using Path = std::vector<std::string>;
 
-std::string join(const Path& path) { return c10::Join(".", path); }
+std::string joined(const Path& path) { return c10::Join(".", path); }
 
 Path parent(Path path, size_t levels = 1) {
   path.resize(path.size() - std::min(levels, path.size()));
@@ -25,7 +25,7 @@ bool ends_with(const Path& path, const Path& ending) {
 
 bool has_number(const Path& path) { return std::any_of(path.begin(), path.end(), is_number); }
 
-// The path up to the last number: that of the Transformer layer.
+// The path up to its last number, which is the Transformer layer's.
 Path layer_path(const Path& path) {
   return Path(path.begin(), std::find_if(path.rbegin(), path.rend(), is_number).base());
 }
@@ -37,13 +37,14 @@ std::string from_library_root(const std::string& key) {
                                                   "h",       "layers",  "layer",       "block",      "blocks"};
   const Path path = split_path(key);
   const auto root = std::find_first_of(path.begin(), path.end(), kRoots.begin(), kRoots.end());
-  return root == path.end() ? key : join(Path(root, path.end()));
+  return root == path.end() ? key : joined(Path(root, path.end()));
 }
 
-// How a family of the library calls its containers.
+// The families of the library differ in the names of their containers.
 enum class Family { kBert, kT5, kVit, kAlbert, kOther };
 
-// Where a projection is. A model whose paths do not number its layers gets those of BERT, by which it is read again.
+// The path of a projection. A model whose paths do not number its layers gets BERT's paths; reading matches those by
+// their numbers.
 Path projection_path(const Layer& layer, const std::optional<Projection>& projection, const Path& in_bert) {
   const Path path = projection ? split_path(projection->path) : Path();
   if (has_number(path)) {
@@ -78,14 +79,14 @@ std::string attention_container(const Layer& layer) {
   const Path query = query_path(layer);
   switch (family_of(query)) {
     case Family::kBert:
-      return join(layer.output ? parent(split_path(layer.output->path)) : parent(query)) + ".adapters";
+      return joined(layer.output ? parent(split_path(layer.output->path)) : parent(query)) + ".adapters";
     case Family::kT5:
-      return join(parent(query, 2)) + ".adapters";
+      return joined(parent(query, 2)) + ".adapters";
     case Family::kAlbert:
-      return join(parent(query)) + ".attention_adapters.adapters";
+      return joined(parent(query)) + ".attention_adapters.adapters";
     default:
-      return join(layer_path(query)) + (layer.kind == AttentionKind::kCross ? ".cross_attention_adapters.adapters"
-                                                                            : ".attention_adapters.adapters");
+      return joined(layer_path(query)) + (layer.kind == AttentionKind::kCross ? ".cross_attention_adapters.adapters"
+                                                                              : ".attention_adapters.adapters");
   }
 }
 
@@ -94,13 +95,13 @@ std::string output_container(const Layer& layer, bool is_beit) {
   const Path out = layer.ffn_out ? split_path(layer.ffn_out->path) : Path();
   switch (out.size() < 2 || is_beit ? Family::kOther : family_of(query)) {
     case Family::kBert:
-      return join(parent(out)) + ".adapters";
+      return joined(parent(out)) + ".adapters";
     case Family::kT5:
-      return join(parent(out, 2)) + ".adapters";
+      return joined(parent(out, 2)) + ".adapters";
     case Family::kVit:
-      return join(parent(out)) + ".output_adapters.adapters";
+      return joined(parent(out)) + ".output_adapters.adapters";
     default:
-      return join(layer_path(query)) + ".output_adapters.adapters";
+      return joined(layer_path(query)) + ".output_adapters.adapters";
   }
 }
 
@@ -121,17 +122,17 @@ std::string pool_location(const Layer& layer, const std::string& location) {
 std::string lora_path(const PlannedModule& module, const Layer& layer) {
   const std::string& site = module.site;
   if (site == "intermediate_lora") {
-    return join(projection_path(layer, layer.ffn_in, {"intermediate", "dense"}));
+    return joined(projection_path(layer, layer.ffn_in, {"intermediate", "dense"}));
   }
   if (site == "output_lora") {
-    return join(projection_path(layer, layer.ffn_out, {"output", "dense"}));
+    return joined(projection_path(layer, layer.ffn_out, {"output", "dense"}));
   }
   const std::string attention = layer.kind == AttentionKind::kCross ? "crossattention" : "attention";
   if (site.ends_with("_q")) {
-    return join(projection_path(layer, layer.query, {attention, "query"}));
+    return joined(projection_path(layer, layer.query, {attention, "query"}));
   }
   const bool is_key = site.ends_with("_k");
-  return join(projection_path(layer, is_key ? layer.key : layer.value, {attention, is_key ? "key" : "value"}));
+  return joined(projection_path(layer, is_key ? layer.key : layer.value, {attention, is_key ? "key" : "value"}));
 }
 
 // The prefixes of one location.
@@ -174,7 +175,7 @@ class Writer {
     state_[from_library_root(key)] = tensor.detach().cpu().contiguous();
   }
 
-  // Packed projections are one module of the library, whose parameters are those of its parts on top of each other.
+  // A packed projection is one module of the library: its parameters are those of its parts, concatenated by rows.
   void append(const std::string& key, const at::Tensor& tensor) {
     const auto found = state_.find(from_library_root(key));
     put(key, found == state_.end() ? tensor : at::cat({found->second, tensor.detach().cpu()}, 0));
@@ -213,7 +214,7 @@ class Writer {
     write_projection(module, "down", down, weights);
     write_projection(module, "up", prefix + ".adapter_up.", weights);
     for (const std::string which : {"weight", "bias"}) {
-      if (behind_norm) {  // the library knows the norm by two names
+      if (behind_norm) {  // the library saves the norm under two names
         put(prefix + ".adapter_down.0." + which, weights.at("norm_before_" + which));
         put(prefix + ".adapter_norm_before." + which, weights.at("norm_before_" + which));
       }
@@ -227,7 +228,7 @@ class Writer {
     write_gate(prefix + ".gate", weights);
   }
 
-  // One projection of a bottleneck, at `path`: its factors where they are kept.
+  // One projection of a bottleneck, at `path`; as factors if `sources` has them.
   void write_projection(const PlannedModule& module, const std::string& side, const std::string& path,
                         const ModuleWeights& weights) {
     if (!has_phm_factors(module, sources_)) {
@@ -263,11 +264,11 @@ class Writer {
 
   void write_prefix(const PlannedModule& module, const PlannedPrefix& prefix, const Layer& layer,
                     const ModuleWeights& weights) {
-    const std::string place = join(parent(query_path(layer))) + ".prefix_tuning";
+    const std::string place = joined(parent(query_path(layer))) + ".prefix_tuning";
     const std::string location = pool_location(layer, module.location);
     PrefixGroup& group = groups_[module.location];
     if (group.key.empty()) {
-      // The library's pool hangs in every layer; the first layer's stands for all.
+      // Every layer of the library holds the pool; we write the first layer's.
       group.key = place + ".pool.prefix_tunings." + name_ + "." + location;
       group.layers.resize(prefix.group_size);
     }

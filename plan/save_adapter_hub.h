@@ -1,6 +1,7 @@
 #pragma once
 
-#include <torchgraft/plan/adapter_weights.h>
+#include <torchgraft/plan/module_weights.h>
+#include <torchgraft/plan/plan.h>
 
 #include <string>
 
@@ -9,18 +10,18 @@ namespace torchgraft {
 // The inverse of adapter_hub_weights: a state dict with the keys of `model.save_adapter()` of adapters==1.3.0. Modules
 // are named as the library names them in its BERT, T5, DeBERTa, ViT, ALBERT and DistilBERT families, known by the path
 // of the query projection, and as in its BART, GPT-2 and LLaMA otherwise. BEiT's paths are those of ViT: it is known by
-// `attention_class`, what the class of the first attention is called ("transformers.models.beit.modeling_beit.
-// BeitSelfAttention"; empty when nobody knows). LoRA on packed q, k, v is packed; prefixes
+// `attention_class`, the name of the class of the first attention ("transformers.models.beit.modeling_beit.
+// BeitSelfAttention"; empty when unknown). LoRA on packed q, k, v is packed; prefixes
 // are written as the MLP in `sources`, else as flat ones ("control_trans"), Compacter's projections as their factors in
-// `sources`, else as ordinary ones: saved_config says so. On the CPU.
+// `sources`, else as ordinary ones: saved_config says so. Tensors are on the CPU.
 StateDict adapter_hub_state(const Plan& plan, const Structure& structure, const AdapterWeights& weights,
                             const Reparametrisation& sources, const std::string& name,
                             const std::string& attention_class = "");
 
-// `config` as it is saved without what its weights are computed from: flat=True in every prefix, phm_layer=False.
+// `config` of an adapter that is saved without the sources of its weights: flat=True in every prefix, phm_layer=False.
 AdapterConfig ejected_config(const AdapterConfig& config);
 
-// The same, but for what is in `sources`.
+// The same, where `sources` has some of them: their prefixes and bottlenecks keep their form.
 AdapterConfig saved_config(AdapterConfig config, const Reparametrisation& sources);
 
 }  // namespace torchgraft

@@ -37,9 +37,9 @@ const char* to_string(NormOrder order) {
 
 namespace {
 
-using Json = nlohmann::ordered_json;
+using OrderedJson = nlohmann::ordered_json;
 
-Json to_json(const std::optional<Projection>& projection) {
+OrderedJson to_json(const std::optional<Projection>& projection) {
   if (!projection) {
     return nullptr;
   }
@@ -55,18 +55,18 @@ const std::vector<std::pair<const char*, std::optional<Projection> Layer::*>> kR
     {"query", &Layer::query},   {"key", &Layer::key},           {"value", &Layer::value},    {"output", &Layer::output},
     {"ffn_in", &Layer::ffn_in}, {"ffn_gate", &Layer::ffn_gate}, {"ffn_out", &Layer::ffn_out}};
 
-Json to_json(const Layer& layer) {
-  Json json = {{"index", layer.index},
-               {"layer", layer.number},
-               {"shares", layer.shares ? Json(*layer.shares) : Json(nullptr)},
-               {"kind", to_string(layer.kind)},
-               {"num_heads", layer.num_heads},
-               {"num_kv_heads", layer.num_kv_heads},
-               {"head_dim", layer.head_dim},
-               {"hidden_size", layer.hidden_size},
-               {"norm_order", to_string(layer.norm_order)},
-               {"ffn_norm_order", to_string(layer.ffn_norm_order)},
-               {"attention_mask", layer.has_attention_mask}};
+OrderedJson to_json(const Layer& layer) {
+  OrderedJson json = {{"index", layer.index},
+                      {"layer", layer.number},
+                      {"shares", layer.shares ? OrderedJson(*layer.shares) : OrderedJson(nullptr)},
+                      {"kind", to_string(layer.kind)},
+                      {"num_heads", layer.num_heads},
+                      {"num_kv_heads", layer.num_kv_heads},
+                      {"head_dim", layer.head_dim},
+                      {"hidden_size", layer.hidden_size},
+                      {"norm_order", to_string(layer.norm_order)},
+                      {"ffn_norm_order", to_string(layer.ffn_norm_order)},
+                      {"attention_mask", layer.has_attention_mask}};
   for (const auto& [key, projection] : kRoles) {
     json[key] = to_json(layer.*projection);
   }
@@ -77,10 +77,10 @@ Json to_json(const Layer& layer) {
   return json;
 }
 
-// One object of the JSON with its name for errors: "sites: layer 3: query".
-class Reader {
+// Reads one object of the JSON. Its name is for error messages: "sites: layer 3: query".
+class FieldReader {
  public:
-  Reader(const Json& json, std::string name) : json_(json), name_(std::move(name)) {
+  FieldReader(const OrderedJson& json, std::string name) : json_(json), name_(std::move(name)) {
     TORCH_CHECK(json.is_object(), name_, ": expected an object, got ", json.type_name());
   }
 
@@ -89,7 +89,7 @@ class Reader {
     TORCH_CHECK(json_.contains(key), name_, ": the field \"", key, "\" is missing");
     try {
       return json_.at(key).get<T>();
-    } catch (const Json::exception&) {
+    } catch (const OrderedJson::exception&) {
       TORCH_CHECK(false, name_, ": the field \"", key, "\" cannot be ", json_.at(key).dump());
     }
   }
@@ -111,7 +111,7 @@ class Reader {
     if (!json_.contains(key) || json_.at(key).is_null()) {
       return std::nullopt;
     }
-    const Reader inner(json_.at(key), name_ + ": " + key);
+    const FieldReader inner(json_.at(key), name_ + ": " + key);
     Projection result;
     result.path = inner.get<std::string>("path");
     result.in_features = inner.get<int64_t>("in_features");
@@ -126,14 +126,14 @@ class Reader {
   }
 
  private:
-  const Json& json_;
+  const OrderedJson& json_;
   std::string name_;
 };
 
-Layer layer_from_json(const Json& json, size_t position) {
+Layer layer_from_json(const OrderedJson& json, size_t position) {
   const std::string name = "sites: entry " + std::to_string(position) + " of \"layers\"";
-  const Reader reader(json, name);
-  static const Json kKnown = to_json(Layer{});
+  const FieldReader reader(json, name);
+  static const OrderedJson kKnown = to_json(Layer{});
   for (const auto& [field, value] : json.items()) {
     TORCH_CHECK(kKnown.contains(field), name, ": there is no field \"", field, "\"");
   }
@@ -178,7 +178,7 @@ size_t Structure::position(int64_t index) const {
 }
 
 std::string to_json(const Structure& structure) {
-  Json json = {{"layers", Json::array()}, {"near_misses", structure.near_misses}};
+  OrderedJson json = {{"layers", OrderedJson::array()}, {"near_misses", structure.near_misses}};
   for (const Layer& layer : structure.layers) {
     json["layers"].push_back(to_json(layer));
   }
@@ -186,12 +186,12 @@ std::string to_json(const Structure& structure) {
 }
 
 Structure structure_from_json(const std::string& text) {
-  const Json json = Json::parse(text, /*cb=*/nullptr, /*allow_exceptions=*/false);
+  const OrderedJson json = OrderedJson::parse(text, /*cb=*/nullptr, /*allow_exceptions=*/false);
   TORCH_CHECK(!json.is_discarded(), "sites: this is not JSON; expected what `inspect --json` prints");
   TORCH_CHECK(json.is_object() && json.contains("layers") && json.at("layers").is_array(),
               "sites: expected an object with a list \"layers\", as `inspect --json` prints it");
   Structure structure;
-  for (const Json& layer : json.at("layers")) {
+  for (const OrderedJson& layer : json.at("layers")) {
     structure.layers.push_back(layer_from_json(layer, structure.layers.size()));
   }
   return structure;

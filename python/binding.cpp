@@ -3,8 +3,8 @@
 #include "binding.h"
 
 #include <torchgraft/ops/kernel_mode.h>
-#include <torchgraft/patch/canonicalise/canonicalise.h>
 #include <torchgraft/patch/adapters/directory_update.h>
+#include <torchgraft/patch/canonicalise/canonicalise.h>
 #include <torchgraft/patch/head.h>
 #include <torchgraft/patch/life.h>
 #include <torchgraft/patch/save_adapter.h>
@@ -106,39 +106,43 @@ void translate_error(std::exception_ptr exception) {
   }
 }
 
-}  // namespace
+// Long calls let other Python threads run.
+using NoGil = py::call_guard<py::gil_scoped_release>;
 
-PYBIND11_MODULE(_C, m) {
-  py::register_local_exception_translator(&translate_error);
-  m.def("version", &torchgraft::version);
+void bind_grafting(py::module_& m) {
   m.def("graft", &graft, py::arg("module"), py::arg("adapters"), py::arg("gate_pooling"), py::arg("token_mask_input"),
-        py::arg("active"), py::arg("verify"), py::arg("sites") = "", py::arg("fuse") = true,
-        py::call_guard<py::gil_scoped_release>());
+        py::arg("active"), py::arg("verify"), py::arg("sites") = "", py::arg("fuse") = true, NoGil());
   m.def(
       "inspect",
       [](const Module& module, const std::string& sites) {
         return torchgraft::to_json(torchgraft::inspect(module, sites_of(sites)));
       },
-      py::arg("module"), py::arg("sites") = "", py::call_guard<py::gil_scoped_release>());
-  const py::call_guard<py::gil_scoped_release> no_gil;
+      py::arg("module"), py::arg("sites") = "", NoGil());
+  m.def("canonical_module", &torchgraft::canonical_module);
+}
+
+void bind_life(py::module_& m) {
   m.def("list_adapters", &list_adapters);
-  m.def("remove_adapters", &torchgraft::remove_adapters, no_gil);
-  m.def("rename_adapter", &torchgraft::rename_adapter, no_gil);
+  m.def("remove_adapters", &torchgraft::remove_adapters, NoGil());
+  m.def("rename_adapter", &torchgraft::rename_adapter, NoGil());
   m.def(
       "replace_adapter",
       [](const Module& module, const Spec& spec) { return torchgraft::replace_adapter(module, spec_of(spec)); },
-      no_gil);
-  m.def("average_adapters", &torchgraft::average_adapters, no_gil);
-  m.def("merge_adapter", &torchgraft::merge_adapter, no_gil);
-  m.def("unmerge_adapter", &torchgraft::unmerge_adapter, no_gil);
-  m.def("lower", &torchgraft::lower, no_gil);
+      NoGil());
+  m.def("average_adapters", &torchgraft::average_adapters, NoGil());
+  m.def("merge_adapter", &torchgraft::merge_adapter, NoGil());
+  m.def("unmerge_adapter", &torchgraft::unmerge_adapter, NoGil());
+  m.def("lower", &torchgraft::lower, NoGil());
   m.def("trainable_parameters", &torchgraft::trainable_parameters);
-  m.def("freeze_adapter", &torchgraft::freeze_adapter, no_gil);
-  m.def("unfreeze_adapter", &torchgraft::unfreeze_adapter, no_gil);
-  m.def("ungraft", &torchgraft::ungraft, no_gil);
+  m.def("freeze_adapter", &torchgraft::freeze_adapter, NoGil());
+  m.def("unfreeze_adapter", &torchgraft::unfreeze_adapter, NoGil());
+  m.def("ungraft", &torchgraft::ungraft, NoGil());
+}
+
+void bind_files(py::module_& m) {
   m.def(
       "load_adapter",
-      [](const Module& module, const Spec& spec) { return torchgraft::load_adapter(module, spec_of(spec)); }, no_gil);
+      [](const Module& module, const Spec& spec) { return torchgraft::load_adapter(module, spec_of(spec)); }, NoGil());
   m.def("match_adapter", [](const Module& module, const Spec& spec) {
     std::vector<std::pair<std::string, std::string>> result;
     for (const torchgraft::WeightMatch& match : torchgraft::match_adapter(module, spec_of(spec))) {
@@ -150,7 +154,7 @@ PYBIND11_MODULE(_C, m) {
     const torchgraft::AdapterFiles files = torchgraft::adapter_files(module, name, model_class);
     return std::tuple(files.config, files.weights, files.head_config, files.head_weights);
   });
-  m.def("save_adapter", &torchgraft::save_adapter, no_gil);
+  m.def("save_adapter", &torchgraft::save_adapter, NoGil());
   // contents: the new files by name. See DirectoryUpdate.
   m.def("update_directory", [](const std::string& directory, const std::map<std::string, py::bytes>& contents,
                                const std::vector<std::string>& obsolete, const std::string& marker) {
@@ -161,22 +165,27 @@ PYBIND11_MODULE(_C, m) {
     update.commit(marker, obsolete);
   });
   m.def(
-      "add_head",
-      [](const Module& module, const std::string& name, const std::string& config, const std::string& token_mask) {
-        return torchgraft::add_head(module, name, torchgraft::head_config_from_json(config), token_mask);
-      },
-      no_gil);
-  m.def("remove_head", &torchgraft::remove_head, no_gil);
-  m.def("head_config", &torchgraft::head_config, no_gil);
-  m.def("is_known_head", &torchgraft::is_known_head);
-  m.def(
       "write_safetensors",
       [](const torchgraft::StateDict& tensors, const std::string& path) {
         torchgraft::write_safetensors(tensors, path);
       },
-      no_gil);
-  m.def("read_safetensors", &torchgraft::read_safetensors, no_gil);
-  m.def("canonical_module", &torchgraft::canonical_module);
+      NoGil());
+  m.def("read_safetensors", &torchgraft::read_safetensors, NoGil());
+}
+
+void bind_heads(py::module_& m) {
+  m.def(
+      "add_head",
+      [](const Module& module, const std::string& name, const std::string& config, const std::string& token_mask) {
+        return torchgraft::add_head(module, name, torchgraft::head_config_from_json(config), token_mask);
+      },
+      NoGil());
+  m.def("remove_head", &torchgraft::remove_head, NoGil());
+  m.def("head_config", &torchgraft::head_config, NoGil());
+  m.def("is_known_head", &torchgraft::is_known_head);
+}
+
+void bind_configs(py::module_& m) {
   m.def("config_names", &torchgraft::config_names);
   m.def("config_from_name",
         [](const std::string& name) { return torchgraft::config_to_json(torchgraft::config_from_name(name)); });
@@ -185,6 +194,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("normalise_config",
         [](const std::string& json) { return torchgraft::config_to_json(torchgraft::config_from_json(json)); });
   m.def("check_supported", [](const std::string& text) { torchgraft::check_supported(config_of(text)); });
+}
+
+void bind_kernel_mode(py::module_& m) {
   using torchgraft::ops::KernelMode;
   py::enum_<KernelMode>(m, "KernelMode")
       .value("AUTO", KernelMode::kAuto)
@@ -193,5 +205,18 @@ PYBIND11_MODULE(_C, m) {
   m.def("kernel_mode", &torchgraft::ops::kernel_mode);
   m.def("kernel_instruction_set", &torchgraft::ops::kernel_instruction_set);
   m.def("set_kernel_mode", &torchgraft::ops::set_kernel_mode);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  py::register_local_exception_translator(&translate_error);
+  m.def("version", &torchgraft::version);
+  bind_grafting(m);
+  bind_life(m);
+  bind_files(m);
+  bind_heads(m);
+  bind_configs(m);
+  bind_kernel_mode(m);
   torchgraft_python::bind_adapter_pool(m);
 }

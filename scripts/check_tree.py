@@ -25,12 +25,19 @@ NOT_TEXT = {".png", ".svg", ".json", ".j2"}
 # anything.
 _EXPORT = "registration/export.h"
 LAYERS: dict[str, tuple[set[str], tuple[str, ...]]] = {
-    "config": ({"config", _EXPORT}, ("c10/util/", "nlohmann/")),
-    "plan": ({"plan", "config", _EXPORT}, ("ATen/", "c10/", "nlohmann/", "fcntl.h", "sys/", "unistd.h")),
-    "ops": ({"ops", "registration"}, ("ATen/", "c10/", "torch/library.h", "torch/csrc/autograd/", "nlohmann/")),
+    "activations": ({"activations", _EXPORT}, ("ATen/", "c10/")),
+    "config": ({"config", "activations", _EXPORT}, ("c10/util/", "nlohmann/")),
+    "plan": (
+        {"plan", "config", "activations", _EXPORT},
+        ("ATen/", "c10/", "nlohmann/", "fcntl.h", "sys/", "unistd.h"),
+    ),
+    "ops": (
+        {"ops", "activations", "registration"},
+        ("ATen/", "c10/", "torch/library.h", "torch/csrc/autograd/", "nlohmann/"),
+    ),
     "registration": ({"registration"}, ("torch/library.h",)),
     "patch": (
-        {"patch", "plan", "config", "registration"},
+        {"patch", "plan", "config", "activations", "registration"},
         ("ATen/", "c10/", "torch/csrc/jit/", "nlohmann/", "fcntl.h", "sys/", "unistd.h"),
     ),
     "python": (

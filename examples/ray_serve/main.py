@@ -45,8 +45,11 @@ def free_port() -> int:
 
 def main() -> int:
     arguments = parsed()
-    import ray  # after the environment is set
-    from ray import serve
+    try:
+        import ray  # after the environment is set
+        from ray import serve
+    except ModuleNotFoundError as error:
+        sys.exit(f"main.py: error: {error}; run scripts/setup --tests")
 
     from deployments import Settings, application
 

@@ -29,7 +29,11 @@ from rich.console import Console  # noqa: E402
 import torchgraft  # noqa: E402
 from data import DataError, prepare  # noqa: E402
 from experiment import Experiment, Plan, Results, Size, jobs_of  # noqa: E402
-from report import write_report  # noqa: E402
+
+try:
+    from report import write_report
+except ModuleNotFoundError as error:  # Jinja2, Markdown
+    sys.exit(f"run.py: error: {error}; run scripts/setup --train")
 
 FULL = Plan(
     compared=Size(2000, 125, test=1000), seeds=[0, 1, 2], other=Size(2000, 125, test=1000), other_seeds=[0, 1, 2],

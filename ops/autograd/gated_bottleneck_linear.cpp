@@ -11,7 +11,7 @@ namespace {
 
 // Where gradients are recorded the operator is a linear map and a bottleneck, each with a gradient of its own: the two
 // share nothing.
-std::tuple<at::Tensor, at::Tensor> record(const BottleneckLinearArguments& args) {
+std::tuple<at::Tensor, at::Tensor> record_bottleneck_linear(const BottleneckLinearArguments& args) {
   // Here, so that errors name this operator.
   check(args);
   resolve_selection(args.kOperator, args.rows, args.down_weight, /*recording=*/true);
@@ -19,7 +19,8 @@ std::tuple<at::Tensor, at::Tensor> record(const BottleneckLinearArguments& args)
 }
 
 TORCH_LIBRARY_IMPL(torchgraft, Autograd, m) {
-  m.impl("gated_bottleneck_linear", autograd_kernel<BottleneckLinearArguments, gated_bottleneck_linear, record>);
+  m.impl("gated_bottleneck_linear",
+         autograd_kernel<BottleneckLinearArguments, gated_bottleneck_linear, record_bottleneck_linear>);
 }
 
 }  // namespace

@@ -255,7 +255,7 @@ std::tuple<at::Tensor, at::Tensor> attend_differentiably(const PrefixArguments& 
   return {output, gate_result(gate, args.x, args.rows, selection)};
 }
 
-std::tuple<at::Tensor, at::Tensor> record(const PrefixArguments& args) {
+std::tuple<at::Tensor, at::Tensor> record_prefix_attention(const PrefixArguments& args) {
   check(args);
   const Selection selection = resolve_selection(args.kOperator, args.rows, args.prefix_key, /*recording=*/true);
   if (args.dropout_p > 0.0 || selection.kind == Selection::Kind::kBase) {
@@ -265,7 +265,7 @@ std::tuple<at::Tensor, at::Tensor> record(const PrefixArguments& args) {
 }
 
 TORCH_LIBRARY_IMPL(torchgraft, Autograd, m) {
-  m.impl("gated_prefix_attention", autograd_kernel<PrefixArguments, gated_prefix_attention, record>);
+  m.impl("gated_prefix_attention", autograd_kernel<PrefixArguments, gated_prefix_attention, record_prefix_attention>);
 }
 
 }  // namespace

@@ -19,27 +19,24 @@ namespace {
 // Rows of head_size of one head of [B, h, S, d], as float32: where they lie, or widened.
 class HeadRows {
  public:
-  void read(const at::Tensor& tensor, int64_t b, int64_t head) {
+  // Sets `data` to the first row, and `stride` to the distance of rows.
+  void read(const at::Tensor& tensor, int64_t b, int64_t head, const float*& data, int64_t& stride) {
     const Numbers first = numbers_of(tensor) + (b * tensor.stride(0) + head * tensor.stride(1));
-    data_ = first.float32();
-    stride_ = tensor.stride(2);
+    data = first.float32();
+    stride = tensor.stride(2);
     if (first.is_bfloat16) {
       const int64_t size = tensor.size(3);
       widened_.resize(tensor.size(2) * size);
       for (int64_t row = 0; row < tensor.size(2); ++row) {
-        kernels().widen((first + row * stride_).bfloat16(), size, widened_.data() + row * size);
+        kernels().widen((first + row * stride).bfloat16(), size, widened_.data() + row * size);
       }
-      data_ = widened_.data();
-      stride_ = size;
+      data = widened_.data();
+      stride = size;
     }
   }
-  const float* data() const { return data_; }
-  int64_t stride() const { return stride_; }
 
  private:
   std::vector<float> widened_;
-  const float* data_ = nullptr;
-  int64_t stride_ = 0;
 };
 
 // A value per batch row; 1 without gates.
@@ -85,7 +82,6 @@ AttentionForward attend(const PrefixArguments& args, const Prefix& prefix, const
   const int64_t heads = query.size(1);
   const int64_t queries = query.size(2);
   const int64_t head_size = query.size(3);
-  const int64_t group = heads / key.size(1);
   const int64_t positions = prefix.key.size(-2);
   const at::Tensor prefix_key = prefix.key.to(at::kFloat).contiguous();  // [(B,) h_kv, P, d]
   const at::Tensor prefix_value = prefix.value.to(at::kFloat).contiguous();
@@ -98,31 +94,22 @@ AttentionForward attend(const PrefixArguments& args, const Prefix& prefix, const
 
   at::Tensor output = at::empty({batch, queries, heads, head_size}, query.options());  // token-major
   at::Tensor log_sum_exp = at::empty({batch, queries, heads}, query.options().dtype(at::kFloat));
-  const bool is_bfloat16 = query.scalar_type() == at::kBFloat16;
   auto* to = static_cast<char*>(output.mutable_data_ptr());
   const auto work = [&](int64_t begin, int64_t end) {
     std::vector<float> workspace;
-    HeadRows query_rows;
-    HeadRows key_rows;
-    HeadRows value_rows;
+    HeadRows query_rows, key_rows, value_rows;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / heads;
       const int64_t head = task % heads;
-      const int64_t kv_head = head / group;
+      const int64_t kv_head = head / (heads / key.size(1));
       HeadAttention job;
       job.queries = queries;
       job.keys = key.size(2);
       job.head_size = head_size;
       job.prefix = used[b];
-      query_rows.read(query, b, head);
-      job.q = query_rows.data();
-      job.q_stride = query_rows.stride();
-      key_rows.read(key, b, kv_head);
-      job.k = key_rows.data();
-      job.k_stride = key_rows.stride();
-      value_rows.read(value, b, kv_head);
-      job.v = value_rows.data();
-      job.v_stride = value_rows.stride();
+      query_rows.read(query, b, head, job.q, job.q_stride);
+      key_rows.read(key, b, kv_head, job.k, job.k_stride);
+      value_rows.read(value, b, kv_head, job.v, job.v_stride);
       const int64_t in_prefix = b * prefix_row + kv_head * positions * head_size;
       job.prefix_key = prefix_key.const_data_ptr<float>() + in_prefix;
       job.prefix_value = prefix_value.const_data_ptr<float>() + in_prefix;
@@ -131,8 +118,9 @@ AttentionForward attend(const PrefixArguments& args, const Prefix& prefix, const
       job.scale = scale;
       set_mask(job, mask, b, head);
       job.is_causal = args.is_causal;
-      const FloatResult result(is_bfloat16, to + (b * queries * heads + head) * head_size * output.element_size(),
-                               queries, head_size, heads * head_size);
+      const FloatResult result(query.scalar_type() == at::kBFloat16,
+                               to + (b * queries * heads + head) * head_size * output.element_size(), queries,
+                               head_size, heads * head_size);
       job.output = result.data();
       job.output_stride = result.stride();
       job.log_sum_exp = log_sum_exp.mutable_data_ptr<float>() + b * queries * heads + head;

@@ -38,6 +38,28 @@ at::Tensor gated(const at::Tensor& prefix, const at::Tensor& gate, int64_t batch
   return apply_gate(per_row, gate).expand({batch, -1, -1, -1}).contiguous();
 }
 
+// What is the same for all heads: sizes, scale and strides.
+HeadAttentionGradient job_of_all_heads(const PrefixArguments& args, const at::Tensor& query, const at::Tensor& key,
+                                       const at::Tensor& value, const at::Tensor& output, const at::Tensor& sums,
+                                       const at::Tensor& grad, const AttentionGradients& result) {
+  HeadAttentionGradient job;
+  job.queries = query.size(2);
+  job.keys = key.size(2);
+  job.head_size = query.size(3);
+  job.scale = static_cast<float>(attention_scale(args).expect_float());
+  job.is_causal = args.is_causal;
+  job.q_stride = row_stride(query);
+  job.k_stride = row_stride(key);
+  job.v_stride = row_stride(value);
+  job.output_stride = row_stride(output);
+  job.log_sum_exp_stride = row_stride(sums);
+  job.grad_stride = row_stride(grad);
+  job.grad_q_stride = row_stride(result.query);
+  job.grad_k_stride = row_stride(result.key);
+  job.grad_v_stride = row_stride(result.value);
+  return job;
+}
+
 }  // namespace
 
 AttentionGradients attend_backward(const PrefixArguments& args, const Prefix& prefix, const at::Tensor& additive_mask,
@@ -61,21 +83,7 @@ AttentionGradients attend_backward(const PrefixArguments& args, const Prefix& pr
                             .prefix_key = at::zeros_like(prefix_key),
                             .prefix_value = at::zeros_like(prefix_value)};
   const at::Tensor& sums = forward.log_sum_exp;
-  HeadAttentionGradient common;
-  common.queries = query.size(2);
-  common.keys = key.size(2);
-  common.head_size = query.size(3);
-  common.scale = static_cast<float>(attention_scale(args).expect_float());
-  common.is_causal = args.is_causal;
-  common.q_stride = row_stride(query);
-  common.k_stride = row_stride(key);
-  common.v_stride = row_stride(value);
-  common.output_stride = row_stride(output);
-  common.log_sum_exp_stride = row_stride(sums);
-  common.grad_stride = row_stride(grad);
-  common.grad_q_stride = row_stride(result.query);
-  common.grad_k_stride = row_stride(result.key);
-  common.grad_v_stride = row_stride(result.value);
+  const HeadAttentionGradient common = job_of_all_heads(args, query, key, value, output, sums, grad, result);
 
   const auto one_head = [&](int64_t b, int64_t head, std::vector<float>& workspace) {
     HeadAttentionGradient job = common;

@@ -11,7 +11,7 @@ namespace {
 // position biases and ALiBi stay above -2e3 for any length in use.
 constexpr double kHiddenBelow = -9e3;
 
-at::Tensor forward(const TokenMaskArguments& args) {
+at::Tensor token_mask_forward(const TokenMaskArguments& args) {
   check(args);
   const at::IntArrayRef sizes = args.x.sizes().slice(0, 2);  // [B, S]
   if (!args.attn_mask.defined()) {
@@ -34,7 +34,7 @@ at::Tensor forward(const TokenMaskArguments& args) {
 }
 
 TORCH_LIBRARY_IMPL(torchgraft, CompositeExplicitAutograd, m) {
-  m.impl("attention_token_mask", from_schema<TokenMaskArguments, forward, decltype(attention_token_mask)>);
+  m.impl("attention_token_mask", from_schema<TokenMaskArguments, token_mask_forward, decltype(attention_token_mask)>);
 }
 
 // The result is boolean: nothing to differentiate, and no reason to warn about it.

@@ -85,7 +85,7 @@ BottleneckForward bottleneck_forward(const BottleneckArguments& args, const Sele
 
 namespace {
 
-std::tuple<at::Tensor, at::Tensor> forward(const BottleneckArguments& args) {
+std::tuple<at::Tensor, at::Tensor> bottleneck_forward(const BottleneckArguments& args) {
   check(args);
   const Selection selection = resolve_selection(args.kOperator, args.rows, args.down_weight, /*recording=*/false);
   const BottleneckForward result = bottleneck_forward(args, selection, /*keep_inner=*/false);
@@ -93,7 +93,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const BottleneckArguments& args) {
 }
 
 TORCH_LIBRARY_IMPL(torchgraft, CompositeExplicitAutograd, m) {
-  m.impl("gated_bottleneck", from_schema<BottleneckArguments, forward, decltype(gated_bottleneck)>);
+  m.impl("gated_bottleneck", from_schema<BottleneckArguments, bottleneck_forward, decltype(gated_bottleneck)>);
 }
 
 }  // namespace

@@ -29,7 +29,7 @@ std::tuple<at::Tensor, Gate> fused_forward(const BottleneckLinearArguments& args
   return {cpu::linear_with_update(args.input, args.weight, args.bias, update, selection), narrow.gate};
 }
 
-std::tuple<at::Tensor, at::Tensor> forward(const BottleneckLinearArguments& args) {
+std::tuple<at::Tensor, at::Tensor> bottleneck_linear_forward(const BottleneckLinearArguments& args) {
   check(args);
   const Selection selection = resolve_selection(args.kOperator, args.rows, args.down_weight, /*recording=*/false);
   if (takes_fused_kernel(args)) {
@@ -42,7 +42,8 @@ std::tuple<at::Tensor, at::Tensor> forward(const BottleneckLinearArguments& args
 }
 
 TORCH_LIBRARY_IMPL(torchgraft, CompositeExplicitAutograd, m) {
-  m.impl("gated_bottleneck_linear", from_schema<BottleneckLinearArguments, forward, decltype(gated_bottleneck_linear)>);
+  m.impl("gated_bottleneck_linear",
+         from_schema<BottleneckLinearArguments, bottleneck_linear_forward, decltype(gated_bottleneck_linear)>);
 }
 
 }  // namespace

@@ -41,7 +41,7 @@ LoraForward lora_forward(const LoraArguments& args, const Selection& selection) 
 
 namespace {
 
-std::tuple<at::Tensor, at::Tensor> forward(const LoraArguments& args) {
+std::tuple<at::Tensor, at::Tensor> lora_forward(const LoraArguments& args) {
   check(args);
   const Selection selection = resolve_selection(args.kOperator, args.rows, args.lora_a, /*recording=*/false);
   const LoraForward result = lora_forward(args, selection);
@@ -49,7 +49,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const LoraArguments& args) {
 }
 
 TORCH_LIBRARY_IMPL(torchgraft, CompositeExplicitAutograd, m) {
-  m.impl("gated_lora", from_schema<LoraArguments, forward, decltype(gated_lora)>);
+  m.impl("gated_lora", from_schema<LoraArguments, lora_forward, decltype(gated_lora)>);
 }
 
 }  // namespace

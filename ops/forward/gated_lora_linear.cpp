@@ -34,7 +34,7 @@ LoraForward lora_linear_forward(const LoraLinearArguments& args, const Selection
 
 namespace {
 
-std::tuple<at::Tensor, at::Tensor> forward(const LoraLinearArguments& args) {
+std::tuple<at::Tensor, at::Tensor> lora_linear_forward(const LoraLinearArguments& args) {
   check(args);
   const Selection selection = resolve_selection(args.kOperator, args.rows, args.lora_a, /*recording=*/false);
   const LoraForward result = lora_linear_forward(args, selection);
@@ -42,7 +42,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const LoraLinearArguments& args) {
 }
 
 TORCH_LIBRARY_IMPL(torchgraft, CompositeExplicitAutograd, m) {
-  m.impl("gated_lora_linear", from_schema<LoraLinearArguments, forward, decltype(gated_lora_linear)>);
+  m.impl("gated_lora_linear", from_schema<LoraLinearArguments, lora_linear_forward, decltype(gated_lora_linear)>);
 }
 
 }  // namespace

@@ -36,7 +36,7 @@ at::Tensor prefix_attention(const PrefixArguments& args, const Selection& select
   return args.dropout_p > 0.0 ? attend_with_dropout(args, prefix, mask) : attend(args, prefix, mask).output;
 }
 
-std::tuple<at::Tensor, at::Tensor> forward(const PrefixArguments& args) {
+std::tuple<at::Tensor, at::Tensor> prefix_attention_forward(const PrefixArguments& args) {
   check(args);
   const Selection selection = resolve_selection(args.kOperator, args.rows, args.prefix_key, /*recording=*/false);
   const Gate gate = gate_forward(args.x, args.rows, selection);
@@ -44,7 +44,8 @@ std::tuple<at::Tensor, at::Tensor> forward(const PrefixArguments& args) {
 }
 
 TORCH_LIBRARY_IMPL(torchgraft, CompositeExplicitAutograd, m) {
-  m.impl("gated_prefix_attention", from_schema<PrefixArguments, forward, decltype(gated_prefix_attention)>);
+  m.impl("gated_prefix_attention",
+         from_schema<PrefixArguments, prefix_attention_forward, decltype(gated_prefix_attention)>);
 }
 
 }  // namespace

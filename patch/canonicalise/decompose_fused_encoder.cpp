@@ -18,7 +18,7 @@ using torch::jit::Value;
 
 // The fused kernels turn any mask into booleans first: non-zero (also -inf) means "may not attend".
 // mask_type: 0 = [S, S], 1 = [B, S] (padding), 2 = [B, h, S, S].
-constexpr const char* kSource = R"python(
+constexpr const char* kEncoderLayer = R"python(
 def additive(mask: Optional[Tensor], mask_type: Optional[int], batch: int, length: int, dtype: int) -> Optional[Tensor]:
     if mask is None:
         return None
@@ -121,7 +121,7 @@ Value* insert_padded(Node* to_padded, const NestedMask& mask) {
     }
     keep = graph->insert(c10::aten::logical_not, {padding});
   }
-  const auto body = compile_graph(kSource, "padded");
+  const auto body = compile_graph(kEncoderLayer, "padded");
   return insert_graph_before(to_padded, *body,
                              {to_padded->namedInput("self"), keep, to_padded->namedInput("padding")})[0];
 }
@@ -195,7 +195,7 @@ void densify_nested(const std::shared_ptr<Graph>& graph) {
 void decompose_straight_line(Graph& graph) {
   for_each_node(graph.block(), [&](Node* node) {
     if (is_aten(node, {"_transformer_encoder_layer_fwd"})) {
-      const auto body = compile_graph(kSource, "encoder_layer");
+      const auto body = compile_graph(kEncoderLayer, "encoder_layer");
       replace_node(node, insert_graph_before(node, *body, node->inputs()));
       return;
     }
@@ -203,7 +203,7 @@ void decompose_straight_line(Graph& graph) {
         is_aten(node, {"_native_multi_head_attention"}) && node->namedInput("query") == node->namedInput("key") &&
         node->namedInput("key") == node->namedInput("value") && node->outputs()[1]->uses().empty();
     if (plain_attention) {
-      const auto body = compile_graph(kSource, "native_attention");
+      const auto body = compile_graph(kEncoderLayer, "native_attention");
       node->outputs()[0]->replaceAllUsesWith(insert_graph_before(node, *body, node->inputs())[0]);
       node->destroy();
     }

@@ -13,7 +13,7 @@ using torch::jit::Node;
 using torch::jit::Value;
 
 // dtype 11 is torch.bool. Masks: true (or -inf) where attention is forbidden, as torch.nn.MultiheadAttention has them.
-constexpr const char* kSource = R"python(
+constexpr const char* kMultiheadAttention = R"python(
 def additive(mask: Tensor, dtype: int) -> Tensor:
     if mask.dtype == 11:
         return torch.masked_fill(torch.zeros_like(mask, dtype=dtype), mask, float("-inf"))
@@ -150,7 +150,7 @@ class StraightLine {
                                         get(self(), "dropout"),
                                         get(self(), "training")};
     inputs.insert(inputs.end(), others.begin(), others.end());
-    return insert_graph_before(call_, *compile_graph(kSource, "attend"), inputs)[0];
+    return insert_graph_before(call_, *compile_graph(kMultiheadAttention, "attend"), inputs)[0];
   }
 
  private:
@@ -176,7 +176,7 @@ class StraightLine {
     }
     inputs.push_back(get(self(), "in_proj_bias"));
     const char* body = !packed ? "project_with" : one_input ? "project_together" : "project_apart";
-    Value* heads = insert_graph_before(call_, *compile_graph(kSource, body), inputs)[0];
+    Value* heads = insert_graph_before(call_, *compile_graph(kMultiheadAttention, body), inputs)[0];
     Node* unpack = graph_->insertNode(graph_->createTupleUnpack(heads));
     return {unpack->outputs().begin(), unpack->outputs().end()};
   }

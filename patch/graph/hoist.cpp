@@ -23,7 +23,7 @@ void collect_inputs(Node* node, std::vector<Value*>& result) {
   }
 }
 
-bool is_inside(const Value* value, const Node* node) {
+bool is_made_inside(const Value* value, const Node* node) {
   for (const Block* block = value->node()->owningBlock(); block;) {
     const Node* owner = block->owningNode();
     if (owner == node) {
@@ -44,7 +44,7 @@ bool is_metadata(const Node* node) {
 void replace_inner_metadata(Node* node, Node* point, const std::function<bool(Node*)>& replace_metadata) {
   for (Block* block : node->blocks()) {
     for_each_node(block, [&](Node* inner) {
-      const bool is_later = is_metadata(inner) && !is_inside(inner->input(0), node) &&
+      const bool is_later = is_metadata(inner) && !is_made_inside(inner->input(0), node) &&
                             inner->input(0)->node()->kind() != c10::prim::Param &&
                             !inner->input(0)->node()->isBefore(point);
       if (is_later && replace_metadata(inner)) {
@@ -75,7 +75,7 @@ bool move_before(Value* value, Node* point, const std::function<bool(Node*)>& re
   std::vector<Value*> inputs;
   collect_inputs(node, inputs);
   for (Value* input : inputs) {
-    if (!is_inside(input, node) && !move_before(input, point, replace_metadata)) {
+    if (!is_made_inside(input, node) && !move_before(input, point, replace_metadata)) {
       return false;
     }
   }

@@ -10,7 +10,7 @@ using torch::jit::Value;
 // A bank is read as [1, ...] when all rows use one adapter, and as [B, ...] when each has its own; both broadcast. A
 // row without an adapter has a gate of 0, which removes what a method adds, and sees no prefix. 11 is torch.bool:
 // TorchScript that is compiled in C++ has no name for it.
-constexpr const char* kSource = R"python(
+constexpr const char* kRowFunctions = R"python(
 def selected(bank: Tensor, adapter_ids: Optional[Tensor], adapter: int) -> Tensor:
     if adapter_ids is None:
         return bank.narrow(0, max(adapter, 0), 1)
@@ -61,7 +61,7 @@ def choose(present: Tensor, x: Tensor, other: Tensor, adapter_ids: Optional[Tens
 }  // namespace
 
 const std::string& row_source() {
-  static const std::string source = kSource;
+  static const std::string source = kRowFunctions;
   return source;
 }
 

@@ -9,7 +9,7 @@ using torch::jit::Module;
 
 // `gates` has one tensor [B, G] per inserted op, in the order of gate_layers, gate_locations and gate_counts. An
 // adapter has the rows that adapter_ids gives it or, without adapter_ids, all rows when it is active.
-constexpr const char* kMethods = R"python(
+constexpr const char* kAdaptersMethods = R"python(
 def activate(self, name: str) -> None:
     found = -1
     for i in range(len(self.names)):
@@ -166,7 +166,7 @@ Module make_adapters_module(const std::vector<Adapter>& adapters, const std::vec
       register_own(container, adapter.name, weights, unit);
     }
   }
-  root.define(kMethods);
+  root.define(kAdaptersMethods);
   return root;
 }
 

@@ -15,7 +15,7 @@ using torch::jit::Module;
 
 const std::vector<std::string> kWeights = {"dense_weight", "dense_bias", "out_weight", "out_bias"};
 
-constexpr const char* kMethods = R"python(
+constexpr const char* kHeadsMethods = R"python(
 def pooled(self, hidden: Tensor, token_mask: Optional[Tensor], adapter: int) -> Tensor:
     how = self.pooling[adapter]
     if how == "none":
@@ -190,7 +190,7 @@ void add_heads(Module& adapters_module, const std::vector<Adapter>& adapters,
       register_own(heads, adapter, unit);
     }
   }
-  heads.define(accessors(adapters) + kMethods);
+  heads.define(accessors(adapters) + kHeadsMethods);
   adapters_module.register_module("heads", heads);
 }
 

@@ -20,7 +20,7 @@ using torch::jit::Node;
 using torch::jit::Value;
 using torch::jit::WithInsertPoint;
 
-constexpr const char* kBase = "base_forward";
+constexpr const char* kBaseForward = "base_forward";
 constexpr const char* kGrafted = "grafted_forward";
 
 constexpr const char* kDelegates = R"python(
@@ -42,7 +42,7 @@ def adapter_config(self, name: str) -> str:
 
 constexpr const char* kWithHead = "forward_with_head";  // where there are heads
 
-const std::vector<std::string> kAddedMethods = {"forward",        "forward_with_gates", kBase,
+const std::vector<std::string> kAddedMethods = {"forward",        "forward_with_gates", kBaseForward,
                                                 kGrafted,         "activate",           "deactivate",
                                                 "active_adapter", "adapter_names",      "adapter_config"};
 
@@ -165,7 +165,7 @@ void change_callers(const Module& module, bool add_argument) {
   for (Function* method : module.type()->methods()) {
     auto* function = torch::jit::tryToGraphFunction(*method);
     const std::string& name = method->name();
-    if (!function || name == kBase || name == kGrafted || name == "forward" || name == "forward_with_gates" ||
+    if (!function || name == kBaseForward || name == kGrafted || name == "forward" || name == "forward_with_gates" ||
         name == kWithHead) {
       continue;
     }
@@ -209,7 +209,7 @@ void add_methods(Module& module, const std::shared_ptr<Graph>& grafted_graph, co
                 "', which a grafted module needs for itself; rename it before scripting");
   }
   remove_method(module, "forward");
-  const Function& base = add_method(module, kBase, base_graph, schema.arguments(), schema.returns());
+  const Function& base = add_method(module, kBaseForward, base_graph, schema.arguments(), schema.returns());
 
   const c10::TypePtr pair_type = grafted_graph->outputs()[0]->type();
   const Function& grafted =
@@ -224,7 +224,7 @@ void add_methods(Module& module, const std::shared_ptr<Graph>& grafted_graph, co
 }
 
 void remove_methods(Module& module) {
-  const Function& base = module.get_method(kBase).function();
+  const Function& base = module.get_method(kBaseForward).function();
   const FunctionSchema schema = base.getSchema();
   const auto graph = torch::jit::toGraphFunction(const_cast<Function&>(base)).graph();
   change_callers(module, /*add_argument=*/false);

@@ -73,7 +73,7 @@ class TensorBoardLog(Listener):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise GraftError(f"TensorBoard logs need the package tensorboard ({error}); see requirements/train.txt, "
+            raise GraftError(f"TensorBoard logs need the package tensorboard ({error}); run scripts/setup --train, "
                              "or give --no-tensorboard") from error  # fmt: skip
         self._make, self._folder, self._writer = SummaryWriter, folder, None
 

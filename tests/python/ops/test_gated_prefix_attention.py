@@ -80,7 +80,7 @@ def test_results_and_gradients_equal_the_reference(case, dtype):
 
 @cases
 def test_gradients_beside_a_mask_without_one_equal_the_reference(case):
-    """A mask that needs no gradient takes torch's flash backward; test_results_and_gradients_equal_the_reference covers the other path."""
+    """Without a gradient for the mask torch takes its flash backward; the test of results and gradients needs one."""
     args = prefix(case, torch.float64)
     names = [name for name in op_checks.differentiable(args) if name != "attn_mask"]
     op_checks.assert_same_gradients(

@@ -1,5 +1,8 @@
-#include <torchgraft/config/adapter_config.h>
+#include <torchgraft/config/config_json.h>
+
+#include <torchgraft/config/config_union.h>
 #include <torchgraft/config/json_fields.h>
+#include <torchgraft/config/named_configs.h>
 
 namespace torchgraft {
 namespace {

@@ -1,4 +1,5 @@
-#include <torchgraft/plan/adapter_weights.h>
+#include <torchgraft/plan/read_adapter_hub.h>
+
 #include <torchgraft/plan/checkpoint.h>
 #include <torchgraft/plan/match_modules.h>
 #include <torchgraft/plan/phm.h>
@@ -13,12 +14,10 @@
 namespace torchgraft {
 namespace {
 
-std::string shape_of(at::IntArrayRef sizes) { return c10::str("[", c10::Join(", ", sizes), "]"); }
-
-// Reads the weights of a plan out of a checkpoint, and remembers what was read.
-class Reader {
+// Reads the weights of a plan from a checkpoint, and remembers which keys it has read.
+class WeightReader {
  public:
-  Reader(int64_t hidden_size, const Checkpoint& checkpoint, const at::TensorOptions& options)
+  WeightReader(int64_t hidden_size, const Checkpoint& checkpoint, const at::TensorOptions& options)
       : hidden_size_(hidden_size), checkpoint_(checkpoint), options_(options) {}
 
   ModuleWeights read(const PlannedModule& module, const SavedParameters& saved);
@@ -46,8 +45,8 @@ class Reader {
   std::set<std::string> used_;  // keys
 };
 
-at::Tensor Reader::take(const SavedParameters& saved, const std::string& name, at::IntArrayRef shape,
-                        const std::string& place) {
+at::Tensor WeightReader::take(const SavedParameters& saved, const std::string& name, at::IntArrayRef shape,
+                              const std::string& place) {
   const auto found = saved.find(name);
   TORCH_CHECK(found != saved.end(), "adapter weights: ", name, " of ", place, " is missing in the checkpoint");
   const at::Tensor& tensor = found->second.tensor;
@@ -55,8 +54,7 @@ at::Tensor Reader::take(const SavedParameters& saved, const std::string& name, a
     const int64_t saved_hidden = tensor.dim() > 0 ? tensor.sizes().back() : 0;
     const bool other_hidden =
         tensor.dim() == 2 && !shape.empty() && shape.back() == hidden_size_ && saved_hidden != hidden_size_;
-    TORCH_CHECK(false, "adapter weights: expected ", found->second.key, " of shape ", shape_of(shape), ", got ",
-                shape_of(tensor.sizes()),
+    TORCH_CHECK(false, "adapter weights: expected ", found->second.key, " of shape ", shape, ", got ", tensor.sizes(),
                 other_hidden ? c10::str("; this adapter was trained for hidden size ", saved_hidden, ", the model has ",
                                         hidden_size_)
                              : std::string());
@@ -67,13 +65,13 @@ at::Tensor Reader::take(const SavedParameters& saved, const std::string& name, a
   return tensor.detach();
 }
 
-void Reader::read_gate(const SavedParameters& saved, int64_t gates, int64_t features, const std::string& place,
-                       ModuleWeights& weights) {
+void WeightReader::read_gate(const SavedParameters& saved, int64_t gates, int64_t features, const std::string& place,
+                             ModuleWeights& weights) {
   weights["gate_weight"] = take(saved, "gate_weight", {gates, features}, place);
   weights["gate_bias"] = take(saved, "gate_bias", {gates}, place);
 }
 
-ModuleWeights Reader::read(const PlannedLoRA& planned, const SavedParameters& saved, const std::string& place) {
+ModuleWeights WeightReader::read(const PlannedLoRA& planned, const SavedParameters& saved, const std::string& place) {
   const LoRAConfig& config = planned.config;
   ModuleWeights weights;
   const LoRAForm form = lora_form(config);
@@ -93,8 +91,8 @@ ModuleWeights Reader::read(const PlannedLoRA& planned, const SavedParameters& sa
   return weights;
 }
 
-ModuleWeights Reader::read_bottleneck(const PlannedModule& module, const SavedParameters& saved,
-                                      const std::string& place) {
+ModuleWeights WeightReader::read_bottleneck(const PlannedModule& module, const SavedParameters& saved,
+                                            const std::string& place) {
   const auto& planned = std::get<PlannedBottleneck>(module.method);
   const int64_t hidden = planned.hidden_size;
   const int64_t size = planned.bottleneck_size;
@@ -125,9 +123,9 @@ ModuleWeights Reader::read_bottleneck(const PlannedModule& module, const SavedPa
   return weights;
 }
 
-// Computed in float32 or wider whatever the model's type.
-void Reader::read_phm(const PlannedModule& module, const PhmShape& shape, const SavedParameters& saved,
-                      const std::string& place, ModuleWeights& weights) {
+// Computes in float32 or wider, whatever the model's dtype.
+void WeightReader::read_phm(const PlannedModule& module, const PhmShape& shape, const SavedParameters& saved,
+                            const std::string& place, ModuleWeights& weights) {
   const BnConfig& config = std::get<PlannedBottleneck>(module.method).config;
   const auto dtype = c10::promoteTypes(c10::typeMetaToScalarType(options_.dtype()), at::kFloat);
   const std::string side = shape.side;
@@ -145,8 +143,9 @@ void Reader::read_phm(const PlannedModule& module, const PhmShape& shape, const 
   weights[side + "_bias"] = config.phm_bias ? take(saved, side + "_bias", {shape.out}, place) : at::zeros({shape.out});
 }
 
-// The part of the prefix pool for `location`: some models put their own name before it, DistilBERT says "self".
-const SavedParameters& Reader::pool_of(const std::string& location) const {
+// The part of the prefix pool for `location`. Some models prefix the location with their own name; DistilBERT calls it
+// "self".
+const SavedParameters& WeightReader::pool_of(const std::string& location) const {
   const std::string ending = "_" + location;
   for (const auto& [saved_location, parameters] : checkpoint_.prefixes) {
     const bool is_short = saved_location + "_prefix" == location;
@@ -154,15 +153,15 @@ const SavedParameters& Reader::pool_of(const std::string& location) const {
       return parameters;
     }
   }
-  // An encoder that stands alone is self attention to us, encoder to some of the library's models.
+  // Attention of an encoder without a decoder: "self" to us, "encoder" in some of the library's models.
   if (checkpoint_.prefixes.size() == 1 && location != "cross_prefix") {
     return checkpoint_.prefixes.begin()->second;
   }
   TORCH_CHECK(false, "adapter weights: the prefixes of ", location, " are missing in the checkpoint");
 }
 
-// [P, L 2 h d] of the group at `location`, computed in float32 or wider whatever the model's type.
-at::Tensor Reader::ejected(const PlannedPrefix& prefix, const std::string& location) {
+// [P, L 2 h d] of the group at `location`, computed in float32 or wider, whatever the model's dtype.
+at::Tensor WeightReader::ejected(const PlannedPrefix& prefix, const std::string& location) {
   if (const auto known = groups_.find(location); known != groups_.end()) {
     return known->second;
   }
@@ -190,7 +189,7 @@ at::Tensor Reader::ejected(const PlannedPrefix& prefix, const std::string& locat
   return result;
 }
 
-ModuleWeights Reader::read(const PlannedModule& module, const SavedParameters& saved) {
+ModuleWeights WeightReader::read(const PlannedModule& module, const SavedParameters& saved) {
   const std::string place = module.site + " of layer " + std::to_string(module.number);
   ModuleWeights weights;
   if (const auto* lora = std::get_if<PlannedLoRA>(&module.method)) {
@@ -211,7 +210,7 @@ ModuleWeights Reader::read(const PlannedModule& module, const SavedParameters& s
   return weights;
 }
 
-void Reader::check_nothing_is_left() const {
+void WeightReader::check_nothing_is_left() const {
   const auto check = [&](const SavedParameters& parameters) {
     for (const auto& [name, saved] : parameters) {
       TORCH_CHECK(used_.count(saved.key), "adapter weights: the checkpoint has ", saved.key,
@@ -235,7 +234,7 @@ AdapterWeights adapter_hub_weights(const Plan& plan, const Structure& structure,
   TORCH_CHECK(!structure.layers.empty(), "adapter weights: the model has no attention layer");
   const Checkpoint checkpoint = sort_checkpoint(state, saved_name);
   const std::vector<SavedParameters> matched = match_modules(checkpoint, plan, structure);
-  Reader reader(structure.layers.front().hidden_size, checkpoint, options);
+  WeightReader reader(structure.layers.front().hidden_size, checkpoint, options);
   AdapterWeights result;
   for (size_t i = 0; i < plan.size(); ++i) {
     result.push_back(reader.read(plan[i], matched[i]));

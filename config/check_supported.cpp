@@ -1,5 +1,6 @@
+#include <torchgraft/config/check_supported.h>
+
 #include <torchgraft/activations/activation.h>
-#include <torchgraft/config/adapter_config.h>
 
 #include <c10/util/Exception.h>
 
@@ -20,7 +21,7 @@ std::string printed(double value) {
   return text.str();
 }
 
-// Of a dropout, which acts on adapters that are trained only.
+// A dropout's: it acts only on adapters that are trained.
 void require_probability(const std::string& field, double value) {
   TORCH_CHECK(value >= 0.0 && value < 1.0, "config: expected ", field, " to be at least 0 and below 1, got ", value);
 }
@@ -57,7 +58,7 @@ std::string lower(std::string text) {
   return text;
 }
 
-// The library crashes on the first forward pass: "post_add" names a sum that only original_ln_before makes.
+// Without original_ln_before there is no sum that "post_add" could name: the library crashes on the first forward pass.
 void check_residual(const BnConfig& config) {
   const auto* name = std::get_if<std::string>(&config.residual_before_ln);
   if (!name) {
@@ -98,7 +99,8 @@ void check_phm(const BnConfig& config) {
 
 void check(const BnConfig& config) {
   TORCH_CHECK(config.mh_adapter || config.output_adapter || config.cross_adapter,
-              "config: BnConfig has none of mh_adapter, output_adapter and cross_adapter: it adds nothing");
+              "config: BnConfig has none of mh_adapter, output_adapter and cross_adapter: such an adapter would change "
+              "nothing");
   check_reduction_factor(config);
   require_one_of("BnConfig.non_linearity", lower(config.non_linearity), non_linearity_names());
   require_one_of("BnConfig.init_weights", config.init_weights, {"bert", "mam_adapter", "houlsby"});
@@ -148,7 +150,7 @@ void check(const LoRAConfig& config) {
 }  // namespace
 
 void check_supported(const AdapterConfig& config) {
-  TORCH_CHECK(!config.methods.empty(), "config: it has no method");
+  TORCH_CHECK(!config.methods.empty(), "config: an adapter needs at least one method, got none");
   for (const MethodConfig& method : config.methods) {
     std::visit([](const auto& held) { check(held); }, method);
   }

@@ -1,0 +1,19 @@
+#pragma once
+
+#include <torchgraft/config/method_configs.h>
+#include <torchgraft/registration/export.h>
+
+#include <string>
+#include <string_view>
+
+namespace torchgraft {
+
+// The text of an AdapterHub adapter_config.json (with its outer {"config": ...}) or of the inner config alone. An
+// unknown field, a wrong type or malformed JSON throws c10::Error that names it.
+TORCHGRAFT_PATCH_API AdapterConfig config_from_json(std::string_view json);
+
+// The inner config, every field written, as AdapterConfig.to_dict() of the oracle: {"architecture": "union", ...} for
+// more than one method.
+TORCHGRAFT_PATCH_API std::string config_to_json(const AdapterConfig& config);
+
+}  // namespace torchgraft

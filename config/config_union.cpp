@@ -1,0 +1,40 @@
+#include <torchgraft/config/config_union.h>
+
+#include <c10/util/Exception.h>
+
+namespace torchgraft {
+namespace {
+
+const char* method_name(const MethodConfig& method) {
+  return std::holds_alternative<BnConfig>(method)             ? "bottleneck"
+         : std::holds_alternative<PrefixTuningConfig>(method) ? "prefix tuning"
+                                                              : "LoRA";
+}
+
+bool leaves_layers_out(const MethodConfig& method) {
+  return std::visit([](const auto& config) { return !config.leave_out.empty(); }, method);
+}
+
+}  // namespace
+
+AdapterConfig config_union(std::vector<MethodConfig> methods) {
+  for (size_t i = 0; i < methods.size(); ++i) {
+    for (size_t j = 0; j < i; ++j) {
+      const MethodConfig& a = methods[j];
+      const MethodConfig& b = methods[i];
+      if (a.index() != b.index() || leaves_layers_out(a) || leaves_layers_out(b)) {
+        continue;
+      }
+      const auto* left = std::get_if<BnConfig>(&a);
+      const auto* right = std::get_if<BnConfig>(&b);
+      const bool apart = left && left->mh_adapter != right->mh_adapter && left->output_adapter != right->output_adapter;
+      TORCH_CHECK(apart, "config: a union has two ", method_name(a), " configs (", j, " and ", i,
+                  ") for the same places; ",
+                  left ? "give each its own of mh_adapter and output_adapter, or use leave_out"
+                       : "use leave_out to give each its own layers");
+    }
+  }
+  return AdapterConfig{std::move(methods)};
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,91 @@
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <variant>
+#include <vector>
+
+namespace torchgraft {
+
+// Fields and defaults are those of adapters==1.3.0 (tests compare them one by one with the live library).
+
+// Bottleneck adapters. reduction_factor: one number, or a map from layer number (or "default") to a number.
+struct BnConfig {
+  bool mh_adapter = false;
+  bool output_adapter = true;
+  std::variant<double, std::map<std::string, double>> reduction_factor = 16.0;
+  std::string non_linearity = "relu";
+  bool original_ln_before = false;
+  bool original_ln_after = true;
+  bool ln_before = false;
+  bool ln_after = false;
+  std::string init_weights = "bert";
+  std::optional<int64_t> init_weights_seed;
+  bool is_parallel = false;
+  std::variant<double, std::string> scaling = 1.0;  // a number, "learned" or "channel"
+  bool use_gating = false;
+  std::variant<bool, std::string> residual_before_ln = true;  // or "post_add"
+  bool adapter_residual_before_ln = false;
+  std::optional<std::string> inv_adapter;
+  std::optional<double> inv_adapter_reduction_factor;
+  bool cross_adapter = false;
+  std::vector<int64_t> leave_out;
+  double dropout = 0.0;
+  bool phm_layer = false;
+  int64_t phm_dim = 4;
+  bool factorized_phm_W = true;
+  bool shared_W_phm = false;
+  bool shared_phm_rule = true;
+  bool factorized_phm_rule = false;
+  std::string phm_c_init = "normal";
+  double phm_init_range = 0.0001;
+  bool learn_phm = true;
+  std::string hypercomplex_nonlinearity = "glorot-uniform";
+  int64_t phm_rank = 1;
+  bool phm_bias = true;
+  double stochastic_depth = 0.0;
+};
+
+struct PrefixTuningConfig {
+  bool encoder_prefix = true;
+  bool cross_prefix = true;
+  std::vector<int64_t> leave_out;
+  bool flat = false;
+  int64_t prefix_length = 30;
+  int64_t bottleneck_size = 512;
+  std::string non_linearity = "tanh";
+  double dropout = 0.0;
+  bool use_gating = false;
+  bool shared_gating = true;
+  std::optional<int64_t> init_weights_seed;
+};
+
+struct LoRAConfig {
+  bool selfattn_lora = true;
+  bool intermediate_lora = false;
+  bool output_lora = false;
+  std::vector<int64_t> leave_out;
+  int64_t r = 8;
+  double alpha = 8;
+  double dropout = 0.0;
+  std::vector<std::string> attn_matrices = {"q", "v"};
+  std::string composition_mode = "add";
+  std::string init_weights = "lora";
+  std::optional<int64_t> init_weights_seed;
+  bool use_gating = false;
+  bool use_dora = false;
+  std::optional<double> vera_d;
+  std::optional<double> vera_b;
+  std::optional<std::string> dtype;
+};
+
+using MethodConfig = std::variant<BnConfig, PrefixTuningConfig, LoRAConfig>;
+
+// All methods under one adapter name; a single method is a union of one.
+struct AdapterConfig {
+  std::vector<MethodConfig> methods;
+};
+
+}  // namespace torchgraft

@@ -1,0 +1,33 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <map>
+#include <string>
+#include <vector>
+
+namespace torchgraft {
+
+// Parameters of one adapter at one site, without the bank dimension. Names and shapes:
+//   LoRA        lora_a [r, in], lora_b [out, r], scaling [] (alpha / r, or 1 when gated)
+//   (IA)^3      lora_b [out, 1], scaling []
+//   DoRA        as LoRA, and magnitude [out], weight_norm [out] (norms of the rows of W + B A when it was grafted),
+//               fixed [out] (what the magnitude does not scale: the bias, for adapters of PEFT)
+//   bottleneck  down_weight [R, H], down_bias [R], up_weight [H, R], up_bias [H], scaling [1] or [H],
+//               norm_before_weight, norm_before_bias, norm_after_weight, norm_after_bias [H] (ln_before, ln_after)
+//   prefix      prefix_key [h_kv, P, d], prefix_value [h_kv, P, d] (the prefix MLP already computed: "ejected")
+//   each, when gated: gate_weight [G, H or in], gate_bias [G]; G is 2 for a prefix with shared_gating=False, else 1
+using ModuleWeights = std::map<std::string, at::Tensor>;
+
+// One entry per module of the plan, in the plan's order.
+using AdapterWeights = std::vector<ModuleWeights>;
+
+// What an adapter's weights are computed from while the adapter is trained. A frozen adapter does not keep it. Keys:
+//   "self_prefix", "encoder_prefix", "cross_prefix"   the MLP of the prefixes at that location, see plan/prefix_mlp.h
+//   "layer_0_output_adapter", "shared_phm"            factors of Compacter's projections, see plan/phm.h
+using Reparametrisation = std::map<std::string, ModuleWeights>;
+
+// A flat state dict as a checkpoint holds it.
+using StateDict = std::map<std::string, at::Tensor>;
+
+}  // namespace torchgraft
