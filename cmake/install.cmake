@@ -18,6 +18,7 @@ set(torchgraft_headers
   ops/gated_lora_linear.h
   ops/kernel_mode.h
   ops/gated_prefix_attention.h
+  registration/error_text.h
   registration/export.h
   registration/library.h)
 if(TORCHGRAFT_BUILD_PATCH)
@@ -26,6 +27,7 @@ if(TORCHGRAFT_BUILD_PATCH)
     config/adapter_config.h
     patch/adapter_pool.h
     config/head_config.h
+    patch/forward_inputs.h
     patch/graft.h
     patch/head.h
     patch/life.h

@@ -3,15 +3,18 @@
 #include "binding.h"
 
 #include <torchgraft/ops/kernel_mode.h>
-#include <torchgraft/patch/canonicalise/canonicalise.h>
 #include <torchgraft/patch/adapters/directory_update.h>
+#include <torchgraft/patch/canonicalise/canonicalise.h>
+#include <torchgraft/patch/forward_inputs.h>
 #include <torchgraft/patch/head.h>
 #include <torchgraft/patch/life.h>
 #include <torchgraft/patch/save_adapter.h>
 #include <torchgraft/patch/train.h>
 #include <torchgraft/plan/safetensors.h>
+#include <torchgraft/registration/error_text.h>
 #include <torchgraft/registration/library.h>
 
+#include <torch/csrc/jit/python/pybind.h>
 #include <torch/csrc/jit/runtime/jit_exception.h>
 
 #include <exception>
@@ -111,6 +114,18 @@ void translate_error(std::exception_ptr exception) {
 PYBIND11_MODULE(_C, m) {
   py::register_local_exception_translator(&translate_error);
   m.def("version", &torchgraft::version);
+  m.def("one_line", [](const std::string& message) { return torchgraft::one_line(message); });
+  using torchgraft::ForwardInputs;
+  py::class_<ForwardInputs>(m, "ForwardInputs")
+      .def(py::init<const c10::FunctionSchema&>())
+      .def_property_readonly("takes_mask", &ForwardInputs::takes_mask)
+      .def(
+          "arguments",
+          [](const ForwardInputs& inputs, const at::Tensor& ids, const std::optional<at::Tensor>& mask,
+             const std::optional<at::Tensor>& types) {
+            return inputs.arguments({ids, mask.value_or(at::Tensor()), types.value_or(at::Tensor())});
+          },
+          py::arg("ids"), py::arg("mask") = std::nullopt, py::arg("types") = std::nullopt);
   m.def("graft", &graft, py::arg("module"), py::arg("adapters"), py::arg("gate_pooling"), py::arg("token_mask_input"),
         py::arg("active"), py::arg("verify"), py::arg("sites") = "", py::arg("fuse") = true,
         py::call_guard<py::gil_scoped_release>());
