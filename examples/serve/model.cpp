@@ -1,5 +1,7 @@
 #include "model.h"
 
+#include <torchgraft/registration/error_text.h>
+
 #include <torch/script.h>
 
 #include <chrono>
@@ -75,9 +77,7 @@ Model::Model(const std::string& path) {
   try {
     module_ = torch::jit::load(path, torch::kCPU);
   } catch (const c10::Error& error) {
-    const std::string reason = error.what_without_backtrace();
-    throw std::runtime_error(path +
-                             ": not a TorchScript file that can be loaded: " + reason.substr(0, reason.find('\n')));
+    throw std::runtime_error(path + ": not a TorchScript file that can be loaded: " + torchgraft::one_line(error));
   }
   module_.eval();
 }

@@ -2,6 +2,7 @@
 
 #include <torchgraft/patch/life.h>
 #include <torchgraft/patch/save_adapter.h>
+#include <torchgraft/registration/error_text.h>
 
 #include <algorithm>
 #include <cctype>
@@ -46,9 +47,6 @@ std::string read_config(const std::filesystem::path& directory) {
   return text.str();
 }
 
-// libtorch's messages end in traces.
-std::string first_line(const std::string& message) { return message.substr(0, message.find('\n')); }
-
 bool is_grafted(const torch::jit::Module& module) { return module.find_method("adapter_names").has_value(); }
 
 torchgraft::AdapterPoolOptions pool_options(const torch::jit::Module& module, const std::filesystem::path& folder,
@@ -66,7 +64,7 @@ torchgraft::AdapterPoolOptions pool_options(const torch::jit::Module& module, co
         options.room.push_back(config);
       }
     } catch (const std::exception& error) {
-      std::cerr << "adapter " << name << " cannot be served: " << first_line(error.what()) << "\n";
+      std::cerr << "adapter " << name << " cannot be served: " << torchgraft::one_line(error) << "\n";
     }
   }
   return options;
@@ -88,7 +86,7 @@ auto answered(const std::string& name, Action action) {
   try {
     return action();
   } catch (const c10::Error& error) {
-    throw RequestError(422, "adapter '" + name + "' cannot be loaded: " + first_line(error.what_without_backtrace()));
+    throw RequestError(422, "adapter '" + name + "' cannot be loaded: " + torchgraft::one_line(error));
   }
 }
 

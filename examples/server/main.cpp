@@ -6,6 +6,8 @@
 #include "routes.h"
 #include "service.h"
 
+#include <torchgraft/registration/error_text.h>
+
 #include <ATen/Parallel.h>
 #include <sys/resource.h>
 #include <torch/script.h>
@@ -182,12 +184,14 @@ int main(int argc, char** argv) {
     app.parse(argc, argv);
     serve(options);
     return 0;
+  } catch (const CLI::CallForHelp& help) {
+    return app.exit(help);
   } catch (const CLI::ParseError& error) {
-    return app.exit(error);
-  } catch (const c10::Error& error) {
+    std::cerr << "server: " << torchgraft::one_line(error) << " (server --help)\n";
+  } catch (const c10::Error& error) {  // all lines: graft() lists what it nearly recognised
     std::cerr << "server: " << error.what_without_backtrace() << "\n";
   } catch (const std::exception& error) {
-    std::cerr << "server: " << error.what() << "\n";
+    std::cerr << "server: " << torchgraft::one_line(error) << "\n";
   }
   return 1;
 }

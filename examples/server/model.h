@@ -1,5 +1,7 @@
 #pragma once
 
+#include <torchgraft/patch/forward_inputs.h>
+
 #include <torch/csrc/jit/api/module.h>
 
 #include <cstdint>
@@ -22,12 +24,11 @@ using Outputs = std::vector<Output>;
 
 size_t longest_row(const TokenRows& rows);
 
-// How a text encoder is called: forward(input_ids, attention_mask, ...), with [rows, tokens] int64 each. One that takes
-// no mask would read padding as tokens: it gets rows of one length at a time.
+// How a text encoder is called: forward(input_ids, attention_mask, ...), with [rows, tokens] int64 each. An encoder
+// that takes no mask would read padding as tokens: it gets rows of one length at a time.
 class Signature {
  public:
-  // Reads the arguments of `module`'s forward: a name with "mask" in it is the mask, one with "type" the token types
-  // (all 0), the first other one the token ids. Throws std::runtime_error when there is another that must be given.
+  // Throws c10::Error when forward needs something that token ids do not give (torchgraft::ForwardInputs).
   // pad_id: the token behind the end of shorter rows.
   explicit Signature(const torch::jit::Module& module, int64_t pad_id = 0);
 
@@ -43,13 +44,10 @@ class Signature {
   std::optional<int64_t> vocabulary() const { return vocabulary_; }
 
  private:
-  enum class Input { kIds, kMask, kTypes, kNone };
-
   Result run_padded(const torch::jit::Module& module, const TokenRows& rows,
                     const std::vector<int64_t>& adapter_ids) const;
 
-  std::vector<Input> inputs_;
-  bool has_mask_ = false;
+  torchgraft::ForwardInputs inputs_;
   std::optional<int64_t> vocabulary_;
   int64_t pad_id_;
 };

@@ -1,8 +1,9 @@
 #include "service.h"
 
+#include <torchgraft/registration/error_text.h>
+
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
-#include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <iostream>
@@ -12,15 +13,6 @@
 #include <utility>
 
 namespace {
-
-// What went wrong is one line among libtorch's traces, in TorchScript's the last: "RuntimeError: gated_lora: ...".
-std::string one_line(const std::string& message) {
-  const std::string marker = "Error: ";
-  const size_t raised = message.rfind(marker);
-  const size_t begin = raised == std::string::npos ? 0 : raised + marker.size();
-  const std::string line = message.substr(begin, message.find('\n', begin) - begin);
-  return line.empty() ? "it did not say why" : line;
-}
 
 constexpr const char* kBusy = "too many requests are waiting, or the server is about to end";
 
@@ -163,7 +155,7 @@ void Service::fetch_first(const std::string& adapter, TokenRows rows, std::optio
     } catch (const RequestError& error) {
       done({}, &error);
     } catch (const std::exception& error) {
-      const RequestError failure(500, one_line(error.what()));
+      const RequestError failure(500, torchgraft::one_line(error));
       done({}, &failure);
     }
   });
@@ -222,9 +214,7 @@ std::optional<std::string> Service::pass(const std::vector<Work>& batch, std::ve
       first += static_cast<int64_t>(work.rows.size());
     }
     return std::nullopt;
-  } catch (const c10::Error& failure) {
-    return one_line(failure.what_without_backtrace());
   } catch (const std::exception& failure) {
-    return one_line(failure.what());
+    return torchgraft::one_line(failure);
   }
 }

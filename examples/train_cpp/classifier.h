@@ -3,6 +3,8 @@
 #include "data.h"
 #include "options.h"
 
+#include <torchgraft/patch/forward_inputs.h>
+
 #include <torch/csrc/jit/api/module.h>
 
 #include <string>
@@ -29,12 +31,8 @@ class Classifier {
   void save(const std::string& directory, const std::string& model_class) const;
 
  private:
-  enum class Input { kIds, kMask, kTypes, kNone };
-
-  void find_inputs();
-
   torch::jit::Module module_;
   std::string adapter_;
-  std::vector<Input> inputs_;  // forward_with_head's arguments
+  torchgraft::ForwardInputs inputs_;  // of forward_with_head
   std::vector<std::pair<std::string, at::Tensor>> parameters_;
 };
