@@ -27,7 +27,7 @@ class Request:
 class Encoder:
     """A TorchScript encoder, forward(input_ids, attention_mask) with [rows, tokens] int64 each, bare or grafted.
 
-    `capacity` adapters of the folder are in memory; those of a grafted file always are.
+    Memory holds `capacity` adapters of the folder, and always those of a grafted file.
     """
 
     def __init__(self, model: Path, adapters: Path, capacity: int, threads: int):
@@ -41,7 +41,7 @@ class Encoder:
         self.own = set(module.adapter_names()) if grafted else set()
         self._pool = torchgraft.AdapterPool(
             module,
-            # One more: an adapter comes in while requests still run the one that leaves for it.
+            # One more: while an adapter comes in, requests still run the one that leaves for it.
             len(self.own) + capacity + 1,
             room=self._configs(),
             gate_pooling="all" if grafted else "unpadded",
@@ -53,7 +53,7 @@ class Encoder:
         return list(files.values())
 
     def load(self, name: str, version: str) -> torchgraft.Lease:
-        """An adapter of the folder, read now. Versions of one adapter can be in memory at a time."""
+        """Reads an adapter of the folder. Memory can hold several versions of one adapter at a time."""
         row = f"{name}@{version}"
         self._pool.insert(row, self._adapters / name)
         return self._pool.acquire([row])
@@ -63,7 +63,7 @@ class Encoder:
         return self._pool.acquire([name])
 
     def run(self, requests: list[Request]) -> list[Answer]:
-        """One forward pass, or, when larger banks were built between these leases, one for each module."""
+        """One forward pass, or one for each module: the pool builds a new one when its banks grow."""
         answers = {}
         for module in {id(request.lease.module): request.lease.module for request in requests}.values():
             mine = [request for request in requests if request.lease.module is module]
@@ -71,8 +71,8 @@ class Encoder:
         return [answers[id(request)] for request in requests]
 
     def _answers(self, module: torch.jit.ScriptModule, requests: list[Request]) -> list[Answer]:
-        """If the pass fails, because of a token that the model does not have, say, each request runs alone, so that the
-        others get their answers."""
+        """If the pass fails, on a token that the model does not have, say, each request runs alone, so that the others
+        get their answers."""
         try:
             states = iter(self._states(module, requests))
         except (RuntimeError, torch.jit.Error) as error:

@@ -52,7 +52,7 @@ LayerGates read_layers(const c10::IValue& dictionary) {
   return layers;
 }
 
-// The batch rows that an adapter's gates belong to: those whose id says so, or, without ids, all.
+// The rows of the batch that `gates` belong to: those with the adapter's id, or all, without ids.
 std::vector<int64_t> rows_of(const AdapterGates& gates, const std::vector<int64_t>& ids,
                              const std::vector<std::string>& names) {
   std::vector<int64_t> rows;

@@ -17,7 +17,7 @@ using torchgraft::AdapterSpec;
 
 constexpr size_t kLongestName = 128;
 
-// What may be a directory of the folder: no dots and no slashes, so that no name leads out of it.
+// Whether a directory of the folder may have this name. Without dots and slashes no name leads out of the folder.
 bool is_name(const std::string& name) {
   return !name.empty() && name.size() <= kLongestName && std::all_of(name.begin(), name.end(), [](unsigned char c) {
     return c < 0x80 && (std::isalnum(c) || c == '_' || c == '-');
@@ -80,7 +80,7 @@ std::map<std::string, std::string> own_configs(const torch::jit::Module& module)
   return configs;
 }
 
-// Runs `action` with what libtorch throws turned into an answer.
+// Runs `action`. An error of libtorch's becomes the answer 422.
 template <typename Action>
 auto answered(const std::string& name, Action action) {
   try {

@@ -35,7 +35,7 @@ Output read_output(const at::Tensor& tensor) {
 
 using torch::jit::Value;
 
-// What `value` is in a graph of `module`: a constant, or an attribute of it or of a module in it.
+// The value in a graph of `module` if it is a constant, or an attribute of the module or of one inside it.
 std::optional<c10::IValue> known_value(const Value* value, const torch::jit::Module& module) {
   const torch::jit::Node* node = value->node();
   if (value == node->owningGraph()->inputs()[0]) {
@@ -49,7 +49,7 @@ std::optional<c10::IValue> known_value(const Value* value, const torch::jit::Mod
   return torch::jit::toIValue(value);
 }
 
-// Through what changes the shape or the dtype of ids, but not which they are.
+// Where ids come from, before nodes that change their shape or dtype.
 const Value* origin(const Value* value) {
   for (;;) {
     const auto kind = value->node()->kind();
@@ -60,7 +60,7 @@ const Value* origin(const Value* value) {
   }
 }
 
-// The rows of the embedding that forward's argument number `ids` (self is 0) goes to.
+// The number of rows of the embedding that looks up forward's argument number `ids` (self is 0).
 std::optional<int64_t> embedding_rows(const torch::jit::Module& module, size_t ids) {
   std::shared_ptr<torch::jit::Graph> graph = module.get_method("forward").graph()->copy();
   torch::jit::Inline(*graph);

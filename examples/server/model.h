@@ -11,14 +11,14 @@
 
 using TokenRows = std::vector<std::vector<int64_t>>;
 
-// What is answered of a row: the hidden state of its first token, or the mean over its own tokens; or the logits of its
-// adapter's head.
+// What the server answers for a row: the hidden state of its first token, the mean over its own tokens, or the logits
+// of its adapter's head.
 enum class Pooling { kFirst, kMean, kHead };
 
-// The answer for one row: numbers, or, where every token has a result, one line of `columns` numbers for each.
+// The answer for one row: numbers, or `columns` numbers for each of its tokens.
 struct Output {
   std::vector<float> values;
-  int64_t columns = 0;  // 0: one line
+  int64_t columns = 0;  // 0: not by token
 };
 using Outputs = std::vector<Output>;
 
@@ -37,10 +37,10 @@ class Signature {
     at::Tensor mask;    // int64 [rows, tokens], 1 where a token is real
   };
 
-  // One forward pass; without a mask, one for each length among the rows. adapter_ids: one per row.
+  // One forward pass; of a model without a mask, one for each length of row. adapter_ids: one per row.
   Result run(const torch::jit::Module& module, const TokenRows& rows, const std::vector<int64_t>& adapter_ids) const;
 
-  // Token ids are below this: the rows of the embedding that they are looked up in. nullopt when it was not found.
+  // How many tokens the embedding of the ids has; nullopt when the graph does not show it.
   std::optional<int64_t> vocabulary() const { return vocabulary_; }
 
  private:
@@ -52,8 +52,9 @@ class Signature {
   int64_t pad_id_;
 };
 
-// Answers of hidden states [n, tokens, hidden], pooled (not kHead); of [n, k], the rows. `rows` are their tokens.
+// The answers for states [n, tokens, hidden], pooled (not kHead); states [n, k] are answers already. `rows`: the
+// tokens.
 Outputs pool_states(const at::Tensor& states, const TokenRows& rows, Pooling pooling);
 
-// Answers of logits [n, L], or [n, tokens, L], of which a row's own tokens are answered.
+// The answers for logits [n, L]; for [n, tokens, L] those of a row's own tokens. `rows`: the tokens.
 Outputs read_logits(const at::Tensor& logits, const TokenRows& rows);

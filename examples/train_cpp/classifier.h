@@ -14,15 +14,15 @@
 // A grafted encoder whose adapter, with its head, is trained.
 class Classifier {
  public:
-  // Loads the base, grafts the adapter (or unfreezes the one of that name) and gives it a head, unless it has one, for
-  // `labels`. Fresh weights are drawn from the default generator. Throws c10::Error when the model is none, or does not
-  // take token ids and a mask, or when the adapter's own head has other labels.
+  // Loads the base, grafts the adapter (or unfreezes the one of that name) and, unless it has a head, gives it one for
+  // `labels`. Draws fresh weights from the default generator. Throws c10::Error when it cannot load the model, when
+  // forward needs something that a text does not give, or when the adapter's own head has other labels.
   Classifier(const AdapterOptions& options, const std::vector<std::string>& labels);
 
   // [B, L] of B rows.
   at::Tensor logits(const Examples& rows) const;
 
-  // In training mode the adapter's dropout acts, and the base's if its graph has any.
+  // In training mode the dropout of the adapter acts, and that of the base, if its graph has any.
   void set_training(bool on) { module_.train(on); }
 
   const std::vector<std::pair<std::string, at::Tensor>>& parameters() const { return parameters_; }

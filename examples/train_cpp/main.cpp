@@ -26,7 +26,7 @@ std::string text_of(const T& value) {
   return text.str();
 }
 
-// The options by the names that the command line has for them. How often a checkpoint is written does not matter.
+// The options by their names on the command line, but for how often the program writes a checkpoint.
 Settings settings_of(const Options& options) {
   const AdapterOptions& adapter = options.adapter;
   const TrainingOptions& training = options.training;
@@ -74,7 +74,7 @@ Data read_data(const Options& options) {
 }
 
 void train(const Options& options) {
-  std::signal(SIGXFSZ, SIG_IGN);  // a file that must not grow is then an error of write(), like a full disk
+  std::signal(SIGXFSZ, SIG_IGN);  // then write() reports a file that must not grow, as it does a full disk
   if (options.threads > 0) {
     at::set_num_threads(options.threads);
   }
