@@ -109,11 +109,8 @@ void translate_error(std::exception_ptr exception) {
   }
 }
 
-}  // namespace
-
-PYBIND11_MODULE(_C, m) {
-  py::register_local_exception_translator(&translate_error);
-  m.def("version", &torchgraft::version);
+// What hosts of text encoders need: error_text.h, forward_inputs.h.
+void bind_text(py::module_& m) {
   m.def("one_line", [](const std::string& message) { return torchgraft::one_line(message); });
   using torchgraft::ForwardInputs;
   py::class_<ForwardInputs>(m, "ForwardInputs")
@@ -126,15 +123,9 @@ PYBIND11_MODULE(_C, m) {
             return inputs.arguments({ids, mask.value_or(at::Tensor()), types.value_or(at::Tensor())});
           },
           py::arg("ids"), py::arg("mask") = std::nullopt, py::arg("types") = std::nullopt);
-  m.def("graft", &graft, py::arg("module"), py::arg("adapters"), py::arg("gate_pooling"), py::arg("token_mask_input"),
-        py::arg("active"), py::arg("verify"), py::arg("sites") = "", py::arg("fuse") = true,
-        py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "inspect",
-      [](const Module& module, const std::string& sites) {
-        return torchgraft::to_json(torchgraft::inspect(module, sites_of(sites)));
-      },
-      py::arg("module"), py::arg("sites") = "", py::call_guard<py::gil_scoped_release>());
+}
+
+void bind_life(py::module_& m) {
   const py::call_guard<py::gil_scoped_release> no_gil;
   m.def("list_adapters", &list_adapters);
   m.def("remove_adapters", &torchgraft::remove_adapters, no_gil);
@@ -161,6 +152,10 @@ PYBIND11_MODULE(_C, m) {
     }
     return result;
   });
+}
+
+void bind_files(py::module_& m) {
+  const py::call_guard<py::gil_scoped_release> no_gil;
   m.def("adapter_files", [](const Module& module, const std::string& name, const std::string& model_class) {
     const torchgraft::AdapterFiles files = torchgraft::adapter_files(module, name, model_class);
     return std::tuple(files.config, files.weights, files.head_config, files.head_weights);
@@ -176,6 +171,17 @@ PYBIND11_MODULE(_C, m) {
     update.commit(marker, obsolete);
   });
   m.def(
+      "write_safetensors",
+      [](const torchgraft::StateDict& tensors, const std::string& path) {
+        torchgraft::write_safetensors(tensors, path);
+      },
+      no_gil);
+  m.def("read_safetensors", &torchgraft::read_safetensors, no_gil);
+}
+
+void bind_heads(py::module_& m) {
+  const py::call_guard<py::gil_scoped_release> no_gil;
+  m.def(
       "add_head",
       [](const Module& module, const std::string& name, const std::string& config, const std::string& token_mask) {
         return torchgraft::add_head(module, name, torchgraft::head_config_from_json(config), token_mask);
@@ -184,14 +190,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("remove_head", &torchgraft::remove_head, no_gil);
   m.def("head_config", &torchgraft::head_config, no_gil);
   m.def("is_known_head", &torchgraft::is_known_head);
-  m.def(
-      "write_safetensors",
-      [](const torchgraft::StateDict& tensors, const std::string& path) {
-        torchgraft::write_safetensors(tensors, path);
-      },
-      no_gil);
-  m.def("read_safetensors", &torchgraft::read_safetensors, no_gil);
-  m.def("canonical_module", &torchgraft::canonical_module);
+}
+
+void bind_configs(py::module_& m) {
   m.def("config_names", &torchgraft::config_names);
   m.def("config_from_name",
         [](const std::string& name) { return torchgraft::config_to_json(torchgraft::config_from_name(name)); });
@@ -200,6 +201,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("normalise_config",
         [](const std::string& json) { return torchgraft::config_to_json(torchgraft::config_from_json(json)); });
   m.def("check_supported", [](const std::string& text) { torchgraft::check_supported(config_of(text)); });
+}
+
+void bind_kernels(py::module_& m) {
   using torchgraft::ops::KernelMode;
   py::enum_<KernelMode>(m, "KernelMode")
       .value("AUTO", KernelMode::kAuto)
@@ -208,5 +212,28 @@ PYBIND11_MODULE(_C, m) {
   m.def("kernel_mode", &torchgraft::ops::kernel_mode);
   m.def("kernel_instruction_set", &torchgraft::ops::kernel_instruction_set);
   m.def("set_kernel_mode", &torchgraft::ops::set_kernel_mode);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  py::register_local_exception_translator(&translate_error);
+  m.def("version", &torchgraft::version);
+  m.def("graft", &graft, py::arg("module"), py::arg("adapters"), py::arg("gate_pooling"), py::arg("token_mask_input"),
+        py::arg("active"), py::arg("verify"), py::arg("sites") = "", py::arg("fuse") = true,
+        py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "inspect",
+      [](const Module& module, const std::string& sites) {
+        return torchgraft::to_json(torchgraft::inspect(module, sites_of(sites)));
+      },
+      py::arg("module"), py::arg("sites") = "", py::call_guard<py::gil_scoped_release>());
+  m.def("canonical_module", &torchgraft::canonical_module);
+  bind_text(m);
+  bind_life(m);
+  bind_files(m);
+  bind_heads(m);
+  bind_configs(m);
+  bind_kernels(m);
   torchgraft_python::bind_adapter_pool(m);
 }
