@@ -19,6 +19,7 @@ set(torchgraft_headers
   ops/gated_lora_linear.h
   ops/kernel_mode.h
   ops/gated_prefix_attention.h
+  registration/error_text.h
   registration/export.h
   registration/library.h)
 if(TORCHGRAFT_BUILD_PATCH)
@@ -33,6 +34,7 @@ if(TORCHGRAFT_BUILD_PATCH)
     config/method_configs.h
     config/named_configs.h
     patch/adapter_pool.h
+    patch/forward_inputs.h
     patch/graft.h
     patch/head.h
     patch/life.h

@@ -5,13 +5,16 @@
 #include <torchgraft/ops/kernel_mode.h>
 #include <torchgraft/patch/adapters/directory_update.h>
 #include <torchgraft/patch/canonicalise/canonicalise.h>
+#include <torchgraft/patch/forward_inputs.h>
 #include <torchgraft/patch/head.h>
 #include <torchgraft/patch/life.h>
 #include <torchgraft/patch/save_adapter.h>
 #include <torchgraft/patch/train.h>
 #include <torchgraft/plan/safetensors.h>
+#include <torchgraft/registration/error_text.h>
 #include <torchgraft/registration/library.h>
 
+#include <torch/csrc/jit/python/pybind.h>
 #include <torch/csrc/jit/runtime/jit_exception.h>
 
 #include <exception>
@@ -106,6 +109,22 @@ void translate_error(std::exception_ptr exception) {
   }
 }
 
+// What hosts of text encoders need: error_text.h, forward_inputs.h.
+void bind_text(py::module_& m) {
+  m.def("one_line", [](const std::string& message) { return torchgraft::one_line(message); });
+  using torchgraft::ForwardInputs;
+  py::class_<ForwardInputs>(m, "ForwardInputs")
+      .def(py::init<const c10::FunctionSchema&>())
+      .def_property_readonly("takes_mask", &ForwardInputs::takes_mask)
+      .def(
+          "arguments",
+          [](const ForwardInputs& inputs, const at::Tensor& ids, const std::optional<at::Tensor>& mask,
+             const std::optional<at::Tensor>& types) {
+            return inputs.arguments({ids, mask.value_or(at::Tensor()), types.value_or(at::Tensor())});
+          },
+          py::arg("ids"), py::arg("mask") = std::nullopt, py::arg("types") = std::nullopt);
+}
+
 // Long calls let other Python threads run.
 using NoGil = py::call_guard<py::gil_scoped_release>;
 
@@ -150,6 +169,10 @@ void bind_files(py::module_& m) {
     }
     return result;
   });
+}
+
+void bind_files(py::module_& m) {
+  const py::call_guard<py::gil_scoped_release> no_gil;
   m.def("adapter_files", [](const Module& module, const std::string& name, const std::string& model_class) {
     const torchgraft::AdapterFiles files = torchgraft::adapter_files(module, name, model_class);
     return std::tuple(files.config, files.weights, files.head_config, files.head_weights);
@@ -213,6 +236,7 @@ PYBIND11_MODULE(_C, m) {
   py::register_local_exception_translator(&translate_error);
   m.def("version", &torchgraft::version);
   bind_grafting(m);
+  bind_text(m);
   bind_life(m);
   bind_files(m);
   bind_heads(m);

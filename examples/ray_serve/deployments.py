@@ -15,14 +15,14 @@ from ray import serve
 import torchgraft
 from encoder import BATCH_ROWS, CONFIG_FILE, WEIGHTS_FILE, Answer, Encoder, Request
 
-NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")  # what may be a directory of the folder
+NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")  # of a directory in the folder
 FIELDS = {"adapter", "input_ids", "pooling"}
 MOST_TOKENS = 512
 
 
 @dataclass(frozen=True)
 class Settings:
-    """min_replicas to max_replicas of them, each with `capacity` adapters and `threads` threads for a forward pass."""
+    """min_replicas to max_replicas replicas, each with `capacity` adapters and `threads` threads for a forward pass."""
 
     model: Path
     adapters: Path
@@ -33,7 +33,7 @@ class Settings:
 
 
 class Batches:
-    """What waits when a forward pass begins is its batch, in order of arrival, whatever the adapters.
+    """A forward pass takes the requests that wait when it begins, in order of arrival, whatever their adapters.
 
     Not @serve.batch, which makes batches of one multiplexed model each.
     """
@@ -76,10 +76,10 @@ class Batches:
 
 @serve.deployment(max_ongoing_requests=256)
 class EncoderReplica:
-    """Ray sends a request to a replica that has its adapter, if one has, and drops those used longest ago.
+    """Ray sends a request to a replica that has its adapter, if one has, and drops the adapters used longest ago.
 
-    What is kept of an adapter is a lease on its row, which requests under way share: a row that is dropped is rewritten
-    only when they are done.
+    What Ray keeps of an adapter is a lease on its row. Requests under way share the lease, so the pool rewrites the row
+    of a dropped adapter only when they are done.
     """
 
     def __init__(self, settings: Settings):
@@ -137,7 +137,7 @@ def is_row(row: object) -> bool:
 
 @serve.deployment(max_ongoing_requests=1024, ray_actor_options={"num_cpus": 0})
 class Gateway:
-    """HTTP in and out, in the words of examples/server."""
+    """HTTP in and out, with the messages of examples/server."""
 
     def __init__(self, encoder: serve.handle.DeploymentHandle, adapters: Path):
         self._encoder = encoder
@@ -161,7 +161,7 @@ class Gateway:
         return starlette.responses.JSONResponse({"adapter": name or None, **answer})
 
     def _model_id(self, name: str) -> str:
-        """NAME@VERSION of an adapter of the folder, so that changed files are another model; else ""."""
+        """NAME@VERSION of an adapter in the folder, so that changed files are another model to Ray; else ""."""
         directory = self._adapters / name
         if not name or not (directory / CONFIG_FILE).is_file():
             return ""

@@ -27,18 +27,21 @@ class Request:
 class Encoder:
     """A TorchScript encoder, forward(input_ids, attention_mask) with [rows, tokens] int64 each, bare or grafted.
 
-    `capacity` adapters of the folder are in memory; those of a grafted file always are.
+    Memory holds `capacity` adapters of the folder, and always those of a grafted file.
     """
 
     def __init__(self, model: Path, adapters: Path, capacity: int, threads: int):
         torch.set_num_threads(threads)
         module = torch.jit.load(model, map_location="cpu").eval()
+        self._inputs = torchgraft.forward_inputs(module.forward)
+        if not self._inputs.takes_mask:
+            raise torchgraft.GraftError(f"{model}: forward takes no mask; examples/server runs it on unpadded rows")
         grafted = hasattr(module, "adapter_names")
         self._adapters = adapters
         self.own = set(module.adapter_names()) if grafted else set()
         self._pool = torchgraft.AdapterPool(
             module,
-            # One more: an adapter comes in while requests still run the one that leaves for it.
+            # One more: while an adapter comes in, requests still run the one that leaves for it.
             len(self.own) + capacity + 1,
             room=self._configs(),
             gate_pooling="all" if grafted else "unpadded",
@@ -50,7 +53,7 @@ class Encoder:
         return list(files.values())
 
     def load(self, name: str, version: str) -> torchgraft.Lease:
-        """An adapter of the folder, read now. Versions of one adapter can be in memory at a time."""
+        """Reads an adapter of the folder. Memory can hold several versions of one adapter at a time."""
         row = f"{name}@{version}"
         self._pool.insert(row, self._adapters / name)
         return self._pool.acquire([row])
@@ -60,46 +63,41 @@ class Encoder:
         return self._pool.acquire([name])
 
     def run(self, requests: list[Request]) -> list[Answer]:
-        """One forward pass, or, when larger banks were built between these leases, one for each module."""
+        """One forward pass, or one for each module: the pool builds a new one when its banks grow."""
         answers = {}
         for module in {id(request.lease.module): request.lease.module for request in requests}.values():
             mine = [request for request in requests if request.lease.module is module]
-            answers.update(zip(map(id, mine), _answers(module, mine), strict=True))
+            answers.update(zip(map(id, mine), self._answers(module, mine), strict=True))
         return [answers[id(request)] for request in requests]
 
+    def _answers(self, module: torch.jit.ScriptModule, requests: list[Request]) -> list[Answer]:
+        """If the pass fails, on a token that the model does not have, say, each request runs alone, so that the others
+        get their answers."""
+        try:
+            states = iter(self._states(module, requests))
+        except (RuntimeError, torch.jit.Error) as error:
+            if len(requests) > 1:
+                return [answer for request in requests for answer in self._answers(module, [request])]
+            return [(400, torchgraft.one_line(error))]
+        return [
+            (200, {"outputs": [_pooled(next(states), row, request) for row in request.rows]}) for request in requests
+        ]
 
-def _answers(module: torch.jit.ScriptModule, requests: list[Request]) -> list[Answer]:
-    """If the pass fails, because of a token that the model does not have, say, each request runs alone, so that the
-    others get their answers."""
-    try:
-        states = iter(_states(module, requests))
-    except (RuntimeError, torch.jit.Error) as error:
-        if len(requests) > 1:
-            return [answer for request in requests for answer in _answers(module, [request])]
-        return [(400, _last_line(str(error)))]
-    return [(200, {"outputs": [_pooled(next(states), row, request) for row in request.rows]}) for request in requests]
-
-
-@torch.inference_mode()
-def _states(module: torch.jit.ScriptModule, requests: list[Request]) -> torch.Tensor:
-    """float [rows, tokens, hidden], or what the model returns instead: [rows, n]."""
-    rows = [torch.tensor(row) for request in requests for row in request.rows]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = (torch.arange(ids.size(1)) < lengths[:, None]).long()
-    adapter_ids = torch.cat([request.lease.ids.expand(len(request.rows)) for request in requests])
-    result = module(ids, mask, adapter_ids=adapter_ids)
-    while not isinstance(result, torch.Tensor):
-        result = next(iter(result.values())) if isinstance(result, dict) else result[0]
-    return result.float()
+    @torch.inference_mode()
+    def _states(self, module: torch.jit.ScriptModule, requests: list[Request]) -> torch.Tensor:
+        """float [rows, tokens, hidden], or what the model returns instead: [rows, n]."""
+        rows = [torch.tensor(row) for request in requests for row in request.rows]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = (torch.arange(ids.size(1)) < lengths[:, None]).long()
+        adapter_ids = torch.cat([request.lease.ids.expand(len(request.rows)) for request in requests])
+        result = module(*self._inputs.arguments(ids, mask), adapter_ids=adapter_ids)
+        while not isinstance(result, torch.Tensor):
+            result = next(iter(result.values())) if isinstance(result, dict) else result[0]
+        return result.float()
 
 
 def _pooled(states: torch.Tensor, row: list[int], request: Request) -> list[float]:
     if states.dim() == 2:
         states = states[: len(row)].mean(0) if request.pooling == "mean" else states[0]
     return states.tolist()
-
-
-def _last_line(message: str) -> str:
-    """What went wrong; TorchScript's messages begin with a trace."""
-    return message.strip().rsplit("\n", 1)[-1].removeprefix("RuntimeError: ")

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""The HTTP server of examples/server on Ray Serve: several replicas of one model, adapters where they are asked for.
+"""The HTTP server of examples/server on Ray Serve: several replicas of one model, adapters where requests need them.
 
     main.py MODEL.pt --adapters FOLDER --port 8000 --replicas 2 --max-replicas 4
 
-Starts a Ray of its own on this machine and for this machine: 127.0.0.1, no dashboard, no usage reports. SIGTERM ends it
-after the requests under way. For a cluster deploy deployments.application() as Ray's manual says.
+Starts its own Ray on this machine, for this machine only: 127.0.0.1, no dashboard, no usage reports. SIGTERM ends it
+after the requests under way. On a cluster deploy deployments.application() as Ray's manual says.
 """
 
 import argparse
@@ -29,9 +29,9 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, metavar="MODEL.pt", help="a TorchScript text encoder, grafted or not")
     parser.add_argument("--adapters", type=Path, required=True, help="folder of adapter directories")
-    parser.add_argument("--port", type=int, default=8000, help="0: one that is free")
+    parser.add_argument("--port", type=int, default=8000, help="0: any free port")
     parser.add_argument("--capacity", type=int, default=64, help="adapters in the memory of each replica")
-    parser.add_argument("--threads", type=int, default=1, help="of each replica, for a forward pass")
+    parser.add_argument("--threads", type=int, default=1, help="of each replica for a forward pass")
     parser.add_argument("--replicas", type=int, default=1, help="at least")
     parser.add_argument("--max-replicas", type=int, help="under load (as many as --replicas)")
     return parser.parse_args()

@@ -39,7 +39,8 @@ _REQUIREMENT = ROOT / "requirements" / "sentiment.txt"
 _INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 _MEMBER = "hutto_ICWSM_2014/{}_GroundTruth.txt"
 _LARGEST = 16 * 2**20  # bytes of one member; the largest is 2.3 MB
-# Whether ids are REVIEW_SENTENCE; the others number sentences, and where those come from is not said.
+# (file stem, whether ids are REVIEW_SENTENCE). Other ids number the sentences, of sources that the archive
+# does not name.
 COLLECTIONS = {
     "tweets": ("tweets", False),
     "movie_reviews": ("movieReviewSnippets", False),
@@ -50,12 +51,12 @@ DOMAINS = list(COLLECTIONS)
 
 
 class DataError(Exception):
-    """The sentences cannot be had; shown as one line."""
+    """Why there are no sentences, in one line."""
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """mean: of its ratings. group: the review or editorial that it is from, or its own id."""
+    """mean: of its ratings. group: the review or editorial that holds it, or its own id."""
 
     text: str
     mean: float
@@ -67,15 +68,15 @@ class Sentence:
 
 
 def fetch_archive(folder: Path = CACHE) -> Path:
-    """The source archive of vaderSentiment, downloaded by pip unless it is there.
+    """The source archive of vaderSentiment. pip downloads it unless it is there.
 
     Raises:
-        DataError: it cannot be downloaded, or is not the one that is expected.
+        DataError: pip cannot download it, or its hash is another than the expected one.
     """
     path = folder / ARCHIVE
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        # No build isolation: the archive's metadata is read with the setuptools that is here, none is downloaded.
+        # Without build isolation pip reads the archive's metadata with the setuptools of this environment.
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input",
                    "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--require-hashes",
                    "--requirement", str(_REQUIREMENT), "--dest", str(folder)]  # fmt: skip
@@ -90,7 +91,7 @@ def fetch_archive(folder: Path = CACHE) -> Path:
 
 
 def _member(archive: tarfile.TarFile, name: str) -> bytes:
-    """One regular file's bytes. Nothing is extracted, so no member can write anywhere."""
+    """One regular file's bytes, read without extracting it: no member can write anywhere."""
     try:
         entry = archive.getmember(name)
     except KeyError as error:
@@ -101,8 +102,7 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
 
 
 def read_collections(archive: Path) -> dict[str, list[Sentence]]:
-    """{domain: sentences}. A text that occurs again, but for spaces and case, is left out: it could be on both sides
-    of a split."""
+    """{domain: sentences}, without repetitions (up to spaces and case), which could land on both sides of a split."""
     with tarfile.open(archive, "r:gz") as outer:
         inner = _member(outer, _INNER)
     with tarfile.open(fileobj=io.BytesIO(inner), mode="r:gz") as files:
@@ -111,7 +111,7 @@ def read_collections(archive: Path) -> dict[str, list[Sentence]]:
 
 
 def _sentences(content: str, grouped: bool) -> list[Sentence]:
-    """Lines of id, mean and text between tabs. Some texts went through HTML, some twice ("&amp;amp;")."""
+    """Of lines "id TAB mean TAB text". Some texts are HTML, some twice over ("&amp;amp;")."""
     result, seen = [], set()
     for line in filter(None, content.split("\r\n")):
         identity, mean, text = line.split("\t")

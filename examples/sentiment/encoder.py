@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torchgraft._text import load_tokenizer
 
-MAX_LENGTH = 128  # tokens; of the sentences here under 0.1% are longer
+MAX_LENGTH = 128  # tokens; under 0.1% of the sentences here are longer
 
 
 class HiddenStates(nn.Module):
@@ -32,10 +32,10 @@ def encoder_folder() -> Path:
 
 
 def traced_encoder() -> torch.jit.ScriptModule:
-    """6 layers, hidden size 384, 12 heads; without adapters, and without a thought of them."""
+    """6 layers, hidden size 384, 12 heads. Nothing in it knows of adapters."""
     from transformers import BertModel, logging
 
-    logging.set_verbosity_error()  # the model's configuration has entries that transformers remarks upon
+    logging.set_verbosity_error()  # transformers warns of entries in the model's configuration
     model = BertModel.from_pretrained(str(encoder_folder()), local_files_only=True).eval()
     example = (torch.ones(2, 8, dtype=torch.int64), torch.ones(2, 8, dtype=torch.int64))
     return torch.jit.trace(HiddenStates(model), example, check_trace=False)

@@ -1,4 +1,4 @@
-"""Which runs there are, and what one run measures."""
+"""The runs of the experiment, and what each measures."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from torchgraft.training.examples import check_every_class
 from torchgraft.training.metrics import confusion_matrix, scores_of
 
 PROBE = "linear probe"
-# As the report calls them, and their configurations.
+# Their names in the report, and their configurations.
 METHODS = {"UniPELT": "unipelt", "MAM": "mam", "LoRA": "lora", "SeqBn": "seq_bn", "prefix tuning": "prefix_tuning"}
-# How all of them are trained.
+# Every run trains with these.
 OPTIONS = TrainingOptions(batch_size=16, learning_rate=3e-3, prefix_learning_rate=1e-3, head_learning_rate=1e-2)
 COMPARED_ON = "movie_reviews"  # where all methods run
 CURVE_METHODS = ("UniPELT", PROBE)
@@ -41,8 +41,8 @@ CURVE_METHODS = ("UniPELT", PROBE)
 
 @dataclass(frozen=True)
 class Size:
-    """Of one training. sentences: at most; None: all of the domain's. steps: of the optimizer, at least: few sentences
-    are seen in more epochs. test: sentences that it is tested on, at most."""
+    """How much one training does. sentences: at most so many; None: all of the domain's. steps: at least so many of the
+    optimizer: few sentences mean more epochs. test: at most so many test sentences."""
 
     sentences: int | None
     steps: int
@@ -61,14 +61,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run.
+    """What to run.
 
     Attributes:
         compared, seeds: of UniPELT and the probe on COMPARED_ON.
         other, other_seeds: of both on the other domains, of other methods on COMPARED_ON, and of the learning curve;
-            the seeds are among `seeds`.
+            `other_seeds` are among `seeds`.
         curve: numbers of training sentences; None: all.
-        validation: sentences at most, of the probe.
+        validation: at most so many sentences choose the probe's penalty.
     """
 
     compared: Size
@@ -79,7 +79,7 @@ class Plan:
     validation: int
 
     def sentences(self, domain: str) -> int | None:
-        """Of UniPELT and the probe there, but for the curve."""
+        """How many train UniPELT and the probe on `domain`, outside the curve."""
         return (self.compared if domain == COMPARED_ON else self.other).sentences
 
     def size(self, job: Job) -> Size:
@@ -88,7 +88,7 @@ class Plan:
 
 
 def jobs_of(plan: Plan) -> list[Job]:
-    """Every run once, by seeds, so that a report made early lacks seeds rather than methods."""
+    """Every run once, in order of seeds, so that an early report lacks seeds rather than methods."""
     jobs = []
     for seed in plan.seeds:
         jobs += [Job(COMPARED_ON, method, plan.compared.sentences, seed) for method in CURVE_METHODS]
@@ -102,8 +102,8 @@ def jobs_of(plan: Plan) -> list[Job]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run has measured, on the test sentences. seconds_per_epoch: of all cores together, so that it depends
-    little on what else the machine does. majority: the share of the largest class among the test sentences."""
+    """What one run measured on the test sentences. seconds_per_epoch: of all cores together, so that other programs
+    on the machine change it little. majority: the share of the largest class among the test sentences."""
 
     accuracy: float
     macro_f1: float
@@ -124,7 +124,7 @@ class Split:
 
 
 def _first(examples: EncodedExamples, count: int | None, seed: int) -> EncodedExamples:
-    """`count` of them, drawn by `seed`: of two counts, the larger draw contains the smaller."""
+    """`count` of them, drawn by `seed`. A larger draw contains the smaller ones of its seed."""
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     return examples.chosen(order[:count])
 
@@ -186,7 +186,7 @@ class Experiment:
         return Outcome(scores.accuracy, scores.macro_f1, fitted.parameters(), 0, 0, 0, 0, 0.0, 0.0)
 
     def _known_features(self, domain: str, examples: EncodedExamples) -> Tensor:
-        """[N, H]. The base is frozen: what it makes of a sentence is computed once for all runs."""
+        """[N, H]. The base is frozen, so all runs share the features of a sentence."""
         keys = [(domain, place) for place in examples.where]
         missing = [index for index, key in enumerate(keys) if key not in self._features]
         if missing:
@@ -196,7 +196,7 @@ class Experiment:
 
 
 def _gates_of(module: torch.jit.ScriptModule, name: str, examples: EncodedExamples) -> list[AdapterGates]:
-    """Of each batch, the gates of the adapter `name`."""
+    """The gates of the adapter `name`, batch by batch."""
     found = []
     with torch.no_grad():
         for indices in scoring_batches(examples.lengths(), 64):
@@ -206,7 +206,7 @@ def _gates_of(module: torch.jit.ScriptModule, name: str, examples: EncodedExampl
 
 
 class Results:
-    """Outcomes by job, kept in a file after each run, so that a run that was stopped goes on."""
+    """Outcomes by job. A file keeps them after each run, so that the same command goes on after a stop."""
 
     def __init__(self, path: Path, settings: dict[str, Any]):
         self._path, self._settings = path, settings

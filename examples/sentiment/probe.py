@@ -1,4 +1,4 @@
-"""The linear probe: what a linear map makes of the frozen base's features, masked means of its last hidden states."""
+"""The linear probe: a linear map on the frozen base's features, which are masked means of its last hidden states."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PENALTIES = (0.01, 0.1, 0.3, 1.0)  # of the weights' squared norm; the validatio
 
 
 def features(base: torch.jit.ScriptModule, examples: EncodedExamples, batch_size: int = 64) -> Tensor:
-    """[N, H], in the order of the examples. The base is frozen, so that they are computed once."""
+    """[N, H], in the order of the examples."""
     rows: list[Tensor] = [torch.empty(0)] * len(examples)
     with torch.no_grad():
         for indices in scoring_batches(examples.lengths(), batch_size):
@@ -26,7 +26,7 @@ def features(base: torch.jit.ScriptModule, examples: EncodedExamples, batch_size
 
 
 class Probe:
-    """A linear map on standardised features, fitted to its optimum by L-BFGS: no learning rate to get wrong."""
+    """A linear map on standardised features. L-BFGS fits it to its optimum: there is no learning rate to get wrong."""
 
     def __init__(self, x: Tensor, labels: Tensor, num_labels: int, penalty: float):
         """x: [N, H]; labels: [N] int64."""
@@ -51,7 +51,7 @@ class Probe:
 
 
 def best_probe(x: Tensor, labels: Tensor, validation_x: Tensor, validation_labels: Tensor, num_labels: int) -> Probe:
-    """The one whose penalty does best on the validation examples."""
+    """The probe whose penalty does best on the validation examples."""
 
     def right(probe: Probe) -> int:
         with torch.no_grad():

@@ -48,7 +48,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Row:
-    """A method on a domain with so many sentences, over seeds."""
+    """A method on a domain with one number of sentences, over seeds."""
 
     domain: str
     method: str
@@ -60,7 +60,7 @@ class Row:
 
 
 def row_of(outcomes: Outcomes, domain: str, method: str, sentences: int | None) -> Row | None:
-    """None: it was not run."""
+    """None if nothing ran it."""
     found = [outcome for job, outcome in outcomes.items()
              if (job.domain, job.method, job.sentences) == (domain, method, sentences)]  # fmt: skip
     if not found:

@@ -4,9 +4,9 @@
     .venv/bin/python examples/sentiment/run.py --quick      # 3.5 minutes on two idle cores (Zen 3)
     .venv/bin/python examples/sentiment/run.py              # half an hour on two cores
 
-UniPELT for tweets, movie reviews, Amazon reviews and editorials; on movie reviews also MAM, LoRA, SeqBn, prefix tuning
-and, against which all are held, a linear probe of the frozen base; by three seeds. The output folder gets report.md,
-report.html, pictures, results.json (a run that was stopped goes on from it) and the four adapters.
+Three seeds of UniPELT and of a linear probe of the frozen base, for tweets, movie reviews, Amazon reviews and
+editorials; on movie reviews also MAM, LoRA, SeqBn and prefix tuning. The output folder gets report.md, report.html,
+pictures, the four adapters, and results.json, from which the same command goes on after a stop.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "python"))
-warnings.filterwarnings("ignore")  # of torch.jit being deprecated, dozens of times
+warnings.filterwarnings("ignore")  # torch warns dozens of times that torch.jit is deprecated
 
 import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer sentences and seeds: what the tests run")
-    parser.add_argument("--report", action="store_true", help="run nothing: the report of what has been run so far")
+    parser.add_argument("--report", action="store_true", help="run nothing; report what has run so far")
     parser.add_argument("--output", type=Path, help="default: build/sentiment/full, or quick")
     parser.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
     arguments = parser.parse_args()

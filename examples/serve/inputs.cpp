@@ -40,7 +40,7 @@ std::vector<int64_t> shape_of(const json& list) {
   return shape;
 }
 
-// Copies the numbers of `list` to `next`, row after row. depth: how many dimensions of `shape` were entered.
+// Copies the numbers of `list` to `next`, row after row. depth: how many dimensions of `shape` enclose `list`.
 template <typename Number>
 void copy_numbers(const std::string& where, const json& list, const std::vector<int64_t>& shape, size_t depth,
                   Number*& next) {

@@ -4,8 +4,9 @@
 #include "model.h"
 #include "report.h"
 
+#include <torchgraft/registration/error_text.h>
+
 #include <ATen/Parallel.h>
-#include <c10/util/Exception.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -67,15 +68,6 @@ void serve(const Options& options) {
   }
 }
 
-// libtorch's messages end in traces, C++ ones and TorchScript's; what went wrong is one line among them, in
-// TorchScript's the last: "RuntimeError: gated_lora: expected ...".
-std::string one_line(const std::string& message) {
-  const std::string marker = "Error: ";
-  const size_t raised = message.rfind(marker);
-  const size_t begin = raised == std::string::npos ? 0 : raised + marker.size();
-  return message.substr(begin, message.find('\n', begin) - begin);
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -89,11 +81,9 @@ int main(int argc, char** argv) {
   } catch (const CLI::CallForHelp& help) {
     return app.exit(help);
   } catch (const CLI::ParseError& error) {
-    std::cerr << "serve: " << one_line(error.what()) << " (serve --help)\n";
-  } catch (const c10::Error& error) {
-    std::cerr << "serve: " << one_line(error.what_without_backtrace()) << "\n";
+    std::cerr << "serve: " << torchgraft::one_line(error) << " (serve --help)\n";
   } catch (const std::exception& error) {
-    std::cerr << "serve: " << one_line(error.what()) << "\n";
+    std::cerr << "serve: " << torchgraft::one_line(error) << "\n";
   }
   return 1;
 }

@@ -1,5 +1,7 @@
 #include "model.h"
 
+#include <torchgraft/registration/error_text.h>
+
 #include <torch/script.h>
 
 #include <chrono>
@@ -50,7 +52,7 @@ LayerGates read_layers(const c10::IValue& dictionary) {
   return layers;
 }
 
-// The batch rows that an adapter's gates belong to: those whose id says so, or, without ids, all.
+// The rows of the batch that `gates` belong to: those with the adapter's id, or all, without ids.
 std::vector<int64_t> rows_of(const AdapterGates& gates, const std::vector<int64_t>& ids,
                              const std::vector<std::string>& names) {
   std::vector<int64_t> rows;
@@ -75,9 +77,7 @@ Model::Model(const std::string& path) {
   try {
     module_ = torch::jit::load(path, torch::kCPU);
   } catch (const c10::Error& error) {
-    const std::string reason = error.what_without_backtrace();
-    throw std::runtime_error(path +
-                             ": not a TorchScript file that can be loaded: " + reason.substr(0, reason.find('\n')));
+    throw std::runtime_error(path + ": not a TorchScript file that can be loaded: " + torchgraft::one_line(error));
   }
   module_.eval();
 }

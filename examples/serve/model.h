@@ -10,7 +10,8 @@
 #include <string>
 #include <vector>
 
-// What a request wants of the adapters: nothing (the file's active one), one name, or one id per row (-1: the base).
+// How a request chooses adapters: not at all (the file's active one), by a name for every row, or by an id for each row
+// (-1: the base model).
 struct Choice {
   std::string adapter;
   std::vector<int64_t> ids;
@@ -21,7 +22,8 @@ using LayerGates = std::map<int64_t, std::map<std::string, at::Tensor>>;
 
 struct AdapterGates {
   std::string adapter;
-  // Of the batch, in the order of the gates' rows. Empty for an adapter without gates that no ids asked for: all rows.
+  // The rows of the batch that the rows of `layers` belong to, in their order. Without ids they are all rows, but none
+  // for an adapter without gates.
   std::vector<int64_t> rows;
   LayerGates layers;
 };
@@ -31,7 +33,7 @@ struct Response {
   std::vector<AdapterGates> gates;  // empty for a base model
 };
 
-// A TorchScript file, usually a grafted one. Requests share it and keep no state in it, so threads may, too.
+// A TorchScript file, usually a grafted one. run() and time() leave no state in it, so threads can share it.
 class Model {
  public:
   // Throws std::runtime_error or c10::Error.
@@ -47,7 +49,7 @@ class Model {
   // One forward pass with gates.
   Response run(const std::vector<c10::IValue>& inputs, const std::vector<int64_t>& ids);
 
-  // Milliseconds of `repeat` plain forward passes, after two that are not counted (the JIT compiles during those).
+  // Milliseconds of each of `repeat` plain forward passes, after two in which the JIT compiles.
   std::vector<double> time(const std::vector<c10::IValue>& inputs, const std::vector<int64_t>& ids, int repeat);
 
  private:

@@ -2,6 +2,7 @@
 
 #include <torchgraft/patch/life.h>
 #include <torchgraft/patch/save_adapter.h>
+#include <torchgraft/registration/error_text.h>
 
 #include <algorithm>
 #include <cctype>
@@ -16,7 +17,7 @@ using torchgraft::AdapterSpec;
 
 constexpr size_t kLongestName = 128;
 
-// What may be a directory of the folder: no dots and no slashes, so that no name leads out of it.
+// Whether a directory of the folder may have this name. Without dots and slashes no name leads out of the folder.
 bool is_name(const std::string& name) {
   return !name.empty() && name.size() <= kLongestName && std::all_of(name.begin(), name.end(), [](unsigned char c) {
     return c < 0x80 && (std::isalnum(c) || c == '_' || c == '-');
@@ -46,9 +47,6 @@ std::string read_config(const std::filesystem::path& directory) {
   return text.str();
 }
 
-// libtorch's messages end in traces.
-std::string first_line(const std::string& message) { return message.substr(0, message.find('\n')); }
-
 bool is_grafted(const torch::jit::Module& module) { return module.find_method("adapter_names").has_value(); }
 
 torchgraft::AdapterPoolOptions pool_options(const torch::jit::Module& module, const std::filesystem::path& folder,
@@ -66,7 +64,7 @@ torchgraft::AdapterPoolOptions pool_options(const torch::jit::Module& module, co
         options.room.push_back(config);
       }
     } catch (const std::exception& error) {
-      std::cerr << "adapter " << name << " cannot be served: " << first_line(error.what()) << "\n";
+      std::cerr << "adapter " << name << " cannot be served: " << torchgraft::one_line(error) << "\n";
     }
   }
   return options;
@@ -82,13 +80,13 @@ std::map<std::string, std::string> own_configs(const torch::jit::Module& module)
   return configs;
 }
 
-// Runs `action` with what libtorch throws turned into an answer.
+// Runs `action`. An error of libtorch's becomes the answer 422.
 template <typename Action>
 auto answered(const std::string& name, Action action) {
   try {
     return action();
   } catch (const c10::Error& error) {
-    throw RequestError(422, "adapter '" + name + "' cannot be loaded: " + first_line(error.what_without_backtrace()));
+    throw RequestError(422, "adapter '" + name + "' cannot be loaded: " + torchgraft::one_line(error));
   }
 }
 

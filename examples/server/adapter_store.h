@@ -13,39 +13,40 @@
 #include <string>
 #include <vector>
 
-// A request that cannot be served, and the status of the answer.
+// Why the server refuses a request, and the status of the answer.
 struct RequestError : std::runtime_error {
   RequestError(int code, const std::string& message) : std::runtime_error(message), status(code) {}
   int status;
 };
 
-// A folder of adapter directories (adapter_config.json, adapter.safetensors) and those of them that are in memory.
+// The adapters of a folder, one directory each (adapter_config.json, adapter.safetensors), and of the model's file. A
+// pool holds some of them in memory.
 class AdapterStore {
  public:
-  // `module` is a base model or a grafted one. Rows are made for the configurations in the folder, whatever
-  // `options.room` says. options.graft is for a base: with gate_pooling "unpadded" an answer does not depend on what
-  // else is in its batch. A grafted module keeps its own. Throws when the folder cannot be read.
+  // `module` is a base model or a grafted one. The pool makes rows for the configurations in the folder and ignores
+  // `options.room`. `options.graft` says how to graft a base; a grafted module keeps its own options. With gate_pooling
+  // "unpadded" an answer does not depend on the rest of its batch. Throws when it cannot read the folder.
   AdapterStore(const torch::jit::Module& module, std::filesystem::path folder,
                const torchgraft::AdapterPoolOptions& options);
 
-  // A lease on one adapter, or on the base model when `name` is empty. The first does not wait: nullopt when the
-  // adapter has to be fetched. Throws RequestError 404 for a name that there is not, 422 when its files are damaged or
-  // do not fit.
+  // A lease on one adapter, or on the base model when `name` is empty. try_acquire() does not wait: it returns nullopt
+  // when the adapter is not in memory. Both throw RequestError: 404 for an unknown name, 422 when the adapter's files
+  // are damaged or do not fit the model.
   std::optional<torchgraft::AdapterPool::Lease> try_acquire(const std::string& name);
   torchgraft::AdapterPool::Lease acquire(const std::string& name);
 
-  // Reads the adapter from its directory, anew if it is in memory. Throws as acquire() does; then the old one stays.
+  // Reads the adapter from its directory, even if it is in memory. Throws as acquire() does; then the old one stays.
   void load(const std::string& name);
 
-  // Serves the adapter no more until it is loaded again; its files stay. Throws RequestError 404, or 409 for one that
-  // is part of the model's file.
+  // Stops serving the adapter until load() reads it again; its files stay. Throws RequestError: 404 for an unknown
+  // name, 409 for an adapter of the model's file.
   void remove(const std::string& name);
 
   struct Info {
     std::string name;
     bool resident = false;
   };
-  std::vector<Info> list() const;                     // sorted; throws when the folder cannot be read
+  std::vector<Info> list() const;                     // sorted; throws when it cannot read the folder
   std::string config(const std::string& name) const;  // JSON; throws as acquire() does
   bool is_served(const std::string& name) const;
 
@@ -56,7 +57,7 @@ class AdapterStore {
   void check_served(const std::string& name) const;
 
   const std::filesystem::path folder_;
-  const std::map<std::string, std::string> own_;  // name -> config, of those in the model's file
+  const std::map<std::string, std::string> own_;  // name -> config of the adapters in the model's file
   torchgraft::AdapterPool pool_;
   mutable std::mutex mutex_;
   std::set<std::string> removed_;

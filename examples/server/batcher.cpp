@@ -21,7 +21,7 @@ void Batcher::stop() {
     queued_rows_ = 0;
   }
   changed_.notify_all();
-  dropped.clear();  // answered before what runs has ended
+  dropped.clear();  // these clients get their answers before the running batches end
   for (std::thread& worker : workers_) {
     worker.join();
   }
@@ -46,7 +46,7 @@ size_t Batcher::queued_rows() const {
   return queued_rows_;
 }
 
-// The longest beginning of the queue that is one batch: of one module, within the limits, at least one request.
+// Takes from the front of the queue as much as makes one batch: at least one request, of one module, within the limits.
 std::vector<Work> Batcher::take() {
   std::vector<Work> batch;
   size_t rows = 0;
@@ -77,18 +77,18 @@ void Batcher::serve() {
     }
     changed_.wait_until(lock, queue_.front().arrived + limits_.wait,
                         [&] { return stopping_ || queue_.empty() || queued_rows_ >= limits_.rows; });
-    if (queue_.empty()) {  // another worker took it
+    if (queue_.empty()) {  // another worker took the batch
       continue;
     }
     std::vector<Work> batch = take();
     const bool is_more = !queue_.empty();
     lock.unlock();
-    if (is_more) {  // for a worker that no arrival has woken
+    if (is_more) {  // no arrival will wake a worker for the rest
       changed_.notify_one();
     }
     try {
       run_(std::move(batch));
-    } catch (const std::exception& error) {  // no memory: this batch is lost, and nothing else
+    } catch (const std::exception& error) {  // out of memory: this batch is lost, the next ones run
       std::cerr << "server: a batch was dropped: " << error.what() << "\n";
     }
     lock.lock();

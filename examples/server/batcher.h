@@ -13,26 +13,26 @@
 #include <thread>
 #include <vector>
 
-// Rows of one request, which stay together. Each has the adapter of `lease`.
+// The rows of one request. They stay together, and all use the adapter of `lease`.
 struct Work {
   torchgraft::AdapterPool::Lease lease;
   TokenRows rows;
   Pooling pooling = Pooling::kFirst;  // kHead only if the adapter has one
-  // Called once, by a worker: with the outputs, or with what went wrong (null: nothing). Not called when the work is
-  // dropped, by stop() or by a worker that ran out of memory.
+  // A worker calls it once, with the outputs and a null `error`, or with what went wrong. Nobody calls it when stop(),
+  // or a worker that ran out of memory, drops the work.
   std::function<void(Outputs outputs, const std::string* error)> done;
   std::chrono::steady_clock::time_point arrived = std::chrono::steady_clock::now();
 };
 
 struct BatchLimits {
-  size_t rows = 64;                      // of a batch
-  size_t tokens = 8192;                  // of a batch, padding included, unless it is one request
-  size_t queued_rows = 1024;             // waiting; more are refused
-  std::chrono::microseconds wait{2000};  // for company, from the arrival of the oldest
+  size_t rows = 64;                      // in a batch
+  size_t tokens = 8192;                  // in a batch, padding included; a single request may have more
+  size_t queued_rows = 1024;             // that wait; submit() refuses more
+  std::chrono::microseconds wait{2000};  // how long the oldest request waits for others
 };
 
-// Puts requests together, whatever their adapters, and runs them. A batch is taken when it is full or its oldest
-// request has waited long enough; while all workers are busy it grows by itself. Order of arrival is kept.
+// Makes batches of requests, whatever their adapters, and runs them in order of arrival. A worker takes a batch when it
+// is full or its oldest request has waited long enough. While all workers are busy the next batch grows.
 class Batcher {
  public:
   using Run = std::function<void(std::vector<Work> batch)>;
@@ -42,17 +42,17 @@ class Batcher {
   Batcher& operator=(const Batcher&) = delete;
   ~Batcher();
 
-  // Waits for the batches that run, drops what is queued, and accepts no more. For one thread.
+  // Waits for running batches, drops the queue, and accepts no more. One thread may call it.
   void stop();
 
-  // False when the queue is full or stopped; `work` is then as it was.
+  // Returns false, and leaves `work` as it was, when the queue is full or stopped.
   bool submit(Work& work);
 
   size_t queued_rows() const;
 
  private:
   void serve();
-  std::vector<Work> take();  // needs mutex_ held and something in the queue
+  std::vector<Work> take();  // the caller holds mutex_; the queue is not empty
 
   const BatchLimits limits_;
   const Run run_;

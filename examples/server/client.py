@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Asks the server for texts: tokenises here, with the tokenizer of the model, and sends token ids.
+"""Asks the server about texts: tokenises them here, with the tokenizer of the model, and sends token ids.
 
     client.py --tokenizer tokenizer.json [--adapter NAME] [--url http://127.0.0.1:8080] TEXT...
 
-Prints one line of JSON for each text: the logits of an adapter that has a head, by label if its labels have names, else
-the hidden state, of the first token or as --pooling says. Needs the package `tokenizers`.
+Prints one line of JSON for each text: of an adapter with a head the logits, by label if its labels have names, else the
+hidden state, of the first token or as --pooling says. Needs the package `tokenizers`.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 
 class ServerError(Exception):
-    """What the server answered instead of outputs."""
+    """The error that the server answered."""
 
 
 def predict(
@@ -28,7 +28,7 @@ def predict(
     pooling: str | None = None,
     most: int = 512,
 ) -> dict:
-    """The answer: "outputs", or "logits" and perhaps "labels", one list for each text. Texts are cut at `most` tokens.
+    """The answer: "outputs", or "logits" and perhaps "labels", one list for each text. Cuts texts at `most` tokens.
 
     Args:
         adapter: None is the base model.
@@ -51,7 +51,7 @@ def predict(
 
 
 def named(logits: list, labels: list[str] | None) -> list | dict:
-    """By label, where there are labels; for tagging, of each token."""
+    """By label, if labels have names; for tagging, of each token."""
     if labels is None:
         return logits
     if isinstance(logits[0], list):
@@ -60,7 +60,7 @@ def named(logits: list, labels: list[str] | None) -> list | dict:
 
 
 def results(answer: dict) -> list[dict]:
-    """One for each text."""
+    """One entry for each text."""
     if "outputs" in answer:
         return [{"output": output} for output in answer["outputs"]]
     return [{"logits": named(logits, answer.get("labels"))} for logits in answer["logits"]]
@@ -70,14 +70,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", nargs="+", metavar="TEXT")
     parser.add_argument("--tokenizer", required=True, help="the model's tokenizer.json")
-    parser.add_argument("--adapter", help="the base model without")
+    parser.add_argument("--adapter", help="default: the base model")
     parser.add_argument("--url", default="http://127.0.0.1:8080")
     parser.add_argument("--pooling", choices=["first", "mean"])
-    parser.add_argument("--most", type=int, default=512, help="tokens of a text; what is longer is cut")
+    parser.add_argument("--most", type=int, default=512, help="tokens of a text; longer ones are cut")
     arguments = parser.parse_args()
     try:
         tokenizer = Tokenizer.from_file(arguments.tokenizer)
-    except Exception as error:  # no other type is raised
+    except Exception as error:  # the library raises no class of its own
         parser.error(f"{arguments.tokenizer}: {error}")
     try:
         how = (arguments.adapter, arguments.pooling, arguments.most)

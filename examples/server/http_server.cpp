@@ -15,11 +15,11 @@
 
 namespace {
 
-// A body that is too long is read to its end, and forgotten, so that the client sees the answer instead of a reset
-// connection. Nobody may keep the server reading for ever.
+// The server reads a body that is too long to its end and forgets it, so that the client sees the answer instead of a
+// reset connection. Beyond this many bytes it stops, so that nobody keeps it reading for ever.
 constexpr size_t kMostDiscarded = size_t{1} << 30;
 
-// Addresses are taken as they are written: no name here needs an escape, and %00 would cut one short.
+// Leaves the escapes of an address as they are: no name here needs one, and %00 would cut a name short.
 size_t no_escapes(void*, MHD_Connection*, char* text) { return std::strlen(text); }
 
 MHD_Result count_header(void* count, MHD_ValueKind, const char*, const char*) {
@@ -46,7 +46,7 @@ struct HttpServer::Exchange {
 
 namespace {
 
-// What a handler holds: answers when it is told to, or at its end.
+// A handler's hold on a request: answers when told to, at the latest in its destructor.
 class Ticket {
  public:
   Ticket(std::function<void(HttpResponse)> answer, const std::atomic<bool>& draining)
@@ -92,7 +92,7 @@ struct HttpServer::Callbacks {
     return result;
   }
 
-  // The headers are there. What is refused now is not read any further.
+  // The headers are there. The server reads nothing more of a request that it refuses here.
   static MHD_Result begin(HttpServer& server, MHD_Connection* connection, const char* url, const char* method,
                           void** state) {
     auto* exchange = new Exchange{server, connection, {method, url, ""}, std::nullopt};
@@ -142,7 +142,7 @@ struct HttpServer::Callbacks {
     }
   }
 
-  // No exception may reach libmicrohttpd: the connection is closed instead.
+  // No exception may reach libmicrohttpd: MHD_NO closes the connection instead.
   static MHD_Result access(void* self, MHD_Connection* connection, const char* url, const char* method,
                            const char* /*version*/, const char* data, size_t* size, void** state) {
     try {

@@ -27,35 +27,35 @@ HttpResponse error_response(int status, const std::string& message);
 
 struct HttpLimits {
   size_t body_bytes = 4 << 20;
-  size_t header_bytes = 32 << 10;  // of a connection's headers, and of the answer's
+  size_t header_bytes = 32 << 10;  // of a request's headers, and of the answer's
   int headers = 64;
   unsigned connections = 4096;
-  unsigned idle_seconds = 30;  // a connection on which nothing happens is closed
+  unsigned idle_seconds = 30;  // after which the server closes a silent connection
 };
 
-// Answers a request, once, from any thread. One that is never answered is answered when its last owner goes: with 500,
-// or with 503 once the server has stopped accepting.
+// Answers a request, once, from any thread. When the last copy goes without an answer, the server answers: with 500, or
+// with 503 once it has stopped accepting.
 using Respond = std::function<void(HttpResponse)>;
 
-// HTTP/1.1 on libmicrohttpd: one thread waits for all connections (epoll), and no connection holds a thread while its
-// request is worked on or while it is idle.
+// HTTP/1.1 on libmicrohttpd: one thread waits for all connections (epoll). A connection holds no thread while it is
+// idle or while its request is under way.
 class HttpServer {
  public:
   using Handler = std::function<void(HttpRequest, Respond)>;
 
-  // port 0: one that is free. Throws std::runtime_error when it cannot listen. The handler runs on the thread that all
-  // connections share: it must not wait for long.
+  // port 0: any free port. Throws std::runtime_error when it cannot listen. The handler runs on the thread that all
+  // connections share, so it must not wait for long.
   HttpServer(const std::string& address, uint16_t port, const HttpLimits& limits, Handler handler);
   HttpServer(const HttpServer&) = delete;
   HttpServer& operator=(const HttpServer&) = delete;
-  ~HttpServer();  // closes connections; requests must have been answered
+  ~HttpServer();  // closes connections; all requests must have their answers
 
   uint16_t port() const;
 
-  // No new connections; each one that there is is closed after its next answer.
+  // Accepts no new connections, and closes each open one after its next answer.
   void stop_accepting();
 
-  // Requests that have been read and whose answers are not yet out.
+  // Requests that the server has read and not yet answered.
   int in_flight() const { return in_flight_; }
 
  private:

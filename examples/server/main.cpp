@@ -6,6 +6,8 @@
 #include "routes.h"
 #include "service.h"
 
+#include <torchgraft/registration/error_text.h>
+
 #include <ATen/Parallel.h>
 #include <sys/resource.h>
 #include <torch/script.h>
@@ -41,10 +43,10 @@ void declare(CLI::App& app, Options& options) {
       ->required()
       ->check(CLI::ExistingDirectory);
   app.add_option("--address", options.address, "IPv4 address to listen on")->capture_default_str();
-  app.add_option("--port", options.port, "0: one that is free")->capture_default_str();
+  app.add_option("--port", options.port, "0: any free port")->capture_default_str();
   app.add_option("--capacity", options.pool.capacity, "adapters in memory at once")->check(CLI::PositiveNumber);
   app.add_option("--max-adapter-bytes", options.pool.max_row_bytes,
-                 "memory that one adapter may take; as much is taken for each of the capacity")
+                 "memory that one adapter may take; the pool takes as much for each of --capacity")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   app.add_option("--gate-pooling", options.pool.graft.gate_pooling, "of a model that is not grafted yet")
@@ -53,27 +55,28 @@ void declare(CLI::App& app, Options& options) {
   app.add_option("--threads", options.threads, "threads for each forward pass (libtorch's default)")
       ->check(CLI::PositiveNumber);
   app.add_option("--workers", options.service.workers, "forward passes at once")->check(CLI::Range(1, 64));
-  app.add_option("--max-batch", options.service.batch.rows, "rows of a batch")->check(CLI::PositiveNumber);
+  app.add_option("--max-batch", options.service.batch.rows, "rows in a batch")->check(CLI::PositiveNumber);
   app.add_option("--max-batch-tokens", options.service.batch.tokens,
-                 "tokens of a batch, padding included, unless it is one request")
+                 "tokens in a batch, padding included; a single request may have more")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  app.add_option("--max-wait-us", options.wait_us, "how long a request waits for company, in microseconds")
+  app.add_option("--max-wait-us", options.wait_us, "microseconds that a request waits for others to share its batch")
       ->check(CLI::NonNegativeNumber);
   app.add_option("--max-queue", options.service.batch.queued_rows,
-                 "rows that wait, at least those of a batch; more are refused with 503")
+                 "rows that may wait, at least --max-batch; more get 503")
       ->check(CLI::PositiveNumber);
-  app.add_option("--max-tokens", options.service.tokens, "tokens of a row")->check(CLI::PositiveNumber);
-  app.add_option("--vocabulary", options.service.vocabulary, "tokens that the model has, if its graph does not say it")
+  app.add_option("--max-tokens", options.service.tokens, "tokens in a row")->check(CLI::PositiveNumber);
+  app.add_option("--vocabulary", options.service.vocabulary,
+                 "tokens that the model knows, if its graph does not show it")
       ->check(CLI::PositiveNumber);
   app.add_option("--pad-id", options.service.pad_id, "the token behind the end of shorter rows");
   app.add_option("--max-body", options.http.body_bytes, "bytes of a request")->check(CLI::PositiveNumber);
   app.add_option("--max-connections", options.http.connections, "fewer where the limit of open files is lower")
       ->check(CLI::PositiveNumber);
-  app.add_option("--idle-seconds", options.http.idle_seconds, "after which a silent connection is closed")
+  app.add_option("--idle-seconds", options.http.idle_seconds, "after which the server closes a silent connection")
       ->check(CLI::PositiveNumber);
   app.add_option("--drain-seconds", options.drain_seconds,
-                 "how long SIGTERM waits for requests under way; those that still wait then are answered with 503");
+                 "how long SIGTERM waits for requests under way; those that still wait then get 503");
 }
 
 void check(const Options& options) {
@@ -85,7 +88,7 @@ void check(const Options& options) {
   }
 }
 
-// Raises the limit of open files for `wanted` connections; returns how many there may be, with files left for adapters.
+// Raises the limit of open files for `wanted` connections. Returns how many fit, with files left for adapters.
 unsigned connections_within_limits(unsigned wanted) {
   constexpr rlim_t kOtherFiles = 64;
   rlimit files = {};
@@ -108,7 +111,7 @@ unsigned connections_within_limits(unsigned wanted) {
   return fitting;
 }
 
-// Blocks them in this thread and in all that it starts, for sigwait.
+// Blocks SIGTERM and SIGINT for sigwait(), in this thread and in those that it starts.
 sigset_t block_signals() {
   sigset_t signals;
   sigemptyset(&signals);
@@ -119,7 +122,7 @@ sigset_t block_signals() {
   return signals;
 }
 
-// Until nothing has been under way for `quiet`, but no longer than `most`.
+// Waits until no request has been under way for `quiet`, but no longer than `most`.
 void wait_until_idle(const HttpServer& http, std::chrono::milliseconds quiet, std::chrono::seconds most) {
   using std::chrono::steady_clock;
   const auto deadline = steady_clock::now() + most;
@@ -160,14 +163,15 @@ void serve(const Options& options) {
 
   int signal = 0;
   sigwait(&signals, &signal);
-  pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);  // a second one ends the process
+  pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);  // a second signal ends the process
   std::cout << "draining" << std::endl;
   routes.set_draining();
   http.stop_accepting();
-  // A client may use a connection that is still open: half a second without requests, and there are none.
+  // Clients may still use open connections: half a second without a request says that none does.
   wait_until_idle(http, std::chrono::milliseconds(500), std::chrono::seconds(options.drain_seconds));
   service.stop();
-  wait_until_idle(http, std::chrono::milliseconds(0), std::chrono::seconds(2));  // what stop() dropped is answered
+  wait_until_idle(http, std::chrono::milliseconds(0),
+                  std::chrono::seconds(2));  // for the answers to what stop() dropped
 }
 
 }  // namespace
@@ -182,12 +186,14 @@ int main(int argc, char** argv) {
     app.parse(argc, argv);
     serve(options);
     return 0;
+  } catch (const CLI::CallForHelp& help) {
+    return app.exit(help);
   } catch (const CLI::ParseError& error) {
-    return app.exit(error);
-  } catch (const c10::Error& error) {
+    std::cerr << "server: " << torchgraft::one_line(error) << " (server --help)\n";
+  } catch (const c10::Error& error) {  // all lines: graft() lists what it nearly recognised
     std::cerr << "server: " << error.what_without_backtrace() << "\n";
   } catch (const std::exception& error) {
-    std::cerr << "server: " << error.what() << "\n";
+    std::cerr << "server: " << torchgraft::one_line(error) << "\n";
   }
   return 1;
 }

@@ -35,7 +35,7 @@ Output read_output(const at::Tensor& tensor) {
 
 using torch::jit::Value;
 
-// What `value` is in a graph of `module`: a constant, or an attribute of it or of a module in it.
+// The value in a graph of `module` if it is a constant, or an attribute of the module or of one inside it.
 std::optional<c10::IValue> known_value(const Value* value, const torch::jit::Module& module) {
   const torch::jit::Node* node = value->node();
   if (value == node->owningGraph()->inputs()[0]) {
@@ -49,7 +49,7 @@ std::optional<c10::IValue> known_value(const Value* value, const torch::jit::Mod
   return torch::jit::toIValue(value);
 }
 
-// Through what changes the shape or the dtype of ids, but not which they are.
+// Where ids come from, before nodes that change their shape or dtype.
 const Value* origin(const Value* value) {
   for (;;) {
     const auto kind = value->node()->kind();
@@ -60,7 +60,7 @@ const Value* origin(const Value* value) {
   }
 }
 
-// The rows of the embedding that forward's argument number `ids` (self is 0) goes to.
+// The number of rows of the embedding that looks up forward's argument number `ids` (self is 0).
 std::optional<int64_t> embedding_rows(const torch::jit::Module& module, size_t ids) {
   std::shared_ptr<torch::jit::Graph> graph = module.get_method("forward").graph()->copy();
   torch::jit::Inline(*graph);
@@ -84,38 +84,8 @@ size_t longest_row(const TokenRows& rows) {
   return longest;
 }
 
-Signature::Signature(const torch::jit::Module& module, int64_t pad_id) : pad_id_(pad_id) {
-  const auto& arguments = module.get_method("forward").function().getSchema().arguments();
-  bool has_ids = false;
-  for (size_t i = 1; i < arguments.size(); ++i) {
-    const std::string& name = arguments[i].name();
-    const bool is_tensor = arguments[i].type()->isSubtypeOf(*c10::OptionalType::ofTensor());
-    if (name == "adapter_ids") {
-      continue;
-    }
-    Input input = Input::kNone;
-    if (is_tensor && name.find("mask") != std::string::npos) {
-      input = Input::kMask;
-      has_mask_ = true;
-    } else if (is_tensor && name.find("type") != std::string::npos) {
-      input = Input::kTypes;
-    } else if (is_tensor && !has_ids) {
-      input = Input::kIds;
-      has_ids = true;
-      vocabulary_ = embedding_rows(module, i);
-    } else if (!arguments[i].default_value()) {
-      throw std::runtime_error("the model's forward has an argument '" + name +
-                               "' that this server has nothing for; it serves forward(input_ids, attention_mask)");
-    }
-    inputs_.push_back(input);
-  }
-  while (!inputs_.empty() && inputs_.back() == Input::kNone) {
-    inputs_.pop_back();
-  }
-  if (!has_ids) {
-    throw std::runtime_error("the model's forward takes no token ids");
-  }
-}
+Signature::Signature(const torch::jit::Module& module, int64_t pad_id)
+    : inputs_(module), vocabulary_(embedding_rows(module, inputs_.ids_position())), pad_id_(pad_id) {}
 
 Signature::Result Signature::run(const torch::jit::Module& module, const TokenRows& rows,
                                  const std::vector<int64_t>& adapter_ids) const {
@@ -123,7 +93,7 @@ Signature::Result Signature::run(const torch::jit::Module& module, const TokenRo
   for (size_t i = 0; i < rows.size(); ++i) {
     lengths[rows[i].size()].push_back(static_cast<int64_t>(i));
   }
-  if (has_mask_ || lengths.size() == 1) {
+  if (inputs_.takes_mask() || lengths.size() == 1) {
     return run_padded(module, rows, adapter_ids);
   }
   Result all;
@@ -158,25 +128,9 @@ Signature::Result Signature::run_padded(const torch::jit::Module& module, const 
     std::copy(row.begin(), row.end(), ids.data_ptr<int64_t>() + i * longest);
     std::fill_n(mask.data_ptr<int64_t>() + i * longest, row.size(), 1);
   }
-  std::vector<c10::IValue> inputs;
-  for (const Input input : inputs_) {
-    switch (input) {
-      case Input::kIds:
-        inputs.emplace_back(ids);
-        break;
-      case Input::kMask:
-        inputs.emplace_back(mask);
-        break;
-      case Input::kTypes:
-        inputs.emplace_back(at::zeros_like(ids));
-        break;
-      case Input::kNone:
-        inputs.emplace_back();
-        break;
-    }
-  }
   const torch::jit::Kwargs named = {{"adapter_ids", at::tensor(adapter_ids, at::kLong)}};
-  const at::Tensor result = first_tensor(module.get_method("forward")(std::move(inputs), named)).to(at::kFloat);
+  const at::Tensor result =
+      first_tensor(module.get_method("forward")(inputs_.arguments({ids, mask}), named)).to(at::kFloat);
   TORCH_CHECK(result.dim() >= 2 && result.dim() <= 3 && result.size(0) == batch,
               "the model returned a tensor of shape ", result.sizes(), " for ", batch,
               " rows; this server answers [rows, tokens, hidden] and [rows, n]");

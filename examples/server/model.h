@@ -1,5 +1,7 @@
 #pragma once
 
+#include <torchgraft/patch/forward_inputs.h>
+
 #include <torch/csrc/jit/api/module.h>
 
 #include <cstdint>
@@ -9,25 +11,24 @@
 
 using TokenRows = std::vector<std::vector<int64_t>>;
 
-// What is answered of a row: the hidden state of its first token, or the mean over its own tokens; or the logits of its
-// adapter's head.
+// What the server answers for a row: the hidden state of its first token, the mean over its own tokens, or the logits
+// of its adapter's head.
 enum class Pooling { kFirst, kMean, kHead };
 
-// The answer for one row: numbers, or, where every token has a result, one line of `columns` numbers for each.
+// The answer for one row: numbers, or `columns` numbers for each of its tokens.
 struct Output {
   std::vector<float> values;
-  int64_t columns = 0;  // 0: one line
+  int64_t columns = 0;  // 0: not by token
 };
 using Outputs = std::vector<Output>;
 
 size_t longest_row(const TokenRows& rows);
 
-// How a text encoder is called: forward(input_ids, attention_mask, ...), with [rows, tokens] int64 each. One that takes
-// no mask would read padding as tokens: it gets rows of one length at a time.
+// How a text encoder is called: forward(input_ids, attention_mask, ...), with [rows, tokens] int64 each. An encoder
+// that takes no mask would read padding as tokens: it gets rows of one length at a time.
 class Signature {
  public:
-  // Reads the arguments of `module`'s forward: a name with "mask" in it is the mask, one with "type" the token types
-  // (all 0), the first other one the token ids. Throws std::runtime_error when there is another that must be given.
+  // Throws c10::Error when forward needs something that token ids do not give (torchgraft::ForwardInputs).
   // pad_id: the token behind the end of shorter rows.
   explicit Signature(const torch::jit::Module& module, int64_t pad_id = 0);
 
@@ -36,26 +37,24 @@ class Signature {
     at::Tensor mask;    // int64 [rows, tokens], 1 where a token is real
   };
 
-  // One forward pass; without a mask, one for each length among the rows. adapter_ids: one per row.
+  // One forward pass; of a model without a mask, one for each length of row. adapter_ids: one per row.
   Result run(const torch::jit::Module& module, const TokenRows& rows, const std::vector<int64_t>& adapter_ids) const;
 
-  // Token ids are below this: the rows of the embedding that they are looked up in. nullopt when it was not found.
+  // How many tokens the embedding of the ids has; nullopt when the graph does not show it.
   std::optional<int64_t> vocabulary() const { return vocabulary_; }
 
  private:
-  enum class Input { kIds, kMask, kTypes, kNone };
-
   Result run_padded(const torch::jit::Module& module, const TokenRows& rows,
                     const std::vector<int64_t>& adapter_ids) const;
 
-  std::vector<Input> inputs_;
-  bool has_mask_ = false;
+  torchgraft::ForwardInputs inputs_;
   std::optional<int64_t> vocabulary_;
   int64_t pad_id_;
 };
 
-// Answers of hidden states [n, tokens, hidden], pooled (not kHead); of [n, k], the rows. `rows` are their tokens.
+// The answers for states [n, tokens, hidden], pooled (not kHead); states [n, k] are answers already. `rows`: the
+// tokens.
 Outputs pool_states(const at::Tensor& states, const TokenRows& rows, Pooling pooling);
 
-// Answers of logits [n, L], or [n, tokens, L], of which a row's own tokens are answered.
+// The answers for logits [n, L]; for [n, tokens, L] those of a row's own tokens. `rows`: the tokens.
 Outputs read_logits(const at::Tensor& logits, const TokenRows& rows);

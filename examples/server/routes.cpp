@@ -22,7 +22,7 @@ struct PredictBody {
 
 constexpr int kDeepestJson = 4;  // body -> input_ids -> row -> id
 
-// Lists and objects by their kind only: they may be as long as a body.
+// A value for a message: of lists and objects only the kind, for they may be as long as a body.
 std::string shown(const json& value) {
   if (value.is_structured()) {
     return value.is_array() ? "a list" : "an object";
@@ -52,7 +52,7 @@ TokenRows read_rows(const json& list) {
   return rows;
 }
 
-// A stranger's nesting must not exhaust the stack of what walks over the value later.
+// Refuses deep nesting: it would exhaust the stack of the code that walks over the value.
 json parse_body(const std::string& text) {
   const auto watch = [](int depth, json::parse_event_t, const json&) {
     if (depth > kDeepestJson) {
@@ -98,7 +98,7 @@ PredictBody read_predict(const std::string& text) {
   return result;
 }
 
-// The shortest text that reads back as the same float; JSON has no other numbers than finite ones.
+// The shortest text that reads back as the same float; null for infinities and NaN, which JSON does not have.
 void append_number(std::string& text, float value) {
   std::array<char, 32> buffer;
   if (!std::isfinite(value)) {

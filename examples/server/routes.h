@@ -9,15 +9,15 @@
 //                               head, {"adapter": ..., "labels": [...], "logits": [[...]]}
 //   GET    /v1/adapters         -> {"adapters": [{"name": ..., "resident": ...}]}
 //   GET    /v1/adapters/<name>  -> {"name": ..., "config": ...}
-//   PUT    /v1/adapters/<name>  reads it from the folder, anew if it is in memory
-//   DELETE /v1/adapters/<name>  serves it no more until it is put again; its files stay
+//   PUT    /v1/adapters/<name>  reads it from the folder, even if it is in memory
+//   DELETE /v1/adapters/<name>  stops serving it until the next PUT; its files stay
 //   GET    /healthz, /metrics
 class Routes {
  public:
   explicit Routes(Service& service) : service_(service) {}
 
-  // Waits for no adapter and no forward pass, only for the file system to say which directories there are. `respond`
-  // may be called later and from another thread.
+  // Waits neither for adapters nor for forward passes, only for the file system to list directories. Calls `respond`
+  // now or later, from any thread.
   void handle(const HttpRequest& request, Respond respond);
 
   // From now on /healthz says that the server is about to end.

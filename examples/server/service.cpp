@@ -1,8 +1,9 @@
 #include "service.h"
 
+#include <torchgraft/registration/error_text.h>
+
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
-#include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <iostream>
@@ -13,18 +14,9 @@
 
 namespace {
 
-// What went wrong is one line among libtorch's traces, in TorchScript's the last: "RuntimeError: gated_lora: ...".
-std::string one_line(const std::string& message) {
-  const std::string marker = "Error: ";
-  const size_t raised = message.rfind(marker);
-  const size_t begin = raised == std::string::npos ? 0 : raised + marker.size();
-  const std::string line = message.substr(begin, message.find('\n', begin) - begin);
-  return line.empty() ? "it did not say why" : line;
-}
-
 constexpr const char* kBusy = "too many requests are waiting, or the server is about to end";
 
-// By number; empty unless every one has a name.
+// The names of a head's labels, by number; empty unless every label has one.
 std::vector<std::string> labels_of(const torchgraft::HeadConfig& head) {
   std::vector<std::string> labels(static_cast<size_t>(head.num_labels));
   size_t named = 0;
@@ -37,7 +29,7 @@ std::vector<std::string> labels_of(const torchgraft::HeadConfig& head) {
   return named == labels.size() ? labels : std::vector<std::string>();
 }
 
-// What is answered to one request of a batch whose rows begin at `first`.
+// The answers to one request of a batch; its rows begin at `first`.
 Outputs outputs_of(const Work& work, const Signature::Result& result, int64_t first) {
   const auto count = static_cast<int64_t>(work.rows.size());
   const at::Tensor states = result.states.narrow(0, first, count);
@@ -61,7 +53,7 @@ void JobThread::stop() {
     dropped.swap(jobs_);
   }
   changed_.notify_all();
-  dropped.clear();  // answered before what runs has ended
+  dropped.clear();  // these clients get their answers before the running job ends
   if (thread_.joinable()) {
     thread_.join();
   }
@@ -91,10 +83,10 @@ void JobThread::serve() {
     lock.unlock();
     try {
       job();
-    } catch (const std::exception& error) {  // no memory for an answer
+    } catch (const std::exception& error) {  // out of memory for an answer
       std::cerr << "server: a request was dropped: " << error.what() << "\n";
     }
-    job = nullptr;  // what it holds goes while nobody waits for the lock
+    job = nullptr;  // before the lock: freeing what it holds may take long
     lock.lock();
   }
 }
@@ -107,7 +99,7 @@ Service::Service(AdapterStore& store, const torch::jit::Module& module, const Se
       batcher_(options.batch, options.workers, [this](std::vector<Work> batch) { run(std::move(batch)); }) {}
 
 void Service::stop() {
-  batcher_.stop();  // first: a job may wait for rows that what is queued holds
+  batcher_.stop();  // first: queued requests hold rows that a job may wait for
   jobs_.stop();
 }
 
@@ -155,7 +147,7 @@ void Service::fetch_first(const std::string& adapter, TokenRows rows, std::optio
     throw RequestError(503, kBusy);
   }
   waiting_rows_ += count;
-  // Counted until the job is done or dropped.
+  // Ends the count when the job is done or dropped.
   const std::shared_ptr<void> waiting(nullptr, [this, count](void*) { waiting_rows_ -= count; });
   in_background([this, adapter, rows = std::move(rows), pooling, done = std::move(done), waiting]() mutable {
     try {
@@ -163,7 +155,7 @@ void Service::fetch_first(const std::string& adapter, TokenRows rows, std::optio
     } catch (const RequestError& error) {
       done({}, &error);
     } catch (const std::exception& error) {
-      const RequestError failure(500, one_line(error.what()));
+      const RequestError failure(500, torchgraft::one_line(error));
       done({}, &failure);
     }
   });
@@ -186,8 +178,8 @@ void Service::enqueue(torchgraft::AdapterPool::Lease lease, TokenRows rows, std:
   }
 }
 
-// A batch that fails is run again in halves, so that all get their answers but those that fail alone: of n requests one
-// bad one costs the others about 2 log2(n) smaller passes.
+// Runs a batch, and, if it fails, each half by itself, so that an error goes only to requests that fail alone. One bad
+// request of n costs the others about 2 log2(n) smaller passes.
 void Service::run(std::vector<Work> batch) {
   std::vector<Outputs> outputs;
   const std::optional<std::string> error = pass(batch, outputs);
@@ -204,7 +196,7 @@ void Service::run(std::vector<Work> batch) {
   }
 }
 
-// One forward pass: what each request of the batch is answered, or what went wrong.
+// One forward pass: appends the answers to each request to `outputs`, or returns what went wrong.
 std::optional<std::string> Service::pass(const std::vector<Work>& batch, std::vector<Outputs>& outputs) {
   const c10::InferenceMode no_gradients;
   try {
@@ -222,9 +214,7 @@ std::optional<std::string> Service::pass(const std::vector<Work>& batch, std::ve
       first += static_cast<int64_t>(work.rows.size());
     }
     return std::nullopt;
-  } catch (const c10::Error& failure) {
-    return one_line(failure.what_without_backtrace());
   } catch (const std::exception& failure) {
-    return one_line(failure.what());
+    return torchgraft::one_line(failure);
   }
 }

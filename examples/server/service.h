@@ -14,7 +14,7 @@
 #include <thread>
 #include <vector>
 
-// A thread for what may take long and must not hold up the others: reading adapters from disk. In order of arrival.
+// A thread for slow jobs, such as reading adapters from disk, that must not hold up the others. In order of arrival.
 class JobThread {
  public:
   JobThread();
@@ -22,10 +22,10 @@ class JobThread {
   JobThread& operator=(const JobThread&) = delete;
   ~JobThread();
 
-  // Waits for the job that runs, drops the others, and accepts no more. For one thread.
+  // Waits for the running job, drops the others, and accepts no more. One thread may call it.
   void stop();
 
-  bool add(std::function<void()> job);  // false when it is stopped
+  bool add(std::function<void()> job);  // false once it is stopped
 
  private:
   void serve();
@@ -42,7 +42,7 @@ struct ServiceOptions {
   int workers = 1;
   size_t tokens = 512;  // of a row
   int64_t pad_id = 0;
-  int64_t vocabulary = 0;  // token ids are below it; 0: what the model's embedding says, if it is found
+  int64_t vocabulary = 0;  // token ids must be below it; 0: the rows of the model's embedding, if the graph shows it
 };
 
 // Predictions of one model with many adapters. Knows no HTTP.
@@ -58,17 +58,16 @@ class Service {
   // `store` must outlive it.
   Service(AdapterStore& store, const torch::jit::Module& module, const ServiceOptions& options);
 
-  // Waits for what runs and drops what waits, whose `done` is destroyed without a call; from then on requests are
-  // answered with 503. For one thread.
+  // Waits for what runs, and drops what waits without a call of `done`. Later requests fail with 503. One thread may
+  // call it.
   void stop();
 
-  // Calls `done` once, from whatever thread; not before an adapter that is not in memory has been fetched, but returns
-  // at once. An empty adapter is the base model. Throws RequestError for what is wrong with the request itself, and 503
-  // when too many rows wait already.
+  // Returns at once; calls `done` once, from any thread, when the adapter is in memory and the forward pass has ended.
+  // An empty adapter is the base model. Throws RequestError for a wrong request, and 503 when too many rows wait.
   // Without `pooling`: the logits of the adapter's head if it has one, else the hidden state of the first token.
   void predict(const std::string& adapter, TokenRows rows, std::optional<Pooling> pooling, Done done);
 
-  // Work for the thread that reads adapters. Throws RequestError 503 when it is stopped.
+  // Gives the thread that reads adapters a job. Throws RequestError 503 once it is stopped.
   void in_background(std::function<void()> job);
 
   AdapterStore& store() { return store_; }

@@ -48,7 +48,7 @@ Settings settings_of(const std::string& lines) {
   return settings;
 }
 
-// Throws with the path of the file, which `where` is.
+// The tensor `key`; throws when it is missing or has another dtype or shape. where: the file's path.
 const at::Tensor& take(const StateDict& tensors, const std::string& where, const std::string& key, at::ScalarType dtype,
                        at::IntArrayRef shape) {
   const auto found = tensors.find(key);
@@ -64,7 +64,7 @@ const at::Tensor& take_like(const StateDict& tensors, const std::string& where, 
   return take(tensors, where, key, other.scalar_type(), other.sizes());
 }
 
-// Whether write_safetensors() calls a file so before it is `target`: TARGET.XXXXXX.tmp.
+// Whether write_safetensors() gives a file that will become `target` this name: TARGET.XXXXXX.tmp.
 bool is_temporary(const std::string& name, const std::string& target) {
   const std::string begin = target + ".";
   const std::string end = ".tmp";
@@ -100,7 +100,7 @@ void CheckpointFile::write(const Position& position, const NamedParameters& para
   for (const auto& [name, parameter] : parameters) {
     tensors[kParameters + name] = parameter;
     const auto state = optimizer.state().find(parameter.unsafeGetTensorImpl());
-    if (state != optimizer.state().end()) {  // else it has never had a gradient
+    if (state != optimizer.state().end()) {  // else the parameter has never had a gradient
       const auto& moments = static_cast<const AdamWParamState&>(*state->second);
       tensors[kSteps + name] = at::full({}, moments.step(), at::kLong);
       tensors[kFirstMoment + name] = moments.exp_avg();
@@ -131,7 +131,7 @@ Position CheckpointFile::read(const NamedParameters& parameters, torch::optim::A
   const auto* numbers = take(tensors, path_, "position", at::kLong, {4}).const_data_ptr<int64_t>();
   const Position position{numbers[0], numbers[1], numbers[2],
                           take(tensors, path_, "best_loss", at::kDouble, {}).item<double>(), numbers[3] != 0};
-  for (const auto& [name, parameter] : parameters) {  // all checks before the first change
+  for (const auto& [name, parameter] : parameters) {  // every check before the first change
     take_like(tensors, path_, kParameters + name, parameter);
     if (position.best_epoch >= 0) {
       take_like(tensors, path_, kBest + name, parameter);
@@ -168,7 +168,7 @@ std::string file_digest(const std::string& path) {
   std::string digest;
   while (file.read(block.data(), static_cast<std::streamsize>(block.size())), file.gcount() > 0) {
     block.resize(static_cast<size_t>(file.gcount()));
-    digest = c10::sha1(digest + block).str();  // a chain: it takes a text only at once
+    digest = c10::sha1(digest + block).str();  // a chain: sha1() takes all of its text at once
   }
   return digest;
 }

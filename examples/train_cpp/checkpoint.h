@@ -21,28 +21,28 @@ struct Position {
   bool finished = false;
 };
 
-// What must be alike in a run that goes on: options, and digests of files.
+// What a run that goes on must share with the run before: options, and digests of files.
 using Settings = std::map<std::string, std::string>;
 
 using NamedParameters = std::vector<std::pair<std::string, at::Tensor>>;
 
-// One safetensors file that holds all of a run: settings, position, parameters, AdamW's moments and steps, the best
-// epoch's parameters, the default generator. It is replaced whole or not at all, whenever the process is killed.
+// One safetensors file with everything of a run: settings, position, parameters, AdamW's moments and steps, the best
+// epoch's parameters, the default generator's state. A process that is killed leaves the old file or the new one.
 class CheckpointFile {
  public:
   CheckpointFile(std::string path, Settings settings);
 
   bool exists() const;
 
-  // Removes what killed processes left half-written beside the file.
+  // Removes the half-written files that killed processes have left beside it.
   void remove_leftovers() const;
 
-  // `best` is empty, or has a tensor for each parameter. Throws c10::Error when the file cannot be written.
+  // `best` is empty, or has a tensor for each parameter. Throws c10::Error when it cannot write the file.
   void write(const Position& position, const NamedParameters& parameters, const torch::optim::AdamW& optimizer,
              const torchgraft::StateDict& best) const;
 
-  // Puts everything back in place. Throws c10::Error, before anything is changed, when the file is damaged or is of a
-  // run with other settings.
+  // Restores everything. Throws c10::Error, and changes nothing, when the file is damaged or is of a run with other
+  // settings.
   Position read(const NamedParameters& parameters, torch::optim::AdamW& optimizer, torchgraft::StateDict& best) const;
 
  private:
@@ -52,5 +52,5 @@ class CheckpointFile {
   Settings settings_;
 };
 
-// A short digest of a file's bytes, to tell two files apart. Throws c10::Error when it cannot be read.
+// A short digest of a file's bytes, to tell two files apart. Throws c10::Error when it cannot read the file.
 std::string file_digest(const std::string& path);

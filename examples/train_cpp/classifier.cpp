@@ -79,59 +79,13 @@ torch::jit::Module with_head(const torch::jit::Module& module, const AdapterOpti
 }  // namespace
 
 Classifier::Classifier(const AdapterOptions& options, const std::vector<std::string>& labels)
-    : module_(with_head(with_adapter(load(options.base), options), options, labels)), adapter_(options.name) {
-  find_inputs();
-  parameters_ = torchgraft::trainable_parameters(module_, adapter_);
-}
-
-void Classifier::find_inputs() {
-  const auto& arguments = module_.get_method("forward_with_head").function().getSchema().arguments();
-  bool has_ids = false;
-  for (size_t i = 1; i < arguments.size(); ++i) {
-    const std::string& name = arguments[i].name();
-    const bool is_tensor = arguments[i].type()->isSubtypeOf(*c10::OptionalType::ofTensor());
-    if (name == "adapter_ids") {
-      continue;
-    }
-    Input input = Input::kNone;
-    if (is_tensor && name.find("mask") != std::string::npos) {
-      input = Input::kMask;
-    } else if (is_tensor && name.find("type") != std::string::npos) {
-      input = Input::kTypes;
-    } else if (is_tensor && !has_ids) {
-      input = Input::kIds;
-      has_ids = true;
-    } else {
-      TORCH_CHECK(arguments[i].default_value(), "the model's forward has an argument '", name,
-                  "' that there is nothing for; expected forward(input_ids, attention_mask)");
-    }
-    inputs_.push_back(input);
-  }
-  while (!inputs_.empty() && inputs_.back() == Input::kNone) {
-    inputs_.pop_back();
-  }
-  TORCH_CHECK(has_ids, "the model's forward takes no token ids");
-}
+    : module_(with_head(with_adapter(load(options.base), options), options, labels)),
+      adapter_(options.name),
+      inputs_(module_, "forward_with_head"),
+      parameters_(torchgraft::trainable_parameters(module_, adapter_)) {}
 
 at::Tensor Classifier::logits(const Examples& rows) const {
-  std::vector<c10::IValue> inputs;
-  for (const Input input : inputs_) {
-    switch (input) {
-      case Input::kIds:
-        inputs.emplace_back(rows.input_ids);
-        break;
-      case Input::kMask:
-        inputs.emplace_back(rows.attention_mask);
-        break;
-      case Input::kTypes:
-        inputs.emplace_back(at::zeros_like(rows.input_ids));
-        break;
-      case Input::kNone:
-        inputs.emplace_back();
-        break;
-    }
-  }
-  return module_.get_method("forward_with_head")(std::move(inputs)).toTensor();
+  return module_.get_method("forward_with_head")(inputs_.arguments({rows.input_ids, rows.attention_mask})).toTensor();
 }
 
 void Classifier::save(const std::string& directory, const std::string& model_class) const {

@@ -19,12 +19,12 @@ struct Examples {
   Examples rows(const at::Tensor& indices) const;
 };
 
-// Throws c10::Error with the path and what is wrong: a tensor that is missing, of another dtype or shape, no examples,
-// a row without tokens, a label out of range.
+// Throws c10::Error with the path and what is wrong: a missing tensor, another dtype or shape, no examples, a row
+// without tokens, a label out of range.
 Examples read_examples(const std::string& path, int64_t classes);
 
 // (the rest, round(fraction * n) examples), drawn by `seed`. Throws c10::Error when one of them would be empty.
 std::pair<Examples, Examples> split(const Examples& examples, double fraction, uint64_t seed);
 
-// Throws c10::Error that names the classes without an example: a model trained on the others would never choose them.
+// Throws c10::Error that names the classes without an example: a model trained on the others never chooses them.
 void check_every_class(const Examples& training, const std::vector<std::string>& labels);

@@ -6,6 +6,8 @@
 #include "options.h"
 #include "trainer.h"
 
+#include <torchgraft/registration/error_text.h>
+
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
 
@@ -24,7 +26,7 @@ std::string text_of(const T& value) {
   return text.str();
 }
 
-// The options by the names that the command line has for them. How often a checkpoint is written does not matter.
+// The options by their names on the command line, but for how often the program writes a checkpoint.
 Settings settings_of(const Options& options) {
   const AdapterOptions& adapter = options.adapter;
   const TrainingOptions& training = options.training;
@@ -72,7 +74,7 @@ Data read_data(const Options& options) {
 }
 
 void train(const Options& options) {
-  std::signal(SIGXFSZ, SIG_IGN);  // a file that must not grow is then an error of write(), like a full disk
+  std::signal(SIGXFSZ, SIG_IGN);  // then write() reports a file that must not grow, as it does a full disk
   if (options.threads > 0) {
     at::set_num_threads(options.threads);
   }
@@ -96,15 +98,6 @@ void train(const Options& options) {
   std::cout << "\n";
 }
 
-// libtorch's messages end in traces, C++ ones and TorchScript's; what went wrong is one line among them, in
-// TorchScript's the last: "RuntimeError: gated_lora: expected ...".
-std::string one_line(const std::string& message) {
-  const std::string marker = "Error: ";
-  const size_t raised = message.rfind(marker);
-  const size_t begin = raised == std::string::npos ? 0 : raised + marker.size();
-  return message.substr(begin, message.find('\n', begin) - begin);
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -120,11 +113,9 @@ int main(int argc, char** argv) {
   } catch (const CLI::CallForHelp& help) {
     return app.exit(help);
   } catch (const CLI::ParseError& error) {
-    std::cerr << "train_cpp: " << one_line(error.what()) << " (train_cpp --help)\n";
-  } catch (const c10::Error& error) {
-    std::cerr << "train_cpp: " << one_line(error.what_without_backtrace()) << "\n";
+    std::cerr << "train_cpp: " << torchgraft::one_line(error) << " (train_cpp --help)\n";
   } catch (const std::exception& error) {
-    std::cerr << "train_cpp: " << one_line(error.what()) << "\n";
+    std::cerr << "train_cpp: " << torchgraft::one_line(error) << "\n";
   }
   return 1;
 }

@@ -10,15 +10,16 @@ void declare_data(CLI::App& app, DataOptions& data) {
   app.add_option("--labels", data.labels, "the classes' names, in the order of their numbers: bad,good")
       ->delimiter(',')
       ->required();
-  auto* file = app.add_option("--validation", data.validation, "a file like EXAMPLES that decides which epoch is kept");
-  app.add_option("--validation-fraction", data.validation_fraction, "instead: so much of EXAMPLES, drawn by --seed")
+  auto* file = app.add_option("--validation", data.validation, "a file like EXAMPLES that decides which epoch to keep");
+  app.add_option("--validation-fraction", data.validation_fraction,
+                 "instead of a file: this share of EXAMPLES, drawn by --seed")
       ->check(CLI::Range(0.0, 0.9))
       ->excludes(file);
 }
 
 void declare_adapter(CLI::App& app, Options& options) {
   AdapterOptions& adapter = options.adapter;
-  app.add_option("--adapter", adapter.name, "its name; one that MODEL.pt has already is trained further")
+  app.add_option("--adapter", adapter.name, "its name; if MODEL.pt has it already, it is trained further")
       ->capture_default_str();
   app.add_option("--config", adapter.config, "of a new adapter: unipelt, mam, lora[r=16], ...")->capture_default_str();
   app.add_option("--gate-pooling", adapter.gate_pooling, "of a model that is not grafted yet")
@@ -63,8 +64,7 @@ void declare_training(CLI::App& app, TrainingOptions& training) {
 void declare(CLI::App& app, Options& options) {
   app.add_option("MODEL.pt", options.adapter.base, "a TorchScript text encoder, grafted or not")->required();
   declare_data(app, options.data);
-  app.add_option("-o,--output", options.output, "folder for adapter/ and checkpoint.safetensors; made if need be")
-      ->required();
+  app.add_option("-o,--output", options.output, "folder for adapter/ and checkpoint.safetensors")->required();
   declare_adapter(app, options);
   declare_training(app, options.training);
   app.add_flag("--restart", options.restart, "start anew where --output has a checkpoint, instead of going on");

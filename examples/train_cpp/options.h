@@ -47,5 +47,5 @@ struct Options {
 
 void declare(CLI::App& app, Options& options);
 
-// What CLI11 cannot see option by option; throws CLI::ValidationError.
+// Checks what CLI11 cannot check option by option; throws CLI::ValidationError.
 void check(const Options& options);

@@ -4,11 +4,11 @@
 #include <cstdint>
 #include <string>
 
-// How far a run is, on stderr: on a terminal one line that is drawn again, else a line every ten seconds.
-// (Debian has no progress bar library for C++; this is all that one is needed for.)
+// How far a run is, on stderr: on a terminal one line that it draws again and again, else a line every ten seconds.
+// (Debian has no progress bar library for C++.)
 class Progress {
  public:
-  // `done` steps of `total` are those of an earlier process: they do not count for the speed.
+  // An earlier process did `done` steps of `total`: they do not count for the speed.
   Progress(int64_t done, int64_t total);
   ~Progress();
   Progress(const Progress&) = delete;

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes the file that train_cpp reads of a table of texts with classes.
+"""Makes of a table of texts with classes the file that train_cpp reads.
 
     tokenise.py reviews.csv --tokenizer tokenizer.json --labels bad,good -o reviews.safetensors
 
@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 
 class InputError(Exception):
-    """What is wrong with a file."""
+    """What is wrong with an input file."""
 
 
 def load_tokenizer(path: str) -> Tokenizer:

@@ -49,15 +49,15 @@ Trainer::Trainer(Classifier& classifier, const Examples& training, const std::op
       optimizer_(parameters_, torch::optim::AdamWOptions(options.learning_rate).weight_decay(options.weight_decay)) {}
 
 void Trainer::run(bool restart) {
-  // TorchScript's optimising executor runs a graph differently once it has seen it a few times, and a process that goes
-  // on has not yet: results would differ in the last bits.
+  // After a few passes TorchScript's optimising executor runs a graph in another way. A process that goes on begins to
+  // count anew, so its results would differ in the last bits.
   const torch::jit::GraphOptimizerEnabledGuard plain_interpreter(false);
   if (checkpoint_.exists() && !restart) {
     position_ = checkpoint_.read(classifier_.parameters(), optimizer_, best_);
     checkpoint_.remove_leftovers();
   } else {
     checkpoint_.remove_leftovers();
-    save();  // a disk that is full is better known now
+    save();  // a full disk shows now, not after the first epoch
   }
   Progress progress(steps_done(), total_steps_);
   if (steps_done() > 0 && !position_.finished) {
@@ -97,8 +97,8 @@ void Trainer::train_epoch(Progress& progress) {
   }
 }
 
-// The mean loss of the rows `indices`. Each of its batches adds its share to the gradients, so that they are those of
-// one large batch.
+// Makes one step on the rows `indices`; returns their mean loss. Each batch of them adds its share to the gradients,
+// which so are those of one large batch.
 double Trainer::step(const at::Tensor& indices) {
   optimizer_.zero_grad();
   double loss = 0.0;
@@ -122,7 +122,7 @@ double Trainer::step(const at::Tensor& indices) {
   return loss;
 }
 
-// A step that was too large shows only in the next forward pass; its weights must not be written.
+// Only the next forward pass shows that a step was too large. No checkpoint may hold its weights.
 void Trainer::check_loss(double loss, const char* examples) const {
   TORCH_CHECK(std::isfinite(loss), where(position_.step), ": after the step the loss on ", examples, " is ", loss,
               "; try a lower --learning-rate. The last checkpoint is from before this step");

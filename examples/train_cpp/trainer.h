@@ -19,18 +19,18 @@ struct Scores {
 // last step, and then falls linearly to 0 at the end.
 double learning_rate_factor(int64_t done, int64_t warmup_steps, int64_t total_steps);
 
-// One run: AdamW on the mean cross entropy of the adapter's and its head's weights. Given the same arguments it ends
-// with the same weights however often it was killed in between: the order of an epoch's examples follows from the seed
-// and the epoch's number, everything else is in the checkpoint.
+// One run: AdamW on the weights of the adapter and its head, with the mean cross entropy. With the same arguments it
+// ends with the same weights, however often it is killed: the order of an epoch's examples follows from the seed and
+// the epoch's number, and everything else is in the checkpoint.
 class Trainer {
  public:
   Trainer(Classifier& classifier, const Examples& training, const std::optional<Examples>& validation,
           const TrainingOptions& options, const CheckpointFile& checkpoint);
 
-  // From the checkpoint, or from the start if there is none or `restart`, to the end. The classifier then has the best
-  // epoch's weights, without validation examples the last one's. Throws c10::Error when the loss before or after a
-  // step, or a gradient, is not finite, or a checkpoint cannot be written; the last checkpoint is then whole, and from
-  // before that step.
+  // Trains to the end, from the checkpoint, or from the start if there is none or with `restart`. The classifier then
+  // has the best epoch's weights, without validation examples the last epoch's. Throws c10::Error when the loss before
+  // or after a step, or a gradient, is not finite, or when it cannot write a checkpoint; then the last checkpoint is
+  // whole, and from before that step.
   void run(bool restart);
 
   Scores score(const Examples& examples);

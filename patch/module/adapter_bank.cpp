@@ -58,38 +58,44 @@ void write_parameter(at::Tensor row, const std::string& parameter, const at::Ten
   row.copy_(value.detach());
 }
 
+at::Tensor stack_rows(const std::string& parameter, const std::vector<std::pair<size_t, at::Tensor>>& rows,
+                      size_t count) {
+  TORCH_INTERNAL_ASSERT(!rows.empty(), "no row of ", parameter);
+  std::vector<int64_t> sizes;
+  for (const auto& [row, value] : rows) {
+    sizes.resize(std::max<size_t>(sizes.size(), value.dim()), 0);
+    for (int64_t i = 0; i < value.dim(); ++i) {
+      sizes[i] = std::max(sizes[i], value.size(i));
+    }
+  }
+  sizes.insert(sizes.begin(), static_cast<int64_t>(count));
+  at::Tensor bank = at::zeros(sizes, rows.back().second.options().requires_grad(false));
+  for (const auto& [row, value] : rows) {
+    write_parameter(bank[static_cast<int64_t>(row)], parameter, value);
+  }
+  return bank;
+}
+
 namespace {
 
 // Members of one bank: (adapter, index into its plan).
 using Members = std::vector<std::pair<size_t, size_t>>;
 
-// Stacks one parameter of the members into [N, ...], padding every dimension to the largest.
+// One parameter of the members as a bank [N, ...].
 at::Tensor stack_parameter(const std::vector<Adapter>& adapters, const Members& members, const std::string& name) {
-  std::vector<int64_t> sizes;
-  at::Tensor example;
+  std::vector<std::pair<size_t, at::Tensor>> rows;
+  std::vector<size_t> missing;
   for (const auto& [adapter, module] : members) {
     const ModuleWeights& weights = adapters[adapter].weights[module];
-    const auto found = weights.find(name);
-    if (found == weights.end()) {
-      continue;
-    }
-    example = found->second;
-    sizes.resize(std::max<size_t>(sizes.size(), example.dim()), 1);
-    for (int64_t i = 0; i < example.dim(); ++i) {
-      sizes[i] = std::max(sizes[i], example.size(i));
+    if (const auto found = weights.find(name); found != weights.end()) {
+      rows.emplace_back(adapter, found->second);
+    } else {
+      missing.push_back(adapter);
     }
   }
-  sizes.insert(sizes.begin(), static_cast<int64_t>(adapters.size()));
-  at::Tensor bank = at::zeros(sizes, example.options().requires_grad(false));
-  for (const auto& [adapter, module] : members) {
-    const at::Tensor row = bank[adapter];
-    const ModuleWeights& weights = adapters[adapter].weights[module];
-    const auto found = weights.find(name);
-    if (found == weights.end()) {
-      row.fill_(missing_value(name));
-      continue;
-    }
-    write_parameter(row, name, found->second);
+  at::Tensor bank = stack_rows(name, rows, adapters.size());
+  for (const size_t adapter : missing) {
+    bank[static_cast<int64_t>(adapter)].fill_(missing_value(name));
   }
   return bank;
 }

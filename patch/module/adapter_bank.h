@@ -6,6 +6,7 @@
 #include <map>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace torchgraft {
@@ -66,6 +67,11 @@ double missing_value(const std::string& parameter);
 
 // Copies a parameter into its row of a bank. The row may be larger (ranks, prefix lengths); the rest stays as it is.
 void write_parameter(at::Tensor row, const std::string& parameter, const at::Tensor& value);
+
+// The bank [count, ...] of a parameter, of (row, value): every dimension is as large as the largest value's, zeros pad.
+// Rows without a value are zero.
+at::Tensor stack_rows(const std::string& parameter, const std::vector<std::pair<size_t, at::Tensor>>& rows,
+                      size_t count);
 
 // Stacks adapters into banks, in execution order. Ranks and prefix lengths are padded with zeros. In a slot with gates
 // an adapter without a gate has gate_weight 0 and gate_bias +inf (a gate of exactly 1). An adapter that is not in a

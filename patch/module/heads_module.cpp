@@ -1,12 +1,13 @@
 #include <torchgraft/patch/module/heads_module.h>
 
-#include <torchgraft/patch/insert/activation_source.h>
 #include <torchgraft/patch/module/adapters_module.h>
+#include <torchgraft/patch/module/head_logits.h>
 
 #include <ATen/ATen.h>
 
 #include <algorithm>
 #include <set>
+#include <utility>
 
 namespace torchgraft {
 namespace {
@@ -16,36 +17,13 @@ using torch::jit::Module;
 const std::vector<std::string> kWeights = {"dense_weight", "dense_bias", "out_weight", "out_bias"};
 
 constexpr const char* kHeadsMethods = R"python(
-def pooled(self, hidden: Tensor, token_mask: Optional[Tensor], adapter: int) -> Tensor:
-    how = self.pooling[adapter]
-    if how == "none":
-        return hidden
-    if how == "first":
-        return hidden.select(1, 0)
-    if token_mask is None:
-        if how == "mean":
-            return hidden.mean(1)
-        return hidden.select(1, -1)
-    keep = token_mask.ne(0)
-    if how == "mean":
-        total = hidden.masked_fill(torch.logical_not(keep).unsqueeze(-1), 0.0).sum(1)
-        return total / keep.sum(1).clamp(min=1).unsqueeze(-1).to(hidden.dtype)
-    positions = torch.arange(hidden.size(1), device=hidden.device)
-    last = torch.where(keep, positions, torch.zeros_like(positions)).amax([1])
-    return hidden.gather(1, last.view(-1, 1, 1).expand(-1, 1, hidden.size(2))).squeeze(1)
-
 def logits_of(self, hidden: Tensor, token_mask: Optional[Tensor], adapter: int) -> Tensor:
-    assert self.labels[adapter] > 0, "forward_with_head: the adapter '" + self.names[adapter] + "' has no head"
-    x = self.pooled(hidden, token_mask, adapter)
-    dense_weight = self.dense_weight_of(adapter)
-    dense_bias = self.dense_bias_of(adapter)
-    for layer in range(self.layers[adapter] - 1):
-        x = torch.dropout(x, self.dropout[adapter], self.training)
-        x = self.activation(torch.linear(x, dense_weight[layer], dense_bias[layer]), adapter)
-    x = torch.dropout(x, self.dropout[adapter], self.training)
     labels = self.labels[adapter]
-    weight = self.out_weight_of(adapter).narrow(0, 0, labels)
-    return torch.linear(x, weight, self.out_bias_of(adapter).narrow(0, 0, labels))
+    assert labels > 0, "forward_with_head: the adapter '" + self.names[adapter] + "' has no head"
+    return self.head_logits(
+        hidden, token_mask, self.pooling[adapter], self.layers[adapter], self.activations[adapter],
+        self.dropout[adapter], self.dense_weight_of(adapter), self.dense_bias_of(adapter),
+        self.out_weight_of(adapter).narrow(0, 0, labels), self.out_bias_of(adapter).narrow(0, 0, labels))
 
 def logits(self, hidden: Tensor, token_mask: Optional[Tensor], adapter_ids: Optional[Tensor], active: int) -> Tensor:
     assert hidden.dim() == 3, "forward_with_head: expected the module's result to be hidden states [B, S, H], got " + \
@@ -80,30 +58,18 @@ def logits(self, hidden: Tensor, token_mask: Optional[Tensor], adapter_ids: Opti
 
 bool has_head(const Adapter& adapter) { return adapter.head.has_value(); }
 
-// Stacks a weight of all heads into [N, ...], with rows as large as the largest.
+// [N, ...]. The rows of trainable heads count for the sizes and are zero: nobody reads them.
 at::Tensor stack(const std::vector<Adapter>& adapters, const std::string& name) {
-  std::vector<int64_t> sizes;
-  at::TensorOptions options;
-  for (const Adapter& adapter : adapters) {
-    if (has_head(adapter)) {
-      const at::Tensor& weight = adapter.head->weights.at(name);
-      options = weight.options().requires_grad(false);
-      sizes.resize(weight.dim(), 0);
-      for (int64_t i = 0; i < weight.dim(); ++i) {
-        sizes[i] = std::max(sizes[i], weight.size(i));
-      }
+  std::vector<std::pair<size_t, at::Tensor>> rows;
+  for (size_t a = 0; a < adapters.size(); ++a) {
+    if (has_head(adapters[a])) {
+      rows.emplace_back(a, adapters[a].head->weights.at(name));
     }
   }
-  sizes.insert(sizes.begin(), static_cast<int64_t>(adapters.size()));
-  at::Tensor bank = at::zeros(sizes, options);
-  for (size_t a = 0; a < adapters.size(); ++a) {
-    if (has_head(adapters[a]) && !adapters[a].trainable) {
-      const at::Tensor& weight = adapters[a].head->weights.at(name);
-      at::Tensor row = bank[static_cast<int64_t>(a)];
-      for (int64_t i = 0; i < weight.dim(); ++i) {
-        row = row.narrow(i, 0, weight.size(i));
-      }
-      row.copy_(weight.detach());
+  at::Tensor bank = stack_rows(name, rows, adapters.size());
+  for (const auto& [a, weight] : rows) {
+    if (adapters[a].trainable) {
+      bank[static_cast<int64_t>(a)].zero_();
     }
   }
   return bank;
@@ -128,8 +94,8 @@ void register_fields(Module& heads, const std::vector<Adapter>& adapters) {
     const HeadConfig config = adapter.head ? adapter.head->config : HeadConfig{};
     names.push_back(adapter.name);
     configs.push_back(adapter.head ? head_config_to_json(config) : "");
-    activations.push_back(config.activation_function.value_or("linear"));
-    pooling.push_back(config.head_type == "tagging" ? "none" : config.pooling);
+    activations.push_back(head_activation(config));
+    pooling.push_back(head_pooling(config));
     labels.push_back(adapter.head ? config.num_labels : 0);
     layers.push_back(config.layers);
     dropout.push_back(adapter.trainable ? config.dropout_prob.value_or(0.0) : 0.0);
@@ -143,7 +109,7 @@ void register_fields(Module& heads, const std::vector<Adapter>& adapters) {
   heads.register_attribute("dropout", c10::ListType::ofFloats(), dropout);
 }
 
-// Source of the methods that depend on the adapters: they give a weight of one adapter, and apply its non-linearity.
+// Methods whose text depends on the adapters: a weight of one of them.
 std::string accessors(const std::vector<Adapter>& adapters) {
   std::string source;
   for (const std::string& name : kWeights) {
@@ -156,17 +122,17 @@ std::string accessors(const std::vector<Adapter>& adapters) {
     }
     source += "    return self." + name + ".select(0, adapter)\n";
   }
-  std::set<std::string> activations;
+  return source;
+}
+
+std::set<std::string> activations_of(const std::vector<Adapter>& adapters) {
+  std::set<std::string> names;
   for (const Adapter& adapter : adapters) {
     if (has_head(adapter) && adapter.head->config.activation_function) {
-      activations.insert(*adapter.head->config.activation_function);
+      names.insert(*adapter.head->config.activation_function);
     }
   }
-  source += "\ndef activation(self, inner: Tensor, adapter: int) -> Tensor:\n    name = self.activations[adapter]\n";
-  for (const std::string& name : activations) {
-    source += "    if name == \"" + name + "\":\n        return " + activation_source(name) + "\n";
-  }
-  return source + "    return inner\n";
+  return names;
 }
 
 }  // namespace
@@ -190,7 +156,7 @@ void add_heads(Module& adapters_module, const std::vector<Adapter>& adapters,
       register_own(heads, adapter, unit);
     }
   }
-  heads.define(accessors(adapters) + kHeadsMethods);
+  heads.define(head_methods(activations_of(adapters)) + accessors(adapters) + kHeadsMethods);
   adapters_module.register_module("heads", heads);
 }
 

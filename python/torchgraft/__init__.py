@@ -9,6 +9,7 @@ Importing the package registers the operators. A process that only serves need n
 """
 
 from ._libraries import library_path, load_operators
+from ._text import forward_inputs
 from .adapter_hub import AdapterDirectory, load_adapter_directory
 from .adapter_training import freeze_adapter, trainable_parameters, unfreeze_adapter
 from .checkpoints import load_adapter, match_adapter, save_adapter
@@ -27,7 +28,7 @@ from .configs import (
     SeqBnConfig,
     UniPELTConfig,
 )
-from .errors import GraftError
+from .errors import GraftError, one_line
 from .gates import plot_gates
 from .grafting import graft, inspect
 from .heads import HeadConfig, add_head, head_config, remove_head
@@ -71,6 +72,7 @@ __all__ = [
     "UniPELTConfig",
     "add_head",
     "average_adapter",
+    "forward_inputs",
     "freeze_adapter",
     "graft",
     "head_config",
@@ -82,6 +84,7 @@ __all__ = [
     "lower",
     "match_adapter",
     "merge_adapter",
+    "one_line",
     "plot_gates",
     "remove_adapter",
     "remove_head",

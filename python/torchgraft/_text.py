@@ -1,11 +1,12 @@
 """Turns texts into the arguments of a model's forward."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ._libraries import patcher
 from .errors import GraftError
 
 
@@ -35,42 +36,37 @@ def load_tokenizer(path: Path, max_length: int) -> Any:
     return tokenizer
 
 
-def text_arguments(method: Any, values: Mapping[str, Tensor], command: str) -> list[Any]:
-    """Returns the arguments for a method of a grafted module, up to the last one that a text gives.
+def forward_inputs(method: Any) -> Any:
+    """Returns which arguments of a text encoder take the token ids, the mask and the token types.
 
-    A Tensor argument whose name contains "mask" or "type" gets the mask or the token types. The first other Tensor
-    argument gets the token ids. Arguments between these get their defaults.
+    Names decide: a Tensor or Optional[Tensor] with "mask" in its name takes the mask, another with "type" in its name
+    the token types, the first of the others the ids. Every other argument keeps its default. The result has
+
+    - `arguments(ids, mask=None, types=None)`: the positional arguments up to the last that the text gives, of tensors
+      [B, S] int64; without types all are 0;
+    - `takes_mask`: without a mask a model reads padding as tokens.
 
     Args:
         method: forward, forward_with_gates, ... of a ScriptModule.
+
+    Raises:
+        GraftError: a text gives nothing for an argument that has no default, or none takes the ids.
+    """
+    return patcher().ForwardInputs(method.schema)
+
+
+def text_arguments(method: Any, values: Mapping[str, Tensor], command: str) -> list[Any]:
+    """Returns the arguments for a method of a grafted module, up to the last one that a text gives.
+
+    Args:
+        method: forward, forward_with_gates, ... of a ScriptModule; forward_inputs says which argument gets what.
         values: "ids", "mask" and "type", each int64 [B, S].
         command: the name of the caller, for messages.
 
     Raises:
         GraftError: the method takes no token ids, or needs an argument that a text does not give.
     """
-    result: list[Any] = []
-    given: dict[str, int] = {}  # kind -> position
-    for parameter in method.schema.arguments[1:]:
-        kind = _kind(parameter, known=given.keys())
-        if kind is not None:
-            given[kind] = len(result)
-            result.append(values[kind])
-        elif parameter.has_default_value():
-            result.append(parameter.default_value)
-        else:
-            raise GraftError(
-                f"{command}: forward needs the argument '{parameter.name}', and a text gives token ids, a mask and "
-                "token types only; call the module from Python"
-            )
-    if "ids" not in given:
-        raise GraftError(f"{command}: forward takes no token ids; call the module from Python")
-    return result[: max(given.values()) + 1]
-
-
-def _kind(parameter: Any, known: Collection[str]) -> str | None:
-    """Returns which of a text's values the argument gets; None: none of them."""
-    if str(parameter.type) not in ("Tensor", "Optional[Tensor]"):
-        return None
-    named = next((kind for kind in ("mask", "type") if kind in parameter.name), None)
-    return named or ("ids" if "ids" not in known else None)
+    try:
+        return forward_inputs(method).arguments(values["ids"], values["mask"], values["type"])
+    except GraftError as error:
+        raise GraftError(f"{command}: {error}, or call the module from Python") from None

@@ -5,6 +5,7 @@
 #include <torchgraft/ops/gated_bottleneck.h>
 #include <torchgraft/ops/gated_lora.h>
 #include <torchgraft/ops/gated_prefix_attention.h>
+#include <torchgraft/registration/error_text.h>
 #include <torchgraft/registration/export.h>
 #include <torchgraft/registration/library.h>
 
@@ -31,7 +32,7 @@ int main() {
     std::cerr << "gated_lora took a lora_a of a wrong shape\n";
     return 1;
   } catch (const c10::Error& error) {
-    std::cout << torchgraft::version() << " " << error.what_without_backtrace() << "\n";
+    std::cout << torchgraft::version() << " " << torchgraft::one_line(error) << "\n";
   }
   return 0;
 }

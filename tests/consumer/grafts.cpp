@@ -2,6 +2,7 @@
 
 #include <torchgraft/config/adapter_config.h>
 #include <torchgraft/patch/adapter_pool.h>
+#include <torchgraft/patch/forward_inputs.h>
 #include <torchgraft/patch/graft.h>
 #include <torchgraft/patch/life.h>
 #include <torchgraft/patch/save_adapter.h>
