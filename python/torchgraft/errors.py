@@ -8,5 +8,5 @@ class GraftError(ValueError):
 
 
 def one_line(error: BaseException) -> str:
-    """Returns what went wrong as one line: the first, or, behind a trace of TorchScript's, the text of what it raised."""
+    """Returns what went wrong as one line: the first one, or what TorchScript raised, without its trace."""
     return patcher().one_line(str(error))
