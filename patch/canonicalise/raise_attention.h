@@ -21,6 +21,9 @@ struct UnraisedSoftmax {
 // from, masked_fill'ed or where'd, in any order, also inside `if mask is not None:`. That path is affine in the scores,
 // slope * scores + bias: the slope becomes `scale`, and the bias, which is what the path makes of zero scores, becomes
 // `attn_mask`. So masks, relative position biases and their branches are carried over without being understood.
+//
+// Left alone, with the reason: attention whose queries, keys, scores or masks are written in place (graph/writes.h),
+// and masked_fill and where that write what is no mask (affine_path.h).
 std::vector<UnraisedSoftmax> raise_attention(const std::shared_ptr<torch::jit::Graph>& graph,
                                              const torch::jit::Module& module);
 
