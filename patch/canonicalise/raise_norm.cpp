@@ -109,8 +109,9 @@ bool is_square(const Node* node) {
   if (is_in_place(node)) {
     return false;  // the square has replaced its input
   }
-  return (is_aten(node, {"pow"}) && constant_double(node->namedInput("exponent")) == 2.0) ||
-         is_aten(node, {"square"}) || (is_aten(node, {"mul"}) && node->input(0) == node->input(1));
+  const bool is_power = is_aten(node, {"pow"}) && is_tensor(node->output());  // numbers have powers, too
+  return (is_power && constant_double(node->namedInput("exponent")) == 2.0) || is_aten(node, {"square"}) ||
+         (is_aten(node, {"mul"}) && node->input(0) == node->input(1));
 }
 
 // mean(x^2), mean((x - mean(x))^2) or var(x).
@@ -328,10 +329,10 @@ void NormRaiser::raise(Node* root) {
 void raise_norm(const std::shared_ptr<Graph>& graph, const torch::jit::Module& module) {
   std::vector<Node*> roots;
   for_each_node(graph->block(), [&](Node* node) {
-    const bool is_root =
-        is_aten(node, {"rsqrt", "sqrt"}) ||
-        (is_aten(node, {"pow"}) && std::abs(constant_double(node->namedInput("exponent")).value_or(0.0)) == 0.5);
-    if (is_root) {
+    if (!is_aten(node, {"rsqrt", "sqrt", "pow"}) || !is_tensor(node->output())) {  // numbers have roots, too
+      return;
+    }
+    if (!is_aten(node, {"pow"}) || std::abs(constant_double(node->namedInput("exponent")).value_or(0.0)) == 0.5) {
       roots.push_back(node);
     }
   });
