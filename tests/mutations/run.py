@@ -116,7 +116,7 @@ def judge(tree: Tree, mutation: dict) -> str:
     if isinstance(path, str):
         return path
     targets, commands = tree.tests(mutation["tests"])
-    if targets == LIBRARIES and path.relative_to(tree.root).parts[0] in ("ops", "registration"):
+    if targets == LIBRARIES and path.relative_to(tree.root).parts[0] in ("activations", "ops", "registration"):
         targets = OPERATORS
     with changed(tree, path, mutation, targets):
         if path.suffix in (".cpp", ".h") and "examples" not in path.parts and not tree.compile(targets):
