@@ -5,11 +5,11 @@
 namespace torchgraft {
 namespace {
 
-constexpr const char* kRemedy = "wrap the model in a module whose forward is forward(input_ids, attention_mask)";
+constexpr const char* kWrapRemedy = "wrap the model in a module whose forward is forward(input_ids, attention_mask)";
 
-bool is_tensor(const c10::Argument& argument) { return argument.type()->isSubtypeOf(*c10::OptionalType::ofTensor()); }
+bool takes_tensor(const c10::Argument& argument) { return argument.type()->isSubtypeOf(*c10::OptionalType::ofTensor()); }
 
-bool contains(const std::string& name, const char* part) { return name.find(part) != std::string::npos; }
+bool name_contains(const std::string& name, const char* part) { return name.find(part) != std::string::npos; }
 
 }  // namespace
 
@@ -24,7 +24,7 @@ ForwardInputs::ForwardInputs(const c10::FunctionSchema& schema) {
     if (kind == Kind::kDefault) {
       const auto& default_value = arguments[i].default_value();
       TORCH_CHECK(default_value, "forward's argument '", arguments[i].name(),
-                  "' is none that a text gives (token ids, a mask, token types) and has no default; ", kRemedy);
+                  "' is none that a text gives (token ids, a mask, token types) and has no default; ", kWrapRemedy);
       inputs_.push_back({kind, *default_value});
       continue;
     }
@@ -33,18 +33,18 @@ ForwardInputs::ForwardInputs(const c10::FunctionSchema& schema) {
     takes_mask_ = takes_mask_ || kind == Kind::kMask;
     ids_position_ = kind == Kind::kIds ? i : ids_position_;
   }
-  TORCH_CHECK(ids_position_ > 0, "forward takes no token ids; ", kRemedy);
+  TORCH_CHECK(ids_position_ > 0, "forward takes no token ids; ", kWrapRemedy);
   inputs_.resize(given);
 }
 
 ForwardInputs::Kind ForwardInputs::kind_of(const c10::Argument& argument) const {
-  if (!is_tensor(argument) || argument.name() == "adapter_ids") {
+  if (!takes_tensor(argument) || argument.name() == "adapter_ids") {
     return Kind::kDefault;
   }
-  if (contains(argument.name(), "mask")) {
+  if (name_contains(argument.name(), "mask")) {
     return Kind::kMask;
   }
-  if (contains(argument.name(), "type")) {
+  if (name_contains(argument.name(), "type")) {
     return Kind::kTypes;
   }
   return ids_position_ == 0 ? Kind::kIds : Kind::kDefault;

@@ -169,10 +169,6 @@ void bind_files(py::module_& m) {
     }
     return result;
   });
-}
-
-void bind_files(py::module_& m) {
-  const py::call_guard<py::gil_scoped_release> no_gil;
   m.def("adapter_files", [](const Module& module, const std::string& name, const std::string& model_class) {
     const torchgraft::AdapterFiles files = torchgraft::adapter_files(module, name, model_class);
     return std::tuple(files.config, files.weights, files.head_config, files.head_weights);
