@@ -140,6 +140,19 @@ std::optional<double> filled_with(const Value* value, const torch::jit::Module& 
   return std::nullopt;
 }
 
+// The inputs whose elements `node` reads: not those of which it only takes the size, the dtype or the device.
+at::ArrayRef<const Value*> elements_read(const Node* node) {
+  const auto inputs = node->inputs();
+  if (is_aten(node, {"size", "dim", "numel", "zeros_like", "ones_like", "empty_like", "new_zeros", "new_ones"}) ||
+      node->kind() == c10::prim::dtype || node->kind() == c10::prim::device) {
+    return {};
+  }
+  if (is_aten(node, {"full_like", "new_full"})) {
+    return inputs.slice(1);
+  }
+  return is_aten(node, {"expand_as", "view_as", "reshape_as", "type_as"}) ? inputs.slice(0, 1) : inputs;
+}
+
 bool is_computed_from(const Value* value, const Value* source) {
   std::vector<const Value*> frontier = {value};
   std::unordered_set<const Value*> seen = {value};
@@ -153,10 +166,8 @@ bool is_computed_from(const Value* value, const Value* source) {
       }
     };
     const Node* node = frontier[i]->node();
-    if (is_aten(node, {"size"}) || node->kind() == c10::prim::dtype || node->kind() == c10::prim::device) {
-      continue;  // reads no element
-    }
-    std::for_each(node->inputs().begin(), node->inputs().end(), add);
+    const auto inputs = elements_read(node);
+    std::for_each(inputs.begin(), inputs.end(), add);
     for (const Block* block : node->blocks()) {
       std::for_each(block->outputs().begin(), block->outputs().end(), add);
     }

@@ -38,6 +38,7 @@ SPELLINGS = {
     "leaky relu by where": "scores = torch.where(scores > 0, scores, 0.1 * scores)",
     "filled with minus infinity": "scores = scores.masked_fill(mask[:, None, None, :] == 0, float('-inf'))",
     "filled with a tensor": "scores = torch.where(mask[:, None, None, :] == 0, torch.full([], -1e9), scores)",
+    "a mask as large as scores": "scores = scores.masked_fill((mask[:, None, None, :] == 0).expand_as(scores), -1e9)",
     "where keeps the scores first": "scores = torch.where(mask[:, None, None, :] != 0, scores, torch.full([], -1e9))",
 }
 # These are refused, with a reason that holds the text; all others are taken.
