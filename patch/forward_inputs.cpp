@@ -7,7 +7,9 @@ namespace {
 
 constexpr const char* kWrapRemedy = "wrap the model in a module whose forward is forward(input_ids, attention_mask)";
 
-bool takes_tensor(const c10::Argument& argument) { return argument.type()->isSubtypeOf(*c10::OptionalType::ofTensor()); }
+bool takes_tensor(const c10::Argument& argument) {
+  return argument.type()->isSubtypeOf(*c10::OptionalType::ofTensor());
+}
 
 bool name_contains(const std::string& name, const char* part) { return name.find(part) != std::string::npos; }
 
