@@ -101,10 +101,6 @@ std::optional<size_t> score_operand(const Node* node) {
   return std::nullopt;
 }
 
-}  // namespace
-
-namespace {
-
 // Calls `visit` for every node of the path from `scores` back to the product, whichever side of a branch it is on.
 void for_each_step(const Value* scores, const Node* product, const std::function<void(Node*)>& visit) {
   Node* node = const_cast<Value*>(scores)->node();
@@ -219,15 +215,10 @@ Value* AffinePath::zero_like(Value* value) {
 }
 
 Value* AffinePath::copy_with(Node* node, size_t operand, Value* replacement) {
+  TORCH_INTERNAL_ASSERT(!is_in_place(node),
+                        "raise_attention takes no path that writes into its scores: ", described(node));
   Node* copy = graph_->createClone(node, [](Value* v) { return v; });
   copy->replaceInput(operand, replacement);
-  // An op in place would write into the zeros, or into a mask that others read.
-  if (is_in_place(node)) {
-    const std::string name = node->kind().toUnqualString();
-    Node* functional = graph_->create(c10::Symbol::aten(name.substr(0, name.size() - 1)), copy->inputs(), 1);
-    copy->destroy();
-    copy = functional;
-  }
   return graph_->insertNode(copy)->output();
 }
 

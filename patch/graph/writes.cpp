@@ -23,17 +23,21 @@ std::string described(const Node* node) {
   return result;
 }
 
-Writes::Writes(const std::shared_ptr<Graph>& graph) : aliases_(graph) {
+Writes::Writes(const std::shared_ptr<Graph>& graph) {
   for_each_node(graph->block(), [&](Node* node) {
     if (is_writer(node)) {
       writers_.push_back(node);
     }
   });
+  if (!writers_.empty()) {
+    aliases_.emplace(graph);
+  }
 }
 
 Node* Writes::between(const Node* begin, const Node* end, const ValueSet& values) const {
   const auto found = std::find_if(writers_.begin(), writers_.end(), [&](Node* writer) {
-    return writer != begin && writer->isAfter(begin) && writer->isBefore(end) && aliases_.writesToAlias(writer, values);
+    return writer != begin && writer->isAfter(begin) && writer->isBefore(end) &&
+           aliases_->writesToAlias(writer, values);
   });
   return found == writers_.end() ? nullptr : *found;
 }

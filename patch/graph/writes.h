@@ -4,6 +4,7 @@
 #include <torch/csrc/jit/ir/ir.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -21,8 +22,8 @@ class Writes {
                             const torch::jit::ValueSet& values) const;
 
  private:
-  torch::jit::AliasDb aliases_;
-  std::vector<torch::jit::Node*> writers_;  // in execution order, those of sub-blocks included
+  std::vector<torch::jit::Node*> writers_;      // in execution order, those of sub-blocks included
+  std::optional<torch::jit::AliasDb> aliases_;  // only where something writes: most graphs need no analysis
 };
 
 // True when the schema of `node` says that it writes into one of its inputs.
