@@ -59,15 +59,17 @@ def connections_to(server: Server, count: int):
 @contextlib.contextmanager
 def endless_reading(directory):
     """While it lasts, reading the adapter does not come to an end; then the request that began it fails."""
-    weights, kept = directory / "adapter.safetensors", directory / "kept"
-    weights.rename(kept)
-    os.mkfifo(weights)
+    weights, kept, endless = directory / "adapter.safetensors", directory / "kept", directory / "endless"
+    os.link(weights, kept)
+    os.mkfifo(endless)
+    endless.rename(weights)
     try:
         yield
     finally:
-        writer = os.open(weights, os.O_RDWR)
+        # The file is back before the reading ends: whoever reads next reads the file.
+        os.link(weights, endless)
         kept.rename(weights)
-        os.close(writer)
+        os.close(os.open(endless, os.O_RDWR))
 
 
 def test_a_model_that_fails_without_a_word(server_program, models, tmp_path, expected):

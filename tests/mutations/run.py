@@ -45,6 +45,7 @@ class Tree:
     def __init__(self, root: Path):
         self.root = root.resolve()
         self.build = self.root / "build"
+        self.python = str(self.root / ".venv" / "bin" / "python")
         self.environment = os.environ | {
             "PATH": f"{self.root / '.venv' / 'bin'}:{os.environ['PATH']}",
             "TORCHGRAFT_LIBRARY_DIR": str(self.build / "lib"),
@@ -89,7 +90,7 @@ class Tree:
             return [*suites], [[f"build/bin/{name}", f"--gtest_filter={chosen}"] for name, chosen in filters.items()]
         words = [f"tests/{word}" if (self.root / "tests" / word.split("::")[0]).exists() else word for word in words]
         return LIBRARIES, [
-            [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *words]
+            [self.python, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *words]
         ]
 
 
