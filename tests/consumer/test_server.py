@@ -35,11 +35,12 @@ def test_each_adapter_alone(server, expected, pooling):
         torch.testing.assert_close(answer[0], expected(name_of(index), row, pooling), **TOLERANCE)
 
 
-def test_rows_of_one_request_are_padded_without_effect(server, expected):
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+def test_rows_of_one_request_are_padded_without_effect(server, expected, pooling):
     rows = [[7], list(range(1, MOST_TOKENS + 1)), [3, 4, 5]]
-    answer = server.outputs("task-0", rows)
+    answer = server.outputs("task-0", rows, pooling=pooling)
     for got, row in zip(answer, rows, strict=True):
-        torch.testing.assert_close(got, expected("task-0", row), **TOLERANCE)
+        torch.testing.assert_close(got, expected("task-0", row, pooling), **TOLERANCE)
 
 
 def test_requests_of_all_adapters_at_once(server, expected):
@@ -269,15 +270,18 @@ def test_clients_that_go_away(server, expected):
 
 
 def test_more_than_the_queue_holds_is_refused(server_program, models):
-    options = ("--max-queue", 4, "--max-batch", 4, "--max-wait-us", 300_000)
+    options = ("--max-queue", 4, "--max-batch", 4, "--max-wait-us", 3_000_000)
     with Server(server_program, models / "base.pt", models / "adapters", *options) as server:
 
-        def ask(_) -> int:
+        def ask(*_) -> int:
             return server.predict(None, [[1, 2], [3, 4], [5, 6]])[0]
 
         with concurrent.futures.ThreadPoolExecutor(12) as pool:
-            statuses = list(pool.map(ask, range(12)))
-        assert set(statuses) == {200, 503}
+            waiting = pool.submit(ask)
+            wait_until(lambda: server.metric("torchgraft_queue_rows") == 3)
+            assert ask() == 503  # 3 rows fit in an empty queue of 4, not beside 3 others
+            assert waiting.result() == 200
+            assert set(pool.map(ask, range(12))) == {200, 503}
         assert server.predict(None, [[1, 2]])[0] == 200
 
 

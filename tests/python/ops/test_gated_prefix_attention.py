@@ -239,6 +239,16 @@ def test_dropout_gradient_is_that_of_the_same_draw():
     op_checks.check_gradcheck(seeded, args)
 
 
+def test_dropout_leaves_a_causal_mask_as_it_is():
+    """So rare a dropout drops nothing, but takes the way of dropout."""
+    args = dropout_args(1e-12, attn_mask=None, is_causal=True)
+    without = {**args, "dropout_p": 0.0}
+    torch.testing.assert_close(op(**args)[0], op(**without)[0], rtol=1e-9, atol=1e-10)
+    op_checks.assert_same_gradients(
+        op_checks.gradients(op, args), op_checks.gradients(op, without), rtol=1e-9, atol=1e-10
+    )
+
+
 def test_dropout_of_base_is_torch_s():
     args = dropout_args(0.4, adapter_ids=None, adapter=-1)
     torch.manual_seed(5)

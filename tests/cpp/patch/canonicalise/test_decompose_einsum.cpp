@@ -133,17 +133,33 @@ def forward(self, x: Tensor) -> Tensor:
     q = torch.einsum('bsd,dhk->bshk', [x, self.wq])
     k = torch.einsum('bsd,dhk->bshk', [x, self.wk])
     v = torch.einsum('bsd,dhk->bshk', [x, self.wv])
-    p = torch.softmax(torch.einsum('bqhd,bkhd->bhqk', [q, k]) * 0.5, -1)
-    return torch.einsum('bshk,hkd->bsd', [torch.einsum('bhqk,bkhd->bqhd', [p, v]), self.wo])
+    p = torch.softmax(torch.einsum(SCORES) * 0.5, -1)
+    return torch.einsum('bshk,hkd->bsd', [torch.einsum(MIXED), self.wo])
 )python";
 
+// The two products of an attention.
+struct AttentionProducts {
+  const char* name;
+  std::string scores;
+  std::string mixed;
+};
+
+std::string source_of(const AttentionProducts& products) {
+  std::string source = kAttention;
+  source.replace(source.find("SCORES"), 6, products.scores);
+  source.replace(source.find("MIXED"), 5, products.mixed);
+  return source;
+}
+
+class Attentions : public ::testing::TestWithParam<AttentionProducts> {};
+
 // The recognisers need linear maps, and an attention that becomes one fused call.
-TEST(DecomposeEinsum, AnAttentionInEinsumsBecomesOneFusedCall) {
+TEST_P(Attentions, BecomeOneFusedCall) {
   at::manual_seed(0);
   const auto weight = [](at::IntArrayRef sizes) { return at::randn(sizes).div_(3.0); };
   auto module = make_module(
       {{"wq", weight({6, 3, 4})}, {"wk", weight({6, 3, 4})}, {"wv", weight({6, 3, 4})}, {"wo", weight({3, 4, 6})}},
-      kAttention);
+      source_of(GetParam()));
   const auto graph = decomposed(module);
   EXPECT_TRUE(raise_attention(graph, module).empty());
   simplify(graph);
@@ -156,6 +172,13 @@ TEST(DecomposeEinsum, AnAttentionInEinsumsBecomesOneFusedCall) {
   const at::Tensor x = at::randn({2, 5, 6});
   EXPECT_LT(largest_difference(module.forward({x}).toTensor(), run_graph(module, graph, {x}).toTensor()), 1e-5);
 }
+
+INSTANTIATE_TEST_SUITE_P(DecomposeEinsum, Attentions,
+                         ::testing::Values(AttentionProducts{"as_written_most", "'bqhd,bkhd->bhqk', [q, k]",
+                                                             "'bhqk,bkhd->bqhd', [p, v]"},
+                                           AttentionProducts{"keys_and_values_first", "'bkhd,bqhd->bhqk', [k, q]",
+                                                             "'bkhd,bhqk->bqhd', [v, p]"}),
+                         [](const auto& info) { return info.param.name; });
 
 }  // namespace
 }  // namespace torchgraft

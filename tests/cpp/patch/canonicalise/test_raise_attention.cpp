@@ -131,6 +131,10 @@ INSTANTIATE_TEST_SUITE_P(Spellings, RaiseAttention,
                                            Case{"inactive_dropout", R"python(
     probabilities = torch.dropout(torch.softmax(torch.matmul(q, k.transpose(-1, -2)), -1), 0.1, self.training)
     out = torch.matmul(probabilities, v)
+)python"},
+                                           Case{"active_dropout_of_everything", R"python(
+    probabilities = torch.dropout(torch.softmax(torch.matmul(q, k.transpose(-1, -2)), -1), 1.0, True)
+    out = torch.matmul(probabilities, v)
 )python"}),
                          [](const auto& info) { return info.param.name; });
 
