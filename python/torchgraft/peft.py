@@ -1,9 +1,8 @@
 """Reads LoRA directories of Hugging Face PEFT: adapter_config.json and adapter_model.safetensors."""
 
 import json
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,28 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter_hub import CONFIG_FILE, AdapterDirectory, read_config, read_weights
+from .adapter_hub import CONFIG_FILE, AdapterDirectory, read_weights
 from .configs import LoRAConfig
 from .errors import GraftError
+from .peft_config import PeftLoRAConfig, read_peft_config
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 DEFAULT_NAME = "default"  # PEFT's name for an adapter to which the user gave none
 
 _KEY = re.compile(
     r"(?:base_model\.model\.)?(?P<path>.+)"
-    r"\.(?:lora_(?P<side>[AB])(?:\.[^.]+)?\.weight|lora_(?P<magnitude>magnitude_vector).*)"
+    r"\.(?:lora_(?P<side>[AB])(?:\.[^.]+)?\.weight|lora_(?P<magnitude>magnitude_vector)(?:\.[^.]+)?(?:\.weight)?)"
 )
-# Initialisations that also change the base's weights: the adapter fits the changed weights only.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
-# Fields that must be off, and what each would add.
-_UNSUPPORTED = {
-    "use_qalora": "QALoRA", "modules_to_save": "whole modules", "trainable_token_indices": "tokens",
-    "lora_bias": "a bias", "alora_invocation_tokens": "activated LoRA", "target_parameters": "parameters",
-    "use_bdlora": "block-diagonal LoRA", "arrow_config": "Arrow",
-}  # fmt: skip
 # The roles of a layer's projections at which a LoRA can act, with the matrix or the field of LoRAConfig for it.
 _MATRICES = {"query": "q", "key": "k", "value": "v"}
 _FLAGS = {"ffn_in": "intermediate_lora", "ffn_out": "output_lora"}
+_ROLES = (*_MATRICES, "output", "ffn_in", "ffn_gate", "ffn_out")
 
 
 def is_peft_directory(directory: Path) -> bool:
@@ -79,87 +72,164 @@ def load_peft_directory(
             result but its bias.
 
     Raises:
-        GraftError: the directory holds no LoRA; a field is not supported; the model lacks a linear map; or AdapterHub
-            has no location for it (the attention's output projection, the gate of a feed-forward block).
+        GraftError: the directory holds no LoRA; a field is not known or not supported; weights are missing, or two are
+            for one linear map; the model lacks a linear map; or AdapterHub has no location for it (the attention's
+            output projection, the gate of a feed-forward block).
     """
     directory = Path(directory)
-    config = json.loads(read_config(directory))
-    _check_config(directory, config)
-    updates = _read_updates(directory, config)
+    config = read_peft_config(directory)
+    updates = _read_updates(config)
+    projections = {
+        layer[role]["path"]: (index, role)
+        for index, layer in enumerate(structure["layers"])
+        for role in _ROLES
+        if layer["shares"] is None and layer[role]
+    }
+    maps = {path.removesuffix(".weight") for path, tensor in parameters.items() if path.endswith(".weight")
+            and tensor.dim() == 2}  # fmt: skip
+    places = _match_paths(directory, updates, [*projections, *(maps - projections.keys())])
+    _check_completeness(config, places, [*projections, *maps])
     targets: dict[tuple[int, str], tuple[dict, _Update]] = {}
     for path, update in updates.items():
-        targets |= _targets(directory, path, update, structure)
+        targets |= _targets(directory, path, places[path].path, update, structure)
     rank = max(update.lora_a.size(0) for update in updates.values())
     return _as_adapter_hub(directory, targets, rank, structure, parameters)
 
 
-def _check_config(directory: Path, config: dict[str, Any]) -> None:
-    if config.get("peft_type") != "LORA":
-        raise GraftError(f"{directory}: PEFT's {config.get('peft_type')} is not supported, only LORA")
-    for field, meaning in _UNSUPPORTED.items():
-        if config.get(field):
-            raise GraftError(f"{directory}: {field} ({meaning}) is not supported")
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
-        raise GraftError(
-            f"{directory}: init_lora_weights={init} has changed the base's weights, and this model does not have the "
-            "changed ones; convert the adapter with PEFT's path_initial_model_for_weight_conversion"
-        )
-
-
-def _pattern_value(patterns: Mapping[str, Any] | None, path: str, default: float) -> float:
-    """Returns the value of the first pattern that matches the end of `path`, as PEFT does."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(?:.*\.)?(?:{pattern})$", path):
-            return value
-    return default
-
-
-def _read_updates(directory: Path, config: dict[str, Any]) -> dict[str, _Update]:
+def _read_updates(config: PeftLoRAConfig) -> dict[str, _Update]:
+    directory = config.directory
     sides: dict[str, dict[str, Tensor]] = {}
     for key, tensor in read_weights(directory, WEIGHT_FILES).items():
         match = _KEY.fullmatch(key)
         dimensions = 1 if match and match["magnitude"] else 2
         if match is None or tensor.dim() != dimensions or not tensor.is_floating_point():
             raise GraftError(f"{directory}: {key} is not a weight of a LoRA on a linear map")
-        sides.setdefault(match["path"], {})[match["side"] or match["magnitude"]] = tensor
+        side = match["side"] or match["magnitude"]
+        if side in sides.setdefault(match["path"], {}):
+            raise GraftError(f"{directory}: two weights are lora_{side} of {match['path']}, {key} is one of them")
+        sides[match["path"]][side] = tensor
     result = {}
     for path, side in sides.items():
-        expected = {"A", "B", "magnitude_vector"} if config.get("use_dora") else {"A", "B"}
+        expected = {"A", "B", "magnitude_vector"} if config.use_dora else {"A", "B"}
         if set(side) != expected or side["A"].size(0) != side["B"].size(1):
             raise GraftError(f"{directory}: expected lora_A [r, in] and lora_B [out, r] for {path}"
-                             + (", and its lora_magnitude_vector" if config.get("use_dora") else ""))  # fmt: skip
-        rank = side["A"].size(0)
-        alpha = _pattern_value(config.get("alpha_pattern"), path, config.get("lora_alpha", 8))
-        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        result[path] = _Update(side["A"], side["B"] * scaling, side.get("magnitude_vector"))
+                             + (", and its lora_magnitude_vector" if config.use_dora else ""))  # fmt: skip
+        if side["A"].size(0) != config.rank(path):
+            raise GraftError(
+                f"{directory}: expected lora_A of {path} of rank {config.rank(path)}, as r and rank_pattern say, got "
+                f"{side['A'].size(0)}"
+            )
+        result[path] = _Update(side["A"], side["B"] * config.scaling(path), side.get("magnitude_vector"))
     if not result:
         raise GraftError(f"{directory}: the adapter has no weights")
     return result
 
 
-def _is_same_path(a: str, b: str) -> bool:
-    """Compares paths without their leading components: a model may have been traced inside a head or a wrapper."""
-    return a == b or a.endswith("." + b) or b.endswith("." + a)
+@dataclass(frozen=True)
+class _Place:
+    """Where an update belongs.
+
+    Attributes:
+        path: the linear map's path in the model.
+        model_prefix: what precedes the part of that path which PEFT's path has, too.
+        peft_prefix: what precedes that part in PEFT's path.
+    """
+
+    path: str
+    model_prefix: str
+    peft_prefix: str
+
+
+def _place(model_path: str, peft_path: str) -> tuple[int, _Place] | None:
+    """Compares two paths from their ends: a model may have been traced inside a head or a wrapper, or without one.
+
+    Returns:
+        How many components they share, and the place; None: they are not paths of one linear map. They are if one is
+        the end of the other, or if they share a layer's number and its container.
+    """
+    model, saved = model_path.split("."), peft_path.split(".")
+    shared = 0
+    while shared < min(len(model), len(saved)) and model[-1 - shared] == saved[-1 - shared]:
+        shared += 1
+    number = next((index for index, component in enumerate(saved) if component.isdigit()), None)
+    holds_a_layer = number is not None and number >= 1 and len(saved) - shared <= number - 1
+    if shared < min(len(model), len(saved)) and not holds_a_layer:
+        return None
+    return shared, _Place(model_path, ".".join(model[: len(model) - shared]), ".".join(saved[: len(saved) - shared]))
+
+
+def _match_paths(directory: Path, peft_paths: Iterable[str], model_paths: Iterable[str]) -> dict[str, _Place]:
+    """Finds the model's linear map of each update: one map for an update, one update for a map, and for all updates the
+    same components before the part of the path that is common.
+
+    Raises:
+        GraftError: there is none, or there are several.
+    """
+    model_paths = list(dict.fromkeys(model_paths))
+    places: dict[str, _Place] = {}
+    owners: dict[str, str] = {}
+    for path in peft_paths:
+        found = [place for place in (_place(model_path, path) for model_path in model_paths) if place]
+        best = [place for shared, place in found if shared == max(length for length, _ in found)]
+        if not best:
+            raise GraftError(
+                f"{directory}: the model has no linear map {path}; PEFT adapters are matched by module path"
+            )
+        if len(best) > 1:
+            raise GraftError(
+                f"{directory}: {path} could be the model's {best[0].path} and its {best[1].path}; graft the part of "
+                "the model that the adapter was trained on"
+            )
+        [place] = best
+        if place.path in owners:
+            raise GraftError(
+                f"{directory}: {owners[place.path]} and {path} are both updates of the model's {place.path}; graft the "
+                "whole model that the adapter was trained on"
+            )
+        owners[place.path] = path
+        places[path] = place
+    prefixes = {(place.model_prefix, place.peft_prefix): path for path, place in places.items()}
+    if len(prefixes) > 1:
+        one, other = [f"{path} (the model's {places[path].path})" for path in prefixes.values()][:2]
+        raise GraftError(
+            f"{directory}: {one} and {other} are of different parts; graft the whole model that the adapter was "
+            "trained on"
+        )
+    return places
+
+
+def _check_completeness(config: PeftLoRAConfig, places: Mapping[str, _Place], model_paths: Iterable[str]) -> None:
+    """Checks that each linear map that the configuration names has an update: a file may have lost some."""
+    place = next(iter(places.values()))
+    before = place.model_prefix + "." if place.model_prefix else ""
+    for model_path in model_paths:
+        path = ".".join(filter(None, [place.peft_prefix, model_path.removeprefix(before)]))
+        if model_path.startswith(before) and path not in places and config.targets(path):
+            raise GraftError(
+                f"{config.directory}: the weights lack an update of {path} (the model's {model_path}), which "
+                "target_modules names; if the adapter was trained on a model without it, name it in exclude_modules"
+            )
 
 
 def _targets(
-    directory: Path, path: str, update: _Update, structure: Mapping[str, Any]
+    directory: Path, path: str, model_path: str, update: _Update, structure: Mapping[str, Any]
 ) -> dict[tuple[int, str], tuple[dict, _Update]]:
     """Returns the projections that an update changes: one, or all that are packed into one linear map.
 
     Returns:
         {(index in "layers", role): (the projection's entry, its part of the update)}.
     """
-    roles = [*_MATRICES, "output", "ffn_in", "ffn_gate", "ffn_out"]
     found = [
         (index, role, layer[role])
         for index, layer in enumerate(structure["layers"])
-        for role in roles
-        if layer["shares"] is None and layer[role] and _is_same_path(layer[role]["path"], path)
+        for role in _ROLES
+        if layer["shares"] is None and layer[role] and layer[role]["path"] == model_path
     ]
     if not found:
-        raise GraftError(f"{directory}: the model has no linear map {path}; PEFT adapters are matched by module path")
+        raise GraftError(
+            f"{directory}: {path} is the model's {model_path}, which is not in a layer that was recognised; "
+            "torchgraft.inspect() says which layers were, and why others were not"
+        )
     for _, role, _ in found:
         if role not in _MATRICES and role not in _FLAGS:
             what = "the attention's output projection" if role == "output" else "the gate of the feed-forward block"

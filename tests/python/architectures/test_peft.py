@@ -83,7 +83,7 @@ def test_equals_peft(case: str, tmp_path) -> None:
             dict(use_dora=True, target_modules=["layer.0.attention.self.query", "layer.1.attention.self.value"]),
             "DoRA on value of some layers, and in layer 0 on others",
         ),
-        (dict(target_modules=["pooler.dense"]), "the model has no linear map pooler.dense"),
+        (dict(target_modules=["pooler.dense"]), r"model.pooler.dense, which is not in a layer that was recognised"),
     ],
 )
 def test_what_has_no_place_is_named(options: dict, message: str, tmp_path) -> None:

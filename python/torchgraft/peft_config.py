@@ -1,0 +1,201 @@
+"""Reads adapter_config.json of Hugging Face PEFT's LoRA. What is not known to be without effect here is refused."""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .adapter_hub import read_config
+from .errors import GraftError
+
+# Fields that a trained LoRA's results do not depend on: how it was trained, and where it came from.
+_WITHOUT_EFFECT = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
+    "inference_mode", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_version",
+    "qalora_group_size", "revision", "runtime_config", "task_type", "velora_config",
+}  # fmt: skip
+# Fields that must be off, and what each would add.
+_UNSUPPORTED = {
+    "alora_invocation_tokens": "activated LoRA", "arrow_config": "Arrow", "kasa_config": "KaSA, which changes the base",
+    "layer_replication": "layers that are used several times", "lora_bias": "a bias", "megatron_config": "Megatron",
+    "modules_to_save": "whole modules", "monteclora_config": "MonteCLoRA", "target_parameters": "parameters",
+    "trainable_token_indices": "tokens", "use_bdlora": "block-diagonal LoRA", "use_qalora": "QALoRA",
+}  # fmt: skip
+# Initialisations that leave the base's weights as they are.
+_PLAIN_INITIALISATIONS = ("gaussian", "eva", "mica", "orthogonal")
+_ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class PeftLoRAConfig:
+    """The fields of LoraConfig on which a trained adapter's results depend, named and read as PEFT does."""
+
+    directory: Path
+    r: int
+    lora_alpha: float
+    target_modules: str | list[str]
+    exclude_modules: str | list[str]
+    layers_to_transform: list[int] | None
+    layers_pattern: list[str]
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    use_rslora: bool
+    use_dora: bool
+
+    def rank(self, path: str) -> int:
+        """Returns the rank of the update of the linear map at `path`, by PEFT's module path."""
+        return int(_pattern_value(self.rank_pattern, path, self.r))
+
+    def scaling(self, path: str) -> float:
+        """Returns the factor of B A: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA."""
+        rank = self.rank(path)
+        alpha = _pattern_value(self.alpha_pattern, path, self.lora_alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def targets(self, path: str) -> bool:
+        """Returns whether PEFT gives the linear map at `path` an update."""
+        if _names(self.exclude_modules, path):
+            return False
+        if self.target_modules == _ALL_LINEAR:
+            return True
+        if not _names(self.target_modules, path):
+            return False
+        # PEFT ignores layers_to_transform beside a regular expression, and for a path that is named in full.
+        if isinstance(self.target_modules, str) or path in self.target_modules or not self.layers_to_transform:
+            return True
+        number = self._layer_number(path)
+        return number is not None and number in self.layers_to_transform
+
+    def _layer_number(self, path: str) -> int | None:
+        for pattern in self.layers_pattern or [r"(?<=\.)[^.]*"]:
+            match = re.match(rf"(?:^|.*?\.){pattern}\.(?P<number>\d+)\.", path)
+            if match:
+                return int(match["number"])
+        return None
+
+
+def _pattern_value(patterns: Mapping[str, Any], path: str, default: float) -> float:
+    """Returns the value of the first pattern that matches the end of `path`, as PEFT does."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return value
+    return default
+
+
+def _names(modules: str | list[str], path: str) -> bool:
+    """Returns whether a regular expression, or one of several ends of paths, is that of `path`."""
+    if isinstance(modules, str):
+        return bool(modules) and re.fullmatch(modules, path) is not None
+    return any(path == name or path.endswith("." + name) for name in modules)
+
+
+def _is_text_or_texts(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_layers(value: Any) -> bool:
+    return all(isinstance(each, int) for each in (value if isinstance(value, list) else [value]))
+
+
+def _patterns_to(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(holds(each) for each in value.values())
+
+
+def _as_list(value: Any) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+# Field: (what it must be, the check, the value where the file has none or null).
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool], Any]] = {
+    "r": ("a whole number above 0", _is_rank, 8),
+    "lora_alpha": ("a number", _is_number, 8),
+    "target_modules": ("a text or a list of texts", _is_text_or_texts, None),
+    "exclude_modules": ("a text or a list of texts", _is_text_or_texts, []),
+    "layers_to_transform": ("a layer or a list of layers", _is_layers, None),
+    "layers_pattern": ("a text or a list of texts", _is_text_or_texts, []),
+    "rank_pattern": ("whole numbers above 0 by pattern", _patterns_to(_is_rank), {}),
+    "alpha_pattern": ("numbers by pattern", _patterns_to(_is_number), {}),
+    "use_rslora": ("true or false", _is_bool, False),
+    "use_dora": ("true or false", _is_bool, False),
+}
+
+
+def read_peft_config(directory: Path) -> PeftLoRAConfig:
+    """Reads adapter_config.json.
+
+    Raises:
+        GraftError: the file is no LoRA's; it has a field that is not known, is not supported or has another type; or
+            the LoRA's initialisation has changed the base's weights.
+    """
+    config = json.loads(read_config(directory))
+    if config.get("peft_type") != "LORA":
+        raise GraftError(f"{directory}: PEFT's {config.get('peft_type')} is not supported, only LORA")
+    _check_fields(directory, config)
+    _check_initialisation(directory, config.get("init_lora_weights", True))
+    values = {}
+    for field, (expected, holds, default) in _FIELDS.items():
+        value = config.get(field)
+        if value is not None and not holds(value):
+            raise GraftError(f"{directory}: expected {field} to be {expected}, got {json.dumps(value)}")
+        values[field] = default if value is None else value
+    if values["target_modules"] is None:
+        raise GraftError(f"{directory}: expected target_modules, which says where the adapter's updates are")
+    if values["layers_to_transform"] is not None:
+        values["layers_to_transform"] = _as_list(values["layers_to_transform"])
+    values["layers_pattern"] = [each for each in _as_list(values["layers_pattern"]) if each]
+    result = PeftLoRAConfig(directory, **values)
+    _check_patterns(result)
+    return result
+
+
+def _check_fields(directory: Path, config: Mapping[str, Any]) -> None:
+    for field, value in config.items():
+        if field in _UNSUPPORTED and value not in (None, False, [], {}):
+            raise GraftError(f"{directory}: {field} ({_UNSUPPORTED[field]}) is not supported")
+        if field == "bias" and value not in (None, "none"):
+            raise GraftError(
+                f"{directory}: bias={json.dumps(value)} has trained the base's biases, which is not supported; only "
+                'bias="none" is'
+            )
+        known = field in _WITHOUT_EFFECT or field in _UNSUPPORTED or field in _FIELDS
+        # null is a feature that is off, of a version that has more of them.
+        if value is not None and not known and field not in ("peft_type", "bias", "init_lora_weights"):
+            raise GraftError(
+                f"{directory}: the field {field} is not known, so what it changes is not either; if it has no effect "
+                "on a trained adapter, remove it from adapter_config.json"
+            )
+
+
+def _check_initialisation(directory: Path, init: Any) -> None:
+    if init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in _PLAIN_INITIALISATIONS):
+        return
+    raise GraftError(
+        f"{directory}: init_lora_weights={json.dumps(init)} has changed the base's weights, or is not known, and this "
+        "model does not have the changed ones; convert the adapter with PEFT's path_initial_model_for_weight_conversion"
+    )
+
+
+def _check_patterns(config: PeftLoRAConfig) -> None:
+    """Regular expressions come from a file that somebody downloaded."""
+    expressions = [*config.rank_pattern, *config.alpha_pattern, *config.layers_pattern]
+    expressions += [each for each in (config.target_modules, config.exclude_modules) if isinstance(each, str)]
+    for expression in expressions:
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise GraftError(f"{config.directory}: {expression!r} is no regular expression: {error}") from None
