@@ -31,8 +31,8 @@ function(torchgraft_light_optimisation target)
 endfunction()
 
 # torchgraft_room(TARGET KNOWN...): an object library whose sources can include these folders and headers of this
-# project and no others, so that a layer that knows too much does not compile. What they may include of other libraries,
-# scripts/check_tree.py holds.
+# project and no others, so that a layer that knows too much does not compile. scripts/check_tree.py
+# checks what they include of other libraries.
 function(torchgraft_room target)
   set(folder ${PROJECT_BINARY_DIR}/rooms/${target})
   file(REMOVE_RECURSE ${folder})

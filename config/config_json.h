@@ -12,8 +12,8 @@ namespace torchgraft {
 // unknown field, a wrong type or malformed JSON throws c10::Error that names it.
 TORCHGRAFT_PATCH_API AdapterConfig config_from_json(std::string_view json);
 
-// The inner config, every field written, as AdapterConfig.to_dict() of the oracle: {"architecture": "union", ...} for
-// more than one method.
+// The inner config, every field written, as AdapterConfig.to_dict() of the adapters library: {"architecture": "union",
+// ...} for more than one method.
 TORCHGRAFT_PATCH_API std::string config_to_json(const AdapterConfig& config);
 
 }  // namespace torchgraft

@@ -7,7 +7,7 @@
 
 namespace torchgraft {
 
-// A name with other values, or a union of such, as the oracle's configuration strings:
+// A name with other values, or a union of such, as the adapters library's configuration strings:
 // "seq_bn[reduction_factor=8]|lora[r=16, use_gating=True]". Values are Python literals; in a union that has a name
 // ("mam[...]") every method gets them. Throws c10::Error that says what cannot be read.
 TORCHGRAFT_PATCH_API AdapterConfig config_from_string(std::string_view text);

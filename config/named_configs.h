@@ -9,7 +9,7 @@
 
 namespace torchgraft {
 
-// The named constructors of the oracle.
+// The named constructors of the adapters library.
 TORCHGRAFT_PATCH_API BnConfig seq_bn_config();
 TORCHGRAFT_PATCH_API BnConfig double_seq_bn_config();
 TORCHGRAFT_PATCH_API BnConfig par_bn_config();

@@ -33,8 +33,8 @@ struct SavedModule {
 // An AdapterHub checkpoint, sorted.
 struct Checkpoint {
   std::vector<SavedModule> modules;
-  std::map<std::string, SavedParameters> prefixes;  // the prefix pool, by the oracle's location key
-  SavedParameters shared;                           // Compacter's, by the oracle's names
+  std::map<std::string, SavedParameters> prefixes;  // the prefix pool, by the adapters library's location key
+  SavedParameters shared;                           // Compacter's, by the adapters library's names
 };
 
 std::vector<std::string> split_path(const std::string& path);

@@ -20,8 +20,9 @@ constexpr double kBertStd = 0.02;
 constexpr double kHoulsbyStd = 1e-2;
 constexpr double kPhmRuleSpread = 1e-2;
 
-// Seeds as the oracle's fix_seed does: every module that has a seed starts from it, and 0 counts as no seed. The draws
-// below, and their order, are those of the oracle's modules: a seeded module equals the oracle's bit for bit.
+// Seeds as the adapters library's fix_seed does: every module that has a seed starts from it, and 0 counts as no seed.
+// The draws below, and their order, are those of the adapters library's modules: a seeded module equals the adapters
+// library's bit for bit.
 void fix_seed(const std::optional<int64_t>& seed) {
   if (seed && *seed != 0) {
     at::manual_seed(static_cast<uint64_t>(*seed));
@@ -60,7 +61,8 @@ void add_default_gate(ModuleWeights& weights, int64_t gates, int64_t features) {
   weights["gate_bias"] = linear_bias(gates, features);
 }
 
-// The gate of a LoRA or a prefix: a new torch.nn.Linear, whose weight the oracle draws a second time, but not its bias.
+// The gate of a LoRA or a prefix: a new torch.nn.Linear, whose weight the adapters library draws a second time, but not
+// its bias.
 void add_gate(ModuleWeights& weights, int64_t gates, int64_t features) {
   add_default_gate(weights, gates, features);
   weights["gate_weight"] = normal({gates, features}, kBertStd);
@@ -85,7 +87,7 @@ ModuleWeights init(const PlannedLoRA& planned) {
   if (lora_form(config) == LoRAForm::kScale) {
     weights.erase("lora_a");
   } else if (lora_form(config) == LoRAForm::kDora) {
-    weights["fixed"] = at::zeros({planned.out_features});  // the magnitude is the base's: patch/dora.cpp
+    weights["fixed"] = at::zeros({planned.out_features});  // the magnitude is the base's: patch/adapters/dora.cpp
   }
   // The gate replaces alpha / r.
   weights["scaling"] = at::scalar_tensor(lora_scaling(config), at::kDouble);

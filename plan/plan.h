@@ -20,9 +20,9 @@ LoRAForm lora_form(const LoRAConfig& config);
 // The layer norms of a bottleneck's own: "norm_before", "norm_after" (ln_before, ln_after).
 std::vector<std::string> own_norms(const BnConfig& config);
 
-// The three methods, each at one site of one layer. `location` is the oracle's key ("selfattn_lora"); `site` names the
-// one linear map, attention or residual add that the method works on. The two differ for LoRA on q, k and v only: the
-// sites are selfattn_lora_q, and in cross attention crossattn_lora_q, whose location is selfattn_lora too.
+// The three methods, each at one site of one layer. `location` is the adapters library's key ("selfattn_lora"); `site`
+// names the one linear map, attention or residual add that the method works on. The two differ for LoRA on q, k and v
+// only: the sites are selfattn_lora_q, and in cross attention crossattn_lora_q, whose location is selfattn_lora too.
 struct PlannedLoRA {
   LoRAConfig config;
   int64_t in_features = 0;

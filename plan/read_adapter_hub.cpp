@@ -214,7 +214,7 @@ void WeightReader::check_nothing_is_left() const {
   const auto check = [&](const SavedParameters& parameters) {
     for (const auto& [name, saved] : parameters) {
       TORCH_CHECK(used_.count(saved.key), "adapter weights: the checkpoint has ", saved.key,
-                  ", for which the config has no place");
+                  ", for which the config has no location");
     }
   };
   for (const SavedModule& module : checkpoint_.modules) {

@@ -111,7 +111,7 @@ def expected(models):
 
 @pytest.fixture(scope="module")
 def server(server_program, models):
-    """One server for all that leave it as it is; that it lives to the end is a test of its own."""
+    """One server for all tests that do not change it. Another test checks that it lives to the end."""
     from server_support import CAPACITY, Server
 
     with Server(server_program, models / "base.pt", models / "adapters", "--capacity", CAPACITY) as running:

@@ -336,7 +336,7 @@ def test_files_that_turn_into_garbage_under_load(server_program, models, own_ada
 
 
 def test_sigterm_under_load_loses_nothing(server_program, models, expected):
-    """Whoever got a connection gets a whole and right answer, or, after the last one, a closed connection."""
+    """A client that has a connection gets whole, correct answers, and a closed connection after the last."""
     options = ("--capacity", CAPACITY, "--max-wait-us", 20_000)
     with Server(server_program, models / "base.pt", models / "adapters", *options) as server:
         answers: list[tuple] = []

@@ -93,7 +93,7 @@ def test_an_adapter_is_replaced_under_load(server_program, models, tmp_path):
     assert not torch.allclose(*wanted, **TOLERANCE)
     assert {since for since, _, _ in answers} >= set(range(1, 15))
     for since, got, now in answers:
-        # `since` had been put when the request began; the next may have been by the time of its answer, told or not.
+        # The server had stored `since` before the request began. It may have stored the next one before it answered.
         possible = {turn % 2 for turn in range(since, now + 2)}
         assert any(torch.allclose(got, wanted[turn], **TOLERANCE) for turn in possible)
 

@@ -58,7 +58,7 @@ def connections_to(server: Server, count: int):
 
 @contextlib.contextmanager
 def endless_reading(directory):
-    """While it lasts, reading the adapter does not come to an end; then the request that began it fails."""
+    """Inside the context, reading the adapter does not end. Afterwards the request that began it fails."""
     weights, kept, endless = directory / "adapter.safetensors", directory / "kept", directory / "endless"
     os.link(weights, kept)
     os.mkfifo(endless)

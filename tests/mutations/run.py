@@ -3,9 +3,9 @@
 
     tests/mutations/run.py --tree DIR [NAME...]      of these, or of all
 
-DIR is a checkout that nobody else uses and that scripts/setup --tests has built (git worktree add DIR). Of each
-mutation the files are put back as they were, with what was compiled of them, so that the next one builds no more than
-it needs. Exit status 1 when a mutation slips, or when its text is not there any more.
+DIR is a checkout that nobody else uses and that scripts/setup --tests has built (git worktree add DIR). The
+script restores each file and what was compiled from it, so that the next mutation builds only what it needs. Exit
+status 1 when a mutation slips, or when its text is not there any more.
 """
 
 import argparse
@@ -96,7 +96,8 @@ class Tree:
 
 @contextlib.contextmanager
 def changed(tree: Tree, path: Path, mutation: dict, targets: list[str]) -> Iterator[None]:
-    """While it lasts the file is wrong; then it, and all that was built of it, is what it was, times included."""
+    """Inside the context the file has the error. Afterwards the file and all that was built from it are restored, times
+    included."""
     with tempfile.TemporaryDirectory() as folder:
         kept = {path: Path(folder) / "source"}
         shutil.copy2(path, kept[path])
@@ -114,7 +115,7 @@ def changed(tree: Tree, path: Path, mutation: dict, targets: list[str]) -> Itera
 
 
 def judge(tree: Tree, mutation: dict) -> str:
-    """caught, slipped, or why nobody knows."""
+    """Returns "caught", "slipped", or why the mutation could not be judged."""
     path = find_file(tree.root, mutation)
     if isinstance(path, str):
         return path

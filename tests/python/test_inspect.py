@@ -1,4 +1,4 @@
-"""inspect and `sites`: what was seen can be written down, edited, and given back."""
+"""inspect() and `sites`: a user can save, edit and give back what the patcher detects."""
 
 import copy
 import json
@@ -282,7 +282,7 @@ def operator_rows(text: str) -> list[list[str]]:
 
 @pytest.mark.quick
 def test_which_operators_run(folder: Path, tmp_path: Path) -> None:
-    """A LoRA that is fused with its projection is seen as such, and one that is not; nothing is, of a bare module."""
+    """The table shows which LoRAs are fused with their projections. For a bare module it is empty."""
     assert "operators" not in run("inspect", folder / "base.pt").stdout
     assert operator_rows(run("inspect", folder / "base.pt", "--config", "unipelt").stdout) == [
         ["output_adapter_seq_ln_relu", "gated_bottleneck", "0-2"],

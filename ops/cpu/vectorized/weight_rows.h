@@ -6,8 +6,8 @@
 
 namespace torchgraft::ops::cpu::TORCHGRAFT_VECTORIZED {
 
-// The rows of w and w2 that belong to a few columns of y, at most `Most`: where they lie, or widened to float32. Of
-// bfloat16, w2 is always widened, w only if `floats`.
+// The rows of w and w2 that belong to a few columns of y, at most `Most`: where they lie, or widened to float32.
+// bfloat16 rows of w2 are always widened; those of w only if `floats`.
 template <int Most>
 class WeightRows {
  public:

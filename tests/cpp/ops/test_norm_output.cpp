@@ -102,8 +102,8 @@ TEST(NormOutput, GradientsAreTheSame) {
   }
 }
 
-// Weights' gradients are what the norm's result is had again for. 37 features: whole vectors and a rest. (The name has
-// it run with every copy of the kernels.)
+// The gradients of weights read the norm's result, so they make autograd compute it again. 37 features: whole vectors
+// and a remainder. The name selects this test for every copy of the kernels.
 TEST(FusedNormOutput, WeightsGradientsAreTheSame) {
   at::manual_seed(0);
   set_kernel_mode(KernelMode::kFused);

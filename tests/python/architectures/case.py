@@ -1,6 +1,6 @@
 """What a test of an architecture needs to know of it.
 
-A Case is a small random model with a way of calling it and a Reference: whoever knows what the grafted model must give.
+A Case is a small random model, a way of calling it, and a Reference, which knows what the grafted model must give.
 References are the `adapters` library where it supports the model (oracle_reference.py), and a restatement of the
 definitions in plain PyTorch where it does not (restated_reference.py).
 """

@@ -1,8 +1,8 @@
 """References for models that AdapterHub does not know: the methods restated in plain PyTorch, applied by hooks.
 
-Knows the eager model and where in it, by module path, each place of a layer is (Layer); reads the adapter's parameters
-out of the grafted module's state_dict; shares no code with the patcher or the operators. That it is the definition is
-shown where the library can be asked: test_restated_reference.py compares it with the library on BERT, ViT and BART.
+A reference knows the eager model, and by module path where in it each location of a layer is (Layer). It reads the
+adapter's parameters from the grafted module's state_dict, and shares no code with the patcher or the operators.
+test_restated_reference.py compares it with the library on BERT, ViT and BART, and so shows that it is the definition.
 """
 
 import contextlib

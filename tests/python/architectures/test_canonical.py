@@ -44,8 +44,8 @@ def test_results_of_the_canonical_module_are_the_modules(name: str, form: str) -
 
 
 def _real_tokens(hidden: Tensor, arguments: tuple) -> Tensor:
-    """1 at real tokens, [B, S, 1], by the mask among the arguments. What stands at padding is nobody's: where DeBERTa
-    masks all scores of a padded query, the canonical attention hands on a gradient that the model drops."""
+    """1 at real tokens, [B, S, 1], by the mask among the arguments. Values at padding are not compared: where DeBERTa
+    masks all scores of a padded query, the canonical attention passes on a gradient that the model drops."""
     for mask in arguments[1:]:
         if mask.dtype == torch.int64 and mask.max() <= 1 and mask.shape == hidden.shape[:2]:
             return mask[:, :, None].to(hidden.dtype)
@@ -53,7 +53,7 @@ def _real_tokens(hidden: Tensor, arguments: tuple) -> Tensor:
 
 
 def _gradients(module: torch.jit.ScriptModule, case, arguments: tuple) -> dict[str, Tensor | None]:
-    """Of every parameter, of a loss that weighs all results at real tokens."""
+    """Returns the gradient of every parameter for a loss that weighs the results at real tokens."""
     hidden = case.hidden(module(*arguments))
     weights = torch.arange(hidden.numel(), dtype=hidden.dtype).sin().view_as(hidden)
     loss = (hidden * weights * _real_tokens(hidden, arguments)).sum() / hidden.size(0)

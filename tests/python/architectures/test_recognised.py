@@ -1,4 +1,4 @@
-"""Architectures that AdapterHub does not know: what is seen of them, and that seeing it changes nothing."""
+"""Architectures that AdapterHub does not know: what inspect() reports, and that a fresh LoRA changes nothing."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The result of a layer norm that an operator reads is had again for the gradient, unless saved tensors have hooks."""
+"""For the gradient, autograd computes the result of a layer norm again, unless saved tensors have hooks."""
 
 import pytest
 import torch
