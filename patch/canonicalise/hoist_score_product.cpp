@@ -1,8 +1,7 @@
 #include <torchgraft/patch/canonicalise/hoist_score_product.h>
 
-#include <torchgraft/patch/canonicalise/score_path.h>
+#include <torchgraft/patch/canonicalise/affine_path.h>
 #include <torchgraft/patch/graph/graph_utils.h>
-#include <torchgraft/patch/graph/writes.h>
 
 #include <optional>
 #include <vector>
@@ -57,13 +56,11 @@ Value* common_value(Value* left, Value* right, Node* branch) {
                                               *constant_int(a->namedInput("dim1"))});
 }
 
-void hoist_output(Node* branch, size_t output, const Writes& writes) {
+void hoist_output(Node* branch, size_t output) {
   std::vector<Product> products;
   for (Block* block : branch->blocks()) {
     const auto product = product_of(block->outputs()[output]);
-    // Queries and keys are read before the branch, the bias at its end.
-    if (!product || writes.reach(product->query) || writes.reach(product->key) ||
-        (product->bias && writes.reach(product->bias))) {
+    if (!product) {
       return;
     }
     products.push_back(*product);
@@ -90,10 +87,9 @@ void hoist_output(Node* branch, size_t output, const Writes& writes) {
 }  // namespace
 
 void hoist_score_product(const std::shared_ptr<Graph>& graph) {
-  const Writes writes(graph);
-  for_each_node(graph->block(), [&](Node* node) {
+  for_each_node(graph->block(), [](Node* node) {
     for (size_t i = 0; node->kind() == c10::prim::If && i < node->outputs().size(); ++i) {
-      hoist_output(node, i, writes);
+      hoist_output(node, i);
     }
   });
 }

@@ -2,7 +2,6 @@
 
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/symbolic_shape.h>
-#include <torchgraft/patch/graph/writes.h>
 
 #include <torch/csrc/jit/ir/constants.h>
 #include <torch/csrc/jit/passes/dead_code_elimination.h>
@@ -48,8 +47,7 @@ struct Unflattened {
 // Destroys no node before the end, because shapes are kept by value.
 class RowUnflattening {
  public:
-  RowUnflattening(const std::shared_ptr<Graph>& graph, const Module& module)
-      : graph_(graph), shapes_(module), writes_(graph) {}
+  RowUnflattening(const std::shared_ptr<Graph>& graph, const Module& module) : graph_(graph), shapes_(module) {}
 
   void visit(Node* node);
   void flatten_for_other_readers();
@@ -64,7 +62,6 @@ class RowUnflattening {
 
   std::shared_ptr<Graph> graph_;
   SymbolicShapes shapes_;
-  Writes writes_;
   std::map<const Value*, Unflattened> flat_;
   std::vector<Value*> order_;        // the keys of flat_, in execution order
   std::set<const Node*> converted_;  // nodes whose results nothing needs any more
@@ -146,8 +143,7 @@ void RowUnflattening::visit_step(Node* node) {
 void RowUnflattening::visit_view(Node* view) {
   const auto known = flat_.find(view->namedInput("self"));
   if (known == flat_.end()) {
-    // What follows reads the tokens themselves, where a reshape may have copied them.
-    if (flattens_rows(view) && !writes_.reach(view->namedInput("self"))) {
+    if (flattens_rows(view)) {
       flat_[view->output()] = {view->namedInput("self"), view->namedInput("self")};
     }
     return;

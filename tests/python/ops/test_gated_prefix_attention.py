@@ -115,10 +115,6 @@ def test_opcheck_finds_nothing(case):
     op_checks.check_opcheck(op, prefix(case, torch.float32))
 
 
-def test_forward_mode_differentiation_is_refused():
-    op_checks.check_forward_mode(op, prefix(Case("", gate="gated"), torch.float32), "gated_prefix_attention")
-
-
 @cases
 def test_a_scripted_call_gives_the_same(case):
     op_checks.check_scripted(op, scripted, prefix(case, torch.float32))
@@ -208,7 +204,7 @@ def test_dropout_is_random_and_right_on_average():
 
 
 def test_dropout_in_float32_gives_the_gradients_of_float64():
-    """The gate's included: its kernel records no gradient in float32. One seed drops the same elements in both."""
+    """Those of the gate among them, whose kernel in float32 records none. One seed drops the same in both."""
     wide = dropout_args(0.3, attn_mask=None)
     narrow = {name: value.float() if torch.is_tensor(value) and value.is_floating_point() else value
               for name, value in wide.items()}  # fmt: skip
@@ -244,7 +240,7 @@ def test_dropout_gradient_is_that_of_the_same_draw():
 
 
 def test_dropout_leaves_a_causal_mask_as_it_is():
-    """A dropout this rare drops nothing, but runs the code for dropout."""
+    """So rare a dropout drops nothing, but takes the way of dropout."""
     args = dropout_args(1e-12, attn_mask=None, is_causal=True)
     without = {**args, "dropout_p": 0.0}
     torch.testing.assert_close(op(**args)[0], op(**without)[0], rtol=1e-9, atol=1e-10)
