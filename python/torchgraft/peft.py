@@ -79,21 +79,28 @@ def load_peft_directory(
     directory = Path(directory)
     config = read_peft_config(directory)
     updates = _read_updates(config)
-    projections = {
-        layer[role]["path"]: (index, role)
-        for index, layer in enumerate(structure["layers"])
-        for role in _ROLES
-        if layer["shares"] is None and layer[role]
-    }
-    maps = {path.removesuffix(".weight") for path, tensor in parameters.items() if path.endswith(".weight")
-            and tensor.dim() == 2}  # fmt: skip
-    places = _match_paths(directory, updates, [*projections, *(maps - projections.keys())])
-    _check_completeness(config, places, [*projections, *maps])
+    projections = _projections(structure)
+    maps = [path.removesuffix(".weight") for path, tensor in parameters.items() if path.endswith(".weight")
+            and tensor.dim() == 2]  # fmt: skip
+    model_paths = list(dict.fromkeys([*projections, *maps]))
+    places = _match_paths(directory, updates, model_paths)
+    _check_completeness(config, places, model_paths)
     targets: dict[tuple[int, str], tuple[dict, _Update]] = {}
     for path, update in updates.items():
-        targets |= _targets(directory, path, places[path].path, update, structure)
+        model_path = places[path].path
+        targets |= _targets(directory, path, model_path, update, projections.get(model_path, []))
     rank = max(update.lora_a.size(0) for update in updates.values())
     return _as_adapter_hub(directory, targets, rank, structure, parameters)
+
+
+def _projections(structure: Mapping[str, Any]) -> dict[str, list[tuple[int, str, dict]]]:
+    """Returns {path of a linear map: [(index in "layers", role, the projection's entry)]}; several that are packed."""
+    result: dict[str, list[tuple[int, str, dict]]] = {}
+    for index, layer in enumerate(structure["layers"]):
+        for role in _ROLES:
+            if layer["shares"] is None and layer[role]:
+                result.setdefault(layer[role]["path"], []).append((index, role, layer[role]))
+    return result
 
 
 def _read_updates(config: PeftLoRAConfig) -> dict[str, _Update]:
@@ -158,19 +165,19 @@ def _place(model_path: str, peft_path: str) -> tuple[int, _Place] | None:
     return shared, _Place(model_path, ".".join(model[: len(model) - shared]), ".".join(saved[: len(saved) - shared]))
 
 
-def _match_paths(directory: Path, peft_paths: Iterable[str], model_paths: Iterable[str]) -> dict[str, _Place]:
+def _match_paths(directory: Path, peft_paths: Iterable[str], model_paths: list[str]) -> dict[str, _Place]:
     """Finds the model's linear map of each update: one map for an update, one update for a map, and for all updates the
     same components before the part of the path that is common.
 
     Raises:
         GraftError: there is none, or there are several.
     """
-    model_paths = list(dict.fromkeys(model_paths))
     places: dict[str, _Place] = {}
     owners: dict[str, str] = {}
     for path in peft_paths:
         found = [place for place in (_place(model_path, path) for model_path in model_paths) if place]
-        best = [place for shared, place in found if shared == max(length for length, _ in found)]
+        longest = max((shared for shared, _ in found), default=0)
+        best = [place for shared, place in found if shared == longest]
         if not best:
             raise GraftError(
                 f"{directory}: the model has no linear map {path}; PEFT adapters are matched by module path"
@@ -198,7 +205,7 @@ def _match_paths(directory: Path, peft_paths: Iterable[str], model_paths: Iterab
     return places
 
 
-def _check_completeness(config: PeftLoRAConfig, places: Mapping[str, _Place], model_paths: Iterable[str]) -> None:
+def _check_completeness(config: PeftLoRAConfig, places: Mapping[str, _Place], model_paths: list[str]) -> None:
     """Checks that each linear map that the configuration names has an update: a file may have lost some."""
     place = next(iter(places.values()))
     before = place.model_prefix + "." if place.model_prefix else ""
@@ -212,19 +219,16 @@ def _check_completeness(config: PeftLoRAConfig, places: Mapping[str, _Place], mo
 
 
 def _targets(
-    directory: Path, path: str, model_path: str, update: _Update, structure: Mapping[str, Any]
+    directory: Path, path: str, model_path: str, update: _Update, found: list[tuple[int, str, dict]]
 ) -> dict[tuple[int, str], tuple[dict, _Update]]:
     """Returns the projections that an update changes: one, or all that are packed into one linear map.
+
+    Args:
+        found: what _projections() has for `model_path`.
 
     Returns:
         {(index in "layers", role): (the projection's entry, its part of the update)}.
     """
-    found = [
-        (index, role, layer[role])
-        for index, layer in enumerate(structure["layers"])
-        for role in _ROLES
-        if layer["shares"] is None and layer[role] and layer[role]["path"] == model_path
-    ]
     if not found:
         raise GraftError(
             f"{directory}: {path} is the model's {model_path}, which is not in a layer that was recognised; "

@@ -92,6 +92,10 @@ def _names(modules: str | list[str], path: str) -> bool:
     return any(path == name or path.endswith("." + name) for name in modules)
 
 
+def _as_list(value: Any) -> list:
+    return value if isinstance(value, list) else [value]
+
+
 def _is_text_or_texts(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value))
 
@@ -109,15 +113,11 @@ def _is_bool(value: Any) -> bool:
 
 
 def _is_layers(value: Any) -> bool:
-    return all(isinstance(each, int) for each in (value if isinstance(value, list) else [value]))
+    return all(isinstance(each, int) for each in _as_list(value))
 
 
 def _patterns_to(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(holds(each) for each in value.values())
-
-
-def _as_list(value: Any) -> list:
-    return value if isinstance(value, list) else [value]
 
 
 # Field: (what it must be, the check, the value where the file has none or null).

@@ -240,7 +240,7 @@ def test_dropout_gradient_is_that_of_the_same_draw():
 
 
 def test_dropout_leaves_a_causal_mask_as_it_is():
-    """So rare a dropout drops nothing, but takes the way of dropout."""
+    """A dropout this rare drops nothing, but runs the code for dropout."""
     args = dropout_args(1e-12, attn_mask=None, is_causal=True)
     without = {**args, "dropout_p": 0.0}
     torch.testing.assert_close(op(**args)[0], op(**without)[0], rtol=1e-9, atol=1e-10)
