@@ -29,7 +29,7 @@ AdapterConfig config_union(std::vector<MethodConfig> methods) {
       const auto* right = std::get_if<BnConfig>(&b);
       const bool apart = left && left->mh_adapter != right->mh_adapter && left->output_adapter != right->output_adapter;
       TORCH_CHECK(apart, "config: a union has two ", method_name(a), " configs (", j, " and ", i,
-                  ") for the same places; ",
+                  ") for the same locations; ",
                   left ? "give each its own of mh_adapter and output_adapter, or use leave_out"
                        : "use leave_out to give each its own layers");
     }

@@ -22,7 +22,8 @@ void require_known(const std::string& field, const std::string& value, const std
 
 bool is_known_head(std::string_view text) {
   const Json whole = Json::parse(text, /*cb=*/nullptr, /*allow_exceptions=*/false);
-  if (!whole.is_object() || !whole.contains("config") || !whole.at("config").is_object()) {
+  TORCH_CHECK(whole.is_object(), "head: expected a JSON object, as AdapterHub's head_config.json; the file is damaged");
+  if (!whole.contains("config") || !whole.at("config").is_object()) {
     return false;  // heads of transformers' own classes have no such object
   }
   const Json type = whole.at("config").value("head_type", Json());

@@ -33,7 +33,8 @@ struct HeadConfig {
 TORCHGRAFT_PATCH_API HeadConfig head_config_from_json(std::string_view json);
 TORCHGRAFT_PATCH_API std::string head_config_to_json(const HeadConfig& config);
 
-// Whether a head_config.json has one of the head types above. Heads for other tasks have other fields.
+// Whether a head_config.json has one of the head types above. Heads for other tasks have other fields. Throws
+// c10::Error where the text is no JSON object.
 TORCHGRAFT_PATCH_API bool is_known_head(std::string_view json);
 
 // Throws c10::Error naming the first field whose value is not supported.

@@ -23,7 +23,7 @@ struct HeadSpec {
 
 // One adapter to graft.
 struct AdapterSpec {
-  std::string name;  // a Python identifier, not yet taken in the module
+  std::string name;  // any text without dots, not yet taken in the module
   AdapterConfig config;
   std::optional<StateDict> weights;   // an AdapterHub state dict; without it the adapter is freshly initialised
   std::string saved_name;             // the adapter's name inside `weights`; empty: the same as `name`
@@ -34,8 +34,8 @@ struct AdapterSpec {
 };
 
 struct GraftOptions {
-  // "all": the gate is the mean over all tokens, as in the oracle. "unpadded": over the tokens that are not padding, so
-  // that a row's output does not depend on how far its batch was padded.
+  // "all": the gate is the mean over all tokens, as in the adapters library. "unpadded": over the tokens that are not
+  // padding, so that a row's output does not depend on how far its batch was padded.
   std::string gate_pooling = "all";
   // For "unpadded": the forward argument that is the token mask ([B, S], non-zero where a token is real). Empty: taken
   // from each attention's own mask.

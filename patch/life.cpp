@@ -22,7 +22,7 @@ namespace {
 
 using torch::jit::Module;
 
-// The configuration as JSON without what only decides how weights come to be: their initialisation, a prefix's MLP.
+// The configuration as JSON, without fields that only say how weights are initialised, and without a prefix's MLP.
 std::string without_init(const AdapterConfig& config) {
   AdapterConfig copy = ejected_config(config);
   for (MethodConfig& method : copy.methods) {
@@ -130,17 +130,17 @@ Module replace_adapter(const Module& module, const AdapterSpec& spec) {
 
 Module average_adapters(const Module& module, const std::string& name, const std::vector<std::string>& names,
                         const std::vector<double>& weights, bool normalise) {
-  TORCH_CHECK(!names.empty(), "average_adapters: expected the names of adapters to average, got none");
-  TORCH_CHECK(weights.empty() || weights.size() == names.size(), "average_adapters: expected ", names.size(),
+  TORCH_CHECK(!names.empty(), "average_adapter: expected the names of adapters to average, got none");
+  TORCH_CHECK(weights.empty() || weights.size() == names.size(), "average_adapter: expected ", names.size(),
               " weights, got ", weights.size());
   std::vector<double> shares = weights.empty() ? std::vector<double>(names.size(), 1.0) : weights;
   double sum = 0.0;
   for (const double share : shares) {
-    TORCH_CHECK(std::isfinite(share), "average_adapters: expected finite weights, got ", share);
+    TORCH_CHECK(std::isfinite(share), "average_adapter: expected finite weights, got ", share);
     sum += share;
   }
   if (normalise || weights.empty()) {
-    TORCH_CHECK(sum != 0.0, "average_adapters: the weights sum to 0 and cannot be normalised; choose others, or turn ",
+    TORCH_CHECK(sum != 0.0, "average_adapter: the weights sum to 0 and cannot be normalised; choose others, or turn ",
                 "normalise off");
     std::for_each(shares.begin(), shares.end(), [&](double& share) { share /= sum; });
   }
@@ -149,8 +149,8 @@ Module average_adapters(const Module& module, const std::string& name, const std
   std::vector<const Adapter*> sources;
   for (const std::string& source : names) {
     sources.push_back(&draft.adapters[find_adapter(draft.adapters, source, "average_adapters")]);
-    TORCH_CHECK(!sources.back()->merged, "average_adapters: '", source, "' is merged; unmerge it first");
-    TORCH_CHECK(without_init(sources.back()->config) == without_init(sources.front()->config), "average_adapters: '",
+    TORCH_CHECK(!sources.back()->merged, "average_adapter: '", source, "' is merged; unmerge it first");
+    TORCH_CHECK(without_init(sources.back()->config) == without_init(sources.front()->config), "average_adapter: '",
                 source, "' and '", names.front(), "' have different configurations; only equal ones can be averaged");
   }
   Adapter average = *sources.front();

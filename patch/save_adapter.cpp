@@ -28,6 +28,8 @@ using Json = nlohmann::ordered_json;
 
 constexpr const char* kConfigFile = "adapter_config.json";
 constexpr const char* kWeightsFile = "adapter.safetensors";
+constexpr const char* kKnownHeads =
+    "heads for classification, multi-label classification, regression and tagging are; a prediction needs its own head";
 constexpr const char* kHeadConfigFile = "head_config.json";
 constexpr const char* kHeadWeightsFile = "model_head.safetensors";
 constexpr const char* kPickledWeightsFile = "pytorch_adapter.bin";
@@ -86,6 +88,7 @@ std::optional<HeadSpec> read_head(const std::filesystem::path& directory) {
   }
   const std::string text = read_text(directory / kHeadConfigFile);
   if (!is_known_head(text)) {
+    TORCH_WARN(directory.string(), ": the adapter's head is not loaded: ", kKnownHeads);
     return std::nullopt;
   }
   TORCH_CHECK(std::filesystem::exists(directory / kHeadWeightsFile), directory.string(), ": no ", kHeadWeightsFile,

@@ -36,4 +36,11 @@ void refuse_double_backward(const char* op) {
               ": expected create_graph=False, got a double backward, which this op does not support");
 }
 
+void refuse_forward_mode(const char* op) {
+  C10_THROW_ERROR(NotImplementedError,
+                  c10::str(op,
+                           ": expected tensors without tangents, got forward-mode differentiation (torch.func.jvp, "
+                           "dual tensors), which this op does not support; use reverse mode"));
+}
+
 }  // namespace torchgraft::ops

@@ -163,6 +163,16 @@ bool requires_grad(const NoTensor&) {
   return false;
 }
 
+inline bool has_tangent(const at::Tensor& tensor) { return tensor.defined() && tensor._fw_grad(/*level=*/0).defined(); }
+inline bool has_tangent(const std::optional<at::Tensor>& tensor) { return tensor && has_tangent(*tensor); }
+template <typename NoTensor>
+bool has_tangent(const NoTensor&) {
+  return false;
+}
+
+// Throws c10::NotImplementedError: without a formula for tangents, autograd would take them for zero.
+[[noreturn]] void refuse_forward_mode(const char* op);
+
 // The kernel for autograd's key: `record` where a graph is to be recorded; elsewhere the operator `function` is called
 // again below autograd, and nothing is saved. record: a function of the struct of arguments, as in from_schema.
 template <typename Arguments, auto* function, auto* record, typename Signature>
@@ -171,6 +181,9 @@ struct AutogradKernel;
 template <typename Arguments, auto* function, auto* record, typename R, typename... Ts>
 struct AutogradKernel<Arguments, function, record, R(Ts...)> {
   static R call(Ts... arguments) {
+    if ((has_tangent(arguments) || ...)) {
+      refuse_forward_mode(Arguments::kOperator);
+    }
     if (!at::GradMode::is_enabled() || !(requires_grad(arguments) || ...)) {
       at::AutoDispatchBelowADInplaceOrView guard;
       return function(arguments...);

@@ -17,10 +17,18 @@
 #include <torchgraft/patch/canonicalise/unroll_loops.h>
 #include <torchgraft/patch/graph/clone_module.h>
 #include <torchgraft/patch/graph/dump_graph.h>
+#include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/module_methods.h>
+#include <torchgraft/patch/graph/writes.h>
 
+#include <torch/csrc/jit/passes/inline_fork_wait.h>
 #include <torch/csrc/jit/passes/remove_mutation.h>
 #include <torch/csrc/jit/passes/shape_analysis.h>
+
+#include <algorithm>
+#include <iterator>
+#include <set>
+#include <vector>
 
 namespace torchgraft {
 
@@ -28,6 +36,40 @@ namespace {
 
 using torch::jit::Graph;
 using torch::jit::Module;
+
+// PyTorch's pass inlines every fork, but finds only those calls of wait() that read the fork's result directly.
+void inline_forks(const std::shared_ptr<Graph>& graph) {
+  bool all_are_awaited = true;
+  for_each_node(graph->block(), [&](torch::jit::Node* node) {
+    if (node->kind() == c10::prim::fork) {
+      const auto& uses = node->output()->uses();
+      all_are_awaited = all_are_awaited && std::all_of(uses.begin(), uses.end(), [](const torch::jit::Use& use) {
+                          return is_aten(use.user, {"wait"});
+                        });
+    }
+  });
+  if (all_are_awaited) {
+    torch::jit::InlineForkWait(graph);
+  }
+}
+
+// PyTorch's pass believes schemas that promise new tensors (SharedMemory).
+void remove_tensor_mutation(const std::shared_ptr<Graph>& graph) {
+  std::vector<torch::jit::Node*> writers;
+  for_each_node(graph->block(), [&](torch::jit::Node* node) {
+    if (is_writer(node) && !node->inputs().empty()) {
+      writers.push_back(node);
+    }
+  });
+  if (writers.empty()) {
+    return;
+  }
+  const SharedMemory memory(graph);
+  std::set<const torch::jit::Node*> safe;
+  std::copy_if(writers.begin(), writers.end(), std::inserter(safe, safe.end()),
+               [&](torch::jit::Node* writer) { return memory.connected({writer->input(0)}).size() == 1; });
+  torch::jit::RemoveTensorMutation(graph, [&](torch::jit::Node* writer) { return safe.count(writer) > 0; });
+}
 
 struct Pass {
   const char* name;
@@ -43,12 +85,18 @@ const Pass kPasses[] = {
      [](CanonicalGraph& c, const Module& m) {
        inline_calls(c.graph, [&](torch::jit::Node* call) { return decompose_multihead_attention(call, m); });
      }},
+    // A layer that runs in a fork then runs where the fork stands. find_sites() names forks that stay.
+    {"inline_forks", [](CanonicalGraph& c, const Module&) { inline_forks(c.graph); }},
+    {"inline_calls_of_forks",
+     [](CanonicalGraph& c, const Module& m) {
+       inline_calls(c.graph, [&](torch::jit::Node* call) { return decompose_multihead_attention(call, m); });
+     }},
     {"merge_twin_branches", [](CanonicalGraph& c, const Module&) { merge_twin_branches(c.graph); }},
     {"fold_attributes", [](CanonicalGraph& c, const Module& m) { fold_attributes(c.graph, m); }},
     {"unroll_loops", [](CanonicalGraph& c, const Module&) { unroll_loops(c.graph); }},
     {"remove_list_mutation", [](CanonicalGraph& c, const Module&) { torch::jit::RemoveListMutation(c.graph); }},
     {"remove_writes", [](CanonicalGraph& c, const Module&) { remove_writes(c.graph); }},
-    {"remove_tensor_mutation", [](CanonicalGraph& c, const Module&) { torch::jit::RemoveTensorMutation(c.graph); }},
+    {"remove_tensor_mutation", [](CanonicalGraph& c, const Module&) { remove_tensor_mutation(c.graph); }},
     {"simplify", [](CanonicalGraph& c, const Module&) { simplify(c.graph); }},
     {"fold_rank_checks", [](CanonicalGraph& c, const Module&) { fold_rank_checks(c.graph); }},
     {"decompose_fused_encoder", [](CanonicalGraph& c, const Module&) { decompose_fused_encoder(c.graph); }},

@@ -2,6 +2,7 @@
 
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/symbolic_shape.h>
+#include <torchgraft/patch/graph/writes.h>
 
 #include <torch/csrc/jit/ir/constants.h>
 #include <torch/csrc/jit/passes/dead_code_elimination.h>
@@ -26,6 +27,9 @@ Value* before_repetition(Value* heads, SymbolicShapes& shapes) {
   heads = without_contiguous(heads);
   Node* node = heads->node();
   if (is_aten(node, {"repeat_interleave"}) && node->inputs().size() > 2) {
+    if (is_tensor(node->namedInput("repeats"))) {  // a number for each head
+      return nullptr;
+    }
     const auto shape = shapes.shape(node->namedInput("self"));
     const bool along_heads = shape && shape->size() == 4 && constant_int(node->namedInput("dim")) == kHeads;
     return along_heads ? node->namedInput("self") : nullptr;
@@ -38,7 +42,9 @@ Value* before_repetition(Value* heads, SymbolicShapes& shapes) {
     return nullptr;
   }
   Value* inserted = expand->namedInput("self");
-  while (is_aten(inserted->node(), {"slice"})) {  // x[:, :, None, :, :] as a trace records it
+  // x[:, :, None, :, :] as a trace records it
+  while (is_aten(inserted->node(), {"slice"}) &&
+         shapes.shape(inserted) == shapes.shape(inserted->node()->namedInput("self"))) {
     inserted = inserted->node()->namedInput("self");
   }
   if (!is_aten(inserted->node(), {"unsqueeze"}) || constant_int(inserted->node()->namedInput("dim")) != kHeads + 1) {
@@ -52,8 +58,8 @@ Value* before_repetition(Value* heads, SymbolicShapes& shapes) {
   const auto before = shapes.shape(source);
   const auto after = shapes.shape(heads);
   const bool only_heads_grow = before && after && before->size() == 4 && after->size() == 4 &&
-                               (*before)[1].is_constant() && (*after)[1].is_constant() && (*before)[3] == (*after)[3] &&
-                               (*after)[1].factor % (*before)[1].factor == 0;
+                               (*before)[1].is_constant() && (*after)[1].is_constant() && (*before)[2] == (*after)[2] &&
+                               (*before)[3] == (*after)[3] && (*after)[1].factor % (*before)[1].factor == 0;
   return only_heads_grow ? source : nullptr;
 }
 
@@ -61,6 +67,7 @@ Value* before_repetition(Value* heads, SymbolicShapes& shapes) {
 
 void fold_repeated_heads(const std::shared_ptr<torch::jit::Graph>& graph, const torch::jit::Module& module) {
   SymbolicShapes shapes(module);
+  const Writes writes(graph);
   for_each_node(graph->block(), [&](Node* node) {
     if (!is_aten(node, {"scaled_dot_product_attention"})) {
       return;
@@ -72,7 +79,10 @@ void fold_repeated_heads(const std::shared_ptr<torch::jit::Graph>& graph, const 
     }
     Value* key = before_repetition(node->namedInput("key"), shapes);
     Value* value = before_repetition(node->namedInput("value"), shapes);
-    if (!key || !value || shapes.shape(key)->at(kHeads) != shapes.shape(value)->at(kHeads)) {
+    if (!key || !value || writes.reach(key) || writes.reach(value)) {
+      return;
+    }
+    if (shapes.shape(key)->at(kHeads) != shapes.shape(value)->at(kHeads)) {
       return;
     }
     torch::jit::WithInsertPoint guard(node);

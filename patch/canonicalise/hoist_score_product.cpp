@@ -1,7 +1,8 @@
 #include <torchgraft/patch/canonicalise/hoist_score_product.h>
 
-#include <torchgraft/patch/canonicalise/affine_path.h>
+#include <torchgraft/patch/canonicalise/score_path.h>
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/writes.h>
 
 #include <optional>
 #include <vector>
@@ -56,11 +57,13 @@ Value* common_value(Value* left, Value* right, Node* branch) {
                                               *constant_int(a->namedInput("dim1"))});
 }
 
-void hoist_output(Node* branch, size_t output) {
+void hoist_output(Node* branch, size_t output, const Writes& writes) {
   std::vector<Product> products;
   for (Block* block : branch->blocks()) {
     const auto product = product_of(block->outputs()[output]);
-    if (!product) {
+    // Queries and keys are read before the branch, the bias at its end.
+    if (!product || writes.reach(product->query) || writes.reach(product->key) ||
+        (product->bias && writes.reach(product->bias))) {
       return;
     }
     products.push_back(*product);
@@ -87,9 +90,10 @@ void hoist_output(Node* branch, size_t output) {
 }  // namespace
 
 void hoist_score_product(const std::shared_ptr<Graph>& graph) {
-  for_each_node(graph->block(), [](Node* node) {
+  const Writes writes(graph);
+  for_each_node(graph->block(), [&](Node* node) {
     for (size_t i = 0; node->kind() == c10::prim::If && i < node->outputs().size(); ++i) {
-      hoist_output(node, i);
+      hoist_output(node, i, writes);
     }
   });
 }

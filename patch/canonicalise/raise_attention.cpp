@@ -1,6 +1,8 @@
 #include <torchgraft/patch/canonicalise/raise_attention.h>
 
 #include <torchgraft/patch/canonicalise/affine_path.h>
+#include <torchgraft/patch/canonicalise/mask_fills.h>
+#include <torchgraft/patch/canonicalise/score_path.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/symbolic_shape.h>
 #include <torchgraft/patch/graph/writes.h>
@@ -158,10 +160,27 @@ std::optional<Attention> find_one(Node* softmax, const torch::jit::Module& modul
   // The new node reads these values later than the old ones did: at the second product.
   torch::jit::ValueSet moved = path_values(softmax->namedInput("self"), product);
   moved.insert({left_factor(product), right_factor(product), softmax->output(), consumer->product->input(0)});
-  if (const Node* writer = writes.between(product, consumer->product, moved)) {
-    reason = described(writer) +
-             " writes into its queries, keys, scores or mask in place, and it cannot be proven that "
-             "nothing else sees that; write a new tensor instead";
+  const Node* writer = writes.between(product, consumer->product, moved);
+  // take_scale() goes back to keys before their scale, on both sides of their transpose.
+  Node* step = right_factor(product)->node();
+  for (bool transposed = false; !writer; step = step->input(0)->node()) {
+    if (is_aten(step, {"div", "mul"})) {
+      writer = writes.between(step, consumer->product, {step->inputs().begin(), step->inputs().end()});
+    } else if (transposed || !is_aten(step, {"transpose"})) {
+      break;
+    } else {
+      transposed = true;
+    }
+  }
+  if (writer) {
+    reason =
+        described(writer) +
+        " writes into its queries, keys, scores or mask in place, and another value may share that memory; write a "
+        "new tensor instead";
+    return std::nullopt;
+  }
+  if (const Node* once = what_must_run_once(softmax->namedInput("self"), product)) {
+    reason = described(once) + " must run once, and stands in a branch that computes its mask, which is copied";
     return std::nullopt;
   }
   if (const auto why = why_no_mask(softmax->namedInput("self"), product, module)) {
@@ -181,7 +200,9 @@ std::optional<std::string> raise_one(const std::shared_ptr<Graph>& graph, Symbol
   if (!rank || !value_rank) {
     return "the rank of its queries or values is not known";
   }
-  if (!dim || (*dim != -1 && *dim != 3 && *dim != static_cast<int64_t>(rank->size()) - 1)) {
+  const auto scores = shapes.shape(softmax->namedInput("self"));
+  const int64_t scores_rank = static_cast<int64_t>(scores ? scores->size() : rank->size());
+  if (!dim || (*dim != -1 && *dim != scores_rank - 1 && (scores || *dim != 3))) {
     return "it is not over the last dimension";
   }
   torch::jit::WithInsertPoint guard(consumer.product);
@@ -224,7 +245,7 @@ std::optional<std::string> raise_one(const std::shared_ptr<Graph>& graph, Symbol
 std::vector<UnraisedSoftmax> raise_attention(const std::shared_ptr<Graph>& graph, const torch::jit::Module& module) {
   std::vector<Node*> candidates;
   for_each_node(graph->block(), [&](Node* node) {
-    if (is_aten(node, {"softmax", "_softmax"})) {
+    if (is_aten(node, {"softmax", "_softmax", "special_softmax"})) {
       candidates.push_back(node);
     }
   });

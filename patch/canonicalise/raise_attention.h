@@ -22,8 +22,8 @@ struct UnraisedSoftmax {
 // slope * scores + bias: the slope becomes `scale`, and the bias, which is what the path makes of zero scores, becomes
 // `attn_mask`. So masks, relative position biases and their branches are carried over without being understood.
 //
-// Left alone, with the reason: attention whose queries, keys, scores or masks are written in place (graph/writes.h),
-// and masked_fill and where that write what is no mask (affine_path.h).
+// The pass leaves alone, and gives the reason for: attention whose queries, keys, scores or masks are written in place
+// (graph/writes.h), and masked_fill and where that write what is no mask (affine_path.h).
 std::vector<UnraisedSoftmax> raise_attention(const std::shared_ptr<torch::jit::Graph>& graph,
                                              const torch::jit::Module& module);
 

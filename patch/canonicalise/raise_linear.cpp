@@ -2,6 +2,7 @@
 
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/symbolic_shape.h>
+#include <torchgraft/patch/graph/writes.h>
 
 #include <torch/csrc/jit/ir/constants.h>
 #include <torch/csrc/jit/passes/dead_code_elimination.h>
@@ -21,7 +22,7 @@ using torch::jit::Value;
 class LinearRaiser {
  public:
   LinearRaiser(const std::shared_ptr<Graph>& graph, const Module& module)
-      : graph_(graph), module_(module), shapes_(module) {}
+      : graph_(graph), module_(module), shapes_(module), writes_(graph) {}
 
   void raise_product(Node* node);
   void take_bias(Node* sum);
@@ -36,6 +37,7 @@ class LinearRaiser {
   std::shared_ptr<Graph> graph_;
   const Module& module_;
   SymbolicShapes shapes_;
+  Writes writes_;
 };
 
 // The shape of a floating-point parameter or constant of rank 2, perhaps rearranged; nullopt for any other value.
@@ -55,8 +57,10 @@ Value* LinearRaiser::transposed(Value* weight) {
   const bool exchanges = is_aten(node, {"t", "numpy_T", "transpose", "permute", "swapaxes", "swapdims"});
   const auto before = exchanges ? matrix(node->input(0)) : std::nullopt;
   const auto after = before ? matrix(weight) : std::nullopt;
-  // The shape of a square does not show whether its sizes were exchanged, but no model writes transpose(0, 0).
-  const bool is_transpose = after && (*after)[0] == (*before)[1] && (*after)[1] == (*before)[0];
+  // The shape of a square does not show whether its sizes were exchanged, and permute(0, 1) exchanges none.
+  const auto order = is_aten(node, {"permute"}) ? resolve_constant(node->namedInput("dims")) : std::nullopt;
+  const bool keeps = order && order->isIntList() && (order->toIntVector().front() & 1) == 0;
+  const bool is_transpose = !keeps && after && (*after)[0] == (*before)[1] && (*after)[1] == (*before)[0];
   return is_transpose ? node->input(0) : graph_->insert(c10::aten::t, {weight});
 }
 
@@ -87,6 +91,10 @@ void LinearRaiser::take_bias(Node* sum) {
     Value* bias = sum->input(1 - i);
     const bool alone = linear->owningBlock() == sum->owningBlock() && data_uses(sum->input(i)).size() == 1;
     if (!is_aten(linear, {"linear"}) || !is_none(linear->namedInput("bias")) || !alone) {
+      continue;
+    }
+    // The linear map with the bias reads its input where the sum stands.
+    if (writes_.reach(linear->namedInput("input")) || writes_.reach(linear->namedInput("weight"))) {
       continue;
     }
     const at::Tensor weight = weight_source(linear->namedInput("weight"), module_).tensor;

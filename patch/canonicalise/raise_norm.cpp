@@ -3,6 +3,7 @@
 #include <torchgraft/patch/graph/dtype_casts.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/symbolic_shape.h>
+#include <torchgraft/patch/graph/writes.h>
 
 #include <torch/csrc/jit/ir/constants.h>
 #include <torch/csrc/jit/passes/dead_code_elimination.h>
@@ -45,7 +46,8 @@ struct Tail {
 
 class NormRaiser {
  public:
-  NormRaiser(const std::shared_ptr<Graph>& graph, const torch::jit::Module& module) : graph_(graph), shapes_(module) {}
+  NormRaiser(const std::shared_ptr<Graph>& graph, const torch::jit::Module& module)
+      : graph_(graph), shapes_(module), writes_(graph) {}
 
   void raise(Node* root);
 
@@ -62,6 +64,7 @@ class NormRaiser {
 
   std::shared_ptr<Graph> graph_;
   SymbolicShapes shapes_;
+  Writes writes_;
 };
 
 // mean(x, dim, keepdim) and var(x, dim, ..., keepdim) over the last dimension, which stays with size 1.
@@ -270,6 +273,11 @@ void NormRaiser::rewrite(const Core& core, const Tail& tail) {
   const auto shape = shapes_.shape(sized);
   if (!shape || shape->empty() || !shape->back().is_constant()) {
     return;  // a norm without weights of an input of unknown width
+  }
+  for (const Value* read : {core.input, tail.weight, tail.bias}) {
+    if (read && writes_.reach(read)) {
+      return;  // the norm reads it where the last step stands
+    }
   }
   Value* old = (tail.steps.empty() ? core.result : tail.steps.back())->output();
   torch::jit::WithInsertPoint guard(old->node()->next());

@@ -52,8 +52,12 @@ bool is_made_here(Value* root, const AliasDb& aliases) {
     return std::all_of(node->blocks().begin(), node->blocks().end(),
                        [&](Block* block) { return is_made_here(block->outputs()[root->offset()], aliases); });
   }
+  if (is_aten(node, {"type_as"}) && node->input(0)->uses().size() == 1) {  // as insert_functional() makes it
+    return is_made_here(node->input(0), aliases);
+  }
   const auto* schema = node->maybeSchema();
-  if (!schema || !node->kind().is_aten() || is_writer(node) || root->type()->kind() != c10::TypeKind::TensorType) {
+  if (!schema || !node->kind().is_aten() || is_writer(node) || may_return_operand(node) ||
+      root->type()->kind() != c10::TypeKind::TensorType) {
     return false;
   }
   const auto* alias = schema->returns().at(root->offset()).alias_info();
@@ -90,19 +94,31 @@ std::vector<Value*> all_values(Block* block) {
   return values;
 }
 
+// Whether somebody asks how the elements of `value` lie in memory: where a write is removed, they may lie otherwise.
+bool shows_its_strides(const Value* value) {
+  return std::any_of(value->uses().begin(), value->uses().end(), [](const torch::jit::Use& use) {
+    return is_aten(use.user,
+                   {"as_strided", "as_strided_copy", "stride", "is_contiguous", "storage_offset", "data_ptr"});
+  });
+}
+
 // Whether the write can be seen in the target and in the writer's own result only.
-bool is_hidden(const Node* writer, const Target& target, const std::vector<Node*>& branches, const AliasDb& aliases,
+bool is_hidden(const Node* writer, const Target& target, const std::vector<Node*>& branches, const SharedMemory& memory,
                const std::vector<Value*>& values) {
+  const torch::jit::ValueSet shared = memory.connected({target.root});
   for (Value* value : values) {
     // A value made behind the write is made from the target's new values, or from values that this loop checks.
     const auto blocks = value->node()->blocks();
     const bool ends_later =
         std::any_of(blocks.begin(), blocks.end(), [&](const Block* block) { return is_inside(writer, block); });
     const bool is_later = ends_later || value->node() == writer || value->node()->isAfter(writer);
-    if (is_later || target.holds(value) || !aliases.mayContainAlias(value, target.root)) {
-      continue;
+    const bool shares = std::any_of(shared.begin(), shared.end(), [&](const Value* other) {
+      return memory.aliases().mayContainAlias(value, const_cast<Value*>(other));
+    });
+    if (shares && shows_its_strides(value)) {
+      return false;
     }
-    if (is_read_behind(value, writer)) {
+    if (shares && !is_later && !target.holds(value) && is_read_behind(value, writer)) {
       return false;
     }
   }
@@ -128,7 +144,11 @@ Value* insert_variant(Graph& graph, Node* writer, c10::Symbol functional) {
 
 // Computes out of place what `writer` leaves in the tensor that it writes into. Null when there is no way to.
 Value* insert_functional(Graph& graph, Node* writer) {
-  if (!is_in_place(writer) || is_aten(writer, {"set", "resize", "resize_as"})) {
+  // What changes the sizes or the layout of a tensor changes no element.
+  const bool changes_sizes =
+      is_aten(writer, {"set", "resize", "resize_as", "unsqueeze", "squeeze", "t", "transpose", "swapaxes", "swapdims",
+                       "as_strided", "detach", "requires_grad", "rename", "sparse_resize"});
+  if (!is_in_place(writer) || changes_sizes) {
     return nullptr;
   }
   Value* written = writer->input(0);
@@ -141,8 +161,12 @@ Value* insert_functional(Graph& graph, Node* writer) {
   }
   const std::string name = writer->kind().toUnqualString();
   Value* result = insert_variant(graph, writer, c10::Symbol::aten(name.substr(0, name.size() - 1)));
-  const bool promotes = result && writer->inputs().size() > 1 && is_tensor(writer->input(1));
-  return promotes ? graph.insert(c10::aten::type_as, {result, written}) : result;  // a write keeps the dtype
+  const bool promotes = writer->inputs().size() > 1 && is_tensor(writer->input(1));
+  const bool decides = is_aten(writer, {"eq", "ne", "lt", "le", "gt", "ge", "equal", "not_equal", "less", "less_equal",
+                                        "greater", "greater_equal", "logical_and", "logical_or", "logical_xor",
+                                        "logical_not"});  // their variants give bool
+  const bool keeps_dtype = !result || (!promotes && !decides);
+  return keeps_dtype ? result : graph.insert(c10::aten::type_as, {result, written});  // as a write does
 }
 
 // Inserts `whole`, from which `view` was taken, with `part` instead of the view.
@@ -171,21 +195,37 @@ void replace_inside(Block* block, Value* value, const Node* node, Value* by) {
   }
 }
 
+// Takes the views of `target` again, from `root`: they share its memory, as those before shared that of the root
+// before. Inserts nothing where there are none. Parallel to target.views.
+std::vector<Value*> insert_views(Graph& graph, const Target& target, Value* root) {
+  std::vector<Value*> again(target.views.size());
+  Value* whole = root;
+  for (size_t i = target.views.size(); i-- > 0;) {
+    Node* view = graph.insertNode(graph.createClone(target.views[i]->node(), [](Value* value) { return value; }));
+    view->replaceInput(0, whole);
+    whole = again[i] = view->output();
+  }
+  return again;
+}
+
 // Gives every reader behind `writer` the values that follow from `written`. The insert point of `graph` is before
 // `writer`.
 void rewrite(Graph& graph, Node* writer, const Target& target, const std::vector<Node*>& branches, Value* written) {
-  std::vector<Value*> renewed = {written};  // parallel to the views, and the root last
+  Value* root = written;
   for (size_t i = 0; i < target.views.size(); ++i) {
     Value* whole = i + 1 < target.views.size() ? target.views[i + 1] : target.root;
-    renewed.push_back(insert_undone(graph, target.views[i]->node(), whole, renewed.back()));
+    root = insert_undone(graph, target.views[i]->node(), whole, root);
   }
-  writer->output()->replaceAllUsesWith(written);
+  if (!target.views.empty() && is_aten(target.views.back()->node(), {"transpose", "view"})) {
+    root = graph.insert(c10::aten::clone, {root});  // the undoing is a view, and a root is none
+  }
+  const std::vector<Value*> views = insert_views(graph, target, root);
+  writer->output()->replaceAllUsesWith(views.empty() ? root : views.front());
   Block* block = writer->owningBlock();
   for (size_t i = 0; i < target.views.size(); ++i) {
-    replace_inside(block, target.views[i], writer, renewed[i]);
+    replace_inside(block, target.views[i], writer, views[i]);
   }
-  replace_inside(block, target.root, writer, renewed.back());
-  Value* root = renewed.back();
+  replace_inside(block, target.root, writer, root);
   Node* before = writer;
   for (Node* branch : branches) {
     for (Block* side : branch->blocks()) {
@@ -210,13 +250,14 @@ bool remove_one(const std::shared_ptr<Graph>& graph, std::set<const Node*>& kept
   if (writers.empty()) {
     return false;
   }
-  const AliasDb aliases(graph);
+  const SharedMemory memory(graph);
   const std::vector<Value*> values = all_values(graph->block());
   for (Node* writer : writers) {
     const Target target = target_of(writer->input(0));
     std::vector<Node*> branches;
-    const bool removable = is_made_here(target.root, aliases) && branches_between(writer, target.root, branches) &&
-                           is_hidden(writer, target, branches, aliases, values);
+    const bool removable = is_made_here(target.root, memory.aliases()) &&
+                           branches_between(writer, target.root, branches) &&
+                           is_hidden(writer, target, branches, memory, values);
     Value* written = nullptr;
     if (removable) {
       WithInsertPoint guard(writer);

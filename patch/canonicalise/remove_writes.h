@@ -6,7 +6,8 @@
 
 namespace torchgraft {
 
-// Replaces operators that write in place by operators that do not, where alias analysis proves that nobody can tell:
+// Replaces operators that write in place by operators that do not, where alias analysis proves that no other value
+// changes:
 //   scores.masked_fill_(mask, c)                  scores = scores.masked_fill(mask, c)
 //   if mask is not None: scores.add_(mask)        scores = scores + mask if mask is not None else scores
 //   scores[..., 0] = c, k[:, :4] *= s             scores = select_scatter(scores, c, -1, 0), ...

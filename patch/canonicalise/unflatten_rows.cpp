@@ -2,6 +2,7 @@
 
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/symbolic_shape.h>
+#include <torchgraft/patch/graph/writes.h>
 
 #include <torch/csrc/jit/ir/constants.h>
 #include <torch/csrc/jit/passes/dead_code_elimination.h>
@@ -47,7 +48,8 @@ struct Unflattened {
 // Destroys no node before the end, because shapes are kept by value.
 class RowUnflattening {
  public:
-  RowUnflattening(const std::shared_ptr<Graph>& graph, const Module& module) : graph_(graph), shapes_(module) {}
+  RowUnflattening(const std::shared_ptr<Graph>& graph, const Module& module)
+      : graph_(graph), shapes_(module), writes_(graph) {}
 
   void visit(Node* node);
   void flatten_for_other_readers();
@@ -62,6 +64,7 @@ class RowUnflattening {
 
   std::shared_ptr<Graph> graph_;
   SymbolicShapes shapes_;
+  Writes writes_;
   std::map<const Value*, Unflattened> flat_;
   std::vector<Value*> order_;        // the keys of flat_, in execution order
   std::set<const Node*> converted_;  // nodes whose results nothing needs any more
@@ -143,7 +146,8 @@ void RowUnflattening::visit_step(Node* node) {
 void RowUnflattening::visit_view(Node* view) {
   const auto known = flat_.find(view->namedInput("self"));
   if (known == flat_.end()) {
-    if (flattens_rows(view)) {
+    // What follows reads the tokens themselves, where a reshape may have copied them.
+    if (flattens_rows(view) && !writes_.reach(view->namedInput("self"))) {
       flat_[view->output()] = {view->namedInput("self"), view->namedInput("self")};
     }
     return;

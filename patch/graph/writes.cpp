@@ -2,17 +2,42 @@
 
 #include <torchgraft/patch/graph/graph_utils.h>
 
+#include <ATen/core/dispatch/Dispatcher.h>
+
 #include <algorithm>
+#include <iterator>
+#include <utility>
 
 namespace torchgraft {
 
+using torch::jit::Block;
 using torch::jit::Graph;
 using torch::jit::Node;
+using torch::jit::Value;
 using torch::jit::ValueSet;
+
+namespace {
+
+// The operands that a node that may_return_operand may return: type_as asks the second for its dtype only.
+at::ArrayRef<const Value*> returnable(const Node* node) {
+  return is_aten(node, {"type_as"}) ? node->inputs().slice(0, 1) : node->inputs();
+}
+
+}  // namespace
 
 bool is_writer(const Node* node) {
   const auto* schema = node->maybeSchema();
   return schema && schema->is_mutable();
+}
+
+bool must_run_once(const Node* node) {
+  if (!node->blocks().empty()) {
+    return std::any_of(node->blocks().begin(), node->blocks().end(), [](const Block* block) {
+      return std::any_of(block->nodes().begin(), block->nodes().end(), must_run_once);
+    });
+  }
+  const bool complains = node->kind() == c10::prim::RaiseException || is_aten(node, {"warn"});
+  return !complains && (is_writer(node) || node->hasSideEffects() || node->isNondeterministic());
 }
 
 std::string described(const Node* node) {
@@ -23,21 +48,104 @@ std::string described(const Node* node) {
   return result;
 }
 
+bool may_return_operand(const Node* node) {
+  const auto* schema = node->maybeSchema();
+  if (!schema || !node->kind().is_aten() || is_in_place(node)) {
+    return false;
+  }
+  const bool promises = std::any_of(schema->returns().begin(), schema->returns().end(),
+                                    [](const c10::Argument& result) { return !result.alias_info(); });
+  // Composed operators that always compute.
+  const bool computes = is_aten(node, {"matmul", "linear", "layer_norm", "softmax", "log_softmax", "where", "conv1d",
+                                       "conv2d", "scaled_dot_product_attention", "rsub", "divide", "multiply",
+                                       "subtract", "true_divide", "embedding", "rms_norm", "silu", "square"});
+  const bool has_operand = std::any_of(node->inputs().begin(), node->inputs().end(), [](const Value* input) {
+    return is_tensor(input) || input->type()->isSubtypeOf(*c10::ListType::ofTensors());
+  });
+  if (!promises || computes || !has_operand) {
+    return false;
+  }
+  const auto handle = c10::Dispatcher::singleton().findSchema(schema->operator_name());
+  return !handle || handle->hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd);
+}
+
+SharedMemory::SharedMemory(const std::shared_ptr<Graph>& graph) : aliases_(graph) {
+  for_each_node(graph->block(), [&](Node* node) {
+    const bool gives_tensors = std::any_of(node->outputs().begin(), node->outputs().end(), [](const Value* output) {
+      return is_tensor(output) || output->type()->isSubtypeOf(*c10::ListType::ofTensors());
+    });
+    if (gives_tensors && may_return_operand(node)) {
+      returning_.push_back(node);
+    }
+  });
+}
+
+ValueSet SharedMemory::connected(ValueSet values) const {
+  std::vector<Node*> left = returning_;
+  for (bool grows = true; grows;) {
+    const auto is_connected = [&](const Node* node) {
+      const auto shares = [&](const Value* value) {
+        return std::any_of(values.begin(), values.end(), [&](const Value* other) {
+          return other == value || aliases_.mayContainAlias(const_cast<Value*>(value), const_cast<Value*>(other));
+        });
+      };
+      const auto operands = returnable(node);
+      return std::any_of(operands.begin(), operands.end(), shares) ||
+             std::any_of(node->outputs().begin(), node->outputs().end(), shares);
+    };
+    const auto rest = std::partition(left.begin(), left.end(), [&](Node* node) { return !is_connected(node); });
+    grows = rest != left.end();
+    for (auto node = rest; node != left.end(); ++node) {
+      const auto operands = returnable(*node);
+      values.insert(operands.begin(), operands.end());
+      values.insert((*node)->outputs().begin(), (*node)->outputs().end());
+    }
+    left.erase(rest, left.end());
+  }
+  return values;
+}
+
 Writes::Writes(const std::shared_ptr<Graph>& graph) {
   for_each_node(graph->block(), [&](Node* node) {
     if (is_writer(node)) {
       writers_.push_back(node);
     }
   });
-  if (!writers_.empty()) {
-    aliases_.emplace(graph);
+  if (writers_.empty()) {
+    return;
   }
+  memory_.emplace(graph);
+  ValueSet written;
+  for (Node* writer : writers_) {
+    const auto& arguments = writer->schema().arguments();
+    for (size_t i = 0; i < arguments.size(); ++i) {
+      if (arguments[i].alias_info() && arguments[i].alias_info()->isWrite()) {
+        written.insert(writer->input(i));
+      }
+    }
+  }
+  written = memory_->connected(std::move(written));
+  const auto visit = [&](at::ArrayRef<Value*> values) {
+    std::copy_if(values.begin(), values.end(), std::inserter(untouched_, untouched_.end()), [&](Value* value) {
+      return std::none_of(written.begin(), written.end(), [&](const Value* other) {
+        return other == value || memory_->aliases().mayContainAlias(value, const_cast<Value*>(other));
+      });
+    });
+  };
+  visit(graph->inputs());
+  for_each_node(graph->block(), [&](Node* node) { visit(node->outputs()); });
 }
 
+bool Writes::reach(const Value* value) const { return !writers_.empty() && !untouched_.count(value); }
+
 Node* Writes::between(const Node* begin, const Node* end, const ValueSet& values) const {
+  if (writers_.empty()) {
+    return nullptr;
+  }
+  const ValueSet shared = memory_->connected(values);
   const auto found = std::find_if(writers_.begin(), writers_.end(), [&](Node* writer) {
     return writer != begin && writer->isAfter(begin) && writer->isBefore(end) &&
-           aliases_->writesToAlias(writer, values);
+           memory_->aliases().writesToAlias(writer, shared);
   });
   return found == writers_.end() ? nullptr : *found;
 }

@@ -9,7 +9,8 @@ using torch::jit::Value;
 
 // A bank is read as [1, ...] when all rows use one adapter, and as [B, ...] when each has its own; both broadcast. A
 // row without an adapter has a gate of 0, which removes what a method adds, and sees no prefix. 11 is torch.bool:
-// TorchScript that is compiled in C++ has no name for it.
+// TorchScript that is compiled in C++ has no name for it. 6 is torch.float32, in which gates of 16-bit inputs are
+// computed, as in ops/gate.cpp: a sum with it is at least that wide.
 constexpr const char* kRowFunctions = R"python(
 def selected(bank: Tensor, adapter_ids: Optional[Tensor], adapter: int) -> Tensor:
     if adapter_ids is None:
@@ -25,13 +26,15 @@ def pooled(x: Tensor, gate_weight: Optional[Tensor], gate_bias: Optional[Tensor]
            adapter: int, token_mask: Optional[Tensor]) -> Tensor:
     if gate_weight is not None and gate_bias is not None:
         weight = selected(gate_weight, adapter_ids, adapter)
-        gates = torch.sigmoid(torch.matmul(x, weight.transpose(1, 2)) +
+        float32 = torch.zeros([1], dtype=6, device=x.device)
+        gates = torch.sigmoid(torch.matmul(x, weight.transpose(1, 2)) + float32 +
                               selected(gate_bias, adapter_ids, adapter).unsqueeze(1))
         if token_mask is not None:
             keep = token_mask.unsqueeze(-1)
-            gate = gates.masked_fill(torch.logical_not(keep), 0).sum(1) / keep.sum(1).clamp(min=1).to(x.dtype)
+            gate = gates.masked_fill(torch.logical_not(keep), 0).sum(1) / keep.sum(1).clamp(min=1).to(gates.dtype)
         else:
             gate = gates.mean(1)
+        gate = gate.to(x.dtype)
     else:
         gate = torch.ones([x.size(0), 1], dtype=x.dtype, device=x.device)
     active = is_active(x, adapter_ids, adapter).unsqueeze(-1)

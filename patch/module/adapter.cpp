@@ -2,7 +2,21 @@
 
 #include <c10/util/Exception.h>
 
+#include <cctype>
+
 namespace torchgraft {
+
+std::string attribute_text(const std::string& name) {
+  constexpr const char* kDigits = "0123456789abcdef";
+  std::string text;
+  for (size_t i = 0; i < name.size(); ++i) {
+    const auto byte = static_cast<unsigned char>(name[i]);
+    const bool begins_an_escape = byte == '_' && i + 1 < name.size() && name[i + 1] == 'x';
+    const bool stays = byte < 0x80 && (std::isalnum(byte) || (byte == '_' && !begins_an_escape));
+    text += stays ? std::string(1, name[i]) : std::string("_x") + kDigits[byte >> 4] + kDigits[byte & 15];
+  }
+  return text;
+}
 
 size_t find_adapter(const std::vector<Adapter>& adapters, const std::string& name, const char* what) {
   std::string names;

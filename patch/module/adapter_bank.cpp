@@ -38,7 +38,7 @@ std::string slot_name(const PlannedModule& module) {
 
 std::string slot_name(const Adapter& adapter, const PlannedModule& module) {
   const std::string name = slot_name(module);
-  return dropout_at(adapter, module) > 0.0 ? name + "_dropout_" + adapter.name : name;
+  return dropout_at(adapter, module) > 0.0 ? name + "_dropout_" + attribute_text(adapter.name) : name;
 }
 
 bool broadcasts(const std::string& parameter, int64_t dim) {

@@ -102,7 +102,7 @@ c10::IValue list_of(const std::vector<Slot>& slots, const std::vector<SlotRun>& 
 
 }  // namespace
 
-std::string own_module_name(const std::string& adapter) { return "adapter_" + adapter; }
+std::string own_module_name(const std::string& adapter) { return "adapter_" + attribute_text(adapter); }
 
 size_t find_adapter(const torch::jit::Module& adapters_module, const std::string& name, const char* what) {
   std::vector<Adapter> named;

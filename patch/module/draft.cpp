@@ -82,6 +82,22 @@ Module add_adapters_module(Draft& draft, const std::vector<Slot>& slots, const s
   return adapters;
 }
 
+void check_can_be_grafted(const Module& base) {
+  TORCH_CHECK(!base.hasattr("adapters"),
+              "graft: the module has an attribute 'adapters' of its own; rename it before scripting");
+  for (const auto& argument : base.get_method("forward").function().getSchema().arguments()) {
+    TORCH_CHECK(
+        argument.name() != "adapter_ids",
+        "graft: forward has an argument 'adapter_ids' of its own, which grafting adds; rename it before scripting");
+  }
+  for (const auto& [path, submodule] : base.named_modules()) {
+    const auto& type = *submodule.type();
+    TORCH_CHECK(type.getForwardHooks().empty() && type.getForwardPreHooks().empty(),
+                "graft: ", path.empty() ? "the module" : "the submodule " + path,
+                " has forward hooks, which a grafted module cannot keep; call in its forward what they do");
+  }
+}
+
 }  // namespace
 
 std::string head_mask(const Draft& draft, const std::string& wanted) {
@@ -101,8 +117,9 @@ std::string head_mask(const Draft& draft, const std::string& wanted) {
 Draft open_draft(const Module& module, const GraftOptions& given) {
   link_anchor();
   const bool regraft = is_grafted(module);
-  TORCH_CHECK(regraft || !module.hasattr("adapters"),
-              "graft: the module has an attribute 'adapters' of its own; rename it before scripting");
+  if (!regraft) {
+    check_can_be_grafted(module);
+  }
   Draft result;
   result.options = regraft ? options_like(module, given) : given;
   result.module = base_copy(module);

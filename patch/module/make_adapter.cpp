@@ -4,16 +4,14 @@
 #include <torchgraft/plan/phm.h>
 
 #include <algorithm>
-#include <cctype>
 
 namespace torchgraft {
 
 void check_name(const std::string& name, const std::vector<Adapter>& taken) {
-  const bool identifier =
-      !name.empty() && !std::isdigit(static_cast<unsigned char>(name[0])) &&
-      std::all_of(name.begin(), name.end(), [](unsigned char c) { return std::isalnum(c) || c == '_'; });
-  TORCH_CHECK(identifier, "graft: '", name,
-              "' cannot be an adapter's name: use letters, digits and underscores, with no digit first");
+  // Keys of weights have the name between two dots. Control characters would break lines of errors and listings.
+  const bool has_any = std::any_of(name.begin(), name.end(), [](unsigned char c) { return c == '.' || c < ' '; });
+  TORCH_CHECK(!name.empty() && !has_any, "graft: '", name,
+              "' cannot be an adapter's name: use a text without dots and control characters");
   for (const Adapter& adapter : taken) {
     TORCH_CHECK(adapter.name != name, "graft: the module already has an adapter '", name, "'; choose another name");
   }

@@ -8,7 +8,7 @@
 
 namespace torchgraft {
 
-// Throws c10::Error unless `name` is an identifier that no adapter has.
+// Throws c10::Error unless `name` is a text without dots that no adapter has.
 void check_name(const std::string& name, const std::vector<Adapter>& taken);
 
 // Throws c10::Error for a merged adapter, and for a Compacter without its factors.

@@ -141,6 +141,14 @@ GraphSites find_sites(const CanonicalGraph& canonical, const Module& module) {
     const std::string where = linears.empty() ? "" : finder.path_of(linears.front());
     result.structure.near_misses.push_back(at_path(where) + "a softmax was not taken for attention: " + miss.reason);
   }
+  for_each_node(canonical.graph->block(), [&](Node* node) {
+    if (node->kind() == c10::prim::fork) {
+      result.structure.near_misses.push_back(
+          "what torch.jit.fork runs was left out, because its result is kept, in a list for instance; wait for it in "
+          "the "
+          "method that forks, or call the layer directly");
+    }
+  });
   result.result_is_sequence_first = finder.result_is_sequence_first();
   return result;
 }

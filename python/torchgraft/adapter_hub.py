@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,8 +105,8 @@ def read_weights(directory: Path, files: tuple[str, ...] = WEIGHT_FILES) -> dict
 
 
 def read_head(directory: Path) -> SavedHead | None:
-    """Reads the head of an adapter directory. Returns None if there is no head, or if HeadConfig does not know its
-    kind.
+    """Reads the head of an adapter directory. Returns None if there is no head; and, with a warning, if HeadConfig does
+    not know its kind.
 
     Raises:
         GraftError: a file of the head is missing or damaged.
@@ -115,6 +116,13 @@ def read_head(directory: Path) -> SavedHead | None:
         return None
     config = read_config(path)
     if not patcher().is_known_head(config):
+        fields = json.loads(config).get("config")
+        kind = fields.get("head_type") if isinstance(fields, dict) else None
+        warnings.warn(
+            f"{directory}: the adapter's head{f' ({kind})' if kind else ''} is not loaded: heads for classification, "
+            "multi-label classification, regression and tagging are; a prediction needs its own head",
+            stacklevel=2,
+        )
         return None
     name = json.loads(config).get("name")
     if not isinstance(name, str):

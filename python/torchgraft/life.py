@@ -63,7 +63,7 @@ def rename_adapter(module: torch.jit.ScriptModule, name: str, new_name: str) -> 
     """Returns a copy where the adapter has another name. Its number in adapter_ids stays.
 
     Raises:
-        GraftError: `name` is unknown, or `new_name` is taken or no identifier.
+        GraftError: `name` is unknown, or `new_name` is taken, is empty or has a dot.
     """
     return script_module(patcher().rename_adapter(cpp_module(module), name, new_name))
 

@@ -185,7 +185,7 @@ FAILING = {
     "unwritable directory": (["add", "{folder}/base.pt", "-o", "/proc/out.pt", *_LORA], "cannot write in /proc"),
     "not an adapter": ([*_OUT, "--adapter", "task={folder}"], "cannot read the adapter's configuration"),
     "adapter directory missing": ([*_OUT, "--adapter", "task={tmp}/none"], "not a directory"),
-    "bad name": ([*_OUT, "--config", "lora", "--name", "a b"], "cannot be an adapter's name"),
+    "bad name": ([*_OUT, "--config", "lora", "--name", "a.b"], "cannot be an adapter's name"),
     "unknown active adapter": ([*_OUT, *_LORA, "--active", "other"], "no adapter is called 'other'; there are: task"),
     "unknown mask": ([*_OUT, *_LORA, "--gate-pooling", "unpadded", "--token-mask", "mask"], "no argument 'mask'"),
     "inspect no attention": (["inspect", "{folder}/plain.pt"], "no attention was found"),

@@ -194,7 +194,13 @@ def test_a_damaged_head_is_an_error_and_a_foreign_one_is_left_out(library, tmp_p
         torchgraft.load_adapter(library[1], tmp_path)
     config["config"] = {"head_type": "question_answering", "num_labels": 2}
     (tmp_path / "head_config.json").write_text(json.dumps(config))
-    assert torchgraft.head_config(torchgraft.load_adapter(library[1], tmp_path), "task") is None
+    with pytest.warns(UserWarning, match=r"the adapter's head \(question_answering\) is not loaded"):
+        loaded = torchgraft.load_adapter(library[1], tmp_path)
+    assert torchgraft.head_config(loaded, "task") is None
+    for damaged in ("[]", '{"config": {'):
+        (tmp_path / "head_config.json").write_text(damaged)
+        with pytest.raises(torchgraft.GraftError, match="head"):
+            torchgraft.load_adapter(library[1], tmp_path)
 
 
 def _headless_copy(module: torch.jit.ScriptModule) -> str:

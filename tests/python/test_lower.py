@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 
 import torchgraft
 from grafted import EVERY_WAY, base, grafted, reloaded, saved_adapter
@@ -67,6 +68,37 @@ def test_an_error_inside_a_lowered_module_is_an_error() -> None:
 def test_gates_over_real_tokens_are_lowered(name: str, pooling: str) -> None:
     module = grafted(name, torch.float64, "unipelt", gate_pooling=pooling)
     _assert_same(torchgraft.lower(module), module, name, 1e-12)
+
+
+class Hidden(torch.nn.Module):
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.model(ids, mask)[0]
+
+
+def test_gates_of_bfloat16_are_lowered_in_float32() -> None:
+    """bfloat16 cannot count to 259, nor add so many sigmoids."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        return_dict=False, attn_implementation="sdpa",
+    )  # fmt: skip
+    model = Hidden(transformers.BertModel(config, add_pooling_layer=False).to(torch.bfloat16).eval())
+    arguments = (torch.randint(50, (8, 300)), (torch.arange(300) < 259).long().expand(8, -1).contiguous())
+    module = torchgraft.graft(torch.jit.trace(model, arguments), config="unipelt", name="a", gate_pooling="unpadded")
+    with torch.no_grad():
+        for path, parameter in module.named_parameters():
+            if "gate_" in path:
+                parameter.normal_(std=0.5)
+        found = [each.forward_with_gates(*arguments)[1]["a"] for each in (module, torchgraft.lower(module))]
+    gates, lowered = [
+        torch.cat([gate.flatten() for layer in layers.values() for gate in layer.values()]) for layers in found
+    ]
+    assert gates.dtype == torch.bfloat16 and gates.unique().numel() > 20
+    assert (gates == lowered).float().mean() > 0.9
 
 
 def _non_linearities() -> list[str]:

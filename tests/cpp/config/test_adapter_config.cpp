@@ -112,7 +112,7 @@ TEST(AdapterConfig, TwoBottlenecksAtDifferentPlacesMayJoin) {
   attention.mh_adapter = true;
   attention.output_adapter = false;
   EXPECT_EQ(config_union({attention, par_bn_config()}).methods.size(), 2u);
-  EXPECT_NE(error_of([&] { config_union({par_bn_config(), seq_bn_config()}); }).find("for the same places"),
+  EXPECT_NE(error_of([&] { config_union({par_bn_config(), seq_bn_config()}); }).find("for the same locations"),
             std::string::npos);
 }
 

@@ -12,8 +12,8 @@ TOLERANCE = {
 
 
 def one_of_each(cases, *names):
-    """Parametrizes over all cases, of which those that are not named are slow: for checks that take seconds a case, and
-    that can tell few kinds of cases apart."""
+    """Parametrizes over all cases. Cases that are not named are slow. For checks that take seconds and treat many cases
+    alike."""
     assert set(names) <= {case.name for case in cases}
     slow = pytest.mark.slow(seconds=3)
     parameters = [case if case.name in names else pytest.param(case, marks=slow) for case in cases]
@@ -58,7 +58,7 @@ def gradients(function, args, names=None, weights=(1.0, 1.0)):
 
 
 def assert_same_gradients(actual, expected, **tolerance):
-    """A gradient that was not computed equals zeros."""
+    """Compares gradients. One that was not computed counts as zeros."""
     assert actual.keys() == expected.keys()
     for name, value in actual.items():
         want = expected[name]
@@ -67,6 +67,21 @@ def assert_same_gradients(actual, expected, **tolerance):
             assert present is None or not present.any(), f"{name}: gradient on one side only"
             continue
         torch.testing.assert_close(value, want, msg=lambda text, name=name: f"grad of {name}: {text}", **tolerance)
+
+
+def check_forward_mode(op, args, name):
+    """A tangent of any argument is refused: autograd would take the result's for zero."""
+    for differentiated in differentiable(args):
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(args[differentiated], torch.ones_like(args[differentiated]))
+            with pytest.raises(NotImplementedError, match=f"{name}: expected tensors without tangents"):
+                op(**args | {differentiated: dual})
+
+        def function(value, differentiated=differentiated):
+            return op(**args | {differentiated: value})[0]
+
+        with pytest.raises(NotImplementedError, match=f"{name}: expected tensors without tangents"):
+            torch.func.jvp(function, (args[differentiated],), (torch.ones_like(args[differentiated]),))
 
 
 def check_values(op, reference, args, dtype):

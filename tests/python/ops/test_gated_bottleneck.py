@@ -86,6 +86,10 @@ def test_opcheck_finds_nothing(case):
     op_checks.check_opcheck(op, bottleneck(case, torch.float32))
 
 
+def test_forward_mode_differentiation_is_refused():
+    op_checks.check_forward_mode(op, bottleneck(Case("", gate="gated"), torch.float32), "gated_bottleneck")
+
+
 @cases
 def test_a_scripted_call_gives_the_same(case):
     op_checks.check_scripted(op, scripted, bottleneck(case, torch.float32))

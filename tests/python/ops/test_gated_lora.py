@@ -67,6 +67,10 @@ def test_opcheck_finds_nothing(case):
     op_checks.check_opcheck(op, lora(case, torch.float32))
 
 
+def test_forward_mode_differentiation_is_refused():
+    op_checks.check_forward_mode(op, lora(Case("", gate="gated"), torch.float32), "gated_lora")
+
+
 @cases
 def test_a_scripted_call_gives_the_same(case):
     op_checks.check_scripted(op, scripted, lora(case, torch.float32))

@@ -10,7 +10,7 @@ from op_cases import LORA_CASES, Case, lora_linear
 op = torch.ops.torchgraft.gated_lora_linear
 CASES = [*LORA_CASES, Case("no_bias", gate="gated", extra={"bias": False})]
 cases = pytest.mark.parametrize("case", CASES, ids=str)
-# What these do under autograd is two operators, each checked in its own file.
+# Under autograd these are two operators; each has its own tests.
 one_of_each = op_checks.one_of_each(CASES, "plain", "ids_partly_gated_empty_row", "no_bias")
 FLOAT_TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -48,6 +48,10 @@ def test_gradients_equal_finite_differences(case):
 @one_of_each
 def test_opcheck_finds_nothing(case):
     op_checks.check_opcheck(op, lora_linear(case, torch.float32))
+
+
+def test_forward_mode_differentiation_is_refused():
+    op_checks.check_forward_mode(op, lora_linear(Case("", gate="gated"), torch.float32), "gated_lora_linear")
 
 
 @cases

@@ -115,6 +115,10 @@ def test_opcheck_finds_nothing(case):
     op_checks.check_opcheck(op, prefix(case, torch.float32))
 
 
+def test_forward_mode_differentiation_is_refused():
+    op_checks.check_forward_mode(op, prefix(Case("", gate="gated"), torch.float32), "gated_prefix_attention")
+
+
 @cases
 def test_a_scripted_call_gives_the_same(case):
     op_checks.check_scripted(op, scripted, prefix(case, torch.float32))
@@ -204,7 +208,7 @@ def test_dropout_is_random_and_right_on_average():
 
 
 def test_dropout_in_float32_gives_the_gradients_of_float64():
-    """Those of the gate among them, whose kernel in float32 records none. One seed drops the same in both."""
+    """The gate's included: its kernel records no gradient in float32. One seed drops the same elements in both."""
     wide = dropout_args(0.3, attn_mask=None)
     narrow = {name: value.float() if torch.is_tensor(value) and value.is_floating_point() else value
               for name, value in wide.items()}  # fmt: skip

@@ -31,7 +31,7 @@ def test_the_three_formats_hold_the_same(tmp_path: Path) -> None:
     ]  # fmt: skip
     for path in files[:2]:
         assert [(one.text, one.label) for one in read_examples(path)] == [(AWKWARD, "1"), ("plain", "0")]
-    # JSON's null in a column that is not asked for is nobody's business.
+    # A null in a column that nobody reads is no error.
     assert [(one.text, one.label) for one in read_examples(files[2])] == [(AWKWARD, "1"), ("plain", "0")]
     assert read_examples(files[2])[1].where == f"{files[2]}, line 3"
 

@@ -76,6 +76,13 @@ INSTANTIATE_TEST_SUITE_P(Spellings, RaiseAttention,
         scores = scores + mask
     out = torch.matmul(torch.softmax(scores, -1), v)
 )python"},
+                                           Case{"optional_mask_that_is_checked", R"python(
+    scores = torch.matmul(q, k.transpose(-1, -2)) * 0.5
+    if mask is not None:
+        assert mask.dim() == 4
+        scores = scores + mask
+    out = torch.matmul(torch.softmax(scores, -1), v)
+)python"},
                                            Case{"optional_masked_fill_after_bias", R"python(
     scores = torch.matmul(q, k.transpose(-1, -2)) * 0.5 + torch.arange(5, dtype=6)
     if mask is not None:
@@ -172,6 +179,26 @@ INSTANTIATE_TEST_SUITE_P(Others, LeaveAlone,
     scores = torch.matmul(q, k.transpose(-1, -2))
     if mask is not None:
         scores = scores * 0.5
+    out = torch.matmul(torch.softmax(scores, -1), v)
+)python"},
+                                           Case{"branch_that_writes", R"python(
+    scores = torch.matmul(q, k.transpose(-1, -2))
+    if mask is not None:
+        self.wq.add_(1.0)
+        scores = scores + mask
+    out = torch.matmul(torch.softmax(scores, -1), v)
+)python"},
+                                           Case{"branch_that_draws", R"python(
+    scores = torch.matmul(q, k.transpose(-1, -2))
+    if mask is not None:
+        scores = scores + torch.rand_like(mask)
+    out = torch.matmul(torch.softmax(scores, -1), v)
+)python"},
+                                           Case{"branch_that_prints", R"python(
+    scores = torch.matmul(q, k.transpose(-1, -2))
+    if mask is not None:
+        print("masked")
+        scores = scores + mask
     out = torch.matmul(torch.softmax(scores, -1), v)
 )python"},
                                            Case{"not_attention", R"python(

@@ -74,6 +74,30 @@ INSTANTIATE_TEST_SUITE_P(Removed, RemoveWrites,
     return y - 1
 )python",
                                                 0},
+                                           Case{"two_writes_into_one_view", R"python(
+    y = x * 2
+    v = y[..., :2]
+    v.mul_(0.5)
+    v.mul_(6.0)
+    return y.sum(-1) + v.sum(-1)
+)python",
+                                                0},
+                                           Case{"a_view_then_the_whole_then_the_view", R"python(
+    y = x * 2
+    v = y.transpose(1, 2)[..., 0]
+    v.add_(1)
+    y.mul_(2)
+    v.mul_(3)
+    return y.sum(1) + v
+)python",
+                                                1},
+                                           Case{"a_comparison_keeps_the_dtype", R"python(
+    y = x * 2
+    y.gt_(0.5)
+    y.logical_not_()
+    return y * 0.25
+)python",
+                                                0},
                                            Case{"an_element_of_a_dimension", R"python(
     y = x * 2
     y[..., 0] = 7.0
@@ -134,6 +158,40 @@ INSTANTIATE_TEST_SUITE_P(Kept, RemoveWrites,
     for i in range(n):
         y.add_(i)
     return y
+)python",
+                                                1},
+                                           Case{"behind_a_dropout_that_drops_nothing", R"python(
+    y = x * 2
+    z = torch.dropout(y, 0.1, False)
+    z.add_(1)
+    return y + z
+)python",
+                                                1},
+                                           Case{"before_a_cast_to_the_same_dtype", R"python(
+    y = x * 2
+    z = y.type_as(x)
+    y.add_(1)
+    return y + z
+)python",
+                                                1},
+                                           Case{"behind_two_operators_that_return_their_operand", R"python(
+    y = x * 2
+    z = torch.einsum("ijk", [torch.atleast_2d(y)])
+    z.add_(1)
+    return y + z
+)python",
+                                                1},
+                                           Case{"sizes", R"python(
+    y = x * 2
+    v = y[0]
+    v.unsqueeze_(0)
+    return v + y
+)python",
+                                                1},
+                                           Case{"what_is_read_by_its_strides", R"python(
+    y = x.transpose(0, 1) * 2
+    y[0].add_(1)
+    return torch.as_strided(y, [3], [1])
 )python",
                                                 1},
                                            Case{"what_a_list_holds", R"python(
