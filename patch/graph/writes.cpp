@@ -18,9 +18,21 @@ using torch::jit::ValueSet;
 
 namespace {
 
-// The operands that a node that may_return_operand may return: type_as asks the second for its dtype only.
-at::ArrayRef<const Value*> returnable(const Node* node) {
-  return is_aten(node, {"type_as"}) ? node->inputs().slice(0, 1) : node->inputs();
+bool holds_tensors(const c10::Type& type) {
+  const auto contained = type.containedTypes();
+  return type.isSubtypeOf(*c10::TensorType::get()) ||
+         std::any_of(contained.begin(), contained.end(),
+                     [](const c10::TypePtr& element) { return holds_tensors(*element); });
+}
+
+// The operands that a node that may_return_operand may return: type_as asks the second for its dtype only. Numbers are
+// left out: one constant stands in many nodes, which share no memory by it.
+std::vector<const Value*> returnable(const Node* node) {
+  std::vector<const Value*> result;
+  const auto operands = is_aten(node, {"type_as"}) ? node->inputs().slice(0, 1) : node->inputs();
+  std::copy_if(operands.begin(), operands.end(), std::back_inserter(result),
+               [](const Value* operand) { return holds_tensors(*operand->type()); });
+  return result;
 }
 
 }  // namespace
@@ -59,10 +71,7 @@ bool may_return_operand(const Node* node) {
   const bool computes = is_aten(node, {"matmul", "linear", "layer_norm", "softmax", "log_softmax", "where", "conv1d",
                                        "conv2d", "scaled_dot_product_attention", "rsub", "divide", "multiply",
                                        "subtract", "true_divide", "embedding", "rms_norm", "silu", "square"});
-  const bool has_operand = std::any_of(node->inputs().begin(), node->inputs().end(), [](const Value* input) {
-    return is_tensor(input) || input->type()->isSubtypeOf(*c10::ListType::ofTensors());
-  });
-  if (!promises || computes || !has_operand) {
+  if (!promises || computes || returnable(node).empty()) {
     return false;
   }
   const auto handle = c10::Dispatcher::singleton().findSchema(schema->operator_name());
@@ -71,9 +80,8 @@ bool may_return_operand(const Node* node) {
 
 SharedMemory::SharedMemory(const std::shared_ptr<Graph>& graph) : aliases_(graph) {
   for_each_node(graph->block(), [&](Node* node) {
-    const bool gives_tensors = std::any_of(node->outputs().begin(), node->outputs().end(), [](const Value* output) {
-      return is_tensor(output) || output->type()->isSubtypeOf(*c10::ListType::ofTensors());
-    });
+    const bool gives_tensors = std::any_of(node->outputs().begin(), node->outputs().end(),
+                                           [](const Value* output) { return holds_tensors(*output->type()); });
     if (gives_tensors && may_return_operand(node)) {
       returning_.push_back(node);
     }
