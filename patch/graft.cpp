@@ -4,6 +4,7 @@
 #include <torchgraft/patch/module/graft_options.h>
 #include <torchgraft/patch/module/make_adapter.h>
 #include <torchgraft/patch/module/methods.h>
+#include <torchgraft/patch/module/verify_results.h>
 #include <torchgraft/patch/sites/apply_sites.h>
 
 namespace torchgraft {
@@ -17,7 +18,15 @@ Module graft(const Module& module, const std::vector<AdapterSpec>& specs, const 
     check_name(spec.name, draft.adapters);
     draft.adapters.push_back(make_adapter(spec, draft.sites.structure, draft.weights));
   }
-  return build(std::move(draft), options.active.empty() ? specs.back().name : options.active);
+  const at::TensorOptions weights = draft.weights;
+  const Module result = build(std::move(draft), options.active.empty() ? specs.back().name : options.active);
+  if (options.verify) {
+    const std::string reason = verify_results(module, result, options.example, weights);
+    if (!reason.empty()) {
+      TORCH_WARN("graft: the result was not compared with the base's: ", reason, ". verify=False does without");
+    }
+  }
+  return result;
 }
 
 Structure inspect(const Module& module, const std::optional<Structure>& sites) {

@@ -44,11 +44,15 @@ struct GraftOptions {
   std::string active;
   // Sites to use instead of the detected ones: an edited result of inspect(). A grafted module remembers them.
   std::optional<Structure> sites;
-  // Check the result: well-formed graphs, the planned ops, saving and loading in memory (insert/verify.h).
+  // Check the result: well-formed graphs, the planned ops, saving and loading in memory (insert/verify.h), and the same
+  // numbers as the base where no adapter acts (module/verify_results.h).
   bool verify = true;
   // Make one op of a linear map and its LoRA or parallel bottleneck (insert/fuse_projections.h). A grafted module
   // remembers it.
   bool fuse = true;
+  // For verify: arguments of forward, in its order; those left out at the end have their defaults. nullopt: they are
+  // made up where the signature and the graph allow; where not, a TORCH_WARN says that nothing was compared.
+  std::optional<std::vector<c10::IValue>> example = {};
 };
 
 // Returns a copy of `module` with the adapters grafted on; `module` stays as it is. The copy's parameters share the

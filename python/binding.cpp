@@ -23,6 +23,7 @@
 #include <string>
 #include <string_view>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 namespace py = pybind11;
@@ -59,14 +60,40 @@ std::optional<torchgraft::Structure> sites_of(const std::string& json) {
   return json.empty() ? std::nullopt : std::optional(torchgraft::structure_from_json(json));
 }
 
-Module graft(const Module& module, const std::vector<Spec>& adapters, const std::string& gate_pooling,
-             const std::string& token_mask_input, const std::string& active, bool verify, const std::string& sites,
-             bool fuse) {
+// Keeps the messages of TORCH_WARN on this thread, for Python's warnings.
+class WarningCollector : public c10::WarningHandler {
+ public:
+  void process(const c10::Warning& warning) override { messages_.push_back(warning.msg()); }
+  const std::vector<std::string>& messages() const { return messages_; }
+
+ private:
+  std::vector<std::string> messages_;
+};
+
+// Returns the grafted module and what graft() warns of.
+std::pair<Module, std::vector<std::string>> graft(const Module& module, const std::vector<Spec>& adapters,
+                                                  const torchgraft::GraftOptions& options) {
   std::vector<torchgraft::AdapterSpec> specs;
   for (const Spec& spec : adapters) {
     specs.push_back(spec_of(spec));
   }
-  return torchgraft::graft(module, specs, {gate_pooling, token_mask_input, active, sites_of(sites), verify, fuse});
+  WarningCollector warnings;
+  const c10::WarningUtils::WarningHandlerGuard guard(&warnings);
+  Module grafted = torchgraft::graft(module, specs, options);
+  return {std::move(grafted), warnings.messages()};
+}
+
+// forward's arguments without self, defaults filled in, of Python's `arguments` and `named`. Throws what a call of
+// forward throws.
+std::vector<c10::IValue> example_of(const Module& module, const py::tuple& arguments, const py::dict& named) {
+  const auto& schema = module.get_method("forward").function().getSchema();
+  torch::jit::Stack stack =
+      torch::jit::createStackForSchema(schema, torch::jit::tuple_slice(arguments), py::kwargs(named), module._ivalue());
+  stack.erase(stack.begin());
+  if (!schema.arguments().empty() && schema.arguments().back().name() == "adapter_ids") {
+    stack.pop_back();
+  }
+  return stack;
 }
 
 std::vector<py::dict> list_adapters(const Module& module) {
@@ -129,8 +156,20 @@ void bind_text(py::module_& m) {
 using NoGil = py::call_guard<py::gil_scoped_release>;
 
 void bind_grafting(py::module_& m) {
-  m.def("graft", &graft, py::arg("module"), py::arg("adapters"), py::arg("gate_pooling"), py::arg("token_mask_input"),
-        py::arg("active"), py::arg("verify"), py::arg("sites") = "", py::arg("fuse") = true, NoGil());
+  m.def(
+      "graft",
+      [](const Module& module, const std::vector<Spec>& adapters, const std::string& gate_pooling,
+         const std::string& token_mask_input, const std::string& active, bool verify, const std::string& sites,
+         bool fuse, const std::optional<std::pair<py::tuple, py::dict>>& example) {
+        torchgraft::GraftOptions options{gate_pooling, token_mask_input, active, sites_of(sites), verify, fuse};
+        if (example) {
+          options.example = example_of(module, example->first, example->second);
+        }
+        const py::gil_scoped_release no_gil;
+        return graft(module, adapters, options);
+      },
+      py::arg("module"), py::arg("adapters"), py::arg("gate_pooling"), py::arg("token_mask_input"), py::arg("active"),
+      py::arg("verify"), py::arg("sites") = "", py::arg("fuse") = true, py::arg("example") = std::nullopt);
   m.def(
       "inspect",
       [](const Module& module, const std::string& sites) {

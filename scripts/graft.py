@@ -76,6 +76,9 @@ def make_parser() -> argparse.ArgumentParser:
                         help="give the adapters parameters of their own, to train them (default: frozen)")  # fmt: skip
     adding.add_argument("--sites", type=Path, metavar="FILE",
                         help="an edited output of inspect --json; it overrules the layers that are seen")  # fmt: skip
+    adding.add_argument("--example", type=Path, metavar="FILE",
+                        help="inputs of forward to compare OUT with BASE on: a .pt of torch.save (a tensor, a tuple, "
+                             "or a dict by argument), or .safetensors (default: made up where possible)")  # fmt: skip
 
     inspecting = commands.add_parser("inspect", help="show the layers that the patcher sees in BASE", epilog=EDITING,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip

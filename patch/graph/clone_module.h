@@ -6,8 +6,12 @@ namespace torchgraft {
 
 // Copies `module` with its types and methods, so that the copy's methods may be rewritten. The copy's parameters are
 // new tensors on the same memory: a copy costs no second set of weights, and moving or converting it leaves `module`
-// alone, but writing into a weight writes into both. Buffers and other attributes are copied. Tied weights stay tied;
-// torch::jit::Module::clone would make several tensors of them.
+// alone, but writing into a weight writes into both. Buffers and other attributes are copied. Tied weights and shared
+// submodules stay shared; torch::jit::Module::clone would make several of them.
+//
+// The copy's types stand in a compilation unit of its own, which goes with the copy. torch::jit::Module::clone would
+// add them to the unit of `module`, where they stay as long as anything of it. The unit of `module` stays as long as
+// the copy, whose methods may call its functions; that of a `module` that is such a copy need not.
 torch::jit::Module clone_module(const torch::jit::Module& module);
 
 }  // namespace torchgraft

@@ -4,8 +4,10 @@ import argparse
 import contextlib
 import json
 import os
+import pickle
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,8 +21,9 @@ from rich.text import Text
 from . import _life_commands
 from ._console import table_console
 from ._drawing import draw
-from ._files import EXPECTED_ERRORS, check_writable, load_module, reason, save_module, write_whole
+from ._files import EXPECTED_ERRORS, check_writable, extra_files, load_module, reason, save_module, write_whole
 from ._layers import ROLES, slots_of
+from ._libraries import patcher
 from ._operators import operators_of, ranges
 from ._tuning import FEATURES, OPS, TOKENS, measure
 from .configs import config_argument
@@ -59,7 +62,7 @@ def add(arguments: argparse.Namespace) -> None:
 
     Args:
         arguments: the command line's: base, output (paths), config and name (lists of one length), adapter (pairs of
-            name and directory), gate_pooling, token_mask, active, seed, trainable, sites (path or None).
+            name and directory), gate_pooling, token_mask, active, seed, trainable, sites, example (paths or None).
     """
     check_writable(arguments.output)
     started = time.perf_counter()
@@ -67,10 +70,15 @@ def add(arguments: argparse.Namespace) -> None:
         show(f"loading {arguments.base}")
         base = load_module(arguments.base)
         show("grafting")
-        grafted = _graft_all(base, arguments)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            grafted = _graft_all(base, arguments)
         show(f"saving {arguments.output}")
-        save_module(grafted, arguments.output)
+        save_module(grafted, arguments.output, extra_files(arguments.base))
     print(_summary(base, grafted, arguments.output, time.perf_counter() - started))
+    for warning in caught:
+        if issubclass(warning.category, UserWarning):
+            print(f"warning: {warning.message}", file=sys.stderr)
 
 
 def _graft_all(base: torch.jit.ScriptModule, arguments: argparse.Namespace) -> torch.jit.ScriptModule:
@@ -83,12 +91,30 @@ def _graft_all(base: torch.jit.ScriptModule, arguments: argparse.Namespace) -> t
         requests.append({"config": config_argument(config), "name": name})
     if arguments.adapter:
         requests.append({"adapters": dict(arguments.adapter)})
+    example = _example_inputs(arguments.example) if arguments.example else None
     result = base
     for request in requests:
         last = request is requests[-1]
         result = graft(result, **request, **pooling, active=arguments.active if last else None, verify=last,
-                       sites=arguments.sites, trainable=arguments.trainable)  # fmt: skip
+                       sites=arguments.sites, trainable=arguments.trainable, example=example)  # fmt: skip
     return result
+
+
+def _example_inputs(path: Path) -> Any:
+    """Reads the file of --example: tensors of torch.save, read without unpickling code, or safetensors by argument.
+
+    Raises:
+        GraftError: `path` has neither.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return dict(patcher().read_safetensors(str(path)))
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise GraftError(
+            f"{path}: cannot read example inputs ({reason(error)}); expected what torch.save() of a tensor, "
+            "a tuple or a dict of forward's arguments writes, or a .safetensors file with tensors named as they are"
+        ) from error
 
 
 def _adapter_list(module: torch.jit.ScriptModule) -> str:

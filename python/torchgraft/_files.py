@@ -3,6 +3,7 @@
 import os
 import stat
 import tempfile
+import zipfile
 from pathlib import Path
 
 import torch
@@ -12,6 +13,9 @@ from .errors import GraftError
 # The errors that a user of a command can cause. Any other is a defect, and Python shows its traceback. torch raises
 # RuntimeError and torch.jit.Error.
 EXPECTED_ERRORS = (GraftError, OSError, RuntimeError, MemoryError, torch.jit.Error)
+
+# The folder of `_extra_files` inside a TorchScript file.
+_EXTRA = "extra/"
 
 
 def reason(error: BaseException) -> str:
@@ -39,6 +43,23 @@ def load_module(path: Path) -> torch.jit.ScriptModule:
         ) from error
 
 
+def extra_files(path: Path) -> dict[str, bytes]:
+    """Returns what a TorchScript file carries beside its module (`_extra_files` of torch.jit.save), by name.
+
+    Raises:
+        GraftError: `path` is not a TorchScript file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # The archive's one folder has the name that the file had when it was written.
+            members = [(name.partition("/")[2], name) for name in archive.namelist()]
+            return {
+                inner.removeprefix(_EXTRA): archive.read(name) for inner, name in members if inner.startswith(_EXTRA)
+            }
+    except (zipfile.BadZipFile, OSError) as error:
+        raise GraftError(f"{path}: not a TorchScript file that can be read ({reason(error)})") from error
+
+
 def check_writable(path: Path) -> None:
     """Checks, before the work that makes the content, that `path` can be written. Leaves no file behind.
 
@@ -59,10 +80,11 @@ def check_writable(path: Path) -> None:
         raise GraftError(f"{path}: cannot write in {path.parent} ({error.strerror})") from error
 
 
-def save_module(module: torch.jit.ScriptModule, path: Path) -> None:
-    """Writes `module` as a TorchScript file, whole or not at all; see write_whole()."""
+def save_module(module: torch.jit.ScriptModule, path: Path, extra: dict[str, bytes] | None = None) -> None:
+    """Writes `module` as a TorchScript file with the files `extra` beside it, whole or not at all; see
+    write_whole()."""
     check_writable(path)
-    write_whole(module.save_to_buffer(), path)
+    write_whole(module.save_to_buffer(_extra_files=extra or {}), path)
 
 
 def write_whole(content: bytes, path: Path) -> None:

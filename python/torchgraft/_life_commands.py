@@ -10,7 +10,7 @@ from rich.table import Table
 
 from . import life
 from ._console import table_console
-from ._files import check_writable, load_module, save_module
+from ._files import check_writable, extra_files, load_module, save_module
 from ._text import load_tokenizer, text_arguments
 from .adapter_training import freeze_adapter, unfreeze_adapter
 from .checkpoints import load_adapter, match_adapter, save_adapter
@@ -39,7 +39,7 @@ def load(arguments: argparse.Namespace) -> None:
     """Writes a file with the adapter of a directory added, or in place of the adapter of that name."""
     check_writable(arguments.output)
     module = load_adapter(load_module(arguments.base), arguments.directory, arguments.name, arguments.trainable)
-    _write(module, arguments.output)
+    _write(module, arguments)
 
 
 def match(arguments: argparse.Namespace) -> None:
@@ -65,15 +65,16 @@ def list_(arguments: argparse.Namespace) -> None:
     table_console().print(table)
 
 
-def _write(module: torch.jit.ScriptModule, path: Path) -> None:
-    save_module(module, path)
+def _write(module: torch.jit.ScriptModule, arguments: argparse.Namespace) -> None:
+    path = arguments.output
+    save_module(module, path, extra_files(arguments.base))
     names = names_of(module)
     print(f"{path}: {'adapters ' + ', '.join(names) if names else 'no adapters'}")
 
 
 def _changed(arguments: argparse.Namespace, change: Any, *values: Any) -> None:
     check_writable(arguments.output)
-    _write(change(_load_grafted(arguments.base), *values), arguments.output)
+    _write(change(_load_grafted(arguments.base), *values), arguments)
 
 
 def remove(arguments: argparse.Namespace) -> None:

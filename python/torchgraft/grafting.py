@@ -1,6 +1,7 @@
 """Grafts adapters onto a module, and inspects modules."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,7 @@ def graft(
     sites: Mapping[str, Any] | str | Path | None = None,
     fuse: bool = True,
     trainable: bool = False,
+    example: Any = None,
 ) -> torch.jit.ScriptModule:
     """Returns a copy of `module` with adapters grafted on; `module` itself is unchanged.
 
@@ -111,13 +113,16 @@ def graft(
         token_mask: for "unpadded": the name of forward's argument that is the token mask ([B, S], non-zero = real
             token). None: each attention's own mask says which tokens are real.
         active: the adapter that is active in the result. None: the last one grafted.
-        verify: check the result (well-formed, complete, survives saving and loading).
+        verify: check the result: well-formed, complete, survives saving and loading, and gives the base's numbers where
+            no adapter acts (docs/adapters.md). A warning says why if the numbers could not be compared.
         sites: an edited result of inspect(), or the path of a JSON file with it. It overrules what the patcher detects
             (docs/sites.md). None: the patcher detects the sites.
         fuse: fuse a projection and its LoRA into one operator, and a linear map and its parallel bottleneck
             (docs/performance.md). A grafted module remembers this choice.
         trainable: give the adapters of this call parameters of their own, to train them (docs/training.md). The base's
             weights then require no gradients. False: the adapters are frozen; unfreeze_adapter() makes them trainable.
+        example: for `verify`: inputs on which the base runs. A tuple of forward's arguments, a dict of them by name, or
+            one tensor. None: made up from forward's signature where that is possible.
 
     Returns:
         A ScriptModule, in the same mode (train or eval) as `module`, with these methods:
@@ -145,9 +150,20 @@ def graft(
         raise GraftError(f"graft: the adapter '{name}' needs a config (config=...), or a directory (adapters=...)")
     for adapter_name, directory in (adapters or {}).items():
         specs.append(directory_spec(module, directory, adapter_name, trainable))
-    grafted = patcher().graft(base, specs, gate_pooling, token_mask or "", active or "", verify, fuse=fuse,
-                              **_sites_option(sites))  # fmt: skip
+    grafted, messages = patcher().graft(base, specs, gate_pooling, token_mask or "", active or "", verify, fuse=fuse,
+                                        example=_example_arguments(example), **_sites_option(sites))  # fmt: skip
+    for message in messages:
+        warnings.warn(message, stacklevel=2)
     return script_module(grafted)
+
+
+def _example_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Returns the positional and the named arguments of the argument `example`."""
+    if example is None:
+        return None
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (example,) if isinstance(example, torch.Tensor) else tuple(example), {}
 
 
 def inspect(module: torch.jit.ScriptModule, sites: Mapping[str, Any] | str | Path | None = None) -> dict[str, Any]:

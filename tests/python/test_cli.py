@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import torchgraft
 from grafted import base, saved_adapter
@@ -45,6 +46,47 @@ def folder(tmp_path_factory) -> Path:
     (folder / "short.pt").write_bytes((folder / "base.pt").read_bytes()[:100_000])
     torch.save({"weight": torch.zeros(2)}, folder / "state.pt")
     return folder
+
+
+EXTRA = {"vocabulary/words.txt": b"a\nb\n", "note": b"\x00\xff"}
+
+
+@pytest.mark.quick
+def test_what_a_file_carries_beside_its_module_stays(folder: Path, tmp_path: Path) -> None:
+    source, added, renamed = tmp_path / "source.pt", tmp_path / "added.pt", tmp_path / "renamed.pt"
+    torch.jit.save(torch.jit.load(str(folder / "base.pt")), str(source), _extra_files=EXTRA)
+    run("add", source, "-o", added, "--config", "lora", "--name", "task")
+    run("rename", added, "task", "other", "-o", renamed)
+    for path in (added, renamed):
+        found = dict.fromkeys(EXTRA, "")
+        torch.jit.load(str(path), _extra_files=found)
+        assert found == EXTRA
+
+
+@pytest.mark.parametrize("name", ["example.pt", "example.safetensors"])
+def test_example_inputs_from_a_file(folder: Path, tmp_path: Path, name: str) -> None:
+    batch = make_batch([5, 3], 5, FLOAT)
+    ids, mask = VARIANTS["bert_sdpa"].arguments(batch)
+    if name.endswith(".pt"):
+        torch.save((ids, mask), tmp_path / name)
+    else:
+        save_file({"input_ids": ids, "attention_mask": mask}, tmp_path / name)
+    options = ("--config", "lora", "--name", "task", "--example", tmp_path / name)
+    done = run("add", folder / "base.pt", "-o", tmp_path / "out.pt", *options)
+    assert (done.returncode, done.stderr) == (0, "")
+    (tmp_path / name).write_bytes(b"neither")
+    done = run("add", folder / "base.pt", "-o", tmp_path / "none.pt", *options)
+    assert done.returncode == 1 and not (tmp_path / "none.pt").exists()
+    assert done.stderr.startswith("graft: ") and name in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_add_says_when_nothing_was_compared(folder: Path, tmp_path: Path) -> None:
+    module = base("bert_sdpa", FLOAT)
+    module.train()
+    module.save(str(tmp_path / "train.pt"))
+    done = run("add", tmp_path / "train.pt", "-o", tmp_path / "out.pt", "--config", "lora", "--name", "task")
+    assert done.returncode == 0
+    assert "warning: graft: the result was not compared with the base's: the module is in training mode" in done.stderr
 
 
 @pytest.mark.quick

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .. import HeadConfig, add_head, freeze_adapter, graft, head_config, load_adapter, save_adapter, unfreeze_adapter
-from .._files import EXPECTED_ERRORS, load_module, reason, save_module, write_whole
+from .._files import EXPECTED_ERRORS, extra_files, load_module, reason, save_module, write_whole
 from .._text import load_tokenizer
 from ..configs import config_argument
 from ..errors import GraftError
@@ -178,7 +178,7 @@ def _write(
     output: Path = arguments.output
     save_adapter(module, arguments.adapter, output / "adapter", model_class=arguments.model_class)
     if arguments.save_model:
-        save_module(freeze_adapter(module, arguments.adapter), output / "model.pt")
+        save_module(freeze_adapter(module, arguments.adapter), output / "model.pt", extra_files(arguments.model))
     report = {"labels": data.names, "best_epoch": result.best_epoch, "stopped_early": result.stopped_early,
               "steps": result.steps, "scores": scores, "history": result.history}  # fmt: skip
     write_whole((json.dumps(report, indent=2) + "\n").encode(), output / "scores.json")

@@ -77,7 +77,7 @@ class RestatedReference:
 
     def graft(self, base: torch.jit.ScriptModule, methods: list[str], dtype: torch.dtype) -> torch.jit.ScriptModule:
         specs = [(method, config_to_json(oracle.CONFIGS[method]), None, "", False, None) for method in methods]
-        grafted = patcher().graft(base._c, specs, "all", "", "", True)
+        grafted, _ = patcher().graft(base._c, specs, "all", "", "", True)
         grafted = torch.jit._recursive.wrap_cpp_module(grafted)
         randomise_grafted(grafted)
         return grafted

@@ -1,0 +1,272 @@
+#include <torchgraft/patch/module/example_inputs.h>
+
+#include <torchgraft/patch/graph/graph_utils.h>
+
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <set>
+
+namespace torchgraft {
+namespace {
+
+using c10::Argument;
+using torch::jit::Graph;
+using torch::jit::Module;
+using torch::jit::Node;
+using torch::jit::Use;
+using torch::jit::Value;
+
+constexpr int64_t kBatch = 2;
+constexpr int64_t kTokens = 7;
+constexpr int64_t kUsualPatches = 14;  // 224 pixels in patches of 16
+constexpr int64_t kDecoderTokens = 5;  // another length shows which argument a mask belongs to
+
+enum class Kind { kDefault, kMask, kIds, kStates, kImages, kUnknown };
+
+struct Input {
+  Kind kind = Kind::kUnknown;
+  bool is_decoders = false;
+  int64_t size = 0;    // of kIds: the embedding's rows; of kStates: the features; of kImages: the channels
+  int64_t stride = 0;  // of kImages: the width of a patch
+  std::optional<c10::IValue> standard;  // the default value
+};
+
+// What one candidate tries.
+struct Attempt {
+  std::optional<at::ScalarType> masks;  // none: masks keep their default
+  bool one_length = false;              // of the encoder's and the decoder's tokens
+  int64_t patches = 0;                  // along each side of an image
+};
+
+bool contains(const std::string& text, const char* part) { return text.find(part) != std::string::npos; }
+
+std::vector<int64_t> constant_ints(const Value* value) {
+  const auto constant = resolve_constant(value);
+  if (constant && constant->isIntList()) {
+    return constant->toIntVector();
+  }
+  std::vector<int64_t> result;
+  if (value->node()->kind() == c10::prim::ListConstruct) {
+    for (const Value* element : value->node()->inputs()) {
+      const auto number = constant_int(element);
+      if (!number) {
+        return {};
+      }
+      result.push_back(*number);
+    }
+  }
+  return result;
+}
+
+// The first user of `value`, seen through casts, views and arithmetic, that says what the value is: an embedding that
+// it indexes, or a linear map, a norm that reads it. Fills in `input`.
+bool read_use(const Value* value, const Module& module, Input& input, std::set<const Value*>& seen) {
+  if (!seen.insert(value).second) {
+    return false;
+  }
+  for (const Use& use : value->uses()) {
+    Node* user = use.user;
+    const bool is_indices = is_aten(user, {"embedding"}) && user->namedInput("indices") == value;
+    const bool is_linear = is_aten(user, {"linear"}) && user->namedInput("input") == value;
+    if (is_indices || is_linear) {
+      const at::Tensor weight = weight_source(user->namedInput("weight"), module).tensor;
+      if (!weight.defined()) {
+        continue;
+      }
+      input.kind = is_indices ? Kind::kIds : Kind::kStates;
+      input.size = weight.size(is_indices ? 0 : weight.dim() - 1);
+      return true;
+    }
+    if (is_aten(user, {"conv2d", "_convolution"}) && user->inputs()[0] == value) {
+      const at::Tensor weight = resolve_tensor(user->inputs()[1], module);
+      const auto stride = constant_ints(user->inputs()[3]);
+      if (weight.defined() && weight.dim() == 4 && !stride.empty()) {
+        input.kind = Kind::kImages;
+        input.size = weight.size(1);
+        input.stride = stride.front();
+        return true;
+      }
+    }
+    const bool is_norm = is_aten(user, {"layer_norm"}) && user->namedInput("input") == value;
+    if (is_norm && !is_none(user->namedInput("weight"))) {
+      const at::Tensor weight = resolve_tensor(user->namedInput("weight"), module);
+      if (weight.defined()) {
+        input.kind = Kind::kStates;
+        input.size = weight.size(0);
+        return true;
+      }
+    }
+  }
+  for (const Use& use : value->uses()) {
+    const bool carries =
+        is_layout(use.user) || is_elementwise(use.user) ||
+        is_aten(use.user, {"to", "long", "int", "add", "mul", "clamp", "slice", "scaled_dot_product_attention"});
+    if (carries && !use.user->outputs().empty() && is_tensor(use.user->output()) &&
+        read_use(use.user->output(), module, input, seen)) {
+      return true;
+    }
+  }
+  return false;
+}
+
+Input describe(const Argument& argument, const Value* value, const Module& module) {
+  Input input;
+  input.standard = argument.default_value();
+  input.is_decoders = contains(argument.name(), "decoder") || contains(argument.name(), "tgt");
+  if (!argument.type()->isSubtypeOf(*c10::OptionalType::ofTensor())) {
+    input.kind = input.standard ? Kind::kDefault : Kind::kUnknown;
+    return input;
+  }
+  if (contains(argument.name(), "mask")) {
+    input.kind = Kind::kMask;
+    return input;
+  }
+  if (input.standard) {
+    input.kind = Kind::kDefault;
+    return input;
+  }
+  std::set<const Value*> seen;
+  read_use(value, module, input, seen);
+  return input;
+}
+
+class Drawing {
+ public:
+  explicit Drawing(const at::TensorOptions& dtype)
+      : states_(dtype), generator_(at::make_generator<at::CPUGeneratorImpl>(1)) {}
+
+  at::Tensor ids(int64_t rows, at::IntArrayRef shape) const {
+    return at::randint(rows, shape, generator_, at::kLong).to(states_.device());
+  }
+
+  at::Tensor states(at::IntArrayRef shape, at::ScalarType dtype) const {
+    return at::randn(shape, generator_, at::TensorOptions(at::kFloat)).to(states_.device(), dtype);
+  }
+
+  // Real tokens are 1; the second row ends in two tokens of padding.
+  at::Tensor mask(int64_t tokens, at::ScalarType dtype) const {
+    at::Tensor result = at::ones({kBatch, tokens}, states_.dtype(at::kLong));
+    result[1].slice(0, tokens - 2).zero_();
+    return result.to(dtype);
+  }
+
+  at::ScalarType dtype() const { return c10::typeMetaToScalarType(states_.dtype()); }
+
+ private:
+  at::TensorOptions states_;
+  mutable at::Generator generator_;
+};
+
+std::vector<c10::IValue> draw(const std::vector<Input>& inputs, const Attempt& attempt, const Drawing& drawing) {
+  std::vector<c10::IValue> result;
+  for (const Input& input : inputs) {
+    const int64_t tokens = input.is_decoders && !attempt.one_length ? kDecoderTokens : kTokens;
+    if (input.kind == Kind::kIds) {
+      result.emplace_back(drawing.ids(input.size, {kBatch, tokens}));
+    } else if (input.kind == Kind::kStates) {
+      result.emplace_back(drawing.states({kBatch, tokens, input.size}, drawing.dtype()));
+    } else if (input.kind == Kind::kImages) {
+      const int64_t side = input.stride * attempt.patches;
+      result.emplace_back(drawing.states({kBatch, input.size, side, side}, drawing.dtype()));
+    } else if (input.kind == Kind::kMask && attempt.masks) {
+      result.emplace_back(drawing.mask(tokens, *attempt.masks));
+    } else {
+      result.push_back(*input.standard);
+    }
+  }
+  return result;
+}
+
+// How many patches an image may have along each side: where a parameter has a row for each patch, and perhaps one or
+// two for other tokens, it holds the positions.
+std::vector<int64_t> patches_along(const Module& module) {
+  std::set<int64_t> result;
+  for (const at::Tensor& parameter : module.parameters()) {
+    for (const int64_t rows : parameter.sizes().slice(0, parameter.dim() > 1 ? parameter.dim() - 1 : 0)) {
+      for (const int64_t others : {0, 1, 2}) {
+        const auto side = static_cast<int64_t>(std::lround(std::sqrt(std::max<int64_t>(rows - others, 0))));
+        if (side > 1 && side * side == rows - others) {
+          result.insert(side);
+        }
+      }
+    }
+  }
+  result.insert(kUsualPatches);
+  return {result.begin(), result.end()};
+}
+
+// The arguments with which the graph was traced; nullopt when it has no shapes, as after loading.
+std::optional<std::vector<c10::IValue>> traced(const std::vector<Input>& inputs, const Graph& graph,
+                                               const Drawing& drawing) {
+  std::vector<c10::IValue> result;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    const auto type = graph.inputs()[i + 1]->type()->cast<c10::TensorType>();
+    const auto shape = type ? type->sizes().concrete_sizes() : std::nullopt;
+    if (!shape || !type->scalarType()) {
+      return std::nullopt;
+    }
+    const at::ScalarType dtype = *type->scalarType();
+    if (at::isFloatingType(dtype) && inputs[i].kind != Kind::kMask) {
+      result.emplace_back(drawing.states(*shape, dtype));
+    } else if (inputs[i].kind == Kind::kIds) {
+      result.emplace_back(drawing.ids(inputs[i].size, *shape).to(dtype));
+    } else {
+      result.emplace_back(at::ones(*shape, drawing.mask(kTokens, dtype).options()));
+    }
+  }
+  return result;
+}
+
+}  // namespace
+
+ExampleInputs make_example_inputs(const c10::FunctionSchema& forward, const Graph& graph, const Module& module,
+                                  const at::TensorOptions& dtype) {
+  ExampleInputs result;
+  std::vector<Input> inputs;
+  bool has_masks = false;
+  bool masks_can_be_left_out = true;
+  for (size_t i = 1; i < forward.arguments().size(); ++i) {
+    const Argument& argument = forward.arguments()[i];
+    inputs.push_back(describe(argument, graph.inputs()[i], module));
+    if (inputs.back().kind == Kind::kMask) {
+      has_masks = true;
+      masks_can_be_left_out = masks_can_be_left_out && inputs.back().standard;
+    }
+    if (inputs.back().kind == Kind::kUnknown && result.reason.empty()) {
+      result.reason = "what forward's argument '" + argument.name() + "' takes is not known";
+    }
+  }
+  const Drawing drawing(dtype);
+  if (auto arguments = traced(inputs, graph, drawing)) {
+    result.candidates.push_back(std::move(*arguments));
+  }
+  if (!result.reason.empty()) {
+    return result;
+  }
+  const bool has_images =
+      std::any_of(inputs.begin(), inputs.end(), [](const Input& input) { return input.kind == Kind::kImages; });
+  const bool has_decoder =
+      std::any_of(inputs.begin(), inputs.end(), [](const Input& input) { return input.is_decoders; });
+  for (const int64_t patches : has_images ? patches_along(module) : std::vector<int64_t>{0}) {
+    for (const bool one_length : {false, true}) {
+      if (one_length && !has_decoder) {
+        continue;
+      }
+      for (const at::ScalarType masks : {at::kLong, at::kBool, drawing.dtype()}) {
+        if (has_masks) {
+          result.candidates.push_back(draw(inputs, {masks, one_length, patches}, drawing));
+        }
+      }
+      if (masks_can_be_left_out) {
+        result.candidates.push_back(draw(inputs, {std::nullopt, one_length, patches}, drawing));
+      }
+    }
+  }
+  return result;
+}
+
+}  // namespace torchgraft
