@@ -1,10 +1,7 @@
 #include <torchgraft/patch/graft.h>
 
+#include <torchgraft/patch/adapters/make_adapter.h>
 #include <torchgraft/patch/module/draft.h>
-#include <torchgraft/patch/module/graft_options.h>
-#include <torchgraft/patch/module/make_adapter.h>
-#include <torchgraft/patch/module/methods.h>
-#include <torchgraft/patch/sites/apply_sites.h>
 
 namespace torchgraft {
 
@@ -18,12 +15,6 @@ Module graft(const Module& module, const std::vector<AdapterSpec>& specs, const 
     draft.adapters.push_back(make_adapter(spec, draft.sites.structure, draft.weights));
   }
   return build(std::move(draft), options.active.empty() ? specs.back().name : options.active);
-}
-
-Structure inspect(const Module& module, const std::optional<Structure>& sites) {
-  const bool grafted = is_grafted(module);
-  const CanonicalGraph canonical = canonicalise(module, grafted ? "base_forward" : "forward");
-  return choose_sites(canonical, module, grafted && !sites ? remembered_sites(module) : sites).structure;
 }
 
 }  // namespace torchgraft

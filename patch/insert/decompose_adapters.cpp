@@ -1,4 +1,4 @@
-#include <torchgraft/patch/adapters/decompose_adapters.h>
+#include <torchgraft/patch/insert/decompose_adapters.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/insert/activation_source.h>

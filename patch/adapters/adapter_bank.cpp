@@ -1,4 +1,4 @@
-#include <torchgraft/patch/module/adapter_bank.h>
+#include <torchgraft/patch/adapters/adapter_bank.h>
 
 #include <torchgraft/plan/locations.h>
 #include <torchgraft/plan/phm.h>
