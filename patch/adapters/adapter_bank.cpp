@@ -4,6 +4,7 @@
 #include <torchgraft/plan/phm.h>
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 
 #include <algorithm>
 #include <limits>

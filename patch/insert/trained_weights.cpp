@@ -6,6 +6,8 @@
 #include <torchgraft/patch/sites/base_weight.h>
 #include <torchgraft/plan/phm.h>
 
+#include <algorithm>
+
 namespace torchgraft {
 
 using torch::jit::Value;

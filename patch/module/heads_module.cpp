@@ -4,6 +4,7 @@
 #include <torchgraft/patch/module/head_logits.h>
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 
 #include <algorithm>
 #include <set>

@@ -5,6 +5,7 @@
 #include <torchgraft/patch/adapters/read_adapters.h>
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 
 #include <algorithm>
 
