@@ -147,7 +147,7 @@ bool densify_branch(Node* nested, NestedMask& mask) {
   }
   mask.padding = other->outputs()[dropped[0]];
   block->replaceOutput(dropped[0], mask.padding);
-  replace_node(nested, {nested->input(0)});
+  replace_node(nested, {nested->namedInput("t")});
   return true;
 }
 
@@ -166,7 +166,7 @@ void densify_nested(const std::shared_ptr<Graph>& graph) {
     return;
   }
   for (size_t i = 0; i < sources.size(); ++i) {
-    NestedMask mask{sources[i]->input(1), nullptr};
+    NestedMask mask{sources[i]->namedInput("mask"), nullptr};
     if (sources[i]->owningBlock() != graph->block()) {
       if (!densify_branch(sources[i], mask)) {
         continue;
@@ -184,7 +184,7 @@ void densify_nested(const std::shared_ptr<Graph>& graph) {
           current = node->output();
         }
       }
-      replace_node(sources[i], {sources[i]->input(0)});
+      replace_node(sources[i], {sources[i]->namedInput("t")});
     }
     replace_node(sinks[i], {insert_padded(sinks[i], mask)});
   }

@@ -79,12 +79,12 @@ constexpr double kMasked = -9000.0;
 std::optional<std::string> why_step_is_no_mask(Node* node, const Node* product, std::optional<double> slope,
                                                const torch::jit::Module& root) {
   const bool fills = is_aten(node, {"masked_fill"});
-  if (is_computed_from(node->input(fills ? 1 : 0), product->output())) {
+  if (is_computed_from(node->namedInput(fills ? "mask" : "condition"), product->output())) {
     return described(node) + " decides by the scores themselves which of them it replaces";
   }
   // masked_fill(scores, mask, value); where(condition, scores, value), or the other way round.
   const bool scores_come_last = !fills && score_operand(node) == 2;
-  const auto value = filled_with(node->input(scores_come_last ? 1 : 2), root);
+  const auto value = filled_with(node->namedInput(fills ? "value" : scores_come_last ? "self" : "other"), root);
   if (value && slope && *value * *slope <= kMasked) {
     return std::nullopt;
   }
