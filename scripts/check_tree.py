@@ -34,13 +34,16 @@ LAYERS: dict[str, tuple[str, str]] = {
     "ops": ("activations ops/cpu", "ATen/ c10/ torch/library.h nlohmann/"),
     "ops/cpu/vectorized": ("ops/cpu", "ATen/"),
     "ops/cpu": ("activations ops", "ATen/ c10/"),
-    "ops/forward": ("activations ops ops/cpu", "ATen/ c10/ torch/library.h"),
+    "ops/forward": ("activations registration/masked_score.h ops ops/cpu", "ATen/ c10/ torch/library.h"),
     "ops/autograd": ("activations ops ops/cpu ops/forward", "ATen/ c10/ torch/library.h torch/csrc/autograd/"),
     "patch/graph": ("", "ATen/ c10/ torch/csrc/jit/"),
-    "patch/canonicalise": ("patch/graph", "ATen/ c10/ torch/csrc/jit/"),
+    "patch/canonicalise": ("registration/masked_score.h patch/graph", "ATen/ c10/ torch/csrc/jit/"),
     "patch/sites": ("plan patch/graph patch/canonicalise", "ATen/ c10/ torch/csrc/jit/"),
     "patch/adapters": ("config plan patch/graft_spec.h patch/sites", "ATen/ c10/ torch/csrc/jit/ unistd.h"),
-    "patch/insert": ("activations plan patch/graph patch/sites patch/adapters", "ATen/ c10/ torch/csrc/jit/"),
+    "patch/insert": (
+        "activations registration/masked_score.h plan patch/graph patch/sites patch/adapters",
+        "ATen/ c10/ torch/csrc/jit/",
+    ),
     "patch/module": (
         "registration patch/graft_spec.h patch/graph patch/canonicalise patch/sites patch/adapters patch/insert",
         "ATen/ c10/ torch/csrc/jit/",
@@ -164,7 +167,7 @@ def layers_of(document: str) -> dict[str, set[str]]:
         top = folder.split("/")[0]
         names = {name if name.endswith(".h") else name.split("/")[0] for name in known.split()}
         tops.setdefault(top, set()).update(name for name in names if name.split("/")[0] != top)
-    return tops
+    return {top: {name for name in names if name.split("/")[0] not in names - {name}} for top, names in tops.items()}
 
 
 def wrong_layers(path: Path) -> Iterator[Finding]:
