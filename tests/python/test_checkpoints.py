@@ -21,9 +21,11 @@ def _loaded_by_the_oracle(oracle: Oracle, directory, name: str, dtype: torch.dty
     loaded = oracle.model.load_adapter(str(directory), use_safetensors=safetensors)
     oracle.model.to(dtype).eval()
     # The library makes adapters in float32 and copies into them; what is written is float64.
-    weights = patcher().read_safetensors(str(directory / "adapter.safetensors")) if safetensors else torch.load(
-        directory / "pytorch_adapter.bin", weights_only=True
-    )  # fmt: skip
+    weights = (
+        patcher().read_safetensors(str(directory / "adapter.safetensors"))
+        if safetensors
+        else torch.load(directory / "pytorch_adapter.bin", weights_only=True)
+    )
     left = set(weights)
     with torch.no_grad():
         ours = {key: parameter for key, parameter in oracle.model.state_dict().items() if key in left}
