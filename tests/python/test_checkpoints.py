@@ -82,12 +82,12 @@ def test_every_weight_is_told_its_place(tmp_path) -> None:
     torchgraft.save_adapter(module, "task", tmp_path)
     weights = load_file(tmp_path / "adapter.safetensors")
     for name in ("bert_sdpa", "own_post_packed_matmul"):  # by path, and by layer number and location
-        places = dict(torchgraft.match_adapter(base(name, torch.float32), tmp_path))
-        assert sorted(places) == sorted(weights)
-        [key] = [key for key in places if "layer.1." in key and key.endswith("query.loras.task.lora_A")]
-        assert places[key] == "layer 1, selfattn_lora_q: lora_a"
-        [pool] = [key for key in places if "control_trans" in key]
-        assert places[pool] == "the prefixes of self_prefix: flat"
+        matched = dict(torchgraft.match_adapter(base(name, torch.float32), tmp_path))
+        assert sorted(matched) == sorted(weights)
+        [key] = [key for key in matched if "layer.1." in key and key.endswith("query.loras.task.lora_A")]
+        assert matched[key] == "layer 1, selfattn_lora_q: lora_a"
+        [pool] = [key for key in matched if "control_trans" in key]
+        assert matched[pool] == "the prefixes of self_prefix: flat"
 
 
 @pytest.mark.quick

@@ -97,7 +97,7 @@ def test_a_removed_entry_gets_no_adapters(seen: dict) -> None:
 
 
 def test_a_removed_entry_computes_what_leave_out_does(seen: dict) -> None:
-    """LoRA with random weights in both matrices, so that a place that is missed or added is seen in the result."""
+    """LoRA with random weights in both matrices, so that a site that is missed or added is seen in the result."""
     seen["layers"] = seen["layers"][:1]
     results = []
     for sites, leave_out in ((seen, []), (None, [1, 2])):

@@ -93,9 +93,9 @@ def test_gradients_of_parameters_and_input_equal_the_oracle(name: str, config: s
     flat = [(value, gradient) for path, value, gradient in expected if path.endswith(".control_trans")]
     if flat:
         keys = [key for key in named if key.endswith(("prefix_key", "prefix_value"))]
-        places = [key.rsplit(".", 1)[0] for key in keys if key.endswith("prefix_key")]
+        slots = [key.rsplit(".", 1)[0] for key in keys if key.endswith("prefix_key")]
         ours = torch.stack(
-            [torch.stack([grads[f"{place}.prefix_{which}"] for which in ("key", "value")]) for place in places]
+            [torch.stack([grads[f"{slot}.prefix_{which}"] for which in ("key", "value")]) for slot in slots]
         )  # [L, 2, h, P, d]
         assert _close(ours.permute(3, 0, 1, 2, 4).flatten(), flat[0][1])
         found.update(keys)
