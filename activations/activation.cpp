@@ -1,6 +1,7 @@
 #include <ATen/ATen.h>
 #include <c10/util/StringUtil.h>
 #include <torchgraft/activations/activation.h>
+#include <torchgraft/activations/constants.h>
 
 #include <algorithm>
 #include <array>
@@ -12,13 +13,6 @@ namespace torchgraft {
 namespace {
 
 using at::Tensor;
-
-constexpr double kLeakySlope = 0.01;
-constexpr double kQuickGeluSlope = 1.702;
-constexpr double kGeluClip = 10.0;
-// The Laplace activation of MEGA (Ma et al. 2022, section 3.5).
-constexpr double kLaplaceMean = 0.707107;
-constexpr double kLaplaceDeviation = 0.282095;
 
 Tensor relu(const Tensor& input) { return at::relu(input); }
 Tensor relu_grad(const Tensor& grad, const Tensor& output) { return at::threshold_backward(grad, output, 0); }

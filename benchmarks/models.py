@@ -268,8 +268,10 @@ def draw(rows: list[Row], path: Path) -> None:
         for index, name in enumerate(names):
             cells = {(row.threads, row.shape): row for row in mine if row.variant == name}
             heights = [cells[key].ratio for key in columns]
-            spread = [[max(0.0, cells[key].ratio - cells[key].quartiles[0]) for key in columns],
-                      [max(0.0, cells[key].quartiles[1] - cells[key].ratio) for key in columns]]  # fmt: skip
+            spread = [
+                [max(0.0, cells[key].ratio - cells[key].quartiles[0]) for key in columns],
+                [max(0.0, cells[key].quartiles[1] - cells[key].ratio) for key in columns],
+            ]
             centres = [position + index * width for position in range(len(columns))]
             axis.bar(centres, heights, width, yerr=spread, color=COLORS[name], error_kw={"linewidth": 0.7})
         axis.axhline(1.0, color="black", linewidth=0.8)
@@ -331,8 +333,9 @@ def rows_at_hand(arguments: argparse.Namespace) -> list[Row]:
     found = json.loads(arguments.json.read_text())
     rows = [Row(**row) for row in found.pop("rows")]
     if found != header(arguments):
-        raise SystemExit(f"--add: {arguments.json} is of another machine, dtype or kind of passes: {found}, not "
-                         f"{header(arguments)}")  # fmt: skip
+        raise SystemExit(
+            f"--add: {arguments.json} is of another machine, dtype or kind of passes: {found}, not {header(arguments)}"
+        )
     return rows
 
 

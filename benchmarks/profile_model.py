@@ -81,8 +81,10 @@ def print_profile(base: dict, mine: dict, passes: tuple[float, float], console: 
     sums = [sum(value for _, value in side.values()) for side in (base, mine)]
     table.add_row("all", "", f"{sums[0]:.0f}", "", f"{sums[1]:.0f}", f"{sums[1] - sums[0]:+.0f}")
     console.print(table)
-    console.print(f"without a profiler: base {1e6 * passes[0]:.0f}, grafted {1e6 * passes[1]:.0f} microseconds, "
-                  f"{passes[1] / passes[0]:.3f}")  # fmt: skip
+    console.print(
+        f"without a profiler: base {1e6 * passes[0]:.0f}, grafted {1e6 * passes[1]:.0f} microseconds, "
+        f"{passes[1] / passes[0]:.3f}"
+    )
 
 
 def main() -> int:

@@ -36,7 +36,9 @@ if(TORCHGRAFT_BUILD_PATCH)
     patch/adapter_pool.h
     patch/forward_inputs.h
     patch/graft.h
+    patch/graft_spec.h
     patch/head.h
+    patch/inspect.h
     patch/life.h
     patch/save_adapter.h
     patch/train.h

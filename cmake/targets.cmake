@@ -30,11 +30,11 @@ function(torchgraft_light_optimisation target)
   target_compile_options(${target} PRIVATE $<$<CONFIG:Release>:-O1>)
 endfunction()
 
-# torchgraft_room(TARGET KNOWN...): an object library whose sources can include these folders and headers of this
-# project and no others, so that a layer that knows too much does not compile. scripts/check_tree.py
-# checks what they include of other libraries.
-function(torchgraft_room target)
-  set(folder ${PROJECT_BINARY_DIR}/rooms/${target})
+# torchgraft_layer(TARGET KNOWN...): an object library whose sources can include these folders and headers of this
+# project and no others, so that a layer that knows too much does not compile. LAYERS in scripts/check_tree.py says
+# which, for these folders and for all others.
+function(torchgraft_layer target)
+  set(folder ${PROJECT_BINARY_DIR}/layers/${target})
   file(REMOVE_RECURSE ${folder})
   foreach(known IN LISTS ARGN)
     cmake_path(GET known PARENT_PATH parent)

@@ -129,16 +129,23 @@ def prefix(canvas, x, side):
     edge = x + WIDE / 2
     middle = (side - 0.92 + edge) / 2
     canvas.path((side - 0.92, ATTENTION), (edge, ATTENTION), adapter="prefix")
-    canvas.path((side - 0.92, ATTENTION + 0.62), (middle, ATTENTION + 0.62), (middle, ATTENTION), adapter="prefix",
-                arrow=False)  # fmt: skip
+    canvas.path(
+        (side - 0.92, ATTENTION + 0.62), (middle, ATTENTION + 0.62), (middle, ATTENTION), adapter="prefix", arrow=False
+    )
     canvas.gate(middle, ATTENTION, "prefix")
 
 
 def bottleneck(canvas, x, side, residual):
     """Draws a bottleneck that reads the normalised sum and adds to the FFN's output, before the layer's own norm."""
     fork = FFN_OUT + 0.55
-    canvas.path((x, fork), (side - 1.45, fork), (side - 1.45, NORM1 + 0.9), (side, NORM1 + 0.9), (side, 6.9),
-                adapter="bottleneck")  # fmt: skip
+    canvas.path(
+        (x, fork),
+        (side - 1.45, fork),
+        (side - 1.45, NORM1 + 0.9),
+        (side, NORM1 + 0.9),
+        (side, 6.9),
+        adapter="bottleneck",
+    )
     canvas.path((residual, NORM1 + 0.55), (side + 0.55, NORM1 + 0.55), (side + 0.55, 6.9), adapter="bottleneck")
     names = ("add, layer norm", "down", "ReLU", "up")
     heights = (7.18, 7.92, 8.54, 9.16)
@@ -176,9 +183,12 @@ def grafted_layer():
 
     formula = r"$g = \mathrm{mean}_{\mathrm{tokens}}\ \sigma(W_g\,x + b_g)$"
     canvas.label(
-        7.1, -1.05, f"every gate   {formula}   is one number per batch row, computed from the input of what it gates",
-        color=INK, fontsize=10.5,
-    )  # fmt: skip
+        7.1,
+        -1.05,
+        f"every gate   {formula}   is one number per batch row, computed from the input of what it gates",
+        color=INK,
+        fontsize=10.5,
+    )
     canvas.label(7.1, -1.55, "grey: the base model, unchanged      coloured: grafted on", color=MUTED, fontsize=9.5)
 
     for name, options in (("grafted_layer.svg", {"metadata": {"Date": None}}), ("grafted_layer.png", {"dpi": 110})):

@@ -1,36 +1,14 @@
 #include <ATen/ATen.h>
 #include <ATen/TensorSubclassLikeUtils.h>
-#include <ATen/Version.h>
 #include <torchgraft/ops/cpu/kernels.h>
 #include <torchgraft/ops/kernel_choice.h>
 
-#include <atomic>
 #include <cstdlib>
 #include <fstream>
 #include <sstream>
-#include <string_view>
 
 namespace torchgraft::ops {
 namespace {
-
-KernelMode read_environment() {
-  const char* value = std::getenv("TORCHGRAFT_KERNELS");
-  const std::string_view mode = value == nullptr ? "" : value;
-  if (mode.empty() || mode == "auto") {
-    return KernelMode::kAuto;
-  }
-  if (mode == "fused") {
-    return KernelMode::kFused;
-  }
-  TORCH_CHECK(mode == "reference", "TORCHGRAFT_KERNELS: expected \"auto\", \"fused\" or \"reference\", got \"", mode,
-              "\"");
-  return KernelMode::kReference;
-}
-
-std::atomic<KernelMode>& mode_in_use() {
-  static std::atomic<KernelMode> mode{read_environment()};
-  return mode;
-}
 
 bool is_fast(at::ScalarType type) {
   return type == at::kFloat ? cpu::kernels().is_fast : cpu::kernels().is_fast_in_bfloat16;
@@ -61,13 +39,6 @@ const KernelTable& measured() {
 
 bool has_memory(const at::Tensor& x) {
   return x.is_cpu() && !at::isTensorSubclassLike(x) && x.layout() == at::kStrided && x.numel() > 0;
-}
-
-KernelMode kernel_mode() { return mode_in_use().load(std::memory_order_relaxed); }
-void set_kernel_mode(KernelMode mode) { mode_in_use().store(mode, std::memory_order_relaxed); }
-
-std::string kernel_instruction_set() {
-  return at::get_cpu_capability() + (cpu::kernels().token_product_bfloat16 == nullptr ? "" : "+BF16");
 }
 
 bool takes_fused_kernels(const at::Tensor& x) { return has_memory(x) && may_run(x.scalar_type()); }

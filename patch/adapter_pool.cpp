@@ -1,9 +1,9 @@
 #include <torchgraft/patch/adapter_pool.h>
 
 #include <torchgraft/patch/adapters/dora.h>
+#include <torchgraft/patch/adapters/make_adapter.h>
 #include <torchgraft/patch/module/draft.h>
 #include <torchgraft/patch/module/head_logits.h>
-#include <torchgraft/patch/module/make_adapter.h>
 #include <torchgraft/patch/pool/pool_generation.h>
 #include <torchgraft/plan/save_adapter_hub.h>
 

@@ -1,11 +1,8 @@
 #include <torchgraft/patch/graft.h>
 
+#include <torchgraft/patch/adapters/make_adapter.h>
 #include <torchgraft/patch/module/draft.h>
-#include <torchgraft/patch/module/graft_options.h>
-#include <torchgraft/patch/module/make_adapter.h>
-#include <torchgraft/patch/module/methods.h>
 #include <torchgraft/patch/module/verify_results.h>
-#include <torchgraft/patch/sites/apply_sites.h>
 
 namespace torchgraft {
 
@@ -27,12 +24,6 @@ Module graft(const Module& module, const std::vector<AdapterSpec>& specs, const 
     }
   }
   return result;
-}
-
-Structure inspect(const Module& module, const std::optional<Structure>& sites) {
-  const bool grafted = is_grafted(module);
-  const CanonicalGraph canonical = canonicalise(module, grafted ? "base_forward" : "forward");
-  return choose_sites(canonical, module, grafted && !sites ? remembered_sites(module) : sites).structure;
 }
 
 }  // namespace torchgraft

@@ -1,59 +1,14 @@
 #pragma once
 
-#include <torchgraft/config/adapter_config.h>
-#include <torchgraft/config/head_config.h>
-#include <torchgraft/plan/adapter_weights.h>
-#include <torchgraft/plan/structure.h>
+#include <torchgraft/patch/graft_spec.h>
+#include <torchgraft/patch/inspect.h>
 #include <torchgraft/registration/export.h>
 
 #include <torch/csrc/jit/api/module.h>
 
-#include <optional>
-#include <string>
 #include <vector>
 
 namespace torchgraft {
-
-// A task head with its weights: a state dict of the adapters library's head `saved_name`.
-struct HeadSpec {
-  HeadConfig config;
-  StateDict weights;
-  std::string saved_name;
-};
-
-// One adapter to graft.
-struct AdapterSpec {
-  std::string name;  // any text without dots, not yet taken in the module
-  AdapterConfig config;
-  std::optional<StateDict> weights;   // an AdapterHub state dict; without it the adapter is freshly initialised
-  std::string saved_name;             // the adapter's name inside `weights`; empty: the same as `name`
-  bool trainable = false;             // see train.h; else it is frozen: a row of the banks
-  std::optional<HeadSpec> head = {};  // see head.h
-
-  const std::string& name_in_weights() const { return saved_name.empty() ? name : saved_name; }
-};
-
-struct GraftOptions {
-  // "all": the gate is the mean over all tokens, as in the adapters library. "unpadded": over the tokens that are not
-  // padding, so that a row's output does not depend on how far its batch was padded.
-  std::string gate_pooling = "all";
-  // For "unpadded": the forward argument that is the token mask ([B, S], non-zero where a token is real). Empty: taken
-  // from each attention's own mask.
-  std::string token_mask_input;
-  // The adapter that is active in the result; empty: the last of those grafted now.
-  std::string active;
-  // Sites to use instead of the detected ones: an edited result of inspect(). A grafted module remembers them.
-  std::optional<Structure> sites;
-  // Check the result: well-formed graphs, the planned ops, saving and loading in memory (insert/verify.h), and the same
-  // numbers as the base where no adapter acts (module/verify_results.h).
-  bool verify = true;
-  // Make one op of a linear map and its LoRA or parallel bottleneck (insert/fuse_projections.h). A grafted module
-  // remembers it.
-  bool fuse = true;
-  // For verify: arguments of forward, in its order; those left out at the end have their defaults. nullopt: they are
-  // made up where the signature and the graph allow; where not, a TORCH_WARN says that nothing was compared.
-  std::optional<std::vector<c10::IValue>> example = {};
-};
 
 // Returns a copy of `module` with the adapters grafted on; `module` stays as it is. The copy's parameters share the
 // memory of the module's (graph/clone_module.h). A module that is grafted already keeps its adapters and gets the new
@@ -73,11 +28,5 @@ struct GraftOptions {
 TORCHGRAFT_PATCH_API torch::jit::Module graft(const torch::jit::Module& module,
                                               const std::vector<AdapterSpec>& adapters,
                                               const GraftOptions& options = {});
-
-// Describes what the patcher finds in `module`, or in the base of a grafted one. A module without attention is no
-// error: the result has no layers then, and its near misses say why. `sites`, an edited description, overrules what is
-// found.
-TORCHGRAFT_PATCH_API Structure inspect(const torch::jit::Module& module,
-                                       const std::optional<Structure>& sites = std::nullopt);
 
 }  // namespace torchgraft

@@ -1,6 +1,6 @@
 #include <torchgraft/patch/head.h>
 
-#include <torchgraft/patch/module/adapters_module.h>
+#include <torchgraft/patch/adapters/adapters_module.h>
 #include <torchgraft/patch/module/draft.h>
 #include <torchgraft/patch/module/methods.h>
 #include <torchgraft/plan/head_weights.h>

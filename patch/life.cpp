@@ -1,13 +1,13 @@
 #include <torchgraft/patch/life.h>
 
-#include <torchgraft/patch/adapters/decompose_adapters.h>
+#include <torchgraft/patch/adapters/adapter_bank.h>
+#include <torchgraft/patch/adapters/make_adapter.h>
 #include <torchgraft/patch/adapters/merge.h>
-#include <torchgraft/patch/module/adapter_bank.h>
+#include <torchgraft/patch/adapters/read_adapters.h>
+#include <torchgraft/patch/insert/decompose_adapters.h>
 #include <torchgraft/patch/module/draft.h>
 #include <torchgraft/patch/module/heads_module.h>
-#include <torchgraft/patch/module/make_adapter.h>
 #include <torchgraft/patch/module/methods.h>
-#include <torchgraft/patch/module/read_adapters.h>
 #include <torchgraft/plan/phm.h>
 #include <torchgraft/plan/save_adapter_hub.h>
 

@@ -1,14 +1,14 @@
 #include <torchgraft/patch/save_adapter.h>
 
+#include <torchgraft/patch/adapters/adapters_module.h>
 #include <torchgraft/patch/adapters/directory_update.h>
+#include <torchgraft/patch/adapters/make_adapter.h>
+#include <torchgraft/patch/adapters/read_adapters.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/life.h>
-#include <torchgraft/patch/module/adapters_module.h>
 #include <torchgraft/patch/module/draft.h>
 #include <torchgraft/patch/module/heads_module.h>
-#include <torchgraft/patch/module/make_adapter.h>
 #include <torchgraft/patch/module/methods.h>
-#include <torchgraft/patch/module/read_adapters.h>
 #include <torchgraft/plan/head_weights.h>
 #include <torchgraft/plan/safetensors.h>
 #include <torchgraft/plan/save_adapter_hub.h>

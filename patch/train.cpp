@@ -1,8 +1,8 @@
 #include <torchgraft/patch/train.h>
 
-#include <torchgraft/patch/module/adapters_module.h>
+#include <torchgraft/patch/adapters/adapters_module.h>
+#include <torchgraft/patch/adapters/make_adapter.h>
 #include <torchgraft/patch/module/draft.h>
-#include <torchgraft/patch/module/make_adapter.h>
 #include <torchgraft/patch/module/methods.h>
 
 namespace torchgraft {

@@ -8,6 +8,7 @@ scripts/check_tree.py --fix    # wraps paragraphs of Markdown that are too wide
 
 import argparse
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -20,29 +21,41 @@ WIDTH = 120
 FILE_LINES, FUNCTION_LINES = 400, 60
 NOT_TEXT = {".png", ".svg", ".json", ".j2"}
 
-# For each folder: the folders (or single headers) of this project that its sources may include, and the prefixes of
-# other libraries' headers. Every source may include the standard library. A folder that is not listed may include
-# anything.
-_EXPORT = "registration/export.h"
-LAYERS: dict[str, tuple[set[str], tuple[str, ...]]] = {
-    "activations": ({"activations", _EXPORT}, ("ATen/", "c10/")),
-    "config": ({"config", "activations", _EXPORT}, ("c10/util/", "nlohmann/")),
-    "plan": (
-        {"plan", "config", "activations", _EXPORT},
-        ("ATen/", "c10/", "nlohmann/", "fcntl.h", "sys/", "unistd.h"),
+# For each folder: what its sources may include of this project (folders, without those inside them, and headers),
+# and the prefixes of other libraries' headers. Every source may include the standard library, its own folder and
+# EXPORT. A folder whose first part is not listed may include anything. In patch/ each folder knows those before it at
+# most. The tables of CONTRIBUTING.md and docs/architecture.md repeat the second column.
+EXPORT = "registration/export.h"
+LAYERS: dict[str, tuple[str, str]] = {
+    "registration": ("", "torch/library.h"),
+    "activations": ("", "ATen/ c10/"),
+    "config": ("activations", "c10/util/ nlohmann/"),
+    "plan": ("activations config", "ATen/ c10/ nlohmann/ fcntl.h sys/ unistd.h"),
+    "ops": ("activations ops/cpu", "ATen/ c10/ torch/library.h nlohmann/"),
+    "ops/cpu/vectorized": ("ops/cpu", "ATen/"),
+    "ops/cpu": ("activations ops", "ATen/ c10/"),
+    "ops/forward": ("activations registration/masked_score.h ops ops/cpu", "ATen/ c10/ torch/library.h"),
+    "ops/autograd": ("activations ops ops/cpu ops/forward", "ATen/ c10/ torch/library.h torch/csrc/autograd/"),
+    "patch/graph": ("", "ATen/ c10/ torch/csrc/jit/"),
+    "patch/canonicalise": ("registration/masked_score.h patch/graph", "ATen/ c10/ torch/csrc/jit/"),
+    "patch/sites": ("plan patch/graph patch/canonicalise", "ATen/ c10/ torch/csrc/jit/"),
+    "patch/adapters": ("config plan patch/graft_spec.h patch/sites", "ATen/ c10/ torch/csrc/jit/ unistd.h"),
+    "patch/insert": (
+        "activations registration/masked_score.h plan patch/graph patch/sites patch/adapters",
+        "ATen/ c10/ torch/csrc/jit/",
     ),
-    "ops": (
-        {"ops", "activations", "registration"},
-        ("ATen/", "c10/", "torch/library.h", "torch/csrc/autograd/", "nlohmann/"),
+    "patch/module": (
+        "registration patch/graft_spec.h patch/graph patch/canonicalise patch/sites patch/adapters patch/insert",
+        "ATen/ c10/ torch/csrc/jit/",
     ),
-    "registration": ({"registration"}, ("torch/library.h",)),
+    "patch/pool": ("patch/adapters patch/module", "ATen/ c10/ torch/csrc/jit/"),
     "patch": (
-        {"patch", "plan", "config", "activations", "registration"},
-        ("ATen/", "c10/", "torch/csrc/jit/", "nlohmann/", "fcntl.h", "sys/", "unistd.h"),
+        "config plan patch/graph patch/canonicalise patch/sites patch/adapters patch/insert patch/module patch/pool",
+        "ATen/ c10/ torch/csrc/jit/ nlohmann/",
     ),
     "python": (
-        {"python", "patch", "plan", "config", "registration", "ops/kernel_mode.h"},
-        ("torch/csrc/", "pybind11/"),
+        "config plan registration ops/kernel_mode.h patch patch/canonicalise patch/adapters",
+        "torch/csrc/ pybind11/",
     ),
 }
 
@@ -114,20 +127,63 @@ def sizes(path: Path) -> Iterator[Finding]:
 # --- Layers ---
 
 
+def included_header(path: Path, line: str) -> str | None:
+    """The header that a line of `path` includes: headers of this project by their path, others as they are written."""
+    match = re.match(r'\s*#\s*include\s*([<"])([^>"]+)', line)
+    if not match:
+        return None
+    beside = os.path.normpath(path.parent / match[2])
+    if match[1] == '"' and (ROOT / beside).is_file():
+        return f"torchgraft/{beside}"
+    return match[2]
+
+
 def forbidden_includes(path: Path) -> Iterator[Finding]:
-    rooms, libraries = LAYERS[path.parts[0]]
+    folder = path.parent.as_posix()
+    if folder not in LAYERS:
+        yield path, 1, f"{folder}/ stands in no layer: enter it in LAYERS in scripts/check_tree.py"
+        return
+    known, libraries = (column.split() for column in LAYERS[folder])
     for number, line in enumerate(lines_of(path), 1):
-        match = re.match(r'\s*#\s*include\s*([<"])([^>"]+)', line)
-        if not match or match[1] == '"':
+        header = included_header(path, line)
+        if header is None:
             continue
-        header = match[2]
         if header.startswith("torchgraft/"):
             own = header.removeprefix("torchgraft/")
-            allowed = own in rooms or own.split("/")[0] in rooms
+            allowed = own in {EXPORT, *known} or own.rpartition("/")[0] in {folder, *known}
         else:
-            allowed = header.startswith(libraries) or not re.search(r"[/.]", header)
+            allowed = header.startswith(tuple(libraries)) or not re.search(r"[/.]", header)
         if not allowed:
-            yield path, number, f"{path.parts[0]}/ may not include <{header}>: see LAYERS in scripts/check_tree.py"
+            yield path, number, f"{folder}/ may not include {header}: see LAYERS in scripts/check_tree.py"
+
+
+def layers_of(document: str) -> dict[str, set[str]]:
+    """What the last column of a document's tables has to say, by folder. CONTRIBUTING.md has a row for each folder at
+    the top, docs/architecture.md one for each folder of ops/ and patch/."""
+    if document != "CONTRIBUTING.md":
+        return {folder: set(known.split()) for folder, (known, _) in LAYERS.items() if re.match("(ops|patch)", folder)}
+    tops: dict[str, set[str]] = {}
+    for folder, (known, _) in LAYERS.items():
+        top = folder.split("/")[0]
+        names = {name if name.endswith(".h") else name.split("/")[0] for name in known.split()}
+        tops.setdefault(top, set()).update(name for name in names if name.split("/")[0] != top)
+    return {top: {name for name in names if name.split("/")[0] not in names - {name}} for top, names in tops.items()}
+
+
+def wrong_layers(path: Path) -> Iterator[Finding]:
+    """Rows of tables | `folder/` | ... | what it knows | that say something else than LAYERS."""
+    wanted = layers_of(path.as_posix())
+    for number, line in enumerate(lines_of(path), 1):
+        cells = line.strip().strip("|").split("|")
+        folder = cells[0].strip().strip("`").rstrip("/")
+        if not line.startswith("| `") or folder not in wanted:
+            continue
+        expected = wanted.pop(folder)
+        if {name.rstrip("/") for name in re.findall("`([^`]+)`", cells[-1])} != expected:
+            names = ", ".join(sorted(expected)) or "nothing"
+            yield path, number, f"LAYERS in scripts/check_tree.py says that {folder}/ knows {names}: change one of them"
+    for folder in wanted:
+        yield path, 1, f"no table has a row for {folder}/, a layer in scripts/check_tree.py"
 
 
 # --- Wrapping Markdown ---
@@ -200,6 +256,8 @@ def main() -> int:
             findings += sizes(path)
         if path.suffix in (".cpp", ".h") and path.parts[0] in LAYERS:
             findings += forbidden_includes(path)
+        if path.as_posix() in ("CONTRIBUTING.md", "docs/architecture.md"):
+            findings += wrong_layers(path)
     for path, number, text in findings:
         print(f"{path}:{number}: {text}")
     return 1 if findings else 0

@@ -45,8 +45,11 @@ class Agreement:
     def add(self, case: str, dtype: torch.dtype, python: Run, cpp: Run, oracle: Run) -> None:
         limit, exact, cells = self.LIMITS[dtype], dtype == torch.float64, []
         tokens = torch.ones_like(self._real) if exact else self._real
-        pairs = (("Python and the oracle", python, oracle), ("C++ and Python", cpp, python),
-                 ("C++ and the oracle", cpp, oracle))  # fmt: skip
+        pairs = (
+            ("Python and the oracle", python, oracle),
+            ("C++ and Python", cpp, python),
+            ("C++ and the oracle", cpp, oracle),
+        )
         for who, first, second in pairs:
             output, gate = output_difference(first, second, tokens), gate_difference(first, second)
             gates = "" if gate is None else f" ({gate:.1e})"

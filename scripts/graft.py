@@ -54,54 +54,107 @@ def name_and_directory(text: str) -> tuple[str, Path]:
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="graft.py", description="Graft gated adapters onto a TorchScript Transformer.")
     commands = parser.add_subparsers(dest="command", required=True)
+    add_add_command(commands)
+    add_inspect_command(commands)
+    add_tune_command(commands)
+    add_life_commands(commands)
+    return parser
 
+
+def add_add_command(commands: argparse._SubParsersAction) -> None:
     adding = commands.add_parser("add", help="graft adapters onto BASE and write OUT")
     adding.add_argument("base", type=Path, metavar="BASE.pt", help="a scripted or traced (or already grafted) model")
     adding.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.pt")
-    adding.add_argument("--config", action="append", default=[],
-                        help="graft a fresh adapter: unipelt, mam, lora, seq_bn, ..., or the path of an "
-                             "adapter_config.json or of its folder. May be given several times, each with a "
-                             "--name")  # fmt: skip
+    adding.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        help="graft a fresh adapter: unipelt, mam, lora, seq_bn, ..., or the path of an adapter_config.json or of its "
+        "folder. May be given several times, each with a --name",
+    )
     adding.add_argument("--name", action="append", default=[], help="the name of the adapter that --config makes")
-    adding.add_argument("--adapter", action="append", default=[], type=name_and_directory, metavar="NAME=DIRECTORY",
-                        help="graft a trained adapter from its AdapterHub directory; may be given several "
-                             "times")  # fmt: skip
-    adding.add_argument("--gate-pooling", choices=("all", "unpadded"), default="all",
-                        help="whether gates average over padding too (default: all, as in AdapterHub)")  # fmt: skip
-    adding.add_argument("--token-mask", metavar="INPUT",
-                        help="for --gate-pooling unpadded: the argument of forward that is the token mask")  # fmt: skip
+    adding.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        type=name_and_directory,
+        metavar="NAME=DIRECTORY",
+        help="graft a trained adapter from its AdapterHub directory; may be given several times",
+    )
+    adding.add_argument(
+        "--gate-pooling",
+        choices=("all", "unpadded"),
+        default="all",
+        help="whether gates average over padding too (default: all, as in AdapterHub)",
+    )
+    adding.add_argument(
+        "--token-mask",
+        metavar="INPUT",
+        help="for --gate-pooling unpadded: the argument of forward that is the token mask",
+    )
     adding.add_argument("--active", metavar="NAME", help="the adapter that is active in OUT (default: the last one)")
     adding.add_argument("--seed", type=int, help="seed of fresh weights")
-    adding.add_argument("--trainable", action="store_true",
-                        help="give the adapters parameters of their own, to train them (default: frozen)")  # fmt: skip
-    adding.add_argument("--sites", type=Path, metavar="FILE",
-                        help="an edited output of inspect --json; it overrules the layers that are seen")  # fmt: skip
-    adding.add_argument("--example", type=Path, metavar="FILE",
-                        help="inputs of forward to compare OUT with BASE on: a .pt of torch.save (a tensor, a tuple, "
-                             "or a dict by argument), or .safetensors (default: made up where possible)")  # fmt: skip
+    adding.add_argument(
+        "--trainable",
+        action="store_true",
+        help="give the adapters parameters of their own, to train them (default: frozen)",
+    )
+    adding.add_argument(
+        "--sites",
+        type=Path,
+        metavar="FILE",
+        help="an edited output of inspect --json; it overrules the layers that are seen",
+    )
+    adding.add_argument(
+        "--example",
+        type=Path,
+        metavar="FILE",
+        help="inputs of forward to compare OUT with BASE on: a .pt of torch.save (a tensor, a tuple, or a dict by "
+        "argument), or .safetensors (default: made up where possible)",
+    )
 
-    inspecting = commands.add_parser("inspect", help="show the layers that the patcher sees in BASE", epilog=EDITING,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+
+def add_inspect_command(commands: argparse._SubParsersAction) -> None:
+    inspecting = commands.add_parser(
+        "inspect",
+        help="show the layers that the patcher sees in BASE",
+        epilog=EDITING,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     inspecting.add_argument("base", type=Path, metavar="BASE.pt", help="a scripted, traced or grafted model")
     inspecting.add_argument("--json", action="store_true", help="print JSON")
     inspecting.add_argument(
         "--sites", type=Path, metavar="FILE", help="an edited output of --json; it overrules the layers that are seen"
     )
-    inspecting.add_argument("--svg", type=Path, metavar="FILE",
-                            help="draw the layers with their adapters; if nothing is grafted, with the locations "
-                                 "where adapters can act")  # fmt: skip
-    inspecting.add_argument("--dump", type=Path, metavar="DIR",
-                            help="write the graph after every pass into DIR, for work on the patcher")  # fmt: skip
-    inspecting.add_argument("--config", help="show the operators that this configuration (as for add) would run; with "
-                                             "--svg, draw where its adapters would act")  # fmt: skip
+    inspecting.add_argument(
+        "--svg",
+        type=Path,
+        metavar="FILE",
+        help="draw the layers with their adapters; if nothing is grafted, with the locations where adapters can act",
+    )
+    inspecting.add_argument(
+        "--dump", type=Path, metavar="DIR", help="write the graph after every pass into DIR, for work on the patcher"
+    )
+    inspecting.add_argument(
+        "--config",
+        help="show the operators that this configuration (as for add) would run; with --svg, draw where its adapters "
+        "would act",
+    )
+
+
+def add_tune_command(commands: argparse._SubParsersAction) -> None:
     tuning = commands.add_parser("tune", help="measure which kernels are faster on this machine, and write a table")
-    tuning.add_argument("-o", "--output", type=Path, required=True, metavar="KERNELS.json",
-                        help="the file that TORCHGRAFT_KERNEL_TABLE may name")  # fmt: skip
+    tuning.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="KERNELS.json",
+        help="the file that TORCHGRAFT_KERNEL_TABLE may name",
+    )
     tuning.add_argument("--seconds", type=float, default=0.3, help="time of each measurement (default: 0.3)")
     tuning.add_argument("--tokens", type=int, nargs="+", help="tokens of all rows together (default: 16 128 1024)")
     tuning.add_argument("--features", type=int, nargs="+", help="hidden sizes, multiples of 64 (default: 384 768)")
-    add_life_commands(commands)
-    return parser
 
 
 def add_life_commands(commands: argparse._SubParsersAction) -> None:
@@ -148,8 +201,12 @@ def add_life_commands(commands: argparse._SubParsersAction) -> None:
     gates = command("gates", "draw the gates of an adapter on texts, or print them", writes=False)
     gates.add_argument("--text", action="append", default=[], help="a text; may be given several times")
     gates.add_argument("--file", type=Path, metavar="FILE", help="a data set: one text per line")
-    gates.add_argument("--tokenizer", type=Path, metavar="TOKENIZER.json",
-                       help="the model's tokenizer (default: tokenizer.json beside MODEL.pt)")  # fmt: skip
+    gates.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="TOKENIZER.json",
+        help="the model's tokenizer (default: tokenizer.json beside MODEL.pt)",
+    )
     gates.add_argument("--max-length", type=int, default=128, help="tokens per text (default: 128)")
     gates.add_argument("--adapter", metavar="NAME", help="the adapter (default: the active one)")
     gates.add_argument(

@@ -56,12 +56,18 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--test", type=Path, metavar="FILE", help="scored at the end")
     group.add_argument("--text-column", default="text", metavar="NAME", help="default: text")
     group.add_argument("--label-column", default="label", metavar="NAME", help="default: label")
-    group.add_argument("--group-column", metavar="NAME",
-                       help="rows with the same value in this column (sentences of one review) stay together "
-                            "when --train is split")  # fmt: skip
+    group.add_argument(
+        "--group-column",
+        metavar="NAME",
+        help="rows with the same value in this column (sentences of one review) stay together when --train is split",
+    )
     group.add_argument("--labels", metavar="A,B,...", help="the classes in order (default: those in --train, sorted)")
-    group.add_argument("--tokenizer", type=Path, metavar="TOKENIZER.json",
-                       help="the model's tokenizer (default: tokenizer.json beside BASE.pt)")  # fmt: skip
+    group.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="TOKENIZER.json",
+        help="the model's tokenizer (default: tokenizer.json beside BASE.pt)",
+    )
     group.add_argument(
         "--max-length", type=int, default=128, metavar="TOKENS", help="longer texts are cut (default: 128)"
     )
@@ -71,16 +77,27 @@ def _add_adapter(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--adapter", default="task", metavar="NAME", help="the adapter to train; made if BASE.pt lacks it"
     )
-    group.add_argument("--config", default="unipelt",
-                       help="configuration of a new adapter: unipelt, mam, lora, or the path of an "
-                            "adapter_config.json (default: unipelt)")  # fmt: skip
+    group.add_argument(
+        "--config",
+        default="unipelt",
+        help="configuration of a new adapter: unipelt, mam, lora, or the path of an "
+        "adapter_config.json (default: unipelt)",
+    )
     group.add_argument(
         "--start", type=Path, metavar="DIRECTORY", help="begin with the adapter and the head of this directory"
     )
-    group.add_argument("--gate-pooling", choices=("all", "unpadded"), default="all",
-                       help="for a new adapter: whether gates average over padding, too (default: all)")  # fmt: skip
-    group.add_argument("--pooling", choices=("mean", "first"), default="mean",
-                       help="what the head reads: the mean over real tokens (default), or the first token")  # fmt: skip
+    group.add_argument(
+        "--gate-pooling",
+        choices=("all", "unpadded"),
+        default="all",
+        help="for a new adapter: whether gates average over padding, too (default: all)",
+    )
+    group.add_argument(
+        "--pooling",
+        choices=("mean", "first"),
+        default="mean",
+        help="what the head reads: the mean over real tokens (default), or the first token",
+    )
     group.add_argument("--head-layers", type=int, choices=(1, 2), default=1)
     group.add_argument("--head-dropout", type=float, default=0.1)
     group.add_argument(
@@ -88,8 +105,11 @@ def _add_adapter(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="give an adapter that has a head a fresh one (default: train its head further)",
     )
-    group.add_argument("--model-class", metavar="CLASS",
-                       help="the model class of AdapterHub that is to load the head: BertAdapterModel")  # fmt: skip
+    group.add_argument(
+        "--model-class",
+        metavar="CLASS",
+        help="the model class of AdapterHub that is to load the head: BertAdapterModel",
+    )
 
 
 def _add_training(group: argparse._ArgumentGroup) -> None:

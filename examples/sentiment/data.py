@@ -106,8 +106,10 @@ def read_collections(archive: Path) -> dict[str, list[Sentence]]:
     with tarfile.open(archive, "r:gz") as outer:
         inner = _member(outer, _INNER)
     with tarfile.open(fileobj=io.BytesIO(inner), mode="r:gz") as files:
-        return {domain: _sentences(_member(files, _MEMBER.format(stem)).decode("utf-8"), grouped)
-                for domain, (stem, grouped) in COLLECTIONS.items()}  # fmt: skip
+        return {
+            domain: _sentences(_member(files, _MEMBER.format(stem)).decode("utf-8"), grouped)
+            for domain, (stem, grouped) in COLLECTIONS.items()
+        }
 
 
 def _sentences(content: str, grouped: bool) -> list[Sentence]:
@@ -124,8 +126,9 @@ def _sentences(content: str, grouped: bool) -> list[Sentence]:
 
 def split(sentences: list[Sentence]) -> dict[str, list[Sentence]]:
     """train, validation and test, by a fixed seed; sentences of one review or editorial stay together."""
-    examples = [Example(sentence.text, sentence.label, str(index), sentence.group)
-                for index, sentence in enumerate(sentences)]  # fmt: skip
+    examples = [
+        Example(sentence.text, sentence.label, str(index), sentence.group) for index, sentence in enumerate(sentences)
+    ]
     rest, test = split_examples(examples, TEST_SHARE, SPLIT_SEED)
     training, validation = split_examples(rest, VALIDATION_SHARE / (1 - TEST_SHARE), SPLIT_SEED)
     parts = {"train": training, "validation": validation, "test": test}

@@ -93,8 +93,12 @@ def jobs_of(plan: Plan) -> list[Job]:
     for seed in plan.seeds:
         jobs += [Job(COMPARED_ON, method, plan.compared.sentences, seed) for method in CURVE_METHODS]
         if seed in plan.other_seeds:
-            jobs += [Job(domain, method, plan.other.sentences, seed)
-                     for domain in DOMAINS if domain != COMPARED_ON for method in CURVE_METHODS]  # fmt: skip
+            jobs += [
+                Job(domain, method, plan.other.sentences, seed)
+                for domain in DOMAINS
+                if domain != COMPARED_ON
+                for method in CURVE_METHODS
+            ]
             jobs += [Job(COMPARED_ON, method, plan.other.sentences, seed) for method in METHODS if method != "UniPELT"]
             jobs += [Job(COMPARED_ON, method, size, seed) for size in plan.curve for method in CURVE_METHODS]
     return list(dict.fromkeys(jobs))
@@ -143,14 +147,20 @@ class Experiment:
 
     def run(self, job: Job) -> Outcome:
         domain, size = self._domains[job.domain], self._plan.size(job)
-        chosen = Split(_first(domain.training, job.sentences, job.seed),
-                       _first(domain.validation, self._plan.validation, 0),
-                       _first(domain.test, size.test, 0))  # fmt: skip
+        chosen = Split(
+            _first(domain.training, job.sentences, job.seed),
+            _first(domain.validation, self._plan.validation, 0),
+            _first(domain.test, size.test, 0),
+        )
         check_every_class(chosen.training.labels, LABELS)
         counts = torch.bincount(chosen.test.labels, minlength=len(LABELS))
         outcome = self._probe(job, chosen) if job.method == PROBE else self._train(job, chosen, size.steps)
-        return replace(outcome, training_sentences=len(chosen.training), test_sentences=len(chosen.test),
-                       majority=(counts.max() / counts.sum()).item())  # fmt: skip
+        return replace(
+            outcome,
+            training_sentences=len(chosen.training),
+            test_sentences=len(chosen.test),
+            majority=(counts.max() / counts.sum()).item(),
+        )
 
     def _train(self, job: Job, chosen: Split, steps: int) -> Outcome:
         torch.manual_seed(job.seed)
@@ -177,8 +187,9 @@ class Experiment:
         torchgraft.plot_gates(gates, self._folder / f"gates_{domain}.png", title=title)
 
     def _probe(self, job: Job, chosen: Split) -> Outcome:
-        x, validation, test = (self._known_features(job.domain, part)
-                               for part in (chosen.training, chosen.validation, chosen.test))  # fmt: skip
+        x, validation, test = (
+            self._known_features(job.domain, part) for part in (chosen.training, chosen.validation, chosen.test)
+        )
         fitted = best_probe(x, chosen.training.labels, validation, chosen.validation.labels, len(LABELS))
         with torch.no_grad():
             predicted = fitted.logits(test).argmax(-1)

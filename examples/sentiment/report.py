@@ -61,13 +61,22 @@ class Row:
 
 def row_of(outcomes: Outcomes, domain: str, method: str, sentences: int | None) -> Row | None:
     """None if nothing ran it."""
-    found = [outcome for job, outcome in outcomes.items()
-             if (job.domain, job.method, job.sentences) == (domain, method, sentences)]  # fmt: skip
+    found = [
+        outcome
+        for job, outcome in outcomes.items()
+        if (job.domain, job.method, job.sentences) == (domain, method, sentences)
+    ]
     if not found:
         return None
-    return Row(domain, method, len(found), Spread(tuple(one.accuracy for one in found)),
-               Spread(tuple(one.macro_f1 for one in found)), found[0],
-               statistics.median(one.seconds_per_epoch for one in found))  # fmt: skip
+    return Row(
+        domain,
+        method,
+        len(found),
+        Spread(tuple(one.accuracy for one in found)),
+        Spread(tuple(one.macro_f1 for one in found)),
+        found[0],
+        statistics.median(one.seconds_per_epoch for one in found),
+    )
 
 
 @dataclass(frozen=True)
@@ -132,14 +141,20 @@ def write_report(plan: Plan, outcomes: Outcomes, folder: Path, command: str) -> 
         loader=FileSystemLoader(_TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     text = environment.get_template("report.md.j2").render(
-        command=command, machine=_machine(), threshold=THRESHOLD, plan=plan, compared_on=COMPARED_ON,
+        command=command,
+        machine=_machine(),
+        threshold=THRESHOLD,
+        plan=plan,
+        compared_on=COMPARED_ON,
         options=OPTIONS,
-        comparison=compare(outcomes, COMPARED_ON, plan.compared.sentences), curve=curve,
-        domains=_present(row_of(outcomes, domain, method, plan.sentences(domain)) for domain in DOMAINS
-                         for method in CURVE_METHODS),
+        comparison=compare(outcomes, COMPARED_ON, plan.compared.sentences),
+        curve=curve,
+        domains=_present(
+            row_of(outcomes, domain, method, plan.sentences(domain)) for domain in DOMAINS for method in CURVE_METHODS
+        ),
         methods=_present(row_of(outcomes, COMPARED_ON, method, plan.other.sentences) for method in [*METHODS, PROBE]),
         gates=[domain for domain in DOMAINS if (folder / f"gates_{domain}.png").is_file()],
-    )  # fmt: skip
+    )
     body = markdown.markdown(text, extensions=["tables"])
     page = environment.get_template("report.html.j2").render(title="Sentiment in four domains", body=body)
     write_whole(text.encode(), folder / "report.md")

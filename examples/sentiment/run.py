@@ -36,14 +36,22 @@ except ModuleNotFoundError as error:  # Jinja2, Markdown
     sys.exit(f"run.py: error: {error}; run scripts/setup --train")
 
 FULL = Plan(
-    compared=Size(2000, 125, test=1000), seeds=[0, 1, 2], other=Size(2000, 125, test=1000), other_seeds=[0, 1, 2],
-    curve=[100, 500, 1000, None], validation=500,
-)  # fmt: skip
+    compared=Size(2000, 125, test=1000),
+    seeds=[0, 1, 2],
+    other=Size(2000, 125, test=1000),
+    other_seeds=[0, 1, 2],
+    curve=[100, 500, 1000, None],
+    validation=500,
+)
 # The comparison is that of the full run; all else is there to be seen working.
 QUICK = Plan(
-    compared=Size(2000, 125, test=1000), seeds=[0, 1, 2], other=Size(200, 13, test=200), other_seeds=[0],
-    curve=[200], validation=500,
-)  # fmt: skip
+    compared=Size(2000, 125, test=1000),
+    seeds=[0, 1, 2],
+    other=Size(200, 13, test=200),
+    other_seeds=[0],
+    curve=[200],
+    validation=500,
+)
 
 
 def run(arguments: argparse.Namespace, console: Console) -> None:
@@ -57,9 +65,12 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         started = time.perf_counter()
         outcome = experiment.run(job)
         results.add(job, outcome)
-        console.print(f"[{index}/{len(jobs)}] {job.domain}, {job.method}, {outcome.training_sentences} sentences, seed "
-                      f"{job.seed}: accuracy {outcome.accuracy:.3f}, macro-F1 {outcome.macro_f1:.3f}, "
-                      f"{time.perf_counter() - started:.0f} s", soft_wrap=True)  # fmt: skip
+        console.print(
+            f"[{index}/{len(jobs)}] {job.domain}, {job.method}, {outcome.training_sentences} sentences, seed "
+            f"{job.seed}: accuracy {outcome.accuracy:.3f}, macro-F1 {outcome.macro_f1:.3f}, "
+            f"{time.perf_counter() - started:.0f} s",
+            soft_wrap=True,
+        )
     command = "examples/sentiment/run.py" + (" --quick" if arguments.quick else "")
     write_report(plan, results.outcomes, folder, command)
     console.print(f"{folder / 'report.html'}, {folder / 'report.md'}: written", soft_wrap=True)

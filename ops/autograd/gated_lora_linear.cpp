@@ -3,7 +3,7 @@
 #include <torchgraft/ops/autograd/lora_gradients.h>
 #include <torchgraft/ops/autograd/recording.h>
 #include <torchgraft/ops/check.h>
-#include <torchgraft/ops/forward/gated_lora.h>
+#include <torchgraft/ops/forward/gated_lora_linear.h>
 #include <torchgraft/ops/gated_lora.h>
 
 #include <array>

@@ -3,13 +3,10 @@
 #include <torchgraft/ops/attention_token_mask.h>
 #include <torchgraft/ops/check.h>
 #include <torchgraft/ops/from_schema.h>
+#include <torchgraft/registration/masked_score.h>
 
 namespace torchgraft::ops {
 namespace {
-
-// A float mask value at or below this hides a key. Models write -1e4, -1e9, finfo.min or -inf for "masked"; relative
-// position biases and ALiBi stay above -2e3 for any length in use.
-constexpr double kHiddenBelow = -9e3;
 
 at::Tensor token_mask_forward(const TokenMaskArguments& args) {
   check(args);
@@ -18,7 +15,7 @@ at::Tensor token_mask_forward(const TokenMaskArguments& args) {
     return at::ones(sizes, args.x.options().dtype(at::kBool));
   }
   const at::Tensor& mask = args.attn_mask;
-  at::Tensor visible = mask.scalar_type() == at::kBool ? mask : at::gt(mask, kHiddenBelow);
+  at::Tensor visible = mask.scalar_type() == at::kBool ? mask : at::gt(mask, kMaskedScore);
   visible = visible.any(-2);  // over queries: [.., S]
   switch (mask.dim()) {
     case 4:  // [B, h, S_q, S]

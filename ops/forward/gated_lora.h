@@ -14,7 +14,6 @@ struct LoraForward {
 };
 
 LoraForward lora_forward(const LoraArguments& args, const Selection& selection);
-LoraForward lora_linear_forward(const LoraLinearArguments& args, const Selection& selection);
 
 // scaling[n] g[b] as [B, 1, 1] or [1, 1], in accumulation precision of x's dtype `type`. scaling: the bank; g may be
 // undefined.

@@ -3,7 +3,7 @@
 #include <torchgraft/ops/check.h>
 #include <torchgraft/ops/cpu/projection.h>
 #include <torchgraft/ops/cpu/read_tokens.h>
-#include <torchgraft/ops/forward/gated_lora.h>
+#include <torchgraft/ops/forward/gated_lora_linear.h>
 #include <torchgraft/ops/from_schema.h>
 #include <torchgraft/ops/gated_lora.h>
 #include <torchgraft/ops/kernel_choice.h>

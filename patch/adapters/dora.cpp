@@ -3,6 +3,7 @@
 #include <torchgraft/patch/sites/base_weight.h>
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 
 namespace torchgraft {
 

@@ -99,10 +99,10 @@ Value* AffinePath::bias(Value* scores) {
   Value* inner = bias(node->input(operand));
   if (is_aten(node, {"mul", "div"})) {
     const bool divides = is_aten(node, {"div"});
-    if (const auto factor = constant_double(node->input(1))) {
+    if (const auto factor = constant_double(node->namedInput("other"))) {
       factors.constant = divides ? factors.constant / *factor : factors.constant * *factor;
     } else {
-      factors.dynamic.emplace_back(node->input(1), divides);
+      factors.dynamic.emplace_back(node->namedInput("other"), divides);
     }
     return inner ? copy_with(node, operand, inner) : nullptr;
   }
@@ -123,10 +123,10 @@ Value* AffinePath::bias(Value* scores) {
     return copy_with(node, operand, inner);
   }
   if (is_aten(node, {"masked_fill"})) {
-    return copy_with(node, operand, inner ? inner : zero_like(node->input(1), scores));
+    return copy_with(node, operand, inner ? inner : zero_like(node->namedInput("mask"), scores));
   }
   if (is_aten(node, {"where"})) {
-    return copy_with(node, operand, inner ? inner : zero_like(node->input(0), scores));
+    return copy_with(node, operand, inner ? inner : zero_like(node->namedInput("condition"), scores));
   }
   if (!inner && is_aten(node, {"add"}) && has_unit_alpha(node) && is_tensor(node->input(1 - operand))) {
     return node->input(1 - operand);

@@ -2,6 +2,7 @@
 
 #include <torchgraft/patch/canonicalise/fold_attributes.h>
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/source_parts.h>
 
 #include <torch/csrc/jit/ir/constants.h>
 
@@ -19,7 +20,8 @@ using torch::jit::Value;
 // The fused kernels turn any mask into booleans first: non-zero (also -inf) means "may not attend".
 // mask_type: 0 = [S, S], 1 = [B, S] (padding), 2 = [B, h, S, S].
 constexpr const char* kEncoderLayer = R"python(
-def additive(mask: Optional[Tensor], mask_type: Optional[int], batch: int, length: int, dtype: int) -> Optional[Tensor]:
+def blocking_mask(mask: Optional[Tensor], mask_type: Optional[int], batch: int, length: int,
+                  dtype: int) -> Optional[Tensor]:
     if mask is None:
         return None
     blocked = mask.ne(0)
@@ -28,7 +30,7 @@ def additive(mask: Optional[Tensor], mask_type: Optional[int], batch: int, lengt
         blocked = blocked.view(1, 1, length, length)
     elif kind == 1:
         blocked = blocked.view(batch, 1, 1, length)
-    return torch.masked_fill(torch.zeros_like(blocked, dtype=dtype), blocked, float("-inf"))
+    return additive_mask(blocked, dtype)
 
 def attention(x: Tensor, embed_dim: int, num_heads: int, qkv_weight: Tensor, qkv_bias: Tensor, proj_weight: Tensor,
               proj_bias: Tensor, mask: Optional[Tensor], mask_type: Optional[int]) -> Tensor:
@@ -38,7 +40,7 @@ def attention(x: Tensor, embed_dim: int, num_heads: int, qkv_weight: Tensor, qkv
     q = q.view(batch, length, num_heads, head_dim).transpose(1, 2)
     k = k.view(batch, length, num_heads, head_dim).transpose(1, 2)
     v = v.view(batch, length, num_heads, head_dim).transpose(1, 2)
-    context = torch.scaled_dot_product_attention(q, k, v, additive(mask, mask_type, batch, length, x.dtype))
+    context = torch.scaled_dot_product_attention(q, k, v, blocking_mask(mask, mask_type, batch, length, x.dtype))
     return torch.linear(context.transpose(1, 2).reshape(batch, length, embed_dim), proj_weight, proj_bias)
 
 def feed_forward(x: Tensor, use_gelu: bool, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor,
@@ -76,6 +78,10 @@ def native_attention(
 def padded(dense: Tensor, keep: Tensor, padding: float) -> Tensor:
     return dense.masked_fill(keep.eq(0).unsqueeze(-1), padding)
 )python";
+
+std::shared_ptr<Graph> compile_part(const std::string& name) {
+  return compile_graph(additive_mask_source() + kEncoderLayer, name);
+}
 
 constexpr size_t kEncoderMask = 18;
 constexpr size_t kEncoderMaskType = 19;
@@ -121,7 +127,7 @@ Value* insert_padded(Node* to_padded, const NestedMask& mask) {
     }
     keep = graph->insert(c10::aten::logical_not, {padding});
   }
-  const auto body = compile_graph(kEncoderLayer, "padded");
+  const auto body = compile_part("padded");
   return insert_graph_before(to_padded, *body,
                              {to_padded->namedInput("self"), keep, to_padded->namedInput("padding")})[0];
 }
@@ -147,7 +153,7 @@ bool densify_branch(Node* nested, NestedMask& mask) {
   }
   mask.padding = other->outputs()[dropped[0]];
   block->replaceOutput(dropped[0], mask.padding);
-  replace_node(nested, {nested->input(0)});
+  replace_node(nested, {nested->namedInput("t")});
   return true;
 }
 
@@ -166,7 +172,7 @@ void densify_nested(const std::shared_ptr<Graph>& graph) {
     return;
   }
   for (size_t i = 0; i < sources.size(); ++i) {
-    NestedMask mask{sources[i]->input(1), nullptr};
+    NestedMask mask{sources[i]->namedInput("mask"), nullptr};
     if (sources[i]->owningBlock() != graph->block()) {
       if (!densify_branch(sources[i], mask)) {
         continue;
@@ -184,7 +190,7 @@ void densify_nested(const std::shared_ptr<Graph>& graph) {
           current = node->output();
         }
       }
-      replace_node(sources[i], {sources[i]->input(0)});
+      replace_node(sources[i], {sources[i]->namedInput("t")});
     }
     replace_node(sinks[i], {insert_padded(sinks[i], mask)});
   }
@@ -195,7 +201,7 @@ void densify_nested(const std::shared_ptr<Graph>& graph) {
 void decompose_straight_line(Graph& graph) {
   for_each_node(graph.block(), [&](Node* node) {
     if (is_aten(node, {"_transformer_encoder_layer_fwd"})) {
-      const auto body = compile_graph(kEncoderLayer, "encoder_layer");
+      const auto body = compile_part("encoder_layer");
       replace_node(node, insert_graph_before(node, *body, node->inputs()));
       return;
     }
@@ -203,7 +209,7 @@ void decompose_straight_line(Graph& graph) {
         is_aten(node, {"_native_multi_head_attention"}) && node->namedInput("query") == node->namedInput("key") &&
         node->namedInput("key") == node->namedInput("value") && node->outputs()[1]->uses().empty();
     if (plain_attention) {
-      const auto body = compile_graph(kEncoderLayer, "native_attention");
+      const auto body = compile_part("native_attention");
       node->outputs()[0]->replaceAllUsesWith(insert_graph_before(node, *body, node->inputs())[0]);
       node->destroy();
     }

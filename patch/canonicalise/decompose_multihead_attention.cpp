@@ -1,6 +1,7 @@
 #include <torchgraft/patch/canonicalise/decompose_multihead_attention.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/source_parts.h>
 
 #include <torch/csrc/jit/ir/constants.h>
 
@@ -15,9 +16,7 @@ using torch::jit::Value;
 // dtype 11 is torch.bool. Masks: true (or -inf) where attention is forbidden, as torch.nn.MultiheadAttention has them.
 constexpr const char* kMultiheadAttention = R"python(
 def additive(mask: Tensor, dtype: int) -> Tensor:
-    if mask.dtype == 11:
-        return torch.masked_fill(torch.zeros_like(mask, dtype=dtype), mask, float("-inf"))
-    return mask
+    return additive_mask(mask, dtype) if mask.dtype == 11 else mask
 
 def merged_mask(attn_mask: Optional[Tensor], key_padding_mask: Optional[Tensor],
                 batch: int, heads: int, queries: int, keys: int, dtype: int) -> Optional[Tensor]:
@@ -76,6 +75,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Optional[Tensor], key_pad
         context = context.permute(2, 0, 1, 3).reshape(queries, batch, heads * head_dim)
     return torch.linear(context, out_weight, out_bias)
 )python";
+
+std::shared_ptr<Graph> compile_function(const std::string& name) {
+  return compile_graph(additive_mask_source() + kMultiheadAttention, name);
+}
 
 // Inputs of a scripted torch.nn.MultiheadAttention.forward.
 enum Input { kSelf, kQuery, kKey, kValue, kKeyPaddingMask, kNeedWeights, kAttnMask, kAverage, kIsCausal, kInputs };
@@ -150,7 +153,7 @@ class StraightLine {
                                         get(self(), "dropout"),
                                         get(self(), "training")};
     inputs.insert(inputs.end(), others.begin(), others.end());
-    return insert_graph_before(call_, *compile_graph(kMultiheadAttention, "attend"), inputs)[0];
+    return insert_graph_before(call_, *compile_function("attend"), inputs)[0];
   }
 
  private:
@@ -176,7 +179,7 @@ class StraightLine {
     }
     inputs.push_back(get(self(), "in_proj_bias"));
     const char* body = !packed ? "project_with" : one_input ? "project_together" : "project_apart";
-    Value* heads = insert_graph_before(call_, *compile_graph(kMultiheadAttention, body), inputs)[0];
+    Value* heads = insert_graph_before(call_, *compile_function(body), inputs)[0];
     Node* unpack = graph_->insertNode(graph_->createTupleUnpack(heads));
     return {unpack->outputs().begin(), unpack->outputs().end()};
   }

@@ -73,7 +73,7 @@ Value* checked_query(Node* branch) {
   const bool compares = test && is_aten(test, {"eq"}) && constant_int(test->input(1)) == kBatchedRank &&
                         is_aten(test->input(0)->node(), {"dim"});
   // Looks for the message last: that search visits all of the branch.
-  return compares && has_rank_message(branch->blocks()[1]) ? test->input(0)->node()->input(0) : nullptr;
+  return compares && has_rank_message(branch->blocks()[1]) ? test->input(0)->node()->input() : nullptr;
 }
 
 bool is_rearrangement(const Node* node) { return is_aten(node, {"transpose", "contiguous", "permute"}); }
@@ -86,7 +86,7 @@ void add_of_same_rank(Value* value, std::vector<Value*>& found) {
   found.push_back(value);
   Node* node = value->node();
   if (is_rearrangement(node)) {
-    add_of_same_rank(node->input(0), found);
+    add_of_same_rank(node->namedInput("self"), found);
   } else if (node->kind() == c10::prim::If) {
     for (Block* block : node->blocks()) {
       add_of_same_rank(block->outputs()[value->offset()], found);

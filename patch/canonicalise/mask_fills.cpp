@@ -3,6 +3,7 @@
 #include <torchgraft/patch/canonicalise/score_path.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/writes.h>
+#include <torchgraft/registration/masked_score.h>
 
 #include <torch/csrc/jit/ir/constants.h>
 
@@ -71,28 +72,25 @@ bool is_computed_from(const Value* value, const Value* source) {
   return false;
 }
 
-// Scores up to this count as masked (ops/attention_token_mask.h): e^-9000 is zero in every dtype.
-constexpr double kMasked = -9000.0;
-
 // Says why the masked_fill or where `node` does not mask. `slope` multiplies what it writes, further on; nullopt when
 // it is not known.
 std::optional<std::string> why_step_is_no_mask(Node* node, const Node* product, std::optional<double> slope,
                                                const torch::jit::Module& root) {
   const bool fills = is_aten(node, {"masked_fill"});
-  if (is_computed_from(node->input(fills ? 1 : 0), product->output())) {
+  if (is_computed_from(node->namedInput(fills ? "mask" : "condition"), product->output())) {
     return described(node) + " decides by the scores themselves which of them it replaces";
   }
   // masked_fill(scores, mask, value); where(condition, scores, value), or the other way round.
   const bool scores_come_last = !fills && score_operand(node) == 2;
-  const auto value = filled_with(node->input(scores_come_last ? 1 : 2), root);
-  if (value && slope && *value * *slope <= kMasked) {
+  const auto value = filled_with(node->namedInput(fills ? "value" : scores_come_last ? "self" : "other"), root);
+  if (value && slope && *value * *slope <= kMaskedScore) {
     return std::nullopt;
   }
   const std::string scale = !slope          ? ", scaled by what is not a constant"
                             : *slope != 1.0 ? ", and scales them by " + c10::str(*slope)
                                             : "";
   return described(node) + " sets scores to " + (value ? c10::str(*value) : "what is not a constant") + scale +
-         ", which is no mask: expected -inf, or at most " + c10::str(kMasked);
+         ", which is no mask: expected -inf, or at most " + c10::str(kMaskedScore);
 }
 
 }  // namespace

@@ -78,7 +78,7 @@ Value* insert_transposed(Graph& graph, SymbolicShapes& shapes, Value* keys_trans
     const int64_t rank = shape ? static_cast<int64_t>(shape->size()) : 0;
     const auto from_the_end = [&](int64_t dim) { return dim >= 0 ? dim - rank : dim; };
     if (a && b && from_the_end(*a) + from_the_end(*b) == -3 && std::abs(from_the_end(*a) - from_the_end(*b)) == 1) {
-      return node->input(0);
+      return node->namedInput("self");
     }
   }
   return graph.insert(c10::aten::transpose, {keys_transposed, -2, -1});
@@ -104,13 +104,13 @@ Value* insert_rank_4(Graph& graph, SymbolicShapes& shapes, Value* value) {
 Value* take_scale(Value* value, SymbolicShapes& shapes, Factors& factors) {
   for (Node* node = value->node(); is_aten(node, {"div", "mul"}) && !is_in_place(node) && node->inputs().size() == 2;
        node = value->node()) {
-    Value* factor = node->input(1);
+    Value* factor = node->namedInput("other");
     const auto shape = is_number(factor) ? Shape() : shapes.shape(factor).value_or(Shape{number(-1)});
     if (!shape.empty()) {
       break;
     }
     factors.dynamic.emplace_back(factor, is_aten(node, {"div"}));
-    value = node->input(0);
+    value = node->namedInput("self");
   }
   return value;
 }
@@ -159,11 +159,11 @@ std::optional<Attention> find_one(Node* softmax, const torch::jit::Module& modul
   }
   // The new node reads these values later than the old ones did: at the second product.
   torch::jit::ValueSet moved = path_values(softmax->namedInput("self"), product);
-  moved.insert({left_factor(product), right_factor(product), softmax->output(), consumer->product->input(0)});
+  moved.insert({left_factor(product), right_factor(product), softmax->output(), left_factor(consumer->product)});
   const Node* writer = writes.between(product, consumer->product, moved);
   // take_scale() goes back to keys before their scale, on both sides of their transpose.
   Node* step = right_factor(product)->node();
-  for (bool transposed = false; !writer; step = step->input(0)->node()) {
+  for (bool transposed = false; !writer; step = step->namedInput("self")->node()) {
     if (is_aten(step, {"div", "mul"})) {
       writer = writes.between(step, consumer->product, {step->inputs().begin(), step->inputs().end()});
     } else if (transposed || !is_aten(step, {"transpose"})) {
@@ -196,7 +196,7 @@ std::optional<std::string> raise_one(const std::shared_ptr<Graph>& graph, Symbol
   const auto& [softmax, product, consumer] = attention;
   const auto dim = constant_int(softmax->namedInput("dim"));
   const auto rank = shapes.shape(left_factor(product));
-  const auto value_rank = shapes.shape(consumer.product->input(1));
+  const auto value_rank = shapes.shape(right_factor(consumer.product));
   if (!rank || !value_rank) {
     return "the rank of its queries or values is not known";
   }
@@ -219,7 +219,7 @@ std::optional<std::string> raise_one(const std::shared_ptr<Graph>& graph, Symbol
   Value* keys_transposed = take_scale(right_factor(product), shapes, path.factors);
   Value* keys = take_scale(insert_transposed(*graph, shapes, keys_transposed), shapes, path.factors);
   Value* key = insert_rank_4(*graph, shapes, keys);
-  Value* value = insert_rank_4(*graph, shapes, consumer.product->input(1));
+  Value* value = insert_rank_4(*graph, shapes, right_factor(consumer.product));
   if (!path.understood || !query || !key || !value) {
     return path.understood ? "the heads are not a dimension of their own" : "its scale or mask is not understood";
   }

@@ -55,19 +55,19 @@ std::optional<Shape> LinearRaiser::matrix(Value* weight) {
 Value* LinearRaiser::transposed(Value* weight) {
   Node* node = weight->node();
   const bool exchanges = is_aten(node, {"t", "numpy_T", "transpose", "permute", "swapaxes", "swapdims"});
-  const auto before = exchanges ? matrix(node->input(0)) : std::nullopt;
+  const auto before = exchanges ? matrix(node->namedInput("self")) : std::nullopt;
   const auto after = before ? matrix(weight) : std::nullopt;
   // The shape of a square does not show whether its sizes were exchanged, and permute(0, 1) exchanges none.
   const auto order = is_aten(node, {"permute"}) ? resolve_constant(node->namedInput("dims")) : std::nullopt;
   const bool keeps = order && order->isIntList() && (order->toIntVector().front() & 1) == 0;
   const bool is_transpose = !keeps && after && (*after)[0] == (*before)[1] && (*after)[1] == (*before)[0];
-  return is_transpose ? node->input(0) : graph_->insert(c10::aten::t, {weight});
+  return is_transpose ? node->namedInput("self") : graph_->insert(c10::aten::t, {weight});
 }
 
 void LinearRaiser::raise_product(Node* node) {
   const bool adds = is_aten(node, {"addmm"});
-  Value* x = node->input(adds ? 1 : 0);
-  Value* weight = node->input(adds ? 2 : 1);
+  Value* x = node->namedInput(adds ? "mat1" : "self");
+  Value* weight = node->namedInput(is_aten(node, {"matmul"}) ? "other" : "mat2");
   const bool scales =
       adds && (constant_double(node->namedInput("beta")) != 1.0 || constant_double(node->namedInput("alpha")) != 1.0);
   if (!matrix(weight) || scales || resolve_tensor(x, module_).defined()) {  // two parameters: nothing flows through
@@ -83,7 +83,7 @@ void LinearRaiser::raise_product(Node* node) {
 
 // Makes one node of linear(x, w) + b, if nothing else reads the product.
 void LinearRaiser::take_bias(Node* sum) {
-  if (sum->inputs().size() < 3 || constant_double(sum->input(2)) != 1.0) {
+  if (sum->inputs().size() < 3 || constant_double(sum->namedInput("alpha")) != 1.0) {
     return;
   }
   for (const size_t i : {0, 1}) {

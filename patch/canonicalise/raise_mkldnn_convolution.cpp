@@ -15,19 +15,19 @@ using torch::jit::Value;
 
 bool is_prim(const Node* node, const char* name) { return node->kind().toQualString() == std::string("prim::") + name; }
 
-// Inputs: x, weight, bias, stride, padding, dilation, groups.
 Value* insert_convolution(Graph& graph, Node* node) {
   Value* transposed = graph.insertConstant(false);
   Value* output_padding = graph.insertConstant(std::vector<int64_t>{0, 0});
   return graph.insert(c10::aten::convolution,
-                      {node->input(0), node->input(1), node->input(2), node->input(3), node->input(4), node->input(5),
-                       transposed, output_padding, node->input(6)});
+                      {node->namedInput("input"), node->namedInput("weight"), node->namedInput("bias"),
+                       node->namedInput("stride"), node->namedInput("padding"), node->namedInput("dilation"),
+                       transposed, output_padding, node->namedInput("groups")});
 }
 
 // Inserts what `node` computes, without oneDNN's layout; null for a node that does not use that layout.
 Value* insert_dense(Graph& graph, Node* node) {
   if (is_aten(node, {"to_mkldnn", "to_dense"})) {
-    return node->input(0);
+    return node->namedInput("self");
   }
   if (is_prim(node, "ConstantMKLDNNTensor")) {
     return graph.insertConstant(node->t(c10::attr::value).to_dense());

@@ -95,8 +95,9 @@ bool NormRaiser::is_mean(const Value* value, const Value* of) {
 Value* NormRaiser::centred_on(Value* value) {
   Node* node = value->node();
   const bool is_difference =
-      is_aten(node, {"sub"}) && !is_in_place(node) && is_tensor(node->input(1)) && has_unit_alpha(node);
-  return is_difference && is_mean(node->input(1), node->input(0)) ? node->input(0) : nullptr;
+      is_aten(node, {"sub"}) && !is_in_place(node) && is_tensor(node->namedInput("other")) && has_unit_alpha(node);
+  return is_difference && is_mean(node->namedInput("other"), node->namedInput("self")) ? node->namedInput("self")
+                                                                                       : nullptr;
 }
 
 bool is_biased_variance(const Node* node) {
@@ -182,7 +183,8 @@ bool is_private(const Core& core) {
   const auto means = data_uses(difference->namedInput("other"));
   return std::all_of(differences.begin(), differences.end(), inside) &&
          std::all_of(means.begin(), means.end(), [&](const torch::jit::Use& use) {
-           return is_aten(use.user, {"sub"}) && use.user->input(0) == difference->namedInput("self") && use.offset == 1;
+           return is_aten(use.user, {"sub"}) && use.user->namedInput("self") == difference->namedInput("self") &&
+                  use.offset == 1;
          });
 }
 
@@ -202,7 +204,7 @@ std::optional<Core> NormRaiser::match(Node* root) {
   Node* cast = core.measured->node();
   const bool to_float =
       is_dtype_cast(cast) && constant_int(cast->namedInput("dtype")) == static_cast<int64_t>(at::kFloat);
-  core.input = to_float ? cast->input(0) : core.measured;
+  core.input = to_float ? cast->namedInput("self") : core.measured;
   return core;
 }
 
@@ -243,10 +245,10 @@ Tail NormRaiser::follow(const Core& core, Node* step) {
   Tail tail;
   Value* current = core.result->output();
   while (step && step->owningBlock() == core.result->owningBlock()) {
-    const bool like_input =
-        is_cast_like(step) && step->input(0) == current && strip_casts(step->input(1)) == strip_casts(core.input);
-    const bool casts =
-        like_input || (is_dtype_cast(step) && step->input(0) == current) || is_conditional_cast(step, current);
+    const bool like_input = is_cast_like(step) && step->namedInput("self") == current &&
+                            strip_casts(step->namedInput("other")) == strip_casts(core.input);
+    const bool casts = like_input || (is_dtype_cast(step) && step->namedInput("self") == current) ||
+                       is_conditional_cast(step, current);
     const bool scales = is_aten(step, {"mul"}) && !tail.weight && !tail.bias;
     const bool shifts = is_aten(step, {"add"}) && core.centred && !tail.bias && has_unit_alpha(step);
     if ((!casts && !scales && !shifts) || is_in_place(step)) {

@@ -39,7 +39,7 @@ Target target_of(Value* written) {
   Target target;
   while (can_be_undone(written->node())) {
     target.views.push_back(written);
-    written = written->node()->input(0);
+    written = written->node()->namedInput("self");
   }
   target.root = written;
   return target;
@@ -52,8 +52,8 @@ bool is_made_here(Value* root, const AliasDb& aliases) {
     return std::all_of(node->blocks().begin(), node->blocks().end(),
                        [&](Block* block) { return is_made_here(block->outputs()[root->offset()], aliases); });
   }
-  if (is_aten(node, {"type_as"}) && node->input(0)->uses().size() == 1) {  // as insert_functional() makes it
-    return is_made_here(node->input(0), aliases);
+  if (is_aten(node, {"type_as"}) && node->namedInput("self")->uses().size() == 1) {  // as insert_functional() makes it
+    return is_made_here(node->namedInput("self"), aliases);
   }
   const auto* schema = node->maybeSchema();
   if (!schema || !node->kind().is_aten() || is_writer(node) || may_return_operand(node) ||

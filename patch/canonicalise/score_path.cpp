@@ -16,9 +16,11 @@ using torch::jit::Value;
 
 bool is_product(const Node* node) { return is_aten(node, {"matmul", "bmm", "baddbmm"}); }
 
-Value* left_factor(Node* product) { return product->input(is_aten(product, {"baddbmm"}) ? 1 : 0); }
+Value* left_factor(Node* product) { return product->namedInput(is_aten(product, {"baddbmm"}) ? "batch1" : "self"); }
 
-Value* right_factor(Node* product) { return product->input(is_aten(product, {"baddbmm"}) ? 2 : 1); }
+Value* right_factor(Node* product) {
+  return product->namedInput(is_aten(product, {"baddbmm"}) ? "batch2" : is_aten(product, {"bmm"}) ? "mat2" : "other");
+}
 
 bool is_reshape(const Node* node) { return is_aten(node, {"view", "reshape", "_unsafe_view", "unflatten", "flatten"}); }
 
@@ -34,7 +36,7 @@ bool is_number(const Value* value) {
     return true;
   }
   if (is_aten(node, {"full"})) {
-    const auto sizes = resolve_constant(node->input(0));
+    const auto sizes = resolve_constant(node->namedInput("size"));
     return sizes && sizes->toListRef().empty();
   }
   return is_aten(node, {"pow", "sqrt", "rsqrt", "reciprocal", "mul", "div", "to"}) &&
@@ -59,8 +61,8 @@ Node* find_product(const Value* scores) {
 
 std::optional<size_t> score_operand(const Node* node) {
   if (is_aten(node, {"div", "mul"})) {
-    const bool rounds = node->inputs().size() > 2 && !is_none(node->input(2));
-    return is_number(node->input(1)) && !rounds ? std::optional<size_t>(0) : std::nullopt;
+    const bool does_more = node->inputs().size() > 2 && !is_none(node->input(2));  // it rounds, or writes into `out`
+    return is_number(node->namedInput("other")) && !does_more ? std::optional<size_t>(0) : std::nullopt;
   }
   if (is_aten(node, {"to", "type_as", "masked_fill", "contiguous"}) || is_reshape(node)) {
     return 0;
@@ -103,7 +105,7 @@ void walk(const Value* scores, const Node* product, std::optional<double> slope,
     return;
   }
   if (is_aten(node, {"mul", "div"})) {
-    const auto factor = constant_double(node->input(1));
+    const auto factor = constant_double(node->namedInput("other"));
     const bool known = slope && factor;
     slope = !known ? std::nullopt : std::optional(is_aten(node, {"div"}) ? *slope / *factor : *slope * *factor);
   }

@@ -28,9 +28,10 @@ bool is_norm_of_rows(const Node* node) {
   if (!is_aten(node, {"layer_norm", "rms_norm"})) {
     return false;
   }
-  const auto sizes = resolve_constant(node->input(1));
+  const Value* shape = node->namedInput("normalized_shape");
+  const auto sizes = resolve_constant(shape);
   return (sizes && sizes->isIntList() && sizes->toIntVector().size() == 1) ||
-         (node->input(1)->node()->kind() == c10::prim::ListConstruct && node->input(1)->node()->inputs().size() == 1);
+         (shape->node()->kind() == c10::prim::ListConstruct && shape->node()->inputs().size() == 1);
 }
 
 // Whether `node` computes each element, or row, from that one alone, whatever the leading dimensions are.
@@ -85,8 +86,8 @@ bool RowUnflattening::flattens_rows(const Node* view) {
     return false;
   }
   const Node* last = sizes->input(1)->node();
-  return is_aten(last, {"size"}) && last->inputs().size() == 2 && last->input(0) == x &&
-         constant_int(last->input(1)) == -1;
+  return is_aten(last, {"size"}) && last->inputs().size() == 2 && last->namedInput("self") == x &&
+         constant_int(last->namedInput("dim")) == -1;
 }
 
 void RowUnflattening::replace(Node* node, Value* tokens, Value* source) {

@@ -12,7 +12,7 @@ bool is_dtype_cast(const Node* node) {
     return false;
   }
   const std::string& overload = node->schema().overload_name();
-  return (overload == "dtype" || overload == "prim_dtype") && !is_none(node->input(1));
+  return (overload == "dtype" || overload == "prim_dtype") && !is_none(node->namedInput("dtype"));
 }
 
 bool is_cast_like(const Node* node) {
@@ -22,16 +22,16 @@ bool is_cast_like(const Node* node) {
 
 Value* strip_casts(Value* value) {
   while (is_dtype_cast(value->node()) || is_cast_like(value->node())) {
-    value = value->node()->input(0);
+    value = value->node()->namedInput("self");
   }
   return value;
 }
 
 void ResultType::cast(const Node* node) {
   if (is_dtype_cast(node)) {
-    current_ = relative(const_cast<Value*>(node->input(1)));
+    current_ = relative(const_cast<Value*>(node->namedInput("dtype")));
   } else {
-    cast_like(const_cast<Value*>(node->input(1)));
+    cast_like(const_cast<Value*>(node->namedInput("other")));
   }
 }
 
@@ -48,7 +48,7 @@ Value* ResultType::apply() {
 
 Value* ResultType::dtype_of(Value* value) {
   if (is_dtype_cast(value->node())) {
-    return relative(value->node()->input(1));
+    return relative(value->node()->namedInput("dtype"));
   }
   return value == input_ ? nullptr : graph_->insert(c10::prim::dtype, {value});
 }

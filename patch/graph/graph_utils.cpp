@@ -65,15 +65,17 @@ WeightSource weight_source(const Value* weight, const Module& root) {
   if (!is_aten(split, {"chunk", "split", "split_with_sizes", "slice", "narrow"})) {
     return {};
   }
-  WeightSource source = weight_source(split->input(0), root);
   const bool is_slice = is_aten(split, {"slice", "narrow"});
-  const bool along_rows = constant_int(split->input(is_slice ? 1 : 2)) == 0;
-  if (!source.tensor.defined() || !along_rows || is_slice == is_piece) {
+  if (is_slice == is_piece || constant_int(split->namedInput("dim")) != 0) {
+    return {};
+  }
+  WeightSource source = weight_source(split->namedInput("self"), root);
+  if (!source.tensor.defined()) {
     return {};
   }
   source.is_part = true;
   if (is_slice) {
-    source.first_row += constant_int(split->input(2)).value_or(0);
+    source.first_row += constant_int(split->namedInput("start")).value_or(0);
     return source;
   }
   const bool by_index = node->kind() == c10::aten::__getitem__;

@@ -113,9 +113,9 @@ bool Hoist::read_from_anchor(Node* metadata, Node* point, Value* anchor) {
   torch::jit::WithInsertPoint guard(point);
   Value* replacement = nullptr;
   if (is_aten(metadata, {"size"})) {
-    const auto shape = shapes_.shape(metadata->input(0));
+    const auto shape = shapes_.shape(metadata->namedInput("self"));
     const auto anchor_shape = shapes_.shape(anchor);
-    auto dim = constant_int(metadata->input(1));
+    auto dim = constant_int(metadata->namedInput("dim"));
     if (!shape || !anchor_shape || !dim) {
       return false;
     }

@@ -17,8 +17,7 @@ std::optional<Shape> shape_of_piece(SymbolicShapes& shapes, const Node* node, in
     return std::nullopt;
   }
   auto result = shapes.shape(node->namedInput("self"));
-  const size_t dim_input = unbinds ? 1 : 2;
-  const auto dim = result ? position(node->input(dim_input), result->size()) : std::nullopt;
+  const auto dim = result ? position(node->namedInput("dim"), result->size()) : std::nullopt;
   if (!dim) {
     return std::nullopt;
   }
@@ -26,6 +25,7 @@ std::optional<Shape> shape_of_piece(SymbolicShapes& shapes, const Node* node, in
     result->erase(result->begin() + *dim);
     return result;
   }
+  // chunk, split and split_with_sizes: how many pieces, or how large ones.
   const auto count = constant_int(node->input(1));
   const auto sizes = count ? std::nullopt : shapes.integers(node->input(1));
   if (chunks && count) {
@@ -168,7 +168,7 @@ std::optional<Shape> cut_down(SymbolicShapes& shapes, const Node* node, Shape fr
   if (node->inputs().size() < 2) {
     return std::nullopt;
   }
-  const auto at = position(node->input(1), from.size());
+  const auto at = position(node->namedInput("dim"), from.size());
   if (!at) {
     return std::nullopt;
   }

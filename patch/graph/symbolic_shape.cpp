@@ -192,12 +192,12 @@ std::optional<Shape> SymbolicShapes::of_projection(const Node* node) {
 
 std::optional<Shape> SymbolicShapes::of_embedding(const Node* node) {
   const bool is_embedding = is_aten(node, {"embedding"});
-  const auto weight = shape(node->input(is_embedding ? 0 : 1));
+  const auto weight = shape(node->namedInput("weight"));
   if (!weight) {
     return std::nullopt;
   }
   if (!is_embedding) {  // a convolution: its weight is [out, in, sizes...]
-    const auto input = shape(node->input(0));
+    const auto input = shape(node->namedInput("input"));
     Shape result(weight->size());
     std::generate(result.begin(), result.end(), [&] { return fresh(); });
     if (input && input->size() == result.size()) {
@@ -206,10 +206,10 @@ std::optional<Shape> SymbolicShapes::of_embedding(const Node* node) {
     result[1] = (*weight)[0];
     return result;
   }
-  auto result = shape(node->input(1));
+  auto result = shape(node->namedInput("indices"));
   if (!result) {
     result = Shape{fresh(), fresh()};
-    shapes_[node->input(1)] = result;
+    shapes_[node->namedInput("indices")] = result;
   }
   result->push_back(weight->back());
   return result;
@@ -244,13 +244,13 @@ std::optional<Shape> SymbolicShapes::of_arithmetic(const Node* node) {
 // arange(end), arange(0, end) and tensors of given sizes.
 std::optional<Shape> SymbolicShapes::of_factory(const Node* node) {
   if (!is_aten(node, {"arange"})) {
-    return integers(node->input(0));
+    return integers(node->namedInput("size"));
   }
   const auto& arguments = node->schema().arguments();
   const bool has_start = arguments[0].name() == "start";
   const bool has_step = arguments.size() > 2 && arguments[2].name() == "step";
-  const bool from_zero = !has_start || constant_int(node->input(0)) == 0;
-  return !has_step && from_zero ? Shape{integer(node->input(has_start ? 1 : 0))} : Shape{fresh()};
+  const bool from_zero = !has_start || constant_int(node->namedInput("start")) == 0;
+  return !has_step && from_zero ? Shape{integer(node->namedInput("end"))} : Shape{fresh()};
 }
 
 std::optional<Shape> SymbolicShapes::integers(const Value* list) {
@@ -290,17 +290,17 @@ Dim SymbolicShapes::compute_integer(const Value* value) {
     return integer(node->input(0));
   }
   if (is_aten(node, {"size"}) && node->inputs().size() == 2) {
-    const auto of = shape(node->input(0));
-    const auto at = of ? position(node->input(1), of->size()) : std::nullopt;
+    const auto of = shape(node->namedInput("self"));
+    const auto at = of ? position(node->namedInput("dim"), of->size()) : std::nullopt;
     return at ? (*of)[*at] : fresh();
   }
   if (node->kind() == c10::aten::__getitem__ && is_aten(node->input(0)->node(), {"size"})) {
-    const auto of = shape(node->input(0)->node()->input(0));
+    const auto of = shape(node->input(0)->node()->namedInput("self"));
     const auto at = of ? position(node->input(1), of->size()) : std::nullopt;
     return at ? (*of)[*at] : fresh();
   }
   if (node->kind() == c10::prim::ListUnpack && is_aten(node->input()->node(), {"size"})) {
-    const auto of = shape(node->input()->node()->input(0));
+    const auto of = shape(node->input()->node()->namedInput("self"));
     return of && value->offset() < of->size() ? (*of)[value->offset()] : fresh();
   }
   if (is_aten(node, {"mul"})) {

@@ -1,8 +1,12 @@
 #include <torchgraft/patch/insert/activation_source.h>
 
 #include <torchgraft/activations/activation.h>
+#include <torchgraft/activations/constants.h>
+#include <torchgraft/patch/graph/source_parts.h>
 
 #include <c10/util/Exception.h>
+
+#include <numbers>
 
 namespace torchgraft {
 
@@ -11,19 +15,20 @@ std::string activation_source(const std::string& name) {
     case NonLinearity::kGelu:
       return "torch.gelu(inner)";
     case NonLinearity::kGeluClipped:
-      return "torch.clamp(torch.gelu(inner), -10.0, 10.0)";
+      return "torch.clamp(torch.gelu(inner), " + number_source(-kGeluClip) + ", " + number_source(kGeluClip) + ")";
     case NonLinearity::kGeluTanh:
       return "torch.gelu(inner, approximate=\"tanh\")";
     case NonLinearity::kIdentity:
       return "inner";
     case NonLinearity::kLaplace:
-      return "0.5 * (1.0 + torch.erf((inner - 0.707107) / (0.282095 * 1.4142135623730951)))";
+      return "0.5 * (1.0 + torch.erf((inner - " + number_source(kLaplaceMean) + ") / " +
+             number_source(kLaplaceDeviation * std::numbers::sqrt2) + "))";
     case NonLinearity::kLeakyRelu:
-      return "torch.leaky_relu(inner, 0.01)";
+      return "torch.leaky_relu(inner, " + number_source(kLeakySlope) + ")";
     case NonLinearity::kMish:
       return "torch.mish(inner)";
     case NonLinearity::kQuickGelu:
-      return "inner * torch.sigmoid(1.702 * inner)";
+      return "inner * torch.sigmoid(" + number_source(kQuickGeluSlope) + " * inner)";
     case NonLinearity::kRelu:
       return "torch.relu(inner)";
     case NonLinearity::kRelu2:

@@ -74,7 +74,7 @@ Pair pair_of(Node* op, const Fusion* fusion) {
     base = base->input(0)->node();
   }
   const bool is_own = is_aten(base, {"linear"}) && is_used_once(base) && base->owningBlock() == op->owningBlock() &&
-                      (!fusion->reads_same_x || base->input(0) == op->input(kX));
+                      (!fusion->reads_same_x || base->namedInput("input") == op->input(kX));
   if (is_own && nothing_writes_between(base, op)) {
     pair.linear = base;
   }

@@ -1,8 +1,8 @@
 #include <torchgraft/patch/insert/insert_lora.h>
 
+#include <torchgraft/patch/adapters/adapter_bank.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/insert/row_functions.h>
-#include <torchgraft/patch/module/adapter_bank.h>
 
 namespace torchgraft {
 

@@ -80,7 +80,7 @@ void Inserter::prepare_token_masks(const std::vector<Slot>& slots, const std::ve
     const LayerSites& sites = sites_.layers[layer];
     Value* mask = sites.attention->namedInput("attn_mask");
     while (is_aten(mask->node(), {"type_as"})) {
-      mask = mask->node()->input(0);
+      mask = mask->node()->namedInput("self");
     }
     Value*& shared = shared_masks_[mask];
     if (!shared) {

@@ -1,8 +1,8 @@
 #pragma once
 
+#include <torchgraft/patch/adapters/adapter_bank.h>
 #include <torchgraft/patch/insert/insert.h>
-#include <torchgraft/patch/module/adapter_bank.h>
-#include <torchgraft/patch/module/trained_weights.h>
+#include <torchgraft/patch/insert/trained_weights.h>
 
 #include <torch/csrc/jit/ir/ir.h>
 

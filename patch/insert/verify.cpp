@@ -2,6 +2,7 @@
 
 #include <torchgraft/patch/graph/graph_utils.h>
 
+#include <ATen/ATen.h>
 #include <torch/csrc/jit/serialization/import.h>
 
 #include <sstream>

@@ -1,6 +1,8 @@
 #include <torchgraft/patch/module/draft.h>
 
+#include <torchgraft/patch/adapters/adapters_module.h>
 #include <torchgraft/patch/adapters/dora.h>
+#include <torchgraft/patch/adapters/read_adapters.h>
 #include <torchgraft/patch/canonicalise/inline_module_arguments.h>
 #include <torchgraft/patch/canonicalise/raise_mkldnn_convolution.h>
 #include <torchgraft/patch/graph/clone_module.h>
@@ -9,11 +11,9 @@
 #include <torchgraft/patch/insert/fuse_projections.h>
 #include <torchgraft/patch/insert/use_eager_autograd.h>
 #include <torchgraft/patch/insert/verify.h>
-#include <torchgraft/patch/module/adapters_module.h>
 #include <torchgraft/patch/module/graft_options.h>
 #include <torchgraft/patch/module/heads_module.h>
 #include <torchgraft/patch/module/methods.h>
-#include <torchgraft/patch/module/read_adapters.h>
 #include <torchgraft/patch/sites/apply_sites.h>
 #include <torchgraft/registration/library.h>
 

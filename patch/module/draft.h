@@ -1,9 +1,9 @@
 #pragma once
 
+#include <torchgraft/patch/adapters/adapter.h>
 #include <torchgraft/patch/canonicalise/canonicalise.h>
-#include <torchgraft/patch/graft.h>
+#include <torchgraft/patch/graft_spec.h>
 #include <torchgraft/patch/insert/insert.h>
-#include <torchgraft/patch/module/adapter.h>
 #include <torchgraft/patch/sites/find_sites.h>
 
 #include <string>

@@ -1,6 +1,6 @@
 #pragma once
 
-#include <torchgraft/patch/graft.h>
+#include <torchgraft/patch/graft_spec.h>
 #include <torchgraft/patch/insert/insert.h>
 
 #include <optional>

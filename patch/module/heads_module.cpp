@@ -1,9 +1,10 @@
 #include <torchgraft/patch/module/heads_module.h>
 
-#include <torchgraft/patch/module/adapters_module.h>
+#include <torchgraft/patch/adapters/adapters_module.h>
 #include <torchgraft/patch/module/head_logits.h>
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 
 #include <algorithm>
 #include <set>

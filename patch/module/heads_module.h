@@ -1,6 +1,6 @@
 #pragma once
 
-#include <torchgraft/patch/module/adapter_bank.h>
+#include <torchgraft/patch/adapters/adapter_bank.h>
 
 #include <torch/csrc/jit/api/module.h>
 

@@ -1,10 +1,11 @@
 #include <torchgraft/patch/pool/pool_banks.h>
 
-#include <torchgraft/patch/module/adapter_bank.h>
-#include <torchgraft/patch/module/make_adapter.h>
-#include <torchgraft/patch/module/read_adapters.h>
+#include <torchgraft/patch/adapters/adapter_bank.h>
+#include <torchgraft/patch/adapters/make_adapter.h>
+#include <torchgraft/patch/adapters/read_adapters.h>
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 
 #include <algorithm>
 

@@ -80,9 +80,11 @@ def command(program, folder, output, *options, examples="train.safetensors", con
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
-    return {f"{file}/{key}": tensor
-            for file in ("adapter.safetensors", "model_head.safetensors")
-            for key, tensor in load_file(output / "adapter" / file).items()}  # fmt: skip
+    return {
+        f"{file}/{key}": tensor
+        for file in ("adapter.safetensors", "model_head.safetensors")
+        for key, tensor in load_file(output / "adapter" / file).items()
+    }
 
 
 def check_equal_weights(found: Path, expected: Path, tolerance: float = 1e-6) -> None:

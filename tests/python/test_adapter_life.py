@@ -144,8 +144,10 @@ def test_a_trainable_adapter_is_not_merged() -> None:
 
 def test_after_a_merge_dora_divides_by_the_norms_of_the_merged_weights() -> None:
     """As in the library, which computes them in every pass."""
-    saved = {key: saved_adapter(VARIANTS["bert_sdpa"], torch.float64, config).directory
-             for key, config in {"a": "lora_all", "d": "dora_gated"}.items()}  # fmt: skip
+    saved = {
+        key: saved_adapter(VARIANTS["bert_sdpa"], torch.float64, config).directory
+        for key, config in {"a": "lora_all", "d": "dora_gated"}.items()
+    }
     merged = torchgraft.merge_adapter(torchgraft.graft(base("bert_sdpa", torch.float64), adapters=saved), "a")
     merged.activate("d")
     live = torchgraft.unfreeze_adapter(merged, "d")  # computes the norms in every pass, too

@@ -21,9 +21,11 @@ def _loaded_by_the_oracle(oracle: Oracle, directory, name: str, dtype: torch.dty
     loaded = oracle.model.load_adapter(str(directory), use_safetensors=safetensors)
     oracle.model.to(dtype).eval()
     # The library makes adapters in float32 and copies into them; what is written is float64.
-    weights = patcher().read_safetensors(str(directory / "adapter.safetensors")) if safetensors else torch.load(
-        directory / "pytorch_adapter.bin", weights_only=True
-    )  # fmt: skip
+    weights = (
+        patcher().read_safetensors(str(directory / "adapter.safetensors"))
+        if safetensors
+        else torch.load(directory / "pytorch_adapter.bin", weights_only=True)
+    )
     left = set(weights)
     with torch.no_grad():
         ours = {key: parameter for key, parameter in oracle.model.state_dict().items() if key in left}
@@ -80,12 +82,12 @@ def test_every_weight_is_told_its_place(tmp_path) -> None:
     torchgraft.save_adapter(module, "task", tmp_path)
     weights = load_file(tmp_path / "adapter.safetensors")
     for name in ("bert_sdpa", "own_post_packed_matmul"):  # by path, and by layer number and location
-        places = dict(torchgraft.match_adapter(base(name, torch.float32), tmp_path))
-        assert sorted(places) == sorted(weights)
-        [key] = [key for key in places if "layer.1." in key and key.endswith("query.loras.task.lora_A")]
-        assert places[key] == "layer 1, selfattn_lora_q: lora_a"
-        [pool] = [key for key in places if "control_trans" in key]
-        assert places[pool] == "the prefixes of self_prefix: flat"
+        matched = dict(torchgraft.match_adapter(base(name, torch.float32), tmp_path))
+        assert sorted(matched) == sorted(weights)
+        [key] = [key for key in matched if "layer.1." in key and key.endswith("query.loras.task.lora_A")]
+        assert matched[key] == "layer 1, selfattn_lora_q: lora_a"
+        [pool] = [key for key in matched if "control_trans" in key]
+        assert matched[pool] == "the prefixes of self_prefix: flat"
 
 
 @pytest.mark.quick

@@ -314,8 +314,10 @@ def test_an_adapter_of_another_hidden_size(folder: Path, tmp_path: Path) -> None
     config = {"config": {"architecture": "lora", "r": 2, "attn_matrices": ["q"]}, "name": "small"}
     (directory / "adapter_config.json").write_text(json.dumps(config))
     path = "encoder.layer.{}.attention.self.query.loras.small.lora_{}"
-    torch.save({path.format(i, ab): torch.zeros((2, 32) if ab == "A" else (32, 2)) for i in range(3) for ab in "AB"},
-               directory / "pytorch_adapter.bin")  # fmt: skip
+    torch.save(
+        {path.format(i, ab): torch.zeros((2, 32) if ab == "A" else (32, 2)) for i in range(3) for ab in "AB"},
+        directory / "pytorch_adapter.bin",
+    )
     done = run("add", folder / "base.pt", "-o", tmp_path / "out.pt", "--adapter", f"task={directory}")
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "trained for hidden size 32, the model has 48" in done.stderr

@@ -242,6 +242,10 @@ def test_values_are_checked_at_once() -> None:
 
 @pytest.mark.parametrize("name", ["AdapterConfig", "PfeifferConfig", "HoulsbyConfig", "ParallelConfig"])
 def test_older_class_names(name: str) -> None:
-    new = {"AdapterConfig": "BnConfig", "PfeifferConfig": "SeqBnConfig", "HoulsbyConfig": "DoubleSeqBnConfig",
-           "ParallelConfig": "ParBnConfig"}[name]  # fmt: skip
+    new = {
+        "AdapterConfig": "BnConfig",
+        "PfeifferConfig": "SeqBnConfig",
+        "HoulsbyConfig": "DoubleSeqBnConfig",
+        "ParallelConfig": "ParBnConfig",
+    }[name]
     assert getattr(torchgraft, name) is getattr(torchgraft, new)

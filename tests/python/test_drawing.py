@@ -126,13 +126,13 @@ def test_a_deep_model_makes_no_larger_picture() -> None:
     assert sizes[12] == sizes[48]
 
 
-def test_places_of_a_bare_model() -> None:
+def test_locations_of_a_bare_model() -> None:
     drawn = texts(draw(structure([entry(0)]), {}, "bare"))
     assert [drawn.count(text) for text in ("LoRA", "prefix", "mh_adapter", "output_adapter")] == [5, 1, 1, 1]
     assert "location for LoRA" in drawn and "location for bottleneck" in drawn
 
 
-def test_only_places_that_are_there() -> None:
+def test_only_locations_that_are_there() -> None:
     lacking = entry(0, ffn=False, query=None, attention_residual=False, locations=["self_prefix", "selfattn_lora"])
     drawn = texts(draw(structure([lacking]), {}, "bare"))
     assert drawn.count("LoRA") == 2 and "query" not in drawn

@@ -1,4 +1,4 @@
-"""graft(fuse=...): which operators compute a place changes its results by rounding only."""
+"""graft(fuse=...): which operators compute a slot changes its results by rounding only."""
 
 import pytest
 import torch

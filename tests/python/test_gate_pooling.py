@@ -42,16 +42,22 @@ def test_without_padding_both_poolings_agree() -> None:
     variant = VARIANTS["bert_sdpa"]
     batch = make_batch([8, 8], 8, torch.float32)
     with torch.no_grad():
-        results = [grafted("bert_sdpa", torch.float32, "unipelt", pooling)(*variant.arguments(batch))[0]
-                   for pooling in ("all", "unpadded")]  # fmt: skip
+        results = [
+            grafted("bert_sdpa", torch.float32, "unipelt", pooling)(*variant.arguments(batch))[0]
+            for pooling in ("all", "unpadded")
+        ]
     assert difference(*results) <= 1e-6
 
 
 def test_the_mask_can_be_an_input_by_name() -> None:
     variant = VARIANTS["bert_sdpa"]
     saved = saved_adapter(variant, torch.float64, "unipelt")
-    named = torchgraft.graft(base("bert_sdpa", torch.float64), adapters={"task": saved.directory},
-                             gate_pooling="unpadded", token_mask="attention_mask")  # fmt: skip
+    named = torchgraft.graft(
+        base("bert_sdpa", torch.float64),
+        adapters={"task": saved.directory},
+        gate_pooling="unpadded",
+        token_mask="attention_mask",
+    )
     assert _moved_by_padding("bert_sdpa", named) <= 1e-12
     batch = make_batch([9, 5], 9, torch.float64)
     derived = grafted("bert_sdpa", torch.float64, "unipelt", "unpadded")

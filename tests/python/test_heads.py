@@ -164,12 +164,12 @@ def test_a_head_is_trained_with_its_adapter_and_kept_by_the_life_of_adapters(lib
 def test_wrong_heads_are_refused(library) -> None:
     module = torchgraft.graft(library[1], "lora", "task")
     for config, reason in (
-        (HeadConfig(head_type="question_answering"), "head_type=\"question_answering\" is not supported"),
-        (HeadConfig(pooling="max"), "pooling=\"max\""),
+        (HeadConfig(head_type="question_answering"), 'head_type="question_answering" is not supported'),
+        (HeadConfig(pooling="max"), 'pooling="max"'),
         (HeadConfig(num_labels=0), "num_labels of at least 1"),
         (HeadConfig(num_labels=3, labels=["a", "b", "c", "d"]), "expected 3 different labels"),
         (HeadConfig(dropout_prob=1.0), "below 1"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(torchgraft.GraftError, match=reason):
             torchgraft.add_head(module, "task", config)
     with pytest.raises(torchgraft.GraftError, match="no Tensor argument 'mask'"):
@@ -248,8 +248,9 @@ def test_a_decoders_head_pools_the_decoders_tokens() -> None:
     inputs = (ids, mask, ids[:, :4].contiguous(), decoder_mask)
     with torch.no_grad():
         traced = torch.jit.trace(model, inputs, check_trace=False, strict=False)
-        module = torchgraft.add_head(torchgraft.graft(traced, "lora", "a"), "a",
-                                     HeadConfig(layers=1, activation_function=None, pooling="mean"))  # fmt: skip
+        module = torchgraft.add_head(
+            torchgraft.graft(traced, "lora", "a"), "a", HeadConfig(layers=1, activation_function=None, pooling="mean")
+        )
         weights = module.adapters.heads
         hidden = module(*inputs)[0]
         pooled = (hidden * decoder_mask.unsqueeze(-1)).sum(1) / decoder_mask.sum(1, keepdim=True)

@@ -88,9 +88,12 @@ def _oracle_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
             for container in ("loras", "adapters"):
                 adapter = dict(getattr(module, container, {})).get("t")
                 if getattr(adapter, "add_layer_norm_before", False):
-                    names |= {"adapter_down.1.weight": "down_weight", "adapter_down.1.bias": "down_bias",
-                              "adapter_norm_before.weight": "norm_before_weight",
-                              "adapter_norm_before.bias": "norm_before_bias"}  # fmt: skip
+                    names |= {
+                        "adapter_down.1.weight": "down_weight",
+                        "adapter_down.1.bias": "down_bias",
+                        "adapter_norm_before.weight": "norm_before_weight",
+                        "adapter_norm_before.bias": "norm_before_bias",
+                    }
                 for name, value in _parameters(adapter):
                     result[f"{layer}.{slots[path]}.{names[name]}"] = value
         pool = block.attention.self.prefix_tuning

@@ -97,7 +97,7 @@ def test_a_removed_entry_gets_no_adapters(seen: dict) -> None:
 
 
 def test_a_removed_entry_computes_what_leave_out_does(seen: dict) -> None:
-    """LoRA with random weights in both matrices, so that a place that is missed or added is seen in the result."""
+    """LoRA with random weights in both matrices, so that a site that is missed or added is seen in the result."""
     seen["layers"] = seen["layers"][:1]
     results = []
     for sites, leave_out in ((seen, []), (None, [1, 2])):
@@ -108,12 +108,16 @@ def test_a_removed_entry_computes_what_leave_out_does(seen: dict) -> None:
     assert not torch.allclose(results[0], result_of(base(BERT, FLOAT)))
 
 
-@pytest.mark.parametrize(("residual", "location", "config", "allowed"), [
-    ("attention_residual", "mh_adapter", "double_seq_bn", "seq_bn"),
-    ("ffn_residual", "output_adapter", "par_bn", "lora"),
-])  # fmt: skip
-def test_without_a_residual_there_is_no_bottleneck(seen: dict, residual: str, location: str, config: str,
-                                                    allowed: str) -> None:  # fmt: skip
+@pytest.mark.parametrize(
+    ("residual", "location", "config", "allowed"),
+    [
+        ("attention_residual", "mh_adapter", "double_seq_bn", "seq_bn"),
+        ("ffn_residual", "output_adapter", "par_bn", "lora"),
+    ],
+)
+def test_without_a_residual_there_is_no_bottleneck(
+    seen: dict, residual: str, location: str, config: str, allowed: str
+) -> None:
     module = base(BERT, FLOAT)
     seen["layers"][1][residual] = False
     locations = [layer["locations"] for layer in torchgraft.inspect(module, sites=seen)["layers"]]
@@ -233,8 +237,11 @@ def test_the_table_says_all_that_is_known(capsys) -> None:
     printed = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line.startswith("│")]
     starts = [row[:6] for row in rows if row[0]]
-    assert starts == [["0", "self", "4", "12", "48", "pre"], ["0", "cross", "8 (2 kv)", "12", "48", "pre"],
-                      ["0 again", "self", "4", "12", "48", "pre"]]  # fmt: skip
+    assert starts == [
+        ["0", "self", "4", "12", "48", "pre"],
+        ["0", "cross", "8 (2 kv)", "12", "48", "pre"],
+        ["0 again", "self", "4", "12", "48", "pre"],
+    ]
     for text in ("query: dec.0.cross.query", "value: dec.0.kv[48:96]", "output: -", "ffn_gate: dec.0.gate",
                  "post (ffn)", "cross_prefix", "layer 0, self attention: no feed-forward block",
                  "not taken: at dec.1: no softmax"):  # fmt: skip

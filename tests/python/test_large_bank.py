@@ -72,8 +72,10 @@ def test_each_row_of_a_mixed_batch_equals_its_adapter_alone(alone) -> None:
 
 
 def test_200_unipelt_adapters(tmp_path) -> None:
-    config = "prefix_tuning[prefix_length=2, bottleneck_size=2, use_gating=True]|seq_bn[use_gating=True]|" \
-        "lora[r=2, use_gating=True]"  # fmt: skip
+    config = (
+        "prefix_tuning[prefix_length=2, bottleneck_size=2, use_gating=True]|seq_bn[use_gating=True]|"
+        "lora[r=2, use_gating=True]"
+    )
     one = torchgraft.graft(base(NAME, torch.float64), config, "one")
     torchgraft.save_adapter(one, "one", tmp_path)
     bank = torchgraft.graft(base(NAME, torch.float64), adapters={f"a{i}": tmp_path for i in range(200)})

@@ -230,8 +230,9 @@ def test_what_does_not_fit_is_named(tmp_path) -> None:
     import adapters
     from transformers import BertConfig, BertModel
 
-    other = BertModel(BertConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40,
-                                 vocab_size=50))  # fmt: skip
+    other = BertModel(
+        BertConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40, vocab_size=50)
+    )
     adapters.init(other)
     other.add_adapter("small", config="lora")
     other.save_adapter(str(tmp_path), "small")

@@ -83,9 +83,14 @@ def test_gates_of_bfloat16_are_lowered_in_float32() -> None:
     """bfloat16 cannot count to 259, nor add so many sigmoids."""
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        return_dict=False, attn_implementation="sdpa",
-    )  # fmt: skip
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        return_dict=False,
+        attn_implementation="sdpa",
+    )
     model = Hidden(transformers.BertModel(config, add_pooling_layer=False).to(torch.bfloat16).eval())
     arguments = (torch.randint(50, (8, 300)), (torch.arange(300) < 259).long().expand(8, -1).contiguous())
     module = torchgraft.graft(torch.jit.trace(model, arguments), config="unipelt", name="a", gate_pooling="unpadded")

@@ -10,8 +10,14 @@ from models import VARIANTS, Batch, Variant, make_batch
 from oracle import CONFIGS, Saved, adapter_parameters, oracle_for, runs_on
 
 DOUBLE = torch.float64
-_NAMES = ["bert_sdpa", "bert_eager", "own_pre_matmul", "own_post_packed_matmul", "encoder_fast_post",
-          "encoder_slow_post_seq_first"]  # fmt: skip
+_NAMES = [
+    "bert_sdpa",
+    "bert_eager",
+    "own_pre_matmul",
+    "own_post_packed_matmul",
+    "encoder_fast_post",
+    "encoder_slow_post_seq_first",
+]
 
 
 def _close(actual: Tensor, expected: Tensor) -> bool:
@@ -87,9 +93,9 @@ def test_gradients_of_parameters_and_input_equal_the_oracle(name: str, config: s
     flat = [(value, gradient) for path, value, gradient in expected if path.endswith(".control_trans")]
     if flat:
         keys = [key for key in named if key.endswith(("prefix_key", "prefix_value"))]
-        places = [key.rsplit(".", 1)[0] for key in keys if key.endswith("prefix_key")]
+        slots = [key.rsplit(".", 1)[0] for key in keys if key.endswith("prefix_key")]
         ours = torch.stack(
-            [torch.stack([grads[f"{place}.prefix_{which}"] for which in ("key", "value")]) for place in places]
+            [torch.stack([grads[f"{slot}.prefix_{which}"] for which in ("key", "value")]) for slot in slots]
         )  # [L, 2, h, P, d]
         assert _close(ours.permute(3, 0, 1, 2, 4).flatten(), flat[0][1])
         found.update(keys)
@@ -112,8 +118,10 @@ def test_in_a_mixed_batch_rows_do_not_share_gradients() -> None:
         return dict(zip(named, torch.autograd.grad(hidden.pow(3).sum(), [*named.values()]), strict=True))
 
     together = gradients([0, 1, 2, 3, 4], ids)
-    alone = {adapter: gradients([i for i in range(5) if ids[i] == adapter], [adapter] * ids.count(adapter))
-             for adapter in (0, 1, 2)}  # fmt: skip
+    alone = {
+        adapter: gradients([i for i in range(5) if ids[i] == adapter], [adapter] * ids.count(adapter))
+        for adapter in (0, 1, 2)
+    }
     for name, gradient in together.items():
         assert bool(gradient.isfinite().all()), name
         for adapter in (0, 1, 2):

@@ -35,12 +35,15 @@ def test_every_argument_gets_what_it_is_named_for(case: str) -> None:
     assert method(*found) == 1
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ("input_ids: Tensor, pixels: Tensor", "forward's argument 'pixels' is none that a text gives"),
-    ("attention_mask: Tensor", "forward takes no token ids"),
-    ("attention_mask: Tensor, adapter_ids: Optional[Tensor] = None", "forward takes no token ids"),
-    ("length: int, input_ids: Tensor", "forward's argument 'length'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("input_ids: Tensor, pixels: Tensor", "forward's argument 'pixels' is none that a text gives"),
+        ("attention_mask: Tensor", "forward takes no token ids"),
+        ("attention_mask: Tensor, adapter_ids: Optional[Tensor] = None", "forward takes no token ids"),
+        ("length: int, input_ids: Tensor", "forward's argument 'length'"),
+    ],
+)
 def test_what_a_text_does_not_give(arguments: str, message: str) -> None:
     with pytest.raises(GraftError, match=f"test: {message}"):
         text_arguments(method_with(arguments), VALUES, "test")

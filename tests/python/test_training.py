@@ -79,7 +79,8 @@ def test_gradients_in_a_bank_are_those_alone() -> None:
         config: saved_adapter(VARIANT, DOUBLE, config).directory for config in ("prefix", "lora", "union_everything")
     }
     bank = torchgraft.load_adapter(
-        torchgraft.graft(base("bert_sdpa", DOUBLE), adapters=others), directory, "learner", trainable=True)  # fmt: skip
+        torchgraft.graft(base("bert_sdpa", DOUBLE), adapters=others), directory, "learner", trainable=True
+    )
 
     def gradients(module, **options) -> dict[str, Tensor]:
         named = torchgraft.trainable_parameters(module, "learner")
@@ -232,10 +233,13 @@ def test_computed_weights_of_two_adapters_in_one_bank() -> None:
         for row, config in enumerate(("dora", "compacter")):
             torch.testing.assert_close(mixed[row], _hidden(_trainable(config))[row], rtol=0, atol=1e-12)
     named = {name: torchgraft.trainable_parameters(bank, name) for name in ("first", "second", "third")}
-    gradients = dict(zip(
-        [(name, key) for name in named for key in named[name]],
-        torch.autograd.grad(mixed.pow(3).sum(), [tensor for each in named.values() for tensor in each.values()]),
-        strict=True))  # fmt: skip
+    gradients = dict(
+        zip(
+            [(name, key) for name in named for key in named[name]],
+            torch.autograd.grad(mixed.pow(3).sum(), [tensor for each in named.values() for tensor in each.values()]),
+            strict=True,
+        )
+    )
     moved = {name for (name, _), gradient in gradients.items() if bool((gradient != 0).any())}
     assert moved == {"second", "third"}
 
@@ -251,8 +255,9 @@ def test_a_new_compacter_and_dora_can_be_trained() -> None:
         assert not any(key.endswith("down_bias") for key in named) or "phm_bias=False" not in config
         assert sum(p.numel() for p in named.values()) == torchgraft.list_adapters(module)[0].parameters
         with torch.no_grad():
-            torch.testing.assert_close(_hidden(module), _hidden(torchgraft.freeze_adapter(module, "task")),
-                                       rtol=0, atol=1e-12)  # fmt: skip
+            torch.testing.assert_close(
+                _hidden(module), _hidden(torchgraft.freeze_adapter(module, "task")), rtol=0, atol=1e-12
+            )
         module.train()
         for gradient in torch.autograd.grad(_hidden(module).pow(3).sum(), [*named.values()]):
             assert bool(gradient.isfinite().all())

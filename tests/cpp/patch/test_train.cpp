@@ -1,9 +1,9 @@
 #include "encoder.h"
 
+#include <torchgraft/patch/adapters/adapter_bank.h>
+#include <torchgraft/patch/adapters/adapters_module.h>
 #include <torchgraft/patch/head.h>
 #include <torchgraft/patch/life.h>
-#include <torchgraft/patch/module/adapter_bank.h>
-#include <torchgraft/patch/module/adapters_module.h>
 #include <torchgraft/patch/save_adapter.h>
 #include <torchgraft/patch/train.h>
 

@@ -76,7 +76,7 @@ def base(name: str, form: str, dtype: torch.dtype) -> torch.jit.ScriptModule:
 
 
 def methods(name: str) -> list[str]:
-    """Those that the model has places for."""
+    """Those that the model has locations for."""
     return [method for method in METHODS if method not in CASES[name].without]
 
 

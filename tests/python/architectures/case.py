@@ -41,7 +41,7 @@ class Case:
     hidden(result): the tensor that is compared, from the model's result.
     forms: how it becomes TorchScript: "traced", "scripted", and "fused": traced without grad mode, in which torch.nn's
         encoder layers run, and are recorded, as one operator.
-    without: methods that the model has no place for, with the reason.
+    without: methods that the model has no location for, with the reason.
     """
 
     name: str

@@ -61,8 +61,8 @@ class _RestatedEnsemble(nn.Module):
         seen = mask[:, None, None, :].bool()
         return (self.first(x, seen) + self.second(x, seen)) / 2
 
-    def places(self) -> list[Layer]:
-        first, second = self.first.places("first."), self.second.places("second.")
+    def described(self) -> list[Layer]:
+        first, second = self.first.described("first."), self.second.described("second.")
         return first + [replace(layer, number=layer.number + len(first)) for layer in second]
 
 
@@ -84,7 +84,7 @@ def _case(
         make=lambda dtype: make(PlainTransformer(shape, dtype)).to(dtype).eval(),
         arguments=arguments,
         reference=RestatedReference(
-            functools.partial(restated, shape, causal), lambda model: model.plain.places("plain."), hidden
+            functools.partial(restated, shape, causal), lambda model: model.plain.described("plain."), hidden
         ),
         hidden=hidden,
         forms=("scripted", "traced"),
@@ -124,7 +124,7 @@ _LIST = [
         name="own_ensemble",
         make=lambda dtype: odd.Ensemble(PlainTransformer(_PRE, dtype, 1), PlainTransformer(_PRE, dtype, 2)).eval(),
         arguments=_arguments,
-        reference=RestatedReference(functools.partial(_RestatedEnsemble, _PRE), _RestatedEnsemble.places),
+        reference=RestatedReference(functools.partial(_RestatedEnsemble, _PRE), _RestatedEnsemble.described),
         forms=("scripted", "traced"),
     ),
 ]

@@ -115,7 +115,7 @@ class PlainLayer(nn.Module):
             x = self.cross_norm(x + self.cross(x, memory, memory_mask))
         return self.ffn_norm(x + self.ffn(x))
 
-    def places(self, path: str, number: int, feeds_cross: bool) -> Layer:
+    def described(self, path: str, number: int, feeds_cross: bool) -> Layer:
         """Where in a model, in which this layer is at `path`, everything is."""
         first = self.shape.norm_first or self.shape.parallel
         attentions = [
@@ -179,12 +179,12 @@ class PlainTransformer(nn.Module):
             x = self.layers[index](x, mask, memory, memory_mask)
         return x if self.final_norm is None else self.final_norm(x)
 
-    def places(self, path: str = "") -> list[Layer]:
+    def described(self, path: str = "") -> list[Layer]:
         """Every layer, numbered as they first run: encoder layers before decoder layers."""
         stages = [(f"{path}encoder.{i}", layer) for i, layer in enumerate(self.encoder)]
         stages += [(f"{path}layers.{i}", self.layers[i]) for i in self.shape.order or range(self.shape.layers)]
         distinct = dict(stages)
         return [
-            layer.places(place, number, feeds_cross="encoder." in place)
-            for number, (place, layer) in enumerate(distinct.items())
+            layer.described(at, number, feeds_cross="encoder." in at)
+            for number, (at, layer) in enumerate(distinct.items())
         ]

@@ -93,7 +93,7 @@ class RestatedReference:
         model = _made(self, dtype)
         with _Restatement(slots, _bottleneck_config(method)).on(model, self.layers(model)) as record:
             result = self.hidden(model(*arguments))
-        assert set(record.runs) == set(slots), f"without a place: {sorted(set(slots) - set(record.runs))}"
+        assert set(record.runs) == set(slots), f"without a module: {sorted(set(slots) - set(record.runs))}"
         return result, record.gates()
 
 
@@ -113,15 +113,15 @@ _SIZED = {"lora_a": 0, "down_weight": 0, "prefix_key": 1}
 _SIZES = {"lora_b": 1, "down_bias": 0, "up_weight": 1, "prefix_value": 1}
 
 
-def _places(grafted: torch.jit.ScriptModule) -> dict[tuple[str, str], dict[str, Tensor]]:
+def _banks(grafted: torch.jit.ScriptModule) -> dict[tuple[str, str], dict[str, Tensor]]:
     """From adapters.layer_3.self_prefix.prefix_key, adapters.layer_3.mh_adapter_seq_relu.up_bias and the like:
     ("layer_3", "self_prefix") -> parameters of the bank."""
-    places: dict[tuple[str, str], dict[str, Tensor]] = {}
+    banks: dict[tuple[str, str], dict[str, Tensor]] = {}
     for path, value in grafted.state_dict().items():
         parts = path.split(".")
         if parts[0] == "adapters" and len(parts) == 4:
-            places.setdefault((parts[1], parts[2]), {})[parts[3]] = value
-    return places
+            banks.setdefault((parts[1], parts[2]), {})[parts[3]] = value
+    return banks
 
 
 def _of_one(bank: dict[str, Tensor], adapter: int) -> dict[str, Tensor]:
@@ -145,7 +145,7 @@ def _of_one(bank: dict[str, Tensor], adapter: int) -> dict[str, Tensor]:
 def slots_of(grafted: torch.jit.ScriptModule, adapter: int = 0) -> Slots:
     """Copies of an adapter's parameters."""
     slots: Slots = {}
-    for (layer, slot), bank in _places(grafted).items():
+    for (layer, slot), bank in _banks(grafted).items():
         mine = _of_one(bank, adapter)
         if mine:
             key = int(layer.removeprefix("layer_")), re.sub(r"_adapter_.*", "_adapter", slot)
@@ -158,7 +158,7 @@ def randomise_grafted(grafted: torch.jit.ScriptModule) -> None:
     """Normal values for every parameter of the fresh adapters: none is zero, gates are well away from 0.5. The bank's
     padding stays."""
     generator = torch.Generator().manual_seed(23)
-    for _, bank in sorted(_places(grafted).items()):
+    for _, bank in sorted(_banks(grafted).items()):
         for adapter in range(next(iter(bank.values())).size(0)):
             for name, parameter in sorted(_of_one(bank, adapter).items()):
                 if name in ("scaling", "prefix_length"):  # alpha / r, or the configured number
@@ -307,7 +307,7 @@ class _Restatement:
         key, value = torch.cat([prefixes[0], key], dim=2), torch.cat([prefixes[1], value], dim=2)
         return core(query, key, value, mask, dropout_p, False, **options)
 
-    def _hook_branch(self, model: nn.Module, layer: int, places: Attention | FeedForward, slot: str) -> list:
+    def _hook_branch(self, model: nn.Module, layer: int, part: Attention | FeedForward, slot: str) -> list:
         """branch becomes branch + scaling gate (f(x W_down^T + b) W_up^T + b)."""
         if (layer, slot) not in self.slots:
             return []
@@ -322,8 +322,8 @@ class _Restatement:
             x = residual if config["is_parallel"] else first
             if config["original_ln_before"] and not config["is_parallel"]:
                 x = first + residual
-                if places.norm is not None:
-                    x = model.get_submodule(places.norm)(x)
+                if part.norm is not None:
+                    x = model.get_submodule(part.norm)(x)
             down = F.linear(x, parameters["down_weight"], parameters["down_bias"])
             up = F.linear(_ACTIVATIONS[config["non_linearity"]](down), parameters["up_weight"], parameters["up_bias"])
             gate = _gate(x, parameters)
@@ -332,5 +332,5 @@ class _Restatement:
             changed = first + up
             return (changed, *branch[1:]) if isinstance(branch, tuple) else changed
 
-        residual = model.get_submodule(places.residual).register_forward_pre_hook(remember)
-        return [residual, model.get_submodule(places.branch).register_forward_hook(hook)]
+        residual = model.get_submodule(part.residual).register_forward_pre_hook(remember)
+        return [residual, model.get_submodule(part.branch).register_forward_hook(hook)]

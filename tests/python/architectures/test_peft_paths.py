@@ -20,9 +20,14 @@ _LAYERS = 3
 def _bert(seed: int) -> torch.nn.Module:
     torch.manual_seed(seed)
     config = transformers.BertConfig(
-        vocab_size=50, hidden_size=24, num_hidden_layers=_LAYERS, num_attention_heads=3, intermediate_size=48,
-        max_position_embeddings=32, attn_implementation="sdpa",
-    )  # fmt: skip
+        vocab_size=50,
+        hidden_size=24,
+        num_hidden_layers=_LAYERS,
+        num_attention_heads=3,
+        intermediate_size=48,
+        max_position_embeddings=32,
+        attn_implementation="sdpa",
+    )
     return transformers.BertModel(config, add_pooling_layer=False).double().eval()
 
 
@@ -115,8 +120,14 @@ def test_updates_of_two_towers_on_one_of_them_are_refused(tmp_path) -> None:
 
 
 def test_updates_of_different_layers_of_two_towers_are_refused(tmp_path) -> None:
-    _train(TwoTowers(), tmp_path, target_modules=["text.bert.encoder.layer.0.attention.self.query",
-                                                  "vision.bert.encoder.layer.1.attention.self.query"])  # fmt: skip
+    _train(
+        TwoTowers(),
+        tmp_path,
+        target_modules=[
+            "text.bert.encoder.layer.0.attention.self.query",
+            "vision.bert.encoder.layer.1.attention.self.query",
+        ],
+    )
     with pytest.raises(torchgraft.GraftError, match="are of different parts"):
         torchgraft.load_adapter(_traced(Tower(1)), tmp_path)
 

@@ -118,9 +118,9 @@ _SLOTS |= {"ffn_in": "intermediate_lora", "ffn_out": "output_lora"}
 def _lora_parameters(grafted: torch.jit.ScriptModule, layer: dict, role: str) -> tuple[Tensor, Tensor]:
     """lora_a [r, in] and lora_b [out, r] of a projection."""
     prefix = "" if role.startswith("ffn") else "crossattn_" if layer["kind"] == "cross" else "selfattn_"
-    place = f"adapters.layer_{layer['layer']}.{prefix}{_SLOTS[role]}"
+    slot = f"adapters.layer_{layer['layer']}.{prefix}{_SLOTS[role]}"
     parameters = dict(grafted.named_parameters())
-    return parameters[f"{place}.lora_a"][0], parameters[f"{place}.lora_b"][0]
+    return parameters[f"{slot}.lora_a"][0], parameters[f"{slot}.lora_b"][0]
 
 
 def _assert_lora_equals_merged_weights(base: torch.jit.ScriptModule, given: tuple) -> None:
@@ -174,7 +174,7 @@ def test_torch_decoder(norm_first: bool, batch_first: bool) -> None:
     grafted = torchgraft.graft(base, config="unipelt", name="task")
     with torch.no_grad():
         _, gates = grafted.forward_with_gates(*arguments(3, 7))
-    assert {place: tuple(gate.shape) for place, gate in gates["task"][1].items()} == {
+    assert {location: tuple(gate.shape) for location, gate in gates["task"][1].items()} == {
         "selfattn_lora": (3, 4),  # q and v of the self attention, then of the cross attention
         "self_prefix": (3, 1),
         "cross_prefix": (3, 1),

@@ -19,18 +19,18 @@ _OTHERWISE_EAGER = {("torch_encoder_post_padding", "traced")}
 
 
 def _bert(number: int) -> Layer:
-    places = post_norm(
+    parts = post_norm(
         f"model.encoder.layer.{number}",
         ("attention.self.query", "attention.self.key", "attention.self.value"),
         ("attention.output.dense", "output.dense"),
         ("attention.output.LayerNorm", "output.LayerNorm"),
         ("intermediate.dense", "output.dense"),
     )
-    return Layer(number, **places)
+    return Layer(number, **parts)
 
 
 def _vit(number: int) -> Layer:
-    places = pre_norm(
+    parts = pre_norm(
         f"model.encoder.layer.{number}",
         "attention.attention",
         ("query", "key", "value"),
@@ -38,7 +38,7 @@ def _vit(number: int) -> Layer:
         ("layernorm_before", "layernorm_after"),
         ("intermediate.dense", "output.dense"),
     )
-    return Layer(number, **places)
+    return Layer(number, **parts)
 
 
 def _bart_attention(path: str, name: str, kind: str) -> Attention:
@@ -60,8 +60,8 @@ def _bart(number: int, stage: str, index: int) -> Layer:
     return Layer(number, tuple(attentions), block)
 
 
-def _numbered(places, model) -> list[Layer]:
-    return [places(number) for number in range(model.model.config.num_hidden_layers)]
+def _numbered(layer, model) -> list[Layer]:
+    return [layer(number) for number in range(model.model.config.num_hidden_layers)]
 
 
 def _bart_layers(model) -> list[Layer]:

@@ -30,7 +30,7 @@ def test_keys_and_values_that_are_saved_are_those_that_the_library_saved(name: s
         assert sorted(set(written) - pools) == sorted(expected)
         for key, tensor in expected.items():
             assert torch.equal(written[key], tensor), key
-        # A pool holds keys and values now, at a place that the library has.
-        places = {key.rpartition(".control_trans")[0] for key in adapter.weights if ".control_trans" in key}
-        assert {key.rpartition(".control_trans")[0] for key in pools} <= places
-        assert bool(pools) == bool(places)
+        # A pool holds keys and values now, under a key that the library has.
+        owners = {key.rpartition(".control_trans")[0] for key in adapter.weights if ".control_trans" in key}
+        assert {key.rpartition(".control_trans")[0] for key in pools} <= owners
+        assert bool(pools) == bool(owners)

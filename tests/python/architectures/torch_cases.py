@@ -299,7 +299,7 @@ def _case(name: str, kind: type, shape: Shape, spelling: Spelling, forms: tuple[
         make=functools.partial(_make, shape, spelling, kind),
         arguments=functools.partial(_arguments, shape, spelling),
         reference=RestatedReference(
-            make=functools.partial(_Restated, shape, spelling), layers=lambda model: model.plain.places("plain.")
+            make=functools.partial(_Restated, shape, spelling), layers=lambda model: model.plain.described("plain.")
         ),
         forms=forms,
     )

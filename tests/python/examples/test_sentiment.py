@@ -81,8 +81,11 @@ def test_an_archive_that_is_something_else(tmp_path: Path, monkeypatch: pytest.M
 
 def accuracies(runs: list[dict], method: str) -> list[float]:
     """Of the runs that the report compares, one a seed."""
-    return [run["outcome"]["accuracy"] for run in runs if run["job"]["method"] == method and
-            (run["job"]["domain"], run["job"]["sentences"]) == ("movie_reviews", 2000)]  # fmt: skip
+    return [
+        run["outcome"]["accuracy"]
+        for run in runs
+        if run["job"]["method"] == method and (run["job"]["domain"], run["job"]["sentences"]) == ("movie_reviews", 2000)
+    ]
 
 
 @needs_archive

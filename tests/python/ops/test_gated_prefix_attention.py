@@ -158,8 +158,10 @@ def test_base_rows_are_plain_attention(mask, ids, dtype):
         # bfloat16, this one rounds its result, once.
         alone, _ = op(**{**args, "adapter_ids": None, "adapter": -1})
         assert torch.equal(output[rows], alone[rows])
-        wide = [None if tensor is None else tensor if tensor.dtype == torch.bool else tensor.double()
-                for tensor in (args["query"], args["key"], args["value"], mask)]  # fmt: skip
+        wide = [
+            None if tensor is None else tensor if tensor.dtype == torch.bool else tensor.double()
+            for tensor in (args["query"], args["key"], args["value"], mask)
+        ]
         exact = F.scaled_dot_product_attention(*wide)
         torch.testing.assert_close(output[rows].double(), exact[rows], rtol=2.0**-8, atol=1e-6)
     else:
@@ -210,8 +212,10 @@ def test_dropout_is_random_and_right_on_average():
 def test_dropout_in_float32_gives_the_gradients_of_float64():
     """The gate's included: its kernel records no gradient in float32. One seed drops the same elements in both."""
     wide = dropout_args(0.3, attn_mask=None)
-    narrow = {name: value.float() if torch.is_tensor(value) and value.is_floating_point() else value
-              for name, value in wide.items()}  # fmt: skip
+    narrow = {
+        name: value.float() if torch.is_tensor(value) and value.is_floating_point() else value
+        for name, value in wide.items()
+    }
     found = []
     for args in (narrow, wide):
         torch.manual_seed(0)

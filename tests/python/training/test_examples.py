@@ -91,12 +91,15 @@ def test_no_number_is_a_position_where_names_are_numbers(label: str) -> None:
         class_indices(_labelled("1", label), ["1", "2", "3"])
 
 
-@pytest.mark.parametrize(("label", "message"), [
-    ("--1", "file, line 3: label '--1' is unknown; the classes are bad, good"),
-    ("2", "file, line 3: label 2 is out of range for 2 classes (0 to 1: bad, good)"),
-    ("-1", "file, line 3: label -1 is out of range"),
-    ("ugly", "file, line 3: label 'ugly' is unknown; the classes are bad, good"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ("--1", "file, line 3: label '--1' is unknown; the classes are bad, good"),
+        ("2", "file, line 3: label 2 is out of range for 2 classes (0 to 1: bad, good)"),
+        ("-1", "file, line 3: label -1 is out of range"),
+        ("ugly", "file, line 3: label 'ugly' is unknown; the classes are bad, good"),
+    ],
+)
 def test_a_label_that_is_no_class(label: str, message: str) -> None:
     with pytest.raises(GraftError) as caught:
         class_indices(_labelled("good", label), ["bad", "good"])

@@ -132,8 +132,10 @@ ACCIDENTS = {
 def test_after_an_accident_resume_gives_the_same_weights(case: str, files: Files, whole: Path, tmp_path: Path) -> None:
     function, count, accident, status = ACCIDENTS[case]
     output = tmp_path / "out"
-    arguments = [str(part) for part in (files.base, "-o", output, "--train", files.train, "--validation",
-                                        files.validation, *QUICKLY)]  # fmt: skip
+    arguments = [
+        str(part)
+        for part in (files.base, "-o", output, "--train", files.train, "--validation", files.validation, *QUICKLY)
+    ]
     place, name = function.rsplit(".", 1)
     program = f"""
 import errno, os, runpy, signal, sys
@@ -195,18 +197,24 @@ FAILING = {
     "no file": (["--train", "{f}/none.csv", "-o", "{f}/out"], "none.csv: cannot read"),
     "an empty file": (["--train", "{f}/empty.csv", "-o", "{f}/out"], "empty.csv: holds no examples"),
     "an unknown label": ([*_TRAIN, "--labels", "bad,good"], "train.csv, line 4: label 'so_so' is unknown"),
-    "a label out of range": (["--train", "{f}/numbers.csv", "--labels", "a,b", "-o", "{f}/out"],
-                             "numbers.csv, line 3: label 2 is out of range for 2 classes"),
-    "an unknown label in the validation file": ([*_TRAIN, "--validation", "{f}/numbers.csv"],
-                                                "numbers.csv, line 3: label 3 is out of range"),
-    "a class without examples": ([*_TRAIN, "--labels", "bad,good,so_so,fine"],
-                                 "no training example has the label fine"),
+    "a label out of range": (
+        ["--train", "{f}/numbers.csv", "--labels", "a,b", "-o", "{f}/out"],
+        "numbers.csv, line 3: label 2 is out of range for 2 classes",
+    ),
+    "an unknown label in the validation file": (
+        [*_TRAIN, "--validation", "{f}/numbers.csv"],
+        "numbers.csv, line 3: label 3 is out of range",
+    ),
+    "a class without examples": (
+        [*_TRAIN, "--labels", "bad,good,so_so,fine"],
+        "no training example has the label fine",
+    ),
     "one class only": (["--train", "{f}/one.csv", "-o", "{f}/out"], "at least two different classes, got bad"),
     "no tokenizer": ([*_TRAIN, "--tokenizer", "{f}/none.json"], "none.json: no such file"),
     "an unknown configuration": ([*_TRAIN, "--config", "unipel"], "no configuration is called 'unipel'"),
     "a batch of none": ([*_TRAIN, "--batch-size", "0"], "expected batch_size >= 1, got 0"),
     "an unknown device": ([*_TRAIN, "--device", "abacus"], "device 'abacus'"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -297,8 +305,10 @@ def test_a_head_with_other_labels_is_not_trained_further(
     trained_before: list[object], main: Callable, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
     assert main([*trained_before, "--labels", "good,bad,so_so"]) == 1
-    assert ("'task' has a head for classification of bad, good, so_so; the classes here are good, bad, so_so. Give "
-            "those in --labels, or --new-head for a fresh one") in capsys.readouterr().err  # fmt: skip
+    assert (
+        "'task' has a head for classification of bad, good, so_so; the classes here are good, bad, so_so. Give "
+        "those in --labels, or --new-head for a fresh one"
+    ) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -308,8 +318,9 @@ def test_bad_input_is_one_line(case: str, files: Files, main: Callable, capsys: 
     folder = files.base.parent
     write_csv(folder / "one.csv", [one for one in make_examples(9) if one.label == "bad"])
     (folder / "empty.csv").write_text("")
-    (folder / "numbers.csv").write_text("text,label\na film,0\nthe film,2\n" if "validation" not in case
-                                        else "text,label\na film,0\nthe film,3\n")  # fmt: skip
+    (folder / "numbers.csv").write_text(
+        "text,label\na film,0\nthe film,2\n" if "validation" not in case else "text,label\na film,0\nthe film,3\n"
+    )
     arguments, message = (WRONG | FAILING)[case]
     status = main([files.base, *(argument.format(f=folder) for argument in arguments)])
     told = capsys.readouterr().err

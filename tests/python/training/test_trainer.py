@@ -105,8 +105,12 @@ def test_steps_are_those_of_a_loop_written_out() -> None:
             optimizer.param_groups[0]["lr"] = highest * rate
             optimizer.step()
         told = recorder.steps[step]
-        assert told == (step + 1, pytest.approx(loss.item(), rel=1e-5), pytest.approx(options.learning_rate * rate),
-                        pytest.approx(norm, rel=1e-4))  # fmt: skip
+        assert told == (
+            step + 1,
+            pytest.approx(loss.item(), rel=1e-5),
+            pytest.approx(options.learning_rate * rate),
+            pytest.approx(norm, rel=1e-4),
+        )
     assert largest_difference(actual, weights_of(module)) < 1e-6
 
 
@@ -140,8 +144,8 @@ def test_a_stopped_run_ends_with_the_same_weights(stop: int, tmp_path: Path) -> 
     assert resumed.epochs[-1]["train_loss"] == pytest.approx(whole.epochs[-1]["train_loss"], rel=1e-5)
     # A run that has ended is only read.
     finished = Recorder()
-    assert largest_difference(weights_of(train(OPTIONS, validation=21, listeners=[finished], checkpoint=path,
-                                               resume=True)), expected) <= 1e-6  # fmt: skip
+    resumed = train(OPTIONS, validation=21, listeners=[finished], checkpoint=path, resume=True)
+    assert largest_difference(weights_of(resumed), expected) <= 1e-6
     assert finished.steps == []
 
 
@@ -248,8 +252,10 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint(tmp_path: Path, monke
 def test_a_run_with_other_settings_does_not_go_on(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     train(replace(OPTIONS, epochs=1), checkpoint=path)
-    for changed, message in ((replace(OPTIONS, epochs=1, learning_rate=1.0), "learning_rate was 0.003, is 1.0"),
-                             (replace(OPTIONS, epochs=3), "epochs was 1, is 3")):  # fmt: skip
+    for changed, message in (
+        (replace(OPTIONS, epochs=1, learning_rate=1.0), "learning_rate was 0.003, is 1.0"),
+        (replace(OPTIONS, epochs=3), "epochs was 1, is 3"),
+    ):
         with pytest.raises(GraftError, match=message):
             train(changed, checkpoint=path, resume=True)
     with pytest.raises(GraftError, match="examples was 50, is 40"):

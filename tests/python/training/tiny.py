@@ -101,5 +101,8 @@ def write_csv(path: Path, examples: list[Example]) -> Path:
 def write_files(folder: Path) -> Files:
     make_base().save(str(folder / "base.pt"))
     make_tokenizer().save(str(folder / "tokenizer.json"))
-    return Files(folder / "base.pt", write_csv(folder / "train.csv", make_examples(50, 0)),
-                 write_csv(folder / "validation.csv", make_examples(21, 1)))  # fmt: skip
+    return Files(
+        folder / "base.pt",
+        write_csv(folder / "train.csv", make_examples(50, 0)),
+        write_csv(folder / "validation.csv", make_examples(21, 1)),
+    )

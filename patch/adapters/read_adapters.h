@@ -1,6 +1,6 @@
 #pragma once
 
-#include <torchgraft/patch/module/adapter.h>
+#include <torchgraft/patch/adapters/adapter.h>
 
 #include <torch/csrc/jit/api/module.h>
 

@@ -1,7 +1,7 @@
 #pragma once
 
-#include <torchgraft/patch/graft.h>
-#include <torchgraft/patch/module/adapter.h>
+#include <torchgraft/patch/adapters/adapter.h>
+#include <torchgraft/patch/graft_spec.h>
 
 #include <string>
 #include <vector>

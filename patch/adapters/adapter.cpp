@@ -1,4 +1,4 @@
-#include <torchgraft/patch/module/adapter.h>
+#include <torchgraft/patch/adapters/adapter.h>
 
 #include <c10/util/Exception.h>
 

@@ -1,9 +1,10 @@
-#include <torchgraft/patch/module/adapter_bank.h>
+#include <torchgraft/patch/adapters/adapter_bank.h>
 
 #include <torchgraft/plan/locations.h>
 #include <torchgraft/plan/phm.h>
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 
 #include <algorithm>
 #include <limits>

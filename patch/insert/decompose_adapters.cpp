@@ -1,8 +1,10 @@
-#include <torchgraft/patch/adapters/decompose_adapters.h>
+#include <torchgraft/patch/insert/decompose_adapters.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/source_parts.h>
 #include <torchgraft/patch/insert/activation_source.h>
 #include <torchgraft/patch/insert/row_functions.h>
+#include <torchgraft/registration/masked_score.h>
 
 #include <torch/csrc/jit/passes/constant_propagation.h>
 #include <torch/csrc/jit/passes/dead_code_elimination.h>
@@ -25,19 +27,18 @@ def update(x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: Tensor, gate: Ten
     hidden = torch.matmul(x, selected(lora_a, adapter_ids, adapter).transpose(1, 2))
     return torch.matmul(hidden * coefficient, selected(lora_b, adapter_ids, adapter).transpose(1, 2))
 
-def additive(query: Tensor, key: Tensor, attn_mask: Optional[Tensor], is_causal: bool) -> Tensor:
+def prefixed_mask(query: Tensor, key: Tensor, attn_mask: Optional[Tensor], is_causal: bool) -> Tensor:
     if attn_mask is not None:
         mask = attn_mask
         if mask.dtype == 11:
-            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(torch.logical_not(mask), float("-inf"))
+            mask = additive_mask(torch.logical_not(mask), query.dtype)
         mask = mask.to(query.dtype)
         sizes = list(mask.size())
         return mask.view([1] * (4 - len(sizes)) + sizes)
-    mask = torch.zeros([1, 1, query.size(2), key.size(2)], dtype=query.dtype, device=query.device)
+    seen = torch.ones([1, 1, query.size(2), key.size(2)], dtype=11, device=query.device)
     if is_causal:
-        seen = torch.ones([query.size(2), key.size(2)], dtype=11, device=query.device).tril()
-        mask = mask.masked_fill(torch.logical_not(seen), float("-inf"))
-    return mask
+        seen = seen.tril()
+    return additive_mask(torch.logical_not(seen), query.dtype)
 )python";
 
 // The end of both bottlenecks' bodies: computes the result from x, residual and gate.
@@ -132,9 +133,8 @@ BOTTLENECK
     used = torch.logical_and(positions.lt(selected(prefix_length, adapter_ids, adapter).unsqueeze(1)),
                              is_active(x, adapter_ids, adapter).unsqueeze(1))
     hidden = torch.logical_not(used).view(-1, 1, 1, length)
-    mask = additive(query, key, attn_mask, is_causal)
-    prefix_mask = torch.zeros([1, 1, 1, length], dtype=query.dtype, device=query.device)
-    prefix_mask = prefix_mask.masked_fill(hidden, float("-inf")).expand(rows, mask.size(1), query.size(2), length)
+    mask = prefixed_mask(query, key, attn_mask, is_causal)
+    prefix_mask = additive_mask(hidden, query.dtype).expand(rows, mask.size(1), query.size(2), length)
     mask = torch.cat([prefix_mask, mask.expand(rows, mask.size(1), query.size(2), key.size(2))], -1)
     keys = torch.cat([prefixed_key, key], 2)
     values = torch.cat([prefixed_value, value], 2)
@@ -152,7 +152,7 @@ BOTTLENECK
     else:
         visible = attn_mask
         if visible.dtype != 11:
-            visible = visible.gt(-9000.0)
+            visible = visible.gt(MASKED_SCORE)
         visible = visible.any(-2)
         if attn_mask.dim() == 4:
             visible = visible.any(1)
@@ -195,7 +195,9 @@ std::string source_for(const Node* node, const Definition& definition, const std
     TORCH_INTERNAL_ASSERT(non_linearity, "the non-linearity of ", name, " is no constant");
     replace_word(body, "ACTIVATION", activation_source(non_linearity->toStringRef()));
   }
-  return row_source() + kHelpers + ("\ndef " + name + "(" + parameters + "):\n") + nones + body.substr(1);
+  replace_word(body, "MASKED_SCORE", number_source(kMaskedScore));
+  return additive_mask_source() + row_source() + kHelpers + ("\ndef " + name + "(" + parameters + "):\n") + nones +
+         body.substr(1);
 }
 
 }  // namespace

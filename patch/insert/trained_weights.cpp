@@ -1,10 +1,12 @@
-#include <torchgraft/patch/module/trained_weights.h>
+#include <torchgraft/patch/insert/trained_weights.h>
 
+#include <torchgraft/patch/adapters/adapters_module.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/insert/activation_source.h>
-#include <torchgraft/patch/module/adapters_module.h>
 #include <torchgraft/patch/sites/base_weight.h>
 #include <torchgraft/plan/phm.h>
+
+#include <algorithm>
 
 namespace torchgraft {
 

@@ -1,6 +1,6 @@
-#include <torchgraft/patch/module/read_adapters.h>
+#include <torchgraft/patch/adapters/read_adapters.h>
 
-#include <torchgraft/patch/module/adapters_module.h>
+#include <torchgraft/patch/adapters/adapters_module.h>
 #include <torchgraft/plan/phm.h>
 #include <torchgraft/plan/prefix_mlp.h>
 #include <torchgraft/plan/reparametrisation.h>

@@ -1,7 +1,7 @@
 #pragma once
 
-#include <torchgraft/patch/insert/bottleneck_form.h>
-#include <torchgraft/patch/module/adapter.h>
+#include <torchgraft/patch/adapters/adapter.h>
+#include <torchgraft/patch/adapters/bottleneck_form.h>
 
 #include <map>
 #include <set>

@@ -1,4 +1,4 @@
-#include <torchgraft/patch/module/adapters_module.h>
+#include <torchgraft/patch/adapters/adapters_module.h>
 
 #include <ATen/ATen.h>
 

@@ -1,4 +1,4 @@
-#include <torchgraft/patch/insert/bottleneck_form.h>
+#include <torchgraft/patch/adapters/bottleneck_form.h>
 
 #include <c10/util/Exception.h>
 

@@ -1,4 +1,4 @@
-#include <torchgraft/patch/module/make_adapter.h>
+#include <torchgraft/patch/adapters/make_adapter.h>
 
 #include <torchgraft/plan/head_weights.h>
 #include <torchgraft/plan/phm.h>
