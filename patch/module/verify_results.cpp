@@ -28,7 +28,7 @@ using torch::jit::Value;
 double tolerance(at::ScalarType dtype) {
   switch (dtype) {
     case at::kDouble:
-      return 1e-9;
+      return 1e-5;  // such models often take their softmax in float32
     case at::kFloat:
       return 1e-4;
     default:
