@@ -36,6 +36,12 @@ struct AdapterPoolStats {
   int64_t rebuilds = 0;    // banks that had to grow
 };
 
+// Which of options.room a pool on `module` could not make rows for, and why: one text for each, empty for those that
+// have room beside all before them. The pool itself throws for the first of the others. Throws c10::Error when the
+// module is no Transformer, as the pool does.
+TORCHGRAFT_PATCH_API std::vector<std::string> check_room(const torch::jit::Module& module,
+                                                         const AdapterPoolOptions& options);
+
 // Any number of adapters on one base. `capacity` of them are in memory, as rows of banks [capacity, ...]. To load an
 // adapter the pool writes a row in place; the graph and the module stay as they are. When no row is free, the adapter
 // that was used longest ago leaves.

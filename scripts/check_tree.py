@@ -23,19 +23,19 @@ NOT_TEXT = {".png", ".svg", ".json", ".j2"}
 # For each folder: the folders (or single headers) of this project that its sources may include, and the prefixes of
 # other libraries' headers. Every source may include the standard library. A folder that is not listed may include
 # anything.
-_EXPORT = "registration/export.h"
+_EXPORT, _JSON = "registration/export.h", "registration/parse_json.h"
 LAYERS: dict[str, tuple[set[str], tuple[str, ...]]] = {
     "activations": ({"activations", _EXPORT}, ("ATen/", "c10/")),
-    "config": ({"config", "activations", _EXPORT}, ("c10/util/", "nlohmann/")),
+    "config": ({"config", "activations", _EXPORT, _JSON}, ("c10/util/", "nlohmann/")),
     "plan": (
-        {"plan", "config", "activations", _EXPORT},
+        {"plan", "config", "activations", _EXPORT, _JSON},
         ("ATen/", "c10/", "nlohmann/", "fcntl.h", "sys/", "unistd.h"),
     ),
     "ops": (
         {"ops", "activations", "registration"},
         ("ATen/", "c10/", "torch/library.h", "torch/csrc/autograd/", "nlohmann/"),
     ),
-    "registration": ({"registration"}, ("torch/library.h",)),
+    "registration": ({"registration"}, ("torch/library.h", "c10/util/", "nlohmann/")),
     "patch": (
         {"patch", "plan", "config", "activations", "registration"},
         ("ATen/", "c10/", "torch/csrc/jit/", "nlohmann/", "fcntl.h", "sys/", "unistd.h"),
