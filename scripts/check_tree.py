@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Checks for scripts/check that no tool makes: line lengths, sizes of files and functions, and includes between
-folders.
+"""Checks for scripts/check that no tool makes: line lengths, sizes of files and functions, includes between
+folders, and who parses JSON.
 
 scripts/check_tree.py          # one line for each finding; exit code 1 if there is one
 scripts/check_tree.py --fix    # wraps paragraphs of Markdown that are too wide
@@ -130,6 +130,24 @@ def forbidden_includes(path: Path) -> Iterator[Finding]:
             yield path, number, f"{path.parts[0]}/ may not include <{header}>: see LAYERS in scripts/check_tree.py"
 
 
+# --- Parsing ---
+
+# Where JSON becomes values: these have limits and name what they read. Examples and benchmarks in Python may read what
+# they wrote themselves, and so may tests.
+PARSERS = {"registration/parse_json.h", "python/torchgraft/_reading.py"}
+_OWN_PARSING = {".py": r"\bjson\.loads?\(", ".cpp": r"[Jj]son::(parse|accept|sax_parse)\("}
+_OWN_PARSING[".h"] = _OWN_PARSING[".cpp"]
+
+
+def own_parsing(path: Path) -> Iterator[Finding]:
+    is_program = path.parts[0] in ("python", *LAYERS) or path.parts[:2] == ("examples", "ray_serve")
+    if str(path) in PARSERS or (path.suffix == ".py" and not is_program) or path.parts[0] == "tests":
+        return
+    for number, line in enumerate(lines_of(path), 1):
+        if re.search(_OWN_PARSING[path.suffix], line):
+            yield path, number, "parses JSON without limits: call parse_json (registration/parse_json.h, _reading.py)"
+
+
 # --- Wrapping Markdown ---
 
 _ITEM = re.compile(r"\s*(?:[-*+]|\d+[.)])\s+")
@@ -198,6 +216,7 @@ def main() -> int:
             findings += long_lines(path)
         if path.suffix in (".cpp", ".h", ".py"):
             findings += sizes(path)
+            findings += own_parsing(path)
         if path.suffix in (".cpp", ".h") and path.parts[0] in LAYERS:
             findings += forbidden_includes(path)
     for path, number, text in findings:
