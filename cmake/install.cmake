@@ -21,7 +21,8 @@ set(torchgraft_headers
   ops/gated_prefix_attention.h
   registration/error_text.h
   registration/export.h
-  registration/library.h)
+  registration/library.h
+  registration/parse_json.h)
 if(TORCHGRAFT_BUILD_PATCH)
   list(APPEND torchgraft_targets torchgraft_patch)
   list(APPEND torchgraft_headers
@@ -34,6 +35,7 @@ if(TORCHGRAFT_BUILD_PATCH)
     config/method_configs.h
     config/named_configs.h
     patch/adapter_pool.h
+    patch/check_room.h
     patch/forward_inputs.h
     patch/graft.h
     patch/graft_spec.h
@@ -47,6 +49,7 @@ if(TORCHGRAFT_BUILD_PATCH)
     plan/module_weights.h
     plan/plan.h
     plan/read_adapter_hub.h
+    plan/regular_file.h
     plan/safetensors.h
     plan/structure.h)
 endif()

@@ -3,6 +3,7 @@
 #include <torchgraft/config/config_union.h>
 #include <torchgraft/config/json_fields.h>
 #include <torchgraft/config/named_configs.h>
+#include <torchgraft/registration/parse_json.h>
 
 namespace torchgraft {
 namespace {
@@ -67,12 +68,7 @@ OrderedJson write_method(const MethodConfig& method) {
 }  // namespace
 
 AdapterConfig config_from_json(std::string_view text) {
-  Json json;
-  try {
-    json = Json::parse(text);
-  } catch (const Json::parse_error& error) {
-    TORCH_CHECK(false, "config: malformed JSON: ", error.what());
-  }
+  const Json json = parse_json(text, "config");
   // adapter_config.json wraps the config: {"config": {...} or "name", "hidden_size": ..., "model_type": ...}.
   const bool wrapped = json.is_object() && json.contains("config");
   const Json inner = wrapped ? json.at("config") : json;

@@ -4,6 +4,7 @@
 #include <torchgraft/config/config_union.h>
 #include <torchgraft/config/json_fields.h>
 #include <torchgraft/config/named_configs.h>
+#include <torchgraft/registration/parse_json.h>
 
 #include <c10/util/Exception.h>
 
@@ -44,17 +45,19 @@ class LiteralReader {
         ++at_;
       }
     }
-    const OrderedJson parsed = OrderedJson::parse("{" + json_ + "}", /*cb=*/nullptr, /*allow_exceptions=*/false);
-    TORCH_CHECK(!parsed.is_discarded(), "config: cannot read the values [", text_,
-                "]; expected e.g. [reduction_factor=8, use_gating=True, non_linearity='gelu', leave_out=[0, 1]]");
-    return parsed;
+    return parse_json<OrderedJson>("{" + json_ + "}",
+                                   "config: cannot read the values [" + std::string(text_) +
+                                       "], expected e.g. [reduction_factor=8, use_gating=True, non_linearity='gelu', "
+                                       "leave_out=[0, 1]]");
   }
 
  private:
   void string(char quote) {
     const size_t end = text_.find(quote, at_ + 1);
     TORCH_CHECK(end != std::string_view::npos, "config: a quote in [", text_, "] is not closed");
-    json_ += OrderedJson(std::string(text_.substr(at_ + 1, end - at_ - 1))).dump();
+    // What is no UTF-8 becomes U+FFFD, which no name has.
+    const OrderedJson value(std::string(text_.substr(at_ + 1, end - at_ - 1)));
+    json_ += value.dump(-1, ' ', false, OrderedJson::error_handler_t::replace);
     at_ = end + 1;
   }
 
@@ -99,7 +102,7 @@ class LiteralReader {
 
 // `method` with the values of `changes` in place of its own.
 MethodConfig changed(const MethodConfig& method, const OrderedJson& changes) {
-  OrderedJson json = OrderedJson::parse(config_to_json(AdapterConfig{{method}}));
+  OrderedJson json = parse_json<OrderedJson>(config_to_json(AdapterConfig{{method}}), "config");
   json.update(changes);
   return config_from_json(json.dump()).methods.front();
 }

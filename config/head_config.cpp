@@ -2,6 +2,7 @@
 
 #include <torchgraft/activations/activation.h>
 #include <torchgraft/config/json_fields.h>
+#include <torchgraft/registration/parse_json.h>
 
 #include <algorithm>
 
@@ -21,7 +22,7 @@ void require_known(const std::string& field, const std::string& value, const std
 }  // namespace
 
 bool is_known_head(std::string_view text) {
-  const Json whole = Json::parse(text, /*cb=*/nullptr, /*allow_exceptions=*/false);
+  const Json whole = parse_json(text, "head");
   TORCH_CHECK(whole.is_object(), "head: expected a JSON object, as AdapterHub's head_config.json; the file is damaged");
   if (!whole.contains("config") || !whole.at("config").is_object()) {
     return false;  // heads of transformers' own classes have no such object
@@ -31,7 +32,7 @@ bool is_known_head(std::string_view text) {
 }
 
 HeadConfig head_config_from_json(std::string_view text) {
-  const Json whole = Json::parse(text, /*cb=*/nullptr, /*allow_exceptions=*/false);
+  const Json whole = parse_json(text, "head");
   TORCH_CHECK(whole.is_object() && whole.contains("config") && whole.at("config").is_object(),
               "head: expected JSON with an object \"config\", as AdapterHub's head_config.json");
   HeadConfig config = json::read_config(whole.at("config"), "HeadConfig", HeadConfig{},

@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include <cmath>
+#include <cstdint>
 #include <map>
 #include <optional>
 #include <set>
@@ -20,7 +21,10 @@ using Json = nlohmann::json;
 using OrderedJson = nlohmann::ordered_json;
 
 [[noreturn]] inline void wrong_type(const std::string& field, const char* expected, const Json& value) {
-  TORCH_CHECK(false, "config: expected ", field, " to be ", expected, ", got ", value.dump());
+  constexpr size_t kLongest = 200;
+  const std::string text = value.dump();
+  TORCH_CHECK(false, "config: expected ", field, " to be ", expected, ", got ",
+              text.size() <= kLongest ? text : text.substr(0, kLongest) + "...");
 }
 
 // Whether `value` is a whole number that an int64 holds exactly.
@@ -41,9 +45,10 @@ inline void read(const std::string& field, const Json& value, double& target) {
 }
 
 inline void read(const std::string& field, const Json& value, int64_t& target) {
+  const bool wraps = value.is_number_unsigned() && value.get<uint64_t>() > INT64_MAX;
   const bool integral = value.is_number_integer() || (value.is_number_float() && is_exact_integer(value.get<double>()));
-  if (!integral) {
-    wrong_type(field, "an integer", value);
+  if (!integral || wraps) {
+    wrong_type(field, wraps ? "an integer below 2^63" : "an integer", value);
   }
   target = value.get<int64_t>();
 }

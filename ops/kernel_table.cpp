@@ -1,6 +1,7 @@
 #include <c10/util/Exception.h>
 #include <torchgraft/ops/kernel_mode.h>
 #include <torchgraft/ops/kernel_table.h>
+#include <torchgraft/registration/parse_json.h>
 
 #include <cmath>
 #include <limits>
@@ -34,8 +35,8 @@ double positive(const Json& entry, const char* key) {
 
 KernelTable KernelTable::parse(const std::string& text, const std::string& source) {
   KernelTable table;
+  const Json json = parse_json(text, source);
   try {
-    const Json json = Json::parse(text);
     const int version = json.at("kernel_table").get<int>();
     TORCH_CHECK(version == 1, "expected \"kernel_table\" to be 1, got ", version);
     const bool is_ours = json.at("instruction_set").get<std::string>() == kernel_instruction_set();

@@ -5,6 +5,7 @@
 #include <torchgraft/patch/module/draft.h>
 #include <torchgraft/patch/module/head_logits.h>
 #include <torchgraft/patch/pool/pool_generation.h>
+#include <torchgraft/patch/pool/row_size.h>
 #include <torchgraft/plan/save_adapter_hub.h>
 
 #include <c10/util/ScopeExit.h>
@@ -152,6 +153,8 @@ Adapter AdapterPool::State::prepare(const AdapterSpec& spec) const {
   TORCH_CHECK(!spec.name.empty(), "AdapterPool: an adapter needs a name; the empty one is the base model");
   AdapterSpec frozen = spec;
   frozen.trainable = false;  // it becomes a row of the banks
+  check_supported(frozen.config);
+  check_least_bytes(make_plan(base.sites.structure, frozen.config), base.weights, max_row_bytes);
   Adapter adapter = make_adapter(frozen, base.sites.structure, base.weights);
   complete_dora(adapter, base.sites, base.module);
   return adapter;

@@ -1,5 +1,6 @@
 #include <torchgraft/patch/save_adapter.h>
 
+#include <torchgraft/patch/adapters/adapter_files.h>
 #include <torchgraft/patch/adapters/adapters_module.h>
 #include <torchgraft/patch/adapters/directory_update.h>
 #include <torchgraft/patch/adapters/make_adapter.h>
@@ -12,12 +13,11 @@
 #include <torchgraft/plan/head_weights.h>
 #include <torchgraft/plan/safetensors.h>
 #include <torchgraft/plan/save_adapter_hub.h>
+#include <torchgraft/registration/parse_json.h>
 
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
-#include <filesystem>
-#include <fstream>
 #include <sstream>
 
 namespace torchgraft {
@@ -26,31 +26,7 @@ namespace {
 using torch::jit::Module;
 using Json = nlohmann::ordered_json;
 
-constexpr const char* kConfigFile = "adapter_config.json";
-constexpr const char* kWeightsFile = "adapter.safetensors";
-constexpr const char* kKnownHeads =
-    "heads for classification, multi-label classification, regression and tagging are; a prediction needs its own head";
-constexpr const char* kHeadConfigFile = "head_config.json";
-constexpr const char* kHeadWeightsFile = "model_head.safetensors";
-constexpr const char* kPickledWeightsFile = "pytorch_adapter.bin";
-constexpr const char* kPickledHeadFile = "pytorch_model_head.bin";
 constexpr const char* kFormat = "adapters.1.3.0";
-constexpr const char* kReadInPython =
-    " is for Python: load it there with torchgraft.load_adapter and save the adapter again";
-constexpr std::streamoff kLongestConfig = 1 << 20;
-
-std::string read_text(const std::filesystem::path& path) {
-  std::ifstream file(path, std::ios::binary | std::ios::ate);
-  TORCH_CHECK(file.good(), path.string(), ": cannot read the adapter's configuration");
-  const std::streamoff size = file.tellg();
-  TORCH_CHECK(size >= 0 && size <= kLongestConfig, path.string(), ": expected a configuration of at most 1 MiB, got ",
-              size, " bytes");
-  std::string text(static_cast<size_t>(size), '\0');
-  file.seekg(0);
-  file.read(text.data(), size);
-  TORCH_CHECK(file.good(), path.string(), ": cannot read the adapter's configuration");
-  return text;
-}
 
 Json nullable(const std::string& text) { return text.empty() ? Json(nullptr) : Json(text); }
 
@@ -82,24 +58,6 @@ Json config_file(const Json& config, const Structure& structure, const std::stri
           {"version", kFormat}};
 }
 
-std::optional<HeadSpec> read_head(const std::filesystem::path& directory) {
-  if (!std::filesystem::exists(directory / kHeadConfigFile)) {
-    return std::nullopt;
-  }
-  const std::string text = read_text(directory / kHeadConfigFile);
-  if (!is_known_head(text)) {
-    TORCH_WARN(directory.string(), ": the adapter's head is not loaded: ", kKnownHeads);
-    return std::nullopt;
-  }
-  TORCH_CHECK(std::filesystem::exists(directory / kHeadWeightsFile), directory.string(), ": no ", kHeadWeightsFile,
-              " beside its ", kHeadConfigFile, "; a ", kPickledHeadFile, kReadInPython);
-  const Json json = Json::parse(text);
-  TORCH_CHECK(json.contains("name") && json.at("name").is_string(), (directory / kHeadConfigFile).string(),
-              ": expected JSON with the head's \"name\"");
-  return HeadSpec{head_config_from_json(text), read_safetensors((directory / kHeadWeightsFile).string()),
-                  json.at("name").get<std::string>()};
-}
-
 }  // namespace
 
 AdapterFiles adapter_files(const Module& module, const std::string& name, const std::string& model_class) {
@@ -109,13 +67,13 @@ AdapterFiles adapter_files(const Module& module, const std::string& name, const 
   std::vector<Adapter> adapters = read_adapters(adapters_module, structure);
   read_heads(adapters_module, adapters);
   const Adapter& adapter = adapters[find_adapter(adapters, name, "save_adapter")];
-  const Json config = Json::parse(config_to_json(saved_config(adapter.config, adapter.sources)));
+  const auto config = parse_json<Json>(config_to_json(saved_config(adapter.config, adapter.sources)), "config");
   AdapterFiles files;
   files.config = config_file(config, structure, name, model_class).dump(2) + "\n";
   files.weights = adapter_hub_state(adapter.plan, structure, adapter.weights, adapter.sources, name,
                                     attention_class(module, structure));
   if (adapter.head) {
-    const Json head = Json::parse(head_config_to_json(adapter.head->config));
+    const auto head = parse_json<Json>(head_config_to_json(adapter.head->config), "head");
     Json head_file = config_file(head.at("config"), structure, name, model_class);
     head_file["pooling"] = head.at("pooling");
     files.head_config = head_file.dump(2) + "\n";
@@ -138,23 +96,6 @@ void save_adapter(const Module& module, const std::string& name, const std::stri
   }
   update.stage(kConfigFile, files.config);
   update.commit(kConfigFile, obsolete);
-}
-
-AdapterSpec read_adapter_directory(const std::string& directory, const std::string& name) {
-  const std::filesystem::path path(directory);
-  const std::string text = read_text(path / kConfigFile);
-  const Json json = Json::parse(text, /*cb=*/nullptr, /*allow_exceptions=*/false);
-  TORCH_CHECK(json.is_object() && json.contains("name") && json.at("name").is_string(), (path / kConfigFile).string(),
-              ": expected JSON with the adapter's \"name\"");
-  AdapterSpec spec;
-  spec.saved_name = json.at("name").get<std::string>();
-  spec.name = name.empty() ? spec.saved_name : name;
-  spec.config = config_from_json(text);
-  TORCH_CHECK(std::filesystem::exists(path / kWeightsFile), directory, ": no ", kWeightsFile, "; a ",
-              kPickledWeightsFile, kReadInPython);
-  spec.weights = read_safetensors((path / kWeightsFile).string());
-  spec.head = read_head(path);
-  return spec;
 }
 
 Module load_adapter(const Module& module, const AdapterSpec& spec) {

@@ -1,7 +1,9 @@
 #pragma once
 
 #include <torchgraft/patch/graft.h>
+#include <torchgraft/plan/safetensors.h>
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -30,8 +32,14 @@ TORCHGRAFT_PATCH_API void save_adapter(const torch::jit::Module& module, const s
                                        const std::string& directory, const std::string& model_class = "");
 
 // Reads such a directory; Python alone reads a pytorch_adapter.bin. An empty `name` keeps the adapter's own. Leaves out
-// a head of a kind that HeadConfig does not have. Throws c10::Error when a file is missing or damaged.
-TORCHGRAFT_PATCH_API AdapterSpec read_adapter_directory(const std::string& directory, const std::string& name = "");
+// a head of a kind that HeadConfig does not have. Trusts no file: reads regular files only, configurations of at most 1
+// MiB and weights of at most `most_weight_bytes`. Another process may save into the directory meanwhile: what is
+// returned is one whole version. Throws c10::Error when a file is missing or damaged.
+TORCHGRAFT_PATCH_API AdapterSpec read_adapter_directory(const std::string& directory, const std::string& name = "",
+                                                        uint64_t most_weight_bytes = kMostWeightBytes);
+
+// Reads the configuration alone. Throws as read_adapter_directory does.
+TORCHGRAFT_PATCH_API AdapterConfig read_adapter_config(const std::string& directory);
 
 // Returns a copy of `module`, grafted or not, to which the directory's adapter is added, or in which it replaces the
 // adapter of that name. The active adapter stays active; if nothing was grafted, the loaded one is active. `module`

@@ -69,8 +69,12 @@ double reduction_factor(const BnConfig& config, int64_t layer) {
 // Python's `hidden // factor`, which the shapes of saved adapters follow: with a fractional factor it is not always the
 // floor of the rounded quotient (48 // 0.1 is 479).
 int64_t floor_divide(int64_t hidden, double factor) {
+  constexpr double kLargest = 1 << 30;  // far beyond any memory; a cast of a double beyond int64 is undefined
   const auto dividend = static_cast<double>(hidden);
   const double quotient = (dividend - std::fmod(dividend, factor)) / factor;  // a whole number, up to rounding
+  TORCH_CHECK(quotient <= kLargest, "plan: reduction_factor ", factor, " of ", hidden,
+              " hidden features makes a bottleneck of ", quotient, "; expected at most ", kLargest,
+              ": give a larger reduction_factor");
   return static_cast<int64_t>(std::round(quotient));
 }
 

@@ -1,17 +1,14 @@
 #include <torchgraft/plan/safetensors.h>
 
+#include <torchgraft/plan/regular_file.h>
+#include <torchgraft/plan/temporary_file.h>
+#include <torchgraft/registration/parse_json.h>
+
 #include <ATen/ATen.h>
 #include <c10/util/SmallVector.h>
 #include <nlohmann/json.hpp>
 
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
-#include <cstring>
-#include <fstream>
 #include <functional>
 #include <optional>
 #include <set>
@@ -23,8 +20,7 @@ namespace {
 using Json = nlohmann::json;
 
 constexpr uint64_t kLongestHeader = 100'000'000;
-constexpr std::string_view kTemporary = ".tmp";
-constexpr int kDeepestJson = 8;  // name -> entry -> list; a stranger's nesting must not exhaust the stack
+constexpr int kDeepestHeader = 8;  // name -> entry -> list
 
 const std::map<std::string, at::ScalarType>& dtypes() {
   static const std::map<std::string, at::ScalarType> kDtypes = {
@@ -42,14 +38,11 @@ struct Entry {
   uint64_t end = 0;
 };
 
-// Parses the header, and refuses repeated names and deep nesting on the way, not afterwards.
+// Parses the header, and refuses repeated names on the way, not afterwards.
 Json parse_header(const std::string& path, const std::string& text) {
   std::vector<std::set<std::string>> keys;
   std::string fault;
-  const auto watch = [&](int depth, Json::parse_event_t event, Json& parsed) {
-    if (depth > kDeepestJson) {
-      fault = "its header is nested too deeply";
-    }
+  const auto watch = [&](int /*depth*/, Json::parse_event_t event, Json& parsed) {
     if (event == Json::parse_event_t::object_start) {
       keys.emplace_back();
     } else if (event == Json::parse_event_t::object_end) {
@@ -59,9 +52,9 @@ Json parse_header(const std::string& path, const std::string& text) {
     }
     return true;
   };
-  Json json = Json::parse(text, watch, /*allow_exceptions=*/false);
+  const Json json = parse_json(text, path + ": its header", kDeepestHeader, watch);
   TORCH_CHECK(fault.empty(), path, ": ", fault);
-  TORCH_CHECK(!json.is_discarded() && json.is_object(), path, ": its header is not a JSON object");
+  TORCH_CHECK(json.is_object(), path, ": its header is not a JSON object");
   return json;
 }
 
@@ -121,54 +114,6 @@ std::vector<Entry> parse_entries(const std::string& path, const Json& header, ui
   return entries;
 }
 
-std::string reason() { return std::strerror(errno); }
-
-// Closes the file, and deletes it unless keep() was called.
-class TemporaryFile {
- public:
-  explicit TemporaryFile(const std::string& target)
-      : target_(target), name_(target + ".XXXXXX" + std::string(kTemporary)) {
-    descriptor_ = mkstemps(name_.data(), static_cast<int>(kTemporary.size()));
-    TORCH_CHECK(descriptor_ >= 0, target, ": cannot write (", reason(), ")");
-  }
-  TemporaryFile(const TemporaryFile&) = delete;
-  TemporaryFile& operator=(const TemporaryFile&) = delete;
-  ~TemporaryFile() {
-    if (descriptor_ >= 0) {
-      close(descriptor_);
-      unlink(name_.c_str());
-    }
-  }
-
-  void write(const void* data, size_t size) {
-    const char* bytes = static_cast<const char*>(data);
-    while (size > 0) {
-      const ssize_t written = ::write(descriptor_, bytes, size);
-      TORCH_CHECK(written > 0 || errno == EINTR, target_, ": cannot write (", reason(), ")");
-      bytes += std::max<ssize_t>(written, 0);
-      size -= static_cast<size_t>(std::max<ssize_t>(written, 0));
-    }
-  }
-
-  // Renames the file to its final name, readable for everyone whom the umask permits.
-  void keep() {
-    struct stat old{};
-    const mode_t mask = umask(0);
-    umask(mask);
-    const mode_t mode = stat(target_.c_str(), &old) == 0 ? old.st_mode & 0777 : 0666 & ~mask;
-    const bool kept =
-        fchmod(descriptor_, mode) == 0 && fsync(descriptor_) == 0 && rename(name_.c_str(), target_.c_str()) == 0;
-    TORCH_CHECK(kept, target_, ": cannot write (", reason(), ")");
-    close(descriptor_);
-    descriptor_ = -1;
-  }
-
- private:
-  std::string target_;
-  std::string name_;
-  int descriptor_ = -1;
-};
-
 std::string dtype_name(const std::string& path, const std::string& tensor, at::ScalarType dtype) {
   for (const auto& [name, known] : dtypes()) {
     if (known == dtype) {
@@ -180,15 +125,12 @@ std::string dtype_name(const std::string& path, const std::string& tensor, at::S
 
 }  // namespace
 
-StateDict read_safetensors(const std::string& path) {
-  std::ifstream file(path, std::ios::binary | std::ios::ate);
-  TORCH_CHECK(file.good(), path, ": cannot read (", reason(), ")");
-  const std::streamoff end = file.tellg();
-  TORCH_CHECK(end >= 8, path, ": not a safetensors file, it has ", std::max<std::streamoff>(end, 0), " bytes");
-  const auto size = static_cast<uint64_t>(end);
-  file.seekg(0);
+StateDict read_safetensors(const std::string& path, uint64_t most_bytes) {
+  RegularFile file(path, most_bytes);
+  const uint64_t size = file.size();
+  TORCH_CHECK(size >= 8, path, ": not a safetensors file, it has ", size, " bytes");
   uint8_t prefix[8];
-  file.read(reinterpret_cast<char*>(prefix), sizeof(prefix));
+  file.read(prefix, sizeof(prefix), "its header");
   uint64_t length = 0;
   for (int i = 7; i >= 0; --i) {
     length = length << 8 | prefix[i];
@@ -196,14 +138,12 @@ StateDict read_safetensors(const std::string& path) {
   TORCH_CHECK(length <= kLongestHeader && length <= size - 8, path, ": its header claims ", length,
               " bytes, the file has ", size - 8, " after the length; it is truncated or no safetensors file");
   std::string text(length, '\0');
-  file.read(text.data(), static_cast<std::streamsize>(length));
-  TORCH_CHECK(file.good(), path, ": cannot read its header");
+  file.read(text.data(), length, "its header");
   const std::vector<Entry> entries = parse_entries(path, parse_header(path, text), size - 8 - length);
   StateDict result;
   for (const Entry& entry : entries) {
     at::Tensor tensor = at::empty(entry.shape, at::TensorOptions().dtype(entry.dtype));
-    file.read(static_cast<char*>(tensor.data_ptr()), static_cast<std::streamsize>(entry.end - entry.begin));
-    TORCH_CHECK(file.good(), path, ": tensor '", entry.name, "': cannot read its data");
+    file.read(tensor.data_ptr(), entry.end - entry.begin, "tensor '" + entry.name + "'");
     result.emplace(entry.name, std::move(tensor));
   }
   return result;

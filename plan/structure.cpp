@@ -1,6 +1,7 @@
 #include <torchgraft/plan/structure.h>
 
 #include <torchgraft/plan/locations.h>
+#include <torchgraft/registration/parse_json.h>
 
 #include <c10/util/Exception.h>
 #include <nlohmann/json.hpp>
@@ -88,6 +89,8 @@ class FieldReader {
   T get(const char* key) const {
     TORCH_CHECK(json_.contains(key), name_, ": the field \"", key, "\" is missing");
     try {
+      const bool wraps = json_.at(key).is_number_unsigned() && json_.at(key).get<uint64_t>() > INT64_MAX;
+      TORCH_CHECK(!wraps, name_, ": expected \"", key, "\" below 2^63, got ", json_.at(key).dump());
       return json_.at(key).get<T>();
     } catch (const OrderedJson::exception&) {
       TORCH_CHECK(false, name_, ": the field \"", key, "\" cannot be ", json_.at(key).dump());
@@ -186,8 +189,7 @@ std::string to_json(const Structure& structure) {
 }
 
 Structure structure_from_json(const std::string& text) {
-  const OrderedJson json = OrderedJson::parse(text, /*cb=*/nullptr, /*allow_exceptions=*/false);
-  TORCH_CHECK(!json.is_discarded(), "sites: this is not JSON; expected what `inspect --json` prints");
+  const auto json = parse_json<OrderedJson>(text, "sites");
   TORCH_CHECK(json.is_object() && json.contains("layers") && json.at("layers").is_array(),
               "sites: expected an object with a list \"layers\", as `inspect --json` prints it");
   Structure structure;

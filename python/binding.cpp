@@ -4,6 +4,7 @@
 
 #include <torchgraft/ops/kernel_mode.h>
 #include <torchgraft/patch/adapters/directory_update.h>
+#include <torchgraft/patch/adapters/one_version.h>
 #include <torchgraft/patch/canonicalise/canonicalise.h>
 #include <torchgraft/patch/forward_inputs.h>
 #include <torchgraft/patch/head.h>
@@ -14,6 +15,7 @@
 #include <torchgraft/registration/error_text.h>
 #include <torchgraft/registration/library.h>
 
+#include <pybind11/functional.h>
 #include <torch/csrc/jit/python/pybind.h>
 #include <torch/csrc/jit/runtime/jit_exception.h>
 
@@ -222,13 +224,15 @@ void bind_files(py::module_& m) {
     }
     update.commit(marker, obsolete);
   });
+  m.def("read_one_version", &torchgraft::read_one_version, NoGil());
   m.def(
       "write_safetensors",
       [](const torchgraft::StateDict& tensors, const std::string& path) {
         torchgraft::write_safetensors(tensors, path);
       },
       NoGil());
-  m.def("read_safetensors", &torchgraft::read_safetensors, NoGil());
+  m.def("read_safetensors", &torchgraft::read_safetensors, py::arg("path"),
+        py::arg("most_bytes") = torchgraft::kMostWeightBytes, NoGil());
 }
 
 void bind_heads(py::module_& m) {

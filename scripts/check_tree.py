@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Checks for scripts/check that no tool makes: line lengths, sizes of files and functions, and includes between
-folders.
+"""Checks for scripts/check that no tool makes: line lengths, sizes of files and functions, includes between
+folders, and who parses JSON.
 
 scripts/check_tree.py          # one line for each finding; exit code 1 if there is one
 scripts/check_tree.py --fix    # wraps paragraphs of Markdown that are too wide
@@ -23,11 +23,11 @@ NOT_TEXT = {".png", ".svg", ".json", ".j2"}
 
 # For each folder: what its sources may include of this project (folders, without those inside them, and headers),
 # and the prefixes of other libraries' headers. Every source may include the standard library, its own folder and
-# EXPORT. A folder whose first part is not listed may include anything. In patch/ each folder knows those before it at
+# BOTTOM. A folder whose first part is not listed may include anything. In patch/ each folder knows those before it at
 # most. The tables of CONTRIBUTING.md and docs/architecture.md repeat the second column.
-EXPORT = "registration/export.h"
+BOTTOM = {"registration/export.h", "registration/parse_json.h"}
 LAYERS: dict[str, tuple[str, str]] = {
-    "registration": ("", "torch/library.h"),
+    "registration": ("", "torch/library.h c10/util/ nlohmann/"),
     "activations": ("", "ATen/ c10/"),
     "config": ("activations", "c10/util/ nlohmann/"),
     "plan": ("activations config", "ATen/ c10/ nlohmann/ fcntl.h sys/ unistd.h"),
@@ -39,7 +39,10 @@ LAYERS: dict[str, tuple[str, str]] = {
     "patch/graph": ("", "ATen/ c10/ torch/csrc/jit/"),
     "patch/canonicalise": ("registration/masked_score.h patch/graph", "ATen/ c10/ torch/csrc/jit/"),
     "patch/sites": ("plan patch/graph patch/canonicalise", "ATen/ c10/ torch/csrc/jit/"),
-    "patch/adapters": ("config plan patch/graft_spec.h patch/sites", "ATen/ c10/ torch/csrc/jit/ unistd.h"),
+    "patch/adapters": (
+        "config plan patch/graft_spec.h patch/sites",
+        "ATen/ c10/ torch/csrc/jit/ fcntl.h sys/ unistd.h",
+    ),
     "patch/insert": (
         "activations registration/masked_score.h plan patch/graph patch/sites patch/adapters",
         "ATen/ c10/ torch/csrc/jit/",
@@ -51,7 +54,7 @@ LAYERS: dict[str, tuple[str, str]] = {
     "patch/pool": ("patch/adapters patch/module", "ATen/ c10/ torch/csrc/jit/"),
     "patch": (
         "config plan patch/graph patch/canonicalise patch/sites patch/adapters patch/insert patch/module patch/pool",
-        "ATen/ c10/ torch/csrc/jit/ nlohmann/",
+        "ATen/ c10/ torch/csrc/jit/ nlohmann/ sys/",
     ),
     "python": (
         "config plan registration ops/kernel_mode.h patch patch/canonicalise patch/adapters",
@@ -150,7 +153,7 @@ def forbidden_includes(path: Path) -> Iterator[Finding]:
             continue
         if header.startswith("torchgraft/"):
             own = header.removeprefix("torchgraft/")
-            allowed = own in {EXPORT, *known} or own.rpartition("/")[0] in {folder, *known}
+            allowed = own in {*BOTTOM, *known} or own.rpartition("/")[0] in {folder, *known}
         else:
             allowed = header.startswith(tuple(libraries)) or not re.search(r"[/.]", header)
         if not allowed:
@@ -184,6 +187,27 @@ def wrong_layers(path: Path) -> Iterator[Finding]:
             yield path, number, f"LAYERS in scripts/check_tree.py says that {folder}/ knows {names}: change one of them"
     for folder in wanted:
         yield path, 1, f"no table has a row for {folder}/, a layer in scripts/check_tree.py"
+
+
+# --- Parsing ---
+
+# Where JSON becomes values: these have limits and name what they read. Examples and benchmarks in Python may read what
+# they wrote themselves, and so may tests.
+PARSERS = {"registration/parse_json.h", "python/torchgraft/_reading.py"}
+_OWN_PARSING = {".py": r"\bjson\.loads?\(", ".cpp": r"[Jj]son::(parse|accept|sax_parse)\("}
+_OWN_PARSING[".h"] = _OWN_PARSING[".cpp"]
+
+
+def own_parsing(path: Path) -> Iterator[Finding]:
+    is_program = path.parts[0] in ("python", *(folder.split("/")[0] for folder in LAYERS)) or path.parts[:2] == (
+        "examples",
+        "ray_serve",
+    )
+    if str(path) in PARSERS or (path.suffix == ".py" and not is_program) or path.parts[0] == "tests":
+        return
+    for number, line in enumerate(lines_of(path), 1):
+        if re.search(_OWN_PARSING[path.suffix], line):
+            yield path, number, "parses JSON without limits: call parse_json (registration/parse_json.h, _reading.py)"
 
 
 # --- Wrapping Markdown ---
@@ -254,6 +278,7 @@ def main() -> int:
             findings += long_lines(path)
         if path.suffix in (".cpp", ".h", ".py"):
             findings += sizes(path)
+            findings += own_parsing(path)
         if path.suffix in (".cpp", ".h") and path.parts[0] in LAYERS:
             findings += forbidden_includes(path)
         if path.as_posix() in ("CONTRIBUTING.md", "docs/architecture.md"):

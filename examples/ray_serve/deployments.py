@@ -1,7 +1,6 @@
 """The Ray Serve application: Gateway reads HTTP, replicas of EncoderReplica hold the model and run batches."""
 
 import asyncio
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -113,9 +112,9 @@ class BadRequestError(Exception):
 def read_body(content: bytes) -> tuple[str, list[list[int]], str]:
     """(adapter, "" for the base; rows; pooling) of the body that examples/server takes."""
     try:
-        body: Any = json.loads(content)
-    except (ValueError, RecursionError):
-        raise BadRequestError("the body is not JSON") from None
+        body: Any = torchgraft.parse_json(content, "the body", deepest=4)
+    except torchgraft.GraftError as error:
+        raise BadRequestError(str(error)) from None
     if not isinstance(body, dict) or not FIELDS.issuperset(body) or "input_ids" not in body:
         raise BadRequestError('expected {"adapter": name or null, "input_ids": [[...]], "pooling": "first" or "mean"}')
     adapter, rows, pooling = body.get("adapter"), body["input_ids"], body.get("pooling", "first")

@@ -1,9 +1,12 @@
 #include "inputs.h"
 
+#include <torchgraft/registration/parse_json.h>
+
 #include <ATen/ATen.h>
 
 #include <cstdint>
 #include <fstream>
+#include <iterator>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <stdexcept>
@@ -81,16 +84,12 @@ at::Tensor to_tensor(const std::string& where, const json& list, at::ScalarType 
 }  // namespace
 
 std::vector<c10::IValue> read_inputs(const std::string& path) {
-  std::ifstream file(path);
+  std::ifstream file(path, std::ios::binary);
   if (!file) {
     complain(path, "cannot be read");
   }
-  json document;
-  try {
-    document = json::parse(file);
-  } catch (const json::parse_error& error) {
-    complain(path, "not JSON at byte " + std::to_string(error.byte));
-  }
+  const std::string text(std::istreambuf_iterator<char>(file), {});
+  const json document = torchgraft::parse_json(text, path);
   const json inputs = document.is_object() ? document.value("inputs", json()) : json();
   if (!inputs.is_array()) {
     complain(path, R"(expected {"inputs": [one nested list per argument of forward], "dtypes": [...]})");

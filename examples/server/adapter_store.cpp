@@ -1,14 +1,13 @@
 #include "adapter_store.h"
 
+#include <torchgraft/patch/check_room.h>
 #include <torchgraft/patch/life.h>
 #include <torchgraft/patch/save_adapter.h>
 #include <torchgraft/registration/error_text.h>
 
 #include <algorithm>
 #include <cctype>
-#include <fstream>
 #include <iostream>
-#include <sstream>
 
 namespace {
 
@@ -40,33 +39,49 @@ std::vector<std::string> names_in(const std::filesystem::path& folder) {
   return names;
 }
 
-std::string read_config(const std::filesystem::path& directory) {
-  std::ifstream file(directory / "adapter_config.json", std::ios::binary);
-  std::ostringstream text;
-  text << file.rdbuf();
-  return text.str();
+bool is_grafted(const torch::jit::Module& module) { return module.find_method("adapter_names").has_value(); }
+
+void report(const std::string& name, const std::string& why) {
+  std::cerr << "adapter " << name << " cannot be served: " << torchgraft::one_line(why) << "\n";
 }
 
-bool is_grafted(const torch::jit::Module& module) { return module.find_method("adapter_names").has_value(); }
+// The configurations in the folder, each once, with the names of their adapters.
+std::map<std::string, std::vector<std::string>> read_configs(const std::filesystem::path& folder) {
+  std::map<std::string, std::vector<std::string>> configs;
+  for (const std::string& name : names_in(folder)) {
+    try {
+      const auto config = torchgraft::read_adapter_config((folder / name).string());
+      torchgraft::check_supported(config);
+      configs[torchgraft::config_to_json(config)].push_back(name);
+    } catch (const std::exception& error) {
+      report(name, error.what());
+    }
+  }
+  return configs;
+}
 
 torchgraft::AdapterPoolOptions pool_options(const torch::jit::Module& module, const std::filesystem::path& folder,
                                             torchgraft::AdapterPoolOptions options) {
   if (is_grafted(module)) {
     options.graft = {};
   }
+  const auto configs = read_configs(folder);
   options.room.clear();
-  std::set<std::string> seen;
-  for (const std::string& name : names_in(folder)) {
-    try {
-      const auto config = torchgraft::config_from_json(read_config(folder / name));
-      torchgraft::check_supported(config);
-      if (seen.insert(torchgraft::config_to_json(config)).second) {
-        options.room.push_back(config);
-      }
-    } catch (const std::exception& error) {
-      std::cerr << "adapter " << name << " cannot be served: " << torchgraft::one_line(error) << "\n";
-    }
+  for (const auto& [json, names] : configs) {
+    options.room.push_back(torchgraft::config_from_json(json));
   }
+  const std::vector<std::string> faults = torchgraft::check_room(module, options);
+  std::vector<torchgraft::AdapterConfig> room;
+  size_t index = 0;
+  for (const auto& [json, names] : configs) {
+    if (faults[index].empty()) {
+      room.push_back(options.room[index]);
+    } else {
+      std::for_each(names.begin(), names.end(), [&](const std::string& name) { report(name, faults[index]); });
+    }
+    ++index;
+  }
+  options.room = std::move(room);
   return options;
 }
 
@@ -93,38 +108,52 @@ auto answered(const std::string& name, Action action) {
 }  // namespace
 
 AdapterStore::AdapterStore(const torch::jit::Module& module, std::filesystem::path folder,
-                           const torchgraft::AdapterPoolOptions& options)
+                           const torchgraft::AdapterPoolOptions& options, uint64_t file_bytes)
     : folder_(std::move(folder)),
+      file_bytes_(file_bytes),
       own_(own_configs(module)),
       pool_(module, pool_options(module, folder_, options), [this](const std::string& name) { return read(name); }) {}
 
 AdapterSpec AdapterStore::read(const std::string& name) const {
-  return torchgraft::read_adapter_directory((folder_ / name).string(), name);
+  return torchgraft::read_adapter_directory((folder_ / name).string(), name, file_bytes_);
 }
 
-bool AdapterStore::is_served(const std::string& name) const {
+bool AdapterStore::is_removed(const std::string& name) const {
   const std::lock_guard lock(mutex_);
-  return own_.count(name) || (is_name(name) && !removed_.count(name) && is_adapter(folder_ / name));
+  return removed_.count(name) > 0;
 }
 
-void AdapterStore::check_served(const std::string& name) const {
+// Without a look into the folder.
+void AdapterStore::check_name(const std::string& name) const {
+  if (own_.count(name)) {
+    return;
+  }
   if (!is_name(name)) {
     throw RequestError(404, "expected an adapter's name of letters, digits, '_' and '-', got '" + name + "'");
   }
-  if (!is_served(name)) {
+  if (is_removed(name)) {
+    throw RequestError(404, "no adapter is called '" + name + "'");
+  }
+}
+
+void AdapterStore::check_in_folder(const std::string& name) const {
+  if (!own_.count(name) && !is_adapter(folder_ / name)) {
     throw RequestError(404, "no adapter is called '" + name + "'");
   }
 }
 
 std::optional<AdapterPool::Lease> AdapterStore::try_acquire(const std::string& name) {
   if (!name.empty()) {
-    check_served(name);
+    check_name(name);
   }
   return pool_.try_acquire({name});
 }
 
 AdapterPool::Lease AdapterStore::acquire(const std::string& name) {
-  check_served(name);
+  if (auto lease = try_acquire(name)) {
+    return std::move(*lease);
+  }
+  check_in_folder(name);
   return answered(name, [&] { return pool_.acquire({name}); });
 }
 
@@ -141,9 +170,12 @@ void AdapterStore::load(const std::string& name) {
 }
 
 void AdapterStore::remove(const std::string& name) {
-  check_served(name);
+  check_name(name);
   if (own_.count(name)) {
     throw RequestError(409, "adapter '" + name + "' is part of the model's file");
+  }
+  if (!pool_.try_acquire({name})) {
+    check_in_folder(name);
   }
   {
     const std::lock_guard lock(mutex_);
@@ -153,28 +185,29 @@ void AdapterStore::remove(const std::string& name) {
 }
 
 std::vector<AdapterStore::Info> AdapterStore::list() const {
-  std::set<std::string> names;
+  const std::vector<std::string> resident = pool_.resident();
+  std::set<std::string> names(resident.begin(), resident.end());
   for (const auto& [name, config] : own_) {
     names.insert(name);
   }
   for (const std::string& name : names_in(folder_)) {
-    if (is_served(name)) {
-      names.insert(name);
-    }
+    names.insert(name);
   }
-  const std::vector<std::string> resident = pool_.resident();
   std::vector<Info> result;
   for (const std::string& name : names) {
-    result.push_back({name, std::binary_search(resident.begin(), resident.end(), name)});
+    if (own_.count(name) || !is_removed(name)) {
+      result.push_back({name, std::binary_search(resident.begin(), resident.end(), name)});
+    }
   }
   return result;
 }
 
 std::string AdapterStore::config(const std::string& name) const {
-  check_served(name);
-  const auto own = own_.find(name);
-  return answered(name, [&] {
-    return own != own_.end() ? own->second
-                             : torchgraft::config_to_json(torchgraft::config_from_json(read_config(folder_ / name)));
-  });
+  check_name(name);
+  if (const auto own = own_.find(name); own != own_.end()) {
+    return own->second;
+  }
+  check_in_folder(name);
+  return answered(
+      name, [&] { return torchgraft::config_to_json(torchgraft::read_adapter_config((folder_ / name).string())); });
 }

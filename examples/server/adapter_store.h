@@ -4,6 +4,7 @@
 
 #include <torchgraft/patch/adapter_pool.h>
 
+#include <cstdint>
 #include <filesystem>
 #include <map>
 #include <mutex>
@@ -23,15 +24,18 @@ struct RequestError : std::runtime_error {
 // pool holds some of them in memory.
 class AdapterStore {
  public:
-  // `module` is a base model or a grafted one. The pool makes rows for the configurations in the folder and ignores
-  // `options.room`. `options.graft` says how to graft a base; a grafted module keeps its own options. With gate_pooling
-  // "unpadded" an answer does not depend on the rest of its batch. Throws when it cannot read the folder.
+  // `module` is a base model or a grafted one. The pool makes rows for those configurations in the folder that fit, and
+  // ignores `options.room`; one line on stderr names each adapter that cannot be served, and why. `options.graft` says
+  // how to graft a base; a grafted module keeps its own options. With gate_pooling "unpadded" an answer does not depend
+  // on the rest of its batch. file_bytes: the most that a file of weights may have. Throws when it cannot read the
+  // folder.
   AdapterStore(const torch::jit::Module& module, std::filesystem::path folder,
-               const torchgraft::AdapterPoolOptions& options);
+               const torchgraft::AdapterPoolOptions& options, uint64_t file_bytes);
 
-  // A lease on one adapter, or on the base model when `name` is empty. try_acquire() does not wait: it returns nullopt
-  // when the adapter is not in memory. Both throw RequestError: 404 for an unknown name, 422 when the adapter's files
-  // are damaged or do not fit the model.
+  // A lease on one adapter, or on the base model when `name` is empty. try_acquire() neither waits nor looks into the
+  // folder: it returns nullopt when the adapter is not in memory. So adapters in memory are served while the folder is
+  // away. Both throw RequestError: 404 for an unknown name, 422 when the adapter's files are damaged or do not fit the
+  // model.
   std::optional<torchgraft::AdapterPool::Lease> try_acquire(const std::string& name);
   torchgraft::AdapterPool::Lease acquire(const std::string& name);
 
@@ -48,15 +52,16 @@ class AdapterStore {
   };
   std::vector<Info> list() const;                     // sorted; throws when it cannot read the folder
   std::string config(const std::string& name) const;  // JSON; throws as acquire() does
-  bool is_served(const std::string& name) const;
-
   torchgraft::AdapterPoolStats stats() const { return pool_.stats(); }
 
  private:
   torchgraft::AdapterSpec read(const std::string& name) const;
-  void check_served(const std::string& name) const;
+  bool is_removed(const std::string& name) const;
+  void check_name(const std::string& name) const;
+  void check_in_folder(const std::string& name) const;
 
   const std::filesystem::path folder_;
+  const uint64_t file_bytes_;
   const std::map<std::string, std::string> own_;  // name -> config of the adapters in the model's file
   torchgraft::AdapterPool pool_;
   mutable std::mutex mutex_;

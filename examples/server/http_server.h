@@ -5,7 +5,10 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
+#include <thread>
+#include <vector>
 
 struct MHD_Connection;
 struct MHD_Daemon;
@@ -27,7 +30,8 @@ HttpResponse error_response(int status, const std::string& message);
 
 struct HttpLimits {
   size_t body_bytes = 4 << 20;
-  size_t header_bytes = 32 << 10;  // of a request's headers, and of the answer's
+  size_t unfinished_bytes = 128 << 20;  // of all bodies that have not come to their ends; 503 beyond
+  size_t header_bytes = 32 << 10;       // of a request's headers, and of the answer's
   int headers = 64;
   unsigned connections = 4096;
   unsigned idle_seconds = 30;  // after which the server closes a silent connection
@@ -38,7 +42,9 @@ struct HttpLimits {
 using Respond = std::function<void(HttpResponse)>;
 
 // HTTP/1.1 on libmicrohttpd: one thread waits for all connections (epoll). A connection holds no thread while it is
-// idle or while its request is under way.
+// idle or while its request is under way. The thread's loop is here: that of libmicrohttpd 0.9.75 waits for events a
+// second time when epoll_wait() returned exactly as many as it had room for, and all connections stall until another
+// event comes. Only this thread calls libmicrohttpd.
 class HttpServer {
  public:
   using Handler = std::function<void(HttpRequest, Respond)>;
@@ -50,7 +56,7 @@ class HttpServer {
   HttpServer& operator=(const HttpServer&) = delete;
   ~HttpServer();  // closes connections; all requests must have their answers
 
-  uint16_t port() const;
+  uint16_t port() const { return port_; }
 
   // Accepts no new connections, and closes each open one after its next answer.
   void stop_accepting();
@@ -62,9 +68,22 @@ class HttpServer {
   struct Exchange;
   struct Callbacks;
 
+  void serve();
+  void wait_for_events() const;
+  void wake() const;
+  void resume_answered();
+
   const HttpLimits limits_;
   const Handler handler_;
   std::atomic<int> in_flight_{0};
   std::atomic<bool> draining_{false};
+  std::atomic<bool> ending_{false};
+  size_t unfinished_ = 0;  // bytes
   MHD_Daemon* daemon_ = nullptr;
+  int events_ = -1;  // libmicrohttpd's epoll
+  int wake_ = -1;    // an eventfd
+  uint16_t port_ = 0;
+  std::mutex mutex_;
+  std::vector<Exchange*> answered_;  // whose connections wait for the loop to go on with them
+  std::thread thread_;
 };

@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <chrono>
 #include <csignal>
+#include <cstdlib>
 #include <iostream>
 #include <stdexcept>
 #include <string>
@@ -30,6 +31,7 @@ struct Options {
   std::string address = "127.0.0.1";
   uint16_t port = 8080;
   torchgraft::AdapterPoolOptions pool;
+  uint64_t adapter_file_bytes = uint64_t{1} << 30;
   int threads = 0;
   int64_t wait_us = 2000;
   unsigned drain_seconds = 30;
@@ -47,6 +49,9 @@ void declare(CLI::App& app, Options& options) {
   app.add_option("--capacity", options.pool.capacity, "adapters in memory at once")->check(CLI::PositiveNumber);
   app.add_option("--max-adapter-bytes", options.pool.max_row_bytes,
                  "memory that one adapter may take; the pool takes as much for each of --capacity")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  app.add_option("--max-adapter-file-bytes", options.adapter_file_bytes, "of an adapter's file of weights")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   app.add_option("--gate-pooling", options.pool.graft.gate_pooling, "of a model that is not grafted yet")
@@ -71,6 +76,10 @@ void declare(CLI::App& app, Options& options) {
       ->check(CLI::PositiveNumber);
   app.add_option("--pad-id", options.service.pad_id, "the token behind the end of shorter rows");
   app.add_option("--max-body", options.http.body_bytes, "bytes of a request")->check(CLI::PositiveNumber);
+  app.add_option("--max-unfinished-bytes", options.http.unfinished_bytes,
+                 "of all requests together whose ends have not come; more get 503")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
   app.add_option("--max-connections", options.http.connections, "fewer where the limit of open files is lower")
       ->check(CLI::PositiveNumber);
   app.add_option("--idle-seconds", options.http.idle_seconds, "after which the server closes a silent connection")
@@ -137,6 +146,18 @@ void wait_until_idle(const HttpServer& http, std::chrono::milliseconds quiet, st
   }
 }
 
+// What draining may take beyond its seconds: for forward passes that run, and for adapters that are being read.
+constexpr std::chrono::seconds kGrace(5);
+
+// Ends the process then, whatever it waits for: a file system may not answer any more.
+void end_after(std::chrono::seconds time) {
+  std::thread([time] {
+    std::this_thread::sleep_for(time);
+    std::cerr << "server: gave up waiting for what is under way\n";
+    std::_Exit(1);
+  }).detach();
+}
+
 torch::jit::Module load(const std::string& path) {
   torch::jit::Module module = torch::jit::load(path, torch::kCPU);
   module.eval();
@@ -150,7 +171,7 @@ void serve(const Options& options) {
     at::set_num_threads(options.threads);
   }
   const torch::jit::Module module = load(options.model);
-  AdapterStore store(module, options.adapters, options.pool);
+  AdapterStore store(module, options.adapters, options.pool, options.adapter_file_bytes);
   ServiceOptions service_options = options.service;
   service_options.batch.wait = std::chrono::microseconds(options.wait_us);
   Service service(store, module, service_options);
@@ -165,6 +186,7 @@ void serve(const Options& options) {
   sigwait(&signals, &signal);
   pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);  // a second signal ends the process
   std::cout << "draining" << std::endl;
+  end_after(std::chrono::seconds(options.drain_seconds) + kGrace);
   routes.set_draining();
   http.stop_accepting();
   // Clients may still use open connections: half a second without a request says that none does.

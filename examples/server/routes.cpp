@@ -1,9 +1,13 @@
 #include "routes.h"
 
+#include <torchgraft/registration/error_text.h>
+#include <torchgraft/registration/parse_json.h>
+
 #include <array>
 #include <charconv>
 #include <chrono>
 #include <cmath>
+#include <functional>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <utility>
@@ -20,7 +24,7 @@ struct PredictBody {
   std::optional<Pooling> pooling;
 };
 
-constexpr int kDeepestJson = 4;  // body -> input_ids -> row -> id
+constexpr int kDeepestBody = 4;  // body -> input_ids -> row -> id
 
 // A value for a message: of lists and objects only the kind, for they may be as long as a body.
 std::string shown(const json& value) {
@@ -52,19 +56,12 @@ TokenRows read_rows(const json& list) {
   return rows;
 }
 
-// Refuses deep nesting: it would exhaust the stack of the code that walks over the value.
 json parse_body(const std::string& text) {
-  const auto watch = [](int depth, json::parse_event_t, const json&) {
-    if (depth > kDeepestJson) {
-      throw RequestError(400, "the body is nested too deeply");
-    }
-    return true;
-  };
-  json body = json::parse(text, watch, /*allow_exceptions=*/false);
-  if (body.is_discarded()) {
-    throw RequestError(400, "the body is not JSON");
+  try {
+    return torchgraft::parse_json(text, "the body", kDeepestBody);
+  } catch (const c10::Error& error) {
+    throw RequestError(400, error.what_without_backtrace());
   }
-  return body;
 }
 
 PredictBody read_predict(const std::string& text) {
@@ -140,6 +137,19 @@ void expect_method(const HttpRequest& request, const std::string& allowed) {
   }
 }
 
+// A job that responds with what `make` returns, or with what it throws.
+std::function<void()> answering(const Respond& respond, std::function<HttpResponse()> make) {
+  return [respond, make = std::move(make)] {
+    try {
+      respond(make());
+    } catch (const RequestError& error) {
+      respond(error_response(error.status, error.what()));
+    } catch (const std::exception& error) {
+      respond(error_response(500, torchgraft::one_line(error)));
+    }
+  };
+}
+
 }  // namespace
 
 void Routes::handle(const HttpRequest& request, Respond respond) {
@@ -161,7 +171,7 @@ void Routes::dispatch(const HttpRequest& request, const Respond& respond) {
     predict(request, respond);
   } else if (path == kAdapters) {
     expect_method(request, "GET");
-    respond(list());
+    service_.beside(answering(respond, [this] { return list(); }));
   } else if (path.starts_with(std::string(kAdapters) + "/")) {
     adapters(request, path.substr(std::string(kAdapters).size() + 1), respond);
   } else if (path == "/healthz") {
@@ -182,30 +192,31 @@ void Routes::predict(const HttpRequest& request, const Respond& respond) {
       body.adapter, std::move(body.rows), body.pooling,
       [this, start, adapter = body.adapter, respond](const Service::Prediction& prediction, const RequestError* error) {
         const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-        service_.metrics().seconds.observe(seconds.count());
+        if (!error || error->status != 404) {  // nothing was predicted
+          service_.metrics().seconds.observe(seconds.count());
+        }
         respond(error ? error_response(error->status, error->what())
                       : HttpResponse{200, predict_text(adapter, prediction)});
       });
 }
 
+// Reads and lists files in other threads: a file system may not answer for long.
 void Routes::adapters(const HttpRequest& request, const std::string& name, const Respond& respond) {
   AdapterStore& store = service_.store();
   if (request.method == "GET") {
-    respond(answer({{"name", name}, {"config", json::parse(store.config(name))}}));
+    service_.beside(answering(respond, [&store, name] {
+      return answer({{"name", name}, {"config", torchgraft::parse_json(store.config(name), name)}});
+    }));
   } else if (request.method == "DELETE") {
-    store.remove(name);
-    respond(answer({{"name", name}, {"removed", true}}));
+    service_.beside(answering(respond, [&store, name] {
+      store.remove(name);
+      return answer({{"name", name}, {"removed", true}});
+    }));
   } else if (request.method == "PUT") {
-    service_.in_background([&store, name, respond] {
-      try {
-        store.load(name);
-        respond(answer({{"name", name}, {"resident", true}}));
-      } catch (const RequestError& error) {
-        respond(error_response(error.status, error.what()));
-      } catch (const std::exception& error) {
-        respond(error_response(500, error.what()));
-      }
-    });
+    service_.in_background(answering(respond, [&store, name] {
+      store.load(name);
+      return answer({{"name", name}, {"resident", true}});
+    }));
   } else {
     throw RequestError(405, request.path + ": expected GET, PUT or DELETE, got " + request.method);
   }

@@ -16,8 +16,8 @@ class Routes {
  public:
   explicit Routes(Service& service) : service_(service) {}
 
-  // Waits neither for adapters nor for forward passes, only for the file system to list directories. Calls `respond`
-  // now or later, from any thread.
+  // Waits neither for adapters nor for forward passes nor for the file system. Calls `respond` now or later, from any
+  // thread.
   void handle(const HttpRequest& request, Respond respond);
 
   // From now on /healthz says that the server is about to end.

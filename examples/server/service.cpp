@@ -14,6 +14,7 @@
 
 namespace {
 
+constexpr const char* kEnding = "the server is about to end";
 constexpr const char* kBusy = "too many requests are waiting, or the server is about to end";
 
 // The names of a head's labels, by number; empty unless every label has one.
@@ -100,12 +101,19 @@ Service::Service(AdapterStore& store, const torch::jit::Module& module, const Se
 
 void Service::stop() {
   batcher_.stop();  // first: queued requests hold rows that a job may wait for
+  looks_.stop();
   jobs_.stop();
 }
 
 void Service::in_background(std::function<void()> job) {
   if (!jobs_.add(std::move(job))) {
-    throw RequestError(503, "the server is about to end");
+    throw RequestError(503, kEnding);
+  }
+}
+
+void Service::beside(std::function<void()> job) {
+  if (!looks_.add(std::move(job))) {
+    throw RequestError(503, kEnding);
   }
 }
 
@@ -133,8 +141,8 @@ void Service::check(const TokenRows& rows) const {
 void Service::predict(const std::string& adapter, TokenRows rows, std::optional<Pooling> pooling, Done done) {
   check(rows);
   auto lease = store_.try_acquire(adapter);
-  metrics_.adapter_requests.add(adapter);
   if (lease) {
+    metrics_.adapter_requests.add(adapter);
     enqueue(std::move(*lease), std::move(rows), pooling, done);
   } else {
     fetch_first(adapter, std::move(rows), pooling, std::move(done));
@@ -151,7 +159,9 @@ void Service::fetch_first(const std::string& adapter, TokenRows rows, std::optio
   const std::shared_ptr<void> waiting(nullptr, [this, count](void*) { waiting_rows_ -= count; });
   in_background([this, adapter, rows = std::move(rows), pooling, done = std::move(done), waiting]() mutable {
     try {
-      enqueue(store_.acquire(adapter), std::move(rows), pooling, done);
+      auto lease = store_.acquire(adapter);
+      metrics_.adapter_requests.add(adapter);
+      enqueue(std::move(lease), std::move(rows), pooling, done);
     } catch (const RequestError& error) {
       done({}, &error);
     } catch (const std::exception& error) {

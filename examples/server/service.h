@@ -70,6 +70,9 @@ class Service {
   // Gives the thread that reads adapters a job. Throws RequestError 503 once it is stopped.
   void in_background(std::function<void()> job);
 
+  // Gives a job to another thread, which waits for no adapter: it looks into the folder.
+  void beside(std::function<void()> job);
+
   AdapterStore& store() { return store_; }
   Metrics& metrics() { return metrics_; }
   // Rows that wait for a batch or for their adapter.
@@ -90,4 +93,5 @@ class Service {
   std::atomic<size_t> waiting_rows_{0};  // for their adapters
   Batcher batcher_;
   JobThread jobs_;  // ends before the batcher, which it feeds
+  JobThread looks_;
 };

@@ -125,7 +125,7 @@ void CheckpointFile::check_settings(const StateDict& tensors) const {
 
 Position CheckpointFile::read(const NamedParameters& parameters, torch::optim::AdamW& optimizer,
                               StateDict& best) const {
-  const StateDict tensors = torchgraft::read_safetensors(path_);
+  const StateDict tensors = torchgraft::read_safetensors(path_, UINT64_MAX);
   check_settings(tensors);
   const at::Tensor generator = take_like(tensors, path_, "generator", generator_state());
   const auto* numbers = take(tensors, path_, "position", at::kLong, {4}).const_data_ptr<int64_t>();

@@ -64,7 +64,7 @@ Examples Examples::rows(const at::Tensor& indices) const {
 }
 
 Examples read_examples(const std::string& path, int64_t classes) {
-  const torchgraft::StateDict tensors = torchgraft::read_safetensors(path);
+  const torchgraft::StateDict tensors = torchgraft::read_safetensors(path, UINT64_MAX);
   Examples examples{take(tensors, path, "input_ids"), take(tensors, path, "attention_mask"),
                     take(tensors, path, "labels")};
   check_shapes(examples, path);

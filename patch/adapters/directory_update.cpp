@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <filesystem>
+#include <regex>
 
 namespace torchgraft {
 namespace fs = std::filesystem;
@@ -15,6 +16,25 @@ DirectoryUpdate::DirectoryUpdate(std::string directory) : directory_(std::move(d
   std::error_code error;
   fs::create_directories(directory_, error);
   TORCH_CHECK(!error, directory_, ": cannot make the directory (", error.message(), ")");
+  lock_.emplace(directory_);
+  if (lock_->is_held()) {
+    remove_leftovers();
+  }
+}
+
+// The lock says that no living process owns them.
+void DirectoryUpdate::remove_leftovers() {
+  static const std::regex kLeftover(R"(\.[A-Za-z_.]+\.[0-9]+\.new(\.[A-Za-z0-9]{6}\.tmp)?)");
+  std::error_code ignored;
+  std::vector<fs::path> leftovers;
+  for (fs::directory_iterator entry(directory_, ignored), end; !ignored && entry != end; entry.increment(ignored)) {
+    if (std::regex_match(entry->path().filename().string(), kLeftover)) {
+      leftovers.push_back(entry->path());
+    }
+  }
+  for (const fs::path& path : leftovers) {
+    fs::remove(path, ignored);
+  }
 }
 
 DirectoryUpdate::~DirectoryUpdate() {
@@ -24,7 +44,7 @@ DirectoryUpdate::~DirectoryUpdate() {
   }
 }
 
-// Two processes may save into one directory.
+// Where there are no locks, two processes may save into one directory at once.
 std::string DirectoryUpdate::staged_path(const std::string& name) const {
   return path_of("." + name + "." + std::to_string(getpid()) + ".new");
 }

@@ -1,7 +1,9 @@
 #pragma once
 
+#include <torchgraft/patch/adapters/directory_lock.h>
 #include <torchgraft/registration/export.h>
 
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -10,10 +12,11 @@ namespace torchgraft {
 
 // Changes several files of a directory as one. All are written under other names first, so that a full disk does no
 // harm; commit() only renames. While it renames, the file that makes the directory an adapter is missing: no reader
-// loads a mixture of old and new, not even when the process is killed meanwhile.
+// loads a mixture of old and new, not even when the process is killed meanwhile. Two processes that save into one
+// directory take turns. What a killed one left, the next one removes.
 class TORCHGRAFT_PATCH_API DirectoryUpdate {
  public:
-  // Makes the directory if need be. Throws c10::Error when that fails.
+  // Makes the directory if need be. Throws c10::Error when that fails, or when another process writes for a minute.
   explicit DirectoryUpdate(std::string directory);
   DirectoryUpdate(const DirectoryUpdate&) = delete;
   DirectoryUpdate& operator=(const DirectoryUpdate&) = delete;
@@ -33,7 +36,10 @@ class TORCHGRAFT_PATCH_API DirectoryUpdate {
   std::string path_of(const std::string& name) const { return directory_ + "/" + name; }
   std::string staged_path(const std::string& name) const;
 
+  void remove_leftovers();
+
   std::string directory_;
+  std::optional<DirectoryLock> lock_;
   std::vector<std::string> staged_;  // names
 };
 

@@ -3,6 +3,7 @@
 #include <torchgraft/patch/adapters/adapter_bank.h>
 #include <torchgraft/patch/adapters/make_adapter.h>
 #include <torchgraft/patch/adapters/read_adapters.h>
+#include <torchgraft/patch/pool/row_size.h>
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
@@ -66,8 +67,7 @@ void PoolBanks::check_row_bytes(int64_t limit) const {
       bytes += static_cast<int64_t>(tensor.nbytes()) / std::max<int64_t>(tensor.size(0), 1);
     }
   }
-  TORCH_CHECK(bytes <= limit, "AdapterPool: expected adapters of at most ", limit, " bytes each, rows for these need ",
-              bytes, "; raise max_row_bytes, or use smaller adapters");
+  check_row_limit(static_cast<double>(bytes), limit);
 }
 
 // Gives every bank of the module `capacity` rows, and keeps the banks by slot.

@@ -9,6 +9,7 @@ Importing the package registers the operators. A process that only serves need n
 """
 
 from ._libraries import library_path, load_operators
+from ._reading import parse_json
 from ._text import forward_inputs
 from .adapter_hub import AdapterDirectory, load_adapter_directory
 from .adapter_training import freeze_adapter, trainable_parameters, unfreeze_adapter
@@ -85,6 +86,7 @@ __all__ = [
     "match_adapter",
     "merge_adapter",
     "one_line",
+    "parse_json",
     "plot_gates",
     "remove_adapter",
     "remove_head",

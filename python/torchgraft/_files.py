@@ -1,10 +1,14 @@
 """TorchScript files on disk, and the errors of commands."""
 
+import contextlib
+import fcntl
 import os
+import re
 import stat
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -89,7 +93,8 @@ def save_module(module: torch.jit.ScriptModule, path: Path, extra: dict[str, byt
 
 def write_whole(content: bytes, path: Path) -> None:
     """Writes `content` to a temporary file beside `path`, syncs it and renames it to `path`. So `path` always holds
-    either its old content or all of the new.
+    either its old content or all of the new. A process that is killed leaves its temporary file: the next call for the
+    same path deletes it.
 
     Raises:
         GraftError: the file cannot be written, for example because the disk is full.
@@ -97,20 +102,55 @@ def write_whole(content: bytes, path: Path) -> None:
     check_writable(path)
     target = path.resolve()  # a symbolic link stays, the file behind it is replaced
     temporary = None
+    _delete_dead_temporaries(target)
     try:
-        prefix = f".{target.name}."
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=prefix, suffix=".tmp", delete=False) as file:
+        with _locked_temporary(target) as file:
             temporary = Path(file.name)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, target)
-        temporary = None
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            os.replace(temporary, target)
+            temporary = None
     except OSError as error:
         raise GraftError(f"{path}: cannot write ({error.strerror or error})") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _locked_temporary(target: Path) -> IO[bytes]:
+    """A file that _delete_dead_temporaries() leaves alone as long as this process has it open."""
+    while True:
+        file = tempfile.NamedTemporaryFile(  # noqa: SIM115
+            dir=target.parent, prefix=f".{target.name}.", suffix=".tmp", delete=False
+        )
+        # Where the file system has no locks, nobody deletes either.
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink > 0:
+            return file
+        file.close()  # another process has deleted it before it was locked
+
+
+def _delete_dead_temporaries(target: Path) -> None:
+    """Deletes the files of _locked_temporary() for `target` that no living process has open."""
+    name = re.compile(re.escape(f".{target.name}.") + r"[a-z0-9_]{8}\.tmp")
+    with contextlib.suppress(OSError), os.scandir(target.parent) as entries:
+        for entry in [entry for entry in entries if name.fullmatch(entry.name)]:
+            with contextlib.suppress(OSError):
+                _delete_if_dead(entry.path)
+
+
+def _delete_if_dead(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        # As tempfile makes them.
+        if stat.S_IFMT(status.st_mode) == stat.S_IFREG and status.st_uid == os.geteuid() and not status.st_mode & 0o077:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(path)
+    finally:
+        os.close(descriptor)

@@ -11,6 +11,7 @@ from rich.table import Table
 from . import life
 from ._console import table_console
 from ._files import check_writable, extra_files, load_module, save_module
+from ._reading import parse_json
 from ._text import load_tokenizer, text_arguments
 from .adapter_training import freeze_adapter, unfreeze_adapter
 from .checkpoints import load_adapter, match_adapter, save_adapter
@@ -52,7 +53,7 @@ def list_(arguments: argparse.Namespace) -> None:
     """Prints the adapters of a file with their sizes."""
     infos = life.list_adapters(_load_grafted(arguments.base))
     if arguments.json:
-        entries = [vars(info) | {"config": json.loads(info.config)} for info in infos]
+        entries = [vars(info) | {"config": parse_json(info.config, info.name)} for info in infos]
         print(json.dumps(entries, indent=2))
         return
     table = Table()

@@ -1,15 +1,18 @@
 """Reads AdapterHub adapter directories, as `model.save_adapter()` of the `adapters` library writes them."""
 
-import json
+import os
 import pickle
 import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ._libraries import patcher
+from ._reading import MOST_WEIGHT_BYTES, open_regular, parse_json, read_text
 from .errors import GraftError
 
 CONFIG_FILE = "adapter_config.json"
@@ -20,6 +23,8 @@ HEAD_CONFIG_FILE = "head_config.json"
 HEAD_SAFETENSORS_FILE = "model_head.safetensors"
 HEAD_PICKLE_FILE = "pytorch_model_head.bin"
 HEAD_WEIGHT_FILES = (HEAD_SAFETENSORS_FILE, HEAD_PICKLE_FILE)
+
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True)
@@ -61,18 +66,18 @@ def read_config(directory: str | Path) -> str:
         directory: the directory that holds the file, or the path of the file itself.
 
     Raises:
-        GraftError: the file is missing, or is not JSON.
+        GraftError: the file is missing, is not JSON, or is no regular file of at most 1 MiB.
     """
     path = Path(directory)
-    if path.is_dir():
-        path = path / CONFIG_FILE
+    return _read_config_file(path / CONFIG_FILE if path.is_dir() else path)
+
+
+def _read_config_file(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
-        json.loads(text)
+        text = read_text(path)
     except OSError as error:
         raise GraftError(f"{path}: cannot read the adapter's configuration ({error.strerror})") from error
-    except ValueError as error:
-        raise GraftError(f"{path}: not a JSON file ({error})") from error
+    parse_json(text, path)
     return text
 
 
@@ -84,13 +89,14 @@ def read_weights(directory: Path, files: tuple[str, ...] = WEIGHT_FILES) -> dict
     """
     for name in files:
         path = directory / name
-        if not path.exists():
+        if not os.path.lexists(path):
             continue
         try:
             if path.suffix == ".safetensors":
-                return patcher().read_safetensors(str(path))
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-        except GraftError as error:  # read_safetensors() raised it, and names the file, too
+                return patcher().read_safetensors(str(path), MOST_WEIGHT_BYTES)
+            with open_regular(path, MOST_WEIGHT_BYTES) as file:
+                weights = torch.load(file, map_location="cpu", weights_only=True)
+        except GraftError as error:  # names the file, too
             reason = str(error).removeprefix(f"{path}: ")
             raise GraftError(f"{path}: cannot read the adapter's weights ({reason})") from error
         except pickle.UnpicklingError as error:
@@ -112,11 +118,11 @@ def read_head(directory: Path) -> SavedHead | None:
         GraftError: a file of the head is missing or damaged.
     """
     path = directory / HEAD_CONFIG_FILE
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
-    config = read_config(path)
+    config = _read_config_file(path)
     if not patcher().is_known_head(config):
-        fields = json.loads(config).get("config")
+        fields = parse_json(config, path).get("config")
         kind = fields.get("head_type") if isinstance(fields, dict) else None
         warnings.warn(
             f"{directory}: the adapter's head{f' ({kind})' if kind else ''} is not loaded: heads for classification, "
@@ -124,14 +130,15 @@ def read_head(directory: Path) -> SavedHead | None:
             stacklevel=2,
         )
         return None
-    name = json.loads(config).get("name")
+    name = parse_json(config, path).get("name")
     if not isinstance(name, str):
         raise GraftError(f'{path}: no "name"; is it an AdapterHub head?')
     return SavedHead(name, config, read_weights(directory, HEAD_WEIGHT_FILES))
 
 
 def load_adapter_directory(directory: str | Path) -> AdapterDirectory:
-    """Reads an adapter's configuration and weights, and its head. Unpickles only tensors.
+    """Reads an adapter's configuration and weights, and its head. Unpickles only tensors. Another process may save into
+    the directory meanwhile: what is returned is one whole version.
 
     Raises:
         GraftError: `directory` is not a directory, or a file is missing or damaged. The message names the file.
@@ -139,8 +146,24 @@ def load_adapter_directory(directory: str | Path) -> AdapterDirectory:
     directory = Path(directory)
     if not directory.is_dir():
         raise GraftError(f"{directory}: not a directory; expected one that model.save_adapter() wrote")
+    return read_one_version(directory, (CONFIG_FILE, *WEIGHT_FILES, HEAD_CONFIG_FILE, *HEAD_WEIGHT_FILES), _read_files)
+
+
+def read_one_version(directory: Path, files: Iterable[str], read: Callable[[Path], _Read]) -> _Read:
+    """Returns `read(directory)`, which reads some of `files`, when no other process has replaced them meanwhile; else
+    calls it again. The last word is CONFIG_FILE's: see DirectoryUpdate in patch/adapters/.
+
+    Raises:
+        GraftError: the files change all the time, or `read` raised it.
+    """
+    results = []
+    patcher().read_one_version(str(directory), list(files), CONFIG_FILE, lambda: results.append(read(directory)))
+    return results[-1]
+
+
+def _read_files(directory: Path) -> AdapterDirectory:
     config = read_config(directory)
-    content = json.loads(config)
+    content = parse_json(config, directory / CONFIG_FILE)
     name = content.get("name") if isinstance(content, dict) else None
     if not isinstance(name, str):
         raise GraftError(f'{directory / CONFIG_FILE}: no "name"; is it an AdapterHub adapter?')
@@ -161,7 +184,7 @@ def convert_to_safetensors(directory: str | Path) -> bool:
     done = False
     for new, old in (WEIGHT_FILES, HEAD_WEIGHT_FILES):
         is_head = old == HEAD_PICKLE_FILE
-        if (directory / new).exists() or (is_head and not (directory / old).exists()):
+        if os.path.lexists(directory / new) or (is_head and not os.path.lexists(directory / old)):
             continue
         patcher().write_safetensors(read_weights(directory, (old,)), str(directory / new))
         done = True

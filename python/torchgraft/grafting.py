@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ._libraries import patcher
+from ._reading import MOST_SITES_BYTES, parse_json, read_text
 from .adapter_hub import load_adapter_directory
 from .configs import config_to_json
 from .errors import GraftError
@@ -72,12 +73,10 @@ def _sites_option(sites: Mapping[str, Any] | str | Path | None) -> dict[str, str
     if not isinstance(sites, str | Path):
         raise TypeError(f"expected sites to be a dict or a path, got {type(sites).__name__}")
     try:
-        text = Path(sites).read_text(encoding="utf-8")
-        json.loads(text)
+        text = read_text(Path(sites), MOST_SITES_BYTES)
     except OSError as error:
         raise GraftError(f"{sites}: cannot read the sites ({error.strerror})") from error
-    except ValueError as error:
-        raise GraftError(f"{sites}: not a JSON file ({error}); expected what inspect --json prints") from error
+    parse_json(text, sites)
     return {"sites": text}
 
 
@@ -183,4 +182,4 @@ def inspect(module: torch.jit.ScriptModule, sites: Mapping[str, Any] | str | Pat
         GraftError: `sites` cannot be read, or does not fit the module.
         TypeError: `module` is not TorchScript, or `sites` is neither a dict nor a path.
     """
-    return json.loads(patcher().inspect(cpp_module(module), **_sites_option(sites)))
+    return parse_json(patcher().inspect(cpp_module(module), **_sites_option(sites)), "sites")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ._libraries import patcher
+from ._reading import parse_json
 from .errors import GraftError
 from .grafting import cpp_module, script_module
 
@@ -56,7 +57,7 @@ class HeadConfig:
     @staticmethod
     def from_json(text: str) -> "HeadConfig":
         """Returns the configuration whose to_json() gave `text`."""
-        content = json.loads(text)
+        content = parse_json(text, "head")
         fields = content["config"]
         label2id, _ = fields.pop("label2id"), fields.pop("use_pooler", None)
         labels = None if label2id is None else tuple(sorted(label2id, key=label2id.__getitem__))

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter_hub import CONFIG_FILE, AdapterDirectory, read_weights
+from ._reading import parse_json, read_text
+from .adapter_hub import CONFIG_FILE, AdapterDirectory, read_one_version, read_weights
 from .configs import LoRAConfig
 from .errors import GraftError
 from .peft_config import PeftLoRAConfig, read_peft_config
@@ -30,9 +31,10 @@ _ROLES = (*_MATRICES, "output", "ffn_in", "ffn_gate", "ffn_out")
 
 def is_peft_directory(directory: Path) -> bool:
     """Returns whether PEFT wrote the directory, by its adapter_config.json. False if that file cannot be read."""
+    path = directory / CONFIG_FILE
     try:
-        content = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = parse_json(read_text(path), path)
+    except (OSError, GraftError):
         return False
     return isinstance(content, dict) and "peft_type" in content
 
@@ -57,6 +59,11 @@ class _Update:
         return _Update(self.lora_a, self.lora_b.narrow(0, first, count), magnitude)
 
 
+def _read_files(directory: Path) -> "tuple[PeftLoRAConfig, dict[str, _Update]]":
+    config = read_peft_config(directory)
+    return config, _read_updates(config)
+
+
 def load_peft_directory(
     directory: str | Path, structure: Mapping[str, Any], parameters: Mapping[str, Tensor]
 ) -> AdapterDirectory:
@@ -77,8 +84,7 @@ def load_peft_directory(
             output projection, the gate of a feed-forward block).
     """
     directory = Path(directory)
-    config = read_peft_config(directory)
-    updates = _read_updates(config)
+    config, updates = read_one_version(directory, (CONFIG_FILE, *WEIGHT_FILES), _read_files)
     projections = _projections(structure)
     maps = [path.removesuffix(".weight") for path, tensor in parameters.items() if path.endswith(".weight")
             and tensor.dim() == 2]  # fmt: skip

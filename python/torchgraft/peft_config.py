@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .adapter_hub import read_config
+from ._reading import parse_json
+from .adapter_hub import CONFIG_FILE, read_config
 from .errors import GraftError
 
 # Fields that a trained LoRA's results do not depend on: how it was trained, and where it came from.
@@ -142,7 +143,7 @@ def read_peft_config(directory: Path) -> PeftLoRAConfig:
         GraftError: the file is no LoRA's; it has a field that is not known, is not supported or has another type; or
             the LoRA's initialisation has changed the base's weights.
     """
-    config = json.loads(read_config(directory))
+    config = parse_json(read_config(directory), directory / CONFIG_FILE)
     if config.get("peft_type") != "LORA":
         raise GraftError(f"{directory}: PEFT's {config.get('peft_type')} is not supported, only LORA")
     _check_fields(directory, config)

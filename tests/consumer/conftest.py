@@ -124,3 +124,11 @@ def server(server_program, models):
 def own_adapters(models, tmp_path):
     """A copy of the folder for a test that changes it."""
     return shutil.copytree(models / "adapters", tmp_path / "adapters")
+
+
+@pytest.fixture(scope="session")
+def waits_at_open(tmp_path_factory) -> dict[str, str]:
+    """The environment of a server that waits at opening PATH while there is a file PATH.wait."""
+    library = tmp_path_factory.mktemp("preload") / "wait_at_open.so"
+    run("g++", "-shared", "-fPIC", "-o", library, ROOT / "tests" / "consumer" / "wait_at_open.cpp", "-ldl")
+    return {"LD_PRELOAD": str(library)}

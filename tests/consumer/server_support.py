@@ -1,11 +1,13 @@
 """A running examples/server, on 127.0.0.1, and what it should answer."""
 
+import contextlib
 import http.client
 import json
 import os
 import resource
 import select
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -104,9 +106,10 @@ class Expected:
 
 
 class Server:
-    """One process; ends with the `with` block. Its program: examples/server's, or another that takes the same.
+    """One process; ends with the `with` block. Its program: examples/server's, or another that takes the same. In
+    `errors` is what it has written to stderr, once it has ended.
 
-    open_files: its soft and hard limit.
+    open_files: its soft and hard limit. environment: more of it.
     """
 
     def __init__(
@@ -116,8 +119,9 @@ class Server:
         adapters: Path,
         *options: object,
         open_files: tuple[int, int] | None = None,
+        environment: dict[str, str] | None = None,
     ):
-        environment = {key: value for key, value in os.environ.items() if key != "LD_LIBRARY_PATH"}
+        inherited = {key: value for key, value in os.environ.items() if key != "LD_LIBRARY_PATH"}
         words = program if isinstance(program, list) else [program]
         command = [*words, model, "--adapters", adapters, "--port", 0, "--threads", 1, *options]
         self._process = subprocess.Popen(
@@ -125,7 +129,7 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=inherited | (environment or {}),
             preexec_fn=open_files and (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, open_files)),
         )
         ready, _, _ = select.select([self._process.stdout], [], [], 300)
@@ -134,6 +138,7 @@ class Server:
             self._process.kill()
             raise AssertionError(f"the server did not start: {line}{self._process.communicate()[1]}")
         self.port = int(line.rsplit(":", 1)[1])
+        self.errors = ""
 
     def __enter__(self) -> "Server":
         return self
@@ -160,7 +165,7 @@ class Server:
 
     def wait(self) -> int:
         try:
-            self._process.communicate(timeout=60)
+            self.errors = self._process.communicate(timeout=60)[1]
         except subprocess.TimeoutExpired:
             self._process.kill()
             raise
@@ -197,3 +202,23 @@ class Server:
         assert status == 200
         values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
         return float(values[name])
+
+
+def post(rows: list[list[int]], adapter: str | None = None, padding: int = 0) -> bytes:
+    """A request as it is sent, with so many spaces before its body."""
+    body = b" " * padding + json.dumps({"adapter": adapter, "input_ids": rows}).encode()
+    return b"POST /v1/predict HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+
+
+@contextlib.contextmanager
+def connections_to(server: Server, count: int):
+    with contextlib.ExitStack() as stack:
+        address = ("127.0.0.1", server.port)
+        yield [stack.enter_context(socket.create_connection(address, timeout=60)) for _ in range(count)]
+
+
+def read_answer(client: socket.socket) -> tuple[int, dict]:
+    """(status, answer) of the next response on a connection that stays open."""
+    response = http.client.HTTPResponse(client)
+    response.begin()
+    return response.status, json.loads(response.read())

@@ -95,7 +95,7 @@ def test_changed_files_are_served(server, models, expected):
     ("body", "status", "message"),
     [
         ("{", 400, "not JSON"),
-        ("[" * 100_000, 400, "not JSON"),
+        ("[" * 100_000, 400, "nested too deeply"),
         ([1], 400, "expected {"),
         ({"adapter": None}, 400, "expected {"),
         ({"input_ids": [[1]], "temperature": 1}, 400, "expected {"),

@@ -149,7 +149,7 @@ _HOSTILE = {
     "short": (b"\x01\x00\x00", "not a safetensors file"),
     "huge header": (_file({}, length=2**63), "claims"),
     "header over the end": (_file({}, length=3), "claims 3 bytes"),
-    "not JSON": (_file(b"{{{{"), "not a JSON object"),
+    "not JSON": (_file(b"{{{{"), "its header: not JSON"),
     "a list": (_file([]), "not a JSON object"),
     "deep": (_file(b"[" * 100_000), "nested too deeply"),
     "twice": (_file(b'{"a":{},"a":{}}'), "twice"),

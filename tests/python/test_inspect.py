@@ -322,9 +322,9 @@ _SITES = ["inspect", "{folder}/base.pt", "--sites"]
 _SVG = ["inspect", "{folder}/base.pt", "--svg", "{tmp}/picture.svg"]
 FAILING = {
     "no sites file": ([*_SITES, "{tmp}/none.json"], 1, "none.json: cannot read the sites (No such file"),
-    "sites are a directory": ([*_SITES, "{tmp}"], 1, "cannot read the sites (Is a directory"),
-    "sites are not JSON": ([*_SITES, "{folder}/text.json"], 1, "text.json: not a JSON file"),
-    "sites are a model": ([*_SITES, "{folder}/base.pt"], 1, "base.pt: not a JSON file"),
+    "sites are a directory": ([*_SITES, "{tmp}"], 1, "expected a regular file, got a directory"),
+    "sites are not JSON": ([*_SITES, "{folder}/text.json"], 1, "text.json: not JSON"),
+    "sites are a model": ([*_SITES, "{folder}/base.pt"], 1, "base.pt: not JSON"),
     "config in data": (["inspect", "{folder}/base.pt", "--json", "--config", "mam"], 2, "or give --svg FILE too"),
     "unknown config": ([*_SVG, "--config", "unipel"], 1, "no configuration is called 'unipel'"),
     "picture of nothing": (["inspect", "{folder}/plain.pt", *_SVG[2:]], 1, "no attention was found"),

@@ -253,8 +253,8 @@ def _code(directory: Path) -> None:
     [
         (shutil.rmtree, "", "not a directory"),
         (_no_config, "adapter_config.json", r"cannot read the adapter's configuration \(No such file"),
-        (_bad_json, "adapter_config.json", "not a JSON file"),
-        (_binary_json, "adapter_config.json", "not a JSON file"),
+        (_bad_json, "adapter_config.json", "not JSON"),
+        (_binary_json, "adapter_config.json", "not JSON"),
         (_no_name, "adapter_config.json", 'no "name"; is it an AdapterHub adapter'),
         (_a_list, "adapter_config.json", 'no "name"'),
         (_no_weights, "", "no weights, looked for .*pytorch_adapter.bin"),

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from .._reading import parse_json
 from ..errors import GraftError
 
 FORMATS = (".csv", ".tsv", ".jsonl")
@@ -86,10 +86,7 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
     for line, content in enumerate(text.split("\n"), 1):
         if not content.strip():
             continue
-        try:
-            row = json.loads(content)
-        except ValueError as error:
-            raise GraftError(f"{path}, line {line}: not JSON ({error})") from error
+        row = parse_json(content, f"{path}, line {line}")
         if not isinstance(row, dict):
             raise GraftError(f"{path}, line {line}: expected an object, got {type(row).__name__}")
         yield line, row

@@ -54,7 +54,7 @@ TEST_P(Refused, NamesTheField) {
 INSTANTIATE_TEST_SUITE_P(
     Configs, Refused,
     ::testing::Values(
-        BadConfig{"{", "malformed JSON"}, BadConfig{"[1]", "expected a JSON object"},
+        BadConfig{"{", "config: not JSON"}, BadConfig{"[1]", "expected a JSON object"},
         BadConfig{R"({"architecture": "lora", "rank": 4})", "LoRAConfig has no field 'rank'"},
         BadConfig{R"({"architecture": "lora", "r": "8"})", "expected LoRAConfig.r to be an integer, got \"8\""},
         BadConfig{R"({"architecture": "lora", "r": 0})", "expected LoRAConfig.r to be positive"},
@@ -90,6 +90,8 @@ INSTANTIATE_TEST_SUITE_P(
                       "reduction_factor": {"first": 2}})",
             "expected the keys of BnConfig.reduction_factor to be layer numbers or \"default\", got \"first\""},
         BadConfig{R"({"architecture": "lora", "r": 1e30})", "expected LoRAConfig.r to be an integer, got 1e+30"},
+        BadConfig{R"({"architecture": "lora", "leave_out": [9223372036854775808]})",
+                  "expected LoRAConfig.leave_out[] to be an integer below 2^63, got 9223372036854775808"},
         BadConfig{R"({"architecture": "union", "configs": [{"architecture": "lora"}, {"architecture": "lora"}]})",
                   "two LoRA configs"},
         BadConfig{R"({"architecture": "union", "configs": [{"architecture": "union", "configs": []}]})",

@@ -1,6 +1,6 @@
 #include "adapter_folder.h"
 
-#include <torchgraft/patch/adapter_pool.h>
+#include <torchgraft/patch/check_room.h>
 #include <torchgraft/patch/head.h>
 #include <torchgraft/patch/life.h>
 #include <torchgraft/patch/train.h>
@@ -64,6 +64,33 @@ class LittleMemory : public c10::Allocator {
   c10::Allocator* const real_ = c10::GetCPUAllocator();
   int64_t left_;
 };
+
+TEST(AdapterPool, RoomThatCannotBeMadeIsNamedBeforeThePoolIs) {
+  AdapterPoolOptions given =
+      options(2, {"lora[r=4]", "lora[r=1048576]", "seq_bn[mh_adapter=False, output_adapter=False, cross_adapter=True]",
+                  "lora[leave_out=[0, 1, 2, 3]]", "unipelt", "lora[r=400]", "lora[use_dora=True, r=2]",
+                  "seq_bn[original_ln_after=False, ln_before=True]"});
+  given.max_row_bytes = 100'000;
+  const std::vector<std::string> faults = check_room(encoder(), given);
+  const std::vector<std::string> expected = {
+      "", "rows for these need", "asks for nothing", "asks for nothing", "", "rows for these need", "", ""};
+  ASSERT_EQ(faults.size(), expected.size());
+  std::vector<AdapterConfig> fitting;
+  for (size_t i = 0; i < faults.size(); ++i) {
+    EXPECT_EQ(faults[i].empty(), expected[i].empty()) << faults[i];
+    EXPECT_NE(faults[i].find(expected[i]), std::string::npos) << faults[i];
+    if (faults[i].empty()) {
+      fitting.push_back(given.room[i]);
+    }
+  }
+  // What it lets through fits, and it counts as the pool does.
+  given.room = fitting;
+  const int64_t bytes = AdapterPool(encoder(), given).stats().row_bytes;
+  given.max_row_bytes = bytes;
+  EXPECT_EQ(check_room(encoder(), given), std::vector<std::string>(fitting.size()));
+  given.max_row_bytes = bytes - 1;
+  EXPECT_FALSE(check_room(encoder(), given).back().empty());
+}
 
 TEST(AdapterPool, InsertRewritesRowsInPlace) {
   AdapterPool pool(encoder(), options(2, {"unipelt"}));

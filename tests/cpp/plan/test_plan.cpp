@@ -47,6 +47,15 @@ TEST(Plan, BottleneckSizesAreFloorDivisionsOfPython) {
   }
 }
 
+TEST(Plan, ABottleneckThatNoMemoryHoldsIsRefused) {
+  for (const double factor : {1e-300, 1e-12}) {
+    BnConfig config = seq_bn_config();
+    config.reduction_factor = factor;
+    const std::string error = error_of([&] { make_plan(bert_like(1), AdapterConfig{{config}}); });
+    EXPECT_NE(error.find("give a larger reduction_factor"), std::string::npos) << error;
+  }
+}
+
 // Self and cross attention share the feed-forward block of their decoder layer.
 TEST(Plan, ADecoderLayerHasOneFeedForwardBlock) {
   LoRAConfig lora;

@@ -1,8 +1,14 @@
 #include "support.h"
 
 #include <torchgraft/plan/safetensors.h>
+#include <torchgraft/plan/temporary_file.h>
 
 #include <gtest/gtest.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <csignal>
 
 #include <filesystem>
 #include <fstream>
@@ -70,6 +76,50 @@ TEST_F(Safetensors, EveryChangedByteOfTheHeaderIsRefusedOrHarmless) {
       }
     }
   }
+}
+
+// The alarm ends the test's process if reading waits.
+TEST_F(Safetensors, OnlyRegularFilesAreRead) {
+  alarm(60);
+  ASSERT_EQ(mkfifo(path().c_str(), 0600), 0);
+  EXPECT_NE(error_of([&] { read_safetensors(path()); }).find(path() + ": expected a regular file, got a FIFO"),
+            std::string::npos);
+  EXPECT_NE(error_of([&] { read_safetensors(folder_.string()); }).find("got a directory"), std::string::npos);
+  EXPECT_NE(error_of([&] { read_safetensors("/dev/zero"); }).find("got a device"), std::string::npos);
+  const std::string loop = (folder_ / "loop").string();
+  std::filesystem::create_symlink(loop, loop);
+  EXPECT_NE(error_of([&] { read_safetensors(loop); }).find(loop + ": cannot read ("), std::string::npos);
+  alarm(0);
+}
+
+TEST_F(Safetensors, AFileThatIsTooLargeIsNotRead) {
+  write_safetensors({{"a", at::ones({5})}}, path());
+  const auto size = std::filesystem::file_size(path());
+  EXPECT_EQ(read_safetensors(path(), size).size(), 1u);
+  EXPECT_NE(error_of([&] { read_safetensors(path(), size - 1); }).find("expected a file of at most"),
+            std::string::npos);
+  std::filesystem::resize_file(path(), kMostWeightBytes + 1);
+  EXPECT_NE(error_of([&] { read_safetensors(path()); }).find("expected a file of at most 4294967296 bytes"),
+            std::string::npos);
+}
+
+TEST_F(Safetensors, WhatAKilledWriterLeftIsDeletedByTheNextOne) {
+  const pid_t child = fork();
+  if (child == 0) {  // killed while its file is open
+    TemporaryFile file(path());
+    file.write("half", 4);
+    raise(SIGKILL);
+  }
+  waitpid(child, nullptr, 0);
+  EXPECT_EQ(files(), 1u);
+  std::ofstream(folder_ / "a.safetensors.backup.tmp") << "the user's";
+  TemporaryFile alive(path());
+  EXPECT_EQ(files(), 2u);
+  write_file(path(), "new");
+  EXPECT_EQ(files(), 3u);  // the user's, that of the living writer, and what was written
+  alive.write("last", 4);
+  alive.keep();
+  EXPECT_EQ(std::filesystem::file_size(path()), 4u);
 }
 
 TEST_F(Safetensors, WhatCannotBeWrittenLeavesNothing) {

@@ -1,12 +1,21 @@
 #include "support.h"
 
 #include <torchgraft/patch/adapters/directory_update.h>
+#include <torchgraft/patch/adapters/one_version.h>
+#include <torchgraft/plan/regular_file.h>
 
 #include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
+#include <atomic>
+#include <chrono>
+#include <csignal>
 #include <filesystem>
 #include <fstream>
+#include <optional>
 #include <sstream>
+#include <thread>
 
 namespace torchgraft {
 namespace {
@@ -66,6 +75,82 @@ TEST_F(Directory, ACommitThatFailsLeavesNoMixtureThatLoads) {
   }
   EXPECT_FALSE(std::filesystem::exists(folder_ / "config"));  // with this file the directory would load
   EXPECT_EQ(content("weights"), "old");
+}
+
+TEST_F(Directory, WhatAKilledProcessLeftIsRemovedByTheNextUpdate) {
+  const pid_t child = fork();
+  if (child == 0) {
+    DirectoryUpdate update(folder_.string());
+    update.stage("weights", "new");
+    raise(SIGKILL);
+  }
+  waitpid(child, nullptr, 0);
+  std::ofstream(folder_ / ".weights.123.new.a1B2c3.tmp") << "half";
+  std::ofstream(folder_ / "the user's.new") << "whole";
+  EXPECT_EQ(files(), 5u);
+  {
+    DirectoryUpdate update(folder_.string());
+    EXPECT_EQ(files(), 3u);
+  }
+  EXPECT_EQ(content("weights"), "old");
+  EXPECT_EQ(content("the user's.new"), "whole");
+}
+
+TEST_F(Directory, TwoUpdatesTakeTurns) {
+  std::optional<DirectoryUpdate> first(std::in_place, folder_.string());
+  first->stage("weights", "first");
+  std::atomic<bool> is_open = false;
+  std::thread other([&] {
+    DirectoryUpdate second(folder_.string());
+    is_open = true;
+    second.stage("config", "second");
+    second.commit("config", {});
+  });
+  std::this_thread::sleep_for(std::chrono::milliseconds(100));
+  EXPECT_FALSE(is_open);
+  first->stage("config", "first");
+  first->commit("config", {});  // what it has staged is still there
+  first.reset();
+  other.join();
+  EXPECT_EQ(content("weights") + content("config"), "firstsecond");
+}
+
+// Writers replace both files all the time. Either file alone is always whole; that both are of one update is what
+// read_one_version adds.
+TEST_F(Directory, AReaderGetsOneVersion) {
+  std::atomic<bool> stop = false;
+  std::thread writer([&] {
+    for (int turn = 0; !stop; ++turn) {
+      DirectoryUpdate update(folder_.string());
+      update.stage("weights", std::to_string(turn));
+      update.stage("config", std::to_string(turn));
+      update.commit("config", {});
+    }
+  });
+  for (int reads = 0; reads < 200; ++reads) {
+    std::string config;
+    std::string weights;
+    read_one_version(folder_.string(), {"config", "weights"}, "config", [&] {
+      config = read_text((folder_ / "config").string(), 100);
+      std::this_thread::sleep_for(std::chrono::microseconds(50));
+      weights = read_text((folder_ / "weights").string(), 100);
+    });
+    EXPECT_EQ(config, weights);
+  }
+  stop = true;
+  writer.join();
+}
+
+TEST_F(Directory, AReaderOfADamagedDirectoryIsToldAtOnce) {
+  int reads = 0;
+  const auto read = [&] {
+    ++reads;
+    TORCH_CHECK(false, "damaged");
+  };
+  EXPECT_EQ(error_of([&] { read_one_version(folder_.string(), {"config"}, "config", read); }), "damaged");
+  std::filesystem::remove(folder_ / "config");
+  EXPECT_EQ(error_of([&] { read_one_version(folder_.string(), {"config"}, "config", read); }), "damaged");
+  EXPECT_EQ(reads, 2);
 }
 
 TEST_F(Directory, ADirectoryThatCannotBeMadeIsNamed) {

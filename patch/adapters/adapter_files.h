@@ -1,0 +1,13 @@
+#pragma once
+
+namespace torchgraft {
+
+// The files of an adapter's directory. Those with pickled weights are for Python.
+constexpr const char* kConfigFile = "adapter_config.json";
+constexpr const char* kWeightsFile = "adapter.safetensors";
+constexpr const char* kPickledWeightsFile = "pytorch_adapter.bin";
+constexpr const char* kHeadConfigFile = "head_config.json";
+constexpr const char* kHeadWeightsFile = "model_head.safetensors";
+constexpr const char* kPickledHeadFile = "pytorch_model_head.bin";
+
+}  // namespace torchgraft

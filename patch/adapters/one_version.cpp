@@ -1,0 +1,72 @@
+#include <torchgraft/patch/adapters/one_version.h>
+
+#include <c10/util/Exception.h>
+
+#include <sys/stat.h>
+
+#include <chrono>
+#include <exception>
+#include <optional>
+#include <thread>
+#include <tuple>
+
+namespace torchgraft {
+namespace {
+
+constexpr int kMostReads = 100;
+constexpr int kMostWaits = 20;  // for the marker
+constexpr std::chrono::milliseconds kPause(5);
+
+// What tells a version of a file from others. A file that is replaced has another number, one that is written into has
+// another time.
+using FileVersion = std::tuple<dev_t, ino_t, off_t, time_t, long, time_t, long>;
+
+std::vector<std::optional<FileVersion>> versions_of(const std::string& directory,
+                                                    const std::vector<std::string>& files) {
+  std::vector<std::optional<FileVersion>> result;
+  for (const std::string& name : files) {
+    struct stat status{};
+    if (stat((directory + "/" + name).c_str(), &status) == 0) {
+      result.emplace_back(std::in_place, status.st_dev, status.st_ino, status.st_size, status.st_mtim.tv_sec,
+                          status.st_mtim.tv_nsec, status.st_ctim.tv_sec, status.st_ctim.tv_nsec);
+    } else {
+      result.emplace_back();
+    }
+  }
+  return result;
+}
+
+bool is_missing(const std::string& path) {
+  struct stat status{};
+  return stat(path.c_str(), &status) != 0;
+}
+
+}  // namespace
+
+void read_one_version(const std::string& directory, const std::vector<std::string>& files, const std::string& marker,
+                      const std::function<void()>& read) {
+  int waits = 0;
+  for (int reads = 0; reads < kMostReads; ++reads) {
+    while (is_missing(directory + "/" + marker) && !is_missing(directory) && ++waits <= kMostWaits) {
+      std::this_thread::sleep_for(kPause);
+    }
+    const auto before = versions_of(directory, files);
+    std::exception_ptr failure;
+    try {
+      read();
+    } catch (...) {
+      failure = std::current_exception();
+    }
+    if (versions_of(directory, files) != before) {
+      std::this_thread::sleep_for(kPause);
+    } else if (failure) {
+      std::rethrow_exception(failure);
+    } else {
+      return;
+    }
+  }
+  TORCH_CHECK(false, directory, ": its files changed during each of ", kMostReads,
+              " attempts to read them; read it when nobody writes into it");
+}
+
+}  // namespace torchgraft

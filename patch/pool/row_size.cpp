@@ -1,0 +1,87 @@
+#include <torchgraft/patch/pool/row_size.h>
+
+#include <torchgraft/patch/adapters/adapter_bank.h>
+
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+
+namespace torchgraft {
+namespace {
+
+double product(std::initializer_list<int64_t> sizes) {
+  double result = 1;
+  for (const int64_t size : sizes) {
+    result *= static_cast<double>(size);
+  }
+  return result;
+}
+
+double least_numbers(const PlannedModule& module) {
+  if (const auto* lora = std::get_if<PlannedLoRA>(&module.method)) {
+    const int64_t in = lora_form(lora->config) == LoRAForm::kScale ? 0 : lora->in_features;
+    return product({lora->config.r, in + lora->out_features});
+  }
+  if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method)) {
+    return product({2, bottleneck->hidden_size, bottleneck->bottleneck_size});
+  }
+  const auto& prefix = std::get<PlannedPrefix>(module.method);
+  return product({2, prefix.num_kv_heads, prefix.head_dim, prefix.config.prefix_length});
+}
+
+}  // namespace
+
+void check_row_limit(double bytes, int64_t limit) {
+  TORCH_CHECK(limit == 0 || bytes <= static_cast<double>(limit), "AdapterPool: expected adapters of at most ", limit,
+              " bytes each, rows for these need ",
+              bytes < 1e15 ? std::to_string(static_cast<int64_t>(bytes)) : "far more",
+              "; raise max_row_bytes, or use smaller adapters");
+}
+
+void check_least_bytes(const Plan& plan, const at::TensorOptions& options, int64_t limit) {
+  double numbers = 0;
+  for (const PlannedModule& module : plan) {
+    numbers += least_numbers(module);
+  }
+  check_row_limit(numbers * static_cast<double>(options.dtype().itemsize()), limit);
+}
+
+void RowSize::add(const Adapter& adapter) {
+  const auto grow = [&](const std::string& slot, const std::string& name, at::IntArrayRef sizes, size_t element_size) {
+    Parameter& parameter = parameters_[slot + "." + name];
+    parameter.element_size = static_cast<double>(element_size);
+    parameter.sizes.resize(std::max(parameter.sizes.size(), sizes.size()), 0);
+    for (size_t i = 0; i < sizes.size(); ++i) {
+      parameter.sizes[i] = std::max(parameter.sizes[i], sizes[i]);
+    }
+  };
+  for (size_t m = 0; m < adapter.plan.size(); ++m) {
+    const PlannedModule& module = adapter.plan[m];
+    const std::string slot = std::to_string(module.number) + "." + slot_name(module);
+    for (const auto& [name, value] : adapter.weights[m]) {
+      grow(slot, name, value.sizes(), value.element_size());
+    }
+    const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method);
+    const auto* lora = std::get_if<PlannedLoRA>(&module.method);
+    if (!bottleneck && !lora) {
+      grow(slot, "prefix_length", {}, sizeof(int64_t));
+    } else if (bottleneck ? !bottleneck_form(bottleneck->config).is_plain()
+                          : lora_form(lora->config) != LoRAForm::kAdd) {
+      grow(slot, "present", {}, sizeof(bool));
+    }
+  }
+}
+
+double RowSize::bytes() const {
+  double result = 0;
+  for (const auto& [name, parameter] : parameters_) {
+    double numbers = 1;
+    for (const int64_t size : parameter.sizes) {
+      numbers *= static_cast<double>(size);
+    }
+    result += numbers * parameter.element_size;
+  }
+  return result;
+}
+
+}  // namespace torchgraft

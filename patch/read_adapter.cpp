@@ -1,0 +1,83 @@
+#include <torchgraft/patch/save_adapter.h>
+
+#include <torchgraft/patch/adapters/adapter_files.h>
+#include <torchgraft/patch/adapters/one_version.h>
+#include <torchgraft/plan/regular_file.h>
+#include <torchgraft/plan/safetensors.h>
+#include <torchgraft/registration/parse_json.h>
+
+#include <sys/stat.h>
+
+#include <optional>
+
+namespace torchgraft {
+namespace {
+
+constexpr const char* kKnownHeads =
+    "heads for classification, multi-label classification, regression and tagging are; a prediction needs its own head";
+constexpr const char* kReadInPython =
+    " is for Python: load it there with torchgraft.load_adapter and save the adapter again";
+constexpr uint64_t kLongestConfig = 1 << 20;
+
+// Anything of that name, also a link that leads nowhere: reading it says what is wrong with it.
+bool is_there(const std::string& path) {
+  struct stat status{};
+  return lstat(path.c_str(), &status) == 0;
+}
+
+// The "name" in the text of a configuration's file.
+std::string saved_name(const std::string& path, const std::string& text) {
+  const auto json = parse_json(text, path);
+  TORCH_CHECK(json.is_object() && json.contains("name") && json.at("name").is_string(), path,
+              ": expected a JSON object with a text \"name\"");
+  return json.at("name").get<std::string>();
+}
+
+std::optional<HeadSpec> read_head(const std::string& directory, uint64_t most_weight_bytes) {
+  const std::string path = directory + "/" + kHeadConfigFile;
+  if (!is_there(path)) {
+    return std::nullopt;
+  }
+  const std::string text = read_text(path, kLongestConfig);
+  parse_json(text, path);
+  if (!is_known_head(text)) {
+    TORCH_WARN(directory, ": the adapter's head is not loaded: ", kKnownHeads);
+    return std::nullopt;
+  }
+  const std::string weights = directory + "/" + kHeadWeightsFile;
+  TORCH_CHECK(is_there(weights), directory, ": no ", kHeadWeightsFile, " beside its ", kHeadConfigFile, "; a ",
+              kPickledHeadFile, kReadInPython);
+  return HeadSpec{head_config_from_json(text), read_safetensors(weights, most_weight_bytes), saved_name(path, text)};
+}
+
+AdapterSpec read_files(const std::string& directory, const std::string& name, uint64_t most_weight_bytes) {
+  const std::string path = directory + "/" + kConfigFile;
+  const std::string text = read_text(path, kLongestConfig);
+  AdapterSpec spec;
+  spec.saved_name = saved_name(path, text);
+  spec.name = name.empty() ? spec.saved_name : name;
+  spec.config = config_from_json(text);
+  const std::string weights = directory + "/" + kWeightsFile;
+  TORCH_CHECK(is_there(weights), directory, ": no ", kWeightsFile, "; a ", kPickledWeightsFile, kReadInPython);
+  spec.weights = read_safetensors(weights, most_weight_bytes);
+  spec.head = read_head(directory, most_weight_bytes);
+  return spec;
+}
+
+}  // namespace
+
+AdapterSpec read_adapter_directory(const std::string& directory, const std::string& name, uint64_t most_weight_bytes) {
+  AdapterSpec spec;
+  read_one_version(directory, {kConfigFile, kWeightsFile, kHeadConfigFile, kHeadWeightsFile}, kConfigFile,
+                   [&] { spec = read_files(directory, name, most_weight_bytes); });
+  return spec;
+}
+
+AdapterConfig read_adapter_config(const std::string& directory) {
+  const std::string path = directory + "/" + kConfigFile;
+  const std::string text = read_text(path, kLongestConfig);
+  parse_json(text, path);  // names the file
+  return config_from_json(text);
+}
+
+}  // namespace torchgraft

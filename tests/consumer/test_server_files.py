@@ -1,0 +1,159 @@
+"""examples/server and bad files: it starts, answers 422 with the adapter's name, waits for none, and ends in time."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import time
+
+import pytest
+import torch
+
+import torchgraft
+from server_support import ADAPTERS, TOLERANCE, Server
+
+DEEP = "[" * 400_000 + "]" * 400_000
+
+
+def write_config(folder, name: str, text: str) -> None:
+    (folder / name).mkdir()
+    (folder / name / "adapter_config.json").write_text(text)
+
+
+def config(**fields) -> str:
+    return json.dumps({"config": fields, "name": "a"})
+
+
+BAD_CONFIGS = {
+    "deep": '{"config": ' + DEEP + "}",
+    "deep-name": '{"name": ' + DEEP + "}",
+    "number": '{"config": {"architecture": "lora", "alpha": 1e400}}',
+    "half": '{"config": ',
+    "cross": config(
+        mh_adapter=False, output_adapter=False, cross_adapter=True, reduction_factor=2, non_linearity="relu"
+    ),
+    "no-layer": config(architecture="lora", leave_out=list(range(9))),
+    "huge": config(architecture="lora", r=2**20),
+    "huge-bottleneck": config(mh_adapter=True, output_adapter=True, reduction_factor=1e-300, non_linearity="relu"),
+    "huge-prefix": config(architecture="prefix_tuning", prefix_length=2**40),
+    "wrapped": config(architecture="lora", leave_out=[2**63]),
+}
+
+
+@pytest.mark.quick
+def test_bad_configurations_keep_no_server_from_starting(server_program, models, own_adapters, expected):
+    """Each is named in one line, and is an error of its own."""
+    for name, text in BAD_CONFIGS.items():
+        write_config(own_adapters, name, text)
+        shutil.copy(own_adapters / "task-1" / "adapter.safetensors", own_adapters / name)
+    with Server(server_program, models / "base.pt", own_adapters) as server:
+        torch.testing.assert_close(server.outputs("task-1", [[1, 2]])[0], expected("task-1", [1, 2]), **TOLERANCE)
+        for name in BAD_CONFIGS:
+            for status, answer in (server.ask("PUT", f"/v1/adapters/{name}"), server.predict(name, [[1]])):
+                assert status == 422 and f"adapter '{name}' cannot be loaded" in answer["error"]["message"], answer
+            assert server.ask("GET", f"/v1/adapters/{name}")[0] in (200, 422)
+        status, answer = server.ask("PUT", "/v1/adapters/number")
+        assert "adapter_config.json: not JSON" in answer["error"]["message"]
+        assert server.ask("GET", "/healthz")[0] == 200
+        server.stop()
+        lines = server.errors.splitlines()
+    assert sorted(line.split()[1] for line in lines) == sorted(BAD_CONFIGS)
+    assert all(line.startswith("adapter ") and " cannot be served: " in line for line in lines)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", DEEP, '{"config": {"head_type": "tagging", "num_labels": 1e400}}'])
+def test_a_damaged_head_is_no_missing_head(server_program, models, own_adapters, text):
+    """Else predictions would be hidden states."""
+    base = torch.jit.load(models / "base.pt")
+    model = torchgraft.graft(base, adapters={"headed": models / "adapters" / "task-0"}, gate_pooling="unpadded")
+    torchgraft.save_adapter(
+        torchgraft.add_head(model, "headed", torchgraft.HeadConfig()), "headed", own_adapters / "headed"
+    )
+    with Server(server_program, models / "base.pt", own_adapters) as server:
+        assert "logits" in server.predict("headed", [[1]])[1]
+        (own_adapters / "headed" / "head_config.json").write_text(text)
+        status, answer = server.ask("PUT", "/v1/adapters/headed")
+        assert status == 422 and "head" in answer["error"]["message"], answer
+        assert "logits" in server.predict("headed", [[1]])[1]  # the one in memory stays
+
+
+def fifo(path) -> None:
+    os.mkfifo(path)
+
+
+def device(path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def loop(path) -> None:
+    path.symlink_to(path)
+
+
+def sparse(path) -> None:
+    path.touch()
+    os.truncate(path, 3 << 30)
+
+
+@pytest.mark.parametrize("file", ["adapter.safetensors", "head_config.json", "adapter_config.json"])
+@pytest.mark.parametrize("put", [fifo, device, loop, sparse, os.mkdir])
+def test_what_is_no_regular_file_is_not_waited_for(server_program, models, own_adapters, file, put):
+    path = own_adapters / "task-1" / file
+    with Server(server_program, models / "base.pt", own_adapters) as server:
+        path.unlink(missing_ok=True)
+        put(path)
+        begun = time.monotonic()
+        # Without a regular adapter_config.json a directory is no adapter.
+        expected = 404 if file == "adapter_config.json" and put is not sparse else 422
+        status, answer = server.ask("PUT", "/v1/adapters/task-1")
+        assert status == expected, answer
+        assert expected == 404 or file in answer["error"]["message"]
+        assert server.predict("task-2", [[1]])[0] == 200
+        assert time.monotonic() - begun < 30
+        assert server.stop() == 0
+
+
+def test_a_large_file_of_weights_is_refused(server_program, models, own_adapters):
+    size = (own_adapters / "task-1" / "adapter.safetensors").stat().st_size
+    options = ("--max-adapter-file-bytes", size - 1)
+    with Server(server_program, models / "base.pt", own_adapters, *options) as server:
+        status, answer = server.ask("PUT", "/v1/adapters/task-1")
+        assert status == 422 and f"expected a file of at most {size - 1} bytes" in answer["error"]["message"]
+
+
+def test_a_read_that_never_ends_holds_up_no_end(server_program, models, own_adapters, waits_at_open):
+    """Nor those who ask for other things meanwhile."""
+    options = ("--drain-seconds", 1)
+    gate = own_adapters / "task-1" / "adapter.safetensors.wait"
+    with (
+        Server(server_program, models / "base.pt", own_adapters, *options, environment=waits_at_open) as server,
+        contextlib.closing(server.connection()) as connection,
+    ):
+        assert server.predict("task-0", [[1]])[0] == 200
+        gate.touch()
+        connection.request("PUT", "/v1/adapters/task-1")
+        assert server.predict("task-0", [[1]])[0] == 200
+        assert len(server.ask("GET", "/v1/adapters")[1]["adapters"]) == ADAPTERS
+        assert server.ask("GET", "/v1/adapters/task-2")[0] == 200
+        begun = time.monotonic()
+        assert server.stop() == 1
+        assert time.monotonic() - begun < 30
+        assert "gave up waiting" in server.errors
+
+
+def test_adapters_in_memory_are_served_while_the_folder_is_away(server_program, models, own_adapters, expected):
+    row, away = [3, 4, 5], own_adapters.with_name("away")
+    with Server(server_program, models / "base.pt", own_adapters) as server:
+        server.outputs("task-1", [row])
+        own_adapters.rename(away)
+        torch.testing.assert_close(server.outputs("task-1", [row])[0], expected("task-1", row), **TOLERANCE)
+        torch.testing.assert_close(server.outputs(None, [row])[0], expected(None, row), **TOLERANCE)
+        assert server.predict("task-2", [row])[0] == 404
+        away.rename(own_adapters)
+        torch.testing.assert_close(server.outputs("task-2", [row])[0], expected("task-2", row), **TOLERANCE)
+
+
+def test_an_unreadable_folder_is_one_line(server_program, models, tmp_path):
+    command = [server_program, models / "base.pt", "--adapters", tmp_path / "nowhere"]
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1

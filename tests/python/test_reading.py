@@ -1,0 +1,251 @@
+"""Files and texts of strangers: nothing that they hold ends the process, is waited for, or is read half."""
+
+import contextlib
+import itertools
+import os
+import random
+import shutil
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import torchgraft
+from grafted import base, grafted
+from torchgraft._files import write_whole
+
+pytestmark = pytest.mark.quick
+
+DEEP = "[" * 1_000_000 + "]" * 1_000_000
+
+
+@pytest.fixture(autouse=True)
+def _alarm():
+    """Whoever waits for a file is interrupted."""
+
+    def give_up(*_) -> None:
+        raise TimeoutError("waited for a file")
+
+    previous = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.fixture
+def directory(tmp_path) -> Path:
+    """An adapter with a head."""
+    model = torchgraft.add_head(grafted("bert_sdpa", torch.float32, "lora"), "task", torchgraft.HeadConfig())
+    torchgraft.save_adapter(model, "task", tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        pytest.param(DEEP, "nested too deeply, expected JSON of at most 64 levels", id="deep"),
+        pytest.param('{"a":' * 65 + "1" + "}" * 65, "nested too deeply", id="deep objects"),
+        pytest.param("[" * 100_000, "nested too deeply", id="open brackets"),
+        ("1e400", "not JSON .the number 1e400 is out of range"),
+        ("[NaN]", "not JSON .NaN"),
+        ("-Infinity", "not JSON"),
+        (b'"\xff"', "not JSON"),
+        ('"\\ud800"', "not JSON"),
+        ('{"\\udc00": 1}', "not JSON"),
+        ("1" * 5000, "not JSON"),
+        ("{", "not JSON"),
+        ("", "not JSON"),
+    ],
+)
+def test_what_is_no_json_is_refused(text, message: str) -> None:
+    with pytest.raises(torchgraft.GraftError, match=f"^the body: {message}"):
+        torchgraft.parse_json(text, "the body")
+
+
+def test_json_is_read() -> None:
+    assert torchgraft.parse_json('{"a": [1, 2.5, null, "\\ud83d\\ude00["]}', "") == {"a": [1, 2.5, None, "\U0001f600["]}
+    assert torchgraft.parse_json("[" * 64 + "]" * 64, "") is not None
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "head_config.json"])
+@pytest.mark.parametrize("text", [DEEP, '{"config": 1e400}', b"\xff"], ids=["deep", "1e400", "bytes"])
+def test_a_configuration_that_is_no_json_is_named(directory: Path, file: str, text) -> None:
+    (directory / file).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(torchgraft.GraftError, match=f"{file}: (nested|not JSON|expected a file of at most)"):
+        torchgraft.load_adapter(base("bert_sdpa", torch.float32), directory)
+
+
+def _fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _socket(path: Path) -> None:
+    here = os.getcwd()
+    os.chdir(path.parent)  # an address has at most 107 bytes
+    try:
+        socket.socket(socket.AF_UNIX).bind(path.name)
+    finally:
+        os.chdir(here)
+
+
+def _device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def _loop(path: Path) -> None:
+    path.symlink_to(path)
+
+
+def _nowhere(path: Path) -> None:
+    path.symlink_to(path.parent / "nowhere")
+
+
+def _sparse(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 5 << 30)
+
+
+@pytest.mark.parametrize("put", [Path.mkdir, _fifo, _socket, _device, _loop, _nowhere, _sparse])
+@pytest.mark.parametrize(
+    "file",
+    ["adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin", "head_config.json", "model_head.safetensors"],
+)
+def test_only_regular_files_are_read(directory: Path, file: str, put) -> None:
+    """In Python, and in C++ where it reads the file, too."""
+    if file == "pytorch_adapter.bin":
+        (directory / "adapter.safetensors").unlink()
+    else:
+        (directory / file).unlink()
+    put(directory / file)
+    with pytest.raises(torchgraft.GraftError, match=f"{file}: ") as raised:
+        torchgraft.load_adapter(base("bert_sdpa", torch.float32), directory)
+    kinds = {"mkdir": "directory", "_fifo": "FIFO", "_socket": "socket", "_device": "device", "_sparse": "at most"}
+    assert kinds.get(put.__name__, "cannot read") in str(raised.value)
+
+
+def test_sites_are_a_regular_file(tmp_path) -> None:
+    _fifo(tmp_path / "sites.json")
+    with pytest.raises(torchgraft.GraftError, match="expected a regular file, got a FIFO"):
+        torchgraft.graft(base("bert_sdpa", torch.float32), "lora", "task", sites=tmp_path / "sites.json")
+
+
+def test_a_killed_writer_leaves_its_file_until_the_next_one_writes(tmp_path) -> None:
+    target, alive = tmp_path / "out.pt", tmp_path / "alive"
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+            write_whole(b"half", target)
+        os._exit(1)
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.glob(".out.pt.*.tmp"))) == 1
+    (tmp_path / ".out.pt.12345678.tmp").write_text("the user's")  # not as tempfile makes them
+    (tmp_path / ".out.pt.12345678.tmp").chmod(0o644)
+
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:  # a writer that takes its time
+        with contextlib.suppress(BaseException):
+            synced = os.fsync
+            os.fsync = lambda number: (alive.touch(), os.read(reading, 1), synced(number))
+            write_whole(b"slow", target)
+        os._exit(0)
+    while not alive.exists():
+        time.sleep(0.01)
+    write_whole(b"quick", target)
+    assert target.read_bytes() == b"quick"
+    assert len(list(tmp_path.glob(".out.pt.*.tmp"))) == 2  # the user's, and that of the living writer
+    os.write(writing, b"1")
+    os.waitpid(child, 0)
+    assert target.read_bytes() == b"slow"
+    os.close(reading)
+    os.close(writing)
+
+
+def _twins() -> list[torch.jit.ScriptModule]:
+    """Two versions of one adapter: all its numbers are 1, or all are 2; the head's, too."""
+    twins = []
+    for number in (1, 2):
+        model = torchgraft.add_head(
+            torchgraft.graft(base("bert_sdpa", torch.float32), "lora[r=2]", "task", trainable=True),
+            "task",
+            torchgraft.HeadConfig(),
+        )
+        with torch.no_grad():
+            for parameter in torchgraft.trainable_parameters(model, "task").values():
+                parameter.fill_(number)
+        twins.append(model)
+    return twins
+
+
+def _version_of(directory: Path) -> int:
+    read = torchgraft.load_adapter_directory(directory)
+    numbers = {float(tensor.view(-1)[0]) for key, tensor in read.weights.items() if "lora_" in key}
+    numbers |= {float(tensor.view(-1)[0]) for tensor in read.head.weights.values()}
+    assert len(numbers) == 1, "of two versions"
+    return int(numbers.pop())
+
+
+def test_a_directory_is_read_as_one_version(tmp_path) -> None:
+    """While another thread replaces the adapter all the time."""
+    twins = _twins()
+    torchgraft.save_adapter(twins[0], "task", tmp_path)
+    stop = threading.Event()
+
+    def replace() -> None:
+        turn = 1
+        while not stop.is_set():
+            torchgraft.save_adapter(twins[turn % 2], "task", tmp_path)
+            turn += 1
+
+    writer = threading.Thread(target=replace)
+    writer.start()
+    try:
+        versions = [_version_of(tmp_path)]
+        while sum(a != b for a, b in itertools.pairwise(versions)) < 10:  # the alarm ends it
+            versions.append(_version_of(tmp_path))
+    finally:
+        stop.set()
+        writer.join()
+
+
+@pytest.mark.slow(seconds=60)
+def test_save_adapter_is_killed_at_any_instant(tmp_path) -> None:
+    """The directory holds the old adapter, the new one, or none for the instant of renaming; nothing is left over."""
+    twins = _twins()
+    source = random.Random(0)
+    torchgraft.save_adapter(twins[0], "task", tmp_path)
+    whole = sorted(path.name for path in tmp_path.iterdir())
+    missing = 0
+    for _ in range(150):
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):
+                for turn in range(1_000_000):
+                    torchgraft.save_adapter(twins[turn % 2], "task", tmp_path)
+            os._exit(1)
+        time.sleep(source.uniform(0.001, 0.08))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if (tmp_path / "adapter_config.json").exists():
+            assert _version_of(tmp_path) in (1, 2)
+        else:
+            missing += 1
+        if source.random() < 0.3:
+            torchgraft.save_adapter(twins[0], "task", tmp_path)
+            assert sorted(path.name for path in tmp_path.iterdir()) == whole
+            assert _version_of(tmp_path) == 1
+    assert missing < 75
+
+
+def test_a_folder_that_is_replaced_while_it_is_read_is_an_error_not_a_wait(directory: Path) -> None:
+    shutil.rmtree(directory)
+    begun = time.monotonic()
+    with pytest.raises(torchgraft.GraftError, match="not a directory"):
+        torchgraft.load_adapter_directory(directory)
+    assert time.monotonic() - begun < 30
