@@ -84,6 +84,7 @@ const std::map<std::string, Definition>& definitions() {
        {with_common(
             {{"x", "Tensor"}, {"base", "Tensor"}, {"lora_a", "Tensor"}, {"lora_b", "Tensor"}, {"scaling", "Tensor"}}),
         R"python(
+    check_ids(OP, x, adapter_ids, scaling)
     gate = pooled(x, gate_weight, gate_bias, adapter_ids, adapter, token_mask)
     return base + update(x, lora_a, lora_b, scaling, gate, adapter_ids, adapter), gate
 )python"}},
@@ -95,17 +96,20 @@ const std::map<std::string, Definition>& definitions() {
                      {"lora_b", "Tensor"},
                      {"scaling", "Tensor"}}),
         R"python(
+    check_ids(OP, x, adapter_ids, scaling)
     gate = pooled(x, gate_weight, gate_bias, adapter_ids, adapter, token_mask)
     base = torch.linear(x, weight, bias)
     return base + update(x, lora_a, lora_b, scaling, gate, adapter_ids, adapter), gate
 )python"}},
       {"gated_bottleneck", {with_common(with_bottleneck({{"x", "Tensor"}, {"residual", "Tensor"}})), R"python(
+    check_ids(OP, x, adapter_ids, scaling)
     gate = pooled(x, gate_weight, gate_bias, adapter_ids, adapter, token_mask)
 BOTTLENECK
 )python"}},
       {"gated_bottleneck_linear",
        {with_common(with_bottleneck({{"x", "Tensor"}, {"input", "Tensor"}, {"weight", "Tensor"}, {"bias", "Tensor"}})),
         R"python(
+    check_ids(OP, x, adapter_ids, scaling)
     gate = pooled(x, gate_weight, gate_bias, adapter_ids, adapter, token_mask)
     residual = torch.linear(input, weight, bias)
 BOTTLENECK
@@ -124,6 +128,7 @@ BOTTLENECK
                      {"scale", "float"},
                      {"enable_gqa", "bool"}}),
         R"python(
+    check_ids(OP, x, adapter_ids, prefix_key)
     gate = pooled(x, gate_weight, gate_bias, adapter_ids, adapter, token_mask)
     rows, columns = query.size(0), gate.size(1)
     prefixed_key = selected(prefix_key, adapter_ids, adapter) * gate.narrow(1, 0, 1).view(rows, 1, 1, 1)
@@ -195,6 +200,7 @@ std::string source_for(const Node* node, const Definition& definition, const std
     TORCH_INTERNAL_ASSERT(non_linearity, "the non-linearity of ", name, " is no constant");
     replace_word(body, "ACTIVATION", activation_source(non_linearity->toStringRef()));
   }
+  replace_word(body, "OP", "\"" + name + "\"");
   replace_word(body, "MASKED_SCORE", number_source(kMaskedScore));
   return additive_mask_source() + row_source() + kHelpers + ("\ndef " + name + "(" + parameters + "):\n") + nones +
          body.substr(1);

@@ -54,6 +54,7 @@ std::pair<Value*, Value*> LoraInserter::lora(const Slot& slot, Value* x, Value* 
   RowFunctions rows(graph_, adapter_ids, adapter);
   const auto of = [&](const char* name) { return inserter_.parameter(slot, module, name); };
   if (slot.lora == LoRAForm::kScale) {
+    rows.check_ids("gated_lora", x, of("scaling"));
     result.second = rows.pooled(x, of("gate_weight"), of("gate_bias"),
                                 token_mask ? token_mask : graph_.insertConstant(c10::IValue()));
     result.first = rows.scaled(base, of("lora_b"), of("scaling"), result.second);

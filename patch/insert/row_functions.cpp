@@ -9,9 +9,24 @@ using torch::jit::Value;
 
 // A bank is read as [1, ...] when all rows use one adapter, and as [B, ...] when each has its own; both broadcast. A
 // row without an adapter has a gate of 0, which removes what a method adds, and sees no prefix. 11 is torch.bool:
-// TorchScript that is compiled in C++ has no name for it. 6 is torch.float32, in which gates of 16-bit inputs are
-// computed, as in ops/gate.cpp: a sum with it is at least that wide.
+// TorchScript that is compiled in C++ has no name for it. 4 is torch.int64. 6 is torch.float32, in which gates of
+// 16-bit inputs are computed, as in ops/gate.cpp: a sum with it is at least that wide.
+//
+// check_ids says what the ops say (ops/check.cpp, ops/bank.cpp).
 constexpr const char* kRowFunctions = R"python(
+def check_ids(op: str, x: Tensor, adapter_ids: Optional[Tensor], bank: Tensor) -> None:
+    if adapter_ids is not None:
+        if list(adapter_ids.size()) != [x.size(0)]:
+            raise RuntimeError("{}: expected adapter_ids of shape [{}], got {}".format(
+                op, x.size(0), list(adapter_ids.size())))
+        if adapter_ids.dtype != 4:
+            raise RuntimeError("{}: expected adapter_ids of dtype Long, got another".format(op))
+        wrong = torch.logical_or(adapter_ids.lt(-1), adapter_ids.ge(bank.size(0)))
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0, 0])
+            raise RuntimeError("{}: expected adapter_ids in [-1, {}), got {} in row {}".format(
+                op, bank.size(0), int(adapter_ids[row]), row))
+
 def selected(bank: Tensor, adapter_ids: Optional[Tensor], adapter: int) -> Tensor:
     if adapter_ids is None:
         return bank.narrow(0, max(adapter, 0), 1)
@@ -70,6 +85,11 @@ const std::string& row_source() {
 
 Value* RowFunctions::call(const std::string& name, std::vector<Value*> arguments) {
   return torch::jit::insertGraph(graph_, *compile_graph(row_source(), name), arguments)[0];
+}
+
+void RowFunctions::check_ids(const std::string& op, Value* x, Value* bank) {
+  torch::jit::insertGraph(graph_, *compile_graph(row_source(), "check_ids"),
+                          {graph_.insertConstant(op), x, adapter_ids_, bank});
 }
 
 Value* RowFunctions::normed(Value* x, Value* weight, Value* bias) {

@@ -18,6 +18,10 @@ class RowFunctions {
   RowFunctions(torch::jit::Graph& graph, torch::jit::Value* adapter_ids, torch::jit::Value* adapter)
       : graph_(graph), adapter_ids_(adapter_ids), adapter_(adapter) {}
 
+  // Throws, on behalf of `op`, when adapter_ids are no int64 [B] in [-1, N), with B from x [B, ...] and N from bank
+  // [N, ...]. Where no op of torchgraft reads the ids, nothing else checks them.
+  void check_ids(const std::string& op, torch::jit::Value* x, torch::jit::Value* bank);
+
   // Layer norm of x [B, S, H] with each row's own weight and bias (banks [N, H]); epsilon 1e-5, as nn.LayerNorm has.
   torch::jit::Value* normed(torch::jit::Value* x, torch::jit::Value* weight, torch::jit::Value* bias);
 
