@@ -32,6 +32,7 @@ if(TORCHGRAFT_BUILD_PATCH)
     config/config_string.h
     config/config_union.h
     config/head_config.h
+    config/library_differences.h
     config/method_configs.h
     config/named_configs.h
     patch/adapter_pool.h

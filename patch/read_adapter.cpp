@@ -1,5 +1,6 @@
 #include <torchgraft/patch/save_adapter.h>
 
+#include <torchgraft/config/library_differences.h>
 #include <torchgraft/patch/adapters/adapter_files.h>
 #include <torchgraft/patch/adapters/one_version.h>
 #include <torchgraft/plan/regular_file.h>
@@ -57,6 +58,11 @@ AdapterSpec read_files(const std::string& directory, const std::string& name, ui
   spec.saved_name = saved_name(path, text);
   spec.name = name.empty() ? spec.saved_name : name;
   spec.config = config_from_json(text);
+  const LibraryDifference difference = library_difference(text);
+  TORCH_CHECK(difference.refused.empty(), path, ": ", difference.refused);
+  if (!difference.warned.empty()) {
+    TORCH_WARN(path, ": ", difference.warned);
+  }
   const std::string weights = directory + "/" + kWeightsFile;
   TORCH_CHECK(is_there(weights), directory, ": no ", kWeightsFile, "; a ", kPickledWeightsFile, kReadInPython);
   spec.weights = read_safetensors(weights, most_weight_bytes);

@@ -2,6 +2,7 @@
 
 #include "binding.h"
 
+#include <torchgraft/config/library_differences.h>
 #include <torchgraft/ops/kernel_mode.h>
 #include <torchgraft/patch/adapters/directory_update.h>
 #include <torchgraft/patch/adapters/one_version.h>
@@ -255,6 +256,10 @@ void bind_configs(py::module_& m) {
         [](const std::string& text) { return torchgraft::config_to_json(torchgraft::config_from_string(text)); });
   m.def("normalise_config",
         [](const std::string& json) { return torchgraft::config_to_json(torchgraft::config_from_json(json)); });
+  m.def("library_difference", [](const std::string& adapter_config) {
+    const torchgraft::LibraryDifference difference = torchgraft::library_difference(adapter_config);
+    return std::pair(difference.refused, difference.warned);
+  });
   m.def("check_supported", [](const std::string& text) { torchgraft::check_supported(config_of(text)); });
 }
 

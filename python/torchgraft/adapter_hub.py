@@ -141,7 +141,8 @@ def load_adapter_directory(directory: str | Path) -> AdapterDirectory:
     the directory meanwhile: what is returned is one whole version.
 
     Raises:
-        GraftError: `directory` is not a directory, or a file is missing or damaged. The message names the file.
+        GraftError: `directory` is not a directory, or a file is missing or damaged. The message names the file. Or the
+            adapters library computes something else with this adapter than torchgraft (docs/adapters.md).
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -167,6 +168,11 @@ def _read_files(directory: Path) -> AdapterDirectory:
     name = content.get("name") if isinstance(content, dict) else None
     if not isinstance(name, str):
         raise GraftError(f'{directory / CONFIG_FILE}: no "name"; is it an AdapterHub adapter?')
+    refused, warned = patcher().library_difference(config)
+    if refused:
+        raise GraftError(f"{directory}: {refused}")
+    if warned:
+        warnings.warn(f"{directory}: {warned}", stacklevel=2)
     return AdapterDirectory(name, config, read_weights(directory), read_head(directory))
 
 

@@ -1,0 +1,22 @@
+#pragma once
+
+#include <torchgraft/registration/export.h>
+
+#include <string>
+#include <string_view>
+
+namespace torchgraft {
+
+// Where adapters==1.3.0 computes something else than its own definitions, so that an adapter that was trained with the
+// library needs what the library does. docs/adapters.md lists the cases.
+struct LibraryDifference {
+  std::string refused;  // why the adapter would give other results here, and what to do; empty: it does not
+  std::string warned;   // what cannot be known from the directory; empty: nothing
+};
+
+// Reads "model_type" and the configuration in the text of an adapter_config.json. A file without "model_type" was not
+// written by the library, or somebody accepts the difference: it has none. Throws c10::Error for malformed text, as
+// config_from_json does.
+TORCHGRAFT_PATCH_API LibraryDifference library_difference(std::string_view adapter_config);
+
+}  // namespace torchgraft
