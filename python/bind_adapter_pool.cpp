@@ -14,17 +14,31 @@ namespace {
 using torchgraft::AdapterPool;
 using Lease = AdapterPool::Lease;
 
-std::unique_ptr<AdapterPool> make_pool(const torch::jit::Module& module, int64_t capacity,
-                                       const std::vector<std::string>& room, const std::string& gate_pooling,
-                                       const std::string& token_mask_input) {
+torchgraft::AdapterPoolOptions options_of(int64_t capacity, const std::vector<std::string>& room,
+                                          const std::string& gate_pooling, const std::string& token_mask_input,
+                                          int64_t max_row_bytes) {
   torchgraft::AdapterPoolOptions options;
   options.capacity = capacity;
+  options.max_row_bytes = max_row_bytes;
   options.graft.gate_pooling = gate_pooling;
   options.graft.token_mask_input = token_mask_input;
   for (const std::string& config : room) {
     options.room.push_back(config_of(config));
   }
-  return std::make_unique<AdapterPool>(module, options);
+  return options;
+}
+
+std::unique_ptr<AdapterPool> make_pool(const torch::jit::Module& module, int64_t capacity,
+                                       const std::vector<std::string>& room, const std::string& gate_pooling,
+                                       const std::string& token_mask_input, int64_t max_row_bytes) {
+  return std::make_unique<AdapterPool>(module,
+                                       options_of(capacity, room, gate_pooling, token_mask_input, max_row_bytes));
+}
+
+std::vector<std::string> check_room(const torch::jit::Module& module, const std::vector<std::string>& room,
+                                    const std::string& gate_pooling, const std::string& token_mask_input,
+                                    int64_t max_row_bytes) {
+  return torchgraft::check_room(module, options_of(1, room, gate_pooling, token_mask_input, max_row_bytes));
 }
 
 py::dict stats_of(const AdapterPool& pool) {
@@ -45,6 +59,7 @@ py::dict stats_of(const AdapterPool& pool) {
 // A method that may wait for another thread's lease releases the GIL: that thread may need the GIL to end its lease.
 void bind_adapter_pool(py::module_& m) {
   const py::call_guard<py::gil_scoped_release> no_gil;
+  m.def("check_room", &check_room, no_gil);
   py::class_<Lease>(m, "Lease")
       .def("module", [](const Lease& lease) { return lease.module(); })
       .def("same_module", &Lease::same_module)

@@ -1,15 +1,18 @@
 """One base model and some of a folder's adapters, in this process. Knows nothing of Ray."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import torchgraft
+from torchgraft.adapter_hub import read_config
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter.safetensors"
 BATCH_ROWS = 64
+MOST_ADAPTER_BYTES = 256 << 20  # of a row in memory
 
 Status = int
 Answer = tuple[Status, dict | str]  # 200 and the body of the answer, or an error's message
@@ -37,19 +40,35 @@ class Encoder:
         if not self._inputs.takes_mask:
             raise torchgraft.GraftError(f"{model}: forward takes no mask; examples/server runs it on unpadded rows")
         grafted = hasattr(module, "adapter_names")
+        gate_pooling = "all" if grafted else "unpadded"
         self._adapters = adapters
         self.own = set(module.adapter_names()) if grafted else set()
         self._pool = torchgraft.AdapterPool(
             module,
             # One more: while an adapter comes in, requests still run the one that leaves for it.
             len(self.own) + capacity + 1,
-            room=self._configs(),
-            gate_pooling="all" if grafted else "unpadded",
+            room=self._room(module, gate_pooling),
+            gate_pooling=gate_pooling,
+            max_row_bytes=MOST_ADAPTER_BYTES,
         )
 
-    def _configs(self) -> list[Path]:
-        """One configuration file of each content."""
-        files = {path.read_text(): path for path in sorted(self._adapters.glob(f"*/{CONFIG_FILE}"))}
+    def _room(self, module: torch.jit.ScriptModule, gate_pooling: str) -> list[Path]:
+        """One configuration file of each content that can be served. The others are named, and keep nobody waiting."""
+        files: dict[str, Path] = {}
+        for path in sorted(self._adapters.glob(f"*/{CONFIG_FILE}")):
+            try:
+                text = read_config(path)
+                if text in files:
+                    continue
+                fault = torchgraft.check_room(
+                    module, [*files.values(), path], gate_pooling=gate_pooling, max_row_bytes=MOST_ADAPTER_BYTES
+                )[-1]
+            except torchgraft.GraftError as error:
+                fault = str(error)
+            if fault:
+                print(f"adapter {path.parent.name} cannot be served: {torchgraft.one_line(fault)}", file=sys.stderr)
+            else:
+                files[text] = path
         return list(files.values())
 
     def load(self, name: str, version: str) -> torchgraft.Lease:

@@ -45,7 +45,7 @@ from .life import (
     ungraft,
     unmerge_adapter,
 )
-from .pool import AdapterPool, Lease
+from .pool import AdapterPool, Lease, check_room
 
 __version__ = "0.1.0"
 
@@ -73,6 +73,7 @@ __all__ = [
     "UniPELTConfig",
     "add_head",
     "average_adapter",
+    "check_room",
     "forward_inputs",
     "freeze_adapter",
     "graft",

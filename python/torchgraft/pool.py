@@ -33,6 +33,25 @@ class Lease:
         self._held = None
 
 
+def check_room(
+    module: torch.jit.ScriptModule,
+    room: Iterable[Any],
+    *,
+    gate_pooling: str = "all",
+    token_mask: str | None = None,
+    max_row_bytes: int = 0,
+) -> list[str]:
+    """Returns why AdapterPool could not make rows for configurations: one text for each of `room`, empty for those that
+    have room beside all before them. The arguments are AdapterPool's.
+
+    Raises:
+        GraftError: `module` is no Transformer, or a configuration is not supported.
+        TypeError: `module` is not TorchScript.
+    """
+    configs = [config_to_json(config) for config in room]
+    return patcher().check_room(cpp_module(module), configs, gate_pooling, token_mask or "", max_row_bytes)
+
+
 class AdapterPool:
     """Keeps a fixed number of adapters on one base model in memory. Any of them can be used in any batch.
 
@@ -47,6 +66,7 @@ class AdapterPool:
         room: configurations, as graft() takes them. Every row is made large enough for each of them. If an adapter
             needs more, the pool builds larger banks beside its traffic. Empty: rows fit the first adapter.
         gate_pooling, token_mask: as in graft(). With "unpadded" a row's result does not depend on its batch.
+        max_row_bytes: the most that one row may take. An adapter that needs more is refused. 0: no limit.
 
     Raises:
         GraftError: graft() would refuse `module` or a configuration, or `capacity` is not above the number of adapters
@@ -62,10 +82,13 @@ class AdapterPool:
         *,
         gate_pooling: str = "all",
         token_mask: str | None = None,
+        max_row_bytes: int = 0,
     ):
         self._base = module
         configs = [config_to_json(config) for config in room]
-        self._pool = patcher().AdapterPool(cpp_module(module), capacity, configs, gate_pooling, token_mask or "")
+        self._pool = patcher().AdapterPool(
+            cpp_module(module), capacity, configs, gate_pooling, token_mask or "", max_row_bytes
+        )
         # The module of the newest banks, wrapped for Python: wrapping takes milliseconds.
         self._newest: tuple[Any, torch.jit.ScriptModule] | None = None
 

@@ -9,6 +9,7 @@ import select
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -124,10 +125,12 @@ class Server:
         inherited = {key: value for key, value in os.environ.items() if key != "LD_LIBRARY_PATH"}
         words = program if isinstance(program, list) else [program]
         command = [*words, model, "--adapters", adapters, "--port", 0, "--threads", 1, *options]
+        # Not a pipe: one that nobody reads would stop the server when it is full.
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             [str(part) for part in command],
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._log,
             text=True,
             env=inherited | (environment or {}),
             preexec_fn=open_files and (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, open_files)),
@@ -136,7 +139,8 @@ class Server:
         line = self._process.stdout.readline() if ready else ""
         if not line.startswith("listening on "):
             self._process.kill()
-            raise AssertionError(f"the server did not start: {line}{self._process.communicate()[1]}")
+            self._process.wait()
+            raise AssertionError(f"the server did not start: {line}{self._logged()}")
         self.port = int(line.rsplit(":", 1)[1])
         self.errors = ""
 
@@ -165,11 +169,16 @@ class Server:
 
     def wait(self) -> int:
         try:
-            self.errors = self._process.communicate(timeout=60)[1]
+            self._process.communicate(timeout=60)
+            self.errors = self._logged()
         except subprocess.TimeoutExpired:
             self._process.kill()
             raise
         return self._process.returncode
+
+    def _logged(self) -> str:
+        self._log.seek(0)
+        return self._log.read()
 
     def connection(self, timeout: float = 60) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)

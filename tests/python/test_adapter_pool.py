@@ -123,3 +123,19 @@ def test_errors_leave_the_pool_as_it_was(tmp_path) -> None:
     with pytest.raises(torchgraft.GraftError, match="at least 1, got 0"):
         make_pool(capacity=0)
     assert pool.resident() == ["a"]
+
+
+def test_what_has_no_room_is_said(tmp_path) -> None:
+    module = base("bert_sdpa", FLOAT)
+    nothing = torchgraft.LoRAConfig(leave_out=list(range(99)))
+    room = ["lora", nothing, torchgraft.LoRAConfig(r=2**20), "unipelt"]
+    faults = torchgraft.check_room(module, room, max_row_bytes=10_000_000)
+    assert [bool(fault) for fault in faults] == [False, True, True, False]
+    assert "asks for nothing" in faults[1] and "at most 10000000 bytes" in faults[2]
+    pool = make_pool(capacity=2, room=["lora"], max_row_bytes=10_000_000)
+    large = torchgraft.graft(module, torchgraft.LoRAConfig(r=40_000), "large")
+    torchgraft.save_adapter(large, "large", tmp_path)
+    with pytest.raises(torchgraft.GraftError, match="adapters of at most 10000000 bytes each"):
+        pool.insert("large", tmp_path)
+    pool.insert("lora_all", directory("lora_all"))
+    check(pool.acquire(["lora_all", "", ""]), ["lora_all", "", ""])

@@ -16,6 +16,7 @@ import torch
 
 import torchgraft
 from grafted import base, grafted
+from scripts_here import run_here
 from torchgraft._files import write_whole
 
 pytestmark = pytest.mark.quick
@@ -241,6 +242,35 @@ def test_save_adapter_is_killed_at_any_instant(tmp_path) -> None:
             assert sorted(path.name for path in tmp_path.iterdir()) == whole
             assert _version_of(tmp_path) == 1
     assert missing < 75
+
+
+@pytest.mark.slow(seconds=60)
+def test_graft_is_killed_at_any_instant(tmp_path) -> None:
+    """OUT.pt is the old file or the new one, and the next run removes what the killed ones left."""
+    base_path, out = tmp_path / "base.pt", tmp_path / "out.pt"
+    base("bert_sdpa", torch.float32).save(base_path)
+    source = random.Random(1)
+
+    def run(config: str) -> int:
+        return run_here("graft.py", "add", base_path, "-o", out, "--config", config, "--name", config).returncode
+
+    assert run("lora") == 0
+    assert run("mam") == 0  # what a run takes is known from here on
+    begun = time.monotonic()
+    assert run("lora") == 0
+    usual = time.monotonic() - begun
+    for _ in range(25):
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):
+                run("mam")
+            os._exit(0)
+        time.sleep(source.uniform(usual / 2, usual * 1.2))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert torch.jit.load(out).adapter_names() in (["lora"], ["mam"])
+    assert run("lora") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base.pt", "out.pt"]
 
 
 def test_a_folder_that_is_replaced_while_it_is_read_is_an_error_not_a_wait(directory: Path) -> None:

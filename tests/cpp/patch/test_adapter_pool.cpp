@@ -68,12 +68,12 @@ class LittleMemory : public c10::Allocator {
 TEST(AdapterPool, RoomThatCannotBeMadeIsNamedBeforeThePoolIs) {
   AdapterPoolOptions given =
       options(2, {"lora[r=4]", "lora[r=1048576]", "seq_bn[mh_adapter=False, output_adapter=False, cross_adapter=True]",
-                  "lora[leave_out=[0, 1, 2, 3]]", "unipelt", "lora[r=400]", "lora[use_dora=True, r=2]",
+                  "lora[leave_out=[0, 1, 2, 3]]", "unipelt", "lora[r=400]", "lora[use_dora=True, r=2]", "lora[r=2]",
                   "seq_bn[original_ln_after=False, ln_before=True]"});
   given.max_row_bytes = 100'000;
   const std::vector<std::string> faults = check_room(encoder(), given);
   const std::vector<std::string> expected = {
-      "", "rows for these need", "asks for nothing", "asks for nothing", "", "rows for these need", "", ""};
+      "", "rows for these need", "asks for nothing", "asks for nothing", "", "rows for these need", "", "", ""};
   ASSERT_EQ(faults.size(), expected.size());
   std::vector<AdapterConfig> fitting;
   for (size_t i = 0; i < faults.size(); ++i) {

@@ -125,14 +125,15 @@ TEST_F(Directory, AReaderGetsOneVersion) {
       update.stage("weights", std::to_string(turn));
       update.stage("config", std::to_string(turn));
       update.commit("config", {});
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
     }
   });
-  for (int reads = 0; reads < 200; ++reads) {
+  for (int reads = 0; reads < 40; ++reads) {
     std::string config;
     std::string weights;
     read_one_version(folder_.string(), {"config", "weights"}, "config", [&] {
       config = read_text((folder_ / "config").string(), 100);
-      std::this_thread::sleep_for(std::chrono::microseconds(50));
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
       weights = read_text((folder_ / "weights").string(), 100);
     });
     EXPECT_EQ(config, weights);
