@@ -4,16 +4,60 @@
 #include <torchgraft/patch/module/draft.h>
 #include <torchgraft/patch/module/verify_results.h>
 
+#include <algorithm>
+
 namespace torchgraft {
 
 using torch::jit::Module;
 
+namespace {
+
+std::string list_of(const std::vector<std::string>& lines) {
+  std::string result;
+  for (const std::string& line : lines) {
+    result += "\n  " + line;
+  }
+  return result;
+}
+
+// A fresh adapter on some of the layers is no detail: whoever trains it must know.
+void check_complete(const Draft& draft, const std::vector<AdapterSpec>& specs, const GraftOptions& options) {
+  const bool is_fresh =
+      std::any_of(specs.begin(), specs.end(), [](const AdapterSpec& spec) { return !spec.weights.has_value(); });
+  if (draft.sites.left_out.empty() || !is_fresh || !draft.adapters.empty()) {
+    return;
+  }
+  const std::string text =
+      c10::str("graft: ", draft.sites.structure.layers.size(),
+               " attentions are recognised, others are not and get no adapter:", list_of(draft.sites.left_out));
+  TORCH_CHECK(
+      options.allow_partial, text,
+      "\nallow_partial=True (graft.py add --allow-partial) grafts onto the recognised ones; so do edited sites, "
+      "which say what is wanted (docs/sites.md)");
+  TORCH_WARN(text);
+}
+
+// What does not fit may belong to attention that was not recognised.
+Adapter make_adapter_of(const AdapterSpec& spec, const Draft& draft) {
+  if (draft.sites.left_out.empty() || !spec.weights) {
+    return make_adapter(spec, draft.sites.structure, draft.weights);
+  }
+  try {
+    return make_adapter(spec, draft.sites.structure, draft.weights);
+  } catch (const c10::Error& error) {
+    TORCH_CHECK(false, error.msg(), "\nSome attention was not recognised:", list_of(draft.sites.left_out));
+  }
+}
+
+}  // namespace
+
 Module graft(const Module& module, const std::vector<AdapterSpec>& specs, const GraftOptions& options) {
   TORCH_CHECK(!specs.empty(), "graft: no adapter was given");
   Draft draft = open_draft(module, options);
+  check_complete(draft, specs, options);
   for (const AdapterSpec& spec : specs) {
     check_name(spec.name, draft.adapters);
-    draft.adapters.push_back(make_adapter(spec, draft.sites.structure, draft.weights));
+    draft.adapters.push_back(make_adapter_of(spec, draft));
   }
   const at::TensorOptions weights = draft.weights;
   const Module result = build(std::move(draft), options.active.empty() ? specs.back().name : options.active);

@@ -50,6 +50,9 @@ struct GraftOptions {
   // Make one op of a linear map and its LoRA or parallel bottleneck (insert/fuse_projections.h). A grafted module
   // remembers it.
   bool fuse = true;
+  // Graft fresh adapters also where some attention was not recognised and gets none. Layers are then numbered without
+  // it, so that the adapter fits no other copy of the model. With false that is an error. Edited `sites` say it, too.
+  bool allow_partial = false;
   // For verify: arguments of forward, in its order; those left out at the end have their defaults. nullopt: they are
   // made up where the signature and the graph allow; where not, a TORCH_WARN says that nothing was compared.
   std::optional<std::vector<c10::IValue>> example = {};

@@ -163,8 +163,9 @@ void bind_grafting(py::module_& m) {
       "graft",
       [](const Module& module, const std::vector<Spec>& adapters, const std::string& gate_pooling,
          const std::string& token_mask_input, const std::string& active, bool verify, const std::string& sites,
-         bool fuse, const std::optional<std::pair<py::tuple, py::dict>>& example) {
+         bool fuse, bool allow_partial, const std::optional<std::pair<py::tuple, py::dict>>& example) {
         torchgraft::GraftOptions options{gate_pooling, token_mask_input, active, sites_of(sites), verify, fuse};
+        options.allow_partial = allow_partial;
         if (example) {
           options.example = example_of(module, example->first, example->second);
         }
@@ -172,7 +173,8 @@ void bind_grafting(py::module_& m) {
         return graft(module, adapters, options);
       },
       py::arg("module"), py::arg("adapters"), py::arg("gate_pooling"), py::arg("token_mask_input"), py::arg("active"),
-      py::arg("verify"), py::arg("sites") = "", py::arg("fuse") = true, py::arg("example") = std::nullopt);
+      py::arg("verify"), py::arg("sites") = "", py::arg("fuse") = true, py::arg("allow_partial") = false,
+      py::arg("example") = std::nullopt);
   m.def(
       "inspect",
       [](const Module& module, const std::string& sites) {

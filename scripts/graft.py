@@ -106,6 +106,11 @@ def add_add_command(commands: argparse._SubParsersAction) -> None:
         help="an edited output of inspect --json; it overrules the layers that are seen",
     )
     adding.add_argument(
+        "--allow-partial",
+        action="store_true",
+        help="graft onto the attention that is recognised where some is not (default: an error that names the rest)",
+    )
+    adding.add_argument(
         "--example",
         type=Path,
         metavar="FILE",

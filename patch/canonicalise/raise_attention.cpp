@@ -257,13 +257,15 @@ std::vector<UnraisedSoftmax> raise_attention(const std::shared_ptr<Graph>& graph
     if (const auto attention = find_one(softmax, module, writes, reason)) {
       attentions.push_back(*attention);
     } else {
-      unraised.push_back({softmax, reason});
+      std::string unused;
+      const bool is_attention = find_consumer(softmax, unused) || find_product(softmax->namedInput("self"));
+      unraised.push_back({softmax, reason, is_attention});
     }
   }
   SymbolicShapes shapes(module);
   for (const Attention& attention : attentions) {
     if (const auto reason = raise_one(graph, shapes, attention)) {
-      unraised.push_back({attention.softmax, *reason});
+      unraised.push_back({attention.softmax, *reason, /*is_attention=*/true});
     }
   }
   return unraised;

@@ -12,6 +12,8 @@ namespace torchgraft {
 struct UnraisedSoftmax {
   torch::jit::Node* softmax = nullptr;
   std::string reason;
+  // It stands behind or before a product of two activations. Others weigh classes or experts.
+  bool is_attention = false;
 };
 
 // Rewrites attention that is written out, matmul -> scale -> mask -> softmax -> dropout -> matmul, as one

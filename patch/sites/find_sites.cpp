@@ -131,22 +131,26 @@ GraphSites find_sites(const CanonicalGraph& canonical, const Module& module) {
     } else {
       const auto linears = nearest_linears(node->namedInput("query"));
       const std::string where = linears.empty() ? "" : finder.path_of(linears.front());
-      result.structure.near_misses.push_back(at_path(where) + "attention was left out: " + reason);
+      result.left_out.push_back(at_path(where) + "attention was left out: " + reason);
     }
   });
+  result.structure.near_misses = result.left_out;
   mark_encoder(result);
   number_layers(result, module);
   for (const UnraisedSoftmax& miss : canonical.unraised) {
     const auto linears = nearest_linears(miss.softmax->namedInput("self"));
     const std::string where = linears.empty() ? "" : finder.path_of(linears.front());
     result.structure.near_misses.push_back(at_path(where) + "a softmax was not taken for attention: " + miss.reason);
+    if (miss.is_attention) {
+      result.left_out.push_back(result.structure.near_misses.back());
+    }
   }
   for_each_node(canonical.graph->block(), [&](Node* node) {
     if (node->kind() == c10::prim::fork) {
       result.structure.near_misses.push_back(
           "what torch.jit.fork runs was left out, because its result is kept, in a list for instance; wait for it in "
-          "the "
-          "method that forks, or call the layer directly");
+          "the method that forks, or call the layer directly");
+      result.left_out.push_back(result.structure.near_misses.back());
     }
   });
   result.result_is_sequence_first = finder.result_is_sequence_first();

@@ -54,6 +54,7 @@ const LinearSite* lora_site(const LayerSites& layer, const std::string& site);
 struct GraphSites {
   Structure structure;
   std::vector<LayerSites> layers;         // parallel to structure.layers
+  std::vector<std::string> left_out;      // those of structure.near_misses that are attention, or hold layers
   bool result_is_sequence_first = false;  // the hidden states that forward returns are [S, B, H]
 };
 

@@ -62,7 +62,8 @@ def add(arguments: argparse.Namespace) -> None:
 
     Args:
         arguments: the command line's: base, output (paths), config and name (lists of one length), adapter (pairs of
-            name and directory), gate_pooling, token_mask, active, seed, trainable, sites, example (paths or None).
+            name and directory), gate_pooling, token_mask, active, seed, trainable, sites, example (paths or None),
+            allow_partial.
     """
     check_writable(arguments.output)
     started = time.perf_counter()
@@ -96,7 +97,8 @@ def _graft_all(base: torch.jit.ScriptModule, arguments: argparse.Namespace) -> t
     for request in requests:
         last = request is requests[-1]
         result = graft(result, **request, **pooling, active=arguments.active if last else None, verify=last,
-                       sites=arguments.sites, trainable=arguments.trainable, example=example)  # fmt: skip
+                       sites=arguments.sites, trainable=arguments.trainable, example=example,
+                       allow_partial=arguments.allow_partial)  # fmt: skip
     return result
 
 

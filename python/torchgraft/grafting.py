@@ -94,6 +94,7 @@ def graft(
     fuse: bool = True,
     trainable: bool = False,
     example: Any = None,
+    allow_partial: bool = False,
 ) -> torch.jit.ScriptModule:
     """Returns a copy of `module` with adapters grafted on; `module` itself is unchanged.
 
@@ -122,6 +123,8 @@ def graft(
             weights then require no gradients. False: the adapters are frozen; unfreeze_adapter() makes them trainable.
         example: for `verify`: inputs on which the base runs. A tuple of forward's arguments, a dict of them by name, or
             one tensor. None: made up from forward's signature where that is possible.
+        allow_partial: graft a fresh adapter also where some attention was not recognised and gets none, with a warning.
+            Layers are then numbered without it. False: that is an error.
 
     Returns:
         A ScriptModule, in the same mode (train or eval) as `module`, with these methods:
@@ -150,6 +153,7 @@ def graft(
     for adapter_name, directory in (adapters or {}).items():
         specs.append(directory_spec(module, directory, adapter_name, trainable))
     grafted, messages = patcher().graft(base, specs, gate_pooling, token_mask or "", active or "", verify, fuse=fuse,
+                                        allow_partial=allow_partial,
                                         example=_example_arguments(example), **_sites_option(sites))  # fmt: skip
     for message in messages:
         warnings.warn(message, stacklevel=2)

@@ -1,6 +1,7 @@
 """Layers whose mathematics only look like what a pass rewrites: grafted exactly, or refused with a reason."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -192,7 +193,7 @@ def batch() -> tuple[Tensor, Tensor]:
 def assert_exact(model: nn.Module, form: str, config: str) -> None:
     with torch.no_grad():
         base = torch.jit.script(model) if form == "script" else torch.jit.trace(copy.deepcopy(model), batch())
-    grafted = torchgraft.graft(base, config=config, name="task")
+    grafted = torchgraft.graft(base, config=config, name="task", allow_partial=True)
     with torch.no_grad():
         expected = model(*batch())
         for ids in (torch.full((3,), -1), None) if config == "lora" else (torch.full((3,), -1),):
@@ -277,4 +278,43 @@ def test_a_fork_that_is_kept_is_exact_and_named() -> None:
     model = ForkedIntoAList().eval()
     structure = torchgraft.inspect(torch.jit.script(model))
     assert len(structure["layers"]) == 1 and "what torch.jit.fork runs was left out" in structure["near_misses"][0]
-    assert_exact(model, "script", "lora")
+    with pytest.warns(UserWarning, match="what torch.jit.fork runs was left out"):
+        assert_exact(model, "script", "lora")
+
+
+class NoAttentionProduct(Plain):
+    """Its probabilities are squared, so that it is no attention that can be grafted."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        scores = q @ k.transpose(-1, -2) / 3.0
+        return scores.softmax(-1).square() @ v
+
+
+class Chooses(nn.Module):
+    """A softmax over classes, which is no attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.classes = Plain(), nn.Linear(HIDDEN, 5)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.classes(self.layer(x, mask)).softmax(-1)
+
+
+def test_a_fresh_adapter_on_some_layers_is_refused_with_their_names(tmp_path: Path) -> None:
+    base = torch.jit.script(TwoLayers(NoAttentionProduct()).eval())
+    named = "1 attentions are recognised, others are not .*\n  at .*: a softmax was not taken for attention: "
+    with pytest.raises(torchgraft.GraftError, match=named):
+        torchgraft.graft(base, config="lora", name="task")
+    with pytest.warns(UserWarning, match=named):
+        part = torchgraft.graft(base, config="lora", name="task", allow_partial=True)
+    torchgraft.graft(part, config="mam", name="beside")  # it was accepted
+    torchgraft.graft(base, config="lora", name="task", sites=torchgraft.inspect(base))  # it is what is wanted
+    whole = torchgraft.graft(torch.jit.script(TwoLayers(Plain()).eval()), config="lora", name="task")
+    torchgraft.save_adapter(whole, "task", tmp_path)
+    with pytest.raises(torchgraft.GraftError, match="Some attention was not recognised:\n  at "):
+        torchgraft.graft(base, adapters={"task": tmp_path})
+
+
+def test_a_softmax_over_classes_is_no_attention() -> None:
+    torchgraft.graft(torch.jit.script(Chooses().eval()), config="lora", name="task")
