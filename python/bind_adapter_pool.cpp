@@ -1,6 +1,6 @@
 #include "binding.h"
 
-#include <torchgraft/patch/adapter_pool.h>
+#include <torchgraft/patch/check_room.h>
 
 #include <memory>
 #include <utility>
