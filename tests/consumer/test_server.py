@@ -151,6 +151,7 @@ def test_a_grafted_model_keeps_its_own_adapters(server_program, models, own_adap
         pytest.param(DEEP, 400, "nested too deeply", id="deep"),
         pytest.param('{"input_ids": ' + DEEP + "}", 400, "nested too deeply", id="deep ids"),
         pytest.param('{"adapter":' * 100_000 + "1" + "}" * 100_000, 400, "nested too deeply", id="deep name"),
+        ({"input_ids": [[[[1]]]]}, 400, "nested too deeply, expected JSON of at most 4 levels"),
         ({"input_ids": [[[1]]]}, 400, "integers from 0, got a list"),
         ({"adapter": {"a": 1}, "input_ids": [[1]]}, 400, "null for the base model, got an object"),
         (b"\xff\xfe", 400, "not JSON"),

@@ -133,6 +133,12 @@ def test_sites_are_a_regular_file(tmp_path) -> None:
     _fifo(tmp_path / "sites.json")
     with pytest.raises(torchgraft.GraftError, match="expected a regular file, got a FIFO"):
         torchgraft.graft(base("bert_sdpa", torch.float32), "lora", "task", sites=tmp_path / "sites.json")
+    _sparse(tmp_path / "large.json")
+    with pytest.raises(torchgraft.GraftError, match="large.json: expected a file of at most 67108864 bytes"):
+        torchgraft.graft(base("bert_sdpa", torch.float32), "lora", "task", sites=tmp_path / "large.json")
+    (tmp_path / "deep.json").write_text('{"layers": ' + DEEP + "}")
+    with pytest.raises(torchgraft.GraftError, match="deep.json: nested too deeply"):
+        torchgraft.graft(base("bert_sdpa", torch.float32), "lora", "task", sites=tmp_path / "deep.json")
 
 
 def test_a_killed_writer_leaves_its_file_until_the_next_one_writes(tmp_path) -> None:
