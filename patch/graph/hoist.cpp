@@ -3,7 +3,9 @@
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/writes.h>
 
+#include <algorithm>
 #include <functional>
+#include <iterator>
 
 namespace torchgraft {
 namespace {
@@ -34,6 +36,11 @@ bool is_made_inside(const Value* value, const Node* node) {
   return false;
 }
 
+// Whether `value` exists before `point`.
+bool is_there(const Value* value, const Node* point) {
+  return value->node()->kind() == c10::prim::Param || value->node()->isBefore(point);
+}
+
 bool is_metadata(const Node* node) {
   return node->kind() == c10::prim::dtype || node->kind() == c10::prim::device ||
          (is_aten(node, {"size"}) && node->inputs().size() == 2);
@@ -58,7 +65,7 @@ void replace_inner_metadata(Node* node, Node* point, const std::function<bool(No
 // replaced a size, dtype or device, whose node then stays.
 bool move_before(Value* value, Node* point, const std::function<bool(Node*)>& replace_metadata) {
   Node* node = value->node();
-  if (node->kind() == c10::prim::Param || node->isBefore(point)) {
+  if (is_there(value, point)) {
     return true;
   }
   if (is_metadata(node) && replace_metadata(node)) {
@@ -83,17 +90,21 @@ bool move_before(Value* value, Node* point, const std::function<bool(Node*)>& re
   return true;
 }
 
-// The values behind `point` that `value` is computed from, itself included.
-torch::jit::ValueSet computed_behind(Value* value, const Node* point) {
+// The values that `value` is computed from, itself included, back to those that are there before `point`. Without such
+// of which only the size, the dtype or the device is read: no write changes it.
+torch::jit::ValueSet computed_from(Value* value, const Node* point) {
   torch::jit::ValueSet values;
   std::vector<Value*> frontier = {value};
   while (!frontier.empty()) {
     Value* next = frontier.back();
     frontier.pop_back();
-    Node* node = next->node();
-    if (node->kind() != c10::prim::Param && !node->isBefore(point) && values.insert(next).second) {
-      collect_inputs(node, frontier);
+    if (!values.insert(next).second || is_there(next, point)) {
+      continue;
     }
+    std::vector<Value*> inputs;
+    collect_inputs(next->node(), inputs);
+    std::copy_if(inputs.begin(), inputs.end(), std::back_inserter(frontier),
+                 [&](const Value* input) { return !is_metadata(next->node()) || !is_there(input, point); });
   }
   return values;
 }
@@ -101,9 +112,9 @@ torch::jit::ValueSet computed_behind(Value* value, const Node* point) {
 // Whether a node writes in place into a value that `value` is computed from: moving `value` would leave the write
 // behind.
 bool is_written_behind(Value* value, Node* point) {
-  const auto values = computed_behind(value, point);
-  const bool moves = !values.empty() && value->node()->owningBlock() == point->owningBlock();
-  return moves && Writes(point->owningGraph()->shared_from_this()).between(point, value->node(), values);
+  const bool moves = !is_there(value, point) && value->node()->owningBlock() == point->owningBlock();
+  return moves &&
+         Writes(point->owningGraph()->shared_from_this()).between(point, value->node(), computed_from(value, point));
 }
 
 }  // namespace

@@ -122,6 +122,9 @@ def judge(tree: Tree, mutation: dict) -> str:
     targets, commands = tree.tests(mutation["tests"])
     if targets == LIBRARIES and path.relative_to(tree.root).parts[0] in ("activations", "ops", "registration"):
         targets = OPERATORS
+    # What is built must be of these sources and build files: else the mutation's objects are not known, and stay.
+    if not tree.compile(targets):
+        return "the tree does not build as it is"
     with changed(tree, path, mutation, targets):
         if path.suffix in (".cpp", ".h") and "examples" not in path.parts and not tree.compile(targets):
             return "does not build"

@@ -115,6 +115,10 @@ INSTANTIATE_TEST_SUITE_P(Spellings, RaiseNorm,
     h = x.float()
     out = (h * torch.rsqrt((h * h).mean(-1, keepdim=True) + 1e-2) * (1.0 + self.w.float())).type_as(x)
 )python"},
+                                           Case{"rms_of_the_dtype_of_a_cast", kRms, R"python(
+    wide = x.to(7)
+    out = (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-2)).type_as(wide) * self.w
+)python"},
                                            Case{"rms_root_and_division", kRms, R"python(
     out = x / torch.sqrt(torch.mean(x ** 2, [-1], True) + 1e-2) * self.w
 )python"},

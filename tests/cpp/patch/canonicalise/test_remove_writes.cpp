@@ -194,6 +194,14 @@ INSTANTIATE_TEST_SUITE_P(Kept, RemoveWrites,
     return torch.as_strided(y, [3], [1])
 )python",
                                                 1},
+                                           Case{"a_view_that_is_read_behind_the_branch", R"python(
+    y = x * 2
+    v = y[..., :2]
+    if mask is not None:
+        v.mul_(3)
+    return y.sum(-1) + v.sum(-1)
+)python",
+                                                1},
                                            Case{"what_a_list_holds", R"python(
     y = x * 2
     kept = [y]

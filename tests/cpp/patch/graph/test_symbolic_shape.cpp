@@ -64,6 +64,16 @@ TEST(SymbolicShape, PiecesOfAConstantSizeHaveAConstantSize) {
   EXPECT_EQ(shape_of_result("    return y.slice(2, 4, 8)\n"), "a, b, 4");
 }
 
+TEST(SymbolicShape, ConcatenatedSizesAddUp) {
+  EXPECT_EQ(shape_of_result("    return torch.cat([y, y[..., :4], y], -1)\n"), "a, b, 28");
+  EXPECT_EQ(shape_of_result("    return torch.cat([y, y], 0)\n"), "a*2, b, 12");
+}
+
+TEST(SymbolicShape, ASizeThatDoesNotDivideLeavesTheRestUnknown) {
+  EXPECT_EQ(shape_of_result("    return y.view(-1, 5)\n"), "a, 5");
+  EXPECT_EQ(shape_of_result("    return y.chunk(5, -1)[0]\n"), "a, b, c");
+}
+
 TEST(SymbolicShape, AnEmbeddingOfTokenIdsAddsItsWidth) {
   EXPECT_EQ(shape_of_result("    return torch.embedding(self.table, torch.argmax(y, -1))\n"), "a, b, 8");
 }

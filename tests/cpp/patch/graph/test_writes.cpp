@@ -1,0 +1,61 @@
+#include "support.h"
+
+#include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/writes.h>
+
+#include <gtest/gtest.h>
+
+namespace torchgraft {
+namespace {
+
+using testing::make_module;
+using torch::jit::Node;
+using torch::jit::Value;
+
+// `y` may be the memory of `z`, which add_ writes into: a dropout that drops nothing returns its operand.
+constexpr const char* kForward = R"python(
+def forward(self, x: Tensor):
+    y = x * 2
+    z = torch.dropout(y, 0.1, False)
+    other = x * 3
+    z.add_(1)
+    return torch.neg(y), torch.neg(other), z
+)python";
+
+class WritesOfAGraph : public ::testing::Test {
+ protected:
+  WritesOfAGraph() : graph_(make_module({}, kForward).get_method("forward").graph()->copy()), writes_(graph_) {}
+
+  std::vector<Node*> nodes(const char* name) {
+    std::vector<Node*> found;
+    for_each_node(graph_->block(), [&](Node* node) {
+      if (is_aten(node, {name})) {
+        found.push_back(node);
+      }
+    });
+    return found;
+  }
+
+  std::shared_ptr<torch::jit::Graph> graph_;
+  Writes writes_;
+};
+
+TEST_F(WritesOfAGraph, ReachWhatMayShareMemory) {
+  EXPECT_TRUE(writes_.reach(nodes("dropout")[0]->output()));
+  EXPECT_TRUE(writes_.reach(nodes("mul")[0]->output()));
+  EXPECT_FALSE(writes_.reach(nodes("mul")[1]->output()));
+}
+
+TEST_F(WritesOfAGraph, AreFoundBetweenTwoNodes) {
+  Node* writer = nodes("add")[0];
+  Node* reader = nodes("neg")[0];
+  Value* y = nodes("mul")[0]->output();
+  Value* other = nodes("mul")[1]->output();
+  EXPECT_EQ(writes_.between(nodes("dropout")[0], reader, {y}), writer);
+  EXPECT_EQ(writes_.between(nodes("dropout")[0], reader, {other}), nullptr);
+  EXPECT_EQ(writes_.between(nodes("dropout")[0], writer, {y}), nullptr);
+  EXPECT_EQ(writes_.between(writer, reader, {y}), nullptr);
+}
+
+}  // namespace
+}  // namespace torchgraft
