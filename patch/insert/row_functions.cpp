@@ -16,16 +16,14 @@ using torch::jit::Value;
 constexpr const char* kRowFunctions = R"python(
 def check_ids(op: str, x: Tensor, adapter_ids: Optional[Tensor], bank: Tensor) -> None:
     if adapter_ids is not None:
-        if list(adapter_ids.size()) != [x.size(0)]:
-            raise RuntimeError("{}: expected adapter_ids of shape [{}], got {}".format(
-                op, x.size(0), list(adapter_ids.size())))
-        if adapter_ids.dtype != 4:
-            raise RuntimeError("{}: expected adapter_ids of dtype Long, got another".format(op))
-        wrong = torch.logical_or(adapter_ids.lt(-1), adapter_ids.ge(bank.size(0)))
-        if bool(wrong.any()):
-            row = int(wrong.nonzero()[0, 0])
-            raise RuntimeError("{}: expected adapter_ids in [-1, {}), got {} in row {}".format(
-                op, bank.size(0), int(adapter_ids[row]), row))
+        sizes = list(adapter_ids.size())
+        assert sizes == [x.size(0)], "{}: expected adapter_ids of shape [{}], got {}".format(op, x.size(0), sizes)
+        assert adapter_ids.dtype == 4, "{}: expected adapter_ids of dtype Long, got another".format(op)
+        wrong = torch.logical_or(adapter_ids.lt(-1), adapter_ids.ge(bank.size(0))).nonzero()
+        if wrong.size(0) > 0:
+            row = int(wrong[0, 0])
+            assert False, "{}: expected adapter_ids in [-1, {}), got {} in row {}".format(
+                op, bank.size(0), int(adapter_ids[row]), row)
 
 def selected(bank: Tensor, adapter_ids: Optional[Tensor], adapter: int) -> Tensor:
     if adapter_ids is None:
