@@ -1,5 +1,7 @@
 #include <torchgraft/patch/graph/clone_module.h>
 
+#include <torchgraft/patch/graph/graph_utils.h>
+
 #include <torch/csrc/jit/api/function_impl.h>
 
 #include <algorithm>
@@ -15,6 +17,7 @@ using c10::ClassTypePtr;
 using c10::TypePtr;
 using torch::jit::CompilationUnit;
 using torch::jit::Function;
+using torch::jit::Graph;
 using torch::jit::Module;
 using ObjectPtr = c10::intrusive_ptr<c10::ivalue::Object>;
 using UnitPtr = std::shared_ptr<CompilationUnit>;
@@ -45,6 +48,13 @@ void collect_units(const Module& root, std::vector<UnitPtr>& units) {
       add_unit(units, unit);
     }
   }
+}
+
+// Inlined nodes point to the functions that they came from, which go with the unit of another module, and which
+// freezing removes. The interpreter looks there when a node throws. So copies point to a function that always is.
+torch::jit::InlinedCallStackPtr lasting_call_stack(const torch::jit::Node* node) {
+  static Function* const kInlined = (new CompilationUnit())->create_function("inlined", std::make_shared<Graph>());
+  return c10::make_intrusive<torch::jit::InlinedCallStack>(kInlined, node->sourceRange());
 }
 
 class Cloner {
@@ -114,6 +124,11 @@ class Cloner {
       method->ensure_defined();
       const auto graph = torch::jit::toGraphFunction(*method).graph()->copy();
       graph->remapTypes(remap);
+      for_each_node(graph->block(), [](torch::jit::Node* node) {
+        if (node->callstack()) {
+          node->setCallStack(lasting_call_stack(node));
+        }
+      });
       Function* function = unit_->create_function(c10::QualifiedName(*type.name(), method->name()), graph);
       type.addMethod(function);
       function->setSchema(method->getSchema().cloneWithRemappedTypes(remap));

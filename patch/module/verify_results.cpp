@@ -1,5 +1,6 @@
 #include <torchgraft/patch/module/verify_results.h>
 
+#include <torchgraft/patch/graph/clone_module.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/writes.h>
 #include <torchgraft/patch/module/example_inputs.h>
@@ -288,14 +289,15 @@ std::string verify_results(const Module& base, const Module& grafted, const std:
     return reason;
   }
   const char* base_method = is_grafted(base) ? "base_forward" : "forward";
-  const auto& method = base.get_method(base_method);
+  const Module copy = clone_module(base);  // errors in a module that was frozen may end the process (clone_module.cpp)
+  const auto& method = copy.get_method(base_method);
   ExampleInputs inputs = example ? ExampleInputs{{*example}, ""}
                                  : make_example_inputs(method.function().getSchema(), *graph, base, weights);
   const KeptGenerator generator(weights.device());
   for (const Values& arguments : inputs.candidates) {
     c10::IValue expected;
     try {
-      expected = run(base, base_method, arguments);
+      expected = run(copy, base_method, arguments);
     } catch (const std::exception& error) {
       TORCH_CHECK(!example, "graft: the base fails on the example inputs: ", one_line(error));
       inputs.reason = "forward fails on inputs that were made up: " + one_line(error);

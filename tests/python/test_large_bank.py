@@ -102,7 +102,7 @@ def test_200_unipelt_adapters_on_a_model_of_minilms_size() -> None:
     with torch.no_grad():
         plain = torch.jit.trace(model, (ids, mask), check_trace=False, strict=False)
     specs = [(f"a{index}", config_to_json("unipelt"), None, "", False, None) for index in range(200)]
-    bank = torch.jit._recursive.wrap_cpp_module(patcher().graft(plain._c, specs, "all", "", "", False))
+    bank = torch.jit._recursive.wrap_cpp_module(patcher().graft(plain._c, specs, "all", "", "", False)[0])
     bank = _randomised(bank, 4)
     chosen = torch.randint(-1, 200, (64,), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():

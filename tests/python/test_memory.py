@@ -9,6 +9,7 @@ import torch
 
 import torchgraft
 from grafted import base
+from models import HIDDEN
 
 MIB = 2**20
 REPLACEMENTS, ALLOWED = 60, 12 * MIB  # a clone that stayed would take 0.7 MiB for these three layers
@@ -47,3 +48,15 @@ def test_replacing_a_module_gives_its_memory_back(grafted: torch.jit.ScriptModul
     for _ in range(REPLACEMENTS):
         module = changes[change](module)
     assert _resident() - before < ALLOWED
+
+
+def test_an_error_in_the_copy_of_a_copy_that_is_gone_is_an_error(tmp_path: Path) -> None:
+    """Inlined nodes named the functions of the modules before, and the interpreter looks there when a node throws."""
+    module = torch.jit.freeze(base("encoder_script_post", torch.float32))
+    module = torchgraft.graft(module, config="lora", name="task")
+    for name in ("second", "third"):
+        module = torchgraft.graft(module, config="lora", name=name)
+        gc.collect()
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match=r"expected adapter_ids in \[-1, 3\), got 7 in row 0"):
+            module(torch.randn(2, 5, HIDDEN), adapter_ids=torch.tensor([7, 0]))

@@ -308,7 +308,7 @@ def test_a_fresh_adapter_on_some_layers_is_refused_with_their_names(tmp_path: Pa
         torchgraft.graft(base, config="lora", name="task")
     with pytest.warns(UserWarning, match=named):
         part = torchgraft.graft(base, config="lora", name="task", allow_partial=True)
-    torchgraft.graft(part, config="ia3", name="beside")  # it was accepted
+    torchgraft.graft(part, config="lora", name="beside")  # it was accepted
     torchgraft.graft(base, config="lora", name="task", sites=torchgraft.inspect(base))  # it is what is wanted
     whole = torchgraft.graft(torch.jit.script(TwoLayers(Plain()).eval()), config="lora", name="task")
     torchgraft.save_adapter(whole, "task", tmp_path)

@@ -78,7 +78,7 @@ def test_a_measured_table_decides_where_nothing_else_does(
 
 def test_a_file_that_is_no_table_is_named(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("fused")
-    for path, message in (("none.json", "cannot be read"), ("text", "expected what graft.py tune writes, got")):
+    for path, message in (("none.json", "cannot be read"), ("text", "not JSON (")):
         done = _run(TORCHGRAFT_KERNEL_TABLE=str(tmp_path / path))
         assert done.returncode != 0
         assert f"TORCHGRAFT_KERNEL_TABLE: {tmp_path / path}" in done.stderr and message in done.stderr
