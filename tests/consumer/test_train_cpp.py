@@ -252,7 +252,7 @@ EMPTY = {key: value[:0] for key, value in make_examples(3, 0).items()}
         (changed(input_ids=torch.full((24, 9), WORDS)), (), "index out of range"),
         (changed(), ("--validation-fraction", 0.01), "leaves one side of the split empty"),
         (changed(), ("--patience", 1), "--patience"),
-        (changed(), ("--adapter", "not.a.name"), "not a name"),
+        (changed(), ("--adapter", "not.a.name"), "not.a.name"),
     ],
 )
 def test_errors_are_one_line(train_program, folder, tmp_path, data, options, message) -> None:
