@@ -12,14 +12,6 @@ using torch::jit::Module;
 
 namespace {
 
-std::string list_of(const std::vector<std::string>& lines) {
-  std::string result;
-  for (const std::string& line : lines) {
-    result += "\n  " + line;
-  }
-  return result;
-}
-
 // A fresh adapter on some of the layers is no detail: whoever trains it must know.
 void check_complete(const Draft& draft, const std::vector<AdapterSpec>& specs, const GraftOptions& options) {
   const bool is_fresh =
@@ -29,7 +21,7 @@ void check_complete(const Draft& draft, const std::vector<AdapterSpec>& specs, c
   }
   const std::string text =
       c10::str("graft: ", draft.sites.structure.layers.size(),
-               " attentions are recognised, others are not and get no adapter:", list_of(draft.sites.left_out));
+               " attentions are recognised, others are not and get no adapter:", indented(draft.sites.left_out));
   TORCH_CHECK(
       options.allow_partial, text,
       "\nallow_partial=True (graft.py add --allow-partial) grafts onto the recognised ones; so do edited sites, "
@@ -45,7 +37,7 @@ Adapter make_adapter_of(const AdapterSpec& spec, const Draft& draft) {
   try {
     return make_adapter(spec, draft.sites.structure, draft.weights);
   } catch (const c10::Error& error) {
-    TORCH_CHECK(false, error.msg(), "\nSome attention was not recognised:", list_of(draft.sites.left_out));
+    TORCH_CHECK(false, error.msg(), "\nSome attention was not recognised:", indented(draft.sites.left_out));
   }
 }
 

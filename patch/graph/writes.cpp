@@ -42,14 +42,15 @@ bool is_writer(const Node* node) {
   return schema && schema->is_mutable();
 }
 
+bool only_complains(const Node* node) { return node->kind() == c10::prim::RaiseException || is_aten(node, {"warn"}); }
+
 bool must_run_once(const Node* node) {
   if (!node->blocks().empty()) {
     return std::any_of(node->blocks().begin(), node->blocks().end(), [](const Block* block) {
       return std::any_of(block->nodes().begin(), block->nodes().end(), must_run_once);
     });
   }
-  const bool complains = node->kind() == c10::prim::RaiseException || is_aten(node, {"warn"});
-  return !complains && (is_writer(node) || node->hasSideEffects() || node->isNondeterministic());
+  return !only_complains(node) && (is_writer(node) || node->hasSideEffects() || node->isNondeterministic());
 }
 
 std::string described(const Node* node) {

@@ -55,6 +55,9 @@ class Writes {
 // True when the schema of `node` says that it writes into one of its inputs.
 bool is_writer(const torch::jit::Node* node);
 
+// True for what ends a run with an error, or warns: an effect that nobody waits for.
+bool only_complains(const torch::jit::Node* node);
+
 // True when a second run of `node` beside the first would be seen: `node`, or one in its blocks, writes in place, has
 // another side effect (errors and warnings are none), or draws random numbers.
 bool must_run_once(const torch::jit::Node* node);

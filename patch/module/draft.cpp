@@ -24,17 +24,10 @@ namespace {
 
 using torch::jit::Module;
 
-std::string join(const std::vector<std::string>& lines) {
-  std::string result;
-  for (const std::string& line : lines) {
-    result += "\n  " + line;
-  }
-  return result;
-}
-
 void check_found(const Structure& structure) {
-  TORCH_CHECK(!structure.layers.empty(), "graft: no attention was found in the module's forward",
-              structure.near_misses.empty() ? "; is it a Transformer?" : "; near misses:", join(structure.near_misses));
+  TORCH_CHECK(
+      !structure.layers.empty(), "graft: no attention was found in the module's forward",
+      structure.near_misses.empty() ? "; is it a Transformer?" : "; near misses:", indented(structure.near_misses));
 }
 
 // The dtype and device of adapter weights: those of the model's first query projection.
@@ -99,6 +92,14 @@ void check_can_be_grafted(const Module& base) {
 }
 
 }  // namespace
+
+std::string indented(const std::vector<std::string>& lines) {
+  std::string result;
+  for (const std::string& line : lines) {
+    result += "\n  " + line;
+  }
+  return result;
+}
 
 std::string head_mask(const Draft& draft, const std::string& wanted) {
   if (wanted.empty()) {

@@ -40,6 +40,9 @@ torch::jit::Module build(Draft draft, const std::string& active);
 // A copy of `module` without anything grafted.
 torch::jit::Module base_copy(const torch::jit::Module& module);
 
+// Each line on a line of its own, indented, for errors that list near misses.
+std::string indented(const std::vector<std::string>& lines);
+
 // The token mask for a new head: `wanted`, or the draft's own if that is empty. Throws c10::Error when forward has no
 // such argument, or when other heads have another mask.
 std::string head_mask(const Draft& draft, const std::string& wanted);

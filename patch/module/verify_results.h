@@ -8,8 +8,9 @@
 
 namespace torchgraft {
 
-// Runs `base` (a module before grafting) and `grafted` on the same inputs and compares: grafted's base_forward, its
-// forward with adapter_ids = -1, which runs the changed graph, and whether its active adapter gives finite numbers.
+// Runs a copy of `base` (a module before grafting) and `grafted` on the same inputs and compares: grafted's
+// base_forward, its forward with adapter_ids = -1, which runs the changed graph, and whether its active adapter gives
+// finite numbers.
 //
 // `example`: the arguments of forward, without self and adapter_ids; nullopt: made up (example_inputs.h). `weights`:
 // dtype and device of the base's weights.
