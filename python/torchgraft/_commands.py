@@ -42,8 +42,14 @@ _ONE_PER_MODULE = (".lora_a", ".prefix_key", ".up_weight")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Runs the command that the command line names."""
-    {"add": add, "inspect": inspect, "tune": tune, **_life_commands.COMMANDS}[arguments.command](arguments)
+    """Runs the command that the command line names. What it warns of comes last, one line each on stderr."""
+    command = {"add": add, "inspect": inspect, "tune": tune, **_life_commands.COMMANDS}[arguments.command]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        command(arguments)
+    for warning in caught:
+        if issubclass(warning.category, UserWarning):
+            print(f"warning: {warning.message}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -71,15 +77,10 @@ def add(arguments: argparse.Namespace) -> None:
         show(f"loading {arguments.base}")
         base = load_module(arguments.base)
         show("grafting")
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            grafted = _graft_all(base, arguments)
+        grafted = _graft_all(base, arguments)
         show(f"saving {arguments.output}")
         save_module(grafted, arguments.output, extra_files(arguments.base))
     print(_summary(base, grafted, arguments.output, time.perf_counter() - started))
-    for warning in caught:
-        if issubclass(warning.category, UserWarning):
-            print(f"warning: {warning.message}", file=sys.stderr)
 
 
 def _graft_all(base: torch.jit.ScriptModule, arguments: argparse.Namespace) -> torch.jit.ScriptModule:

@@ -89,6 +89,17 @@ def test_add_says_when_nothing_was_compared(folder: Path, tmp_path: Path) -> Non
     assert "warning: graft: the result was not compared with the base's: the module is in training mode" in done.stderr
 
 
+def test_every_command_says_what_it_warns_of_in_one_line(folder: Path, tmp_path: Path) -> None:
+    run("add", folder / "base.pt", "-o", tmp_path / "model.pt", "--config", "prefix_tuning", "--name", "task")
+    run("save", tmp_path / "model.pt", "task", tmp_path / "task")
+    config = tmp_path / "task" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "distilbert"}))
+    done = run("load", folder / "base.pt", tmp_path / "task", "-o", tmp_path / "out.pt")
+    assert done.returncode == 0
+    assert done.stderr.startswith(f"warning: {tmp_path / 'task'}: if this prefix was trained with ")
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.quick
 def test_add_by_config(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.pt"

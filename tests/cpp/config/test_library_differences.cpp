@@ -31,6 +31,7 @@ TEST(LibraryDifferences, WhatTheDirectoryDoesNotSayIsWarnedOf) {
   EXPECT_NE(of("deberta", "lora").warned.find("random bias"), std::string::npos);
   EXPECT_EQ(of("distilbert", "lora").warned, "");
   EXPECT_EQ(of("deberta", "ia3").refused, "");
+  EXPECT_NE(of("deberta", "ia3").warned, "");  // (IA)^3 is on the packed projection, too
 }
 
 TEST(LibraryDifferences, WithoutModelTypeNothingIsSaid) {
