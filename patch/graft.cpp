@@ -16,12 +16,13 @@ namespace {
 void check_complete(const Draft& draft, const std::vector<AdapterSpec>& specs, const GraftOptions& options) {
   const bool is_fresh =
       std::any_of(specs.begin(), specs.end(), [](const AdapterSpec& spec) { return !spec.weights.has_value(); });
-  if (draft.sites.left_out.empty() || !is_fresh || !draft.adapters.empty()) {
+  const bool was_accepted = draft.options.allow_partial && !options.allow_partial;  // when the module was grafted
+  if (draft.sites.left_out.empty() || !is_fresh || was_accepted) {
     return;
   }
-  const std::string text =
-      c10::str("graft: ", draft.sites.structure.layers.size(),
-               " attentions are recognised, others are not and get no adapter:", indented(draft.sites.left_out));
+  const size_t found = draft.sites.structure.layers.size();
+  const std::string text = c10::str("graft: ", found, found == 1 ? " attention is" : " attentions are",
+                                    " recognised, others are not and get no adapter:", indented(draft.sites.left_out));
   TORCH_CHECK(
       options.allow_partial, text,
       "\nallow_partial=True (graft.py add --allow-partial) grafts onto the recognised ones; so do edited sites, "
@@ -56,7 +57,7 @@ Module graft(const Module& module, const std::vector<AdapterSpec>& specs, const 
   if (options.verify) {
     const std::string reason = verify_results(module, result, options.example, weights);
     if (!reason.empty()) {
-      TORCH_WARN("graft: the result was not compared with the base's: ", reason, ". verify=False does without");
+      TORCH_WARN("graft: ", reason, ". verify=False does without");
     }
   }
   return result;

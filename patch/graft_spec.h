@@ -51,7 +51,8 @@ struct GraftOptions {
   // remembers it.
   bool fuse = true;
   // Graft fresh adapters also where some attention was not recognised and gets none. Layers are then numbered without
-  // it, so that the adapter fits no other copy of the model. With false that is an error. Edited `sites` say it, too.
+  // it, so that the adapter fits no other copy of the model. With false that is an error. Edited `sites` say it, too. A
+  // grafted module remembers it.
   bool allow_partial = false;
   // For verify: arguments of forward, in its order; those left out at the end have their defaults. nullopt: they are
   // made up where the signature and the graph allow; where not, a TORCH_WARN says that nothing was compared.

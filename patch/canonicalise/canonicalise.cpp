@@ -8,6 +8,7 @@
 #include <torchgraft/patch/canonicalise/fold_repeated_heads.h>
 #include <torchgraft/patch/canonicalise/hoist_score_product.h>
 #include <torchgraft/patch/canonicalise/inline_calls.h>
+#include <torchgraft/patch/canonicalise/inline_forks.h>
 #include <torchgraft/patch/canonicalise/merge_twin_branches.h>
 #include <torchgraft/patch/canonicalise/raise_linear.h>
 #include <torchgraft/patch/canonicalise/raise_mkldnn_convolution.h>
@@ -21,7 +22,6 @@
 #include <torchgraft/patch/graph/module_methods.h>
 #include <torchgraft/patch/graph/writes.h>
 
-#include <torch/csrc/jit/passes/inline_fork_wait.h>
 #include <torch/csrc/jit/passes/remove_mutation.h>
 #include <torch/csrc/jit/passes/shape_analysis.h>
 
@@ -36,22 +36,6 @@ namespace {
 
 using torch::jit::Graph;
 using torch::jit::Module;
-
-// PyTorch's pass inlines every fork, but finds only those calls of wait() that read the fork's result directly.
-void inline_forks(const std::shared_ptr<Graph>& graph) {
-  bool all_are_awaited = true;
-  for_each_node(graph->block(), [&](torch::jit::Node* node) {
-    if (node->kind() == c10::prim::fork) {
-      const auto& uses = node->output()->uses();
-      all_are_awaited = all_are_awaited && std::all_of(uses.begin(), uses.end(), [](const torch::jit::Use& use) {
-                          return is_aten(use.user, {"wait"});
-                        });
-    }
-  });
-  if (all_are_awaited) {
-    torch::jit::InlineForkWait(graph);
-  }
-}
 
 // PyTorch's pass believes schemas that promise new tensors (SharedMemory).
 void remove_tensor_mutation(const std::shared_ptr<Graph>& graph) {

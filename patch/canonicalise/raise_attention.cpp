@@ -2,6 +2,7 @@
 
 #include <torchgraft/patch/canonicalise/affine_path.h>
 #include <torchgraft/patch/canonicalise/mask_fills.h>
+#include <torchgraft/patch/canonicalise/may_be_attention.h>
 #include <torchgraft/patch/canonicalise/score_path.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/symbolic_shape.h>
@@ -257,15 +258,13 @@ std::vector<UnraisedSoftmax> raise_attention(const std::shared_ptr<Graph>& graph
     if (const auto attention = find_one(softmax, module, writes, reason)) {
       attentions.push_back(*attention);
     } else {
-      std::string unused;
-      const bool is_attention = find_consumer(softmax, unused) || find_product(softmax->namedInput("self"));
-      unraised.push_back({softmax, reason, is_attention});
+      unraised.push_back({softmax, reason, may_be_attention(softmax)});
     }
   }
   SymbolicShapes shapes(module);
   for (const Attention& attention : attentions) {
     if (const auto reason = raise_one(graph, shapes, attention)) {
-      unraised.push_back({attention.softmax, *reason, /*is_attention=*/true});
+      unraised.push_back({attention.softmax, *reason, may_be_attention(attention.softmax)});
     }
   }
   return unraised;

@@ -12,8 +12,7 @@ namespace torchgraft {
 struct UnraisedSoftmax {
   torch::jit::Node* softmax = nullptr;
   std::string reason;
-  // It stands behind or before a product of two activations. Others weigh classes or experts.
-  bool is_attention = false;
+  bool is_attention = false;  // for all that is known (may_be_attention.h)
 };
 
 // Rewrites attention that is written out, matmul -> scale -> mask -> softmax -> dropout -> matmul, as one

@@ -35,11 +35,61 @@ std::vector<const Value*> returnable(const Node* node) {
   return result;
 }
 
+// True when one of the arguments `names` of `node` is false for certain.
+bool is_switched_off(const Node* node, std::initializer_list<const char*> names) {
+  return std::any_of(names.begin(), names.end(), [&](const char* name) {
+    const auto index = node->schema().argumentIndexWithName(name);
+    const auto constant = index ? resolve_constant(node->input(*index)) : std::nullopt;
+    return constant && constant->isBool() && !constant->toBool();
+  });
+}
+
+// True for a norm that updates the running statistics it is given.
+bool updates_statistics(const Node* node) {
+  const std::string kind = node->kind().toQualString();
+  return kind.find("_norm") != std::string::npos && node->schema().argumentIndexWithName("running_mean") &&
+         !is_switched_off(node, {"training", "train", "use_input_stats"});
+}
+
 }  // namespace
 
-bool is_writer(const Node* node) {
+std::vector<Value*> written_inputs(const Node* node) {
+  std::vector<Value*> result;
   const auto* schema = node->maybeSchema();
-  return schema && schema->is_mutable();
+  if (!schema) {
+    return result;
+  }
+  const bool keeps_statistics = updates_statistics(node);
+  for (size_t i = 0; i < schema->arguments().size(); ++i) {
+    const c10::Argument& argument = schema->arguments()[i];
+    const bool is_said = argument.alias_info() && argument.alias_info()->isWrite();
+    const bool is_statistic = argument.name().starts_with("running_") && !is_none(node->input(i));
+    if (is_said || (keeps_statistics && is_statistic)) {
+      result.push_back(const_cast<Value*>(node->input(i)));
+    }
+  }
+  return result;
+}
+
+bool is_writer(const Node* node) { return !written_inputs(node).empty(); }
+
+bool draws_random_numbers(const Node* node) {
+  const auto* schema = node->maybeSchema();
+  if (!schema) {
+    return false;
+  }
+  if (const auto index = schema->argumentIndexWithName("dropout_p")) {
+    return constant_double(node->input(*index)) != 0.0;
+  }
+  if (is_switched_off(node, {"train", "training"})) {
+    return false;
+  }
+  const auto draws = [](const c10::Argument& argument) {
+    return argument.type()->isSubtypeOf(*c10::OptionalType::create(c10::GeneratorType::get()));
+  };
+  const bool drops = schema->name().find("dropout") != std::string::npos || schema->argumentIndexWithName("dropout");
+  return node->isNondeterministic() || drops ||
+         std::any_of(schema->arguments().begin(), schema->arguments().end(), draws);
 }
 
 bool only_complains(const Node* node) { return node->kind() == c10::prim::RaiseException || is_aten(node, {"warn"}); }
@@ -125,13 +175,9 @@ Writes::Writes(const std::shared_ptr<Graph>& graph) {
   }
   memory_.emplace(graph);
   ValueSet written;
-  for (Node* writer : writers_) {
-    const auto& arguments = writer->schema().arguments();
-    for (size_t i = 0; i < arguments.size(); ++i) {
-      if (arguments[i].alias_info() && arguments[i].alias_info()->isWrite()) {
-        written.insert(writer->input(i));
-      }
-    }
+  for (const Node* writer : writers_) {
+    const auto inputs = written_inputs(writer);
+    written.insert(inputs.begin(), inputs.end());
   }
   written = memory_->connected(std::move(written));
   const auto visit = [&](at::ArrayRef<Value*> values) {
@@ -152,9 +198,15 @@ Node* Writes::between(const Node* begin, const Node* end, const ValueSet& values
     return nullptr;
   }
   const ValueSet shared = memory_->connected(values);
+  std::vector<Value*> read;
+  std::transform(shared.begin(), shared.end(), std::back_inserter(read),
+                 [](const Value* value) { return const_cast<Value*>(value); });
+  const auto writes = [&](Node* writer) {
+    return memory_->aliases().writesToAlias(writer, shared) ||
+           memory_->aliases().mayContainAlias(written_inputs(writer), read);
+  };
   const auto found = std::find_if(writers_.begin(), writers_.end(), [&](Node* writer) {
-    return writer != begin && writer->isAfter(begin) && writer->isBefore(end) &&
-           memory_->aliases().writesToAlias(writer, shared);
+    return writer != begin && writer->isAfter(begin) && writer->isBefore(end) && writes(writer);
   });
   return found == writers_.end() ? nullptr : *found;
 }

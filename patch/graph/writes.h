@@ -52,8 +52,15 @@ class Writes {
   torch::jit::ValueSet untouched_;          // tensors of the graph that no writer may write into
 };
 
-// True when the schema of `node` says that it writes into one of its inputs.
+// The inputs that `node` writes into: those that its schema names, and running statistics of norms in training, which
+// the schema does not name.
+std::vector<torch::jit::Value*> written_inputs(const torch::jit::Node* node);
+
+// True when `node` writes into one of its inputs.
 bool is_writer(const torch::jit::Node* node);
+
+// True when `node` may draw random numbers.
+bool draws_random_numbers(const torch::jit::Node* node);
 
 // True for what ends a run with an error, or warns: an effect that nobody waits for.
 bool only_complains(const torch::jit::Node* node);

@@ -68,9 +68,10 @@ Module add_adapters_module(Draft& draft, const std::vector<Slot>& slots, const s
   adapters.register_attribute("token_mask_input", c10::StringType::get(), options.token_mask_input);
   adapters.register_attribute("sites", c10::StringType::get(), options.sites ? to_json(*options.sites) : "");
   adapters.register_attribute("fused", c10::BoolType::get(), options.fuse);
+  adapters.register_attribute("allow_partial", c10::BoolType::get(), options.allow_partial);
   adapters.register_attribute("head_mask", c10::StringType::get(), draft.head_mask);
   add_heads(adapters, draft.adapters, unit);
-  adapters.train(draft.module.is_training());
+  adapters.train(draft.module.attr("training", c10::IValue(false)).toBool());  // a frozen module has no such attribute
   draft.module.register_module("adapters", adapters);
   return adapters;
 }

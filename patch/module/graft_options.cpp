@@ -41,6 +41,9 @@ GraftOptions options_like(const Module& grafted, GraftOptions options) {
   options.token_mask_input = mask;
   const bool was_fused = !adapters.hasattr("fused") || adapters.attr("fused").toBool();  // older files do not say
   options.fuse = options.fuse && was_fused;
+  // Files of before partial grafts had to be asked for hold what was accepted.
+  const bool was_accepted = !adapters.hasattr("allow_partial") || adapters.attr("allow_partial").toBool();
+  options.allow_partial = options.allow_partial || was_accepted;
   const auto sites = remembered_sites(grafted);
   TORCH_CHECK(!options.sites || (sites && to_json(*sites) == to_json(*options.sites)),
               "graft: the module was grafted with ", sites ? "other" : "detected",

@@ -1,5 +1,6 @@
 #include <torchgraft/patch/sites/find_sites.h>
 
+#include <torchgraft/patch/canonicalise/may_be_attention.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/sites/find_attention.h>
 #include <torchgraft/patch/sites/find_feed_forward.h>
@@ -131,10 +132,12 @@ GraphSites find_sites(const CanonicalGraph& canonical, const Module& module) {
     } else {
       const auto linears = nearest_linears(node->namedInput("query"));
       const std::string where = linears.empty() ? "" : finder.path_of(linears.front());
-      result.left_out.push_back(at_path(where) + "attention was left out: " + reason);
+      result.structure.near_misses.push_back(at_path(where) + "attention was left out: " + reason);
+      if (depends_on_inputs(node->namedInput("query"))) {
+        result.left_out.push_back(result.structure.near_misses.back());
+      }
     }
   });
-  result.structure.near_misses = result.left_out;
   mark_encoder(result);
   number_layers(result, module);
   for (const UnraisedSoftmax& miss : canonical.unraised) {

@@ -1,40 +1,13 @@
 """Layers whose mathematics only look like what a pass rewrites: grafted exactly, or refused with a reason."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import torchgraft
-
-HIDDEN, HEADS, SIZE = 32, 4, 8
-
-
-class Plain(nn.Module):
-    """The layer that the others vary. Inputs may be written in place: callers pass copies."""
-
-    def __init__(self, kv_heads: int = HEADS) -> None:
-        super().__init__()
-        self.query, self.output = nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, HIDDEN)
-        self.key, self.value = nn.Linear(HIDDEN, kv_heads * SIZE), nn.Linear(HIDDEN, kv_heads * SIZE)
-        self.norm = nn.LayerNorm(HIDDEN)
-
-    def heads(self, x: Tensor) -> Tensor:
-        return x.view(x.size(0), x.size(1), -1, 8).transpose(1, 2)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        scores = torch.matmul(q, k.transpose(-1, -2)) / 2.8284271247461903
-        scores = scores.masked_fill(mask[:, None, None, :] == 0, -1e9)
-        return torch.matmul(torch.softmax(scores, -1), v)
-
-    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
-        return self.norm(x + self.output(mixed.transpose(1, 2).reshape(x.size(0), x.size(1), 32)))
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        mixed = self.attend(self.heads(self.query(x)), self.heads(self.key(x)), self.heads(self.value(x)), mask)
-        return self.finish(x, mixed)
+from odd_layers import Plain, TwoLayers, batch
 
 
 class WriteBeforeTheBias(Plain):
@@ -172,24 +145,6 @@ EITHER = [
 ]  # fmt: skip
 
 
-class TwoLayers(nn.Module):
-    """A layer behind another, which is plain: what is refused of the first must not change it either."""
-
-    def __init__(self, first: nn.Module) -> None:
-        super().__init__()
-        self.first, self.second = first, Plain()
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return self.second(self.first(x, mask), mask)
-
-
-def batch() -> tuple[Tensor, Tensor]:
-    torch.manual_seed(1)
-    mask = torch.ones(3, 7, dtype=torch.long)
-    mask[0, 4:], mask[1, 2:] = 0, 0
-    return torch.randn(3, 7, HIDDEN), mask
-
-
 def assert_exact(model: nn.Module, form: str, config: str) -> None:
     with torch.no_grad():
         base = torch.jit.script(model) if form == "script" else torch.jit.trace(copy.deepcopy(model), batch())
@@ -280,41 +235,3 @@ def test_a_fork_that_is_kept_is_exact_and_named() -> None:
     assert len(structure["layers"]) == 1 and "what torch.jit.fork runs was left out" in structure["near_misses"][0]
     with pytest.warns(UserWarning, match="what torch.jit.fork runs was left out"):
         assert_exact(model, "script", "lora")
-
-
-class NoAttentionProduct(Plain):
-    """Its probabilities are squared, so that it is no attention that can be grafted."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        scores = q @ k.transpose(-1, -2) / 3.0
-        return scores.softmax(-1).square() @ v
-
-
-class Chooses(nn.Module):
-    """A softmax over classes, which is no attention."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.classes = Plain(), nn.Linear(HIDDEN, 5)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return self.classes(self.layer(x, mask)).softmax(-1)
-
-
-def test_a_fresh_adapter_on_some_layers_is_refused_with_their_names(tmp_path: Path) -> None:
-    base = torch.jit.script(TwoLayers(NoAttentionProduct()).eval())
-    named = "1 attentions are recognised, others are not .*\n  at .*: a softmax was not taken for attention: "
-    with pytest.raises(torchgraft.GraftError, match=named):
-        torchgraft.graft(base, config="lora", name="task")
-    with pytest.warns(UserWarning, match=named):
-        part = torchgraft.graft(base, config="lora", name="task", allow_partial=True)
-    torchgraft.graft(part, config="lora", name="beside")  # it was accepted
-    torchgraft.graft(base, config="lora", name="task", sites=torchgraft.inspect(base))  # it is what is wanted
-    whole = torchgraft.graft(torch.jit.script(TwoLayers(Plain()).eval()), config="lora", name="task")
-    torchgraft.save_adapter(whole, "task", tmp_path)
-    with pytest.raises(torchgraft.GraftError, match="Some attention was not recognised:\n  at "):
-        torchgraft.graft(base, adapters={"task": tmp_path})
-
-
-def test_a_softmax_over_classes_is_no_attention() -> None:
-    torchgraft.graft(torch.jit.script(Chooses().eval()), config="lora", name="task")

@@ -1,0 +1,134 @@
+#include <torchgraft/patch/canonicalise/may_be_attention.h>
+
+#include <torchgraft/patch/graph/graph_utils.h>
+
+#include <algorithm>
+#include <deque>
+#include <functional>
+#include <unordered_set>
+
+namespace torchgraft {
+namespace {
+
+using torch::jit::Node;
+using torch::jit::Value;
+
+bool is_softmax(const Node* node) { return is_aten(node, {"softmax", "_softmax", "special_softmax"}); }
+
+bool normalizes(const Node* node) {
+  return is_aten(node, {"layer_norm", "native_layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm"});
+}
+
+bool holds_tensors(const Value* value) {
+  const auto list = value->type()->cast<c10::ListType>();
+  return is_tensor(value) || (list && list->getElementType()->isSubtypeOf(*c10::TensorType::get()));
+}
+
+// The inputs of `node` whose elements go into its result.
+std::vector<Value*> data_inputs(Node* node) {
+  const bool takes_form = is_aten(node, {"type_as", "expand_as", "view_as", "reshape_as"});
+  const bool is_new =
+      is_aten(node, {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full"});
+  std::vector<Value*> result;
+  for (Value* input : node->inputs().slice(0, is_new ? 0 : takes_form ? 1 : node->inputs().size())) {
+    if (holds_tensors(input)) {
+      result.push_back(input);
+    }
+  }
+  for (torch::jit::Block* block : node->blocks()) {
+    std::copy_if(block->outputs().begin(), block->outputs().end(), std::back_inserter(result), holds_tensors);
+  }
+  return result;
+}
+
+// Goes from `value` back over what it is computed from. True as soon as `found` is; not beyond nodes that `stops`
+// names.
+bool search_back(Value* value, const std::function<bool(Value*)>& found, const std::function<bool(Node*)>& stops) {
+  std::unordered_set<Value*> seen;
+  std::deque<Value*> queue = {value};
+  while (!queue.empty()) {
+    Value* current = queue.front();
+    queue.pop_front();
+    if (!seen.insert(current).second) {
+      continue;
+    }
+    if (found(current)) {
+      return true;
+    }
+    if (!stops(current->node())) {
+      const auto inputs = data_inputs(current->node());
+      queue.insert(queue.end(), inputs.begin(), inputs.end());
+    }
+  }
+  return false;
+}
+
+// True for what a softmax made, seen through dropout and layout.
+bool is_probability(Value* value) {
+  Node* node = value->node();
+  while (is_layout(node) || is_aten(node, {"dropout", "expand"})) {
+    node = node->input(0)->node();
+  }
+  return is_softmax(node);
+}
+
+// Compares each of some activations with each of others.
+bool compares_activations(Node* node) {
+  if (is_aten(node, {"add", "sub"})) {  // additive attention
+    return std::all_of(node->inputs().begin(), node->inputs().begin() + 2, [](Value* operand) {
+      return is_aten(operand->node(), {"unsqueeze", "expand"}) && depends_on_inputs(operand);
+    });
+  }
+  if (!is_aten(node, {"matmul", "bmm", "baddbmm", "einsum", "cdist", "mm"})) {
+    return false;
+  }
+  std::vector<Value*> operands = data_inputs(node);
+  if (operands.size() == 1 && operands[0]->node()->kind() == c10::prim::ListConstruct) {
+    operands = data_inputs(operands[0]->node());
+  }
+  return std::none_of(operands.begin(), operands.end(), is_probability) &&
+         std::count_if(operands.begin(), operands.end(), depends_on_inputs) >= 2;
+}
+
+bool is_read_by_a_layer(Value* probabilities) {
+  std::unordered_set<const Value*> seen;
+  std::deque<Value*> queue = {probabilities};
+  while (!queue.empty()) {
+    Value* current = queue.front();
+    queue.pop_front();
+    for (const torch::jit::Use& use : current->uses()) {
+      Node* user = use.user;
+      const bool is_product =
+          is_aten(user, {"matmul", "bmm", "einsum"}) || is_aten(user, {"linear"}) || normalizes(user);
+      if (is_product || is_aten(user, {"scaled_dot_product_attention"})) {
+        return true;
+      }
+      for (Value* output : user->outputs()) {
+        if (holds_tensors(output) && seen.insert(output).second) {
+          queue.push_back(output);
+        }
+      }
+    }
+  }
+  return false;
+}
+
+}  // namespace
+
+bool depends_on_inputs(Value* value) {
+  const auto is_input = [](Value* found) {
+    return found->node()->kind() == c10::prim::Param && found->type()->kind() != c10::TypeKind::ClassType;
+  };
+  return search_back(value, is_input, [](Node* node) { return node->kind() == c10::prim::GetAttr; });
+}
+
+bool may_be_attention(Node* softmax) {
+  // Scores end where another layer begins.
+  const auto stops = [](Node* node) {
+    return is_softmax(node) || normalizes(node) || is_aten(node, {"scaled_dot_product_attention", "embedding"});
+  };
+  const auto found = [](Value* value) { return compares_activations(value->node()); };
+  return is_read_by_a_layer(softmax->output()) && search_back(softmax->input(0), found, stops);
+}
+
+}  // namespace torchgraft

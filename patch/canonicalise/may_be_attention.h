@@ -1,0 +1,16 @@
+#pragma once
+
+#include <torch/csrc/jit/ir/ir.h>
+
+namespace torchgraft {
+
+// True when `softmax`, which was not rewritten, may be that of an attention layer: its scores compare activations with
+// activations (a product, a distance, a sum over two new dimensions), and a linear map, a norm or a product with
+// activations reads what comes of it. Others weigh classes, experts or tokens for pooling, or are the model's result.
+bool may_be_attention(torch::jit::Node* softmax);
+
+// True when the elements of `value`, not only its shape, depend on a tensor among the graph's inputs. The queries of an
+// attention that pools do not.
+bool depends_on_inputs(torch::jit::Value* value);
+
+}  // namespace torchgraft
