@@ -2,6 +2,8 @@
 
 #include <torchgraft/patch/adapters/make_adapter.h>
 #include <torchgraft/patch/module/draft.h>
+#include <torchgraft/patch/module/exported_methods.h>
+#include <torchgraft/patch/module/methods.h>
 #include <torchgraft/patch/module/verify_results.h>
 
 #include <algorithm>
@@ -30,6 +32,14 @@ void check_complete(const Draft& draft, const std::vector<AdapterSpec>& specs, c
   TORCH_WARN(text);
 }
 
+void warn_of_exported(const Module& base) {
+  const std::vector<std::string> methods = exported_methods(base);
+  if (!methods.empty()) {
+    TORCH_WARN("graft: adapters act in forward; what else the module exports keeps the base's results: ",
+               c10::Join(", ", methods));
+  }
+}
+
 // What does not fit may belong to attention that was not recognised.
 Adapter make_adapter_of(const AdapterSpec& spec, const Draft& draft) {
   if (draft.sites.left_out.empty() || !spec.weights) {
@@ -48,6 +58,9 @@ Module graft(const Module& module, const std::vector<AdapterSpec>& specs, const 
   TORCH_CHECK(!specs.empty(), "graft: no adapter was given");
   Draft draft = open_draft(module, options);
   check_complete(draft, specs, options);
+  if (!is_grafted(module)) {
+    warn_of_exported(module);
+  }
   for (const AdapterSpec& spec : specs) {
     check_name(spec.name, draft.adapters);
     draft.adapters.push_back(make_adapter_of(spec, draft));

@@ -8,6 +8,23 @@
 namespace torchgraft::ops {
 namespace {
 
+// The keys [B, S] that real queries see. `visible`: bool [B, S_q, S]. The last token is real, or sees those that are:
+// padding lies behind the last query's own tokens, or before them. A real query sees real keys. So keys that only
+// padding sees, such as the padding itself, do not count. Where the last query sees nothing, and in cross attention,
+// every query counts.
+at::Tensor seen_by_real_queries(const at::Tensor& visible) {
+  const at::Tensor by_any = visible.any(-2);
+  if (visible.size(-2) == 1 || visible.size(-2) != visible.size(-1)) {
+    return by_any;
+  }
+  at::Tensor real = visible.select(-2, -1);
+  for (at::Tensor before; !before.defined() || !at::equal(real, before);) {
+    before = real;
+    real = real.logical_or(visible.logical_and(real.unsqueeze(-1)).any(-2));
+  }
+  return at::where(real.any(-1, /*keepdim=*/true), real, by_any);
+}
+
 at::Tensor token_mask_forward(const TokenMaskArguments& args) {
   check(args);
   const at::IntArrayRef sizes = args.x.sizes().slice(0, 2);  // [B, S]
@@ -16,18 +33,12 @@ at::Tensor token_mask_forward(const TokenMaskArguments& args) {
   }
   const at::Tensor& mask = args.attn_mask;
   at::Tensor visible = mask.scalar_type() == at::kBool ? mask : at::gt(mask, kMaskedScore);
-  visible = visible.any(-2);  // over queries: [.., S]
-  switch (mask.dim()) {
-    case 4:  // [B, h, S_q, S]
-      visible = visible.any(1);
-      break;
-    case 3:  // [h, S_q, S]
-      visible = visible.any(0);
-      break;
-    default:  // [S_q, S]
-      break;
+  if (visible.dim() == 4) {  // [B, h, S_q, S]
+    visible = visible.any(1);
+  } else if (visible.dim() == 3) {  // [h, S_q, S]
+    visible = visible.any(0);
   }
-  return visible.expand(sizes).clone(at::MemoryFormat::Contiguous);
+  return seen_by_real_queries(visible).expand(sizes).clone(at::MemoryFormat::Contiguous);
 }
 
 TORCH_LIBRARY_IMPL(torchgraft, CompositeExplicitAutograd, m) {

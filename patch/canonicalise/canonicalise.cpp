@@ -76,12 +76,17 @@ const Pass kPasses[] = {
        inline_calls(c.graph, [&](torch::jit::Node* call) { return decompose_multihead_attention(call, m); });
      }},
     {"merge_twin_branches", [](CanonicalGraph& c, const Module&) { merge_twin_branches(c.graph); }},
-    {"fold_attributes", [](CanonicalGraph& c, const Module& m) { fold_attributes(c.graph, m); }},
+    {"fold_attributes", [](CanonicalGraph& c, const Module& m) { c.folded = fold_attributes(c.graph, m); }},
     {"unroll_loops", [](CanonicalGraph& c, const Module&) { unroll_loops(c.graph); }},
     {"remove_list_mutation", [](CanonicalGraph& c, const Module&) { torch::jit::RemoveListMutation(c.graph); }},
     {"remove_writes", [](CanonicalGraph& c, const Module&) { remove_writes(c.graph); }},
     {"remove_tensor_mutation", [](CanonicalGraph& c, const Module&) { remove_tensor_mutation(c.graph); }},
     {"simplify", [](CanonicalGraph& c, const Module&) { simplify(c.graph); }},
+    {"fold_training",
+     [](CanonicalGraph& c, const Module& m) {
+       const auto folded = fold_training(c.graph, m);
+       c.folded.insert(c.folded.end(), folded.begin(), folded.end());
+     }},
     {"fold_rank_checks", [](CanonicalGraph& c, const Module&) { fold_rank_checks(c.graph); }},
     {"decompose_fused_encoder", [](CanonicalGraph& c, const Module&) { decompose_fused_encoder(c.graph); }},
     {"decompose_einsum", [](CanonicalGraph& c, const Module& m) { decompose_einsum(c.graph, m); }},

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <torchgraft/patch/canonicalise/raise_attention.h>
+#include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/registration/export.h>
 
 #include <torch/csrc/jit/api/module.h>
@@ -12,6 +13,7 @@ namespace torchgraft {
 struct CanonicalGraph {
   std::shared_ptr<torch::jit::Graph> graph;
   std::vector<UnraisedSoftmax> unraised;
+  std::vector<ModuleAttribute> folded;  // attributes that the graph took for constants
 };
 
 // Canonicalises the method `method_name` of `module`, which stays unchanged.

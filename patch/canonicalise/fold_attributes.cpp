@@ -10,15 +10,20 @@
 #include <torch/csrc/jit/passes/lower_tuples.h>
 #include <torch/csrc/jit/passes/peephole.h>
 
+#include <algorithm>
+#include <functional>
+#include <map>
 #include <set>
 #include <string>
 
 namespace torchgraft {
 namespace {
 
+using torch::jit::Block;
 using torch::jit::Graph;
 using torch::jit::Module;
 using torch::jit::Node;
+using torch::jit::Value;
 
 // Names that any method of `module` or of its submodules assigns.
 std::set<std::string> assigned_names(const Module& module) {
@@ -43,6 +48,56 @@ bool is_plain(const c10::IValue& value) {
   return value.isInt() || value.isDouble() || value.isBool() || value.isString() || value.isNone();
 }
 
+bool has_attention(Block* block) {
+  bool result = false;
+  for_each_node(block,
+                [&](Node* node) { result = result || is_aten(node, {"softmax", "scaled_dot_product_attention"}); });
+  return result;
+}
+
+// True when `flag`, perhaps negated and combined with others, is the condition of a branch with an attention.
+bool decides_attention(const Value* flag) {
+  return std::any_of(flag->uses().begin(), flag->uses().end(), [](const torch::jit::Use& use) {
+    Node* user = use.user;
+    if (is_aten(user, {"__not__", "__and__", "__or__"})) {
+      return decides_attention(user->output());
+    }
+    if (user->kind() != c10::prim::If) {
+      return false;
+    }
+    return std::any_of(user->blocks().begin(), user->blocks().end(), has_attention) ||
+           std::any_of(user->outputs().begin(), user->outputs().end(), [](const Value* output) {
+             return output->type()->kind() == c10::TypeKind::BoolType && decides_attention(output);
+           });
+  });
+}
+
+// Replaces the attributes that are read and that `folds` by constants, and simplifies.
+std::vector<ModuleAttribute> fold(const std::shared_ptr<Graph>& graph, const Module& module,
+                                  const std::function<bool(Node*, const c10::IValue&)>& folds) {
+  std::map<std::string, c10::IValue> folded;
+  for_each_node(graph->block(), [&](Node* node) {
+    if (node->kind() != c10::prim::GetAttr || node->output()->uses().empty()) {
+      return;
+    }
+    const auto attribute = resolve_attribute(node->output(), module);
+    if (!attribute || !folds(node, attribute->value)) {
+      return;
+    }
+    torch::jit::WithInsertPoint guard(node);
+    node->output()->replaceAllUsesWith(graph->insertConstant(attribute->value));
+    folded.emplace(attribute->path, attribute->value);
+  });
+  if (!folded.empty()) {
+    simplify(graph);
+  }
+  std::vector<ModuleAttribute> result;
+  for (const auto& [path, value] : folded) {
+    result.push_back({path, value});
+  }
+  return result;
+}
+
 }  // namespace
 
 void simplify(std::shared_ptr<Graph> graph) {
@@ -62,20 +117,18 @@ void simplify(std::shared_ptr<Graph> graph) {
   }
 }
 
-void fold_attributes(const std::shared_ptr<Graph>& graph, const Module& module) {
+std::vector<ModuleAttribute> fold_attributes(const std::shared_ptr<Graph>& graph, const Module& module) {
   const std::set<std::string> assigned = assigned_names(module);
-  for_each_node(graph->block(), [&](Node* node) {
-    if (node->kind() != c10::prim::GetAttr || assigned.count(node->s(c10::attr::name))) {
-      return;
-    }
-    const auto attribute = resolve_attribute(node->output(), module);
-    if (!attribute || !is_plain(attribute->value)) {
-      return;
-    }
-    torch::jit::WithInsertPoint guard(node);
-    node->output()->replaceAllUsesWith(graph->insertConstant(attribute->value));
+  return fold(graph, module, [&](Node* node, const c10::IValue& value) {
+    return !assigned.count(node->s(c10::attr::name)) && is_plain(value);
   });
-  simplify(graph);
+}
+
+std::vector<ModuleAttribute> fold_training(const std::shared_ptr<Graph>& graph, const Module& module) {
+  return fold(graph, module, [&](Node* node, const c10::IValue& value) {
+    return node->s(c10::attr::name) == "training" && value.isBool() && !value.toBool() &&
+           decides_attention(node->output());
+  });
 }
 
 }  // namespace torchgraft

@@ -209,6 +209,20 @@ std::optional<Shape> cut_down(SymbolicShapes& shapes, const Node* node, Shape fr
   return from;
 }
 
+// repeat_interleave of each element equally often, along one dimension.
+std::optional<Shape> repeated(const Node* node, Shape from) {
+  if (is_tensor(node->namedInput("repeats"))) {
+    return std::nullopt;
+  }
+  const auto times = constant_int(node->namedInput("repeats"));
+  const auto at = position(node->namedInput("dim"), from.size());
+  if (!times || !at) {
+    return std::nullopt;
+  }
+  from[*at] = product({from[*at], number(*times)});
+  return from;
+}
+
 }  // namespace
 
 std::optional<Shape> shape_of_layout(SymbolicShapes& shapes, const Node* node) {
@@ -239,6 +253,9 @@ std::optional<Shape> shape_of_layout(SymbolicShapes& shapes, const Node* node) {
   }
   if (is_aten(node, {"squeeze", "select", "slice", "narrow"})) {
     return cut_down(shapes, node, *from);
+  }
+  if (is_aten(node, {"repeat_interleave"}) && node->inputs().size() > 2) {
+    return repeated(node, *from);
   }
   if (is_aten(node, {"unsqueeze"})) {
     const auto at = position(node->namedInput("dim"), from->size() + 1);

@@ -158,12 +158,11 @@ BOTTLENECK
         visible = attn_mask
         if visible.dtype != 11:
             visible = visible.gt(MASKED_SCORE)
-        visible = visible.any(-2)
         if attn_mask.dim() == 4:
             visible = visible.any(1)
         elif attn_mask.dim() == 3:
             visible = visible.any(0)
-        return visible.expand(x.size(0), x.size(1)).contiguous()
+        return seen_by_real_queries(visible).expand(x.size(0), x.size(1)).contiguous()
 )python"}}};
   return kDefinitions;
 }

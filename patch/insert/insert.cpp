@@ -39,7 +39,7 @@ size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& si
   };
   std::vector<Value*> gates;
   for (const SlotRun& run : runs) {
-    inserter.enter_layer(run.layer);
+    inserter.enter(slots[run.slot], run.layer);
     gates.push_back(insert(slots[run.slot]));
   }
   WithInsertPoint guard(graph->return_node());

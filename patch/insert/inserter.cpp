@@ -101,8 +101,22 @@ void Inserter::prepare_token_masks(const std::vector<Slot>& slots, const std::ve
   }
 }
 
+void Inserter::enter(const Slot& slot, size_t layer) {
+  layer_ = layer;
+  const Layer& described = sites_.structure.layers[layer];
+  // The interpreter prints the source of a node that throws, also after saving and loading.
+  std::string text = "layer " + std::to_string(described.number) + ", " + slot.site;
+  if (described.query && !described.query->path.empty()) {
+    text += ", beside " + described.query->path;
+  }
+  const size_t size = text.size();
+  text += '\n';  // the error's own text follows
+  place_.emplace(std::make_shared<torch::jit::Source>(std::move(text), "torchgraft", 1), 0, size);
+}
+
 Node* Inserter::call(const char* op, at::ArrayRef<NamedValue> args, at::ArrayRef<NamedValue> named) {
-  Value* result = graph_.insert(c10::Symbol::fromQualString(std::string("torchgraft::") + op), args, named);
+  const auto symbol = c10::Symbol::fromQualString(std::string("torchgraft::") + op);
+  Value* result = graph_.insert(symbol, args, named, place_);
   ops_ += std::string(op).rfind("gated_", 0) == 0;
   Node* node = result->node();
   // Graph::insert packs several results into a tuple; take them apart again.

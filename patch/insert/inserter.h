@@ -30,8 +30,9 @@ class Inserter {
   void prepare_token_masks(const std::vector<Slot>& slots, const std::vector<SlotRun>& runs,
                            const torch::jit::Module& root);
 
-  // Ops are inserted into this layer (an index into the sites' layers) from now on.
-  void enter_layer(size_t layer) { layer_ = layer; }
+  // Ops are inserted for `slot` into this layer (an index into the sites' layers) from now on. Errors of their runs
+  // name both.
+  void enter(const Slot& slot, size_t layer);
   const LayerSites& layer_sites() const { return sites_.layers[layer_]; }
   size_t layer() const { return layer_; }
 
@@ -68,6 +69,7 @@ class Inserter {
   std::map<size_t, Value*> token_masks_;         // token masks by layer
   size_t ops_ = 0;
   size_t layer_ = 0;
+  std::optional<torch::jit::SourceRange> place_;
   Value* adapters_ = nullptr;
   Value* adapter_ids_ = nullptr;
   Value* active_ = nullptr;

@@ -12,18 +12,20 @@ using torch::jit::Value;
 // TorchScript that is compiled in C++ has no name for it. 4 is torch.int64. 6 is torch.float32, in which gates of
 // 16-bit inputs are computed, as in ops/gate.cpp: a sum with it is at least that wide.
 //
-// check_ids says what the ops say (ops/check.cpp, ops/bank.cpp).
+// check_ids says what the ops say (ops/check.cpp, ops/bank.cpp). Reading ids on a GPU would wait for it.
+// seen_by_real_queries is that of ops/forward/attention_token_mask.cpp.
 constexpr const char* kRowFunctions = R"python(
 def check_ids(op: str, x: Tensor, adapter_ids: Optional[Tensor], bank: Tensor) -> None:
     if adapter_ids is not None:
         sizes = list(adapter_ids.size())
         assert sizes == [x.size(0)], "{}: expected adapter_ids of shape [{}], got {}".format(op, x.size(0), sizes)
         assert adapter_ids.dtype == 4, "{}: expected adapter_ids of dtype Long, got another".format(op)
-        wrong = torch.logical_or(adapter_ids.lt(-1), adapter_ids.ge(bank.size(0))).nonzero()
-        if wrong.size(0) > 0:
-            row = int(wrong[0, 0])
-            assert False, "{}: expected adapter_ids in [-1, {}), got {} in row {}".format(
-                op, bank.size(0), int(adapter_ids[row]), row)
+        if not adapter_ids.is_cuda:
+            wrong = torch.logical_or(adapter_ids.lt(-1), adapter_ids.ge(bank.size(0))).nonzero()
+            if wrong.size(0) > 0:
+                row = int(wrong[0, 0])
+                assert False, "{}: expected adapter_ids in [-1, {}), got {} in row {}".format(
+                    op, bank.size(0), int(adapter_ids[row]), row)
 
 def selected(bank: Tensor, adapter_ids: Optional[Tensor], adapter: int) -> Tensor:
     if adapter_ids is None:
@@ -68,6 +70,18 @@ def with_magnitude(x: Tensor, magnitude: Tensor, weight_norm: Tensor, fixed: Ten
     ratio = (selected(magnitude, adapter_ids, adapter) / selected(weight_norm, adapter_ids, adapter)).unsqueeze(1)
     constant = selected(fixed, adapter_ids, adapter).unsqueeze(1)
     return (x - constant) * ratio + constant
+
+def seen_by_real_queries(visible: Tensor) -> Tensor:
+    by_any = visible.any(-2)
+    if visible.size(-2) == 1 or visible.size(-2) != visible.size(-1):
+        return by_any
+    real = visible.select(-2, -1)
+    grows = True
+    while grows:
+        before = real
+        real = torch.logical_or(real, torch.logical_and(visible, real.unsqueeze(-1)).any(-2))
+        grows = not torch.equal(real, before)
+    return torch.where(real.any(-1, True), real, by_any)
 
 def choose(present: Tensor, x: Tensor, other: Tensor, adapter_ids: Optional[Tensor], adapter: int) -> Tensor:
     chosen = torch.logical_and(selected(present, adapter_ids, adapter), is_active(x, adapter_ids, adapter))

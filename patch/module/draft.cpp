@@ -9,6 +9,7 @@
 #include <torchgraft/patch/graph/dump_graph.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/insert/fuse_projections.h>
+#include <torchgraft/patch/insert/guard_attributes.h>
 #include <torchgraft/patch/insert/use_eager_autograd.h>
 #include <torchgraft/patch/insert/verify.h>
 #include <torchgraft/patch/module/graft_options.h>
@@ -85,6 +86,8 @@ void check_can_be_grafted(const Module& base) {
         "graft: forward has an argument 'adapter_ids' of its own, which grafting adds; rename it before scripting");
   }
   for (const auto& [path, submodule] : base.named_modules()) {
+    TORCH_CHECK(!is_grafted(submodule), "graft: the submodule ", path,
+                " has adapters; graft onto the submodule, or call torchgraft.ungraft() on it first");
     const auto& type = *submodule.type();
     TORCH_CHECK(type.getForwardHooks().empty() && type.getForwardPreHooks().empty(),
                 "graft: ", path.empty() ? "the module" : "the submodule " + path,
@@ -186,6 +189,8 @@ Module build(Draft draft, const std::string& active) {
     use_eager_autograd(graph);
     dump("use_eager_autograd", *graph);
   }
+  guard_attributes(graph, draft.canonical.folded);
+  dump("guard_attributes", *graph);
   add_methods(result, graph, {draft.head_mask, draft.sites.result_is_sequence_first});
   if (!active.empty()) {
     bank.get_method("activate")({active});

@@ -190,7 +190,14 @@ void change_callers(const Module& module, bool add_argument) {
 bool is_grafted(const Module& module) { return module.hasattr("adapters") && module.find_method(kGrafted).has_value(); }
 
 void check_grafted(const Module& module, const char* what) {
-  TORCH_CHECK(is_grafted(module), what, ": the module has no adapters; graft some first");
+  if (is_grafted(module)) {
+    return;
+  }
+  for (const auto& [path, submodule] : module.named_modules()) {
+    TORCH_CHECK(!is_grafted(submodule), what, ": the module has no adapters, but its submodule ", path,
+                " has; pass the submodule");
+  }
+  TORCH_CHECK(false, what, ": the module has no adapters; graft some first");
 }
 
 std::string active_name(const Module& grafted) {

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2Model
 
 import torchgraft
 from grafted import base, grafted, saved_adapter
@@ -47,6 +48,49 @@ def test_without_padding_both_poolings_agree() -> None:
             for pooling in ("all", "unpadded")
         ]
     assert difference(*results) <= 1e-6
+
+
+class _Decoder(torch.nn.Module):
+    """GPT-2 with transformers' causal mask: under sdpa, what padding on the left sees is everything."""
+
+    def __init__(self, attention: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 50, "n_positions": 16}
+        self.model = GPT2Model(GPT2Config(**sizes, attn_implementation=attention)).eval()
+        self.unmasks_empty_rows = attention == "sdpa"
+
+    def forward(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        tokens = ids.shape[1]
+        allowed = torch.ones(tokens, tokens, dtype=torch.bool).tril() & (attention_mask[:, None, None, :] == 1)
+        if self.unmasks_empty_rows:
+            allowed = allowed | ~allowed.any(-1, keepdim=True)
+        mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+        return self.model(ids, attention_mask=mask, use_cache=False, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_of_a_decoder_is_found_on_either_side(attention: str, side: str) -> None:
+    ids = torch.randint(50, (3, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[1, :2] = mask[2, :5] = 0
+    mask = mask if side == "left" else mask.flip(1)
+    base = torch.jit.trace(_Decoder(attention), (ids, mask), check_trace=False)
+    results = []
+    for options in ({}, {"token_mask": "attention_mask"}, {"gate_pooling": "all"}):
+        torch.manual_seed(1)
+        module = torchgraft.graft(base, config="unipelt", name="task", **{"gate_pooling": "unpadded", **options})
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for bank in module.adapters.parameters():
+                if bank.is_floating_point():
+                    bank += torch.randn(bank.shape, generator=generator) * 0.3
+            results.append(module(ids, mask)[mask == 1])
+            lowered = torchgraft.lower(module)(ids, mask)[mask == 1]
+        assert difference(lowered, results[-1]) <= 1e-5
+    assert difference(results[0], results[1]) <= 1e-5
+    assert difference(results[0], results[2]) > 1e-3
 
 
 def test_the_mask_can_be_an_input_by_name() -> None:

@@ -148,4 +148,14 @@ def attention_token_mask(x, attn_mask=None):
     while visible.dim() < 4:
         visible = visible[None]
     visible = visible.broadcast_to(batch, visible.shape[1], visible.shape[2], tokens)
-    return torch.stack([torch.stack([visible[b, :, :, j].any() for j in range(tokens)]) for b in range(batch)])
+    seen = [
+        [set(torch.nonzero(heads[:, i].any(0)).flatten().tolist()) for i in range(heads.shape[1])] for heads in visible
+    ]
+    real = [set().union(*rows) for rows in seen]
+    if visible.shape[2] == tokens:  # what the last query sees, and what that sees, and so on
+        for b, rows in enumerate(seen):
+            reached = set(rows[-1])
+            while reached and not set().union(*(rows[i] for i in reached)) <= reached:
+                reached |= set().union(*(rows[i] for i in reached))
+            real[b] = reached or real[b]
+    return torch.tensor([[j in real[b] for j in range(tokens)] for b in range(batch)])

@@ -40,6 +40,32 @@ def test_padding_is_found_whatever_its_spelling():
         assert torch.equal(op(x, causal), expected)
 
 
+REAL = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 1], [0, 0, 0, 1, 1]], dtype=torch.bool)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("window", [5, 2])
+@pytest.mark.parametrize("padding_sees", ["nothing", "itself", "everything"])
+def test_padding_that_only_padding_sees_is_no_token(side, window, padding_sees):
+    real = REAL if side == "left" else REAL.flip(1)
+    causal = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril().triu(1 - window)
+    mask = (causal & real[:, None, :])[:, None]
+    if side == "left":  # on the right, one token of padding that sees itself looks like a real one
+        if padding_sees == "itself":
+            mask = mask | (torch.eye(TOKENS, dtype=torch.bool) & ~real[:, None, :, None])
+        elif padding_sees == "everything":  # transformers, for rows that would see nothing
+            mask = mask | ~real[:, None, :, None]
+    x = torch.zeros(BATCH, TOKENS, 6)
+    assert torch.equal(op(x, mask), real)
+    assert torch.equal(op(x, mask), op_reference.attention_token_mask(x, mask))
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_square_masks_equal_the_reference(kind):
+    x, mask = make(kind, queries=TOKENS)
+    assert torch.equal(op(x, mask), op_reference.attention_token_mask(x, mask))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_a_position_bias_is_no_mask(dtype):
     x = torch.zeros(1, 2, 3)

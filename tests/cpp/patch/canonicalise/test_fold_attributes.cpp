@@ -46,5 +46,47 @@ TEST(FoldAttributes, TrainingAndAssignedAttributesStay) {
       ->run(*graph);
 }
 
+TEST(FoldAttributes, SaysWhatItFolded) {
+  const auto module = module_with_attributes();
+  const auto folded = fold_attributes(module.get_method("forward").graph()->copy(), module);
+  ASSERT_EQ(folded.size(), 1);
+  EXPECT_EQ(folded[0].path, "norm_first");
+  EXPECT_FALSE(folded[0].value.toBool());
+}
+
+torch::jit::Module module_with_layer_drop(bool training) {
+  torch::jit::Module module("LayerDrop");
+  module.register_attribute("training", c10::BoolType::get(), training);
+  module.define(R"python(
+def forward(self, x: Tensor, keep: bool) -> Tensor:
+    if not self.training or keep:
+        x = torch.softmax(x, -1)
+    return torch.dropout(x, 0.5, self.training)
+)python");
+  return module;
+}
+
+TEST(FoldTraining, ALayerThatTrainingDropsRunsInEvalMode) {
+  const auto module = module_with_layer_drop(false);
+  const auto graph = module.get_method("forward").graph()->copy();
+  const auto folded = fold_training(graph, module);
+  ASSERT_EQ(folded.size(), 1);
+  EXPECT_EQ(folded[0].path, "training");
+  torch::jit::testing::FileCheck().check_not("prim::If")->check("aten::softmax")->run(*graph);
+}
+
+TEST(FoldTraining, InTrainingModeNothingIsKnown) {
+  const auto module = module_with_layer_drop(true);
+  const auto graph = module.get_method("forward").graph()->copy();
+  EXPECT_TRUE(fold_training(graph, module).empty());
+  torch::jit::testing::FileCheck().check("prim::If")->run(*graph);
+}
+
+TEST(FoldTraining, DropoutAloneKeepsItsAttribute) {
+  auto module = module_with_attributes();
+  module.setattr("training", false);
+  EXPECT_TRUE(fold_training(module.get_method("forward").graph()->copy(), module).empty());
+}
+
 }  // namespace
 }  // namespace torchgraft

@@ -1,0 +1,14 @@
+#pragma once
+
+#include <torch/csrc/jit/api/module.h>
+
+#include <string>
+#include <vector>
+
+namespace torchgraft {
+
+// The methods of `module`, apart from forward, that forward does not call: those that somebody exported to call them
+// directly (torch.jit.export). Adapters act in forward only.
+std::vector<std::string> exported_methods(const torch::jit::Module& module);
+
+}  // namespace torchgraft
