@@ -138,6 +138,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> flash_sequence_backward(const Pre
   return {grad_query, summed(grad_key), summed(grad_value)};
 }
 
+Prefix with_zeros_where_hidden(Prefix prefix) {
+  if (prefix.hidden.defined()) {
+    const at::Tensor positions = prefix.hidden.transpose(-1, -2);
+    prefix.key = prefix.key.masked_fill(positions, 0);
+    prefix.value = prefix.value.masked_fill(positions, 0);
+  }
+  return prefix;
+}
+
 Prefix select_prefix(const PrefixArguments& args, const Selection& selection, const Gate& gate, bool trim) {
   Prefix prefix;
   prefix.key = select(selection, args.prefix_key);
@@ -192,14 +201,15 @@ bool is_precise(const at::Tensor& log_sum_exp) {
   return log_sum_exp.abs().max().item<double>() * epsilon < kTolerance;
 }
 
-AttentionForward attend(const PrefixArguments& args, const Prefix& prefix, const at::Tensor& mask) {
+AttentionForward attend(const PrefixArguments& args, const Prefix& selected, const at::Tensor& mask) {
   if (cpu::takes_fused_attention(args)) {
-    AttentionForward result = cpu::attend(args, prefix, mask);
+    AttentionForward result = cpu::attend(args, selected, mask);
     if (!can_use_flash(args)) {
       result.log_sum_exp.reset();  // the flash kernel's gradient cannot take such arguments either
     }
     return result;
   }
+  const Prefix prefix = with_zeros_where_hidden(selected);
   // Scale and gates go to the few prefix keys and values instead of to every score.
   const auto type = args.query.scalar_type();
   const at::Tensor keys = apply_gate(prefix.key * at::Scalar(attention_scale(args)), prefix.key_gate).to(type);
@@ -224,7 +234,8 @@ AttentionForward attend(const PrefixArguments& args, const Prefix& prefix, const
   return result;
 }
 
-at::Tensor attend_with_dropout(const PrefixArguments& args, const Prefix& prefix, const at::Tensor& mask) {
+at::Tensor attend_with_dropout(const PrefixArguments& args, const Prefix& selected, const at::Tensor& mask) {
+  const Prefix prefix = with_zeros_where_hidden(selected);
   const at::Tensor scores =
       at::cat({prefix_scores(prefix, prefix_similarities(args, prefix)), sequence_scores(args, mask)}, -1);
   // _safe_softmax: 0, and a gradient of 0, for a query that sees nothing.

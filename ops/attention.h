@@ -62,6 +62,10 @@ struct Prefix {
   at::Tensor value_gate;  // [B, 1, 1, 1]
 };
 
+// The prefix with zeros for the keys and values that are hidden. Their probability is 0, but 0 times NaN is NaN:
+// whoever multiplies by them calls this first. The fused kernels do not read them.
+Prefix with_zeros_where_hidden(Prefix prefix);
+
 // trim: leave out, rather than hide, the positions that a uniform selection does not use. That reads prefix_length: for
 // dense CPU tensors only. Not for a base selection.
 Prefix select_prefix(const PrefixArguments& args, const Selection& selection, const Gate& gate, bool trim);
@@ -91,10 +95,10 @@ struct AttentionForward {
 };
 
 // Attends to prefix and sequence, and merges. mask: additive_mask(args).
-AttentionForward attend(const PrefixArguments& args, const Prefix& prefix, const at::Tensor& mask);
+AttentionForward attend(const PrefixArguments& args, const Prefix& selected, const at::Tensor& mask);
 
 // The same with dropout on all probabilities, by ATen's operators, which record a graph when grad mode is on.
-at::Tensor attend_with_dropout(const PrefixArguments& args, const Prefix& prefix, const at::Tensor& mask);
+at::Tensor attend_with_dropout(const PrefixArguments& args, const Prefix& selected, const at::Tensor& mask);
 
 // Without any prefix: scaled_dot_product_attention, as_token_major. Differentiable, too.
 at::Tensor attend_without_prefix(const PrefixArguments& args, const at::Tensor& mask);

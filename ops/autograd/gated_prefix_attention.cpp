@@ -131,7 +131,8 @@ struct PrefixGradient {
     if (!need_gate) {
       return {};
     }
-    return gate_gradient(saved.gate, found.prefix_key * prefix.key, found.prefix_value * prefix.value);
+    const Prefix read = with_zeros_where_hidden(prefix);
+    return gate_gradient(saved.gate, found.prefix_key * read.key, found.prefix_value * read.value);
   }
 
   // [B, G], from the products [B, h, S, P] or [B, h, P, d] whose sums are the gradients of key gate and value gate.
@@ -161,7 +162,7 @@ struct PrefixGradient {
     incoming.delta =
         (grad * output).sum(at::IntArrayRef{-1}, /*keepdim=*/true, accumulation_type(args.query.scalar_type()));
     incoming.mask = additive_mask(args);
-    incoming.prefix = select_prefix(args, saved.selection, saved.gate, /*trim=*/false);
+    incoming.prefix = with_zeros_where_hidden(select_prefix(args, saved.selection, saved.gate, /*trim=*/false));
     incoming.similarities = prefix_similarities(args, incoming.prefix);
     incoming.flash = can_use_log_sum_exp(saved, grad, needs);
     const at::Tensor scores = prefix_scores(incoming.prefix, incoming.similarities);

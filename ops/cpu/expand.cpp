@@ -111,7 +111,9 @@ class Expander {
       const Numbers from = numbers_of(base_) + first * columns_;
       char* tile_to = to + first * columns_ * element;
       if (slice < 0) {
-        std::memcpy(tile_to, from.data, count * columns_ * element);
+        if (columns_ > 0) {  // else both are null, which memcpy may not get
+          std::memcpy(tile_to, from.data, count * columns_ * element);
+        }
         return;
       }
       FloatResult tile(from.is_bfloat16, tile_to, count, columns_, columns_);

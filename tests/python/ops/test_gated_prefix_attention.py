@@ -281,6 +281,25 @@ def test_prefix_ignores_positions_past_its_length():
     assert not grads["prefix_value"][1].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("ids", [None, (0, 1, 2), (1, -1, 0)])
+@pytest.mark.parametrize("way", ["plain", "mask", "dropout"])
+def test_numbers_past_a_prefix_s_length_reach_no_row(ids, dtype, way):
+    """Neither results nor gradients. A gradient of the mask and dropout run other code than what has neither."""
+    lengths = [2, 0, 3]
+    extra = {"lengths": lengths} | ({"mask": "float_2d"} if way == "mask" else {})
+    args = prefix(Case("", ids=ids, gate="gated", extra=extra), dtype)
+    if way == "dropout":
+        args["dropout_p"] = 1e-12  # drops nothing
+    changed = {**args, "prefix_key": args["prefix_key"].clone(), "prefix_value": args["prefix_value"].clone()}
+    for n, length in enumerate(lengths):
+        changed["prefix_key"][n, :, length:] = float("nan")
+        changed["prefix_value"][n, :, length:] = float("inf")
+    assert torch.equal(op(**changed)[0], op(**args)[0])
+    found, expected = op_checks.gradients(op, changed), op_checks.gradients(op, args)
+    op_checks.assert_same_gradients(found, expected, **op_checks.TOLERANCE[dtype])
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     batch=st.integers(1, 3),
