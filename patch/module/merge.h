@@ -1,7 +1,8 @@
 #pragma once
 
-#include <torchgraft/patch/adapters/adapter_bank.h>
-#include <torchgraft/patch/sites/find_sites.h>
+#include <torchgraft/patch/module/merge_places.h>
+
+#include <vector>
 
 namespace torchgraft {
 
@@ -9,9 +10,8 @@ namespace torchgraft {
 // weight can hold, and why.
 void check_can_merge(const Adapter& adapter);
 
-// merge: adds the adapter's updates to the weights of `module` that its projections read, and sets its scaling to 0.
-// Else subtracts the updates and restores the scaling. The changed weights become tensors of their own. Changes nothing
-// when it throws.
-void move_into_base(Adapter& adapter, const GraphSites& sites, const torch::jit::Module& module, bool merge);
+// merge: adds the adapter's updates to its `places` in the base, and sets its scaling to 0. Else subtracts the updates
+// and restores the scaling. The changed weights become tensors of their own.
+void move_into_base(Adapter& adapter, const std::vector<MergePlace>& places, bool merge);
 
 }  // namespace torchgraft
