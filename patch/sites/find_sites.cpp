@@ -5,6 +5,7 @@
 #include <torchgraft/patch/sites/find_attention.h>
 #include <torchgraft/patch/sites/find_feed_forward.h>
 #include <torchgraft/patch/sites/find_residual.h>
+#include <torchgraft/patch/sites/single_heads.h>
 #include <torchgraft/patch/sites/site_finder.h>
 
 #include <map>
@@ -142,6 +143,7 @@ GraphSites find_sites(const CanonicalGraph& canonical, const Module& module) {
       }
     }
   });
+  leave_out_single_heads(result, finder);
   mark_encoder(result);
   number_layers(result, module);
   for (const UnraisedSoftmax& miss : canonical.unraised) {
