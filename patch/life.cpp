@@ -2,11 +2,11 @@
 
 #include <torchgraft/patch/adapters/adapter_bank.h>
 #include <torchgraft/patch/adapters/make_adapter.h>
-#include <torchgraft/patch/adapters/merge.h>
 #include <torchgraft/patch/adapters/read_adapters.h>
 #include <torchgraft/patch/insert/decompose_adapters.h>
 #include <torchgraft/patch/module/draft.h>
 #include <torchgraft/patch/module/heads_module.h>
+#include <torchgraft/patch/module/merge.h>
 #include <torchgraft/patch/module/methods.h>
 #include <torchgraft/plan/phm.h>
 #include <torchgraft/plan/save_adapter_hub.h>
@@ -175,28 +175,52 @@ Module average_adapters(const Module& module, const std::string& name, const std
 
 namespace {
 
-Module with_merged(const Module& module, const std::string& name, bool merge, const char* what) {
-  Draft draft = open_grafted(module, what);
-  Adapter& adapter = draft.adapters[find_adapter(draft.adapters, name, what)];
-  TORCH_CHECK(adapter.merged != merge, what, ": '", name, merge ? "' is merged already" : "' is not merged");
-  check_can_merge(adapter);
-  move_into_base(adapter, draft.sites, draft.module, merge);
-  for (Adapter& other : draft.adapters) {
-    for (ModuleWeights& weights : other.weights) {
-      weights.erase("weight_norm");  // DoRA's norms depend on the base's weights: build() computes them again
+// DoRA's norms depend on the base's weights: build() computes them again.
+void forget_norms(std::vector<Adapter>& adapters) {
+  for (Adapter& adapter : adapters) {
+    for (ModuleWeights& weights : adapter.weights) {
+      weights.erase("weight_norm");
     }
   }
-  return build(std::move(draft), active_name(module));
+}
+
+// Others' results, and those of rows without an adapter, change with the base's weights.
+void check_is_alone(const std::vector<Adapter>& adapters, const std::string& name) {
+  std::vector<std::string> others;
+  for (const Adapter& adapter : adapters) {
+    if (adapter.name != name) {
+      others.push_back(adapter.name);
+    }
+  }
+  TORCH_CHECK(others.empty(), "merge_adapter: the module has other adapters too (", c10::Join(", ", others),
+              "), which would run on the merged weights, and so would rows without an adapter; remove them first, or "
+              "say that this is meant: into_base=True (graft.py merge --into-base)");
 }
 
 }  // namespace
 
-Module merge_adapter(const Module& module, const std::string& name) {
-  return with_merged(module, name, /*merge=*/true, "merge_adapter");
+Module merge_adapter(const Module& module, const std::string& name, bool into_base) {
+  Draft draft = open_grafted(module, "merge_adapter");
+  Adapter& adapter = draft.adapters[find_adapter(draft.adapters, name, "merge_adapter")];
+  TORCH_CHECK(!adapter.merged, "merge_adapter: '", name, "' is merged already");
+  check_can_merge(adapter);
+  if (!into_base) {
+    check_is_alone(draft.adapters, name);
+  }
+  const std::vector<MergePlace> places = merge_places(adapter, draft.sites, draft.module);
+  check_places_are_all(places, adapter, draft.sites, *draft.canonical.graph, draft.module);
+  move_into_base(adapter, places, /*merge=*/true);
+  forget_norms(draft.adapters);
+  return build(std::move(draft), active_name(module));
 }
 
 Module unmerge_adapter(const Module& module, const std::string& name) {
-  return with_merged(module, name, /*merge=*/false, "unmerge_adapter");
+  Draft draft = open_grafted(module, "unmerge_adapter");
+  Adapter& adapter = draft.adapters[find_adapter(draft.adapters, name, "unmerge_adapter")];
+  TORCH_CHECK(adapter.merged, "unmerge_adapter: '", name, "' is not merged");
+  move_into_base(adapter, merge_places(adapter, draft.sites, draft.module), /*merge=*/false);
+  forget_norms(draft.adapters);
+  return build(std::move(draft), active_name(module));
 }
 
 Module lower(const Module& module) {

@@ -52,11 +52,17 @@ TORCHGRAFT_PATCH_API torch::jit::Module average_adapters(const torch::jit::Modul
                                                          bool normalise = true);
 
 // Adds alpha / r B A of an ungated LoRA to the weights that the LoRA updates, so that it costs nothing at run time. The
-// base and all other adapters run on the merged weights too. The adapter stays in its bank without effect, for
-// unmerge_adapter. Merged weights are copies: the module's own stay as they are. ungraft() of the result gives the
-// merged model. Throws c10::Error when the adapter has a gate, a bottleneck or a prefix, which no weight can hold, and
-// when a weight is a constant of the graph (a frozen module).
-TORCHGRAFT_PATCH_API torch::jit::Module merge_adapter(const torch::jit::Module& module, const std::string& name);
+// base and all other adapters run on the merged weights too: after deactivate() and with adapter_ids = -1 the result is
+// that of the merged model. The adapter stays in its bank without effect, for unmerge_adapter. Merged weights are
+// copies: the module's own stay as they are. ungraft() of the result gives the merged model.
+//
+// Throws c10::Error when
+//   the adapter has a gate, a bottleneck or a prefix, which no weight can hold;
+//   a weight is a constant of the graph (a frozen module);
+//   a weight is used in another place too, in forward or in another method, where the adapter does not act;
+//   the module has other adapters, unless `into_base` says that they are to run on the merged weights.
+TORCHGRAFT_PATCH_API torch::jit::Module merge_adapter(const torch::jit::Module& module, const std::string& name,
+                                                      bool into_base = false);
 
 // Subtracts a merged LoRA from the weights again, up to rounding: sums are taken in float64.
 TORCHGRAFT_PATCH_API torch::jit::Module unmerge_adapter(const torch::jit::Module& module, const std::string& name);

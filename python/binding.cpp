@@ -193,7 +193,8 @@ void bind_life(py::module_& m) {
       [](const Module& module, const Spec& spec) { return torchgraft::replace_adapter(module, spec_of(spec)); },
       NoGil());
   m.def("average_adapters", &torchgraft::average_adapters, NoGil());
-  m.def("merge_adapter", &torchgraft::merge_adapter, NoGil());
+  m.def("merge_adapter", &torchgraft::merge_adapter, py::arg("module"), py::arg("name"), py::arg("into_base") = false,
+        NoGil());
   m.def("unmerge_adapter", &torchgraft::unmerge_adapter, NoGil());
   m.def("lower", &torchgraft::lower, NoGil());
   m.def("trainable_parameters", &torchgraft::trainable_parameters);

@@ -20,6 +20,7 @@ else 1.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 from pathlib import Path
@@ -162,16 +163,20 @@ def add_tune_command(commands: argparse._SubParsersAction) -> None:
     tuning.add_argument("--features", type=int, nargs="+", help="hidden sizes, multiples of 64 (default: 384 768)")
 
 
+def life_command(
+    commands: argparse._SubParsersAction, name: str, about: str, writes: bool = True
+) -> argparse.ArgumentParser:
+    """Adds a command for grafted files. One that changes the adapters writes another file."""
+    result = commands.add_parser(name, help=about)
+    result.add_argument("base", type=Path, metavar="MODEL.pt", help="a grafted model")
+    if writes:
+        result.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.pt")
+    return result
+
+
 def add_life_commands(commands: argparse._SubParsersAction) -> None:
-    """Adds the commands for grafted files. A command that changes the adapters writes another file."""
-
-    def command(name: str, about: str, writes: bool = True) -> argparse.ArgumentParser:
-        result = commands.add_parser(name, help=about)
-        result.add_argument("base", type=Path, metavar="MODEL.pt", help="a grafted model")
-        if writes:
-            result.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.pt")
-        return result
-
+    """Adds the commands for grafted files."""
+    command = functools.partial(life_command, commands)
     saving = command("save", "write one adapter into an AdapterHub directory", writes=False)
     saving.add_argument("name", metavar="NAME")
     saving.add_argument("directory", type=Path, metavar="DIRECTORY")
@@ -199,11 +204,21 @@ def add_life_commands(commands: argparse._SubParsersAction) -> None:
     command("unfreeze", "make a frozen adapter trainable: it gets parameters of its own").add_argument(
         "name", metavar="NAME"
     )
-    command("merge", "add an ungated LoRA to the base's weights").add_argument("name", metavar="NAME")
+    merging = command("merge", "add an ungated LoRA to the base's weights")
+    merging.add_argument("name", metavar="NAME")
+    merging.add_argument(
+        "--into-base",
+        action="store_true",
+        help="merge also where MODEL.pt has other adapters, which then run on the merged weights (default: an error)",
+    )
     command("unmerge", "subtract a merged LoRA from the base's weights").add_argument("name", metavar="NAME")
     command("lower", "replace torchgraft's operators by ATen calls: OUT.pt loads without libtorchgraft.so")
     command("ungraft", "give back the base (after merge: with the merged weights)")
-    gates = command("gates", "draw the gates of an adapter on texts, or print them", writes=False)
+    add_gates_command(commands)
+
+
+def add_gates_command(commands: argparse._SubParsersAction) -> None:
+    gates = life_command(commands, "gates", "draw the gates of an adapter on texts, or print them", writes=False)
     gates.add_argument("--text", action="append", default=[], help="a text; may be given several times")
     gates.add_argument("--file", type=Path, metavar="FILE", help="a data set: one text per line")
     gates.add_argument(

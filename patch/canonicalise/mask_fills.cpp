@@ -77,9 +77,6 @@ bool is_computed_from(const Value* value, const Value* source) {
 std::optional<std::string> why_step_is_no_mask(Node* node, const Node* product, std::optional<double> slope,
                                                const torch::jit::Module& root) {
   const bool fills = is_aten(node, {"masked_fill"});
-  if (is_computed_from(node->namedInput(fills ? "mask" : "condition"), product->output())) {
-    return described(node) + " decides by the scores themselves which of them it replaces";
-  }
   // masked_fill(scores, mask, value); where(condition, scores, value), or the other way round.
   const bool scores_come_last = !fills && score_operand(node) == 2;
   const auto value = filled_with(node->namedInput(fills ? "value" : scores_come_last ? "self" : "other"), root);
@@ -93,11 +90,29 @@ std::optional<std::string> why_step_is_no_mask(Node* node, const Node* product, 
          ", which is no mask: expected -inf, or at most " + c10::str(kMaskedScore);
 }
 
+// Says what the step `node` makes of the scores beside carrying them: a mask of their own top-k, for instance. Whether
+// keys of a prefix would take part in that is not defined.
+std::optional<std::string> why_step_reads_scores(Node* node, const Node* product) {
+  const bool branches = node->kind() == c10::prim::If;  // the steps in its blocks are visited too
+  const std::optional<size_t> carried = branches ? std::nullopt : score_operand(node);
+  const auto inputs = elements_read(node);
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    if (i != carried && is_computed_from(inputs[i], product->output())) {
+      return described(node) + (branches ? " decides by the scores themselves what follows"
+                                : is_aten(node, {"masked_fill", "where"})
+                                    ? " decides by the scores themselves which of them it replaces"
+                                    : " changes the scores by what is computed from the scores themselves");
+    }
+  }
+  return std::nullopt;
+}
+
 }  // namespace
 
 std::optional<std::string> why_no_mask(const Value* scores, const Node* product, const torch::jit::Module& root) {
   std::optional<std::string> reason;
   for_each_step(scores, product, [&](Node* node, std::optional<double> slope) {
+    reason = reason ? reason : why_step_reads_scores(node, product);
     if (!reason && is_aten(node, {"masked_fill", "where"})) {
       reason = why_step_is_no_mask(node, product, slope, root);
     }

@@ -8,8 +8,9 @@
 
 namespace torchgraft {
 
-// Says why a masked_fill or where on the path does not mask; nullopt when all do. One masks when it writes scores so
-// low that their probabilities are zero, under a condition that does not depend on the scores.
+// Says which step of the path does more than scale the scores, add a bias and mask; nullopt when none does. A
+// masked_fill or where masks when it writes scores so low that their probabilities are zero. No bias, factor or
+// condition may depend on the scores.
 std::optional<std::string> why_no_mask(const torch::jit::Value* scores, const torch::jit::Node* product,
                                        const torch::jit::Module& root);
 

@@ -50,6 +50,51 @@ at::Tensor resolve_tensor(const Value* value, const Module& root) {
   return attribute && attribute->value.isTensor() ? attribute->value.toTensor() : at::Tensor();
 }
 
+namespace {
+
+// The first row of a slice or narrow; nullopt when it is computed, or counted from the end.
+std::optional<int64_t> start_of(const Node* slice) {
+  const Value* start = slice->namedInput("start");
+  const auto first = is_none(start) ? 0 : constant_int(start);
+  return first && *first >= 0 ? first : std::nullopt;
+}
+
+// The rows of `whole` before `piece`, which `split` makes; nullopt when their number is computed.
+std::optional<int64_t> rows_before_piece(const Value* piece, const Node* split, const at::Tensor& whole) {
+  const bool by_index = piece->node()->kind() == c10::aten::__getitem__;
+  const auto index = by_index ? constant_int(piece->node()->input(1)) : static_cast<int64_t>(piece->offset());
+  if (!index || *index < 0) {
+    return std::nullopt;
+  }
+  const auto sizes = resolve_constant(split->input(1));
+  const Node* list = split->input(1)->node();
+  int64_t rows = 0;
+  if (sizes && sizes->isIntList()) {
+    for (int64_t i = 0; i < *index; ++i) {
+      rows += sizes->toIntVector().at(i);
+    }
+    return rows;
+  }
+  if (list->kind() == c10::prim::ListConstruct) {
+    for (int64_t i = 0; i < *index; ++i) {
+      const auto size = constant_int(list->input(i));
+      if (!size) {
+        return std::nullopt;
+      }
+      rows += *size;
+    }
+    return rows;
+  }
+  const auto count = constant_int(split->input(1));
+  if (!count) {
+    return std::nullopt;
+  }
+  const bool chunks = is_aten(split, {"chunk"});
+  return *index * (chunks ? (whole.size(0) + *count - 1) / *count : *count);
+}
+
+}  // namespace
+
 WeightSource weight_source(const Value* weight, const Module& root) {
   const Node* node = weight->node();
   if (const at::Tensor tensor = resolve_tensor(weight, root); tensor.defined()) {
@@ -57,7 +102,9 @@ WeightSource weight_source(const Value* weight, const Module& root) {
     return {tensor, attribute ? attribute->path : ""};
   }
   if (is_layout(node) || is_aten(node, {"t", "numpy_T"})) {
-    return weight_source(node->input(0), root);
+    WeightSource source = weight_source(node->input(0), root);
+    const bool keeps_rows = is_aten(node, {"contiguous", "clone", "to", "type_as", "alias", "detach"});
+    return source.is_part && !keeps_rows ? WeightSource() : source;
   }
   // Some of the rows: one piece of a split, or a slice.
   const bool is_piece = node->kind() == c10::prim::ListUnpack || node->kind() == c10::aten::__getitem__;
@@ -74,25 +121,8 @@ WeightSource weight_source(const Value* weight, const Module& root) {
     return {};
   }
   source.is_part = true;
-  if (is_slice) {
-    source.first_row += constant_int(split->namedInput("start")).value_or(0);
-    return source;
-  }
-  const bool by_index = node->kind() == c10::aten::__getitem__;
-  const int64_t piece = by_index ? constant_int(node->input(1)).value_or(0) : static_cast<int64_t>(weight->offset());
-  const auto sizes = resolve_constant(split->input(1));
-  const Node* list = split->input(1)->node();
-  if (sizes && sizes->isIntList()) {
-    for (int64_t i = 0; i < piece; ++i) {
-      source.first_row += sizes->toIntVector().at(i);
-    }
-  } else if (list->kind() == c10::prim::ListConstruct) {
-    for (int64_t i = 0; i < piece; ++i) {
-      source.first_row += constant_int(list->input(i)).value_or(0);
-    }
-  } else if (const auto count = constant_int(split->input(1))) {
-    source.first_row += piece * (is_aten(split, {"chunk"}) ? source.tensor.size(0) / *count : *count);
-  }
+  const auto before = is_slice ? start_of(split) : rows_before_piece(weight, split, source.tensor);
+  source.first_row = source.first_row && before ? std::optional(*source.first_row + *before) : std::nullopt;
   return source;
 }
 

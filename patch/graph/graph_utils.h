@@ -26,11 +26,12 @@ at::Tensor resolve_tensor(const torch::jit::Value* value, const torch::jit::Modu
 
 // The parameter or constant that a linear map reads its weight from: all of it, or some rows (a packed in_proj_weight
 // is split before its three products), perhaps transposed or reshaped. `tensor` is all of it, and undefined when the
-// weight is computed in another way. `path` is empty for a constant.
+// weight is computed in another way. `path` is empty for a constant. `first_row` is nullopt when the graph computes it:
+// see known_rows() in sites/base_weight.h.
 struct WeightSource {
   at::Tensor tensor;
   std::string path;
-  int64_t first_row = 0;
+  std::optional<int64_t> first_row = 0;
   bool is_part = false;
 };
 WeightSource weight_source(const torch::jit::Value* weight, const torch::jit::Module& root);

@@ -27,9 +27,32 @@ at::Tensor BaseWeight::rows(const at::Tensor& whole, const LinearSite& site, int
   return as_read.narrow(0, first_row + (site.is_part ? site.offset : 0), out_features);
 }
 
+WeightSource known_rows(const Value* weight, SymbolicShapes& shapes, const torch::jit::Module& root) {
+  WeightSource source = weight_source(weight, root);
+  if (!source.tensor.defined() || source.first_row) {
+    return source;
+  }
+  const Node* unpack = weight->node();
+  if (unpack->kind() != c10::prim::ListUnpack || !resolve_tensor(unpack->input()->node()->input(0), root).defined()) {
+    return {};
+  }
+  int64_t rows = 0;
+  for (size_t i = 0; i < weight->offset(); ++i) {
+    const auto piece = shapes.shape(unpack->outputs()[i]);
+    if (!piece || piece->empty() || !piece->front().is_constant()) {
+      return {};
+    }
+    rows += piece->front().factor;
+  }
+  source.first_row = rows;
+  return source;
+}
+
 BaseWeight base_weight(const LinearSite& site, const torch::jit::Module& module) {
-  const WeightSource source = weight_source(site.node->namedInput("weight"), module);
-  return {source.tensor, source.path, is_stored_transposed(site.node->namedInput("weight")), source.first_row};
+  SymbolicShapes shapes(module);
+  const Value* weight = site.node->namedInput("weight");
+  const WeightSource source = known_rows(weight, shapes, module);
+  return {source.tensor, source.path, is_stored_transposed(weight), source.first_row.value_or(0)};
 }
 
 Value* insert_rows(torch::jit::Graph& graph, const BaseWeight& weight, const LinearSite& site, int64_t out_features) {

@@ -1,15 +1,20 @@
 #pragma once
 
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/symbolic_shape.h>
 #include <torchgraft/patch/sites/find_sites.h>
 
 #include <torch/csrc/jit/api/module.h>
 
 namespace torchgraft {
 
+// weight_source(), whose first row is also found where the graph computes the sizes of a split from the width of an
+// input, as torch.nn does. Nothing is defined when it is not found.
+WeightSource known_rows(const torch::jit::Value* weight, SymbolicShapes& shapes, const torch::jit::Module& root);
+
 // The parameter of the base that a linear map reads.
 struct BaseWeight {
-  at::Tensor tensor;           // undefined when the weight is computed at run time
+  at::Tensor tensor;           // undefined when the weight, or which of its rows, is computed at run time
   std::string path;            // "encoder.layer.0.attention.self.query.weight"; empty for a constant
   bool is_transposed = false;  // stored as [in, out] (Conv1D)
   int64_t first_row = 0;

@@ -104,6 +104,28 @@ bool find_projection(SiteFinder& finder, Value* heads, const char* role, std::op
   return true;
 }
 
+// Notes which of queries, keys and values are the same columns of one linear map: a LoRA on one changes the other.
+void note_shared_maps(Layer& layer, const LayerSites& sites) {
+  struct Role {
+    const char* heads;
+    const char* matrix;
+    const std::optional<Projection>& projection;
+    const LinearSite& site;
+  };
+  const Role roles[] = {{"queries", "q", layer.query, sites.query},
+                        {"keys", "k", layer.key, sites.key},
+                        {"values", "v", layer.value, sites.value}};
+  for (const auto& [i, j] : {std::pair(0, 1), std::pair(0, 2), std::pair(1, 2)}) {
+    const Role& a = roles[i];
+    const Role& b = roles[j];
+    const bool both = a.projection && b.projection && a.site.node == b.site.node;
+    if (both && a.site.offset < b.site.offset + b.site.width && b.site.offset < a.site.offset + a.site.width) {
+      layer.notes.push_back(c10::str("its ", a.heads, " and ", b.heads, " are one linear map, ", a.projection->path,
+                                     ": a LoRA on ", a.matrix, " or ", b.matrix, " changes both, and two add up"));
+    }
+  }
+}
+
 }  // namespace
 
 bool find_attention(SiteFinder& finder, Node* attention, Layer& layer, LayerSites& sites, std::string& reason) {
@@ -137,6 +159,7 @@ bool find_attention(SiteFinder& finder, Node* attention, Layer& layer, LayerSite
       !find_projection(finder, attention->namedInput("value"), "value", layer.value, sites.value, layer, reason)) {
     return false;
   }
+  note_shared_maps(layer, sites);
   const auto input = finder.shapes().shape(sites.query.node->namedInput("input"));
   if (!input || !input->back().is_constant()) {
     reason = "the width of the input of its query projection is not known";

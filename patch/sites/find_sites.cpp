@@ -5,9 +5,11 @@
 #include <torchgraft/patch/sites/find_attention.h>
 #include <torchgraft/patch/sites/find_feed_forward.h>
 #include <torchgraft/patch/sites/find_residual.h>
+#include <torchgraft/patch/sites/single_heads.h>
 #include <torchgraft/patch/sites/site_finder.h>
 
 #include <map>
+#include <tuple>
 #include <unordered_set>
 
 namespace torchgraft {
@@ -60,20 +62,23 @@ void mark_encoder(GraphSites& sites) {
   }
 }
 
-// The weights of a layer's linear maps, equal for two runs of one layer. Empty when a weight is computed at run time.
-std::vector<std::pair<const void*, int64_t>> weights_of(const LayerSites& sites, const Module& module) {
-  std::vector<std::pair<const void*, int64_t>> result;
+// The rows of a layer's weights, equal for two runs of one layer: data, first row, and the columns of the output.
+using LayerWeights = std::vector<std::tuple<const void*, int64_t, int64_t, int64_t>>;
+
+// Empty when a weight is computed at run time.
+LayerWeights weights_of(const LayerSites& sites, const Module& module) {
+  LayerWeights result;
   for (const LinearSite* site : {&sites.query, &sites.key, &sites.value, sites.output ? &*sites.output : nullptr,
                                  sites.ffn_in ? &*sites.ffn_in : nullptr, sites.ffn_out ? &*sites.ffn_out : nullptr}) {
     if (!site) {
-      result.emplace_back(nullptr, 0);
+      result.emplace_back(nullptr, 0, 0, 0);
       continue;
     }
     const WeightSource source = weight_source(site->node->namedInput("weight"), module);
     if (!source.tensor.defined()) {
       return {};
     }
-    result.emplace_back(source.tensor.data_ptr(), source.first_row);
+    result.emplace_back(source.tensor.data_ptr(), source.first_row.value_or(-1), site->offset, site->width);
   }
   return result;
 }
@@ -81,7 +86,7 @@ std::vector<std::pair<const void*, int64_t>> weights_of(const LayerSites& sites,
 // Numbers Transformer layers from 0 in the order in which they first run. A layer that runs again keeps its number. A
 // cross attention has the number of the self attention before it, unless a feed-forward block lies between them.
 void number_layers(GraphSites& sites, const Module& module) {
-  std::map<std::vector<std::pair<const void*, int64_t>>, int64_t> first_runs;
+  std::map<LayerWeights, int64_t> first_runs;
   int64_t next = 0;
   for (size_t i = 0; i < sites.layers.size(); ++i) {
     Layer& layer = sites.structure.layers[i];
@@ -138,6 +143,7 @@ GraphSites find_sites(const CanonicalGraph& canonical, const Module& module) {
       }
     }
   });
+  leave_out_single_heads(result, finder);
   mark_encoder(result);
   number_layers(result, module);
   for (const UnraisedSoftmax& miss : canonical.unraised) {

@@ -1,6 +1,7 @@
 #include <torchgraft/patch/sites/site_finder.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/sites/base_weight.h>
 
 #include <algorithm>
 #include <unordered_set>
@@ -74,20 +75,12 @@ Projection SiteFinder::describe(const Node* linear) {
     result.out_features = (*shape)[0].factor;
     result.in_features = (*shape)[1].factor;
   }
-  const WeightSource source = weight_source(linear->namedInput("weight"), module_);
+  const WeightSource source = known_rows(linear->namedInput("weight"), shapes_, module_);
   if (!source.tensor.defined()) {
     result.out_features = 0;  // computed at run time
   }
   result.path = path_of(linear);
-  result.offset = source.first_row;
-  Value* weight = const_cast<Value*>(linear->namedInput("weight"));
-  if (weight->node()->kind() == c10::prim::ListUnpack) {  // split by sizes that are computed from the input's width
-    result.offset = 0;
-    for (size_t i = 0; i < weight->offset(); ++i) {
-      const auto piece = shapes_.shape(weight->node()->outputs()[i]);
-      result.offset += piece && !piece->empty() ? piece->front().factor : 0;
-    }
-  }
+  result.offset = source.first_row.value_or(0);
   result.packed = source.tensor.defined() && source.is_part;
   return result;
 }

@@ -100,7 +100,8 @@ def unfreeze(arguments: argparse.Namespace) -> None:
 
 def merge(arguments: argparse.Namespace) -> None:
     """Writes a file in which a LoRA is added to the base's weights."""
-    _changed(arguments, life.merge_adapter, arguments.name)
+    check_writable(arguments.output)
+    _write(life.merge_adapter(_load_grafted(arguments.base), arguments.name, into_base=arguments.into_base), arguments)
 
 
 def unmerge(arguments: argparse.Namespace) -> None:

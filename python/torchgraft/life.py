@@ -124,17 +124,25 @@ def average_adapter(
     return script_module(patcher().average_adapters(cpp_module(module), name, names, weights, normalize_weights))
 
 
-def merge_adapter(module: torch.jit.ScriptModule, name: str) -> torch.jit.ScriptModule:
+def merge_adapter(module: torch.jit.ScriptModule, name: str, *, into_base: bool = False) -> torch.jit.ScriptModule:
     """Returns a copy in which an ungated LoRA is added to the base's weights: W + alpha / r B A. It then costs nothing.
 
-    The adapter stays in the list, without effect, for unmerge_adapter(). ungraft() of the copy gives the plain merged
-    model.
+    The copy's base is the merged model: deactivate(), adapter_ids = -1 and base_forward() give its results, and other
+    adapters act on top of them. The adapter stays in the list, without effect, for unmerge_adapter(). ungraft() of the
+    copy gives the plain merged model.
+
+    Args:
+        module: a grafted module.
+        name: the adapter to merge.
+        into_base: merge also if the module has other adapters, whose results change with the weights. False: that is an
+            error.
 
     Raises:
         GraftError: the adapter has a gate, a bottleneck or a prefix, which no weight can hold; it is trainable or
-            merged already; or the base went through torch.jit.freeze, which makes its weights constants.
+            merged already; a weight that it updates is used in another place too, where the adapter does not act; the
+            base went through torch.jit.freeze, which makes its weights constants; or there are other adapters.
     """
-    return script_module(patcher().merge_adapter(cpp_module(module), name))
+    return script_module(patcher().merge_adapter(cpp_module(module), name, into_base))
 
 
 def unmerge_adapter(module: torch.jit.ScriptModule, name: str) -> torch.jit.ScriptModule:

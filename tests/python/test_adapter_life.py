@@ -106,7 +106,7 @@ def test_a_merged_lora_gives_the_same_results(name: str, dtype: torch.dtype, tol
     weights = {key: tensor.clone() for key, tensor in base(name, dtype).state_dict().items()}
     plain, expected = _run(base(name, dtype), name), _run(module, name)
     assert (plain - expected).abs().max() > 1e-2
-    merged = torchgraft.merge_adapter(module, "a")
+    merged = torchgraft.merge_adapter(module, "a", into_base=True)
     assert [info.merged for info in torchgraft.list_adapters(merged)] == [True, False, False]
     for result in (merged, reloaded(merged), torchgraft.ungraft(merged)):
         assert difference(_run(result, name), expected) <= tolerance
@@ -127,13 +127,35 @@ def test_what_cannot_be_merged_says_why(config: str, reason: str) -> None:
 
 
 def test_the_states_of_merging_are_checked() -> None:
-    merged = torchgraft.merge_adapter(_bank("bert_sdpa"), "a")
+    merged = torchgraft.merge_adapter(_bank("bert_sdpa"), "a", into_base=True)
     with pytest.raises(torchgraft.GraftError, match="merged already"):
-        torchgraft.merge_adapter(merged, "a")
+        torchgraft.merge_adapter(merged, "a", into_base=True)
     with pytest.raises(torchgraft.GraftError, match="is merged into the base's weights; unmerge it first"):
         torchgraft.remove_adapter(merged, "a")
     with pytest.raises(torchgraft.GraftError, match="'b' is not merged"):
         torchgraft.unmerge_adapter(merged, "b")
+
+
+def test_merging_changes_the_base_of_other_adapters_only_if_that_is_said() -> None:
+    """Two LoRA: merged into the base, each row gets the merged one's update beside its own."""
+    directories = {
+        key: saved_adapter(VARIANTS["bert_sdpa"], torch.float64, config).directory
+        for key, config in {"a": "lora_all", "b": "lora_gated"}.items()
+    }
+    module = torchgraft.graft(base("bert_sdpa", torch.float64), adapters=directories)
+    with pytest.raises(torchgraft.GraftError, match=r"has other adapters too \(b\).*into_base=True"):
+        torchgraft.merge_adapter(module, "a")
+    alone = torchgraft.remove_adapter(module, "b")
+    rows = {key: torch.full((3,), i) for i, key in enumerate(["a", "b", "base"])} | {"base": torch.full((3,), -1)}
+    with_a = _run(module, "bert_sdpa", adapter_ids=rows["a"])
+    merged = torchgraft.merge_adapter(module, "a", into_base=True)
+    on_top = torchgraft.graft(
+        torchgraft.ungraft(torchgraft.merge_adapter(alone, "a")), adapters={"b": directories["b"]}
+    )
+    for row, expected in (("a", with_a), ("base", with_a), ("b", _run(on_top, "bert_sdpa"))):
+        assert difference(_run(merged, "bert_sdpa", adapter_ids=rows[row]), expected) <= 1e-12
+    merged.deactivate()
+    assert difference(_run(merged, "bert_sdpa"), with_a) <= 1e-12
 
 
 def test_a_trainable_adapter_is_not_merged() -> None:
@@ -148,7 +170,8 @@ def test_after_a_merge_dora_divides_by_the_norms_of_the_merged_weights() -> None
         key: saved_adapter(VARIANTS["bert_sdpa"], torch.float64, config).directory
         for key, config in {"a": "lora_all", "d": "dora_gated"}.items()
     }
-    merged = torchgraft.merge_adapter(torchgraft.graft(base("bert_sdpa", torch.float64), adapters=saved), "a")
+    module = torchgraft.graft(base("bert_sdpa", torch.float64), adapters=saved)
+    merged = torchgraft.merge_adapter(module, "a", into_base=True)
     merged.activate("d")
     live = torchgraft.unfreeze_adapter(merged, "d")  # computes the norms in every pass, too
     assert difference(_run(merged, "bert_sdpa"), _run(live, "bert_sdpa")) <= 1e-12

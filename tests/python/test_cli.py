@@ -386,7 +386,9 @@ def test_the_life_of_a_file(folder: Path, tmp_path: Path) -> None:
     step("load", b, saved, "-o", b, "--name", "x", "--trainable")
     assert [entry["trainable"] for entry in json.loads(step("list", b, "--json"))] == [True, False]
     step("rename", b, "z", "w", "-o", b)
-    step("merge", b, "w", "-o", b)
+    done = run("merge", b, "w", "-o", b)
+    assert done.returncode == 1 and "other adapters too (x)" in done.stderr and "--into-base" in done.stderr
+    step("merge", b, "w", "-o", b, "--into-base")
     step("unmerge", b, "w", "-o", b)
     step("remove", b, "x", "-o", b)
     assert torch.jit.load(str(b)).adapter_names() == ["w"]

@@ -47,6 +47,12 @@ SPELLINGS = {
     "keys written behind their scale": "pieces = k.chunk(1, dim=1)\nk0 = pieces[0]\nk = k0 / 2.0\nk0.mul_(5.0)",
     "an input that is zeroed behind a branch": "if tokens > 1:\n"
     "    scores = scores + (1.0 - mask[:, None, None, :].float()) * -1e4\nmask.zero_()",
+    "their own top-k by where": "least = torch.topk(scores, 3)[0][..., -1:]\n"
+    "scores = torch.where(scores < least, torch.full([], -1e9), scores)",
+    "their own top-k by a scattered bias": "scores = scores + torch.full_like(scores, float('-inf')).scatter(\n"
+    "    -1, torch.topk(scores, 3)[1], 0.0)",
+    "their own top-k by a factor": "scores = scores - (scores < torch.topk(scores, 3)[0][..., -1:]).float() * 1e9",
+    "their largest subtracted": "scores = scores - scores.amax(-1, keepdim=True)",
     "where keeps the scores first": "scores = torch.where(mask[:, None, None, :] != 0, scores, torch.full([], -1e9))",
 }
 # These are refused, with a reason that holds the text; all others are taken.
@@ -60,6 +66,10 @@ REFUSED = {
     "filled with -10": "sets scores to -10, which is no mask: expected -inf, or at most -9000",
     "where of the scores themselves": "decides by the scores themselves which of them it replaces",
     "leaky relu by where": "decides by the scores themselves which of them it replaces",
+    "their own top-k by where": "decides by the scores themselves which of them it replaces",
+    "their own top-k by a scattered bias": "changes the scores by what is computed from the scores themselves",
+    "their own top-k by a factor": "changes the scores by what is computed from the scores themselves",
+    "their largest subtracted": "changes the scores by what is computed from the scores themselves",
     "filled, then negated": "sets scores to -10000, and scales them by -1, which is no mask",
     "filled, then scaled down": "sets scores to -10000, and scales them by 0.001, which is no mask",
 }

@@ -3,7 +3,11 @@
 import pytest
 import torch
 
+import own_cases
+import restated_cases
+import torch_cases
 import torchgraft
+from case import Case
 from hugging_face_cases import CASES
 from oracle import difference
 
@@ -26,3 +30,29 @@ def test_the_merged_model_is_the_grafted_one(name: str) -> None:
         plain, expected, actual = (case.hidden(module(*arguments)) for module in (base, grafted, merged))
     assert difference(plain, expected) > 1e-3
     assert difference(actual, expected) <= tolerance
+
+
+_OTHERS: dict[str, Case] = {**own_cases.CASES, **restated_cases.CASES, **torch_cases.CASES}
+
+
+@pytest.mark.parametrize(("name", "form"), [(name, form) for name, case in _OTHERS.items() for form in case.forms])
+def test_where_the_library_does_not_know_the_model(name: str, form: str) -> None:
+    """Packed projections that torch.nn splits by the width of an input, two towers, layers in loops."""
+    case = _OTHERS[name]
+    base = case.to_script(form, torch.float64)
+    config = "lora[r=4, attn_matrices=['q', 'k', 'v'], intermediate_lora=True, output_lora=True]"
+    grafted = torchgraft.graft(base, config, "task")
+    generator = torch.Generator().manual_seed(1)
+    for key, parameter in grafted.adapters.named_parameters():
+        if key.endswith((".lora_a", ".lora_b")):
+            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) / 8
+    if name in ("own_einsum", "own_einsum_pre"):
+        with pytest.raises(torchgraft.GraftError, match="is stored with 3 dimensions; only matrices can be merged"):
+            torchgraft.merge_adapter(grafted, "task")
+        return
+    merged = torchgraft.merge_adapter(grafted, "task")
+    arguments = case.arguments(torch.float64, 1)
+    with torch.no_grad():
+        plain, expected, actual = (case.hidden(module(*arguments)) for module in (base, grafted, merged))
+    assert difference(plain, expected) > 1e-3
+    assert difference(actual, expected) <= 1e-6  # some compute parts in float32

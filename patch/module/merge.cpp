@@ -1,6 +1,4 @@
-#include <torchgraft/patch/adapters/merge.h>
-
-#include <torchgraft/patch/sites/base_weight.h>
+#include <torchgraft/patch/module/merge.h>
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
@@ -39,27 +37,26 @@ void check_can_merge(const Adapter& adapter) {
   }
 }
 
-void move_into_base(Adapter& adapter, const GraphSites& sites, const torch::jit::Module& module, bool merge) {
+void move_into_base(Adapter& adapter, const std::vector<MergePlace>& places, bool merge) {
   at::NoGradGuard no_grad;
   std::map<const c10::TensorImpl*, std::pair<at::Tensor, at::Tensor>> sums;  // weight and its new value
-  for (size_t m = 0; m < adapter.plan.size(); ++m) {
-    const PlannedModule& planned = adapter.plan[m];
-    const LinearSite& site = *lora_site(sites.layers.at(sites.structure.position(planned.layer)), planned.site);
-    const BaseWeight source = base_weight(site, module);
-    TORCH_CHECK(source.tensor.defined() && !source.path.empty(), "merge_adapter: the weight that ", planned.site,
-                " of layer ", planned.number,
-                " updates is no parameter of the module (was the module frozen?); merge before torch.jit.freeze");
-    auto& [weight, sum] = sums[source.tensor.unsafeGetTensorImpl()];
+  for (const MergePlace& place : places) {
+    const at::Tensor& tensor = place.weight.tensor;
+    auto& [weight, sum] = sums[tensor.unsafeGetTensorImpl()];
     if (!weight.defined()) {
-      weight = source.tensor;
-      sum = source.tensor.detach().to(at::kDouble);
-      sum = sum.is_set_to(source.tensor) ? sum.clone() : sum;
+      weight = tensor;
+      sum = tensor.detach().to(at::kDouble);
+      sum = sum.is_set_to(tensor) ? sum.clone() : sum;
     }
-    const ModuleWeights& weights = adapter.weights[m];
-    const double scaling = lora_scaling(std::get<PlannedLoRA>(planned.method).config);
+    const ModuleWeights& weights = adapter.weights[place.module];
+    const double scaling = lora_scaling(std::get<PlannedLoRA>(adapter.plan[place.module].method).config);
     const at::Tensor update = at::matmul(weights.at("lora_b").to(at::kDouble), weights.at("lora_a").to(at::kDouble));
-    source.rows(sum, site, update.size(0)).add_(update, merge ? scaling : -scaling);
-    adapter.weights[m].at("scaling") = at::full_like(weights.at("scaling"), merge ? 0.0 : scaling);
+    place.weight.rows(sum, place.site, update.size(0)).add_(update, merge ? scaling : -scaling);
+  }
+  for (size_t m = 0; m < adapter.plan.size(); ++m) {
+    const double scaling = lora_scaling(std::get<PlannedLoRA>(adapter.plan[m].method).config);
+    at::Tensor& held = adapter.weights[m].at("scaling");
+    held = at::full_like(held, merge ? 0.0 : scaling);
   }
   for (auto& [impl, pair] : sums) {
     auto& [weight, sum] = pair;
