@@ -2,8 +2,11 @@
 
 #include <torchgraft/config/config_union.h>
 #include <torchgraft/config/json_fields.h>
+#include <torchgraft/config/library_differences.h>
 #include <torchgraft/config/named_configs.h>
 #include <torchgraft/registration/parse_json.h>
+
+#include <utility>
 
 namespace torchgraft {
 namespace {
@@ -61,6 +64,24 @@ OrderedJson write_method(const MethodConfig& method) {
   } else {
     result["architecture"] = "lora";
     visit_lora_fields(std::get<LoRAConfig>(method), visitor);
+    for (const char* own : {"attn_output_lora", "gate_lora"}) {
+      if (!result.at(own).get<bool>()) {
+        result.erase(own);
+      }
+    }
+  }
+  return result;
+}
+
+OrderedJson write_methods(const std::vector<MethodConfig>& methods) {
+  if (methods.size() == 1) {
+    return write_method(methods.front());
+  }
+  OrderedJson result;
+  result["architecture"] = "union";
+  result["configs"] = OrderedJson::array();
+  for (const MethodConfig& method : methods) {
+    result["configs"].push_back(write_method(method));
   }
   return result;
 }
@@ -72,20 +93,25 @@ AdapterConfig config_from_json(std::string_view text) {
   // adapter_config.json wraps the config: {"config": {...} or "name", "hidden_size": ..., "model_type": ...}.
   const bool wrapped = json.is_object() && json.contains("config");
   const Json inner = wrapped ? json.at("config") : json;
-  return inner.is_string() ? config_from_name(inner.get<std::string>()) : read_adapter(inner);
+  AdapterConfig config = inner.is_string() ? config_from_name(inner.get<std::string>()) : read_adapter(inner);
+  if (wrapped && json.contains("model_type") && json.at("model_type").is_string()) {
+    const auto model = json.at("model_type").get<std::string>();
+    config.wired_for = library_wiring(model, config);
+    if (model == "llama" || model == "mistral") {  // the library calls down_proj the intermediate, up_proj the output
+      for (MethodConfig& method : config.methods) {
+        if (auto* lora = std::get_if<LoRAConfig>(&method)) {
+          std::swap(lora->intermediate_lora, lora->output_lora);
+        }
+      }
+    }
+  }
+  return config;
 }
 
 std::string config_to_json(const AdapterConfig& config) {
-  if (config.methods.size() == 1) {
-    return write_method(config.methods.front()).dump();
-  }
-  OrderedJson result;
-  result["architecture"] = "union";
-  result["configs"] = OrderedJson::array();
-  for (const MethodConfig& method : config.methods) {
-    result["configs"].push_back(write_method(method));
-  }
-  return result.dump();
+  const OrderedJson inner = write_methods(config.methods);
+  return config.wired_for.empty() ? inner.dump()
+                                  : OrderedJson{{"config", inner}, {"model_type", config.wired_for}}.dump();
 }
 
 }  // namespace torchgraft

@@ -78,6 +78,8 @@ void visit_lora_fields(Config& c, Visitor&& visit) {
   visit("vera_d", c.vera_d);
   visit("vera_b", c.vera_b);
   visit("dtype", c.dtype);
+  visit("attn_output_lora", c.attn_output_lora);
+  visit("gate_lora", c.gate_lora);
 }
 
 template <typename Config, typename Visitor>

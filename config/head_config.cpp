@@ -14,6 +14,15 @@ using json::OrderedJson;
 
 const std::vector<std::string> kHeadTypes = {"classification", "multilabel_classification", "tagging"};
 
+// Models whose heads the library lets read the last token that is no padding; others read the first one.
+const std::vector<std::string> kLastTokenModels = {"gpt2", "gptj", "llama", "mistral"};
+// Models whose heads for whole texts read the last end-of-sequence token, or the mean over all patches.
+const std::vector<std::string> kOtherTokenModels = {"bart", "mbart", "plbart", "t5", "mt5", "whisper", "beit"};
+
+bool holds(const std::vector<std::string>& names, const Json& name) {
+  return std::any_of(names.begin(), names.end(), [&](const std::string& known) { return name == known; });
+}
+
 void require_known(const std::string& field, const std::string& value, const std::vector<std::string>& names) {
   TORCH_CHECK(std::find(names.begin(), names.end(), value) != names.end(), "head: ", field, "=\"", value,
               "\" is not supported (supported: ", c10::Join(", ", names), ")");
@@ -28,7 +37,8 @@ bool is_known_head(std::string_view text) {
     return false;  // heads of transformers' own classes have no such object
   }
   const Json type = whole.at("config").value("head_type", Json());
-  return std::any_of(kHeadTypes.begin(), kHeadTypes.end(), [&](const std::string& known) { return type == known; });
+  const bool reads_other_token = holds(kOtherTokenModels, whole.value("model_type", Json())) && type != "tagging";
+  return holds(kHeadTypes, type) && !reads_other_token;
 }
 
 HeadConfig head_config_from_json(std::string_view text) {
@@ -39,6 +49,8 @@ HeadConfig head_config_from_json(std::string_view text) {
                                         [](auto& held, auto visit) { visit_head_fields(held, visit); });
   if (whole.contains("pooling")) {
     json::read("HeadConfig.pooling", whole.at("pooling"), config.pooling);
+  } else if (holds(kLastTokenModels, whole.value("model_type", Json()))) {
+    config.pooling = "last";
   }
   check_supported(config);
   return config;

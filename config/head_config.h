@@ -11,7 +11,7 @@
 namespace torchgraft {
 
 // The task head of an adapter: it reads the last hidden states [B, S, H] of the rows that use the adapter. Fields and
-// defaults are those of the adapters library's heads, but for `pooling` (the library always takes the first token):
+// defaults are those of the adapters library's heads, but for `pooling` (the library's is that of the model):
 //   x = pooling(hidden); (layers - 1) times: x = activation(Linear[H, H](dropout(x))); logits = Linear[num_labels,
 //   H](dropout(x))
 struct HeadConfig {
@@ -29,12 +29,14 @@ struct HeadConfig {
   std::string pooling = "first";
 };
 
-// The text of a head_config.json: {"config": {...}, "pooling": ...}. Throws c10::Error that names the field.
+// The text of a head_config.json: {"config": {...}, "pooling": ...}. Without "pooling" it is the library's for the
+// "model_type" there: "last" for GPT-2, GPT-J, LLaMA and Mistral, else "first". Throws c10::Error that names the field.
 TORCHGRAFT_PATCH_API HeadConfig head_config_from_json(std::string_view json);
 TORCHGRAFT_PATCH_API std::string head_config_to_json(const HeadConfig& config);
 
-// Whether a head_config.json has one of the head types above. Heads for other tasks have other fields. Throws
-// c10::Error where the text is no JSON object.
+// Whether a head_config.json has one of the head types above, and its "model_type" is not of a model whose heads read
+// other tokens (BART, T5: that of the end; BEiT: all). Heads for other tasks have other fields. Throws c10::Error where
+// the text is no JSON object.
 TORCHGRAFT_PATCH_API bool is_known_head(std::string_view json);
 
 // Throws c10::Error naming the first field whose value is not supported.

@@ -3,6 +3,8 @@
 #include <torchgraft/config/config_json.h>
 #include <torchgraft/registration/parse_json.h>
 
+#include <nlohmann/json.hpp>
+
 #include <algorithm>
 #include <initializer_list>
 
@@ -24,7 +26,35 @@ bool is_one_of(const std::string& text, std::initializer_list<const char*> names
   return std::find(names.begin(), names.end(), text) != names.end();
 }
 
+// What the library does with prefixes in models that compute attention with torch's scaled_dot_product_attention.
+// Empty: what it does with others.
+std::string effect_of_sdpa(const std::string& model, const nlohmann::json& adapter_config) {
+  const char* const kFirstTokens = "takes prefixes for the first tokens where the decoder's mask is causal";
+  if (model == "distilbert") {
+    return "adds 1 to the scores of prefixes";
+  }
+  if (is_one_of(model, {"gpt2", "llama", "mistral"})) {
+    return "takes prefixes for the first tokens in batches without padding, and hides them in batches with padding";
+  }
+  const auto model_class = adapter_config.find("model_class");
+  const std::string name =
+      model_class != adapter_config.end() && model_class->is_string() ? model_class->get<std::string>() : "";
+  const bool is_decoder = name.ends_with("LMHeadModel") || name.ends_with("ForCausalLM");
+  if (is_one_of(model, {"bart", "mbart", "plbart", "whisper", "encoder-decoder"}) ||
+      (is_decoder && is_one_of(model, {"bert", "roberta", "xlm-roberta"}))) {
+    return kFirstTokens;
+  }
+  return "";
+}
+
 }  // namespace
+
+std::string library_wiring(const std::string& model_type, const AdapterConfig& config) {
+  const bool differs =
+      (model_type == "albert" && any_method<BnConfig>(config, [](const BnConfig& bn) { return bn.mh_adapter; })) ||
+      (model_type == "gptj" && any_method<BnConfig>(config, [](const BnConfig& bn) { return bn.output_adapter; }));
+  return differs ? model_type : "";
+}
 
 LibraryDifference library_difference(std::string_view adapter_config) {
   const auto json = parse_json(adapter_config, "adapter_config.json");
@@ -35,34 +65,22 @@ LibraryDifference library_difference(std::string_view adapter_config) {
   const AdapterConfig config = config_from_json(adapter_config);
   const bool has_prefix = any_method<PrefixTuningConfig>(config, [](const auto&) { return true; });
   LibraryDifference result;
-  if (model == "albert" && any_method<BnConfig>(config, [](const BnConfig& bn) { return bn.mh_adapter; })) {
+  if (is_one_of(model, {"t5", "mt5"}) && has_prefix) {
     result.refused =
-        "on ALBERT the adapters library gives a bottleneck after attention what enters the attention block, and takes "
-        "the attention's output for the residual";
-  } else if (model == "gptj" && any_method<BnConfig>(config, [](const BnConfig& bn) { return bn.output_adapter; })) {
-    result.refused =
-        "on GPT-J the adapters library adds the attention's output to the residual of the feed-forward block's "
-        "bottleneck";
-  } else if (is_one_of(model, {"t5", "mt5"}) && has_prefix) {
-    result.refused =
-        "on T5 the adapters library moves the relative positions of all tokens by the length of the prefix";
+        "on T5 the adapters library moves the relative positions of all tokens by the length of the prefix, which "
+        "torchgraft does not, so that the trained adapter would give other results" +
+        std::string(kAccept);
   }
-  if (!result.refused.empty()) {
-    result.refused +=
-        ", which torchgraft does not, so that the trained adapter would give other results" + std::string(kAccept);
-  }
-  if (is_one_of(model, {"distilbert", "bart", "mbart"}) && has_prefix) {
+  const std::string effect = has_prefix ? effect_of_sdpa(model, json) : "";
+  if (!effect.empty()) {
     result.warned =
         "if this prefix was trained with attn_implementation=\"sdpa\", it gives other results here: the adapters "
         "library then " +
-        std::string(model == "distilbert" ? "adds 1 to the scores of prefixes"
-                                          : "takes prefixes for the first tokens where the decoder's mask is causal") +
-        "; with \"eager\" the results are the same";
-  } else if (model == "deberta" &&
-             any_method<LoRAConfig>(config, [](const auto& lora) { return lora.selfattn_lora; })) {
+        effect + "; with \"eager\" the results are the same";
+  } else if (model == "deberta") {
     result.warned =
-        "on DeBERTa (v1) the adapters library adds a random bias to the packed projection under a LoRA, another in "
-        "every process; results here have no such bias";
+        "on DeBERTa (v1) the adapters library adds a random bias (memory that nothing has written) to the packed "
+        "projection of queries, keys and values, another in every process; results here have no such bias";
   }
   return result;
 }

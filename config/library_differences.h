@@ -1,5 +1,6 @@
 #pragma once
 
+#include <torchgraft/config/method_configs.h>
 #include <torchgraft/registration/export.h>
 
 #include <string>
@@ -18,5 +19,9 @@ struct LibraryDifference {
 // written by the library, or somebody accepts the difference: it has none. Throws c10::Error for malformed text, as
 // config_from_json does.
 TORCHGRAFT_PATCH_API LibraryDifference library_difference(std::string_view adapter_config);
+
+// `model_type` if the library wires some bottleneck of `config` on such a model in its own way, which a graph can have
+// too; else empty.
+std::string library_wiring(const std::string& model_type, const AdapterConfig& config);
 
 }  // namespace torchgraft

@@ -79,6 +79,10 @@ struct LoRAConfig {
   std::optional<double> vera_d;
   std::optional<double> vera_b;
   std::optional<std::string> dtype;
+  // Not the library's, for LoRAs of PEFT: on the attention's output projection, and on the gate of a gated feed-forward
+  // block. Written to JSON only where they are true.
+  bool attn_output_lora = false;
+  bool gate_lora = false;
 };
 
 using MethodConfig = std::variant<BnConfig, PrefixTuningConfig, LoRAConfig>;
@@ -86,6 +90,9 @@ using MethodConfig = std::variant<BnConfig, PrefixTuningConfig, LoRAConfig>;
 // All methods under one adapter name; a single method is a union of one.
 struct AdapterConfig {
   std::vector<MethodConfig> methods;
+  // The model_type ("albert", "gptj") of an adapter that the library has trained, where the library wires bottlenecks
+  // of that model in its own way: see BottleneckWiring in plan/plan.h. Empty: as defined.
+  std::string wired_for = {};
 };
 
 }  // namespace torchgraft

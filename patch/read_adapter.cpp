@@ -15,7 +15,8 @@ namespace torchgraft {
 namespace {
 
 constexpr const char* kKnownHeads =
-    "heads for classification, multi-label classification, regression and tagging are; a prediction needs its own head";
+    "heads for tagging, and for classification and regression by the first or last token, are; a prediction needs its "
+    "own head";
 constexpr const char* kReadInPython =
     " is for Python: load it there with torchgraft.load_adapter and save the adapter again";
 constexpr uint64_t kLongestConfig = 1 << 20;

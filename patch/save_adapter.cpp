@@ -19,6 +19,7 @@
 
 #include <algorithm>
 #include <sstream>
+#include <utility>
 
 namespace torchgraft {
 namespace {
@@ -48,12 +49,12 @@ std::string attention_class(const Module& module, const Structure& structure) {
 
 // The content of adapter_config.json or head_config.json around `config`.
 Json config_file(const Json& config, const Structure& structure, const std::string& name,
-                 const std::string& model_class) {
+                 const std::string& model_class, const std::string& model_type = "") {
   return {{"config", config},
           {"hidden_size", structure.layers.front().hidden_size},
           {"model_class", nullable(model_class)},
           {"model_name", nullptr},
-          {"model_type", nullptr},
+          {"model_type", nullable(model_type)},
           {"name", name},
           {"version", kFormat}};
 }
@@ -67,9 +68,11 @@ AdapterFiles adapter_files(const Module& module, const std::string& name, const 
   std::vector<Adapter> adapters = read_adapters(adapters_module, structure);
   read_heads(adapters_module, adapters);
   const Adapter& adapter = adapters[find_adapter(adapters, name, "save_adapter")];
-  const auto config = parse_json<Json>(config_to_json(saved_config(adapter.config, adapter.sources)), "config");
+  AdapterConfig saved = saved_config(adapter.config, adapter.sources);
+  const std::string model_type = std::exchange(saved.wired_for, "");
+  const auto config = parse_json<Json>(config_to_json(saved), "config");
   AdapterFiles files;
-  files.config = config_file(config, structure, name, model_class).dump(2) + "\n";
+  files.config = config_file(config, structure, name, model_class, model_type).dump(2) + "\n";
   files.weights = adapter_hub_state(adapter.plan, structure, adapter.weights, adapter.sources, name,
                                     attention_class(module, structure));
   if (adapter.head) {

@@ -36,6 +36,15 @@ bool is_cross_attention(const Path& path) {
 std::vector<std::string> lora_sites(const Path& path) {
   const std::string& leaf = path.back();
   const std::string prefix = is_cross_attention(path) ? "crossattn_lora_" : "selfattn_lora_";
+  const bool is_attention_output = (leaf == "dense" && mentions(path, "attention")) ||
+                                   (leaf == "c_proj" && mentions(path, "attn")) ||
+                                   is_one_of(leaf, {"o_proj", "out_proj", "out_lin", "o"});
+  if (is_attention_output) {
+    return {prefix + "o"};
+  }
+  if (is_one_of(leaf, {"gate", "gate_proj", "wi_0"})) {
+    return {"gate_lora"};
+  }
   if (is_one_of(leaf, {"query", "query_proj", "q_proj", "q_lin", "q", "wq"})) {
     return {prefix + "q"};
   }
@@ -81,6 +90,7 @@ std::vector<std::pair<std::string, Path>> projection_paths(const Layer& layer) {
   std::vector<std::pair<std::string, Path>> result;
   for (const auto& [site, projection] :
        {std::pair("lora_q", &layer.query), std::pair("lora_k", &layer.key), std::pair("lora_v", &layer.value),
+        std::pair("lora_o", &layer.output), std::pair("gate_lora", &layer.ffn_gate),
         std::pair("intermediate_lora", &layer.ffn_in), std::pair("output_lora", &layer.ffn_out)}) {
     if (*projection) {
       const bool in_attention = std::string_view(site).starts_with("lora_");
@@ -112,6 +122,37 @@ Overlap overlap(const Path& saved, size_t number, const Path& path) {
   return best;
 }
 
+// The positions of the layers with the number in `path`. Self and cross attention of one decoder layer share a number.
+// In saved paths a decoder counts from 0 again, in the structure it counts on from the encoder.
+std::vector<int64_t> layers_by_number(const Structure& structure, const Path& path) {
+  const auto position = number_position(path);
+  if (!position) {
+    return {};
+  }
+  int64_t encoders = 0;
+  for (const Layer& layer : structure.layers) {
+    encoders = layer.kind == AttentionKind::kEncoder ? std::max(encoders, layer.number + 1) : encoders;
+  }
+  const Path container(path.begin(), path.begin() + *position);
+  const int64_t wanted = std::stoll(path[*position]) + (mentions(container, "decoder") ? encoders : 0);
+  std::vector<int64_t> result;
+  for (size_t i = 0; i < structure.layers.size(); ++i) {
+    if (structure.layers[i].number == wanted && !structure.layers[i].shares) {
+      result.push_back(static_cast<int64_t>(i));
+    }
+  }
+  return result;
+}
+
+// The sites by name that a saved module may have in this layer. A decoder layer has two attentions; its feed-forward
+// block may be found behind either.
+std::vector<std::string> sites_by_name(const SavedModule& saved, const Layer& layer) {
+  std::vector<std::string> named = sites_by_name(saved);
+  const bool in_attention = !named.empty() && named.front().find("attn_lora") != std::string::npos;
+  const bool layer_is_cross = layer.kind == AttentionKind::kCross;
+  return !in_attention || is_cross_attention(saved.path) == layer_is_cross ? named : std::vector<std::string>();
+}
+
 class Matcher {
  public:
   Matcher(const Checkpoint& checkpoint, const Plan& plan, const Structure& structure);
@@ -121,7 +162,6 @@ class Matcher {
  private:
   // Positions in structure_.layers.
   std::vector<int64_t> layers_by_path(const Path& path) const;
-  std::vector<int64_t> layers_by_number(const Path& path) const;
   std::vector<std::string> sites_by_path(const Path& path, int64_t layer) const;
   std::vector<std::string> bottleneck_by_path(const Path& path, int64_t layer) const;
   std::vector<size_t> modules_for(const SavedModule& saved) const;
@@ -164,35 +204,18 @@ std::vector<int64_t> Matcher::layers_by_path(const Path& path) const {
   return result;
 }
 
-// The layers with the number in `path`. Self and cross attention of one decoder layer share a number. In saved paths a
-// decoder counts from 0 again, in the structure it counts on from the encoder.
-std::vector<int64_t> Matcher::layers_by_number(const Path& path) const {
-  const auto position = number_position(path);
-  if (!position) {
-    return {};
-  }
-  int64_t encoders = 0;
-  for (const Layer& layer : structure_.layers) {
-    encoders = layer.kind == AttentionKind::kEncoder ? std::max(encoders, layer.number + 1) : encoders;
-  }
-  const Path container(path.begin(), path.begin() + *position);
-  const int64_t wanted = std::stoll(path[*position]) + (mentions(container, "decoder") ? encoders : 0);
-  std::vector<int64_t> result;
-  for (size_t i = 0; i < structure_.layers.size(); ++i) {
-    if (structure_.layers[i].number == wanted && !structure_.layers[i].shares) {
-      result.push_back(static_cast<int64_t>(i));
-    }
-  }
-  return result;
-}
-
-// The sites whose projection in `layer` has the very path of the saved LoRA.
+// The planned sites whose projection in `layer` has the very path of the saved LoRA.
 std::vector<std::string> Matcher::sites_by_path(const Path& path, int64_t layer) const {
   const auto number = number_position(path);
+  const auto is_planned = [&](const std::string& site) {
+    return std::any_of(plan_.begin(), plan_.end(), [&](const PlannedModule& module) {
+      return module.layer == structure_.layers.at(layer).index && module.site == site;
+    });
+  };
   std::vector<std::string> result;
   for (const auto& [site, projection] : projection_paths(structure_.layers.at(layer))) {
     const Overlap found = overlap(path, *number, projection);
-    if (found.length > 0 &&
+    if (found.length > 0 && is_planned(site) &&
         std::equal(path.begin() + *number, path.end(), projection.begin() + found.number, projection.end())) {
       result.push_back(site);
     }
@@ -224,7 +247,8 @@ std::vector<std::string> Matcher::bottleneck_by_path(const Path& path, int64_t i
 
 // The modules of the plan that a saved module is for.
 std::vector<size_t> Matcher::modules_for(const SavedModule& saved) const {
-  const std::vector<int64_t> layers = paths_are_known_ ? layers_by_path(saved.path) : layers_by_number(saved.path);
+  const std::vector<int64_t> layers =
+      paths_are_known_ ? layers_by_path(saved.path) : layers_by_number(structure_, saved.path);
   std::map<int64_t, std::vector<std::string>> sites;
   if (paths_are_known_ && saved.kind == SavedKind::kLoRA) {
     for (const int64_t layer : layers) {
@@ -241,15 +265,8 @@ std::vector<size_t> Matcher::modules_for(const SavedModule& saved) const {
     }
   }
   if (sites.empty()) {
-    const bool cross = is_cross_attention(saved.path);
     for (const int64_t layer : layers) {
-      // The feed-forward block may be found behind either attention of a decoder layer.
-      const std::vector<std::string> named = sites_by_name(saved);
-      const bool in_attention = !named.empty() && named.front().find("attn_lora") != std::string::npos;
-      const bool layer_is_cross = structure_.layers.at(layer).kind == AttentionKind::kCross;
-      if (!in_attention || cross == layer_is_cross) {
-        sites[structure_.layers.at(layer).index] = named;
-      }
+      sites[structure_.layers.at(layer).index] = sites_by_name(saved, structure_.layers.at(layer));
     }
   }
   std::vector<size_t> modules;
@@ -275,14 +292,24 @@ void Matcher::assign(const SavedModule& saved, const std::vector<size_t>& module
     TORCH_CHECK(packed || index == modules.front(), "adapter weights: ", key, " could be for ", describe(first),
                 " and for ", describe(plan_[index]), "; only packed projections of one layer share a saved module");
   }
+  int64_t first_output = 0;  // of this part, among the outputs of all
   for (size_t part = 0; part < modules.size(); ++part) {
     const PlannedModule& module = plan_[modules[part]];
+    const auto* lora = std::get_if<PlannedLoRA>(&module.method);
+    const int64_t outputs = lora ? lora->out_features : 0;
     SavedParameters& target = result_[modules[part]];
     TORCH_CHECK(target.empty(), "adapter weights: ", key, " and ", target.begin()->second.key, " are both for ",
                 describe(module));
     for (const auto& [name, parameter] : saved.parameters) {
       at::Tensor tensor = parameter.tensor;
-      if (count > 1) {
+      const bool is_by_output = name == "lora_b" || name == "magnitude" || name == "fixed";
+      if (count > 1 && is_by_output) {  // key and value heads may be fewer
+        TORCH_CHECK(tensor.dim() > 0 && tensor.size(0) >= first_output + outputs,
+                    "adapter weights: expected the rows of ", parameter.key, " for the outputs of ", count,
+                    " packed projections, got shape ", tensor.sizes());
+        const bool is_last = part + 1 == modules.size();
+        tensor = tensor.narrow(0, first_output, is_last ? tensor.size(0) - first_output : outputs);
+      } else if (count > 1) {
         TORCH_CHECK(tensor.dim() > 0 && tensor.size(0) % count == 0, "adapter weights: expected the rows of ",
                     parameter.key, " to be a multiple of ", count, " (a LoRA on ", count,
                     " packed projections), got shape ", tensor.sizes());
@@ -291,6 +318,7 @@ void Matcher::assign(const SavedModule& saved, const std::vector<size_t>& module
       }
       target[name] = {parameter.key, tensor};
     }
+    first_output += outputs;
   }
 }
 
@@ -309,6 +337,22 @@ std::vector<SavedParameters> Matcher::match() {
 
 std::vector<SavedParameters> match_modules(const Checkpoint& checkpoint, const Plan& plan, const Structure& structure) {
   return Matcher(checkpoint, plan, structure).match();
+}
+
+std::vector<std::pair<int64_t, std::string>> lora_places_by_number(const Structure& structure,
+                                                                   const std::string& path) {
+  const SavedModule saved{SavedKind::kLoRA, split_path(path)};
+  std::vector<std::pair<int64_t, std::string>> result;
+  for (const int64_t position : layers_by_number(structure, saved.path)) {
+    const Layer& layer = structure.layers.at(position);
+    const auto present = projection_paths(layer);
+    for (const std::string& site : sites_by_name(saved, layer)) {
+      if (std::any_of(present.begin(), present.end(), [&](const auto& entry) { return entry.first == site; })) {
+        result.emplace_back(position, site);
+      }
+    }
+  }
+  return result;
 }
 
 }  // namespace torchgraft

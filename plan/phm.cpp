@@ -55,11 +55,12 @@ bool has_phm_factors(const PlannedModule& module, const Reparametrisation& sourc
 }
 
 ModuleWeights phm_weights(const PlannedModule& module, const Reparametrisation& sources) {
-  const auto& [config, hidden, size] = std::get<PlannedBottleneck>(module.method);
+  const auto& planned = std::get<PlannedBottleneck>(module.method);
+  const auto [hidden, size] = std::pair(planned.hidden_size, planned.bottleneck_size);
   ModuleWeights weights;
   for (const PhmShape& shape : {PhmShape{hidden, size, "down"}, PhmShape{size, hidden, "up"}}) {
     weights[shape.side + std::string("_weight")] =
-        phm_weight(config, shape, [&](const std::string& factor, at::IntArrayRef, bool shared) {
+        phm_weight(planned.config, shape, [&](const std::string& factor, at::IntArrayRef, bool shared) {
           const PhmPlace place = phm_place(module, shape.side, factor, shared);
           return sources.at(place.source).at(place.name);
         });

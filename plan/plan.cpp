@@ -80,7 +80,8 @@ int64_t floor_divide(int64_t hidden, double factor) {
 
 class Planner {
  public:
-  explicit Planner(const Structure& structure) : structure_(structure), layers_(first_runs(structure)) {}
+  Planner(const Structure& structure, const std::string& wired_for)
+      : structure_(structure), wired_for_(wired_for), layers_(first_runs(structure)) {}
 
   void add(const BnConfig& config);
   void add(const PrefixTuningConfig& config);
@@ -99,6 +100,7 @@ class Planner {
                   std::variant<PlannedLoRA, PlannedBottleneck, PlannedPrefix> method);
 
   const Structure& structure_;
+  const std::string wired_for_;
   const std::vector<Layer> layers_;  // without those that run again
   Plan plan_;
   std::map<std::string, std::vector<int64_t>> lacking_;
@@ -145,19 +147,22 @@ void Planner::add(const BnConfig& config) {
     shares_phm_ = true;
   }
   for (const Layer& layer : layers_) {
-    const auto bottleneck = [&] {
+    const auto bottleneck = [&](BottleneckWiring wiring = BottleneckWiring::kDefined) {
       const int64_t size = floor_divide(layer.hidden_size, reduction_factor(config, layer.number));
-      return PlannedBottleneck{config, layer.hidden_size, std::max<int64_t>(1, size)};
+      return PlannedBottleneck{config, layer.hidden_size, std::max<int64_t>(1, size), wiring};
     };
     const bool cross = layer.kind == AttentionKind::kCross;
     const std::string location = attention_adapter_location(layer);
     if ((cross ? config.cross_adapter : config.mh_adapter) &&
         has_location(layer, location, layer.has_attention_residual, config.leave_out)) {
-      add_module(layer, location, location, bottleneck());
+      add_module(
+          layer, location, location,
+          bottleneck(wired_for_ == "albert" && !cross ? BottleneckWiring::kExchanged : BottleneckWiring::kDefined));
     }
     if (config.output_adapter &&
         has_feed_forward_location(layer, "output_adapter", layer.has_ffn_residual, config.leave_out)) {
-      add_module(layer, "output_adapter", "output_adapter", bottleneck());
+      add_module(layer, "output_adapter", "output_adapter",
+                 bottleneck(wired_for_ == "gptj" ? BottleneckWiring::kAfterOthers : BottleneckWiring::kDefined));
     }
   }
 }
@@ -189,15 +194,22 @@ void Planner::add(const LoRAConfig& config) {
       add_module(layer, location, site, PlannedLoRA{config, projection.in_features, projection.out_features});
     };
     const auto wants = [&](const std::string& matrix) {
+      if (matrix == "o") {
+        return config.attn_output_lora;
+      }
       const auto& matrices = config.attn_matrices;
       return config.selfattn_lora && std::find(matrices.begin(), matrices.end(), matrix) != matrices.end();
     };
-    for (const auto& [matrix, projection] :
-         {std::pair("q", &layer.query), std::pair("k", &layer.key), std::pair("v", &layer.value)}) {
+    for (const auto& [matrix, projection] : {std::pair("q", &layer.query), std::pair("k", &layer.key),
+                                             std::pair("v", &layer.value), std::pair("o", &layer.output)}) {
       if (wants(matrix) && has_location(layer, "selfattn_lora", projection->has_value(), config.leave_out)) {
         const bool cross = layer.kind == AttentionKind::kCross;
         add_lora("selfattn_lora", std::string(cross ? "crossattn_lora_" : "selfattn_lora_") + matrix, **projection);
       }
+    }
+    if (config.gate_lora &&
+        has_feed_forward_location(layer, "gate_lora", layer.ffn_gate.has_value(), config.leave_out)) {
+      add_lora("gate_lora", "gate_lora", *layer.ffn_gate);
     }
     if (config.intermediate_lora &&
         has_feed_forward_location(layer, "intermediate_lora", layer.ffn_in.has_value(), config.leave_out)) {
@@ -232,7 +244,7 @@ Plan Planner::finish() {
 
 Plan make_plan(const Structure& structure, const AdapterConfig& config) {
   TORCH_CHECK(!structure.layers.empty(), "plan: the model has no attention layer");
-  Planner planner(structure);
+  Planner planner(structure, config.wired_for);
   for (const MethodConfig& method : config.methods) {
     std::visit([&](const auto& held) { planner.add(held); }, method);
   }

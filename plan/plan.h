@@ -29,10 +29,20 @@ struct PlannedLoRA {
   int64_t out_features = 0;
 };
 
+// What a bottleneck takes for the branch and for the residual. As adapters==1.3.0 defines it: the branch is the block's
+// result, the residual the stream that the block adds to. But of models that the library wires otherwise, adapters that
+// were trained with it need that (AdapterConfig::wired_for).
+enum class BottleneckWiring {
+  kDefined,
+  kExchanged,   // ALBERT, after attention: the branch is the stream, the residual the block's result
+  kAfterOthers  // GPT-J, after the feed-forward block: the residual has the result of the parallel attention, too
+};
+
 struct PlannedBottleneck {
   BnConfig config;
   int64_t hidden_size = 0;
   int64_t bottleneck_size = 0;  // max(1, int(hidden_size // reduction_factor of this layer))
+  BottleneckWiring wiring = BottleneckWiring::kDefined;
 };
 
 struct PlannedPrefix {

@@ -128,7 +128,13 @@ std::string lora_path(const PlannedModule& module, const Layer& layer) {
   if (site == "output_lora") {
     return joined(projection_path(layer, layer.ffn_out, {"output", "dense"}));
   }
+  if (site == "gate_lora") {
+    return joined(projection_path(layer, layer.ffn_gate, {"intermediate", "gate"}));
+  }
   const std::string attention = layer.kind == AttentionKind::kCross ? "crossattention" : "attention";
+  if (site.ends_with("_o")) {
+    return joined(projection_path(layer, layer.output, {attention, "output", "dense"}));
+  }
   if (site.ends_with("_q")) {
     return joined(projection_path(layer, layer.query, {attention, "query"}));
   }

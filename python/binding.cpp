@@ -12,6 +12,7 @@
 #include <torchgraft/patch/life.h>
 #include <torchgraft/patch/save_adapter.h>
 #include <torchgraft/patch/train.h>
+#include <torchgraft/plan/match_modules.h>
 #include <torchgraft/plan/safetensors.h>
 #include <torchgraft/registration/error_text.h>
 #include <torchgraft/registration/library.h>
@@ -182,6 +183,9 @@ void bind_grafting(py::module_& m) {
       },
       py::arg("module"), py::arg("sites") = "", NoGil());
   m.def("canonical_module", &torchgraft::canonical_module);
+  m.def("lora_places_by_number", [](const std::string& structure, const std::string& path) {
+    return torchgraft::lora_places_by_number(torchgraft::structure_from_json(structure), path);
+  });
 }
 
 void bind_life(py::module_& m) {

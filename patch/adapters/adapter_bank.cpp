@@ -27,7 +27,7 @@ double dropout_at(const Adapter& adapter, const PlannedModule& module) {
 std::string slot_name(const PlannedModule& module) {
   std::string result = module.site;
   if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method)) {
-    result.append("_").append(to_string(bottleneck_form(bottleneck->config)));
+    result.append("_").append(to_string(bottleneck_form(*bottleneck)));
   } else if (const auto* lora = std::get_if<PlannedLoRA>(&module.method)) {
     const LoRAForm form = lora_form(lora->config);
     if (form != LoRAForm::kAdd) {
@@ -132,7 +132,7 @@ Slot stack_slot(const std::vector<Adapter>& adapters, const Members& members) {
   Slot slot{first.layer, first.number, first.location, first.site, slot_name(adapter, first)};
   slot.dropout = dropout_at(adapter, first);
   if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&first.method)) {
-    slot.form = bottleneck_form(bottleneck->config);
+    slot.form = bottleneck_form(*bottleneck);
   } else if (const auto* lora = std::get_if<PlannedLoRA>(&first.method)) {
     slot.lora = lora_form(lora->config);
   }
@@ -192,7 +192,7 @@ bool is_trained(const std::string& parameter, const PlannedModule& module) {
   }
   const bool is_bias = parameter == "down_bias" || parameter == "up_bias";
   const bool is_absent = is_bias && bottleneck->config.phm_layer && !bottleneck->config.phm_bias;
-  return !is_absent && is_trained(parameter, bottleneck_form(bottleneck->config).scaling_is_trained);
+  return !is_absent && is_trained(parameter, bottleneck_form(*bottleneck).scaling_is_trained);
 }
 
 std::set<std::string> computed_weights(const Adapter& adapter, const PlannedModule& module) {

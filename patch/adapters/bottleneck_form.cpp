@@ -19,8 +19,10 @@ const char* to_string(BottleneckInput input) {
 
 }  // namespace
 
-BottleneckForm bottleneck_form(const BnConfig& config) {
+BottleneckForm bottleneck_form(const PlannedBottleneck& planned) {
+  const BnConfig& config = planned.config;
   BottleneckForm form;
+  form.wiring = planned.wiring;
   form.input = config.is_parallel          ? BottleneckInput::kResidual
                : config.original_ln_before ? BottleneckInput::kNormedSum
                                            : BottleneckInput::kBranch;
@@ -39,6 +41,9 @@ BottleneckForm bottleneck_form(const BnConfig& config) {
 
 std::string to_string(const BottleneckForm& form) {
   std::string result = to_string(form.input);
+  result += form.wiring == BottleneckWiring::kExchanged     ? "_exchanged"
+            : form.wiring == BottleneckWiring::kAfterOthers ? "_after_others"
+                                                            : "";
   result += form.residual == BottleneckResidual::kSum         ? "_add"
             : form.residual == BottleneckResidual::kNormedSum ? "_normed"
                                                               : "";

@@ -1,6 +1,6 @@
 #pragma once
 
-#include <torchgraft/config/adapter_config.h>
+#include <torchgraft/plan/plan.h>
 
 #include <string>
 
@@ -16,6 +16,7 @@ enum class BottleneckResidual { kBranch, kSum, kNormedSum };
 // What a configuration changes in the graph around the op, beyond the op's parameters. Adapters of one form share an
 // op.
 struct BottleneckForm {
+  BottleneckWiring wiring = BottleneckWiring::kDefined;
   BottleneckInput input = BottleneckInput::kBranch;
   BottleneckResidual residual = BottleneckResidual::kBranch;
   bool norm_before = false;         // ln_before
@@ -31,7 +32,7 @@ struct BottleneckForm {
   }
 };
 
-BottleneckForm bottleneck_form(const BnConfig& config);
+BottleneckForm bottleneck_form(const PlannedBottleneck& planned);
 
 // The part of a slot's name behind the location: "seq_ln_relu", "seq_ln_add_norm_after_swish".
 std::string to_string(const BottleneckForm& form);

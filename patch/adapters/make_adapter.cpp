@@ -32,7 +32,10 @@ void check_can_train(const Adapter& adapter) {
 Adapter make_adapter(const AdapterSpec& spec, const Structure& structure, const at::TensorOptions& options) {
   check_supported(spec.config);
   Adapter adapter{spec.name, spec.config};
-  adapter.plan = make_plan(structure, spec.config);
+  if (!spec.weights) {
+    adapter.config.wired_for.clear();  // a fresh adapter is as defined
+  }
+  adapter.plan = make_plan(structure, adapter.config);
   adapter.trainable = spec.trainable;
   if (spec.weights) {
     adapter.weights = adapter_hub_weights(adapter.plan, structure, *spec.weights, spec.name_in_weights(), options,

@@ -106,9 +106,29 @@ void BottleneckInserter::replace_stream(ResidualState& state, const Slot& slot, 
   state.stream = chosen;
 }
 
-Value* BottleneckInserter::operator()(const Slot& slot, const ResidualSite& site) {
+ResidualSite BottleneckInserter::wired(const Slot& slot, ResidualSite site) {
+  const size_t other = 1 - site.branch_operand;
+  if (slot.form.wiring == BottleneckWiring::kExchanged) {
+    TORCH_CHECK(site.sum == site.add, "graft: the bottleneck ", slot.location, " of layer ", slot.number,
+                " was trained on ALBERT, where the adapters library exchanges the branch and the residual; this model "
+                "adds a parallel block in between, so that the two cannot be exchanged; remove \"model_type\" from the "
+                "adapter's adapter_config.json to accept the difference");
+    site.residual = site.branch();
+    site.branch_operand = other;
+  } else if (slot.form.wiring == BottleneckWiring::kAfterOthers) {
+    WithInsertPoint guard(site.add);
+    Value* others = site.add->input(other);
+    // The stream is a part of `others`, or comes in at a later add.
+    site.residual = site.sum == site.add ? others : graph_.insert(c10::aten::add, {others, site.residual});
+  }
+  return site;
+}
+
+Value* BottleneckInserter::operator()(const Slot& slot, const ResidualSite& found) {
+  const ResidualSite site = wired(slot, found);
   ResidualState& state =
-      residuals_.try_emplace({site.add, site.branch_operand}, ResidualState{site, site.branch()}).first->second;
+      residuals_.try_emplace({site.add, site.branch_operand, slot.form.wiring}, ResidualState{site, site.branch()})
+          .first->second;
   if (const auto replaced = streams_.find(state.site.residual); replaced != streams_.end()) {
     state.site.residual = replaced->second;
   }

@@ -3,6 +3,7 @@
 #include <torchgraft/patch/insert/inserter.h>
 
 #include <map>
+#include <tuple>
 #include <utility>
 
 namespace torchgraft {
@@ -31,6 +32,8 @@ class BottleneckInserter {
   using Node = torch::jit::Node;
   using Value = torch::jit::Value;
 
+  // `site` with the branch and the residual that an adapter of this slot takes for such.
+  ResidualSite wired(const Slot& slot, ResidualSite site);
   Value* sum(ResidualState& state);
   // The input of an adapter with original_ln_before: the norm of the model's sum, or the sum itself in a model without
   // a norm there.
@@ -43,8 +46,8 @@ class BottleneckInserter {
 
   Inserter& inserter_;
   torch::jit::Graph& graph_;
-  // By the add and the operand that is the branch: parallel blocks may be two operands of one add.
-  std::map<std::pair<const Node*, size_t>, ResidualState> residuals_;
+  // By the add, the operand that is the branch (parallel blocks may be two operands of one add), and the wiring.
+  std::map<std::tuple<const Node*, size_t, BottleneckWiring>, ResidualState> residuals_;
   std::map<const Value*, Value*> streams_;  // values of the residual stream, and their replacements
 };
 

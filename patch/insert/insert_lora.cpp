@@ -4,12 +4,32 @@
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/insert/row_functions.h>
 
+#include <algorithm>
+
 namespace torchgraft {
 
 using torch::jit::NamedValue;
 using torch::jit::Node;
 using torch::jit::Value;
 using torch::jit::WithInsertPoint;
+
+namespace {
+
+// Whether `value` is, through rearrangements and scales, a factor of a product with a constant.
+bool meets_constant(Value* value) {
+  const auto uses = data_uses(value);
+  return std::any_of(uses.begin(), uses.end(), [&](const torch::jit::Use& use) {
+    if (is_aten(use.user, {"matmul", "bmm"})) {
+      return strip_layout(use.user->input(1 - use.offset))->node()->kind() == c10::prim::Constant;
+    }
+    const bool passes = is_layout(use.user) || is_aten(use.user, {"dropout", "mul", "div"}) ||
+                        use.user->kind() == c10::prim::ListUnpack;
+    const auto outputs = use.user->outputs();
+    return passes && std::any_of(outputs.begin(), outputs.end(), meets_constant);
+  });
+}
+
+}  // namespace
 
 std::pair<Value*, Value*> LoraInserter::lora_with_dropout(const Slot& slot, Value* x, Value* base, Value* adapter_ids,
                                                           Value* adapter, Value* token_mask) {
@@ -65,6 +85,14 @@ std::pair<Value*, Value*> LoraInserter::lora(const Slot& slot, Value* x, Value* 
 }
 
 Value* LoraInserter::operator()(const Slot& slot, const LinearSite& site) {
+  TORCH_CHECK(!site.is_flat, "graft: no LoRA can act on the attention's output projection of layer ", slot.number,
+              ", which the model applies to the rows of all sequences together; leave it out");
+  if (site.node->namedInput("weight")->node()->kind() == c10::prim::Constant && meets_constant(site.node->output())) {
+    TORCH_WARN("graft: in layer ", slot.number, " ", slot.site,
+               " updates a projection whose result the frozen model multiplies by constants, as DeBERTa does by its "
+               "relative positions; if the same projection has made these constants (share_att_key), its LoRA does not "
+               "reach them, and results are others than before torch.jit.freeze; graft the module before it is frozen");
+  }
   Value* gate = insert(slot, site);
   for (Node* other : site.elsewhere) {
     insert_elsewhere(slot, other);

@@ -65,8 +65,7 @@ void RowSize::add(const Adapter& adapter) {
     const auto* lora = std::get_if<PlannedLoRA>(&module.method);
     if (!bottleneck && !lora) {
       grow(slot, "prefix_length", {}, sizeof(int64_t));
-    } else if (bottleneck ? !bottleneck_form(bottleneck->config).is_plain()
-                          : lora_form(lora->config) != LoRAForm::kAdd) {
+    } else if (bottleneck ? !bottleneck_form(*bottleneck).is_plain() : lora_form(lora->config) != LoRAForm::kAdd) {
       grow(slot, "present", {}, sizeof(bool));
     }
   }

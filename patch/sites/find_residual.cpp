@@ -134,6 +134,7 @@ void find_attention_residual(SiteFinder& finder, Layer& layer, LayerSites& sites
     return;
   }
   layer.output = finder.describe(sites.output->node);
+  sites.output->is_flat = !finder.layout_of(sites.output->node->namedInput("input"), sites.output->sequence_first);
   Value* input = sites.query.node->namedInput("input");
   sites.attention_residual = find_residual(finder, sites.output->node->output(), input);
   if (!sites.attention_residual) {

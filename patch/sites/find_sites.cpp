@@ -168,14 +168,13 @@ GraphSites find_sites(const CanonicalGraph& canonical, const Module& module) {
 
 const LinearSite* lora_site(const LayerSites& layer, const std::string& site) {
   const auto pointer = [](const std::optional<LinearSite>& linear) { return linear ? &*linear : nullptr; };
-  const std::map<std::string, const LinearSite*> sites = {{"selfattn_lora_q", &layer.query},
-                                                          {"selfattn_lora_k", &layer.key},
-                                                          {"selfattn_lora_v", &layer.value},
-                                                          {"crossattn_lora_q", &layer.query},
-                                                          {"crossattn_lora_k", &layer.key},
-                                                          {"crossattn_lora_v", &layer.value},
-                                                          {"intermediate_lora", pointer(layer.ffn_in)},
-                                                          {"output_lora", pointer(layer.ffn_out)}};
+  const std::map<std::string, const LinearSite*> sites = {
+      {"selfattn_lora_q", &layer.query},          {"selfattn_lora_k", &layer.key},
+      {"selfattn_lora_v", &layer.value},          {"crossattn_lora_q", &layer.query},
+      {"crossattn_lora_k", &layer.key},           {"crossattn_lora_v", &layer.value},
+      {"selfattn_lora_o", pointer(layer.output)}, {"crossattn_lora_o", pointer(layer.output)},
+      {"gate_lora", pointer(layer.ffn_gate)},     {"intermediate_lora", pointer(layer.ffn_in)},
+      {"output_lora", pointer(layer.ffn_out)}};
   const auto found = sites.find(site);
   return found == sites.end() ? nullptr : found->second;
 }

@@ -21,6 +21,7 @@ struct LinearSite {
   torch::jit::Node* node = nullptr;
   bool sequence_first = false;  // tokens before batch: [S, B, features]
   bool is_part = false;         // other columns belong to other projections
+  bool is_flat = false;  // its input is no [B, S, features], so that no LoRA can act here: rows [B * S, features]
   int64_t offset = 0;
   int64_t width = 0;
   std::vector<torch::jit::Node*> elsewhere = {};

@@ -125,8 +125,8 @@ def read_head(directory: Path) -> SavedHead | None:
         fields = parse_json(config, path).get("config")
         kind = fields.get("head_type") if isinstance(fields, dict) else None
         warnings.warn(
-            f"{directory}: the adapter's head{f' ({kind})' if kind else ''} is not loaded: heads for classification, "
-            "multi-label classification, regression and tagging are; a prediction needs its own head",
+            f"{directory}: the adapter's head{f' ({kind})' if kind else ''} is not loaded: heads for tagging, "
+            "and for classification and regression by the first or last token, are; a prediction needs its own head",
             stacklevel=2,
         )
         return None

@@ -52,11 +52,16 @@ def names_of(module: torch.jit.ScriptModule) -> list[str]:
 
 
 def directory_spec(
-    module: torch.jit.ScriptModule, directory: str | Path, name: str | None = None, trainable: bool = False
+    module: torch.jit.ScriptModule,
+    directory: str | Path,
+    name: str | None = None,
+    trainable: bool = False,
+    sites: Mapping[str, Any] | str | Path | None = None,
 ) -> Spec:
-    """Reads the adapter of a directory of AdapterHub or PEFT, for `module`. `name` None: the name in the directory."""
+    """Reads the adapter of a directory of AdapterHub or PEFT, for `module`. `name` None: the name in the directory.
+    sites: as for graft()."""
     if is_peft_directory(Path(directory)):
-        saved = load_peft_directory(directory, inspect(module), dict(module.named_parameters()))
+        saved = load_peft_directory(directory, inspect(module, sites), dict(module.named_parameters()))
     else:
         saved = load_adapter_directory(directory)
     head = None if saved.head is None else (saved.head.config, saved.head.weights, saved.head.name)
@@ -151,7 +156,7 @@ def graft(
     elif name is not None:
         raise GraftError(f"graft: the adapter '{name}' needs a config (config=...), or a directory (adapters=...)")
     for adapter_name, directory in (adapters or {}).items():
-        specs.append(directory_spec(module, directory, adapter_name, trainable))
+        specs.append(directory_spec(module, directory, adapter_name, trainable, sites))
     grafted, messages = patcher().graft(base, specs, gate_pooling, token_mask or "", active or "", verify, fuse=fuse,
                                         allow_partial=allow_partial,
                                         example=_example_arguments(example), **_sites_option(sites))  # fmt: skip

@@ -1,5 +1,6 @@
 """Reads LoRA directories of Hugging Face PEFT: adapter_config.json and adapter_model.safetensors."""
 
+import copy
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._libraries import patcher
 from ._reading import parse_json, read_text
 from .adapter_hub import CONFIG_FILE, AdapterDirectory, read_one_version, read_weights
 from .configs import LoRAConfig
@@ -25,8 +27,13 @@ _KEY = re.compile(
 )
 # The roles of a layer's projections at which a LoRA can act, with the matrix or the field of LoRAConfig for it.
 _MATRICES = {"query": "q", "key": "k", "value": "v"}
-_FLAGS = {"ffn_in": "intermediate_lora", "ffn_out": "output_lora"}
-_ROLES = (*_MATRICES, "output", "ffn_in", "ffn_gate", "ffn_out")
+_FLAGS = {
+    "output": "attn_output_lora",
+    "ffn_gate": "gate_lora",
+    "ffn_in": "intermediate_lora",
+    "ffn_out": "output_lora",
+}
+_ROLES = (*_MATRICES, *_FLAGS)  # in execution order: parts of a packed map are concatenated in this order
 
 
 def is_peft_directory(directory: Path) -> bool:
@@ -69,7 +76,8 @@ def load_peft_directory(
 ) -> AdapterDirectory:
     """Reads a LoRA of PEFT and converts it to an AdapterHub adapter for a model of this structure.
 
-    The function matches linear maps by module path. It pads ranks that differ (rank_pattern) with zeros to the largest,
+    The function matches linear maps by module path; where a frozen module has none, by the layer's number and the names
+    of projections. It pads ranks that differ (rank_pattern) with zeros to the largest,
     multiplies scalings (alpha_pattern, use_rslora) into B, and lists layers without an update in `leave_out`.
 
     Args:
@@ -80,12 +88,14 @@ def load_peft_directory(
 
     Raises:
         GraftError: the directory holds no LoRA; a field is not known or not supported; weights are missing, or two are
-            for one linear map; the model lacks a linear map; or AdapterHub has no location for it (the attention's
-            output projection, the gate of a feed-forward block).
+            for one linear map; or the model lacks a linear map, or has it outside of its layers.
     """
     directory = Path(directory)
     config, updates = read_one_version(directory, (CONFIG_FILE, *WEIGHT_FILES), _read_files)
     projections = _projections(structure)
+    if not projections:
+        structure = _with_paths(config, updates, structure)
+        projections = _projections(structure)
     maps = [path.removesuffix(".weight") for path, tensor in parameters.items() if path.endswith(".weight")
             and tensor.dim() == 2]  # fmt: skip
     model_paths = list(dict.fromkeys([*projections, *maps]))
@@ -100,13 +110,66 @@ def load_peft_directory(
 
 
 def _projections(structure: Mapping[str, Any]) -> dict[str, list[tuple[int, str, dict]]]:
-    """Returns {path of a linear map: [(index in "layers", role, the projection's entry)]}; several that are packed."""
+    """Returns {path of a linear map: [(index in "layers", role, the projection's entry)]}; several that are packed. A
+    frozen module's linear maps have no paths."""
     result: dict[str, list[tuple[int, str, dict]]] = {}
     for index, layer in enumerate(structure["layers"]):
         for role in _ROLES:
-            if layer["shares"] is None and layer[role]:
+            if layer["shares"] is None and layer[role] and layer[role]["path"]:
                 result.setdefault(layer[role]["path"], []).append((index, role, layer[role]))
     return result
+
+
+def _with_paths(config: PeftLoRAConfig, paths: Iterable[str], structure: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the structure of a frozen module, with PEFT's paths for linear maps that have an update in some layer.
+
+    Raises:
+        GraftError: an update has no place, or two have one place; or it is a DoRA's, which needs the biases.
+    """
+    directory = config.directory
+    if config.use_dora:
+        raise GraftError(
+            f"{directory}: DoRA needs the biases of the module, which is frozen; graft the module before it is frozen"
+        )
+    text = json.dumps(structure)
+    result = copy.deepcopy(dict(structure))
+    layers = result["layers"]
+    owners: dict[tuple[int, str], str] = {}
+    for path in paths:
+        places = [(index, _role_of(site)) for index, site in patcher().lora_places_by_number(text, path)]
+        if not places:
+            raise GraftError(
+                f"{directory}: {path} has no place in the module, which is frozen, so that layers are matched by "
+                "number and projections by name; graft the module before it is frozen"
+            )
+        for place in places:
+            if place in owners:
+                raise GraftError(
+                    f"{directory}: {owners[place]} and {path} are both updates of the {place[1]} projection of layer "
+                    f"{layers[place[0]]['layer']}; graft the whole model that the adapter was trained on"
+                )
+            owners[place] = path
+    for (index, role), path in owners.items():
+        for other, layer in enumerate(layers):
+            if layer["kind"] == layers[index]["kind"] and layer[role] and (other, role) not in owners:
+                layer[role]["path"] = _renumbered(path, layer["layer"] - layers[index]["layer"])
+    for (index, role), path in owners.items():
+        layers[index][role]["path"] = path
+    return result
+
+
+def _role_of(site: str) -> str:
+    """Returns the role of the projection that a LoRA's site is at."""
+    names = {matrix: role for role, matrix in _MATRICES.items()} | {"o": "output"}
+    flags = {flag: role for role, flag in _FLAGS.items()}
+    return flags[site] if site in flags else names[site.rsplit("_", 1)[1]]
+
+
+def _renumbered(path: str, step: int) -> str:
+    """Returns the path of the same linear map `step` layers further on."""
+    parts = path.split(".")
+    position = next(index for index, part in enumerate(parts) if part.isdigit())
+    return ".".join([*parts[:position], str(int(parts[position]) + step), *parts[position + 1 :]])
 
 
 def _read_updates(config: PeftLoRAConfig) -> dict[str, _Update]:
@@ -240,13 +303,6 @@ def _targets(
             f"{directory}: {path} is the model's {model_path}, which is not in a layer that was recognised; "
             "torchgraft.inspect() says which layers were, and why others were not"
         )
-    for _, role, _ in found:
-        if role not in _MATRICES and role not in _FLAGS:
-            what = "the attention's output projection" if role == "output" else "the gate of the feed-forward block"
-            raise GraftError(
-                f"{directory}: {path} is {what}, where AdapterHub has no location for a LoRA; target_modules may name "
-                "query, key and value projections and both ends of the feed-forward block"
-            )
     width = sum(projection["out_features"] for _, _, projection in found)
     if update.lora_b.size(0) != width or update.lora_a.size(1) != found[0][2]["in_features"]:
         raise GraftError(
@@ -285,13 +341,13 @@ def _as_adapter_hub(
         attn_matrices=[matrix for role, matrix in _MATRICES.items() if role in roles],
         use_dora=dora,
         leave_out=sorted({layer["layer"] for layer in layers} - used),
-        **{flag: role in roles for role, flag in _FLAGS.items()},
     )
+    flags = {flag: True for role, flag in _FLAGS.items() if role in roles}  # AdapterHub does not have all of them
     weights: dict[str, list[Tensor]] = {}
     for index, layer in enumerate(layers):
         if layer["shares"] is not None or layer["layer"] not in used:
             continue
-        for role in (*_MATRICES, *_FLAGS):
+        for role in _ROLES:
             projection = layer[role]
             if role not in roles or projection is None:
                 continue
@@ -312,6 +368,6 @@ def _as_adapter_hub(
                 weights.setdefault(f"{prefix}.fixed", []).append(_bias(projection, parameters))
     return AdapterDirectory(
         name=DEFAULT_NAME,
-        config=json.dumps(config.to_dict()),
+        config=json.dumps(config.to_dict() | flags),
         weights={key: torch.cat(parts) for key, parts in weights.items()},
     )

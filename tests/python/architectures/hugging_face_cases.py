@@ -39,8 +39,8 @@ _LIST = [
     _case("electra", "eager"),
     # With sdpa the library adds 1 to the scores of DistilBERT's prefixes: see oracle.oracle_for.
     *_both("distilbert", oracle_attention="eager", renamed={"self": "self_prefix"}),
-    *_both("albert", repair=repairs.read_attention_output),
-    *_both("albert_groups", repair=repairs.read_attention_output),
+    *_both("albert"),
+    *_both("albert_groups"),
     _case("deberta", "eager", repair=repairs.repair_packed_projection),
     _case("deberta_v2", "eager"),
     _case("deberta_v2_shared", "eager", repair=repairs.keep_scores_of_tokens),
@@ -51,6 +51,7 @@ _LIST = [
     *_both("clip_vision", renamed={"clip_vision_model_self_prefix": "self_prefix"}),
     *_both("whisper_encoder", renamed=_ALONE),
     *_both("gpt2"),
+    _case("gptj", "eager"),
     *_both("llama", renamed=_SWAPPED),
     *_both("mistral", renamed=_SWAPPED),
     _case("t5", "eager", repair=repairs.keep_positions),

@@ -195,6 +195,7 @@ FAMILIES = {
     "clip_text": Family(hf.CLIPTextConfig, hf.CLIPTextModel, _SIZES | _TEXT),
     "clip_vision": Family(hf.CLIPVisionConfig, hf.CLIPVisionModel, _SIZES | _IMAGE, **_PICTURES),
     "gpt2": Family(hf.GPT2Config, hf.GPT2Model, _GPT, causal_arguments),
+    "gptj": Family(hf.GPTJConfig, hf.GPTJModel, _GPT | dict(rotary_dim=8), causal_arguments),
     "llama": Family(hf.LlamaConfig, hf.LlamaModel, _SIZES | _TEXT | dict(num_key_value_heads=2), causal_arguments),
     "mistral": Family(
         hf.MistralConfig, hf.MistralModel, _SIZES | _TEXT | dict(num_key_value_heads=2), causal_arguments

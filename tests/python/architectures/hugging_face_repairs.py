@@ -51,21 +51,6 @@ def repair_packed_projection(model: nn.Module) -> None:
             module.bias = None
 
 
-def read_attention_output(model: nn.Module) -> None:
-    """ALBERT: the bottleneck after attention reads the attention's output.
-
-    The library gives its arguments in the wrong order: the bottleneck reads what enters the attention block, and takes
-    the attention's output for the residual.
-    """
-    for _, layer in model.iter_layers():
-        bottleneck = layer.attention.attention_adapters
-        bottleneck.forward = functools.partial(_in_right_order, bottleneck.forward)
-
-
-def _in_right_order(forward: Callable[..., Tensor], entering: Tensor, attended: Tensor, norm: nn.Module) -> Tensor:
-    return forward(attended, entering, norm)
-
-
 def keep_scores_of_tokens(model: nn.Module) -> None:
     """DeBERTa (v2 and v3) with share_att_key: gates are those of the tokens.
 

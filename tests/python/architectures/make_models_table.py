@@ -4,7 +4,9 @@ Run as scripts/test does (TORCHGRAFT_LIBRARY_DIR set), about four minutes:
     .venv/bin/python tests/python/architectures/make_models_table.py > docs/models.md
 """
 
+import json
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -13,8 +15,10 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 import torch  # noqa: E402
 
 from all_cases import CASES, FORMS, FROZEN_NOT_YET, METHODS, methods  # noqa: E402
+from hugging_face_models import FAMILIES  # noqa: E402
 from oracle import difference  # noqa: E402
 from oracle_reference import OracleReference  # noqa: E402
+from torchgraft._libraries import patcher  # noqa: E402
 
 COLUMNS = [*METHODS, "frozen", "optimized"]
 
@@ -68,6 +72,42 @@ def _row(name: str, form: str) -> str:
     return f"| {name} | {form} | {reference} | {' | '.join(cells)} |"
 
 
+def _said(family: str, config: str) -> str:
+    """What is said of a directory that the library wrote for such a model; "equal" when nothing is."""
+    model_type = FAMILIES[family].config_class.model_type
+    text = json.dumps({"model_type": model_type, "config": config})
+    refused, warned = patcher().library_difference(text)
+    if refused:
+        return "refused: " + refused.split(", which torchgraft")[0]
+    return f"warned: {warned}" if warned else "equal"
+
+
+def directories() -> str:
+    """The section on directories of the library: equal, refused or warned of, for each family."""
+    lines = [
+        "## Directories of the library",
+        "",
+        "Adapters that `adapters==1.3.0`, unrepaired, has trained give its results (*equal*), are refused, or a "
+        "warning names the effect that the directory does not tell: "
+        "[adapters.md](adapters.md#what-the-library-computes-otherwise). `test_drawn_cases.py` draws families, "
+        "configurations, forms of the module and directories, of PEFT too.",
+        "",
+    ]
+    by_result: dict[tuple[str, ...], list[str]] = {}
+    for family in FAMILIES:
+        said = tuple(_said(family, config) for config in ("lora", "double_seq_bn", "prefix_tuning"))
+        by_result.setdefault(said, []).append(family)
+    for said, families in by_result.items():
+        names = ("LoRA", "bottlenecks", "prefixes") if len(set(said)) > 1 else ("all",)
+        results = dict(zip(names, said, strict=False))
+        different = "; ".join(f"{method}: {result}" for method, result in results.items() if result != "equal")
+        different += "; all else equal" if "equal" in said and different else ""
+        lines.append(f"- {', '.join(families)}: {different or 'equal'}.")
+    wrapped = [textwrap.fill(line, 120, subsequent_indent="  " if line.startswith("- ") else "",
+                             break_long_words=False, break_on_hyphens=False) for line in lines]  # fmt: skip
+    return "\n".join(wrapped)
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
     print(_HEAD)
@@ -76,6 +116,7 @@ def main() -> None:
     print("\n*-*: the model, or the library with it, has no such location. *not yet*:\n")
     for reason in sorted(set(FROZEN_NOT_YET.values())):
         print(f"- {reason}.")
+    print("\n" + directories())
 
 
 if __name__ == "__main__":

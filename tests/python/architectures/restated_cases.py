@@ -130,10 +130,6 @@ _PLACES: dict[str, Callable[[int], dict]] = {
         f"model.encoder.layer.{i}", "attention.attention", ("query", "key", "value"), ("layer_scale1", "layer_scale2"),
         ("norm1", "norm2"), ("mlp.fc1", "mlp.fc2"),
     ),
-    "gptj": lambda i: pre_norm(
-        f"model.h.{i}", "attn", ("q_proj", "k_proj", "v_proj"), ("attn.out_proj", "mlp.fc_out"), ("ln_1", "ln_1"),
-        ("mlp.fc_in", "mlp.fc_out"),
-    ),
     "timm_vit": lambda i: pre_norm(
         f"blocks.{i}", "attn", ("qkv",) * 3, ("ls1", "ls2"), ("norm1", "norm2"), ("mlp.fc1", "mlp.fc2")
     ),
@@ -148,17 +144,11 @@ _MODERN = _TEXT | _TOKENS | dict(global_attn_every_n_layers=2, local_attention=4
 _FAMILIES = {
     "modernbert": (hf.ModernBertConfig, hf.ModernBertModel, _MODERN, text_arguments),
     "qwen2": (hf.Qwen2Config, hf.Qwen2Model, _TEXT | dict(num_key_value_heads=2), causal_arguments),
-    "gptj": (
-        hf.GPTJConfig,
-        hf.GPTJModel,
-        dict(vocab_size=97, n_positions=64, n_inner=80, rotary_dim=8),
-        causal_arguments,
-    ),
     "mpnet": (hf.MPNetConfig, hf.MPNetModel, _TEXT, text_arguments),
     "wav2vec2": (hf.Wav2Vec2Config, hf.Wav2Vec2Model, WAVES, _sound),
     "dinov2": (hf.Dinov2Config, hf.Dinov2Model, dict(image_size=8, patch_size=4), _pixels),
 }
-_EAGER_ONLY = {"mpnet", "gptj"}
+_EAGER_ONLY = {"mpnet"}
 
 
 def _hugging_face_case(family: str, attention: str) -> Case:

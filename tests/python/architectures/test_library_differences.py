@@ -5,10 +5,8 @@ import json
 import warnings
 from pathlib import Path
 
-import adapters
 import pytest
 import torch
-from transformers import GPTJConfig, GPTJModel
 
 import torchgraft
 from all_cases import base
@@ -17,14 +15,17 @@ from oracle import difference
 
 FLOAT = torch.float32
 REFUSED = [
-    ("albert_eager", "seq_bn_both", "on ALBERT the adapters library gives a bottleneck after attention what enters"),
-    ("albert_sdpa", "mh_only", "on ALBERT"),
     ("t5_eager", "mam", "on T5 the adapters library moves the relative positions"),
     ("t5_eager", "unipelt", "on T5"),
 ]
 TAKEN = [
-    ("albert_eager", "seq_bn"),
-    ("albert_eager", "lora_all"),
+    # ALBERT: after attention, what enters the block is the branch, the attention's output the residual.
+    *[("albert_eager", method) for method in ("seq_bn", "lora_all", "seq_bn_both", "par_bn_both", "bn_norms")],
+    *[("albert_groups_sdpa", method) for method in ("mh_only", "bn_residual_normed", "bn_last_parallel")],
+    *[("albert_sdpa", method) for method in ("bn_residual_post_add", "union_everything")],
+    # GPT-J: behind the feed-forward block, the attention's output is a part of the residual.
+    *[("gptj_eager", method) for method in ("seq_bn", "par_bn", "mam", "unipelt", "seq_bn_both", "bn_norms", "lora")],
+    ("gptj_eager", "bn_residual_normed"),
     ("t5_eager", "seq_bn_both"),
     ("t5_eager", "lora_all"),
 ]
@@ -32,6 +33,7 @@ WARNED = [
     ("distilbert_eager", "mam", "adds 1 to the scores of prefixes"),
     ("bart_eager", "mam", "takes prefixes for the first tokens"),
     ("deberta_eager", "lora", "adds a random bias"),
+    ("deberta_eager", "seq_bn", "adds a random bias"),
 ]
 
 
@@ -74,23 +76,33 @@ def test_other_methods_equal_the_library_unrepaired(name: str, method: str) -> N
     assert difference(result, expected) <= 1e-5
 
 
+@pytest.mark.parametrize(("name", "method"), [("albert_eager", "double_seq_bn"), ("gptj_eager", "par_bn")])
+def test_the_wiring_survives_a_directory_of_ours(name: str, method: str, tmp_path: Path) -> None:
+    """Also beside an adapter of the same configuration that is wired as defined."""
+    grafted = torchgraft.graft(base(name, "traced", FLOAT), _config(_directory(name, method))["config"], "fresh")
+    grafted = torchgraft.load_adapter(grafted, _directory(name, method), "task")
+    grafted.activate("task")
+    torchgraft.save_adapter(grafted, "task", tmp_path)
+    assert _config(str(tmp_path))["model_type"] in name
+    again = torchgraft.load_adapter(base(name, "traced", FLOAT), tmp_path)
+    arguments = CASES[name].arguments(FLOAT, 1)
+    expected, _ = CASES[name].reference.expected(method, FLOAT, arguments)
+    with torch.no_grad():
+        assert difference(CASES[name].hidden(grafted(*arguments)), expected) <= 1e-5
+        assert difference(CASES[name].hidden(again(*arguments)), expected) <= 1e-5
+
+
+@pytest.mark.parametrize(("name", "method"), [("albert_eager", "double_seq_bn"), ("gptj_eager", "par_bn")])
+def test_a_fresh_adapter_is_wired_as_defined(name: str, method: str) -> None:
+    config = Path(_directory(name, method)) / "adapter_config.json"
+    fresh = torchgraft.graft(base(name, "traced", FLOAT), config, "task")
+    assert "model_type" not in json.loads(fresh.adapter_config("task"))
+
+
 @pytest.mark.parametrize(("name", "method", "effect"), WARNED)
 def test_what_the_directory_does_not_say_is_a_warning(name: str, method: str, effect: str) -> None:
     with pytest.warns(UserWarning, match=effect):
         torchgraft.load_adapter_directory(_directory(name, method))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        torchgraft.load_adapter_directory(_directory(name, "seq_bn"))
-
-
-@pytest.mark.parametrize("config", ["seq_bn", "par_bn", "mam", "lora"])
-def test_feed_forward_bottlenecks_of_gptj_are_refused(config: str, tmp_path: Path) -> None:
-    model = GPTJModel(GPTJConfig(n_embd=32, n_head=4, n_layer=2, rotary_dim=4, vocab_size=50, n_positions=16))
-    adapters.init(model)
-    model.add_adapter("task", config=config)
-    model.save_adapter(tmp_path, "task")
-    if config == "lora":
-        torchgraft.load_adapter_directory(tmp_path)
-        return
-    with pytest.raises(torchgraft.GraftError, match="on GPT-J the adapters library adds the attention's output"):
-        torchgraft.load_adapter_directory(tmp_path)
+        torchgraft.load_adapter_directory(_directory("distilbert_eager", "seq_bn"))

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from all_cases import CASES, FORMS, FROZEN_NOT_YET, METHODS, methods, tolerance
-from make_models_table import COLUMNS
+from make_models_table import COLUMNS, directories
 
 _TABLE = Path(__file__).resolve().parents[3] / "docs" / "models.md"
 _ANEW = "make it anew: make_models_table.py"
@@ -30,3 +30,7 @@ def test_the_table_is_of_the_tested_cases() -> None:
                 assert value == "not yet", (name, form, column)
             else:
                 assert float(value) <= tolerance(name, form, torch.float32), (name, form, column)
+
+
+def test_it_says_what_becomes_of_directories_of_the_library() -> None:
+    assert " ".join(directories().split()) in " ".join(_TABLE.read_text().split()), _ANEW

@@ -24,8 +24,22 @@ CASES = {
     "llama-dora": ("llama", dict(use_dora=True, target_modules=["v_proj", "up_proj"])),
     "llama-default": ("llama", dict()),
     "llama-mlp": ("llama", dict(target_modules=["q_proj", "up_proj", "down_proj"])),
+    "bert-output-projection": ("bert", dict(target_modules=["attention.output.dense"], layers_to_transform=[1])),
+    "bert-all-linear": ("bert", dict(target_modules="all-linear", exclude_modules=["pooler.dense"])),
+    "llama-all-linear": ("llama", dict(target_modules="all-linear")),
+    "llama-gate": ("llama", dict(target_modules=["gate_proj", "o_proj"], use_rslora=True)),
+    "llama-dora-all-linear": ("llama", dict(target_modules="all-linear", use_dora=True)),
+    "bart-all-linear": ("bart", dict(target_modules="all-linear")),
+    "t5-all-linear": ("t5_gated", dict(target_modules="all-linear")),
+    "gptj-all-linear": ("gptj", dict(target_modules="all-linear")),
+    "deberta-all-linear": ("deberta_v2", dict(target_modules="all-linear",
+                                              exclude_modules=["pos_key_proj", "pos_query_proj"])),
+    "gpt2-all-linear": ("gpt2", dict(target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True)),
     "gpt2-packed": ("gpt2", dict(target_modules=["c_attn"], fan_in_fan_out=True)),
 }  # fmt: skip
+
+_EAGER_ONLY = ("t5_gated", "gptj", "deberta_v2")
+_ROUNDED = ("llama", "gptj", "t5_gated")  # they compute norms or scores in float32
 
 
 def _prepared(
@@ -33,7 +47,7 @@ def _prepared(
 ) -> tuple[torch.jit.ScriptModule, tuple, torch.Tensor, torch.Tensor]:
     """The traced base, arguments, what the base and what peft give; the adapter, random, is saved in the folder."""
     dtype = torch.float64
-    positional = FAMILIES[family].make("sdpa", dtype)
+    positional = FAMILIES[family].make("eager" if family in _EAGER_ONLY else "sdpa", dtype)
     arguments = FAMILIES[family].arguments(dtype, 1)
     base = torch.jit.trace(positional, FAMILIES[family].arguments(dtype, 0), check_trace=False, strict=False)
     torch.manual_seed(0)
@@ -44,7 +58,7 @@ def _prepared(
         for path, parameter in tuned.named_parameters():
             if "lora_" in path:
                 # LLaMA's norms compute in float32, and a steep random model multiplies their rounding.
-                parameter.normal_(std=0.2 if family == "llama" else 0.8)
+                parameter.normal_(std=0.2 if family in _ROUNDED else 0.8)
                 if "magnitude" in path:
                     parameter.add_(1)
         tuned.to(dtype).eval().save_pretrained(str(folder))
@@ -56,13 +70,13 @@ def test_equals_peft(case: str, tmp_path) -> None:
     family, options = CASES[case]
     base, arguments, plain, expected = _prepared(family, options, tmp_path)
     module = torchgraft.load_adapter(base, tmp_path, "task")
-    tolerance = 1e-5 if family == "llama" else 1e-10  # LLaMA's norms round to float32
+    tolerance = 3e-5 if family in _ROUNDED else 1e-10
     with torch.no_grad():
         assert (plain - expected).abs().max() > 1e-3
         torch.testing.assert_close(module(*arguments), expected, rtol=tolerance, atol=tolerance)
     grafted = torchgraft.graft(base, adapters={"a": tmp_path})
     assert grafted.adapter_names() == ["a"]
-    if options.get("use_dora") and family != "llama":
+    if options.get("use_dora") and family != "llama":  # LLaMA's projections have no biases
         with pytest.raises(torchgraft.GraftError, match="a DoRA of PEFT on a projection with a bias"):
             torchgraft.save_adapter(module, "task", tmp_path / "again")
         return
@@ -72,13 +86,33 @@ def test_equals_peft(case: str, tmp_path) -> None:
         assert torch.equal(again(*arguments), module(*arguments))
 
 
+@pytest.mark.parametrize("case", ["bert-all", "bert-uneven", "llama-all-linear", "gpt2-all-linear", "bart-all-linear"])
+def test_equals_peft_on_a_frozen_module(case: str, tmp_path) -> None:
+    """Its linear maps have no paths: layers are matched by number, projections by name."""
+    family, options = CASES[case]
+    base, arguments, _, expected = _prepared(family, options, tmp_path)
+    module = torchgraft.load_adapter(torch.jit.freeze(base.eval()), tmp_path, "task")
+    tolerance = 1e-5 if family in _ROUNDED else 1e-10
+    with torch.no_grad():
+        torch.testing.assert_close(module(*arguments), expected, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            dict(target_modules=["attention.output.dense"]),
-            "the attention's output projection, where AdapterHub has no location for a LoRA",
-        ),
+        (dict(target_modules=["pooler.dense"]), "pooler.dense has no place in the module, which is frozen"),
+        (dict(use_dora=True), "DoRA needs the biases of the module, which is frozen"),
+    ],
+)
+def test_what_has_no_place_in_a_frozen_module_is_named(options: dict, message: str, tmp_path) -> None:
+    base, *_ = _prepared("bert", dict(target_modules=["query"]) | options, tmp_path)
+    with pytest.raises(torchgraft.GraftError, match=message):
+        torchgraft.load_adapter(torch.jit.freeze(base.eval()), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         (
             dict(use_dora=True, target_modules=["layer.0.attention.self.query", "layer.1.attention.self.value"]),
             "DoRA on value of some layers, and in layer 0 on others",
