@@ -46,6 +46,8 @@ from .life import (
     unmerge_adapter,
 )
 from .pool import AdapterPool, Lease, check_room
+from .programs.export import export
+from .programs.to_script import from_program
 
 __version__ = "0.1.0"
 
@@ -74,8 +76,10 @@ __all__ = [
     "add_head",
     "average_adapter",
     "check_room",
+    "export",
     "forward_inputs",
     "freeze_adapter",
+    "from_program",
     "graft",
     "head_config",
     "inspect",
