@@ -47,6 +47,7 @@ from .life import (
 )
 from .pool import AdapterPool, Lease, check_room
 from .programs.export import export
+from .programs.package import compile_package, load_banks
 from .programs.to_script import from_program
 
 __version__ = "0.1.0"
@@ -76,6 +77,7 @@ __all__ = [
     "add_head",
     "average_adapter",
     "check_room",
+    "compile_package",
     "export",
     "forward_inputs",
     "freeze_adapter",
@@ -87,6 +89,7 @@ __all__ = [
     "list_adapters",
     "load_adapter",
     "load_adapter_directory",
+    "load_banks",
     "lower",
     "match_adapter",
     "merge_adapter",

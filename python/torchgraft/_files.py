@@ -103,10 +103,25 @@ def check_writable(path: Path) -> None:
         raise GraftError(f"{path}: cannot write in {path.parent} ({error.strerror})") from error
 
 
+def check_script_output(path: Path) -> None:
+    """Checks, before the work that makes it, that a TorchScript file can be written to `path`; see check_writable().
+
+    Raises:
+        GraftError: it cannot, or readers would take it for an exported program.
+    """
+    if path.suffix == ".pt2":
+        raise GraftError(f"{path}: a .pt2 is an exported program; write a .pt, then use graft.py export on it")
+    check_writable(path)
+
+
 def save_module(module: torch.jit.ScriptModule, path: Path, extra: dict[str, bytes] | None = None) -> None:
     """Writes `module` as a TorchScript file with the files `extra` beside it, whole or not at all; see
-    write_whole()."""
-    check_writable(path)
+    write_whole().
+
+    Raises:
+        GraftError: the file cannot be written.
+    """
+    check_script_output(path)
     write_whole(module.save_to_buffer(_extra_files=extra or {}), path)
 
 

@@ -2,12 +2,17 @@
 and into packages."""
 
 import json
+import zipfile
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from .._kinds import Kind, kind_of
+from .._reading import parse_json
+from ..errors import GraftError
 from ..grafting import is_grafted
-from ..life import list_adapters
+from ..life import AdapterInfo, list_adapters
 
 # Where it stands: in the program's metadata, and as a file beside it (extra_files) or a key of a package's metadata.
 CUSTOM = "torchgraft"
@@ -58,3 +63,31 @@ def description_text(program: torch.export.ExportedProgram) -> str | None:
     """The description of a program that export() made, as JSON; None for another program."""
     custom = program.graph_module.meta.get("custom", {})
     return json.dumps(custom[CUSTOM]) if CUSTOM in custom else None
+
+
+def described_adapters(path: Path) -> list[AdapterInfo] | None:
+    """Returns the adapters of an exported program or a package; None if the file is of another kind.
+
+    Raises:
+        GraftError: it is one that torchgraft did not export, or one without adapters.
+    """
+    kind = kind_of(path) if path.is_file() else Kind.UNKNOWN
+    if kind not in (Kind.PROGRAM, Kind.PACKAGE):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        text = _description_in(archive, path)
+    adapters = parse_json(text, path).get("adapters", []) if text else []
+    if not adapters:
+        raise GraftError(f"{path}: {kind.value} without adapters of torchgraft")
+    return [AdapterInfo(**entry) for entry in adapters]
+
+
+def _description_in(archive: zipfile.ZipFile, path: Path) -> str | bytes | None:
+    for name in archive.namelist():
+        if name.endswith(f"extra/{FILE}"):
+            return archive.read(name)
+        if "data/aotinductor/" in name and name.endswith("_metadata.json"):
+            text = parse_json(archive.read(name), path).get(CUSTOM)
+            if text is not None:
+                return text
+    return None

@@ -38,8 +38,18 @@ class Eager(nn.Module):
         self._operators: dict[str, Operator] = {}
         self._graph = getattr(script, method).inlined_graph.copy()
         _drop_checks_of_values(self._graph)
-        for name, tensor in script.state_dict(keep_vars=True).items():
-            self._add(name, tensor)
+        tensors = script.state_dict(keep_vars=True)
+        # The banks of frozen adapters are parameters in TorchScript only.
+        trained = {
+            name
+            for name, tensor in script.named_parameters(remove_duplicate=False)
+            if tensor.requires_grad or not name.startswith("adapters.")
+        }
+        # Of tied parameters there is one.
+        parameters = {id(tensors[name]): nn.Parameter(tensors[name].detach(), tensors[name].requires_grad)
+                      for name in tensors if name in trained}  # fmt: skip
+        for name, tensor in tensors.items():
+            self._add(name, parameters[id(tensor)] if name in trained else tensor)
         self.train(script.training)
         # torch.export takes the names of inputs from the signature. It belongs to a class.
         self.__class__ = type("Eager", (type(self),), {"forward": _named_forward(self._names())})

@@ -55,8 +55,10 @@ def export(
     arguments = _arguments(module, example_inputs)
     ids = (torch.zeros(_rows(module, arguments), dtype=torch.int64),) if adapter_ids and grafted else ()
     description = describe(module, bool(ids), gates, lowered)
-    program = _exported(_eager(lower(module) if lowered and grafted else module, gates, bool(ids)),
-                        (*arguments, *ids), dynamic)  # fmt: skip
+    given = _left_out(module, len(arguments), bool(ids))
+    target = lower(module) if lowered and grafted else module
+    eager = _WithGates(target, "grafted_forward", given) if gates else Eager(target, given=given)
+    program = _exported(eager, (*arguments, *ids), dynamic)
     program.graph_module.meta.setdefault("custom", {})[CUSTOM] = description
     if dynamic:
         _warn_of_fixed_sizes(program)
@@ -90,9 +92,10 @@ def _rows(module: torch.jit.ScriptModule, arguments: tuple[Any, ...]) -> int:
     return tensors[0].size(0)
 
 
-def _eager(module: torch.jit.ScriptModule, gates: bool, adapter_ids: bool) -> Eager:
-    given = {} if adapter_ids or not is_grafted(module) else {"adapter_ids": None}
-    return _WithGates(module, "grafted_forward", given) if gates else Eager(module, given=given)
+def _left_out(module: torch.jit.ScriptModule, count: int, adapter_ids: bool) -> dict[str, Any]:
+    """The arguments of forward that are not among the first `count`, with their defaults."""
+    rest = module.forward.schema.arguments[1 + count :]
+    return {each.name: each.default_value for each in rest if not (adapter_ids and each.name == "adapter_ids")}
 
 
 class _WithGates(Eager):

@@ -59,11 +59,12 @@ def read_program(path: Path) -> torch.export.ExportedProgram:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps back what torch.export says of its own deprecations, and the trace-backs that it logs before it raises."""
+    """Keeps back what torch.export says of its own deprecations, and the graphs and trace-backs that it writes before
+    it raises."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
             yield

@@ -22,6 +22,11 @@ def is_size(value: object) -> bool:
     return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
 
 
+def sizes_of(value: torch.Tensor) -> list[int | torch.SymInt]:
+    """The sizes of a tensor in a program; symbols are those that are open."""
+    return [int(size) if isinstance(size, torch.SymInt) and size.node.expr.is_number else size for size in value.size()]
+
+
 def attribute_text(path: str) -> str:
     """ "encoder.layer.0.weight" -> getattr(getattr(self.encoder.layer, "0"), "weight")."""
     text = "self"

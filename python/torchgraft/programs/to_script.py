@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from ..errors import GraftError
 from ..grafting import script_module
-from .text_of import arguments_text, is_part, is_size, result_text, value_text
+from .text_of import arguments_text, is_part, is_size, result_text, sizes_of, value_text
 
 # Checks of the export, which the sizes in the text replace.
 _CHECKS = ("aten._assert", "aten.sym_constrain_range")
@@ -67,9 +67,9 @@ def fixed_inputs(program: torch.export.ExportedProgram) -> str | None:
     names = set(program.graph_signature.user_inputs)
     inputs = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
     tensors = [(node.name, node.meta["val"]) for node in inputs if isinstance(node.meta.get("val"), torch.Tensor)]
-    if not tensors or any(isinstance(size, torch.SymInt) for _, value in tensors for size in value.size()):
+    if not tensors or any(isinstance(size, torch.SymInt) for _, value in tensors for size in sizes_of(value)):
         return None
-    return ", ".join(f"{name} {list(value.size())}" for name, value in tensors)
+    return ", ".join(f"{name} {sizes_of(value)}" for name, value in tensors)
 
 
 def _check_dialect(program: torch.export.ExportedProgram) -> None:
@@ -221,16 +221,16 @@ class _Printer:
         # Else a number, a text or None that the export has made part of the program.
 
     def _note_sizes(self, node: fx.Node, value: torch.Tensor) -> None:
-        for dim, size in enumerate(value.size()):
+        for dim, size in enumerate(sizes_of(value)):
             if isinstance(size, torch.SymInt):
                 self._sizes.setdefault(str(size), f"{node.name}.size({dim})")
 
     def _check_sizes(self, node: fx.Node, value: torch.Tensor) -> None:
         """An input of another size than the program was made for is an error that says so."""
-        fixed = {dim: size for dim, size in enumerate(value.size()) if isinstance(size, int)}
+        fixed = {dim: size for dim, size in enumerate(sizes_of(value)) if isinstance(size, int)}
         if not fixed:
             return
-        shape = [str(size) if isinstance(size, int) else "any" for size in value.size()]
+        shape = [str(size) if isinstance(size, int) else "any" for size in sizes_of(value)]
         terms = [f"{node.name}.size({dim}) == {size}" for dim, size in fixed.items()]
         message = (
             f"the exported program takes {node.name} of size [{', '.join(shape)}] only; export the model with "
@@ -239,7 +239,7 @@ class _Printer:
         self._lines.append(f"assert {' and '.join(terms)}, {value_text(message)}")
 
     def _pin(self, node: fx.Node, value: torch.Tensor) -> None:
-        known = [str(size) if isinstance(size, int) else self._sizes.get(str(size)) for size in value.size()]
+        known = [str(size) if isinstance(size, int) else self._sizes.get(str(size)) for size in sizes_of(value)]
         if known and known.count(None) <= 1:
             shape = ", ".join("-1" if size is None else size for size in known)
             self._lines.append(f"{node.name} = torch.ops.aten.view({node.name}, [{shape}])")

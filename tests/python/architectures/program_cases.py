@@ -25,7 +25,7 @@ NOT_EXPORTED = {
 )  # fmt: skip
 
 # One of each kind, in the default tests; the others are slow.
-DEFAULT = ("bert_eager", "vit_eager", "llama_sdpa", "gpt2_eager", "t5_eager", "wav2vec2_eager", "own_einsum")
+DEFAULT = ("bert_eager", "vit_eager", "llama_sdpa", "gpt2_eager", "own_einsum")
 DTYPE = torch.float32
 
 

@@ -15,26 +15,9 @@ from torch import Tensor, nn
 import torchgraft
 from oracle import difference
 from scripts_here import run_here
+from small import HIDDEN, Encoder
 from torchgraft._kinds import Kind, kind_of
 from torchgraft.programs.read_program import is_size_text, quiet
-
-HIDDEN, HEADS = 16, 2
-
-
-class Encoder(nn.Module):
-    """One layer, post-norm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(HIDDEN, HIDDEN) for _ in range(4))
-        self.up, self.down = nn.Linear(HIDDEN, 24), nn.Linear(24, HIDDEN)
-        self.first, self.second = nn.LayerNorm(HIDDEN), nn.LayerNorm(HIDDEN)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (each(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for each in (self.q, self.k, self.v))
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = self.first(x + self.o(mixed))
-        return self.second(x + self.down(torch.relu(self.up(x))))
 
 
 def exported(open_sizes: bool = True) -> torch.export.ExportedProgram:
