@@ -11,6 +11,7 @@
     graft.py list MODEL.pt
     graft.py remove | rename | freeze | unfreeze | merge | unmerge | lower | ungraft MODEL.pt ... -o OUT.pt
     graft.py gates MODEL.pt --text TEXT --tokenizer TOKENIZER.json -o GATES.png
+    graft.py export MODEL.pt -o OUT.pt2 --aoti OUT.aoti.pt2
     graft.py tune -o KERNELS.json
 
 An error is one line on stderr. The exit status is then 2 for a wrong command line, 130 for Ctrl-C, 143 for SIGTERM,
@@ -59,6 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_inspect_command(commands)
     add_tune_command(commands)
     add_life_commands(commands)
+    add_export_command(commands)
     return parser
 
 
@@ -237,6 +239,37 @@ def add_gates_command(commands: argparse._SubParsersAction) -> None:
     )
 
 
+def add_export_command(commands: argparse._SubParsersAction) -> None:
+    exporting = commands.add_parser("export", help="write an exported program (.pt2) or an AOTInductor package")
+    exporting.add_argument("base", type=Path, metavar="MODEL.pt", help="a model, grafted or not")
+    exporting.add_argument("-o", "--output", type=Path, metavar="OUT.pt2", help="an exported program of torch.export")
+    exporting.add_argument(
+        "--aoti", type=Path, metavar="OUT.aoti.pt2", help="a compiled package, which C++ runs without TorchScript"
+    )
+    exporting.add_argument("--lowered", action="store_true", help="ATen operators only: no libtorchgraft.so is needed")
+    exporting.add_argument("--static", action="store_true", help="fix all sizes to those of the example")
+    exporting.add_argument("--gates", action="store_true", help="return the gates, too")
+    exporting.add_argument(
+        "--no-ids", action="store_true", help="take no adapter_ids: all rows use the adapter that is active"
+    )
+    exporting.add_argument(
+        "--example",
+        type=Path,
+        metavar="FILE",
+        help="inputs of forward: a .pt of torch.save (a tensor, a tuple, or a dict by argument), or .safetensors "
+        "(default: made up for a text encoder)",
+    )
+
+
+def check_export(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    outputs = {"--output": arguments.output, "--aoti": arguments.aoti}
+    if not any(outputs.values()):
+        parser.error("nothing to write: give -o OUT.pt2 or --aoti OUT.aoti.pt2")
+    for option, path in outputs.items():
+        if path and path.suffix != ".pt2":
+            parser.error(f"{option}: expected a file ending in .pt2, got '{path}'")
+
+
 def check_add(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """Checks the arguments of add, before anything is loaded."""
     configs, names = len(arguments.config), len(arguments.name)
@@ -282,7 +315,7 @@ def stop_at_once(signal_number: int, frame: object) -> NoReturn:
 def main() -> None:
     parser = make_parser()
     arguments = parser.parse_args()
-    checks = {"add": check_add, "inspect": check_inspect, "tune": check_tune}
+    checks = {"add": check_add, "inspect": check_inspect, "tune": check_tune, "export": check_export}
     if arguments.command in checks:
         checks[arguments.command](parser, arguments)
     sys.path.insert(0, str(ROOT / "python"))

@@ -46,6 +46,9 @@ from .life import (
     unmerge_adapter,
 )
 from .pool import AdapterPool, Lease, check_room
+from .programs.export import export
+from .programs.package import compile_package, load_banks
+from .programs.to_script import from_program
 
 __version__ = "0.1.0"
 
@@ -74,8 +77,11 @@ __all__ = [
     "add_head",
     "average_adapter",
     "check_room",
+    "compile_package",
+    "export",
     "forward_inputs",
     "freeze_adapter",
+    "from_program",
     "graft",
     "head_config",
     "inspect",
@@ -83,6 +89,7 @@ __all__ = [
     "list_adapters",
     "load_adapter",
     "load_adapter_directory",
+    "load_banks",
     "lower",
     "match_adapter",
     "merge_adapter",

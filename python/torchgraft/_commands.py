@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import json
 import os
-import pickle
 import sys
 import time
 import warnings
@@ -21,9 +20,18 @@ from rich.text import Text
 from . import _life_commands
 from ._console import table_console
 from ._drawing import draw
-from ._files import EXPECTED_ERRORS, check_writable, extra_files, load_module, reason, save_module, write_whole
+from ._example import read_example
+from ._files import (
+    EXPECTED_ERRORS,
+    check_script_output,
+    check_writable,
+    extra_files,
+    load_module,
+    reason,
+    save_module,
+    write_whole,
+)
 from ._layers import ROLES, slots_of
-from ._libraries import patcher
 from ._operators import operators_of, ranges
 from ._tuning import FEATURES, OPS, TOKENS, measure
 from .configs import config_argument
@@ -31,6 +39,7 @@ from .errors import GraftError
 from .grafting import graft, is_grafted, names_of
 from .grafting import inspect as inspect_module
 from .life import list_adapters
+from .programs._command import export_command
 
 __all__ = ["EXPECTED_ERRORS", "add", "inspect", "reason", "run"]
 
@@ -43,7 +52,9 @@ _ONE_PER_MODULE = (".lora_a", ".prefix_key", ".up_weight")
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command that the command line names. What it warns of comes last, one line each on stderr."""
-    command = {"add": add, "inspect": inspect, "tune": tune, **_life_commands.COMMANDS}[arguments.command]
+    command = {"add": add, "inspect": inspect, "tune": tune, "export": export_command, **_life_commands.COMMANDS}[
+        arguments.command
+    ]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         command(arguments)
@@ -71,7 +82,7 @@ def add(arguments: argparse.Namespace) -> None:
             name and directory), gate_pooling, token_mask, active, seed, trainable, sites, example (paths or None),
             allow_partial.
     """
-    check_writable(arguments.output)
+    check_script_output(arguments.output)
     started = time.perf_counter()
     with _progress() as show:
         show(f"loading {arguments.base}")
@@ -93,7 +104,7 @@ def _graft_all(base: torch.jit.ScriptModule, arguments: argparse.Namespace) -> t
         requests.append({"config": config_argument(config), "name": name})
     if arguments.adapter:
         requests.append({"adapters": dict(arguments.adapter)})
-    example = _example_inputs(arguments.example) if arguments.example else None
+    example = read_example(arguments.example) if arguments.example else None
     result = base
     for request in requests:
         last = request is requests[-1]
@@ -101,23 +112,6 @@ def _graft_all(base: torch.jit.ScriptModule, arguments: argparse.Namespace) -> t
                        sites=arguments.sites, trainable=arguments.trainable, example=example,
                        allow_partial=arguments.allow_partial)  # fmt: skip
     return result
-
-
-def _example_inputs(path: Path) -> Any:
-    """Reads the file of --example: tensors of torch.save, read without unpickling code, or safetensors by argument.
-
-    Raises:
-        GraftError: `path` has neither.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return dict(patcher().read_safetensors(str(path)))
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise GraftError(
-            f"{path}: cannot read example inputs ({reason(error)}); expected what torch.save() of a tensor, "
-            "a tuple or a dict of forward's arguments writes, or a .safetensors file with tensors named as they are"
-        ) from error
 
 
 def _adapter_list(module: torch.jit.ScriptModule) -> str:

@@ -12,7 +12,9 @@ from typing import IO
 
 import torch
 
+from ._kinds import Kind, kind_of
 from .errors import GraftError
+from .programs.load_program import load_program
 
 # The errors that a user of a command can cause. Any other is a defect, and Python shows its traceback. torch raises
 # RuntimeError and torch.jit.Error.
@@ -31,20 +33,37 @@ def reason(error: BaseException) -> str:
 
 
 def load_module(path: Path) -> torch.jit.ScriptModule:
-    """Loads a TorchScript file onto the CPU. Python unpickles nothing in it.
+    """Loads a TorchScript file onto the CPU, or makes TorchScript of an exported program (.pt2). Python unpickles
+    nothing in them.
 
     Raises:
-        GraftError: there is no file at `path`, or it is not a TorchScript file.
+        GraftError: there is no file at `path`, or it is neither.
     """
     if not path.is_file():
         raise GraftError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
     try:
+        kind = kind_of(path)
+        if kind is Kind.PROGRAM:
+            return load_program(path)
         return torch.jit.load(str(path), map_location="cpu")
     except (RuntimeError, ValueError, OSError) as error:
-        raise GraftError(
-            f"{path}: not a TorchScript file that can be loaded ({reason(error)}); expected what torch.jit.save() of a "
-            "traced or scripted module writes, not a state dict or a model saved by torch.save()"
-        ) from error
+        if isinstance(error, GraftError):
+            raise
+        raise GraftError(_refused(path, kind, error)) from error
+
+
+def _refused(path: Path, kind: Kind, error: Exception) -> str:
+    if kind is Kind.PACKAGE:
+        return (
+            f"{path}: {kind.value}, which is compiled code and no model to change; give the .pt or .pt2 that it was "
+            "made from"
+        )
+    found = f"it is {kind.value}; " if kind not in (Kind.SCRIPT, Kind.UNKNOWN) else ""
+    return (
+        f"{path}: not a TorchScript file that can be loaded ({reason(error)}); {found}expected what torch.jit.save() "
+        "of a traced or scripted module or torch.export.save() writes, not a state dict or a model saved by "
+        "torch.save()"
+    )
 
 
 def extra_files(path: Path) -> dict[str, bytes]:
@@ -84,10 +103,25 @@ def check_writable(path: Path) -> None:
         raise GraftError(f"{path}: cannot write in {path.parent} ({error.strerror})") from error
 
 
+def check_script_output(path: Path) -> None:
+    """Checks, before the work that makes it, that a TorchScript file can be written to `path`; see check_writable().
+
+    Raises:
+        GraftError: it cannot, or readers would take it for an exported program.
+    """
+    if path.suffix == ".pt2":
+        raise GraftError(f"{path}: a .pt2 is an exported program; write a .pt, then use graft.py export on it")
+    check_writable(path)
+
+
 def save_module(module: torch.jit.ScriptModule, path: Path, extra: dict[str, bytes] | None = None) -> None:
     """Writes `module` as a TorchScript file with the files `extra` beside it, whole or not at all; see
-    write_whole()."""
-    check_writable(path)
+    write_whole().
+
+    Raises:
+        GraftError: the file cannot be written.
+    """
+    check_script_output(path)
     write_whole(module.save_to_buffer(_extra_files=extra or {}), path)
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from . import life
 from ._console import table_console
-from ._files import check_writable, extra_files, load_module, save_module
+from ._files import check_script_output, check_writable, extra_files, load_module, save_module
 from ._reading import parse_json
 from ._text import load_tokenizer, text_arguments
 from .adapter_training import freeze_adapter, unfreeze_adapter
@@ -18,6 +18,7 @@ from .checkpoints import load_adapter, match_adapter, save_adapter
 from .errors import GraftError
 from .gates import gate_table, gather_gates, plot_gates
 from .grafting import is_grafted, names_of
+from .programs.description import described_adapters
 
 _BATCH = 32  # texts
 
@@ -38,7 +39,7 @@ def save(arguments: argparse.Namespace) -> None:
 
 def load(arguments: argparse.Namespace) -> None:
     """Writes a file with the adapter of a directory added, or in place of the adapter of that name."""
-    check_writable(arguments.output)
+    check_script_output(arguments.output)
     module = load_adapter(load_module(arguments.base), arguments.directory, arguments.name, arguments.trainable)
     _write(module, arguments)
 
@@ -51,7 +52,9 @@ def match(arguments: argparse.Namespace) -> None:
 
 def list_(arguments: argparse.Namespace) -> None:
     """Prints the adapters of a file with their sizes."""
-    infos = life.list_adapters(_load_grafted(arguments.base))
+    infos = described_adapters(arguments.base)
+    if infos is None:
+        infos = life.list_adapters(_load_grafted(arguments.base))
     if arguments.json:
         entries = [vars(info) | {"config": parse_json(info.config, info.name)} for info in infos]
         print(json.dumps(entries, indent=2))
@@ -74,7 +77,7 @@ def _write(module: torch.jit.ScriptModule, arguments: argparse.Namespace) -> Non
 
 
 def _changed(arguments: argparse.Namespace, change: Any, *values: Any) -> None:
-    check_writable(arguments.output)
+    check_script_output(arguments.output)
     _write(change(_load_grafted(arguments.base), *values), arguments)
 
 

@@ -1,0 +1,1 @@
+"""Exported programs (torch.export) in and out, around the one patcher."""

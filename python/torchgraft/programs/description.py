@@ -1,0 +1,93 @@
+"""What an exported model says of itself: its adapters and their gates. It goes along with the program, into its file
+and into packages."""
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._kinds import Kind, kind_of
+from .._reading import parse_json
+from ..errors import GraftError
+from ..grafting import is_grafted
+from ..life import AdapterInfo, list_adapters
+
+# Where it stands: in the program's metadata, and as a file beside it (extra_files) or a key of a package's metadata.
+CUSTOM = "torchgraft"
+FILE = "torchgraft.json"
+
+
+def describe(module: torch.jit.ScriptModule, adapter_ids: bool, gates: bool, lowered: bool) -> dict[str, Any]:
+    """Returns a description of what is exported of `module`.
+
+    Returns:
+        {"adapters": [...], "adapter_ids": bool, "gates": {...}, "lowered": bool}. "adapters" has what list_adapters()
+        says, in the order of adapter_ids. "gates" has, for each adapter and each output of gates, its columns:
+        {"reviews": {"layer_0.selfattn_lora": [0, 1]}}; empty if the program returns no gates.
+    """
+    adapters = list_adapters(module) if is_grafted(module) else []
+    return {
+        "adapters": [vars(info) | {"by_location": dict(info.by_location)} for info in adapters],
+        "adapter_ids": adapter_ids,
+        "gates": _gate_columns(module) if gates else {},
+        "lowered": lowered,
+    }
+
+
+def gate_names(module: torch.jit.ScriptModule) -> list[str]:
+    """The output to which each gate that grafted_forward returns belongs; empty where no adapter has that gate."""
+    held = module.adapters
+    entries = zip(held.gate_layers, held.gate_locations, held.gate_counts, strict=True)
+    return [f"layer_{layer}.{location}" if any(counts) else "" for layer, location, counts in entries]
+
+
+def _gate_columns(module: torch.jit.ScriptModule) -> dict[str, dict[str, list[int]]]:
+    counts = module.adapters.gate_counts
+    names = gate_names(module)
+    result: dict[str, dict[str, list[int]]] = {}
+    for adapter, adapter_name in enumerate(module.adapter_names()):
+        begins: dict[str, int] = {}
+        found: dict[str, list[int]] = {}
+        for name, count in zip(names, counts, strict=True):
+            if name:
+                begin = begins.get(name, 0)
+                begins[name] = begin + max(count)
+                found.setdefault(name, []).extend(range(begin, begin + count[adapter]))
+        result[adapter_name] = {name: columns for name, columns in found.items() if columns}
+    return result
+
+
+def description_text(program: torch.export.ExportedProgram) -> str | None:
+    """The description of a program that export() made, as JSON; None for another program."""
+    custom = program.graph_module.meta.get("custom", {})
+    return json.dumps(custom[CUSTOM]) if CUSTOM in custom else None
+
+
+def described_adapters(path: Path) -> list[AdapterInfo] | None:
+    """Returns the adapters of an exported program or a package; None if the file is of another kind.
+
+    Raises:
+        GraftError: it is one that torchgraft did not export, or one without adapters.
+    """
+    kind = kind_of(path) if path.is_file() else Kind.UNKNOWN
+    if kind not in (Kind.PROGRAM, Kind.PACKAGE):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        text = _description_in(archive, path)
+    adapters = parse_json(text, path).get("adapters", []) if text else []
+    if not adapters:
+        raise GraftError(f"{path}: {kind.value} without adapters of torchgraft")
+    return [AdapterInfo(**entry) for entry in adapters]
+
+
+def _description_in(archive: zipfile.ZipFile, path: Path) -> str | bytes | None:
+    for name in archive.namelist():
+        if name.endswith(f"extra/{FILE}"):
+            return archive.read(name)
+        if "data/aotinductor/" in name and name.endswith("_metadata.json"):
+            text = parse_json(archive.read(name), path).get(CUSTOM)
+            if text is not None:
+                return text
+    return None

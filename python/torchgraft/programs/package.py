@@ -1,0 +1,81 @@
+"""AOTInductor packages: programs as compiled code, which C++ runs without Python and without TorchScript."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._files import check_writable, write_whole
+from ..errors import GraftError
+from .description import CUSTOM, description_text
+from .read_program import quiet
+
+_BANKS = "adapters."
+
+
+def compile_package(program: torch.export.ExportedProgram, path: str | Path, *, freezing: bool = True) -> None:
+    """Compiles a program to an AOTInductor package, whole or not at all. Needs a C++ compiler; takes a minute or more.
+
+    The package is for this kind of processor and this torch. It calls torchgraft's operators, so that a process loads
+    libtorchgraft.so first; that of a lowered program calls none. It does not train. Its constants have the program's
+    names; load_banks() and `load_constants` (C++) change those of adapters.
+
+    Args:
+        program: what export() returns.
+        path: the file to write, ending in .pt2.
+        freezing: pack the base's weights for this processor: faster, and they cannot be changed in the package.
+
+    Raises:
+        GraftError: the file cannot be written, or the program cannot be compiled.
+    """
+    target = Path(path)
+    if target.suffix != ".pt2":
+        raise GraftError(f"compile_package: expected a file ending in .pt2, got '{target}'")
+    check_writable(target)
+    description = description_text(program)
+    options: dict[str, Any] = {"freezing": freezing}
+    if description:
+        options["aot_inductor.metadata"] = {CUSTOM: description}
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder) / "package.pt2"
+        try:
+            with quiet(), torch.no_grad():
+                torch._inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=options)
+        except Exception as error:  # Inductor raises errors of many classes
+            text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise GraftError(f"compile_package: AOTInductor does not compile the program ({text})") from error
+        write_whole(package.read_bytes(), target)
+
+
+def load_banks(package: Any, module: torch.jit.ScriptModule, like: torch.jit.ScriptModule) -> None:
+    """Writes the banks of a grafted module into a loaded package. No pass of the package may run meanwhile.
+
+    Args:
+        package: what torch._inductor.aoti_load_package() returns.
+        module: a grafted module whose banks have the sizes of those of `like`: after replace_adapter(), for example.
+        like: the module that the package was made of.
+
+    Raises:
+        GraftError: banks differ in their names, sizes or dtypes, which `load_constants` of torch does not check. The
+            package has not changed then.
+    """
+    banks, old = _banks(module), _banks(like)
+    names = [name for name in package.get_constant_fqns() if name.startswith(_BANKS)]
+    for name in names:
+        found, expected = _size_text(banks.get(name)), _size_text(old.get(name))
+        if found != expected or name not in banks:
+            raise GraftError(
+                f"load_banks: expected '{name}' as {expected}, as the package has it, got {found}; make a package of "
+                "the module as it is now"
+            )
+    package.load_constants({name: banks[name].detach().contiguous() for name in names}, check_full_update=False)
+
+
+def _banks(module: torch.jit.ScriptModule) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in module.state_dict().items() if name.startswith(_BANKS)}
+
+
+def _size_text(tensor: Tensor | None) -> str:
+    return "none" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -1,0 +1,71 @@
+"""AOTInductor packages: equal to the module, described, and with adapters swapped in place."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import torchgraft
+from oracle import difference
+from scripts_here import run_here
+from small import HIDDEN, Encoder, randomised
+
+
+def load(path: Path):
+    return torch._inductor.aoti_load_package(str(path))
+
+
+def _model() -> tuple[torch.jit.ScriptModule, Tensor]:
+    """A layer with two LoRAs, "first" and "second", all of whose weights are random, and an example."""
+    torch.manual_seed(0)
+    example = torch.randn(2, 5, HIDDEN)
+    module = torch.jit.trace(Encoder().eval(), example)
+    config = torchgraft.LoRAConfig(r=3, use_gating=True)
+    for name in ("first", "second"):
+        module = torchgraft.graft(module, config, name)
+    return randomised(module), example
+
+
+def test_a_package_lists_and_swaps_its_adapters(tmp_path: Path) -> None:
+    module, example = _model()
+    module.save(str(tmp_path / "model.pt"))
+    torch.save(example, tmp_path / "example.pt")
+    out = tmp_path / "out.pt2"
+    options = ["--aoti", out, "--gates", "--example", tmp_path / "example.pt"]
+    done = run_here("graft.py", "export", tmp_path / "model.pt", *options)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    of_package, of_module = (run_here("graft.py", "list", path) for path in (out, tmp_path / "model.pt"))
+    assert (of_package.returncode, of_package.stdout) == (0, of_module.stdout)
+    package, ids, x = load(out), torch.tensor([1, 0, -1]), torch.randn(3, 7, example.size(-1))
+    other = randomised(torchgraft.replace_adapter(module, "second", torchgraft.LoRAConfig(r=3, use_gating=True)))
+    with torch.no_grad():
+        before, after = module.forward_with_gates(x, ids), other(x, ids)
+        assert difference(before[0], after) > 0.1
+        result, gates = package(x, ids)
+        assert difference(result, before[0]) <= 1e-5
+        assert difference(gates["layer_0.selfattn_lora"][1:2], before[1]["first"][0]["selfattn_lora"]) <= 1e-6
+        torchgraft.load_banks(package, other, like=module)
+        assert difference(package(x, ids)[0], after) <= 1e-5
+        wider = torchgraft.replace_adapter(module, "second", torchgraft.LoRAConfig(r=4, use_gating=True))
+        with pytest.raises(torchgraft.GraftError, match=r"as float32 \[2, 16, 3\], .* got float32 \[2, 16, 4\]"):
+            torchgraft.load_banks(package, wider, like=module)
+        assert difference(package(x, ids)[0], after) <= 1e-5
+        # A pool: the package reads tensors of the caller, whose rows are written in place.
+        names = [name for name in package.get_constant_fqns() if name.startswith("adapters.")]
+        banks = {name: other.state_dict()[name].clone() for name in names}
+        package.load_constants(banks, check_full_update=False, user_managed=True)
+        assert difference(package(x, ids)[0], after) <= 1e-5
+        for name, bank in banks.items():
+            bank.copy_(module.state_dict()[name])
+        assert difference(package(x, ids)[0], before[0]) <= 1e-5
+
+
+def test_what_cannot_be_compiled_leaves_nothing(tmp_path: Path) -> None:
+    module, example = _model()
+    program = torchgraft.export(module, example)
+    with pytest.raises(torchgraft.GraftError, match="expected a file ending in .pt2, got 'out.so'"):
+        torchgraft.compile_package(program, "out.so")
+    with pytest.raises(torchgraft.GraftError, match="does not exist"):
+        torchgraft.compile_package(program, tmp_path / "none" / "out.pt2")
+    assert list(tmp_path.iterdir()) == []
