@@ -57,6 +57,17 @@ torch::jit::InlinedCallStackPtr lasting_call_stack(const torch::jit::Node* node)
   return c10::make_intrusive<torch::jit::InlinedCallStack>(kInlined, node->sourceRange());
 }
 
+void let_call_stacks_last(Graph& graph) {
+  for_each_node(graph.block(), [](torch::jit::Node* node) {
+    if (node->callstack()) {
+      node->setCallStack(lasting_call_stack(node));
+    }
+    if (node->hasAttribute(c10::attr::Subgraph)) {  // what prim::fork runs
+      let_call_stacks_last(*node->g(c10::attr::Subgraph));
+    }
+  });
+}
+
 class Cloner {
  public:
   explicit Cloner(UnitPtr unit) : unit_(std::move(unit)) {}
@@ -124,11 +135,7 @@ class Cloner {
       method->ensure_defined();
       const auto graph = torch::jit::toGraphFunction(*method).graph()->copy();
       graph->remapTypes(remap);
-      for_each_node(graph->block(), [](torch::jit::Node* node) {
-        if (node->callstack()) {
-          node->setCallStack(lasting_call_stack(node));
-        }
-      });
+      let_call_stacks_last(*graph);
       Function* function = unit_->create_function(c10::QualifiedName(*type.name(), method->name()), graph);
       type.addMethod(function);
       function->setSchema(method->getSchema().cloneWithRemappedTypes(remap));

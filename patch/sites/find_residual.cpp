@@ -27,9 +27,20 @@ NormOrder norm_order(Value* input, Value* residual) {
 }
 
 Node* norm_after(Value* sum) {
-  const auto uses = data_uses(sum);
-  const bool alone = uses.size() == 1 && is_norm(uses[0].user) && uses[0].offset == 0;
-  return alone ? uses[0].user : nullptr;
+  while (true) {
+    const auto uses = data_uses(sum);
+    if (uses.size() != 1 || uses[0].offset != 0) {
+      return nullptr;
+    }
+    Node* user = uses[0].user;
+    if (is_norm(user)) {
+      return user;
+    }
+    if (!is_aten(user, {"to", "type_as", "contiguous", "clone", "alias", "detach", "dropout"})) {
+      return nullptr;
+    }
+    sum = user->output();
+  }
 }
 
 namespace {

@@ -24,7 +24,8 @@ std::vector<torch::jit::Value*> streams_of(torch::jit::Value* input);
 // The norm order of a block that reads `input` and adds to `residual`; kPost still needs a norm after the add.
 NormOrder norm_order(torch::jit::Value* input, torch::jit::Value* residual);
 
-// The norm behind `sum`, as in a post-norm block; null when there is none, or when others read `sum` too.
+// The norm behind `sum`, as in a post-norm block, seen through casts and copies; null when there is none, or when
+// others read `sum` too.
 torch::jit::Node* norm_after(torch::jit::Value* sum);
 
 }  // namespace torchgraft

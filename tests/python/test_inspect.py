@@ -15,6 +15,7 @@ import torch
 import torchgraft
 from grafted import base, grafted
 from models import VARIANTS, make_batch
+from odd_layers import Plain
 from test_cli import check_one_line, run, run_alone
 from test_drawing import entry, projection, structure
 from torchgraft import _commands
@@ -226,6 +227,29 @@ def test_what_inspect_writes_can_be_given_back(folder: Path, tmp_path: Path) -> 
     assert "in 2 layers: " in done.stdout
     table = run("inspect", folder / "base.pt", "--sites", tmp_path / "edited.json").stdout
     assert "layer.0.attention" not in table and "layer.1.attention" in table
+
+
+class _Again(torch.nn.Module):
+    """One layer that runs three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Plain()
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        for _ in range(3):
+            x = self.layer(x, mask)
+        return x
+
+
+def test_without_its_first_run_a_layer_shares_with_the_next() -> None:
+    module = torch.jit.script(_Again().eval())
+    sites = torchgraft.inspect(module)
+    assert [layer["shares"] for layer in sites["layers"]] == [None, 0, 0]
+    del sites["layers"][0]
+    assert [layer["shares"] for layer in torchgraft.inspect(module, sites=sites)["layers"]] == [None, 1]
+    grafted = torchgraft.graft(module, config="lora", name="task", sites=sites)
+    assert {key.split(".")[1] for key in grafted.state_dict() if key.startswith("adapters.")} == {"layer_1"}
 
 
 def test_the_table_says_all_that_is_known(capsys) -> None:
