@@ -43,6 +43,7 @@ if(TORCHGRAFT_BUILD_PATCH)
     patch/head.h
     patch/inspect.h
     patch/life.h
+    patch/load_module.h
     patch/save_adapter.h
     patch/train.h
     plan/adapter_weights.h

@@ -10,6 +10,7 @@
 #include <torchgraft/patch/forward_inputs.h>
 #include <torchgraft/patch/head.h>
 #include <torchgraft/patch/life.h>
+#include <torchgraft/patch/load_module.h>
 #include <torchgraft/patch/save_adapter.h>
 #include <torchgraft/patch/train.h>
 #include <torchgraft/plan/match_modules.h>
@@ -209,6 +210,7 @@ void bind_life(py::module_& m) {
 }
 
 void bind_files(py::module_& m) {
+  m.def("check_tensor_records", &torchgraft::check_tensor_records, NoGil());
   m.def(
       "load_adapter",
       [](const Module& module, const Spec& spec) { return torchgraft::load_adapter(module, spec_of(spec)); }, NoGil());

@@ -34,8 +34,11 @@ def load_module(path: str | Path) -> torch.jit.ScriptModule:
     """Loads a TorchScript file onto the CPU, or makes TorchScript of an exported program (.pt2). Python unpickles
     nothing in them.
 
+    The file is a program, and may do what any program may. Unlike `torch.jit.load` this refuses a file that holds less
+    of a tensor than its shape says, where whoever uses the tensor would read other memory.
+
     Raises:
-        GraftError: there is no file at `path`, or it is neither.
+        GraftError: there is no file at `path`, it is neither, or it is damaged.
     """
     path = Path(path)
     if not path.is_file():
@@ -44,11 +47,20 @@ def load_module(path: str | Path) -> torch.jit.ScriptModule:
         kind = kind_of(path)
         if kind is Kind.PROGRAM:
             return load_program(path)
+        if kind is Kind.SCRIPT:
+            _check_records(path)
         return torch.jit.load(str(path), map_location="cpu")
     except (RuntimeError, ValueError, OSError) as error:
         if isinstance(error, GraftError):
             raise
         raise GraftError(_refused(path, kind, error)) from error
+
+
+def _check_records(path: Path) -> None:
+    try:
+        patcher().check_tensor_records(str(path))
+    except GraftError as error:
+        raise RuntimeError(str(error)) from error  # as torch calls a file that it cannot load
 
 
 def _refused(path: Path, kind: Kind, error: Exception) -> str:
