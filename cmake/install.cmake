@@ -43,6 +43,7 @@ if(TORCHGRAFT_BUILD_PATCH)
     patch/head.h
     patch/inspect.h
     patch/life.h
+    patch/load_module.h
     patch/save_adapter.h
     patch/train.h
     plan/adapter_weights.h
@@ -52,7 +53,8 @@ if(TORCHGRAFT_BUILD_PATCH)
     plan/read_adapter_hub.h
     plan/regular_file.h
     plan/safetensors.h
-    plan/structure.h)
+    plan/structure.h
+    plan/temporary_file.h)
 endif()
 
 # Installed libraries look for libtorch where the host does, then where this build found it, so that a Python-less host

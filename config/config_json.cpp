@@ -17,7 +17,7 @@ using json::read_config;
 using json::written;
 
 MethodConfig read_method(const Json& json) {
-  TORCH_CHECK(json.is_object(), "config: expected an object, got ", json.dump());
+  TORCH_CHECK(json.is_object(), "config: expected an object, got ", shown_json(json));
   const Json architecture = json.contains("architecture") ? json.at("architecture") : Json();
   if (architecture.is_null() || architecture == "bottleneck") {
     return read_config(json, "BnConfig", BnConfig{}, [](auto& config, auto visit) { visit_bn_fields(config, visit); },
@@ -32,12 +32,12 @@ MethodConfig read_method(const Json& json) {
                        [](auto& config, auto visit) { visit_lora_fields(config, visit); });
   }
   TORCH_CHECK(architecture != "union", "config: a union inside a union is not possible");
-  TORCH_CHECK(false, "config: the architecture ", architecture.dump(),
+  TORCH_CHECK(false, "config: the architecture ", shown_json(architecture),
               " is not supported (supported: bottleneck, prefix_tuning, lora and unions of them)");
 }
 
 AdapterConfig read_adapter(const Json& json) {
-  TORCH_CHECK(json.is_object(), "config: expected a JSON object, got ", json.dump());
+  TORCH_CHECK(json.is_object(), "config: expected a JSON object, got ", shown_json(json));
   if (!json.contains("architecture") || json.at("architecture") != "union") {
     return AdapterConfig{{read_method(json)}};
   }

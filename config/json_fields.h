@@ -1,6 +1,7 @@
 #pragma once
 
 #include <torchgraft/config/fields.h>
+#include <torchgraft/registration/parse_json.h>
 
 #include <c10/util/Exception.h>
 #include <nlohmann/json.hpp>
@@ -21,10 +22,7 @@ using Json = nlohmann::json;
 using OrderedJson = nlohmann::ordered_json;
 
 [[noreturn]] inline void wrong_type(const std::string& field, const char* expected, const Json& value) {
-  constexpr size_t kLongest = 200;
-  const std::string text = value.dump();
-  TORCH_CHECK(false, "config: expected ", field, " to be ", expected, ", got ",
-              text.size() <= kLongest ? text : text.substr(0, kLongest) + "...");
+  TORCH_CHECK(false, "config: expected ", field, " to be ", expected, ", got ", shown_json(value));
 }
 
 // Whether `value` is a whole number that an int64 holds exactly.

@@ -19,7 +19,9 @@ namespace {
 
 using Json = nlohmann::json;
 
-constexpr uint64_t kLongestHeader = 100'000'000;
+// An entry of a header has some 100 bytes: this is room for 100,000 tensors, and parsed it takes about 20 times as much
+// memory.
+constexpr uint64_t kLongestHeader = uint64_t{16} << 20;
 constexpr int kDeepestHeader = 8;  // name -> entry -> list
 
 const std::map<std::string, at::ScalarType>& dtypes() {
@@ -48,7 +50,7 @@ Json parse_header(const std::string& path, const std::string& text) {
     } else if (event == Json::parse_event_t::object_end) {
       keys.pop_back();
     } else if (event == Json::parse_event_t::key && !keys.back().insert(parsed.get<std::string>()).second) {
-      fault = "its header has the name " + parsed.dump(-1, ' ', true, Json::error_handler_t::replace) + " twice";
+      fault = "its header has the name " + shown_json(parsed) + " twice";
     }
     return true;
   };
@@ -68,8 +70,7 @@ Entry parse_entry(const std::string& path, const std::string& name, const Json& 
   entry.name = name;
   const Json& dtype = json.at("dtype");
   const auto known = dtype.is_string() ? dtypes().find(dtype.get<std::string>()) : dtypes().end();
-  check(known != dtypes().end(),
-        "the dtype " + dtype.dump(-1, ' ', true, Json::error_handler_t::replace) + " is not known");
+  check(known != dtypes().end(), "the dtype " + shown_json(dtype) + " is not known");
   entry.dtype = known->second;
   check(json.at("shape").is_array() && json.at("shape").size() <= 64, "expected shape to be a list of sizes");
   uint64_t bytes = c10::elementSize(entry.dtype);
@@ -135,8 +136,9 @@ StateDict read_safetensors(const std::string& path, uint64_t most_bytes) {
   for (int i = 7; i >= 0; --i) {
     length = length << 8 | prefix[i];
   }
-  TORCH_CHECK(length <= kLongestHeader && length <= size - 8, path, ": its header claims ", length,
-              " bytes, the file has ", size - 8, " after the length; it is truncated or no safetensors file");
+  TORCH_CHECK(length <= size - 8, path, ": its header claims ", length, " bytes, the file has ", size - 8,
+              " after the length; it is truncated or no safetensors file");
+  TORCH_CHECK(length <= kLongestHeader, path, ": its header has ", length, " bytes, expected at most ", kLongestHeader);
   std::string text(length, '\0');
   file.read(text.data(), length, "its header");
   const std::vector<Entry> entries = parse_entries(path, parse_header(path, text), size - 8 - length);

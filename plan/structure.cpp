@@ -89,11 +89,12 @@ class FieldReader {
   T get(const char* key) const {
     TORCH_CHECK(json_.contains(key), name_, ": the field \"", key, "\" is missing");
     try {
-      const bool wraps = json_.at(key).is_number_unsigned() && json_.at(key).get<uint64_t>() > INT64_MAX;
-      TORCH_CHECK(!wraps, name_, ": expected \"", key, "\" below 2^63, got ", json_.at(key).dump());
+      // Products of two sizes fit into int64_t.
+      const bool is_large = json_.at(key).is_number_unsigned() && json_.at(key).get<uint64_t>() > INT32_MAX;
+      TORCH_CHECK(!is_large, name_, ": expected \"", key, "\" below 2^31, got ", shown_json(json_.at(key)));
       return json_.at(key).get<T>();
     } catch (const OrderedJson::exception&) {
-      TORCH_CHECK(false, name_, ": the field \"", key, "\" cannot be ", json_.at(key).dump());
+      TORCH_CHECK(false, name_, ": the field \"", key, "\" cannot be ", shown_json(json_.at(key)));
     }
   }
 

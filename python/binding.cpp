@@ -10,10 +10,12 @@
 #include <torchgraft/patch/forward_inputs.h>
 #include <torchgraft/patch/head.h>
 #include <torchgraft/patch/life.h>
+#include <torchgraft/patch/load_module.h>
 #include <torchgraft/patch/save_adapter.h>
 #include <torchgraft/patch/train.h>
 #include <torchgraft/plan/match_modules.h>
 #include <torchgraft/plan/safetensors.h>
+#include <torchgraft/plan/temporary_file.h>
 #include <torchgraft/registration/error_text.h>
 #include <torchgraft/registration/library.h>
 
@@ -208,6 +210,7 @@ void bind_life(py::module_& m) {
 }
 
 void bind_files(py::module_& m) {
+  m.def("check_tensor_records", &torchgraft::check_tensor_records, NoGil());
   m.def(
       "load_adapter",
       [](const Module& module, const Spec& spec) { return torchgraft::load_adapter(module, spec_of(spec)); }, NoGil());
@@ -226,9 +229,11 @@ void bind_files(py::module_& m) {
   // contents: the new files by name. See DirectoryUpdate.
   m.def("update_directory", [](const std::string& directory, const std::map<std::string, py::bytes>& contents,
                                const std::vector<std::string>& obsolete, const std::string& marker) {
+    const std::map<std::string, std::string_view> views(contents.begin(), contents.end());
+    const py::gil_scoped_release no_gil;
     torchgraft::DirectoryUpdate update(directory);
-    for (const auto& [name, content] : contents) {
-      update.stage(name, std::string(content));
+    for (const auto& [name, content] : views) {
+      update.stage(name, content);
     }
     update.commit(marker, obsolete);
   });
@@ -241,6 +246,36 @@ void bind_files(py::module_& m) {
       NoGil());
   m.def("read_safetensors", &torchgraft::read_safetensors, py::arg("path"),
         py::arg("most_bytes") = torchgraft::kMostWeightBytes, NoGil());
+}
+
+// `with TemporaryFile(target) as file:` deletes the file at the block's end unless keep() was called.
+class FileBlock {
+ public:
+  explicit FileBlock(const std::string& target) : file_(std::in_place, target) {}
+
+  torchgraft::TemporaryFile& file() {
+    TORCH_CHECK(file_, "TemporaryFile: expected to be used within its `with` block");
+    return *file_;
+  }
+  void end() { file_.reset(); }
+
+ private:
+  std::optional<torchgraft::TemporaryFile> file_;
+};
+
+void bind_temporary_file(py::module_& m) {
+  py::class_<FileBlock>(m, "TemporaryFile")
+      .def(py::init<const std::string&>(), NoGil())
+      .def("__enter__", [](FileBlock& block) -> FileBlock& { return block; })
+      .def("__exit__", [](FileBlock& block, const py::args&) { block.end(); })
+      .def("write",
+           [](FileBlock& block, const py::buffer& content) {
+             const py::buffer_info bytes = content.request();
+             const py::gil_scoped_release no_gil;
+             block.file().write(bytes.ptr, static_cast<size_t>(bytes.size * bytes.itemsize));
+           })
+      .def("keep", [](FileBlock& block) { block.file().keep(); }, NoGil());
+  m.def("remove_leftovers", &torchgraft::remove_leftovers, NoGil());
 }
 
 void bind_heads(py::module_& m) {
@@ -290,6 +325,7 @@ PYBIND11_MODULE(_C, m) {
   bind_text(m);
   bind_life(m);
   bind_files(m);
+  bind_temporary_file(m);
   bind_heads(m);
   bind_configs(m);
   bind_kernel_mode(m);

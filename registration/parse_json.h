@@ -51,6 +51,20 @@ inline std::string json_fault(std::string_view message) {
   return fault;
 }
 
+// A value for a message. A long one is cut, but not within a character.
+template <typename Json>
+std::string shown_json(const Json& value, size_t longest = 200) {
+  std::string text = value.dump(-1, ' ', false, Json::error_handler_t::replace);
+  if (text.size() <= longest) {
+    return text;
+  }
+  const auto is_inside = [&](size_t place) { return (static_cast<unsigned char>(text[place]) & 0xC0) == 0x80; };
+  while (longest > 0 && is_inside(longest)) {
+    --longest;
+  }
+  return text.substr(0, longest) + "...";
+}
+
 // Parses `text`. Throws c10::Error that begins with `source` (a file, a request) when it is not JSON, has a number
 // beyond the range of double or bad UTF-8, or is nested deeper than `deepest`. `watch`: see nlohmann's parse().
 template <typename Json = nlohmann::json>

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 120
 FILE_LINES, FUNCTION_LINES = 400, 60
-NOT_TEXT = {".png", ".svg", ".json", ".j2"}
+NOT_TEXT = {".png", ".svg", ".json", ".j2", ".bin"}
 
 # For each folder: what its sources may include of this project (folders, without those inside them, and headers),
 # and the prefixes of other libraries' headers. Every source may include the standard library, its own folder and
@@ -54,7 +54,7 @@ LAYERS: dict[str, tuple[str, str]] = {
     "patch/pool": ("patch/adapters patch/module", "ATen/ c10/ torch/csrc/jit/"),
     "patch": (
         "config plan patch/graph patch/canonicalise patch/sites patch/adapters patch/insert patch/module patch/pool",
-        "ATen/ c10/ torch/csrc/jit/ nlohmann/ sys/",
+        "ATen/ c10/ caffe2/serialize/ torch/csrc/jit/ nlohmann/ sys/",
     ),
     "python": (
         "config plan registration ops/kernel_mode.h patch patch/canonicalise patch/adapters",

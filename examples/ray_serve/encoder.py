@@ -35,7 +35,7 @@ class Encoder:
 
     def __init__(self, model: Path, adapters: Path, capacity: int, threads: int):
         torch.set_num_threads(threads)
-        module = torch.jit.load(model, map_location="cpu").eval()
+        module = torchgraft.load_module(model).eval()
         self._inputs = torchgraft.forward_inputs(module.forward)
         if not self._inputs.takes_mask:
             raise torchgraft.GraftError(f"{model}: forward takes no mask; examples/server runs it on unpadded rows")

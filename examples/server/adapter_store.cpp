@@ -1,5 +1,7 @@
 #include "adapter_store.h"
 
+#include "log.h"
+
 #include <torchgraft/patch/check_room.h>
 #include <torchgraft/patch/life.h>
 #include <torchgraft/patch/save_adapter.h>
@@ -7,7 +9,6 @@
 
 #include <algorithm>
 #include <cctype>
-#include <iostream>
 
 namespace {
 
@@ -42,7 +43,7 @@ std::vector<std::string> names_in(const std::filesystem::path& folder) {
 bool is_grafted(const torch::jit::Module& module) { return module.find_method("adapter_names").has_value(); }
 
 void report(const std::string& name, const std::string& why) {
-  std::cerr << "adapter " << name << " cannot be served: " << torchgraft::one_line(why) << "\n";
+  log_line("adapter " + name + " cannot be served: " + torchgraft::one_line(why));
 }
 
 // The configurations in the folder, each once, with the names of their adapters.

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "model.h"
+#include "predict_request.h"
 
 #include <torchgraft/patch/adapter_pool.h>
 
@@ -10,15 +11,8 @@
 #include <mutex>
 #include <optional>
 #include <set>
-#include <stdexcept>
 #include <string>
 #include <vector>
-
-// Why the server refuses a request, and the status of the answer.
-struct RequestError : std::runtime_error {
-  RequestError(int code, const std::string& message) : std::runtime_error(message), status(code) {}
-  int status;
-};
 
 // The adapters of a folder, one directory each (adapter_config.json, adapter.safetensors), and of the model's file. A
 // pool holds some of them in memory.

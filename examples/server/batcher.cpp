@@ -1,7 +1,8 @@
 #include "batcher.h"
 
+#include "log.h"
+
 #include <algorithm>
-#include <iostream>
 #include <utility>
 
 Batcher::Batcher(const BatchLimits& limits, int workers, Run run) : limits_(limits), run_(std::move(run)) {
@@ -89,7 +90,7 @@ void Batcher::serve() {
     try {
       run_(std::move(batch));
     } catch (const std::exception& error) {  // out of memory: this batch is lost, the next ones run
-      std::cerr << "server: a batch was dropped: " << error.what() << "\n";
+      log_line(std::string("server: a batch was dropped: ") + error.what());
     }
     lock.lock();
   }

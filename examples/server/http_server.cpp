@@ -48,6 +48,10 @@ bool is_same_name(std::string_view a, std::string_view b) {
                     [](unsigned char x, unsigned char y) { return std::tolower(x) == std::tolower(y); });
 }
 
+bool has_control(std::string_view value) {
+  return std::any_of(value.begin(), value.end(), [](unsigned char c) { return (c < ' ' && c != '\t') || c == 0x7f; });
+}
+
 MHD_Result read_header(void* framing, MHD_ValueKind, const char* key, const char* text) {
   auto& result = *static_cast<Framing*>(framing);
   const std::string_view name = key ? key : "";
@@ -55,6 +59,8 @@ MHD_Result read_header(void* framing, MHD_ValueKind, const char* key, const char
   ++result.headers;
   if (!is_token(name)) {
     result.fault = "expected a header's name without spaces and marks before its colon";
+  } else if (has_control(value)) {  // a carriage return, where another reader may see the end of the line
+    result.fault = "expected a header's value without control characters";
   } else if (is_same_name(name, MHD_HTTP_HEADER_CONTENT_LENGTH)) {
     ++result.lengths;
     if (value.empty() || !std::all_of(value.begin(), value.end(), [](unsigned char c) { return std::isdigit(c); })) {

@@ -3,9 +3,11 @@
 
 #include "adapter_store.h"
 #include "http_server.h"
+#include "log.h"
 #include "routes.h"
 #include "service.h"
 
+#include <torchgraft/patch/load_module.h>
 #include <torchgraft/registration/error_text.h>
 
 #include <ATen/Parallel.h>
@@ -116,7 +118,8 @@ unsigned connections_within_limits(unsigned wanted) {
                              std::to_string(files.rlim_cur));
   }
   const auto fitting = static_cast<unsigned>(files.rlim_cur - kOtherFiles);
-  std::cerr << "server: " << fitting << " connections at most: " << files.rlim_cur << " files may be open\n";
+  log_line("server: " + std::to_string(fitting) + " connections at most: " + std::to_string(files.rlim_cur) +
+           " files may be open");
   return fitting;
 }
 
@@ -153,13 +156,13 @@ constexpr std::chrono::seconds kGrace(5);
 void end_after(std::chrono::seconds time) {
   std::thread([time] {
     std::this_thread::sleep_for(time);
-    std::cerr << "server: gave up waiting for what is under way\n";
+    log_line("server: gave up waiting for what is under way");
     std::_Exit(1);
   }).detach();
 }
 
 torch::jit::Module load(const std::string& path) {
-  torch::jit::Module module = torch::jit::load(path, torch::kCPU);
+  torch::jit::Module module = torchgraft::load_module(path);
   module.eval();
   return module;
 }

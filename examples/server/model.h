@@ -1,5 +1,7 @@
 #pragma once
 
+#include "predict_request.h"
+
 #include <torchgraft/patch/forward_inputs.h>
 
 #include <torch/csrc/jit/api/module.h>
@@ -8,12 +10,6 @@
 #include <optional>
 #include <string>
 #include <vector>
-
-using TokenRows = std::vector<std::vector<int64_t>>;
-
-// What the server answers for a row: the hidden state of its first token, the mean over its own tokens, or the logits
-// of its adapter's head.
-enum class Pooling { kFirst, kMean, kHead };
 
 // The answer for one row: numbers, or `columns` numbers for each of its tokens.
 struct Output {

@@ -1,5 +1,7 @@
 #include "routes.h"
 
+#include "predict_request.h"
+
 #include <torchgraft/registration/error_text.h>
 #include <torchgraft/registration/parse_json.h>
 
@@ -17,83 +19,6 @@ namespace {
 using nlohmann::json;
 
 constexpr const char* kAdapters = "/v1/adapters";
-
-struct PredictBody {
-  std::string adapter;  // empty: the base model
-  TokenRows rows;
-  std::optional<Pooling> pooling;
-};
-
-constexpr int kDeepestBody = 4;  // body -> input_ids -> row -> id
-
-// A value for a message: of lists and objects only the kind, for they may be as long as a body.
-std::string shown(const json& value) {
-  if (value.is_structured()) {
-    return value.is_array() ? "a list" : "an object";
-  }
-  const std::string text = value.dump(-1, ' ', false, json::error_handler_t::replace);
-  return text.size() <= 40 ? text : text.substr(0, 40) + "...";
-}
-
-TokenRows read_rows(const json& list) {
-  if (!list.is_array()) {
-    throw RequestError(400, "\"input_ids\": expected a list of lists of integers, got " + shown(list));
-  }
-  TokenRows rows;
-  for (const json& row : list) {
-    const std::string place = "\"input_ids\"[" + std::to_string(rows.size()) + "]";
-    if (!row.is_array()) {
-      throw RequestError(400, place + ": expected a list of integers, got " + shown(row));
-    }
-    auto& ids = rows.emplace_back();
-    for (const json& id : row) {
-      if (!id.is_number_integer() || id < 0 || (id.is_number_unsigned() && id.get<uint64_t>() > INT64_MAX)) {
-        throw RequestError(400, place + ": expected token ids, integers from 0, got " + shown(id));
-      }
-      ids.push_back(id.get<int64_t>());
-    }
-  }
-  return rows;
-}
-
-json parse_body(const std::string& text) {
-  try {
-    return torchgraft::parse_json(text, "the body", kDeepestBody);
-  } catch (const c10::Error& error) {
-    throw RequestError(400, error.what_without_backtrace());
-  }
-}
-
-PredictBody read_predict(const std::string& text) {
-  const json body = parse_body(text);
-  if (!body.is_object()) {
-    throw RequestError(400, R"(expected {"adapter": name or null, "input_ids": [[...]]}, got )" + shown(body));
-  }
-  PredictBody result;
-  for (const auto& [key, value] : body.items()) {
-    if (key == "adapter") {
-      if (!value.is_null() && !(value.is_string() && !value.get_ref<const std::string&>().empty())) {
-        throw RequestError(400, "\"adapter\": expected a name, or null for the base model, got " + shown(value));
-      }
-      result.adapter = value.is_null() ? "" : value.get<std::string>();
-    } else if (key == "input_ids") {
-      result.rows = read_rows(value);
-    } else if (key == "pooling") {
-      if (value != "first" && value != "mean") {
-        throw RequestError(400, "\"pooling\": expected \"first\" or \"mean\", got " + shown(value));
-      }
-      result.pooling = value == "mean" ? Pooling::kMean : Pooling::kFirst;
-    } else if (key == "texts") {
-      throw RequestError(400, "\"texts\": this server takes token ids; client.py beside it makes them of texts");
-    } else {
-      throw RequestError(400, "unknown field " + shown(key));
-    }
-  }
-  if (!body.contains("input_ids")) {
-    throw RequestError(400, "\"input_ids\" is missing");
-  }
-  return result;
-}
 
 // The shortest text that reads back as the same float; null for infinities and NaN, which JSON does not have.
 void append_number(std::string& text, float value) {
@@ -187,7 +112,7 @@ void Routes::dispatch(const HttpRequest& request, const Respond& respond) {
 
 void Routes::predict(const HttpRequest& request, const Respond& respond) {
   const auto start = std::chrono::steady_clock::now();
-  PredictBody body = read_predict(request.body);
+  PredictRequest body = parse_predict(request.body);
   service_.predict(
       body.adapter, std::move(body.rows), body.pooling,
       [this, start, adapter = body.adapter, respond](const Service::Prediction& prediction, const RequestError* error) {

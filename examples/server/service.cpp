@@ -1,12 +1,13 @@
 #include "service.h"
 
+#include "log.h"
+
 #include <torchgraft/registration/error_text.h>
 
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
-#include <iostream>
 #include <iterator>
 #include <map>
 #include <memory>
@@ -85,7 +86,7 @@ void JobThread::serve() {
     try {
       job();
     } catch (const std::exception& error) {  // out of memory for an answer
-      std::cerr << "server: a request was dropped: " << error.what() << "\n";
+      log_line(std::string("server: a request was dropped: ") + error.what());
     }
     job = nullptr;  // before the lock: freeing what it holds may take long
     lock.lock();

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <c10/util/hash.h>
+#include <torchgraft/plan/temporary_file.h>
 
 #include <cstring>
 #include <filesystem>
@@ -64,13 +65,6 @@ const at::Tensor& take_like(const StateDict& tensors, const std::string& where, 
   return take(tensors, where, key, other.scalar_type(), other.sizes());
 }
 
-// Whether write_safetensors() gives a file that will become `target` this name: TARGET.XXXXXX.tmp.
-bool is_temporary(const std::string& name, const std::string& target) {
-  const std::string begin = target + ".";
-  const std::string end = ".tmp";
-  return name.size() == begin.size() + 6 + end.size() && name.starts_with(begin) && name.ends_with(end);
-}
-
 at::Tensor generator_state() { return at::detail::getDefaultCPUGenerator().get_state(); }
 
 }  // namespace
@@ -80,15 +74,7 @@ CheckpointFile::CheckpointFile(std::string path, Settings settings)
 
 bool CheckpointFile::exists() const { return std::filesystem::exists(path_); }
 
-void CheckpointFile::remove_leftovers() const {
-  const std::filesystem::path file(path_);
-  std::error_code error;
-  for (const auto& entry : std::filesystem::directory_iterator(file.parent_path(), error)) {
-    if (is_temporary(entry.path().filename().string(), file.filename().string())) {
-      std::filesystem::remove(entry.path(), error);
-    }
-  }
-}
+void CheckpointFile::remove_leftovers() const { torchgraft::remove_leftovers(path_); }
 
 void CheckpointFile::write(const Position& position, const NamedParameters& parameters,
                            const torch::optim::AdamW& optimizer, const StateDict& best) const {

@@ -1,11 +1,12 @@
 #include "classifier.h"
 
 #include <torchgraft/patch/head.h>
+#include <torchgraft/patch/load_module.h>
 #include <torchgraft/patch/save_adapter.h>
 #include <torchgraft/patch/train.h>
+#include <torchgraft/registration/error_text.h>
 
 #include <ATen/ATen.h>
-#include <torch/csrc/jit/serialization/import.h>
 
 #include <algorithm>
 #include <filesystem>
@@ -16,9 +17,10 @@ torch::jit::Module load(const std::string& path) {
   TORCH_CHECK(std::filesystem::exists(path), path, ": no such file");
   torch::jit::Module module;
   try {
-    module = torch::jit::load(path, at::kCPU);
+    module = torchgraft::load_module(path);
   } catch (const c10::Error& error) {
-    TORCH_CHECK(false, path, ": not a TorchScript file that this libtorch can read");
+    TORCH_CHECK(false, path, ": not a TorchScript file that this libtorch can read (", torchgraft::one_line(error),
+                ")");
   }
   module.eval();
   return module;

@@ -1,13 +1,13 @@
 #include <torchgraft/patch/adapters/directory_update.h>
 
 #include <torchgraft/plan/safetensors.h>
+#include <torchgraft/plan/temporary_file.h>
 
 #include <c10/util/Exception.h>
 
 #include <unistd.h>
 
 #include <filesystem>
-#include <regex>
 
 namespace torchgraft {
 namespace fs = std::filesystem;
@@ -22,18 +22,18 @@ DirectoryUpdate::DirectoryUpdate(std::string directory) : directory_(std::move(d
   }
 }
 
-// The lock says that no living process owns them.
-void DirectoryUpdate::remove_leftovers() {
-  static const std::regex kLeftover(R"(\.[A-Za-z_.]+\.[0-9]+\.new(\.[A-Za-z0-9]{6}\.tmp)?)");
+// The directory's lock says that no living process owns staged files. Files that are being written have their own.
+void DirectoryUpdate::remove_leftovers() const {
   std::error_code ignored;
   std::vector<fs::path> leftovers;
   for (fs::directory_iterator entry(directory_, ignored), end; !ignored && entry != end; entry.increment(ignored)) {
-    if (std::regex_match(entry->path().filename().string(), kLeftover)) {
+    const std::string name = entry->path().filename().string();
+    if (name.starts_with('.') && name.ends_with(kTemporaryEnd)) {
       leftovers.push_back(entry->path());
     }
   }
   for (const fs::path& path : leftovers) {
-    fs::remove(path, ignored);
+    delete_if_dead(path.string());
   }
 }
 
@@ -46,7 +46,7 @@ DirectoryUpdate::~DirectoryUpdate() {
 
 // Where there are no locks, two processes may save into one directory at once.
 std::string DirectoryUpdate::staged_path(const std::string& name) const {
-  return path_of("." + name + "." + std::to_string(getpid()) + ".new");
+  return path_of("." + name + "." + std::to_string(getpid()) + kTemporaryEnd);
 }
 
 std::string DirectoryUpdate::stage(const std::string& name) {

@@ -36,7 +36,7 @@ class TORCHGRAFT_PATCH_API DirectoryUpdate {
   std::string path_of(const std::string& name) const { return directory_ + "/" + name; }
   std::string staged_path(const std::string& name) const;
 
-  void remove_leftovers();
+  void remove_leftovers() const;
 
   std::string directory_;
   std::optional<DirectoryLock> lock_;

@@ -8,6 +8,7 @@ Importing the package registers the operators. A process that only serves need n
 `torch.ops.load_library(PATH)` with the path of libtorchgraft.so, then `torch.jit.load`.
 """
 
+from ._files import load_module
 from ._libraries import library_path, load_operators
 from ._reading import parse_json
 from ._text import forward_inputs
@@ -90,6 +91,7 @@ __all__ = [
     "load_adapter",
     "load_adapter_directory",
     "load_banks",
+    "load_module",
     "lower",
     "match_adapter",
     "merge_adapter",

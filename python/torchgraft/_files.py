@@ -1,18 +1,14 @@
 """TorchScript files on disk, and the errors of commands."""
 
-import contextlib
-import fcntl
-import os
-import re
 import stat
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import IO
 
 import torch
 
 from ._kinds import Kind, kind_of
+from ._libraries import patcher
 from .errors import GraftError
 from .programs.load_program import load_program
 
@@ -23,6 +19,8 @@ EXPECTED_ERRORS = (GraftError, OSError, RuntimeError, MemoryError, torch.jit.Err
 # The folder of `_extra_files` inside a TorchScript file.
 _EXTRA = "extra/"
 
+_PART_BYTES = 1 << 24
+
 
 def reason(error: BaseException) -> str:
     """Returns the message of an error, without the C++ stack that torch's messages carry."""
@@ -32,24 +30,37 @@ def reason(error: BaseException) -> str:
     return text.split(" This is an internal miniz error.")[0].rstrip(".")  # the rest tells users to report a bug
 
 
-def load_module(path: Path) -> torch.jit.ScriptModule:
+def load_module(path: str | Path) -> torch.jit.ScriptModule:
     """Loads a TorchScript file onto the CPU, or makes TorchScript of an exported program (.pt2). Python unpickles
     nothing in them.
 
+    The file is a program, and may do what any program may. Unlike `torch.jit.load` this refuses a file that holds less
+    of a tensor than its shape says, where whoever uses the tensor would read other memory.
+
     Raises:
-        GraftError: there is no file at `path`, or it is neither.
+        GraftError: there is no file at `path`, it is neither, or it is damaged.
     """
+    path = Path(path)
     if not path.is_file():
         raise GraftError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
     try:
         kind = kind_of(path)
         if kind is Kind.PROGRAM:
             return load_program(path)
+        if kind is Kind.SCRIPT:
+            _check_records(path)
         return torch.jit.load(str(path), map_location="cpu")
     except (RuntimeError, ValueError, OSError) as error:
         if isinstance(error, GraftError):
             raise
         raise GraftError(_refused(path, kind, error)) from error
+
+
+def _check_records(path: Path) -> None:
+    try:
+        patcher().check_tensor_records(str(path))
+    except GraftError as error:
+        raise RuntimeError(str(error)) from error  # as torch calls a file that it cannot load
 
 
 def _refused(path: Path, kind: Kind, error: Exception) -> str:
@@ -135,56 +146,12 @@ def write_whole(content: bytes, path: Path) -> None:
     """
     check_writable(path)
     target = path.resolve()  # a symbolic link stays, the file behind it is replaced
-    temporary = None
-    _delete_dead_temporaries(target)
-    try:
-        with _locked_temporary(target) as file:
-            temporary = Path(file.name)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)
-            os.replace(temporary, target)
-            temporary = None
-    except OSError as error:
-        raise GraftError(f"{path}: cannot write ({error.strerror or error})") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+    with patcher().TemporaryFile(str(target)) as file:
+        for start in range(0, len(content), _PART_BYTES):  # signals are heard between the parts
+            file.write(memoryview(content)[start : start + _PART_BYTES])
+        file.keep()
 
 
-def _locked_temporary(target: Path) -> IO[bytes]:
-    """A file that _delete_dead_temporaries() leaves alone as long as this process has it open."""
-    while True:
-        file = tempfile.NamedTemporaryFile(  # noqa: SIM115
-            dir=target.parent, prefix=f".{target.name}.", suffix=".tmp", delete=False
-        )
-        # Where the file system has no locks, nobody deletes either.
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        if os.fstat(file.fileno()).st_nlink > 0:
-            return file
-        file.close()  # another process has deleted it before it was locked
-
-
-def _delete_dead_temporaries(target: Path) -> None:
-    """Deletes the files of _locked_temporary() for `target` that no living process has open."""
-    name = re.compile(re.escape(f".{target.name}.") + r"[a-z0-9_]{8}\.tmp")
-    with contextlib.suppress(OSError), os.scandir(target.parent) as entries:
-        for entry in [entry for entry in entries if name.fullmatch(entry.name)]:
-            with contextlib.suppress(OSError):
-                _delete_if_dead(entry.path)
-
-
-def _delete_if_dead(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        status = os.fstat(descriptor)
-        # As tempfile makes them.
-        if stat.S_IFMT(status.st_mode) == stat.S_IFREG and status.st_uid == os.geteuid() and not status.st_mode & 0o077:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.unlink(path)
-    finally:
-        os.close(descriptor)
+def remove_leftovers(path: Path) -> None:
+    """Removes the temporary files that processes left beside `path` when they were killed in write_whole()."""
+    patcher().remove_leftovers(str(path.resolve()))

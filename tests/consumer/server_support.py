@@ -110,7 +110,7 @@ class Server:
     """One process; ends with the `with` block. Its program: examples/server's, or another that takes the same. In
     `errors` is what it has written to stderr, once it has ended.
 
-    open_files: its soft and hard limit. environment: more of it.
+    open_files: its soft and hard limit. environment: more of it. log: its stderr; then `errors` stays empty.
     """
 
     def __init__(
@@ -121,6 +121,7 @@ class Server:
         *options: object,
         open_files: tuple[int, int] | None = None,
         environment: dict[str, str] | None = None,
+        log: int | None = None,
     ):
         inherited = {key: value for key, value in os.environ.items() if key != "LD_LIBRARY_PATH"}
         words = program if isinstance(program, list) else [program]
@@ -130,7 +131,7 @@ class Server:
         self._process = subprocess.Popen(
             [str(part) for part in command],
             stdout=subprocess.PIPE,
-            stderr=self._log,
+            stderr=self._log if log is None else log,
             text=True,
             env=inherited | (environment or {}),
             preexec_fn=open_files and (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, open_files)),

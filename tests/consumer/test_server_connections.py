@@ -91,6 +91,8 @@ AMBIGUOUS = {
     "a length with a sign": LENGTH.replace(b": ", b": +"),
     "a list of lengths": LENGTH.replace(b"\r", b", %d\r" % len(BODY)),
     "a length in words": b"Content-Length: many\r\n",
+    "a carriage return in a value": LENGTH + b"X-A: b\rTransfer-Encoding: chunked\r\n",
+    "another control character": LENGTH + b"X-A: b\x01\r\n",
 }
 
 

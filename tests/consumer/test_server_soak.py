@@ -97,7 +97,7 @@ def held(server: Server) -> tuple[int, int, int]:
 
 
 def live(server: Server, models: Path, folder: Path, seconds: float) -> list[tuple]:
-    stop, slowest = threading.Event(), 0.0
+    stop = threading.Event()
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         jobs = [pool.submit(vandal, server, models, folder, seed, stop) for seed in range(2)]
         jobs += [pool.submit(rude_client, server, seed, stop) for seed in range(3)]
@@ -105,15 +105,12 @@ def live(server: Server, models: Path, folder: Path, seconds: float) -> list[tup
         end = time.monotonic() + seconds
         try:
             while time.monotonic() < end and not any(job.done() for job in [*jobs, *clients]):
-                begun = time.monotonic()
                 assert server.ask("GET", "/healthz") == (200, {"status": "ok"})
-                slowest = max(slowest, time.monotonic() - begun)
                 time.sleep(0.05)
         finally:
             stop.set()
         for job in jobs:
             job.result(timeout=60)
-        assert slowest < 20
         return [answer for each in clients for answer in each.result(timeout=60)]
 
 

@@ -3,8 +3,10 @@
 import hashlib
 import os
 import pty
+import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,7 +139,7 @@ def accident(tmp_path_factory) -> dict[str, str]:
 
 def test_killed_three_times_it_ends_with_the_same_weights(train_program, folder, trained, tmp_path, accident) -> None:
     arguments = command(train_program, folder, tmp_path, *LONG, "--validation", folder / "validation.safetensors")
-    kept = [tmp_path / f"checkpoint.safetensors.{ending}" for ending in ("backup", "a1B2c3.tmp.old")]
+    kept = [tmp_path / f".checkpoint.safetensors.{end}" for end in ("a1B2c3.tmp", "a1B2c3.torchgraft-tmp.old")]
     for path in kept:
         path.write_bytes(b"the user's")
     # Checkpoints: one before the first step, after each third, and after each epoch, which has ten. (Epoch, its step.)
@@ -146,10 +148,26 @@ def test_killed_three_times_it_ends_with_the_same_weights(train_program, folder,
         assert killed.returncode == -signal.SIGKILL
         checkpoint = load_file(tmp_path / "checkpoint.safetensors")
         assert tuple(checkpoint["position"][:2].tolist()) == place
-        assert len(list(tmp_path.glob("checkpoint.safetensors.??????.tmp"))) == 1  # of this process only
+        assert len(list(tmp_path.glob(".checkpoint.safetensors.??????.torchgraft-tmp"))) == 1  # of this process only
     resumed = run(*arguments)
     assert "going on in epoch 3, step 1 of 10" in resumed.stderr
-    assert not list(tmp_path.glob("*.tmp")) and all(path.read_bytes() == b"the user's" for path in kept)
+    assert not list(tmp_path.glob("*.torchgraft-tmp")) and all(path.read_bytes() == b"the user's" for path in kept)
+    check_equal_weights(tmp_path, trained)
+
+
+@pytest.mark.slow(seconds=60)
+def test_killed_at_any_instant_it_ends_with_the_same_weights(train_program, folder, trained, tmp_path) -> None:
+    arguments = command(train_program, folder, tmp_path, *LONG, "--validation", folder / "validation.safetensors")
+    source, kills = random.Random(0), 0
+    while kills < 30:
+        try:  # a run that is over in time has ended well, and the next one begins anew
+            subprocess.run(arguments, capture_output=True, check=True, timeout=source.uniform(0.3, 1.5))
+            check_equal_weights(tmp_path, trained)
+            shutil.rmtree(tmp_path)
+        except subprocess.TimeoutExpired:  # run() has killed it
+            kills += 1
+    run(*arguments)
+    assert not list(tmp_path.glob(".*"))
     check_equal_weights(tmp_path, trained)
 
 
@@ -316,7 +334,7 @@ def test_a_checkpoint_of_another_run_or_damaged_is_refused(train_program, folder
     output = tmp_path / "out"
     run(*command(train_program, folder, output, "--epochs", 1))
     other = command(train_program, folder, output, "--epochs", 2)
-    half = output / "checkpoint.safetensors.a1B2c3.tmp"  # of a process that may go on with those settings
+    half = output / ".checkpoint.safetensors.a1B2c3.torchgraft-tmp"  # of a process that may go on with those settings
     half.write_bytes(b"half")
     failed = attempt(*other)
     assert failed.returncode == 1 and "is of a run with --epochs 1, now it is 2" in failed.stderr

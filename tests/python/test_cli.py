@@ -266,11 +266,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(case: str, folder: Path, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-# What happens while the new file is synced, the exit status, what is said.
+# What happens while the new file is written, the exit status, what is said.
 ACCIDENTS = {
     "Ctrl-C": ("os.kill(os.getpid(), signal.SIGINT)", 130, "interrupted"),
     "terminated": ("os.kill(os.getpid(), signal.SIGTERM)", 143, "terminated"),
-    "disk full": ("raise OSError(errno.ENOSPC, 'No space left on device')", 1, "cannot write (No space left on"),
+    "disk full": ("resource.setrlimit(resource.RLIMIT_FSIZE, (99, 99))", 1, "out.pt: cannot write (File too large"),
 }
 
 
@@ -282,12 +282,15 @@ def test_an_accident_while_writing_leaves_the_old_output(case: str, folder: Path
     script = str(ROOT / "scripts" / "graft.py")
     arguments = [script, "add", str(folder / "base.pt"), "-o", str(out), "--config", "lora", "--name", "task"]
     program = f"""
-import errno, os, runpy, signal, sys
+import os, resource, runpy, signal, sys
+sys.path.insert(0, {str(ROOT / "python")!r})
+from torchgraft._libraries import patcher
+original = patcher().TemporaryFile.write
 
-def fsync(descriptor):
+def write(file, content):
     {accident}
-
-os.fsync = fsync
+    original(file, content)
+patcher().TemporaryFile.write = write
 sys.argv = {arguments!r}
 runpy.run_path({script!r}, run_name="__main__")
 """

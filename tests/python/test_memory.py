@@ -12,7 +12,7 @@ from grafted import base
 from models import HIDDEN
 
 MIB = 2**20
-REPLACEMENTS, ALLOWED = 60, 12 * MIB  # a clone that stayed would take 0.7 MiB for these three layers
+ALLOWED = 0.2 * MIB  # for each replacement: a clone that stayed would take 0.7 MiB for these three layers
 
 
 def _resident() -> int:
@@ -26,7 +26,10 @@ def grafted() -> torch.jit.ScriptModule:
 
 
 @pytest.mark.parametrize("change", ["graft", "load_adapter", "rename_adapter", "lower", "replace_adapter"])
-def test_replacing_a_module_gives_its_memory_back(grafted: torch.jit.ScriptModule, change: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("replacements", [60, pytest.param(200, marks=pytest.mark.slow(seconds=40))])
+def test_replacing_a_module_gives_its_memory_back(
+    grafted: torch.jit.ScriptModule, change: str, replacements: int, tmp_path: Path
+) -> None:
     torchgraft.save_adapter(grafted, "task", tmp_path)
     source = base("bert_sdpa", torch.float32)
 
@@ -45,9 +48,9 @@ def test_replacing_a_module_gives_its_memory_back(grafted: torch.jit.ScriptModul
     for _ in range(10):  # what is allocated once
         module = changes[change](module)
     before = _resident()
-    for _ in range(REPLACEMENTS):
+    for _ in range(replacements):
         module = changes[change](module)
-    assert _resident() - before < ALLOWED
+    assert _resident() - before < replacements * ALLOWED
 
 
 def test_an_error_in_the_copy_of_a_copy_that_is_gone_is_an_error(tmp_path: Path) -> None:

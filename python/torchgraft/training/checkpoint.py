@@ -108,9 +108,3 @@ def check_same_run(state: TrainingState, settings: dict[str, Any], path: Path) -
     if changed:
         told = ", ".join(f"{name} was {state.settings.get(name)}, is {settings.get(name)}" for name in changed)
         raise GraftError(f"{path}: the checkpoint is of another run: {told}; give those settings, or start anew")
-
-
-def remove_leftovers(path: Path) -> None:
-    """Removes the temporary files that a process left beside `path` when it was killed while it wrote."""
-    for temporary in path.parent.glob(f".{path.name}.*.tmp"):
-        temporary.unlink(missing_ok=True)

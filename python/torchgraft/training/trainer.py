@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from .. import trainable_parameters
+from .._files import remove_leftovers
 from .._text import text_arguments
 from ..errors import GraftError
 from .batches import Batch, EncodedExamples, collate, scoring_batches, training_batches
@@ -21,7 +22,6 @@ from .checkpoint import (
     TrainingState,
     check_same_run,
     load_checkpoint,
-    remove_leftovers,
     save_checkpoint,
 )
 from .listeners import Listener

@@ -32,6 +32,15 @@ std::string nested(size_t levels, const std::string& open = "[", const std::stri
   return text;
 }
 
+TEST(ParseJson, ALongValueIsCutBetweenCharacters) {
+  const nlohmann::json umlauts = "\u00e4\u00e4\u00e4\u00e4";  // "ää" has six bytes with its quotation marks
+  EXPECT_EQ(shown_json(umlauts), "\"\u00e4\u00e4\u00e4\u00e4\"");
+  EXPECT_EQ(shown_json(umlauts, 10), "\"\u00e4\u00e4\u00e4\u00e4\"");
+  EXPECT_EQ(shown_json(umlauts, 5), "\"\u00e4\u00e4...");
+  EXPECT_EQ(shown_json(umlauts, 4), "\"\u00e4...");
+  EXPECT_EQ(shown_json(nlohmann::json("\xff"), 9), "\"\ufffd\"");
+}
+
 TEST(ParseJson, NestingHasALimit) {
   EXPECT_TRUE(parse_json(nested(kDeepestJson), "a.json").is_array());
   EXPECT_TRUE(parse_json("[[]]", "a.json", 2).is_array());

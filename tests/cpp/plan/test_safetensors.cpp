@@ -92,6 +92,17 @@ TEST_F(Safetensors, OnlyRegularFilesAreRead) {
   alarm(0);
 }
 
+// Parsed, a header takes many times its size.
+TEST_F(Safetensors, AHeaderThatNoRealFileHasIsNotParsed) {
+  constexpr uint64_t kLength = (uint64_t{16} << 20) + 1;
+  std::ofstream file(path(), std::ios::binary);
+  file.write(reinterpret_cast<const char*>(&kLength), sizeof(kLength)) << "{}" << std::string(kLength - 2, ' ');
+  file.close();
+  EXPECT_NE(
+      error_of([&] { read_safetensors(path()); }).find("its header has 16777217 bytes, expected at most 16777216"),
+      std::string::npos);
+}
+
 TEST_F(Safetensors, AFileThatIsTooLargeIsNotRead) {
   write_safetensors({{"a", at::ones({5})}}, path());
   const auto size = std::filesystem::file_size(path());
@@ -103,23 +114,57 @@ TEST_F(Safetensors, AFileThatIsTooLargeIsNotRead) {
             std::string::npos);
 }
 
-TEST_F(Safetensors, WhatAKilledWriterLeftIsDeletedByTheNextOne) {
+// A process that is killed at the end of `write`.
+template <typename Write>
+void die_in(Write write) {
   const pid_t child = fork();
-  if (child == 0) {  // killed while its file is open
-    TemporaryFile file(path());
-    file.write("half", 4);
+  if (child == 0) {
+    write();
     raise(SIGKILL);
   }
   waitpid(child, nullptr, 0);
+}
+
+TEST_F(Safetensors, WhatAKilledWriterLeftIsDeletedByTheNextOne) {
+  die_in([&] {
+    TemporaryFile file(path());
+    file.write("half", 4);
+    // As it is between the change of its permissions and its renaming.
+    const auto made = std::filesystem::directory_iterator(folder_)->path();
+    std::filesystem::permissions(made, std::filesystem::perms(0644));
+    raise(SIGKILL);
+  });
   EXPECT_EQ(files(), 1u);
-  std::ofstream(folder_ / "a.safetensors.backup.tmp") << "the user's";
+  for (const char* name :
+       {"a.safetensors.backup.tmp", ".a.safetensors.1.new", ".b.safetensors.abcdef.torchgraft-tmp"}) {
+    std::ofstream(folder_ / name) << "the user's";
+  }
+  EXPECT_EQ(files(), 4u);
   TemporaryFile alive(path());
-  EXPECT_EQ(files(), 2u);
+  EXPECT_EQ(files(), 4u);
   write_file(path(), "new");
-  EXPECT_EQ(files(), 3u);  // the user's, that of the living writer, and what was written
+  EXPECT_EQ(files(), 5u);  // the user's, that of the living writer, and what was written
   alive.write("last", 4);
   alive.keep();
   EXPECT_EQ(std::filesystem::file_size(path()), 4u);
+  die_in([&] {
+    TemporaryFile file(path());
+    raise(SIGKILL);
+  });
+  EXPECT_EQ(files(), 5u);
+  remove_leftovers(path());
+  EXPECT_EQ(files(), 4u);
+}
+
+TEST_F(Safetensors, APermissionStaysAndTheUmaskHoldsForNewFiles) {
+  const auto mode = [&] { return std::filesystem::status(path()).permissions(); };
+  const mode_t before = umask(027);
+  write_file(path(), "new");
+  EXPECT_EQ(mode(), std::filesystem::perms(0640));
+  std::filesystem::permissions(path(), std::filesystem::perms(0606));
+  write_file(path(), "other");
+  EXPECT_EQ(mode(), std::filesystem::perms(0606));
+  umask(before);
 }
 
 TEST_F(Safetensors, WhatCannotBeWrittenLeavesNothing) {

@@ -15,7 +15,9 @@
 #include <fstream>
 #include <optional>
 #include <sstream>
+#include <string>
 #include <thread>
+#include <vector>
 
 namespace torchgraft {
 namespace {
@@ -85,15 +87,20 @@ TEST_F(Directory, WhatAKilledProcessLeftIsRemovedByTheNextUpdate) {
     raise(SIGKILL);
   }
   waitpid(child, nullptr, 0);
-  std::ofstream(folder_ / ".weights.123.new.a1B2c3.tmp") << "half";
-  std::ofstream(folder_ / "the user's.new") << "whole";
-  EXPECT_EQ(files(), 5u);
+  std::ofstream(folder_ / "..weights.123.torchgraft-tmp.a1B2c3.torchgraft-tmp") << "half";
+  const std::vector<std::string> users = {".notes.1.new", ".weights.123.new.a1B2c3.tmp", "the user's.new"};
+  for (const std::string& name : users) {
+    std::ofstream(folder_ / name) << "whole";
+  }
+  EXPECT_EQ(files(), 7u);
   {
     DirectoryUpdate update(folder_.string());
-    EXPECT_EQ(files(), 3u);
+    EXPECT_EQ(files(), 5u);
   }
   EXPECT_EQ(content("weights"), "old");
-  EXPECT_EQ(content("the user's.new"), "whole");
+  for (const std::string& name : users) {
+    EXPECT_EQ(content(name), "whole");
+  }
 }
 
 TEST_F(Directory, TwoUpdatesTakeTurns) {

@@ -1,0 +1,143 @@
+#include "targets.h"
+
+#include "predict_request.h"
+#include "structures.h"
+
+#include <torchgraft/config/check_supported.h>
+#include <torchgraft/config/config_json.h>
+#include <torchgraft/config/config_string.h>
+#include <torchgraft/config/head_config.h>
+#include <torchgraft/patch/pickle_tensors.h>
+#include <torchgraft/plan/plan.h>
+#include <torchgraft/plan/read_adapter_hub.h>
+#include <torchgraft/plan/safetensors.h>
+
+#include <c10/util/Exception.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <variant>
+
+namespace torchgraft::fuzz {
+namespace {
+
+// A file without a place on a disk.
+class MemoryFile {
+ public:
+  explicit MemoryFile(std::string_view bytes) : descriptor_(memfd_create("fuzz", MFD_CLOEXEC)) {
+    TORCH_INTERNAL_ASSERT(write(descriptor_, bytes.data(), bytes.size()) == static_cast<ssize_t>(bytes.size()));
+  }
+  MemoryFile(const MemoryFile&) = delete;
+  MemoryFile& operator=(const MemoryFile&) = delete;
+  ~MemoryFile() { close(descriptor_); }
+
+  std::string path() const { return "/proc/self/fd/" + std::to_string(descriptor_); }
+
+ private:
+  int descriptor_;
+};
+
+// What is before the first line feed, and what is behind it.
+std::pair<std::string_view, std::string_view> first_line(std::string_view bytes) {
+  const size_t end = bytes.find('\n');
+  return end == std::string_view::npos ? std::pair(bytes, std::string_view())
+                                       : std::pair(bytes.substr(0, end), bytes.substr(end + 1));
+}
+
+// The elements of a module's weights, as a double, which does not wrap.
+double size_of(const PlannedModule& module) {
+  struct Size {
+    double operator()(const PlannedLoRA& lora) const {
+      return static_cast<double>(lora.config.r) * static_cast<double>(lora.in_features + lora.out_features);
+    }
+    double operator()(const PlannedBottleneck& bottleneck) const {
+      return static_cast<double>(bottleneck.bottleneck_size) * static_cast<double>(bottleneck.hidden_size);
+    }
+    double operator()(const PlannedPrefix& prefix) const {
+      return (static_cast<double>(prefix.config.prefix_length) + static_cast<double>(prefix.config.bottleneck_size)) *
+             static_cast<double>(prefix.hidden_size);
+    }
+  };
+  return std::visit(Size(), module.method);
+}
+
+void read_tensors(std::string_view bytes) { read_safetensors(MemoryFile(bytes).path()); }
+
+void use_config(const AdapterConfig& config) {
+  check_supported(config);
+  config_from_json(config_to_json(config));
+  make_plan(testing::bert_like(2), config);
+}
+
+void read_config(std::string_view bytes) { use_config(config_from_json(bytes)); }
+
+void read_config_string(std::string_view bytes) { use_config(config_from_string(std::string(bytes))); }
+
+void read_head(std::string_view bytes) {
+  if (is_known_head(bytes)) {
+    const HeadConfig config = head_config_from_json(bytes);
+    check_supported(config);
+    head_config_from_json(head_config_to_json(config));
+  }
+}
+
+void read_sites(std::string_view bytes) {
+  const Structure structure = structure_from_json(std::string(bytes));
+  structure_from_json(to_json(structure));
+  make_plan(structure, config_from_string("mam"));
+}
+
+// A line of configuration, then a file of weights.
+void read_checkpoint(std::string_view bytes) {
+  constexpr double kMostElements = 1e7;
+  const auto [text, tensors] = first_line(bytes);
+  const AdapterConfig config = config_from_string(std::string(text));
+  check_supported(config);
+  const StateDict state = read_safetensors(MemoryFile(tensors).path());
+  for (const Structure& structure : {testing::bert_like(2), testing::bart_like(2)}) {
+    const Plan plan = make_plan(structure, config);
+    double size = 0;
+    for (const PlannedModule& module : plan) {
+      size += size_of(module);
+    }
+    if (size <= kMostElements) {
+      adapter_hub_weights(plan, structure, state, "task", at::kFloat);
+    }
+  }
+}
+
+void read_request(std::string_view bytes) {
+  try {
+    parse_predict(std::string(bytes));
+  } catch (const RequestError& error) {
+    TORCH_CHECK(error.status != 400, error.what());
+    throw;
+  }
+}
+
+void walk_pickle(std::string_view bytes) {
+  check_pickled_tensors(bytes, [](const std::string& key) { return uint64_t{48} * key.size(); });
+}
+
+}  // namespace
+
+const std::map<std::string, Target>& targets() {
+  static const std::map<std::string, Target> kTargets = {{"checkpoint", read_checkpoint},
+                                                         {"config", read_config},
+                                                         {"config_string", read_config_string},
+                                                         {"head", read_head},
+                                                         {"pickle", walk_pickle},
+                                                         {"request", read_request},
+                                                         {"safetensors", read_tensors},
+                                                         {"sites", read_sites}};
+  return kTargets;
+}
+
+void run(Target target, std::string_view bytes) {
+  try {
+    target(bytes);
+  } catch (const c10::Error&) {
+  }
+}
+
+}  // namespace torchgraft::fuzz
