@@ -46,6 +46,7 @@ if(TORCHGRAFT_BUILD_PATCH)
     patch/load_module.h
     patch/save_adapter.h
     patch/train.h
+    patch/verify.h
     plan/adapter_weights.h
     plan/init_weights.h
     plan/module_weights.h

@@ -8,6 +8,8 @@
 #include <torchgraft/patch/module/heads_module.h>
 #include <torchgraft/patch/module/merge.h>
 #include <torchgraft/patch/module/methods.h>
+#include <torchgraft/patch/module/verify_change.h>
+#include <torchgraft/patch/module/verify_results.h>
 #include <torchgraft/plan/phm.h>
 #include <torchgraft/plan/save_adapter_hub.h>
 
@@ -96,6 +98,35 @@ std::vector<AdapterInfo> list_adapters(const Module& module) {
   return result;
 }
 
+namespace {
+
+// The result of each adapter of both modules, and of the base, must be what it was.
+std::vector<SameResult> all_as_before(const Module& before, const Module& after) {
+  std::vector<SameResult> pairs = {{{before, "base_forward"}, {after, "base_forward"}, "the base"}};
+  for (const AdapterInfo& info : list_adapters(before)) {
+    pairs.push_back({{before, "forward", info.name}, {after, "forward", info.name}, "'" + info.name + "'"});
+  }
+  return pairs;
+}
+
+void warn_of(const std::string& reason, const char* what) {
+  if (!reason.empty()) {
+    TORCH_WARN(what, ": ", reason, ". verify=False does without");
+  }
+}
+
+// Compares `pairs`, and in `after` rows of the base with base_forward.
+void verify_pairs(const Module& before, const Module& after, const std::vector<SameResult>& pairs,
+                  const VerifyOptions& verifying, const at::TensorOptions& weights, const char* what) {
+  const std::string reason = verify_change(before, pairs, verifying.example, what);
+  warn_of(reason, what);
+  if (const std::string rows = verify_results(base_copy(after), after, verifying.example, weights); reason.empty()) {
+    warn_of(rows, what);
+  }
+}
+
+}  // namespace
+
 Module remove_adapters(const Module& module, const std::vector<std::string>& names) {
   Draft draft = open_grafted(module, "remove_adapters");
   std::string active = active_name(module);
@@ -129,7 +160,7 @@ Module replace_adapter(const Module& module, const AdapterSpec& spec) {
 }
 
 Module average_adapters(const Module& module, const std::string& name, const std::vector<std::string>& names,
-                        const std::vector<double>& weights, bool normalise) {
+                        const std::vector<double>& weights, bool normalise, const VerifyOptions& verifying) {
   TORCH_CHECK(!names.empty(), "average_adapter: expected the names of adapters to average, got none");
   TORCH_CHECK(weights.empty() || weights.size() == names.size(), "average_adapter: expected ", names.size(),
               " weights, got ", weights.size());
@@ -170,7 +201,12 @@ Module average_adapters(const Module& module, const std::string& name, const std
     }
   }
   draft.adapters.push_back(std::move(average));
-  return build(std::move(draft), active_name(module));
+  const at::TensorOptions options = draft.weights;
+  Module result = build(std::move(draft), active_name(module));
+  if (verifying.verify) {
+    verify_pairs(module, result, all_as_before(module, result), verifying, options, "average_adapter");
+  }
+  return result;
 }
 
 namespace {
@@ -197,45 +233,76 @@ void check_is_alone(const std::vector<Adapter>& adapters, const std::string& nam
               "say that this is meant: into_base=True (graft.py merge --into-base)");
 }
 
+// `merged` has `name` in its base, `unmerged` has not. What the base gains, the adapter loses.
+std::vector<SameResult> same_by_merging(const Module& unmerged, const Module& merged, const std::string& name) {
+  return {{{unmerged, "forward", name}, {merged, "base_forward"}, "the merged base"},
+          {{unmerged, "forward", name}, {merged, "forward", name}, "'" + name + "', merged,"}};
+}
+
 }  // namespace
 
-Module merge_adapter(const Module& module, const std::string& name, bool into_base) {
+Module merge_adapter(const Module& module, const std::string& name, const MergeOptions& options) {
   Draft draft = open_grafted(module, "merge_adapter");
   Adapter& adapter = draft.adapters[find_adapter(draft.adapters, name, "merge_adapter")];
   TORCH_CHECK(!adapter.merged, "merge_adapter: '", name, "' is merged already");
   check_can_merge(adapter);
-  if (!into_base) {
+  if (!options.into_base) {
     check_is_alone(draft.adapters, name);
   }
   const std::vector<MergePlace> places = merge_places(adapter, draft.sites, draft.module);
   check_places_are_all(places, adapter, draft.sites, *draft.canonical.graph, draft.module);
   move_into_base(adapter, places, /*merge=*/true);
   forget_norms(draft.adapters);
-  return build(std::move(draft), active_name(module));
+  const at::TensorOptions weights = draft.weights;
+  Module result = build(std::move(draft), active_name(module));
+  if (options.verifying.verify) {
+    std::vector<SameResult> pairs = same_by_merging(module, result, name);
+    const Module undone = unmerge_adapter(result, name, {/*verify=*/false});
+    for (SameResult& pair : all_as_before(module, undone)) {
+      pair.what += ", merged and unmerged,";
+      pairs.push_back(std::move(pair));
+    }
+    verify_pairs(module, result, pairs, options.verifying, weights, "merge_adapter");
+  }
+  return result;
 }
 
-Module unmerge_adapter(const Module& module, const std::string& name) {
+Module unmerge_adapter(const Module& module, const std::string& name, const VerifyOptions& verifying) {
   Draft draft = open_grafted(module, "unmerge_adapter");
   Adapter& adapter = draft.adapters[find_adapter(draft.adapters, name, "unmerge_adapter")];
   TORCH_CHECK(adapter.merged, "unmerge_adapter: '", name, "' is not merged");
   move_into_base(adapter, merge_places(adapter, draft.sites, draft.module), /*merge=*/false);
   forget_norms(draft.adapters);
-  return build(std::move(draft), active_name(module));
+  const at::TensorOptions weights = draft.weights;
+  Module result = build(std::move(draft), active_name(module));
+  if (verifying.verify) {
+    verify_pairs(module, result, same_by_merging(result, module, name), verifying, weights, "unmerge_adapter");
+  }
+  return result;
 }
 
-Module lower(const Module& module) {
+Module lower(const Module& module, const VerifyOptions& verifying) {
   Draft draft = open_grafted(module, "lower");
   draft.options.verify = false;  // it checks ops, and none are left below
+  const at::TensorOptions weights = draft.weights;
   Module result = build(std::move(draft), active_name(module));
   const auto graph = result.get_method("grafted_forward").graph();
   decompose_adapters(graph);
   graph->lint();
+  if (verifying.verify) {
+    verify_pairs(module, result, all_as_before(module, result), verifying, weights, "lower");
+  }
   return result;
 }
 
-Module ungraft(const Module& module) {
+Module ungraft(const Module& module, const VerifyOptions& verifying) {
   check_grafted(module, "ungraft");
-  return base_copy(module);
+  Module result = base_copy(module);
+  if (verifying.verify) {
+    const std::vector<SameResult> pairs = {{{module, "base_forward"}, {result, "forward"}, "the base alone"}};
+    warn_of(verify_change(module, pairs, verifying.example, "ungraft"), "ungraft");
+  }
+  return result;
 }
 
 }  // namespace torchgraft

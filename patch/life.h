@@ -3,6 +3,7 @@
 #include <torchgraft/patch/graft.h>
 
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -13,6 +14,18 @@ namespace torchgraft {
 // (graph/clone_module.h) and has banks of its own. The active adapter stays active unless it is removed. All functions
 // throw c10::Error when nothing is grafted onto `module`, when a name is unknown (the message lists the known ones),
 // and when a new name is taken.
+
+// How the result of a change is compared with the module before it: both run on the same inputs, before anything is
+// returned. A difference is a c10::Error, what could not be compared a TORCH_WARN.
+struct VerifyOptions {
+  bool verify = true;
+  std::optional<std::vector<c10::IValue>> example = {};  // arguments of forward; nullopt: made up, as in GraftOptions
+};
+
+struct MergeOptions {
+  bool into_base = false;  // merge also where other adapters are, which then run on the merged weights
+  VerifyOptions verifying = {};
+};
 
 struct AdapterInfo {
   std::string name;
@@ -48,8 +61,8 @@ TORCHGRAFT_PATCH_API torch::jit::Module replace_adapter(const torch::jit::Module
 // not as factors. The average is frozen and has no head: heads belong to different tasks.
 TORCHGRAFT_PATCH_API torch::jit::Module average_adapters(const torch::jit::Module& module, const std::string& name,
                                                          const std::vector<std::string>& names,
-                                                         const std::vector<double>& weights = {},
-                                                         bool normalise = true);
+                                                         const std::vector<double>& weights = {}, bool normalise = true,
+                                                         const VerifyOptions& verifying = {});
 
 // Adds alpha / r B A of an ungated LoRA to the weights that the LoRA updates, so that it costs nothing at run time. The
 // base and all other adapters run on the merged weights too: after deactivate() and with adapter_ids = -1 the result is
@@ -60,20 +73,21 @@ TORCHGRAFT_PATCH_API torch::jit::Module average_adapters(const torch::jit::Modul
 //   the adapter has a gate, a bottleneck or a prefix, which no weight can hold;
 //   a weight is a constant of the graph (a frozen module);
 //   a weight is used in another place too, in forward or in another method, where the adapter does not act;
-//   the module has other adapters, unless `into_base` says that they are to run on the merged weights.
+//   the module has other adapters, unless MergeOptions::into_base says that they are to run on the merged weights.
 TORCHGRAFT_PATCH_API torch::jit::Module merge_adapter(const torch::jit::Module& module, const std::string& name,
-                                                      bool into_base = false);
+                                                      const MergeOptions& options = {});
 
 // Subtracts a merged LoRA from the weights again, up to rounding: sums are taken in float64.
-TORCHGRAFT_PATCH_API torch::jit::Module unmerge_adapter(const torch::jit::Module& module, const std::string& name);
+TORCHGRAFT_PATCH_API torch::jit::Module unmerge_adapter(const torch::jit::Module& module, const std::string& name,
+                                                        const VerifyOptions& verifying = {});
 
 // Returns a copy whose forward consists of ATen calls alone, so that it loads without libtorchgraft. Its results are
 // the same up to rounding. It is slower, and takes adapter_ids below -1 for the base instead of refusing them.
 // `base_forward` stays as it is. Grafting onto the copy makes a module with ops again.
-TORCHGRAFT_PATCH_API torch::jit::Module lower(const torch::jit::Module& module);
+TORCHGRAFT_PATCH_API torch::jit::Module lower(const torch::jit::Module& module, const VerifyOptions& verifying = {});
 
 // Returns the base, with the signature and graph that it had before grafting. Its parameters require no gradients if
 // the module has, or had, a trainable adapter: grafting such an adapter freezes the base.
-TORCHGRAFT_PATCH_API torch::jit::Module ungraft(const torch::jit::Module& module);
+TORCHGRAFT_PATCH_API torch::jit::Module ungraft(const torch::jit::Module& module, const VerifyOptions& verifying = {});
 
 }  // namespace torchgraft

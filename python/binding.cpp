@@ -13,6 +13,7 @@
 #include <torchgraft/patch/load_module.h>
 #include <torchgraft/patch/save_adapter.h>
 #include <torchgraft/patch/train.h>
+#include <torchgraft/patch/verify.h>
 #include <torchgraft/plan/match_modules.h>
 #include <torchgraft/plan/safetensors.h>
 #include <torchgraft/plan/temporary_file.h>
@@ -76,18 +77,20 @@ class WarningCollector : public c10::WarningHandler {
   std::vector<std::string> messages_;
 };
 
-// Returns the grafted module and what graft() warns of.
-std::pair<Module, std::vector<std::string>> graft(const Module& module, const std::vector<Spec>& adapters,
-                                                  const torchgraft::GraftOptions& options) {
-  std::vector<torchgraft::AdapterSpec> specs;
-  for (const Spec& spec : adapters) {
-    specs.push_back(spec_of(spec));
-  }
+// A module, and what the function that made it warns of.
+using Result = std::pair<Module, std::vector<std::string>>;
+
+// Calls `make` while other Python threads run.
+template <typename Make>
+Result with_warnings(const Make& make) {
+  const py::gil_scoped_release no_gil;
   WarningCollector warnings;
   const c10::WarningUtils::WarningHandlerGuard guard(&warnings);
-  Module grafted = torchgraft::graft(module, specs, options);
-  return {std::move(grafted), warnings.messages()};
+  Module module = make();
+  return {std::move(module), warnings.messages()};
 }
+
+using Example = std::optional<std::pair<py::tuple, py::dict>>;  // positional and named arguments of forward
 
 // forward's arguments without self, defaults filled in, of Python's `arguments` and `named`. Throws what a call of
 // forward throws.
@@ -100,6 +103,14 @@ std::vector<c10::IValue> example_of(const Module& module, const py::tuple& argum
     stack.pop_back();
   }
   return stack;
+}
+
+torchgraft::VerifyOptions verifying_of(const Module& module, bool verify, const Example& example) {
+  torchgraft::VerifyOptions result{verify};
+  if (example) {
+    result.example = example_of(module, example->first, example->second);
+  }
+  return result;
 }
 
 std::vector<py::dict> list_adapters(const Module& module) {
@@ -166,14 +177,19 @@ void bind_grafting(py::module_& m) {
       "graft",
       [](const Module& module, const std::vector<Spec>& adapters, const std::string& gate_pooling,
          const std::string& token_mask_input, const std::string& active, bool verify, const std::string& sites,
-         bool fuse, bool allow_partial, const std::optional<std::pair<py::tuple, py::dict>>& example) {
+         bool fuse, bool allow_partial, const Example& example) {
         torchgraft::GraftOptions options{gate_pooling, token_mask_input, active, sites_of(sites), verify, fuse};
         options.allow_partial = allow_partial;
         if (example) {
           options.example = example_of(module, example->first, example->second);
         }
-        const py::gil_scoped_release no_gil;
-        return graft(module, adapters, options);
+        return with_warnings([&] {
+          std::vector<torchgraft::AdapterSpec> specs;
+          for (const Spec& spec : adapters) {
+            specs.push_back(spec_of(spec));
+          }
+          return torchgraft::graft(module, specs, options);
+        });
       },
       py::arg("module"), py::arg("adapters"), py::arg("gate_pooling"), py::arg("token_mask_input"), py::arg("active"),
       py::arg("verify"), py::arg("sites") = "", py::arg("fuse") = true, py::arg("allow_partial") = false,
@@ -198,15 +214,42 @@ void bind_life(py::module_& m) {
       "replace_adapter",
       [](const Module& module, const Spec& spec) { return torchgraft::replace_adapter(module, spec_of(spec)); },
       NoGil());
-  m.def("average_adapters", &torchgraft::average_adapters, NoGil());
-  m.def("merge_adapter", &torchgraft::merge_adapter, py::arg("module"), py::arg("name"), py::arg("into_base") = false,
-        NoGil());
-  m.def("unmerge_adapter", &torchgraft::unmerge_adapter, NoGil());
-  m.def("lower", &torchgraft::lower, NoGil());
   m.def("trainable_parameters", &torchgraft::trainable_parameters);
   m.def("freeze_adapter", &torchgraft::freeze_adapter, NoGil());
   m.def("unfreeze_adapter", &torchgraft::unfreeze_adapter, NoGil());
-  m.def("ungraft", &torchgraft::ungraft, NoGil());
+}
+
+// Changes that are compared with the module before them.
+void bind_verified(py::module_& m) {
+  m.def("average_adapters",
+        [](const Module& module, const std::string& name, const std::vector<std::string>& names,
+           const std::vector<double>& weights, bool normalise, bool verify, const Example& example) {
+          const auto verifying = verifying_of(module, verify, example);
+          return with_warnings(
+              [&] { return torchgraft::average_adapters(module, name, names, weights, normalise, verifying); });
+        });
+  m.def("merge_adapter",
+        [](const Module& module, const std::string& name, bool into_base, bool verify, const Example& example) {
+          const torchgraft::MergeOptions options{into_base, verifying_of(module, verify, example)};
+          return with_warnings([&] { return torchgraft::merge_adapter(module, name, options); });
+        });
+  m.def("unmerge_adapter", [](const Module& module, const std::string& name, bool verify, const Example& example) {
+    const auto verifying = verifying_of(module, verify, example);
+    return with_warnings([&] { return torchgraft::unmerge_adapter(module, name, verifying); });
+  });
+  m.def("lower", [](const Module& module, bool verify, const Example& example) {
+    const auto verifying = verifying_of(module, verify, example);
+    return with_warnings([&] { return torchgraft::lower(module, verifying); });
+  });
+  m.def("ungraft", [](const Module& module, bool verify, const Example& example) {
+    const auto verifying = verifying_of(module, verify, example);
+    return with_warnings([&] { return torchgraft::ungraft(module, verifying); });
+  });
+  m.def("verify", [](const Module& module, const Example& example) {
+    const auto arguments = verifying_of(module, true, example).example;
+    const py::gil_scoped_release no_gil;
+    return torchgraft::verify(module, arguments);
+  });
 }
 
 void bind_files(py::module_& m) {
@@ -324,6 +367,7 @@ PYBIND11_MODULE(_C, m) {
   bind_grafting(m);
   bind_text(m);
   bind_life(m);
+  bind_verified(m);
   bind_files(m);
   bind_temporary_file(m);
   bind_heads(m);

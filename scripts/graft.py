@@ -10,6 +10,7 @@
     graft.py match MODEL.pt DIRECTORY
     graft.py list MODEL.pt
     graft.py remove | rename | freeze | unfreeze | merge | unmerge | lower | ungraft MODEL.pt ... -o OUT.pt
+    graft.py verify MODEL.pt
     graft.py gates MODEL.pt --text TEXT --tokenizer TOKENIZER.json -o GATES.png
     graft.py export MODEL.pt -o OUT.pt2 --aoti OUT.aoti.pt2
     graft.py tune -o KERNELS.json
@@ -113,12 +114,16 @@ def add_add_command(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="graft onto the attention that is recognised where some is not (default: an error that names the rest)",
     )
-    adding.add_argument(
+    add_example_argument(adding, "compare OUT with BASE")
+
+
+def add_example_argument(parser: argparse.ArgumentParser, purpose: str) -> None:
+    parser.add_argument(
         "--example",
         type=Path,
         metavar="FILE",
-        help="inputs of forward to compare OUT with BASE on: a .pt of torch.save (a tensor, a tuple, or a dict by "
-        "argument), or .safetensors (default: made up where possible)",
+        help=f"inputs of forward to {purpose} on: a .pt of torch.save (a tensor, a tuple, or a dict by argument), or "
+        ".safetensors (default: made up where possible)",
     )
 
 
@@ -213,9 +218,14 @@ def add_life_commands(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="merge also where MODEL.pt has other adapters, which then run on the merged weights (default: an error)",
     )
-    command("unmerge", "subtract a merged LoRA from the base's weights").add_argument("name", metavar="NAME")
-    command("lower", "replace torchgraft's operators by ATen calls: OUT.pt loads without libtorchgraft.so")
-    command("ungraft", "give back the base (after merge: with the merged weights)")
+    unmerging = command("unmerge", "subtract a merged LoRA from the base's weights")
+    unmerging.add_argument("name", metavar="NAME")
+    lowering = command("lower", "replace torchgraft's operators by ATen calls: OUT.pt loads without libtorchgraft.so")
+    ungrafting = command("ungraft", "give back the base (after merge: with the merged weights)")
+    for changing in (merging, unmerging, lowering, ungrafting):
+        add_example_argument(changing, "compare OUT with MODEL")
+    verifying = command("verify", "run MODEL.pt on inputs and compare what must agree", writes=False)
+    add_example_argument(verifying, "run MODEL")
     add_gates_command(commands)
 
 

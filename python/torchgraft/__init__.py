@@ -45,6 +45,7 @@ from .life import (
     replace_adapter,
     ungraft,
     unmerge_adapter,
+    verify,
 )
 from .pool import AdapterPool, Lease, check_room
 from .programs.export import export
@@ -107,4 +108,5 @@ __all__ = [
     "unfreeze_adapter",
     "ungraft",
     "unmerge_adapter",
+    "verify",
 ]

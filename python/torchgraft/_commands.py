@@ -104,7 +104,7 @@ def _graft_all(base: torch.jit.ScriptModule, arguments: argparse.Namespace) -> t
         requests.append({"config": config_argument(config), "name": name})
     if arguments.adapter:
         requests.append({"adapters": dict(arguments.adapter)})
-    example = read_example(arguments.example) if arguments.example else None
+    example = read_example(arguments.example)
     result = base
     for request in requests:
         last = request is requests[-1]

@@ -12,12 +12,15 @@ from ._text import text_arguments
 from .errors import GraftError
 
 
-def read_example(path: Path) -> Any:
+def read_example(path: Path | None) -> Any:
     """Reads example inputs of forward: tensors of torch.save, read without unpickling code, or safetensors by argument.
+    Returns None for None.
 
     Raises:
         GraftError: `path` has neither.
     """
+    if path is None:
+        return None
     try:
         if path.suffix == ".safetensors":
             return dict(patcher().read_safetensors(str(path)))

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from . import life
 from ._console import table_console
+from ._example import read_example
 from ._files import check_script_output, check_writable, extra_files, load_module, save_module
 from ._reading import parse_json
 from ._text import load_tokenizer, text_arguments
@@ -76,9 +77,9 @@ def _write(module: torch.jit.ScriptModule, arguments: argparse.Namespace) -> Non
     print(f"{path}: {'adapters ' + ', '.join(names) if names else 'no adapters'}")
 
 
-def _changed(arguments: argparse.Namespace, change: Any, *values: Any) -> None:
+def _changed(arguments: argparse.Namespace, change: Any, *values: Any, **options: Any) -> None:
     check_script_output(arguments.output)
-    _write(change(_load_grafted(arguments.base), *values), arguments)
+    _write(change(_load_grafted(arguments.base), *values, **options), arguments)
 
 
 def remove(arguments: argparse.Namespace) -> None:
@@ -103,23 +104,35 @@ def unfreeze(arguments: argparse.Namespace) -> None:
 
 def merge(arguments: argparse.Namespace) -> None:
     """Writes a file in which a LoRA is added to the base's weights."""
-    check_writable(arguments.output)
-    _write(life.merge_adapter(_load_grafted(arguments.base), arguments.name, into_base=arguments.into_base), arguments)
+    check_script_output(arguments.output)
+    module = _load_grafted(arguments.base)
+    example = read_example(arguments.example)
+    _write(life.merge_adapter(module, arguments.name, into_base=arguments.into_base, example=example), arguments)
 
 
 def unmerge(arguments: argparse.Namespace) -> None:
     """Writes a file in which a merged LoRA is taken out of the base's weights."""
-    _changed(arguments, life.unmerge_adapter, arguments.name)
+    _changed(arguments, life.unmerge_adapter, arguments.name, example=read_example(arguments.example))
 
 
 def lower(arguments: argparse.Namespace) -> None:
     """Writes a file that loads without libtorchgraft.so."""
-    _changed(arguments, life.lower)
+    _changed(arguments, life.lower, example=read_example(arguments.example))
 
 
 def ungraft(arguments: argparse.Namespace) -> None:
     """Writes the base, without adapters."""
-    _changed(arguments, life.ungraft)
+    _changed(arguments, life.ungraft, example=read_example(arguments.example))
+
+
+def verify(arguments: argparse.Namespace) -> None:
+    """Compares the parts of a file that must agree; says what could not be compared."""
+    module = _load_grafted(arguments.base)
+    left_out = life.verify(module, read_example(arguments.example))
+    if left_out:
+        raise GraftError("; ".join(f"{arguments.base}: {reason}" for reason in left_out))
+    names = ", ".join(names_of(module))
+    print(f"{arguments.base}: the base's rows and the adapters {names} give the results that they must")
 
 
 def gates(arguments: argparse.Namespace) -> None:
@@ -179,5 +192,6 @@ def _values(encodings: Any) -> dict[str, torch.Tensor]:
 
 COMMANDS = {
     "save": save, "load": load, "match": match, "list": list_, "remove": remove, "rename": rename, "freeze": freeze,
-    "unfreeze": unfreeze, "merge": merge, "unmerge": unmerge, "lower": lower, "ungraft": ungraft, "gates": gates,
+    "unfreeze": unfreeze, "merge": merge, "unmerge": unmerge, "lower": lower, "ungraft": ungraft, "verify": verify,
+    "gates": gates,
 }  # fmt: skip

@@ -157,15 +157,21 @@ def graft(
         raise GraftError(f"graft: the adapter '{name}' needs a config (config=...), or a directory (adapters=...)")
     for adapter_name, directory in (adapters or {}).items():
         specs.append(directory_spec(module, directory, adapter_name, trainable, sites))
-    grafted, messages = patcher().graft(base, specs, gate_pooling, token_mask or "", active or "", verify, fuse=fuse,
-                                        allow_partial=allow_partial,
-                                        example=_example_arguments(example), **_sites_option(sites))  # fmt: skip
+    return module_with_warnings(patcher().graft(base, specs, gate_pooling, token_mask or "", active or "", verify,
+                                                fuse=fuse, allow_partial=allow_partial,
+                                                example=example_arguments(example),
+                                                **_sites_option(sites)))  # fmt: skip
+
+
+def module_with_warnings(result: tuple[Any, list[str]]) -> torch.jit.ScriptModule:
+    """Wraps the module of the patcher's (module, messages). The messages become warnings of the caller's caller."""
+    module, messages = result
     for message in messages:
-        warnings.warn(message, stacklevel=2)
-    return script_module(grafted)
+        warnings.warn(message, stacklevel=3)
+    return script_module(module)
 
 
-def _example_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def example_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Returns the positional and the named arguments of the argument `example`."""
     if example is None:
         return None

@@ -1,9 +1,9 @@
-"""Lists, removes, renames, replaces, averages and merges the adapters of a grafted module.
+"""Lists, removes, renames, replaces, averages, merges and verifies the adapters of a grafted module.
 
-Every function but list_adapters() returns a new module and does not change the module that it gets, so that threads can
-go on running it: a server makes the new module beside its traffic and swaps it in. Both share the memory of the base's
-weights. Every function raises GraftError if the module is not grafted or an adapter is unknown, and TypeError if the
-module is not TorchScript.
+Every function but list_adapters() and verify() returns a new module and does not change the module that it gets, so
+that threads can go on running it: a server makes the new module beside its traffic and swaps it in. Both share the
+memory of the base's weights. Every function raises GraftError if the module is not grafted or an adapter is unknown,
+and TypeError if the module is not TorchScript.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ import torch
 from ._libraries import patcher
 from .configs import config_to_json
 from .errors import GraftError
-from .grafting import cpp_module, directory_spec, script_module
+from .grafting import cpp_module, directory_spec, example_arguments, module_with_warnings, script_module
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,8 @@ def average_adapter(
     adapters: Mapping[str, float] | Sequence[str],
     *,
     normalize_weights: bool = True,
+    verify: bool = True,
+    example: Any = None,
 ) -> torch.jit.ScriptModule:
     """Returns a copy with one more adapter, whose parameters are weighted means of the parameters of others.
 
@@ -115,16 +117,21 @@ def average_adapter(
         adapters: the adapters to average, {name: weight}, or names alone: then all have the same weight. Their
             configurations must agree.
         normalize_weights: divide the weights by their sum.
+        verify: run both modules and compare the other adapters' results. A warning says what could not be compared.
+        example: for `verify`: inputs, as graft() takes them.
 
     Raises:
         GraftError: a name is unknown, `name` is taken, the configurations differ, or the weights sum to 0.
     """
     names = list(adapters)
     weights = [float(adapters[key]) for key in names] if isinstance(adapters, Mapping) else []
-    return script_module(patcher().average_adapters(cpp_module(module), name, names, weights, normalize_weights))
+    return module_with_warnings(patcher().average_adapters(cpp_module(module), name, names, weights, normalize_weights,
+                                                           verify, example_arguments(example)))  # fmt: skip
 
 
-def merge_adapter(module: torch.jit.ScriptModule, name: str, *, into_base: bool = False) -> torch.jit.ScriptModule:
+def merge_adapter(
+    module: torch.jit.ScriptModule, name: str, *, into_base: bool = False, verify: bool = True, example: Any = None
+) -> torch.jit.ScriptModule:
     """Returns a copy in which an ungated LoRA is added to the base's weights: W + alpha / r B A. It then costs nothing.
 
     The copy's base is the merged model: deactivate(), adapter_ids = -1 and base_forward() give its results, and other
@@ -136,37 +143,67 @@ def merge_adapter(module: torch.jit.ScriptModule, name: str, *, into_base: bool 
         name: the adapter to merge.
         into_base: merge also if the module has other adapters, whose results change with the weights. False: that is an
             error.
+        verify: run both modules, and the copy unmerged again, and compare what must be equal: the merged base with the
+            adapter, and after unmerging the base and all adapters. A warning says what could not be compared.
+        example: for `verify`: inputs, as graft() takes them.
 
     Raises:
         GraftError: the adapter has a gate, a bottleneck or a prefix, which no weight can hold; it is trainable or
             merged already; a weight that it updates is used in another place too, where the adapter does not act; the
             base went through torch.jit.freeze, which makes its weights constants; or there are other adapters.
     """
-    return script_module(patcher().merge_adapter(cpp_module(module), name, into_base))
+    return module_with_warnings(patcher().merge_adapter(cpp_module(module), name, into_base, verify,
+                                                        example_arguments(example)))  # fmt: skip
 
 
-def unmerge_adapter(module: torch.jit.ScriptModule, name: str) -> torch.jit.ScriptModule:
+def unmerge_adapter(
+    module: torch.jit.ScriptModule, name: str, *, verify: bool = True, example: Any = None
+) -> torch.jit.ScriptModule:
     """Returns a copy in which a merged adapter is subtracted from the base's weights again, exact up to rounding.
+    `verify` and `example`: as for merge_adapter().
 
     Raises:
         GraftError: the adapter is unknown or not merged.
     """
-    return script_module(patcher().unmerge_adapter(cpp_module(module), name))
+    return module_with_warnings(patcher().unmerge_adapter(cpp_module(module), name, verify, example_arguments(example)))
 
 
-def lower(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+def lower(module: torch.jit.ScriptModule, *, verify: bool = True, example: Any = None) -> torch.jit.ScriptModule:
     """Returns a copy that calls ATen operators only, for hosts that cannot load libtorchgraft.so. It gives the same
     results up to rounding, and is slower.
 
     If you graft onto the copy, the new module calls torchgraft's operators again.
+
+    Args:
+        module: a grafted module.
+        verify: run both modules and compare the base's and all adapters' results. A warning says what could not be
+            compared.
+        example: for `verify`: inputs, as graft() takes them.
     """
-    return script_module(patcher().lower(cpp_module(module)))
+    return module_with_warnings(patcher().lower(cpp_module(module), verify, example_arguments(example)))
 
 
-def ungraft(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+def ungraft(module: torch.jit.ScriptModule, *, verify: bool = True, example: Any = None) -> torch.jit.ScriptModule:
     """Returns the base, with the signature and the graph that it had before grafting.
 
     If the module has, or had, a trainable adapter, the base's parameters require no gradients: grafting has switched
-    them off.
+    them off. `verify` and `example`: as for lower().
     """
-    return script_module(patcher().ungraft(cpp_module(module)))
+    return module_with_warnings(patcher().ungraft(cpp_module(module), verify, example_arguments(example)))
+
+
+def verify(module: torch.jit.ScriptModule, example: Any = None) -> list[str]:
+    """Runs a grafted module on inputs and compares what must agree: rows of the base in the grafted graph with the
+    base, the operators of each adapter with plain ATen calls, and a merged base with its adapter, also unmerged.
+
+    Args:
+        module: a grafted module.
+        example: inputs, as graft() takes them. None: made up.
+
+    Returns:
+        What was not compared and why, one sentence each. Empty: all was, and is equal.
+
+    Raises:
+        GraftError: results differ.
+    """
+    return patcher().verify(cpp_module(module), example_arguments(example))

@@ -14,12 +14,12 @@ from oracle import difference
 HIDDEN = 32
 
 
-def _heads(x: Tensor) -> Tensor:
+def heads_of(x: Tensor) -> Tensor:
     return x.view(x.size(0), x.size(1), 4, 8).transpose(1, 2)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    mixed = nn.functional.scaled_dot_product_attention(_heads(q), _heads(k), _heads(v))
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mixed = nn.functional.scaled_dot_product_attention(heads_of(q), heads_of(k), heads_of(v))
     return mixed.transpose(1, 2).flatten(2)
 
 
@@ -29,22 +29,22 @@ class _Model(nn.Module):
         self.q, self.k, self.v, self.out = (nn.Linear(HIDDEN, HIDDEN) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.out(_attend(self.q(x), self.k(x), self.v(x)))
+        return x + self.out(attend(self.q(x), self.k(x), self.v(x)))
 
 
 class AppliedBeside(_Model):
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.out(_attend(self.q(x), self.k(x), self.v(x))) + torch.tanh(self.v(x.flip(1)))
+        return x + self.out(attend(self.q(x), self.k(x), self.v(x))) + torch.tanh(self.v(x.flip(1)))
 
 
 class ReadBeside(_Model):
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.out(_attend(self.q(x), self.k(x), self.v(x))) + x @ self.v.weight.t()
+        return x + self.out(attend(self.q(x), self.k(x), self.v(x))) + x @ self.v.weight.t()
 
 
 class SummedBeside(_Model):
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.out(_attend(self.q(x), self.k(x), self.v(x))) * self.v.weight.sum()
+        return x + self.out(attend(self.q(x), self.k(x), self.v(x))) * self.v.weight.sum()
 
 
 class AppliedToHalves(_Model):
@@ -53,7 +53,7 @@ class AppliedToHalves(_Model):
     def forward(self, x: Tensor) -> Tensor:
         half = x.size(1) // 2
         beside = torch.cat([self.v(x[:, :half]), self.v(x[:, half:]) * 2.0], dim=1)
-        return x + self.out(_attend(self.q(x), self.k(x), self.v(x))) + beside
+        return x + self.out(attend(self.q(x), self.k(x), self.v(x))) + beside
 
 
 class InALoop(_Model):
@@ -61,7 +61,7 @@ class InALoop(_Model):
         beside = x
         for _ in range(x.size(1)):
             beside = torch.tanh(self.v(beside))
-        return x + self.out(_attend(self.q(x), self.k(x), self.v(x))) + beside
+        return x + self.out(attend(self.q(x), self.k(x), self.v(x))) + beside
 
 
 class TiedKeysAndValues(_Model):
@@ -79,7 +79,7 @@ class View(_Model):
         self.other.weight = nn.Parameter(self.v.weight.detach()[: HIDDEN // 2])
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.out(_attend(self.q(x), self.k(x), self.v(x))) + self.other(x).repeat(1, 1, 2)
+        return x + self.out(attend(self.q(x), self.k(x), self.v(x))) + self.other(x).repeat(1, 1, 2)
 
 
 class OtherMethod(_Model):
@@ -97,7 +97,7 @@ class OtherMethodRunsForward(_Model):
 class OneMapForQueriesAndKeys(_Model):
     def forward(self, x: Tensor) -> Tensor:
         both = self.q(x)
-        return x + self.out(_attend(both, both, self.v(x)))
+        return x + self.out(attend(both, both, self.v(x)))
 
 
 class UsedAfterwards(_Model):
@@ -105,13 +105,13 @@ class UsedAfterwards(_Model):
 
     def forward(self, x: Tensor) -> Tensor:
         v = self.v(x)
-        return x + self.out(_attend(self.q(x), self.k(x), v)) + torch.tanh(v)
+        return x + self.out(attend(self.q(x), self.k(x), v)) + torch.tanh(v)
 
 
 class SharedLayers(_Model):
     def forward(self, x: Tensor) -> Tensor:
         for _ in range(3):
-            x = x + self.out(_attend(self.q(x), self.k(x), self.v(x)))
+            x = x + self.out(attend(self.q(x), self.k(x), self.v(x)))
         return x
 
 

@@ -1,7 +1,9 @@
 #include "encoder.h"
 
 #include <torchgraft/patch/life.h>
+#include <torchgraft/patch/module/verify_change.h>
 #include <torchgraft/patch/save_adapter.h>
+#include <torchgraft/patch/verify.h>
 
 #include <gtest/gtest.h>
 
@@ -57,6 +59,22 @@ TEST(Life, UngraftGivesTheMergedModelAndAfterUnmergingTheBase) {
   EXPECT_LT(largest_difference(run(ungraft(unmerge_adapter(merged, "a")), x), plain), 1e-4);
   EXPECT_TRUE(at::equal(run(base, x), plain));
   EXPECT_GT(largest_difference(run(module, x), plain), 1e-2);
+}
+
+TEST(Life, AChangeThatMovesAResultThrows) {
+  const auto module = randomised(graft(encoder(), {spec("a", "lora"), spec("b", "lora")}));
+  const std::optional<std::vector<c10::IValue>> example{{at::randn({2, 5, 12})}};
+  const auto text = [&](const char* method, const std::string& adapter) {
+    return error_of([&] {
+      EXPECT_EQ(verify_change(module, {{{module, "forward", "a"}, {module, method, adapter}, "b"}}, example, "change"),
+                "");
+    });
+  };
+  EXPECT_EQ(text("forward", "a"), "");
+  EXPECT_NE(text("forward", "b").find("change: on example inputs the result of b is another"), std::string::npos);
+  EXPECT_NE(text("base_forward", "").find("change: on example inputs"), std::string::npos);
+  EXPECT_EQ(verify(module, example), std::vector<std::string>());
+  EXPECT_NE(error_of([&] { verify(encoder()); }).find("the module has no adapters"), std::string::npos);
 }
 
 TEST(Life, MergingABottleneckThrowsAndChangesNothing) {

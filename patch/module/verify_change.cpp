@@ -1,0 +1,139 @@
+#include <torchgraft/patch/module/verify_change.h>
+
+#include <torchgraft/patch/graph/clone_module.h>
+#include <torchgraft/patch/module/example_inputs.h>
+#include <torchgraft/patch/module/methods.h>
+#include <torchgraft/patch/module/result_difference.h>
+#include <torchgraft/patch/module/trial_run.h>
+#include <torchgraft/registration/error_text.h>
+
+#include <ATen/ATen.h>
+
+#include <map>
+#include <memory>
+#include <utility>
+
+namespace torchgraft {
+namespace {
+
+using torch::jit::Graph;
+using torch::jit::Module;
+using GraphPtr = std::shared_ptr<Graph>;
+
+// The dtype and device of the first floating-point parameter, of the base where the module is grafted.
+at::TensorOptions options_of(const Module& module) {
+  for (const auto& parameter : module.named_parameters()) {
+    if (at::isFloatingType(parameter.value.scalar_type()) && !parameter.name.starts_with("adapters.")) {
+      return parameter.value.options();
+    }
+  }
+  return at::TensorOptions().dtype(at::kFloat);
+}
+
+class ChangeComparison {
+ public:
+  ChangeComparison(const std::vector<SameResult>& pairs, GraphPtr graph, at::ScalarType dtype, const char* what)
+      : pairs_(pairs), graph_(std::move(graph)), dtype_(dtype), what_(what) {}
+
+  // Inputs on which the base fails say nothing about the rest.
+  c10::IValue run_base(const Module& grafted, const Arguments& arguments) {
+    return run({grafted, "base_forward"}, arguments, /*in_double=*/false);
+  }
+
+  // Returns what was not compared.
+  std::string compare(const Arguments& arguments) {
+    bool has_compared = true;
+    for (const SameResult& pair : pairs_) {
+      const ResultDifference difference = difference_of(pair, arguments);
+      TORCH_CHECK(!difference.is_too_large() || agree_in_double(pair, arguments), what_,
+                  ": on example inputs the result of ", pair.what, " is another than it must be: it differs ",
+                  difference.text(), ". Nothing was changed; please report the model. verify=False does without");
+      has_compared = has_compared && difference.has_compared();
+    }
+    return has_compared ? "" : "the results hold no floating-point numbers";
+  }
+
+ private:
+  struct Trial {
+    Module copy;
+    TrialRun run;
+  };
+
+  ResultDifference difference_of(const SameResult& pair, const Arguments& arguments) {
+    try {
+      return {dtype_, run(pair.before, arguments, false), run(pair.after, arguments, false)};
+    } catch (const std::exception& error) {
+      TORCH_CHECK(false, what_, ": the module runs on example inputs, but ", pair.what, " fails: ", one_line(error),
+                  ". verify=False does without");
+    }
+  }
+
+  // A step that rounding moves, such as a top-k, stays in float64. Merged weights are rounded as dtype_ is.
+  bool agree_in_double(const SameResult& pair, const Arguments& arguments) {
+    if (dtype_ == at::kDouble) {
+      return false;
+    }
+    try {
+      return !ResultDifference(dtype_, run(pair.before, arguments, true), run(pair.after, arguments, true))
+                  .is_too_large();
+    } catch (const std::exception&) {  // a graph that names its dtype does not run in another one
+      return false;
+    }
+  }
+
+  // Runs a copy of the module, one for all its adapters.
+  c10::IValue run(const Running& running, const Arguments& arguments, bool in_double) {
+    auto found = trials_.find(running.module._ivalue().get());
+    if (found == trials_.end()) {
+      const Module copy = clone_module(running.module);
+      found = trials_.emplace(running.module._ivalue().get(), Trial{copy, TrialRun(copy, graph_)}).first;
+    }
+    const auto& [copy, trial] = found->second;
+    if (!running.adapter.empty()) {
+      copy.get_method("activate")({running.adapter});
+    }
+    return (in_double ? trial.in_double() : trial)(running.method, arguments);
+  }
+
+  const std::vector<SameResult>& pairs_;
+  GraphPtr graph_;
+  at::ScalarType dtype_;
+  const char* what_;
+  std::map<const c10::ivalue::Object*, Trial> trials_;
+};
+
+}  // namespace
+
+std::string verify_change(const Module& grafted, const std::vector<SameResult>& pairs,
+                          const std::optional<Arguments>& example, const char* what) {
+  const std::string not_compared = "the result was not compared with the module as it was: ";
+  const Module base = clone_module(grafted);  // errors in a module that was frozen may end the process
+  const GraphPtr base_graph = graph_of_run(base, "base_forward");
+  const GraphPtr flat = graph_of_run(base, "grafted_forward");
+  if (const std::string reason = reason_not_to_run(base_graph); !reason.empty()) {
+    return not_compared + reason;
+  }
+  const ExampleInputs inputs = example ? ExampleInputs{{{*example, ""}}, ""}
+                                       : make_example_inputs(base.get_method("base_forward").function().getSchema(),
+                                                             *base_graph, *flat, base, options_of(base));
+  ChangeComparison comparison(pairs, base_graph, coarsest_dtype(*flat, base), what);
+  std::string reason = inputs.reason;
+  for (const ExampleInputs::Candidate& candidate : inputs.candidates) {
+    std::string failure;
+    try {
+      const c10::IValue expected = comparison.run_base(grafted, candidate.arguments);
+      failure = !example && has_nan(expected) ? "forward gives NaN on inputs that were made up" : "";
+    } catch (const std::exception& error) {
+      TORCH_CHECK(!example, what, ": the module fails on the example inputs: ", one_line(error));
+      failure = "forward fails on inputs that were made up: " + one_line(error);
+    }
+    if (failure.empty()) {
+      reason = comparison.compare(candidate.arguments);
+      return reason.empty() ? candidate.left_out : not_compared + reason;
+    }
+    reason = reason.empty() ? failure : reason;
+  }
+  return not_compared + reason + "; give example inputs";
+}
+
+}  // namespace torchgraft
