@@ -74,6 +74,24 @@ class WarningCollector : public c10::WarningHandler {
   std::vector<std::string> messages_;
 };
 
+// Returns the module that `run` returns, without Python's lock meanwhile; what it warns of becomes Python's warnings.
+template <typename Run>
+Module with_warnings(const Run& run) {
+  WarningCollector warnings;
+  const auto collecting = [&] {
+    const py::gil_scoped_release no_gil;
+    const c10::WarningUtils::WarningHandlerGuard guard(&warnings);
+    return run();
+  };
+  Module result = collecting();
+  for (const std::string& message : warnings.messages()) {
+    if (PyErr_WarnEx(PyExc_UserWarning, message.c_str(), /*stack_level=*/1) < 0) {
+      throw py::error_already_set();
+    }
+  }
+  return result;
+}
+
 // Returns the grafted module and what graft() warns of.
 std::pair<Module, std::vector<std::string>> graft(const Module& module, const std::vector<Spec>& adapters,
                                                   const torchgraft::GraftOptions& options) {
@@ -207,9 +225,9 @@ void bind_life(py::module_& m) {
 }
 
 void bind_files(py::module_& m) {
-  m.def(
-      "load_adapter",
-      [](const Module& module, const Spec& spec) { return torchgraft::load_adapter(module, spec_of(spec)); }, NoGil());
+  m.def("load_adapter", [](const Module& module, const Spec& spec) {
+    return with_warnings([&] { return torchgraft::load_adapter(module, spec_of(spec)); });
+  });
   m.def("match_adapter", [](const Module& module, const Spec& spec) {
     std::vector<std::pair<std::string, std::string>> result;
     for (const torchgraft::WeightMatch& match : torchgraft::match_adapter(module, spec_of(spec))) {
