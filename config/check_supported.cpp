@@ -125,6 +125,8 @@ void check(const PrefixTuningConfig& config) {
 
 void check(const LoRAConfig& config) {
   require_positive("LoRAConfig.r", static_cast<double>(config.r));
+  TORCH_CHECK(!config.lora_bias || (config.composition_mode == "add" && !config.use_dora),
+              "config: LoRAConfig.lora_bias=True is not supported with composition_mode=\"scale\" or use_dora");
   for (const std::string& matrix : config.attn_matrices) {
     require_one_of("LoRAConfig.attn_matrices", matrix, {"q", "k", "v"});
   }

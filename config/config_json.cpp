@@ -64,8 +64,8 @@ OrderedJson write_method(const MethodConfig& method) {
   } else {
     result["architecture"] = "lora";
     visit_lora_fields(std::get<LoRAConfig>(method), visitor);
-    for (const char* own : {"attn_output_lora", "gate_lora"}) {
-      if (!result.at(own).get<bool>()) {
+    for (const char* own : {"attn_output_lora", "gate_lora", "linear_maps", "lora_bias"}) {
+      if (result.at(own) == false || result.at(own).empty()) {
         result.erase(own);
       }
     }

@@ -80,6 +80,8 @@ void visit_lora_fields(Config& c, Visitor&& visit) {
   visit("dtype", c.dtype);
   visit("attn_output_lora", c.attn_output_lora);
   visit("gate_lora", c.gate_lora);
+  visit("linear_maps", c.linear_maps);
+  visit("lora_bias", c.lora_bias);
 }
 
 template <typename Config, typename Visitor>

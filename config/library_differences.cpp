@@ -52,7 +52,8 @@ std::string effect_of_sdpa(const std::string& model, const nlohmann::json& adapt
 std::string library_wiring(const std::string& model_type, const AdapterConfig& config) {
   const bool differs =
       (model_type == "albert" && any_method<BnConfig>(config, [](const BnConfig& bn) { return bn.mh_adapter; })) ||
-      (model_type == "gptj" && any_method<BnConfig>(config, [](const BnConfig& bn) { return bn.output_adapter; }));
+      (model_type == "gptj" && any_method<BnConfig>(config, [](const BnConfig& bn) { return bn.output_adapter; })) ||
+      model_type == "encoder-decoder";
   return differs ? model_type : "";
 }
 

@@ -79,10 +79,13 @@ struct LoRAConfig {
   std::optional<double> vera_d;
   std::optional<double> vera_b;
   std::optional<std::string> dtype;
-  // Not the library's, for LoRAs of PEFT: on the attention's output projection, and on the gate of a gated feed-forward
-  // block. Written to JSON only where they are true.
+  // Not the library's, for LoRAs of PEFT. Written to JSON only where they are set. On the attention's output
+  // projection; on the gate of a gated feed-forward block; on linear maps outside of the layers, by their paths;
+  // whether updates have a bias.
   bool attn_output_lora = false;
   bool gate_lora = false;
+  std::vector<std::string> linear_maps = {};
+  bool lora_bias = false;
 };
 
 using MethodConfig = std::variant<BnConfig, PrefixTuningConfig, LoRAConfig>;
@@ -90,8 +93,8 @@ using MethodConfig = std::variant<BnConfig, PrefixTuningConfig, LoRAConfig>;
 // All methods under one adapter name; a single method is a union of one.
 struct AdapterConfig {
   std::vector<MethodConfig> methods;
-  // The model_type ("albert", "gptj") of an adapter that the library has trained, where the library wires bottlenecks
-  // of that model in its own way: see BottleneckWiring in plan/plan.h. Empty: as defined.
+  // The model_type ("albert", "gptj", "encoder-decoder") of an adapter that the library has trained, where the library
+  // wires bottlenecks of that model in its own way: see BottleneckWiring in plan/plan.h. Empty: as defined.
   std::string wired_for = {};
 };
 

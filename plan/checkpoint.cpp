@@ -36,6 +36,7 @@ std::string parameter_name(const std::string& saved) {
   static const std::map<std::string, std::string> kNames = {
       {"lora_A", "lora_a"},
       {"lora_B", "lora_b"},
+      {"lora_bias", "bias"},  // PEFT's, which peft.py passes in this name
       {"m.weight", "magnitude"},
       {"fixed", "fixed"},  // only in PEFT's DoRA, which peft.py passes in these names
       {"adapter_down.0.weight", "down_weight"},
@@ -146,6 +147,24 @@ void name_down_projection(SavedParameters& parameters) {
   }
 }
 
+// Whether encoder and decoder have a pool of prefixes each, both with a "self_prefix" (an EncoderDecoderModel). A model
+// that the library knows as one has one pool, which all its layers hold.
+bool has_two_pools(const StateDict& state) {
+  std::map<std::string, std::map<std::string, at::Tensor>> pools;  // by the path's first component
+  for (const auto& [key, tensor] : state) {
+    const auto parsed = parse(key);
+    if (parsed && parsed->container == "prefix_tunings" && !parsed->path.empty() && !parsed->parameter.empty() &&
+        parsed->parameter.front() == "self_prefix") {
+      pools[parsed->path.front()].emplace(join(parsed->parameter.begin(), parsed->parameter.end()), tensor);
+    }
+  }
+  const auto& encoder = pools["encoder"];
+  return std::any_of(encoder.begin(), encoder.end(), [&](const auto& entry) {
+    const auto found = pools["decoder"].find(entry.first);
+    return found != pools["decoder"].end() && !is_same(found->second, entry.second);
+  });
+}
+
 }  // namespace
 
 std::vector<std::string> split_path(const std::string& path) {
@@ -168,6 +187,7 @@ bool is_number(const std::string& component) {
 Checkpoint sort_checkpoint(const StateDict& state, const std::string& name) {
   Checkpoint checkpoint;
   std::map<std::string, size_t> modules;  // path and container -> index
+  const bool two_pools = has_two_pools(state);
   for (const auto& [key, tensor] : state) {
     const auto parsed = parse(key);
     if (parsed && parsed->name == name && parsed->container == kShared) {
@@ -183,8 +203,10 @@ Checkpoint sort_checkpoint(const StateDict& state, const std::string& name) {
                 "' that is known; the checkpoint holds the adapters: ", names_in(state));
     if (in_pool) {
       // Every layer and the root hold the pool, with the same tensors.
-      const auto [kept, is_new] =
-          checkpoint.prefixes[parsed->parameter.front()].emplace(parameter, SavedTensor{key, tensor});
+      const std::string& saved_location = parsed->parameter.front();
+      const bool is_encoders = two_pools && saved_location == "self_prefix" && parsed->path.front() == "encoder";
+      const auto [kept, is_new] = checkpoint.prefixes[is_encoders ? "encoder_prefix" : saved_location].emplace(
+          parameter, SavedTensor{key, tensor});
       TORCH_CHECK(is_new || is_same(tensor, kept->second.tensor), "adapter weights: expected ", key, " and ",
                   kept->second.key, " to be the same prefix, but their values differ");
       continue;

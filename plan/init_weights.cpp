@@ -249,6 +249,9 @@ AdapterWeights init_weights(const Plan& plan, const at::TensorOptions& options, 
     ModuleWeights& weights = result[index];
     if (const auto* lora = std::get_if<PlannedLoRA>(&module.method)) {
       weights = init(*lora);
+      if (lora->config.lora_bias) {
+        weights["bias"] = at::zeros({lora->out_features});
+      }
     } else if (std::holds_alternative<PlannedBottleneck>(module.method)) {
       weights = init_bottleneck(module, shared, sources);
     } else {

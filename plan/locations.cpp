@@ -12,9 +12,17 @@ size_t execution_order(const std::string& site) {
       "crossattn_lora_v", "self_prefix",     "encoder_prefix",  "cross_prefix",     "selfattn_lora_o",
       "crossattn_lora_o", "mh_adapter",      "cross_adapter",   "gate_lora",        "intermediate_lora",
       "output_lora",      "output_adapter"};
+  if (linear_map_position(site)) {
+    return kSites.size();
+  }
   const auto found = std::find(kSites.begin(), kSites.end(), site);
   TORCH_INTERNAL_ASSERT(found != kSites.end(), "no execution order for ", site);
   return static_cast<size_t>(found - kSites.begin());
+}
+
+std::optional<size_t> linear_map_position(const std::string& site) {
+  return site.starts_with(kLinearMapSite) ? std::optional<size_t>(std::stoull(site.substr(kLinearMapSite.size())))
+                                          : std::nullopt;
 }
 
 std::string prefix_location(const Layer& layer) {

@@ -2,7 +2,9 @@
 
 #include <torchgraft/plan/structure.h>
 
+#include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace torchgraft {
@@ -20,5 +22,12 @@ std::string prefix_location(const Layer& layer);
 
 // The bottleneck after this layer's attention: mh_adapter, or cross_adapter after cross attention.
 std::string attention_adapter_location(const Layer& layer);
+
+// The sites of LoRAs on linear maps outside of the layers are this and a position in Layer::linear_maps. A plan has
+// them at the first layer.
+inline constexpr std::string_view kLinearMapSite = "linear_lora_";
+
+// The position behind kLinearMapSite; nullopt for other sites.
+std::optional<size_t> linear_map_position(const std::string& site);
 
 }  // namespace torchgraft

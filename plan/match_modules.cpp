@@ -164,6 +164,7 @@ class Matcher {
   std::vector<int64_t> layers_by_path(const Path& path) const;
   std::vector<std::string> sites_by_path(const Path& path, int64_t layer) const;
   std::vector<std::string> bottleneck_by_path(const Path& path, int64_t layer) const;
+  std::vector<size_t> linear_maps_for(const SavedModule& saved) const;
   std::vector<size_t> modules_for(const SavedModule& saved) const;
   void assign(const SavedModule& saved, const std::vector<size_t>& modules);
 
@@ -245,8 +246,28 @@ std::vector<std::string> Matcher::bottleneck_by_path(const Path& path, int64_t i
   return holds(layer.ffn_out) ? std::vector<std::string>{"output_adapter"} : std::vector<std::string>{};
 }
 
+// The planned LoRAs outside of the layers whose linear map has the saved path, or ends with it.
+std::vector<size_t> Matcher::linear_maps_for(const SavedModule& saved) const {
+  std::vector<size_t> result;
+  for (size_t i = 0; saved.kind == SavedKind::kLoRA && i < plan_.size(); ++i) {
+    const auto position = linear_map_position(plan_[i].site);
+    if (!position) {
+      continue;
+    }
+    const Layer& layer = structure_.layers.at(structure_.position(plan_[i].layer));
+    const Path path = split_path(layer.linear_maps.at(*position).path);
+    if (path.size() >= saved.path.size() && std::equal(saved.path.rbegin(), saved.path.rend(), path.rbegin())) {
+      result.push_back(i);
+    }
+  }
+  return result;
+}
+
 // The modules of the plan that a saved module is for.
 std::vector<size_t> Matcher::modules_for(const SavedModule& saved) const {
+  if (const auto linear = linear_maps_for(saved); !linear.empty()) {
+    return linear;
+  }
   const std::vector<int64_t> layers =
       paths_are_known_ ? layers_by_path(saved.path) : layers_by_number(structure_, saved.path);
   std::map<int64_t, std::vector<std::string>> sites;
@@ -302,7 +323,7 @@ void Matcher::assign(const SavedModule& saved, const std::vector<size_t>& module
                 describe(module));
     for (const auto& [name, parameter] : saved.parameters) {
       at::Tensor tensor = parameter.tensor;
-      const bool is_by_output = name == "lora_b" || name == "magnitude" || name == "fixed";
+      const bool is_by_output = name == "lora_b" || name == "bias" || name == "magnitude" || name == "fixed";
       if (count > 1 && is_by_output) {  // key and value heads may be fewer
         TORCH_CHECK(tensor.dim() > 0 && tensor.size(0) >= first_output + outputs,
                     "adapter weights: expected the rows of ", parameter.key, " for the outputs of ", count,
@@ -341,7 +362,7 @@ std::vector<SavedParameters> match_modules(const Checkpoint& checkpoint, const P
 
 std::vector<std::pair<int64_t, std::string>> lora_places_by_number(const Structure& structure,
                                                                    const std::string& path) {
-  const SavedModule saved{SavedKind::kLoRA, split_path(path)};
+  const SavedModule saved{SavedKind::kLoRA, split_path(path), {}};
   std::vector<std::pair<int64_t, std::string>> result;
   for (const int64_t position : layers_by_number(structure, saved.path)) {
     const Layer& layer = structure.layers.at(position);

@@ -95,6 +95,9 @@ class Planner {
                     const std::vector<int64_t>& leave_out);
   bool has_feed_forward_location(const Layer& layer, const std::string& location, bool present,
                                  const std::vector<int64_t>& leave_out);
+  // The number that leave_out and reduction_factor mean: the library counts an EncoderDecoderModel's decoder from 0
+  // again.
+  int64_t counted(const Layer& layer) const;
   bool neighbour_has_feed_forward(const Layer& layer) const;
   void add_module(const Layer& layer, const std::string& location, const std::string& site,
                   std::variant<PlannedLoRA, PlannedBottleneck, PlannedPrefix> method);
@@ -111,13 +114,24 @@ class Planner {
 
 bool Planner::has_location(const Layer& layer, const std::string& location, bool present,
                            const std::vector<int64_t>& leave_out) {
-  if (contains(leave_out, layer.number)) {
+  if (contains(leave_out, counted(layer))) {
     return false;
   }
   if (!present && !contains(lacking_[location], layer.number)) {  // q, k and v share a location
     lacking_[location].push_back(layer.number);
   }
   return present;
+}
+
+int64_t Planner::counted(const Layer& layer) const {
+  if (wired_for_ != "encoder-decoder" || layer.kind == AttentionKind::kEncoder) {
+    return layer.number;
+  }
+  int64_t encoders = 0;
+  for (const Layer& other : layers_) {
+    encoders = other.kind == AttentionKind::kEncoder ? std::max(encoders, other.number + 1) : encoders;
+  }
+  return layer.number - encoders;
 }
 
 // The two attentions of a decoder layer share one feed-forward block, which follows one of them.
@@ -148,13 +162,14 @@ void Planner::add(const BnConfig& config) {
   }
   for (const Layer& layer : layers_) {
     const auto bottleneck = [&](BottleneckWiring wiring = BottleneckWiring::kDefined) {
-      const int64_t size = floor_divide(layer.hidden_size, reduction_factor(config, layer.number));
+      const int64_t size = floor_divide(layer.hidden_size, reduction_factor(config, counted(layer)));
       return PlannedBottleneck{config, layer.hidden_size, std::max<int64_t>(1, size), wiring};
     };
     const bool cross = layer.kind == AttentionKind::kCross;
     const std::string location = attention_adapter_location(layer);
-    if ((cross ? config.cross_adapter : config.mh_adapter) &&
-        has_location(layer, location, layer.has_attention_residual, config.leave_out)) {
+    // In an EncoderDecoderModel of BERTs the library has mh_adapter after cross attention, too, and no cross_adapter.
+    const bool wanted = cross && wired_for_ != "encoder-decoder" ? config.cross_adapter : config.mh_adapter;
+    if (wanted && has_location(layer, location, layer.has_attention_residual, config.leave_out)) {
       add_module(
           layer, location, location,
           bottleneck(wired_for_ == "albert" && !cross ? BottleneckWiring::kExchanged : BottleneckWiring::kDefined));
@@ -172,7 +187,7 @@ void Planner::add(const PrefixTuningConfig& config) {
   for (const Layer& layer : layers_) {
     const bool wanted = layer.kind == AttentionKind::kSelf ||
                         (layer.kind == AttentionKind::kEncoder ? config.encoder_prefix : config.cross_prefix);
-    if (wanted && !contains(config.leave_out, layer.number)) {
+    if (wanted && !contains(config.leave_out, counted(layer))) {
       groups[prefix_location(layer)].push_back(&layer);
     }
   }
@@ -189,6 +204,14 @@ void Planner::add(const PrefixTuningConfig& config) {
 }
 
 void Planner::add(const LoRAConfig& config) {
+  for (const std::string& path : config.linear_maps) {
+    const bool known = std::any_of(layers_.begin(), layers_.end(), [&](const Layer& layer) {
+      return std::any_of(layer.linear_maps.begin(), layer.linear_maps.end(),
+                         [&](const Projection& linear) { return linear.path == path; });
+    });
+    TORCH_CHECK(known, "plan: the model has no linear map ", path,
+                " outside of its layers that a LoRA can be on; inspect() lists them under \"linear_maps\"");
+  }
   for (const Layer& layer : layers_) {
     const auto add_lora = [&](const std::string& location, const std::string& site, const Projection& projection) {
       add_module(layer, location, site, PlannedLoRA{config, projection.in_features, projection.out_features});
@@ -205,6 +228,12 @@ void Planner::add(const LoRAConfig& config) {
       if (wants(matrix) && has_location(layer, "selfattn_lora", projection->has_value(), config.leave_out)) {
         const bool cross = layer.kind == AttentionKind::kCross;
         add_lora("selfattn_lora", std::string(cross ? "crossattn_lora_" : "selfattn_lora_") + matrix, **projection);
+      }
+    }
+    for (size_t i = 0; i < layer.linear_maps.size(); ++i) {
+      const Projection& linear = layer.linear_maps[i];
+      if (std::find(config.linear_maps.begin(), config.linear_maps.end(), linear.path) != config.linear_maps.end()) {
+        add_lora("linear_lora", std::string(kLinearMapSite) + std::to_string(i), linear);
       }
     }
     if (config.gate_lora &&

@@ -84,6 +84,9 @@ ModuleWeights WeightReader::read(const PlannedLoRA& planned, const SavedParamete
                                             : at::zeros({planned.out_features}, at::kDouble);
   }
   weights["lora_b"] = take(saved, "lora_b", {planned.out_features, config.r}, place);
+  if (config.lora_bias) {
+    weights["bias"] = take(saved, "bias", {planned.out_features}, place);
+  }
   weights["scaling"] = at::scalar_tensor(lora_scaling(config), at::kDouble);
   if (config.use_gating) {
     read_gate(saved, 1, planned.in_features, place, weights);

@@ -1,6 +1,7 @@
 #include <torchgraft/plan/save_adapter_hub.h>
 
 #include <torchgraft/plan/checkpoint.h>
+#include <torchgraft/plan/locations.h>
 #include <torchgraft/plan/phm.h>
 
 #include <ATen/ATen.h>
@@ -128,6 +129,9 @@ std::string lora_path(const PlannedModule& module, const Layer& layer) {
   if (site == "output_lora") {
     return joined(projection_path(layer, layer.ffn_out, {"output", "dense"}));
   }
+  if (const auto position = linear_map_position(site)) {
+    return layer.linear_maps.at(*position).path;
+  }
   if (site == "gate_lora") {
     return joined(projection_path(layer, layer.ffn_gate, {"intermediate", "gate"}));
   }
@@ -201,6 +205,9 @@ class Writer {
       append(prefix + ".lora_A", weights.at("lora_a"));
     }
     append(prefix + ".lora_B", weights.at("lora_b"));
+    if (weights.count("bias")) {
+      append(prefix + ".lora_bias", weights.at("bias"));
+    }
     if (weights.count("magnitude")) {
       TORCH_CHECK(at::count_nonzero(weights.at("fixed")).item<int64_t>() == 0, "save_adapter: ", module.site,
                   " of layer ", module.number,

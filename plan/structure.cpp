@@ -183,8 +183,12 @@ size_t Structure::position(int64_t index) const {
 
 std::string to_json(const Structure& structure) {
   OrderedJson json = {{"layers", OrderedJson::array()}, {"near_misses", structure.near_misses}};
+  json["linear_maps"] = OrderedJson::array();
   for (const Layer& layer : structure.layers) {
     json["layers"].push_back(to_json(layer));
+    for (const Projection& linear : layer.linear_maps) {
+      json["linear_maps"].push_back(to_json(std::optional(linear)));
+    }
   }
   return json.dump();
 }

@@ -38,6 +38,7 @@ struct Layer {
   NormOrder ffn_norm_order = NormOrder::kNone;  // of the feed-forward block
   std::optional<Projection> query, key, value, output;
   std::optional<Projection> ffn_in, ffn_gate, ffn_out;  // ffn_gate: in act(gate(x)) * in(x), the one with activation
+  std::vector<Projection> linear_maps;                  // of the first layer: linear maps with no role in any layer
   bool has_attention_residual = false;                  // a residual add after `output`: the site of mh_adapter
   bool has_ffn_residual = false;                        // a residual add after `ffn_out`: the site of output_adapter
   bool has_attention_mask = false;

@@ -254,9 +254,9 @@ void bind_verified(py::module_& m) {
 
 void bind_files(py::module_& m) {
   m.def("check_tensor_records", &torchgraft::check_tensor_records, NoGil());
-  m.def(
-      "load_adapter",
-      [](const Module& module, const Spec& spec) { return torchgraft::load_adapter(module, spec_of(spec)); }, NoGil());
+  m.def("load_adapter", [](const Module& module, const Spec& spec) {
+    return with_warnings([&] { return torchgraft::load_adapter(module, spec_of(spec)); });
+  });
   m.def("match_adapter", [](const Module& module, const Spec& spec) {
     std::vector<std::pair<std::string, std::string>> result;
     for (const torchgraft::WeightMatch& match : torchgraft::match_adapter(module, spec_of(spec))) {

@@ -230,7 +230,8 @@ std::vector<SlotRun> slot_runs(const std::vector<Slot>& slots, const Structure& 
   for (size_t i = 0; i < structure.layers.size(); ++i) {
     const Layer& layer = structure.layers[i];
     for (size_t s = 0; s < slots.size(); ++s) {
-      if (slots[s].layer == layer.shares.value_or(layer.index)) {
+      const bool runs_again = layer.shares && !linear_map_position(slots[s].site);  // what is outside of it does not
+      if (slots[s].layer == layer.index || (runs_again && slots[s].layer == *layer.shares)) {
         runs.push_back({s, i});
       }
     }

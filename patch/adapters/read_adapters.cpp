@@ -30,6 +30,9 @@ std::map<std::string, std::vector<int64_t>> shapes_of(const PlannedModule& modul
         shapes[name] = {lora->out_features};
       }
     }
+    if (lora->config.lora_bias) {
+      shapes["bias"] = {lora->out_features};
+    }
     gates = lora->config.use_gating;
     gate_features = lora->in_features;
   } else if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method)) {

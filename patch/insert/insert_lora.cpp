@@ -67,6 +67,10 @@ std::pair<Value*, Value*> LoraInserter::lora(const Slot& slot, Value* x, Value* 
                               named);
     result = {op->outputs()[0], op->outputs()[1]};
   }
+  if (slot.parameters.count("bias")) {
+    RowFunctions rows(graph_, adapter_ids, adapter);
+    result.first = rows.shifted(result.first, inserter_.parameter(slot, module, "bias"));
+  }
   if (slot.lora == LoRAForm::kAdd) {
     return result;
   }
@@ -109,10 +113,15 @@ Value* LoraInserter::insert(const Slot& slot, const LinearSite& site) {
   if (site.is_part) {
     base = graph_.insert(c10::aten::narrow, {whole, -1, site.offset, site.width});
   }
-  Value* x = inserter_.swapped(site.node->namedInput("input"), site.sequence_first);
-  const auto [output, gate] = lora(slot, x, inserter_.swapped(base, site.sequence_first), inserter_.adapter_ids(),
-                                   inserter_.active(), inserter_.token_mask(slot));
-  Value* updated = inserter_.swapped(output, site.sequence_first);
+  // A vector for each row becomes one token.
+  const auto as_tokens = [&](Value* value) {
+    return site.is_row ? graph_.insert(c10::aten::unsqueeze, {value, 1})
+                       : inserter_.swapped(value, site.sequence_first);
+  };
+  const auto [output, gate] = lora(slot, as_tokens(site.node->namedInput("input")), as_tokens(base),
+                                   inserter_.adapter_ids(), inserter_.active(), inserter_.token_mask(slot));
+  Value* updated =
+      site.is_row ? graph_.insert(c10::aten::squeeze, {output, 1}) : inserter_.swapped(output, site.sequence_first);
   if (site.sequence_first && !site.is_part) {
     updated = graph_.insert(c10::aten::contiguous, {updated});  // as the linear map's result was: it may be viewed
   }

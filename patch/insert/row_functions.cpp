@@ -65,6 +65,11 @@ def scaled(base: Tensor, vector: Tensor, scaling: Tensor, gate: Tensor, adapter_
     coefficient = selected(scaling, adapter_ids, adapter).unsqueeze(-1) * gate
     return base * (selected(vector, adapter_ids, adapter).squeeze(-1) * coefficient).unsqueeze(1)
 
+def shifted(x: Tensor, bias: Tensor, adapter_ids: Optional[Tensor], adapter: int) -> Tensor:
+    chosen = selected(bias, adapter_ids, adapter)
+    active = is_active(x, adapter_ids, adapter).unsqueeze(-1)
+    return x + torch.where(active, chosen, torch.zeros_like(chosen)).unsqueeze(1)
+
 def with_magnitude(x: Tensor, magnitude: Tensor, weight_norm: Tensor, fixed: Tensor, adapter_ids: Optional[Tensor],
                    adapter: int) -> Tensor:
     ratio = (selected(magnitude, adapter_ids, adapter) / selected(weight_norm, adapter_ids, adapter)).unsqueeze(1)
@@ -115,6 +120,8 @@ Value* RowFunctions::pooled(Value* x, Value* gate_weight, Value* gate_bias, Valu
 Value* RowFunctions::scaled(Value* base, Value* vector, Value* scaling, Value* gate) {
   return call("scaled", {base, vector, scaling, gate, adapter_ids_, adapter_});
 }
+
+Value* RowFunctions::shifted(Value* x, Value* bias) { return call("shifted", {x, bias, adapter_ids_, adapter_}); }
 
 Value* RowFunctions::with_magnitude(Value* x, Value* magnitude, Value* weight_norm, Value* fixed) {
   return call("with_magnitude", {x, magnitude, weight_norm, fixed, adapter_ids_, adapter_});

@@ -33,6 +33,9 @@ class RowFunctions {
   torch::jit::Value* scaled(torch::jit::Value* base, torch::jit::Value* vector, torch::jit::Value* scaling,
                             torch::jit::Value* gate);
 
+  // x [B, S, O] plus the row's vector (bank [N, O]).
+  torch::jit::Value* shifted(torch::jit::Value* x, torch::jit::Value* bias);
+
   // DoRA: (x - fixed) * magnitude / weight_norm + fixed, for x [B, S, O] and banks [N, O].
   torch::jit::Value* with_magnitude(torch::jit::Value* x, torch::jit::Value* magnitude, torch::jit::Value* weight_norm,
                                     torch::jit::Value* fixed);

@@ -21,6 +21,9 @@ std::string obstacle(const PlannedModule& module) {
     return lora_form(config) == LoRAForm::kScale ? "(IA)^3 scales the projection's bias too"
                                                  : "DoRA scales the projection's bias too";
   }
+  if (config.lora_bias) {
+    return "it has a bias of its own";
+  }
   return config.use_gating ? "its gate depends on the input" : "";
 }
 

@@ -132,6 +132,10 @@ GraphSites apply_sites(const GraphSites& detected, const Structure& wanted, cons
     result.structure.layers.push_back(std::move(layer));
     result.layers.push_back(std::move(sites));
   }
+  if (!result.layers.empty() && !detected.layers.empty()) {  // also where the first layer was removed
+    result.structure.layers.front().linear_maps = detected.structure.layers.front().linear_maps;
+    result.layers.front().linear_maps = detected.layers.front().linear_maps;
+  }
   // Of the runs of a layer, the first one left stands for the layer.
   std::map<int64_t, int64_t> stands_for;
   for (Layer& layer : result.structure.layers) {

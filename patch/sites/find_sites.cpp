@@ -7,8 +7,10 @@
 #include <torchgraft/patch/sites/find_residual.h>
 #include <torchgraft/patch/sites/single_heads.h>
 #include <torchgraft/patch/sites/site_finder.h>
+#include <torchgraft/plan/locations.h>
 
 #include <map>
+#include <set>
 #include <tuple>
 #include <unordered_set>
 
@@ -121,6 +123,56 @@ std::string at_path(const std::string& path) { return path.empty() ? "" : "at " 
 
 }  // namespace
 
+namespace {
+
+// The linear maps that have a role in some layer, or share a weight with one that has.
+std::set<const Node*> nodes_with_a_role(const GraphSites& found) {
+  std::set<const Node*> result;
+  const auto add = [&](const LinearSite& site) {
+    result.insert(site.node);
+    result.insert(site.elsewhere.begin(), site.elsewhere.end());
+  };
+  for (const LayerSites& layer : found.layers) {
+    for (const LinearSite* site : {&layer.query, &layer.key, &layer.value}) {
+      add(*site);
+    }
+    for (const auto* site : {&layer.output, &layer.ffn_in, &layer.ffn_gate, &layer.ffn_out}) {
+      if (*site) {
+        add(**site);
+      }
+    }
+  }
+  return result;
+}
+
+// Linear maps with no role in any layer, on which a LoRA can be: each has a weight of its own that runs once, on tokens
+// or on one vector for each row. They go to the first layer.
+void find_linear_maps(SiteFinder& finder, torch::jit::Graph& graph, GraphSites& found) {
+  if (found.layers.empty()) {
+    return;
+  }
+  const std::set<const Node*> taken = nodes_with_a_role(found);
+  std::map<std::string, size_t> runs;
+  for_each_node(graph.block(), [&](Node* node) { runs[is_aten(node, {"linear"}) ? finder.path_of(node) : ""]++; });
+  for (Node* node : graph.nodes()) {
+    if (!is_aten(node, {"linear"}) || taken.count(node)) {
+      continue;
+    }
+    const Projection projection = finder.describe(node);
+    LinearSite site{node};
+    const auto shape = finder.shapes().shape(node->namedInput("input"));
+    site.is_row = shape && shape->size() == 2 && (*shape)[0] == finder.shapes().canonical(finder.batch());
+    const bool has_place = site.is_row || finder.layout_of(node->namedInput("input"), site.sequence_first);
+    if (has_place && !projection.path.empty() && !projection.packed && projection.out_features > 0 &&
+        runs.at(projection.path) == 1) {
+      found.structure.layers.front().linear_maps.push_back(projection);
+      found.layers.front().linear_maps.push_back(site);
+    }
+  }
+}
+
+}  // namespace
+
 GraphSites find_sites(const CanonicalGraph& canonical, const Module& module) {
   GraphSites result;
   SiteFinder finder(canonical, module);
@@ -162,6 +214,7 @@ GraphSites find_sites(const CanonicalGraph& canonical, const Module& module) {
       result.left_out.push_back(result.structure.near_misses.back());
     }
   });
+  find_linear_maps(finder, *canonical.graph, result);
   result.result_is_sequence_first = finder.result_is_sequence_first();
   return result;
 }
@@ -175,6 +228,9 @@ const LinearSite* lora_site(const LayerSites& layer, const std::string& site) {
       {"selfattn_lora_o", pointer(layer.output)}, {"crossattn_lora_o", pointer(layer.output)},
       {"gate_lora", pointer(layer.ffn_gate)},     {"intermediate_lora", pointer(layer.ffn_in)},
       {"output_lora", pointer(layer.ffn_out)}};
+  if (const auto position = linear_map_position(site)) {
+    return &layer.linear_maps.at(*position);
+  }
   const auto found = sites.find(site);
   return found == sites.end() ? nullptr : found->second;
 }

@@ -21,6 +21,7 @@ struct LinearSite {
   torch::jit::Node* node = nullptr;
   bool sequence_first = false;  // tokens before batch: [S, B, features]
   bool is_part = false;         // other columns belong to other projections
+  bool is_row = false;          // its input is [B, features]: a pooler's, a classifier's
   bool is_flat = false;  // its input is no [B, S, features], so that no LoRA can act here: rows [B * S, features]
   int64_t offset = 0;
   int64_t width = 0;
@@ -45,6 +46,7 @@ struct LayerSites {
   torch::jit::Node* attention = nullptr;  // aten::scaled_dot_product_attention
   LinearSite query, key, value;
   std::optional<LinearSite> output, ffn_in, ffn_gate, ffn_out;
+  std::vector<LinearSite> linear_maps;  // parallel to Layer::linear_maps
   std::optional<ResidualSite> attention_residual, ffn_residual;
 };
 

@@ -7,7 +7,7 @@ import torch
 
 from ._libraries import patcher
 from .adapter_hub import CONFIG_FILE, HEAD_CONFIG_FILE, HEAD_WEIGHT_FILES, WEIGHT_FILES
-from .grafting import cpp_module, directory_spec, script_module
+from .grafting import cpp_module, directory_spec, module_with_warnings
 
 
 def _pickled(weights: dict[str, torch.Tensor]) -> bytes:
@@ -79,7 +79,8 @@ def load_adapter(
         GraftError: a file is missing or damaged, or the adapter does not fit the module.
         TypeError: `module` is not TorchScript.
     """
-    return script_module(patcher().load_adapter(cpp_module(module), directory_spec(module, directory, name, trainable)))
+    spec = directory_spec(module, directory, name, trainable)
+    return module_with_warnings(patcher().load_adapter(cpp_module(module), spec))
 
 
 def match_adapter(module: torch.jit.ScriptModule, directory: str | Path) -> list[tuple[str, str]]:

@@ -2,9 +2,8 @@
 
 import copy
 import json
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,15 @@ from torch import Tensor
 
 from ._libraries import patcher
 from ._reading import parse_json, read_text
-from .adapter_hub import CONFIG_FILE, AdapterDirectory, read_one_version, read_weights
+from .adapter_hub import CONFIG_FILE, AdapterDirectory, read_one_version
 from .configs import LoRAConfig
 from .errors import GraftError
 from .peft_config import PeftLoRAConfig, read_peft_config
+from .peft_paths import Place, match_paths, place_of
+from .peft_weights import WEIGHT_FILES, PeftWeights, Update, read_peft_weights
 
-WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 DEFAULT_NAME = "default"  # PEFT's name for an adapter to which the user gave none
 
-_KEY = re.compile(
-    r"(?:base_model\.model\.)?(?P<path>.+)"
-    r"\.(?:lora_(?P<side>[AB])(?:\.[^.]+)?\.weight|lora_(?P<magnitude>magnitude_vector)(?:\.[^.]+)?(?:\.weight)?)"
-)
 # The roles of a layer's projections at which a LoRA can act, with the matrix or the field of LoRAConfig for it.
 _MATRICES = {"query": "q", "key": "k", "value": "v"}
 _FLAGS = {
@@ -33,6 +29,7 @@ _FLAGS = {
     "ffn_in": "intermediate_lora",
     "ffn_out": "output_lora",
 }
+_NO_LAYER = -1  # stands for a layer's index: a linear map outside of the layers, whose role is its path
 _ROLES = (*_MATRICES, *_FLAGS)  # in execution order: parts of a packed map are concatenated in this order
 
 
@@ -46,29 +43,9 @@ def is_peft_directory(directory: Path) -> bool:
     return isinstance(content, dict) and "peft_type" in content
 
 
-@dataclass(frozen=True)
-class _Update:
-    """The update B A of one linear map. lora_a: [r, in]; lora_b: [out, r], multiplied by alpha / r already; magnitude:
-    [out], DoRA's. All are floating."""
-
-    lora_a: Tensor
-    lora_b: Tensor
-    magnitude: Tensor | None = None
-
-    def padded(self, rank: int) -> "_Update":
-        more = rank - self.lora_a.size(0)
-        pad = torch.nn.functional.pad
-        return _Update(pad(self.lora_a, (0, 0, 0, more)), pad(self.lora_b, (0, more)), self.magnitude)
-
-    def rows(self, first: int, count: int) -> "_Update":
-        """Returns the part of the update for one of several packed projections."""
-        magnitude = None if self.magnitude is None else self.magnitude.narrow(0, first, count)
-        return _Update(self.lora_a, self.lora_b.narrow(0, first, count), magnitude)
-
-
-def _read_files(directory: Path) -> "tuple[PeftLoRAConfig, dict[str, _Update]]":
+def _read_files(directory: Path) -> tuple[PeftLoRAConfig, PeftWeights]:
     config = read_peft_config(directory)
-    return config, _read_updates(config)
+    return config, read_peft_weights(config)
 
 
 def load_peft_directory(
@@ -77,8 +54,9 @@ def load_peft_directory(
     """Reads a LoRA of PEFT and converts it to an AdapterHub adapter for a model of this structure.
 
     The function matches linear maps by module path; where a frozen module has none, by the layer's number and the names
-    of projections. It pads ranks that differ (rank_pattern) with zeros to the largest,
-    multiplies scalings (alpha_pattern, use_rslora) into B, and lists layers without an update in `leave_out`.
+    of projections. It pads ranks that differ (rank_pattern) with zeros to the largest, multiplies scalings
+    (alpha_pattern, use_rslora) into B, lists layers without an update in `leave_out`, and makes updates of linear maps
+    that were trained as a whole (modules_to_save).
 
     Args:
         directory: what `PeftModel.save_pretrained()` wrote.
@@ -91,22 +69,81 @@ def load_peft_directory(
             for one linear map; or the model lacks a linear map, or has it outside of its layers.
     """
     directory = Path(directory)
-    config, updates = read_one_version(directory, (CONFIG_FILE, *WEIGHT_FILES), _read_files)
+    config, weights = read_one_version(directory, (CONFIG_FILE, *WEIGHT_FILES), _read_files)
     projections = _projections(structure)
     if not projections:
-        structure = _with_paths(config, updates, structure)
+        structure = _with_paths(config, weights, structure)
         projections = _projections(structure)
     maps = [path.removesuffix(".weight") for path, tensor in parameters.items() if path.endswith(".weight")
             and tensor.dim() == 2]  # fmt: skip
     model_paths = list(dict.fromkeys([*projections, *maps]))
-    places = _match_paths(directory, updates, model_paths)
+    wholes = _present(directory, weights.wholes, model_paths)
+    places = match_paths(directory, [*weights.updates, *wholes], model_paths)
     _check_completeness(config, places, model_paths)
-    targets: dict[tuple[int, str], tuple[dict, _Update]] = {}
+    _check_bases(directory, weights.bases, places, parameters)
+    updates = weights.updates | {
+        path: _whole_update(config, path, places[path].path, whole, parameters) for path, whole in wholes.items()
+    }
+    linear_maps = {entry["path"]: entry for entry in structure.get("linear_maps", [])}
+    targets: dict[tuple[int, str], tuple[dict, Update]] = {}
     for path, update in updates.items():
         model_path = places[path].path
-        targets |= _targets(directory, path, model_path, update, projections.get(model_path, []))
+        found = projections.get(model_path, [])
+        if not found and model_path in linear_maps:
+            found = [(_NO_LAYER, model_path, linear_maps[model_path])]
+        targets |= _targets(directory, path, model_path, update, found)
     rank = max(update.lora_a.size(0) for update in updates.values())
     return _as_adapter_hub(directory, targets, rank, structure, parameters)
+
+
+def _present(
+    directory: Path, wholes: Mapping[str, tuple[Tensor, Tensor | None]], model_paths: list[str]
+) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Returns those linear maps that the model has. Warns of the others: the model may have been traced without its
+    head."""
+    found = {path: whole for path, whole in wholes.items() if any(place_of(each, path) for each in model_paths)}
+    lost = ", ".join(path for path in wholes if path not in found)
+    if lost:
+        warnings.warn(
+            f"{directory}: {lost} (modules_to_save) is not loaded: the model has no such linear map; a prediction "
+            "needs its own head",
+            stacklevel=2,
+        )
+    return found
+
+
+def _check_bases(
+    directory: Path, bases: Mapping[str, Tensor], places: Mapping[str, Place], parameters: Mapping[str, Tensor]
+) -> None:
+    """Checks that the parameters of the base that the file has are the model's."""
+    for name, saved in bases.items():
+        path, kind = name.rsplit(".", 1)
+        found = parameters.get(f"{places[path].path}.{kind}") if path in places else None
+        if found is None or found.shape != saved.shape or not torch.equal(found.detach().to(saved.dtype), saved):
+            raise GraftError(
+                f"{directory}: the file has {name} of the base, and the model's is another; graft the model that the "
+                "adapter was trained on"
+            )
+
+
+def _whole_update(
+    config: PeftLoRAConfig,
+    path: str,
+    model_path: str,
+    whole: tuple[Tensor, Tensor | None],
+    parameters: Mapping[str, Tensor],
+) -> Update:
+    """Returns the update that makes a linear map of the model the one that was trained as a whole."""
+    old, bias = parameters[f"{model_path}.weight"].detach(), parameters.get(f"{model_path}.bias")
+    if config.use_dora:
+        raise GraftError(f"{config.directory}: DoRA beside modules that were trained as a whole is not supported")
+    if old.shape != whole[0].shape or (bias is None) != (whole[1] is None):
+        raise GraftError(
+            f"{config.directory}: expected {path} (modules_to_save) to be of shape {list(old.shape)}, as the model's "
+            f"{model_path}, got {list(whole[0].shape)}" + ("" if (bias is None) == (whole[1] is None) else
+                                                            "; and one of them has a bias")
+        )  # fmt: skip
+    return Update.between((old, None if bias is None else bias.detach()), whole)
 
 
 def _projections(structure: Mapping[str, Any]) -> dict[str, list[tuple[int, str, dict]]]:
@@ -120,7 +157,7 @@ def _projections(structure: Mapping[str, Any]) -> dict[str, list[tuple[int, str,
     return result
 
 
-def _with_paths(config: PeftLoRAConfig, paths: Iterable[str], structure: Mapping[str, Any]) -> dict[str, Any]:
+def _with_paths(config: PeftLoRAConfig, weights: PeftWeights, structure: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the structure of a frozen module, with PEFT's paths for linear maps that have an update in some layer.
 
     Raises:
@@ -131,11 +168,16 @@ def _with_paths(config: PeftLoRAConfig, paths: Iterable[str], structure: Mapping
         raise GraftError(
             f"{directory}: DoRA needs the biases of the module, which is frozen; graft the module before it is frozen"
         )
+    if weights.wholes:
+        raise GraftError(
+            f"{directory}: {next(iter(weights.wholes))} was trained as a whole (modules_to_save), and the module is "
+            "frozen; graft the module before it is frozen"
+        )
     text = json.dumps(structure)
     result = copy.deepcopy(dict(structure))
     layers = result["layers"]
     owners: dict[tuple[int, str], str] = {}
-    for path in paths:
+    for path in weights.updates:
         places = [(index, _role_of(site)) for index, site in patcher().lora_places_by_number(text, path)]
         if not places:
             raise GraftError(
@@ -172,109 +214,7 @@ def _renumbered(path: str, step: int) -> str:
     return ".".join([*parts[:position], str(int(parts[position]) + step), *parts[position + 1 :]])
 
 
-def _read_updates(config: PeftLoRAConfig) -> dict[str, _Update]:
-    directory = config.directory
-    sides: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in read_weights(directory, WEIGHT_FILES).items():
-        match = _KEY.fullmatch(key)
-        dimensions = 1 if match and match["magnitude"] else 2
-        if match is None or tensor.dim() != dimensions or not tensor.is_floating_point():
-            raise GraftError(f"{directory}: {key} is not a weight of a LoRA on a linear map")
-        side = match["side"] or match["magnitude"]
-        if side in sides.setdefault(match["path"], {}):
-            raise GraftError(f"{directory}: two weights are lora_{side} of {match['path']}, {key} is one of them")
-        sides[match["path"]][side] = tensor
-    result = {}
-    for path, side in sides.items():
-        expected = {"A", "B", "magnitude_vector"} if config.use_dora else {"A", "B"}
-        if set(side) != expected or side["A"].size(0) != side["B"].size(1):
-            raise GraftError(f"{directory}: expected lora_A [r, in] and lora_B [out, r] for {path}"
-                             + (", and its lora_magnitude_vector" if config.use_dora else ""))  # fmt: skip
-        if side["A"].size(0) != config.rank(path):
-            raise GraftError(
-                f"{directory}: expected lora_A of {path} of rank {config.rank(path)}, as r and rank_pattern say, got "
-                f"{side['A'].size(0)}"
-            )
-        result[path] = _Update(side["A"], side["B"] * config.scaling(path), side.get("magnitude_vector"))
-    if not result:
-        raise GraftError(f"{directory}: the adapter has no weights")
-    return result
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where an update belongs.
-
-    Attributes:
-        path: the linear map's path in the model.
-        model_prefix: what precedes the part of that path which PEFT's path has, too.
-        peft_prefix: what precedes that part in PEFT's path.
-    """
-
-    path: str
-    model_prefix: str
-    peft_prefix: str
-
-
-def _place(model_path: str, peft_path: str) -> tuple[int, _Place] | None:
-    """Compares two paths from their ends: a model may have been traced inside a head or a wrapper, or without one.
-
-    Returns:
-        How many components they share, and the place; None: they are not paths of one linear map. They are if one is
-        the end of the other, or if they share a layer's number and its container.
-    """
-    model, saved = model_path.split("."), peft_path.split(".")
-    shared = 0
-    while shared < min(len(model), len(saved)) and model[-1 - shared] == saved[-1 - shared]:
-        shared += 1
-    number = next((index for index, component in enumerate(saved) if component.isdigit()), None)
-    holds_a_layer = number is not None and number >= 1 and len(saved) - shared <= number - 1
-    if shared < min(len(model), len(saved)) and not holds_a_layer:
-        return None
-    return shared, _Place(model_path, ".".join(model[: len(model) - shared]), ".".join(saved[: len(saved) - shared]))
-
-
-def _match_paths(directory: Path, peft_paths: Iterable[str], model_paths: list[str]) -> dict[str, _Place]:
-    """Finds the model's linear map of each update: one map for an update, one update for a map, and for all updates the
-    same components before the part of the path that is common.
-
-    Raises:
-        GraftError: there is none, or there are several.
-    """
-    places: dict[str, _Place] = {}
-    owners: dict[str, str] = {}
-    for path in peft_paths:
-        found = [place for place in (_place(model_path, path) for model_path in model_paths) if place]
-        longest = max((shared for shared, _ in found), default=0)
-        best = [place for shared, place in found if shared == longest]
-        if not best:
-            raise GraftError(
-                f"{directory}: the model has no linear map {path}; PEFT adapters are matched by module path"
-            )
-        if len(best) > 1:
-            raise GraftError(
-                f"{directory}: {path} could be the model's {best[0].path} and its {best[1].path}; graft the part of "
-                "the model that the adapter was trained on"
-            )
-        [place] = best
-        if place.path in owners:
-            raise GraftError(
-                f"{directory}: {owners[place.path]} and {path} are both updates of the model's {place.path}; graft the "
-                "whole model that the adapter was trained on"
-            )
-        owners[place.path] = path
-        places[path] = place
-    prefixes = {(place.model_prefix, place.peft_prefix): path for path, place in places.items()}
-    if len(prefixes) > 1:
-        one, other = [f"{path} (the model's {places[path].path})" for path in prefixes.values()][:2]
-        raise GraftError(
-            f"{directory}: {one} and {other} are of different parts; graft the whole model that the adapter was "
-            "trained on"
-        )
-    return places
-
-
-def _check_completeness(config: PeftLoRAConfig, places: Mapping[str, _Place], model_paths: list[str]) -> None:
+def _check_completeness(config: PeftLoRAConfig, places: Mapping[str, Place], model_paths: list[str]) -> None:
     """Checks that each linear map that the configuration names has an update: a file may have lost some."""
     place = next(iter(places.values()))
     before = place.model_prefix + "." if place.model_prefix else ""
@@ -288,8 +228,8 @@ def _check_completeness(config: PeftLoRAConfig, places: Mapping[str, _Place], mo
 
 
 def _targets(
-    directory: Path, path: str, model_path: str, update: _Update, found: list[tuple[int, str, dict]]
-) -> dict[tuple[int, str], tuple[dict, _Update]]:
+    directory: Path, path: str, model_path: str, update: Update, found: list[tuple[int, str, dict]]
+) -> dict[tuple[int, str], tuple[dict, Update]]:
     """Returns the projections that an update changes: one, or all that are packed into one linear map.
 
     Args:
@@ -300,10 +240,15 @@ def _targets(
     """
     if not found:
         raise GraftError(
-            f"{directory}: {path} is the model's {model_path}, which is not in a layer that was recognised; "
-            "torchgraft.inspect() says which layers were, and why others were not"
+            f"{directory}: {path} is the model's {model_path}, which is in no layer that was recognised, and no linear "
+            "map on tokens or rows that runs once; torchgraft.inspect() says what was recognised"
         )
     width = sum(projection["out_features"] for _, _, projection in found)
+    if update.lora_b.size(0) > width and update.lora_a.size(1) == found[0][2]["in_features"]:
+        raise GraftError(
+            f"{directory}: {path} is the model's {model_path}, of whose {update.lora_b.size(0)} outputs {width} were "
+            f"recognised ({', '.join(role for _, role, _ in found)}); a LoRA cannot be on the others"
+        )
     if update.lora_b.size(0) != width or update.lora_a.size(1) != found[0][2]["in_features"]:
         raise GraftError(
             f"{directory}: expected lora_A and lora_B of {path} for {found[0][2]['in_features']} inputs and {width} "
@@ -325,14 +270,15 @@ def _bias(projection: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> Te
 
 def _as_adapter_hub(
     directory: Path,
-    targets: Mapping[tuple[int, str], tuple[dict, _Update]],
+    targets: Mapping[tuple[int, str], tuple[dict, Update]],
     rank: int,
     structure: Mapping[str, Any],
     parameters: Mapping[str, Tensor],
 ) -> AdapterDirectory:
     layers = structure["layers"]
-    roles = {role for _, role in targets}
-    used = {layers[index]["layer"] for index, _ in targets}
+    outside = {role: target for (index, role), target in targets.items() if index == _NO_LAYER}
+    roles = {role for index, role in targets if index != _NO_LAYER}
+    used = {layers[index]["layer"] for index, _ in targets if index != _NO_LAYER}
     dora = any(update.magnitude is not None for _, update in targets.values())
     config = LoRAConfig(
         r=rank,
@@ -342,7 +288,11 @@ def _as_adapter_hub(
         use_dora=dora,
         leave_out=sorted({layer["layer"] for layer in layers} - used),
     )
-    flags = {flag: True for role, flag in _FLAGS.items() if role in roles}  # AdapterHub does not have all of them
+    fields = config.to_dict() | {flag: True for role, flag in _FLAGS.items() if role in roles}
+    if outside:  # these fields are not AdapterHub's, nor are some of _FLAGS
+        fields["linear_maps"] = list(outside)
+    if any(update.bias is not None for _, update in targets.values()):
+        fields["lora_bias"] = True
     weights: dict[str, list[Tensor]] = {}
     for index, layer in enumerate(layers):
         if layer["shares"] is not None or layer["layer"] not in used:
@@ -357,17 +307,31 @@ def _as_adapter_hub(
                     f"{directory}: DoRA on {role} of some layers, and in layer {layer['layer']} on others, is not "
                     "supported; target_modules must name the same projections in each layer"
                 )
-            if update is None:  # other layers update this role: here the update is zero
-                update = _Update(torch.zeros(1, projection["in_features"]), torch.zeros(projection["out_features"], 1))
-            padded = update.padded(rank)
-            prefix = f"{projection['path']}.loras.{DEFAULT_NAME}"
-            weights.setdefault(f"{prefix}.lora_A", []).append(padded.lora_a)
-            weights.setdefault(f"{prefix}.lora_B", []).append(padded.lora_b)
-            if padded.magnitude is not None:
-                weights.setdefault(f"{prefix}.m.weight", []).append(padded.magnitude.unsqueeze(1))
-                weights.setdefault(f"{prefix}.fixed", []).append(_bias(projection, parameters))
+            # Where other layers update this role, the update here is zero.
+            _append(weights, projection, update or Update.zero(projection), fields, parameters)
+    for projection, update in outside.values():
+        _append(weights, projection, update, fields, parameters)
     return AdapterDirectory(
         name=DEFAULT_NAME,
-        config=json.dumps(config.to_dict() | flags),
+        config=json.dumps(fields),
         weights={key: torch.cat(parts) for key, parts in weights.items()},
     )
+
+
+def _append(
+    weights: dict[str, list[Tensor]],
+    projection: Mapping[str, Any],
+    update: Update,
+    fields: Mapping[str, Any],
+    parameters: Mapping[str, Tensor],
+) -> None:
+    """Appends an update to `weights`, under AdapterHub's names. fields: of the configuration."""
+    padded = update.padded(fields["r"])
+    prefix = f"{projection['path']}.loras.{DEFAULT_NAME}"
+    parts = {"lora_A": padded.lora_a, "lora_B": padded.lora_b}
+    if fields.get("lora_bias"):
+        parts["lora_bias"] = torch.zeros(projection["out_features"]) if padded.bias is None else padded.bias
+    if padded.magnitude is not None:
+        parts |= {"m.weight": padded.magnitude.unsqueeze(1), "fixed": _bias(projection, parameters)}
+    for name, tensor in parts.items():
+        weights.setdefault(f"{prefix}.{name}", []).append(tensor)

@@ -21,9 +21,9 @@ _WITHOUT_EFFECT = {
 # Fields that must be off, and what each would add.
 _UNSUPPORTED = {
     "alora_invocation_tokens": "activated LoRA", "arrow_config": "Arrow", "kasa_config": "KaSA, which changes the base",
-    "layer_replication": "layers that are used several times", "lora_bias": "a bias", "megatron_config": "Megatron",
-    "modules_to_save": "whole modules", "monteclora_config": "MonteCLoRA", "target_parameters": "parameters",
-    "trainable_token_indices": "tokens", "use_bdlora": "block-diagonal LoRA", "use_qalora": "QALoRA",
+    "layer_replication": "layers that are used several times", "megatron_config": "Megatron",
+    "monteclora_config": "MonteCLoRA", "target_parameters": "parameters", "trainable_token_indices": "tokens",
+    "use_bdlora": "block-diagonal LoRA", "use_qalora": "QALoRA",
 }  # fmt: skip
 # Initialisations that leave the base's weights as they are.
 _PLAIN_INITIALISATIONS = ("gaussian", "eva", "mica", "orthogonal")
@@ -45,6 +45,8 @@ class PeftLoRAConfig:
     alpha_pattern: Mapping[str, float]
     use_rslora: bool
     use_dora: bool
+    lora_bias: bool
+    modules_to_save: list[str]
 
     def rank(self, path: str) -> int:
         """Returns the rank of the update of the linear map at `path`, by PEFT's module path."""
@@ -69,6 +71,11 @@ class PeftLoRAConfig:
             return True
         number = self._layer_number(path)
         return number is not None and number in self.layers_to_transform
+
+    def saves_whole(self, path: str) -> bool:
+        """Returns whether the module at `path` is, or is inside of, one that was trained as a whole."""
+        parts = path.split(".")
+        return any(_names(self.modules_to_save, ".".join(parts[: end + 1])) for end in range(len(parts)))
 
     def _layer_number(self, path: str) -> int | None:
         for pattern in self.layers_pattern or [r"(?<=\.)[^.]*"]:
@@ -133,6 +140,8 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool], Any]] = {
     "alpha_pattern": ("numbers by pattern", _patterns_to(_is_number), {}),
     "use_rslora": ("true or false", _is_bool, False),
     "use_dora": ("true or false", _is_bool, False),
+    "lora_bias": ("true or false", _is_bool, False),
+    "modules_to_save": ("a text or a list of texts", _is_text_or_texts, []),
 }
 
 
@@ -158,6 +167,7 @@ def read_peft_config(directory: Path) -> PeftLoRAConfig:
         raise GraftError(f"{directory}: expected target_modules, which says where the adapter's updates are")
     if values["layers_to_transform"] is not None:
         values["layers_to_transform"] = _as_list(values["layers_to_transform"])
+    values["modules_to_save"] = _as_list(values["modules_to_save"])
     values["layers_pattern"] = [each for each in _as_list(values["layers_pattern"]) if each]
     result = PeftLoRAConfig(directory, **values)
     _check_patterns(result)

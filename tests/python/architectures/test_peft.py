@@ -117,7 +117,10 @@ def test_what_has_no_place_in_a_frozen_module_is_named(options: dict, message: s
             dict(use_dora=True, target_modules=["layer.0.attention.self.query", "layer.1.attention.self.value"]),
             "DoRA on value of some layers, and in layer 0 on others",
         ),
-        (dict(target_modules=["pooler.dense"]), r"model.pooler.dense, which is not in a layer that was recognised"),
+        (
+            dict(target_modules=["query", "word_embeddings"]),
+            "lora_embedding_A is not a weight of a LoRA on a linear map",
+        ),
     ],
 )
 def test_what_has_no_place_is_named(options: dict, message: str, tmp_path) -> None:
@@ -131,7 +134,7 @@ def test_what_has_no_place_is_named(options: dict, message: str, tmp_path) -> No
     [
         ({"peft_type": "IA3"}, "PEFT's IA3 is not supported"),
         ({"init_lora_weights": "pissa_niter_4"}, "has changed the base's weights"),
-        ({"modules_to_save": ["classifier"]}, "modules_to_save .whole modules. is not supported"),
+        ({"target_parameters": ["encoder.layer.0.output.dense.weight"]}, "target_parameters .* is not supported"),
     ],
 )
 def test_other_configurations_are_named(change: dict, message: str, tmp_path) -> None:

@@ -200,7 +200,7 @@ def test_what_the_configuration_leaves_out_is_not_missed(options: dict, tmp_path
         (dict(layer_replication=[[0, 2], [1, 3]]), "layer_replication .* is not supported"),
         (dict(trainable_token_indices=[3]), "trainable_token_indices .* is not supported"),
         (dict(alora_invocation_tokens=[1, 2]), "alora_invocation_tokens .activated LoRA. is not supported"),
-        (dict(lora_bias=True), "lora_bias .* is not supported"),
+        (dict(lora_bias=True), "expected lora_A .* and a bias of lora_B"),
         (dict(kasa_config={"x": 1}), "kasa_config .* is not supported"),
         (dict(init_lora_weights="lora_ga"), 'init_lora_weights="lora_ga" has changed the base'),
         (dict(init_lora_weights="corda"), "init_lora_weights"),
@@ -238,3 +238,15 @@ def test_fields_without_effect_are_read_over(fields: dict, tmp_path) -> None:
     expected = _train(Tower(1), tmp_path)
     _change_config(tmp_path, **fields)
     _assert_equal(torchgraft.load_adapter(_traced(Tower(1)), tmp_path), expected)
+
+
+def test_weights_of_the_base_in_the_file_must_be_the_models(tmp_path) -> None:
+    """PEFT saves those of output embeddings beside their LoRA."""
+    expected = _train(Tower(1), tmp_path)
+    weight = Tower(1).bert.encoder.layer[0].attention.self.query.weight.detach()
+    key = "base_model.model.bert.encoder.layer.0.attention.self.query.base_layer.weight"
+    _change_weights(tmp_path, lambda weights: weights | {key: weight})
+    _assert_equal(torchgraft.load_adapter(_traced(Tower(1)), tmp_path), expected)
+    _change_weights(tmp_path, lambda weights: weights | {key: weight + 1})
+    with pytest.raises(torchgraft.GraftError, match="query.weight of the base, and the model's is another"):
+        torchgraft.load_adapter(_traced(Tower(1)), tmp_path)

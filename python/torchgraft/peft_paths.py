@@ -1,0 +1,80 @@
+"""Finds the linear maps of a model that the updates of a PEFT directory are for, by module path."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import GraftError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an update belongs.
+
+    Attributes:
+        path: the linear map's path in the model.
+        model_prefix: what precedes the part of that path which PEFT's path has, too.
+        peft_prefix: what precedes that part in PEFT's path.
+    """
+
+    path: str
+    model_prefix: str
+    peft_prefix: str
+
+
+def place_of(model_path: str, peft_path: str) -> tuple[int, Place] | None:
+    """Compares two paths from their ends: a model may have been traced inside a head or a wrapper, or without one.
+
+    Returns:
+        How many components they share, and the place; None: they are not paths of one linear map. They are if one is
+        the end of the other, or if they share a layer's number and its container.
+    """
+    model, saved = model_path.split("."), peft_path.split(".")
+    shared = 0
+    while shared < min(len(model), len(saved)) and model[-1 - shared] == saved[-1 - shared]:
+        shared += 1
+    number = next((index for index, component in enumerate(saved) if component.isdigit()), None)
+    holds_a_layer = number is not None and number >= 1 and len(saved) - shared <= number - 1
+    if shared < min(len(model), len(saved)) and not holds_a_layer:
+        return None
+    return shared, Place(model_path, ".".join(model[: len(model) - shared]), ".".join(saved[: len(saved) - shared]))
+
+
+def match_paths(directory: Path, peft_paths: Iterable[str], model_paths: list[str]) -> dict[str, Place]:
+    """Finds the model's linear map of each update: one map for an update, one update for a map, and for all updates the
+    same components before the part of the path that is common.
+
+    Raises:
+        GraftError: there is none, or there are several.
+    """
+    places: dict[str, Place] = {}
+    owners: dict[str, str] = {}
+    for path in peft_paths:
+        found = [place for place in (place_of(model_path, path) for model_path in model_paths) if place]
+        longest = max((shared for shared, _ in found), default=0)
+        best = [place for shared, place in found if shared == longest]
+        if not best:
+            raise GraftError(
+                f"{directory}: the model has no linear map {path}; PEFT adapters are matched by module path"
+            )
+        if len(best) > 1:
+            raise GraftError(
+                f"{directory}: {path} could be the model's {best[0].path} and its {best[1].path}; graft the part of "
+                "the model that the adapter was trained on"
+            )
+        [place] = best
+        if place.path in owners:
+            raise GraftError(
+                f"{directory}: {owners[place.path]} and {path} are both updates of the model's {place.path}; graft the "
+                "whole model that the adapter was trained on"
+            )
+        owners[place.path] = path
+        places[path] = place
+    prefixes = {(place.model_prefix, place.peft_prefix): path for path, place in places.items()}
+    if len(prefixes) > 1:
+        one, other = [f"{path} (the model's {places[path].path})" for path in prefixes.values()][:2]
+        raise GraftError(
+            f"{directory}: {one} and {other} are of different parts; graft the whole model that the adapter was "
+            "trained on"
+        )
+    return places

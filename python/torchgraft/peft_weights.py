@@ -1,0 +1,147 @@
+"""Reads the weights of Hugging Face PEFT's LoRA directories."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapter_hub import read_weights
+from .errors import GraftError
+from .peft_config import PeftLoRAConfig
+
+WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_MOST_RANK = 64  # a module that was trained as a whole costs all updates of the adapter the memory of its rank
+
+_KEY = re.compile(
+    r"(?:base_model\.model\.)?(?P<path>.+)\.(?:lora_(?P<part>A|B|magnitude_vector)(?:\.[^.]+)?\.(?P<kind>weight|bias)"
+    r"|lora_(?P<bare>magnitude_vector)(?:\.[^.]+)?)"
+)
+_WHOLE_KEY = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.(?P<kind>weight|bias)")
+_BASE_KEY = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.base_layer\.(?P<kind>weight|bias)")
+_DIMENSIONS = {"A": 2, "B": 2, "magnitude_vector": 1, "B bias": 1}
+
+
+@dataclass(frozen=True)
+class Update:
+    """The update B A of one linear map. lora_a: [r, in]; lora_b: [out, r], multiplied by alpha / r already; magnitude:
+    [out], DoRA's; bias: [out], likewise multiplied. All are floating."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    magnitude: Tensor | None = None
+    bias: Tensor | None = None
+
+    @classmethod
+    def zero(cls, projection: dict[str, Any]) -> "Update":
+        """Returns the update of rank 1 that changes nothing."""
+        return cls(torch.zeros(1, projection["in_features"]), torch.zeros(projection["out_features"], 1))
+
+    @classmethod
+    def between(cls, old: tuple[Tensor, Tensor | None], new: tuple[Tensor, Tensor | None]) -> "Update":
+        """Returns the update that makes one linear map, (weight [out, in], bias), of another."""
+        change = new[0].to(torch.float64) - old[0].to(torch.float64)
+        out_features, in_features = change.shape
+        one = torch.eye(min(change.shape), dtype=torch.float64)
+        parts = (change, one) if out_features <= in_features else (one, change)
+        bias = None if old[1] is None or new[1] is None else new[1].to(torch.float64) - old[1].to(torch.float64)
+        return cls(*parts, bias=bias)
+
+    def padded(self, rank: int) -> "Update":
+        more = rank - self.lora_a.size(0)
+        pad = torch.nn.functional.pad
+        return Update(pad(self.lora_a, (0, 0, 0, more)), pad(self.lora_b, (0, more)), self.magnitude, self.bias)
+
+    def rows(self, first: int, count: int) -> "Update":
+        """Returns the part of the update for one of several packed projections."""
+        magnitude, bias = (
+            None if part is None else part.narrow(0, first, count) for part in (self.magnitude, self.bias)
+        )
+        return Update(self.lora_a, self.lora_b.narrow(0, first, count), magnitude, bias)
+
+
+@dataclass(frozen=True)
+class PeftWeights:
+    """What the file holds.
+
+    Attributes:
+        updates: by the linear map's path.
+        wholes: linear maps that were trained as a whole (modules_to_save): {path: (weight, bias)}.
+        bases: the base's own parameters, which PEFT saves beside a LoRA on the output embeddings, by path.
+    """
+
+    updates: dict[str, Update]
+    wholes: dict[str, tuple[Tensor, Tensor | None]]
+    bases: dict[str, Tensor]
+
+
+def read_peft_weights(config: PeftLoRAConfig) -> PeftWeights:
+    """Reads all weights of the directory.
+
+    Raises:
+        GraftError: a weight is none of a LoRA, or its shape is not; one is missing, or there twice.
+    """
+    directory = config.directory
+    parts: dict[str, dict[str, Tensor]] = {}
+    wholes: dict[str, dict[str, Tensor]] = {}
+    bases: dict[str, Tensor] = {}
+    for key, tensor in read_weights(directory, WEIGHT_FILES).items():
+        if base := _BASE_KEY.fullmatch(key):
+            bases[f"{base['path']}.{base['kind']}"] = tensor
+            continue
+        match = _KEY.fullmatch(key)
+        if match is None:
+            path, kind = _whole_of(config, key, tensor)
+            wholes.setdefault(path, {})[kind] = tensor
+            continue
+        part = match["part"] or match["bare"]
+        part += " bias" if match["kind"] == "bias" else ""
+        if tensor.dim() != _DIMENSIONS.get(part) or not tensor.is_floating_point():
+            raise GraftError(f"{directory}: {key} is not a weight of a LoRA on a linear map")
+        if part in parts.setdefault(match["path"], {}):
+            raise GraftError(f"{directory}: two weights are lora_{part} of {match['path']}, {key} is one of them")
+        parts[match["path"]][part] = tensor
+    updates = {path: _update(config, path, found) for path, found in parts.items()}
+    if not updates:
+        raise GraftError(f"{directory}: the adapter has no weights")
+    for path, found in wholes.items():
+        if "weight" not in found:
+            raise GraftError(f"{directory}: the weight of {path} is missing, its bias is there")
+    whole_maps = {path: (found["weight"], found.get("bias")) for path, found in wholes.items()}
+    return PeftWeights(updates, whole_maps, bases)
+
+
+def _whole_of(config: PeftLoRAConfig, key: str, tensor: Tensor) -> tuple[str, str]:
+    """Returns the path of the linear map that was trained as a whole, and which of its parameters has this key."""
+    match = _WHOLE_KEY.fullmatch(key)
+    if match is None or not config.saves_whole(match["path"]):
+        raise GraftError(f"{config.directory}: {key} is not a weight of a LoRA on a linear map")
+    if tensor.dim() != (2 if match["kind"] == "weight" else 1) or not tensor.is_floating_point():
+        raise GraftError(
+            f"{config.directory}: {key}, of modules_to_save, is not of a linear map, which is not supported"
+        )
+    if match["kind"] == "weight" and min(tensor.shape) > _MOST_RANK:
+        raise GraftError(
+            f"{config.directory}: {match['path']} was trained as a whole (modules_to_save), and has "
+            f"{min(tensor.shape)} inputs and outputs; at most {_MOST_RANK} of one of them are supported"
+        )
+    return match["path"], match["kind"]
+
+
+def _update(config: PeftLoRAConfig, path: str, parts: dict[str, Tensor]) -> Update:
+    directory = config.directory
+    expected = {"A", "B"} | ({"magnitude_vector"} if config.use_dora else set())
+    expected |= {"B bias"} if config.lora_bias else set()
+    if set(parts) != expected or parts["A"].size(0) != parts["B"].size(1):
+        raise GraftError(f"{directory}: expected lora_A [r, in] and lora_B [out, r] for {path}"
+                         + (", and its lora_magnitude_vector" if config.use_dora else "")
+                         + (", and a bias of lora_B" if config.lora_bias else ""))  # fmt: skip
+    if parts["A"].size(0) != config.rank(path):
+        raise GraftError(
+            f"{directory}: expected lora_A of {path} of rank {config.rank(path)}, as r and rank_pattern say, got "
+            f"{parts['A'].size(0)}"
+        )
+    scaling = config.scaling(path)
+    bias = parts["B bias"] * scaling if config.lora_bias else None
+    return Update(parts["A"], parts["B"] * scaling, parts.get("magnitude_vector"), bias)
