@@ -12,7 +12,7 @@
     graft.py remove | rename | freeze | unfreeze | merge | unmerge | lower | ungraft MODEL.pt ... -o OUT.pt
     graft.py verify MODEL.pt
     graft.py gates MODEL.pt --text TEXT --tokenizer TOKENIZER.json -o GATES.png
-    graft.py export MODEL.pt -o OUT.pt2 --aoti OUT.aoti.pt2
+    graft.py export MODEL.pt -o OUT.pt2 --aoti OUT.aoti.pt2 --onnx OUT.onnx
     graft.py tune -o KERNELS.json
 
 An error is one line on stderr. The exit status is then 2 for a wrong command line, 130 for Ctrl-C, 143 for SIGTERM,
@@ -250,11 +250,16 @@ def add_gates_command(commands: argparse._SubParsersAction) -> None:
 
 
 def add_export_command(commands: argparse._SubParsersAction) -> None:
-    exporting = commands.add_parser("export", help="write an exported program (.pt2) or an AOTInductor package")
+    exporting = commands.add_parser(
+        "export", help="write an exported program (.pt2), an AOTInductor package or an ONNX file"
+    )
     exporting.add_argument("base", type=Path, metavar="MODEL.pt", help="a model, grafted or not")
     exporting.add_argument("-o", "--output", type=Path, metavar="OUT.pt2", help="an exported program of torch.export")
     exporting.add_argument(
         "--aoti", type=Path, metavar="OUT.aoti.pt2", help="a compiled package, which C++ runs without TorchScript"
+    )
+    exporting.add_argument(
+        "--onnx", type=Path, metavar="OUT.onnx", help="an ONNX file, always lowered (needs requirements/onnx.txt)"
     )
     exporting.add_argument("--lowered", action="store_true", help="ATen operators only: no libtorchgraft.so is needed")
     exporting.add_argument("--static", action="store_true", help="fix all sizes to those of the example")
@@ -272,12 +277,13 @@ def add_export_command(commands: argparse._SubParsersAction) -> None:
 
 
 def check_export(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    outputs = {"--output": arguments.output, "--aoti": arguments.aoti}
+    outputs = {"--output": arguments.output, "--aoti": arguments.aoti, "--onnx": arguments.onnx}
     if not any(outputs.values()):
-        parser.error("nothing to write: give -o OUT.pt2 or --aoti OUT.aoti.pt2")
+        parser.error("nothing to write: give -o OUT.pt2, --aoti OUT.aoti.pt2 or --onnx OUT.onnx")
     for option, path in outputs.items():
-        if path and path.suffix != ".pt2":
-            parser.error(f"{option}: expected a file ending in .pt2, got '{path}'")
+        suffix = ".onnx" if option == "--onnx" else ".pt2"
+        if path and path.suffix != suffix:
+            parser.error(f"{option}: expected a file ending in {suffix}, got '{path}'")
 
 
 def check_add(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:

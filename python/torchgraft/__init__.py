@@ -49,6 +49,7 @@ from .life import (
 )
 from .pool import AdapterPool, Lease, check_room
 from .programs.export import export
+from .programs.onnx_file import save_onnx
 from .programs.package import compile_package, load_banks
 from .programs.to_script import from_program
 
@@ -104,6 +105,7 @@ __all__ = [
     "rename_adapter",
     "replace_adapter",
     "save_adapter",
+    "save_onnx",
     "trainable_parameters",
     "unfreeze_adapter",
     "ungraft",

@@ -72,6 +72,12 @@ def serve(prefix) -> Path:
 
 
 @pytest.fixture(scope="session")
+def serve_aoti(prefix) -> Path:
+    """The program of examples/serve_aoti."""
+    return configured_and_built("serve_aoti", ROOT / "examples" / "serve_aoti", prefix) / "serve_aoti"
+
+
+@pytest.fixture(scope="session")
 def server_program(prefix) -> Path:
     """The program of examples/server. Skips without its HTTP library, which CMake does not download."""
     header = subprocess.run(

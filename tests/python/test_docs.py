@@ -1,4 +1,4 @@
-"""The examples of docs/adapters.md and docs/training.md run as they stand, one after the other."""
+"""The examples of docs/adapters.md, docs/export.md and docs/training.md run as they stand, one after the other."""
 
 import os
 import re
@@ -33,6 +33,10 @@ def test_the_examples_of_adapters_run(tmp_path) -> None:
         "lowered.pt",
     ):
         assert (tmp_path / written).stat().st_size > 0
+
+
+def test_the_example_of_export_runs(tmp_path) -> None:
+    _run("export.md", 1, tmp_path)
 
 
 def test_the_examples_of_training_run(tmp_path) -> None:

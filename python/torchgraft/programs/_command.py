@@ -12,29 +12,33 @@ from .._files import check_writable, extra_files, load_module, write_whole
 from ..grafting import names_of
 from .description import FILE, description_text
 from .export import export
+from .onnx_file import save_onnx
 from .package import compile_package
 from .read_program import quiet
 from .text_of import sizes_of
 
 
 def export_command(arguments: argparse.Namespace) -> None:
-    """Writes an exported program, or a package, of the module of a file.
+    """Writes an exported program, a package or an ONNX file of the module of a file.
 
     Args:
-        arguments: the command line's: base (path), output, aoti, example (paths or None), lowered, static, gates,
-            no_ids (bool).
+        arguments: the command line's: base (path), output, aoti, onnx, example (paths or None), lowered, static,
+            gates, no_ids (bool).
     """
-    outputs = [path for path in (arguments.output, arguments.aoti) if path]
+    outputs = [path for path in (arguments.output, arguments.aoti, arguments.onnx) if path]
     for path in outputs:
         check_writable(path)
     module = load_module(arguments.base)
     example = read_example(arguments.example) if arguments.example else text_example(module)
     options = {"adapter_ids": not arguments.no_ids, "gates": arguments.gates, "dynamic": not arguments.static}
-    program = export(module, example, lowered=arguments.lowered, **options)
+    lowered = arguments.lowered or not (arguments.output or arguments.aoti)
+    program = export(module, example, lowered=lowered, **options)
     if arguments.output:
         save_program(program, arguments.output, _texts(extra_files(arguments.base)))
     if arguments.aoti:
         compile_package(program, arguments.aoti)
+    if arguments.onnx:
+        save_onnx(program if lowered else export(module, example, lowered=True, **options), arguments.onnx)
     adapters = ", ".join(f"{index} {name}" for index, name in enumerate(names_of(module)))
     for path in outputs:
         print(f"{path}: {_inputs(program)}" + (f"; adapters {adapters}" if adapters else ""))

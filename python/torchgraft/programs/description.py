@@ -23,14 +23,16 @@ def describe(module: torch.jit.ScriptModule, adapter_ids: bool, gates: bool, low
     """Returns a description of what is exported of `module`.
 
     Returns:
-        {"adapters": [...], "adapter_ids": bool, "gates": {...}, "lowered": bool}. "adapters" has what list_adapters()
-        says, in the order of adapter_ids. "gates" has, for each adapter and each output of gates, its columns:
-        {"reviews": {"layer_0.selfattn_lora": [0, 1]}}; empty if the program returns no gates.
+        {"adapters": [...], "adapter_ids": bool, "gate_outputs": [...], "gates": {...}, "lowered": bool}. "adapters" has
+        what list_adapters() says, in the order of adapter_ids. "gate_outputs" names the last outputs, in their order,
+        and "gates" has their columns for each adapter: {"reviews": {"layer_0.selfattn_lora": [0, 1]}}. Both are empty
+        if the program returns no gates.
     """
     adapters = list_adapters(module) if is_grafted(module) else []
     return {
         "adapters": [vars(info) | {"by_location": dict(info.by_location)} for info in adapters],
         "adapter_ids": adapter_ids,
+        "gate_outputs": [name for name in dict.fromkeys(gate_names(module)) if name] if gates else [],
         "gates": _gate_columns(module) if gates else {},
         "lowered": lowered,
     }
@@ -59,10 +61,15 @@ def _gate_columns(module: torch.jit.ScriptModule) -> dict[str, dict[str, list[in
     return result
 
 
+def description_of(program: torch.export.ExportedProgram) -> dict[str, Any] | None:
+    """The description of a program that export() made; None for another program."""
+    return program.graph_module.meta.get("custom", {}).get(CUSTOM)
+
+
 def description_text(program: torch.export.ExportedProgram) -> str | None:
-    """The description of a program that export() made, as JSON; None for another program."""
-    custom = program.graph_module.meta.get("custom", {})
-    return json.dumps(custom[CUSTOM]) if CUSTOM in custom else None
+    """The same as JSON."""
+    description = description_of(program)
+    return None if description is None else json.dumps(description)
 
 
 def described_adapters(path: Path) -> list[AdapterInfo] | None:

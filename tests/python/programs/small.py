@@ -22,10 +22,12 @@ class Encoder(nn.Module):
         return self.second(x + self.down(torch.relu(self.up(x))))
 
 
-def randomised(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
-    """The module itself, all banks of its adapters random."""
+def randomised(module: torch.jit.ScriptModule, seed: int = 0) -> torch.jit.ScriptModule:
+    """The module itself, with noise on the banks of its adapters: not on what makes an adapter none in a slot."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
-            if name.startswith("adapters.") and tensor.is_floating_point() and "scaling" not in name:
-                tensor.normal_()
+            is_open = tensor.is_floating_point() and tensor.isfinite().all() and not name.endswith("scaling")
+            if name.startswith("adapters.") and is_open:
+                tensor.add_(0.3 * torch.randn(tensor.shape, generator=generator))
     return module

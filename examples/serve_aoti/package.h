@@ -1,0 +1,39 @@
+#pragma once
+
+#include "../serve/model.h"
+
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+
+#include <cstdint>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+using Banks = std::unordered_map<std::string, at::Tensor>;
+
+// A package of `graft.py export --aoti`, and the description that it carries.
+class Package {
+ public:
+  // Throws std::runtime_error or c10::Error.
+  explicit Package(const std::string& path);
+
+  std::vector<std::string> adapter_names() const;  // adapter_ids index this list
+
+  // One pass. ids: one adapter for each row, -1 for the base; empty for a package without adapter_ids.
+  Response run(std::vector<at::Tensor> inputs, const std::vector<int64_t>& ids);
+
+  // Makes the package use other banks: those of its constants that `banks` has. Nobody may run it meanwhile. Throws
+  // std::runtime_error, and changes nothing, when a bank is missing or has another size than in `like`.
+  void swap_banks(const Banks& banks, const Banks& like);
+
+ private:
+  std::vector<AdapterGates> gates_of(const std::vector<at::Tensor>& outputs, const std::vector<int64_t>& ids) const;
+
+  torch::inductor::AOTIModelPackageLoader loader_;
+  nlohmann::json description_;
+};
+
+// The banks of a grafted TorchScript file, by the names that a package of it has for them.
+Banks read_banks(const std::string& path);
