@@ -1,7 +1,7 @@
 #include <torchgraft/patch/module/verify_change.h>
 
 #include <torchgraft/patch/graph/clone_module.h>
-#include <torchgraft/patch/module/example_inputs.h>
+#include <torchgraft/patch/module/compare_on_inputs.h>
 #include <torchgraft/patch/module/methods.h>
 #include <torchgraft/patch/module/result_difference.h>
 #include <torchgraft/patch/module/trial_run.h>
@@ -35,11 +35,6 @@ class ChangeComparison {
   ChangeComparison(const std::vector<SameResult>& pairs, GraphPtr graph, at::ScalarType dtype, const char* what)
       : pairs_(pairs), graph_(std::move(graph)), dtype_(dtype), what_(what) {}
 
-  // Inputs on which the base fails say nothing about the rest.
-  c10::IValue run_base(const Module& grafted, const Arguments& arguments) {
-    return run({grafted, "base_forward"}, arguments, /*in_double=*/false);
-  }
-
   // Returns what was not compared.
   std::string compare(const Arguments& arguments) {
     bool has_compared = true;
@@ -50,7 +45,8 @@ class ChangeComparison {
                   difference.text(), ". Nothing was changed; please report the model. verify=False does without");
       has_compared = has_compared && difference.has_compared();
     }
-    return has_compared ? "" : "the results hold no floating-point numbers";
+    return has_compared ? ""
+                        : "the result was not compared with the module as it was: it holds no floating-point numbers";
   }
 
  private:
@@ -106,34 +102,13 @@ class ChangeComparison {
 
 std::string verify_change(const Module& grafted, const std::vector<SameResult>& pairs,
                           const std::optional<Arguments>& example, const char* what) {
-  const std::string not_compared = "the result was not compared with the module as it was: ";
   const Module base = clone_module(grafted);  // errors in a module that was frozen may end the process
-  const GraphPtr base_graph = graph_of_run(base, "base_forward");
-  const GraphPtr flat = graph_of_run(base, "grafted_forward");
-  if (const std::string reason = reason_not_to_run(base_graph); !reason.empty()) {
-    return not_compared + reason;
-  }
-  const ExampleInputs inputs = example ? ExampleInputs{{{*example, ""}}, ""}
-                                       : make_example_inputs(base.get_method("base_forward").function().getSchema(),
-                                                             *base_graph, *flat, base, options_of(base));
-  ChangeComparison comparison(pairs, base_graph, coarsest_dtype(*flat, base), what);
-  std::string reason = inputs.reason;
-  for (const ExampleInputs::Candidate& candidate : inputs.candidates) {
-    std::string failure;
-    try {
-      const c10::IValue expected = comparison.run_base(grafted, candidate.arguments);
-      failure = !example && has_nan(expected) ? "forward gives NaN on inputs that were made up" : "";
-    } catch (const std::exception& error) {
-      TORCH_CHECK(!example, what, ": the module fails on the example inputs: ", one_line(error));
-      failure = "forward fails on inputs that were made up: " + one_line(error);
-    }
-    if (failure.empty()) {
-      reason = comparison.compare(candidate.arguments);
-      return reason.empty() ? candidate.left_out : not_compared + reason;
-    }
-    reason = reason.empty() ? failure : reason;
-  }
-  return not_compared + reason + "; give example inputs";
+  const BaseForward forward{base, "base_forward", graph_of_run(base, "base_forward"),
+                            graph_of_run(base, "grafted_forward"), options_of(base)};
+  ChangeComparison comparison(pairs, forward.graph, coarsest_dtype(*forward.flat, base), what);
+  return compare_on_inputs(
+      forward, example, what, "the module as it was",
+      [&](const Arguments& arguments, const c10::IValue&) { return comparison.compare(arguments); });
 }
 
 }  // namespace torchgraft

@@ -1,7 +1,7 @@
 #include <torchgraft/patch/module/verify_results.h>
 
 #include <torchgraft/patch/graph/clone_module.h>
-#include <torchgraft/patch/module/example_inputs.h>
+#include <torchgraft/patch/module/compare_on_inputs.h>
 #include <torchgraft/patch/module/methods.h>
 #include <torchgraft/patch/module/result_difference.h>
 #include <torchgraft/patch/module/trial_run.h>
@@ -69,8 +69,6 @@ class Comparison {
         base_method_(base_method),
         dtype_(dtype),
         device_(device) {}
-
-  c10::IValue run_base(const Arguments& arguments) const { return base_(base_method_, arguments); }
 
   // Compares with `expected`, the base's result. Returns what was not compared.
   std::string run_grafted(const Arguments& arguments, const c10::IValue& expected) const {
@@ -145,51 +143,21 @@ class Comparison {
   c10::Device device_;
 };
 
-// Runs the base; `result` becomes its result. Returns why inputs that were made up do not do.
-std::string try_base(const Comparison& comparison, const Arguments& arguments, bool is_given, c10::IValue& result) {
-  try {
-    result = comparison.run_base(arguments);
-  } catch (const std::exception& error) {
-    TORCH_CHECK(!is_given, "graft: the base fails on the example inputs: ", one_line(error));
-    return "forward fails on inputs that were made up: " + one_line(error);
-  }
-  // A mask of the other sense hides all tokens of a row.
-  return !is_given && has_nan(result) ? "forward gives NaN on inputs that were made up" : "";
-}
-
-std::string not_compared(const std::string& reason) { return "the result was not compared with the base's: " + reason; }
-
 }  // namespace
 
 std::string verify_results(const Module& base, const Module& grafted, const std::optional<Arguments>& example,
                            const at::TensorOptions& weights) {
-  const char* base_method = is_grafted(base) ? "base_forward" : "forward";
+  const char* method = is_grafted(base) ? "base_forward" : "forward";
   const Module copy = clone_module(base);  // errors in a module that was frozen may end the process (clone_module.cpp)
-  const auto base_graph = graph_of_run(copy, base_method);
-  const auto grafted_graph = graph_of_run(grafted, "grafted_forward");
-  if (const std::string reason = reason_not_to_run(base_graph); !reason.empty()) {
-    return not_compared(reason);
-  }
-  const ExampleInputs inputs = example ? ExampleInputs{{{*example, ""}}, ""}
-                                       : make_example_inputs(copy.get_method(base_method).function().getSchema(),
-                                                             *base_graph, *grafted_graph, base, weights);
-  TrialRun base_run(copy, base_graph);
-  TrialRun grafted_run(grafted, base_graph);
-  const Comparison comparison(std::move(base_run), std::move(grafted_run), base_method,
-                              coarsest_dtype(*grafted_graph, base), weights.device());
-  std::string reason = inputs.reason;  // else why the likeliest did not do
-  for (const ExampleInputs::Candidate& candidate : inputs.candidates) {
-    c10::IValue expected;
-    const std::string failure = try_base(comparison, candidate.arguments, example.has_value(), expected);
-    if (failure.empty()) {
-      reason = comparison.run_grafted(candidate.arguments, expected);
-      return reason.empty() ? candidate.left_out : reason;
-    }
-    if (reason.empty()) {
-      reason = failure;
-    }
-  }
-  return not_compared(reason + "; give example inputs");
+  const BaseForward forward{copy, method, graph_of_run(copy, method), graph_of_run(grafted, "grafted_forward"),
+                            weights};
+  const at::ScalarType dtype = coarsest_dtype(*forward.flat, base);
+  const Comparison comparison(TrialRun(copy, forward.graph), TrialRun(grafted, forward.graph), method, dtype,
+                              weights.device());
+  return compare_on_inputs(forward, example, "graft", "the base's",
+                           [&](const Arguments& arguments, const c10::IValue& expected) {
+                             return comparison.run_grafted(arguments, expected);
+                           });
 }
 
 }  // namespace torchgraft

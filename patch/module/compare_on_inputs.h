@@ -1,0 +1,29 @@
+#pragma once
+
+#include <torchgraft/patch/module/trial_run.h>
+
+#include <functional>
+#include <optional>
+#include <string>
+
+namespace torchgraft {
+
+// The method whose inputs are looked for.
+struct BaseForward {
+  torch::jit::Module module;  // a copy, which may be run
+  const char* method;
+  std::shared_ptr<torch::jit::Graph> graph;  // graph_of_run
+  std::shared_ptr<torch::jit::Graph> flat;   // the same in canonical form, of the grafted module
+  at::TensorOptions weights;                 // dtype and device of its weights
+};
+
+// Runs `forward` on `example`, or on inputs that are made up (example_inputs.h), and calls `compare` with the first
+// ones that give numbers, and with the result. `compare` returns what it did not compare; empty when nothing was left.
+//
+// Returns the same, or why nothing was compared, as a sentence: "the result was not compared with <other>: ...". Throws
+// c10::Error, on behalf of the function `what`, when `forward` fails on `example`.
+std::string compare_on_inputs(const BaseForward& forward, const std::optional<Arguments>& example, const char* what,
+                              const char* other,
+                              const std::function<std::string(const Arguments&, const c10::IValue&)>& compare);
+
+}  // namespace torchgraft
