@@ -9,6 +9,7 @@
 #include <c10/util/Exception.h>
 
 #include <cctype>
+#include <set>
 #include <vector>
 
 namespace torchgraft {
@@ -74,6 +75,7 @@ class LiteralReader {
     }
     const char follower = next < text_.size() ? text_[next] : ',';
     if (follower == '=') {
+      TORCH_CHECK(keys_.insert(word).second, "config: ", word, " is given twice in [", text_, "]; give it once");
       json_ += OrderedJson(word).dump() + ":";
       at_ = next + 1;
     } else if (follower == ':') {
@@ -98,6 +100,7 @@ class LiteralReader {
   std::string_view text_;
   size_t at_ = 0;
   std::string json_;
+  std::set<std::string> keys_;  // that were read
 };
 
 // `method` with the values of `changes` in place of its own.

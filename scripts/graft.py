@@ -115,6 +115,7 @@ def add_add_command(commands: argparse._SubParsersAction) -> None:
         help="graft onto the attention that is recognised where some is not (default: an error that names the rest)",
     )
     add_example_argument(adding, "compare OUT with BASE")
+    adding.add_argument("--force", action="store_true", help="write also over BASE.pt itself")
 
 
 def add_example_argument(parser: argparse.ArgumentParser, purpose: str) -> None:
@@ -193,10 +194,13 @@ def add_life_commands(commands: argparse._SubParsersAction) -> None:
         help="the model class of the adapters library that is to load the head: BertAdapterModel",
     )
     saving.add_argument("--bin", action="store_true", help="write pytorch_adapter.bin instead of adapter.safetensors")
-    loading = command("load", "add the adapter of a directory, or replace the adapter of its name")
+    loading = command("load", "add the adapter of a directory")
     loading.add_argument("directory", type=Path, metavar="DIRECTORY")
     loading.add_argument("--name", help="the adapter's name in OUT.pt (default: its name in the directory)")
     loading.add_argument("--trainable", action="store_true", help="give it parameters of its own, to train it")
+    loading.add_argument(
+        "--force", action="store_true", help="replace an adapter of that name, or write over a base (default: an error)"
+    )
     matching = command("match", "show where load would put each weight of a directory", writes=False)
     matching.add_argument("directory", type=Path, metavar="DIRECTORY")
     listing = command("list", "show the adapters and their sizes", writes=False)

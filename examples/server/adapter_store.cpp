@@ -46,10 +46,26 @@ void report(const std::string& name, const std::string& why) {
   log_line("adapter " + name + " cannot be served: " + torchgraft::one_line(why));
 }
 
-// The configurations in the folder, each once, with the names of their adapters.
-std::map<std::string, std::vector<std::string>> read_configs(const std::filesystem::path& folder) {
+std::map<std::string, std::string> own_configs(const torch::jit::Module& module) {
+  std::map<std::string, std::string> configs;
+  if (is_grafted(module)) {
+    for (const torchgraft::AdapterInfo& info : torchgraft::list_adapters(module)) {
+      configs[info.name] = info.config;
+    }
+  }
+  return configs;
+}
+
+// The configurations in the folder, each once, with the names of their adapters. `own`: those in the model's file.
+std::map<std::string, std::vector<std::string>> read_configs(const std::filesystem::path& folder,
+                                                             const std::map<std::string, std::string>& own) {
   std::map<std::string, std::vector<std::string>> configs;
   for (const std::string& name : names_in(folder)) {
+    if (own.count(name)) {
+      report(name,
+             "it is in the folder, and the model's file has an adapter of that name, which is served; rename one");
+      continue;
+    }
     try {
       const auto config = torchgraft::read_adapter_config((folder / name).string());
       torchgraft::check_supported(config);
@@ -66,7 +82,7 @@ torchgraft::AdapterPoolOptions pool_options(const torch::jit::Module& module, co
   if (is_grafted(module)) {
     options.graft = {};
   }
-  const auto configs = read_configs(folder);
+  const auto configs = read_configs(folder, own_configs(module));
   options.room.clear();
   for (const auto& [json, names] : configs) {
     options.room.push_back(torchgraft::config_from_json(json));
@@ -84,16 +100,6 @@ torchgraft::AdapterPoolOptions pool_options(const torch::jit::Module& module, co
   }
   options.room = std::move(room);
   return options;
-}
-
-std::map<std::string, std::string> own_configs(const torch::jit::Module& module) {
-  std::map<std::string, std::string> configs;
-  if (is_grafted(module)) {
-    for (const torchgraft::AdapterInfo& info : torchgraft::list_adapters(module)) {
-      configs[info.name] = info.config;
-    }
-  }
-  return configs;
 }
 
 // Runs `action`. An error of libtorch's becomes the answer 422.

@@ -29,11 +29,26 @@ void check_can_train(const Adapter& adapter) {
   }
 }
 
+namespace {
+
+// A layer to leave out that the model lacks is a slip. In a trained adapter it is not: it was no layer there either.
+void check_leave_out(const AdapterConfig& config, const Structure& structure) {
+  for (const MethodConfig& method : config.methods) {
+    for (const int64_t layer : std::visit([](const auto& held) { return held.leave_out; }, method)) {
+      TORCH_CHECK(layer >= 0 && layer < structure.depth(), "graft: leave_out names layer ", layer,
+                  "; the model has layers 0 to ", structure.depth() - 1);
+    }
+  }
+}
+
+}  // namespace
+
 Adapter make_adapter(const AdapterSpec& spec, const Structure& structure, const at::TensorOptions& options) {
   check_supported(spec.config);
   Adapter adapter{spec.name, spec.config};
   if (!spec.weights) {
     adapter.config.wired_for.clear();  // a fresh adapter is as defined
+    check_leave_out(adapter.config, structure);
   }
   adapter.plan = make_plan(structure, adapter.config);
   adapter.trainable = spec.trainable;

@@ -80,13 +80,14 @@ def add(arguments: argparse.Namespace) -> None:
     Args:
         arguments: the command line's: base, output (paths), config and name (lists of one length), adapter (pairs of
             name and directory), gate_pooling, token_mask, active, seed, trainable, sites, example (paths or None),
-            allow_partial.
+            allow_partial, force.
     """
     check_script_output(arguments.output)
     started = time.perf_counter()
     with _progress() as show:
         show(f"loading {arguments.base}")
         base = load_module(arguments.base)
+        _life_commands.check_keeps_base(base, arguments)
         show("grafting")
         grafted = _graft_all(base, arguments)
         show(f"saving {arguments.output}")

@@ -39,10 +39,26 @@ def save(arguments: argparse.Namespace) -> None:
 
 
 def load(arguments: argparse.Namespace) -> None:
-    """Writes a file with the adapter of a directory added, or in place of the adapter of that name."""
+    """Writes a file with the adapter of a directory added or, with --force, in place of the adapter of that name."""
     check_script_output(arguments.output)
-    module = load_adapter(load_module(arguments.base), arguments.directory, arguments.name, arguments.trainable)
+    base = load_module(arguments.base)
+    check_keeps_base(base, arguments)
+    module = load_adapter(base, arguments.directory, arguments.name, arguments.trainable)
+    if len(names_of(module)) == len(names_of(base)) and not arguments.force:
+        name = f"'{arguments.name}'" if arguments.name else "that directory's name"
+        raise GraftError(
+            f"{arguments.base}: it has an adapter of {name} already (it has: {', '.join(names_of(base))}); "
+            "--name gives the loaded one another name, --force replaces"
+        )
     _write(module, arguments)
+
+
+def check_keeps_base(base: torch.jit.ScriptModule, arguments: argparse.Namespace) -> None:
+    """Raises GraftError if the command would write over its base, which nothing gives back: the file of a grafted
+    module holds its base, that of a base only itself."""
+    output = arguments.output
+    if not is_grafted(base) and not arguments.force and output.exists() and output.samefile(arguments.base):
+        raise GraftError(f"{output}: this is the base itself; give -o another name, or --force to replace it")
 
 
 def match(arguments: argparse.Namespace) -> None:

@@ -61,6 +61,17 @@ def test_bad_configurations_keep_no_server_from_starting(server_program, models,
     assert all(line.startswith("adapter ") and " cannot be served: " in line for line in lines)
 
 
+def test_an_adapter_of_the_folder_with_a_name_of_the_file_is_named(server_program, models, own_adapters, tmp_path):
+    """The file's adapter is served; that the folder's is not is said at the start."""
+    base = torch.jit.load(models / "base.pt")
+    torchgraft.graft(base, adapters={"task-1": models / "adapters" / "task-0"}).save(str(tmp_path / "grafted.pt"))
+    with Server(server_program, tmp_path / "grafted.pt", own_adapters) as server:
+        assert server.ask("PUT", "/v1/adapters/task-1")[0] == 409
+        server.stop()
+        (line,) = server.errors.splitlines()
+    assert line.startswith("adapter task-1 cannot be served: it is in the folder, and the model's file has an adapter")
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "null", DEEP, '{"config": {"head_type": "tagging", "num_labels": 1e400}}'])
 def test_a_damaged_head_is_no_missing_head(server_program, models, own_adapters, text):
     """Else predictions would be hidden states."""

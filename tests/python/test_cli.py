@@ -180,13 +180,6 @@ def test_a_link_is_written_through(folder: Path, tmp_path: Path) -> None:
     assert link.is_symlink() and torch.jit.load(str(target)).adapter_names() == ["task"]
 
 
-def test_output_may_replace_its_input(folder: Path, tmp_path: Path) -> None:
-    path = tmp_path / "model.pt"
-    path.write_bytes((folder / "base.pt").read_bytes())
-    assert run("add", path, "-o", path, "--config", "lora", "--name", "task").returncode == 0
-    assert torch.jit.load(str(path)).adapter_names() == ["task"]
-
-
 def test_inspect_prints_a_table_and_data(folder: Path) -> None:
     done = run_alone("inspect", folder / "base.pt")
     assert done.returncode == 0, done.stderr
@@ -386,7 +379,9 @@ def test_the_life_of_a_file(folder: Path, tmp_path: Path) -> None:
     assert "trainable" in step("list", b) and torchgraft.trainable_parameters(torch.jit.load(str(b)), "z")
     step("freeze", b, "z", "-o", b)
     assert "trainable" not in step("list", b)
-    step("load", b, saved, "-o", b, "--name", "x", "--trainable")
+    done = run("load", b, saved, "-o", b, "--name", "x", "--trainable")
+    assert done.returncode == 1 and "it has an adapter of 'x' already (it has: x, z)" in done.stderr
+    step("load", b, saved, "-o", b, "--name", "x", "--trainable", "--force")
     assert [entry["trainable"] for entry in json.loads(step("list", b, "--json"))] == [True, False]
     step("rename", b, "z", "w", "-o", b)
     done = run("merge", b, "w", "-o", b)

@@ -235,9 +235,11 @@ def test_strings_that_are_none_are_refused(text: str, message: str) -> None:
 
 
 def test_values_are_checked_at_once() -> None:
-    """The library takes them, and fails where they are used."""
+    """The library takes them, and fails where they are used; of two values it takes the last."""
     with pytest.raises(torchgraft.GraftError, match="expected LoRAConfig.r to be an integer"):
         patcher().config_from_string("lora[r='x']")
+    with pytest.raises(torchgraft.GraftError, match="r is given twice in .* give it once"):
+        patcher().config_from_string("lora[r=4, alpha=8, r=8]")
 
 
 @pytest.mark.parametrize("name", ["AdapterConfig", "PfeifferConfig", "HoulsbyConfig", "ParallelConfig"])

@@ -196,12 +196,46 @@ def test_forward_hooks_are_refused() -> None:
 
 class WithIds(Plain):
     def forward(self, x: Tensor, mask: Tensor, adapter_ids: Tensor | None = None) -> Tensor:
-        return self.finish(x, self.heads(x))
+        mixed = self.attend(self.heads(self.query(x)), self.heads(self.key(x)), self.heads(self.value(x)), mask)
+        return self.finish(x, mixed)
 
 
 def test_an_argument_adapter_ids_is_refused() -> None:
     with pytest.raises(torchgraft.GraftError, match="forward has an argument 'adapter_ids' of its own"):
         torchgraft.graft(torch.jit.script(WithIds()), config="lora", name="task")
+
+
+class Around(nn.Module):
+    """What the error says to do for a file: names inside do not matter."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.inner(x, mask)
+
+
+class WithAdapters(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapters = nn.Linear(1, 1)
+
+
+@pytest.mark.parametrize("model", [WithIds, WithAdapters])
+def test_names_of_ours_are_free_inside_another_module(model: type[nn.Module]) -> None:
+    inner = torch.jit.script(model().eval())
+    with pytest.raises(torchgraft.GraftError, match="script a module that holds this one"):
+        torchgraft.graft(inner, config="lora", name="task")
+    outer = torch.jit.script(Around(inner).eval())
+    assert torchgraft.graft(outer, config="lora", name="task").adapter_names() == ["task"]
+
+
+@pytest.mark.parametrize("layer", [1, -1])
+def test_a_layer_to_leave_out_that_is_not_there_is_an_error(layer: int) -> None:
+    config = torchgraft.LoRAConfig(leave_out=[layer])
+    with pytest.raises(torchgraft.GraftError, match="leave_out"):
+        torchgraft.graft(torch.jit.script(Plain().eval()), config=config, name="task")
 
 
 class Forked(nn.Module):
