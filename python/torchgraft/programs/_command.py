@@ -12,7 +12,7 @@ from .._files import check_writable, extra_files, load_module, write_whole
 from ..grafting import names_of
 from .description import FILE, description_text
 from .export import export
-from .onnx_file import save_onnx
+from .onnx_file import check_packages, save_onnx
 from .package import compile_package
 from .read_program import quiet
 from .text_of import sizes_of
@@ -28,6 +28,8 @@ def export_command(arguments: argparse.Namespace) -> None:
     outputs = [path for path in (arguments.output, arguments.aoti, arguments.onnx) if path]
     for path in outputs:
         check_writable(path)
+    if arguments.onnx:
+        check_packages()
     module = load_module(arguments.base)
     example = read_example(arguments.example) if arguments.example else text_example(module)
     options = {"adapter_ids": not arguments.no_ids, "gates": arguments.gates, "dynamic": not arguments.static}

@@ -56,7 +56,7 @@ def export(
     ids = (torch.zeros(_rows(module, arguments), dtype=torch.int64),) if adapter_ids and grafted else ()
     description = describe(module, bool(ids), gates, lowered)
     given = _left_out(module, len(arguments), bool(ids))
-    target = lower(module) if lowered and grafted else module
+    target = lower(module, example=example_inputs) if lowered and grafted else module
     eager = _WithGates(target, "grafted_forward", given) if gates else Eager(target, given=given)
     program = _exported(eager, (*arguments, *ids), dynamic)
     program.graph_module.meta.setdefault("custom", {})[CUSTOM] = description

@@ -1,5 +1,6 @@
 """Writes exported programs as ONNX files. Needs the packages of requirements/onnx.txt."""
 
+import importlib.util
 import tempfile
 from pathlib import Path
 
@@ -29,12 +30,7 @@ def save_onnx(program: torch.export.ExportedProgram, path: str | Path) -> None:
     check_writable(target)
     if any(str(node.target).startswith("torchgraft.") for node in program.graph.nodes):
         raise GraftError("save_onnx: ONNX has no operators of torchgraft; export the module with lowered=True")
-    try:
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise GraftError(
-            f"save_onnx: {error}; ONNX files need the packages of requirements/onnx.txt (pip install -r)"
-        ) from error
+    check_packages()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         try:
@@ -47,6 +43,19 @@ def save_onnx(program: torch.export.ExportedProgram, path: str | Path) -> None:
             made.model.metadata_props[CUSTOM] = description
         made.save(str(file), external_data=False)
         write_whole(file.read_bytes(), target)
+
+
+def check_packages() -> None:
+    """Checks that the packages are there.
+
+    Raises:
+        GraftError: one is missing.
+    """
+    for package in ("onnx", "onnxscript"):
+        if importlib.util.find_spec(package) is None:
+            raise GraftError(
+                f"save_onnx: there is no package {package}: pip install -r requirements/onnx.txt (in a checkout)"
+            )
 
 
 def _output_names(program: torch.export.ExportedProgram) -> list[str]:

@@ -11,8 +11,8 @@ from all_cases import CASES, methods
 from oracle import assert_gates_close, difference
 from program_cases import DTYPE, NOT_EXPORTED, program, program_parameters, traced
 
-# Where a program is not seen as its trace is, and why. Strict: a case that begins to pass must leave the list.
-NOT_SEEN = {"beit_relative_eager": "its relative positions are written in place, and nothing proves into what"}
+# The trace gives zeros at padding. Strict: a case that begins to pass must leave the list.
+DIFFERS = {"torch_encoder_post_nested": "torch.export takes its branch without nested tensors, which leaves padding"}
 
 
 def _layers(module: torch.jit.ScriptModule) -> list[dict[str, Any]]:
@@ -23,7 +23,7 @@ def _layers(module: torch.jit.ScriptModule) -> list[dict[str, Any]]:
     return layers
 
 
-@pytest.mark.parametrize("name", program_parameters(NOT_EXPORTED | NOT_SEEN))
+@pytest.mark.parametrize("name", program_parameters(NOT_EXPORTED | DIFFERS))
 def test_a_program_is_a_base_as_its_trace_is(name: str) -> None:
     case = CASES[name]
     script, trace = torchgraft.from_program(program(name)), traced(name)

@@ -1,5 +1,6 @@
 """graft.py export and torchgraft.export: what they write, gradients, and what they refuse."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,13 @@ def test_a_wrong_command_is_one_line(case: str, model: Path, tmp_path: Path) -> 
     assert done.returncode == status and message in done.stderr
     assert done.stderr.startswith("graft: error: ") and done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(importlib.util.find_spec("onnxscript") is not None, reason="onnxscript is installed")
+def test_a_missing_package_is_named_before_anything_is_written(model: Path, tmp_path: Path) -> None:
+    done = run_here("graft.py", "export", model, "-o", tmp_path / "out.pt2", "--onnx", tmp_path / "out.onnx")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "pip install -r requirements/onnx.txt" in done.stderr and list(tmp_path.iterdir()) == []
 
 
 def test_a_model_that_reads_no_text_needs_an_example(tmp_path: Path) -> None:

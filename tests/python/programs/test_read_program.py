@@ -189,6 +189,8 @@ def test_what_a_program_shares_and_returns() -> None:
 def test_only_programs_are_taken() -> None:
     with pytest.raises(TypeError, match="expected a torch.export.ExportedProgram, got Encoder"):
         torchgraft.from_program(Encoder())
+    with pytest.raises(TypeError, match=r"got ExportedProgram; .*from_program\(\) makes one of an exported program"):
+        torchgraft.inspect(exported())
 
 
 @pytest.mark.parametrize("text", ["Symbol('s0', integer=True)", "Mul(Integer(2), Symbol('s77'))", "s0//2 + 1"])
