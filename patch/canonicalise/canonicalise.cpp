@@ -13,6 +13,7 @@
 #include <torchgraft/patch/canonicalise/raise_linear.h>
 #include <torchgraft/patch/canonicalise/raise_mkldnn_convolution.h>
 #include <torchgraft/patch/canonicalise/raise_norm.h>
+#include <torchgraft/patch/canonicalise/raise_softmax.h>
 #include <torchgraft/patch/canonicalise/remove_writes.h>
 #include <torchgraft/patch/canonicalise/unflatten_rows.h>
 #include <torchgraft/patch/canonicalise/unroll_loops.h>
@@ -93,6 +94,7 @@ const Pass kPasses[] = {
     {"raise_linear", [](CanonicalGraph& c, const Module& m) { raise_linear(c.graph, m); }},
     {"unflatten_rows", [](CanonicalGraph& c, const Module& m) { unflatten_rows(c.graph, m); }},
     {"raise_norm", [](CanonicalGraph& c, const Module& m) { raise_norm(c.graph, m); }},
+    {"raise_softmax", [](CanonicalGraph& c, const Module&) { raise_softmax(c.graph); }},
     {"hoist_score_product", [](CanonicalGraph& c, const Module&) { hoist_score_product(c.graph); }},
     {"raise_attention", [](CanonicalGraph& c, const Module& m) { c.unraised = raise_attention(c.graph, m); }},
     {"fold_repeated_heads", [](CanonicalGraph& c, const Module& m) { fold_repeated_heads(c.graph, m); }},
