@@ -15,12 +15,20 @@ using torch::jit::WithInsertPoint;
 
 namespace {
 
+// Whether `value` is a constant, rearranged or repeated.
+bool is_from_constant(Value* value) {
+  while (is_layout(value->node()) || is_aten(value->node(), {"repeat", "expand", "slice", "narrow"})) {
+    value = value->node()->input(0);
+  }
+  return value->node()->kind() == c10::prim::Constant;
+}
+
 // Whether `value` is, through rearrangements and scales, a factor of a product with a constant.
 bool meets_constant(Value* value) {
   const auto uses = data_uses(value);
   return std::any_of(uses.begin(), uses.end(), [&](const torch::jit::Use& use) {
     if (is_aten(use.user, {"matmul", "bmm"})) {
-      return strip_layout(use.user->input(1 - use.offset))->node()->kind() == c10::prim::Constant;
+      return is_from_constant(use.user->input(1 - use.offset));
     }
     const bool passes = is_layout(use.user) || is_aten(use.user, {"dropout", "mul", "div"}) ||
                         use.user->kind() == c10::prim::ListUnpack;

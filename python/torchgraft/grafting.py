@@ -190,9 +190,10 @@ def inspect(module: torch.jit.ScriptModule, sites: Mapping[str, Any] | str | Pat
             detects (docs/sites.md). None: the patcher detects the sites.
 
     Returns:
-        {"layers": [...], "near_misses": [...]}. "layers" has one entry per attention: its Transformer layer, kind,
-        heads, sizes, norm orders, the module paths of its projections, the locations where adapters can act, and notes
-        on what was not found. Near misses are sentences.
+        {"layers": [...], "linear_maps": [...], "near_misses": [...]}. "layers" has one entry per attention: its
+        Transformer layer, kind, heads, sizes, norm orders, the module paths of its projections, the locations where
+        adapters can act, and notes on what was not found. "linear_maps" are those outside of the layers on which a LoRA
+        can be. Near misses are sentences.
 
     Raises:
         GraftError: `sites` cannot be read, or does not fit the module.

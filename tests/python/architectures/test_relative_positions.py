@@ -1,6 +1,8 @@
 """A projection with a LoRA that the model also applies to relative positions, which all rows share (DeBERTa v2 and v3
 with share_att_key). That the result is the library's: test_architectures.py, deberta_v2_shared."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -48,3 +50,13 @@ def test_rows_of_several_adapters_are_refused(grafted) -> None:
     arguments = _arguments()
     with pytest.raises(torch.jit.Error, match="rows of one batch cannot have different adapters"):
         grafted(*arguments, torch.tensor([0, 1, 0]))
+
+
+@pytest.mark.parametrize(("config", "says"), [("lora", True), ("lora[attn_matrices=['v']]", False), ("seq_bn", False)])
+def test_a_frozen_module_whose_relative_positions_are_projected_already_is_warned_of(config: str, says: bool) -> None:
+    """A LoRA on the projection does not reach the constants that torch.jit.freeze has made with it."""
+    base = torch.jit.freeze(CASES["deberta_v2_shared_eager"].to_script("traced", torch.float32).eval())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torchgraft.graft(base, config, "task")
+    assert any("multiplies by constants" in str(each.message) for each in caught) == says
