@@ -20,10 +20,10 @@ struct PickledValue {
   enum class Kind { kOther, kNumber, kText, kGlobal, kTuple, kStorage };
 
   Kind kind = Kind::kOther;
-  int64_t number = 0;  // of a storage: its bytes
-  std::string text;    // of a global: module and name; of a storage: its key
+  int64_t number = 0;     // of a storage: its bytes
+  std::string text = {};  // of a global: module and name; of a storage: its key
   uint64_t element_bytes = 0;
-  std::shared_ptr<const std::vector<PickledValue>> items;
+  std::shared_ptr<const std::vector<PickledValue>> items = {};
   int depth = 0;  // of a tuple
 };
 using PickledKind = PickledValue::Kind;

@@ -3,6 +3,7 @@
 #include <torchgraft/patch/canonicalise/score_path.h>
 #include <torchgraft/patch/graph/dtype_casts.h>
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/writes.h>
 
 #include <torch/csrc/jit/ir/constants.h>
 

@@ -80,15 +80,6 @@ def test_example_inputs_from_a_file(folder: Path, tmp_path: Path, name: str) -> 
     assert done.stderr.startswith("graft: ") and name in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_add_says_when_nothing_was_compared(folder: Path, tmp_path: Path) -> None:
-    module = base("bert_sdpa", FLOAT)
-    module.train()
-    module.save(str(tmp_path / "train.pt"))
-    done = run("add", tmp_path / "train.pt", "-o", tmp_path / "out.pt", "--config", "lora", "--name", "task")
-    assert done.returncode == 0
-    assert "warning: graft: the result was not compared with the base's: the module is in training mode" in done.stderr
-
-
 def test_every_command_says_what_it_warns_of_in_one_line(folder: Path, tmp_path: Path) -> None:
     run("add", folder / "base.pt", "-o", tmp_path / "model.pt", "--config", "prefix_tuning", "--name", "task")
     run("save", tmp_path / "model.pt", "task", tmp_path / "task")
