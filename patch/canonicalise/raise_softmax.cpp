@@ -70,7 +70,8 @@ std::optional<Softmax> spelled(Graph& graph, Node* node) {
     Node* log = node->input()->node();
     return Softmax{log->namedInput("self"), log->namedInput("dim"), log->namedInput("dtype"), {log->output()}};
   }
-  if (is_aten(node, {"div"}) && node->inputs().size() == 2 && is_tensor(node->namedInput("other"))) {
+  const bool divides = is_aten(node, {"div"}) && node->inputs().size() == 2 && is_tensor(node->output());
+  if (divides && is_tensor(node->namedInput("other"))) {
     Value* e = node->namedInput("self");
     Node* sum = node->namedInput("other")->node();
     const bool divides_by_sum = is_aten(e->node(), {"exp"}) && is_aten(sum, {"sum"}) && sum->inputs().size() == 4 &&

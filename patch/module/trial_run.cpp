@@ -6,6 +6,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
+#include <c10/util/Exception.h>
 #include <torch/csrc/jit/api/function_impl.h>
 #include <torch/csrc/jit/ir/constants.h>
 #include <torch/csrc/jit/passes/constant_propagation.h>
@@ -66,6 +67,12 @@ class NoAutocast {
   bool were_on_[std::size(kDevices)];
 };
 
+// Drops what a run warns of: the caller has not asked for the run.
+class NoWarnings : public c10::WarningHandler {
+ public:
+  void process(const c10::Warning&) override {}
+};
+
 void add_in_double(const at::Tensor& tensor, Memo& memo) {
   if (tensor.defined() && at::isFloatingType(tensor.scalar_type()) && !tensor.is_quantized()) {
     memo.emplace(tensor, tensor.detach().to(at::kDouble));
@@ -123,6 +130,8 @@ c10::IValue TrialRun::operator()(const char* method, const Arguments& arguments,
                                  const std::optional<at::Tensor>& adapter_ids) const {
   const at::NoGradGuard no_grad;
   const NoAutocast no_autocast;
+  NoWarnings no_warnings;
+  const c10::WarningUtils::WarningHandlerGuard quiet(&no_warnings);
   // One run: optimising the graph would take longer.
   const torch::jit::GraphOptimizerEnabledGuard unoptimised(false);
   Memo memo;

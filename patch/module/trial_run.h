@@ -18,7 +18,7 @@ std::shared_ptr<torch::jit::Graph> graph_of_run(const torch::jit::Module& module
 
 // Runs methods of a module so that nobody sees it afterwards. Each run starts from the module's attributes as they are
 // and works on copies of them and of its arguments; the module is in eval mode, autocast is off, gradients are not
-// recorded.
+// recorded, and what a run warns of is dropped.
 class TrialRun {
  public:
   // `graph`: the graph_of_run. It decides which attributes a run has to copy: state always,

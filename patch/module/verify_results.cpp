@@ -101,18 +101,23 @@ class Comparison {
     }
   }
 
-  // Ids that give each row the base, and the result; undefined when the number of rows is not known. The adapters'
-  // operators refuse another number of ids.
+  // Ids that give each row the base, and the result; undefined when the number of rows is not known: with another number
+  // of ids the adapters' operators fail.
   std::pair<at::Tensor, c10::IValue> run_deactivated(const Arguments& arguments) const {
+    std::string other_error;  // not about the number of ids
     for (const int64_t rows : row_counts(arguments)) {
       const at::Tensor ids = at::full({rows}, -1, at::TensorOptions(at::kLong).device(device_));
       try {
         return {ids, grafted_("forward", arguments, ids)};
       } catch (const std::exception& error) {
-        if (const std::string text = one_line(error); text.find("adapter_ids") == std::string::npos) {
-          fail(text);
+        const std::string text = one_line(error);
+        if (other_error.empty() && text.find("adapter_ids") == std::string::npos) {
+          other_error = text;
         }
       }
+    }
+    if (!other_error.empty()) {
+      fail(other_error);
     }
     return {};
   }

@@ -249,7 +249,7 @@ def test_without_its_first_run_a_layer_shares_with_the_next() -> None:
     del sites["layers"][0]
     assert [layer["shares"] for layer in torchgraft.inspect(module, sites=sites)["layers"]] == [None, 1]
     grafted = torchgraft.graft(module, config="lora", name="task", sites=sites)
-    assert {key.split(".")[1] for key in grafted.state_dict() if key.startswith("adapters.")} == {"layer_1"}
+    assert {key.split(".")[1] for key in grafted.state_dict() if key.startswith("adapters.")} == {"layer_0"}
 
 
 def test_the_table_says_all_that_is_known(capsys) -> None:

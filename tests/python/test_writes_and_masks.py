@@ -69,7 +69,6 @@ REFUSED = {
     "their own top-k by where": "decides by the scores themselves which of them it replaces",
     "their own top-k by a scattered bias": "changes the scores by what is computed from the scores themselves",
     "their own top-k by a factor": "changes the scores by what is computed from the scores themselves",
-    "their largest subtracted": "changes the scores by what is computed from the scores themselves",
     "filled, then negated": "sets scores to -10000, and scales them by -1, which is no mask",
     "filled, then scaled down": "sets scores to -10000, and scales them by 0.001, which is no mask",
 }

@@ -14,7 +14,7 @@ from oracle import difference
 # Transposed weights (GPT-2), shared layers (ALBERT), weights that are applied to relative positions too (DeBERTa).
 _NAMES = [name for name, case in CASES.items() if "lora_all" not in case.without and name.rpartition("_")[2] != "sdpa"]
 # Their norms or softmaxes round to float32.
-_ROUNDED = ("llama", "mistral", "t5", "clip", "deberta", "vit")
+_ROUNDED = ("gptj", "llama", "mistral", "t5", "clip", "deberta", "vit")
 
 
 @pytest.mark.parametrize("name", _NAMES)
@@ -54,5 +54,6 @@ def test_where_the_library_does_not_know_the_model(name: str, form: str) -> None
     arguments = case.arguments(torch.float64, 1)
     with torch.no_grad():
         plain, expected, actual = (case.hidden(module(*arguments)) for module in (base, grafted, merged))
-    assert difference(plain, expected) > 1e-3
-    assert difference(actual, expected) <= 1e-6  # some compute parts in float32
+    seen = ~plain.isnan()  # ModernBERT has NaN where a row of padding sees nothing; fused attention has zeros
+    assert difference(plain[seen], expected[seen]) > 1e-3
+    assert difference(actual[seen], expected[seen]) <= 1e-6  # some compute parts in float32
