@@ -37,18 +37,23 @@ std::string compare_on_inputs(const BaseForward& forward, const std::optional<Ar
     inputs = make_example_inputs(schema, *forward.graph, *forward.flat, forward.module, forward.weights);
   }
   const TrialRun run(forward.module, forward.graph);
+  std::string run_failure;
   std::string reason = inputs.reason;  // else why the likeliest did not do
   for (const ExampleInputs::Candidate& candidate : inputs.candidates) {
     c10::IValue result;
     const std::string failure = try_inputs(run, forward, candidate.arguments, example.has_value(), what, result);
-    if (failure.empty()) {
-      reason = compare(candidate.arguments, result);
-      return reason.empty() ? candidate.left_out : reason;
+    if (!failure.empty()) {
+      reason = reason.empty() ? failure : reason;
+      continue;
     }
-    if (reason.empty()) {
-      reason = failure;
+    try {
+      const std::string left = compare(candidate.arguments, result);
+      return left.empty() ? candidate.left_out : left;
+    } catch (const RunFailure& error) {
+      run_failure = run_failure.empty() ? error.what() : run_failure;
     }
   }
+  TORCH_CHECK(run_failure.empty(), run_failure);
   return not_compared + reason + "; give example inputs";
 }
 

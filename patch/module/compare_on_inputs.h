@@ -4,9 +4,16 @@
 
 #include <functional>
 #include <optional>
+#include <stdexcept>
 #include <string>
 
 namespace torchgraft {
+
+// Thrown by `compare` below: a module fails where the base runs. Inputs that were made up may have a form that nobody
+// uses, so that others are tried before this is an error.
+struct RunFailure : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
 
 // The method whose inputs are looked for.
 struct BaseForward {
@@ -21,7 +28,8 @@ struct BaseForward {
 // ones that give numbers, and with the result. `compare` returns what it did not compare; empty when nothing was left.
 //
 // Returns the same, or why nothing was compared, as a sentence: "the result was not compared with <other>: ...". Throws
-// c10::Error, on behalf of the function `what`, when `forward` fails on `example`.
+// c10::Error, on behalf of the function `what`, when `forward` fails on `example`, and the text of a RunFailure when no
+// inputs do without one.
 std::string compare_on_inputs(const BaseForward& forward, const std::optional<Arguments>& example, const char* what,
                               const char* other,
                               const std::function<std::string(const Arguments&, const c10::IValue&)>& compare);

@@ -59,8 +59,8 @@ class ChangeComparison {
     try {
       return {dtype_, run(pair.before, arguments, false), run(pair.after, arguments, false)};
     } catch (const std::exception& error) {
-      TORCH_CHECK(false, what_, ": the module runs on example inputs, but ", pair.what, " fails: ", one_line(error),
-                  ". verify=False does without");
+      throw RunFailure(std::string(what_) + ": the module runs on example inputs, but " + pair.what +
+                       " fails: " + one_line(error) + ". verify=False does without");
     }
   }
 

@@ -90,7 +90,7 @@ class Comparison {
 
  private:
   [[noreturn]] static void fail(const std::string& error) {
-    TORCH_CHECK(false, "graft: the base runs on example inputs, but the grafted module fails: ", error, kAccept);
+    throw RunFailure("graft: the base runs on example inputs, but the grafted module fails: " + error + kAccept);
   }
 
   c10::IValue run(const char* method, const Arguments& arguments) const {
@@ -101,8 +101,8 @@ class Comparison {
     }
   }
 
-  // Ids that give each row the base, and the result; undefined when the number of rows is not known: with another number
-  // of ids the adapters' operators fail.
+  // Ids that give each row the base, and the result; undefined when the number of rows is not known: with another
+  // number of ids the adapters' operators fail.
   std::pair<at::Tensor, c10::IValue> run_deactivated(const Arguments& arguments) const {
     std::string other_error;  // not about the number of ids
     for (const int64_t rows : row_counts(arguments)) {
