@@ -80,7 +80,12 @@ def _check_archive(path: Path, file: BinaryIO) -> None:
     with zipfile.ZipFile(file) as archive:
         if damaged := archive.testzip():
             raise GraftError(f"{path}: a damaged exported program ({damaged}); export it again")
-        members = {name.partition("/")[2]: name for name in archive.namelist()}
+        names = archive.namelist()
+        members = {name.partition("/")[2]: name for name in names}
+        # What torch reads must be what is checked: one folder, no name twice, none beside it (an older format).
+        is_one_folder = len({name.partition("/")[0] for name in names}) == 1 and all("/" in name for name in names)
+        if not is_one_folder or len({name.lower() for name in names}) != len(names) or "archive_format" not in members:
+            raise GraftError(f"{path}: expected the one folder that torch.export.save() writes; export it again")
         programs = [name for name in members if name.startswith("models/")]
         if programs != ["models/model.json"]:
             raise GraftError(f"{path}: expected one exported program, called 'model', got {', '.join(programs)}")
