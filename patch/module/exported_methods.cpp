@@ -4,8 +4,6 @@
 
 #include <torch/csrc/jit/api/function_impl.h>
 
-#include <set>
-
 namespace torchgraft {
 namespace {
 
@@ -21,7 +19,7 @@ void add_called(const Module& module, const std::string& method, std::set<std::s
   }
   const auto graph = function->graph();
   for_each_node(graph->block(), [&](Node* node) {
-    if (node->kind() == c10::prim::CallMethod && node->input(0) == graph->inputs()[0]) {
+    if (node->kind() == c10::prim::CallMethod && node->input(0)->type() == module.type()) {
       add_called(module, node->s(c10::attr::name), called);
     }
   });
@@ -29,9 +27,14 @@ void add_called(const Module& module, const std::string& method, std::set<std::s
 
 }  // namespace
 
-std::vector<std::string> exported_methods(const Module& module) {
+std::set<std::string> called_by_forward(const Module& module) {
   std::set<std::string> called;
   add_called(module, "forward", called);
+  return called;
+}
+
+std::vector<std::string> exported_methods(const Module& module) {
+  const std::set<std::string> called = called_by_forward(module);
   std::vector<std::string> result;
   for (const torch::jit::Function* method : module.type()->methods()) {
     if (!called.count(method->name()) && !method->name().starts_with("__")) {

@@ -6,6 +6,7 @@
 #include <torchgraft/patch/graph/symbolic_shape.h>
 #include <torchgraft/patch/graph/tensor_reads.h>
 #include <torchgraft/patch/graph/writes.h>
+#include <torchgraft/patch/module/exported_methods.h>
 
 #include <torch/csrc/jit/api/function_impl.h>
 #include <torch/csrc/jit/passes/inliner.h>
@@ -111,21 +112,6 @@ std::multiset<Update> updates_of_rows(const std::vector<MergePlace>& places, con
     }
   }
   return result;
-}
-
-// The methods of `module` that forward consists of.
-std::set<std::string> called_by_forward(const Module& module) {
-  std::set<std::string> names = {"forward"};
-  std::vector<std::string> frontier = {"forward"};
-  for (size_t i = 0; i < frontier.size(); ++i) {
-    for_each_node(module.get_method(frontier[i]).graph()->block(), [&](Node* node) {
-      const bool is_call = node->kind() == c10::prim::CallMethod && node->input(0)->type() == module.type();
-      if (is_call && names.insert(node->s(c10::attr::name)).second) {
-        frontier.push_back(node->s(c10::attr::name));
-      }
-    });
-  }
-  return names;
 }
 
 // Which tensors each method reads that a host calls beside forward. What forward reads for a method that calls it does

@@ -121,10 +121,6 @@ bool find_layer(SiteFinder& finder, Node* attention, Layer& layer, LayerSites& s
 
 std::string at_path(const std::string& path) { return path.empty() ? "" : "at " + path + ": "; }
 
-}  // namespace
-
-namespace {
-
 // The linear maps that have a role in some layer, or share a weight with one that has.
 std::set<const Node*> nodes_with_a_role(const GraphSites& found) {
   std::set<const Node*> result;
