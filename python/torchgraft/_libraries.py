@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+from collections.abc import Iterable
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -84,6 +85,21 @@ def load_operators() -> None:
     except OSError as error:
         problem = f"torchgraft: {path} does not load with torch {torch.__version__} ({error})"
         raise ImportError(f"{problem}; {_REMEDY}") from error
+
+
+def load_others(paths: Iterable[Path]) -> None:
+    """Loads libraries with operators that are neither torch's nor torchgraft's. Their code runs.
+
+    Raises:
+        OSError: a file is missing, or is no library that loads here. The message names it.
+    """
+    for path in paths:
+        if not path.is_file():
+            raise OSError(f"{path}: no such file; expected a library of operators")
+        try:
+            torch.ops.load_library(str(path.resolve()))
+        except OSError as error:
+            raise OSError(f"{path}: not a library that loads with torch {torch.__version__} ({error})") from None
 
 
 @cache

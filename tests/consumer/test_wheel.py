@@ -82,6 +82,19 @@ def test_the_wheel_grafts_outside_the_checkout(python, tmp_path):
         assert path.startswith(environment)
 
 
+@pytest.mark.quick
+def test_the_wheel_has_the_command(python, tmp_path):
+    command = python.with_name("torchgraft")
+    done = attempt(command, "--version", cwd=tmp_path, env=OUTSIDE)
+    assert done.returncode == 0 and done.stdout.startswith(f"torchgraft {torchgraft.__version__}, torch "), done.stderr
+    outside(python, GRAFTS, tmp_path)
+    for start in ([command], [python, "-m", "torchgraft"]):
+        done = attempt(*start, "list", tmp_path / "grafted.pt", cwd=tmp_path, env=OUTSIDE)
+        assert done.returncode == 0 and "task" in done.stdout, done.stderr
+    done = attempt(command, "list", tmp_path / "none.pt", cwd=tmp_path, env=OUTSIDE)
+    assert done.returncode == 1 and done.stderr == f"torchgraft: error: {tmp_path / 'none.pt'}: no such file\n"
+
+
 def test_the_wheel_holds_what_hosts_need_and_no_more(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     binding = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
@@ -90,7 +103,7 @@ def test_the_wheel_holds_what_hosts_need_and_no_more(wheel):
     for name in ("lib/cmake/torchgraft/torchgraftConfig.cmake", "include/torchgraft/patch/graft.h", "grafting.py"):
         assert f"torchgraft/{name}" in names
     tops = {name.split("/")[0] for name in names}
-    assert tops == {"torchgraft", f"torchgraft-{torchgraft.__version__}.dist-info"}
+    assert tops == {"torchgraft", "torchgraft_command", f"torchgraft-{torchgraft.__version__}.dist-info"}
     assert [name for name in names if "test" in name or name.startswith("torchgraft/examples")] == []
 
 
