@@ -136,10 +136,10 @@ def graft(
         A ScriptModule, in the same mode (train or eval) as `module`, with these methods:
 
         - `forward(..., adapter_ids=None)`: the arguments and the result of the base's forward. `adapter_ids`, int64
-          [B]: the adapter of each row, counted as in `adapter_names()`; -1 is the base. None: all rows use the active
-          adapter.
+            [B]: the adapter of each row, counted as in `adapter_names()`; -1 is the base. None: all rows use the active
+            adapter.
         - `forward_with_gates(..., adapter_ids=None)`: (result, gates). `gates[adapter][layer][location]` is [rows that
-          use the adapter, gates], in the dtype of the hidden states.
+            use the adapter, gates], in the dtype of the hidden states.
         - `base_forward(...)`: the base.
         - `activate(name)`, `deactivate()`, `active_adapter()`, `adapter_names()` and `adapter_config(name)`.
 

@@ -65,7 +65,8 @@ class AdapterPool:
         capacity: how many adapters are in memory at once.
         room: configurations, as graft() takes them. Every row is made large enough for each of them. If an adapter
             needs more, the pool builds larger banks beside its traffic. Empty: rows fit the first adapter.
-        gate_pooling, token_mask: as in graft(). With "unpadded" a row's result does not depend on its batch.
+        gate_pooling: as in graft(). With "unpadded" a row's result does not depend on its batch.
+        token_mask: as in graft().
         max_row_bytes: the most that one row may take. An adapter that needs more is refused. 0: no limit.
 
     Raises:

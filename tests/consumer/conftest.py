@@ -1,39 +1,20 @@
 """Installs the build and builds the outside hosts against it: once a run, in build/consumer, where the next run finds
 what has not changed."""
 
-import fcntl
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from hosts_support import ROOT, run
-
-BUILD = Path(os.environ.get("TORCHGRAFT_BUILD_DIR", ROOT / "build"))
+from hosts_support import BUILD, ROOT, made_once, run
 
 # The Python package of this checkout with the libraries of that build.
 os.environ.setdefault("TORCHGRAFT_LIBRARY_DIR", str(BUILD / "lib"))
 sys.path.insert(0, str(ROOT / "python"))
-
-
-def made_once(name: str, make: Callable[[Path], None]) -> Path:
-    """build/consumer/<name>, as `make` leaves it. Of several workers of pytest-xdist one makes it, the others wait."""
-    folder = BUILD / "consumer" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    of_this_run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
-    with open(folder.with_suffix(".made"), "a+") as made:
-        fcntl.flock(made, fcntl.LOCK_EX)
-        made.seek(0)
-        if made.read() != of_this_run:
-            make(folder)
-            made.truncate(0)
-            made.write(of_this_run)
-    return folder
 
 
 @pytest.fixture(scope="session")

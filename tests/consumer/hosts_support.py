@@ -1,12 +1,15 @@
 """Running programs as somebody outside the source tree would."""
 
+import fcntl
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+BUILD = Path(os.environ.get("TORCHGRAFT_BUILD_DIR", ROOT / "build"))
 
 
 def run(*command, **options) -> subprocess.CompletedProcess:
@@ -24,3 +27,18 @@ def attempt(*command, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, env=environment, timeout=1800, **options
     )
+
+
+def made_once(name: str, make: Callable[[Path], None]) -> Path:
+    """build/consumer/<name>, as `make` leaves it. Of several workers of pytest-xdist one makes it, the others wait."""
+    folder = BUILD / "consumer" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    of_this_run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    with open(folder.with_suffix(".made"), "a+") as made:
+        fcntl.flock(made, fcntl.LOCK_EX)
+        made.seek(0)
+        if made.read() != of_this_run:
+            make(folder)
+            made.truncate(0)
+            made.write(of_this_run)
+    return folder

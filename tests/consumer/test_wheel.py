@@ -14,8 +14,7 @@ import pytest
 import torch
 
 import torchgraft
-from conftest import BUILD, made_once
-from hosts_support import ROOT, attempt, run
+from hosts_support import BUILD, ROOT, attempt, made_once, run
 
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
 # The one environment variable that this run sets for the checkout's own libraries.
