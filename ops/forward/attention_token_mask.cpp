@@ -5,6 +5,8 @@
 #include <torchgraft/ops/from_schema.h>
 #include <torchgraft/registration/masked_score.h>
 
+#include <string>
+
 namespace torchgraft::ops {
 namespace {
 
@@ -28,10 +30,9 @@ void check_one_text(const at::Tensor& row_is_ambiguous) {
   if (!row_is_ambiguous.any().item<bool>()) {
     return;
   }
-  TORCH_CHECK(false, "attention_token_mask: row ", row_is_ambiguous.nonzero()[0].item<int64_t>(),
-              " of the attention mask has groups of tokens that do not see each other; which of them is padding is not "
-              "known. Let tokens of padding see what real tokens see, or nothing, or pool gates over all tokens "
-              "(gate_pooling=\"all\")");
+  std::string message = kGroupsOfTokens;
+  message.replace(message.find("{}"), 2, std::to_string(row_is_ambiguous.nonzero()[0].item<int64_t>()));
+  TORCH_CHECK(false, message);
 }
 
 // The keys [B, S] that real queries see, and that padding alone does not. `visible`: bool [B, S, S].

@@ -108,7 +108,7 @@ class File:
             return
         kind = self.kinds[self.adapters[name].name]
         others = [each for each, saved in self.adapters.items()
-                  if each not in (name, self.merged) and self.kinds.get(saved.name) == kind]  # fmt: skip
+                  if self.kinds.get(saved.name) == kind and saved != self.adapters[name] and each != self.merged]  # fmt: skip
         if others:
             shares = {name: 0.3, self.draw.choice(others): 0.7}
             new = self.fresh_name()
