@@ -107,8 +107,9 @@ class File:
         if name is None:
             return
         kind = self.kinds[self.adapters[name].name]
+        first = self.adapters[name]
         others = [each for each, saved in self.adapters.items()
-                  if self.kinds.get(saved.name) == kind and saved != self.adapters[name] and each != self.merged]  # fmt: skip
+                  if self.kinds.get(saved.name) == kind and saved != first and each != self.merged]  # fmt: skip
         if others:
             shares = {name: 0.3, self.draw.choice(others): 0.7}
             new = self.fresh_name()
