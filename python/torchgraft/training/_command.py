@@ -1,4 +1,4 @@
-"""The work of scripts/train.py, on a parsed command line."""
+"""The work of `torchgraft train`, on a parsed command line."""
 
 import argparse
 import hashlib
@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from .. import HeadConfig, add_head, freeze_adapter, graft, head_config, load_adapter, save_adapter, unfreeze_adapter
+from .._console import say
 from .._files import EXPECTED_ERRORS, extra_files, load_module, reason, save_module, write_whole
+from .._libraries import load_others
 from .._text import load_tokenizer
 from ..configs import config_argument
 from ..errors import GraftError
@@ -46,6 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
         GraftError: a file or a setting is wrong, or a loss or gradient is not finite. The message says why and what to
             do.
     """
+    load_others(arguments.library)
     workers = Workers.started_by_torchrun(arguments.device)
     try:
         _run(arguments, workers)
@@ -66,7 +69,7 @@ def _run(arguments: argparse.Namespace, workers: Workers) -> None:
     output.mkdir(parents=True, exist_ok=True)
     listeners: list[Listener] = []
     if workers.rank == 0:
-        listeners.append(ProgressBar())
+        listeners.extend([] if arguments.quiet else [ProgressBar()])
         if arguments.tensorboard:
             listeners.append(TensorBoardLog(output / "logs"))
     trainer = Trainer(
@@ -184,5 +187,5 @@ def _write(
     write_whole((json.dumps(report, indent=2) + "\n").encode(), output / "scores.json")
     for name, values in scores.items():
         accuracy, macro_f1, loss = values["accuracy"], values["macro_f1"], values["loss"]
-        print(f"{name}: accuracy {accuracy:.3f}, macro-F1 {macro_f1:.3f}, loss {loss:.4f}")
-    print(f"{output / 'adapter'}: adapter {arguments.adapter}")
+        say(arguments, f"{name}: accuracy {accuracy:.3f}, macro-F1 {macro_f1:.3f}, loss {loss:.4f}")
+    say(arguments, f"{output / 'adapter'}: adapter {arguments.adapter}")
