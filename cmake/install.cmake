@@ -100,3 +100,13 @@ install(EXPORT torchgraftTargets NAMESPACE torchgraft:: DESTINATION ${package_di
 install(FILES ${built_package_dir}/torchgraftConfig.cmake ${built_package_dir}/torchgraftConfigVersion.cmake
   ${built_package_dir}/torchgraftTorch.cmake DESTINATION ${package_dir} COMPONENT torchgraft)
 install(FILES ${built_package_dir}/torchgraftBuiltWith.cmake DESTINATION ${package_dir} COMPONENT torchgraft_local)
+
+# pkg-config: in a wheel torch is the folder beside torchgraft's, in a prefix the one that it was built with.
+set(torchgraft_pc_torch "\${prefix}/../torch")
+configure_file(${PROJECT_SOURCE_DIR}/cmake/torchgraft.pc.in ${PROJECT_BINARY_DIR}/pkgconfig/wheel.pc @ONLY)
+set(torchgraft_pc_torch ${TORCH_INSTALL_PREFIX})
+configure_file(${PROJECT_SOURCE_DIR}/cmake/torchgraft.pc.in ${PROJECT_BINARY_DIR}/pkgconfig/local.pc @ONLY)
+install(FILES ${PROJECT_BINARY_DIR}/pkgconfig/wheel.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig
+  RENAME torchgraft.pc COMPONENT torchgraft)
+install(FILES ${PROJECT_BINARY_DIR}/pkgconfig/local.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig
+  RENAME torchgraft.pc COMPONENT torchgraft_local)

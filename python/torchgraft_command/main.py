@@ -94,9 +94,10 @@ def _print_completion(program: str, parser: argparse.ArgumentParser, shell: str)
     import shtab
 
     for action in (action for command in [parser, *_commands_of(parser)] for action in command._actions):
-        if action.type in (Path, None) and action.metavar and action.metavar.endswith((".pt", ".pt2", ".so", "FILE")):
+        name = str(action.metavar)
+        if action.type in (Path, None) and name.endswith((".pt", ".pt2", ".so", "FILE")):
             action.complete = shtab.FILE  # type: ignore[attr-defined]
-        elif action.metavar in ("DIRECTORY", "OUT", "DIR"):
+        elif name in ("DIRECTORY", "OUT", "DIR"):
             action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
     print(shtab.complete(parser, shell))
 

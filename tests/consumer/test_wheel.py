@@ -35,7 +35,8 @@ def installed(folder: Path, wheel: Path) -> Path:
     run(sys.executable, "-m", "venv", "--clear", "--without-pip", folder)
     python = folder / "bin" / "python"
     packages = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip()
-    Path(packages, "torch.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    Path(packages, "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    Path(packages, "torch").symlink_to(Path(torch.__file__).parent)
     run(*PIP, "--python", python, "install", "--no-deps", "--no-index", wheel)
     return python
 
@@ -135,6 +136,33 @@ def test_another_torch_is_named_at_import(wheel, tmp_path):
     done = outside(python, "import torchgraft", tmp_path)
     assert f"were built for torch 2.99.0, and torch {torch.__version__} is installed" in done.stderr
     assert "pip install --no-build-isolation" in done.stderr
+
+
+def prefix_of(python: Path, folder: Path) -> str:
+    return outside(python, "import torchgraft; print(torchgraft.cmake_prefix_path)", folder).stdout.strip()
+
+
+def test_a_host_builds_against_the_wheel_by_pkg_config(python, tmp_path):
+    """And finds torch in the wheel's environment."""
+    found = OUTSIDE | {"PKG_CONFIG_PATH": str(Path(prefix_of(python, tmp_path), "lib", "pkgconfig"))}
+    flags = run("pkg-config", "--cflags", "--libs", "torchgraft", env=found).stdout.split()
+    run("g++", "-std=c++20", ROOT / "tests" / "consumer" / "anchored.cpp", *flags, "-o", tmp_path / "anchored")
+    assert run(tmp_path / "anchored", env=OUTSIDE).stdout.strip() == torchgraft.__version__
+    assert run("pkg-config", "--modversion", "torchgraft", env=found).stdout.strip() == torchgraft.__version__
+
+
+@pytest.mark.slow(seconds=300)
+@pytest.mark.parametrize("example", ["serve", "serve_aoti", "train_cpp", "server"])
+def test_an_example_builds_against_the_wheel_alone(example, python, tmp_path):
+    """CMAKE_PREFIX_PATH names the wheel; torch is found beside it, in its environment."""
+    if example == "server" and not Path("/usr/include/microhttpd.h").exists():
+        pytest.skip("microhttpd.h was not found: install libmicrohttpd-dev")
+    build = tmp_path / "build"
+    prefix = f"-DCMAKE_PREFIX_PATH={prefix_of(python, tmp_path)}"
+    run("cmake", "-S", ROOT / "examples" / example, "-B", build, "-G", "Ninja", prefix, env=OUTSIDE)
+    run("cmake", "--build", build, "-j", os.environ.get("TORCHGRAFT_JOBS", "2"), env=OUTSIDE)
+    done = attempt(build / example, "--help", env=OUTSIDE)
+    assert done.returncode == 0 and re.search("MODEL.pt|PACKAGE.pt2", done.stdout), done.stderr
 
 
 def test_without_torch_a_build_says_what_to_do(tmp_path):

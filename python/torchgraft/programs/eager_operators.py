@@ -21,7 +21,7 @@ def _same(value: Any) -> Any:
     return value
 
 
-def _append(values: list, value: Any) -> list:
+def _append(values: list[Any], value: Any) -> list[Any]:
     values.append(value)
     return values
 

@@ -129,7 +129,7 @@ def _load_data(arguments: argparse.Namespace) -> Data:
     def encode(examples: list[Example] | None) -> EncodedExamples | None:
         return None if examples is None else encode_examples(tokenizer, examples, names)
 
-    data = Data(names, encode(training), encode(validation), encode(test))
+    data = Data(names, encode_examples(tokenizer, training, names), encode(validation), encode(test))
     check_every_class(data.training.labels, names)
     return data
 

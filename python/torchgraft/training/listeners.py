@@ -2,12 +2,15 @@
 
 import sys
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..errors import GraftError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class Listener:
@@ -75,7 +78,8 @@ class TensorBoardLog(Listener):
         except ImportError as error:
             raise GraftError(f"TensorBoard logs need the package tensorboard ({error}); run scripts/setup --train, "
                              "or give --no-tensorboard") from error  # fmt: skip
-        self._make, self._folder, self._writer = SummaryWriter, folder, None
+        self._make, self._folder = SummaryWriter, folder
+        self._writer: SummaryWriter | None = None
 
     def started(self, done_steps: int, total_steps: int) -> None:
         try:
@@ -87,14 +91,18 @@ class TensorBoardLog(Listener):
 
     def stepped(self, step: int, loss: float, learning_rate: float, gradient_norm: float) -> None:
         for name, value in (("loss", loss), ("learning_rate", learning_rate), ("gradient_norm", gradient_norm)):
-            self._writer.add_scalar(f"train/{name}", value, step)
+            self._running().add_scalar(f"train/{name}", value, step)
 
     def epoch_ended(self, record: dict[str, Any]) -> None:
         for name, value in record.items():
             if name.startswith("validation_"):
-                self._writer.add_scalar(f"validation/{name.removeprefix('validation_')}", value, record["step"])
-        self._writer.flush()
+                self._running().add_scalar(f"validation/{name.removeprefix('validation_')}", value, record["step"])
+        self._running().flush()
 
     def ended(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+    def _running(self) -> "SummaryWriter":
+        assert self._writer is not None, "started() comes first"
+        return self._writer
