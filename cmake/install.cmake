@@ -31,6 +31,7 @@ if(TORCHGRAFT_BUILD_PATCH)
     config/config_json.h
     config/config_string.h
     config/config_union.h
+    config/gate_pooling.h
     config/head_config.h
     config/library_differences.h
     config/method_configs.h

@@ -61,21 +61,12 @@ using torch::jit::Module;
 using torchgraft_python::config_of;
 using torchgraft_python::Spec;
 using torchgraft_python::spec_of;
+using torchgraft_python::WarningCollector;
 
 // The edited sites that the JSON text describes. Empty text: none, the patcher detects them.
 std::optional<torchgraft::Structure> sites_of(const std::string& json) {
   return json.empty() ? std::nullopt : std::optional(torchgraft::structure_from_json(json));
 }
-
-// Keeps the messages of TORCH_WARN on this thread, for Python's warnings.
-class WarningCollector : public c10::WarningHandler {
- public:
-  void process(const c10::Warning& warning) override { messages_.push_back(warning.msg()); }
-  const std::vector<std::string>& messages() const { return messages_; }
-
- private:
-  std::vector<std::string> messages_;
-};
 
 // A module, and what the function that made it warns of.
 using Result = std::pair<Module, std::vector<std::string>>;
@@ -122,6 +113,7 @@ std::vector<py::dict> list_adapters(const Module& module) {
     entry["active"] = info.active;
     entry["merged"] = info.merged;
     entry["trainable"] = info.trainable;
+    entry["gate_pooling"] = info.gate_pooling;
     entry["parameters"] = info.parameters;
     entry["bytes"] = info.bytes;
     entry["by_location"] = info.by_location;

@@ -65,11 +65,13 @@ Module add_adapters_module(Draft& draft, const std::vector<Slot>& slots, const s
   const auto unit = draft.module._ivalue()->compilation_unit();
   Module adapters = make_adapters_module(draft.adapters, slots, runs, unit);
   const GraftOptions& options = draft.options;
-  adapters.register_attribute("gate_pooling", c10::StringType::get(), options.gate_pooling);
   adapters.register_attribute("token_mask_input", c10::StringType::get(), options.token_mask_input);
   adapters.register_attribute("sites", c10::StringType::get(), options.sites ? to_json(*options.sites) : "");
   adapters.register_attribute("fused", c10::BoolType::get(), options.fuse);
   adapters.register_attribute("allow_partial", c10::BoolType::get(), options.allow_partial);
+  if (gate_poolings(draft.adapters).is_mixed()) {
+    adapters.register_buffer(kPoolsAll, pools_all(draft.adapters).to(draft.weights.device()));
+  }
   adapters.register_attribute("head_mask", c10::StringType::get(), draft.head_mask);
   add_heads(adapters, draft.adapters, unit);
   adapters.train(draft.module.attr("training", c10::IValue(false)).toBool());  // a frozen module has no such attribute
@@ -181,6 +183,7 @@ Module build(Draft draft, const std::string& active) {
   const std::vector<Slot> slots = stack_banks(draft.adapters);
   const std::vector<SlotRun> runs = slot_runs(slots, draft.sites.structure);
   const Module bank = add_adapters_module(draft, slots, runs);
+  draft.inserting.poolings = gate_poolings(draft.adapters);
   GraphDump dump("insert");
   const size_t ops = insert_adapters(graph, draft.sites, slots, runs, result, draft.inserting);
   dump("insert_adapters", *graph);

@@ -77,11 +77,12 @@ def list_(arguments: argparse.Namespace) -> None:
         print(json.dumps(entries, indent=2))
         return
     table = Table()
-    for heading in ("id", "name", "state", "parameters", "MB", "locations"):
+    for heading in ("id", "name", "state", "gates over", "parameters", "MB", "locations"):
         table.add_column(heading, justify="right" if heading in ("id", "parameters", "MB") else "left")
     for index, info in enumerate(infos):
         state = ", ".join(word for word in ("active", "merged", "trainable") if getattr(info, word))
-        table.add_row(str(index), info.name, state, f"{info.parameters:,}", f"{info.bytes / 1e6:.2f}",
+        pooling = f"{info.gate_pooling} tokens" if info.gate_pooling else ""
+        table.add_row(str(index), info.name, state, pooling, f"{info.parameters:,}", f"{info.bytes / 1e6:.2f}",
                       ", ".join(sorted(info.by_location)))  # fmt: skip
     table_console().print(table)
 

@@ -10,7 +10,17 @@ from typing import Any
 
 import torch
 
-from .. import HeadConfig, add_head, freeze_adapter, graft, head_config, load_adapter, save_adapter, unfreeze_adapter
+from .. import (
+    HeadConfig,
+    add_head,
+    freeze_adapter,
+    graft,
+    head_config,
+    list_adapters,
+    load_adapter,
+    save_adapter,
+    unfreeze_adapter,
+)
 from .._files import EXPECTED_ERRORS, extra_files, load_module, reason, save_module, write_whole
 from .._text import load_tokenizer
 from ..configs import config_argument
@@ -143,6 +153,7 @@ def _trainable(base: torch.jit.ScriptModule, arguments: argparse.Namespace, name
         module = graft(
             base, config_argument(arguments.config), name, gate_pooling=arguments.gate_pooling, trainable=True
         )
+    _check_gate_pooling(module, name, arguments.gate_pooling)
     own = head_config(module, name)
     if own is not None and not arguments.new_head:
         _check_head(own, name, names)
@@ -150,6 +161,14 @@ def _trainable(base: torch.jit.ScriptModule, arguments: argparse.Namespace, name
     head = HeadConfig(num_labels=len(names), labels=names, pooling=arguments.pooling, layers=arguments.head_layers,
                       dropout_prob=arguments.head_dropout)  # fmt: skip
     return add_head(module, name, head)
+
+
+def _check_gate_pooling(module: torch.jit.ScriptModule, name: str, wanted: str | None) -> None:
+    has = next(info.gate_pooling for info in list_adapters(module) if info.name == name)
+    if wanted and has and has != wanted:
+        raise GraftError(
+            f"the gates of '{name}' are means over {has} tokens; leave --gate-pooling out to train it further"
+        )
 
 
 def _check_head(head: HeadConfig, adapter: str, names: list[str]) -> None:
