@@ -46,6 +46,7 @@ if(TORCHGRAFT_BUILD_PATCH)
     patch/life.h
     patch/load_module.h
     patch/save_adapter.h
+    patch/text_limits.h
     patch/train.h
     patch/verify.h
     plan/adapter_weights.h

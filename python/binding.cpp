@@ -12,6 +12,7 @@
 #include <torchgraft/patch/life.h>
 #include <torchgraft/patch/load_module.h>
 #include <torchgraft/patch/save_adapter.h>
+#include <torchgraft/patch/text_limits.h>
 #include <torchgraft/patch/train.h>
 #include <torchgraft/patch/verify.h>
 #include <torchgraft/plan/match_modules.h>
@@ -84,7 +85,7 @@ Result with_warnings(const Make& make) {
 using Example = std::optional<std::pair<py::tuple, py::dict>>;  // positional and named arguments of forward
 
 // forward's arguments without self, defaults filled in, of Python's `arguments` and `named`. Throws what a call of
-// forward throws.
+// forward throws, and for texts that the model does not take.
 std::vector<c10::IValue> example_of(const Module& module, const py::tuple& arguments, const py::dict& named) {
   const auto& schema = module.get_method("forward").function().getSchema();
   torch::jit::Stack stack =
@@ -93,6 +94,7 @@ std::vector<c10::IValue> example_of(const Module& module, const py::tuple& argum
   if (!schema.arguments().empty() && schema.arguments().back().name() == "adapter_ids") {
     stack.pop_back();
   }
+  torchgraft::check_texts(module, stack, "example inputs");
   return stack;
 }
 
@@ -148,6 +150,13 @@ void translate_error(std::exception_ptr exception) {
 // What hosts of text encoders need: error_text.h, forward_inputs.h.
 void bind_text(py::module_& m) {
   m.def("one_line", [](const std::string& message) { return torchgraft::one_line(message); });
+  m.def(
+      "text_limits",
+      [](const Module& module) {
+        const torchgraft::TextLimits limits = torchgraft::text_limits(module);
+        return std::pair(limits.vocabulary, limits.positions);
+      },
+      py::call_guard<py::gil_scoped_release>());
   using torchgraft::ForwardInputs;
   py::class_<ForwardInputs>(m, "ForwardInputs")
       .def(py::init<const c10::FunctionSchema&>())

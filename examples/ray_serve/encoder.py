@@ -38,6 +38,7 @@ class Encoder:
         torch.set_num_threads(threads)
         module = torchgraft.load_module(model).eval()
         self._inputs = torchgraft.forward_inputs(module.forward)
+        self._limits = torchgraft.text_limits(module)
         if not self._inputs.takes_mask:
             raise torchgraft.GraftError(f"{model}: forward takes no mask; examples/server runs it on unpadded rows")
         grafted = hasattr(module, "adapter_names")
@@ -84,11 +85,24 @@ class Encoder:
 
     def run(self, requests: list[Request]) -> list[Answer]:
         """One forward pass, or one for each module: the pool builds a new one when its banks grow."""
-        answers = {}
-        for module in {id(request.lease.module): request.lease.module for request in requests}.values():
-            mine = [request for request in requests if request.lease.module is module]
+        answers = {id(request): fault for request in requests if (fault := self._fault(request))}
+        taken = [request for request in requests if id(request) not in answers]
+        for module in {id(request.lease.module): request.lease.module for request in taken}.values():
+            mine = [request for request in taken if request.lease.module is module]
             answers.update(zip(map(id, mine), self._answers(module, mine), strict=True))
         return [answers[id(request)] for request in requests]
+
+    def _fault(self, request: Request) -> Answer | None:
+        """What is wrong with a request's rows, as examples/server says it; else None."""
+        vocabulary, positions = self._limits.vocabulary, self._limits.positions
+        for row in request.rows:
+            if positions is not None and len(row) > positions:
+                return 413, (
+                    f"expected at most {positions} tokens in a row, which the model has positions for, got {len(row)}"
+                )
+            if vocabulary is not None and max(row) >= vocabulary:
+                return 400, f"expected token ids below {vocabulary}, which the model has, got {max(row)}"
+        return None
 
     def _answers(self, module: torch.jit.ScriptModule, requests: list[Request]) -> list[Answer]:
         """If the pass fails, on a token that the model does not have, say, each request runs alone, so that the others

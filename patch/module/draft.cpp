@@ -80,15 +80,11 @@ Module add_adapters_module(Draft& draft, const std::vector<Slot>& slots, const s
 }
 
 void check_can_be_grafted(const Module& base) {
-  const char* remedy =
-      "; rename it before scripting, or script a module that holds this one and whose forward calls it (the names "
-      "inside "
-      "do not matter)";
   TORCH_CHECK(!base.hasattr("adapters"),
-              "graft: the module has an attribute 'adapters' of its own, which grafting adds", remedy);
+              "graft: the module has an attribute 'adapters' of its own, which grafting adds", kNameRemedy);
   for (const auto& argument : base.get_method("forward").function().getSchema().arguments()) {
     TORCH_CHECK(argument.name() != "adapter_ids",
-                "graft: forward has an argument 'adapter_ids' of its own, which grafting adds", remedy);
+                "graft: forward has an argument 'adapter_ids' of its own, which grafting adds", kNameRemedy);
   }
   for (const auto& [path, submodule] : base.named_modules()) {
     TORCH_CHECK(!is_grafted(submodule), "graft: the submodule ", path,

@@ -11,7 +11,7 @@ Importing the package registers the operators. A process that only serves need n
 from ._files import load_module
 from ._libraries import library_path, load_operators
 from ._reading import parse_json
-from ._text import forward_inputs
+from ._text import TextLimits, forward_inputs, text_limits
 from .adapter_hub import AdapterDirectory, load_adapter_directory
 from .adapter_training import freeze_adapter, trainable_parameters, unfreeze_adapter
 from .checkpoints import load_adapter, match_adapter, save_adapter
@@ -76,6 +76,7 @@ __all__ = [
     "PfeifferConfig",
     "PrefixTuningConfig",
     "SeqBnConfig",
+    "TextLimits",
     "UniPELTConfig",
     "add_head",
     "average_adapter",
@@ -106,6 +107,7 @@ __all__ = [
     "replace_adapter",
     "save_adapter",
     "save_onnx",
+    "text_limits",
     "trainable_parameters",
     "unfreeze_adapter",
     "ungraft",

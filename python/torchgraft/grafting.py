@@ -1,5 +1,6 @@
 """Grafts adapters onto a module, and inspects modules."""
 
+import functools
 import json
 import warnings
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from ._libraries import patcher
 from ._reading import MOST_SITES_BYTES, parse_json, read_text
 from .adapter_hub import load_adapter_directory
 from .configs import config_to_json
-from .errors import GraftError
+from .errors import GraftError, one_line
 from .peft import is_peft_directory, load_peft_directory
 
 
@@ -39,7 +40,26 @@ Spec = tuple[str, str, Weights | None, str, bool, tuple[str, Weights, str] | Non
 
 def script_module(module: Any) -> torch.jit.ScriptModule:
     """Wraps a torch::jit::Module as a ScriptModule."""
-    return torch.jit._recursive.wrap_cpp_module(module)
+    return with_short_errors(torch.jit._recursive.wrap_cpp_module(module))
+
+
+def with_short_errors(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+    """Returns `module`, whose methods that take an adapter's name raise one line: TorchScript adds a trace of some
+    twenty lines to what a method raises. Scripting and saving see the methods themselves."""
+    for method in ("activate", "adapter_config") if is_grafted(module) else ():
+        module.__dict__[method] = _shortened(getattr(module, method))
+    return module
+
+
+def _shortened(method: Any) -> Any:
+    def call(name: str) -> Any:
+        try:
+            return method(name)
+        except torch.jit.Error as error:
+            message = one_line(error)
+        raise GraftError(message)  # here: without the trace as its context
+
+    return functools.update_wrapper(call, method)
 
 
 def is_grafted(module: torch.jit.ScriptModule) -> bool:

@@ -22,7 +22,7 @@ from .. import (
     unfreeze_adapter,
 )
 from .._files import EXPECTED_ERRORS, extra_files, load_module, reason, save_module, write_whole
-from .._text import load_tokenizer
+from .._text import load_tokenizer, text_limits
 from ..configs import config_argument
 from ..errors import GraftError
 from ..grafting import names_of
@@ -72,6 +72,7 @@ def _run(arguments: argparse.Namespace, workers: Workers) -> None:
     options = TrainingOptions(**{field.name: getattr(arguments, field.name) for field in fields(TrainingOptions)})
     data = _load_data(arguments)
     base = load_module(arguments.model)
+    _check_texts(base, data)
     module = _trainable(base, arguments, data.names).to(workers.device)
     output.mkdir(parents=True, exist_ok=True)
     listeners: list[Listener] = []
@@ -139,6 +140,14 @@ def _load_data(arguments: argparse.Namespace) -> Data:
     data = Data(names, encode(training), encode(validation), encode(test))
     check_every_class(data.training.labels, names)
     return data
+
+
+def _check_texts(base: torch.jit.ScriptModule, data: Data) -> None:
+    """Checks that the model has the positions and the tokens of every text."""
+    limits = text_limits(base)
+    for examples in filter(None, (data.training, data.validation, data.test)):
+        for ids, where in zip(examples.token_ids, examples.where, strict=True):
+            limits.check(ids, where)
 
 
 def _trainable(base: torch.jit.ScriptModule, arguments: argparse.Namespace, names: list[str]) -> torch.jit.ScriptModule:
