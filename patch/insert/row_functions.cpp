@@ -56,6 +56,15 @@ def pooled(x: Tensor, gate_weight: Optional[Tensor], gate_bias: Optional[Tensor]
     active = is_active(x, adapter_ids, adapter).unsqueeze(-1)
     return torch.where(active, gate, torch.zeros_like(gate))
 
+def pooled_tokens(mask: Tensor, pools_all: Tensor, adapter_ids: Optional[Tensor], adapter: int) -> Tensor:
+    count = pools_all.size(0) - 1
+    if adapter_ids is None:
+        whole = pools_all.narrow(0, max(adapter, 0), 1)
+    else:
+        check_ids("forward", mask, adapter_ids, pools_all.narrow(0, 0, count))
+        whole = pools_all.index_select(0, torch.remainder(adapter_ids, count + 1))
+    return torch.logical_or(mask, whole.unsqueeze(-1))
+
 def normed(x: Tensor, weight: Tensor, bias: Tensor, adapter_ids: Optional[Tensor], adapter: int) -> Tensor:
     plain = torch.layer_norm(x, [x.size(-1)], None, None, 1e-05)
     own_weight = selected(weight, adapter_ids, adapter).unsqueeze(1)
@@ -138,6 +147,10 @@ Value* RowFunctions::normed(Value* x, Value* weight, Value* bias) {
 
 Value* RowFunctions::pooled(Value* x, Value* gate_weight, Value* gate_bias, Value* token_mask) {
   return call("pooled", {x, gate_weight, gate_bias, adapter_ids_, adapter_, token_mask});
+}
+
+Value* RowFunctions::pooled_tokens(Value* mask, Value* pools_all) {
+  return call("pooled_tokens", {mask, pools_all, adapter_ids_, adapter_});
 }
 
 Value* RowFunctions::scaled(Value* base, Value* vector, Value* scaling, Value* gate) {
