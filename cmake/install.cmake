@@ -33,6 +33,7 @@ if(TORCHGRAFT_BUILD_PATCH)
     config/config_json.h
     config/config_string.h
     config/config_union.h
+    config/gate_pooling.h
     config/head_config.h
     config/library_differences.h
     config/method_configs.h
@@ -47,6 +48,7 @@ if(TORCHGRAFT_BUILD_PATCH)
     patch/life.h
     patch/load_module.h
     patch/save_adapter.h
+    patch/text_limits.h
     patch/train.h
     patch/verify.h
     plan/adapter_weights.h

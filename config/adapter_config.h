@@ -5,5 +5,6 @@
 #include <torchgraft/config/config_json.h>
 #include <torchgraft/config/config_string.h>
 #include <torchgraft/config/config_union.h>
+#include <torchgraft/config/gate_pooling.h>
 #include <torchgraft/config/method_configs.h>
 #include <torchgraft/config/named_configs.h>

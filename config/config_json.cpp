@@ -1,6 +1,7 @@
 #include <torchgraft/config/config_json.h>
 
 #include <torchgraft/config/config_union.h>
+#include <torchgraft/config/gate_pooling.h>
 #include <torchgraft/config/json_fields.h>
 #include <torchgraft/config/library_differences.h>
 #include <torchgraft/config/named_configs.h>
@@ -94,6 +95,10 @@ AdapterConfig config_from_json(std::string_view text) {
   const bool wrapped = json.is_object() && json.contains("config");
   const Json inner = wrapped ? json.at("config") : json;
   AdapterConfig config = inner.is_string() ? config_from_name(inner.get<std::string>()) : read_adapter(inner);
+  if (wrapped && json.contains("gate_pooling")) {
+    json::read("gate_pooling", json.at("gate_pooling"), config.gate_pooling);
+    check_gate_pooling(config.gate_pooling, "config");
+  }
   if (wrapped && json.contains("model_type") && json.at("model_type").is_string()) {
     const auto model = json.at("model_type").get<std::string>();
     config.wired_for = library_wiring(model, config);
@@ -110,8 +115,15 @@ AdapterConfig config_from_json(std::string_view text) {
 
 std::string config_to_json(const AdapterConfig& config) {
   const OrderedJson inner = write_methods(config.methods);
-  return config.wired_for.empty() ? inner.dump()
-                                  : OrderedJson{{"config", inner}, {"model_type", config.wired_for}}.dump();
+  OrderedJson outer;
+  outer["config"] = inner;
+  if (!config.wired_for.empty()) {
+    outer["model_type"] = config.wired_for;
+  }
+  if (pools_unpadded(config)) {
+    outer["gate_pooling"] = config.gate_pooling;
+  }
+  return outer.size() == 1 ? inner.dump() : outer.dump();
 }
 
 }  // namespace torchgraft

@@ -10,12 +10,13 @@ namespace torchgraft {
 
 // The text of an AdapterHub adapter_config.json (with its outer {"config": ...}) or of the inner config alone. An
 // unknown field, a wrong type or malformed JSON throws c10::Error that names it. The outer "model_type" becomes
-// AdapterConfig::wired_for, where it matters. The library's names for the two ends of LLaMA's and Mistral's
-// feed-forward block, which it has exchanged, become those of all other models.
+// AdapterConfig::wired_for, where it matters, and the outer "gate_pooling" its gate_pooling. The library's names for
+// the two ends of LLaMA's and Mistral's feed-forward block, which it has exchanged, become those of all other models.
 TORCHGRAFT_PATCH_API AdapterConfig config_from_json(std::string_view json);
 
 // The inner config, every field written, as AdapterConfig.to_dict() of the adapters library: {"architecture": "union",
-// ...} for more than one method. With wired_for: {"config": the inner config, "model_type": wired_for}.
+// ...} for more than one method. With wired_for, or with gates over unpadded tokens: {"config": the inner config,
+// "model_type": wired_for, "gate_pooling": "unpadded"}, of the two only what is set.
 TORCHGRAFT_PATCH_API std::string config_to_json(const AdapterConfig& config);
 
 }  // namespace torchgraft

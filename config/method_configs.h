@@ -96,6 +96,8 @@ struct AdapterConfig {
   // The model_type ("albert", "gptj", "encoder-decoder") of an adapter that the library has trained, where the library
   // wires bottlenecks of that model in its own way: see BottleneckWiring in plan/plan.h. Empty: as defined.
   std::string wired_for = {};
+  // Over which tokens gates are means, see gate_pooling.h. "all" without gates.
+  std::string gate_pooling = "all";
 };
 
 }  // namespace torchgraft

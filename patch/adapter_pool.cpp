@@ -1,5 +1,6 @@
 #include <torchgraft/patch/adapter_pool.h>
 
+#include <torchgraft/config/gate_pooling.h>
 #include <torchgraft/patch/adapters/dora.h>
 #include <torchgraft/patch/adapters/make_adapter.h>
 #include <torchgraft/patch/module/draft.h>
@@ -36,6 +37,16 @@ void add_room(std::vector<AdapterConfig>& room, const AdapterConfig& config) {
 
 Adapter without_weights(const Adapter& adapter) {
   return {adapter.name, adapter.config, adapter.plan, {}, adapter.merged};
+}
+
+// Adapters of the module keep what they have: others would be ignored in silence.
+void check_own_pooling(const std::vector<Adapter>& own, const std::string& wanted) {
+  for (const Adapter& adapter : own) {
+    TORCH_CHECK(wanted.empty() || !has_gates(adapter.config) || adapter.config.gate_pooling == wanted,
+                "AdapterPool: expected gate_pooling=\"", wanted, "\" of all adapters, but the gates of '", adapter.name,
+                "', which came with the module, are means over \"", adapter.config.gate_pooling,
+                "\" tokens; leave gate_pooling out, so that each adapter keeps its own");
+  }
 }
 
 std::shared_ptr<const Head> head_of(const Adapter& adapter) {
@@ -133,8 +144,11 @@ AdapterPool::State::State(const Module& module, AdapterPoolOptions options, Load
   TORCH_CHECK(static_cast<int64_t>(own.size()) < capacity, "AdapterPool: the module has ", own.size(),
               " adapters of its own, which stay: expected a capacity above that, got ", capacity);
   std::vector<AdapterConfig> room;
+  check_own_pooling(own, base.options.gate_pooling);
   for (const AdapterConfig& config : options.room) {
-    add_room(room, ejected_config(config));
+    AdapterConfig row = ejected_config(config);
+    row.gate_pooling = base.options.gate_pooling.empty() ? row.gate_pooling : base.options.gate_pooling;
+    add_room(room, row);
   }
   for (Adapter& adapter : own) {
     adapter.trainable = false;  // it becomes a row of the banks, with DoRA's norms as they are now
@@ -153,6 +167,7 @@ Adapter AdapterPool::State::prepare(const AdapterSpec& spec) const {
   TORCH_CHECK(!spec.name.empty(), "AdapterPool: an adapter needs a name; the empty one is the base model");
   AdapterSpec frozen = spec;
   frozen.trainable = false;  // it becomes a row of the banks
+  set_gate_pooling(frozen, base.options.gate_pooling, "AdapterPool");
   check_supported(frozen.config);
   check_least_bytes(make_plan(base.sites.structure, frozen.config), base.weights, max_row_bytes);
   Adapter adapter = make_adapter(frozen, base.sites.structure, base.weights);

@@ -21,8 +21,8 @@ struct AdapterPoolOptions {
   // The most bytes that a row may have; all `capacity` rows grow together. The pool refuses an adapter that needs more.
   // 0: no limit.
   int64_t max_row_bytes = 0;
-  // How the base is grafted. With gate_pooling "unpadded" a row's result depends on no other row of its batch. The pool
-  // ignores `active`: no adapter is active.
+  // How the base is grafted. With gate_pooling "unpadded" a row's result depends on no other row of its batch; empty,
+  // each adapter keeps its own, and one batch may mix both. The pool ignores `active`: no adapter is active.
   GraftOptions graft = {};
 };
 

@@ -1,5 +1,6 @@
 #include <torchgraft/patch/graft.h>
 
+#include <torchgraft/config/gate_pooling.h>
 #include <torchgraft/patch/adapters/make_adapter.h>
 #include <torchgraft/patch/module/draft.h>
 #include <torchgraft/patch/module/exported_methods.h>
@@ -32,6 +33,13 @@ void check_complete(const Draft& draft, const std::vector<AdapterSpec>& specs, c
   TORCH_WARN(text);
 }
 
+void check_reads_token_mask(const std::vector<AdapterSpec>& specs, const GraftOptions& options) {
+  const auto pools = [](const AdapterSpec& spec) { return pools_unpadded(spec.config); };
+  TORCH_CHECK(options.token_mask_input.empty() || options.gate_pooling == kUnpaddedTokens ||
+                  (options.gate_pooling.empty() && std::any_of(specs.begin(), specs.end(), pools)),
+              "graft: a token mask is used with gate_pooling \"unpadded\" only; leave it out");
+}
+
 void warn_of_exported(const Module& base) {
   const std::vector<std::string> methods = exported_methods(base);
   if (!methods.empty()) {
@@ -56,13 +64,15 @@ Adapter make_adapter_of(const AdapterSpec& spec, const Draft& draft) {
 
 Module graft(const Module& module, const std::vector<AdapterSpec>& specs, const GraftOptions& options) {
   TORCH_CHECK(!specs.empty(), "graft: no adapter was given");
+  check_reads_token_mask(specs, options);
   Draft draft = open_draft(module, options);
   check_complete(draft, specs, options);
   if (!is_grafted(module)) {
     warn_of_exported(module);
   }
-  for (const AdapterSpec& spec : specs) {
+  for (AdapterSpec spec : specs) {
     check_name(spec.name, draft.adapters);
+    set_gate_pooling(spec, options.gate_pooling, "graft");
     draft.adapters.push_back(make_adapter_of(spec, draft));
   }
   const at::TensorOptions weights = draft.weights;

@@ -34,11 +34,12 @@ struct AdapterSpec {
 };
 
 struct GraftOptions {
-  // "all": the gate is the mean over all tokens, as in the adapters library. "unpadded": over the tokens that are not
-  // padding, so that a row's output does not depend on how far its batch was padded.
-  std::string gate_pooling = "all";
+  // Over which tokens the gates of these adapters are means: "all" or "unpadded" (config/gate_pooling.h). Empty: as
+  // each adapter's configuration says, which for a directory of AdapterHub is "all". A TORCH_WARN names a trained
+  // adapter that says otherwise.
+  std::string gate_pooling;
   // For "unpadded": the forward argument that is the token mask ([B, S], non-zero where a token is real). Empty: taken
-  // from each attention's own mask.
+  // from each attention's own mask. All adapters of a module share it.
   std::string token_mask_input;
   // The adapter that is active in the result; empty: the last of those grafted now.
   std::string active;

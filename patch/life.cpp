@@ -1,5 +1,6 @@
 #include <torchgraft/patch/life.h>
 
+#include <torchgraft/config/gate_pooling.h>
 #include <torchgraft/patch/adapters/adapter_bank.h>
 #include <torchgraft/patch/adapters/make_adapter.h>
 #include <torchgraft/patch/adapters/read_adapters.h>
@@ -74,6 +75,7 @@ std::vector<AdapterInfo> list_adapters(const Module& module) {
     info.active = adapter.name == active;
     info.merged = adapter.merged;
     info.trainable = adapter.trainable;
+    info.gate_pooling = has_gates(adapter.config) ? adapter.config.gate_pooling : "";
     for (size_t i = 0; i < adapter.plan.size(); ++i) {
       const PlannedModule& module = adapter.plan[i];
       const std::set<std::string> computed = computed_weights(adapter, module);

@@ -31,10 +31,11 @@ struct AdapterInfo {
   std::string name;
   std::string config;  // JSON, as adapter_config(name) gives it
   bool active = false;
-  bool merged = false;     // see merge_adapter
-  bool trainable = false;  // see train.h
-  int64_t parameters = 0;  // trained numbers, the head's too, without the padding of its bank
-  int64_t bytes = 0;       // of these numbers
+  bool merged = false;       // see merge_adapter
+  bool trainable = false;    // see train.h
+  std::string gate_pooling;  // "all" or "unpadded" (config/gate_pooling.h); empty without gates
+  int64_t parameters = 0;    // trained numbers, the head's too, without the padding of its bank
+  int64_t bytes = 0;         // of these numbers
   std::map<std::string, int64_t>
       by_location;  // parameters by the adapters library's location ("output_adapter"), or "head"
 };

@@ -1,5 +1,6 @@
 #include <torchgraft/patch/save_adapter.h>
 
+#include <torchgraft/config/gate_pooling.h>
 #include <torchgraft/patch/adapters/adapter_files.h>
 #include <torchgraft/patch/adapters/adapters_module.h>
 #include <torchgraft/patch/adapters/directory_update.h>
@@ -70,9 +71,14 @@ AdapterFiles adapter_files(const Module& module, const std::string& name, const 
   const Adapter& adapter = adapters[find_adapter(adapters, name, "save_adapter")];
   AdapterConfig saved = saved_config(adapter.config, adapter.sources);
   const std::string model_type = std::exchange(saved.wired_for, "");
+  const std::string pooling = std::exchange(saved.gate_pooling, kAllTokens);
   const auto config = parse_json<Json>(config_to_json(saved), "config");
   AdapterFiles files;
-  files.config = config_file(config, structure, name, model_class, model_type).dump(2) + "\n";
+  Json file = config_file(config, structure, name, model_class, model_type);
+  if (pooling != kAllTokens) {
+    file["gate_pooling"] = pooling;  // the library reads over it
+  }
+  files.config = file.dump(2) + "\n";
   files.weights = adapter_hub_state(adapter.plan, structure, adapter.weights, adapter.sources, name,
                                     attention_class(module, structure));
   if (adapter.head) {

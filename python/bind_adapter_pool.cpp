@@ -69,7 +69,14 @@ void bind_adapter_pool(py::module_& m) {
       .def("acquire", &AdapterPool::acquire, no_gil)
       .def("try_acquire", &AdapterPool::try_acquire, no_gil)
       .def(
-          "insert", [](AdapterPool& pool, const Spec& spec) { pool.insert(spec_of(spec)); }, no_gil)
+          "insert",
+          [](AdapterPool& pool, const Spec& spec) {
+            WarningCollector warnings;
+            const c10::WarningUtils::WarningHandlerGuard guard(&warnings);
+            pool.insert(spec_of(spec));
+            return warnings.messages();
+          },
+          no_gil)
       .def("evict", &AdapterPool::evict, no_gil)
       .def("resident", &AdapterPool::resident, no_gil)
       .def("stats", &stats_of);

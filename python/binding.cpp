@@ -12,6 +12,7 @@
 #include <torchgraft/patch/life.h>
 #include <torchgraft/patch/load_module.h>
 #include <torchgraft/patch/save_adapter.h>
+#include <torchgraft/patch/text_limits.h>
 #include <torchgraft/patch/train.h>
 #include <torchgraft/patch/verify.h>
 #include <torchgraft/plan/match_modules.h>
@@ -61,21 +62,12 @@ using torch::jit::Module;
 using torchgraft_python::config_of;
 using torchgraft_python::Spec;
 using torchgraft_python::spec_of;
+using torchgraft_python::WarningCollector;
 
 // The edited sites that the JSON text describes. Empty text: none, the patcher detects them.
 std::optional<torchgraft::Structure> sites_of(const std::string& json) {
   return json.empty() ? std::nullopt : std::optional(torchgraft::structure_from_json(json));
 }
-
-// Keeps the messages of TORCH_WARN on this thread, for Python's warnings.
-class WarningCollector : public c10::WarningHandler {
- public:
-  void process(const c10::Warning& warning) override { messages_.push_back(warning.msg()); }
-  const std::vector<std::string>& messages() const { return messages_; }
-
- private:
-  std::vector<std::string> messages_;
-};
 
 // A module, and what the function that made it warns of.
 using Result = std::pair<Module, std::vector<std::string>>;
@@ -93,7 +85,7 @@ Result with_warnings(const Make& make) {
 using Example = std::optional<std::pair<py::tuple, py::dict>>;  // positional and named arguments of forward
 
 // forward's arguments without self, defaults filled in, of Python's `arguments` and `named`. Throws what a call of
-// forward throws.
+// forward throws, and for texts that the model does not take.
 std::vector<c10::IValue> example_of(const Module& module, const py::tuple& arguments, const py::dict& named) {
   const auto& schema = module.get_method("forward").function().getSchema();
   torch::jit::Stack stack =
@@ -102,6 +94,7 @@ std::vector<c10::IValue> example_of(const Module& module, const py::tuple& argum
   if (!schema.arguments().empty() && schema.arguments().back().name() == "adapter_ids") {
     stack.pop_back();
   }
+  torchgraft::check_texts(module, stack, "example inputs");
   return stack;
 }
 
@@ -122,6 +115,7 @@ std::vector<py::dict> list_adapters(const Module& module) {
     entry["active"] = info.active;
     entry["merged"] = info.merged;
     entry["trainable"] = info.trainable;
+    entry["gate_pooling"] = info.gate_pooling;
     entry["parameters"] = info.parameters;
     entry["bytes"] = info.bytes;
     entry["by_location"] = info.by_location;
@@ -156,6 +150,13 @@ void translate_error(std::exception_ptr exception) {
 // What hosts of text encoders need: error_text.h, forward_inputs.h.
 void bind_text(py::module_& m) {
   m.def("one_line", [](const std::string& message) { return torchgraft::one_line(message); });
+  m.def(
+      "text_limits",
+      [](const Module& module) {
+        const torchgraft::TextLimits limits = torchgraft::text_limits(module);
+        return std::pair(limits.vocabulary, limits.positions);
+      },
+      py::call_guard<py::gil_scoped_release>());
   using torchgraft::ForwardInputs;
   py::class_<ForwardInputs>(m, "ForwardInputs")
       .def(py::init<const c10::FunctionSchema&>())

@@ -20,6 +20,16 @@ using Head = std::tuple<std::string, std::map<std::string, at::Tensor>, std::str
 using Spec = std::tuple<std::string, std::string, std::optional<std::map<std::string, at::Tensor>>, std::string, bool,
                         std::optional<Head>>;
 
+// Keeps the messages of TORCH_WARN on this thread, for Python's warnings.
+class WarningCollector : public c10::WarningHandler {
+ public:
+  void process(const c10::Warning& warning) override { messages_.push_back(warning.msg()); }
+  const std::vector<std::string>& messages() const { return messages_; }
+
+ private:
+  std::vector<std::string> messages_;
+};
+
 // Reads a configuration from JSON, or from a name that may have values: "lora[r=16]".
 torchgraft::AdapterConfig config_of(const std::string& text);
 torchgraft::AdapterSpec spec_of(const Spec& spec);

@@ -21,7 +21,8 @@ MOST_TOKENS = 512
 
 @dataclass(frozen=True)
 class Settings:
-    """min_replicas to max_replicas replicas, each with `capacity` adapters and `threads` threads for a forward pass."""
+    """min_replicas to max_replicas replicas, each with `capacity` adapters and `threads` threads for a forward pass.
+    gate_pooling: None: as each adapter was trained."""
 
     model: Path
     adapters: Path
@@ -29,6 +30,7 @@ class Settings:
     threads: int = 1
     min_replicas: int = 1
     max_replicas: int = 4
+    gate_pooling: str | None = None
 
 
 class Batches:
@@ -82,7 +84,9 @@ class EncoderReplica:
     """
 
     def __init__(self, settings: Settings):
-        self._encoder = Encoder(settings.model, settings.adapters, settings.capacity, settings.threads)
+        self._encoder = Encoder(
+            settings.model, settings.adapters, settings.capacity, settings.threads, settings.gate_pooling
+        )
         self._batches = Batches(self._encoder.run)
 
         @serve.multiplexed(max_num_models_per_replica=settings.capacity)
@@ -93,13 +97,13 @@ class EncoderReplica:
 
     async def predict(self, name: str, rows: list[list[int]], pooling: str) -> Answer:
         model_id = serve.get_multiplexed_model_id()
-        if model_id:
+        if not name or name in self._encoder.own:
+            lease = self._encoder.resident(name)
+        elif model_id:
             try:
                 lease = await self._adapter(model_id)
             except torchgraft.GraftError as error:
                 return 422, f"adapter '{name}' cannot be loaded: {error}"
-        elif not name or name in self._encoder.own:
-            lease = self._encoder.resident(name)
         else:
             return 404, f"no adapter is called '{name}'"
         return await self._batches.answer(Request(lease, rows, pooling))

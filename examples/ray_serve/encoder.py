@@ -30,43 +30,45 @@ class Request:
 class Encoder:
     """A TorchScript encoder, forward(input_ids, attention_mask) with [rows, tokens] int64 each, bare or grafted.
 
-    Memory holds `capacity` adapters of the folder, and always those of a grafted file.
+    Memory holds `capacity` adapters of the folder, and always those of a grafted file. gate_pooling: as AdapterPool
+    takes it; None: as each adapter was trained.
     """
 
-    def __init__(self, model: Path, adapters: Path, capacity: int, threads: int):
+    def __init__(self, model: Path, adapters: Path, capacity: int, threads: int, gate_pooling: str | None = None):
         torch.set_num_threads(threads)
         module = torchgraft.load_module(model).eval()
         self._inputs = torchgraft.forward_inputs(module.forward)
+        self._limits = torchgraft.text_limits(module)
         if not self._inputs.takes_mask:
             raise torchgraft.GraftError(f"{model}: forward takes no mask; examples/server runs it on unpadded rows")
         grafted = hasattr(module, "adapter_names")
-        gate_pooling = "all" if grafted else "unpadded"
         self._adapters = adapters
         self.own = set(module.adapter_names()) if grafted else set()
         self._pool = torchgraft.AdapterPool(
             module,
             # One more: while an adapter comes in, requests still run the one that leaves for it.
             len(self.own) + capacity + 1,
-            room=self._room(module, gate_pooling),
+            room=self._room(module),
             gate_pooling=gate_pooling,
             max_row_bytes=MOST_ADAPTER_BYTES,
         )
 
-    def _room(self, module: torch.jit.ScriptModule, gate_pooling: str) -> list[Path]:
+    def _room(self, module: torch.jit.ScriptModule) -> list[Path]:
         """One configuration file of each content that can be served. The others are named, and keep nobody waiting."""
         files: dict[str, Path] = {}
         for path in sorted(self._adapters.glob(f"*/{CONFIG_FILE}")):
+            if path.parent.name in self.own:
+                _report(path.parent.name, "the model's file has an adapter of that name, which is served; rename one")
+                continue
             try:
                 text = read_config(path)
                 if text in files:
                     continue
-                fault = torchgraft.check_room(
-                    module, [*files.values(), path], gate_pooling=gate_pooling, max_row_bytes=MOST_ADAPTER_BYTES
-                )[-1]
+                fault = torchgraft.check_room(module, [*files.values(), path], max_row_bytes=MOST_ADAPTER_BYTES)[-1]
             except torchgraft.GraftError as error:
                 fault = str(error)
             if fault:
-                print(f"adapter {path.parent.name} cannot be served: {torchgraft.one_line(fault)}", file=sys.stderr)
+                _report(path.parent.name, torchgraft.one_line(fault))
             else:
                 files[text] = path
         return list(files.values())
@@ -83,11 +85,24 @@ class Encoder:
 
     def run(self, requests: list[Request]) -> list[Answer]:
         """One forward pass, or one for each module: the pool builds a new one when its banks grow."""
-        answers = {}
-        for module in {id(request.lease.module): request.lease.module for request in requests}.values():
-            mine = [request for request in requests if request.lease.module is module]
+        answers = {id(request): fault for request in requests if (fault := self._fault(request))}
+        taken = [request for request in requests if id(request) not in answers]
+        for module in {id(request.lease.module): request.lease.module for request in taken}.values():
+            mine = [request for request in taken if request.lease.module is module]
             answers.update(zip(map(id, mine), self._answers(module, mine), strict=True))
         return [answers[id(request)] for request in requests]
+
+    def _fault(self, request: Request) -> Answer | None:
+        """What is wrong with a request's rows, as examples/server says it; else None."""
+        vocabulary, positions = self._limits.vocabulary, self._limits.positions
+        for row in request.rows:
+            if positions is not None and len(row) > positions:
+                return 413, (
+                    f"expected at most {positions} tokens in a row, which the model has positions for, got {len(row)}"
+                )
+            if vocabulary is not None and max(row) >= vocabulary:
+                return 400, f"expected token ids below {vocabulary}, which the model has, got {max(row)}"
+        return None
 
     def _answers(self, module: torch.jit.ScriptModule, requests: list[Request]) -> list[Answer]:
         """If the pass fails, on a token that the model does not have, say, each request runs alone, so that the others
@@ -114,6 +129,10 @@ class Encoder:
         while not isinstance(result, torch.Tensor):
             result = next(iter(result.values())) if isinstance(result, dict) else result[0]
         return result.float()
+
+
+def _report(name: str, fault: str) -> None:
+    print(f"adapter {name} cannot be served: {fault}", file=sys.stderr)
 
 
 def _pooled(states: torch.Tensor, row: list[int], request: Request) -> list[float]:

@@ -32,6 +32,11 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=8000, help="0: any free port")
     parser.add_argument("--capacity", type=int, default=64, help="adapters in the memory of each replica")
     parser.add_argument("--threads", type=int, default=1, help="of each replica for a forward pass")
+    parser.add_argument(
+        "--gate-pooling",
+        choices=("all", "unpadded"),
+        help="over which tokens gates are means (default: as each adapter's directory says; all for AdapterHub's)",
+    )
     parser.add_argument("--replicas", type=int, default=1, help="at least")
     parser.add_argument("--max-replicas", type=int, help="under load (as many as --replicas)")
     return parser.parse_args()
@@ -61,6 +66,7 @@ def main() -> int:
         arguments.threads,
         arguments.replicas,
         most,
+        arguments.gate_pooling,
     )
     port = arguments.port or free_port()
     cores = max(os.cpu_count() or 1, most * arguments.threads)  # what Ray may place on this machine

@@ -7,6 +7,8 @@
 #include <torchgraft/patch/save_adapter.h>
 #include <torchgraft/registration/error_text.h>
 
+#include <c10/util/Exception.h>
+
 #include <algorithm>
 #include <cctype>
 
@@ -79,9 +81,6 @@ std::map<std::string, std::vector<std::string>> read_configs(const std::filesyst
 
 torchgraft::AdapterPoolOptions pool_options(const torch::jit::Module& module, const std::filesystem::path& folder,
                                             torchgraft::AdapterPoolOptions options) {
-  if (is_grafted(module)) {
-    options.graft = {};
-  }
   const auto configs = read_configs(folder, own_configs(module));
   options.room.clear();
   for (const auto& [json, names] : configs) {
@@ -102,9 +101,17 @@ torchgraft::AdapterPoolOptions pool_options(const torch::jit::Module& module, co
   return options;
 }
 
+// What libtorchgraft warns of while this thread reads an adapter, as lines of the log.
+class WarningLog : public c10::WarningHandler {
+ public:
+  void process(const c10::Warning& warning) override { log_line("warning: " + torchgraft::one_line(warning.msg())); }
+};
+
 // Runs `action`. An error of libtorch's becomes the answer 422.
 template <typename Action>
 auto answered(const std::string& name, Action action) {
+  WarningLog log;
+  const c10::WarningUtils::WarningHandlerGuard guard(&log);
   try {
     return action();
   } catch (const c10::Error& error) {

@@ -19,10 +19,11 @@
 class AdapterStore {
  public:
   // `module` is a base model or a grafted one. The pool makes rows for those configurations in the folder that fit, and
-  // ignores `options.room`; one line on stderr names each adapter that cannot be served, and why. `options.graft` says
-  // how to graft a base; a grafted module keeps its own options. With gate_pooling "unpadded" an answer does not depend
-  // on the rest of its batch. file_bytes: the most that a file of weights may have. Throws when it cannot read the
-  // folder.
+  // ignores `options.room`; one line on stderr names each adapter that cannot be served, and why. With
+  // gate_pooling "unpadded" in `options.graft` an answer does not depend on the rest of its batch; empty, each adapter
+  // keeps the one that it was trained with. A line on stderr names each that is loaded with another one. file_bytes:
+  // the most that a file of weights may have. Throws when it cannot read the folder, and when the module has adapters
+  // of another gate_pooling than asked for.
   AdapterStore(const torch::jit::Module& module, std::filesystem::path folder,
                const torchgraft::AdapterPoolOptions& options, uint64_t file_bytes);
 

@@ -56,9 +56,10 @@ void declare(CLI::App& app, Options& options) {
   app.add_option("--max-adapter-file-bytes", options.adapter_file_bytes, "of an adapter's file of weights")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  app.add_option("--gate-pooling", options.pool.graft.gate_pooling, "of a model that is not grafted yet")
-      ->check(CLI::IsMember({"unpadded", "all"}))
-      ->capture_default_str();
+  app.add_option("--gate-pooling", options.pool.graft.gate_pooling,
+                 "over which tokens gates are means, whatever the adapters were trained with; an answer of \"all\" "
+                 "depends on its batch's padding (default: as each adapter's directory says; all for AdapterHub's)")
+      ->check(CLI::IsMember({"unpadded", "all"}));
   app.add_option("--threads", options.threads, "threads for each forward pass (libtorch's default)")
       ->check(CLI::PositiveNumber);
   app.add_option("--workers", options.service.workers, "forward passes at once")->check(CLI::Range(1, 64));
@@ -204,7 +205,6 @@ void serve(const Options& options) {
 int main(int argc, char** argv) {
   CLI::App app("Serves a TorchScript text encoder with many adapters over HTTP.", "server");
   Options options;
-  options.pool.graft.gate_pooling = "unpadded";
   options.pool.max_row_bytes = int64_t{256} << 20;
   declare(app, options);
   try {

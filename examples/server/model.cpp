@@ -1,9 +1,6 @@
 #include "model.h"
 
 #include <ATen/ATen.h>
-#include <torch/csrc/jit/ir/ir.h>
-#include <torch/csrc/jit/passes/inliner.h>
-#include <torch/csrc/jit/runtime/graph_iterator.h>
 
 #include <algorithm>
 #include <functional>
@@ -33,47 +30,6 @@ Output read_output(const at::Tensor& tensor) {
   return {{first, first + values.numel()}, values.dim() == 2 ? values.size(1) : 0};
 }
 
-using torch::jit::Value;
-
-// The value in a graph of `module` if it is a constant, or an attribute of the module or of one inside it.
-std::optional<c10::IValue> known_value(const Value* value, const torch::jit::Module& module) {
-  const torch::jit::Node* node = value->node();
-  if (value == node->owningGraph()->inputs()[0]) {
-    return module._ivalue();
-  }
-  if (node->kind() == torch::jit::prim::GetAttr) {
-    const auto owner = known_value(node->input(), module);
-    return owner && owner->isObject() ? std::optional(owner->toObjectRef().getAttr(node->s(torch::jit::attr::name)))
-                                      : std::nullopt;
-  }
-  return torch::jit::toIValue(value);
-}
-
-// Where ids come from, before nodes that change their shape or dtype.
-const Value* origin(const Value* value) {
-  for (;;) {
-    const auto kind = value->node()->kind();
-    if (kind != at::aten::to && kind != at::aten::view && kind != at::aten::reshape && kind != at::aten::contiguous) {
-      return value;
-    }
-    value = value->node()->input(0);
-  }
-}
-
-// The number of rows of the embedding that looks up forward's argument number `ids` (self is 0).
-std::optional<int64_t> embedding_rows(const torch::jit::Module& module, size_t ids) {
-  std::shared_ptr<torch::jit::Graph> graph = module.get_method("forward").graph()->copy();
-  torch::jit::Inline(*graph);
-  torch::jit::DepthFirstGraphNodeIterator nodes(graph);
-  while (const torch::jit::Node* node = nodes.next()) {
-    if (node->kind() == at::aten::embedding && origin(node->input(1)) == graph->inputs()[ids]) {
-      const auto table = known_value(node->input(0), module);
-      return table && table->isTensor() ? std::optional(table->toTensor().size(0)) : std::nullopt;
-    }
-  }
-  return std::nullopt;
-}
-
 }  // namespace
 
 size_t longest_row(const TokenRows& rows) {
@@ -85,7 +41,7 @@ size_t longest_row(const TokenRows& rows) {
 }
 
 Signature::Signature(const torch::jit::Module& module, int64_t pad_id)
-    : inputs_(module), vocabulary_(embedding_rows(module, inputs_.ids_position())), pad_id_(pad_id) {}
+    : inputs_(module), limits_(torchgraft::text_limits(module)), pad_id_(pad_id) {}
 
 Signature::Result Signature::run(const torch::jit::Module& module, const TokenRows& rows,
                                  const std::vector<int64_t>& adapter_ids) const {

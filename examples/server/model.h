@@ -3,6 +3,7 @@
 #include "predict_request.h"
 
 #include <torchgraft/patch/forward_inputs.h>
+#include <torchgraft/patch/text_limits.h>
 
 #include <torch/csrc/jit/api/module.h>
 
@@ -36,15 +37,15 @@ class Signature {
   // One forward pass; of a model without a mask, one for each length of row. adapter_ids: one per row.
   Result run(const torch::jit::Module& module, const TokenRows& rows, const std::vector<int64_t>& adapter_ids) const;
 
-  // How many tokens the embedding of the ids has; nullopt when the graph does not show it.
-  std::optional<int64_t> vocabulary() const { return vocabulary_; }
+  // As far as the graph shows them.
+  const torchgraft::TextLimits& limits() const { return limits_; }
 
  private:
   Result run_padded(const torch::jit::Module& module, const TokenRows& rows,
                     const std::vector<int64_t>& adapter_ids) const;
 
   torchgraft::ForwardInputs inputs_;
-  std::optional<int64_t> vocabulary_;
+  torchgraft::TextLimits limits_;
   int64_t pad_id_;
 };
 

@@ -97,7 +97,8 @@ Service::Service(AdapterStore& store, const torch::jit::Module& module, const Se
     : store_(store),
       options_(options),
       signature_(module, options.pad_id),
-      vocabulary_(options.vocabulary > 0 ? options.vocabulary : signature_.vocabulary()),
+      vocabulary_(options.vocabulary > 0 ? options.vocabulary : signature_.limits().vocabulary),
+      most_tokens_(std::min(options.tokens, static_cast<size_t>(signature_.limits().positions.value_or(INT64_MAX)))),
       batcher_(options.batch, options.workers, [this](std::vector<Work> batch) { run(std::move(batch)); }) {}
 
 void Service::stop() {
@@ -127,8 +128,9 @@ void Service::check(const TokenRows& rows) const {
     if (row.empty()) {
       throw RequestError(400, "expected at least one token in every row");
     }
-    if (row.size() > options_.tokens) {
-      throw RequestError(413, "expected at most " + std::to_string(options_.tokens) + " tokens in a row, got " +
+    if (row.size() > most_tokens_) {
+      const char* why = most_tokens_ < options_.tokens ? ", which the model has positions for," : "";
+      throw RequestError(413, "expected at most " + std::to_string(most_tokens_) + " tokens in a row" + why + " got " +
                                   std::to_string(row.size()));
     }
     const int64_t largest = *std::max_element(row.begin(), row.end());

@@ -89,6 +89,7 @@ class Service {
   const ServiceOptions options_;
   const Signature signature_;
   const std::optional<int64_t> vocabulary_;
+  const size_t most_tokens_;  // of a row
   Metrics metrics_;
   std::atomic<size_t> waiting_rows_{0};  // for their adapters
   Batcher batcher_;

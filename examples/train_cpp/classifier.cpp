@@ -1,6 +1,7 @@
 #include "classifier.h"
 
 #include <torchgraft/patch/head.h>
+#include <torchgraft/patch/life.h>
 #include <torchgraft/patch/load_module.h>
 #include <torchgraft/patch/save_adapter.h>
 #include <torchgraft/patch/train.h>
@@ -36,8 +37,19 @@ bool has_adapter(const torch::jit::Module& module, const std::string& name) {
   return std::any_of(list.begin(), list.end(), [&](const c10::IValue& each) { return each.toStringRef() == name; });
 }
 
+// An adapter of the model's file goes on with the gates that it has.
+void check_gate_pooling(const torch::jit::Module& module, const AdapterOptions& options) {
+  for (const torchgraft::AdapterInfo& info : torchgraft::list_adapters(module)) {
+    const bool other = info.name == options.name && !info.gate_pooling.empty() && !options.gate_pooling.empty() &&
+                       info.gate_pooling != options.gate_pooling;
+    TORCH_CHECK(!other, "the gates of '", info.name, "' are means over ", info.gate_pooling,
+                " tokens; leave --gate-pooling out to train it further");
+  }
+}
+
 torch::jit::Module with_adapter(const torch::jit::Module& base, const AdapterOptions& options) {
   if (has_adapter(base, options.name)) {
+    check_gate_pooling(base, options);
     torch::jit::Module module = torchgraft::unfreeze_adapter(base, options.name);
     module.get_method("activate")({options.name});
     return module;

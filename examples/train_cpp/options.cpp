@@ -22,7 +22,7 @@ void declare_adapter(CLI::App& app, Options& options) {
   app.add_option("--adapter", adapter.name, "its name; if MODEL.pt has it already, it is trained further")
       ->capture_default_str();
   app.add_option("--config", adapter.config, "of a new adapter: unipelt, mam, lora[r=16], ...")->capture_default_str();
-  app.add_option("--gate-pooling", adapter.gate_pooling, "of a model that is not grafted yet")
+  app.add_option("--gate-pooling", adapter.gate_pooling, "over which tokens a new adapter's gates are means (all)")
       ->check(CLI::IsMember({"all", "unpadded"}))
       ->capture_default_str();
   app.add_option("--pooling", adapter.pooling, "what the head sees; the adapters library knows \"first\" only")

@@ -16,7 +16,7 @@ struct AdapterOptions {
   std::string base;
   std::string name = "task";
   std::string config = "unipelt";
-  std::string gate_pooling = "all";
+  std::string gate_pooling;  // "all" or "unpadded"; empty: "all" for a new adapter, its own for one of the model's file
   std::string pooling = "first";
   int64_t head_layers = 2;
   double head_dropout = 0.0;

@@ -1,10 +1,20 @@
 #include <torchgraft/patch/adapters/adapter.h>
 
+#include <torchgraft/config/gate_pooling.h>
+
 #include <c10/util/Exception.h>
 
 #include <cctype>
 
 namespace torchgraft {
+
+GatePoolings gate_poolings(const std::vector<Adapter>& adapters) {
+  GatePoolings result;
+  for (const Adapter& adapter : adapters) {
+    (pools_unpadded(adapter.config) ? result.unpadded : result.all) = true;
+  }
+  return result;
+}
 
 std::string attribute_text(const std::string& name) {
   constexpr const char* kDigits = "0123456789abcdef";

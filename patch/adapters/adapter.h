@@ -27,6 +27,16 @@ struct Adapter {
   std::optional<Head> head = std::nullopt;
 };
 
+// Over which tokens the gates of some adapters are means. An adapter without gates counts as one whose gates, of
+// exactly 1, are means over all tokens.
+struct GatePoolings {
+  bool all = false;
+  bool unpadded = false;
+
+  bool is_mixed() const { return all && unpadded; }
+};
+GatePoolings gate_poolings(const std::vector<Adapter>& adapters);
+
 // `name` as a part of an attribute's name in TorchScript: letters, digits and underscores stay, every other byte
 // becomes
 // "_x" with two hexadecimal digits, and so does an underscore before an x. Different names give different texts.

@@ -1,5 +1,7 @@
 #include <torchgraft/patch/adapters/adapters_module.h>
 
+#include <torchgraft/config/gate_pooling.h>
+
 #include <ATen/ATen.h>
 
 namespace torchgraft {
@@ -103,6 +105,14 @@ c10::IValue list_of(const std::vector<Slot>& slots, const std::vector<SlotRun>& 
 }  // namespace
 
 std::string own_module_name(const std::string& adapter) { return "adapter_" + attribute_text(adapter); }
+
+at::Tensor pools_all(const std::vector<Adapter>& adapters) {
+  at::Tensor result = at::ones({static_cast<int64_t>(adapters.size()) + 1}, at::kBool);
+  for (size_t a = 0; a < adapters.size(); ++a) {
+    result[static_cast<int64_t>(a)] = !pools_unpadded(adapters[a].config);
+  }
+  return result;
+}
 
 size_t find_adapter(const torch::jit::Module& adapters_module, const std::string& name, const char* what) {
   std::vector<Adapter> named;

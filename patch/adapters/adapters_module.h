@@ -17,6 +17,11 @@ std::string own_module_name(const std::string& adapter);
 // "layer_0_output_adapter_source".
 constexpr const char* kSourceSuffix = "_source";
 
+// The buffer of an `adapters` submodule whose adapters pool their gates in both ways: bool [N + 1], whether adapter n
+// pools over all tokens. The last is for rows without an adapter.
+constexpr const char* kPoolsAll = "pools_all";
+at::Tensor pools_all(const std::vector<Adapter>& adapters);
+
 // Position of `name` among the adapters of an `adapters` submodule; throws as find_adapter does.
 size_t find_adapter(const torch::jit::Module& adapters_module, const std::string& name, const char* what);
 

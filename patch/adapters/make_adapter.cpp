@@ -1,5 +1,6 @@
 #include <torchgraft/patch/adapters/make_adapter.h>
 
+#include <torchgraft/config/gate_pooling.h>
 #include <torchgraft/plan/head_weights.h>
 #include <torchgraft/plan/phm.h>
 
@@ -43,9 +44,24 @@ void check_leave_out(const AdapterConfig& config, const Structure& structure) {
 
 }  // namespace
 
+void set_gate_pooling(AdapterSpec& spec, const std::string& wanted, const char* what) {
+  if (wanted.empty()) {
+    return;
+  }
+  check_gate_pooling(wanted, what);
+  if (spec.weights && has_gates(spec.config) && spec.config.gate_pooling != wanted) {
+    TORCH_WARN(what, ": '", spec.name, "' was trained with gates over ", spec.config.gate_pooling,
+               " tokens; gate_pooling=\"", wanted, "\" changes its results wherever a batch has padding");
+  }
+  spec.config.gate_pooling = wanted;
+}
+
 Adapter make_adapter(const AdapterSpec& spec, const Structure& structure, const at::TensorOptions& options) {
   check_supported(spec.config);
   Adapter adapter{spec.name, spec.config};
+  if (!has_gates(adapter.config)) {
+    adapter.config.gate_pooling = kAllTokens;
+  }
   if (!spec.weights) {
     adapter.config.wired_for.clear();  // a fresh adapter is as defined
     check_leave_out(adapter.config, structure);

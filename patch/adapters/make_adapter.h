@@ -14,6 +14,10 @@ void check_name(const std::string& name, const std::vector<Adapter>& taken);
 // Throws c10::Error for a merged adapter, and for a Compacter without its factors.
 void check_can_train(const Adapter& adapter);
 
+// Gives `spec` the gate_pooling that the user wants; an empty `wanted` leaves the spec's own. A TORCH_WARN, on behalf
+// of `what`, names a trained adapter that had another one. Throws c10::Error when `wanted` is unknown.
+void set_gate_pooling(AdapterSpec& spec, const std::string& wanted, const char* what);
+
 // Plans `spec` on `structure` and reads or draws its weights.
 Adapter make_adapter(const AdapterSpec& spec, const Structure& structure, const at::TensorOptions& options);
 

@@ -1,5 +1,6 @@
 #include <torchgraft/patch/adapters/read_adapters.h>
 
+#include <torchgraft/config/gate_pooling.h>
 #include <torchgraft/patch/adapters/adapters_module.h>
 #include <torchgraft/plan/phm.h>
 #include <torchgraft/plan/prefix_mlp.h>
@@ -156,6 +157,9 @@ std::vector<Adapter> read_adapters(const torch::jit::Module& adapters_module, co
   const bool has_merged = adapters_module.hasattr("merged");  // files of 0.1.0 have no such list
   for (size_t a = 0; a < names.size(); ++a) {
     Adapter adapter{names[a].toStringRef(), config_from_json(configs[a].toStringRef())};
+    if (adapters_module.hasattr("gate_pooling") && has_gates(adapter.config)) {  // files of 0.1.0 have one for all
+      adapter.config.gate_pooling = adapters_module.attr("gate_pooling").toStringRef();
+    }
     adapter.plan = make_plan(structure, adapter.config);
     adapter.merged = has_merged && adapters_module.attr("merged").toBoolList()[a];
     adapter.trainable = adapters_module.hasattr("trainable") && adapters_module.attr("trainable").toBoolList()[a];

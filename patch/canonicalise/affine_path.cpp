@@ -34,6 +34,21 @@ bool AffinePath::keeps_last_dimension(Node* reshape) {
   return !known || before->back() == after->back();
 }
 
+// Whether `factor` has one number for all keys and queries, or one for each head of scores [B, h, S, S]. Then the
+// scores of a prefix, which come beside those of the keys, are scaled by it as well, and the queries can carry it.
+bool AffinePath::scales_keys_alike(Value* factor, const Value* scores) {
+  const auto shape = shapes_.shape(factor);
+  const auto scaled = shapes_.shape(scores);
+  if (!shape) {
+    return false;
+  }
+  const size_t rank = shape->size();
+  const auto is_one = [](const auto& size) { return size == number(1); };
+  const bool is_single = std::all_of(shape->begin(), shape->end(), is_one);
+  const bool is_per_head = rank >= 3 && rank <= 4 && is_one((*shape)[rank - 1]) && is_one((*shape)[rank - 2]);
+  return (is_single && rank <= 4) || (is_per_head && scaled && scaled->size() == 4);
+}
+
 Value* AffinePath::zero_like(Value* value, const Value* scores) {
   if (!is_tensor(value)) {
     return broadcasting_zero(scores);
@@ -100,10 +115,12 @@ Value* AffinePath::bias(Value* scores) {
   Value* inner = bias(node->input(operand));
   if (is_aten(node, {"mul", "div"})) {
     const bool divides = is_aten(node, {"div"});
-    if (const auto factor = constant_double(node->namedInput("other"))) {
+    Value* by = step_factor(node);
+    if (const auto factor = constant_double(by)) {
       factors.constant = divides ? factors.constant / *factor : factors.constant * *factor;
     } else {
-      factors.dynamic.emplace_back(node->namedInput("other"), divides);
+      understood = understood && (is_number(by) || scales_keys_alike(by, scores));
+      factors.dynamic.emplace_back(by, divides);
     }
     return inner ? copy_with(node, operand, inner) : nullptr;
   }

@@ -13,7 +13,8 @@
 
 namespace torchgraft {
 
-// The slope of an affine path: the product of its constant factors, and the numbers that are known only at run time.
+// The slope of an affine path: the product of its constant factors, and the numbers, or tensors with one number for
+// each head, that are known only at run time.
 struct Factors {
   double constant = 1.0;
   std::vector<std::pair<torch::jit::Value*, bool>> dynamic;  // (number, divides)
@@ -39,6 +40,7 @@ class AffinePath {
  private:
   torch::jit::Value* of_branch(torch::jit::Node* branch, size_t output);
   bool keeps_last_dimension(torch::jit::Node* reshape);
+  bool scales_keys_alike(torch::jit::Value* factor, const torch::jit::Value* scores);
   // Zeros in the shape of `value`, which is combined with `scores`; of a number, zeros that broadcast against them.
   torch::jit::Value* zero_like(torch::jit::Value* value, const torch::jit::Value* scores);
   torch::jit::Value* broadcasting_zero(const torch::jit::Value* scores);

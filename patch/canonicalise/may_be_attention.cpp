@@ -19,7 +19,7 @@ bool normalizes(const Node* node) {
   return is_aten(node, {"layer_norm", "native_layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm"});
 }
 
-bool holds_tensors(const Value* value) {
+bool carries_tensors(const Value* value) {
   const auto list = value->type()->cast<c10::ListType>();
   return is_tensor(value) || (list && list->getElementType()->isSubtypeOf(*c10::TensorType::get()));
 }
@@ -31,12 +31,12 @@ std::vector<Value*> data_inputs(Node* node) {
       is_aten(node, {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full"});
   std::vector<Value*> result;
   for (Value* input : node->inputs().slice(0, is_new ? 0 : takes_form ? 1 : node->inputs().size())) {
-    if (holds_tensors(input)) {
+    if (carries_tensors(input)) {
       result.push_back(input);
     }
   }
   for (torch::jit::Block* block : node->blocks()) {
-    std::copy_if(block->outputs().begin(), block->outputs().end(), std::back_inserter(result), holds_tensors);
+    std::copy_if(block->outputs().begin(), block->outputs().end(), std::back_inserter(result), carries_tensors);
   }
   return result;
 }
@@ -79,7 +79,7 @@ bool compares_activations(Node* node) {
       return is_aten(operand->node(), {"unsqueeze", "expand"}) && depends_on_inputs(operand);
     });
   }
-  if (!is_aten(node, {"matmul", "bmm", "baddbmm", "einsum", "cdist", "mm"})) {
+  if (!is_aten(node, {"matmul", "mm", "bmm", "baddbmm", "einsum", "cdist"})) {
     return false;
   }
   std::vector<Value*> operands = data_inputs(node);
@@ -90,6 +90,23 @@ bool compares_activations(Node* node) {
          std::count_if(operands.begin(), operands.end(), depends_on_inputs) >= 2;
 }
 
+// The values that get what `use` reads: the user's results, and those of blocks that it goes into or comes out of.
+std::vector<Value*> carried_to(const torch::jit::Use& use) {
+  Node* user = use.user;
+  std::vector<Value*> result(user->outputs().begin(), user->outputs().end());
+  for (torch::jit::Block* block : user->blocks()) {
+    result.insert(result.end(), block->inputs().begin(), block->inputs().end());
+  }
+  Node* owner = user->owningBlock()->owningNode();
+  if (user->kind() == c10::prim::Return && owner != nullptr) {
+    result.insert(result.end(), owner->outputs().begin(), owner->outputs().end());
+    for (torch::jit::Block* block : owner->blocks()) {  // a loop's next turn
+      result.insert(result.end(), block->inputs().begin(), block->inputs().end());
+    }
+  }
+  return result;
+}
+
 bool is_read_by_a_layer(Value* probabilities) {
   std::unordered_set<const Value*> seen;
   std::deque<Value*> queue = {probabilities};
@@ -97,14 +114,13 @@ bool is_read_by_a_layer(Value* probabilities) {
     Value* current = queue.front();
     queue.pop_front();
     for (const torch::jit::Use& use : current->uses()) {
-      Node* user = use.user;
       const bool is_product =
-          is_aten(user, {"matmul", "bmm", "einsum"}) || is_aten(user, {"linear"}) || normalizes(user);
-      if (is_product || is_aten(user, {"scaled_dot_product_attention"})) {
+          is_aten(use.user, {"matmul", "mm", "bmm", "baddbmm", "addmm", "addbmm", "einsum", "linear"});
+      if (is_product || normalizes(use.user) || is_aten(use.user, {"scaled_dot_product_attention"})) {
         return true;
       }
-      for (Value* output : user->outputs()) {
-        if (holds_tensors(output) && seen.insert(output).second) {
+      for (Value* output : carried_to(use)) {
+        if (carries_tensors(output) && seen.insert(output).second) {
           queue.push_back(output);
         }
       }
@@ -120,6 +136,27 @@ bool depends_on_inputs(Value* value) {
     return found->node()->kind() == c10::prim::Param && found->type()->kind() != c10::TypeKind::ClassType;
   };
   return search_back(value, is_input, [](Node* node) { return node->kind() == c10::prim::GetAttr; });
+}
+
+Node* activation_of_scores(Node* product) {
+  if (!is_aten(product, {"matmul", "bmm"})) {
+    return nullptr;
+  }
+  Node* activation = nullptr;
+  Node* node = product->input(0)->node();
+  while (!is_aten(node, {"matmul", "bmm", "baddbmm"})) {
+    const bool activates =
+        is_aten(node, {"relu", "sigmoid", "square", "silu", "gelu", "softplus", "elu", "leaky_relu", "tanh", "pow"});
+    const bool carries = is_layout(node) || is_elementwise(node) ||
+                         is_aten(node, {"dropout", "mul", "div", "add", "sub", "masked_fill"});
+    if (!activates && !carries) {
+      return nullptr;
+    }
+    activation = activates ? node : activation;
+    node = node->input(0)->node();
+  }
+  const bool mixes = activation && compares_activations(node) && depends_on_inputs(product->input(1));
+  return mixes ? activation : nullptr;
 }
 
 bool may_be_attention(Node* softmax) {

@@ -9,6 +9,10 @@ namespace torchgraft {
 // activations reads what comes of it. Others weigh classes, experts or tokens for pooling, or are the model's result.
 bool may_be_attention(torch::jit::Node* softmax);
 
+// The non-linearity in place of a softmax, if `product` mixes values by scores that went through one: ReLU attention.
+// Null if it does not.
+torch::jit::Node* activation_of_scores(torch::jit::Node* product);
+
 // True when the elements of `value`, not only its shape, depend on a tensor among the graph's inputs. The queries of an
 // attention that pools do not.
 bool depends_on_inputs(torch::jit::Value* value);

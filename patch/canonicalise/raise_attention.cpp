@@ -229,7 +229,8 @@ std::optional<std::string> raise_one(const std::shared_ptr<Graph>& graph, Symbol
     *heads = was_cast(*heads) ? graph->insert(c10::aten::type_as, {*heads, value}) : *heads;
   }
   for (const auto& [factor, divides] : path.factors.dynamic) {
-    query = graph->insert(divides ? c10::aten::div : c10::aten::mul, {query, factor});
+    Value* by = is_number(factor) ? factor : graph->insert(c10::aten::type_as, {factor, query});
+    query = graph->insert(divides ? c10::aten::div : c10::aten::mul, {query, by});
   }
   Value* dropout_p = insert_dropout_p(*graph, consumer.dropout);
   Value* output = graph->insert(c10::aten::scaled_dot_product_attention, {query, key, value, mask, dropout_p, false},
@@ -261,6 +262,14 @@ std::vector<UnraisedSoftmax> raise_attention(const std::shared_ptr<Graph>& graph
       unraised.push_back({softmax, reason, may_be_attention(softmax)});
     }
   }
+  for_each_node(graph->block(), [&](Node* node) {
+    if (Node* activation = activation_of_scores(node)) {
+      unraised.push_back({activation,
+                          "its scores go through " + described(activation) +
+                              " and no softmax, which is no attention that prefixes are defined for",
+                          true});
+    }
+  });
   SymbolicShapes shapes(module);
   for (const Attention& attention : attentions) {
     if (const auto reason = raise_one(graph, shapes, attention)) {

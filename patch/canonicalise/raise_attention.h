@@ -10,7 +10,7 @@ namespace torchgraft {
 
 // A softmax that looked like attention but was not rewritten, and why.
 struct UnraisedSoftmax {
-  torch::jit::Node* softmax = nullptr;
+  torch::jit::Node* softmax = nullptr;  // or what stands in its place
   std::string reason;
   bool is_attention = false;  // for all that is known (may_be_attention.h)
 };
@@ -18,7 +18,8 @@ struct UnraisedSoftmax {
 // Rewrites attention that is written out, matmul -> scale -> mask -> softmax -> dropout -> matmul, as one
 // aten::scaled_dot_product_attention.
 //
-// Between the first matmul and the softmax, scores may be multiplied or divided by numbers, and added to, subtracted
+// Between the first matmul and the softmax, scores may be multiplied or divided by numbers or learned temperatures (one
+// for all, or one for each head), and added to, subtracted
 // from, masked_fill'ed or where'd, in any order, also inside `if mask is not None:`. That path is affine in the scores,
 // slope * scores + bias: the slope becomes `scale`, and the bias, which is what the path makes of zero scores, becomes
 // `attn_mask`. So masks, relative position biases and their branches are carried over without being understood.

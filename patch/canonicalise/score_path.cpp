@@ -44,6 +44,26 @@ bool is_number(const Value* value) {
                      [](const Value* input) { return !is_tensor(input) || is_number(input); });
 }
 
+// A parameter, a buffer, or what is computed from those and numbers, element by element.
+bool is_learned(const Value* value) {
+  const Node* node = value->node();
+  if (!is_tensor(value)) {
+    return false;
+  }
+  if (node->kind() == c10::prim::GetAttr || node->kind() == c10::prim::Constant) {
+    return true;
+  }
+  return is_aten(node,
+                 {"exp",   "softplus", "sigmoid", "tanh", "abs",        "clamp",     "clamp_min", "clamp_max", "sqrt",
+                  "rsqrt", "square",   "log",     "relu", "reciprocal", "neg",       "add",       "sub",       "mul",
+                  "div",   "pow",      "to",      "view", "reshape",    "unsqueeze", "squeeze"}) &&
+         !is_in_place(node) && std::all_of(node->inputs().begin(), node->inputs().end(), [](const Value* input) {
+           return !is_tensor(input) || is_number(input) || is_learned(input);
+         });
+}
+
+Value* step_factor(const Node* step) { return const_cast<Value*>(step->input(1 - score_operand(step).value())); }
+
 Node* find_product(const Value* scores) {
   Node* node = const_cast<Value*>(scores)->node();
   if (is_product(node)) {
@@ -62,7 +82,13 @@ Node* find_product(const Value* scores) {
 std::optional<size_t> score_operand(const Node* node) {
   if (is_aten(node, {"div", "mul"})) {
     const bool does_more = node->inputs().size() > 2 && !is_none(node->input(2));  // it rounds, or writes into `out`
-    return is_number(node->namedInput("other")) && !does_more ? std::optional<size_t>(0) : std::nullopt;
+    if (does_more) {
+      return std::nullopt;
+    }
+    if (is_number(node->input(1)) || is_learned(node->input(1))) {
+      return 0;
+    }
+    return is_aten(node, {"mul"}) && is_learned(node->input(0)) ? std::optional<size_t>(1) : std::nullopt;
   }
   if (is_aten(node, {"to", "type_as", "masked_fill", "contiguous"}) || is_reshape(node)) {
     return 0;
@@ -105,7 +131,7 @@ void walk(const Value* scores, const Node* product, std::optional<double> slope,
     return;
   }
   if (is_aten(node, {"mul", "div"})) {
-    const auto factor = constant_double(node->namedInput("other"));
+    const auto factor = constant_double(step_factor(node));
     const bool known = slope && factor;
     slope = !known ? std::nullopt : std::optional(is_aten(node, {"div"}) ? *slope / *factor : *slope * *factor);
   }

@@ -16,6 +16,12 @@ torch::jit::Value* right_factor(torch::jit::Node* product);
 // A number, or a tensor of rank 0 that is computed from numbers.
 bool is_number(const torch::jit::Value* value);
 
+// A tensor that is computed from parameters, buffers and numbers alone: a learned temperature.
+bool is_learned(const torch::jit::Value* value);
+
+// What the step `step`, a mul or div, multiplies or divides the scores by.
+torch::jit::Value* step_factor(const torch::jit::Node* step);
+
 // A view that may lead from [B * h, S, S] to [B, h, S, S], or back.
 bool is_reshape(const torch::jit::Node* node);
 

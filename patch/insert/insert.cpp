@@ -17,7 +17,7 @@ size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& si
                        const std::vector<SlotRun>& runs, const torch::jit::Module& module,
                        const InsertOptions& options) {
   Inserter inserter(*graph, sites, module, options);
-  if (options.pool_unpadded && !options.token_mask_input) {
+  if (options.poolings.unpadded && !options.token_mask_input) {
     inserter.prepare_token_masks(slots, runs, module);
   }
   LoraInserter insert_lora(inserter);

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <torchgraft/patch/adapters/adapter.h>
 #include <torchgraft/patch/adapters/adapter_bank.h>
 #include <torchgraft/patch/sites/find_sites.h>
 
@@ -9,7 +10,7 @@
 namespace torchgraft {
 
 struct InsertOptions {
-  bool pool_unpadded = false;              // gates are means over real tokens
+  GatePoolings poolings;                   // of all adapters
   std::optional<size_t> token_mask_input;  // the graph input that is the token mask; else each attention's own mask
 };
 

@@ -1,7 +1,9 @@
 #include <torchgraft/patch/insert/inserter.h>
 
+#include <torchgraft/patch/adapters/adapters_module.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/hoist.h>
+#include <torchgraft/patch/insert/row_functions.h>
 
 #include <torch/csrc/jit/ir/constants.h>
 
@@ -24,8 +26,8 @@ Inserter::Inserter(Graph& graph, const GraphSites& sites, const torch::jit::Modu
   active_ = graph.insertGetAttr(adapters_, "active");
   Node* end = graph.insertNode(graph.createNone());  // trained banks are made before it; dead code in the end
   trained_.emplace(graph, sites, root, adapters_, end);
-  if (options.token_mask_input) {
-    input_mask_ = graph.insert(c10::aten::ne, {graph.inputs()[*options.token_mask_input], 0});
+  if (options.token_mask_input && options.poolings.unpadded) {
+    input_mask_ = with_whole_rows(graph.insert(c10::aten::ne, {graph.inputs()[*options.token_mask_input], 0}));
   }
 }
 
@@ -62,8 +64,15 @@ std::vector<NamedValue> Inserter::common_arguments(const Slot& slot, Value* modu
   return result;
 }
 
+Value* Inserter::with_whole_rows(Value* mask) {
+  if (!options_.poolings.is_mixed()) {
+    return mask;
+  }
+  return RowFunctions(graph_, adapter_ids_, active_).pooled_tokens(mask, graph_.insertGetAttr(adapters_, kPoolsAll));
+}
+
 Value* Inserter::token_mask(const Slot& slot) {
-  if (!options_.pool_unpadded || !slot.parameters.count("gate_weight")) {
+  if (!options_.poolings.unpadded || !slot.parameters.count("gate_weight")) {
     return nullptr;
   }
   return input_mask_ ? input_mask_ : token_masks_.at(layer_);
@@ -94,8 +103,8 @@ void Inserter::prepare_token_masks(const std::vector<Slot>& slots, const std::ve
                   "graft: gate_pooling=\"unpadded\": the attention mask of layer ", layer,
                   " is computed from its queries or keys, or written in place behind them, so it is not known before "
                   "them; name the forward argument that is the token mask (token_mask_input)");
-      shared =
-          call("attention_token_mask", {NamedValue(swapped(x, first->sequence_first)), NamedValue(mask)}, {})->output();
+      Node* real = call("attention_token_mask", {NamedValue(swapped(x, first->sequence_first)), NamedValue(mask)}, {});
+      shared = with_whole_rows(real->output());
     }
     token_masks_[layer] = shared;
   }

@@ -62,6 +62,9 @@ class Inserter {
   Node* marker_behind(Node* node);
 
  private:
+  // The tokens [B, S] that gates are means over: those of `mask`, and all tokens of rows whose adapter pools over all.
+  Value* with_whole_rows(Value* mask);
+
   Graph& graph_;
   const GraphSites& sites_;
   const InsertOptions& options_;

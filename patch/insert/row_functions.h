@@ -29,6 +29,10 @@ class RowFunctions {
   torch::jit::Value* pooled(torch::jit::Value* x, torch::jit::Value* gate_weight, torch::jit::Value* gate_bias,
                             torch::jit::Value* token_mask);
 
+  // mask (bool [B, S]), and all tokens of the rows whose adapter pools its gates over all (pools_all: bool [N + 1], the
+  // last for rows without an adapter, as id -1 counts from the end: no other thread writes what such a row reads).
+  torch::jit::Value* pooled_tokens(torch::jit::Value* mask, torch::jit::Value* pools_all);
+
   // (IA)^3: base [B, S, O] times the row's vector (bank [N, O, 1]), scaling (bank [N]) and gate [B, 1].
   torch::jit::Value* scaled(torch::jit::Value* base, torch::jit::Value* vector, torch::jit::Value* scaling,
                             torch::jit::Value* gate);

@@ -65,11 +65,13 @@ Module add_adapters_module(Draft& draft, const std::vector<Slot>& slots, const s
   const auto unit = draft.module._ivalue()->compilation_unit();
   Module adapters = make_adapters_module(draft.adapters, slots, runs, unit);
   const GraftOptions& options = draft.options;
-  adapters.register_attribute("gate_pooling", c10::StringType::get(), options.gate_pooling);
   adapters.register_attribute("token_mask_input", c10::StringType::get(), options.token_mask_input);
   adapters.register_attribute("sites", c10::StringType::get(), options.sites ? to_json(*options.sites) : "");
   adapters.register_attribute("fused", c10::BoolType::get(), options.fuse);
   adapters.register_attribute("allow_partial", c10::BoolType::get(), options.allow_partial);
+  if (gate_poolings(draft.adapters).is_mixed()) {
+    adapters.register_buffer(kPoolsAll, pools_all(draft.adapters).to(draft.weights.device()));
+  }
   adapters.register_attribute("head_mask", c10::StringType::get(), draft.head_mask);
   add_heads(adapters, draft.adapters, unit);
   adapters.train(draft.module.attr("training", c10::IValue(false)).toBool());  // a frozen module has no such attribute
@@ -78,15 +80,11 @@ Module add_adapters_module(Draft& draft, const std::vector<Slot>& slots, const s
 }
 
 void check_can_be_grafted(const Module& base) {
-  const char* remedy =
-      "; rename it before scripting, or script a module that holds this one and whose forward calls it (the names "
-      "inside "
-      "do not matter)";
   TORCH_CHECK(!base.hasattr("adapters"),
-              "graft: the module has an attribute 'adapters' of its own, which grafting adds", remedy);
+              "graft: the module has an attribute 'adapters' of its own, which grafting adds", kNameRemedy);
   for (const auto& argument : base.get_method("forward").function().getSchema().arguments()) {
     TORCH_CHECK(argument.name() != "adapter_ids",
-                "graft: forward has an argument 'adapter_ids' of its own, which grafting adds", remedy);
+                "graft: forward has an argument 'adapter_ids' of its own, which grafting adds", kNameRemedy);
   }
   for (const auto& [path, submodule] : base.named_modules()) {
     TORCH_CHECK(!is_grafted(submodule), "graft: the submodule ", path,
@@ -181,6 +179,7 @@ Module build(Draft draft, const std::string& active) {
   const std::vector<Slot> slots = stack_banks(draft.adapters);
   const std::vector<SlotRun> runs = slot_runs(slots, draft.sites.structure);
   const Module bank = add_adapters_module(draft, slots, runs);
+  draft.inserting.poolings = gate_poolings(draft.adapters);
   GraphDump dump("insert");
   const size_t ops = insert_adapters(graph, draft.sites, slots, runs, result, draft.inserting);
   dump("insert_adapters", *graph);

@@ -1,18 +1,19 @@
 #include <torchgraft/patch/module/graft_options.h>
 
+#include <algorithm>
+
 namespace torchgraft {
 
 using torch::jit::Module;
 
 InsertOptions insert_options(const GraftOptions& options, const Module& module) {
-  TORCH_CHECK(options.gate_pooling == "all" || options.gate_pooling == "unpadded",
-              "graft: expected gate_pooling \"all\" or \"unpadded\", got \"", options.gate_pooling, "\"");
+  if (!options.gate_pooling.empty()) {
+    check_gate_pooling(options.gate_pooling, "graft");
+  }
   InsertOptions result;
-  result.pool_unpadded = options.gate_pooling == "unpadded";
   if (options.token_mask_input.empty()) {
     return result;
   }
-  TORCH_CHECK(result.pool_unpadded, "graft: a token mask is used with gate_pooling \"unpadded\" only; leave it out");
   std::string names;
   const auto& arguments = module.get_method("forward").function().getSchema().arguments();
   for (size_t i = 1; i < arguments.size(); ++i) {
@@ -31,14 +32,15 @@ InsertOptions insert_options(const GraftOptions& options, const Module& module) 
 
 GraftOptions options_like(const Module& grafted, GraftOptions options) {
   const Module adapters = grafted.attr("adapters").toModule();
-  const std::string pooling = adapters.attr("gate_pooling").toStringRef();
   const std::string mask = adapters.attr("token_mask_input").toStringRef();
-  TORCH_CHECK(options.gate_pooling == "all" || options.gate_pooling == pooling,
-              "graft: the module's gates are pooled over \"", pooling, "\" tokens; all its adapters share that");
-  TORCH_CHECK(options.token_mask_input.empty() || options.token_mask_input == mask,
-              "graft: the module's token mask is '", mask, "'; all its adapters share that");
-  options.gate_pooling = pooling;
-  options.token_mask_input = mask;
+  const auto configs = adapters.attr("configs").toListRef();
+  const bool reads_mask = std::any_of(configs.begin(), configs.end(), [](const c10::IValue& config) {
+    return pools_unpadded(config_from_json(config.toStringRef()));
+  });
+  TORCH_CHECK(options.token_mask_input.empty() || options.token_mask_input == mask || !reads_mask,
+              "graft: the module's token mask is ", mask.empty() ? "each attention's own" : "'" + mask + "'",
+              "; all its adapters share that");
+  options.token_mask_input = options.token_mask_input.empty() ? mask : options.token_mask_input;
   const bool was_fused = !adapters.hasattr("fused") || adapters.attr("fused").toBool();  // older files do not say
   options.fuse = options.fuse && was_fused;
   // Files of before partial grafts had to be asked for hold what was accepted.

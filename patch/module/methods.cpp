@@ -213,7 +213,7 @@ void add_methods(Module& module, const std::shared_ptr<Graph>& grafted_graph, co
   names.push_back(kWithHead);
   for (const std::string& name : names) {
     TORCH_CHECK(name == "forward" || !module.find_method(name), "graft: the module already has a method '", name,
-                "', which a grafted module needs for itself; rename it before scripting");
+                "', which grafting adds", kNameRemedy);
   }
   remove_method(module, "forward");
   const Function& base = add_method(module, kBaseForward, base_graph, schema.arguments(), schema.returns());

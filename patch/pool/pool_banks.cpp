@@ -1,6 +1,7 @@
 #include <torchgraft/patch/pool/pool_banks.h>
 
 #include <torchgraft/patch/adapters/adapter_bank.h>
+#include <torchgraft/patch/adapters/adapters_module.h>
 #include <torchgraft/patch/adapters/make_adapter.h>
 #include <torchgraft/patch/adapters/read_adapters.h>
 #include <torchgraft/patch/pool/row_size.h>
@@ -50,6 +51,7 @@ std::vector<Adapter> templates(const std::vector<AdapterConfig>& room, const Dra
 PoolBanks::PoolBanks(Draft draft, std::vector<AdapterConfig> room, int64_t capacity, int64_t max_row_bytes)
     : room_(std::move(room)) {
   draft.adapters = templates(room_, draft);
+  poolings_ = gate_poolings(draft.adapters);
   module_ = build(std::move(draft), /*active=*/"");
   module_.eval();
   if (max_row_bytes > 0) {
@@ -62,7 +64,7 @@ PoolBanks::PoolBanks(Draft draft, std::vector<AdapterConfig> room, int64_t capac
 void PoolBanks::check_row_bytes(int64_t limit) const {
   int64_t bytes = 0;
   for (const auto& bank : module_.attr("adapters").toModule().named_attributes(/*recurse=*/true)) {
-    if (bank.value.isTensor()) {
+    if (bank.value.isTensor() && bank.name != kPoolsAll) {
       const at::Tensor& tensor = bank.value.toTensor();
       bytes += static_cast<int64_t>(tensor.nbytes()) / std::max<int64_t>(tensor.size(0), 1);
     }
@@ -94,9 +96,15 @@ void PoolBanks::allocate_banks(int64_t capacity) {
     counts.push_back(repeated<int64_t>(capacity, 0));
   }
   root.setattr("gate_counts", counts);
+  if (poolings_.is_mixed()) {
+    root.setattr(kPoolsAll, at::ones({capacity + 1}, root.attr(kPoolsAll).toTensor().options()));
+  }
 }
 
 std::string PoolBanks::misfit(const Adapter& adapter) const {
+  if (has_gates(adapter.config) && !(pools_unpadded(adapter.config) ? poolings_.unpadded : poolings_.all)) {
+    return "no gates over " + adapter.config.gate_pooling + " tokens";
+  }
   for (size_t m = 0; m < adapter.plan.size(); ++m) {
     const std::string path = slot_path(adapter.plan[m]);
     const auto slot =
@@ -158,6 +166,9 @@ void PoolBanks::write(int64_t row, const Adapter& adapter) {
   root.attr("names").toList().set(row, adapter.name);
   root.attr("configs").toList().set(row, config_to_json(adapter.config));
   root.attr("merged").toBoolList().set(row, adapter.merged);
+  if (poolings_.is_mixed()) {
+    root.attr(kPoolsAll).toTensor()[row] = !pools_unpadded(adapter.config);
+  }
   const auto slots = root.attr("gate_slots").toListRef();
   const auto counts = root.attr("gate_counts").toList();
   for (size_t run = 0; run < slots.size(); ++run) {

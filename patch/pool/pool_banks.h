@@ -44,6 +44,7 @@ class PoolBanks {
 
   torch::jit::Module module_;
   std::vector<AdapterConfig> room_;
+  GatePoolings poolings_;
   std::vector<Slot> slots_;
 };
 

@@ -197,7 +197,10 @@ GraphSites find_sites(const CanonicalGraph& canonical, const Module& module) {
   for (const UnraisedSoftmax& miss : canonical.unraised) {
     const auto linears = nearest_linears(miss.softmax->namedInput("self"));
     const std::string where = linears.empty() ? "" : finder.path_of(linears.front());
-    result.structure.near_misses.push_back(at_path(where) + "a softmax was not taken for attention: " + miss.reason);
+    const bool is_softmax = is_aten(miss.softmax, {"softmax", "_softmax", "special_softmax"});
+    const char* what = is_softmax ? "a softmax was not taken for attention: "
+                                  : "products of queries, keys and values were not taken for attention: ";
+    result.structure.near_misses.push_back(at_path(where) + what + miss.reason);
     if (miss.is_attention) {
       result.left_out.push_back(result.structure.near_misses.back());
     }

@@ -12,7 +12,7 @@ from ._files import load_module
 from ._libraries import cmake_prefix_path as _cmake_prefix_path
 from ._libraries import library_path, load_operators
 from ._reading import parse_json
-from ._text import forward_inputs
+from ._text import TextLimits, forward_inputs, text_limits
 from .adapter_hub import AdapterDirectory, load_adapter_directory
 from .adapter_training import freeze_adapter, trainable_parameters, unfreeze_adapter
 from .checkpoints import load_adapter, match_adapter, save_adapter
@@ -80,6 +80,7 @@ __all__ = [
     "PfeifferConfig",
     "PrefixTuningConfig",
     "SeqBnConfig",
+    "TextLimits",
     "UniPELTConfig",
     "add_head",
     "average_adapter",
@@ -111,6 +112,7 @@ __all__ = [
     "replace_adapter",
     "save_adapter",
     "save_onnx",
+    "text_limits",
     "trainable_parameters",
     "unfreeze_adapter",
     "ungraft",

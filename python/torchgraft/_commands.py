@@ -129,8 +129,11 @@ def _graft_all(base: torch.jit.ScriptModule, arguments: argparse.Namespace) -> t
 
 
 def _adapter_list(module: torch.jit.ScriptModule) -> str:
-    names = ", ".join(f"{index} {name}" for index, name in enumerate(module.adapter_names()))
-    return f"adapters {names} (active: {module.active_adapter()})"
+    infos = list_adapters(module)
+    names = ", ".join(f"{index} {info.name}" for index, info in enumerate(infos))
+    unpadded = ", ".join(info.name for info in infos if info.gate_pooling == "unpadded")
+    pooling = f"; gates over unpadded tokens: {unpadded}" if unpadded else ""
+    return f"adapters {names} (active: {module.active_adapter()}{pooling})"
 
 
 def _summary(base: torch.jit.ScriptModule, grafted: torch.jit.ScriptModule, path: Path, seconds: float) -> str:

@@ -9,7 +9,8 @@ import torch
 
 from ._kinds import Kind, kind_of
 from ._libraries import patcher
-from .errors import GraftError
+from .errors import GraftError, one_line
+from .grafting import with_short_errors
 from .programs.load_program import load_program
 
 # The errors that a user of a command can cause. Any other is a defect, and Python shows its traceback. torch raises
@@ -21,11 +22,17 @@ _EXTRA = "extra/"
 
 _PART_BYTES = 1 << 24
 
+# How the message of an error begins that a module raised while it ran. The useful sentence comes last.
+_TRACE = "The following operation failed in the TorchScript interpreter"
+
 
 def reason(error: BaseException) -> str:
-    """Returns the message of an error, without the C++ stack that torch's messages carry."""
+    """Returns the message of an error, without the C++ stack and the trace of TorchScript that torch's messages
+    carry."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if _TRACE in str(error):
+        return one_line(error)
     text = str(error).split("\nException raised from")[0].strip() or type(error).__name__
     return text.split(" This is an internal miniz error.")[0].rstrip(".")  # the rest tells users to report a bug
 
@@ -49,7 +56,7 @@ def load_module(path: str | Path) -> torch.jit.ScriptModule:
             return load_program(path)
         if kind is Kind.SCRIPT:
             _check_records(path)
-        return torch.jit.load(str(path), map_location="cpu")
+        return with_short_errors(torch.jit.load(str(path), map_location="cpu"))
     except (RuntimeError, ValueError, OSError) as error:
         if isinstance(error, GraftError):
             raise

@@ -13,7 +13,7 @@ from ._console import say, table_console
 from ._example import read_example
 from ._files import check_script_output, check_writable, extra_files, load_module, save_module
 from ._reading import parse_json
-from ._text import load_tokenizer, text_arguments
+from ._text import load_tokenizer, text_arguments, text_limits
 from .adapter_training import freeze_adapter, unfreeze_adapter
 from .checkpoints import load_adapter, match_adapter, save_adapter
 from .errors import GraftError
@@ -84,11 +84,12 @@ def list_(arguments: argparse.Namespace) -> None:
         print(json.dumps(entries, indent=2))
         return
     table = Table()
-    for heading in ("id", "name", "state", "parameters", "MB", "locations"):
+    for heading in ("id", "name", "state", "gates over", "parameters", "MB", "locations"):
         table.add_column(heading, justify="right" if heading in ("id", "parameters", "MB") else "left")
     for index, info in enumerate(infos):
         state = ", ".join(word for word in ("active", "merged", "trainable") if getattr(info, word))
-        table.add_row(str(index), info.name, state, f"{info.parameters:,}", f"{info.bytes / 1e6:.2f}",
+        pooling = f"{info.gate_pooling} tokens" if info.gate_pooling else ""
+        table.add_row(str(index), info.name, state, pooling, f"{info.parameters:,}", f"{info.bytes / 1e6:.2f}",
                       ", ".join(sorted(info.by_location)))  # fmt: skip
     table_console().print(table)
 
@@ -183,11 +184,18 @@ def gates(arguments: argparse.Namespace) -> None:
         raise GraftError("gates: give --text TEXT, or --file FILE with one text per line")
     module = _load_grafted(arguments.base)
     name = arguments.adapter or module.active_adapter() or module.adapter_names()[0]
+    if name not in module.adapter_names():
+        raise GraftError(f"gates: no adapter is called '{name}'; there are: {', '.join(module.adapter_names())}")
     module.activate(name)
     tokenizer = load_tokenizer(arguments.tokenizer or arguments.base.parent / "tokenizer.json", arguments.max_length)
+    limits = text_limits(module)
     found = []
     for begin in range(0, len(texts), _BATCH):
-        values = _values(tokenizer.encode_batch(texts[begin : begin + _BATCH]))
+        encodings = tokenizer.encode_batch(texts[begin : begin + _BATCH])
+        for number, encoding in enumerate(encodings, begin + 1):
+            limits.check([token for token, real in zip(encoding.ids, encoding.attention_mask, strict=True) if real],
+                         f"text {number}")  # fmt: skip
+        values = _values(encodings)
         inputs = text_arguments(module.forward_with_gates, values, "gates")
         with torch.no_grad():
             found.append(module.forward_with_gates(*inputs)[1][name])

@@ -1,9 +1,11 @@
 """Turns texts into the arguments of a model's forward."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ._libraries import patcher
@@ -53,6 +55,45 @@ def forward_inputs(method: Any) -> Any:
         GraftError: a text gives nothing for an argument that has no default, or none takes the ids.
     """
     return patcher().ForwardInputs(method.schema)
+
+
+@dataclass(frozen=True)
+class TextLimits:
+    """Which texts a model takes, as far as its graph shows it.
+
+    Attributes:
+        vocabulary: token ids are below it. None: the graph does not show it.
+        positions: the most tokens of a text. None: there is no such limit, or the graph does not show it.
+    """
+
+    vocabulary: int | None
+    positions: int | None
+
+    def check(self, ids: Sequence[int], where: str) -> None:
+        """Checks the token ids of one text. `where` names it in messages.
+
+        Raises:
+            GraftError: the text has too many tokens, or one that the model does not have. The message has the remedy.
+        """
+        if self.positions is not None and len(ids) > self.positions:
+            raise GraftError(
+                f"{where}: the text has {len(ids)} tokens, the model has positions for {self.positions}; "
+                f"give --max-length {self.positions}"
+            )
+        if self.vocabulary is not None and ids and max(ids) >= self.vocabulary:
+            raise GraftError(
+                f"{where}: the text has token id {max(ids)}, the model's vocabulary ends at {self.vocabulary - 1}; "
+                "give the tokenizer that belongs to the model (--tokenizer)"
+            )
+
+
+def text_limits(module: torch.jit.ScriptModule) -> TextLimits:
+    """Reads the limits of a text encoder, grafted or not, from its graph.
+
+    Raises:
+        GraftError: forward takes no token ids.
+    """
+    return TextLimits(*patcher().text_limits(module._c))
 
 
 def text_arguments(method: Any, values: Mapping[str, Tensor], command: str) -> list[Any]:

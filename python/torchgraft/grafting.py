@@ -1,5 +1,6 @@
 """Grafts adapters onto a module, and inspects modules."""
 
+import functools
 import json
 import warnings
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from ._libraries import patcher
 from ._reading import MOST_SITES_BYTES, parse_json, read_text
 from .adapter_hub import load_adapter_directory
 from .configs import config_to_json
-from .errors import GraftError
+from .errors import GraftError, one_line
 from .peft import is_peft_directory, load_peft_directory
 
 
@@ -39,7 +40,26 @@ Spec = tuple[str, str, Weights | None, str, bool, tuple[str, Weights, str] | Non
 
 def script_module(module: Any) -> torch.jit.ScriptModule:
     """Wraps a torch::jit::Module as a ScriptModule."""
-    return torch.jit._recursive.wrap_cpp_module(module)
+    return with_short_errors(torch.jit._recursive.wrap_cpp_module(module))
+
+
+def with_short_errors(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+    """Returns `module`, whose methods that take an adapter's name raise one line: TorchScript adds a trace of some
+    twenty lines to what a method raises. Scripting and saving see the methods themselves."""
+    for method in ("activate", "adapter_config") if is_grafted(module) else ():
+        module.__dict__[method] = _shortened(getattr(module, method))
+    return module
+
+
+def _shortened(method: Any) -> Any:
+    def call(name: str) -> Any:
+        try:
+            return method(name)
+        except torch.jit.Error as error:
+            message = one_line(error)
+        raise GraftError(message)  # here: without the trace as its context
+
+    return functools.update_wrapper(call, method)
 
 
 def is_grafted(module: torch.jit.ScriptModule) -> bool:
@@ -92,7 +112,7 @@ def graft(
     name: str | None = None,
     adapters: Mapping[str, str | Path] | None = None,
     *,
-    gate_pooling: str = "all",
+    gate_pooling: str | None = None,
     token_mask: str | None = None,
     active: str | None = None,
     verify: bool = True,
@@ -116,8 +136,10 @@ def graft(
             come from the directory.
         gate_pooling: "all": a gate is the mean over all tokens, as in the `adapters` library. "unpadded": the mean over
             the tokens that are not padding, so that a row's result does not depend on how far its batch was padded.
+            None: as a directory says ("all" if it says nothing, as AdapterHub's do), and "all" for a fresh adapter. A
+            warning names a trained adapter that had another one. Each adapter of a module has its own.
         token_mask: for "unpadded": the name of forward's argument that is the token mask ([B, S], non-zero = real
-            token). None: each attention's own mask says which tokens are real.
+            token). None: each attention's own mask says which tokens are real. All adapters of a module share it.
         active: the adapter that is active in the result. None: the last one grafted.
         verify: check the result: well-formed, complete, survives saving and loading, and gives the base's numbers where
             no adapter acts (docs/adapters.md). A warning says why if the numbers could not be compared.
@@ -158,7 +180,7 @@ def graft(
         raise GraftError(f"graft: the adapter '{name}' needs a config (config=...), or a directory (adapters=...)")
     for adapter_name, directory in (adapters or {}).items():
         specs.append(directory_spec(module, directory, adapter_name, trainable, sites))
-    return module_with_warnings(patcher().graft(base, specs, gate_pooling, token_mask or "", active or "", verify,
+    return module_with_warnings(patcher().graft(base, specs, gate_pooling or "", token_mask or "", active or "", verify,
                                                 fuse=fuse, allow_partial=allow_partial,
                                                 example=example_arguments(example),
                                                 **_sites_option(sites)))  # fmt: skip

@@ -29,6 +29,7 @@ class AdapterInfo:
         active: whether rows use it when forward gets no adapter_ids.
         merged: whether merge_adapter() has added it to the base's weights.
         trainable: whether it has parameters of its own to train; see adapter_training.py.
+        gate_pooling: "all" or "unpadded": over which tokens its gates are means. Empty: it has no gates.
         parameters: how many trained numbers the adapter and its head have, without the padding in the banks.
         bytes: the size of these numbers.
         by_location: the number of parameters at each location ("selfattn_lora", "output_adapter", ...), and of the
@@ -40,6 +41,7 @@ class AdapterInfo:
     active: bool
     merged: bool
     trainable: bool
+    gate_pooling: str
     parameters: int
     bytes: int
     by_location: Mapping[str, int]

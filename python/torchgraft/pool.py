@@ -1,5 +1,6 @@
 """AdapterPool serves more adapters on one base than fit in memory."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def check_room(
     module: torch.jit.ScriptModule,
     room: Iterable[Any],
     *,
-    gate_pooling: str = "all",
+    gate_pooling: str | None = None,
     token_mask: str | None = None,
     max_row_bytes: int = 0,
 ) -> list[str]:
@@ -49,7 +50,7 @@ def check_room(
         TypeError: `module` is not TorchScript.
     """
     configs = [config_to_json(config) for config in room]
-    return patcher().check_room(cpp_module(module), configs, gate_pooling, token_mask or "", max_row_bytes)
+    return patcher().check_room(cpp_module(module), configs, gate_pooling or "", token_mask or "", max_row_bytes)
 
 
 class AdapterPool:
@@ -65,7 +66,8 @@ class AdapterPool:
         capacity: how many adapters are in memory at once.
         room: configurations, as graft() takes them. Every row is made large enough for each of them. If an adapter
             needs more, the pool builds larger banks beside its traffic. Empty: rows fit the first adapter.
-        gate_pooling: as in graft(). With "unpadded" a row's result does not depend on its batch.
+        gate_pooling: as in graft(). None: each adapter keeps its own, also within one batch. With "unpadded" a row's
+            result does not depend on its batch.
         token_mask: as in graft().
         max_row_bytes: the most that one row may take. An adapter that needs more is refused. 0: no limit.
 
@@ -81,14 +83,14 @@ class AdapterPool:
         capacity: int = 64,
         room: Iterable[Any] = (),
         *,
-        gate_pooling: str = "all",
+        gate_pooling: str | None = None,
         token_mask: str | None = None,
         max_row_bytes: int = 0,
     ):
         self._base = module
         configs = [config_to_json(config) for config in room]
         self._pool = patcher().AdapterPool(
-            cpp_module(module), capacity, configs, gate_pooling, token_mask or "", max_row_bytes
+            cpp_module(module), capacity, configs, gate_pooling or "", token_mask or "", max_row_bytes
         )
         # The module of the newest banks, wrapped for Python: wrapping takes milliseconds.
         self._newest: tuple[Any, torch.jit.ScriptModule] | None = None
@@ -100,7 +102,8 @@ class AdapterPool:
         Raises:
             GraftError: the directory cannot be read, or the adapter does not fit the model. The pool has not changed.
         """
-        self._pool.insert(directory_spec(self._base, directory, name))
+        for message in self._pool.insert(directory_spec(self._base, directory, name)):
+            warnings.warn(message, stacklevel=2)
 
     def acquire(self, names: Sequence[str]) -> Lease:
         """Returns a lease on adapters that are in memory.

@@ -112,8 +112,8 @@ def add_add_command(commands: argparse._SubParsersAction[Parser]) -> None:
     adding.add_argument(
         "--gate-pooling",
         choices=("all", "unpadded"),
-        default="all",
-        help="whether gates average over padding too; all is as in AdapterHub (default: all)",
+        help="whether gates average over padding too (default: as --adapter's directory says; all for a fresh adapter, "
+        "as in AdapterHub)",
     )
     adding.add_argument(
         "--token-mask",
@@ -328,7 +328,7 @@ def check_add(parser: argparse.ArgumentParser, arguments: argparse.Namespace) ->
     for name in names:
         if names.count(name) > 1:
             parser.error(f"the name '{name}' is given to two adapters")
-    if arguments.token_mask and arguments.gate_pooling != "unpadded":
+    if arguments.token_mask and arguments.gate_pooling != "unpadded" and not arguments.adapter:
         parser.error("--token-mask is for --gate-pooling unpadded")
 
 

@@ -87,8 +87,7 @@ def _add_adapter(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--gate-pooling",
         choices=("all", "unpadded"),
-        default="all",
-        help="for a new adapter: whether gates average over padding, too (default: all)",
+        help="whether gates average over padding, too (default: as --start's directory says; all for a new adapter)",
     )
     group.add_argument(
         "--pooling",

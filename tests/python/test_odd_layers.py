@@ -222,7 +222,13 @@ class WithAdapters(Plain):
         self.adapters = nn.Linear(1, 1)
 
 
-@pytest.mark.parametrize("model", [WithIds, WithAdapters])
+class WithActivate(Plain):
+    @torch.jit.export
+    def activate(self, name: str) -> str:
+        return name
+
+
+@pytest.mark.parametrize("model", [WithIds, WithAdapters, WithActivate])
 def test_names_of_ours_are_free_inside_another_module(model: type[nn.Module]) -> None:
     inner = torch.jit.script(model().eval())
     with pytest.raises(torchgraft.GraftError, match="script a module that holds this one"):

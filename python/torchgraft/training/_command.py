@@ -10,11 +10,21 @@ from typing import Any
 
 import torch
 
-from .. import HeadConfig, add_head, freeze_adapter, graft, head_config, load_adapter, save_adapter, unfreeze_adapter
+from .. import (
+    HeadConfig,
+    add_head,
+    freeze_adapter,
+    graft,
+    head_config,
+    list_adapters,
+    load_adapter,
+    save_adapter,
+    unfreeze_adapter,
+)
 from .._console import say
 from .._files import EXPECTED_ERRORS, extra_files, load_module, reason, save_module, write_whole
 from .._libraries import load_others
-from .._text import load_tokenizer
+from .._text import load_tokenizer, text_limits
 from ..configs import config_argument
 from ..errors import GraftError
 from ..grafting import names_of
@@ -65,6 +75,7 @@ def _run(arguments: argparse.Namespace, workers: Workers) -> None:
     options = TrainingOptions(**{field.name: getattr(arguments, field.name) for field in fields(TrainingOptions)})
     data = _load_data(arguments)
     base = load_module(arguments.model)
+    _check_texts(base, data)
     module = _trainable(base, arguments, data.names).to(workers.device)
     output.mkdir(parents=True, exist_ok=True)
     listeners: list[Listener] = []
@@ -134,6 +145,14 @@ def _load_data(arguments: argparse.Namespace) -> Data:
     return data
 
 
+def _check_texts(base: torch.jit.ScriptModule, data: Data) -> None:
+    """Checks that the model has the positions and the tokens of every text."""
+    limits = text_limits(base)
+    for examples in filter(None, (data.training, data.validation, data.test)):
+        for ids, where in zip(examples.token_ids, examples.where, strict=True):
+            limits.check(ids, where)
+
+
 def _trainable(base: torch.jit.ScriptModule, arguments: argparse.Namespace, names: list[str]) -> torch.jit.ScriptModule:
     """Returns the model with a trainable adapter and its head: from --start, from the model itself, or fresh."""
     name = arguments.adapter
@@ -146,6 +165,7 @@ def _trainable(base: torch.jit.ScriptModule, arguments: argparse.Namespace, name
         module = graft(
             base, config_argument(arguments.config), name, gate_pooling=arguments.gate_pooling, trainable=True
         )
+    _check_gate_pooling(module, name, arguments.gate_pooling)
     own = head_config(module, name)
     if own is not None and not arguments.new_head:
         _check_head(own, name, names)
@@ -153,6 +173,14 @@ def _trainable(base: torch.jit.ScriptModule, arguments: argparse.Namespace, name
     head = HeadConfig(num_labels=len(names), labels=names, pooling=arguments.pooling, layers=arguments.head_layers,
                       dropout_prob=arguments.head_dropout)  # fmt: skip
     return add_head(module, name, head)
+
+
+def _check_gate_pooling(module: torch.jit.ScriptModule, name: str, wanted: str | None) -> None:
+    has = next(info.gate_pooling for info in list_adapters(module) if info.name == name)
+    if wanted and has and has != wanted:
+        raise GraftError(
+            f"the gates of '{name}' are means over {has} tokens; leave --gate-pooling out to train it further"
+        )
 
 
 def _check_head(head: HeadConfig, adapter: str, names: list[str]) -> None:

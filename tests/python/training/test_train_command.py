@@ -338,3 +338,9 @@ def test_a_checkpoint_is_not_overwritten_unasked(
     assert main([files.base, "-o", whole, "--train", files.train, *QUICKLY]) == 1
     assert "give --resume to go on, --restart to start anew" in capsys.readouterr().err
     assert (whole / "checkpoint.pt").read_bytes() == before
+
+
+def test_an_adapter_is_trained_further_with_the_gates_that_it_has(whole: Path, files: Files, tmp_path: Path) -> None:
+    done = train(files.base, "-o", tmp_path / "out", "--train", files.train, "--start", whole / "adapter",
+                 "--gate-pooling", "unpadded", *QUICKLY)  # fmt: skip
+    assert done.returncode == 1 and "the gates of 'task' are means over all tokens; leave --gate-pooling" in done.stderr

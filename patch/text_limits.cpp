@@ -1,0 +1,207 @@
+#include <torchgraft/patch/text_limits.h>
+
+#include <torchgraft/patch/forward_inputs.h>
+#include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/writes.h>
+#include <torchgraft/patch/module/methods.h>
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/jit/api/function_impl.h>
+#include <torch/csrc/jit/passes/inliner.h>
+#include <torch/csrc/jit/runtime/interpreter.h>
+
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <set>
+
+namespace torchgraft {
+namespace {
+
+using torch::jit::Graph;
+using torch::jit::Module;
+using torch::jit::Node;
+using torch::jit::Value;
+
+// Where ids come from, before nodes that change their shape or dtype.
+const Value* ids_origin(const Value* value) {
+  while (is_aten(value->node(), {"to", "view", "reshape", "contiguous"})) {
+    value = value->node()->input(0);
+  }
+  return value;
+}
+
+// Inline() takes a callee as it is, with the calls that it has itself where nothing has optimised it yet.
+void inline_all(Graph& graph) {
+  constexpr int kDeepest = 64;
+  bool calls = true;
+  for (int depth = 0; calls && depth < kDeepest; ++depth) {
+    torch::jit::Inline(graph);
+    calls = false;
+    for_each_node(graph.block(), [&](Node* node) { calls = calls || node->kind() == c10::prim::CallMethod; });
+  }
+}
+
+constexpr size_t kMostNodes = 500;  // positions are computed from a length, not from hidden states
+
+// Collects what `value` is computed from. False where that is not known from the text alone: control flow, random
+// numbers, effects, or a tensor that something writes into.
+bool collect(const Value* value, const Writes& writes, std::set<const Node*>& nodes) {
+  const Node* node = value->node();
+  if (node->kind() == c10::prim::Param || !nodes.insert(node).second) {
+    return true;
+  }
+  const auto* schema = node->maybeSchema();
+  const bool is_known = nodes.size() <= kMostNodes && node->blocks().empty() && !node->hasSideEffects() &&
+                        !node->isNondeterministic() && !(schema && schema->is_mutable()) &&
+                        node->owningBlock() == node->owningGraph()->block();
+  return is_known && !(is_tensor(value) && writes.reach(value)) &&
+         std::all_of(node->inputs().begin(), node->inputs().end(),
+                     [&](const Value* input) { return collect(input, writes, nodes); });
+}
+
+// The part of a forward that computes the indices of a table, alone.
+class IndexPart {
+ public:
+  IndexPart(const Graph& forward, const Value* indices, const std::set<const Node*>& nodes, const Module& module,
+            const ForwardInputs& inputs, const c10::FunctionSchema& schema)
+      : module_(module), inputs_(inputs), schema_(schema) {
+    auto graph = std::make_shared<Graph>();
+    std::map<const Value*, Value*> copies;
+    for (const Value* input : forward.inputs()) {
+      copies[input] = graph->addInput()->copyMetadata(const_cast<Value*>(input));
+    }
+    for (const Node* node : forward.nodes()) {
+      if (nodes.count(node)) {
+        Node* copy = graph->createClone(const_cast<Node*>(node), [&](Value* value) { return copies.at(value); });
+        graph->insertNode(copy);
+        for (size_t i = 0; i < node->outputs().size(); ++i) {
+          copies[node->output(i)] = copy->output(i);
+        }
+      }
+    }
+    graph->registerOutput(copies.at(indices));
+    code_ = std::make_unique<torch::jit::Code>(graph, "text_limits");
+  }
+
+  // For one text of `length` tokens, whose ids are `id`. Throws what the graph throws.
+  at::Tensor run(int64_t length, int64_t id) const {
+    const at::Tensor ids = at::full({1, length}, id, at::kLong);
+    torch::jit::Stack stack = {module_._ivalue()};
+    for (const c10::IValue& argument : inputs_.arguments({ids, at::ones_like(ids), at::zeros_like(ids)})) {
+      stack.push_back(argument);
+    }
+    while (stack.size() < schema_.arguments().size()) {
+      stack.push_back(schema_.arguments()[stack.size()].default_value().value_or(c10::IValue()));
+    }
+    torch::jit::InterpreterState(*code_).run(stack);
+    return stack.front().toTensor();
+  }
+
+ private:
+  const Module& module_;
+  const ForwardInputs& inputs_;
+  const c10::FunctionSchema& schema_;
+  std::unique_ptr<torch::jit::Code> code_;
+};
+
+// Whether a text of `length` tokens has an index in a table of `rows` rows for each of its tokens.
+bool fits(const IndexPart& part, int64_t length, int64_t id, int64_t rows) {
+  try {
+    const at::Tensor indices = part.run(length, id);
+    return indices.numel() == length && indices.min().item<int64_t>() >= 0 && indices.max().item<int64_t>() < rows;
+  } catch (const std::exception&) {  // a buffer of positions that ends before the text
+    return false;
+  }
+}
+
+// The largest number of tokens that has positions in a table of `rows` rows; nullopt where the table holds no positions
+// of tokens.
+std::optional<int64_t> most_tokens(const IndexPart& part, int64_t id, int64_t rows) {
+  constexpr int64_t kProbe = 3;
+  if (!fits(part, kProbe, id, rows) || fits(part, rows + 1, id, rows)) {
+    return std::nullopt;
+  }
+  int64_t fitting = kProbe;
+  int64_t failing = rows + 1;
+  while (failing - fitting > 1) {
+    const int64_t middle = fitting + (failing - fitting) / 2;
+    (fits(part, middle, id, rows) ? fitting : failing) = middle;
+  }
+  return fitting;
+}
+
+std::string method_of_base(const Module& module) { return is_grafted(module) ? "base_forward" : "forward"; }
+
+std::optional<ForwardInputs> inputs_of_text(const Module& module) {
+  try {
+    return ForwardInputs(module, method_of_base(module));
+  } catch (const c10::Error&) {
+    return std::nullopt;
+  }
+}
+
+}  // namespace
+
+TextLimits text_limits(const Module& module) {
+  const std::string method = method_of_base(module);
+  const ForwardInputs inputs(module, method);
+  const auto& function = module.get_method(method).function();
+  const at::NoGradGuard no_grad;
+  const auto graph = torch::jit::toGraphFunction(function).graph()->copy();
+  inline_all(*graph);
+  TextLimits limits;
+  std::vector<Node*> tables;  // of something else than token ids
+  for_each_node(graph->block(), [&](Node* node) {
+    if (!is_aten(node, {"embedding"})) {
+      return;
+    }
+    const Value* origin = ids_origin(node->input(1));
+    if (origin == graph->inputs()[inputs.ids_position()]) {
+      const at::Tensor table = resolve_tensor(node->input(0), module);
+      if (table.defined() && !limits.vocabulary) {
+        limits.vocabulary = table.size(0);
+      }
+    } else if (origin->node()->kind() != c10::prim::Param) {
+      tables.push_back(node);
+    }
+  });
+  const Writes writes(graph);
+  for (Node* node : tables) {
+    const at::Tensor table = resolve_tensor(node->input(0), module);
+    std::set<const Node*> nodes;
+    if (!table.defined() || !collect(node->input(1), writes, nodes)) {
+      continue;
+    }
+    const IndexPart part(*graph, node->input(1), nodes, module, inputs, function.getSchema());
+    // The last token, as a padding token has no position of its own in some models.
+    const auto most = most_tokens(part, limits.vocabulary.value_or(2) - 1, table.size(0));
+    limits.positions = most ? std::min(limits.positions.value_or(*most), *most) : limits.positions;
+  }
+  return limits;
+}
+
+void check_texts(const Module& module, const std::vector<c10::IValue>& arguments, const char* what) {
+  const auto inputs = inputs_of_text(module);
+  const size_t place = inputs ? inputs->ids_position() - 1 : 0;
+  if (!inputs || place >= arguments.size() || !arguments[place].isTensor()) {
+    return;
+  }
+  const at::Tensor& ids = arguments[place].toTensor();
+  if (ids.dim() != 2 || ids.numel() == 0 || !at::isIntegralType(ids.scalar_type(), /*includeBool=*/false)) {
+    return;
+  }
+  const TextLimits limits = text_limits(module);
+  const auto tokens = ids.size(1);
+  TORCH_CHECK(!limits.positions || tokens <= *limits.positions, what, ": expected rows of at most ", *limits.positions,
+              " tokens, which the model has positions for, got ", tokens);
+  const at::Tensor wrong = ids.lt(0).logical_or(ids.ge(limits.vocabulary.value_or(INT64_MAX))).nonzero();
+  if (wrong.size(0) > 0) {
+    const auto row = wrong[0][0].item<int64_t>();
+    TORCH_CHECK(false, what, ": expected token ids from 0 to ", limits.vocabulary.value_or(INT64_MAX) - 1,
+                ", which the model's vocabulary has, got ", ids[row][wrong[0][1]].item<int64_t>(), " in row ", row);
+  }
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,30 @@
+#pragma once
+
+#include <torchgraft/registration/export.h>
+
+#include <torch/csrc/jit/api/module.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+namespace torchgraft {
+
+// Which texts an encoder takes, as far as its graph shows it. nullopt: it does not show it.
+struct TextLimits {
+  std::optional<int64_t> vocabulary;  // token ids are below it: the rows of the embedding that looks them up
+  std::optional<int64_t> positions;   // the most tokens of a text: as many as its table of positions has entries for
+};
+
+// Reads the limits of `module`, grafted or not, from its graph. Positions: the part of the graph that computes the
+// indices of a table from the text's length runs, for the largest length whose indices are in the table; so positions
+// that begin behind the padding's (RoBERTa) count as the model counts them. Throws as ForwardInputs does when the
+// module takes no token ids.
+TORCHGRAFT_PATCH_API TextLimits text_limits(const torch::jit::Module& module);
+
+// Throws c10::Error, on behalf of `what`, when `arguments` of forward (without self) hold a text that the model does
+// not take, naming the row. Says nothing of a module that takes no token ids.
+TORCHGRAFT_PATCH_API void check_texts(const torch::jit::Module& module, const std::vector<c10::IValue>& arguments,
+                                      const char* what);
+
+}  // namespace torchgraft
