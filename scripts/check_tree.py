@@ -34,7 +34,10 @@ LAYERS: dict[str, tuple[str, str]] = {
     "ops": ("activations ops/cpu", "ATen/ c10/ torch/library.h nlohmann/"),
     "ops/cpu/vectorized": ("ops/cpu", "ATen/"),
     "ops/cpu": ("activations ops", "ATen/ c10/"),
-    "ops/forward": ("activations registration/masked_score.h ops ops/cpu", "ATen/ c10/ torch/library.h"),
+    "ops/forward": (
+        "activations registration/masked_score.h registration/token_mask_error.h ops ops/cpu",
+        "ATen/ c10/ torch/library.h",
+    ),
     "ops/autograd": ("activations ops ops/cpu ops/forward", "ATen/ c10/ torch/library.h torch/csrc/autograd/"),
     "patch/graph": ("", "ATen/ c10/ torch/csrc/jit/"),
     "patch/canonicalise": ("registration/masked_score.h patch/graph", "ATen/ c10/ torch/csrc/jit/"),
@@ -44,7 +47,8 @@ LAYERS: dict[str, tuple[str, str]] = {
         "ATen/ c10/ torch/csrc/jit/ fcntl.h sys/ unistd.h",
     ),
     "patch/insert": (
-        "activations registration/masked_score.h plan patch/graph patch/sites patch/adapters",
+        "activations registration/masked_score.h registration/token_mask_error.h plan patch/graph patch/sites "
+        "patch/adapters",
         "ATen/ c10/ torch/csrc/jit/",
     ),
     "patch/module": (

@@ -4,6 +4,7 @@
 #include <torchgraft/ops/check.h>
 #include <torchgraft/ops/from_schema.h>
 #include <torchgraft/registration/masked_score.h>
+#include <torchgraft/registration/token_mask_error.h>
 
 #include <string>
 
@@ -19,42 +20,63 @@ at::Tensor closure(at::Tensor real, const at::Tensor& visible) {
   return real;
 }
 
-// One row's index [B] where `flags` [B, S] is last true; S - 1 where it never is.
-at::Tensor last_true(const at::Tensor& flags) {
-  const int64_t last = flags.size(-1) - 1;
-  const at::Tensor index = at::where(flags, at::arange(last + 1, flags.options().dtype(at::kLong)), -1).amax(-1);
-  return at::where(index < 0, last, index);
-}
-
-void check_one_text(const at::Tensor& row_is_ambiguous) {
+void check_text_is_known(const at::Tensor& row_is_ambiguous) {
   if (!row_is_ambiguous.any().item<bool>()) {
     return;
   }
-  std::string message = kGroupsOfTokens;
+  std::string message = kTextIsNotKnown;
   message.replace(message.find("{}"), 2, std::to_string(row_is_ambiguous.nonzero()[0].item<int64_t>()));
   TORCH_CHECK(false, message);
 }
 
-// The keys [B, S] that real queries see, and that padding alone does not. `visible`: bool [B, S, S].
-//
-// The last token that sees or is seen by another one is real, or sees those that are: padding stands by itself, or sees
-// the text. What real tokens see is real. Where tokens see later ones, each is seen by another: what only sees itself,
-// and the text, is padding. Groups of tokens apart from each other could each be the text.
-at::Tensor text_of(const at::Tensor& visible) {
-  const int64_t tokens = visible.size(-1);
-  const at::Tensor itself = at::eye(tokens, visible.options());
-  const at::Tensor others = visible.logical_and(itself.logical_not());
-  const at::Tensor start = last_true(others.any(-1).logical_or(others.any(-2)));
-  const at::Tensor at_start = at::arange(tokens, start.options()).eq(start.unsqueeze(-1));  // [B, S]
-  const at::Tensor real = closure(at::where(at_start.unsqueeze(-1), visible, false).any(-2), visible);
+at::Tensor any(const at::Tensor& flags) { return flags.any(-1, /*keepdim=*/true); }
+at::Tensor count(const at::Tensor& flags) { return flags.sum(-1, /*keepdim=*/true); }
 
-  const at::Tensor among_real = others.logical_and(real.unsqueeze(-1)).logical_and(real.unsqueeze(-2));
-  const at::Tensor sees_later = among_real.triu(1).any(-1).any(-1);  // [B]
-  const at::Tensor stands_alone = visible.select(-2, -1).select(-1, -1).logical_and(start < tokens - 1);
-  const at::Tensor elsewhere =
-      others.any(-1).logical_and(visible.logical_and(real.unsqueeze(-2)).any(-1).logical_not());
-  check_one_text(stands_alone.logical_and(sees_later.logical_not()).logical_or(elsewhere.any(-1)));
-  return at::where(sees_later.unsqueeze(-1), among_real.any(-2), real);
+// Padding [B, S] whose queries see everything, as models let those that would see nothing. `visible`: bool [B, S, S].
+// The last query of a causal text sees everything, too; where it is the only one it is no padding.
+at::Tensor sees_all(const at::Tensor& visible) {
+  const at::Tensor all = visible.all(-1);
+  const at::Tensor others = ~all;
+  const at::Tensor are_seen = any((visible & others.unsqueeze(-1) & all.unsqueeze(-2)).any(-1));
+  return all & any(others) & ~are_seen & (count(all).gt(1) | others.select(-1, -1).unsqueeze(-1));
+}
+
+// The text [B, S]: the tokens that real ones see. `shown`: bool [B, S, S].
+//
+// The search begins at the last token that another one sees, or that sees another one: it is real, or sees what is
+// real. All that it reaches is the text. Other tokens must be padding, which sees the text, itself, nothing, or
+// everything. Where no token of the text sees the start but itself, the start is the end of a causal text, or padding
+// that sees the text: it is padding if other padding behind the text does the same.
+at::Tensor text_of(const at::Tensor& shown) {
+  const at::Tensor blind = sees_all(shown);  // [B, S], as all below without another shape
+  const at::Tensor visible = shown & ~blind.unsqueeze(-1) & ~blind.unsqueeze(-2);  // [B, S, S]
+  const at::Tensor positions = at::arange(visible.size(-1), visible.options().dtype(at::kLong));
+  const at::Tensor others = visible & positions.unsqueeze(-1).ne(positions);  // [B, S, S]
+  const at::Tensor itself = visible.diagonal(0, -2, -1);
+  const at::Tensor linked = others.any(-1) | others.any(-2);
+  const at::Tensor has_links = any(linked);
+  const at::Tensor start = at::where(has_links, linked, itself).mul(positions).amax(-1, /*keepdim=*/true);
+  const at::Tensor at_start = positions.eq(start);
+  const at::Tensor real = closure((visible & at_start.unsqueeze(-1)).any(-2), visible);
+  const at::Tensor rest = real & ~at_start;
+
+  const at::Tensor padding = ~real;
+  const at::Tensor sees_padding = (others & padding.unsqueeze(-2)).any(-1);
+  const at::Tensor sees_text_and_itself = padding & itself & others.any(-1) & ~sees_padding;
+  const at::Tensor behind_rest = positions.gt(at::where(rest, positions, -1).amax(-1, /*keepdim=*/true));
+  const at::Tensor seen_by_rest = (others & rest.unsqueeze(-1)).any(-2);
+  const at::Tensor start_is_unseen = any(real & at_start & ~seen_by_rest);  // [B, 1]
+  const at::Tensor start_is_padding = start_is_unseen & any(rest) & any(sees_text_and_itself & behind_rest);
+
+  const at::Tensor rest_is_seen = count(rest).gt(1) & ~any(rest & ~seen_by_rest);
+  const at::Tensor one_alone_behind = count(itself & ~linked & positions.gt(start)).eq(1);
+  const at::Tensor first = at::where(real, positions, positions.size(0)).amin(-1, /*keepdim=*/true);
+  check_text_is_known((any(padding & sees_padding) |                                                // groups apart
+                       (start_is_unseen & ~start_is_padding & (rest_is_seen | one_alone_behind)) |  // end or padding
+                       (~has_links & count(itself).gt(1)) |                                         // each for itself
+                       any(blind & positions.gt(first) & positions.lt(start)))                      // amid the text
+                          .squeeze(-1));
+  return at::where(start_is_padding, rest, real);
 }
 
 // The keys [B, S] that count. Where the queries are not the keys' own tokens, every query counts, and where no token

@@ -1,7 +1,7 @@
 #include <torchgraft/patch/insert/row_functions.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
-#include <torchgraft/registration/masked_score.h>
+#include <torchgraft/registration/token_mask_error.h>
 
 namespace torchgraft {
 namespace {
@@ -87,27 +87,55 @@ def with_magnitude(x: Tensor, magnitude: Tensor, weight_norm: Tensor, fixed: Ten
     return (x - constant) * ratio + constant
 
 def text_of(visible: Tensor) -> Tensor:
-    tokens = visible.size(-1)
-    positions = torch.arange(tokens, device=visible.device)
+    positions = torch.arange(visible.size(-1), device=visible.device)
+    sees_all = visible.all(-1)
+    quiet = torch.logical_not(sees_all)
+    is_shown = torch.logical_and(torch.logical_and(visible, quiet.unsqueeze(-1)), sees_all.unsqueeze(-2)).any(-1)
+    several = torch.logical_or(sees_all.sum(-1, True).gt(1), quiet.select(-1, -1).unsqueeze(-1))
+    are_apart = torch.logical_and(quiet.any(-1, True), torch.logical_not(is_shown.any(-1, True)))
+    blind = torch.logical_and(sees_all, torch.logical_and(are_apart, several))
+    used = torch.logical_not(blind)
+    visible = torch.logical_and(torch.logical_and(visible, used.unsqueeze(-1)), used.unsqueeze(-2))
+
     others = torch.logical_and(visible, positions.unsqueeze(-1).ne(positions))
+    itself = torch.diagonal(visible, 0, -2, -1)
     linked = torch.logical_or(others.any(-1), others.any(-2))
-    last = torch.where(linked, positions, torch.full_like(positions, -1)).max(-1)[0]
-    start = torch.where(last.lt(0), torch.full_like(last, tokens - 1), last)
-    real = torch.logical_and(visible, positions.eq(start.unsqueeze(-1)).unsqueeze(-1)).any(-2)
+    has_links = linked.any(-1, True)
+    start = torch.mul(torch.where(has_links, linked, itself), positions).amax([-1], True)
+    at_start = positions.eq(start)
+    real = torch.logical_and(visible, at_start.unsqueeze(-1)).any(-2)
     grows = True
     while grows:
         before = real
         real = torch.logical_or(real, torch.logical_and(visible, real.unsqueeze(-1)).any(-2))
         grows = not torch.equal(real, before)
-    among_real = torch.logical_and(torch.logical_and(others, real.unsqueeze(-1)), real.unsqueeze(-2))
-    sees_later = torch.logical_and(among_real, positions.unsqueeze(-1).lt(positions)).any(-1).any(-1)
-    stands_alone = torch.logical_and(visible.select(-2, -1).select(-1, -1), start.lt(tokens - 1))
-    sees_text = torch.logical_and(visible, real.unsqueeze(-2)).any(-1)
-    elsewhere = torch.logical_and(others.any(-1), torch.logical_not(sees_text)).any(-1)
-    ambiguous = torch.logical_or(torch.logical_and(stands_alone, torch.logical_not(sees_later)), elsewhere).nonzero()
-    if ambiguous.size(0) > 0:
-        assert False, GROUPS_MESSAGE.format(int(ambiguous[0, 0]))
-    return torch.where(sees_later.unsqueeze(-1), among_real.any(-2), real)
+    rest = torch.logical_and(real, torch.logical_not(at_start))
+    has_rest = rest.any(-1, True)
+
+    padding = torch.logical_not(real)
+    sees_padding = torch.logical_and(others, padding.unsqueeze(-2)).any(-1)
+    sees_text_and_itself = torch.logical_and(torch.logical_and(padding, itself),
+                                             torch.logical_and(others.any(-1), torch.logical_not(sees_padding)))
+    alone = torch.logical_and(itself, torch.logical_not(linked))
+    behind_rest = torch.where(rest, positions, torch.full_like(positions, -1)).amax([-1], True).lt(positions)
+
+    seen_by_rest = torch.logical_and(others, rest.unsqueeze(-1)).any(-2)
+    is_unseen = torch.logical_and(torch.logical_and(real, at_start), torch.logical_not(seen_by_rest)).any(-1, True)
+    is_like_padding = torch.logical_and(has_rest, torch.logical_and(sees_text_and_itself, behind_rest).any(-1, True))
+    unseen_rest = torch.logical_and(rest, torch.logical_not(seen_by_rest)).any(-1, True)
+    rest_sees_rest = torch.logical_and(rest.sum(-1, True).gt(1), torch.logical_not(unseen_rest))
+    one_alone_behind = torch.logical_and(alone, positions.gt(start)).sum(-1, True).eq(1)
+    end_is_unknown = torch.logical_and(torch.logical_and(is_unseen, torch.logical_not(is_like_padding)),
+                                       torch.logical_or(rest_sees_rest, one_alone_behind))
+    several_alone = torch.logical_and(torch.logical_not(has_links), itself.sum(-1, True).gt(1))
+    first_real = torch.where(real, positions, torch.full_like(positions, visible.size(-1))).amin([-1], True)
+    within = torch.logical_and(blind, torch.logical_and(positions.gt(first_real), positions.lt(start)))
+    unknown = torch.logical_or(torch.logical_and(padding, sees_padding).any(-1, True), end_is_unknown)
+    unknown = torch.logical_or(unknown, torch.logical_or(several_alone, within.any(-1, True)))
+    wrong = unknown.squeeze(-1).nonzero()
+    if wrong.size(0) > 0:
+        assert False, TEXT_IS_NOT_KNOWN.format(int(wrong[0, 0]))
+    return torch.where(torch.logical_and(is_unseen, is_like_padding), rest, real)
 
 def seen_by_real_queries(visible: Tensor) -> Tensor:
     by_any = visible.any(-2)
@@ -126,8 +154,8 @@ def choose(present: Tensor, x: Tensor, other: Tensor, adapter_ids: Optional[Tens
 const std::string& row_source() {
   static const std::string source = [] {
     std::string text = kRowFunctions;
-    const std::string word = "GROUPS_MESSAGE";
-    return text.replace(text.find(word), word.size(), '"' + std::string(kGroupsOfTokens) + '"');
+    const std::string word = "TEXT_IS_NOT_KNOWN";
+    return text.replace(text.find(word), word.size(), '"' + std::string(kTextIsNotKnown) + '"');
   }();
   return source;
 }

@@ -25,7 +25,7 @@ constexpr int64_t kTokens = 7;
 constexpr int64_t kPadding = 2;        // tokens
 constexpr double kHidden = -1e4;       // leaves no probability in any dtype
 constexpr int64_t kUsualPatches = 14;  // 224 pixels in patches of 16
-constexpr int64_t kMostPatches = 48;   // 768 pixels; larger tables are those of words
+constexpr int64_t kMostPatches = 64;   // 1024 pixels in patches of 16; larger tables are those of words
 constexpr int64_t kDecoderTokens = 5;  // another length shows which argument a mask belongs to
 
 enum class Kind { kDefault, kMask, kIds, kStates, kImages, kUnknown };

@@ -145,10 +145,10 @@ std::string ResultDifference::text() const {
 }
 
 std::string ResultDifference::not_compared() const {
-  if (!has_compared_) {
-    return "it holds no floating-point numbers";
+  if (is_of_integers_only()) {
+    return "its integers or booleans differ, which rounding may do";
   }
-  return is_of_integers_only() ? "its integers or booleans differ, which rounding may do" : "";
+  return has_compared_ ? "" : "it holds no numbers";
 }
 
 void ResultDifference::add(const c10::IValue& expected, const c10::IValue& actual) {
@@ -181,6 +181,7 @@ void ResultDifference::add_tensors(const at::Tensor& expected, const at::Tensor&
   if (!have_same_form(expected, actual)) {
     structure_differs_ = true;
   } else if (is_whole(expected)) {
+    has_compared_ = true;
     integers_differ_ = integers_differ_ || !at::equal(expected, actual);
   } else {
     const at::ScalarType dtype = expected.defined() ? expected.scalar_type() : coarsest_;

@@ -40,3 +40,27 @@ class _RoundedInFloat(_Rounded):
 def test_integers_that_rounding_may_have_moved_are_said() -> None:
     with pytest.warns(UserWarning, match="not compared with the base's: its integers or booleans differ"):
         _graft(_RoundedInFloat())
+
+
+class _OnlyIntegers(_RoundedInFloat):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return (self.layer(x.float(), mask) * 100).long()
+
+
+def test_integers_alone_that_rounding_may_have_moved_are_said() -> None:
+    with pytest.warns(UserWarning, match="not compared with the base's: its integers or booleans differ"):
+        _graft(_OnlyIntegers())
+
+
+class _Nothing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Layer()
+
+    def forward(self, x: Tensor, mask: Tensor) -> int:
+        return self.layer(x, mask).size(0)
+
+
+def test_a_result_without_numbers_is_said() -> None:
+    with pytest.warns(UserWarning, match="not compared with the base's: it holds no numbers"):
+        _graft(_Nothing())

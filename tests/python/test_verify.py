@@ -103,22 +103,12 @@ class _Noise(nn.Module):
         return self.layer(x, mask) + torch.zeros(1).uniform_()
 
 
-class _Largest(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = Layer()
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return self.layer(x, mask).argmax(-1)
-
-
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
         (_Prints(), r"its forward has side effects \(prim::Print"),
         (_Noise(), r"its forward draws random numbers \(aten::uniform_"),
         (_Flag(), "what forward's argument 'times' takes is not known"),
-        (_Largest(), "it holds no floating-point numbers"),
     ],
 )
 def test_what_cannot_be_compared_is_said(module: nn.Module, reason: str) -> None:

@@ -191,7 +191,7 @@ def _is_check(node: torch._C.Node) -> bool:
     raising = [kinds for kinds in blocks if "prim::RaiseException" in kinds]
     others = [kinds for kinds in blocks if "prim::RaiseException" not in kinds]
     does_nothing = all(kind == "prim::Constant" for kinds in others for kind in kinds)
-    return node.outputsSize() == 0 and bool(raising) and does_nothing
+    return node.outputsSize() == 0 and len(raising) == 1 and does_nothing
 
 
 def _reads_values(value: torch._C.Value, seen: set[str]) -> bool:

@@ -199,19 +199,23 @@ def _inline_numbers(source: fx.GraphModule, program: torch.export.ExportedProgra
 
 
 def _is_written(node: fx.Node) -> bool:
-    """Whether an operator writes into the tensor of `node`, or into one that may share its memory."""
+    """Whether an operator may write into the tensor of `node`, or into one that may share its memory."""
     for user in node.users:
         if str(user.target) in _IDENTITIES:
             if _is_written(user):
                 return True
             continue
         schema = getattr(user.target, "_schema", None)
-        if schema is None:
+        if schema is None:  # of Python, such as what takes an element of a tuple
+            if user.op == "call_function" and _is_written(user):
+                return True
             continue
-        alias = next((each.alias_info for each, value in zip(schema.arguments, user.args, strict=False)
-                      if value is node), None)  # fmt: skip
-        if alias is not None and (alias.is_write or _is_written(user)):
-            return True
+        given = dict(zip((each.name for each in schema.arguments), user.args, strict=False)) | dict(user.kwargs)
+        for argument in schema.arguments:
+            held = given.get(argument.name)
+            is_given = held is node or (isinstance(held, list | tuple) and any(each is node for each in held))
+            if is_given and argument.alias_info is not None and (argument.alias_info.is_write or _is_written(user)):
+                return True
     return False
 
 
