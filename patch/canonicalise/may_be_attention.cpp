@@ -1,6 +1,7 @@
 #include <torchgraft/patch/canonicalise/may_be_attention.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/linear_map.h>
 
 #include <algorithm>
 #include <deque>
@@ -19,7 +20,7 @@ bool normalizes(const Node* node) {
   return is_aten(node, {"layer_norm", "native_layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm"});
 }
 
-bool holds_tensors(const Value* value) {
+bool carries_tensors(const Value* value) {
   const auto list = value->type()->cast<c10::ListType>();
   return is_tensor(value) || (list && list->getElementType()->isSubtypeOf(*c10::TensorType::get()));
 }
@@ -31,12 +32,12 @@ std::vector<Value*> data_inputs(Node* node) {
       is_aten(node, {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full"});
   std::vector<Value*> result;
   for (Value* input : node->inputs().slice(0, is_new ? 0 : takes_form ? 1 : node->inputs().size())) {
-    if (holds_tensors(input)) {
+    if (carries_tensors(input)) {
       result.push_back(input);
     }
   }
   for (torch::jit::Block* block : node->blocks()) {
-    std::copy_if(block->outputs().begin(), block->outputs().end(), std::back_inserter(result), holds_tensors);
+    std::copy_if(block->outputs().begin(), block->outputs().end(), std::back_inserter(result), carries_tensors);
   }
   return result;
 }
@@ -115,12 +116,13 @@ bool is_read_by_a_layer(Value* probabilities) {
     queue.pop_front();
     for (const torch::jit::Use& use : current->uses()) {
       const bool is_product =
-          is_aten(use.user, {"matmul", "mm", "bmm", "baddbmm", "addmm", "addbmm", "einsum", "linear"});
+          is_linear(use.user) ||
+          is_aten(use.user, {"matmul", "mm", "bmm", "baddbmm", "addmm", "addbmm", "einsum"});
       if (is_product || normalizes(use.user) || is_aten(use.user, {"scaled_dot_product_attention"})) {
         return true;
       }
       for (Value* output : carried_to(use)) {
-        if (holds_tensors(output) && seen.insert(output).second) {
+        if (carries_tensors(output) && seen.insert(output).second) {
           queue.push_back(output);
         }
       }
