@@ -44,6 +44,7 @@ if(TORCHGRAFT_BUILD_PATCH)
     patch/inspect.h
     patch/life.h
     patch/load_module.h
+    patch/quantize.h
     patch/save_adapter.h
     patch/train.h
     patch/verify.h

@@ -61,21 +61,12 @@ using torch::jit::Module;
 using torchgraft_python::config_of;
 using torchgraft_python::Spec;
 using torchgraft_python::spec_of;
+using torchgraft_python::WarningCollector;
 
 // The edited sites that the JSON text describes. Empty text: none, the patcher detects them.
 std::optional<torchgraft::Structure> sites_of(const std::string& json) {
   return json.empty() ? std::nullopt : std::optional(torchgraft::structure_from_json(json));
 }
-
-// Keeps the messages of TORCH_WARN on this thread, for Python's warnings.
-class WarningCollector : public c10::WarningHandler {
- public:
-  void process(const c10::Warning& warning) override { messages_.push_back(warning.msg()); }
-  const std::vector<std::string>& messages() const { return messages_; }
-
- private:
-  std::vector<std::string> messages_;
-};
 
 // A module, and what the function that made it warns of.
 using Result = std::pair<Module, std::vector<std::string>>;
@@ -374,4 +365,5 @@ PYBIND11_MODULE(_C, m) {
   bind_configs(m);
   bind_kernel_mode(m);
   torchgraft_python::bind_adapter_pool(m);
+  torchgraft_python::bind_quantize(m);
 }

@@ -13,6 +13,7 @@
     graft.py verify MODEL.pt
     graft.py gates MODEL.pt --text TEXT --tokenizer TOKENIZER.json -o GATES.png
     graft.py export MODEL.pt -o OUT.pt2 --aoti OUT.aoti.pt2 --onnx OUT.onnx
+    graft.py quantize BASE.pt -o OUT.pt
     graft.py tune -o KERNELS.json
 
 An error is one line on stderr. The exit status is then 2 for a wrong command line, 130 for Ctrl-C, 143 for SIGTERM,
@@ -62,6 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_tune_command(commands)
     add_life_commands(commands)
     add_export_command(commands)
+    add_quantize_command(commands)
     return parser
 
 
@@ -278,6 +280,22 @@ def add_export_command(commands: argparse._SubParsersAction) -> None:
         help="inputs of forward: a .pt of torch.save (a tensor, a tuple, or a dict by argument), or .safetensors "
         "(default: made up for a text encoder)",
     )
+
+
+def add_quantize_command(commands: argparse._SubParsersAction) -> None:
+    quantizing = commands.add_parser("quantize", help="make int8 of the linear maps of BASE, and write OUT")
+    quantizing.add_argument("base", type=Path, metavar="BASE.pt", help="a model, grafted or not")
+    quantizing.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.pt")
+    quantizing.add_argument(
+        "--skip",
+        action="append",
+        default=[],
+        metavar="ROLE_OR_PATH",
+        help="linear maps that stay as they are: a role (query, key, value, output, ffn_in, ffn_gate, ffn_out, other), "
+        "a module path, or the path of a module around them. May be given several times",
+    )
+    add_example_argument(quantizing, "measure the error")
+    quantizing.add_argument("--force", action="store_true", help="write also over BASE.pt itself")
 
 
 def check_export(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
