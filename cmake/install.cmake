@@ -47,6 +47,7 @@ if(TORCHGRAFT_BUILD_PATCH)
     patch/inspect.h
     patch/life.h
     patch/load_module.h
+    patch/quantize.h
     patch/save_adapter.h
     patch/text_limits.h
     patch/train.h

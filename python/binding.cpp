@@ -375,4 +375,5 @@ PYBIND11_MODULE(_C, m) {
   bind_configs(m);
   bind_kernel_mode(m);
   torchgraft_python::bind_adapter_pool(m);
+  torchgraft_python::bind_quantize(m);
 }

@@ -10,6 +10,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 // Shared by the sources of the binding. Python passes adapters as plain tuples.
 namespace torchgraft_python {
@@ -34,7 +35,20 @@ class WarningCollector : public c10::WarningHandler {
 torchgraft::AdapterConfig config_of(const std::string& text);
 torchgraft::AdapterSpec spec_of(const Spec& spec);
 
+// Keeps the messages of TORCH_WARN on this thread, for Python's warnings.
+class WarningCollector : public c10::WarningHandler {
+ public:
+  void process(const c10::Warning& warning) override { messages_.push_back(warning.msg()); }
+  const std::vector<std::string>& messages() const { return messages_; }
+
+ private:
+  std::vector<std::string> messages_;
+};
+
 // Adds AdapterPool and Lease to the module.
 void bind_adapter_pool(pybind11::module_& m);
+
+// Adds quantize and quantization_probe to the module.
+void bind_quantize(pybind11::module_& m);
 
 }  // namespace torchgraft_python

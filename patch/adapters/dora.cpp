@@ -18,6 +18,9 @@ void complete_dora(Adapter& adapter, const GraphSites& sites, const torch::jit::
     }
     const LinearSite& site = *lora_site(sites.layers.at(sites.structure.position(planned.layer)), planned.site);
     const BaseWeight base = base_weight(site, module);
+    TORCH_CHECK(base.packed.empty(), "graft: DoRA on ", planned.site, " of layer ", planned.number,
+                " needs the numbers of the projection's weight, which is packed ", base.packed, " (", base.path,
+                "); use LoRA there, or graft onto the base in float32");
     TORCH_CHECK(base.tensor.defined(), "graft: DoRA on ", planned.site, " of layer ", planned.number,
                 " needs the weight of the projection, which is computed at run time; use LoRA there");
     const at::Tensor weight = base.rows(base.tensor.detach().to(at::kDouble), site, lora->out_features);

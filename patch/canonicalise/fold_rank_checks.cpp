@@ -2,6 +2,7 @@
 
 #include <torchgraft/patch/canonicalise/fold_attributes.h>
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/linear_map.h>
 
 #include <torch/csrc/jit/ir/constants.h>
 
@@ -24,8 +25,8 @@ constexpr int64_t kBatchedRank = 3;
 // Whether no other value is the same tensor object: `value` is an argument of forward, or the result of an op that
 // never returns its operand. When a caller gives one tensor twice, torch.nn computes the same on another branch.
 bool is_object_of_its_own(const Value* value) {
-  return value->node()->kind() == c10::prim::Param ||
-         is_aten(value->node(), {"transpose", "layer_norm", "linear", "add", "view", "permute"});
+  return value->node()->kind() == c10::prim::Param || is_linear(value->node()) ||
+         is_aten(value->node(), {"transpose", "layer_norm", "add", "view", "permute"});
 }
 
 // The answer to `a is b`, which scripting asks of query, key and value; nullopt when it is not known.

@@ -1,6 +1,7 @@
 #include <torchgraft/patch/canonicalise/may_be_attention.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/linear_map.h>
 
 #include <algorithm>
 #include <deque>
@@ -115,7 +116,7 @@ bool is_read_by_a_layer(Value* probabilities) {
     queue.pop_front();
     for (const torch::jit::Use& use : current->uses()) {
       const bool is_product =
-          is_aten(use.user, {"matmul", "mm", "bmm", "baddbmm", "addmm", "addbmm", "einsum", "linear"});
+          is_linear(use.user) || is_aten(use.user, {"matmul", "mm", "bmm", "baddbmm", "addmm", "addbmm", "einsum"});
       if (is_product || normalizes(use.user) || is_aten(use.user, {"scaled_dot_product_attention"})) {
         return true;
       }

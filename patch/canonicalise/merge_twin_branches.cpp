@@ -1,6 +1,7 @@
 #include <torchgraft/patch/canonicalise/merge_twin_branches.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/linear_map.h>
 
 #include <torch/csrc/jit/ir/constants.h>
 
@@ -238,7 +239,8 @@ void Twins::merge() {
 bool has_linear_maps(Node* branch) {
   bool found = false;
   for (Block* block : branch->blocks()) {
-    for_each_node(block, [&](Node* node) { found = found || is_aten(node, {"linear", "matmul", "einsum", "addmm"}); });
+    for_each_node(
+        block, [&](Node* node) { found = found || is_linear(node) || is_aten(node, {"matmul", "einsum", "addmm"}); });
   }
   return found;
 }

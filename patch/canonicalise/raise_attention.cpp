@@ -5,6 +5,7 @@
 #include <torchgraft/patch/canonicalise/may_be_attention.h>
 #include <torchgraft/patch/canonicalise/score_path.h>
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/linear_map.h>
 #include <torchgraft/patch/graph/symbolic_shape.h>
 #include <torchgraft/patch/graph/writes.h>
 
@@ -209,7 +210,7 @@ std::optional<std::string> raise_one(const std::shared_ptr<Graph>& graph, Symbol
   torch::jit::WithInsertPoint guard(consumer.product);
   // The mask must not depend on the queries: gates that are pooled over real tokens need it before the queries exist.
   const auto linears = nearest_linears(left_factor(product));
-  Value* anchor = linears.empty() ? left_factor(product) : linears.front()->namedInput("input");
+  Value* anchor = linears.empty() ? left_factor(product) : linear_input(linears.front());
   AffinePath path(graph, shapes, product, anchor);
   Value* bias = path.bias(softmax->namedInput("self"));
   // A reshape on the way means that masks were applied in rank 4.

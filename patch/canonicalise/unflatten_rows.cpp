@@ -1,6 +1,7 @@
 #include <torchgraft/patch/canonicalise/unflatten_rows.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/linear_map.h>
 #include <torchgraft/patch/graph/symbolic_shape.h>
 #include <torchgraft/patch/graph/writes.h>
 
@@ -97,15 +98,18 @@ void RowUnflattening::replace(Node* node, Value* tokens, Value* source) {
 }
 
 void RowUnflattening::visit_linear(Node* linear) {
-  const auto known = flat_.find(linear->namedInput("input"));
-  const auto weight = shapes_.shape(linear->namedInput("weight"));
+  const auto known = flat_.find(linear_input(linear));
+  const auto weight = shapes_.shape(linear_weight(linear));
   if (known == flat_.end() || !weight || weight->size() != 2 || !weight->front().is_constant()) {
     return;
   }
-  const auto [x, source] = known->second;
+  Value* x = known->second.tokens;
+  Value* source = known->second.source;
   torch::jit::WithInsertPoint guard(linear);
-  replace(linear, graph_->insert(c10::aten::linear, {x, linear->namedInput("weight"), linear->namedInput("bias")}),
-          source);
+  const auto read = [&, input = linear_input(linear)](Value* value) { return value == input ? x : value; };
+  Node* copy = graph_->insertNode(graph_->createClone(linear, read));
+  copy->output()->setType(c10::TensorType::get());
+  replace(linear, copy->output(), source);
 }
 
 // Whether an operand beside flattened rows fits the tokens too: it is flattened from the same `source`, or broadcasts
@@ -172,7 +176,7 @@ void RowUnflattening::visit_view(Node* view) {
 }
 
 void RowUnflattening::visit(Node* node) {
-  if (is_aten(node, {"linear"})) {
+  if (is_linear(node)) {
     visit_linear(node);
   } else if (is_view(node) || is_aten(node, {"flatten"})) {
     visit_view(node);

@@ -1,6 +1,7 @@
 #include <torchgraft/patch/graph/clone_module.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/linear_map.h>
 
 #include <torch/csrc/jit/api/function_impl.h>
 
@@ -101,6 +102,8 @@ class Cloner {
         result->setSlot(slot, child);
       } else if (from->is_parameter(slot) && value.isTensor()) {
         result->setSlot(slot, alias(value.toTensor()));
+      } else if (is_packed_object(value)) {
+        result->setSlot(slot, value);
       } else {
         result->setSlot(slot, value.deepcopy(values_));
       }

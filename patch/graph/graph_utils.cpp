@@ -1,5 +1,7 @@
 #include <torchgraft/patch/graph/graph_utils.h>
 
+#include <torchgraft/patch/graph/linear_map.h>
+
 #include <torch/csrc/jit/api/compilation_unit.h>
 #include <torch/csrc/jit/api/function_impl.h>
 #include <torch/csrc/jit/frontend/resolver.h>
@@ -50,6 +52,10 @@ at::Tensor resolve_tensor(const Value* value, const Module& root) {
   return attribute && attribute->value.isTensor() ? attribute->value.toTensor() : at::Tensor();
 }
 
+const void* WeightSource::identity() const {
+  return packed ? static_cast<const void*>(packed.get()) : tensor.defined() ? tensor.data_ptr() : nullptr;
+}
+
 namespace {
 
 // The first row of a slice or narrow; nullopt when it is computed, or counted from the end.
@@ -93,6 +99,22 @@ std::optional<int64_t> rows_before_piece(const Value* piece, const Node* split, 
   return *index * (chunks ? (whole.size(0) + *count - 1) / *count : *count);
 }
 
+// Where `weight` is an object that holds a packed weight.
+std::optional<WeightSource> packed_source(const Value* weight, const Module& root) {
+  if (weight->type()->kind() != c10::TypeKind::ClassType) {
+    return std::nullopt;
+  }
+  const auto constant = torch::jit::toIValue(weight);
+  const auto attribute = constant ? ModuleAttribute{"", *constant} : resolve_attribute(weight, root);
+  if (!attribute || !is_packed_object(attribute->value)) {
+    return std::nullopt;
+  }
+  WeightSource result;
+  result.path = attribute->path;
+  result.packed = attribute->value.toObject();
+  return result;
+}
+
 }  // namespace
 
 WeightSource weight_source(const Value* weight, const Module& root) {
@@ -100,6 +122,9 @@ WeightSource weight_source(const Value* weight, const Module& root) {
   if (const at::Tensor tensor = resolve_tensor(weight, root); tensor.defined()) {
     const auto attribute = resolve_attribute(weight, root);
     return {tensor, attribute ? attribute->path : ""};
+  }
+  if (const auto packed = packed_source(weight, root)) {
+    return *packed;
   }
   if (is_layout(node) || is_aten(node, {"t", "numpy_T"})) {
     WeightSource source = weight_source(node->input(0), root);
@@ -255,7 +280,7 @@ std::vector<Node*> nearest_linears(Value* value) {
         is_aten(node, {"scaled_dot_product_attention"})) {
       continue;
     }
-    if (is_aten(node, {"linear"})) {
+    if (is_linear(node)) {
       found.push_back(node);
       continue;
     }

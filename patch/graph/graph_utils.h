@@ -26,13 +26,18 @@ at::Tensor resolve_tensor(const torch::jit::Value* value, const torch::jit::Modu
 
 // The parameter or constant that a linear map reads its weight from: all of it, or some rows (a packed in_proj_weight
 // is split before its three products), perhaps transposed or reshaped. `tensor` is all of it, and undefined when the
-// weight is computed in another way. `path` is empty for a constant. `first_row` is nullopt when the graph computes it:
-// see known_rows() in sites/base_weight.h.
+// weight is computed in another way, or packed (linear_map.h): then `packed` is the object that holds it. `path` is
+// empty for a constant. `first_row` is nullopt when the graph computes it: see known_rows() in sites/base_weight.h.
 struct WeightSource {
   at::Tensor tensor;
   std::string path;
   std::optional<int64_t> first_row = 0;
   bool is_part = false;
+  c10::intrusive_ptr<c10::ivalue::Object> packed = {};
+
+  bool is_computed() const { return !tensor.defined() && !packed; }
+  // Equal for two linear maps that have one weight; null when it is computed.
+  const void* identity() const;
 };
 WeightSource weight_source(const torch::jit::Value* weight, const torch::jit::Module& root);
 

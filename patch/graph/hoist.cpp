@@ -1,6 +1,7 @@
 #include <torchgraft/patch/graph/hoist.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/linear_map.h>
 #include <torchgraft/patch/graph/writes.h>
 
 #include <algorithm>
@@ -75,7 +76,7 @@ bool move_before(Value* value, Node* point, const std::function<bool(Node*)>& re
     return false;
   }
   // Nothing that depends on the contents of a projection or an attention can be known before it.
-  if (is_aten(node, {"linear", "scaled_dot_product_attention"})) {
+  if (is_linear(node) || is_aten(node, {"scaled_dot_product_attention"})) {
     return false;
   }
   replace_inner_metadata(node, point, replace_metadata);

@@ -1,6 +1,7 @@
 #include <torchgraft/patch/graph/symbolic_shape.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/linear_map.h>
 #include <torchgraft/patch/graph/symbolic_layout.h>
 
 #include <algorithm>
@@ -128,6 +129,9 @@ std::optional<Shape> SymbolicShapes::compute(const Value* value) {
     }
     return result;
   }
+  if (value->type()->kind() == c10::TypeKind::ClassType) {
+    return of_packed(value);
+  }
   const Node* node = value->node();
   if (node->kind() == c10::prim::If) {
     const auto left = shape(node->blocks()[0]->outputs()[value->offset()]);
@@ -137,7 +141,7 @@ std::optional<Shape> SymbolicShapes::compute(const Value* value) {
   if (keeps_shape(node)) {
     return shape(node->input(0));
   }
-  if (is_aten(node, {"linear", "addmm", "matmul", "bmm", "baddbmm"})) {
+  if (is_linear(node) || is_aten(node, {"addmm", "matmul", "bmm", "baddbmm"})) {
     return of_projection(node);
   }
   if (is_aten(node, {"embedding", "conv1d", "conv2d", "_convolution", "convolution"})) {
@@ -171,6 +175,12 @@ std::optional<Shape> SymbolicShapes::compute(const Value* value) {
   return shape_of_layout(*this, node);
 }
 
+std::optional<Shape> SymbolicShapes::of_packed(const Value* object) {
+  const WeightSource source = weight_source(object, root_);
+  const auto weight = source.packed ? packed_weight(source.packed) : std::nullopt;
+  return weight ? std::optional(Shape{number(weight->rows), number(weight->columns)}) : std::nullopt;
+}
+
 std::optional<Shape> SymbolicShapes::of_projection(const Node* node) {
   const size_t input = is_aten(node, {"addmm", "baddbmm"}) ? 1 : 0;
   const auto weight = shape(node->input(input + 1));
@@ -178,9 +188,9 @@ std::optional<Shape> SymbolicShapes::of_projection(const Node* node) {
   if (!weight || weight->size() < 2) {
     return std::nullopt;
   }
-  const bool transposed = is_aten(node, {"linear"});  // linear keeps its weight as [out, in]
+  const bool transposed = is_linear(node);  // it keeps its weight as [out, in]
   const Dim out = transposed ? (*weight)[0] : weight->back();
-  if (!result && is_aten(node, {"linear"})) {
+  if (!result && is_linear(node)) {
     result = Shape{fresh(), fresh(), weight->back()};
     shapes_[node->input(input)] = result;
   }

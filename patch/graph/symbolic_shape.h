@@ -39,7 +39,8 @@ class SymbolicShapes {
  public:
   explicit SymbolicShapes(const torch::jit::Module& root) : root_(root) {}
 
-  // nullopt when the value is not a tensor or its rank cannot be known.
+  // nullopt when the value is not a tensor or its rank cannot be known. An object that holds a packed weight has the
+  // weight's shape.
   std::optional<Shape> shape(const torch::jit::Value* value);
 
   // The value of an int; a fresh symbol when the int is not understood.
@@ -62,6 +63,7 @@ class SymbolicShapes {
 
  private:
   std::optional<Shape> compute(const torch::jit::Value* value);
+  std::optional<Shape> of_packed(const torch::jit::Value* object);
   std::optional<Shape> of_projection(const torch::jit::Node* node);
   std::optional<Shape> of_embedding(const torch::jit::Node* node);
   std::optional<Shape> of_factory(const torch::jit::Node* node);

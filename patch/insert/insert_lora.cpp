@@ -2,6 +2,7 @@
 
 #include <torchgraft/patch/adapters/adapter_bank.h>
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/linear_map.h>
 #include <torchgraft/patch/insert/row_functions.h>
 
 #include <algorithm>
@@ -99,7 +100,7 @@ std::pair<Value*, Value*> LoraInserter::lora(const Slot& slot, Value* x, Value* 
 Value* LoraInserter::operator()(const Slot& slot, const LinearSite& site) {
   TORCH_CHECK(!site.is_flat, "graft: no LoRA can act on the attention's output projection of layer ", slot.number,
               ", which the model applies to the rows of all sequences together; leave it out");
-  if (site.node->namedInput("weight")->node()->kind() == c10::prim::Constant && meets_constant(site.node->output())) {
+  if (linear_weight(site.node)->node()->kind() == c10::prim::Constant && meets_constant(site.node->output())) {
     TORCH_WARN("graft: in layer ", slot.number, " ", slot.site,
                " updates a projection whose result the frozen model multiplies by constants, as DeBERTa does by its "
                "relative positions; if the same projection has made these constants (share_att_key), its LoRA does not "
@@ -126,8 +127,8 @@ Value* LoraInserter::insert(const Slot& slot, const LinearSite& site) {
     return site.is_row ? graph_.insert(c10::aten::unsqueeze, {value, 1})
                        : inserter_.swapped(value, site.sequence_first);
   };
-  const auto [output, gate] = lora(slot, as_tokens(site.node->namedInput("input")), as_tokens(base),
-                                   inserter_.adapter_ids(), inserter_.active(), inserter_.token_mask(slot));
+  const auto [output, gate] = lora(slot, as_tokens(linear_input(site.node)), as_tokens(base), inserter_.adapter_ids(),
+                                   inserter_.active(), inserter_.token_mask(slot));
   Value* updated =
       site.is_row ? graph_.insert(c10::aten::squeeze, {output, 1}) : inserter_.swapped(output, site.sequence_first);
   if (site.sequence_first && !site.is_part) {
@@ -168,7 +169,7 @@ void LoraInserter::insert_elsewhere(const Slot& slot, Node* linear) {
   Node* end = inserter_.marker_behind(linear);
   WithInsertPoint guard(end);
   Value* none = graph_.insertConstant(c10::IValue());
-  Value* updated = lora(slot, linear->namedInput("input"), linear->output(), none, adapter, nullptr).first;
+  Value* updated = lora(slot, linear_input(linear), linear->output(), none, adapter, nullptr).first;
   linear->output()->replaceAllUsesAfterNodeWith(end, updated);
   end->destroy();
 }

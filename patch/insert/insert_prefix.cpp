@@ -1,5 +1,7 @@
 #include <torchgraft/patch/insert/insert_prefix.h>
 
+#include <torchgraft/patch/graph/linear_map.h>
+
 namespace torchgraft {
 
 using torch::jit::NamedValue;
@@ -11,7 +13,7 @@ Value* insert_prefix(Inserter& inserter, const Slot& slot) {
   Node* attention = inserter.layer_sites().attention;
   WithInsertPoint guard(attention);
   const LinearSite& query = inserter.layer_sites().query;
-  Value* x = inserter.swapped(query.node->namedInput("input"), query.sequence_first);
+  Value* x = inserter.swapped(linear_input(query.node), query.sequence_first);
   Value* module = inserter.slot_module(slot);
   std::vector<NamedValue> named = inserter.common_arguments(slot, module);
   named.emplace_back("scale", attention->namedInput("scale"));

@@ -3,6 +3,7 @@
 #include <torchgraft/patch/adapters/adapters_module.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/hoist.h>
+#include <torchgraft/patch/graph/linear_map.h>
 #include <torchgraft/patch/insert/row_functions.h>
 
 #include <torch/csrc/jit/ir/constants.h>
@@ -98,7 +99,7 @@ void Inserter::prepare_token_masks(const std::vector<Slot>& slots, const std::ve
         first = site->node->isBefore(first->node) ? site : first;
       }
       WithInsertPoint guard(first->node);
-      Value* x = first->node->namedInput("input");
+      Value* x = linear_input(first->node);
       TORCH_CHECK(is_none(mask) || hoist(mask, first->node, x),
                   "graft: gate_pooling=\"unpadded\": the attention mask of layer ", layer,
                   " is computed from its queries or keys, or written in place behind them, so it is not known before "

@@ -8,6 +8,8 @@
 #include <torchgraft/patch/graph/clone_module.h>
 #include <torchgraft/patch/graph/dump_graph.h>
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/linear_map.h>
+#include <torchgraft/patch/graph/writes.h>
 #include <torchgraft/patch/insert/fuse_projections.h>
 #include <torchgraft/patch/insert/guard_attributes.h>
 #include <torchgraft/patch/insert/use_eager_autograd.h>
@@ -31,9 +33,14 @@ void check_found(const Structure& structure) {
       structure.near_misses.empty() ? "; is it a Transformer?" : "; near misses:", indented(structure.near_misses));
 }
 
-// The dtype and device of adapter weights: those of the model's first query projection.
+// The dtype and device of adapter weights: those of the model's first query projection. A packed one, on the CPU, reads
+// and gives float32.
 at::TensorOptions weight_options(const GraphSites& sites, const Module& module) {
-  const at::Tensor weight = weight_source(sites.layers.front().query.node->namedInput("weight"), module).tensor;
+  const WeightSource source = weight_source(linear_weight(sites.layers.front().query.node), module);
+  const at::Tensor& weight = source.tensor;
+  if (source.packed) {
+    return at::TensorOptions().dtype(at::kFloat).device(at::kCPU);
+  }
   TORCH_CHECK(weight.defined(), "graft: the weight of the first attention's query projection is computed at run time; ",
               "its dtype and device are not known");
   return at::TensorOptions().dtype(weight.scalar_type()).device(weight.device());
@@ -50,6 +57,15 @@ bool has_tensor_argument(const Module& module, const std::string& name) {
   const auto& arguments = module.get_method("forward").function().getSchema().arguments();
   return std::any_of(arguments.begin() + 1, arguments.end(), [&](const c10::Argument& argument) {
     return argument.name() == name && argument.type()->isSubtypeOf(*c10::OptionalType::ofTensor());
+  });
+}
+
+// A backward pass would end at the first packed weight that it meets.
+void check_has_gradients(const std::shared_ptr<torch::jit::Graph>& graph) {
+  for_each_node(graph->block(), [](const torch::jit::Node* node) {
+    TORCH_CHECK(!is_packed_linear(node), "graft: no adapter can be trained on a base with packed int8 or float16 ",
+                "weights: ", described(node), " has no gradient; train on the base in float32, save the adapter, and ",
+                "graft it onto this base from its directory");
   });
 }
 
@@ -174,6 +190,7 @@ Module build(Draft draft, const std::string& active) {
   const bool trains = std::any_of(draft.adapters.begin(), draft.adapters.end(),
                                   [](const Adapter& adapter) { return adapter.trainable; });
   if (trains) {
+    check_has_gradients(graph);
     freeze_base(result);
   }
   const std::vector<Slot> slots = stack_banks(draft.adapters);

@@ -1,6 +1,7 @@
 #include <torchgraft/patch/module/example_inputs.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/linear_map.h>
 
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
@@ -77,6 +78,23 @@ std::vector<int64_t> constant_ints(const Value* value) {
   return result;
 }
 
+// The sizes of the weight that a linear map or an embedding reads; empty when they are not known.
+std::vector<int64_t> weight_sizes(const Value* weight, const Module& module) {
+  const WeightSource source = weight_source(weight, module);
+  if (const auto packed = source.packed ? packed_weight(source.packed) : std::nullopt) {
+    return {packed->rows, packed->columns};
+  }
+  return source.tensor.defined() ? source.tensor.sizes().vec() : std::vector<int64_t>();
+}
+
+// The weight of an embedding whose indices are `value`; null for another node.
+const Value* embedding_weight(Node* node, const Value* value) {
+  const bool is_packed = node->kind() == c10::Symbol::fromQualString("quantized::embedding_byte") ||
+                         node->kind() == c10::Symbol::fromQualString("quantized::embedding_4bit");
+  const bool reads = (is_packed || is_aten(node, {"embedding"})) && node->namedInput("indices") == value;
+  return reads ? node->namedInput("weight") : nullptr;
+}
+
 // read_use of what cat or stack make of the tensors in `list`.
 bool read_list_use(const Value* list, const Module& module, Input& input, std::set<const Value*>& seen);
 
@@ -88,15 +106,14 @@ bool read_use(const Value* value, const Module& module, Input& input, std::set<c
   }
   for (const Use& use : value->uses()) {
     Node* user = use.user;
-    const bool is_indices = is_aten(user, {"embedding"}) && user->namedInput("indices") == value;
-    const bool is_linear = is_aten(user, {"linear"}) && user->namedInput("input") == value;
-    if (is_indices || is_linear) {
-      const at::Tensor weight = weight_source(user->namedInput("weight"), module).tensor;
-      if (!weight.defined()) {
+    const Value* indexed = embedding_weight(user, value);
+    if (indexed || (is_linear(user) && linear_input(user) == value)) {
+      const auto sizes = weight_sizes(indexed ? indexed : linear_weight(user), module);
+      if (sizes.empty()) {
         continue;
       }
-      input.kind = is_indices ? Kind::kIds : Kind::kStates;
-      input.size = weight.size(is_indices ? 0 : weight.dim() - 1);
+      input.kind = indexed ? Kind::kIds : Kind::kStates;
+      input.size = indexed ? sizes.front() : sizes.back();
       return true;
     }
     if (is_aten(user, {"conv2d", "_convolution"}) && user->inputs()[0] == value) {

@@ -49,6 +49,11 @@ std::vector<LoraRun> lora_runs(const Adapter& adapter, const GraphSites& sites, 
     const int64_t out_features = std::get<PlannedLoRA>(planned.method).out_features;
     const auto add = [&](const LinearSite& site) {
       const BaseWeight weight = base_weight(site, module);
+      TORCH_CHECK(
+          weight.packed.empty(), "merge_adapter: the weight that ", planned.site, " of layer ", planned.number,
+          " updates is packed ", weight.packed, " (", weight.path.empty() ? "a constant" : weight.path,
+          "), which would round the update away; run the adapter unmerged, or merge it into the base in float32 "
+          "and quantise the result");
       TORCH_CHECK(weight.tensor.defined() && !weight.path.empty(), "merge_adapter: the weight that ", planned.site,
                   " of layer ", planned.number,
                   " updates is no parameter of the module (was the module frozen?), or the graph computes which of "

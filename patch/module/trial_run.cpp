@@ -2,6 +2,7 @@
 
 #include <torchgraft/patch/canonicalise/inline_forks.h>
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/linear_map.h>
 #include <torchgraft/patch/graph/writes.h>
 
 #include <ATen/ATen.h>
@@ -107,9 +108,17 @@ TrialRun TrialRun::in_double() const {
   return result;
 }
 
-// Objects, lists and dicts are copied; tensors as tensors_ says. What is in the memo is not copied again.
+// Objects, lists and dicts are copied, but not packed weights; tensors as tensors_ says. What is in the memo is not
+// copied again.
 Module TrialRun::copy() const {
   Memo memo;
+  for (const Module& inner : module_.modules()) {
+    for (const c10::IValue& slot : inner._ivalue()->slots()) {
+      if (is_packed_object(slot)) {
+        memo.emplace(slot, slot);
+      }
+    }
+  }
   if (tensors_ != Tensors::kCopied) {
     const auto add = [&](const at::Tensor& tensor) {
       tensors_ == Tensors::kShared ? void(memo.emplace(tensor, tensor)) : add_in_double(tensor, memo);

@@ -1,6 +1,7 @@
 #include <torchgraft/patch/sites/apply_sites.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/linear_map.h>
 #include <torchgraft/patch/sites/find_residual.h>
 #include <torchgraft/patch/sites/site_finder.h>
 
@@ -39,8 +40,8 @@ LinearSite site_at(SiteFinder& finder, const Projection& wanted, const std::stri
               what, ": '", wanted.path, "' has ", whole.in_features, " inputs and ", whole.out_features,
               " columns; the entry says ", wanted.in_features, " inputs and columns ", wanted.offset, " to ",
               wanted.offset + wanted.out_features);
-  TORCH_CHECK(finder.layout_of(site.node->namedInput("input"), site.sequence_first), what, ": the input of '",
-              wanted.path, "' is not of shape [batch, tokens, features] (or tokens first)");
+  TORCH_CHECK(finder.layout_of(linear_input(site.node), site.sequence_first), what, ": the input of '", wanted.path,
+              "' is not of shape [batch, tokens, features] (or tokens first)");
   site.offset = wanted.offset - whole.offset;
   site.width = wanted.out_features;
   site.is_part = wanted.out_features != whole.out_features;
@@ -55,7 +56,7 @@ void apply_residual(SiteFinder& finder, const Layer& wanted, const char* field, 
     return;
   }
   if (!site && behind) {
-    site = find_residual(finder, behind->node->output(), in.node->namedInput("input"));
+    site = find_residual(finder, behind->node->output(), linear_input(in.node));
   }
   TORCH_CHECK(site, what, " is true, but the model has no residual add there; set it to false");
   Node* norm = norm_after(site->sum->output());

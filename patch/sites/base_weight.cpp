@@ -1,5 +1,7 @@
 #include <torchgraft/patch/sites/base_weight.h>
 
+#include <torchgraft/patch/graph/linear_map.h>
+
 #include <ATen/ATen.h>
 
 #include <sstream>
@@ -27,6 +29,22 @@ at::Tensor BaseWeight::rows(const at::Tensor& whole, const LinearSite& site, int
   return as_read.narrow(0, first_row + (site.is_part ? site.offset : 0), out_features);
 }
 
+std::string module_path(const WeightSource& source) {
+  std::string path = source.path;
+  const auto drop = [&path](const std::string& suffix) {
+    const bool has_it = path.size() > suffix.size() && path.ends_with(suffix);
+    path.resize(path.size() - (has_it ? suffix.size() : 0));
+    return has_it;
+  };
+  if (source.packed) {
+    while (drop("._packed_params") || drop("_packed_params")) {
+    }
+  } else if (!drop(".weight")) {
+    drop("_weight");
+  }
+  return path;
+}
+
 WeightSource known_rows(const Value* weight, SymbolicShapes& shapes, const torch::jit::Module& root) {
   WeightSource source = weight_source(weight, root);
   if (!source.tensor.defined() || source.first_row) {
@@ -50,9 +68,11 @@ WeightSource known_rows(const Value* weight, SymbolicShapes& shapes, const torch
 
 BaseWeight base_weight(const LinearSite& site, const torch::jit::Module& module) {
   SymbolicShapes shapes(module);
-  const Value* weight = site.node->namedInput("weight");
+  const Value* weight = linear_weight(site.node);
   const WeightSource source = known_rows(weight, shapes, module);
-  return {source.tensor, source.path, is_stored_transposed(weight), source.first_row.value_or(0)};
+  const auto packed = source.packed ? packed_weight(source.packed) : std::nullopt;
+  return {source.tensor, packed ? module_path(source) : source.path, is_stored_transposed(weight),
+          source.first_row.value_or(0), packed ? packed->dtype : ""};
 }
 
 Value* insert_rows(torch::jit::Graph& graph, const BaseWeight& weight, const LinearSite& site, int64_t out_features) {

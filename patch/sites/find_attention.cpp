@@ -1,9 +1,12 @@
 #include <torchgraft/patch/sites/find_attention.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/linear_map.h>
+#include <torchgraft/patch/graph/writes.h>
 #include <torchgraft/patch/sites/column_probe.h>
 
 #include <algorithm>
+#include <unordered_set>
 
 namespace torchgraft {
 
@@ -52,15 +55,15 @@ bool find_columns(SiteFinder& finder, Value* heads, Projection& projection, Line
 
 // Finds other linear maps that apply the weight of a projection. Returns false when a LoRA cannot change them too.
 bool find_elsewhere(SiteFinder& finder, const Node* linear, LinearSite& site) {
-  const WeightSource weight = weight_source(linear->namedInput("weight"), finder.module());
-  const auto found = weight.tensor.defined() ? finder.linears_elsewhere().find(weight.tensor.data_ptr())
-                                             : finder.linears_elsewhere().end();
+  const WeightSource weight = weight_source(linear_weight(linear), finder.module());
+  const auto found =
+      weight.is_computed() ? finder.linears_elsewhere().end() : finder.linears_elsewhere().find(weight.identity());
   if (found == finder.linears_elsewhere().end()) {
     return true;
   }
   const bool shared_by_all_rows = std::all_of(found->second.begin(), found->second.end(), [&](Node* other) {
-    const auto shape = finder.shapes().shape(other->namedInput("input"));
-    const bool whole = !weight.is_part && !weight_source(other->namedInput("weight"), finder.module()).is_part;
+    const auto shape = finder.shapes().shape(linear_input(other));
+    const bool whole = !weight.is_part && !weight_source(linear_weight(other), finder.module()).is_part;
     return whole && finder.is_top_level(other) && shape && shape->size() == 3 && shape->front() == number(1);
   });
   if (shared_by_all_rows) {
@@ -69,14 +72,36 @@ bool find_elsewhere(SiteFinder& finder, const Node* linear, LinearSite& site) {
   return shared_by_all_rows;
 }
 
+// "; quantized::linear at model.py:12 is between" when a quantised op that is not read leads to `value` with no linear
+// map in between; else empty.
+std::string quantized_behind(Value* value) {
+  std::vector<Value*> frontier = {value};
+  std::unordered_set<const Value*> seen = {value};
+  for (size_t i = 0; i < frontier.size(); ++i) {
+    Node* node = frontier[i]->node();
+    if (is_unread_quantized(node)) {
+      return "; " + described(node) + " is between";
+    }
+    if (is_linear(node)) {
+      continue;
+    }
+    for (Value* input : node->inputs()) {
+      if (is_tensor(input) && seen.insert(input).second) {
+        frontier.push_back(input);
+      }
+    }
+  }
+  return "";
+}
+
 // Finds the projection behind `heads`, the attention's input `role`. Fails without a linear map; only notes that its
 // columns are unknown.
 bool find_projection(SiteFinder& finder, Value* heads, const char* role, std::optional<Projection>& projection,
                      LinearSite& site, Layer& layer, std::string& reason) {
   const auto linears = nearest_linears(heads);
   if (linears.size() != 1) {
-    reason =
-        std::string(linears.empty() ? "no linear projection leads to its " : "several linear maps lead to its ") + role;
+    reason = std::string(linears.empty() ? "no linear projection leads to its " : "several linear maps lead to its ") +
+             role + quantized_behind(heads);
     return false;
   }
   site.node = linears.front();
@@ -84,9 +109,14 @@ bool find_projection(SiteFinder& finder, Value* heads, const char* role, std::op
     reason = std::string("the projection of its ") + role + " is inside a branch or a loop";
     return false;
   }
-  if (!finder.layout_of(site.node->namedInput("input"), site.sequence_first)) {
+  if (!finder.layout_of(linear_input(site.node), site.sequence_first)) {
     reason =
         "the input of " + finder.path_of(site.node) + " is not of shape [batch, tokens, features] (or tokens first)";
+    return false;
+  }
+  if (is_unread_quantized(strip_layout(linear_input(site.node))->node()) ||
+      is_unread_quantized(strip_layout(linear_weight(site.node))->node())) {
+    reason = std::string("the projection of its ") + role + " reads quantised numbers";
     return false;
   }
   Projection found = finder.describe(site.node);
@@ -160,14 +190,13 @@ bool find_attention(SiteFinder& finder, Node* attention, Layer& layer, LayerSite
     return false;
   }
   note_shared_maps(layer, sites);
-  const auto input = finder.shapes().shape(sites.query.node->namedInput("input"));
+  const auto input = finder.shapes().shape(linear_input(sites.query.node));
   if (!input || !input->back().is_constant()) {
     reason = "the width of the input of its query projection is not known";
     return false;
   }
   layer.hidden_size = input->back().factor;
-  const bool same_input =
-      strip_layout(sites.query.node->namedInput("input")) == strip_layout(sites.key.node->namedInput("input"));
+  const bool same_input = strip_layout(linear_input(sites.query.node)) == strip_layout(linear_input(sites.key.node));
   layer.kind = same_input ? AttentionKind::kSelf : AttentionKind::kCross;
   return true;
 }

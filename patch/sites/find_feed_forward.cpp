@@ -1,6 +1,7 @@
 #include <torchgraft/patch/sites/find_feed_forward.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/linear_map.h>
 #include <torchgraft/patch/sites/find_residual.h>
 
 #include <algorithm>
@@ -36,7 +37,7 @@ std::vector<Node*> linears_reading(SiteFinder& finder, const std::vector<Value*>
       if (use.offset != 0 || !finder.is_top_level(user)) {
         continue;
       }
-      if (is_aten(user, {"linear"})) {
+      if (is_linear(user)) {
         if (!finder.attention_projections().count(user) &&
             std::find(result.begin(), result.end(), user) == result.end()) {
           result.push_back(user);
@@ -64,7 +65,7 @@ bool is_gate(Node* linear, Node* other) {
         }
       }
       for (Value* output : user->outputs()) {
-        if (!is_aten(user, {"linear"}) && seen.insert(output).second) {
+        if (!is_linear(user) && seen.insert(output).second) {
           frontier.push_back(output);
         }
       }
@@ -81,8 +82,8 @@ std::vector<FeedForward> feed_forwards(SiteFinder& finder, const std::vector<Val
     const auto out = finder.linear_behind(in->output(), /*through_any_op=*/true);
     bool sequence_first = false;
     if (!out || finder.attention_projections().count(out->node) || out->node == sites.output->node ||
-        !finder.layout_of(in->namedInput("input"), sequence_first) ||
-        !finder.layout_of(out->node->namedInput("input"), sequence_first)) {
+        !finder.layout_of(linear_input(in), sequence_first) ||
+        !finder.layout_of(linear_input(out->node), sequence_first)) {
       continue;
     }
     const auto same =
@@ -92,8 +93,8 @@ std::vector<FeedForward> feed_forwards(SiteFinder& finder, const std::vector<Val
       continue;
     }
     // A block is added to what it reads; another residual means that `out` ends another block.
-    const auto residual = find_residual(finder, out->node->output(), in->namedInput("input"));
-    if (residual && norm_order(in->namedInput("input"), residual->residual) != NormOrder::kNone) {
+    const auto residual = find_residual(finder, out->node->output(), linear_input(in));
+    if (residual && norm_order(linear_input(in), residual->residual) != NormOrder::kNone) {
       blocks.push_back({{in}, *out, *residual});
     }
   }
@@ -107,7 +108,7 @@ void find_feed_forward(SiteFinder& finder, Layer& layer, LayerSites& sites) {
     return;
   }
   const ResidualSite& attention = *sites.attention_residual;
-  auto blocks = feed_forwards(finder, streams_of(sites.query.node->namedInput("input")), sites);
+  auto blocks = feed_forwards(finder, streams_of(linear_input(sites.query.node)), sites);
   if (blocks.empty()) {
     std::vector<Value*> behind = {attention.sum->output()};
     if (attention.norm) {
@@ -125,17 +126,17 @@ void find_feed_forward(SiteFinder& finder, Layer& layer, LayerSites& sites) {
     const size_t gate = is_gate(block.in[0], block.in[1]) ? 0 : 1;
     sites.ffn_gate = LinearSite{block.in[gate]};
     layer.ffn_gate = finder.describe(block.in[gate]);
-    finder.layout_of(sites.ffn_gate->node->namedInput("input"), sites.ffn_gate->sequence_first);
+    finder.layout_of(linear_input(sites.ffn_gate->node), sites.ffn_gate->sequence_first);
     block.in.erase(block.in.begin() + static_cast<std::ptrdiff_t>(gate));
   }
   sites.ffn_in = LinearSite{block.in[0]};
-  finder.layout_of(block.in[0]->namedInput("input"), sites.ffn_in->sequence_first);
+  finder.layout_of(linear_input(block.in[0]), sites.ffn_in->sequence_first);
   sites.ffn_out = block.out;
   sites.ffn_residual = block.residual;
   layer.ffn_in = finder.describe(sites.ffn_in->node);
   layer.ffn_out = finder.describe(sites.ffn_out->node);
   layer.has_ffn_residual = true;
-  layer.ffn_norm_order = norm_order(sites.ffn_in->node->namedInput("input"), block.residual.residual);
+  layer.ffn_norm_order = norm_order(linear_input(sites.ffn_in->node), block.residual.residual);
   if (layer.ffn_norm_order == NormOrder::kPost) {
     sites.ffn_residual->norm = norm_after(block.residual.sum->output());
     layer.ffn_norm_order = sites.ffn_residual->norm ? NormOrder::kPost : NormOrder::kNone;

@@ -1,6 +1,7 @@
 #include <torchgraft/patch/sites/find_residual.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/linear_map.h>
 
 #include <algorithm>
 
@@ -145,8 +146,8 @@ void find_attention_residual(SiteFinder& finder, Layer& layer, LayerSites& sites
     return;
   }
   layer.output = finder.describe(sites.output->node);
-  sites.output->is_flat = !finder.layout_of(sites.output->node->namedInput("input"), sites.output->sequence_first);
-  Value* input = sites.query.node->namedInput("input");
+  sites.output->is_flat = !finder.layout_of(linear_input(sites.output->node), sites.output->sequence_first);
+  Value* input = linear_input(sites.query.node);
   sites.attention_residual = find_residual(finder, sites.output->node->output(), input);
   if (!sites.attention_residual) {
     layer.notes.push_back("no residual add follows " + layer.output->path);

@@ -2,6 +2,8 @@
 
 #include <torchgraft/patch/canonicalise/may_be_attention.h>
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/linear_map.h>
+#include <torchgraft/patch/graph/writes.h>
 #include <torchgraft/patch/sites/find_attention.h>
 #include <torchgraft/patch/sites/find_feed_forward.h>
 #include <torchgraft/patch/sites/find_residual.h>
@@ -51,7 +53,7 @@ std::unordered_set<const Node*> attentions_behind(Value* value) {
 void mark_encoder(GraphSites& sites) {
   std::unordered_set<const Value*> memories;
   for (size_t i = 0; i < sites.layers.size(); ++i) {
-    Value* memory = sites.layers[i].key.node->namedInput("input");
+    Value* memory = linear_input(sites.layers[i].key.node);
     if (sites.structure.layers[i].kind != AttentionKind::kCross || !memories.insert(memory).second) {
       continue;
     }
@@ -76,11 +78,11 @@ LayerWeights weights_of(const LayerSites& sites, const Module& module) {
       result.emplace_back(nullptr, 0, 0, 0);
       continue;
     }
-    const WeightSource source = weight_source(site->node->namedInput("weight"), module);
-    if (!source.tensor.defined()) {
+    const WeightSource source = weight_source(linear_weight(site->node), module);
+    if (source.is_computed()) {
       return {};
     }
-    result.emplace_back(source.tensor.data_ptr(), source.first_row.value_or(-1), site->offset, site->width);
+    result.emplace_back(source.identity(), source.first_row.value_or(-1), site->offset, site->width);
   }
   return result;
 }
@@ -149,22 +151,47 @@ void find_linear_maps(SiteFinder& finder, torch::jit::Graph& graph, GraphSites& 
   }
   const std::set<const Node*> taken = nodes_with_a_role(found);
   std::map<std::string, size_t> runs;
-  for_each_node(graph.block(), [&](Node* node) { runs[is_aten(node, {"linear"}) ? finder.path_of(node) : ""]++; });
+  for_each_node(graph.block(), [&](Node* node) { runs[is_linear(node) ? finder.path_of(node) : ""]++; });
   for (Node* node : graph.nodes()) {
-    if (!is_aten(node, {"linear"}) || taken.count(node)) {
+    if (!is_linear(node) || taken.count(node)) {
       continue;
     }
     const Projection projection = finder.describe(node);
     LinearSite site{node};
-    const auto shape = finder.shapes().shape(node->namedInput("input"));
+    const auto shape = finder.shapes().shape(linear_input(node));
     site.is_row = shape && shape->size() == 2 && (*shape)[0] == finder.shapes().canonical(finder.batch());
-    const bool has_place = site.is_row || finder.layout_of(node->namedInput("input"), site.sequence_first);
+    const bool has_place = site.is_row || finder.layout_of(linear_input(node), site.sequence_first);
     if (has_place && !projection.path.empty() && !projection.packed && projection.out_features > 0 &&
         runs.at(projection.path) == 1) {
       found.structure.layers.front().linear_maps.push_back(projection);
       found.layers.front().linear_maps.push_back(site);
     }
   }
+}
+
+// Names the ops on quantised numbers that no pass reads: layers around them are not seen, or seen in part.
+void name_unread_quantized(torch::jit::Graph& graph, GraphSites& found) {
+  std::map<std::string, std::pair<size_t, const Node*>> kinds;  // how often each kind occurs, and where first
+  for_each_node(graph.block(), [&](Node* node) {
+    const std::string kind = node->kind().toQualString();
+    const bool is_aside = kind.find("conv") != std::string::npos || kind.find("pool") != std::string::npos;
+    if (is_unread_quantized(node) && !is_aside) {
+      ++kinds.try_emplace(kind, 0, node).first->second.first;
+    }
+  });
+  if (kinds.empty()) {
+    return;
+  }
+  std::vector<std::string> names;
+  for (const auto& [kind, where] : kinds) {
+    names.push_back(described(where.second) + (where.first > 1 ? c10::str(" (", where.first, " times)") : ""));
+  }
+  const std::string text =
+      "int8 layers were left out, which compute on quantised numbers: " + c10::Join(", ", names) +
+      "; of quantised layers only those of torch.ao.quantization.quantize_dynamic are read: quantise in that way, or "
+      "graft the module in float32";
+  found.structure.near_misses.push_back(text);
+  found.left_out.push_back(text);
 }
 
 }  // namespace
@@ -213,6 +240,7 @@ GraphSites find_sites(const CanonicalGraph& canonical, const Module& module) {
       result.left_out.push_back(result.structure.near_misses.back());
     }
   });
+  name_unread_quantized(*canonical.graph, result);
   find_linear_maps(finder, *canonical.graph, result);
   result.result_is_sequence_first = finder.result_is_sequence_first();
   return result;

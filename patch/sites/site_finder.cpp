@@ -1,6 +1,7 @@
 #include <torchgraft/patch/sites/site_finder.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/linear_map.h>
 #include <torchgraft/patch/sites/base_weight.h>
 
 #include <algorithm>
@@ -26,26 +27,17 @@ SiteFinder::SiteFinder(const CanonicalGraph& canonical, const Module& module)
     }
   });
   for_each_node(graph_.block(), [&](Node* node) {
-    if (is_aten(node, {"linear"}) && !attention_projections_.count(node)) {
-      const at::Tensor weight = weight_source(node->namedInput("weight"), module_).tensor;
-      if (weight.defined()) {
-        linears_elsewhere_[weight.data_ptr()].push_back(node);
+    if (is_linear(node) && !attention_projections_.count(node)) {
+      const WeightSource weight = weight_source(linear_weight(node), module_);
+      if (!weight.is_computed()) {
+        linears_elsewhere_[weight.identity()].push_back(node);
       }
     }
   });
 }
 
-// "encoder.layer.0.attention.self.query" for the weight "encoder.layer.0.attention.self.query.weight", and
-// "layers.0.self_attn.in_proj" for "layers.0.self_attn.in_proj_weight".
 std::string SiteFinder::path_of(const Node* linear) const {
-  std::string path = weight_source(linear->namedInput("weight"), module_).path;
-  for (const std::string suffix : {".weight", "_weight"}) {
-    if (path.size() > suffix.size() && path.ends_with(suffix)) {
-      path.resize(path.size() - suffix.size());
-      break;
-    }
-  }
-  return path;
+  return module_path(weight_source(linear_weight(linear), module_));
 }
 
 bool SiteFinder::layout_of(Value* tokens, bool& sequence_first) {
@@ -70,18 +62,18 @@ bool SiteFinder::result_is_sequence_first() {
 
 Projection SiteFinder::describe(const Node* linear) {
   Projection result;
-  const auto shape = shapes_.shape(linear->namedInput("weight"));
+  const auto shape = shapes_.shape(linear_weight(linear));
   if (shape && shape->size() == 2 && (*shape)[0].is_constant() && (*shape)[1].is_constant()) {
     result.out_features = (*shape)[0].factor;
     result.in_features = (*shape)[1].factor;
   }
-  const WeightSource source = known_rows(linear->namedInput("weight"), shapes_, module_);
-  if (!source.tensor.defined()) {
+  const WeightSource source = known_rows(linear_weight(linear), shapes_, module_);
+  if (source.is_computed()) {
     result.out_features = 0;  // computed at run time
   }
   result.path = path_of(linear);
   result.offset = source.first_row.value_or(0);
-  result.packed = source.tensor.defined() && source.is_part;
+  result.packed = !source.is_computed() && source.is_part;
   return result;
 }
 
@@ -92,7 +84,7 @@ std::optional<LinearSite> SiteFinder::linear_behind(Value* value, bool through_a
   for (size_t i = 0; i < frontier.size(); ++i) {
     for (const auto& use : data_uses(frontier[i])) {
       Node* user = use.user;
-      if (is_aten(user, {"linear"}) && use.offset == 0) {
+      if (is_linear(user) && use.offset == 0) {
         if (found && found != user) {
           return std::nullopt;
         }
@@ -118,7 +110,7 @@ std::optional<LinearSite> SiteFinder::linear_behind(Value* value, bool through_a
     return std::nullopt;
   }
   LinearSite site{found};
-  layout_of(found->namedInput("input"), site.sequence_first);
+  layout_of(linear_input(found), site.sequence_first);
   return site;
 }
 
@@ -135,7 +127,7 @@ Node* SiteFinder::linear_at(const std::string& path, const std::string& what) {
   std::set<std::string> near;
   const auto parent = [](const std::string& p) { return p.substr(0, p.find_last_of('.')); };
   for (Node* node : graph_.nodes()) {
-    if (!is_aten(node, {"linear"})) {
+    if (!is_linear(node)) {
       continue;
     }
     const std::string other = path_of(node);

@@ -23,7 +23,7 @@ class SiteFinder {
   Dim& batch() { return batch_; }
   // The linear maps behind any attention's queries, keys and values.
   const std::set<torch::jit::Node*>& attention_projections() const { return attention_projections_; }
-  // All other linear maps, by the data of their weights.
+  // All other linear maps, by the identity of their weights.
   const std::map<const void*, std::vector<torch::jit::Node*>>& linears_elsewhere() const { return linears_elsewhere_; }
 
   // Whether `node` stands in no branch and no loop.

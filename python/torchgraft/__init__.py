@@ -53,6 +53,7 @@ from .programs.export import export
 from .programs.onnx_file import save_onnx
 from .programs.package import compile_package, load_banks
 from .programs.to_script import from_program
+from .quantization import LinearMap, linear_maps, quantization_error, quantize
 
 __version__ = "0.1.0"
 
@@ -73,6 +74,7 @@ __all__ = [
     "HeadConfig",
     "HoulsbyConfig",
     "Lease",
+    "LinearMap",
     "LoRAConfig",
     "MAMConfig",
     "ParBnConfig",
@@ -95,6 +97,7 @@ __all__ = [
     "head_config",
     "inspect",
     "library_path",
+    "linear_maps",
     "list_adapters",
     "load_adapter",
     "load_adapter_directory",
@@ -106,6 +109,8 @@ __all__ = [
     "one_line",
     "parse_json",
     "plot_gates",
+    "quantization_error",
+    "quantize",
     "remove_adapter",
     "remove_head",
     "rename_adapter",

@@ -34,6 +34,7 @@ from ._files import (
 from ._layers import ROLES, slots_of
 from ._libraries import load_others, patcher
 from ._operators import operators_of, ranges
+from ._quantize_command import quantize_command
 from ._tuning import FEATURES, OPS, TOKENS, measure
 from .configs import config_argument
 from .errors import GraftError
@@ -53,9 +54,14 @@ _ONE_PER_MODULE = (".lora_a", ".prefix_key", ".up_weight")
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command that the command line names. What it warns of comes last, one line each on stderr."""
-    command = {"add": add, "inspect": inspect, "tune": tune, "export": export_command, **_life_commands.COMMANDS}[
-        arguments.command
-    ]
+    command = {
+        "add": add,
+        "inspect": inspect,
+        "tune": tune,
+        "export": export_command,
+        "quantize": quantize_command,
+        **_life_commands.COMMANDS,
+    }[arguments.command]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         load_others(getattr(arguments, "library", []))

@@ -54,6 +54,7 @@ def make_parser(program: str = "torchgraft") -> Parser:
     add_life_commands(commands)
     add_gates_command(commands)
     add_export_command(commands)
+    add_quantize_command(commands)
     train_arguments.add_train_command(commands)
     add_tune_command(commands)
     add_completion_command(commands)
@@ -303,6 +304,22 @@ def add_export_command(commands: argparse._SubParsersAction[Parser]) -> None:
         help="inputs of forward: a .pt of torch.save (a tensor, a tuple, or a dict by argument), or .safetensors "
         "(default: made up for a text encoder)",
     )
+
+
+def add_quantize_command(commands: argparse._SubParsersAction[Parser]) -> None:
+    quantizing = commands.add_parser("quantize", help="make int8 of the linear maps of BASE, and write OUT")
+    quantizing.add_argument("base", type=Path, metavar="BASE.pt", help="a model, grafted or not")
+    quantizing.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.pt")
+    quantizing.add_argument(
+        "--skip",
+        action="append",
+        default=[],
+        metavar="ROLE_OR_PATH",
+        help="linear maps that stay as they are: a role (query, key, value, output, ffn_in, ffn_gate, ffn_out, other), "
+        "a module path, or the path of a module around them. May be given several times",
+    )
+    add_example_argument(quantizing, "measure the error")
+    quantizing.add_argument("--force", action="store_true", help="write also over BASE.pt itself")
 
 
 def check_export(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:

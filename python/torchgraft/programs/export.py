@@ -50,6 +50,11 @@ def export(
     """
     cpp_module(module)
     grafted = is_grafted(module)
+    if "quantized::linear_dynamic" in str(module.inlined_graph):
+        raise GraftError(
+            "export: the module has packed int8 or float16 weights, which no exported program can hold; export the "
+            "module in float32"
+        )
     if gates and not grafted:
         raise GraftError("export: nothing is grafted onto the module, so that it has no gates")
     arguments = _arguments(module, example_inputs)

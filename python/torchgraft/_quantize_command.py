@@ -1,0 +1,89 @@
+"""The command quantize of scripts/graft.py."""
+
+import argparse
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from ._console import table_console
+from ._example import read_example, text_example
+from ._files import check_script_output, extra_files, load_module, save_module
+from ._life_commands import check_keeps_base
+from .errors import GraftError
+from .grafting import is_grafted
+from .quantization import LinearMap, linear_maps, quantization_error, quantize
+
+
+def quantize_command(arguments: argparse.Namespace) -> None:
+    """Writes a file whose linear maps are int8; prints what that changes in each of them, in the result and in size.
+
+    Args:
+        arguments: the command line's: base, output (paths), skip (list), example (path or None), force (bool).
+    """
+    check_script_output(arguments.output)
+    module = load_module(arguments.base)
+    check_keeps_base(module, arguments)
+    example, why_not = _example(arguments, module)
+    maps = linear_maps(module, skip=arguments.skip)
+    result = quantize(module, skip=arguments.skip)
+    measured = quantization_error(module, example, skip=arguments.skip) if example is not None else []
+    difference = _result_difference(module, result, example) if example is not None else None
+    before = arguments.base.stat().st_size
+    save_module(result, arguments.output, extra_files(arguments.base))
+    _print(maps, measured)
+    after = arguments.output.stat().st_size
+    print(f"{arguments.output}: {_count(maps)}; {before / 1e6:.1f} MB before, {after / 1e6:.1f} MB after")
+    if difference is None:
+        print(f"no error was measured: {why_not}")
+    else:
+        print(f"forward's result differs by {difference:.2%} of its size on {arguments.example or 'inputs made up'}")
+
+
+def _example(arguments: argparse.Namespace, module: torch.jit.ScriptModule) -> tuple[Any, str]:
+    """Inputs, or None and why there are none."""
+    if arguments.example:
+        return read_example(arguments.example), ""
+    try:
+        return text_example(module), ""
+    except GraftError:
+        return None, "no inputs can be made up for this forward; give --example FILE"
+
+
+def _result_difference(module: torch.jit.ScriptModule, quantised: torch.jit.ScriptModule, example: Any) -> float:
+    """|difference| / |result|, of all floating-point tensors together, without adapters."""
+    method = "base_forward" if is_grafted(module) else "forward"
+    named = example if isinstance(example, dict) else {}
+    positional = () if named else (example,) if isinstance(example, torch.Tensor) else tuple(example)
+    with torch.no_grad():
+        wanted, got = (_numbers(getattr(each, method)(*positional, **named)) for each in (module, quantised))
+    return (torch.linalg.vector_norm(got - wanted) / torch.linalg.vector_norm(wanted)).item()
+
+
+def _numbers(result: Any) -> torch.Tensor:
+    """All floating-point numbers of a result, in one row."""
+    if isinstance(result, torch.Tensor):
+        return result.flatten().double() if result.is_floating_point() else torch.zeros(0, dtype=torch.float64)
+    if isinstance(result, dict):
+        result = [result[key] for key in result]
+    parts = [_numbers(part) for part in result] if isinstance(result, (list, tuple)) else []
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+
+
+def _print(maps: list[LinearMap], measured: list[LinearMap]) -> None:
+    errors = {(entry.path, entry.roles): entry.error for entry in measured}
+    table = Table()
+    for heading in ("linear map", "role", "size", "error"):
+        table.add_column(heading, justify="right" if heading in ("size", "error") else "left")
+    for entry in maps:
+        error = errors.get((entry.path, entry.roles))
+        shown = entry.kept or ("" if error is None else f"{error:.2%}")
+        table.add_row(
+            entry.path or "(a constant)", ", ".join(entry.roles), f"{entry.out_features} x {entry.in_features}", shown
+        )
+    table_console().print(table)
+
+
+def _count(maps: list[LinearMap]) -> str:
+    done = sum(not entry.kept for entry in maps)
+    return f"{done} of {len(maps)} linear maps in int8"
