@@ -1,4 +1,4 @@
-"""The examples of docs/adapters.md, docs/export.md and docs/training.md run as they stand, one after the other."""
+"""The examples of docs/adapters.md, export.md, generation.md and training.md run as they stand, one after the other."""
 
 import os
 import re
@@ -37,6 +37,11 @@ def test_the_examples_of_adapters_run(tmp_path) -> None:
 
 def test_the_example_of_export_runs(tmp_path) -> None:
     _run("export.md", 1, tmp_path)
+
+
+def test_the_example_of_generation_runs(tmp_path) -> None:
+    _run("generation.md", 1, tmp_path)
+    assert (tmp_path / "grafted.pt").stat().st_size > 0
 
 
 def test_the_examples_of_training_run(tmp_path) -> None:
