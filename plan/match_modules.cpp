@@ -32,8 +32,9 @@ bool is_cross_attention(const Path& path) {
   return mentions(path, "cross") || mentions(path, "encoder_attn") || mentions(path, "EncDecAttention");
 }
 
-// The sites of a LoRA on a projection of this name, in the order in which a packed projection holds them.
-std::vector<std::string> lora_sites(const Path& path) {
+}  // namespace
+
+std::vector<std::string> lora_sites(const std::vector<std::string>& path) {
   const std::string& leaf = path.back();
   const std::string prefix = is_cross_attention(path) ? "crossattn_lora_" : "selfattn_lora_";
   const bool is_attention_output = (leaf == "dense" && mentions(path, "attention")) ||
@@ -69,6 +70,8 @@ std::vector<std::string> lora_sites(const Path& path) {
   }
   return {};
 }
+
+namespace {
 
 // The sites that the names in a saved module's path stand for.
 std::vector<std::string> sites_by_name(const SavedModule& saved) {

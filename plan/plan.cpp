@@ -220,6 +220,9 @@ void Planner::add(const LoRAConfig& config) {
       if (matrix == "o") {
         return config.attn_output_lora;
       }
+      if (layer.cache == CacheKind::kFilled && matrix != "q") {  // the pass that fills the cache has it
+        return false;
+      }
       const auto& matrices = config.attn_matrices;
       return config.selfattn_lora && std::find(matrices.begin(), matrices.end(), matrix) != matrices.end();
     };

@@ -1,6 +1,7 @@
 #include <torchgraft/plan/read_adapter_hub.h>
 
 #include <torchgraft/plan/checkpoint.h>
+#include <torchgraft/plan/checkpoint_part.h>
 #include <torchgraft/plan/match_modules.h>
 #include <torchgraft/plan/phm.h>
 #include <torchgraft/plan/prefix_mlp.h>
@@ -235,7 +236,8 @@ AdapterWeights adapter_hub_weights(const Plan& plan, const Structure& structure,
                                    const std::string& saved_name, const at::TensorOptions& options,
                                    Reparametrisation* kept) {
   TORCH_CHECK(!structure.layers.empty(), "adapter weights: the model has no attention layer");
-  const Checkpoint checkpoint = sort_checkpoint(state, saved_name);
+  Checkpoint checkpoint = sort_checkpoint(state, saved_name);
+  keep_part_of_model(checkpoint, plan, structure);
   const std::vector<SavedParameters> matched = match_modules(checkpoint, plan, structure);
   WeightReader reader(structure.layers.front().hidden_size, checkpoint, options);
   AdapterWeights result;
@@ -251,7 +253,8 @@ AdapterWeights adapter_hub_weights(const Plan& plan, const Structure& structure,
 
 std::vector<WeightMatch> adapter_hub_matches(const Plan& plan, const Structure& structure, const StateDict& state,
                                              const std::string& saved_name) {
-  const Checkpoint checkpoint = sort_checkpoint(state, saved_name);
+  Checkpoint checkpoint = sort_checkpoint(state, saved_name);
+  keep_part_of_model(checkpoint, plan, structure);
   const std::vector<SavedParameters> matched = match_modules(checkpoint, plan, structure);
   std::vector<WeightMatch> result;
   for (size_t i = 0; i < plan.size(); ++i) {

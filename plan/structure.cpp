@@ -36,6 +36,20 @@ const char* to_string(NormOrder order) {
   TORCH_INTERNAL_ASSERT(false, "unknown norm order");
 }
 
+const char* to_string(CacheKind cache) {
+  switch (cache) {
+    case CacheKind::kNone:
+      return "none";
+    case CacheKind::kGrowing:
+      return "growing";
+    case CacheKind::kStatic:
+      return "static";
+    case CacheKind::kFilled:
+      return "filled";
+  }
+  TORCH_INTERNAL_ASSERT(false, "unknown kind of cache");
+}
+
 namespace {
 
 using OrderedJson = nlohmann::ordered_json;
@@ -67,7 +81,8 @@ OrderedJson to_json(const Layer& layer) {
                       {"hidden_size", layer.hidden_size},
                       {"norm_order", to_string(layer.norm_order)},
                       {"ffn_norm_order", to_string(layer.ffn_norm_order)},
-                      {"attention_mask", layer.has_attention_mask}};
+                      {"attention_mask", layer.has_attention_mask},
+                      {"cache", to_string(layer.cache)}};
   for (const auto& [key, projection] : kRoles) {
     json[key] = to_json(layer.*projection);
   }

@@ -14,6 +14,11 @@ namespace torchgraft {
 enum class AttentionKind { kSelf, kEncoder, kCross };  // kEncoder: self attention in an encoder-decoder's encoder
 enum class NormOrder { kPost, kPre, kNone };           // norm after the residual add, before the block, or neither
 
+// Where keys and values of earlier passes come from: nowhere; they stand beside this pass's (torch.cat); this pass's
+// are written into their places of a tensor of fixed length; or all keys and values are of earlier passes, as those of
+// an encoder's tokens are in the steps of a decoder.
+enum class CacheKind { kNone, kGrowing, kStatic, kFilled };
+
 // One linear map inside a layer.
 struct Projection {
   std::string path;  // module path from the root, e.g. "encoder.layer.0.attention.self.query"
@@ -42,7 +47,8 @@ struct Layer {
   bool has_attention_residual = false;                  // a residual add after `output`: the site of mh_adapter
   bool has_ffn_residual = false;                        // a residual add after `ffn_out`: the site of output_adapter
   bool has_attention_mask = false;
-  std::vector<std::string> notes;  // what is missing and why, in words
+  CacheKind cache = CacheKind::kNone;  // kFilled: without key and value, which another pass has projected
+  std::vector<std::string> notes;      // what is missing and why, in words
 };
 
 struct Structure {
@@ -58,6 +64,7 @@ struct Structure {
 
 TORCHGRAFT_PATCH_API const char* to_string(AttentionKind kind);
 TORCHGRAFT_PATCH_API const char* to_string(NormOrder order);
+TORCHGRAFT_PATCH_API const char* to_string(CacheKind cache);
 
 // JSON text, one object per layer: what `inspect --json` prints.
 TORCHGRAFT_PATCH_API std::string to_json(const Structure& structure);

@@ -7,6 +7,7 @@
 #include <torchgraft/patch/canonicalise/fold_attributes.h>
 #include <torchgraft/patch/canonicalise/fold_rank_checks.h>
 #include <torchgraft/patch/canonicalise/fold_repeated_heads.h>
+#include <torchgraft/patch/canonicalise/follow_writes.h>
 #include <torchgraft/patch/canonicalise/hoist_score_product.h>
 #include <torchgraft/patch/canonicalise/inline_calls.h>
 #include <torchgraft/patch/canonicalise/inline_forks.h>
@@ -16,6 +17,7 @@
 #include <torchgraft/patch/canonicalise/raise_norm.h>
 #include <torchgraft/patch/canonicalise/raise_softmax.h>
 #include <torchgraft/patch/canonicalise/remove_writes.h>
+#include <torchgraft/patch/canonicalise/select_parts.h>
 #include <torchgraft/patch/canonicalise/unflatten_rows.h>
 #include <torchgraft/patch/canonicalise/unroll_loops.h>
 #include <torchgraft/patch/graph/clone_module.h>
@@ -84,6 +86,7 @@ const Pass kPasses[] = {
     {"remove_writes", [](CanonicalGraph& c, const Module&) { remove_writes(c.graph); }},
     {"remove_tensor_mutation", [](CanonicalGraph& c, const Module&) { remove_tensor_mutation(c.graph); }},
     {"simplify", [](CanonicalGraph& c, const Module&) { simplify(c.graph); }},
+    {"follow_writes", [](CanonicalGraph& c, const Module&) { follow_writes(c.graph); }},
     {"fold_training",
      [](CanonicalGraph& c, const Module& m) {
        const auto folded = fold_training(c.graph, m);
@@ -94,6 +97,7 @@ const Pass kPasses[] = {
     {"decompose_linear_relu", [](CanonicalGraph& c, const Module&) { decompose_linear_relu(c.graph); }},
     {"decompose_einsum", [](CanonicalGraph& c, const Module& m) { decompose_einsum(c.graph, m); }},
     {"raise_linear", [](CanonicalGraph& c, const Module& m) { raise_linear(c.graph, m); }},
+    {"select_parts", [](CanonicalGraph& c, const Module& m) { select_parts(c.graph, m); }},
     {"unflatten_rows", [](CanonicalGraph& c, const Module& m) { unflatten_rows(c.graph, m); }},
     {"raise_norm", [](CanonicalGraph& c, const Module& m) { raise_norm(c.graph, m); }},
     {"raise_softmax", [](CanonicalGraph& c, const Module&) { raise_softmax(c.graph); }},

@@ -63,6 +63,14 @@ Value* before_repetition(Value* heads, SymbolicShapes& shapes) {
   return only_heads_grow ? source : nullptr;
 }
 
+// Whether something may write into `heads` before `attention` reads them, as it did not read them so far: it read what
+// repeats them.
+bool may_change(const Writes& writes, const Value* heads, const Node* attention) {
+  const Node* made = heads->node();
+  const bool in_one_block = made->kind() != c10::prim::Param && made->owningBlock() == attention->owningBlock();
+  return in_one_block ? writes.between(made, attention, {heads}) != nullptr : writes.reach(heads);
+}
+
 }  // namespace
 
 void fold_repeated_heads(const std::shared_ptr<torch::jit::Graph>& graph, const torch::jit::Module& module) {
@@ -79,7 +87,7 @@ void fold_repeated_heads(const std::shared_ptr<torch::jit::Graph>& graph, const 
     }
     Value* key = before_repetition(node->namedInput("key"), shapes);
     Value* value = before_repetition(node->namedInput("value"), shapes);
-    if (!key || !value || writes.reach(key) || writes.reach(value)) {
+    if (!key || !value || may_change(writes, key, node) || may_change(writes, value, node)) {
       return;
     }
     if (shapes.shape(key)->at(kHeads) != shapes.shape(value)->at(kHeads)) {

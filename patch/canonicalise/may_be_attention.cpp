@@ -20,10 +20,17 @@ bool normalizes(const Node* node) {
   return is_aten(node, {"layer_norm", "native_layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm"});
 }
 
-bool carries_tensors(const Value* value) {
-  const auto list = value->type()->cast<c10::ListType>();
-  return is_tensor(value) || (list && list->getElementType()->isSubtypeOf(*c10::TensorType::get()));
+bool may_hold_tensors(const c10::Type& type) {
+  const auto kind = type.kind();
+  const bool is_container = kind == c10::TypeKind::ListType || kind == c10::TypeKind::TupleType ||
+                            kind == c10::TypeKind::DictType || kind == c10::TypeKind::OptionalType;
+  const auto contained = type.containedTypes();
+  return type.isSubtypeOf(*c10::TensorType::get()) ||
+         (is_container && std::any_of(contained.begin(), contained.end(),
+                                      [](const c10::TypePtr& element) { return may_hold_tensors(*element); }));
 }
+
+bool carries_tensors(const Value* value) { return may_hold_tensors(*value->type()); }
 
 // The inputs of `node` whose elements go into its result.
 std::vector<Value*> data_inputs(Node* node) {

@@ -1,6 +1,7 @@
 #include <torchgraft/patch/canonicalise/raise_attention.h>
 
 #include <torchgraft/patch/canonicalise/affine_path.h>
+#include <torchgraft/patch/canonicalise/earlier_passes.h>
 #include <torchgraft/patch/canonicalise/mask_fills.h>
 #include <torchgraft/patch/canonicalise/may_be_attention.h>
 #include <torchgraft/patch/canonicalise/score_path.h>
@@ -198,6 +199,8 @@ std::optional<std::string> raise_one(const std::shared_ptr<Graph>& graph, Symbol
   const auto& [softmax, product, consumer] = attention;
   const auto dim = constant_int(softmax->namedInput("dim"));
   const auto rank = shapes.shape(left_factor(product));
+  assume_heads(right_factor(product), rank, /*is_transposed=*/true, shapes);
+  assume_heads(right_factor(consumer.product), rank, /*is_transposed=*/false, shapes);
   const auto value_rank = shapes.shape(right_factor(consumer.product));
   if (!rank || !value_rank) {
     return "the rank of its queries or values is not known";

@@ -284,6 +284,12 @@ std::vector<Node*> nearest_linears(Value* value) {
       found.push_back(node);
       continue;
     }
+    if (node->kind() == c10::prim::If) {  // `if past is not None:`
+      for (Block* block : node->blocks()) {
+        queue.push_back(block->outputs()[current->offset()]);
+      }
+      continue;
+    }
     const bool shaped_like = is_aten(node, {"type_as", "expand_as", "view_as", "zeros_like", "ones_like"});
     for (Value* input : shaped_like ? node->inputs().slice(0, 1) : node->inputs()) {
       queue.push_back(input);

@@ -120,27 +120,54 @@ bool is_written_behind(Value* value, Node* point) {
 
 }  // namespace
 
+Value* Hoist::size_before(Value* tensor, size_t dim, Node* point, Value* anchor) {
+  torch::jit::Graph* graph = point->owningGraph();
+  const auto shape = shapes_.shape(tensor);
+  const auto anchor_shape = shapes_.shape(anchor);
+  if (is_there(tensor, point)) {
+    return graph->insert(c10::aten::size, {tensor, static_cast<int64_t>(dim)});
+  }
+  if (!shape || !anchor_shape || dim >= shape->size()) {
+    return nullptr;
+  }
+  if ((*shape)[dim].is_constant()) {
+    return graph->insertConstant((*shape)[dim].factor);
+  }
+  const auto same = std::find(anchor_shape->begin(), anchor_shape->end(), (*shape)[dim]);
+  if (same != anchor_shape->end()) {
+    return graph->insert(c10::aten::size, {anchor, static_cast<int64_t>(same - anchor_shape->begin())});
+  }
+  // The tokens of earlier passes and those of this one, perhaps rearranged.
+  Node* join = tensor->node();
+  const auto source = join->inputs().empty() ? std::nullopt : shapes_.shape(join->input(0));
+  const size_t at = source ? std::find(source->begin(), source->end(), (*shape)[dim]) - source->begin() : 0;
+  if (source && at < source->size()) {
+    return size_before(join->input(0), at, point, anchor);
+  }
+  const bool joins = is_aten(join, {"cat", "concat"}) && position(join->namedInput("dim"), shape->size()) == dim &&
+                     join->input(0)->node()->kind() == c10::prim::ListConstruct;
+  Value* total = nullptr;
+  for (Value* part : joins ? join->input(0)->node()->inputs() : at::ArrayRef<Value*>()) {
+    if (shapes_.shape(part) == Shape{number(0)}) {  // torch.cat skips it
+      continue;
+    }
+    Value* size = size_before(part, dim, point, anchor);
+    if (!size) {
+      return nullptr;
+    }
+    total = total ? graph->insert(c10::aten::add, {total, size}) : size;
+  }
+  return total;
+}
+
 bool Hoist::read_from_anchor(Node* metadata, Node* point, Value* anchor) {
   torch::jit::Graph* graph = metadata->owningGraph();
   torch::jit::WithInsertPoint guard(point);
   Value* replacement = nullptr;
   if (is_aten(metadata, {"size"})) {
     const auto shape = shapes_.shape(metadata->namedInput("self"));
-    const auto anchor_shape = shapes_.shape(anchor);
-    auto dim = constant_int(metadata->namedInput("dim"));
-    if (!shape || !anchor_shape || !dim) {
-      return false;
-    }
-    const int64_t index = *dim < 0 ? *dim + static_cast<int64_t>(shape->size()) : *dim;
-    const Dim& wanted = (*shape)[index];
-    if (wanted.is_constant()) {
-      replacement = graph->insertConstant(wanted.factor);
-    }
-    for (size_t i = 0; i < anchor_shape->size() && !replacement; ++i) {
-      if ((*anchor_shape)[i] == wanted) {
-        replacement = graph->insert(c10::aten::size, {anchor, static_cast<int64_t>(i)});
-      }
-    }
+    const auto dim = shape ? position(metadata->namedInput("dim"), shape->size()) : std::nullopt;
+    replacement = dim ? size_before(metadata->namedInput("self"), *dim, point, anchor) : nullptr;
   } else {
     replacement = graph->insert(metadata->kind(), {anchor});
   }

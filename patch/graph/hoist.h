@@ -24,6 +24,10 @@ class Hoist {
  private:
   bool read_from_anchor(torch::jit::Node* metadata, torch::jit::Node* point, torch::jit::Value* anchor);
 
+  // The size of `tensor`, inserted before `point`; null when it is not known there.
+  torch::jit::Value* size_before(torch::jit::Value* tensor, size_t dim, torch::jit::Node* point,
+                                 torch::jit::Value* anchor);
+
   SymbolicShapes shapes_;
 };
 

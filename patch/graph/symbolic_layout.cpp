@@ -41,24 +41,51 @@ std::optional<Shape> shape_of_piece(SymbolicShapes& shapes, const Node* node, in
 
 namespace {
 
+// The sizes of concatenated tensors agree but along `dim`. So one of them says what the others are, such as the keys of
+// this pass what those of a cache are, of which a graph knows nothing.
+void equate_parts(SymbolicShapes& shapes, const std::vector<const Value*>& parts, size_t dim, Shape& result) {
+  for (const Value* part : parts) {
+    Shape expected = result;
+    expected[dim] = shapes.fresh();
+    shapes.assume(part, expected);
+    const auto sizes = shapes.shape(part);
+    for (size_t i = 0; sizes && sizes->size() == result.size() && i < sizes->size(); ++i) {
+      if (i != dim && !shapes.assume_equal((*sizes)[i], result[i]) && (*sizes)[i].is_constant()) {
+        result[i] = (*sizes)[i];
+      }
+    }
+  }
+}
+
 std::optional<Shape> concatenated(SymbolicShapes& shapes, const Node* node) {
   const Node* list = node->namedInput("tensors")->node();
   if (list->kind() != c10::prim::ListConstruct || list->inputs().empty()) {
     return std::nullopt;
   }
-  auto result = shapes.shape(list->input(0));
+  // torch.cat skips tensors of shape [0]: Hugging Face's caches begin with one.
+  std::vector<const Value*> parts;
+  std::optional<Shape> result;
   const bool stacks = is_aten(node, {"stack"});
+  for (const Value* part : list->inputs()) {
+    const auto sizes = shapes.shape(part);
+    if (!stacks && sizes == Shape{number(0)}) {
+      continue;
+    }
+    parts.push_back(part);
+    result = result ? result : sizes;
+  }
   const auto dim = result ? position(node->namedInput("dim"), result->size() + stacks) : std::nullopt;
   if (!dim) {
     return std::nullopt;
   }
   if (stacks) {
-    result->insert(result->begin() + *dim, number(static_cast<int64_t>(list->inputs().size())));
+    result->insert(result->begin() + *dim, number(static_cast<int64_t>(parts.size())));
     return result;
   }
+  equate_parts(shapes, parts, *dim, *result);
   // Parts that are multiples of one size add up: [n d] and [m d] give [(n + m) d].
-  Dim total{0, (*result)[*dim].symbols};
-  for (const Value* part : list->inputs()) {
+  Dim total{0, shapes.canonical((*result)[*dim]).symbols};
+  for (const Value* part : parts) {
     const auto sizes = shapes.shape(part);
     if (!sizes || sizes->size() != result->size() || (*sizes)[*dim].symbols != total.symbols) {
       (*result)[*dim] = shapes.fresh();
@@ -224,6 +251,41 @@ std::optional<Shape> repeated(const Node* node, Shape from) {
 }
 
 }  // namespace
+
+std::optional<Shape> shape_of_written(SymbolicShapes& shapes, const Node* node) {
+  if (const auto known = shapes.shape(node->input(0))) {
+    return known;
+  }
+  std::optional<Shape> result;
+  std::optional<size_t> dim;
+  if (is_aten(node, {"index_put"})) {  // the one index that is not `:`
+    const Node* indices = node->namedInput("indices")->node();
+    result = shapes.shape(node->namedInput("values"));
+    result = result && result->size() >= 3 ? result : std::nullopt;  // else they may broadcast
+    for (size_t i = 0; indices->kind() == c10::prim::ListConstruct && i < indices->inputs().size(); ++i) {
+      if (!is_none(indices->input(i))) {
+        dim = dim ? std::nullopt : std::optional(i);
+        result = dim ? result : std::nullopt;
+      }
+    }
+  } else if (is_aten(node, {"index_copy", "slice_scatter", "scatter"})) {
+    const char* source = is_aten(node, {"index_copy"}) ? "source" : "src";
+    if (node->schema().argumentIndexWithName(source)) {
+      const Value* written = node->namedInput(source);
+      // A write into a slice takes the slice's shape (follow_writes.cpp), which is the cache's.
+      const bool is_fitted = is_aten(written->node(), {"expand_as"}) && !shapes.shape(written);
+      result = shapes.shape(is_fitted ? written->node()->namedInput("self") : written);
+      result = is_fitted && result && result->size() < 3 ? std::nullopt : result;  // it may broadcast
+      dim = result ? position(node->namedInput("dim"), result->size()) : std::nullopt;
+    }
+  }
+  if (!result || !dim || *dim >= result->size()) {
+    return std::nullopt;
+  }
+  (*result)[*dim] = shapes.fresh();
+  shapes.assume(node->input(0), *result);
+  return result;
+}
 
 std::optional<Shape> shape_of_layout(SymbolicShapes& shapes, const Node* node) {
   if (is_aten(node, {"cat", "concat", "stack"})) {

@@ -19,9 +19,8 @@ bool is_number_type(const Value* value) {
 
 bool keeps_shape(const Node* node) {
   return is_elementwise(node) || node->kind() == c10::prim::unchecked_cast ||
-         is_aten(node,
-                 {"layer_norm", "native_layer_norm", "rms_norm", "softmax", "log_softmax", "masked_fill", "cumsum",
-                  "fill", "copy", "index_put", "index_fill", "index_copy", "select_scatter", "slice_scatter"});
+         is_aten(node, {"layer_norm", "native_layer_norm", "rms_norm", "softmax", "log_softmax", "masked_fill",
+                        "cumsum", "fill", "copy", "index_fill", "select_scatter"});
 }
 
 }  // namespace
@@ -121,6 +120,12 @@ std::optional<Shape> SymbolicShapes::shape(const Value* value) {
   return result;
 }
 
+void SymbolicShapes::assume(const Value* value, const Shape& assumed) {
+  if (is_tensor(value) && !shape(value)) {
+    shapes_[value] = assumed;
+  }
+}
+
 std::optional<Shape> SymbolicShapes::compute(const Value* value) {
   if (const at::Tensor tensor = resolve_tensor(value, root_); tensor.defined()) {
     Shape result;
@@ -137,6 +142,9 @@ std::optional<Shape> SymbolicShapes::compute(const Value* value) {
     const auto left = shape(node->blocks()[0]->outputs()[value->offset()]);
     const auto right = shape(node->blocks()[1]->outputs()[value->offset()]);
     return left ? left : right;
+  }
+  if (is_aten(node, {"index_put", "index_copy", "slice_scatter", "scatter"})) {
+    return shape_of_written(*this, node);
   }
   if (keeps_shape(node)) {
     return shape(node->input(0));

@@ -52,6 +52,9 @@ class SymbolicShapes {
   // A symbol that stands for no other size yet.
   Dim fresh();
 
+  // Takes a tensor of unknown shape to have this one from now on.
+  void assume(const torch::jit::Value* value, const Shape& assumed);
+
   // Equates two sizes from now on. Returns false, and does nothing, unless both are single symbols.
   bool assume_equal(const Dim& a, const Dim& b);
 

@@ -44,6 +44,13 @@ bool is_switched_off(const Node* node, std::initializer_list<const char*> names)
   });
 }
 
+// True for a node that puts something into a list or a dict, or takes something out. That changes no tensor.
+bool changes_container(const Node* node) {
+  return !node->inputs().empty() && !is_tensor(node->input(0)) &&
+         is_aten(node, {"_set_item", "append", "extend", "insert", "pop", "popitem", "remove", "clear", "Delete",
+                        "reverse", "update", "setdefault"});
+}
+
 // True for a norm that updates the running statistics it is given.
 bool updates_statistics(const Node* node) {
   const std::string kind = node->kind().toQualString();
@@ -176,7 +183,7 @@ Writes::Writes(const std::shared_ptr<Graph>& graph) {
   memory_.emplace(graph);
   ValueSet written;
   for (const Node* writer : writers_) {
-    const auto inputs = written_inputs(writer);
+    const auto inputs = changes_container(writer) ? std::vector<Value*>() : written_inputs(writer);
     written.insert(inputs.begin(), inputs.end());
   }
   written = memory_->connected(std::move(written));
@@ -201,7 +208,13 @@ Node* Writes::between(const Node* begin, const Node* end, const ValueSet& values
   std::vector<Value*> read;
   std::transform(shared.begin(), shared.end(), std::back_inserter(read),
                  [](const Value* value) { return const_cast<Value*>(value); });
+  std::vector<Value*> containers;
+  std::copy_if(read.begin(), read.end(), std::back_inserter(containers),
+               [](Value* value) { return !is_tensor(value); });
   const auto writes = [&](Node* writer) {
+    if (changes_container(writer)) {
+      return !containers.empty() && memory_->aliases().mayContainAlias(written_inputs(writer), containers);
+    }
     return memory_->aliases().writesToAlias(writer, shared) ||
            memory_->aliases().mayContainAlias(written_inputs(writer), read);
   };

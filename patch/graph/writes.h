@@ -41,9 +41,9 @@ class Writes {
   torch::jit::Node* between(const torch::jit::Node* begin, const torch::jit::Node* end,
                             const torch::jit::ValueSet& values) const;
 
-  // Whether anything may write into the memory of `value`, at whatever time. A pass that reads a value earlier or later
-  // than the graph did leaves such values alone. True for values that are newer than this analysis, where the graph
-  // has writers.
+  // Whether anything may write into the memory of the tensor `value`, at whatever time. A pass that reads a value
+  // earlier or later than the graph did leaves such values alone. True for values that are newer than this analysis,
+  // where the graph has writers.
   bool reach(const torch::jit::Value* value) const;
 
  private:

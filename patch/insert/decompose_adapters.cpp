@@ -51,16 +51,16 @@ constexpr const char* kBottleneck = R"python(
     return residual + up * (selected(scaling, adapter_ids, adapter).unsqueeze(1) * gate.unsqueeze(-1)), gate
 )python";
 
-using Arguments = std::vector<std::pair<const char*, const char*>>;  // name and type
+using ArgumentNames = std::vector<std::pair<const char*, const char*>>;  // name and type
 
 // What an op computes: its arguments in the order of its schema, and the body of a function of them.
 struct Definition {
-  Arguments arguments;
+  ArgumentNames arguments;
   const char* body;
 };
 
 // Appends the arguments that both bottlenecks share.
-Arguments with_bottleneck(Arguments arguments) {
+ArgumentNames with_bottleneck(ArgumentNames arguments) {
   for (const char* name : {"down_weight", "down_bias", "up_weight", "up_bias", "scaling"}) {
     arguments.emplace_back(name, "Tensor");
   }
@@ -69,7 +69,7 @@ Arguments with_bottleneck(Arguments arguments) {
 }
 
 // Appends the arguments that every op ends with.
-Arguments with_common(Arguments arguments) {
+ArgumentNames with_common(ArgumentNames arguments) {
   for (const char* name : {"gate_weight", "gate_bias", "adapter_ids"}) {
     arguments.emplace_back(name, "Tensor");
   }

@@ -76,7 +76,32 @@ Value* Inserter::token_mask(const Slot& slot) {
   if (!options_.poolings.unpadded || !slot.parameters.count("gate_weight")) {
     return nullptr;
   }
-  return input_mask_ ? input_mask_ : token_masks_.at(layer_);
+  if (!input_mask_) {
+    return token_masks_.at(layer_);
+  }
+  check_cache(layer_);
+  const bool has_cache = sites_.structure.layers[layer_].cache != CacheKind::kNone;
+  return has_cache ? of_this_pass(input_mask_, layer_) : input_mask_;
+}
+
+// The tokens of a gate's mean are those of the pass; a mask tells of all keys.
+void Inserter::check_cache(size_t layer) const {
+  const Layer& described = sites_.structure.layers[layer];
+  const LayerSites& sites = sites_.layers[layer];
+  const bool ends_with_them = described.cache == CacheKind::kNone ||
+                              (described.cache == CacheKind::kGrowing && sites.new_tokens_last && !sites.keeps_inputs);
+  TORCH_CHECK(
+      ends_with_them, "graft: gate_pooling=\"unpadded\": the mask of layer ", layer, ", whose cache is ",
+      to_string(described.cache),
+      ", does not end with the tokens of the pass; use gate_pooling=\"all\", or a cache that grows by torch.cat "
+      "of earlier keys and new ones");
+}
+
+Value* Inserter::of_this_pass(Value* mask, size_t layer) {
+  const LinearSite& query = sites_.layers[layer].query;
+  Value* tokens = graph_.insert(c10::aten::size, {linear_input(query.node), query.sequence_first ? 0 : 1});
+  Value* first = graph_.insert(c10::aten::neg, {tokens});
+  return graph_.insert(c10::aten::slice, {mask, -1, first, graph_.insertConstant(c10::IValue()), 1});
 }
 
 void Inserter::prepare_token_masks(const std::vector<Slot>& slots, const std::vector<SlotRun>& runs,
@@ -92,11 +117,12 @@ void Inserter::prepare_token_masks(const std::vector<Slot>& slots, const std::ve
     while (is_aten(mask->node(), {"type_as"})) {
       mask = mask->node()->namedInput("self");
     }
+    check_cache(layer);
     Value*& shared = shared_masks_[mask];
     if (!shared) {
       const LinearSite* first = &sites.query;
       for (const LinearSite* site : {&sites.key, &sites.value}) {
-        first = site->node->isBefore(first->node) ? site : first;
+        first = site->node && site->node->isBefore(first->node) ? site : first;
       }
       WithInsertPoint guard(first->node);
       Value* x = linear_input(first->node);
@@ -104,7 +130,9 @@ void Inserter::prepare_token_masks(const std::vector<Slot>& slots, const std::ve
                   "graft: gate_pooling=\"unpadded\": the attention mask of layer ", layer,
                   " is computed from its queries or keys, or written in place behind them, so it is not known before "
                   "them; name the forward argument that is the token mask (token_mask_input)");
-      Node* real = call("attention_token_mask", {NamedValue(swapped(x, first->sequence_first)), NamedValue(mask)}, {});
+      const bool narrows = !is_none(mask) && sites_.structure.layers[layer].cache != CacheKind::kNone;
+      Value* own = narrows ? of_this_pass(mask, layer) : mask;
+      Node* real = call("attention_token_mask", {NamedValue(swapped(x, first->sequence_first)), NamedValue(own)}, {});
       shared = with_whole_rows(real->output());
     }
     token_masks_[layer] = shared;

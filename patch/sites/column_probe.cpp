@@ -33,6 +33,11 @@ class Probe {
   c10::IValue evaluate(Value* value);
   c10::IValue run(Node* node, size_t output);
   bool splits_unknown_size(const Node* node);
+  bool leads_to_linear(Value* value);
+  Value* tokens_of_linear(Node* node);
+  at::Tensor fitted(at::Tensor columns, const Shape& shape);
+  at::Tensor first_token(at::Tensor columns, Value* value);
+  c10::IValue of_branch(Node* branch, size_t output);
   std::vector<int64_t> concrete(const Shape& shape);
   int64_t concrete(const Dim& dim);
 
@@ -75,6 +80,63 @@ bool Probe::splits_unknown_size(const Node* node) {
   return dim && !(*shape)[*dim].is_constant();
 }
 
+bool Probe::leads_to_linear(Value* value) {
+  const auto linears = is_tensor(value) ? nearest_linears(value) : std::vector<Node*>();
+  return std::find(linears.begin(), linears.end(), linear_) != linears.end();
+}
+
+// Where `node` joins or writes tokens, such as this pass's to those of a cache: an operand that comes from the linear
+// map. All tokens hold the same columns. Null for other nodes.
+Value* Probe::tokens_of_linear(Node* node) {
+  const bool joins = is_aten(node, {"cat", "concat"}) && node->input(0)->node()->kind() == c10::prim::ListConstruct;
+  if (!joins && !is_aten(node, {"index_copy", "index_put", "scatter", "slice_scatter"})) {
+    return nullptr;
+  }
+  const auto shape = shapes_.shape(node->output());
+  const auto dim = shape && joins ? position(node->namedInput("dim"), shape->size()) : std::nullopt;
+  if (!shape || (joins && (!dim || (*shape)[*dim].is_constant()))) {
+    return nullptr;
+  }
+  const auto operands = joins ? node->input(0)->node()->inputs() : node->inputs();
+  const auto found =
+      std::find_if(operands.begin(), operands.end(), [&](Value* operand) { return leads_to_linear(operand); });
+  return found == operands.end() ? nullptr : *found;
+}
+
+// `columns` in this shape: one of the tokens that it holds stands for all.
+at::Tensor Probe::fitted(at::Tensor columns, const Shape& shape) {
+  const auto sizes = concrete(shape);
+  for (size_t i = 0; i < sizes.size() && columns.dim() == static_cast<int64_t>(sizes.size()); ++i) {
+    const auto dim = static_cast<int64_t>(i);
+    const bool differs = !shape[i].is_constant() && columns.size(dim) != sizes[i] && columns.size(dim) > 0;
+    columns = differs ? columns.narrow(dim, 0, 1) : columns;
+  }
+  return columns.expand(sizes);
+}
+
+// `columns`, which `value` holds, without all but the first in dimensions of unknown size.
+at::Tensor Probe::first_token(at::Tensor columns, Value* value) {
+  const auto shape = shapes_.shape(value);
+  for (int64_t dim = 0; shape && dim < columns.dim() && columns.dim() == static_cast<int64_t>(shape->size()); ++dim) {
+    columns = (*shape)[dim].is_constant() ? columns : columns.narrow(dim, 0, 1);
+  }
+  return columns;
+}
+
+// Both sides must hold the same columns, but one may have nothing of the linear map.
+c10::IValue Probe::of_branch(Node* branch, size_t output) {
+  Value* values[] = {branch->blocks()[0]->outputs()[output], branch->blocks()[1]->outputs()[output]};
+  const bool by_second = leads_to_linear(values[1]);
+  if (!by_second || !leads_to_linear(values[0])) {
+    return evaluate(values[by_second ? 1 : 0]);
+  }
+  const at::Tensor left = tensor(values[0]);
+  const at::Tensor right = tensor(values[1]);
+  const bool agree =
+      left.defined() && right.defined() && at::equal(first_token(left, values[0]), first_token(right, values[1]));
+  return agree ? c10::IValue(left) : c10::IValue();
+}
+
 // Returns None for a value that cannot be known.
 c10::IValue Probe::evaluate(Value* value) {
   if (const auto known = known_.find(value); known != known_.end()) {
@@ -100,7 +162,7 @@ c10::IValue Probe::evaluate(Value* value) {
 
 c10::IValue Probe::run(Node* node, size_t output) {
   if (node->kind() == c10::prim::If) {
-    return evaluate(node->blocks()[0]->outputs()[output]);
+    return of_branch(node, output);
   }
   if (node->kind() == c10::prim::ListConstruct) {
     const bool of_ints = node->output()->type()->expectRef<c10::ListType>().getElementType() == c10::IntType::get();
@@ -130,6 +192,10 @@ c10::IValue Probe::run(Node* node, size_t output) {
     return whole.defined() ? c10::IValue(whole.tensor_split(pieces, *constant_int(node->namedInput("dim"))))
                            : c10::IValue();
   }
+  if (Value* tokens = tokens_of_linear(node)) {
+    const at::Tensor columns = tensor(tokens);
+    return columns.defined() ? c10::IValue(fitted(columns, *shapes_.shape(node->output()))) : c10::IValue();
+  }
   if (moves_elements(node)) {
     torch::jit::Stack stack;
     for (Value* input : node->inputs()) {
@@ -142,8 +208,7 @@ c10::IValue Probe::run(Node* node, size_t output) {
     return stack.empty() ? c10::IValue() : stack.front();
   }
   for (Value* input : node->inputs()) {
-    const auto linears = is_tensor(input) ? nearest_linears(input) : std::vector<Node*>();
-    if (std::find(linears.begin(), linears.end(), linear_) != linears.end()) {
+    if (leads_to_linear(input)) {
       return evaluate(input);
     }
   }

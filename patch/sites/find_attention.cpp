@@ -1,9 +1,11 @@
 #include <torchgraft/patch/sites/find_attention.h>
 
+#include <torchgraft/patch/canonicalise/earlier_passes.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/linear_map.h>
 #include <torchgraft/patch/graph/writes.h>
 #include <torchgraft/patch/sites/column_probe.h>
+#include <torchgraft/patch/sites/find_cache.h>
 
 #include <algorithm>
 #include <unordered_set>
@@ -156,6 +158,46 @@ void note_shared_maps(Layer& layer, const LayerSites& sites) {
   }
 }
 
+// Whether the graph writes into the keys or values of `attention` in place, so that they are of this pass, too.
+bool is_written(Node* attention) {
+  const Writes writes(attention->owningGraph()->shared_from_this());
+  return writes.reach(attention->namedInput("key")) || writes.reach(attention->namedInput("value"));
+}
+
+// Finds what keys and values of earlier passes are kept in.
+bool find_caches(SiteFinder& finder, Node* attention, Layer& layer, LayerSites& sites, std::string& reason) {
+  const CacheSite keys = find_cache(attention->namedInput("key"), finder.shapes());
+  const CacheSite values = find_cache(attention->namedInput("value"), finder.shapes());
+  layer.cache = keys.kind;
+  sites.new_tokens_last = keys.new_tokens_last && values.new_tokens_last;
+  if (keys.kind != values.kind) {
+    reason = c10::str("its keys have a ", to_string(keys.kind), " cache, its values a ", to_string(values.kind),
+                      " one; keep both in the same way");
+  }
+  const bool is_one_tensor =  // what is attended to is no cache of keys and values, but something to pool
+      keys.kind == CacheKind::kFilled &&
+      strip_layout(attention->namedInput("key")) == strip_layout(attention->namedInput("value"));
+  if (is_one_tensor) {
+    reason = "no linear projection leads to its key";
+  }
+  if (keys.kind == CacheKind::kFilled && reason.empty() && is_written(attention)) {
+    reason =
+        "its keys or values were taken from a cache before something writes into the cache; read it behind the write";
+  }
+  return reason.empty();
+}
+
+// Finds the projections behind keys and values. What another pass has put into a cache has none here.
+bool find_keys_and_values(SiteFinder& finder, Node* attention, Layer& layer, LayerSites& sites, std::string& reason) {
+  if (layer.cache == CacheKind::kFilled) {
+    layer.notes.emplace_back(
+        "its keys and values come from a cache that another pass has filled: a LoRA on k or v acts in that pass");
+    return true;
+  }
+  return find_projection(finder, attention->namedInput("key"), "key", layer.key, sites.key, layer, reason) &&
+         find_projection(finder, attention->namedInput("value"), "value", layer.value, sites.value, layer, reason);
+}
+
 }  // namespace
 
 bool find_attention(SiteFinder& finder, Node* attention, Layer& layer, LayerSites& sites, std::string& reason) {
@@ -169,8 +211,10 @@ bool find_attention(SiteFinder& finder, Node* attention, Layer& layer, LayerSite
       finder.shapes().shape(linear->output());
     }
   }
-  auto query = finder.shapes().shape(attention->namedInput("query"));
-  auto key = finder.shapes().shape(attention->namedInput("key"));
+  const auto query = finder.shapes().shape(attention->namedInput("query"));
+  assume_heads(attention->namedInput("key"), query, /*is_transposed=*/false, finder.shapes());
+  assume_heads(attention->namedInput("value"), query, /*is_transposed=*/false, finder.shapes());
+  const auto key = finder.shapes().shape(attention->namedInput("key"));
   const bool visible = query && key && query->size() == 4 && key->size() == 4 && (*query)[1].is_constant() &&
                        (*query)[3].is_constant() && (*key)[1].is_constant();
   if (!visible) {
@@ -185,8 +229,8 @@ bool find_attention(SiteFinder& finder, Node* attention, Layer& layer, LayerSite
   layer.has_attention_mask = !is_none(attention->namedInput("attn_mask"));
   sites.attention = attention;
   if (!find_projection(finder, attention->namedInput("query"), "query", layer.query, sites.query, layer, reason) ||
-      !find_projection(finder, attention->namedInput("key"), "key", layer.key, sites.key, layer, reason) ||
-      !find_projection(finder, attention->namedInput("value"), "value", layer.value, sites.value, layer, reason)) {
+      !find_caches(finder, attention, layer, sites, reason) ||
+      !find_keys_and_values(finder, attention, layer, sites, reason)) {
     return false;
   }
   note_shared_maps(layer, sites);
@@ -196,8 +240,14 @@ bool find_attention(SiteFinder& finder, Node* attention, Layer& layer, LayerSite
     return false;
   }
   layer.hidden_size = input->back().factor;
-  const bool same_input = strip_layout(linear_input(sites.query.node)) == strip_layout(linear_input(sites.key.node));
+  Value* source = linear_input(sites.query.node);
+  const bool same_input = sites.key.node && reads_tokens(linear_input(sites.key.node), source, finder.shapes());
   layer.kind = same_input ? AttentionKind::kSelf : AttentionKind::kCross;
+  const bool keeps_inputs = same_input && strip_layout(linear_input(sites.key.node)) != strip_layout(source);
+  if (keeps_inputs && layer.cache == CacheKind::kNone) {
+    layer.cache = CacheKind::kGrowing;
+    sites.keeps_inputs = true;
+  }
   return true;
 }
 

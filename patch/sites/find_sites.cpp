@@ -53,8 +53,9 @@ std::unordered_set<const Node*> attentions_behind(Value* value) {
 void mark_encoder(GraphSites& sites) {
   std::unordered_set<const Value*> memories;
   for (size_t i = 0; i < sites.layers.size(); ++i) {
-    Value* memory = linear_input(sites.layers[i].key.node);
-    if (sites.structure.layers[i].kind != AttentionKind::kCross || !memories.insert(memory).second) {
+    Node* key = sites.layers[i].key.node;
+    Value* memory = key ? linear_input(key) : nullptr;
+    if (!memory || sites.structure.layers[i].kind != AttentionKind::kCross || !memories.insert(memory).second) {
       continue;
     }
     const auto behind = attentions_behind(memory);
@@ -74,7 +75,7 @@ LayerWeights weights_of(const LayerSites& sites, const Module& module) {
   LayerWeights result;
   for (const LinearSite* site : {&sites.query, &sites.key, &sites.value, sites.output ? &*sites.output : nullptr,
                                  sites.ffn_in ? &*sites.ffn_in : nullptr, sites.ffn_out ? &*sites.ffn_out : nullptr}) {
-    if (!site) {
+    if (!site || !site->node) {
       result.emplace_back(nullptr, 0, 0, 0);
       continue;
     }

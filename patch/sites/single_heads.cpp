@@ -66,7 +66,9 @@ bool intersect(const std::set<const Node*>& a, const std::set<const Node*>& b) {
 // The attentions of each group by position, those that stand alone included.
 std::vector<std::vector<size_t>> groups_of(const GraphSites& sites) {
   using Inputs = std::tuple<const Value*, const Value*, const Value*>;
-  const auto input = [](const LinearSite& site) { return before_slices(linear_input(site.node)); };
+  const auto input = [](const LinearSite& site) {
+    return site.node ? before_slices(linear_input(site.node)) : nullptr;
+  };
   std::map<Inputs, std::vector<std::pair<std::set<const Node*>, size_t>>> groups;  // the meeting points, the group
   std::vector<std::vector<size_t>> result;
   for (size_t i = 0; i < sites.layers.size(); ++i) {

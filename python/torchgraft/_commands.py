@@ -294,7 +294,8 @@ def _layer_table(layers: list[dict[str, Any]]) -> Table:
         if layer["num_kv_heads"] != layer["num_heads"]:
             heads += f" ({layer['num_kv_heads']} kv)"
         number = str(layer["layer"]) + ("" if layer["shares"] is None else " again")
-        cells = [number, layer["kind"], heads, str(layer["head_dim"]), str(layer["hidden_size"]), _norms(layer)]
+        kind = layer["kind"] + ("" if layer["cache"] == "none" else f"\n{layer['cache']} cache")
+        cells = [number, kind, heads, str(layer["head_dim"]), str(layer["hidden_size"]), _norms(layer)]
         # A role without a linear map gets the line "role: -", except the gate, which few models have.
         roles = [role for role in ROLES if role != "ffn_gate" or layer[role]]
         cells.append("\n".join(_projection_line(role, layer[role]) for role in roles))

@@ -53,6 +53,12 @@ def serve(prefix) -> Path:
 
 
 @pytest.fixture(scope="session")
+def generate(prefix) -> Path:
+    """The program of examples/generate."""
+    return configured_and_built("generate", ROOT / "examples" / "generate", prefix) / "generate"
+
+
+@pytest.fixture(scope="session")
 def serve_aoti(prefix) -> Path:
     """The program of examples/serve_aoti."""
     return configured_and_built("serve_aoti", ROOT / "examples" / "serve_aoti", prefix) / "serve_aoti"

@@ -1,4 +1,5 @@
-"""The examples of docs/adapters.md, export.md, int8.md and training.md run as they stand, one after the other."""
+"""The examples of docs/adapters.md, export.md, generation.md, int8.md and training.md run as they stand, one after the
+other."""
 
 import os
 import re
@@ -41,6 +42,11 @@ def test_the_example_of_export_runs(tmp_path) -> None:
 
 def test_the_example_of_int8_runs(tmp_path) -> None:
     _run("int8.md", 1, tmp_path)
+
+
+def test_the_example_of_generation_runs(tmp_path) -> None:
+    _run("generation.md", 1, tmp_path)
+    assert (tmp_path / "grafted.pt").stat().st_size > 0
 
 
 def test_the_examples_of_training_run(tmp_path) -> None:

@@ -69,6 +69,27 @@ TEST(SymbolicShape, ConcatenatedSizesAddUp) {
   EXPECT_EQ(shape_of_result("    return torch.cat([y, y], 0)\n"), "a*2, b, 12");
 }
 
+// forward(past, y): `past` is of unknown shape until it meets y.
+std::string shape_with_cache(const std::string& body) {
+  const auto module = make_module({{"w", at::randn({12, 8})}, {"nothing", at::randn({0})}},
+                                  "def forward(self, past: Tensor, x: Tensor, places: Tensor):\n"
+                                  "    y = torch.linear(x, self.w).unflatten(-1, [3, 4]).transpose(1, 2)\n" +
+                                      body);
+  auto graph = module.get_method("forward").graph()->copy();
+  simplify(graph);
+  SymbolicShapes shapes(module);
+  return printed(shapes.shape(graph->outputs()[0]));
+}
+
+TEST(SymbolicShape, NewKeysSayWhatACacheIs) {
+  EXPECT_EQ(shape_with_cache("    return torch.cat([past, y], 2)\n"), "a, 3, b, 4");
+  EXPECT_EQ(shape_with_cache("    return torch.cat([torch.cat([self.nothing, past], -2), y], -2)\n"), "a, 3, b, 4");
+  EXPECT_EQ(shape_with_cache("    return past.index_copy(2, places, y)\n"), "a, 3, b, 4");
+  EXPECT_EQ(shape_with_cache("    return past.scatter(2, places, y)\n"), "a, 3, b, 4");
+  EXPECT_EQ(shape_with_cache("    return past.slice_scatter(y, 2, 1, 4)\n"), "a, 3, b, 4");
+  EXPECT_EQ(shape_with_cache("    past[:, :, places] = y\n    return past.clone()\n"), "unknown");
+}
+
 TEST(SymbolicShape, ASizeThatDoesNotDivideLeavesTheRestUnknown) {
   EXPECT_EQ(shape_of_result("    return y.view(-1, 5)\n"), "a, 5");
   EXPECT_EQ(shape_of_result("    return y.chunk(5, -1)[0]\n"), "a, b, c");

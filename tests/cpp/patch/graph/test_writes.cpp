@@ -57,5 +57,29 @@ TEST_F(WritesOfAGraph, AreFoundBetweenTwoNodes) {
   EXPECT_EQ(writes_.between(writer, reader, {y}), nullptr);
 }
 
+TEST(Writes, AListThatTakesATensorDoesNotChangeIt) {
+  const auto graph = make_module({}, R"python(
+def forward(self, x: Tensor, kept: List[Tensor]):
+    y = x * 2
+    kept.append(y)
+    return torch.neg(y)
+)python")
+                         .get_method("forward")
+                         .graph()
+                         ->copy();
+  Node* made = nullptr;
+  Node* kept = nullptr;
+  Node* reader = nullptr;
+  for_each_node(graph->block(), [&](Node* node) {
+    made = is_aten(node, {"mul"}) ? node : made;
+    kept = is_aten(node, {"append"}) ? node : kept;
+    reader = is_aten(node, {"neg"}) ? node : reader;
+  });
+  const Writes writes(graph);
+  EXPECT_FALSE(writes.reach(made->output()));
+  EXPECT_EQ(writes.between(made, reader, {made->output()}), nullptr);
+  EXPECT_EQ(writes.between(made, reader, {graph->inputs()[2]}), kept);
+}
+
 }  // namespace
 }  // namespace torchgraft

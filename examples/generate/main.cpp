@@ -1,0 +1,126 @@
+// Continues prompts with a grafted decoder, each with its own adapter, without Python: knows libtorch and
+// libtorchgraft.so only. Token ids go in and come out.
+
+#include "decoder.h"
+#include "generation.h"
+#include "prompts.h"
+
+#include <torchgraft/registration/error_text.h>
+
+#include <ATen/Parallel.h>
+
+#include <CLI/CLI.hpp>
+#include <iostream>
+#include <string>
+#include <vector>
+
+namespace {
+
+struct Options {
+  std::string model;
+  std::string prompts;
+  std::string adapter;
+  std::string output;
+  DecoderForm form;
+  GenerationOptions generation;
+  std::vector<int64_t> stop;
+  bool sample = false;
+  bool stream = false;
+  int threads = 0;
+};
+
+void declare(CLI::App& app, Options& options) {
+  DecoderForm& form = options.form;
+  app.add_option("MODEL.pt", options.model, "a decoder: forward(ids, mask, [positions,] caches...)")->required();
+  app.add_option("PROMPTS.json", options.prompts, R"({"prompts": [[5, 6, 7], [8]]}: token ids)")->required();
+  app.add_option("--heads", form.heads, "heads of keys and values (graft.py inspect shows them)")
+      ->required()
+      ->check(CLI::PositiveNumber);
+  app.add_option("--head-size", form.head_size, "the size of each head")->required()->check(CLI::PositiveNumber);
+  app.add_option("--layers", form.layers, "the length of a cache that is a list")->check(CLI::PositiveNumber);
+  app.add_option("--max-positions", form.max_positions, "how many tokens the model has positions for")
+      ->check(CLI::PositiveNumber);
+  app.add_flag("--mask-of-tokens", form.mask_of_tokens,
+               "the mask is [batch, tokens], 1 for real ones (else [batch, 1, queries, tokens], added to the scores)");
+  auto* adapter = app.add_option("--adapter", options.adapter, "the adapter of every sequence");
+  app.add_option("--adapter-ids", options.generation.adapter_ids,
+                 "one adapter number per prompt, -1 for the base model: 0,1,-1")
+      ->delimiter(',')
+      ->excludes(adapter);
+}
+
+void declare_generation(CLI::App& app, Options& options) {
+  GenerationOptions& generation = options.generation;
+  SamplingOptions& sampling = generation.sampling;
+  app.add_option("--max-new-tokens", generation.max_new_tokens, "how many tokens to write (20)")
+      ->check(CLI::PositiveNumber);
+  app.add_option("--stop", options.stop, "token ids that end a sequence: 2,50256")->delimiter(',');
+  auto* sample = app.add_flag("--sample", options.sample, "draw tokens (without it the likeliest is taken)");
+  app.add_option("--temperature", sampling.temperature, "divides the logits (1)")
+      ->needs(sample)
+      ->check(CLI::PositiveNumber);
+  app.add_option("--top-k", sampling.top_k, "draw among so many tokens")->needs(sample)->check(CLI::PositiveNumber);
+  app.add_option("--top-p", sampling.top_p, "draw among the likeliest tokens of this probability")
+      ->needs(sample)
+      ->check(CLI::Range(1e-9, 1.0));
+  app.add_option("--seed", sampling.seed, "of the random numbers (0)")->needs(sample);
+  app.add_flag("--stream", options.stream, "print \"ROW TOKEN\" as soon as each token is known");
+  app.add_option("--output", options.output, R"(write {"tokens": [[...], ...]} to this file)");
+  app.add_option("--threads", options.threads, "threads for each operator (libtorch's default)")
+      ->check(CLI::PositiveNumber);
+}
+
+void print(const std::vector<Tokens>& tokens) {
+  for (size_t row = 0; row < tokens.size(); ++row) {
+    std::cout << row << ":";
+    for (const int64_t token : tokens[row]) {
+      std::cout << " " << token;
+    }
+    std::cout << "\n";
+  }
+}
+
+void run(Options& options) {
+  if (options.threads > 0) {
+    at::set_num_threads(options.threads);
+  }
+  options.generation.sampling.greedy = !options.sample;
+  options.generation.stop.insert(options.stop.begin(), options.stop.end());
+  const std::vector<Tokens> prompts = read_prompts(options.prompts);
+  Decoder decoder(options.model, options.form);
+  if (!options.adapter.empty()) {
+    decoder.activate(options.adapter);
+  }
+  const std::vector<Tokens> tokens = generate(decoder, prompts, options.generation, [&](int64_t row, int64_t token) {
+    if (options.stream) {
+      std::cout << row << " " << token << std::endl;
+    }
+  });
+  if (!options.stream) {
+    print(tokens);
+  }
+  if (!options.output.empty()) {
+    write_tokens(options.output, tokens);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  CLI::App app("Continues prompts with a grafted decoder; each sequence can have its own adapter.", "generate");
+  Options options;
+  declare(app, options);
+  declare_generation(app, options);
+  try {
+    app.parse(argc, argv);
+    run(options);
+    return 0;
+  } catch (const CLI::CallForHelp& help) {
+    return app.exit(help);
+  } catch (const CLI::ParseError& error) {
+    std::cerr << "generate: " << torchgraft::one_line(error) << " (generate --help)\n";
+  } catch (const std::exception& error) {
+    std::cerr << "generate: " << torchgraft::one_line(error) << "\n";
+  }
+  return 1;
+}

@@ -1,0 +1,18 @@
+#pragma once
+
+#include <torchgraft/patch/graph/symbolic_shape.h>
+
+#include <optional>
+
+namespace torchgraft {
+
+// Whether `value` holds elements of forward's arguments, moved about only: keys and values for which this holds are of
+// earlier passes.
+bool is_of_earlier_passes(torch::jit::Value* value);
+
+// Takes keys or values of unknown shape that are all of earlier passes to have the shape that queries [B, heads, S,
+// head size] ask for.
+void assume_heads(torch::jit::Value* heads, const std::optional<Shape>& query, bool is_transposed,
+                  SymbolicShapes& shapes);
+
+}  // namespace torchgraft

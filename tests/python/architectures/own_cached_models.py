@@ -1,0 +1,187 @@
+"""Hand-written decoders that keep keys and values in several ways. One set of weights: attention is the same."""
+
+import math
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models import FFN, HEADS, HIDDEN, POSITIONS, VOCABULARY
+
+LAYERS = 2
+HEAD_DIM = HIDDEN // HEADS
+KV_HEADS = 2
+
+
+class Layer(nn.Module):
+    """A pre-norm layer with two heads of keys and values for four of queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.ffn_norm = nn.LayerNorm(HIDDEN), nn.LayerNorm(HIDDEN)
+        self.q, self.o = nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+        self.k, self.v = (nn.Linear(HIDDEN, KV_HEADS * HEAD_DIM) for _ in range(2))
+        self.up, self.down = nn.Linear(HIDDEN, FFN), nn.Linear(FFN, HIDDEN)
+        self.heads, self.kv_heads, self.head_dim = HEADS, KV_HEADS, HEAD_DIM  # torch.jit.script reads no globals
+
+    def new_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, S, heads, head size]."""
+        shape = [x.size(0), x.size(1), self.kv_heads, self.head_dim]
+        x = self.norm(x)
+        return self.k(x).view(shape), self.v(x).view(shape)
+
+    def attend(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """keys, values: [B, K, heads, head size]."""
+        q = self.q(self.norm(x)).view(x.size(0), x.size(1), self.heads, self.head_dim).transpose(1, 2)
+        k = keys.transpose(1, 2).repeat_interleave(self.heads // self.kv_heads, dim=1)
+        v = values.transpose(1, 2).repeat_interleave(self.heads // self.kv_heads, dim=1)
+        scores = q @ k.transpose(-1, -2) / math.sqrt(self.head_dim) + mask
+        mixed = (scores.softmax(-1) @ v).transpose(1, 2).reshape(x.size(0), x.size(1), -1)
+        x = x + self.o(mixed)
+        return x + self.down(F.gelu(self.up(self.ffn_norm(x))))
+
+
+class Embeddings(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(VOCABULARY, HIDDEN), nn.Embedding(POSITIONS, HIDDEN)
+
+    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        return self.words(ids) + self.places(positions)
+
+
+class Decoder(nn.Module):
+    """Without a cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = Embeddings()
+        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
+
+    def forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        x = self.embed(ids, positions)
+        for layer in self.layers:
+            keys, values = layer.new_keys(x)
+            x = layer.attend(x, keys, values, mask)
+        return x
+
+
+class OptionalList(Decoder):
+    """A list of (keys, values), or None before the first token."""
+
+    def forward(
+        self, ids: Tensor, mask: Tensor, positions: Tensor, past: Optional[list[tuple[Tensor, Tensor]]] = None
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        x = self.embed(ids, positions)
+        new: list[tuple[Tensor, Tensor]] = []
+        for i, layer in enumerate(self.layers):
+            keys, values = layer.new_keys(x)
+            if past is not None:
+                keys = torch.cat([past[i][0], keys], dim=1)
+                values = torch.cat([past[i][1], values], dim=1)
+            new.append((keys, values))
+            x = layer.attend(x, keys, values, mask)
+        return x, new
+
+
+class Dictionary(Decoder):
+    def forward(
+        self, ids: Tensor, mask: Tensor, positions: Tensor, past: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        x = self.embed(ids, positions)
+        new: dict[str, Tensor] = {}
+        for i, layer in enumerate(self.layers):
+            keys, values = layer.new_keys(x)
+            keys = torch.cat((past[f"keys.{i}"], keys), 1)
+            values = torch.cat((past[f"values.{i}"], values), 1)
+            new[f"keys.{i}"], new[f"values.{i}"] = keys, values
+            x = layer.attend(x, keys, values, mask)
+        return x, new
+
+
+class Stacked(Decoder):
+    """One tensor [layers, 2, B, P, heads, head size]."""
+
+    def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.embed(ids, positions)
+        new: list[Tensor] = []
+        for i, layer in enumerate(self.layers):
+            keys, values = layer.new_keys(x)
+            both = torch.cat([past[i], torch.stack([keys, values])], dim=2)
+            new.append(both)
+            x = layer.attend(x, both[0], both[1], mask)
+        return x, torch.stack(new)
+
+
+class HiddenStates(Decoder):
+    """Keeps what it projects: [B, P, hidden] of each layer."""
+
+    def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        x = self.embed(ids, positions)
+        new: list[Tensor] = []
+        for i, layer in enumerate(self.layers):
+            seen = torch.cat([past[i], x], dim=1)
+            new.append(seen)
+            keys, values = layer.new_keys(seen)
+            x = layer.attend(x, keys, values, mask)
+        return x, new
+
+
+class Static(Decoder):
+    """Tensors of POSITIONS tokens, [B, T, heads, head size]. This pass writes its keys at `places` [S]."""
+
+    def write(self, cache: Tensor, places: Tensor, new: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(
+        self, ids: Tensor, mask: Tensor, positions: Tensor, places: Tensor, keys: list[Tensor], values: list[Tensor]
+    ) -> tuple[Tensor, tuple[list[Tensor], list[Tensor]]]:
+        x = self.embed(ids, positions)
+        all_keys: list[Tensor] = []
+        all_values: list[Tensor] = []
+        for i, layer in enumerate(self.layers):
+            k, v = layer.new_keys(x)
+            k, v = self.write(keys[i], places, k), self.write(values[i], places, v)
+            all_keys.append(k)
+            all_values.append(v)
+            x = layer.attend(x, k, v, mask)
+        return x, (all_keys, all_values)
+
+
+class IndexCopy(Static):
+    def write(self, cache: Tensor, places: Tensor, new: Tensor) -> Tensor:
+        return cache.index_copy(1, places, new)
+
+
+class IndexCopyInPlace(Static):
+    def write(self, cache: Tensor, places: Tensor, new: Tensor) -> Tensor:
+        cache.index_copy_(1, places, new)
+        return cache
+
+
+class SliceAssignment(Static):
+    def write(self, cache: Tensor, places: Tensor, new: Tensor) -> Tensor:
+        begin = int(places[0])
+        cache[:, begin : begin + new.size(1)] = new
+        return cache
+
+
+class IndexPut(Static):
+    def write(self, cache: Tensor, places: Tensor, new: Tensor) -> Tensor:
+        cache[:, places] = new
+        return cache
+
+
+class Scatter(Static):
+    def write(self, cache: Tensor, places: Tensor, new: Tensor) -> Tensor:
+        return cache.scatter(1, places[None, :, None, None].expand_as(new), new)
+
+
+class ViewBeforeWrite(Static):
+    """Reads the new keys by way of memory alone."""
+
+    def write(self, cache: Tensor, places: Tensor, new: Tensor) -> Tensor:
+        seen = cache[:, : int(places[-1]) + 1]
+        cache.index_copy_(1, places, new)
+        return seen

@@ -1,0 +1,128 @@
+"""Hand-written decoders with caches of several kinds: each step equals the same tokens in one pass of the decoder
+without a cache, which has the same weights and adapters."""
+
+import functools
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import oracle
+import own_cached_models as own
+import torchgraft
+from cached_decoders import PROMPT, masks_and_positions, tokens_of
+from models import POSITIONS
+from restated_reference import RestatedReference
+
+METHODS = ("lora_all", "double_seq_bn", "prefix_flat")
+IDS = torch.tensor([0, 1, 2, -1])  # of the rows of tokens_of()
+GROWING = ("OptionalList", "Dictionary", "Stacked", "HiddenStates")
+STATIC = ("IndexCopy", "IndexCopyInPlace", "SliceAssignment", "IndexPut", "Scatter")
+
+
+def _empty(name: str, rows: int) -> tuple:
+    """The cache before the first token, as arguments behind the positions."""
+    size = (own.KV_HEADS, own.HEAD_DIM)
+    if name in STATIC:
+        return tuple([torch.zeros(rows, POSITIONS, *size) for _ in range(own.LAYERS)] for _ in range(2))
+    nothing = torch.zeros(rows, 0, *size)
+    return {
+        "OptionalList": (None,),
+        "Dictionary": ({f"{kind}.{i}": nothing for kind in ("keys", "values") for i in range(own.LAYERS)},),
+        "Stacked": (torch.zeros(own.LAYERS, 2, rows, 0, *size),),
+        "HiddenStates": ([torch.zeros(rows, 0, own.HIDDEN) for _ in range(own.LAYERS)],),
+    }[name]
+
+
+def _arguments(name: str, real: Tensor, begin: int, end: int) -> tuple[Tensor, ...]:
+    """Mask, positions and, for static caches, places of the tokens [begin, end)."""
+    mask, positions = masks_and_positions(real[:, :end], end - begin)
+    if name not in STATIC:
+        return mask, positions
+    hidden = torch.full((*mask.shape[:3], POSITIONS - end), torch.finfo(torch.float32).min)
+    return torch.cat([mask, hidden], -1), positions, torch.arange(begin, end)
+
+
+def _steps(name: str, module: torch.jit.ScriptModule, ids: Tensor, real: Tensor, **named: Tensor) -> tuple:
+    past, hidden = _empty(name, ids.size(0)), []
+    for begin, end in [(0, PROMPT), *((i, i + 1) for i in range(PROMPT, ids.size(1)))]:
+        part, past = module(ids[:, begin:end], *_arguments(name, real, begin, end), *past, **named)
+        past = past if name in STATIC else (past,)
+        hidden.append(part)
+    return torch.cat(hidden, 1), past
+
+
+def _make(name: str) -> nn.Module:
+    torch.manual_seed(5)
+    return getattr(own, name)().eval()
+
+
+@functools.cache
+def _uncached() -> tuple[torch.jit.ScriptModule, dict[str, Path]]:
+    """The decoder without a cache, with random adapters, and their directories."""
+    base = torch.jit.script(_make("Decoder"))
+    module = RestatedReference(_make, lambda model: []).graft(base, list(METHODS), torch.float32)
+    folder = Path(tempfile.mkdtemp(prefix="torchgraft_own_caches_"))
+    for method in METHODS:
+        torchgraft.save_adapter(module, method, folder / method)
+    return module, {method: folder / method for method in METHODS}
+
+
+def _base(name: str, form: str) -> torch.jit.ScriptModule:
+    if form == "scripted":
+        return torch.jit.script(_make(name))
+    ids, real = tokens_of(2)
+    example = (ids[:, :3], *_arguments(name, real, 0, 3), *_empty(name, 2))
+    return torch.jit.trace(_make(name), example, check_trace=False, strict=False)
+
+
+_FORMS = [(name, "scripted") for name in GROWING + STATIC] + [
+    (name, "traced") for name in ("Stacked", "HiddenStates", "Dictionary", "IndexCopy", "IndexCopyInPlace", "IndexPut")
+]
+
+
+@pytest.mark.parametrize(("name", "form"), _FORMS)
+@torch.no_grad()
+def test_steps_equal_one_pass_without_a_cache(name: str, form: str) -> None:
+    whole, directories = _uncached()
+    base = _base(name, form)
+    layers = torchgraft.inspect(base)["layers"]
+    kind = "static" if name in STATIC else "growing"
+    assert [(layer["kind"], layer["cache"]) for layer in layers] == [("self", kind)] * own.LAYERS
+    module = torchgraft.graft(base, adapters=directories)
+    ids, real = tokens_of()
+    found, _ = _steps(name, module, ids, real, adapter_ids=IDS)
+    expected = whole(ids, *masks_and_positions(real, ids.size(1)), adapter_ids=IDS)
+    assert oracle.difference(found[real], expected[real]) <= 1e-5
+    module.deactivate()
+    (found, kept), (expected, base_kept) = (_steps(name, each, ids, real) for each in (module, base))
+    assert torch.equal(found, expected)
+    for a, b in zip(_tensors(kept), _tensors(base_kept), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_view_of_the_cache_that_is_taken_before_the_write_is_refused() -> None:
+    """A LoRA on the keys would be left out as another pass's."""
+    base = torch.jit.script(_make("ViewBeforeWrite"))
+    reason = (
+        "its keys or values were taken from a cache before something writes into the cache; read it behind the write"
+    )
+    assert [reason in miss for miss in torchgraft.inspect(base)["near_misses"]] == [True] * own.LAYERS
+    with pytest.raises(torchgraft.GraftError, match="read it behind the write"):
+        torchgraft.graft(base, config="lora", name="task")
+
+
+@pytest.mark.parametrize("name", ["IndexCopy", "HiddenStates"])
+def test_unpadded_gates_need_a_mask_that_ends_with_the_tokens_of_the_pass(name: str) -> None:
+    base = torch.jit.script(_make(name))
+    with pytest.raises(torchgraft.GraftError, match='use gate_pooling="all", or a cache that grows by torch.cat'):
+        torchgraft.graft(base, config="unipelt", name="task", gate_pooling="unpadded")
+
+
+def _tensors(cache: object) -> list[Tensor]:
+    if isinstance(cache, Tensor):
+        return [cache]
+    parts = cache.values() if isinstance(cache, dict) else cache
+    return [tensor for part in parts for tensor in _tensors(part)]
