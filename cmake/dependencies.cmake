@@ -1,23 +1,5 @@
 # Every outside library is found here, once.
-# LibTorch is the one that CMAKE_PREFIX_PATH names; else that of the Python environment.
-include(cmake/torchgraftTorch.cmake)
-torchgraft_find_torch()
-if(NOT TORCH_INSTALL_PREFIX)
-  find_package(Python3 3.11 COMPONENTS Interpreter REQUIRED)
-  execute_process(
-    COMMAND ${Python3_EXECUTABLE} ${PROJECT_SOURCE_DIR}/cmake/find_torch.py
-    OUTPUT_VARIABLE torch_found OUTPUT_STRIP_TRAILING_WHITESPACE
-    ERROR_VARIABLE torch_missing RESULT_VARIABLE torch_failed)
-  if(torch_failed)
-    message(FATAL_ERROR "${Python3_EXECUTABLE}: ${torch_missing} In a checkout, scripts/setup installs torch; "
-                        "-DCMAKE_PREFIX_PATH=<libtorch> names another one.")
-  endif()
-  string(REGEX REPLACE "\n.*" "" torch_folder "${torch_found}")
-  torchgraft_find_torch(${torch_folder})
-endif()
-if(NOT TORCH_INSTALL_PREFIX OR Torch_VERSION VERSION_LESS 2.13)
-  message(FATAL_ERROR "expected LibTorch 2.13 or later, got '${Torch_VERSION}' in '${TORCH_INSTALL_PREFIX}'")
-endif()
+include(cmake/torch_to_build_with.cmake)
 torchgraft_import_torch()
 # Without OpenMP's flags at::parallel_for in a plug-in is silently serial.
 find_package(OpenMP REQUIRED COMPONENTS CXX)

@@ -7,7 +7,7 @@ include(CMakePackageConfigHelpers)
 # link line. The library's file name is known to the alias here and to the imported target of the same name there.
 # LibTorch's libraries stand beside it: where they lie is for the host to say, and libtorchgraft does not know.
 string(CONCAT torchgraft_kept "-Wl,--push-state,--no-as-needed,$<TARGET_FILE:torchgraft::torchgraft>,"
-  "$<TARGET_FILE:torch_cpu>,$<TARGET_FILE:c10>,--pop-state")
+  "$<TARGET_FILE:torchgraft::torch_cpu>,$<TARGET_FILE:torchgraft::c10>,--pop-state")
 target_link_libraries(torchgraft INTERFACE "${torchgraft_kept}")
 
 set(torchgraft_targets torchgraft)
@@ -89,7 +89,9 @@ if(TORCHGRAFT_BUILD_PYTHON)
     EXCLUDE_FROM_ALL)
 endif()
 
-# find_package(torchgraft) works on the build folder, too.
+# find_package(torchgraft) works on the build folder, too. An older build may have left its package at the top, where
+# CMake looks first.
+file(REMOVE ${PROJECT_BINARY_DIR}/torchgraftConfig.cmake ${PROJECT_BINARY_DIR}/torchgraftConfigVersion.cmake)
 string(REGEX MATCH "^[0-9]+\\.[0-9]+" torch_minor_version "${Torch_VERSION}")
 set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/torchgraft)
 set(built_package_dir ${CMAKE_LIBRARY_OUTPUT_DIRECTORY}/cmake/torchgraft)
@@ -105,10 +107,9 @@ install(FILES ${built_package_dir}/torchgraftConfig.cmake ${built_package_dir}/t
 install(FILES ${built_package_dir}/torchgraftBuiltWith.cmake DESTINATION ${package_dir} COMPONENT torchgraft_local)
 
 # pkg-config: in a wheel torch is the folder beside torchgraft's, in a prefix the one that it was built with.
-set(torchgraft_pc_torch "\${prefix}/../torch")
-configure_file(${PROJECT_SOURCE_DIR}/cmake/torchgraft.pc.in ${PROJECT_BINARY_DIR}/pkgconfig/wheel.pc @ONLY)
-set(torchgraft_pc_torch ${TORCH_INSTALL_PREFIX})
-configure_file(${PROJECT_SOURCE_DIR}/cmake/torchgraft.pc.in ${PROJECT_BINARY_DIR}/pkgconfig/local.pc @ONLY)
+include(cmake/pkg_config.cmake)
+torchgraft_write_pc(${PROJECT_BINARY_DIR}/pkgconfig/wheel.pc "\${prefix}/../torch")
+torchgraft_write_pc(${PROJECT_BINARY_DIR}/pkgconfig/local.pc ${TORCH_INSTALL_PREFIX})
 install(FILES ${PROJECT_BINARY_DIR}/pkgconfig/wheel.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig
   RENAME torchgraft.pc COMPONENT torchgraft)
 install(FILES ${PROJECT_BINARY_DIR}/pkgconfig/local.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig

@@ -71,7 +71,7 @@ function(torchgraft_vectorized_copy target instruction_set flags)
   add_library(${copy} OBJECT ${ARGN})
   torchgraft_library(${copy})
   target_compile_features(${copy} PRIVATE cxx_std_20)
-  target_link_libraries(${copy} PRIVATE torch OpenMP::OpenMP_CXX)
+  target_link_libraries(${copy} PRIVATE torchgraft::torch OpenMP::OpenMP_CXX)
   target_compile_options(${copy} PRIVATE ${flags} -fno-math-errno -fno-trapping-math
     -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized)  # g++ 12 on its own intrinsics
   target_compile_definitions(${copy} PRIVATE TORCHGRAFT_INSTRUCTION_SET=${instruction_set})

@@ -1,4 +1,5 @@
-"""python/torchgraft/_C.pyi lists what the binding exports, with as many parameters of the same names."""
+"""python/torchgraft/_C.pyi lists what the binding exports, with as many parameters of the same names, and with the
+types of the results."""
 
 import ast
 import re
@@ -12,47 +13,51 @@ from torchgraft._libraries import patcher
 pytestmark = pytest.mark.quick
 
 STUB = ast.parse((Path(torchgraft.__file__).parent / "_C.pyi").read_text())
-Signature = list[str]
+Signature = tuple[list[str], str]  # the parameters' names; the result's type
 
 
 def signature_of(function: ast.FunctionDef) -> Signature:
     arguments = function.args
     plain = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
-    return plain + ([f"*{arguments.vararg.arg}"] if arguments.vararg else [])
+    # The binding has one class for all tables, and one for values of any type.
+    result = ast.unparse(function.returns).replace("dict[str, Any]", "dict").replace("Any", "IValue")
+    return plain + ([f"*{arguments.vararg.arg}"] if arguments.vararg else []), result
 
 
 def shown_signature(documentation: str) -> Signature:
     """Of the first line that pybind11 writes: "graft(module: torch.ScriptModule, adapters: ...) -> ..."."""
-    inside = documentation.split("\n")[0].partition("(")[2].rpartition(") ->")[0]
+    inside, _, result = documentation.strip().split("\n")[0].partition("(")[2].rpartition(") ->")
     while re.search(r"\[[^\[\]]*\]", inside):
         inside = re.sub(r"\[[^\[\]]*\]", "", inside)
     names = [part.split(":")[0].strip() for part in inside.split(",")]
-    return [name for name in names if name not in ("", "/")]
+    result = re.sub(r"\b(torchgraft\._C|torch)\.", "", result.strip())
+    return [name for name in names if name not in ("", "/")], result
 
 
 def exported() -> dict[str, Signature]:
-    result = {}
+    result: dict[str, Signature] = {}
     for name, value in vars(patcher()).items():
         if name.startswith("__"):
             continue
         if not isinstance(value, type):
             result[name] = shown_signature(value.__doc__)
             continue
-        result[name] = []
+        result[name] = [], ""
         for member, held in vars(value).items():
             own = member in ("__init__", "__enter__", "__exit__") or not member.startswith("_")
             if own and name != "KernelMode" and "Initialize self" not in (held.__doc__ or ""):
-                result[f"{name}.{member}"] = ["self"] if isinstance(held, property) else shown_signature(held.__doc__)
+                shown = held.fget.__doc__ if isinstance(held, property) else held.__doc__
+                result[f"{name}.{member}"] = shown_signature(shown)
     return result
 
 
 def listed() -> dict[str, Signature]:
-    result = {}
+    result: dict[str, Signature] = {}
     for node in STUB.body:
         if isinstance(node, ast.FunctionDef):
             result[node.name] = signature_of(node)
         elif isinstance(node, ast.ClassDef):
-            result[node.name] = []
+            result[node.name] = [], ""
             if node.name != "KernelMode":
                 methods = [member for member in node.body if isinstance(member, ast.FunctionDef)]
                 result |= {f"{node.name}.{method.name}": signature_of(method) for method in methods}
@@ -62,11 +67,12 @@ def listed() -> dict[str, Signature]:
 def test_the_stub_lists_what_the_binding_exports() -> None:
     ours, theirs = listed(), exported()
     assert sorted(ours) == sorted(theirs)
-    for name, signature in theirs.items():
-        assert len(ours[name]) == len(signature), name
+    for name, (parameters, result) in theirs.items():
+        assert len(ours[name][0]) == len(parameters), name
         # What the binding names can be given by name; the stub gives the other ones names of its own.
-        given_by_name = [parameter for parameter in signature if not re.fullmatch(r"arg\d+", parameter)]
-        assert [parameter for parameter in ours[name] if parameter in given_by_name] == given_by_name, name
+        given_by_name = [parameter for parameter in parameters if not re.fullmatch(r"arg\d+", parameter)]
+        assert [parameter for parameter in ours[name][0] if parameter in given_by_name] == given_by_name, name
+        assert ours[name][1] == result, name
 
 
 def test_the_kernel_modes_are_listed() -> None:
