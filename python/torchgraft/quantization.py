@@ -72,7 +72,7 @@ def quantization_error(module: torch.jit.ScriptModule, example: Any, *, skip: Se
         TypeError: `module` is not TorchScript.
     """
     probe, maps, _ = patcher().quantization_probe(cpp_module(module), list(skip))
-    positional, named = example_arguments(example)
+    positional, named = example_arguments(example) or ((), {})
     try:
         with torch.no_grad():
             errors = script_module(probe)(*positional, **named)
