@@ -29,16 +29,16 @@ void check_text_is_known(const at::Tensor& row_is_ambiguous) {
   TORCH_CHECK(false, message);
 }
 
-at::Tensor any(const at::Tensor& flags) { return flags.any(-1, /*keepdim=*/true); }
-at::Tensor count(const at::Tensor& flags) { return flags.sum(-1, /*keepdim=*/true); }
+at::Tensor some(const at::Tensor& flags) { return flags.any(-1, /*keepdim=*/true); }
+at::Tensor how_many(const at::Tensor& flags) { return flags.sum(-1, /*keepdim=*/true); }
 
 // Padding [B, S] whose queries see everything, as models let those that would see nothing. `visible`: bool [B, S, S].
 // The last query of a causal text sees everything, too; where it is the only one it is no padding.
 at::Tensor sees_all(const at::Tensor& visible) {
   const at::Tensor all = visible.all(-1);
   const at::Tensor others = ~all;
-  const at::Tensor are_seen = any((visible & others.unsqueeze(-1) & all.unsqueeze(-2)).any(-1));
-  return all & any(others) & ~are_seen & (count(all).gt(1) | others.select(-1, -1).unsqueeze(-1));
+  const at::Tensor are_seen = some((visible & others.unsqueeze(-1) & all.unsqueeze(-2)).any(-1));
+  return all & some(others) & ~are_seen & (how_many(all).gt(1) | others.select(-1, -1).unsqueeze(-1));
 }
 
 // The text [B, S]: the tokens that real ones see. `shown`: bool [B, S, S].
@@ -54,7 +54,7 @@ at::Tensor text_of(const at::Tensor& shown) {
   const at::Tensor others = visible & positions.unsqueeze(-1).ne(positions);  // [B, S, S]
   const at::Tensor itself = visible.diagonal(0, -2, -1);
   const at::Tensor linked = others.any(-1) | others.any(-2);
-  const at::Tensor has_links = any(linked);
+  const at::Tensor has_links = some(linked);
   const at::Tensor start = at::where(has_links, linked, itself).mul(positions).amax(-1, /*keepdim=*/true);
   const at::Tensor at_start = positions.eq(start);
   const at::Tensor real = closure((visible & at_start.unsqueeze(-1)).any(-2), visible);
@@ -65,25 +65,25 @@ at::Tensor text_of(const at::Tensor& shown) {
   const at::Tensor sees_text_and_itself = padding & itself & others.any(-1) & ~sees_padding;
   const at::Tensor behind_rest = positions.gt(at::where(rest, positions, -1).amax(-1, /*keepdim=*/true));
   const at::Tensor seen_by_rest = (others & rest.unsqueeze(-1)).any(-2);
-  const at::Tensor start_is_unseen = any(real & at_start & ~seen_by_rest);  // [B, 1]
-  const at::Tensor start_is_padding = start_is_unseen & any(rest) & any(sees_text_and_itself & behind_rest);
+  const at::Tensor start_is_unseen = some(real & at_start & ~seen_by_rest);  // [B, 1]
+  const at::Tensor start_is_padding = start_is_unseen & some(rest) & some(sees_text_and_itself & behind_rest);
 
-  const at::Tensor rest_is_seen = count(rest).gt(1) & ~any(rest & ~seen_by_rest);
-  const at::Tensor one_alone_behind = count(itself & ~linked & positions.gt(start)).eq(1);
+  const at::Tensor rest_is_seen = how_many(rest).gt(1) & ~some(rest & ~seen_by_rest);
+  const at::Tensor one_alone_behind = how_many(itself & ~linked & positions.gt(start)).eq(1);
   const at::Tensor first = at::where(real, positions, positions.size(0)).amin(-1, /*keepdim=*/true);
-  check_text_is_known((any(padding & sees_padding) |                                                // groups apart
+  check_text_is_known((some(padding & sees_padding) |                                               // groups apart
                        (start_is_unseen & ~start_is_padding & (rest_is_seen | one_alone_behind)) |  // end or padding
-                       (~has_links & count(itself).gt(1)) |                                         // each for itself
-                       any(blind & positions.gt(first) & positions.lt(start)))                      // amid the text
+                       (~has_links & how_many(itself).gt(1)) |                                      // each for itself
+                       some(blind & positions.gt(first) & positions.lt(start)))                     // amid the text
                           .squeeze(-1));
   return at::where(start_is_padding, rest, real);
 }
 
-// The keys [B, S] that count. Where the queries are not the keys' own tokens, every query counts, and where no token
-// sees any.
+// The keys [B, S] that count. Every query counts where all see the same, where no token sees any, and where the queries
+// are not the keys' own tokens.
 at::Tensor seen_by_real_queries(const at::Tensor& visible) {
   const at::Tensor by_any = visible.any(-2);
-  if (visible.size(-2) == 1 || visible.size(-2) != visible.size(-1)) {
+  if (visible.size(-2) != visible.size(-1) || at::equal(visible, visible.narrow(-2, 0, 1).expand_as(visible))) {
     return by_any;
   }
   const at::Tensor real = text_of(visible.dim() == 2 ? visible.unsqueeze(0) : visible);
