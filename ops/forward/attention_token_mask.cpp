@@ -83,7 +83,8 @@ at::Tensor text_of(const at::Tensor& shown) {
 // are not the keys' own tokens.
 at::Tensor seen_by_real_queries(const at::Tensor& visible) {
   const at::Tensor by_any = visible.any(-2);
-  if (visible.size(-2) != visible.size(-1) || at::equal(visible, visible.narrow(-2, 0, 1).expand_as(visible))) {
+  if (visible.size(-2) < 2 || visible.size(-2) != visible.size(-1) ||
+      at::equal(visible, visible.narrow(-2, 0, 1).expand_as(visible))) {
     return by_any;
   }
   const at::Tensor real = text_of(visible.dim() == 2 ? visible.unsqueeze(0) : visible);

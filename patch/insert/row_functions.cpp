@@ -139,7 +139,9 @@ def text_of(visible: Tensor) -> Tensor:
 
 def seen_by_real_queries(visible: Tensor) -> Tensor:
     by_any = visible.any(-2)
-    if visible.size(-2) != visible.size(-1) or torch.equal(visible, visible.narrow(-2, 0, 1).expand_as(visible)):
+    if visible.size(-2) < 2 or visible.size(-2) != visible.size(-1):
+        return by_any
+    if torch.equal(visible, visible.narrow(-2, 0, 1).expand_as(visible)):
         return by_any
     real = text_of(visible.unsqueeze(0) if visible.dim() == 2 else visible)
     return torch.where(real.any(-1, True), real, by_any)
