@@ -26,6 +26,7 @@ bool take_raised_text(std::string_view& line) {
 
 std::string one_line(const std::string& message) {
   std::string_view rest = message;
+  rest.remove_prefix(std::min(rest.find_first_not_of(" \t\r\n"), rest.size()));  // TorchScript's begin with a new line
   std::string_view result = rest.substr(0, rest.find('\n'));
   while (!rest.empty()) {
     std::string_view line = rest.substr(0, rest.find('\n'));

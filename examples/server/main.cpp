@@ -10,6 +10,7 @@
 #include <torchgraft/patch/load_module.h>
 #include <torchgraft/registration/error_text.h>
 
+#include <ATen/DynamicLibrary.h>
 #include <ATen/Parallel.h>
 #include <sys/resource.h>
 #include <torch/script.h>
@@ -24,12 +25,14 @@
 #include <string>
 #include <thread>
 #include <utility>
+#include <vector>
 
 namespace {
 
 struct Options {
   std::string model;
   std::string adapters;
+  std::vector<std::string> libraries;
   std::string address = "127.0.0.1";
   uint16_t port = 8080;
   torchgraft::AdapterPoolOptions pool;
@@ -46,6 +49,11 @@ void declare(CLI::App& app, Options& options) {
   app.add_option("--adapters", options.adapters, "folder of adapter directories, one for each name")
       ->required()
       ->check(CLI::ExistingDirectory);
+  app.add_option(
+         "--library", options.libraries,
+         "a library with operators that the model uses besides torch's; its code runs. Several times, if need be")
+      ->allow_extra_args(false)  // else it takes MODEL.pt behind it, too
+      ->check(CLI::ExistingFile);
   app.add_option("--address", options.address, "IPv4 address to listen on")->capture_default_str();
   app.add_option("--port", options.port, "0: any free port")->capture_default_str();
   app.add_option("--capacity", options.pool.capacity, "adapters in memory at once")->check(CLI::PositiveNumber);
@@ -173,6 +181,11 @@ void serve(const Options& options) {
   const sigset_t signals = block_signals();
   if (options.threads > 0) {
     at::set_num_threads(options.threads);
+  }
+  for (const std::string& library : options.libraries) {
+    // With a slash, dlopen() takes it for a path. Never unloaded: its operators stay registered.
+    const std::string path = library.find('/') == std::string::npos ? "./" + library : library;
+    const at::DynamicLibrary loaded(path.c_str(), nullptr, /*leak_handle=*/true);
   }
   const torch::jit::Module module = load(options.model);
   AdapterStore store(module, options.adapters, options.pool, options.adapter_file_bytes);

@@ -41,6 +41,11 @@ TEST(OneLine, KeepsTheWordErrorInsideALine) {
   EXPECT_EQ(line_of(kTrace + "RuntimeError: the log says Error: 3"), "the log says Error: 3");
 }
 
+TEST(OneLine, SkipsEmptyLinesBeforeTheMessage) {
+  EXPECT_EQ(line_of("\n  \nUnknown builtin op: other::twice.\nCould not find any similar op.\n"),
+            "Unknown builtin op: other::twice.");
+}
+
 TEST(OneLine, IsNeverEmpty) {
   for (const std::string& message : {std::string(), std::string("\n"), kTrace + "RuntimeError: AssertionError: \n"}) {
     EXPECT_EQ(line_of(message), "it did not say why") << message;
