@@ -16,6 +16,7 @@ else 1.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -166,6 +167,16 @@ def stop(signal_number: int, frame: object) -> NoReturn:
     fail(PROGRAM, f"{STOPPED[signal_number]}; --resume goes on from the last checkpoint", 128 + signal_number)
 
 
+def stop_at_once(signal_number: int, frame: object) -> NoReturn:
+    """Ends the process. Serves while torch is imported: code that runs then can swallow exceptions of a handler, and
+    there is nothing to clean up yet."""
+    try:
+        fail(PROGRAM, STOPPED[signal_number], 128 + signal_number)
+    finally:
+        sys.stderr.flush()
+        os._exit(128 + signal_number)
+
+
 def main() -> None:
     parser = make_parser()
     arguments = parser.parse_args()
@@ -184,4 +195,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    on_stop(stop_at_once)
     main()

@@ -7,6 +7,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -165,6 +166,16 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
     assert done.returncode == 0, done.stderr
     assert largest_difference(output, whole) <= 1e-6
     assert not list(output.glob(".*.torchgraft-tmp"))
+
+
+def test_ctrl_c_while_torch_is_loaded_is_one_line(files: Files, tmp_path: Path) -> None:
+    command = [sys.executable, SCRIPT, files.base, "-o", tmp_path / "out", "--train", files.train]
+    for seconds in (0.3, 0.8, 1.5):
+        process = subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE, text=True)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=300)[1]
+        assert process.returncode == 130 and error.startswith("train: error: interrupted") and error.count("\n") == 1
 
 
 def test_two_processes_end_with_the_weights_of_one(files: Files, tmp_path: Path) -> None:
