@@ -5,8 +5,10 @@ include(CMakePackageConfigHelpers)
 # (a distribution's default, and what torch's own targets switch to behind themselves) drops the library and the
 # operators are missing when the program runs. One item that carries its own flags does not depend on its place in the
 # link line. The library's file name is known to the alias here and to the imported target of the same name there.
-target_link_libraries(torchgraft INTERFACE
-  "-Wl,--push-state,--no-as-needed,$<TARGET_FILE:torchgraft::torchgraft>,--pop-state")
+# LibTorch's libraries stand beside it: where they lie is for the host to say, and libtorchgraft does not know.
+string(CONCAT torchgraft_kept "-Wl,--push-state,--no-as-needed,$<TARGET_FILE:torchgraft::torchgraft>,"
+  "$<TARGET_FILE:torch_cpu>,$<TARGET_FILE:c10>,--pop-state")
+target_link_libraries(torchgraft INTERFACE "${torchgraft_kept}")
 
 set(torchgraft_targets torchgraft)
 set(torchgraft_headers
@@ -60,24 +62,53 @@ if(TORCHGRAFT_BUILD_PATCH)
     plan/temporary_file.h)
 endif()
 
-# Installed libraries look for libtorch where the host does, then where this build found it, so that a Python-less host
-# linked against the same libtorch starts without LD_LIBRARY_PATH.
-set_target_properties(${torchgraft_targets} PROPERTIES
-  INSTALL_RPATH "$ORIGIN;${TORCH_INSTALL_PREFIX}/lib")
+# Installed libraries look for libtorch where the host has loaded it, and beside themselves: in a wheel, where torch is
+# the folder beside torchgraft's. Nothing of the machine that built them stays.
+set(torchgraft_rpath "$ORIGIN;$ORIGIN/../../torch/lib")
+set_target_properties(${torchgraft_targets} PROPERTIES INSTALL_RPATH "${torchgraft_rpath}")
 
+# Which torch the libraries were built for: python/torchgraft/_libraries.py compares, before it loads them.
+file(WRITE ${CMAKE_LIBRARY_OUTPUT_DIRECTORY}/torchgraft_torch_version.txt "${Torch_VERSION}\n")
+
+# Components: `torchgraft`, what a wheel and a prefix both have; `torchgraft_local`, what only a prefix on this machine
+# has; `torchgraft_python`, what only a wheel has.
 install(TARGETS ${torchgraft_targets} EXPORT torchgraftTargets
-  LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR}
-  RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
+  LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR} COMPONENT torchgraft
+  RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR} COMPONENT torchgraft)
+install(FILES ${CMAKE_LIBRARY_OUTPUT_DIRECTORY}/torchgraft_torch_version.txt DESTINATION ${CMAKE_INSTALL_LIBDIR}
+  COMPONENT torchgraft)
 foreach(header IN LISTS torchgraft_headers)
   cmake_path(GET header PARENT_PATH folder)
-  install(FILES ${PROJECT_SOURCE_DIR}/${header} DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/torchgraft/${folder})
+  install(FILES ${PROJECT_SOURCE_DIR}/${header} DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/torchgraft/${folder}
+    COMPONENT torchgraft)
 endforeach()
+if(TORCHGRAFT_BUILD_PYTHON)
+  set_target_properties(torchgraft_python PROPERTIES INSTALL_RPATH "${torchgraft_rpath}")
+  install(TARGETS torchgraft_python LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR} COMPONENT torchgraft_python
+    EXCLUDE_FROM_ALL)
+endif()
 
+# find_package(torchgraft) works on the build folder, too.
 string(REGEX MATCH "^[0-9]+\\.[0-9]+" torch_minor_version "${Torch_VERSION}")
 set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/torchgraft)
-install(EXPORT torchgraftTargets NAMESPACE torchgraft:: DESTINATION ${package_dir})
+set(built_package_dir ${CMAKE_LIBRARY_OUTPUT_DIRECTORY}/cmake/torchgraft)
 configure_package_config_file(${PROJECT_SOURCE_DIR}/cmake/torchgraftConfig.cmake.in
-  ${PROJECT_BINARY_DIR}/torchgraftConfig.cmake INSTALL_DESTINATION ${package_dir})
-write_basic_package_version_file(${PROJECT_BINARY_DIR}/torchgraftConfigVersion.cmake COMPATIBILITY SameMinorVersion)
-install(FILES ${PROJECT_BINARY_DIR}/torchgraftConfig.cmake ${PROJECT_BINARY_DIR}/torchgraftConfigVersion.cmake
-  DESTINATION ${package_dir})
+  ${built_package_dir}/torchgraftConfig.cmake INSTALL_DESTINATION ${package_dir})
+write_basic_package_version_file(${built_package_dir}/torchgraftConfigVersion.cmake COMPATIBILITY SameMinorVersion)
+file(COPY ${PROJECT_SOURCE_DIR}/cmake/torchgraftTorch.cmake DESTINATION ${built_package_dir})
+file(WRITE ${built_package_dir}/torchgraftBuiltWith.cmake "set(torchgraft_built_with \"${TORCH_INSTALL_PREFIX}\")\n")
+export(EXPORT torchgraftTargets NAMESPACE torchgraft:: FILE ${built_package_dir}/torchgraftTargets.cmake)
+install(EXPORT torchgraftTargets NAMESPACE torchgraft:: DESTINATION ${package_dir} COMPONENT torchgraft)
+install(FILES ${built_package_dir}/torchgraftConfig.cmake ${built_package_dir}/torchgraftConfigVersion.cmake
+  ${built_package_dir}/torchgraftTorch.cmake DESTINATION ${package_dir} COMPONENT torchgraft)
+install(FILES ${built_package_dir}/torchgraftBuiltWith.cmake DESTINATION ${package_dir} COMPONENT torchgraft_local)
+
+# pkg-config: in a wheel torch is the folder beside torchgraft's, in a prefix the one that it was built with.
+set(torchgraft_pc_torch "\${prefix}/../torch")
+configure_file(${PROJECT_SOURCE_DIR}/cmake/torchgraft.pc.in ${PROJECT_BINARY_DIR}/pkgconfig/wheel.pc @ONLY)
+set(torchgraft_pc_torch ${TORCH_INSTALL_PREFIX})
+configure_file(${PROJECT_SOURCE_DIR}/cmake/torchgraft.pc.in ${PROJECT_BINARY_DIR}/pkgconfig/local.pc @ONLY)
+install(FILES ${PROJECT_BINARY_DIR}/pkgconfig/wheel.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig
+  RENAME torchgraft.pc COMPONENT torchgraft)
+install(FILES ${PROJECT_BINARY_DIR}/pkgconfig/local.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig
+  RENAME torchgraft.pc COMPONENT torchgraft_local)

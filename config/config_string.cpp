@@ -1,15 +1,22 @@
 #include <torchgraft/config/config_string.h>
 
+#include <torchgraft/config/closest_name.h>
 #include <torchgraft/config/config_json.h>
 #include <torchgraft/config/config_union.h>
+#include <torchgraft/config/fields.h>
 #include <torchgraft/config/json_fields.h>
 #include <torchgraft/config/named_configs.h>
 #include <torchgraft/registration/parse_json.h>
 
 #include <c10/util/Exception.h>
+#include <c10/util/StringUtil.h>
 
+#include <algorithm>
 #include <cctype>
 #include <set>
+#include <string>
+#include <utility>
+#include <variant>
 #include <vector>
 
 namespace torchgraft {
@@ -62,7 +69,8 @@ class LiteralReader {
     at_ = end + 1;
   }
 
-  // A key (before "=", or a number before ":"), True, False, None or a number.
+  // A key (before "=", or a number before ":"), True, False, None (or as JSON writes them), a number or, without
+  // quotes, a string.
   void word() {
     const size_t begin = at_;
     while (at_ < text_.size() && (is_word(text_[at_]) || text_[at_] == '.' || continues_exponent())) {
@@ -80,14 +88,12 @@ class LiteralReader {
       at_ = next + 1;
     } else if (follower == ':') {
       json_ += OrderedJson(word).dump();
-    } else if (word == "True" || word == "False") {
-      json_ += word == "True" ? "true" : "false";
-    } else if (word == "None") {
+    } else if (word == "True" || word == "true" || word == "False" || word == "false") {
+      json_ += word == "True" || word == "true" ? "true" : "false";
+    } else if (word == "None" || word == "null") {
       json_ += "null";
     } else {
-      TORCH_CHECK(std::isdigit(static_cast<unsigned char>(word[0])), "config: cannot read the value ", word, " in [",
-                  text_, "]; strings need quotes: '", word, "'");
-      json_ += word;
+      json_ += std::isdigit(static_cast<unsigned char>(word[0])) ? word : OrderedJson(word).dump();
     }
   }
 
@@ -110,6 +116,47 @@ MethodConfig changed(const MethodConfig& method, const OrderedJson& changes) {
   return config_from_json(json.dump()).methods.front();
 }
 
+// The class of `method`, and its fields.
+std::pair<const char*, std::vector<std::string>> described(const MethodConfig& method) {
+  std::vector<std::string> fields;
+  const auto add = [&](const char* field, const auto&) { fields.emplace_back(field); };
+  if (const auto* bottleneck = std::get_if<BnConfig>(&method)) {
+    visit_bn_fields(*bottleneck, add);
+    return {"BnConfig", fields};
+  }
+  if (const auto* prefix = std::get_if<PrefixTuningConfig>(&method)) {
+    visit_prefix_fields(*prefix, add);
+    return {"PrefixTuningConfig", fields};
+  }
+  visit_lora_fields(std::get<LoRAConfig>(method), add);
+  return {"LoRAConfig", fields};
+}
+
+// Gives each field of `changes` to those methods of a union that have it.
+AdapterConfig changed_union(const AdapterConfig& config, const OrderedJson& changes, std::string_view part) {
+  std::vector<OrderedJson> own(config.methods.size(), OrderedJson::object());
+  for (const auto& [field, value] : changes.items()) {
+    bool is_known = false;
+    std::string parts;
+    std::vector<std::string> all;
+    for (size_t i = 0; i < config.methods.size(); ++i) {
+      const auto& [name, fields] = described(config.methods[i]);
+      if (std::find(fields.begin(), fields.end(), field) != fields.end()) {
+        own[i][field] = value;
+        is_known = true;
+      }
+      parts += std::string("; ") + name + " has: " + c10::Join(", ", fields);
+      all.insert(all.end(), fields.begin(), fields.end());
+    }
+    TORCH_CHECK(is_known, "config: no part of '", part, "' has a field '", field, "'", parts, did_you_mean(field, all));
+  }
+  AdapterConfig result = config;
+  for (size_t i = 0; i < own.size(); ++i) {
+    result.methods[i] = changed(config.methods[i], own[i]);
+  }
+  return result;
+}
+
 AdapterConfig parse_part(std::string_view part) {
   part = trimmed(part);
   const size_t bracket = part.find('[');
@@ -119,9 +166,10 @@ AdapterConfig parse_part(std::string_view part) {
   }
   TORCH_CHECK(part.back() == ']', "config: '", part, "' has no closing bracket at its end");
   const OrderedJson changes = LiteralReader(part.substr(bracket + 1, part.size() - bracket - 2)).read();
-  for (MethodConfig& method : config.methods) {
-    method = changed(method, changes);
+  if (config.methods.size() > 1) {
+    return changed_union(config, changes, part.substr(0, bracket));
   }
+  config.methods.front() = changed(config.methods.front(), changes);
   return config;
 }
 

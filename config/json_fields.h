@@ -1,5 +1,6 @@
 #pragma once
 
+#include <torchgraft/config/closest_name.h>
 #include <torchgraft/config/fields.h>
 #include <torchgraft/registration/parse_json.h>
 
@@ -139,7 +140,8 @@ Config read_config(const Json& json, const char* name, Config config, Visit visi
     }
   });
   for (const auto& [field, value] : json.items()) {
-    TORCH_CHECK(known.count(field), "config: ", name, " has no field '", field, "'; it has: ", c10::Join(", ", known));
+    TORCH_CHECK(known.count(field), "config: ", name, " has no field '", field, "'; it has: ", c10::Join(", ", known),
+                did_you_mean(field, {known.begin(), known.end()}));
   }
   return config;
 }

@@ -1,9 +1,11 @@
 #include <torchgraft/config/named_configs.h>
 
 #include <torchgraft/config/check_supported.h>
+#include <torchgraft/config/closest_name.h>
 #include <torchgraft/config/config_union.h>
 
 #include <c10/util/Exception.h>
+#include <c10/util/StringUtil.h>
 
 #include <cctype>
 #include <functional>
@@ -167,20 +169,22 @@ std::vector<std::string> config_names() {
 }
 
 AdapterConfig config_from_name(std::string_view name) {
-  const auto found = registry().find(name);
-  if (found != registry().end()) {
-    return found->second();
-  }
-  std::string names;
+  const std::string plain = plain_name(name);
+  std::vector<std::string> names;
   for (const auto& [known, make] : registry()) {
+    // Names that differ in how they are written alone are of one configuration.
+    if (known == name || (!plain.empty() && plain_name(known) == plain)) {
+      return make();
+    }
     if (is_advertised(known) && is_supported(make())) {
-      names += (names.empty() ? "" : ", ") + known;
+      names.push_back(known);
     }
   }
-  static const std::set<std::string, std::less<>> kUnsupported = {"prompt_tuning", "mtl_lora", "loreft", "noreft",
+  static const std::set<std::string, std::less<>> kUnsupported = {"prompttuning", "mtllora", "loreft", "noreft",
                                                                   "direft"};
-  TORCH_CHECK(!kUnsupported.contains(name), "config: the method of '", name, "' is not supported; there are: ", names);
-  TORCH_CHECK(false, "config: no configuration is called '", name, "'; there are: ", names);
+  const std::string all = c10::Join(", ", names);
+  TORCH_CHECK(!kUnsupported.contains(plain), "config: the method of '", name, "' is not supported; there are: ", all);
+  TORCH_CHECK(false, "config: no configuration is called '", name, "'; there are: ", all, did_you_mean(name, names));
 }
 
 }  // namespace torchgraft

@@ -19,7 +19,8 @@ TORCHGRAFT_PATCH_API AdapterConfig unipelt_config();
 // The names that `config_from_name` knows, sorted.
 TORCHGRAFT_PATCH_API std::vector<std::string> config_names();
 
-// "unipelt", "mam", "seq_bn", "pfeiffer", ... Throws c10::Error that lists the names.
+// "unipelt", "mam", "seq_bn", "pfeiffer", ..., also written as "UniPELT" or "SeqBnConfig". Throws c10::Error that lists
+// the names.
 TORCHGRAFT_PATCH_API AdapterConfig config_from_name(std::string_view name);
 
 }  // namespace torchgraft

@@ -57,7 +57,7 @@ KernelTable KernelTable::parse(const std::string& text, const std::string& sourc
       }
     }
   } catch (const Json::exception& error) {
-    TORCH_CHECK(false, source, ": expected what graft.py tune writes, got ", error.what());
+    TORCH_CHECK(false, source, ": expected what torchgraft tune writes, got ", error.what());
   } catch (const c10::Error& error) {
     TORCH_CHECK(false, source, ": ", error.msg());
   }

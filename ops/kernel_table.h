@@ -11,7 +11,7 @@ namespace torchgraft::ops {
 // The operators that have fused kernels.
 enum class FusedOp { kLora, kLoraLinear, kBottleneck, kBottleneckLinear, kPrefixAttention };
 
-// What a user measured with `scripts/graft.py tune`: for some sizes, the seconds of the fused kernel and of ATen's
+// What a user measured with `torchgraft tune`: for some sizes, the seconds of the fused kernel and of ATen's
 // composition.
 class KernelTable {
  public:

@@ -232,7 +232,7 @@ void check_is_alone(const std::vector<Adapter>& adapters, const std::string& nam
   }
   TORCH_CHECK(others.empty(), "merge_adapter: the module has other adapters too (", c10::Join(", ", others),
               "), which would run on the merged weights, and so would rows without an adapter; remove them first, or "
-              "say that this is meant: into_base=True (graft.py merge --into-base)");
+              "say that this is meant: into_base=True (torchgraft merge --into-base)");
 }
 
 // `merged` has `name` in its base, `unmerged` has not. What the base gains, the adapter loses.

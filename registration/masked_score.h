@@ -7,4 +7,11 @@ namespace torchgraft {
 // attention_token_mask and the patcher must agree on it.
 constexpr double kMaskedScore = -9000.0;
 
+// What attention_token_mask says of a row, whose number stands for {}; so does the code that lower() writes for it.
+constexpr const char* kGroupsOfTokens =
+    "attention_token_mask: row {} of the attention mask has groups of tokens that do not see each other; which of them "
+    "is padding is not known. Let tokens of padding see what real tokens see, or nothing, or pool gates over all "
+    "tokens "
+    "(gate_pooling='all')";
+
 }  // namespace torchgraft

@@ -102,7 +102,7 @@ std::string Model::active_adapter() {
 
 void Model::activate(const std::string& name) {
   if (!is_grafted()) {
-    throw std::runtime_error("the model has no adapters; graft some onto it with scripts/graft.py");
+    throw std::runtime_error("the model has no adapters; graft some onto it with torchgraft add");
   }
   module_.run_method("activate", name);
 }

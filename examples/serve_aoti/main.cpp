@@ -31,7 +31,7 @@ struct Options {
 };
 
 void declare(CLI::App& app, Options& options) {
-  app.add_option("PACKAGE.pt2", options.package, "what graft.py export MODEL.pt --aoti wrote")->required();
+  app.add_option("PACKAGE.pt2", options.package, "what torchgraft export MODEL.pt --aoti wrote")->required();
   app.add_option("INPUTS.json", options.inputs, R"({"inputs": [one nested list per argument], "dtypes": ["int64"]})")
       ->required();
   app.add_option("--adapter-ids", options.ids, "one adapter number per row, -1 for the base model: 0,1,-1")

@@ -28,7 +28,7 @@ Package::Package(const std::string& path) : loader_(path) {
   const auto metadata = loader_.get_metadata();
   const auto found = metadata.find("torchgraft");
   if (found == metadata.end()) {
-    throw std::runtime_error(path + ": has no adapters; expected a package of graft.py export --aoti");
+    throw std::runtime_error(path + ": has no adapters; expected a package of torchgraft export --aoti");
   }
   description_ = torchgraft::parse_json(found->second, path);
 }

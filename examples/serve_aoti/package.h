@@ -13,7 +13,7 @@
 
 using Banks = std::unordered_map<std::string, at::Tensor>;
 
-// A package of `graft.py export --aoti`, and the description that it carries.
+// A package of `torchgraft export --aoti`, and the description that it carries.
 class Package {
  public:
   // Throws std::runtime_error or c10::Error.

@@ -79,7 +79,7 @@ bool compares_activations(Node* node) {
       return is_aten(operand->node(), {"unsqueeze", "expand"}) && depends_on_inputs(operand);
     });
   }
-  if (!is_aten(node, {"matmul", "bmm", "baddbmm", "einsum", "cdist", "mm"})) {
+  if (!is_aten(node, {"matmul", "mm", "bmm", "baddbmm", "einsum", "cdist"})) {
     return false;
   }
   std::vector<Value*> operands = data_inputs(node);
@@ -90,6 +90,23 @@ bool compares_activations(Node* node) {
          std::count_if(operands.begin(), operands.end(), depends_on_inputs) >= 2;
 }
 
+// The values that get what `use` reads: the user's results, and those of blocks that it goes into or comes out of.
+std::vector<Value*> carried_to(const torch::jit::Use& use) {
+  Node* user = use.user;
+  std::vector<Value*> result(user->outputs().begin(), user->outputs().end());
+  for (torch::jit::Block* block : user->blocks()) {
+    result.insert(result.end(), block->inputs().begin(), block->inputs().end());
+  }
+  Node* owner = user->owningBlock()->owningNode();
+  if (user->kind() == c10::prim::Return && owner != nullptr) {
+    result.insert(result.end(), owner->outputs().begin(), owner->outputs().end());
+    for (torch::jit::Block* block : owner->blocks()) {  // a loop's next turn
+      result.insert(result.end(), block->inputs().begin(), block->inputs().end());
+    }
+  }
+  return result;
+}
+
 bool is_read_by_a_layer(Value* probabilities) {
   std::unordered_set<const Value*> seen;
   std::deque<Value*> queue = {probabilities};
@@ -97,13 +114,12 @@ bool is_read_by_a_layer(Value* probabilities) {
     Value* current = queue.front();
     queue.pop_front();
     for (const torch::jit::Use& use : current->uses()) {
-      Node* user = use.user;
       const bool is_product =
-          is_aten(user, {"matmul", "bmm", "einsum"}) || is_aten(user, {"linear"}) || normalizes(user);
-      if (is_product || is_aten(user, {"scaled_dot_product_attention"})) {
+          is_aten(use.user, {"matmul", "mm", "bmm", "baddbmm", "addmm", "addbmm", "einsum", "linear"});
+      if (is_product || normalizes(use.user) || is_aten(use.user, {"scaled_dot_product_attention"})) {
         return true;
       }
-      for (Value* output : user->outputs()) {
+      for (Value* output : carried_to(use)) {
         if (carries_tensors(output) && seen.insert(output).second) {
           queue.push_back(output);
         }

@@ -30,6 +30,13 @@ std::string message(const ModuleAttribute& attribute) {
          " when the adapters were grafted, and the grafted graph keeps that; set it before grafting, on the base";
 }
 
+void insert_check(Graph& graph, Value* is_same, const ModuleAttribute& attribute) {
+  Node* branch = graph.insertNode(graph.create(c10::prim::If, {is_same}, /*num_outputs=*/0));
+  branch->addBlock();
+  const torch::jit::WithInsertPoint otherwise(branch->addBlock());
+  graph.insert(c10::prim::RaiseException, {message(attribute)});
+}
+
 }  // namespace
 
 void guard_attributes(const std::shared_ptr<Graph>& graph, const std::vector<ModuleAttribute>& folded) {
@@ -42,21 +49,17 @@ void guard_attributes(const std::shared_ptr<Graph>& graph, const std::vector<Mod
     if (current->type()->kind() == c10::TypeKind::NoneType) {
       continue;  // can be nothing else
     }
-    const bool is_optional = current->type()->kind() == c10::TypeKind::OptionalType;
     Value* expected = graph->insertConstant(attribute.value);
-    Value* is_same = nullptr;
     if (attribute.value.isNone()) {
-      is_same = graph->insert(c10::aten::__is__, {current, expected});
-    } else {
-      if (is_optional) {
-        current = graph->insert(c10::prim::unchecked_unwrap_optional, {current});
-      }
-      is_same = graph->insert(c10::aten::eq, {current, expected});
+      insert_check(*graph, graph->insert(c10::aten::__is__, {current, expected}), attribute);
+      continue;
     }
-    Node* branch = graph->insertNode(graph->create(c10::prim::If, {is_same}, /*num_outputs=*/0));
-    branch->addBlock();
-    const torch::jit::WithInsertPoint otherwise(branch->addBlock());
-    graph->insert(c10::prim::RaiseException, {message(attribute)});
+    if (current->type()->kind() == c10::TypeKind::OptionalType) {
+      Value* none = graph->insertConstant(c10::IValue());
+      insert_check(*graph, graph->insert(c10::aten::__isnot__, {current, none}), attribute);
+      current = graph->insert(c10::prim::unchecked_unwrap_optional, {current});
+    }
+    insert_check(*graph, graph->insert(c10::aten::eq, {current, expected}), attribute);
   }
 }
 

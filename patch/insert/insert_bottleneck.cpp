@@ -63,6 +63,9 @@ std::pair<Value*, Value*> BottleneckInserter::bottleneck(const Slot& slot, Value
     return rows.normed(value, inserter_.parameter(slot, module, name + "_weight"),
                        inserter_.parameter(slot, module, name + "_bias"));
   };
+  if (form.norm_before) {  // reads the ids before the op does
+    rows.check_ids("gated_bottleneck", x, inserter_.parameter(slot, module, "scaling"));
+  }
   const bool gate_is_apart = form.norm_before && slot.parameters.count("gate_weight") > 0;
   std::vector<NamedValue> named = {{"adapter_ids", inserter_.adapter_ids()}, {"adapter", inserter_.active()}};
   Node* op =

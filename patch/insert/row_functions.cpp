@@ -1,6 +1,7 @@
 #include <torchgraft/patch/insert/row_functions.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/registration/masked_score.h>
 
 namespace torchgraft {
 namespace {
@@ -13,7 +14,7 @@ using torch::jit::Value;
 // 16-bit inputs are computed, as in ops/gate.cpp: a sum with it is at least that wide.
 //
 // check_ids says what the ops say (ops/check.cpp, ops/bank.cpp). Reading ids on a GPU would wait for it.
-// seen_by_real_queries is that of ops/forward/attention_token_mask.cpp.
+// text_of and seen_by_real_queries are those of ops/forward/attention_token_mask.cpp.
 constexpr const char* kRowFunctions = R"python(
 def check_ids(op: str, x: Tensor, adapter_ids: Optional[Tensor], bank: Tensor) -> None:
     if adapter_ids is not None:
@@ -85,16 +86,34 @@ def with_magnitude(x: Tensor, magnitude: Tensor, weight_norm: Tensor, fixed: Ten
     constant = selected(fixed, adapter_ids, adapter).unsqueeze(1)
     return (x - constant) * ratio + constant
 
-def seen_by_real_queries(visible: Tensor) -> Tensor:
-    by_any = visible.any(-2)
-    if visible.size(-2) == 1 or visible.size(-2) != visible.size(-1):
-        return by_any
-    real = visible.select(-2, -1)
+def text_of(visible: Tensor) -> Tensor:
+    tokens = visible.size(-1)
+    positions = torch.arange(tokens, device=visible.device)
+    others = torch.logical_and(visible, positions.unsqueeze(-1).ne(positions))
+    linked = torch.logical_or(others.any(-1), others.any(-2))
+    last = torch.where(linked, positions, torch.full_like(positions, -1)).max(-1)[0]
+    start = torch.where(last.lt(0), torch.full_like(last, tokens - 1), last)
+    real = torch.logical_and(visible, positions.eq(start.unsqueeze(-1)).unsqueeze(-1)).any(-2)
     grows = True
     while grows:
         before = real
         real = torch.logical_or(real, torch.logical_and(visible, real.unsqueeze(-1)).any(-2))
         grows = not torch.equal(real, before)
+    among_real = torch.logical_and(torch.logical_and(others, real.unsqueeze(-1)), real.unsqueeze(-2))
+    sees_later = torch.logical_and(among_real, positions.unsqueeze(-1).lt(positions)).any(-1).any(-1)
+    stands_alone = torch.logical_and(visible.select(-2, -1).select(-1, -1), start.lt(tokens - 1))
+    sees_text = torch.logical_and(visible, real.unsqueeze(-2)).any(-1)
+    elsewhere = torch.logical_and(others.any(-1), torch.logical_not(sees_text)).any(-1)
+    ambiguous = torch.logical_or(torch.logical_and(stands_alone, torch.logical_not(sees_later)), elsewhere).nonzero()
+    if ambiguous.size(0) > 0:
+        assert False, GROUPS_MESSAGE.format(int(ambiguous[0, 0]))
+    return torch.where(sees_later.unsqueeze(-1), among_real.any(-2), real)
+
+def seen_by_real_queries(visible: Tensor) -> Tensor:
+    by_any = visible.any(-2)
+    if visible.size(-2) == 1 or visible.size(-2) != visible.size(-1):
+        return by_any
+    real = text_of(visible.unsqueeze(0) if visible.dim() == 2 else visible)
     return torch.where(real.any(-1, True), real, by_any)
 
 def choose(present: Tensor, x: Tensor, other: Tensor, adapter_ids: Optional[Tensor], adapter: int) -> Tensor:
@@ -105,7 +124,11 @@ def choose(present: Tensor, x: Tensor, other: Tensor, adapter_ids: Optional[Tens
 }  // namespace
 
 const std::string& row_source() {
-  static const std::string source = kRowFunctions;
+  static const std::string source = [] {
+    std::string text = kRowFunctions;
+    const std::string word = "GROUPS_MESSAGE";
+    return text.replace(text.find(word), word.size(), '"' + std::string(kGroupsOfTokens) + '"');
+  }();
   return source;
 }
 

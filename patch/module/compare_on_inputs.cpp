@@ -47,8 +47,10 @@ std::string compare_on_inputs(const BaseForward& forward, const std::optional<Ar
       continue;
     }
     try {
-      const std::string left = compare(candidate.arguments, result);
-      return left.empty() ? candidate.left_out : left;
+      std::string left = compare(candidate.arguments, result);
+      left = left.empty() ? candidate.left_out : left;
+      return run_failure.empty() ? left
+                                 : left + (left.empty() ? "" : "; ") + "on inputs of another form: " + run_failure;
     } catch (const RunFailure& error) {
       run_failure = run_failure.empty() ? error.what() : run_failure;
     }

@@ -27,9 +27,9 @@ struct BaseForward {
 // Runs `forward` on `example`, or on inputs that are made up (example_inputs.h), and calls `compare` with the first
 // ones that give numbers, and with the result. `compare` returns what it did not compare; empty when nothing was left.
 //
-// Returns the same, or why nothing was compared, as a sentence: "the result was not compared with <other>: ...". Throws
-// c10::Error, on behalf of the function `what`, when `forward` fails on `example`, and the text of a RunFailure when no
-// inputs do without one.
+// Returns the same, or why nothing was compared, as a sentence: "the result was not compared with <other>: ...", and
+// the text of a RunFailure on inputs that were tried before. Throws c10::Error, on behalf of the function `what`, when
+// `forward` fails on `example`, and the text of a RunFailure when no inputs do without one.
 std::string compare_on_inputs(const BaseForward& forward, const std::optional<Arguments>& example, const char* what,
                               const char* other,
                               const std::function<std::string(const Arguments&, const c10::IValue&)>& compare);

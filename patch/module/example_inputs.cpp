@@ -25,6 +25,7 @@ constexpr int64_t kTokens = 7;
 constexpr int64_t kPadding = 2;        // tokens
 constexpr double kHidden = -1e4;       // leaves no probability in any dtype
 constexpr int64_t kUsualPatches = 14;  // 224 pixels in patches of 16
+constexpr int64_t kMostPatches = 48;   // 768 pixels; larger tables are those of words
 constexpr int64_t kDecoderTokens = 5;  // another length shows which argument a mask belongs to
 
 enum class Kind { kDefault, kMask, kIds, kStates, kImages, kUnknown };
@@ -252,7 +253,7 @@ std::vector<int64_t> patches_along(const Module& module) {
     for (const int64_t rows : parameter.sizes().slice(0, parameter.dim() > 1 ? parameter.dim() - 1 : 0)) {
       for (const int64_t others : {0, 1, 2}) {
         const auto side = static_cast<int64_t>(std::lround(std::sqrt(std::max<int64_t>(rows - others, 0))));
-        if (side > 1 && side * side == rows - others) {
+        if (side > 1 && side <= kMostPatches && side * side == rows - others) {
           result.insert(side);
         }
       }

@@ -59,6 +59,11 @@ at::Tensor numbers(at::Tensor tensor) {
   return at::isFloatingType(tensor.scalar_type()) && tensor.numel() > 0 ? tensor.to(at::kDouble) : at::Tensor();
 }
 
+bool is_whole(const at::Tensor& tensor) {
+  return tensor.defined() && at::isIntegralType(tensor.scalar_type(), /*includeBool=*/true) && !tensor.is_nested() &&
+         tensor.layout() == at::kStrided;
+}
+
 bool have_same_form(const at::Tensor& a, const at::Tensor& b) {
   if (!a.defined() || !b.defined()) {
     return a.defined() == b.defined();
@@ -131,9 +136,19 @@ std::string ResultDifference::text() const {
   if (structure_differs_) {
     return "by its structure, a shape or a dtype";
   }
+  if (is_of_integers_only()) {
+    return "in its integers or booleans";
+  }
   std::ostringstream result;
   result << "by " << difference_ << " (at most " << allowed_ << " is rounding)";
   return result.str();
+}
+
+std::string ResultDifference::not_compared() const {
+  if (!has_compared_) {
+    return "it holds no floating-point numbers";
+  }
+  return is_of_integers_only() ? "its integers or booleans differ, which rounding may do" : "";
 }
 
 void ResultDifference::add(const c10::IValue& expected, const c10::IValue& actual) {
@@ -163,11 +178,13 @@ void ResultDifference::add_all(const std::vector<c10::IValue>& expected, const s
 }
 
 void ResultDifference::add_tensors(const at::Tensor& expected, const at::Tensor& actual) {
-  if (have_same_form(expected, actual)) {
+  if (!have_same_form(expected, actual)) {
+    structure_differs_ = true;
+  } else if (is_whole(expected)) {
+    integers_differ_ = integers_differ_ || !at::equal(expected, actual);
+  } else {
     const at::ScalarType dtype = expected.defined() ? expected.scalar_type() : coarsest_;
     add_numbers(numbers(expected), numbers(actual), relative_tolerance(coarser(coarsest_, dtype)));
-  } else {
-    structure_differs_ = true;
   }
 }
 

@@ -15,18 +15,20 @@ at::ScalarType coarsest_dtype(torch::jit::Graph& graph, const torch::jit::Module
 // Tensors of floating-point and complex numbers are compared number by number. What two orders of the same arithmetic
 // may differ by depends on the dtype, and is relative to the number itself or to the tensor's usual numbers, the larger
 // of the two: values that fill in, such as -1e9 for a hidden word, are no measure for the rest. Infinities and NaN must
-// stand at the same places. Integers are not compared: they are positions of largest numbers and the like, which
-// rounding may swap.
+// stand at the same places. Integers and booleans must be equal; rounding can move them where they are positions of
+// largest numbers and the like.
 class ResultDifference {
  public:
   // `dtype`: the coarsest that the results were computed in (coarsest_dtype).
   ResultDifference(at::ScalarType dtype, const c10::IValue& expected, const c10::IValue& actual);
 
-  // False when the results hold no numbers that can be compared.
-  bool has_compared() const { return has_compared_; }
-  bool is_too_large() const { return structure_differs_ || excess_ > 1; }
+  bool is_too_large() const { return structure_differs_ || integers_differ_ || excess_ > 1; }
+  // Rounding alone may be the cause.
+  bool is_of_integers_only() const { return integers_differ_ && !structure_differs_ && excess_ <= 1; }
   // "by 0.3 (at most 2e-05 is rounding)".
   std::string text() const;
+  // What could not be compared, of results that are equal as far as is known; empty: nothing.
+  std::string not_compared() const;
 
  private:
   void add(const c10::IValue& expected, const c10::IValue& actual);
@@ -37,6 +39,7 @@ class ResultDifference {
   at::ScalarType coarsest_;
   bool has_compared_ = false;
   bool structure_differs_ = false;
+  bool integers_differ_ = false;
   double excess_ = 0;      // the largest difference in units of what is allowed
   double difference_ = 0;  // that difference
   double allowed_ = 0;     // what is allowed there

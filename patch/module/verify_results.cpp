@@ -72,10 +72,11 @@ class Comparison {
 
   // Compares with `expected`, the base's result. Returns what was not compared.
   std::string run_grafted(const Arguments& arguments, const c10::IValue& expected) const {
-    bool has_compared = compare(expected, run("base_forward", arguments), arguments, "the copy of the base", {});
+    std::string missing = compare(expected, run("base_forward", arguments), arguments, "the copy of the base", {});
     std::string reason;
     if (const auto& [ids, actual] = run_deactivated(arguments); ids.defined()) {
-      has_compared = compare(expected, actual, arguments, "adapter_ids = -1", ids) && has_compared;
+      const std::string of_rows = compare(expected, actual, arguments, "adapter_ids = -1", ids);
+      missing = missing.empty() ? of_rows : missing;
     } else {
       reason =
           "adapter_ids = -1 was not compared with the base: no size of the inputs is the number of rows that its "
@@ -85,7 +86,7 @@ class Comparison {
     TORCH_CHECK(!all_finite(expected) || all_finite(adapted),
                 "graft: the base's result on example inputs is finite, with the adapter it is not; are its weights?",
                 kAccept);
-    return has_compared ? reason : "the result was not compared with the base's: it holds no floating-point numbers";
+    return missing.empty() ? reason : "the result was not compared with the base's: " + missing;
   }
 
  private:
@@ -122,22 +123,28 @@ class Comparison {
     return {};
   }
 
-  bool compare(const c10::IValue& expected, const c10::IValue& actual, const Arguments& arguments, const char* what,
-               const std::optional<at::Tensor>& ids) const {
+  // Returns what was not compared.
+  std::string compare(const c10::IValue& expected, const c10::IValue& actual, const Arguments& arguments,
+                      const char* what, const std::optional<at::Tensor>& ids) const {
     const ResultDifference difference(dtype_, expected, actual);
-    TORCH_CHECK(!difference.is_too_large() || (dtype_ != at::kDouble && agree_in_double(arguments, ids)),
-                "graft: on example inputs the result of ", what, " differs from the base's ", difference.text(),
+    if (!difference.is_too_large()) {
+      return difference.not_compared();
+    }
+    const std::optional<bool> agree = dtype_ == at::kDouble ? false : agree_in_double(arguments, ids);
+    TORCH_CHECK(agree.value_or(difference.is_of_integers_only()), "graft: on example inputs the result of ", what,
+                " differs from the base's ", difference.text(),
                 ", so the graph was read wrongly; please report the model", kAccept);
-    return difference.has_compared();
+    return agree ? "" : difference.not_compared();
   }
 
-  bool agree_in_double(const Arguments& arguments, const std::optional<at::Tensor>& ids) const {
+  // nullopt: a graph that names its dtype does not run in another one.
+  std::optional<bool> agree_in_double(const Arguments& arguments, const std::optional<at::Tensor>& ids) const {
     try {
       const c10::IValue expected = base_.in_double()(base_method_, arguments);
       const c10::IValue actual = grafted_.in_double()(ids ? "forward" : "base_forward", arguments, ids);
       return !ResultDifference(at::kDouble, expected, actual).is_too_large();
-    } catch (const std::exception&) {  // a graph that names its dtype does not run in another one
-      return false;
+    } catch (const std::exception&) {
+      return std::nullopt;
     }
   }
 

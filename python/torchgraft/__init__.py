@@ -9,6 +9,7 @@ Importing the package registers the operators. A process that only serves need n
 """
 
 from ._files import load_module
+from ._libraries import cmake_prefix_path as _cmake_prefix_path
 from ._libraries import library_path, load_operators
 from ._reading import parse_json
 from ._text import TextLimits, forward_inputs, text_limits
@@ -57,6 +58,9 @@ __version__ = "0.1.0"
 
 load_operators()
 
+# CMAKE_PREFIX_PATH for find_package(torchgraft), as torch.utils.cmake_prefix_path is for torch.
+cmake_prefix_path = _cmake_prefix_path()
+
 __all__ = [
     "AdapterConfig",
     "AdapterDirectory",
@@ -81,6 +85,7 @@ __all__ = [
     "add_head",
     "average_adapter",
     "check_room",
+    "cmake_prefix_path",
     "compile_package",
     "export",
     "forward_inputs",

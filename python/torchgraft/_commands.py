@@ -1,4 +1,4 @@
-"""The commands of scripts/graft.py, on a parsed command line: add, inspect and tune."""
+"""The commands of `torchgraft`, on a parsed command line: add, inspect and tune."""
 
 import argparse
 import contextlib
@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import _life_commands
-from ._console import table_console
+from ._console import say, table_console
 from ._drawing import draw
 from ._example import read_example
 from ._files import (
@@ -33,6 +33,7 @@ from ._files import (
     write_whole,
 )
 from ._layers import ROLES, slots_of
+from ._libraries import load_others, patcher
 from ._operators import operators_of, ranges
 from ._tuning import DTYPES, FEATURES, OPS, TOKENS, measure
 from .configs import config_argument, config_to_json
@@ -58,21 +59,29 @@ def run(arguments: argparse.Namespace) -> None:
     ]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
-        try:
-            command(arguments)
-            sys.stdout.flush()
-        except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        load_others(getattr(arguments, "library", []))
+        command(arguments)
     for warning in caught:
         if issubclass(warning.category, UserWarning):
             print(f"warning: {warning.message}", file=sys.stderr)
 
 
+def version_text() -> str:
+    """Returns the versions, and which kernels the operators run here."""
+    core = patcher()
+    mode = core.kernel_mode().name.lower()
+    return (
+        f"torchgraft {core.version()}, torch {torch.__version__}, Python {sys.version.split()[0]}; "
+        f"kernels: {mode}, {core.kernel_instruction_set()}"
+    )
+
+
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """Yields a function that shows a text as the current step. On a stream that is no terminal it shows nothing."""
+def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Yields a function that shows a text as the current step. On a stream that is no terminal, or if the user wants
+    it quiet, it shows nothing."""
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if quiet or not console.is_terminal:
         yield lambda text: None
         return
     with console.status("") as status:
@@ -89,7 +98,7 @@ def add(arguments: argparse.Namespace) -> None:
     """
     check_script_output(arguments.output)
     started = time.perf_counter()
-    with _progress() as show:
+    with _progress(arguments.quiet) as show:
         show(f"loading {arguments.base}")
         base = load_module(arguments.base)
         _life_commands.check_keeps_base(base, arguments)
@@ -97,7 +106,7 @@ def add(arguments: argparse.Namespace) -> None:
         grafted = _graft_all(base, arguments)
         show(f"saving {arguments.output}")
         save_module(grafted, arguments.output, extra_files(arguments.base))
-    print(_summary(base, grafted, arguments.output, time.perf_counter() - started))
+    say(arguments, _summary(base, grafted, arguments.output, time.perf_counter() - started))
 
 
 def _graft_all(base: torch.jit.ScriptModule, arguments: argparse.Namespace) -> torch.jit.ScriptModule:
@@ -211,16 +220,18 @@ def tune(arguments: argparse.Namespace) -> None:
     check_writable(arguments.output)
     tokens, features = arguments.tokens or TOKENS, arguments.features or FEATURES
     count = len(OPS) * len(DTYPES) * len(tokens) * len(features)
-    print(f"tune: {count} measurements, at least {count * arguments.seconds:.0f} s", file=sys.stderr, flush=True)
-    with _progress() as show:
+    if not arguments.quiet:
+        print(f"tune: {count} measurements, at least {count * arguments.seconds:.0f} s", file=sys.stderr, flush=True)
+    with _progress(arguments.quiet) as show:
         table = measure(arguments.seconds, tokens, features, show)
     write_whole((json.dumps(table, indent=1) + "\n").encode(), arguments.output)
     for op in OPS:
         mine = [entry for entry in table["measurements"] if entry["op"] == op]
         for dtype in dict.fromkeys(entry["dtype"] for entry in mine):
             ratios = [entry["fused"] / entry["reference"] for entry in mine if entry["dtype"] == dtype]
-            print(f"{op}, {dtype}: fused takes {min(ratios):.2f} to {max(ratios):.2f} of the composition's time")
-    print(f"{arguments.output}: written; use it with TORCHGRAFT_KERNEL_TABLE={arguments.output}")
+            span = f"{min(ratios):.2f} to {max(ratios):.2f}"
+            say(arguments, f"{op}, {dtype}: fused takes {span} of the composition's time")
+    say(arguments, f"{arguments.output}: written; use it with TORCHGRAFT_KERNEL_TABLE={arguments.output}")
 
 
 def _save_picture(module: torch.jit.ScriptModule, structure: dict[str, Any], arguments: argparse.Namespace) -> None:

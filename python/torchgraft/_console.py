@@ -1,8 +1,15 @@
 """The console on which the commands print tables."""
 
+import argparse
 import sys
 
 from rich.console import Console
+
+
+def say(arguments: argparse.Namespace, *lines: str) -> None:
+    """Prints what a command has done, unless the command line asks for --quiet."""
+    if not arguments.quiet:
+        print(*lines, sep="\n")
 
 
 def table_console() -> Console:

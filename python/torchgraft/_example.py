@@ -44,7 +44,8 @@ def text_example(module: torch.jit.ScriptModule) -> tuple[Any, ...]:
     try:
         return tuple(text_arguments(module.forward, values, "export"))
     except GraftError as error:
-        names = ", ".join(argument.name for argument in module.forward.schema.arguments[1:])
+        forward: Any = module.forward  # a ScriptMethod
+        names = ", ".join(argument.name for argument in forward.schema.arguments[1:])
         raise GraftError(
             f"export: no example inputs can be made up for forward({names}), which is not that of a text encoder; "
             "give --example FILE"

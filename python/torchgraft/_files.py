@@ -133,7 +133,7 @@ def check_script_output(path: Path) -> None:
         GraftError: it cannot, or readers would take it for an exported program.
     """
     if path.suffix == ".pt2":
-        raise GraftError(f"{path}: a .pt2 is an exported program; write a .pt, then use graft.py export on it")
+        raise GraftError(f"{path}: a .pt2 is an exported program; write a .pt, then use torchgraft export on it")
     check_writable(path)
 
 

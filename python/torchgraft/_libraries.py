@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+from collections.abc import Iterable
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -11,15 +12,22 @@ from types import ModuleType
 import torch
 
 FOLDER_VARIABLE = "TORCHGRAFT_LIBRARY_DIR"
-_REMEDY = f"run scripts/setup, or set {FOLDER_VARIABLE} to the folder that holds libtorchgraft.so"
+_CHECKOUT = Path(__file__).resolve().parents[2]
+_IN_CHECKOUT = (_CHECKOUT / "scripts" / "setup").exists()
+_MAKE = "run scripts/setup" if _IN_CHECKOUT else "install torchgraft again (pip install --force-reinstall)"
+_REMEDY = f"{_MAKE}, or set {FOLDER_VARIABLE} to the folder that holds libtorchgraft.so"
+# Written by the build, beside the libraries.
+_TORCH_VERSION = "torchgraft_torch_version.txt"
 
 
 def _folders() -> list[Path]:
-    """Returns the folders to search, best first. If the user has named a folder, no other one is searched."""
+    """Returns the folders to search, best first: that of a wheel, then that of a checkout's build. If the user has
+    named a folder, no other one is searched."""
     if given := os.environ.get(FOLDER_VARIABLE):
         return [Path(given)]
-    package = Path(__file__).resolve().parent
-    return [package, package.parents[1] / "build" / "lib"]
+    # An editable installation has two folders: the sources and what was built.
+    installed = [Path(folder) / "lib" for folder in sys.modules[__package__].__path__]
+    return [*installed, _CHECKOUT / "build" / "lib"] if _IN_CHECKOUT else installed
 
 
 @cache
@@ -37,6 +45,32 @@ def library_path() -> Path:
     raise ImportError(f"torchgraft: libtorchgraft.so was not found in {looked}; {_REMEDY}")
 
 
+def cmake_prefix_path() -> str:
+    """Returns the folder in which CMake finds this installation or build: CMAKE_PREFIX_PATH for
+    find_package(torchgraft)."""
+    return str(library_path().parents[1])
+
+
+def built_for() -> str | None:
+    """Returns the version of the torch that the libraries were built for; None if they do not say."""
+    file = library_path().with_name(_TORCH_VERSION)
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else None
+
+
+def _check_torch() -> None:
+    """Compares minor versions: with each, torch's C++ interface changes."""
+    built = built_for()
+    if built is None:
+        return
+    minor = ".".join(built.split(".")[:2])
+    if minor != ".".join(torch.__version__.split(".")[:2]):
+        raise ImportError(
+            f"torchgraft: the libraries in {library_path().parent} were built for torch {built}, and torch "
+            f"{torch.__version__} is installed; install torch=={minor}.*, or build torchgraft for this one: "
+            + ("scripts/setup" if _IN_CHECKOUT else "pip install --no-build-isolation --force-reinstall --no-deps")
+        )
+
+
 @cache
 def load_operators() -> None:
     """Registers the operators torch.ops.torchgraft.* in this process.
@@ -45,11 +79,27 @@ def load_operators() -> None:
         ImportError: the library is missing, or was built for another torch.
     """
     path = library_path()
+    _check_torch()
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
         problem = f"torchgraft: {path} does not load with torch {torch.__version__} ({error})"
         raise ImportError(f"{problem}; {_REMEDY}") from error
+
+
+def load_others(paths: Iterable[Path]) -> None:
+    """Loads libraries with operators that are neither torch's nor torchgraft's. Their code runs.
+
+    Raises:
+        OSError: a file is missing, or is no library that loads here. The message names it.
+    """
+    for path in paths:
+        if not path.is_file():
+            raise OSError(f"{path}: no such file; expected a library of operators")
+        try:
+            torch.ops.load_library(str(path.resolve()))
+        except OSError as error:
+            raise OSError(f"{path}: not a library that loads with torch {torch.__version__} ({error})") from None
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The commands of scripts/graft.py that read or change the adapters of a grafted file."""
+"""The commands of `torchgraft` that read or change the adapters of a grafted file."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ import torch
 from rich.table import Table
 
 from . import life
-from ._console import table_console
+from ._console import say, table_console
 from ._example import read_example
 from ._files import check_script_output, check_writable, extra_files, load_module, save_module
 from ._reading import parse_json
@@ -27,7 +27,7 @@ _BATCH = 32  # texts
 def _load_grafted(path: Path) -> torch.jit.ScriptModule:
     module = load_module(path)
     if not is_grafted(module):
-        raise GraftError(f"{path}: nothing is grafted onto it; see graft.py add")
+        raise GraftError(f"{path}: nothing is grafted onto it; see torchgraft add")
     return module
 
 
@@ -35,7 +35,7 @@ def save(arguments: argparse.Namespace) -> None:
     """Writes one adapter of a file into an AdapterHub directory."""
     module = _load_grafted(arguments.base)
     save_adapter(module, arguments.name, arguments.directory, not arguments.bin, arguments.model_class)
-    print(f"{arguments.directory}: adapter {arguments.name}")
+    say(arguments, f"{arguments.directory}: adapter {arguments.name}")
 
 
 def load(arguments: argparse.Namespace) -> None:
@@ -44,13 +44,16 @@ def load(arguments: argparse.Namespace) -> None:
     base = load_module(arguments.base)
     check_keeps_base(base, arguments)
     module = load_adapter(base, arguments.directory, arguments.name, arguments.trainable)
-    if len(names_of(module)) == len(names_of(base)) and not arguments.force:
+    replaced = len(names_of(module)) == len(names_of(base))
+    if replaced and not arguments.force:
         name = f"'{arguments.name}'" if arguments.name else "that directory's name"
         raise GraftError(
             f"{arguments.base}: it has an adapter of {name} already (it has: {', '.join(names_of(base))}); "
             "--name gives the loaded one another name, --force replaces"
         )
-    _write(module, arguments)
+    new = [name for name in names_of(module) if name not in names_of(base)]
+    name = f"'{new[0]}'" if new else f"'{arguments.name}'" if arguments.name else "the adapter of its name"
+    _write(module, arguments, f"{arguments.directory} {'replaces' if replaced else 'is'} {name}")
 
 
 def check_keeps_base(base: torch.jit.ScriptModule, arguments: argparse.Namespace) -> None:
@@ -63,7 +66,11 @@ def check_keeps_base(base: torch.jit.ScriptModule, arguments: argparse.Namespace
 
 def match(arguments: argparse.Namespace) -> None:
     """Prints where load would put each weight of a directory."""
-    for key, target in match_adapter(load_module(arguments.base), arguments.directory):
+    matches = match_adapter(load_module(arguments.base), arguments.directory)
+    if arguments.json:
+        print(json.dumps([{"weight": key, "place": place} for key, place in matches], indent=2))
+        return
+    for key, target in matches:
         print(f"{key} -> {target}")
 
 
@@ -87,59 +94,75 @@ def list_(arguments: argparse.Namespace) -> None:
     table_console().print(table)
 
 
-def _write(module: torch.jit.ScriptModule, arguments: argparse.Namespace) -> None:
-    path = arguments.output
-    save_module(module, path, extra_files(arguments.base))
+def _write(module: torch.jit.ScriptModule, arguments: argparse.Namespace, done: str) -> None:
+    """Writes the module, and says what was done and which adapters it has now."""
+    save_module(module, arguments.output, extra_files(arguments.base))
     names = names_of(module)
-    print(f"{path}: {'adapters ' + ', '.join(names) if names else 'no adapters'}")
+    say(arguments, f"{arguments.output}: {done}; {'adapters ' + ', '.join(names) if names else 'no adapters'}")
 
 
-def _changed(arguments: argparse.Namespace, change: Any, *values: Any, **options: Any) -> None:
+def _changed(arguments: argparse.Namespace, done: str, change: Any, *values: Any, **options: Any) -> None:
     check_script_output(arguments.output)
-    _write(change(_load_grafted(arguments.base), *values, **options), arguments)
+    _write(change(_load_grafted(arguments.base), *values, **options), arguments, done)
+
+
+def _changed_state(arguments: argparse.Namespace, state: str, wanted: bool, done: str, change: Any) -> None:
+    """Changes a state of an adapter (a flag of AdapterInfo). One that has it already makes OUT a copy."""
+    check_script_output(arguments.output)
+    module = _load_grafted(arguments.base)
+    name = arguments.name
+    if any(info.name == name and getattr(info, state) == wanted for info in life.list_adapters(module)):
+        _write(module, arguments, f"nothing to do, '{name}' is {done} already")
+    else:
+        _write(change(module, name), arguments, f"'{name}' is now {done}")
 
 
 def remove(arguments: argparse.Namespace) -> None:
     """Writes a file without some adapters."""
-    _changed(arguments, life.remove_adapter, *arguments.name)
+    names = ", ".join(f"'{name}'" for name in arguments.name)
+    _changed(arguments, f"removed {names}", life.remove_adapter, *arguments.name)
 
 
 def rename(arguments: argparse.Namespace) -> None:
     """Writes a file in which an adapter has another name."""
-    _changed(arguments, life.rename_adapter, arguments.name, arguments.to)
+    done = f"'{arguments.name}' is now '{arguments.to}'"
+    _changed(arguments, done, life.rename_adapter, arguments.name, arguments.to)
 
 
 def freeze(arguments: argparse.Namespace) -> None:
     """Writes a file in which an adapter is frozen: a row of the banks."""
-    _changed(arguments, freeze_adapter, arguments.name)
+    _changed_state(arguments, "trainable", False, "frozen", freeze_adapter)
 
 
 def unfreeze(arguments: argparse.Namespace) -> None:
     """Writes a file in which an adapter is trainable: it has parameters of its own."""
-    _changed(arguments, unfreeze_adapter, arguments.name)
+    _changed_state(arguments, "trainable", True, "trainable", unfreeze_adapter)
 
 
 def merge(arguments: argparse.Namespace) -> None:
     """Writes a file in which a LoRA is added to the base's weights."""
-    check_script_output(arguments.output)
-    module = _load_grafted(arguments.base)
-    example = read_example(arguments.example)
-    _write(life.merge_adapter(module, arguments.name, into_base=arguments.into_base, example=example), arguments)
+
+    def change(module: torch.jit.ScriptModule, name: str) -> torch.jit.ScriptModule:
+        example = read_example(arguments.example)
+        return life.merge_adapter(module, name, into_base=arguments.into_base, example=example)
+
+    _changed_state(arguments, "merged", True, "merged into the base's weights", change)
 
 
 def unmerge(arguments: argparse.Namespace) -> None:
     """Writes a file in which a merged LoRA is taken out of the base's weights."""
-    _changed(arguments, life.unmerge_adapter, arguments.name, example=read_example(arguments.example))
+    done = f"'{arguments.name}' is subtracted from the base's weights"
+    _changed(arguments, done, life.unmerge_adapter, arguments.name, example=read_example(arguments.example))
 
 
 def lower(arguments: argparse.Namespace) -> None:
     """Writes a file that loads without libtorchgraft.so."""
-    _changed(arguments, life.lower, example=read_example(arguments.example))
+    _changed(arguments, "calls ATen's operators only", life.lower, example=read_example(arguments.example))
 
 
 def ungraft(arguments: argparse.Namespace) -> None:
     """Writes the base, without adapters."""
-    _changed(arguments, life.ungraft, example=read_example(arguments.example))
+    _changed(arguments, "the base", life.ungraft, example=read_example(arguments.example))
 
 
 def verify(arguments: argparse.Namespace) -> None:
@@ -149,7 +172,7 @@ def verify(arguments: argparse.Namespace) -> None:
     if left_out:
         raise GraftError("; ".join(f"{arguments.base}: {reason}" for reason in left_out))
     names = ", ".join(names_of(module))
-    print(f"{arguments.base}: the base's rows and the adapters {names} give the results that they must")
+    say(arguments, f"{arguments.base}: the base's rows and the adapters {names} give the results that they must")
 
 
 def gates(arguments: argparse.Namespace) -> None:
@@ -182,12 +205,29 @@ def gates(arguments: argparse.Namespace) -> None:
     if arguments.output:
         title = f"Gates of {name}, mean of {len(texts)} texts" if not arguments.each else f"Gates of {name}"
         plot_gates(gathered, arguments.output, per_example=arguments.each, labels=texts, title=title)
-        print(f"{arguments.output}: written")
+        say(arguments, f"{arguments.output}: written")
+        return
+    if arguments.json:
+        print(json.dumps(_gates_by_text(gathered, texts if arguments.each else None), indent=2))
         return
     for index in range(len(texts)) if arguments.each else [None]:
         if index is not None:
             print(texts[index])
         _print_gates(*gate_table(gathered, index))
+
+
+def _gates_by_text(gathered: Any, texts: list[str] | None) -> Any:
+    """Returns {location: {layer: gate}}; with `texts` a list of these, each with its text."""
+
+    def of(index: int | None) -> dict[str, dict[str, float]]:
+        locations, layers, values = gate_table(gathered, index)
+        rows = zip(locations, values.tolist(), strict=True)
+        return {
+            location: {str(layer): value for layer, value in zip(layers, row, strict=True) if value == value}
+            for location, row in rows
+        }
+
+    return of(None) if texts is None else [{"text": text, "gates": of(index)} for index, text in enumerate(texts)]
 
 
 def _print_gates(locations: Any, layers: Any, values: torch.Tensor) -> None:

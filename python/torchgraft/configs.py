@@ -12,6 +12,7 @@ from typing import Any
 
 from ._libraries import patcher
 from .adapter_hub import read_config
+from .errors import GraftError
 
 
 @dataclass
@@ -234,9 +235,11 @@ def config_to_json(config: Any) -> str:
             taken for a path.
 
     Raises:
-        GraftError: the file cannot be read, or is not JSON.
+        GraftError: the file cannot be read or is not JSON, or the text is empty.
         TypeError: `config` is none of these.
     """
+    if isinstance(config, str) and not config.strip():
+        raise GraftError("config: expected a configuration, its name (unipelt, mam, lora, ...) or its path, got ''")
     if hasattr(config, "to_dict"):
         return json.dumps(config.to_dict())
     if isinstance(config, Mapping):

@@ -102,7 +102,7 @@ def plot_gates(
     """
     from matplotlib.figure import Figure  # takes a second to load, and most users draw nothing
 
-    batches = [gates] if isinstance(gates, Mapping) or hasattr(gates, "keys") else gates
+    batches: Any = [gates] if isinstance(gates, Mapping) or hasattr(gates, "keys") else gates
     gathered = gather_gates(batches)
     if not gathered:
         raise GraftError("plot_gates: no gates; is the adapter gated (use_gating=True), and did a row use it?")

@@ -85,7 +85,7 @@ def load_peft_directory(
         path: _whole_update(config, path, places[path].path, whole, parameters) for path, whole in wholes.items()
     }
     linear_maps = {entry["path"]: entry for entry in structure.get("linear_maps", [])}
-    targets: dict[tuple[int, str], tuple[dict, Update]] = {}
+    targets: dict[tuple[int, str], tuple[dict[str, Any], Update]] = {}
     for path, update in updates.items():
         model_path = places[path].path
         found = projections.get(model_path, [])
@@ -146,10 +146,10 @@ def _whole_update(
     return Update.between((old, None if bias is None else bias.detach()), whole)
 
 
-def _projections(structure: Mapping[str, Any]) -> dict[str, list[tuple[int, str, dict]]]:
+def _projections(structure: Mapping[str, Any]) -> dict[str, list[tuple[int, str, dict[str, Any]]]]:
     """Returns {path of a linear map: [(index in "layers", role, the projection's entry)]}; several that are packed. A
     frozen module's linear maps have no paths."""
-    result: dict[str, list[tuple[int, str, dict]]] = {}
+    result: dict[str, list[tuple[int, str, dict[str, Any]]]] = {}
     for index, layer in enumerate(structure["layers"]):
         for role in _ROLES:
             if layer["shares"] is None and layer[role] and layer[role]["path"]:
@@ -228,8 +228,8 @@ def _check_completeness(config: PeftLoRAConfig, places: Mapping[str, Place], mod
 
 
 def _targets(
-    directory: Path, path: str, model_path: str, update: Update, found: list[tuple[int, str, dict]]
-) -> dict[tuple[int, str], tuple[dict, Update]]:
+    directory: Path, path: str, model_path: str, update: Update, found: list[tuple[int, str, dict[str, Any]]]
+) -> dict[tuple[int, str], tuple[dict[str, Any], Update]]:
     """Returns the projections that an update changes: one, or all that are packed into one linear map.
 
     Args:
@@ -270,7 +270,7 @@ def _bias(projection: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> Te
 
 def _as_adapter_hub(
     directory: Path,
-    targets: Mapping[tuple[int, str], tuple[dict, Update]],
+    targets: Mapping[tuple[int, str], tuple[dict[str, Any], Update]],
     rank: int,
     structure: Mapping[str, Any],
     parameters: Mapping[str, Tensor],

@@ -100,7 +100,7 @@ def _names(modules: str | list[str], path: str) -> bool:
     return any(path == name or path.endswith("." + name) for name in modules)
 
 
-def _as_list(value: Any) -> list:
+def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 

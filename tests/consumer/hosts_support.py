@@ -20,7 +20,7 @@ def run(*command, **options) -> subprocess.CompletedProcess:
 
 def attempt(*command, **options) -> subprocess.CompletedProcess:
     """Without LD_LIBRARY_PATH: a host has to find its libraries by itself."""
-    environment = {key: value for key, value in os.environ.items() if key != "LD_LIBRARY_PATH"}
+    environment = {key: value for key, value in options.pop("env", os.environ).items() if key != "LD_LIBRARY_PATH"}
     return subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, env=environment, timeout=1800, **options
     )

@@ -38,6 +38,12 @@ def test_libraries_link_no_python(prefix):
         assert not [name for name in needed(library) if "python" in name]
 
 
+def test_libraries_look_for_others_beside_themselves_alone(prefix):
+    for library in libraries(prefix):
+        (path,) = re.findall(r"\(RUNPATH\)\s+Library runpath: \[(.*)\]", run("readelf", "-d", library).stdout)
+        assert [folder for folder in path.split(":") if not folder.startswith("$ORIGIN")] == []
+
+
 def test_operators_do_not_need_the_patcher(prefix):
     assert not [name for name in needed(libraries(prefix)[0]) if "torchgraft" in name]
 
@@ -68,7 +74,7 @@ def test_installed_headers_are_those_of_the_sources(prefix):
 
 
 def test_host_that_only_links_has_the_operators(hosts, tmp_path):
-    assert "libtorchgraft.so.0" in needed(hosts / "linked_only")
+    assert "libtorchgraft.so" in needed(hosts / "linked_only")
     torch.jit.script(LowRank()).save(tmp_path / "low_rank.pt")
     # Ones of [2, 3, 8]: each value becomes 1 + 2 * 0.25 * (8 * 0.5) = 3.
     printed = run(hosts / "linked_only", tmp_path / "low_rank.pt", 2, 3, 8).stdout
@@ -83,7 +89,7 @@ def test_host_reports_the_operators_own_error(hosts, tmp_path):
 
 
 def test_anchor_keeps_the_library_under_as_needed(hosts):
-    assert "libtorchgraft.so.0" in needed(hosts / "anchored")
+    assert "libtorchgraft.so" in needed(hosts / "anchored")
     assert run(hosts / "anchored").stdout.strip() == torchgraft.__version__
 
 
@@ -124,3 +130,29 @@ def test_package_refuses_another_libtorch(prefix, tmp_path):
     assert result.returncode != 0
     message = " ".join(result.stderr.split())
     assert "built with LibTorch 2.13" in message and "found 2.12.1" in message
+
+
+def test_a_cuda_build_of_torch_needs_no_toolkit(prefix, tmp_path):
+    """Torch's own package stops where there is no CUDA toolkit. Programs, and no libraries, load CUDA's operators."""
+    torch_root = Path(torch.__file__).parent
+    fake = tmp_path / "torch"
+    for name in ("include", "share/cmake/Caffe2", "share/cmake/Torch/TorchConfigVersion.cmake"):
+        (fake / name).parent.mkdir(parents=True, exist_ok=True)
+        (fake / name).symlink_to(torch_root / name)
+    (fake / "share/cmake/Torch/TorchConfig.cmake").write_text('message(FATAL_ERROR "cannot find the CUDA libraries")\n')
+    (fake / "lib").mkdir()
+    for library in (torch_root / "lib").glob("*.so*"):
+        (fake / "lib" / library.name).symlink_to(library)
+    (tmp_path / "empty.cpp").write_text("int main() {}\n")
+    for name in ("libtorch_cuda.so", "libc10_cuda.so"):
+        run("g++", "-shared", "-o", fake / "lib" / name, "-x", "c++", "/dev/null", f"-Wl,-soname,{name}")
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.25)\nproject(host LANGUAGES CXX)\nset(CMAKE_CXX_STANDARD 20)\n"
+        "find_package(torchgraft REQUIRED)\nadd_executable(host empty.cpp)\nadd_library(plugin SHARED empty.cpp)\n"
+        "target_link_libraries(host PRIVATE torchgraft::torchgraft)\n"
+        "target_link_libraries(plugin PRIVATE torchgraft::torchgraft)\n"
+    )
+    run("cmake", "-S", tmp_path, "-B", tmp_path / "b", "-G", "Ninja", f"-DCMAKE_PREFIX_PATH={fake};{prefix}")
+    run("cmake", "--build", tmp_path / "b")
+    assert {"libtorchgraft.so", "libtorch_cuda.so", "libc10_cuda.so"} <= set(needed(tmp_path / "b" / "host"))
+    assert [name for name in needed(tmp_path / "b" / "libplugin.so") if "cuda" in name] == []

@@ -130,9 +130,47 @@ def test_a_softmax_that_is_no_layer_s_hinders_no_fresh_adapter(model: type[nn.Mo
     torchgraft.graft(base, config="lora", name="task")
 
 
+class OfOneRow(Additive):
+    """Additive attention of the first row, by products of matrices."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y = self.layer(x, mask)[0]
+        scores = (self.linear(y).unsqueeze(0) + self.linear(y).unsqueeze(1)).tanh() @ self.query
+        return torch.mm(scores.softmax(-1), y)
+
+
 @pytest.mark.parametrize("form", ["script", "trace"])
-@pytest.mark.parametrize("model", [Additive, TalkingHeads])
+@pytest.mark.parametrize("model", [Additive, TalkingHeads, OfOneRow])
 def test_attention_of_another_kind_hinders_a_fresh_adapter(model: type[nn.Module], form: str) -> None:
     base = torch.jit.script(model().eval()) if form == "script" else torch.jit.trace(model().eval(), batch())
     with pytest.raises(torchgraft.GraftError, match="1 attention is recognised, others are not"):
         torchgraft.graft(base, config="lora", name="task")
+
+
+class InBranches(Additive):
+    """Probabilities leave the branches that make them."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y = self.layer(x, mask)
+        scores = (self.linear(y).unsqueeze(1) + self.linear(y).unsqueeze(2)).tanh() @ self.query
+        probabilities = scores.softmax(-1) if x.size(1) > 3 else (2.0 * scores).softmax(-1)
+        return self.linear(probabilities @ y)
+
+
+class InALoop(Additive):
+    """The next turn reads what this one makes."""
+
+    def forward(self, x: Tensor, mask: Tensor, turns: int = 2) -> Tensor:
+        y = self.layer(x, mask)
+        mixed = torch.zeros(y.size(0), y.size(1), y.size(1))
+        for _ in range(turns):
+            y = torch.tanh(mixed @ y)
+            scores = (self.linear(y).unsqueeze(1) + self.linear(y).unsqueeze(2)).tanh() @ self.query
+            mixed = scores.softmax(-1)
+        return y
+
+
+@pytest.mark.parametrize("model", [InBranches, InALoop])
+def test_attention_whose_probabilities_leave_a_block_hinders_a_fresh_adapter(model: type[nn.Module]) -> None:
+    with pytest.raises(torchgraft.GraftError, match="1 attention is recognised, others are not"):
+        torchgraft.graft(torch.jit.script(model().eval()), config="lora", name="task")

@@ -189,7 +189,6 @@ _OUT = ["add", "{folder}/base.pt", "-o", "{tmp}/out.pt"]
 _LORA = ["--config", "lora", "--name", "task"]
 _OUT_LORA = ["-o", "{tmp}/out.pt", *_LORA]
 WRONG = {
-    "no command": ([], "required: command"),
     "unknown command": (["destroy"], "invalid choice: 'destroy'"),
     "no output": (["add", "{folder}/base.pt", *_LORA], "-o/--output"),
     "nothing to graft": (_OUT, "nothing to graft"),
@@ -231,7 +230,7 @@ FAILING = {
 
 
 # As processes: a wrong command line, what torch says of a damaged file, an error of several lines in Python.
-_ALONE = {"no command", "cut short", "nearly attention"}
+_ALONE = {"no output", "cut short", "nearly attention"}
 
 
 def check_one_line(done: subprocess.CompletedProcess, status: int, message: str) -> None:

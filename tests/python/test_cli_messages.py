@@ -37,12 +37,12 @@ def test_add_tells_the_adapter_s_size_from_the_file_s(folder: Path, tmp_path: Pa
     assert expected in done.stdout and info.bytes < 100_000 < size < 1_000_000
 
 
-def test_a_reader_that_closes_the_pipe_is_no_error(folder: Path) -> None:
+def test_a_reader_that_closes_the_pipe_is_told_nothing(folder: Path) -> None:
     command = f"{sys.executable} {SCRIPTS / 'graft.py'} match {folder / 'base.pt'} {folder / 'saved'}"
     # The reader ends before the first line is written.
     done = subprocess.run(f"{command} | true; exit ${{PIPESTATUS[0]}}", shell=True, executable="/bin/bash", text=True,
                           capture_output=True, timeout=300)  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) in ((0, ""), (141, ""))  # it may be written before the reader ends
 
 
 @pytest.mark.parametrize("safetensors", [True, False])

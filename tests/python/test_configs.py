@@ -218,13 +218,22 @@ def test_strings_mean_what_they_mean_in_the_library(text: str) -> None:
     [
         ("seq_bn[reduction_factor=8", "no closing bracket"),
         ("seq_bn[reduction_factor]", "cannot read the value"),
-        ("seq_bn[non_linearity=gelu]", "strings need quotes: 'gelu'"),
         ("seq_bn[non_linearity='gelu]", "is not closed"),
         ("seq_bn[8]", "cannot read the values"),
         ("seq_bn[wings=2]", "has no field 'wings'"),
         ("mam|lora", "a union inside a union"),
         ("lora|lora", "two LoRA configs"),
         ("lora|", "no configuration is called ''"),
+        ("unipel", "no configuration is called 'unipel'; there are: .*; did you mean 'unipelt'\\?"),
+        (
+            "lora[composition_mod=add]",
+            "LoRAConfig has no field 'composition_mod'; it has: .*; did you mean 'composition_mode'\\?",
+        ),
+        (
+            "unipelt[rank=2]",
+            "no part of 'unipelt' has a field 'rank'; PrefixTuningConfig has: .*prefix_length.*; "
+            "BnConfig has: .*reduction_factor.*; LoRAConfig has: .*, r, alpha",
+        ),
     ],
 )
 def test_strings_that_are_none_are_refused(text: str, message: str) -> None:
@@ -232,6 +241,42 @@ def test_strings_that_are_none_are_refused(text: str, message: str) -> None:
         patcher().config_from_string(text)
     with pytest.raises(Exception):  # noqa: B017, PT011 (the library's is of many kinds)
         adapters.AdapterConfig.load(text)
+
+
+def test_a_value_goes_to_every_part_of_a_union_that_has_the_field() -> None:
+    """Written out, the library gives the same."""
+    lora = adapters.LoRAConfig(r=4, alpha=2, use_gating=True, dropout=0.1)
+    prefix = adapters.PrefixTuningConfig(prefix_length=10, use_gating=True, dropout=0.1)
+    bottleneck = adapters.SeqBnConfig(reduction_factor=16, use_gating=True, dropout=0.1)
+    expected = adapters.ConfigUnion(prefix, bottleneck, lora).to_dict()
+    ours = json.loads(patcher().config_from_string("unipelt[r=4, dropout=0.1]"))
+    assert ours == json.loads(patcher().normalise_config(json.dumps(expected)))
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("UniPELT", "unipelt"),
+        ("MAM", "mam"),
+        ("LoRA[r=4]", "lora[r=4]"),
+        ("unipeltconfig", "unipelt"),
+        ("SeqBn", "seq_bn"),
+        ("Prefix-Tuning", "prefix_tuning"),
+        ("(IA)^3", "ia3"),
+        ("seq_bn[non_linearity=gelu, mh_adapter=true, init_weights_seed=null]",
+         "seq_bn[non_linearity='gelu', mh_adapter=True, init_weights_seed=None]"),
+        ("lora[attn_matrices=[q, k]]", "lora[attn_matrices=['q', 'k']]"),
+    ],
+)  # fmt: skip
+def test_names_and_values_as_people_write_them(text: str, same: str) -> None:
+    assert patcher().config_from_string(text) == patcher().config_from_string(same)
+
+
+def test_no_two_configurations_have_names_that_people_would_take_for_one() -> None:
+    plain = {}
+    for name in ADAPTER_CONFIG_MAP:
+        plain.setdefault(name.replace("_", ""), []).append(name)
+    assert [names for names in plain.values() if len(names) > 1] == []
 
 
 def test_values_are_checked_at_once() -> None:

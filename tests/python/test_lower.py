@@ -65,7 +65,7 @@ def test_an_error_inside_a_lowered_module_is_an_error() -> None:
         lowered(*arguments, adapter_ids=torch.full((arguments[0].size(0),), 5))
 
 
-@pytest.mark.parametrize("method", ["lora", "seq_bn", "prefix_gated", "ia3", "mam"])
+@pytest.mark.parametrize("method", ["lora", "seq_bn", "bn_norms", "compacter_factors", "prefix_gated", "ia3", "mam"])
 @pytest.mark.parametrize("form", ["as it is", "lowered", "saved and loaded"])
 @pytest.mark.parametrize(
     ("ids", "message"),
@@ -92,6 +92,44 @@ def test_wrong_adapter_ids_are_refused_in_every_form(method: str, form: str, ids
 def test_gates_over_real_tokens_are_lowered(name: str, pooling: str) -> None:
     module = grafted(name, torch.float64, "unipelt", gate_pooling=pooling)
     _assert_same(torchgraft.lower(module), module, name, 1e-12)
+
+
+class OfPairs(torch.nn.Module):
+    """One layer, whose mask [B, S, S] says for each pair of tokens whether the first sees the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (torch.nn.Linear(8, 8) for _ in range(4))
+        self.norm = torch.nn.LayerNorm(8)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        q, k, v = [each(x).unflatten(-1, (2, 4)).transpose(1, 2) for each in (self.q, self.k, self.v)]
+        mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask.unsqueeze(1))
+        return self.norm(x + self.o(mixed.transpose(1, 2).flatten(2)))
+
+
+def test_which_tokens_count_is_lowered_for_any_mask() -> None:
+    torch.manual_seed(0)
+    example = (torch.randn(2, 5, 8), torch.ones(2, 5, 5, dtype=torch.bool))
+    base = torch.jit.trace(OfPairs().eval(), example)
+    module = torchgraft.graft(base, "lora[use_gating=True,init_weights='bert']", "task", gate_pooling="unpadded")
+    lowered = torchgraft.lower(module)
+    refused = 0
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        mask = torch.rand(2, 5, 5, generator=generator) < torch.rand((), generator=generator)
+        mask |= torch.eye(5, dtype=torch.bool) if seed % 2 else torch.ones(5, 5, dtype=torch.bool).tril()
+        try:
+            expected = module.forward_with_gates(example[0], mask)[1]["task"][0]
+        except RuntimeError:
+            refused += 1
+            for refusing in (module, lowered):
+                with pytest.raises(RuntimeError, match="attention_token_mask: row . .* do not see each other"):
+                    refusing.forward_with_gates(example[0], mask)
+            continue
+        actual = lowered.forward_with_gates(example[0], mask)[1]["task"][0]
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+    assert 5 <= refused <= 55
 
 
 class Hidden(torch.nn.Module):

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import adapters
@@ -66,6 +67,19 @@ def test_a_library_that_does_not_load_is_named(tmp_path: Path) -> None:
     assert f"ImportError: torchgraft: {tmp_path / 'libtorchgraft.so'} does not load with torch" in done.stderr
 
 
+def test_a_library_for_another_torch_is_named_with_both_versions(tmp_path: Path) -> None:
+    library = torchgraft.library_path()
+    (tmp_path / library.name).symlink_to(library.resolve())
+    (tmp_path / "torchgraft_torch_version.txt").write_text("2.9.1+cpu\n")
+    done = in_another_process("import torchgraft", TORCHGRAFT_LIBRARY_DIR=str(tmp_path))
+    assert f"the libraries in {tmp_path} were built for torch 2.9.1+cpu, and torch {torch.__version__}" in done.stderr
+    assert "ImportError" in done.stderr and "install torch==2.9.*" in done.stderr
+    # Of one minor version, any build.
+    minor = ".".join(torch.__version__.split(".")[:2])
+    (tmp_path / "torchgraft_torch_version.txt").write_text(f"{minor}.99+cu999\n")
+    assert in_another_process("import torchgraft", TORCHGRAFT_LIBRARY_DIR=str(tmp_path)).returncode == 0
+
+
 def test_operators_alone_suffice_until_something_is_grafted(tmp_path: Path) -> None:
     library = torchgraft.library_path()
     (tmp_path / library.name).symlink_to(library.resolve())
@@ -85,6 +99,7 @@ def test_operators_alone_suffice_until_something_is_grafted(tmp_path: Path) -> N
 def test_versions_agree() -> None:
     assert patcher().version() == torchgraft.__version__
     assert f"project(torchgraft VERSION {torchgraft.__version__} " in (ROOT / "CMakeLists.txt").read_text()
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == torchgraft.__version__
 
 
 def test_everything_that_is_announced_is_there() -> None:

@@ -1,6 +1,5 @@
 """graft(verify=True) runs the base and the result on inputs, made up or given, and refuses what differs."""
 
-import math
 import warnings
 
 import pytest
@@ -8,44 +7,14 @@ import torch
 from torch import Tensor, nn
 
 import torchgraft
+from misread_layer import HIDDEN, Layer, inputs
 from models import build
 
 pytestmark = pytest.mark.quick
 
-HIDDEN = 32
-
-
-class Layer(nn.Module):
-    """One attention with its residual. `undo`: adds to masked scores what filling them took, which reads as a mask."""
-
-    def __init__(self, undo: bool = False) -> None:
-        super().__init__()
-        self.query, self.key, self.value, self.output = [nn.Linear(HIDDEN, HIDDEN) for _ in range(4)]
-        self.norm = nn.LayerNorm(HIDDEN)
-        self.dropout = nn.Dropout(0.1)
-        self.undo: bool = undo
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        rows, tokens = x.size(0), x.size(1)
-        q = self.query(x).view(rows, tokens, 4, 8).transpose(1, 2)
-        k = self.key(x).view(rows, tokens, 4, 8).transpose(1, 2)
-        v = self.value(x).view(rows, tokens, 4, 8).transpose(1, 2)
-        hidden = (mask == 0)[:, None, None, :]
-        scores = (q @ k.transpose(-1, -2) / math.sqrt(8)).masked_fill(hidden, -1e4)
-        if self.undo:
-            scores = scores + hidden.float() * 1e4
-        context = (self.dropout(scores.softmax(-1)) @ v).transpose(1, 2).reshape(rows, tokens, 32)
-        return self.norm(x + self.output(context))
-
-
-def _inputs(padding: int = 2) -> tuple[Tensor, Tensor]:
-    mask = torch.ones(3, 6, dtype=torch.long)
-    mask[1, 6 - padding :] = 0
-    return torch.randn(3, 6, HIDDEN, generator=torch.Generator().manual_seed(0)), mask
-
 
 def _traced(layer: nn.Module) -> torch.jit.ScriptModule:
-    return torch.jit.trace(layer.eval(), _inputs(), check_trace=False)
+    return torch.jit.trace(layer.eval(), inputs(), check_trace=False)
 
 
 def _graft(module: torch.jit.ScriptModule, **options: object) -> torch.jit.ScriptModule:
@@ -66,8 +35,8 @@ def test_a_misread_module_is_refused_with_inputs_made_up(misread: torch.jit.Scri
 @pytest.mark.parametrize("form", [tuple, lambda inputs: dict(zip(("x", "mask"), inputs, strict=True))])
 def test_a_misread_module_is_refused_with_inputs_given(misread: torch.jit.ScriptModule, form: type) -> None:
     with pytest.raises(torchgraft.GraftError, match="differs from the base's by"):
-        _graft(misread, example=form(_inputs()))
-    _graft(misread, example=form(_inputs(padding=0)))  # nothing masked, nothing to see
+        _graft(misread, example=form(inputs()))
+    _graft(misread, example=form(inputs(padding=0)))  # nothing masked, nothing to see
 
 
 def test_without_verify_nothing_runs(misread: torch.jit.ScriptModule) -> None:
@@ -76,12 +45,12 @@ def test_without_verify_nothing_runs(misread: torch.jit.ScriptModule) -> None:
 
 def test_inputs_on_which_the_base_fails_are_an_error() -> None:
     with pytest.raises(torchgraft.GraftError, match="the base fails on the example inputs: "):
-        _graft(_traced(Layer()), example=(torch.randn(3, 6, HIDDEN + 1), _inputs()[1]))
+        _graft(_traced(Layer()), example=(torch.randn(3, 6, HIDDEN + 1), inputs()[1]))
 
 
 def test_inputs_of_other_types_are_an_error_of_forward() -> None:
     with pytest.raises(RuntimeError, match="missing value for argument 'mask'"):
-        _graft(_traced(Layer()), example=_inputs()[0])
+        _graft(_traced(Layer()), example=inputs()[0])
 
 
 class _Counts(nn.Module):
@@ -158,7 +127,7 @@ def test_what_cannot_be_compared_is_said(module: nn.Module, reason: str) -> None
 
 
 def test_a_trace_of_training_is_not_compared() -> None:
-    base = torch.jit.trace(Layer().train(), _inputs(), check_trace=False)
+    base = torch.jit.trace(Layer().train(), inputs(), check_trace=False)
     with pytest.warns(UserWarning, match=r"was not compared .* draws random numbers \(aten::dropout"):
         _graft(base)
 
@@ -174,7 +143,7 @@ def test_a_module_in_training_mode_is_compared_in_eval_mode() -> None:
 def test_example_inputs_stand_in_for_what_is_not_known() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        _graft(torch.jit.script(_Flag().eval()), example=(*_inputs(), 2))
+        _graft(torch.jit.script(_Flag().eval()), example=(*inputs(), 2))
 
 
 class _Remembers(nn.Module):
@@ -221,11 +190,11 @@ def test_nothing_is_left_of_a_run_in_a_module_that_remembers() -> None:
 
 def test_nothing_is_left_of_a_run_in_buffers_and_inputs() -> None:
     module = torch.jit.script(_Counts().eval())
-    grafted = _graft(module, example=_inputs())
+    grafted = _graft(module, example=inputs())
     assert module.calls.item() == grafted.calls.item() == 0
-    inputs = _inputs()
-    _graft(_traced(_ZeroesItsMask()), example=inputs)
-    assert torch.equal(inputs[1], _inputs()[1])
+    given = inputs()
+    _graft(_traced(_ZeroesItsMask()), example=given)
+    assert torch.equal(given[1], inputs()[1])
 
 
 def test_a_run_draws_no_random_numbers() -> None:

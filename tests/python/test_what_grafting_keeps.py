@@ -54,6 +54,16 @@ def test_an_attribute_set_on_the_base_is_followed() -> None:
     assert torch.allclose(torch.jit.freeze(grafted)(*batch()), grafted(*batch()), atol=1e-5)
 
 
+def test_a_text_that_becomes_none_after_grafting_is_an_error_that_names_it() -> None:
+    model = Scaled()
+    model.label = "a"
+    grafted = _graft(model)
+    grafted(*batch())
+    grafted.label = None
+    with pytest.raises(torch.jit.Error, match="'label' was a when the adapters were grafted"):
+        grafted(*batch())
+
+
 class LayerDrop(nn.Module):
     def __init__(self) -> None:
         super().__init__()

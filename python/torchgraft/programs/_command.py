@@ -1,4 +1,4 @@
-"""The command export of scripts/graft.py."""
+"""The command `torchgraft export`."""
 
 import argparse
 import io
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from .._console import say
 from .._example import read_example, text_example
 from .._files import check_writable, extra_files, load_module, write_whole
 from ..grafting import names_of
@@ -43,7 +44,7 @@ def export_command(arguments: argparse.Namespace) -> None:
         save_onnx(program if lowered else export(module, example, lowered=True, **options), arguments.onnx)
     adapters = ", ".join(f"{index} {name}" for index, name in enumerate(names_of(module)))
     for path in outputs:
-        print(f"{path}: {_inputs(program)}" + (f"; adapters {adapters}" if adapters else ""))
+        say(arguments, f"{path}: {_inputs(program)}" + (f"; adapters {adapters}" if adapters else ""))
 
 
 def save_program(program: torch.export.ExportedProgram, path: Path, extra: dict[str, str]) -> None:

@@ -1,6 +1,7 @@
 """Runs a TorchScript module node by node in Python, so that torch.export sees plain operators with symbolic sizes."""
 
 import inspect
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -74,8 +75,8 @@ class Eager(nn.Module):
         names: list[str] = []
         for argument in self._arguments():
             if argument.name not in self._given:
-                number = sum(name.rstrip("0123456789_") == argument.name for name in names)
-                names.append(argument.name if argument.name not in names else f"{argument.name}_{number}")
+                candidates = itertools.chain([argument.name], (f"{argument.name}_{i}" for i in itertools.count(1)))
+                names.append(next(name for name in candidates if name not in names))
         return names
 
     def run(self, values: Iterable[Any]) -> Any:
@@ -147,7 +148,8 @@ class Eager(nn.Module):
         return value if holder is None else holder  # a plain attribute is in no state dict
 
     def _operator(self, node: torch._C.Node, kind: str, arguments: list[Any]) -> Any:
-        has_tensor = any(isinstance(value, torch.Tensor) for value in arguments[:2])
+        is_of_list = bool(arguments) and isinstance(arguments[0], list | tuple | dict)
+        has_tensor = not is_of_list and any(isinstance(value, torch.Tensor) for value in arguments[:2])
         function = (ON_TENSORS if has_tensor else ON_VALUES).get(kind)
         if function is not None:
             return function(*arguments)
@@ -184,8 +186,12 @@ def _nodes(block: Any) -> Iterable[torch._C.Node]:
 
 
 def _is_check(node: torch._C.Node) -> bool:
-    raising = [any(inner.kind() == "prim::RaiseException" for inner in block.nodes()) for block in node.blocks()]
-    return node.outputsSize() == 0 and any(raising)
+    """Whether an If does nothing but raise, in one of its blocks."""
+    blocks = [[inner.kind() for inner in block.nodes()] for block in node.blocks()]
+    raising = [kinds for kinds in blocks if "prim::RaiseException" in kinds]
+    others = [kinds for kinds in blocks if "prim::RaiseException" not in kinds]
+    does_nothing = all(kind == "prim::Constant" for kinds in others for kind in kinds)
+    return node.outputsSize() == 0 and bool(raising) and does_nothing
 
 
 def _reads_values(value: torch._C.Value, seen: set[str]) -> bool:

@@ -21,7 +21,7 @@ def _same(value: Any) -> Any:
     return value
 
 
-def _append(values: list, value: Any) -> list:
+def _append(values: list[Any], value: Any) -> list[Any]:
     values.append(value)
     return values
 
@@ -44,9 +44,16 @@ def _greatest(a: Any, *others: Any) -> Any:
     return torch.sym_max(a, *others) if others else max(a)
 
 
-def _tensor(value: Any, *options: Any) -> Any:
-    """A number stays one, for it may be a size."""
-    return value if isinstance(value, _NUMBERS) else torch.tensor(value)
+def _tensor(value: Any, dtype: int | None = None, device: Any = None, *options: Any) -> Any:
+    """A number of its usual dtype stays one, for it may be a size."""
+    wanted = None if dtype is None else _TORCH_ENUM_TO_DTYPE[dtype]
+    if isinstance(value, torch.SymInt | torch.SymFloat):
+        return value if wanted is None else _to(value, dtype)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    usual = torch.get_default_dtype() if isinstance(value, float) else torch.int64
+    if is_number and wanted in (None, usual):
+        return value
+    return torch.tensor(value, dtype=wanted, device=device)
 
 
 def _to(value: Any, dtype: int, *options: Any) -> Any:

@@ -17,7 +17,7 @@ from .text_of import arguments_text, is_part, is_size, result_text, sizes_of, va
 
 # Checks of the export, which the sizes in the text replace.
 _CHECKS = ("aten._assert", "aten.sym_constrain_range")
-# Calls that only matter where something writes into their result; exported graphs keep them nowhere else.
+# Calls that only matter where something writes into their result.
 _IDENTITIES = ("aten.lift_fresh_copy.default", "aten.detach_.default", "aten.alias.default")
 # The patcher cannot work out the sizes of their results.
 _OPAQUE = ("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution")
@@ -142,6 +142,7 @@ def _inline_regions(module: fx.GraphModule) -> None:
                 f"from_program: the program calls {node.target.name()}, which TorchScript does not have; "
                 "export the model without control flow of torch.cond and the like"
             )
+        _check_region(node)
         position = next(i for i, value in enumerate(node.args) if isinstance(value, fx.Node) and value.op == "get_attr")
         region = getattr(module, str(node.args[position].target))
         _inline_regions(region)
@@ -154,6 +155,17 @@ def _inline_regions(module: fx.GraphModule) -> None:
             graph.erase_node(user)
         graph.erase_node(node)
     graph.eliminate_dead_code()
+
+
+def _check_region(node: fx.Node) -> None:
+    """The casts of autocast are in no graph: only a region that switches autocast off is what its operators say."""
+    if node.target.name() == "wrap_with_autocast":
+        device, dtype, enabled = node.args[:3]
+        if enabled:
+            raise GraftError(
+                f"from_program: the program runs a part under torch.autocast({device!r}, {dtype}), whose casts it does "
+                "not contain; export the model without autocast, with its weights in the dtype that you want"
+            )
 
 
 # Where a constant of no dimension says the same as a number.
@@ -177,12 +189,30 @@ def _inline_numbers(source: fx.GraphModule, program: torch.export.ExportedProgra
         if (
             isinstance(constant, torch.Tensor)
             and constant.dim() == 0
+            and not _is_written(held)
             and constant.is_floating_point() <= (changed.is_floating_point())
         ):
             node.args = (node.args[0], constant.item(), *node.args[2:])
             if node.target is torch.ops.aten.copy_.default:
                 node.target, node.args = torch.ops.aten.fill_.Scalar, node.args[:2]
     graph.eliminate_dead_code()
+
+
+def _is_written(node: fx.Node) -> bool:
+    """Whether an operator writes into the tensor of `node`, or into one that may share its memory."""
+    for user in node.users:
+        if str(user.target) in _IDENTITIES:
+            if _is_written(user):
+                return True
+            continue
+        schema = getattr(user.target, "_schema", None)
+        if schema is None:
+            continue
+        alias = next((each.alias_info for each, value in zip(schema.arguments, user.args, strict=False)
+                      if value is node), None)  # fmt: skip
+        if alias is not None and (alias.is_write or _is_written(user)):
+            return True
+    return False
 
 
 class _Printer:
@@ -263,7 +293,8 @@ class _Printer:
         if target is torch.ops.aten.sym_size.int:
             return f"{value_text(node.args[0])}.size({node.args[1]})"
         if str(target) in _IDENTITIES:
-            return value_text(node.args[0])
+            is_copy = target is torch.ops.aten.lift_fresh_copy.default and _is_written(node)
+            return value_text(node.args[0]) + (".clone()" if is_copy else "")
         if isinstance(target, torch._ops.OpOverload):
             return f"torch.ops.{target.namespace}.{target._opname}({arguments_text(node)})"
         values = [value_text(each) for each in node.args]

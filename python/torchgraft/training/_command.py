@@ -1,4 +1,4 @@
-"""The work of scripts/train.py, on a parsed command line."""
+"""The work of `torchgraft train`, on a parsed command line."""
 
 import argparse
 import hashlib
@@ -21,7 +21,9 @@ from .. import (
     save_adapter,
     unfreeze_adapter,
 )
+from .._console import say
 from .._files import EXPECTED_ERRORS, extra_files, load_module, reason, save_module, write_whole
+from .._libraries import load_others
 from .._text import load_tokenizer, text_limits
 from ..configs import config_argument
 from ..errors import GraftError
@@ -56,6 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
         GraftError: a file or a setting is wrong, or a loss or gradient is not finite. The message says why and what to
             do.
     """
+    load_others(arguments.library)
     workers = Workers.started_by_torchrun(arguments.device)
     try:
         _run(arguments, workers)
@@ -77,7 +80,7 @@ def _run(arguments: argparse.Namespace, workers: Workers) -> None:
     output.mkdir(parents=True, exist_ok=True)
     listeners: list[Listener] = []
     if workers.rank == 0:
-        listeners.append(ProgressBar())
+        listeners.extend([] if arguments.quiet else [ProgressBar()])
         if arguments.tensorboard:
             listeners.append(TensorBoardLog(output / "logs"))
     trainer = Trainer(
@@ -137,7 +140,7 @@ def _load_data(arguments: argparse.Namespace) -> Data:
     def encode(examples: list[Example] | None) -> EncodedExamples | None:
         return None if examples is None else encode_examples(tokenizer, examples, names)
 
-    data = Data(names, encode(training), encode(validation), encode(test))
+    data = Data(names, encode_examples(tokenizer, training, names), encode(validation), encode(test))
     check_every_class(data.training.labels, names)
     return data
 
@@ -212,5 +215,5 @@ def _write(
     write_whole((json.dumps(report, indent=2) + "\n").encode(), output / "scores.json")
     for name, values in scores.items():
         accuracy, macro_f1, loss = values["accuracy"], values["macro_f1"], values["loss"]
-        print(f"{name}: accuracy {accuracy:.3f}, macro-F1 {macro_f1:.3f}, loss {loss:.4f}")
-    print(f"{output / 'adapter'}: adapter {arguments.adapter}")
+        say(arguments, f"{name}: accuracy {accuracy:.3f}, macro-F1 {macro_f1:.3f}, loss {loss:.4f}")
+    say(arguments, f"{output / 'adapter'}: adapter {arguments.adapter}")

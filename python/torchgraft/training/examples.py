@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -64,7 +65,7 @@ def read_examples(path: Path, columns: Columns = Columns()) -> list[Example]:
     return examples
 
 
-def _table_rows(path: Path, text: str, columns: Columns) -> Iterator[tuple[int, dict]]:
+def _table_rows(path: Path, text: str, columns: Columns) -> Iterator[tuple[int, dict[str, Any]]]:
     # In the TSV files of NLP data sets, a quotation mark is an ordinary character.
     form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix.lower() == ".tsv" else {"strict": True}
     reader = csv.DictReader(io.StringIO(text, newline=""), **form)
@@ -81,7 +82,7 @@ def _table_rows(path: Path, text: str, columns: Columns) -> Iterator[tuple[int, 
         raise GraftError(f"{path}, line {reader.line_num + 1}: {error}") from error
 
 
-def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
+def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     # Not splitlines(): it also splits at characters that JSON strings may hold, such as U+2028.
     for line, content in enumerate(text.split("\n"), 1):
         if not content.strip():
@@ -92,7 +93,7 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
         yield line, row
 
 
-def _example(where: str, row: dict, columns: Columns) -> Example:
+def _example(where: str, row: dict[str, Any], columns: Columns) -> Example:
     values = {}
     for name in filter(None, (columns.text, columns.label, columns.group)):
         value = row.get(name)

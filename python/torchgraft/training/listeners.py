@@ -5,12 +5,15 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..errors import GraftError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class Listener:
@@ -78,7 +81,8 @@ class TensorBoardLog(Listener):
         except ImportError as error:
             raise GraftError(f"TensorBoard logs need the package tensorboard ({error}); run scripts/setup --train, "
                              "or give --no-tensorboard") from error  # fmt: skip
-        self._make, self._folder, self._writer = SummaryWriter, folder, None
+        self._make, self._folder = SummaryWriter, folder
+        self._writer: SummaryWriter | None = None
         self._hook = threading.excepthook
 
     def started(self, done_steps: int, total_steps: int) -> None:
@@ -93,14 +97,14 @@ class TensorBoardLog(Listener):
     def stepped(self, step: int, loss: float, learning_rate: float, gradient_norm: float) -> None:
         with self._named_errors():
             for name, value in (("loss", loss), ("learning_rate", learning_rate), ("gradient_norm", gradient_norm)):
-                self._writer.add_scalar(f"train/{name}", value, step)
+                self._running().add_scalar(f"train/{name}", value, step)
 
     def epoch_ended(self, record: dict[str, Any]) -> None:
         with self._named_errors():
             for name, value in record.items():
                 if name.startswith("validation_"):
-                    self._writer.add_scalar(f"validation/{name.removeprefix('validation_')}", value, record["step"])
-            self._writer.flush()
+                    self._running().add_scalar(f"validation/{name.removeprefix('validation_')}", value, record["step"])
+            self._running().flush()
 
     def ended(self) -> None:
         threading.excepthook = self._hook
@@ -123,3 +127,7 @@ class TensorBoardLog(Listener):
         thread's own trace would come before that message."""
         if not issubclass(ended.exc_type, OSError):
             self._hook(ended)
+
+    def _running(self) -> "SummaryWriter":
+        assert self._writer is not None, "started() comes first"
+        return self._writer

@@ -216,10 +216,12 @@ class Trainer:
                 (loss / rows).backward()
                 loss_sum += loss.detach().double().cpu()
         parameters = list(self._parameters.values())
+        gradients = []
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self._workers.add_up([loss_sum, *(parameter.grad for parameter in parameters)])
+            gradients.append(parameter.grad)
+        self._workers.add_up([loss_sum, *gradients])
         norm = torch.nn.utils.clip_grad_norm_(parameters, self._options.clip or math.inf).item()
         if not (math.isfinite(loss_sum.item()) and math.isfinite(norm)):
             self._refuse(loss_sum.item() / rows, norm, [index for indices in batches for index in indices])
@@ -229,7 +231,7 @@ class Trainer:
         state.step += 1
         state.loss_sum, state.rows = state.loss_sum + loss_sum.item(), state.rows + rows
         for listener in self._listeners:
-            listener.stepped(state.step, loss_sum.item() / rows, learning_rate, norm)
+            listener.stepped(state.step, loss_sum.item() / rows, float(learning_rate), norm)
 
     def _refuse(self, loss: float, norm: float, indices: list[int]) -> None:
         """Raises GraftError, before the step is made."""
@@ -303,6 +305,7 @@ class Trainer:
         return torch.cuda.get_rng_state(self._workers.device) if on_gpu else torch.get_rng_state()
 
     def _restore(self, state: TrainingState) -> None:
+        assert self._checkpoint is not None
         check_same_run(state, self._state.settings, self._checkpoint)
         if state.parameters.keys() != self._parameters.keys():
             raise GraftError(f"{self._checkpoint}: the checkpoint is of another adapter or head")

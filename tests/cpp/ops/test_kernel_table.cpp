@@ -67,7 +67,7 @@ TEST(KernelTable, DamagedFilesAreNamed) {
   }
   for (const char* text : {"[]", "3", "null", "{}", R"({"kernel_table": "1"})", R"({"kernel_table": 1})",
                            R"({"kernel_table": 1, "instruction_set": "AVX2", "measurements": [3]})"}) {
-    EXPECT_EQ(error_of(text).find("here.json: expected what graft.py tune writes, got "), 0) << text;
+    EXPECT_EQ(error_of(text).find("here.json: expected what torchgraft tune writes, got "), 0) << text;
   }
   EXPECT_EQ(error_of(R"({"kernel_table": 2})"), "here.json: expected \"kernel_table\" to be 1, got 2");
   EXPECT_EQ(error_of(table("x", measured("gated_lore", "float32", 1, 1, 1, 1))),

@@ -139,6 +139,23 @@ def gated_prefix_attention(
     return torch.stack(rows), gate
 
 
+def text_of(sees):
+    """The tokens of a row's one text; sees[i]: the tokens that token i sees. ValueError where groups stand apart."""
+    tokens = range(len(sees))
+    others = [sees[i] - {i} for i in tokens]
+    linked = [i for i in tokens if others[i] or any(i in others[j] for j in tokens)]
+    start = linked[-1] if linked else tokens[-1]
+    real = set(sees[start])
+    while real and not set().union(*(sees[i] for i in real)) <= real:
+        real |= set().union(*(sees[i] for i in real))
+    sees_later = any(j > i for i in real for j in sees[i] & real)
+    if start != tokens[-1] and tokens[-1] in sees[-1] and not sees_later:
+        raise ValueError("the last token stands alone")
+    if any(others[i] and not sees[i] & real for i in tokens):
+        raise ValueError("groups of tokens do not see each other")
+    return {j for j in real if any(j in others[i] for i in real)} if sees_later else real
+
+
 def attention_token_mask(x, attn_mask=None):
     batch, tokens = x.shape[:2]
     if attn_mask is None:
@@ -152,10 +169,6 @@ def attention_token_mask(x, attn_mask=None):
         [set(torch.nonzero(heads[:, i].any(0)).flatten().tolist()) for i in range(heads.shape[1])] for heads in visible
     ]
     real = [set().union(*rows) for rows in seen]
-    if visible.shape[2] == tokens:  # what the last query sees, and what that sees, and so on
-        for b, rows in enumerate(seen):
-            reached = set(rows[-1])
-            while reached and not set().union(*(rows[i] for i in reached)) <= reached:
-                reached |= set().union(*(rows[i] for i in reached))
-            real[b] = reached or real[b]
+    if visible.shape[2] == tokens and tokens > 1:
+        real = [text_of(rows) or real[b] for b, rows in enumerate(seen)]
     return torch.tensor([[j in real[b] for j in range(tokens)] for b in range(batch)])

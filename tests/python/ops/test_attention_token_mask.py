@@ -50,7 +50,7 @@ def test_padding_that_only_padding_sees_is_no_token(side, window, padding_sees):
     real = REAL if side == "left" else REAL.flip(1)
     causal = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril().triu(1 - window)
     mask = (causal & real[:, None, :])[:, None]
-    if side == "left":  # on the right, one token of padding that sees itself looks like a real one
+    if side == "left":  # on the right, padding that sees itself looks like a real token
         if padding_sees == "itself":
             mask = mask | (torch.eye(TOKENS, dtype=torch.bool) & ~real[:, None, :, None])
         elif padding_sees == "everything":  # transformers, for rows that would see nothing
@@ -58,6 +58,51 @@ def test_padding_that_only_padding_sees_is_no_token(side, window, padding_sees):
     x = torch.zeros(BATCH, TOKENS, 6)
     assert torch.equal(op(x, mask), real)
     assert torch.equal(op(x, mask), op_reference.attention_token_mask(x, mask))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("padding_sees", ["nothing", "itself", "text", "itself and text"])
+def test_padding_of_texts_that_see_both_ways(side, padding_sees):
+    real = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 1], [0, 0, 0, 1, 1]], dtype=torch.bool)
+    real = real if side == "left" else real.flip(1)
+    mask = real[:, None, :] & (real[:, :, None] | torch.tensor("text" in padding_sees))
+    if "itself" in padding_sees:
+        mask = mask | torch.eye(TOKENS, dtype=torch.bool)
+    x = torch.zeros(BATCH, TOKENS, 6)
+    assert torch.equal(op(x, mask[:, None]), real)
+    assert torch.equal(op(x, mask[:, None]), op_reference.attention_token_mask(x, mask[:, None]))
+
+
+@pytest.mark.parametrize(
+    "segments",
+    [[1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [1, 1, 2, 2, 2], [1, 1, 2, 2, 0]],
+    ids=["padding right", "padding left", "two texts", "two texts and one of padding"],
+)
+@pytest.mark.parametrize("causal", [False, True])
+def test_groups_of_tokens_that_do_not_see_each_other_are_refused(segments, causal):
+    ids = torch.tensor([[1, 1, 1, 1, 1], segments])
+    mask = ids[:, None, :] == ids[:, :, None]
+    mask = mask.tril() if causal else mask
+    x = torch.zeros(2, TOKENS, 6)
+    with pytest.raises(RuntimeError, match=r"attention_token_mask: row 1 .* do not see each other.*gate_pooling"):
+        op(x, mask[:, None])
+    with pytest.raises(ValueError, match="each other|alone"):
+        op_reference.attention_token_mask(x, mask[:, None])
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_drawn_masks_equal_the_reference_or_are_refused(seed):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = int(torch.randint(1, 7, (), generator=generator))
+    mask = torch.rand(1, 1, tokens, tokens, generator=generator) < torch.rand((), generator=generator)
+    x = torch.zeros(1, tokens, 6)
+    try:
+        expected = op_reference.attention_token_mask(x, mask)
+    except ValueError:
+        with pytest.raises(RuntimeError, match="do not see each other"):
+            op(x, mask)
+        return
+    assert torch.equal(op(x, mask), expected)
 
 
 @pytest.mark.parametrize("kind", MASKS)

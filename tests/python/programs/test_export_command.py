@@ -218,4 +218,4 @@ def test_a_model_that_reads_no_text_needs_an_example(tmp_path: Path) -> None:
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     options = ["-o", tmp_path / "out.pt2", "--config", "lora", "--name", "a"]
     done = run_here("graft.py", "add", tmp_path / "linear.pt", *options)
-    assert "a .pt2 is an exported program; write a .pt, then use graft.py export on it" in done.stderr
+    assert "a .pt2 is an exported program; write a .pt, then use torchgraft export on it" in done.stderr

@@ -1,0 +1,363 @@
+"""The command line of `torchgraft`: its commands, their options, and what can be checked before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from pathlib import Path
+
+from . import train_arguments
+from .line import Parser
+
+DESCRIPTION = """\
+Grafts gated adapters onto a TorchScript or exported Transformer, shows where adapters can act, changes the adapters of
+a grafted file, and trains them.
+
+  torchgraft add BASE.pt -o OUT.pt --config unipelt --name task
+  torchgraft add BASE.pt -o OUT.pt --adapter task=DIRECTORY
+  torchgraft inspect BASE.pt
+  torchgraft COMMAND --help
+"""
+STATUS = """\
+Exit status: 0 done; 1 refused or failed; 2 wrong command line; 130 Ctrl-C; 141 the reader of the output has closed it;
+143 SIGTERM. An error is one line on stderr, and the output file is then as it was.
+"""
+EDITING = """\
+If a layer is seen wrongly, write the description of the layers to a file, edit it, and give it back:
+
+    torchgraft inspect BASE.pt --json > sites.json
+    torchgraft inspect BASE.pt --sites sites.json
+    torchgraft add BASE.pt -o OUT.pt --config unipelt --name task --sites sites.json
+
+Remove an entry of "layers", and its attention gets no adapters. Change a field (kind, layer, a projection's path, or
+null for no projection, a residual to false), and it overrules what is seen. More: docs/sites.md.
+"""
+# Commands whose output is what was asked for: there is nothing to be quiet about.
+SHOWING = {"inspect", "match", "list", "completion"}
+LOADING_NOTHING = {"tune", "completion"}
+
+
+def name_and_directory(text: str) -> tuple[str, Path]:
+    """Parses the argument of --adapter."""
+    name, _, directory = text.partition("=")
+    if not name or not directory:
+        raise argparse.ArgumentTypeError(f"expected NAME=DIRECTORY, got '{text}'")
+    return name, Path(directory)
+
+
+def make_parser(program: str = "torchgraft") -> Parser:
+    parser = Parser(prog=program, description=DESCRIPTION, epilog=STATUS)
+    parser.add_argument("-V", "--version", action="store_true", help="print the versions and the kernels in use")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", parser_class=Parser)
+    add_add_command(commands)
+    add_inspect_command(commands)
+    add_life_commands(commands)
+    add_gates_command(commands)
+    add_export_command(commands)
+    train_arguments.add_train_command(commands)
+    add_tune_command(commands)
+    add_completion_command(commands)
+    for name, command in commands.choices.items():
+        add_common_arguments(name, command)
+    return parser
+
+
+def add_common_arguments(name: str, parser: argparse.ArgumentParser) -> None:
+    """Adds what every command has."""
+    parser.set_defaults(parser=parser)
+    if name not in LOADING_NOTHING:
+        parser.add_argument(
+            "--library",
+            action="append",
+            default=[],
+            type=Path,
+            metavar="OTHER.so",
+            help="a library with operators that the model uses besides torch's; its code runs. May be given several "
+            "times",
+        )
+    if name not in SHOWING:
+        parser.add_argument(
+            "-q", "--quiet", action="store_true", help="do not say what was done; warnings and errors are still shown"
+        )
+
+
+def add_completion_command(commands: argparse._SubParsersAction[Parser]) -> None:
+    completing = commands.add_parser(
+        "completion",
+        help='print a script that completes command lines: eval "$(torchgraft completion bash)"',
+    )
+    completing.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="the shell that reads the script")
+
+
+def add_add_command(commands: argparse._SubParsersAction[Parser]) -> None:
+    adding = commands.add_parser("add", help="graft adapters onto BASE and write OUT")
+    adding.add_argument("base", type=Path, metavar="BASE.pt", help="a scripted or traced (or already grafted) model")
+    adding.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.pt", help="the file to write")
+    adding.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        help='graft a fresh adapter: unipelt, mam, lora, seq_bn, ..., with values ("unipelt[r=4]"), or the path of an '
+        "adapter_config.json or of its folder. May be given several times, each with a --name",
+    )
+    adding.add_argument("--name", action="append", default=[], help="the name of the adapter that --config makes")
+    adding.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        type=name_and_directory,
+        metavar="NAME=DIRECTORY",
+        help="graft a trained adapter from its AdapterHub directory; may be given several times",
+    )
+    adding.add_argument(
+        "--gate-pooling",
+        choices=("all", "unpadded"),
+        help="whether gates average over padding too (default: as --adapter's directory says; all for a fresh adapter, "
+        "as in AdapterHub)",
+    )
+    adding.add_argument(
+        "--token-mask",
+        metavar="INPUT",
+        help="for --gate-pooling unpadded: the argument of forward that is the token mask",
+    )
+    adding.add_argument("--active", metavar="NAME", help="the adapter that is active in OUT (default: the last one)")
+    adding.add_argument("--seed", type=int, help="seed of fresh weights (default: others each time)")
+    adding.add_argument(
+        "--trainable",
+        action="store_true",
+        help="give the adapters parameters of their own, to train them (default: frozen)",
+    )
+    adding.add_argument(
+        "--sites",
+        type=Path,
+        metavar="FILE",
+        help="an edited output of inspect --json; it overrules the layers that are seen",
+    )
+    adding.add_argument(
+        "--allow-partial",
+        action="store_true",
+        help="graft onto the attention that is recognised where some is not (default: an error that names the rest)",
+    )
+    add_example_argument(adding, "compare OUT with BASE")
+    adding.add_argument("--force", action="store_true", help="write also over BASE.pt itself")
+
+
+def add_example_argument(parser: argparse.ArgumentParser, purpose: str) -> None:
+    parser.add_argument(
+        "--example",
+        type=Path,
+        metavar="FILE",
+        help=f"inputs of forward to {purpose} on: a .pt of torch.save (a tensor, a tuple, or a dict by argument), or "
+        ".safetensors (default: made up where possible)",
+    )
+
+
+def add_inspect_command(commands: argparse._SubParsersAction[Parser]) -> None:
+    inspecting = commands.add_parser(
+        "inspect",
+        help="show the layers that the patcher sees in BASE",
+        epilog=EDITING,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    inspecting.add_argument("base", type=Path, metavar="BASE.pt", help="a scripted, traced or grafted model")
+    inspecting.add_argument("--json", action="store_true", help="print JSON")
+    inspecting.add_argument(
+        "--sites", type=Path, metavar="FILE", help="an edited output of --json; it overrules the layers that are seen"
+    )
+    inspecting.add_argument(
+        "--svg",
+        type=Path,
+        metavar="FILE",
+        help="draw the layers with their adapters; if nothing is grafted, with the locations where adapters can act",
+    )
+    inspecting.add_argument(
+        "--dump", type=Path, metavar="DIR", help="write the graph after every pass into DIR, for work on the patcher"
+    )
+    inspecting.add_argument(
+        "--config",
+        help="show the operators that this configuration (as for add) would run; with --svg, draw where its adapters "
+        "would act",
+    )
+
+
+def add_tune_command(commands: argparse._SubParsersAction[Parser]) -> None:
+    tuning = commands.add_parser("tune", help="measure which kernels are faster on this machine, and write a table")
+    tuning.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="KERNELS.json",
+        help="the file that TORCHGRAFT_KERNEL_TABLE may name",
+    )
+    tuning.add_argument("--seconds", type=float, default=0.3, help="time of each measurement")
+    tuning.add_argument("--tokens", type=int, nargs="+", help="tokens of all rows together (default: 16 128 1024)")
+    tuning.add_argument("--features", type=int, nargs="+", help="hidden sizes, multiples of 64 (default: 384 768)")
+
+
+def life_command(
+    commands: argparse._SubParsersAction[Parser], name: str, about: str, writes: bool = True
+) -> argparse.ArgumentParser:
+    """Adds a command for grafted files. One that changes the adapters writes another file."""
+    result = commands.add_parser(name, help=about)
+    result.add_argument("base", type=Path, metavar="MODEL.pt", help="a grafted model")
+    if writes:
+        result.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.pt", help="the file to write")
+    return result
+
+
+def add_life_commands(commands: argparse._SubParsersAction[Parser]) -> None:
+    """Adds the commands for grafted files."""
+    command = functools.partial(life_command, commands)
+    saving = command("save", "write one adapter into an AdapterHub directory", writes=False)
+    saving.add_argument("name", metavar="NAME", help="the adapter")
+    saving.add_argument("directory", type=Path, metavar="DIRECTORY", help="made if it is missing")
+    saving.add_argument(
+        "--model-class",
+        metavar="CLASS",
+        help="the model class of the adapters library that is to load the head: BertAdapterModel",
+    )
+    saving.add_argument("--bin", action="store_true", help="write pytorch_adapter.bin instead of adapter.safetensors")
+    loading = command("load", "add the adapter of a directory")
+    loading.add_argument("directory", type=Path, metavar="DIRECTORY", help="of AdapterHub, or a LoRA of PEFT")
+    loading.add_argument("--name", help="the adapter's name in OUT.pt (default: its name in the directory)")
+    loading.add_argument("--trainable", action="store_true", help="give it parameters of its own, to train it")
+    loading.add_argument(
+        "--force", action="store_true", help="replace an adapter of that name, or write over a base (default: an error)"
+    )
+    matching = command("match", "show where load would put each weight of a directory", writes=False)
+    matching.add_argument("directory", type=Path, metavar="DIRECTORY", help="of AdapterHub, or a LoRA of PEFT")
+    matching.add_argument("--json", action="store_true", help="print JSON")
+    listing = command("list", "show the adapters and their sizes", writes=False)
+    listing.add_argument("--json", action="store_true", help="print JSON")
+    command("remove", "remove adapters").add_argument("name", nargs="+", metavar="NAME", help="the adapters")
+    renaming = command("rename", "give an adapter another name")
+    renaming.add_argument("name", metavar="NAME", help="the adapter")
+    renaming.add_argument("to", metavar="NEW_NAME", help="its name in OUT.pt")
+    command("freeze", "make a trainable adapter frozen: a row of the banks, to be served").add_argument(
+        "name", metavar="NAME", help="the adapter"
+    )
+    command("unfreeze", "make a frozen adapter trainable: it gets parameters of its own").add_argument(
+        "name", metavar="NAME", help="the adapter"
+    )
+    merging = command("merge", "add an ungated LoRA to the base's weights")
+    merging.add_argument("name", metavar="NAME", help="the adapter")
+    merging.add_argument(
+        "--into-base",
+        action="store_true",
+        help="merge also where MODEL.pt has other adapters, which then run on the merged weights (default: an error)",
+    )
+    unmerging = command("unmerge", "subtract a merged LoRA from the base's weights")
+    unmerging.add_argument("name", metavar="NAME", help="the adapter")
+    lowering = command("lower", "replace torchgraft's operators by ATen calls: OUT.pt loads without libtorchgraft.so")
+    ungrafting = command("ungraft", "give back the base (after merge: with the merged weights)")
+    for changing in (merging, unmerging, lowering, ungrafting):
+        add_example_argument(changing, "compare OUT with MODEL")
+    verifying = command("verify", "run MODEL.pt on inputs and compare what must agree", writes=False)
+    add_example_argument(verifying, "run MODEL")
+
+
+def add_gates_command(commands: argparse._SubParsersAction[Parser]) -> None:
+    gates = life_command(commands, "gates", "draw the gates of an adapter on texts, or print them", writes=False)
+    gates.add_argument("--json", action="store_true", help="print JSON: numbers by location and layer")
+    gates.add_argument("--text", action="append", default=[], help="a text; may be given several times")
+    gates.add_argument("--file", type=Path, metavar="FILE", help="a data set: one text per line")
+    gates.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="TOKENIZER.json",
+        help="the model's tokenizer (default: tokenizer.json beside MODEL.pt)",
+    )
+    gates.add_argument("--max-length", type=int, default=128, help="tokens per text")
+    gates.add_argument("--adapter", metavar="NAME", help="the adapter (default: the active one)")
+    gates.add_argument(
+        "--each", action="store_true", help="draw or print one map per text, not the mean over all texts"
+    )
+    gates.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="a picture: .png, .svg or .pdf (default: print text)"
+    )
+
+
+def add_export_command(commands: argparse._SubParsersAction[Parser]) -> None:
+    exporting = commands.add_parser(
+        "export", help="write an exported program (.pt2), an AOTInductor package or an ONNX file"
+    )
+    exporting.add_argument("base", type=Path, metavar="MODEL.pt", help="a model, grafted or not")
+    exporting.add_argument("-o", "--output", type=Path, metavar="OUT.pt2", help="an exported program of torch.export")
+    exporting.add_argument(
+        "--aoti", type=Path, metavar="OUT.aoti.pt2", help="a compiled package, which C++ runs without TorchScript"
+    )
+    exporting.add_argument(
+        "--onnx", type=Path, metavar="OUT.onnx", help="an ONNX file, always lowered (needs requirements/onnx.txt)"
+    )
+    exporting.add_argument("--lowered", action="store_true", help="ATen operators only: no libtorchgraft.so is needed")
+    exporting.add_argument("--static", action="store_true", help="fix all sizes to those of the example")
+    exporting.add_argument("--gates", action="store_true", help="return the gates, too")
+    exporting.add_argument(
+        "--no-ids", action="store_true", help="take no adapter_ids: all rows use the adapter that is active"
+    )
+    exporting.add_argument(
+        "--example",
+        type=Path,
+        metavar="FILE",
+        help="inputs of forward: a .pt of torch.save (a tensor, a tuple, or a dict by argument), or .safetensors "
+        "(default: made up for a text encoder)",
+    )
+
+
+def check_export(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    outputs = {"--output": arguments.output, "--aoti": arguments.aoti, "--onnx": arguments.onnx}
+    if not any(outputs.values()):
+        parser.error("nothing to write: give -o OUT.pt2, --aoti OUT.aoti.pt2 or --onnx OUT.onnx")
+    for option, path in outputs.items():
+        suffix = ".onnx" if option == "--onnx" else ".pt2"
+        if path and path.suffix != suffix:
+            parser.error(f"{option}: expected a file ending in {suffix}, got '{path}'")
+
+
+def check_add(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Checks the arguments of add, before anything is loaded."""
+    configs, names = len(arguments.config), len(arguments.name)
+    if configs != names:
+        parser.error(f"--config and --name go together, got {configs} and {names} of them")
+    if not all(config.strip() for config in arguments.config):
+        parser.error("--config: expected a configuration's name (unipelt, mam, lora, ...) or a path, got an empty text")
+    names = arguments.name + [name for name, _ in arguments.adapter]
+    if not names:
+        parser.error("nothing to graft: give --config with --name, or --adapter NAME=DIRECTORY")
+    for name in names:
+        if names.count(name) > 1:
+            parser.error(f"the name '{name}' is given to two adapters")
+    if arguments.token_mask and arguments.gate_pooling != "unpadded" and not arguments.adapter:
+        parser.error("--token-mask is for --gate-pooling unpadded")
+
+
+def check_tune(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if min(arguments.tokens or [1]) < 1:
+        parser.error("--tokens: expected positive numbers")
+    if any(size < 64 or size % 64 for size in arguments.features or []):
+        parser.error("--features: expected multiples of 64")
+
+
+def check_inspect(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if arguments.config is not None and not arguments.config.strip():
+        parser.error("--config: expected a configuration's name (unipelt, mam, lora, ...) or a path, got an empty text")
+    if arguments.config and arguments.json and not arguments.svg:
+        parser.error("--config is for the table or a picture: leave out --json, or give --svg FILE too")
+
+
+def check_gates(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if arguments.json and arguments.output:
+        parser.error("--json prints, --output draws: give one of them")
+
+
+CHECKS = {
+    "add": check_add, "inspect": check_inspect, "tune": check_tune, "export": check_export, "gates": check_gates,
+    "train": train_arguments.check,
+}  # fmt: skip
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Checks what needs no file; ends the process with status 2 if it is wrong."""
+    if arguments.command in CHECKS:
+        CHECKS[arguments.command](arguments.parser, arguments)

@@ -1,0 +1,132 @@
+"""Runs the command line of `torchgraft`, and those of its aliases in a checkout, scripts/graft.py and train.py."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
+
+from . import train_arguments
+from .arguments import check, make_parser
+from .line import STOPPED, drop_output, fail, on_stop
+
+BROKEN_PIPE = 141  # 128 and SIGPIPE, as shells say
+_CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def main(program: str = "torchgraft") -> None:
+    """Parses the process's command line and runs it. Raises SystemExit where the status is not 0."""
+    parser = make_parser(program)
+    arguments = parser.parse_args()
+    if arguments.version:
+        commands = _torchgraft(program)._commands
+        _guarded(program, lambda: print(commands.version_text()))
+        return
+    if arguments.command is None:
+        parser.print_help()
+        raise SystemExit(2)
+    check(arguments)
+    if arguments.command == "completion":
+        _print_completion(program, parser, arguments.shell)
+    elif arguments.command == "train":
+        _train(program, arguments)
+    else:
+        commands = _torchgraft(program)._commands
+        on_stop(_stopper(program))
+        _guarded(program, lambda: commands.run(arguments))
+
+
+def train_main(program: str = "train.py") -> None:
+    """As main(), for a command line that is `train` alone."""
+    parser = train_arguments.make_parser(program)
+    arguments = parser.parse_args()
+    train_arguments.check(parser, arguments)
+    arguments.library, arguments.quiet = [], False
+    _train(program, arguments)
+
+
+def run(start: Callable[[], None] = main) -> None:
+    """The process: signals are heard from its first moment."""
+    on_stop(_stop_at_once)
+    start()
+
+
+def _train(program: str, arguments: argparse.Namespace) -> None:
+    _torchgraft(program)
+    from torchgraft.training import _command
+
+    on_stop(_stopper(program, "; --resume goes on from the last checkpoint"))
+    _guarded(program, lambda: _command.run(arguments))
+
+
+def _torchgraft(program: str) -> ModuleType:
+    """The package, which is not imported at the top: torch takes seconds to load, and a wrong command line needs no
+    torch."""
+    try:
+        import torchgraft
+        import torchgraft._commands
+    except ImportError as error:
+        script = _CHECKOUT / "scripts" / program
+        remedy = f"; run scripts/setup, then use .venv/bin/python scripts/{program}" if script.exists() else ""
+        fail(_stem(program), f"{error}{remedy}")
+    return torchgraft
+
+
+def _guarded(program: str, work: Callable[[], None]) -> None:
+    """Runs `work`, with one line for an error that a user can cause."""
+    from torchgraft._files import EXPECTED_ERRORS, reason
+
+    try:
+        work()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        drop_output()
+        raise SystemExit(BROKEN_PIPE) from None
+    except EXPECTED_ERRORS as error:
+        fail(_stem(program), reason(error))
+
+
+def _print_completion(program: str, parser: argparse.ArgumentParser, shell: str) -> None:
+    import shtab
+
+    for action in (action for command in [parser, *_commands_of(parser)] for action in command._actions):
+        name = str(action.metavar)
+        if action.type in (Path, None) and name.endswith((".pt", ".pt2", ".so", "FILE")):
+            action.complete = shtab.FILE  # type: ignore[attr-defined]
+        elif name in ("DIRECTORY", "OUT", "DIR"):
+            action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+    print(shtab.complete(parser, shell))
+
+
+def _commands_of(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return list(action.choices.values())
+    return []
+
+
+def _stem(program: str) -> str:
+    return Path(program).stem
+
+
+def _stopper(program: str, remedy: str = "") -> Callable[[int, object], NoReturn]:
+    """A handler that raises SystemExit, so that temporary files are removed."""
+
+    def stop(signal_number: int, frame: object) -> NoReturn:
+        fail(_stem(program), STOPPED[signal_number] + remedy, 128 + signal_number)  # type: ignore[index]
+
+    return stop
+
+
+def _stop_at_once(signal_number: int, frame: object) -> NoReturn:
+    """Ends the process. Serves while torch is imported: code that runs then can swallow exceptions of a handler, and
+    there is nothing to clean up yet."""
+    try:
+        _stopper("torchgraft" if sys.argv[0].endswith("__main__.py") else sys.argv[0])(signal_number, frame)
+    finally:
+        sys.stderr.flush()
+        os._exit(128 + signal_number)
