@@ -18,7 +18,8 @@ constexpr const char* kKnownHeads =
     "heads for tagging, and for classification and regression by the first or last token, are; a prediction needs its "
     "own head";
 constexpr const char* kReadInPython =
-    " is for Python: scripts/convert_adapters.py, given the folder that this directory is in, writes safetensors beside "
+    " is for Python: scripts/convert_adapters.py, given the folder that this directory is in, writes safetensors "
+    "beside "
     "it";
 constexpr uint64_t kLongestConfig = 1 << 20;
 

@@ -44,7 +44,7 @@ class TORCHGRAFT_PATCH_API DirectoryUpdate {
 
   std::string directory_;
   std::optional<DirectoryLock> lock_;
-  std::vector<std::string> staged_;            // names
+  std::vector<std::string> staged_;          // names
   std::vector<std::filesystem::path> made_;  // directories that there were not, innermost first; empty once committed
 };
 

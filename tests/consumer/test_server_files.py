@@ -81,7 +81,9 @@ def test_what_is_for_python_is_said_with_the_command(server_program, models, own
         answers = {name: server.ask("PUT", f"/v1/adapters/{name}") for name in ("peft", "pickled")}
         server.stop()
     assert [status for status, _ in answers.values()] == [422, 422]
-    assert "an adapter of PEFT, which is read in Python: scripts/graft.py load" in answers["peft"][1]["error"]["message"]
+    assert (
+        "an adapter of PEFT, which is read in Python: scripts/graft.py load" in answers["peft"][1]["error"]["message"]
+    )
     assert "scripts/convert_adapters.py" in answers["pickled"][1]["error"]["message"]
     assert "adapter peft cannot be served: " in server.errors and "an adapter of PEFT" in server.errors
 

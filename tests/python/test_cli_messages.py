@@ -10,8 +10,8 @@ import torch
 
 import torchgraft
 from grafted import base, grafted
-from odd_layers import TwoLayers, batch
 from odd_layers import Plain as AttentionOnly
+from odd_layers import TwoLayers, batch
 from scripts_here import SCRIPTS, run_here
 
 

@@ -20,11 +20,15 @@ def test_a_full_disk_is_one_error_without_the_thread_s_trace(tmp_path: Path, mon
     monkeypatch.setattr(RecordWriter, "write", write)
     log = TensorBoardLog(tmp_path)
     hook = threading.excepthook
-    with pytest.raises(GraftError, match="cannot write logs .No space left on device.; --no-tensorboard"):
+
+    def run() -> None:
         log.started(0, 6)
         for step in range(1, 1000):
             log.stepped(step, 1.0, 1.0, 1.0)
         log.epoch_ended({"epoch": 1, "step": 6, "validation_loss": 1.0})
+
+    with pytest.raises(GraftError, match="cannot write logs .No space left on device.; --no-tensorboard"):
+        run()
     monkeypatch.undo()
     log.ended()
     assert threading.excepthook is hook and capfd.readouterr().err == ""

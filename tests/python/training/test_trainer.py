@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 from tiny import LABELS, encoded, make_model
 from torchgraft import GraftError, trainable_parameters
 from torchgraft.training import EncodedExamples, Listener, Trainer, TrainingOptions, score
-from torchgraft.training.batches import collate, training_batches
 from torchgraft.training import trainer as trainer_module
+from torchgraft.training.batches import collate, training_batches
 from torchgraft.training.checkpoint import load_checkpoint
 from torchgraft.training.metrics import Scores
 from torchgraft.training.trainer import class_scores
@@ -171,9 +171,11 @@ def test_the_best_epoch_is_kept() -> None:
 
 
 def test_of_equal_accuracies_the_lower_loss_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = iter([Scores(loss, accuracy, 0.5) for loss, accuracy in ((0.9, 0.5), (0.7, 0.5), (0.8, 0.5), (0.1, 0.4))])
-    monkeypatch.setattr(trainer_module, "score", lambda *arguments, **options: next(scores))
-    result = Trainer(make_model(), "task", encoded(8), encoded(8, 1), 3, replace(OPTIONS, epochs=4)).run()
+    scores = [Scores(loss, accuracy, 0.5) for loss, accuracy in ((0.9, 0.5), (0.7, 0.5), (0.8, 0.5), (0.1, 0.4))]
+    recorder = Recorder()
+    monkeypatch.setattr(trainer_module, "score", lambda *arguments, **options: scores[len(recorder.epochs)])
+    options = replace(OPTIONS, epochs=4, checkpoint_every=100)
+    result = Trainer(make_model(), "task", encoded(8), encoded(8, 1), 3, options, listeners=[recorder]).run()
     assert result.best_epoch == 2
 
 
