@@ -36,7 +36,7 @@ from ._layers import ROLES, slots_of
 from ._libraries import load_others, patcher
 from ._operators import operators_of, ranges
 from ._tuning import DTYPES, FEATURES, OPS, TOKENS, measure
-from .configs import config_argument, config_to_json
+from .configs import config_argument
 from .errors import GraftError
 from .grafting import graft, is_grafted, names_of
 from .grafting import inspect as inspect_module
@@ -190,8 +190,6 @@ def _dumping(folder: Path | None) -> Iterator[None]:
 def _inspect(arguments: argparse.Namespace) -> None:
     if arguments.svg:
         check_writable(arguments.svg)
-    if arguments.config:
-        config_to_json(config_argument(arguments.config))  # what is wrong with it is said before anything is printed
     module = load_module(arguments.base)
     structure = inspect_module(module, sites=arguments.sites)
     drawn = arguments.svg is not None and bool(structure["layers"])
@@ -202,9 +200,11 @@ def _inspect(arguments: argparse.Namespace) -> None:
     elif drawn:
         print(f"{arguments.svg}: written")
     else:
+        # What is wrong with --config is said before anything is printed.
+        planned = _planned(module, arguments) if arguments.config and structure["layers"] else module
         _print_structure(module, structure)
-        if structure["layers"]:
-            _print_operators(module, arguments)
+        if is_grafted(planned):
+            table_console().print(_operator_table(planned, arguments.config))
     if not structure["layers"]:
         raise GraftError(f"{arguments.base}: no attention was found")
 
@@ -283,14 +283,6 @@ def _notes(layers: list[dict[str, Any]]) -> list[str]:
         f"{first[kind, note]}"
         for (kind, note), numbers in layers_by_note.items()
     ]
-
-
-def _print_operators(module: torch.jit.ScriptModule, arguments: argparse.Namespace) -> None:
-    """Prints the operators of a grafted module, or those that `--config` would graft."""
-    if arguments.config:
-        module = _planned(module, arguments)
-    if is_grafted(module):
-        table_console().print(_operator_table(module, arguments.config))
 
 
 def _operator_table(module: torch.jit.ScriptModule, config: str | None) -> Table:
