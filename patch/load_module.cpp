@@ -5,9 +5,77 @@
 #include <caffe2/serialize/inline_container.h>
 #include <torch/csrc/jit/serialization/import.h>
 
+#include <array>
+#include <filesystem>
+#include <fstream>
+#include <optional>
+#include <string>
 #include <string_view>
 
 namespace torchgraft {
+
+namespace {
+
+// What a file that is no TorchScript module is, as an end of "it is ..."; empty when that is not known. Reads as little
+// as possible.
+std::string kind_of_archive(caffe2::serialize::PyTorchStreamReader& file) {
+  for (const std::string& name : file.getAllRecords()) {
+    if (name.starts_with("data/aotinductor/")) {
+      return "an AOTInductor package, which examples/serve_aoti runs";
+    }
+    if (name.starts_with("models/") || name == "serialized_exported_program.json") {
+      return "an exported program of torch.export; scripts/graft.py add makes TorchScript of it, grafted";
+    }
+  }
+  return file.hasRecord("data.pkl") ? "what torch.save() wrote, a state dict or a pickled model; script or trace the "
+                                      "model (torch.jit.script, torch.jit.trace) and save that"
+                                    : "";
+}
+
+std::string kind_of_bytes(const std::string& path) {
+  std::array<char, 9> head{};
+  std::ifstream file(path, std::ios::binary);
+  file.read(head.data(), head.size());
+  if (head[0] == '\x80' && head[1] >= 2 && head[1] <= 5) {
+    return "what torch.save() of an older release wrote, or another pickle; script or trace the model and save that";
+  }
+  const bool is_safetensors = file.gcount() == head.size() && head[8] == '{' && head[6] == 0 && head[7] == 0;
+  return is_safetensors ? "tensors alone, of safetensors, without the model that uses them" : "";
+}
+
+bool is_zip(const std::string& path) {
+  std::array<char, 2> head{};
+  std::ifstream(path, std::ios::binary).read(head.data(), head.size());
+  return head[0] == 'P' && head[1] == 'K';
+}
+
+// What torch says of a damaged archive, without its advice to report a bug.
+std::string damage(const c10::Error& error) {
+  const std::string message = error.what_without_backtrace();
+  return message.substr(0, message.find(" This is an internal miniz error"));
+}
+
+// Throws c10::Error that says what the file is when it is no TorchScript module.
+void check_kind(const std::string& path) {
+  constexpr const char* kExpected = ": expected what torch.jit.save() of a scripted or traced model writes, but it is ";
+  TORCH_CHECK(std::filesystem::exists(path), path, ": no such file");
+  if (!is_zip(path)) {
+    const std::string kind = kind_of_bytes(path);
+    TORCH_CHECK(false, path, kExpected, kind.empty() ? "of an unknown kind" : kind);
+  }
+  std::optional<caffe2::serialize::PyTorchStreamReader> file;
+  try {
+    file.emplace(path);
+  } catch (const c10::Error& error) {
+    TORCH_CHECK(false, path, kExpected, "damaged (", damage(error), ")");
+  }
+  if (!file->hasRecord("constants.pkl")) {
+    const std::string kind = kind_of_archive(*file);
+    TORCH_CHECK(kind.empty(), path, kExpected, kind);
+  }
+}
+
+}  // namespace
 
 void check_tensor_records(const std::string& path) {
   caffe2::serialize::PyTorchStreamReader file(path);
@@ -21,6 +89,7 @@ void check_tensor_records(const std::string& path) {
 }
 
 torch::jit::Module load_module(const std::string& path) {
+  check_kind(path);
   check_tensor_records(path);
   return torch::jit::load(path, at::kCPU);
 }

@@ -18,13 +18,23 @@ constexpr const char* kKnownHeads =
     "heads for tagging, and for classification and regression by the first or last token, are; a prediction needs its "
     "own head";
 constexpr const char* kReadInPython =
-    " is for Python: load it there with torchgraft.load_adapter and save the adapter again";
+    " is for Python: scripts/convert_adapters.py, given the folder that this directory is in, writes safetensors "
+    "beside "
+    "it";
 constexpr uint64_t kLongestConfig = 1 << 20;
 
 // Anything of that name, also a link that leads nowhere: reading it says what is wrong with it.
 bool is_there(const std::string& path) {
   struct stat status{};
   return lstat(path.c_str(), &status) == 0;
+}
+
+// What PEFT writes has the same file names as AdapterHub's directories.
+void check_is_adapter_hub(const std::string& path, const std::string& text) {
+  const auto json = parse_json(text, path);
+  TORCH_CHECK(!json.is_object() || !json.contains("peft_type"), path,
+              ": it is an adapter of PEFT, which is read in Python: scripts/graft.py load BASE.pt DIRECTORY -o OUT.pt, "
+              "then scripts/graft.py save OUT.pt NAME NEW_DIRECTORY writes what is read here");
 }
 
 // The "name" in the text of a configuration's file.
@@ -55,6 +65,7 @@ std::optional<HeadSpec> read_head(const std::string& directory, uint64_t most_we
 AdapterSpec read_files(const std::string& directory, const std::string& name, uint64_t most_weight_bytes) {
   const std::string path = directory + "/" + kConfigFile;
   const std::string text = read_text(path, kLongestConfig);
+  check_is_adapter_hub(path, text);
   AdapterSpec spec;
   spec.saved_name = saved_name(path, text);
   spec.name = name.empty() ? spec.saved_name : name;
@@ -83,7 +94,7 @@ AdapterSpec read_adapter_directory(const std::string& directory, const std::stri
 AdapterConfig read_adapter_config(const std::string& directory) {
   const std::string path = directory + "/" + kConfigFile;
   const std::string text = read_text(path, kLongestConfig);
-  parse_json(text, path);  // names the file
+  check_is_adapter_hub(path, text);
   return config_from_json(text);
 }
 

@@ -96,9 +96,9 @@ void save_adapter(const Module& module, const std::string& name, const std::stri
   const AdapterFiles files = adapter_files(module, name, model_class);
   DirectoryUpdate update(directory);
   std::vector<std::string> obsolete = {kPickledWeightsFile, kPickledHeadFile};  // the library would read those
-  write_safetensors(files.weights, update.stage(kWeightsFile));
+  update.stage(kWeightsFile, [&](const std::string& path) { write_safetensors(files.weights, path); });
   if (!files.head_config.empty()) {
-    write_safetensors(files.head_weights, update.stage(kHeadWeightsFile));
+    update.stage(kHeadWeightsFile, [&](const std::string& path) { write_safetensors(files.head_weights, path); });
     update.stage(kHeadConfigFile, files.head_config);
   } else {  // an earlier adapter may have left them
     obsolete.insert(obsolete.end(), {kHeadConfigFile, kHeadWeightsFile});

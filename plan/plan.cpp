@@ -5,7 +5,9 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <cctype>
 #include <cmath>
+#include <iterator>
 #include <map>
 #include <set>
 
@@ -254,16 +256,37 @@ void Planner::add(const LoRAConfig& config) {
   }
 }
 
+// What was not found in these layers, each note once: those of other layers differ in the numbers of their paths.
+std::string notes_of(const Structure& structure, const std::set<int64_t>& numbers) {
+  std::vector<std::string> notes;
+  std::map<std::string, std::set<int64_t>> layers;  // by the note without numbers
+  const auto key_of = [](const std::string& note) {
+    std::string key;
+    std::copy_if(note.begin(), note.end(), std::back_inserter(key), [](unsigned char c) { return !std::isdigit(c); });
+    return key;
+  };
+  for (const Layer& layer : structure.layers) {
+    for (const std::string& note : numbers.count(layer.number) ? layer.notes : std::vector<std::string>()) {
+      std::set<int64_t>& with_it = layers[key_of(note)];
+      if (with_it.empty()) {
+        notes.push_back(note);
+      }
+      with_it.insert(layer.number);
+    }
+  }
+  std::string text;
+  for (const std::string& note : notes) {
+    const std::set<int64_t>& with_it = layers.at(key_of(note));
+    text += (with_it.size() > 1 ? "; layers " : "; layer ") + c10::Join(", ", with_it) + ": " + note;
+  }
+  return text;
+}
+
 Plan Planner::finish() {
   for (const auto& [location, layers] : lacking_) {
-    std::string reasons;
-    for (const Layer& layer : structure_.layers) {
-      for (const std::string& note : layer.number == layers.front() ? layer.notes : std::vector<std::string>()) {
-        reasons += "; layer " + std::to_string(layer.number) + ": " + note;
-      }
-    }
     TORCH_CHECK(false, "plan: the model has no ", location, " in layers ", listed(layers),
-                "; add them to the config's leave_out, or do not ask for this location", reasons);
+                "; add them to the config's leave_out, or do not ask for this location",
+                notes_of(structure_, {layers.begin(), layers.end()}));
   }
   TORCH_CHECK(!plan_.empty(), "plan: the config asks for nothing on this model");
   const auto rank = [](const PlannedModule& module) { return std::pair(module.layer, execution_order(module.site)); };

@@ -14,6 +14,10 @@ namespace fs = std::filesystem;
 
 DirectoryUpdate::DirectoryUpdate(std::string directory) : directory_(std::move(directory)) {
   std::error_code error;
+  for (fs::path path = fs::absolute(directory_, error); !path.empty() && !fs::exists(path, error);
+       path = path.parent_path()) {
+    made_.push_back(path);
+  }
   fs::create_directories(directory_, error);
   TORCH_CHECK(!error, directory_, ": cannot make the directory (", error.message(), ")");
   lock_.emplace(directory_);
@@ -42,6 +46,9 @@ DirectoryUpdate::~DirectoryUpdate() {
   for (const std::string& name : staged_) {
     fs::remove(staged_path(name), ignored);
   }
+  for (const fs::path& path : made_) {
+    fs::remove(path, ignored);  // an empty one only
+  }
 }
 
 // Where there are no locks, two processes may save into one directory at once.
@@ -54,7 +61,20 @@ std::string DirectoryUpdate::stage(const std::string& name) {
   return staged_path(name);
 }
 
-void DirectoryUpdate::stage(const std::string& name, std::string_view content) { write_file(stage(name), content); }
+void DirectoryUpdate::stage(const std::string& name, const std::function<void(const std::string&)>& write) {
+  const std::string path = stage(name);
+  try {
+    write(path);
+  } catch (const c10::Error& error) {
+    std::string message = error.what_without_backtrace();
+    const size_t place = message.find(path);
+    TORCH_CHECK(false, place == std::string::npos ? message : message.replace(place, path.size(), path_of(name)));
+  }
+}
+
+void DirectoryUpdate::stage(const std::string& name, std::string_view content) {
+  stage(name, [&](const std::string& path) { write_file(path, content); });
+}
 
 void DirectoryUpdate::commit(const std::string& marker, const std::vector<std::string>& obsolete) {
   std::error_code error;
@@ -73,6 +93,7 @@ void DirectoryUpdate::commit(const std::string& marker, const std::vector<std::s
   }
   put_in_place(marker);
   staged_.clear();
+  made_.clear();
 }
 
 }  // namespace torchgraft

@@ -3,6 +3,8 @@
 #include <torchgraft/patch/adapters/directory_lock.h>
 #include <torchgraft/registration/export.h>
 
+#include <filesystem>
+#include <functional>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -20,11 +22,13 @@ class TORCHGRAFT_PATCH_API DirectoryUpdate {
   explicit DirectoryUpdate(std::string directory);
   DirectoryUpdate(const DirectoryUpdate&) = delete;
   DirectoryUpdate& operator=(const DirectoryUpdate&) = delete;
-  // Removes what was staged and not committed.
+  // Removes what was staged and not committed, and directories that were made for it.
   ~DirectoryUpdate();
 
   // Returns the path for the new content of the file `name`. The caller writes it.
   std::string stage(const std::string& name);
+  // Lets `write` write the new content of the file `name` to a path. Its errors name the file, not that path.
+  void stage(const std::string& name, const std::function<void(const std::string& path)>& write);
   // Writes the new content of the file `name`.
   void stage(const std::string& name, std::string_view content);
 
@@ -40,7 +44,8 @@ class TORCHGRAFT_PATCH_API DirectoryUpdate {
 
   std::string directory_;
   std::optional<DirectoryLock> lock_;
-  std::vector<std::string> staged_;  // names
+  std::vector<std::string> staged_;          // names
+  std::vector<std::filesystem::path> made_;  // directories that there were not, innermost first; empty once committed
 };
 
 }  // namespace torchgraft

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 import warnings
@@ -35,7 +36,7 @@ from ._layers import ROLES, slots_of
 from ._libraries import load_others, patcher
 from ._operators import operators_of, ranges
 from ._quantize_command import quantize_command
-from ._tuning import FEATURES, OPS, TOKENS, measure
+from ._tuning import DTYPES, FEATURES, OPS, TOKENS, measure
 from .configs import config_argument
 from .errors import GraftError
 from .grafting import graft, is_grafted, names_of
@@ -149,12 +150,18 @@ def _summary(base: torch.jit.ScriptModule, grafted: torch.jit.ScriptModule, path
     slots = Counter(key.split(".")[2] for key in keys)
     counts = ", ".join(f"{slot} x {count}" for slot, count in sorted(slots.items()))
     known = names_of(base)
-    added = sum(info.parameters for info in list_adapters(grafted) if info.name not in known)
+    new = [info for info in list_adapters(grafted) if info.name not in known]
+    added, size = sum(info.parameters for info in new), sum(info.bytes for info in new)
     return (
         f"{path}: {_adapter_list(grafted)}\n"
         f"  in {layers} layers: {counts}\n"
-        f"  {added:,} parameters added, {path.stat().st_size / 1e6:.1f} MB, {seconds:.1f} s"
+        f"  {added:,} parameters added ({_in_bytes(size)}); the file has {_in_bytes(path.stat().st_size)}; "
+        f"{seconds:.1f} s"
     )
+
+
+def _in_bytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
 
 
 def inspect(arguments: argparse.Namespace) -> None:
@@ -199,9 +206,11 @@ def _inspect(arguments: argparse.Namespace) -> None:
     elif drawn:
         print(f"{arguments.svg}: written")
     else:
+        # What is wrong with --config is said before anything is printed.
+        planned = _planned(module, arguments) if arguments.config and structure["layers"] else module
         _print_structure(module, structure)
-        if structure["layers"]:
-            _print_operators(module, arguments)
+        if is_grafted(planned):
+            table_console().print(_operator_table(planned, arguments.config))
     if not structure["layers"]:
         raise GraftError(f"{arguments.base}: no attention was found")
 
@@ -215,8 +224,12 @@ def tune(arguments: argparse.Namespace) -> None:
             of numbers, or None).
     """
     check_writable(arguments.output)
+    tokens, features = arguments.tokens or TOKENS, arguments.features or FEATURES
+    count = len(OPS) * len(DTYPES) * len(tokens) * len(features)
+    if not arguments.quiet:
+        print(f"tune: {count} measurements, at least {count * arguments.seconds:.0f} s", file=sys.stderr, flush=True)
     with _progress(arguments.quiet) as show:
-        table = measure(arguments.seconds, arguments.tokens or TOKENS, arguments.features or FEATURES, show)
+        table = measure(arguments.seconds, tokens, features, show)
     write_whole((json.dumps(table, indent=1) + "\n").encode(), arguments.output)
     for op in OPS:
         mine = [entry for entry in table["measurements"] if entry["op"] == op]
@@ -255,19 +268,27 @@ def _print_structure(module: torch.jit.ScriptModule, structure: dict[str, Any]) 
     layers = structure["layers"]
     if layers:
         console.print(_layer_table(layers))
-    for layer in layers:
-        for note in layer["notes"]:
-            console.print(f"layer {layer['layer']}, {layer['kind']} attention: {note}")
+    for line in _notes(layers):
+        console.print(line)
     for miss in structure["near_misses"]:
         console.print(f"not taken: {miss}")
 
 
-def _print_operators(module: torch.jit.ScriptModule, arguments: argparse.Namespace) -> None:
-    """Prints the operators of a grafted module, or those that `--config` would graft."""
-    if arguments.config:
-        module = _planned(module, arguments)
-    if is_grafted(module):
-        table_console().print(_operator_table(module, arguments.config))
+def _notes(layers: list[dict[str, Any]]) -> list[str]:
+    """Returns the notes of all layers, each once, with the layers that have it. Notes that differ in the numbers of
+    paths only count as one."""
+    layers_by_note: dict[tuple[str, str], list[int]] = {}
+    first: dict[tuple[str, str], str] = {}
+    for layer in layers:
+        for note in layer["notes"]:
+            key = layer["kind"], re.sub(r"(?<=\.)\d+(?=\.|$|\W)", "#", note)
+            first.setdefault(key, note)
+            layers_by_note.setdefault(key, []).append(layer["layer"])
+    return [
+        f"layer{'s' if len(set(numbers)) > 1 else ''} {ranges(sorted(set(numbers)))}, {kind} attention: "
+        f"{first[kind, note]}"
+        for (kind, note), numbers in layers_by_note.items()
+    ]
 
 
 def _operator_table(module: torch.jit.ScriptModule, config: str | None) -> Table:

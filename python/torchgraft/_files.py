@@ -76,6 +76,11 @@ def _refused(path: Path, kind: Kind, error: Exception) -> str:
             f"{path}: {kind.value}, which is compiled code and no model to change; give the .pt or .pt2 that it was "
             "made from"
         )
+    if kind in (Kind.PICKLE, Kind.SAFETENSORS):
+        return (
+            f"{path}: it is {kind.value}, without the code of a model; expected what torch.jit.save() of a traced or "
+            "scripted module or torch.export.save() writes"
+        )
     found = f"it is {kind.value}; " if kind not in (Kind.SCRIPT, Kind.UNKNOWN) else ""
     return (
         f"{path}: not a TorchScript file that can be loaded ({reason(error)}); {found}expected what torch.jit.save() "

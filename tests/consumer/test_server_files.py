@@ -7,6 +7,7 @@ import shutil
 import subprocess
 
 import pytest
+import safetensors.torch
 import torch
 
 import torchgraft
@@ -70,6 +71,46 @@ def test_an_adapter_of_the_folder_with_a_name_of_the_file_is_named(server_progra
         server.stop()
         (line,) = server.errors.splitlines()
     assert line.startswith("adapter task-1 cannot be served: it is in the folder, and the model's file has an adapter")
+
+
+def test_what_is_for_python_is_said_with_the_command(server_program, models, own_adapters):
+    write_config(own_adapters, "peft", json.dumps({"peft_type": "LORA", "r": 8, "target_modules": ["query"]}))
+    shutil.copytree(own_adapters / "task-1", own_adapters / "pickled")
+    (own_adapters / "pickled" / "adapter.safetensors").rename(own_adapters / "pickled" / "pytorch_adapter.bin")
+    with Server(server_program, models / "base.pt", own_adapters) as server:
+        answers = {name: server.ask("PUT", f"/v1/adapters/{name}") for name in ("peft", "pickled")}
+        server.stop()
+    assert [status for status, _ in answers.values()] == [422, 422]
+    assert (
+        "an adapter of PEFT, which is read in Python: scripts/graft.py load" in answers["peft"][1]["error"]["message"]
+    )
+    assert "scripts/convert_adapters.py" in answers["pickled"][1]["error"]["message"]
+    assert "adapter peft cannot be served: " in server.errors and "an adapter of PEFT" in server.errors
+
+
+def test_a_file_that_is_no_module_is_named_as_what_it_is(server_program, models, tmp_path):
+    module = torch.jit.load(models / "base.pt")
+    tensors = dict(module.state_dict())
+    torch.save(tensors, tmp_path / "state.pt")
+    torch.save(tensors, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    safetensors.torch.save_file(tensors, tmp_path / "weights.safetensors")
+    program = torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
+    torch.export.save(program, tmp_path / "program.pt2")
+    (tmp_path / "text.pt").write_text("no model")
+    kinds = {
+        "state.pt": "it is what torch.save() wrote, a state dict or a pickled model",
+        "old.pt": "it is what torch.save() of an older release wrote",
+        "weights.safetensors": "it is tensors alone, of safetensors",
+        "program.pt2": "it is an exported program of torch.export",
+        "text.pt": "it is of an unknown kind",
+    }
+    for name, kind in kinds.items():
+        done = subprocess.run(
+            [server_program, tmp_path / name, "--adapters", models / "adapters", "--port", "0"],
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 1 and done.stderr.startswith("server: ") and kind in done.stderr, done.stderr
+        assert "miniz" not in done.stderr
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "null", DEEP, '{"config": {"head_type": "tagging", "num_labels": 1e400}}'])

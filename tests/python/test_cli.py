@@ -207,7 +207,7 @@ FAILING = {
     "not TorchScript": (["add", "{folder}/text.pt", *_OUT_LORA], "not a TorchScript file"),
     "empty file": (["add", "{folder}/empty.pt", *_OUT_LORA], "not a TorchScript file"),
     "cut short": (["add", "{folder}/short.pt", *_OUT_LORA], "not a TorchScript file"),
-    "a state dict": (["add", "{folder}/state.pt", *_OUT_LORA], "not a state dict"),
+    "a state dict": (["add", "{folder}/state.pt", *_OUT_LORA], "it is what torch.save() wrote, a state dict or"),
     "no attention": (["add", "{folder}/plain.pt", *_OUT_LORA], "no attention was found"),
     "nearly attention": (["add", "{folder}/near.pt", *_OUT_LORA], "near misses: "),  # several lines in Python
     "unknown config": ([*_OUT, "--config", "unipel", "--name", "t"], "no configuration is called 'unipel'"),

@@ -1,6 +1,9 @@
 """Shows the progress of a run: on a terminal, as lines of text, in TensorBoard."""
 
+import contextlib
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -80,28 +83,50 @@ class TensorBoardLog(Listener):
                              "or give --no-tensorboard") from error  # fmt: skip
         self._make, self._folder = SummaryWriter, folder
         self._writer: SummaryWriter | None = None
+        self._hook = threading.excepthook
 
     def started(self, done_steps: int, total_steps: int) -> None:
         try:
             # TensorBoard drops what an earlier run has logged from this step on: a killed run beyond its last
             # checkpoint.
-            self._writer = self._make(str(self._folder), purge_step=done_steps + 1)
-        except OSError as error:
-            raise GraftError(f"{self._folder}: cannot write logs ({error.strerror})") from error
+            with self._named_errors():
+                self._writer = self._make(str(self._folder), purge_step=done_steps + 1)
+        finally:
+            threading.excepthook = self._thread_ended
 
     def stepped(self, step: int, loss: float, learning_rate: float, gradient_norm: float) -> None:
-        for name, value in (("loss", loss), ("learning_rate", learning_rate), ("gradient_norm", gradient_norm)):
-            self._running().add_scalar(f"train/{name}", value, step)
+        with self._named_errors():
+            for name, value in (("loss", loss), ("learning_rate", learning_rate), ("gradient_norm", gradient_norm)):
+                self._running().add_scalar(f"train/{name}", value, step)
 
     def epoch_ended(self, record: dict[str, Any]) -> None:
-        for name, value in record.items():
-            if name.startswith("validation_"):
-                self._running().add_scalar(f"validation/{name.removeprefix('validation_')}", value, record["step"])
-        self._running().flush()
+        with self._named_errors():
+            for name, value in record.items():
+                if name.startswith("validation_"):
+                    self._running().add_scalar(f"validation/{name.removeprefix('validation_')}", value, record["step"])
+            self._running().flush()
 
     def ended(self) -> None:
+        threading.excepthook = self._hook
         if self._writer is not None:
-            self._writer.close()
+            # A full disk may have ended the run already: then that error is the one to show.
+            with self._named_errors() if sys.exc_info()[0] is None else contextlib.suppress(OSError):
+                self._writer.close()
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise GraftError(
+                f"{self._folder}: cannot write logs ({error.strerror}); --no-tensorboard writes none"
+            ) from error
+
+    def _thread_ended(self, ended: Any) -> None:
+        """TensorBoard writes in a thread. What goes wrong there is raised again where the trainer logs next: the
+        thread's own trace would come before that message."""
+        if not issubclass(ended.exc_type, OSError):
+            self._hook(ended)
 
     def _running(self) -> "SummaryWriter":
         assert self._writer is not None, "started() comes first"

@@ -26,7 +26,8 @@ class TrainingOptions:
         warmup: the share of all steps in which the learning rate rises from zero.
         clip: the largest norm of all gradients together; larger ones are scaled down. 0: no limit.
         patience: stop after this many epochs without a better validation score. 0: never.
-        best_by: the validation score that decides which epoch's weights are kept: "accuracy", "macro_f1" or "loss".
+        best_by: the validation score that decides which epoch's weights are kept: "accuracy", "macro_f1" or "loss". Of
+            epochs with equal scores the one with the lower loss is kept.
         seed: decides the order of examples and dropout.
         checkpoint_every: the number of steps between two checkpoints. Each epoch also ends with one.
 

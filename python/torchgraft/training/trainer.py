@@ -252,6 +252,13 @@ class Trainer:
     def _kept(self) -> str:
         return f"; {self._checkpoint} is from before that step" if self._checkpoint else ""
 
+    def _is_better(self, value: float, loss: float) -> bool:
+        """Whether an epoch with this score is better than the best one. Of equal scores the lower loss decides."""
+        best = self._state.best
+        if best is None or value != best.score:
+            return best is None or value > best.score
+        return loss < self._state.history[best.epoch - 1]["validation_loss"]
+
     def _end_epoch(self) -> None:
         """Scores the validation examples, keeps the best weights, and decides whether the run goes on."""
         options, state = self._options, self._state
@@ -264,7 +271,7 @@ class Trainer:
             self._check_loss(scores.loss, "the validation examples")
             record |= {f"validation_{key}": value for key, value in asdict(scores).items()}
             value = -scores.loss if options.best_by == "loss" else getattr(scores, options.best_by)
-            if state.best is None or value > state.best.score:
+            if self._is_better(value, scores.loss):
                 state.best = BestEpoch(state.epoch, value, self._copy_parameters())
                 state.epochs_without_gain = 0
             else:

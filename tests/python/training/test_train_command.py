@@ -167,6 +167,25 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
     assert not list(output.glob(".*.torchgraft-tmp"))
 
 
+def test_ctrl_c_while_torch_is_loaded_is_one_line(files: Files, tmp_path: Path) -> None:
+    arguments = [str(part) for part in (SCRIPT, files.base, "-o", tmp_path / "out", "--train", files.train)]
+    program = f"""
+import os, runpy, signal, sys
+
+class Interrupts:
+    def find_spec(self, name, *others):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupts())
+sys.argv = {arguments!r}
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+    done = execute(sys.executable, "-c", program)
+    assert done.returncode == 130 and done.stderr.startswith("train: error: interrupted"), done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_two_processes_end_with_the_weights_of_one(files: Files, tmp_path: Path) -> None:
     """50 examples in batches of 7: parts of 4 and 3, and of 1 and none. Without dropout, which each process draws."""
     for processes in (1, 2):

@@ -12,8 +12,10 @@ from torch.nn.functional import cross_entropy
 from tiny import LABELS, encoded, make_model
 from torchgraft import GraftError, trainable_parameters
 from torchgraft.training import EncodedExamples, Listener, Trainer, TrainingOptions, score
+from torchgraft.training import trainer as trainer_module
 from torchgraft.training.batches import collate, training_batches
 from torchgraft.training.checkpoint import load_checkpoint
+from torchgraft.training.metrics import Scores
 from torchgraft.training.trainer import class_scores
 
 UNKNOWN = 1  # the tokenizer's [UNK]
@@ -166,6 +168,15 @@ def test_the_best_epoch_is_kept() -> None:
     assert result.stopped_early and len(losses) == result.best_epoch + 2 < 12
     assert losses[result.best_epoch - 1] == min(losses)
     assert score(module, held_out, len(LABELS)).loss == pytest.approx(min(losses), rel=1e-6)
+
+
+def test_of_equal_accuracies_the_lower_loss_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = [Scores(loss, accuracy, 0.5) for loss, accuracy in ((0.9, 0.5), (0.7, 0.5), (0.8, 0.5), (0.1, 0.4))]
+    recorder = Recorder()
+    monkeypatch.setattr(trainer_module, "score", lambda *arguments, **options: scores[len(recorder.epochs)])
+    options = replace(OPTIONS, epochs=4, checkpoint_every=100)
+    result = Trainer(make_model(), "task", encoded(8), encoded(8, 1), 3, options, listeners=[recorder]).run()
+    assert result.best_epoch == 2
 
 
 def _checks_that_the_state_is_good(path: Path, step: int) -> None:
