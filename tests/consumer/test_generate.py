@@ -21,13 +21,14 @@ class Decoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.heads = HEADS  # torch.jit.script reads no globals
         self.words, self.places = nn.Embedding(WORDS, HIDDEN), nn.Embedding(POSITIONS, HIDDEN)
         self.norm, self.ffn_norm = nn.LayerNorm(HIDDEN), nn.LayerNorm(HIDDEN)
         self.q, self.k, self.v, self.o = (nn.Linear(HIDDEN, HIDDEN) for _ in range(4))
         self.up, self.down, self.head = nn.Linear(HIDDEN, 32), nn.Linear(32, HIDDEN), nn.Linear(HIDDEN, WORDS)
 
     def split(self, x: Tensor) -> Tensor:
-        return x.view(x.size(0), x.size(1), HEADS, HIDDEN // HEADS).transpose(1, 2)
+        return x.view(x.size(0), x.size(1), self.heads, -1).transpose(1, 2)
 
     def forward(
         self, ids: Tensor, mask: Tensor, positions: Tensor, past: tuple[Tensor, Tensor]
@@ -37,7 +38,7 @@ class Decoder(nn.Module):
         k = torch.cat([past[0], self.split(self.k(n))], 2)
         v = torch.cat([past[1], self.split(self.v(n))], 2)
         y = F.scaled_dot_product_attention(self.split(self.q(n)), k, v, attn_mask=mask)
-        x = x + self.o(y.transpose(1, 2).reshape(x.size(0), x.size(1), HIDDEN))
+        x = x + self.o(y.transpose(1, 2).flatten(2))
         x = x + self.down(F.gelu(self.up(self.ffn_norm(x))))
         return self.head(x), (k, v)
 

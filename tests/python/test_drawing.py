@@ -32,7 +32,7 @@ def entry(layer: int, path: str = "encoder.layer.{}.", kind: str = "self", ffn: 
     result = dict(index=layer, layer=layer, shares=None, kind=kind, num_heads=HEADS, num_kv_heads=HEADS,
                   head_dim=HEAD_SIZE, hidden_size=HIDDEN, norm_order="pre", ffn_norm_order=norm, attention_mask=True,
                   attention_residual=True, ffn_residual=ffn, ffn_in=None, ffn_gate=None, ffn_out=None,
-                  notes=[])  # fmt: skip
+                  cache="none", notes=[])  # fmt: skip
     for role in ("query", "key", "value", "output"):
         result[role] = projection(f"{root}{kind}.{role}")
     if ffn:

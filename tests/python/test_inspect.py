@@ -27,7 +27,7 @@ BERT = "bert_sdpa"
 MODELS = ["bert_sdpa", "own_pre_unmasked_packed_sdpa", "encoder_script_post"]
 FIELDS = {"index", "layer", "shares", "kind", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "norm_order",
           "ffn_norm_order", "attention_mask", "query", "key", "value", "output", "ffn_in", "ffn_gate", "ffn_out",
-          "attention_residual", "ffn_residual", "locations", "notes"}  # fmt: skip
+          "attention_residual", "ffn_residual", "cache", "locations", "notes"}  # fmt: skip
 
 
 @pytest.fixture
@@ -255,7 +255,8 @@ def test_without_its_first_run_a_layer_shares_with_the_next() -> None:
 def test_the_table_says_all_that_is_known(capsys) -> None:
     """Two layers by hand: a decoder's two attentions, and that layer run again; and what was not recognised."""
     cross = entry(0, "dec.{}.", "cross", num_heads=8, num_kv_heads=2, ffn_norm_order="post", output=None,
-                  ffn_gate=projection("dec.0.gate"), value=projection("dec.0.kv", packed=True, offset=48))  # fmt: skip
+                  ffn_gate=projection("dec.0.gate"), value=projection("dec.0.kv", packed=True, offset=48),
+                  cache="filled")  # fmt: skip
     layers = [entry(0, "dec.{}.", ffn=False, notes=["no feed-forward block"]), cross, entry(0, "dec.{}.", shares=0)]
     _commands._print_structure(base(BERT, FLOAT), structure(layers, ("at dec.1: no softmax",)))
     printed = capsys.readouterr().out
@@ -267,7 +268,7 @@ def test_the_table_says_all_that_is_known(capsys) -> None:
         ["0 again", "self", "4", "12", "48", "pre"],
     ]
     for text in ("query: dec.0.cross.query", "value: dec.0.kv[48:96]", "output: -", "ffn_gate: dec.0.gate",
-                 "post (ffn)", "cross_prefix", "layer 0, self attention: no feed-forward block",
+                 "post (ffn)", "cross_prefix", "filled cache", "layer 0, self attention: no feed-forward block",
                  "not taken: at dec.1: no softmax"):  # fmt: skip
         assert text in printed
     assert printed.count("ffn_gate") == 1  # only where there is one

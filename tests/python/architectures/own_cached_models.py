@@ -17,8 +17,11 @@ KV_HEADS = 2
 class Layer(nn.Module):
     """A pre-norm layer with two heads of keys and values for four of queries."""
 
-    def __init__(self) -> None:
+    fused: torch.jit.Final[bool]
+
+    def __init__(self, fused: bool) -> None:
         super().__init__()
+        self.fused = fused
         self.norm, self.ffn_norm = nn.LayerNorm(HIDDEN), nn.LayerNorm(HIDDEN)
         self.q, self.o = nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, HIDDEN)
         self.k, self.v = (nn.Linear(HIDDEN, KV_HEADS * HEAD_DIM) for _ in range(2))
@@ -36,9 +39,11 @@ class Layer(nn.Module):
         q = self.q(self.norm(x)).view(x.size(0), x.size(1), self.heads, self.head_dim).transpose(1, 2)
         k = keys.transpose(1, 2).repeat_interleave(self.heads // self.kv_heads, dim=1)
         v = values.transpose(1, 2).repeat_interleave(self.heads // self.kv_heads, dim=1)
-        scores = q @ k.transpose(-1, -2) / math.sqrt(self.head_dim) + mask
-        mixed = (scores.softmax(-1) @ v).transpose(1, 2).reshape(x.size(0), x.size(1), -1)
-        x = x + self.o(mixed)
+        if self.fused:
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        else:
+            mixed = (q @ k.transpose(-1, -2) / math.sqrt(self.head_dim) + mask).softmax(-1) @ v
+        x = x + self.o(mixed.transpose(1, 2).reshape(x.size(0), x.size(1), -1))
         return x + self.down(F.gelu(self.up(self.ffn_norm(x))))
 
 
@@ -54,10 +59,10 @@ class Embeddings(nn.Module):
 class Decoder(nn.Module):
     """Without a cache."""
 
-    def __init__(self) -> None:
+    def __init__(self, fused: bool = False) -> None:
         super().__init__()
         self.embed = Embeddings()
-        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
+        self.layers = nn.ModuleList(Layer(fused) for _ in range(LAYERS))
 
     def forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         x = self.embed(ids, positions)
@@ -178,10 +183,21 @@ class Scatter(Static):
         return cache.scatter(1, places[None, :, None, None].expand_as(new), new)
 
 
-class ViewBeforeWrite(Static):
-    """Reads the new keys by way of memory alone."""
+class ViewBeforeWrite(Decoder):
+    """Reads the new keys by way of memory alone. keys, values: [layers, B, T, heads, head size]."""
 
-    def write(self, cache: Tensor, places: Tensor, new: Tensor) -> Tensor:
-        seen = cache[:, : int(places[-1]) + 1]
-        cache.index_copy_(1, places, new)
-        return seen
+    def __init__(self) -> None:
+        super().__init__(fused=True)
+
+    def forward(
+        self, ids: Tensor, mask: Tensor, positions: Tensor, places: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        x = self.embed(ids, positions)
+        for i, layer in enumerate(self.layers):
+            k, v = layer.new_keys(x)
+            seen_keys = keys[i][:, : int(places[-1]) + 1]
+            seen_values = values[i][:, : int(places[-1]) + 1]
+            keys[i].index_copy_(1, places, k)
+            values[i].index_copy_(1, places, v)
+            x = layer.attend(x, seen_keys, seen_values, mask)
+        return x
