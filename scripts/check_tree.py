@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Checks for scripts/check that no tool makes: line lengths, sizes of files and functions, includes between
-folders, and who parses JSON.
+folders, what tables say of them, and who parses JSON.
 
 scripts/check_tree.py          # one line for each finding; exit code 1 if there is one
 scripts/check_tree.py --fix    # wraps paragraphs of Markdown that are too wide
@@ -193,6 +193,16 @@ def wrong_layers(path: Path) -> Iterator[Finding]:
         yield path, 1, f"no table has a row for {folder}/, a layer in scripts/check_tree.py"
 
 
+def wrong_installed(path: Path) -> Iterator[Finding]:
+    """A row | `patch/` | what is installed: `a`, `b`; ... | that names other headers than cmake/install.cmake does."""
+    wanted = set(re.findall(r"^ *patch/(\w+)\.h\b", "\n".join(lines_of(Path("cmake/install.cmake"))), re.MULTILINE))
+    for number, line in enumerate(lines_of(path), 1):
+        if line.startswith("| `patch/` |"):
+            found = set(re.findall("`([^`]+)`", line.split("|")[2].partition(";")[0]))
+            for name in sorted(found ^ wanted):
+                yield path, number, f"`{name}` is installed by this table or by cmake/install.cmake alone: change one"
+
+
 # --- Parsing ---
 
 # Where JSON becomes values: these have limits and name what they read. Examples and benchmarks in Python may read what
@@ -287,6 +297,8 @@ def main() -> int:
             findings += forbidden_includes(path)
         if path.as_posix() in ("CONTRIBUTING.md", "docs/architecture.md"):
             findings += wrong_layers(path)
+        if path.as_posix() == "docs/architecture.md":
+            findings += wrong_installed(path)
     for path, number, text in findings:
         print(f"{path}:{number}: {text}")
     return 1 if findings else 0

@@ -73,7 +73,7 @@ void serve(const Options& options) {
   }
   std::cout << "\n";
   if (!options.banks.empty()) {
-    const Banks banks = read_banks(options.banks), like = read_banks(options.model);
+    const BankFile banks = read_banks(options.banks), like = read_banks(options.model);
     const auto begin = std::chrono::steady_clock::now();
     package.swap_banks(banks, like);
     std::cout << "banks swapped in " << milliseconds_since(begin) << " ms\n";

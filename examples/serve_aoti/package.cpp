@@ -5,12 +5,15 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/jit/serialization/import.h>
 
+#include <algorithm>
 #include <sstream>
 #include <stdexcept>
+#include <utility>
 
 namespace {
 
 constexpr const char* kBanks = "adapters.";
+constexpr const char* kPoolsAll = "adapters.pools_all";  // one flag for each adapter, where they differ in it
 
 std::string size_text(const Banks& banks, const std::string& name) {
   const auto found = banks.find(name);
@@ -20,6 +23,25 @@ std::string size_text(const Banks& banks, const std::string& name) {
   std::ostringstream text;
   text << found->second.scalar_type() << " " << found->second.sizes();
   return text.str();
+}
+
+std::string joined(const std::vector<std::string>& texts) {
+  std::string result;
+  for (const std::string& text : texts) {
+    result += (result.empty() ? "" : ", ") + text;
+  }
+  return result;
+}
+
+// "task (gates over all tokens)", for each adapter.
+std::vector<std::string> adapter_texts(const torch::jit::Module& module, const std::string& path) {
+  std::vector<std::string> result;
+  for (const c10::IValue& held : module.get_method("adapter_names")({}).toListRef()) {
+    const std::string& name = held.toStringRef();
+    const auto config = torchgraft::parse_json(module.get_method("adapter_config")({name}).toStringRef(), path);
+    result.push_back(name + " (gates over " + config.value("gate_pooling", "all") + " tokens)");
+  }
+  return result;
 }
 
 }  // namespace
@@ -89,26 +111,33 @@ std::vector<AdapterGates> Package::gates_of(const std::vector<at::Tensor>& outpu
   return result;
 }
 
-void Package::swap_banks(const Banks& banks, const Banks& like) {
+void Package::swap_banks(const BankFile& file, const BankFile& like) {
+  const std::vector<std::string> names = loader_.get_constant_fqns();
+  // A new file with that flag mixes what the package does not.
+  const bool mixes = std::find(names.begin(), names.end(), kPoolsAll) != names.end();
+  if (!mixes && (file.adapters != like.adapters || file.banks.contains(kPoolsAll) != like.banks.contains(kPoolsAll))) {
+    throw std::runtime_error("the package has the adapters " + joined(like.adapters) + ", and the new file has " +
+                             joined(file.adapters) + ": export that file");
+  }
   Banks used;
-  for (const std::string& name : loader_.get_constant_fqns()) {
+  for (const std::string& name : names) {
     if (!name.starts_with(kBanks)) {
       continue;
     }
     // load_constants checks no sizes.
-    const std::string expected = size_text(like, name), found = size_text(banks, name);
-    if (!banks.contains(name) || expected != found) {
+    const std::string expected = size_text(like.banks, name), found = size_text(file.banks, name);
+    if (!file.banks.contains(name) || expected != found) {
       throw std::runtime_error("the bank " + name + " is " + expected + " in the package, and " + found +
                                " in the new file: export that file");
     }
-    used[name] = banks.at(name).contiguous();
+    used[name] = file.banks.at(name).contiguous();
   }
   // In place. Not update_constant_buffer: it knows other names, and ignores these without an error. Not the inactive
   // buffer: what it is not given, it does not have.
   loader_.load_constants(used, /*use_inactive=*/false, /*check_full_update=*/false);
 }
 
-Banks read_banks(const std::string& path) {
+BankFile read_banks(const std::string& path) {
   const torch::jit::Module module = torch::jit::load(path, at::kCPU);
   Banks banks;
   for (const auto& tensor : module.named_parameters()) {
@@ -118,5 +147,5 @@ Banks read_banks(const std::string& path) {
     banks[tensor.name] = tensor.value;
   }
   std::erase_if(banks, [](const auto& bank) { return !bank.first.starts_with(kBanks); });
-  return banks;
+  return {std::move(banks), adapter_texts(module, path)};
 }

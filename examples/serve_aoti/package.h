@@ -13,6 +13,13 @@
 
 using Banks = std::unordered_map<std::string, at::Tensor>;
 
+// A grafted TorchScript file: its banks, by the names that a package of it has for them, and of each adapter the name
+// and the tokens that its gates are means over.
+struct BankFile {
+  Banks banks;
+  std::vector<std::string> adapters;
+};
+
 // A package of `torchgraft export --aoti`, and the description that it carries.
 class Package {
  public:
@@ -25,8 +32,9 @@ class Package {
   Response run(std::vector<at::Tensor> inputs, const std::vector<int64_t>& ids);
 
   // Makes the package use other banks: those of its constants that `banks` has. Nobody may run it meanwhile. Throws
-  // std::runtime_error, and changes nothing, when a bank is missing or has another size than in `like`.
-  void swap_banks(const Banks& banks, const Banks& like);
+  // std::runtime_error, and changes nothing, when a bank is missing or has another size than in `like`, or when an
+  // adapter's gates are means over other tokens, which the package's code has fixed.
+  void swap_banks(const BankFile& file, const BankFile& like);
 
  private:
   std::vector<AdapterGates> gates_of(const std::vector<at::Tensor>& outputs, const std::vector<int64_t>& ids) const;
@@ -35,5 +43,4 @@ class Package {
   nlohmann::json description_;
 };
 
-// The banks of a grafted TorchScript file, by the names that a package of it has for them.
-Banks read_banks(const std::string& path);
+BankFile read_banks(const std::string& path);

@@ -129,8 +129,8 @@ void Service::check(const TokenRows& rows) const {
       throw RequestError(400, "expected at least one token in every row");
     }
     if (row.size() > most_tokens_) {
-      const char* why = most_tokens_ < options_.tokens ? ", which the model has positions for," : "";
-      throw RequestError(413, "expected at most " + std::to_string(most_tokens_) + " tokens in a row" + why + " got " +
+      const char* why = most_tokens_ < options_.tokens ? ", which the model has positions for" : "";
+      throw RequestError(413, "expected at most " + std::to_string(most_tokens_) + " tokens in a row" + why + ", got " +
                                   std::to_string(row.size()));
     }
     const int64_t largest = *std::max_element(row.begin(), row.end());

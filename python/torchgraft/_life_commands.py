@@ -142,8 +142,9 @@ def unfreeze(arguments: argparse.Namespace) -> None:
 def merge(arguments: argparse.Namespace) -> None:
     """Writes a file in which a LoRA is added to the base's weights."""
 
+    example = read_example(arguments.example)  # also where there is nothing to do: a wrong file is told
+
     def change(module: torch.jit.ScriptModule, name: str) -> torch.jit.ScriptModule:
-        example = read_example(arguments.example)
         return life.merge_adapter(module, name, into_base=arguments.into_base, example=example)
 
     _changed_state(arguments, "merged", True, "merged into the base's weights", change)
@@ -151,8 +152,12 @@ def merge(arguments: argparse.Namespace) -> None:
 
 def unmerge(arguments: argparse.Namespace) -> None:
     """Writes a file in which a merged LoRA is taken out of the base's weights."""
-    done = f"'{arguments.name}' is subtracted from the base's weights"
-    _changed(arguments, done, life.unmerge_adapter, arguments.name, example=read_example(arguments.example))
+    example = read_example(arguments.example)
+
+    def change(module: torch.jit.ScriptModule, name: str) -> torch.jit.ScriptModule:
+        return life.unmerge_adapter(module, name, example=example)
+
+    _changed_state(arguments, "merged", False, "out of the base's weights", change)
 
 
 def lower(arguments: argparse.Namespace) -> None:

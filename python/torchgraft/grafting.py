@@ -137,7 +137,8 @@ def graft(
         gate_pooling: "all": a gate is the mean over all tokens, as in the `adapters` library. "unpadded": the mean over
             the tokens that are not padding, so that a row's result does not depend on how far its batch was padded.
             None: as a directory says ("all" if it says nothing, as AdapterHub's do), and "all" for a fresh adapter. A
-            warning names a trained adapter that had another one. Each adapter of a module has its own.
+            warning names a trained adapter that had another one, and adapters without gates. Each adapter of a module
+            has its own.
         token_mask: for "unpadded": the name of forward's argument that is the token mask ([B, S], non-zero = real
             token). None: each attention's own mask says which tokens are real. All adapters of a module share it.
         active: the adapter that is active in the result. None: the last one grafted.
@@ -180,10 +181,19 @@ def graft(
         raise GraftError(f"graft: the adapter '{name}' needs a config (config=...), or a directory (adapters=...)")
     for adapter_name, directory in (adapters or {}).items():
         specs.append(directory_spec(module, directory, adapter_name, trainable, sites))
-    return module_with_warnings(patcher().graft(base, specs, gate_pooling or "", token_mask or "", active or "", verify,
-                                                fuse=fuse, allow_partial=allow_partial,
-                                                example=example_arguments(example),
-                                                **_sites_option(sites)))  # fmt: skip
+    made, messages = patcher().graft(base, specs, gate_pooling or "", token_mask or "", active or "", verify, fuse=fuse,
+                                     allow_partial=allow_partial, example=example_arguments(example),
+                                     **_sites_option(sites))  # fmt: skip
+    if gate_pooling == "unpadded":
+        messages += _no_gates(made, [spec[0] for spec in specs])
+    return module_with_warnings((made, messages))
+
+
+def _no_gates(module: Any, names: list[str]) -> list[str]:
+    """Says which of the adapters have no gates to pool."""
+    pooling = {entry["name"]: entry["gate_pooling"] for entry in patcher().list_adapters(module)}
+    return [f"graft: '{name}' has no gates: gate_pooling=\"unpadded\" changes nothing"
+            for name in names if not pooling[name]]  # fmt: skip
 
 
 def module_with_warnings(result: tuple[Any, list[str]]) -> torch.jit.ScriptModule:

@@ -7,7 +7,7 @@ and TypeError if the module is not TorchScript.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ class AdapterInfo:
         active: whether rows use it when forward gets no adapter_ids.
         merged: whether merge_adapter() has added it to the base's weights.
         trainable: whether it has parameters of its own to train; see adapter_training.py.
-        gate_pooling: "all" or "unpadded": over which tokens its gates are means. Empty: it has no gates.
+        gate_pooling: "all" or "unpadded": over which tokens its gates are means. Empty: it has no gates, or it
+            stands in a file that was exported before files told it.
         parameters: how many trained numbers the adapter and its head have, without the padding in the banks.
         bytes: the size of these numbers.
         by_location: the number of parameters at each location ("selfattn_lora", "output_adapter", ...), and of the
@@ -41,7 +42,7 @@ class AdapterInfo:
     active: bool
     merged: bool
     trainable: bool
-    gate_pooling: str
+    gate_pooling: str = field(default="", kw_only=True)
     parameters: int
     bytes: int
     by_location: Mapping[str, int]

@@ -56,6 +56,10 @@ class Parser(argparse.ArgumentParser):
             error.message += did_you_mean(str(value), [str(choice) for choice in action.choices or ()])
             raise
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """argparse's own one would hide that the reader of a help has closed the pipe."""
+        (file or sys.stderr).write(message)
+
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         arguments, unknown = self.parse_known_args(args, namespace)
         if unknown:

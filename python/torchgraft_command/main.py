@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from . import train_arguments
-from .arguments import check, make_parser
+from .arguments import add_common_arguments, check, make_parser
 from .line import STOPPED, drop_output, fail, on_stop
 
 BROKEN_PIPE = 141  # 128 and SIGPIPE, as shells say
@@ -31,7 +31,7 @@ def main(program: str = "torchgraft") -> None:
         raise SystemExit(2)
     check(arguments)
     if arguments.command == "completion":
-        _print_completion(program, parser, arguments.shell)
+        _print_completion(parser, arguments.shell)
     elif arguments.command == "train":
         _train(program, arguments)
     else:
@@ -43,16 +43,24 @@ def main(program: str = "torchgraft") -> None:
 def train_main(program: str = "train.py") -> None:
     """As main(), for a command line that is `train` alone."""
     parser = train_arguments.make_parser(program)
+    add_common_arguments("train", parser)
     arguments = parser.parse_args()
     train_arguments.check(parser, arguments)
-    arguments.library, arguments.quiet = [], False
     _train(program, arguments)
 
 
 def run(start: Callable[[], None] = main) -> None:
-    """The process: signals are heard from its first moment."""
+    """The process: signals are heard from its first moment, and a reader that has closed the output ends it, whatever
+    was printed: a table, a help, a script."""
     on_stop(_stop_at_once)
-    start()
+    try:
+        try:
+            start()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        drop_output()
+        raise SystemExit(BROKEN_PIPE) from None
 
 
 def _train(program: str, arguments: argparse.Namespace) -> None:
@@ -90,7 +98,7 @@ def _guarded(program: str, work: Callable[[], None]) -> None:
         fail(_stem(program), reason(error))
 
 
-def _print_completion(program: str, parser: argparse.ArgumentParser, shell: str) -> None:
+def _print_completion(parser: argparse.ArgumentParser, shell: str) -> None:
     import shtab
 
     for action in (action for command in [parser, *_commands_of(parser)] for action in command._actions):

@@ -29,7 +29,8 @@ def _noisy(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """model.pt (adapters "first" and "second"), its package model.aoti.pt2, inputs.json; other.pt, in which "second" is
-    another adapter of the same size, and wider.pt, in which it is larger."""
+    another adapter of the same size, wider.pt, in which it is larger, and unpadded.pt, in which the gates of "first"
+    are means over unpadded tokens."""
     folder = tmp_path_factory.mktemp("packages")
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(HIDDEN, 2, 32, batch_first=True, dropout=0.0)
@@ -38,6 +39,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _noisy(module).save(folder / "model.pt")
     _noisy(torchgraft.replace_adapter(module, "second", "lora")).save(folder / "other.pt")
     torchgraft.replace_adapter(module, "second", "lora[r=16]").save(folder / "wider.pt")
+    unpadded = torchgraft.graft(base, "unipelt", "first", gate_pooling="unpadded", token_mask="src_key_padding_mask")
+    torchgraft.graft(unpadded, "lora", "second").save(folder / "unpadded.pt")
     inputs = torch.randn(len(IDS), TOKENS, HIDDEN)
     torchgraft.compile_package(torchgraft.export(module, inputs[:2], gates=True), folder / "model.aoti.pt2")
     torch.save(inputs, folder / "inputs.pt")
@@ -74,6 +77,11 @@ def test_an_adapter_is_swapped_in_place(serve_aoti: Path, folder: Path, tmp_path
 
 FAULTS = {
     "larger banks": (["--adapter-ids", "1,0,-1,1", "--model", "model.pt", "--banks", "wider.pt"], "export that file"),
+    "other gates": (
+        ["--adapter-ids", "1,0,-1,1", "--model", "model.pt", "--banks", "unpadded.pt"],
+        "first (gates over all tokens), second (gates over all tokens), and the new file has first (gates over "
+        "unpadded tokens)",
+    ),
     "no ids": ([], "the package takes adapter_ids: give one for each row"),
     "no model": (["--adapter-ids", "1,0,-1,1", "--banks", "other.pt"], "--model"),
 }

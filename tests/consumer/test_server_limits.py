@@ -245,3 +245,9 @@ def test_a_second_signal_ends_it_at_once(server_program, models):
         server.terminate_and_see_it_drain()
         server.terminate()
         assert server.wait() == -signal.SIGTERM
+
+
+def test_a_limit_of_the_server_alone_is_told_without_the_model(server_program, models):
+    with Server(server_program, models / "base.pt", models / "adapters", "--max-tokens", 8) as server:
+        status, answer = server.ask("POST", "/v1/predict", {"input_ids": [[1] * 9]})
+    assert status == 413 and answer["error"]["message"] == "expected at most 8 tokens in a row, got 9"

@@ -103,7 +103,8 @@ def test_commands_say_what_they_did(folder: Path, tmp_path: Path) -> None:
         (["remove", b, "z", "-o", b], f"{b}: removed 'z'; adapters x\n"),
         (["merge", b, "x", "-o", b], f"{b}: 'x' is now {merged}; adapters x\n"),
         (["merge", b, "x", "-o", b], f"{b}: nothing to do, 'x' is {merged} already; adapters x\n"),
-        (["unmerge", b, "x", "-o", b], f"{b}: 'x' is subtracted from the base's weights; adapters x\n"),
+        (["unmerge", b, "x", "-o", b], f"{b}: 'x' is now out of the base's weights; adapters x\n"),
+        (["unmerge", b, "x", "-o", b], f"{b}: nothing to do, 'x' is out of the base's weights already; adapters x\n"),
         (["load", folder / "base.pt", loaded, "-o", a], f"{a}: {loaded} is 'x'; adapters x\n"),
         (["load", a, loaded, "-o", a, "--force", "--name", "x"], f"{a}: {loaded} replaces 'x'; adapters x\n"),
         (["ungraft", a, "-o", a], f"{a}: the base; no adapters\n"),
@@ -112,6 +113,24 @@ def test_commands_say_what_they_did(folder: Path, tmp_path: Path) -> None:
         done = run(*arguments)
         assert done.returncode == 0, done.stderr
         assert done.stdout == text
+
+
+@pytest.mark.parametrize("command", ["merge", "unmerge"])
+def test_a_wrong_example_is_told_where_there_is_nothing_to_do(command: str, folder: Path, tmp_path: Path) -> None:
+    model, none = tmp_path / "model.pt", tmp_path / "none.pt"
+    run("add", folder / "base.pt", "-o", model, "--config", "lora", "--name", "x")
+    if command == "merge":
+        assert run("merge", model, "x", "-o", model).returncode == 0
+    done = run(command, model, "x", "-o", tmp_path / "out.pt", "--example", none)
+    assert done.returncode == 1 and "none.pt" in done.stderr and not (tmp_path / "out.pt").exists()
+
+
+def test_a_pooling_for_no_gates_is_a_warning(folder: Path, tmp_path: Path) -> None:
+    wanted = ["--name", "x", "--gate-pooling", "unpadded", "--token-mask", "attention_mask"]
+    for config, told in (("lora", True), ("unipelt", False)):
+        done = run("add", folder / "base.pt", "-o", tmp_path / "out.pt", "--config", config, *wanted)
+        assert done.returncode == 0, done.stderr
+        assert ("'x' has no gates: gate_pooling=\"unpadded\" changes nothing" in done.stderr) == told
 
 
 def test_what_has_nothing_to_do_is_a_copy(folder: Path, tmp_path: Path) -> None:
@@ -136,10 +155,12 @@ def test_tables_as_json(folder: Path) -> None:
     assert [f"{match['weight']} -> {match['place']}" for match in matches] == lines and lines
 
 
-def test_a_reader_that_stops_reading_is_no_error(folder: Path) -> None:
+@pytest.mark.parametrize("words", ["match base.pt x", "completion bash", "--help", "add --help", "", "--version"])
+def test_a_reader_that_stops_reading_is_no_error(words: str, folder: Path) -> None:
     """The pipe is closed before anything is written."""
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPTS / "graft.py"), "match", str(folder / "base.pt"), str(folder / "x")],
+        [sys.executable, str(SCRIPTS / "graft.py"), *words.split()],
+        cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -83,10 +83,29 @@ def described_adapters(path: Path) -> list[AdapterInfo] | None:
         return None
     with zipfile.ZipFile(path) as archive:
         text = _description_in(archive, path)
-    adapters = parse_json(text, path).get("adapters", []) if text else []
-    if not adapters:
+    description = parse_json(text, path) if text else {}
+    adapters = description.get("adapters") if isinstance(description, dict) else None
+    if not adapters or not isinstance(adapters, list):
         raise GraftError(f"{path}: {kind.value} without adapters of torchgraft")
-    return [AdapterInfo(**entry) for entry in adapters]
+    return [_adapter_info(entry, path) for entry in adapters]
+
+
+def _adapter_info(entry: Any, path: Path) -> AdapterInfo:
+    """Reads what describe() has written of one adapter; files of before lack what has a default."""
+    types = {"name": str, "config": str, "active": bool, "merged": bool, "trainable": bool, "gate_pooling": str,
+             "parameters": int, "bytes": int, "by_location": dict}  # fmt: skip
+    found = dict(entry) if isinstance(entry, dict) else {}
+    if unknown := [key for key in found if key not in types]:
+        raise GraftError(f"{path}: expected an adapter's entry to have {', '.join(types)}, got '{unknown[0]}', too")
+    found.setdefault("gate_pooling", "")
+    for key, kind in types.items():
+        if type(found.get(key)) is not kind:
+            raise GraftError(
+                f"{path}: expected an adapter's entry with '{key}' of type {kind.__name__}, got {found.get(key)!r}"
+            )
+    if not all(type(count) is int for count in found["by_location"].values()):
+        raise GraftError(f"{path}: expected numbers in 'by_location', got {found['by_location']}")
+    return AdapterInfo(**found)
 
 
 def _description_in(archive: zipfile.ZipFile, path: Path) -> str | bytes | None:

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from .._files import check_writable, write_whole
 from ..errors import GraftError
+from ..life import list_adapters
 from .description import CUSTOM, description_text
 from .read_program import quiet
 
 _BANKS = "adapters."
+_POOLS_ALL = "adapters.pools_all"  # one flag for each adapter, where their gate_pooling differs
 
 
 def compile_package(program: torch.export.ExportedProgram, path: str | Path, *, freezing: bool = True) -> None:
@@ -55,14 +57,18 @@ def load_banks(package: Any, module: torch.jit.ScriptModule, like: torch.jit.Scr
     Args:
         package: what torch._inductor.aoti_load_package() returns.
         module: a grafted module whose banks have the sizes of those of `like`: after replace_adapter(), for example.
+            Unless the adapters of `like` differ in their gate_pooling, each adapter has to keep its name and its
+            gate_pooling, which the package's code has fixed.
         like: the module that the package was made of.
 
     Raises:
-        GraftError: banks differ in their names, sizes or dtypes, which `load_constants` of torch does not check. The
-            package has not changed then.
+        GraftError: banks differ in their names, sizes or dtypes, which `load_constants` of torch does not check, or
+            gates would be means over other tokens. The package has not changed then.
     """
     banks, old = _banks(module), _banks(like)
     names = [name for name in package.get_constant_fqns() if name.startswith(_BANKS)]
+    if _POOLS_ALL not in names:
+        _check_poolings(module, like)
     for name in names:
         found, expected = _size_text(banks.get(name)), _size_text(old.get(name))
         if found != expected or name not in banks:
@@ -79,3 +85,17 @@ def _banks(module: torch.jit.ScriptModule) -> dict[str, Tensor]:
 
 def _size_text(tensor: Tensor | None) -> str:
     return "none" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _check_poolings(module: torch.jit.ScriptModule, like: torch.jit.ScriptModule) -> None:
+    found, expected = _pooling_text(module), _pooling_text(like)
+    if found != expected:
+        raise GraftError(
+            f"load_banks: expected the adapters {expected}, as the package has them, got {found}; make a package of "
+            "the module as it is now"
+        )
+
+
+def _pooling_text(module: torch.jit.ScriptModule) -> str:
+    adapters = [f"'{info.name}' (gates over {info.gate_pooling or 'no'} tokens)" for info in list_adapters(module)]
+    return ", ".join(adapters)

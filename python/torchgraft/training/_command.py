@@ -83,9 +83,10 @@ def _run(arguments: argparse.Namespace, workers: Workers) -> None:
         listeners.extend([] if arguments.quiet else [ProgressBar()])
         if arguments.tensorboard:
             listeners.append(TensorBoardLog(output / "logs"))
+    identity = _identity(arguments, data, _gate_pooling(module, arguments.adapter))
     trainer = Trainer(
         module, arguments.adapter, data.training, data.validation, len(data.names), options, checkpoint=checkpoint,
-        identity=_identity(arguments, data), workers=workers, listeners=listeners,
+        identity=identity, workers=workers, listeners=listeners,
     )  # fmt: skip
     result = trainer.run(resume=arguments.resume)
     scores = _final_scores(module, data, workers)
@@ -93,15 +94,16 @@ def _run(arguments: argparse.Namespace, workers: Workers) -> None:
         _write(module.cpu(), arguments, data, result, scores)
 
 
-def _identity(arguments: argparse.Namespace, data: Data) -> dict[str, Any]:
+def _identity(arguments: argparse.Namespace, data: Data, gate_pooling: str) -> dict[str, Any]:
     """Returns what a resumed run must share with the run before, beside its options: the model, the examples, and how
-    the adapter was made. Files count by their content."""
+    the adapter was made. Files count by their content, and the gates' pooling as the adapter has it."""
     config = config_argument(arguments.config)
-    made = ("new_head", "pooling", "head_layers", "head_dropout", "gate_pooling")
+    made = ("new_head", "pooling", "head_layers", "head_dropout")
     return {"model": _digest(arguments.model), "training examples": _digest_of_tokens(data.training),
             "validation examples": _digest_of_tokens(data.validation), "classes": ", ".join(data.names),
             "config": _digest(config) if isinstance(config, Path) else config,
             "start": _digest(arguments.start) if arguments.start else "",
+            "gate_pooling": gate_pooling or "all",  # as runs of before say it
             **{name: str(getattr(arguments, name)) for name in made}}  # fmt: skip
 
 
@@ -176,11 +178,17 @@ def _trainable(base: torch.jit.ScriptModule, arguments: argparse.Namespace, name
 
 
 def _check_gate_pooling(module: torch.jit.ScriptModule, name: str, wanted: str | None) -> None:
-    has = next(info.gate_pooling for info in list_adapters(module) if info.name == name)
+    has = _gate_pooling(module, name)
+    if wanted == "unpadded" and not has:
+        raise GraftError(f"'{name}' has no gates, over whose tokens --gate-pooling could decide; leave it out")
     if wanted and has and has != wanted:
         raise GraftError(
             f"the gates of '{name}' are means over {has} tokens; leave --gate-pooling out to train it further"
         )
+
+
+def _gate_pooling(module: torch.jit.ScriptModule, name: str) -> str:
+    return next(info.gate_pooling for info in list_adapters(module) if info.name == name)
 
 
 def _check_head(head: HeadConfig, adapter: str, names: list[str]) -> None:

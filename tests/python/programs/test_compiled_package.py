@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import torchgraft
+from grafted import grafted
 from oracle import difference
 from scripts_here import run_here
 from small import HIDDEN, Encoder, randomised
@@ -60,6 +61,38 @@ def test_a_package_lists_and_swaps_its_adapters(tmp_path: Path) -> None:
         for name, bank in banks.items():
             bank.copy_(module.state_dict()[name])
         assert difference(package(x, ids)[0], before[0]) <= 1e-5
+
+
+class _Package:
+    """What load_banks() uses of a package: the names of its constants, and what they become."""
+
+    def __init__(self, module: torch.jit.ScriptModule) -> None:
+        self.names = [name for name in module.state_dict() if name.startswith("adapters.")]
+        self.written: dict[str, Tensor] = {}
+
+    def get_constant_fqns(self) -> list[str]:
+        return self.names
+
+    def load_constants(self, constants: dict[str, Tensor], check_full_update: bool) -> None:
+        self.written = constants
+
+
+@pytest.mark.quick
+def test_gates_over_other_tokens_are_no_change_of_banks() -> None:
+    """The banks have one size; the code of the package has the pooling, but where it is data."""
+    whole, real = (grafted("bert_sdpa", torch.float32, "unipelt", pooling) for pooling in ("all", "unpadded"))
+    for old, new, found in ((whole, real, "unpadded"), (real, whole, "all")):
+        package = _Package(old)
+        with pytest.raises(torchgraft.GraftError, match=rf"got 'task' \(gates over {found} tokens\); make a package"):
+            torchgraft.load_banks(package, new, like=old)
+        assert package.written == {}
+        torchgraft.load_banks(package, old, like=old)
+        assert sorted(package.written) == sorted(package.names)
+    one = torchgraft.graft(whole, "unipelt", "other", gate_pooling="unpadded")
+    two = torchgraft.graft(real, "unipelt", "other", gate_pooling="all")
+    package = _Package(one)
+    torchgraft.load_banks(package, two, like=one)
+    assert package.written["adapters.pools_all"].tolist() == two.adapters.pools_all.tolist() == [False, True, True]
 
 
 def test_what_cannot_be_compiled_leaves_nothing(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,37 @@ def test_an_exported_file_runs_and_lists_its_adapters(model: Path, tmp_path: Pat
     for command in (["list"], ["list", "--json"]):
         of_program, of_module = (run_here("graft.py", *command, path) for path in (out, model))
         assert (of_program.returncode, of_program.stdout) == (0, of_module.stdout)
+
+
+def _described_anew(old: Path, new: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A copy of an exported file, in whose description `change` has changed the first adapter's entry."""
+    with zipfile.ZipFile(old) as archive, zipfile.ZipFile(new, "w") as written:
+        for name in archive.namelist():
+            content = archive.read(name)
+            if name.endswith("extra/torchgraft.json"):
+                description = json.loads(content)
+                change(description["adapters"][0])
+                content = json.dumps(description).encode()
+            written.writestr(name, content)
+    return new
+
+
+@pytest.mark.quick
+def test_descriptions_of_before_and_of_others_are_read_by_name(model: Path, tmp_path: Path) -> None:
+    out, new = tmp_path / "out.pt2", tmp_path / "new.pt2"
+    assert run_here("graft.py", "export", model, "-o", out).returncode == 0
+    done = run_here("graft.py", "list", "--json", _described_anew(out, new, lambda entry: entry.pop("gate_pooling")))
+    assert done.returncode == 0, done.stderr
+    assert [entry["gate_pooling"] for entry in json.loads(done.stdout)] == ["", ""]
+    for change, told in (
+        (lambda entry: entry.update(colour="red"), "got 'colour', too"),
+        (lambda entry: entry.pop("name"), "an adapter's entry with 'name' of type str, got None"),
+        (lambda entry: entry.update(parameters="many"), "'parameters' of type int, got 'many'"),
+        (lambda entry: entry.update(by_location={"a": "b"}), "expected numbers in 'by_location'"),
+    ):
+        done = run_here("graft.py", "list", _described_anew(out, new, change))
+        assert (done.returncode, done.stdout) == (1, "") and told in done.stderr, done.stderr
+        assert done.stderr.startswith(f"graft: error: {new}: ")
 
 
 def test_a_lowered_file_calls_no_operator_of_the_library(model: Path, tmp_path: Path) -> None:

@@ -260,6 +260,39 @@ def test_other_validation_examples_are_another_run(
     assert "checkpoint.pt: the checkpoint is of another run: validation examples was" in capsys.readouterr().err
 
 
+def test_a_run_of_all_tokens_goes_on_however_that_is_said(
+    whole: Path, files: Files, tmp_path: Path, main: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    """Checkpoints hold the pooling that the adapter has, as those of before the default was None do."""
+    arguments = [files.base, "-o", whole, "--train", files.train, "--validation", files.validation, "--test",
+                 files.validation, "--save-model", *QUICKLY]  # fmt: skip
+    checkpoint = torch.load(whole / "checkpoint.pt", weights_only=True)
+    assert checkpoint["settings"]["gate_pooling"] == "all"
+    parsed = runpy.run_path(str(SCRIPT))["make_parser"]().parse_args([str(word) for word in arguments])
+    for wanted in (None, "all"):
+        parsed.gate_pooling, parsed.library, parsed.quiet, parsed.resume = wanted, [], True, True
+        _command.run(parsed)
+    code = main([*arguments, "--resume", "--gate-pooling", "unpadded"])
+    assert code == 1 and "gate_pooling was all, is unpadded" in capsys.readouterr().err
+
+
+def test_a_pooling_for_no_gates_is_refused(
+    files: Files, tmp_path: Path, main: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = [files.base, "-o", tmp_path / "out", "--train", files.train, "--config", "lora", *QUICKLY]
+    assert main([*arguments, "--gate-pooling", "unpadded"]) == 1
+    assert "'task' has no gates, over whose tokens --gate-pooling could decide" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_has_what_every_command_has(
+    files: Files, tmp_path: Path, main: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = [files.base, "-o", tmp_path / "out", "--train", files.train, *QUICKLY]
+    assert main([*arguments, "--quiet", "--library", tmp_path / "none.so"]) == 1
+    assert "none.so: no such file" in capsys.readouterr().err
+
+
 def parsed(*arguments: object) -> argparse.Namespace:
     return runpy.run_path(str(SCRIPT))["make_parser"]().parse_args([str(part) for part in arguments])
 
@@ -283,10 +316,10 @@ def test_a_run_is_known_by_the_content_of_its_files(tmp_path: Path) -> None:
     data = Data(LABELS, encoded(9), encoded(6, 1), None)
 
     def changed(data: Data = data) -> set[str]:
-        now = _command._identity(arguments, data)
+        now = _command._identity(arguments, data, "all")
         return {key for key in before | now if before.get(key) != now.get(key)}
 
-    before = _command._identity(arguments, data)
+    before = _command._identity(arguments, data, "all")
     for path, key in ((model, "model"), (config, "config"), (start / "adapter.safetensors", "start")):
         path.write_bytes(b"other")
         assert changed() == {key}
