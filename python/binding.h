@@ -35,16 +35,6 @@ class WarningCollector : public c10::WarningHandler {
 torchgraft::AdapterConfig config_of(const std::string& text);
 torchgraft::AdapterSpec spec_of(const Spec& spec);
 
-// Keeps the messages of TORCH_WARN on this thread, for Python's warnings.
-class WarningCollector : public c10::WarningHandler {
- public:
-  void process(const c10::Warning& warning) override { messages_.push_back(warning.msg()); }
-  const std::vector<std::string>& messages() const { return messages_; }
-
- private:
-  std::vector<std::string> messages_;
-};
-
 // Adds AdapterPool and Lease to the module.
 void bind_adapter_pool(pybind11::module_& m);
 
