@@ -36,7 +36,8 @@ std::string joined(const std::vector<std::string>& texts) {
 // "task (gates over all tokens)", for each adapter.
 std::vector<std::string> adapter_texts(const torch::jit::Module& module, const std::string& path) {
   std::vector<std::string> result;
-  for (const c10::IValue& held : module.get_method("adapter_names")({}).toListRef()) {
+  const c10::IValue names = module.get_method("adapter_names")({});
+  for (const c10::IValue& held : names.toListRef()) {
     const std::string& name = held.toStringRef();
     const auto config = torchgraft::parse_json(module.get_method("adapter_config")({name}).toStringRef(), path);
     result.push_back(name + " (gates over " + config.value("gate_pooling", "all") + " tokens)");

@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _noisy(module).save(folder / "model.pt")
     _noisy(torchgraft.replace_adapter(module, "second", "lora")).save(folder / "other.pt")
     torchgraft.replace_adapter(module, "second", "lora[r=16]").save(folder / "wider.pt")
-    unpadded = torchgraft.graft(base, "unipelt", "first", gate_pooling="unpadded", token_mask="src_key_padding_mask")
+    unpadded = torchgraft.graft(base, "unipelt", "first", gate_pooling="unpadded")
     torchgraft.graft(unpadded, "lora", "second").save(folder / "unpadded.pt")
     inputs = torch.randn(len(IDS), TOKENS, HIDDEN)
     torchgraft.compile_package(torchgraft.export(module, inputs[:2], gates=True), folder / "model.aoti.pt2")
