@@ -116,9 +116,9 @@ bool fits(const IndexPart& part, int64_t length, int64_t id, int64_t rows) {
   }
 }
 
-// The largest number of tokens that has positions in a table of `rows` rows; nullopt where the table holds no positions
-// of tokens.
-std::optional<int64_t> most_tokens(const IndexPart& part, int64_t id, int64_t rows) {
+// The largest number of tokens, all of them `id`, that has positions in a table of `rows` rows; nullopt where the table
+// holds no positions of tokens.
+std::optional<int64_t> most_tokens_of(const IndexPart& part, int64_t id, int64_t rows) {
   constexpr int64_t kProbe = 3;
   if (!fits(part, kProbe, id, rows) || fits(part, rows + 1, id, rows)) {
     return std::nullopt;
@@ -130,6 +130,27 @@ std::optional<int64_t> most_tokens(const IndexPart& part, int64_t id, int64_t ro
     (fits(part, middle, id, rows) ? fitting : failing) = middle;
   }
   return fitting;
+}
+
+// The same for texts of any tokens. Tokens may have a meaning for the table: one that pads has no position of its own,
+// and one that separates begins a new segment, whose number is no position. So texts of several tokens are asked, and
+// all but one must have the same limit, the one that pads.
+std::optional<int64_t> most_tokens(const IndexPart& part, std::optional<int64_t> vocabulary, int64_t rows) {
+  const int64_t last = vocabulary.value_or(8) - 1;  // ids that any tokenizer has
+  std::set<int64_t> found;
+  size_t without = 0;
+  const std::set<int64_t> ids = {0, 1, last / 4, last / 2, last - last / 4, last - 1, last};
+  for (const int64_t id : ids) {
+    const auto most = id < 0 ? std::nullopt : most_tokens_of(part, id, rows);
+    without += most ? 0 : 1;
+    if (most) {
+      found.insert(*most);
+    }
+    if (found.size() > 1 || without > 1) {
+      return std::nullopt;
+    }
+  }
+  return found.empty() ? std::nullopt : std::optional(*found.begin());
 }
 
 std::string method_of_base(const Module& module) { return is_grafted(module) ? "base_forward" : "forward"; }
@@ -160,8 +181,8 @@ TextLimits text_limits(const Module& module) {
     const Value* origin = ids_origin(node->input(1));
     if (origin == graph->inputs()[inputs.ids_position()]) {
       const at::Tensor table = resolve_tensor(node->input(0), module);
-      if (table.defined() && !limits.vocabulary) {
-        limits.vocabulary = table.size(0);
+      if (table.defined() && node->owningBlock() == graph->block()) {  // others may not run
+        limits.vocabulary = std::min(limits.vocabulary.value_or(table.size(0)), table.size(0));
       }
     } else if (origin->node()->kind() != c10::prim::Param) {
       tables.push_back(node);
@@ -175,11 +196,25 @@ TextLimits text_limits(const Module& module) {
       continue;
     }
     const IndexPart part(*graph, node->input(1), nodes, module, inputs, function.getSchema());
-    // The last token, as a padding token has no position of its own in some models.
-    const auto most = most_tokens(part, limits.vocabulary.value_or(2) - 1, table.size(0));
+    const auto most = most_tokens(part, limits.vocabulary, table.size(0));
     limits.positions = most ? std::min(limits.positions.value_or(*most), *most) : limits.positions;
   }
   return limits;
+}
+
+std::optional<TextFault> text_fault(const TextLimits& limits, at::IntArrayRef ids) {
+  const auto tokens = static_cast<int64_t>(ids.size());
+  if (limits.positions && tokens > *limits.positions) {
+    return TextFault{true, c10::str("expected at most ", *limits.positions,
+                                    " tokens in a row, which the model has positions for, got ", tokens)};
+  }
+  const auto is_wrong = [&](int64_t id) { return limits.vocabulary && (id < 0 || id >= *limits.vocabulary); };
+  const auto wrong = std::find_if(ids.begin(), ids.end(), is_wrong);
+  if (wrong == ids.end()) {
+    return std::nullopt;
+  }
+  return TextFault{false, c10::str("expected token ids from 0 and below ", *limits.vocabulary,
+                                   ", which the model has, got ", *wrong)};
 }
 
 void check_texts(const Module& module, const std::vector<c10::IValue>& arguments, const char* what) {
@@ -193,14 +228,11 @@ void check_texts(const Module& module, const std::vector<c10::IValue>& arguments
     return;
   }
   const TextLimits limits = text_limits(module);
-  const auto tokens = ids.size(1);
-  TORCH_CHECK(!limits.positions || tokens <= *limits.positions, what, ": expected rows of at most ", *limits.positions,
-              " tokens, which the model has positions for, got ", tokens);
-  const at::Tensor wrong = ids.lt(0).logical_or(ids.ge(limits.vocabulary.value_or(INT64_MAX))).nonzero();
-  if (wrong.size(0) > 0) {
-    const auto row = wrong[0][0].item<int64_t>();
-    TORCH_CHECK(false, what, ": expected token ids from 0 to ", limits.vocabulary.value_or(INT64_MAX) - 1,
-                ", which the model's vocabulary has, got ", ids[row][wrong[0][1]].item<int64_t>(), " in row ", row);
+  const at::Tensor rows = ids.to(at::kCPU, at::kLong).contiguous();
+  for (int64_t row = 0; row < rows.size(0); ++row) {
+    const auto fault = text_fault(limits, at::IntArrayRef(rows.const_data_ptr<int64_t>() + row * rows.size(1),
+                                                          static_cast<size_t>(rows.size(1))));
+    TORCH_CHECK(!fault, what, ": row ", row, ": ", fault->message);
   }
 }
 

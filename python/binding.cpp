@@ -85,7 +85,7 @@ Result with_warnings(const Make& make) {
 using Example = std::optional<std::pair<py::tuple, py::dict>>;  // positional and named arguments of forward
 
 // forward's arguments without self, defaults filled in, of Python's `arguments` and `named`. Throws what a call of
-// forward throws, and for texts that the model does not take.
+// forward throws.
 std::vector<c10::IValue> example_of(const Module& module, const py::tuple& arguments, const py::dict& named) {
   const auto& schema = module.get_method("forward").function().getSchema();
   torch::jit::Stack stack =
@@ -94,7 +94,6 @@ std::vector<c10::IValue> example_of(const Module& module, const py::tuple& argum
   if (!schema.arguments().empty() && schema.arguments().back().name() == "adapter_ids") {
     stack.pop_back();
   }
-  torchgraft::check_texts(module, stack, "example inputs");
   return stack;
 }
 
@@ -157,6 +156,12 @@ void bind_text(py::module_& m) {
         return std::pair(limits.vocabulary, limits.positions);
       },
       py::call_guard<py::gil_scoped_release>());
+  m.def("text_fault",
+        [](std::optional<int64_t> vocabulary, std::optional<int64_t> positions,
+           const std::vector<int64_t>& ids) -> std::optional<std::pair<bool, std::string>> {
+          const auto fault = torchgraft::text_fault({vocabulary, positions}, ids);
+          return fault ? std::optional(std::pair(fault->is_too_long, fault->message)) : std::nullopt;
+        });
   using torchgraft::ForwardInputs;
   py::class_<ForwardInputs>(m, "ForwardInputs")
       .def(py::init<const c10::FunctionSchema&>())

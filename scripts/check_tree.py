@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 120
 FILE_LINES, FUNCTION_LINES = 400, 60
-NOT_TEXT = {".png", ".svg", ".json", ".j2", ".bin"}
+NOT_TEXT = {".png", ".svg", ".json", ".j2", ".bin", ".pt"}
 
 # For each folder: what its sources may include of this project (folders, without those inside them, and headers),
 # and the prefixes of other libraries' headers. Every source may include the standard library, its own folder and
@@ -52,7 +52,8 @@ LAYERS: dict[str, tuple[str, str]] = {
         "ATen/ c10/ torch/csrc/jit/",
     ),
     "patch/module": (
-        "registration patch/graft_spec.h patch/graph patch/canonicalise patch/sites patch/adapters patch/insert",
+        "registration patch/graft_spec.h patch/text_limits.h patch/graph patch/canonicalise patch/sites patch/adapters "
+        "patch/insert",
         "ATen/ c10/ torch/csrc/jit/",
     ),
     "patch/pool": ("patch/adapters patch/module", "ATen/ c10/ torch/csrc/jit/"),

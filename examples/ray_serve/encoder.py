@@ -94,14 +94,10 @@ class Encoder:
 
     def _fault(self, request: Request) -> Answer | None:
         """What is wrong with a request's rows, as examples/server says it; else None."""
-        vocabulary, positions = self._limits.vocabulary, self._limits.positions
         for row in request.rows:
-            if positions is not None and len(row) > positions:
-                return 413, (
-                    f"expected at most {positions} tokens in a row, which the model has positions for, got {len(row)}"
-                )
-            if vocabulary is not None and max(row) >= vocabulary:
-                return 400, f"expected token ids below {vocabulary}, which the model has, got {max(row)}"
+            if fault := self._limits.fault(row):
+                is_too_long, message = fault
+                return 413 if is_too_long else 400, message
         return None
 
     def _answers(self, module: torch.jit.ScriptModule, requests: list[Request]) -> list[Answer]:

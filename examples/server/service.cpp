@@ -97,8 +97,8 @@ Service::Service(AdapterStore& store, const torch::jit::Module& module, const Se
     : store_(store),
       options_(options),
       signature_(module, options.pad_id),
-      vocabulary_(options.vocabulary > 0 ? options.vocabulary : signature_.limits().vocabulary),
-      most_tokens_(std::min(options.tokens, static_cast<size_t>(signature_.limits().positions.value_or(INT64_MAX)))),
+      limits_{options.vocabulary > 0 ? options.vocabulary : signature_.limits().vocabulary,
+              signature_.limits().positions},
       batcher_(options.batch, options.workers, [this](std::vector<Work> batch) { run(std::move(batch)); }) {}
 
 void Service::stop() {
@@ -128,15 +128,12 @@ void Service::check(const TokenRows& rows) const {
     if (row.empty()) {
       throw RequestError(400, "expected at least one token in every row");
     }
-    if (row.size() > most_tokens_) {
-      const char* why = most_tokens_ < options_.tokens ? ", which the model has positions for" : "";
-      throw RequestError(413, "expected at most " + std::to_string(most_tokens_) + " tokens in a row" + why + ", got " +
-                                  std::to_string(row.size()));
+    if (const auto fault = torchgraft::text_fault(limits_, row)) {
+      throw RequestError(fault->is_too_long ? 413 : 400, fault->message);
     }
-    const int64_t largest = *std::max_element(row.begin(), row.end());
-    if (vocabulary_ && largest >= *vocabulary_) {
-      throw RequestError(400, "expected token ids below " + std::to_string(*vocabulary_) +
-                                  ", which the model has, got " + std::to_string(largest));
+    if (row.size() > options_.tokens) {
+      throw RequestError(413, "expected at most " + std::to_string(options_.tokens) + " tokens in a row, got " +
+                                  std::to_string(row.size()));
     }
   }
 }

@@ -88,8 +88,7 @@ class Service {
   AdapterStore& store_;
   const ServiceOptions options_;
   const Signature signature_;
-  const std::optional<int64_t> vocabulary_;
-  const size_t most_tokens_;  // of a row
+  const torchgraft::TextLimits limits_;  // of the model, or what the options say
   Metrics metrics_;
   std::atomic<size_t> waiting_rows_{0};  // for their adapters
   Batcher batcher_;

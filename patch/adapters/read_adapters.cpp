@@ -150,16 +150,24 @@ AdapterWeights read_row(const torch::jit::Module& adapters_module, size_t row, c
   return read_weights(adapters_module, {"", {}, plan}, row);
 }
 
+std::vector<AdapterConfig> read_configs(const torch::jit::Module& adapters_module) {
+  std::vector<AdapterConfig> configs;
+  for (const c10::IValue& json : adapters_module.attr("configs").toListRef()) {
+    configs.push_back(config_from_json(json.toStringRef()));
+    if (adapters_module.hasattr("gate_pooling") && has_gates(configs.back())) {  // files of 0.1.0 have one for all
+      configs.back().gate_pooling = adapters_module.attr("gate_pooling").toStringRef();
+    }
+  }
+  return configs;
+}
+
 std::vector<Adapter> read_adapters(const torch::jit::Module& adapters_module, const Structure& structure) {
   std::vector<Adapter> adapters;
   const auto names = adapters_module.attr("names").toListRef();
-  const auto configs = adapters_module.attr("configs").toListRef();
+  const std::vector<AdapterConfig> configs = read_configs(adapters_module);
   const bool has_merged = adapters_module.hasattr("merged");  // files of 0.1.0 have no such list
   for (size_t a = 0; a < names.size(); ++a) {
-    Adapter adapter{names[a].toStringRef(), config_from_json(configs[a].toStringRef())};
-    if (adapters_module.hasattr("gate_pooling") && has_gates(adapter.config)) {  // files of 0.1.0 have one for all
-      adapter.config.gate_pooling = adapters_module.attr("gate_pooling").toStringRef();
-    }
+    Adapter adapter{names[a].toStringRef(), configs[a]};
     adapter.plan = make_plan(structure, adapter.config);
     adapter.merged = has_merged && adapters_module.attr("merged").toBoolList()[a];
     adapter.trainable = adapters_module.hasattr("trainable") && adapters_module.attr("trainable").toBoolList()[a];

@@ -39,14 +39,19 @@ bool AffinePath::keeps_last_dimension(Node* reshape) {
 bool AffinePath::scales_keys_alike(Value* factor, const Value* scores) {
   const auto shape = shapes_.shape(factor);
   const auto scaled = shapes_.shape(scores);
-  if (!shape) {
+  const size_t most = scaled ? scaled->size() : 4;  // a factor of more dimensions gives the scores more as well
+  if (!shape || shape->size() > most) {
     return false;
   }
-  const size_t rank = shape->size();
   const auto is_one = [](const auto& size) { return size == number(1); };
-  const bool is_single = std::all_of(shape->begin(), shape->end(), is_one);
-  const bool is_per_head = rank >= 3 && rank <= 4 && is_one((*shape)[rank - 1]) && is_one((*shape)[rank - 2]);
-  return (is_single && rank <= 4) || (is_per_head && scaled && scaled->size() == 4);
+  if (std::all_of(shape->begin(), shape->end(), is_one)) {
+    return shape->size() <= 4;
+  }
+  // Anything but the heads may be as many: scores [h, B, S, S] of a batch of h rows take a factor for each row too.
+  Shape per_head = *shape;
+  per_head.insert(per_head.begin(), most - per_head.size(), number(1));
+  return scaled && most == 4 && is_one(per_head[0]) && per_head[1].is_constant() && per_head[1] == (*scaled)[1] &&
+         is_one(per_head[2]) && is_one(per_head[3]);
 }
 
 Value* AffinePath::zero_like(Value* value, const Value* scores) {

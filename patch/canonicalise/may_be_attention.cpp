@@ -35,10 +35,12 @@ bool carries_tensors(const Value* value) { return may_hold_tensors(*value->type(
 // The inputs of `node` whose elements go into its result.
 std::vector<Value*> data_inputs(Node* node) {
   const bool takes_form = is_aten(node, {"type_as", "expand_as", "view_as", "reshape_as"});
+  // Indices choose elements: an expert's weights do not become activations by being chosen.
+  const bool chooses = is_aten(node, {"index_select", "gather", "take", "take_along_dim"});
   const bool is_new =
       is_aten(node, {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full"});
   std::vector<Value*> result;
-  for (Value* input : node->inputs().slice(0, is_new ? 0 : takes_form ? 1 : node->inputs().size())) {
+  for (Value* input : node->inputs().slice(0, is_new ? 0 : takes_form || chooses ? 1 : node->inputs().size())) {
     if (carries_tensors(input)) {
       result.push_back(input);
     }
@@ -115,6 +117,13 @@ std::vector<Value*> carried_to(const torch::jit::Use& use) {
   return result;
 }
 
+// Whether the rows of `product` may be tokens and its columns not: a layer of an expert, whose number of columns stands
+// in its weights.
+bool has_columns_of_weights(const Node* product, SymbolicShapes& shapes) {
+  const auto shape = shapes.shape(product->output());
+  return shape && shape->size() >= 2 && shape->back().is_constant() && !(*shape)[shape->size() - 2].is_constant();
+}
+
 bool is_read_by_a_layer(Value* probabilities) {
   std::unordered_set<const Value*> seen;
   std::deque<Value*> queue = {probabilities};
@@ -146,7 +155,7 @@ bool depends_on_inputs(Value* value) {
   return search_back(value, is_input, [](Node* node) { return node->kind() == c10::prim::GetAttr; });
 }
 
-Node* activation_of_scores(Node* product) {
+Node* activation_of_scores(Node* product, SymbolicShapes& shapes) {
   if (!is_aten(product, {"matmul", "bmm"})) {
     return nullptr;
   }
@@ -163,7 +172,8 @@ Node* activation_of_scores(Node* product) {
     activation = activates ? node : activation;
     node = node->input(0)->node();
   }
-  const bool mixes = activation && compares_activations(node) && depends_on_inputs(product->input(1));
+  const bool mixes = activation && compares_activations(node) && depends_on_inputs(product->input(1)) &&
+                     !has_columns_of_weights(node, shapes);
   return mixes ? activation : nullptr;
 }
 

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <torchgraft/patch/graph/symbolic_shape.h>
+
 #include <torch/csrc/jit/ir/ir.h>
 
 namespace torchgraft {
@@ -10,8 +12,8 @@ namespace torchgraft {
 bool may_be_attention(torch::jit::Node* softmax);
 
 // The non-linearity in place of a softmax, if `product` mixes values by scores that went through one: ReLU attention.
-// Null if it does not.
-torch::jit::Node* activation_of_scores(torch::jit::Node* product);
+// Null if it does not, as where a mixture of experts applies the two linear maps of each token's expert.
+torch::jit::Node* activation_of_scores(torch::jit::Node* product, SymbolicShapes& shapes);
 
 // True when the elements of `value`, not only its shape, depend on a tensor among the graph's inputs. The queries of an
 // attention that pools do not.

@@ -153,7 +153,9 @@ std::optional<Attention> find_one(Node* softmax, const torch::jit::Module& modul
   }
   Node* product = find_product(softmax->namedInput("self"));
   if (!product) {
-    reason = "its input does not come from a product of queries and keys by scaling and masking alone";
+    const Node* unclear = unclear_sum(softmax->namedInput("self"));
+    reason = unclear ? described(unclear) + " adds two products, and which one is of queries and keys is not clear"
+                     : "its input does not come from a product of queries and keys by scaling and masking alone";
     return std::nullopt;
   }
   if (product->owningBlock() != softmax->owningBlock() || consumer->product->owningBlock() != softmax->owningBlock()) {
@@ -266,15 +268,15 @@ std::vector<UnraisedSoftmax> raise_attention(const std::shared_ptr<Graph>& graph
       unraised.push_back({softmax, reason, may_be_attention(softmax)});
     }
   }
+  SymbolicShapes shapes(module);
   for_each_node(graph->block(), [&](Node* node) {
-    if (Node* activation = activation_of_scores(node)) {
+    if (Node* activation = activation_of_scores(node, shapes)) {
       unraised.push_back({activation,
                           "its scores go through " + described(activation) +
                               " and no softmax, which is no attention that prefixes are defined for",
                           true});
     }
   });
-  SymbolicShapes shapes(module);
   for (const Attention& attention : attentions) {
     if (const auto reason = raise_one(graph, shapes, attention)) {
       unraised.push_back({attention.softmax, *reason, may_be_attention(attention.softmax)});

@@ -1,5 +1,6 @@
 #include <torchgraft/patch/canonicalise/score_path.h>
 
+#include <torchgraft/patch/canonicalise/may_be_attention.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/writes.h>
 
@@ -7,6 +8,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <utility>
 
 namespace torchgraft {
 
@@ -62,12 +64,57 @@ bool is_learned(const Value* value) {
          });
 }
 
+namespace {
+
+// Whether `keys` are what a linear map makes of the graph's inputs.
+bool are_mapped_tokens(Value* keys) {
+  const auto linears = nearest_linears(keys);
+  return std::any_of(linears.begin(), linears.end(),
+                     [](Node* linear) { return depends_on_inputs(linear->namedInput("input")); });
+}
+
+// Of two products that are added, that of queries and keys: the other one is a relative position bias, of queries and
+// parameters. Null when that is not clear.
+Node* product_with_keys(Node* left, Node* right) {
+  for (bool (*is_of_tokens)(Value*) : {&depends_on_inputs, &are_mapped_tokens}) {
+    const bool left_is = is_of_tokens(right_factor(left));
+    if (left_is != is_of_tokens(right_factor(right))) {
+      return left_is ? left : right;
+    }
+  }
+  return nullptr;
+}
+
+// The two products that `sum`, an add, sub or baddbmm, adds; null where a side has none.
+std::pair<Node*, Node*> added_products(const Node* sum) {
+  const bool is_baddbmm = is_aten(sum, {"baddbmm"});
+  if (!is_baddbmm && !is_aten(sum, {"add", "sub"})) {
+    return {};
+  }
+  const auto of = [&](size_t i) { return is_tensor(sum->input(i)) ? find_product(sum->input(i)) : nullptr; };
+  return {of(0), is_baddbmm ? const_cast<Node*>(sum) : of(1)};
+}
+
+// The operand of the add or sub `sum` that carries the scores.
+std::optional<size_t> scores_of_sum(const Node* sum) {
+  const auto [left, right] = added_products(sum);
+  const Node* product = !left ? right : !right || left == right ? left : product_with_keys(left, right);
+  const bool can_be_right = is_aten(sum, {"add"}) && has_unit_alpha(sum);  // add(x, y, alpha) is x + alpha y
+  if (!product || (product == right && product != left && !can_be_right)) {
+    return std::nullopt;
+  }
+  return product == left ? 0 : 1;
+}
+
+}  // namespace
+
 Value* step_factor(const Node* step) { return const_cast<Value*>(step->input(1 - score_operand(step).value())); }
 
 Node* find_product(const Value* scores) {
   Node* node = const_cast<Value*>(scores)->node();
   if (is_product(node)) {
-    return node;
+    Node* added = added_products(node).first;  // in front of a baddbmm
+    return !added || product_with_keys(added, node) == node ? node : nullptr;
   }
   if (node->kind() == c10::prim::If) {
     const size_t i = scores->offset();
@@ -101,19 +148,17 @@ std::optional<size_t> score_operand(const Node* node) {
     }
     return std::nullopt;
   }
-  if (is_aten(node, {"sub"})) {
-    return 0;
+  return is_aten(node, {"add", "sub"}) ? scores_of_sum(node) : std::nullopt;
+}
+
+const Node* unclear_sum(const Value* scores) {
+  const Node* node = scores->node();
+  const auto [left, right] = added_products(node);
+  if (left && right && left != right && !product_with_keys(left, right)) {
+    return node;
   }
-  if (is_aten(node, {"add"})) {
-    // Either side may be the scores; relative position biases are products too, so prefer the left one.
-    for (size_t i : {0, 1}) {
-      const bool scaled = i == 1 && !has_unit_alpha(node);  // add(x, y, alpha) is x + alpha y
-      if (is_tensor(node->input(i)) && !scaled && find_product(node->input(i))) {
-        return i;
-      }
-    }
-  }
-  return std::nullopt;
+  const auto operand = is_product(node) ? std::nullopt : score_operand(node);
+  return operand ? unclear_sum(node->input(*operand)) : nullptr;
 }
 
 namespace {

@@ -2,6 +2,7 @@
 
 #include <torchgraft/patch/module/example_inputs.h>
 #include <torchgraft/patch/module/result_difference.h>
+#include <torchgraft/patch/text_limits.h>
 #include <torchgraft/registration/error_text.h>
 
 namespace torchgraft {
@@ -25,6 +26,9 @@ std::string try_inputs(const TrialRun& run, const BaseForward& forward, const Ar
 std::string compare_on_inputs(const BaseForward& forward, const std::optional<Arguments>& example, const char* what,
                               const char* other,
                               const std::function<std::string(const Arguments&, const c10::IValue&)>& compare) {
+  if (example) {
+    check_texts(forward.module, *example, (std::string(what) + ": example inputs").c_str());
+  }
   const std::string not_compared = std::string("the result was not compared with ") + other + ": ";
   if (const std::string reason = reason_not_to_run(forward.graph); !reason.empty()) {
     return not_compared + reason;

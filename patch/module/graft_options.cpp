@@ -1,5 +1,7 @@
 #include <torchgraft/patch/module/graft_options.h>
 
+#include <torchgraft/patch/adapters/read_adapters.h>
+
 #include <algorithm>
 
 namespace torchgraft {
@@ -33,10 +35,8 @@ InsertOptions insert_options(const GraftOptions& options, const Module& module) 
 GraftOptions options_like(const Module& grafted, GraftOptions options) {
   const Module adapters = grafted.attr("adapters").toModule();
   const std::string mask = adapters.attr("token_mask_input").toStringRef();
-  const auto configs = adapters.attr("configs").toListRef();
-  const bool reads_mask = std::any_of(configs.begin(), configs.end(), [](const c10::IValue& config) {
-    return pools_unpadded(config_from_json(config.toStringRef()));
-  });
+  const std::vector<AdapterConfig> configs = read_configs(adapters);
+  const bool reads_mask = std::any_of(configs.begin(), configs.end(), pools_unpadded);
   TORCH_CHECK(options.token_mask_input.empty() || options.token_mask_input == mask || !reads_mask,
               "graft: the module's token mask is ", mask.empty() ? "each attention's own" : "'" + mask + "'",
               "; all its adapters share that");

@@ -75,16 +75,23 @@ class TextLimits:
         Raises:
             GraftError: the text has too many tokens, or one that the model does not have. The message has the remedy.
         """
-        if self.positions is not None and len(ids) > self.positions:
-            raise GraftError(
-                f"{where}: the text has {len(ids)} tokens, the model has positions for {self.positions}; "
-                f"give --max-length {self.positions}"
-            )
-        if self.vocabulary is not None and ids and max(ids) >= self.vocabulary:
-            raise GraftError(
-                f"{where}: the text has token id {max(ids)}, the model's vocabulary ends at {self.vocabulary - 1}; "
-                "give the tokenizer that belongs to the model (--tokenizer)"
-            )
+        fault = self.fault(ids)
+        if fault is None:
+            return
+        is_too_long, message = fault
+        remedy = (
+            f"give --max-length {self.positions}"
+            if is_too_long
+            else "give the tokenizer that belongs to the model (--tokenizer)"
+        )
+        raise GraftError(f"{where}: {message}; {remedy}")
+
+    def fault(self, ids: Sequence[int]) -> tuple[bool, str] | None:
+        """Returns what is wrong with the token ids of one text: whether it is too long, and a message. None: nothing.
+
+        A text that is not too long has a token that the model does not have.
+        """
+        return patcher().text_fault(self.vocabulary, self.positions, list(ids))
 
 
 def text_limits(module: torch.jit.ScriptModule) -> TextLimits:

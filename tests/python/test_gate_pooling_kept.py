@@ -178,3 +178,31 @@ def test_the_command_line_keeps_and_shows_it(directories: dict[str, Path], tmp_p
     assert "gates over unpadded tokens: task" in graft_py("inspect", tmp_path / "two.pt")
     graft_py("save", tmp_path / "two.pt", "task", tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "adapter_config.json").read_text())["gate_pooling"] == "unpadded"
+
+
+_OF_BEFORE = Path(__file__).parent / "files" / "gates_of_before.pt"
+
+
+def test_a_file_of_before_keeps_what_its_gates_read() -> None:
+    """Written by b0777f6e, whose files have one gate_pooling for all adapters: "unpadded", read from the attention's
+    own mask. forward(x, mask, other): LoRA of rank 1 at q and v of one attention of size 8."""
+    module = torch.jit.load(_OF_BEFORE)
+    assert module.adapters.gate_pooling == "unpadded" and "gate_pooling" not in module.adapters.configs[0]
+    assert [info.gate_pooling for info in torchgraft.list_adapters(module)] == ["unpadded"]
+    torch.manual_seed(0)
+    x, mask = torch.randn(2, 5, 8), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    arguments = (x, mask, torch.ones_like(mask))
+    expected = []
+    for place in ("selfattn_lora_q", "selfattn_lora_v"):
+        slot = getattr(module.adapters.layer_0, place)
+        gates = torch.sigmoid(x @ slot.gate_weight[0, 0] + slot.gate_bias[0, 0])
+        expected.append((gates * mask).sum(1) / mask.sum(1))
+    for token_mask in ("mask", "other"):
+        with pytest.raises(torchgraft.GraftError, match="the module's token mask is each attention's own"):
+            torchgraft.graft(module, "unipelt", "more", gate_pooling="unpadded", token_mask=token_mask)
+    both = torchgraft.graft(module, "unipelt", "more", gate_pooling="unpadded", active="task", verify=False)
+    with torch.no_grad():
+        for each in (module, both):
+            gates = each.forward_with_gates(*arguments)[1]["task"][0]["selfattn_lora"]
+            torch.testing.assert_close(gates, torch.stack(expected, 1), rtol=0, atol=1e-6)
+        assert torch.equal(both(*arguments), module(*arguments))

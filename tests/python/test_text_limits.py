@@ -100,6 +100,90 @@ def test_a_model_that_looks_up_no_tokens_shows_none() -> None:
     assert torchgraft.text_limits(torch.jit.script(torch.nn.Identity())) == torchgraft.TextLimits(None, None)
 
 
+class _Layered(_Scripted):
+    """What the others vary: how ids are looked up, and what else is added to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.more = torch.nn.Embedding(12, 16)
+
+    def looked_up(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.tokens(ids)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.looked_up(ids))
+
+
+class _Clamped(_Layered):
+    """-1 pads: it is no token, and read by the model itself."""
+
+    def looked_up(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.tokens(ids.clamp(min=0)) * (ids >= 0).unsqueeze(-1).to(torch.float32)
+
+
+class _Segments(_Layered):
+    """The last token begins a new one of 12 segments. A text may have any number of others."""
+
+    def looked_up(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.tokens(ids) + self.more((ids == 29).to(torch.int64).cumsum(1))
+
+
+class _SomeTokens(_Layered):
+    """Tokens from 15 begin a segment."""
+
+    def looked_up(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.tokens(ids) + self.more((ids >= 15).to(torch.int64).cumsum(1))
+
+
+class _PadIsLast(_Layered):
+    """Positions as RoBERTa counts them, padded by the last token."""
+
+    def looked_up(self, ids: torch.Tensor) -> torch.Tensor:
+        real = (ids != 29).to(torch.int64)
+        return self.tokens(ids) + self.more(real.cumsum(1) * real)
+
+
+class _TwoTables(_Layered):
+    """A second table, smaller, for the same ids."""
+
+    def looked_up(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.tokens(ids) + self.more(ids)
+
+
+class _InABranch(_Layered):
+    """A table that a text of two tokens does not read."""
+
+    def looked_up(self, ids: torch.Tensor) -> torch.Tensor:
+        found = self.tokens(ids)
+        if ids.size(1) > 2:
+            found = found + self.more(ids.clamp(max=11)) + self.more(ids)
+        return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "vocabulary", "positions"),
+    [
+        (_Clamped, None, None),
+        (_Segments, 30, None),
+        (_SomeTokens, 30, None),
+        (_PadIsLast, 30, 11),
+        (_TwoTables, 12, None),
+        (_InABranch, 30, None),
+    ],
+)
+def test_limits_hold_for_every_text(kind: type[_Layered], vocabulary: int | None, positions: int | None) -> None:
+    module = torch.jit.script(kind().eval())
+    assert torchgraft.text_limits(module) == torchgraft.TextLimits(vocabulary, positions)
+    if vocabulary is not None:
+        _check(module, vocabulary, positions)
+
+
+def test_ids_that_the_model_reads_itself_are_taken() -> None:
+    module = torch.jit.script(_Clamped().eval())
+    ids = torch.tensor([[3, 4, -1], [5, -1, -1]])
+    torchgraft.verify(torchgraft.graft(module, "lora", "task", example=(ids,)), example=(ids,))
+
+
 @pytest.mark.parametrize("by_name", [False, True])
 def test_examples_beyond_the_limits_name_the_row(by_name: bool, tmp_path: Path) -> None:
     module = grafted("bert_sdpa", torch.float32, "lora_all")
@@ -107,7 +191,7 @@ def test_examples_beyond_the_limits_name_the_row(by_name: bool, tmp_path: Path) 
     wrong = good.clone()
     wrong[1, 2] = VOCABULARY
     long = torch.ones(1, POSITIONS + 1, dtype=torch.long)
-    cases = {f"token ids from 0 to {VOCABULARY - 1}.*got {VOCABULARY} in row 1": wrong, "of at most 64 tokens": long}
+    cases = {f"row 1: .*token ids from 0 and below {VOCABULARY}.*got {VOCABULARY}": wrong, "at most 64 tokens": long}
     for message, ids in cases.items():
         example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} if by_name else (ids, torch.ones_like(ids))
         for call in (torchgraft.verify, torchgraft.ungraft):
@@ -170,6 +254,7 @@ def test_gates_on_the_command_line(tmp_path: Path) -> None:
         return done.stderr
 
     assert "no adapter is called 'nosuch'; there are: task" in gates("--adapter", "nosuch")
-    assert "text 2: the text has token id 97, the model's vocabulary ends at 96" in gates("--text", f"w{VOCABULARY}")
+    wrong = gates("--text", f"w{VOCABULARY}")
+    assert "text 2: expected token ids from 0 and below 97, which the model has, got 97; give the tokenizer" in wrong
     long = gates("--text", "w2 " * (POSITIONS + 1))
-    assert "text 2: the text has 65 tokens, the model has positions for 64; give --max-length 64" in long
+    assert "text 2: expected at most 64 tokens" in long and "got 65; give --max-length 64" in long
