@@ -199,8 +199,10 @@ def test_a_file_of_before_keeps_what_its_gates_read() -> None:
         expected.append((gates * mask).sum(1) / mask.sum(1))
     for token_mask in ("mask", "other"):
         with pytest.raises(torchgraft.GraftError, match="the module's token mask is each attention's own"):
-            torchgraft.graft(module, "unipelt", "more", gate_pooling="unpadded", token_mask=token_mask)
-    both = torchgraft.graft(module, "unipelt", "more", gate_pooling="unpadded", active="task", verify=False)
+            torchgraft.graft(module, "lora[use_gating=True]", "more", gate_pooling="unpadded", token_mask=token_mask)
+    both = torchgraft.graft(
+        module, "lora[use_gating=True]", "more", gate_pooling="unpadded", active="task", verify=False
+    )
     with torch.no_grad():
         for each in (module, both):
             gates = each.forward_with_gates(*arguments)[1]["task"][0]["selfattn_lora"]
