@@ -36,7 +36,7 @@ bool carries_tensors(const Value* value) { return may_hold_tensors(*value->type(
 std::vector<Value*> data_inputs(Node* node) {
   const bool takes_form = is_aten(node, {"type_as", "expand_as", "view_as", "reshape_as"});
   // Indices choose elements: an expert's weights do not become activations by being chosen.
-  const bool chooses = is_aten(node, {"index_select", "gather", "take", "take_along_dim"});
+  const bool chooses = is_aten(node, {"index", "index_select", "gather", "take", "take_along_dim"});
   const bool is_new =
       is_aten(node, {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full"});
   std::vector<Value*> result;

@@ -309,7 +309,7 @@ def add_export_command(commands: argparse._SubParsersAction[Parser]) -> None:
 def add_quantize_command(commands: argparse._SubParsersAction[Parser]) -> None:
     quantizing = commands.add_parser("quantize", help="make int8 of the linear maps of BASE, and write OUT")
     quantizing.add_argument("base", type=Path, metavar="BASE.pt", help="a model, grafted or not")
-    quantizing.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.pt")
+    quantizing.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.pt", help="the file to write")
     quantizing.add_argument(
         "--skip",
         action="append",

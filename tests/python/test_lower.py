@@ -121,10 +121,10 @@ def test_which_tokens_count_is_lowered_for_any_mask() -> None:
         mask |= torch.eye(5, dtype=torch.bool) if seed % 2 else torch.ones(5, 5, dtype=torch.bool).tril()
         try:
             expected = module.forward_with_gates(example[0], mask)[1]["task"][0]
-        except RuntimeError:
+        except (RuntimeError, torch.jit.Error):
             refused += 1
             for refusing in (module, lowered):
-                with pytest.raises(RuntimeError, match="attention_token_mask: .* cannot be told"):
+                with pytest.raises((RuntimeError, torch.jit.Error), match="attention_token_mask: .* cannot be told"):
                     refusing.forward_with_gates(example[0], mask)
             continue
         actual = lowered.forward_with_gates(example[0], mask)[1]["task"][0]

@@ -65,9 +65,10 @@ class WritingUnlessRefused(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.clone()
-        if bool((x > 1e9).any()):
+        if bool((x <= 1e9).all()):
+            x.add_(1)
+        else:
             raise ValueError("too large")
-        x.add_(1)
         return x
 
 
