@@ -129,7 +129,7 @@ def test_package_refuses_another_libtorch(prefix, tmp_path):
     result = attempt("cmake", "-S", tmp_path, "-B", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={search}")
     assert result.returncode != 0
     message = " ".join(result.stderr.split())
-    assert "built with LibTorch 2.13" in message and "found 2.12.1" in message
+    assert "needs LibTorch 2.13, as it was built with 2.13" in message and "; found 2.12.1 in" in message
 
 
 def test_a_cuda_build_of_torch_needs_no_toolkit(prefix, tmp_path):

@@ -184,7 +184,7 @@ _OF_BEFORE = Path(__file__).parent / "files" / "gates_of_before.pt"
 
 
 def test_a_file_of_before_keeps_what_its_gates_read() -> None:
-    """Of the version whose files have one gate_pooling for all adapters: "unpadded", read from the attention's own mask.
+    """Of the version whose files have one gate_pooling for all adapters: "unpadded", of the attention's own mask.
     forward(x, mask, other): LoRA of rank 1 at q and v of one attention of size 8."""
     module = torch.jit.load(_OF_BEFORE)
     assert module.adapters.gate_pooling == "unpadded" and "gate_pooling" not in module.adapters.configs[0]
