@@ -119,13 +119,14 @@ TEST(FuseProjections, DropoutTracedInTrainingModePreventsFusing) {
 
 TEST(FuseProjections, ASequentialBottleneckReadsTheLinearMapTwiceAndStays) {
   auto graph = std::make_shared<torch::jit::Graph>();
-  torch::jit::parseIR(std::string(kBottleneckHead) + R"IR(
+  std::string text = kBottleneckHead;
+  text += R"IR(
   %y : Tensor = aten::linear(%h, %w, %b)
   %o : Tensor, %g : Tensor = torchgraft::gated_bottleneck(%y, %y, %d, %e, %u, %f, %s, %relu, %none, %none,
                                                           %none, %zero, %none)
   return (%o, %g)
-)IR",
-                      graph.get());
+)IR";
+  torch::jit::parseIR(text, graph.get());
   EXPECT_EQ(fuse_projections(graph), 0u);
 }
 
