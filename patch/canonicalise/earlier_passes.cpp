@@ -45,9 +45,8 @@ bool fills_containers(torch::jit::Graph& graph) {
   return result;
 }
 
-}  // namespace
-
-bool is_of_earlier_passes(Value* value) {
+// `value` and all that it was made of, if these are elements of forward's arguments, moved about only; else none.
+std::vector<Value*> moved_arguments(Value* value) {
   bool reaches_arguments = false;
   std::unordered_set<const Value*> seen = {value};
   std::vector<Value*> frontier = {value};
@@ -55,18 +54,18 @@ bool is_of_earlier_passes(Value* value) {
     Node* node = frontier[i]->node();
     if (is_container(frontier[i]) && node->kind() != c10::prim::ListConstruct &&
         fills_containers(*frontier[i]->owningGraph())) {
-      return false;
+      return {};
     }
     if (node->kind() == c10::prim::Param) {
       const bool is_argument = node == frontier[i]->owningGraph()->param_node() && frontier[i]->offset() > 0;
       reaches_arguments = reaches_arguments || is_argument;
       if (!is_argument) {
-        return false;
+        return {};
       }
     } else if (node->kind() == c10::prim::Constant) {
       continue;
     } else if (!moves_elements_only(node)) {
-      return false;
+      return {};
     } else {
       const bool shaped_like = is_aten(node, {"type_as"});
       for (Value* input : shaped_like ? node->inputs().slice(0, 1) : node->inputs()) {
@@ -76,7 +75,17 @@ bool is_of_earlier_passes(Value* value) {
       }
     }
   }
-  return reaches_arguments;
+  return reaches_arguments ? frontier : std::vector<Value*>();
+}
+
+}  // namespace
+
+bool is_of_earlier_passes(Value* value) { return !moved_arguments(value).empty(); }
+
+bool is_written_since(Value* value) {
+  const std::vector<Value*> moved = moved_arguments(value);
+  const Writes writes(value->owningGraph()->shared_from_this());
+  return std::any_of(moved.begin(), moved.end(), [&](const Value* part) { return writes.reach(part); });
 }
 
 void assume_heads(Value* heads, const std::optional<Shape>& query, bool is_transposed, SymbolicShapes& shapes) {

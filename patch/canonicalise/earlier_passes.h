@@ -10,6 +10,10 @@ namespace torchgraft {
 // earlier passes.
 bool is_of_earlier_passes(torch::jit::Value* value);
 
+// Whether something may write into `value`, of earlier passes, or into what it was copied from: it may hold elements of
+// this pass, too.
+bool is_written_since(torch::jit::Value* value);
+
 // Takes keys or values of unknown shape that are all of earlier passes to have the shape that queries [B, heads, S,
 // head size] ask for.
 void assume_heads(torch::jit::Value* heads, const std::optional<Shape>& query, bool is_transposed,

@@ -3,7 +3,6 @@
 #include <torchgraft/patch/canonicalise/earlier_passes.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/linear_map.h>
-#include <torchgraft/patch/graph/writes.h>
 #include <torchgraft/patch/sites/column_probe.h>
 #include <torchgraft/patch/sites/find_cache.h>
 
@@ -158,12 +157,6 @@ void note_shared_maps(Layer& layer, const LayerSites& sites) {
   }
 }
 
-// Whether the graph writes into the keys or values of `attention` in place, so that they are of this pass, too.
-bool is_written(Node* attention) {
-  const Writes writes(attention->owningGraph()->shared_from_this());
-  return writes.reach(attention->namedInput("key")) || writes.reach(attention->namedInput("value"));
-}
-
 // Finds what keys and values of earlier passes are kept in.
 bool find_caches(SiteFinder& finder, Node* attention, Layer& layer, LayerSites& sites, std::string& reason) {
   const CacheSite keys = find_cache(attention->namedInput("key"), finder.shapes());
@@ -180,7 +173,8 @@ bool find_caches(SiteFinder& finder, Node* attention, Layer& layer, LayerSites& 
   if (is_one_tensor) {
     reason = "no linear projection leads to its key";
   }
-  if (keys.kind == CacheKind::kFilled && reason.empty() && is_written(attention)) {
+  if (keys.kind == CacheKind::kFilled && reason.empty() &&
+      (is_written_since(attention->namedInput("key")) || is_written_since(attention->namedInput("value")))) {
     reason =
         "its keys or values were taken from a cache before something writes into the cache; read it behind the write";
   }

@@ -201,3 +201,35 @@ class ViewBeforeWrite(Decoder):
             values[i].index_copy_(1, places, v)
             x = layer.attend(x, seen_keys, seen_values, mask)
         return x
+
+
+class CopiedBehindWrite(ViewBeforeWrite):
+    """Attends to a copy of a copy of the cache that the new keys were written into."""
+
+    def forward(
+        self, ids: Tensor, mask: Tensor, positions: Tensor, places: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        x = self.embed(ids, positions)
+        for i, layer in enumerate(self.layers):
+            k, v = layer.new_keys(x)
+            all_keys, all_values = keys[i].clone(), values[i].clone()
+            all_keys[:, places] = k
+            all_values[:, places] = v
+            x = layer.attend(x, all_keys.clone(), all_values.clone(), mask)
+        return x
+
+
+class CopiedBehindView(ViewBeforeWrite):
+    """The same, written through views of the copies."""
+
+    def forward(
+        self, ids: Tensor, mask: Tensor, positions: Tensor, places: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        x = self.embed(ids, positions)
+        for i, layer in enumerate(self.layers):
+            k, v = layer.new_keys(x)
+            all_keys, all_values = keys[i].clone(), values[i].clone()
+            all_keys.transpose(1, 2).index_copy_(2, places, k.transpose(1, 2))
+            all_values.transpose(1, 2).index_copy_(2, places, v.transpose(1, 2))
+            x = layer.attend(x, all_keys.clone(), all_values.clone(), mask)
+        return x

@@ -114,6 +114,36 @@ def test_a_view_of_the_cache_that_is_taken_before_the_write_is_refused() -> None
         torchgraft.graft(base, config="lora", name="task")
 
 
+@pytest.mark.parametrize("name", ["CopiedBehindWrite", "CopiedBehindView"])
+def test_a_copy_of_a_cache_that_was_written_is_none_that_another_pass_has_filled(name: str) -> None:
+    found = torchgraft.inspect(torch.jit.script(_make(name)))["layers"]
+    assert [(layer["kind"], layer["cache"]) for layer in found] == [("self", "static")] * own.LAYERS
+
+
+class _WrittenCopy(nn.Module):
+    """One attention over a copy of a cache [B, heads, T, head size] that the trace writes through slices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, places: Tensor) -> Tensor:
+        q, k, v = (each(x).unflatten(-1, (2, 4)).transpose(1, 2) for each in (self.q, self.k, self.v))
+        all_keys, all_values = keys.clone(), values.clone()
+        all_keys[:, :, places] = k
+        all_values[:, :, places] = v
+        mixed = nn.functional.scaled_dot_product_attention(q, all_keys.clone(), all_values.clone())
+        return x + self.o(mixed.transpose(1, 2).flatten(2))
+
+
+def test_a_copy_of_what_was_written_through_slices_is_refused() -> None:
+    example = (torch.randn(2, 3, 8), torch.zeros(2, 2, 5, 4), torch.zeros(2, 2, 5, 4), torch.arange(3))
+    base = torch.jit.trace(_WrittenCopy().eval(), example)
+    assert torchgraft.inspect(base)["layers"] == []
+    with pytest.raises(torchgraft.GraftError, match="at q: attention was left out"):
+        torchgraft.graft(base, config="lora", name="task")
+
+
 @pytest.mark.parametrize("name", ["IndexCopy", "HiddenStates"])
 def test_unpadded_gates_need_a_mask_that_ends_with_the_tokens_of_the_pass(name: str) -> None:
     base = torch.jit.script(_make(name))
