@@ -330,6 +330,8 @@ def check_export(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
         suffix = ".onnx" if option == "--onnx" else ".pt2"
         if path and path.suffix != suffix:
             parser.error(f"{option}: expected a file ending in {suffix}, got '{path}'")
+        if path and path.resolve() == arguments.base.resolve():
+            parser.error(f"{option}: '{path}' is the model itself; give another file")
 
 
 def check_add(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
@@ -361,6 +363,8 @@ def check_inspect(parser: argparse.ArgumentParser, arguments: argparse.Namespace
         parser.error("--config: expected a configuration's name (unipelt, mam, lora, ...) or a path, got an empty text")
     if arguments.config and arguments.json and not arguments.svg:
         parser.error("--config is for the table or a picture: leave out --json, or give --svg FILE too")
+    if arguments.svg and arguments.svg.suffix != ".svg":
+        parser.error(f"--svg: expected a file ending in .svg, got '{arguments.svg}'")
 
 
 def check_gates(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:

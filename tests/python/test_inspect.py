@@ -354,7 +354,7 @@ FAILING = {
     "unknown config": ([*_SVG, "--config", "unipel"], 1, "no configuration is called 'unipel'"),
     "picture of nothing": (["inspect", "{folder}/plain.pt", *_SVG[2:]], 1, "no attention was found"),
     "no such directory": ([*_SVG[:3], "{tmp}/none/picture.svg"], 1, "does not exist"),
-    "picture is a directory": ([*_SVG[:3], "{tmp}"], 1, "is a directory"),
+    "picture over the model": ([*_SVG[:3], "{folder}/base.pt"], 2, "--svg: expected a file ending in .svg"),
 }
 
 

@@ -224,6 +224,7 @@ def test_what_no_program_can_do_is_named(model: Path, tmp_path: Path) -> None:
 _WRONG = {
     "nothing to write": ([], 2, "nothing to write: give -o OUT.pt2"),
     "another ending": (["-o", "{tmp}/out.pt"], 2, "--output: expected a file ending in .pt2"),
+    "the ending of a module": (["-o", "{model}"], 2, "--output: expected a file ending in .pt2"),
     "a folder that is missing": (["-o", "{tmp}/none/out.pt2"], 1, "does not exist"),
     "an example of another kind": (["-o", "{tmp}/out.pt2", "--example", "{model}"], 1, "cannot read example inputs"),
 }
