@@ -82,10 +82,12 @@ std::vector<Value*> moved_arguments(Value* value) {
 
 bool is_of_earlier_passes(Value* value) { return !moved_arguments(value).empty(); }
 
-bool is_written_since(Value* value) {
-  const std::vector<Value*> moved = moved_arguments(value);
-  const Writes writes(value->owningGraph()->shared_from_this());
-  return std::any_of(moved.begin(), moved.end(), [&](const Value* part) { return writes.reach(part); });
+bool are_written_since(std::initializer_list<Value*> values) {
+  const Writes writes((*values.begin())->owningGraph()->shared_from_this());
+  return std::any_of(values.begin(), values.end(), [&](Value* value) {
+    const std::vector<Value*> moved = moved_arguments(value);
+    return std::any_of(moved.begin(), moved.end(), [&](const Value* part) { return writes.reach(part); });
+  });
 }
 
 void assume_heads(Value* heads, const std::optional<Shape>& query, bool is_transposed, SymbolicShapes& shapes) {

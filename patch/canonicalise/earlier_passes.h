@@ -2,6 +2,7 @@
 
 #include <torchgraft/patch/graph/symbolic_shape.h>
 
+#include <initializer_list>
 #include <optional>
 
 namespace torchgraft {
@@ -10,9 +11,9 @@ namespace torchgraft {
 // earlier passes.
 bool is_of_earlier_passes(torch::jit::Value* value);
 
-// Whether something may write into `value`, of earlier passes, or into what it was copied from: it may hold elements of
-// this pass, too.
-bool is_written_since(torch::jit::Value* value);
+// Whether something may write into one of `values`, of earlier passes, or into what it was copied from: it may hold
+// elements of this pass, too.
+bool are_written_since(std::initializer_list<torch::jit::Value*> values);
 
 // Takes keys or values of unknown shape that are all of earlier passes to have the shape that queries [B, heads, S,
 // head size] ask for.

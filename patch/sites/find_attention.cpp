@@ -174,7 +174,7 @@ bool find_caches(SiteFinder& finder, Node* attention, Layer& layer, LayerSites& 
     reason = "no linear projection leads to its key";
   }
   if (keys.kind == CacheKind::kFilled && reason.empty() &&
-      (is_written_since(attention->namedInput("key")) || is_written_since(attention->namedInput("value")))) {
+      are_written_since({attention->namedInput("key"), attention->namedInput("value")})) {
     reason =
         "its keys or values were taken from a cache before something writes into the cache; read it behind the write";
   }

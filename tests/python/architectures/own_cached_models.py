@@ -189,16 +189,19 @@ class ViewBeforeWrite(Decoder):
     def __init__(self) -> None:
         super().__init__(fused=True)
 
+    def write_and_read(self, cache: Tensor, places: Tensor, new: Tensor) -> Tensor:
+        seen = cache[:, : int(places[-1]) + 1]
+        cache.index_copy_(1, places, new)
+        return seen
+
     def forward(
         self, ids: Tensor, mask: Tensor, positions: Tensor, places: Tensor, keys: Tensor, values: Tensor
     ) -> Tensor:
         x = self.embed(ids, positions)
         for i, layer in enumerate(self.layers):
             k, v = layer.new_keys(x)
-            seen_keys = keys[i][:, : int(places[-1]) + 1]
-            seen_values = values[i][:, : int(places[-1]) + 1]
-            keys[i].index_copy_(1, places, k)
-            values[i].index_copy_(1, places, v)
+            seen_keys = self.write_and_read(keys[i], places, k)
+            seen_values = self.write_and_read(values[i], places, v)
             x = layer.attend(x, seen_keys, seen_values, mask)
         return x
 
@@ -206,30 +209,16 @@ class ViewBeforeWrite(Decoder):
 class CopiedBehindWrite(ViewBeforeWrite):
     """Attends to a copy of a copy of the cache that the new keys were written into."""
 
-    def forward(
-        self, ids: Tensor, mask: Tensor, positions: Tensor, places: Tensor, keys: Tensor, values: Tensor
-    ) -> Tensor:
-        x = self.embed(ids, positions)
-        for i, layer in enumerate(self.layers):
-            k, v = layer.new_keys(x)
-            all_keys, all_values = keys[i].clone(), values[i].clone()
-            all_keys[:, places] = k
-            all_values[:, places] = v
-            x = layer.attend(x, all_keys.clone(), all_values.clone(), mask)
-        return x
+    def write_and_read(self, cache: Tensor, places: Tensor, new: Tensor) -> Tensor:
+        copy = cache.clone()
+        copy[:, places] = new
+        return copy.clone()
 
 
 class CopiedBehindView(ViewBeforeWrite):
-    """The same, written through views of the copies."""
+    """The same, written through a view of the copy."""
 
-    def forward(
-        self, ids: Tensor, mask: Tensor, positions: Tensor, places: Tensor, keys: Tensor, values: Tensor
-    ) -> Tensor:
-        x = self.embed(ids, positions)
-        for i, layer in enumerate(self.layers):
-            k, v = layer.new_keys(x)
-            all_keys, all_values = keys[i].clone(), values[i].clone()
-            all_keys.transpose(1, 2).index_copy_(2, places, k.transpose(1, 2))
-            all_values.transpose(1, 2).index_copy_(2, places, v.transpose(1, 2))
-            x = layer.attend(x, all_keys.clone(), all_values.clone(), mask)
-        return x
+    def write_and_read(self, cache: Tensor, places: Tensor, new: Tensor) -> Tensor:
+        copy = cache.clone()
+        copy.transpose(1, 2).index_copy_(2, places, new.transpose(1, 2))
+        return copy.clone()
