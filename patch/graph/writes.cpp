@@ -126,9 +126,13 @@ bool may_return_operand(const Node* node) {
   const bool promises = std::any_of(schema->returns().begin(), schema->returns().end(),
                                     [](const c10::Argument& result) { return !result.alias_info(); });
   // Composed operators that always compute.
-  const bool computes = is_aten(node, {"matmul", "linear", "layer_norm", "softmax", "log_softmax", "where", "conv1d",
-                                       "conv2d", "scaled_dot_product_attention", "rsub", "divide", "multiply",
-                                       "subtract", "true_divide", "embedding", "rms_norm", "silu", "square"});
+  const bool computes = is_aten(node, {"matmul",   "linear",      "layer_norm",
+                                       "softmax",  "log_softmax", "where",
+                                       "conv1d",   "conv2d",      "scaled_dot_product_attention",
+                                       "rsub",     "divide",      "multiply",
+                                       "subtract", "true_divide", "embedding",
+                                       "rms_norm", "silu",        "square",
+                                       "index",    "index_put"});
   if (!promises || computes || returnable(node).empty()) {
     return false;
   }

@@ -78,7 +78,7 @@ def test_drawn_layers_are_exact_or_refused(tmp_path: Path) -> None:
     assert seen["equal"] >= CASES // 3
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=240)
 def test_many_drawn_layers_are_exact_or_refused(tmp_path: Path) -> None:
     for seed in range(CASES, 12 * CASES):
         run_case(seed, tmp_path)

@@ -4,6 +4,7 @@
 #include <torchgraft/patch/graph/writes.h>
 
 #include <gtest/gtest.h>
+#include <torch/csrc/jit/ir/irparser.h>
 
 namespace torchgraft {
 namespace {
@@ -79,6 +80,26 @@ def forward(self, x: Tensor, kept: List[Tensor]):
   EXPECT_FALSE(writes.reach(made->output()));
   EXPECT_EQ(writes.between(made, reader, {made->output()}), nullptr);
   EXPECT_EQ(writes.between(made, reader, {graph->inputs()[2]}), kept);
+}
+
+// Of lists of tensors, as an exported program has them, aten::index is composed of others, and copies nevertheless.
+TEST(Writes, WhatIsIndexedIsACopy) {
+  const auto graph = std::make_shared<torch::jit::Graph>();
+  torch::jit::parseIR(R"IR(
+graph(%x : Tensor, %index : Tensor):
+  %one : int = prim::Constant[value=1]()
+  %indices : Tensor[] = prim::ListConstruct(%index)
+  %chosen : Tensor = aten::index(%x, %indices)
+  %written : Tensor = aten::add_(%index, %one, %one)
+  return (%chosen, %written))IR",
+                      graph.get());
+  const Writes writes(graph);
+  for_each_node(graph->block(), [&](Node* node) {
+    if (is_aten(node, {"index"})) {
+      EXPECT_STREQ(node->schema().overload_name().c_str(), "Tensor_hacked_twin");
+      EXPECT_FALSE(writes.reach(node->output()));
+    }
+  });
 }
 
 }  // namespace
