@@ -302,10 +302,12 @@ std::optional<Shape> shape_of_layout(SymbolicShapes& shapes, const Node* node) {
   }
   const auto from = shapes.shape(node->input(0));
   if (!from) {
-    // A view gives all sizes of its result, even when its input is unknown, unless one of them is -1.
-    const auto sizes = is_aten(node, {"view", "reshape", "expand"}) ? shapes.integers(node->input(1)) : std::nullopt;
-    const bool complete = sizes && std::find(sizes->begin(), sizes->end(), number(-1)) == sizes->end();
-    return complete ? sizes : std::nullopt;
+    // A view gives the rank of its result, and all sizes but -1, even when its input is unknown.
+    auto sizes = is_aten(node, {"view", "reshape", "expand"}) ? shapes.integers(node->input(1)) : std::nullopt;
+    for (size_t i = 0; sizes && i < sizes->size(); ++i) {
+      (*sizes)[i] = (*sizes)[i] == number(-1) ? shapes.fresh() : (*sizes)[i];
+    }
+    return sizes;
   }
   if (is_aten(node, {"view", "reshape", "_unsafe_view", "expand", "flatten", "unflatten"})) {
     return viewed(shapes, node, *from);

@@ -78,13 +78,13 @@ def load_peft_directory(
             and tensor.dim() == 2]  # fmt: skip
     model_paths = list(dict.fromkeys([*projections, *maps]))
     wholes = _present(directory, weights.wholes, model_paths)
-    places = match_paths(directory, [*weights.updates, *wholes], model_paths)
+    linear_maps = {entry["path"]: entry for entry in structure.get("linear_maps", [])}
+    places = match_paths(directory, [*weights.updates, *wholes], model_paths, list(linear_maps))
     _check_completeness(config, places, model_paths)
     _check_bases(directory, weights.bases, places, parameters)
     updates = weights.updates | {
         path: _whole_update(config, path, places[path].path, whole, parameters) for path, whole in wholes.items()
     }
-    linear_maps = {entry["path"]: entry for entry in structure.get("linear_maps", [])}
     targets: dict[tuple[int, str], tuple[dict[str, Any], Update]] = {}
     for path, update in updates.items():
         model_path = places[path].path

@@ -40,9 +40,18 @@ def place_of(model_path: str, peft_path: str) -> tuple[int, Place] | None:
     return shared, Place(model_path, ".".join(model[: len(model) - shared]), ".".join(saved[: len(saved) - shared]))
 
 
-def match_paths(directory: Path, peft_paths: Iterable[str], model_paths: list[str]) -> dict[str, Place]:
+def match_paths(
+    directory: Path, peft_paths: Iterable[str], model_paths: list[str], outside: Iterable[str] = ()
+) -> dict[str, Place]:
     """Finds the model's linear map of each update: one map for an update, one update for a map, and for all updates the
     same components before the part of the path that is common.
+
+    Args:
+        directory: named in errors.
+        peft_paths: those of the updates.
+        model_paths: those of the model's linear maps.
+        outside: those of linear maps outside of the model's layers, named in errors: a head whose weight is an
+            embedding's, too, has the embedding's path in a graph.
 
     Raises:
         GraftError: there is none, or there are several.
@@ -54,8 +63,10 @@ def match_paths(directory: Path, peft_paths: Iterable[str], model_paths: list[st
         longest = max((shared for shared, _ in found), default=0)
         best = [place for shared, place in found if shared == longest]
         if not best:
+            others = f" (outside of its layers it has {', '.join(outside)})" if outside else ""
             raise GraftError(
-                f"{directory}: the model has no linear map {path}; PEFT adapters are matched by module path"
+                f"{directory}: the model has no linear map {path}{others}; PEFT adapters are matched by module path, "
+                "and a weight that is tied to an embedding has the embedding's"
             )
         if len(best) > 1:
             raise GraftError(

@@ -6,6 +6,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers as hf
+from torch import nn
 
 import torchgraft
 from hugging_face_models import FAMILIES
@@ -84,6 +86,49 @@ def test_equals_peft(case: str, tmp_path) -> None:
     again = torchgraft.load_adapter(base, tmp_path / "again")
     with torch.no_grad():
         assert torch.equal(again(*arguments), module(*arguments))
+
+
+class _Logits(nn.Module):
+    """A language model of token ids and an additive mask."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+
+def _language_model(family: str, tied: bool) -> nn.Module:
+    sizes = FAMILIES[family].sizes | dict(tie_word_embeddings=tied, attn_implementation="eager")
+    models = {"gpt2": (hf.GPT2Config, hf.GPT2LMHeadModel), "llama": (hf.LlamaConfig, hf.LlamaForCausalLM)}
+    config, model = models[family]
+    return model(config(**sizes)).double().eval()
+
+
+@pytest.mark.parametrize(("family", "projection"), [("gpt2", "c_attn"), ("llama", "q_proj")])
+@pytest.mark.parametrize("tied", [False, True], ids=["own", "tied"])
+def test_a_head_for_language_is_a_linear_map(family: str, projection: str, tied: bool, tmp_path) -> None:
+    """GPT-2 views its token ids, of which the graph tells no rank, and its last hidden states."""
+    torch.manual_seed(0)
+    model = _language_model(family, tied)
+    ids, mask = torch.randint(0, 30, (3, 7)), torch.full((7, 7), -torch.inf).triu(1).double().expand(3, 1, 7, 7)
+    with torch.no_grad():
+        base = torch.jit.trace(_Logits(model), (ids, mask), check_trace=False)
+        like = peft.LoraConfig(r=4, target_modules=["lm_head", projection], init_lora_weights=False,
+                               fan_in_fan_out=family == "gpt2")  # fmt: skip
+        tuned = peft.get_peft_model(model, like)
+        tuned.save_pretrained(str(tmp_path), save_embedding_layers=False)
+        if tied:  # the graph knows the weight by the name that it has as an embedding
+            with pytest.raises(
+                torchgraft.GraftError, match=r"no linear map lm_head \(outside of its layers it has .*(wte|embed_to)"
+            ):
+                torchgraft.load_adapter(base, tmp_path)
+            return
+        module = torchgraft.load_adapter(base, tmp_path, "task")
+        expected = _Logits(tuned)(ids, mask)
+        assert (base(ids, mask) - expected).abs().max() > 1e-2
+        torch.testing.assert_close(module(ids, mask), expected, rtol=3e-5, atol=3e-5)
 
 
 @pytest.mark.parametrize("case", ["bert-all", "bert-uneven", "llama-all-linear", "gpt2-all-linear", "bart-all-linear"])

@@ -33,14 +33,19 @@ std::string printed(const std::optional<Shape>& shape) {
   return result;
 }
 
-std::string shape_of_result(const std::string& body) {
+// forward(x): nothing is known of x.
+std::string shape_without_assumptions(const std::string& body) {
   const auto module =
       make_module({{"w", at::randn({12, 8})}, {"table", at::randn({30, 8})}, {"image", at::randn({8, 3, 4, 4})}},
-                  "def forward(self, x: Tensor):\n    y = torch.linear(x, self.w)\n" + body);
+                  "def forward(self, x: Tensor):\n" + body);
   auto graph = module.get_method("forward").graph()->copy();
   simplify(graph);
   SymbolicShapes shapes(module);
   return printed(shapes.shape(graph->outputs()[0]));
+}
+
+std::string shape_of_result(const std::string& body) {
+  return shape_without_assumptions("    y = torch.linear(x, self.w)\n" + body);
 }
 
 TEST(SymbolicShape, LinearAssumesBatchedTokens) { EXPECT_EQ(shape_of_result("    return y\n"), "a, b, 12"); }
@@ -88,6 +93,14 @@ TEST(SymbolicShape, NewKeysSayWhatACacheIs) {
   EXPECT_EQ(shape_with_cache("    return past.scatter(2, places, y)\n"), "a, 3, b, 4");
   EXPECT_EQ(shape_with_cache("    return past.slice_scatter(y, 2, 1, 4)\n"), "a, 3, b, 4");
   EXPECT_EQ(shape_with_cache("    past[:, :, places] = y\n    return past.clone()\n"), "unknown");
+}
+
+// GPT-2 views its token ids, whose rank a graph does not tell, and what its layers make of them with the same sizes.
+TEST(SymbolicShape, AViewOfAnUnknownTensorHasARank) {
+  const char* ids =
+      "    ids = x.view(-1, x.size(1))\n    tokens = torch.embedding(self.table, ids, -1, False, False)\n";
+  EXPECT_EQ(shape_without_assumptions(std::string(ids) + "    return tokens.view(-1, x.size(1), 8)\n"), "a, b, 8");
+  EXPECT_EQ(shape_without_assumptions("    return x.expand(-1, -1, 5)\n"), "a, b, 5");
 }
 
 TEST(SymbolicShape, ASizeThatDoesNotDivideLeavesTheRestUnknown) {
