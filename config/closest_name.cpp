@@ -41,7 +41,7 @@ std::string plain_name(std::string_view name) {
 std::string did_you_mean(std::string_view name, const std::vector<std::string>& known) {
   const std::string plain = plain_name(name);
   const size_t most = std::max<size_t>(1, plain.size() / 3);
-  if (plain.size() < 2 || plain.size() > 64) {  // everything is like one letter; nothing is like a text
+  if (plain.size() < 2 || plain.size() > 64) {  // one letter resembles everything; a long text is no name
     return "";
   }
   const std::string* closest = nullptr;

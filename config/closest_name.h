@@ -10,7 +10,7 @@ namespace torchgraft {
 // "prefix_tuning", "(IA)^3" and "ia3".
 std::string plain_name(std::string_view name);
 
-// "; did you mean 'alpha'?" for the one of `known` that `name` is likeliest a slip of; "" if it is like none.
+// "; did you mean 'alpha'?" with the name in `known` that is closest to `name`; "" when none is close.
 std::string did_you_mean(std::string_view name, const std::vector<std::string>& known);
 
 }  // namespace torchgraft

@@ -15,8 +15,8 @@ namespace torchgraft {
 TORCHGRAFT_PATCH_API AdapterConfig config_from_json(std::string_view json);
 
 // The inner config, every field written, as AdapterConfig.to_dict() of the adapters library: {"architecture": "union",
-// ...} for more than one method. With wired_for, or with gates over unpadded tokens: {"config": the inner config,
-// "model_type": wired_for, "gate_pooling": "unpadded"}, of the two only what is set.
+// ...} for more than one method. If wired_for is set, or gates pool over unpadded tokens, the text is
+// {"config": ..., "model_type": ..., "gate_pooling": ...}, with the keys that apply.
 TORCHGRAFT_PATCH_API std::string config_to_json(const AdapterConfig& config);
 
 }  // namespace torchgraft

@@ -24,8 +24,8 @@ Number as_member(Number number) {
 
 // `Arguments` is an aggregate whose members are those of the schema, in its order. The last ones lie in a nested struct
 // (RowArguments, and in it GateParameters): C++ lets the inner braces of an aggregate be left out, so the flat list
-// below fills the nested members too. An argument too many or of another type does not
-// compile; two of one type in the wrong order do, and the tests of the operator's values fail.
+// below fills the nested members too. An argument too many or of another type does not compile; two of one type in the
+// wrong order do, and the tests of the operator's values fail.
 template <typename Arguments, typename... Ts>
 Arguments as_struct(const Ts&... arguments) {
   return Arguments{as_member(arguments)...};

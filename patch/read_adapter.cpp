@@ -19,8 +19,7 @@ constexpr const char* kKnownHeads =
     "own head";
 constexpr const char* kReadInPython =
     " is for Python: scripts/convert_adapters.py, given the folder that this directory is in, writes safetensors "
-    "beside "
-    "it";
+    "beside it";
 constexpr uint64_t kLongestConfig = 1 << 20;
 
 // Anything of that name, also a link that leads nowhere: reading it says what is wrong with it.

@@ -32,7 +32,7 @@ const Value* ids_origin(const Value* value) {
   return value;
 }
 
-// Inline() takes a callee as it is, with the calls that it has itself where nothing has optimised it yet.
+// torch::jit::Inline() may leave calls inside a callee that was never optimised: repeats until none is left.
 void inline_all(Graph& graph) {
   constexpr int kDeepest = 64;
   bool calls = true;
@@ -178,9 +178,9 @@ TextLimits text_limits(const Module& module) {
     if (!is_aten(node, {"embedding"})) {
       return;
     }
-    const Value* origin = ids_origin(node->input(1));
+    const Value* origin = ids_origin(node->namedInput("indices"));
     if (origin == graph->inputs()[inputs.ids_position()]) {
-      const at::Tensor table = resolve_tensor(node->input(0), module);
+      const at::Tensor table = resolve_tensor(node->namedInput("weight"), module);
       if (table.defined() && node->owningBlock() == graph->block()) {  // others may not run
         limits.vocabulary = std::min(limits.vocabulary.value_or(table.size(0)), table.size(0));
       }
@@ -190,12 +190,13 @@ TextLimits text_limits(const Module& module) {
   });
   const Writes writes(graph);
   for (Node* node : tables) {
-    const at::Tensor table = resolve_tensor(node->input(0), module);
+    const at::Tensor table = resolve_tensor(node->namedInput("weight"), module);
+    Value* indices = node->namedInput("indices");
     std::set<const Node*> nodes;
-    if (!table.defined() || !collect(node->input(1), writes, nodes)) {
+    if (!table.defined() || !collect(indices, writes, nodes)) {
       continue;
     }
-    const IndexPart part(*graph, node->input(1), nodes, module, inputs, function.getSchema());
+    const IndexPart part(*graph, indices, nodes, module, inputs, function.getSchema());
     const auto most = most_tokens(part, limits.vocabulary, table.size(0));
     limits.positions = most ? std::min(limits.positions.value_or(*most), *most) : limits.positions;
   }

@@ -30,8 +30,8 @@ struct PlannedLoRA {
 };
 
 // What a bottleneck takes for the branch and for the residual. As adapters==1.3.0 defines it: the branch is the block's
-// result, the residual the stream that the block adds to. But of models that the library wires otherwise, adapters that
-// were trained with it need that (AdapterConfig::wired_for).
+// result, the residual the stream that the block adds to. Adapters that
+// the library trained on models which it wires differently need its wiring (AdapterConfig::wired_for).
 enum class BottleneckWiring {
   kDefined,
   kExchanged,   // ALBERT, after attention: the branch is the stream, the residual the block's result

@@ -11,9 +11,9 @@ namespace torchgraft {
 // are named as the library names them in its BERT, T5, DeBERTa, ViT, ALBERT and DistilBERT families, known by the path
 // of the query projection, and as in its BART, GPT-2 and LLaMA otherwise. BEiT's paths are those of ViT: it is known by
 // `attention_class`, the name of the class of the first attention ("transformers.models.beit.modeling_beit.
-// BeitSelfAttention"; empty when unknown). LoRA on packed q, k, v is packed; prefixes
-// are written as the MLP in `sources`, else as flat ones ("control_trans"), Compacter's projections as their factors in
-// `sources`, else as ordinary ones: saved_config says so. Tensors are on the CPU.
+// BeitSelfAttention"; empty when unknown). LoRA on packed q, k, v is packed;
+// prefixes are written as the MLP in `sources`, else as flat ones ("control_trans"), Compacter's projections as their
+// factors in `sources`, else as ordinary ones: saved_config says so. Tensors are on the CPU.
 StateDict adapter_hub_state(const Plan& plan, const Structure& structure, const AdapterWeights& weights,
                             const Reparametrisation& sources, const std::string& name,
                             const std::string& attention_class = "");

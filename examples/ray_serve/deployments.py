@@ -21,8 +21,8 @@ MOST_TOKENS = 512
 
 @dataclass(frozen=True)
 class Settings:
-    """min_replicas to max_replicas replicas, each with `capacity` adapters and `threads` threads for a forward pass.
-    gate_pooling: None: as each adapter was trained."""
+    """Settings of a deployment: `min_replicas` to `max_replicas` replicas, each with `capacity` adapters and `threads`
+    threads for a forward pass. gate_pooling: None: as each adapter was trained."""
 
     model: Path
     adapters: Path

@@ -38,8 +38,8 @@ struct GatePoolings {
 GatePoolings gate_poolings(const std::vector<Adapter>& adapters);
 
 // `name` as a part of an attribute's name in TorchScript: letters, digits and underscores stay, every other byte
-// becomes
-// "_x" with two hexadecimal digits, and so does an underscore before an x. Different names give different texts.
+// becomes "_x" with two hexadecimal digits, and so does an underscore before an x. Different names give different
+// texts.
 std::string attribute_text(const std::string& name);
 
 // Position of `name` among `adapters`. Throws c10::Error that lists the names, on behalf of the function `what`.

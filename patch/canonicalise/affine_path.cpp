@@ -34,8 +34,8 @@ bool AffinePath::keeps_last_dimension(Node* reshape) {
   return !known || before->back() == after->back();
 }
 
-// Whether `factor` has one number for all keys and queries, or one for each head of scores [B, h, S, S]. Then the
-// scores of a prefix, which come beside those of the keys, are scaled by it as well, and the queries can carry it.
+// Whether `factor` has one number for all keys and queries, or one for each head of scores [B, h, S, S]. Such a
+// factor can be moved to the queries, and then scales a prefix's scores too.
 bool AffinePath::scales_keys_alike(Value* factor, const Value* scores) {
   const auto shape = shapes_.shape(factor);
   const auto scaled = shapes_.shape(scores);

@@ -63,8 +63,7 @@ Value* before_repetition(Value* heads, SymbolicShapes& shapes) {
   return only_heads_grow ? source : nullptr;
 }
 
-// Whether something may write into `heads` before `attention` reads them, as it did not read them so far: it read what
-// repeats them.
+// Whether something may write into `heads` before `attention` runs. The attention has read a copy until now.
 bool may_change(const Writes& writes, const Value* heads, const Node* attention) {
   const Node* made = heads->node();
   const bool in_one_block = made->kind() != c10::prim::Param && made->owningBlock() == attention->owningBlock();

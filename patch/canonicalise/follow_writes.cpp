@@ -95,7 +95,7 @@ Node* insert_index_copy(Graph& graph, Node* writer, Node* slice) {
   return written->node();
 }
 
-// `writer`, or the index_copy_ instead of it, whose result is all that it writes into; null for other nodes.
+// The node whose result is the written tensor: `writer`, or an index_copy_ in its stead; null for other nodes.
 Node* whole_writer(Graph& graph, Node* writer) {
   if (is_aten(writer, {"index_copy", "index_put", "scatter"})) {
     return writer;

@@ -183,7 +183,7 @@ bool may_be_attention(Node* softmax) {
     return is_softmax(node) || normalizes(node) || is_aten(node, {"scaled_dot_product_attention", "embedding"});
   };
   const auto found = [](Value* value) { return compares_activations(value->node()); };
-  return is_read_by_a_layer(softmax->output()) && search_back(softmax->input(0), found, stops);
+  return is_read_by_a_layer(softmax->output()) && search_back(softmax->namedInput("self"), found, stops);
 }
 
 }  // namespace torchgraft

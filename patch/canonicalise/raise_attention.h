@@ -19,10 +19,11 @@ struct UnraisedSoftmax {
 // aten::scaled_dot_product_attention.
 //
 // Between the first matmul and the softmax, scores may be multiplied or divided by numbers or learned temperatures (one
-// for all, or one for each head), and added to, subtracted
-// from, masked_fill'ed or where'd, in any order, also inside `if mask is not None:`. That path is affine in the scores,
-// slope * scores + bias: the slope becomes `scale`, and the bias, which is what the path makes of zero scores, becomes
-// `attn_mask`. So masks, relative position biases and their branches are carried over without being understood.
+// for all, or one for each head), and added to, subtracted from, masked_fill'ed or where'd, in any order, also inside
+// `if mask is not None:`. That path is affine in the scores, slope * scores + bias. Its constant factors become
+// `scale`, those known only at run time multiply the queries, and the bias, which is what the path makes of zero
+// scores, becomes `attn_mask`. So masks, relative position biases and their branches are carried over without being
+// understood.
 //
 // The pass leaves alone, and gives the reason for: attention whose queries, keys, scores or masks are written in place
 // (graph/writes.h), and masked_fill and where that write what is no mask (affine_path.h).

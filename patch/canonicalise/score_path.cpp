@@ -2,6 +2,7 @@
 
 #include <torchgraft/patch/canonicalise/may_be_attention.h>
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/linear_map.h>
 #include <torchgraft/patch/graph/writes.h>
 
 #include <torch/csrc/jit/ir/constants.h>
@@ -70,7 +71,7 @@ namespace {
 bool are_mapped_tokens(Value* keys) {
   const auto linears = nearest_linears(keys);
   return std::any_of(linears.begin(), linears.end(),
-                     [](Node* linear) { return depends_on_inputs(linear->namedInput("input")); });
+                     [](Node* linear) { return depends_on_inputs(linear_input(linear)); });
 }
 
 // Of two products that are added, that of queries and keys: the other one is a relative position bias, of queries and

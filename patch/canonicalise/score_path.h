@@ -28,12 +28,12 @@ bool is_reshape(const torch::jit::Node* node);
 // The product of queries and keys that `scores` comes from; null when a step in between is not understood.
 torch::jit::Node* find_product(const torch::jit::Value* scores);
 
-// The first sum on the way back from `scores` of two products, of which it is not clear which is that of queries and
-// keys; null when there is none.
+// The first sum, going back from `scores`, of two products that may both be of queries and keys; null when there is
+// none.
 const torch::jit::Node* unclear_sum(const torch::jit::Value* scores);
 
-// All values on the path from `product` to `scores`, and all tensors that its steps read, and
-// all that nodes in its branches read or make.
+// All values on the path from `product` to `scores`, all tensors that its steps read, and all that nodes in its
+// branches read or make.
 torch::jit::ValueSet path_values(const torch::jit::Value* scores, const torch::jit::Node* product);
 
 // The operand of `node` that carries the scores; nullopt when `node` is no step of a path that is understood.

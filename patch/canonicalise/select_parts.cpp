@@ -100,13 +100,13 @@ void select_parts(const std::shared_ptr<Graph>& graph, const torch::jit::Module&
     }
     if (is_aten(node, {"select"})) {
       if (const auto index = constant_int(node->namedInput("index"))) {
-        selections.push_back({node->output(), node->input(0), *dim, *index});
+        selections.push_back({node->output(), node->namedInput("self"), *dim, *index});
       }
       return;
     }
     for (const torch::jit::Use& use : node->output()->uses()) {
       for (size_t i = 0; use.user->kind() == c10::prim::ListUnpack && i < use.user->outputs().size(); ++i) {
-        selections.push_back({use.user->output(i), node->input(0), *dim, static_cast<int64_t>(i)});
+        selections.push_back({use.user->output(i), node->namedInput("self"), *dim, static_cast<int64_t>(i)});
       }
     }
   });

@@ -41,8 +41,8 @@ std::optional<Shape> shape_of_piece(SymbolicShapes& shapes, const Node* node, in
 
 namespace {
 
-// The sizes of concatenated tensors agree but along `dim`. So one of them says what the others are, such as the keys of
-// this pass what those of a cache are, of which a graph knows nothing.
+// Concatenated tensors agree in all sizes but `dim`. So the keys of a forward pass tell the sizes of a cache, which the
+// graph does not.
 void equate_parts(SymbolicShapes& shapes, const std::vector<const Value*>& parts, size_t dim, Shape& result) {
   for (const Value* part : parts) {
     Shape expected = result;

@@ -12,8 +12,8 @@ std::optional<Shape> shape_of_layout(SymbolicShapes& shapes, const torch::jit::N
 // The shape of piece number `piece` (-1: any) of `node`, a chunk, split or unbind. nullopt for any other op.
 std::optional<Shape> shape_of_piece(SymbolicShapes& shapes, const torch::jit::Node* node, int64_t piece);
 
-// The shape of what `node`, an op that writes some places of its first operand, gives. What is written says what the
-// first operand is where nothing else does: a cache.
+// The shape of a node that writes into its first operand. If that operand's shape is unknown (a cache), it follows from
+// what is written.
 std::optional<Shape> shape_of_written(SymbolicShapes& shapes, const torch::jit::Node* node);
 
 }  // namespace torchgraft

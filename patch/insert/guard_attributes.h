@@ -7,8 +7,8 @@
 
 namespace torchgraft {
 
-// Lets `graph` begin with checks that the attributes `folded`, which it took for constants, have the values that they
-// had: whoever sets `module.scale = 3.0` after grafting gets an error that names the attribute.
+// Adds checks at the top of `graph`: each attribute in `folded`, which the graph holds as a constant, must still have
+// that value. Whoever sets `module.scale = 3.0` after grafting gets an error that names the attribute.
 void guard_attributes(const std::shared_ptr<torch::jit::Graph>& graph, const std::vector<ModuleAttribute>& folded);
 
 }  // namespace torchgraft

@@ -116,9 +116,9 @@ bool read_use(const Value* value, const Module& module, Input& input, std::set<c
       input.size = indexed ? sizes.front() : sizes.back();
       return true;
     }
-    if (is_aten(user, {"conv2d", "_convolution"}) && user->inputs()[0] == value) {
-      const at::Tensor weight = resolve_tensor(user->inputs()[1], module);
-      const auto stride = constant_ints(user->inputs()[3]);
+    if (is_aten(user, {"conv2d", "_convolution"}) && user->namedInput("input") == value) {
+      const at::Tensor weight = resolve_tensor(user->namedInput("weight"), module);
+      const auto stride = constant_ints(user->namedInput("stride"));
       if (weight.defined() && weight.dim() == 4 && !stride.empty()) {
         input.kind = Kind::kImages;
         input.size = weight.size(1);

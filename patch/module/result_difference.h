@@ -27,7 +27,7 @@ class ResultDifference {
   bool is_of_integers_only() const { return integers_differ_ && !structure_differs_ && excess_ <= 1; }
   // "by 0.3 (at most 2e-05 is rounding)".
   std::string text() const;
-  // What could not be compared, of results that are equal as far as is known; empty: nothing.
+  // What could not be compared, when nothing else differs; empty: everything was.
   std::string not_compared() const;
 
  private:

@@ -21,8 +21,8 @@ std::shared_ptr<torch::jit::Graph> graph_of_run(const torch::jit::Module& module
 // recorded, and what a run warns of is dropped.
 class TrialRun {
  public:
-  // `graph`: the graph_of_run. It decides which attributes a run has to copy: state always,
-  // tensors only when the graph writes into them.
+  // `graph`: the graph_of_run. It decides which attributes a run has to copy: state always, tensors only when the
+  // graph writes into them.
   TrialRun(torch::jit::Module module, const std::shared_ptr<torch::jit::Graph>& graph);
 
   // The same with all floating-point tensors of the module, and of arguments, in float64.

@@ -13,8 +13,8 @@ namespace torchgraft {
 WeightSource known_rows(const torch::jit::Value* weight, SymbolicShapes& shapes, const torch::jit::Module& root);
 
 // The path of the module that has the weight: "encoder.layer.0.attention.self.query" for "...query.weight", and
-// "layers.0.self_attn.in_proj" for "layers.0.self_attn.in_proj_weight". Of packed weights "_packed_params" goes, as
-// often as it is there: torch.ao.nn keeps "...query._packed_params._packed_params". Empty for a constant.
+// "layers.0.self_attn.in_proj" for "layers.0.self_attn.in_proj_weight". Every "_packed_params" at the end is cut
+// off: torch.ao.nn writes it twice. Empty for a constant.
 std::string module_path(const WeightSource& source);
 
 // The parameter of the base that a linear map reads.

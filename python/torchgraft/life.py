@@ -29,8 +29,8 @@ class AdapterInfo:
         active: whether rows use it when forward gets no adapter_ids.
         merged: whether merge_adapter() has added it to the base's weights.
         trainable: whether it has parameters of its own to train; see adapter_training.py.
-        gate_pooling: "all" or "unpadded": over which tokens its gates are means. Empty: it has no gates, or it
-            stands in a file that was exported before files told it.
+        gate_pooling: "all" or "unpadded": over which tokens its gates are means. Empty: it has no gates, or an
+            older version exported the file.
         parameters: how many trained numbers the adapter and its head have, without the padding in the banks.
         bytes: the size of these numbers.
         by_location: the number of parameters at each location ("selfattn_lora", "output_adapter", ...), and of the

@@ -52,7 +52,7 @@ def test_a_directory_keeps_it(pooling: str, safetensors: bool, tmp_path: Path) -
 
 
 def test_the_library_reads_over_it(directories: dict[str, Path]) -> None:
-    """Live: a directory that says "unpadded" is to AdapterHub what it is without, whose gates are over all tokens."""
+    """Live: AdapterHub ignores "unpadded" in a directory and pools over all tokens."""
     assert json.loads((directories["unpadded"] / "adapter_config.json").read_text())["gate_pooling"] == "unpadded"
     variant = VARIANTS["bert_sdpa"]
     oracle = oracle_for(variant, torch.float64)

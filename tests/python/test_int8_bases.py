@@ -224,3 +224,35 @@ def test_a_saved_module_holds_no_float_copy_of_its_weights() -> None:
     grown = size(torchgraft.graft(_base(), config="lora", name="task")) - size(_base())
     in_float_grown = size(torchgraft.graft(in_float, config="lora", name="task")) - size(in_float)
     assert grown < in_float_grown + weights // 2
+
+
+class _TwoProducts(nn.Module):
+    """Scores that add two products: of queries and keys, and of queries and positions computed from the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.output = (nn.Linear(32, 32) for _ in range(4))
+        self.norm = nn.LayerNorm(32)
+        self.positions = nn.Parameter(torch.randn(4, 8, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, tokens, width = x.shape
+        query, key, value = (
+            linear(x).view(rows, tokens, 4, 8).transpose(1, 2) for linear in (self.query, self.key, self.value)
+        )
+        scores = query @ key.transpose(-1, -2) + query @ (self.positions + 0 * x.mean())
+        mixed = torch.softmax(scores / 8**0.5, -1) @ value
+        return self.norm(x + self.output(mixed.transpose(1, 2).reshape(rows, tokens, width)))
+
+
+@pytest.mark.parametrize("is_quantised", [False, True])
+def test_of_two_products_that_of_the_keys_is_found(is_quantised: bool) -> None:
+    torch.manual_seed(0)
+    model, x = _TwoProducts().eval(), torch.randn(2, 5, 32)
+    if is_quantised:
+        model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    base = torch.jit.trace(model, x)
+    module = torchgraft.graft(base, "lora[attn_matrices=['q','k','v']]", "task", example=(x,))
+    assert torchgraft.inspect(module)["layers"][0]["key"]["path"] == "key"
+    with torch.no_grad():
+        torch.testing.assert_close(module(x, adapter_ids=torch.tensor([-1, -1])), base(x))

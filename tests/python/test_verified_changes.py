@@ -23,7 +23,7 @@ def bank() -> torch.jit.ScriptModule:
 
 
 def _called_merged(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
-    """A copy that says of its first adapter that it is in the base's weights, which is not so."""
+    """A copy whose first adapter claims to be merged, and is not."""
     copy = saved_and_loaded(module)
     copy.adapters.merged = [True] + [False] * (len(copy.adapter_names()) - 1)
     return copy

@@ -46,22 +46,6 @@ TEST(Schemas, AreFrozen) {
             "torchgraft::attention_token_mask(Tensor x, Tensor? attn_mask=None) -> Tensor");
 }
 
-class Operators : public testing::TestWithParam<const char*> {};
-
-// What runs there is a matter of the tests in Python; there is no CUDA where they run.
-TEST_P(Operators, CanBeCalledOnEveryDevice) {
-  const c10::OperatorHandle op = find(GetParam());
-  for (const auto key : {c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::Meta}) {
-    EXPECT_TRUE(op.hasComputedKernelForDispatchKey(key)) << c10::toString(key);
-  }
-}
-
-INSTANTIATE_TEST_SUITE_P(All, Operators,
-                         testing::Values("torchgraft::gated_bottleneck", "torchgraft::gated_bottleneck_linear",
-                                         "torchgraft::gated_lora", "torchgraft::gated_lora_linear",
-                                         "torchgraft::gated_prefix_attention", "torchgraft::attention_token_mask"),
-                         [](const auto& info) { return std::string(info.param).substr(sizeof("torchgraft::") - 1); });
-
 TEST(Library, TellsItsVersionToThoseWhoLoadIt) {
   void* symbol = dlsym(RTLD_DEFAULT, "_ZN10torchgraft7versionEv");
   ASSERT_NE(symbol, nullptr);
