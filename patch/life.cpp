@@ -4,6 +4,7 @@
 #include <torchgraft/patch/adapters/adapter_bank.h>
 #include <torchgraft/patch/adapters/make_adapter.h>
 #include <torchgraft/patch/adapters/read_adapters.h>
+#include <torchgraft/patch/graph/loaded_again.h>
 #include <torchgraft/patch/insert/decompose_adapters.h>
 #include <torchgraft/patch/module/draft.h>
 #include <torchgraft/patch/module/heads_module.h>
@@ -285,12 +286,12 @@ Module unmerge_adapter(const Module& module, const std::string& name, const Veri
 
 Module lower(const Module& module, const VerifyOptions& verifying) {
   Draft draft = open_grafted(module, "lower");
-  draft.options.verify = false;  // it checks ops, and none are left below
   const at::TensorOptions weights = draft.weights;
   Module result = build(std::move(draft), active_name(module));
   const auto graph = result.get_method("grafted_forward").graph();
   decompose_adapters(graph);
   graph->lint();
+  loaded_again(result, "lower");
   if (verifying.verify) {
     verify_pairs(module, result, all_as_before(module, result), verifying, weights, "lower");
   }

@@ -3,6 +3,7 @@
 #include <torchgraft/patch/graph/clone_module.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/linear_map.h>
+#include <torchgraft/patch/graph/loaded_again.h>
 #include <torchgraft/patch/module/draft.h>
 #include <torchgraft/patch/module/exported_methods.h>
 #include <torchgraft/patch/module/methods.h>
@@ -96,7 +97,9 @@ Module quantized_base(const Base& base) {
     }
     replace_node(map.node, {product});
   }
-  return clone_module(module_of_graph(graph, base.module, added, "quantize"));
+  const Module result = clone_module(module_of_graph(graph, base.module, added, "quantize"));
+  loaded_again(result, "quantize");
+  return result;
 }
 
 void warn_of_dropped(const Module& module) {

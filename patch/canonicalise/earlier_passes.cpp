@@ -35,13 +35,10 @@ bool is_container(const Value* value) {
   return value->type()->kind() == c10::TypeKind::ListType || value->type()->kind() == c10::TypeKind::DictType;
 }
 
-// Whether the graph puts anything into a list or a dict: an element of one may be newer than it seems.
+// Whether the graph puts anything into a list or a dict that it was given: an element of one may be newer than it seems.
 bool fills_containers(torch::jit::Graph& graph) {
   bool result = false;
-  for_each_node(graph.block(), [&](Node* node) {
-    const std::vector<Value*> written = written_inputs(node);
-    result = result || std::any_of(written.begin(), written.end(), is_container);
-  });
+  for_each_node(graph.block(), [&](const Node* node) { result = result || changes_given_container(node); });
   return result;
 }
 

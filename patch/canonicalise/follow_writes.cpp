@@ -1,6 +1,7 @@
 #include <torchgraft/patch/canonicalise/follow_writes.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/writes.h>
 
 #include <torch/csrc/jit/ir/constants.h>
 
@@ -17,8 +18,9 @@ using torch::jit::Node;
 using torch::jit::Value;
 
 bool takes_part(const Node* node) {
-  return is_aten(node, {"select", "slice"}) || node->kind() == c10::prim::TupleUnpack ||
-         node->kind() == c10::prim::TupleIndex;
+  const auto kind = node->kind();
+  return is_aten(node, {"select", "slice"}) || kind == c10::prim::TupleUnpack || kind == c10::prim::TupleIndex ||
+         kind == c10::prim::ListUnpack || kind == c10::prim::unchecked_cast || kind == c10::aten::__getitem__;
 }
 
 // x[:], as a trace records it for each dimension before the one that is cut.
@@ -42,14 +44,15 @@ Value* before_whole_slices(Value* value) {
 
 bool is_from_outside(const Value* value) {
   const Node* node = value->node();
-  while (takes_part(node) || node->kind() == c10::aten::__getitem__ || node->kind() == c10::prim::ListUnpack) {
+  while (takes_part(node)) {
     node = node->input(0)->node();
   }
   return node->kind() == c10::prim::GetAttr || node == value->owningGraph()->param_node();
 }
 
-// Whether two values are one tensor, or the same part of one. No attribute is assigned in the graph.
-bool is_same_part(Value* a, Value* b) {
+// Whether two values are one tensor, or the same part of one. No attribute is assigned in the graph. `elements_stay`: no
+// list or dict that the graph was given changes either.
+bool is_same_part(Value* a, Value* b, bool elements_stay) {
   a = before_whole_slices(a);
   b = before_whole_slices(b);
   if (a == b) {
@@ -57,18 +60,22 @@ bool is_same_part(Value* a, Value* b) {
   }
   const auto constant = resolve_constant(a);
   if (const auto other = resolve_constant(b); constant && other) {
-    return constant->isInt() && other->isInt() && constant->toInt() == other->toInt();
+    const bool are_ints = constant->isInt() && other->isInt();
+    const bool are_texts = constant->isString() && other->isString();
+    return (are_ints && constant->toInt() == other->toInt()) ||
+           (are_texts && constant->toStringRef() == other->toStringRef());
   }
   Node* left = a->node();
   Node* right = b->node();
   const bool is_attribute = left->kind() == c10::prim::GetAttr;
   if (left->kind() != right->kind() || a->offset() != b->offset() || (!is_attribute && !takes_part(left)) ||
+      (!elements_stay && left->kind() == c10::aten::__getitem__) ||
       left->inputs().size() != right->inputs().size() ||
       (is_attribute && left->s(c10::attr::name) != right->s(c10::attr::name))) {
     return false;
   }
   for (size_t i = 0; i < left->inputs().size(); ++i) {
-    if (!is_same_part(left->input(i), right->input(i))) {
+    if (!is_same_part(left->input(i), right->input(i), elements_stay)) {
       return false;
     }
   }
@@ -107,12 +114,12 @@ Node* whole_writer(Graph& graph, Node* writer) {
 }
 
 // Gives what reads the written tensor behind `writer`, in its block, the writer's result.
-void read_result(Node* writer) {
+void read_result(Node* writer, bool elements_stay) {
   Value* written = writer->input(0);
   Block* block = writer->owningBlock();
   const auto replace = [&](Node* reader) {
     for (size_t i = 0; i < reader->inputs().size(); ++i) {
-      if (is_tensor(reader->input(i)) && is_same_part(reader->input(i), written)) {
+      if (is_tensor(reader->input(i)) && is_same_part(reader->input(i), written, elements_stay)) {
         reader->replaceInput(i, writer->output());
       }
     }
@@ -133,8 +140,10 @@ void read_result(Node* writer) {
 void follow_writes(const std::shared_ptr<Graph>& graph) {
   std::vector<Node*> writers;
   bool assigns = false;
+  bool elements_stay = true;
   for_each_node(graph->block(), [&](Node* node) {
     assigns = assigns || node->kind() == c10::prim::SetAttr;
+    elements_stay = elements_stay && !changes_given_container(node);
     const bool writes = is_in_place(node) && is_aten(node, {"copy", "index_copy", "index_put", "scatter"});
     if (writes && node->outputs().size() == 1 && is_from_outside(node->input(0))) {
       writers.push_back(node);
@@ -142,7 +151,7 @@ void follow_writes(const std::shared_ptr<Graph>& graph) {
   });
   for (Node* writer : assigns ? std::vector<Node*>() : writers) {
     if (Node* whole = whole_writer(*graph, writer)) {
-      read_result(whole);
+      read_result(whole, elements_stay);
     }
   }
 }

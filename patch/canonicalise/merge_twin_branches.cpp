@@ -45,9 +45,13 @@ bool same_kind(Node* node, Node* other) {
   });
 }
 
-// Whether `node` takes a value of `type` as its input `index`.
+// Whether `node` takes a value of `type` as its input `index`, also when it is printed and compiled again. A schema
+// that says Any or a type variable does not tell: that of TupleIndex says Any, and the compiler refuses an Optional
+// there.
 bool accepts(const Node* node, size_t index, const c10::TypePtr& type) {
-  if (node->kind() == c10::prim::unchecked_cast) {
+  const auto kind = node->kind();
+  if (kind == c10::prim::unchecked_cast || kind == c10::prim::isinstance || kind == c10::aten::__is__ ||
+      kind == c10::aten::__isnot__) {
     return true;
   }
   const auto* schema = node->maybeSchema();
@@ -55,7 +59,7 @@ bool accepts(const Node* node, size_t index, const c10::TypePtr& type) {
     return false;
   }
   const auto& wanted = schema->arguments()[index].type();
-  return wanted->kind() == c10::TypeKind::VarType || type->isSubtypeOf(*wanted);
+  return wanted->kind() != c10::TypeKind::AnyType && !wanted->hasFreeVariables() && type->isSubtypeOf(*wanted);
 }
 
 // Inside `if mask is not None` TorchScript passes on a value of its own that cannot be None. Gives readers that accept

@@ -225,6 +225,7 @@ std::optional<std::string> raise_one(const std::shared_ptr<Graph>& graph, Symbol
   // A scale of the keys scales all scores, also those of prefixes, which come beside the keys.
   Value* keys_transposed = take_scale(right_factor(product), shapes, path.factors);
   Value* keys = take_scale(insert_transposed(*graph, shapes, keys_transposed), shapes, path.factors);
+  assume_heads(keys, rank, /*is_transposed=*/false, shapes);
   Value* key = insert_rank_4(*graph, shapes, keys);
   Value* value = insert_rank_4(*graph, shapes, right_factor(consumer.product));
   if (!path.understood || !query || !key || !value) {

@@ -191,8 +191,11 @@ std::optional<Shape> SymbolicShapes::of_packed(const Value* object) {
 
 std::optional<Shape> SymbolicShapes::of_projection(const Node* node) {
   const size_t input = is_aten(node, {"addmm", "baddbmm"}) ? 1 : 0;
-  const auto weight = shape(node->input(input + 1));
+  auto weight = shape(node->input(input + 1));
   auto result = shape(node->input(input));
+  if (!weight && result && result->size() >= 3 && is_aten(node, {"matmul", "bmm"})) {
+    weight = assume_factor(*result, node->input(input + 1));
+  }
   if (!weight || weight->size() < 2) {
     return std::nullopt;
   }
@@ -203,9 +206,23 @@ std::optional<Shape> SymbolicShapes::of_projection(const Node* node) {
     shapes_[node->input(input)] = result;
   }
   if (result) {
+    const bool are_many = result->size() == weight->size() && result->size() >= 3;
+    for (size_t i = 0; are_many && i + 2 < result->size(); ++i) {
+      (*result)[i] = (*result)[i] == number(1) ? (*weight)[i] : (*result)[i];
+    }
     result->back() = out;
   }
   return result;
+}
+
+// The right factor of a product of matrices, of which there are many: as many as of the left one. Rotary positions are
+// made so of positions that are an input.
+Shape SymbolicShapes::assume_factor(const Shape& left, const Value* right) {
+  Shape assumed(left.size());
+  std::generate(assumed.begin(), assumed.end(), [&] { return fresh(); });
+  assumed[assumed.size() - 2] = left.back();
+  shapes_[right] = assumed;
+  return assumed;
 }
 
 std::optional<Shape> SymbolicShapes::of_embedding(const Node* node) {

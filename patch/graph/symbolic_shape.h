@@ -34,7 +34,8 @@ std::optional<size_t> position(const torch::jit::Value* dim, size_t rank);
 // Works out the shapes of a graph's values on demand, as far as they follow without an input: the sizes of weights are
 // numbers, others are symbols. A saved graph has no shapes, and recognisers must know which dimension is the batch.
 //
-// A linear map on a value of unknown shape is taken to see [a, b, features], an embedding to see [a, b].
+// A linear map on a value of unknown shape is taken to see [a, b, features], an embedding to see [a, b], and a product of
+// many matrices to have as many of each.
 class SymbolicShapes {
  public:
   explicit SymbolicShapes(const torch::jit::Module& root) : root_(root) {}
@@ -68,6 +69,7 @@ class SymbolicShapes {
   std::optional<Shape> compute(const torch::jit::Value* value);
   std::optional<Shape> of_packed(const torch::jit::Value* object);
   std::optional<Shape> of_projection(const torch::jit::Node* node);
+  Shape assume_factor(const Shape& left, const torch::jit::Value* right);
   std::optional<Shape> of_embedding(const torch::jit::Node* node);
   std::optional<Shape> of_factory(const torch::jit::Node* node);
   std::optional<Shape> of_arithmetic(const torch::jit::Node* node);

@@ -78,6 +78,16 @@ std::vector<Value*> written_inputs(const Node* node) {
   return result;
 }
 
+bool changes_given_container(const Node* node) {
+  const auto inputs = written_inputs(node);
+  return std::any_of(inputs.begin(), inputs.end(), [](const Value* input) {
+    const auto kind = input->type()->kind();
+    const auto maker = input->node()->kind();
+    const bool is_new = maker == c10::prim::ListConstruct || maker == c10::prim::DictConstruct;
+    return (kind == c10::TypeKind::ListType || kind == c10::TypeKind::DictType) && !is_new;
+  });
+}
+
 bool is_writer(const Node* node) { return !written_inputs(node).empty(); }
 
 bool draws_random_numbers(const Node* node) {

@@ -56,6 +56,9 @@ class Writes {
 // the schema does not name.
 std::vector<torch::jit::Value*> written_inputs(const torch::jit::Node* node);
 
+// True when `node` writes into a list or dict that no node of the graph has made: its elements may change.
+bool changes_given_container(const torch::jit::Node* node);
+
 // True when `node` writes into one of its inputs.
 bool is_writer(const torch::jit::Node* node);
 

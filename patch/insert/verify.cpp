@@ -1,60 +1,15 @@
 #include <torchgraft/patch/insert/verify.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
-#include <torchgraft/patch/graph/linear_map.h>
+#include <torchgraft/patch/graph/loaded_again.h>
 
-#include <ATen/ATen.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/Exception.h>
-#include <torch/csrc/jit/serialization/import.h>
-
-#include <sstream>
-#include <unordered_map>
 
 namespace torchgraft {
 namespace {
 
 using torch::jit::Module;
 using torch::jit::Node;
-
-using Objects = std::unordered_map<const c10::ivalue::Object*, c10::intrusive_ptr<c10::ivalue::Object>>;
-
-// Drops warnings: torch's, that quantised tensors are to go.
-class Silence : public c10::WarningHandler {
- public:
-  void process(const c10::Warning&) override {}
-};
-
-// Packed weights of one element, which nothing runs.
-c10::IValue small_packed_linear() {
-  const at::Tensor weight = at::quantize_per_tensor(at::zeros({1, 1}), /*scale=*/1.0, /*zero_point=*/0, at::kQInt8);
-  torch::jit::Stack stack = {weight, c10::IValue()};
-  c10::Dispatcher::singleton().findSchemaOrThrow("quantized::linear_prepack", "").callBoxed(stack);
-  return stack.front();
-}
-
-// Copies an object tree with tensors of the same shapes, in which all indices share one element.
-c10::intrusive_ptr<c10::ivalue::Object> hollow(const c10::ivalue::Object& object, Objects& done) {
-  if (const auto found = done.find(&object); found != done.end()) {
-    return found->second;
-  }
-  const auto copy = c10::ivalue::Object::create(object.type(), object.slots().size());
-  done[&object] = copy;
-  for (size_t i = 0; i < object.slots().size(); ++i) {
-    const c10::IValue& slot = object.getSlot(i);
-    if (slot.isTensor() && slot.toTensor().defined()) {
-      const at::Tensor& tensor = slot.toTensor();
-      copy->setSlot(i, at::zeros({}, tensor.options().requires_grad(false)).expand(tensor.sizes()));
-    } else if (slot.isObject() && slot.toObjectRef().type()->is_module()) {
-      copy->setSlot(i, hollow(slot.toObjectRef(), done));
-    } else if (is_packed_linear_weight(slot)) {
-      copy->setSlot(i, small_packed_linear());
-    } else {
-      copy->setSlot(i, slot);
-    }
-  }
-  return copy;
-}
 
 size_t count_ops(const Module& module) {
   size_t count = 0;
@@ -72,15 +27,7 @@ void verify_grafted(const Module& module, size_t ops) {
     module.get_method(name).graph()->lint();
   }
   TORCH_INTERNAL_ASSERT(count_ops(module) == ops, "planned ", ops, " ops, inserted ", count_ops(module));
-  Silence silence;
-  const c10::WarningUtils::WarningHandlerGuard quiet(&silence);
-  Objects done;
-  const Module light(hollow(*module._ivalue(), done));
-  std::stringstream file;
-  light.save(file);
-  const Module loaded = torch::jit::load(file, module.attr("adapters").toModule().parameters().size() > 0
-                                                   ? std::optional<c10::Device>(c10::kCPU)
-                                                   : std::nullopt);
+  const Module loaded = loaded_again(module, "graft");
   TORCH_INTERNAL_ASSERT(count_ops(loaded) == ops, "an op was lost in saving and loading");
 }
 

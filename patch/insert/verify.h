@@ -5,8 +5,7 @@
 namespace torchgraft {
 
 // Checks that the graphs of a grafted module are well-formed, hold exactly `ops` ops, and survive saving and loading.
-// It saves a copy without weights, so that a large model costs nothing. Throws c10::Error: a failure is a bug in
-// torchgraft.
+// Throws c10::Error: a failure is a bug in torchgraft.
 void verify_grafted(const torch::jit::Module& module, size_t ops);
 
 }  // namespace torchgraft

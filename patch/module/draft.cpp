@@ -214,9 +214,7 @@ Module build(Draft draft, const std::string& active) {
   if (!active.empty()) {
     bank.get_method("activate")({active});
   }
-  if (draft.options.verify) {
-    verify_grafted(result, ops);
-  }
+  verify_grafted(result, ops);
   return result;
 }
 

@@ -235,11 +235,10 @@ bool find_attention(SiteFinder& finder, Node* attention, Layer& layer, LayerSite
   }
   layer.hidden_size = input->back().factor;
   Value* source = linear_input(sites.query.node);
-  const bool same_input = sites.key.node && reads_tokens(linear_input(sites.key.node), source, finder.shapes());
-  layer.kind = same_input ? AttentionKind::kSelf : AttentionKind::kCross;
-  const bool keeps_inputs = same_input && strip_layout(linear_input(sites.key.node)) != strip_layout(source);
-  if (keeps_inputs && layer.cache == CacheKind::kNone) {
-    layer.cache = CacheKind::kGrowing;
+  const auto kept = sites.key.node ? cache_of_inputs(linear_input(sites.key.node), source, finder.shapes()) : std::nullopt;
+  layer.kind = kept ? AttentionKind::kSelf : AttentionKind::kCross;
+  if (layer.cache == CacheKind::kNone && kept && *kept != CacheKind::kNone) {
+    layer.cache = *kept;
     sites.keeps_inputs = true;
   }
   return true;

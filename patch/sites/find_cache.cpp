@@ -22,6 +22,17 @@ bool is_kept(Value* value) { return !is_projected(value) && depends_on_inputs(va
 
 bool writes_tokens(const Node* node) { return is_aten(node, {"index_copy", "index_put", "scatter", "slice_scatter"}); }
 
+// What `node` writes into a cache; null where it writes numbers, or something else.
+Value* written_tokens(Node* node) {
+  for (const char* name : {"source", "values", "src"}) {
+    if (writes_tokens(node) && node->schema().argumentIndexWithName(name)) {
+      Value* written = node->namedInput(name);
+      return is_aten(written->node(), {"expand_as"}) ? written->node()->namedInput("self") : written;
+    }
+  }
+  return nullptr;
+}
+
 // The tensors that `node` joins along a dimension of unknown size, such as the tokens; else none.
 std::vector<Value*> joined_tokens(Node* node, SymbolicShapes& shapes) {
   if (!is_aten(node, {"cat", "concat"}) || node->input(0)->node()->kind() != c10::prim::ListConstruct) {
@@ -31,6 +42,11 @@ std::vector<Value*> joined_tokens(Node* node, SymbolicShapes& shapes) {
   const auto dim = shape ? position(node->namedInput("dim"), shape->size()) : std::nullopt;
   const auto parts = node->input(0)->node()->inputs();
   return dim && !(*shape)[*dim].is_constant() ? std::vector<Value*>(parts.begin(), parts.end()) : std::vector<Value*>();
+}
+
+// Whether two linear maps that read `a` and `b` read one stream. Norms act on each token: perhaps each map has its own.
+bool is_one_stream(Value* a, Value* b) {
+  return strip_layout(a) == strip_layout(b) || streams_of(a).back() == streams_of(b).back();
 }
 
 }  // namespace
@@ -64,18 +80,27 @@ CacheSite find_cache(Value* heads, SymbolicShapes& shapes) {
   return {};
 }
 
-bool reads_tokens(Value* tokens, Value* source, SymbolicShapes& shapes) {
-  if (strip_layout(tokens) == strip_layout(source)) {
-    return true;
+std::optional<CacheKind> cache_of_inputs(Value* tokens, Value* source, SymbolicShapes& shapes) {
+  if (is_one_stream(tokens, source)) {
+    return CacheKind::kNone;
   }
-  // Norms act on each token: perhaps queries and keys have one each.
-  tokens = streams_of(tokens).back();
-  source = streams_of(source).back();
-  if (tokens == source) {
-    return true;
+  for (Value* stream : streams_of(tokens)) {
+    Node* node = stream->node();
+    if (node->kind() == c10::prim::If) {  // `if past is not None:`
+      const auto left = cache_of_inputs(node->blocks()[0]->outputs()[stream->offset()], source, shapes);
+      const auto right = cache_of_inputs(node->blocks()[1]->outputs()[stream->offset()], source, shapes);
+      return left && right ? std::optional(*left == CacheKind::kNone ? *right : *left) : std::nullopt;
+    }
+    const std::vector<Value*> parts = joined_tokens(node, shapes);
+    if (std::any_of(parts.begin(), parts.end(), [&](Value* part) { return is_one_stream(part, source); })) {
+      return CacheKind::kGrowing;
+    }
+    Value* written = written_tokens(node);
+    if (written && !is_projected(node->input(0)) && is_one_stream(written, source)) {
+      return CacheKind::kStatic;
+    }
   }
-  const std::vector<Value*> parts = joined_tokens(tokens->node(), shapes);
-  return std::any_of(parts.begin(), parts.end(), [&](Value* part) { return strip_passive(part) == source; });
+  return std::nullopt;
 }
 
 }  // namespace torchgraft

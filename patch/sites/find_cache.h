@@ -3,6 +3,8 @@
 #include <torchgraft/patch/graph/symbolic_shape.h>
 #include <torchgraft/plan/structure.h>
 
+#include <optional>
+
 namespace torchgraft {
 
 // How the keys or values `heads` of an attention hold those of earlier passes.
@@ -15,8 +17,8 @@ struct CacheSite {
 // map in between is of earlier passes.
 CacheSite find_cache(torch::jit::Value* heads, SymbolicShapes& shapes);
 
-// Whether `tokens` are those of `source`, perhaps behind tokens of earlier passes: a model may keep what it projects to
-// keys and values.
-bool reads_tokens(torch::jit::Value* tokens, torch::jit::Value* source, SymbolicShapes& shapes);
+// A model may keep what it projects to keys and values. `tokens`, which the projections read, are those of `source`
+// (kNone), perhaps behind tokens of earlier passes (kGrowing), or among them (kStatic). nullopt: they are others.
+std::optional<CacheKind> cache_of_inputs(torch::jit::Value* tokens, torch::jit::Value* source, SymbolicShapes& shapes);
 
 }  // namespace torchgraft

@@ -46,7 +46,7 @@ struct LayerSites {
   torch::jit::Node* attention = nullptr;  // aten::scaled_dot_product_attention
   LinearSite query, key, value;           // key and value have no node where a cache is filled (CacheKind::kFilled)
   bool new_tokens_last = true;            // in a growing cache: this pass's keys come behind those of earlier ones
-  bool keeps_inputs = false;              // a growing cache of what is projected to keys and values
+  bool keeps_inputs = false;              // a cache of what is projected to keys and values
   std::optional<LinearSite> output, ffn_in, ffn_gate, ffn_out;
   std::vector<LinearSite> linear_maps;  // parallel to Layer::linear_maps
   std::optional<ResidualSite> attention_residual, ffn_residual;

@@ -133,6 +133,64 @@ class HiddenStates(Decoder):
         return x, new
 
 
+class NormedStates(HiddenStates):
+    """Keeps them behind the norm."""
+
+    def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        x = self.embed(ids, positions)
+        new: list[Tensor] = []
+        for i, layer in enumerate(self.layers):
+            seen = torch.cat([past[i], layer.norm(x)], dim=1)
+            new.append(seen)
+            shape = [seen.size(0), seen.size(1), layer.kv_heads, layer.head_dim]
+            x = layer.attend(x, layer.k(seen).view(shape), layer.v(seen).view(shape), mask)
+        return x, new
+
+
+class OptionalStates(HiddenStates):
+    def forward(
+        self, ids: Tensor, mask: Tensor, positions: Tensor, past: Optional[list[Tensor]] = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        x = self.embed(ids, positions)
+        new: list[Tensor] = []
+        for i, layer in enumerate(self.layers):
+            seen = x
+            if past is not None:
+                seen = torch.cat([past[i], x], dim=1)
+            new.append(seen)
+            keys, values = layer.new_keys(seen)
+            x = layer.attend(x, keys, values, mask)
+        return x, new
+
+
+class StaticStates(Decoder):
+    """Keeps what it projects in tensors of POSITIONS tokens."""
+
+    def forward(
+        self, ids: Tensor, mask: Tensor, positions: Tensor, places: Tensor, past: list[Tensor]
+    ) -> tuple[Tensor, tuple[list[Tensor]]]:
+        x = self.embed(ids, positions)
+        new: list[Tensor] = []
+        for i, layer in enumerate(self.layers):
+            seen = past[i].index_copy(1, places, x)
+            new.append(seen)
+            keys, values = layer.new_keys(seen)
+            x = layer.attend(x, keys, values, mask)
+        return x, (new,)
+
+
+class StaticStatesInPlace(StaticStates):
+    def forward(
+        self, ids: Tensor, mask: Tensor, positions: Tensor, places: Tensor, past: list[Tensor]
+    ) -> tuple[Tensor, tuple[list[Tensor]]]:
+        x = self.embed(ids, positions)
+        for i, layer in enumerate(self.layers):
+            past[i][:, places] = x
+            keys, values = layer.new_keys(past[i])
+            x = layer.attend(x, keys, values, mask)
+        return x, (past,)
+
+
 class Static(Decoder):
     """Tensors of POSITIONS tokens, [B, T, heads, head size]. This pass writes its keys at `places` [S]."""
 

@@ -18,21 +18,26 @@ from restated_reference import RestatedReference
 
 METHODS = ("lora_all", "double_seq_bn", "prefix_flat")
 IDS = torch.tensor([0, 1, 2, -1])  # of the rows of tokens_of()
-GROWING = ("OptionalList", "Dictionary", "Stacked", "HiddenStates")
-STATIC = ("IndexCopy", "IndexCopyInPlace", "SliceAssignment", "IndexPut", "Scatter")
+GROWING = ("OptionalList", "Dictionary", "Stacked", "HiddenStates", "NormedStates", "OptionalStates")
+STATES = ("StaticStates", "StaticStatesInPlace")
+STATIC = ("IndexCopy", "IndexCopyInPlace", "SliceAssignment", "IndexPut", "Scatter", *STATES)
 
 
 def _empty(name: str, rows: int) -> tuple:
     """The cache before the first token, as arguments behind the positions."""
     size = (own.KV_HEADS, own.HEAD_DIM)
+    if name in STATES:
+        return ([torch.zeros(rows, POSITIONS, own.HIDDEN) for _ in range(own.LAYERS)],)
     if name in STATIC:
         return tuple([torch.zeros(rows, POSITIONS, *size) for _ in range(own.LAYERS)] for _ in range(2))
     nothing = torch.zeros(rows, 0, *size)
     return {
         "OptionalList": (None,),
+        "OptionalStates": (None,),
         "Dictionary": ({f"{kind}.{i}": nothing for kind in ("keys", "values") for i in range(own.LAYERS)},),
         "Stacked": (torch.zeros(own.LAYERS, 2, rows, 0, *size),),
         "HiddenStates": ([torch.zeros(rows, 0, own.HIDDEN) for _ in range(own.LAYERS)],),
+        "NormedStates": ([torch.zeros(rows, 0, own.HIDDEN) for _ in range(own.LAYERS)],),
     }[name]
 
 
@@ -79,7 +84,8 @@ def _base(name: str, form: str) -> torch.jit.ScriptModule:
 
 
 _FORMS = [(name, "scripted") for name in GROWING + STATIC] + [
-    (name, "traced") for name in ("Stacked", "HiddenStates", "Dictionary", "IndexCopy", "IndexCopyInPlace", "IndexPut")
+    (name, "traced")
+    for name in ("Stacked", "HiddenStates", "Dictionary", "IndexCopy", "IndexCopyInPlace", "IndexPut", *STATES)
 ]
 
 
@@ -144,7 +150,7 @@ def test_a_copy_of_what_was_written_through_slices_is_refused() -> None:
         torchgraft.graft(base, config="lora", name="task")
 
 
-@pytest.mark.parametrize("name", ["IndexCopy", "HiddenStates"])
+@pytest.mark.parametrize("name", ["IndexCopy", "HiddenStates", "NormedStates", "StaticStates"])
 def test_unpadded_gates_need_a_mask_that_ends_with_the_tokens_of_the_pass(name: str) -> None:
     base = torch.jit.script(_make(name))
     with pytest.raises(torchgraft.GraftError, match='use gate_pooling="all", or a cache that grows by torch.cat'):
