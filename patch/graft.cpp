@@ -3,6 +3,7 @@
 #include <torchgraft/config/gate_pooling.h>
 #include <torchgraft/patch/adapters/make_adapter.h>
 #include <torchgraft/patch/module/draft.h>
+#include <torchgraft/patch/module/drawn_weights.h>
 #include <torchgraft/patch/module/exported_methods.h>
 #include <torchgraft/patch/module/methods.h>
 #include <torchgraft/patch/module/verify_results.h>
@@ -60,6 +61,19 @@ Adapter make_adapter_of(const AdapterSpec& spec, const Draft& draft) {
   }
 }
 
+// A trial with the weights of fresh adapters drawn: as they are they change nothing.
+std::string verify_on_inputs(const Module& base, const Module& result, const std::vector<AdapterSpec>& specs,
+                             const std::vector<Adapter>& adapters, const GraftOptions& options,
+                             const at::TensorOptions& weights) {
+  std::vector<std::string> names;
+  for (const AdapterSpec& spec : specs) {
+    names.push_back(spec.name);
+  }
+  const std::vector<Adapter> earlier(adapters.begin(), adapters.end() - static_cast<int64_t>(specs.size()));
+  return verify_results(is_grafted(base) ? with_drawn_weights(base, earlier).module : base,
+                        with_drawn_weights(result, adapters).module, options.example, weights, names);
+}
+
 }  // namespace
 
 Module graft(const Module& module, const std::vector<AdapterSpec>& specs, const GraftOptions& options) {
@@ -76,9 +90,10 @@ Module graft(const Module& module, const std::vector<AdapterSpec>& specs, const 
     draft.adapters.push_back(make_adapter_of(spec, draft));
   }
   const at::TensorOptions weights = draft.weights;
+  const std::vector<Adapter> adapters = draft.adapters;
   const Module result = build(std::move(draft), options.active.empty() ? specs.back().name : options.active);
   if (options.verify) {
-    const std::string reason = verify_results(module, result, options.example, weights);
+    const std::string reason = verify_on_inputs(module, result, specs, adapters, options, weights);
     if (!reason.empty()) {
       TORCH_WARN("graft: ", reason, ". verify=False does without");
     }

@@ -3,10 +3,12 @@
 #include <torchgraft/config/gate_pooling.h>
 #include <torchgraft/patch/adapters/adapter_bank.h>
 #include <torchgraft/patch/adapters/make_adapter.h>
+#include <torchgraft/patch/adapters/mean_adapter.h>
 #include <torchgraft/patch/adapters/read_adapters.h>
 #include <torchgraft/patch/graph/loaded_again.h>
 #include <torchgraft/patch/insert/decompose_adapters.h>
 #include <torchgraft/patch/module/draft.h>
+#include <torchgraft/patch/module/drawn_weights.h>
 #include <torchgraft/patch/module/heads_module.h>
 #include <torchgraft/patch/module/merge.h>
 #include <torchgraft/patch/module/methods.h>
@@ -19,6 +21,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <set>
 
 namespace torchgraft {
@@ -103,6 +106,8 @@ std::vector<AdapterInfo> list_adapters(const Module& module) {
 
 namespace {
 
+const VerifyOptions kUnverified = {/*verify=*/false};
+
 // The result of each adapter of both modules, and of the base, must be what it was.
 std::vector<SameResult> all_as_before(const Module& before, const Module& after) {
   std::vector<SameResult> pairs = {{{before, "base_forward"}, {after, "base_forward"}, "the base"}};
@@ -118,13 +123,34 @@ void warn_of(const std::string& reason, const char* what) {
   }
 }
 
-// Compares `pairs`, and in `after` rows of the base with base_forward.
-void verify_pairs(const Module& before, const Module& after, const std::vector<SameResult>& pairs,
-                  const VerifyOptions& verifying, const at::TensorOptions& weights, const char* what) {
-  const std::string reason = verify_change(before, pairs, verifying.example, what);
-  warn_of(reason, what);
-  if (const std::string rows = verify_results(base_copy(after), after, verifying.example, weights); reason.empty()) {
-    warn_of(rows, what);
+std::vector<std::string> adapter_names(const Module& module) {
+  std::vector<std::string> names;
+  for (const c10::IValue& name : module.attr("adapters").toModule().attr("names").toListRef()) {
+    names.push_back(name.toStringRef());
+  }
+  return names;
+}
+
+// A change of a module, which verifies nothing, and what must be equal before and after it.
+struct Change {
+  const char* what;
+  std::function<Module(const Module&)> make;
+  std::function<std::vector<SameResult>(const Module& before, const Module& after)> pairs = all_as_before;
+};
+
+// Compares a module before and after the change that gave `result`; also each adapter of the result with itself, run in
+// other ways, and rows of the base with base_forward. Where fresh adapters would hide a difference, since they change
+// nothing, the change is made once more of a copy with drawn weights.
+void verify_pairs(const Module& module, const Module& result, const Change& change, const VerifyOptions& verifying,
+                  const at::TensorOptions& weights) {
+  const DrawnCopy before = with_drawn_weights(module);
+  const Module after = before.has_drawn ? change.make(before.module) : result;
+  const std::string reason = verify_change(module, change.pairs(before.module, after), verifying.example, change.what);
+  warn_of(reason, change.what);
+  const std::string rows = verify_results(base_copy(after), with_drawn_weights(after).module, verifying.example,
+                                          weights, adapter_names(after));
+  if (reason.empty()) {
+    warn_of(rows, change.what);
   }
 }
 
@@ -180,34 +206,25 @@ Module average_adapters(const Module& module, const std::string& name, const std
   }
   Draft draft = open_grafted(module, "average_adapters");
   check_name(name, draft.adapters);
-  std::vector<const Adapter*> sources;
+  std::vector<Adapter> sources;
   for (const std::string& source : names) {
-    sources.push_back(&draft.adapters[find_adapter(draft.adapters, source, "average_adapters")]);
-    TORCH_CHECK(!sources.back()->merged, "average_adapter: '", source, "' is merged; unmerge it first");
-    TORCH_CHECK(without_init(sources.back()->config) == without_init(sources.front()->config), "average_adapter: '",
+    sources.push_back(draft.adapters[find_adapter(draft.adapters, source, "average_adapters")]);
+    TORCH_CHECK(!sources.back().merged, "average_adapter: '", source, "' is merged; unmerge it first");
+    TORCH_CHECK(without_init(sources.back().config) == without_init(sources.front().config), "average_adapter: '",
                 source, "' and '", names.front(), "' have different configurations; only equal ones can be averaged");
   }
-  Adapter average = *sources.front();
-  average.name = name;
-  average.trainable = false;
-  average.sources.clear();
-  average.head.reset();
-  for (size_t m = 0; m < average.weights.size(); ++m) {
-    average.weights[m].erase("weight_norm");  // build() computes that of the average
-    for (auto& [parameter, tensor] : average.weights[m]) {
-      at::Tensor total = at::zeros(tensor.sizes(), tensor.options().dtype(at::kDouble).requires_grad(false));
-      for (size_t i = 0; i < sources.size(); ++i) {
-        total.add_(sources[i]->weights[m].at(parameter), shares[i]);
-      }
-      // alpha / r is no parameter: all sources have the same, and weights that do not sum to 1 must not change it.
-      tensor = is_trained(parameter, average.plan[m]) ? total.to(tensor.scalar_type()) : tensor;
-    }
-  }
-  draft.adapters.push_back(std::move(average));
+  draft.adapters.push_back(mean_adapter(sources, shares));
+  draft.adapters.back().name = name;
   const at::TensorOptions options = draft.weights;
+  const Structure structure = draft.sites.structure;
   Module result = build(std::move(draft), active_name(module));
   if (verifying.verify) {
-    verify_pairs(module, result, all_as_before(module, result), verifying, options, "average_adapter");
+    check_is_mean(read_adapters(result.attr("adapters").toModule(), structure).back(), sources, shares);
+    verify_pairs(
+        module, result,
+        {"average_adapter",
+         [&](const Module& drawn) { return average_adapters(drawn, name, names, weights, normalise, kUnverified); }},
+        verifying, options);
   }
   return result;
 }
@@ -259,13 +276,16 @@ Module merge_adapter(const Module& module, const std::string& name, const MergeO
   const at::TensorOptions weights = draft.weights;
   Module result = build(std::move(draft), active_name(module));
   if (options.verifying.verify) {
-    std::vector<SameResult> pairs = same_by_merging(module, result, name);
-    const Module undone = unmerge_adapter(result, name, {/*verify=*/false});
-    for (SameResult& pair : all_as_before(module, undone)) {
-      pair.what += ", merged and unmerged,";
-      pairs.push_back(std::move(pair));
-    }
-    verify_pairs(module, result, pairs, options.verifying, weights, "merge_adapter");
+    const auto pairs = [&](const Module& before, const Module& after) {
+      std::vector<SameResult> same = same_by_merging(before, after, name);
+      for (SameResult& pair : all_as_before(before, unmerge_adapter(after, name, kUnverified))) {
+        pair.what += ", merged and unmerged,";
+        same.push_back(std::move(pair));
+      }
+      return same;
+    };
+    const auto make = [&](const Module& drawn) { return merge_adapter(drawn, name, {options.into_base, kUnverified}); };
+    verify_pairs(module, result, {"merge_adapter", make, pairs}, options.verifying, weights);
   }
   return result;
 }
@@ -279,7 +299,9 @@ Module unmerge_adapter(const Module& module, const std::string& name, const Veri
   const at::TensorOptions weights = draft.weights;
   Module result = build(std::move(draft), active_name(module));
   if (verifying.verify) {
-    verify_pairs(module, result, same_by_merging(result, module, name), verifying, weights, "unmerge_adapter");
+    const auto pairs = [&](const Module& before, const Module& after) { return same_by_merging(after, before, name); };
+    const auto make = [&](const Module& drawn) { return unmerge_adapter(drawn, name, kUnverified); };
+    verify_pairs(module, result, {"unmerge_adapter", make, pairs}, verifying, weights);
   }
   return result;
 }
@@ -293,7 +315,8 @@ Module lower(const Module& module, const VerifyOptions& verifying) {
   graph->lint();
   loaded_again(result, "lower");
   if (verifying.verify) {
-    verify_pairs(module, result, all_as_before(module, result), verifying, weights, "lower");
+    verify_pairs(module, result, {"lower", [](const Module& drawn) { return lower(drawn, kUnverified); }}, verifying,
+                 weights);
   }
   return result;
 }
@@ -303,7 +326,13 @@ Module ungraft(const Module& module, const VerifyOptions& verifying) {
   Module result = base_copy(module);
   if (verifying.verify) {
     const std::vector<SameResult> pairs = {{{module, "base_forward"}, {result, "forward"}, "the base alone"}};
-    warn_of(verify_change(module, pairs, verifying.example, "ungraft"), "ungraft");
+    const std::string reason = verify_change(module, pairs, verifying.example, "ungraft");
+    warn_of(reason, "ungraft");
+    const at::TensorOptions weights = open_grafted(module, "ungraft").weights;
+    const std::string rows = verify_results(result, with_drawn_weights(module).module, verifying.example, weights, {});
+    if (reason.empty()) {
+      warn_of(rows, "ungraft");
+    }
   }
   return result;
 }
