@@ -44,6 +44,8 @@ TEST(Schemas, AreFrozen) {
             "-> (Tensor output, Tensor gate)");
   EXPECT_EQ(schema("torchgraft::attention_token_mask"),
             "torchgraft::attention_token_mask(Tensor x, Tensor? attn_mask=None) -> Tensor");
+  EXPECT_EQ(schema("torchgraft::linear"),
+            "torchgraft::linear(Tensor x, Tensor weight, Tensor? bias=None, str non_linearity=\"linear\") -> Tensor");
 }
 
 class Operators : public testing::TestWithParam<const char*> {};
@@ -59,7 +61,8 @@ TEST_P(Operators, CanBeCalledOnEveryDevice) {
 INSTANTIATE_TEST_SUITE_P(All, Operators,
                          testing::Values("torchgraft::gated_bottleneck", "torchgraft::gated_bottleneck_linear",
                                          "torchgraft::gated_lora", "torchgraft::gated_lora_linear",
-                                         "torchgraft::gated_prefix_attention", "torchgraft::attention_token_mask"),
+                                         "torchgraft::gated_prefix_attention", "torchgraft::attention_token_mask",
+                                         "torchgraft::linear"),
                          [](const auto& info) { return std::string(info.param).substr(sizeof("torchgraft::") - 1); });
 
 TEST(Library, TellsItsVersionToThoseWhoLoadIt) {
