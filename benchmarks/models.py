@@ -14,12 +14,14 @@ quartiles of the rounds' own ratios. Variants:
     peft, eager          for LoRA only: PEFT's LoRA
     peft, traced         the same, traced and frozen
     torchgraft           grafted and frozen (with TORCHGRAFT_KERNELS=reference: ATen's compositions)
+    base, optimised      the base, without adapters, by torchgraft.optimize(), frozen
+    torchgraft, optimised   grafted, then optimised, and frozen
     base, compiled       with --compile: torch.compile of "base, eager", anew for each shape, which takes minutes
     library, compiled    with --compile: torch.compile of "library, ejected"
 
 With --dtype bfloat16 all of a model is in bfloat16. With --backward a pass is a forward and a backward pass: it trains
-all weights of the base, and the adapters of the other variants, and traced modules are not frozen. Shapes are rows x
-tokens; ViT's tokens are its 196 patches and one more.
+all weights of the base, and the adapters of the other variants; traced modules are not frozen, and none is optimised.
+Shapes are rows x tokens; ViT's tokens are its 196 patches and one more.
 """
 
 import argparse
@@ -76,6 +78,8 @@ COLORS = {
     "peft, eager": "tab:cyan",
     "peft, traced": "tab:blue",
     "torchgraft": "tab:green",
+    "base, optimised": "tab:purple",
+    "torchgraft, optimised": "darkgreen",
 }
 
 
@@ -175,7 +179,12 @@ def variants_of(sizes: dict, config_name: str, arguments: argparse.Namespace) ->
     if arguments.compile:
         result["base, compiled"] = torch.compile(eager, dynamic=False)
         result["library, compiled"] = torch.compile(ejected, dynamic=False)
-    return result | {"torchgraft": ready(grafted(base, config, trainable=backward))}
+    module = grafted(base, config, trainable=backward)
+    result["torchgraft"] = ready(module)
+    if not backward:
+        result["base, optimised"] = ready(torchgraft.optimize(base, verify=False))
+        result["torchgraft, optimised"] = ready(torchgraft.optimize(module, verify=False))
+    return result
 
 
 def passed(run: Callable, batch: tuple, backward: bool) -> float:

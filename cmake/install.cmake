@@ -21,6 +21,7 @@ set(torchgraft_headers
   ops/gated_lora_linear.h
   ops/kernel_mode.h
   ops/gated_prefix_attention.h
+  ops/linear.h
   registration/error_text.h
   registration/export.h
   registration/library.h
@@ -47,6 +48,7 @@ if(TORCHGRAFT_BUILD_PATCH)
     patch/inspect.h
     patch/life.h
     patch/load_module.h
+    patch/optimize.h
     patch/quantize.h
     patch/save_adapter.h
     patch/text_limits.h

@@ -101,6 +101,14 @@ struct PrefixArguments {
   RowArguments rows;
 };
 
+struct LinearArguments {
+  static constexpr const char* kOperator = "linear";
+  at::Tensor x;       // [..., I]
+  at::Tensor weight;  // [O, I]
+  at::Tensor bias;    // [O] or absent
+  std::string non_linearity;
+};
+
 struct TokenMaskArguments {
   static constexpr const char* kOperator = "attention_token_mask";
   at::Tensor x;          // [B, S, H]

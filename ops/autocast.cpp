@@ -3,6 +3,7 @@
 #include <torchgraft/ops/gated_bottleneck.h>
 #include <torchgraft/ops/gated_lora.h>
 #include <torchgraft/ops/gated_prefix_attention.h>
+#include <torchgraft/ops/linear.h>
 
 #include <type_traits>
 
@@ -27,6 +28,7 @@ void register_operators(torch::Library& m) {
   register_operator<device, gated_bottleneck>(m, "gated_bottleneck");
   register_operator<device, gated_bottleneck_linear>(m, "gated_bottleneck_linear");
   register_operator<device, gated_prefix_attention>(m, "gated_prefix_attention");
+  register_operator<device, linear>(m, "linear");
 }
 
 TORCH_LIBRARY_IMPL(torchgraft, AutocastCPU, m) { register_operators<at::kCPU>(m); }

@@ -83,6 +83,11 @@ class Checker {
 
   void input(const at::Tensor& tensor, std::initializer_list<Dim> expected) const {
     shape("x", tensor, expected);
+    input(tensor);
+  }
+
+  // x of any shape.
+  void input(const at::Tensor& tensor) const {
     layout("x", tensor);
     const auto type = tensor.scalar_type();
     TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf, op_,
@@ -259,6 +264,14 @@ void check(const PrefixArguments& args) {
   TORCH_CHECK(args.dropout_p >= 0.0 && args.dropout_p <= 1.0, op, ": expected dropout_p in [0, 1], got ",
               args.dropout_p);
   checker.rows(args.rows, args.prefix_key, /*max_gates=*/2);
+}
+
+void check(const LinearArguments& args) {
+  const Checker checker(args);
+  TORCH_CHECK(args.x.dim() >= 1, LinearArguments::kOperator, ": expected x of shape [..., I], got one number");
+  checker.input(args.x);
+  check_linear(checker, args.weight, args.bias, "O", args.x.sym_size(-1));
+  find_activation(args.non_linearity, LinearArguments::kOperator);  // throws when there is none
 }
 
 void check(const TokenMaskArguments& args) {

@@ -47,7 +47,8 @@ KernelTable KernelTable::parse(const std::string& text, const std::string& sourc
                                   {"gated_lora_linear", FusedOp::kLoraLinear},
                                   {"gated_bottleneck", FusedOp::kBottleneck},
                                   {"gated_bottleneck_linear", FusedOp::kBottleneckLinear},
-                                  {"gated_prefix_attention", FusedOp::kPrefixAttention}});
+                                  {"gated_prefix_attention", FusedOp::kPrefixAttention},
+                                  {"linear", FusedOp::kLinear}});
       found.type = one_of<at::ScalarType>(entry, "dtype", {{"float32", at::kFloat}, {"bfloat16", at::kBFloat16}});
       found.log_tokens = std::log2(positive(entry, "tokens"));
       found.log_features = std::log2(positive(entry, "features"));

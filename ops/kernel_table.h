@@ -9,7 +9,7 @@
 namespace torchgraft::ops {
 
 // The operators that have fused kernels.
-enum class FusedOp { kLora, kLoraLinear, kBottleneck, kBottleneckLinear, kPrefixAttention };
+enum class FusedOp { kLora, kLoraLinear, kBottleneck, kBottleneckLinear, kPrefixAttention, kLinear };
 
 // What a user measured with `torchgraft tune`: for some sizes, the seconds of the fused kernel and of ATen's
 // composition.

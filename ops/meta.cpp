@@ -6,6 +6,7 @@
 #include <torchgraft/ops/gated_bottleneck.h>
 #include <torchgraft/ops/gated_lora.h>
 #include <torchgraft/ops/gated_prefix_attention.h>
+#include <torchgraft/ops/linear.h>
 
 // What comes out of each operator, by sizes alone. The compositions of ops/forward/ would do for meta tensors, too, and
 // pass torch.library.opcheck; but inside a kernel ATen's meta functions refuse sizes without a hint (torch.export's
@@ -49,6 +50,13 @@ Results prefix_attention(const PrefixArguments& args) {
   return {token_major.transpose(1, 2), gate_of(args.x, gates)};
 }
 
+at::Tensor linear_result(const LinearArguments& args) {
+  check(args);
+  c10::SymDimVector sizes(args.x.sym_sizes());
+  sizes.back() = args.weight.sym_size(0);
+  return at::empty_symint(sizes, args.x.options());
+}
+
 at::Tensor real_tokens(const TokenMaskArguments& args) {
   check(args);
   return at::empty_symint({args.x.sym_size(0), args.x.sym_size(1)}, args.x.options().dtype(at::kBool));
@@ -63,6 +71,7 @@ TORCH_LIBRARY_IMPL(torchgraft, Meta, m) {
       "gated_bottleneck_linear",
       from_schema<BottleneckLinearArguments, bottleneck<BottleneckLinearArguments>, decltype(gated_bottleneck_linear)>);
   m.impl("gated_prefix_attention", from_schema<PrefixArguments, prefix_attention, decltype(gated_prefix_attention)>);
+  m.impl("linear", from_schema<LinearArguments, linear_result, decltype(linear)>);
   m.impl("attention_token_mask", from_schema<TokenMaskArguments, real_tokens, decltype(attention_token_mask)>);
 }
 

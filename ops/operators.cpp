@@ -3,6 +3,7 @@
 #include <torchgraft/ops/gated_bottleneck.h>
 #include <torchgraft/ops/gated_lora.h>
 #include <torchgraft/ops/gated_prefix_attention.h>
+#include <torchgraft/ops/linear.h>
 
 // The operators as C++ functions: each call goes through the dispatcher.
 
@@ -67,6 +68,12 @@ std::tuple<at::Tensor, at::Tensor> gated_prefix_attention(
   static const auto op = find<decltype(gated_prefix_attention)>("torchgraft::gated_prefix_attention");
   return op.call(query, key, value, x, prefix_key, prefix_value, prefix_length, attn_mask, dropout_p, is_causal, scale,
                  enable_gqa, gate_weight, gate_bias, adapter_ids, adapter, token_mask);
+}
+
+at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                  std::string_view non_linearity) {
+  static const auto op = find<decltype(linear)>("torchgraft::linear");
+  return op.call(x, weight, bias, non_linearity);
 }
 
 at::Tensor attention_token_mask(const at::Tensor& x, const std::optional<at::Tensor>& attn_mask) {

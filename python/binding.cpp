@@ -11,6 +11,7 @@
 #include <torchgraft/patch/head.h>
 #include <torchgraft/patch/life.h>
 #include <torchgraft/patch/load_module.h>
+#include <torchgraft/patch/optimize.h>
 #include <torchgraft/patch/save_adapter.h>
 #include <torchgraft/patch/text_limits.h>
 #include <torchgraft/patch/train.h>
@@ -246,6 +247,10 @@ void bind_verified(py::module_& m) {
   m.def("lower", [](const Module& module, bool verify, const Example& example) {
     const auto verifying = verifying_of(module, verify, example);
     return with_warnings([&] { return torchgraft::lower(module, verifying); });
+  });
+  m.def("optimize", [](const Module& module, bool exact_base, bool verify, const Example& example) {
+    const torchgraft::OptimizeOptions options{exact_base, verifying_of(module, verify, example)};
+    return with_warnings([&] { return torchgraft::optimize(module, options); });
   });
   m.def("ungraft", [](const Module& module, bool verify, const Example& example) {
     const auto verifying = verifying_of(module, verify, example);

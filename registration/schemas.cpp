@@ -37,5 +37,7 @@ TORCH_LIBRARY(torchgraft, m) {
       "Tensor? adapter_ids=None, int adapter=0, Tensor? token_mask=None) -> (Tensor output, Tensor gate)",
       tags);
 
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias=None, str non_linearity=\"linear\") -> Tensor", tags);
+
   m.def("attention_token_mask(Tensor x, Tensor? attn_mask=None) -> Tensor", tags);
 }

@@ -27,6 +27,8 @@ struct Numbers {
   bool is_bfloat16 = false;
 };
 
+enum class FusedActivation { kIdentity, kRelu, kSilu, kGelu, kGeluTanh, kTanh, kSigmoid };
+
 // y [rows, columns] = x [rows, depth] w [columns, depth]^T (+ x2 w2^T, of depth2) (+ bias) (+ init): both factors lie
 // row-major along the sum, as nn.Linear stores its weight, so no weight is packed (but see w_step). Leading
 // dimensions are in elements.
@@ -44,8 +46,9 @@ struct DotProduct {
   int64_t w_step = 1;  // between the elements of one row of w; other than 1 only for token_product of float32
   float* y = nullptr;
   int64_t y_stride = 0;
-  Numbers bias;                 // [columns]
-  const float* init = nullptr;  // [rows, columns]
+  Numbers bias;                                             // [columns]
+  FusedActivation activation = FusedActivation::kIdentity;  // of the products and the bias; token_product alone has it
+  const float* init = nullptr;                              // [rows, columns]
   int64_t init_stride = 0;
   int64_t depth2 = 0;
   const float* x2 = nullptr;
@@ -98,8 +101,6 @@ struct HeadAttention {
   int64_t log_sum_exp_stride = 0;
   float* workspace = nullptr;  // attention_workspace(...) elements
 };
-
-enum class FusedActivation { kIdentity, kRelu, kSilu, kGelu, kGeluTanh, kTanh, kSigmoid };
 
 // The inner loops, on raw pointers: every source of ops/cpu/vectorized/ is compiled once for each instruction set, and
 // each copy fills in one of these tables.

@@ -82,11 +82,12 @@ bool is_read_in_place(const at::Tensor& weight, int64_t row_tokens) {
           weight.size(1) <= kMost && packs_tokens(row_tokens, weight.size(0)));
 }
 
-at::Tensor linear_with_update(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
-                              const ProjectionUpdate& update, const Selection& selection) {
+namespace {
+
+at::Tensor projected(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
+                     const ProjectionUpdate& update, const Selection& selection, FusedActivation activation) {
   const at::Tensor x = input.contiguous();
   const at::Tensor projection = is_read_in_place(weight, x.size(1)) ? weight : weight.contiguous();
-  const int64_t features = x.size(2);
   const int64_t columns = projection.size(0);
   at::Tensor output = at::empty({x.size(0), x.size(1), columns}, x.options());
   if (output.numel() == 0) {
@@ -119,10 +120,10 @@ at::Tensor linear_with_update(const at::Tensor& input, const at::Tensor& weight,
       DotProduct job;
       job.rows = std::min(tile, runs.tokens - in_run);
       job.columns = std::min(share, columns - column);
-      job.depth = job.x_stride = features;
+      job.depth = job.x_stride = x.size(2);
       job.w_stride = projection.stride(0);
       job.w_step = projection.stride(1);
-      const FloatView tokens_at_hand(from + first * features, job.rows * features);
+      const FloatView tokens_at_hand(from + first * x.size(2), job.rows * x.size(2));
       FloatResult result(from.is_bfloat16, to + (first * columns + column) * element, job.rows, job.columns, columns);
       job.x = tokens_at_hand.data();
       job.x_is_bfloat16 = from.is_bfloat16;
@@ -130,6 +131,7 @@ at::Tensor linear_with_update(const at::Tensor& input, const at::Tensor& weight,
       job.y = result.data();
       job.y_stride = result.stride();
       job.bias = offsets ? offsets + column : offsets;
+      job.activation = activation;
       if (slice >= 0) {
         tiles->join(job, slice, first, column);
       }
@@ -141,6 +143,18 @@ at::Tensor linear_with_update(const at::Tensor& input, const at::Tensor& weight,
     }
   });
   return output;
+}
+
+}  // namespace
+
+at::Tensor linear_with_update(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+                              const ProjectionUpdate& update, const Selection& selection) {
+  return projected(x, weight, bias, update, selection, FusedActivation::kIdentity);
+}
+
+at::Tensor activated_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+                            FusedActivation activation) {
+  return projected(x, weight, bias, {}, /*selection=*/{}, activation);
 }
 
 }  // namespace torchgraft::ops::cpu

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <torchgraft/ops/bank.h>
+#include <torchgraft/ops/cpu/kernels.h>
 #include <torchgraft/ops/gate.h>
 
 namespace torchgraft::ops::cpu {
@@ -25,5 +26,9 @@ bool is_read_in_place(const at::Tensor& weight, int64_t row_tokens);
 // base selection the update is not read.
 at::Tensor linear_with_update(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
                               const ProjectionUpdate& update, const Selection& selection);
+
+// activation(x weight^T + bias), all as above.
+at::Tensor activated_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+                            FusedActivation activation);
 
 }  // namespace torchgraft::ops::cpu

@@ -33,6 +33,9 @@ void multiply(const DotProduct& job, int64_t row_tokens, int64_t columns) {
                                    "a weight in steps is read by the float32 kernel that packs tokens alone");
   if (!packs) {
     kernels().dot_product(job);
+    for (int64_t row = 0; row < job.rows && job.activation != FusedActivation::kIdentity; ++row) {
+      kernels().activate(job.activation, job.y + row * job.y_stride, job.columns);
+    }
   } else if (job.x_is_bfloat16 && job.w.is_bfloat16 && kernels().token_product_bfloat16 != nullptr) {
     kernels().token_product_bfloat16(job);
   } else {

@@ -27,8 +27,9 @@ Numbers numbers_of(const at::Tensor& tensor);
 // Whether multiply() packs tokens into the lanes of vectors. Then a float32 weight may have any w_step.
 bool packs_tokens(int64_t row_tokens, int64_t columns);
 
-// Computes `job`. row_tokens, the tokens of a batch row, and `columns`, those of the whole result, choose the kernel:
-// so the bits depend neither on what else is in the batch nor on how the work is divided.
+// Computes `job`, which has no init beside an activation. row_tokens, the tokens of a batch row, and `columns`, those
+// of the whole result, choose the kernel: so the bits depend neither on what else is in the batch nor on how the work
+// is divided.
 void multiply(const DotProduct& job, int64_t row_tokens, int64_t columns);
 
 // `count` neighbouring numbers as float32: where they lie, or widened.

@@ -2,6 +2,7 @@
 
 #include <torchgraft/patch/canonicalise/decompose_einsum.h>
 #include <torchgraft/patch/canonicalise/decompose_fused_encoder.h>
+#include <torchgraft/patch/canonicalise/decompose_linear.h>
 #include <torchgraft/patch/canonicalise/decompose_linear_relu.h>
 #include <torchgraft/patch/canonicalise/decompose_multihead_attention.h>
 #include <torchgraft/patch/canonicalise/fold_attributes.h>
@@ -94,6 +95,7 @@ const Pass kPasses[] = {
      }},
     {"fold_rank_checks", [](CanonicalGraph& c, const Module&) { fold_rank_checks(c.graph); }},
     {"decompose_fused_encoder", [](CanonicalGraph& c, const Module&) { decompose_fused_encoder(c.graph); }},
+    {"decompose_linear", [](CanonicalGraph& c, const Module&) { decompose_linear(c.graph); }},
     {"decompose_linear_relu", [](CanonicalGraph& c, const Module&) { decompose_linear_relu(c.graph); }},
     {"decompose_einsum", [](CanonicalGraph& c, const Module& m) { decompose_einsum(c.graph, m); }},
     {"raise_linear", [](CanonicalGraph& c, const Module& m) { raise_linear(c.graph, m); }},

@@ -3,6 +3,7 @@
 #include <torchgraft/patch/adapters/adapters_module.h>
 #include <torchgraft/patch/adapters/dora.h>
 #include <torchgraft/patch/adapters/read_adapters.h>
+#include <torchgraft/patch/canonicalise/decompose_linear.h>
 #include <torchgraft/patch/canonicalise/inline_module_arguments.h>
 #include <torchgraft/patch/canonicalise/raise_mkldnn_convolution.h>
 #include <torchgraft/patch/graph/clone_module.h>
@@ -175,6 +176,7 @@ Module base_copy(const Module& module) {
   if (is_grafted(module)) {
     remove_methods(result);
   }
+  decompose_linear(result.get_method("forward").graph());
   return result;
 }
 

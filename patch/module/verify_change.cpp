@@ -1,5 +1,6 @@
 #include <torchgraft/patch/module/verify_change.h>
 
+#include <torchgraft/patch/canonicalise/canonicalise.h>
 #include <torchgraft/patch/graph/clone_module.h>
 #include <torchgraft/patch/module/compare_on_inputs.h>
 #include <torchgraft/patch/module/methods.h>
@@ -107,11 +108,14 @@ class ChangeComparison {
 
 }  // namespace
 
-std::string verify_change(const Module& grafted, const std::vector<SameResult>& pairs,
+std::string verify_change(const Module& module, const std::vector<SameResult>& pairs,
                           const std::optional<Arguments>& example, const char* what) {
-  const Module base = clone_module(grafted);  // errors in a module that was frozen may end the process
-  const BaseForward forward{base, "base_forward", graph_of_run(base, "base_forward"),
-                            graph_of_run(base, "grafted_forward"), options_of(base)};
+  const Module base = clone_module(module);  // errors in a module that was frozen may end the process
+  const bool grafted = is_grafted(module);
+  const char* method = grafted ? "base_forward" : "forward";
+  const BaseForward forward{base, method, graph_of_run(base, method),
+                            grafted ? graph_of_run(base, "grafted_forward") : canonicalise(base, method).graph,
+                            options_of(base)};
   ChangeComparison comparison(pairs, forward.graph, coarsest_dtype(*forward.flat, base), what);
   return compare_on_inputs(
       forward, example, what, "the module as it was",

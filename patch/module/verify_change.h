@@ -22,12 +22,13 @@ struct SameResult {
   std::string what;
 };
 
-// Runs each pair on the same inputs, as verify_results() does: without a trace. `grafted` is the module before the
-// change, whose base_forward says what inputs there are; `example` as there; `what` is the function that changes it.
+// Runs each pair on the same inputs, as verify_results() does: without a trace. `module` is the module before the
+// change, whose base_forward, or forward where nothing is grafted, says what inputs there are; `example` as there;
+// `what` is the function that changes it.
 //
 // Returns what was not compared and why, as a sentence for a warning; empty when all was. Throws c10::Error when
 // results differ, and when a later run fails on inputs on which the first one succeeds.
-std::string verify_change(const torch::jit::Module& grafted, const std::vector<SameResult>& pairs,
+std::string verify_change(const torch::jit::Module& module, const std::vector<SameResult>& pairs,
                           const std::optional<std::vector<c10::IValue>>& example, const char* what);
 
 }  // namespace torchgraft

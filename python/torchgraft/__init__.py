@@ -48,6 +48,7 @@ from .life import (
     unmerge_adapter,
     verify,
 )
+from .optimization import optimize
 from .pool import AdapterPool, Lease, check_room
 from .programs.export import export
 from .programs.onnx_file import save_onnx
@@ -107,6 +108,7 @@ __all__ = [
     "match_adapter",
     "merge_adapter",
     "one_line",
+    "optimize",
     "parse_json",
     "plot_gates",
     "quantization_error",

@@ -35,6 +35,7 @@ from ._files import (
 from ._layers import ROLES, slots_of
 from ._libraries import load_others, patcher
 from ._operators import operators_of, ranges
+from ._optimize_command import optimize_command
 from ._quantize_command import quantize_command
 from ._tuning import DTYPES, FEATURES, OPS, TOKENS, measure
 from .configs import config_argument
@@ -60,6 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
         "inspect": inspect,
         "tune": tune,
         "export": export_command,
+        "optimize": optimize_command,
         "quantize": quantize_command,
         **_life_commands.COMMANDS,
     }[arguments.command]

@@ -68,6 +68,14 @@ def _prefix_attention(dtype: torch.dtype, tokens: int, features: int) -> Case:
     )
 
 
+def _linear(dtype: torch.dtype, tokens: int, features: int) -> Case:
+    """Linear maps of a layer, more than the second cache holds: a model reads each of its weights once in a pass."""
+    x = torch.randn(1, tokens, features).to(dtype)
+    weights = torch.randn(12, features, features).to(dtype)
+    bias = torch.randn(features).to(dtype)
+    return lambda: [torch.ops.torchgraft.linear(x, weight, bias) for weight in weights]
+
+
 def _gate(dtype: torch.dtype, features: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(1, 1, features).to(dtype), torch.zeros(1, 1, dtype=dtype)
 
@@ -78,6 +86,7 @@ OPS: dict[str, Callable[[torch.dtype, int, int], Case]] = {
     "gated_bottleneck": _bottleneck,
     "gated_bottleneck_linear": _bottleneck_linear,
     "gated_prefix_attention": _prefix_attention,
+    "linear": _linear,
 }
 
 

@@ -54,6 +54,7 @@ def make_parser(program: str = "torchgraft") -> Parser:
     add_life_commands(commands)
     add_gates_command(commands)
     add_export_command(commands)
+    add_optimize_command(commands)
     add_quantize_command(commands)
     train_arguments.add_train_command(commands)
     add_tune_command(commands)
@@ -304,6 +305,17 @@ def add_export_command(commands: argparse._SubParsersAction[Parser]) -> None:
         help="inputs of forward: a .pt of torch.save (a tensor, a tuple, or a dict by argument), or .safetensors "
         "(default: made up for a text encoder)",
     )
+
+
+def add_optimize_command(commands: argparse._SubParsersAction[Parser]) -> None:
+    optimizing = commands.add_parser("optimize", help="make a faster copy of BASE, grafted or not, for inference")
+    optimizing.add_argument("base", type=Path, metavar="BASE.pt", help="a model, grafted or not")
+    optimizing.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.pt", help="the file to write")
+    optimizing.add_argument(
+        "--exact-base", action="store_true", help="leave a grafted module's base as it is: deactivated, bit for bit"
+    )
+    add_example_argument(optimizing, "compare OUT with BASE")
+    optimizing.add_argument("--force", action="store_true", help="write also over BASE.pt itself")
 
 
 def add_quantize_command(commands: argparse._SubParsersAction[Parser]) -> None:

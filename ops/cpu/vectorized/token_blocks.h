@@ -74,6 +74,20 @@ class PackedTokens {
   std::unique_ptr<float[]> packed_;
 };
 
+// Some terms of a sum, of those over x.
+struct Part {
+  int64_t first;
+  int64_t depth;
+};
+
+constexpr int64_t kLine = 16;  // numbers in a line of the cache
+
+// Brings w[offset] into the cache. A weight is read once for 64 tokens and comes from memory: its rows are too short
+// for the processor to see what follows. w[offset] may lie behind the weight's end.
+inline void fetch_ahead(const float* w, int64_t offset) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(w) + offset * sizeof(float)));
+}
+
 // Terms one by one, float32.
 struct Singles {
   static constexpr bool kReadsFloats = true;  // of w: a bfloat16 one is widened first
@@ -90,18 +104,25 @@ struct Singles {
   template <typename V, int R, int C>
   static inline __attribute__((always_inline)) void accumulate(V (&sums)[R][C], const float* w, int64_t stride,
                                                                int64_t step, const float* x, int64_t depth) {
-    for (int64_t k = 0; k < depth; ++k) {
-      V right[C];
-#pragma GCC unroll 8
-      for (int j = 0; j < C; ++j) {
-        right[j] = V::loadu(x + (k * C + j) * V::size());
-      }
+    for (int64_t first = 0; first < depth; first += kLine) {
 #pragma GCC unroll 8
       for (int i = 0; i < R; ++i) {
-        const V left(w[i * stride + k * step]);
+        fetch_ahead(w, (R + i) * stride + first * step);
+      }
+      const int64_t end = std::min(depth, first + kLine);
+      for (int64_t k = first; k < end; ++k) {
+        V right[C];
 #pragma GCC unroll 8
         for (int j = 0; j < C; ++j) {
-          sums[i][j] = fmadd(left, right[j], sums[i][j]);
+          right[j] = V::loadu(x + (k * C + j) * V::size());
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < R; ++i) {
+          const V left(w[i * stride + k * step]);
+#pragma GCC unroll 8
+          for (int j = 0; j < C; ++j) {
+            sums[i][j] = fmadd(left, right[j], sums[i][j]);
+          }
         }
       }
     }
@@ -109,23 +130,25 @@ struct Singles {
 
   template <typename V, int R, int C>
   static inline __attribute__((always_inline)) void accumulate(V (&sums)[R][C], const WeightRows<kRows>& rows,
-                                                               const float* x, int64_t depth) {
-    accumulate<V, R, C>(sums, rows.w(), rows.w_stride(), rows.w_step(), x, depth);
+                                                               const float* x, const Part& part) {
+    accumulate<V, R, C>(sums, rows.w() + part.first * rows.w_step(), rows.w_stride(), rows.w_step(), x, part.depth);
   }
 };
 
-// to [R, kTokens]: R columns of y for the tokens of one panel, of C vectors.
+// to [R, kTokens]: R columns of y for the tokens of one panel, of C vectors. x: the terms of `part`; the first part
+// begins with the bias, a later one with `to`, where the one before has left off. depth2: 0 before the last part.
 template <typename Terms, typename V, int R, int C>
-void block(const WeightRows<kRows>& rows, const float* x, int64_t depth, const float* x2, int64_t depth2, float* to) {
+void block(const WeightRows<kRows>& rows, const float* x, const Part& part, const float* x2, int64_t depth2,
+           float* to) {
   V sums[R][C];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 8
     for (int j = 0; j < C; ++j) {
-      sums[i][j] = V(rows.bias()[i]);
+      sums[i][j] = part.first == 0 ? V(rows.bias()[i]) : V::loadu(to + i * kTokens + j * V::size());
     }
   }
-  Terms::template accumulate<V, R, C>(sums, rows, x, depth);
+  Terms::template accumulate<V, R, C>(sums, rows, x, part);
   Singles::accumulate<V, R, C>(sums, rows.w2(), rows.w2_stride(), /*step=*/1, x2, depth2);
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
@@ -136,7 +159,7 @@ void block(const WeightRows<kRows>& rows, const float* x, int64_t depth, const f
   }
 }
 
-using Block = void (*)(const WeightRows<kRows>&, const float*, int64_t, const float*, int64_t, float*);
+using Block = void (*)(const WeightRows<kRows>&, const float*, const Part&, const float*, int64_t, float*);
 
 // By [(rows - 1) * kVectors + vectors - 1].
 template <typename Terms, int... I>
@@ -158,9 +181,11 @@ Block block_of(int64_t rows, int64_t width) {
   return kBlocks[(rows - 1) * kVectors + width / kLanes - 1];
 }
 
-// y [tokens, columns] = sums [columns, kTokens] transposed (+ init).
-inline void store(const DotProduct& job, const float* sums, int64_t row, int64_t tokens, int64_t column,
-                  int64_t columns) {
+// y [tokens, columns] = activation(sums [columns, kTokens]) transposed (+ init).
+inline void store(const DotProduct& job, float* sums, int64_t row, int64_t tokens, int64_t column, int64_t columns) {
+  for (int64_t i = 0; i < columns && job.activation != FusedActivation::kIdentity; ++i) {
+    activate(job.activation, sums + i * kTokens, tokens);
+  }
   float* to = job.y + row * job.y_stride + column;
   if (job.init == nullptr) {
     transpose(sums, kTokens, columns, tokens, nullptr, to, job.y_stride);
@@ -176,27 +201,47 @@ inline void store(const DotProduct& job, const float* sums, int64_t row, int64_t
   }
 }
 
+// Terms that are summed at a time: x's stay in the first cache while kColumns rows of w meet them. All of them where a
+// row of w must be widened first.
+inline int64_t terms_at_a_time(const DotProduct& job, int64_t tokens, bool is_widened) {
+  constexpr int64_t kNumbers = 1 << 13;
+  return is_widened ? std::max<int64_t>(job.depth, 1) : kNumbers / in_vectors(tokens) / kLine * kLine;
+}
+
+// The columns of y from `column` on, for the `tokens` rows from `row` on, whose first is that of x and x2.
+template <typename Terms>
+void product_of_tile(const DotProduct& job, WeightRows<kRows>& rows, const PackedTokens<Terms>& x,
+                     const PackedTokens<Singles>& x2, int64_t row, int64_t tokens, int64_t column) {
+  alignas(64) float sums[kColumns * kTokens];
+  const int64_t columns = std::min(kColumns, job.columns - column);
+  const int64_t terms = terms_at_a_time(job, tokens, Terms::kReadsFloats && job.w.is_bfloat16);
+  int64_t first = 0;
+  do {
+    const Part part{first, std::min(terms, job.depth - first)};
+    first += part.depth;
+    for (int64_t i = 0; i < columns; i += kRows) {
+      const int64_t count = std::min<int64_t>(kRows, columns - i);
+      rows.set(column + i, count);
+      for (int64_t token = 0; token < tokens;) {
+        const int64_t width = panel_width(tokens - token);
+        block_of<Terms>(count, width)(rows, x.panel(token) + Terms::rows(part.first) * width, part, x2.panel(token),
+                                      first == job.depth ? job.depth2 : 0, sums + i * kTokens + token);
+        token += width;
+      }
+    }
+  } while (first < job.depth);
+  store(job, sums, row, tokens, column, columns);
+}
+
 template <typename Terms>
 void product_by_tokens(const DotProduct& job) {
-  alignas(64) float sums[kColumns * kTokens];
   WeightRows<kRows> rows(job, Terms::kReadsFloats);
   for (int64_t row = 0; row < job.rows; row += kTokens) {
     const int64_t tokens = std::min(kTokens, job.rows - row);
     const PackedTokens<Terms> x(job.x + row * job.x_stride, job.x_stride, tokens, job.depth);
     const PackedTokens<Singles> x2(job.x2 + row * job.x2_stride, job.x2_stride, tokens, job.depth2);
     for (int64_t column = 0; column < job.columns; column += kColumns) {
-      const int64_t columns = std::min(kColumns, job.columns - column);
-      for (int64_t i = 0; i < columns; i += kRows) {
-        const int64_t count = std::min<int64_t>(kRows, columns - i);
-        rows.set(column + i, count);
-        for (int64_t token = 0; token < tokens;) {
-          const int64_t width = panel_width(tokens - token);
-          block_of<Terms>(count, width)(rows, x.panel(token), job.depth, x2.panel(token), job.depth2,
-                                        sums + i * kTokens + token);
-          token += width;
-        }
-      }
-      store(job, sums, row, tokens, column, columns);
+      product_of_tile(job, rows, x, x2, row, tokens, column);
     }
   }
 }

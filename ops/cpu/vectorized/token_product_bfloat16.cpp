@@ -48,8 +48,9 @@ struct Pairs {
 
   template <typename V, int R, int C>
   static inline __attribute__((always_inline)) void accumulate(V (&sums)[R][C], const WeightRows<kRows>& rows,
-                                                               const float* x, int64_t depth) {
-    const c10::BFloat16* w = rows.bfloat16_w();
+                                                               const float* x, const Part& part) {
+    const c10::BFloat16* w = rows.bfloat16_w() + part.first;
+    const int64_t depth = part.depth;
     const int64_t stride = rows.bfloat16_w_stride();
     for (int64_t k = 0; k < depth / 2; ++k) {
       add<V, R, C>(sums, x + k * C * V::size(), [&](int i) { return pair_at(w + i * stride + 2 * k); });

@@ -44,6 +44,8 @@ TEST(Schemas, AreFrozen) {
             "-> (Tensor output, Tensor gate)");
   EXPECT_EQ(schema("torchgraft::attention_token_mask"),
             "torchgraft::attention_token_mask(Tensor x, Tensor? attn_mask=None) -> Tensor");
+  EXPECT_EQ(schema("torchgraft::linear"),
+            "torchgraft::linear(Tensor x, Tensor weight, Tensor? bias=None, str non_linearity=\"linear\") -> Tensor");
 }
 
 TEST(Library, TellsItsVersionToThoseWhoLoadIt) {

@@ -13,7 +13,8 @@ import torch
 _SCRIPT = Path(__file__).resolve().parents[3] / "benchmarks" / "models.py"
 _SMALL = dict(num_hidden_layers=1, hidden_size=24, num_attention_heads=2, intermediate_size=48)
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of tracing
-_ALWAYS = {"base, eager", "base", "library, eager", "library, traced", "torchgraft"}
+_OURS = {"torchgraft", "torchgraft, optimised", "base, optimised"}
+_ALWAYS = {"base, eager", "base", "library, eager", "library, traced", *_OURS}
 
 
 @pytest.fixture(scope="module")

@@ -28,9 +28,33 @@ print(not names.isdisjoint(["aten::linear", "aten::matmul", "aten::mm", "aten::a
 """
 
 
-def _run(**environment: str) -> subprocess.CompletedProcess:
+_LINEAR = """
+import torch
+torch.ops.load_library({library!r})
+weight = torch.randn(64, 64)
+for tokens in (16, 191, 192, 1024):
+    x = torch.randn(1, tokens, 64)
+    with torch.autograd.profiler.profile() as profile:
+        torch.ops.torchgraft.linear(x, weight)
+    print(tokens, any(event.name == "aten::linear" for event in profile.function_events))
+"""
+
+
+@pytest.mark.parametrize("kernels", ["auto", "fused"])
+def test_on_intel_linear_maps_of_many_tokens_are_atens(kernels: str) -> None:
+    done = _run(_LINEAR, TORCHGRAFT_KERNELS=kernels)
+    assert done.returncode == 0, done.stderr
+    is_fast = torch.backends.cpu.get_cpu_capability() in ("AVX512", "AVX2")
+    is_intel = "Intel" in torch.cpu.get_capabilities().get("cpu_name", "")
+    wanted = {
+        tokens: kernels == "auto" and (not is_fast or (is_intel and tokens >= 192)) for tokens in (16, 191, 192, 1024)
+    }
+    assert done.stdout.splitlines() == [f"{tokens} {is_atens}" for tokens, is_atens in wanted.items()]
+
+
+def _run(text: str = _CODE, **environment: str) -> subprocess.CompletedProcess:
     [library] = {path for path in torch.ops.loaded_libraries if "libtorchgraft.so" in path}  # this process's, too
-    code = _CODE.format(library=library)
+    code = text.format(library=library)
     return subprocess.run(
         [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
     )

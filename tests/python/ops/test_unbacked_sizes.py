@@ -40,6 +40,7 @@ CALLS = {
     "grouped heads under a mask": lambda x, ids: prefix_attention(
         x, 2 * HEADS, attn_mask=x.new_zeros(x.size(0), 1, 1, x.size(1)), enable_gqa=True, adapter_ids=ids
     ),
+    "linear": lambda x, ids: (ops.linear(x, torch.randn(HIDDEN, HIDDEN), None, "gelu"),) * 2,
     "attention_token_mask": lambda x, ids: (ops.attention_token_mask(x, x.new_zeros(x.size(0), 1, 1, x.size(1))),) * 2,
 }
 

@@ -1,0 +1,31 @@
+#include <torchgraft/patch/canonicalise/decompose_linear.h>
+
+#include <torchgraft/patch/graph/activation_node.h>
+#include <torchgraft/patch/graph/graph_utils.h>
+
+namespace torchgraft {
+
+using torch::jit::Node;
+using torch::jit::Value;
+
+void decompose_linear(const std::shared_ptr<torch::jit::Graph>& graph) {
+  static const auto kLinear = c10::Symbol::fromQualString("torchgraft::linear");
+  for_each_node(graph->block(), [&](Node* node) {
+    const auto name = node->kind() == kLinear ? torch::jit::toIValue(node->input(3)) : std::nullopt;
+    if (!name || !name->isString()) {
+      return;
+    }
+    const torch::jit::WithInsertPoint guard(node);
+    Node* linear = graph->create(c10::aten::linear, {node->input(0), node->input(1), node->input(2)}, 1);
+    linear->insertBefore(node)->copyMetadata(node);
+    Value* result = insert_activation(*graph, linear->output(), name->toStringRef());
+    if (result == nullptr) {
+      linear->destroy();
+      return;
+    }
+    result->node()->copyMetadata(node);
+    replace_node(node, {result});
+  });
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,52 @@
+#include <torchgraft/patch/graph/activation_node.h>
+
+#include <torchgraft/patch/graph/graph_utils.h>
+
+#include <array>
+#include <utility>
+
+namespace torchgraft {
+namespace {
+
+using torch::jit::Graph;
+using torch::jit::Node;
+using torch::jit::Value;
+
+constexpr std::array<std::pair<const char*, c10::Symbol>, 4> kSimple = {
+    {{"relu", c10::aten::relu}, {"sigmoid", c10::aten::sigmoid}, {"silu", c10::aten::silu}, {"tanh", c10::aten::tanh}}};
+
+}  // namespace
+
+std::string activation_name(const Node* node) {
+  for (const auto& [name, kind] : kSimple) {
+    if (node->kind() == kind && node->inputs().size() == 1) {
+      return name;
+    }
+  }
+  if (node->kind() != c10::aten::gelu || node->inputs().size() != 2) {
+    return "";
+  }
+  const auto approximate = torch::jit::toIValue(node->input(1));
+  if (!approximate || !approximate->isString()) {
+    return "";
+  }
+  const std::string& how = approximate->toStringRef();
+  return how == "none" ? "gelu" : how == "tanh" ? "gelu_pytorch_tanh" : "";
+}
+
+Value* insert_activation(Graph& graph, Value* input, const std::string& name) {
+  if (name == "linear") {
+    return input;
+  }
+  for (const auto& [simple, kind] : kSimple) {
+    if (name == simple) {
+      return graph.insert(kind, {input});
+    }
+  }
+  if (name == "gelu" || name == "gelu_pytorch_tanh") {
+    return graph.insert(c10::aten::gelu, {input}, {{"approximate", name == "gelu" ? "none" : "tanh"}});
+  }
+  return nullptr;
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,74 @@
+#include <torchgraft/patch/insert/fuse_linear.h>
+
+#include <torchgraft/patch/graph/activation_node.h>
+#include <torchgraft/patch/graph/graph_utils.h>
+
+#include <ATen/ATen.h>
+
+#include <string>
+#include <vector>
+
+namespace torchgraft {
+namespace {
+
+using torch::jit::Module;
+using torch::jit::Node;
+using torch::jit::Value;
+
+// What the operator takes: ATen's linear also takes sparse and quantised weights, and vectors for weights.
+bool is_dense_parameter(const Value* value, int64_t dimensions, const Module& module) {
+  const at::Tensor tensor = resolve_tensor(value, module);
+  if (!tensor.defined() || tensor.dim() != dimensions || tensor.layout() != at::kStrided) {
+    return false;
+  }
+  const auto type = tensor.scalar_type();
+  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
+}
+
+bool can_be_fused(const Node* node, const Module& module) {
+  if (node->kind() != c10::aten::linear || !is_dense_parameter(node->input(1), 2, module)) {
+    return false;
+  }
+  return is_none(node->input(2)) || is_dense_parameter(node->input(2), 1, module);
+}
+
+// The node that alone reads the result of `linear`, where it runs whenever `linear` does, and its function's name.
+std::pair<Node*, std::string> activation_after(const Node* linear) {
+  const auto& uses = linear->output()->uses();
+  Node* reader = uses.size() == 1 ? uses.front().user : nullptr;
+  if (reader == nullptr || reader->owningBlock() != linear->owningBlock() || uses.front().offset != 0) {
+    return {nullptr, "linear"};
+  }
+  const std::string name = activation_name(reader);
+  return name.empty() ? std::pair<Node*, std::string>(nullptr, "linear") : std::pair(reader, name);
+}
+
+}  // namespace
+
+size_t fuse_linear(const std::shared_ptr<torch::jit::Graph>& graph, const Module& module) {
+  static const auto kLinear = c10::Symbol::fromQualString("torchgraft::linear");
+  std::vector<Node*> linears;
+  for_each_node(graph->block(), [&](Node* node) {
+    if (can_be_fused(node, module)) {
+      linears.push_back(node);
+    }
+  });
+  for (Node* linear : linears) {
+    const auto [activation, name] = activation_after(linear);
+    const torch::jit::WithInsertPoint guard(linear);
+    std::vector<Value*> inputs = linear->inputs().vec();
+    inputs.push_back(graph->insertConstant(name));
+    Node* fused = graph->create(kLinear, inputs, 1)->insertBefore(linear);
+    fused->copyMetadata(linear);
+    Node* last = activation == nullptr ? linear : activation;
+    fused->output()->copyMetadata(last->output());
+    last->output()->replaceAllUsesWith(fused->output());
+    if (activation != nullptr) {
+      activation->destroy();
+    }
+    linear->destroy();
+  }
+  return linears.size();
+}
+
+}  // namespace torchgraft

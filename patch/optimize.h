@@ -1,0 +1,27 @@
+#pragma once
+
+#include <torchgraft/patch/life.h>
+#include <torchgraft/registration/export.h>
+
+#include <torch/csrc/jit/api/module.h>
+
+namespace torchgraft {
+
+struct OptimizeOptions {
+  // Leave base_forward of a grafted module as it is: deactivated, its results stay the base's bit for bit. Otherwise
+  // they differ by rounding.
+  bool exact_base = false;
+  VerifyOptions verifying = {};
+};
+
+// A copy of `module`, grafted or not, frozen or not, for faster inference: linear maps, each with the function that
+// follows it, run as torchgraft::linear, which takes the kernel that is faster (ops/kernel_choice.h). Results are equal
+// up to rounding. Weights share the memory of the module's own; other methods than forward stay as they are. The
+// result needs libtorchgraft.so, also where the module needed none.
+//
+// Optimise last: what changes a grafted module (grafting, removing, merging, ...) takes an optimised one, too, but
+// gives one that is not optimised. Throws c10::Error when forward has no linear map with a weight of its own, and,
+// unless turned off, when a result differs on example inputs.
+TORCHGRAFT_PATCH_API torch::jit::Module optimize(const torch::jit::Module& module, const OptimizeOptions& options = {});
+
+}  // namespace torchgraft
