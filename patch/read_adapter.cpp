@@ -90,9 +90,12 @@ AdapterSpec read_adapter_directory(const std::string& directory, const std::stri
   return spec;
 }
 
+bool is_adapter_directory(const std::string& directory) { return has_marker(directory, kConfigFile); }
+
 AdapterConfig read_adapter_config(const std::string& directory) {
   const std::string path = directory + "/" + kConfigFile;
-  const std::string text = read_text(path, kLongestConfig);
+  std::string text;
+  read_one_version(directory, {kConfigFile}, kConfigFile, [&] { text = read_text(path, kLongestConfig); });
   check_is_adapter_hub(path, text);
   return config_from_json(text);
 }

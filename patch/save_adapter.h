@@ -38,6 +38,10 @@ TORCHGRAFT_PATCH_API void save_adapter(const torch::jit::Module& module, const s
 TORCHGRAFT_PATCH_API AdapterSpec read_adapter_directory(const std::string& directory, const std::string& name = "",
                                                         uint64_t most_weight_bytes = kMostWeightBytes);
 
+// Whether an adapter's configuration lies in the directory. While another process saves into it, waits for the instant
+// of renaming to pass, but not for long.
+TORCHGRAFT_PATCH_API bool is_adapter_directory(const std::string& directory);
+
 // Reads the configuration alone. Throws as read_adapter_directory does.
 TORCHGRAFT_PATCH_API AdapterConfig read_adapter_config(const std::string& directory);
 

@@ -28,7 +28,8 @@ bool is_name(const std::string& name) {
 
 bool is_adapter(const std::filesystem::path& directory) {
   std::error_code none;
-  return std::filesystem::is_regular_file(directory / "adapter_config.json", none);
+  return torchgraft::is_adapter_directory(directory.string()) &&
+         std::filesystem::is_regular_file(directory / "adapter_config.json", none);
 }
 
 std::vector<std::string> names_in(const std::filesystem::path& folder) {

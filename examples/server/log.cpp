@@ -8,6 +8,24 @@
 #include <cstddef>
 #include <mutex>
 
+namespace {
+
+// Names and texts of strangers' files may hold what a terminal takes for a command: bytes below the space, and in UTF-8
+// U+0080 to U+009F.
+std::string printable(std::string text) {
+  const auto byte = [&](size_t place) { return place < text.size() ? static_cast<unsigned char>(text[place]) : 0; };
+  for (size_t i = 0; i < text.size(); ++i) {
+    if (byte(i) == 0xc2 && (byte(i + 1) & 0xe0) == 0x80) {
+      text.replace(i, 2, "??");
+    } else if (byte(i) < ' ' || byte(i) == 0x7f) {
+      text[i] = '?';
+    }
+  }
+  return text;
+}
+
+}  // namespace
+
 void log_line(const std::string& line) {
   static std::mutex mutex;
   static size_t dropped = 0;
@@ -18,7 +36,7 @@ void log_line(const std::string& line) {
     return;
   }
   std::string text = dropped > 0 ? "server: " + std::to_string(dropped) + " lines before this one are missing\n" : "";
-  text += line;
+  text += printable(line);
   text.resize(std::min<size_t>(text.size(), PIPE_BUF - 1));
   text += '\n';
   if (write(STDERR_FILENO, text.data(), text.size()) >= 0) {

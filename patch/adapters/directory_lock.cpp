@@ -40,4 +40,17 @@ DirectoryLock::~DirectoryLock() {
   }
 }
 
+bool look_between_updates(const std::string& directory, const std::function<void()>& look) {
+  const int descriptor = open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (descriptor < 0) {
+    return false;
+  }
+  const bool is_free = flock(descriptor, LOCK_SH | LOCK_NB) == 0;
+  if (is_free) {
+    look();
+  }
+  close(descriptor);
+  return is_free;
+}
+
 }  // namespace torchgraft

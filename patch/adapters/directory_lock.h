@@ -1,5 +1,6 @@
 #pragma once
 
+#include <functional>
 #include <string>
 
 namespace torchgraft {
@@ -21,5 +22,9 @@ class DirectoryLock {
   int descriptor_ = -1;
   bool is_held_ = false;
 };
+
+// Calls `look` while no process holds that lock, and keeps all from taking it meanwhile. Returns false, without the
+// call, when one holds it, and where the file system has no locks.
+bool look_between_updates(const std::string& directory, const std::function<void()>& look);
 
 }  // namespace torchgraft

@@ -1,5 +1,7 @@
 #include <torchgraft/patch/adapters/one_version.h>
 
+#include <torchgraft/patch/adapters/directory_lock.h>
+
 #include <c10/util/Exception.h>
 
 #include <sys/stat.h>
@@ -14,7 +16,7 @@ namespace torchgraft {
 namespace {
 
 constexpr int kMostReads = 100;
-constexpr int kMostWaits = 20;  // for the marker
+constexpr int kMostWaits = 100;  // for the marker
 constexpr std::chrono::milliseconds kPause(5);
 
 // What tells a version of a file from others. A file that is replaced has another number, one that is written into has
@@ -43,14 +45,28 @@ bool is_missing(const std::string& path) {
 
 }  // namespace
 
+bool has_marker(const std::string& directory, const std::string& marker) {
+  const std::string path = directory + "/" + marker;
+  bool is_there = !is_missing(path);
+  const auto look = [&] { is_there = !is_missing(path); };
+  for (int waits = 0; !is_there && !is_missing(directory) && !look_between_updates(directory, look); ++waits) {
+    if (waits == kMostWaits) {
+      break;
+    }
+    std::this_thread::sleep_for(kPause);
+    look();
+  }
+  return is_there;
+}
+
 void read_one_version(const std::string& directory, const std::vector<std::string>& files, const std::string& marker,
                       const std::function<void()>& read) {
-  int waits = 0;
   for (int reads = 0; reads < kMostReads; ++reads) {
-    while (is_missing(directory + "/" + marker) && !is_missing(directory) && ++waits <= kMostWaits) {
-      std::this_thread::sleep_for(kPause);
-    }
+    const bool was_there = has_marker(directory, marker);
     const auto before = versions_of(directory, files);
+    if (was_there && is_missing(directory + "/" + marker)) {
+      continue;  // the next update has begun
+    }
     std::exception_ptr failure;
     try {
       read();

@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from torchgraft_command.line import printable
+
 from . import _life_commands
 from ._console import say, table_console
 from ._drawing import draw
@@ -71,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
         command(arguments)
     for warning in caught:
         if issubclass(warning.category, UserWarning):
-            print(f"warning: {warning.message}", file=sys.stderr)
+            print(f"warning: {printable(warning.message)}", file=sys.stderr)
 
 
 def version_text() -> str:

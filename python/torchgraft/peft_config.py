@@ -2,12 +2,13 @@
 
 import json
 import math
-import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ._patterns import check_pattern, match_pattern
 from ._reading import parse_json
 from .adapter_hub import CONFIG_FILE, read_config
 from .errors import GraftError
@@ -28,6 +29,11 @@ _UNSUPPORTED = {
 # Initialisations that leave the base's weights as they are.
 _PLAIN_INITIALISATIONS = ("gaussian", "eva", "mica", "orthogonal")
 _ALL_LINEAR = "all-linear"
+_HIGHEST_RANK = 2**31 - 1
+_LONGEST_SHOWN = 200  # characters of a value in an error
+# What PEFT makes of the expressions of layers_pattern, and of rank_pattern and alpha_pattern.
+_LAYER = r"(?:^|.*?\.){}\.(?P<number>\d+)\."
+_END = r"(.*\.)?({})$"
 
 
 @dataclass(frozen=True)
@@ -50,21 +56,21 @@ class PeftLoRAConfig:
 
     def rank(self, path: str) -> int:
         """Returns the rank of the update of the linear map at `path`, by PEFT's module path."""
-        return int(_pattern_value(self.rank_pattern, path, self.r))
+        return int(self._pattern_value(self.rank_pattern, path, self.r))
 
     def scaling(self, path: str) -> float:
         """Returns the factor of B A: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA."""
         rank = self.rank(path)
-        alpha = _pattern_value(self.alpha_pattern, path, self.lora_alpha)
+        alpha = self._pattern_value(self.alpha_pattern, path, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def targets(self, path: str) -> bool:
         """Returns whether PEFT gives the linear map at `path` an update."""
-        if _names(self.exclude_modules, path):
+        if self._names(self.exclude_modules, path):
             return False
         if self.target_modules == _ALL_LINEAR:
             return True
-        if not _names(self.target_modules, path):
+        if not self._names(self.target_modules, path):
             return False
         # PEFT ignores layers_to_transform beside a regular expression, and for a path that is named in full.
         if isinstance(self.target_modules, str) or path in self.target_modules or not self.layers_to_transform:
@@ -75,29 +81,32 @@ class PeftLoRAConfig:
     def saves_whole(self, path: str) -> bool:
         """Returns whether the module at `path` is, or is inside of, one that was trained as a whole."""
         parts = path.split(".")
-        return any(_names(self.modules_to_save, ".".join(parts[: end + 1])) for end in range(len(parts)))
+        return any(self._names(self.modules_to_save, ".".join(parts[: end + 1])) for end in range(len(parts)))
 
     def _layer_number(self, path: str) -> int | None:
         for pattern in self.layers_pattern or [r"(?<=\.)[^.]*"]:
-            match = re.match(rf"(?:^|.*?\.){pattern}\.(?P<number>\d+)\.", path)
+            match = match_pattern(_LAYER.replace("{}", pattern), path, self.directory)
             if match:
                 return int(match["number"])
         return None
 
+    def _pattern_value(self, patterns: Mapping[str, Any], path: str, default: float) -> float:
+        """Returns the value of the first pattern that matches the end of `path`, as PEFT does."""
+        for pattern, value in patterns.items():
+            if match_pattern(_END.replace("{}", pattern), path, self.directory):
+                return value
+        return default
 
-def _pattern_value(patterns: Mapping[str, Any], path: str, default: float) -> float:
-    """Returns the value of the first pattern that matches the end of `path`, as PEFT does."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return default
+    def _names(self, modules: str | list[str], path: str) -> bool:
+        """Returns whether a regular expression, or one of several ends of paths, is that of `path`."""
+        if isinstance(modules, str):
+            return bool(modules) and match_pattern(modules, path, self.directory, full=True) is not None
+        return any(path == name or path.endswith("." + name) for name in modules)
 
 
-def _names(modules: str | list[str], path: str) -> bool:
-    """Returns whether a regular expression, or one of several ends of paths, is that of `path`."""
-    if isinstance(modules, str):
-        return bool(modules) and re.fullmatch(modules, path) is not None
-    return any(path == name or path.endswith("." + name) for name in modules)
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -109,11 +118,11 @@ def _is_text_or_texts(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _HIGHEST_RANK
 
 
 def _is_bool(value: Any) -> bool:
@@ -154,14 +163,15 @@ def read_peft_config(directory: Path) -> PeftLoRAConfig:
     """
     config = parse_json(read_config(directory), directory / CONFIG_FILE)
     if config.get("peft_type") != "LORA":
-        raise GraftError(f"{directory}: PEFT's {config.get('peft_type')} is not supported, only LORA")
+        shown = str(config.get("peft_type"))[:_LONGEST_SHOWN]
+        raise GraftError(f"{directory}: PEFT's {shown} is not supported, only LORA")
     _check_fields(directory, config)
     _check_initialisation(directory, config.get("init_lora_weights", True))
     values = {}
     for field, (expected, holds, default) in _FIELDS.items():
         value = config.get(field)
         if value is not None and not holds(value):
-            raise GraftError(f"{directory}: expected {field} to be {expected}, got {json.dumps(value)}")
+            raise GraftError(f"{directory}: expected {field} to be {expected}, got {_shown(value)}")
         values[field] = default if value is None else value
     if values["target_modules"] is None:
         raise GraftError(f"{directory}: expected target_modules, which says where the adapter's updates are")
@@ -180,15 +190,15 @@ def _check_fields(directory: Path, config: Mapping[str, Any]) -> None:
             raise GraftError(f"{directory}: {field} ({_UNSUPPORTED[field]}) is not supported")
         if field == "bias" and value not in (None, "none"):
             raise GraftError(
-                f"{directory}: bias={json.dumps(value)} has trained the base's biases, which is not supported; only "
+                f"{directory}: bias={_shown(value)} has trained the base's biases, which is not supported; only "
                 'bias="none" is'
             )
         known = field in _WITHOUT_EFFECT or field in _UNSUPPORTED or field in _FIELDS
         # null is a feature that is off, of a version that has more of them.
         if value is not None and not known and field not in ("peft_type", "bias", "init_lora_weights"):
             raise GraftError(
-                f"{directory}: the field {field} is not known, so what it changes is not either; if it has no effect "
-                "on a trained adapter, remove it from adapter_config.json"
+                f"{directory}: the field {field[:_LONGEST_SHOWN]} is not known, so what it changes is not either; if "
+                "it has no effect on a trained adapter, remove it from adapter_config.json"
             )
 
 
@@ -196,17 +206,15 @@ def _check_initialisation(directory: Path, init: Any) -> None:
     if init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in _PLAIN_INITIALISATIONS):
         return
     raise GraftError(
-        f"{directory}: init_lora_weights={json.dumps(init)} has changed the base's weights, or is not known, and this "
+        f"{directory}: init_lora_weights={_shown(init)} has changed the base's weights, or is not known, and this "
         "model does not have the changed ones; convert the adapter with PEFT's path_initial_model_for_weight_conversion"
     )
 
 
 def _check_patterns(config: PeftLoRAConfig) -> None:
     """Regular expressions come from a file that somebody downloaded."""
-    expressions = [*config.rank_pattern, *config.alpha_pattern, *config.layers_pattern]
-    expressions += [each for each in (config.target_modules, config.exclude_modules) if isinstance(each, str)]
-    for expression in expressions:
-        try:
-            re.compile(expression)
-        except re.error as error:
-            raise GraftError(f"{config.directory}: {expression!r} is no regular expression: {error}") from None
+    texts = [each for each in (config.target_modules, config.exclude_modules) if isinstance(each, str)]
+    wholes = {_END: [*config.rank_pattern, *config.alpha_pattern], _LAYER: config.layers_pattern, "{}": texts}
+    for whole, patterns in wholes.items():
+        for pattern in patterns:
+            check_pattern(pattern, config.directory, whole)

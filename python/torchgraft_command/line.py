@@ -16,8 +16,13 @@ STOPPED = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 def fail(program: str, message: object, status: int = 1) -> NoReturn:
     """Prints an error as one line on stderr and exits with `status`."""
-    print(f"{program}: error:", " ".join(str(message).split()), file=sys.stderr)
+    print(f"{program}: error:", " ".join(printable(message).split()), file=sys.stderr)
     raise SystemExit(status)
+
+
+def printable(message: object) -> str:
+    """Returns the text without what a terminal takes for a command: names in a stranger's file may hold some."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in str(message))
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:

@@ -38,6 +38,7 @@ BAD_CONFIGS = {
     "huge-bottleneck": config(mh_adapter=True, output_adapter=True, reduction_factor=1e-300, non_linearity="relu"),
     "huge-prefix": config(architecture="prefix_tuning", prefix_length=2**40),
     "wrapped": config(architecture="lora", leave_out=[2**63]),
+    "escape": config(architecture="\x1b[31m\x07\x9b31m"),
 }
 
 
@@ -59,7 +60,7 @@ def test_bad_configurations_keep_no_server_from_starting(server_program, models,
         server.stop()
         lines = server.errors.splitlines()
     assert sorted(line.split()[1] for line in lines) == sorted(BAD_CONFIGS)
-    assert all(line.startswith("adapter ") and " cannot be served: " in line for line in lines)
+    assert all(line.startswith("adapter ") and " cannot be served: " in line and line.isprintable() for line in lines)
 
 
 def test_an_adapter_of_the_folder_with_a_name_of_the_file_is_named(server_program, models, own_adapters, tmp_path):

@@ -1,5 +1,6 @@
 """scripts/graft.py: what it prints and when; full disks and closed pipes."""
 
+import json
 import resource
 import subprocess
 import sys
@@ -27,6 +28,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_configuration_that_is_none_is_said_before_anything_is_printed(folder: Path) -> None:
     done = run_here("graft.py", "inspect", folder / "base.pt", "--config", "unipel")
     assert (done.returncode, done.stdout) == (1, "") and "no configuration is called 'unipel'" in done.stderr
+
+
+def test_a_stranger_s_text_commands_no_terminal(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "\x1b[31m\x07\x9b31m"}))
+    done = run_here("graft.py", "load", folder / "base.pt", tmp_path, "-o", tmp_path / "out.pt")
+    assert done.returncode == 1 and "PEFT's ?[31m??31m is not supported" in done.stderr
+    assert done.stderr.rstrip("\n").isprintable()
 
 
 def test_add_tells_the_adapter_s_size_from_the_file_s(folder: Path, tmp_path: Path) -> None:

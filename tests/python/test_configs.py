@@ -6,6 +6,7 @@ import json
 
 import adapters
 import pytest
+import torch
 from adapters.configuration.adapter_config import ADAPTER_CONFIG_MAP
 
 import torchgraft
@@ -241,6 +242,18 @@ def test_strings_that_are_none_are_refused(text: str, message: str) -> None:
         patcher().config_from_string(text)
     with pytest.raises(Exception):  # noqa: B017, PT011 (the library's is of many kinds)
         adapters.AdapterConfig.load(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["lora[leave_out=[" + "1," * 1000 + "1]]", "mam|" * 1000 + "mam", "lora[" * 1000, "lo\0ra"],
+    ids=lambda t: t[:9],
+)
+def test_texts_that_can_be_no_path_are_no_path(text: str) -> None:
+    """A path's parts have at most 255 bytes, and no zero byte."""
+    assert config_to_json(text) == text
+    with pytest.raises(torchgraft.GraftError):
+        torchgraft.graft(torch.jit.script(torch.nn.Linear(2, 2)), text)
 
 
 def test_a_value_goes_to_every_part_of_a_union_that_has_the_field() -> None:

@@ -149,6 +149,33 @@ TEST_F(Directory, AReaderGetsOneVersion) {
   writer.join();
 }
 
+TEST_F(Directory, ItsMarkerIsThereWhileUpdatesExchangeIt) {
+  std::atomic<bool> stop = false;
+  std::thread writer([&] {
+    for (int turn = 0; turn < 300; ++turn) {
+      DirectoryUpdate update(folder_.string());
+      update.stage("weights", std::to_string(turn));
+      update.stage("config", std::to_string(turn));
+      update.commit("config", {});
+    }
+    stop = true;
+  });
+  int missing = 0;
+  while (!stop) {
+    missing += has_marker(folder_.string(), "config") ? 0 : 1;
+  }
+  writer.join();
+  EXPECT_EQ(missing, 0);
+}
+
+TEST_F(Directory, AMarkerThatIsMissingIsNotWaitedForForEver) {
+  EXPECT_FALSE(has_marker(folder_.string(), "other"));
+  EXPECT_FALSE(has_marker((folder_ / "nowhere").string(), "config"));
+  EXPECT_FALSE(has_marker((folder_ / "weights").string(), "config"));
+  DirectoryUpdate update(folder_.string());
+  EXPECT_FALSE(has_marker(folder_.string(), "other"));
+}
+
 TEST_F(Directory, AReaderOfADamagedDirectoryIsToldAtOnce) {
   int reads = 0;
   const auto read = [&] {
