@@ -89,11 +89,27 @@ OrderedJson write_methods(const std::vector<MethodConfig>& methods) {
 
 }  // namespace
 
+std::optional<int64_t> saved_prefix_heads(std::string_view text) {
+  const size_t begin = text.find_first_not_of(" \t\r\n");
+  if (begin == std::string_view::npos || text[begin] != '{') {
+    return std::nullopt;  // a name, or a string with values
+  }
+  const Json json = parse_json(text, "config");
+  if (!json.contains(kPrefixHeads)) {
+    return std::nullopt;
+  }
+  int64_t heads = 0;
+  json::read(kPrefixHeads, json.at(kPrefixHeads), heads);
+  return heads;
+}
+
 AdapterConfig config_from_json(std::string_view text) {
   const Json json = parse_json(text, "config");
   // adapter_config.json wraps the config: {"config": {...} or "name", "hidden_size": ..., "model_type": ...}.
   const bool wrapped = json.is_object() && json.contains("config");
   const Json inner = wrapped ? json.at("config") : json;
+  TORCH_CHECK(!inner.is_object() || !inner.empty(),
+              "config: expected the fields of an adapter's configuration, or a name such as \"unipelt\", got {}");
   AdapterConfig config = inner.is_string() ? config_from_name(inner.get<std::string>()) : read_adapter(inner);
   if (wrapped && json.contains("gate_pooling")) {
     json::read("gate_pooling", json.at("gate_pooling"), config.gate_pooling);

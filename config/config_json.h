@@ -3,6 +3,8 @@
 #include <torchgraft/config/method_configs.h>
 #include <torchgraft/registration/export.h>
 
+#include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -13,6 +15,11 @@ namespace torchgraft {
 // AdapterConfig::wired_for, where it matters, and the outer "gate_pooling" its gate_pooling. The library's names for
 // the two ends of LLaMA's and Mistral's feed-forward block, which it has exchanged, become those of all other models.
 TORCHGRAFT_PATCH_API AdapterConfig config_from_json(std::string_view json);
+
+// What torchgraft writes beside the inner config of an adapter with prefixes, and the adapters library reads over:
+// their heads of keys and values. nullopt: `text` does not say, or is a name.
+constexpr const char* kPrefixHeads = "prefix_heads";
+TORCHGRAFT_PATCH_API std::optional<int64_t> saved_prefix_heads(std::string_view text);
 
 // The inner config, every field written, as AdapterConfig.to_dict() of the adapters library: {"architecture": "union",
 // ...} for more than one method. If wired_for is set, or gates pool over unpadded tokens, the text is

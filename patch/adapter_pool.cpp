@@ -139,6 +139,7 @@ AdapterPool::State::State(const Module& module, AdapterPoolOptions options, Load
       base(open_draft(module, options.graft)) {
   TORCH_CHECK(capacity >= 1, "AdapterPool: expected a capacity of at least 1, got ", capacity);
   TORCH_CHECK(max_row_bytes >= 0, "AdapterPool: expected max_row_bytes of at least 0, got ", max_row_bytes);
+  base.options.rename.clear();  // base.module has the new names
   std::vector<Adapter> own;
   std::swap(own, base.adapters);
   TORCH_CHECK(static_cast<int64_t>(own.size()) < capacity, "AdapterPool: the module has ", own.size(),
@@ -339,8 +340,9 @@ AdapterPool::Lease AdapterPool::acquire(const std::vector<std::string>& names) {
     if (missing == wanted.end()) {
       continue;
     }
-    TORCH_CHECK(state_->loader, "AdapterPool: no adapter is called '", *missing,
-                "'; there are: ", c10::Join(", ", known));
+    TORCH_CHECK(state_->loader, "AdapterPool: no adapter '", *missing,
+                "' is in memory: it was never inserted, or gave ",
+                "its row up for another one; insert it (again). In memory: ", c10::Join(", ", known));
     const AdapterSpec spec = state_->loader(*missing);
     TORCH_CHECK(spec.name == *missing, "AdapterPool: expected an adapter called '", *missing, "', the loader gave '",
                 spec.name, "'");

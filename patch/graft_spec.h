@@ -7,6 +7,7 @@
 
 #include <ATen/core/ivalue.h>
 
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
@@ -29,6 +30,9 @@ struct AdapterSpec {
   std::string saved_name;             // the adapter's name inside `weights`; empty: the same as `name`
   bool trainable = false;             // see train.h; else it is frozen: a row of the banks
   std::optional<HeadSpec> head = {};  // see head.h
+  // The heads of keys and values that its prefixes were made for, where its directory says it: prefixes for more or
+  // fewer heads have as many numbers.
+  std::optional<int64_t> prefix_heads = {};
 
   const std::string& name_in_weights() const { return saved_name.empty() ? name : saved_name; }
 };
@@ -55,6 +59,10 @@ struct GraftOptions {
   // it, so that the adapter fits no other copy of the model. With false that is an error. Edited `sites` say it, too. A
   // grafted module remembers it.
   bool allow_partial = false;
+  // Names that the base gets in the result, where it has one that grafting adds: an attribute "adapters", an argument
+  // "adapter_ids" of forward, a method "activate" and the like. Old name to new one. A grafted module remembers them;
+  // ungraft() gives the old ones back.
+  std::map<std::string, std::string> rename = {};
   // For verify: arguments of forward, in its order; those left out at the end have their defaults. nullopt: they are
   // made up where the signature and the graph allow; where not, a TORCH_WARN says that nothing was compared.
   std::optional<std::vector<c10::IValue>> example = {};

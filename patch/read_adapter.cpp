@@ -20,7 +20,6 @@ constexpr const char* kKnownHeads =
 constexpr const char* kReadInPython =
     " is for Python: scripts/convert_adapters.py, given the folder that this directory is in, writes safetensors "
     "beside it";
-constexpr uint64_t kLongestConfig = 1 << 20;
 
 // Anything of that name, also a link that leads nowhere: reading it says what is wrong with it.
 bool is_there(const std::string& path) {
@@ -77,6 +76,7 @@ AdapterSpec read_files(const std::string& directory, const std::string& name, ui
   const std::string weights = directory + "/" + kWeightsFile;
   TORCH_CHECK(is_there(weights), directory, ": no ", kWeightsFile, "; a ", kPickledWeightsFile, kReadInPython);
   spec.weights = read_safetensors(weights, most_weight_bytes);
+  spec.prefix_heads = saved_prefix_heads(text);
   spec.head = read_head(directory, most_weight_bytes);
   return spec;
 }

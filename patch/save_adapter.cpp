@@ -1,5 +1,6 @@
 #include <torchgraft/patch/save_adapter.h>
 
+#include <torchgraft/config/config_json.h>
 #include <torchgraft/config/gate_pooling.h>
 #include <torchgraft/patch/adapters/adapter_files.h>
 #include <torchgraft/patch/adapters/adapters_module.h>
@@ -12,6 +13,7 @@
 #include <torchgraft/patch/module/heads_module.h>
 #include <torchgraft/patch/module/methods.h>
 #include <torchgraft/plan/head_weights.h>
+#include <torchgraft/plan/regular_file.h>
 #include <torchgraft/plan/safetensors.h>
 #include <torchgraft/plan/save_adapter_hub.h>
 #include <torchgraft/registration/parse_json.h>
@@ -19,6 +21,8 @@
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
+#include <filesystem>
+#include <set>
 #include <sstream>
 #include <utility>
 
@@ -46,6 +50,17 @@ std::string attention_class(const Module& module, const Structure& structure) {
     holder = holder.toModule().attr(name);
   }
   return class_name;
+}
+
+// The heads of keys and values of all prefixes, where they are as many in all layers.
+std::optional<int64_t> prefix_heads(const Plan& plan) {
+  std::set<int64_t> heads;
+  for (const PlannedModule& module : plan) {
+    if (const auto* prefix = std::get_if<PlannedPrefix>(&module.method)) {
+      heads.insert(prefix->num_kv_heads);
+    }
+  }
+  return heads.size() == 1 ? std::optional(*heads.begin()) : std::nullopt;
 }
 
 // The content of adapter_config.json or head_config.json around `config`.
@@ -78,6 +93,9 @@ AdapterFiles adapter_files(const Module& module, const std::string& name, const 
   if (pooling != kAllTokens) {
     file["gate_pooling"] = pooling;  // the library reads over it
   }
+  if (const auto heads = prefix_heads(adapter.plan)) {
+    file[kPrefixHeads] = *heads;
+  }
   files.config = file.dump(2) + "\n";
   files.weights = adapter_hub_state(adapter.plan, structure, adapter.weights, adapter.sources, name,
                                     attention_class(module, structure));
@@ -91,9 +109,29 @@ AdapterFiles adapter_files(const Module& module, const std::string& name, const 
   return files;
 }
 
+void check_replaces(const std::string& directory, const std::string& name) {
+  const std::string path = directory + "/" + kConfigFile;
+  if (std::error_code error; !std::filesystem::exists(std::filesystem::symlink_status(path, error))) {
+    return;
+  }
+  std::string found = "something else than an adapter of AdapterHub";
+  try {
+    const auto json = parse_json(read_text(path, kLongestConfig), path);
+    if (json.is_object() && json.contains("name") && json.at("name").is_string()) {
+      found = "the adapter '" + json.at("name").get<std::string>() + "'";
+    }
+  } catch (const c10::Error&) {
+  }
+  TORCH_CHECK(found == "the adapter '" + name + "'", "save_adapter: ", directory, " holds ", found, " already, not '",
+              name, "'; give another directory, or overwrite=True (torchgraft save --force) to replace it");
+}
+
 void save_adapter(const Module& module, const std::string& name, const std::string& directory,
-                  const std::string& model_class) {
+                  const std::string& model_class, bool overwrite) {
   const AdapterFiles files = adapter_files(module, name, model_class);
+  if (!overwrite) {
+    check_replaces(directory, name);
+  }
   DirectoryUpdate update(directory);
   std::vector<std::string> obsolete = {kPickledWeightsFile, kPickledHeadFile};  // the library would read those
   update.stage(kWeightsFile, [&](const std::string& path) { write_safetensors(files.weights, path); });
@@ -132,6 +170,7 @@ std::vector<WeightMatch> match_adapter(const Module& module, const AdapterSpec& 
   TORCH_CHECK(spec.weights, "match_adapter: '", spec.name, "' has no weights to match");
   const Structure structure = inspect(module);
   const Plan plan = make_plan(structure, spec.config);
+  check_prefix_heads(spec, plan);
   adapter_hub_weights(plan, structure, *spec.weights, spec.name_in_weights(),
                       at::TensorOptions());  // throws where something does not fit
   return adapter_hub_matches(plan, structure, *spec.weights, spec.name_in_weights());

@@ -27,9 +27,14 @@ TORCHGRAFT_PATCH_API AdapterFiles adapter_files(const torch::jit::Module& module
 // Writes these files: adapter_config.json and adapter.safetensors, and for a head head_config.json and
 // model_head.safetensors. Writes all of them or, when it throws, none. Removes other files of an earlier adapter, and
 // those that the library would read instead. Makes the directory if need be. A process that is killed meanwhile leaves
-// the old adapter, the new one or, for the instant of renaming, no adapter_config.json.
+// the old adapter, the new one or, for the instant of renaming, no adapter_config.json. Throws c10::Error when the
+// directory holds an adapter of another name, unless `overwrite` says that it may go.
 TORCHGRAFT_PATCH_API void save_adapter(const torch::jit::Module& module, const std::string& name,
-                                       const std::string& directory, const std::string& model_class = "");
+                                       const std::string& directory, const std::string& model_class = "",
+                                       bool overwrite = false);
+
+// Throws c10::Error when `directory` holds another adapter than `name`: an adapter_config.json that does not say so.
+TORCHGRAFT_PATCH_API void check_replaces(const std::string& directory, const std::string& name);
 
 // Reads such a directory; Python alone reads a pytorch_adapter.bin. An empty `name` keeps the adapter's own. Leaves out
 // a head of a kind that HeadConfig does not have. Trusts no file: reads regular files only, configurations of at most 1

@@ -48,6 +48,7 @@ torchgraft::AdapterConfig config_of(const std::string& text) {
 torchgraft::AdapterSpec spec_of(const Spec& spec) {
   const auto& [name, config, weights, saved_name, trainable, head] = spec;
   torchgraft::AdapterSpec result{name, config_of(config), weights, saved_name, trainable};
+  result.prefix_heads = torchgraft::saved_prefix_heads(config);
   if (head) {
     const auto& [head_config, head_weights, head_name] = *head;
     result.head = torchgraft::HeadSpec{torchgraft::head_config_from_json(head_config), head_weights, head_name};
@@ -184,9 +185,10 @@ void bind_grafting(py::module_& m) {
       "graft",
       [](const Module& module, const std::vector<Spec>& adapters, const std::string& gate_pooling,
          const std::string& token_mask_input, const std::string& active, bool verify, const std::string& sites,
-         bool fuse, bool allow_partial, const Example& example) {
+         bool fuse, bool allow_partial, const Example& example, const std::map<std::string, std::string>& rename) {
         torchgraft::GraftOptions options{gate_pooling, token_mask_input, active, sites_of(sites), verify, fuse};
         options.allow_partial = allow_partial;
+        options.rename = rename;
         if (example) {
           options.example = example_of(module, example->first, example->second);
         }
@@ -200,7 +202,7 @@ void bind_grafting(py::module_& m) {
       },
       py::arg("module"), py::arg("adapters"), py::arg("gate_pooling"), py::arg("token_mask_input"), py::arg("active"),
       py::arg("verify"), py::arg("sites") = "", py::arg("fuse") = true, py::arg("allow_partial") = false,
-      py::arg("example") = std::nullopt);
+      py::arg("example") = std::nullopt, py::arg("rename") = std::map<std::string, std::string>());
   m.def(
       "inspect",
       [](const Module& module, const std::string& sites) {
@@ -280,6 +282,7 @@ void bind_files(py::module_& m) {
     return std::tuple(files.config, files.weights, files.head_config, files.head_weights);
   });
   m.def("save_adapter", &torchgraft::save_adapter, NoGil());
+  m.def("check_replaces", &torchgraft::check_replaces, NoGil());
   // contents: the new files by name. See DirectoryUpdate.
   m.def("update_directory", [](const std::string& directory, const std::map<std::string, py::bytes>& contents,
                                const std::vector<std::string>& obsolete, const std::string& marker) {

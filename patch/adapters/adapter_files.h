@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cstdint>
+
 namespace torchgraft {
 
 // The files of an adapter's directory. Those with pickled weights are for Python.
@@ -9,5 +11,7 @@ constexpr const char* kPickledWeightsFile = "pytorch_adapter.bin";
 constexpr const char* kHeadConfigFile = "head_config.json";
 constexpr const char* kHeadWeightsFile = "model_head.safetensors";
 constexpr const char* kPickledHeadFile = "pytorch_model_head.bin";
+
+constexpr uint64_t kLongestConfig = 1 << 20;  // bytes of a configuration
 
 }  // namespace torchgraft

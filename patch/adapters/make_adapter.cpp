@@ -44,6 +44,16 @@ void check_leave_out(const AdapterConfig& config, const Structure& structure) {
 
 }  // namespace
 
+void check_prefix_heads(const AdapterSpec& spec, const Plan& plan) {
+  for (const PlannedModule& module : plan) {
+    const auto* prefix = std::get_if<PlannedPrefix>(&module.method);
+    TORCH_CHECK(!prefix || !spec.prefix_heads || prefix->num_kv_heads == *spec.prefix_heads, "graft: '", spec.name,
+                "' has prefixes for ", spec.prefix_heads.value_or(0), " heads of keys and values, ", module.location,
+                " of layer ", module.number, " has ", prefix ? prefix->num_kv_heads : 0,
+                ": the same numbers would be other keys; load it onto the model that it was trained on");
+  }
+}
+
 void set_gate_pooling(AdapterSpec& spec, const std::string& wanted, const char* what) {
   if (wanted.empty()) {
     return;
@@ -69,6 +79,7 @@ Adapter make_adapter(const AdapterSpec& spec, const Structure& structure, const 
   adapter.plan = make_plan(structure, adapter.config);
   adapter.trainable = spec.trainable;
   if (spec.weights) {
+    check_prefix_heads(spec, adapter.plan);
     adapter.weights = adapter_hub_weights(adapter.plan, structure, *spec.weights, spec.name_in_weights(), options,
                                           spec.trainable ? &adapter.sources : nullptr);
   } else {

@@ -18,6 +18,9 @@ void check_can_train(const Adapter& adapter);
 // of `what`, names a trained adapter that had another one. Throws c10::Error when `wanted` is unknown.
 void set_gate_pooling(AdapterSpec& spec, const std::string& wanted, const char* what);
 
+// Throws c10::Error when prefixes of `spec` were made for another number of heads than `plan` has.
+void check_prefix_heads(const AdapterSpec& spec, const Plan& plan);
+
 // Plans `spec` on `structure` and reads or draws its weights.
 Adapter make_adapter(const AdapterSpec& spec, const Structure& structure, const at::TensorOptions& options);
 

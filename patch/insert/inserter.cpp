@@ -72,6 +72,15 @@ Value* Inserter::with_whole_rows(Value* mask) {
   return RowFunctions(graph_, adapter_ids_, active_).pooled_tokens(mask, graph_.insertGetAttr(adapters_, kPoolsAll));
 }
 
+// A mask that cannot be read hinders only the rows that need it.
+Value* Inserter::readable(Value* mask, Value* x) {
+  if (!options_.poolings.is_mixed() || is_none(mask)) {
+    return mask;
+  }
+  return RowFunctions(graph_, adapter_ids_, active_)
+      .shown_to_whole_rows(mask, x, graph_.insertGetAttr(adapters_, kPoolsAll));
+}
+
 Value* Inserter::token_mask(const Slot& slot) {
   if (!options_.poolings.unpadded || !slot.parameters.count("gate_weight")) {
     return nullptr;
@@ -132,7 +141,8 @@ void Inserter::prepare_token_masks(const std::vector<Slot>& slots, const std::ve
                   "them; name the forward argument that is the token mask (token_mask_input)");
       const bool narrows = !is_none(mask) && sites_.structure.layers[layer].cache != CacheKind::kNone;
       Value* own = narrows ? of_this_pass(mask, layer) : mask;
-      Node* real = call("attention_token_mask", {NamedValue(swapped(x, first->sequence_first)), NamedValue(own)}, {});
+      Value* rows = swapped(x, first->sequence_first);
+      Node* real = call("attention_token_mask", {NamedValue(rows), NamedValue(readable(own, rows))}, {});
       shared = with_whole_rows(real->output());
     }
     token_masks_[layer] = shared;

@@ -64,6 +64,8 @@ class Inserter {
  private:
   // The tokens [B, S] that gates are means over: those of `mask`, and all tokens of rows whose adapter pools over all.
   Value* with_whole_rows(Value* mask);
+  // An attention mask in which those rows see all tokens.
+  Value* readable(Value* mask, Value* x);
   // Throws c10::Error where a mask of this layer's keys does not say which tokens of the pass are real.
   void check_cache(size_t layer) const;
   // The last columns of a mask: those of the keys that this pass adds to the layer's cache.

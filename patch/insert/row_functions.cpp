@@ -1,6 +1,8 @@
 #include <torchgraft/patch/insert/row_functions.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/source_parts.h>
+#include <torchgraft/registration/masked_score.h>
 #include <torchgraft/registration/token_mask_error.h>
 
 namespace torchgraft {
@@ -56,14 +58,27 @@ def pooled(x: Tensor, gate_weight: Optional[Tensor], gate_bias: Optional[Tensor]
     active = is_active(x, adapter_ids, adapter).unsqueeze(-1)
     return torch.where(active, gate, torch.zeros_like(gate))
 
-def pooled_tokens(mask: Tensor, pools_all: Tensor, adapter_ids: Optional[Tensor], adapter: int) -> Tensor:
+def whole_rows(x: Tensor, pools_all: Tensor, adapter_ids: Optional[Tensor], adapter: int) -> Tensor:
     count = pools_all.size(0) - 1
     if adapter_ids is None:
-        whole = pools_all.narrow(0, max(adapter, 0), 1)
+        return pools_all.narrow(0, max(adapter, 0), 1)
+    check_ids("forward", x, adapter_ids, pools_all.narrow(0, 0, count))
+    return pools_all.index_select(0, torch.remainder(adapter_ids, count + 1))
+
+def shown_to_whole_rows(mask: Optional[Tensor], x: Tensor, pools_all: Tensor, adapter_ids: Optional[Tensor],
+                        adapter: int) -> Optional[Tensor]:
+    if mask is None:
+        return None
     else:
-        check_ids("forward", mask, adapter_ids, pools_all.narrow(0, 0, count))
-        whole = pools_all.index_select(0, torch.remainder(adapter_ids, count + 1))
-    return torch.logical_or(mask, whole.unsqueeze(-1))
+        visible = mask
+        if visible.dtype != 11:
+            visible = visible.gt(MASKED_SCORE)
+        sizes = list(visible.size())
+        visible = visible.view([1] * (4 - len(sizes)) + sizes)
+        return torch.logical_or(visible, whole_rows(x, pools_all, adapter_ids, adapter).view(-1, 1, 1, 1))
+
+def pooled_tokens(mask: Tensor, pools_all: Tensor, adapter_ids: Optional[Tensor], adapter: int) -> Tensor:
+    return torch.logical_or(mask, whole_rows(mask, pools_all, adapter_ids, adapter).unsqueeze(-1))
 
 def normed(x: Tensor, weight: Tensor, bias: Tensor, adapter_ids: Optional[Tensor], adapter: int) -> Tensor:
     plain = torch.layer_norm(x, [x.size(-1)], None, None, 1e-05)
@@ -156,8 +171,12 @@ def choose(present: Tensor, x: Tensor, other: Tensor, adapter_ids: Optional[Tens
 const std::string& row_source() {
   static const std::string source = [] {
     std::string text = kRowFunctions;
-    const std::string word = "TEXT_IS_NOT_KNOWN";
-    return text.replace(text.find(word), word.size(), '"' + std::string(kTextIsNotKnown) + '"');
+    const auto fill = [&](const std::string& word, const std::string& by) {
+      text.replace(text.find(word), word.size(), by);
+    };
+    fill("TEXT_IS_NOT_KNOWN", '"' + std::string(kTextIsNotKnown) + '"');
+    fill("MASKED_SCORE", number_source(kMaskedScore));
+    return text;
   }();
   return source;
 }
@@ -181,6 +200,10 @@ Value* RowFunctions::pooled(Value* x, Value* gate_weight, Value* gate_bias, Valu
 
 Value* RowFunctions::pooled_tokens(Value* mask, Value* pools_all) {
   return call("pooled_tokens", {mask, pools_all, adapter_ids_, adapter_});
+}
+
+Value* RowFunctions::shown_to_whole_rows(Value* mask, Value* x, Value* pools_all) {
+  return call("shown_to_whole_rows", {mask, x, pools_all, adapter_ids_, adapter_});
 }
 
 Value* RowFunctions::scaled(Value* base, Value* vector, Value* scaling, Value* gate) {

@@ -33,6 +33,10 @@ class RowFunctions {
   // last for rows without an adapter, as id -1 counts from the end: no other thread writes what such a row reads).
   torch::jit::Value* pooled_tokens(torch::jit::Value* mask, torch::jit::Value* pools_all);
 
+  // An attention mask, or None, under which such rows of x [B, S, H] see all tokens: whatever stands there,
+  // attention_token_mask can read it. The result is bool.
+  torch::jit::Value* shown_to_whole_rows(torch::jit::Value* mask, torch::jit::Value* x, torch::jit::Value* pools_all);
+
   // (IA)^3: base [B, S, O] times the row's vector (bank [N, O, 1]), scaling (bank [N]) and gate [B, 1].
   torch::jit::Value* scaled(torch::jit::Value* base, torch::jit::Value* vector, torch::jit::Value* scaling,
                             torch::jit::Value* gate);

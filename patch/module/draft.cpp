@@ -18,6 +18,7 @@
 #include <torchgraft/patch/module/graft_options.h>
 #include <torchgraft/patch/module/heads_module.h>
 #include <torchgraft/patch/module/methods.h>
+#include <torchgraft/patch/module/rename_names.h>
 #include <torchgraft/patch/sites/apply_sites.h>
 #include <torchgraft/registration/library.h>
 
@@ -89,6 +90,7 @@ Module add_adapters_module(Draft& draft, const std::vector<Slot>& slots, const s
   if (gate_poolings(draft.adapters).is_mixed()) {
     adapters.register_buffer(kPoolsAll, pools_all(draft.adapters).to(draft.weights.device()));
   }
+  remember_names(adapters, options.rename);
   adapters.register_attribute("head_mask", c10::StringType::get(), draft.head_mask);
   add_heads(adapters, draft.adapters, unit);
   adapters.train(draft.module.attr("training", c10::IValue(false)).toBool());  // a frozen module has no such attribute
@@ -96,12 +98,13 @@ Module add_adapters_module(Draft& draft, const std::vector<Slot>& slots, const s
   return adapters;
 }
 
-void check_can_be_grafted(const Module& base) {
-  TORCH_CHECK(!base.hasattr("adapters"),
-              "graft: the module has an attribute 'adapters' of its own, which grafting adds", kNameRemedy);
+void check_can_be_grafted(const Module& base, const NewNames& names) {
+  TORCH_CHECK(!(base.hasattr("adapters") || base.find_method("adapters")) || names.count("adapters"),
+              "graft: the module has an attribute 'adapters' of its own, which grafting adds", name_remedy("adapters"));
   for (const auto& argument : base.get_method("forward").function().getSchema().arguments()) {
-    TORCH_CHECK(argument.name() != "adapter_ids",
-                "graft: forward has an argument 'adapter_ids' of its own, which grafting adds", kNameRemedy);
+    TORCH_CHECK(argument.name() != "adapter_ids" || names.count("adapter_ids"),
+                "graft: forward has an argument 'adapter_ids' of its own, which grafting adds",
+                name_remedy("adapter_ids"));
   }
   for (const auto& [path, submodule] : base.named_modules()) {
     TORCH_CHECK(!is_grafted(submodule), "graft: the submodule ", path,
@@ -141,11 +144,12 @@ Draft open_draft(const Module& module, const GraftOptions& given) {
   link_anchor();
   const bool regraft = is_grafted(module);
   if (!regraft) {
-    check_can_be_grafted(module);
+    check_can_be_grafted(module, given.rename);
   }
   Draft result;
   result.options = regraft ? options_like(module, given) : given;
   result.module = base_copy(module);
+  rename_names(result.module, result.options.rename);
   raise_mkldnn_convolution(result.module.get_method("forward").graph());  // torch could not save base_forward otherwise
   inline_module_arguments(result.module);
   result.inserting = insert_options(result.options, result.module);
@@ -174,7 +178,9 @@ Draft open_grafted(const Module& module, const char* what) {
 Module base_copy(const Module& module) {
   Module result = clone_module(module);
   if (is_grafted(module)) {
+    const NewNames names = remembered_names(result);
     remove_methods(result);
+    rename_names(result, reversed(names));
   }
   decompose_linear(result.get_method("forward").graph());
   return result;

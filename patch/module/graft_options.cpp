@@ -1,6 +1,7 @@
 #include <torchgraft/patch/module/graft_options.h>
 
 #include <torchgraft/patch/adapters/read_adapters.h>
+#include <torchgraft/patch/module/rename_names.h>
 
 #include <algorithm>
 
@@ -46,6 +47,11 @@ GraftOptions options_like(const Module& grafted, GraftOptions options) {
   // Files of before partial grafts had to be asked for hold what was accepted.
   const bool was_accepted = !adapters.hasattr("allow_partial") || adapters.attr("allow_partial").toBool();
   options.allow_partial = options.allow_partial || was_accepted;
+  const NewNames names = remembered_names(grafted);
+  TORCH_CHECK(options.rename.empty() || options.rename == names,
+              "graft: names of the base were chosen when the module was grafted first; leave rename out, or graft the ",
+              "base anew");
+  options.rename = names;
   const auto sites = remembered_sites(grafted);
   TORCH_CHECK(!options.sites || (sites && to_json(*sites) == to_json(*options.sites)),
               "graft: the module was grafted with ", sites ? "other" : "detected",

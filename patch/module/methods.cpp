@@ -187,6 +187,11 @@ void change_callers(const Module& module, bool add_argument) {
 
 }  // namespace
 
+std::string name_remedy(const std::string& name) {
+  return "; give the base's another name in the result: rename={'" + name + "': 'base_" + name +
+         "'} (torchgraft add --rename " + name + "=base_" + name + "; C++: GraftOptions::rename)";
+}
+
 bool is_grafted(const Module& module) { return module.hasattr("adapters") && module.find_method(kGrafted).has_value(); }
 
 void check_grafted(const Module& module, const char* what) {
@@ -212,8 +217,9 @@ void add_methods(Module& module, const std::shared_ptr<Graph>& grafted_graph, co
   std::vector<std::string> names = kAddedMethods;
   names.push_back(kWithHead);
   for (const std::string& name : names) {
-    TORCH_CHECK(name == "forward" || !module.find_method(name), "graft: the module already has a method '", name,
-                "', which grafting adds", kNameRemedy);
+    const bool is_attribute = module.hasattr(name);
+    TORCH_CHECK(name == "forward" || !(is_attribute || module.find_method(name)), "graft: the module already has ",
+                is_attribute ? "an attribute '" : "a method '", name, "', which grafting adds", name_remedy(name));
   }
   remove_method(module, "forward");
   const Function& base = add_method(module, kBaseForward, base_graph, schema.arguments(), schema.returns());

@@ -9,9 +9,7 @@
 namespace torchgraft {
 
 // What to do with a base that has a name which grafting adds: ends an error.
-inline constexpr const char* kNameRemedy =
-    "; rename it before scripting, or script a module that holds this one and whose forward calls it (the names inside "
-    "do not matter)";
+std::string name_remedy(const std::string& name);
 
 // True for a module that graft() made.
 bool is_grafted(const torch::jit::Module& module);

@@ -26,6 +26,7 @@ from ._drawing import draw
 from ._example import read_example
 from ._files import (
     EXPECTED_ERRORS,
+    check_keeps_inputs,
     check_script_output,
     check_writable,
     extra_files,
@@ -52,6 +53,9 @@ __all__ = ["EXPECTED_ERRORS", "add", "inspect", "reason", "run"]
 # The environment variable that patch/graph/dump_graph.h reads.
 DUMP = "TORCHGRAFT_DUMP"
 
+# The options that name files to write. Paths of all others are read, but for the folder of --dump.
+_OUTPUTS = ("output", "svg", "aoti", "onnx")
+
 # One parameter of each kind of grafted module. A module has it exactly once, so it serves to count modules.
 _ONE_PER_MODULE = (".lora_a", ".prefix_key", ".up_weight")
 
@@ -69,11 +73,20 @@ def run(arguments: argparse.Namespace) -> None:
     }[arguments.command]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
+        _check_keeps_inputs(arguments)
         load_others(getattr(arguments, "library", []))
         command(arguments)
     for warning in caught:
         if issubclass(warning.category, UserWarning):
             print(f"warning: {printable(warning.message)}", file=sys.stderr)
+
+
+def _check_keeps_inputs(arguments: argparse.Namespace) -> None:
+    given = {name: value if isinstance(value, list) else [value] for name, value in vars(arguments).items()}
+    paths = {name: [value for value in values if isinstance(value, Path)] for name, values in given.items()}
+    inputs = [path for name, values in paths.items() if name not in _OUTPUTS for path in values]
+    outputs = [path for name, values in paths.items() if name in _OUTPUTS for path in values]
+    check_keeps_inputs(inputs, outputs, getattr(arguments, "force", None))
 
 
 def version_text() -> str:
@@ -104,14 +117,13 @@ def add(arguments: argparse.Namespace) -> None:
     Args:
         arguments: the command line's: base, output (paths), config and name (lists of one length), adapter (pairs of
             name and directory), gate_pooling, token_mask, active, seed, trainable, sites, example (paths or None),
-            allow_partial, force.
+            allow_partial, rename (pairs of names), force.
     """
     check_script_output(arguments.output)
     started = time.perf_counter()
     with _progress(arguments.quiet) as show:
         show(f"loading {arguments.base}")
         base = load_module(arguments.base)
-        _life_commands.check_keeps_base(base, arguments)
         show("grafting")
         grafted = _graft_all(base, arguments)
         show(f"saving {arguments.output}")
@@ -135,7 +147,8 @@ def _graft_all(base: torch.jit.ScriptModule, arguments: argparse.Namespace) -> t
         last = request is requests[-1]
         result = graft(result, **request, **pooling, active=arguments.active if last else None, verify=last,
                        sites=arguments.sites, trainable=arguments.trainable, example=example,
-                       allow_partial=arguments.allow_partial)  # fmt: skip
+                       allow_partial=arguments.allow_partial,
+                       rename=dict(arguments.rename) if result is base else None)  # fmt: skip
     return result
 
 

@@ -3,6 +3,7 @@
 import stat
 import tempfile
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -135,6 +136,22 @@ def check_script_output(path: Path) -> None:
     if path.suffix == ".pt2":
         raise GraftError(f"{path}: a .pt2 is an exported program; write a .pt, then use torchgraft export on it")
     check_writable(path)
+
+
+def check_keeps_inputs(inputs: Iterable[Path], outputs: Iterable[Path], force: bool | None) -> None:
+    """Checks that a command writes over none of the files that it reads: nothing may give their content back.
+
+    Args:
+        force: whether the user wants it all the same. None: the command has no --force.
+
+    Raises:
+        GraftError: an output is an input, by any name.
+    """
+    read = [path for path in inputs if path.exists()]
+    for output in outputs:
+        if not force and output.exists() and any(output.samefile(path) for path in read):
+            remedy = "" if force is None else ", or --force to write over it"
+            raise GraftError(f"{output}: this is a file that is read; give the output another name{remedy}")
 
 
 def save_module(module: torch.jit.ScriptModule, path: Path, extra: dict[str, bytes] | None = None) -> None:

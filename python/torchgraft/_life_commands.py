@@ -13,7 +13,7 @@ from ._console import say, table_console
 from ._example import read_example
 from ._files import check_script_output, check_writable, extra_files, load_module, save_module
 from ._reading import parse_json
-from ._text import load_tokenizer, text_arguments, text_limits
+from ._text import load_tokenizer, of_texts, text_arguments, text_limits
 from .adapter_training import freeze_adapter, unfreeze_adapter
 from .checkpoints import load_adapter, match_adapter, save_adapter
 from .errors import GraftError
@@ -34,7 +34,7 @@ def _load_grafted(path: Path) -> torch.jit.ScriptModule:
 def save(arguments: argparse.Namespace) -> None:
     """Writes one adapter of a file into an AdapterHub directory."""
     module = _load_grafted(arguments.base)
-    save_adapter(module, arguments.name, arguments.directory, not arguments.bin, arguments.model_class)
+    save_adapter(module, arguments.name, arguments.directory, not arguments.bin, arguments.model_class, arguments.force)
     say(arguments, f"{arguments.directory}: adapter {arguments.name}")
 
 
@@ -42,7 +42,6 @@ def load(arguments: argparse.Namespace) -> None:
     """Writes a file with the adapter of a directory added or, with --force, in place of the adapter of that name."""
     check_script_output(arguments.output)
     base = load_module(arguments.base)
-    check_keeps_base(base, arguments)
     module = load_adapter(base, arguments.directory, arguments.name, arguments.trainable)
     replaced = len(names_of(module)) == len(names_of(base))
     if replaced and not arguments.force:
@@ -54,14 +53,6 @@ def load(arguments: argparse.Namespace) -> None:
     new = [name for name in names_of(module) if name not in names_of(base)]
     name = f"'{new[0]}'" if new else f"'{arguments.name}'" if arguments.name else "the adapter of its name"
     _write(module, arguments, f"{arguments.directory} {'replaces' if replaced else 'is'} {name}")
-
-
-def check_keeps_base(base: torch.jit.ScriptModule, arguments: argparse.Namespace) -> None:
-    """Raises GraftError if the command would write over its base, which nothing gives back: the file of a grafted
-    module holds its base, that of a base only itself."""
-    output = arguments.output
-    if not is_grafted(base) and not arguments.force and output.exists() and output.samefile(arguments.base):
-        raise GraftError(f"{output}: this is the base itself; give -o another name, or --force to replace it")
 
 
 def match(arguments: argparse.Namespace) -> None:
@@ -202,11 +193,13 @@ def gates(arguments: argparse.Namespace) -> None:
                          f"text {number}")  # fmt: skip
         values = _values(encodings)
         inputs = text_arguments(module.forward_with_gates, values, "gates")
-        with torch.no_grad():
+        with torch.no_grad(), of_texts("gates", module):
             found.append(module.forward_with_gates(*inputs)[1][name])
     gathered = gather_gates(found)
     if not gathered:
-        raise GraftError(f"{arguments.base}: the adapter '{name}' has no gates")
+        with_gates = [info.name for info in life.list_adapters(module) if info.gate_pooling]
+        others = f"; these have: {', '.join(with_gates)}" if with_gates else ", nor has any other of the file"
+        raise GraftError(f"{arguments.base}: the adapter '{name}' has no gates{others}")
     if arguments.output:
         title = f"Gates of {name}, mean of {len(texts)} texts" if not arguments.each else f"Gates of {name}"
         plot_gates(gathered, arguments.output, per_example=arguments.each, labels=texts, title=title)

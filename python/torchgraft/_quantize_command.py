@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from ._console import table_console
+from ._console import say, table_console
 from ._example import read_example, text_example
 from ._files import check_script_output, extra_files, load_module, save_module
-from ._life_commands import check_keeps_base
 from .errors import GraftError
 from .grafting import is_grafted
 from .quantization import LinearMap, linear_maps, quantization_error, quantize
@@ -23,7 +22,6 @@ def quantize_command(arguments: argparse.Namespace) -> None:
     """
     check_script_output(arguments.output)
     module = load_module(arguments.base)
-    check_keeps_base(module, arguments)
     example, why_not = _example(arguments, module)
     maps = linear_maps(module, skip=arguments.skip)
     result = quantize(module, skip=arguments.skip)
@@ -31,13 +29,15 @@ def quantize_command(arguments: argparse.Namespace) -> None:
     difference = _result_difference(module, result, example) if example is not None else None
     before = arguments.base.stat().st_size
     save_module(result, arguments.output, extra_files(arguments.base))
-    _print(maps, measured)
+    if not arguments.quiet:
+        _print(maps, measured)
     after = arguments.output.stat().st_size
-    print(f"{arguments.output}: {_count(maps)}; {before / 1e6:.1f} MB before, {after / 1e6:.1f} MB after")
+    say(arguments, f"{arguments.output}: {_count(maps)}; {before / 1e6:.1f} MB before, {after / 1e6:.1f} MB after")
     if difference is None:
-        print(f"no error was measured: {why_not}")
+        say(arguments, f"no error was measured: {why_not}")
     else:
-        print(f"forward's result differs by {difference:.2%} of its size on {arguments.example or 'inputs made up'}")
+        inputs = arguments.example or "made-up inputs"
+        say(arguments, f"forward's result changes by {difference:.2%}: |change| / |result|, measured on {inputs}")
 
 
 def _example(arguments: argparse.Namespace, module: torch.jit.ScriptModule) -> tuple[Any, str]:

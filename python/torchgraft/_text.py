@@ -1,6 +1,7 @@
 """Turns texts into the arguments of a model's forward."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,24 @@ def text_limits(module: torch.jit.ScriptModule) -> TextLimits:
         GraftError: forward takes no token ids.
     """
     return TextLimits(*patcher().text_limits(module._c))
+
+
+@contextlib.contextmanager
+def of_texts(command: str, module: torch.jit.ScriptModule) -> Iterator[None]:
+    """What runs inside runs `module` on token ids. Where that fails, and the graph shows no table of words, the error
+    says that forward takes something else; what went wrong inside of it would help nobody."""
+    try:
+        yield
+    except (RuntimeError, torch.jit.Error, GraftError) as error:
+        if text_limits(module).vocabulary is not None:
+            raise
+        forward: Any = module.forward  # a ScriptMethod
+        names = ", ".join(argument.name for argument in forward.schema.arguments[1:])
+        remedy = "give --example FILE" if command == "export" else "call the module from Python"
+        raise GraftError(
+            f"{command}: forward({names}) does not run on the token ids of texts, and its graph shows no table of "
+            f"words that takes them; {remedy}"
+        ) from error
 
 
 def text_arguments(method: Any, values: Mapping[str, Tensor], command: str) -> list[Any]:

@@ -16,12 +16,18 @@ def _pickled(weights: dict[str, torch.Tensor]) -> bytes:
     return buffer.getvalue()
 
 
+def check_replaces(directory: str | Path, name: str) -> None:
+    """Raises GraftError where save_adapter() would write over another adapter than `name`."""
+    patcher().check_replaces(str(directory), name)
+
+
 def save_adapter(
     module: torch.jit.ScriptModule,
     name: str,
     directory: str | Path,
     safetensors: bool = True,
     model_class: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Writes one adapter into a directory that load_adapter() of this package and of `adapters==1.3.0` read.
 
@@ -40,15 +46,19 @@ def save_adapter(
             pytorch_model_head.bin).
         model_class: the model class of the `adapters` library that is to load the head ("BertAdapterModel"). The
             library ignores a head whose file does not name the class of its model.
+        overwrite: write also where an adapter of another name is.
 
     Raises:
-        GraftError: the module has no such adapter, or the directory cannot be written.
+        GraftError: the module has no such adapter, the directory holds an adapter of another name, or it cannot be
+            written.
         TypeError: `module` is not TorchScript.
     """
     arguments = cpp_module(module), name
     if safetensors:
-        patcher().save_adapter(*arguments, str(directory), model_class or "")
+        patcher().save_adapter(*arguments, str(directory), model_class or "", overwrite)
         return
+    if not overwrite:
+        check_replaces(directory, name)
     config, weights, head_config, head_weights = patcher().adapter_files(*arguments, model_class or "")
     contents = {CONFIG_FILE: config.encode(), WEIGHT_FILES[1]: _pickled(weights)}
     obsolete = [WEIGHT_FILES[0], HEAD_WEIGHT_FILES[0]]

@@ -53,6 +53,8 @@ def with_short_errors(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
 
 def _shortened(method: Any) -> Any:
     def call(name: str) -> Any:
+        if not isinstance(name, str):
+            raise TypeError(f"{method.name}: expected the name of one adapter, got {type(name).__name__}")
         try:
             return method(name)
         except torch.jit.Error as error:
@@ -121,6 +123,7 @@ def graft(
     trainable: bool = False,
     example: Any = None,
     allow_partial: bool = False,
+    rename: Mapping[str, str] | None = None,
 ) -> torch.jit.ScriptModule:
     """Returns a copy of `module` with adapters grafted on; `module` itself is unchanged.
 
@@ -154,6 +157,9 @@ def graft(
             one tensor. None: made up from forward's signature where that is possible.
         allow_partial: graft a fresh adapter also where some attention was not recognised and gets none, with a warning.
             Layers are then numbered without it. False: that is an error.
+        rename: other names, in the result, for what the base calls as grafting does: {"adapter_ids": "base_ids"} for an
+            argument of forward, {"adapters": "base_adapters"} for an attribute, or a method such as "activate". The
+            result remembers them, and ungraft() gives the old ones back. None: such a base is refused.
 
     Returns:
         A ScriptModule, in the same mode (train or eval) as `module`, with these methods:
@@ -183,7 +189,7 @@ def graft(
         specs.append(directory_spec(module, directory, adapter_name, trainable, sites))
     made, messages = patcher().graft(base, specs, gate_pooling or "", token_mask or "", active or "", verify, fuse=fuse,
                                      allow_partial=allow_partial, example=example_arguments(example),
-                                     **_sites_option(sites))  # fmt: skip
+                                     rename=dict(rename or {}), **_sites_option(sites))  # fmt: skip
     if gate_pooling == "unpadded":
         messages += _no_gates(made, [spec[0] for spec in specs])
     return module_with_warnings((made, messages))

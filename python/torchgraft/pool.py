@@ -114,11 +114,11 @@ class AdapterPool:
         Raises:
             GraftError: an adapter is not in memory.
         """
-        return self._lease(self._pool.acquire(list(names)))
+        return self._lease(self._pool.acquire(_checked(names)))
 
     def try_acquire(self, names: Sequence[str]) -> Lease | None:
         """Returns a lease as acquire() does, or None if an adapter is not in memory."""
-        held = self._pool.try_acquire(list(names))
+        held = self._pool.try_acquire(_checked(names))
         return None if held is None else self._lease(held)
 
     def evict(self, name: str) -> bool:
@@ -144,3 +144,9 @@ class AdapterPool:
             if newest[0].same_module(held):
                 self._newest = newest
         return Lease(held, newest[1])
+
+
+def _checked(names: Sequence[str]) -> list[str]:
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"acquire: expected a list with the name of each row's adapter, got {names!r}")
+    return list(names)

@@ -37,11 +37,17 @@ SHOWING = {"inspect", "match", "list", "completion"}
 LOADING_NOTHING = {"tune", "completion"}
 
 
+def two_names(text: str, expected: str = "OLD=NEW") -> tuple[str, str]:
+    """Parses the argument of --rename."""
+    first, _, second = text.partition("=")
+    if not first or not second:
+        raise argparse.ArgumentTypeError(f"expected {expected}, got '{text}'")
+    return first, second
+
+
 def name_and_directory(text: str) -> tuple[str, Path]:
     """Parses the argument of --adapter."""
-    name, _, directory = text.partition("=")
-    if not name or not directory:
-        raise argparse.ArgumentTypeError(f"expected NAME=DIRECTORY, got '{text}'")
+    name, directory = two_names(text, "NAME=DIRECTORY")
     return name, Path(directory)
 
 
@@ -140,6 +146,15 @@ def add_add_command(commands: argparse._SubParsersAction[Parser]) -> None:
         action="store_true",
         help="graft onto the attention that is recognised where some is not (default: an error that names the rest)",
     )
+    adding.add_argument(
+        "--rename",
+        action="append",
+        default=[],
+        type=two_names,
+        metavar="OLD=NEW",
+        help="another name in OUT for what BASE calls as grafting does (adapter_ids, adapters, ...); may be given "
+        "several times",
+    )
     add_example_argument(adding, "compare OUT with BASE")
     adding.add_argument("--force", action="store_true", help="write also over BASE.pt itself")
 
@@ -198,13 +213,14 @@ def add_tune_command(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def life_command(
-    commands: argparse._SubParsersAction[Parser], name: str, about: str, writes: bool = True
+    commands: argparse._SubParsersAction[Parser], name: str, about: str, writes: bool = True, forcing: str = ""
 ) -> argparse.ArgumentParser:
     """Adds a command for grafted files. One that changes the adapters writes another file."""
     result = commands.add_parser(name, help=about)
     result.add_argument("base", type=Path, metavar="MODEL.pt", help="a grafted model")
     if writes:
         result.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.pt", help="the file to write")
+        result.add_argument("--force", action="store_true", help=f"write also over MODEL.pt itself{forcing}")
     return result
 
 
@@ -219,14 +235,14 @@ def add_life_commands(commands: argparse._SubParsersAction[Parser]) -> None:
         metavar="CLASS",
         help="the model class of the adapters library that is to load the head: BertAdapterModel",
     )
+    saving.add_argument(
+        "--force", action="store_true", help="write also where an adapter of another name is (default: an error)"
+    )
     saving.add_argument("--bin", action="store_true", help="write pytorch_adapter.bin instead of adapter.safetensors")
-    loading = command("load", "add the adapter of a directory")
+    loading = command("load", "add the adapter of a directory", forcing=", and replace an adapter of that name")
     loading.add_argument("directory", type=Path, metavar="DIRECTORY", help="of AdapterHub, or a LoRA of PEFT")
     loading.add_argument("--name", help="the adapter's name in OUT.pt (default: its name in the directory)")
     loading.add_argument("--trainable", action="store_true", help="give it parameters of its own, to train it")
-    loading.add_argument(
-        "--force", action="store_true", help="replace an adapter of that name, or write over a base (default: an error)"
-    )
     matching = command("match", "show where load would put each weight of a directory", writes=False)
     matching.add_argument("directory", type=Path, metavar="DIRECTORY", help="of AdapterHub, or a LoRA of PEFT")
     matching.add_argument("--json", action="store_true", help="print JSON")

@@ -377,3 +377,12 @@ def test_sigterm_under_load_loses_nothing(server_program, models, expected):
     for name, row, status, answer in answers:
         assert status == 200, answer
         torch.testing.assert_close(torch.tensor(answer["outputs"][0]), expected(name, row), **TOLERANCE)
+
+
+def test_head_is_get_without_its_text(server):
+    for path, status in (("/healthz", 200), ("/metrics", 200), ("/nothing", 404), ("/v1/predict", 405)):
+        connection = server.connection()
+        connection.request("HEAD", path)
+        answer = connection.getresponse()
+        assert (answer.status, answer.read()) == (status, b""), path
+        connection.close()

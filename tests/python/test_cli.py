@@ -350,7 +350,8 @@ def test_the_life_of_a_file(folder: Path, tmp_path: Path) -> None:
     a, b, saved = tmp_path / "a.pt", tmp_path / "b.pt", tmp_path / "saved"
 
     def step(*arguments: object) -> str:
-        done = run(*arguments)
+        force = ("--force",) if arguments.count(b) == 2 else ()
+        done = run(*arguments, *force)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -369,12 +370,12 @@ def test_the_life_of_a_file(folder: Path, tmp_path: Path) -> None:
     assert "trainable" in step("list", b) and torchgraft.trainable_parameters(torch.jit.load(str(b)), "z")
     step("freeze", b, "z", "-o", b)
     assert "trainable" not in step("list", b)
-    done = run("load", b, saved, "-o", b, "--name", "x", "--trainable")
+    done = run("load", b, saved, "-o", tmp_path / "c.pt", "--name", "x", "--trainable")
     assert done.returncode == 1 and "it has an adapter of 'x' already (it has: x, z)" in done.stderr
-    step("load", b, saved, "-o", b, "--name", "x", "--trainable", "--force")
+    step("load", b, saved, "-o", b, "--name", "x", "--trainable")
     assert [entry["trainable"] for entry in json.loads(step("list", b, "--json"))] == [True, False]
     step("rename", b, "z", "w", "-o", b)
-    done = run("merge", b, "w", "-o", b)
+    done = run("merge", b, "w", "-o", b, "--force")
     assert done.returncode == 1 and "other adapters too (x)" in done.stderr and "--into-base" in done.stderr
     step("merge", b, "w", "-o", b, "--into-base")
     step("unmerge", b, "w", "-o", b)

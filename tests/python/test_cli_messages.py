@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 
 import torchgraft
@@ -76,3 +77,64 @@ def test_a_note_of_all_layers_stands_once(tmp_path: Path) -> None:
     module.save(tmp_path / "two.pt")
     shown = run_here("graft.py", "inspect", tmp_path / "two.pt").stdout
     assert shown.count("feed-forward") == 1 and "layers 0-1, self attention: " in shown
+
+
+class _TakesStates(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.layer(states)
+
+
+def test_a_model_without_token_ids_is_named_by_what_needs_them(tmp_path: Path) -> None:
+    base = torch.jit.trace(_TakesStates().eval(), torch.randn(2, 5, 32), check_trace=False)
+    torchgraft.graft(base, "unipelt", "task").save(str(tmp_path / "model.pt"))
+    (tmp_path / "tokenizer.json").write_text(tokenizers.Tokenizer(tokenizers.models.BPE()).to_str())
+    for command in (["gates", "{}", "--text", "a"], ["export", "{}", "-o", str(tmp_path / "out.pt2")]):
+        done = run_here("graft.py", *[part.format(tmp_path / "model.pt") for part in command])
+        assert done.returncode == 1
+        assert "forward(states, adapter_ids) does not run on the token ids of texts" in done.stderr
+        assert "Dimension" not in done.stderr
+
+
+def test_names_of_another_type_are_named() -> None:
+    module = torchgraft.graft(base("bert_sdpa", torch.float32), "lora", "task")
+    for call in (lambda: module.activate(["task"]), lambda: module.adapter_config(0)):
+        with pytest.raises(TypeError, match="expected the name of one adapter, got (list|int)"):
+            call()
+    pool = torchgraft.AdapterPool(base("bert_sdpa", torch.float32), capacity=1)
+    for names in ("task", [0]):
+        for acquire in (pool.acquire, pool.try_acquire):
+            with pytest.raises(TypeError, match="expected a list with the name of each row's adapter"):
+                acquire(names)
+
+
+def test_a_pool_says_that_an_adapter_may_have_left(tmp_path: Path) -> None:
+    torchgraft.save_adapter(torchgraft.graft(base("bert_sdpa", torch.float32), "lora", "task"), "task", tmp_path)
+    pool = torchgraft.AdapterPool(base("bert_sdpa", torch.float32), capacity=1)
+    pool.insert("first", tmp_path)
+    pool.insert("second", tmp_path)
+    with pytest.raises(torchgraft.GraftError, match=r"'first' is in memory: .* gave its row up .* In memory: second"):
+        pool.acquire(["first"])
+
+
+@pytest.mark.parametrize("config", [{}, "{}"])
+def test_an_empty_object_is_no_configuration(config: object, tmp_path: Path) -> None:
+    if isinstance(config, str):
+        (tmp_path / "adapter_config.json").write_text(config)
+        config = tmp_path / "adapter_config.json"
+    with pytest.raises(torchgraft.GraftError, match=r"expected the fields of an adapter's configuration.*got \{\}"):
+        torchgraft.graft(base("bert_sdpa", torch.float32), config, "task")
+
+
+def test_an_adapter_without_gates_names_those_that_have_some(tmp_path: Path) -> None:
+    plain = torchgraft.graft(base("bert_sdpa", torch.float32), "lora", "plain")
+    words = {word: index for index, word in enumerate(["<unk>", "a"])}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>")).save(str(tmp_path / "tokenizer.json"))
+    both = torchgraft.graft(plain, "unipelt", "gated")
+    for module, told in ((plain, "nor has any other of the file"), (both, "these have: gated")):
+        module.save(str(tmp_path / "model.pt"))
+        done = run_here("graft.py", "gates", tmp_path / "model.pt", "--text", "a", "--adapter", "plain")
+        assert done.returncode == 1 and "the adapter 'plain' has no gates" in done.stderr and told in done.stderr

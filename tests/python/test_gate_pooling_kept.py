@@ -208,3 +208,45 @@ def test_a_file_of_before_keeps_what_its_gates_read() -> None:
             gates = each.forward_with_gates(*arguments)[1]["task"][0]["selfattn_lora"]
             torch.testing.assert_close(gates, torch.stack(expected, 1), rtol=0, atol=1e-6)
         assert torch.equal(both(*arguments), module(*arguments))
+
+
+class _SeesWhatItIsTold(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (torch.nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part.view(x.size(0), x.size(1), 4, 8).transpose(1, 2) for part in (self.q(x), self.k(x), self.v(x)))
+        mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, visible.unsqueeze(1))
+        return x + self.out(mixed.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
+@pytest.mark.parametrize("lowered", [False, True])
+def test_a_mask_that_cannot_be_read_hinders_only_rows_that_need_it(dtype: torch.dtype, lowered: bool) -> None:
+    torch.manual_seed(0)
+    eager = _SeesWhatItIsTold().double().eval()
+    groups = torch.tensor([[1, 1, 2, 2, 2], [1, 1, 1, 0, 0], [1, 2, 2, 2, 1]])  # 0: padding, which nobody sees
+    visible = (groups[:, :, None] == groups[:, None, :]) & (groups != 0)[:, None, :] | torch.eye(5, dtype=torch.bool)
+    if dtype != torch.bool:
+        visible = torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, float("-inf"))
+    x = torch.randn(3, 5, 32, dtype=torch.float64)
+    plain = torch.jit.trace(eager, (x, visible))
+    module = torchgraft.graft(plain, "lora[use_gating=True]", "all", example=(x, visible))
+    module = torchgraft.graft(module, "lora[use_gating=True]", "unpadded", gate_pooling="unpadded", verify=False)
+    for key, parameter in module.adapters.named_parameters():
+        if key.endswith("lora_b"):
+            parameter.data.normal_()
+    alone = torchgraft.remove_adapter(module, "unpadded")
+    alone.activate("all")
+    unpadded = torchgraft.remove_adapter(module, "all")
+    module = torchgraft.lower(module, verify=False) if lowered else module
+    with torch.no_grad():
+        rows = module(x, visible, adapter_ids=torch.tensor([0, 1, -1]))
+        expected = [alone(x, visible)[0], unpadded(x[1:2], visible[1:2])[0], eager(x, visible)[2]]
+        torch.testing.assert_close(rows, torch.stack(expected))
+        module.activate("all")
+        torch.testing.assert_close(module(x, visible), alone(x, visible))
+        for ids in ([1, 1, -1], [0, 1, 1]):
+            with pytest.raises((RuntimeError, torch.jit.Error), match="cannot be told from its attention mask"):
+                module(x, visible, adapter_ids=torch.tensor(ids))

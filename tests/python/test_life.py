@@ -278,7 +278,7 @@ def test_a_name_is_any_text_without_dots(trainable: bool, tmp_path) -> None:
     for name in NAMES:
         loaded.activate(name)
         assert loaded.active_adapter() == name
-        torchgraft.save_adapter(loaded, name, tmp_path / "saved")
+        torchgraft.save_adapter(loaded, name, tmp_path / "saved", overwrite=True)
         again = torchgraft.load_adapter(base("bert_sdpa", FLOAT), tmp_path / "saved")
         assert again.adapter_names() == [name]
         if trainable:

@@ -38,7 +38,7 @@ def test_it_prints_errors_and_sizes(folder: Path, tmp_path: Path) -> None:
     sizes = [(folder / "base.pt").stat().st_size, out.stat().st_size]
     assert f"{sizes[0] / 1e6:.1f} MB before, {sizes[1] / 1e6:.1f} MB after" in shown
     assert "19 of 19 linear maps in int8" in shown
-    assert re.search(r"result differs by \d+\.\d\d% of its size", shown)
+    assert re.search(r"result changes by \d+\.\d\d%: ", shown)
 
 
 def test_a_bare_file_needs_no_library(folder: Path, tmp_path: Path) -> None:
@@ -69,9 +69,14 @@ def test_errors_leave_nothing_behind(folder: Path, tmp_path: Path, options: list
     assert shown.returncode == 1 and message in shown.stderr and list(tmp_path.iterdir()) == []
 
 
+def test_quiet_says_nothing(folder: Path, tmp_path: Path) -> None:
+    shown = run_here("graft.py", "quantize", folder / "base.pt", "-o", tmp_path / "out.pt", "--quiet")
+    assert (shown.returncode, shown.stdout, shown.stderr) == (0, "", "") and (tmp_path / "out.pt").exists()
+
+
 def test_it_does_not_write_over_its_base(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.pt"
     copy.write_bytes((folder / "base.pt").read_bytes())
     shown = run_here("graft.py", "quantize", copy, "-o", copy)
-    assert shown.returncode == 1 and "this is the base itself" in shown.stderr
+    assert shown.returncode == 1 and "this is a file that is read" in shown.stderr
     assert copy.read_bytes() == (folder / "base.pt").read_bytes()

@@ -1,6 +1,7 @@
 """The command `torchgraft export`."""
 
 import argparse
+import contextlib
 import io
 import warnings
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from .._console import say
 from .._example import read_example, text_example
 from .._files import check_writable, extra_files, load_module, write_whole
+from .._text import of_texts
 from ..grafting import names_of
 from .description import FILE, description_text
 from .export import export
@@ -35,7 +37,8 @@ def export_command(arguments: argparse.Namespace) -> None:
     example = read_example(arguments.example) if arguments.example else text_example(module)
     options = {"adapter_ids": not arguments.no_ids, "gates": arguments.gates, "dynamic": not arguments.static}
     lowered = arguments.lowered or not (arguments.output or arguments.aoti)
-    program = export(module, example, lowered=lowered, **options)
+    with contextlib.nullcontext() if arguments.example else of_texts("export", module):
+        program = export(module, example, lowered=lowered, **options)
     if arguments.output:
         save_program(program, arguments.output, _texts(extra_files(arguments.base)))
     if arguments.aoti:

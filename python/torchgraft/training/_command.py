@@ -25,6 +25,7 @@ from .._console import say
 from .._files import EXPECTED_ERRORS, extra_files, load_module, reason, save_module, write_whole
 from .._libraries import load_others
 from .._text import load_tokenizer, text_limits
+from ..checkpoints import check_replaces
 from ..configs import config_argument
 from ..errors import GraftError
 from ..grafting import names_of
@@ -38,6 +39,7 @@ from .workers import Workers
 __all__ = ["EXPECTED_ERRORS", "reason", "run"]
 
 CHECKPOINT = "checkpoint.pt"
+ADAPTER = "adapter"
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ def _run(arguments: argparse.Namespace, workers: Workers) -> None:
     if checkpoint.exists() and not (arguments.resume or arguments.restart):
         raise GraftError(f"{checkpoint}: exists already; give --resume to go on, --restart to start anew, "
                          "or another --output")  # fmt: skip
+    if not arguments.restart:
+        _check_keeps_adapter(output / ADAPTER, arguments.adapter)
     options = TrainingOptions(**{field.name: getattr(arguments, field.name) for field in fields(TrainingOptions)})
     data = _load_data(arguments)
     base = load_module(arguments.model)
@@ -92,6 +96,15 @@ def _run(arguments: argparse.Namespace, workers: Workers) -> None:
     scores = _final_scores(module, data, workers)
     if workers.rank == 0:
         _write(module.cpu(), arguments, data, result, scores)
+
+
+def _check_keeps_adapter(directory: Path, name: str) -> None:
+    """Says before hours of training what writing the adapter would say."""
+    try:
+        check_replaces(directory, name)
+    except GraftError as error:
+        found = str(error).removeprefix("save_adapter: ").split(";")[0]
+        raise GraftError(f"{found}; give another --output, or --restart to replace it") from error
 
 
 def _identity(arguments: argparse.Namespace, data: Data, gate_pooling: str) -> dict[str, Any]:
@@ -215,7 +228,9 @@ def _write(
     scores: dict[str, dict[str, float]],
 ) -> None:  # fmt: skip
     output: Path = arguments.output
-    save_adapter(module, arguments.adapter, output / "adapter", model_class=arguments.model_class)
+    save_adapter(
+        module, arguments.adapter, output / ADAPTER, model_class=arguments.model_class, overwrite=arguments.restart
+    )
     if arguments.save_model:
         save_module(freeze_adapter(module, arguments.adapter), output / "model.pt", extra_files(arguments.model))
     report = {"labels": data.names, "best_epoch": result.best_epoch, "stopped_early": result.stopped_early,

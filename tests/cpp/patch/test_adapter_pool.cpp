@@ -245,8 +245,7 @@ TEST(AdapterPool, AdaptersOfTheModuleAreNeverEvicted) {
   EXPECT_EQ(pool.resident(), (std::vector<std::string>{"c", "own"}));
   EXPECT_LT(largest_difference(run(pool.acquire({"own"}), x), alone(own, x)), kTolerance);
   EXPECT_NE(error_of([&] { pool.evict("own"); }).find("came with the module"), std::string::npos);
-  EXPECT_NE(error_of([&] { pool.acquire({"c", "z"}); }).find("no adapter is called 'z'; there are: c, own"),
-            std::string::npos);
+  EXPECT_NE(error_of([&] { pool.acquire({"c", "z"}); }).find("no adapter 'z' is in memory"), std::string::npos);
   EXPECT_NE(error_of([&] { AdapterPool(graft(encoder(), {own}), options(1, {})); }).find("capacity above that"),
             std::string::npos);
 }
