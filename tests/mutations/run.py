@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-PROGRAMS = ["test_ops", "test_kernels", "test_registration", "test_config", "test_plan", "test_patch"]
+PROGRAMS = ["test_ops", "test_kernels", "test_registration", "test_config", "test_plan", "test_patch", "test_pool"]
 OPERATORS = ["torchgraft"]
 LIBRARIES = [*OPERATORS, "torchgraft_patch", "torchgraft_python"]
 
