@@ -1,6 +1,7 @@
 #include <torchgraft/patch/optimize.h>
 
 #include <torchgraft/patch/canonicalise/canonicalise.h>
+#include <torchgraft/patch/canonicalise/decompose_linear.h>
 #include <torchgraft/patch/canonicalise/inline_module_arguments.h>
 #include <torchgraft/patch/graph/clone_module.h>
 #include <torchgraft/patch/graph/dump_graph.h>
@@ -12,6 +13,7 @@
 
 #include <c10/util/Exception.h>
 
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -20,19 +22,38 @@ namespace {
 
 using torch::jit::Module;
 
-// Puts the canonical graph of `method`, with its linear maps fused, in the place of the method. Callers find it by its
-// name. Returns the number of linear maps.
-size_t optimize_method(Module& module, const char* method) {
+// The graph of `method` with torchgraft::linear where it has linear maps. Callers find a method by its name.
+size_t replace_method(Module& module, const char* method, const std::shared_ptr<torch::jit::Graph>& graph) {
   const auto schema = module.get_method(method).function().getSchema();
-  const CanonicalGraph canonical = canonicalise(module, method);
-  const size_t count = fuse_linear(canonical.graph, module);
-  guard_attributes(canonical.graph, canonical.folded);
-  canonical.graph->lint();
+  const size_t count = fuse_linear(graph, module);
+  graph->lint();
   GraphDump dump("optimize");
-  dump(method, *canonical.graph);
+  dump(method, *graph);
   remove_method(module, method);
-  add_method(module, method, canonical.graph, schema.arguments(), schema.returns());
+  add_method(module, method, graph, schema.arguments(), schema.returns());
   return count;
+}
+
+// A method of a base.
+size_t optimize_base(Module& module, const char* method) {
+  const CanonicalGraph canonical = canonicalise(module, method);
+  guard_attributes(canonical.graph, canonical.folded);
+  return replace_method(module, method, canonical.graph);
+}
+
+// grafted_forward is in canonical form already.
+size_t optimize_grafted(Module& module) {
+  const auto graph = module.get_method("grafted_forward").graph()->copy();
+  decompose_linear(graph);
+  return replace_method(module, "grafted_forward", graph);
+}
+
+void check_is_trained(const Module& grafted) {
+  for (const AdapterInfo& info : list_adapters(grafted)) {
+    TORCH_CHECK(!info.trainable, "optimize: '", info.name,
+                "' is trainable; optimising comes last: train it, then make ",
+                "it a frozen one (freeze_adapter, torchgraft freeze)");
+  }
 }
 
 // The results of `after` that must be those of `before`.
@@ -60,13 +81,14 @@ Module optimize(const Module& module, const OptimizeOptions& options) {
   Module result = clone_module(module);
   size_t count = 0;
   if (is_grafted(module)) {
-    count += optimize_method(result, "grafted_forward");
-    count += options.exact_base ? 0 : optimize_method(result, "base_forward");
+    check_is_trained(module);
+    count += optimize_grafted(result);
+    count += options.exact_base ? 0 : optimize_base(result, "base_forward");
   } else {
     TORCH_CHECK(!options.exact_base, "optimize: expected a grafted module with exact_base, which keeps its base as it ",
                 "is, got one without adapters");
     inline_module_arguments(result);
-    count += optimize_method(result, "forward");
+    count += optimize_base(result, "forward");
   }
   TORCH_CHECK(count > 0,
               "optimize: forward has no linear map whose weight is a floating-point parameter of the module ",

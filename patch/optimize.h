@@ -20,8 +20,8 @@ struct OptimizeOptions {
 // result needs libtorchgraft.so, also where the module needed none.
 //
 // Optimise last: what changes a grafted module (grafting, removing, merging, ...) takes an optimised one, too, but
-// gives one that is not optimised. Throws c10::Error when forward has no linear map with a weight of its own, and,
-// unless turned off, when a result differs on example inputs.
+// gives one that is not optimised. Throws c10::Error when forward has no linear map with a weight of its own, when an
+// adapter is trainable, and, unless turned off, when a result differs on example inputs.
 TORCHGRAFT_PATCH_API torch::jit::Module optimize(const torch::jit::Module& module, const OptimizeOptions& options = {});
 
 }  // namespace torchgraft

@@ -27,7 +27,8 @@ std::string message(const ModuleAttribute& attribute) {
   std::ostringstream value;
   value << attribute.value;
   return "forward: '" + attribute.path + "' was " + value.str() +
-         " when the adapters were grafted, and the grafted graph keeps that; set it before grafting, on the base";
+         " when the adapters were grafted, or the module optimised, and the graph keeps that; set it before, on the "
+         "base";
 }
 
 void insert_check(Graph& graph, Value* is_same, const ModuleAttribute& attribute) {

@@ -22,6 +22,8 @@
 #include <torchgraft/patch/sites/apply_sites.h>
 #include <torchgraft/registration/library.h>
 
+#include <torch/csrc/jit/api/function_impl.h>
+
 #include <algorithm>
 
 namespace torchgraft {
@@ -182,7 +184,13 @@ Module base_copy(const Module& module) {
     remove_methods(result);
     rename_names(result, reversed(names));
   }
-  decompose_linear(result.get_method("forward").graph());
+  for (const Module& each : result.modules()) {
+    for (torch::jit::Function* method : each.type()->methods()) {
+      if (auto* function = torch::jit::tryToGraphFunction(*method)) {
+        decompose_linear(function->graph());
+      }
+    }
+  }
   return result;
 }
 

@@ -37,7 +37,7 @@ Draft open_grafted(const torch::jit::Module& module, const char* what);
 // `active` no adapter is active.
 torch::jit::Module build(Draft draft, const std::string& active);
 
-// A copy of `module` without anything grafted, and not optimised.
+// A copy of `module` without anything grafted, in which nothing is optimised.
 torch::jit::Module base_copy(const torch::jit::Module& module);
 
 // Each line on a line of its own, indented, for errors that list near misses.

@@ -27,7 +27,8 @@ def optimize(
         example: for `verify`: inputs, as graft() takes them.
 
     Raises:
-        GraftError: forward has no linear map with a weight of its own, or a result differs on the inputs.
+        GraftError: forward has no linear map with a weight of its own, an adapter is trainable, or a result
+            differs on the inputs.
         TypeError: `module` is not TorchScript.
     """
     return module_with_warnings(patcher().optimize(cpp_module(module), exact_base, verify, example_arguments(example)))

@@ -182,6 +182,44 @@ def test_what_cannot_be_optimised_is_named() -> None:
         torchgraft.optimize(base("bert_sdpa", torch.float32), exact_base=True)
 
 
+def test_a_trainable_adapter_is_refused() -> None:
+    module = torchgraft.graft(base("bert_sdpa", torch.float32), "lora", "task", trainable=True)
+    with pytest.raises(torchgraft.GraftError, match="optimize: 'task' is trainable; .* make it a frozen one"):
+        torchgraft.optimize(module)
+    torchgraft.optimize(torchgraft.freeze_adapter(module, "task"))
+
+
+class Holder(torch.nn.Module):
+    def __init__(self, inside: torch.jit.ScriptModule) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+        return self.inside(x, padding)
+
+
+def test_nothing_of_an_optimised_module_inside_another_is_left_by_lower() -> None:
+    name = "own_pre_sdpa_bool"
+    batch = make_batch([5, 3], 5, torch.float32)
+    outer = torch.jit.trace(Holder(torchgraft.optimize(base(name, torch.float32))), VARIANTS[name].arguments(batch))
+    module = torchgraft.lower(torchgraft.graft(outer, "unipelt", "task"))
+    for each in module.modules():
+        for method in each._c._method_names():
+            graph = str(each._c._get_method(method).graph).replace("__torch__.torchgraft", "")
+            assert "torchgraft::" not in graph, method
+
+
+def test_an_optimised_module_is_exported() -> None:
+    module = grafted("bert_sdpa", torch.float32, "unipelt")
+    arguments = VARIANTS["bert_sdpa"].arguments(make_batch([9, 5], 9, torch.float32))
+    program = torchgraft.export(torchgraft.optimize(module), arguments)
+    assert "torchgraft.linear" in str(program.graph)
+    ids = torch.tensor([0, -1])
+    leaves = [torch.utils._pytree.tree_leaves(each(*arguments, ids)) for each in (program.module(), module)]
+    for actual, wanted in zip(*leaves, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.quick
 def test_the_command_writes_a_file(tmp_path: Path) -> None:
     grafted("bert_sdpa", torch.float32, "unipelt").save(str(tmp_path / "model.pt"))

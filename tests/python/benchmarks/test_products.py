@@ -10,8 +10,9 @@ _SCRIPT = Path(__file__).resolve().parents[3] / "benchmarks" / "products.py"
 
 
 @pytest.mark.slow(seconds=15)
-def test_a_small_run_prints_its_rows() -> None:
-    options = ["--sizes", "32x48", "--tokens", "3", "20", "--turns", "2"]
+@pytest.mark.parametrize("cold", [[], ["--cold"]], ids=["one weight", "cold"])
+def test_a_small_run_prints_its_rows(cold: list[str]) -> None:
+    options = ["--sizes", "32x48", "--tokens", "3", "20", "--turns", "2", *cold]
     done = subprocess.run([sys.executable, str(_SCRIPT), *options], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines() if "│" in line]
