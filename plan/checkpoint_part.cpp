@@ -81,11 +81,13 @@ void keep_part_of_model(Checkpoint& checkpoint, const Plan& plan, const Structur
     checkpoint.prefixes.erase("cross_prefix");
     return;
   }
-  TORCH_CHECK(
-      !has_self_attention_alone(structure) || std::none_of(modules.begin(), modules.end(), is_in_encoder) ||
-          std::none_of(modules.begin(), modules.end(), is_in_decoder),
-      "adapter weights: the adapter is of an encoder and a decoder, and the model has no cross attention; if it "
-      "is the encoder alone, say so: part=\"encoder\" (torchgraft add --part encoder)");
+  const bool is_of_both = (std::any_of(modules.begin(), modules.end(), is_in_encoder) ||
+                           checkpoint.prefixes.count("encoder_prefix") > 0) &&
+                          (std::any_of(modules.begin(), modules.end(), is_in_decoder) ||
+                           checkpoint.prefixes.count("cross_prefix") > 0);
+  TORCH_CHECK(!has_self_attention_alone(structure) || !is_of_both,
+              "adapter weights: the adapter is of an encoder and a decoder, and the model has no cross attention; if it ",
+              "is the encoder alone, say so: part=\"encoder\" (torchgraft add --part encoder)");
   if (!is_decoder_alone(structure)) {
     return;
   }

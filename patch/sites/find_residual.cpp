@@ -114,10 +114,12 @@ std::optional<ResidualSite> find_residual(SiteFinder& finder, Value* branch, Val
     Node* node = reader->user;
     const bool passes = is_layout(node) || is_aten(node, {"dropout"}) || is_norm(node) ||
                         finder.is_scale(node, branch) || (node->kind() == c10::prim::If && node->outputs().size() == 1);
-    if (is_tensor_add(node)) {
+    const bool adds_bias =  // of a linear map that was written as a product and a sum
+        is_tensor_add(node) && resolve_tensor(strip_layout(node->input(1 - reader->offset)), finder.module()).defined();
+    if (is_tensor_add(node) && !adds_bias) {
       break;
     }
-    if (!passes || node->outputs().size() != 1) {
+    if ((!passes && !adds_bias) || node->outputs().size() != 1) {
       return std::nullopt;
     }
     branch = node->output();
