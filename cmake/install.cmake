@@ -50,6 +50,7 @@ if(TORCHGRAFT_BUILD_PATCH)
     patch/load_module.h
     patch/optimize.h
     patch/quantize.h
+    patch/read_adapter.h
     patch/save_adapter.h
     patch/text_limits.h
     patch/train.h

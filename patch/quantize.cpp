@@ -4,6 +4,7 @@
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/linear_map.h>
 #include <torchgraft/patch/graph/loaded_again.h>
+#include <torchgraft/patch/graph/no_warnings.h>
 #include <torchgraft/patch/module/draft.h>
 #include <torchgraft/patch/module/exported_methods.h>
 #include <torchgraft/patch/module/methods.h>
@@ -25,12 +26,6 @@ using torch::jit::Module;
 using torch::jit::Node;
 using torch::jit::Value;
 using torch::jit::WithInsertPoint;
-
-// Drops warnings: torch's, that quantised tensors are to go.
-class NoQuantizerWarnings : public c10::WarningHandler {
- public:
-  void process(const c10::Warning&) override {}
-};
 
 // The base of a module in canonical form, its sites and its linear maps.
 struct Base {
@@ -65,8 +60,7 @@ Base open_base(const Module& module, const QuantizeOptions& options) {
   result.module = base_copy(module);
   result.canonical = canonicalise(result.module, "forward");
   result.sites = find_sites(result.canonical, result.module);
-  NoQuantizerWarnings silence;
-  const c10::WarningUtils::WarningHandlerGuard quiet(&silence);
+  const NoWarnings no_warnings;
   result.maps = quantize_maps(*result.canonical.graph, result.sites, result.module, options.skip);
   check_some(result.maps);
   return result;

@@ -1,4 +1,4 @@
-#include <torchgraft/patch/save_adapter.h>
+#include <torchgraft/patch/read_adapter.h>
 
 #include <torchgraft/config/library_differences.h>
 #include <torchgraft/patch/adapters/adapter_files.h>

@@ -162,7 +162,7 @@ at::Tensor init_phm(const PlannedModule& module, const PhmShape& shape, SharedFa
   PhmDraws factors = drawn(config.shared_W_phm, shape.side, [&] { return draw_blocks(config, shape); });
   factors.merge(drawn(config.shared_phm_rule, "rule", [&] { return draw_rules(config); }));
   return phm_weight(config, shape, [&](const std::string& name, at::IntArrayRef, bool is_shared) {
-    const PhmPlace place = phm_place(module, shape.side, name, is_shared);
+    const PhmSource place = phm_place(module, shape.side, name, is_shared);
     return sources[place.source][place.name] = factors.at(name);
   });
 }

@@ -363,8 +363,7 @@ std::vector<SavedParameters> match_modules(const Checkpoint& checkpoint, const P
   return Matcher(checkpoint, plan, structure).match();
 }
 
-std::vector<std::pair<int64_t, std::string>> lora_places_by_number(const Structure& structure,
-                                                                   const std::string& path) {
+std::vector<std::pair<int64_t, std::string>> lora_sites_by_number(const Structure& structure, const std::string& path) {
   const SavedModule saved{SavedKind::kLoRA, split_path(path), {}};
   std::vector<std::pair<int64_t, std::string>> result;
   for (const int64_t position : layers_by_number(structure, saved.path)) {

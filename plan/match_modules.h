@@ -24,7 +24,7 @@ std::vector<SavedParameters> match_modules(const Checkpoint& checkpoint, const P
 // Where a LoRA on the linear map at `path` of another model acts in a model that has no paths (a frozen one): by the
 // layer's number, and by the names in `path`. (position in structure.layers, site), several for packed projections;
 // none where the number or the names are not known.
-TORCHGRAFT_PATCH_API std::vector<std::pair<int64_t, std::string>> lora_places_by_number(const Structure& structure,
-                                                                                        const std::string& path);
+TORCHGRAFT_PATCH_API std::vector<std::pair<int64_t, std::string>> lora_sites_by_number(const Structure& structure,
+                                                                                       const std::string& path);
 
 }  // namespace torchgraft

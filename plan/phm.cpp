@@ -36,7 +36,7 @@ at::Tensor phm_weight(const BnConfig& config, const PhmShape& shape, const PhmFa
   return sum.reshape({shape.in, shape.out}).t().contiguous();
 }
 
-PhmPlace phm_place(const PlannedModule& module, const std::string& side, const std::string& factor, bool shared) {
+PhmSource phm_place(const PlannedModule& module, const std::string& side, const std::string& factor, bool shared) {
   if (shared) {
     return {kSharedPhm, factor.starts_with("W") ? "W_" + side + factor.substr(1) : factor};
   }
@@ -48,7 +48,7 @@ bool has_phm_factors(const PlannedModule& module, const Reparametrisation& sourc
   if (!bottleneck || !bottleneck->config.phm_layer) {
     return false;
   }
-  const PhmPlace block =
+  const PhmSource block =
       phm_place(module, "down", bottleneck->config.factorized_phm_W ? "W_left" : "W", bottleneck->config.shared_W_phm);
   const auto found = sources.find(block.source);
   return found != sources.end() && found->second.count(block.name);
@@ -61,7 +61,7 @@ ModuleWeights phm_weights(const PlannedModule& module, const Reparametrisation& 
   for (const PhmShape& shape : {PhmShape{hidden, size, "down"}, PhmShape{size, hidden, "up"}}) {
     weights[shape.side + std::string("_weight")] =
         phm_weight(planned.config, shape, [&](const std::string& factor, at::IntArrayRef, bool shared) {
-          const PhmPlace place = phm_place(module, shape.side, factor, shared);
+          const PhmSource place = phm_place(module, shape.side, factor, shared);
           return sources.at(place.source).at(place.name);
         });
   }

@@ -35,11 +35,11 @@ constexpr const char* kSharedPhm = "shared_phm";
 
 // The key and name of a factor of `module` in a Reparametrisation: "layer_0_output_adapter" and "down_W_left". Shared
 // factors are in "shared_phm" and have the library's names: "W_down_left", "phm_rule_left".
-struct PhmPlace {
+struct PhmSource {
   std::string source;
   std::string name;
 };
-PhmPlace phm_place(const PlannedModule& module, const std::string& side, const std::string& factor, bool shared);
+PhmSource phm_place(const PlannedModule& module, const std::string& side, const std::string& factor, bool shared);
 
 // Whether `sources` has the factors of this module.
 bool has_phm_factors(const PlannedModule& module, const Reparametrisation& sources);

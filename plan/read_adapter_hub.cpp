@@ -135,7 +135,7 @@ void WeightReader::read_phm(const PlannedModule& module, const PhmShape& shape, 
   const std::string side = shape.side;
   weights[side + "_weight"] =
       phm_weight(config, shape, [&](const std::string& name, at::IntArrayRef sizes, bool shared) {
-        const PhmPlace kept = phm_place(module, side, name, shared);
+        const PhmSource kept = phm_place(module, side, name, shared);
         TORCH_CHECK(
             !shared || checkpoint_.shared.count(kept.name), "adapter weights: ", kept.name,
             ", which all modules of the adapter share, is missing in the checkpoint: the library leaves it out when it "

@@ -210,8 +210,8 @@ void bind_grafting(py::module_& m) {
       },
       py::arg("module"), py::arg("sites") = "", NoGil());
   m.def("canonical_module", &torchgraft::canonical_module);
-  m.def("lora_places_by_number", [](const std::string& structure, const std::string& path) {
-    return torchgraft::lora_places_by_number(torchgraft::structure_from_json(structure), path);
+  m.def("lora_sites_by_number", [](const std::string& structure, const std::string& path) {
+    return torchgraft::lora_sites_by_number(torchgraft::structure_from_json(structure), path);
   });
 }
 

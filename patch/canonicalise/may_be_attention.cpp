@@ -14,8 +14,6 @@ namespace {
 using torch::jit::Node;
 using torch::jit::Value;
 
-bool is_softmax(const Node* node) { return is_aten(node, {"softmax", "_softmax", "special_softmax"}); }
-
 bool normalizes(const Node* node) {
   return is_aten(node, {"layer_norm", "native_layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm"});
 }

@@ -1,7 +1,7 @@
 #include <torchgraft/patch/canonicalise/raise_attention.h>
 
 #include <torchgraft/patch/canonicalise/affine_path.h>
-#include <torchgraft/patch/canonicalise/earlier_passes.h>
+#include <torchgraft/patch/canonicalise/cached_tokens.h>
 #include <torchgraft/patch/canonicalise/mask_fills.h>
 #include <torchgraft/patch/canonicalise/may_be_attention.h>
 #include <torchgraft/patch/canonicalise/score_path.h>
@@ -205,7 +205,9 @@ std::optional<std::string> raise_one(const std::shared_ptr<Graph>& graph, Symbol
   assume_heads(right_factor(consumer.product), rank, /*is_transposed=*/false, shapes);
   const auto value_rank = shapes.shape(right_factor(consumer.product));
   if (!rank || !value_rank) {
-    return "the rank of its queries or values is not known";
+    return c10::str("the rank of its ", rank ? "values" : "queries", ", which ",
+                    maker_of(rank ? right_factor(consumer.product) : left_factor(product)),
+                    " makes, is not known; view them with numbers for heads and head size");
   }
   const auto scores = shapes.shape(softmax->namedInput("self"));
   const int64_t scores_rank = static_cast<int64_t>(scores ? scores->size() : rank->size());
@@ -254,7 +256,7 @@ std::optional<std::string> raise_one(const std::shared_ptr<Graph>& graph, Symbol
 std::vector<UnraisedSoftmax> raise_attention(const std::shared_ptr<Graph>& graph, const torch::jit::Module& module) {
   std::vector<Node*> candidates;
   for_each_node(graph->block(), [&](Node* node) {
-    if (is_aten(node, {"softmax", "_softmax", "special_softmax"})) {
+    if (is_softmax(node)) {
       candidates.push_back(node);
     }
   });

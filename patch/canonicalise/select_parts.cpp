@@ -15,13 +15,6 @@ using torch::jit::Graph;
 using torch::jit::Node;
 using torch::jit::Value;
 
-// The tensors that `node` joins; empty for lists that the graph does not show.
-at::ArrayRef<Value*> joined(Node* node) {
-  const bool joins = is_aten(node, {"stack", "cat", "concat"});
-  const bool is_shown = joins && node->input(0)->node()->kind() == c10::prim::ListConstruct;
-  return is_shown ? node->input(0)->node()->inputs() : at::ArrayRef<Value*>();
-}
-
 class PartSelector {
  public:
   PartSelector(const std::shared_ptr<Graph>& graph, const torch::jit::Module& module)
@@ -40,7 +33,7 @@ class PartSelector {
 
 Value* PartSelector::part(Value* whole, int64_t dim, int64_t index) {
   const auto shape = shapes_.shape(whole);
-  const auto parts = joined(whole->node());
+  const auto parts = joined_tensors(whole->node());
   if (!shape || parts.empty() || writes_.reach(whole)) {
     return nullptr;
   }
@@ -64,7 +57,7 @@ Value* PartSelector::part_of_join(Node* join, size_t dim, int64_t index) {
   const size_t along = *position(join->namedInput("dim"), rank);
   std::vector<Value*> parts;
   bool has_own = false;
-  for (Value* joined_part : joined(join)) {
+  for (Value* joined_part : joined_tensors(join)) {
     const auto shape = shapes_.shape(joined_part);
     if (!shape || shape->size() != rank) {  // torch.cat skips tensors of shape [0]
       return nullptr;

@@ -62,11 +62,24 @@ bool is_tensor(const torch::jit::Value* value);
 // add(x, y) or sub(x, y) without a factor of y.
 bool has_unit_alpha(const torch::jit::Node* sum);
 
+// True for x[:], as a trace records it for each dimension before the one that is cut.
+bool is_whole_slice(const torch::jit::Node* node);
+
 // True when `node` stands in `block`, however deep.
 bool is_inside(const torch::jit::Node* node, const torch::jit::Block* block);
 
 // True for an op on one tensor that computes each element from that element alone: activations, dropout, casts.
 bool is_elementwise(const torch::jit::Node* node);
+
+// True for a softmax over one dimension.
+bool is_softmax(const torch::jit::Node* node);
+
+// True for what writes some tokens of its first operand, such as a cache, or of a copy of it.
+bool writes_tokens(const torch::jit::Node* node);
+
+// The tensors that `node`, a concatenation or a stack, joins; none for other nodes and for lists that the graph does
+// not show.
+at::ArrayRef<torch::jit::Value*> joined_tensors(torch::jit::Node* node);
 
 // Calls `visit` for every node, sub-blocks included, in execution order. `visit` may destroy its node.
 void for_each_node(torch::jit::Block* block, const std::function<void(torch::jit::Node*)>& visit);

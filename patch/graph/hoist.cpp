@@ -144,10 +144,9 @@ Value* Hoist::size_before(Value* tensor, size_t dim, Node* point, Value* anchor)
   if (source && at < source->size()) {
     return size_before(join->input(0), at, point, anchor);
   }
-  const bool joins = is_aten(join, {"cat", "concat"}) && position(join->namedInput("dim"), shape->size()) == dim &&
-                     join->input(0)->node()->kind() == c10::prim::ListConstruct;
+  const bool joins = is_aten(join, {"cat", "concat"}) && position(join->namedInput("dim"), shape->size()) == dim;
   Value* total = nullptr;
-  for (Value* part : joins ? join->input(0)->node()->inputs() : at::ArrayRef<Value*>()) {
+  for (Value* part : joins ? joined_tensors(join) : at::ArrayRef<Value*>()) {
     if (shapes_.shape(part) == Shape{number(0)}) {  // torch.cat skips it
       continue;
     }

@@ -1,6 +1,7 @@
 #include <torchgraft/patch/graph/loaded_again.h>
 
 #include <torchgraft/patch/graph/linear_map.h>
+#include <torchgraft/patch/graph/no_warnings.h>
 #include <torchgraft/registration/error_text.h>
 
 #include <ATen/ATen.h>
@@ -17,12 +18,6 @@ namespace {
 using torch::jit::Module;
 
 using Objects = std::unordered_map<const c10::ivalue::Object*, c10::intrusive_ptr<c10::ivalue::Object>>;
-
-// Drops warnings: torch's, that quantised tensors are to go.
-class Silence : public c10::WarningHandler {
- public:
-  void process(const c10::Warning&) override {}
-};
 
 // Packed weights of one element, which nothing runs.
 c10::IValue small_packed_linear() {
@@ -58,8 +53,7 @@ c10::intrusive_ptr<c10::ivalue::Object> hollow(const c10::ivalue::Object& object
 }  // namespace
 
 Module loaded_again(const Module& module, const char* what) {
-  Silence silence;
-  const c10::WarningUtils::WarningHandlerGuard quiet(&silence);
+  const NoWarnings no_warnings;
   Objects done;
   const Module light(hollow(*module._ivalue(), done));
   try {

@@ -70,7 +70,7 @@ Value* TrainedWeights::phm_weight(const OwnWeights& own, const std::string& side
   const auto& bottleneck = std::get<PlannedBottleneck>(own.module.method);
   const BnConfig& config = bottleneck.config;
   const auto factor = [&](const std::string& name, bool shared) {
-    const PhmPlace kept = phm_place(own.module, side, name, shared);
+    const PhmSource kept = phm_place(own.module, side, name, shared);
     return source(own, kept.source, kept.name);
   };
   const auto whole = [&](const std::string& name, bool is_product, bool shared) {

@@ -3,6 +3,7 @@
 #include <torchgraft/patch/canonicalise/inline_forks.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/linear_map.h>
+#include <torchgraft/patch/graph/no_warnings.h>
 #include <torchgraft/patch/graph/writes.h>
 
 #include <ATen/ATen.h>
@@ -66,12 +67,6 @@ class NoAutocast {
  private:
   static constexpr at::DeviceType kDevices[] = {at::kCPU, at::kCUDA};
   bool were_on_[std::size(kDevices)];
-};
-
-// Drops what a run warns of: the caller has not asked for the run.
-class NoWarnings : public c10::WarningHandler {
- public:
-  void process(const c10::Warning&) override {}
 };
 
 void add_in_double(const at::Tensor& tensor, Memo& memo) {
@@ -139,8 +134,7 @@ c10::IValue TrialRun::operator()(const char* method, const Arguments& arguments,
                                  const std::optional<at::Tensor>& adapter_ids) const {
   const at::NoGradGuard no_grad;
   const NoAutocast no_autocast;
-  NoWarnings no_warnings;
-  const c10::WarningUtils::WarningHandlerGuard quiet(&no_warnings);
+  const NoWarnings no_warnings;
   // One run: optimising the graph would take longer.
   const torch::jit::GraphOptimizerEnabledGuard unoptimised(false);
   Memo memo;

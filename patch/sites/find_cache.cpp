@@ -1,8 +1,9 @@
 #include <torchgraft/patch/sites/find_cache.h>
 
-#include <torchgraft/patch/canonicalise/earlier_passes.h>
+#include <torchgraft/patch/canonicalise/cached_tokens.h>
 #include <torchgraft/patch/canonicalise/may_be_attention.h>
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/linear_map.h>
 #include <torchgraft/patch/sites/find_residual.h>
 
 #include <algorithm>
@@ -20,8 +21,6 @@ bool is_projected(Value* value) { return !nearest_linears(value).empty(); }
 // Computed from forward's arguments, perhaps by rotary positions or from other dtypes, but by no linear map.
 bool is_kept(Value* value) { return !is_projected(value) && depends_on_inputs(value); }
 
-bool writes_tokens(const Node* node) { return is_aten(node, {"index_copy", "index_put", "scatter", "slice_scatter"}); }
-
 // What `node` writes into a cache; null where it writes numbers, or something else.
 Value* written_tokens(Node* node) {
   for (const char* name : {"source", "values", "src"}) {
@@ -33,14 +32,30 @@ Value* written_tokens(Node* node) {
   return nullptr;
 }
 
+// A cache of earlier passes, times what is 0 where this pass writes.
+bool is_masked_cache(Value* value) {
+  const auto factors = value->node()->inputs();
+  return is_tensor(value) && is_aten(value->node(), {"mul"}) && !is_projected(value) &&
+         std::any_of(factors.begin(), factors.end(), is_cached);
+}
+
+// Whether `node` puts tokens of this pass among earlier ones: where(is_new, new, kept), or kept * (1 - is_new) + new.
+bool mixes_in_tokens(const Node* node) {
+  const auto inputs = const_cast<Node*>(node)->inputs();
+  if (is_aten(node, {"where"}) && inputs.size() == 3) {
+    return is_cached(inputs[1]) || is_cached(inputs[2]);
+  }
+  return is_aten(node, {"add"}) && (is_masked_cache(inputs[0]) || is_masked_cache(inputs[1]));
+}
+
 // The tensors that `node` joins along a dimension of unknown size, such as the tokens; else none.
 std::vector<Value*> joined_tokens(Node* node, SymbolicShapes& shapes) {
-  if (!is_aten(node, {"cat", "concat"}) || node->input(0)->node()->kind() != c10::prim::ListConstruct) {
+  const auto parts = joined_tensors(node);
+  if (parts.empty() || is_aten(node, {"stack"})) {
     return {};
   }
   const auto shape = shapes.shape(node->output());
   const auto dim = shape ? position(node->namedInput("dim"), shape->size()) : std::nullopt;
-  const auto parts = node->input(0)->node()->inputs();
   return dim && !(*shape)[*dim].is_constant() ? std::vector<Value*>(parts.begin(), parts.end()) : std::vector<Value*>();
 }
 
@@ -52,7 +67,7 @@ bool is_one_stream(Value* a, Value* b) {
 }  // namespace
 
 CacheSite find_cache(Value* heads, SymbolicShapes& shapes) {
-  if (is_of_earlier_passes(heads)) {
+  if (is_cached(heads)) {
     return {CacheKind::kFilled};
   }
   std::unordered_set<Value*> seen;
@@ -61,14 +76,14 @@ CacheSite find_cache(Value* heads, SymbolicShapes& shapes) {
     Value* current = queue.front();
     queue.pop_front();
     Node* node = current->node();
-    if (!seen.insert(current).second || !is_projected(current) || is_aten(node, {"linear"})) {
+    if (!seen.insert(current).second || !is_projected(current) || is_linear(node)) {
       continue;
     }
     const std::vector<Value*> parts = joined_tokens(node, shapes);
     if (std::any_of(parts.begin(), parts.end(), is_kept)) {
       return {CacheKind::kGrowing, is_projected(parts.back())};
     }
-    if (writes_tokens(node) && !is_projected(node->input(0))) {
+    if ((writes_tokens(node) && !is_projected(node->input(0))) || mixes_in_tokens(node)) {
       return {CacheKind::kStatic};
     }
     queue.insert(queue.end(), node->inputs().begin(), node->inputs().end());

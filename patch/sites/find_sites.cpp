@@ -161,8 +161,8 @@ void find_linear_maps(SiteFinder& finder, torch::jit::Graph& graph, GraphSites& 
     LinearSite site{node};
     const auto shape = finder.shapes().shape(linear_input(node));
     site.is_row = shape && shape->size() == 2 && (*shape)[0] == finder.shapes().canonical(finder.batch());
-    const bool has_place = site.is_row || finder.layout_of(linear_input(node), site.sequence_first);
-    if (has_place && !projection.path.empty() && !projection.packed && projection.out_features > 0 &&
+    const bool has_layout = site.is_row || finder.layout_of(linear_input(node), site.sequence_first);
+    if (has_layout && !projection.path.empty() && !projection.packed && projection.out_features > 0 &&
         runs.at(projection.path) == 1) {
       found.structure.layers.front().linear_maps.push_back(projection);
       found.layers.front().linear_maps.push_back(site);
@@ -225,9 +225,8 @@ GraphSites find_sites(const CanonicalGraph& canonical, const Module& module) {
   for (const UnraisedSoftmax& miss : canonical.unraised) {
     const auto linears = nearest_linears(miss.softmax->namedInput("self"));
     const std::string where = linears.empty() ? "" : finder.path_of(linears.front());
-    const bool is_softmax = is_aten(miss.softmax, {"softmax", "_softmax", "special_softmax"});
-    const char* what = is_softmax ? "a softmax was not taken for attention: "
-                                  : "products of queries, keys and values were not taken for attention: ";
+    const char* what = is_softmax(miss.softmax) ? "a softmax was not taken for attention: "
+                                                : "products of queries, keys and values were not taken for attention: ";
     result.structure.near_misses.push_back(at_path(where) + what + miss.reason);
     if (miss.is_attention) {
       result.left_out.push_back(result.structure.near_misses.back());

@@ -117,7 +117,7 @@ def add(arguments: argparse.Namespace) -> None:
     Args:
         arguments: the command line's: base, output (paths), config and name (lists of one length), adapter (pairs of
             name and directory), gate_pooling, token_mask, active, seed, trainable, sites, example (paths or None),
-            allow_partial, rename (pairs of names), force.
+            allow_partial, rename (pairs of names), part (a text or None), force.
     """
     check_script_output(arguments.output)
     started = time.perf_counter()
@@ -147,7 +147,7 @@ def _graft_all(base: torch.jit.ScriptModule, arguments: argparse.Namespace) -> t
         last = request is requests[-1]
         result = graft(result, **request, **pooling, active=arguments.active if last else None, verify=last,
                        sites=arguments.sites, trainable=arguments.trainable, example=example,
-                       allow_partial=arguments.allow_partial,
+                       allow_partial=arguments.allow_partial, part=arguments.part,
                        rename=dict(arguments.rename) if result is base else None)  # fmt: skip
     return result
 

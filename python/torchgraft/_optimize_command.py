@@ -1,11 +1,10 @@
-"""The command optimize of scripts/graft.py."""
+"""The command optimize of torchgraft."""
 
 import argparse
 
 from ._console import say
 from ._example import read_example
 from ._files import check_script_output, extra_files, load_module, save_module
-from ._life_commands import check_keeps_base
 from .optimization import optimize
 
 
@@ -17,7 +16,6 @@ def optimize_command(arguments: argparse.Namespace) -> None:
     """
     check_script_output(arguments.output)
     module = load_module(arguments.base)
-    check_keeps_base(module, arguments)
     example = read_example(arguments.example)
     result = optimize(module, exact_base=arguments.exact_base, example=example)
     save_module(result, arguments.output, extra_files(arguments.base))

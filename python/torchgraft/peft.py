@@ -178,7 +178,7 @@ def _with_paths(config: PeftLoRAConfig, weights: PeftWeights, structure: Mapping
     layers = result["layers"]
     owners: dict[tuple[int, str], str] = {}
     for path in weights.updates:
-        places = [(index, _role_of(site)) for index, site in patcher().lora_places_by_number(text, path)]
+        places = [(index, _role_of(site)) for index, site in patcher().lora_sites_by_number(text, path)]
         if not places:
             raise GraftError(
                 f"{directory}: {path} has no place in the module, which is frozen, so that layers are matched by "

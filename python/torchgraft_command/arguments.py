@@ -1,4 +1,4 @@
-"""The command line of `torchgraft`: its commands, their options, and what can be checked before anything is loaded."""
+"""The command line of `torchgraft`: its commands and their options."""
 
 from __future__ import annotations
 
@@ -97,10 +97,8 @@ def add_completion_command(commands: argparse._SubParsersAction[Parser]) -> None
     completing.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="the shell that reads the script")
 
 
-def add_add_command(commands: argparse._SubParsersAction[Parser]) -> None:
-    adding = commands.add_parser("add", help="graft adapters onto BASE and write OUT")
-    adding.add_argument("base", type=Path, metavar="BASE.pt", help="a scripted or traced (or already grafted) model")
-    adding.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.pt", help="the file to write")
+def add_adapter_arguments(adding: argparse.ArgumentParser) -> None:
+    """Adds the options that say which adapters, and what their gates read."""
     adding.add_argument(
         "--config",
         action="append",
@@ -128,6 +126,13 @@ def add_add_command(commands: argparse._SubParsersAction[Parser]) -> None:
         metavar="INPUT",
         help="for --gate-pooling unpadded: the argument of forward that is the token mask",
     )
+
+
+def add_add_command(commands: argparse._SubParsersAction[Parser]) -> None:
+    adding = commands.add_parser("add", help="graft adapters onto BASE and write OUT")
+    adding.add_argument("base", type=Path, metavar="BASE.pt", help="a scripted or traced (or already grafted) model")
+    adding.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.pt", help="the file to write")
+    add_adapter_arguments(adding)
     adding.add_argument("--active", metavar="NAME", help="the adapter that is active in OUT (default: the last one)")
     adding.add_argument("--seed", type=int, help="seed of fresh weights (default: others each time)")
     adding.add_argument(
@@ -140,6 +145,11 @@ def add_add_command(commands: argparse._SubParsersAction[Parser]) -> None:
         type=Path,
         metavar="FILE",
         help="an edited output of inspect --json; it overrules the layers that are seen",
+    )
+    adding.add_argument(
+        "--part",
+        choices=("encoder", "decoder"),
+        help="BASE is this part of an encoder and a decoder, and takes its half of an adapter of both",
     )
     adding.add_argument(
         "--allow-partial",
@@ -348,65 +358,3 @@ def add_quantize_command(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     add_example_argument(quantizing, "measure the error")
     quantizing.add_argument("--force", action="store_true", help="write also over BASE.pt itself")
-
-
-def check_export(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    outputs = {"--output": arguments.output, "--aoti": arguments.aoti, "--onnx": arguments.onnx}
-    if not any(outputs.values()):
-        parser.error("nothing to write: give -o OUT.pt2, --aoti OUT.aoti.pt2 or --onnx OUT.onnx")
-    for option, path in outputs.items():
-        suffix = ".onnx" if option == "--onnx" else ".pt2"
-        if path and path.suffix != suffix:
-            parser.error(f"{option}: expected a file ending in {suffix}, got '{path}'")
-        if path and path.resolve() == arguments.base.resolve():
-            parser.error(f"{option}: '{path}' is the model itself; give another file")
-
-
-def check_add(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Checks the arguments of add, before anything is loaded."""
-    configs, names = len(arguments.config), len(arguments.name)
-    if configs != names:
-        parser.error(f"--config and --name go together, got {configs} and {names} of them")
-    if not all(config.strip() for config in arguments.config):
-        parser.error("--config: expected a configuration's name (unipelt, mam, lora, ...) or a path, got an empty text")
-    names = arguments.name + [name for name, _ in arguments.adapter]
-    if not names:
-        parser.error("nothing to graft: give --config with --name, or --adapter NAME=DIRECTORY")
-    for name in names:
-        if names.count(name) > 1:
-            parser.error(f"the name '{name}' is given to two adapters")
-    if arguments.token_mask and arguments.gate_pooling != "unpadded" and not arguments.adapter:
-        parser.error("--token-mask is for --gate-pooling unpadded")
-
-
-def check_tune(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    if min(arguments.tokens or [1]) < 1:
-        parser.error("--tokens: expected positive numbers")
-    if any(size < 64 or size % 64 for size in arguments.features or []):
-        parser.error("--features: expected multiples of 64")
-
-
-def check_inspect(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    if arguments.config is not None and not arguments.config.strip():
-        parser.error("--config: expected a configuration's name (unipelt, mam, lora, ...) or a path, got an empty text")
-    if arguments.config and arguments.json and not arguments.svg:
-        parser.error("--config is for the table or a picture: leave out --json, or give --svg FILE too")
-    if arguments.svg and arguments.svg.suffix != ".svg":
-        parser.error(f"--svg: expected a file ending in .svg, got '{arguments.svg}'")
-
-
-def check_gates(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    if arguments.json and arguments.output:
-        parser.error("--json prints, --output draws: give one of them")
-
-
-CHECKS = {
-    "add": check_add, "inspect": check_inspect, "tune": check_tune, "export": check_export, "gates": check_gates,
-    "train": train_arguments.check,
-}  # fmt: skip
-
-
-def check(arguments: argparse.Namespace) -> None:
-    """Checks what needs no file; ends the process with status 2 if it is wrong."""
-    if arguments.command in CHECKS:
-        CHECKS[arguments.command](arguments.parser, arguments)

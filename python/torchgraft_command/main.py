@@ -11,7 +11,8 @@ from types import ModuleType
 from typing import NoReturn
 
 from . import train_arguments
-from .arguments import add_common_arguments, check, make_parser
+from .argument_checks import check
+from .arguments import add_common_arguments, make_parser
 from .line import STOPPED, drop_output, fail, on_stop
 
 BROKEN_PIPE = 141  # 128 and SIGPIPE, as shells say

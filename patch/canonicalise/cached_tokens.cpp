@@ -1,4 +1,4 @@
-#include <torchgraft/patch/canonicalise/earlier_passes.h>
+#include <torchgraft/patch/canonicalise/cached_tokens.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/writes.h>
@@ -35,7 +35,8 @@ bool is_container(const Value* value) {
   return value->type()->kind() == c10::TypeKind::ListType || value->type()->kind() == c10::TypeKind::DictType;
 }
 
-// Whether the graph puts anything into a list or a dict that it was given: an element of one may be newer than it seems.
+// Whether the graph puts anything into a list or a dict that it was given: an element of one may be newer than it
+// seems.
 bool fills_containers(torch::jit::Graph& graph) {
   bool result = false;
   for_each_node(graph.block(), [&](const Node* node) { result = result || changes_given_container(node); });
@@ -77,9 +78,9 @@ std::vector<Value*> moved_arguments(Value* value) {
 
 }  // namespace
 
-bool is_of_earlier_passes(Value* value) { return !moved_arguments(value).empty(); }
+bool is_cached(Value* value) { return !moved_arguments(value).empty(); }
 
-bool are_written_since(std::initializer_list<Value*> values) {
+bool caches_are_written(std::initializer_list<Value*> values) {
   const Writes writes((*values.begin())->owningGraph()->shared_from_this());
   return std::any_of(values.begin(), values.end(), [&](Value* value) {
     const std::vector<Value*> moved = moved_arguments(value);
@@ -88,7 +89,7 @@ bool are_written_since(std::initializer_list<Value*> values) {
 }
 
 void assume_heads(Value* heads, const std::optional<Shape>& query, bool is_transposed, SymbolicShapes& shapes) {
-  if (!query || query->size() != 4 || !is_of_earlier_passes(heads)) {
+  if (!query || query->size() != 4 || !is_cached(heads)) {
     return;
   }
   Shape assumed = {(*query)[0], (*query)[1], shapes.fresh(), (*query)[3]};

@@ -1,0 +1,26 @@
+#pragma once
+
+#include <torchgraft/patch/graft_spec.h>
+#include <torchgraft/plan/safetensors.h>
+
+#include <cstdint>
+#include <string>
+
+namespace torchgraft {
+
+// Reads the directory of an adapter, as save_adapter() and AdapterHub write it; Python alone reads a
+// pytorch_adapter.bin. An empty `name` keeps the adapter's own. Leaves out a head of a kind that HeadConfig does not
+// have. Trusts no file: reads regular files only, configurations of at most 1 MiB and weights of at most
+// `most_weight_bytes`. Another process may save into the directory meanwhile: what is returned is one whole version.
+// Throws c10::Error when a file is missing or damaged.
+TORCHGRAFT_PATCH_API AdapterSpec read_adapter_directory(const std::string& directory, const std::string& name = "",
+                                                        uint64_t most_weight_bytes = kMostWeightBytes);
+
+// Whether an adapter's configuration lies in the directory. While another process saves into it, waits for the instant
+// of renaming to pass, but not for long.
+TORCHGRAFT_PATCH_API bool is_adapter_directory(const std::string& directory);
+
+// Reads the configuration alone. Throws as read_adapter_directory does.
+TORCHGRAFT_PATCH_API AdapterConfig read_adapter_config(const std::string& directory);
+
+}  // namespace torchgraft
