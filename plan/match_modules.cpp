@@ -208,7 +208,8 @@ std::vector<int64_t> Matcher::layers_by_path(const Path& path) const {
   return result;
 }
 
-// The planned sites whose projection in `layer` has the very path of the saved LoRA.
+// The planned sites whose projection in `layer` has the very path of the saved LoRA. Where lists hold one projection of
+// each layer ("queries.0", "values.0"), what stands before the number tells them apart.
 std::vector<std::string> Matcher::sites_by_path(const Path& path, int64_t layer) const {
   const auto number = number_position(path);
   const auto is_planned = [&](const std::string& site) {
@@ -216,13 +217,19 @@ std::vector<std::string> Matcher::sites_by_path(const Path& path, int64_t layer)
       return module.layer == structure_.layers.at(layer).index && module.site == site;
     });
   };
+  size_t longest = 1;
   std::vector<std::string> result;
   for (const auto& [site, projection] : projection_paths(structure_.layers.at(layer))) {
     const Overlap found = overlap(path, *number, projection);
-    if (found.length > 0 && is_planned(site) &&
-        std::equal(path.begin() + *number, path.end(), projection.begin() + found.number, projection.end())) {
-      result.push_back(site);
+    if (found.length < longest || !is_planned(site) ||
+        !std::equal(path.begin() + *number, path.end(), projection.begin() + found.number, projection.end())) {
+      continue;
     }
+    if (found.length > longest) {
+      longest = found.length;
+      result.clear();
+    }
+    result.push_back(site);
   }
   return result;
 }

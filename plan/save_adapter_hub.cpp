@@ -161,6 +161,7 @@ class Writer {
   StateDict write() {
     for (size_t i = 0; i < plan_.size(); ++i) {
       const Layer& layer = structure_.layers[structure_.position(plan_[i].layer)];
+      layer_ = layer.index;
       if (std::holds_alternative<PlannedLoRA>(plan_[i].method)) {
         write_lora(plan_[i], layer, weights_[i]);
       } else if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&plan_[i].method)) {
@@ -189,6 +190,10 @@ class Writer {
   // A packed projection is one module of the library: its parameters are those of its parts, concatenated by rows.
   void append(const std::string& key, const at::Tensor& tensor) {
     const auto found = state_.find(from_library_root(key));
+    const auto [written, is_new] = layers_of_keys_.emplace(from_library_root(key), layer_);
+    TORCH_CHECK(is_new || written->second == layer_, "save_adapter: the weights of attentions ", written->second,
+                " and ", layer_, " would have one name, ", key,
+                ", because the model's paths do not tell these layers apart; ", "please report the model");
     put(key, found == state_.end() ? tensor : at::cat({found->second, tensor.detach().cpu()}, 0));
   }
 
@@ -278,7 +283,9 @@ class Writer {
 
   void write_prefix(const PlannedModule& module, const PlannedPrefix& prefix, const Layer& layer,
                     const ModuleWeights& weights) {
-    const std::string place = joined(parent(query_path(layer))) + ".prefix_tuning";
+    // Where a list holds the queries of all layers ("queries.0"), the last number is the layer's.
+    const Path query = query_path(layer);
+    const std::string place = joined(is_number(query.back()) ? query : parent(query)) + ".prefix_tuning";
     const std::string location = pool_location(layer, module.location);
     PrefixGroup& group = groups_[module.location];
     if (group.key.empty()) {
@@ -298,6 +305,8 @@ class Writer {
   const Reparametrisation& sources_;
   std::string name_;
   bool is_beit_;
+  int64_t layer_ = 0;  // whose weights are written
+  std::map<std::string, int64_t> layers_of_keys_;
   StateDict state_;
   std::map<std::string, PrefixGroup> groups_;  // by location
 };

@@ -228,3 +228,39 @@ def test_compacter_with_shared_factors(shared_blocks: bool, tmp_path) -> None:
     torch.save(left, tmp_path / "head" / "pytorch_adapter.bin")
     with pytest.raises(torchgraft.GraftError, match="which all modules of the adapter share, is missing"):
         torchgraft.load_adapter(base("bert_sdpa", torch.float64), tmp_path / "head")
+
+
+class _InLists(torch.nn.Module):
+    """Lists hold one projection of each layer, so that the last number of a path is its only one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out, self.up, self.down = (
+            torch.nn.ModuleList([torch.nn.Linear(32, 32) for _ in range(3)]) for _ in range(6)
+        )
+        self.norms = torch.nn.ModuleList([torch.nn.LayerNorm(32) for _ in range(6)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for i in range(3):
+            q, k, v = (map_[i](x).unflatten(-1, (4, 8)).transpose(1, 2) for map_ in (self.q, self.k, self.v))
+            mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            x = self.norms[2 * i](x + self.out[i](mixed.transpose(1, 2).flatten(2)))
+            x = self.norms[2 * i + 1](x + self.down[i](torch.relu(self.up[i](x))))
+        return x
+
+
+@pytest.mark.parametrize(
+    "config", ["unipelt", "mam", "double_seq_bn", "lora[intermediate_lora=True, output_lora=True]"]
+)
+def test_layers_in_lists_keep_their_weights_apart(config: str, tmp_path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 32)
+    plain = torch.jit.trace(_InLists().eval(), x)
+    module = torchgraft.graft(plain, config, "task")
+    for parameter in module.adapters.parameters():
+        parameter.data.normal_(std=0.3)
+    torchgraft.save_adapter(module, "task", tmp_path)
+    again = torchgraft.graft(plain, adapters={"task": tmp_path})
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), module(x))
+        assert not torch.allclose(module(x), plain(x))
