@@ -72,7 +72,7 @@ TEST(KernelTable, DamagedFilesAreNamed) {
   EXPECT_EQ(error_of(R"({"kernel_table": 2})"), "here.json: expected \"kernel_table\" to be 1, got 2");
   EXPECT_EQ(error_of(table("x", measured("gated_lore", "float32", 1, 1, 1, 1))),
             "here.json: expected \"op\" to be one of gated_lora, gated_lora_linear, gated_bottleneck, "
-            "gated_bottleneck_linear, gated_prefix_attention, got \"gated_lore\"");
+            "gated_bottleneck_linear, gated_prefix_attention, linear, got \"gated_lore\"");
   EXPECT_EQ(error_of(table("x", measured("gated_lora", "float16", 1, 1, 1, 1))),
             "here.json: expected \"dtype\" to be one of float32, bfloat16, got \"float16\"");
   EXPECT_EQ(error_of(table("x", measured("gated_lora", "float32", 0, 1, 1, 1))),
