@@ -18,6 +18,16 @@ bool is_decoder_alone(const Structure& structure) {
   return any(AttentionKind::kCross) && !any(AttentionKind::kEncoder);
 }
 
+bool is_encoder_alone(const Structure& structure) {
+  return std::all_of(structure.layers.begin(), structure.layers.end(),
+                     [](const Layer& layer) { return layer.kind == AttentionKind::kEncoder; });
+}
+
+bool has_self_attention_alone(const Structure& structure) {
+  return std::all_of(structure.layers.begin(), structure.layers.end(),
+                     [](const Layer& layer) { return layer.kind == AttentionKind::kSelf; });
+}
+
 bool reads_filled_caches(const Structure& structure) {
   return std::all_of(structure.layers.begin(), structure.layers.end(), [](const Layer& layer) {
     return layer.kind != AttentionKind::kCross || layer.cache == CacheKind::kFilled;
@@ -62,12 +72,25 @@ bool names_layers(const PlannedModule& module) {
 }  // namespace
 
 void keep_part_of_model(Checkpoint& checkpoint, const Plan& plan, const Structure& structure) {
-  if (!is_decoder_alone(structure)) {
-    return;
-  }
   auto& modules = checkpoint.modules;
   const auto is_in_decoder = [](const SavedModule& saved) { return is_in(saved, "decoder"); };
   const auto is_in_encoder = [](const SavedModule& saved) { return is_in(saved, "encoder"); };
+  if (is_encoder_alone(structure)) {
+    std::erase_if(modules, is_in_decoder);
+    checkpoint.prefixes.erase("self_prefix");
+    checkpoint.prefixes.erase("cross_prefix");
+    return;
+  }
+  const bool is_of_both =
+      (std::any_of(modules.begin(), modules.end(), is_in_encoder) || checkpoint.prefixes.count("encoder_prefix") > 0) &&
+      (std::any_of(modules.begin(), modules.end(), is_in_decoder) || checkpoint.prefixes.count("cross_prefix") > 0);
+  TORCH_CHECK(
+      !has_self_attention_alone(structure) || !is_of_both,
+      "adapter weights: the adapter is of an encoder and a decoder, and the model has no cross attention; if it ",
+      "is the encoder alone, say so: part=\"encoder\" (torchgraft add --part encoder)");
+  if (!is_decoder_alone(structure)) {
+    return;
+  }
   bool has_encoder = checkpoint.prefixes.erase("encoder_prefix") > 0;
   if (std::any_of(modules.begin(), modules.end(), is_in_decoder)) {  // else "encoder" is the stack's name, as in BERT
     has_encoder = std::erase_if(modules, is_in_encoder) > 0 || has_encoder;

@@ -1,5 +1,6 @@
 #include <torchgraft/patch/canonicalise/canonicalise.h>
 
+#include <torchgraft/patch/canonicalise/collect_appends.h>
 #include <torchgraft/patch/canonicalise/decompose_einsum.h>
 #include <torchgraft/patch/canonicalise/decompose_fused_encoder.h>
 #include <torchgraft/patch/canonicalise/decompose_linear_relu.h>
@@ -8,6 +9,7 @@
 #include <torchgraft/patch/canonicalise/fold_rank_checks.h>
 #include <torchgraft/patch/canonicalise/fold_repeated_heads.h>
 #include <torchgraft/patch/canonicalise/follow_writes.h>
+#include <torchgraft/patch/canonicalise/hoist_common_steps.h>
 #include <torchgraft/patch/canonicalise/hoist_score_product.h>
 #include <torchgraft/patch/canonicalise/inline_calls.h>
 #include <torchgraft/patch/canonicalise/inline_forks.h>
@@ -19,6 +21,7 @@
 #include <torchgraft/patch/canonicalise/remove_writes.h>
 #include <torchgraft/patch/canonicalise/select_parts.h>
 #include <torchgraft/patch/canonicalise/unflatten_rows.h>
+#include <torchgraft/patch/canonicalise/unpacked_results.h>
 #include <torchgraft/patch/canonicalise/unroll_loops.h>
 #include <torchgraft/patch/graph/clone_module.h>
 #include <torchgraft/patch/graph/dump_graph.h>
@@ -65,7 +68,7 @@ struct Pass {
 };
 
 // In execution order: a pass may rely on the work of those above it.
-const Pass kPasses[] = {
+const Pass kFlattening[] = {
     {"erase_shapes",  // a trace's example shapes hold for that example only
      [](CanonicalGraph& c, const Module&) { torch::jit::EraseShapeInformation(c.graph); }},
     {"raise_mkldnn_convolution", [](CanonicalGraph& c, const Module&) { raise_mkldnn_convolution(c.graph); }},
@@ -82,7 +85,13 @@ const Pass kPasses[] = {
     {"merge_twin_branches", [](CanonicalGraph& c, const Module&) { merge_twin_branches(c.graph); }},
     {"fold_attributes", [](CanonicalGraph& c, const Module& m) { c.folded = fold_attributes(c.graph, m); }},
     {"unroll_loops", [](CanonicalGraph& c, const Module&) { unroll_loops(c.graph); }},
+    {"hoist_common_steps", [](CanonicalGraph& c, const Module&) { hoist_common_steps(c.graph); }},
+    {"collect_appends", [](CanonicalGraph& c, const Module&) { collect_appends(c.graph); }},
     {"remove_list_mutation", [](CanonicalGraph& c, const Module&) { torch::jit::RemoveListMutation(c.graph); }},
+};
+
+// On a graph that returns what its result is packed of: UnpackedResults.
+const Pass kRaising[] = {
     {"remove_writes", [](CanonicalGraph& c, const Module&) { remove_writes(c.graph); }},
     {"remove_tensor_mutation", [](CanonicalGraph& c, const Module&) { remove_tensor_mutation(c.graph); }},
     {"simplify", [](CanonicalGraph& c, const Module&) { simplify(c.graph); }},
@@ -114,9 +123,16 @@ CanonicalGraph canonicalise(const Module& module, const std::string& method_name
   result.graph = module.get_method(method_name).graph()->copy();
   GraphDump dump("canonicalise_" + method_name);
   dump("method", *result.graph);
-  for (const Pass& pass : kPasses) {
+  for (const Pass& pass : kFlattening) {
     pass.run(result, module);
     dump(pass.name, *result.graph);
+  }
+  {
+    const UnpackedResults unpacked(result.graph);
+    for (const Pass& pass : kRaising) {
+      pass.run(result, module);
+      dump(pass.name, *result.graph);
+    }
   }
   result.graph->lint();
   return result;

@@ -35,7 +35,8 @@ bool is_container(const Value* value) {
   return value->type()->kind() == c10::TypeKind::ListType || value->type()->kind() == c10::TypeKind::DictType;
 }
 
-// Whether the graph puts anything into a list or a dict that it was given: an element of one may be newer than it seems.
+// Whether the graph puts anything into a list or a dict that it was given: an element of one may be newer than it
+// seems.
 bool fills_containers(torch::jit::Graph& graph) {
   bool result = false;
   for_each_node(graph.block(), [&](const Node* node) { result = result || changes_given_container(node); });

@@ -63,12 +63,21 @@ Value* before_repetition(Value* heads, SymbolicShapes& shapes) {
   return only_heads_grow ? source : nullptr;
 }
 
-// Whether something may write into `heads` before `attention` reads them, as it did not read them so far: it read what
-// repeats them.
-bool may_change(const Writes& writes, const Value* heads, const Node* attention) {
-  const Node* made = heads->node();
-  const bool in_one_block = made->kind() != c10::prim::Param && made->owningBlock() == attention->owningBlock();
-  return in_one_block ? writes.between(made, attention, {heads}) != nullptr : writes.reach(heads);
+// Whether one head of keys and values is broadcast to several of queries (Falcon).
+bool is_one_for_all(Node* attention, SymbolicShapes& shapes) {
+  const auto heads = [&](const char* input) {
+    const auto shape = shapes.shape(attention->namedInput(input));
+    return shape && shape->size() == 4 && (*shape)[kHeads].is_constant() ? (*shape)[kHeads].factor : 0;
+  };
+  return heads("query") > 1 && heads("key") == 1 && heads("value") == 1;
+}
+
+// Whether something may write into `heads` before `attention` reads them, as it did not read them so far: it read
+// `repeated`, for which they were copied.
+bool may_change(const Writes& writes, const Value* heads, Value* repeated, const Node* attention) {
+  const Node* copied = without_contiguous(repeated)->node();
+  const bool in_one_block = copied->owningBlock() == attention->owningBlock();
+  return in_one_block ? writes.between(copied, attention, {heads}) != nullptr : writes.reach(heads);
 }
 
 }  // namespace
@@ -85,18 +94,23 @@ void fold_repeated_heads(const std::shared_ptr<torch::jit::Graph>& graph, const 
         shapes.shape(linear->output());
       }
     }
+    const size_t gqa = node->inputs().size() - 1;
+    TORCH_INTERNAL_ASSERT(node->schema().arguments().at(gqa).name() == "enable_gqa",
+                          "enable_gqa is not the last argument of ", node->schema());
+    torch::jit::WithInsertPoint guard(node);
+    if (is_one_for_all(node, shapes)) {
+      node->replaceInput(gqa, graph->insertConstant(true));
+      return;
+    }
     Value* key = before_repetition(node->namedInput("key"), shapes);
     Value* value = before_repetition(node->namedInput("value"), shapes);
-    if (!key || !value || may_change(writes, key, node) || may_change(writes, value, node)) {
+    if (!key || !value || may_change(writes, key, node->namedInput("key"), node) ||
+        may_change(writes, value, node->namedInput("value"), node)) {
       return;
     }
     if (shapes.shape(key)->at(kHeads) != shapes.shape(value)->at(kHeads)) {
       return;
     }
-    torch::jit::WithInsertPoint guard(node);
-    const size_t gqa = node->inputs().size() - 1;
-    TORCH_INTERNAL_ASSERT(node->schema().arguments().at(gqa).name() == "enable_gqa",
-                          "enable_gqa is not the last argument of ", node->schema());
     node->replaceInput(1, key);
     node->replaceInput(2, value);
     node->replaceInput(gqa, graph->insertConstant(true));

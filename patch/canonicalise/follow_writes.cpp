@@ -6,7 +6,6 @@
 #include <torch/csrc/jit/ir/constants.h>
 
 #include <algorithm>
-#include <limits>
 #include <vector>
 
 namespace torchgraft {
@@ -23,20 +22,8 @@ bool takes_part(const Node* node) {
          kind == c10::prim::ListUnpack || kind == c10::prim::unchecked_cast || kind == c10::aten::__getitem__;
 }
 
-// x[:], as a trace records it for each dimension before the one that is cut.
-bool is_whole(const Node* node) {
-  if (!is_aten(node, {"slice"}) || !is_tensor(node->input(0))) {
-    return false;
-  }
-  const Value* start = node->namedInput("start");
-  const Value* end = node->namedInput("end");
-  const bool from_first = is_none(start) || constant_int(start) == 0;
-  const bool to_last = is_none(end) || constant_int(end) == std::numeric_limits<int64_t>::max();
-  return from_first && to_last && constant_int(node->namedInput("step")) == 1;
-}
-
 Value* before_whole_slices(Value* value) {
-  while (is_whole(value->node())) {
+  while (is_whole_slice(value->node())) {
     value = value->node()->namedInput("self");
   }
   return value;
@@ -50,8 +37,8 @@ bool is_from_outside(const Value* value) {
   return node->kind() == c10::prim::GetAttr || node == value->owningGraph()->param_node();
 }
 
-// Whether two values are one tensor, or the same part of one. No attribute is assigned in the graph. `elements_stay`: no
-// list or dict that the graph was given changes either.
+// Whether two values are one tensor, or the same part of one. No attribute is assigned in the graph. `elements_stay`:
+// no list or dict that the graph was given changes either.
 bool is_same_part(Value* a, Value* b, bool elements_stay) {
   a = before_whole_slices(a);
   b = before_whole_slices(b);
@@ -69,8 +56,7 @@ bool is_same_part(Value* a, Value* b, bool elements_stay) {
   Node* right = b->node();
   const bool is_attribute = left->kind() == c10::prim::GetAttr;
   if (left->kind() != right->kind() || a->offset() != b->offset() || (!is_attribute && !takes_part(left)) ||
-      (!elements_stay && left->kind() == c10::aten::__getitem__) ||
-      left->inputs().size() != right->inputs().size() ||
+      (!elements_stay && left->kind() == c10::aten::__getitem__) || left->inputs().size() != right->inputs().size() ||
       (is_attribute && left->s(c10::attr::name) != right->s(c10::attr::name))) {
     return false;
   }

@@ -205,7 +205,9 @@ std::optional<std::string> raise_one(const std::shared_ptr<Graph>& graph, Symbol
   assume_heads(right_factor(consumer.product), rank, /*is_transposed=*/false, shapes);
   const auto value_rank = shapes.shape(right_factor(consumer.product));
   if (!rank || !value_rank) {
-    return "the rank of its queries or values is not known";
+    return c10::str("the rank of its ", rank ? "values" : "queries", ", which ",
+                    maker_of(rank ? right_factor(consumer.product) : left_factor(product)),
+                    " makes, is not known; view them with numbers for heads and head size");
   }
   const auto scores = shapes.shape(softmax->namedInput("self"));
   const int64_t scores_rank = static_cast<int64_t>(scores ? scores->size() : rank->size());

@@ -174,6 +174,9 @@ Value* insert_undone(Graph& graph, const Node* view, Value* whole, Value* part) 
   if (is_aten(view, {"select"})) {
     return graph.insert(c10::aten::select_scatter, {whole, part, view->namedInput("dim"), view->namedInput("index")});
   }
+  if (is_whole_slice(view)) {
+    return part;
+  }
   if (is_aten(view, {"slice"})) {
     return graph.insert(c10::aten::slice_scatter, {whole, part, view->namedInput("dim"), view->namedInput("start"),
                                                    view->namedInput("end"), view->namedInput("step")});

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <deque>
+#include <limits>
 #include <map>
 #include <mutex>
 #include <unordered_set>
@@ -224,6 +225,17 @@ bool has_unit_alpha(const Node* sum) {
   return sum->inputs().size() < 3 || constant_double(sum->namedInput("alpha")) == 1.0;
 }
 
+bool is_whole_slice(const Node* node) {
+  if (!is_aten(node, {"slice"}) || !is_tensor(node->input(0))) {
+    return false;
+  }
+  const Value* start = node->namedInput("start");
+  const Value* end = node->namedInput("end");
+  const bool from_first = is_none(start) || constant_int(start) == 0;
+  const bool to_last = is_none(end) || constant_int(end) == std::numeric_limits<int64_t>::max();
+  return from_first && to_last && constant_int(node->namedInput("step")) == 1;
+}
+
 bool is_inside(const Node* node, const Block* block) {
   for (const Block* at = node->owningBlock(); at; at = at->owningNode() ? at->owningNode()->owningBlock() : nullptr) {
     if (at == block) {
@@ -260,7 +272,8 @@ std::vector<Use> data_uses(const Value* value) {
   for (const Use& use : value->uses()) {
     const bool metadata = is_aten(use.user, {"size", "dim", "len", "is_floating_point", "numel"}) ||
                           use.user->kind() == c10::prim::dtype || use.user->kind() == c10::prim::device;
-    if (!metadata) {
+    const bool takes_form = is_aten(use.user, {"type_as", "expand_as", "view_as", "reshape_as"}) && use.offset == 1;
+    if (!metadata && !takes_form) {
       result.push_back(use);
     }
   }

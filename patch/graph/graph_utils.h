@@ -62,6 +62,9 @@ bool is_tensor(const torch::jit::Value* value);
 // add(x, y) or sub(x, y) without a factor of y.
 bool has_unit_alpha(const torch::jit::Node* sum);
 
+// True for x[:], as a trace records it for each dimension before the one that is cut.
+bool is_whole_slice(const torch::jit::Node* node);
+
 // True when `node` stands in `block`, however deep.
 bool is_inside(const torch::jit::Node* node, const torch::jit::Block* block);
 

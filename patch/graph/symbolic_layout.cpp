@@ -220,8 +220,9 @@ std::optional<Shape> cut_down(SymbolicShapes& shapes, const Node* node, Shape fr
   const Dim size = from[*at];
   const bool to_the_end = end == size || (end.is_constant() && end.factor == std::numeric_limits<int64_t>::max());
   if (start == number(0)) {
-    const bool inside = end.is_constant() && end.factor >= 0 && size.is_constant() && end.factor <= size.factor;
-    from[*at] = to_the_end ? size : inside ? end : shapes.fresh();
+    const bool known = end.is_constant() && size.is_constant();
+    const int64_t last = end.factor < 0 ? end.factor + size.factor : end.factor;
+    from[*at] = to_the_end ? size : known ? number(std::clamp<int64_t>(last, 0, size.factor)) : shapes.fresh();
   } else if (size.is_constant() && start.is_constant()) {
     const auto absolute = [&](const Dim& bound) {
       const int64_t value = bound.factor < 0 ? bound.factor + size.factor : bound.factor;
@@ -272,7 +273,8 @@ std::optional<Shape> shape_of_written(SymbolicShapes& shapes, const Node* node) 
     const char* source = is_aten(node, {"index_copy"}) ? "source" : "src";
     if (node->schema().argumentIndexWithName(source)) {
       const Value* written = node->namedInput(source);
-      // A write into a slice takes the slice's shape (follow_writes.cpp), which is the cache's.
+      written = is_aten(written->node(), {"clone"}) ? written->node()->namedInput("self") : written;
+      // A write into a slice takes the slice's shape (follow_writes.cpp, remove_writes.cpp), which is the cache's.
       const bool is_fitted = is_aten(written->node(), {"expand_as"}) && !shapes.shape(written);
       result = shapes.shape(is_fitted ? written->node()->namedInput("self") : written);
       result = is_fitted && result && result->size() < 3 ? std::nullopt : result;  // it may broadcast
@@ -286,6 +288,31 @@ std::optional<Shape> shape_of_written(SymbolicShapes& shapes, const Node* node) 
   shapes.assume(node->input(0), *result);
   return result;
 }
+
+namespace {
+
+// x[..., [i, j]] with constant indices of one dimension: Falcon takes the heads of keys so.
+std::optional<Shape> indexed(const Node* node, Shape from) {
+  const auto indices = resolve_constant(node->namedInput("indices"));
+  if (!indices || !indices->isList() || indices->toListRef().size() > from.size()) {
+    return std::nullopt;
+  }
+  bool is_one = false;
+  for (size_t i = 0; i < indices->toListRef().size(); ++i) {
+    const c10::IValue& index = indices->toListRef()[i];
+    if (index.isNone()) {
+      continue;
+    }
+    if (is_one || !index.isTensor() || index.toTensor().dim() != 1 || index.toTensor().scalar_type() != at::kLong) {
+      return std::nullopt;
+    }
+    is_one = true;
+    from[i] = number(index.toTensor().numel());
+  }
+  return is_one ? std::optional(from) : std::nullopt;
+}
+
+}  // namespace
 
 std::optional<Shape> shape_of_layout(SymbolicShapes& shapes, const Node* node) {
   if (is_aten(node, {"cat", "concat", "stack"})) {
@@ -315,6 +342,9 @@ std::optional<Shape> shape_of_layout(SymbolicShapes& shapes, const Node* node) {
   }
   if (is_aten(node, {"squeeze", "select", "slice", "narrow"})) {
     return cut_down(shapes, node, *from);
+  }
+  if (is_aten(node, {"index"})) {
+    return indexed(node, *from);
   }
   if (is_aten(node, {"repeat_interleave"}) && node->inputs().size() > 2) {
     return repeated(node, *from);

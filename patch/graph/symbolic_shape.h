@@ -34,8 +34,8 @@ std::optional<size_t> position(const torch::jit::Value* dim, size_t rank);
 // Works out the shapes of a graph's values on demand, as far as they follow without an input: the sizes of weights are
 // numbers, others are symbols. A saved graph has no shapes, and recognisers must know which dimension is the batch.
 //
-// A linear map on a value of unknown shape is taken to see [a, b, features], an embedding to see [a, b], and a product of
-// many matrices to have as many of each.
+// A linear map on a value of unknown shape is taken to see [a, b, features], an embedding to see [a, b], and a product
+// of many matrices to have as many of each.
 class SymbolicShapes {
  public:
   explicit SymbolicShapes(const torch::jit::Module& root) : root_(root) {}

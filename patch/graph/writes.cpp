@@ -128,6 +128,11 @@ std::string described(const Node* node) {
   return result;
 }
 
+std::string maker_of(Value* value) {
+  Node* node = strip_layout(value)->node();
+  return node == value->owningGraph()->param_node() ? "forward's caller" : described(node);
+}
+
 bool may_return_operand(const Node* node) {
   const auto* schema = node->maybeSchema();
   if (!schema || !node->kind().is_aten() || is_in_place(node)) {

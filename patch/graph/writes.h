@@ -72,6 +72,9 @@ bool only_complains(const torch::jit::Node* node);
 // another side effect (errors and warnings are none), or draws random numbers.
 bool must_run_once(const torch::jit::Node* node);
 
+// What makes `value`, before it was rearranged: as described(), or "forward's caller".
+std::string maker_of(torch::jit::Value* value);
+
 // "aten::masked_fill_ at model.py:12", for errors; without the position when the node has none.
 std::string described(const torch::jit::Node* node);
 

@@ -20,7 +20,7 @@ bool moves_elements(const Node* node) {
                         "squeeze",      "chunk",    "split",        "unbind",  "split_with_sizes",
                         "tensor_split", "select",   "slice",        "narrow",  "cat",
                         "concat",       "stack",    "expand",       "repeat",  "repeat_interleave",
-                        "flip",         "t",        "contiguous"});
+                        "flip",         "t",        "contiguous",   "index"});
 }
 
 class Probe {
@@ -35,7 +35,7 @@ class Probe {
   bool splits_unknown_size(const Node* node);
   bool leads_to_linear(Value* value);
   Value* tokens_of_linear(Node* node);
-  at::Tensor fitted(at::Tensor columns, const Shape& shape);
+  at::Tensor fitted(at::Tensor columns, Node* node);
   at::Tensor first_token(at::Tensor columns, Value* value);
   c10::IValue of_branch(Node* branch, size_t output);
   std::vector<int64_t> concrete(const Shape& shape);
@@ -103,12 +103,22 @@ Value* Probe::tokens_of_linear(Node* node) {
   return found == operands.end() ? nullptr : *found;
 }
 
-// `columns` in this shape: one of the tokens that it holds stands for all.
-at::Tensor Probe::fitted(at::Tensor columns, const Shape& shape) {
+// The dimension along which `node` writes; nullopt where it says none. A program of fixed sizes has as many tokens in a
+// cache as it has, and fewer in a pass.
+std::optional<size_t> written_dimension(const Node* node, size_t rank) {
+  const bool says = is_aten(node, {"index_copy", "scatter", "slice_scatter"});
+  return says ? position(node->namedInput("dim"), rank) : std::nullopt;
+}
+
+// `columns` in the shape of what `node` makes: one of the tokens that it holds stands for all.
+at::Tensor Probe::fitted(at::Tensor columns, Node* node) {
+  const Shape shape = *shapes_.shape(node->output());
   const auto sizes = concrete(shape);
+  const auto written = written_dimension(node, sizes.size());
   for (size_t i = 0; i < sizes.size() && columns.dim() == static_cast<int64_t>(sizes.size()); ++i) {
     const auto dim = static_cast<int64_t>(i);
-    const bool differs = !shape[i].is_constant() && columns.size(dim) != sizes[i] && columns.size(dim) > 0;
+    const bool is_open = !shape[i].is_constant() || written == i;
+    const bool differs = is_open && columns.size(dim) != sizes[i] && columns.size(dim) > 0;
     columns = differs ? columns.narrow(dim, 0, 1) : columns;
   }
   return columns.expand(sizes);
@@ -194,7 +204,7 @@ c10::IValue Probe::run(Node* node, size_t output) {
   }
   if (Value* tokens = tokens_of_linear(node)) {
     const at::Tensor columns = tensor(tokens);
-    return columns.defined() ? c10::IValue(fitted(columns, *shapes_.shape(node->output()))) : c10::IValue();
+    return columns.defined() ? c10::IValue(fitted(columns, node)) : c10::IValue();
   }
   if (moves_elements(node)) {
     torch::jit::Stack stack;

@@ -181,6 +181,12 @@ bool find_caches(SiteFinder& finder, Node* attention, Layer& layer, LayerSites& 
   return reason.empty();
 }
 
+bool has_grouped_heads(const Node* attention) {
+  const auto grouped = attention->schema().argumentIndexWithName("enable_gqa");
+  const auto constant = grouped ? resolve_constant(attention->input(*grouped)) : std::nullopt;
+  return grouped && !(constant && constant->isBool() && !constant->toBool());
+}
+
 // Finds the projections behind keys and values. What another pass has put into a cache has none here.
 bool find_keys_and_values(SiteFinder& finder, Node* attention, Layer& layer, LayerSites& sites, std::string& reason) {
   if (layer.cache == CacheKind::kFilled) {
@@ -206,13 +212,19 @@ bool find_attention(SiteFinder& finder, Node* attention, Layer& layer, LayerSite
     }
   }
   const auto query = finder.shapes().shape(attention->namedInput("query"));
-  assume_heads(attention->namedInput("key"), query, /*is_transposed=*/false, finder.shapes());
-  assume_heads(attention->namedInput("value"), query, /*is_transposed=*/false, finder.shapes());
+  if (!has_grouped_heads(attention)) {  // whose number only the cache tells
+    assume_heads(attention->namedInput("key"), query, /*is_transposed=*/false, finder.shapes());
+    assume_heads(attention->namedInput("value"), query, /*is_transposed=*/false, finder.shapes());
+  }
   const auto key = finder.shapes().shape(attention->namedInput("key"));
   const bool visible = query && key && query->size() == 4 && key->size() == 4 && (*query)[1].is_constant() &&
                        (*query)[3].is_constant() && (*key)[1].is_constant();
   if (!visible) {
-    reason = "its queries and keys cannot be seen to have the shape [batch, heads, tokens, head size]";
+    const bool is_query = !query || query->size() != 4 || !(*query)[1].is_constant() || !(*query)[3].is_constant();
+    reason = c10::str("its ", is_query ? "queries" : "keys", ", which ",
+                      maker_of(attention->namedInput(is_query ? "query" : "key")),
+                      " makes, cannot be seen to have the shape [batch, heads, tokens, head size]; view them with "
+                      "numbers for heads and head size");
     return false;
   }
   finder.shapes().assume_equal((*query)[0], (*key)[0]);
@@ -235,7 +247,8 @@ bool find_attention(SiteFinder& finder, Node* attention, Layer& layer, LayerSite
   }
   layer.hidden_size = input->back().factor;
   Value* source = linear_input(sites.query.node);
-  const auto kept = sites.key.node ? cache_of_inputs(linear_input(sites.key.node), source, finder.shapes()) : std::nullopt;
+  const auto kept =
+      sites.key.node ? cache_of_inputs(linear_input(sites.key.node), source, finder.shapes()) : std::nullopt;
   layer.kind = kept ? AttentionKind::kSelf : AttentionKind::kCross;
   if (layer.cache == CacheKind::kNone && kept && *kept != CacheKind::kNone) {
     layer.cache = *kept;

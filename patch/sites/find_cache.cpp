@@ -33,6 +33,22 @@ Value* written_tokens(Node* node) {
   return nullptr;
 }
 
+// A cache of earlier passes, times what is 0 where this pass writes.
+bool is_masked_cache(Value* value) {
+  const auto factors = value->node()->inputs();
+  return is_tensor(value) && is_aten(value->node(), {"mul"}) && !is_projected(value) &&
+         std::any_of(factors.begin(), factors.end(), is_of_earlier_passes);
+}
+
+// Whether `node` puts tokens of this pass among earlier ones: where(is_new, new, kept), or kept * (1 - is_new) + new.
+bool mixes_in_tokens(const Node* node) {
+  const auto inputs = const_cast<Node*>(node)->inputs();
+  if (is_aten(node, {"where"}) && inputs.size() == 3) {
+    return is_of_earlier_passes(inputs[1]) || is_of_earlier_passes(inputs[2]);
+  }
+  return is_aten(node, {"add"}) && (is_masked_cache(inputs[0]) || is_masked_cache(inputs[1]));
+}
+
 // The tensors that `node` joins along a dimension of unknown size, such as the tokens; else none.
 std::vector<Value*> joined_tokens(Node* node, SymbolicShapes& shapes) {
   if (!is_aten(node, {"cat", "concat"}) || node->input(0)->node()->kind() != c10::prim::ListConstruct) {
@@ -68,7 +84,7 @@ CacheSite find_cache(Value* heads, SymbolicShapes& shapes) {
     if (std::any_of(parts.begin(), parts.end(), is_kept)) {
       return {CacheKind::kGrowing, is_projected(parts.back())};
     }
-    if (writes_tokens(node) && !is_projected(node->input(0))) {
+    if ((writes_tokens(node) && !is_projected(node->input(0))) || mixes_in_tokens(node)) {
       return {CacheKind::kStatic};
     }
     queue.insert(queue.end(), node->inputs().begin(), node->inputs().end());

@@ -95,6 +95,15 @@ Value* stream_in(Value* operand, const std::vector<Value*>& streams) {
   return found ? found : stream_in(add->namedInput("other"), streams);
 }
 
+// The one reader of `value` behind casts and dropout.
+std::optional<torch::jit::Use> only_reader_behind_passive(Value* value) {
+  auto reader = only_reader(value);
+  while (reader && (is_layout(reader->user) || is_aten(reader->user, {"dropout"})) && reader->offset == 0) {
+    reader = only_reader(reader->user->output());
+  }
+  return reader;
+}
+
 }  // namespace
 
 std::optional<ResidualSite> find_residual(SiteFinder& finder, Value* branch, Value* block_input) {
@@ -105,10 +114,12 @@ std::optional<ResidualSite> find_residual(SiteFinder& finder, Value* branch, Val
     Node* node = reader->user;
     const bool passes = is_layout(node) || is_aten(node, {"dropout"}) || is_norm(node) ||
                         finder.is_scale(node, branch) || (node->kind() == c10::prim::If && node->outputs().size() == 1);
-    if (is_tensor_add(node)) {
+    const bool adds_bias =  // of a linear map that was written as a product and a sum
+        is_tensor_add(node) && resolve_tensor(strip_layout(node->input(1 - reader->offset)), finder.module()).defined();
+    if (is_tensor_add(node) && !adds_bias) {
       break;
     }
-    if (!passes || node->outputs().size() != 1) {
+    if ((!passes && !adds_bias) || node->outputs().size() != 1) {
       return std::nullopt;
     }
     branch = node->output();
@@ -122,7 +133,7 @@ std::optional<ResidualSite> find_residual(SiteFinder& finder, Value* branch, Val
   const auto streams = streams_of(block_input);
   Value* stream = stream_in(site.residual, streams);
   for (Node* add = site.add; !stream;) {
-    const auto next = only_reader(add->output());
+    const auto next = only_reader_behind_passive(add->output());
     if (!next || !is_tensor_add(next->user)) {  // no add brings in the stream: the nearest one is the residual add
       site.sum = site.add;
       stream = site.residual;

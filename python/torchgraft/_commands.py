@@ -100,7 +100,7 @@ def add(arguments: argparse.Namespace) -> None:
     Args:
         arguments: the command line's: base, output (paths), config and name (lists of one length), adapter (pairs of
             name and directory), gate_pooling, token_mask, active, seed, trainable, sites, example (paths or None),
-            allow_partial, force.
+            allow_partial, part (a text or None), force.
     """
     check_script_output(arguments.output)
     started = time.perf_counter()
@@ -131,7 +131,7 @@ def _graft_all(base: torch.jit.ScriptModule, arguments: argparse.Namespace) -> t
         last = request is requests[-1]
         result = graft(result, **request, **pooling, active=arguments.active if last else None, verify=last,
                        sites=arguments.sites, trainable=arguments.trainable, example=example,
-                       allow_partial=arguments.allow_partial)  # fmt: skip
+                       allow_partial=arguments.allow_partial, part=arguments.part)  # fmt: skip
     return result
 
 

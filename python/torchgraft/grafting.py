@@ -121,6 +121,7 @@ def graft(
     trainable: bool = False,
     example: Any = None,
     allow_partial: bool = False,
+    part: str | None = None,
 ) -> torch.jit.ScriptModule:
     """Returns a copy of `module` with adapters grafted on; `module` itself is unchanged.
 
@@ -154,6 +155,9 @@ def graft(
             one tensor. None: made up from forward's signature where that is possible.
         allow_partial: graft a fresh adapter also where some attention was not recognised and gets none, with a warning.
             Layers are then numbered without it. False: that is an error.
+        part: "encoder": `module` is the encoder of a model with a decoder, in a file of its own, and takes its half of
+            an adapter of both. "decoder": the same of a decoder that reads the encoder's states, which the patcher also
+            sees by itself. None: as the patcher sees it.
 
     Returns:
         A ScriptModule, in the same mode (train or eval) as `module`, with these methods:
@@ -172,6 +176,7 @@ def graft(
         TypeError: `module` is not TorchScript, or `config` describes no configuration.
     """
     base = cpp_module(module)
+    sites = sites if part is None else _sites_of_part(module, part, sites)
     specs: list[Spec] = []
     if config is not None:
         if name is None:
@@ -187,6 +192,26 @@ def graft(
     if gate_pooling == "unpadded":
         messages += _no_gates(made, [spec[0] for spec in specs])
     return module_with_warnings((made, messages))
+
+
+def _sites_of_part(
+    module: torch.jit.ScriptModule, part: str, sites: Mapping[str, Any] | str | Path | None
+) -> dict[str, Any]:
+    """Returns the sites of a module that is one part of an encoder and a decoder."""
+    if part not in ("encoder", "decoder"):
+        raise GraftError(f'graft: expected part to be "encoder" or "decoder", got "{part}"')
+    found = inspect(module, sites)
+    kinds = {layer["kind"] for layer in found["layers"]}
+    wanted = {"self", "encoder"} if part == "encoder" else {"self", "cross"}
+    if not kinds <= wanted or (part == "decoder" and "cross" not in kinds):
+        what = "self attention alone" if part == "encoder" else "self attention and cross attention"
+        raise GraftError(
+            f'graft: part="{part}": expected {what}, found attention of the kinds {", ".join(sorted(kinds))}; '
+            "see torchgraft.inspect()"
+        )
+    for layer in found["layers"] if part == "encoder" else []:
+        layer["kind"] = "encoder"
+    return found
 
 
 def _no_gates(module: Any, names: list[str]) -> list[str]:

@@ -135,6 +135,11 @@ def add_add_command(commands: argparse._SubParsersAction[Parser]) -> None:
         help="an edited output of inspect --json; it overrules the layers that are seen",
     )
     adding.add_argument(
+        "--part",
+        choices=("encoder", "decoder"),
+        help="BASE is this part of an encoder and a decoder, and takes its half of an adapter of both",
+    )
+    adding.add_argument(
         "--allow-partial",
         action="store_true",
         help="graft onto the attention that is recognised where some is not (default: an error that names the rest)",

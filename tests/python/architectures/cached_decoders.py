@@ -6,12 +6,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import transformers as hf
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, StaticCache
 
-from hugging_face_models import FAMILIES
+from hugging_face_models import FAMILIES, Family
 from models import HEADS, HIDDEN, VOCABULARY
 
+_SIZES = dict(vocab_size=VOCABULARY, hidden_size=HIDDEN, num_attention_heads=HEADS, num_hidden_layers=2)
+_BOUNDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+# Decoders with one linear map for queries, keys and values, which the library does not know.
+_PACKED = {
+    "gpt_neox": Family(hf.GPTNeoXConfig, hf.GPTNeoXModel, _SIZES | dict(intermediate_size=80)),
+    "phi3": Family(hf.Phi3Config, hf.Phi3Model, _SIZES | _BOUNDS | dict(intermediate_size=80, num_key_value_heads=2)),
+    "falcon": Family(hf.FalconConfig, hf.FalconModel, _SIZES | dict(ffn_hidden_size=80)),
+}
 HEAD_DIM = HIDDEN // HEADS
 PROMPT, STEPS = 5, 32
 PADDING = (0, 2, 1, 3)  # tokens on the left of each row's prompt
@@ -38,6 +47,25 @@ class FlatCache(CachedModel):
     def forward(self, ids, mask, positions, key_0, value_0, key_1, value_1) -> tuple:
         hidden, cache = super().forward(ids, mask, positions, ((key_0, value_0), (key_1, value_1)))
         return (hidden, *sum(cache, ()))
+
+
+class StaticModel(nn.Module):
+    """A Hugging Face decoder of two layers with a StaticCache: tensors of `length` tokens, written in place."""
+
+    def __init__(self, model: nn.Module, length: int):
+        super().__init__()
+        self.model, self.length = model, length
+
+    def forward(self, ids, mask, positions, places, key_0, value_0, key_1, value_1) -> tuple:
+        cache = StaticCache(config=self.model.config, max_cache_len=self.length)
+        cache.early_initialization(key_0.size(0), key_0.size(1), key_0.size(3), key_0.dtype, key_0.device)
+        for layer, (keys, values) in zip(cache.layers, ((key_0, value_0), (key_1, value_1)), strict=True):
+            layer.keys, layer.values = keys, values
+        hidden = self.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+            cache_position=places,
+        )[0]  # fmt: skip
+        return hidden, tuple((layer.keys, layer.values) for layer in cache.layers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +127,7 @@ def _example(decoder_layers: int, kv_heads: int) -> tuple:
 
 def _traced(family: str, attention: str, kv_heads: int, flat: bool = False, frozen: bool = False) -> CachedDecoder:
     def make(implementation: str) -> nn.Module:
-        return FAMILIES[family].make(implementation, torch.float32).model
+        return (FAMILIES | _PACKED)[family].make(implementation, torch.float32).model
 
     @functools.cache
     def trace() -> torch.jit.ScriptModule:
@@ -121,3 +149,9 @@ TRACED = [
     for family, kv_heads in (("gpt2", HEADS), ("gptj", HEADS), ("llama", 2), ("mistral", 2))
     for attention in (("eager",) if family == "gptj" else ("eager", "sdpa"))
 ] + [_traced("llama", "sdpa", 2, flat=True), _traced("gpt2", "eager", HEADS, frozen=True)]
+
+PACKED = [
+    _traced(family, attention, kv_heads)
+    for family, kv_heads in (("gpt_neox", HEADS), ("phi3", 2), ("falcon", 1))
+    for attention in ("eager", "sdpa")
+]

@@ -46,6 +46,13 @@ class Layer(nn.Module):
         x = x + self.o(mixed.transpose(1, 2).reshape(x.size(0), x.size(1), -1))
         return x + self.down(F.gelu(self.up(self.ffn_norm(x))))
 
+    def attend_to(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """keys, values: [B, heads, K, head size]."""
+        q = self.q(self.norm(x)).view(x.size(0), x.size(1), self.heads, self.head_dim).transpose(1, 2)
+        mixed = (q @ keys.transpose(-1, -2) / math.sqrt(self.head_dim)).softmax(-1) @ values
+        x = x + self.o(mixed.transpose(1, 2).reshape(x.size(0), x.size(1), -1))
+        return x + self.down(F.gelu(self.up(self.ffn_norm(x))))
+
 
 class Embeddings(nn.Module):
     def __init__(self) -> None:
@@ -239,6 +246,102 @@ class IndexPut(Static):
 class Scatter(Static):
     def write(self, cache: Tensor, places: Tensor, new: Tensor) -> Tensor:
         return cache.scatter(1, places[None, :, None, None].expand_as(new), new)
+
+
+class ClonedSlice(Static):
+    """Writes through a slice of a copy."""
+
+    def write(self, cache: Tensor, places: Tensor, new: Tensor) -> Tensor:
+        copy, begin = cache.clone(), int(places[0])
+        copy[:, begin : begin + new.size(1)] = new
+        return copy
+
+
+class ScaledSlice(Static):
+    """The same, and the copy is a product."""
+
+    def write(self, cache: Tensor, places: Tensor, new: Tensor) -> Tensor:
+        copy, begin = cache * 1.0, int(places[0])
+        copy[:, begin : begin + new.size(1)] = new
+        return copy
+
+
+class ReadSlice(Static):
+    """Reads as many tokens of the cache as there are."""
+
+    def forward(
+        self, ids: Tensor, mask: Tensor, positions: Tensor, places: Tensor, keys: list[Tensor], values: list[Tensor]
+    ) -> tuple[Tensor, tuple[list[Tensor], list[Tensor]]]:
+        x = self.embed(ids, positions)
+        end = int(places[-1]) + 1
+        for i, layer in enumerate(self.layers):
+            k, v = layer.new_keys(x)
+            keys[i][:, end - ids.size(1) : end] = k
+            values[i][:, end - ids.size(1) : end] = v
+            x = layer.attend(x, keys[i][:, :end], values[i][:, :end], mask[..., :end])
+        return x, (keys, values)
+
+
+class Where(Static):
+    """Passes of one token."""
+
+    def write(self, cache: Tensor, places: Tensor, new: Tensor) -> Tensor:
+        return torch.where((torch.arange(cache.size(1)) == places)[None, :, None, None], new, cache)
+
+
+class OneHot(Static):
+    """Passes of one token."""
+
+    def write(self, cache: Tensor, places: Tensor, new: Tensor) -> Tensor:
+        here = F.one_hot(places, cache.size(1)).to(new.dtype)[..., None, None]
+        return cache * (1 - here) + new * here
+
+
+class BothSides(Decoder):
+    """Projects keys in both branches."""
+
+    def forward(
+        self, ids: Tensor, mask: Tensor, positions: Tensor, past: Optional[list[tuple[Tensor, Tensor]]] = None
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        x = self.embed(ids, positions)
+        new: list[tuple[Tensor, Tensor]] = []
+        for i, layer in enumerate(self.layers):
+            if past is not None:
+                keys, values = layer.new_keys(x)
+                keys, values = torch.cat([past[i][0], keys], 1), torch.cat([past[i][1], values], 1)
+            else:
+                keys, values = layer.new_keys(x)
+            new.append((keys, values))
+            x = layer.attend(x, keys, values, mask)
+        return x, new
+
+
+class Memory(Decoder):
+    """Attends to keys and values that another pass has made, [B, heads, T, head size], by products."""
+
+    def forward(self, ids: Tensor, positions: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
+        x = self.embed(ids, positions)
+        for i, layer in enumerate(self.layers):
+            x = layer.attend_to(x, past[i][0], past[i][1])
+        return x
+
+
+class MemoryStates(Memory):
+    """The same, of the tokens that the keys and values are made of, [B, T]."""
+
+    def keys_of(self, memory: Tensor) -> list[tuple[Tensor, Tensor]]:
+        new = [layer.new_keys(self.embed.words(memory)) for layer in self.layers]
+        return [tuple(each.transpose(1, 2).repeat_interleave(2, 1) for each in pair) for pair in new]
+
+    def forward(self, ids: Tensor, positions: Tensor, memory: Tensor) -> Tensor:
+        x = self.embed(ids, positions)
+        states = self.embed.words(memory)
+        for layer in self.layers:
+            keys, values = layer.new_keys(states)
+            keys = keys.transpose(1, 2).repeat_interleave(2, 1)
+            values = values.transpose(1, 2).repeat_interleave(2, 1)
+            x = layer.attend_to(x, keys, values)
+        return x
 
 
 class ViewBeforeWrite(Decoder):

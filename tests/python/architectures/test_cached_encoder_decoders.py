@@ -164,6 +164,42 @@ def test_gates_pool_over_the_tokens_of_the_pass_as_in_the_library() -> None:
     assert oracle.difference(hidden[real], _library_steps("bart", "unipelt")[real]) <= 1e-5
 
 
+class _Encoder(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.encoder = model.encoder
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.encoder(input_ids=ids, attention_mask=mask)[0]
+
+
+@pytest.mark.parametrize(("name", "method"), [("t5", METHODS[0])] + [("bart", each) for each in METHODS + GATED])
+@torch.no_grad()
+def test_an_encoder_in_a_file_of_its_own_takes_its_half(name: str, method: str) -> None:
+    model, directories = _library(name)
+    ids, mask = tokens_of(4)[0][:, :_SOURCE], _source(name)[1]
+    base = torch.jit.trace(_Encoder(_make(name)).eval(), (ids, mask), check_trace=False, strict=False)
+    with pytest.raises(torchgraft.GraftError, match='say so: part="encoder"'):
+        torchgraft.graft(base, adapters={method: directories[method]})
+    module = torchgraft.graft(base, adapters={method: directories[method]}, part="encoder")
+    model.set_active_adapters(method)
+    with adapters.context.ForwardContext(model, input_ids=ids, attention_mask=mask):
+        expected = model.encoder(input_ids=ids, attention_mask=mask)[0]
+    real = mask.bool()
+    assert oracle.difference(module(ids, mask)[real], expected[real]) <= 1e-5
+    again = torchgraft.graft(module, adapters={"again": directories[method]}, part="encoder")  # the module remembers
+    assert oracle.difference(again(ids, mask)[real], expected[real]) <= 1e-5
+
+
+def test_a_part_that_the_module_is_not_is_refused() -> None:
+    begin, _ = _bases("bart")
+    with pytest.raises(torchgraft.GraftError, match='part="encoder": expected self attention alone'):
+        torchgraft.graft(begin, config="lora", name="task", part="encoder")
+    torchgraft.graft(begin, config="lora", name="task", part="decoder", verify=False)
+    with pytest.raises(torchgraft.GraftError, match='expected part to be "encoder" or "decoder"'):
+        torchgraft.graft(begin, config="lora", name="task", part="both")
+
+
 @_ALL
 def test_deactivated_is_the_base_bit_for_bit(name: str) -> None:
     grafted = [torchgraft.graft(base, adapters={"task": _library(name)[1]["lora_all"]}) for base in _bases(name)]

@@ -1,6 +1,7 @@
 """Hand-written decoders with caches of several kinds: each step equals the same tokens in one pass of the decoder
 without a cache, which has the same weights and adapters."""
 
+import copy
 import functools
 import tempfile
 from pathlib import Path
@@ -13,14 +14,18 @@ import oracle
 import own_cached_models as own
 import torchgraft
 from cached_decoders import PROMPT, masks_and_positions, tokens_of
+from grafted import reloaded
+from int8_reference import quantised
 from models import POSITIONS
 from restated_reference import RestatedReference
 
 METHODS = ("lora_all", "double_seq_bn", "prefix_flat")
 IDS = torch.tensor([0, 1, 2, -1])  # of the rows of tokens_of()
-GROWING = ("OptionalList", "Dictionary", "Stacked", "HiddenStates", "NormedStates", "OptionalStates")
+GROWING = ("OptionalList", "BothSides", "Dictionary", "Stacked", "HiddenStates", "NormedStates", "OptionalStates")
 STATES = ("StaticStates", "StaticStatesInPlace")
-STATIC = ("IndexCopy", "IndexCopyInPlace", "SliceAssignment", "IndexPut", "Scatter", *STATES)
+ONE_TOKEN = ("Where", "OneHot")
+WRITTEN = ("IndexCopy", "IndexCopyInPlace", "SliceAssignment", "IndexPut", "Scatter", "ClonedSlice", "ScaledSlice")
+STATIC = (*WRITTEN, "ReadSlice", *ONE_TOKEN, *STATES)
 
 
 def _empty(name: str, rows: int) -> tuple:
@@ -34,6 +39,7 @@ def _empty(name: str, rows: int) -> tuple:
     return {
         "OptionalList": (None,),
         "OptionalStates": (None,),
+        "BothSides": (None,),
         "Dictionary": ({f"{kind}.{i}": nothing for kind in ("keys", "values") for i in range(own.LAYERS)},),
         "Stacked": (torch.zeros(own.LAYERS, 2, rows, 0, *size),),
         "HiddenStates": ([torch.zeros(rows, 0, own.HIDDEN) for _ in range(own.LAYERS)],),
@@ -52,7 +58,8 @@ def _arguments(name: str, real: Tensor, begin: int, end: int) -> tuple[Tensor, .
 
 def _steps(name: str, module: torch.jit.ScriptModule, ids: Tensor, real: Tensor, **named: Tensor) -> tuple:
     past, hidden = _empty(name, ids.size(0)), []
-    for begin, end in [(0, PROMPT), *((i, i + 1) for i in range(PROMPT, ids.size(1)))]:
+    prompt = 1 if name in ONE_TOKEN else PROMPT
+    for begin, end in [(0, prompt), *((i, i + 1) for i in range(prompt, ids.size(1)))]:
         part, past = module(ids[:, begin:end], *_arguments(name, real, begin, end), *past, **named)
         past = past if name in STATIC else (past,)
         hidden.append(part)
@@ -109,6 +116,38 @@ def test_steps_equal_one_pass_without_a_cache(name: str, form: str) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", ["OptionalList", "NormedStates", "IndexCopy", "ReadSlice"])
+@torch.no_grad()
+def test_int8_steps_are_torchs_with_and_without_adapters(name: str) -> None:
+    ids, real = tokens_of()
+    float32, packed = torch.jit.script(_make(name)), quantised(_make(name), "per_channel")
+    found, _ = _steps(name, reloaded(torchgraft.quantize(float32)), ids, real)
+    expected, _ = _steps(name, packed, ids, real)
+    assert oracle.difference(found[real], expected[real]) <= 1e-5
+    _, directories = _uncached()
+    after = torchgraft.quantize(torchgraft.graft(float32, adapters=directories, verify=False))
+    before = torchgraft.graft(torch.jit.script(packed), adapters=directories, verify=False)
+    found, expected = (_steps(name, each, ids, real, adapter_ids=IDS)[0] for each in (after, before))
+    assert oracle.difference(found[real], expected[real]) <= 1e-5
+
+
+@torch.no_grad()
+def test_a_program_of_fixed_sizes_writes_tokens_one_by_one() -> None:
+    ids, real = tokens_of()
+    cache = [tensor for part in _empty("IndexCopy", ids.size(0)) for tensor in part]
+    example = (ids[:, :1], *_arguments("IndexCopy", real, 0, 1), cache[:2], cache[2:])
+    base = torchgraft.from_program(torch.export.export(_make("IndexCopy"), example, strict=False))
+    whole, directories = _uncached()
+    module = torchgraft.graft(base, adapters=directories, verify=False)
+    parts = []
+    for i in range(ids.size(1)):
+        part, *cache = _tensors(module(ids[:, i : i + 1], *_arguments("IndexCopy", real, i, i + 1), *cache,
+                                       adapter_ids=IDS))  # fmt: skip
+        parts.append(part)
+    expected = whole(ids, *masks_and_positions(real, ids.size(1)), adapter_ids=IDS)
+    assert oracle.difference(torch.cat(parts, 1)[real], expected[real]) <= 1e-5
+
+
 def test_a_view_of_the_cache_that_is_taken_before_the_write_is_refused() -> None:
     """A LoRA on the keys would be left out as another pass's."""
     base = torch.jit.script(_make("ViewBeforeWrite"))
@@ -142,12 +181,39 @@ class _WrittenCopy(nn.Module):
         return x + self.o(mixed.transpose(1, 2).flatten(2))
 
 
-def test_a_copy_of_what_was_written_through_slices_is_refused() -> None:
+@torch.no_grad()
+def test_a_copy_of_what_was_written_through_slices_holds_this_pass() -> None:
     example = (torch.randn(2, 3, 8), torch.zeros(2, 2, 5, 4), torch.zeros(2, 2, 5, 4), torch.arange(3))
-    base = torch.jit.trace(_WrittenCopy().eval(), example)
-    assert torchgraft.inspect(base)["layers"] == []
-    with pytest.raises(torchgraft.GraftError, match="at q: attention was left out"):
-        torchgraft.graft(base, config="lora", name="task")
+    model = _WrittenCopy().eval()
+    base = torch.jit.trace(model, example)
+    layer = torchgraft.inspect(base)["layers"][0]
+    assert (layer["kind"], layer["cache"], layer["key"]["path"]) == ("self", "static", "k")
+    module = torchgraft.graft(base, config=torchgraft.LoRAConfig(attn_matrices=["k"]), name="task")
+    lora = module.adapters.layer_0.selfattn_lora_k
+    assert oracle.difference(module(*example), model(*example)) <= 1e-5
+    lora.lora_b.normal_()
+    merged = copy.deepcopy(model)  # the base's weights are on the model's memory
+    merged.k.weight += lora.lora_b[0] @ lora.lora_a[0]  # alpha = r
+    assert oracle.difference(module(*example), merged(*example)) <= 1e-5
+
+
+@torch.no_grad()
+def test_a_memory_of_another_pass_is_read_by_products() -> None:
+    states = _make("MemoryStates")
+    methods = ["double_seq_bn"]
+    whole = RestatedReference(_make, lambda model: []).graft(torch.jit.script(states), methods, torch.float32)
+    folder = Path(tempfile.mkdtemp(prefix="torchgraft_memory_"))
+    for method in methods:
+        torchgraft.save_adapter(whole, method, folder / method)
+    base = torch.jit.script(_make("Memory"))
+    assert [layer["cache"] for layer in torchgraft.inspect(base)["layers"]] == ["filled"] * own.LAYERS
+    module = torchgraft.graft(base, adapters={method: folder / method for method in methods})
+    ids, _ = tokens_of(3)
+    memory = tokens_of(3, seed=6)[0][:, :7]
+    positions = torch.arange(ids.size(1)).expand(3, -1)
+    rows = torch.tensor([0, -1, 0])
+    expected = whole(ids, positions, memory, adapter_ids=rows)
+    assert oracle.difference(module(ids, positions, states.keys_of(memory), adapter_ids=rows), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["IndexCopy", "HiddenStates", "NormedStates", "StaticStates"])
