@@ -213,13 +213,14 @@ TEST(MatchModules, RefusesWhatIsAmbiguous) {
   // A model of one stack, a checkpoint of two.
   Structure one_stack;
   append(one_stack, attention_at(AttentionKind::kSelf, "layers.0.self_attn"));
-  StateDict two_stacks;
-  put_lora(two_stacks, "encoder.layers.0.self_attn.q_proj", 1);
-  put_lora(two_stacks, "decoder.layers.0.self_attn.q_proj", 2);
-  EXPECT_NE(error_of([&] {
-              values(one_stack, AdapterConfig{{small_lora()}}, two_stacks, "lora_a");
-            }).find("are both for selfattn_lora_q of layer 0"),
-            std::string::npos);
+  const auto error_of_two_stacks = [&](const std::string& first, const std::string& second) {
+    StateDict two_stacks;
+    put_lora(two_stacks, first + ".layers.0.self_attn.q_proj", 1);
+    put_lora(two_stacks, second + ".layers.0.self_attn.q_proj", 2);
+    return error_of([&] { values(one_stack, AdapterConfig{{small_lora()}}, two_stacks, "lora_a"); });
+  };
+  EXPECT_NE(error_of_two_stacks("left", "right").find("are both for selfattn_lora_q of layer 0"), std::string::npos);
+  EXPECT_NE(error_of_two_stacks("encoder", "decoder").find("say so: part=\"encoder\""), std::string::npos);
 }
 
 TEST(MatchModules, AnUnknownNameListsThoseThatAreThere) {
