@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from subprocess import DEVNULL, PIPE
 
 from rich.console import Console
 from rich.table import Table
@@ -74,7 +75,7 @@ class Checkout:
         environment = dict(os.environ, TORCHGRAFT_LIBRARY_DIR=str(library), **ALLOCATOR)
         environment["TORCHGRAFT_LIBRARY"] = str(library / "libtorchgraft.so")
         command = [sys.executable, __file__, "--serve", str(path)]
-        self._process = subprocess.Popen(command, env=environment, stdin=-1, stdout=-1, stderr=-3, text=True)
+        self._process = subprocess.Popen(command, env=environment, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True)
 
     def seconds(self, *request: object) -> float:
         stdin, stdout = self._process.stdin, self._process.stdout
@@ -83,7 +84,7 @@ class Checkout:
         stdin.flush()
         answer = stdout.readline()
         if not answer:
-            raise SystemExit(f"{' '.join(self._process.args)} ended; run it by itself to see why")
+            raise SystemExit(f"{' '.join(self._process.args)} ended; give it '{json.dumps(request)}' to see why")
         return float(answer)
 
     def close(self) -> None:
