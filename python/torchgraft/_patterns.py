@@ -96,14 +96,16 @@ class Patterns:
 
 def _size(tree: Any, with_counts: bool) -> int:
     """Returns the number of parts of an expression; with_counts: of what `regex` makes of its counts."""
-    if not isinstance(tree, _parser.SubPattern | tuple | list):
-        return 0
-    size = 0
-    for part in tree:
-        if isinstance(part, tuple) and part and part[0] in _REPEATS:
-            least, most, body = part[1]
-            copies = least if most == _constants.MAXREPEAT else most
-            size += 1 + max(1, _size(body, with_counts)) * (max(1, copies) if with_counts else 1)
-        else:
-            size += 1 + _size(part, with_counts)
-    return size
+    if isinstance(tree, _parser.SubPattern):
+        return sum(_part_size(kind, content, with_counts) for kind, content in tree)
+    return sum(_size(each, with_counts) for each in tree) if isinstance(tree, tuple | list) else 0
+
+
+def _part_size(kind: Any, content: Any, with_counts: bool) -> int:
+    if kind is _constants.IN:
+        return 1 + len(content)
+    if kind not in _REPEATS:
+        return 1 + _size(content, with_counts)
+    least, most, body = content
+    copies = least if most is _constants.MAXREPEAT else most
+    return 1 + max(1, _size(body, with_counts)) * (max(1, copies) if with_counts else 1)
