@@ -9,6 +9,7 @@
 #include <torchgraft/patch/module/verify_results.h>
 
 #include <algorithm>
+#include <optional>
 
 namespace torchgraft {
 
@@ -61,6 +62,9 @@ Adapter make_adapter_of(const AdapterSpec& spec, const Draft& draft) {
   }
 }
 
+constexpr Verifier kGraftVerifier = {"graft",
+                                     "; verify=False (C++: GraftOptions::verify = false) grafts without comparing"};
+
 // A trial with the weights of fresh adapters drawn: as they are they change nothing.
 std::string verify_on_inputs(const Module& base, const Module& result, const std::vector<AdapterSpec>& specs,
                              const std::vector<Adapter>& adapters, const GraftOptions& options,
@@ -70,8 +74,11 @@ std::string verify_on_inputs(const Module& base, const Module& result, const std
     names.push_back(spec.name);
   }
   const std::vector<Adapter> earlier(adapters.begin(), adapters.end() - static_cast<int64_t>(specs.size()));
-  return verify_results(is_grafted(base) ? with_drawn_weights(base, earlier).module : base,
-                        with_drawn_weights(result, adapters).module, options.example, weights, names);
+  std::optional<BaseAndGrafted> drawn;
+  if (const DrawnCopy copy = with_drawn_weights(result, adapters); copy.has_drawn) {
+    drawn = {is_grafted(base) ? with_drawn_weights(base, earlier).module : base, copy.module};
+  }
+  return verify_results({base, result}, drawn, options.example, weights, names, kGraftVerifier);
 }
 
 }  // namespace

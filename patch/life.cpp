@@ -22,6 +22,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <optional>
 #include <set>
 
 namespace torchgraft {
@@ -140,15 +141,22 @@ struct Change {
 
 // Compares a module before and after the change that gave `result`; also each adapter of the result with itself, run in
 // other ways, and rows of the base with base_forward. Where fresh adapters would hide a difference, since they change
-// nothing, the change is made once more of a copy with drawn weights.
+// nothing, the change is made once more of a copy with drawn weights, and compared as well.
 void verify_pairs(const Module& module, const Module& result, const Change& change, const VerifyOptions& verifying,
                   const at::TensorOptions& weights) {
-  const DrawnCopy before = with_drawn_weights(module);
-  const Module after = before.has_drawn ? change.make(before.module) : result;
-  const std::string reason = verify_change(module, change.pairs(before.module, after), verifying.example, change.what);
+  const Verifier verifier = verifier_of_change(change.what);
+  std::string reason = verify_change(module, change.pairs(module, result), verifying.example, verifier);
+  std::optional<BaseAndGrafted> drawn;
+  if (const DrawnCopy before = with_drawn_weights(module); before.has_drawn) {
+    const Module after = change.make(before.module);
+    const std::string of_drawn =
+        verify_change(module, change.pairs(before.module, after), verifying.example, verifier, /*is_drawn=*/true);
+    reason = reason.empty() ? of_drawn : reason;
+    drawn = {base_copy(after), with_drawn_weights(after).module};
+  }
   warn_of(reason, change.what);
-  const std::string rows = verify_results(base_copy(after), with_drawn_weights(after).module, verifying.example,
-                                          weights, adapter_names(after));
+  const std::string rows =
+      verify_results({base_copy(result), result}, drawn, verifying.example, weights, adapter_names(result), verifier);
   if (reason.empty()) {
     warn_of(rows, change.what);
   }
@@ -326,10 +334,15 @@ Module ungraft(const Module& module, const VerifyOptions& verifying) {
   Module result = base_copy(module);
   if (verifying.verify) {
     const std::vector<SameResult> pairs = {{{module, "base_forward"}, {result, "forward"}, "the base alone"}};
-    const std::string reason = verify_change(module, pairs, verifying.example, "ungraft");
+    const Verifier verifier = verifier_of_change("ungraft");
+    const std::string reason = verify_change(module, pairs, verifying.example, verifier);
     warn_of(reason, "ungraft");
     const at::TensorOptions weights = open_grafted(module, "ungraft").weights;
-    const std::string rows = verify_results(result, with_drawn_weights(module).module, verifying.example, weights, {});
+    std::optional<BaseAndGrafted> drawn;
+    if (const DrawnCopy copy = with_drawn_weights(module); copy.has_drawn) {
+      drawn = {result, copy.module};
+    }
+    const std::string rows = verify_results({result, module}, drawn, verifying.example, weights, {}, verifier);
     if (reason.empty()) {
       warn_of(rows, "ungraft");
     }

@@ -69,7 +69,8 @@ std::vector<SameResult> same_results(const Module& before, const Module& after) 
 }
 
 void verify_optimized(const Module& before, const Module& after, const VerifyOptions& verifying) {
-  const std::string reason = verify_change(before, same_results(before, after), verifying.example, "optimize");
+  const Verifier verifier = verifier_of_change("optimize");
+  const std::string reason = verify_change(before, same_results(before, after), verifying.example, verifier);
   if (!reason.empty()) {
     TORCH_WARN("optimize: ", reason, ". verify=False does without");
   }

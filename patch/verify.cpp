@@ -13,7 +13,9 @@ namespace torchgraft {
 std::vector<std::string> verify(const torch::jit::Module& module,
                                 const std::optional<std::vector<c10::IValue>>& example) {
   check_grafted(module, "verify");
-  const torch::jit::Module tried = with_drawn_weights(module).module;
+  const DrawnCopy drawn = with_drawn_weights(module);
+  const torch::jit::Module& tried = drawn.module;
+  const Verifier verifier{"verify"};
   std::vector<SameResult> pairs;
   std::vector<std::string> names;
   for (const AdapterInfo& info : list_adapters(module)) {
@@ -25,9 +27,14 @@ std::vector<std::string> verify(const torch::jit::Module& module,
       pairs.push_back({{tried, "base_forward"}, {tried, "forward", info.name}, name + ", which is merged,"});
     }
   }
+  const BaseAndGrafted modules{base_copy(module), module};
+  std::optional<BaseAndGrafted> with_drawn;
+  if (drawn.has_drawn) {
+    with_drawn = {modules.base, tried};
+  }
   std::vector<std::string> reasons = {
-      verify_results(base_copy(module), tried, example, open_grafted(module, "verify").weights, names),
-      pairs.empty() ? "" : verify_change(module, pairs, example, "verify")};
+      verify_results(modules, with_drawn, example, open_grafted(module, "verify").weights, names, verifier),
+      pairs.empty() ? "" : verify_change(module, pairs, example, verifier)};
   std::erase(reasons, "");
   reasons.erase(std::unique(reasons.begin(), reasons.end()), reasons.end());
   return reasons;

@@ -40,17 +40,19 @@ DirectoryLock::~DirectoryLock() {
   }
 }
 
-bool look_between_updates(const std::string& directory, const std::function<void()>& look) {
+Look look_between_updates(const std::string& directory, const std::function<void()>& look) {
   const int descriptor = open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (descriptor < 0) {
-    return false;
+    return Look::kWithoutLocks;
   }
-  const bool is_free = flock(descriptor, LOCK_SH | LOCK_NB) == 0;
-  if (is_free) {
+  Look result = Look::kDone;
+  if (flock(descriptor, LOCK_SH | LOCK_NB) == 0) {
     look();
+  } else {
+    result = errno == EWOULDBLOCK || errno == EINTR ? Look::kLocked : Look::kWithoutLocks;
   }
   close(descriptor);
-  return is_free;
+  return result;
 }
 
 }  // namespace torchgraft

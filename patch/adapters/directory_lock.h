@@ -23,8 +23,9 @@ class DirectoryLock {
   bool is_held_ = false;
 };
 
-// Calls `look` while no process holds that lock, and keeps all from taking it meanwhile. Returns false, without the
-// call, when one holds it, and where the file system has no locks.
-bool look_between_updates(const std::string& directory, const std::function<void()>& look);
+// Whether a process holds that lock. Otherwise calls `look` and keeps all from taking it meanwhile, but where the file
+// system has no locks, or the directory cannot be opened: then nobody waits for anybody.
+enum class Look { kDone, kLocked, kWithoutLocks };
+Look look_between_updates(const std::string& directory, const std::function<void()>& look);
 
 }  // namespace torchgraft

@@ -49,7 +49,7 @@ bool has_marker(const std::string& directory, const std::string& marker) {
   const std::string path = directory + "/" + marker;
   bool is_there = !is_missing(path);
   const auto look = [&] { is_there = !is_missing(path); };
-  for (int waits = 0; !is_there && !is_missing(directory) && !look_between_updates(directory, look); ++waits) {
+  for (int waits = 0; !is_there && look_between_updates(directory, look) == Look::kLocked; ++waits) {
     if (waits == kMostWaits) {
       break;
     }

@@ -12,8 +12,10 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/grad_mode.h>
 
+#include <algorithm>
 #include <cmath>
 #include <functional>
+#include <set>
 
 namespace torchgraft {
 namespace {
@@ -29,11 +31,34 @@ at::Tensor drawn_like(const at::Tensor& tensor, const std::string& key) {
   return at::randn(tensor.sizes(), generator, at::TensorOptions(at::kDouble)).to(tensor.options().requires_grad(false));
 }
 
-// Numbers that keep the size of what a matrix is multiplied with; biases are small.
-at::Tensor drawn_weight(const at::Tensor& zeros, const std::string& key) {
+// Numbers that keep the size of what a matrix is multiplied with; biases are small. A large scaling must not drown the
+// base.
+at::Tensor drawn_weight(const at::Tensor& zeros, const std::string& key, double scaling) {
   const double width = zeros.dim() > 1 ? static_cast<double>(zeros.size(-1)) : 100.0;
-  return drawn_like(zeros, key) / std::sqrt(width);
+  return drawn_like(zeros, key) / (std::sqrt(width) * std::max(1.0, scaling));
 }
+
+// The largest factor of what a module adds.
+double scaling_of(const ModuleWeights& weights) {
+  const auto found = weights.find("scaling");
+  return found == weights.end() || found->second.numel() == 0 ? 1.0 : found->second.detach().abs().max().item<double>();
+}
+
+// The copy's own banks, which may be written. clone_module() copies buffers, but not the memory of parameters.
+class OwnBanks {
+ public:
+  at::Tensor get(const Module& slot, const std::string& name) {
+    at::Tensor bank = slot.attr(name).toTensor();
+    const torch::jit::ClassType& type = *slot._ivalue()->type();
+    if (type.is_parameter(type.getAttributeSlot(name)) && copied_.insert(bank.unsafeGetTensorImpl()).second) {
+      bank.set_data(bank.detach().clone());
+    }
+    return bank.detach();
+  }
+
+ private:
+  std::set<const c10::TensorImpl*> copied_;
+};
 
 bool is_dora(const PlannedModule& planned) {
   const auto* lora = std::get_if<PlannedLoRA>(&planned.method);
@@ -42,8 +67,9 @@ bool is_dora(const PlannedModule& planned) {
 
 class AdapterDrawing {
  public:
-  AdapterDrawing(Module adapters_module, const Adapter& adapter)
-      : adapters_module_(std::move(adapters_module)),
+  AdapterDrawing(Module adapters_module, const Adapter& adapter, OwnBanks& banks)
+      : banks_(banks),
+        adapters_module_(std::move(adapters_module)),
         index_(static_cast<int64_t>(find_adapter(adapters_module_, adapter.name, "verify"))),
         adapter_(adapter) {}
 
@@ -54,11 +80,11 @@ class AdapterDrawing {
       const std::string name = slot_name(adapter_, planned);
       const Module slot = adapters_module_.attr(layer).toModule().attr(name).toModule();
       const std::string path = adapter_.name + "." + layer + "." + name + ".";
-      adapter_.trainable ? draw_own(slot, path) : draw_row(slot, path, m);
+      adapter_.trainable ? draw_own(slot, path, scaling_of(adapter_.weights[m])) : draw_row(slot, path, m);
     }
     for (const auto& container : adapters_module_.named_children()) {  // what trained weights are computed from
       if (container.name.ends_with(kSourceSuffix)) {
-        draw_own(container.value, adapter_.name + "." + container.name + ".");
+        draw_own(container.value, adapter_.name + "." + container.name + ".", 1.0);
       }
     }
     return has_drawn_;
@@ -66,7 +92,7 @@ class AdapterDrawing {
 
  private:
   // Draws what a trainable adapter has for itself in `parent`.
-  void draw_own(const Module& parent, const std::string& path) {
+  void draw_own(const Module& parent, const std::string& path, double scaling) {
     const std::string name = own_module_name(adapter_.name);
     if (!parent.hasattr(name)) {
       return;
@@ -74,7 +100,7 @@ class AdapterDrawing {
     for (const auto& parameter : parent.attr(name).toModule().named_parameters()) {
       if (is_zero(parameter.value)) {
         at::Tensor tensor = parameter.value;
-        tensor.set_data(drawn_weight(tensor, path + parameter.name));
+        tensor.set_data(drawn_weight(tensor, path + parameter.name, scaling));
         has_drawn_ = true;
       }
     }
@@ -92,19 +118,17 @@ class AdapterDrawing {
     }
     for (const auto& [name, weight] : weights) {
       if (is_trained(name, planned) && is_zero(weight)) {
-        write(slot, name, drawn_weight(weight, path + name));
+        write(slot, name, drawn_weight(weight, path + name, scaling_of(weights)));
       }
     }
   }
 
   void write(const Module& slot, const std::string& name, const at::Tensor& value) {
-    at::Tensor parameter = slot.attr(name).toTensor();
-    const at::Tensor bank = parameter.detach().clone();
-    write_parameter(bank[index_], name, value);
-    parameter.set_data(bank);
+    write_parameter(banks_.get(slot, name)[index_], name, value);
     has_drawn_ = true;
   }
 
+  OwnBanks& banks_;
   Module adapters_module_;
   int64_t index_;
   const Adapter& adapter_;
@@ -116,8 +140,10 @@ class AdapterDrawing {
 DrawnCopy with_drawn_weights(const Module& grafted, const std::vector<Adapter>& adapters) {
   const at::NoGradGuard no_grad;
   DrawnCopy result{clone_module(grafted)};
+  OwnBanks banks;
+  const Module adapters_module = result.module.attr("adapters").toModule();
   for (const Adapter& adapter : adapters) {
-    const bool has_drawn = !adapter.merged && AdapterDrawing(result.module.attr("adapters").toModule(), adapter).draw();
+    const bool has_drawn = !adapter.merged && AdapterDrawing(adapters_module, adapter, banks).draw();
     result.has_drawn = result.has_drawn || has_drawn;
   }
   return result;

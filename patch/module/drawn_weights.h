@@ -16,8 +16,8 @@ struct DrawnCopy {
 // A copy of `grafted` for trial runs, in which every weight of `adapters` that is zero is drawn: a fresh LoRA or
 // bottleneck changes nothing, and would hide what is wrong around it. The same adapter, by its name, gets the same
 // numbers in every module. A DoRA gets another magnitude instead, since its norms depend on its LoRA. Merged adapters
-// stay as they are. The copy has banks of its own where something is drawn, and shares all else
-// (graph/clone_module.h).
+// stay as they are. The copy has buffers of its own, as every clone_module(), and parameters of its own where something
+// is drawn; other parameters share their memory.
 DrawnCopy with_drawn_weights(const torch::jit::Module& grafted, const std::vector<Adapter>& adapters);
 
 // The same for all adapters that `grafted` has.

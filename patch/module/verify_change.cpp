@@ -34,8 +34,9 @@ at::TensorOptions options_of(const Module& module) {
 
 class ChangeComparison {
  public:
-  ChangeComparison(const std::vector<SameResult>& pairs, GraphPtr graph, at::ScalarType dtype, const char* what)
-      : pairs_(pairs), graph_(std::move(graph)), dtype_(dtype), what_(what) {}
+  ChangeComparison(const std::vector<SameResult>& pairs, GraphPtr graph, at::ScalarType dtype, const Verifier& verifier,
+                   bool is_drawn)
+      : pairs_(pairs), graph_(std::move(graph)), dtype_(dtype), verifier_(verifier), is_drawn_(is_drawn) {}
 
   // Returns what was not compared.
   std::string compare(const Arguments& arguments) {
@@ -54,14 +55,17 @@ class ChangeComparison {
   };
 
   std::string compare(const SameResult& pair, const Arguments& arguments) {
+    if (is_drawn_ && !all_finite(run(pair.before, arguments, false))) {
+      return "with drawn weights in the place of zeros the result of " + pair.what + " is not finite";
+    }
     const ResultDifference difference = difference_of(pair, arguments);
     if (!difference.is_too_large()) {
       return difference.not_compared();
     }
     const std::optional<bool> agree = dtype_ == at::kDouble ? false : agree_in_double(pair, arguments);
-    TORCH_CHECK(agree.value_or(difference.is_of_integers_only()), what_, ": on example inputs the result of ",
-                pair.what, " is another than it must be: it differs ", difference.text(),
-                ". Nothing was changed; please report the model. verify=False does without");
+    TORCH_CHECK(agree.value_or(difference.is_of_integers_only()), verifier_.what, ": on example inputs the result of ",
+                pair.what, " is another than it must be: it differs ", difference.text(), "; please report the model",
+                verifier_.remedy);
     return agree ? "" : difference.not_compared();
   }
 
@@ -69,8 +73,8 @@ class ChangeComparison {
     try {
       return {dtype_, run(pair.before, arguments, false), run(pair.after, arguments, false)};
     } catch (const std::exception& error) {
-      throw RunFailure(std::string(what_) + ": the module runs on example inputs, but " + pair.what +
-                       " fails: " + one_line(error) + ". verify=False does without");
+      throw RunFailure(c10::str(verifier_.what, ": the module runs on example inputs, but ", pair.what,
+                                " fails: ", one_line(error), verifier_.remedy));
     }
   }
 
@@ -102,23 +106,24 @@ class ChangeComparison {
   const std::vector<SameResult>& pairs_;
   GraphPtr graph_;
   at::ScalarType dtype_;
-  const char* what_;
+  const Verifier& verifier_;
+  bool is_drawn_;
   std::map<const c10::ivalue::Object*, Trial> trials_;
 };
 
 }  // namespace
 
 std::string verify_change(const Module& module, const std::vector<SameResult>& pairs,
-                          const std::optional<Arguments>& example, const char* what) {
+                          const std::optional<Arguments>& example, const Verifier& verifier, bool is_drawn) {
   const Module base = clone_module(module);  // errors in a module that was frozen may end the process
   const bool grafted = is_grafted(module);
   const char* method = grafted ? "base_forward" : "forward";
   const BaseForward forward{base, method, graph_of_run(base, method),
                             grafted ? graph_of_run(base, "grafted_forward") : canonicalise(base, method).graph,
                             options_of(base)};
-  ChangeComparison comparison(pairs, forward.graph, coarsest_dtype(*forward.flat, base), what);
+  ChangeComparison comparison(pairs, forward.graph, coarsest_dtype(*forward.flat, base), verifier, is_drawn);
   return compare_on_inputs(
-      forward, example, what, "the module as it was",
+      forward, example, verifier.what, "the module as it was",
       [&](const Arguments& arguments, const c10::IValue&) { return comparison.compare(arguments); });
 }
 

@@ -12,6 +12,8 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <stdexcept>
+#include <utility>
 
 namespace torchgraft {
 namespace {
@@ -19,7 +21,10 @@ namespace {
 using torch::jit::Graph;
 using torch::jit::Module;
 
-constexpr const char* kAccept = "; verify=False (C++: GraftOptions::verify = false) grafts without comparing";
+// Drawn weights may be too large for a dtype or a scaling, which is no fault of the module.
+struct NotFinite : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
 
 void add_size(std::vector<int64_t>& sizes, int64_t size) {
   if (size > 0 && std::find(sizes.begin(), sizes.end(), size) == sizes.end()) {
@@ -62,9 +67,9 @@ std::vector<int64_t> row_counts(const Arguments& arguments) {
   return result;
 }
 
-// Ids that give row i the adapter i % adapters.
-at::Tensor ids_of_all(int64_t rows, int64_t adapters, c10::Device device) {
-  return at::arange(rows, at::TensorOptions(at::kLong).device(device)).remainder(adapters);
+// Ids that give row i the adapter first + i; those behind the last adapter begin again.
+at::Tensor ids_from(int64_t first, int64_t rows, int64_t adapters, c10::Device device) {
+  return at::arange(first, first + rows, at::TensorOptions(at::kLong).device(device)).remainder(adapters);
 }
 
 // One way of running one of the modules.
@@ -86,56 +91,70 @@ struct Tried {
   void activate(const std::string& name) const { module.get_method("activate")({name}); }
 };
 
-// The modules on one set of arguments.
+// A base and the grafted module on one set of arguments.
 class Comparison {
  public:
-  Comparison(Module base, Module grafted, const BaseForward& forward, at::ScalarType dtype)
-      : base_(std::move(base), forward.graph),
-        grafted_(std::move(grafted), forward.graph),
+  // `is_drawn`: results that are not finite are a NotFinite.
+  Comparison(const BaseAndGrafted& modules, const BaseForward& forward, at::ScalarType dtype, const Verifier& verifier,
+             bool is_drawn)
+      : base_(clone_module(modules.base), forward.graph),
+        grafted_(modules.grafted, forward.graph),
         by_calls_(clone_module(grafted_.module), forward.graph),
         base_method_(forward.method),
         dtype_(dtype),
-        device_(forward.weights.device()) {
+        device_(forward.weights.device()),
+        verifier_(verifier),
+        is_drawn_(is_drawn) {
     decompose_adapters(by_calls_.module.get_method("grafted_forward").graph());
   }
 
-  // Compares with `expected`, the base's result, and compares each of `adapters` with itself, run in other ways.
-  // Returns what was not compared.
-  std::string run_grafted(const Arguments& arguments, const c10::IValue& expected,
-                          const std::vector<std::string>& adapters) const {
+  // Compares with the base, and compares each of `adapters` with itself, run in other ways. Returns what was not
+  // compared.
+  std::string run_grafted(const Arguments& arguments, const std::vector<std::string>& adapters) const {
     const Trial base{base_.run, base_method_};
-    const std::string of_base = ", so the graph was read wrongly";
-    std::string missing = compare(base, expected, {grafted_.run, "base_forward"}, arguments, "the copy of the base",
-                                  "the base's", of_base);
-    const at::Tensor ids = ids_of_base(arguments);
+    const c10::IValue expected = run(base, arguments);
+    const Trial copy{grafted_.run, "base_forward"};
+    std::string missing =
+        compare(base, expected, copy, run(copy, arguments), arguments, of_base("the copy of the base"));
+    const auto [ids, rows_of_base] = run_rows_of_base(arguments);
     std::string reason;
     if (ids.defined()) {
-      add(missing, compare(base, expected, {grafted_.run, "forward", ids}, arguments, "adapter_ids = -1", "the base's",
-                           of_base));
-      add(missing, compare_earlier(arguments, ids.size(0)));
+      const Trial rows{grafted_.run, "forward", ids};
+      add(missing, compare(base, expected, rows, rows_of_base, arguments, of_base("adapter_ids = -1")));
+      add(missing, compare_earlier(arguments, ids.size(0), expected));
     } else {
       reason =
           "adapter_ids = -1 was not compared with the base: no size of the inputs is the number of rows that its "
           "layers see";
     }
-    const c10::IValue adapted = run({grafted_.run, "forward"}, arguments);
-    TORCH_CHECK(!all_finite(expected) || all_finite(adapted),
-                "graft: the base's result on example inputs is finite, with the adapter it is not; are its weights?",
-                kAccept);
+    check_active_is_finite(arguments, expected);
     for (const std::string& adapter : adapters) {
-      add(missing, compare_adapter(arguments, adapter, ids));
+      add(missing, compare_adapter(arguments, adapter, ids, expected));
     }
     return missing.empty() ? reason : "the result was not compared with the base's: " + missing;
   }
 
- private:
-  static void add(std::string& missing, const std::string& more) { missing = missing.empty() ? more : missing; }
-
-  [[noreturn]] static void fail(const std::string& error) {
-    throw RunFailure("graft: the base runs on example inputs, but the grafted module fails: " + error + kAccept);
+  void check_is_finite(const Arguments& arguments) const {
+    check_active_is_finite(arguments, run({base_.run, base_method_}, arguments));
   }
 
-  static c10::IValue run(const Trial& trial, const Arguments& arguments) {
+ private:
+  // What is compared with which, for the error.
+  struct Names {
+    std::string what;
+    const char* other;
+    const char* therefore = "";
+  };
+
+  static Names of_base(const char* what) { return {what, "the base's", ", so the graph was read wrongly"}; }
+  static void add(std::string& missing, const std::string& more) { missing = missing.empty() ? more : missing; }
+
+  [[noreturn]] void fail(const std::string& error) const {
+    throw RunFailure(c10::str(
+        verifier_.what, ": the base runs on example inputs, but the grafted module fails: ", error, verifier_.remedy));
+  }
+
+  c10::IValue run(const Trial& trial, const Arguments& arguments) const {
     try {
       return trial(arguments);
     } catch (const std::exception& error) {
@@ -143,15 +162,29 @@ class Comparison {
     }
   }
 
-  // Ids that give each row the base; undefined when the number of rows is not known: with another number of ids the
-  // adapters' operators fail.
-  at::Tensor ids_of_base(const Arguments& arguments) const {
+  void check_active_is_finite(const Arguments& arguments, const c10::IValue& of_base) const {
+    const c10::IValue adapted = run({grafted_.run, "forward"}, arguments);
+    check_drawn_is_finite(adapted, of_base, "the active adapter");
+    TORCH_CHECK(!all_finite(of_base) || all_finite(adapted), verifier_.what,
+                ": the base's result on example inputs is finite, with the adapter it is not; are its weights?",
+                verifier_.remedy);
+  }
+
+  void check_drawn_is_finite(const c10::IValue& result, const c10::IValue& of_base, const std::string& whose) const {
+    if (is_drawn_ && all_finite(of_base) && !all_finite(result)) {
+      throw NotFinite("weights that are zero were compared as they are: with drawn ones in their place the result of " +
+                      whose + " is not finite");
+    }
+  }
+
+  // Ids that give each row the base, and the result with them. Ids are undefined when the number of rows is not known:
+  // with another number of ids the adapters' operators fail.
+  std::pair<at::Tensor, c10::IValue> run_rows_of_base(const Arguments& arguments) const {
     std::string other_error;  // not about the number of ids
     for (const int64_t rows : row_counts(arguments)) {
       const at::Tensor ids = at::full({rows}, -1, at::TensorOptions(at::kLong).device(device_));
       try {
-        grafted_.run("forward", arguments, ids);
-        return ids;
+        return {ids, grafted_.run("forward", arguments, ids)};
       } catch (const std::exception& error) {
         const std::string text = one_line(error);
         if (other_error.empty() && text.find("adapter_ids") == std::string::npos) {
@@ -166,45 +199,58 @@ class Comparison {
   }
 
   // The adapter by its operators, by the ATen calls that define them, and by ids that give it to every row.
-  std::string compare_adapter(const Arguments& arguments, const std::string& adapter, const at::Tensor& ids) const {
+  std::string compare_adapter(const Arguments& arguments, const std::string& adapter, const at::Tensor& ids,
+                              const c10::IValue& of_base) const {
     grafted_.activate(adapter);
     by_calls_.activate(adapter);
     const std::string name = "'" + adapter + "'";
     const Trial active{grafted_.run, "forward"};
     const c10::IValue expected = run(active, arguments);
+    check_drawn_is_finite(expected, of_base, name);
+    const Trial calls{by_calls_.run, "forward"};
     std::string missing =
-        compare(active, expected, {by_calls_.run, "forward"}, arguments, name + " by ATen calls", "its operators'");
+        compare(active, expected, calls, run(calls, arguments), arguments, {name + " by ATen calls", "its operators'"});
     if (ids.defined()) {
       const auto position =
-          static_cast<int64_t>(find_adapter(grafted_.module.attr("adapters").toModule(), adapter, "verify"));
+          static_cast<int64_t>(find_adapter(grafted_.module.attr("adapters").toModule(), adapter, verifier_.what));
       const Trial by_ids{grafted_.run, "forward", at::full_like(ids, position)};
-      add(missing, compare(active, expected, by_ids, arguments, name + " by adapter_ids", "the active adapter's"));
+      add(missing, compare(active, expected, by_ids, run(by_ids, arguments), arguments,
+                           {name + " by adapter_ids", "the active adapter's"}));
     }
     return missing;
   }
 
-  // Rows of the adapters that the module had before, in one batch.
-  std::string compare_earlier(const Arguments& arguments, int64_t rows) const {
+  // Rows of the adapters that the module had before: as many in one batch as there are rows, until each had its turn.
+  std::string compare_earlier(const Arguments& arguments, int64_t rows, const c10::IValue& of_base) const {
+    std::string missing;
     if (!is_grafted(base_.module)) {
-      return "";
+      return missing;
     }
-    const size_t earlier = base_.module.attr("adapters").toModule().attr("names").toListRef().size();
-    const at::Tensor ids = ids_of_all(rows, static_cast<int64_t>(earlier), device_);
-    const Trial before{base_.run, "forward", ids};
-    return compare(before, run(before, arguments), {grafted_.run, "forward", ids}, arguments,
-                   "rows of the adapters that the module has already", "before");
+    const auto earlier =
+        static_cast<int64_t>(base_.module.attr("adapters").toModule().attr("names").toListRef().size());
+    for (int64_t first = 0; first < earlier; first += rows) {
+      const at::Tensor ids = ids_from(first, rows, earlier, device_);
+      const Trial before{base_.run, "forward", ids};
+      const c10::IValue expected = run(before, arguments);
+      check_drawn_is_finite(expected, of_base, "the adapters that the module has already");
+      const Trial after{grafted_.run, "forward", ids};
+      add(missing, compare(before, expected, after, run(after, arguments), arguments,
+                           {"rows of the adapters that the module has already", "before"}));
+    }
+    return missing;
   }
 
   // Returns what was not compared.
-  std::string compare(const Trial& before, const c10::IValue& expected, const Trial& after, const Arguments& arguments,
-                      const std::string& what, const char* other, const std::string& therefore = "") const {
-    const ResultDifference difference(dtype_, expected, run(after, arguments));
+  std::string compare(const Trial& before, const c10::IValue& expected, const Trial& after, const c10::IValue& actual,
+                      const Arguments& arguments, const Names& names) const {
+    const ResultDifference difference(dtype_, expected, actual);
     if (!difference.is_too_large()) {
       return difference.not_compared();
     }
     const std::optional<bool> agree = dtype_ == at::kDouble ? false : agree_in_double(before, after, arguments);
-    TORCH_CHECK(agree.value_or(difference.is_of_integers_only()), "graft: on example inputs the result of ", what,
-                " differs from ", other, " ", difference.text(), therefore, "; please report the model", kAccept);
+    TORCH_CHECK(agree.value_or(difference.is_of_integers_only()), verifier_.what, ": on example inputs the result of ",
+                names.what, " differs from ", names.other, " ", difference.text(), names.therefore,
+                "; please report the model", verifier_.remedy);
     return agree ? "" : difference.not_compared();
   }
 
@@ -223,21 +269,39 @@ class Comparison {
   const char* base_method_;
   at::ScalarType dtype_;
   c10::Device device_;
+  const Verifier& verifier_;
+  bool is_drawn_;
 };
 
 }  // namespace
 
-std::string verify_results(const Module& base, const Module& grafted, const std::optional<Arguments>& example,
-                           const at::TensorOptions& weights, const std::vector<std::string>& adapters) {
-  const char* method = is_grafted(base) ? "base_forward" : "forward";
-  const Module copy = clone_module(base);  // errors in a module that was frozen may end the process (clone_module.cpp)
-  const BaseForward forward{copy, method, graph_of_run(copy, method), graph_of_run(grafted, "grafted_forward"),
-                            weights};
-  const Comparison comparison(copy, grafted, forward, coarsest_dtype(*forward.flat, base));
-  return compare_on_inputs(forward, example, "graft", "the base's",
-                           [&](const Arguments& arguments, const c10::IValue& expected) {
-                             return comparison.run_grafted(arguments, expected, adapters);
-                           });
+std::string verify_results(const BaseAndGrafted& modules, const std::optional<BaseAndGrafted>& drawn,
+                           const std::optional<Arguments>& example, const at::TensorOptions& weights,
+                           const std::vector<std::string>& adapters, const Verifier& verifier) {
+  const char* method = is_grafted(modules.base) ? "base_forward" : "forward";
+  // Errors in a module that was frozen may end the process (clone_module.cpp). Runs may activate other adapters.
+  const BaseAndGrafted copies{clone_module(modules.base), clone_module(modules.grafted)};
+  const BaseForward forward{copies.base, method, graph_of_run(copies.base, method),
+                            graph_of_run(copies.grafted, "grafted_forward"), weights};
+  const at::ScalarType dtype = coarsest_dtype(*forward.flat, modules.base);
+  const Comparison as_is(copies, forward, dtype, verifier, /*is_drawn=*/false);
+  std::optional<Comparison> as_drawn;
+  if (drawn) {
+    as_drawn.emplace(*drawn, forward, dtype, verifier, /*is_drawn=*/true);
+  }
+  const auto compare = [&](const Arguments& arguments, const c10::IValue&) {
+    if (!as_drawn) {
+      return as_is.run_grafted(arguments, adapters);
+    }
+    as_is.check_is_finite(arguments);
+    try {
+      return as_drawn->run_grafted(arguments, adapters);
+    } catch (const NotFinite& error) {
+      const std::string missing = as_is.run_grafted(arguments, adapters);
+      return missing.empty() ? error.what() : missing;
+    }
+  };
+  return compare_on_inputs(forward, example, verifier.what, "the base's", compare);
 }
 
 }  // namespace torchgraft

@@ -1,5 +1,6 @@
 """Reads adapter_config.json of Hugging Face PEFT's LoRA. What is not known to be without effect here is refused."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ._patterns import check_pattern, match_pattern
+from ._patterns import Patterns
 from ._reading import parse_json
 from .adapter_hub import CONFIG_FILE, read_config
 from .errors import GraftError
@@ -34,6 +35,7 @@ _LONGEST_SHOWN = 200  # characters of a value in an error
 # What PEFT makes of the expressions of layers_pattern, and of rank_pattern and alpha_pattern.
 _LAYER = r"(?:^|.*?\.){}\.(?P<number>\d+)\."
 _END = r"(.*\.)?({})$"
+_ANY_CONTAINER = r"(?<=\.)[^.]*"  # where layers_pattern says nothing
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class PeftLoRAConfig:
     use_dora: bool
     lora_bias: bool
     modules_to_save: list[str]
+    patterns: Patterns = dataclasses.field(compare=False, repr=False)
 
     def rank(self, path: str) -> int:
         """Returns the rank of the update of the linear map at `path`, by PEFT's module path."""
@@ -84,8 +87,8 @@ class PeftLoRAConfig:
         return any(self._names(self.modules_to_save, ".".join(parts[: end + 1])) for end in range(len(parts)))
 
     def _layer_number(self, path: str) -> int | None:
-        for pattern in self.layers_pattern or [r"(?<=\.)[^.]*"]:
-            match = match_pattern(_LAYER.replace("{}", pattern), path, self.directory)
+        for pattern in self.layers_pattern or [_ANY_CONTAINER]:
+            match = self.patterns.match(pattern, path, _LAYER)
             if match:
                 return int(match["number"])
         return None
@@ -93,14 +96,14 @@ class PeftLoRAConfig:
     def _pattern_value(self, patterns: Mapping[str, Any], path: str, default: float) -> float:
         """Returns the value of the first pattern that matches the end of `path`, as PEFT does."""
         for pattern, value in patterns.items():
-            if match_pattern(_END.replace("{}", pattern), path, self.directory):
+            if self.patterns.match(pattern, path, _END):
                 return value
         return default
 
     def _names(self, modules: str | list[str], path: str) -> bool:
         """Returns whether a regular expression, or one of several ends of paths, is that of `path`."""
         if isinstance(modules, str):
-            return bool(modules) and match_pattern(modules, path, self.directory, full=True) is not None
+            return bool(modules) and self.patterns.match(modules, path, full=True) is not None
         return any(path == name or path.endswith("." + name) for name in modules)
 
 
@@ -139,13 +142,13 @@ def _patterns_to(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 # Field: (what it must be, the check, the value where the file has none or null).
 _FIELDS: dict[str, tuple[str, Callable[[Any], bool], Any]] = {
-    "r": ("a whole number above 0", _is_rank, 8),
+    "r": (f"a whole number from 1 to {_HIGHEST_RANK}", _is_rank, 8),
     "lora_alpha": ("a number", _is_number, 8),
     "target_modules": ("a text or a list of texts", _is_text_or_texts, None),
     "exclude_modules": ("a text or a list of texts", _is_text_or_texts, []),
     "layers_to_transform": ("a layer or a list of layers", _is_layers, None),
     "layers_pattern": ("a text or a list of texts", _is_text_or_texts, []),
-    "rank_pattern": ("whole numbers above 0 by pattern", _patterns_to(_is_rank), {}),
+    "rank_pattern": (f"whole numbers from 1 to {_HIGHEST_RANK} by pattern", _patterns_to(_is_rank), {}),
     "alpha_pattern": ("numbers by pattern", _patterns_to(_is_number), {}),
     "use_rslora": ("true or false", _is_bool, False),
     "use_dora": ("true or false", _is_bool, False),
@@ -168,20 +171,18 @@ def read_peft_config(directory: Path) -> PeftLoRAConfig:
     _check_fields(directory, config)
     _check_initialisation(directory, config.get("init_lora_weights", True))
     values = {}
-    for field, (expected, holds, default) in _FIELDS.items():
-        value = config.get(field)
+    for name, (expected, holds, default) in _FIELDS.items():
+        value = config.get(name)
         if value is not None and not holds(value):
-            raise GraftError(f"{directory}: expected {field} to be {expected}, got {_shown(value)}")
-        values[field] = default if value is None else value
+            raise GraftError(f"{directory}: expected {name} to be {expected}, got {_shown(value)}")
+        values[name] = default if value is None else value
     if values["target_modules"] is None:
         raise GraftError(f"{directory}: expected target_modules, which says where the adapter's updates are")
     if values["layers_to_transform"] is not None:
         values["layers_to_transform"] = _as_list(values["layers_to_transform"])
     values["modules_to_save"] = _as_list(values["modules_to_save"])
     values["layers_pattern"] = [each for each in _as_list(values["layers_pattern"]) if each]
-    result = PeftLoRAConfig(directory, **values)
-    _check_patterns(result)
-    return result
+    return PeftLoRAConfig(directory, **values, patterns=_compiled(directory, values))
 
 
 def _check_fields(directory: Path, config: Mapping[str, Any]) -> None:
@@ -211,10 +212,13 @@ def _check_initialisation(directory: Path, init: Any) -> None:
     )
 
 
-def _check_patterns(config: PeftLoRAConfig) -> None:
+def _compiled(directory: Path, values: Mapping[str, Any]) -> Patterns:
     """Regular expressions come from a file that somebody downloaded."""
-    texts = [each for each in (config.target_modules, config.exclude_modules) if isinstance(each, str)]
-    wholes = {_END: [*config.rank_pattern, *config.alpha_pattern], _LAYER: config.layers_pattern, "{}": texts}
+    texts = [values[name] for name in ("target_modules", "exclude_modules") if isinstance(values[name], str)]
+    layers = values["layers_pattern"] or [_ANY_CONTAINER]
+    wholes = {_END: [*values["rank_pattern"], *values["alpha_pattern"]], _LAYER: layers, "{}": texts}
+    result = Patterns(directory)
     for whole, patterns in wholes.items():
         for pattern in patterns:
-            check_pattern(pattern, config.directory, whole)
+            result.add(pattern, whole)
+    return result

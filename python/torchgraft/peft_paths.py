@@ -6,6 +6,8 @@ from pathlib import Path
 
 from .errors import GraftError
 
+_MOST_SHOWN = 10  # paths in an error
+
 
 @dataclass(frozen=True)
 class Place:
@@ -40,6 +42,12 @@ def place_of(model_path: str, peft_path: str) -> tuple[int, Place] | None:
     return shared, Place(model_path, ".".join(model[: len(model) - shared]), ".".join(saved[: len(saved) - shared]))
 
 
+def _shown(paths: Iterable[str]) -> str:
+    every = list(paths)
+    more = len(every) - _MOST_SHOWN
+    return ", ".join(every[:_MOST_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
 def match_paths(
     directory: Path, peft_paths: Iterable[str], model_paths: list[str], outside: Iterable[str] = ()
 ) -> dict[str, Place]:
@@ -63,7 +71,7 @@ def match_paths(
         longest = max((shared for shared, _ in found), default=0)
         best = [place for shared, place in found if shared == longest]
         if not best:
-            others = f" (outside of its layers it has {', '.join(outside)})" if outside else ""
+            others = f" (outside of its layers it has {_shown(outside)})" if outside else ""
             raise GraftError(
                 f"{directory}: the model has no linear map {path}{others}; PEFT adapters are matched by module path, "
                 "and a weight that is tied to an embedding has the embedding's"

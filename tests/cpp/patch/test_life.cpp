@@ -66,8 +66,8 @@ TEST(Life, AChangeThatMovesAResultThrows) {
   const std::optional<std::vector<c10::IValue>> example{{at::randn({2, 5, 12})}};
   const auto text = [&](const char* method, const std::string& adapter) {
     return error_of([&] {
-      EXPECT_EQ(verify_change(module, {{{module, "forward", "a"}, {module, method, adapter}, "b"}}, example, "change"),
-                "");
+      EXPECT_EQ(
+          verify_change(module, {{{module, "forward", "a"}, {module, method, adapter}, "b"}}, example, {"change"}), "");
     });
   };
   EXPECT_EQ(text("forward", "a"), "");

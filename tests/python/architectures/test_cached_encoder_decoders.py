@@ -18,6 +18,7 @@ import oracle
 import torchgraft
 from cached_decoders import PROMPT, masks_and_positions, tokens_of
 from hugging_face_models import FAMILIES, Family
+from scripts_here import run_here
 
 METHODS = ("lora_all", "double_seq_bn", "prefix_flat")
 GATED = ("unipelt",)
@@ -189,6 +190,21 @@ def test_an_encoder_in_a_file_of_its_own_takes_its_half(name: str, method: str) 
     assert oracle.difference(module(ids, mask)[real], expected[real]) <= 1e-5
     again = torchgraft.graft(module, adapters={"again": directories[method]}, part="encoder")  # the module remembers
     assert oracle.difference(again(ids, mask)[real], expected[real]) <= 1e-5
+
+
+@torch.no_grad()
+def test_the_command_takes_the_part(tmp_path: Path) -> None:
+    _, directories = _library("bart")
+    inputs = tokens_of(4)[0][:, :_SOURCE], _source("bart")[1]
+    base = torch.jit.trace(_Encoder(_make("bart")).eval(), inputs, check_trace=False, strict=False)
+    base.save(str(tmp_path / "base.pt"))
+    words = ("add", tmp_path / "base.pt", "-o", tmp_path / "out.pt", "--adapter", f"task={directories[METHODS[0]]}")
+    done = run_here("graft.py", *words)
+    assert done.returncode == 1 and 'part="encoder"' in done.stderr and not (tmp_path / "out.pt").exists()
+    done = run_here("graft.py", *words, "--part", "encoder")
+    assert done.returncode == 0, done.stderr
+    expected = torchgraft.graft(base, adapters={"task": directories[METHODS[0]]}, part="encoder")
+    assert torch.equal(torch.jit.load(str(tmp_path / "out.pt"))(*inputs), expected(*inputs))
 
 
 def test_a_part_that_the_module_is_not_is_refused() -> None:

@@ -1,5 +1,6 @@
 """Which linear map an update of PEFT is for: found by path, or refused. A directory that lost weights is refused."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import torchgraft
+from torchgraft import _patterns
+from torchgraft.peft_paths import match_paths
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _LAYERS = 3
@@ -208,10 +211,10 @@ def test_what_the_configuration_leaves_out_is_not_missed(options: dict, tmp_path
         (dict(field_of_tomorrow=0), "the field field_of_tomorrow is not known"),
         (dict(peft_type="OFT"), "PEFT's OFT is not supported"),
         (dict(lora_alpha="16"), 'expected lora_alpha to be a number, got "16"'),
-        (dict(r=True), "expected r to be a whole number above 0, got true"),
+        (dict(r=True), "expected r to be a whole number from 1 to 2147483647, got true"),
         (dict(r=2), "of rank 2, as r and rank_pattern say, got 4"),
         (dict(rank_pattern={"query": 3}), "of rank 3, as r and rank_pattern say"),
-        (dict(r=10**400), "expected r to be a whole number above 0, got 1000"),
+        (dict(r=10**400), "expected r to be a whole number from 1 to 2147483647, got 1000"),
         (dict(lora_alpha=10**400), "expected lora_alpha to be a number, got 1000"),
         (dict(alpha_pattern={"(": 3}), "'\\(' is no regular expression"),
         (dict(alpha_pattern={"(?i)q": 3}), "is no regular expression: global flags not at the start"),
@@ -219,19 +222,54 @@ def test_what_the_configuration_leaves_out_is_not_missed(options: dict, tmp_path
         (dict(layers_pattern=["(" * 5000 + ")" * 5000]), "is no regular expression: maximum recursion depth"),
         (dict(rank_pattern={"q{99999999999}": 4}), "is no regular expression: the repetition number is too large"),
         (dict(exclude_modules="q[[a]"), "is no regular expression: Possible nested set"),
+        (dict(target_modules="q{4294967294}"), "repeats too much"),
+        (dict(target_modules="(?:q{65535}){65535}"), "repeats too much"),
+        (dict(exclude_modules="q{2147483648,}?"), "repeats too much"),
+        (dict(layers_pattern=["(?:(?:(?:(?:a{99}){99}){99}){99})"]), "repeats too much"),
+        (dict(alpha_pattern={"(?=(?:|(q)(?(1)q{9999999}|))++)": 3}), "repeats too much"),
+        (dict(rank_pattern={f"q{{5000}}{end}": 4 for end in "abc"}), r"'q\{5000\}c' repeats too much"),
+        (dict(target_modules="(?:a|" * 300 + "b" + ")" * 300), "is no regular expression: maximum recursion depth"),
         (dict(exclude_modules="(q){e<=1}"), "has a brace that counts nothing"),
-        (dict(target_modules=r"(.|\w|[a-z.])*[A-Z]"), "was matched with .* for 1 second in vain"),
-        (dict(rank_pattern={r"(.|\w|[a-z.])*[A-Z]": 4}), "was matched with .* for 1 second in vain"),
+        (dict(target_modules=r"(.|\w|[a-z.])*[A-Z]"), "was matched with .* in vain: all .* have 1 seconds"),
+        (dict(rank_pattern={r"(.|\w|[a-z.])*[A-Z]": 4}), "was matched with .* in vain: all .* have 1 seconds"),
         (dict(target_modules=None), "expected target_modules"),
         (dict(target_modules=7), "expected target_modules to be a text or a list of texts, got 7"),
     ],
     ids=str,
 )
-def test_fields_with_an_effect_that_is_not_had_are_refused(fields: dict, message: str, tmp_path) -> None:
+def test_fields_with_an_effect_that_is_not_had_are_refused(fields: dict, message: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(_patterns, "SECONDS", 1.0)
     _train(Tower(1), tmp_path)
     _change_config(tmp_path, **fields)
     with pytest.raises(torchgraft.GraftError, match=message):
         torchgraft.load_adapter(_traced(Tower(1)), tmp_path)
+
+
+def test_all_expressions_of_a_directory_share_the_time(monkeypatch) -> None:
+    """By a clock that goes on by a fourth of the time whenever somebody looks at it."""
+    seconds = itertools.count(step=_patterns.SECONDS / 4)
+    monkeypatch.setattr(_patterns.time, "monotonic", lambda: next(seconds))
+    patterns = _patterns.Patterns("directory")
+    patterns.add("q.*")
+    for _ in range(3):
+        assert patterns.match("q.*", "query")
+    with pytest.raises(torchgraft.GraftError, match=r"directory: 'q\.\*' was matched with query in vain"):
+        patterns.match("q.*", "query")
+
+
+def test_counts_of_layers_and_long_lists_of_names_are_read() -> None:
+    patterns = _patterns.Patterns("directory")
+    names = "|".join(f"model.layers.{layer}.mlp.{name}_proj" for layer in range(200) for name in ("up", "gate", "down"))
+    for pattern in (rf".*\.\d{{1,3}}\.(?:{names})", r"(?:[a-z_]{1,40}\.){1,20}q", "(?:q{9}){7}"):
+        patterns.add(pattern)
+    assert patterns.match("(?:q{9}){7}", "q" * 63, full=True)
+
+
+def test_few_of_many_paths_are_shown() -> None:
+    outside = [f"head_{number}" for number in range(1000)]
+    with pytest.raises(torchgraft.GraftError, match=r"it has head_0, .*, head_9 and 990 more\)") as error:
+        match_paths(Path("directory"), ["lm_head"], ["layer.0.query"], outside)
+    assert "head_10" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,18 @@
 #include "support.h"
 
+#include <torchgraft/patch/adapters/directory_lock.h>
 #include <torchgraft/patch/adapters/directory_update.h>
 #include <torchgraft/patch/adapters/one_version.h>
 #include <torchgraft/plan/regular_file.h>
 
 #include <gtest/gtest.h>
+#include <sys/file.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
+#include <cerrno>
 #include <chrono>
 #include <csignal>
 #include <filesystem>
@@ -18,6 +22,22 @@
 #include <string>
 #include <thread>
 #include <vector>
+
+namespace {
+
+std::atomic<int> locks_refused = -1;  // counts, from 0 on, in a file system without locks
+
+}  // namespace
+
+// In place of the C library's.
+extern "C" int flock(int descriptor, int operation) noexcept {
+  if (locks_refused < 0) {
+    return static_cast<int>(syscall(SYS_flock, descriptor, operation));
+  }
+  ++locks_refused;
+  errno = ENOLCK;
+  return -1;
+}
 
 namespace torchgraft {
 namespace {
@@ -174,6 +194,22 @@ TEST_F(Directory, AMarkerThatIsMissingIsNotWaitedForForEver) {
   EXPECT_FALSE(has_marker((folder_ / "weights").string(), "config"));
   DirectoryUpdate update(folder_.string());
   EXPECT_FALSE(has_marker(folder_.string(), "other"));
+}
+
+TEST_F(Directory, NobodyWaitsWhereThereAreNoLocks) {
+  locks_refused = 0;
+  EXPECT_FALSE(has_marker(folder_.string(), "other"));
+  EXPECT_EQ(locks_refused.exchange(-1), 1);
+}
+
+TEST_F(Directory, LooksAreTakenBetweenUpdatesOnly) {
+  int looks = 0;
+  const auto look = [&] { ++looks; };
+  EXPECT_EQ(look_between_updates(folder_.string(), look), Look::kDone);
+  EXPECT_EQ(look_between_updates((folder_ / "nowhere").string(), look), Look::kWithoutLocks);
+  const DirectoryUpdate update(folder_.string());
+  EXPECT_EQ(look_between_updates(folder_.string(), look), Look::kLocked);
+  EXPECT_EQ(looks, 1);
 }
 
 TEST_F(Directory, AReaderOfADamagedDirectoryIsToldAtOnce) {
