@@ -202,7 +202,8 @@ class Comparison {
     if (!difference.is_too_large()) {
       return difference.not_compared();
     }
-    const std::optional<bool> agree = dtype_ == at::kDouble ? false : agree_in_double(before, after, arguments);
+    const bool is_final = dtype_ == at::kDouble || difference.is_of_structure();
+    const std::optional<bool> agree = is_final ? false : agree_in_double(before, after, arguments);
     TORCH_CHECK(agree.value_or(difference.is_of_integers_only()), "graft: on example inputs the result of ", what,
                 " differs from ", other, " ", difference.text(), therefore, "; please report the model", kAccept);
     return agree ? "" : difference.not_compared();
