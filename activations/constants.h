@@ -1,7 +1,7 @@
 #pragma once
 
 // The numbers of the non-linearities, for whoever computes them: ATen's calls (activation.cpp) and TorchScript
-// (patch/insert/activation_source.cpp).
+// (patch/graph/activation_source.cpp).
 namespace torchgraft {
 
 constexpr double kLeakySlope = 0.01;

@@ -5,7 +5,9 @@
 #include <torchgraft/patch/adapters/make_adapter.h>
 #include <torchgraft/patch/adapters/mean_adapter.h>
 #include <torchgraft/patch/adapters/read_adapters.h>
+#include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/loaded_again.h>
+#include <torchgraft/patch/graph/writes.h>
 #include <torchgraft/patch/insert/decompose_adapters.h>
 #include <torchgraft/patch/module/draft.h>
 #include <torchgraft/patch/module/drawn_weights.h>
@@ -18,6 +20,7 @@
 #include <torchgraft/plan/save_adapter_hub.h>
 
 #include <ATen/ATen.h>
+#include <torch/csrc/jit/api/function_impl.h>
 
 #include <algorithm>
 #include <cmath>
@@ -267,6 +270,20 @@ std::vector<SameResult> same_by_merging(const Module& unmerged, const Module& me
           {{unmerged, "forward", name}, {merged, "forward", name}, "'" + name + "', merged,"}};
 }
 
+// What a base calls of its own accord, and decompose_linear() leaves.
+void check_is_lowered(const Module& module) {
+  static const auto kNamespace = c10::Symbol::fromQualString("namespaces::torchgraft");
+  for (const Module& each : module.modules()) {
+    for (torch::jit::Function* method : each.type()->methods()) {
+      for_each_node(torch::jit::toGraphFunction(*method).graph()->block(), [&](const torch::jit::Node* node) {
+        TORCH_CHECK(node->kind().ns() != kNamespace, "lower: ", method->name(), " calls ", described(node),
+                    " of its own accord, which needs libtorchgraft.so and cannot be written as ATen calls; call ",
+                    "PyTorch's functions in the model instead");
+      });
+    }
+  }
+}
+
 }  // namespace
 
 Module merge_adapter(const Module& module, const std::string& name, const MergeOptions& options) {
@@ -321,6 +338,7 @@ Module lower(const Module& module, const VerifyOptions& verifying) {
   const auto graph = result.get_method("grafted_forward").graph();
   decompose_adapters(graph);
   graph->lint();
+  check_is_lowered(result);
   loaded_again(result, "lower");
   if (verifying.verify) {
     verify_pairs(module, result, {"lower", [](const Module& drawn) { return lower(drawn, kUnverified); }}, verifying,

@@ -79,6 +79,7 @@ void verify_optimized(const Module& before, const Module& after, const VerifyOpt
 }  // namespace
 
 Module optimize(const Module& module, const OptimizeOptions& options) {
+  check_no_hooks(module, "optimize");
   Module result = clone_module(module);
   size_t count = 0;
   if (is_grafted(module)) {
@@ -93,7 +94,7 @@ Module optimize(const Module& module, const OptimizeOptions& options) {
   }
   TORCH_CHECK(count > 0,
               "optimize: forward has no linear map whose weight is a floating-point parameter of the module ",
-              "or a constant; there is nothing to optimise");
+              "or a constant, outside of what runs under torch.autocast; there is nothing to optimise");
   if (options.verifying.verify) {
     verify_optimized(module, result, options.verifying);
   }

@@ -56,6 +56,7 @@ void check_some(const std::vector<QuantizedMap>& maps) {
 }
 
 Base open_base(const Module& module, const QuantizeOptions& options) {
+  check_no_hooks(module, "quantize");
   Base result;
   result.module = base_copy(module);
   result.canonical = canonicalise(result.module, "forward");

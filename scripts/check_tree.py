@@ -39,7 +39,7 @@ LAYERS: dict[str, tuple[str, str]] = {
         "ATen/ c10/ torch/library.h",
     ),
     "ops/autograd": ("activations ops ops/cpu ops/forward", "ATen/ c10/ torch/library.h torch/csrc/autograd/"),
-    "patch/graph": ("registration/error_text.h", "ATen/ c10/ torch/csrc/jit/"),
+    "patch/graph": ("activations registration/error_text.h", "ATen/ c10/ torch/csrc/jit/"),
     "patch/canonicalise": ("registration/masked_score.h patch/graph", "ATen/ c10/ torch/csrc/jit/"),
     "patch/sites": ("plan patch/graph patch/canonicalise", "ATen/ c10/ torch/csrc/jit/"),
     "patch/adapters": (

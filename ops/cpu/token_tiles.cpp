@@ -31,6 +31,8 @@ void multiply(const DotProduct& job, int64_t row_tokens, int64_t columns) {
   const bool packs = packs_tokens(row_tokens, columns);
   TORCH_INTERNAL_ASSERT_DEBUG_ONLY(job.w_step == 1 || job.depth <= 1 || (packs && !job.w.is_bfloat16),
                                    "a weight in steps is read by the float32 kernel that packs tokens alone");
+  TORCH_INTERNAL_ASSERT(job.init == nullptr || job.activation == FusedActivation::kIdentity,
+                        "a product with an activation has no init, which kernels would add before or behind it");
   if (!packs) {
     kernels().dot_product(job);
     for (int64_t row = 0; row < job.rows && job.activation != FusedActivation::kIdentity; ++row) {

@@ -141,6 +141,7 @@ CanonicalGraph canonicalise(const Module& module, const std::string& method_name
 }
 
 Module canonical_module(const Module& module) {
+  check_no_hooks(module, "canonical_module");
   Module result = clone_module(module);
   const auto schema = result.get_method("forward").function().getSchema();
   const auto graph = canonicalise(result, "forward").graph;

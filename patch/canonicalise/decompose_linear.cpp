@@ -19,10 +19,6 @@ void decompose_linear(const std::shared_ptr<torch::jit::Graph>& graph) {
     Node* linear = graph->create(c10::aten::linear, {node->input(0), node->input(1), node->input(2)}, 1);
     linear->insertBefore(node)->copyMetadata(node);
     Value* result = insert_activation(*graph, linear->output(), name->toStringRef());
-    if (result == nullptr) {
-      linear->destroy();
-      return;
-    }
     result->node()->copyMetadata(node);
     replace_node(node, {result});
   });

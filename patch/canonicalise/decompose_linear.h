@@ -7,8 +7,8 @@
 namespace torchgraft {
 
 // Writes torchgraft::linear, which optimize() puts into a graph, as aten::linear and the function that follows it: by
-// definition the same, up to rounding. Passes and sites so see an optimised module as they see any other. A
-// non-linearity that optimize() does not write stays.
+// definition the same, up to rounding. Passes and sites so see an optimised module as they see any other. What
+// names its non-linearity at run time only stays.
 void decompose_linear(const std::shared_ptr<torch::jit::Graph>& graph);
 
 }  // namespace torchgraft

@@ -22,6 +22,11 @@ bool takes_part(const Node* node) {
          kind == c10::prim::ListUnpack || kind == c10::prim::unchecked_cast || kind == c10::aten::__getitem__;
 }
 
+// Whether `node` reads what a list or dict holds, which may change.
+bool reads_element(const Node* node) {
+  return node->kind() == c10::aten::__getitem__ || node->kind() == c10::prim::ListUnpack;
+}
+
 Value* before_whole_slices(Value* value) {
   while (is_whole_slice(value->node())) {
     value = value->node()->namedInput("self");
@@ -56,7 +61,7 @@ bool is_same_part(Value* a, Value* b, bool elements_stay) {
   Node* right = b->node();
   const bool is_attribute = left->kind() == c10::prim::GetAttr;
   if (left->kind() != right->kind() || a->offset() != b->offset() || (!is_attribute && !takes_part(left)) ||
-      (!elements_stay && left->kind() == c10::aten::__getitem__) || left->inputs().size() != right->inputs().size() ||
+      (!elements_stay && reads_element(left)) || left->inputs().size() != right->inputs().size() ||
       (is_attribute && left->s(c10::attr::name) != right->s(c10::attr::name))) {
     return false;
   }

@@ -6,12 +6,19 @@ using torch::jit::Node;
 using torch::jit::Value;
 
 UnpackedResults::UnpackedResults(const std::shared_ptr<torch::jit::Graph>& graph) : graph_(graph) {
-  const std::vector<Value*> outputs(graph->outputs().begin(), graph->outputs().end());
-  for (size_t i = outputs.size(); i-- > 0;) {
+  std::vector<Value*> values;
+  std::vector<Node*> packers;
+  for (Value* output : graph->outputs()) {
+    results_.push_back(describe(output, values, packers));
+  }
+  for (size_t i = graph->outputs().size(); i-- > 0;) {
     graph->eraseOutput(i);
   }
-  for (Value* output : outputs) {
-    results_.push_back(unpack(output));
+  for (Node* packer : packers) {
+    packer->destroy();
+  }
+  for (Value* value : values) {
+    graph->registerOutput(value);
   }
 }
 
@@ -31,20 +38,21 @@ UnpackedResults::~UnpackedResults() {
   }
 }
 
-// Registers the values as outputs, in order, and removes the nodes that pack them.
-UnpackedResults::Packing UnpackedResults::unpack(Value* value) {
+// Appends what `value` is packed of to `values`, and the nodes that pack it to `packers`, users before what they use.
+// What is used twice stays a value: the result holds one object twice, or something changes it.
+UnpackedResults::Packing UnpackedResults::describe(Value* value, std::vector<Value*>& values,
+                                                   std::vector<Node*>& packers) const {
   Node* node = value->node();
   const bool packs = node->kind() == c10::prim::TupleConstruct || node->kind() == c10::prim::ListConstruct;
   Packing result{node->kind(), value->type(), node->sourceRange(), {}};
-  if (!packs || !value->uses().empty() || node->owningBlock() != graph_->block()) {
+  if (!packs || value->uses().size() != 1 || node->owningBlock() != graph_->block()) {
     result.is_value = true;
-    graph_->registerOutput(value);
+    values.push_back(value);
     return result;
   }
-  const std::vector<Value*> items(node->inputs().begin(), node->inputs().end());
-  node->destroy();
-  for (Value* item : items) {
-    result.items.push_back(unpack(item));
+  packers.push_back(node);
+  for (Value* item : node->inputs()) {
+    result.items.push_back(describe(item, values, packers));
   }
   return result;
 }

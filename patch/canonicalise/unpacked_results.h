@@ -27,7 +27,8 @@ class UnpackedResults {
     bool is_value = false;
   };
 
-  Packing unpack(torch::jit::Value* value);
+  Packing describe(torch::jit::Value* value, std::vector<torch::jit::Value*>& values,
+                   std::vector<torch::jit::Node*>& packers) const;
   torch::jit::Value* pack(const Packing& packing, size_t& next);
 
   std::shared_ptr<torch::jit::Graph> graph_;

@@ -1,5 +1,7 @@
 #include <torchgraft/patch/graph/activation_node.h>
 
+#include <torchgraft/activations/activation.h>
+#include <torchgraft/patch/graph/activation_source.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 
 #include <array>
@@ -46,7 +48,9 @@ Value* insert_activation(Graph& graph, Value* input, const std::string& name) {
   if (name == "gelu" || name == "gelu_pytorch_tanh") {
     return graph.insert(c10::aten::gelu, {input}, {{"approximate", name == "gelu" ? "none" : "tanh"}});
   }
-  return nullptr;
+  find_activation(name, "linear");  // an error names those that there are
+  const std::string source = "def activation(inner: Tensor) -> Tensor:\n    return " + activation_source(name) + "\n";
+  return torch::jit::insertGraph(graph, *compile_graph(source, "activation"), {input})[0];
 }
 
 }  // namespace torchgraft

@@ -170,4 +170,13 @@ Module clone_module(const Module& module) {
   return Cloner(UnitPtr(new CompilationUnit(), std::move(deleter))).clone(module);
 }
 
+void check_no_hooks(const Module& module, const char* what) {
+  for (const auto& [path, submodule] : module.named_modules()) {
+    const ClassType& type = *submodule.type();
+    TORCH_CHECK(type.getForwardHooks().empty() && type.getForwardPreHooks().empty(), what, ": ",
+                path.empty() ? "the module" : "the submodule " + path,
+                " has forward hooks, which the result cannot keep; call in its forward what they do");
+  }
+}
+
 }  // namespace torchgraft

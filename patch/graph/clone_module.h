@@ -14,4 +14,7 @@ namespace torchgraft {
 // the copy, whose methods may call its functions; that of a `module` that is such a copy need not.
 torch::jit::Module clone_module(const torch::jit::Module& module);
 
+// Throws c10::Error, on behalf of the function `what`, when `module` or a submodule has forward hooks: a copy has none.
+void check_no_hooks(const torch::jit::Module& module, const char* what);
+
 }  // namespace torchgraft

@@ -27,6 +27,12 @@ c10::IValue small_packed_linear() {
   return stack.front();
 }
 
+// Whether all indices of a tensor can share one element. Sparse, quantised and nested tensors have no strides of their
+// own, and stay whole.
+bool can_be_hollow(const at::Tensor& tensor) {
+  return tensor.defined() && tensor.layout() == at::kStrided && !tensor.is_quantized() && !tensor.is_nested();
+}
+
 // Copies an object tree with tensors of the same shapes, in which all indices share one element.
 c10::intrusive_ptr<c10::ivalue::Object> hollow(const c10::ivalue::Object& object, Objects& done) {
   if (const auto found = done.find(&object); found != done.end()) {
@@ -36,7 +42,7 @@ c10::intrusive_ptr<c10::ivalue::Object> hollow(const c10::ivalue::Object& object
   done[&object] = copy;
   for (size_t i = 0; i < object.slots().size(); ++i) {
     const c10::IValue& slot = object.getSlot(i);
-    if (slot.isTensor() && slot.toTensor().defined()) {
+    if (slot.isTensor() && can_be_hollow(slot.toTensor())) {
       const at::Tensor& tensor = slot.toTensor();
       copy->setSlot(i, at::zeros({}, tensor.options().requires_grad(false)).expand(tensor.sizes()));
     } else if (slot.isObject() && slot.toObjectRef().type()->is_module()) {
@@ -54,9 +60,9 @@ c10::intrusive_ptr<c10::ivalue::Object> hollow(const c10::ivalue::Object& object
 
 Module loaded_again(const Module& module, const char* what) {
   const NoWarnings no_warnings;
-  Objects done;
-  const Module light(hollow(*module._ivalue(), done));
   try {
+    Objects done;
+    const Module light(hollow(*module._ivalue(), done));
     std::stringstream file;
     light.save(file);
     return torch::jit::load(file, c10::kCPU);

@@ -1,8 +1,8 @@
 #include <torchgraft/patch/insert/decompose_adapters.h>
 
+#include <torchgraft/patch/graph/activation_source.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/source_parts.h>
-#include <torchgraft/patch/insert/activation_source.h>
 #include <torchgraft/patch/insert/row_functions.h>
 #include <torchgraft/registration/masked_score.h>
 
@@ -208,9 +208,10 @@ std::string source_for(const Node* node, const Definition& definition, const std
 }  // namespace
 
 void decompose_adapters(const std::shared_ptr<Graph>& graph) {
+  static const auto kNamespace = c10::Symbol::fromQualString("namespaces::torchgraft");
   std::vector<Node*> ops;
   for_each_node(graph->block(), [&](Node* node) {
-    if (std::string(node->kind().toQualString()).rfind("torchgraft::", 0) == 0) {
+    if (node->kind().ns() == kNamespace && definitions().count(node->kind().toUnqualString())) {
       ops.push_back(node);
     }
   });
@@ -218,7 +219,6 @@ void decompose_adapters(const std::shared_ptr<Graph>& graph) {
   for (Node* node : ops) {
     const std::string name = node->kind().toUnqualString();
     const auto definition = definitions().find(name);
-    TORCH_INTERNAL_ASSERT(definition != definitions().end(), "the op ", name, " has no definition in ATen calls");
     const std::string source = source_for(node, definition->second, name);
     std::shared_ptr<Graph>& body = bodies[source];
     if (!body) {

@@ -1,10 +1,12 @@
 #include <torchgraft/patch/insert/fuse_linear.h>
 
 #include <torchgraft/patch/graph/activation_node.h>
+#include <torchgraft/patch/graph/autocast_regions.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 
 #include <ATen/ATen.h>
 
+#include <set>
 #include <string>
 #include <vector>
 
@@ -15,7 +17,8 @@ using torch::jit::Module;
 using torch::jit::Node;
 using torch::jit::Value;
 
-// What the operator takes: ATen's linear also takes sparse and quantised weights, and vectors for weights.
+// What the operator takes: ATen's linear also takes sparse and quantised weights, vectors for weights, and a bias of
+// one number for all outputs.
 bool is_dense_parameter(const Value* value, int64_t dimensions, const Module& module) {
   const at::Tensor tensor = resolve_tensor(value, module);
   if (!tensor.defined() || tensor.dim() != dimensions || tensor.layout() != at::kStrided) {
@@ -29,14 +32,23 @@ bool can_be_fused(const Node* node, const Module& module) {
   if (node->kind() != c10::aten::linear || !is_dense_parameter(node->input(1), 2, module)) {
     return false;
   }
-  return is_none(node->input(2)) || is_dense_parameter(node->input(2), 1, module);
+  if (is_none(node->input(2))) {
+    return true;
+  }
+  if (!is_dense_parameter(node->input(2), 1, module)) {
+    return false;
+  }
+  const at::Tensor weight = resolve_tensor(node->input(1), module);
+  const at::Tensor bias = resolve_tensor(node->input(2), module);
+  return bias.size(0) == weight.size(0) && bias.scalar_type() == weight.scalar_type();
 }
 
 // The node that alone reads the result of `linear`, where it runs whenever `linear` does, and its function's name.
-std::pair<Node*, std::string> activation_after(const Node* linear) {
+std::pair<Node*, std::string> activation_after(const Node* linear, const std::set<const Node*>& casted) {
   const auto& uses = linear->output()->uses();
   Node* reader = uses.size() == 1 ? uses.front().user : nullptr;
-  if (reader == nullptr || reader->owningBlock() != linear->owningBlock() || uses.front().offset != 0) {
+  if (reader == nullptr || reader->owningBlock() != linear->owningBlock() || uses.front().offset != 0 ||
+      casted.count(reader)) {
     return {nullptr, "linear"};
   }
   const std::string name = activation_name(reader);
@@ -47,14 +59,15 @@ std::pair<Node*, std::string> activation_after(const Node* linear) {
 
 size_t fuse_linear(const std::shared_ptr<torch::jit::Graph>& graph, const Module& module) {
   static const auto kLinear = c10::Symbol::fromQualString("torchgraft::linear");
+  const std::set<const Node*> casted = nodes_under_autocast(*graph);
   std::vector<Node*> linears;
   for_each_node(graph->block(), [&](Node* node) {
-    if (can_be_fused(node, module)) {
+    if (!casted.count(node) && can_be_fused(node, module)) {
       linears.push_back(node);
     }
   });
   for (Node* linear : linears) {
-    const auto [activation, name] = activation_after(linear);
+    const auto [activation, name] = activation_after(linear, casted);
     const torch::jit::WithInsertPoint guard(linear);
     std::vector<Value*> inputs = linear->inputs().vec();
     inputs.push_back(graph->insertConstant(name));

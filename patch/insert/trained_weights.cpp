@@ -1,8 +1,8 @@
 #include <torchgraft/patch/insert/trained_weights.h>
 
 #include <torchgraft/patch/adapters/adapters_module.h>
+#include <torchgraft/patch/graph/activation_source.h>
 #include <torchgraft/patch/graph/graph_utils.h>
-#include <torchgraft/patch/insert/activation_source.h>
 #include <torchgraft/patch/sites/base_weight.h>
 #include <torchgraft/plan/phm.h>
 

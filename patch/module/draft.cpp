@@ -111,11 +111,8 @@ void check_can_be_grafted(const Module& base, const NewNames& names) {
   for (const auto& [path, submodule] : base.named_modules()) {
     TORCH_CHECK(!is_grafted(submodule), "graft: the submodule ", path,
                 " has adapters; graft onto the submodule, or call torchgraft.ungraft() on it first");
-    const auto& type = *submodule.type();
-    TORCH_CHECK(type.getForwardHooks().empty() && type.getForwardPreHooks().empty(),
-                "graft: ", path.empty() ? "the module" : "the submodule " + path,
-                " has forward hooks, which a grafted module cannot keep; call in its forward what they do");
   }
+  check_no_hooks(base, "graft");
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 #include <torchgraft/patch/module/head_logits.h>
 
-#include <torchgraft/patch/insert/activation_source.h>
+#include <torchgraft/patch/graph/activation_source.h>
 
 #include <torch/csrc/jit/api/module.h>
 #include <torch/csrc/jit/runtime/graph_executor.h>

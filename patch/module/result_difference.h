@@ -23,6 +23,8 @@ class ResultDifference {
   ResultDifference(at::ScalarType dtype, const c10::IValue& expected, const c10::IValue& actual);
 
   bool is_too_large() const { return structure_differs_ || integers_differ_ || excess_ > 1; }
+  // A shape, a dtype or how results are nested differs, which no rounding does.
+  bool is_of_structure() const { return structure_differs_; }
   // Rounding alone may be the cause.
   bool is_of_integers_only() const { return integers_differ_ && !structure_differs_ && excess_ <= 1; }
   // "by 0.3 (at most 2e-05 is rounding)".

@@ -62,7 +62,8 @@ class ChangeComparison {
     if (!difference.is_too_large()) {
       return difference.not_compared();
     }
-    const std::optional<bool> agree = dtype_ == at::kDouble ? false : agree_in_double(pair, arguments);
+    const bool is_final = dtype_ == at::kDouble || difference.is_of_structure();
+    const std::optional<bool> agree = is_final ? false : agree_in_double(pair, arguments);
     TORCH_CHECK(agree.value_or(difference.is_of_integers_only()), verifier_.what, ": on example inputs the result of ",
                 pair.what, " is another than it must be: it differs ", difference.text(), "; please report the model",
                 verifier_.remedy);

@@ -13,7 +13,8 @@ def optimize(
 ) -> torch.jit.ScriptModule:
     """Returns a copy of `module` whose linear maps, each with the function that follows it, are `torchgraft::linear`:
     the kernel that is faster for the size at hand. Results are equal up to rounding. The copy shares the memory of the
-    weights, and needs libtorchgraft.so. `module` itself is unchanged.
+    weights, and needs libtorchgraft.so. `module` itself is unchanged. What runs under `torch.autocast` in the module
+    stays as it is. The copy refuses sparse inputs of linear maps (`x.to_sparse()`), also where `module` takes them.
 
     Optimise last, before `torch.jit.freeze`: graft, train, optimise. Functions that change adapters take an optimised
     module, too, but return one that is not.
@@ -27,8 +28,8 @@ def optimize(
         example: for `verify`: inputs, as graft() takes them.
 
     Raises:
-        GraftError: forward has no linear map with a weight of its own, an adapter is trainable, or a result
-            differs on the inputs.
+        GraftError: forward has no linear map with a weight of its own, the module has forward hooks, an adapter is
+            trainable, or a result differs on the inputs.
         TypeError: `module` is not TorchScript.
     """
     return module_with_warnings(patcher().optimize(cpp_module(module), exact_base, verify, example_arguments(example)))

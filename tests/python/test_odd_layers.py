@@ -231,7 +231,7 @@ class WithActivate(Plain):
 @pytest.mark.parametrize("model", [WithIds, WithAdapters, WithActivate])
 def test_names_of_ours_are_free_inside_another_module(model: type[nn.Module]) -> None:
     inner = torch.jit.script(model().eval())
-    with pytest.raises(torchgraft.GraftError, match="script a module that holds this one"):
+    with pytest.raises(torchgraft.GraftError, match="give the base's another name in the result: rename="):
         torchgraft.graft(inner, config="lora", name="task")
     outer = torch.jit.script(Around(inner).eval())
     assert torchgraft.graft(outer, config="lora", name="task").adapter_names() == ["task"]

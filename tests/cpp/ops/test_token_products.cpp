@@ -1,6 +1,7 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 #include <torchgraft/ops/cpu/kernels.h>
+#include <torchgraft/ops/cpu/token_tiles.h>
 
 #include <limits>
 #include <tuple>
@@ -59,6 +60,8 @@ TEST_F(FusedTokenProducts, OfAnySize) {
                                              {64, 48, 64},
                                              {65, 13, 65},
                                              {70, 5, 129},
+                                             {64, 48, 150},
+                                             {16, 50, 600},
                                              {136, 50, 191}}) {
     SCOPED_TRACE(testing::Message() << rows << " x " << columns << " x " << depth);
     const at::Tensor x = random({rows, depth});
@@ -68,6 +71,26 @@ TEST_F(FusedTokenProducts, OfAnySize) {
       EXPECT_LE((found - expected).abs().max().item<double>(),
                 1e-5 * std::max(1.0, expected.abs().max().item<double>()));
     }
+  }
+}
+
+// The kernels order the two differently: an activation of what is added up so far, or of the product alone.
+TEST_F(FusedTokenProducts, BesideAnActivationThereIsNoInit) {
+  const at::Tensor x = random({20, 8});
+  const at::Tensor w = random({40, 8});
+  const at::Tensor y = at::zeros({20, 40});
+  for (const int64_t columns : {5, 40}) {
+    DotProduct job;
+    job.rows = 20;
+    job.columns = columns;
+    job.init_stride = job.y_stride = 40;
+    job.depth = job.x_stride = job.w_stride = 8;
+    job.x = x.const_data_ptr<float>();
+    job.w = w.const_data_ptr<float>();
+    job.init = job.y = y.mutable_data_ptr<float>();
+    multiply(job, 20, columns);
+    job.activation = FusedActivation::kRelu;
+    EXPECT_THROW(multiply(job, 20, columns), c10::Error);
   }
 }
 

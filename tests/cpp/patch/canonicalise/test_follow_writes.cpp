@@ -106,5 +106,34 @@ INSTANTIATE_TEST_SUITE_P(Followed, FollowWrites,
                                                 false}),
                          [](const auto& info) { return info.param.name; });
 
+// What a list holds, written and read again, when something else is put into the list in between.
+TEST(FollowWrites, AnElementThatIsReplacedIsNotTheWrittenOne) {
+  const std::pair<const char*, const char*> changes[] = {
+      {"nothing", "n = 0"}, {"an_element", "past[0] = other"}, {"the_order", "past.reverse()"}};
+  const std::pair<const char*, const char*> reads[] = {{"unpacked", "a, c = past\n"},
+                                                       {"by_index", "a = past[0]\n    c = past[1]\n"}};
+  for (const auto& [change, line] : changes) {
+    for (const auto& [way, read] : reads) {
+      SCOPED_TRACE(std::string(change) + ", " + way);
+      auto module = make_module({}, std::string(R"(
+def forward(self, past: List[Tensor], other: Tensor, y: Tensor, i: Tensor):
+    )") + read + "    a.index_copy_(1, i, y)\n    " +
+                                        line + "\n    " + read + "    return a * 2 + c\n");
+      const auto before = module.get_method("forward").graph();
+      const auto after = before->copy();
+      follow_writes(after);
+      after->lint();
+      EXPECT_EQ(is_computed_from(after->outputs()[0], after->inputs()[3]), std::string(change) == "nothing") << *after;
+      const auto run = [&](const auto& graph) {
+        at::manual_seed(0);
+        const c10::List<at::Tensor> past({at::randn({2, 6, 4}), at::randn({2, 6, 4})});
+        return run_graph(module, graph, {past, at::randn({2, 6, 4}), at::randn({2, 1, 4}), at::tensor({int64_t{3}})})
+            .toTensor();
+      };
+      EXPECT_EQ(largest_difference(run(after), run(before)), 0.0);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace torchgraft

@@ -1,3 +1,4 @@
+#include "packed_support.h"
 #include "support.h"
 
 #include <torchgraft/patch/graph/graph_utils.h>
@@ -23,6 +24,35 @@ TEST(LoadedAgain, HasTheGraphs) {
   const torch::jit::Module loaded = loaded_again(module, "test");
   EXPECT_EQ(testing::count_kind(*loaded.get_method("forward").graph(), "aten::add"), 1U);
   EXPECT_EQ(loaded.attr("w").toTensor().sizes(), module.attr("w").toTensor().sizes());
+}
+
+// A sparse or quantised tensor has no strides that could be 0.
+TEST(LoadedAgain, TakesTensorsOfEveryLayoutAndSharedModules) {
+  at::manual_seed(0);
+  const at::Tensor dense = at::randn({300, 200});
+  const at::Tensor scales = at::full({300}, 0.1, at::kDouble);
+  const std::vector<std::pair<std::string, at::Tensor>> buffers = {
+      {"coup", dense.to_sparse()},
+      {"csr", dense.to_sparse_csr()},
+      {"by_tensor", at::quantize_per_tensor(dense, 0.1, 0, at::kQInt8)},
+      {"by_channel", at::quantize_per_channel(dense, scales, at::zeros({300}, at::kLong), 0, at::kQInt8)}};
+  torch::jit::Module inner = module_with_optional();
+  for (const auto& [name, buffer] : buffers) {
+    inner.register_buffer(name, buffer);
+  }
+  torch::jit::Module module =
+      testing::make_packed_module(testing::packed_int8(at::randn({4, 6})), "quantized::linear_dynamic");
+  module.register_module("one", inner);
+  module.register_module("two", inner);
+  const torch::jit::Module loaded = loaded_again(module, "test");
+  EXPECT_EQ(testing::count_kind(*loaded.get_method("forward").graph(), "quantized::linear_dynamic"), 1U);
+  EXPECT_EQ(loaded.attr("one").toObject(), loaded.attr("two").toObject());
+  for (const auto& [name, buffer] : buffers) {
+    const at::Tensor actual = loaded.attr("one").toModule().attr(name).toTensor();
+    EXPECT_EQ(actual.layout(), buffer.layout()) << name;
+    EXPECT_EQ(actual.sizes(), buffer.sizes()) << name;
+    EXPECT_EQ(actual.is_quantized(), buffer.is_quantized()) << name;
+  }
 }
 
 TEST(LoadedAgain, NamesWhatCannotBeCompiled) {

@@ -82,6 +82,29 @@ def forward(self, x: Tensor, kept: List[Tensor]):
   EXPECT_EQ(writes.between(made, reader, {graph->inputs()[2]}), kept);
 }
 
+// A list that the graph made itself is not given, but one that it holds may be.
+TEST(Writes, KnowWhoseContainerChanges) {
+  const std::pair<const char*, bool> changes[] = {{"past[0] = x", true},
+                                                  {"past.append(x)", true},
+                                                  {"past.reverse()", true},
+                                                  {"nested[0].append(x)", true},
+                                                  {"named['a'] = x", true},
+                                                  {"own = [x]\n    own[0] = x", false},
+                                                  {"own = [past]\n    own[0].append(x)", true},
+                                                  {"own = {'a': x}\n    own['a'] = x", false},
+                                                  {"x.add_(past[0])", false}};
+  for (const auto& [line, changed] : changes) {
+    SCOPED_TRACE(line);
+    const auto module = make_module({}, std::string(R"python(
+def forward(self, x: Tensor, past: List[Tensor], nested: List[List[Tensor]], named: Dict[str, Tensor]):
+    )python") + line + "\n    return x\n");
+    const auto graph = module.get_method("forward").graph();
+    bool found = false;
+    for_each_node(graph->block(), [&](Node* node) { found = found || changes_given_container(node); });
+    EXPECT_EQ(found, changed) << *graph;
+  }
+}
+
 // Of lists of tensors, as an exported program has them, aten::index is composed of others, and copies nevertheless.
 TEST(Writes, WhatIsIndexedIsACopy) {
   const auto graph = std::make_shared<torch::jit::Graph>();

@@ -1,5 +1,6 @@
 #include "support.h"
 
+#include <torchgraft/activations/activation.h>
 #include <torchgraft/patch/canonicalise/decompose_linear.h>
 #include <torchgraft/patch/insert/fuse_linear.h>
 
@@ -44,6 +45,16 @@ struct Fused {
   size_t left = 0;               // operators after decomposing
   double difference_back = 0.0;  // of the decomposed graph
 };
+
+// Writes another function's name into the operator.
+void name_function(torch::jit::Graph& graph, const std::string& name) {
+  for (torch::jit::Node* node : graph.nodes()) {
+    if (node->kind().toQualString() == std::string(kOperator)) {
+      const torch::jit::WithInsertPoint guard(node);
+      node->replaceInput(3, graph.insertConstant(name));
+    }
+  }
+}
 
 TEST(FuseLinear, TakesTheFunctionThatFollows) {
   const std::pair<const char*, const char*> functions[] = {
@@ -99,21 +110,49 @@ def forward(self, x: Tensor) -> Tensor:
   EXPECT_EQ(fuse_linear(sparse.get_method("forward").graph()->copy(), sparse), 0u);
 }
 
-TEST(DecomposeLinear, LeavesWhatOptimizeDoesNotWrite) {
+// ATen's linear adds a bias of one number to all outputs.
+TEST(FuseLinear, LeavesABiasOfAnotherSize) {
+  for (const int64_t size : {1, 40}) {
+    const auto module = make_module({{"w", at::randn({40, 6})}, {"b", at::randn({size})}}, R"(
+def forward(self, x: Tensor) -> Tensor:
+    return torch.linear(x, self.w, self.b)
+)");
+    const Fused fused(module);
+    EXPECT_EQ(fused.count, size == 1 ? 0u : 1u);
+    EXPECT_LT(fused.difference, 1e-5);
+  }
+}
+
+TEST(DecomposeLinear, WritesEveryFunctionThatTheOperatorKnows) {
+  const auto module = make_module({{"w", at::randn({40, 6})}}, R"(
+def forward(self, x: Tensor) -> Tensor:
+    return torch.linear(x, self.w)
+)");
+  for (const std::string& name : non_linearity_names()) {
+    SCOPED_TRACE(name);
+    const auto graph = module.get_method("forward").graph()->copy();
+    ASSERT_EQ(fuse_linear(graph, module), 1u);
+    name_function(*graph, name);
+    const auto back = graph->copy();
+    decompose_linear(back);
+    back->lint();
+    EXPECT_EQ(count_kind(*back, kOperator), 0u);
+    const at::Tensor x = at::randn({2, 20, 6});
+    EXPECT_LT(largest_difference(run_graph(module, back, {x}).toTensor(), run_graph(module, graph, {x}).toTensor()),
+              1e-5);
+  }
+}
+
+TEST(DecomposeLinear, NamesAFunctionThatThereIsNot) {
   const auto module = make_module({{"w", at::randn({40, 6})}}, R"(
 def forward(self, x: Tensor) -> Tensor:
     return torch.linear(x, self.w)
 )");
   const auto graph = module.get_method("forward").graph()->copy();
   ASSERT_EQ(fuse_linear(graph, module), 1u);
-  for (torch::jit::Node* node : graph->nodes()) {
-    if (node->kind().toQualString() == std::string(kOperator)) {
-      const torch::jit::WithInsertPoint guard(node);
-      node->replaceInput(3, graph->insertConstant("mish"));
-    }
-  }
-  decompose_linear(graph);
-  EXPECT_EQ(count_kind(*graph, kOperator), 1u);
+  name_function(*graph, "step");
+  EXPECT_NE(testing::error_of([&] { decompose_linear(graph); }).find("linear: expected non_linearity to be one of"),
+            std::string::npos);
 }
 
 }  // namespace

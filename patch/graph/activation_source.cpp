@@ -1,4 +1,4 @@
-#include <torchgraft/patch/insert/activation_source.h>
+#include <torchgraft/patch/graph/activation_source.h>
 
 #include <torchgraft/activations/activation.h>
 #include <torchgraft/activations/constants.h>

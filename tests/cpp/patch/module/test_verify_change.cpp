@@ -1,0 +1,45 @@
+#include "support.h"
+
+#include <torchgraft/patch/module/verify_change.h>
+
+#include <gtest/gtest.h>
+
+namespace torchgraft {
+namespace {
+
+using testing::error_of;
+using testing::make_module;
+
+torch::jit::Module module_of(const std::string& body) {
+  return make_module({{"w", at::ones({3})}}, "def forward(self, x: Tensor):\n    y = x * self.w\n" + body);
+}
+
+std::string verify(const torch::jit::Module& before, const torch::jit::Module& after) {
+  return verify_change(before, {{{before}, {after}, "the other"}}, std::vector<c10::IValue>{at::randn({2, 3})}, "test");
+}
+
+// float64 settles what rounding may have moved. In source that is compiled in C++ dtypes are numbers: 6 is float.
+TEST(VerifyChange, ADifferenceOfStructureIsFinal) {
+  const torch::jit::Module before = module_of("    return y\n");
+  for (const char* other : {"y[0]", "y.to(15)"}) {
+    SCOPED_TRACE(other);
+    const torch::jit::Module after =
+        module_of(std::string("    if x.dtype == 6:\n        y = ") + other + "\n    return y\n");
+    const std::string error = error_of([&] { verify(before, after); });
+    EXPECT_NE(error.find("differs by its structure, a shape or a dtype"), std::string::npos) << error;
+  }
+}
+
+TEST(VerifyChange, Float64ExcusesWhatRoundingMoves) {
+  const torch::jit::Module before = module_of("    return torch.gt(y - y, 0), y\n");
+  const torch::jit::Module after = module_of(R"(
+    larger = torch.gt(y - y, 0)
+    if x.dtype == 6:
+        larger = torch.ge(y - y, 0)
+    return larger, y
+)");
+  EXPECT_EQ(verify(before, after), "");
+}
+
+}  // namespace
+}  // namespace torchgraft
