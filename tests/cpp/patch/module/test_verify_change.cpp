@@ -15,7 +15,8 @@ torch::jit::Module module_of(const std::string& body) {
 }
 
 std::string verify(const torch::jit::Module& before, const torch::jit::Module& after) {
-  return verify_change(before, {{{before}, {after}, "the other"}}, std::vector<c10::IValue>{at::randn({2, 3})}, "test");
+  return verify_change(before, {{{before}, {after}, "the other"}}, std::vector<c10::IValue>{at::randn({2, 3})},
+                       Verifier{"test"});
 }
 
 // float64 settles what rounding may have moved. In source that is compiled in C++ dtypes are numbers: 6 is float.
