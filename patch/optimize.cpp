@@ -36,7 +36,7 @@ size_t replace_method(Module& module, const char* method, const std::shared_ptr<
 
 // A method of a base.
 size_t optimize_base(Module& module, const char* method) {
-  const CanonicalGraph canonical = canonicalise(module, method);
+  const CanonicalGraph canonical = canonicalise(module, method, AttentionForm::kAsItIs);
   guard_attributes(canonical.graph, canonical.folded);
   return replace_method(module, method, canonical.graph);
 }

@@ -66,6 +66,7 @@ void remove_tensor_mutation(const std::shared_ptr<Graph>& graph) {
 struct Pass {
   const char* name;
   void (*run)(CanonicalGraph& canonical, const Module& module);
+  bool is_of_attention = false;
 };
 
 // In execution order: a pass may rely on the work of those above it.
@@ -112,15 +113,15 @@ const Pass kRaising[] = {
     {"unflatten_rows", [](CanonicalGraph& c, const Module& m) { unflatten_rows(c.graph, m); }},
     {"raise_norm", [](CanonicalGraph& c, const Module& m) { raise_norm(c.graph, m); }},
     {"raise_softmax", [](CanonicalGraph& c, const Module&) { raise_softmax(c.graph); }},
-    {"hoist_score_product", [](CanonicalGraph& c, const Module&) { hoist_score_product(c.graph); }},
-    {"raise_attention", [](CanonicalGraph& c, const Module& m) { c.unraised = raise_attention(c.graph, m); }},
-    {"fold_repeated_heads", [](CanonicalGraph& c, const Module& m) { fold_repeated_heads(c.graph, m); }},
+    {"hoist_score_product", [](CanonicalGraph& c, const Module&) { hoist_score_product(c.graph); }, true},
+    {"raise_attention", [](CanonicalGraph& c, const Module& m) { c.unraised = raise_attention(c.graph, m); }, true},
+    {"fold_repeated_heads", [](CanonicalGraph& c, const Module& m) { fold_repeated_heads(c.graph, m); }, true},
     {"simplify", [](CanonicalGraph& c, const Module&) { simplify(c.graph); }},
 };
 
 }  // namespace
 
-CanonicalGraph canonicalise(const Module& module, const std::string& method_name) {
+CanonicalGraph canonicalise(const Module& module, const std::string& method_name, AttentionForm attention) {
   CanonicalGraph result;
   result.graph = module.get_method(method_name).graph()->copy();
   GraphDump dump("canonicalise_" + method_name);
@@ -132,8 +133,10 @@ CanonicalGraph canonicalise(const Module& module, const std::string& method_name
   {
     const UnpackedResults unpacked(result.graph);
     for (const Pass& pass : kRaising) {
-      pass.run(result, module);
-      dump(pass.name, *result.graph);
+      if (attention == AttentionForm::kRaised || !pass.is_of_attention) {
+        pass.run(result, module);
+        dump(pass.name, *result.graph);
+      }
     }
   }
   result.graph->lint();

@@ -16,8 +16,13 @@ struct CanonicalGraph {
   std::vector<ModuleAttribute> folded;  // attributes that the graph took for constants
 };
 
+// kAsItIs leaves attention that is written out so: a query that may attend to no key then gives what it gave. Raised,
+// it attends to what its scores say without the mask.
+enum class AttentionForm { kRaised, kAsItIs };
+
 // Canonicalises the method `method_name` of `module`, which stays unchanged.
-CanonicalGraph canonicalise(const torch::jit::Module& module, const std::string& method_name);
+CanonicalGraph canonicalise(const torch::jit::Module& module, const std::string& method_name,
+                            AttentionForm attention = AttentionForm::kRaised);
 
 // Returns a copy of `module` whose forward is the canonical graph, without any adapter. For tests and for inspection.
 TORCHGRAFT_PATCH_API torch::jit::Module canonical_module(const torch::jit::Module& module);

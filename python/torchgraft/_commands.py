@@ -41,7 +41,8 @@ from ._operators import operators_of, ranges
 from ._optimize_command import optimize_command
 from ._quantize_command import quantize_command
 from ._tuning import DTYPES, FEATURES, OPS, TOKENS, measure
-from .configs import config_argument
+from .adapter_hub import ADAPTER_FILES
+from .configs import config_argument, is_there
 from .errors import GraftError
 from .grafting import graft, is_grafted, names_of
 from .grafting import inspect as inspect_module
@@ -82,10 +83,17 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check_keeps_inputs(arguments: argparse.Namespace) -> None:
-    given = {name: value if isinstance(value, list) else [value] for name, value in vars(arguments).items()}
-    paths = {name: [value for value in values if isinstance(value, Path)] for name, values in given.items()}
-    inputs = [path for name, values in paths.items() if name not in _OUTPUTS for path in values]
-    outputs = [path for name, values in paths.items() if name in _OUTPUTS for path in values]
+    inputs: list[Path] = []
+    outputs: list[Path] = []
+    for name, value in vars(arguments).items():
+        values = [part for each in (value if isinstance(value, list) else [value])
+                  for part in (each if isinstance(each, tuple) else [each])]  # fmt: skip
+        if name == "config":  # a configuration's text, or a path
+            values = [Path(text) for text in values if text is not None and is_there(text)]
+        if arguments.command == "save" and name == "directory":
+            values = [value / file for file in ADAPTER_FILES]
+        to_write = name in _OUTPUTS or (arguments.command == "save" and name == "directory")
+        (outputs if to_write else inputs).extend(path for path in values if isinstance(path, Path))
     check_keeps_inputs(inputs, outputs, getattr(arguments, "force", None))
 
 

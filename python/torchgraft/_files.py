@@ -10,6 +10,7 @@ import torch
 
 from ._kinds import Kind, kind_of
 from ._libraries import patcher
+from .adapter_hub import ADAPTER_FILES
 from .errors import GraftError, one_line
 from .grafting import with_short_errors
 from .programs.load_program import load_program
@@ -145,9 +146,10 @@ def check_keeps_inputs(inputs: Iterable[Path], outputs: Iterable[Path], force: b
         force: whether the user wants it all the same. None: the command has no --force.
 
     Raises:
-        GraftError: an output is an input, by any name.
+        GraftError: an output is an input, or a file of an adapter's directory that is one, by any name.
     """
     read = [path for path in inputs if path.exists()]
+    read += [path / file for path in read if path.is_dir() for file in ADAPTER_FILES if (path / file).exists()]
     for output in outputs:
         if not force and output.exists() and any(output.samefile(path) for path in read):
             remedy = "" if force is None else ", or --force to write over it"

@@ -226,7 +226,7 @@ def config_argument(text: str) -> str | Path:
     return Path(text) if "/" in text else text
 
 
-def _is_there(text: str) -> bool:
+def is_there(text: str) -> bool:
     """Returns whether the text is a path of something. One that is too long, or no path at all, is of nothing."""
     try:
         return Path(text).exists()
@@ -254,7 +254,7 @@ def config_to_json(config: Any) -> str:
         return json.dumps(dict(config))
     if isinstance(config, str) and (config.lstrip().startswith("{") or config in patcher().config_names()):
         return config
-    if isinstance(config, Path) or (isinstance(config, str) and (_is_there(config) or config.endswith(".json"))):
+    if isinstance(config, Path) or (isinstance(config, str) and (is_there(config) or config.endswith(".json"))):
         return read_config(config)
     if isinstance(config, str):
         return config

@@ -1,6 +1,7 @@
 """No command writes over a file that it reads, and none over an adapter of another name."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,26 @@ def test_a_directory_of_something_else_is_kept(content: str, folder: Path, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
     assert (tmp_path / "adapter_config.json").read_text() == content
     assert run_here("graft.py", "save", folder / "model.pt", "task", tmp_path, "--force").returncode == 0
+
+
+INSIDE = {
+    "load": ["load", "{base}", "{saved}", "-o", "{saved}/adapter.safetensors"],
+    "add": ["add", "{base}", "--adapter", "t={saved}", "-o", "{saved}/adapter_config.json"],
+    "a configuration": ["add", "{base}", "--config", "{saved}/adapter_config.json", "--name", "t",
+                        "-o", "{saved}/adapter_config.json"],
+    "save": ["save", "{saved}/adapter.safetensors", "task", "{saved}"],
+    "save, which removes": ["save", "{saved}/pytorch_adapter.bin", "task", "{saved}"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", INSIDE)
+def test_files_of_an_adapter_that_is_read_are_not_written_over(what: str, folder: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    shutil.copytree(folder / "saved", saved)
+    if what.startswith("save"):
+        shutil.copy(folder / "model.pt", INSIDE[what][1].format(saved=saved))
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    command = [word.format(base=folder / "base.pt", saved=saved) for word in INSIDE[what]]
+    done = run_here("graft.py", *command)
+    assert done.returncode == 1 and "this is a file that is read" in done.stderr
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before

@@ -162,3 +162,34 @@ def test_a_sparse_input_is_refused_by_name() -> None:
     module = torchgraft.optimize(scripted(TwoMaps))
     with pytest.raises(RuntimeError, match="linear: expected x to be a dense tensor"):
         module(torch.randn(5, 6).to_sparse())
+
+
+class Masked(nn.Module):
+    """Attention with masked_fill of a fill of its own."""
+
+    def __init__(self, fill: float) -> None:
+        super().__init__()
+        self.fill = fill
+        self.query, self.key, self.value, self.output = (nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
+        rows, tokens, _ = x.shape
+        query = self.query(x).view(rows, tokens, 4, 8).transpose(1, 2)
+        key = self.key(x).view(rows, tokens, 4, 8).transpose(1, 2)
+        value = self.value(x).view(rows, tokens, 4, 8).transpose(1, 2)
+        scores = (query @ key.transpose(-1, -2) / 2.8).masked_fill(hidden[:, None], self.fill)
+        return x + self.output((torch.softmax(scores, -1) @ value).transpose(1, 2).reshape(rows, tokens, 32))
+
+
+@pytest.mark.parametrize("fill", [-1e4, -float("inf")])
+def test_a_query_that_sees_no_key_gives_what_it_gave(fill: float) -> None:
+    """A causal mask and padding on the left: the first query of a row has nothing to attend to."""
+    torch.manual_seed(0)
+    module = torch.jit.script(Masked(fill).eval())
+    hidden = torch.ones(5, 5).triu(1).bool().repeat(2, 1, 1)
+    hidden[1, :, :2] = True
+    x = 3 * torch.randn(2, 5, 32)
+    optimised = torchgraft.optimize(module, example=(x, hidden))
+    assert operators(optimised) == 4
+    with torch.no_grad():
+        torch.testing.assert_close(optimised(x, hidden), module(x, hidden), equal_nan=True)
