@@ -66,7 +66,8 @@ def _shortened(method: Any) -> Any:
 
 def is_grafted(module: torch.jit.ScriptModule) -> bool:
     """Returns whether adapters are grafted onto `module`."""
-    return hasattr(module, "adapter_names")
+    # A base may have a method `adapter_names` of its own, but not all that grafting adds.
+    return hasattr(module, "adapter_names") and hasattr(module, "forward_with_gates")
 
 
 def names_of(module: torch.jit.ScriptModule) -> list[str]:

@@ -133,3 +133,28 @@ def test_the_command_takes_names(base: torch.jit.ScriptModule, tmp_path: Path) -
     _check(torch.jit.load(str(tmp_path / "out.pt")), base)
     done = run_here("graft.py", "ungraft", tmp_path / "out.pt", "-o", tmp_path / "again.pt")
     assert done.returncode == 0 and hasattr(torch.jit.load(str(tmp_path / "again.pt")), "activate")
+
+
+class _Named(nn.Module):
+    """A base with a method of a name that a grafted module has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = _Layer()
+
+    @torch.jit.export
+    def adapter_names(self) -> int:
+        return 7
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def test_a_base_with_one_of_our_names_is_no_grafted_module() -> None:
+    base = torch.jit.script(_Named().double().eval())
+    x = inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(torchgraft.optimize(base)(x), base(x))
+        grafted = torchgraft.graft(base, "lora", "task", rename={"adapter_names": "names_of_base"})
+        again = torchgraft.ungraft(grafted)
+        assert again.adapter_names() == 7 and torch.equal(again(x), base(x))
