@@ -145,11 +145,12 @@ Value* AffinePath::bias(Value* scores) {
     understood = understood && is_full(inner);
     return copy_with(node, operand, inner);
   }
-  if (is_aten(node, {"masked_fill"})) {
-    return copy_with(node, operand, inner ? inner : zero_like(node->namedInput("mask"), scores));
-  }
-  if (is_aten(node, {"where"})) {
-    return copy_with(node, operand, inner ? inner : zero_like(node->namedInput("condition"), scores));
+  if (is_aten(node, {"masked_fill", "where"})) {
+    const char* mask = is_aten(node, {"where"}) ? "condition" : "mask";
+    // What was added may be an integer, which cannot hold what is filled in.
+    Value* filled =
+        inner ? graph_->insert(c10::aten::type_as, {inner, anchor_}) : zero_like(node->namedInput(mask), scores);
+    return copy_with(node, operand, filled);
   }
   if (!inner && is_aten(node, {"add"}) && has_unit_alpha(node) && is_tensor(node->input(1 - operand))) {
     return node->input(1 - operand);

@@ -37,6 +37,8 @@ SPELLINGS = {
     "where of the scores themselves": "scores = torch.where(scores > 0, scores, torch.full_like(scores, -1e9))",
     "leaky relu by where": "scores = torch.where(scores > 0, scores, 0.1 * scores)",
     "filled with minus infinity": "scores = scores.masked_fill(mask[:, None, None, :] == 0, float('-inf'))",
+    "an integer added, then filled": "scores = scores + torch.tensor(0)\n"
+    "scores = scores.masked_fill(mask[:, None, None, :] == 0, -3.4e38)",
     "filled with a tensor": "scores = torch.where(mask[:, None, None, :] == 0, torch.full([], -1e9), scores)",
     "a mask as large as scores": "scores = scores.masked_fill((mask[:, None, None, :] == 0).expand_as(scores), -1e9)",
     "filled, then negated": "scores = scores.masked_fill(mask[:, None, None, :] == 0, -1e4) * -1.0",
