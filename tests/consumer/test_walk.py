@@ -119,7 +119,7 @@ def run_line(line: str, folder: Path) -> None:
 def test_what_a_document_shows_can_be_typed(document: Path, tmp_path: Path) -> None:
     prepare(tmp_path)
     if any("--onnx" in line for line in shown_by(document)):
-        pytest.importorskip("onnxscript", reason="requirements/onnx.txt is not installed")
+        pytest.importorskip("onnx", reason="requirements/onnx.txt is not installed")
     for line in shown_by(document):
         if line not in NOT_RUN:
             run_line(line, tmp_path)
