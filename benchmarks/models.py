@@ -39,8 +39,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "python"), str(ROOT / "benchmarks")]
-# malloc keeps the pages of large results. Otherwise the kernel would hand out new pages for each result.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 
 import adapters  # noqa: E402
 import peft  # noqa: E402
@@ -51,7 +49,7 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 import torchgraft  # noqa: E402
-from this_machine import processor, silence  # noqa: E402
+from this_machine import ALLOCATOR, processor, silence  # noqa: E402
 from turns import in_turns, ratio  # noqa: E402
 
 MODELS = {

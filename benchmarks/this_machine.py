@@ -5,6 +5,9 @@ import platform
 import warnings
 from pathlib import Path
 
+# malloc keeps the pages of large results. Otherwise the kernel would hand out new pages for each result.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+
 
 def processor() -> str:
     """Returns the name of the processor."""

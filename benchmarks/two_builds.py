@@ -22,12 +22,12 @@ from subprocess import DEVNULL, PIPE
 from rich.console import Console
 from rich.table import Table
 
+from this_machine import ALLOCATOR
+
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {"MiniLM": ["1x16", "1x32", "8x32"], "BERT-base": ["1x32", "1x128", "8x128"]}
 CONFIGS = ["UniPELT", "MAM", "LoRA"]
 ROUNDS = {"MiniLM": 60, "BERT-base": 14}
-# As benchmarks/models.py sets it: malloc keeps the pages of large results.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 
 
 def serve(checkout: Path) -> None:

@@ -7,6 +7,7 @@
 #include <torchgraft/patch/adapters/read_adapters.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/loaded_again.h>
+#include <torchgraft/patch/graph/module_methods.h>
 #include <torchgraft/patch/graph/writes.h>
 #include <torchgraft/patch/insert/decompose_adapters.h>
 #include <torchgraft/patch/module/draft.h>
@@ -20,7 +21,6 @@
 #include <torchgraft/plan/save_adapter_hub.h>
 
 #include <ATen/ATen.h>
-#include <torch/csrc/jit/api/function_impl.h>
 
 #include <algorithm>
 #include <cmath>
@@ -127,14 +127,6 @@ void warn_of(const std::string& reason, const char* what) {
   }
 }
 
-std::vector<std::string> adapter_names(const Module& module) {
-  std::vector<std::string> names;
-  for (const c10::IValue& name : module.attr("adapters").toModule().attr("names").toListRef()) {
-    names.push_back(name.toStringRef());
-  }
-  return names;
-}
-
 // A change of a module, which verifies nothing, and what must be equal before and after it.
 struct Change {
   const char* what;
@@ -157,12 +149,9 @@ void verify_pairs(const Module& module, const Module& result, const Change& chan
     reason = reason.empty() ? of_drawn : reason;
     drawn = {base_copy(after), with_drawn_weights(after).module};
   }
-  warn_of(reason, change.what);
-  const std::string rows =
-      verify_results({base_copy(result), result}, drawn, verifying.example, weights, adapter_names(result), verifier);
-  if (reason.empty()) {
-    warn_of(rows, change.what);
-  }
+  const std::string rows = verify_results({base_copy(result), result}, drawn, verifying.example, weights,
+                                          adapter_names(result.attr("adapters").toModule()), verifier);
+  warn_of(reason.empty() ? rows : reason, change.what);
 }
 
 }  // namespace
@@ -273,15 +262,13 @@ std::vector<SameResult> same_by_merging(const Module& unmerged, const Module& me
 // What a base calls of its own accord, and decompose_linear() leaves.
 void check_is_lowered(const Module& module) {
   static const auto kNamespace = c10::Symbol::fromQualString("namespaces::torchgraft");
-  for (const Module& each : module.modules()) {
-    for (torch::jit::Function* method : each.type()->methods()) {
-      for_each_node(torch::jit::toGraphFunction(*method).graph()->block(), [&](const torch::jit::Node* node) {
-        TORCH_CHECK(node->kind().ns() != kNamespace, "lower: ", method->name(), " calls ", described(node),
-                    " of its own accord, which needs libtorchgraft.so and cannot be written as ATen calls; call ",
-                    "PyTorch's functions in the model instead");
-      });
-    }
-  }
+  for_each_method(module, [](const std::string& name, const std::shared_ptr<torch::jit::Graph>& graph) {
+    for_each_node(graph->block(), [&](const torch::jit::Node* node) {
+      TORCH_CHECK(node->kind().ns() != kNamespace, "lower: ", name, " calls ", described(node),
+                  " of its own accord, which needs libtorchgraft.so and cannot be written as ATen calls; call ",
+                  "PyTorch's functions in the model instead");
+    });
+  });
 }
 
 }  // namespace
@@ -354,16 +341,13 @@ Module ungraft(const Module& module, const VerifyOptions& verifying) {
     const std::vector<SameResult> pairs = {{{module, "base_forward"}, {result, "forward"}, "the base alone"}};
     const Verifier verifier = verifier_of_change("ungraft");
     const std::string reason = verify_change(module, pairs, verifying.example, verifier);
-    warn_of(reason, "ungraft");
-    const at::TensorOptions weights = open_grafted(module, "ungraft").weights;
+    const Draft draft = open_grafted(module, "ungraft");
     std::optional<BaseAndGrafted> drawn;
-    if (const DrawnCopy copy = with_drawn_weights(module); copy.has_drawn) {
+    if (const DrawnCopy copy = with_drawn_weights(module, draft.adapters); copy.has_drawn) {
       drawn = {result, copy.module};
     }
-    const std::string rows = verify_results({result, module}, drawn, verifying.example, weights, {}, verifier);
-    if (reason.empty()) {
-      warn_of(rows, "ungraft");
-    }
+    const std::string rows = verify_results({result, module}, drawn, verifying.example, draft.weights, {}, verifier);
+    warn_of(reason.empty() ? rows : reason, "ungraft");
   }
   return result;
 }

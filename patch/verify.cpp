@@ -12,8 +12,8 @@ namespace torchgraft {
 
 std::vector<std::string> verify(const torch::jit::Module& module,
                                 const std::optional<std::vector<c10::IValue>>& example) {
-  check_grafted(module, "verify");
-  const DrawnCopy drawn = with_drawn_weights(module);
+  const Draft draft = open_grafted(module, "verify");
+  const DrawnCopy drawn = with_drawn_weights(module, draft.adapters);
   const torch::jit::Module& tried = drawn.module;
   const Verifier verifier{"verify"};
   std::vector<SameResult> pairs;
@@ -32,9 +32,8 @@ std::vector<std::string> verify(const torch::jit::Module& module,
   if (drawn.has_drawn) {
     with_drawn = {modules.base, tried};
   }
-  std::vector<std::string> reasons = {
-      verify_results(modules, with_drawn, example, open_grafted(module, "verify").weights, names, verifier),
-      pairs.empty() ? "" : verify_change(module, pairs, example, verifier)};
+  std::vector<std::string> reasons = {verify_results(modules, with_drawn, example, draft.weights, names, verifier),
+                                      pairs.empty() ? "" : verify_change(module, pairs, example, verifier)};
   std::erase(reasons, "");
   reasons.erase(std::unique(reasons.begin(), reasons.end()), reasons.end());
   return reasons;

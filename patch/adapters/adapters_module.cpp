@@ -114,10 +114,18 @@ at::Tensor pools_all(const std::vector<Adapter>& adapters) {
   return result;
 }
 
+std::vector<std::string> adapter_names(const Module& adapters_module) {
+  std::vector<std::string> names;
+  for (const c10::IValue& name : adapters_module.attr("names").toListRef()) {
+    names.push_back(name.toStringRef());
+  }
+  return names;
+}
+
 size_t find_adapter(const torch::jit::Module& adapters_module, const std::string& name, const char* what) {
   std::vector<Adapter> named;
-  for (const c10::IValue& adapter : adapters_module.attr("names").toListRef()) {
-    named.push_back({adapter.toStringRef(), {}});
+  for (const std::string& adapter : adapter_names(adapters_module)) {
+    named.push_back({adapter, {}});
   }
   return find_adapter(named, name, what);
 }

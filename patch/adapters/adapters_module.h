@@ -22,6 +22,9 @@ constexpr const char* kSourceSuffix = "_source";
 constexpr const char* kPoolsAll = "pools_all";
 at::Tensor pools_all(const std::vector<Adapter>& adapters);
 
+// The names of the adapters of an `adapters` submodule, in the order of their ids.
+std::vector<std::string> adapter_names(const torch::jit::Module& adapters_module);
+
 // Position of `name` among the adapters of an `adapters` submodule; throws as find_adapter does.
 size_t find_adapter(const torch::jit::Module& adapters_module, const std::string& name, const char* what);
 

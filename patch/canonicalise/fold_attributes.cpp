@@ -1,8 +1,8 @@
 #include <torchgraft/patch/canonicalise/fold_attributes.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/module_methods.h>
 
-#include <torch/csrc/jit/api/function_impl.h>
 #include <torch/csrc/jit/ir/constants.h>
 #include <torch/csrc/jit/passes/common_subexpression_elimination.h>
 #include <torch/csrc/jit/passes/constant_propagation.h>
@@ -28,19 +28,13 @@ using torch::jit::Value;
 // Names that any method of `module` or of its submodules assigns.
 std::set<std::string> assigned_names(const Module& module) {
   std::set<std::string> names = {"training"};
-  for (const Module& inner : module.modules()) {
-    for (torch::jit::Function* method : inner.type()->methods()) {
-      auto* function = torch::jit::tryToGraphFunction(*method);
-      if (!function) {
-        continue;
+  for_each_method(module, [&](const std::string&, const std::shared_ptr<Graph>& graph) {
+    for_each_node(graph->block(), [&](Node* node) {
+      if (node->kind() == c10::prim::SetAttr) {
+        names.insert(node->s(c10::attr::name));
       }
-      for_each_node(function->graph()->block(), [&](Node* node) {
-        if (node->kind() == c10::prim::SetAttr) {
-          names.insert(node->s(c10::attr::name));
-        }
-      });
-    }
-  }
+    });
+  });
   return names;
 }
 

@@ -20,6 +20,17 @@ Function& add_method(Module& module, const std::string& name, const std::shared_
   return *function;
 }
 
+void for_each_method(const Module& module,
+                     const std::function<void(const std::string& name, const std::shared_ptr<Graph>& graph)>& visit) {
+  for (const Module& each : module.modules()) {
+    for (Function* method : each.type()->methods()) {
+      if (const auto* function = torch::jit::tryToGraphFunction(*method)) {
+        visit(method->name(), function->graph());
+      }
+    }
+  }
+}
+
 void remove_method(Module& module, const std::string& name) {
   const c10::QualifiedName qualified(*module.type()->name(), name);
   module.type()->unsafeRemoveMethod(name);

@@ -10,6 +10,7 @@
 #include <torchgraft/patch/graph/dump_graph.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/linear_map.h>
+#include <torchgraft/patch/graph/module_methods.h>
 #include <torchgraft/patch/graph/writes.h>
 #include <torchgraft/patch/insert/fuse_projections.h>
 #include <torchgraft/patch/insert/guard_attributes.h>
@@ -21,8 +22,6 @@
 #include <torchgraft/patch/module/rename_names.h>
 #include <torchgraft/patch/sites/apply_sites.h>
 #include <torchgraft/registration/library.h>
-
-#include <torch/csrc/jit/api/function_impl.h>
 
 #include <algorithm>
 
@@ -181,13 +180,8 @@ Module base_copy(const Module& module) {
     remove_methods(result);
     rename_names(result, reversed(names));
   }
-  for (const Module& each : result.modules()) {
-    for (torch::jit::Function* method : each.type()->methods()) {
-      if (auto* function = torch::jit::tryToGraphFunction(*method)) {
-        decompose_linear(function->graph());
-      }
-    }
-  }
+  for_each_method(result,
+                  [](const std::string&, const std::shared_ptr<torch::jit::Graph>& graph) { decompose_linear(graph); });
   return result;
 }
 

@@ -37,21 +37,15 @@ bool has_name(const Module& module, const std::string& name) {
 
 // Calls `change` with each node whose first input is `module` itself and whose attribute `name` is `old`.
 void for_each_use(const Module& module, const std::string& old, const std::function<void(Node*)>& change) {
-  for (const Module& inner : module.modules()) {
-    for (Function* method : inner.type()->methods()) {
-      const auto* function = torch::jit::tryToGraphFunction(*method);
-      if (!function) {
-        continue;
+  for_each_method(module, [&](const std::string&, const std::shared_ptr<torch::jit::Graph>& graph) {
+    for_each_node(graph->block(), [&](Node* node) {
+      const bool names_one = node->kind() == c10::prim::GetAttr || node->kind() == c10::prim::SetAttr ||
+                             node->kind() == c10::prim::CallMethod;
+      if (names_one && node->input(0)->type() == module.type() && node->s(c10::attr::name) == old) {
+        change(node);
       }
-      for_each_node(function->graph()->block(), [&](Node* node) {
-        const bool names_one = node->kind() == c10::prim::GetAttr || node->kind() == c10::prim::SetAttr ||
-                               node->kind() == c10::prim::CallMethod;
-        if (names_one && node->input(0)->type() == module.type() && node->s(c10::attr::name) == old) {
-          change(node);
-        }
-      });
-    }
-  }
+    });
+  });
 }
 
 void rename_attribute(Module& module, const std::string& old, const std::string& name) {

@@ -215,6 +215,21 @@ void ResultDifference::add_numbers(const at::Tensor& wanted, const at::Tensor& g
   }
 }
 
+std::optional<std::string> explained_by_rounding(const ResultDifference& difference, at::ScalarType dtype,
+                                                 const std::function<ResultDifference()>& in_double) {
+  if (!difference.is_too_large()) {
+    return difference.not_compared();
+  }
+  if (dtype == at::kDouble || difference.is_of_structure()) {
+    return std::nullopt;
+  }
+  try {
+    return in_double().is_too_large() ? std::nullopt : std::optional<std::string>("");
+  } catch (const std::exception&) {
+    return difference.is_of_integers_only() ? std::optional(difference.not_compared()) : std::nullopt;
+  }
+}
+
 bool all_finite(const c10::IValue& value) {
   return every_tensor(value, [](const at::Tensor& tensor) { return tensor.isfinite().all().item<bool>(); });
 }

@@ -3,6 +3,8 @@
 #include <torch/csrc/jit/api/module.h>
 #include <torch/csrc/jit/ir/ir.h>
 
+#include <functional>
+#include <optional>
 #include <string>
 
 namespace torchgraft {
@@ -46,6 +48,12 @@ class ResultDifference {
   double difference_ = 0;  // that difference
   double allowed_ = 0;     // what is allowed there
 };
+
+// What was not compared (empty: all was) of two results whose difference rounding explains; nullopt: it does not.
+// `dtype`: as above. `in_double` runs both once more in float64, where rounding moves no step (a top-k, a router) to
+// another side. It throws where a graph names its dtype and does not run in another one.
+std::optional<std::string> explained_by_rounding(const ResultDifference& difference, at::ScalarType dtype,
+                                                 const std::function<ResultDifference()>& in_double);
 
 bool all_finite(const c10::IValue& value);
 bool has_nan(const c10::IValue& value);

@@ -59,15 +59,14 @@ class ChangeComparison {
       return "with drawn weights in the place of zeros the result of " + pair.what + " is not finite";
     }
     const ResultDifference difference = difference_of(pair, arguments);
-    if (!difference.is_too_large()) {
-      return difference.not_compared();
-    }
-    const bool is_final = dtype_ == at::kDouble || difference.is_of_structure();
-    const std::optional<bool> agree = is_final ? false : agree_in_double(pair, arguments);
-    TORCH_CHECK(agree.value_or(difference.is_of_integers_only()), verifier_.what, ": on example inputs the result of ",
-                pair.what, " is another than it must be: it differs ", difference.text(), "; please report the model",
+    // Merged weights are rounded as dtype_ is.
+    const auto missing = explained_by_rounding(difference, dtype_, [&] {
+      return ResultDifference(dtype_, run(pair.before, arguments, true), run(pair.after, arguments, true));
+    });
+    TORCH_CHECK(missing, verifier_.what, ": on example inputs the result of ", pair.what,
+                " is another than it must be: it differs ", difference.text(), "; please report the model",
                 verifier_.remedy);
-    return agree ? "" : difference.not_compared();
+    return *missing;
   }
 
   ResultDifference difference_of(const SameResult& pair, const Arguments& arguments) {
@@ -76,17 +75,6 @@ class ChangeComparison {
     } catch (const std::exception& error) {
       throw RunFailure(c10::str(verifier_.what, ": the module runs on example inputs, but ", pair.what,
                                 " fails: ", one_line(error), verifier_.remedy));
-    }
-  }
-
-  // A step that rounding moves, such as a top-k, stays in float64. nullopt: a graph that names its dtype does not run
-  // in another one. Merged weights are rounded as dtype_ is.
-  std::optional<bool> agree_in_double(const SameResult& pair, const Arguments& arguments) {
-    try {
-      return !ResultDifference(dtype_, run(pair.before, arguments, true), run(pair.after, arguments, true))
-                  .is_too_large();
-    } catch (const std::exception&) {
-      return std::nullopt;
     }
   }
 

@@ -111,11 +111,13 @@ class Comparison {
     decompose_adapters(graph);
   }
 
-  // Compares with the base, and compares each of `adapters` with itself, run in other ways. Returns what was not
-  // compared.
-  std::string run_grafted(const Arguments& arguments, const std::vector<std::string>& adapters) const {
+  c10::IValue run_base(const Arguments& arguments) const { return run({base_.run, base_method_}, arguments); }
+
+  // Compares with `expected`, the base's result, and compares each of `adapters` with itself, run in other ways.
+  // Returns what was not compared.
+  std::string run_grafted(const Arguments& arguments, const c10::IValue& expected,
+                          const std::vector<std::string>& adapters) const {
     const Trial base{base_.run, base_method_};
-    const c10::IValue expected = run(base, arguments);
     const Trial copy{grafted_.run, "base_forward"};
     std::string missing =
         compare(base, expected, copy, run(copy, arguments), arguments, of_base("the copy of the base"));
@@ -137,8 +139,12 @@ class Comparison {
     return missing.empty() ? reason : "the result was not compared with the base's: " + missing;
   }
 
-  void check_is_finite(const Arguments& arguments) const {
-    check_active_is_finite(arguments, run({base_.run, base_method_}, arguments));
+  void check_active_is_finite(const Arguments& arguments, const c10::IValue& of_base) const {
+    const c10::IValue adapted = run({grafted_.run, "forward"}, arguments);
+    check_drawn_is_finite(adapted, of_base, "the active adapter");
+    TORCH_CHECK(!all_finite(of_base) || all_finite(adapted), verifier_.what,
+                ": the base's result on example inputs is finite, with the adapter it is not; are its weights?",
+                verifier_.remedy);
   }
 
  private:
@@ -163,14 +169,6 @@ class Comparison {
     } catch (const std::exception& error) {
       fail(one_line(error));
     }
-  }
-
-  void check_active_is_finite(const Arguments& arguments, const c10::IValue& of_base) const {
-    const c10::IValue adapted = run({grafted_.run, "forward"}, arguments);
-    check_drawn_is_finite(adapted, of_base, "the active adapter");
-    TORCH_CHECK(!all_finite(of_base) || all_finite(adapted), verifier_.what,
-                ": the base's result on example inputs is finite, with the adapter it is not; are its weights?",
-                verifier_.remedy);
   }
 
   void check_drawn_is_finite(const c10::IValue& result, const c10::IValue& of_base, const std::string& whose) const {
@@ -229,8 +227,7 @@ class Comparison {
     if (!is_grafted(base_.module)) {
       return missing;
     }
-    const auto earlier =
-        static_cast<int64_t>(base_.module.attr("adapters").toModule().attr("names").toListRef().size());
+    const auto earlier = static_cast<int64_t>(adapter_names(base_.module.attr("adapters").toModule()).size());
     for (int64_t first = 0; first < earlier; first += rows) {
       const at::Tensor ids = ids_from(first, rows, earlier, device_);
       const Trial before{base_.run, "forward", ids};
@@ -247,24 +244,12 @@ class Comparison {
   std::string compare(const Trial& before, const c10::IValue& expected, const Trial& after, const c10::IValue& actual,
                       const Arguments& arguments, const Names& names) const {
     const ResultDifference difference(dtype_, expected, actual);
-    if (!difference.is_too_large()) {
-      return difference.not_compared();
-    }
-    const bool is_final = dtype_ == at::kDouble || difference.is_of_structure();
-    const std::optional<bool> agree = is_final ? false : agree_in_double(before, after, arguments);
-    TORCH_CHECK(agree.value_or(difference.is_of_integers_only()), verifier_.what, ": on example inputs the result of ",
-                names.what, " differs from ", names.other, " ", difference.text(), names.therefore,
-                "; please report the model", verifier_.remedy);
-    return agree ? "" : difference.not_compared();
-  }
-
-  // nullopt: a graph that names its dtype does not run in another one.
-  static std::optional<bool> agree_in_double(const Trial& before, const Trial& after, const Arguments& arguments) {
-    try {
-      return !ResultDifference(at::kDouble, before.in_double(arguments), after.in_double(arguments)).is_too_large();
-    } catch (const std::exception&) {
-      return std::nullopt;
-    }
+    const auto missing = explained_by_rounding(difference, dtype_, [&] {
+      return ResultDifference(at::kDouble, before.in_double(arguments), after.in_double(arguments));
+    });
+    TORCH_CHECK(missing, verifier_.what, ": on example inputs the result of ", names.what, " differs from ",
+                names.other, " ", difference.text(), names.therefore, "; please report the model", verifier_.remedy);
+    return *missing;
   }
 
   Tried base_;
@@ -293,15 +278,15 @@ std::string verify_results(const BaseAndGrafted& modules, const std::optional<Ba
   if (drawn) {
     as_drawn.emplace(*drawn, forward, dtype, verifier, /*is_drawn=*/true);
   }
-  const auto compare = [&](const Arguments& arguments, const c10::IValue&) {
+  const auto compare = [&](const Arguments& arguments, const c10::IValue& of_base) {
     if (!as_drawn) {
-      return as_is.run_grafted(arguments, adapters);
+      return as_is.run_grafted(arguments, of_base, adapters);
     }
-    as_is.check_is_finite(arguments);
+    as_is.check_active_is_finite(arguments, of_base);
     try {
-      return as_drawn->run_grafted(arguments, adapters);
+      return as_drawn->run_grafted(arguments, as_drawn->run_base(arguments), adapters);
     } catch (const NotFinite& error) {
-      const std::string missing = as_is.run_grafted(arguments, adapters);
+      const std::string missing = as_is.run_grafted(arguments, of_base, adapters);
       return missing.empty() ? error.what() : missing;
     }
   };
