@@ -208,7 +208,7 @@ def wrong_installed(path: Path) -> Iterator[Finding]:
 
 # Where JSON becomes values: these have limits and name what they read. Examples and benchmarks in Python may read what
 # they wrote themselves, and so may tests.
-PARSERS = {"registration/parse_json.h", "python/torchgraft/_reading.py"}
+PARSERS = {"registration/parse_json.h", "python/torchgraft_command/json_text.py"}
 _OWN_PARSING = {".py": r"\bjson\.loads?\(", ".cpp": r"[Jj]son::(parse|accept|sax_parse)\("}
 _OWN_PARSING[".h"] = _OWN_PARSING[".cpp"]
 
@@ -222,7 +222,11 @@ def own_parsing(path: Path) -> Iterator[Finding]:
         return
     for number, line in enumerate(lines_of(path), 1):
         if re.search(_OWN_PARSING[path.suffix], line):
-            yield path, number, "parses JSON without limits: call parse_json (registration/parse_json.h, _reading.py)"
+            yield (
+                path,
+                number,
+                "parses JSON without limits: call parse_json (registration/parse_json.h, json_text.py)",
+            )
 
 
 # --- Wrapping Markdown ---

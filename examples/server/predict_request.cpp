@@ -69,7 +69,8 @@ PredictRequest parse_predict(const std::string& text) {
       }
       result.pooling = value == "mean" ? Pooling::kMean : Pooling::kFirst;
     } else if (key == "texts") {
-      throw RequestError(400, "\"texts\": this server takes token ids; client.py beside it makes them of texts");
+      throw RequestError(
+          400, "\"texts\": this server takes token ids; `torchgraft serve` starts it with a tokenizer before it");
     } else {
       throw RequestError(400, "unknown field " + shown(key));
     }

@@ -1,17 +1,15 @@
 """Reads files and texts that strangers may have written: nothing here waits, and sizes and depths have limits."""
 
-import json
-import math
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
+
+from torchgraft_command import json_text
+from torchgraft_command.json_text import DEEPEST as DEEPEST_JSON
 
 from .errors import GraftError
 
-# Levels of brackets, as in registration/parse_json.h: code that walks over a value calls itself once for each level.
-DEEPEST_JSON = 64
 MOST_CONFIG_BYTES = 1 << 20
 MOST_SITES_BYTES = 1 << 26
 MOST_WEIGHT_BYTES = 4 << 30  # the limit of read_safetensors() in C++, too
@@ -53,7 +51,7 @@ def read_text(path: Path, most_bytes: int = MOST_CONFIG_BYTES) -> str:
 
 
 def parse_json(text: str | bytes, source: object, deepest: int = DEEPEST_JSON) -> Any:
-    """Parses JSON. The one place of the package that does: scripts/check_tree.py holds that.
+    """Parses JSON, as json_text.parse() does.
 
     Args:
         text: of a file or a request. Bytes are UTF-8.
@@ -64,16 +62,9 @@ def parse_json(text: str | bytes, source: object, deepest: int = DEEPEST_JSON) -
         GraftError: the text is not JSON, nested too deeply, or has a number that is not finite.
     """
     try:
-        decoded = text.decode("utf-8") if isinstance(text, bytes) else text
-        value = json.loads(decoded, parse_float=_finite, parse_constant=_refuse)
-        too_deep = any(depth > deepest for depth in _depths(value))
-    except RecursionError:
-        too_deep = True
+        return json_text.parse(text, source, deepest)
     except ValueError as error:
-        raise GraftError(f"{source}: not JSON ({error})") from None
-    if too_deep:
-        raise GraftError(f"{source}: nested too deeply, expected JSON of at most {deepest} levels")
-    return value
+        raise GraftError(str(error)) from None
 
 
 def _check_kind(path: Path, status: os.stat_result) -> None:
@@ -83,28 +74,3 @@ def _check_kind(path: Path, status: os.stat_result) -> None:
         raise GraftError(f"{path}: expected a regular file, got a directory")
     kind = "FIFO" if stat.S_ISFIFO(status.st_mode) else "socket" if stat.S_ISSOCK(status.st_mode) else "device"
     raise GraftError(f"{path}: expected a regular file, got a {kind}")
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"the number {text[:40]} is out of range")
-    return number
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no number of JSON")
-
-
-def _depths(value: Any) -> Iterator[int]:
-    """Yields how deep each list and object is. A text that is no Unicode raises ValueError."""
-    waiting = [(value, 0)]
-    while waiting:
-        held, depth = waiting.pop()
-        if isinstance(held, str):
-            held.encode()  # half of a surrogate pair raises
-        elif isinstance(held, dict | list):
-            yield depth + 1
-            waiting.extend((each, depth + 1) for each in held)
-            if isinstance(held, dict):
-                waiting.extend((each, depth + 1) for each in held.values())

@@ -6,7 +6,7 @@ import argparse
 import functools
 from pathlib import Path
 
-from . import train_arguments
+from . import serve_arguments, train_arguments
 from .line import Parser
 
 DESCRIPTION = """\
@@ -63,6 +63,7 @@ def make_parser(program: str = "torchgraft") -> Parser:
     add_optimize_command(commands)
     add_quantize_command(commands)
     train_arguments.add_train_command(commands)
+    serve_arguments.add_serve_command(commands)
     add_tune_command(commands)
     add_completion_command(commands)
     for name, command in commands.choices.items():

@@ -22,7 +22,8 @@ _CHECKOUT = Path(__file__).resolve().parents[2]
 def main(program: str = "torchgraft") -> None:
     """Parses the process's command line and runs it. Raises SystemExit where the status is not 0."""
     parser = make_parser(program)
-    arguments = parser.parse_args()
+    words, server_options = _split(sys.argv[1:])
+    arguments = parser.parse_args(words)
     if arguments.version:
         commands = _torchgraft(program)._commands
         _guarded(program, lambda: print(commands.version_text()))
@@ -35,10 +36,21 @@ def main(program: str = "torchgraft") -> None:
         _print_completion(parser, arguments.shell)
     elif arguments.command == "train":
         _train(program, arguments)
+    elif arguments.command == "serve":
+        arguments.server_options = server_options
+        _serve(program, arguments)
     else:
         commands = _torchgraft(program)._commands
         on_stop(_stopper(program))
         _guarded(program, lambda: commands.run(arguments))
+
+
+def _split(words: list[str]) -> tuple[list[str], list[str]]:
+    """The command line, and what stands behind -- for the server that serve starts."""
+    if words[:1] != ["serve"] or "--" not in words:
+        return words, []
+    at = words.index("--")
+    return words[:at], words[at + 1 :]
 
 
 def train_main(program: str = "train.py") -> None:
@@ -70,6 +82,15 @@ def _train(program: str, arguments: argparse.Namespace) -> None:
 
     on_stop(_stopper(program, "; --resume goes on from the last checkpoint"))
     _guarded(program, lambda: _command.run(arguments))
+
+
+def _serve(program: str, arguments: argparse.Namespace) -> None:
+    """Runs without torch: the model is in the server's process."""
+    try:
+        from . import serve
+    except ImportError as error:
+        fail(_stem(program), f"{error}; serve needs the packages of torchgraft[serve]: aiohttp and tokenizers")
+    serve.run(_stem(program), arguments)
 
 
 def _torchgraft(program: str) -> ModuleType:

@@ -113,6 +113,8 @@ class Server:
     open_files: its soft and hard limit. environment: more of it. log: its stderr; then `errors` stays empty.
     """
 
+    behind: tuple[str, ...] = ()  # what stands before options that are for a server behind this one
+
     def __init__(
         self,
         program: Path | list,
@@ -125,7 +127,7 @@ class Server:
     ):
         inherited = {key: value for key, value in os.environ.items() if key != "LD_LIBRARY_PATH"}
         words = program if isinstance(program, list) else [program]
-        command = [*words, model, "--adapters", adapters, "--port", 0, "--threads", 1, *options]
+        command = [*words, model, "--adapters", adapters, "--port", 0, *options, *self.behind, "--threads", 1]
         # Not a pipe: one that nobody reads would stop the server when it is full.
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
