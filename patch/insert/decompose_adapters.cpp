@@ -9,6 +9,8 @@
 #include <torch/csrc/jit/passes/constant_propagation.h>
 #include <torch/csrc/jit/passes/dead_code_elimination.h>
 
+#include <algorithm>
+#include <iterator>
 #include <map>
 #include <vector>
 
@@ -51,83 +53,35 @@ constexpr const char* kBottleneck = R"python(
     return residual + up * (selected(scaling, adapter_ids, adapter).unsqueeze(1) * gate.unsqueeze(-1)), gate
 )python";
 
-using ArgumentNames = std::vector<std::pair<const char*, const char*>>;  // name and type
+// The body of a function that computes what an op does; its arguments are those of the op's schema. OP stands for the
+// op's name, BOTTLENECK for the text above.
+using Bodies = std::map<std::string, const char*>;
 
-// What an op computes: its arguments in the order of its schema, and the body of a function of them.
-struct Definition {
-  ArgumentNames arguments;
-  const char* body;
-};
-
-// Appends the arguments that both bottlenecks share.
-ArgumentNames with_bottleneck(ArgumentNames arguments) {
-  for (const char* name : {"down_weight", "down_bias", "up_weight", "up_bias", "scaling"}) {
-    arguments.emplace_back(name, "Tensor");
-  }
-  arguments.emplace_back("non_linearity", "str");
-  return arguments;
-}
-
-// Appends the arguments that every op ends with.
-ArgumentNames with_common(ArgumentNames arguments) {
-  for (const char* name : {"gate_weight", "gate_bias", "adapter_ids"}) {
-    arguments.emplace_back(name, "Tensor");
-  }
-  arguments.emplace_back("adapter", "int");
-  arguments.emplace_back("token_mask", "Tensor");
-  return arguments;
-}
-
-const std::map<std::string, Definition>& definitions() {
-  static const std::map<std::string, Definition> kDefinitions = {
-      {"gated_lora",
-       {with_common(
-            {{"x", "Tensor"}, {"base", "Tensor"}, {"lora_a", "Tensor"}, {"lora_b", "Tensor"}, {"scaling", "Tensor"}}),
-        R"python(
+const Bodies& bodies() {
+  static const Bodies kBodies = {
+      {"gated_lora", R"python(
     check_ids(OP, x, adapter_ids, scaling)
     gate = pooled(x, gate_weight, gate_bias, adapter_ids, adapter, token_mask)
     return base + update(x, lora_a, lora_b, scaling, gate, adapter_ids, adapter), gate
-)python"}},
-      {"gated_lora_linear",
-       {with_common({{"x", "Tensor"},
-                     {"weight", "Tensor"},
-                     {"bias", "Tensor"},
-                     {"lora_a", "Tensor"},
-                     {"lora_b", "Tensor"},
-                     {"scaling", "Tensor"}}),
-        R"python(
+)python"},
+      {"gated_lora_linear", R"python(
     check_ids(OP, x, adapter_ids, scaling)
     gate = pooled(x, gate_weight, gate_bias, adapter_ids, adapter, token_mask)
     base = torch.linear(x, weight, bias)
     return base + update(x, lora_a, lora_b, scaling, gate, adapter_ids, adapter), gate
-)python"}},
-      {"gated_bottleneck", {with_common(with_bottleneck({{"x", "Tensor"}, {"residual", "Tensor"}})), R"python(
+)python"},
+      {"gated_bottleneck", R"python(
     check_ids(OP, x, adapter_ids, scaling)
     gate = pooled(x, gate_weight, gate_bias, adapter_ids, adapter, token_mask)
 BOTTLENECK
-)python"}},
-      {"gated_bottleneck_linear",
-       {with_common(with_bottleneck({{"x", "Tensor"}, {"input", "Tensor"}, {"weight", "Tensor"}, {"bias", "Tensor"}})),
-        R"python(
+)python"},
+      {"gated_bottleneck_linear", R"python(
     check_ids(OP, x, adapter_ids, scaling)
     gate = pooled(x, gate_weight, gate_bias, adapter_ids, adapter, token_mask)
     residual = torch.linear(input, weight, bias)
 BOTTLENECK
-)python"}},
-      {"gated_prefix_attention",
-       {with_common({{"query", "Tensor"},
-                     {"key", "Tensor"},
-                     {"value", "Tensor"},
-                     {"x", "Tensor"},
-                     {"prefix_key", "Tensor"},
-                     {"prefix_value", "Tensor"},
-                     {"prefix_length", "Tensor"},
-                     {"attn_mask", "Tensor"},
-                     {"dropout_p", "float"},
-                     {"is_causal", "bool"},
-                     {"scale", "float"},
-                     {"enable_gqa", "bool"}}),
-        R"python(
+)python"},
+      {"gated_prefix_attention", R"python(
     check_ids(OP, x, adapter_ids, prefix_key)
     gate = pooled(x, gate_weight, gate_bias, adapter_ids, adapter, token_mask)
     rows, columns = query.size(0), gate.size(1)
@@ -148,10 +102,8 @@ BOTTLENECK
         values = values.repeat_interleave(query.size(1) // value.size(1), 1)
     output = torch.scaled_dot_product_attention(query, keys, values, mask, dropout_p, False, scale=scale)
     return output.transpose(1, 2).contiguous().transpose(1, 2), gate
-)python"}},
-      {"attention_token_mask",
-       {{{"x", "Tensor"}, {"attn_mask", "Tensor"}},
-        R"python(
+)python"},
+      {"attention_token_mask", R"python(
     if attn_mask is None:
         return torch.ones([x.size(0), x.size(1)], dtype=11, device=x.device)
     else:
@@ -163,8 +115,9 @@ BOTTLENECK
         elif attn_mask.dim() == 3:
             visible = visible.any(0)
         return seen_by_real_queries(visible).expand(x.size(0), x.size(1)).contiguous()
-)python"}}};
-  return kDefinitions;
+)python"},
+  };
+  return kBodies;
 }
 
 // Replaces the first `word` of `text`; returns whether there was one.
@@ -179,21 +132,17 @@ bool replace_word(std::string& text, const std::string& word, const std::string&
 
 // The source of a function for the inputs of `node`. An input that is None becomes a local constant None, so that no
 // branch on it is left.
-std::string source_for(const Node* node, const Definition& definition, const std::string& name) {
+std::string source_for(const Node* node, std::string body, const std::string& name) {
   std::string parameters;
   std::string nones;
-  for (size_t i = 0; i < definition.arguments.size(); ++i) {
-    const auto& [argument, type] = definition.arguments[i];
-    const Value* value = node->input(i);
-    if (is_none(value)) {
-      nones += "    " + std::string(argument) + " = None\n";
-      continue;
+  for (size_t i = 0; i < node->inputs().size(); ++i) {
+    const std::string argument = node->schema().arguments().at(i).name();
+    if (is_none(node->input(i))) {
+      nones += "    " + argument + " = None\n";
+    } else {
+      parameters += (parameters.empty() ? "" : ", ") + argument + ": " + node->input(i)->type()->annotation_str();
     }
-    const bool optional = value->type()->kind() == c10::TypeKind::OptionalType;
-    parameters += (parameters.empty() ? "" : ", ") + std::string(argument) + ": " +
-                  (optional ? "Optional[" + std::string(type) + "]" : type);
   }
-  std::string body = definition.body;
   if (replace_word(body, "BOTTLENECK", kBottleneck)) {
     const auto non_linearity = torch::jit::toIValue(node->namedInput("non_linearity"));
     TORCH_INTERNAL_ASSERT(non_linearity, "the non-linearity of ", name, " is no constant");
@@ -211,26 +160,22 @@ void decompose_adapters(const std::shared_ptr<Graph>& graph) {
   static const auto kNamespace = c10::Symbol::fromQualString("namespaces::torchgraft");
   std::vector<Node*> ops;
   for_each_node(graph->block(), [&](Node* node) {
-    if (node->kind().ns() == kNamespace && definitions().count(node->kind().toUnqualString())) {
+    if (node->kind().ns() == kNamespace && bodies().count(node->kind().toUnqualString())) {
       ops.push_back(node);
     }
   });
-  std::map<std::string, std::shared_ptr<Graph>> bodies;  // by source
+  std::map<std::string, std::shared_ptr<Graph>> functions;  // by source
   for (Node* node : ops) {
     const std::string name = node->kind().toUnqualString();
-    const auto definition = definitions().find(name);
-    const std::string source = source_for(node, definition->second, name);
-    std::shared_ptr<Graph>& body = bodies[source];
+    const std::string source = source_for(node, bodies().at(name), name);
+    std::shared_ptr<Graph>& body = functions[source];
     if (!body) {
       body = compile_graph(source, name);
       torch::jit::ConstantPropagation(body);
     }
     std::vector<Value*> inputs;
-    for (size_t i = 0; i < definition->second.arguments.size(); ++i) {
-      if (!is_none(node->input(i))) {
-        inputs.push_back(node->input(i));
-      }
-    }
+    std::copy_if(node->inputs().begin(), node->inputs().end(), std::back_inserter(inputs),
+                 [](Value* input) { return !is_none(input); });
     std::vector<Value*> outputs = insert_graph_before(node, *body, inputs);
     if (node->outputs().size() == 2) {  // the body returns both as one tuple
       torch::jit::WithInsertPoint guard(node);
