@@ -2,7 +2,8 @@
 """Grafts UniPELT and MAM onto a real sentence encoder and compares C++, Python and the oracle. Called by scripts/demo.
 
 The encoder is all-MiniLM-L6-v2. The oracle, the `adapters` library, makes and saves its adapters with random weights;
-grafting reads them from their directories. Exit status 1 if the three disagree, or if anything fails.
+grafting reads them from their directories. Then three adapters that were trained on rated sentences say what they think
+of others. Exit status 1 if the three implementations disagree, or if anything fails.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from demo_models import (  # noqa: E402
     trace_encoder,
 )
 from demo_report import Agreement, print_gates, print_similarities, print_sizes, print_times  # noqa: E402
+from demo_sentiment import show_sentiment  # noqa: E402
 
 SENTENCES = [
     "The cat is sleeping on the sofa.",
@@ -171,6 +173,7 @@ def run(arguments: argparse.Namespace) -> None:
     hidden = {name: results[name].hidden for name in ("base", *GATED)}
     print_similarities(console, SENTENCES, PAIRS, hidden, demo.batch.mask)
     print_gates(console, "UniPELT's gates, mean over the sentences", results["unipelt"].gates["unipelt"])
+    show_sentiment(console, demo.base, demo.path("sentiment"))
     print_sizes(console, demo.sizes())
     times = demo.time(cpp_times)
     rows, tokens = demo.batch.ids.shape

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -96,6 +98,30 @@ def print_gates(console: Console, title: str, gates: dict[tuple[int, str], Tenso
         means = [gates[layer, location].mean(0).tolist() for location in locations]
         table.add_row(str(layer), *[" ".join(f"{value:.3f}" for value in mean) for mean in means])
     _print(console, title, table)
+
+
+def print_sentiment(
+    console: Console, sentences: list[str], probabilities: dict[str, Tensor], labels: Sequence[str]
+) -> None:
+    """probabilities: [B, L] by adapter."""
+    table = _table("sentence", *probabilities)
+    for row, sentence in enumerate(sentences):
+        cells = []
+        for values in probabilities.values():
+            share, label = values[row].max(-1)
+            cells.append(f"{labels[int(label)]} {share.item():.2f}")
+        table.add_row(sentence, *cells)
+    _print(console, "Sentiment by adapters that were trained on three domains (UniPELT, MAM, UniPELT)", table)
+
+
+def print_mean_gates(console: Console, gates: dict[str, dict[int, dict[str, Tensor]]]) -> None:
+    """Prints the mean gate of each location over layers and sentences, by adapter."""
+    locations = list(dict.fromkeys(name for layers in gates.values() for layer in layers.values() for name in layer))
+    table = _table("adapter", *locations)
+    for adapter, layers in gates.items():
+        means = [torch.cat([layer[name].flatten() for layer in layers.values()]).mean() for name in locations]
+        table.add_row(adapter, *[f"{mean.item():.3f}" for mean in means])
+    _print(console, "Their gates, mean over layers and sentences (MAM has none)", table)
 
 
 def print_sizes(console: Console, rows: list[tuple[str, int, int, float | None]]) -> None:

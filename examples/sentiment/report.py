@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from data import DOMAINS, THRESHOLD
-from experiment import COMPARED_ON, CURVE_METHODS, METHODS, OPTIONS, PROBE, Job, Outcome, Plan
+from experiment import COMPARED_ON, CURVE_METHODS, METHODS, OPTIONS, PROBE, RATES, Job, Outcome, Plan
 from torchgraft._files import write_whole
 
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -147,6 +147,7 @@ def write_report(plan: Plan, outcomes: Outcomes, folder: Path, command: str) -> 
         plan=plan,
         compared_on=COMPARED_ON,
         options=OPTIONS,
+        rates=RATES,
         comparison=compare(outcomes, COMPARED_ON, plan.compared.sentences),
         curve=curve,
         domains=_present(

@@ -113,9 +113,19 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--epochs", type=int, default=3, help="how often to go through --train")
     group.add_argument("--batch-size", type=int, default=32, help="rows of all processes together")
     group.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches for one step")
-    group.add_argument("--learning-rate", type=float, default=1e-3, help="the largest, of AdamW")
-    group.add_argument("--head-learning-rate", type=float, metavar="RATE", help="for the head (default: the same)")
-    group.add_argument("--prefix-learning-rate", type=float, metavar="RATE", help="for prefixes (default: the same)")
+    group.add_argument(
+        "--learning-rate",
+        type=float,
+        metavar="RATE",
+        help="the largest, of AdamW (default: 0.003; 0.0005 for prefixes and parallel bottlenecks, 0.01 for the head)",
+    )
+    for part, what in (("head", "the head"), ("prefix", "prefixes"), ("parallel", "parallel bottlenecks")):
+        group.add_argument(
+            f"--{part}-learning-rate",
+            type=float,
+            metavar="RATE",
+            help=f"for {what} (default: --learning-rate, if given)",
+        )
     group.add_argument("--weight-decay", type=float, default=0.01, help="of AdamW")
     group.add_argument(
         "--schedule", choices=("linear", "cosine", "constant"), default="linear", help="how the rate falls"

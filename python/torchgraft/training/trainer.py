@@ -26,7 +26,7 @@ from .checkpoint import (
 )
 from .listeners import Listener
 from .metrics import Scores, confusion_matrix, scores_of
-from .options import TrainingOptions
+from .options import DEFAULT_RATES, TrainingOptions
 from .schedule import learning_rate_factor
 from .workers import Workers
 
@@ -91,19 +91,19 @@ def class_scores(module: torch.jit.ScriptModule, batch: Batch) -> Tensor:
 
 
 def _part_of(key: str) -> str:
-    """Returns whether a parameter belongs to the "head", a "prefix" or else the "adapter", by its name in the module.
-    Ignores "adapter_NAME" in the name: the user has chosen NAME."""
+    """Returns whether a parameter belongs to the "head", a "prefix", a "parallel" bottleneck or else the "adapter", by
+    its name in the module. Ignores "adapter_NAME" in the name: the user has chosen NAME."""
     parts = [name for name in key.split(".") if not name.startswith("adapter_")]
     if "heads" in parts:
         return "head"
-    return "prefix" if any(name.endswith(("_prefix", "_prefix_source")) for name in parts) else "adapter"
+    if any(name.endswith(("_prefix", "_prefix_source")) for name in parts):
+        return "prefix"
+    return "parallel" if any("_adapter_par_" in name for name in parts) else "adapter"
 
 
 def _optimizer(parameters: Mapping[str, Tensor], options: TrainingOptions) -> torch.optim.AdamW:
-    rates = {"adapter": options.learning_rate, "head": options.head_learning_rate,
-             "prefix": options.prefix_learning_rate}  # fmt: skip
     groups = [{"params": [value for key, value in parameters.items() if _part_of(key) == part],
-               "lr": rate or options.learning_rate} for part, rate in rates.items()]  # fmt: skip
+               "lr": options.rate_of(part)} for part in DEFAULT_RATES]  # fmt: skip
     return torch.optim.AdamW(groups, weight_decay=options.weight_decay)
 
 

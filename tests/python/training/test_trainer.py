@@ -116,6 +116,33 @@ def test_steps_are_those_of_a_loop_written_out() -> None:
     assert largest_difference(actual, weights_of(module)) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"head": 1e-2, "prefix": 5e-4, "parallel": 5e-4, "adapter": 3e-3}),
+        ({"learning_rate": 2e-3}, {"head": 2e-3, "prefix": 2e-3, "parallel": 2e-3, "adapter": 2e-3}),
+        (
+            {"learning_rate": 2e-3, "parallel_learning_rate": 4e-4, "prefix_learning_rate": 7e-4},
+            {"head": 2e-3, "prefix": 7e-4, "parallel": 4e-4, "adapter": 2e-3},
+        ),
+    ],
+    ids=["none", "one", "some"],
+)
+def test_each_part_moves_with_its_rate(given: dict[str, float], expected: dict[str, float]) -> None:
+    """The first step of AdamW moves every number with a gradient by its rate."""
+    configs = {"prefix": "prefix_tuning[bottleneck_size=8]", "parallel": "par_bn", "adapter": "lora[r=2]"}
+    moved = {}
+    for part, config in configs.items():
+        module = make_model(config)
+        before = weights_of(module)
+        options = TrainingOptions(epochs=1, batch_size=50, warmup=0.0, clip=0.0, weight_decay=0.0, **given)
+        after = weights_of(train(options, module))
+        heads = {key for key in before if ".heads." in key}
+        for name, keys in (("head", heads), (part, before.keys() - heads)):
+            moved[name] = max((after[key] - before[key]).abs().max().item() for key in keys)
+    assert moved == pytest.approx(expected, rel=1e-2)
+
+
 def test_the_loss_falls_and_the_base_stays() -> None:
     module = make_model()
     trained = {id(value) for value in trainable_parameters(module, "task").values()}
