@@ -86,6 +86,11 @@ struct LoRAConfig {
   bool gate_lora = false;
   std::vector<std::string> linear_maps = {};
   bool lora_bias = false;
+  // MTLLoRAConfig, a LoRAConfig whose update sums several up-projections (Yang et al. 2024), and its own fields.
+  bool mtl_lora = false;
+  int64_t n_up_projection = 1;
+  std::string task_specific_matrix_type = "singular_values";
+  double weights_sharpness = 0.05;
 };
 
 using MethodConfig = std::variant<BnConfig, PrefixTuningConfig, LoRAConfig>;

@@ -38,6 +38,10 @@ std::string parameter_name(const std::string& saved) {
       {"lora_B", "lora_b"},
       {"lora_bias", "bias"},  // PEFT's, which peft.py passes in this name
       {"m.weight", "magnitude"},
+      {"vera_D", "vera_d"},
+      {"vera_B", "vera_b"},
+      {"task_specific.values", "task_values"},
+      {"weights", "task_weights"},
       {"fixed", "fixed"},  // only in PEFT's DoRA, which peft.py passes in these names
       {"adapter_down.0.weight", "down_weight"},
       {"adapter_down.0.bias", "down_bias"},

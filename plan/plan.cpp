@@ -1,6 +1,7 @@
 #include <torchgraft/plan/plan.h>
 
 #include <torchgraft/plan/locations.h>
+#include <torchgraft/plan/lora_factors.h>
 
 #include <c10/util/Exception.h>
 
@@ -289,6 +290,7 @@ Plan Planner::finish() {
                 notes_of(structure_, {layers.begin(), layers.end()}));
   }
   TORCH_CHECK(!plan_.empty(), "plan: the config asks for nothing on this model");
+  check_vera_shapes(plan_);
   const auto rank = [](const PlannedModule& module) { return std::pair(module.layer, execution_order(module.site)); };
   std::stable_sort(plan_.begin(), plan_.end(),
                    [&](const PlannedModule& a, const PlannedModule& b) { return rank(a) < rank(b); });

@@ -1,6 +1,7 @@
 #include <torchgraft/patch/adapters/adapter_bank.h>
 
 #include <torchgraft/plan/locations.h>
+#include <torchgraft/plan/lora_factors.h>
 #include <torchgraft/plan/phm.h>
 
 #include <ATen/ATen.h>
@@ -29,6 +30,9 @@ std::string slot_name(const PlannedModule& module) {
   if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method)) {
     result.append("_").append(to_string(bottleneck_form(*bottleneck)));
   } else if (const auto* lora = std::get_if<PlannedLoRA>(&module.method)) {
+    if (lora_factors(lora->config) == LoRAFactors::kVera) {
+      result.append("_vera");  // whose lora_a all layers share
+    }
     const LoRAForm form = lora_form(lora->config);
     if (form != LoRAForm::kAdd) {
       result.append(form == LoRAForm::kScale ? "_scale" : "_dora");
@@ -205,10 +209,38 @@ std::set<std::string> computed_weights(const Adapter& adapter, const PlannedModu
   if (has_phm_factors(module, adapter.sources)) {
     return {"down_weight", "up_weight"};
   }
+  std::set<std::string> result;
   const auto* lora = std::get_if<PlannedLoRA>(&module.method);
-  return lora && lora_form(lora->config) == LoRAForm::kDora ? std::set<std::string>{"weight_norm"}
-                                                            : std::set<std::string>{};
+  if (lora && lora_form(lora->config) == LoRAForm::kDora) {
+    result.insert("weight_norm");
+  }
+  if (has_lora_factors(module, adapter.sources)) {
+    const auto names = factored_names(module);
+    result.insert(names.begin(), names.end());
+  }
+  return result;
 }
+
+namespace {
+
+// Banks lora_a by their rows: the adapters, and the tensors in them.
+using KnownBanks = std::map<std::vector<std::pair<size_t, const c10::TensorImpl*>>, at::Tensor>;
+
+// Takes the known bank lora_a instead of the slot's own where both have the same tensors of the same adapters, as those
+// of VeRA have in all layers. A file holds it once, and so does memory.
+void share_bank(const std::vector<Adapter>& adapters, const Members& members, Slot& slot, KnownBanks& known) {
+  const auto found = slot.parameters.find("lora_a");
+  if (found == slot.parameters.end()) {
+    return;
+  }
+  KnownBanks::key_type rows;
+  for (const auto& [adapter, module] : members) {
+    rows.emplace_back(adapter, adapters[adapter].weights[module].at("lora_a").unsafeGetTensorImpl());
+  }
+  found->second = known.emplace(std::move(rows), found->second).first->second;
+}
+
+}  // namespace
 
 std::vector<Slot> stack_banks(const std::vector<Adapter>& adapters) {
   std::map<std::tuple<int64_t, size_t, std::string>, Members> groups;
@@ -219,8 +251,10 @@ std::vector<Slot> stack_banks(const std::vector<Adapter>& adapters) {
     }
   }
   std::vector<Slot> slots;
+  KnownBanks known;
   for (const auto& [key, members] : groups) {
     slots.push_back(stack_slot(adapters, members));
+    share_bank(adapters, members, slots.back(), known);
   }
   return slots;
 }

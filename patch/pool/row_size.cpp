@@ -1,10 +1,12 @@
 #include <torchgraft/patch/pool/row_size.h>
 
 #include <torchgraft/patch/adapters/adapter_bank.h>
+#include <torchgraft/plan/lora_factors.h>
 
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
+#include <set>
 
 namespace torchgraft {
 namespace {
@@ -61,6 +63,9 @@ void RowSize::add(const Adapter& adapter) {
     for (const auto& [name, value] : adapter.weights[m]) {
       grow(slot, name, value.sizes(), value.element_size());
     }
+    if (lora_factors(module) == LoRAFactors::kVera) {
+      parameters_.at(slot + ".lora_a").sharers.push_back(adapters_);
+    }
     const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method);
     const auto* lora = std::get_if<PlannedLoRA>(&module.method);
     if (!bottleneck && !lora) {
@@ -69,11 +74,16 @@ void RowSize::add(const Adapter& adapter) {
       grow(slot, "present", {}, sizeof(bool));
     }
   }
+  ++adapters_;
 }
 
 double RowSize::bytes() const {
   double result = 0;
+  std::set<std::vector<size_t>> counted;
   for (const auto& [name, parameter] : parameters_) {
+    if (!parameter.sharers.empty() && !counted.insert(parameter.sharers).second) {
+      continue;
+    }
     double numbers = 1;
     for (const int64_t size : parameter.sizes) {
       numbers *= static_cast<double>(size);

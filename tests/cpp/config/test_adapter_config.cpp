@@ -65,7 +65,7 @@ INSTANTIATE_TEST_SUITE_P(
         BadConfig{R"({"architecture": "lora", "dtype": "int8"})", "LoRAConfig.dtype=int8 is not supported yet"},
         BadConfig{R"({"architecture": "lora", "dropout": 1.0})",
                   "expected LoRAConfig.dropout to be at least 0 and below 1, got 1"},
-        BadConfig{R"({"architecture": "lora", "vera_d": 0.1})", "LoRAConfig.vera_d=0.1 is not supported yet"},
+        BadConfig{R"({"architecture": "lora", "vera_d": 0.1})", "VeRA needs both LoRAConfig.vera_d and LoRAConfig.vera_b"},
         BadConfig{R"({"architecture": "lora", "attn_matrices": ["o"]})", "LoRAConfig.attn_matrices=o is not supported"},
         BadConfig{R"({"architecture": "reft"})", "the architecture \"reft\" is not supported"},
         BadConfig{R"({"architecture": "prefix_tuning", "dropout": -0.5})",
