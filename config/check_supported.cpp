@@ -33,12 +33,6 @@ void require_zero(const std::string& field, double value) {
   }
 }
 
-void require_none(const std::string& field, const std::optional<std::string>& value) {
-  if (value) {
-    refuse(field, *value, "None");
-  }
-}
-
 void require_one_of(const std::string& field, const std::string& value, const std::vector<std::string>& names) {
   if (std::find(names.begin(), names.end(), value) != names.end()) {
     return;
@@ -98,8 +92,19 @@ void check_phm(const BnConfig& config) {
               "config: phm_layer (Compacter) needs BnConfig.init_weights=\"bert\", got \"", config.init_weights, "\"");
 }
 
+// The library's GLOW block splits and joins along the wrong dimension and gives a list: no model runs with it.
+void check_invertible(const BnConfig& config) {
+  if (!config.inv_adapter) {
+    return;
+  }
+  require_one_of("BnConfig.inv_adapter", *config.inv_adapter, {"nice"});
+  TORCH_CHECK(config.inv_adapter_reduction_factor, "config: BnConfig.inv_adapter=\"nice\" needs "
+              "BnConfig.inv_adapter_reduction_factor, got None");
+  require_positive("BnConfig.inv_adapter_reduction_factor", *config.inv_adapter_reduction_factor);
+}
+
 void check(const BnConfig& config) {
-  TORCH_CHECK(config.mh_adapter || config.output_adapter || config.cross_adapter,
+  TORCH_CHECK(config.mh_adapter || config.output_adapter || config.cross_adapter || config.inv_adapter,
               "config: BnConfig has none of mh_adapter, output_adapter and cross_adapter: such an adapter would change "
               "nothing");
   check_reduction_factor(config);
@@ -112,7 +117,7 @@ void check(const BnConfig& config) {
   if (config.phm_layer) {
     check_phm(config);
   }
-  require_none("BnConfig.inv_adapter", config.inv_adapter);
+  check_invertible(config);
   require_probability("BnConfig.dropout", config.dropout);
   require_zero("BnConfig.stochastic_depth", config.stochastic_depth);
 }

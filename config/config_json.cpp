@@ -7,6 +7,7 @@
 #include <torchgraft/config/named_configs.h>
 #include <torchgraft/registration/parse_json.h>
 
+#include <algorithm>
 #include <utility>
 
 namespace torchgraft {
@@ -111,6 +112,18 @@ OrderedJson write_methods(const std::vector<MethodConfig>& methods) {
   return result;
 }
 
+bool has_invertible(const AdapterConfig& config) {
+  return std::any_of(config.methods.begin(), config.methods.end(), [](const MethodConfig& method) {
+    const auto* bottleneck = std::get_if<BnConfig>(&method);
+    return bottleneck && bottleneck->inv_adapter;
+  });
+}
+
+std::string model_class_in(const Json& json) {
+  const auto found = json.find("model_class");
+  return found != json.end() && found->is_string() ? found->get<std::string>() : "";
+}
+
 }  // namespace
 
 std::optional<int64_t> saved_prefix_heads(std::string_view text) {
@@ -139,9 +152,11 @@ AdapterConfig config_from_json(std::string_view text) {
     json::read("gate_pooling", json.at("gate_pooling"), config.gate_pooling);
     check_gate_pooling(config.gate_pooling, "config");
   }
+  const bool is_known = wrapped && json.contains(kInvertsOutput);
   if (wrapped && json.contains("model_type") && json.at("model_type").is_string()) {
     const auto model = json.at("model_type").get<std::string>();
     config.wired_for = library_wiring(model, config);
+    config.inverts_output = !has_invertible(config) || library_inverts_output(model, model_class_in(json));
     if (model == "llama" || model == "mistral") {  // the library calls down_proj the intermediate, up_proj the output
       for (MethodConfig& method : config.methods) {
         if (auto* lora = std::get_if<LoRAConfig>(&method)) {
@@ -149,6 +164,9 @@ AdapterConfig config_from_json(std::string_view text) {
         }
       }
     }
+  }
+  if (is_known) {
+    json::read(kInvertsOutput, json.at(kInvertsOutput), config.inverts_output);
   }
   return config;
 }
@@ -159,6 +177,9 @@ std::string config_to_json(const AdapterConfig& config) {
   outer["config"] = inner;
   if (!config.wired_for.empty()) {
     outer["model_type"] = config.wired_for;
+  }
+  if (!config.inverts_output) {
+    outer[kInvertsOutput] = false;
   }
   if (pools_unpadded(config)) {
     outer["gate_pooling"] = config.gate_pooling;

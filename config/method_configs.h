@@ -101,6 +101,9 @@ struct AdapterConfig {
   // The model_type ("albert", "gptj", "encoder-decoder") of an adapter that the library has trained, where the library
   // wires bottlenecks of that model in its own way: see BottleneckWiring in plan/plan.h. Empty: as defined.
   std::string wired_for = {};
+  // Whether an invertible adapter's inverse stands before the output embeddings, as it is defined. AdapterHub leaves it
+  // out in models with heads of the transformers library.
+  bool inverts_output = true;
   // Over which tokens gates are means, see gate_pooling.h. "all" without gates.
   std::string gate_pooling = "all";
 };

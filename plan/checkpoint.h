@@ -34,6 +34,7 @@ struct SavedModule {
 struct Checkpoint {
   std::vector<SavedModule> modules;
   std::map<std::string, SavedParameters> prefixes;  // the prefix pool, by the adapters library's location key
+  SavedParameters invertible;                       // by the adapters library's names: "F.0.weight"
   SavedParameters shared;                           // Compacter's and VeRA's, by the adapters library's names
 };
 

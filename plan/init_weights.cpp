@@ -1,5 +1,6 @@
 #include <torchgraft/plan/init_weights.h>
 
+#include <torchgraft/plan/invertible.h>
 #include <torchgraft/plan/lora_factors.h>
 #include <torchgraft/plan/phm.h>
 #include <torchgraft/plan/prefix_mlp.h>
@@ -100,6 +101,7 @@ ModuleWeights init(const PlannedLoRA& planned) {
   if (lora_form(config) == LoRAForm::kScale) {
     weights.erase("lora_a");
   } else if (lora_form(config) == LoRAForm::kDora) {
+    linear_weight(planned.out_features, 1);                // the library draws a magnitude, and writes over it
     weights["fixed"] = at::zeros({planned.out_features});  // the magnitude is the base's: patch/adapters/dora.cpp
   }
   // The gate replaces alpha / r.
@@ -242,6 +244,14 @@ ModuleWeights init_bottleneck(const PlannedModule& module, SharedFactors& shared
   return weights;
 }
 
+ModuleWeights init_invertible(const PlannedInvertible& planned) {
+  ModuleWeights weights;
+  for (const auto& [name, shape] : invertible_shapes(planned)) {
+    weights[name] = name.ends_with("_bias") ? at::zeros(shape) : normal(shape, kBertStd);
+  }
+  return weights;
+}
+
 // The prefixes of all layers of a group, [P, L 2 h d]; `mlp` gets the weights that they are computed from, unless they
 // are flat.
 at::Tensor init_group(const PlannedPrefix& planned, ModuleWeights& mlp) {
@@ -294,6 +304,8 @@ AdapterWeights init_weights(const Plan& plan, const at::TensorOptions& options, 
       }
     } else if (std::holds_alternative<PlannedBottleneck>(module.method)) {
       weights = init_bottleneck(module, shared, sources);
+    } else if (const auto* invertible = std::get_if<PlannedInvertible>(&module.method)) {
+      weights = init_invertible(*invertible);
     } else {
       const auto& prefix = std::get<PlannedPrefix>(module.method);
       if (prefix.group_index == 0) {

@@ -2,6 +2,7 @@
 
 #include <torchgraft/plan/checkpoint.h>
 #include <torchgraft/plan/checkpoint_part.h>
+#include <torchgraft/plan/invertible.h>
 #include <torchgraft/plan/lora_factors.h>
 #include <torchgraft/plan/match_modules.h>
 #include <torchgraft/plan/phm.h>
@@ -240,6 +241,10 @@ ModuleWeights WeightReader::read(const PlannedModule& module, const SavedParamet
     weights = read_lora(module, saved, place);
   } else if (std::holds_alternative<PlannedBottleneck>(module.method)) {
     weights = read_bottleneck(module, saved, place);
+  } else if (const auto* invertible = std::get_if<PlannedInvertible>(&module.method)) {
+    for (const auto& [name, shape] : invertible_shapes(*invertible)) {
+      weights[name] = take(checkpoint_.invertible, invertible_names().at(name), shape, place);
+    }
   } else {
     const auto& prefix = std::get<PlannedPrefix>(module.method);
     std::tie(weights["prefix_key"], weights["prefix_value"]) =
@@ -267,6 +272,7 @@ void WeightReader::check_nothing_is_left() const {
   for (const auto& [location, parameters] : checkpoint_.prefixes) {
     check(parameters);
   }
+  check(checkpoint_.invertible);
   check(checkpoint_.shared);
 }
 
@@ -307,6 +313,9 @@ std::vector<WeightMatch> adapter_hub_matches(const Plan& plan, const Structure& 
     for (const auto& [name, saved] : parameters) {
       result.push_back({saved.key, c10::str("the prefixes of ", location, ": ", name)});
     }
+  }
+  for (const auto& [name, saved] : checkpoint.invertible) {
+    result.push_back({saved.key, "the embeddings, inv_adapter: " + name});
   }
   for (const auto& [name, saved] : checkpoint.shared) {
     result.push_back({saved.key, c10::str("all modules: ", name)});

@@ -1,6 +1,7 @@
 #include <torchgraft/plan/save_adapter_hub.h>
 
 #include <torchgraft/plan/checkpoint.h>
+#include <torchgraft/plan/invertible.h>
 #include <torchgraft/plan/locations.h>
 #include <torchgraft/plan/lora_factors.h>
 #include <torchgraft/plan/phm.h>
@@ -167,6 +168,8 @@ class Writer {
         write_lora(plan_[i], layer, weights_[i]);
       } else if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&plan_[i].method)) {
         write_bottleneck(plan_[i], *bottleneck, layer, weights_[i]);
+      } else if (std::holds_alternative<PlannedInvertible>(plan_[i].method)) {
+        write_invertible(layer, weights_[i]);
       } else {
         write_prefix(plan_[i], std::get<PlannedPrefix>(plan_[i].method), layer, weights_[i]);
       }
@@ -296,6 +299,19 @@ class Writer {
     }
   }
 
+  // In an encoder that is a part of a model the block is the encoder's.
+  void write_invertible(const Layer& layer, const ModuleWeights& weights) {
+    const Path query = query_path(layer);
+    const auto has = [&](const char* part) { return std::find(query.begin(), query.end(), part) != query.end(); };
+    const bool is_part = layer.kind == AttentionKind::kEncoder ||
+                         (has("encoder") && !has("text_model") && (has("self_attn") || has("SelfAttention")));
+    const std::string root = is_part ? "encoder." : has("text_model") ? "text_model." : "";
+    for (const auto& [name, weight] : weights) {
+      state_[root + "invertible_adapters." + name_ + "." + invertible_names().at(name)] =
+          weight.detach().cpu().contiguous();
+    }
+  }
+
   void write_mlp(const std::string& path, const ModuleWeights& mlp) {
     put(path + ".wte.weight", mlp.at("embeddings"));
     for (const std::string which : {"weight", "bias"}) {
@@ -334,22 +350,6 @@ class Writer {
   std::map<std::string, PrefixGroup> groups_;  // by location
 };
 
-// `config` with the form that prefixes and bottlenecks have with these sources.
-AdapterConfig with_sources(AdapterConfig config, const Reparametrisation& sources) {
-  const auto is_kept = [&](const char* ending) {
-    return std::any_of(sources.begin(), sources.end(),
-                       [&](const auto& entry) { return entry.first.ends_with(ending); });
-  };
-  for (MethodConfig& method : config.methods) {
-    if (auto* prefix = std::get_if<PrefixTuningConfig>(&method)) {
-      prefix->flat = prefix->flat || !is_kept("_prefix");
-    } else if (auto* bottleneck = std::get_if<BnConfig>(&method)) {
-      bottleneck->phm_layer = bottleneck->phm_layer && (is_kept("_adapter") || is_kept(kSharedPhm));
-    }
-  }
-  return config;
-}
-
 }  // namespace
 
 StateDict adapter_hub_state(const Plan& plan, const Structure& structure, const AdapterWeights& weights,
@@ -358,23 +358,6 @@ StateDict adapter_hub_state(const Plan& plan, const Structure& structure, const 
   at::NoGradGuard no_grad;
   const bool is_beit = attention_class.find(".beit.") != std::string::npos;
   return Writer(plan, structure, weights, sources, name, is_beit).write();
-}
-
-AdapterConfig ejected_config(const AdapterConfig& config) { return with_sources(config, {}); }
-
-AdapterConfig saved_config(AdapterConfig config, const Reparametrisation& sources) {
-  const bool has_factors = std::any_of(sources.begin(), sources.end(), [](const auto& entry) {
-    return entry.second.count("vera_d") || entry.second.count("task_b");
-  });
-  config = with_sources(std::move(config), sources);
-  for (MethodConfig& method : config.methods) {
-    if (auto* lora = std::get_if<LoRAConfig>(&method); lora && !has_factors) {
-      lora->vera_d.reset();
-      lora->vera_b.reset();
-      lora->mtl_lora = false;
-    }
-  }
-  return config;
 }
 
 }  // namespace torchgraft

@@ -29,6 +29,9 @@ std::string slot_name(const PlannedModule& module) {
   std::string result = module.site;
   if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method)) {
     result.append("_").append(to_string(bottleneck_form(*bottleneck)));
+  } else if (const auto* invertible = std::get_if<PlannedInvertible>(&module.method)) {
+    result.append("_nice_").append(invertible->config.non_linearity);
+    result.append(invertible->inverts_output ? "" : "_forward");
   } else if (const auto* lora = std::get_if<PlannedLoRA>(&module.method)) {
     if (lora_factors(lora->config) == LoRAFactors::kVera) {
       result.append("_vera");  // whose lora_a all layers share
@@ -51,7 +54,8 @@ bool broadcasts(const std::string& parameter, int64_t dim) {
 }
 
 double missing_value(const std::string& parameter) {
-  return parameter == "gate_bias" ? std::numeric_limits<double>::infinity() : 0.0;
+  // What is divided by it is not used, but a quotient of zeros would make NaN of gradients.
+  return parameter == "weight_norm" ? 1.0 : parameter == "gate_bias" ? std::numeric_limits<double>::infinity() : 0.0;
 }
 
 void write_parameter(at::Tensor row, const std::string& parameter, const at::Tensor& value) {
@@ -74,7 +78,8 @@ at::Tensor stack_rows(const std::string& parameter, const std::vector<std::pair<
     }
   }
   sizes.insert(sizes.begin(), static_cast<int64_t>(count));
-  at::Tensor bank = at::zeros(sizes, rows.back().second.options().requires_grad(false));
+  const double absent = parameter == "weight_norm" ? missing_value(parameter) : 0.0;
+  at::Tensor bank = at::full(sizes, absent, rows.back().second.options().requires_grad(false));
   for (const auto& [row, value] : rows) {
     write_parameter(bank[static_cast<int64_t>(row)], parameter, value);
   }
@@ -139,6 +144,9 @@ Slot stack_slot(const std::vector<Adapter>& adapters, const Members& members) {
     slot.form = bottleneck_form(*bottleneck);
   } else if (const auto* lora = std::get_if<PlannedLoRA>(&first.method)) {
     slot.lora = lora_form(lora->config);
+  } else if (const auto* invertible = std::get_if<PlannedInvertible>(&first.method)) {
+    slot.form.non_linearity = invertible->config.non_linearity;
+    slot.inverts_output = invertible->inverts_output;
   }
   slot.gates.assign(adapters.size(), 0);
   std::set<std::string> names;
@@ -154,7 +162,7 @@ Slot stack_slot(const std::vector<Adapter>& adapters, const Members& members) {
   for (const std::string& name : names) {
     slot.parameters[name] = stack_parameter(adapters, members, name);
   }
-  if (!slot.form.is_plain() || slot.lora != LoRAForm::kAdd) {
+  if (!slot.form.is_plain() || slot.lora != LoRAForm::kAdd || slot.site == "inv_adapter") {
     slot.parameters["present"] =
         present_in(members, static_cast<int64_t>(adapters.size())).to(slot.parameters.begin()->second.device());
   }
@@ -264,7 +272,8 @@ std::vector<SlotRun> slot_runs(const std::vector<Slot>& slots, const Structure& 
   for (size_t i = 0; i < structure.layers.size(); ++i) {
     const Layer& layer = structure.layers[i];
     for (size_t s = 0; s < slots.size(); ++s) {
-      const bool runs_again = layer.shares && !linear_map_position(slots[s].site);  // what is outside of it does not
+      const bool is_outside = linear_map_position(slots[s].site) || slots[s].site == "inv_adapter";
+      const bool runs_again = layer.shares && !is_outside;
       if (slots[s].layer == layer.index || (runs_again && slots[s].layer == *layer.shares)) {
         runs.push_back({s, i});
       }

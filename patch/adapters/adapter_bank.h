@@ -29,8 +29,9 @@ struct Slot {
   std::string location;      // "selfattn_lora"
   std::string site;          // "selfattn_lora_q"
   std::string name;          // also of the slot's submodule: "selfattn_lora_q", "output_adapter_seq_ln_relu"
-  BottleneckForm form = {};  // of bottlenecks
+  BottleneckForm form = {};  // of bottlenecks; an invertible adapter has its non_linearity here
   LoRAForm lora = LoRAForm::kAdd;
+  bool inverts_output = false;  // of an invertible adapter
   // Banks [N, ...] of the parameters in plan/adapter_weights.h; also prefix_length [N], and present, bool [N].
   std::map<std::string, at::Tensor> parameters = {};
   std::vector<int64_t> gates = {};  // by adapter: how many gates it has in this slot; 0 also when it is not in the slot
@@ -69,7 +70,7 @@ double missing_value(const std::string& parameter);
 void write_parameter(at::Tensor row, const std::string& parameter, const at::Tensor& value);
 
 // The bank [count, ...] of a parameter, of (row, value): every dimension is as large as the largest value's, zeros pad.
-// Rows without a value are zero.
+// Rows without a value are zero, those of DoRA's norms 1.
 at::Tensor stack_rows(const std::string& parameter, const std::vector<std::pair<size_t, at::Tensor>>& rows,
                       size_t count);
 

@@ -79,6 +79,7 @@ Adapter make_adapter(const AdapterSpec& spec, const Structure& structure, const 
   }
   if (!spec.weights) {
     adapter.config.wired_for.clear();  // a fresh adapter is as defined
+    adapter.config.inverts_output = true;
     check_leave_out(adapter.config, structure);
   }
   adapter.plan = make_plan(structure, adapter.config);

@@ -2,6 +2,7 @@
 
 #include <torchgraft/config/gate_pooling.h>
 #include <torchgraft/patch/adapters/adapters_module.h>
+#include <torchgraft/plan/invertible.h>
 #include <torchgraft/plan/lora_factors.h>
 #include <torchgraft/plan/phm.h>
 #include <torchgraft/plan/prefix_mlp.h>
@@ -52,6 +53,8 @@ std::map<std::string, std::vector<int64_t>> shapes_of(const PlannedModule& modul
     }
     gates = bottleneck->config.use_gating;
     gate_features = hidden;
+  } else if (const auto* invertible = std::get_if<PlannedInvertible>(&module.method)) {
+    return invertible_shapes(*invertible);
   } else {
     const auto& prefix = std::get<PlannedPrefix>(module.method);
     const std::vector<int64_t> shape = {prefix.num_kv_heads, prefix.config.prefix_length, prefix.head_dim};

@@ -1,6 +1,7 @@
 #include <torchgraft/patch/pool/row_size.h>
 
 #include <torchgraft/patch/adapters/adapter_bank.h>
+#include <torchgraft/plan/invertible.h>
 #include <torchgraft/plan/lora_factors.h>
 
 #include <ATen/core/Tensor.h>
@@ -26,6 +27,9 @@ double least_numbers(const PlannedModule& module) {
   }
   if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method)) {
     return product({2, bottleneck->hidden_size, bottleneck->bottleneck_size});
+  }
+  if (const auto* invertible = std::get_if<PlannedInvertible>(&module.method)) {
+    return product({invertible->embedding_size, invertible->f_size + invertible->g_size});
   }
   const auto& prefix = std::get<PlannedPrefix>(module.method);
   return product({2, prefix.num_kv_heads, prefix.head_dim, prefix.config.prefix_length});
@@ -68,7 +72,9 @@ void RowSize::add(const Adapter& adapter) {
     }
     const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method);
     const auto* lora = std::get_if<PlannedLoRA>(&module.method);
-    if (!bottleneck && !lora) {
+    if (std::holds_alternative<PlannedInvertible>(module.method)) {
+      grow(slot, "present", {}, sizeof(bool));
+    } else if (!bottleneck && !lora) {
       grow(slot, "prefix_length", {}, sizeof(int64_t));
     } else if (bottleneck ? !bottleneck_form(*bottleneck).is_plain() : lora_form(lora->config) != LoRAForm::kAdd) {
       grow(slot, "present", {}, sizeof(bool));

@@ -23,12 +23,7 @@ REQUIRED = dict(mh_adapter=True, output_adapter=False, reduction_factor=4, non_l
 # Names of the library whose methods this version does not even parse.
 OTHER_METHODS = {"prompt_tuning", "loreft", "noreft", "direft"}
 # Parsed, and refused by the field that they rest on.
-REFUSED = {
-    "pfeiffer+inv": "BnConfig.inv_adapter=nice",
-    "houlsby+inv": "BnConfig.inv_adapter=nice",
-    "seq_bn_inv": "BnConfig.inv_adapter=nice",
-    "double_seq_bn_inv": "BnConfig.inv_adapter=nice",
-}
+REFUSED: dict[str, str] = {}
 NAMES = sorted(set(ADAPTER_CONFIG_MAP) - OTHER_METHODS)
 
 # Values other than the defaults, one field of each type at least.

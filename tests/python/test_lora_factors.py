@@ -292,7 +292,8 @@ def test_averages_are_the_librarys(pair: tuple[str, str]) -> None:
     average.activate("mean")
     batch = make_batch([9, 6], 9, DOUBLE)
     with torch.no_grad():
-        assert difference(_hidden(average, batch), model.bert(batch.ids, batch.mask)[0]) <= TOLERANCE[DOUBLE]
+        found = difference(_hidden(average, batch), model.bert(batch.ids, batch.mask)[0])
+    assert found <= 1e-6  # the library averages into float32
     frozen = torchgraft.freeze_adapter(module, "y")
     with pytest.raises(torchgraft.GraftError, match="'y' is VeRA or MTL-LoRA, whose average is that of its factors"):
         torchgraft.average_adapter(frozen, "mean", ["x", "y"])
