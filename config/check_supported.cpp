@@ -98,7 +98,8 @@ void check_invertible(const BnConfig& config) {
     return;
   }
   require_one_of("BnConfig.inv_adapter", *config.inv_adapter, {"nice"});
-  TORCH_CHECK(config.inv_adapter_reduction_factor, "config: BnConfig.inv_adapter=\"nice\" needs "
+  TORCH_CHECK(config.inv_adapter_reduction_factor,
+              "config: BnConfig.inv_adapter=\"nice\" needs "
               "BnConfig.inv_adapter_reduction_factor, got None");
   require_positive("BnConfig.inv_adapter_reduction_factor", *config.inv_adapter_reduction_factor);
 }
@@ -134,7 +135,8 @@ void check_vera(const LoRAConfig& config) {
   if (!config.vera_d && !config.vera_b) {
     return;
   }
-  TORCH_CHECK(config.vera_d && config.vera_b, "config: VeRA needs both LoRAConfig.vera_d and LoRAConfig.vera_b, got no ",
+  TORCH_CHECK(config.vera_d && config.vera_b,
+              "config: VeRA needs both LoRAConfig.vera_d and LoRAConfig.vera_b, got no ",
               config.vera_d ? "vera_b" : "vera_d");
   TORCH_CHECK(config.composition_mode == "add", "config: VeRA needs LoRAConfig.composition_mode=\"add\", got \"",
               config.composition_mode, "\"");

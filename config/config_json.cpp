@@ -23,10 +23,10 @@ void check_vera_numbers(const Json& json) {
   const auto is = [&](const char* field, auto has_type) { return json.contains(field) && has_type(json.at(field)); };
   const auto is_float = [](const Json& value) { return value.is_number_float(); };
   const auto is_integer = [](const Json& value) { return value.is_number_integer(); };
-  TORCH_CHECK(is("vera_d", is_float) || is("vera_b", is_float) ||
-                  !(is("vera_d", is_integer) || is("vera_b", is_integer)),
-              "config: AdapterHub takes LoRAConfig.vera_d and LoRAConfig.vera_b for VeRA only where one of them is a "
-              "float; write 1.0 for 1");
+  TORCH_CHECK(
+      is("vera_d", is_float) || is("vera_b", is_float) || !(is("vera_d", is_integer) || is("vera_b", is_integer)),
+      "config: AdapterHub takes LoRAConfig.vera_d and LoRAConfig.vera_b for VeRA only where one of them is a "
+      "float; write 1.0 for 1");
 }
 
 MethodConfig read_method(const Json& json) {

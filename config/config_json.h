@@ -12,8 +12,9 @@ namespace torchgraft {
 
 // The text of an AdapterHub adapter_config.json (with its outer {"config": ...}) or of the inner config alone. An
 // unknown field, a wrong type or malformed JSON throws c10::Error that names it. The outer "model_type" becomes
-// AdapterConfig::wired_for, where it matters, with "model_class" its inverts_output, and the outer "gate_pooling" its gate_pooling. The library's names for
-// the two ends of LLaMA's and Mistral's feed-forward block, which it has exchanged, become those of all other models.
+// AdapterConfig::wired_for, where it matters, with "model_class" its inverts_output, and the outer "gate_pooling" its
+// gate_pooling. The library's names for the two ends of LLaMA's and Mistral's feed-forward block, which it has
+// exchanged, become those of all other models.
 TORCHGRAFT_PATCH_API AdapterConfig config_from_json(std::string_view json);
 
 // What torchgraft writes beside the inner config of an adapter with prefixes, and the adapters library reads over:

@@ -50,10 +50,10 @@ std::string effect_of_sdpa(const std::string& model, const nlohmann::json& adapt
 // The models in which the library's invertible adapter changes what enters the first layer's residual stream. Not so in
 // Whisper (behind the encoder), Gemma (before the embeddings are scaled) and models of two models.
 bool changes_first_input(const std::string& model) {
-  return is_one_of(model, {"bert",    "roberta", "xlm-roberta", "electra", "distilbert",      "albert",     "deberta",
-                           "deberta-v2", "vit",  "beit",        "gpt2",    "gptj",            "llama",      "mistral",
-                           "t5",      "mt5",     "bart",        "mbart",   "plbart",          "clip_text_model",
-                           "qwen2",   "qwen3",   "modernbert",  "phi"});
+  return is_one_of(model, {"bert",    "roberta",         "xlm-roberta", "electra", "distilbert", "albert",
+                           "deberta", "deberta-v2",      "vit",         "beit",    "gpt2",       "gptj",
+                           "llama",   "mistral",         "t5",          "mt5",     "bart",       "mbart",
+                           "plbart",  "clip_text_model", "qwen2",       "qwen3",   "modernbert", "phi"});
 }
 
 }  // namespace

@@ -13,7 +13,7 @@ std::map<std::string, std::vector<int64_t>> invertible_shapes(const PlannedInver
 
 const std::map<std::string, std::string>& invertible_names() {
   static const std::map<std::string, std::string> kNames = {
-      {"f_down_weight", "F.0.weight"}, {"f_down_bias", "F.0.bias"}, {"f_up_weight", "F.2.weight"},
+      {"f_down_weight", "F.0.weight"}, {"f_down_bias", "F.0.bias"},     {"f_up_weight", "F.2.weight"},
       {"f_up_bias", "F.2.bias"},       {"g_down_weight", "G.0.weight"}, {"g_down_bias", "G.0.bias"},
       {"g_up_weight", "G.2.weight"},   {"g_up_bias", "G.2.bias"}};
   return kNames;

@@ -91,8 +91,7 @@ void check_vera_shapes(const Plan& plan) {
       continue;
     }
     first = first ? first : &module;
-    const auto& [one, other] =
-        std::pair(std::get<PlannedLoRA>(first->method), std::get<PlannedLoRA>(module.method));
+    const auto& [one, other] = std::pair(std::get<PlannedLoRA>(first->method), std::get<PlannedLoRA>(module.method));
     TORCH_CHECK(one.in_features == other.in_features && one.out_features == other.out_features,
                 "plan: VeRA's random matrices are one pair for all projections, which must have one shape, but ",
                 described(*first), " and ", described(module),

@@ -25,6 +25,8 @@ double dropout_at(const Adapter& adapter, const PlannedModule& module) {
 
 }  // namespace
 
+bool shares_lora_a(const PlannedModule& module) { return lora_factors(module) == LoRAFactors::kVera; }
+
 std::string slot_name(const PlannedModule& module) {
   std::string result = module.site;
   if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method)) {
@@ -33,9 +35,7 @@ std::string slot_name(const PlannedModule& module) {
     result.append("_nice_").append(invertible->config.non_linearity);
     result.append(invertible->inverts_output ? "" : "_forward");
   } else if (const auto* lora = std::get_if<PlannedLoRA>(&module.method)) {
-    if (lora_factors(lora->config) == LoRAFactors::kVera) {
-      result.append("_vera");  // whose lora_a all layers share
-    }
+    result.append(shares_lora_a(module) ? "_vera" : "");
     const LoRAForm form = lora_form(lora->config);
     if (form != LoRAForm::kAdd) {
       result.append(form == LoRAForm::kScale ? "_scale" : "_dora");

@@ -53,6 +53,9 @@ bool is_trained(const std::string& parameter, const PlannedModule& module);
 // of DoRA, which follow from the LoRA and the base's weight.
 std::set<std::string> computed_weights(const Adapter& adapter, const PlannedModule& module);
 
+// Whether all modules of the adapter in slots of this kind have one lora_a: VeRA's. Their banks are one tensor.
+bool shares_lora_a(const PlannedModule& module);
+
 // The slot of a planned module: "selfattn_lora_q", "output_adapter_seq_ln_relu".
 std::string slot_name(const PlannedModule& module);
 

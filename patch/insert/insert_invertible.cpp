@@ -85,8 +85,7 @@ Value* insert_invertible(Inserter& inserter, const EmbeddingSite& site, const Sl
   if (slot.inverts_output) {
     WithInsertPoint guard(site.output);
     Value* x = linear_input(site.output);
-    Value* inverse =
-        changed(inserter, slot, inserter.swapped(x, site.output_is_sequence_first), "nice_inverse").first;
+    Value* inverse = changed(inserter, slot, inserter.swapped(x, site.output_is_sequence_first), "nice_inverse").first;
     site.output->replaceInputWith(x, inserter.swapped(inverse, site.output_is_sequence_first));
   }
   return gate;

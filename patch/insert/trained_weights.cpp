@@ -97,8 +97,7 @@ Value* TrainedWeights::factored(const OwnWeights& own, const std::string& name) 
     return source(own, kSharedVera, "lora_A");
   }
   if (lora_factors(own.module) == LoRAFactors::kVera) {
-    Value* right =
-        graph_.insert(c10::aten::matmul, {source(own, kSharedVera, "lora_B"), source(own, key, "vera_d")});
+    Value* right = graph_.insert(c10::aten::matmul, {source(own, kSharedVera, "lora_B"), source(own, key, "vera_d")});
     return graph_.insert(c10::aten::matmul, {source(own, key, "vera_b"), right});
   }
   static const auto body = compile_graph(R"python(

