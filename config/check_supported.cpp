@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cctype>
+#include <cmath>
 #include <sstream>
 
 namespace torchgraft {
@@ -29,12 +30,6 @@ void require_probability(const std::string& field, double value) {
 void require_zero(const std::string& field, double value) {
   if (value != 0.0) {
     refuse(field, printed(value), "0.0");
-  }
-}
-
-void require_none(const std::string& field, const std::optional<std::string>& value) {
-  if (value) {
-    refuse(field, *value, "None");
   }
 }
 
@@ -97,8 +92,20 @@ void check_phm(const BnConfig& config) {
               "config: phm_layer (Compacter) needs BnConfig.init_weights=\"bert\", got \"", config.init_weights, "\"");
 }
 
+// The library's GLOW block splits and joins along the wrong dimension and gives a list: no model runs with it.
+void check_invertible(const BnConfig& config) {
+  if (!config.inv_adapter) {
+    return;
+  }
+  require_one_of("BnConfig.inv_adapter", *config.inv_adapter, {"nice"});
+  TORCH_CHECK(config.inv_adapter_reduction_factor,
+              "config: BnConfig.inv_adapter=\"nice\" needs "
+              "BnConfig.inv_adapter_reduction_factor, got None");
+  require_positive("BnConfig.inv_adapter_reduction_factor", *config.inv_adapter_reduction_factor);
+}
+
 void check(const BnConfig& config) {
-  TORCH_CHECK(config.mh_adapter || config.output_adapter || config.cross_adapter,
+  TORCH_CHECK(config.mh_adapter || config.output_adapter || config.cross_adapter || config.inv_adapter,
               "config: BnConfig has none of mh_adapter, output_adapter and cross_adapter: such an adapter would change "
               "nothing");
   check_reduction_factor(config);
@@ -111,7 +118,7 @@ void check(const BnConfig& config) {
   if (config.phm_layer) {
     check_phm(config);
   }
-  require_none("BnConfig.inv_adapter", config.inv_adapter);
+  check_invertible(config);
   require_probability("BnConfig.dropout", config.dropout);
   require_zero("BnConfig.stochastic_depth", config.stochastic_depth);
 }
@@ -123,8 +130,40 @@ void check(const PrefixTuningConfig& config) {
   require_probability("PrefixTuningConfig.dropout", config.dropout);
 }
 
+// The library then makes neither VeRA nor an error that says why, or fails on the first forward pass.
+void check_vera(const LoRAConfig& config) {
+  if (!config.vera_d && !config.vera_b) {
+    return;
+  }
+  TORCH_CHECK(config.vera_d && config.vera_b,
+              "config: VeRA needs both LoRAConfig.vera_d and LoRAConfig.vera_b, got no ",
+              config.vera_d ? "vera_b" : "vera_d");
+  TORCH_CHECK(config.composition_mode == "add", "config: VeRA needs LoRAConfig.composition_mode=\"add\", got \"",
+              config.composition_mode, "\"");
+  TORCH_CHECK(!config.lora_bias, "config: VeRA has no LoRAConfig.lora_bias");
+}
+
+void check_mtl_lora(const LoRAConfig& config) {
+  if (!config.mtl_lora) {
+    return;
+  }
+  require_positive("MTLLoRAConfig.n_up_projection", static_cast<double>(config.n_up_projection));
+  TORCH_CHECK(config.weights_sharpness != 0.0 && std::isfinite(config.weights_sharpness),
+              "config: expected MTLLoRAConfig.weights_sharpness to be finite and not 0, got ",
+              config.weights_sharpness);
+  // The library's class for "linear" sets a parameter before it is a module, and so cannot be made.
+  require_one_of("MTLLoRAConfig.task_specific_matrix_type", config.task_specific_matrix_type, {"singular_values"});
+  TORCH_CHECK(config.composition_mode == "add", "config: MTL-LoRA needs composition_mode=\"add\", got \"",
+              config.composition_mode, "\"");
+  TORCH_CHECK(!config.use_dora && !config.vera_d && !config.vera_b && !config.lora_bias,
+              "config: MTL-LoRA cannot be joined with use_dora, vera_d, vera_b or lora_bias: the library has no such "
+              "method");
+}
+
 void check(const LoRAConfig& config) {
   require_positive("LoRAConfig.r", static_cast<double>(config.r));
+  check_vera(config);
+  check_mtl_lora(config);
   TORCH_CHECK(!config.lora_bias || (config.composition_mode == "add" && !config.use_dora),
               "config: LoRAConfig.lora_bias=True is not supported with composition_mode=\"scale\" or use_dora");
   for (const std::string& matrix : config.attn_matrices) {
@@ -132,10 +171,6 @@ void check(const LoRAConfig& config) {
   }
   require_one_of("LoRAConfig.composition_mode", config.composition_mode, {"add", "scale"});
   require_one_of("LoRAConfig.init_weights", config.init_weights, {"lora", "bert", "ia3", "vera"});
-  if (config.vera_d || config.vera_b) {
-    const bool is_d = config.vera_d.has_value();
-    refuse(is_d ? "LoRAConfig.vera_d" : "LoRAConfig.vera_b", printed(is_d ? *config.vera_d : *config.vera_b), "None");
-  }
   if (config.dtype) {  // weights get the model's dtype: the library's forward pass fails when the two differ
     require_one_of("LoRAConfig.dtype", *config.dtype,
                    {"float32", "float", "float64", "double", "float16", "half", "bfloat16"});

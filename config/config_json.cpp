@@ -7,6 +7,7 @@
 #include <torchgraft/config/named_configs.h>
 #include <torchgraft/registration/parse_json.h>
 
+#include <algorithm>
 #include <utility>
 
 namespace torchgraft {
@@ -16,6 +17,17 @@ using json::Json;
 using json::OrderedJson;
 using json::read_config;
 using json::written;
+
+// The library knows VeRA by a float: LoRAConfig(vera_d=1, vera_b=0) is a plain LoRA there.
+void check_vera_numbers(const Json& json) {
+  const auto is = [&](const char* field, auto has_type) { return json.contains(field) && has_type(json.at(field)); };
+  const auto is_float = [](const Json& value) { return value.is_number_float(); };
+  const auto is_integer = [](const Json& value) { return value.is_number_integer(); };
+  TORCH_CHECK(
+      is("vera_d", is_float) || is("vera_b", is_float) || !(is("vera_d", is_integer) || is("vera_b", is_integer)),
+      "config: AdapterHub takes LoRAConfig.vera_d and LoRAConfig.vera_b for VeRA only where one of them is a "
+      "float; write 1.0 for 1");
+}
 
 MethodConfig read_method(const Json& json) {
   TORCH_CHECK(json.is_object(), "config: expected an object, got ", shown_json(json));
@@ -29,8 +41,15 @@ MethodConfig read_method(const Json& json) {
                        [](auto& config, auto visit) { visit_prefix_fields(config, visit); });
   }
   if (architecture == "lora") {
+    check_vera_numbers(json);
     return read_config(json, "LoRAConfig", LoRAConfig{},
                        [](auto& config, auto visit) { visit_lora_fields(config, visit); });
+  }
+  if (architecture == "mtl_lora") {
+    LoRAConfig config;
+    config.mtl_lora = true;
+    return read_config(json, "MTLLoRAConfig", config,
+                       [](auto& config, auto visit) { visit_mtl_lora_fields(config, visit); });
   }
   TORCH_CHECK(architecture != "union", "config: a union inside a union is not possible");
   TORCH_CHECK(false, "config: the architecture ", shown_json(architecture),
@@ -63,8 +82,14 @@ OrderedJson write_method(const MethodConfig& method) {
     result["architecture"] = "prefix_tuning";
     visit_prefix_fields(*prefix, visitor);
   } else {
-    result["architecture"] = "lora";
-    visit_lora_fields(std::get<LoRAConfig>(method), visitor);
+    const auto& lora = std::get<LoRAConfig>(method);
+    result["architecture"] = lora.mtl_lora ? "mtl_lora" : "lora";
+    lora.mtl_lora ? visit_mtl_lora_fields(lora, visitor) : visit_lora_fields(lora, visitor);
+    for (const auto& [field, value] : {std::pair("vera_d", &lora.vera_d), std::pair("vera_b", &lora.vera_b)}) {
+      if (*value) {
+        result[field] = **value;  // a float, as the library tells VeRA
+      }
+    }
     for (const char* own : {"attn_output_lora", "gate_lora", "linear_maps", "lora_bias"}) {
       if (result.at(own) == false || result.at(own).empty()) {
         result.erase(own);
@@ -85,6 +110,18 @@ OrderedJson write_methods(const std::vector<MethodConfig>& methods) {
     result["configs"].push_back(write_method(method));
   }
   return result;
+}
+
+bool has_invertible(const AdapterConfig& config) {
+  return std::any_of(config.methods.begin(), config.methods.end(), [](const MethodConfig& method) {
+    const auto* bottleneck = std::get_if<BnConfig>(&method);
+    return bottleneck && bottleneck->inv_adapter;
+  });
+}
+
+std::string model_class_in(const Json& json) {
+  const auto found = json.find("model_class");
+  return found != json.end() && found->is_string() ? found->get<std::string>() : "";
 }
 
 }  // namespace
@@ -115,9 +152,11 @@ AdapterConfig config_from_json(std::string_view text) {
     json::read("gate_pooling", json.at("gate_pooling"), config.gate_pooling);
     check_gate_pooling(config.gate_pooling, "config");
   }
+  const bool is_known = wrapped && json.contains(kInvertsOutput);
   if (wrapped && json.contains("model_type") && json.at("model_type").is_string()) {
     const auto model = json.at("model_type").get<std::string>();
     config.wired_for = library_wiring(model, config);
+    config.inverts_output = !has_invertible(config) || library_inverts_output(model, model_class_in(json));
     if (model == "llama" || model == "mistral") {  // the library calls down_proj the intermediate, up_proj the output
       for (MethodConfig& method : config.methods) {
         if (auto* lora = std::get_if<LoRAConfig>(&method)) {
@@ -125,6 +164,9 @@ AdapterConfig config_from_json(std::string_view text) {
         }
       }
     }
+  }
+  if (is_known) {
+    json::read(kInvertsOutput, json.at(kInvertsOutput), config.inverts_output);
   }
   return config;
 }
@@ -135,6 +177,9 @@ std::string config_to_json(const AdapterConfig& config) {
   outer["config"] = inner;
   if (!config.wired_for.empty()) {
     outer["model_type"] = config.wired_for;
+  }
+  if (!config.inverts_output) {
+    outer[kInvertsOutput] = false;
   }
   if (pools_unpadded(config)) {
     outer["gate_pooling"] = config.gate_pooling;

@@ -128,8 +128,9 @@ std::pair<const char*, std::vector<std::string>> described(const MethodConfig& m
     visit_prefix_fields(*prefix, add);
     return {"PrefixTuningConfig", fields};
   }
-  visit_lora_fields(std::get<LoRAConfig>(method), add);
-  return {"LoRAConfig", fields};
+  const auto& lora = std::get<LoRAConfig>(method);
+  lora.mtl_lora ? visit_mtl_lora_fields(lora, add) : visit_lora_fields(lora, add);
+  return {lora.mtl_lora ? "MTLLoRAConfig" : "LoRAConfig", fields};
 }
 
 // Gives each field of `changes` to those methods of a union that have it.

@@ -11,6 +11,11 @@ const char* method_name(const MethodConfig& method) {
                                                               : "LoRA";
 }
 
+bool is_vera_or_mtl_lora(const MethodConfig& method) {
+  const auto* lora = std::get_if<LoRAConfig>(&method);
+  return lora && (lora->vera_d || lora->vera_b || lora->mtl_lora);
+}
+
 bool leaves_layers_out(const MethodConfig& method) {
   return std::visit([](const auto& config) { return !config.leave_out.empty(); }, method);
 }
@@ -22,6 +27,9 @@ AdapterConfig config_union(std::vector<MethodConfig> methods) {
     for (size_t j = 0; j < i; ++j) {
       const MethodConfig& a = methods[j];
       const MethodConfig& b = methods[i];
+      TORCH_CHECK(a.index() != b.index() || !(is_vera_or_mtl_lora(a) || is_vera_or_mtl_lora(b)),
+                  "config: a union has two LoRA configs (", j, " and ", i,
+                  "), one of them VeRA or MTL-LoRA; the library takes at most one LoRA config in such a union");
       if (a.index() != b.index() || leaves_layers_out(a) || leaves_layers_out(b)) {
         continue;
       }

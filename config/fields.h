@@ -84,6 +84,15 @@ void visit_lora_fields(Config& c, Visitor&& visit) {
   visit("lora_bias", c.lora_bias);
 }
 
+// MTLLoRAConfig's: those of LoRAConfig, and its own.
+template <typename Config, typename Visitor>
+void visit_mtl_lora_fields(Config& c, Visitor&& visit) {
+  visit_lora_fields(c, visit);
+  visit("n_up_projection", c.n_up_projection);
+  visit("task_specific_matrix_type", c.task_specific_matrix_type);
+  visit("weights_sharpness", c.weights_sharpness);
+}
+
 template <typename Config, typename Visitor>
 void visit_head_fields(Config& c, Visitor&& visit) {
   visit("head_type", c.head_type);

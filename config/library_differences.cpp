@@ -47,6 +47,15 @@ std::string effect_of_sdpa(const std::string& model, const nlohmann::json& adapt
   return "";
 }
 
+// The models in which the library's invertible adapter changes what enters the first layer's residual stream. Not so in
+// Whisper (behind the encoder), Gemma (before the embeddings are scaled) and models of two models.
+bool changes_first_input(const std::string& model) {
+  return is_one_of(model, {"bert",    "roberta",         "xlm-roberta", "electra", "distilbert", "albert",
+                           "deberta", "deberta-v2",      "vit",         "beit",    "gpt2",       "gptj",
+                           "llama",   "mistral",         "t5",          "mt5",     "bart",       "mbart",
+                           "plbart",  "clip_text_model", "qwen2",       "qwen3",   "modernbert", "phi"});
+}
+
 }  // namespace
 
 std::string library_wiring(const std::string& model_type, const AdapterConfig& config) {
@@ -55,6 +64,10 @@ std::string library_wiring(const std::string& model_type, const AdapterConfig& c
       (model_type == "gptj" && any_method<BnConfig>(config, [](const BnConfig& bn) { return bn.output_adapter; })) ||
       model_type == "encoder-decoder";
   return differs ? model_type : "";
+}
+
+bool library_inverts_output(const std::string& model_type, const std::string& model_class) {
+  return model_class.ends_with("AdapterModel") || is_one_of(model_type, {"modernbert", "qwen2", "qwen3", "phi"});
 }
 
 LibraryDifference library_difference(std::string_view adapter_config) {
@@ -70,6 +83,13 @@ LibraryDifference library_difference(std::string_view adapter_config) {
     result.refused =
         "on T5 the adapters library moves the relative positions of all tokens by the length of the prefix, which "
         "torchgraft does not, so that the trained adapter would give other results" +
+        std::string(kAccept);
+  }
+  const bool has_inverse = any_method<BnConfig>(config, [](const BnConfig& bn) { return bn.inv_adapter.has_value(); });
+  if (has_inverse && !changes_first_input(model)) {
+    result.refused =
+        "it is not known that the adapters library puts invertible adapters of this model between the embeddings and "
+        "the first layer, as torchgraft does" +
         std::string(kAccept);
   }
   const std::string effect = has_prefix ? effect_of_sdpa(model, json) : "";

@@ -24,4 +24,8 @@ TORCHGRAFT_PATCH_API LibraryDifference library_difference(std::string_view adapt
 // too, or counts layers in its own way; else empty.
 std::string library_wiring(const std::string& model_type, const AdapterConfig& config);
 
+// Whether the library puts the inverse of an invertible adapter before the output embeddings of this model, as it does
+// in its own heads and in models that it knows by an interface, but not in models with heads of `transformers`.
+bool library_inverts_output(const std::string& model_type, const std::string& model_class);
+
 }  // namespace torchgraft

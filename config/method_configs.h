@@ -86,6 +86,11 @@ struct LoRAConfig {
   bool gate_lora = false;
   std::vector<std::string> linear_maps = {};
   bool lora_bias = false;
+  // MTLLoRAConfig, a LoRAConfig whose update sums several up-projections (Yang et al. 2024), and its own fields.
+  bool mtl_lora = false;
+  int64_t n_up_projection = 1;
+  std::string task_specific_matrix_type = "singular_values";
+  double weights_sharpness = 0.05;
 };
 
 using MethodConfig = std::variant<BnConfig, PrefixTuningConfig, LoRAConfig>;
@@ -96,6 +101,9 @@ struct AdapterConfig {
   // The model_type ("albert", "gptj", "encoder-decoder") of an adapter that the library has trained, where the library
   // wires bottlenecks of that model in its own way: see BottleneckWiring in plan/plan.h. Empty: as defined.
   std::string wired_for = {};
+  // Whether an invertible adapter's inverse stands before the output embeddings, as it is defined. AdapterHub leaves it
+  // out in models with heads of the transformers library.
+  bool inverts_output = true;
   // Over which tokens gates are means, see gate_pooling.h. "all" without gates.
   std::string gate_pooling = "all";
 };

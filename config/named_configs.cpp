@@ -97,6 +97,12 @@ LoRAConfig vera() {
   return config;
 }
 
+LoRAConfig mtl_lora() {
+  LoRAConfig config;
+  config.mtl_lora = true;
+  return config;
+}
+
 LoRAConfig with_dora(LoRAConfig config) {
   config.use_dora = true;
   return config;
@@ -138,6 +144,7 @@ const std::map<std::string, std::function<AdapterConfig()>, std::less<>>& regist
       {"vera", [] { return single(vera()); }},
       {"dora", [] { return single(with_dora(LoRAConfig{})); }},
       {"dvora", [] { return single(with_dora(vera())); }},
+      {"mtl_lora", [] { return single(mtl_lora()); }},
       {"mam", [] { return mam_config(); }},
       {"unipelt", [] { return unipelt_config(); }},
   };
@@ -180,8 +187,7 @@ AdapterConfig config_from_name(std::string_view name) {
       names.push_back(known);
     }
   }
-  static const std::set<std::string, std::less<>> kUnsupported = {"prompttuning", "mtllora", "loreft", "noreft",
-                                                                  "direft"};
+  static const std::set<std::string, std::less<>> kUnsupported = {"prompttuning", "loreft", "noreft", "direft"};
   const std::string all = c10::Join(", ", names);
   TORCH_CHECK(!kUnsupported.contains(plain), "config: the method of '", name, "' is not supported; there are: ", all);
   TORCH_CHECK(false, "config: no configuration is called '", name, "'; there are: ", all, did_you_mean(name, names));

@@ -47,6 +47,10 @@ std::string without_init(const AdapterConfig& config) {
           if constexpr (requires { held.init_weights; }) {
             held.init_weights.clear();
           }
+          if constexpr (requires { held.vera_d; }) {  // what they start from
+            held.vera_d = held.vera_d ? std::optional(0.0) : std::nullopt;
+            held.vera_b = held.vera_b ? std::optional(0.0) : std::nullopt;
+          }
         },
         method);
   }
@@ -62,7 +66,7 @@ void add_size(const at::Tensor& tensor, const std::string& location, AdapterInfo
 // The location of a source of weights (a key of a Reparametrisation): "output_adapter" for "layer_0_output_adapter".
 std::string location_of(const std::string& source, const Plan& plan) {
   const auto module = std::find_if(plan.begin(), plan.end(), [&](const PlannedModule& planned) {
-    return phm_place(planned, "", "", /*shared=*/false).source == source;
+    return phm_place(planned, "", "", /*shared=*/false).source == source;  // that of a LoRA's factors, too
   });
   return module == plan.end() ? source : module->location;
 }

@@ -86,12 +86,16 @@ AdapterFiles adapter_files(const Module& module, const std::string& name, const 
   const Adapter& adapter = adapters[find_adapter(adapters, name, "save_adapter")];
   AdapterConfig saved = saved_config(adapter.config, adapter.sources);
   const std::string model_type = std::exchange(saved.wired_for, "");
+  const bool inverts_output = std::exchange(saved.inverts_output, true);
   const std::string pooling = std::exchange(saved.gate_pooling, kAllTokens);
   const auto config = parse_json<Json>(config_to_json(saved), "config");
   AdapterFiles files;
   Json file = config_file(config, structure, name, model_class, model_type);
   if (pooling != kAllTokens) {
     file["gate_pooling"] = pooling;  // the library reads over it
+  }
+  if (!inverts_output) {
+    file[kInvertsOutput] = false;
   }
   if (const auto heads = prefix_heads(adapter.plan)) {
     file[kPrefixHeads] = *heads;

@@ -23,6 +23,7 @@ std::string join(Path::const_iterator first, Path::const_iterator last) {
 }
 
 const std::string kShared = "shared_parameters";
+const std::string kInvertible = "invertible_adapters";
 const std::string kBehindNorm = "down_behind_norm_";
 
 bool is_phm_factor(const std::string& name) {
@@ -38,6 +39,10 @@ std::string parameter_name(const std::string& saved) {
       {"lora_B", "lora_b"},
       {"lora_bias", "bias"},  // PEFT's, which peft.py passes in this name
       {"m.weight", "magnitude"},
+      {"vera_D", "vera_d"},
+      {"vera_B", "vera_b"},
+      {"task_specific.values", "task_values"},
+      {"weights", "task_weights"},
       {"fixed", "fixed"},  // only in PEFT's DoRA, which peft.py passes in these names
       {"adapter_down.0.weight", "down_weight"},
       {"adapter_down.0.bias", "down_bias"},
@@ -83,8 +88,8 @@ std::optional<SavedKind> kind_of(const std::string& container) {
   return found == kKinds.end() ? std::nullopt : std::optional(found->second);
 }
 
-// A key "<path>.<container>.<name>.<parameter>". The container is one of loras, adapters, prefix_gates, prefix_tunings
-// or shared_parameters (without a path in a model that has no head).
+// A key "<path>.<container>.<name>.<parameter>". The container is one of loras, adapters, prefix_gates, prefix_tunings,
+// invertible_adapters or shared_parameters (both without a path in a model that has no head).
 struct ParsedKey {
   Path path;
   std::string container;
@@ -95,7 +100,7 @@ struct ParsedKey {
 std::optional<ParsedKey> parse(const std::string& key) {
   const Path parts = split_path(key);
   for (size_t i = 0; i + 2 < parts.size(); ++i) {
-    if (kind_of(parts[i]) || parts[i] == "prefix_tunings" || parts[i] == kShared) {
+    if (kind_of(parts[i]) || parts[i] == "prefix_tunings" || parts[i] == kShared || parts[i] == kInvertible) {
       return ParsedKey{Path(parts.begin(), parts.begin() + i), parts[i], parts[i + 1],
                        Path(parts.begin() + i + 2, parts.end())};
     }
@@ -192,6 +197,13 @@ Checkpoint sort_checkpoint(const StateDict& state, const std::string& name) {
     const auto parsed = parse(key);
     if (parsed && parsed->name == name && parsed->container == kShared) {
       checkpoint.shared[join(parsed->parameter.begin(), parsed->parameter.end())] = {key, tensor};
+      continue;
+    }
+    if (parsed && parsed->name == name && parsed->container == kInvertible) {
+      const auto [kept, is_new] = checkpoint.invertible.emplace(
+          join(parsed->parameter.begin(), parsed->parameter.end()), SavedTensor{key, tensor});
+      TORCH_CHECK(is_new || is_same(tensor, kept->second.tensor), "adapter weights: expected ", key, " and ",
+                  kept->second.key, " to be the same invertible adapter, but their values differ");
       continue;
     }
     const bool in_pool = parsed && parsed->container == "prefix_tunings";

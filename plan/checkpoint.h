@@ -34,7 +34,8 @@ struct SavedModule {
 struct Checkpoint {
   std::vector<SavedModule> modules;
   std::map<std::string, SavedParameters> prefixes;  // the prefix pool, by the adapters library's location key
-  SavedParameters shared;                           // Compacter's, by the adapters library's names
+  SavedParameters invertible;                       // by the adapters library's names: "F.0.weight"
+  SavedParameters shared;                           // Compacter's and VeRA's, by the adapters library's names
 };
 
 std::vector<std::string> split_path(const std::string& path);

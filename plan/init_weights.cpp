@@ -1,5 +1,7 @@
 #include <torchgraft/plan/init_weights.h>
 
+#include <torchgraft/plan/invertible.h>
+#include <torchgraft/plan/lora_factors.h>
 #include <torchgraft/plan/phm.h>
 #include <torchgraft/plan/prefix_mlp.h>
 #include <torchgraft/plan/reparametrisation.h>
@@ -68,7 +70,8 @@ void add_gate(ModuleWeights& weights, int64_t gates, int64_t features) {
   weights["gate_weight"] = normal({gates, features}, kBertStd);
 }
 
-ModuleWeights init(const PlannedLoRA& planned) {
+// lora_a and lora_b.
+ModuleWeights draw_matrices(const PlannedLoRA& planned) {
   const LoRAConfig& config = planned.config;
   const std::vector<int64_t> shape_a = {config.r, planned.in_features};
   const std::vector<int64_t> shape_b = {planned.out_features, config.r};
@@ -84,9 +87,21 @@ ModuleWeights init(const PlannedLoRA& planned) {
     TORCH_INTERNAL_ASSERT(config.init_weights == "vera", "unchecked init_weights ", config.init_weights);
     weights = {{"lora_a", kaiming_uniform(shape_a, 0.0)}, {"lora_b", kaiming_uniform(shape_b, 0.0)}};
   }
+  return weights;
+}
+
+ModuleWeights init(const PlannedLoRA& planned) {
+  const LoRAConfig& config = planned.config;
+  ModuleWeights weights;
+  if (lora_factors(config) == LoRAFactors::kVera) {
+    fix_seed(config.init_weights_seed);  // the matrices come behind those of all modules: init_lora_factors
+  } else {
+    weights = draw_matrices(planned);
+  }
   if (lora_form(config) == LoRAForm::kScale) {
     weights.erase("lora_a");
   } else if (lora_form(config) == LoRAForm::kDora) {
+    linear_weight(planned.out_features, 1);                // the library draws a magnitude, and writes over it
     weights["fixed"] = at::zeros({planned.out_features});  // the magnitude is the base's: patch/adapters/dora.cpp
   }
   // The gate replaces alpha / r.
@@ -95,6 +110,30 @@ ModuleWeights init(const PlannedLoRA& planned) {
     add_gate(weights, 1, planned.in_features);
   }
   return weights;
+}
+
+// The factors of one module, and VeRA's random matrices once for all of them.
+void init_lora_factors(const PlannedModule& module, ModuleWeights& weights, Reparametrisation& sources) {
+  const auto& lora = std::get<PlannedLoRA>(module.method);
+  ModuleWeights& own = sources[lora_factors_key(module)];
+  if (lora_factors(module) == LoRAFactors::kVera) {
+    ModuleWeights& shared = sources[kSharedVera];
+    if (shared.empty()) {
+      ModuleWeights drawn = draw_matrices(lora);
+      shared = {{"lora_A", drawn.at("lora_a")}, {"lora_B", drawn.at("lora_b")}};
+    }
+    own = {{"vera_d", at::diag(at::full({lora.config.r}, *lora.config.vera_d, at::kFloat))},
+           {"vera_b", at::diag(at::full({lora.out_features}, *lora.config.vera_b, at::kFloat))}};
+  } else {
+    const auto shapes = own_factor_shapes(module);
+    const at::IntArrayRef of_b = shapes.at("task_b");
+    own = {{"task_b", lora.config.init_weights == "bert" ? normal(of_b, kBertStd) : at::zeros(of_b)},
+           {"task_values", at::ones(shapes.at("task_values"))},
+           {"task_weights", at::ones(shapes.at("task_weights"))}};
+  }
+  for (const auto& [name, weight] : factored_weights(module, sources)) {
+    weights[name] = weight;
+  }
 }
 
 at::Tensor bottleneck_scaling(const PlannedBottleneck& planned) {
@@ -205,6 +244,14 @@ ModuleWeights init_bottleneck(const PlannedModule& module, SharedFactors& shared
   return weights;
 }
 
+ModuleWeights init_invertible(const PlannedInvertible& planned) {
+  ModuleWeights weights;
+  for (const auto& [name, shape] : invertible_shapes(planned)) {
+    weights[name] = name.ends_with("_bias") ? at::zeros(shape) : normal(shape, kBertStd);
+  }
+  return weights;
+}
+
 // The prefixes of all layers of a group, [P, L 2 h d]; `mlp` gets the weights that they are computed from, unless they
 // are flat.
 at::Tensor init_group(const PlannedPrefix& planned, ModuleWeights& mlp) {
@@ -252,8 +299,13 @@ AdapterWeights init_weights(const Plan& plan, const at::TensorOptions& options, 
       if (lora->config.lora_bias) {
         weights["bias"] = at::zeros({lora->out_features});
       }
+      if (lora_factors(module) != LoRAFactors::kNone) {
+        init_lora_factors(module, weights, sources);
+      }
     } else if (std::holds_alternative<PlannedBottleneck>(module.method)) {
       weights = init_bottleneck(module, shared, sources);
+    } else if (const auto* invertible = std::get_if<PlannedInvertible>(&module.method)) {
+      weights = init_invertible(*invertible);
     } else {
       const auto& prefix = std::get<PlannedPrefix>(module.method);
       if (prefix.group_index == 0) {
@@ -268,6 +320,7 @@ AdapterWeights init_weights(const Plan& plan, const at::TensorOptions& options, 
       tensor = tensor.to(options);
     }
   }
+  share_vera_matrix(plan, result);
   if (kept) {
     *kept = converted(std::move(sources), options);
   }

@@ -15,6 +15,7 @@ namespace torchgraft {
 //               fixed [out] (what the magnitude does not scale: the bias, for adapters of PEFT)
 //   bottleneck  down_weight [R, H], down_bias [R], up_weight [H, R], up_bias [H], scaling [1] or [H],
 //               norm_before_weight, norm_before_bias, norm_after_weight, norm_after_bias [H] (ln_before, ln_after)
+//   invertible  f_down_weight, ..., g_up_bias (plan/invertible.h)
 //   prefix      prefix_key [h_kv, P, d], prefix_value [h_kv, P, d] (the prefix MLP already computed: "ejected")
 //   each, when gated: gate_weight [G, H or in], gate_bias [G]; G is 2 for a prefix with shared_gating=False, else 1
 using ModuleWeights = std::map<std::string, at::Tensor>;
@@ -25,6 +26,7 @@ using AdapterWeights = std::vector<ModuleWeights>;
 // What an adapter's weights are computed from while the adapter is trained. A frozen adapter does not keep it. Keys:
 //   "self_prefix", "encoder_prefix", "cross_prefix"   the MLP of the prefixes at that location, see plan/prefix_mlp.h
 //   "layer_0_output_adapter", "shared_phm"            factors of Compacter's projections, see plan/phm.h
+//   "layer_0_selfattn_lora_q", "shared_vera"          factors of VeRA and MTL-LoRA, see plan/lora_factors.h
 using Reparametrisation = std::map<std::string, ModuleWeights>;
 
 // A flat state dict as a checkpoint holds it.

@@ -1,6 +1,7 @@
 #include <torchgraft/plan/plan.h>
 
 #include <torchgraft/plan/locations.h>
+#include <torchgraft/plan/lora_factors.h>
 
 #include <c10/util/Exception.h>
 
@@ -82,8 +83,11 @@ int64_t floor_divide(int64_t hidden, double factor) {
 
 class Planner {
  public:
-  Planner(const Structure& structure, const std::string& wired_for)
-      : structure_(structure), wired_for_(wired_for), layers_(first_runs(structure)) {}
+  Planner(const Structure& structure, const AdapterConfig& config)
+      : structure_(structure),
+        wired_for_(config.wired_for),
+        inverts_output_(config.inverts_output),
+        layers_(first_runs(structure)) {}
 
   void add(const BnConfig& config);
   void add(const PrefixTuningConfig& config);
@@ -101,11 +105,13 @@ class Planner {
   // again.
   int64_t counted(const Layer& layer) const;
   bool neighbour_has_feed_forward(const Layer& layer) const;
+  void add_invertible(const BnConfig& config);
   void add_module(const Layer& layer, const std::string& location, const std::string& site,
-                  std::variant<PlannedLoRA, PlannedBottleneck, PlannedPrefix> method);
+                  std::variant<PlannedLoRA, PlannedBottleneck, PlannedPrefix, PlannedInvertible> method);
 
   const Structure& structure_;
   const std::string wired_for_;
+  const bool inverts_output_;
   const std::vector<Layer> layers_;  // without those that run again
   Plan plan_;
   std::map<std::string, std::vector<int64_t>> lacking_;
@@ -149,7 +155,7 @@ bool Planner::has_feed_forward_location(const Layer& layer, const std::string& l
 }
 
 void Planner::add_module(const Layer& layer, const std::string& location, const std::string& site,
-                         std::variant<PlannedLoRA, PlannedBottleneck, PlannedPrefix> method) {
+                         std::variant<PlannedLoRA, PlannedBottleneck, PlannedPrefix, PlannedInvertible> method) {
   TORCH_CHECK(taken_.emplace(layer.index, site).second, "plan: two configs of the union claim ", location, " of layer ",
               layer.number, "; use leave_out to give each its own layers");
   plan_.push_back({layer.index, layer.number, location, site, std::move(method)});
@@ -162,6 +168,7 @@ void Planner::add(const BnConfig& config) {
                 "which are one set for the whole adapter; let at most one share them");
     shares_phm_ = true;
   }
+  add_invertible(config);
   for (const Layer& layer : layers_) {
     const auto bottleneck = [&](BottleneckWiring wiring = BottleneckWiring::kDefined) {
       const int64_t size = floor_divide(layer.hidden_size, reduction_factor(config, counted(layer)));
@@ -182,6 +189,21 @@ void Planner::add(const BnConfig& config) {
                  bottleneck(wired_for_ == "gptj" ? BottleneckWiring::kAfterOthers : BottleneckWiring::kDefined));
     }
   }
+}
+
+// leave_out does not count: the embeddings are no layer's.
+void Planner::add_invertible(const BnConfig& config) {
+  if (!config.inv_adapter) {
+    return;
+  }
+  const int64_t size = structure_.embedding_size;
+  TORCH_CHECK(size > 0, "plan: the model has no inv_adapter: ", structure_.embedding_note,
+              "; use a configuration without inv_adapter");
+  const int64_t first = size / 2;
+  const double factor = config.inv_adapter_reduction_factor.value();
+  add_module(layers_.front(), "inv_adapter", "inv_adapter",
+             PlannedInvertible{config, size, floor_divide(size - first, factor), floor_divide(first, factor),
+                               inverts_output_ && structure_.has_output_embeddings});
 }
 
 void Planner::add(const PrefixTuningConfig& config) {
@@ -289,6 +311,7 @@ Plan Planner::finish() {
                 notes_of(structure_, {layers.begin(), layers.end()}));
   }
   TORCH_CHECK(!plan_.empty(), "plan: the config asks for nothing on this model");
+  check_vera_shapes(plan_);
   const auto rank = [](const PlannedModule& module) { return std::pair(module.layer, execution_order(module.site)); };
   std::stable_sort(plan_.begin(), plan_.end(),
                    [&](const PlannedModule& a, const PlannedModule& b) { return rank(a) < rank(b); });
@@ -299,7 +322,7 @@ Plan Planner::finish() {
 
 Plan make_plan(const Structure& structure, const AdapterConfig& config) {
   TORCH_CHECK(!structure.layers.empty(), "plan: the model has no attention layer");
-  Planner planner(structure, config.wired_for);
+  Planner planner(structure, config);
   for (const MethodConfig& method : config.methods) {
     std::visit([&](const auto& held) { planner.add(held); }, method);
   }

@@ -54,12 +54,22 @@ struct PlannedPrefix {
   int64_t group_size = 0;   // how many layers share the prefix MLP
 };
 
+// An invertible adapter (Pfeiffer et al. 2020, MAD-X; NICE, Dinh et al. 2014) on the embeddings x = [x1, x2]:
+// y1 = x1 + F(x2), y2 = x2 + G(y1). Its location and site are "inv_adapter", and it is the first layer's.
+struct PlannedInvertible {
+  BnConfig config;
+  int64_t embedding_size = 0;
+  int64_t f_size = 0;  // of the hidden layer of F
+  int64_t g_size = 0;
+  bool inverts_output = true;  // AdapterConfig::inverts_output
+};
+
 struct PlannedModule {
   int64_t layer = 0;   // Layer::index: which attention
   int64_t number = 0;  // Layer::number: of the Transformer layer
   std::string location;
   std::string site;
-  std::variant<PlannedLoRA, PlannedBottleneck, PlannedPrefix> method;
+  std::variant<PlannedLoRA, PlannedBottleneck, PlannedPrefix, PlannedInvertible> method;
 };
 
 using Plan = std::vector<PlannedModule>;

@@ -2,6 +2,8 @@
 
 #include <torchgraft/plan/checkpoint.h>
 #include <torchgraft/plan/checkpoint_part.h>
+#include <torchgraft/plan/invertible.h>
+#include <torchgraft/plan/lora_factors.h>
 #include <torchgraft/plan/match_modules.h>
 #include <torchgraft/plan/phm.h>
 #include <torchgraft/plan/prefix_mlp.h>
@@ -31,7 +33,9 @@ class WeightReader {
                   const std::string& place);
   void read_gate(const SavedParameters& saved, int64_t gates, int64_t features, const std::string& place,
                  ModuleWeights& weights);
-  ModuleWeights read(const PlannedLoRA& planned, const SavedParameters& saved, const std::string& place);
+  ModuleWeights read_lora(const PlannedModule& module, const SavedParameters& saved, const std::string& place);
+  void read_lora_factors(const PlannedModule& module, const SavedParameters& saved, const std::string& place,
+                         ModuleWeights& weights);
   ModuleWeights read_bottleneck(const PlannedModule& module, const SavedParameters& saved, const std::string& place);
   void read_phm(const PlannedModule& module, const PhmShape& shape, const SavedParameters& saved,
                 const std::string& place, ModuleWeights& weights);
@@ -72,11 +76,46 @@ void WeightReader::read_gate(const SavedParameters& saved, int64_t gates, int64_
   weights["gate_bias"] = take(saved, "gate_bias", {gates}, place);
 }
 
-ModuleWeights WeightReader::read(const PlannedLoRA& planned, const SavedParameters& saved, const std::string& place) {
+// Computes in float32 or wider, whatever the model's dtype.
+void WeightReader::read_lora_factors(const PlannedModule& module, const SavedParameters& saved,
+                                     const std::string& place, ModuleWeights& weights) {
+  const auto dtype = c10::promoteTypes(c10::typeMetaToScalarType(options_.dtype()), at::kFloat);
+  const auto wide = [&](const SavedParameters& from, const std::string& name, at::IntArrayRef shape) {
+    return take(from, name, shape, place).to(options_.dtype(dtype));
+  };
+  ModuleWeights& own = sources_[lora_factors_key(module)];
+  if (lora_factors(module) == LoRAFactors::kVera) {
+    const auto& [config, in, out] = std::get<PlannedLoRA>(module.method);
+    ModuleWeights& shared = sources_[kSharedVera];
+    for (const auto& [name, shape] :
+         {std::pair("lora_A", std::vector{config.r, in}), std::pair("lora_B", std::vector{out, config.r})}) {
+      TORCH_CHECK(checkpoint_.shared.count(name), "adapter weights: ", name,
+                  " of VeRA, which all modules of the adapter share, is missing in the checkpoint: the library leaves "
+                  "it out when it saves from a model without a head around it; save from one with a head");
+      if (!shared.count(name)) {
+        shared[name] = wide(checkpoint_.shared, name, shape);
+      }
+    }
+  }
+  for (const auto& [name, shape] : own_factor_shapes(module)) {
+    own[name] = wide(saved, name == "task_b" ? "lora_b" : name, shape);
+  }
+  for (const auto& [name, weight] : factored_weights(module, sources_)) {
+    weights[name] = weight;
+  }
+}
+
+ModuleWeights WeightReader::read_lora(const PlannedModule& module, const SavedParameters& saved,
+                                      const std::string& place) {
+  const auto& planned = std::get<PlannedLoRA>(module.method);
   const LoRAConfig& config = planned.config;
   ModuleWeights weights;
   const LoRAForm form = lora_form(config);
-  if (form != LoRAForm::kScale) {
+  const LoRAFactors factors = lora_factors(config);
+  if (factors != LoRAFactors::kNone) {
+    read_lora_factors(module, saved, place, weights);
+  }
+  if (form != LoRAForm::kScale && factors != LoRAFactors::kVera) {
     weights["lora_a"] = take(saved, "lora_a", {config.r, planned.in_features}, place);
   }
   if (form == LoRAForm::kDora) {
@@ -84,7 +123,9 @@ ModuleWeights WeightReader::read(const PlannedLoRA& planned, const SavedParamete
     weights["fixed"] = saved.count("fixed") ? take(saved, "fixed", {planned.out_features}, place)
                                             : at::zeros({planned.out_features}, at::kDouble);
   }
-  weights["lora_b"] = take(saved, "lora_b", {planned.out_features, config.r}, place);
+  if (factors == LoRAFactors::kNone) {
+    weights["lora_b"] = take(saved, "lora_b", {planned.out_features, config.r}, place);
+  }
   if (config.lora_bias) {
     weights["bias"] = take(saved, "bias", {planned.out_features}, place);
   }
@@ -196,10 +237,14 @@ at::Tensor WeightReader::ejected(const PlannedPrefix& prefix, const std::string&
 ModuleWeights WeightReader::read(const PlannedModule& module, const SavedParameters& saved) {
   const std::string place = module.site + " of layer " + std::to_string(module.number);
   ModuleWeights weights;
-  if (const auto* lora = std::get_if<PlannedLoRA>(&module.method)) {
-    weights = read(*lora, saved, place);
+  if (std::holds_alternative<PlannedLoRA>(module.method)) {
+    weights = read_lora(module, saved, place);
   } else if (std::holds_alternative<PlannedBottleneck>(module.method)) {
     weights = read_bottleneck(module, saved, place);
+  } else if (const auto* invertible = std::get_if<PlannedInvertible>(&module.method)) {
+    for (const auto& [name, shape] : invertible_shapes(*invertible)) {
+      weights[name] = take(checkpoint_.invertible, invertible_names().at(name), shape, place);
+    }
   } else {
     const auto& prefix = std::get<PlannedPrefix>(module.method);
     std::tie(weights["prefix_key"], weights["prefix_value"]) =
@@ -227,6 +272,7 @@ void WeightReader::check_nothing_is_left() const {
   for (const auto& [location, parameters] : checkpoint_.prefixes) {
     check(parameters);
   }
+  check(checkpoint_.invertible);
   check(checkpoint_.shared);
 }
 
@@ -245,6 +291,7 @@ AdapterWeights adapter_hub_weights(const Plan& plan, const Structure& structure,
     result.push_back(reader.read(plan[i], matched[i]));
   }
   reader.check_nothing_is_left();
+  share_vera_matrix(plan, result);
   if (kept) {
     *kept = reader.sources();
   }
@@ -267,8 +314,11 @@ std::vector<WeightMatch> adapter_hub_matches(const Plan& plan, const Structure& 
       result.push_back({saved.key, c10::str("the prefixes of ", location, ": ", name)});
     }
   }
+  for (const auto& [name, saved] : checkpoint.invertible) {
+    result.push_back({saved.key, "the embeddings, inv_adapter: " + name});
+  }
   for (const auto& [name, saved] : checkpoint.shared) {
-    result.push_back({saved.key, c10::str("all bottlenecks: ", name)});
+    result.push_back({saved.key, c10::str("all modules: ", name)});
   }
   return result;
 }

@@ -1,7 +1,9 @@
 #include <torchgraft/plan/save_adapter_hub.h>
 
 #include <torchgraft/plan/checkpoint.h>
+#include <torchgraft/plan/invertible.h>
 #include <torchgraft/plan/locations.h>
+#include <torchgraft/plan/lora_factors.h>
 #include <torchgraft/plan/phm.h>
 
 #include <ATen/ATen.h>
@@ -166,11 +168,14 @@ class Writer {
         write_lora(plan_[i], layer, weights_[i]);
       } else if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&plan_[i].method)) {
         write_bottleneck(plan_[i], *bottleneck, layer, weights_[i]);
+      } else if (std::holds_alternative<PlannedInvertible>(plan_[i].method)) {
+        write_invertible(layer, weights_[i]);
       } else {
         write_prefix(plan_[i], std::get<PlannedPrefix>(plan_[i].method), layer, weights_[i]);
       }
     }
-    write_shared_phm();
+    write_shared(kSharedPhm);
+    write_shared(kSharedVera);
     for (const auto& [location, group] : groups_) {
       if (const auto mlp = sources_.find(location); mlp != sources_.end()) {
         write_mlp(group.key, mlp->second);
@@ -206,10 +211,16 @@ class Writer {
 
   void write_lora(const PlannedModule& module, const Layer& layer, const ModuleWeights& weights) {
     const std::string prefix = lora_path(module, layer) + ".loras." + name_;
-    if (weights.count("lora_a")) {
+    const bool has_factors = has_lora_factors(module, sources_);
+    if (has_factors) {
+      write_lora_factors(module, prefix);
+    }
+    if (weights.count("lora_a") && !(has_factors && lora_factors(module) == LoRAFactors::kVera)) {
       append(prefix + ".lora_A", weights.at("lora_a"));
     }
-    append(prefix + ".lora_B", weights.at("lora_b"));
+    if (!has_factors) {
+      append(prefix + ".lora_B", weights.at("lora_b"));
+    }
     if (weights.count("bias")) {
       append(prefix + ".lora_bias", weights.at("bias"));
     }
@@ -221,6 +232,21 @@ class Writer {
       append(prefix + ".m.weight", weights.at("magnitude").unsqueeze(-1));
     }
     write_gate(prefix + ".gate", weights);
+  }
+
+  void write_lora_factors(const PlannedModule& module, const std::string& prefix) {
+    static const std::map<std::string, std::string> kNames = {{"vera_d", ".vera_D"},
+                                                              {"vera_b", ".vera_B"},
+                                                              {"task_b", ".lora_B"},
+                                                              {"task_values", ".task_specific.values"},
+                                                              {"task_weights", ".weights"}};
+    for (const auto& [name, factor] : sources_.at(lora_factors_key(module))) {
+      const std::string key = prefix + kNames.at(name);
+      TORCH_CHECK(!state_.count(from_library_root(key)), "save_adapter: ", module.site, " of layer ", module.number,
+                  " is VeRA or MTL-LoRA on a packed projection of queries, keys and values, for which AdapterHub's "
+                  "directories have no form; freeze the adapter, which is saved as a LoRA then");
+      put(key, factor);
+    }
   }
 
   void write_bottleneck(const PlannedModule& module, const PlannedBottleneck& bottleneck, const Layer& layer,
@@ -266,10 +292,23 @@ class Writer {
     }
   }
 
-  void write_shared_phm() {
-    const auto shared = sources_.find(kSharedPhm);
+  void write_shared(const char* source) {
+    const auto shared = sources_.find(source);
     for (const auto& [name, factor] : shared == sources_.end() ? ModuleWeights() : shared->second) {
       state_["shared_parameters." + name_ + "." + name] = factor.detach().cpu().contiguous();
+    }
+  }
+
+  // In an encoder that is a part of a model the block is the encoder's.
+  void write_invertible(const Layer& layer, const ModuleWeights& weights) {
+    const Path query = query_path(layer);
+    const auto has = [&](const char* part) { return std::find(query.begin(), query.end(), part) != query.end(); };
+    const bool is_part = layer.kind == AttentionKind::kEncoder ||
+                         (has("encoder") && !has("text_model") && (has("self_attn") || has("SelfAttention")));
+    const std::string root = is_part ? "encoder." : has("text_model") ? "text_model." : "";
+    for (const auto& [name, weight] : weights) {
+      state_[root + "invertible_adapters." + name_ + "." + invertible_names().at(name)] =
+          weight.detach().cpu().contiguous();
     }
   }
 
@@ -319,23 +358,6 @@ StateDict adapter_hub_state(const Plan& plan, const Structure& structure, const 
   at::NoGradGuard no_grad;
   const bool is_beit = attention_class.find(".beit.") != std::string::npos;
   return Writer(plan, structure, weights, sources, name, is_beit).write();
-}
-
-AdapterConfig ejected_config(const AdapterConfig& config) { return saved_config(config, {}); }
-
-AdapterConfig saved_config(AdapterConfig config, const Reparametrisation& sources) {
-  const auto is_kept = [&](const char* ending) {
-    return std::any_of(sources.begin(), sources.end(),
-                       [&](const auto& entry) { return entry.first.ends_with(ending); });
-  };
-  for (MethodConfig& method : config.methods) {
-    if (auto* prefix = std::get_if<PrefixTuningConfig>(&method)) {
-      prefix->flat = prefix->flat || !is_kept("_prefix");
-    } else if (auto* bottleneck = std::get_if<BnConfig>(&method)) {
-      bottleneck->phm_layer = bottleneck->phm_layer && (is_kept("_adapter") || is_kept(kSharedPhm));
-    }
-  }
-  return config;
 }
 
 }  // namespace torchgraft

@@ -13,7 +13,8 @@ namespace torchgraft {
 // `attention_class`, the name of the class of the first attention ("transformers.models.beit.modeling_beit.
 // BeitSelfAttention"; empty when unknown). LoRA on packed q, k, v is packed;
 // prefixes are written as the MLP in `sources`, else as flat ones ("control_trans"), Compacter's projections as their
-// factors in `sources`, else as ordinary ones: saved_config says so. Tensors are on the CPU.
+// factors in `sources`, else as ordinary ones, VeRA and MTL-LoRA as theirs, else as LoRA: saved_config says so. Tensors
+// are on the CPU.
 StateDict adapter_hub_state(const Plan& plan, const Structure& structure, const AdapterWeights& weights,
                             const Reparametrisation& sources, const std::string& name,
                             const std::string& attention_class = "");
@@ -21,7 +22,7 @@ StateDict adapter_hub_state(const Plan& plan, const Structure& structure, const 
 // `config` of an adapter that is saved without the sources of its weights: flat=True in every prefix, phm_layer=False.
 AdapterConfig ejected_config(const AdapterConfig& config);
 
-// The same, where `sources` has some of them: their prefixes and bottlenecks keep their form.
+// The configuration that a directory has beside adapter_hub_state: what `sources` has keeps its form.
 AdapterConfig saved_config(AdapterConfig config, const Reparametrisation& sources);
 
 }  // namespace torchgraft

@@ -53,6 +53,10 @@ struct Layer {
 
 struct Structure {
   std::vector<Layer> layers;
+  // The width of the embeddings, which an invertible adapter changes; 0 where they were not found, and why.
+  int64_t embedding_size = 0;
+  std::string embedding_note;
+  bool has_output_embeddings = false;    // a linear map from them to the vocabulary
   std::vector<std::string> near_misses;  // "at encoder.layer.3: softmax without a matmul after it (...)"
 
   // The number of Transformer layers: Layer::number is below it.

@@ -1,6 +1,7 @@
 #include <torchgraft/patch/adapters/adapter_bank.h>
 
 #include <torchgraft/plan/locations.h>
+#include <torchgraft/plan/lora_factors.h>
 #include <torchgraft/plan/phm.h>
 
 #include <ATen/ATen.h>
@@ -24,11 +25,17 @@ double dropout_at(const Adapter& adapter, const PlannedModule& module) {
 
 }  // namespace
 
+bool shares_lora_a(const PlannedModule& module) { return lora_factors(module) == LoRAFactors::kVera; }
+
 std::string slot_name(const PlannedModule& module) {
   std::string result = module.site;
   if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method)) {
     result.append("_").append(to_string(bottleneck_form(*bottleneck)));
+  } else if (const auto* invertible = std::get_if<PlannedInvertible>(&module.method)) {
+    result.append("_nice_").append(invertible->config.non_linearity);
+    result.append(invertible->inverts_output ? "" : "_forward");
   } else if (const auto* lora = std::get_if<PlannedLoRA>(&module.method)) {
+    result.append(shares_lora_a(module) ? "_vera" : "");
     const LoRAForm form = lora_form(lora->config);
     if (form != LoRAForm::kAdd) {
       result.append(form == LoRAForm::kScale ? "_scale" : "_dora");
@@ -47,7 +54,8 @@ bool broadcasts(const std::string& parameter, int64_t dim) {
 }
 
 double missing_value(const std::string& parameter) {
-  return parameter == "gate_bias" ? std::numeric_limits<double>::infinity() : 0.0;
+  // What is divided by it is not used, but a quotient of zeros would make NaN of gradients.
+  return parameter == "weight_norm" ? 1.0 : parameter == "gate_bias" ? std::numeric_limits<double>::infinity() : 0.0;
 }
 
 void write_parameter(at::Tensor row, const std::string& parameter, const at::Tensor& value) {
@@ -70,7 +78,8 @@ at::Tensor stack_rows(const std::string& parameter, const std::vector<std::pair<
     }
   }
   sizes.insert(sizes.begin(), static_cast<int64_t>(count));
-  at::Tensor bank = at::zeros(sizes, rows.back().second.options().requires_grad(false));
+  const double absent = parameter == "weight_norm" ? missing_value(parameter) : 0.0;
+  at::Tensor bank = at::full(sizes, absent, rows.back().second.options().requires_grad(false));
   for (const auto& [row, value] : rows) {
     write_parameter(bank[static_cast<int64_t>(row)], parameter, value);
   }
@@ -135,6 +144,9 @@ Slot stack_slot(const std::vector<Adapter>& adapters, const Members& members) {
     slot.form = bottleneck_form(*bottleneck);
   } else if (const auto* lora = std::get_if<PlannedLoRA>(&first.method)) {
     slot.lora = lora_form(lora->config);
+  } else if (const auto* invertible = std::get_if<PlannedInvertible>(&first.method)) {
+    slot.form.non_linearity = invertible->config.non_linearity;
+    slot.inverts_output = invertible->inverts_output;
   }
   slot.gates.assign(adapters.size(), 0);
   std::set<std::string> names;
@@ -150,7 +162,7 @@ Slot stack_slot(const std::vector<Adapter>& adapters, const Members& members) {
   for (const std::string& name : names) {
     slot.parameters[name] = stack_parameter(adapters, members, name);
   }
-  if (!slot.form.is_plain() || slot.lora != LoRAForm::kAdd) {
+  if (!slot.form.is_plain() || slot.lora != LoRAForm::kAdd || slot.site == "inv_adapter") {
     slot.parameters["present"] =
         present_in(members, static_cast<int64_t>(adapters.size())).to(slot.parameters.begin()->second.device());
   }
@@ -205,10 +217,38 @@ std::set<std::string> computed_weights(const Adapter& adapter, const PlannedModu
   if (has_phm_factors(module, adapter.sources)) {
     return {"down_weight", "up_weight"};
   }
+  std::set<std::string> result;
   const auto* lora = std::get_if<PlannedLoRA>(&module.method);
-  return lora && lora_form(lora->config) == LoRAForm::kDora ? std::set<std::string>{"weight_norm"}
-                                                            : std::set<std::string>{};
+  if (lora && lora_form(lora->config) == LoRAForm::kDora) {
+    result.insert("weight_norm");
+  }
+  if (has_lora_factors(module, adapter.sources)) {
+    const auto names = factored_names(module);
+    result.insert(names.begin(), names.end());
+  }
+  return result;
 }
+
+namespace {
+
+// Banks lora_a by their rows: the adapters, and the tensors in them.
+using KnownBanks = std::map<std::vector<std::pair<size_t, const c10::TensorImpl*>>, at::Tensor>;
+
+// Takes the known bank lora_a instead of the slot's own where both have the same tensors of the same adapters, as those
+// of VeRA have in all layers. A file holds it once, and so does memory.
+void share_bank(const std::vector<Adapter>& adapters, const Members& members, Slot& slot, KnownBanks& known) {
+  const auto found = slot.parameters.find("lora_a");
+  if (found == slot.parameters.end()) {
+    return;
+  }
+  KnownBanks::key_type rows;
+  for (const auto& [adapter, module] : members) {
+    rows.emplace_back(adapter, adapters[adapter].weights[module].at("lora_a").unsafeGetTensorImpl());
+  }
+  found->second = known.emplace(std::move(rows), found->second).first->second;
+}
+
+}  // namespace
 
 std::vector<Slot> stack_banks(const std::vector<Adapter>& adapters) {
   std::map<std::tuple<int64_t, size_t, std::string>, Members> groups;
@@ -219,8 +259,10 @@ std::vector<Slot> stack_banks(const std::vector<Adapter>& adapters) {
     }
   }
   std::vector<Slot> slots;
+  KnownBanks known;
   for (const auto& [key, members] : groups) {
     slots.push_back(stack_slot(adapters, members));
+    share_bank(adapters, members, slots.back(), known);
   }
   return slots;
 }
@@ -230,7 +272,8 @@ std::vector<SlotRun> slot_runs(const std::vector<Slot>& slots, const Structure& 
   for (size_t i = 0; i < structure.layers.size(); ++i) {
     const Layer& layer = structure.layers[i];
     for (size_t s = 0; s < slots.size(); ++s) {
-      const bool runs_again = layer.shares && !linear_map_position(slots[s].site);  // what is outside of it does not
+      const bool is_outside = linear_map_position(slots[s].site) || slots[s].site == "inv_adapter";
+      const bool runs_again = layer.shares && !is_outside;
       if (slots[s].layer == layer.index || (runs_again && slots[s].layer == *layer.shares)) {
         runs.push_back({s, i});
       }

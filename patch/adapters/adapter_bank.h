@@ -29,8 +29,9 @@ struct Slot {
   std::string location;      // "selfattn_lora"
   std::string site;          // "selfattn_lora_q"
   std::string name;          // also of the slot's submodule: "selfattn_lora_q", "output_adapter_seq_ln_relu"
-  BottleneckForm form = {};  // of bottlenecks
+  BottleneckForm form = {};  // of bottlenecks; an invertible adapter has its non_linearity here
   LoRAForm lora = LoRAForm::kAdd;
+  bool inverts_output = false;  // of an invertible adapter
   // Banks [N, ...] of the parameters in plan/adapter_weights.h; also prefix_length [N], and present, bool [N].
   std::map<std::string, at::Tensor> parameters = {};
   std::vector<int64_t> gates = {};  // by adapter: how many gates it has in this slot; 0 also when it is not in the slot
@@ -52,6 +53,9 @@ bool is_trained(const std::string& parameter, const PlannedModule& module);
 // of DoRA, which follow from the LoRA and the base's weight.
 std::set<std::string> computed_weights(const Adapter& adapter, const PlannedModule& module);
 
+// Whether all modules of the adapter in slots of this kind have one lora_a: VeRA's. Their banks are one tensor.
+bool shares_lora_a(const PlannedModule& module);
+
 // The slot of a planned module: "selfattn_lora_q", "output_adapter_seq_ln_relu".
 std::string slot_name(const PlannedModule& module);
 
@@ -69,7 +73,7 @@ double missing_value(const std::string& parameter);
 void write_parameter(at::Tensor row, const std::string& parameter, const at::Tensor& value);
 
 // The bank [count, ...] of a parameter, of (row, value): every dimension is as large as the largest value's, zeros pad.
-// Rows without a value are zero.
+// Rows without a value are zero, those of DoRA's norms 1.
 at::Tensor stack_rows(const std::string& parameter, const std::vector<std::pair<size_t, at::Tensor>>& rows,
                       size_t count);
 

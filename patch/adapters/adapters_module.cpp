@@ -1,6 +1,7 @@
 #include <torchgraft/patch/adapters/adapters_module.h>
 
 #include <torchgraft/config/gate_pooling.h>
+#include <torchgraft/plan/lora_factors.h>
 
 #include <ATen/ATen.h>
 
@@ -86,10 +87,10 @@ Module child_once(Module& parent, const std::string& name, const std::string& cl
 }
 
 void register_own(Module& parent, const std::string& adapter, const std::map<std::string, at::Tensor>& parameters,
-                  const std::shared_ptr<torch::jit::CompilationUnit>& unit) {
+                  const std::shared_ptr<torch::jit::CompilationUnit>& unit, bool is_trained = true) {
   Module own = child(parent, own_module_name(adapter), "TrainableAdapter", unit);
   for (const auto& [name, tensor] : parameters) {
-    own.register_parameter(name, tensor.detach().set_requires_grad(true), /*is_buffer=*/false);
+    own.register_parameter(name, tensor.detach().set_requires_grad(is_trained), /*is_buffer=*/!is_trained);
   }
 }
 
@@ -181,7 +182,7 @@ Module make_adapters_module(const std::vector<Adapter>& adapters, const std::vec
   for (const Adapter& adapter : adapters) {
     for (const auto& [source, weights] : adapter.sources) {
       Module container = child_once(root, source + kSourceSuffix, "WeightSources", unit);
-      register_own(container, adapter.name, weights, unit);
+      register_own(container, adapter.name, weights, unit, /*is_trained=*/source != kSharedVera);
     }
   }
   root.define(kAdaptersMethods);

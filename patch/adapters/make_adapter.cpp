@@ -2,6 +2,7 @@
 
 #include <torchgraft/config/gate_pooling.h>
 #include <torchgraft/plan/head_weights.h>
+#include <torchgraft/plan/lora_factors.h>
 #include <torchgraft/plan/phm.h>
 
 #include <algorithm>
@@ -26,6 +27,10 @@ void check_can_train(const Adapter& adapter) {
     TORCH_CHECK(!bottleneck || !bottleneck->config.phm_layer || has_phm_factors(module, adapter.sources), "graft: '",
                 adapter.name,
                 "' cannot be trained any more: the factors of Compacter's projections were dropped when it was frozen; "
+                "load it from its directory as a trainable adapter");
+    TORCH_CHECK(lora_factors(module) == LoRAFactors::kNone || has_lora_factors(module, adapter.sources), "graft: '",
+                adapter.name,
+                "' cannot be trained any more: the factors of its VeRA or MTL-LoRA were dropped when it was frozen; "
                 "load it from its directory as a trainable adapter");
   }
 }
@@ -74,6 +79,7 @@ Adapter make_adapter(const AdapterSpec& spec, const Structure& structure, const 
   }
   if (!spec.weights) {
     adapter.config.wired_for.clear();  // a fresh adapter is as defined
+    adapter.config.inverts_output = true;
     check_leave_out(adapter.config, structure);
   }
   adapter.plan = make_plan(structure, adapter.config);

@@ -2,6 +2,8 @@
 
 #include <torchgraft/config/gate_pooling.h>
 #include <torchgraft/patch/adapters/adapters_module.h>
+#include <torchgraft/plan/invertible.h>
+#include <torchgraft/plan/lora_factors.h>
 #include <torchgraft/plan/phm.h>
 #include <torchgraft/plan/prefix_mlp.h>
 #include <torchgraft/plan/reparametrisation.h>
@@ -51,6 +53,8 @@ std::map<std::string, std::vector<int64_t>> shapes_of(const PlannedModule& modul
     }
     gates = bottleneck->config.use_gating;
     gate_features = hidden;
+  } else if (const auto* invertible = std::get_if<PlannedInvertible>(&module.method)) {
+    return invertible_shapes(*invertible);
   } else {
     const auto& prefix = std::get<PlannedPrefix>(module.method);
     const std::vector<int64_t> shape = {prefix.num_kv_heads, prefix.config.prefix_length, prefix.head_dim};
@@ -109,8 +113,10 @@ Reparametrisation read_sources(const torch::jit::Module& adapters_module, const 
       continue;
     }
     const std::string source = child.name.substr(0, child.name.size() - std::strlen(kSourceSuffix));
-    for (const auto& parameter : child.value.attr(own_name).toModule().named_parameters()) {
-      sources[source][parameter.name] = parameter.value.detach().clone();
+    for (const auto& attribute : child.value.attr(own_name).toModule().named_attributes(/*recurse=*/false)) {
+      if (attribute.value.isTensor()) {
+        sources[source][attribute.name] = attribute.value.toTensor().detach().clone();
+      }
     }
   }
   return sources;
@@ -129,6 +135,12 @@ void compute_weights(Adapter& adapter) {
     ModuleWeights& weights = adapter.weights[m];
     if (has_phm_factors(module, sources)) {
       for (const auto& [name, weight] : phm_weights(module, sources)) {
+        weights[name] = weight.to(dtype);
+      }
+      continue;
+    }
+    if (has_lora_factors(module, sources)) {
+      for (const auto& [name, weight] : factored_weights(module, sources)) {
         weights[name] = weight.to(dtype);
       }
       continue;
@@ -174,6 +186,7 @@ std::vector<Adapter> read_adapters(const torch::jit::Module& adapters_module, co
     adapter.sources = read_sources(adapters_module, adapter.name);
     adapter.weights = read_weights(adapters_module, adapter, a);
     compute_weights(adapter);
+    share_vera_matrix(adapter.plan, adapter.weights);
     adapters.push_back(std::move(adapter));
   }
   return adapters;

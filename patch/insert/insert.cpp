@@ -1,6 +1,7 @@
 #include <torchgraft/patch/insert/insert.h>
 
 #include <torchgraft/patch/insert/insert_bottleneck.h>
+#include <torchgraft/patch/insert/insert_invertible.h>
 #include <torchgraft/patch/insert/insert_lora.h>
 #include <torchgraft/patch/insert/insert_prefix.h>
 #include <torchgraft/patch/insert/inserter.h>
@@ -40,7 +41,14 @@ size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& si
   std::vector<Value*> gates;
   for (const SlotRun& run : runs) {
     inserter.enter(slots[run.slot], run.layer);
-    gates.push_back(insert(slots[run.slot]));
+    gates.push_back(slots[run.slot].site == "inv_adapter" ? nullptr : insert(slots[run.slot]));
+  }
+  for (size_t i = runs.size(); i-- > 0;) {  // last, so that all ops read what they change
+    const Slot& slot = slots[runs[i].slot];
+    if (!gates[i]) {
+      inserter.enter(slot, runs[i].layer);
+      gates[i] = insert_invertible(inserter, sites.embeddings.value(), slot);
+    }
   }
   WithInsertPoint guard(graph->return_node());
   Value* list = graph->insertNode(graph->createList(c10::TensorType::get(), gates))->output();

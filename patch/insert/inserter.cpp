@@ -27,6 +27,7 @@ Inserter::Inserter(Graph& graph, const GraphSites& sites, const torch::jit::Modu
   active_ = graph.insertGetAttr(adapters_, "active");
   Node* end = graph.insertNode(graph.createNone());  // trained banks are made before it; dead code in the end
   trained_.emplace(graph, sites, root, adapters_, end);
+  top_ = end;
   if (options.token_mask_input && options.poolings.unpadded) {
     input_mask_ = with_whole_rows(graph.insert(c10::aten::ne, {graph.inputs()[*options.token_mask_input], 0}));
   }

@@ -39,6 +39,8 @@ class Inserter {
   Graph& graph() { return graph_; }
   Value* adapter_ids() const { return adapter_ids_; }
   Value* active() const { return active_; }
+  // The node at the top behind which all banks are known.
+  Node* top() const { return top_; }
   // How many gated ops call() has inserted.
   size_t ops() const { return ops_; }
 
@@ -81,6 +83,7 @@ class Inserter {
   std::optional<torch::jit::SourceRange> place_;
   Value* adapters_ = nullptr;
   Value* adapter_ids_ = nullptr;
+  Node* top_ = nullptr;
   Value* active_ = nullptr;
   Value* input_mask_ = nullptr;
   std::optional<TrainedWeights> trained_;

@@ -4,6 +4,7 @@
 #include <torchgraft/patch/graph/activation_source.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/sites/base_weight.h>
+#include <torchgraft/plan/lora_factors.h>
 #include <torchgraft/plan/phm.h>
 
 #include <algorithm>
@@ -89,14 +90,40 @@ def phm_weight(rules: Tensor, blocks: Tensor) -> Tensor:
   return torch::jit::insertGraph(graph_, *body, {rules, blocks})[0];
 }
 
+// lora_a or lora_b, as in plan/lora_factors.h.
+Value* TrainedWeights::factored(const OwnWeights& own, const std::string& name) {
+  const std::string key = lora_factors_key(own.module);
+  if (name == "lora_a") {
+    return source(own, kSharedVera, "lora_A");
+  }
+  if (lora_factors(own.module) == LoRAFactors::kVera) {
+    Value* right = graph_.insert(c10::aten::matmul, {source(own, kSharedVera, "lora_B"), source(own, key, "vera_d")});
+    return graph_.insert(c10::aten::matmul, {source(own, key, "vera_b"), right});
+  }
+  static const auto body = compile_graph(R"python(
+def task_update(task_b: Tensor, task_values: Tensor, task_weights: Tensor, sharpness: float) -> Tensor:
+    shares = torch.softmax(task_weights / sharpness, 0)
+    return (shares.view(-1, 1, 1) * task_b).sum(0) * task_values
+)python",
+                                         "task_update");
+  const double sharpness = std::get<PlannedLoRA>(own.module.method).config.weights_sharpness;
+  return torch::jit::insertGraph(graph_, *body,
+                                 {source(own, key, "task_b"), source(own, key, "task_values"),
+                                  source(own, key, "task_weights"), graph_.insertConstant(sharpness)})[0];
+}
+
 // [out]: the norms of the rows of W + B A, as in adapters/dora.cpp.
 Value* TrainedWeights::weight_norm(const Slot& slot, const OwnWeights& own, Value* slot_module) {
   const auto& lora = std::get<PlannedLoRA>(own.module.method);
   const LinearSite& site = *lora_site(sites_.layers.at(sites_.structure.position(slot.layer)), slot.site);
   Value* weight = insert_rows(graph_, base_weight(site, root_), site, lora.out_features);
-  Value* module = graph_.insertGetAttr(slot_module, own_module_name(own.name));
-  Value* a = graph_.insertGetAttr(module, "lora_a");
-  Value* b = graph_.insertGetAttr(module, "lora_b");
+  const auto matrix = [&](const char* name) {
+    return own.computed.count(name)
+               ? factored(own, name)
+               : graph_.insertGetAttr(graph_.insertGetAttr(slot_module, own_module_name(own.name)), name);
+  };
+  Value* a = matrix("lora_a");
+  Value* b = matrix("lora_b");
   Value* updated = graph_.insert(c10::aten::add, {weight, graph_.insert(c10::aten::matmul, {b, a})});
   const std::vector<int64_t> of_rows = {1};
   Value* norm = graph_.insert(c10::aten::linalg_vector_norm, {updated, 2, of_rows});
@@ -108,6 +135,9 @@ Value* TrainedWeights::computed_row(const Slot& slot, const OwnWeights& own, con
                                     Value* slot_module) {
   if (name == "weight_norm") {
     return weight_norm(slot, own, slot_module);
+  }
+  if (std::holds_alternative<PlannedLoRA>(own.module.method)) {
+    return factored(own, name);
   }
   if (std::holds_alternative<PlannedBottleneck>(own.module.method)) {
     return phm_weight(own, name == "down_weight" ? "down" : "up");

@@ -10,6 +10,8 @@
 #include <ATen/core/grad_mode.h>
 
 #include <algorithm>
+#include <map>
+#include <set>
 
 namespace torchgraft {
 namespace {
@@ -63,8 +65,9 @@ PoolBanks::PoolBanks(Draft draft, std::vector<AdapterConfig> room, int64_t capac
 // Called before `capacity` rows are allocated.
 void PoolBanks::check_row_bytes(int64_t limit) const {
   int64_t bytes = 0;
+  std::set<const void*> counted;  // VeRA's lora_a is one bank for all layers
   for (const auto& bank : module_.attr("adapters").toModule().named_attributes(/*recurse=*/true)) {
-    if (bank.value.isTensor() && bank.name != kPoolsAll) {
+    if (bank.value.isTensor() && bank.name != kPoolsAll && counted.insert(bank.value.toTensor().data_ptr()).second) {
       const at::Tensor& tensor = bank.value.toTensor();
       bytes += static_cast<int64_t>(tensor.nbytes()) / std::max<int64_t>(tensor.size(0), 1);
     }
@@ -75,12 +78,17 @@ void PoolBanks::check_row_bytes(int64_t limit) const {
 // Gives every bank of the module `capacity` rows, and keeps the banks by slot.
 void PoolBanks::allocate_banks(int64_t capacity) {
   Module root = module_.attr("adapters").toModule();
+  std::map<const void*, at::Tensor> made;  // by the memory of a lora_a: what slots share stays shared
   for (const auto& layer : root.named_children()) {
     for (auto slot : layer.value.named_children()) {
       Slot& kept = slots_.emplace_back(Slot{layer.name + "." + slot.name, {}});
       for (const auto& attribute : slot.value.named_attributes(/*recurse=*/false)) {
         if (attribute.value.isTensor()) {
-          const at::Tensor bank = empty_bank(attribute.name, attribute.value.toTensor(), capacity);
+          const at::Tensor& made_by_build = attribute.value.toTensor();
+          at::Tensor bank = empty_bank(attribute.name, made_by_build, capacity);
+          if (attribute.name == "lora_a") {
+            bank = made.emplace(made_by_build.unsafeGetTensorImpl()->storage().data(), bank).first->second;
+          }
           slot.value.setattr(attribute.name, bank);
           kept.parameters[attribute.name] = bank;
         }
@@ -157,8 +165,12 @@ void PoolBanks::write(int64_t row, const Adapter& adapter) {
     const auto module = modules.find(path);
     return module == modules.end() ? nullptr : &adapter.weights[module->second];
   };
-  for (const Slot& slot : slots_) {
-    write_slot(slot, row, weights_at(slot.path));
+  for (const bool has_slot : {false, true}) {  // in this order: slots may share a bank, which keeps what comes last
+    for (const Slot& slot : slots_) {
+      if (const ModuleWeights* weights = weights_at(slot.path); (weights != nullptr) == has_slot) {
+        write_slot(slot, row, weights);
+      }
+    }
   }
   // forward_with_gates reads these lists at the rows of its batch only: a pass over other rows reads nothing that
   // changes here.
@@ -184,9 +196,11 @@ AdapterWeights PoolBanks::read(int64_t row, const Plan& plan) const {
 
 int64_t PoolBanks::row_bytes() const {
   int64_t bytes = 0;
+  std::set<const void*> counted;
   for (const Slot& slot : slots_) {
     for (const auto& [name, bank] : slot.parameters) {
-      bytes += static_cast<int64_t>(bank.nbytes()) / bank.size(0);
+      const bool is_new = counted.insert(bank.data_ptr()).second;
+      bytes += is_new ? static_cast<int64_t>(bank.nbytes()) / bank.size(0) : 0;
     }
   }
   return bytes;

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
+#include <set>
 
 namespace torchgraft {
 namespace {
@@ -24,6 +25,9 @@ double least_numbers(const PlannedModule& module) {
   }
   if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method)) {
     return product({2, bottleneck->hidden_size, bottleneck->bottleneck_size});
+  }
+  if (const auto* invertible = std::get_if<PlannedInvertible>(&module.method)) {
+    return product({invertible->embedding_size, invertible->f_size + invertible->g_size});
   }
   const auto& prefix = std::get<PlannedPrefix>(module.method);
   return product({2, prefix.num_kv_heads, prefix.head_dim, prefix.config.prefix_length});
@@ -61,19 +65,29 @@ void RowSize::add(const Adapter& adapter) {
     for (const auto& [name, value] : adapter.weights[m]) {
       grow(slot, name, value.sizes(), value.element_size());
     }
+    if (shares_lora_a(module)) {
+      parameters_.at(slot + ".lora_a").sharers.push_back(adapters_);
+    }
     const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method);
     const auto* lora = std::get_if<PlannedLoRA>(&module.method);
-    if (!bottleneck && !lora) {
+    if (std::holds_alternative<PlannedInvertible>(module.method)) {
+      grow(slot, "present", {}, sizeof(bool));
+    } else if (!bottleneck && !lora) {
       grow(slot, "prefix_length", {}, sizeof(int64_t));
     } else if (bottleneck ? !bottleneck_form(*bottleneck).is_plain() : lora_form(lora->config) != LoRAForm::kAdd) {
       grow(slot, "present", {}, sizeof(bool));
     }
   }
+  ++adapters_;
 }
 
 double RowSize::bytes() const {
   double result = 0;
+  std::set<std::vector<size_t>> counted;
   for (const auto& [name, parameter] : parameters_) {
+    if (!parameter.sharers.empty() && !counted.insert(parameter.sharers).second) {
+      continue;
+    }
     double numbers = 1;
     for (const int64_t size : parameter.sizes) {
       numbers *= static_cast<double>(size);

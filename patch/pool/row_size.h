@@ -26,9 +26,11 @@ class RowSize {
   struct Parameter {
     std::vector<int64_t> sizes;
     double element_size = 0;
+    std::vector<size_t> sharers = {};  // of VeRA's lora_a: the adapters, in whose other slots it is the same bank
   };
 
   std::map<std::string, Parameter> parameters_;  // by slot and name
+  size_t adapters_ = 0;
 };
 
 }  // namespace torchgraft

@@ -121,6 +121,10 @@ GraphSites apply_sites(const GraphSites& detected, const Structure& wanted, cons
   SiteFinder finder(canonical, module);
   GraphSites result;
   result.result_is_sequence_first = detected.result_is_sequence_first;
+  result.embeddings = detected.embeddings;
+  result.structure.embedding_size = detected.structure.embedding_size;
+  result.structure.embedding_note = detected.structure.embedding_note;
+  result.structure.has_output_embeddings = detected.structure.has_output_embeddings;
   result.structure.near_misses = detected.structure.near_misses;
   std::set<int64_t> seen;
   for (const Layer& entry : wanted.layers) {

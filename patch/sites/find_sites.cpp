@@ -5,6 +5,7 @@
 #include <torchgraft/patch/graph/linear_map.h>
 #include <torchgraft/patch/graph/writes.h>
 #include <torchgraft/patch/sites/find_attention.h>
+#include <torchgraft/patch/sites/find_embeddings.h>
 #include <torchgraft/patch/sites/find_feed_forward.h>
 #include <torchgraft/patch/sites/find_residual.h>
 #include <torchgraft/patch/sites/single_heads.h>
@@ -242,6 +243,7 @@ GraphSites find_sites(const CanonicalGraph& canonical, const Module& module) {
   });
   name_unread_quantized(*canonical.graph, result);
   find_linear_maps(finder, *canonical.graph, result);
+  find_embeddings(finder, canonical.graph, result);
   result.result_is_sequence_first = finder.result_is_sequence_first();
   return result;
 }

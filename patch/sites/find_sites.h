@@ -56,8 +56,18 @@ struct LayerSites {
 // that the layer lacks.
 const LinearSite* lora_site(const LayerSites& layer, const std::string& site);
 
+// What an invertible adapter changes, [B, S, E] (or [S, B, E]): the embeddings as the first layer's residual stream, or
+// the projection to it, reads them. A decoder behind an encoder has none.
+struct EmbeddingSite {
+  torch::jit::Value* value = nullptr;
+  bool sequence_first = false;
+  torch::jit::Node* output = nullptr;  // the linear map to the vocabulary, from a value of the same layout
+  bool output_is_sequence_first = false;
+};
+
 struct GraphSites {
   Structure structure;
+  std::optional<EmbeddingSite> embeddings;
   std::vector<LayerSites> layers;         // parallel to structure.layers
   std::vector<std::string> left_out;      // those of structure.near_misses that are attention, or hold layers
   bool result_is_sequence_first = false;  // the hidden states that forward returns are [S, B, H]

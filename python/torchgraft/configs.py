@@ -152,6 +152,32 @@ class LoRAConfig(_Method):
     dtype: str | None = None
 
 
+@dataclass
+class VeraConfig(LoRAConfig):
+    """Kopiczko et al. 2024: matrices `d` and `b` around random ones, which all layers share and nothing trains."""
+
+    vera_d: float | None = 0.1
+    vera_b: float | None = 0.0
+    init_weights: str = "vera"
+
+
+@dataclass
+class DvoRAConfig(VeraConfig):
+    """VeRA with DoRA's magnitudes."""
+
+    use_dora: bool = True
+
+
+@dataclass
+class MTLLoRAConfig(LoRAConfig):
+    """Yang et al. 2024: a LoRA whose update is a weighted sum of `n_up_projection` ones, with a matrix for the task."""
+
+    architecture: str | None = "mtl_lora"
+    n_up_projection: int = 1
+    task_specific_matrix_type: str = "singular_values"
+    weights_sharpness: float = 0.05
+
+
 class ConfigUnion:
     """Several methods under one adapter name. graft() finds conflicts between them.
 

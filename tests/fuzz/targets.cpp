@@ -48,7 +48,8 @@ std::pair<std::string_view, std::string_view> first_line(std::string_view bytes)
 double size_of(const PlannedModule& module) {
   struct Size {
     double operator()(const PlannedLoRA& lora) const {
-      return static_cast<double>(lora.config.r) * static_cast<double>(lora.in_features + lora.out_features);
+      const double of_task = static_cast<double>(lora.config.n_up_projection) * static_cast<double>(lora.out_features);
+      return static_cast<double>(lora.config.r) * (static_cast<double>(lora.in_features + lora.out_features) + of_task);
     }
     double operator()(const PlannedBottleneck& bottleneck) const {
       return static_cast<double>(bottleneck.bottleneck_size) * static_cast<double>(bottleneck.hidden_size);
@@ -56,6 +57,10 @@ double size_of(const PlannedModule& module) {
     double operator()(const PlannedPrefix& prefix) const {
       return (static_cast<double>(prefix.config.prefix_length) + static_cast<double>(prefix.config.bottleneck_size)) *
              static_cast<double>(prefix.hidden_size);
+    }
+    double operator()(const PlannedInvertible& invertible) const {
+      return static_cast<double>(invertible.embedding_size) *
+             (static_cast<double>(invertible.f_size) + static_cast<double>(invertible.g_size));
     }
   };
   return std::visit(Size(), module.method);

@@ -213,7 +213,10 @@ FAILING = {
     "unknown config": ([*_OUT, "--config", "unipel", "--name", "t"], "no configuration is called 'unipel'"),
     "no such config file": ([*_OUT, "--config", "{tmp}/none", "--name", "t"], "cannot read the adapter's config"),
     "config is not JSON": ([*_OUT, "--config", "{folder}/text.pt", "--name", "t"], "not JSON"),
-    "unsupported field": ([*_OUT, "--config", "vera", "--name", "t"], "LoRAConfig.vera_d=0.1 is not supported"),
+    "unsupported field": (
+        [*_OUT, "--config", "lora[dtype=int8]", "--name", "t"],
+        "LoRAConfig.dtype=int8 is not supported",
+    ),
     "no such output directory": (["add", "{folder}/base.pt", "-o", "{tmp}/none/out.pt", *_LORA], "does not exist"),
     "output is a directory": (["add", "{folder}/base.pt", "-o", "{tmp}", *_LORA], "is a directory"),
     "output is a pipe": (["add", "{folder}/base.pt", "-o", "{folder}/pipe", *_LORA], "is not a regular file"),

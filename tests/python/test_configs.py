@@ -16,20 +16,14 @@ from torchgraft.configs import config_to_json
 pytestmark = pytest.mark.quick
 
 CLASSES = ["BnConfig", "SeqBnConfig", "DoubleSeqBnConfig", "ParBnConfig", "PrefixTuningConfig", "LoRAConfig"]
+CLASSES += ["VeraConfig", "DvoRAConfig", "MTLLoRAConfig"]
 UNIONS = ["MAMConfig", "UniPELTConfig"]
 REQUIRED = dict(mh_adapter=True, output_adapter=False, reduction_factor=4, non_linearity="gelu")
 
 # Names of the library whose methods this version does not even parse.
-OTHER_METHODS = {"prompt_tuning", "mtl_lora", "loreft", "noreft", "direft"}
+OTHER_METHODS = {"prompt_tuning", "loreft", "noreft", "direft"}
 # Parsed, and refused by the field that they rest on.
-REFUSED = {
-    "pfeiffer+inv": "BnConfig.inv_adapter=nice",
-    "houlsby+inv": "BnConfig.inv_adapter=nice",
-    "seq_bn_inv": "BnConfig.inv_adapter=nice",
-    "double_seq_bn_inv": "BnConfig.inv_adapter=nice",
-    "vera": "LoRAConfig.vera_d=0.1",
-    "dvora": "LoRAConfig.vera_d=0.1",
-}
+REFUSED: dict[str, str] = {}
 NAMES = sorted(set(ADAPTER_CONFIG_MAP) - OTHER_METHODS)
 
 # Values other than the defaults, one field of each type at least.
@@ -39,6 +33,8 @@ VARIED = [
     adapters.ParBnConfig(scaling=0.5, dropout=0.25, phm_init_range=1e-05),
     adapters.PrefixTuningConfig(flat=True, prefix_length=3, shared_gating=False, encoder_prefix=False),
     adapters.LoRAConfig(r=3, alpha=5, attn_matrices=["k"], vera_d=0.5, dtype="float16"),
+    adapters.VeraConfig(vera_d=1.0, vera_b=0.5, r=3),
+    adapters.MTLLoRAConfig(n_up_projection=3, weights_sharpness=0.5, task_specific_matrix_type="linear"),
     adapters.ConfigUnion(
         adapters.LoRAConfig(leave_out=[0]), adapters.LoRAConfig(leave_out=[1]), adapters.SeqBnConfig()
     ),

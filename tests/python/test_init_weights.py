@@ -24,6 +24,7 @@ CONFIGS = {
     "houlsby": adapters.SeqBnConfig(init_weights="houlsby", scaling="channel", reduction_factor=3, **SEED),
     "ia3": adapters.IA3Config(**SEED),
     "dora": adapters.LoRAConfig(use_dora=True, **SEED, **ALL_LORA),
+    "dora_gated": adapters.LoRAConfig(use_dora=True, use_gating=True, **SEED, **ALL_LORA),
     "norms": adapters.SeqBnConfig(ln_before=True, ln_after=True, **SEED),
     "compacter": adapters.CompacterConfig(shared_phm_rule=False, reduction_factor=4, **SEED),
     "compacter_factors": adapters.CompacterConfig(

@@ -71,6 +71,17 @@ def test_in_a_bank_only_the_trainable_adapter_moves() -> None:
     assert (before[4] - after[4]).abs().max() > 1e-2
 
 
+def test_a_learner_beside_dora_has_finite_gradients() -> None:
+    """Rows of others divide by norms that the bank has none for, and use nothing of the quotient."""
+    saved = {"dora": saved_adapter(VARIANT, DOUBLE, "dora").directory}
+    module = torchgraft.graft(base("bert_sdpa", DOUBLE), adapters=saved)
+    module = torchgraft.graft(module, "lora[init_weights='bert']", "learner", trainable=True)
+    named = torchgraft.trainable_parameters(module, "learner")
+    for ids in ([1, 1], [1, 0], [1, -1]):
+        gradients = torch.autograd.grad(_hidden(module, adapter_ids=torch.tensor(ids)).pow(3).sum(), [*named.values()])
+        assert all(bool(gradient.isfinite().all()) for gradient in gradients)
+
+
 def test_gradients_in_a_bank_are_those_alone() -> None:
     """The bank's larger rank and longer prefix are padding, through which gradients come back unchanged."""
     alone = _trainable("unipelt", "learner")

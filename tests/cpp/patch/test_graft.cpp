@@ -105,7 +105,11 @@ TEST(Graft, OtherMethodsOfTheModuleKeepCallingForward) {
 TEST(Graft, WhatCannotBeGraftedIsNamed) {
   const auto base = encoder();
   EXPECT_NE(error_of([&] { graft(base, {}); }).find("no adapter was given"), std::string::npos);
-  EXPECT_NE(error_of([&] { graft(base, {fresh("task", "vera")}); }).find("LoRAConfig.vera_d=0.1 is not supported yet"),
+  EXPECT_NE(error_of([&] {
+              LoRAConfig config;
+              config.dtype = "int8";
+              graft(base, {{"task", {{config}}, std::nullopt, ""}});
+            }).find("LoRAConfig.dtype=int8 is not supported yet"),
             std::string::npos);
   EXPECT_NE(error_of([&] {
               graft(graft(base, {fresh("t", "lora")}), {fresh("t", "mam")});

@@ -26,8 +26,15 @@ AdapterSpec spec(const std::string& name, const std::string& config, bool traina
 
 at::Tensor run(torch::jit::Module module, const at::Tensor& x) { return module.forward({x}).toTensor(); }
 
-TEST(Train, AStepChangesTheTrainableAdapterAndNotTheFrozenOne) {
-  auto module = graft(encoder(), {spec("still", "lora[init_weights='bert']", false), spec("learner", "unipelt", true)});
+class TrainStep : public ::testing::TestWithParam<const char*> {};
+
+INSTANTIATE_TEST_SUITE_P(Methods, TrainStep,
+                         ::testing::Values("unipelt", "vera[vera_b=0.5]", "dvora[vera_b=0.5]", "seq_bn_inv",
+                                           "mtl_lora[n_up_projection=2, init_weights='bert']"));
+
+TEST_P(TrainStep, ChangesTheTrainableAdapterAndNotTheFrozenOne) {
+  auto module =
+      graft(encoder(), {spec("still", "lora[init_weights='bert']", false), spec("learner", GetParam(), true)});
   const at::Tensor x = at::randn({2, 5, 12});
   const auto named = trainable_parameters(module, "learner");
   std::set<const c10::TensorImpl*> trained;

@@ -13,11 +13,13 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import adapters
 import peft
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -249,12 +251,25 @@ def _results(case: DrawnCase, model: nn.Module) -> list[Tensor]:
     return results
 
 
+def _add_what_a_head_brings(model: nn.Module, folder: str) -> None:
+    """Writes what all modules share (VeRA's matrices), which the library saves only from a model with a head."""
+    if "task" not in model.shared_parameters:
+        return
+    path = next(Path(folder).glob("*adapter.*[ns]"))
+    is_pickle = path.suffix == ".bin"
+    state = torch.load(path, weights_only=True) if is_pickle else load_file(path)
+    shared = {f"base.shared_parameters.task.{key}": value for key, value in model.shared_parameters["task"].items()}
+    state |= {key: value.detach().clone() for key, value in shared.items()}
+    torch.save(state, path) if is_pickle else save_file(state, path)
+
+
 def _written_by_adapter_hub(case: DrawnCase, folder: str) -> list[Tensor]:
     positional = _library(case.family, case.attention)
     model = positional.model
     try:
         oracle.make_oracle_adapter(model, case.config, "task", case.number)
         model.eval().save_adapter(folder, "task", use_safetensors=case.safetensors)
+        _add_what_a_head_brings(model, folder)
         model.set_active_adapters("task")
         return _results(case, positional)
     finally:

@@ -1,0 +1,40 @@
+"""Drawn invertible adapters of AdapterHub on many families: what the library gives, or refused with a reason."""
+
+import random
+
+import adapters
+import pytest
+
+from drawn_cases import DrawnCase, draw, outcome
+
+_SEED = 26
+_CASES = 60
+_FINE = ("equal", "refused: ", "warned: ", "library fails: ")
+
+
+def _config(rng: random.Random) -> adapters.AdapterConfig:
+    bottleneck = rng.choice((adapters.SeqBnInvConfig, adapters.DoubleSeqBnInvConfig))(
+        non_linearity=rng.choice(("relu", "swish", "gelu", "leakyrelu")),
+        reduction_factor=rng.choice((2, 16)),
+        inv_adapter_reduction_factor=rng.choice((1, 2, 3.5, 8)),
+        leave_out=rng.choice(([], [0], [1])),
+        use_gating=rng.random() < 0.3,
+        dropout=rng.choice((0.0, 0.1)),
+    )
+    if rng.random() < 0.3:
+        return adapters.ConfigUnion(bottleneck, adapters.LoRAConfig(r=3, use_gating=rng.random() < 0.5))
+    return bottleneck
+
+
+def _case(number: int) -> DrawnCase:
+    """A family and a form as draw() gives them, with a configuration of this method."""
+    model = draw(_SEED, number)
+    return DrawnCase(_SEED, number, model.family, model.attention, model.form, "AdapterHub",
+                     _config(random.Random(f"{_SEED} {number}")), model.safetensors)  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(_CASES))
+def test_equal_or_refused(number: int) -> None:
+    case = _case(number)
+    found = outcome(case)
+    assert found.startswith(_FINE), f"{case}: {found}"
