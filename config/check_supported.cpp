@@ -21,15 +21,9 @@ std::string printed(double value) {
   return text.str();
 }
 
-// A dropout's: it acts only on adapters that are trained.
+// Of dropping: it acts only on adapters that are trained.
 void require_probability(const std::string& field, double value) {
   TORCH_CHECK(value >= 0.0 && value < 1.0, "config: expected ", field, " to be at least 0 and below 1, got ", value);
-}
-
-void require_zero(const std::string& field, double value) {
-  if (value != 0.0) {
-    refuse(field, printed(value), "0.0");
-  }
 }
 
 void require_none(const std::string& field, const std::optional<std::string>& value) {
@@ -113,7 +107,7 @@ void check(const BnConfig& config) {
   }
   require_none("BnConfig.inv_adapter", config.inv_adapter);
   require_probability("BnConfig.dropout", config.dropout);
-  require_zero("BnConfig.stochastic_depth", config.stochastic_depth);
+  require_probability("BnConfig.stochastic_depth", config.stochastic_depth);
 }
 
 void check(const PrefixTuningConfig& config) {
@@ -148,6 +142,8 @@ void check(const LoRAConfig& config) {
                 config.dropout);
   }
 }
+
+void check(const ReftConfig& config) { check_reft(config); }
 
 }  // namespace
 

@@ -32,9 +32,14 @@ MethodConfig read_method(const Json& json) {
     return read_config(json, "LoRAConfig", LoRAConfig{},
                        [](auto& config, auto visit) { visit_lora_fields(config, visit); });
   }
+  if (architecture == "reft") {
+    return read_config(json, "ReftConfig", ReftConfig{},
+                       [](auto& config, auto visit) { visit_reft_fields(config, visit); },
+                       {"layers", "prefix_positions", "suffix_positions", "r", "orthogonality"});
+  }
   TORCH_CHECK(architecture != "union", "config: a union inside a union is not possible");
   TORCH_CHECK(false, "config: the architecture ", shown_json(architecture),
-              " is not supported (supported: bottleneck, prefix_tuning, lora and unions of them)");
+              " is not supported (supported: bottleneck, prefix_tuning, lora, reft and unions of them)");
 }
 
 AdapterConfig read_adapter(const Json& json) {
@@ -62,6 +67,12 @@ OrderedJson write_method(const MethodConfig& method) {
   } else if (const auto* prefix = std::get_if<PrefixTuningConfig>(&method)) {
     result["architecture"] = "prefix_tuning";
     visit_prefix_fields(*prefix, visitor);
+  } else if (const auto* reft = std::get_if<ReftConfig>(&method)) {
+    result["architecture"] = "reft";
+    visit_reft_fields(*reft, visitor);
+    if (reft->subtract_projection) {
+      result.erase("subtract_projection");
+    }
   } else {
     result["architecture"] = "lora";
     visit_lora_fields(std::get<LoRAConfig>(method), visitor);

@@ -2,6 +2,7 @@
 
 #include <torchgraft/plan/phm.h>
 #include <torchgraft/plan/prefix_mlp.h>
+#include <torchgraft/plan/reft_weights.h>
 #include <torchgraft/plan/reparametrisation.h>
 
 #include <ATen/ATen.h>
@@ -254,6 +255,8 @@ AdapterWeights init_weights(const Plan& plan, const at::TensorOptions& options, 
       }
     } else if (std::holds_alternative<PlannedBottleneck>(module.method)) {
       weights = init_bottleneck(module, shared, sources);
+    } else if (const auto* reft = std::get_if<PlannedReft>(&module.method)) {
+      weights = init_reft(*reft, sources[reft_source(module)]);
     } else {
       const auto& prefix = std::get<PlannedPrefix>(module.method);
       if (prefix.group_index == 0) {
@@ -264,9 +267,7 @@ AdapterWeights init_weights(const Plan& plan, const at::TensorOptions& options, 
         add_gate(weights, prefix.config.shared_gating ? 1 : 2, prefix.hidden_size);
       }
     }
-    for (auto& [name, tensor] : weights) {
-      tensor = tensor.to(options);
-    }
+    convert(weights, options);
   }
   if (kept) {
     *kept = converted(std::move(sources), options);

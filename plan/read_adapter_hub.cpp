@@ -5,6 +5,7 @@
 #include <torchgraft/plan/match_modules.h>
 #include <torchgraft/plan/phm.h>
 #include <torchgraft/plan/prefix_mlp.h>
+#include <torchgraft/plan/reft_weights.h>
 #include <torchgraft/plan/reparametrisation.h>
 
 #include <ATen/ATen.h>
@@ -200,6 +201,11 @@ ModuleWeights WeightReader::read(const PlannedModule& module, const SavedParamet
     weights = read(*lora, saved, place);
   } else if (std::holds_alternative<PlannedBottleneck>(module.method)) {
     weights = read_bottleneck(module, saved, place);
+  } else if (const auto* reft = std::get_if<PlannedReft>(&module.method)) {
+    const TakeTensor take_tensor = [&](const std::string& name, at::IntArrayRef shape) {
+      return take(saved, name, shape, place);
+    };
+    weights = read_reft(*reft, take_tensor, sources_[reft_source(module)]);
   } else {
     const auto& prefix = std::get<PlannedPrefix>(module.method);
     std::tie(weights["prefix_key"], weights["prefix_value"]) =
@@ -208,9 +214,7 @@ ModuleWeights WeightReader::read(const PlannedModule& module, const SavedParamet
       read_gate(saved, prefix.config.shared_gating ? 1 : 2, prefix.hidden_size, place, weights);
     }
   }
-  for (auto& [name, tensor] : weights) {
-    tensor = tensor.to(options_);
-  }
+  convert(weights, options_);
   return weights;
 }
 

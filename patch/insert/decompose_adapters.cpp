@@ -51,6 +51,15 @@ constexpr const char* kBottleneck = R"python(
     return residual + up * (selected(scaling, adapter_ids, adapter).unsqueeze(1) * gate.unsqueeze(-1)), gate
 )python";
 
+// A unit of ReFT: the first for the first tokens of a row, the last for its last ones, which overrule them.
+constexpr const char* kReftUnit = R"python(
+    source = selected(source_weight, adapter_ids, adapter).select(1, -WHICH).transpose(1, 2)
+    inner = torch.matmul(x, source) + selected(source_bias, adapter_ids, adapter).select(1, -WHICH).unsqueeze(1)
+    rows = selected(projection, adapter_ids, adapter).select(1, -WHICH)
+    hidden = (ACTIVATION) - torch.matmul(x, rows.transpose(1, 2)) * subtracted
+    result = torch.where(flags.select(1, WHICH).unsqueeze(-1), x + torch.matmul(hidden, rows), result)
+)python";
+
 using ArgumentNames = std::vector<std::pair<const char*, const char*>>;  // name and type
 
 // What an op computes: its arguments in the order of its schema, and the body of a function of them.
@@ -149,6 +158,26 @@ BOTTLENECK
     output = torch.scaled_dot_product_attention(query, keys, values, mask, dropout_p, False, scale=scale)
     return output.transpose(1, 2).contiguous().transpose(1, 2), gate
 )python"}},
+      {"reft",
+       {{{"x", "Tensor"},
+         {"source_weight", "Tensor"},
+         {"source_bias", "Tensor"},
+         {"projection", "Tensor"},
+         {"subtraction", "Tensor"},
+         {"positions", "Tensor"},
+         {"non_linearity", "str"},
+         {"adapter_ids", "Tensor"},
+         {"adapter", "int"},
+         {"token_mask", "Tensor"}},
+        R"python(
+    check_ids(OP, x, adapter_ids, positions)
+    flags = position_flags(x, positions, adapter_ids, adapter, token_mask)
+    subtracted = selected(subtraction, adapter_ids, adapter).view(-1, 1, 1)
+    result = x
+UNIT_OF_PREFIX
+UNIT_OF_SUFFIX
+    return result
+)python"}},
       {"attention_token_mask",
        {{{"x", "Tensor"}, {"attn_mask", "Tensor"}},
         R"python(
@@ -177,6 +206,13 @@ bool replace_word(std::string& text, const std::string& word, const std::string&
   return true;
 }
 
+std::string reft_unit_source(const std::string& which) {
+  std::string source = kReftUnit;
+  while (replace_word(source, "WHICH", which)) {
+  }
+  return source;
+}
+
 // The source of a function for the inputs of `node`. An input that is None becomes a local constant None, so that no
 // branch on it is left.
 std::string source_for(const Node* node, const Definition& definition, const std::string& name) {
@@ -194,10 +230,14 @@ std::string source_for(const Node* node, const Definition& definition, const std
                   (optional ? "Optional[" + std::string(type) + "]" : type);
   }
   std::string body = definition.body;
-  if (replace_word(body, "BOTTLENECK", kBottleneck)) {
+  replace_word(body, "BOTTLENECK", kBottleneck);
+  replace_word(body, "UNIT_OF_PREFIX", reft_unit_source("0"));
+  replace_word(body, "UNIT_OF_SUFFIX", reft_unit_source("1"));
+  if (body.find("ACTIVATION") != std::string::npos) {
     const auto non_linearity = torch::jit::toIValue(node->namedInput("non_linearity"));
     TORCH_INTERNAL_ASSERT(non_linearity, "the non-linearity of ", name, " is no constant");
-    replace_word(body, "ACTIVATION", activation_source(non_linearity->toStringRef()));
+    while (replace_word(body, "ACTIVATION", activation_source(non_linearity->toStringRef()))) {
+    }
   }
   replace_word(body, "OP", "\"" + name + "\"");
   replace_word(body, "MASKED_SCORE", number_source(kMaskedScore));

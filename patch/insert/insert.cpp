@@ -3,6 +3,7 @@
 #include <torchgraft/patch/insert/insert_bottleneck.h>
 #include <torchgraft/patch/insert/insert_lora.h>
 #include <torchgraft/patch/insert/insert_prefix.h>
+#include <torchgraft/patch/insert/insert_reft.h>
 #include <torchgraft/patch/insert/inserter.h>
 
 #include <torch/csrc/jit/passes/dead_code_elimination.h>
@@ -40,7 +41,11 @@ size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& si
   std::vector<Value*> gates;
   for (const SlotRun& run : runs) {
     inserter.enter(slots[run.slot], run.layer);
-    gates.push_back(insert(slots[run.slot]));
+    if (has_gate(slots[run.slot])) {
+      gates.push_back(insert(slots[run.slot]));
+    } else {
+      insert_reft(inserter, slots[run.slot]);
+    }
   }
   WithInsertPoint guard(graph->return_node());
   Value* list = graph->insertNode(graph->createList(c10::TensorType::get(), gates))->output();

@@ -35,6 +35,7 @@ class TrainedWeights {
   Value* prefix_of_layer(const OwnWeights& own, bool is_value);
   Value* source(const OwnWeights& own, const std::string& key, const std::string& name);
   Value* phm_weight(const OwnWeights& own, const std::string& side);
+  Value* reft_projection(const OwnWeights& own);
   Value* weight_norm(const Slot& slot, const OwnWeights& own, Value* slot_module);
   Value* dropped(Value* value, double p);
 

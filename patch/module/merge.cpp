@@ -16,6 +16,9 @@ std::string obstacle(const PlannedModule& module) {
   if (std::holds_alternative<PlannedPrefix>(module.method)) {
     return "a prefix adds keys and values";
   }
+  if (std::holds_alternative<PlannedReft>(module.method)) {
+    return "ReFT changes some tokens only";
+  }
   const LoRAConfig& config = std::get<PlannedLoRA>(module.method).config;
   if (lora_form(config) != LoRAForm::kAdd) {
     return lora_form(config) == LoRAForm::kScale ? "(IA)^3 scales the projection's bias too"

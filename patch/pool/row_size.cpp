@@ -1,6 +1,7 @@
 #include <torchgraft/patch/pool/row_size.h>
 
 #include <torchgraft/patch/adapters/adapter_bank.h>
+#include <torchgraft/plan/reft_weights.h>
 
 #include <ATen/core/Tensor.h>
 
@@ -24,6 +25,9 @@ double least_numbers(const PlannedModule& module) {
   }
   if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method)) {
     return product({2, bottleneck->hidden_size, bottleneck->bottleneck_size});
+  }
+  if (const auto* reft = std::get_if<PlannedReft>(&module.method)) {
+    return product({2, reft_units(reft->config), reft->config.r, reft->hidden_size});
   }
   const auto& prefix = std::get<PlannedPrefix>(module.method);
   return product({2, prefix.num_kv_heads, prefix.head_dim, prefix.config.prefix_length});
@@ -63,8 +67,10 @@ void RowSize::add(const Adapter& adapter) {
     }
     const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method);
     const auto* lora = std::get_if<PlannedLoRA>(&module.method);
-    if (!bottleneck && !lora) {
+    if (std::holds_alternative<PlannedPrefix>(module.method)) {
       grow(slot, "prefix_length", {}, sizeof(int64_t));
+    } else if (!bottleneck && !lora) {
+      continue;
     } else if (bottleneck ? !bottleneck_form(*bottleneck).is_plain() : lora_form(lora->config) != LoRAForm::kAdd) {
       grow(slot, "present", {}, sizeof(bool));
     }

@@ -57,6 +57,9 @@ double size_of(const PlannedModule& module) {
       return (static_cast<double>(prefix.config.prefix_length) + static_cast<double>(prefix.config.bottleneck_size)) *
              static_cast<double>(prefix.hidden_size);
     }
+    double operator()(const PlannedReft& reft) const {
+      return static_cast<double>(reft.config.r) * static_cast<double>(reft.hidden_size);
+    }
   };
   return std::visit(Size(), module.method);
 }

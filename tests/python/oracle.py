@@ -15,12 +15,16 @@ from adapters import (
     BnConfig,
     CompacterConfig,
     ConfigUnion,
+    DiReftConfig,
     DoubleSeqBnConfig,
     IA3Config,
     LoRAConfig,
+    LoReftConfig,
     MAMConfig,
+    NoReftConfig,
     ParBnConfig,
     PrefixTuningConfig,
+    ReftConfig,
     SeqBnConfig,
     UniPELTConfig,
 )
@@ -75,6 +79,18 @@ CONFIGS = {
     "prefix_flat": PrefixTuningConfig(prefix_length=6, flat=True),
     "prefix_flat_gated": PrefixTuningConfig(prefix_length=1, flat=True, use_gating=True),
     "prefix_leave_out": PrefixTuningConfig(prefix_length=6, bottleneck_size=20, leave_out=[0], use_gating=True),
+    "loreft": LoReftConfig(),
+    "noreft": NoReftConfig(r=3, suffix_positions=1, non_linearity="gelu"),
+    "direft": DiReftConfig(r=2, prefix_positions=0, suffix_positions=3),
+    "reft_overlapping": LoReftConfig(r=2, prefix_positions=4, suffix_positions=2, layers=[0, 2]),
+    "reft_tied": ReftConfig("all", 2, 2, 5, orthogonality=True, tied_weights=True),
+    "union_reft": ConfigUnion(
+        LoReftConfig(r=2, suffix_positions=1),
+        ParBnConfig(reduction_factor=4, use_gating=True),
+        SeqBnConfig(original_ln_after=False, residual_before_ln=False, mh_adapter=True, output_adapter=False),
+        PrefixTuningConfig(prefix_length=3, bottleneck_size=20),
+        LoRAConfig(r=3, use_gating=True, **_ALL_LORA),
+    ),
     "union_everything": ConfigUnion(
         PrefixTuningConfig(prefix_length=5, bottleneck_size=20, use_gating=True, shared_gating=False),
         DoubleSeqBnConfig(reduction_factor=4, use_gating=True, leave_out=[1]),
@@ -135,6 +151,8 @@ def randomise(model: nn.Module, name: str, seed: int) -> None:
                 value = value * 0.5  # a factor of Compacter's: products of four of them are summed
             else:
                 value = value * 1.2 / parameter.size(1) ** 0.5
+            if path.endswith("projection.parametrizations.weight.original"):
+                value.diagonal().fill_(-1.0)  # signs, which torch cuts to whole numbers and never trains
             parameter.copy_(value)
 
 
@@ -190,8 +208,10 @@ class Oracle:
             scores = outputs[-1] if adapter else {}
             outputs = outputs[:-1] if adapter else outputs
         else:
+            # ReFT counts the real tokens of the mask that the whole model would be given.
+            counted = {"attention_mask": batch.mask} if variant.masked and self._has_reft(adapter) else {}
             with ForwardContext(
-                self.model, inputs_embeds=batch.embeddings, output_adapter_gating_scores=True
+                self.model, inputs_embeds=batch.embeddings, output_adapter_gating_scores=True, **counted
             ) as context:
                 outputs = (self._encode(variant, batch, adapter),)
             scores = getattr(context, "adapter_gating_scores", {})  # there is none without an adapter
@@ -213,6 +233,10 @@ class Oracle:
             masks.append(torch.cat([mask.new_zeros(batch.rows, 1, 1, length), mask], dim=-1))
         return self.model.encoder(batch.embeddings, head_mask=masks).last_hidden_state
 
+    def _has_reft(self, adapter: Saved | None) -> bool:
+        config = self.model.adapters_config.get(adapter.name) if adapter else None
+        return config is not None and any(isinstance(method, ReftConfig) for method in _methods(config))
+
     def _prefix_length(self, adapter: Saved | None, layer: int) -> int:
         if adapter is None:
             return 0
@@ -228,7 +252,7 @@ class Oracle:
         gated = {
             location
             for config in _methods(self.model.adapters_config.get(name))
-            if config["use_gating"]
+            if config.get("use_gating", False)
             for location in _locations(config)
         }
         result: Gates = {}
