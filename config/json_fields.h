@@ -110,8 +110,7 @@ inline void read(const std::string& field, const Json& value, std::variant<bool,
   }
 }
 
-inline void read(const std::string& field, const Json& value,
-                 std::variant<std::string, std::vector<int64_t>>& target) {
+inline void read(const std::string& field, const Json& value, std::variant<std::string, std::vector<int64_t>>& target) {
   if (value.is_string()) {
     target = value.get<std::string>();
   } else if (value.is_array()) {

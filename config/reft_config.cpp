@@ -43,6 +43,8 @@ std::string reft_non_linearity(const ReftConfig& config) {
   return name;
 }
 
+int64_t reft_units(const ReftConfig& config) { return config.tied_weights ? 1 : 2; }
+
 bool acts_on(const ReftConfig& config, int64_t layer) {
   const auto* numbers = std::get_if<std::vector<int64_t>>(&config.layers);
   return !numbers || std::find(numbers->begin(), numbers->end(), layer) != numbers->end();
@@ -56,16 +58,16 @@ void check_reft(const ReftConfig& config) {
   check_count("prefix_positions", config.prefix_positions, 0);
   check_count("suffix_positions", config.suffix_positions, 0);
   check_count("r", config.r, 1);
-  TORCH_CHECK(config.output_reft && config.prefix_positions + config.suffix_positions > 0,
-              "config: ReftConfig has ", config.output_reft ? "no positions" : "output_reft=False",
-              ": such an adapter would change nothing");
+  TORCH_CHECK(config.output_reft && config.prefix_positions + config.suffix_positions > 0, "config: ReftConfig has ",
+              config.output_reft ? "no positions" : "output_reft=False", ": such an adapter would change nothing");
   TORCH_CHECK(config.dropout >= 0.0 && config.dropout < 1.0,
               "config: expected ReftConfig.dropout to be at least 0 and below 1, got ", config.dropout);
   const std::string name = reft_non_linearity(config);
   TORCH_CHECK(is_listed(non_linearity_names(), name), "config: ReftConfig.non_linearity=", name,
               " is not supported yet (supported: ", c10::Join(", ", non_linearity_names()), ", None)");
-  TORCH_CHECK(!config.dtype || is_listed(kReftDtypes, *config.dtype), "config: ReftConfig.dtype=",
-              config.dtype.value_or(""), " is not supported yet (supported: ", c10::Join(", ", kReftDtypes), ")");
+  TORCH_CHECK(!config.dtype || is_listed(kReftDtypes, *config.dtype),
+              "config: ReftConfig.dtype=", config.dtype.value_or(""),
+              " is not supported yet (supported: ", c10::Join(", ", kReftDtypes), ")");
 }
 
 }  // namespace torchgraft

@@ -53,6 +53,9 @@ ReftConfig direft_config();  // without subtract_projection, too
 // The name of its non-linearity in the table of activations/.
 std::string reft_non_linearity(const ReftConfig& config);
 
+// Units of parameters: one for all positions, or one for the first and one for the last ones.
+int64_t reft_units(const ReftConfig& config);
+
 // Whether it acts on the layer of this number.
 bool acts_on(const ReftConfig& config, int64_t layer);
 

@@ -79,9 +79,10 @@ std::string parameter_name(const std::string& saved) {
 }
 
 std::optional<SavedKind> kind_of(const std::string& container) {
-  static const std::map<std::string, SavedKind> kKinds = {
-      {"loras", SavedKind::kLoRA}, {"adapters", SavedKind::kBottleneck}, {"prefix_gates", SavedKind::kPrefixGate},
-      {"refts", SavedKind::kReft}};
+  static const std::map<std::string, SavedKind> kKinds = {{"loras", SavedKind::kLoRA},
+                                                          {"adapters", SavedKind::kBottleneck},
+                                                          {"prefix_gates", SavedKind::kPrefixGate},
+                                                          {"refts", SavedKind::kReft}};
   const auto found = kKinds.find(container);
   return found == kKinds.end() ? std::nullopt : std::optional(found->second);
 }

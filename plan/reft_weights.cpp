@@ -38,8 +38,7 @@ at::Tensor negative_eye(at::IntArrayRef sizes, const at::TensorOptions& options)
 // torch's _make_orthogonal: the Q of a QR decomposition whose R has a positive diagonal.
 at::Tensor made_orthogonal(const at::Tensor& matrix) {
   const auto [reflectors, tau] = at::geqrf(matrix);
-  return at::linalg_householder_product(reflectors, tau) *
-         reflectors.diagonal(0, -2, -1).sgn().unsqueeze(-2);
+  return at::linalg_householder_product(reflectors, tau) * reflectors.diagonal(0, -2, -1).sgn().unsqueeze(-2);
 }
 
 // torch's _is_orthogonal.
@@ -71,8 +70,6 @@ at::Tensor drawn_linear(int64_t out, int64_t in) {
 }
 
 }  // namespace
-
-int64_t reft_units(const ReftConfig& config) { return config.tied_weights ? 1 : 2; }
 
 std::map<std::string, std::vector<int64_t>> reft_shapes(const PlannedReft& planned) {
   const int64_t units = reft_units(planned.config);
@@ -197,9 +194,8 @@ ModuleWeights read_reft(const PlannedReft& planned, const TakeTensor& take, Modu
 }
 
 StateDict reft_state(const PlannedReft& planned, const ModuleWeights& weights, const ModuleWeights& sources) {
-  const ModuleWeights kept = planned.config.orthogonality && sources.empty()
-                                 ? reft_sources_of(planned, weights.at("projection"))
-                                 : sources;
+  const ModuleWeights kept =
+      planned.config.orthogonality && sources.empty() ? reft_sources_of(planned, weights.at("projection")) : sources;
   StateDict result;
   for (int64_t unit = 0; unit < reft_units(planned.config); ++unit) {
     for (const auto& [saved, name] : reft_names()) {

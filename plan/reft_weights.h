@@ -18,9 +18,6 @@ namespace torchgraft {
 // parametrizations.orthogonal computes it from: "original_<unit>", which is trained, and "base_<unit>". An adapter that
 // is trained keeps both among its sources, under reft_source(); another keeps the projection alone.
 
-// Units of parameters: one for all positions, or one for the first and one for the last ones.
-int64_t reft_units(const ReftConfig& config);
-
 std::map<std::string, std::vector<int64_t>> reft_shapes(const PlannedReft& planned);
 
 // What the configuration says and no checkpoint has: "positions" (int64) and "subtraction".

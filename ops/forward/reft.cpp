@@ -105,12 +105,14 @@ at::Tensor sparse_reft(const ReftArguments& args, const Selection& selection, co
       continue;
     }
     const auto [unit, slice] = key;
-    const auto of = [&, u = unit == 0 ? 0 : -1, n = slice](const at::Tensor& bank) { return bank.select(0, n).select(0, u); };
+    const auto of = [&, u = unit == 0 ? 0 : -1, n = slice](const at::Tensor& bank) {
+      return bank.select(0, n).select(0, u);
+    };
     const at::Tensor index = at::tensor(tokens, at::kLong);
-    const at::Tensor changed =
-        intervene(x.index_select(0, index),
-                  {of(args.source_weight), of(args.source_bias), of(args.projection), args.subtraction.select(0, slice)},
-                  activation);
+    const at::Tensor changed = intervene(
+        x.index_select(0, index),
+        {of(args.source_weight), of(args.source_bias), of(args.projection), args.subtraction.select(0, slice)},
+        activation);
     if (recording) {
       output = at::index_copy(output.defined() ? output : x, 0, index, changed);
     } else {

@@ -199,7 +199,8 @@ bool Slot::has_bank(const std::string& parameter) const {
 }
 
 bool is_trained(const std::string& parameter, bool scaling_is_trained) {
-  static const std::set<std::string> kFixed = {"prefix_length", "present", "weight_norm", "fixed", "positions", "subtraction"};
+  static const std::set<std::string> kFixed = {"prefix_length", "present",   "weight_norm",
+                                               "fixed",         "positions", "subtraction"};
   return !kFixed.count(parameter) && (parameter != "scaling" || scaling_is_trained);
 }
 

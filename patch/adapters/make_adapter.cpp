@@ -65,9 +65,9 @@ std::vector<int64_t> named_layers(const ReftConfig& config) {
 void check_leave_out(const AdapterConfig& config, const Structure& structure) {
   for (const MethodConfig& method : config.methods) {
     for (const int64_t layer : std::visit([](const auto& held) { return named_layers(held); }, method)) {
-      TORCH_CHECK(layer >= 0 && layer < structure.depth(), "graft: ",
-                  std::holds_alternative<ReftConfig>(method) ? "layers" : "leave_out", " names layer ", layer,
-                  "; the model has layers 0 to ", structure.depth() - 1);
+      TORCH_CHECK(layer >= 0 && layer < structure.depth(),
+                  "graft: ", std::holds_alternative<ReftConfig>(method) ? "layers" : "leave_out", " names layer ",
+                  layer, "; the model has layers 0 to ", structure.depth() - 1);
     }
   }
 }

@@ -14,8 +14,8 @@ using torch::jit::Node;
 size_t count_ops(const Module& module) {
   size_t count = 0;
   for_each_node(module.get_method("grafted_forward").graph()->block(), [&](Node* node) {
-    static const auto kOwn = c10::Symbol::fromQualString("namespaces::torchgraft");
-    count += node->kind().ns() == kOwn && is_counted(node->kind().toUnqualString());
+    static const auto known = c10::Symbol::fromQualString("namespaces::torchgraft");
+    count += node->kind().ns() == known && is_counted(node->kind().toUnqualString());
   });
   return count;
 }

@@ -1,7 +1,6 @@
 #include <torchgraft/patch/pool/row_size.h>
 
 #include <torchgraft/patch/adapters/adapter_bank.h>
-#include <torchgraft/plan/reft_weights.h>
 
 #include <ATen/core/Tensor.h>
 

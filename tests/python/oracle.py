@@ -5,6 +5,7 @@ Its gating scores come as numpy arrays with peculiarities that `Oracle._gates` u
 
 import functools
 import itertools
+import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,6 +174,15 @@ def make_oracle_adapter(model: nn.Module, config, name: str, seed: int) -> None:
     randomise(model, name, seed)
 
 
+def say_subtraction(directory: str | Path, config) -> None:
+    """Writes into a directory of the library's whether its ReFT subtracts the projection, which the library omits."""
+    if isinstance(config, ReftConfig):
+        path = Path(directory) / "adapter_config.json"
+        content = json.loads(path.read_text())
+        content["config"]["subtract_projection"] = config.subtract_projection
+        path.write_text(json.dumps(content))
+
+
 class Oracle:
     """One Hugging Face model with adapters, as eager as it gets. Holds as many adapters as the tests ask for."""
 
@@ -191,6 +201,7 @@ class Oracle:
             make_oracle_adapter(self.model, CONFIGS[config_name], name, 17 + seed)
             directory = str(Path(self._directory.name) / name)
             self.model.save_adapter(directory, name)
+            say_subtraction(directory, CONFIGS[config_name])
             self.model.eval()
             self._saved[key] = Saved(name, directory)
         return self._saved[key]

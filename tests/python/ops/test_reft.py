@@ -75,7 +75,16 @@ def scripted(
     adapter_ids: torch.Tensor | None = None, token_mask: torch.Tensor | None = None,
 ):  # fmt: skip
     return torch.ops.torchgraft.reft(
-        x, source_weight, source_bias, projection, subtraction, positions, non_linearity, adapter_ids, adapter, token_mask
+        x,
+        source_weight,
+        source_bias,
+        projection,
+        subtraction,
+        positions,
+        non_linearity,
+        adapter_ids,
+        adapter,
+        token_mask,
     )
 
 

@@ -1,4 +1,4 @@
-"""ReFT on families, forms and paddings that the library supports, against the library live; in banks, pools, files."""
+"""ReFT in banks, pools, files and training, against the library live."""
 
 import json
 import re
@@ -8,92 +8,14 @@ from pathlib import Path
 import adapters
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import torchgraft
 from grafted import base, reloaded, saved_adapter
 from hugging_face_models import FAMILIES
-from models import VARIANTS, make_batch
-from oracle import TOLERANCE, difference, make_oracle_adapter, oracle_for
-
-FLOAT = torch.float32
-CONFIGS = {
-    "loreft": adapters.LoReftConfig(r=2, suffix_positions=2),
-    "noreft": adapters.NoReftConfig(r=3, prefix_positions=2, non_linearity="relu", layers=[1]),
-    "direft": adapters.DiReftConfig(prefix_positions=1, suffix_positions=3, tied_weights=True),
-}
-TEXT = ["bert", "roberta", "xlm_roberta", "electra", "distilbert", "albert", "albert_groups", "deberta_v2", "clip_text"]
-CAUSAL = ["gpt2", "gptj", "llama", "mistral"]
-IMAGES = ["vit", "beit", "clip_vision"]
-MASKS = {
-    "right": [[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 0]],
-    "left": [[1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1]],
-    "none": [[1, 1, 1, 1, 1], [1, 1, 1, 1, 1]],
-}
-
-
-class _Causal(nn.Module):
-    """Reads the token mask as users give it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
-
-
-def _model(family: str, attention: str = "eager") -> nn.Module:
-    made = FAMILIES[family].make(attention, FLOAT)
-    return _Causal(made.model).eval() if family in CAUSAL else made
-
-
-def _text(padding: str, seed: int = 0) -> tuple[Tensor, Tensor]:
-    mask = torch.tensor(MASKS[padding])
-    ids = torch.randint(2, 97, mask.shape, generator=torch.Generator().manual_seed(seed))
-    return torch.where(mask == 1, ids, 1), mask
-
-
-def _arguments(family: str, padding: str, seed: int = 0) -> tuple:
-    return FAMILIES[family].arguments(FLOAT, seed) if family in IMAGES else _text(padding, seed)
-
-
-def _traced(model: nn.Module, arguments: tuple) -> torch.jit.ScriptModule:
-    return torch.jit.trace(model, arguments, check_trace=False, strict=False)
-
-
-def _library_adapter(model: nn.Module, config: adapters.AdapterConfig, folder: Path, seed: int = 3) -> None:
-    """Writes an adapter "task" of the library's, with drawn weights, and leaves it active."""
-    adapters.init(model)
-    make_oracle_adapter(model, config, "task", seed)
-    model.eval().save_adapter(str(folder), "task")
-    model.set_active_adapters("task")
-    if not getattr(config, "subtract_projection", True):  # which the library does not write
-        _write_subtraction(folder)
-
-
-def _write_subtraction(folder: Path) -> None:
-    path = folder / "adapter_config.json"
-    content = json.loads(path.read_text())
-    content["config"]["subtract_projection"] = False
-    path.write_text(json.dumps(content))
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("family", TEXT + CAUSAL + IMAGES)
-def test_every_family_equals_the_library(family: str, config: str, tmp_path: Path) -> None:
-    traced = _traced(_model(family), _arguments(family, "right"))
-    model = _model(family)
-    _library_adapter(model.model, CONFIGS[config], tmp_path)
-    plain = _traced(_model(family), _arguments(family, "right"))
-    for form in (traced, torch.jit.freeze(plain.eval())):
-        grafted = torchgraft.load_adapter(form, tmp_path)
-        for seed, padding in enumerate(("right", "none") if family in IMAGES else MASKS):
-            arguments = _arguments(family, padding, seed)
-            with torch.no_grad():
-                expected, actual = model(*arguments), grafted(*arguments)
-                assert (expected - form(*arguments)).abs().max() > 1e-3  # the adapter does something
-            assert difference(actual, expected) <= TOLERANCE[FLOAT], padding
+from models import VARIANTS
+from oracle import TOLERANCE, difference, oracle_for
+from reft_support import FLOAT, MASKS, text_arguments, traced, write_library_adapter
 
 
 def _bert_directory(config: str) -> str:
@@ -101,7 +23,7 @@ def _bert_directory(config: str) -> str:
 
 
 def _bert(padding: str) -> tuple[Tensor, Tensor]:
-    return _text(padding, 5)
+    return text_arguments(padding, 5)
 
 
 def _hidden(module: torch.jit.ScriptModule, *arguments: Tensor, **options: Tensor) -> Tensor:
@@ -172,8 +94,8 @@ def test_directories_go_both_ways(config: str, trainable: bool, tmp_path: Path) 
     assert torch.equal(_hidden(again, *_bert("left")), _hidden(module, *_bert("left")))
     written = torchgraft.load_adapter_directory(tmp_path / "saved").weights
     saved_as = saved_adapter(VARIANTS["bert_sdpa"], FLOAT, config).name
-    read = {key.replace(f".{saved_as}.", ".task."): value
-            for key, value in torchgraft.load_adapter_directory(source).weights.items() if ".refts." in key}  # fmt: skip
+    held = torchgraft.load_adapter_directory(source).weights
+    read = {key.replace(f".{saved_as}.", ".task."): value for key, value in held.items() if ".refts." in key}
     assert {key for key in written if ".refts." in key} == set(read)
     is_kept = trainable or "loreft" not in config
     for key, value in read.items():
@@ -181,7 +103,7 @@ def test_directories_go_both_ways(config: str, trainable: bool, tmp_path: Path) 
             assert torch.equal(written[key], value) or "parametrizations" in key and not trainable, key
 
 
-def test_direft_is_said_in_what_we_write_and_open_in_what_the_library_writes(tmp_path: Path) -> None:
+def test_direft_is_said_in_what_we_write_and_open_in_the_librarys(tmp_path: Path) -> None:
     module = torchgraft.graft(base("bert_sdpa", FLOAT), torchgraft.DiReftConfig(r=2), "di")
     module = torchgraft.graft(module, "noreft", "no")
     for name, subtracts in (("di", False), ("no", True)):
@@ -192,9 +114,21 @@ def test_direft_is_said_in_what_we_write_and_open_in_what_the_library_writes(tmp
             warnings.simplefilter("error")
             again = torchgraft.load_adapter(base("bert_sdpa", FLOAT), tmp_path / name)
         module.activate(name)
-        assert torch.equal(_hidden(again, *_bert("none")), _hidden(module, *_bert("none")))
-    with pytest.warns(UserWarning, match='loads it as NoReFT, as torchgraft does; for a DiReFT add "subtract_projection"'):
-        torchgraft.load_adapter(base("bert_sdpa", FLOAT), _bert_directory("noreft"))
+        expected = _hidden(module, *_bert("none"))
+        assert difference(_hidden(again, *_bert("none")), expected) <= TOLERANCE[FLOAT]
+        library = oracle_for(VARIANTS["bert_sdpa"], FLOAT).model
+        library.load_adapter(str(tmp_path / name), use_safetensors=True, set_active=True)
+        with torch.no_grad():
+            # The library has no way to load a DiReFT: it drops what says so.
+            assert (difference(library.eval()(*_bert("none"))[0], expected) <= TOLERANCE[FLOAT]) == subtracts
+        library.set_active_adapters(None)
+        library.delete_adapter(name)
+    path = tmp_path / "no" / "adapter_config.json"
+    content = json.loads(path.read_text()) | {"model_type": "bert"}
+    del content["config"]["subtract_projection"]  # as the library writes it
+    path.write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match='loads it as NoReFT, as torchgraft does; for a DiReFT add "subtract_proj'):
+        torchgraft.load_adapter(base("bert_sdpa", FLOAT), tmp_path / "no")
 
 
 def test_what_there_is_of_it(tmp_path: Path) -> None:
@@ -205,7 +139,7 @@ def test_what_there_is_of_it(tmp_path: Path) -> None:
         _, gates = module.forward_with_gates(*_bert("none"))
     assert dict(gates["a"]) == {}
     assert torchgraft.inspect(module)["layers"][0]["locations"][-1] == "output_reft"
-    with pytest.raises(torchgraft.GraftError, match="cannot be merged: .* output_reft .* ReFT changes some tokens only"):
+    with pytest.raises(torchgraft.GraftError, match="cannot be merged: .* ReFT changes some tokens only"):
         torchgraft.merge_adapter(module, "a")
     module = torchgraft.load_adapter(module, _bert_directory("reft_tied"), name="b")
     module = torchgraft.average_adapter(module, "mean", {"a": 0.5, "b": 0.5})
@@ -238,7 +172,7 @@ def test_it_is_exported_and_saved() -> None:
     expected = _hidden(module, *_bert("left"), adapter_ids=ids)
     assert torch.equal(_hidden(reloaded(module), *_bert("left"), adapter_ids=ids), expected)
     program = torchgraft.export(module, _bert("right"))
-    result = program.module()(*_bert("left"), adapter_ids=ids)[0]
+    result = program.module()(*_bert("left"), ids)[0]
     assert difference(result.detach(), expected) <= TOLERANCE[FLOAT]
 
 
@@ -255,11 +189,11 @@ def test_training_is_the_librarys(config: str, tmp_path: Path) -> None:
     made = chosen[config].replace(dropout=0.0)
     if config == "direft":
         made = adapters.DiReftConfig(**{k: v for k, v in made.to_dict().items() if k != "subtract_projection"})
-    traced = _traced(FAMILIES["bert"].make("sdpa", FLOAT), _bert("right"))
-    _library_adapter(model.model, made, tmp_path)
+    plain = traced(FAMILIES["bert"].make("sdpa", FLOAT), _bert("right"))
+    write_library_adapter(model.model, made, tmp_path)
     model.model.train_adapter("task")
     model.eval()
-    module = torchgraft.load_adapter(traced, tmp_path, trainable=True)
+    module = torchgraft.load_adapter(plain, tmp_path, trainable=True)
     ours = torchgraft.trainable_parameters(module, "task")
     theirs = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert sum(parameter.numel() for parameter in ours.values()) == sum(parameter.numel() for parameter in theirs)
@@ -270,9 +204,9 @@ def test_training_is_the_librarys(config: str, tmp_path: Path) -> None:
             run(*_bert("left")).pow(2).mean().backward()
             optimizer.step()
     with torch.no_grad():
-        assert difference(module(*_bert("right")), model(*_bert("right"))) <= 1e-4
-        start = torchgraft.load_adapter(traced, tmp_path)
-        assert difference(start(*_bert("right")), model(*_bert("right"))) > 1e-3
+        assert difference(module(*_bert("right")), model(*_bert("right"))) <= 2e-5
+        start = torchgraft.load_adapter(plain, tmp_path)
+        assert difference(start(*_bert("right")), model(*_bert("right"))) > 4e-4
     frozen = torchgraft.freeze_adapter(module, "task")
     if made.orthogonality:
         projection = frozen.adapters.layer_0.output_reft_linear.projection[0, 0]
@@ -316,38 +250,6 @@ def test_a_frozen_and_a_trainable_one_share_a_bank(config: str) -> None:
         assert difference(found, expected) <= TOLERANCE[FLOAT]
 
 
-@pytest.mark.parametrize("family", ["bart", "t5"])
-def test_models_of_two_parts_are_refused(family: str) -> None:
-    model = FAMILIES[family].make("eager", FLOAT)
-    traced = _traced(model, FAMILIES[family].arguments(FLOAT, 0))
-    reason = "ReFT cannot act on layer 0: the model has an encoder and a decoder, .* the encoder's mask; leave"
-    with pytest.raises(torchgraft.GraftError, match=reason):
-        torchgraft.graft(traced, "loreft", "task")
-
-
-def test_what_is_no_end_of_a_layer_is_refused() -> None:
-    class Reads(nn.Module):
-        """Beside the last layer it reads what its attention gave."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList([
-                nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True) for _ in range(2)
-            ])  # fmt: skip
-
-        def forward(self, x: Tensor) -> Tensor:
-            for layer in self.layers:
-                attended = layer.norm1(x + layer.self_attn(x, x, x, need_weights=False)[0])
-                inner = layer.linear2(torch.relu(layer.linear1(attended)))
-                x = layer.norm2(attended + inner)
-            return x + attended
-
-    traced = torch.jit.trace(Reads().eval(), torch.randn(2, 5, 16), check_trace=False)
-    with pytest.raises(torchgraft.GraftError, match="cannot act on layer 1: something else than its last sum or norm"):
-        torchgraft.graft(traced, "loreft", "task")
-    torchgraft.graft(traced, "loreft[layers=[0]]", "task")
-
-
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -384,5 +286,3 @@ def test_a_batch_that_the_library_mixes_up_is_refused() -> None:
     with pytest.raises(RuntimeError, match=re.escape("reft: expected at least 9 tokens")):
         _hidden(grafted, *_bert("right"))
     assert _hidden(grafted, torch.randint(2, 97, (1, 9)), torch.ones(1, 9, dtype=torch.int64)).isfinite().all()
-
-
