@@ -40,7 +40,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "python"), str(ROOT / "benchmarks")]
 
-import adapters  # noqa: E402
 import peft  # noqa: E402
 import rich.box  # noqa: E402
 import torch  # noqa: E402
@@ -48,6 +47,7 @@ import transformers  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+import adapters  # noqa: E402
 import torchgraft  # noqa: E402
 from this_machine import ALLOCATOR, processor, silence  # noqa: E402
 from turns import in_turns, ratio  # noqa: E402

@@ -29,11 +29,11 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "python"), str(Path(__file__).resolve().parent)]
 
-import adapters  # noqa: E402
 import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+import adapters  # noqa: E402
 import torchgraft  # noqa: E402
 from models import MODELS, Positional, batch_of, hugging_face, library, machine, traced  # noqa: E402
 from this_machine import memory, reset_peak, silence  # noqa: E402

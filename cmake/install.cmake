@@ -22,6 +22,7 @@ set(torchgraft_headers
   ops/kernel_mode.h
   ops/gated_prefix_attention.h
   ops/linear.h
+  ops/reft.h
   registration/error_text.h
   registration/export.h
   registration/library.h
@@ -39,6 +40,7 @@ if(TORCHGRAFT_BUILD_PATCH)
     config/library_differences.h
     config/method_configs.h
     config/named_configs.h
+    config/reft_config.h
     patch/adapter_pool.h
     patch/check_room.h
     patch/forward_inputs.h

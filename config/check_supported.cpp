@@ -22,15 +22,9 @@ std::string printed(double value) {
   return text.str();
 }
 
-// A dropout's: it acts only on adapters that are trained.
+// Of dropping: it acts only on adapters that are trained.
 void require_probability(const std::string& field, double value) {
   TORCH_CHECK(value >= 0.0 && value < 1.0, "config: expected ", field, " to be at least 0 and below 1, got ", value);
-}
-
-void require_zero(const std::string& field, double value) {
-  if (value != 0.0) {
-    refuse(field, printed(value), "0.0");
-  }
 }
 
 void require_one_of(const std::string& field, const std::string& value, const std::vector<std::string>& names) {
@@ -120,7 +114,7 @@ void check(const BnConfig& config) {
   }
   check_invertible(config);
   require_probability("BnConfig.dropout", config.dropout);
-  require_zero("BnConfig.stochastic_depth", config.stochastic_depth);
+  require_probability("BnConfig.stochastic_depth", config.stochastic_depth);
 }
 
 void check(const PrefixTuningConfig& config) {
@@ -183,6 +177,8 @@ void check(const LoRAConfig& config) {
                 config.dropout);
   }
 }
+
+void check(const ReftConfig& config) { check_reft(config); }
 
 }  // namespace
 

@@ -51,9 +51,14 @@ MethodConfig read_method(const Json& json) {
     return read_config(json, "MTLLoRAConfig", config,
                        [](auto& config, auto visit) { visit_mtl_lora_fields(config, visit); });
   }
+  if (architecture == "reft") {
+    return read_config(json, "ReftConfig", ReftConfig{},
+                       [](auto& config, auto visit) { visit_reft_fields(config, visit); },
+                       {"layers", "prefix_positions", "suffix_positions", "r", "orthogonality"});
+  }
   TORCH_CHECK(architecture != "union", "config: a union inside a union is not possible");
   TORCH_CHECK(false, "config: the architecture ", shown_json(architecture),
-              " is not supported (supported: bottleneck, prefix_tuning, lora and unions of them)");
+              " is not supported (supported: bottleneck, prefix_tuning, lora, reft and unions of them)");
 }
 
 AdapterConfig read_adapter(const Json& json) {
@@ -81,6 +86,12 @@ OrderedJson write_method(const MethodConfig& method) {
   } else if (const auto* prefix = std::get_if<PrefixTuningConfig>(&method)) {
     result["architecture"] = "prefix_tuning";
     visit_prefix_fields(*prefix, visitor);
+  } else if (const auto* reft = std::get_if<ReftConfig>(&method)) {
+    result["architecture"] = "reft";
+    visit_reft_fields(*reft, visitor);
+    if (reft->subtract_projection) {
+      result.erase("subtract_projection");
+    }
   } else {
     const auto& lora = std::get<LoRAConfig>(method);
     result["architecture"] = lora.mtl_lora ? "mtl_lora" : "lora";

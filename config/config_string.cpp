@@ -128,6 +128,10 @@ std::pair<const char*, std::vector<std::string>> described(const MethodConfig& m
     visit_prefix_fields(*prefix, add);
     return {"PrefixTuningConfig", fields};
   }
+  if (const auto* reft = std::get_if<ReftConfig>(&method)) {
+    visit_reft_fields(*reft, add);
+    return {"ReftConfig", fields};
+  }
   const auto& lora = std::get<LoRAConfig>(method);
   lora.mtl_lora ? visit_mtl_lora_fields(lora, add) : visit_lora_fields(lora, add);
   return {lora.mtl_lora ? "MTLLoRAConfig" : "LoRAConfig", fields};

@@ -8,6 +8,7 @@ namespace {
 const char* method_name(const MethodConfig& method) {
   return std::holds_alternative<BnConfig>(method)             ? "bottleneck"
          : std::holds_alternative<PrefixTuningConfig>(method) ? "prefix tuning"
+         : std::holds_alternative<ReftConfig>(method)         ? "ReFT"
                                                               : "LoRA";
 }
 
@@ -17,7 +18,14 @@ bool is_vera_or_mtl_lora(const MethodConfig& method) {
 }
 
 bool leaves_layers_out(const MethodConfig& method) {
-  return std::visit([](const auto& config) { return !config.leave_out.empty(); }, method);
+  return std::visit(
+      [](const auto& config) {
+        if constexpr (requires { config.leave_out; }) {
+          return !config.leave_out.empty();
+        }
+        return false;
+      },
+      method);
 }
 
 }  // namespace
@@ -39,7 +47,8 @@ AdapterConfig config_union(std::vector<MethodConfig> methods) {
       TORCH_CHECK(apart, "config: a union has two ", method_name(a), " configs (", j, " and ", i,
                   ") for the same locations; ",
                   left ? "give each its own of mh_adapter and output_adapter, or use leave_out"
-                       : "use leave_out to give each its own layers");
+                  : std::holds_alternative<ReftConfig>(a) ? "give one config all their layers"
+                                                          : "use leave_out to give each its own layers");
     }
   }
   return AdapterConfig{std::move(methods)};

@@ -13,9 +13,23 @@ void check_gate_pooling(const std::string& pooling, const char* what) {
 
 bool has_gates(const AdapterConfig& config) {
   return std::any_of(config.methods.begin(), config.methods.end(), [](const MethodConfig& method) {
-    return std::visit([](const auto& held) { return held.use_gating; }, method);
+    return std::visit(
+        [](const auto& held) {
+          if constexpr (requires { held.use_gating; }) {
+            return held.use_gating;
+          }
+          return false;
+        },
+        method);
   });
 }
+
+bool has_reft(const AdapterConfig& config) {
+  return std::any_of(config.methods.begin(), config.methods.end(),
+                     [](const MethodConfig& method) { return std::holds_alternative<ReftConfig>(method); });
+}
+
+bool reads_token_mask(const AdapterConfig& config) { return pools_unpadded(config) || has_reft(config); }
 
 bool pools_unpadded(const AdapterConfig& config) { return config.gate_pooling == kUnpaddedTokens && has_gates(config); }
 

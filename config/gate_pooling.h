@@ -22,4 +22,8 @@ bool has_gates(const AdapterConfig& config);
 // Whether an adapter of this configuration has gates that are means over unpadded tokens.
 TORCHGRAFT_PATCH_API bool pools_unpadded(const AdapterConfig& config);
 
+// Whether it has ReFT, which counts real tokens; whether anything of it asks which tokens are real.
+bool has_reft(const AdapterConfig& config);
+bool reads_token_mask(const AdapterConfig& config);
+
 }  // namespace torchgraft

@@ -110,6 +110,16 @@ inline void read(const std::string& field, const Json& value, std::variant<bool,
   }
 }
 
+inline void read(const std::string& field, const Json& value, std::variant<std::string, std::vector<int64_t>>& target) {
+  if (value.is_string()) {
+    target = value.get<std::string>();
+  } else if (value.is_array()) {
+    read(field, value, target.emplace<std::vector<int64_t>>());
+  } else {
+    wrong_type(field, "a string or a list", value);
+  }
+}
+
 inline void read(const std::string& field, const Json& value,
                  std::variant<double, std::map<std::string, double>>& target) {
   if (value.is_number()) {

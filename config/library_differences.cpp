@@ -56,6 +56,18 @@ bool changes_first_input(const std::string& model) {
                            "plbart",  "clip_text_model", "qwen2",       "qwen3",   "modernbert", "phi"});
 }
 
+// Whether some ReFT of an adapter_config.json may be a NoReFT or a DiReFT.
+bool may_be_direft(const nlohmann::json& config) {
+  if (!config.is_object()) {  // a name
+    return false;
+  }
+  if (config.contains("configs") && config.at("configs").is_array()) {
+    return std::any_of(config.at("configs").begin(), config.at("configs").end(), may_be_direft);
+  }
+  return config.contains("orthogonality") && config.at("orthogonality") == false &&
+         !config.contains("subtract_projection");
+}
+
 }  // namespace
 
 std::string library_wiring(const std::string& model_type, const AdapterConfig& config) {
@@ -98,6 +110,11 @@ LibraryDifference library_difference(std::string_view adapter_config) {
         "if this prefix was trained with attn_implementation=\"sdpa\", it gives other results here: the adapters "
         "library then " +
         effect + "; with \"eager\" the results are the same";
+  } else if (may_be_direft(json.value("config", nlohmann::json()))) {
+    result.warned =
+        "if this ReFT was trained as DiReFT, it gives other results here: the adapters library does not write that the "
+        "projection is not subtracted, and loads it as NoReFT, as torchgraft does; for a DiReFT add "
+        "\"subtract_projection\": false to its \"config\"";
   } else if (model == "deberta") {
     result.warned =
         "on DeBERTa (v1) the adapters library adds a random bias (memory that nothing has written) to the packed "

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <torchgraft/config/reft_config.h>
+
 #include <cstdint>
 #include <map>
 #include <optional>
@@ -93,7 +95,7 @@ struct LoRAConfig {
   double weights_sharpness = 0.05;
 };
 
-using MethodConfig = std::variant<BnConfig, PrefixTuningConfig, LoRAConfig>;
+using MethodConfig = std::variant<BnConfig, PrefixTuningConfig, LoRAConfig, ReftConfig>;
 
 // All methods under one adapter name; a single method is a union of one.
 struct AdapterConfig {

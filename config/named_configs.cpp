@@ -60,6 +60,19 @@ BnConfig with_inverse(BnConfig config) {
   return config;
 }
 
+// Steitz & Roth 2024.
+BnConfig adapter_plus() {
+  BnConfig config = seq_bn_config();
+  config.original_ln_after = false;
+  config.residual_before_ln = false;
+  config.stochastic_depth = 0.1;
+  config.init_weights = "houlsby";
+  config.scaling = std::string("channel");
+  config.reduction_factor = 96.0;
+  config.non_linearity = "gelu";
+  return config;
+}
+
 BnConfig with_phm(BnConfig config) {
   config.phm_layer = true;
   config.reduction_factor = 32.0;
@@ -119,8 +132,12 @@ const std::map<std::string, std::function<AdapterConfig()>, std::less<>>& regist
       {"SeqBnConfig", [] { return single(seq_bn_config()); }},
       {"DoubleSeqBnConfig", [] { return single(double_seq_bn_config()); }},
       {"ParBnConfig", [] { return single(par_bn_config()); }},
+      {"AdapterPlusConfig", [] { return single(adapter_plus()); }},
       {"PrefixTuningConfig", [] { return single(PrefixTuningConfig{}); }},
       {"LoRAConfig", [] { return single(LoRAConfig{}); }},
+      {"LoReftConfig", [] { return single(loreft_config()); }},
+      {"NoReftConfig", [] { return single(noreft_config()); }},
+      {"DiReftConfig", [] { return single(direft_config()); }},
       {"MAMConfig", [] { return mam_config(); }},
       {"UniPELTConfig", [] { return unipelt_config(); }},
       {"pfeiffer", [] { return single(seq_bn_config()); }},
@@ -145,6 +162,9 @@ const std::map<std::string, std::function<AdapterConfig()>, std::less<>>& regist
       {"dora", [] { return single(with_dora(LoRAConfig{})); }},
       {"dvora", [] { return single(with_dora(vera())); }},
       {"mtl_lora", [] { return single(mtl_lora()); }},
+      {"loreft", [] { return single(loreft_config()); }},
+      {"noreft", [] { return single(noreft_config()); }},
+      {"direft", [] { return single(direft_config()); }},
       {"mam", [] { return mam_config(); }},
       {"unipelt", [] { return unipelt_config(); }},
   };
@@ -187,7 +207,7 @@ AdapterConfig config_from_name(std::string_view name) {
       names.push_back(known);
     }
   }
-  static const std::set<std::string, std::less<>> kUnsupported = {"prompttuning", "loreft", "noreft", "direft"};
+  static const std::set<std::string, std::less<>> kUnsupported = {"prompttuning"};
   const std::string all = c10::Join(", ", names);
   TORCH_CHECK(!kUnsupported.contains(plain), "config: the method of '", name, "' is not supported; there are: ", all);
   TORCH_CHECK(false, "config: no configuration is called '", name, "'; there are: ", all, did_you_mean(name, names));

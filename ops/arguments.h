@@ -101,6 +101,23 @@ struct PrefixArguments {
   RowArguments rows;
 };
 
+struct ReftArguments {
+  static constexpr const char* kOperator = "reft";
+  at::Tensor x;              // [B, S, H]
+  at::Tensor source_weight;  // [N, U, r, H], U units: one for all positions, or one for the first and one for the last
+  at::Tensor source_bias;    // [N, U, r]
+  at::Tensor projection;     // [N, U, r, H]
+  at::Tensor subtraction;    // [N]
+  at::Tensor positions;      // int64 [N, 2]: how many at the beginning of a row, and at its end
+  std::string non_linearity;
+  at::Tensor adapter_ids;  // as in RowArguments
+  int64_t adapter = 0;
+  at::Tensor token_mask;
+
+  RowArguments rows() const { return {{}, adapter_ids, adapter, token_mask}; }
+  const at::Tensor& real_tokens() const { return token_mask; }
+};
+
 struct LinearArguments {
   static constexpr const char* kOperator = "linear";
   at::Tensor x;       // [..., I]

@@ -4,6 +4,7 @@
 #include <torchgraft/ops/gated_lora.h>
 #include <torchgraft/ops/gated_prefix_attention.h>
 #include <torchgraft/ops/linear.h>
+#include <torchgraft/ops/reft.h>
 
 #include <type_traits>
 
@@ -28,6 +29,7 @@ void register_operators(torch::Library& m) {
   register_operator<device, gated_bottleneck>(m, "gated_bottleneck");
   register_operator<device, gated_bottleneck_linear>(m, "gated_bottleneck_linear");
   register_operator<device, gated_prefix_attention>(m, "gated_prefix_attention");
+  register_operator<device, reft>(m, "reft");
   register_operator<device, linear>(m, "linear");
 }
 

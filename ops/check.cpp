@@ -266,6 +266,28 @@ void check(const PrefixArguments& args) {
   checker.rows(args.rows, args.prefix_key, /*max_gates=*/2);
 }
 
+void check(const ReftArguments& args) {
+  const char* op = ReftArguments::kOperator;
+  const Checker checker(args);
+  checker.input(args.x, {"B", "S", "H"});
+  const c10::SymInt hidden = args.x.sym_size(2);
+  checker.like_x("source_weight", args.source_weight, {"N", "U", "r", hidden});
+  const c10::SymInt adapters = args.source_weight.sym_size(0);
+  const c10::SymInt units = args.source_weight.sym_size(1);
+  const c10::SymInt rank = args.source_weight.sym_size(2);
+  TORCH_SYM_CHECK(units.sym_ge(1).sym_and(units.sym_le(2)), op, ": expected source_weight with U = 1 or 2 units, ",
+                  "shape [N, U, r, ", hidden, "], got ", args.source_weight.sym_sizes());
+  checker.like_x("source_bias", args.source_bias, {adapters, units, rank});
+  checker.like_x("projection", args.projection, {adapters, units, rank, hidden});
+  checker.like_x("subtraction", args.subtraction, {adapters});
+  checker.shape("positions", args.positions, {adapters, c10::SymInt(2)});
+  checker.dtype("positions", args.positions, at::kLong);
+  checker.layout("positions", args.positions);
+  checker.device("positions", args.positions);
+  find_activation(args.non_linearity, op);  // throws when there is none
+  checker.rows(args.rows(), args.source_weight, /*max_gates=*/1);
+}
+
 void check(const LinearArguments& args) {
   const Checker checker(args);
   TORCH_CHECK(args.x.dim() >= 1, LinearArguments::kOperator, ": expected x of shape [..., I], got one number");

@@ -13,6 +13,7 @@ void check(const LoraLinearArguments& args);
 void check(const BottleneckArguments& args);
 void check(const BottleneckLinearArguments& args);
 void check(const PrefixArguments& args);
+void check(const ReftArguments& args);
 void check(const LinearArguments& args);
 void check(const TokenMaskArguments& args);
 

@@ -7,6 +7,7 @@
 #include <torchgraft/ops/gated_lora.h>
 #include <torchgraft/ops/gated_prefix_attention.h>
 #include <torchgraft/ops/linear.h>
+#include <torchgraft/ops/reft.h>
 
 // What comes out of each operator, by sizes alone. The compositions of ops/forward/ would do for meta tensors, too, and
 // pass torch.library.opcheck; but inside a kernel ATen's meta functions refuse sizes without a hint (torch.export's
@@ -57,6 +58,11 @@ at::Tensor linear_result(const LinearArguments& args) {
   return at::empty_symint(sizes, args.x.options());
 }
 
+at::Tensor changed_tokens(const ReftArguments& args) {
+  check(args);
+  return at::empty_symint(args.x.sym_sizes(), args.x.options());
+}
+
 at::Tensor real_tokens(const TokenMaskArguments& args) {
   check(args);
   return at::empty_symint({args.x.sym_size(0), args.x.sym_size(1)}, args.x.options().dtype(at::kBool));
@@ -71,6 +77,7 @@ TORCH_LIBRARY_IMPL(torchgraft, Meta, m) {
       "gated_bottleneck_linear",
       from_schema<BottleneckLinearArguments, bottleneck<BottleneckLinearArguments>, decltype(gated_bottleneck_linear)>);
   m.impl("gated_prefix_attention", from_schema<PrefixArguments, prefix_attention, decltype(gated_prefix_attention)>);
+  m.impl("reft", from_schema<ReftArguments, changed_tokens, decltype(reft)>);
   m.impl("linear", from_schema<LinearArguments, linear_result, decltype(linear)>);
   m.impl("attention_token_mask", from_schema<TokenMaskArguments, real_tokens, decltype(attention_token_mask)>);
 }

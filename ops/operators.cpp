@@ -4,6 +4,7 @@
 #include <torchgraft/ops/gated_lora.h>
 #include <torchgraft/ops/gated_prefix_attention.h>
 #include <torchgraft/ops/linear.h>
+#include <torchgraft/ops/reft.h>
 
 // The operators as C++ functions: each call goes through the dispatcher.
 
@@ -68,6 +69,15 @@ std::tuple<at::Tensor, at::Tensor> gated_prefix_attention(
   static const auto op = find<decltype(gated_prefix_attention)>("torchgraft::gated_prefix_attention");
   return op.call(query, key, value, x, prefix_key, prefix_value, prefix_length, attn_mask, dropout_p, is_causal, scale,
                  enable_gqa, gate_weight, gate_bias, adapter_ids, adapter, token_mask);
+}
+
+at::Tensor reft(const at::Tensor& x, const at::Tensor& source_weight, const at::Tensor& source_bias,
+                const at::Tensor& projection, const at::Tensor& subtraction, const at::Tensor& positions,
+                std::string_view non_linearity, const std::optional<at::Tensor>& adapter_ids, int64_t adapter,
+                const std::optional<at::Tensor>& token_mask) {
+  static const auto op = find<decltype(reft)>("torchgraft::reft");
+  return op.call(x, source_weight, source_bias, projection, subtraction, positions, non_linearity, adapter_ids, adapter,
+                 token_mask);
 }
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,

@@ -36,10 +36,12 @@ void check_complete(const Draft& draft, const std::vector<AdapterSpec>& specs, c
 }
 
 void check_reads_token_mask(const std::vector<AdapterSpec>& specs, const GraftOptions& options) {
-  const auto pools = [](const AdapterSpec& spec) { return pools_unpadded(spec.config); };
+  const auto reads = [&](const AdapterSpec& spec) {
+    return has_reft(spec.config) || (options.gate_pooling.empty() && pools_unpadded(spec.config));
+  };
   TORCH_CHECK(options.token_mask_input.empty() || options.gate_pooling == kUnpaddedTokens ||
-                  (options.gate_pooling.empty() && std::any_of(specs.begin(), specs.end(), pools)),
-              "graft: a token mask is used with gate_pooling \"unpadded\" only; leave it out");
+                  std::any_of(specs.begin(), specs.end(), reads),
+              "graft: a token mask is used with gate_pooling \"unpadded\" and with ReFT only; leave it out");
 }
 
 void warn_of_exported(const Module& base) {

@@ -18,6 +18,7 @@
 #include <torchgraft/patch/module/verify_change.h>
 #include <torchgraft/patch/module/verify_results.h>
 #include <torchgraft/plan/phm.h>
+#include <torchgraft/plan/reparametrisation.h>
 #include <torchgraft/plan/save_adapter_hub.h>
 
 #include <ATen/ATen.h>
@@ -99,7 +100,9 @@ std::vector<AdapterInfo> list_adapters(const Module& module) {
     }
     for (const auto& [source, weights] : adapter.sources) {
       for (const auto& [name, tensor] : weights) {
-        add_size(tensor, location_of(source, adapter.plan), info);
+        if (is_trained_source(name)) {
+          add_size(tensor, location_of(source, adapter.plan), info);
+        }
       }
     }
     for (const auto& [name, tensor] : adapter.head ? adapter.head->weights : ModuleWeights()) {

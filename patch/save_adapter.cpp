@@ -75,6 +75,18 @@ Json config_file(const Json& config, const Structure& structure, const std::stri
           {"version", kFormat}};
 }
 
+// Says of each ReFT without orthogonality whether it subtracts the projection, which the library's own files do not
+// say: a NoReFT and a DiReFT look alike there.
+void say_subtraction(Json& config) {
+  if (config.contains("configs")) {
+    for (Json& part : config.at("configs")) {
+      say_subtraction(part);
+    }
+  } else if (config.contains("orthogonality") && config.at("orthogonality") == false) {
+    config.emplace("subtract_projection", true);  // unless it is there
+  }
+}
+
 }  // namespace
 
 AdapterFiles adapter_files(const Module& module, const std::string& name, const std::string& model_class) {
@@ -88,7 +100,8 @@ AdapterFiles adapter_files(const Module& module, const std::string& name, const 
   const std::string model_type = std::exchange(saved.wired_for, "");
   const bool inverts_output = std::exchange(saved.inverts_output, true);
   const std::string pooling = std::exchange(saved.gate_pooling, kAllTokens);
-  const auto config = parse_json<Json>(config_to_json(saved), "config");
+  auto config = parse_json<Json>(config_to_json(saved), "config");
+  say_subtraction(config);
   AdapterFiles files;
   Json file = config_file(config, structure, name, model_class, model_type);
   if (pooling != kAllTokens) {

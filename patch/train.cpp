@@ -16,6 +16,7 @@ Module with_trainable(const Module& module, const std::string& name, bool traina
   Adapter& adapter = draft.adapters[find_adapter(draft.adapters, name, what)];
   adapter.trainable = trainable;
   if (trainable) {
+    restore_reft_sources(adapter);
     check_can_train(adapter);
   } else {
     adapter.sources.clear();

@@ -1,5 +1,7 @@
 #include <torchgraft/plan/checkpoint.h>
 
+#include <torchgraft/plan/reft_weights.h>
+
 #include <ATen/ATen.h>
 
 #include <algorithm>
@@ -78,18 +80,20 @@ std::string parameter_name(const std::string& saved) {
       return factor == "b" ? side + "bias" : is_phm_factor(factor) ? side + factor : "";
     }
   }
-  return "";
+  return reft_parameter_name(saved);
 }
 
 std::optional<SavedKind> kind_of(const std::string& container) {
-  static const std::map<std::string, SavedKind> kKinds = {
-      {"loras", SavedKind::kLoRA}, {"adapters", SavedKind::kBottleneck}, {"prefix_gates", SavedKind::kPrefixGate}};
+  static const std::map<std::string, SavedKind> kKinds = {{"loras", SavedKind::kLoRA},
+                                                          {"adapters", SavedKind::kBottleneck},
+                                                          {"prefix_gates", SavedKind::kPrefixGate},
+                                                          {"refts", SavedKind::kReft}};
   const auto found = kKinds.find(container);
   return found == kKinds.end() ? std::nullopt : std::optional(found->second);
 }
 
-// A key "<path>.<container>.<name>.<parameter>". The container is one of loras, adapters, prefix_gates, prefix_tunings,
-// invertible_adapters or shared_parameters (both without a path in a model that has no head).
+// A key "<path>.<container>.<name>.<parameter>". The container is one of loras, adapters, prefix_gates, refts,
+// prefix_tunings, invertible_adapters or shared_parameters (both without a path in a model that has no head).
 struct ParsedKey {
   Path path;
   std::string container;

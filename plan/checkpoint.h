@@ -17,11 +17,12 @@ struct SavedTensor {
 };
 
 // By our name of the parameter: lora_a, down_weight, gate_bias, ... (module_weights.h); of a prefix's MLP: embeddings,
-// down_weight, down_bias, up_weight, up_bias, or flat; of Compacter: down_W_left, up_phm_rule, ... (phm.h).
+// down_weight, down_bias, up_weight, up_bias, or flat; of Compacter: down_W_left, up_phm_rule, ... (phm.h); of ReFT:
+// source_weight_0, original_0, ... (reft_weights.h).
 using SavedParameters = std::map<std::string, SavedTensor>;
 
 // The oracle's containers of adapter modules.
-enum class SavedKind { kLoRA, kBottleneck, kPrefixGate };
+enum class SavedKind { kLoRA, kBottleneck, kPrefixGate, kReft };
 
 // What the checkpoint holds for one module of the model it was trained on.
 struct SavedModule {

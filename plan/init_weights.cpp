@@ -4,6 +4,7 @@
 #include <torchgraft/plan/lora_factors.h>
 #include <torchgraft/plan/phm.h>
 #include <torchgraft/plan/prefix_mlp.h>
+#include <torchgraft/plan/reft_weights.h>
 #include <torchgraft/plan/reparametrisation.h>
 
 #include <ATen/ATen.h>
@@ -306,6 +307,8 @@ AdapterWeights init_weights(const Plan& plan, const at::TensorOptions& options, 
       weights = init_bottleneck(module, shared, sources);
     } else if (const auto* invertible = std::get_if<PlannedInvertible>(&module.method)) {
       weights = init_invertible(*invertible);
+    } else if (const auto* reft = std::get_if<PlannedReft>(&module.method)) {
+      weights = init_reft(*reft, sources[reft_source(module)]);
     } else {
       const auto& prefix = std::get<PlannedPrefix>(module.method);
       if (prefix.group_index == 0) {
@@ -316,9 +319,7 @@ AdapterWeights init_weights(const Plan& plan, const at::TensorOptions& options, 
         add_gate(weights, prefix.config.shared_gating ? 1 : 2, prefix.hidden_size);
       }
     }
-    for (auto& [name, tensor] : weights) {
-      tensor = tensor.to(options);
-    }
+    convert(weights, options);
   }
   share_vera_matrix(plan, result);
   if (kept) {

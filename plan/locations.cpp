@@ -11,7 +11,7 @@ size_t execution_order(const std::string& site) {
       "inv_adapter",       "selfattn_lora_q",  "selfattn_lora_k", "selfattn_lora_v", "crossattn_lora_q",
       "crossattn_lora_k",  "crossattn_lora_v", "self_prefix",     "encoder_prefix",  "cross_prefix",
       "selfattn_lora_o",   "crossattn_lora_o", "mh_adapter",      "cross_adapter",   "gate_lora",
-      "intermediate_lora", "output_lora",      "output_adapter"};
+      "intermediate_lora", "output_lora",      "output_adapter",  "output_reft"};
   if (linear_map_position(site)) {
     return kSites.size();
   }
@@ -57,6 +57,9 @@ std::vector<std::string> available_locations(const Layer& layer) {
   }
   if (layer.has_ffn_residual) {
     result.emplace_back("output_adapter");
+  }
+  if (layer.has_end) {
+    result.emplace_back("output_reft");
   }
   return result;
 }

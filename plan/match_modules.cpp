@@ -84,6 +84,8 @@ std::vector<std::string> sites_by_name(const SavedModule& saved) {
     case SavedKind::kPrefixGate:
       return cross ? std::vector<std::string>{"cross_prefix"}
                    : std::vector<std::string>{"self_prefix", "encoder_prefix"};
+    case SavedKind::kReft:
+      return {"output_reft"};
   }
   TORCH_INTERNAL_ASSERT(false, "unknown kind of saved module");
 }

@@ -92,6 +92,7 @@ class Planner {
   void add(const BnConfig& config);
   void add(const PrefixTuningConfig& config);
   void add(const LoRAConfig& config);
+  void add(const ReftConfig& config);
   Plan finish();
 
  private:
@@ -106,8 +107,7 @@ class Planner {
   int64_t counted(const Layer& layer) const;
   bool neighbour_has_feed_forward(const Layer& layer) const;
   void add_invertible(const BnConfig& config);
-  void add_module(const Layer& layer, const std::string& location, const std::string& site,
-                  std::variant<PlannedLoRA, PlannedBottleneck, PlannedPrefix, PlannedInvertible> method);
+  void add_module(const Layer& layer, const std::string& location, const std::string& site, PlannedMethod method);
 
   const Structure& structure_;
   const std::string wired_for_;
@@ -155,7 +155,7 @@ bool Planner::has_feed_forward_location(const Layer& layer, const std::string& l
 }
 
 void Planner::add_module(const Layer& layer, const std::string& location, const std::string& site,
-                         std::variant<PlannedLoRA, PlannedBottleneck, PlannedPrefix, PlannedInvertible> method) {
+                         PlannedMethod method) {
   TORCH_CHECK(taken_.emplace(layer.index, site).second, "plan: two configs of the union claim ", location, " of layer ",
               layer.number, "; use leave_out to give each its own layers");
   plan_.push_back({layer.index, layer.number, location, site, std::move(method)});
@@ -275,6 +275,18 @@ void Planner::add(const LoRAConfig& config) {
         has_feed_forward_location(layer, "output_lora", layer.ffn_out.has_value(), config.leave_out)) {
       add_lora("output_lora", "output_lora", *layer.ffn_out);
     }
+  }
+}
+
+void Planner::add(const ReftConfig& config) {
+  for (const Layer& layer : layers_) {
+    if (!acts_on(config, layer.number)) {
+      continue;
+    }
+    TORCH_CHECK(layer.has_end, "plan: ReFT cannot act on layer ", layer.number, ": ",
+                layer.end_note.empty() ? "the end of the layer is not known" : layer.end_note,
+                "; leave the layer out of the config's layers, or use another method");
+    add_module(layer, "output_reft", "output_reft", PlannedReft{config, layer.hidden_size});
   }
 }
 

@@ -20,7 +20,7 @@ LoRAForm lora_form(const LoRAConfig& config);
 // The layer norms of a bottleneck's own: "norm_before", "norm_after" (ln_before, ln_after).
 std::vector<std::string> own_norms(const BnConfig& config);
 
-// The three methods, each at one site of one layer. `location` is the adapters library's key ("selfattn_lora"); `site`
+// The methods, each at one site of one layer. `location` is the adapters library's key ("selfattn_lora"); `site`
 // names the one linear map, attention or residual add that the method works on. The two differ for LoRA on q, k and v
 // only: the sites are selfattn_lora_q, and in cross attention crossattn_lora_q, whose location is selfattn_lora too.
 struct PlannedLoRA {
@@ -64,12 +64,19 @@ struct PlannedInvertible {
   bool inverts_output = true;  // AdapterConfig::inverts_output
 };
 
+struct PlannedReft {
+  ReftConfig config;
+  int64_t hidden_size = 0;
+};
+
+using PlannedMethod = std::variant<PlannedLoRA, PlannedBottleneck, PlannedPrefix, PlannedInvertible, PlannedReft>;
+
 struct PlannedModule {
   int64_t layer = 0;   // Layer::index: which attention
   int64_t number = 0;  // Layer::number: of the Transformer layer
   std::string location;
   std::string site;
-  std::variant<PlannedLoRA, PlannedBottleneck, PlannedPrefix, PlannedInvertible> method;
+  PlannedMethod method;
 };
 
 using Plan = std::vector<PlannedModule>;

@@ -7,6 +7,7 @@
 #include <torchgraft/plan/match_modules.h>
 #include <torchgraft/plan/phm.h>
 #include <torchgraft/plan/prefix_mlp.h>
+#include <torchgraft/plan/reft_weights.h>
 #include <torchgraft/plan/reparametrisation.h>
 
 #include <ATen/ATen.h>
@@ -245,6 +246,11 @@ ModuleWeights WeightReader::read(const PlannedModule& module, const SavedParamet
     for (const auto& [name, shape] : invertible_shapes(*invertible)) {
       weights[name] = take(checkpoint_.invertible, invertible_names().at(name), shape, place);
     }
+  } else if (const auto* reft = std::get_if<PlannedReft>(&module.method)) {
+    const TakeTensor take_tensor = [&](const std::string& name, at::IntArrayRef shape) {
+      return take(saved, name, shape, place);
+    };
+    weights = read_reft(*reft, take_tensor, sources_[reft_source(module)]);
   } else {
     const auto& prefix = std::get<PlannedPrefix>(module.method);
     std::tie(weights["prefix_key"], weights["prefix_value"]) =
@@ -253,9 +259,7 @@ ModuleWeights WeightReader::read(const PlannedModule& module, const SavedParamet
       read_gate(saved, prefix.config.shared_gating ? 1 : 2, prefix.hidden_size, place, weights);
     }
   }
-  for (auto& [name, tensor] : weights) {
-    tensor = tensor.to(options_);
-  }
+  convert(weights, options_);
   return weights;
 }
 

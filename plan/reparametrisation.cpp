@@ -14,4 +14,13 @@ Reparametrisation converted(Reparametrisation sources, const at::TensorOptions& 
   return sources;
 }
 
+void convert(ModuleWeights& weights, const at::TensorOptions& options) {
+  for (auto& [name, tensor] : weights) {
+    const at::ScalarType own = tensor.scalar_type();
+    tensor = tensor.to(at::isFloatingType(own) ? options : options.dtype(own));
+  }
+}
+
+bool is_trained_source(const std::string& name) { return !name.starts_with("base_"); }
+
 }  // namespace torchgraft

@@ -5,6 +5,7 @@
 #include <torchgraft/plan/locations.h>
 #include <torchgraft/plan/lora_factors.h>
 #include <torchgraft/plan/phm.h>
+#include <torchgraft/plan/reft_weights.h>
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
@@ -170,6 +171,8 @@ class Writer {
         write_bottleneck(plan_[i], *bottleneck, layer, weights_[i]);
       } else if (std::holds_alternative<PlannedInvertible>(plan_[i].method)) {
         write_invertible(layer, weights_[i]);
+      } else if (const auto* reft = std::get_if<PlannedReft>(&plan_[i].method)) {
+        write_reft(plan_[i], *reft, layer, weights_[i]);
       } else {
         write_prefix(plan_[i], std::get<PlannedPrefix>(plan_[i].method), layer, weights_[i]);
       }
@@ -309,6 +312,17 @@ class Writer {
     for (const auto& [name, weight] : weights) {
       state_[root + "invertible_adapters." + name_ + "." + invertible_names().at(name)] =
           weight.detach().cpu().contiguous();
+    }
+  }
+
+  void write_reft(const PlannedModule& module, const PlannedReft& reft, const Layer& layer,
+                  const ModuleWeights& weights) {
+    const Path query = query_path(layer);
+    const Path whole = parent(layer_path(query), family_of(query) == Family::kT5 ? 2 : 0);
+    const auto sources = sources_.find(reft_source(module));
+    const ModuleWeights own = sources == sources_.end() ? ModuleWeights() : sources->second;
+    for (const auto& [name, tensor] : reft_state(reft, weights, own)) {
+      put(joined(whole) + ".reft_layer.refts." + name_ + "." + name, tensor);
     }
   }
 

@@ -37,6 +37,12 @@ TORCH_LIBRARY(torchgraft, m) {
       "Tensor? adapter_ids=None, int adapter=0, Tensor? token_mask=None) -> (Tensor output, Tensor gate)",
       tags);
 
+  m.def(
+      "reft(Tensor x, Tensor source_weight, Tensor source_bias, Tensor projection, Tensor subtraction, "
+      "Tensor positions, str non_linearity=\"linear\", Tensor? adapter_ids=None, int adapter=0, "
+      "Tensor? token_mask=None) -> Tensor",
+      tags);
+
   m.def("linear(Tensor x, Tensor weight, Tensor? bias=None, str non_linearity=\"linear\") -> Tensor", tags);
 
   m.def("attention_token_mask(Tensor x, Tensor? attn_mask=None) -> Tensor", tags);

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 120
 FILE_LINES, FUNCTION_LINES = 400, 60
-NOT_TEXT = {".png", ".svg", ".json", ".j2", ".bin", ".pt"}
+NOT_TEXT = {".png", ".svg", ".json", ".j2", ".bin", ".pt", ".safetensors"}
 
 # For each folder: what its sources may include of this project (folders, without those inside them, and headers),
 # and the prefixes of other libraries' headers. Every source may include the standard library, its own folder and

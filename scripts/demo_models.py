@@ -8,10 +8,11 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import adapters
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerBase
+
+import adapters
 
 # The oracle's names of the two unions, and whether they have gates. The adapters here have the same names.
 GATED = {"unipelt": True, "mam": False}

@@ -38,7 +38,6 @@ sys.path[:0] = [str(ROOT / "python"), str(ROOT / "benchmarks")]
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
 warnings.filterwarnings("ignore")  # torch.jit is deprecated, and says so
 
-import adapters  # noqa: E402
 import psutil  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
@@ -46,6 +45,7 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
+import adapters  # noqa: E402
 import torchgraft  # noqa: E402
 from demo_models import HiddenStates  # noqa: E402
 from this_machine import processor  # noqa: E402

@@ -76,8 +76,9 @@ class LibraryModel(nn.Module):
     """The library's model with the adapter of `start`, and a linear head on the masked mean."""
 
     def __init__(self, start: torch.jit.ScriptModule):
-        import adapters
         from transformers import BertModel
+
+        import adapters
 
         super().__init__()
         logging.getLogger("adapters").setLevel(logging.ERROR)

@@ -3,11 +3,13 @@
 #include <torchgraft/plan/locations.h>
 #include <torchgraft/plan/lora_factors.h>
 #include <torchgraft/plan/phm.h>
+#include <torchgraft/plan/reft_weights.h>
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
 #include <algorithm>
+#include <iterator>
 #include <limits>
 #include <tuple>
 
@@ -19,8 +21,17 @@ double dropout_at(const Adapter& adapter, const PlannedModule& module) {
   if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method)) {
     return adapter.trainable ? bottleneck->config.dropout : 0.0;
   }
+  if (const auto* reft = std::get_if<PlannedReft>(&module.method)) {
+    return adapter.trainable ? reft->config.dropout : 0.0;
+  }
   const auto* lora = std::get_if<PlannedLoRA>(&module.method);
   return adapter.trainable && lora ? lora->config.dropout : 0.0;
+}
+
+// The share of rows in which a bottleneck does not act, in training only.
+double stochastic_depth_at(const Adapter& adapter, const PlannedModule& module) {
+  const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method);
+  return adapter.trainable && bottleneck ? bottleneck->config.stochastic_depth : 0.0;
 }
 
 }  // namespace
@@ -40,17 +51,21 @@ std::string slot_name(const PlannedModule& module) {
     if (form != LoRAForm::kAdd) {
       result.append(form == LoRAForm::kScale ? "_scale" : "_dora");
     }
+  } else if (const auto* reft = std::get_if<PlannedReft>(&module.method)) {
+    result.append("_").append(reft_non_linearity(reft->config));
   }
   return result;
 }
 
 std::string slot_name(const Adapter& adapter, const PlannedModule& module) {
   const std::string name = slot_name(module);
-  return dropout_at(adapter, module) > 0.0 ? name + "_dropout_" + attribute_text(adapter.name) : name;
+  const bool drops = dropout_at(adapter, module) > 0.0 || stochastic_depth_at(adapter, module) > 0.0;
+  return drops ? name + "_dropout_" + attribute_text(adapter.name) : name;
 }
 
 bool broadcasts(const std::string& parameter, int64_t dim) {
-  return (parameter.starts_with("gate_") && dim == 0) || parameter == "scaling";
+  const bool has_units = parameter == "projection" || parameter.starts_with("source_");
+  return ((has_units || parameter.starts_with("gate_")) && dim == 0) || parameter == "scaling";
 }
 
 double missing_value(const std::string& parameter) {
@@ -140,6 +155,7 @@ Slot stack_slot(const std::vector<Adapter>& adapters, const Members& members) {
   const Adapter& adapter = adapters[members[0].first];
   Slot slot{first.layer, first.number, first.location, first.site, slot_name(adapter, first)};
   slot.dropout = dropout_at(adapter, first);
+  slot.stochastic_depth = stochastic_depth_at(adapter, first);
   if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&first.method)) {
     slot.form = bottleneck_form(*bottleneck);
   } else if (const auto* lora = std::get_if<PlannedLoRA>(&first.method)) {
@@ -147,6 +163,8 @@ Slot stack_slot(const std::vector<Adapter>& adapters, const Members& members) {
   } else if (const auto* invertible = std::get_if<PlannedInvertible>(&first.method)) {
     slot.form.non_linearity = invertible->config.non_linearity;
     slot.inverts_output = invertible->inverts_output;
+  } else if (const auto* reft = std::get_if<PlannedReft>(&first.method)) {
+    slot.non_linearity = reft_non_linearity(reft->config);
   }
   slot.gates.assign(adapters.size(), 0);
   std::set<std::string> names;
@@ -193,7 +211,8 @@ bool Slot::has_bank(const std::string& parameter) const {
 }
 
 bool is_trained(const std::string& parameter, bool scaling_is_trained) {
-  static const std::set<std::string> kFixed = {"prefix_length", "present", "weight_norm", "fixed"};
+  static const std::set<std::string> kFixed = {"prefix_length", "present",   "weight_norm",
+                                               "fixed",         "positions", "subtraction"};
   return !kFixed.count(parameter) && (parameter != "scaling" || scaling_is_trained);
 }
 
@@ -218,6 +237,9 @@ std::set<std::string> computed_weights(const Adapter& adapter, const PlannedModu
     return {"down_weight", "up_weight"};
   }
   std::set<std::string> result;
+  if (has_reft_sources(module, adapter.sources)) {
+    return {"projection"};
+  }
   const auto* lora = std::get_if<PlannedLoRA>(&module.method);
   if (lora && lora_form(lora->config) == LoRAForm::kDora) {
     result.insert("weight_norm");
@@ -280,6 +302,15 @@ std::vector<SlotRun> slot_runs(const std::vector<Slot>& slots, const Structure& 
     }
   }
   return runs;
+}
+
+bool has_gate(const Slot& slot) { return slot.site != "output_reft"; }
+
+std::vector<SlotRun> gated_runs(const std::vector<Slot>& slots, const std::vector<SlotRun>& runs) {
+  std::vector<SlotRun> result;
+  std::copy_if(runs.begin(), runs.end(), std::back_inserter(result),
+               [&](const SlotRun& run) { return has_gate(slots[run.slot]); });
+  return result;
 }
 
 }  // namespace torchgraft

@@ -31,11 +31,13 @@ struct Slot {
   std::string name;          // also of the slot's submodule: "selfattn_lora_q", "output_adapter_seq_ln_relu"
   BottleneckForm form = {};  // of bottlenecks; an invertible adapter has its non_linearity here
   LoRAForm lora = LoRAForm::kAdd;
-  bool inverts_output = false;  // of an invertible adapter
+  bool inverts_output = false;     // of an invertible adapter
+  std::string non_linearity = {};  // of ReFT
   // Banks [N, ...] of the parameters in plan/adapter_weights.h; also prefix_length [N], and present, bool [N].
   std::map<std::string, at::Tensor> parameters = {};
   std::vector<int64_t> gates = {};  // by adapter: how many gates it has in this slot; 0 also when it is not in the slot
   double dropout = 0.0;             // above 0 only in a slot that one trainable adapter has for itself
+  double stochastic_depth = 0.0;    // likewise, of a bottleneck
   std::vector<OwnWeights> own = {};
 
   // Whether a row of the bank `parameter` is read: not when the only adapter has the parameter for itself.
@@ -63,7 +65,7 @@ std::string slot_name(const PlannedModule& module);
 std::string slot_name(const Adapter& adapter, const PlannedModule& module);
 
 // Whether one number of an adapter fills a whole row of its bank along `dim`: one gate for keys and values, one scale
-// for all channels.
+// for all channels, one unit of ReFT for the first and the last positions.
 bool broadcasts(const std::string& parameter, int64_t dim);
 
 // The number that a bank holds for an adapter without the parameter.
@@ -88,7 +90,11 @@ struct SlotRun {
   size_t layer = 0;  // index into the structure's layers
 };
 
-// All runs of `slots` on `structure`, in execution order. grafted_forward returns its gates in this order.
+// All runs of `slots` on `structure`, in execution order.
 std::vector<SlotRun> slot_runs(const std::vector<Slot>& slots, const Structure& structure);
+
+// Whether the op of a slot returns a gate; and the runs of such slots. grafted_forward returns its gates in this order.
+bool has_gate(const Slot& slot);
+std::vector<SlotRun> gated_runs(const std::vector<Slot>& slots, const std::vector<SlotRun>& runs);
 
 }  // namespace torchgraft

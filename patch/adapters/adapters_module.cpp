@@ -2,6 +2,7 @@
 
 #include <torchgraft/config/gate_pooling.h>
 #include <torchgraft/plan/lora_factors.h>
+#include <torchgraft/plan/reparametrisation.h>
 
 #include <ATen/ATen.h>
 
@@ -90,7 +91,8 @@ void register_own(Module& parent, const std::string& adapter, const std::map<std
                   const std::shared_ptr<torch::jit::CompilationUnit>& unit, bool is_trained = true) {
   Module own = child(parent, own_module_name(adapter), "TrainableAdapter", unit);
   for (const auto& [name, tensor] : parameters) {
-    own.register_parameter(name, tensor.detach().set_requires_grad(is_trained), /*is_buffer=*/!is_trained);
+    const bool requires_grad = is_trained && is_trained_source(name);
+    own.register_parameter(name, tensor.detach().set_requires_grad(requires_grad), /*is_buffer=*/!requires_grad);
   }
 }
 
@@ -134,6 +136,7 @@ size_t find_adapter(const torch::jit::Module& adapters_module, const std::string
 Module make_adapters_module(const std::vector<Adapter>& adapters, const std::vector<Slot>& slots,
                             const std::vector<SlotRun>& runs,
                             const std::shared_ptr<torch::jit::CompilationUnit>& unit) {
+  const std::vector<SlotRun> gated = gated_runs(slots, runs);
   Module root(c10::QualifiedName("__torch__.torchgraft.Adapters"), unit, /*shouldMangle=*/true);
   root.register_attribute("training", c10::BoolType::get(), false);
   c10::List<std::string> names;
@@ -153,14 +156,14 @@ Module make_adapters_module(const std::vector<Adapter>& adapters, const std::vec
   root.register_attribute("trainable", c10::ListType::ofBools(), trainable);
   root.register_attribute("active", c10::IntType::get(), -1);
   root.register_attribute("gate_layers", c10::ListType::ofInts(),
-                          list_of<int64_t>(slots, runs, [](const Slot& slot) { return slot.number; }));
+                          list_of<int64_t>(slots, gated, [](const Slot& slot) { return slot.number; }));
   root.register_attribute("gate_locations", strings,
-                          list_of<std::string>(slots, runs, [](const Slot& slot) { return slot.location; }));
-  root.register_attribute("gate_slots", strings, list_of<std::string>(slots, runs, [](const Slot& slot) {
+                          list_of<std::string>(slots, gated, [](const Slot& slot) { return slot.location; }));
+  root.register_attribute("gate_slots", strings, list_of<std::string>(slots, gated, [](const Slot& slot) {
                             return "layer_" + std::to_string(slot.number) + "." + slot.name;
                           }));
   c10::List<c10::List<int64_t>> counts;
-  for (const SlotRun& run : runs) {
+  for (const SlotRun& run : gated) {
     counts.push_back(c10::List<int64_t>(slots[run.slot].gates));
   }
   root.register_attribute("gate_counts", c10::ListType::create(c10::ListType::ofInts()), counts);

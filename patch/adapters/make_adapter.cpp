@@ -4,6 +4,8 @@
 #include <torchgraft/plan/head_weights.h>
 #include <torchgraft/plan/lora_factors.h>
 #include <torchgraft/plan/phm.h>
+#include <torchgraft/plan/reft_weights.h>
+#include <torchgraft/plan/reparametrisation.h>
 
 #include <algorithm>
 
@@ -22,6 +24,13 @@ void check_name(const std::string& name, const std::vector<Adapter>& taken) {
 void check_can_train(const Adapter& adapter) {
   TORCH_CHECK(!adapter.merged, "graft: '", adapter.name,
               "' is merged into the base's weights and cannot be trained; unmerge it first");
+  for (const auto& [source, weights] : adapter.sources) {
+    for (const auto& [name, tensor] : weights) {
+      TORCH_CHECK(is_trained_source(name) || tensor.element_size() >= 4, "graft: '", adapter.name,
+                  "' has an orthogonal projection (ReFT), which torch cannot train in ", tensor.scalar_type(),
+                  "; train it on the module in float32");
+    }
+  }
   for (const PlannedModule& module : adapter.plan) {
     const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method);
     TORCH_CHECK(!bottleneck || !bottleneck->config.phm_layer || has_phm_factors(module, adapter.sources), "graft: '",
@@ -35,14 +44,35 @@ void check_can_train(const Adapter& adapter) {
   }
 }
 
+void restore_reft_sources(Adapter& adapter) {
+  for (size_t m = 0; m < adapter.plan.size(); ++m) {
+    const PlannedModule& module = adapter.plan[m];
+    const auto* reft = std::get_if<PlannedReft>(&module.method);
+    if (reft && reft->config.orthogonality && !has_reft_sources(module, adapter.sources)) {
+      adapter.sources[reft_source(module)] = reft_sources_of(*reft, adapter.weights[m].at("projection"));
+    }
+  }
+}
+
 namespace {
+
+template <typename Config>
+std::vector<int64_t> named_layers(const Config& config) {
+  return config.leave_out;
+}
+
+std::vector<int64_t> named_layers(const ReftConfig& config) {
+  const auto* numbers = std::get_if<std::vector<int64_t>>(&config.layers);
+  return numbers ? *numbers : std::vector<int64_t>();
+}
 
 // A layer to leave out that the model lacks is a slip. In a trained adapter it is not: it was no layer there either.
 void check_leave_out(const AdapterConfig& config, const Structure& structure) {
   for (const MethodConfig& method : config.methods) {
-    for (const int64_t layer : std::visit([](const auto& held) { return held.leave_out; }, method)) {
-      TORCH_CHECK(layer >= 0 && layer < structure.depth(), "graft: leave_out names layer ", layer,
-                  "; the model has layers 0 to ", structure.depth() - 1);
+    for (const int64_t layer : std::visit([](const auto& held) { return named_layers(held); }, method)) {
+      TORCH_CHECK(layer >= 0 && layer < structure.depth(),
+                  "graft: ", std::holds_alternative<ReftConfig>(method) ? "layers" : "leave_out", " names layer ",
+                  layer, "; the model has layers 0 to ", structure.depth() - 1);
     }
   }
 }

@@ -11,8 +11,11 @@ namespace torchgraft {
 // Throws c10::Error unless `name` is a text without dots that no adapter has.
 void check_name(const std::string& name, const std::vector<Adapter>& taken);
 
-// Throws c10::Error for a merged adapter, and for a Compacter without its factors.
+// Throws c10::Error for a merged adapter, for a Compacter without its factors, and for an orthogonal ReFT in 16 bits.
 void check_can_train(const Adapter& adapter);
+
+// Gives an adapter that was frozen what its orthogonal projections (ReFT) are computed from: others that give the same.
+void restore_reft_sources(Adapter& adapter);
 
 // Gives `spec` the gate_pooling that the user wants; an empty `wanted` leaves the spec's own. A TORCH_WARN, on behalf
 // of `what`, names a trained adapter that had another one. Throws c10::Error when `wanted` is unknown.

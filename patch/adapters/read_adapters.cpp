@@ -6,6 +6,7 @@
 #include <torchgraft/plan/lora_factors.h>
 #include <torchgraft/plan/phm.h>
 #include <torchgraft/plan/prefix_mlp.h>
+#include <torchgraft/plan/reft_weights.h>
 #include <torchgraft/plan/reparametrisation.h>
 
 #include <ATen/ATen.h>
@@ -55,6 +56,8 @@ std::map<std::string, std::vector<int64_t>> shapes_of(const PlannedModule& modul
     gate_features = hidden;
   } else if (const auto* invertible = std::get_if<PlannedInvertible>(&module.method)) {
     return invertible_shapes(*invertible);
+  } else if (const auto* reft = std::get_if<PlannedReft>(&module.method)) {
+    shapes = reft_shapes(*reft);
   } else {
     const auto& prefix = std::get<PlannedPrefix>(module.method);
     const std::vector<int64_t> shape = {prefix.num_kv_heads, prefix.config.prefix_length, prefix.head_dim};
@@ -113,9 +116,10 @@ Reparametrisation read_sources(const torch::jit::Module& adapters_module, const 
       continue;
     }
     const std::string source = child.name.substr(0, child.name.size() - std::strlen(kSourceSuffix));
-    for (const auto& attribute : child.value.attr(own_name).toModule().named_attributes(/*recurse=*/false)) {
-      if (attribute.value.isTensor()) {
-        sources[source][attribute.name] = attribute.value.toTensor().detach().clone();
+    const torch::jit::Module own = child.value.attr(own_name).toModule();
+    for (const auto& held : own.named_attributes(/*recurse=*/false)) {
+      if (held.value.isTensor()) {
+        sources[source][held.name] = held.value.toTensor().detach().clone();
       }
     }
   }
@@ -143,6 +147,11 @@ void compute_weights(Adapter& adapter) {
       for (const auto& [name, weight] : factored_weights(module, sources)) {
         weights[name] = weight.to(dtype);
       }
+      continue;
+    }
+    if (has_reft_sources(module, sources)) {
+      const auto& reft = std::get<PlannedReft>(module.method);
+      weights["projection"] = reft_projection(reft, sources.at(reft_source(module))).to(dtype);
       continue;
     }
     const auto* prefix = std::get_if<PlannedPrefix>(&module.method);

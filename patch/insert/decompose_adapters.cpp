@@ -53,8 +53,17 @@ constexpr const char* kBottleneck = R"python(
     return residual + up * (selected(scaling, adapter_ids, adapter).unsqueeze(1) * gate.unsqueeze(-1)), gate
 )python";
 
+// A unit of ReFT: the first for the first tokens of a row, the last for its last ones, which overrule them.
+constexpr const char* kReftUnit = R"python(
+    source = selected(source_weight, adapter_ids, adapter).select(1, -WHICH).transpose(1, 2)
+    inner = torch.matmul(x, source) + selected(source_bias, adapter_ids, adapter).select(1, -WHICH).unsqueeze(1)
+    rows = selected(projection, adapter_ids, adapter).select(1, -WHICH)
+    hidden = (ACTIVATION) - torch.matmul(x, rows.transpose(1, 2)) * subtracted
+    result = torch.where(flags.select(1, WHICH).unsqueeze(-1), x + torch.matmul(hidden, rows), result)
+)python";
+
 // The body of a function that computes what an op does; its arguments are those of the op's schema. OP stands for the
-// op's name, BOTTLENECK for the text above.
+// op's name, BOTTLENECK and UNIT for the texts above.
 using Bodies = std::map<std::string, const char*>;
 
 const Bodies& bodies() {
@@ -103,6 +112,15 @@ BOTTLENECK
     output = torch.scaled_dot_product_attention(query, keys, values, mask, dropout_p, False, scale=scale)
     return output.transpose(1, 2).contiguous().transpose(1, 2), gate
 )python"},
+      {"reft", R"python(
+    check_ids(OP, x, adapter_ids, positions)
+    flags = position_flags(x, positions, adapter_ids, adapter, token_mask)
+    subtracted = selected(subtraction, adapter_ids, adapter).view(-1, 1, 1)
+    result = x
+UNIT_OF_PREFIX
+UNIT_OF_SUFFIX
+    return result
+)python"},
       {"attention_token_mask", R"python(
     if attn_mask is None:
         return torch.ones([x.size(0), x.size(1)], dtype=11, device=x.device)
@@ -130,6 +148,13 @@ bool replace_word(std::string& text, const std::string& word, const std::string&
   return true;
 }
 
+std::string reft_unit_source(const std::string& which) {
+  std::string source = kReftUnit;
+  while (replace_word(source, "WHICH", which)) {
+  }
+  return source;
+}
+
 // The source of a function for the inputs of `node`. An input that is None becomes a local constant None, so that no
 // branch on it is left.
 std::string source_for(const Node* node, std::string body, const std::string& name) {
@@ -143,10 +168,14 @@ std::string source_for(const Node* node, std::string body, const std::string& na
       parameters += (parameters.empty() ? "" : ", ") + argument + ": " + node->input(i)->type()->annotation_str();
     }
   }
-  if (replace_word(body, "BOTTLENECK", kBottleneck)) {
+  replace_word(body, "BOTTLENECK", kBottleneck);
+  replace_word(body, "UNIT_OF_PREFIX", reft_unit_source("0"));
+  replace_word(body, "UNIT_OF_SUFFIX", reft_unit_source("1"));
+  if (body.find("ACTIVATION") != std::string::npos) {
     const auto non_linearity = torch::jit::toIValue(node->namedInput("non_linearity"));
     TORCH_INTERNAL_ASSERT(non_linearity, "the non-linearity of ", name, " is no constant");
-    replace_word(body, "ACTIVATION", activation_source(non_linearity->toStringRef()));
+    while (replace_word(body, "ACTIVATION", activation_source(non_linearity->toStringRef()))) {
+    }
   }
   replace_word(body, "OP", "\"" + name + "\"");
   replace_word(body, "MASKED_SCORE", number_source(kMaskedScore));

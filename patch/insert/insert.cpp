@@ -4,6 +4,7 @@
 #include <torchgraft/patch/insert/insert_invertible.h>
 #include <torchgraft/patch/insert/insert_lora.h>
 #include <torchgraft/patch/insert/insert_prefix.h>
+#include <torchgraft/patch/insert/insert_reft.h>
 #include <torchgraft/patch/insert/inserter.h>
 
 #include <torch/csrc/jit/passes/dead_code_elimination.h>
@@ -40,13 +41,19 @@ size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& si
   };
   std::vector<Value*> gates;
   for (const SlotRun& run : runs) {
-    inserter.enter(slots[run.slot], run.layer);
-    gates.push_back(slots[run.slot].site == "inv_adapter" ? nullptr : insert(slots[run.slot]));
+    const Slot& slot = slots[run.slot];
+    inserter.enter(slot, run.layer);
+    if (!has_gate(slot)) {
+      insert_reft(inserter, slot);
+    } else {
+      gates.push_back(slot.site == "inv_adapter" ? nullptr : insert(slot));
+    }
   }
-  for (size_t i = runs.size(); i-- > 0;) {  // last, so that all ops read what they change
-    const Slot& slot = slots[runs[i].slot];
+  const std::vector<SlotRun> gated = gated_runs(slots, runs);
+  for (size_t i = gated.size(); i-- > 0;) {  // last, so that all ops read what they change
     if (!gates[i]) {
-      inserter.enter(slot, runs[i].layer);
+      const Slot& slot = slots[gated[i].slot];
+      inserter.enter(slot, gated[i].layer);
       gates[i] = insert_invertible(inserter, sites.embeddings.value(), slot);
     }
   }

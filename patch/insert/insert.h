@@ -16,7 +16,7 @@ struct InsertOptions {
 
 // Inserts one torchgraft:: op per run into `graph`, whose sites are `sites`, and one more wherever a projection with a
 // LoRA is applied outside its attention. Returns the number of ops. Adds the input `adapter_ids: Tensor?`, and makes
-// the graph return (its result, gates: Tensor[]), one gate per run in the order of `runs`. `module`, the graph's
+// the graph return (its result, gates: Tensor[]), one gate per run in the order of gated_runs(). `module`, the graph's
 // `self`, must have the submodule `adapters` with the slots.
 size_t insert_adapters(const std::shared_ptr<torch::jit::Graph>& graph, const GraphSites& sites,
                        const std::vector<Slot>& slots, const std::vector<SlotRun>& runs,

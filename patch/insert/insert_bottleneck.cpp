@@ -54,7 +54,7 @@ Node* BottleneckInserter::call_bottleneck(const Slot& slot, Value* x, Value* res
 std::pair<Value*, Value*> BottleneckInserter::bottleneck(const Slot& slot, Value* x, Value* residual) {
   Value* module = inserter_.slot_module(slot);
   const BottleneckForm& form = slot.form;
-  if (!form.norm_before && !form.norm_after && slot.dropout == 0.0) {
+  if (!form.norm_before && !form.norm_after && slot.dropout == 0.0 && slot.stochastic_depth == 0.0) {
     Node* op = call_bottleneck(slot, x, residual, inserter_.common_arguments(slot, module));
     return {op->outputs()[0], op->outputs()[1]};
   }
@@ -80,6 +80,7 @@ std::pair<Value*, Value*> BottleneckInserter::bottleneck(const Slot& slot, Value
                     mask ? mask : graph_.insertConstant(c10::IValue()));
     output = graph_.insert(c10::aten::mul, {output, graph_.insert(c10::aten::unsqueeze, {gate, -1})});
   }
+  output = slot.stochastic_depth > 0.0 ? inserter_.rows_dropped(slot, output) : output;
   output = slot.dropout > 0.0 ? inserter_.dropped(slot, output) : output;
   if (form.residual_in_norm) {
     return {normed(graph_.insert(c10::aten::add, {output, residual}), "norm_after"), gate};
@@ -105,7 +106,7 @@ void BottleneckInserter::replace_stream(ResidualState& state, const Slot& slot, 
   chosen = inserter_.swapped(chosen, site.sequence_first);
   state.stream->replaceAllUsesAfterNodeWith(end, chosen);
   end->destroy();
-  streams_[(site.norm ? site.norm : site.sum)->output()] = chosen;
+  inserter_.replace_stream((site.norm ? site.norm : site.sum)->output(), chosen);
   state.stream = chosen;
 }
 
@@ -128,13 +129,12 @@ ResidualSite BottleneckInserter::wired(const Slot& slot, ResidualSite site) {
 }
 
 Value* BottleneckInserter::operator()(const Slot& slot, const ResidualSite& found) {
-  const ResidualSite site = wired(slot, found);
+  ResidualSite present = found;
+  present.residual = inserter_.present_stream(found.residual);
+  const ResidualSite site = wired(slot, present);
   ResidualState& state =
       residuals_.try_emplace({site.add, site.branch_operand, slot.form.wiring}, ResidualState{site, site.branch()})
           .first->second;
-  if (const auto replaced = streams_.find(state.site.residual); replaced != streams_.end()) {
-    state.site.residual = replaced->second;
-  }
   TORCH_CHECK(site.norm || slot.form.residual != BottleneckResidual::kSum,
               "graft: residual_before_ln=\"post_add\" has no meaning for ", slot.location, " of layer ", slot.number,
               ", which has no norm behind its residual add; use residual_before_ln=False");

@@ -48,7 +48,6 @@ class BottleneckInserter {
   torch::jit::Graph& graph_;
   // By the add, the operand that is the branch (parallel blocks may be two operands of one add), and the wiring.
   std::map<std::tuple<const Node*, size_t, BottleneckWiring>, ResidualState> residuals_;
-  std::map<const Value*, Value*> streams_;  // values of the residual stream, and their replacements
 };
 
 }  // namespace torchgraft

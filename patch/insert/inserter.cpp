@@ -5,6 +5,7 @@
 #include <torchgraft/patch/graph/hoist.h>
 #include <torchgraft/patch/graph/linear_map.h>
 #include <torchgraft/patch/insert/row_functions.h>
+#include <torchgraft/patch/insert/verify.h>
 
 #include <torch/csrc/jit/ir/constants.h>
 
@@ -28,8 +29,9 @@ Inserter::Inserter(Graph& graph, const GraphSites& sites, const torch::jit::Modu
   Node* end = graph.insertNode(graph.createNone());  // trained banks are made before it; dead code in the end
   trained_.emplace(graph, sites, root, adapters_, end);
   top_ = end;
-  if (options.token_mask_input && options.poolings.unpadded) {
-    input_mask_ = with_whole_rows(graph.insert(c10::aten::ne, {graph.inputs()[*options.token_mask_input], 0}));
+  if (options.token_mask_input) {
+    real_input_ = graph.insert(c10::aten::ne, {graph.inputs()[*options.token_mask_input], 0});
+    input_mask_ = options.poolings.unpadded ? with_whole_rows(real_input_) : nullptr;
   }
 }
 
@@ -50,6 +52,13 @@ Value* Inserter::parameter(const Slot& slot, Value* module, const std::string& n
 
 Value* Inserter::dropped(const Slot& slot, Value* value) {
   return graph_.insert(c10::aten::dropout, {value, slot.dropout, graph_.insertGetAttr(adapters_, "training")});
+}
+
+Value* Inserter::rows_dropped(const Slot& slot, Value* value) {
+  Value* rows = graph_.insert(c10::aten::unsqueeze, {value, 1});  // one feature of each row
+  Value* training = graph_.insertGetAttr(adapters_, "training");
+  Value* kept = graph_.insert(c10::aten::feature_dropout, {rows, slot.stochastic_depth, training});
+  return graph_.insert(c10::aten::squeeze, {kept, 1});
 }
 
 std::vector<NamedValue> Inserter::gate_arguments(const Slot& slot, Value* module) {
@@ -92,6 +101,33 @@ Value* Inserter::token_mask(const Slot& slot) {
   check_cache(layer_);
   const bool has_cache = sites_.structure.layers[layer_].cache != CacheKind::kNone;
   return has_cache ? of_this_pass(input_mask_, layer_) : input_mask_;
+}
+
+// A mask that can be read at the attention is read there. Layers with one mask share the result.
+Value* Inserter::real_tokens() {
+  if (real_input_) {
+    return real_input_;
+  }
+  const LayerSites& sites = layer_sites();
+  Value* mask = sites.attention->namedInput("attn_mask");
+  while (is_aten(mask->node(), {"type_as"})) {
+    mask = mask->node()->namedInput("self");
+  }
+  if (is_none(mask)) {
+    return nullptr;
+  }
+  Value*& real = real_tokens_[mask];
+  if (!real) {
+    WithInsertPoint guard(sites.attention);
+    Value* x = swapped(linear_input(sites.query.node), sites.query.sequence_first);
+    real = call("attention_token_mask", {NamedValue(x), NamedValue(mask)}, {})->output();
+  }
+  return real;
+}
+
+Value* Inserter::present_stream(Value* found) const {
+  const auto replaced = streams_.find(found);
+  return replaced == streams_.end() ? found : replaced->second;
 }
 
 // The tokens of a gate's mean are those of the pass; a mask tells of all keys.
@@ -166,7 +202,7 @@ void Inserter::enter(const Slot& slot, size_t layer) {
 Node* Inserter::call(const char* op, at::ArrayRef<NamedValue> args, at::ArrayRef<NamedValue> named) {
   const auto symbol = c10::Symbol::fromQualString(std::string("torchgraft::") + op);
   Value* result = graph_.insert(symbol, args, named, place_);
-  ops_ += std::string(op).rfind("gated_", 0) == 0;
+  ops_ += is_counted(op);
   Node* node = result->node();
   // Graph::insert packs several results into a tuple; take them apart again.
   if (node->kind() == c10::prim::TupleConstruct) {

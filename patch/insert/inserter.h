@@ -49,6 +49,13 @@ class Inserter {
   Value* parameter(const Slot& slot, Value* module, const std::string& name);
   // `value` after the slot's dropout, which acts in training mode.
   Value* dropped(const Slot& slot, Value* value);
+  // `value` [B, S, H] without those rows that the slot's stochastic depth drops in training mode.
+  Value* rows_dropped(const Slot& slot, Value* value);
+  // The real tokens [B, S] of this layer; null where its attention has no mask: all tokens are real.
+  Value* real_tokens();
+  // A value of the residual stream that was found in the graph, as adapters that replaced it have left it.
+  Value* present_stream(Value* found) const;
+  void replace_stream(Value* found, Value* by) { streams_[found] = by; }
   // The tokens that the slot's gate is a mean over; null for all tokens, or without a gate.
   Value* token_mask(const Slot& slot);
   // gate_weight and gate_bias.
@@ -77,6 +84,8 @@ class Inserter {
   const GraphSites& sites_;
   const InsertOptions& options_;
   std::map<const Value*, Value*> shared_masks_;  // token masks by attention mask
+  std::map<const Value*, Value*> real_tokens_;   // those of real_tokens(), by attention mask
+  std::map<const Value*, Value*> streams_;       // values of the residual stream, and their replacements
   std::map<size_t, Value*> token_masks_;         // token masks by layer
   size_t ops_ = 0;
   size_t layer_ = 0;
@@ -86,6 +95,7 @@ class Inserter {
   Node* top_ = nullptr;
   Value* active_ = nullptr;
   Value* input_mask_ = nullptr;
+  Value* real_input_ = nullptr;  // the token mask that is an input, as bool
   std::optional<TrainedWeights> trained_;
 };
 

@@ -161,6 +161,31 @@ def seen_by_real_queries(visible: Tensor) -> Tensor:
     real = text_of(visible.unsqueeze(0) if visible.dim() == 2 else visible)
     return torch.where(real.any(-1, True), real, by_any)
 
+def position_flags(x: Tensor, positions: Tensor, adapter_ids: Optional[Tensor], adapter: int,
+                   token_mask: Optional[Tensor]) -> Tensor:
+    tokens = torch.arange(x.size(1), device=x.device).unsqueeze(0)
+    counts = selected(positions, adapter_ids, adapter)
+    begin = torch.zeros_like(counts.narrow(1, 0, 1))
+    end = begin + x.size(1)
+    if token_mask is not None:
+        begin = token_mask.to(4).argmax(1, True)
+        end = begin + token_mask.sum(1, True)
+    at_prefix = torch.logical_and(tokens.ge(begin), tokens.lt(begin + counts.narrow(1, 0, 1)))
+    at_suffix = torch.logical_and(tokens.ge(end - counts.narrow(1, 1, 1)), tokens.lt(end))
+    if not x.is_cuda:
+        mixed_up = torch.logical_and(counts.select(1, 0).gt(0), counts.select(1, 1).gt(x.size(1)))
+        active = is_active(x, adapter_ids, adapter)
+        assert not bool(torch.logical_and(mixed_up, active).any()), "reft: expected at least as many tokens as " \
+            "there are suffix positions beside prefix positions, got {}: the adapters library mixes up the " \
+            "positions of such a batch; pad it".format(x.size(1))
+    return torch.logical_and(torch.stack([at_prefix, at_suffix], 1),
+                             is_active(x, adapter_ids, adapter).view(-1, 1, 1))
+
+def at_positions(positions: Tensor, x: Tensor, other: Tensor, adapter_ids: Optional[Tensor], adapter: int,
+                 token_mask: Optional[Tensor]) -> Tensor:
+    flags = position_flags(x, positions, adapter_ids, adapter, token_mask)
+    return torch.where(flags.any(1).unsqueeze(-1), x, other)
+
 def choose(present: Tensor, x: Tensor, other: Tensor, adapter_ids: Optional[Tensor], adapter: int) -> Tensor:
     chosen = torch.logical_and(selected(present, adapter_ids, adapter), is_active(x, adapter_ids, adapter))
     return torch.where(chosen.view(-1, 1, 1), x, other)
@@ -214,6 +239,10 @@ Value* RowFunctions::shifted(Value* x, Value* bias) { return call("shifted", {x,
 
 Value* RowFunctions::with_magnitude(Value* x, Value* magnitude, Value* weight_norm, Value* fixed) {
   return call("with_magnitude", {x, magnitude, weight_norm, fixed, adapter_ids_, adapter_});
+}
+
+Value* RowFunctions::at_positions(Value* positions, Value* token_mask, Value* x, Value* other) {
+  return call("at_positions", {positions, x, other, adapter_ids_, adapter_, token_mask});
 }
 
 Value* RowFunctions::choose(Value* present, Value* x, Value* other) {

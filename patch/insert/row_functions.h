@@ -48,6 +48,10 @@ class RowFunctions {
   torch::jit::Value* with_magnitude(torch::jit::Value* x, torch::jit::Value* magnitude, torch::jit::Value* weight_norm,
                                     torch::jit::Value* fixed);
 
+  // x at the positions [N, 2] of ReFT of each row's adapter, else `other`; both [B, S, H]. token_mask may be None.
+  torch::jit::Value* at_positions(torch::jit::Value* positions, torch::jit::Value* token_mask, torch::jit::Value* x,
+                                  torch::jit::Value* other);
+
   // x where the row's adapter is `present` (bool [N]), else `other`; both [B, S, H].
   torch::jit::Value* choose(torch::jit::Value* present, torch::jit::Value* x, torch::jit::Value* other);
 

@@ -6,6 +6,7 @@
 #include <torchgraft/patch/sites/base_weight.h>
 #include <torchgraft/plan/lora_factors.h>
 #include <torchgraft/plan/phm.h>
+#include <torchgraft/plan/reft_weights.h>
 
 #include <algorithm>
 
@@ -26,6 +27,21 @@ def prefix_states(embeddings: Tensor, down_weight: Tensor, down_bias: Tensor, up
          activation_source(non_linearity) + R"python(, up_weight, up_bias)
     return states.view(embeddings.size(0), parts, heads, -1)
 )python";
+}
+
+// As orthogonal_matrix() in plan/reft_weights.h; 3 is torch.int32.
+std::string orthogonal_source(int64_t rows, int64_t columns) {
+  const std::string flipped = rows < columns ? ".t()" : "";
+  const std::string square = R"python(
+    lower = torch.tril(tall)
+    columns = torch.linalg_matrix_exp(lower - lower.t()))python";
+  const std::string householder = R"python(
+    reflectors = torch.tril(tall, -1)
+    tau = 2.0 / (1.0 + (reflectors * reflectors).sum([-2]))
+    signs = torch.diagonal(tall, 0, -2, -1).to(3)
+    columns = torch.linalg_householder_product(reflectors, tau) * signs.unsqueeze(-2))python";
+  return "def orthogonal_matrix(original: Tensor, base: Tensor) -> Tensor:\n    tall = original" + flipped +
+         (rows == columns ? square : householder) + "\n    return torch.matmul(base, columns)" + flipped + "\n";
 }
 
 }  // namespace
@@ -112,6 +128,22 @@ def task_update(task_b: Tensor, task_values: Tensor, task_weights: Tensor, sharp
                                   source(own, key, "task_weights"), graph_.insertConstant(sharpness)})[0];
 }
 
+// [U, r, H], from its sources.
+Value* TrainedWeights::reft_projection(const OwnWeights& own) {
+  const auto& reft = std::get<PlannedReft>(own.module.method);
+  const auto body = compile_graph(orthogonal_source(reft.config.r, reft.hidden_size), "orthogonal_matrix");
+  std::vector<Value*> units;
+  for (int64_t unit = 0; unit < reft_units(reft.config); ++unit) {
+    const auto of = [&](const char* name) {
+      return source(own, reft_source(own.module), std::string(name) + "_" + std::to_string(unit));
+    };
+    Value* original = of("original");
+    units.push_back(torch::jit::insertGraph(graph_, *body, {original, of("base")})[0]);
+  }
+  Value* list = graph_.insertNode(graph_.createList(c10::TensorType::get(), units))->output();
+  return graph_.insert(c10::aten::stack, {list, 0});
+}
+
 // [out]: the norms of the rows of W + B A, as in adapters/dora.cpp.
 Value* TrainedWeights::weight_norm(const Slot& slot, const OwnWeights& own, Value* slot_module) {
   const auto& lora = std::get<PlannedLoRA>(own.module.method);
@@ -141,6 +173,9 @@ Value* TrainedWeights::computed_row(const Slot& slot, const OwnWeights& own, con
   }
   if (std::holds_alternative<PlannedBottleneck>(own.module.method)) {
     return phm_weight(own, name == "down_weight" ? "down" : "up");
+  }
+  if (std::holds_alternative<PlannedReft>(own.module.method)) {
+    return reft_projection(own);
   }
   return prefix_of_layer(own, name == "prefix_value");
 }

@@ -36,6 +36,7 @@ class TrainedWeights {
   Value* source(const OwnWeights& own, const std::string& key, const std::string& name);
   Value* phm_weight(const OwnWeights& own, const std::string& side);
   Value* factored(const OwnWeights& own, const std::string& name);
+  Value* reft_projection(const OwnWeights& own);
   Value* weight_norm(const Slot& slot, const OwnWeights& own, Value* slot_module);
   Value* dropped(Value* value, double p);
 

@@ -14,13 +14,15 @@ using torch::jit::Node;
 size_t count_ops(const Module& module) {
   size_t count = 0;
   for_each_node(module.get_method("grafted_forward").graph()->block(), [&](Node* node) {
-    const std::string kind = node->kind().toQualString();
-    count += kind.rfind("torchgraft::gated_", 0) == 0;
+    static const auto known = c10::Symbol::fromQualString("namespaces::torchgraft");
+    count += node->kind().ns() == known && is_counted(node->kind().toUnqualString());
   });
   return count;
 }
 
 }  // namespace
+
+bool is_counted(std::string_view op) { return op.starts_with("gated_") || op == "reft"; }
 
 void verify_grafted(const Module& module, size_t ops) {
   for (const char* name : {"forward", "forward_with_gates", "grafted_forward", "base_forward"}) {

@@ -2,7 +2,12 @@
 
 #include <torch/csrc/jit/api/module.h>
 
+#include <string_view>
+
 namespace torchgraft {
+
+// Whether an op of torchgraft, by its name, stands for a run of a slot.
+bool is_counted(std::string_view op);
 
 // Checks that the graphs of a grafted module are well-formed, hold exactly `ops` ops, and survive saving and loading.
 // Throws c10::Error: a failure is a bug in torchgraft.

@@ -37,7 +37,7 @@ GraftOptions options_like(const Module& grafted, GraftOptions options) {
   const Module adapters = grafted.attr("adapters").toModule();
   const std::string mask = adapters.attr("token_mask_input").toStringRef();
   const std::vector<AdapterConfig> configs = read_configs(adapters);
-  const bool reads_mask = std::any_of(configs.begin(), configs.end(), pools_unpadded);
+  const bool reads_mask = std::any_of(configs.begin(), configs.end(), reads_token_mask);
   TORCH_CHECK(options.token_mask_input.empty() || options.token_mask_input == mask || !reads_mask,
               "graft: the module's token mask is ", mask.empty() ? "each attention's own" : "'" + mask + "'",
               "; all its adapters share that");

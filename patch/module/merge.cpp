@@ -19,6 +19,9 @@ std::string obstacle(const PlannedModule& module) {
   if (std::holds_alternative<PlannedInvertible>(module.method)) {
     return "an invertible adapter has non-linearities";
   }
+  if (std::holds_alternative<PlannedReft>(module.method)) {
+    return "ReFT changes some tokens only";
+  }
   const LoRAConfig& config = std::get<PlannedLoRA>(module.method).config;
   if (lora_form(config) != LoRAForm::kAdd) {
     return lora_form(config) == LoRAForm::kScale ? "(IA)^3 scales the projection's bias too"

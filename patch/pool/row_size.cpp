@@ -29,6 +29,9 @@ double least_numbers(const PlannedModule& module) {
   if (const auto* invertible = std::get_if<PlannedInvertible>(&module.method)) {
     return product({invertible->embedding_size, invertible->f_size + invertible->g_size});
   }
+  if (const auto* reft = std::get_if<PlannedReft>(&module.method)) {
+    return product({2, reft_units(reft->config), reft->config.r, reft->hidden_size});
+  }
   const auto& prefix = std::get<PlannedPrefix>(module.method);
   return product({2, prefix.num_kv_heads, prefix.head_dim, prefix.config.prefix_length});
 }
@@ -72,8 +75,10 @@ void RowSize::add(const Adapter& adapter) {
     const auto* lora = std::get_if<PlannedLoRA>(&module.method);
     if (std::holds_alternative<PlannedInvertible>(module.method)) {
       grow(slot, "present", {}, sizeof(bool));
-    } else if (!bottleneck && !lora) {
+    } else if (std::holds_alternative<PlannedPrefix>(module.method)) {
       grow(slot, "prefix_length", {}, sizeof(int64_t));
+    } else if (!bottleneck && !lora) {
+      continue;
     } else if (bottleneck ? !bottleneck_form(*bottleneck).is_plain() : lora_form(lora->config) != LoRAForm::kAdd) {
       grow(slot, "present", {}, sizeof(bool));
     }

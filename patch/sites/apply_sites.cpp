@@ -2,6 +2,7 @@
 
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/linear_map.h>
+#include <torchgraft/patch/sites/find_layer_end.h>
 #include <torchgraft/patch/sites/find_residual.h>
 #include <torchgraft/patch/sites/site_finder.h>
 
@@ -149,6 +150,7 @@ GraphSites apply_sites(const GraphSites& detected, const Structure& wanted, cons
       layer.shares = is_new ? std::nullopt : std::optional(first->second);
     }
   }
+  find_layer_ends(result, *canonical.graph);
   return result;
 }
 

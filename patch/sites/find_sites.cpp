@@ -7,6 +7,7 @@
 #include <torchgraft/patch/sites/find_attention.h>
 #include <torchgraft/patch/sites/find_embeddings.h>
 #include <torchgraft/patch/sites/find_feed_forward.h>
+#include <torchgraft/patch/sites/find_layer_end.h>
 #include <torchgraft/patch/sites/find_residual.h>
 #include <torchgraft/patch/sites/single_heads.h>
 #include <torchgraft/patch/sites/site_finder.h>
@@ -223,6 +224,7 @@ GraphSites find_sites(const CanonicalGraph& canonical, const Module& module) {
   leave_out_single_heads(result, finder);
   mark_encoder(result);
   number_layers(result, module);
+  find_layer_ends(result, *canonical.graph);
   for (const UnraisedSoftmax& miss : canonical.unraised) {
     const auto linears = nearest_linears(miss.softmax->namedInput("self"));
     const std::string where = linears.empty() ? "" : finder.path_of(linears.front());

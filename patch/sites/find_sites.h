@@ -42,6 +42,12 @@ struct ResidualSite {
   torch::jit::Value* branch() const { return add->input(branch_operand); }
 };
 
+// The one value that leaves a Transformer layer: whatever comes behind the layer reads this.
+struct LayerEnd {
+  torch::jit::Value* value = nullptr;
+  bool sequence_first = false;
+};
+
 struct LayerSites {
   torch::jit::Node* attention = nullptr;  // aten::scaled_dot_product_attention
   LinearSite query, key, value;           // key and value have no node where a cache is filled (CacheKind::kFilled)
@@ -50,6 +56,7 @@ struct LayerSites {
   std::optional<LinearSite> output, ffn_in, ffn_gate, ffn_out;
   std::vector<LinearSite> linear_maps;  // parallel to Layer::linear_maps
   std::optional<ResidualSite> attention_residual, ffn_residual;
+  std::optional<LayerEnd> end;
 };
 
 // The linear map of a LoRA site ("crossattn_lora_k", "output_lora"); null for sites of other methods, and for a site

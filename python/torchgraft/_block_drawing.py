@@ -15,6 +15,7 @@ METHODS = {  # line colour, fill: as in docs/grafted_layer.svg
     "prefix": ("#0f766e", "#ccf0ea"),
     "LoRA": ("#c2570c", "#fde6d0"),
     "bottleneck": ("#6d28d9", "#e7defc"),
+    "ReFT": ("#1d4ed8", "#dbe7fd"),
 }
 NOTE_WIDTH = 36  # columns
 
@@ -120,7 +121,20 @@ class BlockDrawing:
                 for end in ends:
                     self.flow(end, node)
             ends = nodes or ends
-        return self.residual(entry["ffn_residual"], entry["ffn_norm_order"], "output_adapter", start, ends)
+        end = self.residual(entry["ffn_residual"], entry["ffn_norm_order"], "output_adapter", start, ends)
+        return self.reft(entry, end)
+
+    def reft(self, entry: dict[str, Any], end: str) -> str:
+        """Draws what changes the end of the layer, or the location for it; returns the last node."""
+        cells = [self.style.badge("ReFT", f"ReFT, r = {slot.size}", slot.name.removeprefix("output_reft_"))
+                 for slot in self.slots if slot.name.startswith("output_reft_")]  # fmt: skip
+        if not self.style.grafted and "output_reft" in entry["locations"]:
+            cells.append(self.style.badge("ReFT", "ReFT"))
+        if not cells:
+            return end
+        node = self.box("reft", cells)
+        self.flow(end, node)
+        return node
 
     def residual(self, present: bool, order: str, location: str, start: str, ends: list[str]) -> str:
         """Draws the end of a branch, behind the nodes `ends`: sequential bottlenecks in it, parallel ones beside it,

@@ -13,10 +13,10 @@ import torch
 ROLES = ("query", "key", "value", "output", "ffn_gate", "ffn_in", "ffn_out")  # in the order in which a layer runs them
 LONGEST_PATTERN = 6  # the most layers in a repeated pattern, such as local, local, global
 
-_SLOT_KEY = re.compile(r"adapters\.layer_(\d+)\.([^.]+)\.(lora_a|prefix_key|up_weight)")
+_SLOT_KEY = re.compile(r"adapters\.layer_(\d+)\.([^.]+)\.(lora_a|prefix_key|up_weight|source_weight)")
 # The dimension of this parameter that holds the module's size. Shapes: lora_a [N, r, in], prefix_key [N, heads, length,
-# head size], up_weight [N, out, bottleneck].
-_SIZE_DIMENSION = {"lora_a": 1, "prefix_key": 2, "up_weight": 2}
+# head size], up_weight [N, out, bottleneck], source_weight [N, units, r, in].
+_SIZE_DIMENSION = {"lora_a": 1, "prefix_key": 2, "up_weight": 2, "source_weight": 2}
 
 
 @dataclass(frozen=True)

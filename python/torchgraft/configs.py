@@ -105,6 +105,22 @@ class ParBnConfig(BnConfig):
     scaling: float | str = 4.0
 
 
+@dataclass
+class AdapterPlusConfig(BnConfig):
+    """Steitz & Roth 2024: after the feed-forward block and its norm, with a scale for each channel."""
+
+    original_ln_after: bool = False
+    original_ln_before: bool = True
+    residual_before_ln: bool | str = False
+    stochastic_depth: float | None = 0.1
+    init_weights: str = "houlsby"
+    scaling: float | str = "channel"
+    mh_adapter: bool = False
+    output_adapter: bool = True
+    reduction_factor: float | Mapping[str, float] = 96
+    non_linearity: str = "gelu"
+
+
 AdapterConfig = BnConfig  # the names in older releases of the library
 PfeifferConfig = SeqBnConfig
 HoulsbyConfig = DoubleSeqBnConfig
@@ -176,6 +192,57 @@ class MTLLoRAConfig(LoRAConfig):
     n_up_projection: int = 1
     task_specific_matrix_type: str = "singular_values"
     weights_sharpness: float = 0.05
+
+
+@dataclass
+class ReftConfig(_Method):
+    """Wu et al. 2024: a low-rank change of what leaves a layer, at the first and the last real tokens of a row.
+
+    As in the library, `subtract_projection` is an attribute of the class: False for DiReftConfig.
+    """
+
+    layers: str | list[int]
+    prefix_positions: int
+    suffix_positions: int
+    r: int
+    orthogonality: bool
+    tied_weights: bool = False
+    subtract_projection = True
+    dropout: float = 0.05
+    non_linearity: str | None = None
+    dtype: str | None = None
+    architecture: str = "reft"
+    output_reft: bool = True
+    init_weights_seed: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all fields, and also a `subtract_projection` that is False, which the library leaves out."""
+        return asdict(self) | ({} if self.subtract_projection else {"subtract_projection": False})
+
+
+@dataclass
+class LoReftConfig(ReftConfig):
+    """With an orthogonal projection."""
+
+    layers: str | list[int] = "all"
+    prefix_positions: int = 3
+    suffix_positions: int = 0
+    r: int = 1
+    orthogonality: bool = True
+
+
+@dataclass
+class NoReftConfig(LoReftConfig):
+    """Without orthogonality."""
+
+    orthogonality: bool = False
+
+
+@dataclass
+class DiReftConfig(NoReftConfig):
+    """Without orthogonality and without subtracting the projection of what is changed."""
+
+    subtract_projection = False
 
 
 class ConfigUnion:
@@ -260,6 +327,16 @@ def is_there(text: str) -> bool:
         return False
 
 
+def _fields_of(config: Any) -> dict[str, Any]:
+    """Returns config.to_dict(), with what it leaves out of the library's DiReftConfig."""
+    fields = dict(config.to_dict())
+    if "configs" in fields and hasattr(config, "configs"):
+        fields["configs"] = [_fields_of(part) for part in config.configs]
+    elif not getattr(config, "subtract_projection", True):
+        fields["subtract_projection"] = False
+    return fields
+
+
 def config_to_json(config: Any) -> str:
     """Returns a configuration as the patcher reads it: JSON text, or a name.
 
@@ -275,7 +352,7 @@ def config_to_json(config: Any) -> str:
     if isinstance(config, str) and not config.strip():
         raise GraftError("config: expected a configuration, its name (unipelt, mam, lora, ...) or its path, got ''")
     if hasattr(config, "to_dict"):
-        return json.dumps(config.to_dict())
+        return json.dumps(_fields_of(config))
     if isinstance(config, Mapping):
         return json.dumps(dict(config))
     if isinstance(config, str) and (config.lstrip().startswith("{") or config in patcher().config_names()):

@@ -12,13 +12,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import adapters
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+import adapters
 import torchgraft
 from hosts_support import ROOT, attempt, run
 

@@ -62,6 +62,9 @@ double size_of(const PlannedModule& module) {
       return static_cast<double>(invertible.embedding_size) *
              (static_cast<double>(invertible.f_size) + static_cast<double>(invertible.g_size));
     }
+    double operator()(const PlannedReft& reft) const {
+      return static_cast<double>(reft.config.r) * static_cast<double>(reft.hidden_size);
+    }
   };
   return std::visit(Size(), module.method);
 }

@@ -5,29 +5,34 @@ Its gating scores come as numpy arrays with peculiarities that `Oracle._gates` u
 
 import functools
 import itertools
+import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import adapters
 import torch
+from adapters.context import ForwardContext
+from torch import Tensor, nn
+
+import adapters
+import models
 from adapters import (
     BnConfig,
     CompacterConfig,
     ConfigUnion,
+    DiReftConfig,
     DoubleSeqBnConfig,
     IA3Config,
     LoRAConfig,
+    LoReftConfig,
     MAMConfig,
+    NoReftConfig,
     ParBnConfig,
     PrefixTuningConfig,
+    ReftConfig,
     SeqBnConfig,
     UniPELTConfig,
 )
-from adapters.context import ForwardContext
-from torch import Tensor, nn
-
-import models
 from models import Batch, Variant
 
 _ALL_LORA = dict(attn_matrices=["q", "k", "v"], intermediate_lora=True, output_lora=True)
@@ -75,6 +80,18 @@ CONFIGS = {
     "prefix_flat": PrefixTuningConfig(prefix_length=6, flat=True),
     "prefix_flat_gated": PrefixTuningConfig(prefix_length=1, flat=True, use_gating=True),
     "prefix_leave_out": PrefixTuningConfig(prefix_length=6, bottleneck_size=20, leave_out=[0], use_gating=True),
+    "loreft": LoReftConfig(),
+    "noreft": NoReftConfig(r=3, suffix_positions=1, non_linearity="gelu"),
+    "direft": DiReftConfig(r=2, prefix_positions=0, suffix_positions=3),
+    "reft_overlapping": LoReftConfig(r=2, prefix_positions=4, suffix_positions=2, layers=[0, 2]),
+    "reft_tied": ReftConfig("all", 2, 2, 5, orthogonality=True, tied_weights=True),
+    "union_reft": ConfigUnion(
+        LoReftConfig(r=2, suffix_positions=1),
+        ParBnConfig(reduction_factor=4, use_gating=True),
+        SeqBnConfig(original_ln_after=False, residual_before_ln=False, mh_adapter=True, output_adapter=False),
+        PrefixTuningConfig(prefix_length=3, bottleneck_size=20),
+        LoRAConfig(r=3, use_gating=True, **_ALL_LORA),
+    ),
     "union_everything": ConfigUnion(
         PrefixTuningConfig(prefix_length=5, bottleneck_size=20, use_gating=True, shared_gating=False),
         DoubleSeqBnConfig(reduction_factor=4, use_gating=True, leave_out=[1]),
@@ -135,6 +152,8 @@ def randomise(model: nn.Module, name: str, seed: int) -> None:
                 value = value * 0.5  # a factor of Compacter's: products of four of them are summed
             else:
                 value = value * 1.2 / parameter.size(1) ** 0.5
+            if path.endswith("projection.parametrizations.weight.original"):
+                value.diagonal().fill_(-1.0)  # signs, which torch cuts to whole numbers and never trains
             parameter.copy_(value)
 
 
@@ -155,6 +174,15 @@ def make_oracle_adapter(model: nn.Module, config, name: str, seed: int) -> None:
     randomise(model, name, seed)
 
 
+def say_subtraction(directory: str | Path, config) -> None:
+    """Writes into a directory of the library's whether its ReFT subtracts the projection, which the library omits."""
+    if isinstance(config, ReftConfig):
+        path = Path(directory) / "adapter_config.json"
+        content = json.loads(path.read_text())
+        content["config"]["subtract_projection"] = config.subtract_projection
+        path.write_text(json.dumps(content))
+
+
 class Oracle:
     """One Hugging Face model with adapters, as eager as it gets. Holds as many adapters as the tests ask for."""
 
@@ -173,6 +201,7 @@ class Oracle:
             make_oracle_adapter(self.model, CONFIGS[config_name], name, 17 + seed)
             directory = str(Path(self._directory.name) / name)
             self.model.save_adapter(directory, name)
+            say_subtraction(directory, CONFIGS[config_name])
             self.model.eval()
             self._saved[key] = Saved(name, directory)
         return self._saved[key]
@@ -190,8 +219,10 @@ class Oracle:
             scores = outputs[-1] if adapter else {}
             outputs = outputs[:-1] if adapter else outputs
         else:
+            # ReFT counts the real tokens of the mask that the whole model would be given.
+            counted = {"attention_mask": batch.mask} if variant.masked and self._has_reft(adapter) else {}
             with ForwardContext(
-                self.model, inputs_embeds=batch.embeddings, output_adapter_gating_scores=True
+                self.model, inputs_embeds=batch.embeddings, output_adapter_gating_scores=True, **counted
             ) as context:
                 outputs = (self._encode(variant, batch, adapter),)
             scores = getattr(context, "adapter_gating_scores", {})  # there is none without an adapter
@@ -213,6 +244,10 @@ class Oracle:
             masks.append(torch.cat([mask.new_zeros(batch.rows, 1, 1, length), mask], dim=-1))
         return self.model.encoder(batch.embeddings, head_mask=masks).last_hidden_state
 
+    def _has_reft(self, adapter: Saved | None) -> bool:
+        config = self.model.adapters_config.get(adapter.name) if adapter else None
+        return config is not None and any(isinstance(method, ReftConfig) for method in _methods(config))
+
     def _prefix_length(self, adapter: Saved | None, layer: int) -> int:
         if adapter is None:
             return 0
@@ -228,7 +263,7 @@ class Oracle:
         gated = {
             location
             for config in _methods(self.model.adapters_config.get(name))
-            if config["use_gating"]
+            if config.get("use_gating", False)
             for location in _locations(config)
         }
         result: Gates = {}

@@ -3,12 +3,12 @@
 import json
 import struct
 
-import adapters
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertForSequenceClassification
 
+import adapters
 import torchgraft
 from grafted import base, grafted, reloaded
 from models import VARIANTS, hugging_face

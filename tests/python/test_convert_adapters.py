@@ -4,11 +4,11 @@ import pickle
 import subprocess
 from pathlib import Path
 
-import adapters
 import pytest
 import torch
 import transformers
 
+import adapters
 import torchgraft
 from scripts_here import run_here, run_process
 from torchgraft.adapter_hub import PICKLE_FILE, SAFETENSORS_FILE

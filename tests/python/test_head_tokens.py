@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-import adapters
 import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
 
+import adapters
 import torchgraft
 
 _SIZES = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40)

@@ -4,12 +4,12 @@ import json
 import tempfile
 from pathlib import Path
 
-import adapters
 import pytest
 import torch
 import transformers
 from torch import Tensor
 
+import adapters
 import torchgraft
 from grafted import reloaded
 from torchgraft import HeadConfig

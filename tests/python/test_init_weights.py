@@ -1,11 +1,11 @@
 """Fresh adapters: with init_weights_seed, every value equals that of adapters==1.3.0."""
 
-import adapters
 import pytest
 import torch
 from adapters.methods.modeling import PHMLayer
 from torch import Tensor
 
+import adapters
 import torchgraft
 from grafted import base
 from models import hugging_face
@@ -35,6 +35,9 @@ CONFIGS = {
     ),
     "prefix": adapters.PrefixTuningConfig(prefix_length=4, bottleneck_size=20, non_linearity="gelu", **SEED),
     "prefix_flat": adapters.PrefixTuningConfig(prefix_length=4, flat=True, leave_out=[1], **SEED),
+    "loreft": adapters.LoReftConfig(r=3, suffix_positions=1, **SEED),
+    "loreft_square": adapters.LoReftConfig(r=48, tied_weights=True, **SEED),
+    "noreft": adapters.NoReftConfig(r=3, suffix_positions=1, layers=[0, 2], **SEED),
     "union": adapters.ConfigUnion(
         adapters.PrefixTuningConfig(prefix_length=4, bottleneck_size=20, **SEED),
         adapters.SeqBnConfig(use_gating=True, **SEED),
@@ -102,6 +105,11 @@ def _oracle_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
             keys, values = pool.pool.prefix_tunings["t"](1)["self_prefix"][pool.prefixes["t"]]
             result[f"{layer}.self_prefix.prefix_key"] = keys[0]
             result[f"{layer}.self_prefix.prefix_value"] = values[0]
+        if "t" in block.reft_layer.refts:
+            units = block.reft_layer.refts["t"].units
+            result[f"{layer}.output_reft.source_weight"] = torch.stack([unit.learned_source.weight for unit in units])
+            result[f"{layer}.output_reft.source_bias"] = torch.stack([unit.learned_source.bias for unit in units])
+            result[f"{layer}.output_reft.projection"] = torch.stack([unit.projection.weight for unit in units])
     return {name: value.detach() for name, value in result.items()}
 
 
@@ -111,7 +119,7 @@ def _grafted_parameters(module: torch.jit.ScriptModule) -> dict[str, Tensor]:
     for name, value in module.adapters.named_parameters():
         layer, slot, parameter = name.removeprefix("layer_").split(".")
         slot = slot[: slot.index("_adapter") + len("_adapter")] if "_adapter" in slot else slot
-        slot = slot.removesuffix("_scale").removesuffix("_dora")
+        slot = slot.removesuffix("_scale").removesuffix("_dora").removesuffix("_linear")
         result[f"{layer}.{slot}.{parameter}"] = value.detach()[0]
     return result
 

@@ -5,9 +5,14 @@ import json
 import tempfile
 from pathlib import Path
 
-import adapters
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import BertForMaskedLM
+
+import adapters
+import torchgraft
 from adapters import (
     BertAdapterModel,
     BnConfig,
@@ -17,11 +22,6 @@ from adapters import (
     SeqBnConfig,
     SeqBnInvConfig,
 )
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers import BertForMaskedLM
-
-import torchgraft
 from grafted import base, reloaded
 from models import VARIANTS, hugging_face, make_batch
 from oracle import TOLERANCE, difference, randomise, varied_batches

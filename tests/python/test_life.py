@@ -227,8 +227,9 @@ def test_half_precision_is_close(dtype: torch.dtype) -> None:
 
 
 def test_what_does_not_fit_is_named(tmp_path) -> None:
-    import adapters
     from transformers import BertConfig, BertModel
+
+    import adapters
 
     other = BertModel(
         BertConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40, vocab_size=50)

@@ -6,15 +6,15 @@ import json
 import tempfile
 from pathlib import Path
 
-import adapters
 import pytest
 import torch
-from adapters import ConfigUnion, LoRAConfig, MTLLoRAConfig, SeqBnConfig, VeraConfig
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import BertForSequenceClassification
 
+import adapters
 import torchgraft
+from adapters import ConfigUnion, LoRAConfig, MTLLoRAConfig, SeqBnConfig, VeraConfig
 from grafted import base, reloaded
 from models import VARIANTS, hugging_face, make_batch
 from oracle import TOLERANCE, difference, randomise, varied_batches

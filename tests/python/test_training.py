@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-import adapters
 import pytest
 import torch
 from torch import Tensor
 
+import adapters
 import torchgraft
 from grafted import base, grafted, reloaded, saved_adapter
 from models import VARIANTS, make_batch

@@ -44,6 +44,10 @@ TEST(Schemas, AreFrozen) {
             "-> (Tensor output, Tensor gate)");
   EXPECT_EQ(schema("torchgraft::attention_token_mask"),
             "torchgraft::attention_token_mask(Tensor x, Tensor? attn_mask=None) -> Tensor");
+  EXPECT_EQ(schema("torchgraft::reft"),
+            "torchgraft::reft(Tensor x, Tensor source_weight, Tensor source_bias, Tensor projection, "
+            "Tensor subtraction, Tensor positions, str non_linearity=\"linear\", Tensor? adapter_ids=None, "
+            "int adapter=0, Tensor? token_mask=None) -> Tensor");
   EXPECT_EQ(schema("torchgraft::linear"),
             "torchgraft::linear(Tensor x, Tensor weight, Tensor? bias=None, str non_linearity=\"linear\") -> Tensor");
 }

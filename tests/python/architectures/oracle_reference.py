@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import adapters
 import torch
 from adapters.context import ForwardContext
 from torch import Tensor, nn
 
+import adapters
 import oracle
 import torchgraft
 from case import Gates

@@ -4,12 +4,12 @@ import functools
 import tempfile
 from pathlib import Path
 
-import adapters
 import peft
 import pytest
 import torch
 from torch import Tensor, nn
 
+import adapters
 import oracle
 import torchgraft
 from cached_decoders import (

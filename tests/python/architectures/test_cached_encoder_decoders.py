@@ -6,7 +6,6 @@ import functools
 import tempfile
 from pathlib import Path
 
-import adapters
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from transformers import WhisperConfig, WhisperModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.models.whisper.modeling_whisper import WhisperDecoder
 
+import adapters
 import oracle
 import torchgraft
 from cached_decoders import PROMPT, masks_and_positions, tokens_of

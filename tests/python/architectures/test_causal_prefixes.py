@@ -5,12 +5,12 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import adapters
 import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
 
+import adapters
 import oracle
 import torchgraft
 from hugging_face_models import FAMILIES, Family, text_arguments

@@ -2,9 +2,9 @@
 
 import random
 
-import adapters
 import pytest
 
+import adapters
 from drawn_cases import DrawnCase, draw, outcome
 
 _SEED = 25

@@ -3,12 +3,12 @@ attention."""
 
 import functools
 
-import adapters
 import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
 
+import adapters
 import oracle
 import torchgraft
 from hugging_face_models import FAMILIES

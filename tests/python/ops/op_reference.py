@@ -153,3 +153,52 @@ def attention_token_mask(x, attn_mask=None):
     ]
     real = [set().union(*rows) for rows in seen]
     return torch.tensor([[j in real[b] for j in range(tokens)] for b in range(batch)])
+
+
+def reft_positions(row, tokens, positions, token_mask):
+    """The first and the last tokens of a row that are changed: two lists, in order."""
+    begin, end = 0, tokens
+    if token_mask is not None:
+        real = token_mask[row].nonzero()[:, 0].tolist()
+        begin = real[0] if real else 0
+        end = begin + len(real)
+    prefix, suffix = positions
+    first, last = range(begin, begin + prefix), range(end - suffix, end)
+    return [[t for t in tokens_of if 0 <= t < tokens] for tokens_of in (first, last)]
+
+
+def reft_tokens(x, positions, adapter_ids=None, adapter=0, token_mask=None, **others):
+    """bool [B, S]: which tokens are changed."""
+    result = torch.zeros(x.shape[:2], dtype=torch.bool)
+    for b in range(x.shape[0]):
+        n = row_adapter(b, adapter_ids, adapter)
+        if n != -1:
+            for tokens_of in reft_positions(b, x.shape[1], positions[n].tolist(), token_mask):
+                result[b, tokens_of] = True
+    return result
+
+
+def reft(
+    x,
+    source_weight,
+    source_bias,
+    projection,
+    subtraction,
+    positions,
+    non_linearity="linear",
+    adapter_ids=None,
+    adapter=0,
+    token_mask=None,
+):
+    rows = []
+    for b in range(x.shape[0]):
+        n = row_adapter(b, adapter_ids, adapter)
+        tokens = [x[b, t] + 0 for t in range(x.shape[1])]
+        both = reft_positions(b, x.shape[1], positions[n].tolist(), token_mask) if n != -1 else ()
+        for unit, changed in zip((0, -1), both, strict=False):
+            for t in changed:
+                source = activation(non_linearity)(source_weight[n, unit] @ x[b, t] + source_bias[n, unit])
+                source = source - subtraction[n] * (projection[n, unit] @ x[b, t])
+                tokens[t] = x[b, t] + source @ projection[n, unit]
+        rows.append(torch.stack(tokens))
+    return torch.stack(rows)

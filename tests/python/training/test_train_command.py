@@ -11,13 +11,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import adapters
 import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import cross_entropy
 
+import adapters
 import torchgraft
 from tiny import LABELS, Files, encoded, make_bert, make_examples, make_tokenizer, write_csv, write_files
 from torchgraft.training import _command, encode_examples, read_examples, score
