@@ -1,6 +1,8 @@
 #include <torchgraft/patch/insert/insert.h>
 
+#include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/insert/insert_bottleneck.h>
+#include <torchgraft/patch/insert/insert_compositions.h>
 #include <torchgraft/patch/insert/insert_lora.h>
 #include <torchgraft/patch/insert/insert_prefix.h>
 #include <torchgraft/patch/insert/inserter.h>
@@ -10,8 +12,22 @@
 namespace torchgraft {
 
 using torch::jit::Graph;
+using torch::jit::Node;
 using torch::jit::Value;
 using torch::jit::WithInsertPoint;
+
+namespace {
+
+// A composition may drop what an adapter in it has made: a parallel bottleneck in a Stack reads the residual.
+size_t count_gated_ops(Graph& graph) {
+  size_t count = 0;
+  for_each_node(graph.block(), [&](const Node* node) {
+    count += std::string(node->kind().toQualString()).starts_with("torchgraft::gated_");
+  });
+  return count;
+}
+
+}  // namespace
 
 size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& sites, const std::vector<Slot>& slots,
                        const std::vector<SlotRun>& runs, const torch::jit::Module& module,
@@ -22,6 +38,7 @@ size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& si
   }
   LoraInserter insert_lora(inserter);
   BottleneckInserter insert_bottleneck(inserter);
+  std::map<size_t, Value*> attentions;  // results of the ops with prefixes
   const auto insert = [&](const Slot& slot) {
     const LayerSites& layer = inserter.layer_sites();
     if (const LinearSite* linear = lora_site(layer, slot.site)) {
@@ -35,12 +52,21 @@ size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& si
     }
     TORCH_INTERNAL_ASSERT(slot.site.ends_with("_prefix"), slot.site, " was planned for layer ", inserter.layer(),
                           ", which has no such site");
-    return insert_prefix(inserter, slot);
+    Node* op = insert_prefix(inserter, slot);
+    attentions[inserter.layer()] = op->outputs()[0];
+    return op->outputs()[1];
   };
   std::vector<Value*> gates;
   for (const SlotRun& run : runs) {
     inserter.enter(slots[run.slot], run.layer);
     gates.push_back(insert(slots[run.slot]));
+  }
+  if (!options.compositions.empty()) {
+    CompositionInserter compositions(inserter, *options.adapters, insert_lora, insert_bottleneck, attentions);
+    compositions(slots, runs);
+    gates.insert(gates.end(), compositions.gates().begin(), compositions.gates().end());
+    torch::jit::Module adapters = module.attr("adapters").toModule();
+    set_composed_gates(adapters, compositions.described_gates());
   }
   WithInsertPoint guard(graph->return_node());
   Value* list = graph->insertNode(graph->createList(c10::TensorType::get(), gates))->output();
@@ -48,7 +74,7 @@ size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& si
   graph->eraseOutput(0);
   graph->registerOutput(pair);
   torch::jit::EliminateDeadCode(graph);  // the attentions that gated_prefix_attention has replaced
-  return inserter.ops();
+  return options.compositions.empty() ? inserter.ops() : count_gated_ops(*graph);
 }
 
 }  // namespace torchgraft

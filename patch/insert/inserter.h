@@ -37,8 +37,30 @@ class Inserter {
   size_t layer() const { return layer_; }
 
   Graph& graph() { return graph_; }
+  // Those of rows with a plain adapter: rows of a composition count as the base's.
   Value* adapter_ids() const { return adapter_ids_; }
   Value* active() const { return active_; }
+  // Those that forward got, with the ids of compositions.
+  Value* all_adapter_ids() const { return all_adapter_ids_; }
+  Value* all_active() const { return all_active_; }
+  const std::vector<NamedComposition>& compositions() const { return options_.compositions; }
+  // The AdapterFusion layers of that name; null when there are none. And a weight at the slot's site.
+  const AdapterFusion* find_fusion(const std::string& name) const;
+  Value* fusion_weight(const AdapterFusion& fusion, const Slot& slot, const std::string& name);
+
+  // While it lives, what is inserted uses this adapter for all its rows, whose gates are means over all tokens.
+  class OneAdapter {
+   public:
+    OneAdapter(Inserter& inserter, size_t adapter);
+    ~OneAdapter();
+    OneAdapter(const OneAdapter&) = delete;
+    OneAdapter& operator=(const OneAdapter&) = delete;
+
+   private:
+    Inserter& inserter_;
+    Value* adapter_ids_;
+    Value* active_;
+  };
   // How many gated ops call() has inserted.
   size_t ops() const { return ops_; }
 
@@ -82,6 +104,9 @@ class Inserter {
   Value* adapters_ = nullptr;
   Value* adapter_ids_ = nullptr;
   Value* active_ = nullptr;
+  Value* all_adapter_ids_ = nullptr;
+  Value* all_active_ = nullptr;
+  bool is_composing_ = false;  // gates are means over all tokens
   Value* input_mask_ = nullptr;
   std::optional<TrainedWeights> trained_;
 };
