@@ -32,9 +32,11 @@ if(TORCHGRAFT_BUILD_PATCH)
   list(APPEND torchgraft_headers
     config/adapter_config.h
     config/check_supported.h
+    config/composition.h
     config/config_json.h
     config/config_string.h
     config/config_union.h
+    config/fusion_config.h
     config/gate_pooling.h
     config/head_config.h
     config/library_differences.h
@@ -43,7 +45,9 @@ if(TORCHGRAFT_BUILD_PATCH)
     config/reft_config.h
     patch/adapter_pool.h
     patch/check_room.h
+    patch/compose.h
     patch/forward_inputs.h
+    patch/fusion.h
     patch/graft.h
     patch/graft_spec.h
     patch/head.h

@@ -139,6 +139,9 @@ AdapterPool::State::State(const Module& module, AdapterPoolOptions options, Load
       base(open_draft(module, options.graft)) {
   TORCH_CHECK(capacity >= 1, "AdapterPool: expected a capacity of at least 1, got ", capacity);
   TORCH_CHECK(max_row_bytes >= 0, "AdapterPool: expected max_row_bytes of at least 0, got ", max_row_bytes);
+  TORCH_CHECK(base.compositions.empty(), "AdapterPool: the module has the composition '",
+              base.compositions.empty() ? "" : base.compositions.front().name,
+              "', which no pool can hold yet; remove it, or serve the module itself");
   base.options.rename.clear();  // base.module has the new names
   std::vector<Adapter> own;
   std::swap(own, base.adapters);

@@ -94,7 +94,7 @@ Module graft(const Module& module, const std::vector<AdapterSpec>& specs, const 
     warn_of_exported(module);
   }
   for (AdapterSpec spec : specs) {
-    check_name(spec.name, draft.adapters);
+    check_free_name(draft, spec.name);
     set_gate_pooling(spec, options.gate_pooling, "graft");
     draft.adapters.push_back(make_adapter_of(spec, draft));
   }

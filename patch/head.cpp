@@ -13,7 +13,7 @@ Module add_head(const Module& module, const std::string& name, const HeadConfig&
                 const std::string& token_mask_input) {
   check_supported(config);
   Draft draft = open_grafted(module, "add_head");
-  Adapter& adapter = draft.adapters[find_adapter(draft.adapters, name, "add_head")];
+  Adapter& adapter = draft.adapters[find_plain(draft, name, "add_head")];
   const int64_t hidden_size = draft.sites.structure.layers.back().hidden_size;
   adapter.head = Head{config, init_head(config, hidden_size, draft.weights)};
   draft.head_mask = head_mask(draft, token_mask_input);
@@ -22,7 +22,7 @@ Module add_head(const Module& module, const std::string& name, const HeadConfig&
 
 Module remove_head(const Module& module, const std::string& name) {
   Draft draft = open_grafted(module, "remove_head");
-  Adapter& adapter = draft.adapters[find_adapter(draft.adapters, name, "remove_head")];
+  Adapter& adapter = draft.adapters[find_plain(draft, name, "remove_head")];
   TORCH_CHECK(adapter.head, "remove_head: '", name, "' has no head");
   adapter.head.reset();
   return build(std::move(draft), active_name(module));

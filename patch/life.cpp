@@ -2,6 +2,7 @@
 
 #include <torchgraft/config/gate_pooling.h>
 #include <torchgraft/patch/adapters/adapter_bank.h>
+#include <torchgraft/patch/adapters/compositions.h>
 #include <torchgraft/patch/adapters/make_adapter.h>
 #include <torchgraft/patch/adapters/mean_adapter.h>
 #include <torchgraft/patch/adapters/read_adapters.h>
@@ -28,6 +29,7 @@
 #include <functional>
 #include <optional>
 #include <set>
+#include <utility>
 
 namespace torchgraft {
 namespace {
@@ -112,6 +114,14 @@ std::vector<AdapterInfo> list_adapters(const Module& module) {
     }
     result.push_back(std::move(info));
   }
+  for (const NamedComposition& composition : read_compositions(adapters_module)) {
+    AdapterInfo info;
+    info.name = composition.name;
+    info.config = composition_to_json(composition.tree);
+    info.active = composition.name == active;
+    info.composition = composition_to_string(composition.tree);
+    result.push_back(std::move(info));
+  }
   return result;
 }
 
@@ -166,8 +176,20 @@ void verify_pairs(const Module& module, const Module& result, const Change& chan
 Module remove_adapters(const Module& module, const std::vector<std::string>& names) {
   Draft draft = open_grafted(module, "remove_adapters");
   std::string active = active_name(module);
+  std::vector<std::string> compositions;  // of `names`
+  // Compositions first: an adapter may go with the one that uses it.
   for (const std::string& name : names) {
-    const size_t index = find_adapter(draft.adapters, name, "remove_adapters");
+    const auto gone =
+        std::erase_if(draft.compositions, [&](const NamedComposition& held) { return held.name == name; });
+    active = gone > 0 && active == name ? "" : active;
+    compositions.insert(compositions.end(), gone, name);
+  }
+  for (const std::string& name : names) {
+    if (std::find(compositions.begin(), compositions.end(), name) != compositions.end()) {
+      continue;
+    }
+    const size_t index = find_plain(draft, name, "remove_adapters");
+    check_not_composed(draft.compositions, {name}, "remove_adapters");
     TORCH_CHECK(!draft.adapters[index].merged, "remove_adapters: '", name,
                 "' is merged into the base's weights; unmerge it first, or ungraft to keep the merged weights");
     draft.adapters.erase(draft.adapters.begin() + static_cast<int64_t>(index));
@@ -179,16 +201,24 @@ Module remove_adapters(const Module& module, const std::vector<std::string>& nam
 
 Module rename_adapter(const Module& module, const std::string& name, const std::string& new_name) {
   Draft draft = open_grafted(module, "rename_adapter");
-  const size_t index = find_adapter(draft.adapters, name, "rename_adapter");
-  check_name(new_name, draft.adapters);
-  draft.adapters[index].name = new_name;
+  check_free_name(draft, new_name);
+  const auto composition = std::find_if(draft.compositions.begin(), draft.compositions.end(),
+                                        [&](const NamedComposition& held) { return held.name == name; });
+  if (composition != draft.compositions.end()) {
+    composition->name = new_name;
+  } else {
+    draft.adapters[find_plain(draft, name, "rename_adapter")].name = new_name;
+  }
+  for (NamedComposition& held : draft.compositions) {
+    held.tree = with_renamed(std::move(held.tree), name, new_name);
+  }
   const std::string active = active_name(module);
   return build(std::move(draft), active == name ? new_name : active);
 }
 
 Module replace_adapter(const Module& module, const AdapterSpec& spec) {
   Draft draft = open_grafted(module, "replace_adapter");
-  Adapter& adapter = draft.adapters[find_adapter(draft.adapters, spec.name, "replace_adapter")];
+  Adapter& adapter = draft.adapters[find_plain(draft, spec.name, "replace_adapter")];
   TORCH_CHECK(!adapter.merged, "replace_adapter: '", spec.name,
               "' is merged into the base's weights; unmerge it first");
   adapter = make_adapter(spec, draft.sites.structure, draft.weights);
@@ -212,10 +242,10 @@ Module average_adapters(const Module& module, const std::string& name, const std
     std::for_each(shares.begin(), shares.end(), [&](double& share) { share /= sum; });
   }
   Draft draft = open_grafted(module, "average_adapters");
-  check_name(name, draft.adapters);
+  check_free_name(draft, name);
   std::vector<Adapter> sources;
   for (const std::string& source : names) {
-    sources.push_back(draft.adapters[find_adapter(draft.adapters, source, "average_adapters")]);
+    sources.push_back(draft.adapters[find_plain(draft, source, "average_adapters")]);
     TORCH_CHECK(!sources.back().merged, "average_adapter: '", source, "' is merged; unmerge it first");
     TORCH_CHECK(without_init(sources.back().config) == without_init(sources.front().config), "average_adapter: '",
                 source, "' and '", names.front(), "' have different configurations; only equal ones can be averaged");
@@ -248,12 +278,15 @@ void forget_norms(std::vector<Adapter>& adapters) {
 }
 
 // Others' results, and those of rows without an adapter, change with the base's weights.
-void check_is_alone(const std::vector<Adapter>& adapters, const std::string& name) {
+void check_is_alone(const Draft& draft, const std::string& name) {
   std::vector<std::string> others;
-  for (const Adapter& adapter : adapters) {
+  for (const Adapter& adapter : draft.adapters) {
     if (adapter.name != name) {
       others.push_back(adapter.name);
     }
+  }
+  for (const NamedComposition& composition : draft.compositions) {
+    others.push_back(composition.name);
   }
   TORCH_CHECK(others.empty(), "merge_adapter: the module has other adapters too (", c10::Join(", ", others),
               "), which would run on the merged weights, and so would rows without an adapter; remove them first, or "
@@ -282,11 +315,12 @@ void check_is_lowered(const Module& module) {
 
 Module merge_adapter(const Module& module, const std::string& name, const MergeOptions& options) {
   Draft draft = open_grafted(module, "merge_adapter");
-  Adapter& adapter = draft.adapters[find_adapter(draft.adapters, name, "merge_adapter")];
+  Adapter& adapter = draft.adapters[find_plain(draft, name, "merge_adapter")];
   TORCH_CHECK(!adapter.merged, "merge_adapter: '", name, "' is merged already");
+  check_not_composed(draft.compositions, {name}, "merge_adapter");
   check_can_merge(adapter);
   if (!options.into_base) {
-    check_is_alone(draft.adapters, name);
+    check_is_alone(draft, name);
   }
   const std::vector<MergePlace> places = merge_places(adapter, draft.sites, draft.module);
   check_places_are_all(places, adapter, draft.sites, *draft.canonical.graph, draft.module);
@@ -311,7 +345,7 @@ Module merge_adapter(const Module& module, const std::string& name, const MergeO
 
 Module unmerge_adapter(const Module& module, const std::string& name, const VerifyOptions& verifying) {
   Draft draft = open_grafted(module, "unmerge_adapter");
-  Adapter& adapter = draft.adapters[find_adapter(draft.adapters, name, "unmerge_adapter")];
+  Adapter& adapter = draft.adapters[find_plain(draft, name, "unmerge_adapter")];
   TORCH_CHECK(adapter.merged, "unmerge_adapter: '", name, "' is not merged");
   move_into_base(adapter, merge_places(adapter, draft.sites, draft.module), /*merge=*/false);
   forget_norms(draft.adapters);

@@ -37,17 +37,19 @@ struct AdapterInfo {
   int64_t parameters = 0;    // trained numbers, the head's too, without the padding of its bank
   int64_t bytes = 0;         // of these numbers
   std::map<std::string, int64_t>
-      by_location;  // parameters by the adapters library's location ("output_adapter"), or "head"
+      by_location;               // parameters by the adapters library's location ("output_adapter"), or "head"
+  std::string composition = {};  // "Stack(en, ner)": it has no parameters of its own (compose.h); empty: an adapter
 };
 
-// Lists the adapters in the order of adapter_names(), in which adapter_ids count.
+// Lists the adapters, and behind them the compositions, in the order of adapter_names(), in which adapter_ids count.
 TORCHGRAFT_PATCH_API std::vector<AdapterInfo> list_adapters(const torch::jit::Module& module);
 
-// Removes adapters. Later ones move up: their adapter_ids change. Throws c10::Error for the last adapter (ungraft gives
-// the base) and for a merged one.
+// Removes adapters and compositions. Later ones move up: their adapter_ids change. Throws c10::Error for the last
+// adapter (ungraft gives the base), for a merged one, and for one that a composition uses which stays.
 TORCHGRAFT_PATCH_API torch::jit::Module remove_adapters(const torch::jit::Module& module,
                                                         const std::vector<std::string>& names);
 
+// Renames an adapter, also in the compositions that use it, or a composition.
 TORCHGRAFT_PATCH_API torch::jit::Module rename_adapter(const torch::jit::Module& module, const std::string& name,
                                                        const std::string& new_name);
 

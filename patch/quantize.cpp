@@ -112,6 +112,8 @@ Module regrafted(const Module& grafted, const Module& base) {
   const size_t found = result.sites.structure.layers.size();
   TORCH_INTERNAL_ASSERT(found == wanted, "the int8 base has ", found, " layers, the module ", wanted);
   result.adapters = old.adapters;
+  result.compositions = old.compositions;
+  result.fusions = old.fusions;
   result.head_mask = old.head_mask;
   return build(std::move(result), active_name(grafted));
 }

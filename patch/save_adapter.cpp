@@ -95,6 +95,10 @@ AdapterFiles adapter_files(const Module& module, const std::string& name, const 
   const Module adapters_module = module.attr("adapters").toModule();
   std::vector<Adapter> adapters = read_adapters(adapters_module, structure);
   read_heads(adapters_module, adapters);
+  for (const NamedComposition& composition : read_compositions(adapters_module)) {
+    TORCH_CHECK(composition.name != name, "save_adapter: '", name, "' is a composition, ",
+                composition_to_string(composition.tree), "; save its adapters");
+  }
   const Adapter& adapter = adapters[find_adapter(adapters, name, "save_adapter")];
   AdapterConfig saved = saved_config(adapter.config, adapter.sources);
   const std::string model_type = std::exchange(saved.wired_for, "");
@@ -174,7 +178,7 @@ Module load_adapter(const Module& module, const AdapterSpec& spec) {
     return replace_adapter(module, spec);
   }
   Draft draft = open_draft(module, {});
-  check_name(spec.name, draft.adapters);
+  check_free_name(draft, spec.name);
   draft.adapters.push_back(make_adapter(spec, draft.sites.structure, draft.weights));
   return build(std::move(draft), active_name(module));
 }

@@ -13,7 +13,7 @@ namespace {
 
 Module with_trainable(const Module& module, const std::string& name, bool trainable, const char* what) {
   Draft draft = open_grafted(module, what);
-  Adapter& adapter = draft.adapters[find_adapter(draft.adapters, name, what)];
+  Adapter& adapter = draft.adapters[find_plain(draft, name, what)];
   adapter.trainable = trainable;
   if (trainable) {
     restore_reft_sources(adapter);

@@ -366,6 +366,10 @@ class Writer {
 
 }  // namespace
 
+std::string bottleneck_container(const std::string& site, const Layer& layer, bool is_beit) {
+  return site == "output_adapter" ? output_container(layer, is_beit) : attention_container(layer);
+}
+
 StateDict adapter_hub_state(const Plan& plan, const Structure& structure, const AdapterWeights& weights,
                             const Reparametrisation& sources, const std::string& name,
                             const std::string& attention_class) {

@@ -19,6 +19,9 @@ StateDict adapter_hub_state(const Plan& plan, const Structure& structure, const 
                             const Reparametrisation& sources, const std::string& name,
                             const std::string& attention_class = "");
 
+// The path of the ModuleDict of a layer's bottlenecks at `site`: "bert.encoder.layer.0.output.adapters".
+std::string bottleneck_container(const std::string& site, const Layer& layer, bool is_beit);
+
 // `config` of an adapter that is saved without the sources of its weights: flat=True in every prefix, phm_layer=False.
 AdapterConfig ejected_config(const AdapterConfig& config);
 

@@ -56,39 +56,8 @@ torchgraft::AdapterSpec spec_of(const Spec& spec) {
   return result;
 }
 
-}  // namespace torchgraft_python
-
-namespace {
-
-using torch::jit::Module;
-using torchgraft_python::config_of;
-using torchgraft_python::Spec;
-using torchgraft_python::spec_of;
-using torchgraft_python::WarningCollector;
-
-// The edited sites that the JSON text describes. Empty text: none, the patcher detects them.
-std::optional<torchgraft::Structure> sites_of(const std::string& json) {
-  return json.empty() ? std::nullopt : std::optional(torchgraft::structure_from_json(json));
-}
-
-// A module, and what the function that made it warns of.
-using Result = std::pair<Module, std::vector<std::string>>;
-
-// Calls `make` while other Python threads run.
-template <typename Make>
-Result with_warnings(const Make& make) {
-  const py::gil_scoped_release no_gil;
-  WarningCollector warnings;
-  const c10::WarningUtils::WarningHandlerGuard guard(&warnings);
-  Module module = make();
-  return {std::move(module), warnings.messages()};
-}
-
-using Example = std::optional<std::pair<py::tuple, py::dict>>;  // positional and named arguments of forward
-
-// forward's arguments without self, defaults filled in, of Python's `arguments` and `named`. Throws what a call of
-// forward throws.
-std::vector<c10::IValue> example_of(const Module& module, const py::tuple& arguments, const py::dict& named) {
+std::vector<c10::IValue> example_of(const torch::jit::Module& module, const py::tuple& arguments,
+                                    const py::dict& named) {
   const auto& schema = module.get_method("forward").function().getSchema();
   torch::jit::Stack stack =
       torch::jit::createStackForSchema(schema, torch::jit::tuple_slice(arguments), py::kwargs(named), module._ivalue());
@@ -99,12 +68,30 @@ std::vector<c10::IValue> example_of(const Module& module, const py::tuple& argum
   return stack;
 }
 
-torchgraft::VerifyOptions verifying_of(const Module& module, bool verify, const Example& example) {
+torchgraft::VerifyOptions verifying_of(const torch::jit::Module& module, bool verify, const Example& example) {
   torchgraft::VerifyOptions result{verify};
   if (example) {
     result.example = example_of(module, example->first, example->second);
   }
   return result;
+}
+
+}  // namespace torchgraft_python
+
+namespace {
+
+using torch::jit::Module;
+using torchgraft_python::config_of;
+using torchgraft_python::Example;
+using torchgraft_python::example_of;
+using torchgraft_python::Spec;
+using torchgraft_python::spec_of;
+using torchgraft_python::verifying_of;
+using torchgraft_python::with_warnings;
+
+// The edited sites that the JSON text describes. Empty text: none, the patcher detects them.
+std::optional<torchgraft::Structure> sites_of(const std::string& json) {
+  return json.empty() ? std::nullopt : std::optional(torchgraft::structure_from_json(json));
 }
 
 std::vector<py::dict> list_adapters(const Module& module) {
@@ -120,6 +107,7 @@ std::vector<py::dict> list_adapters(const Module& module) {
     entry["parameters"] = info.parameters;
     entry["bytes"] = info.bytes;
     entry["by_location"] = info.by_location;
+    entry["composition"] = info.composition;
     result.push_back(entry);
   }
   return result;
@@ -389,4 +377,5 @@ PYBIND11_MODULE(_C, m) {
   bind_kernel_mode(m);
   torchgraft_python::bind_adapter_pool(m);
   torchgraft_python::bind_quantize(m);
+  torchgraft_python::bind_compositions(m);
 }

@@ -2,6 +2,7 @@
 
 #include <torchgraft/config/adapter_config.h>
 #include <torchgraft/patch/graft.h>
+#include <torchgraft/patch/life.h>
 
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
@@ -10,6 +11,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 // Shared by the sources of the binding. Python passes adapters as plain tuples.
@@ -34,6 +36,31 @@ class WarningCollector : public c10::WarningHandler {
 // Reads a configuration from JSON, or from a name that may have values: "lora[r=16]".
 torchgraft::AdapterConfig config_of(const std::string& text);
 torchgraft::AdapterSpec spec_of(const Spec& spec);
+
+// A module, and what the function that made it warns of.
+using Result = std::pair<torch::jit::Module, std::vector<std::string>>;
+
+// Calls `make` while other Python threads run.
+template <typename Make>
+Result with_warnings(const Make& make) {
+  const pybind11::gil_scoped_release no_gil;
+  WarningCollector warnings;
+  const c10::WarningUtils::WarningHandlerGuard guard(&warnings);
+  torch::jit::Module module = make();
+  return {std::move(module), warnings.messages()};
+}
+
+// Positional and named arguments of forward.
+using Example = std::optional<std::pair<pybind11::tuple, pybind11::dict>>;
+
+// forward's arguments without self, defaults filled in, of Python's `arguments` and `named`. Throws what a call of
+// forward throws.
+std::vector<c10::IValue> example_of(const torch::jit::Module& module, const pybind11::tuple& arguments,
+                                    const pybind11::dict& named);
+torchgraft::VerifyOptions verifying_of(const torch::jit::Module& module, bool verify, const Example& example);
+
+// Adds compositions and AdapterFusion to the module.
+void bind_compositions(pybind11::module_& m);
 
 // Adds AdapterPool and Lease to the module.
 void bind_adapter_pool(pybind11::module_& m);

@@ -47,7 +47,7 @@ LAYERS: dict[str, tuple[str, str]] = {
         "ATen/ c10/ torch/csrc/jit/ fcntl.h sys/ unistd.h",
     ),
     "patch/insert": (
-        "activations registration/masked_score.h registration/token_mask_error.h plan patch/graph patch/sites "
+        "activations registration/masked_score.h registration/token_mask_error.h config plan patch/graph patch/sites "
         "patch/adapters",
         "ATen/ c10/ torch/csrc/jit/",
     ),

@@ -125,17 +125,29 @@ std::vector<std::string> adapter_names(const Module& adapters_module) {
   return names;
 }
 
-size_t find_adapter(const torch::jit::Module& adapters_module, const std::string& name, const char* what) {
+namespace {
+
+size_t position_of(const std::vector<std::string>& names, const std::string& name, const char* what) {
   std::vector<Adapter> named;
-  for (const std::string& adapter : adapter_names(adapters_module)) {
+  for (const std::string& adapter : names) {
     named.push_back({adapter, {}});
   }
   return find_adapter(named, name, what);
 }
 
+}  // namespace
+
+size_t find_adapter(const torch::jit::Module& adapters_module, const std::string& name, const char* what) {
+  return position_of(adapter_names(adapters_module), name, what);
+}
+
+int64_t find_id(const torch::jit::Module& adapters_module, const std::string& name, const char* what) {
+  return static_cast<int64_t>(position_of(names_by_id(adapters_module), name, what));
+}
+
 Module make_adapters_module(const std::vector<Adapter>& adapters, const std::vector<Slot>& slots,
-                            const std::vector<SlotRun>& runs,
-                            const std::shared_ptr<torch::jit::CompilationUnit>& unit) {
+                            const std::vector<SlotRun>& runs, const std::shared_ptr<torch::jit::CompilationUnit>& unit,
+                            const std::vector<NamedComposition>& compositions) {
   const std::vector<SlotRun> gated = gated_runs(slots, runs);
   Module root(c10::QualifiedName("__torch__.torchgraft.Adapters"), unit, /*shouldMangle=*/true);
   root.register_attribute("training", c10::BoolType::get(), false);
@@ -188,7 +200,10 @@ Module make_adapters_module(const std::vector<Adapter>& adapters, const std::vec
       register_own(container, adapter.name, weights, unit, /*is_trained=*/source != kSharedVera);
     }
   }
-  root.define(kAdaptersMethods);
+  if (!compositions.empty()) {
+    register_compositions(root, adapters, compositions);
+  }
+  root.define(compositions.empty() ? kAdaptersMethods : kComposedMethods);
   return root;
 }
 

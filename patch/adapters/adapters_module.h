@@ -1,6 +1,7 @@
 #pragma once
 
 #include <torchgraft/patch/adapters/adapter_bank.h>
+#include <torchgraft/patch/adapters/compositions.h>
 
 #include <torch/csrc/jit/api/module.h>
 
@@ -28,12 +29,16 @@ std::vector<std::string> adapter_names(const torch::jit::Module& adapters_module
 // Position of `name` among the adapters of an `adapters` submodule; throws as find_adapter does.
 size_t find_adapter(const torch::jit::Module& adapters_module, const std::string& name, const char* what);
 
+// The id of an adapter or a composition of an `adapters` submodule; throws as find_adapter does.
+int64_t find_id(const torch::jit::Module& adapters_module, const std::string& name, const char* what);
+
 // Makes the `adapters` submodule: banks layer_<i>.<slot name>.<parameter>; for trainable adapters
 // layer_<i>.<slot name>.adapter_<name>.<parameter> and <key>_source.adapter_<name>.<parameter>; the adapters' names and
 // configs, and the methods behind activate() and forward_with_gates(). `unit` is the compilation unit of the module
 // that gets it.
 torch::jit::Module make_adapters_module(const std::vector<Adapter>& adapters, const std::vector<Slot>& slots,
                                         const std::vector<SlotRun>& runs,
-                                        const std::shared_ptr<torch::jit::CompilationUnit>& unit);
+                                        const std::shared_ptr<torch::jit::CompilationUnit>& unit,
+                                        const std::vector<NamedComposition>& compositions = {});
 
 }  // namespace torchgraft

@@ -1,6 +1,8 @@
 #include <torchgraft/patch/insert/insert.h>
 
+#include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/insert/insert_bottleneck.h>
+#include <torchgraft/patch/insert/insert_compositions.h>
 #include <torchgraft/patch/insert/insert_invertible.h>
 #include <torchgraft/patch/insert/insert_lora.h>
 #include <torchgraft/patch/insert/insert_prefix.h>
@@ -12,8 +14,22 @@
 namespace torchgraft {
 
 using torch::jit::Graph;
+using torch::jit::Node;
 using torch::jit::Value;
 using torch::jit::WithInsertPoint;
+
+namespace {
+
+// A composition may drop what an adapter in it has made: a parallel bottleneck in a Stack reads the residual.
+size_t count_gated_ops(Graph& graph) {
+  size_t count = 0;
+  for_each_node(graph.block(), [&](const Node* node) {
+    count += std::string(node->kind().toQualString()).starts_with("torchgraft::gated_");
+  });
+  return count;
+}
+
+}  // namespace
 
 size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& sites, const std::vector<Slot>& slots,
                        const std::vector<SlotRun>& runs, const torch::jit::Module& module,
@@ -24,6 +40,7 @@ size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& si
   }
   LoraInserter insert_lora(inserter);
   BottleneckInserter insert_bottleneck(inserter);
+  std::map<size_t, Value*> attentions;  // results of the ops with prefixes
   const auto insert = [&](const Slot& slot) {
     const LayerSites& layer = inserter.layer_sites();
     if (const LinearSite* linear = lora_site(layer, slot.site)) {
@@ -37,23 +54,34 @@ size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& si
     }
     TORCH_INTERNAL_ASSERT(slot.site.ends_with("_prefix"), slot.site, " was planned for layer ", inserter.layer(),
                           ", which has no such site");
-    return insert_prefix(inserter, slot);
+    Node* op = insert_prefix(inserter, slot);
+    attentions[inserter.layer()] = op->outputs()[0];
+    return op->outputs()[1];
   };
   std::vector<Value*> gates;
   for (const SlotRun& run : runs) {
     const Slot& slot = slots[run.slot];
     inserter.enter(slot, run.layer);
     if (!has_gate(slot)) {
+      const Inserter::FirstOfEach first(inserter);
       insert_reft(inserter, slot);
     } else {
       gates.push_back(slot.site == "inv_adapter" ? nullptr : insert(slot));
     }
+  }
+  if (!options.compositions.empty()) {
+    CompositionInserter compositions(inserter, *options.adapters, insert_lora, insert_bottleneck, attentions);
+    compositions(slots, runs);
+    gates.insert(gates.end(), compositions.gates().begin(), compositions.gates().end());
+    torch::jit::Module adapters = module.attr("adapters").toModule();
+    set_composed_gates(adapters, compositions.described_gates());
   }
   const std::vector<SlotRun> gated = gated_runs(slots, runs);
   for (size_t i = gated.size(); i-- > 0;) {  // last, so that all ops read what they change
     if (!gates[i]) {
       const Slot& slot = slots[gated[i].slot];
       inserter.enter(slot, gated[i].layer);
+      const Inserter::FirstOfEach first(inserter);
       gates[i] = insert_invertible(inserter, sites.embeddings.value(), slot);
     }
   }
@@ -63,7 +91,7 @@ size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& si
   graph->eraseOutput(0);
   graph->registerOutput(pair);
   torch::jit::EliminateDeadCode(graph);  // the attentions that gated_prefix_attention has replaced
-  return inserter.ops();
+  return options.compositions.empty() ? inserter.ops() : count_gated_ops(*graph);
 }
 
 }  // namespace torchgraft

@@ -2,6 +2,8 @@
 
 #include <torchgraft/patch/adapters/adapter.h>
 #include <torchgraft/patch/adapters/adapter_bank.h>
+#include <torchgraft/patch/adapters/compositions.h>
+#include <torchgraft/patch/adapters/fusions.h>
 #include <torchgraft/patch/sites/find_sites.h>
 
 #include <optional>
@@ -12,6 +14,9 @@ namespace torchgraft {
 struct InsertOptions {
   GatePoolings poolings;                   // of all adapters
   std::optional<size_t> token_mask_input;  // the graph input that is the token mask; else each attention's own mask
+  std::vector<NamedComposition> compositions = {};  // of `adapters`; the graph of a module without any is untouched
+  std::vector<AdapterFusion> fusions = {};          // likewise
+  const std::vector<Adapter>* adapters = nullptr;   // those of the slots, where there are compositions
 };
 
 // Inserts one torchgraft:: op per run into `graph`, whose sites are `sites`, and one more wherever a projection with a

@@ -19,21 +19,23 @@ Value* BottleneckInserter::sum(ResidualState& state) {
 }
 
 Value* BottleneckInserter::normed_sum(ResidualState& state) {
-  if (state.normed_sum) {
-    return state.normed_sum;
-  }
-  const auto same = [](Value* v) { return v; };
-  state.normed_sum = sum(state);
-  if (state.site.norm) {
-    for (size_t i = 1; i < state.site.norm->inputs().size(); ++i) {
-      TORCH_INTERNAL_ASSERT(Hoist::move(state.site.norm->input(i), state.site.add),
-                            "a norm's weights depend on its input");
-    }
-    Node* norm = graph_.insertNode(graph_.createClone(state.site.norm, same));
-    norm->replaceInput(0, state.normed_sum);
-    state.normed_sum = norm->output();
+  if (!state.normed_sum) {
+    state.normed_sum = normed(state, sum(state));
   }
   return state.normed_sum;
+}
+
+Value* BottleneckInserter::normed(ResidualState& state, Value* x) {
+  if (!state.site.norm) {
+    return x;
+  }
+  for (size_t i = 1; i < state.site.norm->inputs().size(); ++i) {
+    TORCH_INTERNAL_ASSERT(Hoist::move(state.site.norm->input(i), state.site.add),
+                          "a norm's weights depend on its input");
+  }
+  Node* norm = graph_.insertNode(graph_.createClone(state.site.norm, [](Value* v) { return v; }));
+  norm->replaceInput(0, x);
+  return norm->output();
 }
 
 Node* BottleneckInserter::call_bottleneck(const Slot& slot, Value* x, Value* residual, at::ArrayRef<NamedValue> named) {
@@ -89,6 +91,25 @@ std::pair<Value*, Value*> BottleneckInserter::bottleneck(const Slot& slot, Value
   return {graph_.insert(c10::aten::add, {output, residual}), gate};
 }
 
+Value* BottleneckInserter::up(const Slot& slot, Value* x) {
+  Value* module = inserter_.slot_module(slot);
+  Value* zeros = graph_.insert(c10::aten::zeros_like, {x});
+  if (slot.form.norm_before) {
+    x = RowFunctions(graph_, inserter_.adapter_ids(), inserter_.active())
+            .normed(x, inserter_.parameter(slot, module, "norm_before_weight"),
+                    inserter_.parameter(slot, module, "norm_before_bias"));
+  }
+  return call_bottleneck(slot, x, zeros, {{"adapter_ids", inserter_.adapter_ids()}, {"adapter", inserter_.active()}})
+      ->outputs()[0];
+}
+
+Value* BottleneckInserter::gate(const Slot& slot, Value* x) {
+  Value* module = inserter_.slot_module(slot);
+  return RowFunctions(graph_, inserter_.adapter_ids(), inserter_.active())
+      .pooled(x, inserter_.parameter(slot, module, "gate_weight"), inserter_.parameter(slot, module, "gate_bias"),
+              graph_.insertConstant(c10::IValue()));
+}
+
 void BottleneckInserter::replace_stream(ResidualState& state, const Slot& slot, Value* output) {
   const ResidualSite& site = state.site;
   TORCH_CHECK(site.sum == site.add, "graft: original_ln_after=False has no meaning for ", slot.location, " of layer ",
@@ -128,13 +149,17 @@ ResidualSite BottleneckInserter::wired(const Slot& slot, ResidualSite site) {
   return site;
 }
 
-Value* BottleneckInserter::operator()(const Slot& slot, const ResidualSite& found) {
+ResidualState& BottleneckInserter::state(const Slot& slot, const ResidualSite& found) {
   ResidualSite present = found;
   present.residual = inserter_.present_stream(found.residual);
   const ResidualSite site = wired(slot, present);
-  ResidualState& state =
-      residuals_.try_emplace({site.add, site.branch_operand, slot.form.wiring}, ResidualState{site, site.branch()})
-          .first->second;
+  return residuals_.try_emplace({site.add, site.branch_operand, slot.form.wiring}, ResidualState{site, site.branch()})
+      .first->second;
+}
+
+Value* BottleneckInserter::operator()(const Slot& slot, const ResidualSite& found) {
+  ResidualState& state = this->state(slot, found);
+  const ResidualSite& site = state.site;
   TORCH_CHECK(site.norm || slot.form.residual != BottleneckResidual::kSum,
               "graft: residual_before_ln=\"post_add\" has no meaning for ", slot.location, " of layer ", slot.number,
               ", which has no norm behind its residual add; use residual_before_ln=False");

@@ -27,19 +27,27 @@ class BottleneckInserter {
   // at this site: post_add without a norm, original_ln_after=False in a parallel block.
   torch::jit::Value* operator()(const Slot& slot, const ResidualSite& site);
 
- private:
   using NamedValue = torch::jit::NamedValue;
   using Node = torch::jit::Node;
   using Value = torch::jit::Value;
 
-  // `site` with the branch and the residual that an adapter of this slot takes for such.
-  ResidualSite wired(const Slot& slot, ResidualSite site);
-  Value* sum(ResidualState& state);
+  // For compositions. The state of a site as adapters of this slot see it, which lives as long as the inserter.
+  ResidualState& state(const Slot& slot, const ResidualSite& site);
+  // (output, gate) of a bottleneck on x; x and residual are [B, S, H].
+  std::pair<Value*, Value*> bottleneck(const Slot& slot, Value* x, Value* residual);
   // The input of an adapter with original_ln_before: the norm of the model's sum, or the sum itself in a model without
   // a norm there.
   Value* normed_sum(ResidualState& state);
-  // (output, gate) of a bottleneck on x; x and residual are [B, S, H].
-  std::pair<Value*, Value*> bottleneck(const Slot& slot, Value* x, Value* residual);
+  // What a bottleneck adds to its residual, without a gate, and its gate.
+  Value* up(const Slot& slot, Value* x);
+  Value* gate(const Slot& slot, Value* x);
+  // A copy of the site's norm that reads `x`; `x` itself where the site has none.
+  Value* normed(ResidualState& state, Value* x);
+
+ private:
+  // `site` with the branch and the residual that an adapter of this slot takes for such.
+  ResidualSite wired(const Slot& slot, ResidualSite site);
+  Value* sum(ResidualState& state);
   Node* call_bottleneck(const Slot& slot, Value* x, Value* residual, at::ArrayRef<NamedValue> named);
   // Puts the adapter's output in place of the stream (original_ln_after=False): neither residual nor norm follows.
   void replace_stream(ResidualState& state, const Slot& slot, Value* output);

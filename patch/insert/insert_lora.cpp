@@ -114,6 +114,16 @@ Value* LoraInserter::operator()(const Slot& slot, const LinearSite& site) {
 }
 
 Value* LoraInserter::insert(const Slot& slot, const LinearSite& site) {
+  Value* gate = nullptr;
+  replace(site, [&](Value* x, Value* base) {
+    const auto made = lora(slot, x, base, inserter_.adapter_ids(), inserter_.active(), inserter_.token_mask(slot));
+    gate = made.second;
+    return made.first;
+  });
+  return gate;
+}
+
+void LoraInserter::replace(const LinearSite& site, const std::function<Value*(Value* x, Value* base)>& make) {
   // Ops on a packed projection follow each other: `whole` is its result so far.
   Value* whole = projections_.try_emplace(site.node, site.node->output()).first->second;
   Node* end = inserter_.marker_behind(whole->node());  // users behind it read the updated value
@@ -127,8 +137,8 @@ Value* LoraInserter::insert(const Slot& slot, const LinearSite& site) {
     return site.is_row ? graph_.insert(c10::aten::unsqueeze, {value, 1})
                        : inserter_.swapped(value, site.sequence_first);
   };
-  const auto [output, gate] = lora(slot, as_tokens(linear_input(site.node)), as_tokens(base), inserter_.adapter_ids(),
-                                   inserter_.active(), inserter_.token_mask(slot));
+  base = as_tokens(base);
+  Value* output = make(as_tokens(linear_input(site.node)), base);
   Value* updated =
       site.is_row ? graph_.insert(c10::aten::squeeze, {output, 1}) : inserter_.swapped(output, site.sequence_first);
   if (site.sequence_first && !site.is_part) {
@@ -140,7 +150,6 @@ Value* LoraInserter::insert(const Slot& slot, const LinearSite& site) {
   whole->replaceAllUsesAfterNodeWith(end, updated);
   end->destroy();
   projections_[site.node] = updated;
-  return gate;
 }
 
 Value* LoraInserter::one_adapter() {

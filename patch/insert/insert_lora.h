@@ -2,6 +2,7 @@
 
 #include <torchgraft/patch/insert/inserter.h>
 
+#include <functional>
 #include <map>
 #include <utility>
 
@@ -14,6 +15,10 @@ class LoraInserter {
 
   // Adds the LoRA of `slot` to `site`, and to the linear maps elsewhere that have the same weight. Returns the gate.
   torch::jit::Value* operator()(const Slot& slot, const LinearSite& site);
+
+  // Puts what `make` gives, of x [B, S, in] and the result so far [B, S, out], in place of that result.
+  void replace(const LinearSite& site,
+               const std::function<torch::jit::Value*(torch::jit::Value* x, torch::jit::Value* base)>& make);
 
  private:
   using Node = torch::jit::Node;

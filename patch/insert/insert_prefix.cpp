@@ -9,7 +9,7 @@ using torch::jit::Node;
 using torch::jit::Value;
 using torch::jit::WithInsertPoint;
 
-Value* insert_prefix(Inserter& inserter, const Slot& slot) {
+Node* insert_prefix(Inserter& inserter, const Slot& slot) {
   Node* attention = inserter.layer_sites().attention;
   WithInsertPoint guard(attention);
   const LinearSite& query = inserter.layer_sites().query;
@@ -28,7 +28,7 @@ Value* insert_prefix(Inserter& inserter, const Slot& slot) {
        NamedValue(attention->namedInput("dropout_p")), NamedValue(attention->namedInput("is_causal"))},
       named);
   attention->output()->replaceAllUsesWith(op->outputs()[0]);
-  return op->outputs()[1];
+  return op;
 }
 
 }  // namespace torchgraft

@@ -5,7 +5,7 @@
 namespace torchgraft {
 
 // Replaces the attention of the inserter's layer by a gated_prefix_attention; the node of the attention is dead
-// afterwards. Returns the gate.
-torch::jit::Value* insert_prefix(Inserter& inserter, const Slot& slot);
+// afterwards. Returns the op: (the attention's result, the gate).
+torch::jit::Node* insert_prefix(Inserter& inserter, const Slot& slot);
 
 }  // namespace torchgraft

@@ -17,6 +17,49 @@ using torch::jit::Node;
 using torch::jit::Value;
 using torch::jit::WithInsertPoint;
 
+namespace {
+
+// 4 is torch.int64: TorchScript that is compiled in C++ has no name for it. What is wrong in other ways is told by the
+// operators.
+constexpr const char* kPlainRows = R"python(
+def plain_ids(adapter_ids: Optional[Tensor], adapters: int, ids: int) -> Optional[Tensor]:
+    if adapter_ids is None:
+        return None
+    else:
+        if adapter_ids.dtype == 4 and not adapter_ids.is_cuda:
+            wrong = adapter_ids.ge(ids).nonzero()
+            if wrong.size(0) > 0:
+                row = int(wrong[0, 0])
+                assert False, "forward: expected adapter_ids in [-1, {}), got {} in row {}".format(
+                    ids, int(adapter_ids[row]), row)
+        return adapter_ids.masked_fill(adapter_ids.ge(adapters), -1)
+
+def plain_active(active: int, adapters: int) -> int:
+    if active >= adapters:
+        return -1
+    return active
+
+def first_ids(adapter_ids: Optional[Tensor], adapters: int, firsts: List[int]) -> Optional[Tensor]:
+    if adapter_ids is None:
+        return None
+    else:
+        result = adapter_ids
+        for i in range(len(firsts)):
+            result = result.masked_fill(adapter_ids.eq(adapters + i), firsts[i])
+        return result
+
+def first_active(active: int, adapters: int, firsts: List[int]) -> int:
+    if active >= adapters:
+        return firsts[active - adapters]
+    return active
+)python";
+
+Value* at_top(Graph& graph, const char* function, std::vector<Value*> arguments) {
+  return torch::jit::insertGraph(graph, *compile_graph(kPlainRows, function), arguments)[0];
+}
+
+}  // namespace
+
 Inserter::Inserter(Graph& graph, const GraphSites& sites, const torch::jit::Module& root, const InsertOptions& options)
     : graph_(graph), sites_(sites), options_(options) {
   adapter_ids_ = graph.addInput("adapter_ids")->setType(c10::OptionalType::ofTensor());
@@ -26,6 +69,11 @@ Inserter::Inserter(Graph& graph, const GraphSites& sites, const torch::jit::Modu
           ->output();
   adapters_->setType(root.attr("adapters").toModule().type());
   active_ = graph.insertGetAttr(adapters_, "active");
+  all_adapter_ids_ = adapter_ids_;
+  all_active_ = active_;
+  if (!options.compositions.empty()) {
+    hide_compositions();
+  }
   Node* end = graph.insertNode(graph.createNone());  // trained banks are made before it; dead code in the end
   trained_.emplace(graph, sites, root, adapters_, end);
   top_ = end;
@@ -33,6 +81,49 @@ Inserter::Inserter(Graph& graph, const GraphSites& sites, const torch::jit::Modu
     real_input_ = graph.insert(c10::aten::ne, {graph.inputs()[*options.token_mask_input], 0});
     input_mask_ = options.poolings.unpadded ? with_whole_rows(real_input_) : nullptr;
   }
+}
+
+// Makes rows of compositions rows of the base.
+void Inserter::hide_compositions() {
+  const size_t adapters = options_.adapters->size();
+  std::vector<int64_t> firsts;
+  for (const NamedComposition& composition : options_.compositions) {
+    firsts.push_back(
+        static_cast<int64_t>(find_adapter(*options_.adapters, first_adapter(composition.tree), "compose")));
+  }
+  Value* count = graph_.insertConstant(static_cast<int64_t>(adapters));
+  Value* ids = graph_.insertConstant(static_cast<int64_t>(adapters + options_.compositions.size()));
+  Value* first = graph_.insertConstant(firsts);
+  first_adapter_ids_ = at_top(graph_, "first_ids", {adapter_ids_, count, first});
+  first_active_ = at_top(graph_, "first_active", {active_, count, first});
+  adapter_ids_ = at_top(graph_, "plain_ids", {adapter_ids_, count, ids});
+  active_ = at_top(graph_, "plain_active", {active_, count});
+}
+
+Inserter::FirstOfEach::FirstOfEach(Inserter& inserter)
+    : inserter_(inserter), adapter_ids_(inserter.adapter_ids_), active_(inserter.active_) {
+  if (inserter.first_active_) {
+    inserter.adapter_ids_ = inserter.first_adapter_ids_;
+    inserter.active_ = inserter.first_active_;
+  }
+}
+
+Inserter::FirstOfEach::~FirstOfEach() {
+  inserter_.adapter_ids_ = adapter_ids_;
+  inserter_.active_ = active_;
+}
+
+Inserter::OneAdapter::OneAdapter(Inserter& inserter, size_t adapter)
+    : inserter_(inserter), adapter_ids_(inserter.adapter_ids_), active_(inserter.active_) {
+  inserter.adapter_ids_ = inserter.graph_.insertConstant(c10::IValue());
+  inserter.active_ = inserter.graph_.insertConstant(static_cast<int64_t>(adapter));
+  inserter.is_composing_ = true;
+}
+
+Inserter::OneAdapter::~OneAdapter() {
+  inserter_.adapter_ids_ = adapter_ids_;
+  inserter_.active_ = active_;
+  inserter_.is_composing_ = false;
 }
 
 Value* Inserter::swapped(Value* value, bool sequence_first) {
@@ -48,6 +139,20 @@ Value* Inserter::parameter(const Slot& slot, Value* module, const std::string& n
     return graph_.insertConstant(c10::IValue());
   }
   return slot.own.empty() ? graph_.insertGetAttr(module, name) : trained_->bank(slot, name);
+}
+
+const AdapterFusion* Inserter::find_fusion(const std::string& name) const {
+  for (const AdapterFusion& fusion : options_.fusions) {
+    if (fusion.name() == name) {
+      return &fusion;
+    }
+  }
+  return nullptr;
+}
+
+Value* Inserter::fusion_weight(const AdapterFusion& fusion, const Slot& slot, const std::string& name) {
+  Value* held = graph_.insertGetAttr(adapters_, fusion_module_name(fusion.name()));
+  return graph_.insertGetAttr(graph_.insertGetAttr(held, fusion_layer_name(slot.number, slot.site)), name);
 }
 
 Value* Inserter::dropped(const Slot& slot, Value* value) {
@@ -92,7 +197,7 @@ Value* Inserter::readable(Value* mask, Value* x) {
 }
 
 Value* Inserter::token_mask(const Slot& slot) {
-  if (!options_.poolings.unpadded || !slot.parameters.count("gate_weight")) {
+  if (is_composing_ || !options_.poolings.unpadded || !slot.parameters.count("gate_weight")) {
     return nullptr;
   }
   if (!input_mask_) {

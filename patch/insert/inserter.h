@@ -37,10 +37,47 @@ class Inserter {
   size_t layer() const { return layer_; }
 
   Graph& graph() { return graph_; }
+  // Those of rows with a plain adapter: rows of a composition count as the base's.
   Value* adapter_ids() const { return adapter_ids_; }
   Value* active() const { return active_; }
   // The node at the top behind which all banks are known.
   Node* top() const { return top_; }
+  // Those that forward got, with the ids of compositions.
+  Value* all_adapter_ids() const { return all_adapter_ids_; }
+  Value* all_active() const { return all_active_; }
+  const std::vector<NamedComposition>& compositions() const { return options_.compositions; }
+  // The AdapterFusion layers of that name; null when there are none. And a weight at the slot's site.
+  const AdapterFusion* find_fusion(const std::string& name) const;
+  Value* fusion_weight(const AdapterFusion& fusion, const Slot& slot, const std::string& name);
+
+  // While it lives, rows of a composition are rows of the adapter that comes first in it. So ReFT and invertible
+  // adapters act in the library, whose compositions do not know them.
+  class FirstOfEach {
+   public:
+    explicit FirstOfEach(Inserter& inserter);
+    ~FirstOfEach();
+    FirstOfEach(const FirstOfEach&) = delete;
+    FirstOfEach& operator=(const FirstOfEach&) = delete;
+
+   private:
+    Inserter& inserter_;
+    Value* adapter_ids_;
+    Value* active_;
+  };
+
+  // While it lives, what is inserted uses this adapter for all its rows, whose gates are means over all tokens.
+  class OneAdapter {
+   public:
+    OneAdapter(Inserter& inserter, size_t adapter);
+    ~OneAdapter();
+    OneAdapter(const OneAdapter&) = delete;
+    OneAdapter& operator=(const OneAdapter&) = delete;
+
+   private:
+    Inserter& inserter_;
+    Value* adapter_ids_;
+    Value* active_;
+  };
   // How many gated ops call() has inserted.
   size_t ops() const { return ops_; }
 
@@ -71,6 +108,7 @@ class Inserter {
   Node* marker_behind(Node* node);
 
  private:
+  void hide_compositions();
   // The tokens [B, S] that gates are means over: those of `mask`, and all tokens of rows whose adapter pools over all.
   Value* with_whole_rows(Value* mask);
   // An attention mask in which those rows see all tokens.
@@ -94,6 +132,11 @@ class Inserter {
   Value* adapter_ids_ = nullptr;
   Node* top_ = nullptr;
   Value* active_ = nullptr;
+  Value* all_adapter_ids_ = nullptr;
+  Value* all_active_ = nullptr;
+  Value* first_adapter_ids_ = nullptr;  // those of FirstOfEach
+  Value* first_active_ = nullptr;
+  bool is_composing_ = false;  // gates are means over all tokens
   Value* input_mask_ = nullptr;
   Value* real_input_ = nullptr;  // the token mask that is an input, as bool
   std::optional<TrainedWeights> trained_;

@@ -2,6 +2,7 @@
 
 #include <torchgraft/patch/adapters/adapters_module.h>
 #include <torchgraft/patch/adapters/dora.h>
+#include <torchgraft/patch/adapters/make_adapter.h>
 #include <torchgraft/patch/adapters/read_adapters.h>
 #include <torchgraft/patch/canonicalise/decompose_linear.h>
 #include <torchgraft/patch/canonicalise/inline_module_arguments.h>
@@ -82,7 +83,7 @@ void freeze_base(const Module& module) {
 // Adds the submodule `adapters` to the draft's module: banks, heads, and the options of the graft.
 Module add_adapters_module(Draft& draft, const std::vector<Slot>& slots, const std::vector<SlotRun>& runs) {
   const auto unit = draft.module._ivalue()->compilation_unit();
-  Module adapters = make_adapters_module(draft.adapters, slots, runs, unit);
+  Module adapters = make_adapters_module(draft.adapters, slots, runs, unit, draft.compositions);
   const GraftOptions& options = draft.options;
   adapters.register_attribute("token_mask_input", c10::StringType::get(), options.token_mask_input);
   adapters.register_attribute("sites", c10::StringType::get(), options.sites ? to_json(*options.sites) : "");
@@ -94,6 +95,7 @@ Module add_adapters_module(Draft& draft, const std::vector<Slot>& slots, const s
   remember_names(adapters, options.rename);
   adapters.register_attribute("head_mask", c10::StringType::get(), draft.head_mask);
   add_heads(adapters, draft.adapters, unit);
+  register_fusions(adapters, draft.fusions, unit);
   adapters.train(draft.module.attr("training", c10::IValue(false)).toBool());  // a frozen module has no such attribute
   draft.module.register_module("adapters", adapters);
   return adapters;
@@ -161,11 +163,29 @@ Draft open_draft(const Module& module, const GraftOptions& given) {
     const Module adapters = module.attr("adapters").toModule();
     result.adapters = read_adapters(adapters, result.sites.structure);
     read_heads(adapters, result.adapters);
+    result.compositions = read_compositions(adapters);
+    result.fusions = read_fusions(adapters);
     if (adapters.hasattr("heads")) {
       result.head_mask = adapters.attr("head_mask").toStringRef();
     }
   }
   return result;
+}
+
+void check_free_name(const Draft& draft, const std::string& name) {
+  check_name(name, draft.adapters);
+  for (const NamedComposition& composition : draft.compositions) {
+    TORCH_CHECK(composition.name != name, "graft: the module already has a composition '", name,
+                "'; choose another name");
+  }
+}
+
+size_t find_plain(const Draft& draft, const std::string& name, const char* what) {
+  for (const NamedComposition& composition : draft.compositions) {
+    TORCH_CHECK(composition.name != name, what, ": '", name, "' is a composition, ",
+                composition_to_string(composition.tree), ", which has no weights of its own; name one of its adapters");
+  }
+  return find_adapter(draft.adapters, name, what);
 }
 
 Draft open_grafted(const Module& module, const char* what) {
@@ -186,9 +206,6 @@ Module base_copy(const Module& module) {
 }
 
 Module build(Draft draft, const std::string& active) {
-  if (!active.empty()) {
-    find_adapter(draft.adapters, active, "activate");
-  }
   Module& result = draft.module;
   const auto& graph = draft.canonical.graph;
   for (Adapter& adapter : draft.adapters) {
@@ -203,6 +220,12 @@ Module build(Draft draft, const std::string& active) {
   const std::vector<Slot> slots = stack_banks(draft.adapters);
   const std::vector<SlotRun> runs = slot_runs(slots, draft.sites.structure);
   const Module bank = add_adapters_module(draft, slots, runs);
+  if (!active.empty()) {
+    find_id(bank, active, "activate");
+  }
+  draft.inserting.compositions = draft.compositions;
+  draft.inserting.fusions = draft.fusions;
+  draft.inserting.adapters = &draft.adapters;
   draft.inserting.poolings = gate_poolings(draft.adapters);
   GraphDump dump("insert");
   const size_t ops = insert_adapters(graph, draft.sites, slots, runs, result, draft.inserting);

@@ -1,6 +1,8 @@
 #pragma once
 
 #include <torchgraft/patch/adapters/adapter.h>
+#include <torchgraft/patch/adapters/compositions.h>
+#include <torchgraft/patch/adapters/fusions.h>
 #include <torchgraft/patch/canonicalise/canonicalise.h>
 #include <torchgraft/patch/graft_spec.h>
 #include <torchgraft/patch/insert/insert.h>
@@ -20,9 +22,11 @@ struct Draft {
   GraphSites sites;           // points into canonical.graph
   GraftOptions options;       // a grafted module keeps those that it was made with
   InsertOptions inserting;
-  at::TensorOptions weights;      // dtype and device of the adapters
-  std::vector<Adapter> adapters;  // at first those that the module has
-  std::string head_mask;          // the argument of forward that is the heads' token mask; empty: none
+  at::TensorOptions weights;                   // dtype and device of the adapters
+  std::vector<Adapter> adapters;               // at first those that the module has
+  std::vector<NamedComposition> compositions;  // likewise
+  std::vector<AdapterFusion> fusions;          // likewise
+  std::string head_mask;                       // the argument of forward that is the heads' token mask; empty: none
 };
 
 // Copies the base of `module`, canonicalises the copy's forward, finds the sites and reads the adapters. Throws
@@ -32,6 +36,13 @@ Draft open_draft(const torch::jit::Module& module, const GraftOptions& given);
 // Does the same, for a grafted module only: throws c10::Error, on behalf of the function `what`, when nothing is
 // grafted.
 Draft open_grafted(const torch::jit::Module& module, const char* what);
+
+// Throws c10::Error, on behalf of graft(), when `name` cannot be the name of a new adapter or composition.
+void check_free_name(const Draft& draft, const std::string& name);
+
+// Position of the adapter `name`. Throws c10::Error, on behalf of `what`, which cannot change compositions, when there
+// is no such adapter.
+size_t find_plain(const Draft& draft, const std::string& name, const char* what);
 
 // Stacks the draft's adapters into banks, inserts the ops, adds the methods and verifies the result. With an empty
 // `active` no adapter is active.

@@ -40,6 +40,27 @@ def adapter_config(self, name: str) -> str:
     return self.adapters.adapter_config(name)
 )python";
 
+// A row of a composition gets the head of an adapter in it: heads[id] is the adapter's id, below -1 where there is
+// none.
+constexpr const char* kHeadsOfCompositions = R"python(
+def head_id(active: int, heads: List[int]) -> int:
+    if active < 0:
+        return active
+    assert heads[active] >= 0, "forward_with_head: the active composition does not end in an adapter, whose head it " \
+        "would have"
+    return heads[active]
+
+def head_ids(adapter_ids: Optional[Tensor], heads: List[int]) -> Optional[Tensor]:
+    if adapter_ids is None:
+        return None
+    else:
+        table = torch.tensor(heads + [-1]).to(adapter_ids.device)
+        chosen = table.index_select(0, torch.remainder(adapter_ids, len(heads) + 1))
+        assert bool(chosen.ge(-1).all()), "forward_with_head: the composition of a row does not end in an adapter, " \
+            "whose head it would have"
+        return chosen
+)python";
+
 constexpr const char* kWithHead = "forward_with_head";  // where there are heads
 
 const std::vector<std::string> kAddedMethods = {"forward",        "forward_with_gates", kBaseForward,
@@ -151,11 +172,16 @@ void add_forward_with_head(Module& module, const Function& grafted, const c10::T
   }
   mask = mask ? mask : graph->insertConstant(c10::IValue());
   Value* adapters = graph->insertGetAttr(graph->inputs()[0], "adapters");
+  Value* ids = graph->inputs().back();
+  Value* active = graph->insertGetAttr(adapters, "active");
+  if (module.attr("adapters").toModule().hasattr("composed_heads")) {
+    Value* heads = graph->insertGetAttr(adapters, "composed_heads");
+    ids = torch::jit::insertGraph(*graph, *compile_graph(kHeadsOfCompositions, "head_ids"), {ids, heads})[0];
+    active = torch::jit::insertGraph(*graph, *compile_graph(kHeadsOfCompositions, "head_id"), {active, heads})[0];
+  }
   const Function& logits = module.attr("adapters").toModule().attr("heads").toModule().type()->getMethod("logits");
-  Value* result = insert_method_call(*graph, logits,
-                                     {graph->insertGetAttr(adapters, "heads"), hidden, mask, graph->inputs().back(),
-                                      graph->insertGetAttr(adapters, "active")},
-                                     c10::TensorType::get());
+  Value* result = insert_method_call(
+      *graph, logits, {graph->insertGetAttr(adapters, "heads"), hidden, mask, ids, active}, c10::TensorType::get());
   graph->registerOutput(result);
   add_method(module, kWithHead, graph, arguments, {Argument("", result->type())});
 }

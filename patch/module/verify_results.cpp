@@ -212,8 +212,7 @@ class Comparison {
     std::string missing =
         compare(active, expected, calls, run(calls, arguments), arguments, {name + " by ATen calls", "its operators'"});
     if (ids.defined()) {
-      const auto position =
-          static_cast<int64_t>(find_adapter(grafted_.module.attr("adapters").toModule(), adapter, verifier_.what));
+      const int64_t position = find_id(grafted_.module.attr("adapters").toModule(), adapter, verifier_.what);
       const Trial by_ids{grafted_.run, "forward", at::full_like(ids, position)};
       add(missing, compare(active, expected, by_ids, run(by_ids, arguments), arguments,
                            {name + " by adapter_ids", "the active adapter's"}));

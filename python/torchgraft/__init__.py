@@ -13,9 +13,27 @@ from ._libraries import cmake_prefix_path as _cmake_prefix_path
 from ._libraries import library_path, load_operators
 from ._reading import parse_json
 from ._text import TextLimits, forward_inputs, text_limits
+from .adapter_fusion import (
+    list_adapter_fusions,
+    load_adapter_fusion,
+    remove_adapter_fusion,
+    save_adapter_fusion,
+)
 from .adapter_hub import AdapterDirectory, load_adapter_directory
+from .adapter_setup import load_adapter_setup, save_adapter_setup
 from .adapter_training import freeze_adapter, trainable_parameters, unfreeze_adapter
 from .checkpoints import load_adapter, match_adapter, save_adapter
+from .composition import (
+    AdapterCompositionBlock,
+    Average,
+    BatchSplit,
+    Fuse,
+    MultiTask,
+    Parallel,
+    Split,
+    Stack,
+    compose,
+)
 from .configs import (
     AdapterConfig,
     AdapterPlusConfig,
@@ -72,16 +90,20 @@ load_operators()
 cmake_prefix_path = _cmake_prefix_path()
 
 __all__ = [
+    "AdapterCompositionBlock",
     "AdapterConfig",
     "AdapterDirectory",
     "AdapterInfo",
     "AdapterPlusConfig",
     "AdapterPool",
+    "Average",
+    "BatchSplit",
     "BnConfig",
     "ConfigUnion",
     "DiReftConfig",
     "DoubleSeqBnConfig",
     "DvoRAConfig",
+    "Fuse",
     "GraftError",
     "HeadConfig",
     "HoulsbyConfig",
@@ -92,12 +114,16 @@ __all__ = [
     "MAMConfig",
     "MTLLoRAConfig",
     "NoReftConfig",
+    "MultiTask",
     "ParBnConfig",
+    "Parallel",
     "ParallelConfig",
     "PfeifferConfig",
     "PrefixTuningConfig",
     "ReftConfig",
     "SeqBnConfig",
+    "Split",
+    "Stack",
     "TextLimits",
     "UniPELTConfig",
     "VeraConfig",
@@ -106,6 +132,7 @@ __all__ = [
     "check_room",
     "cmake_prefix_path",
     "compile_package",
+    "compose",
     "export",
     "forward_inputs",
     "freeze_adapter",
@@ -115,9 +142,12 @@ __all__ = [
     "inspect",
     "library_path",
     "linear_maps",
+    "list_adapter_fusions",
     "list_adapters",
     "load_adapter",
     "load_adapter_directory",
+    "load_adapter_fusion",
+    "load_adapter_setup",
     "load_banks",
     "load_module",
     "lower",
@@ -130,10 +160,13 @@ __all__ = [
     "quantization_error",
     "quantize",
     "remove_adapter",
+    "remove_adapter_fusion",
     "remove_head",
     "rename_adapter",
     "replace_adapter",
     "save_adapter",
+    "save_adapter_fusion",
+    "save_adapter_setup",
     "save_onnx",
     "text_limits",
     "trainable_parameters",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from . import life
+from . import composition, life
 from ._console import say, table_console
 from ._example import read_example
 from ._files import check_script_output, check_writable, extra_files, load_module, save_module
@@ -81,7 +81,7 @@ def list_(arguments: argparse.Namespace) -> None:
         state = ", ".join(word for word in ("active", "merged", "trainable") if getattr(info, word))
         pooling = f"{info.gate_pooling} tokens" if info.gate_pooling else ""
         table.add_row(str(index), info.name, state, pooling, f"{info.parameters:,}", f"{info.bytes / 1e6:.2f}",
-                      ", ".join(sorted(info.by_location)))  # fmt: skip
+                      info.composition or ", ".join(sorted(info.by_location)))  # fmt: skip
     table_console().print(table)
 
 
@@ -118,6 +118,13 @@ def rename(arguments: argparse.Namespace) -> None:
     """Writes a file in which an adapter has another name."""
     done = f"'{arguments.name}' is now '{arguments.to}'"
     _changed(arguments, done, life.rename_adapter, arguments.name, arguments.to)
+
+
+def compose(arguments: argparse.Namespace) -> None:
+    """Writes a file with one more composition of its adapters."""
+    example = read_example(arguments.example)
+    done = f"'{arguments.name}' is {arguments.composition}"
+    _changed(arguments, done, composition.compose, arguments.name, arguments.composition, example=example)
 
 
 def freeze(arguments: argparse.Namespace) -> None:
@@ -182,6 +189,8 @@ def gates(arguments: argparse.Namespace) -> None:
     name = arguments.adapter or module.active_adapter() or module.adapter_names()[0]
     if name not in module.adapter_names():
         raise GraftError(f"gates: no adapter is called '{name}'; there are: {', '.join(module.adapter_names())}")
+    if any(info.name == name and info.composition for info in life.list_adapters(module)):
+        raise GraftError(f"gates: '{name}' is a composition; forward_with_gates() has the gates of each adapter in it")
     module.activate(name)
     tokenizer = load_tokenizer(arguments.tokenizer or arguments.base.parent / "tokenizer.json", arguments.max_length)
     limits = text_limits(module)
@@ -253,7 +262,7 @@ def _values(encodings: Any) -> dict[str, torch.Tensor]:
 
 
 COMMANDS = {
-    "save": save, "load": load, "match": match, "list": list_, "remove": remove, "rename": rename, "freeze": freeze,
-    "unfreeze": unfreeze, "merge": merge, "unmerge": unmerge, "lower": lower, "ungraft": ungraft, "verify": verify,
-    "gates": gates,
+    "save": save, "load": load, "match": match, "list": list_, "compose": compose, "remove": remove, "rename": rename,
+    "freeze": freeze, "unfreeze": unfreeze, "merge": merge, "unmerge": unmerge, "lower": lower, "ungraft": ungraft,
+    "verify": verify, "gates": gates,
 }  # fmt: skip

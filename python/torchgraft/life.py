@@ -35,6 +35,7 @@ class AdapterInfo:
         bytes: the size of these numbers.
         by_location: the number of parameters at each location ("selfattn_lora", "output_adapter", ...), and of the
             "head".
+        composition: "Stack(en, ner)": what compose() was given, which has no parameters of its own. Empty: an adapter.
     """
 
     name: str
@@ -46,24 +47,27 @@ class AdapterInfo:
     parameters: int
     bytes: int
     by_location: Mapping[str, int]
+    composition: str = field(default="", kw_only=True)
 
 
 def list_adapters(module: torch.jit.ScriptModule) -> list[AdapterInfo]:
-    """Returns the adapters in the order of adapter_names(): an adapter's position is its number in adapter_ids."""
+    """Returns the adapters, and behind them the compositions, in the order of adapter_names(): the position is the
+    number in adapter_ids."""
     return [AdapterInfo(**entry) for entry in patcher().list_adapters(cpp_module(module))]
 
 
 def remove_adapter(module: torch.jit.ScriptModule, *names: str) -> torch.jit.ScriptModule:
-    """Returns a copy without these adapters. Later adapters move up: their adapter_ids change.
+    """Returns a copy without these adapters and compositions. Later ones move up: their adapter_ids change.
 
     Raises:
-        GraftError: a name is unknown, an adapter is merged, or none would be left (ungraft() gives the base).
+        GraftError: a name is unknown, an adapter is merged, a composition that stays uses it, or none would be left
+            (ungraft() gives the base).
     """
     return script_module(patcher().remove_adapters(cpp_module(module), list(names)))
 
 
 def rename_adapter(module: torch.jit.ScriptModule, name: str, new_name: str) -> torch.jit.ScriptModule:
-    """Returns a copy where the adapter has another name. Its number in adapter_ids stays.
+    """Returns a copy where the adapter, or the composition, has another name. Its number in adapter_ids stays.
 
     Raises:
         GraftError: `name` is unknown, or `new_name` is taken, is empty or has a dot.

@@ -259,7 +259,14 @@ def add_life_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     matching.add_argument("--json", action="store_true", help="print JSON")
     listing = command("list", "show the adapters and their sizes", writes=False)
     listing.add_argument("--json", action="store_true", help="print JSON")
-    command("remove", "remove adapters").add_argument("name", nargs="+", metavar="NAME", help="the adapters")
+    composing = command("compose", "add a composition of the adapters, which is used as an adapter is")
+    composing.add_argument(
+        "composition", metavar="COMPOSITION", help='the adapters: "Stack(en, ner)", "Average(a, b, weights=[0.3, 0.7])"'
+    )
+    composing.add_argument("--name", required=True, help="the composition's name in OUT.pt")
+    command("remove", "remove adapters and compositions").add_argument(
+        "name", nargs="+", metavar="NAME", help="the adapters"
+    )
     renaming = command("rename", "give an adapter another name")
     renaming.add_argument("name", metavar="NAME", help="the adapter")
     renaming.add_argument("to", metavar="NEW_NAME", help="its name in OUT.pt")
@@ -280,7 +287,7 @@ def add_life_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     unmerging.add_argument("name", metavar="NAME", help="the adapter")
     lowering = command("lower", "replace torchgraft's operators by ATen calls: OUT.pt loads without libtorchgraft.so")
     ungrafting = command("ungraft", "give back the base (after merge: with the merged weights)")
-    for changing in (merging, unmerging, lowering, ungrafting):
+    for changing in (composing, merging, unmerging, lowering, ungrafting):
         add_example_argument(changing, "compare OUT with MODEL")
     verifying = command("verify", "run MODEL.pt on inputs and compare what must agree", writes=False)
     add_example_argument(verifying, "run MODEL")

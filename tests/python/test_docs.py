@@ -1,5 +1,5 @@
-"""The examples of docs/adapters.md, export.md, generation.md, int8.md and training.md run as they stand, one after the
-other."""
+"""The examples of docs/adapters.md, compositions.md, export.md, generation.md, int8.md and training.md run as they
+stand, one after the other."""
 
 import os
 import re
@@ -34,6 +34,11 @@ def test_the_examples_of_adapters_run(tmp_path) -> None:
         "lowered.pt",
     ):
         assert (tmp_path / written).stat().st_size > 0
+
+
+def test_the_example_of_compositions_runs(tmp_path) -> None:
+    _run("compositions.md", 1, tmp_path)
+    assert (tmp_path / "en_ner_setup" / "adapter_setup.json").stat().st_size > 0
 
 
 def test_the_example_of_export_runs(tmp_path) -> None:

@@ -28,9 +28,12 @@ def describe(module: torch.jit.ScriptModule, adapter_ids: bool, gates: bool, low
         and "gates" has their columns for each adapter: {"reviews": {"layer_0.selfattn_lora": [0, 1]}}. Both are empty
         if the program returns no gates.
     """
-    adapters = list_adapters(module) if is_grafted(module) else []
+    entries = [vars(info) | {"by_location": dict(info.by_location)}
+               for info in (list_adapters(module) if is_grafted(module) else [])]  # fmt: skip
+    for entry in entries:
+        del entry["composition"]  # export() takes none
     return {
-        "adapters": [vars(info) | {"by_location": dict(info.by_location)} for info in adapters],
+        "adapters": entries,
         "adapter_ids": adapter_ids,
         "gate_outputs": [name for name in dict.fromkeys(gate_names(module)) if name] if gates else [],
         "gates": _gate_columns(module) if gates else {},

@@ -10,7 +10,7 @@ from torch.export import Dim
 
 from ..errors import GraftError, one_line
 from ..grafting import cpp_module, is_grafted
-from ..life import lower
+from ..life import list_adapters, lower
 from .description import CUSTOM, describe, gate_names
 from .eager import Eager
 from .read_program import quiet
@@ -54,6 +54,11 @@ def export(
         raise GraftError(
             "export: the module has packed int8 or float16 weights, which no exported program can hold; export the "
             "module in float32"
+        )
+    if grafted and any(info.composition for info in list_adapters(module)):
+        raise GraftError(
+            "export: the module has compositions, whose rows are found while it runs, as no exported program can; "
+            "remove them (remove_adapter) and export their adapters"
         )
     if gates and not grafted:
         raise GraftError("export: nothing is grafted onto the module, so that it has no gates")

@@ -1,0 +1,189 @@
+#include <torchgraft/patch/adapters/compositions.h>
+
+#include <torchgraft/config/config_json.h>
+
+#include <algorithm>
+#include <utility>
+
+namespace torchgraft {
+
+using torch::jit::Module;
+
+// Those of a module without compositions (adapters_module.cpp), with the ids of compositions behind those of adapters.
+const char* const kComposedMethods = R"python(
+def position(self, name: str, what: str) -> int:
+    found = -1
+    for i in range(len(self.all_names)):
+        if self.all_names[i] == name:
+            found = i
+    assert found >= 0, what + ": no adapter is called '" + name + "'; there are: " + ", ".join(self.all_names)
+    return found
+
+def activate(self, name: str) -> None:
+    self.active = self.position(name, "activate")
+
+def deactivate(self) -> None:
+    self.active = -1
+
+def active_adapter(self) -> Optional[str]:
+    if self.active < 0:
+        return None
+    return self.all_names[self.active]
+
+def adapter_names(self) -> List[str]:
+    result: List[str] = []
+    for name in self.all_names:
+        result.append(name)
+    return result
+
+def adapter_config(self, name: str) -> str:
+    return self.all_configs[self.position(name, "adapter_config")]
+
+def has_rows(self, id: int, adapter_ids: Optional[Tensor]) -> bool:
+    if adapter_ids is None:
+        return id == self.active
+    return bool(adapter_ids.eq(id).any())
+
+def add_gate(self, gate: Tensor, name: str, layer: int, location: str,
+             result: Dict[str, Dict[int, Dict[str, Tensor]]]) -> None:
+    layers = result[name]
+    if layer not in layers:
+        empty: Dict[str, Tensor] = {}
+        layers[layer] = empty
+    if location in layers[layer]:
+        gate = torch.cat([layers[layer][location], gate], 1)
+    layers[layer][location] = gate
+
+def collect_gates(self, gates: List[Tensor], adapter_ids: Optional[Tensor]) -> Dict[str, Dict[int, Dict[str, Tensor]]]:
+    result: Dict[str, Dict[int, Dict[str, Tensor]]] = {}
+    for a in range(len(self.names)):
+        if self.has_rows(a, adapter_ids):
+            layers: Dict[int, Dict[str, Tensor]] = {}
+            result[self.names[a]] = layers
+            for i in range(len(self.gate_counts)):
+                count = self.gate_counts[i][a]
+                if count > 0:
+                    gate = gates[i].narrow(1, 0, count)
+                    if adapter_ids is not None:
+                        gate = gate.index_select(0, torch.nonzero(torch.eq(adapter_ids, a)).view(-1))
+                    self.add_gate(gate, self.names[a], self.gate_layers[i], self.gate_locations[i], result)
+    for i in range(len(self.composed_keys)):
+        if self.has_rows(self.composed_ids[i], adapter_ids):
+            none: Dict[int, Dict[str, Tensor]] = {}
+            result[self.composed_keys[i]] = none
+    for i in range(len(self.composed_gate_keys)):
+        name = self.composed_gate_keys[i]
+        if name in result:
+            gate = gates[len(self.gate_counts) + i]
+            self.add_gate(gate, name, self.composed_gate_layers[i], self.composed_gate_locations[i], result)
+    return result
+)python";
+
+namespace {
+
+// As parse_heads_from_composition: the adapter that ends a Stack. -2: there is none.
+int64_t head_of(const Composition& tree, const std::vector<Adapter>& adapters) {
+  if (tree.kind != BlockKind::kStack || tree.children.back().kind != BlockKind::kAdapter) {
+    return -2;
+  }
+  return static_cast<int64_t>(find_adapter(adapters, tree.children.back().name, "compose"));
+}
+
+}  // namespace
+
+void check_not_composed(const std::vector<NamedComposition>& compositions, const std::vector<std::string>& names,
+                        const char* what) {
+  for (const NamedComposition& composition : compositions) {
+    for (const std::string& part : adapters_in(composition.tree)) {
+      TORCH_CHECK(std::find(names.begin(), names.end(), part) == names.end(), what, ": the composition '",
+                  composition.name, "', ", composition_to_string(composition.tree), ", uses '", part,
+                  "'; remove the composition first, or with it");
+    }
+  }
+}
+
+void check_parts(const NamedComposition& composition, const std::vector<Adapter>& adapters, const char* what) {
+  for (const std::string& part : adapters_in(composition.tree)) {
+    const Adapter& adapter = adapters[find_adapter(adapters, part, what)];
+    TORCH_CHECK(!adapter.merged, what, ": '", part, "' is merged into the base's weights, so that no composition can ",
+                "have it; unmerge it first");
+  }
+}
+
+std::vector<NamedComposition> read_compositions(const Module& adapters_module) {
+  std::vector<NamedComposition> result;
+  if (!adapters_module.hasattr("composition_names")) {
+    return result;
+  }
+  const auto names = adapters_module.attr("composition_names").toListRef();
+  const auto trees = adapters_module.attr("compositions").toListRef();
+  TORCH_CHECK(names.size() == trees.size(), "expected as many compositions as names of such, got ", trees.size(),
+              " and ", names.size());
+  for (size_t i = 0; i < names.size(); ++i) {
+    result.push_back({names[i].toStringRef(), composition_from_json(trees[i].toStringRef())});
+  }
+  return result;
+}
+
+std::vector<std::string> names_by_id(const Module& adapters_module) {
+  std::vector<std::string> names;
+  for (const char* list : {"names", "composition_names"}) {
+    if (adapters_module.hasattr(list)) {
+      for (const c10::IValue& name : adapters_module.attr(list).toListRef()) {
+        names.push_back(name.toStringRef());
+      }
+    }
+  }
+  return names;
+}
+
+void register_compositions(Module& adapters_module, const std::vector<Adapter>& adapters,
+                           const std::vector<NamedComposition>& compositions) {
+  c10::List<std::string> names, trees, all_names, all_configs, keys;
+  c10::List<int64_t> ids, heads;
+  for (const Adapter& adapter : adapters) {
+    heads.push_back(static_cast<int64_t>(heads.size()));
+    all_names.push_back(adapter.name);
+    all_configs.push_back(config_to_json(adapter.config));
+  }
+  for (size_t i = 0; i < compositions.size(); ++i) {
+    const NamedComposition& composition = compositions[i];
+    const std::string tree = composition_to_json(composition.tree);
+    names.push_back(composition.name);
+    trees.push_back(tree);
+    all_names.push_back(composition.name);
+    all_configs.push_back(tree);
+    heads.push_back(head_of(composition.tree, adapters));
+    for (const std::string& part : adapters_in(composition.tree)) {
+      keys.push_back(composition.name + "." + part);
+      ids.push_back(static_cast<int64_t>(adapters.size() + i));
+    }
+  }
+  const auto strings = c10::ListType::ofStrings();
+  const auto integers = c10::ListType::ofInts();
+  adapters_module.register_attribute("composition_names", strings, names);
+  adapters_module.register_attribute("compositions", strings, trees);
+  adapters_module.register_attribute("all_names", strings, all_names);
+  adapters_module.register_attribute("all_configs", strings, all_configs);
+  adapters_module.register_attribute("composed_keys", strings, keys);
+  adapters_module.register_attribute("composed_ids", integers, ids);
+  adapters_module.register_attribute("composed_heads", integers, heads);
+  adapters_module.register_attribute("composed_gate_keys", strings, c10::List<std::string>());
+  adapters_module.register_attribute("composed_gate_layers", integers, c10::List<int64_t>());
+  adapters_module.register_attribute("composed_gate_locations", strings, c10::List<std::string>());
+}
+
+void set_composed_gates(Module& adapters_module, const std::vector<ComposedGate>& gates) {
+  c10::List<std::string> keys, locations;
+  c10::List<int64_t> layers;
+  for (const ComposedGate& gate : gates) {
+    keys.push_back(gate.key);
+    layers.push_back(gate.layer);
+    locations.push_back(gate.location);
+  }
+  adapters_module.setattr("composed_gate_keys", keys);
+  adapters_module.setattr("composed_gate_layers", layers);
+  adapters_module.setattr("composed_gate_locations", locations);
+}
+
+}  // namespace torchgraft

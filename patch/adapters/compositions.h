@@ -1,0 +1,49 @@
+#pragma once
+
+#include <torchgraft/config/composition.h>
+#include <torchgraft/patch/adapters/adapter.h>
+
+#include <torch/csrc/jit/api/module.h>
+
+#include <string>
+#include <vector>
+
+namespace torchgraft {
+
+// A composition of adapters of the same module. Its id is that of the last adapter plus its position plus one.
+struct NamedComposition {
+  std::string name;
+  Composition tree;
+};
+
+// Throws c10::Error, on behalf of `what`, when one of `names` is an adapter that a composition uses.
+void check_not_composed(const std::vector<NamedComposition>& compositions, const std::vector<std::string>& names,
+                        const char* what);
+
+// Throws c10::Error, on behalf of `what`, when the composition names an adapter that is not there, or one that no
+// composition can have: a merged one.
+void check_parts(const NamedComposition& composition, const std::vector<Adapter>& adapters, const char* what);
+
+// The compositions of an `adapters` submodule.
+std::vector<NamedComposition> read_compositions(const torch::jit::Module& adapters_module);
+
+// The names of the adapters and of the compositions of an `adapters` submodule, in the order of their ids.
+std::vector<std::string> names_by_id(const torch::jit::Module& adapters_module);
+
+// Adds what a module with compositions has besides: their names and trees, and the names and configs by id.
+// insert_adapters() fills the lists of their gates (set_composed_gates).
+void register_compositions(torch::jit::Module& adapters_module, const std::vector<Adapter>& adapters,
+                           const std::vector<NamedComposition>& compositions);
+
+// A gate that grafted_forward returns behind those of the slots: of an adapter within a composition.
+struct ComposedGate {
+  int64_t layer = 0;  // Layer::number
+  std::string location;
+  std::string key;  // "<composition>.<adapter>"
+};
+void set_composed_gates(torch::jit::Module& adapters_module, const std::vector<ComposedGate>& gates);
+
+// The methods of an `adapters` submodule that has compositions.
+extern const char* const kComposedMethods;
+
+}  // namespace torchgraft

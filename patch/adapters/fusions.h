@@ -1,0 +1,45 @@
+#pragma once
+
+#include <torchgraft/config/fusion_config.h>
+#include <torchgraft/plan/module_weights.h>
+#include <torchgraft/plan/structure.h>
+
+#include <torch/csrc/jit/api/module.h>
+
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace torchgraft {
+
+// The AdapterFusion layers of one Fuse, which it finds by their name. A layer's weights are query_weight, query_bias,
+// key_weight, key_bias and value_weight, those that the configuration has, by (Layer::number, site).
+struct AdapterFusion {
+  FusionConfig config;
+  std::map<std::pair<int64_t, std::string>, ModuleWeights> weights = {};
+
+  const std::string& name() const { return config.name; }
+};
+
+// The weights of a layer with this configuration on `hidden` features, by name, with their shapes.
+std::map<std::string, std::vector<int64_t>> fusion_shapes(const FusionConfig& config, int64_t hidden);
+
+// Reads the library's state dict: "<layer>.adapter_fusion_layer.<name>.query.weight". Throws c10::Error for a key that
+// is none of it, and for a layer that the model lacks.
+AdapterFusion read_fusion(const FusionConfig& config, const StateDict& state, const Structure& structure,
+                          const at::TensorOptions& options);
+
+// The inverse: on the CPU, with the names that modules have in adapter_hub_state.
+StateDict fusion_state(const AdapterFusion& fusion, const Structure& structure);
+
+// The submodule of an `adapters` module that holds a fusion, and where it holds a layer.
+std::string fusion_module_name(const std::string& fusion);
+std::string fusion_layer_name(int64_t number, const std::string& site);
+
+std::vector<AdapterFusion> read_fusions(const torch::jit::Module& adapters_module);
+void register_fusions(torch::jit::Module& adapters_module, const std::vector<AdapterFusion>& fusions,
+                      const std::shared_ptr<torch::jit::CompilationUnit>& unit);
+
+}  // namespace torchgraft

@@ -1,0 +1,38 @@
+#pragma once
+
+#include <torchgraft/config/fusion_config.h>
+#include <torchgraft/plan/adapter_weights.h>
+#include <torchgraft/registration/export.h>
+
+#include <torch/csrc/jit/api/module.h>
+
+#include <string>
+#include <vector>
+
+// AdapterFusion layers of a grafted module. A composition Fuse(a, b) (compose.h) finds those of the name "a,b", or of
+// its own name. They are frozen.
+namespace torchgraft {
+
+// Returns a copy of the grafted `module` with the AdapterFusion layers of a state dict of the adapters library, whose
+// name there is config.name. `name`: the name in the copy; empty: the same. Layers of that name are replaced. Throws
+// c10::Error for a key that is no weight of them, and for a layer that the model lacks.
+TORCHGRAFT_PATCH_API torch::jit::Module load_adapter_fusion(const torch::jit::Module& module,
+                                                            const FusionConfig& config, const StateDict& weights,
+                                                            const std::string& name = "");
+
+// The same from a directory with adapter_fusion_config.json and model_adapter_fusion.safetensors.
+TORCHGRAFT_PATCH_API torch::jit::Module load_adapter_fusion(const torch::jit::Module& module,
+                                                            const std::string& directory, const std::string& name = "");
+
+// Writes the layers of a name into a directory, as the library keeps it. All files are written, or none.
+TORCHGRAFT_PATCH_API void save_adapter_fusion(const torch::jit::Module& module, const std::string& name,
+                                              const std::string& directory);
+
+// A copy without the layers of a name. Throws c10::Error when there are none, or a composition uses them.
+TORCHGRAFT_PATCH_API torch::jit::Module remove_adapter_fusion(const torch::jit::Module& module,
+                                                              const std::string& name);
+
+// The configurations of the module's AdapterFusion layers, with their names.
+TORCHGRAFT_PATCH_API std::vector<FusionConfig> list_adapter_fusions(const torch::jit::Module& module);
+
+}  // namespace torchgraft

@@ -1,0 +1,228 @@
+#include <torchgraft/patch/insert/compose_bottleneck.h>
+
+namespace torchgraft {
+
+using torch::jit::Value;
+
+namespace {
+
+const BnConfig& config_of(const ComposedPart& part) { return std::get<PlannedBottleneck>(part.module->method).config; }
+
+// The slot as this adapter alone needs it: without the gate of others.
+Slot own_slot(const ComposedPart& part) {
+  Slot slot = *part.slot;
+  if (slot.gates[part.adapter] == 0) {
+    slot.parameters.erase("gate_weight");
+    slot.parameters.erase("gate_bias");
+  }
+  return slot;
+}
+
+}  // namespace
+
+void check_composed_bottlenecks(const ComposedSite& site) {
+  const std::string begin = "compose: '" + site.name + "': ";
+  for (const auto& [name, part] : site.parts) {
+    TORCH_CHECK(!part.slot->form.replaces_norm, begin, "'", name, "' has original_ln_after=False at ", site.place,
+                ", which no composition supports yet; use it alone");
+    TORCH_CHECK(part.slot->form.wiring == site.parts.begin()->second.slot->form.wiring, begin, "'", name, "' and '",
+                site.parts.begin()->first, "' take different values for the branch at ", site.place,
+                ": the adapters library trained one of them on this model, where it exchanges them, and the other is ",
+                "fresh, or was trained on another; take both from directories of this model");
+  }
+}
+
+bool reads_normed_sum(const ComposedSite& site) {
+  for (const auto& [name, part] : site.parts) {
+    if (part.slot->form.input == BottleneckInput::kNormedSum) {
+      return true;
+    }
+  }
+  return false;
+}
+
+ComposedState BottleneckComposer::pre_block(const Composition& block, ComposedState state) {
+  const std::string& name = first_adapter(block);
+  const ComposedPart* first = find(name);
+  if (!first) {
+    refuse("'" + name + "' comes first in " + composition_to_string(block) +
+           " and does nothing there, but the adapters library reads from it how; put another adapter first");
+  }
+  return pre_forward(*first, state);
+}
+
+ComposedState BottleneckComposer::pre_forward(const ComposedPart& part, ComposedState state) {
+  const BnConfig& config = config_of(part);
+  if (config.is_parallel) {
+    state.hidden = state.input;
+    state.residual = state.input;
+    state.is_branch = false;
+    return state;
+  }
+  const auto* is_before = std::get_if<bool>(&config.residual_before_ln);
+  Value* branch = state.hidden;
+  Value* sum = branch;
+  if (config.original_ln_before) {
+    const bool is_known = state.is_branch && normed_sum_;
+    const bool reads_sum = !is_known || !is_before;
+    sum = reads_sum ? graph_.insert(c10::aten::add, {branch, state.input}) : branch;
+    state.hidden = is_known ? normed_sum_ : bottlenecks_.normed(state_, sum);
+  }
+  state.residual = is_before ? (*is_before ? branch : state.hidden) : sum;
+  state.is_branch = false;
+  return state;
+}
+
+// Adapter.forward. The result of a parallel one has no residual.
+ComposedState BottleneckComposer::single(const ComposedPart& part, ComposedState state) {
+  const Inserter::OneAdapter guard(inserter_, part.adapter);
+  if (!state.residual) {
+    state.residual = state.input;  // as bottleneck_layer_forward begins
+  }
+  Value* residual = config_of(part).is_parallel ? graph_.insert(c10::aten::zeros_like, {state.hidden}) : state.residual;
+  const auto [output, gate] = bottlenecks_.bottleneck(own_slot(part), state.hidden, residual);
+  if (part.slot->gates[part.adapter] > 0) {
+    add_gate(part, gate);
+  }
+  state.hidden = output;
+  state.is_branch = false;
+  return state;
+}
+
+ComposedState BottleneckComposer::mean(const std::vector<ComposedState>& states, const std::vector<double>& shares) {
+  ComposedState result = states.front();
+  std::vector<Value*> values;
+  for (const ComposedState& state : states) {
+    values.push_back(state.hidden);
+  }
+  result.hidden = sum(values, shares);
+  result.is_branch = false;
+  return result;
+}
+
+ComposedState BottleneckComposer::split(const Composition& block, ComposedState state) {
+  check_sizes(block, state.hidden, 1, "the given input has sequence length ", "splits");
+  state = pre_block(block, state);
+  std::vector<Value*> parts;
+  std::optional<ComposedPart> last;
+  int64_t begin = 0;
+  for (size_t i = 0; i < block.children.size(); ++i) {
+    ComposedState slice = sliced(state, 1, begin, begin + block.sizes[i]);
+    slice.last.reset();
+    bool is_present = false;
+    const ComposedState result = child(block, i, slice, is_present);
+    if (!is_present) {
+      refuse("'" + block.children[i].name + "' does nothing there, so that the adapters library drops its tokens of " +
+             composition_to_string(block) + "; give all of them the same locations and leave_out");
+    }
+    parts.push_back(result.hidden);
+    last = result.last ? result.last : last;
+    begin += block.sizes[i];
+  }
+  state.hidden = joined(parts, 1);
+  state.last = last;
+  return state;
+}
+
+Value* BottleneckComposer::up(const ComposedPart& part, const ComposedState& state) {
+  const Inserter::OneAdapter guard(inserter_, part.adapter);
+  const Slot slot = own_slot(part);
+  if (slot.gates[part.adapter] > 0) {
+    add_gate(part, bottlenecks_.gate(slot, state.hidden));  // the library computes it, and does not use it
+  }
+  return bottlenecks_.up(slot, state.hidden);
+}
+
+// An adapter, or a Stack of adapters.
+Value* BottleneckComposer::up_of_child(const Composition& child, ComposedState state) {
+  if (child.kind == BlockKind::kAdapter) {
+    const ComposedPart* part = find(child.name);
+    return part ? up(*part, state) : nullptr;
+  }
+  std::vector<const ComposedPart*> present;
+  for (const Composition& node : child.children) {
+    if (const ComposedPart* part = find(node.name)) {
+      present.push_back(part);
+    }
+  }
+  if (present.empty()) {
+    refuse(composition_to_string(child) + " does nothing there, so that the adapters library has nothing to fuse");
+  }
+  for (const ComposedPart* part : present) {
+    state = pre_forward(*part, state);
+    if (part != present.back()) {
+      state = single(*part, state);
+    }
+  }
+  return up(*present.back(), state);
+}
+
+// query W_q + b_q times key W_k + b_k: all keys have b_k, so that it changes no softmax, and W_k can go to the query.
+// W_v can go behind the weighted sum.
+Value* BottleneckComposer::fused(const AdapterFusion& fusion, Value* query, const std::vector<Value*>& ups) {
+  const auto weight = [&](const char* name) {
+    return inserter_.fusion_weight(fusion, *site_.parts.begin()->second.slot, name);
+  };
+  if (fusion.config.query) {
+    query = graph_.insert(c10::aten::linear, {query, weight("query_weight"), weight("query_bias")});
+  }
+  if (fusion.config.key) {
+    query = graph_.insert(c10::aten::matmul, {query, weight("key_weight")});
+  }
+  Value* list = graph_.insertNode(graph_.createList(c10::TensorType::get(), ups))->output();
+  Value* stacked = graph_.insert(c10::aten::stack, {list, 2});  // [rows, S, adapters, H]
+  Value* scores = graph_.insert(c10::aten::matmul, {stacked, graph_.insert(c10::aten::unsqueeze, {query, -1})});
+  Value* shares = graph_.insert(c10::aten::softmax, {graph_.insert(c10::aten::squeeze, {scores, -1}), -1});
+  Value* sum = graph_.insert(c10::aten::matmul, {graph_.insert(c10::aten::unsqueeze, {shares, -2}), stacked});
+  sum = graph_.insert(c10::aten::squeeze, {sum, -2});
+  return fusion.config.value ? graph_.insert(c10::aten::linear, {sum, weight("value_weight")}) : sum;
+}
+
+ComposedState BottleneckComposer::fuse(const Composition& block, ComposedState state) {
+  const std::string& name = last_adapter(block);
+  const ComposedPart* last = find(name);
+  if (!last) {
+    refuse("'" + name + "' comes last in " + composition_to_string(block) +
+           " and does nothing there, but the adapters library reads from it how; put another adapter last");
+  }
+  const AdapterFusion* fusion = inserter_.find_fusion(fusion_name(block));
+  const bool has_weights = fusion && (fusion_shapes(fusion->config, 1).empty() ||
+                                      fusion->weights.count({last->slot->number, last->slot->site}) > 0);
+  if (!has_weights) {
+    refuse(std::string(fusion ? "the" : "no") + " AdapterFusion layer '" + fusion_name(block) +
+           (fusion ? "' has no weights there; load one that was trained with these adapters"
+                   : "' is in the module; load it with load_adapter_fusion"));
+  }
+  Value* before = state.hidden;
+  state = pre_forward(*last, state);
+  const bool reads_before = !config_of(*last).is_parallel && fusion->config.query_before_ln;
+  std::vector<Value*> ups;
+  for (const Composition& node : block.children) {
+    if (Value* value = up_of_child(node, state)) {
+      ups.push_back(fusion->config.residual_before ? graph_.insert(c10::aten::add, {value, state.residual}) : value);
+    }
+  }
+  state.hidden = fused(*fusion, reads_before ? before : state.hidden, ups);
+  if (!fusion->config.residual_before) {
+    state.hidden = graph_.insert(c10::aten::add, {state.hidden, state.residual});
+  }
+  state.last = *last;
+  state.is_branch = false;
+  return state;
+}
+
+Value* BottleneckComposer::operator()(const Composition& tree, Value* branch, Value* residual) {
+  ComposedState state;
+  state.hidden = branch;
+  state.input = residual;
+  state.residual = residual;
+  state.is_branch = true;
+  state = compose(tree, state);
+  if (!state.last) {
+    refuse("the adapters library finds no adapter that comes last, and cannot run it");
+  }
+  // post_forward; the model adds the residual and takes the norm.
+  return config_of(*state.last).is_parallel ? graph_.insert(c10::aten::add, {state.hidden, branch}) : state.hidden;
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,127 @@
+#include <torchgraft/patch/insert/compose_lora.h>
+
+#include <torchgraft/patch/insert/row_functions.h>
+
+namespace torchgraft {
+
+using torch::jit::NamedValue;
+using torch::jit::Node;
+using torch::jit::Value;
+
+void check_composed_loras(const ComposedSite& site, const LinearSite& linear) {
+  const std::string begin = "compose: '" + site.name + "': ";
+  const std::string& first = site.parts.begin()->first;
+  TORCH_CHECK(!linear.is_part, begin, "the LoRA of '", first, "' is at ", site.place,
+              ", a projection that is packed with others, where the adapters library has no compositions");
+  TORCH_CHECK(linear.elsewhere.empty(), begin, "the LoRA of '", first, "' is at ", site.place,
+              ", a projection that the model applies to relative positions, too, which all rows share; no composition "
+              "supports that yet");
+  for (const auto& [name, part] : site.parts) {
+    const auto& lora = std::get<PlannedLoRA>(part.module->method);
+    TORCH_CHECK(!lora.config.lora_bias, begin, "the LoRA of '", name,
+                "' has a bias, as only PEFT has it, and PEFT has no compositions; use it alone");
+  }
+}
+
+Value* LoraComposer::gate(const ComposedPart& part, Value* x) {
+  if (part.slot->gates[part.adapter] == 0) {
+    return nullptr;
+  }
+  Value* module = inserter_.slot_module(*part.slot);
+  RowFunctions rows(graph_, inserter_.adapter_ids(), inserter_.active());
+  Value* gate = rows.pooled(x, inserter_.parameter(*part.slot, module, "gate_weight"),
+                            inserter_.parameter(*part.slot, module, "gate_bias"), graph_.insertConstant(c10::IValue()));
+  gate = graph_.insert(c10::aten::narrow, {gate, 1, 0, part.slot->gates[part.adapter]});
+  add_gate(part, gate);
+  return gate;
+}
+
+// The forward of LoRA and IA3: the gate reads the layer's input, the rest what an earlier adapter has made.
+ComposedState LoraComposer::single(const ComposedPart& part, ComposedState state) {
+  const Inserter::OneAdapter guard(inserter_, part.adapter);
+  const Slot& slot = *part.slot;
+  const auto& planned = std::get<PlannedLoRA>(part.module->method);
+  Value* module = inserter_.slot_module(slot);
+  const auto of = [&](const char* name) { return inserter_.parameter(slot, module, name); };
+  Value* own_gate = gate(part, state.input);
+  const auto gated = [&](Value* value) {
+    return own_gate ? graph_.insert(c10::aten::mul, {value, graph_.insert(c10::aten::unsqueeze, {own_gate, -1})})
+                    : value;
+  };
+  if (slot.lora == LoRAForm::kScale) {
+    Value* adapter = inserter_.active();
+    Value* vector = graph_.insert(c10::aten::select, {of("lora_b"), 0, adapter});  // [out, 1]
+    vector = graph_.insert(c10::aten::narrow, {vector, 0, 0, planned.out_features});
+    vector = graph_.insert(c10::aten::mul, {vector, graph_.insert(c10::aten::select, {of("scaling"), 0, adapter})});
+    vector = graph_.insert(c10::aten::view, {vector, std::vector<int64_t>{1, 1, planned.out_features}});
+    state.tokens = state.hidden ? state.tokens : 1;
+    state.hidden = gated(state.hidden ? graph_.insert(c10::aten::mul, {state.hidden, vector}) : vector);
+    return state;
+  }
+  if (state.hidden && planned.in_features != planned.out_features) {
+    refuse("a LoRA behind another reads what that has made, so that the adapters library needs a square weight; got " +
+           std::to_string(planned.in_features) + " features in and " + std::to_string(planned.out_features) + " out");
+  }
+  Value* x = state.hidden ? state.hidden : state.input;
+  x = slot.dropout > 0.0 ? inserter_.dropped(slot, x) : x;
+  Value* zeros = graph_.insert(c10::aten::zeros_like, {state.hidden ? state.hidden : state.residual});
+  Node* op = inserter_.call(
+      "gated_lora",
+      {NamedValue(x), NamedValue(zeros), NamedValue(of("lora_a")), NamedValue(of("lora_b")), NamedValue(of("scaling"))},
+      {{"adapter_ids", inserter_.adapter_ids()}, {"adapter", inserter_.active()}});
+  state.hidden = gated(op->outputs()[0]);
+  return state;
+}
+
+void LoraComposer::check_are_alike(const std::vector<ComposedState>& states, const char* block) const {
+  for (const ComposedState& state : states) {
+    if (state.tokens != states.front().tokens) {
+      refuse(std::string("the adapters library cannot join what (IA)^3 and a LoRA make, as this ") + block +
+             " does; compose adapters of one kind");
+    }
+  }
+}
+
+ComposedState LoraComposer::joined_rows(const std::vector<ComposedState>& states) {
+  check_are_alike(states, "BatchSplit");
+  return Composer::joined_rows(states);
+}
+
+ComposedState LoraComposer::mean(const std::vector<ComposedState>& states, const std::vector<double>& shares) {
+  check_are_alike(states, "Average");
+  ComposedState result = states.front();
+  std::vector<Value*> values;
+  for (const ComposedState& state : states) {
+    if (!state.hidden) {
+      refuse("an adapter of an Average does nothing there, which the adapters library cannot run");
+    }
+    values.push_back(state.hidden);
+  }
+  result.hidden = sum(values, shares);
+  return result;
+}
+
+Value* LoraComposer::operator()(const Composition& tree, Value* x, Value* base) {
+  ComposedState state;
+  state.input = x;
+  state.residual = base;
+  state = compose(tree, state);
+  if (!state.last || !state.hidden) {
+    refuse("the adapters library finds no adapter that comes last, and cannot run it");
+  }
+  const Slot& slot = *state.last->slot;
+  if (slot.lora == LoRAForm::kScale) {
+    return graph_.insert(c10::aten::mul, {base, state.hidden});
+  }
+  Value* result = graph_.insert(c10::aten::add, {base, state.hidden});
+  if (slot.lora == LoRAForm::kAdd) {
+    return result;
+  }
+  const Inserter::OneAdapter guard(inserter_, state.last->adapter);
+  Value* module = inserter_.slot_module(slot);
+  const auto of = [&](const char* name) { return inserter_.parameter(slot, module, name); };
+  RowFunctions rows(graph_, inserter_.adapter_ids(), inserter_.active());
+  return rows.with_magnitude(result, of("magnitude"), of("weight_norm"), of("fixed"));
+}
+
+}  // namespace torchgraft

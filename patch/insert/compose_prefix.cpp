@@ -1,0 +1,76 @@
+#include <torchgraft/patch/insert/compose_prefix.h>
+
+#include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/insert/row_functions.h>
+
+#include <torch/csrc/jit/ir/constants.h>
+
+namespace torchgraft {
+
+using torch::jit::Value;
+
+ComposedState PrefixComposer::single(const ComposedPart& part, ComposedState state) {
+  const Inserter::OneAdapter guard(inserter_, part.adapter);
+  const Slot& slot = *part.slot;
+  const int64_t length = std::get<PlannedPrefix>(part.module->method).config.prefix_length;
+  Value* module = inserter_.slot_module(slot);
+  const auto own = [&](const char* name) {
+    Value* row = graph_.insert(c10::aten::narrow, {inserter_.parameter(slot, module, name), 0, inserter_.active(), 1});
+    return graph_.insert(c10::aten::narrow, {row, 2, 0, length});
+  };
+  Value* key = own("prefix_key");
+  Value* value = own("prefix_value");
+  const int64_t gates = slot.gates[part.adapter];
+  if (gates > 0) {
+    RowFunctions rows(graph_, inserter_.adapter_ids(), inserter_.active());
+    Value* gate = rows.pooled(state.input, inserter_.parameter(slot, module, "gate_weight"),
+                              inserter_.parameter(slot, module, "gate_bias"), graph_.insertConstant(c10::IValue()));
+    gate = graph_.insert(c10::aten::narrow, {gate, 1, 0, gates});
+    add_gate(part, gate);
+    const auto scaled = [&](Value* prefix, int64_t column) {
+      Value* factor = graph_.insert(c10::aten::narrow, {gate, 1, column, 1});
+      factor = graph_.insert(c10::aten::view, {factor, std::vector<int64_t>{-1, 1, 1, 1}});
+      return graph_.insert(c10::aten::mul, {prefix, factor});
+    };
+    key = scaled(key, 0);
+    value = scaled(value, gates - 1);
+  } else {
+    // One for each row, so that prefixes with and without gates can be joined.
+    Value* count = graph_.insert(c10::aten::size, {state.input, 0});
+    static const auto repeat = compile_graph(R"python(
+def of_rows(prefix: Tensor, rows: int) -> Tensor:
+    return prefix.expand([rows, prefix.size(1), prefix.size(2), prefix.size(3)])
+)python",
+                                             "of_rows");
+    key = torch::jit::insertGraph(graph_, *repeat, {key, count})[0];
+    value = torch::jit::insertGraph(graph_, *repeat, {value, count})[0];
+  }
+  state.tokens += length;
+  state.hidden = state.hidden ? joined({key, state.hidden}, 2) : key;
+  state.residual = state.residual ? joined({value, state.residual}, 2) : value;
+  return state;
+}
+
+// The library pads to the longest prefix, and lets rows see what it pads with.
+ComposedState PrefixComposer::joined_rows(const std::vector<ComposedState>& states) {
+  for (const ComposedState& state : states) {
+    if (state.tokens != states.front().tokens) {
+      refuse(
+          "the adapters of a BatchSplit have prefixes of different lengths, which the adapters library fills up "
+          "with keys that rows see; give them one prefix_length");
+    }
+  }
+  return Composer::joined_rows(states);
+}
+
+std::pair<Value*, Value*> PrefixComposer::operator()(const Composition& tree, Value* x) {
+  ComposedState state;
+  state.input = x;
+  state = compose(tree, state);
+  if (!state.hidden) {
+    refuse("no prefix is left there");
+  }
+  return {state.hidden, state.residual};
+}
+
+}  // namespace torchgraft

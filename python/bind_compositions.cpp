@@ -1,0 +1,49 @@
+#include "binding.h"
+
+#include <torchgraft/config/composition.h>
+#include <torchgraft/patch/compose.h>
+#include <torchgraft/patch/fusion.h>
+
+#include <torch/csrc/jit/python/pybind.h>
+
+#include <string>
+#include <vector>
+
+namespace py = pybind11;
+
+namespace torchgraft_python {
+
+using torch::jit::Module;
+
+void bind_compositions(py::module_& m) {
+  m.def("compose", [](const Module& module, const std::string& name, const std::string& composition, bool verify,
+                      const Example& example) {
+    const auto verifying = verifying_of(module, verify, example);
+    return with_warnings(
+        [&] { return torchgraft::compose(module, name, torchgraft::composition_from_json(composition), verifying); });
+  });
+  m.def("composition_from_string", [](const std::string& text) {
+    return torchgraft::composition_to_json(torchgraft::composition_from_string(text));
+  });
+  m.def("normalised_composition", [](const std::string& json) {
+    return torchgraft::composition_to_json(torchgraft::normalised(torchgraft::composition_from_json(json)));
+  });
+  m.def(
+      "load_adapter_fusion",
+      [](const Module& module, const std::string& config, const torchgraft::StateDict& weights,
+         const std::string& name) {
+        return torchgraft::load_adapter_fusion(module, torchgraft::fusion_config_from_json(config), weights, name);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def("save_adapter_fusion", &torchgraft::save_adapter_fusion, py::call_guard<py::gil_scoped_release>());
+  m.def("remove_adapter_fusion", &torchgraft::remove_adapter_fusion, py::call_guard<py::gil_scoped_release>());
+  m.def("list_adapter_fusions", [](const Module& module) {
+    std::vector<std::string> names;
+    for (const torchgraft::FusionConfig& config : torchgraft::list_adapter_fusions(module)) {
+      names.push_back(config.name);
+    }
+    return names;
+  });
+}
+
+}  // namespace torchgraft_python

@@ -1,0 +1,108 @@
+"""Saves compositions to directories of AdapterHub (adapter_setup.json beside a directory for each adapter), and loads
+them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ._libraries import patcher
+from ._reading import parse_json, read_text
+from .checkpoints import check_replaces, load_adapter, save_adapter
+from .composition import adapters_of, compose
+from .errors import GraftError
+from .grafting import names_of
+from .life import list_adapters
+
+SETUP_FILE = "adapter_setup.json"
+_VERSION = "adapters.1.3.0"  # the format is that library's
+
+
+def save_adapter_setup(
+    module: torch.jit.ScriptModule,
+    name: str,
+    directory: str | Path,
+    safetensors: bool = True,
+    overwrite: bool = False,
+) -> None:
+    """Writes a composition and its adapters into a directory that load_adapter_setup() of this package and of
+    `adapters==1.3.0` read.
+
+    The directory gets adapter_setup.json and, for each adapter, a directory of its name, as save_adapter() writes it.
+    adapter_setup.json comes last.
+
+    Args:
+        module: a grafted module with the composition.
+        name: the composition's name. The files do not hold it.
+        directory: where to write.
+        safetensors, overwrite: as for save_adapter().
+
+    Raises:
+        GraftError: the module has no such composition, the directory holds other adapters, or it cannot be written.
+    """
+    found = {info.name: info for info in list_adapters(module)}
+    if name not in found or not found[name].composition:
+        what = f"'{name}' is an adapter; see save_adapter" if name in found else f"no composition is called '{name}'"
+        raise GraftError(f"save_adapter_setup: {what}")
+    tree = parse_json(found[name].config, name)
+    parts = adapters_of(tree)
+    for part in parts:
+        _check_folder(part, "save_adapter_setup")
+        if not overwrite:
+            check_replaces(Path(directory) / part, part)
+    for part in parts:
+        save_adapter(module, part, Path(directory) / part, safetensors, overwrite=overwrite)
+    text = json.dumps({"adapter_setup": tree, "head_setup": None, "version": _VERSION}, indent=2)
+    patcher().update_directory(str(directory), {SETUP_FILE: text.encode()}, [], SETUP_FILE)
+
+
+def load_adapter_setup(
+    module: torch.jit.ScriptModule, directory: str | Path, name: str | None = None, *, verify: bool = True,
+    example: Any = None,
+) -> torch.jit.ScriptModule:  # fmt: skip
+    """Returns a copy of `module` that has the composition of a directory, and its adapters.
+
+    Args:
+        module: a TorchScript Transformer, grafted or not. Adapters of the same names are replaced.
+        directory: what save_adapter_setup() wrote, here or in the `adapters` library.
+        name: the composition's name in the result. None: the directory's.
+        verify, example: as for compose().
+
+    Raises:
+        GraftError: a file is missing or damaged, an adapter does not fit the module, the name is taken, or the
+            directory has heads of its own (head_setup), which load_adapter() of the head's directory reads.
+    """
+    path = Path(directory) / SETUP_FILE
+    tree = _read_setup(path)
+    name = Path(directory).resolve().name if name is None else name
+    if name in names_of(module):
+        raise GraftError(f"load_adapter_setup: the module has '{name}' already; give the composition another name")
+    for part in adapters_of(tree):
+        _check_folder(part, str(path))
+        module = load_adapter(module, Path(directory) / part, part)
+    return compose(module, name, tree, verify=verify, example=example)
+
+
+def _read_setup(path: Path) -> dict[str, Any]:
+    """Returns the tree of an adapter_setup.json, with the weights of each Average divided by their sum, as the library
+    does when it reads them."""
+    try:
+        setup = parse_json(read_text(path), path)
+    except OSError as error:
+        raise GraftError(f"{path}: cannot read the adapter setup ({error.strerror})") from error
+    if not isinstance(setup, dict) or "adapter_setup" not in setup:
+        raise GraftError(f'{path}: expected an object with "adapter_setup"')
+    if unknown := [key for key in setup if key not in ("adapter_setup", "head_setup", "version")]:
+        raise GraftError(f"{path}: the key '{unknown[0]}' is not known")
+    if setup.get("head_setup"):
+        raise GraftError(
+            f"{path}: it has heads of its own (head_setup), which no composition takes; save it without head_setup"
+        )
+    text = patcher().normalised_composition(json.dumps(setup["adapter_setup"]))
+    return parse_json(text, path)
+
+
+def _check_folder(name: str, what: str) -> None:
+    if not name or "/" in name or "\0" in name or name in (".", ".."):
+        raise GraftError(f"{what}: the adapter '{name}' cannot have a directory of its name; rename it")

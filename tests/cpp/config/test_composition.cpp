@@ -1,0 +1,97 @@
+#include <torchgraft/config/composition.h>
+
+#include <c10/util/Exception.h>
+#include <gtest/gtest.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace torchgraft {
+namespace {
+
+std::string error_of(const std::string& text) {
+  try {
+    composition_from_string(text);
+  } catch (const c10::Error& error) {
+    return error.what_without_backtrace();
+  }
+  return "";
+}
+
+TEST(Composition, TextAndJsonGoBothWays) {
+  for (const std::string text :
+       {"Stack(en, ner)", "Stack(en, Average(a, b), Split(c, d, splits=[3,4]))",
+        "BatchSplit(a, Stack(b, c), batch_sizes=[1,2])", "Average(a, b, weights=[0.25,0.75])",
+        "Average(a, b, weights=[1.0,2.0], normalize_weights=False)", "Stack('two words', Fuse(a, b, name='a name'))"}) {
+    const Composition composition = composition_from_string(text);
+    EXPECT_EQ(composition_to_string(composition), text);
+    EXPECT_EQ(composition_to_string(composition_from_json(composition_to_json(composition))), text);
+  }
+}
+
+TEST(Composition, NumbersAreThoseOfTheLibrarysConstructors) {
+  EXPECT_EQ(composition_from_string("Average(a, b, weights=[1, 3])").weights, (std::vector<double>{0.25, 0.75}));
+  EXPECT_EQ(composition_from_string("Average(a, b)").weights, (std::vector<double>{0.5, 0.5}));
+  EXPECT_EQ(composition_from_string("Split(a, b, splits=4)").sizes, (std::vector<int64_t>{4, 4}));
+  EXPECT_EQ(composition_to_string(composition_from_string(" en ")), "Stack(en)");
+}
+
+TEST(Composition, NamesOfAdapters) {
+  const Composition composition = composition_from_string("Stack(a, Fuse(b, Stack(c, a)), d)");
+  EXPECT_EQ(adapters_in(composition), (std::vector<std::string>{"a", "b", "c", "d"}));
+  EXPECT_EQ(first_adapter(composition.children[1]), "b");
+  EXPECT_EQ(last_adapter(composition.children[1]), "a");
+  EXPECT_EQ(fusion_name(composition.children[1]), "b,a");
+  const Composition renamed = with_renamed(composition, "a", "x");
+  EXPECT_EQ(composition_to_string(renamed), "Stack(x, Fuse(b, Stack(c, x), name='b,a'), d)");
+}
+
+TEST(Composition, WhatTheLibraryRefusesIsNamed) {
+  const std::vector<std::pair<std::string, std::string>> wrong = {
+      {"Stack(Stack(a, b), c)", "cannot nest Stack(a, b) inside Stack"},
+      {"Fuse(a, Average(b, c))", "cannot nest Average(b, c) inside Fuse"},
+      {"Average(Stack(a, Average(b, c)), d)", "too deep"},
+      {"Split(a, Split(b, Split(c, d, splits=1), splits=2), splits=4)", "too deep"},
+      {"Stack()", "Stack has no adapters"},
+      {"Average(a, b, weights=[1])", "as many weights"},
+      {"Average(a, b, weights=[1, -1])", "sum to 0"},
+      {"Split(a, b)", "splits with a number for each of the 2 children"},
+      {"BatchSplit(a, b, batch_sizes=[1, -2])", "batch_sizes from 0 to 2^31, got -2"},
+      {"Stack(a, b", "a comma or a closing bracket"},
+      {"Stack(a b)", "a comma or a closing bracket"},
+      {"Stack(a) b", "nothing more"},
+      {"Stack(a, 'b)", "a quote that ends"},
+      {"", "the name of an adapter"},
+      {"Heap(a)", "no block is called 'Heap'"},
+      {"Stack(a, splits=3)", "Stack has no argument 'splits'"}};
+  for (const auto& [text, message] : wrong) {
+    EXPECT_NE(error_of(text).find(message), std::string::npos) << text << ": " << error_of(text);
+  }
+  EXPECT_NE(error_of("Stack(" + std::string(100000, '(')).find("composition"), std::string::npos);
+  std::string deep = "a";
+  for (int i = 0; i < 5000; ++i) {
+    deep = "Stack(" + deep + ")";
+  }
+  EXPECT_NE(error_of(deep).find("fewer levels"), std::string::npos);
+  std::string wide = "Stack(a";
+  for (int i = 0; i < 64; ++i) {
+    wide += ", a";
+  }
+  EXPECT_NE(error_of(wide + ")").find("at most 64 adapters"), std::string::npos);
+}
+
+TEST(Composition, JsonIsReadByAnAllowList) {
+  for (const std::string json : {R"({"type": "Stack"})", R"({"type": "Stack", "children": [], "more": 1})",
+                                 R"({"type": "Stack", "children": ["a"]})",
+                                 R"({"type": "Stack", "children": [{"type": "single", "children": [1]}]})",
+                                 R"({"type": "single", "children": ["a"]})",
+                                 R"({"type": "Heap", "children": [{"type": "single", "children": ["a"]}]})",
+                                 R"({"type": "Stack", "children": [{"type": "single", "children": ["a"]}],
+                                     "kwargs": {"weights": [1]}})"}) {
+    EXPECT_THROW(composition_from_json(json), c10::Error) << json;
+  }
+}
+
+}  // namespace
+}  // namespace torchgraft

@@ -1,0 +1,70 @@
+"""Compositions on every architecture that `adapters==1.3.0` supports: equal to the library, or refused with it."""
+
+import functools
+import inspect
+
+import adapters.composition as library
+import pytest
+import torch
+from adapters.context import ForwardContext
+
+import torchgraft
+from case import METHODS, Case
+from hugging_face_cases import CASES
+from oracle import TOLERANCE, difference
+from oracle_reference import _prepared
+
+DTYPE = torch.float64
+BLOCKS = {
+    "bottlenecks": ("Stack", "double_seq_bn", "mam"),
+    "loras": ("Stack", "lora_all", "unipelt"),
+    "prefixes": ("Stack", "mam", "prefix_gated"),
+    "average": ("Average", "lora_all", "lora_all"),
+}
+# What the library runs and torchgraft refuses, by the end of the case's name: positions have projections of their own.
+REFUSED = {("deberta_v2_shared_eager", "loras"), ("deberta_v2_shared_eager", "average")}
+
+
+def block_of(kind: str, names: dict[str, str], module) -> object:
+    block, *methods = BLOCKS[kind]
+    return getattr(module, block)(*[names[method] for method in methods])
+
+
+@functools.cache
+def bank(name: str) -> torch.jit.ScriptModule:
+    case = CASES[name]
+    methods = [method for method in METHODS if method not in case.without]
+    return case.reference.graft(case.to_script("traced", DTYPE), methods, DTYPE)
+
+
+@torch.no_grad()
+def expected(case: Case, kind: str, arguments: tuple) -> torch.Tensor:
+    prepared = _prepared(case.reference, DTYPE)
+    names = {method: prepared.adapter(method).name for method in BLOCKS[kind][1:]}
+    prepared.model.set_active_adapters(block_of(kind, names, library))
+    named = dict(zip(inspect.signature(prepared._positional.forward).parameters, arguments, strict=True))
+    with ForwardContext(prepared.model, **named):
+        return prepared._positional(*arguments)
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("name", CASES)
+def test_compositions_equal_the_library(name: str, kind: str) -> None:
+    case = CASES[name]
+    if any(method in case.without for method in BLOCKS[kind][1:]):
+        pytest.skip("the library has no such adapter here")
+    block = block_of(kind, {method: method for method in METHODS}, torchgraft)
+    arguments = case.arguments(DTYPE, 1)
+    try:
+        wanted = expected(case, kind, arguments)
+    except Exception:
+        wanted = None
+    if wanted is None or (name, kind) in REFUSED:
+        with pytest.raises(torchgraft.GraftError, match="compose: 'c'"):
+            torchgraft.compose(bank(name), "c", block, verify=False)
+        return
+    module = torchgraft.compose(bank(name), "c", block, verify=False)
+    module.activate("c")
+    with torch.no_grad():
+        found = case.hidden(module(*arguments))
+    assert difference(found, wanted) <= TOLERANCE[DTYPE]
