@@ -153,6 +153,7 @@ std::optional<int64_t> saved_prefix_heads(std::string_view text) {
 
 AdapterConfig config_from_json(std::string_view text) {
   const Json json = parse_json(text, "config");
+  check_texts(json, "config");
   // adapter_config.json wraps the config: {"config": {...} or "name", "hidden_size": ..., "model_type": ...}.
   const bool wrapped = json.is_object() && json.contains("config");
   const Json inner = wrapped ? json.at("config") : json;

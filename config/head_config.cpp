@@ -43,6 +43,7 @@ bool is_known_head(std::string_view text) {
 
 HeadConfig head_config_from_json(std::string_view text) {
   const Json whole = parse_json(text, "head");
+  check_texts(whole, "head");
   TORCH_CHECK(whole.is_object() && whole.contains("config") && whole.at("config").is_object(),
               "head: expected JSON with an object \"config\", as AdapterHub's head_config.json");
   HeadConfig config = json::read_config(whole.at("config"), "HeadConfig", HeadConfig{},

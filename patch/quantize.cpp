@@ -10,6 +10,7 @@
 #include <torchgraft/patch/module/methods.h>
 #include <torchgraft/patch/module/module_of_graph.h>
 #include <torchgraft/patch/module/quantized_maps.h>
+#include <torchgraft/patch/module/rename_names.h>
 
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
@@ -107,7 +108,9 @@ void warn_of_dropped(const Module& module) {
 // The adapters of `grafted` on `base`, a module with the same layers.
 Module regrafted(const Module& grafted, const Module& base) {
   const Draft old = open_grafted(grafted, "quantize");
-  Draft result = open_draft(base, old.options);
+  GraftOptions options = old.options;
+  options.rename = names_in(base, options.rename);  // it has not all that the module's own base had
+  Draft result = open_draft(base, options);
   const size_t wanted = old.sites.structure.layers.size();
   const size_t found = result.sites.structure.layers.size();
   TORCH_INTERNAL_ASSERT(found == wanted, "the int8 base has ", found, " layers, the module ", wanted);
@@ -126,9 +129,8 @@ Quantized quantize(const Module& module, const QuantizeOptions& options) {
   std::transform(base.maps.begin(), base.maps.end(), std::back_inserter(result.maps), report_of);
   if (is_grafted(module)) {
     result.module = regrafted(module, result.module);
-  } else {
-    warn_of_dropped(module);
   }
+  warn_of_dropped(is_grafted(module) ? base_copy(module) : module);
   return result;
 }
 

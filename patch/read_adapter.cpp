@@ -40,7 +40,9 @@ std::string saved_name(const std::string& path, const std::string& text) {
   const auto json = parse_json(text, path);
   TORCH_CHECK(json.is_object() && json.contains("name") && json.at("name").is_string(), path,
               ": expected a JSON object with a text \"name\"");
-  return json.at("name").get<std::string>();
+  const std::string name = json.at("name").get<std::string>();
+  check_text(name, path + ": \"name\"");
+  return name;
 }
 
 std::optional<HeadSpec> read_head(const std::string& directory, uint64_t most_weight_bytes) {

@@ -87,6 +87,45 @@ void say_subtraction(Json& config) {
   }
 }
 
+bool is_file_there(const std::string& path) {
+  std::error_code error;
+  return std::filesystem::exists(std::filesystem::symlink_status(path, error));
+}
+
+// Whose adapter an adapter_config.json says it is.
+std::string owner_in(const std::string& path) {
+  try {
+    const auto json = parse_json(read_text(path, kLongestConfig), path);
+    if (json.is_object() && json.contains("name") && json.at("name").is_string()) {
+      return "the adapter '" + json.at("name").get<std::string>() + "'";
+    }
+  } catch (const c10::Error&) {
+  }
+  return "something else than an adapter of AdapterHub";
+}
+
+// What a directory holds, in words; `wanted` when that is what it holds, or when it has none of the files that an
+// adapter replaces or removes.
+std::string owner_of(const std::string& directory, const std::string& wanted) {
+  const std::string config = directory + "/" + kConfigFile;
+  const std::vector<std::string> staged = DirectoryUpdate::staged_markers(directory, kConfigFile);
+  if (is_file_there(config)) {
+    return owner_in(config);
+  }
+  for (const std::string& path : staged) {  // a save that was killed says whose the other files are
+    const std::string owner = owner_in(path);
+    if (owner != wanted && is_file_there(path)) {
+      return owner;
+    }
+  }
+  for (const char* file : {kWeightsFile, kPickledWeightsFile, kHeadConfigFile, kHeadWeightsFile, kPickledHeadFile}) {
+    if (staged.empty() && is_file_there(directory + "/" + file)) {
+      return c10::str("files of an adapter (", file, ") without an ", kConfigFile);
+    }
+  }
+  return wanted;
+}
+
 }  // namespace
 
 AdapterFiles adapter_files(const Module& module, const std::string& name, const std::string& model_class) {
@@ -131,29 +170,20 @@ AdapterFiles adapter_files(const Module& module, const std::string& name, const 
 }
 
 void check_replaces(const std::string& directory, const std::string& name) {
-  const std::string path = directory + "/" + kConfigFile;
-  if (std::error_code error; !std::filesystem::exists(std::filesystem::symlink_status(path, error))) {
-    return;
-  }
-  std::string found = "something else than an adapter of AdapterHub";
-  try {
-    const auto json = parse_json(read_text(path, kLongestConfig), path);
-    if (json.is_object() && json.contains("name") && json.at("name").is_string()) {
-      found = "the adapter '" + json.at("name").get<std::string>() + "'";
-    }
-  } catch (const c10::Error&) {
-  }
-  TORCH_CHECK(found == "the adapter '" + name + "'", "save_adapter: ", directory, " holds ", found, " already, not '",
-              name, "'; give another directory, or overwrite=True (torchgraft save --force) to replace it");
+  const std::string wanted = "the adapter '" + name + "'";
+  const std::string found = owner_of(directory, wanted);
+  TORCH_CHECK(found == wanted, "save_adapter: ", directory, " holds ", shown_text(found), " already, not '",
+              shown_text(name), "'; give another directory, or overwrite=True (torchgraft save --force) to replace it");
 }
 
 void save_adapter(const Module& module, const std::string& name, const std::string& directory,
                   const std::string& model_class, bool overwrite) {
   const AdapterFiles files = adapter_files(module, name, model_class);
-  if (!overwrite) {
-    check_replaces(directory, name);
-  }
-  DirectoryUpdate update(directory);
+  DirectoryUpdate update(directory, kConfigFile, [&] {
+    if (!overwrite) {
+      check_replaces(directory, name);
+    }
+  });
   std::vector<std::string> obsolete = {kPickledWeightsFile, kPickledHeadFile};  // the library would read those
   update.stage(kWeightsFile, [&](const std::string& path) { write_safetensors(files.weights, path); });
   if (!files.head_config.empty()) {
@@ -163,7 +193,7 @@ void save_adapter(const Module& module, const std::string& name, const std::stri
     obsolete.insert(obsolete.end(), {kHeadConfigFile, kHeadWeightsFile});
   }
   update.stage(kConfigFile, files.config);
-  update.commit(kConfigFile, obsolete);
+  update.commit(obsolete);
 }
 
 Module load_adapter(const Module& module, const AdapterSpec& spec) {

@@ -28,12 +28,14 @@ TORCHGRAFT_PATCH_API AdapterFiles adapter_files(const torch::jit::Module& module
 // model_head.safetensors. Writes all of them or, when it throws, none. Removes other files of an earlier adapter, and
 // those that the library would read instead. Makes the directory if need be. A process that is killed meanwhile leaves
 // the old adapter, the new one or, for the instant of renaming, no adapter_config.json. Throws c10::Error when the
-// directory holds an adapter of another name, unless `overwrite` says that it may go.
+// directory holds an adapter of another name, or files that an adapter replaces and no adapter_config.json that says
+// whose they are, unless `overwrite` says that they may go.
 TORCHGRAFT_PATCH_API void save_adapter(const torch::jit::Module& module, const std::string& name,
                                        const std::string& directory, const std::string& model_class = "",
                                        bool overwrite = false);
 
-// Throws c10::Error when `directory` holds another adapter than `name`: an adapter_config.json that does not say so.
+// Throws c10::Error when `directory` holds another adapter than `name`: an adapter_config.json that does not say so, or
+// files of an adapter without one.
 TORCHGRAFT_PATCH_API void check_replaces(const std::string& directory, const std::string& name);
 
 // Returns a copy of `module`, grafted or not, to which the directory's adapter is added, or in which it replaces the

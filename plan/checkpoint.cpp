@@ -1,6 +1,7 @@
 #include <torchgraft/plan/checkpoint.h>
 
 #include <torchgraft/plan/reft_weights.h>
+#include <torchgraft/registration/parse_json.h>
 
 #include <ATen/ATen.h>
 
@@ -125,7 +126,7 @@ std::string names_in(const StateDict& state) {
       names.insert(parsed->name);
     }
   }
-  return c10::Join(", ", names);
+  return shown_text(c10::Join(", ", names));
 }
 
 // With ln_before the library's down projection is a sequence of layer norm and linear map, and the norm has a second
@@ -198,6 +199,7 @@ Checkpoint sort_checkpoint(const StateDict& state, const std::string& name) {
   std::map<std::string, size_t> modules;  // path and container -> index
   const bool two_pools = has_two_pools(state);
   for (const auto& [key, tensor] : state) {
+    check_text(key, "adapter weights");
     const auto parsed = parse(key);
     if (parsed && parsed->name == name && parsed->container == kShared) {
       checkpoint.shared[join(parsed->parameter.begin(), parsed->parameter.end())] = {key, tensor};

@@ -98,6 +98,7 @@ Entry parse_entry(const std::string& path, const std::string& name, const Json& 
 std::vector<Entry> parse_entries(const std::string& path, const Json& header, uint64_t data_size) {
   std::vector<Entry> entries;
   for (const auto& [name, json] : header.items()) {
+    check_text(name, path + ": its header");
     if (name != "__metadata__") {
       entries.push_back(parse_entry(path, name, json, data_size));
     }

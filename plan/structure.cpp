@@ -154,7 +154,10 @@ Layer layer_from_json(const OrderedJson& json, size_t position) {
   const FieldReader reader(json, name);
   static const OrderedJson kKnown = to_json(Layer{});
   for (const auto& [field, value] : json.items()) {
-    TORCH_CHECK(kKnown.contains(field), name, ": there is no field \"", field, "\"");
+    TORCH_CHECK(kKnown.contains(field), name, ": there is no field \"", shown_text(field), "\"");
+    if (field != "notes") {  // which nobody reads
+      check_texts(value, name + ": \"" + field + "\"");
+    }
   }
   Layer layer;
   layer.index = reader.get<int64_t>("index");

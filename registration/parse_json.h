@@ -51,10 +51,10 @@ inline std::string json_fault(std::string_view message) {
   return fault;
 }
 
-// A value for a message. A long one is cut, but not within a character.
-template <typename Json>
-std::string shown_json(const Json& value, size_t longest = 200) {
-  std::string text = value.dump(-1, ' ', false, Json::error_handler_t::replace);
+constexpr size_t kLongestShown = 200;  // bytes
+
+// A stranger's text (a name, a key, a path) for a message. A long one is cut, but not within a character.
+inline std::string shown_text(std::string text, size_t longest = kLongestShown) {
   if (text.size() <= longest) {
     return text;
   }
@@ -63,6 +63,35 @@ std::string shown_json(const Json& value, size_t longest = 200) {
     --longest;
   }
   return text.substr(0, longest) + "...";
+}
+
+// The same of a value.
+template <typename Json>
+std::string shown_json(const Json& value, size_t longest = kLongestShown) {
+  return shown_text(value.dump(-1, ' ', false, Json::error_handler_t::replace), longest);
+}
+
+// Names, keys and values that are texts. What is longer is nothing that anybody wrote, and errors repeat it.
+constexpr size_t kLongestText = 1000;  // bytes
+
+inline void check_text(const std::string& text, const std::string& source) {
+  TORCH_CHECK(text.size() <= kLongestText, source, ": expected texts of at most ", kLongestText, " bytes, got one of ",
+              text.size(), ": ", shown_text(text));
+}
+
+// Throws c10::Error when a key or a text in `value` is too long.
+template <typename Json>
+void check_texts(const Json& value, const std::string& source) {
+  if (value.is_string()) {
+    check_text(value.template get<std::string>(), source);
+  }
+  if (!value.is_structured()) {
+    return;
+  }
+  for (const auto& [key, inner] : value.items()) {
+    check_text(key, source);
+    check_texts(inner, source);
+  }
 }
 
 // Parses `text`. Throws c10::Error that begins with `source` (a file, a request) when it is not JSON, has a number

@@ -6,6 +6,7 @@
 #include <torchgraft/plan/phm.h>
 #include <torchgraft/plan/reft_weights.h>
 #include <torchgraft/plan/reparametrisation.h>
+#include <torchgraft/registration/parse_json.h>
 
 #include <algorithm>
 
@@ -14,8 +15,10 @@ namespace torchgraft {
 void check_name(const std::string& name, const std::vector<Adapter>& taken) {
   // Keys of weights have the name between two dots. Control characters would break lines of errors and listings.
   const bool has_any = std::any_of(name.begin(), name.end(), [](unsigned char c) { return c == '.' || c < ' '; });
-  TORCH_CHECK(!name.empty() && !has_any, "graft: '", name,
-              "' cannot be an adapter's name: use a text without dots and control characters");
+  constexpr size_t kLongest = 255;
+  TORCH_CHECK(!name.empty() && !has_any && name.size() <= kLongest, "graft: '", shown_text(name),
+              "' cannot be an adapter's name: use a text of at most ", kLongest,
+              " bytes without dots and control characters");
   for (const Adapter& adapter : taken) {
     TORCH_CHECK(adapter.name != name, "graft: the module already has an adapter '", name, "'; choose another name");
   }

@@ -236,6 +236,22 @@ std::string active_name(const Module& grafted) {
   return active.isNone() ? "" : active.toStringRef();
 }
 
+WhileActive::WhileActive(Module grafted, const std::string& name) : grafted_(std::move(grafted)) {
+  if (name.empty()) {
+    return;
+  }
+  before_ = active_name(grafted_);
+  grafted_.get_method("activate")({name});
+}
+
+WhileActive::~WhileActive() {
+  if (before_ && before_->empty()) {
+    grafted_.get_method("deactivate")({});
+  } else if (before_) {
+    grafted_.get_method("activate")({*before_});
+  }
+}
+
 void add_methods(Module& module, const std::shared_ptr<Graph>& grafted_graph, const HeadInputs& heads) {
   const Function& forward = module.get_method("forward").function();
   const FunctionSchema schema = forward.getSchema();

@@ -4,6 +4,7 @@
 #include <torch/csrc/jit/ir/ir.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 
 namespace torchgraft {
@@ -19,6 +20,20 @@ void check_grafted(const torch::jit::Module& module, const char* what);
 
 // The active adapter of a grafted module; empty when there is none.
 std::string active_name(const torch::jit::Module& grafted);
+
+// While it lives, `name` is the active adapter of a grafted module; an empty one changes nothing. Then the one that was
+// before is again, whether a run has failed or not.
+class WhileActive {
+ public:
+  WhileActive(torch::jit::Module grafted, const std::string& name);
+  WhileActive(const WhileActive&) = delete;
+  WhileActive& operator=(const WhileActive&) = delete;
+  ~WhileActive();
+
+ private:
+  torch::jit::Module grafted_;
+  std::optional<std::string> before_;  // empty text: none was active
+};
 
 // What forward_with_head needs to know of forward.
 struct HeadInputs {

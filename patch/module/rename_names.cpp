@@ -1,6 +1,7 @@
 #include <torchgraft/patch/module/rename_names.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/loaded_again.h>
 #include <torchgraft/patch/graph/module_methods.h>
 
 #include <torch/csrc/jit/api/function_impl.h>
@@ -29,6 +30,20 @@ bool is_name(const std::string& text) {
 bool has_argument(const Module& module, const std::string& name) {
   const auto& arguments = module.get_method("forward").function().getSchema().arguments();
   return std::any_of(arguments.begin() + 1, arguments.end(), [&](const Argument& a) { return a.name() == name; });
+}
+
+// Whether a file keeps `text` as the name of an attribute and of an argument: TorchScript has words of its own, and
+// prints some names as others.
+bool is_kept_in_files(const std::string& text) {
+  try {
+    Module probe("Probe");
+    probe.register_attribute(text, c10::IntType::get(), 0);
+    probe.define("def forward(self, " + text + ": int) -> int:\n    return " + text + " + self." + text + "\n");
+    const Module again = loaded_again(probe, "graft");
+    return again.hasattr(text) && has_argument(again, text);
+  } catch (const std::exception&) {
+    return false;
+  }
 }
 
 bool has_name(const Module& module, const std::string& name) {
@@ -86,8 +101,10 @@ void rename_names(Module& module, const NewNames& names) {
   for (const auto& [old, name] : names) {
     TORCH_CHECK(old != "forward" && has_name(module, old), "graft: rename: the module has no attribute, method or ",
                 "argument of forward '", old, "' that can get another name");
-    TORCH_CHECK(is_name(name) && !has_name(module, name), "graft: rename: '", name, "', the new name of '", old,
-                "', is ", is_name(name) ? "taken" : "no name in TorchScript", "; choose another");
+    TORCH_CHECK(!has_name(module, name), "graft: rename: '", name, "', the new name of '", old,
+                "', is taken; choose another");
+    TORCH_CHECK(is_name(name) && is_kept_in_files(name), "graft: rename: '", name, "', the new name of '", old,
+                "', is no name that TorchScript keeps in a file; choose another");
     const bool is_attribute = module.hasattr(old);
     const bool is_method = module.find_method(old).has_value();
     if (is_attribute || is_method) {
@@ -104,6 +121,12 @@ void rename_names(Module& module, const NewNames& names) {
       rename_method(module, old, name);
     }
   }
+}
+
+NewNames names_in(const Module& module, const NewNames& names) {
+  NewNames result = names;
+  std::erase_if(result, [&](const auto& entry) { return !has_name(module, entry.first); });
+  return result;
 }
 
 NewNames reversed(const NewNames& names) {

@@ -14,6 +14,9 @@ using NewNames = std::map<std::string, std::string>;
 // nothing of a name, when a new name is none of TorchScript's or is taken, and for forward.
 void rename_names(torch::jit::Module& module, const NewNames& names);
 
+// Those of `names` whose old name `module` has.
+NewNames names_in(const torch::jit::Module& module, const NewNames& names);
+
 // The same backwards.
 NewNames reversed(const NewNames& names);
 

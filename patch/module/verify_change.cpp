@@ -86,9 +86,7 @@ class ChangeComparison {
       found = trials_.emplace(running.module._ivalue().get(), Trial{copy, TrialRun(copy, graph_)}).first;
     }
     const auto& [copy, trial] = found->second;
-    if (!running.adapter.empty()) {
-      copy.get_method("activate")({running.adapter});
-    }
+    const WhileActive active(copy, running.adapter);
     return (in_double ? trial.in_double() : trial)(running.method, arguments);
   }
 

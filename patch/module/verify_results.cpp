@@ -89,7 +89,6 @@ struct Tried {
   TrialRun run;
 
   Tried(Module tried, const std::shared_ptr<Graph>& graph) : module(std::move(tried)), run(module, graph) {}
-  void activate(const std::string& name) const { module.get_method("activate")({name}); }
 };
 
 // A base and the grafted module on one set of arguments.
@@ -202,8 +201,8 @@ class Comparison {
   // The adapter by its operators, by the ATen calls that define them, and by ids that give it to every row.
   std::string compare_adapter(const Arguments& arguments, const std::string& adapter, const at::Tensor& ids,
                               const c10::IValue& of_base) const {
-    grafted_.activate(adapter);
-    by_calls_.activate(adapter);
+    const WhileActive of_grafted(grafted_.module, adapter);
+    const WhileActive of_calls(by_calls_.module, adapter);
     const std::string name = "'" + adapter + "'";
     const Trial active{grafted_.run, "forward"};
     const c10::IValue expected = run(active, arguments);

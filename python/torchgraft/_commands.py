@@ -35,7 +35,7 @@ from ._files import (
     save_module,
     write_whole,
 )
-from ._layers import ROLES, slots_of
+from ._layers import ROLES, blocks_of, patterns_of, slots_of
 from ._libraries import load_others, patcher
 from ._operators import operators_of, ranges
 from ._optimize_command import optimize_command
@@ -193,7 +193,7 @@ def inspect(arguments: argparse.Namespace) -> None:
     """Prints or draws the layers that the patcher sees in a file, and the operators that run in them.
 
     Args:
-        arguments: the command line's: base (path), json (bool), sites, svg, dump (paths or None), config (the
+        arguments: the command line's: base (path), json, all (bools), sites, svg, dump (paths or None), config (the
             configuration to show as if it was grafted; a name or a path, or None).
 
     Raises:
@@ -233,7 +233,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     else:
         # What is wrong with --config is said before anything is printed.
         planned = _planned(module, arguments) if arguments.config and structure["layers"] else module
-        _print_structure(module, structure)
+        _print_structure(module, structure, arguments.all)
         if is_grafted(planned):
             table_console().print(_operator_table(planned, arguments.config))
     if not structure["layers"]:
@@ -286,13 +286,13 @@ def _planned(module: torch.jit.ScriptModule, arguments: argparse.Namespace) -> t
     return graft(module, config_argument(arguments.config), name, verify=False, sites=arguments.sites)
 
 
-def _print_structure(module: torch.jit.ScriptModule, structure: dict[str, Any]) -> None:
+def _print_structure(module: torch.jit.ScriptModule, structure: dict[str, Any], every_layer: bool = False) -> None:
     console = table_console()
     if is_grafted(module):
         console.print(f"grafted already: {_adapter_list(module)}")
     layers = structure["layers"]
     if layers:
-        console.print(_layer_table(layers))
+        console.print(_layer_table(_rows(layers) if every_layer else _folded_rows(layers)))
     for line in _notes(layers):
         console.print(line)
     for miss in structure["near_misses"]:
@@ -328,23 +328,49 @@ def _operator_table(module: torch.jit.ScriptModule, config: str | None) -> Table
     return table
 
 
-def _layer_table(layers: list[dict[str, Any]]) -> Table:
-    """Makes a table with one row per attention; a decoder layer has two attentions."""
+Row = tuple[str, dict[str, Any], dict[str, str]]  # the layers' numbers, one of the attentions, the paths of its roles
+
+
+def _rows(layers: list[dict[str, Any]]) -> list[Row]:
+    """Returns a row for each attention; a decoder layer has two attentions."""
+    return [
+        (
+            str(layer["layer"]) + ("" if layer["shares"] is None else " again"),
+            layer,
+            {role: layer[role]["path"] for role in ROLES if layer[role]},
+        )
+        for layer in layers
+    ]
+
+
+def _folded_rows(layers: list[dict[str, Any]]) -> list[Row]:
+    """Returns a row for each attention of layers that look alike."""
+    rows: list[Row] = []
+    for pattern in patterns_of(blocks_of(layers, {})):
+        for group in pattern:
+            if len(group.blocks) == 1:
+                rows += _rows(list(group.first.attentions))
+                continue
+            for index, layer in enumerate(group.first.attentions):
+                rows.append((group.numbers, layer, {role: group.path(index, role) for role in ROLES if layer[role]}))
+    return rows
+
+
+def _layer_table(rows: list[Row]) -> Table:
     table = Table(show_lines=True)
     for heading in ("layer", "kind", "heads", "head size", "hidden", "norm"):
         table.add_column(heading, justify="left" if heading in ("kind", "norm") else "right", no_wrap=True)
     table.add_column("projections", overflow="fold")
     table.add_column("locations", overflow="fold")
-    for layer in layers:
+    for number, layer, paths in rows:
         heads = str(layer["num_heads"])
         if layer["num_kv_heads"] != layer["num_heads"]:
             heads += f" ({layer['num_kv_heads']} kv)"
-        number = str(layer["layer"]) + ("" if layer["shares"] is None else " again")
         kind = layer["kind"] + ("" if layer["cache"] == "none" else f"\n{layer['cache']} cache")
         cells = [number, kind, heads, str(layer["head_dim"]), str(layer["hidden_size"]), _norms(layer)]
         # A role without a linear map gets the line "role: -", except the gate, which few models have.
         roles = [role for role in ROLES if role != "ffn_gate" or layer[role]]
-        cells.append("\n".join(_projection_line(role, layer[role]) for role in roles))
+        cells.append("\n".join(_projection_line(role, layer[role], paths.get(role, "")) for role in roles))
         cells.append("\n".join(layer["locations"]))
         table.add_row(*map(Text, cells))  # Text: rich would read brackets in a path as markup
     return table
@@ -356,10 +382,10 @@ def _norms(layer: dict[str, Any]) -> str:
     return attention if ffn == attention or not layer["ffn_out"] else f"{attention}\n{ffn} (ffn)"
 
 
-def _projection_line(role: str, projection: dict[str, Any] | None) -> str:
+def _projection_line(role: str, projection: dict[str, Any] | None, path: str) -> str:
     """Returns "query: encoder.layer.0.attention.self.query", with columns [from:to] if projections share one weight."""
     if projection is None:
         return f"{role}: -"
     begin = projection["offset"]
     columns = f"[{begin}:{begin + projection['out_features']}]" if projection["packed"] else ""
-    return f"{role}: {projection['path'] or '(a constant)'}{columns}"
+    return f"{role}: {path or '(a constant)'}{columns}"

@@ -48,16 +48,20 @@ class Group:
         return self.blocks[0]
 
     @property
-    def label(self) -> str:
-        """The caption: "layer 3", "layers 0 to 11", "layers 0, 2, ... 46" or "layer 0, run 12 times"."""
+    def numbers(self) -> str:
+        """Its layers: "3", "0 to 11", "0, 2, ... 46" or "0, run 12 times"."""
         numbers = [block.number for block in self.blocks]
         if len(set(numbers)) == 1:
-            runs = f", run {len(numbers)} times" if len(numbers) > 1 else ""
-            return f"layer {numbers[0]}{runs}"
+            return f"{numbers[0]}, run {len(numbers)} times" if len(numbers) > 1 else str(numbers[0])
         if len(numbers) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1)):
-            return f"layers {numbers[0]} to {numbers[-1]}"
-        shown = [*map(str, numbers[:2]), f"... {numbers[-1]}"] if len(numbers) > 3 else [*map(str, numbers)]
-        return f"layers {', '.join(shown)}"
+            return f"{numbers[0]} to {numbers[-1]}"
+        return ", ".join([*map(str, numbers[:2]), f"... {numbers[-1]}"] if len(numbers) > 3 else map(str, numbers))
+
+    @property
+    def label(self) -> str:
+        """The caption: "layer 3", "layers 0 to 11", ..."""
+        is_one = len({block.number for block in self.blocks}) == 1
+        return f"layer{'' if is_one else 's'} {self.numbers}"
 
     def path(self, attention: int, role: str) -> str:
         """Returns the module path of a projection; numbers that differ between the blocks are a range:

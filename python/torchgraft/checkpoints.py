@@ -46,19 +46,17 @@ def save_adapter(
             pytorch_model_head.bin).
         model_class: the model class of the `adapters` library that is to load the head ("BertAdapterModel"). The
             library ignores a head whose file does not name the class of its model.
-        overwrite: write also where an adapter of another name is.
+        overwrite: write also where an adapter of another name is, or files of an adapter without adapter_config.json.
 
     Raises:
-        GraftError: the module has no such adapter, the directory holds an adapter of another name, or it cannot be
-            written.
+        GraftError: the module has no such adapter, the directory holds an adapter of another name (or files of one and
+            no adapter_config.json), or it cannot be written.
         TypeError: `module` is not TorchScript.
     """
     arguments = cpp_module(module), name
     if safetensors:
         patcher().save_adapter(*arguments, str(directory), model_class or "", overwrite)
         return
-    if not overwrite:
-        check_replaces(directory, name)
     config, weights, head_config, head_weights = patcher().adapter_files(*arguments, model_class or "")
     contents = {CONFIG_FILE: config.encode(), WEIGHT_FILES[1]: _pickled(weights)}
     obsolete = [WEIGHT_FILES[0], HEAD_WEIGHT_FILES[0]]
@@ -66,7 +64,7 @@ def save_adapter(
         contents |= {HEAD_CONFIG_FILE: head_config.encode(), HEAD_WEIGHT_FILES[1]: _pickled(head_weights)}
     else:  # an adapter that was there before may have left a head
         obsolete += [HEAD_CONFIG_FILE, HEAD_WEIGHT_FILES[1]]
-    patcher().update_directory(str(directory), contents, obsolete, CONFIG_FILE)
+    patcher().update_directory(str(directory), contents, obsolete, CONFIG_FILE, "" if overwrite else name)
 
 
 def load_adapter(

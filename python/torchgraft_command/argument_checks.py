@@ -48,6 +48,8 @@ def check_inspect(parser: argparse.ArgumentParser, arguments: argparse.Namespace
         parser.error("--config: expected a configuration's name (unipelt, mam, lora, ...) or a path, got an empty text")
     if arguments.config and arguments.json and not arguments.svg:
         parser.error("--config is for the table or a picture: leave out --json, or give --svg FILE too")
+    if arguments.all and (arguments.json or arguments.svg):
+        parser.error("--all is for the table: leave it out with --json and --svg")
     if arguments.svg and arguments.svg.suffix != ".svg":
         parser.error(f"--svg: expected a file ending in .svg, got '{arguments.svg}'")
 

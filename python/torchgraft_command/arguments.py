@@ -190,6 +190,9 @@ def add_inspect_command(commands: argparse._SubParsersAction[Parser]) -> None:
     inspecting.add_argument("base", type=Path, metavar="BASE.pt", help="a scripted, traced or grafted model")
     inspecting.add_argument("--json", action="store_true", help="print JSON")
     inspecting.add_argument(
+        "--all", action="store_true", help="print each layer (default: layers that look alike are one row)"
+    )
+    inspecting.add_argument(
         "--sites", type=Path, metavar="FILE", help="an edited output of --json; it overrules the layers that are seen"
     )
     inspecting.add_argument(

@@ -174,9 +174,12 @@ def test_a_link_is_written_through(folder: Path, tmp_path: Path) -> None:
 def test_inspect_prints_a_table_and_data(folder: Path) -> None:
     done = run_alone("inspect", folder / "base.pt")
     assert done.returncode == 0, done.stderr
-    for text in ("encoder.layer.2.attention.self.query", "output_adapter", "post"):
+    for text in ("encoder.layer.{0-2}.attention.self.query", "0 to 2", "output_adapter", "post"):
         assert text in done.stdout
     assert done.stderr == ""
+    every = run("inspect", folder / "base.pt", "--all").stdout
+    for number in range(3):
+        assert every.count(f"query: encoder.layer.{number}.attention.self.query") == 1
     data = json.loads(run("inspect", folder / "base.pt", "--json").stdout)
     assert [layer["index"] for layer in data["layers"]] == [0, 1, 2]
     assert data["layers"][0]["ffn_in"]["path"] == "encoder.layer.0.intermediate.dense"

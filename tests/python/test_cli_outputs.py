@@ -10,6 +10,7 @@ import torch
 import torchgraft
 from grafted import base
 from scripts_here import run_here
+from torchgraft.adapter_hub import ADAPTER_FILES
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,38 @@ def test_a_directory_of_something_else_is_kept(content: str, folder: Path, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
     assert (tmp_path / "adapter_config.json").read_text() == content
     assert run_here("graft.py", "save", folder / "model.pt", "task", tmp_path, "--force").returncode == 0
+
+
+def _killed_save(module: torch.jit.ScriptModule, name: str, directory: Path) -> None:
+    """What a save leaves that is killed between its renames: all in place but adapter_config.json."""
+    torchgraft.save_adapter(module, name, directory, overwrite=True)
+    (directory / "adapter_config.json").rename(directory / ".adapter_config.json.99.torchgraft-tmp")
+
+
+@pytest.mark.parametrize("file", ADAPTER_FILES[1:])
+def test_files_of_nobody_are_kept(file: str, folder: Path, tmp_path: Path) -> None:
+    """A directory without adapter_config.json: nothing says that its files are this adapter's."""
+    (tmp_path / file).write_text("another's")
+    (tmp_path / "notes.txt").write_text("mine")
+    for options in ((), ("--bin",)):
+        done = run_here("graft.py", "save", folder / "model.pt", "task", tmp_path, *options)
+        assert done.returncode == 1 and f"holds files of an adapter ({file}) without an adapter" in done.stderr, done.stderr
+        assert {path.name for path in tmp_path.iterdir()} == {file, "notes.txt"}
+        assert (tmp_path / file).read_text() == "another's"
+    assert run_here("graft.py", "save", folder / "model.pt", "task", tmp_path, "--force").returncode == 0
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("safetensors", [True, False])
+def test_a_killed_save_may_be_done_again(safetensors: bool, folder: Path, tmp_path: Path) -> None:
+    """And by the same adapter only."""
+    module = torch.jit.load(str(folder / "model.pt"))
+    _killed_save(module, "other", tmp_path)
+    with pytest.raises(torchgraft.GraftError, match="holds the adapter 'other' already, not 'task'"):
+        torchgraft.save_adapter(module, "task", tmp_path, safetensors)
+    torchgraft.save_adapter(module, "other", tmp_path, safetensors)
+    assert torchgraft.load_adapter_directory(tmp_path).name == "other"
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 INSIDE = {

@@ -106,7 +106,11 @@ def test_without_names_such_a_base_is_refused(base: torch.jit.ScriptModule) -> N
     [
         ({**NAMES, "missing": "x1"}, "no attribute, method or argument of forward 'missing'"),
         ({**NAMES, "adapters": "x"}, "'x', the new name of 'adapters', is taken"),
-        ({**NAMES, "adapters": "1st"}, "'1st', the new name of 'adapters', is no name in TorchScript"),
+        ({**NAMES, "adapters": "1st"}, "'1st', the new name of 'adapters', is no name that TorchScript keeps"),
+        ({**NAMES, "adapters": "class"}, "'class', the new name of 'adapters', is no name that TorchScript keeps"),
+        ({**NAMES, "adapter_ids": "if"}, "'if', the new name of 'adapter_ids', is no name that TorchScript keeps"),
+        ({**NAMES, "activate": "Ellipsis"}, "'Ellipsis', the new name of 'activate', is no name that Torch"),
+        ({**NAMES, "adapter_ids": "inf"}, "'inf', the new name of 'adapter_ids', is no name that TorchScript keeps"),
         ({**NAMES, "forward": "first"}, "'forward' that can get another name"),
         ({**NAMES, "adapters": "base_forward"}, "'base_forward', which grafting adds"),
     ],
@@ -158,3 +162,18 @@ def test_a_base_with_one_of_our_names_is_no_grafted_module() -> None:
         grafted = torchgraft.graft(base, "lora", "task", rename={"adapter_names": "names_of_base"})
         again = torchgraft.ungraft(grafted)
         assert again.adapter_names() == 7 and torch.equal(again(x), base(x))
+
+
+def test_a_quantised_module_keeps_the_names_of_what_is_left() -> None:
+    """forward alone is quantised: the exported method goes, and a warning names it."""
+    base = torch.jit.script(_Taken().eval())
+    grafted = torchgraft.graft(base, "lora", "task", rename=NAMES)
+    with pytest.warns(UserWarning, match="forward only, without activate"):
+        made = saved_and_loaded(torchgraft.quantize(grafted))
+    x, shift = inputs().float(), torch.tensor([1, 3])
+    with torch.no_grad():
+        expected, ids = base(x, shift), torch.tensor([0, -1])
+        for actual in (made(x, shift=shift), made(x, shift, adapter_ids=ids)):
+            assert 0 < (actual - expected).norm() < 0.1 * expected.norm()
+        again = torchgraft.ungraft(made)
+        assert [argument.name for argument in again.forward.schema.arguments] == ["self", "x", "adapter_ids"]

@@ -94,7 +94,8 @@ TEST(Head, SaveAndLoadAdapterKeepItsHead) {
   const at::Tensor expected = module.get_method("forward_with_head")({x}).toTensor();
   EXPECT_EQ(expected.sizes(), at::IntArrayRef({2, 3}));
   const auto directory = (std::filesystem::temp_directory_path() / "torchgraft_test_head").string();
-  std::filesystem::create_directories(directory);
+  std::filesystem::remove_all(directory);
+  save_adapter(module, "a", directory);
   std::ofstream(directory + "/pytorch_adapter.bin") << "of an older adapter: the library would read it";
   save_adapter(module, "a", directory);
   EXPECT_FALSE(std::filesystem::exists(directory + "/pytorch_adapter.bin"));
