@@ -105,6 +105,23 @@ c10::IValue list_of(const std::vector<Slot>& slots, const std::vector<SlotRun>& 
   return result;
 }
 
+// What grafted_forward's gates are of, in their order.
+void register_gates(Module& root, const std::vector<Slot>& slots, const std::vector<SlotRun>& gated) {
+  const auto strings = c10::ListType::ofStrings();
+  root.register_attribute("gate_layers", c10::ListType::ofInts(),
+                          list_of<int64_t>(slots, gated, [](const Slot& slot) { return slot.number; }));
+  root.register_attribute("gate_locations", strings,
+                          list_of<std::string>(slots, gated, [](const Slot& slot) { return slot.location; }));
+  root.register_attribute("gate_slots", strings, list_of<std::string>(slots, gated, [](const Slot& slot) {
+                            return "layer_" + std::to_string(slot.number) + "." + slot.name;
+                          }));
+  c10::List<c10::List<int64_t>> counts;
+  for (const SlotRun& run : gated) {
+    counts.push_back(c10::List<int64_t>(slots[run.slot].gates));
+  }
+  root.register_attribute("gate_counts", c10::ListType::create(c10::ListType::ofInts()), counts);
+}
+
 }  // namespace
 
 std::string own_module_name(const std::string& adapter) { return "adapter_" + attribute_text(adapter); }
@@ -148,7 +165,6 @@ int64_t find_id(const torch::jit::Module& adapters_module, const std::string& na
 Module make_adapters_module(const std::vector<Adapter>& adapters, const std::vector<Slot>& slots,
                             const std::vector<SlotRun>& runs, const std::shared_ptr<torch::jit::CompilationUnit>& unit,
                             const std::vector<NamedComposition>& compositions) {
-  const std::vector<SlotRun> gated = gated_runs(slots, runs);
   Module root(c10::QualifiedName("__torch__.torchgraft.Adapters"), unit, /*shouldMangle=*/true);
   root.register_attribute("training", c10::BoolType::get(), false);
   c10::List<std::string> names;
@@ -167,19 +183,7 @@ Module make_adapters_module(const std::vector<Adapter>& adapters, const std::vec
   root.register_attribute("merged", c10::ListType::ofBools(), merged);
   root.register_attribute("trainable", c10::ListType::ofBools(), trainable);
   root.register_attribute("active", c10::IntType::get(), -1);
-  root.register_attribute("gate_layers", c10::ListType::ofInts(),
-                          list_of<int64_t>(slots, gated, [](const Slot& slot) { return slot.number; }));
-  root.register_attribute("gate_locations", strings,
-                          list_of<std::string>(slots, gated, [](const Slot& slot) { return slot.location; }));
-  root.register_attribute("gate_slots", strings, list_of<std::string>(slots, gated, [](const Slot& slot) {
-                            return "layer_" + std::to_string(slot.number) + "." + slot.name;
-                          }));
-  c10::List<c10::List<int64_t>> counts;
-  for (const SlotRun& run : gated) {
-    counts.push_back(c10::List<int64_t>(slots[run.slot].gates));
-  }
-  root.register_attribute("gate_counts", c10::ListType::create(c10::ListType::ofInts()), counts);
-
+  register_gates(root, slots, gated_runs(slots, runs));
   for (const Slot& slot : slots) {
     const std::string layer_name = "layer_" + std::to_string(slot.number);
     Module layer = child_once(root, layer_name, "AdapterLayer", unit);

@@ -29,6 +29,15 @@ size_t count_gated_ops(Graph& graph) {
   return count;
 }
 
+// Makes the graph return (its result, gates).
+void return_with(Graph& graph, const std::vector<Value*>& gates) {
+  WithInsertPoint guard(graph.return_node());
+  Value* list = graph.insertNode(graph.createList(c10::TensorType::get(), gates))->output();
+  Value* pair = graph.insertNode(graph.createTuple({graph.outputs()[0], list}))->output();
+  graph.eraseOutput(0);
+  graph.registerOutput(pair);
+}
+
 }  // namespace
 
 size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& sites, const std::vector<Slot>& slots,
@@ -85,11 +94,7 @@ size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& si
       gates[i] = insert_invertible(inserter, sites.embeddings.value(), slot);
     }
   }
-  WithInsertPoint guard(graph->return_node());
-  Value* list = graph->insertNode(graph->createList(c10::TensorType::get(), gates))->output();
-  Value* pair = graph->insertNode(graph->createTuple({graph->outputs()[0], list}))->output();
-  graph->eraseOutput(0);
-  graph->registerOutput(pair);
+  return_with(*graph, gates);
   torch::jit::EliminateDeadCode(graph);  // the attentions that gated_prefix_attention has replaced
   return options.compositions.empty() ? inserter.ops() : count_gated_ops(*graph);
 }

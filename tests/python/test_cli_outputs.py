@@ -117,7 +117,9 @@ def test_files_of_nobody_are_kept(file: str, folder: Path, tmp_path: Path) -> No
     (tmp_path / "notes.txt").write_text("mine")
     for options in ((), ("--bin",)):
         done = run_here("graft.py", "save", folder / "model.pt", "task", tmp_path, *options)
-        assert done.returncode == 1 and f"holds files of an adapter ({file}) without an adapter" in done.stderr, done.stderr
+        assert done.returncode == 1 and f"holds files of an adapter ({file}) without an adapter" in done.stderr, (
+            done.stderr
+        )
         assert {path.name for path in tmp_path.iterdir()} == {file, "notes.txt"}
         assert (tmp_path / file).read_text() == "another's"
     assert run_here("graft.py", "save", folder / "model.pt", "task", tmp_path, "--force").returncode == 0
