@@ -79,10 +79,10 @@ void save_adapter_fusion(const Module& module, const std::string& name, const st
                                  {"adapter_names", fusion.config.adapters},
                                  {"version", "adapters.1.3.0"}};
   const StateDict weights = fusion_state(fusion, draft.sites.structure);
-  DirectoryUpdate update(directory);
+  DirectoryUpdate update(directory, kFusionConfigFile);
   update.stage(kFusionWeightsFile, [&](const std::string& path) { write_safetensors(weights, path); });
   update.stage(kFusionConfigFile, file.dump(2) + "\n");
-  update.commit(kFusionConfigFile, {kPickledFusionFile});
+  update.commit({kPickledFusionFile});
 }
 
 Module remove_adapter_fusion(const Module& module, const std::string& name) {

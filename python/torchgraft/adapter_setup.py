@@ -54,7 +54,7 @@ def save_adapter_setup(
     for part in parts:
         save_adapter(module, part, Path(directory) / part, safetensors, overwrite=overwrite)
     text = json.dumps({"adapter_setup": tree, "head_setup": None, "version": _VERSION}, indent=2)
-    patcher().update_directory(str(directory), {SETUP_FILE: text.encode()}, [], SETUP_FILE)
+    patcher().update_directory(str(directory), {SETUP_FILE: text.encode()}, [], SETUP_FILE, "")
 
 
 def load_adapter_setup(
