@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import adapters
 import models
 from adapters import (
+    AdapterPlusConfig,
     BnConfig,
     CompacterConfig,
     ConfigUnion,
@@ -56,6 +57,7 @@ CONFIGS = {
     "bn_residual_normed": SeqBnConfig(residual_before_ln=False, mh_adapter=True, use_gating=True),
     "bn_residual_post_add": SeqBnConfig(residual_before_ln="post_add", reduction_factor=4),
     "bn_last": SeqBnConfig(original_ln_after=False, residual_before_ln=False, use_gating=True),
+    "adapter_plus": AdapterPlusConfig(stochastic_depth=0.0, reduction_factor=12),
     "bn_last_parallel": ParBnConfig(original_ln_after=False, mh_adapter=True, output_adapter=False, scaling=1.0),
     "bn_norms": DoubleSeqBnConfig(ln_before=True, ln_after=True, use_gating=True),
     "bn_norm_all": SeqBnConfig(ln_after=True, adapter_residual_before_ln=True, scaling="channel"),
@@ -80,15 +82,18 @@ CONFIGS = {
     "prefix_flat": PrefixTuningConfig(prefix_length=6, flat=True),
     "prefix_flat_gated": PrefixTuningConfig(prefix_length=1, flat=True, use_gating=True),
     "prefix_leave_out": PrefixTuningConfig(prefix_length=6, bottleneck_size=20, leave_out=[0], use_gating=True),
-    "loreft": LoReftConfig(),
+    # The library fails in float64 where one of the two numbers of positions is 0, and at rows shorter than the second.
+    "loreft": LoReftConfig(suffix_positions=1),
     "noreft": NoReftConfig(r=3, suffix_positions=1, non_linearity="gelu"),
-    "direft": DiReftConfig(r=2, prefix_positions=0, suffix_positions=3),
+    "direft": DiReftConfig(r=2, prefix_positions=1, suffix_positions=2),
     "reft_overlapping": LoReftConfig(r=2, prefix_positions=4, suffix_positions=2, layers=[0, 2]),
     "reft_tied": ReftConfig("all", 2, 2, 5, orthogonality=True, tied_weights=True),
     "union_reft": ConfigUnion(
         LoReftConfig(r=2, suffix_positions=1),
         ParBnConfig(reduction_factor=4, use_gating=True),
-        SeqBnConfig(original_ln_after=False, residual_before_ln=False, mh_adapter=True, output_adapter=False),
+        SeqBnConfig(
+            original_ln_after=False, residual_before_ln=False, mh_adapter=True, output_adapter=False, use_gating=True
+        ),
         PrefixTuningConfig(prefix_length=3, bottleneck_size=20),
         LoRAConfig(r=3, use_gating=True, **_ALL_LORA),
     ),

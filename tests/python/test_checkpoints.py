@@ -40,7 +40,8 @@ def _loaded_by_the_oracle(oracle: Oracle, directory, name: str, dtype: torch.dty
 
 
 # The formats differ in the file only: one configuration is enough for the second.
-_FILES = [(config, True) for config in CONFIGS] + [("union_everything", False)]
+# The library has no way to load a DiReFT: it does not read what says that it is one.
+_FILES = [(config, True) for config in CONFIGS if config != "direft"] + [("union_everything", False)]
 
 
 @pytest.mark.parametrize(("config", "safetensors"), _FILES)

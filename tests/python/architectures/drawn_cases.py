@@ -154,9 +154,24 @@ def _draw_lora(rng: random.Random) -> adapters.AdapterConfig:
     )
 
 
+def _draw_reft(rng: random.Random) -> adapters.AdapterConfig:
+    flag = functools.partial(rng.choice, (False, True))
+    return adapters.ReftConfig(
+        layers=rng.choice(("all", "all", [0], [1])),
+        prefix_positions=rng.choice((0, 1, 3)),
+        suffix_positions=rng.choice((1, 2)),
+        r=rng.choice((1, 3)),
+        orthogonality=flag(),
+        tied_weights=flag(),
+        non_linearity=rng.choice((None, "relu", "gelu_new")),
+    )
+
+
 def _draw_methods(rng: random.Random) -> adapters.AdapterConfig:
     kinds = rng.sample((_draw_bottleneck, _draw_prefix, _draw_lora), rng.choice((1, 1, 2, 3)))
     methods = [kind(rng) for kind in kinds]
+    if rng.random() < 0.25:
+        methods = [_draw_reft(rng), *methods[1:]]
     return methods[0] if len(methods) == 1 else adapters.ConfigUnion(*methods)
 
 
