@@ -208,6 +208,9 @@ std::string to_json(const Structure& structure) {
       json["linear_maps"].push_back(to_json(std::optional(linear)));
     }
   }
+  json["embeddings"] = {{"size", structure.embedding_size > 0 ? OrderedJson(structure.embedding_size) : OrderedJson()},
+                        {"output", structure.has_output_embeddings},
+                        {"note", structure.embedding_note}};
   return json.dump();
 }
 

@@ -75,8 +75,8 @@ TORCHGRAFT_PATCH_API const char* to_string(CacheKind cache);
 // JSON text, one object per layer: what `inspect --json` prints.
 TORCHGRAFT_PATCH_API std::string to_json(const Structure& structure);
 
-// The inverse. Does not read near misses, locations and notes: they are conclusions. Throws c10::Error, naming the
-// layer and the field, when the text is not such JSON.
+// The inverse. Does not read near misses, locations, embeddings and notes: they are conclusions. Throws c10::Error,
+// naming the layer and the field, when the text is not such JSON.
 TORCHGRAFT_PATCH_API Structure structure_from_json(const std::string& text);
 
 }  // namespace torchgraft

@@ -61,7 +61,8 @@ def result_of(module: torch.jit.ScriptModule) -> torch.Tensor:
 @pytest.mark.parametrize("name", MODELS)
 def test_every_field_is_there(name: str) -> None:
     structure = torchgraft.inspect(base(name, FLOAT))
-    assert set(structure) == {"layers", "linear_maps", "near_misses"}
+    assert set(structure) == {"layers", "linear_maps", "near_misses", "embeddings"}
+    assert structure["embeddings"] == {"size": 48, "output": False, "note": ""}
     assert [set(layer) for layer in structure["layers"]] == [FIELDS] * 3
     assert [(layer["index"], layer["layer"]) for layer in structure["layers"]] == [(0, 0), (1, 1), (2, 2)]
 

@@ -201,6 +201,16 @@ def test_a_pool_mixes_rows() -> None:
                 assert difference(hidden[row : row + 1], _expected(name, batch.row(row))) <= TOLERANCE[DOUBLE], name
 
 
+def test_an_exported_bank_gives_the_same() -> None:
+    bank = _bank()
+    batch = make_batch([9, 6, 8, 4], 9, DOUBLE)
+    ids = torch.tensor([0, 1, -1, 5])
+    program = torchgraft.export(bank, VARIANT.arguments(make_batch([7, 7], 7, DOUBLE)))
+    with torch.no_grad():
+        found = VARIANT.hidden(program.module()(*VARIANT.arguments(batch), ids))
+        assert difference(found, _hidden(bank, batch, adapter_ids=ids)) <= TOLERANCE[DOUBLE]
+
+
 def test_averages_are_the_librarys() -> None:
     model = hugging_face("bert", "sdpa", DOUBLE)
     adapters.init(model)

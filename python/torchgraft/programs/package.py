@@ -62,7 +62,7 @@ def load_banks(package: Any, module: torch.jit.ScriptModule, like: torch.jit.Scr
         like: the module that the package was made of.
 
     Raises:
-        GraftError: banks differ in their names, sizes or dtypes, which `load_constants` of torch does not check, or
+        GraftError: banks differ in their names, sizes or dtypes, or in what layers share, which `load_constants` of torch does not check, or
             gates would be means over other tokens. The package has not changed then.
     """
     banks, old = _banks(module), _banks(like)
@@ -76,11 +76,25 @@ def load_banks(package: Any, module: torch.jit.ScriptModule, like: torch.jit.Scr
                 f"load_banks: expected '{name}' as {expected}, as the package has it, got {found}; make a package of "
                 "the module as it is now"
             )
+    if _sharing(banks) != _sharing(old):
+        raise GraftError(
+            "load_banks: the layers of a VeRA share their random matrix otherwise than in the package, which holds it "
+            "once; make a package of the module as it is now"
+        )
     package.load_constants({name: banks[name].detach().contiguous() for name in names}, check_full_update=False)
 
 
 def _banks(module: torch.jit.ScriptModule) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in module.state_dict().items() if name.startswith(_BANKS)}
+
+
+def _sharing(banks: dict[str, Tensor]) -> set[frozenset[str]]:
+    """Returns the groups of names that stand for one tensor."""
+    groups: dict[int, set[str]] = {}
+    for name, tensor in banks.items():
+        if tensor.numel() > 0:
+            groups.setdefault(tensor.data_ptr(), set()).add(name)
+    return {frozenset(names) for names in groups.values() if len(names) > 1}
 
 
 def _size_text(tensor: Tensor | None) -> str:
