@@ -104,6 +104,7 @@ def test_directories_go_both_ways(tmp_path) -> None:
     ours = torchgraft.adapter_hub.read_weights(tmp_path / "ours", torchgraft.adapter_fusion.WEIGHT_FILES)
     theirs = torchgraft.adapter_hub.read_weights(tmp_path / "theirs", torchgraft.adapter_fusion.WEIGHT_FILES)
     name = ",".join(saved("bert_sdpa", part).name for part in ("bn", "bn2"))
+    theirs = {key: weight for key, weight in theirs.items() if f".{name}." in key}  # the library saves "a,b,c", too
     assert sorted(ours) == sorted(key.replace(name, "bn,bn2") for key in theirs)
     assert all(torch.equal(ours[key.replace(name, "bn,bn2")], weight) for key, weight in theirs.items())
 

@@ -1,0 +1,47 @@
+"""`torchgraft compose`: the file that it writes, and what it refuses in one line."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import torchgraft
+from scripts_here import run_here
+
+pytestmark = pytest.mark.quick
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    base = torch.jit.script(torch.nn.TransformerEncoder(layer, 2).eval())
+    module = torchgraft.graft(base, "seq_bn[reduction_factor=2]", "en", verify=False)
+    module = torchgraft.graft(module, "seq_bn[reduction_factor=4]", "ner", verify=False)
+    path = tmp_path_factory.mktemp("compose") / "model.pt"
+    module.save(str(path))
+    return path
+
+
+def test_a_file_with_a_composition_is_written_and_listed(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.pt"
+    done = run_here("graft.py", "compose", model, "-o", out, "--name", "en_ner", "Stack(en, ner)")
+    assert done.returncode == 0, done.stderr
+    assert "'en_ner' is Stack(en, ner); adapters en, ner, en_ner" in done.stdout
+    listed = run_here("graft.py", "list", out)
+    assert "Stack(en, ner)" in listed.stdout
+    module, here = torch.jit.load(str(out)), torchgraft.compose(torch.jit.load(str(model)), "c", "Stack(en, ner)")
+    module.activate("en_ner")
+    here.activate("c")
+    x = torch.randn(2, 5, 16)
+    assert torch.equal(module(x), here(x))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("Stack(en, none)", "no adapter is called 'none'"), ("Stack(en", "a comma or a closing bracket")],
+)
+def test_what_cannot_be_composed_is_one_line(model: Path, tmp_path: Path, text: str, message: str) -> None:
+    done = run_here("graft.py", "compose", model, "-o", tmp_path / "out.pt", "--name", "c", text)
+    assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
