@@ -76,8 +76,10 @@ def _end_with_parent() -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-async def _start(arguments: argparse.Namespace, server: str) -> tuple[asyncio.subprocess.Process, str]:
-    """Starts the server. Returns it with its address, once it listens."""
+async def _start(
+    arguments: argparse.Namespace, server: str, stopped: asyncio.Event
+) -> tuple[asyncio.subprocess.Process, str | None]:
+    """Starts the server. Returns it with its address once it listens, or with None if `stopped` comes first."""
     libraries = [word for path in arguments.library for word in ("--library", str(path))]
     words = [str(arguments.base), "--adapters", str(arguments.adapters), "--drain-seconds",
              str(arguments.drain_seconds), *libraries, *arguments.server_options,
@@ -88,12 +90,27 @@ async def _start(arguments: argparse.Namespace, server: str) -> tuple[asyncio.su
     )  # fmt: skip
     assert process.stdout is not None
     prefix = "listening on "
-    line = (await process.stdout.readline()).decode(errors="replace").strip()
+    listening = asyncio.create_task(process.stdout.readline())
+    stopping = asyncio.create_task(stopped.wait())
+    await asyncio.wait({listening, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not listening.done():
+        listening.cancel()
+        return process, None
+    line = listening.result().decode(errors="replace").strip()
     if not line.startswith(prefix):
-        if process.returncode is None:
-            process.kill()
-        raise ServeError(f"{server}: it ended with status {await process.wait()} before it listened")
+        await _killed(process)
+        raise ServeError(f"{server}: it ended with status {process.returncode} before it listened")
     return process, line.removeprefix(prefix)
+
+
+async def _killed(process: asyncio.subprocess.Process) -> None:
+    """Waits for a process that has ended, or is killed."""
+    try:
+        await asyncio.wait_for(process.wait(), 1)
+    except TimeoutError:
+        process.kill()
+        await process.wait()
 
 
 async def _serve(arguments: argparse.Namespace, tokenizer: Tokenizer, server: str) -> int:
@@ -101,13 +118,18 @@ async def _serve(arguments: argparse.Namespace, tokenizer: Tokenizer, server: st
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:
             asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    process, behind = await _start(arguments, server)
+    process, behind = await _start(arguments, server, stopped)
+    if behind is None:
+        process.terminate()
+        await _killed(process)
+        return 0
     try:
         app = make_app(tokenizer, f"http://{behind}", arguments.max_body, arguments.max_tokens)
         return await _answer(arguments, app, process, stopped)
     finally:
         if process.returncode is None:
             process.kill()
+            await process.wait()
 
 
 async def _answer(

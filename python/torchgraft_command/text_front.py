@@ -70,6 +70,8 @@ class _Front:
             yield
 
     async def handle(self, request: web.Request) -> web.Response:
+        if not request.raw_path.startswith("/"):  # it may name another host
+            return error_response(400, "expected a path that begins with /")
         try:
             body = await request.read()
             if request.method == "POST" and request.path == "/v1/predict":
@@ -106,10 +108,10 @@ class _Front:
         return json.dumps(request).encode()
 
     async def _ask(self, request: web.Request, body: bytes) -> web.Response:
-        """The server's answer. It may have closed a silent connection just now: what it never read is sent again."""
+        """The server's answer. It may have closed a silent connection just now: what changes nothing is sent again."""
         assert self._session is not None
         headers = {"Content-Type": request.headers["Content-Type"]} if "Content-Type" in request.headers else {}
-        for may_be_old in (True, False):
+        for may_repeat in (request.method in ("GET", "HEAD", "POST"), False):  # POST: predict
             try:
                 async with self._session.request(
                     request.method, self._server + request.raw_path, data=body or None, headers=headers
@@ -118,6 +120,6 @@ class _Front:
                     kept = {key: value for key, value in answer.headers.items() if key.lower() not in _PER_CONNECTION}
                     return web.Response(status=answer.status, body=content, headers=kept)
             except aiohttp.ServerDisconnectedError:
-                if not may_be_old:
+                if not may_repeat:
                     raise
         raise AssertionError("the second attempt answers or raises")

@@ -160,6 +160,21 @@ def test_a_signal_ends_both_processes(server_program, models, tokenizer_file, nu
     assert not child.is_running()
 
 
+def test_a_signal_ends_a_server_that_does_not_listen_yet(models, tokenizer_file, tmp_path):
+    slow = tmp_path / "slow"
+    slow.write_text("#!/bin/sh\nexec sleep 600\n")
+    slow.chmod(0o755)
+    words = ["serve", models / "base.pt", "--adapters", models / "adapters", "--tokenizer", tokenizer_file]
+    command = [*TORCHGRAFT, *words, "--server", slow]
+    with subprocess.Popen(list(map(str, command))) as front:
+        wait_until(lambda: psutil.Process(front.pid).children())
+        (child,) = psutil.Process(front.pid).children()
+        wait_until(lambda: child.name() == "sleep")
+        front.terminate()
+        assert front.wait(30) == 0
+        assert not child.is_running()
+
+
 def test_requests_under_way_are_answered_before_the_end(server_program, models, tokenizer_file):
     with start(server_program, models, tokenizer_file) as front, concurrent.futures.ThreadPoolExecutor(1) as pool:
         (child,) = front.children()

@@ -8,10 +8,10 @@ import json
 import shutil
 from pathlib import Path
 
-import adapters
 import pytest
 import torch
 
+import adapters
 import torchgraft
 from grafted import base, saved_adapter
 from models import VARIANTS, make_batch

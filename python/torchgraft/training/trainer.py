@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from .. import trainable_parameters
+from .. import list_adapters, trainable_parameters
 from .._files import remove_leftovers
+from .._reading import parse_json
 from .._text import text_arguments
 from ..errors import GraftError
 from .batches import Batch, EncodedExamples, collate, scoring_batches, training_batches
@@ -90,19 +91,29 @@ def class_scores(module: torch.jit.ScriptModule, batch: Batch) -> Tensor:
     return module.forward_with_head(*text_arguments(module.forward_with_head, batch.values, "training"))
 
 
-def _part_of(key: str) -> str:
+def _has_parallel(config: Mapping[str, Any]) -> bool:
+    """Returns whether a method of a configuration, as adapter_config.json holds it, is a parallel bottleneck."""
+    return bool(config.get("is_parallel")) or any(map(_has_parallel, config.get("configs", ())))
+
+
+def _part_of(key: str, parallel: bool) -> str:
     """Returns whether a parameter belongs to the "head", a "prefix", a "parallel" bottleneck or else the "adapter", by
-    its name in the module. Ignores "adapter_NAME" in the name: the user has chosen NAME."""
-    parts = [name for name in key.split(".") if not name.startswith("adapter_")]
+    its name in the module. Ignores what the user has chosen in it: "adapter_NAME", "SLOT_dropout_NAME".
+
+    Args:
+        parallel: whether the adapter has parallel bottlenecks: the factors of a Compacter do not say what they make.
+    """
+    parts = [name.partition("_dropout_")[0] for name in key.split(".") if not name.startswith("adapter_")]
     if "heads" in parts:
         return "head"
     if any(name.endswith(("_prefix", "_prefix_source")) for name in parts):
         return "prefix"
-    return "parallel" if any("_adapter_par_" in name for name in parts) else "adapter"
+    is_parallel = any("_adapter_par_" in name or (parallel and name.endswith("_adapter_source")) for name in parts)
+    return "parallel" if is_parallel or (parallel and "shared_phm_source" in parts) else "adapter"
 
 
-def _optimizer(parameters: Mapping[str, Tensor], options: TrainingOptions) -> torch.optim.AdamW:
-    groups = [{"params": [value for key, value in parameters.items() if _part_of(key) == part],
+def _optimizer(parameters: Mapping[str, Tensor], parallel: bool, options: TrainingOptions) -> torch.optim.AdamW:
+    groups = [{"params": [value for key, value in parameters.items() if _part_of(key, parallel) == part],
                "lr": options.rate_of(part)} for part in DEFAULT_RATES]  # fmt: skip
     return torch.optim.AdamW(groups, weight_decay=options.weight_decay)
 
@@ -144,7 +155,9 @@ class Trainer:
         self._workers.take_from_first(list(self._parameters.values()))
         batches = math.ceil(len(training) / options.batch_size)
         self._total_steps = options.epochs * math.ceil(batches / options.accumulate)
-        self._optimizer = _optimizer(self._parameters, options)
+        (info,) = [info for info in list_adapters(module) if info.name == name]
+        parallel = _has_parallel(parse_json(info.config, name))
+        self._optimizer = _optimizer(self._parameters, parallel, options)
         factor = learning_rate_factor(options.schedule, round(options.warmup * self._total_steps), self._total_steps)
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, factor)
         torch.manual_seed(options.seed + self._workers.rank)  # for dropout, which differs between processes

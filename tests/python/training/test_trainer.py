@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from tiny import LABELS, encoded, make_model
-from torchgraft import GraftError, trainable_parameters
+from tiny import LABELS, encoded, make_base, make_model
+from torchgraft import GraftError, HeadConfig, add_head, graft, trainable_parameters
 from torchgraft.training import EncodedExamples, Listener, Trainer, TrainingOptions, score
 from torchgraft.training import trainer as trainer_module
 from torchgraft.training.batches import collate, training_batches
@@ -141,6 +141,25 @@ def test_each_part_moves_with_its_rate(given: dict[str, float], expected: dict[s
         for name, keys in (("head", heads), (part, before.keys() - heads)):
             moved[name] = max((after[key] - before[key]).abs().max().item() for key in keys)
     assert moved == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "rate"),
+    [
+        ("x_adapter_par_prefix", "seq_bn[dropout=0.1]", 3e-3),
+        ("task", "par_bn[phm_layer=true,init_weights=bert,phm_dim=2]", 5e-4),
+        ("task", "compacter[phm_dim=2]", 3e-3),
+    ],
+)
+def test_the_rate_follows_the_method_and_not_the_name(name: str, config: str, rate: float) -> None:
+    torch.manual_seed(1)
+    module = add_head(graft(make_base(), config, name, trainable=True), name, HeadConfig(num_labels=len(LABELS)))
+    before = {key: value.detach().clone() for key, value in trainable_parameters(module, name).items()}
+    options = TrainingOptions(epochs=1, batch_size=50, warmup=0.0, clip=0.0, weight_decay=0.0)
+    Trainer(module, name, encoded(50), None, len(LABELS), options).run()
+    after = trainable_parameters(module, name)
+    moved = max((after[key] - before[key]).abs().max().item() for key in before if ".heads." not in key)
+    assert moved == pytest.approx(rate, rel=1e-2)
 
 
 def test_the_loss_falls_and_the_base_stays() -> None:
