@@ -110,15 +110,16 @@ LibraryDifference library_difference(std::string_view adapter_config) {
         "if this prefix was trained with attn_implementation=\"sdpa\", it gives other results here: the adapters "
         "library then " +
         effect + "; with \"eager\" the results are the same";
-  } else if (may_be_direft(json.value("config", nlohmann::json()))) {
-    result.warned =
-        "if this ReFT was trained as DiReFT, it gives other results here: the adapters library does not write that the "
-        "projection is not subtracted, and loads it as NoReFT, as torchgraft does; for a DiReFT add "
-        "\"subtract_projection\": false to its \"config\"";
   } else if (model == "deberta") {
     result.warned =
         "on DeBERTa (v1) the adapters library adds a random bias (memory that nothing has written) to the packed "
         "projection of queries, keys and values, another in every process; results here have no such bias";
+  }
+  if (may_be_direft(json.value("config", nlohmann::json()))) {
+    result.warned += std::string(result.warned.empty() ? "" : "; and ") +
+                     "if this ReFT was trained as DiReFT, it gives other results here: the adapters library does not "
+                     "write that the projection is not subtracted, and loads it as NoReFT, as torchgraft does; for a "
+                     "DiReFT add \"subtract_projection\": false to its \"config\"";
   }
   return result;
 }
