@@ -20,7 +20,8 @@ double product(std::initializer_list<int64_t> sizes) {
 
 double least_numbers(const PlannedModule& module) {
   if (const auto* lora = std::get_if<PlannedLoRA>(&module.method)) {
-    const int64_t in = lora_form(lora->config) == LoRAForm::kScale ? 0 : lora->in_features;
+    const bool has_no_own_matrix = lora_form(lora->config) == LoRAForm::kScale || shares_lora_a(module);
+    const int64_t in = has_no_own_matrix ? 0 : lora->in_features;
     return product({lora->config.r, in + lora->out_features});
   }
   if (const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method)) {

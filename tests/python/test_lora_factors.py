@@ -276,14 +276,6 @@ def test_a_pool_holds_it_once_and_mixes_rows() -> None:
     assert plain.stats()["row_bytes"] - single.stats()["row_bytes"] == 5 * 8 * 48 * 8
 
 
-@pytest.mark.parametrize("room", [["vera"], ["vera[r=2]", "dvora[leave_out=[1]]", "lora"], ["vera", "vera[r=16]"]])
-def test_what_a_row_needs_is_known_beforehand(room: list[str]) -> None:
-    plain = base("bert_sdpa", DOUBLE)
-    size = torchgraft.AdapterPool(plain, capacity=4, room=room).stats()["row_bytes"]
-    assert torchgraft.check_room(plain, room, max_row_bytes=size) == [""] * len(room)
-    assert torchgraft.check_room(plain, room, max_row_bytes=size - 1)[-1]
-
-
 def test_an_exported_bank_gives_the_same() -> None:
     bank = torchgraft.graft(_bank(), "vera", "fresh")
     batch = make_batch([9, 6, 8, 4], 9, DOUBLE)
@@ -292,32 +284,6 @@ def test_an_exported_bank_gives_the_same() -> None:
     with torch.no_grad():
         found = VARIANT.hidden(program.module()(*VARIANT.arguments(batch), ids))
         assert difference(found, _hidden(bank, batch, adapter_ids=ids)) <= TOLERANCE[DOUBLE]
-
-
-class _Package:
-    """As much of a loaded package as load_banks() asks for."""
-
-    def __init__(self, names: list[str]):
-        self.names, self.loaded = names, {}
-
-    def get_constant_fqns(self) -> list[str]:
-        return self.names
-
-    def load_constants(self, constants: dict[str, Tensor], check_full_update: bool) -> None:
-        self.loaded = constants
-
-
-def test_banks_are_swapped_only_where_layers_share_alike() -> None:
-    plain = base("bert_sdpa", DOUBLE)
-    torch.manual_seed(0)
-    everywhere = torchgraft.graft(torchgraft.graft(plain, "vera", "a"), "vera", "b")
-    replaced = torchgraft.replace_adapter(everywhere, "a", "vera")
-    package = _Package([key for key in everywhere.state_dict() if key.endswith("layer_0.selfattn_lora_q_vera.lora_a")])
-    torchgraft.load_banks(package, replaced, like=everywhere)
-    assert len(package.loaded) == 1
-    in_part = torchgraft.replace_adapter(everywhere, "a", "vera[leave_out=[1]]")
-    with pytest.raises(torchgraft.GraftError, match="share their random matrix otherwise than in the package"):
-        torchgraft.load_banks(package, in_part, like=everywhere)
 
 
 @pytest.mark.parametrize("pair", [("vera", "vera"), ("mtl_lora_gated", "mtl_lora_gated"), ("dvora", "dvora")])

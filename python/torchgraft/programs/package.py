@@ -62,8 +62,8 @@ def load_banks(package: Any, module: torch.jit.ScriptModule, like: torch.jit.Scr
         like: the module that the package was made of.
 
     Raises:
-        GraftError: banks differ in their names, sizes or dtypes, or in what layers share, which `load_constants` of torch does not check, or
-            gates would be means over other tokens. The package has not changed then.
+        GraftError: banks differ in their names, sizes or dtypes, which `load_constants` of torch does not check, or in
+            what layers share, or gates would be means over other tokens. The package has not changed then.
     """
     banks, old = _banks(module), _banks(like)
     names = [name for name in package.get_constant_fqns() if name.startswith(_BANKS)]
