@@ -25,6 +25,10 @@ void check_composed_bottlenecks(const ComposedSite& site) {
   for (const auto& [name, part] : site.parts) {
     TORCH_CHECK(!part.slot->form.replaces_norm, begin, "'", name, "' has original_ln_after=False at ", site.place,
                 ", which no composition supports yet; use it alone");
+    // Its residual has the result of the attention beside it, which another composed adapter may have changed.
+    TORCH_CHECK(part.slot->form.wiring != BottleneckWiring::kAfterOthers, begin, "the adapters library trained '", name,
+                "' on GPT-J, where the residual at ", site.place, " has the result of the attention beside it; no ",
+                "composition supports that yet; use the adapter alone");
     TORCH_CHECK(part.slot->form.wiring == site.parts.begin()->second.slot->form.wiring, begin, "'", name, "' and '",
                 site.parts.begin()->first, "' take different values for the branch at ", site.place,
                 ": the adapters library trained one of them on this model, where it exchanges them, and the other is ",

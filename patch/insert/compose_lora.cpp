@@ -44,9 +44,12 @@ ComposedState LoraComposer::single(const ComposedPart& part, ComposedState state
   Value* module = inserter_.slot_module(slot);
   const auto of = [&](const char* name) { return inserter_.parameter(slot, module, name); };
   Value* own_gate = gate(part, state.input);
-  const auto gated = [&](Value* value) {
-    return own_gate ? graph_.insert(c10::aten::mul, {value, graph_.insert(c10::aten::unsqueeze, {own_gate, -1})})
-                    : value;
+  const auto gated = [&](Value* value) -> Value* {
+    if (!own_gate) {
+      return value;
+    }
+    Value* factor = graph_.insert(c10::aten::unsqueeze, {own_gate, -1});
+    return graph_.insert(c10::aten::mul, {value, factor});
   };
   if (slot.lora == LoRAForm::kScale) {
     Value* adapter = inserter_.active();

@@ -80,7 +80,7 @@ CompositionInserter::Rows CompositionInserter::rows_of(size_t composition) {
 
 ComposedSite CompositionInserter::site_of(const NamedComposition& composition, size_t layer, const std::string& site,
                                           const std::vector<const Slot*>& slots) const {
-  ComposedSite result{composition.name, site + " of layer " + std::to_string(slots.front()->number)};
+  ComposedSite result{composition.name, site + " of layer " + std::to_string(slots.front()->number), {}};
   for (const std::string& name : adapters_in(composition.tree)) {
     const size_t index = find_adapter(adapters_, name, "compose");
     for (const Slot* slot : slots) {

@@ -21,8 +21,12 @@ BLOCKS = {
     "prefixes": ("Stack", "mam", "prefix_gated"),
     "average": ("Average", "lora_all", "lora_all"),
 }
-# What the library runs and torchgraft refuses, by the end of the case's name: positions have projections of their own.
-REFUSED = {("deberta_v2_shared_eager", "loras"), ("deberta_v2_shared_eager", "average")}
+# What the library runs and torchgraft refuses: a LoRA that acts on relative positions, too; a bottleneck whose residual
+# has the result of the attention beside it.
+REFUSED = {("deberta_v2_shared_eager", "loras"), ("deberta_v2_shared_eager", "average"),
+           ("gptj_eager", "bottlenecks"), ("gptj_eager", "loras"), ("gptj_eager", "prefixes")}  # fmt: skip
+# Their positions or norms are float32 whatever the model's dtype.
+COARSE = ("gptj", "llama", "mistral", "t5")
 
 
 def block_of(kind: str, names: dict[str, str], module) -> object:
@@ -67,4 +71,4 @@ def test_compositions_equal_the_library(name: str, kind: str) -> None:
     module.activate("c")
     with torch.no_grad():
         found = case.hidden(module(*arguments))
-    assert difference(found, wanted) <= TOLERANCE[DTYPE]
+    assert difference(found, wanted) <= TOLERANCE[torch.float32 if name.startswith(COARSE) else DTYPE]
