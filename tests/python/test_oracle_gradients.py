@@ -55,7 +55,8 @@ def _oracle_gradients(variant: Variant, saved: Saved) -> tuple[list[tuple[str, T
 def _cases() -> list:
     """Every method on BERT, on one of the other bases in turn, and the rest when there is time."""
     cases = []
-    # ReFT's parameters are those of several of the library's modules: architectures/test_reft_layers.py compares training.
+    # ReFT's parameters are those of several of the library's modules: architectures/test_reft_layers.py compares
+    # training.
     for index, config in enumerate(config for config in CONFIGS if "reft" not in config):
         others = [name for name in _NAMES[1:] if runs_on(config, name)]
         chosen = {_NAMES[0], others[index % len(others)]}
