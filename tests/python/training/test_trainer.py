@@ -148,7 +148,7 @@ def test_each_part_moves_with_its_rate(given: dict[str, float], expected: dict[s
     [
         ("x_adapter_par_prefix", "seq_bn[dropout=0.1]", 3e-3),
         ("task", "par_bn[phm_layer=true,init_weights=bert,phm_dim=2]", 5e-4),
-        ("task", "compacter[phm_dim=2]", 3e-3),
+        ("task", "compacter[phm_dim=2,reduction_factor=4]", 3e-3),
     ],
 )
 def test_the_rate_follows_the_method_and_not_the_name(name: str, config: str, rate: float) -> None:
