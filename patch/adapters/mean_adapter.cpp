@@ -56,9 +56,10 @@ ModuleWeights mean_of_factors(const std::vector<Adapter>& sources, const std::ve
   for (const std::string& key : keys) {
     for (size_t i = 0; i < sources.size(); ++i) {
       TORCH_CHECK(is_reft ? has_reft_sources(module, sources[i].sources) : has_lora_factors(module, sources[i].sources),
-                  "average_adapter: '", sources[i].name,
-                  "' is VeRA, MTL-LoRA or a ReFT with orthogonal projections, whose average is that of its factors, "
-                  "and they were dropped when it was frozen; load the adapters as trainable ones (trainable=True)");
+                  "average_adapter: '", sources[i].name, "' is ",
+                  is_reft ? "a ReFT with orthogonal projections" : "VeRA or MTL-LoRA",
+                  ", whose average is that of its factors, and they were dropped when it was frozen; load the adapters "
+                  "as trainable ones (trainable=True)");
       const auto found = sources[i].sources.find(key);
       for (const auto& [name, factor] : found == sources[i].sources.end() ? ModuleWeights() : found->second) {
         const at::Tensor part = (is_reft ? factor.detach() : factor.detach().to(at::kDouble)) * shares[i];
