@@ -17,7 +17,9 @@
 #include <torchgraft/ops/gated_lora_linear.h>
 #include <torchgraft/ops/gated_prefix_attention.h>
 #include <torchgraft/ops/kernel_mode.h>
+#include <torchgraft/ops/reft.h>
 
+#include <algorithm>
 #include <chrono>
 
 namespace {
@@ -116,6 +118,19 @@ void lora(benchmark::State& state, Way way) {
           [&] { benchmark::DoNotOptimize(torchgraft::ops::gated_lora(x, x, a, b, scaling, gate, gate_bias)); });
 }
 
+// Eight tokens are changed.
+void reft(benchmark::State& state, Way way, int64_t rank) {
+  const Sizes size(state);
+  const int64_t changed = std::min<int64_t>(size.tokens, 4);
+  const at::Tensor x = way.random({1, size.tokens, size.hidden});
+  const at::Tensor unit = way.random({1, 2, rank, size.hidden});
+  const at::Tensor bias = way.zeros({1, 2, rank});
+  const at::Tensor positions = at::full({1, 2}, changed, at::kLong);
+  measure(state, way.mode, 12.0 * changed * size.hidden * rank, [&] {
+    benchmark::DoNotOptimize(torchgraft::ops::reft(x, unit, bias, unit, way.ones({1}), positions, "linear"));
+  });
+}
+
 void bottleneck(benchmark::State& state, Way way, int64_t reduction) {
   const Sizes size(state);
   const int64_t narrow = size.hidden / reduction;
@@ -196,6 +211,7 @@ BENCHMARK_CAPTURE(lora_linear, fused_twice, kFused, 2)->Apply(sizes);
 BENCHMARK_CAPTURE(lora_linear, fused_stacked, kFused, 2, true)->Apply(sizes);
 BENCHMARK_CAPTURE(lora, reference, kReference)->Apply(sizes);
 BENCHMARK_CAPTURE(lora, fused, kFused)->Apply(sizes);
+BENCHMARK_CAPTURE(reft, rank_4, kReference, 4)->Apply(sizes);
 BENCHMARK_CAPTURE(bottleneck, reference_16, kReference, 16)->Apply(sizes);
 BENCHMARK_CAPTURE(bottleneck, fused_16, kFused, 16)->Apply(sizes);
 BENCHMARK_CAPTURE(bottleneck, reference_2, kReference, 2)->Apply(sizes);

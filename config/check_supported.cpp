@@ -7,19 +7,12 @@
 #include <algorithm>
 #include <cctype>
 #include <cmath>
-#include <sstream>
 
 namespace torchgraft {
 namespace {
 
 [[noreturn]] void refuse(const std::string& field, const std::string& value, const std::string& supported) {
   TORCH_CHECK(false, "config: ", field, "=", value, " is not supported yet (supported: ", supported, ")");
-}
-
-std::string printed(double value) {
-  std::ostringstream text;
-  text << value;
-  return text.str();
 }
 
 // Of dropping: it acts only on adapters that are trained.
@@ -99,9 +92,10 @@ void check_invertible(const BnConfig& config) {
 }
 
 void check(const BnConfig& config) {
-  TORCH_CHECK(config.mh_adapter || config.output_adapter || config.cross_adapter || config.inv_adapter,
-              "config: BnConfig has none of mh_adapter, output_adapter and cross_adapter: such an adapter would change "
-              "nothing");
+  TORCH_CHECK(
+      config.mh_adapter || config.output_adapter || config.cross_adapter || config.inv_adapter,
+      "config: BnConfig has none of mh_adapter, output_adapter, cross_adapter and inv_adapter: such an adapter would "
+      "change nothing");
   check_reduction_factor(config);
   require_one_of("BnConfig.non_linearity", lower(config.non_linearity), non_linearity_names());
   require_one_of("BnConfig.init_weights", config.init_weights, {"bert", "mam_adapter", "houlsby"});

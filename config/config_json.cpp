@@ -58,7 +58,7 @@ MethodConfig read_method(const Json& json) {
   }
   TORCH_CHECK(architecture != "union", "config: a union inside a union is not possible");
   TORCH_CHECK(false, "config: the architecture ", shown_json(architecture),
-              " is not supported (supported: bottleneck, prefix_tuning, lora, reft and unions of them)");
+              " is not supported (supported: bottleneck, prefix_tuning, lora, mtl_lora, reft and unions of them)");
 }
 
 AdapterConfig read_adapter(const Json& json) {
@@ -164,11 +164,14 @@ AdapterConfig config_from_json(std::string_view text) {
     json::read("gate_pooling", json.at("gate_pooling"), config.gate_pooling);
     check_gate_pooling(config.gate_pooling, "config");
   }
-  const bool is_known = wrapped && json.contains(kInvertsOutput);
   if (wrapped && json.contains("model_type") && json.at("model_type").is_string()) {
     const auto model = json.at("model_type").get<std::string>();
     config.wired_for = library_wiring(model, config);
-    config.inverts_output = !has_invertible(config) || library_inverts_output(model, model_class_in(json));
+    if (has_invertible(config)) {
+      const std::optional<bool> inverts = library_inverts_output(model, model_class_in(json));
+      config.inverts_output = inverts.value_or(false);
+      config.inverts_output_is_known = inverts.has_value();
+    }
     if (model == "llama" || model == "mistral") {  // the library calls down_proj the intermediate, up_proj the output
       for (MethodConfig& method : config.methods) {
         if (auto* lora = std::get_if<LoRAConfig>(&method)) {
@@ -177,8 +180,12 @@ AdapterConfig config_from_json(std::string_view text) {
       }
     }
   }
-  if (is_known) {
-    json::read(kInvertsOutput, json.at(kInvertsOutput), config.inverts_output);
+  if (wrapped && json.contains(kInvertsOutput)) {
+    config.inverts_output_is_known = !json.at(kInvertsOutput).is_null();
+    config.inverts_output = false;
+    if (config.inverts_output_is_known) {
+      json::read(kInvertsOutput, json.at(kInvertsOutput), config.inverts_output);
+    }
   }
   return config;
 }
@@ -190,7 +197,9 @@ std::string config_to_json(const AdapterConfig& config) {
   if (!config.wired_for.empty()) {
     outer["model_type"] = config.wired_for;
   }
-  if (!config.inverts_output) {
+  if (!config.inverts_output_is_known) {
+    outer[kInvertsOutput] = nullptr;
+  } else if (!config.inverts_output) {
     outer[kInvertsOutput] = false;
   }
   if (pools_unpadded(config)) {

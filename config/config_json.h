@@ -22,7 +22,7 @@ TORCHGRAFT_PATCH_API AdapterConfig config_from_json(std::string_view json);
 constexpr const char* kPrefixHeads = "prefix_heads";
 TORCHGRAFT_PATCH_API std::optional<int64_t> saved_prefix_heads(std::string_view text);
 
-// The outer key of AdapterConfig::inverts_output, which is written where it is false.
+// The outer key of AdapterConfig::inverts_output, which is written where it is false; null: not known.
 constexpr const char* kInvertsOutput = "inverts_output";
 
 // The inner config, every field written, as AdapterConfig.to_dict() of the adapters library: {"architecture": "union",

@@ -3,10 +3,12 @@
 #include <torchgraft/config/config_json.h>
 #include <torchgraft/registration/parse_json.h>
 
+#include <c10/util/StringUtil.h>
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
 #include <initializer_list>
+#include <vector>
 
 namespace torchgraft {
 namespace {
@@ -47,6 +49,10 @@ std::string effect_of_sdpa(const std::string& model, const nlohmann::json& adapt
   return "";
 }
 
+bool has_prefixes(const AdapterConfig& config) {
+  return any_method<PrefixTuningConfig>(config, [](const auto&) { return true; });
+}
+
 // The models in which the library's invertible adapter changes what enters the first layer's residual stream. Not so in
 // Whisper (behind the encoder), Gemma (before the embeddings are scaled) and models of two models.
 bool changes_first_input(const std::string& model) {
@@ -68,6 +74,21 @@ bool may_be_direft(const nlohmann::json& config) {
          !config.contains("subtract_projection");
 }
 
+std::string refusal(const std::string& model, const AdapterConfig& config) {
+  const bool has_inverse = any_method<BnConfig>(config, [](const BnConfig& bn) { return bn.inv_adapter.has_value(); });
+  if (is_one_of(model, {"t5", "mt5"}) && has_prefixes(config)) {
+    return "on T5 the adapters library moves the relative positions of all tokens by the length of the prefix, which "
+           "torchgraft does not, so that the trained adapter would give other results" +
+           std::string(kAccept);
+  }
+  if (has_inverse && !changes_first_input(model)) {
+    return "it is not known that the adapters library puts invertible adapters of this model between the embeddings "
+           "and the first layer, as torchgraft does" +
+           std::string(kAccept);
+  }
+  return "";
+}
+
 }  // namespace
 
 std::string library_wiring(const std::string& model_type, const AdapterConfig& config) {
@@ -78,49 +99,48 @@ std::string library_wiring(const std::string& model_type, const AdapterConfig& c
   return differs ? model_type : "";
 }
 
-bool library_inverts_output(const std::string& model_type, const std::string& model_class) {
-  return model_class.ends_with("AdapterModel") || is_one_of(model_type, {"modernbert", "qwen2", "qwen3", "phi"});
+std::optional<bool> library_inverts_output(const std::string& model_type, const std::string& model_class) {
+  // "ModelWithHeads" is the former name of "AdapterModel".
+  if (model_class.ends_with("AdapterModel") || model_class.ends_with("ModelWithHeads") ||
+      is_one_of(model_type, {"modernbert", "qwen2", "qwen3", "phi"})) {
+    return true;
+  }
+  const bool has_own_head =
+      model_class.find("For") != std::string::npos || is_one_of(model_class, {"GPT2LMHeadModel", "BertLMHeadModel"});
+  return has_own_head ? std::optional(false) : std::nullopt;
 }
 
 LibraryDifference library_difference(std::string_view adapter_config) {
   const auto json = parse_json(adapter_config, "adapter_config.json");
-  if (!json.is_object() || !json.contains("model_type") || !json.at("model_type").is_string()) {
+  if (!json.is_object()) {
     return {};
   }
-  const auto model = json.at("model_type").get<std::string>();
-  const AdapterConfig config = config_from_json(adapter_config);
-  const bool has_prefix = any_method<PrefixTuningConfig>(config, [](const auto&) { return true; });
   LibraryDifference result;
-  if (is_one_of(model, {"t5", "mt5"}) && has_prefix) {
-    result.refused =
-        "on T5 the adapters library moves the relative positions of all tokens by the length of the prefix, which "
-        "torchgraft does not, so that the trained adapter would give other results" +
-        std::string(kAccept);
-  }
-  const bool has_inverse = any_method<BnConfig>(config, [](const BnConfig& bn) { return bn.inv_adapter.has_value(); });
-  if (has_inverse && !changes_first_input(model)) {
-    result.refused =
-        "it is not known that the adapters library puts invertible adapters of this model between the embeddings and "
-        "the first layer, as torchgraft does" +
-        std::string(kAccept);
-  }
-  const std::string effect = has_prefix ? effect_of_sdpa(model, json) : "";
-  if (!effect.empty()) {
-    result.warned =
-        "if this prefix was trained with attn_implementation=\"sdpa\", it gives other results here: the adapters "
-        "library then " +
-        effect + "; with \"eager\" the results are the same";
-  } else if (model == "deberta") {
-    result.warned =
-        "on DeBERTa (v1) the adapters library adds a random bias (memory that nothing has written) to the packed "
-        "projection of queries, keys and values, another in every process; results here have no such bias";
+  std::vector<std::string> warnings;
+  if (json.contains("model_type") && json.at("model_type").is_string()) {
+    const auto model = json.at("model_type").get<std::string>();
+    const AdapterConfig config = config_from_json(adapter_config);
+    result.refused = refusal(model, config);
+    const std::string effect = has_prefixes(config) ? effect_of_sdpa(model, json) : "";
+    if (!effect.empty()) {
+      warnings.push_back(
+          "if this prefix was trained with attn_implementation=\"sdpa\", it gives other results here: the adapters "
+          "library then " +
+          effect + "; with \"eager\" the results are the same");
+    }
+    if (model == "deberta") {
+      warnings.push_back(
+          "on DeBERTa (v1) the adapters library adds a random bias (memory that nothing has written) to the packed "
+          "projection of queries, keys and values, another in every process; results here have no such bias");
+    }
   }
   if (may_be_direft(json.value("config", nlohmann::json()))) {
-    result.warned += std::string(result.warned.empty() ? "" : "; and ") +
-                     "if this ReFT was trained as DiReFT, it gives other results here: the adapters library does not "
-                     "write that the projection is not subtracted, and loads it as NoReFT, as torchgraft does; for a "
-                     "DiReFT add \"subtract_projection\": false to its \"config\"";
+    warnings.push_back(
+        "if this ReFT was trained as DiReFT, it gives other results here: the adapters library does not write that the "
+        "projection is not subtracted, and loads it as NoReFT, as torchgraft does; for a DiReFT add "
+        "\"subtract_projection\": false to its \"config\"");
   }
+  result.warned = c10::Join("; and ", warnings);
   return result;
 }
 

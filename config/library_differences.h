@@ -3,6 +3,7 @@
 #include <torchgraft/config/method_configs.h>
 #include <torchgraft/registration/export.h>
 
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -26,6 +27,7 @@ std::string library_wiring(const std::string& model_type, const AdapterConfig& c
 
 // Whether the library puts the inverse of an invertible adapter before the output embeddings of this model, as it does
 // in its own heads and in models that it knows by an interface, but not in models with heads of `transformers`.
-bool library_inverts_output(const std::string& model_type, const std::string& model_class);
+// nullopt: the class has no output embeddings, or is not known.
+std::optional<bool> library_inverts_output(const std::string& model_type, const std::string& model_class);
 
 }  // namespace torchgraft

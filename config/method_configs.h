@@ -106,6 +106,7 @@ struct AdapterConfig {
   // Whether an invertible adapter's inverse stands before the output embeddings, as it is defined. AdapterHub leaves it
   // out in models with heads of the transformers library.
   bool inverts_output = true;
+  bool inverts_output_is_known = true;  // false: read from a directory that does not say it; the value is a guess
   // Over which tokens gates are means, see gate_pooling.h. "all" without gates.
   std::string gate_pooling = "all";
 };

@@ -17,8 +17,16 @@ bool is_listed(const std::vector<std::string>& names, const std::string& name) {
   return std::find(names.begin(), names.end(), name) != names.end();
 }
 
+constexpr int64_t kMostPositions = 1'000'000'000;
+
 void check_count(const char* field, int64_t value, int64_t least) {
   TORCH_CHECK(value >= least, "config: expected ReftConfig.", field, " to be at least ", least, ", got ", value);
+}
+
+void check_positions(const char* field, int64_t value) {
+  check_count(field, value, 0);
+  TORCH_CHECK(value <= kMostPositions, "config: expected ReftConfig.", field, " to be at most ", kMostPositions,
+              ", got ", value);
 }
 
 }  // namespace
@@ -55,8 +63,8 @@ void check_reft(const ReftConfig& config) {
   TORCH_CHECK(!word || *word == "all",
               "config: expected ReftConfig.layers to be \"all\" or a list of layer numbers, got \"", word ? *word : "",
               "\"");
-  check_count("prefix_positions", config.prefix_positions, 0);
-  check_count("suffix_positions", config.suffix_positions, 0);
+  check_positions("prefix_positions", config.prefix_positions);
+  check_positions("suffix_positions", config.suffix_positions);
   check_count("r", config.r, 1);
   TORCH_CHECK(config.output_reft && config.prefix_positions + config.suffix_positions > 0, "config: ReftConfig has ",
               config.output_reft ? "no positions" : "output_reft=False", ": such an adapter would change nothing");

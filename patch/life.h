@@ -61,7 +61,8 @@ TORCHGRAFT_PATCH_API torch::jit::Module replace_adapter(const torch::jit::Module
 // weights: all equal. `normalise` divides the weights by their sum. The configurations must be equal, up to how weights
 // are initialised. The adapters library does the same (average_adapter, combine_strategy="linear"), but for two things:
 // here prefixes are averaged as keys and values, not as weights of their MLP, and Compacter is averaged as projections,
-// not as factors. The average is frozen and has no head: heads belong to different tasks.
+// not as factors. VeRA, MTL-LoRA and orthogonal ReFTs are averaged by their factors, so they must be trainable. The
+// average is frozen and has no head: heads belong to different tasks.
 TORCHGRAFT_PATCH_API torch::jit::Module average_adapters(const torch::jit::Module& module, const std::string& name,
                                                          const std::vector<std::string>& names,
                                                          const std::vector<double>& weights = {}, bool normalise = true,

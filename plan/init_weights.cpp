@@ -1,5 +1,6 @@
 #include <torchgraft/plan/init_weights.h>
 
+#include <torchgraft/plan/draws.h>
 #include <torchgraft/plan/invertible.h>
 #include <torchgraft/plan/lora_factors.h>
 #include <torchgraft/plan/phm.h>
@@ -23,28 +24,7 @@ constexpr double kBertStd = 0.02;
 constexpr double kHoulsbyStd = 1e-2;
 constexpr double kPhmRuleSpread = 1e-2;
 
-// Seeds as the adapters library's fix_seed does: every module that has a seed starts from it, and 0 counts as no seed.
-// The draws below, and their order, are those of the adapters library's modules: a seeded module equals the adapters
-// library's bit for bit.
-void fix_seed(const std::optional<int64_t>& seed) {
-  if (seed && *seed != 0) {
-    at::manual_seed(static_cast<uint64_t>(*seed));
-  }
-}
-
 at::Tensor normal(at::IntArrayRef shape, double std) { return at::empty(shape).normal_(0.0, std); }
-
-at::Tensor uniform(at::IntArrayRef shape, double bound) { return at::empty(shape).uniform_(-bound, bound); }
-
-// kaiming_uniform_ with leaky-ReLU slope a: bound = sqrt(6 / ((1 + a^2) fan_in)).
-at::Tensor kaiming_uniform(at::IntArrayRef shape, double slope) {
-  return uniform(shape, std::sqrt(6.0 / ((1.0 + slope * slope) * static_cast<double>(shape[1]))));
-}
-
-// torch.nn.Linear's defaults: kaiming_uniform(a = sqrt(5)) and a bias within 1 / sqrt(fan_in).
-at::Tensor linear_weight(int64_t out, int64_t in) { return kaiming_uniform({out, in}, std::sqrt(5.0)); }
-
-at::Tensor linear_bias(int64_t out, int64_t in) { return uniform({out}, 1.0 / std::sqrt(static_cast<double>(in))); }
 
 // trunc_normal_ within two standard deviations: draws values beyond them again.
 at::Tensor truncated_normal(at::IntArrayRef shape) {
@@ -174,7 +154,9 @@ PhmDraws draw_blocks(const BnConfig& config, const PhmShape& shape) {
 PhmDraws draw_rules(const BnConfig& config) {
   const bool is_normal = config.phm_c_init == "normal";
   const double spread = !config.shared_phm_rule ? kPhmRuleSpread : is_normal ? config.phm_init_range : 1.0;
-  const auto draw = [&](at::IntArrayRef sizes) { return is_normal ? normal(sizes, spread) : uniform(sizes, spread); };
+  const auto draw = [&](at::IntArrayRef sizes) {
+    return is_normal ? normal(sizes, spread) : uniform_within(sizes, spread);
+  };
   const int64_t n = config.phm_dim;
   if (!config.factorized_phm_rule) {
     return {{"phm_rule", draw({n, n, n})}};
@@ -245,10 +227,18 @@ ModuleWeights init_bottleneck(const PlannedModule& module, SharedFactors& shared
   return weights;
 }
 
+// New linear maps, whose weights the library draws a second time, without a seed of their own.
 ModuleWeights init_invertible(const PlannedInvertible& planned) {
+  const auto shapes = invertible_shapes(planned);
   ModuleWeights weights;
-  for (const auto& [name, shape] : invertible_shapes(planned)) {
-    weights[name] = name.ends_with("_bias") ? at::zeros(shape) : normal(shape, kBertStd);
+  for (const char* name : {"f_down", "f_up", "g_down", "g_up"}) {
+    const auto& shape = shapes.at(std::string(name) + "_weight");
+    linear_weight(shape[0], shape[1]);
+    linear_bias(shape[0], shape[1]);
+    weights[std::string(name) + "_bias"] = at::zeros(shapes.at(std::string(name) + "_bias"));
+  }
+  for (const char* name : {"f_down_weight", "f_up_weight", "g_down_weight", "g_up_weight"}) {
+    weights[name] = normal(shapes.at(name), kBertStd);
   }
   return weights;
 }
@@ -272,60 +262,98 @@ at::Tensor init_group(const PlannedPrefix& planned, ModuleWeights& mlp) {
   return eject(mlp, config.non_linearity);
 }
 
-// The plan's modules in the order in which their weights are drawn: layer by layer, prefixes first. A seed gives the
-// weights that it gave before plans were in execution order.
+// The plan's modules in the order in which their weights are drawn: layer by layer, prefixes first, and invertible
+// adapters behind all layers, as in the library. They have no seed of their own: what is drawn before them decides. So
+// the library's order within a layer counts too, and prefixes come behind the layers where there is one.
 std::vector<size_t> drawing_order(const Plan& plan) {
+  const auto is_inverse = [](const PlannedModule& module) {
+    return std::holds_alternative<PlannedInvertible>(module.method);
+  };
+  const bool has_inverse = std::any_of(plan.begin(), plan.end(), is_inverse);
   std::vector<size_t> order(plan.size());
   std::iota(order.begin(), order.end(), size_t{0});
   const auto rank = [&](size_t i) {
-    return std::pair(plan[i].layer, !std::holds_alternative<PlannedPrefix>(plan[i].method));
+    const bool is_prefix = std::holds_alternative<PlannedPrefix>(plan[i].method);
+    const int behind_layers = is_inverse(plan[i]) ? 2 : is_prefix && has_inverse ? 1 : 0;
+    const int in_layer = is_prefix ? 0 : plan[i].site == "output_lora" ? 2 : plan[i].site == "output_reft" ? 3 : 1;
+    return std::tuple(behind_layers, plan[i].layer, in_layer);
   };
   std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return rank(a) < rank(b); });
   return order;
 }
 
-}  // namespace
+class WeightsDrawer {
+ public:
+  explicit WeightsDrawer(const Plan& plan) : plan_(plan), result_(plan.size()) {}
 
-AdapterWeights init_weights(const Plan& plan, const at::TensorOptions& options, Reparametrisation* kept) {
-  at::NoGradGuard no_grad;
-  Reparametrisation sources;
-  std::map<std::string, at::Tensor> groups;  // prefix location -> the group's prefixes
-  SharedFactors shared;
-  AdapterWeights result(plan.size());
-  for (const size_t index : drawing_order(plan)) {
-    const PlannedModule& module = plan[index];
-    ModuleWeights& weights = result[index];
+  AdapterWeights draw(const at::TensorOptions& options, Reparametrisation* kept) {
+    std::vector<size_t> order = drawing_order(plan_);
+    const auto behind_layers = std::find_if(order.begin(), order.end(), [&](size_t i) { return is_invertible(i); });
+    std::for_each(order.begin(), behind_layers, [&](size_t i) { draw_module(i); });
+    std::for_each(order.begin(), behind_layers, [&](size_t i) {  // VeRA's matrices come behind all layers
+      if (lora_factors(plan_[i]) == LoRAFactors::kVera) {
+        init_lora_factors(plan_[i], result_[i], sources_);
+      }
+    });
+    std::for_each(behind_layers, order.end(), [&](size_t i) { draw_module(i); });
+    for (ModuleWeights& weights : result_) {
+      convert(weights, options);
+    }
+    share_vera_matrix(plan_, result_);
+    if (kept) {
+      *kept = converted(std::move(sources_), options);
+    }
+    return std::move(result_);
+  }
+
+ private:
+  bool is_invertible(size_t index) const { return std::holds_alternative<PlannedInvertible>(plan_[index].method); }
+
+  void draw_module(size_t index) {
+    const PlannedModule& module = plan_[index];
+    ModuleWeights& weights = result_[index];
     if (const auto* lora = std::get_if<PlannedLoRA>(&module.method)) {
       weights = init(*lora);
       if (lora->config.lora_bias) {
         weights["bias"] = at::zeros({lora->out_features});
       }
-      if (lora_factors(module) != LoRAFactors::kNone) {
-        init_lora_factors(module, weights, sources);
+      if (lora_factors(module) == LoRAFactors::kMtlLora) {
+        init_lora_factors(module, weights, sources_);
       }
     } else if (std::holds_alternative<PlannedBottleneck>(module.method)) {
-      weights = init_bottleneck(module, shared, sources);
+      weights = init_bottleneck(module, shared_, sources_);
     } else if (const auto* invertible = std::get_if<PlannedInvertible>(&module.method)) {
       weights = init_invertible(*invertible);
     } else if (const auto* reft = std::get_if<PlannedReft>(&module.method)) {
-      weights = init_reft(*reft, sources[reft_source(module)]);
+      weights = init_reft(*reft, sources_[reft_source(module)]);
     } else {
-      const auto& prefix = std::get<PlannedPrefix>(module.method);
-      if (prefix.group_index == 0) {
-        groups[module.location] = init_group(prefix, sources[module.location]);
-      }
-      std::tie(weights["prefix_key"], weights["prefix_value"]) = prefix_of_layer(groups.at(module.location), prefix);
-      if (prefix.config.use_gating) {
-        add_gate(weights, prefix.config.shared_gating ? 1 : 2, prefix.hidden_size);
-      }
+      draw_prefix(module, weights);
     }
-    convert(weights, options);
   }
-  share_vera_matrix(plan, result);
-  if (kept) {
-    *kept = converted(std::move(sources), options);
+
+  void draw_prefix(const PlannedModule& module, ModuleWeights& weights) {
+    const auto& prefix = std::get<PlannedPrefix>(module.method);
+    if (prefix.group_index == 0) {
+      groups_[module.location] = init_group(prefix, sources_[module.location]);
+    }
+    std::tie(weights["prefix_key"], weights["prefix_value"]) = prefix_of_layer(groups_.at(module.location), prefix);
+    if (prefix.config.use_gating) {
+      add_gate(weights, prefix.config.shared_gating ? 1 : 2, prefix.hidden_size);
+    }
   }
-  return result;
+
+  const Plan& plan_;
+  AdapterWeights result_;
+  Reparametrisation sources_;
+  std::map<std::string, at::Tensor> groups_;  // prefix location -> the group's prefixes
+  SharedFactors shared_;
+};
+
+}  // namespace
+
+AdapterWeights init_weights(const Plan& plan, const at::TensorOptions& options, Reparametrisation* kept) {
+  at::NoGradGuard no_grad;
+  return WeightsDrawer(plan).draw(options, kept);
 }
 
 }  // namespace torchgraft

@@ -17,9 +17,8 @@ namespace torchgraft {
 //               norm_before_weight, norm_before_bias, norm_after_weight, norm_after_bias [H] (ln_before, ln_after)
 //   invertible  f_down_weight, ..., g_up_bias (plan/invertible.h)
 //   prefix      prefix_key [h_kv, P, d], prefix_value [h_kv, P, d] (the prefix MLP already computed: "ejected")
-//   ReFT        source_weight [U, r, H], source_bias [U, r], projection [U, r, H], U units of parameters (1 when they
-//   are
-//               tied); positions (int64) [2], subtraction [] (1 where the projection is subtracted, else 0)
+//   ReFT        source_weight [U, r, H], source_bias [U, r], projection [U, r, H], U units of parameters (1 when
+//               they are tied); positions (int64) [2], subtraction [] (1 where the projection is subtracted, else 0)
 //   each, when gated: gate_weight [G, H or in], gate_bias [G]; G is 2 for a prefix with shared_gating=False, else 1
 using ModuleWeights = std::map<std::string, at::Tensor>;
 

@@ -199,6 +199,12 @@ void Planner::add_invertible(const BnConfig& config) {
   const int64_t size = structure_.embedding_size;
   TORCH_CHECK(size > 0, "plan: the model has no inv_adapter: ", structure_.embedding_note,
               "; use a configuration without inv_adapter");
+  TORCH_CHECK(!inverts_output_ || structure_.several_outputs.empty(),
+              "plan: the inverse of inv_adapter stands before the output embeddings, and the model has several linear "
+              "maps to the vocabulary, of which they are one: ",
+              structure_.several_outputs,
+              "; use a configuration without inv_adapter (or, for a trained adapter without an inverse, add "
+              "\"inverts_output\": false to its adapter_config.json)");
   const int64_t first = size / 2;
   const double factor = config.inv_adapter_reduction_factor.value();
   add_module(layers_.front(), "inv_adapter", "inv_adapter",

@@ -1,5 +1,7 @@
 #include <torchgraft/plan/reft_weights.h>
 
+#include <torchgraft/plan/draws.h>
+
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/grad_mode.h>
@@ -58,15 +60,6 @@ at::Tensor drawn_base(const at::Tensor& tall) {
     return is_orthogonal(tall) ? tall.clone() : made_orthogonal(tall);
   }
   return made_orthogonal(at::cat({tall, at::randn({n, n - k}, tall.options())}, 1));
-}
-
-at::Tensor uniform_within(at::IntArrayRef sizes, double bound) { return at::empty(sizes).uniform_(-bound, bound); }
-
-// kaiming_uniform(a = sqrt(5)), as torch.nn.Linear draws its weight: within 1 / sqrt(fan_in), computed as there.
-at::Tensor drawn_linear(int64_t out, int64_t in) {
-  const double gain = std::sqrt(2.0 / (1.0 + 5.0));
-  const double std = gain / std::sqrt(static_cast<double>(in));
-  return uniform_within({out, in}, std::sqrt(3.0) * std);
 }
 
 }  // namespace
@@ -147,12 +140,10 @@ ModuleWeights init_reft(const PlannedReft& planned, ModuleWeights& sources) {
   std::vector<at::Tensor> biases;
   std::vector<at::Tensor> projections;
   for (int64_t unit = 0; unit < reft_units(config); ++unit) {
-    if (config.init_weights_seed && *config.init_weights_seed != 0) {  // every unit starts from the seed
-      at::manual_seed(static_cast<uint64_t>(*config.init_weights_seed));
-    }
-    weights.push_back(drawn_linear(config.r, hidden));
-    biases.push_back(uniform_within({config.r}, 1.0 / std::sqrt(static_cast<double>(hidden))));
-    projections.push_back(drawn_linear(config.r, hidden));
+    fix_seed(config.init_weights_seed);  // every unit starts from the seed
+    weights.push_back(linear_weight(config.r, hidden));
+    biases.push_back(linear_bias(config.r, hidden));
+    projections.push_back(linear_weight(config.r, hidden));
     if (config.orthogonality) {
       const at::Tensor& matrix = projections.back();
       at::Tensor& base = sources[of_unit("base", unit)];

@@ -124,6 +124,13 @@ std::string pool_location(const Layer& layer, const std::string& location) {
   return location;
 }
 
+bool is_packed(const std::string& site, const Layer& layer) {
+  const auto is_part = [&](const char* end, const std::optional<Projection>& projection) {
+    return site.ends_with(end) && projection && projection->packed;
+  };
+  return is_part("_lora_q", layer.query) || is_part("_lora_k", layer.key) || is_part("_lora_v", layer.value);
+}
+
 std::string lora_path(const PlannedModule& module, const Layer& layer) {
   const std::string& site = module.site;
   if (site == "intermediate_lora") {
@@ -216,7 +223,7 @@ class Writer {
     const std::string prefix = lora_path(module, layer) + ".loras." + name_;
     const bool has_factors = has_lora_factors(module, sources_);
     if (has_factors) {
-      write_lora_factors(module, prefix);
+      write_lora_factors(module, layer, prefix);
     }
     if (weights.count("lora_a") && !(has_factors && lora_factors(module) == LoRAFactors::kVera)) {
       append(prefix + ".lora_A", weights.at("lora_a"));
@@ -237,18 +244,17 @@ class Writer {
     write_gate(prefix + ".gate", weights);
   }
 
-  void write_lora_factors(const PlannedModule& module, const std::string& prefix) {
+  void write_lora_factors(const PlannedModule& module, const Layer& layer, const std::string& prefix) {
     static const std::map<std::string, std::string> kNames = {{"vera_d", ".vera_D"},
                                                               {"vera_b", ".vera_B"},
                                                               {"task_b", ".lora_B"},
                                                               {"task_values", ".task_specific.values"},
                                                               {"task_weights", ".weights"}};
+    TORCH_CHECK(!is_packed(module.site, layer), "save_adapter: ", module.site, " of layer ", module.number,
+                " is VeRA or MTL-LoRA on a packed projection of queries, keys and values, for which AdapterHub's "
+                "directories have no form; freeze the adapter, which is saved as a LoRA then");
     for (const auto& [name, factor] : sources_.at(lora_factors_key(module))) {
-      const std::string key = prefix + kNames.at(name);
-      TORCH_CHECK(!state_.count(from_library_root(key)), "save_adapter: ", module.site, " of layer ", module.number,
-                  " is VeRA or MTL-LoRA on a packed projection of queries, keys and values, for which AdapterHub's "
-                  "directories have no form; freeze the adapter, which is saved as a LoRA then");
-      put(key, factor);
+      put(prefix + kNames.at(name), factor);
     }
   }
 

@@ -199,6 +199,17 @@ size_t Structure::position(int64_t index) const {
   return static_cast<size_t>(found - layers.begin());
 }
 
+std::string embeddings_in_words(const Structure& structure) {
+  if (!structure.several_outputs.empty()) {
+    return "several linear maps to the vocabulary, of which its output embeddings are one: " +
+           structure.several_outputs;
+  }
+  if (!structure.other_outputs.empty()) {
+    return "no linear map to the vocabulary; one to another number of outputs: " + structure.other_outputs;
+  }
+  return structure.embedding_note;
+}
+
 std::string to_json(const Structure& structure) {
   OrderedJson json = {{"layers", OrderedJson::array()}, {"near_misses", structure.near_misses}};
   json["linear_maps"] = OrderedJson::array();
@@ -210,7 +221,7 @@ std::string to_json(const Structure& structure) {
   }
   json["embeddings"] = {{"size", structure.embedding_size > 0 ? OrderedJson(structure.embedding_size) : OrderedJson()},
                         {"output", structure.has_output_embeddings},
-                        {"note", structure.embedding_note}};
+                        {"note", embeddings_in_words(structure)}};
   return json.dump();
 }
 

@@ -59,6 +59,8 @@ struct Structure {
   int64_t embedding_size = 0;
   std::string embedding_note;
   bool has_output_embeddings = false;    // a linear map from them to the vocabulary
+  std::string several_outputs;           // the paths of several such maps, of which none was taken
+  std::string other_outputs;             // without such a map: the paths of last maps to other numbers of outputs
   std::vector<std::string> near_misses;  // "at encoder.layer.3: softmax without a matmul after it (...)"
 
   // The number of Transformer layers: Layer::number is below it.

@@ -77,8 +77,8 @@ class PlaceFinder {
       begin = first == real + tokens_ ? 0 : first - real;
       end = begin + std::count(real, real + tokens_, true);
     }
-    append(row, begin, begin + prefix, places[{0, slice}]);
-    append(row, end - suffix, end, places[{1, slice}]);
+    append(row, begin, begin + std::min(prefix, tokens_), places[{0, slice}]);  // a bank holds any int64
+    append(row, end - std::min(suffix, tokens_), end, places[{1, slice}]);
   }
 
   void append(int64_t row, int64_t begin, int64_t end, std::vector<int64_t>& places) const {
@@ -127,7 +127,8 @@ at::Tensor sparse_reft(const ReftArguments& args, const Selection& selection, co
 at::Tensor dense_reft(const ReftArguments& args, const Selection& selection, const Activation& activation) {
   const at::Tensor& x = args.x;
   const auto long_options = args.positions.options();
-  const at::Tensor counts = select(selection, args.positions).reshape({-1, 2});  // [1 or B, 2]
+  const at::Tensor counts =
+      select(selection, args.positions).reshape({-1, 2}).clamp_max(c10::Scalar(x.sym_size(1)));  // [1 or B, 2]
   const at::Tensor tokens = at::arange(c10::Scalar(x.sym_size(1)), long_options).unsqueeze(0);
   at::Tensor begin = at::zeros({1, 1}, long_options);
   at::Tensor end = at::full({1, 1}, c10::Scalar(x.sym_size(1)), long_options);

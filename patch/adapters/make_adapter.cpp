@@ -9,6 +9,8 @@
 #include <torchgraft/registration/parse_json.h>
 
 #include <algorithm>
+#include <utility>
+#include <variant>
 
 namespace torchgraft {
 
@@ -104,6 +106,37 @@ void set_gate_pooling(AdapterSpec& spec, const std::string& wanted, const char* 
   spec.config.gate_pooling = wanted;
 }
 
+namespace {
+
+bool may_have_output(const Structure& structure) {
+  return structure.has_output_embeddings || !structure.several_outputs.empty() || !structure.other_outputs.empty();
+}
+
+// Where an invertible adapter may lack its inverse. Afterwards the configuration says whether it has one.
+void warn_of_output(Adapter& adapter, const Structure& structure) {
+  const auto& methods = adapter.config.methods;
+  const bool is_invertible = std::any_of(methods.begin(), methods.end(), [](const MethodConfig& method) {
+    const auto* bottleneck = std::get_if<BnConfig>(&method);
+    return bottleneck && bottleneck->inv_adapter;
+  });
+  const bool is_known = std::exchange(adapter.config.inverts_output_is_known, true);
+  if (!is_invertible) {
+    return;
+  }
+  if (!is_known && may_have_output(structure)) {
+    TORCH_WARN("graft: the directory of '", adapter.name,
+               "' does not say whether its inverse stood before the output embeddings when it was trained (its "
+               "model_class has no head of the adapters library or of transformers). It is left out here, so that "
+               "results differ if it stood there; add \"inverts_output\": true or false to its adapter_config.json");
+  } else if (adapter.config.inverts_output && !structure.other_outputs.empty()) {
+    TORCH_WARN("graft: '", adapter.name, "' has no inverse before output embeddings: as many outputs as the table of ",
+               "the tokens has rows are found nowhere. Results differ from the adapters library's if ",
+               structure.other_outputs, " is the model's output embeddings");
+  }
+}
+
+}  // namespace
+
 Adapter make_adapter(const AdapterSpec& spec, const Structure& structure, const at::TensorOptions& options) {
   check_supported(spec.config);
   Adapter adapter{spec.name, spec.config};
@@ -113,8 +146,10 @@ Adapter make_adapter(const AdapterSpec& spec, const Structure& structure, const 
   if (!spec.weights) {
     adapter.config.wired_for.clear();  // a fresh adapter is as defined
     adapter.config.inverts_output = true;
+    adapter.config.inverts_output_is_known = true;
     check_leave_out(adapter.config, structure);
   }
+  warn_of_output(adapter, structure);
   adapter.plan = make_plan(structure, adapter.config);
   adapter.trainable = spec.trainable;
   if (spec.weights) {

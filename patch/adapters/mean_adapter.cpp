@@ -2,6 +2,7 @@
 
 #include <torchgraft/patch/adapters/adapter_bank.h>
 #include <torchgraft/plan/lora_factors.h>
+#include <torchgraft/plan/reft_weights.h>
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
@@ -20,24 +21,54 @@ at::Tensor weighted_sum(const std::vector<Adapter>& sources, const std::vector<d
   return total;
 }
 
-// What `module` computes from the means of the sources' factors.
+// What weights of `module` are computed from, by its keys in Adapter::sources; empty: they are parameters themselves.
+std::vector<std::string> source_keys(const PlannedModule& module) {
+  const auto* reft = std::get_if<PlannedReft>(&module.method);
+  if (reft && reft->config.orthogonality) {
+    return {reft_source(module)};
+  }
+  return lora_factors(module) == LoRAFactors::kNone ? std::vector<std::string>()
+                                                    : std::vector{lora_factors_key(module), std::string(kSharedVera)};
+}
+
+// The mean of orthogonal projections' sources, added up in their dtype, as in the library: both drop the fractions of
+// the diagonal of `original`.
+ModuleWeights mean_projection(const PlannedModule& module, const ModuleWeights& mean) {
+  for (const auto& [name, tensor] : mean) {
+    const at::Tensor diagonal = tensor.diagonal();
+    TORCH_CHECK(!name.starts_with("original") || at::equal(diagonal.trunc(), diagonal.round()),
+                "average_adapter: these weights make the adapters library's mean of orthogonal ReFTs a matrix without "
+                "some of its columns: it drops the fractions of their signs, such as those of 0.9999999; choose "
+                "weights whose sum is a whole number in float32, such as 0.25 and 0.75");
+  }
+  return {{"projection", reft_projection(std::get<PlannedReft>(module.method), mean)}};
+}
+
+// What `module` computes from the means of the sources' factors; empty where it computes nothing.
 ModuleWeights mean_of_factors(const std::vector<Adapter>& sources, const std::vector<double>& shares,
                               const PlannedModule& module) {
+  const auto keys = source_keys(module);
+  if (keys.empty()) {
+    return {};
+  }
+  const bool is_reft = std::holds_alternative<PlannedReft>(module.method);
   Reparametrisation mean;
-  for (const std::string& key : {lora_factors_key(module), std::string(kSharedVera)}) {
+  for (const std::string& key : keys) {
     for (size_t i = 0; i < sources.size(); ++i) {
-      TORCH_CHECK(has_lora_factors(module, sources[i].sources), "average_adapter: '", sources[i].name,
-                  "' is VeRA or MTL-LoRA, whose average is that of its factors, and they were dropped when it was "
-                  "frozen; load the adapters as trainable ones (trainable=True)");
+      TORCH_CHECK(is_reft ? has_reft_sources(module, sources[i].sources) : has_lora_factors(module, sources[i].sources),
+                  "average_adapter: '", sources[i].name, "' is ",
+                  is_reft ? "a ReFT with orthogonal projections" : "VeRA or MTL-LoRA",
+                  ", whose average is that of its factors, and they were dropped when it was frozen; load the adapters "
+                  "as trainable ones (trainable=True)");
       const auto found = sources[i].sources.find(key);
       for (const auto& [name, factor] : found == sources[i].sources.end() ? ModuleWeights() : found->second) {
-        const at::Tensor part = factor.detach().to(at::kDouble) * shares[i];
+        const at::Tensor part = (is_reft ? factor.detach() : factor.detach().to(at::kDouble)) * shares[i];
         at::Tensor& total = mean[key][name];
         total = total.defined() ? total + part : part;
       }
     }
   }
-  return factored_weights(module, mean);
+  return is_reft ? mean_projection(module, mean.at(keys.front())) : factored_weights(module, mean);
 }
 
 // The distance of 1 and the next number.
@@ -71,10 +102,8 @@ Adapter mean_adapter(const std::vector<Adapter>& sources, const std::vector<doub
                    : tensor;
     }
     const PlannedModule& module = mean.plan[m];
-    if (lora_factors(module) != LoRAFactors::kNone) {
-      for (const auto& [parameter, tensor] : mean_of_factors(sources, shares, module)) {
-        mean.weights[m][parameter] = tensor.to(sources.front().weights[m].at(parameter).scalar_type());
-      }
+    for (const auto& [parameter, tensor] : mean_of_factors(sources, shares, module)) {
+      mean.weights[m][parameter] = tensor.to(sources.front().weights[m].at(parameter).scalar_type());
     }
   }
   share_vera_matrix(mean.plan, mean.weights);
@@ -84,14 +113,13 @@ Adapter mean_adapter(const std::vector<Adapter>& sources, const std::vector<doub
 void check_is_mean(const Adapter& mean, const std::vector<Adapter>& sources, const std::vector<double>& shares) {
   const at::NoGradGuard no_grad;
   for (size_t m = 0; m < mean.weights.size(); ++m) {
-    const bool is_factored = lora_factors(mean.plan[m]) != LoRAFactors::kNone;
-    ModuleWeights factored = is_factored ? mean_of_factors(sources, shares, mean.plan[m]) : ModuleWeights();
+    const ModuleWeights factored = mean_of_factors(sources, shares, mean.plan[m]);
     for (const auto& [parameter, tensor] : mean.weights[m]) {
       if (!is_trained(parameter, mean.plan[m])) {
         continue;
       }
-      const at::Tensor expected =
-          factored.count(parameter) ? factored.at(parameter) : weighted_sum(sources, shares, m, parameter);
+      const at::Tensor expected = factored.count(parameter) ? factored.at(parameter).to(at::kDouble)
+                                                            : weighted_sum(sources, shares, m, parameter);
       const double rounding = rounding_of(tensor.scalar_type());
       const bool is_mean =
           expected.sizes() == tensor.sizes() &&

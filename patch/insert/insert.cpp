@@ -47,6 +47,7 @@ size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& si
   if (options.poolings.unpadded && !options.token_mask_input) {
     inserter.prepare_token_masks(slots, runs, module);
   }
+  inserter.prepare_reft(slots);
   LoraInserter insert_lora(inserter);
   BottleneckInserter insert_bottleneck(inserter);
   std::map<size_t, Value*> attentions;  // results of the ops with prefixes

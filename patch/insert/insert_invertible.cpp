@@ -69,6 +69,12 @@ std::pair<Value*, Value*> changed(Inserter& inserter, const Slot& slot, Value* x
   return {rows.choose(present, result, x), rows.pooled(x, none, none, none)};
 }
 
+// In the layout of the graph, dense: the model may view it.
+Value* as_found(Inserter& inserter, Value* value, bool sequence_first) {
+  Value* swapped = inserter.swapped(value, sequence_first);
+  return sequence_first ? inserter.graph().insert(c10::aten::contiguous, {swapped}) : swapped;
+}
+
 }  // namespace
 
 Value* insert_invertible(Inserter& inserter, const EmbeddingSite& site, const Slot& slot) {
@@ -79,14 +85,14 @@ Value* insert_invertible(Inserter& inserter, const EmbeddingSite& site, const Sl
     WithInsertPoint guard(end);
     const auto [result, ones] = changed(inserter, slot, inserter.swapped(site.value, site.sequence_first), "nice");
     gate = ones;
-    site.value->replaceAllUsesAfterNodeWith(end, inserter.swapped(result, site.sequence_first));
+    site.value->replaceAllUsesAfterNodeWith(end, as_found(inserter, result, site.sequence_first));
   }
   end->destroy();
   if (slot.inverts_output) {
     WithInsertPoint guard(site.output);
     Value* x = linear_input(site.output);
     Value* inverse = changed(inserter, slot, inserter.swapped(x, site.output_is_sequence_first), "nice_inverse").first;
-    site.output->replaceInputWith(x, inserter.swapped(inverse, site.output_is_sequence_first));
+    site.output->replaceInputWith(x, as_found(inserter, inverse, site.output_is_sequence_first));
   }
   return gate;
 }

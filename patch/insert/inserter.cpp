@@ -208,7 +208,8 @@ Value* Inserter::token_mask(const Slot& slot) {
   return has_cache ? of_this_pass(input_mask_, layer_) : input_mask_;
 }
 
-// A mask that can be read at the attention is read there. Layers with one mask share the result.
+// A mask that can be read at the attention is read there. Layers with one mask share the result, so rows that some
+// layer's ReFT changes count in all of them. Other rows may have masks that cannot be read.
 Value* Inserter::real_tokens() {
   if (real_input_) {
     return real_input_;
@@ -225,9 +226,22 @@ Value* Inserter::real_tokens() {
   if (!real) {
     WithInsertPoint guard(sites.attention);
     Value* x = swapped(linear_input(sites.query.node), sites.query.sequence_first);
-    real = call("attention_token_mask", {NamedValue(x), NamedValue(mask)}, {})->output();
+    std::vector<Value*> positions;
+    for (const Slot* slot : reft_slots_) {
+      positions.push_back(parameter(*slot, slot_module(*slot), "positions"));
+    }
+    Value* shown = RowFunctions(graph_, adapter_ids_, active_).shown_without_positions(mask, x, positions);
+    real = call("attention_token_mask", {NamedValue(x), NamedValue(shown)}, {})->output();
   }
   return real;
+}
+
+void Inserter::prepare_reft(const std::vector<Slot>& slots) {
+  for (const Slot& slot : slots) {
+    if (slot.parameters.count("positions")) {
+      reft_slots_.push_back(&slot);
+    }
+  }
 }
 
 Value* Inserter::present_stream(Value* found) const {

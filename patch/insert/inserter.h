@@ -88,8 +88,10 @@ class Inserter {
   Value* dropped(const Slot& slot, Value* value);
   // `value` [B, S, H] without those rows that the slot's stochastic depth drops in training mode.
   Value* rows_dropped(const Slot& slot, Value* value);
-  // The real tokens [B, S] of this layer; null where its attention has no mask: all tokens are real.
+  // The real tokens [B, S] of this layer, for rows with ReFT in one of the slots that came to prepare_reft; null where
+  // its attention has no mask: all tokens are real.
   Value* real_tokens();
+  void prepare_reft(const std::vector<Slot>& slots);
   // A value of the residual stream that was found in the graph, as adapters that replaced it have left it.
   Value* present_stream(Value* found) const;
   void replace_stream(Value* found, Value* by) { streams_[found] = by; }
@@ -123,8 +125,9 @@ class Inserter {
   const InsertOptions& options_;
   std::map<const Value*, Value*> shared_masks_;  // token masks by attention mask
   std::map<const Value*, Value*> real_tokens_;   // those of real_tokens(), by attention mask
-  std::map<const Value*, Value*> streams_;       // values of the residual stream, and their replacements
-  std::map<size_t, Value*> token_masks_;         // token masks by layer
+  std::vector<const Slot*> reft_slots_;
+  std::map<const Value*, Value*> streams_;  // values of the residual stream, and their replacements
+  std::map<size_t, Value*> token_masks_;    // token masks by layer
   size_t ops_ = 0;
   size_t layer_ = 0;
   std::optional<torch::jit::SourceRange> place_;

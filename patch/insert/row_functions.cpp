@@ -65,8 +65,7 @@ def whole_rows(x: Tensor, pools_all: Tensor, adapter_ids: Optional[Tensor], adap
     check_ids("forward", x, adapter_ids, pools_all.narrow(0, 0, count))
     return pools_all.index_select(0, torch.remainder(adapter_ids, count + 1))
 
-def shown_to_whole_rows(mask: Optional[Tensor], x: Tensor, pools_all: Tensor, adapter_ids: Optional[Tensor],
-                        adapter: int) -> Optional[Tensor]:
+def shown_to_rows(mask: Optional[Tensor], rows: Tensor) -> Optional[Tensor]:
     if mask is None:
         return None
     else:
@@ -75,7 +74,16 @@ def shown_to_whole_rows(mask: Optional[Tensor], x: Tensor, pools_all: Tensor, ad
             visible = visible.gt(MASKED_SCORE)
         sizes = list(visible.size())
         visible = visible.view([1] * (4 - len(sizes)) + sizes)
-        return torch.logical_or(visible, whole_rows(x, pools_all, adapter_ids, adapter).view(-1, 1, 1, 1))
+        return torch.logical_or(visible, rows.view(-1, 1, 1, 1))
+
+def shown_to_whole_rows(mask: Optional[Tensor], x: Tensor, pools_all: Tensor, adapter_ids: Optional[Tensor],
+                        adapter: int) -> Optional[Tensor]:
+    return shown_to_rows(mask, whole_rows(x, pools_all, adapter_ids, adapter))
+
+def has_positions(x: Tensor, positions: Tensor, adapter_ids: Optional[Tensor], adapter: int) -> Tensor:
+    check_ids("reft", x, adapter_ids, positions)
+    return torch.logical_and(selected(positions, adapter_ids, adapter).gt(0).any(1),
+                             is_active(x, adapter_ids, adapter))
 
 def pooled_tokens(mask: Tensor, pools_all: Tensor, adapter_ids: Optional[Tensor], adapter: int) -> Tensor:
     return torch.logical_or(mask, whole_rows(mask, pools_all, adapter_ids, adapter).unsqueeze(-1))
@@ -164,7 +172,7 @@ def seen_by_real_queries(visible: Tensor) -> Tensor:
 def position_flags(x: Tensor, positions: Tensor, adapter_ids: Optional[Tensor], adapter: int,
                    token_mask: Optional[Tensor]) -> Tensor:
     tokens = torch.arange(x.size(1), device=x.device).unsqueeze(0)
-    counts = selected(positions, adapter_ids, adapter)
+    counts = selected(positions, adapter_ids, adapter).clamp(max=x.size(1) + 1)
     begin = torch.zeros_like(counts.narrow(1, 0, 1))
     end = begin + x.size(1)
     if token_mask is not None:
@@ -229,6 +237,16 @@ Value* RowFunctions::pooled_tokens(Value* mask, Value* pools_all) {
 
 Value* RowFunctions::shown_to_whole_rows(Value* mask, Value* x, Value* pools_all) {
   return call("shown_to_whole_rows", {mask, x, pools_all, adapter_ids_, adapter_});
+}
+
+Value* RowFunctions::shown_without_positions(Value* mask, Value* x, at::ArrayRef<Value*> positions) {
+  Value* any = nullptr;
+  for (Value* bank : positions) {
+    Value* some = call("has_positions", {x, bank, adapter_ids_, adapter_});
+    any = any ? graph_.insert(c10::aten::logical_or, {any, some}) : some;
+  }
+  TORCH_INTERNAL_ASSERT(any, "a mask is shown to rows of ReFT, and no slot has positions");
+  return call("shown_to_rows", {mask, graph_.insert(c10::aten::logical_not, {any})});
 }
 
 Value* RowFunctions::scaled(Value* base, Value* vector, Value* scaling, Value* gate) {

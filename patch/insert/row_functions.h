@@ -37,6 +37,10 @@ class RowFunctions {
   // attention_token_mask can read it. The result is bool.
   torch::jit::Value* shown_to_whole_rows(torch::jit::Value* mask, torch::jit::Value* x, torch::jit::Value* pools_all);
 
+  // The same for rows whose adapter has no ReFT at any position: no bank of positions [N, 2] has some for it.
+  torch::jit::Value* shown_without_positions(torch::jit::Value* mask, torch::jit::Value* x,
+                                             at::ArrayRef<torch::jit::Value*> positions);
+
   // (IA)^3: base [B, S, O] times the row's vector (bank [N, O, 1]), scaling (bank [N]) and gate [B, 1].
   torch::jit::Value* scaled(torch::jit::Value* base, torch::jit::Value* vector, torch::jit::Value* scaling,
                             torch::jit::Value* gate);

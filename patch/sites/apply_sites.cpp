@@ -126,6 +126,8 @@ GraphSites apply_sites(const GraphSites& detected, const Structure& wanted, cons
   result.structure.embedding_size = detected.structure.embedding_size;
   result.structure.embedding_note = detected.structure.embedding_note;
   result.structure.has_output_embeddings = detected.structure.has_output_embeddings;
+  result.structure.several_outputs = detected.structure.several_outputs;
+  result.structure.other_outputs = detected.structure.other_outputs;
   result.structure.near_misses = detected.structure.near_misses;
   std::set<int64_t> seen;
   for (const Layer& entry : wanted.layers) {

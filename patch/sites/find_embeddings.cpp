@@ -71,20 +71,66 @@ int64_t vocabulary_of(SiteFinder& finder, Value* embeddings) {
   return result;
 }
 
-// The linear maps to the vocabulary, from tokens.
-std::vector<Node*> output_embeddings(SiteFinder& finder, torch::jit::Graph& graph, int64_t size, int64_t vocabulary) {
-  std::vector<Node*> found;
+// Whether forward gives back what `node` computes, changed by no other linear map or attention.
+bool is_last(Node* node) {
+  std::unordered_set<const Value*> seen = {node->output()};
+  std::vector<Value*> frontier = {node->output()};
+  for (size_t i = 0; i < frontier.size(); ++i) {
+    for (const torch::jit::Use& use : frontier[i]->uses()) {
+      if (use.user->kind() == c10::prim::Return) {
+        return true;
+      }
+      if (is_linear(use.user) || is_aten(use.user, {"scaled_dot_product_attention", "matmul", "bmm"})) {
+        continue;
+      }
+      for (Value* output : use.user->outputs()) {
+        if (seen.insert(output).second) {
+          frontier.push_back(output);
+        }
+      }
+    }
+  }
+  return false;
+}
+
+bool is_in_layer(const GraphSites& sites, const Node* node) {
+  return std::any_of(sites.layers.begin(), sites.layers.end(), [&](const LayerSites& layer) {
+    return layer.query.node == node || layer.key.node == node || layer.value.node == node;
+  });
+}
+
+struct Outputs {
+  std::vector<Node*> to_vocabulary;  // linear maps of tokens
+  std::vector<Node*> others;         // the last ones to more outputs than they read features
+};
+
+Outputs output_embeddings(SiteFinder& finder, torch::jit::Graph& graph, const GraphSites& sites, int64_t size,
+                          int64_t vocabulary) {
+  Outputs found;
   for (Node* node : graph.nodes()) {
     bool sequence_first = false;
-    if (vocabulary == 0 || !is_linear(node) || !finder.layout_of(linear_input(node), sequence_first)) {
+    if (!is_linear(node) || !finder.layout_of(linear_input(node), sequence_first)) {
       continue;
     }
     const Projection projection = finder.describe(node);
-    if (projection.in_features == size && projection.out_features == vocabulary) {
-      found.push_back(node);
+    if (projection.in_features != size) {
+      continue;
+    }
+    if (vocabulary > 0 && projection.out_features == vocabulary) {
+      found.to_vocabulary.push_back(node);
+    } else if (projection.out_features > size && !is_in_layer(sites, node) && is_last(node)) {
+      found.others.push_back(node);
     }
   }
   return found;
+}
+
+std::string paths_of(SiteFinder& finder, const std::vector<Node*>& nodes) {
+  std::string paths;
+  for (Node* node : nodes) {
+    paths += (paths.empty() ? "" : ", ") + finder.path_of(node);
+  }
+  return paths;
 }
 
 // Why there are none; empty when they were found.
@@ -122,13 +168,13 @@ std::string embeddings_of(SiteFinder& finder, const std::shared_ptr<torch::jit::
   if (Writes(graph).reach(site.value)) {
     return "something may write in place into its embeddings";
   }
-  const auto outputs = output_embeddings(finder, *graph, size, vocabulary_of(finder, site.value));
-  if (outputs.size() > 1) {
-    return "it has several linear maps to the vocabulary, of which its output embeddings are one: " +
-           finder.path_of(outputs[0]) + ", " + finder.path_of(outputs[1]);
-  }
-  if (!outputs.empty()) {
-    site.output = outputs.front();
+  const Outputs outputs = output_embeddings(finder, *graph, sites, size, vocabulary_of(finder, site.value));
+  if (outputs.to_vocabulary.size() > 1) {
+    sites.structure.several_outputs = paths_of(finder, outputs.to_vocabulary);
+  } else if (outputs.to_vocabulary.empty()) {
+    sites.structure.other_outputs = paths_of(finder, outputs.others);
+  } else {
+    site.output = outputs.to_vocabulary.front();
     finder.layout_of(linear_input(site.output), site.output_is_sequence_first);
   }
   sites.structure.embedding_size = size;

@@ -116,7 +116,8 @@ def average_adapter(
 
     The function does what average_adapter(combine_strategy="linear") of the `adapters` library does, except that it
     averages prefixes as keys and values, not as weights of the MLP that made them, and a Compacter by its projections,
-    not by their factors. The average is frozen and has no head.
+    not by their factors. VeRA, MTL-LoRA and orthogonal ReFTs are averaged by their factors, so they must be trainable.
+    The average is frozen and has no head.
 
     Args:
         module: a grafted module.

@@ -114,7 +114,7 @@ def test_the_mask_can_be_an_input_by_name() -> None:
     [
         (dict(gate_pooling="some"), 'expected gate_pooling "all" or "unpadded"'),
         (dict(gate_pooling="unpadded", token_mask="mask"), "no argument 'mask'; it has: input_ids, attention_mask"),
-        (dict(token_mask="attention_mask"), 'with gate_pooling "unpadded" only'),
+        (dict(token_mask="attention_mask"), 'with gate_pooling "unpadded" and with ReFT only'),
     ],
 )
 def test_bad_options_are_named(options: dict, message: str) -> None:

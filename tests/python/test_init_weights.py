@@ -38,6 +38,18 @@ CONFIGS = {
     "loreft": adapters.LoReftConfig(r=3, suffix_positions=1, **SEED),
     "loreft_square": adapters.LoReftConfig(r=48, tied_weights=True, **SEED),
     "noreft": adapters.NoReftConfig(r=3, suffix_positions=1, layers=[0, 2], **SEED),
+    "invertible": adapters.SeqBnInvConfig(**SEED),
+    "invertible_gated": adapters.DoubleSeqBnInvConfig(use_gating=True, inv_adapter_reduction_factor=3.5, **SEED),
+    "invertible_houlsby": adapters.SeqBnInvConfig(init_weights="houlsby", **SEED),
+    "invertible_prefix": adapters.ConfigUnion(
+        adapters.PrefixTuningConfig(prefix_length=4, bottleneck_size=20, **SEED), adapters.SeqBnInvConfig(**SEED)
+    ),
+    "invertible_reft": adapters.ConfigUnion(
+        adapters.LoReftConfig(r=3, suffix_positions=1, **SEED), adapters.SeqBnInvConfig(**SEED)
+    ),
+    "invertible_lora": adapters.ConfigUnion(
+        adapters.LoRAConfig(use_gating=True, **SEED, **ALL_LORA), adapters.SeqBnInvConfig(**SEED)
+    ),
     "union": adapters.ConfigUnion(
         adapters.PrefixTuningConfig(prefix_length=4, bottleneck_size=20, **SEED),
         adapters.SeqBnConfig(use_gating=True, **SEED),
@@ -110,6 +122,11 @@ def _oracle_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
             result[f"{layer}.output_reft.source_weight"] = torch.stack([unit.learned_source.weight for unit in units])
             result[f"{layer}.output_reft.source_bias"] = torch.stack([unit.learned_source.bias for unit in units])
             result[f"{layer}.output_reft.projection"] = torch.stack([unit.projection.weight for unit in units])
+    if "t" in model.invertible_adapters:
+        sides = {f"{net}.{layer}": f"{net.lower()}_{part}" for net in "FG" for layer, part in ((0, "down"), (2, "up"))}
+        for name, value in model.invertible_adapters["t"].named_parameters():
+            side, kind = name.rsplit(".", 1)
+            result[f"0.inv_adapter.{sides[side]}_{kind}"] = value
     return {name: value.detach() for name, value in result.items()}
 
 

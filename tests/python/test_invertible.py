@@ -9,12 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import BertForMaskedLM
 
 import adapters
 import torchgraft
 from adapters import (
-    BertAdapterModel,
     BnConfig,
     ConfigUnion,
     DoubleSeqBnInvConfig,
@@ -230,80 +228,6 @@ def test_averages_are_the_librarys() -> None:
     with torch.no_grad():
         found = difference(_hidden(average, batch), model(batch.ids, batch.mask)[0])
     assert found <= 1e-6  # the library averages into float32
-
-
-class _Logits(nn.Module):
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return self.model(ids, mask)[0]
-
-
-class _Restated(nn.Module):
-    """The head of the library's model on BERT of transformers: the library's own cannot be traced."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.bert = hugging_face("bert", "sdpa", DOUBLE)
-        self.bert.load_state_dict(model.bert.state_dict(), strict=False)
-        self.head = model.heads["lm"]
-
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        hidden = self.bert(ids, mask)[0]
-        for part in self.head:
-            hidden = part(hidden)
-        return hidden
-
-
-def _with_head(kind: type) -> nn.Module:
-    torch.manual_seed(1)
-    model = kind(hugging_face("bert", "sdpa", DOUBLE).config)
-    if kind is BertAdapterModel:
-        model.add_masked_lm_head("lm")
-        model.set_active_adapters(None)
-        model.active_head = "lm"
-    return model.double().eval()
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize("kind", [BertForMaskedLM, BertAdapterModel])
-def test_a_language_model_is_as_the_library_has_it(kind: type, tmp_path) -> None:
-    """With heads of the library the inverse stands before the output embeddings, with those of transformers not."""
-    batch = make_batch([9, 6], 9, DOUBLE)
-    traced_model = _Logits(_with_head(kind)) if kind is BertForMaskedLM else _Restated(_with_head(kind))
-    plain = torch.jit.trace(traced_model, (batch.ids, batch.mask), check_trace=False)
-    model = _with_head(kind)
-    if kind is BertForMaskedLM:
-        adapters.init(model)
-    model.add_adapter("task", config=CONFIGS["seq_bn_inv"])
-    model.double().eval()
-    randomise(model, "task", 3)
-    model.save_adapter(str(tmp_path / "read"), "task", with_head=False)
-    model.set_active_adapters("task")
-    module = torchgraft.load_adapter(plain, tmp_path / "read")
-    other = make_batch([8, 5, 8], 8, DOUBLE, seed=2)
-    with torch.no_grad():
-        expected = model(other.ids, other.mask)[0]
-        assert difference(module(other.ids, other.mask), expected) <= 1e-11
-        mixed = module(other.ids, other.mask, adapter_ids=torch.tensor([0, -1, 0]))
-        assert difference(mixed[::2], expected[::2]) <= 1e-11
-        assert difference(mixed[1:2], plain(other.ids, other.mask)[1:2]) <= 1e-11
-        torchgraft.save_adapter(module, "task", tmp_path / "written")
-        again = torchgraft.load_adapter(plain, tmp_path / "written")
-        assert torch.equal(again(other.ids, other.mask), module(other.ids, other.mask))
-    has_inverse = any("_forward" not in key for key in module.adapters.state_dict() if "inv_adapter" in key)
-    assert has_inverse == (kind is BertAdapterModel)
-
-
-def test_a_fresh_one_inverts_what_it_changed() -> None:
-    """Without layers between, the output embeddings read the embeddings again: as it is defined."""
-    batch = make_batch([9, 6], 9, DOUBLE)
-    plain = torch.jit.trace(_Logits(_with_head(BertForMaskedLM)), (batch.ids, batch.mask), check_trace=False)
-    module = torchgraft.graft(plain, "seq_bn_inv", "task")
-    kinds = {key.split(".")[1] for key in module.adapters.state_dict() if "inv_adapter" in key}
-    assert kinds == {"inv_adapter_nice_relu"}
 
 
 @pytest.mark.quick

@@ -1,5 +1,7 @@
 """Banks of VeRA, whose random matrix is one tensor for all layers: what a row needs, and swapping them in packages."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -42,3 +44,14 @@ def test_banks_are_swapped_only_where_layers_share_alike() -> None:
     in_part = torchgraft.replace_adapter(everywhere, "a", "vera[leave_out=[1]]")
     with pytest.raises(torchgraft.GraftError, match="share their random matrix otherwise than in the package"):
         torchgraft.load_banks(package, in_part, like=everywhere)
+
+
+def test_one_part_of_a_packed_projection_is_saved_when_frozen_only(tmp_path: Path) -> None:
+    """The library has no VeRA there; the second part of one was refused, the first one alone was written."""
+    plain = base("encoder_script_post", DOUBLE)
+    config = torchgraft.VeraConfig(attn_matrices=["q"], r=4)
+    module = torchgraft.graft(plain, config, "task", trainable=True, verify=False)
+    with pytest.raises(torchgraft.GraftError, match="selfattn_lora_q of layer 0 is VeRA or MTL-LoRA on a packed"):
+        torchgraft.save_adapter(module, "task", tmp_path / "trained")
+    assert not (tmp_path / "trained" / "adapter_config.json").exists()
+    torchgraft.save_adapter(torchgraft.freeze_adapter(module, "task"), "task", tmp_path / "frozen")

@@ -54,6 +54,43 @@ TEST(LibraryDifferences, WhatTheDirectoryDoesNotSayIsWarnedOf) {
   EXPECT_NE(of("deberta", "seq_bn").warned.find("random bias"), std::string::npos);
 }
 
+TEST(LibraryDifferences, AllThatIsNotKnownIsSaid) {
+  const std::string union_config = R"({"architecture": "union", "configs": [)" +
+                                   config_to_json(config_from_name("prefix_tuning")) + ", " +
+                                   config_to_json(config_from_name("noreft")) + "]}";
+  const LibraryDifference both =
+      library_difference(R"({"name": "task", "model_type": "gpt2", "config": )" + union_config + "}");
+  EXPECT_NE(both.warned.find("first tokens"), std::string::npos);
+  EXPECT_NE(both.warned.find("DiReFT"), std::string::npos);
+  const LibraryDifference nameless = library_difference(
+      R"({"config": {"architecture": "reft", "orthogonality": false}})");  // whoever wrote it, it may be a DiReFT
+  EXPECT_NE(nameless.warned.find("DiReFT"), std::string::npos);
+}
+
+TEST(LibraryDifferences, InversesAreThereMissingOrNotKnown) {
+  const std::string inner = config_to_json(config_from_name("seq_bn_inv"));
+  const auto read = [&](const std::string& model_class, const std::string& model = "bert") {
+    return config_from_json(R"({"model_type": ")" + model + R"(", "model_class": )" + model_class + R"(, "config": )" +
+                            inner + "}");
+  };
+  for (const char* name : {"\"BertAdapterModel\"", "\"BertModelWithHeads\""}) {
+    EXPECT_TRUE(read(name).inverts_output && read(name).inverts_output_is_known) << name;
+  }
+  for (const char* name : {"\"BertForMaskedLM\"", "\"GPT2LMHeadModel\""}) {
+    EXPECT_FALSE(read(name).inverts_output) << name;
+    EXPECT_TRUE(read(name).inverts_output_is_known) << name;
+  }
+  for (const char* name : {"\"BertModel\"", "null", "\"OfTomorrow\""}) {
+    const AdapterConfig config = read(name);
+    EXPECT_FALSE(config.inverts_output || config.inverts_output_is_known) << name;
+    EXPECT_FALSE(config_from_json(config_to_json(config)).inverts_output_is_known) << name;
+    EXPECT_TRUE(read(name, "qwen2").inverts_output_is_known) << name;
+  }
+  const AdapterConfig said = config_from_json(
+      R"({"model_type": "bert", "model_class": "BertModel", "inverts_output": true, "config": )" + inner + "}");
+  EXPECT_TRUE(said.inverts_output && said.inverts_output_is_known);
+}
+
 TEST(LibraryDifferences, WithoutModelTypeNothingIsSaid) {
   const std::string config = config_to_json(config_from_name("double_seq_bn"));
   for (const std::string& text : {config, R"({"model_type": null, "config": )" + config + "}"}) {

@@ -1,10 +1,15 @@
 """Drawn VeRA, DvoRA and MTL-LoRA of AdapterHub on many families: what the library gives, or refused with a reason."""
 
 import random
+from collections.abc import Iterator
 
 import pytest
+import torch
+from torch import Tensor, nn
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 import adapters
+import drawn_cases
 from drawn_cases import DrawnCase, draw, outcome
 
 _SEED = 25
@@ -41,12 +46,45 @@ def _case(number: int) -> DrawnCase:
                      _config(random.Random(f"{_SEED} {number}")), model.safetensors)  # fmt: skip
 
 
-@pytest.mark.parametrize("number", range(_CASES))
+def _wide_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    return norm.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon))
+
+
+@pytest.fixture
+def wide_t5(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """T5 in float64 throughout: transformers and the library compute its norms' variance and its softmax in float32,
+    and the stack enlarges their rounding to more than 1e-5."""
+    narrow = Tensor.float
+    monkeypatch.setattr(T5LayerNorm, "forward", _wide_norm)
+    monkeypatch.setattr(Tensor, "float", lambda x: x if x.dtype == torch.float64 else narrow(x))
+    monkeypatch.setattr(drawn_cases, "_TOLERANCE", 1e-10)
+    for made in (drawn_cases._base, drawn_cases._library):
+        made.cache_clear()
+    yield
+    for made in (drawn_cases._base, drawn_cases._library):
+        made.cache_clear()
+
+
+_NUMBERS = {is_t5: [number for number in range(_CASES) if _case(number).family.startswith("t5") == is_t5]
+            for is_t5 in (False, True)}  # fmt: skip
+
+
+@pytest.mark.parametrize("number", _NUMBERS[False])
 def test_equal_or_refused(number: int) -> None:
     case = _case(number)
     found = outcome(case)
-    if case.family.startswith("t5") and found.startswith("differs by"):
-        # Its norms round float64 to float32, and the stack enlarges it: a plain LoRA differs by 1.5e-4 there.
-        assert float(found.split()[-1]) <= 5e-4
-        return
     assert found.startswith(_FINE), f"{case}: {found}"
+
+
+@pytest.mark.usefixtures("wide_t5")
+@pytest.mark.parametrize("number", _NUMBERS[True])
+def test_t5_is_equal_or_refused(number: int) -> None:
+    case = _case(number)
+    found = outcome(case)
+    assert found.startswith(_FINE), f"{case}: {found}"
+
+
+def test_many_of_them_are_equal() -> None:
+    """What is refused, or fails in the library, proves little."""
+    found = [outcome(_case(number)) for number in range(0, _CASES, 4)]
+    assert found.count("equal") >= len(found) // 3, found

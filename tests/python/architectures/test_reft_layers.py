@@ -13,8 +13,8 @@ import adapters
 import torchgraft
 from grafted import base, reloaded, saved_adapter
 from hugging_face_models import FAMILIES
-from models import VARIANTS
-from oracle import TOLERANCE, difference, oracle_for
+from models import VARIANTS, hugging_face
+from oracle import CONFIGS, TOLERANCE, difference, oracle_for, randomise
 from reft_support import FLOAT, MASKS, text_arguments, traced, write_library_adapter
 
 
@@ -63,6 +63,48 @@ def test_a_short_row_gets_what_it_gets_alone() -> None:
     assert together.isfinite().all()
     alone = _hidden(grafted, ids[1:], mask[1:])
     assert difference(together[1:, :1], alone[:, :1]) <= TOLERANCE[FLOAT]
+
+
+class _Bert(torch.nn.Module):
+    """BERT under a mask [B, S, S] of the caller."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = hugging_face("bert", "sdpa", FLOAT)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor]:
+        return (self.model(ids, mask, return_dict=False)[0],)
+
+
+@pytest.mark.parametrize("form", ["plain", "lowered", "loaded"])
+def test_masks_that_cannot_be_read_hinder_rows_with_positions_only(form: str) -> None:
+    """A token that sees itself alone may be text or padding. Rows of the base, of LoRA and of the first layer's ReFT
+    only, beside ReFT of the last layer."""
+    ids = torch.randint(4, 40, (3, 6), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones(3, 6, 6)
+    mask[:2] = torch.eye(6)
+    mask[2, :, 4:] = 0
+    torch.manual_seed(1)
+    plain = torch.jit.trace(_Bert().eval(), (ids, mask), check_trace=False)
+    bank = torchgraft.graft(
+        plain,
+        adapters={name: _bert_directory(name) for name in ("lora", "loreft")},
+        example=(ids, mask[2:].expand_as(mask)),
+    )
+    bank = torchgraft.graft(bank, "noreft[layers=[1]]", "last", example=(ids, mask[2:].expand_as(mask)))
+    lora = torchgraft.graft(plain, adapters={"lora": _bert_directory("lora")}, example=(ids, mask))
+    module = {"plain": lambda: bank, "lowered": lambda: torchgraft.lower(bank), "loaded": lambda: reloaded(bank)}[
+        form
+    ]()
+    for reft in (1, 2):
+        found = _hidden(module, ids, mask, adapter_ids=torch.tensor([-1, 0, reft]))
+        alone = _hidden(module, ids[2:], mask[2:], adapter_ids=torch.tensor([reft]))
+        expected = [_hidden(plain, ids, mask)[0], _hidden(lora, ids, mask)[1], alone[0]]
+        assert difference(found, torch.stack(expected)) <= TOLERANCE[FLOAT]
+        with pytest.raises((RuntimeError, torch.jit.Error), match="row 1"):
+            _hidden(module, ids, mask, adapter_ids=torch.tensor([-1, reft, reft]))
+    module.activate("lora")
+    assert difference(_hidden(module, ids, mask), _hidden(lora, ids, mask)) <= TOLERANCE[FLOAT]
 
 
 def test_a_token_mask_may_be_named() -> None:
@@ -132,7 +174,7 @@ def test_direft_is_said_in_what_we_write_and_open_in_the_librarys(tmp_path: Path
         torchgraft.load_adapter(base("bert_sdpa", FLOAT), tmp_path / "no")
 
 
-def test_what_there_is_of_it(tmp_path: Path) -> None:
+def test_what_there_is_of_it() -> None:
     module = torchgraft.graft(base("bert_sdpa", FLOAT), adapters={"a": _bert_directory("reft_tied")})
     [info] = torchgraft.list_adapters(module)
     assert info.by_location == {"output_reft": 3 * (2 * 5 * 48 + 5)} and info.gate_pooling == ""
@@ -142,16 +184,6 @@ def test_what_there_is_of_it(tmp_path: Path) -> None:
     assert torchgraft.inspect(module)["layers"][0]["locations"][-1] == "output_reft"
     with pytest.raises(torchgraft.GraftError, match="cannot be merged: .* ReFT changes some tokens only"):
         torchgraft.merge_adapter(module, "a")
-    module = torchgraft.load_adapter(module, _bert_directory("reft_tied"), name="b")
-    module = torchgraft.average_adapter(module, "mean", {"a": 0.5, "b": 0.5})
-    results = []
-    for name in ("a", "mean"):
-        module.activate(name)
-        results.append(_hidden(module, *_bert("right")))
-    assert difference(*results) <= 1e-5
-    torchgraft.save_adapter(module, "mean", tmp_path / "mean")
-    again = torchgraft.load_adapter(base("bert_sdpa", FLOAT), tmp_path / "mean")
-    assert torch.equal(_hidden(again, *_bert("right")), results[1])
 
 
 def test_a_pool_takes_it() -> None:
@@ -257,12 +289,49 @@ def test_a_frozen_and_a_trainable_one_share_a_bank(config: str) -> None:
         ("loreft[layers=[0, 7]]", "layers names layer 7; the model has layers 0 to 2"),
         ("loreft[layers=[]]", "the config asks for nothing on this model"),
         ("loreft|noreft", "a union has two ReFT configs .* give one config all their layers"),
+        ("loreft[suffix_positions=9223372036854775807]", "suffix_positions to be at most 1000000000, got 92233"),
         ("loreft[r=0]", "expected ReftConfig.r to be at least 1, got 0"),
     ],
 )
 def test_configurations_that_mean_nothing_are_refused(config: str, message: str) -> None:
     with pytest.raises(torchgraft.GraftError, match=message):
         torchgraft.graft(base("bert_sdpa", FLOAT), config, "task")
+
+
+@pytest.mark.parametrize("config", ["loreft", "reft_tied", "noreft"])
+def test_averages_are_the_librarys(config: str, tmp_path: Path) -> None:
+    """Orthogonal projections are averaged by what they are computed from, so that the average is not orthogonal."""
+    library = hugging_face("bert", "sdpa", FLOAT)
+    adapters.init(library)
+    for seed, name in enumerate("xy"):
+        library.add_adapter(name, config=CONFIGS[config])
+        randomise(library, name, 40 + seed)
+        library.save_adapter(str(tmp_path / name), name)
+    library.average_adapter("mean", ["x", "y"], weights=[1.0, 3.0])
+    library.eval().set_active_adapters("mean")
+    ids, mask = _bert("left")
+    with torch.no_grad():
+        expected = library(ids, mask)[0]
+    weights = {"x": 1.0, "y": 3.0}
+    plain = base("bert_sdpa", FLOAT)
+    both = torchgraft.load_adapter(plain, tmp_path / "x", trainable=True)
+    both = torchgraft.load_adapter(both, tmp_path / "y", trainable=True)
+    average = torchgraft.average_adapter(both, "mean", weights)
+    average.activate("mean")
+    assert difference(_hidden(average, ids, mask), expected) <= TOLERANCE[FLOAT]
+    torchgraft.save_adapter(average, "mean", tmp_path / "mean")
+    again = torchgraft.load_adapter(plain, tmp_path / "mean")
+    assert difference(_hidden(again, ids, mask), expected) <= TOLERANCE[FLOAT]
+    frozen = torchgraft.graft(plain, adapters={name: tmp_path / name for name in "xy"})
+    if config == "noreft":
+        average = torchgraft.average_adapter(frozen, "mean", weights)
+        average.activate("mean")
+        assert difference(_hidden(average, ids, mask), expected) <= TOLERANCE[FLOAT]
+        return
+    with pytest.raises(torchgraft.GraftError, match="orthogonal projections, whose average is that of its factors"):
+        torchgraft.average_adapter(frozen, "mean", weights)
+    with pytest.raises(torchgraft.GraftError, match="drops the fractions of their signs"):
+        torchgraft.average_adapter(both, "mean", {"x": 0.3, "y": 0.4}, normalize_weights=False)
 
 
 def test_a_damaged_directory_names_the_key(tmp_path: Path) -> None:

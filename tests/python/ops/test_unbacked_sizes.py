@@ -18,6 +18,12 @@ def bottleneck_bank():
     return *down, torch.randn(2, HIDDEN, RANK), torch.randn(2, HIDDEN), torch.ones(2, 1), "gelu"
 
 
+def reft_bank():
+    unit = torch.randn(2, 2, RANK, HIDDEN)
+    positions = torch.tensor([[1, 2], [0, 1]])
+    return unit, torch.randn(2, 2, RANK), unit, torch.ones(2), positions, "relu"
+
+
 def gate():
     return torch.randn(2, 1, HIDDEN), torch.randn(2, 1)
 
@@ -40,6 +46,7 @@ CALLS = {
     "grouped heads under a mask": lambda x, ids: prefix_attention(
         x, 2 * HEADS, attn_mask=x.new_zeros(x.size(0), 1, 1, x.size(1)), enable_gqa=True, adapter_ids=ids
     ),
+    "reft": lambda x, ids: (ops.reft(x, *reft_bank(), ids),) * 2,
     "linear": lambda x, ids: (ops.linear(x, torch.randn(HIDDEN, HIDDEN), None, "gelu"),) * 2,
     "attention_token_mask": lambda x, ids: (ops.attention_token_mask(x, x.new_zeros(x.size(0), 1, 1, x.size(1))),) * 2,
 }
