@@ -49,19 +49,21 @@ std::string names_of(const std::set<BlockKind>& kinds) {
   return c10::Join(", ", names);
 }
 
+std::string shown(const Composition& block) { return shown_text(composition_to_string(block)); }
+
 void check_numbers(const Composition& block, const std::string& what) {
   const size_t count = block.children.size();
   if (block.kind == BlockKind::kAverage) {
-    TORCH_CHECK(block.weights.size() == count, what, ": expected as many weights as ", composition_to_string(block),
-                " has children, ", count, ", got ", block.weights.size());
+    TORCH_CHECK(block.weights.size() == count, what, ": expected as many weights as ", shown(block), " has children, ",
+                count, ", got ", block.weights.size());
     for (const double weight : block.weights) {
-      TORCH_CHECK(std::isfinite(weight), what, ": expected finite weights in ", composition_to_string(block));
+      TORCH_CHECK(std::isfinite(weight), what, ": expected finite weights in ", shown(block));
     }
   }
   if (block.kind == BlockKind::kSplit || block.kind == BlockKind::kBatchSplit) {
     const char* field = block.kind == BlockKind::kSplit ? "splits" : "batch_sizes";
     TORCH_CHECK(block.sizes.size() == count, what, ": expected ", field, " with a number for each of the ", count,
-                " children of ", composition_to_string(block), ", got ", block.sizes.size());
+                " children of ", shown(block), ", got ", block.sizes.size());
     for (const int64_t size : block.sizes) {
       TORCH_CHECK(size >= 0 && size < (int64_t{1} << 31), what, ": expected ", field, " from 0 to 2^31, got ", size);
     }
@@ -74,7 +76,7 @@ void check_block(const Composition& block, int level, const std::string& what) {
     TORCH_CHECK(!block.name.empty(), what, ": an adapter of the composition has no name");
     return;
   }
-  TORCH_CHECK(level <= 1 || block.kind == BlockKind::kStack, what, ": ", composition_to_string(block),
+  TORCH_CHECK(level <= 1 || block.kind == BlockKind::kStack, what, ": ", shown(block),
               " stands too deep: below the second level the adapters library takes Stack and adapters only");
   TORCH_CHECK(!block.children.empty(), what, ": ", to_string(block.kind), " has no adapters; give it some");
   check_numbers(block, what);
@@ -82,9 +84,9 @@ void check_block(const Composition& block, int level, const std::string& what) {
   const std::set<BlockKind>& allowed = allowed_nestings().at(block.kind);
   for (const Composition& child : block.children) {
     const bool is_block = child.kind != BlockKind::kAdapter;
-    TORCH_CHECK(allowed.count(child.kind), what, ": the adapters library cannot nest ", composition_to_string(child),
-                " inside ", to_string(block.kind), ", which takes ", names_of(allowed));
-    TORCH_CHECK(!is_block || block.kind != BlockKind::kStack || level < 1, what, ": ", composition_to_string(child),
+    TORCH_CHECK(allowed.count(child.kind), what, ": the adapters library cannot nest ", shown(child), " inside ",
+                to_string(block.kind), ", which takes ", names_of(allowed));
+    TORCH_CHECK(!is_block || block.kind != BlockKind::kStack || level < 1, what, ": ", shown(child),
                 " stands too deep: a Stack within another block takes adapters only");
     check_block(child, level + 1, what);
   }
@@ -130,7 +132,7 @@ Composition read_block(const Json& json) {
   const auto type = json.at("type").get<std::string>();
   for (const auto& [key, value] : json.items()) {
     TORCH_CHECK(key == "type" || key == "children" || key == "kwargs", "composition: ", shown_json(Json(type)),
-                " has a key '", key, "', which is not known");
+                " has a key '", shown_text(key), "', which is not known");
   }
   Composition block;
   if (type == "single") {
@@ -159,7 +161,7 @@ Composition read_block(const Json& json) {
       json::read(key, value, block.name);
       continue;
     }
-    TORCH_CHECK(field && key == field, "composition: ", type, " has no argument '", key, "'");
+    TORCH_CHECK(field && key == field, "composition: ", type, " has no argument '", shown_text(key), "'");
     block.kind == BlockKind::kAverage ? json::read(key, value, block.weights) : json::read(key, value, block.sizes);
   }
   return block;
@@ -218,6 +220,21 @@ std::string fusion_name(const Composition& fuse) {
   return fuse.name.empty() ? names : fuse.name;
 }
 
+std::vector<std::string> fusion_names(const Composition& composition) {
+  std::vector<std::string> names;
+  if (composition.kind == BlockKind::kFuse) {
+    names.push_back(fusion_name(composition));
+  }
+  for (const Composition& child : composition.children) {
+    for (const std::string& name : fusion_names(child)) {
+      if (std::find(names.begin(), names.end(), name) == names.end()) {
+        names.push_back(name);
+      }
+    }
+  }
+  return names;
+}
+
 Composition with_renamed(Composition composition, const std::string& name, const std::string& new_name) {
   if (composition.kind == BlockKind::kAdapter && composition.name == name) {
     composition.name = new_name;
@@ -234,7 +251,7 @@ Composition with_renamed(Composition composition, const std::string& name, const
 
 void check_composition(const Composition& composition, const std::string& what) {
   TORCH_CHECK(composition.kind != BlockKind::kAdapter, what,
-              ": expected a block such as Stack(a, b), got the adapter '", composition.name, "'");
+              ": expected a block such as Stack(a, b), got the adapter '", shown_text(composition.name), "'");
   const size_t leaves = count_leaves(composition);
   TORCH_CHECK(leaves <= kMostLeaves, what, ": expected at most ", kMostLeaves, " adapters in a composition, got ",
               leaves);
@@ -242,7 +259,9 @@ void check_composition(const Composition& composition, const std::string& what) 
 }
 
 Composition composition_from_json(std::string_view text) {
-  Composition composition = read_block(parse_json(text, "composition"));
+  const Json json = parse_json(text, "composition");
+  check_texts(json, "composition");
+  Composition composition = read_block(json);
   check_composition(composition, "composition");
   return composition;
 }

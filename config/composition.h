@@ -34,6 +34,9 @@ const std::string& last_adapter(const Composition& composition);
 // The name of a Fuse's AdapterFusion layer: its own, or that of its children, joined by commas.
 std::string fusion_name(const Composition& fuse);
 
+// Those names of all Fuses in a composition, each once.
+TORCHGRAFT_PATCH_API std::vector<std::string> fusion_names(const Composition& composition);
+
 // A copy in which `name` is called `new_name`.
 Composition with_renamed(Composition composition, const std::string& name, const std::string& new_name);
 

@@ -1,6 +1,7 @@
 #include <torchgraft/config/composition.h>
 
 #include <torchgraft/config/json_fields.h>
+#include <torchgraft/registration/parse_json.h>
 
 #include <c10/util/Exception.h>
 
@@ -64,23 +65,35 @@ class CompositionReader {
     return false;
   }
 
+  // What stands in quotes. Two of them are one that belongs to it.
+  std::string quoted(char quote) {
+    std::string result;
+    for (bool is_first = true; is_first || (at_ < text_.size() && text_[at_] == quote); is_first = false) {
+      const size_t end = text_.find(quote, at_ + 1);
+      check(end != std::string_view::npos, "a quote that ends");
+      result += is_first ? "" : std::string(1, quote);
+      result += text_.substr(at_ + 1, end - at_ - 1);
+      at_ = end + 1;
+    }
+    check_text(result, "composition");
+    return result;
+  }
+
   // A word, or what stands in quotes.
   std::string word() {
     skip_spaces();
     const char first = at_ < text_.size() ? text_[at_] : ' ';
     if (first == '\'' || first == '"') {
-      const size_t end = text_.find(first, at_ + 1);
-      check(end != std::string_view::npos, "a quote that ends");
-      const std::string result(text_.substr(at_ + 1, end - at_ - 1));
-      at_ = end + 1;
-      return result;
+      return quoted(first);
     }
     const size_t begin = at_;
     while (at_ < text_.size() && is_plain_character(text_[at_])) {
       ++at_;
     }
     check(at_ > begin, "the name of an adapter or of a block");
-    return std::string(text_.substr(begin, at_ - begin));
+    const std::string result(text_.substr(begin, at_ - begin));
+    check_text(result, "composition");
+    return result;
   }
 
   Composition block(int depth) {
@@ -94,7 +107,7 @@ class CompositionReader {
                                  BlockKind::kParallel, BlockKind::kMultiTask, BlockKind::kAverage}) {
       result.kind = name == to_string(kind) ? kind : result.kind;
     }
-    TORCH_CHECK(result.kind != BlockKind::kAdapter, "composition: no block is called '", name,
+    TORCH_CHECK(result.kind != BlockKind::kAdapter, "composition: no block is called '", shown_text(name),
                 "'; there are Stack, Fuse, Split, BatchSplit, Parallel, MultiTask and Average");
     bool normalise = true;
     while (!take(')')) {
@@ -163,13 +176,15 @@ class CompositionReader {
 };
 
 std::string written_name(const std::string& name) {
-  for (const char c : name) {
-    if (!is_plain_character(c)) {
-      return (name.find('\'') == std::string::npos ? "'" : "\"") + name +
-             (name.find('\'') == std::string::npos ? "'" : "\"");
-    }
+  if (!name.empty() && std::all_of(name.begin(), name.end(), is_plain_character)) {
+    return name;
   }
-  return name;
+  const char quote = name.find('\'') == std::string::npos ? '\'' : '"';
+  std::string result(1, quote);
+  for (const char c : name) {
+    result += std::string(c == quote ? 2 : 1, c);
+  }
+  return result + quote;
 }
 
 template <typename Number>

@@ -35,10 +35,11 @@ const std::set<std::string> kAround = {"config",     "hidden_size",   "model_cla
 
 FusionConfig fusion_config_from_json(std::string_view text) {
   const Json json = parse_json(text, "adapter fusion");
+  check_texts(json, "adapter fusion");
   TORCH_CHECK(json.is_object() && json.contains("config"), "adapter fusion: expected an object with \"config\", got ",
               shown_json(json));
   for (const auto& [key, value] : json.items()) {
-    TORCH_CHECK(kAround.count(key), "adapter fusion: the key '", key, "' is not known");
+    TORCH_CHECK(kAround.count(key), "adapter fusion: the key '", shown_text(key), "' is not known");
   }
   FusionConfig result;
   const Json& fields = json.at("config");
@@ -58,7 +59,8 @@ FusionConfig fusion_config_from_json(std::string_view text) {
       }
     });
     for (const auto& [key, value] : fields.items()) {
-      TORCH_CHECK(known.count(key), "adapter fusion: the configuration has a field '", key, "', which is not known");
+      TORCH_CHECK(known.count(key), "adapter fusion: the configuration has a field '", shown_text(key),
+                  "', which is not known");
     }
   }
   TORCH_CHECK(!result.temperature, "adapter fusion: temperature=true is not supported: in the adapters library each ",

@@ -3,6 +3,7 @@
 #include <torchgraft/patch/adapters/adapter_files.h>
 #include <torchgraft/patch/adapters/directory_update.h>
 #include <torchgraft/patch/adapters/one_version.h>
+#include <torchgraft/patch/attention_class.h>
 #include <torchgraft/patch/module/draft.h>
 #include <torchgraft/patch/module/methods.h>
 #include <torchgraft/plan/regular_file.h>
@@ -13,7 +14,6 @@
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
-#include <functional>
 #include <utility>
 
 namespace torchgraft {
@@ -26,16 +26,6 @@ constexpr const char* kFusionConfigFile = "adapter_fusion_config.json";
 constexpr const char* kFusionWeightsFile = "model_adapter_fusion.safetensors";
 constexpr const char* kPickledFusionFile = "pytorch_model_adapter_fusion.bin";
 
-// Calls `visit` for each Fuse in a composition.
-void for_each_fuse(const Composition& block, const std::function<void(const Composition&)>& visit) {
-  if (block.kind == BlockKind::kFuse) {
-    visit(block);
-  }
-  for (const Composition& child : block.children) {
-    for_each_fuse(child, visit);
-  }
-}
-
 std::vector<AdapterFusion>::iterator find_fusion(Draft& draft, const std::string& name, const char* what) {
   const auto found = std::find_if(draft.fusions.begin(), draft.fusions.end(),
                                   [&](const AdapterFusion& held) { return held.name() == name; });
@@ -43,11 +33,72 @@ std::vector<AdapterFusion>::iterator find_fusion(Draft& draft, const std::string
   return found;
 }
 
+// The Fuse with layers of this name; none where there is none.
+const Composition* find_fuse(const Composition& block, const std::string& name) {
+  if (block.kind == BlockKind::kFuse && fusion_name(block) == name) {
+    return &block;
+  }
+  for (const Composition& child : block.children) {
+    if (const Composition* found = find_fuse(child, name)) {
+      return found;
+    }
+  }
+  return nullptr;
+}
+
+// What the layers weigh: the adapters of a composition that uses them, else those that their directory named.
+std::vector<std::string> fused_adapters(const Draft& draft, const AdapterFusion& fusion) {
+  for (const NamedComposition& composition : draft.compositions) {
+    if (const Composition* fuse = find_fuse(composition.tree, fusion.name())) {
+      std::vector<std::string> names;
+      for (const Composition& child : fuse->children) {
+        names.push_back(last_adapter(child));
+      }
+      return names;
+    }
+  }
+  return fusion.config.adapters;
+}
+
+// Keys of weights have the name between dots, and directories of setups have it.
+void check_fusion_name(const std::string& name) {
+  const bool has_any = std::any_of(name.begin(), name.end(), [](unsigned char c) { return c == '.' || c < ' '; });
+  TORCH_CHECK(!name.empty() && !has_any && name.size() <= kLongestText, "load_adapter_fusion: '", shown_text(name),
+              "' cannot be the name of AdapterFusion layers: use a text of at most ", kLongestText,
+              " bytes without dots and control characters");
+}
+
+// Throws c10::Error when `directory` holds other layers than those of `name`.
+void check_replaces_fusion(const std::string& directory, const std::string& name) {
+  const std::string path = directory + "/" + kFusionConfigFile;
+  std::string found = "files of AdapterFusion layers without an " + std::string(kFusionConfigFile);
+  bool is_ours = true;
+  if (is_file_there(path)) {
+    found = "something else than AdapterFusion layers";
+    is_ours = false;
+    try {
+      const auto json = parse_json(read_text(path, kLongestConfig), path);
+      if (json.is_object() && json.contains("name") && json.at("name").is_string()) {
+        found = json.at("name").get<std::string>();
+        is_ours = found == name;
+        found = "the AdapterFusion layers '" + found + "'";
+      }
+    } catch (const c10::Error&) {
+    }
+  } else {
+    is_ours =
+        !is_file_there(directory + "/" + kFusionWeightsFile) && !is_file_there(directory + "/" + kPickledFusionFile);
+  }
+  TORCH_CHECK(is_ours, "save_adapter_fusion: ", directory, " holds ", shown_text(found), " already, not '",
+              shown_text(name), "'; give another directory, or overwrite=True to replace it");
+}
+
 }  // namespace
 
 Module load_adapter_fusion(const Module& module, const FusionConfig& config, const StateDict& weights,
                            const std::string& name) {
-  TORCH_CHECK(!config.name.empty(), "load_adapter_fusion: the layers have no name");
+  check_fusion_name(config.name);
+  check_fusion_name(name.empty() ? config.name : name);
   Draft draft = open_grafted(module, "load_adapter_fusion");
   AdapterFusion fusion = read_fusion(config, weights, draft.sites.structure, draft.weights);
   fusion.config.name = name.empty() ? config.name : name;
@@ -66,7 +117,7 @@ Module load_adapter_fusion(const Module& module, const std::string& directory, c
   return load_adapter_fusion(module, config, weights, name);
 }
 
-void save_adapter_fusion(const Module& module, const std::string& name, const std::string& directory) {
+void save_adapter_fusion(const Module& module, const std::string& name, const std::string& directory, bool overwrite) {
   Draft draft = open_grafted(module, "save_adapter_fusion");
   const AdapterFusion fusion = *find_fusion(draft, name, "save_adapter_fusion");
   const auto held = parse_json<nlohmann::ordered_json>(fusion_config_to_json(fusion.config), "adapter fusion");
@@ -76,10 +127,14 @@ void save_adapter_fusion(const Module& module, const std::string& name, const st
                                  {"model_name", nullptr},
                                  {"model_type", nullptr},
                                  {"name", name},
-                                 {"adapter_names", fusion.config.adapters},
+                                 {"adapter_names", fused_adapters(draft, fusion)},
                                  {"version", "adapters.1.3.0"}};
-  const StateDict weights = fusion_state(fusion, draft.sites.structure);
-  DirectoryUpdate update(directory, kFusionConfigFile);
+  const StateDict weights = fusion_state(fusion, draft.sites.structure, attention_class(module, draft.sites.structure));
+  DirectoryUpdate update(directory, kFusionConfigFile, [&] {
+    if (!overwrite) {
+      check_replaces_fusion(directory, name);
+    }
+  });
   update.stage(kFusionWeightsFile, [&](const std::string& path) { write_safetensors(weights, path); });
   update.stage(kFusionConfigFile, file.dump(2) + "\n");
   update.commit({kPickledFusionFile});
@@ -89,10 +144,10 @@ Module remove_adapter_fusion(const Module& module, const std::string& name) {
   Draft draft = open_grafted(module, "remove_adapter_fusion");
   const auto found = find_fusion(draft, name, "remove_adapter_fusion");
   for (const NamedComposition& composition : draft.compositions) {
-    for_each_fuse(composition.tree, [&](const Composition& fuse) {
-      TORCH_CHECK(fusion_name(fuse) != name, "remove_adapter_fusion: the composition '", composition.name, "', ",
-                  composition_to_string(composition.tree), ", uses '", name, "'; remove it first");
-    });
+    const std::vector<std::string> used = fusion_names(composition.tree);
+    TORCH_CHECK(std::find(used.begin(), used.end(), name) == used.end(), "remove_adapter_fusion: the composition '",
+                composition.name, "', ", composition_to_string(composition.tree), ", uses '", name,
+                "'; remove it first");
   }
   draft.fusions.erase(found);
   return build(std::move(draft), active_name(module));

@@ -24,9 +24,10 @@ TORCHGRAFT_PATCH_API torch::jit::Module load_adapter_fusion(const torch::jit::Mo
 TORCHGRAFT_PATCH_API torch::jit::Module load_adapter_fusion(const torch::jit::Module& module,
                                                             const std::string& directory, const std::string& name = "");
 
-// Writes the layers of a name into a directory, as the library keeps it. All files are written, or none.
+// Writes the layers of a name into a directory, as the library keeps it. All files are written, or none. Throws
+// c10::Error when the directory holds layers of another name, unless `overwrite` says that they may go.
 TORCHGRAFT_PATCH_API void save_adapter_fusion(const torch::jit::Module& module, const std::string& name,
-                                              const std::string& directory);
+                                              const std::string& directory, bool overwrite = false);
 
 // A copy without the layers of a name. Throws c10::Error when there are none, or a composition uses them.
 TORCHGRAFT_PATCH_API torch::jit::Module remove_adapter_fusion(const torch::jit::Module& module,

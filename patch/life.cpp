@@ -208,6 +208,9 @@ Module rename_adapter(const Module& module, const std::string& name, const std::
     composition->name = new_name;
   } else {
     draft.adapters[find_plain(draft, name, "rename_adapter")].name = new_name;
+    for (AdapterFusion& fusion : draft.fusions) {
+      std::replace(fusion.config.adapters.begin(), fusion.config.adapters.end(), name, new_name);
+    }
   }
   for (NamedComposition& held : draft.compositions) {
     held.tree = with_renamed(std::move(held.tree), name, new_name);

@@ -7,6 +7,7 @@
 #include <torchgraft/patch/adapters/directory_update.h>
 #include <torchgraft/patch/adapters/make_adapter.h>
 #include <torchgraft/patch/adapters/read_adapters.h>
+#include <torchgraft/patch/attention_class.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/life.h>
 #include <torchgraft/patch/module/draft.h>
@@ -35,22 +36,6 @@ using Json = nlohmann::ordered_json;
 constexpr const char* kFormat = "adapters.1.3.0";
 
 Json nullable(const std::string& text) { return text.empty() ? Json(nullptr) : Json(text); }
-
-// The class of the module around the first layer's query projection; empty when the structure names none.
-std::string attention_class(const Module& module, const Structure& structure) {
-  const Layer& layer = structure.layers.front();
-  c10::IValue holder = module._ivalue();
-  std::istringstream path(layer.query ? layer.query->path : "");
-  std::string class_name;
-  for (std::string name; std::getline(path, name, '.');) {
-    if (!holder.isModule() || !holder.toModule().hasattr(name)) {
-      return "";
-    }
-    class_name = demangled_name(holder.type());
-    holder = holder.toModule().attr(name);
-  }
-  return class_name;
-}
 
 // The heads of keys and values of all prefixes, where they are as many in all layers.
 std::optional<int64_t> prefix_heads(const Plan& plan) {
@@ -85,11 +70,6 @@ void say_subtraction(Json& config) {
   } else if (config.contains("orthogonality") && config.at("orthogonality") == false) {
     config.emplace("subtract_projection", true);  // unless it is there
   }
-}
-
-bool is_file_there(const std::string& path) {
-  std::error_code error;
-  return std::filesystem::exists(std::filesystem::symlink_status(path, error));
 }
 
 // Whose adapter an adapter_config.json says it is.

@@ -95,6 +95,8 @@ std::string attention_container(const Layer& layer) {
   }
 }
 
+bool is_beit(const std::string& attention_class) { return attention_class.find(".beit.") != std::string::npos; }
+
 std::string output_container(const Layer& layer, bool is_beit) {
   const Path query = query_path(layer);
   const Path out = layer.ffn_out ? split_path(layer.ffn_out->path) : Path();
@@ -372,16 +374,15 @@ class Writer {
 
 }  // namespace
 
-std::string bottleneck_container(const std::string& site, const Layer& layer, bool is_beit) {
-  return site == "output_adapter" ? output_container(layer, is_beit) : attention_container(layer);
+std::string bottleneck_container(const std::string& site, const Layer& layer, const std::string& attention_class) {
+  return site == "output_adapter" ? output_container(layer, is_beit(attention_class)) : attention_container(layer);
 }
 
 StateDict adapter_hub_state(const Plan& plan, const Structure& structure, const AdapterWeights& weights,
                             const Reparametrisation& sources, const std::string& name,
                             const std::string& attention_class) {
   at::NoGradGuard no_grad;
-  const bool is_beit = attention_class.find(".beit.") != std::string::npos;
-  return Writer(plan, structure, weights, sources, name, is_beit).write();
+  return Writer(plan, structure, weights, sources, name, is_beit(attention_class)).write();
 }
 
 }  // namespace torchgraft

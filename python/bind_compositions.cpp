@@ -36,6 +36,8 @@ void bind_compositions(py::module_& m) {
       },
       py::call_guard<py::gil_scoped_release>());
   m.def("save_adapter_fusion", &torchgraft::save_adapter_fusion, py::call_guard<py::gil_scoped_release>());
+  m.def("fusion_names_of",
+        [](const std::string& json) { return torchgraft::fusion_names(torchgraft::composition_from_json(json)); });
   m.def("remove_adapter_fusion", &torchgraft::remove_adapter_fusion, py::call_guard<py::gil_scoped_release>());
   m.def("list_adapter_fusions", [](const Module& module) {
     std::vector<std::string> names;

@@ -271,22 +271,26 @@ void bind_files(py::module_& m) {
   });
   m.def("save_adapter", &torchgraft::save_adapter, NoGil());
   m.def("check_replaces", &torchgraft::check_replaces, NoGil());
-  // contents: the new files by name. adapter: whose directory it has to be; empty: any. See DirectoryUpdate.
-  m.def("update_directory",
-        [](const std::string& directory, const std::map<std::string, py::bytes>& contents,
-           const std::vector<std::string>& obsolete, const std::string& marker, const std::string& adapter) {
-          const std::map<std::string, std::string_view> views(contents.begin(), contents.end());
-          const py::gil_scoped_release no_gil;
-          torchgraft::DirectoryUpdate update(directory, marker, [&] {
-            if (!adapter.empty()) {
-              torchgraft::check_replaces(directory, adapter);
-            }
-          });
-          for (const auto& [name, content] : views) {
-            update.stage(name, content);
-          }
-          update.commit(obsolete);
-        });
+  // contents: the new files by name. adapter: whose directory it has to be; empty: any. check: may throw. See
+  // DirectoryUpdate.
+  m.def("update_directory", [](const std::string& directory, const std::map<std::string, py::bytes>& contents,
+                               const std::vector<std::string>& obsolete, const std::string& marker,
+                               const std::string& adapter, const std::function<void()>& check) {
+    const std::map<std::string, std::string_view> views(contents.begin(), contents.end());
+    const py::gil_scoped_release no_gil;
+    torchgraft::DirectoryUpdate update(directory, marker, [&] {
+      if (!adapter.empty()) {
+        torchgraft::check_replaces(directory, adapter);
+      }
+      if (check) {
+        check();
+      }
+    });
+    for (const auto& [name, content] : views) {
+      update.stage(name, content);
+    }
+    update.commit(obsolete);
+  });
   m.def("read_one_version", &torchgraft::read_one_version, NoGil());
   m.def(
       "write_safetensors",

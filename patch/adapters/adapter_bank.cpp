@@ -28,10 +28,11 @@ double dropout_at(const Adapter& adapter, const PlannedModule& module) {
   return adapter.trainable && lora ? lora->config.dropout : 0.0;
 }
 
-// The share of rows in which a bottleneck does not act, in training only.
+// The share of rows in which a bottleneck does not act, in training only. The library's ParallelAdapter does without.
 double stochastic_depth_at(const Adapter& adapter, const PlannedModule& module) {
   const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method);
-  return adapter.trainable && bottleneck ? bottleneck->config.stochastic_depth : 0.0;
+  const bool drops = adapter.trainable && bottleneck && !bottleneck->config.is_parallel;
+  return drops ? bottleneck->config.stochastic_depth : 0.0;
 }
 
 }  // namespace

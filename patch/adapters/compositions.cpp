@@ -107,6 +107,10 @@ void check_parts(const NamedComposition& composition, const std::vector<Adapter>
     const Adapter& adapter = adapters[find_adapter(adapters, part, what)];
     TORCH_CHECK(!adapter.merged, what, ": '", part, "' is merged into the base's weights, so that no composition can ",
                 "have it; unmerge it first");
+    // The library drops out the Fuse's scores while it trains.
+    TORCH_CHECK(!adapter.trainable || fusion_names(composition.tree).empty(), what, ": '", part, "' is trained, and '",
+                composition.name, "', ", composition_to_string(composition.tree), ", has a Fuse, in which no adapter ",
+                "can be trained yet; freeze it first (freeze_adapter)");
   }
 }
 

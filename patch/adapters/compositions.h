@@ -20,8 +20,8 @@ struct NamedComposition {
 void check_not_composed(const std::vector<NamedComposition>& compositions, const std::vector<std::string>& names,
                         const char* what);
 
-// Throws c10::Error, on behalf of `what`, when the composition names an adapter that is not there, or one that no
-// composition can have: a merged one.
+// Throws c10::Error, on behalf of `what`, when the composition names an adapter that is not there, or one that it
+// cannot have: a merged one, and in a composition with a Fuse a trainable one.
 void check_parts(const NamedComposition& composition, const std::vector<Adapter>& adapters, const char* what);
 
 // The compositions of an `adapters` submodule.

@@ -134,4 +134,9 @@ void DirectoryUpdate::commit(const std::vector<std::string>& obsolete) {
   }
 }
 
+bool is_file_there(const std::string& path) {
+  std::error_code error;
+  return fs::exists(fs::symlink_status(path, error));
+}
+
 }  // namespace torchgraft

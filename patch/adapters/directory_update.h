@@ -56,4 +56,7 @@ class TORCHGRAFT_PATCH_API DirectoryUpdate {
   std::vector<std::filesystem::path> made_;  // directories that there were not, innermost first; empty once committed
 };
 
+// Whether there is anything at `path`, which may be a link to nothing.
+bool is_file_there(const std::string& path);
+
 }  // namespace torchgraft

@@ -5,11 +5,13 @@
 #include <torchgraft/plan/match_modules.h>
 #include <torchgraft/plan/plan.h>
 #include <torchgraft/plan/save_adapter_hub.h>
+#include <torchgraft/registration/parse_json.h>
 
 #include <ATen/ATen.h>
 
-#include <algorithm>
-#include <set>
+#include <charconv>
+#include <string_view>
+#include <system_error>
 
 namespace torchgraft {
 
@@ -20,14 +22,11 @@ namespace {
 constexpr const char* kContainer = "adapter_fusion_layer";
 
 // The library's name of a weight, "query.weight", by ours.
-const std::map<std::string, std::string>& fusion_names() {
-  static const std::map<std::string, std::string> kNames = {{"query.weight", "query_weight"},
-                                                            {"query.bias", "query_bias"},
-                                                            {"key.weight", "key_weight"},
-                                                            {"key.bias", "key_bias"},
-                                                            {"value.weight", "value_weight"},
-                                                            {"dense.weight", ""},  // is there without all three; unused
-                                                            {"dense.bias", ""}};
+const std::map<std::string, std::string>& fusion_weight_names() {
+  static const std::map<std::string, std::string> kNames = {
+      {"query.weight", "query_weight"}, {"query.bias", "query_bias"},     {"key.weight", "key_weight"},
+      {"key.bias", "key_bias"},         {"value.weight", "value_weight"}, {"dense.weight", "dense_weight"},
+      {"dense.bias", "dense_bias"}};
   return kNames;
 }
 
@@ -38,16 +37,14 @@ Checkpoint fusion_checkpoint(const StateDict& state, const std::string& name) {
   std::map<std::string, SavedModule> modules;  // by path
   for (const auto& [key, tensor] : state) {
     const size_t at = key.find(container);
-    if (at == std::string::npos && key.find(begin + ",") != std::string::npos) {
-      continue;  // of "a,b,c": the library saves it with "a,b", since its name begins so
+    if (at == std::string::npos && key.find(begin) != std::string::npos) {
+      continue;  // of "a,b,c" or "a,bc": the library saves them with "a,b", since their names begin so
     }
     TORCH_CHECK(at != std::string::npos && at > 0, "adapter fusion: the key ", key, " is no weight of the fusion '",
                 name, "'");
-    const auto known = fusion_names().find(key.substr(at + container.size()));
-    TORCH_CHECK(known != fusion_names().end(), "adapter fusion: the key ", key, " is no weight that AdapterFusion has");
-    if (known->second.empty()) {
-      continue;
-    }
+    const auto known = fusion_weight_names().find(key.substr(at + container.size()));
+    TORCH_CHECK(known != fusion_weight_names().end(), "adapter fusion: the key ", key,
+                " is no weight that AdapterFusion has");
     const std::string path = key.substr(0, at - 1);
     SavedModule& module =
         modules.try_emplace(path, SavedModule{SavedKind::kBottleneck, split_path(path), {}}).first->second;
@@ -58,6 +55,18 @@ Checkpoint fusion_checkpoint(const StateDict& state, const std::string& name) {
     result.modules.push_back(std::move(module));
   }
   return result;
+}
+
+// The inverse of fusion_layer_name.
+std::pair<int64_t, std::string> place_of(const std::string& layer) {
+  constexpr std::string_view kBegin = "layer_";
+  int64_t number = 0;
+  const char* end = layer.data() + layer.size();
+  const bool begins = layer.starts_with(kBegin);
+  const auto [behind, fault] = std::from_chars(layer.data() + (begins ? kBegin.size() : layer.size()), end, number);
+  TORCH_CHECK(fault == std::errc() && behind != end && *behind == '_', "adapter fusion: ", shown_text(layer),
+              " is no layer: the module is damaged");
+  return {number, std::string(behind + 1, end)};
 }
 
 // All residual sites that the structure has.
@@ -95,6 +104,10 @@ std::map<std::string, std::vector<int64_t>> fusion_shapes(const FusionConfig& co
   if (config.value) {
     shapes["value_weight"] = {hidden, hidden};
   }
+  if (shapes.empty()) {  // they say where the layers are
+    shapes["dense_weight"] = {1, hidden};
+    shapes["dense_bias"] = {1};
+  }
   return shapes;
 }
 
@@ -118,21 +131,18 @@ AdapterFusion read_fusion(const FusionConfig& config, const StateDict& state, co
       TORCH_CHECK(tensor.sizes() == at::IntArrayRef(shape) && tensor.is_floating_point(), "adapter fusion: expected ",
                   found->second.key, " of shape ", shape, " and of a floating-point type, got ", tensor.sizes(), " of ",
                   tensor.scalar_type());
-      weights[name] = tensor.detach().to(options);
+      weights[name] = tensor.detach().to(options, /*non_blocking=*/false, /*copy=*/true);
     }
     for (const auto& [name, saved] : matched[i]) {
       TORCH_CHECK(shapes.count(name), "adapter fusion: the checkpoint has ", saved.key,
                   ", which the configuration switches off");
     }
   }
-  TORCH_CHECK(!result.weights.empty() || fusion_shapes(config, 1).empty(),
-              "adapter fusion: the checkpoint has no "
-              "weights of '",
-              config.name, "'");
+  TORCH_CHECK(!result.weights.empty(), "adapter fusion: the checkpoint has no weights of '", config.name, "'");
   return result;
 }
 
-StateDict fusion_state(const AdapterFusion& fusion, const Structure& structure) {
+StateDict fusion_state(const AdapterFusion& fusion, const Structure& structure, const std::string& attention_class) {
   StateDict state;
   for (const PlannedModule& module : residual_plan(structure)) {
     const auto found = fusion.weights.find({module.number, module.site});
@@ -140,9 +150,9 @@ StateDict fusion_state(const AdapterFusion& fusion, const Structure& structure) 
       continue;
     }
     const Layer& layer = structure.layers.at(structure.position(module.layer));
-    const std::string container = bottleneck_container(module.site, layer, /*is_beit=*/false);
+    const std::string container = bottleneck_container(module.site, layer, attention_class);
     const std::string path = container.substr(0, container.rfind('.') + 1) + kContainer + "." + fusion.name() + ".";
-    for (const auto& [saved, own] : fusion_names()) {
+    for (const auto& [saved, own] : fusion_weight_names()) {
       if (const auto weight = found->second.find(own); weight != found->second.end()) {
         state[path + saved] = weight->second.detach().cpu();
       }
@@ -166,10 +176,7 @@ std::vector<AdapterFusion> read_fusions(const Module& adapters_module) {
     AdapterFusion fusion{fusion_config_from_json(json.toStringRef())};
     const Module held = adapters_module.attr(fusion_module_name(fusion.name())).toModule();
     for (const auto& layer : held.named_children()) {
-      const size_t end = layer.name.find('_', 6);
-      TORCH_CHECK(layer.name.starts_with("layer_") && end != std::string::npos, "adapter fusion: ", layer.name,
-                  " is no layer");
-      ModuleWeights& weights = fusion.weights[{std::stoll(layer.name.substr(6, end - 6)), layer.name.substr(end + 1)}];
+      ModuleWeights& weights = fusion.weights[place_of(layer.name)];
       for (const auto& buffer : layer.value.named_buffers(/*recurse=*/false)) {
         weights[buffer.name] = buffer.value.detach().clone();
       }

@@ -15,7 +15,9 @@
 namespace torchgraft {
 
 // The AdapterFusion layers of one Fuse, which it finds by their name. A layer's weights are query_weight, query_bias,
-// key_weight, key_bias and value_weight, those that the configuration has, by (Layer::number, site).
+// key_weight, key_bias and value_weight, those that the configuration has, by (Layer::number, site). Where it has none
+// of them, dense_weight and dense_bias, which the library keeps and does not use.
+//
 struct AdapterFusion {
   FusionConfig config;
   std::map<std::pair<int64_t, std::string>, ModuleWeights> weights = {};
@@ -31,8 +33,8 @@ std::map<std::string, std::vector<int64_t>> fusion_shapes(const FusionConfig& co
 AdapterFusion read_fusion(const FusionConfig& config, const StateDict& state, const Structure& structure,
                           const at::TensorOptions& options);
 
-// The inverse: on the CPU, with the names that modules have in adapter_hub_state.
-StateDict fusion_state(const AdapterFusion& fusion, const Structure& structure);
+// The inverse: on the CPU, with the names that modules have in adapter_hub_state, which also tells of attention_class.
+StateDict fusion_state(const AdapterFusion& fusion, const Structure& structure, const std::string& attention_class);
 
 // The submodule of an `adapters` module that holds a fusion, and where it holds a layer.
 std::string fusion_module_name(const std::string& fusion);

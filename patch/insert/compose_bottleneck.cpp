@@ -80,9 +80,6 @@ ComposedState BottleneckComposer::pre_forward(const ComposedPart& part, Composed
 // Adapter.forward. The result of a parallel one has no residual.
 ComposedState BottleneckComposer::single(const ComposedPart& part, ComposedState state) {
   const Inserter::OneAdapter guard(inserter_, part.adapter);
-  if (!state.residual) {
-    state.residual = state.input;  // as bottleneck_layer_forward begins
-  }
   Value* residual = config_of(part).is_parallel ? graph_.insert(c10::aten::zeros_like, {state.hidden}) : state.residual;
   const auto [output, gate] = bottlenecks_.bottleneck(own_slot(part), state.hidden, residual);
   if (part.slot->gates[part.adapter] > 0) {
@@ -90,7 +87,20 @@ ComposedState BottleneckComposer::single(const ComposedPart& part, ComposedState
   }
   state.hidden = output;
   state.is_branch = false;
+  state.has_up = true;
   return state;
+}
+
+// The library joins bottleneck_up where the first part has it.
+ComposedState BottleneckComposer::joined_rows(const std::vector<ComposedState>& states) {
+  for (const ComposedState& state : states) {
+    if (states.front().has_up && !state.has_up) {
+      refuse(
+          "a part of a BatchSplit is a Split or does nothing there, which the adapters library cannot join with the "
+          "first part; put it first, or give all parts the same locations and leave_out");
+    }
+  }
+  return Composer::joined_rows(states);
 }
 
 ComposedState BottleneckComposer::mean(const std::vector<ComposedState>& states, const std::vector<double>& shares) {
@@ -190,8 +200,7 @@ ComposedState BottleneckComposer::fuse(const Composition& block, ComposedState s
            " and does nothing there, but the adapters library reads from it how; put another adapter last");
   }
   const AdapterFusion* fusion = inserter_.find_fusion(fusion_name(block));
-  const bool has_weights = fusion && (fusion_shapes(fusion->config, 1).empty() ||
-                                      fusion->weights.count({last->slot->number, last->slot->site}) > 0);
+  const bool has_weights = fusion && fusion->weights.count({last->slot->number, last->slot->site}) > 0;
   if (!has_weights) {
     refuse(std::string(fusion ? "the" : "no") + " AdapterFusion layer '" + fusion_name(block) +
            (fusion ? "' has no weights there; load one that was trained with these adapters"

@@ -1,6 +1,9 @@
 #include <torchgraft/patch/insert/compose_lora.h>
 
+#include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/insert/row_functions.h>
+
+#include <torch/csrc/jit/ir/constants.h>
 
 namespace torchgraft {
 
@@ -21,6 +24,16 @@ void check_composed_loras(const ComposedSite& site, const LinearSite& linear) {
     TORCH_CHECK(!lora.config.lora_bias, begin, "the LoRA of '", name,
                 "' has a bias, as only PEFT has it, and PEFT has no compositions; use it alone");
   }
+}
+
+// One vector for each row of x, so that blocks can cut and join them: [out, 1] -> [rows, 1, out].
+Value* LoraComposer::of_rows(Value* vector, Value* x) {
+  static const auto repeat = compile_graph(R"python(
+def of_rows(vector: Tensor, x: Tensor) -> Tensor:
+    return vector.view(1, 1, -1).expand([x.size(0), 1, vector.numel()])
+)python",
+                                           "of_rows");
+  return torch::jit::insertGraph(graph_, *repeat, {vector, x})[0];
 }
 
 Value* LoraComposer::gate(const ComposedPart& part, Value* x) {
@@ -56,7 +69,7 @@ ComposedState LoraComposer::single(const ComposedPart& part, ComposedState state
     Value* vector = graph_.insert(c10::aten::select, {of("lora_b"), 0, adapter});  // [out, 1]
     vector = graph_.insert(c10::aten::narrow, {vector, 0, 0, planned.out_features});
     vector = graph_.insert(c10::aten::mul, {vector, graph_.insert(c10::aten::select, {of("scaling"), 0, adapter})});
-    vector = graph_.insert(c10::aten::view, {vector, std::vector<int64_t>{1, 1, planned.out_features}});
+    vector = of_rows(vector, state.input);
     state.tokens = state.hidden ? state.tokens : 1;
     state.hidden = gated(state.hidden ? graph_.insert(c10::aten::mul, {state.hidden, vector}) : vector);
     return state;

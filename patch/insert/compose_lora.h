@@ -21,6 +21,7 @@ class LoraComposer : public Composer {
  private:
   void check_are_alike(const std::vector<ComposedState>& states, const char* block) const;
   Value* gate(const ComposedPart& part, Value* x);
+  Value* of_rows(Value* vector, Value* x);
 };
 
 // Throws c10::Error, which begins with `compose: '<name>'`, for parts that no composition can have at this site.

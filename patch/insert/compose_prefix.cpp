@@ -21,6 +21,7 @@ ComposedState PrefixComposer::single(const ComposedPart& part, ComposedState sta
   Value* key = own("prefix_key");
   Value* value = own("prefix_value");
   const int64_t gates = slot.gates[part.adapter];
+  check_behind_split(state, gates > 0);
   if (gates > 0) {
     RowFunctions rows(graph_, inserter_.adapter_ids(), inserter_.active());
     Value* gate = rows.pooled(state.input, inserter_.parameter(slot, module, "gate_weight"),
@@ -49,6 +50,20 @@ def of_rows(prefix: Tensor, rows: int) -> Tensor:
   state.hidden = state.hidden ? joined({key, state.hidden}, 2) : key;
   state.residual = state.residual ? joined({value, state.residual}, 2) : value;
   return state;
+}
+
+// The library cuts a prefix behind a BatchSplit as it has cut the first part, and repeats it. A gate has all rows.
+void PrefixComposer::check_behind_split(const ComposedState& state, bool has_gate) const {
+  if (state.split_rows == 0) {
+    return;
+  }
+  const int64_t first = state.first_rows;
+  const bool fits = has_gate ? first == 1 || first == state.split_rows : first > 0 && state.split_rows % first == 0;
+  if (!fits) {
+    refuse("a prefix stands behind a BatchSplit, where the adapters library cuts it to the " + std::to_string(first) +
+           " of " + std::to_string(state.split_rows) +
+           " rows of the first part and cannot run it; put it into each part, as Stack(a, b)");
+  }
 }
 
 // The library pads to the longest prefix, and lets rows see what it pads with.

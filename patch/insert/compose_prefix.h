@@ -16,6 +16,9 @@ class PrefixComposer : public Composer {
  protected:
   ComposedState single(const ComposedPart& part, ComposedState state) override;
   ComposedState joined_rows(const std::vector<ComposedState>& states) override;
+
+ private:
+  void check_behind_split(const ComposedState& state, bool has_gate) const;
 };
 
 }  // namespace torchgraft

@@ -120,17 +120,16 @@ ComposedState Composer::batch_split(const Composition& block, ComposedState stat
   int64_t begin = 0;
   for (size_t i = 0; i < block.children.size(); ++i) {
     bool is_present = false;
-    const ComposedState part = sliced(state, 0, begin, begin + block.sizes[i]);
+    ComposedState part = sliced(state, 0, begin, begin + block.sizes[i]);
+    part.first_rows = block.sizes[i];
+    part.split_rows = 0;
     states.push_back(child(block, i, part, is_present));
     begin += block.sizes[i];
-  }
-  if (!states.back().last) {
-    refuse("the last adapter of " + composition_to_string(block) +
-           " does nothing there, which the adapters library cannot run");
   }
   ComposedState result = joined_rows(states);
   result.last = states.back().last;
   result.is_branch = false;
+  result.split_rows = begin;
   return result;
 }
 

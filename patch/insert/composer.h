@@ -35,7 +35,10 @@ struct ComposedState {
   Value* residual = nullptr;  // bottleneck: adapter_residual; LoRA: layer_output; prefix: its values so far or none
   std::optional<ComposedPart> last = std::nullopt;
   bool is_branch = false;  // bottleneck: `hidden` is the branch as the model computes it
+  bool has_up = false;     // bottleneck: the library's bottleneck_up is there
   int64_t tokens = 0;      // prefix: the length of its keys; LoRA: 1 for a vector that (IA)^3 has made for all tokens
+  int64_t first_rows = 0;  // behind a BatchSplit: of its first part, and of that one's first part if it is such
+  int64_t split_rows = 0;  // behind a BatchSplit: of all of its parts; else 0
 };
 
 // Evaluates a composition at one site as ComposableAdapterLayerBase of the adapters library does, block by block. What

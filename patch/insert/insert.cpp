@@ -8,6 +8,7 @@
 #include <torchgraft/patch/insert/insert_prefix.h>
 #include <torchgraft/patch/insert/insert_reft.h>
 #include <torchgraft/patch/insert/inserter.h>
+#include <torchgraft/patch/insert/verify.h>
 
 #include <torch/csrc/jit/passes/dead_code_elimination.h>
 
@@ -19,15 +20,6 @@ using torch::jit::Value;
 using torch::jit::WithInsertPoint;
 
 namespace {
-
-// A composition may drop what an adapter in it has made: a parallel bottleneck in a Stack reads the residual.
-size_t count_gated_ops(Graph& graph) {
-  size_t count = 0;
-  for_each_node(graph.block(), [&](const Node* node) {
-    count += std::string(node->kind().toQualString()).starts_with("torchgraft::gated_");
-  });
-  return count;
-}
 
 // Makes the graph return (its result, gates).
 void return_with(Graph& graph, const std::vector<Value*>& gates) {
@@ -97,7 +89,8 @@ size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& si
   }
   return_with(*graph, gates);
   torch::jit::EliminateDeadCode(graph);  // the attentions that gated_prefix_attention has replaced
-  return options.compositions.empty() ? inserter.ops() : count_gated_ops(*graph);
+  // A composition may drop what an adapter in it has made: a parallel bottleneck in a Stack reads the residual.
+  return options.compositions.empty() ? inserter.ops() : count_ops(*graph);
 }
 
 }  // namespace torchgraft

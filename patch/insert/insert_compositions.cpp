@@ -49,7 +49,7 @@ def taken_mask(mask: Optional[Tensor], batch: int, uses: int, rows: Tensor) -> O
 
 def put(whole: Tensor, part: Tensor, uses: int, rows: Tensor) -> Tensor:
     if uses == 1:
-        return part
+        return part.to(whole.dtype)
     return whole.index_copy(0, rows, part.to(whole.dtype))
 
 def no_gate(whole: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def plain_ids(adapter_ids: Optional[Tensor], adapters: int, ids: int) -> Optiona
                 row = int(wrong[0, 0])
                 assert False, "forward: expected adapter_ids in [-1, {}), got {} in row {}".format(
                     ids, int(adapter_ids[row]), row)
-        return adapter_ids.masked_fill(adapter_ids.ge(adapters), -1)
+        return adapter_ids.masked_fill(adapter_ids.ge(adapters).logical_and(adapter_ids.lt(ids)), -1)
 
 def plain_active(active: int, adapters: int) -> int:
     if active >= adapters:

@@ -11,26 +11,28 @@ namespace {
 using torch::jit::Module;
 using torch::jit::Node;
 
-size_t count_ops(const Module& module) {
+size_t count_in(const Module& module) { return count_ops(*module.get_method("grafted_forward").graph()); }
+
+}  // namespace
+
+bool is_counted(std::string_view op) { return op.starts_with("gated_") || op == "reft"; }
+
+size_t count_ops(torch::jit::Graph& graph) {
   size_t count = 0;
-  for_each_node(module.get_method("grafted_forward").graph()->block(), [&](Node* node) {
+  for_each_node(graph.block(), [&](Node* node) {
     static const auto known = c10::Symbol::fromQualString("namespaces::torchgraft");
     count += node->kind().ns() == known && is_counted(node->kind().toUnqualString());
   });
   return count;
 }
 
-}  // namespace
-
-bool is_counted(std::string_view op) { return op.starts_with("gated_") || op == "reft"; }
-
 void verify_grafted(const Module& module, size_t ops) {
   for (const char* name : {"forward", "forward_with_gates", "grafted_forward", "base_forward"}) {
     module.get_method(name).graph()->lint();
   }
-  TORCH_INTERNAL_ASSERT(count_ops(module) == ops, "planned ", ops, " ops, inserted ", count_ops(module));
+  TORCH_INTERNAL_ASSERT(count_in(module) == ops, "planned ", ops, " ops, inserted ", count_in(module));
   const Module loaded = loaded_again(module, "graft");
-  TORCH_INTERNAL_ASSERT(count_ops(loaded) == ops, "an op was lost in saving and loading");
+  TORCH_INTERNAL_ASSERT(count_in(loaded) == ops, "an op was lost in saving and loading");
 }
 
 }  // namespace torchgraft

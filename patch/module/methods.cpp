@@ -43,7 +43,9 @@ def adapter_config(self, name: str) -> str:
 // A row of a composition gets the head of an adapter in it: heads[id] is the adapter's id, below -1 where there is
 // none.
 constexpr const char* kHeadsOfCompositions = R"python(
-def head_id(active: int, heads: List[int]) -> int:
+def head_id(active: int, adapter_ids: Optional[Tensor], heads: List[int]) -> int:
+    if adapter_ids is not None:
+        return -1
     if active < 0:
         return active
     assert heads[active] >= 0, "forward_with_head: the active composition does not end in an adapter, whose head it " \
@@ -176,8 +178,8 @@ void add_forward_with_head(Module& module, const Function& grafted, const c10::T
   Value* active = graph->insertGetAttr(adapters, "active");
   if (module.attr("adapters").toModule().hasattr("composed_heads")) {
     Value* heads = graph->insertGetAttr(adapters, "composed_heads");
+    active = torch::jit::insertGraph(*graph, *compile_graph(kHeadsOfCompositions, "head_id"), {active, ids, heads})[0];
     ids = torch::jit::insertGraph(*graph, *compile_graph(kHeadsOfCompositions, "head_ids"), {ids, heads})[0];
-    active = torch::jit::insertGraph(*graph, *compile_graph(kHeadsOfCompositions, "head_id"), {active, heads})[0];
   }
   const Function& logits = module.attr("adapters").toModule().attr("heads").toModule().type()->getMethod("logits");
   Value* result = insert_method_call(

@@ -7,7 +7,7 @@ import torch
 
 from ._libraries import patcher
 from ._reading import parse_json, read_text
-from .adapter_hub import read_weights
+from .adapter_hub import read_one_version, read_weights
 from .errors import GraftError
 from .grafting import cpp_module, script_module
 
@@ -31,17 +31,23 @@ def load_adapter_fusion(
         GraftError: a file is missing or damaged, a layer does not fit the module, or the configuration has
             temperature=true: the library's results then depend on how often it ran.
     """
-    path = Path(directory) / CONFIG_FILE
+    text, weights = read_one_version(Path(directory), (CONFIG_FILE, *WEIGHT_FILES), _read_files, CONFIG_FILE)
+    return script_module(patcher().load_adapter_fusion(cpp_module(module), text, weights, name or ""))
+
+
+def _read_files(directory: Path) -> tuple[str, dict[str, torch.Tensor]]:
+    path = directory / CONFIG_FILE
     try:
         text = read_text(path)
     except OSError as error:
         raise GraftError(f"{path}: cannot read the configuration of AdapterFusion ({error.strerror})") from error
     parse_json(text, path)
-    weights = read_weights(Path(directory), WEIGHT_FILES)
-    return script_module(patcher().load_adapter_fusion(cpp_module(module), text, weights, name or ""))
+    return text, read_weights(directory, WEIGHT_FILES)
 
 
-def save_adapter_fusion(module: torch.jit.ScriptModule, name: str, directory: str | Path) -> None:
+def save_adapter_fusion(
+    module: torch.jit.ScriptModule, name: str, directory: str | Path, overwrite: bool = False
+) -> None:
     """Writes AdapterFusion layers into a directory that load_adapter_fusion() of this package and of `adapters==1.3.0`
     (with use_safetensors=True) read.
 
@@ -49,11 +55,12 @@ def save_adapter_fusion(module: torch.jit.ScriptModule, name: str, directory: st
         module: a grafted module.
         name: the layers' name: "a,b".
         directory: where to write. It is made if it is missing. All files are written, or none.
+        overwrite: replace layers of another name.
 
     Raises:
-        GraftError: the module has no such layers, or the directory cannot be written.
+        GraftError: the module has no such layers, the directory holds others, or it cannot be written.
     """
-    patcher().save_adapter_fusion(cpp_module(module), name, os.fspath(directory))
+    patcher().save_adapter_fusion(cpp_module(module), name, os.fspath(directory), overwrite)
 
 
 def remove_adapter_fusion(module: torch.jit.ScriptModule, name: str) -> torch.jit.ScriptModule:

@@ -151,15 +151,17 @@ def load_adapter_directory(directory: str | Path) -> AdapterDirectory:
     return read_one_version(directory, (CONFIG_FILE, *WEIGHT_FILES, HEAD_CONFIG_FILE, *HEAD_WEIGHT_FILES), _read_files)
 
 
-def read_one_version(directory: Path, files: Iterable[str], read: Callable[[Path], _Read]) -> _Read:
+def read_one_version(
+    directory: Path, files: Iterable[str], read: Callable[[Path], _Read], marker: str = CONFIG_FILE
+) -> _Read:
     """Returns `read(directory)`, which reads some of `files`, when no other process has replaced them meanwhile; else
-    calls it again. The last word is CONFIG_FILE's: see DirectoryUpdate in patch/adapters/.
+    calls it again. The last word is the marker's: see DirectoryUpdate in patch/adapters/.
 
     Raises:
         GraftError: the files change all the time, or `read` raised it.
     """
     results = []
-    patcher().read_one_version(str(directory), list(files), CONFIG_FILE, lambda: results.append(read(directory)))
+    patcher().read_one_version(str(directory), list(files), marker, lambda: results.append(read(directory)))
     return results[-1]
 
 

@@ -9,6 +9,7 @@ import torch
 
 from ._libraries import patcher
 from ._reading import parse_json, read_text
+from .adapter_fusion import load_adapter_fusion, save_adapter_fusion
 from .checkpoints import check_replaces, load_adapter, save_adapter
 from .composition import adapters_of, compose
 from .errors import GraftError
@@ -29,8 +30,8 @@ def save_adapter_setup(
     """Writes a composition and its adapters into a directory that load_adapter_setup() of this package and of
     `adapters==1.3.0` read.
 
-    The directory gets adapter_setup.json and, for each adapter, a directory of its name, as save_adapter() writes it.
-    adapter_setup.json comes last.
+    The directory gets adapter_setup.json and, for each adapter, a directory of its name, as save_adapter() writes it;
+    so have the AdapterFusion layers of each Fuse. adapter_setup.json comes last.
 
     Args:
         module: a grafted module with the composition.
@@ -39,32 +40,43 @@ def save_adapter_setup(
         safetensors, overwrite: as for save_adapter().
 
     Raises:
-        GraftError: the module has no such composition, the directory holds other adapters, or it cannot be written.
+        GraftError: the module has no such composition, the weights of an Average in it do not sum to 1, which no reader
+            of the files would keep, the directory holds another composition or other adapters, or it cannot be written.
     """
     found = {info.name: info for info in list_adapters(module)}
     if name not in found or not found[name].composition:
         what = f"'{name}' is an adapter; see save_adapter" if name in found else f"no composition is called '{name}'"
         raise GraftError(f"save_adapter_setup: {what}")
     tree = parse_json(found[name].config, name)
-    parts = adapters_of(tree)
-    for part in parts:
+    _check_weights(tree)
+    parts, fusions = adapters_of(tree), patcher().fusion_names_of(found[name].config)
+    for part in [*parts, *fusions]:
         _check_folder(part, "save_adapter_setup")
+    for part in parts:
         if not overwrite:
             check_replaces(Path(directory) / part, part)
+
+    def check() -> None:
+        if not overwrite:
+            _check_replaces_setup(Path(directory), tree)
+
+    check()
     for part in parts:
         save_adapter(module, part, Path(directory) / part, safetensors, overwrite=overwrite)
+    for fusion in fusions:
+        save_adapter_fusion(module, fusion, Path(directory) / fusion, overwrite)
     text = json.dumps({"adapter_setup": tree, "head_setup": None, "version": _VERSION}, indent=2)
-    patcher().update_directory(str(directory), {SETUP_FILE: text.encode()}, [], SETUP_FILE, "")
+    patcher().update_directory(str(directory), {SETUP_FILE: text.encode()}, [], SETUP_FILE, "", check)
 
 
 def load_adapter_setup(
     module: torch.jit.ScriptModule, directory: str | Path, name: str | None = None, *, verify: bool = True,
     example: Any = None,
 ) -> torch.jit.ScriptModule:  # fmt: skip
-    """Returns a copy of `module` that has the composition of a directory, and its adapters.
+    """Returns a copy of `module` that has the composition of a directory, its adapters and AdapterFusion layers.
 
     Args:
-        module: a TorchScript Transformer, grafted or not. Adapters of the same names are replaced.
+        module: a TorchScript Transformer, grafted or not. Adapters and layers of the same names are replaced.
         directory: what save_adapter_setup() wrote, here or in the `adapters` library.
         name: the composition's name in the result. None: the directory's.
         verify, example: as for compose().
@@ -81,6 +93,9 @@ def load_adapter_setup(
     for part in adapters_of(tree):
         _check_folder(part, str(path))
         module = load_adapter(module, Path(directory) / part, part)
+    for fusion in patcher().fusion_names_of(json.dumps(tree)):
+        _check_folder(fusion, str(path))
+        module = load_adapter_fusion(module, Path(directory) / fusion, fusion)
     return compose(module, name, tree, verify=verify, example=example)
 
 
@@ -103,6 +118,35 @@ def _read_setup(path: Path) -> dict[str, Any]:
     return parse_json(text, path)
 
 
+def _check_weights(tree: dict[str, Any]) -> None:
+    weights = tree.get("kwargs", {}).get("weights")
+    if weights is not None and abs(sum(weights) - 1) > 1e-9:
+        raise GraftError(
+            f"save_adapter_setup: the weights {weights} of an Average sum to {sum(weights)}, and whoever reads them "
+            "from adapter_setup.json divides them by their sum; compose it with normalize_weights=True"
+        )
+    for child in tree["children"]:
+        if isinstance(child, dict):
+            _check_weights(child)
+
+
+def _check_replaces_setup(directory: Path, tree: dict[str, Any]) -> None:
+    """Raises GraftError when `directory` holds another composition than `tree`."""
+    path = directory / SETUP_FILE
+    if not path.is_symlink() and not path.exists():
+        return
+    try:
+        setup = parse_json(read_text(path), path)
+        held = setup.get("adapter_setup") if isinstance(setup, dict) else None
+    except (OSError, GraftError):
+        held = None
+    if held != tree:
+        raise GraftError(
+            f"save_adapter_setup: {directory} holds another composition already; give another directory, or "
+            "overwrite=True to replace it"
+        )
+
+
 def _check_folder(name: str, what: str) -> None:
     if not name or "/" in name or "\0" in name or name in (".", ".."):
-        raise GraftError(f"{what}: the adapter '{name}' cannot have a directory of its name; rename it")
+        raise GraftError(f"{what}: '{name}' cannot have a directory of its name; rename it")

@@ -64,7 +64,7 @@ def save_adapter(
         contents |= {HEAD_CONFIG_FILE: head_config.encode(), HEAD_WEIGHT_FILES[1]: _pickled(head_weights)}
     else:  # an adapter that was there before may have left a head
         obsolete += [HEAD_CONFIG_FILE, HEAD_WEIGHT_FILES[1]]
-    patcher().update_directory(str(directory), contents, obsolete, CONFIG_FILE, "" if overwrite else name)
+    patcher().update_directory(str(directory), contents, obsolete, CONFIG_FILE, "" if overwrite else name, None)
 
 
 def load_adapter(

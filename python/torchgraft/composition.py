@@ -156,10 +156,21 @@ def composition_to_json(composition: Any) -> str:
     if isinstance(composition, str):
         return patcher().composition_from_string(composition)
     if hasattr(composition, "to_dict"):
-        composition = composition.to_dict()
+        block, composition = composition, composition.to_dict()
+        _add_fusion_names(block, composition)
     if not isinstance(composition, dict):
         raise TypeError(f"compose: expected a block such as torchgraft.Stack(...), got {type(composition).__name__}")
     return json.dumps(composition)
+
+
+def _add_fusion_names(block: Any, tree: Any) -> None:
+    """Writes the names of the library's Fuse blocks into what their to_dict() gives, which omits them."""
+    if isinstance(block, str):
+        return
+    if name := getattr(block, "_name", None):
+        tree["kwargs"] = {"name": name}
+    for child, part in zip(block.children, tree["children"], strict=True):
+        _add_fusion_names(child, part)
 
 
 def compose(

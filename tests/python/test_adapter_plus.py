@@ -50,6 +50,20 @@ def test_a_directory_with_stochastic_depth_equals_the_library(trainable: bool, t
     assert written == adapters.AdapterPlusConfig(reduction_factor=12).to_dict()
 
 
+def test_a_parallel_bottleneck_drops_no_rows() -> None:
+    """The library's ParallelAdapter has the field and does not read it."""
+    module = torchgraft.graft(
+        base("bert_sdpa", FLOAT), "par_bn[stochastic_depth=0.9, dropout=0.0]", "task", trainable=True
+    )
+    batch = make_batch([9] * 8, 9, FLOAT)
+    with torch.no_grad():
+        for parameter in torchgraft.trainable_parameters(module, "task").values():
+            parameter.normal_()
+        expected = VARIANT.hidden(module(*VARIANT.arguments(batch)))
+        module.adapters.train()
+        assert torch.equal(VARIANT.hidden(module(*VARIANT.arguments(batch))), expected)
+
+
 def test_stochastic_depth_drops_whole_rows_in_training() -> None:
     """What is left is scaled: a row's share is 0 or 1 / (1 - p) of what it is in serving."""
     torch.manual_seed(0)

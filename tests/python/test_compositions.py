@@ -32,9 +32,11 @@ PARTS = {
     "lora": ("lora", 0),
     "lora2": ("lora_gated", 0),
     "ia3": ("ia3", 0),
+    "ia3b": ("ia3", 1),
     "dora": ("dora", 0),
     "prefix": ("prefix_flat", 0),
     "prefix2": ("prefix_two_gates", 0),
+    "prefix3": ("prefix_flat", 1),
     "unipelt": ("unipelt", 0),
     "mam": ("mam", 0),
     "map": ("seq_bn_map", 0),
@@ -261,3 +263,56 @@ def test_adapter_setups_go_both_ways(tmp_path) -> None:
     for part in parts_of(block):
         texts[0] = texts[0].replace(f'"{saved(variant, part).name}"', f'"{part}"')
     assert texts[0] == texts[1]
+
+
+def test_weights_that_no_reader_keeps_are_not_saved(tmp_path) -> None:
+    block = Stack("gated", Average("bn", "bn2", weights=[0.5, 1.0], normalize_weights=False))
+    module = torchgraft.compose(bank("bert_sdpa", *parts_of(block)), "c", block, verify=False)
+    with pytest.raises(torchgraft.GraftError, match=r"the weights \[0.5, 1.0\] of an Average sum to 1.5"):
+        torchgraft.save_adapter_setup(module, "c", tmp_path / "setup")
+    assert not (tmp_path / "setup").exists()
+
+
+def test_a_setup_of_another_composition_stays(tmp_path) -> None:
+    module = torchgraft.compose(bank("bert_sdpa", "bn", "bn2", "gated"), "c", Stack("bn", "bn2"), verify=False)
+    module = torchgraft.compose(module, "d", Stack("bn2", "bn"), verify=False)
+    torchgraft.save_adapter_setup(module, "c", tmp_path)
+    before = (tmp_path / "adapter_setup.json").read_text()
+    torchgraft.save_adapter_setup(module, "c", tmp_path)  # its own
+    with pytest.raises(torchgraft.GraftError, match="holds another composition already"):
+        torchgraft.save_adapter_setup(module, "d", tmp_path)
+    assert (tmp_path / "adapter_setup.json").read_text() == before
+    torchgraft.save_adapter_setup(module, "d", tmp_path, overwrite=True)
+    assert (tmp_path / "adapter_setup.json").read_text() != before
+
+
+@pytest.mark.parametrize("variant", ["encoder_slow_pre_seq_first", "own_post_sdpa"])
+def test_other_models_equal_their_adapters_applied_by_hand(variant: str) -> None:
+    """Sequence-first ones among them. A Stack of one is the adapter, and a row of a BatchSplit is that row alone."""
+    module = torchgraft.graft(base(variant, DTYPE), "double_seq_bn[use_gating=True]", "a")
+    module = torchgraft.graft(
+        module, torchgraft.LoRAConfig(selfattn_lora=False, output_lora=True, use_gating=True), "l"
+    )
+    module = torchgraft.graft(module, "prefix_tuning_flat[prefix_length=4]", "p")
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for key, tensor in module.adapters.state_dict().items():
+            if tensor.is_floating_point() and "scaling" not in key and torch.isfinite(tensor).all():
+                tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) * 0.3)
+    names = ["a", "l", "p"]
+    for name in names:
+        module = torchgraft.compose(module, f"only_{name}", Stack(name), verify=False)
+    rows = torchgraft.BatchSplit("a", "a", batch_sizes=[2, 1])
+    module = torchgraft.compose(module, "rows", rows, verify=False)
+    batch = make_batch([9, 9, 9], 9, DTYPE)
+    plain = run(module, variant, batch, adapter_ids=torch.full([3], -1))
+    for name in names:
+        wanted = run(module, variant, batch, adapter_ids=torch.full([3], names.index(name)))
+        assert difference(wanted, plain) > 1e-3
+        id = module.adapter_names().index(f"only_{name}")
+        assert difference(run(module, variant, batch, adapter_ids=torch.full([3], id)), wanted) <= TOLERANCE
+        mixed = run(module, variant, batch, adapter_ids=torch.tensor([-1, id, names.index(name)]))
+        assert difference(mixed[1:], wanted[1:]) <= TOLERANCE and difference(mixed[:1], plain[:1]) <= TOLERANCE
+    id = module.adapter_names().index("rows")
+    wanted = run(module, variant, batch, adapter_ids=torch.zeros(3, dtype=torch.int64))
+    assert difference(run(module, variant, batch, adapter_ids=torch.full([3], id)), wanted) <= TOLERANCE

@@ -115,3 +115,5 @@ def test_a_row_of_a_stack_has_the_head_of_its_last_adapter() -> None:
         module.activate("mean")
         with pytest.raises(Exception, match="the active composition does not end in an adapter"):
             module.forward_with_head(*arguments)
+        # Rows that say themselves which adapter they use do not read the active one.
+        assert torch.equal(module.forward_with_head(*arguments, adapter_ids=torch.tensor([0, 2])), mixed)

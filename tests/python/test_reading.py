@@ -196,7 +196,7 @@ def test_other_threads_run_while_an_update_waits_for_a_directory(tmp_path) -> No
 
     def update() -> None:
         begun.set()
-        patcher().update_directory(str(tmp_path), {"config": b"new"}, [], "config", "")
+        patcher().update_directory(str(tmp_path), {"config": b"new"}, [], "config", "", None)
 
     writer = threading.Thread(target=update)
     writer.start()

@@ -23,7 +23,8 @@ TEST(Composition, TextAndJsonGoBothWays) {
   for (const std::string text :
        {"Stack(en, ner)", "Stack(en, Average(a, b), Split(c, d, splits=[3,4]))",
         "BatchSplit(a, Stack(b, c), batch_sizes=[1,2])", "Average(a, b, weights=[0.25,0.75])",
-        "Average(a, b, weights=[1.0,2.0], normalize_weights=False)", "Stack('two words', Fuse(a, b, name='a name'))"}) {
+        "Average(a, b, weights=[1.0,2.0], normalize_weights=False)", "Stack('two words', Fuse(a, b, name='a name'))",
+        R"(Stack("it's", 'say "x"', "it's ""both""", "'"))"}) {
     const Composition composition = composition_from_string(text);
     EXPECT_EQ(composition_to_string(composition), text);
     EXPECT_EQ(composition_to_string(composition_from_json(composition_to_json(composition))), text);
@@ -79,6 +80,32 @@ TEST(Composition, WhatTheLibraryRefusesIsNamed) {
     wide += ", a";
   }
   EXPECT_NE(error_of(wide + ")").find("at most 64 adapters"), std::string::npos);
+}
+
+TEST(Composition, ErrorsShowLittleOfALongText) {
+  const std::string text(5000, 'x');
+  const std::string many = "Stack(" + std::string(900, 'a') + ", Stack(" + std::string(900, 'b') + "))";
+  for (const std::string& wrong : {"Stack(" + text + ")", "Stack('" + text + "')", text + "(a)", many}) {
+    const std::string error = error_of(wrong);
+    EXPECT_NE(error.find("composition"), std::string::npos) << error;
+    EXPECT_LT(error.size(), 1000u);
+  }
+  for (const std::string& wrong :
+       {R"({"type": ")" + text + R"(", "children": []})", R"({"type": "Stack", "children": [], ")" + text + R"(": 1})",
+        R"({"type": "Stack", "children": [{"type": "single", "children": [")" + text + R"("]}]})"}) {
+    try {
+      composition_from_json(wrong);
+      ADD_FAILURE() << "took a text of " << text.size() << " bytes";
+    } catch (const c10::Error& error) {
+      EXPECT_LT(std::string(error.what_without_backtrace()).size(), 1000u);
+    }
+  }
+}
+
+TEST(Composition, NamesOfFusions) {
+  EXPECT_EQ(fusion_names(composition_from_string("Stack(a, Fuse(b, Stack(c, a)), Fuse(b, a), Fuse(d, name=e))")),
+            (std::vector<std::string>{"b,a", "e"}));
+  EXPECT_TRUE(fusion_names(composition_from_string("Stack(a, b)")).empty());
 }
 
 TEST(Composition, JsonIsReadByAnAllowList) {
