@@ -9,12 +9,12 @@ import torch
 from adapters.context import ForwardContext
 
 import torchgraft
+from all_cases import dtypes, tolerance
 from case import METHODS, Case
 from hugging_face_cases import CASES
-from oracle import TOLERANCE, difference
+from oracle import difference
 from oracle_reference import _prepared
 
-DTYPE = torch.float64
 BLOCKS = {
     "bottlenecks": ("Stack", "double_seq_bn", "mam"),
     "loras": ("Stack", "lora_all", "unipelt"),
@@ -25,8 +25,6 @@ BLOCKS = {
 # has the result of the attention beside it.
 REFUSED = {("deberta_v2_shared_eager", "loras"), ("deberta_v2_shared_eager", "average"),
            ("gptj_eager", "bottlenecks"), ("gptj_eager", "loras"), ("gptj_eager", "prefixes")}  # fmt: skip
-# Their positions or norms are float32 whatever the model's dtype.
-COARSE = ("gptj", "llama", "mistral", "t5")
 
 
 def block_of(kind: str, names: dict[str, str], module) -> object:
@@ -34,16 +32,20 @@ def block_of(kind: str, names: dict[str, str], module) -> object:
     return getattr(module, block)(*[names[method] for method in methods])
 
 
+def widest(name: str) -> torch.dtype:
+    return max(dtypes(name), key=lambda dtype: dtype.itemsize)
+
+
 @functools.cache
 def bank(name: str) -> torch.jit.ScriptModule:
     case = CASES[name]
     methods = [method for method in METHODS if method not in case.without]
-    return case.reference.graft(case.to_script("traced", DTYPE), methods, DTYPE)
+    return case.reference.graft(case.to_script("traced", widest(name)), methods, widest(name))
 
 
 @torch.no_grad()
-def expected(case: Case, kind: str, arguments: tuple) -> torch.Tensor:
-    prepared = _prepared(case.reference, DTYPE)
+def expected(case: Case, kind: str, dtype: torch.dtype, arguments: tuple) -> torch.Tensor:
+    prepared = _prepared(case.reference, dtype)
     names = {method: prepared.adapter(method).name for method in BLOCKS[kind][1:]}
     prepared.model.set_active_adapters(block_of(kind, names, library))
     named = dict(zip(inspect.signature(prepared._positional.forward).parameters, arguments, strict=True))
@@ -58,9 +60,9 @@ def test_compositions_equal_the_library(name: str, kind: str) -> None:
     if any(method in case.without for method in BLOCKS[kind][1:]):
         pytest.skip("the library has no such adapter here")
     block = block_of(kind, {method: method for method in METHODS}, torchgraft)
-    arguments = case.arguments(DTYPE, 1)
+    arguments = case.arguments(widest(name), 1)
     try:
-        wanted = expected(case, kind, arguments)
+        wanted = expected(case, kind, widest(name), arguments)
     except Exception:
         wanted = None
     if wanted is None or (name, kind) in REFUSED:
@@ -71,4 +73,4 @@ def test_compositions_equal_the_library(name: str, kind: str) -> None:
     module.activate("c")
     with torch.no_grad():
         found = case.hidden(module(*arguments))
-    assert difference(found, wanted) <= TOLERANCE[torch.float32 if name.startswith(COARSE) else DTYPE]
+    assert difference(found, wanted) <= tolerance(name, "traced", widest(name))
