@@ -37,7 +37,8 @@ def save_adapter_setup(
         module: a grafted module with the composition.
         name: the composition's name. The files do not hold it.
         directory: where to write.
-        safetensors, overwrite: as for save_adapter().
+        safetensors: as for save_adapter().
+        overwrite: as for save_adapter().
 
     Raises:
         GraftError: the module has no such composition, the weights of an Average in it do not sum to 1, which no reader
@@ -79,7 +80,8 @@ def load_adapter_setup(
         module: a TorchScript Transformer, grafted or not. Adapters and layers of the same names are replaced.
         directory: what save_adapter_setup() wrote, here or in the `adapters` library.
         name: the composition's name in the result. None: the directory's.
-        verify, example: as for compose().
+        verify: as for compose().
+        example: as for compose().
 
     Raises:
         GraftError: a file is missing or damaged, an adapter does not fit the module, the name is taken, or the

@@ -177,7 +177,7 @@ def test_a_grafted_model_keeps_its_own_adapters(server_program, models, own_adap
         ({"input_ids": [1, 2]}, 400, "expected a list of integers, got 1"),
         ({"input_ids": "text"}, 400, "expected a list of lists"),
         ({"input_ids": [[1]], "pooling": "max"}, 400, '"first" or "mean", got "max"'),
-        ({"texts": ["hello"]}, 400, "client.py"),
+        ({"texts": ["hello"]}, 400, "torchgraft serve"),
         ({"input_ids": [[1]], "temperature": 1}, 400, 'unknown field "temperature"'),
     ],
 )
