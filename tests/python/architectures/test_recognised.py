@@ -96,7 +96,7 @@ def test_every_place_is_found(model) -> None:
     for number, layer in enumerate(structure["layers"]):
         assert (layer["layer"], layer["kind"], layer["shares"]) == (number, "self", None)
         assert (layer["num_heads"], layer["num_kv_heads"], layer["head_dim"]) == (4, kv_heads, 12)
-        assert set(layer["locations"]) == _ALL
+        assert set(layer["locations"]) - {"output_reft"} == _ALL  # test_reft_families.py has the ends of layers
         assert all("head by head" in note for note in layer["notes"])
         assert (layer["notes"] != []) == interleaved
 
