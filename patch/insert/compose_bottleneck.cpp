@@ -79,7 +79,7 @@ ComposedState BottleneckComposer::pre_forward(const ComposedPart& part, Composed
 
 // Adapter.forward. The result of a parallel one has no residual.
 ComposedState BottleneckComposer::single(const ComposedPart& part, ComposedState state) {
-  const Inserter::OneAdapter guard(inserter_, part.adapter);
+  const Inserter::Scope guard = inserter_.one_adapter(part.adapter);
   Value* residual = config_of(part).is_parallel ? graph_.insert(c10::aten::zeros_like, {state.hidden}) : state.residual;
   const auto [output, gate] = bottlenecks_.bottleneck(own_slot(part), state.hidden, residual);
   if (part.slot->gates[part.adapter] > 0) {
@@ -139,7 +139,7 @@ ComposedState BottleneckComposer::split(const Composition& block, ComposedState 
 }
 
 Value* BottleneckComposer::up(const ComposedPart& part, const ComposedState& state) {
-  const Inserter::OneAdapter guard(inserter_, part.adapter);
+  const Inserter::Scope guard = inserter_.one_adapter(part.adapter);
   const Slot slot = own_slot(part);
   if (slot.gates[part.adapter] > 0) {
     add_gate(part, bottlenecks_.gate(slot, state.hidden));  // the library computes it, and does not use it

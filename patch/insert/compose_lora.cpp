@@ -36,27 +36,14 @@ def of_rows(vector: Tensor, x: Tensor) -> Tensor:
   return torch::jit::insertGraph(graph_, *repeat, {vector, x})[0];
 }
 
-Value* LoraComposer::gate(const ComposedPart& part, Value* x) {
-  if (part.slot->gates[part.adapter] == 0) {
-    return nullptr;
-  }
-  Value* module = inserter_.slot_module(*part.slot);
-  RowFunctions rows(graph_, inserter_.adapter_ids(), inserter_.active());
-  Value* gate = rows.pooled(x, inserter_.parameter(*part.slot, module, "gate_weight"),
-                            inserter_.parameter(*part.slot, module, "gate_bias"), graph_.insertConstant(c10::IValue()));
-  gate = graph_.insert(c10::aten::narrow, {gate, 1, 0, part.slot->gates[part.adapter]});
-  add_gate(part, gate);
-  return gate;
-}
-
 // The forward of LoRA and IA3: the gate reads the layer's input, the rest what an earlier adapter has made.
 ComposedState LoraComposer::single(const ComposedPart& part, ComposedState state) {
-  const Inserter::OneAdapter guard(inserter_, part.adapter);
+  const Inserter::Scope guard = inserter_.one_adapter(part.adapter);
   const Slot& slot = *part.slot;
   const auto& planned = std::get<PlannedLoRA>(part.module->method);
   Value* module = inserter_.slot_module(slot);
   const auto of = [&](const char* name) { return inserter_.parameter(slot, module, name); };
-  Value* own_gate = gate(part, state.input);
+  Value* own_gate = pooled_gate(part, state.input);
   const auto gated = [&](Value* value) -> Value* {
     if (!own_gate) {
       return value;
@@ -133,7 +120,7 @@ Value* LoraComposer::operator()(const Composition& tree, Value* x, Value* base) 
   if (slot.lora == LoRAForm::kAdd) {
     return result;
   }
-  const Inserter::OneAdapter guard(inserter_, state.last->adapter);
+  const Inserter::Scope guard = inserter_.one_adapter(state.last->adapter);
   Value* module = inserter_.slot_module(slot);
   const auto of = [&](const char* name) { return inserter_.parameter(slot, module, name); };
   RowFunctions rows(graph_, inserter_.adapter_ids(), inserter_.active());

@@ -20,7 +20,6 @@ class LoraComposer : public Composer {
 
  private:
   void check_are_alike(const std::vector<ComposedState>& states, const char* block) const;
-  Value* gate(const ComposedPart& part, Value* x);
   Value* of_rows(Value* vector, Value* x);
 };
 

@@ -1,7 +1,6 @@
 #include <torchgraft/patch/insert/compose_prefix.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
-#include <torchgraft/patch/insert/row_functions.h>
 
 #include <torch/csrc/jit/ir/constants.h>
 
@@ -10,7 +9,7 @@ namespace torchgraft {
 using torch::jit::Value;
 
 ComposedState PrefixComposer::single(const ComposedPart& part, ComposedState state) {
-  const Inserter::OneAdapter guard(inserter_, part.adapter);
+  const Inserter::Scope guard = inserter_.one_adapter(part.adapter);
   const Slot& slot = *part.slot;
   const int64_t length = std::get<PlannedPrefix>(part.module->method).config.prefix_length;
   Value* module = inserter_.slot_module(slot);
@@ -20,21 +19,16 @@ ComposedState PrefixComposer::single(const ComposedPart& part, ComposedState sta
   };
   Value* key = own("prefix_key");
   Value* value = own("prefix_value");
-  const int64_t gates = slot.gates[part.adapter];
-  check_behind_split(state, gates > 0);
-  if (gates > 0) {
-    RowFunctions rows(graph_, inserter_.adapter_ids(), inserter_.active());
-    Value* gate = rows.pooled(state.input, inserter_.parameter(slot, module, "gate_weight"),
-                              inserter_.parameter(slot, module, "gate_bias"), graph_.insertConstant(c10::IValue()));
-    gate = graph_.insert(c10::aten::narrow, {gate, 1, 0, gates});
-    add_gate(part, gate);
+  Value* gate = pooled_gate(part, state.input);
+  check_behind_split(state, gate != nullptr);
+  if (gate) {
     const auto scaled = [&](Value* prefix, int64_t column) {
       Value* factor = graph_.insert(c10::aten::narrow, {gate, 1, column, 1});
       factor = graph_.insert(c10::aten::view, {factor, std::vector<int64_t>{-1, 1, 1, 1}});
       return graph_.insert(c10::aten::mul, {prefix, factor});
     };
     key = scaled(key, 0);
-    value = scaled(value, gates - 1);
+    value = scaled(value, slot.gates[part.adapter] - 1);
   } else {
     // One for each row, so that prefixes with and without gates can be joined.
     Value* count = graph_.insert(c10::aten::size, {state.input, 0});

@@ -1,6 +1,7 @@
 #include <torchgraft/patch/insert/composer.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/insert/row_functions.h>
 
 #include <torch/csrc/jit/ir/constants.h>
 
@@ -191,6 +192,20 @@ ComposedState Composer::sliced(ComposedState state, int64_t dim, int64_t begin, 
   state.residual = slice(state.residual);
   state.is_branch = false;
   return state;
+}
+
+Value* Composer::pooled_gate(const ComposedPart& part, Value* x) {
+  const int64_t gates = part.slot->gates[part.adapter];
+  if (gates == 0) {
+    return nullptr;
+  }
+  Value* module = inserter_.slot_module(*part.slot);
+  const auto of = [&](const char* name) { return inserter_.parameter(*part.slot, module, name); };
+  RowFunctions rows(graph_, inserter_.adapter_ids(), inserter_.active());
+  Value* gate = rows.pooled(x, of("gate_weight"), of("gate_bias"), graph_.insertConstant(c10::IValue()));
+  gate = graph_.insert(c10::aten::narrow, {gate, 1, 0, gates});
+  add_gate(part, gate);
+  return gate;
 }
 
 Value* Composer::sum(const std::vector<Value*>& values, const std::vector<double>& shares) {

@@ -83,6 +83,8 @@ class Composer {
   Value* sum(const std::vector<Value*>& values, const std::vector<double>& shares);
   Value* joined(const std::vector<Value*>& values, int64_t dim);
   void add_gate(const ComposedPart& part, Value* gate) { gates_.push_back({part, gate}); }
+  // The part's gate [rows, gates] of x [rows, S, I], added to gates(); null where the part has none.
+  Value* pooled_gate(const ComposedPart& part, Value* x);
 
   Inserter& inserter_;
   torch::jit::Graph& graph_;

@@ -65,7 +65,7 @@ size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& si
     const Slot& slot = slots[run.slot];
     inserter.enter(slot, run.layer);
     if (!has_gate(slot)) {
-      const Inserter::FirstOfEach first(inserter);
+      const Inserter::Scope first = inserter.first_of_each();
       insert_reft(inserter, slot);
     } else {
       gates.push_back(slot.site == "inv_adapter" ? nullptr : insert(slot));
@@ -83,7 +83,7 @@ size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& si
     if (!gates[i]) {
       const Slot& slot = slots[gated[i].slot];
       inserter.enter(slot, gated[i].layer);
-      const Inserter::FirstOfEach first(inserter);
+      const Inserter::Scope first = inserter.first_of_each();
       gates[i] = insert_invertible(inserter, sites.embeddings.value(), slot);
     }
   }

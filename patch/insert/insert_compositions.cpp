@@ -64,7 +64,7 @@ std::vector<Value*> call_rows(torch::jit::Graph& graph, const char* function, st
   return torch::jit::insertGraph(graph, *compile_graph(kCompositionRows, function), arguments);
 }
 
-// ReFT and invertible adapters act by Inserter::FirstOfEach.
+// ReFT and invertible adapters act in Inserter::first_of_each().
 bool is_composed(const std::string& site) { return site != "output_reft" && site != "inv_adapter"; }
 
 }  // namespace

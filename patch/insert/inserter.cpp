@@ -9,6 +9,8 @@
 
 #include <torch/csrc/jit/ir/constants.h>
 
+#include <utility>
+
 namespace torchgraft {
 
 using torch::jit::Graph;
@@ -100,30 +102,27 @@ void Inserter::hide_compositions() {
   active_ = at_top(graph_, "plain_active", {active_, count});
 }
 
-Inserter::FirstOfEach::FirstOfEach(Inserter& inserter)
-    : inserter_(inserter), adapter_ids_(inserter.adapter_ids_), active_(inserter.active_) {
-  if (inserter.first_active_) {
-    inserter.adapter_ids_ = inserter.first_adapter_ids_;
-    inserter.active_ = inserter.first_active_;
-  }
-}
+Inserter::Scope::Scope(Inserter& inserter, Value* adapter_ids, Value* active, bool is_composing)
+    : inserter_(inserter),
+      adapter_ids_(std::exchange(inserter.adapter_ids_, adapter_ids)),
+      active_(std::exchange(inserter.active_, active)),
+      is_composing_(std::exchange(inserter.is_composing_, is_composing)) {}
 
-Inserter::FirstOfEach::~FirstOfEach() {
+Inserter::Scope::~Scope() {
   inserter_.adapter_ids_ = adapter_ids_;
   inserter_.active_ = active_;
+  inserter_.is_composing_ = is_composing_;
 }
 
-Inserter::OneAdapter::OneAdapter(Inserter& inserter, size_t adapter)
-    : inserter_(inserter), adapter_ids_(inserter.adapter_ids_), active_(inserter.active_) {
-  inserter.adapter_ids_ = inserter.graph_.insertConstant(c10::IValue());
-  inserter.active_ = inserter.graph_.insertConstant(static_cast<int64_t>(adapter));
-  inserter.is_composing_ = true;
+Inserter::Scope Inserter::first_of_each() {
+  const bool has_compositions = first_active_ != nullptr;
+  return {*this, has_compositions ? first_adapter_ids_ : adapter_ids_, has_compositions ? first_active_ : active_,
+          is_composing_};
 }
 
-Inserter::OneAdapter::~OneAdapter() {
-  inserter_.adapter_ids_ = adapter_ids_;
-  inserter_.active_ = active_;
-  inserter_.is_composing_ = false;
+Inserter::Scope Inserter::one_adapter(size_t adapter) {
+  Value* all_rows = graph_.insertConstant(c10::IValue());
+  return {*this, all_rows, graph_.insertConstant(static_cast<int64_t>(adapter)), /*is_composing=*/true};
 }
 
 Value* Inserter::swapped(Value* value, bool sequence_first) {

@@ -50,34 +50,25 @@ class Inserter {
   const AdapterFusion* find_fusion(const std::string& name) const;
   Value* fusion_weight(const AdapterFusion& fusion, const Slot& slot, const std::string& name);
 
-  // While it lives, rows of a composition are rows of the adapter that comes first in it. So ReFT and invertible
-  // adapters act in the library, whose compositions do not know them.
-  class FirstOfEach {
+  // While it lives, what is inserted uses other adapters.
+  class Scope {
    public:
-    explicit FirstOfEach(Inserter& inserter);
-    ~FirstOfEach();
-    FirstOfEach(const FirstOfEach&) = delete;
-    FirstOfEach& operator=(const FirstOfEach&) = delete;
+    Scope(Inserter& inserter, Value* adapter_ids, Value* active, bool is_composing);
+    ~Scope();
+    Scope(const Scope&) = delete;
+    Scope& operator=(const Scope&) = delete;
 
    private:
     Inserter& inserter_;
-    Value* adapter_ids_;
-    Value* active_;
+    Value* const adapter_ids_;
+    Value* const active_;
+    const bool is_composing_;
   };
-
-  // While it lives, what is inserted uses this adapter for all its rows, whose gates are means over all tokens.
-  class OneAdapter {
-   public:
-    OneAdapter(Inserter& inserter, size_t adapter);
-    ~OneAdapter();
-    OneAdapter(const OneAdapter&) = delete;
-    OneAdapter& operator=(const OneAdapter&) = delete;
-
-   private:
-    Inserter& inserter_;
-    Value* adapter_ids_;
-    Value* active_;
-  };
+  // Rows of a composition are rows of the adapter that comes first in it. So ReFT and invertible adapters act in the
+  // library, whose compositions do not know them.
+  Scope first_of_each();
+  // All rows use this adapter, whose gates are means over all tokens.
+  Scope one_adapter(size_t adapter);
   // How many gated ops call() has inserted.
   size_t ops() const { return ops_; }
 
@@ -137,7 +128,7 @@ class Inserter {
   Value* active_ = nullptr;
   Value* all_adapter_ids_ = nullptr;
   Value* all_active_ = nullptr;
-  Value* first_adapter_ids_ = nullptr;  // those of FirstOfEach
+  Value* first_adapter_ids_ = nullptr;  // those of first_of_each()
   Value* first_active_ = nullptr;
   bool is_composing_ = false;  // gates are means over all tokens
   Value* input_mask_ = nullptr;
