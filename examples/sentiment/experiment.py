@@ -129,10 +129,21 @@ class Split:
     test: EncodedExamples
 
 
-def _first(examples: EncodedExamples, count: int | None, seed: int) -> EncodedExamples:
+def first(examples: EncodedExamples, count: int | None, seed: int) -> EncodedExamples:
     """`count` of them, drawn by `seed`. A larger draw contains the smaller ones of its seed."""
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     return examples.chosen(order[:count])
+
+
+def fresh_model(
+    base: torch.jit.ScriptModule, config: str, name: str, seed: int, *, dropout: float = 0.1,
+    gate_pooling: str | None = None,
+) -> torch.jit.ScriptModule:  # fmt: skip
+    """`base` with a trainable adapter, and a linear head on the masked mean of the hidden states."""
+    torch.manual_seed(seed)
+    model = torchgraft.graft(base, config, name, gate_pooling=gate_pooling, trainable=True)
+    head = torchgraft.HeadConfig(num_labels=len(LABELS), labels=LABELS, pooling="mean", layers=1, dropout_prob=dropout)
+    return torchgraft.add_head(model, name, head)
 
 
 class Experiment:
@@ -150,9 +161,9 @@ class Experiment:
     def run(self, job: Job) -> Outcome:
         domain, size = self._domains[job.domain], self._plan.size(job)
         chosen = Split(
-            _first(domain.training, job.sentences, job.seed),
-            _first(domain.validation, self._plan.validation, 0),
-            _first(domain.test, size.test, 0),
+            first(domain.training, job.sentences, job.seed),
+            first(domain.validation, self._plan.validation, 0),
+            first(domain.test, size.test, 0),
         )
         check_every_class(chosen.training.labels, LABELS)
         counts = torch.bincount(chosen.test.labels, minlength=len(LABELS))
@@ -165,10 +176,7 @@ class Experiment:
         )
 
     def _train(self, job: Job, chosen: Split, steps: int) -> Outcome:
-        torch.manual_seed(job.seed)
-        module = torchgraft.graft(self._base, METHODS[job.method], job.domain, trainable=True)
-        head = torchgraft.HeadConfig(num_labels=len(LABELS), labels=LABELS, pooling="mean", layers=1, dropout_prob=0.1)
-        module = torchgraft.add_head(module, job.domain, head)
+        module = fresh_model(self._base, METHODS[job.method], job.domain, job.seed)
         per_epoch = math.ceil(len(chosen.training) / OPTIONS.batch_size)
         options = replace(OPTIONS, seed=job.seed, epochs=math.ceil(steps / per_epoch), **RATES.get(job.method, {}))
         started = time.process_time()

@@ -28,6 +28,7 @@ from torch import Tensor, nn  # noqa: E402
 import torchgraft  # noqa: E402
 from data import LABELS, prepare  # noqa: E402
 from encoder import encoder_folder, tokenizer, traced_encoder  # noqa: E402
+from experiment import first, fresh_model  # noqa: E402
 from torchgraft.training import (  # noqa: E402
     EncodedExamples,
     Listener,
@@ -57,13 +58,6 @@ class Outcome:
 
     accuracy: float
     losses: list[float]
-
-
-def fresh_model(base: torch.jit.ScriptModule, config: str, seed: int, dropout: float) -> torch.jit.ScriptModule:
-    torch.manual_seed(seed)
-    model = torchgraft.graft(base, config, NAME, trainable=True)
-    head = torchgraft.HeadConfig(num_labels=len(LABELS), labels=LABELS, pooling="mean", layers=1, dropout_prob=dropout)
-    return torchgraft.add_head(model, NAME, head)
 
 
 def train(model: torch.jit.ScriptModule, examples: EncodedExamples, held: EncodedExamples, options: TrainingOptions):
@@ -151,10 +145,9 @@ def main() -> None:
     arguments = parser.parse_args()
     paths, base, encode = prepare(ROOT / "build" / "sentiment" / "data")[DOMAIN], traced_encoder(), tokenizer()
     examples, held = (encode_examples(encode, read_examples(paths[part]), LABELS) for part in ("train", "validation"))
-    held = held.chosen(torch.randperm(len(held), generator=torch.Generator().manual_seed(0)).tolist()[:VALIDATION])
+    held = first(held, VALIDATION, 0)
     for seed in arguments.seeds:
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-        chosen = examples.chosen(order[: arguments.sentences])
+        chosen = first(examples, arguments.sentences, seed)
         options = TrainingOptions(
             epochs=1,
             batch_size=16,
@@ -164,13 +157,14 @@ def main() -> None:
             prefix_learning_rate=arguments.prefix_learning_rate,
             parallel_learning_rate=arguments.parallel_learning_rate,
         )
-        model = fresh_model(base, arguments.config, seed, 0.0 if arguments.library else 0.1)
+        dropout = 0.0 if arguments.library else 0.1
+        model = fresh_model(base, arguments.config, NAME, seed, dropout=dropout)
         library = train_library(model, chosen, held, options) if arguments.library else None
         ours = train(model, chosen, held, options)
         line = f"{arguments.config}, seed {seed}: accuracy {ours.accuracy:.3f}"
         if library is not None:
-            first = max(abs(a - b) for a, b in zip(ours.losses[:10], library.losses[:10], strict=True))
-            line += f", the library's {library.accuracy:.3f}; losses of the first 10 steps differ by {first:.1e}"
+            apart = max(abs(a - b) for a, b in zip(ours.losses[:10], library.losses[:10], strict=True))
+            line += f", the library's {library.accuracy:.3f}; losses of the first 10 steps differ by {apart:.1e}"
         print(line, flush=True)
 
 

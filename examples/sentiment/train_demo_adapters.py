@@ -24,6 +24,7 @@ import torch  # noqa: E402
 import torchgraft  # noqa: E402
 from data import LABELS, DataError, prepare  # noqa: E402
 from encoder import tokenizer, traced_encoder  # noqa: E402
+from experiment import first, fresh_model  # noqa: E402
 from torchgraft._files import write_whole  # noqa: E402
 from torchgraft.training import (  # noqa: E402
     EncodedExamples,
@@ -63,12 +64,8 @@ class Trained:
 
 
 def train(base: torch.jit.ScriptModule, domain: str, training: EncodedExamples, test: EncodedExamples) -> Trained:
-    torch.manual_seed(0)
-    module = torchgraft.graft(base, CONFIGS[domain], domain, gate_pooling="unpadded", trainable=True)
-    head = torchgraft.HeadConfig(num_labels=len(LABELS), labels=LABELS, pooling="mean", layers=1, dropout_prob=0.1)
-    module = torchgraft.add_head(module, domain, head)
-    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(0)).tolist()
-    Trainer(module, domain, training.chosen(order[:SENTENCES]), None, len(LABELS), OPTIONS).run()
+    module = fresh_model(base, CONFIGS[domain], domain, 0, gate_pooling="unpadded")
+    Trainer(module, domain, first(training, SENTENCES, 0), None, len(LABELS), OPTIONS).run()
     torchgraft.save_adapter(module, domain, ADAPTERS / domain)
     counts = torch.bincount(test.labels, minlength=len(LABELS))
     majority = (counts.max() / counts.sum()).item()
