@@ -1,26 +1,21 @@
 """VeRA, DvoRA and MTL-LoRA: equal to adapters==1.3.0, live, in banks, in training, in files and in pools."""
 
-import functools
 import io
-import json
 import tempfile
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import BertForSequenceClassification
 
 import adapters
 import torchgraft
 from adapters import ConfigUnion, LoRAConfig, MTLLoRAConfig, SeqBnConfig, VeraConfig
 from grafted import base, reloaded
-from models import VARIANTS, hugging_face, make_batch
-from oracle import TOLERANCE, difference, randomise, varied_batches
+from library_bank import DOUBLE, LibraryBank, check_exported, check_learner, hidden
+from models import hugging_face, make_batch
+from oracle import TOLERANCE, difference, randomise
 
-DOUBLE = torch.float64
-VARIANT = VARIANTS["bert_sdpa"]
 CONFIGS = {
     "vera": VeraConfig(),
     "vera_gated": VeraConfig(r=3, vera_d=1.0, use_gating=True, attn_matrices=["k", "v"], leave_out=[1]),
@@ -35,63 +30,26 @@ CONFIGS = {
 FACTORED = [name for name in CONFIGS if name not in ("lora", "seq_bn")]
 
 
-@functools.cache
-def _library() -> BertForSequenceClassification:
+def _make_model() -> BertForSequenceClassification:
     """With a head: without one the library does not save what all modules share."""
-    plain = hugging_face("bert", "sdpa", DOUBLE)
-    model = BertForSequenceClassification(plain.config).double()
-    model.bert.load_state_dict(plain.state_dict(), strict=False)
-    adapters.init(model)
-    for seed, (name, config) in enumerate(CONFIGS.items()):
-        model.add_adapter(name, config=config)
-        model.double()
-        randomise(model, name, seed)
-    return model.eval()
+    plain_model = hugging_face("bert", "sdpa", DOUBLE)
+    model = BertForSequenceClassification(plain_model.config).double()
+    model.bert.load_state_dict(plain_model.state_dict(), strict=False)
+    return model
 
 
-@functools.cache
-def _directory(name: str) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="torchgraft_factors_")) / name
-    _library().save_adapter(str(folder), name, with_head=False)
-    return folder
-
-
-def _expected(name: str | None, batch) -> Tensor:
-    model = _library()
-    model.set_active_adapters(name)
-    return model.bert(batch.ids, batch.mask)[0]
-
-
-def _hidden(module, batch, **options) -> Tensor:
-    return VARIANT.hidden(module(*VARIANT.arguments(batch), **options))
-
-
-@functools.cache
-def _bank() -> torch.jit.ScriptModule:
-    return torchgraft.graft(base("bert_sdpa", DOUBLE), adapters={name: _directory(name) for name in CONFIGS})
+LIBRARY = LibraryBank(CONFIGS, _make_model, "bert", with_head=False)
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("name", FACTORED)
 def test_an_adapter_equals_the_library(name: str) -> None:
-    module = torchgraft.graft(base("bert_sdpa", DOUBLE), adapters={"task": _directory(name)})
-    for batch in varied_batches(VARIANT, DOUBLE):
-        with torch.no_grad():
-            assert difference(_hidden(module, batch), _expected(name, batch)) <= TOLERANCE[DOUBLE]
-            assert difference(_hidden(reloaded(module), batch), _expected(name, batch)) <= TOLERANCE[DOUBLE]
+    LIBRARY.check_alone(name)
 
 
 @pytest.mark.quick
 def test_each_row_of_a_mixed_batch_equals_the_library() -> None:
-    bank = _bank()
-    rows = [None, *CONFIGS, None]
-    batch = make_batch([9 - i % 5 for i in range(len(rows))], 9, DOUBLE)
-    ids = torch.tensor([-1 if name is None else bank.adapter_names().index(name) for name in rows])
-    with torch.no_grad():
-        hidden = _hidden(bank, batch, adapter_ids=ids)
-        for row, name in enumerate(rows):
-            found = difference(hidden[row : row + 1], _expected(name, batch.row(row)))
-            assert found <= TOLERANCE[DOUBLE], f"row {row} ({name}) differs by {found}"
+    LIBRARY.check_rows(LIBRARY.bank)
 
 
 @pytest.mark.parametrize("seed", [5, None])
@@ -120,25 +78,17 @@ def test_fresh_ones_are_the_librarys(name: str, seed: int | None) -> None:
 
 @pytest.mark.parametrize("name", FACTORED)
 def test_a_directory_comes_back_bit_for_bit(name: str, tmp_path) -> None:
-    module = torchgraft.load_adapter(base("bert_sdpa", DOUBLE), _directory(name), name, trainable=True)
-    torchgraft.save_adapter(module, name, tmp_path)
-    theirs = torch.load(_directory(name) / "pytorch_adapter.bin", weights_only=True)
-    theirs = {key.removeprefix("bert."): value for key, value in theirs.items()}
-    ours = load_file(tmp_path / "adapter.safetensors")
-    assert sorted(ours) == sorted(theirs)
-    assert all(torch.equal(ours[key], value) for key, value in theirs.items())
-    written, read = (json.loads((path / "adapter_config.json").read_text()) for path in (tmp_path, _directory(name)))
-    assert adapters.AdapterConfig.load(written["config"]) == adapters.AdapterConfig.load(read["config"])
+    LIBRARY.check_written(name, tmp_path, trainable=True)
 
 
 @pytest.mark.parametrize("name", FACTORED)
 def test_the_library_loads_what_is_written(name: str, tmp_path) -> None:
     """As it is while it is trained, and as a LoRA when it is frozen."""
-    trained = torchgraft.load_adapter(base("bert_sdpa", DOUBLE), _directory(name), name, trainable=True)
-    model = _library()
+    trained = torchgraft.load_adapter(base("bert_sdpa", DOUBLE), LIBRARY.directory(name), name, trainable=True)
+    model = LIBRARY.model
     batch = make_batch([9, 6], 9, DOUBLE)
     with torch.no_grad():
-        expected = _expected(name, batch)
+        expected = LIBRARY.expected(name, batch)
     for kind, module in (("trained", trained), ("frozen", torchgraft.freeze_adapter(trained, name))):
         torchgraft.save_adapter(module, name, tmp_path / kind)
         fresh = BertForSequenceClassification(model.config)
@@ -153,57 +103,28 @@ def test_the_library_loads_what_is_written(name: str, tmp_path) -> None:
 @pytest.mark.quick
 @pytest.mark.parametrize("name", FACTORED)
 def test_gradients_equal_the_library(name: str) -> None:
-    module = torchgraft.load_adapter(base("bert_sdpa", DOUBLE), _directory(name), "task", trainable=True)
-    named = torchgraft.trainable_parameters(module, "task")
-    batch = make_batch([7, 4], 7, DOUBLE)
-    weights = torch.randn(2, 7, 48, dtype=DOUBLE, generator=torch.Generator().manual_seed(8))
-    ours = torch.autograd.grad((_hidden(module, batch) * weights).sum(), [*named.values()])
-    model = _library()
-    model.train_adapter(name)
-    theirs = {key: value for key, value in model.named_parameters() if f".{name}." in key and value.requires_grad}
-    model.eval()
-    gradients = torch.autograd.grad((_expected(name, batch) * weights).sum(), [*theirs.values()])
-    found = set()
-    for (key, value), gradient in zip(theirs.items(), gradients, strict=True):
-        value, gradient = value.squeeze(-1), gradient.squeeze(-1)
-        pairs = [(mine, grad) for (mine, parameter), grad in zip(named.items(), ours, strict=True)
-                 if torch.equal(parameter.squeeze(-1), value)]  # fmt: skip
-        assert len(pairs) == 1, key
-        found.add(pairs[0][0])
-        torch.testing.assert_close(pairs[0][1].squeeze(-1), gradient, rtol=1e-9, atol=1e-10, msg=key)
-    assert found == set(named)
+    LIBRARY.check_gradients(name, compared=lambda tensor: tensor.squeeze(-1))
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("name", FACTORED)
 def test_training_moves_the_factors_and_freezing_keeps_them(name: str) -> None:
-    module = torchgraft.load_adapter(_bank(), _directory(name), "learner", trainable=True)
-    batch = make_batch([9, 6], 9, DOUBLE)
-    own = len(CONFIGS)
-    with torch.no_grad():
-        before = [_hidden(module, batch, adapter_ids=torch.full((2,), i)) for i in range(-1, own + 1)]
-    parameters = [*torchgraft.trainable_parameters(module, "learner").values()]
-    optimizer = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.5)
-    _hidden(module, batch, adapter_ids=torch.tensor([own, 0])).square().sum().backward()
-    optimizer.step()
-    with torch.no_grad():
-        after = [_hidden(module, batch, adapter_ids=torch.full((2,), i)) for i in range(-1, own + 1)]
-        assert all(torch.equal(before[i], after[i]) for i in range(own + 1))
-        assert (before[-1] - after[-1]).abs().max() > 1e-3
-        frozen = reloaded(torchgraft.freeze_adapter(reloaded(module), "learner"))
-        assert difference(_hidden(frozen, batch, adapter_ids=torch.full((2,), own)), after[-1]) <= TOLERANCE[DOUBLE]
+    module = torchgraft.load_adapter(LIBRARY.bank, LIBRARY.directory(name), "learner", trainable=True)
+    check_same = check_learner(module, len(CONFIGS), 1e-3, weight_decay=0.5)
+    frozen = reloaded(torchgraft.freeze_adapter(reloaded(module), "learner"))
+    check_same(frozen)
     with pytest.raises(torchgraft.GraftError, match="its VeRA or MTL-LoRA were dropped when it was frozen"):
         torchgraft.unfreeze_adapter(frozen, "learner")
 
 
 def _library_to_train(name: str) -> BertForSequenceClassification:
     """A model of the library that trains the adapter of the directory, in float64."""
-    model = BertForSequenceClassification(_library().config).double()
+    model = BertForSequenceClassification(LIBRARY.model.config).double()
     model.bert.load_state_dict(hugging_face("bert", "sdpa", DOUBLE).state_dict(), strict=False)
     adapters.init(model)
-    model.load_adapter(str(_directory(name)), load_as=name)
+    model.load_adapter(str(LIBRARY.directory(name)), load_as=name)
     model.double().train_adapter(name)
-    exact = _library().state_dict()  # the library loads into float32
+    exact = LIBRARY.model.state_dict()  # the library loads into float32
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if f".{name}." in key:
@@ -214,12 +135,12 @@ def _library_to_train(name: str) -> BertForSequenceClassification:
 @pytest.mark.parametrize("name", ["vera", "dvora", "mtl_lora_gated"])
 def test_the_librarys_weights_move_as_ours(name: str) -> None:
     """Five steps of AdamW on each side, from one directory: the results agree."""
-    module = torchgraft.load_adapter(base("bert_sdpa", DOUBLE), _directory(name), "task", trainable=True)
+    module = torchgraft.load_adapter(base("bert_sdpa", DOUBLE), LIBRARY.directory(name), "task", trainable=True)
     model = _library_to_train(name)
     batch = make_batch([9, 6], 9, DOUBLE)
     trained = [value for key, value in model.named_parameters() if f".{name}." in key and value.requires_grad]
     sides = {
-        "ours": ([*torchgraft.trainable_parameters(module, "task").values()], lambda: _hidden(module, batch)),
+        "ours": ([*torchgraft.trainable_parameters(module, "task").values()], lambda: hidden(module, batch)),
         "theirs": (trained, lambda: model.bert(batch.ids, batch.mask)[0]),
     }
     results = {}
@@ -247,7 +168,8 @@ def _file_size(module: torch.jit.ScriptModule) -> int:
 @pytest.mark.quick
 def test_the_random_matrix_is_held_and_stored_once() -> None:
     """In memory, in a file, after loading, in a bank with others, and in a second graft."""
-    module = torchgraft.graft(base("bert_sdpa", DOUBLE), adapters={"a": _directory("vera"), "b": _directory("lora")})
+    directories = {"a": LIBRARY.directory("vera"), "b": LIBRARY.directory("lora")}
+    module = torchgraft.graft(base("bert_sdpa", DOUBLE), adapters=directories)
     for each in (module, reloaded(module), torchgraft.graft(reloaded(module), "seq_bn", "c")):
         keys = [key for key in each.adapters.state_dict() if key.endswith("_vera.lora_a")]
         assert len(keys) == 6 and len(_storages(each, "_vera.lora_a")) == 1
@@ -261,35 +183,20 @@ def test_the_random_matrix_is_held_and_stored_once() -> None:
 
 @pytest.mark.quick
 def test_a_pool_holds_it_once_and_mixes_rows() -> None:
-    names = ["vera", "dvora_gated", "mtl_lora", "lora", "vera_gated", "union"]
-    pool = torchgraft.AdapterPool(base("bert_sdpa", DOUBLE), capacity=8, room=["vera"])
-    batch = make_batch([9] * len(names), 9, DOUBLE)
-    for _ in range(2):  # the second time rows are written over
-        for name in names:
-            pool.insert(name, _directory(name))
-        with pool.acquire([*names]) as lease, torch.no_grad():
-            hidden = VARIANT.hidden(lease.module(*VARIANT.arguments(batch), adapter_ids=lease.ids))
-            for row, name in enumerate(names):
-                assert difference(hidden[row : row + 1], _expected(name, batch.row(row))) <= TOLERANCE[DOUBLE], name
+    LIBRARY.check_pool(["vera", "dvora_gated", "mtl_lora", "lora", "vera_gated", "union"], "vera")
     single = torchgraft.AdapterPool(base("bert_sdpa", DOUBLE), capacity=4, room=["vera[r=8]"])
     plain = torchgraft.AdapterPool(base("bert_sdpa", DOUBLE), capacity=4, room=["lora[r=8]"])
     assert plain.stats()["row_bytes"] - single.stats()["row_bytes"] == 5 * 8 * 48 * 8
 
 
 def test_an_exported_bank_gives_the_same() -> None:
-    bank = torchgraft.graft(_bank(), "vera", "fresh")
-    batch = make_batch([9, 6, 8, 4], 9, DOUBLE)
-    ids = torch.tensor([0, 5, -1, 3])
-    program = torchgraft.export(bank, VARIANT.arguments(make_batch([7, 7], 7, DOUBLE)))
-    with torch.no_grad():
-        found = VARIANT.hidden(program.module()(*VARIANT.arguments(batch), ids))
-        assert difference(found, _hidden(bank, batch, adapter_ids=ids)) <= TOLERANCE[DOUBLE]
+    check_exported(torchgraft.graft(LIBRARY.bank, "vera", "fresh"), [0, 5, -1, 3])
 
 
 @pytest.mark.parametrize("pair", [("vera", "vera"), ("mtl_lora_gated", "mtl_lora_gated"), ("dvora", "dvora")])
 def test_averages_are_the_librarys(pair: tuple[str, str]) -> None:
     name = pair[0]
-    model = BertForSequenceClassification(_library().config).double()
+    model = BertForSequenceClassification(LIBRARY.model.config).double()
     model.bert.load_state_dict(hugging_face("bert", "sdpa", DOUBLE).state_dict(), strict=False)
     adapters.init(model)
     module = base("bert_sdpa", DOUBLE)
@@ -306,7 +213,7 @@ def test_averages_are_the_librarys(pair: tuple[str, str]) -> None:
     average.activate("mean")
     batch = make_batch([9, 6], 9, DOUBLE)
     with torch.no_grad():
-        found = difference(_hidden(average, batch), model.bert(batch.ids, batch.mask)[0])
+        found = difference(hidden(average, batch), model.bert(batch.ids, batch.mask)[0])
     assert found <= 1e-6  # the library averages into float32
     frozen = torchgraft.freeze_adapter(module, "y")
     with pytest.raises(torchgraft.GraftError, match="'y' is VeRA or MTL-LoRA, whose average is that of its factors"):
@@ -315,14 +222,14 @@ def test_averages_are_the_librarys(pair: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize("name", ["vera", "mtl_lora"])
 def test_merging_is_exact_without_gates(name: str) -> None:
-    module = torchgraft.graft(base("bert_sdpa", DOUBLE), adapters={"task": _directory(name)})
+    module = torchgraft.graft(base("bert_sdpa", DOUBLE), adapters={"task": LIBRARY.directory(name)})
     batch = make_batch([9, 6], 9, DOUBLE)
     merged = torchgraft.merge_adapter(module, "task")
     with torch.no_grad():
-        expected = _expected(name, batch)
-        assert difference(_hidden(torchgraft.ungraft(merged), batch), expected) <= TOLERANCE[DOUBLE]
+        expected = LIBRARY.expected(name, batch)
+        assert difference(hidden(torchgraft.ungraft(merged), batch), expected) <= TOLERANCE[DOUBLE]
         restored = torchgraft.unmerge_adapter(merged, "task")
-        assert difference(_hidden(restored, batch), expected) <= TOLERANCE[DOUBLE]
+        assert difference(hidden(restored, batch), expected) <= TOLERANCE[DOUBLE]
         assert len(_storages(restored, "_vera.lora_a")) == (1 if name == "vera" else 0)
 
 
@@ -377,4 +284,4 @@ def test_task_ids_are_adapter_ids() -> None:
     model.eval().active_adapters = adapters.composition.MultiTask(*names)
     with torch.no_grad():
         expected = model(batch.ids, batch.mask, task_ids=tasks)[0]
-        assert difference(_hidden(module, batch, adapter_ids=tasks), expected) <= TOLERANCE[DOUBLE]
+        assert difference(hidden(module, batch, adapter_ids=tasks), expected) <= TOLERANCE[DOUBLE]
