@@ -11,8 +11,8 @@ import functools
 import random
 import tempfile
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ _OWN = "own"
 # With sdpa these give other results in the library for some prefixes; test_causal_prefixes.py has them.
 _EAGER_LIBRARY = ("distilbert", "bart", "mbart", _OWN)
 _FLOAT32_ONLY = ("clip_text",)  # it writes float64's lowest number into a float32 mask
+FINE = ("equal", "refused: ", "warned: ", "library fails: ")  # how an outcome begins that is no bug
 _TOLERANCE = 1e-5
 _ROWS = (1, 2)  # seeds of the arguments: other sizes than those that were traced
 
@@ -70,6 +71,11 @@ def draw(seed: int, number: int) -> DrawnCase:
     config = _draw_peft(rng, family) if library == "PEFT" else _draw_methods(rng)
     safetensors = rng.random() < 0.5 and (library == "PEFT" or not _has_prefix(config))
     return DrawnCase(seed, number, family, attention, form, library, config, safetensors)
+
+
+def draw_method(seed: int, number: int, draw_config: Callable[[random.Random], adapters.AdapterConfig]) -> DrawnCase:
+    """A family and a form as draw() gives them, with a configuration of AdapterHub that `draw_config` draws."""
+    return replace(draw(seed, number), library="AdapterHub", config=draw_config(random.Random(f"{seed} {number}")))
 
 
 def _has_prefix(config: adapters.AdapterConfig) -> bool:
@@ -316,6 +322,12 @@ def outcome(case: DrawnCase) -> str:
                 return _compared(case, folder, expected)
         except LibraryError as error:
             return f"library fails: {error}"
+
+
+def check_many_are_equal(cases: list[DrawnCase]) -> None:
+    """What is refused, or fails in the library, proves little."""
+    found = [outcome(case) for case in cases]
+    assert found.count("equal") >= len(found) // 3, found
 
 
 def _compared(case: DrawnCase, folder: str, expected: list[Tensor]) -> str:
