@@ -8,7 +8,6 @@ rounds' own ratios, and the sizes of the files' adapters: VeRA's random matrix i
 
 import argparse
 import io
-import statistics
 import sys
 
 import torch
@@ -17,7 +16,7 @@ from rich.table import Table
 
 import models  # puts python/ on the path
 import torchgraft
-from mixed_batch import cell
+from mixed_batch import measured_rows
 from this_machine import silence
 
 SIZES = models.MODELS["MiniLM"]
@@ -55,13 +54,8 @@ def main() -> int:
     table = Table("rows x tokens", "threads", "variant", "ms", "to the base", "to LoRA", "bytes in its file")
     for shape in arguments.shapes:
         variants, sizes = make_variants(int(shape.split("x")[0]))
-        for threads in arguments.threads:
-            torch.set_num_threads(threads)
-            seconds = models.measured(variants, models.batch_of(shape), arguments.rounds, backward=False)
-            for name, values in seconds.items():
-                milliseconds = f"{1e3 * statistics.median(values):.1f}"
-                ratios = cell(values, seconds["base"]), cell(values, seconds["LoRA"])
-                table.add_row(shape, str(threads), name, milliseconds, *ratios, str(sizes.get(name, "")))
+        for row in measured_rows(variants, shape, arguments, "LoRA"):
+            table.add_row(*row, str(sizes.get(row[2], "")))
     Console(width=None if sys.stdout.isatty() else 120, emoji=False).print(table)
     return 0
 

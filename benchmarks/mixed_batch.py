@@ -10,7 +10,7 @@ module did not, as in an AdapterPool, which changes its rows.
 import argparse
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from rich.console import Console
@@ -46,6 +46,18 @@ def cell(values: Sequence[float], to: Sequence[float]) -> str:
     return f"{found.value:.2f} [{found.quartiles[0]:.2f}, {found.quartiles[1]:.2f}]"
 
 
+def measured_rows(
+    variants: Mapping[str, object], shape: str, arguments: argparse.Namespace, second: str
+) -> Iterator[tuple[str, ...]]:
+    """Shape, threads, variant, milliseconds, and the ratios to the variants "base" and `second`, line by line."""
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        seconds = models.measured(variants, models.batch_of(shape), arguments.rounds, backward=False)
+        for name, values in seconds.items():
+            milliseconds = f"{1e3 * statistics.median(values):.1f}"
+            yield shape, str(threads), name, milliseconds, cell(values, seconds["base"]), cell(values, seconds[second])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["64x32", "64x64"])
@@ -58,14 +70,8 @@ def main() -> int:
     silence()
     table = Table("rows x tokens", "threads", "variant", "ms", "to the base", "to one adapter")
     for shape in arguments.shapes:
-        variants = make_variants(int(shape.split("x")[0]))
-        for threads in arguments.threads:
-            torch.set_num_threads(threads)
-            seconds = models.measured(variants, models.batch_of(shape), arguments.rounds, backward=False)
-            for name, values in seconds.items():
-                milliseconds = f"{1e3 * statistics.median(values):.1f}"
-                to_one = cell(values, seconds["one adapter"])
-                table.add_row(shape, str(threads), name, milliseconds, cell(values, seconds["base"]), to_one)
+        for row in measured_rows(make_variants(int(shape.split("x")[0])), shape, arguments, "one adapter"):
+            table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 110, emoji=False).print(table)
     return 0
 
