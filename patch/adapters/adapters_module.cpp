@@ -6,20 +6,25 @@
 
 #include <ATen/ATen.h>
 
+#include <regex>
+#include <tuple>
+
 namespace torchgraft {
 namespace {
 
 using torch::jit::Module;
 
 // `gates` has one tensor [B, G] per inserted op, in the order of gate_layers, gate_locations and gate_counts. An
-// adapter has the rows that adapter_ids gives it or, without adapter_ids, all rows when it is active.
+// adapter has the rows that adapter_ids gives it or, without adapter_ids, all rows when it is active. NAMES and CONFIGS
+// stand for the lists by id, which have compositions, too, where there are some; COLLECT for the name of the last
+// method.
 constexpr const char* kAdaptersMethods = R"python(
 def activate(self, name: str) -> None:
     found = -1
-    for i in range(len(self.names)):
-        if self.names[i] == name:
+    for i in range(len(self.NAMES)):
+        if self.NAMES[i] == name:
             found = i
-    assert found >= 0, "activate: no adapter is called '" + name + "'; there are: " + ", ".join(self.names)
+    assert found >= 0, "activate: no adapter is called '" + name + "'; there are: " + ", ".join(self.NAMES)
     self.active = found
 
 def deactivate(self) -> None:
@@ -28,23 +33,23 @@ def deactivate(self) -> None:
 def active_adapter(self) -> Optional[str]:
     if self.active < 0:
         return None
-    return self.names[self.active]
+    return self.NAMES[self.active]
 
 def adapter_names(self) -> List[str]:
     result: List[str] = []
-    for name in self.names:
+    for name in self.NAMES:
         result.append(name)
     return result
 
 def adapter_config(self, name: str) -> str:
     found = -1
-    for i in range(len(self.names)):
-        if self.names[i] == name:
+    for i in range(len(self.NAMES)):
+        if self.NAMES[i] == name:
             found = i
-    assert found >= 0, "adapter_config: no adapter is called '" + name + "'; there are: " + ", ".join(self.names)
-    return self.configs[found]
+    assert found >= 0, "adapter_config: no adapter is called '" + name + "'; there are: " + ", ".join(self.NAMES)
+    return self.CONFIGS[found]
 
-def collect_gates(self, gates: List[Tensor], adapter_ids: Optional[Tensor]) -> Dict[str, Dict[int, Dict[str, Tensor]]]:
+def COLLECT(self, gates: List[Tensor], adapter_ids: Optional[Tensor]) -> Dict[str, Dict[int, Dict[str, Tensor]]]:
     result: Dict[str, Dict[int, Dict[str, Tensor]]] = {}
     for a in range(len(self.names)):
         present = a == self.active
@@ -72,6 +77,16 @@ def collect_gates(self, gates: List[Tensor], adapter_ids: Optional[Tensor]) -> D
             result[self.names[a]] = layers
     return result
 )python";
+
+std::string adapters_methods(bool has_compositions) {
+  std::string methods = kAdaptersMethods;
+  for (const auto& [word, plain, composed] :
+       {std::tuple("NAMES", "names", "all_names"), std::tuple("CONFIGS", "configs", "all_configs"),
+        std::tuple("COLLECT", "collect_gates", "collect_adapter_gates")}) {
+    methods = std::regex_replace(methods, std::regex(word), has_compositions ? composed : plain);
+  }
+  return methods + (has_compositions ? kComposedMethods : "");
+}
 
 Module child(Module& parent, const std::string& name, const std::string& class_name,
              const std::shared_ptr<torch::jit::CompilationUnit>& unit) {
@@ -207,7 +222,7 @@ Module make_adapters_module(const std::vector<Adapter>& adapters, const std::vec
   if (!compositions.empty()) {
     register_compositions(root, adapters, compositions);
   }
-  root.define(compositions.empty() ? kAdaptersMethods : kComposedMethods);
+  root.define(adapters_methods(!compositions.empty()));
   return root;
 }
 

@@ -9,36 +9,7 @@ namespace torchgraft {
 
 using torch::jit::Module;
 
-// Those of a module without compositions (adapters_module.cpp), with the ids of compositions behind those of adapters.
 const char* const kComposedMethods = R"python(
-def position(self, name: str, what: str) -> int:
-    found = -1
-    for i in range(len(self.all_names)):
-        if self.all_names[i] == name:
-            found = i
-    assert found >= 0, what + ": no adapter is called '" + name + "'; there are: " + ", ".join(self.all_names)
-    return found
-
-def activate(self, name: str) -> None:
-    self.active = self.position(name, "activate")
-
-def deactivate(self) -> None:
-    self.active = -1
-
-def active_adapter(self) -> Optional[str]:
-    if self.active < 0:
-        return None
-    return self.all_names[self.active]
-
-def adapter_names(self) -> List[str]:
-    result: List[str] = []
-    for name in self.all_names:
-        result.append(name)
-    return result
-
-def adapter_config(self, name: str) -> str:
-    return self.all_configs[self.position(name, "adapter_config")]
-
 def has_rows(self, id: int, adapter_ids: Optional[Tensor]) -> bool:
     if adapter_ids is None:
         return id == self.active
@@ -55,18 +26,7 @@ def add_gate(self, gate: Tensor, name: str, layer: int, location: str,
     layers[layer][location] = gate
 
 def collect_gates(self, gates: List[Tensor], adapter_ids: Optional[Tensor]) -> Dict[str, Dict[int, Dict[str, Tensor]]]:
-    result: Dict[str, Dict[int, Dict[str, Tensor]]] = {}
-    for a in range(len(self.names)):
-        if self.has_rows(a, adapter_ids):
-            layers: Dict[int, Dict[str, Tensor]] = {}
-            result[self.names[a]] = layers
-            for i in range(len(self.gate_counts)):
-                count = self.gate_counts[i][a]
-                if count > 0:
-                    gate = gates[i].narrow(1, 0, count)
-                    if adapter_ids is not None:
-                        gate = gate.index_select(0, torch.nonzero(torch.eq(adapter_ids, a)).view(-1))
-                    self.add_gate(gate, self.names[a], self.gate_layers[i], self.gate_locations[i], result)
+    result = self.collect_adapter_gates(gates[:len(self.gate_counts)], adapter_ids)
     for i in range(len(self.composed_keys)):
         if self.has_rows(self.composed_ids[i], adapter_ids):
             none: Dict[int, Dict[str, Tensor]] = {}

@@ -43,7 +43,7 @@ struct ComposedGate {
 };
 void set_composed_gates(torch::jit::Module& adapters_module, const std::vector<ComposedGate>& gates);
 
-// The methods of an `adapters` submodule that has compositions.
+// The methods that an `adapters` submodule with compositions has beside those of adapters_module.cpp.
 extern const char* const kComposedMethods;
 
 }  // namespace torchgraft
