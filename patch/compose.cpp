@@ -1,11 +1,9 @@
 #include <torchgraft/patch/compose.h>
 
 #include <torchgraft/patch/module/draft.h>
-#include <torchgraft/patch/module/drawn_weights.h>
 #include <torchgraft/patch/module/methods.h>
 #include <torchgraft/patch/module/verify_results.h>
 
-#include <optional>
 #include <utility>
 
 namespace torchgraft {
@@ -24,11 +22,9 @@ Module compose(const Module& module, const std::string& name, const Composition&
   if (verifying.verify) {
     const Verifier verifier{"compose",
                             "; verify=False (C++: VerifyOptions::verify = false) composes without comparing"};
-    std::optional<BaseAndGrafted> drawn;
-    if (const DrawnCopy copy = with_drawn_weights(result, adapters); copy.has_drawn) {
-      drawn = {with_drawn_weights(module, adapters).module, copy.module};
-    }
-    const std::string reason = verify_results({module, result}, drawn, verifying.example, weights, {name}, verifier);
+    const BaseAndGrafted both{module, result};
+    const std::string reason = verify_results(both, with_drawn_weights(both, adapters, adapters), verifying.example,
+                                              weights, {name}, verifier);
     if (!reason.empty()) {
       TORCH_WARN("compose: ", reason, ". verify=False does without");
     }

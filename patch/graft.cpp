@@ -3,7 +3,6 @@
 #include <torchgraft/config/gate_pooling.h>
 #include <torchgraft/patch/adapters/make_adapter.h>
 #include <torchgraft/patch/module/draft.h>
-#include <torchgraft/patch/module/drawn_weights.h>
 #include <torchgraft/patch/module/exported_methods.h>
 #include <torchgraft/patch/module/methods.h>
 #include <torchgraft/patch/module/verify_results.h>
@@ -76,11 +75,9 @@ std::string verify_on_inputs(const Module& base, const Module& result, const std
     names.push_back(spec.name);
   }
   const std::vector<Adapter> earlier(adapters.begin(), adapters.end() - static_cast<int64_t>(specs.size()));
-  std::optional<BaseAndGrafted> drawn;
-  if (const DrawnCopy copy = with_drawn_weights(result, adapters); copy.has_drawn) {
-    drawn = {is_grafted(base) ? with_drawn_weights(base, earlier).module : base, copy.module};
-  }
-  return verify_results({base, result}, drawn, options.example, weights, names, kGraftVerifier);
+  const BaseAndGrafted both{base, result};
+  return verify_results(both, with_drawn_weights(both, earlier, adapters), options.example, weights, names,
+                        kGraftVerifier);
 }
 
 }  // namespace

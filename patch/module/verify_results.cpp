@@ -262,6 +262,16 @@ class Comparison {
 
 }  // namespace
 
+std::optional<BaseAndGrafted> with_drawn_weights(const BaseAndGrafted& modules, const std::vector<Adapter>& earlier,
+                                                 const std::vector<Adapter>& adapters) {
+  const DrawnCopy copy = with_drawn_weights(modules.grafted, adapters);
+  if (!copy.has_drawn) {
+    return std::nullopt;
+  }
+  return BaseAndGrafted{is_grafted(modules.base) ? with_drawn_weights(modules.base, earlier).module : modules.base,
+                        copy.module};
+}
+
 std::string verify_results(const BaseAndGrafted& modules, const std::optional<BaseAndGrafted>& drawn,
                            const std::optional<Arguments>& example, const at::TensorOptions& weights,
                            const std::vector<std::string>& adapters, const Verifier& verifier) {

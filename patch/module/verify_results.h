@@ -1,5 +1,6 @@
 #pragma once
 
+#include <torchgraft/patch/module/drawn_weights.h>
 #include <torchgraft/patch/module/verifier.h>
 
 #include <torch/csrc/jit/api/module.h>
@@ -14,6 +15,11 @@ struct BaseAndGrafted {
   torch::jit::Module base;  // before grafting; it may have adapters already
   torch::jit::Module grafted;
 };
+
+// Copies of both with_drawn_weights(); none where no weight of `grafted` is zero. `earlier` and `adapters`: those of
+// the base and of `grafted`.
+std::optional<BaseAndGrafted> with_drawn_weights(const BaseAndGrafted& modules, const std::vector<Adapter>& earlier,
+                                                 const std::vector<Adapter>& adapters);
 
 // Runs copies of a base and of the grafted module on the same inputs and compares: grafted's base_forward, its forward
 // with adapter_ids = -1, which runs the changed graph, and whether its active adapter gives finite numbers. Compares
