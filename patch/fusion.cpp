@@ -4,6 +4,7 @@
 #include <torchgraft/patch/adapters/directory_update.h>
 #include <torchgraft/patch/adapters/one_version.h>
 #include <torchgraft/patch/attention_class.h>
+#include <torchgraft/patch/directory_owner.h>
 #include <torchgraft/patch/module/draft.h>
 #include <torchgraft/patch/module/methods.h>
 #include <torchgraft/plan/regular_file.h>
@@ -70,26 +71,14 @@ void check_fusion_name(const std::string& name) {
 
 // Throws c10::Error when `directory` holds other layers than those of `name`.
 void check_replaces_fusion(const std::string& directory, const std::string& name) {
-  const std::string path = directory + "/" + kFusionConfigFile;
-  std::string found = "files of AdapterFusion layers without an " + std::string(kFusionConfigFile);
-  bool is_ours = true;
-  if (is_file_there(path)) {
-    found = "something else than AdapterFusion layers";
-    is_ours = false;
-    try {
-      const auto json = parse_json(read_text(path, kLongestConfig), path);
-      if (json.is_object() && json.contains("name") && json.at("name").is_string()) {
-        found = json.at("name").get<std::string>();
-        is_ours = found == name;
-        found = "the AdapterFusion layers '" + found + "'";
-      }
-    } catch (const c10::Error&) {
-    }
-  } else {
-    is_ours =
-        !is_file_there(directory + "/" + kFusionWeightsFile) && !is_file_there(directory + "/" + kPickledFusionFile);
-  }
-  TORCH_CHECK(is_ours, "save_adapter_fusion: ", directory, " holds ", shown_text(found), " already, not '",
+  static const OwnedFiles kFiles = {kFusionConfigFile,
+                                    {kFusionWeightsFile, kPickledFusionFile},
+                                    "the AdapterFusion layers",
+                                    "AdapterFusion layers",
+                                    "AdapterFusion layers"};
+  const std::string wanted = kFiles.kind + " '" + name + "'";
+  const std::string found = owner_of(directory, wanted, kFiles);
+  TORCH_CHECK(found == wanted, "save_adapter_fusion: ", directory, " holds ", shown_text(found), " already, not '",
               shown_text(name), "'; give another directory, or overwrite=True to replace it");
 }
 

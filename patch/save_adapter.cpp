@@ -8,13 +8,13 @@
 #include <torchgraft/patch/adapters/make_adapter.h>
 #include <torchgraft/patch/adapters/read_adapters.h>
 #include <torchgraft/patch/attention_class.h>
+#include <torchgraft/patch/directory_owner.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/life.h>
 #include <torchgraft/patch/module/draft.h>
 #include <torchgraft/patch/module/heads_module.h>
 #include <torchgraft/patch/module/methods.h>
 #include <torchgraft/plan/head_weights.h>
-#include <torchgraft/plan/regular_file.h>
 #include <torchgraft/plan/safetensors.h>
 #include <torchgraft/plan/save_adapter_hub.h>
 #include <torchgraft/registration/parse_json.h>
@@ -22,7 +22,6 @@
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
-#include <filesystem>
 #include <set>
 #include <sstream>
 #include <utility>
@@ -72,38 +71,14 @@ void say_subtraction(Json& config) {
   }
 }
 
-// Whose adapter an adapter_config.json says it is.
-std::string owner_in(const std::string& path) {
-  try {
-    const auto json = parse_json(read_text(path, kLongestConfig), path);
-    if (json.is_object() && json.contains("name") && json.at("name").is_string()) {
-      return "the adapter '" + json.at("name").get<std::string>() + "'";
-    }
-  } catch (const c10::Error&) {
-  }
-  return "something else than an adapter of AdapterHub";
-}
-
-// What a directory holds, in words; `wanted` when that is what it holds, or when it has none of the files that an
-// adapter replaces or removes.
-std::string owner_of(const std::string& directory, const std::string& wanted) {
-  const std::string config = directory + "/" + kConfigFile;
-  const std::vector<std::string> staged = DirectoryUpdate::staged_markers(directory, kConfigFile);
-  if (is_file_there(config)) {
-    return owner_in(config);
-  }
-  for (const std::string& path : staged) {  // a save that was killed says whose the other files are
-    const std::string owner = owner_in(path);
-    if (owner != wanted && is_file_there(path)) {
-      return owner;
-    }
-  }
-  for (const char* file : {kWeightsFile, kPickledWeightsFile, kHeadConfigFile, kHeadWeightsFile, kPickledHeadFile}) {
-    if (staged.empty() && is_file_there(directory + "/" + file)) {
-      return c10::str("files of an adapter (", file, ") without an ", kConfigFile);
-    }
-  }
-  return wanted;
+const OwnedFiles& owned_files() {
+  static const OwnedFiles kFiles = {
+      kConfigFile,
+      {kWeightsFile, kPickledWeightsFile, kHeadConfigFile, kHeadWeightsFile, kPickledHeadFile},
+      "the adapter",
+      "an adapter",
+      "an adapter of AdapterHub"};
+  return kFiles;
 }
 
 }  // namespace
@@ -151,7 +126,7 @@ AdapterFiles adapter_files(const Module& module, const std::string& name, const 
 
 void check_replaces(const std::string& directory, const std::string& name) {
   const std::string wanted = "the adapter '" + name + "'";
-  const std::string found = owner_of(directory, wanted);
+  const std::string found = owner_of(directory, wanted, owned_files());
   TORCH_CHECK(found == wanted, "save_adapter: ", directory, " holds ", shown_text(found), " already, not '",
               shown_text(name), "'; give another directory, or overwrite=True (torchgraft save --force) to replace it");
 }
