@@ -49,6 +49,7 @@ from rich.table import Table  # noqa: E402
 
 import adapters  # noqa: E402
 import torchgraft  # noqa: E402
+from table_console import table_console  # noqa: E402
 from this_machine import ALLOCATOR, processor, silence  # noqa: E402
 from turns import in_turns, ratio  # noqa: E402
 
@@ -378,7 +379,7 @@ def main(argv: list[str] | None = None) -> int:
     if status is not None:
         return status
     silence()
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = table_console()
     console.print(", ".join(f"{key}: {value}" for key, value in machine().items()))
     rows = rows_at_hand(arguments)
     for model, config in itertools.product(arguments.models, arguments.configs):
