@@ -101,7 +101,7 @@ def read_peft_weights(config: PeftLoRAConfig) -> PeftWeights:
             raise GraftError(f"{directory}: {key} is not a weight of a LoRA on a linear map")
         if part in parts.setdefault(match["path"], {}):
             raise GraftError(f"{directory}: two weights are lora_{part} of {match['path']}, {key} is one of them")
-        parts[match["path"]][part] = tensor
+        parts[match["path"]][part] = _widened(tensor)
     updates = {path: _update(config, path, found) for path, found in parts.items()}
     if not updates:
         raise GraftError(f"{directory}: the adapter has no weights")
@@ -110,6 +110,11 @@ def read_peft_weights(config: PeftLoRAConfig) -> PeftWeights:
             raise GraftError(f"{directory}: the weight of {path} is missing, its bias is there")
     whole_maps = {path: (found["weight"], found.get("bias")) for path, found in wholes.items()}
     return PeftWeights(updates, whole_maps, bases)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """Returns the weight as PEFT holds it, which scales in float32 whatever the dtype of the file."""
+    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
 
 
 def _whole_of(config: PeftLoRAConfig, key: str, tensor: Tensor) -> tuple[str, str]:
