@@ -3,6 +3,7 @@
 #include <torchgraft/config/gate_pooling.h>
 #include <torchgraft/patch/adapters/dora.h>
 #include <torchgraft/patch/adapters/make_adapter.h>
+#include <torchgraft/patch/module/check_applied_once.h>
 #include <torchgraft/patch/module/draft.h>
 #include <torchgraft/patch/module/head_logits.h>
 #include <torchgraft/patch/pool/pool_generation.h>
@@ -175,6 +176,7 @@ Adapter AdapterPool::State::prepare(const AdapterSpec& spec) const {
   check_supported(frozen.config);
   check_least_bytes(make_plan(base.sites.structure, frozen.config), base.weights, max_row_bytes);
   Adapter adapter = make_adapter(frozen, base.sites.structure, base.weights);
+  check_applied_once(adapter, base.sites, "AdapterPool");
   complete_dora(adapter, base.sites, base.module);
   return adapter;
 }

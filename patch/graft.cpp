@@ -2,6 +2,7 @@
 
 #include <torchgraft/config/gate_pooling.h>
 #include <torchgraft/patch/adapters/make_adapter.h>
+#include <torchgraft/patch/module/check_applied_once.h>
 #include <torchgraft/patch/module/draft.h>
 #include <torchgraft/patch/module/exported_methods.h>
 #include <torchgraft/patch/module/methods.h>
@@ -41,6 +42,21 @@ void check_reads_token_mask(const std::vector<AdapterSpec>& specs, const GraftOp
   TORCH_CHECK(options.token_mask_input.empty() || options.gate_pooling == kUnpaddedTokens ||
                   std::any_of(specs.begin(), specs.end(), reads),
               "graft: a token mask is used with gate_pooling \"unpadded\" and with ReFT only; leave it out");
+}
+
+// The numbers of layers in a directory are those of the module list that held them.
+void warn_of_order(const Draft& draft, const std::vector<AdapterSpec>& specs) {
+  const bool reads =
+      std::any_of(specs.begin(), specs.end(), [](const AdapterSpec& spec) { return spec.weights.has_value(); });
+  const auto& layers = draft.sites.structure.layers;
+  const bool has_paths = std::any_of(layers.begin(), layers.end(), [](const Layer& layer) {
+    return (layer.query && !layer.query->path.empty()) || (layer.output && !layer.output->path.empty());
+  });
+  if (reads && !has_paths) {
+    TORCH_WARN(
+        "graft: the module is frozen and has no paths, so layers of the adapter are taken in the order in which they "
+        "run; if the model runs them in another order than that of their numbers, graft it before it is frozen");
+  }
 }
 
 void warn_of_exported(const Module& base) {
@@ -87,6 +103,7 @@ Module graft(const Module& module, const std::vector<AdapterSpec>& specs, const 
   check_reads_token_mask(specs, options);
   Draft draft = open_draft(module, options);
   check_complete(draft, specs, options);
+  warn_of_order(draft, specs);
   if (!is_grafted(module)) {
     warn_of_exported(module);
   }
@@ -94,6 +111,9 @@ Module graft(const Module& module, const std::vector<AdapterSpec>& specs, const 
     check_free_name(draft, spec.name);
     set_gate_pooling(spec, options.gate_pooling, "graft");
     draft.adapters.push_back(make_adapter_of(spec, draft));
+    if (spec.weights) {
+      check_applied_once(draft.adapters.back(), draft.sites, "graft");
+    }
   }
   const at::TensorOptions weights = draft.weights;
   const std::vector<Adapter> adapters = draft.adapters;

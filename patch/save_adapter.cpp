@@ -7,6 +7,7 @@
 #include <torchgraft/patch/adapters/directory_update.h>
 #include <torchgraft/patch/adapters/make_adapter.h>
 #include <torchgraft/patch/adapters/read_adapters.h>
+#include <torchgraft/patch/adapters/reads_back.h>
 #include <torchgraft/patch/attention_class.h>
 #include <torchgraft/patch/directory_owner.h>
 #include <torchgraft/patch/graph/graph_utils.h>
@@ -114,6 +115,7 @@ AdapterFiles adapter_files(const Module& module, const std::string& name, const 
   files.config = file.dump(2) + "\n";
   files.weights = adapter_hub_state(adapter.plan, structure, adapter.weights, adapter.sources, name,
                                     attention_class(module, structure));
+  check_reads_back(adapter, files.weights, structure, name);
   if (adapter.head) {
     const auto head = parse_json<Json>(head_config_to_json(adapter.head->config), "head");
     Json head_file = config_file(head.at("config"), structure, name, model_class);

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <set>
 #include <string_view>
 
 namespace torchgraft {
@@ -32,19 +33,38 @@ bool is_cross_attention(const Path& path) {
   return mentions(path, "cross") || mentions(path, "encoder_attn") || mentions(path, "EncDecAttention");
 }
 
+// Of what stands behind the layer's number.
+bool is_in_attention(const Path& path) {
+  const Path within(path.begin() + number_position(path).value_or(0), path.end());
+  return mentions(within, "attention") || mentions(within, "Attention") || mentions(within, "attn");
+}
+
+// Of a linear map outside of attentions.
+std::vector<std::string> feed_forward_sites(const Path& path) {
+  const std::string& leaf = path.back();
+  if (is_one_of(leaf, {"gate", "gate_proj", "wi_0"})) {
+    return {"gate_lora"};
+  }
+  if (mentions(path, "intermediate") ||
+      is_one_of(leaf, {"fc1", "fc_in", "lin1", "linear1", "wi", "wi_1", "up_proj", "c_fc", "ffn"})) {
+    return {"intermediate_lora"};
+  }
+  const bool is_mlp_output = leaf == "c_proj" && mentions(path, "mlp");
+  if (mentions(path, "output") || is_mlp_output ||
+      is_one_of(leaf, {"fc2", "fc_out", "lin2", "linear2", "wo", "down_proj", "ffn_output"})) {
+    return {"output_lora"};
+  }
+  return {};
+}
+
 }  // namespace
 
 std::vector<std::string> lora_sites(const std::vector<std::string>& path) {
   const std::string& leaf = path.back();
   const std::string prefix = is_cross_attention(path) ? "crossattn_lora_" : "selfattn_lora_";
-  const bool is_attention_output = (leaf == "dense" && mentions(path, "attention")) ||
-                                   (leaf == "c_proj" && mentions(path, "attn")) ||
-                                   is_one_of(leaf, {"o_proj", "out_proj", "out_lin", "o"});
-  if (is_attention_output) {
+  if (is_one_of(leaf, {"o_proj", "out_proj", "out_lin", "o"}) ||
+      (is_in_attention(path) && is_one_of(leaf, {"dense", "c_proj", "wo", "output_proj"}))) {
     return {prefix + "o"};
-  }
-  if (is_one_of(leaf, {"gate", "gate_proj", "wi_0"})) {
-    return {"gate_lora"};
   }
   if (is_one_of(leaf, {"query", "query_proj", "q_proj", "q_lin", "q", "wq"})) {
     return {prefix + "q"};
@@ -58,17 +78,7 @@ std::vector<std::string> lora_sites(const std::vector<std::string>& path) {
   if (is_one_of(leaf, {"c_attn", "in_proj", "query_key_value", "qkv", "qkv_proj"})) {
     return {prefix + "q", prefix + "k", prefix + "v"};
   }
-  if (mentions(path, "intermediate") ||
-      is_one_of(leaf, {"fc1", "fc_in", "lin1", "linear1", "wi", "wi_1", "up_proj", "c_fc", "ffn"})) {
-    return {"intermediate_lora"};
-  }
-  const bool is_ffn_output = mentions(path, "output") && !mentions(path, "attention");
-  const bool is_mlp_output = leaf == "c_proj" && mentions(path, "mlp");
-  if (is_ffn_output || is_mlp_output ||
-      is_one_of(leaf, {"fc2", "fc_out", "lin2", "linear2", "wo", "down_proj", "ffn_output"})) {
-    return {"output_lora"};
-  }
-  return {};
+  return is_in_attention(path) ? std::vector<std::string>() : feed_forward_sites(path);
 }
 
 namespace {
@@ -127,6 +137,19 @@ Overlap overlap(const Path& saved, size_t number, const Path& path) {
   return best;
 }
 
+// By number alone the layers of two towers cannot be told apart.
+void check_one_stack(const Structure& structure, const Path& path) {
+  std::set<int64_t> encoders;
+  std::set<int64_t> others;
+  for (const Layer& layer : structure.layers) {
+    (layer.kind == AttentionKind::kEncoder ? encoders : others).insert(layer.stack);
+  }
+  TORCH_CHECK(encoders.size() <= 1 && others.size() <= 1, "adapter weights: ", c10::Join(".", path),
+              " is matched by the number of its layer, for the module has no such path (a frozen module has none), and "
+              "the module has several stacks of layers, which all count from 0; graft the module before it is frozen, "
+              "or a module whose paths are the adapter's");
+}
+
 // The positions of the layers with the number in `path`. Self and cross attention of one decoder layer share a number.
 // In saved paths a decoder counts from 0 again, in the structure it counts on from the encoder.
 std::vector<int64_t> layers_by_number(const Structure& structure, const Path& path) {
@@ -134,6 +157,7 @@ std::vector<int64_t> layers_by_number(const Structure& structure, const Path& pa
   if (!position) {
     return {};
   }
+  check_one_stack(structure, path);
   int64_t encoders = 0;
   for (const Layer& layer : structure.layers) {
     encoders = layer.kind == AttentionKind::kEncoder ? std::max(encoders, layer.number + 1) : encoders;

@@ -74,6 +74,7 @@ OrderedJson to_json(const Layer& layer) {
   OrderedJson json = {{"index", layer.index},
                       {"layer", layer.number},
                       {"shares", layer.shares ? OrderedJson(*layer.shares) : OrderedJson(nullptr)},
+                      {"stack", layer.stack},
                       {"kind", to_string(layer.kind)},
                       {"num_heads", layer.num_heads},
                       {"num_kv_heads", layer.num_kv_heads},
@@ -166,6 +167,7 @@ Layer layer_from_json(const OrderedJson& json, size_t position) {
               " of \"layers\": expected \"index\" and \"layer\" of at least 0, got ", layer.index, " and ",
               layer.number);
   layer.shares = reader.optional_index("shares");
+  layer.stack = reader.optional_index("stack").value_or(0);  // files of earlier versions have none
   layer.kind = reader.one_of("kind", {AttentionKind::kSelf, AttentionKind::kEncoder, AttentionKind::kCross});
   layer.num_heads = reader.get<int64_t>("num_heads");
   layer.num_kv_heads = reader.get<int64_t>("num_kv_heads");

@@ -34,6 +34,8 @@ struct Layer {
   int64_t index = 0;              // position in Structure::layers: attentions in execution order
   int64_t number = 0;             // of the Transformer layer; a decoder layer's self and cross attention share it
   std::optional<int64_t> shares;  // index of the first attention that runs the same weights (ALBERT), if not this one
+  // Layers of one stack run one behind the other. An encoder and its decoder are two, and so are the towers of CLIP.
+  int64_t stack = 0;
   AttentionKind kind = AttentionKind::kSelf;
   int64_t num_heads = 0;
   int64_t num_kv_heads = 0;  // fewer than num_heads under grouped-query attention

@@ -21,6 +21,7 @@
 #include <torchgraft/patch/module/heads_module.h>
 #include <torchgraft/patch/module/methods.h>
 #include <torchgraft/patch/module/rename_names.h>
+#include <torchgraft/patch/sites/row_order.h>
 #include <torchgraft/patch/sites/apply_sites.h>
 #include <torchgraft/registration/library.h>
 
@@ -156,6 +157,9 @@ Draft open_draft(const Module& module, const GraftOptions& given) {
   result.canonical = canonicalise(result.module, "forward");
   result.sites = choose_sites(result.canonical, result.module, result.options.sites);
   check_found(result.sites.structure);
+  if (!regraft) {
+    check_row_order(result.sites, result.module);
+  }
   result.weights = weight_options(result.sites, result.module);
   const std::string mask = usual_head_mask(result.sites.structure);
   result.head_mask = has_tensor_argument(result.module, mask) ? mask : "";

@@ -5,6 +5,7 @@
 #include <torchgraft/patch/graph/clone_module.h>
 #include <torchgraft/patch/insert/decompose_adapters.h>
 #include <torchgraft/patch/module/compare_on_inputs.h>
+#include <torchgraft/patch/module/compare_rows.h>
 #include <torchgraft/patch/module/methods.h>
 #include <torchgraft/patch/module/result_difference.h>
 #include <torchgraft/patch/module/trial_run.h>
@@ -215,8 +216,22 @@ class Comparison {
       const Trial by_ids{grafted_.run, "forward", at::full_like(ids, position)};
       add(missing, compare(active, expected, by_ids, run(by_ids, arguments), arguments,
                            {name + " by adapter_ids", "the active adapter's"}));
+      check_row_stays(arguments, name, ids, position, of_base, expected);
     }
     return missing;
+  }
+
+  // The adapter in row 0 alone may not change another row instead.
+  void check_row_stays(const Arguments& arguments, const std::string& name, const at::Tensor& ids, int64_t position,
+                       const c10::IValue& of_base, const c10::IValue& of_adapter) const {
+    const at::Tensor of_first = ids.clone();
+    of_first[0] = position;
+    const Trial row{grafted_.run, "forward", of_first};
+    TORCH_CHECK(ids.size(0) < 2 || !moves_rows(of_base, of_adapter, run(row, arguments), ids.size(0)), verifier_.what,
+                ": with adapter_ids that give ", name,
+                " to row 0 alone, the module changes the result of another row: it moves rows before its layers; order "
+                "the rows before the module is called",
+                verifier_.remedy);
   }
 
   // Rows of the adapters that the module had before: as many in one batch as there are rows, until each had its turn.

@@ -115,6 +115,19 @@ void number_layers(GraphSites& sites, const Module& module) {
   }
 }
 
+// A layer whose queries are made of no other layer's result begins a stack.
+void number_stacks(GraphSites& sites) {
+  int64_t stacks = 0;
+  for (size_t i = 0; i < sites.layers.size(); ++i) {
+    const auto behind = attentions_behind(sites.layers[i].attention->namedInput("query"));
+    size_t before = i;
+    while (before > 0 && !behind.count(sites.layers[before - 1].attention)) {
+      --before;
+    }
+    sites.structure.layers[i].stack = before > 0 ? sites.structure.layers[before - 1].stack : stacks++;
+  }
+}
+
 bool find_layer(SiteFinder& finder, Node* attention, Layer& layer, LayerSites& sites, std::string& reason) {
   if (!find_attention(finder, attention, layer, sites, reason)) {
     return false;
@@ -144,6 +157,31 @@ std::set<const Node*> nodes_with_a_role(const GraphSites& found) {
     }
   }
   return result;
+}
+
+// Finds weights that other linear maps apply, too: outside of attentions, in loops, in layers that were not recognised.
+void mark_used_elsewhere(torch::jit::Graph& graph, const Module& module, GraphSites& found) {
+  const std::set<const Node*> taken = nodes_with_a_role(found);
+  const auto weight_of = [&](const Node* linear) {
+    const WeightSource source = weight_source(linear_weight(linear), module);
+    return source.is_computed() ? nullptr : source.identity();
+  };
+  std::set<const void*> others = {};
+  for_each_node(graph.block(), [&](Node* node) {
+    if (is_linear(node) && !taken.count(node)) {
+      others.insert(weight_of(node));
+    }
+  });
+  others.erase(nullptr);
+  for (LayerSites& layer : found.layers) {
+    for (LinearSite* site : {&layer.query, &layer.key, &layer.value, layer.output ? &*layer.output : nullptr,
+                             layer.ffn_in ? &*layer.ffn_in : nullptr, layer.ffn_gate ? &*layer.ffn_gate : nullptr,
+                             layer.ffn_out ? &*layer.ffn_out : nullptr}) {
+      if (site && site->node) {
+        site->is_used_elsewhere = others.count(weight_of(site->node)) > 0;
+      }
+    }
+  }
 }
 
 // Linear maps with no role in any layer, on which a LoRA can be: each has a weight of its own that runs once, on tokens
@@ -224,6 +262,7 @@ GraphSites find_sites(const CanonicalGraph& canonical, const Module& module) {
   leave_out_single_heads(result, finder);
   mark_encoder(result);
   number_layers(result, module);
+  number_stacks(result);
   find_layer_ends(result, *canonical.graph);
   for (const UnraisedSoftmax& miss : canonical.unraised) {
     const auto linears = nearest_linears(miss.softmax->namedInput("self"));
@@ -244,6 +283,7 @@ GraphSites find_sites(const CanonicalGraph& canonical, const Module& module) {
     }
   });
   name_unread_quantized(*canonical.graph, result);
+  mark_used_elsewhere(*canonical.graph, module, result);
   find_linear_maps(finder, *canonical.graph, result);
   find_embeddings(finder, canonical.graph, result);
   result.result_is_sequence_first = finder.result_is_sequence_first();

@@ -23,6 +23,7 @@ struct LinearSite {
   bool is_part = false;         // other columns belong to other projections
   bool is_row = false;          // its input is [B, features]: a pooler's, a classifier's
   bool is_flat = false;  // its input is no [B, S, features], so that no LoRA can act here: rows [B * S, features]
+  bool is_used_elsewhere = false;  // the weight has other linear maps still, which no LoRA here changes
   int64_t offset = 0;
   int64_t width = 0;
   std::vector<torch::jit::Node*> elsewhere = {};

@@ -45,8 +45,15 @@ bool SiteFinder::layout_of(Value* tokens, bool& sequence_first) {
   if (!shape || shape->size() != 3) {
     return false;
   }
-  sequence_first = !((*shape)[0] == shapes_.canonical(batch_));
-  return !sequence_first || (*shape)[1] == shapes_.canonical(batch_);
+  const Dim batch = shapes_.canonical(batch_);
+  sequence_first = !((*shape)[0] == batch);
+  return (!sequence_first || (*shape)[1] == batch) && !is_square(tokens);
+}
+
+bool SiteFinder::is_square(Value* tokens) {
+  const auto shape = shapes_.shape(tokens);
+  const Dim batch = shapes_.canonical(batch_);
+  return shape && shape->size() == 3 && (*shape)[0] == batch && (*shape)[1] == batch && !(batch == number(1));
 }
 
 bool SiteFinder::result_is_sequence_first() {

@@ -39,8 +39,11 @@ class SiteFinder {
   Projection describe(const torch::jit::Node* linear);
 
   // Sets sequence_first to whether `tokens`, of rank 3, has the batch second; false when it has it neither first nor
-  // second.
+  // second, or is_square().
   bool layout_of(torch::jit::Value* tokens, bool& sequence_first);
+
+  // Whether `tokens` has as many tokens as rows, so that the two cannot be told apart.
+  bool is_square(torch::jit::Value* tokens);
 
   // Whether the first tensor of the graph's result is [S, B, H].
   bool result_is_sequence_first();

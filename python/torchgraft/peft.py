@@ -80,7 +80,7 @@ def load_peft_directory(
     wholes = _present(directory, weights.wholes, model_paths)
     linear_maps = {entry["path"]: entry for entry in structure.get("linear_maps", [])}
     places = match_paths(directory, [*weights.updates, *wholes], model_paths, list(linear_maps))
-    _check_completeness(config, places, model_paths)
+    _check_completeness(config, weights.updates, places, model_paths)
     _check_bases(directory, weights.bases, places, parameters)
     updates = weights.updates | {
         path: _whole_update(config, path, places[path].path, whole, parameters) for path, whole in wholes.items()
@@ -214,8 +214,17 @@ def _renumbered(path: str, step: int) -> str:
     return ".".join([*parts[:position], str(int(parts[position]) + step), *parts[position + 1 :]])
 
 
-def _check_completeness(config: PeftLoRAConfig, places: Mapping[str, Place], model_paths: list[str]) -> None:
-    """Checks that each linear map that the configuration names has an update: a file may have lost some."""
+def _check_completeness(
+    config: PeftLoRAConfig, updates: Mapping[str, Update], places: Mapping[str, Place], model_paths: list[str]
+) -> None:
+    """Checks that each linear map that the configuration names has an update, for a file may have lost some, and that
+    it names each that has one: PEFT would leave the others out."""
+    for path in places:
+        if path in updates and not config.targets(path):
+            raise GraftError(
+                f"{config.directory}: the weights have an update of {path}, which target_modules, exclude_modules and "
+                "layers_to_transform do not select, so that PEFT would leave it out; correct adapter_config.json"
+            )
     place = next(iter(places.values()))
     before = place.model_prefix + "." if place.model_prefix else ""
     for model_path in model_paths:

@@ -3,6 +3,7 @@
 #include "support.h"
 
 #include <torchgraft/plan/adapter_weights.h>
+#include <torchgraft/plan/match_modules.h>
 
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
@@ -251,6 +252,45 @@ TEST(MatchModules, PrefixesAreComputedInFloat) {
   const at::Tensor coarse = read(at::kBFloat16).at("prefix_value");
   EXPECT_EQ(coarse.scalar_type(), at::kBFloat16);
   EXPECT_TRUE(at::equal(coarse, read(at::kFloat).at("prefix_value").to(at::kBFloat16)));
+}
+
+std::vector<std::string> sites_of(const std::string& path) {
+  std::vector<std::string> result;
+  for (const auto& [position, site] : lora_sites_by_number(bert_like(2), path)) {
+    result.push_back(c10::str(position, ":", site));
+  }
+  return result;
+}
+
+TEST(LoraSitesByNumber, TakesWhatEndsAnAttentionForItsOutput) {
+  const Values output = {"1:selfattn_lora_o"};
+  for (const char* path : {"layers.1.attention.wo", "layers.1.attn.output_proj", "encoder.layer.1.attention.output.dense",
+                           "h.1.attn.c_proj", "layers.1.self_attn.o_proj"}) {
+    EXPECT_EQ(sites_of(path), output) << path;
+  }
+}
+
+TEST(LoraSitesByNumber, TakesTheEndOfAFeedForwardBlockOutsideOfAttentionsOnly) {
+  const Values output = {"1:output_lora"};
+  for (const char* path : {"block.1.layer.1.DenseReluDense.wo", "encoder.layer.1.output.dense", "h.1.mlp.c_proj",
+                           "attention_stack.layers.1.linear2"}) {
+    EXPECT_EQ(sites_of(path), output) << path;
+  }
+  EXPECT_EQ(sites_of("layers.1.attention.linear2"), Values());
+  EXPECT_EQ(sites_of("layers.1.attn.intermediate.dense2"), Values());
+}
+
+TEST(LoraSitesByNumber, RefusesTwoTowers) {
+  Structure towers = bert_like(4);
+  towers.layers[2].stack = towers.layers[3].stack = 1;
+  const std::string error = error_of([&] { lora_sites_by_number(towers, "vision_model.layers.0.q_proj"); });
+  EXPECT_NE(error.find("vision_model.layers.0.q_proj is matched by the number of its layer"), std::string::npos) << error;
+  EXPECT_NE(error.find("several stacks of layers"), std::string::npos) << error;
+  Structure both = bart_like(2);
+  for (Layer& layer : both.layers) {
+    layer.stack = layer.kind == AttentionKind::kEncoder ? 0 : 1;
+  }
+  EXPECT_FALSE(lora_sites_by_number(both, "decoder.layers.0.self_attn.q_proj").empty());
 }
 
 }  // namespace
