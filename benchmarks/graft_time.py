@@ -30,10 +30,10 @@ sys.path[:0] = [str(ROOT / "python"), str(ROOT / "benchmarks")]
 import rich.box  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 import torchgraft  # noqa: E402
+from table_console import table_console  # noqa: E402
 from this_machine import memory, processor, reset_peak  # noqa: E402
 
 MIB = 2**20
@@ -204,7 +204,7 @@ def main() -> None:
     ]
     fits = [dict(model=model, hidden=hidden) | fit(curve) for (model, hidden), curve in curves(rows).items()]
     # If the output is no terminal, rich would take 80 columns, which is too narrow.
-    Console(width=None if sys.stdout.isatty() else 140).print(make_table(rows, given.markdown))
+    table_console().print(make_table(rows, given.markdown))
     for found in fits:
         line = f"{found['start']:.3f} s + {found['per_layer']:.4f} s * layers (R² {found['r2']:.3f})"
         print(f"{found['model']}, hidden {found['hidden']}: seconds = {line}; ~ layers^{found['exponent']:.2f}")

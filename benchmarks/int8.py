@@ -13,11 +13,11 @@ import statistics
 import sys
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 import models  # puts python/ on the path
 import torchgraft
+from table_console import table_console
 from this_machine import silence
 from turns import ratio
 
@@ -111,7 +111,7 @@ def main() -> int:
         return status
     silence()
     table = quality_table(arguments.sentences) if arguments.quality else time_table(arguments)
-    Console(width=None if sys.stdout.isatty() else 110, emoji=False).print(table)
+    table_console().print(table)
     return 0
 
 

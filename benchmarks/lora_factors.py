@@ -11,12 +11,12 @@ import io
 import sys
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 import models  # puts python/ on the path
 import torchgraft
 from mixed_batch import measured_rows
+from table_console import table_console
 from this_machine import silence
 
 SIZES = models.MODELS["MiniLM"]
@@ -56,7 +56,7 @@ def main() -> int:
         variants, sizes = make_variants(int(shape.split("x")[0]))
         for row in measured_rows(variants, shape, arguments, "LoRA"):
             table.add_row(*row, str(sizes.get(row[2], "")))
-    Console(width=None if sys.stdout.isatty() else 120, emoji=False).print(table)
+    table_console().print(table)
     return 0
 
 

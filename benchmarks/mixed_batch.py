@@ -13,11 +13,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 import models  # puts python/ on the path
 import torchgraft
+from table_console import table_console
 from this_machine import silence
 from turns import ratio
 
@@ -72,7 +72,7 @@ def main() -> int:
     for shape in arguments.shapes:
         for row in measured_rows(make_variants(int(shape.split("x")[0])), shape, arguments, "one adapter"):
             table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 110, emoji=False).print(table)
+    table_console().print(table)
     return 0
 
 

@@ -18,6 +18,7 @@ quartiles of the rounds' own ratios. Variants:
     torchgraft, optimised   grafted, then optimised, and frozen
     base, compiled       with --compile: torch.compile of "base, eager", anew for each shape, which takes minutes
     library, compiled    with --compile: torch.compile of "library, ejected"
+    ...                  with --engines: int8, ONNX Runtime, OpenVINO and AOTInductor, as engines.py says
 
 With --dtype bfloat16 all of a model is in bfloat16. With --backward a pass is a forward and a backward pass: it trains
 all weights of the base, and the adapters of the other variants; traced modules are not frozen, and none is optimised.
@@ -33,7 +34,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -48,7 +49,11 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 import adapters  # noqa: E402
+import engines  # noqa: E402
 import torchgraft  # noqa: E402
+from picture import draw  # noqa: E402
+from rows import BASE, Row  # noqa: E402
+from table_console import table_console  # noqa: E402
 from this_machine import ALLOCATOR, processor, silence  # noqa: E402
 from turns import in_turns, ratio  # noqa: E402
 
@@ -65,34 +70,6 @@ SHAPES = {
 }
 LARGE_SHAPES = {"MiniLM": ["32x128", "8x512"], "BERT-base": ["32x128", "8x512"], "ViT-base": ["32x197"]}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BASE = "base"
-COLORS = {
-    "base, eager": "silver",
-    "base, compiled": "gray",
-    "library, eager": "tab:red",
-    "library, ejected": "tab:orange",
-    "library, traced": "gold",
-    "library, compiled": "tab:olive",
-    "peft, eager": "tab:cyan",
-    "peft, traced": "tab:blue",
-    "torchgraft": "tab:green",
-    "base, optimised": "tab:purple",
-    "torchgraft, optimised": "darkgreen",
-}
-
-
-@dataclass
-class Row:
-    """ratio: the median's ratio to the base's; quartiles: of the rounds' own ratios."""
-
-    model: str
-    shape: str
-    threads: int
-    config: str
-    variant: str
-    milliseconds: float
-    ratio: float
-    quartiles: tuple[float, float]
 
 
 class Positional(torch.nn.Module):
@@ -182,6 +159,8 @@ def variants_of(sizes: dict, config_name: str, arguments: argparse.Namespace) ->
     if not backward:
         result["base, optimised"] = ready(torchgraft.optimize(base, verify=False))
         result["torchgraft, optimised"] = ready(torchgraft.optimize(module, verify=False))
+    if arguments.engines:
+        result |= engines.variants(base, module, batch_of("3x17", sizes), arguments.packages)
     return result
 
 
@@ -209,6 +188,16 @@ def rounds_for(run: Callable, batch: tuple, budget: float, variants: int, backwa
     return max(3, min(60, round(budget / variants / once[-1])))
 
 
+def largest_errors(variants: dict[str, Callable], batch: tuple) -> dict[str, float]:
+    """Compares the variants without an adapter to the base, and those of the grafted module to it: the others have
+    weights of their own."""
+    with torch.inference_mode():
+        base, module = variants[BASE](*batch), variants["torchgraft"](*batch)
+        references = {name: base for name in variants if not name.startswith(("library", "peft", "torchgraft"))}
+        references |= {name: module for name in variants if name.startswith("torchgraft")}
+        return {name: (variants[name](*batch) - other).abs().max().item() for name, other in references.items()}
+
+
 def rows_of(model: str, config: str, arguments: argparse.Namespace) -> list[Row]:
     sizes, backward = MODELS[model], arguments.backward
     variants = variants_of(sizes, config, arguments)
@@ -219,10 +208,11 @@ def rows_of(model: str, config: str, arguments: argparse.Namespace) -> list[Row]
         batch = batch_of(shape, sizes, DTYPES[arguments.dtype])
         rounds = arguments.rounds or rounds_for(variants[BASE], batch, arguments.seconds, len(variants), backward)
         seconds = measured(variants, batch, rounds, backward)
-        base = seconds[BASE]
+        base, errors = seconds[BASE], {} if backward else largest_errors(variants, batch)
         for variant, values in seconds.items():
             to_base, milliseconds = ratio(values, base), 1e3 * statistics.median(values)
-            rows.append(Row(model, shape, threads, config, variant, milliseconds, to_base.value, to_base.quartiles))
+            found = (milliseconds, to_base.value, to_base.quartiles, errors.get(variant))
+            rows.append(Row(model, shape, threads, config, variant, *found))
     return rows
 
 
@@ -244,54 +234,21 @@ def print_tables(rows: list[Row], markdown: bool, console: Console) -> None:
         shapes = list(dict.fromkeys(row.shape for row in mine))
         table = Table(title=title, box=rich.box.MARKDOWN if markdown else rich.box.HEAVY_HEAD)
         table.add_column("variant")
-        for shape in shapes:
+        for shape in [*shapes, "largest error"]:
             table.add_column(shape, justify="right")
         for variant in dict.fromkeys(row.variant for row in mine):
             cells = {row.shape: row for row in mine if row.variant == variant}
             if variant == BASE:
-                table.add_row(BASE, *[f"{cells[shape].milliseconds:.1f} ms" for shape in shapes])
+                shown = [f"{cells[shape].milliseconds:.1f} ms" for shape in shapes]
             else:
-                table.add_row(variant, *[cell(cells[shape]) for shape in shapes])
+                shown = [cell(cells[shape]) for shape in shapes]
+            errors = [row.largest_error for row in cells.values() if row.largest_error is not None]
+            table.add_row(variant, *shown, f"{max(errors):.1e}" if errors else "")
         console.print(table)
 
 
 def cell(row: Row) -> str:
     return f"{row.ratio:.2f} ({row.quartiles[0]:.2f}-{row.quartiles[1]:.2f})"
-
-
-def draw(rows: list[Row], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    groups = list(dict.fromkeys((row.model, row.config) for row in rows))
-    figure, axes = pyplot.subplots(len(groups), 1, figsize=(9, 2.6 * len(groups)), squeeze=False)
-    for axis, (model, config) in zip(axes[:, 0], groups, strict=True):
-        mine = [row for row in rows if (row.model, row.config) == (model, config) and row.variant != BASE]
-        columns = list(dict.fromkeys((row.threads, row.shape) for row in mine))
-        names = list(dict.fromkeys(row.variant for row in mine))
-        width = 0.8 / len(names)
-        for index, name in enumerate(names):
-            cells = {(row.threads, row.shape): row for row in mine if row.variant == name}
-            heights = [cells[key].ratio for key in columns]
-            spread = [
-                [max(0.0, cells[key].ratio - cells[key].quartiles[0]) for key in columns],
-                [max(0.0, cells[key].quartiles[1] - cells[key].ratio) for key in columns],
-            ]
-            centres = [position + index * width for position in range(len(columns))]
-            axis.bar(centres, heights, width, yerr=spread, color=COLORS[name], error_kw={"linewidth": 0.7})
-        axis.axhline(1.0, color="black", linewidth=0.8)
-        axis.set_xticks([position + 0.4 - width / 2 for position in range(len(columns))])
-        axis.set_xticklabels([f"{shape}\n{threads} thr." for threads, shape in columns], fontsize=8)
-        axis.set_ylabel("time / base")
-        axis.set_title(f"{model}, {config}", fontsize=10)
-        axis.set_ylim(bottom=0.8)
-    drawn = [name for name in COLORS if any(row.variant == name for row in rows)]
-    patches = [pyplot.Rectangle((0, 0), 1, 1, color=COLORS[name]) for name in drawn]
-    figure.tight_layout()
-    figure.legend(patches, drawn, fontsize=8, ncols=len(drawn), loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
@@ -307,6 +264,8 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--backward", action="store_true", help="measure forward and backward passes")
     parser.add_argument("--compile", action="store_true", help="measure torch.compile, too: minutes for each shape")
+    parser.add_argument("--engines", action="store_true", help="measure int8, ONNX Runtime and OpenVINO, too")
+    parser.add_argument("--packages", action="store_true", help="with --engines: AOTInductor, too, minutes for each")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     parser.add_argument("--json", type=Path, help="write machine and rows to this file")
     parser.add_argument(
@@ -318,6 +277,12 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     given = parser.parse_args(arguments)
     if given.add and not given.json:
         parser.error("--add: expected --json, the file to add to")
+    if given.engines and (given.backward or given.dtype != "float32"):
+        parser.error("--engines: expected float32 and forward passes")
+    if given.engines and (missing := engines.missing_packages()):
+        parser.error(f"--engines: no package {missing[0]}: pip install -r requirements/engines.txt")
+    if given.packages and not given.engines:
+        parser.error("--packages: expected --engines")
     vision = [model for model in given.models if is_vision(MODELS[model])]
     if vision and any(not shape.endswith("x197") for shape in given.shapes or []):
         parser.error(f"--shapes: {vision[0]} has 197 tokens (8x197)")
@@ -378,7 +343,7 @@ def main(argv: list[str] | None = None) -> int:
     if status is not None:
         return status
     silence()
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = table_console()
     console.print(", ".join(f"{key}: {value}" for key, value in machine().items()))
     rows = rows_at_hand(arguments)
     for model, config in itertools.product(arguments.models, arguments.configs):

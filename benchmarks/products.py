@@ -17,10 +17,10 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "python"), str(Path(__file__).resolve().parent)]
 
 import torch  # noqa: E402
-from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 import torchgraft  # noqa: E402
+from table_console import table_console  # noqa: E402
 from this_machine import processor  # noqa: E402
 from turns import in_turns, seconds_of  # noqa: E402
 
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
             found = medians(cases_of(tokens, inputs, outputs, count), turns)
             rates = [f"{2e-9 * work / seconds:.0f}" for seconds in found.values()]
             table.add_row(size, str(tokens), *rates, f"{found['fused'] / found['library']:.2f}")
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    table_console().print(table)
     return 0
 
 

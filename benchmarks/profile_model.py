@@ -23,6 +23,7 @@ from rich.table import Table  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 from models import CONFIGS, MODELS, Positional, batch_of, grafted, hugging_face, passed, traced  # noqa: E402
+from table_console import table_console  # noqa: E402
 from this_machine import silence  # noqa: E402
 from turns import seconds_of  # noqa: E402
 
@@ -108,7 +109,7 @@ def main() -> int:
             taken.append(passed(run, batch, backward=False))
             if index >= 5:
                 profiled.append(own_times(run, batch))
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = table_console()
     passes = tuple(min(taken[5:]) for taken in seconds)
     print_profile(least(profiles[0]), least(profiles[1]), passes, console)
     with torch.inference_mode():

@@ -36,6 +36,7 @@ from rich.table import Table  # noqa: E402
 import adapters  # noqa: E402
 import torchgraft  # noqa: E402
 from models import MODELS, Positional, batch_of, hugging_face, library, machine, traced  # noqa: E402
+from table_console import table_console  # noqa: E402
 from this_machine import memory, reset_peak, silence  # noqa: E402
 from turns import in_turns, ratio  # noqa: E402
 
@@ -157,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--alone", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     silence()
-    console = Console(width=120)
+    console = table_console()
     rows: list[Row] = []
     for threads, shape in itertools.product(arguments.threads, arguments.shapes):
         torch.set_num_threads(threads)

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from subprocess import DEVNULL, PIPE
 
-from rich.console import Console
 from rich.table import Table
 
+from table_console import table_console
 from this_machine import ALLOCATOR
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     table.add_row(model, shape, str(threads), config, *(f"{value:.3f}" for value in ratios))
     for checkout in checkouts.values():
         checkout.close()
-    Console(width=120).print(table)
+    table_console().print(table)
 
 
 if __name__ == "__main__":

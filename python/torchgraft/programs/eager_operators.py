@@ -77,6 +77,11 @@ def _whole(value: Any) -> Any:
     return torch.sym_int(value) if isinstance(value, float | torch.SymFloat) else value
 
 
+def _convolution(*arguments: Any) -> torch.Tensor:
+    """A trace calls what ONNX lacks. The last arguments, from `benchmark` on, choose among the kernels of a GPU."""
+    return torch.convolution(*arguments[:9])
+
+
 ON_VALUES: dict[str, Callable[..., Any]] = {
     "aten::add": _add, "aten::sub": _subtract, "aten::mul": operator.mul,
     "aten::rsub": lambda a, b, *rest: _subtract(b, a, *rest), "aten::div": _divide, "aten::floordiv": operator.floordiv,
@@ -104,7 +109,7 @@ ON_TENSORS: dict[str, Callable[..., Any]] = {
     "aten::is_floating_point": torch.Tensor.is_floating_point, "prim::dtype": lambda tensor: _NUMBER_OF[tensor.dtype],
     "prim::device": lambda tensor: tensor.device, "prim::unchecked_cast": _same,
     "prim::is_cuda": lambda tensor: tensor.is_cuda, "prim::layout": lambda tensor: 0,
-    "prim::requires_grad": lambda tensor: tensor.requires_grad,
+    "prim::requires_grad": lambda tensor: tensor.requires_grad, "aten::_convolution": _convolution,
 }  # fmt: skip
 
 

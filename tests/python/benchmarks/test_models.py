@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -101,9 +102,39 @@ def test_all_of_a_variant_is_in_bfloat16(models: ModuleType, sizes: dict) -> Non
 
 
 def test_every_variant_has_a_colour_of_its_own(models: ModuleType) -> None:
+    from picture import COLORS
+
     variants = {*models.variants_of(_SMALL, "LoRA", models.parsed(["--compile"])), "library, ejected"}
-    assert variants - {models.BASE} == set(models.COLORS)
-    assert len(set(models.COLORS.values())) == len(models.COLORS)
+    documented = re.findall(r"^    (\S+(?: \S+)*)", models.engines.__doc__, re.MULTILINE)
+    assert {*variants, *documented} - {models.BASE} == set(COLORS)
+    assert len(set(COLORS.values())) == len(COLORS)
+
+
+@pytest.mark.parametrize("sizes", [_SMALL, _SMALL | dict(image_size=32)], ids=["text", "vision"])
+def test_engines_compute_the_same(models: ModuleType, sizes: dict) -> None:
+    if missing := models.engines.missing_packages():
+        pytest.skip(f"{missing} of requirements/engines.txt are not installed")
+    variants = models.variants_of(sizes, "UniPELT", models.parsed(["--engines"]))
+    for shape in ("2x5", "1x9"):
+        errors = models.largest_errors(variants, models.batch_of(shape, sizes))
+        assert {"int8", "ONNX Runtime", "torchgraft, ONNX Runtime", "OpenVINO", "torchgraft, OpenVINO"} <= set(errors)
+        for name, error in errors.items():
+            assert error < (0.3 if "int8" in name or "bfloat16" in name else 1e-5), (name, error)
+
+
+def test_an_error_is_that_of_the_variants_own_model(models: ModuleType) -> None:
+    one, two = torch.ones(2), torch.full([2], 2.0)
+    outputs = {"base": one, "int8": one + 0.25, "library, eager": two, "torchgraft": two, "torchgraft, int8": two - 0.5}
+    variants = {name: lambda x, output=output: output for name, output in outputs.items()}
+    errors = models.largest_errors(variants, (one,))
+    assert errors == {"base": 0.0, "int8": 0.25, "torchgraft": 0.0, "torchgraft, int8": 0.5}
+
+
+@pytest.mark.parametrize("other", [["--backward"], ["--dtype", "bfloat16"]])
+def test_engines_run_forward_passes_in_float32(models: ModuleType, capsys, other: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        models.parsed(["--engines", *other])
+    assert "--engines: expected float32 and forward passes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("config", ["UniPELT", "LoRA"])
