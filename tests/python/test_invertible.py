@@ -137,19 +137,20 @@ def test_averages_are_the_librarys() -> None:
 
 @pytest.mark.quick
 def test_what_the_library_cannot_run_is_refused(tmp_path) -> None:
+    bare = base("bert_sdpa", DOUBLE)
     refused = {
         "seq_bn_inv[inv_adapter=glow]": "BnConfig.inv_adapter=glow is not supported yet (supported: nice)",
         "seq_bn_inv[inv_adapter_reduction_factor=None]": "needs BnConfig.inv_adapter_reduction_factor, got None",
         "seq_bn[inv_adapter=nice]": "needs BnConfig.inv_adapter_reduction_factor, got None",
     }
-    check_refused(base("bert_sdpa", DOUBLE), refused)
+    check_refused(bare, refused)
     model = hugging_face("bert", "sdpa", torch.float32)
     adapters.init(model)
     model.add_adapter("glow", config=SeqBnInvConfig(inv_adapter="glow"), set_active=True)
     batch = make_batch([9, 6], 9, torch.float32)
     with pytest.raises(Exception):  # noqa: B017, PT011 (its block gives a list)
         model(batch.ids, batch.mask)
-    module = torchgraft.graft(plain, adapters={"task": LIBRARY.directory("seq_bn_inv")})
+    module = torchgraft.graft(bare, adapters={"task": LIBRARY.directory("seq_bn_inv")})
     with pytest.raises(torchgraft.GraftError, match="merge_adapter: 'task' cannot be merged: no weight can hold"):
         torchgraft.merge_adapter(module, "task")
     directory = tmp_path / "whisper"
@@ -159,4 +160,4 @@ def test_what_the_library_cannot_run_is_refused(tmp_path) -> None:
     path = directory / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "whisper"}))
     with pytest.raises(torchgraft.GraftError, match="puts invertible adapters of this model between the embeddings"):
-        torchgraft.load_adapter(plain, directory)
+        torchgraft.load_adapter(bare, directory)
