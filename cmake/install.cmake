@@ -33,6 +33,7 @@ if(TORCHGRAFT_BUILD_PATCH)
     config/adapter_config.h
     config/check_supported.h
     config/composition.h
+    config/composition_string.h
     config/config_json.h
     config/config_string.h
     config/config_union.h

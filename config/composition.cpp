@@ -1,5 +1,6 @@
 #include <torchgraft/config/composition.h>
 
+#include <torchgraft/config/composition_string.h>
 #include <torchgraft/config/json_fields.h>
 #include <torchgraft/registration/parse_json.h>
 
@@ -9,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
+#include <numeric>
 #include <set>
 #include <utility>
 
@@ -268,6 +270,24 @@ Composition composition_from_json(std::string_view text) {
 
 std::string composition_to_json(const Composition& composition) {
   return written_block(composition).dump(-1, ' ', false, OrderedJson::error_handler_t::replace);
+}
+
+void divide_by_sum(std::vector<double>& weights) {
+  const double sum = std::accumulate(weights.begin(), weights.end(), 0.0);
+  TORCH_CHECK(sum != 0.0, "composition: the weights of an Average sum to 0 and cannot be normalised");
+  for (double& weight : weights) {
+    weight /= sum;
+  }
+}
+
+Composition normalised(Composition composition) {
+  if (composition.kind == BlockKind::kAverage) {
+    divide_by_sum(composition.weights);
+  }
+  for (Composition& child : composition.children) {
+    child = normalised(std::move(child));
+  }
+  return composition;
 }
 
 }  // namespace torchgraft

@@ -13,6 +13,7 @@ namespace torchgraft {
 // kAdapter is a leaf: one adapter.
 enum class BlockKind { kAdapter, kStack, kFuse, kSplit, kBatchSplit, kParallel, kMultiTask, kAverage };
 
+// A tree of blocks whose leaves are adapters: Stack(en, Average(a, b)).
 struct Composition {
   BlockKind kind = BlockKind::kAdapter;
   std::string name = {};                   // of a leaf: its adapter; of a Fuse: its AdapterFusion layer, if it is named
@@ -49,12 +50,9 @@ TORCHGRAFT_PATCH_API void check_composition(const Composition& composition, cons
 TORCHGRAFT_PATCH_API Composition composition_from_json(std::string_view text);
 TORCHGRAFT_PATCH_API std::string composition_to_json(const Composition& composition);
 
+// Divides weights by their sum. Throws c10::Error where that is 0.
+void divide_by_sum(std::vector<double>& weights);
+
 // A copy whose weights of each Average are divided by their sum: the library does so where it reads adapter_setup.json.
 TORCHGRAFT_PATCH_API Composition normalised(Composition composition);
-
-// Reads a composition as it stands in Python: "Stack(en, Average(a, b, weights=[0.3, 0.7]))". Names with other
-// characters than letters, digits, "_" and "-" stand in quotes. A name alone is a Stack of it.
-TORCHGRAFT_PATCH_API Composition composition_from_string(std::string_view text);
-TORCHGRAFT_PATCH_API std::string composition_to_string(const Composition& composition);
-
 }  // namespace torchgraft

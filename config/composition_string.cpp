@@ -1,4 +1,4 @@
-#include <torchgraft/config/composition.h>
+#include <torchgraft/config/composition_string.h>
 
 #include <torchgraft/config/json_fields.h>
 #include <torchgraft/registration/parse_json.h>
@@ -18,14 +18,6 @@ using json::Json;
 constexpr int kDeepestText = 8;  // check_composition allows fewer
 
 bool is_plain_character(char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '-'; }
-
-void divide_by_sum(std::vector<double>& weights) {
-  const double sum = std::accumulate(weights.begin(), weights.end(), 0.0);
-  TORCH_CHECK(sum != 0.0, "composition: the weights of an Average sum to 0 and cannot be normalised");
-  for (double& weight : weights) {
-    weight /= sum;
-  }
-}
 
 // Reads "Stack(en, ner)" from left to right.
 class CompositionReader {
@@ -65,7 +57,7 @@ class CompositionReader {
     return false;
   }
 
-  // What stands in quotes. Two of them are one that belongs to it.
+  // The text in quotes. Two quotes within it stand for one.
   std::string quoted(char quote) {
     std::string result;
     for (bool is_first = true; is_first || (at_ < text_.size() && text_[at_] == quote); is_first = false) {
@@ -193,16 +185,6 @@ std::string written_numbers(const char* name, const std::vector<Number>& numbers
 }
 
 }  // namespace
-
-Composition normalised(Composition composition) {
-  if (composition.kind == BlockKind::kAverage) {
-    divide_by_sum(composition.weights);
-  }
-  for (Composition& child : composition.children) {
-    child = normalised(std::move(child));
-  }
-  return composition;
-}
 
 Composition composition_from_string(std::string_view text) {
   Composition result = CompositionReader(text).read();

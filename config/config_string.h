@@ -7,7 +7,7 @@
 
 namespace torchgraft {
 
-// A name with other values, or a union of such, as the adapters library's configuration strings:
+// A name, with other values perhaps, or a union of several, as the adapters library's configuration strings:
 // "seq_bn[reduction_factor=8]|lora[r=16, use_gating=True]". Values are Python literals; true, false and strings without
 // quotes are read, too. In a named union, a value goes to every part that has the field: "unipelt[r=4]"
 // changes the LoRA, "mam[dropout=0.1]" both parts. Throws c10::Error that says what cannot be read.

@@ -9,8 +9,8 @@
 
 namespace torchgraft {
 
-// Where adapters==1.3.0 computes something else than its own definitions, so that an adapter that was trained with the
-// library needs what the library does. docs/adapters.md lists the cases.
+// Where adapters==1.3.0 departs from its own definitions: an adapter that it has trained needs what it computes.
+// docs/adapters.md lists the cases.
 struct LibraryDifference {
   std::string refused;  // why the adapter would give other results here, and what to do; empty: it does not
   std::string warned;   // what cannot be known from the directory; empty: nothing

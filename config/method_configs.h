@@ -50,6 +50,8 @@ struct BnConfig {
   double stochastic_depth = 0.0;
 };
 
+// Prefix tuning (Li and Liang 2021): keys and values before those of an attention. Unless `flat`, an MLP with
+// bottleneck_size features makes them.
 struct PrefixTuningConfig {
   bool encoder_prefix = true;
   bool cross_prefix = true;
@@ -64,6 +66,8 @@ struct PrefixTuningConfig {
   std::optional<int64_t> init_weights_seed;
 };
 
+// LoRA (Hu et al. 2021), and what the library makes of the same fields: (IA)^3 (composition_mode "scale"), DoRA
+// (use_dora), VeRA (vera_d and vera_b), MTL-LoRA.
 struct LoRAConfig {
   bool selfattn_lora = true;
   bool intermediate_lora = false;
@@ -95,6 +99,7 @@ struct LoRAConfig {
   double weights_sharpness = 0.05;
 };
 
+// One method.
 using MethodConfig = std::variant<BnConfig, PrefixTuningConfig, LoRAConfig, ReftConfig>;
 
 // All methods under one adapter name; a single method is a union of one.

@@ -30,6 +30,7 @@ struct ReftConfig {
   bool subtract_projection = true;
 };
 
+// Calls visit(name, field) for each field, with its name in the library.
 template <typename Config, typename Visitor>
 void visit_reft_fields(Config& c, Visitor&& visit) {
   visit("layers", c.layers);
@@ -46,6 +47,7 @@ void visit_reft_fields(Config& c, Visitor&& visit) {
   visit("subtract_projection", c.subtract_projection);
 }
 
+// The named constructors of the adapters library: LoReftConfig, NoReftConfig, DiReftConfig.
 ReftConfig loreft_config();
 ReftConfig noreft_config();  // without orthogonality
 ReftConfig direft_config();  // without subtract_projection, too

@@ -1,10 +1,10 @@
 #pragma once
 
-// Where the table of non-linearities used to be, for those who include it from here.
 #include <torchgraft/activations/activation.h>
 
 namespace torchgraft::ops {
 
+// The table of non-linearities used to be here. These names are for those who still include it from here.
 using torchgraft::Activation;
 using torchgraft::find_activation;
 

@@ -12,11 +12,12 @@ namespace torchgraft::ops {
 // Representation fine-tuning (Wu et al. 2024): changes a few tokens of x, and copies all others.
 //   output[b, t] = x[b, t] + (non_linearity(x[b, t] W^T + w) - s[n] x[b, t] P^T) P
 // with n = adapter_ids[b], or `adapter` for every row, at the first positions[n, 0] real tokens of row b by unit 0 of
-// the parameters, at its last positions[n, 1] ones by the last unit. The second holds where both do. W, w and P are a
-// unit of source_weight[n], source_bias[n] and projection[n]; s = subtraction, 1 or 0. n = -1: output[b] = x[b].
+// the parameters, at its last positions[n, 1] ones by the last unit, which overrules the first. W, w and P are a unit
+// of source_weight[n], source_bias[n] and projection[n]; s = subtraction, 1 or 0. n = -1: output[b] = x[b].
 //
-// The real tokens of a row begin at its first true in token_mask, and are as many as it has: without gaps, these are
-// they. Absent: all tokens. Positions outside of the row's S tokens are left out, others are taken whether real or not.
+// The real tokens of a row begin at the first true in its token_mask, and there are as many as there are trues: a mask
+// with gaps counts as one without. Absent: all tokens are real. Positions outside of the row's S tokens are left out,
+// all others are taken, real or not.
 //
 // x [B, S, H], source_weight and projection [N, U, r, H], source_bias [N, U, r] with U in {1, 2}, subtraction [N], all
 // in one of float32, float64, bfloat16, float16 and on one device; positions int64 [N, 2]; non_linearity: a name of

@@ -8,7 +8,7 @@
 #include <torchgraft/patch/module/head_logits.h>
 #include <torchgraft/patch/pool/pool_generation.h>
 #include <torchgraft/patch/pool/row_size.h>
-#include <torchgraft/plan/save_adapter_hub.h>
+#include <torchgraft/plan/saved_config.h>
 
 #include <c10/util/ScopeExit.h>
 

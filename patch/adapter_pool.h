@@ -12,6 +12,7 @@
 
 namespace torchgraft {
 
+// How large a pool is, and how it grafts.
 struct AdapterPoolOptions {
   int64_t capacity = 64;  // adapters in memory at once
   // Configurations that each row can hold from the start. For an adapter that needs more (another site, a larger rank,
@@ -26,6 +27,7 @@ struct AdapterPoolOptions {
   GraftOptions graft = {};
 };
 
+// What a pool holds now, and what it has done so far.
 struct AdapterPoolStats {
   int64_t capacity = 0;
   int64_t resident = 0;

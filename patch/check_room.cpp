@@ -4,7 +4,7 @@
 #include <torchgraft/patch/adapters/make_adapter.h>
 #include <torchgraft/patch/module/draft.h>
 #include <torchgraft/patch/pool/row_size.h>
-#include <torchgraft/plan/save_adapter_hub.h>
+#include <torchgraft/plan/saved_config.h>
 
 namespace torchgraft {
 namespace {

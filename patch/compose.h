@@ -1,6 +1,6 @@
 #pragma once
 
-#include <torchgraft/config/composition.h>
+#include <torchgraft/config/composition_string.h>
 #include <torchgraft/patch/life.h>
 #include <torchgraft/registration/export.h>
 

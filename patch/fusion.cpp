@@ -1,12 +1,12 @@
 #include <torchgraft/patch/fusion.h>
 
 #include <torchgraft/patch/adapters/adapter_files.h>
+#include <torchgraft/patch/adapters/directory_owner.h>
 #include <torchgraft/patch/adapters/directory_update.h>
 #include <torchgraft/patch/adapters/one_version.h>
-#include <torchgraft/patch/attention_class.h>
-#include <torchgraft/patch/directory_owner.h>
 #include <torchgraft/patch/module/draft.h>
 #include <torchgraft/patch/module/methods.h>
+#include <torchgraft/patch/sites/attention_class.h>
 #include <torchgraft/plan/regular_file.h>
 #include <torchgraft/plan/safetensors.h>
 #include <torchgraft/plan/save_adapter_hub.h>
@@ -61,7 +61,7 @@ std::vector<std::string> fused_adapters(const Draft& draft, const AdapterFusion&
   return fusion.config.adapters;
 }
 
-// Keys of weights have the name between dots, and directories of setups have it.
+// In keys of weights the name stands between dots, and a setup has a directory of this name.
 void check_fusion_name(const std::string& name) {
   const bool has_any = std::any_of(name.begin(), name.end(), [](unsigned char c) { return c == '.' || c < ' '; });
   TORCH_CHECK(!name.empty() && !has_any && name.size() <= kLongestText, "load_adapter_fusion: '", shown_text(name),

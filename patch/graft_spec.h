@@ -37,6 +37,7 @@ struct AdapterSpec {
   const std::string& name_in_weights() const { return saved_name.empty() ? name : saved_name; }
 };
 
+// How graft() works. The defaults serve most models.
 struct GraftOptions {
   // Over which tokens the gates of these adapters are means: "all" or "unpadded" (config/gate_pooling.h). Empty: as
   // each adapter's configuration says, which for a directory of AdapterHub is "all". A TORCH_WARN names a trained

@@ -20,7 +20,7 @@
 #include <torchgraft/patch/module/verify_results.h>
 #include <torchgraft/plan/phm.h>
 #include <torchgraft/plan/reparametrisation.h>
-#include <torchgraft/plan/save_adapter_hub.h>
+#include <torchgraft/plan/saved_config.h>
 
 #include <ATen/ATen.h>
 

@@ -22,11 +22,13 @@ struct VerifyOptions {
   std::optional<std::vector<c10::IValue>> example = {};  // arguments of forward; nullopt: made up, as in GraftOptions
 };
 
+// How merge_adapter() works.
 struct MergeOptions {
   bool into_base = false;  // merge also where other adapters are, which then run on the merged weights
   VerifyOptions verifying = {};
 };
 
+// One entry of list_adapters().
 struct AdapterInfo {
   std::string name;
   std::string config;  // JSON, as adapter_config(name) gives it

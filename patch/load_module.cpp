@@ -1,6 +1,6 @@
 #include <torchgraft/patch/load_module.h>
 
-#include <torchgraft/patch/pickle_tensors.h>
+#include <torchgraft/patch/module/pickle_tensors.h>
 
 #include <caffe2/serialize/inline_container.h>
 #include <torch/csrc/jit/serialization/import.h>

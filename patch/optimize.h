@@ -7,6 +7,7 @@
 
 namespace torchgraft {
 
+// How optimize() works.
 struct OptimizeOptions {
   // Leave base_forward of a grafted module as it is: deactivated, its results stay the base's bit for bit. Otherwise
   // they differ by rounding.

@@ -10,6 +10,7 @@
 
 namespace torchgraft {
 
+// What quantize() leaves as it is.
 struct QuantizeOptions {
   // Linear maps that stay as they are: roles ("query", "key", "value", "output", "ffn_in", "ffn_gate", "ffn_out", and
   // "other" for maps outside of layers), module paths of maps, or of modules around them.
@@ -25,6 +26,7 @@ struct LinearMapReport {
   std::string kept;  // why it stays in floating point; empty when it is quantised
 };
 
+// The result of quantize().
 struct Quantized {
   torch::jit::Module module;
   std::vector<LinearMapReport> maps;  // in execution order

@@ -4,20 +4,21 @@
 #include <torchgraft/config/gate_pooling.h>
 #include <torchgraft/patch/adapters/adapter_files.h>
 #include <torchgraft/patch/adapters/adapters_module.h>
+#include <torchgraft/patch/adapters/directory_owner.h>
 #include <torchgraft/patch/adapters/directory_update.h>
 #include <torchgraft/patch/adapters/make_adapter.h>
 #include <torchgraft/patch/adapters/read_adapters.h>
 #include <torchgraft/patch/adapters/reads_back.h>
-#include <torchgraft/patch/attention_class.h>
-#include <torchgraft/patch/directory_owner.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/life.h>
 #include <torchgraft/patch/module/draft.h>
 #include <torchgraft/patch/module/heads_module.h>
 #include <torchgraft/patch/module/methods.h>
+#include <torchgraft/patch/sites/attention_class.h>
 #include <torchgraft/plan/head_weights.h>
 #include <torchgraft/plan/safetensors.h>
 #include <torchgraft/plan/save_adapter_hub.h>
+#include <torchgraft/plan/saved_config.h>
 #include <torchgraft/registration/parse_json.h>
 
 #include <nlohmann/json.hpp>

@@ -27,7 +27,7 @@ using torch::jit::Value;
 // Where ids come from, before nodes that change their shape or dtype.
 const Value* ids_origin(const Value* value) {
   while (is_aten(value->node(), {"to", "view", "reshape", "contiguous"})) {
-    value = value->node()->input(0);
+    value = value->node()->namedInput("self");
   }
   return value;
 }
@@ -173,7 +173,7 @@ TextLimits text_limits(const Module& module) {
   const auto graph = torch::jit::toGraphFunction(function).graph()->copy();
   inline_all(*graph);
   TextLimits limits;
-  std::vector<Node*> tables;  // of something else than token ids
+  std::vector<Node*> tables;  // of other things than token ids
   for_each_node(graph->block(), [&](Node* node) {
     if (!is_aten(node, {"embedding"})) {
       return;

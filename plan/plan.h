@@ -38,6 +38,7 @@ enum class BottleneckWiring {
   kAfterOthers  // GPT-J, after the feed-forward block: the residual has the result of the parallel attention, too
 };
 
+// A bottleneck beside a residual add (BnConfig).
 struct PlannedBottleneck {
   BnConfig config;
   int64_t hidden_size = 0;
@@ -45,6 +46,7 @@ struct PlannedBottleneck {
   BottleneckWiring wiring = BottleneckWiring::kDefined;
 };
 
+// The prefix of one attention. Layers share an MLP that makes their prefixes.
 struct PlannedPrefix {
   PrefixTuningConfig config;
   int64_t hidden_size = 0;
@@ -64,13 +66,16 @@ struct PlannedInvertible {
   bool inverts_output = true;  // AdapterConfig::inverts_output
 };
 
+// ReFT on what leaves a Transformer layer. Its location and site are "output_reft".
 struct PlannedReft {
   ReftConfig config;
   int64_t hidden_size = 0;
 };
 
+// One method with the sizes of its site.
 using PlannedMethod = std::variant<PlannedLoRA, PlannedBottleneck, PlannedPrefix, PlannedInvertible, PlannedReft>;
 
+// A method and where it acts.
 struct PlannedModule {
   int64_t layer = 0;   // Layer::index: which attention
   int64_t number = 0;  // Layer::number: of the Transformer layer
@@ -79,6 +84,7 @@ struct PlannedModule {
   PlannedMethod method;
 };
 
+// What make_plan() returns.
 using Plan = std::vector<PlannedModule>;
 
 // Lists the modules that `config` puts on `structure`, in execution order (plan/locations.h). A layer that runs again

@@ -22,11 +22,4 @@ StateDict adapter_hub_state(const Plan& plan, const Structure& structure, const 
 // The path of the ModuleDict of a layer's bottlenecks at `site`: "bert.encoder.layer.0.output.adapters".
 std::string bottleneck_container(const std::string& site, const Layer& layer, const std::string& attention_class);
 
-// `config` of an adapter that is saved without the sources of its weights: flat=True in every prefix, phm_layer=False,
-// and an ordinary LoRA for VeRA and MTL-LoRA.
-AdapterConfig ejected_config(const AdapterConfig& config);
-
-// The configuration that a directory has beside adapter_hub_state: what `sources` has keeps its form.
-AdapterConfig saved_config(AdapterConfig config, const Reparametrisation& sources);
-
 }  // namespace torchgraft

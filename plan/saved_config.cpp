@@ -1,5 +1,6 @@
+#include <torchgraft/plan/saved_config.h>
+
 #include <torchgraft/plan/phm.h>
-#include <torchgraft/plan/save_adapter_hub.h>
 
 #include <algorithm>
 #include <utility>

@@ -11,8 +11,11 @@ namespace torchgraft {
 
 // What the patcher found in a graph, free of graph types: a user can print, save and edit it, and give it back.
 
-enum class AttentionKind { kSelf, kEncoder, kCross };  // kEncoder: self attention in an encoder-decoder's encoder
-enum class NormOrder { kPost, kPre, kNone };           // norm after the residual add, before the block, or neither
+// What an attention reads. kEncoder: self attention in an encoder-decoder's encoder.
+enum class AttentionKind { kSelf, kEncoder, kCross };
+
+// Where a block has its norm: after the residual add, before the block, or nowhere.
+enum class NormOrder { kPost, kPre, kNone };
 
 // Where keys and values of earlier passes come from: nowhere; they stand beside this pass's (torch.cat); this pass's
 // are written into their places of a tensor of fixed length; or all keys and values are of earlier passes, as those of
@@ -55,6 +58,7 @@ struct Layer {
   std::vector<std::string> notes;      // what is missing and why, in words
 };
 
+// All that was found in a model.
 struct Structure {
   std::vector<Layer> layers;
   // The width of the embeddings, which an invertible adapter changes; 0 where they were not found, and why.
@@ -72,6 +76,7 @@ struct Structure {
   size_t position(int64_t index) const;
 };
 
+// The words for them in JSON: "self", "pre", "growing".
 TORCHGRAFT_PATCH_API const char* to_string(AttentionKind kind);
 TORCHGRAFT_PATCH_API const char* to_string(NormOrder order);
 TORCHGRAFT_PATCH_API const char* to_string(CacheKind cache);

@@ -1,6 +1,6 @@
 #include "binding.h"
 
-#include <torchgraft/config/composition.h>
+#include <torchgraft/config/composition_string.h>
 #include <torchgraft/patch/compose.h>
 #include <torchgraft/patch/fusion.h>
 

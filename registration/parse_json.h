@@ -51,7 +51,8 @@ inline std::string json_fault(std::string_view message) {
   return fault;
 }
 
-constexpr size_t kLongestShown = 200;  // bytes
+// Bytes of a stranger's text in a message.
+constexpr size_t kLongestShown = 200;
 
 // A stranger's text (a name, a key, a path) for a message. A long one is cut, but not within a character.
 inline std::string shown_text(std::string text, size_t longest = kLongestShown) {
@@ -74,6 +75,7 @@ std::string shown_json(const Json& value, size_t longest = kLongestShown) {
 // Names, keys and values that are texts. What is longer is nothing that anybody wrote, and errors repeat it.
 constexpr size_t kLongestText = 1000;  // bytes
 
+// Throws c10::Error, in the name of `source`, when a text is longer than that.
 inline void check_text(const std::string& text, const std::string& source) {
   TORCH_CHECK(text.size() <= kLongestText, source, ": expected texts of at most ", kLongestText, " bytes, got one of ",
               text.size(), ": ", shown_text(text));

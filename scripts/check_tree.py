@@ -44,7 +44,7 @@ LAYERS: dict[str, tuple[str, str]] = {
     "patch/sites": ("plan patch/graph patch/canonicalise", "ATen/ c10/ torch/csrc/jit/"),
     "patch/adapters": (
         "config plan patch/graft_spec.h patch/sites",
-        "ATen/ c10/ torch/csrc/jit/ fcntl.h sys/ unistd.h",
+        "ATen/ c10/ torch/csrc/jit/ nlohmann/ fcntl.h sys/ unistd.h",
     ),
     "patch/insert": (
         "activations registration/masked_score.h registration/token_mask_error.h config plan patch/graph patch/sites "
@@ -179,7 +179,7 @@ def layers_of(document: str) -> dict[str, set[str]]:
 
 
 def wrong_layers(path: Path) -> Iterator[Finding]:
-    """Rows of tables | `folder/` | ... | what it knows | that say something else than LAYERS."""
+    """Rows of tables | `folder/` | ... | what it knows | that differ from LAYERS."""
     wanted = layers_of(path.as_posix())
     for number, line in enumerate(lines_of(path), 1):
         cells = line.strip().strip("|").split("|")
@@ -195,13 +195,17 @@ def wrong_layers(path: Path) -> Iterator[Finding]:
 
 
 def wrong_installed(path: Path) -> Iterator[Finding]:
-    """A row | `patch/` | what is installed: `a`, `b`; ... | that names other headers than cmake/install.cmake does."""
+    """A row | `patch/` | what is installed: `a`, `b` | that names other headers than cmake/install.cmake does, and
+    sources at the top of patch/ that belong to none of these headers."""
     wanted = set(re.findall(r"^ *patch/(\w+)\.h\b", "\n".join(lines_of(Path("cmake/install.cmake"))), re.MULTILINE))
     for number, line in enumerate(lines_of(path), 1):
         if line.startswith("| `patch/` |"):
-            found = set(re.findall("`([^`]+)`", line.split("|")[2].partition(";")[0]))
+            found = set(re.findall("`([^`]+)`", line.split("|")[2]))
             for name in sorted(found ^ wanted):
                 yield path, number, f"`{name}` is installed by this table or by cmake/install.cmake alone: change one"
+    for source in sorted((ROOT / "patch").glob("*.*")):
+        if source.suffix in (".cpp", ".h") and source.stem not in wanted:
+            yield source.relative_to(ROOT), 1, "not installed: move it to the folder of patch/ that it belongs to"
 
 
 # --- Parsing ---

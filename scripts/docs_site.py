@@ -12,6 +12,8 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import cpp_reference
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "build" / "docs" / "source"
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
@@ -97,22 +99,6 @@ def python_reference() -> str:
     return "\n".join(lines)
 
 
-def cpp_reference() -> str:
-    """The installed headers as they are: they say what a host has to know."""
-    text = (ROOT / "cmake" / "install.cmake").read_text()
-    headers = re.findall(r"^\s+([a-z_]+/[a-z_]+\.h)\)?$", text, re.MULTILINE)
-    lines = [
-        "# C++",
-        "",
-        "The installed headers, included as `<torchgraft/...>`. Those of `config/`, `patch/` and `plan/` belong to",
-        "`torchgraft::torchgraft_patch`, the others to `torchgraft::torchgraft`.",
-        "",
-    ]
-    for header in sorted(headers):
-        lines += [f"## {header}", "", "```cpp", (ROOT / header).read_text().rstrip(), "```", ""]
-    return "\n".join(lines)
-
-
 def write(page: Path, text: str) -> None:
     target = SOURCE / page
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +110,7 @@ def main() -> None:
     for page in markdown_files():
         write(page, page_text(page))
     write(Path("docs/reference/python.md"), python_reference())
-    write(Path("docs/reference/cpp.md"), cpp_reference())
+    write(Path("docs/reference/cpp.md"), cpp_reference.reference(cpp_reference.installed_headers()))
 
 
 if __name__ == "__main__":

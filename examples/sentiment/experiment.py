@@ -29,14 +29,12 @@ from torchgraft.training import (
 from torchgraft.training.batches import collate, scoring_batches
 from torchgraft.training.examples import check_every_class
 from torchgraft.training.metrics import confusion_matrix, scores_of
+from torchgraft.training.options import DEFAULT_RATES
 
 PROBE = "linear probe"
 # Their names in the report, and their configurations.
 METHODS = {"UniPELT": "unipelt", "MAM": "mam", "LoRA": "lora", "SeqBn": "seq_bn", "prefix tuning": "prefix_tuning"}
-# Every run trains with these, and a method with its own rates.
-OPTIONS = TrainingOptions(batch_size=16, learning_rate=3e-3, prefix_learning_rate=1e-3, head_learning_rate=1e-2)
-# Chosen on validation sentences: with the others' rates MAM falls into one class, here and in AdapterHub alike.
-RATES = {"MAM": {"prefix_learning_rate": 5e-4, "parallel_learning_rate": 5e-4}}
+OPTIONS = TrainingOptions(batch_size=16)  # the rates of each part are the defaults
 COMPARED_ON = "movie_reviews"  # where all methods run
 CURVE_METHODS = ("UniPELT", PROBE)
 
@@ -178,7 +176,7 @@ class Experiment:
     def _train(self, job: Job, chosen: Split, steps: int) -> Outcome:
         module = fresh_model(self._base, METHODS[job.method], job.domain, job.seed)
         per_epoch = math.ceil(len(chosen.training) / OPTIONS.batch_size)
-        options = replace(OPTIONS, seed=job.seed, epochs=math.ceil(steps / per_epoch), **RATES.get(job.method, {}))
+        options = replace(OPTIONS, seed=job.seed, epochs=math.ceil(steps / per_epoch))
         started = time.process_time()
         result = Trainer(module, job.domain, chosen.training, None, len(LABELS), options).run()
         seconds = time.process_time() - started
@@ -224,6 +222,11 @@ def _gates_of(module: torch.jit.ScriptModule, name: str, examples: EncodedExampl
             values = collate(examples, indices, slice(None), torch.device("cpu")).values
             found.append(module.forward_with_gates(values["ids"], values["mask"])[1][name])
     return found
+
+
+def settings_of(plan: Plan) -> dict[str, Any]:
+    """What the outcomes of two runs share that go into one report."""
+    return {**asdict(plan), "options": OPTIONS.as_dict(), "rates": DEFAULT_RATES}
 
 
 class Results:

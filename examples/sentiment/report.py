@@ -16,8 +16,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from data import DOMAINS, THRESHOLD
-from experiment import COMPARED_ON, CURVE_METHODS, METHODS, OPTIONS, PROBE, RATES, Job, Outcome, Plan
+from experiment import COMPARED_ON, CURVE_METHODS, METHODS, OPTIONS, PROBE, Job, Outcome, Plan
 from torchgraft._files import write_whole
+from torchgraft.training.options import DEFAULT_RATES
 
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
 
@@ -147,7 +148,7 @@ def write_report(plan: Plan, outcomes: Outcomes, folder: Path, command: str) -> 
         plan=plan,
         compared_on=COMPARED_ON,
         options=OPTIONS,
-        rates=RATES,
+        rates={part: OPTIONS.rate_of(part) for part in DEFAULT_RATES},
         comparison=compare(outcomes, COMPARED_ON, plan.compared.sentences),
         curve=curve,
         domains=_present(

@@ -16,7 +16,6 @@ import sys
 import tarfile
 import time
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +27,7 @@ from rich.console import Console  # noqa: E402
 
 import torchgraft  # noqa: E402
 from data import DataError, prepare  # noqa: E402
-from experiment import Experiment, Plan, Results, Size, jobs_of  # noqa: E402
+from experiment import Experiment, Plan, Results, Size, jobs_of, settings_of  # noqa: E402
 
 try:
     from report import write_report
@@ -57,7 +56,7 @@ QUICK = Plan(
 def run(arguments: argparse.Namespace, console: Console) -> None:
     plan, folder = QUICK if arguments.quick else FULL, arguments.output
     folder.mkdir(parents=True, exist_ok=True)
-    results = Results(folder / "results.json", asdict(plan))
+    results = Results(folder / "results.json", settings_of(plan))
     jobs = [] if arguments.report else [job for job in jobs_of(plan) if job not in results.outcomes]
     if jobs:
         experiment = Experiment(prepare(folder / "data"), plan, folder)

@@ -24,14 +24,7 @@ struct LoraGradient {
     }
   };
 
-  static Inputs<at::Tensor> inputs(const Arguments& args) {
-    return {.base = args.base,
-            .lora = {.x = args.x,
-                     .lora_a = args.lora_a,
-                     .lora_b = args.lora_b,
-                     .scaling = args.scaling,
-                     .gate = {args.rows.gate.weight, args.rows.gate.bias}}};
-  }
+  static Inputs<at::Tensor> inputs(const Arguments& args) { return {.base = args.base, .lora = lora_inputs(args)}; }
 
   static Recorded<Saved> forward(const Arguments& args) {
     check(args);
@@ -39,14 +32,7 @@ struct LoraGradient {
     const LoraForward result = lora_forward(args, selection);
     return {.output = result.output,
             .gate = gate_result(result.gate, args.x, args.rows, selection),
-            .saved = {.x = args.x,
-                      .lora_a = args.lora_a,
-                      .lora_b = args.lora_b,
-                      .scaling = args.scaling,
-                      .gate_parameters = args.rows.gate,
-                      .hidden = result.hidden,
-                      .selection = selection,
-                      .gate = result.gate}};
+            .saved = lora_saved(args, result, selection)};
   }
 
   static Inputs<at::Tensor> backward(const Saved& saved, const ResultGradients& grads, const Inputs<bool>& needs) {

@@ -26,13 +26,7 @@ struct LoraLinearGradient {
   };
 
   static Inputs<at::Tensor> inputs(const Arguments& args) {
-    return {.weight = args.weight,
-            .bias = args.bias,
-            .lora = {.x = args.x,
-                     .lora_a = args.lora_a,
-                     .lora_b = args.lora_b,
-                     .scaling = args.scaling,
-                     .gate = {args.rows.gate.weight, args.rows.gate.bias}}};
+    return {.weight = args.weight, .bias = args.bias, .lora = lora_inputs(args)};
   }
 
   static Recorded<Saved> forward(const Arguments& args) {
@@ -41,15 +35,7 @@ struct LoraLinearGradient {
     const LoraForward result = lora_linear_forward(args, selection);
     return {.output = result.output,
             .gate = gate_result(result.gate, args.x, args.rows, selection),
-            .saved = {.x = args.x,
-                      .weight = args.weight,
-                      .lora_a = args.lora_a,
-                      .lora_b = args.lora_b,
-                      .scaling = args.scaling,
-                      .gate_parameters = args.rows.gate,
-                      .hidden = result.hidden,
-                      .selection = selection,
-                      .gate = result.gate}};
+            .saved = lora_saved(args, result, selection, args.weight)};
   }
 
   static Inputs<at::Tensor> backward(const Saved& saved, const ResultGradients& grads, const Inputs<bool>& needs) {

@@ -2,6 +2,7 @@
 
 #include <torchgraft/ops/autograd/recording.h>
 #include <torchgraft/ops/bank.h>
+#include <torchgraft/ops/forward/gated_lora.h>
 #include <torchgraft/ops/gate.h>
 
 namespace torchgraft::ops {
@@ -31,6 +32,30 @@ struct LoraSaved {
 
   std::vector<at::Tensor*> tensors() { return {&x, &weight, &lora_a, &lora_b, &scaling, &hidden}; }
 };
+
+template <typename Arguments>
+LoraInputs<at::Tensor> lora_inputs(const Arguments& args) {
+  return {.x = args.x,
+          .lora_a = args.lora_a,
+          .lora_b = args.lora_b,
+          .scaling = args.scaling,
+          .gate = {args.rows.gate.weight, args.rows.gate.bias}};
+}
+
+// weight: of gated_lora_linear.
+template <typename Arguments>
+LoraSaved lora_saved(const Arguments& args, const LoraForward& result, const Selection& selection,
+                     const at::Tensor& weight = {}) {
+  return {.x = args.x,
+          .weight = weight,
+          .lora_a = args.lora_a,
+          .lora_b = args.lora_b,
+          .scaling = args.scaling,
+          .gate_parameters = args.rows.gate,
+          .hidden = result.hidden,
+          .selection = selection,
+          .gate = result.gate};
+}
 
 // x's gradient is that of the LoRA and of the projection, if there is one.
 LoraInputs<at::Tensor> lora_backward(const LoraSaved& saved, const ResultGradients& grads,

@@ -65,8 +65,8 @@ void check_not_composed(const std::vector<NamedComposition>& compositions, const
 void check_parts(const NamedComposition& composition, const std::vector<Adapter>& adapters, const char* what) {
   for (const std::string& part : adapters_in(composition.tree)) {
     const Adapter& adapter = adapters[find_adapter(adapters, part, what)];
-    TORCH_CHECK(!adapter.merged, what, ": '", part, "' is merged into the base's weights, so that no composition can ",
-                "have it; unmerge it first");
+    TORCH_CHECK(!adapter.merged, what, ": '", part, "' is merged into the base's weights, where no composition can ",
+                "use it; unmerge it first");
     // The library drops out the Fuse's scores while it trains.
     TORCH_CHECK(!adapter.trainable || fusion_names(composition.tree).empty(), what, ": '", part, "' is trained, and '",
                 composition.name, "', ", composition_to_string(composition.tree), ", has a Fuse, in which no adapter ",
@@ -81,8 +81,8 @@ std::vector<NamedComposition> read_compositions(const Module& adapters_module) {
   }
   const auto names = adapters_module.attr("composition_names").toListRef();
   const auto trees = adapters_module.attr("compositions").toListRef();
-  TORCH_CHECK(names.size() == trees.size(), "expected as many compositions as names of such, got ", trees.size(),
-              " and ", names.size());
+  TORCH_CHECK(names.size() == trees.size(), "expected as many compositions as their names, got ", trees.size(), " and ",
+              names.size());
   for (size_t i = 0; i < names.size(); ++i) {
     result.push_back({names[i].toStringRef(), composition_from_json(trees[i].toStringRef())});
   }

@@ -1,6 +1,6 @@
 #pragma once
 
-#include <torchgraft/config/composition.h>
+#include <torchgraft/config/composition_string.h>
 #include <torchgraft/patch/adapters/adapter.h>
 
 #include <torch/csrc/jit/api/module.h>

@@ -3,6 +3,7 @@
 #include <torchgraft/patch/adapters/make_adapter.h>
 #include <torchgraft/patch/graph/no_warnings.h>
 #include <torchgraft/plan/save_adapter_hub.h>
+#include <torchgraft/plan/saved_config.h>
 
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>

@@ -53,7 +53,7 @@ void collect_appends(const std::shared_ptr<Graph>& graph) {
     Node* whole = graph->create(c10::prim::ListConstruct, list->inputs(), 1)->insertBefore(appends.back());
     whole->output()->copyMetadata(list->output());
     for (Node* append : appends) {
-      whole->addInput(append->input(1));
+      whole->addInput(append->namedInput("el"));
       append->destroy();
     }
     replace_node(list, {whole->output()});

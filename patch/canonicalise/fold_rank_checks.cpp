@@ -46,7 +46,7 @@ bool fold_identities(const std::shared_ptr<Graph>& graph) {
     if (!is && node->kind() != c10::aten::__isnot__) {
       return;
     }
-    if (const auto identical = are_identical(node->input(0), node->input(1))) {
+    if (const auto identical = are_identical(node->namedInput("self"), node->namedInput("obj"))) {
       torch::jit::WithInsertPoint guard(node);
       node->output()->replaceAllUsesWith(graph->insertConstant(*identical == is));
       node->destroy();

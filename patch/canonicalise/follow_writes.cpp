@@ -76,7 +76,7 @@ bool is_same_part(Value* a, Value* b, bool elements_stay) {
 // What writes `source` into whole[..., start:end:step]. Replaces `writer`, a copy_ into that slice.
 Node* insert_index_copy(Graph& graph, Node* writer, Node* slice) {
   torch::jit::WithInsertPoint guard(writer);
-  Value* view = writer->input(0);
+  Value* view = writer->namedInput("self");
   Value* whole = before_whole_slices(slice->namedInput("self"));
   Value* dim = slice->namedInput("dim");
   Value* size = graph.insert(c10::aten::size, {whole, dim});
@@ -98,7 +98,7 @@ Node* whole_writer(Graph& graph, Node* writer) {
   if (is_aten(writer, {"index_copy", "index_put", "scatter"})) {
     return writer;
   }
-  Node* slice = before_whole_slices(writer->input(0))->node();
+  Node* slice = before_whole_slices(writer->namedInput("self"))->node();
   const bool is_slice = is_aten(writer, {"copy"}) && is_aten(slice, {"slice"}) && is_tensor(slice->input(0)) &&
                         constant_int(slice->namedInput("dim")).has_value() && is_tensor(writer->input(1));
   return is_slice ? insert_index_copy(graph, writer, slice) : nullptr;
@@ -106,7 +106,7 @@ Node* whole_writer(Graph& graph, Node* writer) {
 
 // Gives what reads the written tensor behind `writer`, in its block, the writer's result.
 void read_result(Node* writer, bool elements_stay) {
-  Value* written = writer->input(0);
+  Value* written = writer->namedInput("self");
   Block* block = writer->owningBlock();
   const auto replace = [&](Node* reader) {
     for (size_t i = 0; i < reader->inputs().size(); ++i) {
@@ -136,7 +136,7 @@ void follow_writes(const std::shared_ptr<Graph>& graph) {
     assigns = assigns || node->kind() == c10::prim::SetAttr;
     elements_stay = elements_stay && !changes_given_container(node);
     const bool writes = is_in_place(node) && is_aten(node, {"copy", "index_copy", "index_put", "scatter"});
-    if (writes && node->outputs().size() == 1 && is_from_outside(node->input(0))) {
+    if (writes && node->outputs().size() == 1 && is_from_outside(node->namedInput("self"))) {
       writers.push_back(node);
     }
   });

@@ -158,7 +158,7 @@ Node* activation_of_scores(Node* product, SymbolicShapes& shapes) {
     return nullptr;
   }
   Node* activation = nullptr;
-  Node* node = product->input(0)->node();
+  Node* node = product->namedInput("self")->node();
   while (!is_aten(node, {"matmul", "bmm", "baddbmm"})) {
     const bool activates =
         is_aten(node, {"relu", "sigmoid", "square", "silu", "gelu", "softplus", "elu", "leaky_relu", "tanh", "pow"});

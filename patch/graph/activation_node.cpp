@@ -28,7 +28,7 @@ std::string activation_name(const Node* node) {
   if (node->kind() != c10::aten::gelu || node->inputs().size() != 2) {
     return "";
   }
-  const auto approximate = torch::jit::toIValue(node->input(1));
+  const auto approximate = torch::jit::toIValue(node->namedInput("approximate"));
   if (!approximate || !approximate->isString()) {
     return "";
   }

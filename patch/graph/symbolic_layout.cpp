@@ -254,7 +254,7 @@ std::optional<Shape> repeated(const Node* node, Shape from) {
 }  // namespace
 
 std::optional<Shape> shape_of_written(SymbolicShapes& shapes, const Node* node) {
-  if (const auto known = shapes.shape(node->input(0))) {
+  if (const auto known = shapes.shape(node->namedInput("self"))) {
     return known;
   }
   std::optional<Shape> result;
@@ -285,7 +285,7 @@ std::optional<Shape> shape_of_written(SymbolicShapes& shapes, const Node* node) 
     return std::nullopt;
   }
   (*result)[*dim] = shapes.fresh();
-  shapes.assume(node->input(0), *result);
+  shapes.assume(node->namedInput("self"), *result);
   return result;
 }
 

@@ -50,7 +50,8 @@ ComposedState BottleneckComposer::pre_block(const Composition& block, ComposedSt
   const ComposedPart* first = find(name);
   if (!first) {
     refuse("'" + name + "' comes first in " + composition_to_string(block) +
-           " and does nothing there, but the adapters library reads from it how; put another adapter first");
+           " and does nothing there, but the first adapter tells the adapters library how the block reads its input; "
+           "put another adapter first");
   }
   return pre_forward(*first, state);
 }
@@ -197,7 +198,8 @@ ComposedState BottleneckComposer::fuse(const Composition& block, ComposedState s
   const ComposedPart* last = find(name);
   if (!last) {
     refuse("'" + name + "' comes last in " + composition_to_string(block) +
-           " and does nothing there, but the adapters library reads from it how; put another adapter last");
+           " and does nothing there, but the last adapter tells the adapters library how a Fuse reads its input; "
+           "put another adapter last");
   }
   const AdapterFusion* fusion = inserter_.find_fusion(fusion_name(block));
   const bool has_weights = fusion && fusion->weights.count({last->slot->number, last->slot->site}) > 0;
@@ -232,7 +234,7 @@ Value* BottleneckComposer::operator()(const Composition& tree, Value* branch, Va
   state.is_branch = true;
   state = compose(tree, state);
   if (!state.last) {
-    refuse("the adapters library finds no adapter that comes last, and cannot run it");
+    refuse("the adapters library finds no last adapter in it, and cannot run it");
   }
   // post_forward; the model adds the residual and takes the norm.
   return config_of(*state.last).is_parallel ? graph_.insert(c10::aten::add, {state.hidden, branch}) : state.hidden;

@@ -22,7 +22,7 @@ void check_composed_loras(const ComposedSite& site, const LinearSite& linear) {
   for (const auto& [name, part] : site.parts) {
     const auto& lora = std::get<PlannedLoRA>(part.module->method);
     TORCH_CHECK(!lora.config.lora_bias, begin, "the LoRA of '", name,
-                "' has a bias, as only PEFT has it, and PEFT has no compositions; use it alone");
+                "' has a bias, which only LoRAs of PEFT have, and PEFT has no compositions; use it alone");
   }
 }
 
@@ -62,7 +62,7 @@ ComposedState LoraComposer::single(const ComposedPart& part, ComposedState state
     return state;
   }
   if (state.hidden && planned.in_features != planned.out_features) {
-    refuse("a LoRA behind another reads what that has made, so that the adapters library needs a square weight; got " +
+    refuse("a LoRA behind another reads its result, for which the adapters library needs a square weight, got " +
            std::to_string(planned.in_features) + " features in and " + std::to_string(planned.out_features) + " out");
   }
   Value* x = state.hidden ? state.hidden : state.input;
@@ -79,7 +79,7 @@ ComposedState LoraComposer::single(const ComposedPart& part, ComposedState state
 void LoraComposer::check_are_alike(const std::vector<ComposedState>& states, const char* block) const {
   for (const ComposedState& state : states) {
     if (state.tokens != states.front().tokens) {
-      refuse(std::string("the adapters library cannot join what (IA)^3 and a LoRA make, as this ") + block +
+      refuse(std::string("the adapters library cannot join results of (IA)^3 and of a LoRA, as this ") + block +
              " does; compose adapters of one kind");
     }
   }
@@ -110,7 +110,7 @@ Value* LoraComposer::operator()(const Composition& tree, Value* x, Value* base) 
   state.residual = base;
   state = compose(tree, state);
   if (!state.last || !state.hidden) {
-    refuse("the adapters library finds no adapter that comes last, and cannot run it");
+    refuse("the adapters library finds no last adapter in it, and cannot run it");
   }
   const Slot& slot = *state.last->slot;
   if (slot.lora == LoRAForm::kScale) {

@@ -153,14 +153,14 @@ ComposedState Composer::mean(const std::vector<ComposedState>&, const std::vecto
 
 ComposedState Composer::split(const Composition& block, ComposedState state) {
   if (has_any(block)) {
-    refuse("the adapters library has Split for bottlenecks only; use it with adapters that are such");
+    refuse("the adapters library has Split for bottlenecks only; use it with bottlenecks");
   }
   return state;
 }
 
 ComposedState Composer::fuse(const Composition& block, ComposedState state) {
   if (has_any(block)) {
-    refuse("the adapters library has Fuse for bottlenecks only; use it with adapters that are such");
+    refuse("the adapters library has Fuse for bottlenecks only; use it with bottlenecks");
   }
   return state;
 }

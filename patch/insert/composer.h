@@ -1,6 +1,6 @@
 #pragma once
 
-#include <torchgraft/config/composition.h>
+#include <torchgraft/config/composition_string.h>
 #include <torchgraft/patch/adapters/adapter_bank.h>
 #include <torchgraft/patch/insert/inserter.h>
 
@@ -37,7 +37,7 @@ struct ComposedState {
   bool is_branch = false;  // bottleneck: `hidden` is the branch as the model computes it
   bool has_up = false;     // bottleneck: the library's bottleneck_up is there
   int64_t tokens = 0;      // prefix: the length of its keys; LoRA: 1 for a vector that (IA)^3 has made for all tokens
-  int64_t first_rows = 0;  // behind a BatchSplit: of its first part, and of that one's first part if it is such
+  int64_t first_rows = 0;  // behind a BatchSplit: of its first part; of nested ones, of the innermost first part
   int64_t split_rows = 0;  // behind a BatchSplit: of all of its parts; else 0
 };
 

@@ -29,17 +29,17 @@ bool is_dense_parameter(const Value* value, int64_t dimensions, const Module& mo
 }
 
 bool can_be_fused(const Node* node, const Module& module) {
-  if (node->kind() != c10::aten::linear || !is_dense_parameter(node->input(1), 2, module)) {
+  if (node->kind() != c10::aten::linear || !is_dense_parameter(node->namedInput("weight"), 2, module)) {
     return false;
   }
-  if (is_none(node->input(2))) {
+  if (is_none(node->namedInput("bias"))) {
     return true;
   }
-  if (!is_dense_parameter(node->input(2), 1, module)) {
+  if (!is_dense_parameter(node->namedInput("bias"), 1, module)) {
     return false;
   }
-  const at::Tensor weight = resolve_tensor(node->input(1), module);
-  const at::Tensor bias = resolve_tensor(node->input(2), module);
+  const at::Tensor weight = resolve_tensor(node->namedInput("weight"), module);
+  const at::Tensor bias = resolve_tensor(node->namedInput("bias"), module);
   return bias.size(0) == weight.size(0) && bias.scalar_type() == weight.scalar_type();
 }
 

@@ -26,7 +26,7 @@ class CompositionInserter {
         bottlenecks_(bottlenecks),
         attentions_(attentions) {}
 
-  // Inserts all compositions of the inserter. Throws c10::Error where one cannot be had.
+  // Inserts all compositions of the inserter. Throws c10::Error for one that cannot be inserted.
   void operator()(const std::vector<Slot>& slots, const std::vector<SlotRun>& runs);
 
   // The gates that were inserted, and what they are of.

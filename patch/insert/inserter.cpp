@@ -21,8 +21,7 @@ using torch::jit::WithInsertPoint;
 
 namespace {
 
-// 4 is torch.int64: TorchScript that is compiled in C++ has no name for it. What is wrong in other ways is told by the
-// operators.
+// 4 is torch.int64: TorchScript that is compiled in C++ has no name for it. The operators check the rest.
 constexpr const char* kPlainRows = R"python(
 def plain_ids(adapter_ids: Optional[Tensor], adapters: int, ids: int) -> Optional[Tensor]:
     if adapter_ids is None:

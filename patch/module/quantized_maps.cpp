@@ -35,10 +35,10 @@ at::Tensor matrix_of(const Value* weight, const Module& module) {
   }
   const Node* node = weight->node();
   if (is_aten(node, {"detach", "alias", "contiguous", "clone"})) {
-    return matrix_of(node->input(0), module);
+    return matrix_of(node->namedInput("self"), module);
   }
   const bool exchanges = is_aten(node, {"t", "numpy_T", "transpose"});
-  const at::Tensor tensor = exchanges ? matrix_of(node->input(0), module) : at::Tensor();
+  const at::Tensor tensor = exchanges ? matrix_of(node->namedInput("self"), module) : at::Tensor();
   if (!tensor.defined() || tensor.dim() != 2) {
     return {};
   }

@@ -62,8 +62,8 @@ Value* behind_dropout(Value* value) {
 int64_t vocabulary_of(SiteFinder& finder, Value* embeddings) {
   int64_t result = 0;
   for (Node* lookup : lookups_behind(embeddings)) {
-    const auto table = finder.shapes().shape(lookup->input(0));
-    const bool is_of_argument = strip_passive(lookup->input(1))->node()->kind() == c10::prim::Param;
+    const auto table = finder.shapes().shape(lookup->namedInput("weight"));
+    const bool is_of_argument = strip_passive(lookup->namedInput("indices"))->node()->kind() == c10::prim::Param;
     if (is_of_argument && table && !table->empty() && table->front().is_constant()) {
       result = std::max(result, table->front().factor);
     }
@@ -159,7 +159,7 @@ std::string embeddings_of(SiteFinder& finder, const std::shared_ptr<torch::jit::
   const auto shape = finder.shapes().shape(read);
   if (shape && is_norm(read->node()) && strip_passive(read->node()->namedInput("input")) == strip_passive(site.value) &&
       !finder.shapes().shape(site.value)) {
-    finder.shapes().assume(site.value, *shape);  // forward's caller gives it: only what the norm makes of it is known
+    finder.shapes().assume(site.value, *shape);  // an argument of forward has the shape of its norm's result
   }
   const bool is_input = site.value->node()->kind() == c10::prim::Param;
   if ((!is_input && !finder.is_top_level(site.value->node())) || !finder.layout_of(site.value, site.sequence_first)) {

@@ -56,7 +56,7 @@ Value* candidate_of(const Layer& layer, const LayerSites& sites) {
                                    : behind(attention_is_last ? *sites.attention_residual : *sites.ffn_residual);
 }
 
-// Why the layer has no end; empty where it has one, which is entered.
+// Why the layer has no end; empty where it has one, which is then entered in it.
 std::string enter_end(const Layer& layer, LayerSites& sites, const Graph& graph) {
   if (layer.kind != AttentionKind::kSelf) {
     return "the model has an encoder and a decoder, in which the adapters library counts positions by the encoder's "
@@ -80,7 +80,7 @@ std::string enter_end(const Layer& layer, LayerSites& sites, const Graph& graph)
   std::erase(inner, end);
   for (Node* reader : readers(inner, end, graph)) {
     if (reader == graph.return_node() || reader->isAfter(end->node())) {
-      return "something else than its last sum or norm leaves the layer: " + described(reader);
+      return "something other than its last sum or norm leaves the layer: " + described(reader);
     }
   }
   sites.end = LayerEnd{end, sites.ffn_residual->sequence_first};
@@ -98,7 +98,7 @@ bool check_next(Layer& layer, LayerSites& sites, const LayerSites& next, const G
     return false;
   }
   const bool is_behind = readers({sites.end->value}, nullptr, graph).count(in_own_block(next.attention, graph)) > 0;
-  layer.end_note = "the next layer reads something else than its last sum or norm";
+  layer.end_note = "the next layer reads something other than its last sum or norm";
   sites.end.reset();
   return !is_behind;
 }

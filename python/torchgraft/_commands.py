@@ -9,12 +9,11 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -36,10 +35,11 @@ from ._files import (
     write_whole,
 )
 from ._layers import ROLES, blocks_of, patterns_of, slots_of
-from ._libraries import load_others, patcher
+from ._libraries import load_others, version_text
 from ._operators import operators_of, ranges
 from ._optimize_command import optimize_command
 from ._quantize_command import quantize_command
+from ._steps import show_detail, showing_steps, step
 from ._tuning import DTYPES, FEATURES, OPS, TOKENS, measure
 from .adapter_hub import ADAPTER_FILES
 from .configs import config_argument, is_there
@@ -76,7 +76,8 @@ def run(arguments: argparse.Namespace) -> None:
         warnings.simplefilter("default")
         _check_keeps_inputs(arguments)
         load_others(getattr(arguments, "library", []))
-        command(arguments)
+        with showing_steps(arguments, version_text):
+            command(arguments)
     for warning in caught:
         if issubclass(warning.category, UserWarning):
             print(f"warning: {printable(warning.message)}", file=sys.stderr)
@@ -97,28 +98,6 @@ def _check_keeps_inputs(arguments: argparse.Namespace) -> None:
     check_keeps_inputs(inputs, outputs, getattr(arguments, "force", None))
 
 
-def version_text() -> str:
-    """Returns the versions, and which kernels the operators run here."""
-    core = patcher()
-    mode = core.kernel_mode().name.lower()
-    return (
-        f"torchgraft {core.version()}, torch {torch.__version__}, Python {sys.version.split()[0]}; "
-        f"kernels: {mode}, {core.kernel_instruction_set()}"
-    )
-
-
-@contextlib.contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
-    """Yields a function that shows a text as the current step. On a stream that is no terminal, or if the user wants
-    it quiet, it shows nothing."""
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield lambda text: None
-        return
-    with console.status("") as status:
-        yield status.update
-
-
 def add(arguments: argparse.Namespace) -> None:
     """Grafts adapters onto the module of a file, and writes another file, whole or not at all.
 
@@ -129,13 +108,10 @@ def add(arguments: argparse.Namespace) -> None:
     """
     check_script_output(arguments.output)
     started = time.perf_counter()
-    with _progress(arguments.quiet) as show:
-        show(f"loading {arguments.base}")
-        base = load_module(arguments.base)
-        show("grafting")
+    base = load_module(arguments.base)
+    with step("grafting"):
         grafted = _graft_all(base, arguments)
-        show(f"saving {arguments.output}")
-        save_module(grafted, arguments.output, extra_files(arguments.base))
+    save_module(grafted, arguments.output, extra_files(arguments.base))
     say(arguments, _summary(base, grafted, arguments.output, time.perf_counter() - started))
 
 
@@ -222,20 +198,23 @@ def _inspect(arguments: argparse.Namespace) -> None:
     if arguments.svg:
         check_writable(arguments.svg)
     module = load_module(arguments.base)
-    structure = inspect_module(module, sites=arguments.sites)
+    with step("finding layers"):
+        structure = inspect_module(module, sites=arguments.sites)
     drawn = arguments.svg is not None and bool(structure["layers"])
     if drawn:
         _save_picture(module, structure, arguments)
-    if arguments.json:
-        print(json.dumps(structure, indent=2))
-    elif drawn:
+    if drawn and not arguments.json:
         print(f"{arguments.svg}: written")
     else:
         # What is wrong with --config is said before anything is printed.
         planned = _planned(module, arguments) if arguments.config and structure["layers"] else module
-        _print_structure(module, structure, arguments.all)
-        if is_grafted(planned):
-            table_console().print(_operator_table(planned, arguments.config))
+        operators = operators_of(planned) if is_grafted(planned) else None
+        if arguments.json:
+            print(json.dumps(structure | ({} if operators is None else {"operators": operators}), indent=2))
+        else:
+            _print_structure(module, structure, arguments.all)
+            if operators is not None:
+                table_console().print(_operator_table(operators, arguments.config))
     if not structure["layers"]:
         raise GraftError(f"{arguments.base}: no attention was found")
 
@@ -253,8 +232,8 @@ def tune(arguments: argparse.Namespace) -> None:
     count = len(OPS) * len(DTYPES) * len(tokens) * len(features)
     if not arguments.quiet:
         print(f"tune: {count} measurements, at least {count * arguments.seconds:.0f} s", file=sys.stderr, flush=True)
-    with _progress(arguments.quiet) as show:
-        table = measure(arguments.seconds, tokens, features, show)
+    with step("measuring"):
+        table = measure(arguments.seconds, tokens, features, show_detail)
     write_whole((json.dumps(table, indent=1) + "\n").encode(), arguments.output)
     for op in OPS:
         mine = [entry for entry in table["measurements"] if entry["op"] == op]
@@ -283,7 +262,8 @@ def _planned(module: torch.jit.ScriptModule, arguments: argparse.Namespace) -> t
     locations and fusion."""
     taken = names_of(module)
     name = next(name for name in map("planned_{}".format, range(len(taken) + 1)) if name not in taken)
-    return graft(module, config_argument(arguments.config), name, verify=False, sites=arguments.sites)
+    with step(f"grafting {arguments.config}"):
+        return graft(module, config_argument(arguments.config), name, verify=False, sites=arguments.sites)
 
 
 def _print_structure(module: torch.jit.ScriptModule, structure: dict[str, Any], every_layer: bool = False) -> None:
@@ -316,14 +296,14 @@ def _notes(layers: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _operator_table(module: torch.jit.ScriptModule, config: str | None) -> Table:
+def _operator_table(operators: dict[str, dict[str, list[int]]], config: str | None) -> Table:
     """Tabulates the operator of each slot. gated_lora_linear computes a projection and its LoRA,
     gated_bottleneck_linear a linear map and its parallel bottleneck; the other operators compute an adapter alone."""
     table = Table(title="operators" + (f" with {config}" if config else ""))
     for heading in ("slot", "operator", "layers"):
         table.add_column(heading, overflow="fold")
-    for slot, operators in operators_of(module).items():
-        for operator, numbers in operators.items():
+    for slot, computing in operators.items():
+        for operator, numbers in computing.items():
             table.add_row(*map(Text, (slot, operator, ranges(numbers))))
     return table
 

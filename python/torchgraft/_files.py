@@ -10,6 +10,7 @@ import torch
 
 from ._kinds import Kind, kind_of
 from ._libraries import patcher
+from ._steps import step
 from .adapter_hub import ADAPTER_FILES
 from .errors import GraftError, one_line
 from .grafting import with_short_errors
@@ -54,11 +55,12 @@ def load_module(path: str | Path) -> torch.jit.ScriptModule:
         raise GraftError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
     try:
         kind = kind_of(path)
-        if kind is Kind.PROGRAM:
-            return load_program(path)
-        if kind is Kind.SCRIPT:
-            _check_records(path)
-        return with_short_errors(torch.jit.load(str(path), map_location="cpu"))
+        with step(f"loading {path}"):
+            if kind is Kind.PROGRAM:
+                return load_program(path)
+            if kind is Kind.SCRIPT:
+                _check_records(path)
+            return with_short_errors(torch.jit.load(str(path), map_location="cpu"))
     except (RuntimeError, ValueError, OSError) as error:
         if isinstance(error, GraftError):
             raise
@@ -164,7 +166,8 @@ def save_module(module: torch.jit.ScriptModule, path: Path, extra: dict[str, byt
         GraftError: the file cannot be written.
     """
     check_script_output(path)
-    write_whole(module.save_to_buffer(_extra_files=extra or {}), path)
+    with step(f"writing {path}"):
+        write_whole(module.save_to_buffer(_extra_files=extra or {}), path)
 
 
 def write_whole(content: bytes, path: Path) -> None:

@@ -126,3 +126,13 @@ def patcher() -> ModuleType:
         return module
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     raise ImportError(f"torchgraft: no _C module for Python {version} was found in {folder}; {_REMEDY}")
+
+
+def version_text() -> str:
+    """Returns the versions, and which kernels the operators run here."""
+    core = patcher()
+    mode = core.kernel_mode().name.lower()
+    return (
+        f"torchgraft {core.version()}, torch {torch.__version__}, Python {sys.version.split()[0]}; "
+        f"kernels: {mode}, {core.kernel_instruction_set()}"
+    )

@@ -13,6 +13,7 @@ from ._console import say, table_console
 from ._example import read_example
 from ._files import check_script_output, check_writable, extra_files, load_module, save_module
 from ._reading import parse_json
+from ._steps import show_detail, step
 from ._text import load_tokenizer, of_texts, text_arguments, text_limits
 from .adapter_training import freeze_adapter, unfreeze_adapter
 from .checkpoints import load_adapter, match_adapter, save_adapter
@@ -42,7 +43,8 @@ def load(arguments: argparse.Namespace) -> None:
     """Writes a file with the adapter of a directory added or, with --force, in place of the adapter of that name."""
     check_script_output(arguments.output)
     base = load_module(arguments.base)
-    module = load_adapter(base, arguments.directory, arguments.name, arguments.trainable)
+    with step("grafting"):
+        module = load_adapter(base, arguments.directory, arguments.name, arguments.trainable)
     replaced = len(names_of(module)) == len(names_of(base))
     if replaced and not arguments.force:
         name = f"'{arguments.name}'" if arguments.name else "that directory's name"
@@ -94,7 +96,10 @@ def _write(module: torch.jit.ScriptModule, arguments: argparse.Namespace, done: 
 
 def _changed(arguments: argparse.Namespace, done: str, change: Any, *values: Any, **options: Any) -> None:
     check_script_output(arguments.output)
-    _write(change(_load_grafted(arguments.base), *values, **options), arguments, done)
+    module = _load_grafted(arguments.base)
+    with step(arguments.command):
+        changed = change(module, *values, **options)
+    _write(changed, arguments, done)
 
 
 def _changed_state(arguments: argparse.Namespace, state: str, wanted: bool, done: str, change: Any) -> None:
@@ -104,8 +109,10 @@ def _changed_state(arguments: argparse.Namespace, state: str, wanted: bool, done
     name = arguments.name
     if any(info.name == name and getattr(info, state) == wanted for info in life.list_adapters(module)):
         _write(module, arguments, f"nothing to do, '{name}' is {done} already")
-    else:
-        _write(change(module, name), arguments, f"'{name}' is now {done}")
+        return
+    with step(arguments.command):
+        changed = change(module, name)
+    _write(changed, arguments, f"'{name}' is now {done}")
 
 
 def remove(arguments: argparse.Namespace) -> None:
@@ -171,7 +178,8 @@ def ungraft(arguments: argparse.Namespace) -> None:
 def verify(arguments: argparse.Namespace) -> None:
     """Compares the parts of a file that must agree; says what could not be compared."""
     module = _load_grafted(arguments.base)
-    left_out = life.verify(module, read_example(arguments.example))
+    with step("comparing"):
+        left_out = life.verify(module, read_example(arguments.example))
     if left_out:
         raise GraftError("; ".join(f"{arguments.base}: {reason}" for reason in left_out))
     names = ", ".join(names_of(module))
@@ -196,6 +204,7 @@ def gates(arguments: argparse.Namespace) -> None:
     limits = text_limits(module)
     found = []
     for begin in range(0, len(texts), _BATCH):
+        show_detail(f"texts {begin + 1} to {min(begin + _BATCH, len(texts))} of {len(texts)}")
         encodings = tokenizer.encode_batch(texts[begin : begin + _BATCH])
         for number, encoding in enumerate(encodings, begin + 1):
             limits.check([token for token, real in zip(encoding.ids, encoding.attention_mask, strict=True) if real],

@@ -9,16 +9,16 @@ _SLOT_PATH = re.compile(r"adapters\.layer_(\d+)\.([^.]+)\.[^.]+")
 
 
 def operators_of(module: torch.jit.ScriptModule) -> dict[str, dict[str, list[int]]]:
-    """Returns {slot ("selfattn_lora_q"): {operator ("gated_lora_linear"): layers}}. A layer occurs as often as the
-    graph runs it. A slot that only ATen calls compute is missing."""
-    found: dict[str, dict[str, list[int]]] = {}
+    """Returns {slot ("selfattn_lora_q"): {operator ("gated_lora_linear"): layers}}. A slot that only ATen calls compute
+    is missing."""
+    found: dict[str, dict[str, set[int]]] = {}
     for node in _nodes(module.grafted_forward.graph):
         kind = node.kind()
         slots = {match.groups() for value in node.inputs() if (match := _SLOT_PATH.fullmatch(_path_of(value)))}
         if kind.startswith("torchgraft::"):
             for layer, slot in slots:
-                found.setdefault(slot, {}).setdefault(kind.removeprefix("torchgraft::"), []).append(int(layer))
-    return {slot: found[slot] for slot in sorted(found)}
+                found.setdefault(slot, {}).setdefault(kind.removeprefix("torchgraft::"), set()).add(int(layer))
+    return {slot: {name: sorted(layers) for name, layers in found[slot].items()} for slot in sorted(found)}
 
 
 def _nodes(block: torch._C.Block) -> Iterator[torch._C.Node]:

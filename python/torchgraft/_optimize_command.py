@@ -5,6 +5,7 @@ import argparse
 from ._console import say
 from ._example import read_example
 from ._files import check_script_output, extra_files, load_module, save_module
+from ._steps import step
 from .optimization import optimize
 
 
@@ -17,6 +18,7 @@ def optimize_command(arguments: argparse.Namespace) -> None:
     check_script_output(arguments.output)
     module = load_module(arguments.base)
     example = read_example(arguments.example)
-    result = optimize(module, exact_base=arguments.exact_base, example=example)
+    with step("optimising"):
+        result = optimize(module, exact_base=arguments.exact_base, example=example)
     save_module(result, arguments.output, extra_files(arguments.base))
     say(arguments, f"{arguments.output}: optimised; it needs libtorchgraft.so")

@@ -1,6 +1,8 @@
-"""The command quantize of scripts/graft.py."""
+"""The command quantize of torchgraft."""
 
 import argparse
+import json
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from rich.table import Table
 from ._console import say, table_console
 from ._example import read_example, text_example
 from ._files import check_script_output, extra_files, load_module, save_module
+from ._steps import step
 from .errors import GraftError
 from .grafting import is_grafted
 from .quantization import LinearMap, linear_maps, quantization_error, quantize
@@ -24,14 +27,25 @@ def quantize_command(arguments: argparse.Namespace) -> None:
     module = load_module(arguments.base)
     example, why_not = _example(arguments, module)
     maps = linear_maps(module, skip=arguments.skip)
-    result = quantize(module, skip=arguments.skip)
-    measured = quantization_error(module, example, skip=arguments.skip) if example is not None else []
-    difference = _result_difference(module, result, example) if example is not None else None
+    with step("quantising"):
+        result = quantize(module, skip=arguments.skip)
+    measured: list[LinearMap] = []
+    difference = None
+    if example is not None:
+        with step("measuring the error"):
+            measured = quantization_error(module, example, skip=arguments.skip)
+            difference = _result_difference(module, result, example)
     before = arguments.base.stat().st_size
     save_module(result, arguments.output, extra_files(arguments.base))
-    if not arguments.quiet:
-        _print(maps, measured)
     after = arguments.output.stat().st_size
+    maps = _with_errors(maps, measured)
+    if arguments.json:
+        entries = [vars(entry) for entry in maps]
+        print(json.dumps({"linear_maps": entries, "bytes_before": before, "bytes_after": after,
+                          "change_of_result": difference}, indent=2))  # fmt: skip
+        return
+    if not arguments.quiet:
+        _print(maps)
     say(arguments, f"{arguments.output}: {_count(maps)}; {before / 1e6:.1f} MB before, {after / 1e6:.1f} MB after")
     if difference is None:
         say(arguments, f"no error was measured: {why_not}")
@@ -70,14 +84,17 @@ def _numbers(result: Any) -> torch.Tensor:
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
 
-def _print(maps: list[LinearMap], measured: list[LinearMap]) -> None:
+def _with_errors(maps: list[LinearMap], measured: list[LinearMap]) -> list[LinearMap]:
     errors = {(entry.path, entry.roles): entry.error for entry in measured}
+    return [replace(entry, error=errors.get((entry.path, entry.roles))) for entry in maps]
+
+
+def _print(maps: list[LinearMap]) -> None:
     table = Table()
     for heading in ("linear map", "role", "size", "error"):
         table.add_column(heading, justify="right" if heading in ("size", "error") else "left")
     for entry in maps:
-        error = errors.get((entry.path, entry.roles))
-        shown = entry.kept or ("" if error is None else f"{error:.2%}")
+        shown = entry.kept or ("" if entry.error is None else f"{entry.error:.2%}")
         table.add_row(
             entry.path or "(a constant)", ", ".join(entry.roles), f"{entry.out_features} x {entry.in_features}", shown
         )

@@ -73,5 +73,10 @@ def remove_adapter_fusion(module: torch.jit.ScriptModule, name: str) -> torch.ji
 
 
 def list_adapter_fusions(module: torch.jit.ScriptModule) -> list[str]:
-    """Returns the names of the module's AdapterFusion layers."""
+    """Returns the names of the module's AdapterFusion layers.
+
+    Raises:
+        GraftError: nothing is grafted onto `module`.
+        TypeError: `module` is not TorchScript.
+    """
     return patcher().list_adapter_fusions(cpp_module(module))

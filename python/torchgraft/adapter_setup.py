@@ -30,8 +30,8 @@ def save_adapter_setup(
     """Writes a composition and its adapters into a directory that load_adapter_setup() of this package and of
     `adapters==1.3.0` read.
 
-    The directory gets adapter_setup.json and, for each adapter, a directory of its name, as save_adapter() writes it;
-    so have the AdapterFusion layers of each Fuse. adapter_setup.json comes last.
+    The directory gets adapter_setup.json and, for each adapter, a directory of its name, as save_adapter() writes it.
+    The AdapterFusion layers of each Fuse get one, too. adapter_setup.json comes last.
 
     Args:
         module: a grafted module with the composition.

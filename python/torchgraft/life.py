@@ -52,7 +52,12 @@ class AdapterInfo:
 
 def list_adapters(module: torch.jit.ScriptModule) -> list[AdapterInfo]:
     """Returns the adapters, and behind them the compositions, in the order of adapter_names(): the position is the
-    number in adapter_ids."""
+    number in adapter_ids.
+
+    Raises:
+        GraftError: nothing is grafted onto `module`.
+        TypeError: `module` is not TorchScript.
+    """
     return [AdapterInfo(**entry) for entry in patcher().list_adapters(cpp_module(module))]
 
 
@@ -187,6 +192,11 @@ def lower(module: torch.jit.ScriptModule, *, verify: bool = True, example: Any =
         verify: run both modules and compare the base's and all adapters' results. A warning says what could not be
             compared.
         example: for `verify`: inputs, as graft() takes them.
+
+    Raises:
+        GraftError: nothing is grafted onto `module`, the base itself calls an operator of torchgraft that has no ATen
+            form, or results differ.
+        TypeError: `module` is not TorchScript.
     """
     return module_with_warnings(patcher().lower(cpp_module(module), verify, example_arguments(example)))
 
@@ -196,6 +206,10 @@ def ungraft(module: torch.jit.ScriptModule, *, verify: bool = True, example: Any
 
     If the module has, or had, a trainable adapter, the base's parameters require no gradients: grafting has switched
     them off. `verify` and `example`: as for lower().
+
+    Raises:
+        GraftError: nothing is grafted onto `module`, or results differ.
+        TypeError: `module` is not TorchScript.
     """
     return module_with_warnings(patcher().ungraft(cpp_module(module), verify, example_arguments(example)))
 

@@ -82,7 +82,7 @@ def quantization_error(module: torch.jit.ScriptModule, example: Any, *, skip: Se
 
 
 def linear_maps(module: torch.jit.ScriptModule, *, skip: Sequence[str] = ()) -> list[LinearMap]:
-    """Returns all linear maps of forward in execution order: what quantize() does with each.
+    """Returns all linear maps of forward in execution order: what quantize() does with each. `skip`: as there.
 
     Raises:
         GraftError: as quantize() does.

@@ -46,8 +46,6 @@ def check_tune(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -
 def check_inspect(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     if arguments.config is not None and not arguments.config.strip():
         parser.error("--config: expected a configuration's name (unipelt, mam, lora, ...) or a path, got an empty text")
-    if arguments.config and arguments.json and not arguments.svg:
-        parser.error("--config is for the table or a picture: leave out --json, or give --svg FILE too")
     if arguments.all and (arguments.json or arguments.svg):
         parser.error("--all is for the table: leave it out with --json and --svg")
     if arguments.svg and arguments.svg.suffix != ".svg":

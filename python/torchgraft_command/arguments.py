@@ -84,8 +84,12 @@ def add_common_arguments(name: str, parser: argparse.ArgumentParser) -> None:
             help="a library with operators that the model uses besides torch's; its code runs. May be given several "
             "times",
         )
+    if name == "completion":
+        return
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument("-v", "--verbose", action="store_true", help="tell versions, and each step with its seconds")
     if name not in SHOWING:
-        parser.add_argument(
+        amount.add_argument(
             "-q", "--quiet", action="store_true", help="do not say what was done; warnings and errors are still shown"
         )
 
@@ -367,5 +371,6 @@ def add_quantize_command(commands: argparse._SubParsersAction[Parser]) -> None:
         help="linear maps that stay as they are: a role (query, key, value, output, ffn_in, ffn_gate, ffn_out, other), "
         "a module path, or the path of a module around them. May be given several times",
     )
+    quantizing.add_argument("--json", action="store_true", help="print JSON")
     add_example_argument(quantizing, "measure the error")
     quantizing.add_argument("--force", action="store_true", help="write also over BASE.pt itself")

@@ -25,8 +25,8 @@ def main(program: str = "torchgraft") -> None:
     words, server_options = _split(sys.argv[1:])
     arguments = parser.parse_args(words)
     if arguments.version:
-        commands = _torchgraft(program)._commands
-        _guarded(program, lambda: print(commands.version_text()))
+        libraries = _torchgraft(program)._libraries
+        _guarded(program, lambda: print(libraries.version_text()))
         return
     if arguments.command is None:
         parser.print_help()

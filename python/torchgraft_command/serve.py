@@ -11,8 +11,10 @@ import argparse
 import asyncio
 import ctypes
 import os
+import shlex
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 from aiohttp import web
@@ -35,7 +37,7 @@ def run(program: str, arguments: argparse.Namespace) -> None:
     Args:
         arguments: the command line's: base, adapters (paths), tokenizer (path of a tokenizer.json or of its folder),
             server (path or None), address, port, max_body, max_tokens (number or None), drain_seconds, library
-            (paths), quiet, server_options (texts for the server's own command line).
+            (paths), quiet, verbose (bools), server_options (texts for the server's own command line).
     """
     try:
         tokenizer = _load_tokenizer(arguments.tokenizer)
@@ -84,6 +86,8 @@ async def _start(
     words = [str(arguments.base), "--adapters", str(arguments.adapters), "--drain-seconds",
              str(arguments.drain_seconds), *libraries, *arguments.server_options,
              "--address", "127.0.0.1", "--port", "0"]  # fmt: skip
+    if arguments.verbose:
+        print(f"starting {shlex.join([server, *words])}", file=sys.stderr, flush=True)
     process = await asyncio.create_subprocess_exec(
         server, *words, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, preexec_fn=_end_with_parent,
         start_new_session=True,  # Ctrl-C is for this process, which ends the server last

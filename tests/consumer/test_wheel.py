@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -29,14 +30,15 @@ def wheel_of(source: Path, folder: Path, *settings: str) -> Path:
     return wheel
 
 
-def installed(folder: Path, wheel: Path) -> Path:
-    """A fresh environment with the wheel; torch, which is large, is this environment's. Returns its Python."""
+def installed(folder: Path, *what: object) -> Path:
+    """A fresh environment with a wheel, or with what pip is told; torch, which is large, is this environment's. Returns
+    its Python."""
     run(sys.executable, "-m", "venv", "--clear", "--without-pip", folder)
     python = folder / "bin" / "python"
     packages = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip()
     Path(packages, "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
     Path(packages, "torch").symlink_to(Path(torch.__file__).parent)
-    run(*PIP, "--python", python, "install", "--no-deps", "--no-index", wheel)
+    run(*PIP, "--python", python, "install", "--no-deps", "--no-index", *what)
     return python
 
 
@@ -95,6 +97,24 @@ def test_the_wheel_has_the_command(python, tmp_path):
     assert done.returncode == 1 and done.stderr == f"torchgraft: error: {tmp_path / 'none.pt'}: no such file\n"
 
 
+def test_a_file_is_grafted_without_a_compiler(python, tmp_path):
+    """The only programs on the path are the environment's own."""
+    alone = OUTSIDE | {"PATH": str(python.parent)}
+    assert not any(shutil.which(name, path=alone["PATH"]) for name in ("g++", "gcc", "cc", "c++", "cmake", "ninja"))
+    outside(python, GRAFTS.replace("grafted.pt", "base.pt"), tmp_path)
+    command = [python.with_name("torchgraft"), "add", "base.pt", "-o", "out.pt", "--config", "lora", "--name", "other"]
+    done = attempt(*command, cwd=tmp_path, env=alone)
+    assert done.returncode == 0 and (tmp_path / "out.pt").exists(), done.stderr
+
+
+def test_an_editable_installation_follows_the_checkout(tmp_path):
+    built = f"-Ccmake.define.TORCHGRAFT_BUILT={BUILD}"
+    python = installed(tmp_path / "environment", "--no-build-isolation", built, "-e", ROOT)
+    done = outside(python, GRAFTS, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0] == str(ROOT / "python" / "torchgraft" / "__init__.py")
+
+
 def test_the_wheel_holds_what_hosts_need_and_no_more(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     binding = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
@@ -116,6 +136,18 @@ def test_nothing_of_the_building_machine_is_in_the_wheel(wheel, tmp_path):
     for file in tmp_path.rglob("*"):
         if file.suffix in (".cmake", ".txt", ".py", ".h"):
             assert [place for place in places if place in file.read_bytes()] == [], file
+
+
+def test_the_libraries_need_libtorch_and_the_system_only(wheel, tmp_path):
+    """Of the system: the C and C++ runtimes, and OpenMP's, which torch's wheel has beside LibTorch."""
+    system = {"ld-linux-x86-64.so.2", "libc.so.6", "libgcc_s.so.1", "libgomp.so.1", "libm.so.6", "libstdc++.so.6"}
+    libtorch = {"libc10.so", "libtorch.so", "libtorch_cpu.so", "libtorch_python.so"}
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    found = {library.name: library for library in tmp_path.rglob("*.so")}
+    for library in found.values():
+        needed = set(re.findall(r"\(NEEDED\)\s+Shared library: \[(.*)\]", run("readelf", "-d", library).stdout))
+        assert needed - system - libtorch - set(found) == set(), library
+    assert (Path(torch.__file__).parent / "lib" / "libgomp.so.1").exists()
 
 
 def test_the_wheel_asks_for_the_torch_that_it_was_built_with(wheel):
@@ -151,7 +183,7 @@ def test_a_host_builds_against_the_wheel_by_pkg_config(python, tmp_path):
 
 
 @pytest.mark.slow(seconds=300)
-@pytest.mark.parametrize("example", ["serve", "serve_aoti", "train_cpp", "server"])
+@pytest.mark.parametrize("example", ["serve", "serve_aoti", "generate", "train_cpp", "server"])
 def test_an_example_builds_against_the_wheel_alone(example, python, tmp_path):
     """CMAKE_PREFIX_PATH names the wheel; torch is found beside it, in its environment."""
     if example == "server" and not Path("/usr/include/microhttpd.h").exists():

@@ -7,7 +7,7 @@
 #include <torchgraft/config/config_json.h>
 #include <torchgraft/config/config_string.h>
 #include <torchgraft/config/head_config.h>
-#include <torchgraft/patch/pickle_tensors.h>
+#include <torchgraft/patch/module/pickle_tensors.h>
 #include <torchgraft/plan/plan.h>
 #include <torchgraft/plan/read_adapter_hub.h>
 #include <torchgraft/plan/safetensors.h>

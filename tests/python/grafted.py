@@ -3,6 +3,7 @@
 import functools
 import io
 
+import pytest
 import torch
 
 import torchgraft
@@ -35,6 +36,14 @@ def grafted(name: str, dtype: torch.dtype, config: str, gate_pooling: str = "all
 def canonicalised(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
     """The module as the patcher sees it, with nothing grafted."""
     return torch.jit._recursive.wrap_cpp_module(patcher().canonical_module(module._c))
+
+
+def check_refused(module: torch.jit.ScriptModule, messages: dict[str, str]) -> None:
+    """No configuration of `messages` can be grafted; the error holds the message."""
+    for config, message in messages.items():
+        with pytest.raises(torchgraft.GraftError) as error:
+            torchgraft.graft(module, config, "task")
+        assert message in str(error.value), config
 
 
 def reloaded(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:

@@ -1,5 +1,5 @@
-"""One model of the library with an adapter of each configuration, the grafted module that holds all of them, and what
-has to hold of the two: tests of methods call it."""
+"""One model of the library with an adapter of each configuration, and the grafted module that holds all of them. Tests
+of methods call its checks."""
 
 import json
 import tempfile
@@ -145,7 +145,7 @@ class LibraryBank:
 
 def check_learner(module: torch.jit.ScriptModule, own: int, least: float, **options: Any) -> Callable:
     """A step of AdamW on the adapter "learner", whose id is `own`, moves its result by more than `least`, and no other
-    adapter's. Returns a check that another module's adapter of this id gives what it gives then."""
+    adapter's. Returns a check: another module's adapter of this id gives the same as this one after the step."""
     batch = make_batch([9, 6], 9, DOUBLE)
 
     @torch.no_grad()

@@ -89,8 +89,13 @@ def test_tables_say_what_the_layers_say(check_tree: ModuleType, tmp_path: Path) 
 
 def test_the_table_of_what_is_installed_says_what_cmake_installs(check_tree: ModuleType, tmp_path: Path) -> None:
     write(tmp_path, "cmake/install.cmake", "  list(APPEND headers\n    patch/graft.h\n    patch/life.h)\n")
-    row = "| `patch/` | what is installed: `graft`, `life`; `other` besides | `config/` |\n"
+    row = "| `patch/` | what is installed: `graft`, `life` | `config/` |\n"
     assert list(check_tree.wrong_installed(write(tmp_path, "a.md", "text\n" + row))) == []
     for old, new, name in (("`graft`, ", "", "graft"), ("`life`", "`life`, `other`", "other")):
         [finding] = check_tree.wrong_installed(write(tmp_path, "a.md", row.replace(old, new)))
         assert finding[1] == 1 and finding[2].startswith(f"`{name}` is installed by")
+    write(tmp_path, "patch/graft.cpp", "")
+    assert list(check_tree.wrong_installed(write(tmp_path, "a.md", row))) == []
+    write(tmp_path, "patch/helper.h", "")
+    [finding] = check_tree.wrong_installed(write(tmp_path, "a.md", row))
+    assert finding[0] == Path("patch/helper.h") and finding[2].startswith("not installed: move it")

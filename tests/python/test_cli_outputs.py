@@ -98,7 +98,7 @@ def test_a_directory_of_something_else_is_kept(content: str, folder: Path, tmp_p
     (tmp_path / "adapter_config.json").write_text(content)
     for options in ((), ("--bin",)):
         done = run_here("graft.py", "save", folder / "model.pt", "task", tmp_path, *options)
-        assert done.returncode == 1 and "holds something else than an adapter of AdapterHub already" in done.stderr
+        assert done.returncode == 1 and "holds something other than an adapter of AdapterHub already" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
     assert (tmp_path / "adapter_config.json").read_text() == content
     assert run_here("graft.py", "save", folder / "model.pt", "task", tmp_path, "--force").returncode == 0

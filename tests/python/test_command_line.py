@@ -150,6 +150,44 @@ def test_quiet_commands_say_nothing(folder: Path, tmp_path: Path) -> None:
     assert done.returncode == 1 and "nosuch" in done.stderr
 
 
+def test_verbose_tells_versions_and_steps(folder: Path, tmp_path: Path) -> None:
+    source, out = folder / "base.pt", tmp_path / "out.pt"
+    add = ["add", source, "-o", out, "--config", "lora", "--name", "x"]
+    done = run(*add, "--verbose")
+    versions, *steps = done.stderr.splitlines()
+    assert done.returncode == 0 and f"{versions}\n" == run("--version").stdout
+    wanted = [f"loading {source}", "grafting", f"writing {out}"]
+    assert [re.sub(r": \d+\.\d\d s$", "", line) for line in steps] == wanted
+    assert done.stdout.startswith(f"{out}: adapters 0 x (active: x)")
+    assert run(*add, "--force").stderr == ""
+    assert re.search(r"(?m)^rename: \d", run("rename", out, "x", "z", "-o", tmp_path / "b.pt", "-v").stderr)
+    done = run(*add, "--verbose", "--quiet")
+    assert done.returncode == 2 and "--quiet: not allowed with argument -v/--verbose" in done.stderr
+
+
+def test_a_step_that_fails_is_no_line(folder: Path, tmp_path: Path) -> None:
+    done = run("rename", folder / "model.pt", "nosuch", "w", "-o", tmp_path / "c.pt", "-v")
+    assert done.returncode == 1 and "rename: " not in done.stderr and "error: " in done.stderr.splitlines()[-1]
+    assert run("list", folder / "model.pt").stderr == ""  # the next command of this process is not verbose
+
+
+@pytest.mark.quick
+def test_every_command_but_completion_can_be_verbose() -> None:
+    for name, command in COMMANDS.items():
+        options = {option for action in command._actions for option in action.option_strings}
+        assert ({"-v", "--verbose"} <= options) == (name != "completion"), name
+
+
+# Commands that print a table.
+TABLES = ("inspect", "match", "list", "gates", "quantize")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", TABLES)
+def test_what_prints_a_table_can_print_json(name: str) -> None:
+    assert any("--json" in action.option_strings for action in COMMANDS[name]._actions)
+
+
 def test_tables_as_json(folder: Path) -> None:
     matches = json.loads(run("match", folder / "base.pt", folder / "x", "--json").stdout)
     lines = run("match", folder / "base.pt", folder / "x").stdout.splitlines()
@@ -219,7 +257,9 @@ def test_libraries_of_others_are_loaded(tmp_path: Path) -> None:
     for wrong in (tmp_path / "none.so", path):
         done = run_process("graft.py", *add, "--library", wrong)
         assert done.returncode == 1 and str(wrong) in done.stderr and done.stderr.count("\n") == 1
-    done = run_process("graft.py", *add, "--library", library)
+    second = tmp_path / "second.so"
+    subprocess.run(["g++", "-shared", "-x", "c++", "-", "-o", str(second)], input="int second;", text=True, check=True)
+    done = run_process("graft.py", *add, "--library", library, "--library", second)
     assert done.returncode == 0, done.stderr
     done = run_process("graft.py", "list", out, "--library", library)
     assert done.returncode == 0 and "task" in done.stdout

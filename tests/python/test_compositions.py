@@ -15,7 +15,7 @@ from oracle import difference, oracle_for
 
 pytestmark = pytest.mark.quick
 
-# What a (IA)^3 or a LoRA multiplies, rounding in float32 moves by more than 1e-5.
+# Rounding in float32 moves products with (IA)^3 and LoRA by more than 1e-5.
 DTYPE = torch.float64
 TOLERANCE = TOLERANCES[DTYPE]
 
@@ -54,7 +54,7 @@ def bank(variant: str, *parts: str) -> torch.jit.ScriptModule:
 
 
 def library_block(variant: str, block: torchgraft.AdapterCompositionBlock):
-    """The library's block, whose adapters have the names that they have there."""
+    """The library's block, with the names that the adapters have in the library."""
     children = [
         saved(variant, child).name if isinstance(child, str) else library_block(variant, child)
         for child in block.children

@@ -1,4 +1,4 @@
-"""What else is done to a module with compositions: lowered, optimised, made int8, trained, with heads; or refused."""
+"""Other changes of modules with compositions: lower, optimise, quantise, train, add heads; what cannot be done."""
 
 import pytest
 import torch

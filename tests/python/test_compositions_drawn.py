@@ -98,7 +98,7 @@ def test_most_draws_are_compared() -> None:
     assert len(_REFUSED) <= len(_DRAWS) // 2
 
 
-# What an (IA)^3 makes has one row for all tokens, and is cut and joined by rows.
+# The vector of an (IA)^3 has one row for all tokens. Blocks cut and join vectors by rows.
 @pytest.mark.parametrize(
     "block",
     [

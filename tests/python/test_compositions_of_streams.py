@@ -1,4 +1,4 @@
-"""Compositions of what changes the stream itself: of ReFT and invertible adapters a composition's first one acts."""
+"""Compositions of adapters that change the stream itself: of ReFTs and invertible adapters only the first acts."""
 
 import functools
 import tempfile

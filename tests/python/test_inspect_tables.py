@@ -1,5 +1,6 @@
 """The tables of `inspect`: layers, each or those that look alike as one, and the operators that run."""
 
+import json
 import re
 from pathlib import Path
 
@@ -110,6 +111,20 @@ def test_which_operators_run(folder: Path, tmp_path: Path) -> None:
         ["selfattn_lora_q", "gated_lora", "0-2"],
         ["selfattn_lora_v", "gated_lora", "0-2"],
     ]
+
+
+def test_operators_as_json(folder: Path, tmp_path: Path) -> None:
+    """As the table has them. The layers can be given back with --sites."""
+    shown = run("inspect", folder / "base.pt", "--json", "--config", "unipelt").stdout
+    (tmp_path / "sites.json").write_text(shown)
+    structure = json.loads(shown)
+    operators = structure.pop("operators")
+    table = operator_rows(run("inspect", folder / "base.pt", "--config", "unipelt").stdout)
+    rows = [[slot, name, ranges(layers)] for slot, names in operators.items() for name, layers in names.items()]
+    assert rows == table
+    assert structure == json.loads(run("inspect", folder / "base.pt", "--json").stdout)
+    again = run("inspect", folder / "base.pt", "--sites", tmp_path / "sites.json", "--json")
+    assert again.returncode == 0 and len(json.loads(again.stdout)["layers"]) == len(structure["layers"])
 
 
 def test_ranges_of_layers() -> None:

@@ -1,5 +1,6 @@
 """graft.py quantize: what it writes and prints, and that its file needs no more than it says."""
 
+import json
 import re
 import subprocess
 import sys
@@ -39,6 +40,21 @@ def test_it_prints_errors_and_sizes(folder: Path, tmp_path: Path) -> None:
     assert f"{sizes[0] / 1e6:.1f} MB before, {sizes[1] / 1e6:.1f} MB after" in shown
     assert "19 of 19 linear maps in int8" in shown
     assert re.search(r"result changes by \d+\.\d\d%: ", shown)
+
+
+def test_json_has_what_the_table_has(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "int8.pt"
+    options = ["--example", folder / "example.pt", "--skip", "query", "--json"]
+    shown = json.loads(run_here("graft.py", "quantize", folder / "base.pt", "-o", out, *options).stdout)
+    sizes = {"bytes_before": (folder / "base.pt").stat().st_size, "bytes_after": out.stat().st_size}
+    assert {name: shown[name] for name in sizes} == sizes and 0 < shown["change_of_result"] < 1
+    wanted = torchgraft.quantization_error(
+        base("bert_sdpa", torch.float32), _VARIANT.arguments(make_batch([9, 5], 9, torch.float32)), skip=["query"]
+    )
+    errors = {entry.path: entry.error for entry in wanted}
+    assert {entry["path"]: entry["error"] for entry in shown["linear_maps"] if not entry["kept"]} == errors
+    kept = [entry for entry in shown["linear_maps"] if entry["kept"]]
+    assert [(entry["roles"], entry["error"]) for entry in kept] == [(["query"], None)] * 3
 
 
 def test_a_bare_file_needs_no_library(folder: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from .._console import say
 from .._example import read_example, text_example
 from .._files import check_writable, extra_files, load_module, write_whole
+from .._steps import step
 from .._text import of_texts
 from ..grafting import names_of
 from .description import FILE, description_text
@@ -37,14 +38,16 @@ def export_command(arguments: argparse.Namespace) -> None:
     example = read_example(arguments.example) if arguments.example else text_example(module)
     options = {"adapter_ids": not arguments.no_ids, "gates": arguments.gates, "dynamic": not arguments.static}
     lowered = arguments.lowered or not (arguments.output or arguments.aoti)
-    with contextlib.nullcontext() if arguments.example else of_texts("export", module):
+    with step("exporting"), contextlib.nullcontext() if arguments.example else of_texts("export", module):
         program = export(module, example, lowered=lowered, **options)
     if arguments.output:
         save_program(program, arguments.output, _texts(extra_files(arguments.base)))
     if arguments.aoti:
-        compile_package(program, arguments.aoti)
+        with step(f"compiling {arguments.aoti}"):
+            compile_package(program, arguments.aoti)
     if arguments.onnx:
-        save_onnx(program if lowered else export(module, example, lowered=True, **options), arguments.onnx)
+        with step(f"writing {arguments.onnx}"):
+            save_onnx(program if lowered else export(module, example, lowered=True, **options), arguments.onnx)
     adapters = ", ".join(f"{index} {name}" for index, name in enumerate(names_of(module)))
     for path in outputs:
         say(arguments, f"{path}: {_inputs(program)}" + (f"; adapters {adapters}" if adapters else ""))

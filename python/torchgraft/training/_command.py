@@ -1,6 +1,7 @@
 """The work of `torchgraft train`, on a parsed command line."""
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -23,7 +24,8 @@ from .. import (
 )
 from .._console import say
 from .._files import EXPECTED_ERRORS, extra_files, load_module, reason, save_module, write_whole
-from .._libraries import load_others
+from .._libraries import load_others, version_text
+from .._steps import showing_steps, step
 from .._text import load_tokenizer, text_limits
 from ..checkpoints import check_replaces
 from ..configs import config_argument
@@ -63,7 +65,8 @@ def run(arguments: argparse.Namespace) -> None:
     load_others(arguments.library)
     workers = Workers.started_by_torchrun(arguments.device)
     try:
-        _run(arguments, workers)
+        with showing_steps(arguments, version_text) if workers.rank == 0 else contextlib.nullcontext():
+            _run(arguments, workers)
     finally:
         workers.close()
 
@@ -77,10 +80,12 @@ def _run(arguments: argparse.Namespace, workers: Workers) -> None:
     if not arguments.restart:
         _check_keeps_adapter(output / ADAPTER, arguments.adapter)
     options = TrainingOptions(**{field.name: getattr(arguments, field.name) for field in fields(TrainingOptions)})
-    data = _load_data(arguments)
+    with step("reading examples"):
+        data = _load_data(arguments)
     base = load_module(arguments.model)
     _check_texts(base, data)
-    module = _trainable(base, arguments, data.names).to(workers.device)
+    with step("grafting"):
+        module = _trainable(base, arguments, data.names).to(workers.device)
     output.mkdir(parents=True, exist_ok=True)
     listeners: list[Listener] = []
     if workers.rank == 0:
@@ -93,7 +98,8 @@ def _run(arguments: argparse.Namespace, workers: Workers) -> None:
         identity=identity, workers=workers, listeners=listeners,
     )  # fmt: skip
     result = trainer.run(resume=arguments.resume)
-    scores = _final_scores(module, data, workers)
+    with step("scoring"):
+        scores = _final_scores(module, data, workers)
     if workers.rank == 0:
         _write(module.cpu(), arguments, data, result, scores)
 

@@ -1,4 +1,4 @@
-#include <torchgraft/config/composition.h>
+#include <torchgraft/config/composition_string.h>
 
 #include <c10/util/Exception.h>
 #include <gtest/gtest.h>

@@ -70,6 +70,6 @@ def test_what_is_no_end_of_a_layer_is_refused() -> None:
             return x + attended
 
     base = torch.jit.trace(Reads().eval(), torch.randn(2, 5, 16), check_trace=False)
-    with pytest.raises(torchgraft.GraftError, match="cannot act on layer 1: something else than its last sum or norm"):
+    with pytest.raises(torchgraft.GraftError, match="cannot act on layer 1: something other than its last sum or norm"):
         torchgraft.graft(base, "loreft", "task")
     torchgraft.graft(base, "loreft[layers=[0]]", "task")

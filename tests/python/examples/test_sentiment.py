@@ -16,6 +16,7 @@ EXAMPLE = ROOT / "examples" / "sentiment"
 sys.path.insert(0, str(EXAMPLE))
 
 import data  # noqa: E402
+import experiment  # noqa: E402
 
 ARCHIVE = data.CACHE / data.ARCHIVE
 # scripts/test runs scripts/setup, which fails where it cannot have the archive: there nothing is skipped.
@@ -54,6 +55,18 @@ def test_a_split_cuts_no_review_and_no_editorial(collections: dict) -> None:
         groups = [{one.group for one in part} for part in parts.values()]
         assert not groups[0] & groups[1] and not groups[0] & groups[2] and not groups[1] & groups[2], domain
         assert 0.2 <= len(parts["test"]) / len(sentences) < 0.21
+
+
+def test_outcomes_of_other_rates_are_not_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = experiment.Size(200, 13, test=200)
+    plan = experiment.Plan(size, [0], size, [0], [200], validation=500)
+    job = experiment.Job("tweets", "MAM", 200, 0)
+    outcome = experiment.Outcome(0.5, 0.4, 1, 1, 13, 200, 200, 1.0, 0.4)
+    path = tmp_path / "results.json"
+    experiment.Results(path, experiment.settings_of(plan)).add(job, outcome)
+    assert experiment.Results(path, experiment.settings_of(plan)).outcomes == {job: outcome}
+    monkeypatch.setitem(experiment.DEFAULT_RATES, "prefix", 1e-3)
+    assert experiment.Results(path, experiment.settings_of(plan)).outcomes == {}
 
 
 def _archive(folder: Path, name: str, kind: bytes = tarfile.REGTYPE, size: int = 4) -> Path:

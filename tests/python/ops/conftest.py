@@ -31,7 +31,9 @@ _LONG = {
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     folder = Path(__file__).parent
     for item in items:
-        if item.path.parent == folder and (item.originalname not in _LONG or item.name.endswith("[plain]")):
+        if item.path.parent == folder and (
+            item.originalname not in _LONG or item.name.endswith(("[plain]", "-plain]"))
+        ):
             item.add_marker(pytest.mark.quick)
 
 

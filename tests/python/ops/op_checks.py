@@ -11,15 +11,6 @@ TOLERANCE = {
 }
 
 
-def one_of_each(cases, *names):
-    """Parametrizes over all cases. Cases that are not named are slow. For checks that take seconds and treat many cases
-    alike."""
-    assert set(names) <= {case.name for case in cases}
-    slow = pytest.mark.slow(seconds=3)
-    parameters = [case if case.name in names else pytest.param(case, marks=slow) for case in cases]
-    return pytest.mark.parametrize("case", parameters, ids=str)
-
-
 def cast(args, dtype):
     return {
         name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value

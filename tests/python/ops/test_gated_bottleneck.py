@@ -6,105 +6,11 @@ from transformers.activations import ACT2FN
 
 import op_checks
 import op_reference
-from op_cases import BOTTLENECK_CASES, Case, bottleneck
+from op_cases import Case, bottleneck
 
 op = torch.ops.torchgraft.gated_bottleneck
-cases = pytest.mark.parametrize("case", BOTTLENECK_CASES, ids=str)
-one_of_each = op_checks.one_of_each(
-    BOTTLENECK_CASES,
-    "plain",
-    "base",
-    "gated_ragged",
-    "ids_all_base",
-    "ids_partly_gated_empty_row",
-    "one_token_one_row",
-    "channel_scaling_ids",
-    "gelu",
-    "size_0",
-)
-FLOAT_TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # ACT2FN without the entries that hold parameters, and the adapters library's own spelling of leaky ReLU.
 NON_LINEARITIES = sorted({*ACT2FN, "leakyrelu"} - {"prelu", "xielu"})
-
-
-@torch.jit.script
-def scripted(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    down_weight: torch.Tensor,
-    down_bias: torch.Tensor,
-    up_weight: torch.Tensor,
-    up_bias: torch.Tensor,
-    scaling: torch.Tensor,
-    non_linearity: str,
-    gate_weight: torch.Tensor | None = None,
-    gate_bias: torch.Tensor | None = None,
-    adapter_ids: torch.Tensor | None = None,
-    adapter: int = 0,
-    token_mask: torch.Tensor | None = None,
-):
-    return torch.ops.torchgraft.gated_bottleneck(
-        x,
-        residual,
-        down_weight,
-        down_bias,
-        up_weight,
-        up_bias,
-        scaling,
-        non_linearity,
-        gate_weight,
-        gate_bias,
-        adapter_ids,
-        adapter,
-        token_mask,
-    )
-
-
-@cases
-@pytest.mark.parametrize("dtype", FLOAT_TYPES, ids=str)
-def test_results_and_gradients_equal_the_reference(case, dtype):
-    op_checks.check_values(op, op_reference.gated_bottleneck, bottleneck(case, dtype), dtype)
-
-
-@cases
-def test_gradients_equal_finite_differences(case):
-    op_checks.check_gradcheck(op, bottleneck(case, torch.float64))
-
-
-@cases
-def test_the_gradient_of_one_argument_is_that_of_all(case):
-    op_checks.check_needs_grad(op, bottleneck(case, torch.float64))
-
-
-@cases
-def test_gradients_of_one_result_equal_the_reference(case):
-    op_checks.check_one_result_used(op, bottleneck(case, torch.float64), op_reference.gated_bottleneck)
-
-
-@one_of_each
-def test_opcheck_finds_nothing(case):
-    op_checks.check_opcheck(op, bottleneck(case, torch.float32))
-
-
-def test_forward_mode_differentiation_is_refused():
-    op_checks.check_forward_mode(op, bottleneck(Case("", gate="gated"), torch.float32), "gated_bottleneck")
-
-
-@cases
-def test_a_scripted_call_gives_the_same(case):
-    op_checks.check_scripted(op, scripted, bottleneck(case, torch.float32))
-
-
-@cases
-def test_autocast_gives_the_low_dtype_and_gradients_in_float32(case):
-    op_checks.check_autocast(op, bottleneck(case, torch.float32))
-
-
-@cases
-def test_inference_mode_and_meta_tensors_give_the_same(case):
-    args = bottleneck(case, torch.float32)
-    op_checks.check_inference_modes(op, args)
-    op_checks.check_meta(op, args)
 
 
 @pytest.mark.parametrize("name", NON_LINEARITIES)

@@ -5,87 +5,10 @@ from hypothesis import strategies as st
 
 import op_checks
 import op_reference
-from op_cases import LORA_CASES, Case, lora
+from op_cases import Case, lora
 
 op = torch.ops.torchgraft.gated_lora
-cases = pytest.mark.parametrize("case", LORA_CASES, ids=str)
-one_of_each = op_checks.one_of_each(
-    LORA_CASES,
-    "plain",
-    "base",
-    "gated_ragged",
-    "ids_all_base",
-    "ids_partly_gated_empty_row",
-    "one_token_one_row",
-    "rank_0",
-    "no_tokens",
-)
 FLOAT_TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-@torch.jit.script
-def scripted(
-    x: torch.Tensor,
-    base: torch.Tensor,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: torch.Tensor,
-    gate_weight: torch.Tensor | None = None,
-    gate_bias: torch.Tensor | None = None,
-    adapter_ids: torch.Tensor | None = None,
-    adapter: int = 0,
-    token_mask: torch.Tensor | None = None,
-):
-    return torch.ops.torchgraft.gated_lora(
-        x, base, lora_a, lora_b, scaling, gate_weight, gate_bias, adapter_ids, adapter, token_mask
-    )
-
-
-@cases
-@pytest.mark.parametrize("dtype", FLOAT_TYPES, ids=str)
-def test_results_and_gradients_equal_the_reference(case, dtype):
-    op_checks.check_values(op, op_reference.gated_lora, lora(case, dtype), dtype)
-
-
-@cases
-def test_gradients_equal_finite_differences(case):
-    op_checks.check_gradcheck(op, lora(case, torch.float64))
-
-
-@cases
-def test_the_gradient_of_one_argument_is_that_of_all(case):
-    op_checks.check_needs_grad(op, lora(case, torch.float64))
-
-
-@cases
-def test_gradients_of_one_result_equal_the_reference(case):
-    op_checks.check_one_result_used(op, lora(case, torch.float64), op_reference.gated_lora)
-
-
-@one_of_each
-def test_opcheck_finds_nothing(case):
-    op_checks.check_opcheck(op, lora(case, torch.float32))
-
-
-def test_forward_mode_differentiation_is_refused():
-    op_checks.check_forward_mode(op, lora(Case("", gate="gated"), torch.float32), "gated_lora")
-
-
-@cases
-def test_a_scripted_call_gives_the_same(case):
-    op_checks.check_scripted(op, scripted, lora(case, torch.float32))
-
-
-@cases
-def test_autocast_gives_the_low_dtype_and_gradients_in_float32(case):
-    op_checks.check_autocast(op, lora(case, torch.float32))
-
-
-@cases
-def test_inference_mode_and_meta_tensors_give_the_same(case):
-    args = lora(case, torch.float32)
-    op_checks.check_inference_modes(op, args)
-    op_checks.check_meta(op, args)
 
 
 def test_base_rows_are_exact_beside_non_finite_weights():

@@ -5,70 +5,9 @@ from hypothesis import strategies as st
 
 import op_checks
 import op_reference
-from op_cases import LORA_CASES, Case, lora_linear
+from op_cases import Case, lora_linear
 
 op = torch.ops.torchgraft.gated_lora_linear
-CASES = [*LORA_CASES, Case("no_bias", gate="gated", extra={"bias": False})]
-cases = pytest.mark.parametrize("case", CASES, ids=str)
-# Under autograd these are two operators; each has its own tests.
-one_of_each = op_checks.one_of_each(CASES, "plain", "ids_partly_gated_empty_row", "no_bias")
-FLOAT_TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-@torch.jit.script
-def scripted(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: torch.Tensor,
-    gate_weight: torch.Tensor | None = None,
-    gate_bias: torch.Tensor | None = None,
-    adapter_ids: torch.Tensor | None = None,
-    adapter: int = 0,
-    token_mask: torch.Tensor | None = None,
-):
-    return torch.ops.torchgraft.gated_lora_linear(
-        x, weight, bias, lora_a, lora_b, scaling, gate_weight, gate_bias, adapter_ids, adapter, token_mask
-    )
-
-
-@cases
-@pytest.mark.parametrize("dtype", FLOAT_TYPES, ids=str)
-def test_results_and_gradients_equal_the_reference(case, dtype):
-    op_checks.check_values(op, op_reference.gated_lora_linear, lora_linear(case, dtype), dtype)
-
-
-@one_of_each
-def test_gradients_equal_finite_differences(case):
-    op_checks.check_gradcheck(op, lora_linear(case, torch.float64))
-
-
-@one_of_each
-def test_opcheck_finds_nothing(case):
-    op_checks.check_opcheck(op, lora_linear(case, torch.float32))
-
-
-def test_forward_mode_differentiation_is_refused():
-    op_checks.check_forward_mode(op, lora_linear(Case("", gate="gated"), torch.float32), "gated_lora_linear")
-
-
-@cases
-def test_a_scripted_call_gives_the_same(case):
-    op_checks.check_scripted(op, scripted, lora_linear(case, torch.float32))
-
-
-@cases
-def test_autocast_gives_the_low_dtype_and_gradients_in_float32(case):
-    op_checks.check_autocast(op, lora_linear(case, torch.float32))
-
-
-@cases
-def test_inference_mode_and_meta_tensors_give_the_same(case):
-    args = lora_linear(case, torch.float32)
-    op_checks.check_inference_modes(op, args)
-    op_checks.check_meta(op, args)
 
 
 @settings(max_examples=100, deadline=None)

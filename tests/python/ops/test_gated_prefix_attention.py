@@ -10,72 +10,7 @@ from op_cases import MASKS, PREFIX_CASES, Case, prefix
 
 op = torch.ops.torchgraft.gated_prefix_attention
 cases = pytest.mark.parametrize("case", PREFIX_CASES, ids=str)
-one_of_each = op_checks.one_of_each(
-    PREFIX_CASES,
-    "plain",
-    "base",
-    "gated_ragged",
-    "ids_all_base",
-    "ids_partly_gated_empty_row",
-    "one_token_one_row",
-    "two_gates_ids",
-    "causal_more_keys_ids",
-    "lengths_ids_bool",
-    "no_positions_ids",
-    "no_keys_ids",
-    "grouped_ids",
-    "token_major",
-    "mask_bool_padding",
-    "mask_float_4d_ids",
-)
 FLOAT_TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-@torch.jit.script
-def scripted(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    x: torch.Tensor,
-    prefix_key: torch.Tensor,
-    prefix_value: torch.Tensor,
-    prefix_length: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    gate_weight: torch.Tensor | None = None,
-    gate_bias: torch.Tensor | None = None,
-    adapter_ids: torch.Tensor | None = None,
-    adapter: int = 0,
-    token_mask: torch.Tensor | None = None,
-):
-    return torch.ops.torchgraft.gated_prefix_attention(
-        query,
-        key,
-        value,
-        x,
-        prefix_key,
-        prefix_value,
-        prefix_length,
-        attn_mask,
-        dropout_p,
-        is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
-        gate_weight=gate_weight,
-        gate_bias=gate_bias,
-        adapter_ids=adapter_ids,
-        adapter=adapter,
-        token_mask=token_mask,
-    )
-
-
-@cases
-@pytest.mark.parametrize("dtype", FLOAT_TYPES, ids=str)
-def test_results_and_gradients_equal_the_reference(case, dtype):
-    op_checks.check_values(op, op_reference.gated_prefix_attention, prefix(case, dtype), dtype)
 
 
 @cases
@@ -89,52 +24,6 @@ def test_gradients_beside_a_mask_without_one_equal_the_reference(case):
         rtol=1e-9,
         atol=1e-10,
     )
-
-
-@cases
-def test_gradients_equal_finite_differences(case):
-    args = prefix(case, torch.float64)
-    mask = args.get("attn_mask")
-    if mask is not None and mask.is_floating_point():
-        args["attn_mask"] = mask.clamp_min(-1e3)  # finite differences need numbers that they can move
-    op_checks.check_gradcheck(op, args)
-
-
-@cases
-def test_the_gradient_of_one_argument_is_that_of_all(case):
-    op_checks.check_needs_grad(op, prefix(case, torch.float64))
-
-
-@cases
-def test_gradients_of_one_result_equal_the_reference(case):
-    op_checks.check_one_result_used(op, prefix(case, torch.float64), op_reference.gated_prefix_attention)
-
-
-@one_of_each
-def test_opcheck_finds_nothing(case):
-    op_checks.check_opcheck(op, prefix(case, torch.float32))
-
-
-def test_forward_mode_differentiation_is_refused():
-    op_checks.check_forward_mode(op, prefix(Case("", gate="gated"), torch.float32), "gated_prefix_attention")
-
-
-@cases
-def test_a_scripted_call_gives_the_same(case):
-    op_checks.check_scripted(op, scripted, prefix(case, torch.float32))
-
-
-# As in scaled_dot_product_attention, a cast makes float32's lowest value -inf: not what float32 attention computes.
-@pytest.mark.parametrize("case", [case for case in PREFIX_CASES if "lowest" not in case.name], ids=str)
-def test_autocast_gives_the_low_dtype_and_gradients_in_float32(case):
-    op_checks.check_autocast(op, prefix(case, torch.float32))
-
-
-@cases
-def test_inference_mode_and_meta_tensors_give_the_same(case):
-    args = prefix(case, torch.float32)
-    op_checks.check_inference_modes(op, args)
-    op_checks.check_meta(op, args)
 
 
 @pytest.mark.parametrize("mask", [None, *MASKS])

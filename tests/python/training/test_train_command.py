@@ -270,7 +270,8 @@ def test_a_run_of_all_tokens_goes_on_however_that_is_said(
     assert checkpoint["settings"]["gate_pooling"] == "all"
     parsed = runpy.run_path(str(SCRIPT))["make_parser"]().parse_args([str(word) for word in arguments])
     for wanted in (None, "all"):
-        parsed.gate_pooling, parsed.library, parsed.quiet, parsed.resume = wanted, [], True, True
+        parsed.gate_pooling, parsed.library, parsed.resume = wanted, [], True
+        parsed.quiet, parsed.verbose = True, False
         _command.run(parsed)
     code = main([*arguments, "--resume", "--gate-pooling", "unpadded"])
     assert code == 1 and "gate_pooling was all, is unpadded" in capsys.readouterr().err

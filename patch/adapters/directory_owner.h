@@ -14,8 +14,8 @@ struct OwnedFiles {
   std::string expected;             // "an adapter of AdapterHub": what a marker without a name is not
 };
 
-// Whose files a directory holds, in words: "the adapter 'task'". `wanted` when it holds those, also by the marker that
-// a killed save had not put in place, and when it has none of the files.
+// Whose files a directory holds, in words: "the adapter 'task'". `wanted` when it holds those, or none. The marker that
+// a killed save had not yet put in place counts, too.
 std::string owner_of(const std::string& directory, const std::string& wanted, const OwnedFiles& files);
 
 }  // namespace torchgraft

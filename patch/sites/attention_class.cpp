@@ -1,4 +1,4 @@
-#include <torchgraft/patch/attention_class.h>
+#include <torchgraft/patch/sites/attention_class.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
 

@@ -1,4 +1,4 @@
-#include <torchgraft/patch/directory_owner.h>
+#include <torchgraft/patch/adapters/directory_owner.h>
 
 #include <torchgraft/patch/adapters/adapter_files.h>
 #include <torchgraft/patch/adapters/directory_update.h>
@@ -18,7 +18,7 @@ std::string owner_in(const std::string& marker, const OwnedFiles& files) {
     }
   } catch (const c10::Error&) {
   }
-  return "something else than " + files.expected;
+  return "something other than " + files.expected;
 }
 
 }  // namespace
