@@ -15,6 +15,8 @@ import torch
 import torchgraft
 from grafted import base
 from torchgraft.peft import load_peft_directory
+from torchgraft.peft_config import read_peft_config
+from torchgraft.peft_weights import read_peft_weights
 
 LONG = "long." + 20_000 * "x"
 LONGEST_MESSAGE = 2_500  # of at most two texts of 1,000 characters
@@ -155,6 +157,14 @@ def test_of_weights_of_peft(saved_whole: list[str], model: torch.jit.ScriptModul
         except torchgraft.GraftError as error:
             check_short(error, "fifty heads")
     assert all(len(str(warning.message)) < LONGEST_MESSAGE for warning in caught)
+
+
+def test_of_pickled_weights_of_peft(tmp_path: Path) -> None:
+    peft.LoraConfig(r=2, target_modules=["query"]).save_pretrained(str(tmp_path))
+    torch.save({f"base_model.model.{LONG}.query.nothing": torch.zeros(2, 2)}, tmp_path / "adapter_model.bin")
+    with pytest.raises(torchgraft.GraftError, match="names of at most 1000 bytes") as raised:
+        read_peft_weights(read_peft_config(tmp_path))
+    check_short(raised.value, "a pickled name")
 
 
 def test_of_sites(model: torch.jit.ScriptModule) -> None:
