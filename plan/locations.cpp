@@ -42,7 +42,10 @@ std::string attention_adapter_location(const Layer& layer) {
 }
 
 std::vector<std::string> available_locations(const Layer& layer) {
-  std::vector<std::string> result = {prefix_location(layer)};
+  std::vector<std::string> result;
+  if (layer.has_core) {
+    result.push_back(prefix_location(layer));
+  }
   if (layer.query || layer.key || layer.value) {
     result.emplace_back("selfattn_lora");
   }

@@ -217,7 +217,7 @@ void Planner::add(const PrefixTuningConfig& config) {
   for (const Layer& layer : layers_) {
     const bool wanted = layer.kind == AttentionKind::kSelf ||
                         (layer.kind == AttentionKind::kEncoder ? config.encoder_prefix : config.cross_prefix);
-    if (wanted && !contains(config.leave_out, counted(layer))) {
+    if (wanted && has_location(layer, prefix_location(layer), layer.has_core, config.leave_out)) {
       groups[prefix_location(layer)].push_back(&layer);
     }
   }

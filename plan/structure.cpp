@@ -70,8 +70,22 @@ const std::vector<std::pair<const char*, std::optional<Projection> Layer::*>> kR
     {"query", &Layer::query},   {"key", &Layer::key},           {"value", &Layer::value},    {"output", &Layer::output},
     {"ffn_in", &Layer::ffn_in}, {"ffn_gate", &Layer::ffn_gate}, {"ffn_out", &Layer::ffn_out}};
 
+// Without what is to be found, so that it is read as it was written.
+OrderedJson brief_to_json(const Layer& layer) {
+  OrderedJson json = {{"index", nullptr}, {"layer", layer.number}, {"kind", to_string(layer.kind)}};
+  for (const auto& [key, projection] : kRoles) {
+    if (layer.*projection) {
+      json[key] = to_json(layer.*projection);
+    }
+  }
+  return json;
+}
+
 OrderedJson to_json(const Layer& layer) {
-  OrderedJson json = {{"index", layer.index},
+  if (layer.is_brief) {
+    return brief_to_json(layer);
+  }
+  OrderedJson json = {{"index", layer.has_core ? OrderedJson(layer.index) : OrderedJson(nullptr)},
                       {"layer", layer.number},
                       {"shares", layer.shares ? OrderedJson(*layer.shares) : OrderedJson(nullptr)},
                       {"stack", layer.stack},
@@ -127,13 +141,19 @@ class FieldReader {
     TORCH_CHECK(false, name_, ": expected \"", key, "\" to be one of ", names, ", got \"", text, "\"");
   }
 
-  std::optional<Projection> projection(const char* key) const {
+  // `is_brief`: sizes may be left out. They are 0 then.
+  std::optional<Projection> projection(const char* key, bool is_brief) const {
     if (!json_.contains(key) || json_.at(key).is_null()) {
       return std::nullopt;
     }
     const FieldReader inner(json_.at(key), name_ + ": " + key);
     Projection result;
     result.path = inner.get<std::string>("path");
+    if (is_brief) {
+      result.out_features = inner.json_.contains("out_features") ? inner.get<int64_t>("out_features") : 0;
+      result.offset = inner.json_.contains("offset") ? inner.get<int64_t>("offset") : 0;
+      return result;
+    }
     result.in_features = inner.get<int64_t>("in_features");
     result.out_features = inner.get<int64_t>("out_features");
     result.offset = inner.get<int64_t>("offset");
@@ -150,6 +170,31 @@ class FieldReader {
   std::string name_;
 };
 
+// The fields of a brief entry, and those that nobody reads.
+const std::vector<std::string> kBrief = {"index", "layer",  "kind",      "query", "key",
+                                         "value", "output", "locations", "notes"};
+
+// An entry of attention that was not recognised, as a user writes it.
+Layer brief_layer(const FieldReader& reader, const OrderedJson& json, const std::string& name) {
+  for (const auto& [field, value] : json.items()) {
+    TORCH_CHECK(std::find(kBrief.begin(), kBrief.end(), field) != kBrief.end(), name, ": \"", field,
+                "\" is found where \"index\" is null; leave it out, or give all fields as `inspect --json --sites` "
+                "prints them");
+  }
+  Layer layer;
+  layer.has_core = false;
+  layer.is_brief = true;
+  layer.number = reader.get<int64_t>("layer");
+  layer.kind = json.contains("kind")
+                   ? reader.one_of("kind", {AttentionKind::kSelf, AttentionKind::kEncoder, AttentionKind::kCross})
+                   : AttentionKind::kSelf;
+  for (const auto& [key, projection] : kRoles) {
+    layer.*projection = reader.projection(key, /*is_brief=*/true);
+  }
+  TORCH_CHECK(layer.number >= 0, name, ": expected \"layer\" of at least 0, got ", layer.number);
+  return layer;
+}
+
 Layer layer_from_json(const OrderedJson& json, size_t position) {
   const std::string name = "sites: entry " + std::to_string(position) + " of \"layers\"";
   const FieldReader reader(json, name);
@@ -161,7 +206,11 @@ Layer layer_from_json(const OrderedJson& json, size_t position) {
     }
   }
   Layer layer;
-  layer.index = reader.get<int64_t>("index");
+  layer.has_core = !json.contains("index") || !json.at("index").is_null();
+  if (!layer.has_core && !json.contains("norm_order")) {
+    return brief_layer(reader, json, name);
+  }
+  layer.index = layer.has_core ? reader.get<int64_t>("index") : 0;
   layer.number = reader.get<int64_t>("layer");
   TORCH_CHECK(layer.index >= 0 && layer.number >= 0, "sites: entry ", position,
               " of \"layers\": expected \"index\" and \"layer\" of at least 0, got ", layer.index, " and ",
@@ -177,7 +226,7 @@ Layer layer_from_json(const OrderedJson& json, size_t position) {
   layer.ffn_norm_order = reader.one_of("ffn_norm_order", {NormOrder::kPost, NormOrder::kPre, NormOrder::kNone});
   layer.has_attention_mask = reader.get<bool>("attention_mask");
   for (const auto& [key, projection] : kRoles) {
-    layer.*projection = reader.projection(key);
+    layer.*projection = reader.projection(key, /*is_brief=*/false);
   }
   layer.has_attention_residual = reader.get<bool>("attention_residual");
   layer.has_ffn_residual = reader.get<bool>("ffn_residual");

@@ -52,8 +52,10 @@ struct Layer {
   bool has_attention_residual = false;                  // a residual add after `output`: the site of mh_adapter
   bool has_ffn_residual = false;                        // a residual add after `ffn_out`: the site of output_adapter
   bool has_attention_mask = false;
-  bool has_end = false;  // the one value that leaves the Transformer layer is known: the site of output_reft
-  std::string end_note;  // why it is not, in words
+  bool has_core = true;   // false: sites describe the projections of an attention that was not recognised
+  bool is_brief = false;  // of edited sites, without a core: they name projections, and the rest is to be found
+  bool has_end = false;   // the one value that leaves the Transformer layer is known: the site of output_reft
+  std::string end_note;   // why it is not, in words
   CacheKind cache = CacheKind::kNone;  // kFilled: without key and value, which another pass has projected
   std::vector<std::string> notes;      // what is missing and why, in words
 };

@@ -119,6 +119,7 @@ int main(int argc, char** argv) {
     return app.exit(help);
   } catch (const CLI::ParseError& error) {
     std::cerr << "generate: " << torchgraft::one_line(error) << " (generate --help)\n";
+    return 2;
   } catch (const std::exception& error) {
     std::cerr << "generate: " << torchgraft::one_line(error) << "\n";
   }

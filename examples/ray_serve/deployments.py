@@ -22,10 +22,11 @@ MOST_TOKENS = 512
 @dataclass(frozen=True)
 class Settings:
     """Settings of a deployment: `min_replicas` to `max_replicas` replicas, each with `capacity` adapters and `threads`
-    threads for a forward pass. gate_pooling: None: as each adapter was trained."""
+    threads for a forward pass. adapters: None: a grafted model's own only. gate_pooling: None: as each adapter was
+    trained."""
 
     model: Path
-    adapters: Path
+    adapters: Path | None
     capacity: int = 64
     threads: int = 1
     min_replicas: int = 1
@@ -142,12 +143,12 @@ def is_row(row: object) -> bool:
 class Gateway:
     """HTTP in and out, with the messages of examples/server."""
 
-    def __init__(self, encoder: serve.handle.DeploymentHandle, adapters: Path):
+    def __init__(self, encoder: serve.handle.DeploymentHandle, adapters: Path | None):
         self._encoder = encoder
         self._adapters = adapters
 
     async def __call__(self, request: starlette.requests.Request) -> starlette.responses.JSONResponse:
-        if request.url.path == "/healthz" and request.method == "GET":
+        if request.url.path == "/healthz" and request.method in ("GET", "HEAD"):
             return starlette.responses.JSONResponse({"status": "ok"})
         if request.url.path != "/v1/predict" or request.method != "POST":
             return failure(404, f"nothing is at {request.method} {request.url.path}")
@@ -165,9 +166,9 @@ class Gateway:
 
     def _model_id(self, name: str) -> str:
         """NAME@VERSION of an adapter in the folder, so that changed files are another model to Ray; else ""."""
-        directory = self._adapters / name
-        if not name or not (directory / CONFIG_FILE).is_file():
+        if not name or self._adapters is None or not (self._adapters / name / CONFIG_FILE).is_file():
             return ""
+        directory = self._adapters / name
         weights = directory / WEIGHTS_FILE
         return f"{name}@{weights.stat().st_mtime_ns if weights.is_file() else 0}"
 

@@ -31,10 +31,12 @@ class Encoder:
     """A TorchScript encoder, forward(input_ids, attention_mask) with [rows, tokens] int64 each, bare or grafted.
 
     Memory holds `capacity` adapters of the folder, and always those of a grafted file. gate_pooling: as AdapterPool
-    takes it; None: as each adapter was trained.
+    takes it; None: as each adapter was trained. adapters: the folder; None: only those of a grafted file are served.
     """
 
-    def __init__(self, model: Path, adapters: Path, capacity: int, threads: int, gate_pooling: str | None = None):
+    def __init__(
+        self, model: Path, adapters: Path | None, capacity: int, threads: int, gate_pooling: str | None = None
+    ):
         torch.set_num_threads(threads)
         module = torchgraft.load_module(model).eval()
         self._inputs = torchgraft.forward_inputs(module.forward)
@@ -42,6 +44,8 @@ class Encoder:
         if not self._inputs.takes_mask:
             raise torchgraft.GraftError(f"{model}: forward takes no mask; examples/server runs it on unpadded rows")
         grafted = hasattr(module, "adapter_names")
+        if adapters is None and not grafted:
+            raise torchgraft.GraftError(f"{model} has no adapters; give the folder of some with --adapters")
         self._adapters = adapters
         self.own = set(module.adapter_names()) if grafted else set()
         self._pool = torchgraft.AdapterPool(
@@ -56,7 +60,7 @@ class Encoder:
     def _room(self, module: torch.jit.ScriptModule) -> list[Path]:
         """One configuration file of each content that can be served. The others are named, and keep nobody waiting."""
         files: dict[str, Path] = {}
-        for path in sorted(self._adapters.glob(f"*/{CONFIG_FILE}")):
+        for path in sorted(self._adapters.glob(f"*/{CONFIG_FILE}")) if self._adapters else []:
             if path.parent.name in self.own:
                 _report(path.parent.name, "the model's file has an adapter of that name, which is served; rename one")
                 continue
@@ -75,6 +79,7 @@ class Encoder:
 
     def load(self, name: str, version: str) -> torchgraft.Lease:
         """Reads an adapter of the folder. Memory can hold several versions of one adapter at a time."""
+        assert self._adapters is not None  # else no name has a version
         row = f"{name}@{version}"
         self._pool.insert(row, self._adapters / name)
         return self._pool.acquire([row])

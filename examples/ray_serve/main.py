@@ -28,7 +28,9 @@ os.environ.update(
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, metavar="MODEL.pt", help="a TorchScript text encoder, grafted or not")
-    parser.add_argument("--adapters", type=Path, required=True, help="folder of adapter directories")
+    parser.add_argument(
+        "--adapters", type=Path, help="folder of adapter directories; a grafted model has adapters without one"
+    )
     parser.add_argument("--port", type=int, default=8000, help="0: any free port")
     parser.add_argument("--capacity", type=int, default=64, help="adapters in the memory of each replica")
     parser.add_argument("--threads", type=int, default=1, help="of each replica for a forward pass")
@@ -61,7 +63,7 @@ def main() -> int:
     most = arguments.max_replicas or arguments.replicas
     settings = Settings(
         arguments.model.resolve(),
-        arguments.adapters.resolve(),
+        arguments.adapters and arguments.adapters.resolve(),
         arguments.capacity,
         arguments.threads,
         arguments.replicas,

@@ -82,6 +82,7 @@ int main(int argc, char** argv) {
     return app.exit(help);
   } catch (const CLI::ParseError& error) {
     std::cerr << "serve: " << torchgraft::one_line(error) << " (serve --help)\n";
+    return 2;
   } catch (const std::exception& error) {
     std::cerr << "serve: " << torchgraft::one_line(error) << "\n";
   }

@@ -105,6 +105,7 @@ int main(int argc, char** argv) {
     return app.exit(help);
   } catch (const CLI::ParseError& error) {
     std::cerr << "serve_aoti: " << torchgraft::one_line(error) << " (serve_aoti --help)\n";
+    return 2;
   } catch (const std::exception& error) {
     std::cerr << "serve_aoti: " << torchgraft::one_line(error) << "\n";
   }

@@ -26,24 +26,25 @@ bool is_name(const std::string& name) {
   });
 }
 
-bool is_adapter(const std::filesystem::path& directory) {
+bool has_adapter(const std::filesystem::path& folder, const std::string& name) {
   std::error_code none;
-  return torchgraft::is_adapter_directory(directory.string()) &&
-         std::filesystem::is_regular_file(directory / "adapter_config.json", none);
+  return !folder.empty() && torchgraft::is_adapter_directory((folder / name).string()) &&
+         std::filesystem::is_regular_file(folder / name / "adapter_config.json", none);
 }
 
 std::vector<std::string> names_in(const std::filesystem::path& folder) {
   std::vector<std::string> names;
+  if (folder.empty()) {
+    return names;
+  }
   for (const auto& entry : std::filesystem::directory_iterator(folder)) {
     const std::string name = entry.path().filename().string();
-    if (is_name(name) && is_adapter(entry.path())) {
+    if (is_name(name) && has_adapter(folder, name)) {
       names.push_back(name);
     }
   }
   return names;
 }
-
-bool is_grafted(const torch::jit::Module& module) { return module.find_method("adapter_names").has_value(); }
 
 void report(const std::string& name, const std::string& why) {
   log_line("adapter " + name + " cannot be served: " + torchgraft::one_line(why));
@@ -122,6 +123,8 @@ auto answered(const std::string& name, Action action) {
 
 }  // namespace
 
+bool is_grafted(const torch::jit::Module& module) { return module.find_method("adapter_names").has_value(); }
+
 AdapterStore::AdapterStore(const torch::jit::Module& module, std::filesystem::path folder,
                            const torchgraft::AdapterPoolOptions& options, uint64_t file_bytes)
     : folder_(std::move(folder)),
@@ -152,7 +155,7 @@ void AdapterStore::check_name(const std::string& name) const {
 }
 
 void AdapterStore::check_in_folder(const std::string& name) const {
-  if (!own_.count(name) && !is_adapter(folder_ / name)) {
+  if (!own_.count(name) && !has_adapter(folder_, name)) {
     throw RequestError(404, "no adapter is called '" + name + "'");
   }
 }
@@ -176,7 +179,10 @@ void AdapterStore::load(const std::string& name) {
   if (own_.count(name)) {
     throw RequestError(409, "adapter '" + name + "' is part of the model's file");
   }
-  if (!is_name(name) || !is_adapter(folder_ / name)) {
+  if (folder_.empty()) {
+    throw RequestError(404, "the server has no folder of adapters; start it with --adapters FOLDER");
+  }
+  if (!is_name(name) || !has_adapter(folder_, name)) {
     throw RequestError(404, "no adapter of that name is in the folder");
   }
   answered(name, [&] { pool_.insert(read(name)); });

@@ -14,11 +14,14 @@
 #include <string>
 #include <vector>
 
+bool is_grafted(const torch::jit::Module& module);
+
 // The adapters of a folder, one directory each (adapter_config.json, adapter.safetensors), and of the model's file. A
 // pool holds some of them in memory.
 class AdapterStore {
  public:
-  // `module` is a base model or a grafted one. The pool makes rows for those configurations in the folder that fit, and
+  // `module` is a base model or a grafted one. An empty `folder` is none: then there are only those of the model's
+  // file. The pool makes rows for those configurations in the folder that fit, and
   // ignores `options.room`; one line on stderr names each adapter that cannot be served, and why. With
   // gate_pooling "unpadded" in `options.graft` an answer does not depend on the rest of its batch; empty, each adapter
   // keeps the one that it was trained with. A line on stderr names each that is loaded with another one. file_bytes:

@@ -46,8 +46,8 @@ struct Options {
 
 void declare(CLI::App& app, Options& options) {
   app.add_option("MODEL.pt", options.model, "a TorchScript text encoder, grafted or not")->required();
-  app.add_option("--adapters", options.adapters, "folder of adapter directories, one for each name")
-      ->required()
+  app.add_option("--adapters", options.adapters,
+                 "folder of adapter directories, one for each name; a grafted model has adapters without one")
       ->check(CLI::ExistingDirectory);
   app.add_option(
          "--library", options.libraries,
@@ -188,6 +188,9 @@ void serve(const Options& options) {
     const at::DynamicLibrary loaded(path.c_str(), nullptr, /*leak_handle=*/true);
   }
   const torch::jit::Module module = load(options.model);
+  if (options.adapters.empty() && !is_grafted(module)) {
+    throw CLI::ValidationError("--adapters", options.model + " has no adapters; give the folder of some");
+  }
   AdapterStore store(module, options.adapters, options.pool, options.adapter_file_bytes);
   ServiceOptions service_options = options.service;
   service_options.batch.wait = std::chrono::microseconds(options.wait_us);
@@ -228,6 +231,7 @@ int main(int argc, char** argv) {
     return app.exit(help);
   } catch (const CLI::ParseError& error) {
     std::cerr << "server: " << torchgraft::one_line(error) << " (server --help)\n";
+    return 2;
   } catch (const c10::Error& error) {  // all lines: graft() lists what it nearly recognised
     std::cerr << "server: " << error.what_without_backtrace() << "\n";
   } catch (const std::exception& error) {

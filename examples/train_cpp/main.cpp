@@ -114,6 +114,7 @@ int main(int argc, char** argv) {
     return app.exit(help);
   } catch (const CLI::ParseError& error) {
     std::cerr << "train_cpp: " << torchgraft::one_line(error) << " (train_cpp --help)\n";
+    return 2;
   } catch (const std::exception& error) {
     std::cerr << "train_cpp: " << torchgraft::one_line(error) << "\n";
   }

@@ -276,6 +276,9 @@ void Inserter::prepare_token_masks(const std::vector<Slot>& slots, const std::ve
       continue;
     }
     const LayerSites& sites = sites_.layers[layer];
+    TORCH_CHECK(sites.attention, "graft: gate_pooling=\"unpadded\": the attention of layer ", layer,
+                " was not recognised, so that its mask is not known; name the forward argument that is the token mask "
+                "(token_mask_input), or use gate_pooling=\"all\"");
     Value* mask = sites.attention->namedInput("attn_mask");
     while (is_aten(mask->node(), {"type_as"})) {
       mask = mask->node()->namedInput("self");

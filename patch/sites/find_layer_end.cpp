@@ -65,6 +65,9 @@ std::string enter_end(const Layer& layer, LayerSites& sites, const Graph& graph)
   if (layer.cache != CacheKind::kNone) {
     return "the layer keeps keys and values of earlier passes, and positions would be counted anew in each pass";
   }
+  if (!sites.attention) {
+    return "its attention was not recognised";
+  }
   if (sites.attention->owningBlock() != graph.block()) {
     return "its attention stands in a branch of the graph";
   }
@@ -97,7 +100,7 @@ bool check_next(Layer& layer, LayerSites& sites, const LayerSites& next, const G
   if (!sites.end || is_read_by(sites.end->value, next)) {
     return false;
   }
-  const bool is_behind = readers({sites.end->value}, nullptr, graph).count(in_own_block(next.attention, graph)) > 0;
+  const bool is_behind = readers({sites.end->value}, nullptr, graph).count(in_own_block(next.query.node, graph)) > 0;
   layer.end_note = "the next layer reads something other than its last sum or norm";
   sites.end.reset();
   return !is_behind;

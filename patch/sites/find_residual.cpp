@@ -156,6 +156,10 @@ void find_attention_residual(SiteFinder& finder, Layer& layer, LayerSites& sites
     layer.notes.emplace_back("no output projection follows the attention");
     return;
   }
+  find_output_residual(finder, layer, sites);
+}
+
+void find_output_residual(SiteFinder& finder, Layer& layer, LayerSites& sites) {
   layer.output = finder.describe(sites.output->node);
   sites.output->is_flat = !finder.layout_of(linear_input(sites.output->node), sites.output->sequence_first);
   Value* input = linear_input(sites.query.node);

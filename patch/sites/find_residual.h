@@ -17,6 +17,9 @@ std::optional<ResidualSite> find_residual(SiteFinder& finder, torch::jit::Value*
 // missing.
 void find_attention_residual(SiteFinder& finder, Layer& layer, LayerSites& sites);
 
+// The same where the output projection is known.
+void find_output_residual(SiteFinder& finder, Layer& layer, LayerSites& sites);
+
 // The values that may be the residual stream of a block that reads `input`: `input` itself and, if it is a norm, what
 // the norm reads.
 std::vector<torch::jit::Value*> streams_of(torch::jit::Value* input);

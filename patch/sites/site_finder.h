@@ -23,6 +23,8 @@ class SiteFinder {
   Dim& batch() { return batch_; }
   // The linear maps behind any attention's queries, keys and values.
   const std::set<torch::jit::Node*>& attention_projections() const { return attention_projections_; }
+  // Counts a linear map among them, of an attention that was not recognised.
+  void add_attention_projection(torch::jit::Node* linear) { attention_projections_.insert(linear); }
   // All other linear maps, by the identity of their weights.
   const std::map<const void*, std::vector<torch::jit::Node*>>& linears_elsewhere() const { return linears_elsewhere_; }
 

@@ -187,7 +187,7 @@ class BlockDrawing:
         node, and the ports of q, k and v."""
         entry = self.group.first.attentions[index]
         title, location, _, _ = _KINDS[entry["kind"]]
-        heads = f"{entry['num_heads']} heads of {entry['head_dim']}"
+        heads = f"{entry['num_heads']} heads of {entry['head_dim']}" if entry["num_heads"] else "not recognised"
         if entry["num_kv_heads"] != entry["num_heads"]:
             heads += f", {entry['num_kv_heads']} for keys and values"
         cells = [_cell(title, heads + (", masked" if entry["attention_mask"] else ""))]

@@ -1,4 +1,4 @@
-"""The commands of `torchgraft`, on a parsed command line: add, inspect and tune."""
+"""The commands of `torchgraft`, on a parsed command line: add and inspect."""
 
 import argparse
 import contextlib
@@ -39,8 +39,8 @@ from ._libraries import load_others, version_text
 from ._operators import operators_of, ranges
 from ._optimize_command import optimize_command
 from ._quantize_command import quantize_command
-from ._steps import show_detail, showing_steps, step
-from ._tuning import DTYPES, FEATURES, OPS, TOKENS, measure
+from ._steps import showing_steps, step
+from ._tune_command import tune_command
 from .adapter_hub import ADAPTER_FILES
 from .configs import config_argument, is_there
 from .errors import GraftError
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
     command = {
         "add": add,
         "inspect": inspect,
-        "tune": tune,
+        "tune": tune_command,
         "export": export_command,
         "optimize": optimize_command,
         "quantize": quantize_command,
@@ -219,31 +219,6 @@ def _inspect(arguments: argparse.Namespace) -> None:
         raise GraftError(f"{arguments.base}: no attention was found")
 
 
-def tune(arguments: argparse.Namespace) -> None:
-    """Measures every operator with fused kernels and with ATen's compositions, and writes a kernel table for
-    TORCHGRAFT_KERNEL_TABLE.
-
-    Args:
-        arguments: the command line's: output (path), seconds (float, for each measurement), tokens and features (lists
-            of numbers, or None).
-    """
-    check_writable(arguments.output)
-    tokens, features = arguments.tokens or TOKENS, arguments.features or FEATURES
-    count = len(OPS) * len(DTYPES) * len(tokens) * len(features)
-    if not arguments.quiet:
-        print(f"tune: {count} measurements, at least {count * arguments.seconds:.0f} s", file=sys.stderr, flush=True)
-    with step("measuring"):
-        table = measure(arguments.seconds, tokens, features, show_detail)
-    write_whole((json.dumps(table, indent=1) + "\n").encode(), arguments.output)
-    for op in OPS:
-        mine = [entry for entry in table["measurements"] if entry["op"] == op]
-        for dtype in dict.fromkeys(entry["dtype"] for entry in mine):
-            ratios = [entry["fused"] / entry["reference"] for entry in mine if entry["dtype"] == dtype]
-            span = f"{min(ratios):.2f} to {max(ratios):.2f}"
-            say(arguments, f"{op}, {dtype}: fused takes {span} of the composition's time")
-    say(arguments, f"{arguments.output}: written; use it with TORCHGRAFT_KERNEL_TABLE={arguments.output}")
-
-
 def _save_picture(module: torch.jit.ScriptModule, structure: dict[str, Any], arguments: argparse.Namespace) -> None:
     """Draws the grafted modules and, with a config, those that it would add. If nothing is grafted, draws the locations
     where adapters can act."""
@@ -343,11 +318,11 @@ def _layer_table(rows: list[Row]) -> Table:
     table.add_column("projections", overflow="fold")
     table.add_column("locations", overflow="fold")
     for number, layer, paths in rows:
-        heads = str(layer["num_heads"])
+        heads = str(layer["num_heads"] or "-")  # without heads: described by --sites, not recognised
         if layer["num_kv_heads"] != layer["num_heads"]:
             heads += f" ({layer['num_kv_heads']} kv)"
         kind = layer["kind"] + ("" if layer["cache"] == "none" else f"\n{layer['cache']} cache")
-        cells = [number, kind, heads, str(layer["head_dim"]), str(layer["hidden_size"]), _norms(layer)]
+        cells = [number, kind, heads, str(layer["head_dim"] or "-"), str(layer["hidden_size"]), _norms(layer)]
         # A role without a linear map gets the line "role: -", except the gate, which few models have.
         roles = [role for role in ROLES if role != "ffn_gate" or layer[role]]
         cells.append("\n".join(_projection_line(role, layer[role], paths.get(role, "")) for role in roles))

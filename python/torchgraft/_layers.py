@@ -94,7 +94,8 @@ def blocks_of(layers: Iterable[dict[str, Any]], slots: Mapping[int, frozenset[Sl
     weights: set[int] = set()  # for each attention the index of the first one with its weights
     for entry in layers:
         shares = entry["index"] if entry["shares"] is None else entry["shares"]
-        if attentions and (entry["layer"] != attentions[0]["layer"] or shares in weights):
+        is_again = shares is not None and shares in weights  # None: sites describe it (docs/sites.md)
+        if attentions and (entry["layer"] != attentions[0]["layer"] or is_again):
             result.append(_block(attentions, slots))
             attentions, weights = [], set()
         attentions.append(entry)

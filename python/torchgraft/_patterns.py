@@ -53,7 +53,9 @@ class Patterns:
             self._count_copies(pattern, tree)
             self._compiled[whole, pattern] = regex.compile(text, cache_pattern=False)
         except (re.error, regex.error, OverflowError, RecursionError, FutureWarning) as error:
-            raise GraftError(f"{self._shown(pattern)} is no regular expression: {error}") from None
+            raise GraftError(
+                f"{self._shown(pattern)} is no regular expression: {str(error)[:_LONGEST_SHOWN]}"
+            ) from None
         self._seconds_left -= time.monotonic() - began
 
     def match(self, pattern: str, text: str, whole: str = "{}", full: bool = False) -> "regex.Match[str] | None":

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,11 +45,47 @@ def script_module(module: Any) -> torch.jit.ScriptModule:
 
 
 def with_short_errors(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
-    """Returns `module`, whose methods that take an adapter's name raise one line: TorchScript adds a trace of some
-    twenty lines to what a method raises. Scripting and saving see the methods themselves."""
-    for method in ("activate", "adapter_config") if is_grafted(module) else ():
+    """Returns `module`, whose methods that take an adapter's name or adapter_ids raise one line: TorchScript adds a
+    trace of some twenty lines to what a method raises, and tells of casts where an argument has another type. Scripting
+    and saving see the methods themselves."""
+    if not is_grafted(module):
+        return module
+    for method in ("activate", "adapter_config"):
         module.__dict__[method] = _shortened(getattr(module, method))
+    for method in _TAKING_IDS:
+        if hasattr(module, method):
+            module.__dict__[method] = _TakesIds(getattr(module, method))
     return module
+
+
+_TAKING_IDS = ("forward", "forward_with_gates", "forward_with_head")
+_IS_OF_IDS = re.compile(r"for argument 'adapter_ids' but instead found type '([^']*)'")
+
+
+class _TakesIds:
+    """A method of a grafted module. It is the method to whoever asks what it is, or for an attribute of it."""
+
+    def __init__(self, method: Any) -> None:
+        self._method = method
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        try:
+            return self._method(*arguments, **named)
+        except RuntimeError as error:
+            found = _IS_OF_IDS.search(str(error))
+            if found is None:
+                raise
+        raise TypeError(
+            f"{self._method.name}: expected adapter_ids to be an int64 tensor with one id for each row, such as "
+            f"torch.tensor([0, 1, -1]), got {found[1]}"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_method"], name)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return type(self.__dict__["_method"])
 
 
 def _shortened(method: Any) -> Any:

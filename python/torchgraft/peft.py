@@ -16,7 +16,7 @@ from .adapter_hub import CONFIG_FILE, AdapterDirectory, read_one_version
 from .configs import LoRAConfig
 from .errors import GraftError
 from .peft_config import PeftLoRAConfig, read_peft_config
-from .peft_paths import Place, match_paths, place_of
+from .peft_paths import Place, match_paths, place_of, shown_paths
 from .peft_weights import WEIGHT_FILES, PeftWeights, Update, read_peft_weights
 
 DEFAULT_NAME = "default"  # PEFT's name for an adapter to which the user gave none
@@ -102,7 +102,7 @@ def _present(
     """Returns those linear maps that the model has. Warns of the others: the model may have been traced without its
     head."""
     found = {path: whole for path, whole in wholes.items() if any(place_of(each, path) for each in model_paths)}
-    lost = ", ".join(path for path in wholes if path not in found)
+    lost = shown_paths(path for path in wholes if path not in found)
     if lost:
         warnings.warn(
             f"{directory}: {lost} (modules_to_save) is not loaded: the model has no such linear map; a prediction "

@@ -7,6 +7,7 @@ from pathlib import Path
 from .errors import GraftError
 
 _MOST_SHOWN = 10  # paths in an error
+_LONGEST_SHOWN = 200  # characters of one of several paths
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,9 @@ def place_of(model_path: str, peft_path: str) -> tuple[int, Place] | None:
     return shared, Place(model_path, ".".join(model[: len(model) - shared]), ".".join(saved[: len(saved) - shared]))
 
 
-def _shown(paths: Iterable[str]) -> str:
-    every = list(paths)
+def shown_paths(paths: Iterable[str]) -> str:
+    """Returns the first of several paths, each cut if it is long, for a message."""
+    every = [path if len(path) <= _LONGEST_SHOWN else path[:_LONGEST_SHOWN] + "..." for path in paths]
     more = len(every) - _MOST_SHOWN
     return ", ".join(every[:_MOST_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
@@ -71,7 +73,7 @@ def match_paths(
         longest = max((shared for shared, _ in found), default=0)
         best = [place for shared, place in found if shared == longest]
         if not best:
-            others = f" (outside of its layers it has {_shown(outside)})" if outside else ""
+            others = f" (outside of its layers it has {shown_paths(outside)})" if outside else ""
             raise GraftError(
                 f"{directory}: the model has no linear map {path}{others}; PEFT adapters are matched by module path, "
                 "and a weight that is tied to an embedding has the embedding's"

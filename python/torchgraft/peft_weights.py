@@ -12,6 +12,7 @@ from .errors import GraftError
 from .peft_config import PeftLoRAConfig
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_LONGEST_KEY = 1000  # bytes of a weight's name: what is longer is nothing that anybody wrote, and errors repeat it
 _MOST_RANK = 64  # a module that was trained as a whole costs all updates of the adapter the memory of its rank
 
 _KEY = re.compile(
@@ -87,6 +88,10 @@ def read_peft_weights(config: PeftLoRAConfig) -> PeftWeights:
     wholes: dict[str, dict[str, Tensor]] = {}
     bases: dict[str, Tensor] = {}
     for key, tensor in read_weights(directory, WEIGHT_FILES).items():
+        if len(key.encode(errors="replace")) > _LONGEST_KEY:
+            raise GraftError(
+                f"{directory}: expected weights with names of at most {_LONGEST_KEY} bytes, got {key[:200]}..."
+            )
         if base := _BASE_KEY.fullmatch(key):
             bases[f"{base['path']}.{base['kind']}"] = tensor
             continue

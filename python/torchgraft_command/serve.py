@@ -35,9 +35,9 @@ def run(program: str, arguments: argparse.Namespace) -> None:
     """Serves until SIGTERM or Ctrl-C. Raises SystemExit with the server's status, unless that is 0.
 
     Args:
-        arguments: the command line's: base, adapters (paths), tokenizer (path of a tokenizer.json or of its folder),
-            server (path or None), address, port, max_body, max_tokens (number or None), drain_seconds, library
-            (paths), quiet, verbose (bools), server_options (texts for the server's own command line).
+        arguments: the command line's: base (path), adapters (path or None), tokenizer (path of a tokenizer.json or of
+            its folder), server (path or None), address, port, max_body, max_tokens (number or None), drain_seconds,
+            library (paths), quiet, verbose (bools), server_options (texts for the server's own command line).
     """
     try:
         tokenizer = _load_tokenizer(arguments.tokenizer)
@@ -83,9 +83,9 @@ async def _start(
 ) -> tuple[asyncio.subprocess.Process, str | None]:
     """Starts the server. Returns it with its address once it listens, or with None if `stopped` comes first."""
     libraries = [word for path in arguments.library for word in ("--library", str(path))]
-    words = [str(arguments.base), "--adapters", str(arguments.adapters), "--drain-seconds",
-             str(arguments.drain_seconds), *libraries, *arguments.server_options,
-             "--address", "127.0.0.1", "--port", "0"]  # fmt: skip
+    folder = [] if arguments.adapters is None else ["--adapters", str(arguments.adapters)]
+    words = [str(arguments.base), *folder, "--drain-seconds", str(arguments.drain_seconds), *libraries,
+             *arguments.server_options, "--address", "127.0.0.1", "--port", "0"]  # fmt: skip
     if arguments.verbose:
         print(f"starting {shlex.join([server, *words])}", file=sys.stderr, flush=True)
     process = await asyncio.create_subprocess_exec(

@@ -16,7 +16,10 @@ def add_serve_command(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     serving.add_argument("base", type=Path, metavar="MODEL.pt", help="a text encoder, grafted or not")
     serving.add_argument(
-        "--adapters", type=Path, required=True, metavar="DIRECTORY", help="folder of adapter directories"
+        "--adapters",
+        type=Path,
+        metavar="DIRECTORY",
+        help="folder of adapter directories; a grafted model has adapters without one",
     )
     serving.add_argument(
         "--tokenizer", type=Path, required=True, metavar="FILE", help="the model's tokenizer.json, or its folder"

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from .line import Parser
+
+CHECKPOINT = "checkpoint.pt"  # in OUT
 
 DESCRIPTION = """\
 Trains one adapter, with a classification head, on a file of texts with classes.
 
   torchgraft train BASE.pt -o OUT --train reviews.csv --validation-fraction 0.1 --config unipelt --adapter reviews
-  torchgraft train BASE.pt -o OUT ... --resume           # continues a run that was stopped or killed
+  torchgraft train -o OUT --resume                       # continues a run that was stopped or killed
   torchrun --nproc-per-node 2 -m torchgraft train BASE.pt -o OUT ...
 
 BASE.pt is a TorchScript Transformer, grafted or not, that takes token ids and perhaps a mask. Only the adapter and the
@@ -31,8 +35,27 @@ def make_parser(program: str = "train.py") -> Parser:
     return parser
 
 
+class _Noted(argparse.Action):
+    """Stores a value, and notes in `given` that the command line has it: --resume takes the rest from a checkpoint."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        if self.nargs == 0:  # a flag
+            values = not self.default
+        if self.option_strings or values is not None:
+            setattr(namespace, self.dest, values)
+            namespace.given = namespace.given | {self.dest}
+
+
+def _flag(default: bool) -> Callable[..., _Noted]:
+    return lambda **options: _Noted(nargs=0, default=default, **options)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, metavar="BASE.pt", help="the model to train on")
+    parser.set_defaults(given=frozenset())
+    parser.register("action", None, _Noted)
+    parser.register("action", "store_true", _flag(False))
+    parser.register("action", "store_false", _flag(True))
+    parser.add_argument("model", type=Path, nargs="?", metavar="BASE.pt", help="the model to train on")
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="OUT", help="a folder; made if it is missing"
     )
@@ -43,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_data(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--train", type=Path, required=True, metavar="FILE", help="texts with classes")
+    group.add_argument("--train", type=Path, metavar="FILE", help="texts with classes")
     group.add_argument(
         "--validation", type=Path, metavar="FILE", help="its scores decide which epoch's weights are kept"
     )
@@ -152,7 +175,11 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
 def _add_running(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS", help="write a checkpoint")
     start = group.add_mutually_exclusive_group()
-    start.add_argument("--resume", action="store_true", help="continue from OUT/checkpoint.pt, if there is one")
+    start.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue from OUT/checkpoint.pt, if there is one, with the options of its run: give none, or the same",
+    )
     start.add_argument("--restart", action="store_true", help="start anew where OUT has a checkpoint")
     group.add_argument("--device", help="default: a GPU if torch sees one, else cpu")
     group.add_argument("--no-tensorboard", dest="tensorboard", action="store_false", help="write no logs")
@@ -163,6 +190,12 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
     """Checks the arguments before anything is loaded."""
     if not arguments.config.strip():
         parser.error("--config: expected a configuration's name (unipelt, mam, lora, ...) or a path, got an empty text")
+    if arguments.resume and (arguments.output / CHECKPOINT).exists():
+        return  # which has the options that are not given
+    missing = {"BASE.pt": arguments.model, "--train": arguments.train}
+    if None in missing.values():
+        names = ", ".join(name for name, value in missing.items() if value is None)
+        parser.error(f"the following arguments are required: {names}")
     if not 0 <= arguments.validation_fraction < 1:
         parser.error(f"--validation-fraction must be at least 0 and below 1, got {arguments.validation_fraction}")
     if arguments.validation and arguments.validation_fraction:

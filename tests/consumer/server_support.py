@@ -119,7 +119,7 @@ class Server:
         self,
         program: Path | list,
         model: Path,
-        adapters: Path,
+        adapters: Path | None,
         *options: object,
         open_files: tuple[int, int] | None = None,
         environment: dict[str, str] | None = None,
@@ -127,7 +127,8 @@ class Server:
     ):
         inherited = {key: value for key, value in os.environ.items() if key != "LD_LIBRARY_PATH"}
         words = program if isinstance(program, list) else [program]
-        command = [*words, model, "--adapters", adapters, "--port", 0, *options, *self.behind, "--threads", 1]
+        folder = [] if adapters is None else ["--adapters", adapters]
+        command = [*words, model, *folder, "--port", 0, *options, *self.behind, "--threads", 1]
         # Not a pipe: one that nobody reads would stop the server when it is full.
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(

@@ -41,3 +41,33 @@ def test_bad_adapters_are_named_and_left_out(encoder_module, models, own_adapter
     for name in [*bad, "fifo"]:
         with pytest.raises(torchgraft.GraftError):
             encoder.load(name, "0")
+
+
+def grafted_file(models, tmp_path):
+    base = torch.jit.load(models / "base.pt")
+    path = tmp_path / "grafted.pt"
+    torchgraft.graft(base, adapters={"task-1": models / "adapters" / "task-0"}, gate_pooling="unpadded").save(path)
+    return path
+
+
+def test_an_adapter_of_the_folder_with_a_name_of_the_file_is_named(encoder_module, models, expected, tmp_path, capfd):
+    """The file's is served."""
+    path = grafted_file(models, tmp_path)
+    encoder = encoder_module.Encoder(path, models / "adapters", capacity=1, threads=1)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line == (
+        "adapter task-1 cannot be served: the model's file has an adapter of that name, which is served; rename one"
+    )
+    ((status, body),) = encoder.run([encoder_module.Request(encoder.resident("task-1"), [[1, 2]], "first")])
+    assert status == 200
+    torch.testing.assert_close(torch.tensor(body["outputs"][0]), expected("task-0", [1, 2]), **TOLERANCE)
+
+
+def test_a_grafted_model_needs_no_folder(encoder_module, models, expected, tmp_path):
+    encoder = encoder_module.Encoder(grafted_file(models, tmp_path), None, capacity=1, threads=1)
+    assert encoder.own == {"task-1"}
+    ((status, body),) = encoder.run([encoder_module.Request(encoder.resident("task-1"), [[1, 2]], "first")])
+    assert status == 200
+    torch.testing.assert_close(torch.tensor(body["outputs"][0]), expected("task-0", [1, 2]), **TOLERANCE)
+    with pytest.raises(torchgraft.GraftError, match="base.pt has no adapters; give the folder of some with --adapters"):
+        encoder_module.Encoder(models / "base.pt", None, capacity=1, threads=1)

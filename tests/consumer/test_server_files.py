@@ -238,7 +238,38 @@ def test_adapters_in_memory_are_served_while_the_folder_is_away(server_program, 
         torch.testing.assert_close(server.outputs("task-2", [row])[0], expected("task-2", row), **TOLERANCE)
 
 
-def test_an_unreadable_folder_is_one_line(server_program, models, tmp_path):
-    command = [server_program, models / "base.pt", "--adapters", tmp_path / "nowhere"]
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=60)
-    assert result.returncode == 1 and result.stderr.count("\n") == 1
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--adapters", "nowhere"], "--adapters: Directory does not exist: nowhere"),
+        ([], "--adapters: base.pt has no adapters; give the folder of some"),
+        (["--adapters", "adapters", "--nosuch"], "--nosuch"),
+        (["--adapters", "adapters", "--capacity", "0"], "--capacity"),
+        (["--adapters", "adapters", "--port", "many"], "--port"),
+        (["--adapters", "adapters", "--max-queue", "8"], "--max-queue"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_status_2(server_program, models, words, message):
+    command = [str(server_program), "base.pt", *words]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=models)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert message in result.stderr and result.stderr.endswith(" (server --help)\n")
+
+
+def test_a_grafted_model_is_served_without_a_folder(server_program, models, expected, tmp_path, monkeypatch):
+    """It looks into no folder, the one that it was started in neither."""
+    base = torch.jit.load(models / "base.pt")
+    directory = {"own": models / "adapters" / "task-0"}
+    torchgraft.graft(base, adapters=directory, gate_pooling="unpadded").save(tmp_path / "grafted.pt")
+    monkeypatch.chdir(models / "adapters")
+    row = [9, 8, 7, 6]
+    with Server(server_program, tmp_path / "grafted.pt", None) as server:
+        torch.testing.assert_close(server.outputs("own", [row])[0], expected("task-0", row), **TOLERANCE)
+        torch.testing.assert_close(server.outputs(None, [row])[0], expected(None, row), **TOLERANCE)
+        assert [info["name"] for info in server.ask("GET", "/v1/adapters")[1]["adapters"]] == ["own"]
+        for method, path in (("GET", "task-1"), ("PUT", "task-1"), ("DELETE", "task-1")):
+            assert server.ask(method, f"/v1/adapters/{path}")[0] == 404
+        assert server.predict("task-1", [row])[0] == 404
+        status, answer = server.ask("PUT", "/v1/adapters/new")
+        assert status == 404 and "has no folder of adapters; start it with --adapters" in answer["error"]["message"]
+        assert server.stop() == 0

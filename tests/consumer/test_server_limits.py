@@ -171,7 +171,7 @@ def test_long_rows_do_not_make_batches_large(server_program, models):
 def test_a_queue_that_is_smaller_than_a_request_is_refused(server_program, models):
     command = [server_program, models / "base.pt", "--adapters", models / "adapters", "--max-queue", 8]
     result = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=60)
-    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert result.stderr.startswith("server: --max-queue: expected at least --max-batch, 64")
 
 

@@ -24,7 +24,6 @@ PROGRAMS = {
 }
 # Lines that leave something to the reader, or that take minutes by design.
 NOT_RUN = {
-    ".venv/bin/python scripts/train.py BASE.pt -o OUT ... --resume": "says what to add to the line above",
     ".venv/bin/python scripts/graft.py tune -o kernels.json": "measures for minutes; test_tuning.py runs it",
     "torchgraft serve base.pt --adapters FOLDER --tokenizer tokenizer.json --port 8080 -- --capacity 64": "goes on "
     "until a signal ends it; test_text_front.py runs it",

@@ -111,6 +111,21 @@ def test_names_of_another_type_are_named() -> None:
                 acquire(names)
 
 
+@pytest.mark.parametrize("ids", [[0, 0], 0, "task", (0, -1)], ids=repr)
+def test_adapter_ids_of_another_type_are_named(ids: object, folder: Path) -> None:
+    """By the module that was grafted and by one that was loaded; what is no list stays TorchScript's matter."""
+    tokens = torch.ones(2, 3, dtype=torch.int64)
+    for module in (grafted("bert_sdpa", torch.float32, "unipelt"), torchgraft.load_module(folder / "model.pt")):
+        for method in (module, module.forward, module.forward_with_gates):
+            with pytest.raises(TypeError, match="expected adapter_ids to be an int64 tensor .*, got ") as raised:
+                method(tokens, tokens, adapter_ids=ids)
+            assert "\n" not in str(raised.value) and raised.value.__context__ is None
+            method(tokens, tokens, adapter_ids=torch.tensor([0, -1]))
+        with pytest.raises(RuntimeError, match="argument 'input_ids'"):
+            module([1, 2], tokens)
+        assert module.forward.schema.arguments[-1].name == "adapter_ids"
+
+
 def test_a_pool_says_that_an_adapter_may_have_left(tmp_path: Path) -> None:
     torchgraft.save_adapter(torchgraft.graft(base("bert_sdpa", torch.float32), "lora", "task"), "task", tmp_path)
     pool = torchgraft.AdapterPool(base("bert_sdpa", torch.float32), capacity=1)

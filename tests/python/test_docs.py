@@ -58,3 +58,30 @@ def test_the_examples_of_training_run(tmp_path) -> None:
     _run("training.md", 2, tmp_path)
     for written in ("trained/adapter.safetensors", "served.pt", "checkpoint.pt"):
         assert (tmp_path / written).stat().st_size > 0
+
+
+# Sentences that a reader had to read twice (issue 26).
+_READ_TWICE = (
+    "what is written the library reads", "what you say goes before what is detected", "is no change of a weight, for a",
+    "an adapter that needs more is a rebuild", "rows that have it alike", "as much is taken for each of the capacity",
+    "bore 0.001 and ended in one class",
+)  # fmt: skip
+
+
+def test_sentences_that_had_to_be_read_twice_are_gone() -> None:
+    folders = ("docs", "python", "patch", "plan", "config", "ops", "examples", "scripts", "registration")
+    suffixes = {".md", ".py", ".cpp", ".h", ".txt", ".html"}
+    files = [*ROOT.glob("*.md"), *(path for folder in folders for path in (ROOT / folder).rglob("*"))]
+    for path in files:
+        if path.suffix in suffixes and path.is_file():
+            text = re.sub(r"[\s/#]+", " ", path.read_text().lower())  # also where a line ends within
+            assert not [sentence for sentence in _READ_TWICE if sentence in text], path
+
+
+def test_what_the_documents_start_directly_is_executable() -> None:
+    documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"), ROOT / "tests/README.md"]
+    shown = {line.split()[0] for path in documents for line in path.read_text().splitlines()
+             if line.strip().startswith("scripts/")}  # fmt: skip
+    assert {"scripts/demo", "scripts/test", "scripts/setup"} <= shown
+    for script in [*shown, "scripts/graft.py", "scripts/train.py"]:  # these two are named as commands, too
+        assert os.access(ROOT / script, os.X_OK), script

@@ -51,9 +51,9 @@ class File:
         self.count += 1
         return self.draw.choice(["task", "sst-2", "lang/en", "2nd", "größe"]) + str(self.count)
 
-    def any_name(self, configs: list[str] = CONFIGS) -> str | None:
+    def any_name(self, configs: list[str] = CONFIGS, or_merged: bool = False) -> str | None:
         names = [name for name, saved in self.adapters.items() if self.kinds.get(saved.name) in configs]
-        names = [name for name in names if name != self.merged]
+        names = [name for name in names if name != self.merged or or_merged]
         return self.draw.choice(names) if names else None
 
     def drawn(self) -> Saved:
@@ -81,9 +81,10 @@ class File:
             self.module = torchgraft.remove_adapter(self.module, name)
 
     def rename(self) -> None:
-        name = self.any_name()
+        name = self.any_name(or_merged=True)
         if name is not None:
             new = self.fresh_name()
+            self.merged = new if self.merged == name else self.merged
             self.adapters = {new if each == name else each: saved for each, saved in self.adapters.items()}
             self.module = torchgraft.rename_adapter(self.module, name, new)
 
@@ -94,7 +95,7 @@ class File:
             self.module = torchgraft.replace_adapter(self.module, name, directory=self.adapters[name].directory)
 
     def save_and_load(self) -> None:
-        name = self.any_name()
+        name = self.any_name(or_merged=True)
         if name is not None:
             directory = self.folder / str(self.count)
             torchgraft.save_adapter(self.module, name, directory)
@@ -135,6 +136,9 @@ class File:
         if self.merged is not None:
             self.module = torchgraft.unmerge_adapter(self.module, self.merged)
             self.merged = None
+
+    def lower(self) -> None:
+        self.module = torchgraft.lower(self.module)
 
     def write_file(self) -> None:
         self.module = reloaded(self.module)
@@ -192,7 +196,7 @@ class File:
 
 OPERATIONS = [
     File.add, File.add, File.remove, File.rename, File.replace, File.save_and_load, File.average, File.merge,
-    File.merge, File.unmerge, File.write_file, File.make_trainable_and_back, File.verify,
+    File.merge, File.unmerge, File.lower, File.write_file, File.make_trainable_and_back, File.verify,
 ]  # fmt: skip
 
 

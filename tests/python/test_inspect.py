@@ -22,9 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOAT = torch.float32
 BERT = "bert_sdpa"
 MODELS = ["bert_sdpa", "own_pre_unmasked_packed_sdpa", "encoder_script_post"]
-FIELDS = {"index", "layer", "shares", "stack", "kind", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "norm_order",
-          "ffn_norm_order", "attention_mask", "query", "key", "value", "output", "ffn_in", "ffn_gate", "ffn_out",
-          "attention_residual", "ffn_residual", "cache", "locations", "notes"}  # fmt: skip
+FIELDS = {"index", "layer", "shares", "stack", "kind", "num_heads", "num_kv_heads", "head_dim", "hidden_size",
+          "norm_order", "ffn_norm_order", "attention_mask", "query", "key", "value", "output", "ffn_in", "ffn_gate",
+          "ffn_out", "attention_residual", "ffn_residual", "cache", "locations", "notes"}  # fmt: skip
 
 
 @pytest.fixture
@@ -194,9 +194,12 @@ def test_sites_of_another_type_are_refused() -> None:
 
 
 def test_the_example_of_the_documentation(tmp_path: Path) -> None:
-    (snippet,) = re.findall(r"<!-- test -->\n```python\n(.*?)```", (ROOT / "docs" / "sites.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"<!-- test -->\n```python\n(.*?)```", (ROOT / "docs" / "sites.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    program = tmp_path / "blocks.py"  # a file: torch.jit.script reads the source of what it scripts
+    program.write_text("\n".join(blocks))
     environment = os.environ | {"PYTHONPATH": str(ROOT / "python") + os.pathsep + os.environ.get("PYTHONPATH", "")}
-    done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
 
 

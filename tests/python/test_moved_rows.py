@@ -1,4 +1,4 @@
-"""Models that move rows, or whose rows and tokens cannot be told apart, are refused: adapter_ids would be for others."""
+"""Models that move rows, or whose rows and tokens cannot be told apart, are refused: ids would be for other rows."""
 
 import pytest
 import torch

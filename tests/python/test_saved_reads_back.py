@@ -1,5 +1,6 @@
 """What save_adapter writes loads on the module that wrote it; else it is not written."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,14 @@ _CONFIGS = ["lora[r=2,intermediate_lora=True,output_lora=True]", "unipelt[r=2,re
             "double_seq_bn[reduction_factor=4]", "loreft[r=2]", "mam[bottleneck_size=4]"]  # fmt: skip
 
 
+def _error_of(action: Callable[[], None]) -> str:
+    try:
+        action()
+    except torchgraft.GraftError as error:
+        return str(error)
+    return ""
+
+
 @pytest.mark.parametrize("config", _CONFIGS)
 @pytest.mark.parametrize("name", _MODELS)
 def test_a_directory_loads_again_or_is_not_written(name: str, config: str, tmp_path: Path) -> None:
@@ -49,10 +58,9 @@ def test_a_directory_loads_again_or_is_not_written(name: str, config: str, tmp_p
         for parameter in [*module.adapters.parameters(), *module.adapters.buffers()]:
             if parameter.is_floating_point() and parameter.numel() > 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    try:
-        torchgraft.save_adapter(module, "task", tmp_path / "saved")
-    except torchgraft.GraftError as error:
-        assert name != "layers" and "could not be loaded onto this module again" in str(error)
+    error = _error_of(lambda: torchgraft.save_adapter(module, "task", tmp_path / "saved"))
+    if error:
+        assert name != "layers" and "could not be loaded onto this module again" in error
         assert not (tmp_path / "saved").exists()
         return
     with torch.no_grad():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from scripts_here import run_here
 from test_cli import check_one_line, run
 from torchgraft import _tuning
 from torchgraft._libraries import patcher
@@ -55,12 +56,31 @@ def test_the_file_is_what_the_operators_read(tmp_path: Path) -> None:
     assert len(json.loads(path.read_text())["measurements"]) == len(_tuning.OPS) * 2 * 2
     for op in _tuning.OPS:
         assert f"{op}, bfloat16: fused takes" in done.stdout
+    told = ["24 measurements, at least 0 s", *(f"measuring {op}" for op in _tuning.OPS)]
+    assert done.stderr.splitlines() == [f"tune: {text}" for text in told]
     [library] = {name for name in torch.ops.loaded_libraries if "libtorchgraft.so" in name}
     environment = os.environ | {"TORCHGRAFT_KERNEL_TABLE": str(path), "TORCHGRAFT_KERNELS": "auto"}
     command = [sys.executable, "-c", _USE, library]
     used = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert used.returncode == 0, used.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["kernels.json"]
+
+
+def test_it_says_what_it_does_before_it_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How much there is to do before the first measurement, and each operator before its own."""
+    seen = []
+
+    def least(case: object, seconds: float) -> dict[str, float]:
+        seen.extend(sys.stderr.getvalue().splitlines()[-1:])
+        return {"fused": 1.0, "reference": 2.0}
+
+    monkeypatch.setattr(_tuning, "_least", least)
+    options = ["--seconds", "2", "--tokens", "2", "--features", "64"]
+    done = run_here("graft.py", "tune", "-o", tmp_path / "kernels.json", *options)
+    assert done.returncode == 0 and done.stderr.startswith("tune: 12 measurements, at least 24 s\n"), done.stderr
+    assert seen == [f"tune: measuring {op}" for op in _tuning.OPS for _ in range(2)]
+    done = run_here("graft.py", "tune", "-o", tmp_path / "kernels.json", *options, "--quiet")
+    assert (done.returncode, done.stderr) == (0, "") and len(seen) == 12
 
 
 def test_what_cannot_be_done(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from torchgraft_command.train_arguments import CHECKPOINT
+
 from .. import (
     HeadConfig,
     add_head,
@@ -35,12 +37,12 @@ from .batches import EncodedExamples, encode_examples
 from .examples import Columns, Example, check_every_class, class_names, read_examples, split_examples
 from .listeners import Listener, ProgressBar, TensorBoardLog
 from .options import TrainingOptions
+from .resuming import kept_options, with_kept_options
 from .trainer import Trainer, TrainingResult, score
 from .workers import Workers
 
 __all__ = ["EXPECTED_ERRORS", "reason", "run"]
 
-CHECKPOINT = "checkpoint.pt"
 ADAPTER = "adapter"
 
 
@@ -62,10 +64,16 @@ def run(arguments: argparse.Namespace) -> None:
         GraftError: a file or a setting is wrong, or a loss or gradient is not finite. The message says why and what to
             do.
     """
+    goes_on = arguments.resume and (arguments.output / CHECKPOINT).exists()
+    if goes_on:
+        arguments = with_kept_options(arguments, arguments.output / CHECKPOINT)
     load_others(arguments.library)
     workers = Workers.started_by_torchrun(arguments.device)
     try:
         with showing_steps(arguments, version_text) if workers.rank == 0 else contextlib.nullcontext():
+            if goes_on and workers.rank == 0:
+                where = arguments.output / CHECKPOINT
+                say(arguments, f"{where}: goes on with {arguments.model} and the options of its run")
             _run(arguments, workers)
     finally:
         workers.close()
@@ -95,7 +103,7 @@ def _run(arguments: argparse.Namespace, workers: Workers) -> None:
     identity = _identity(arguments, data, _gate_pooling(module, arguments.adapter))
     trainer = Trainer(
         module, arguments.adapter, data.training, data.validation, len(data.names), options, checkpoint=checkpoint,
-        identity=identity, workers=workers, listeners=listeners,
+        identity=identity, arguments=kept_options(arguments), workers=workers, listeners=listeners,
     )  # fmt: skip
     result = trainer.run(resume=arguments.resume)
     with step("scoring"):

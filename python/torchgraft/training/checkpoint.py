@@ -41,6 +41,7 @@ class TrainingState:
         epochs_without_gain: epochs since the best one.
         history: a record of each epoch.
         finished: whether the run has ended.
+        arguments: the options of the command line, for one that goes on. Empty: the run has none, or is of before.
     """
 
     settings: dict[str, Any]
@@ -58,6 +59,7 @@ class TrainingState:
     epochs_without_gain: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     finished: bool = False
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(state: TrainingState, path: Path) -> None:
@@ -91,7 +93,8 @@ def load_checkpoint(path: Path) -> TrainingState:
         raise GraftError(f"{path}: not a checkpoint, or damaged ({reason(error).splitlines()[0]})") from error
     if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
         raise GraftError(f"{path}: not a checkpoint of this version of torchgraft")
-    if set(content) != {name.name for name in fields(TrainingState)}:
+    is_whole = set(content) | {"arguments"} == {name.name for name in fields(TrainingState)}
+    if not is_whole or not isinstance(content.get("arguments", {}), dict):
         raise GraftError(f"{path}: not a checkpoint: its entries are {', '.join(map(str, content))}")
     best = content.pop("best")
     return TrainingState(**content, best=None if best is None else BestEpoch(**best))

@@ -131,6 +131,7 @@ class Trainer:
         options: how to train.
         checkpoint: where to write checkpoints. None: the run writes none.
         identity: further settings that a resumed run must share with its checkpoint (the files, the model).
+        arguments: the options of the command line, which checkpoints keep. None: there is none.
         workers: the processes that train together. None: this process alone.
         listeners: their methods are called as the run proceeds, on rank 0 only.
 
@@ -141,8 +142,8 @@ class Trainer:
     def __init__(
         self, module: torch.jit.ScriptModule, name: str, training: EncodedExamples,
         validation: EncodedExamples | None, num_labels: int, options: TrainingOptions, *,
-        checkpoint: Path | None = None, identity: Mapping[str, Any] | None = None, workers: Workers | None = None,
-        listeners: Sequence[Listener] = (),
+        checkpoint: Path | None = None, identity: Mapping[str, Any] | None = None,
+        arguments: Mapping[str, Any] | None = None, workers: Workers | None = None, listeners: Sequence[Listener] = (),
     ):  # fmt: skip
         if len(training) == 0:
             raise GraftError("training: there are no training examples")
@@ -163,7 +164,7 @@ class Trainer:
         torch.manual_seed(options.seed + self._workers.rank)  # for dropout, which differs between processes
         settings = {**options.as_dict(), "processes": self._workers.size, "examples": len(training), "adapter": name}
         del settings["checkpoint_every"]
-        self._state = TrainingState({**settings, **(identity or {})})
+        self._state = TrainingState({**settings, **(identity or {})}, arguments=dict(arguments or {}))
 
     def run(self, resume: bool = False) -> TrainingResult:
         """Trains to the end, and leaves the best epoch's weights in the module.
@@ -329,4 +330,5 @@ class Trainer:
             torch.cuda.set_rng_state(state.random[self._workers.rank], self._workers.device)
         else:
             torch.set_rng_state(state.random[self._workers.rank])
+        state.arguments = self._state.arguments or state.arguments
         self._state = state

@@ -268,11 +268,10 @@ def test_a_run_of_all_tokens_goes_on_however_that_is_said(
                  files.validation, "--save-model", *QUICKLY]  # fmt: skip
     checkpoint = torch.load(whole / "checkpoint.pt", weights_only=True)
     assert checkpoint["settings"]["gate_pooling"] == "all"
-    parsed = runpy.run_path(str(SCRIPT))["make_parser"]().parse_args([str(word) for word in arguments])
-    for wanted in (None, "all"):
-        parsed.gate_pooling, parsed.library, parsed.resume = wanted, [], True
-        parsed.quiet, parsed.verbose = True, False
-        _command.run(parsed)
+    for wanted in ([], ["--gate-pooling", "all"]):
+        again = parsed(*arguments, "--resume", *wanted)
+        again.library, again.quiet, again.verbose = [], True, False
+        _command.run(again)
     code = main([*arguments, "--resume", "--gate-pooling", "unpadded"])
     assert code == 1 and "gate_pooling was all, is unpadded" in capsys.readouterr().err
 
