@@ -26,11 +26,8 @@ bool is_name(const std::string& name) {
   });
 }
 
-bool is_adapter(const std::filesystem::path& directory) {
-  std::error_code none;
-  return torchgraft::is_adapter_directory(directory.string()) &&
-         std::filesystem::is_regular_file(directory / "adapter_config.json", none);
-}
+// One look: between two, another process may begin to save.
+bool is_adapter(const std::filesystem::path& directory) { return torchgraft::is_adapter_directory(directory.string()); }
 
 std::vector<std::string> names_in(const std::filesystem::path& folder) {
   std::vector<std::string> names;

@@ -1,8 +1,11 @@
 """examples/ray_serve/encoder.py without Ray: bad adapters in the folder keep no replica from starting."""
 
+import concurrent.futures
+import fcntl
 import json
 import os
 import sys
+import time
 
 import pytest
 import torch
@@ -41,3 +44,20 @@ def test_bad_adapters_are_named_and_left_out(encoder_module, models, own_adapter
     for name in [*bad, "fifo"]:
         with pytest.raises(torchgraft.GraftError):
             encoder.load(name, "0")
+
+
+def test_an_adapter_is_there_while_another_process_saves_it(encoder_module, own_adapters):
+    """Its configuration is away for the instant of renaming: whoever looks then waits."""
+    config = own_adapters / "task-1" / "adapter_config.json"
+    there = encoder_module.model_id_of(own_adapters, "task-1")
+    assert there.startswith("task-1@") and not there.endswith("@0")
+    lock = os.open(config.parent, os.O_RDONLY)  # what save_adapter holds
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    away = config.rename(config.with_name("away"))
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        found = pool.submit(encoder_module.model_id_of, own_adapters, "task-1")
+        time.sleep(0.05)
+        away.rename(config)
+        os.close(lock)
+        assert found.result() == there
+    assert encoder_module.model_id_of(own_adapters, "none") == encoder_module.model_id_of(own_adapters, "") == ""
