@@ -16,8 +16,8 @@ namespace torchgraft {
 TORCHGRAFT_PATCH_API AdapterSpec read_adapter_directory(const std::string& directory, const std::string& name = "",
                                                         uint64_t most_weight_bytes = kMostWeightBytes);
 
-// Whether an adapter's configuration lies in the directory. While another process saves into it, waits for the instant
-// of renaming to pass, but not for long.
+// Whether an adapter's configuration, a regular file, lies in the directory. While another process saves into it, waits
+// for the instant of renaming to pass, but not for long.
 TORCHGRAFT_PATCH_API bool is_adapter_directory(const std::string& directory);
 
 // Reads the configuration alone. Throws as read_adapter_directory does.

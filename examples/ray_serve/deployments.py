@@ -12,7 +12,7 @@ import starlette.responses
 from ray import serve
 
 import torchgraft
-from encoder import BATCH_ROWS, CONFIG_FILE, WEIGHTS_FILE, Answer, Encoder, Request
+from encoder import BATCH_ROWS, Answer, Encoder, Request, model_id_of
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")  # of a directory in the folder
 FIELDS = {"adapter", "input_ids", "pooling"}
@@ -158,19 +158,12 @@ class Gateway:
             return failure(400, str(error))
         if name and not NAME.fullmatch(name):
             return failure(404, "expected an adapter's name of letters, digits, '_' and '-'")
-        encoder = self._encoder.options(multiplexed_model_id=self._model_id(name))
+        model_id = await asyncio.to_thread(model_id_of, self._adapters, name)
+        encoder = self._encoder.options(multiplexed_model_id=model_id)
         status, answer = await encoder.predict.remote(name, rows, pooling)
         if status != 200:
             return failure(status, answer)
         return starlette.responses.JSONResponse({"adapter": name or None, **answer})
-
-    def _model_id(self, name: str) -> str:
-        """NAME@VERSION of an adapter in the folder, so that changed files are another model to Ray; else ""."""
-        if not name or self._adapters is None or not (self._adapters / name / CONFIG_FILE).is_file():
-            return ""
-        directory = self._adapters / name
-        weights = directory / WEIGHTS_FILE
-        return f"{name}@{weights.stat().st_mtime_ns if weights.is_file() else 0}"
 
 
 def failure(status: int, message: str) -> starlette.responses.JSONResponse:

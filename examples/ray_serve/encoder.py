@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 import torchgraft
-from torchgraft.adapter_hub import read_config
+from torchgraft.adapter_hub import read_config, read_one_version
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter.safetensors"
@@ -130,6 +130,21 @@ class Encoder:
         while not isinstance(result, torch.Tensor):
             result = next(iter(result.values())) if isinstance(result, dict) else result[0]
         return result.float()
+
+
+def model_id_of(adapters: Path | None, name: str) -> str:
+    """NAME@VERSION of an adapter in the folder, so that changed files are another model to Ray; else "". While another
+    process saves the adapter, waits for the instant of renaming to pass."""
+
+    def look(directory: Path) -> str:
+        weights = directory / WEIGHTS_FILE
+        if not (directory / CONFIG_FILE).is_file():
+            return ""
+        return f"{name}@{weights.stat().st_mtime_ns if weights.is_file() else 0}"
+
+    if not name or adapters is None:
+        return ""
+    return read_one_version(adapters / name, (CONFIG_FILE, WEIGHTS_FILE), look)
 
 
 def _report(name: str, fault: str) -> None:

@@ -26,10 +26,9 @@ bool is_name(const std::string& name) {
   });
 }
 
+// One look: between two, another process may begin to save.
 bool has_adapter(const std::filesystem::path& folder, const std::string& name) {
-  std::error_code none;
-  return !folder.empty() && torchgraft::is_adapter_directory((folder / name).string()) &&
-         std::filesystem::is_regular_file(folder / name / "adapter_config.json", none);
+  return !folder.empty() && torchgraft::is_adapter_directory((folder / name).string());
 }
 
 std::vector<std::string> names_in(const std::filesystem::path& folder) {

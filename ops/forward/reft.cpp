@@ -77,8 +77,9 @@ class PlaceFinder {
       begin = first == real + tokens_ ? 0 : first - real;
       end = begin + std::count(real, real + tokens_, true);
     }
-    append(row, begin, begin + std::min(prefix, tokens_), places[{0, slice}]);  // a bank holds any int64
-    append(row, end - std::min(suffix, tokens_), end, places[{1, slice}]);
+    // A bank holds any int64.
+    append(row, begin, begin + std::clamp<int64_t>(prefix, 0, tokens_), places[{0, slice}]);
+    append(row, end - std::clamp<int64_t>(suffix, 0, tokens_), end, places[{1, slice}]);
   }
 
   void append(int64_t row, int64_t begin, int64_t end, std::vector<int64_t>& places) const {
@@ -127,14 +128,15 @@ at::Tensor sparse_reft(const ReftArguments& args, const Selection& selection, co
 at::Tensor dense_reft(const ReftArguments& args, const Selection& selection, const Activation& activation) {
   const at::Tensor& x = args.x;
   const auto long_options = args.positions.options();
-  const at::Tensor counts =
-      select(selection, args.positions).reshape({-1, 2}).clamp_max(c10::Scalar(x.sym_size(1)));  // [1 or B, 2]
+  const at::Tensor counts =  // [1 or B, 2]
+      select(selection, args.positions).reshape({-1, 2}).clamp_min(0).clamp_max(c10::Scalar(x.sym_size(1)));
   const at::Tensor tokens = at::arange(c10::Scalar(x.sym_size(1)), long_options).unsqueeze(0);
   at::Tensor begin = at::zeros({1, 1}, long_options);
   at::Tensor end = at::full({1, 1}, c10::Scalar(x.sym_size(1)), long_options);
   if (args.real_tokens().defined()) {
-    begin = args.real_tokens().to(at::kLong).argmax(1, /*keepdim=*/true);
-    end = begin + args.real_tokens().sum(1, /*keepdim=*/true);
+    const at::Tensor real = args.real_tokens();
+    begin = real.cumsum(1).eq(0).sum(1, /*keepdim=*/true) * real.any(1, /*keepdim=*/true);  // 0 without a real token
+    end = begin + real.sum(1, /*keepdim=*/true);
   }
   const at::Tensor at_prefix = tokens.ge(begin).logical_and(tokens.lt(begin + counts.narrow(1, 0, 1)));
   const at::Tensor at_suffix = tokens.ge(end - counts.narrow(1, 1, 1)).logical_and(tokens.lt(end));

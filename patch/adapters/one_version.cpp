@@ -43,12 +43,17 @@ bool is_missing(const std::string& path) {
   return stat(path.c_str(), &status) != 0;
 }
 
+bool is_regular(const std::string& path) {
+  struct stat status{};
+  return stat(path.c_str(), &status) == 0 && S_ISREG(status.st_mode);
+}
+
 }  // namespace
 
 bool has_marker(const std::string& directory, const std::string& marker) {
   const std::string path = directory + "/" + marker;
-  bool is_there = !is_missing(path);
-  const auto look = [&] { is_there = !is_missing(path); };
+  bool is_there = is_regular(path);
+  const auto look = [&] { is_there = is_regular(path); };
   for (int waits = 0; !is_there && look_between_updates(directory, look) == Look::kLocked; ++waits) {
     if (waits == kMostWaits) {
       break;

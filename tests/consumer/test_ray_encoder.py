@@ -1,8 +1,11 @@
 """examples/ray_serve/encoder.py without Ray: bad adapters in the folder keep no replica from starting."""
 
+import concurrent.futures
+import fcntl
 import json
 import os
 import sys
+import time
 
 import pytest
 import torch
@@ -71,3 +74,20 @@ def test_a_grafted_model_needs_no_folder(encoder_module, models, expected, tmp_p
     torch.testing.assert_close(torch.tensor(body["outputs"][0]), expected("task-0", [1, 2]), **TOLERANCE)
     with pytest.raises(torchgraft.GraftError, match="base.pt has no adapters; give the folder of some with --adapters"):
         encoder_module.Encoder(models / "base.pt", None, capacity=1, threads=1)
+
+
+def test_an_adapter_is_there_while_another_process_saves_it(encoder_module, own_adapters):
+    """Its configuration is away for the instant of renaming: whoever looks then waits."""
+    config = own_adapters / "task-1" / "adapter_config.json"
+    there = encoder_module.model_id_of(own_adapters, "task-1")
+    assert there.startswith("task-1@") and not there.endswith("@0")
+    lock = os.open(config.parent, os.O_RDONLY)  # what save_adapter holds
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    away = config.rename(config.with_name("away"))
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        found = pool.submit(encoder_module.model_id_of, own_adapters, "task-1")
+        time.sleep(0.05)
+        away.rename(config)
+        os.close(lock)
+        assert found.result() == there
+    assert encoder_module.model_id_of(own_adapters, "none") == encoder_module.model_id_of(own_adapters, "") == ""

@@ -1,6 +1,8 @@
 """examples/server and its folder: a thousand adapters, files replaced under load, and what /metrics says of it all."""
 
 import concurrent.futures
+import fcntl
+import os
 import random
 import re
 import shutil
@@ -10,7 +12,8 @@ import time
 import pytest
 import torch
 
-from server_support import CONFIGS, Expected, Server, save_models, save_random_adapter
+from hosts_support import ROOT, run
+from server_support import CONFIGS, Expected, Server, save_models, save_random_adapter, wait_until
 
 KINDS = 10
 TOLERANCE = dict(rtol=0, atol=1e-5)
@@ -53,6 +56,30 @@ def test_a_thousand_adapters_in_64_rows(server_program, models, tmp_path, expect
         assert server.metric("torchgraft_adapter_bytes") == 64 * server.metric("torchgraft_adapter_row_bytes")
     for index, row, got in answers:
         torch.testing.assert_close(got, expected(f"kind-{index % KINDS}", row), **TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def goes_after_a_look(tmp_path_factory) -> dict[str, str]:
+    library = tmp_path_factory.mktemp("preload") / "away_after_stat.so"
+    run("g++", "-shared", "-fPIC", "-o", library, ROOT / "tests" / "consumer" / "away_after_stat.cpp", "-ldl")
+    return {"LD_PRELOAD": str(library)}
+
+
+def test_an_adapter_is_there_while_another_process_saves_it(server_program, models, tmp_path, goes_after_a_look):
+    """Its configuration is away for the instant of renaming, which may come between two looks at it."""
+    directory = shutil.copytree(models / "kinds" / "kind-1", tmp_path / "kind-1")
+    config = directory / "adapter_config.json"
+    away = config.with_name(f"{config.name}.away")
+    with Server(server_program, models / "base.pt", tmp_path, environment=goes_after_a_look) as server:
+        lock = os.open(directory, os.O_RDONLY)  # what save_adapter holds
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        config.with_name(f"{config.name}.leaves").touch()
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(server.ask, "PUT", "/v1/adapters/kind-1")
+            wait_until(away.exists)
+            away.rename(config)
+            os.close(lock)
+            assert answer.result()[0] == 200
 
 
 def test_an_adapter_is_replaced_under_load(server_program, models, tmp_path):

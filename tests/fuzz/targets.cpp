@@ -4,9 +4,12 @@
 #include "structures.h"
 
 #include <torchgraft/config/check_supported.h>
+#include <torchgraft/config/composition.h>
 #include <torchgraft/config/config_json.h>
 #include <torchgraft/config/config_string.h>
+#include <torchgraft/config/fusion_config.h>
 #include <torchgraft/config/head_config.h>
+#include <torchgraft/patch/adapters/fusions.h>
 #include <torchgraft/patch/module/pickle_tensors.h>
 #include <torchgraft/plan/plan.h>
 #include <torchgraft/plan/read_adapter_hub.h>
@@ -44,6 +47,12 @@ std::pair<std::string_view, std::string_view> first_line(std::string_view bytes)
                                        : std::pair(bytes.substr(0, end), bytes.substr(end + 1));
 }
 
+// Some adapters need embeddings.
+Structure with_embeddings(Structure structure) {
+  structure.embedding_size = structure.layers.front().hidden_size;
+  return structure;
+}
+
 // The elements of a module's weights, as a double, which does not wrap.
 double size_of(const PlannedModule& module) {
   struct Size {
@@ -74,7 +83,7 @@ void read_tensors(std::string_view bytes) { read_safetensors(MemoryFile(bytes).p
 void use_config(const AdapterConfig& config) {
   check_supported(config);
   config_from_json(config_to_json(config));
-  make_plan(testing::bert_like(2), config);
+  make_plan(with_embeddings(testing::bert_like(2)), config);
 }
 
 void read_config(std::string_view bytes) { use_config(config_from_json(bytes)); }
@@ -102,7 +111,7 @@ void read_checkpoint(std::string_view bytes) {
   const AdapterConfig config = config_from_string(std::string(text));
   check_supported(config);
   const StateDict state = read_safetensors(MemoryFile(tensors).path());
-  for (const Structure& structure : {testing::bert_like(2), testing::bart_like(2)}) {
+  for (const Structure& structure : {with_embeddings(testing::bert_like(2)), testing::bart_like(2)}) {
     const Plan plan = make_plan(structure, config);
     double size = 0;
     for (const PlannedModule& module : plan) {
@@ -112,6 +121,25 @@ void read_checkpoint(std::string_view bytes) {
       adapter_hub_weights(plan, structure, state, "task", at::kFloat);
     }
   }
+}
+
+void use_composition(const Composition& composition) {
+  composition_from_json(composition_to_json(composition));
+  composition_from_string(composition_to_string(composition));
+  fusion_names(normalised(composition));
+}
+
+void read_composition(std::string_view bytes) { use_composition(composition_from_json(bytes)); }
+
+void read_composition_string(std::string_view bytes) { use_composition(composition_from_string(bytes)); }
+
+// An adapter_fusion_config.json in one line, then a file of weights.
+void read_fusion_layers(std::string_view bytes) {
+  const auto [text, tensors] = first_line(bytes);
+  const FusionConfig config = fusion_config_from_json(text);
+  fusion_config_from_json(fusion_config_to_json(config));
+  const StateDict state = read_safetensors(MemoryFile(tensors).path());
+  read_fusion(config, state, testing::bert_like(2), at::kFloat);
 }
 
 void read_request(std::string_view bytes) {
@@ -131,8 +159,11 @@ void walk_pickle(std::string_view bytes) {
 
 const std::map<std::string, Target>& targets() {
   static const std::map<std::string, Target> kTargets = {{"checkpoint", read_checkpoint},
+                                                         {"composition", read_composition},
+                                                         {"composition_string", read_composition_string},
                                                          {"config", read_config},
                                                          {"config_string", read_config_string},
+                                                         {"fusion", read_fusion_layers},
                                                          {"head", read_head},
                                                          {"pickle", walk_pickle},
                                                          {"request", read_request},

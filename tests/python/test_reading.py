@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ import torch
 import torchgraft
 from grafted import base, grafted
 from scripts_here import run_here
+from test_adapter_fusion import library_fusion
+from test_compositions import bank
 from torchgraft._files import write_whole
 from torchgraft._libraries import patcher
 
@@ -113,7 +116,15 @@ def _sparse(path: Path) -> None:
     os.truncate(path, 5 << 30)
 
 
-@pytest.mark.parametrize("put", [Path.mkdir, _fifo, _socket, _device, _loop, _nowhere, _sparse])
+NOT_REGULAR = [Path.mkdir, _fifo, _socket, _device, _loop, _nowhere, _sparse]
+
+
+def _says_what(put: Callable, message: str) -> bool:
+    kinds = {"mkdir": "directory", "_fifo": "FIFO", "_socket": "socket", "_device": "device", "_sparse": "at most"}
+    return kinds.get(put.__name__, "cannot read") in message
+
+
+@pytest.mark.parametrize("put", NOT_REGULAR)
 @pytest.mark.parametrize(
     "file",
     ["adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin", "head_config.json", "model_head.safetensors"],
@@ -127,8 +138,40 @@ def test_only_regular_files_are_read(directory: Path, file: str, put) -> None:
     put(directory / file)
     with pytest.raises(torchgraft.GraftError, match=f"{file}: ") as raised:
         torchgraft.load_adapter(base("bert_sdpa", torch.float32), directory)
-    kinds = {"mkdir": "directory", "_fifo": "FIFO", "_socket": "socket", "_device": "device", "_sparse": "at most"}
-    assert kinds.get(put.__name__, "cannot read") in str(raised.value)
+    assert _says_what(put, str(raised.value))
+
+
+@pytest.fixture(scope="module")
+def setup_directory(tmp_path_factory) -> Path:
+    """A composition with its adapters and AdapterFusion layers."""
+    folder = tmp_path_factory.mktemp("setup")
+    library_fusion("bert_sdpa", ["bn", "bn2"], "static", folder / "fusion")
+    module = torchgraft.load_adapter_fusion(bank("bert_sdpa", "bn", "bn2"), folder / "fusion", "bn,bn2")
+    module = torchgraft.compose(module, "both", torchgraft.Fuse("bn", "bn2"))
+    torchgraft.save_adapter_setup(module, "both", folder / "both")
+    return folder / "both"
+
+
+@pytest.mark.parametrize("put", NOT_REGULAR)
+@pytest.mark.parametrize(
+    "file",
+    [
+        "adapter_setup.json",
+        "bn,bn2/adapter_fusion_config.json",
+        "bn,bn2/model_adapter_fusion.safetensors",
+        "bn,bn2/pytorch_model_adapter_fusion.bin",
+    ],
+)
+def test_only_regular_files_of_a_composition_are_read(setup_directory: Path, file: str, put, tmp_path) -> None:
+    directory = shutil.copytree(setup_directory, tmp_path / "both")
+    if file.endswith(".bin"):
+        (directory / file).with_name("model_adapter_fusion.safetensors").unlink()
+    else:
+        (directory / file).unlink()
+    put(directory / file)
+    with pytest.raises(torchgraft.GraftError, match=f"{Path(file).name}: ") as raised:
+        torchgraft.load_adapter_setup(base("bert_sdpa", torch.float64), directory, "c")
+    assert _says_what(put, str(raised.value))
 
 
 def test_sites_are_a_regular_file(tmp_path) -> None:
@@ -208,7 +251,7 @@ def test_other_threads_run_while_an_update_waits_for_a_directory(tmp_path) -> No
     assert (tmp_path / "config").read_bytes() == b"new"
 
 
-def _twins() -> list[torch.jit.ScriptModule]:
+def make_twins() -> list[torch.jit.ScriptModule]:
     """Two versions of one adapter: all its numbers are 1, or all are 2; the head's, too."""
     twins = []
     for number in (1, 2):
@@ -224,7 +267,7 @@ def _twins() -> list[torch.jit.ScriptModule]:
     return twins
 
 
-def _version_of(directory: Path) -> int:
+def version_of(directory: Path) -> int:
     read = torchgraft.load_adapter_directory(directory)
     numbers = {float(tensor.view(-1)[0]) for key, tensor in read.weights.items() if "lora_" in key}
     numbers |= {float(tensor.view(-1)[0]) for tensor in read.head.weights.values()}
@@ -234,7 +277,7 @@ def _version_of(directory: Path) -> int:
 
 def test_a_directory_is_read_as_one_version(tmp_path) -> None:
     """While another thread replaces the adapter all the time."""
-    twins = _twins()
+    twins = make_twins()
     torchgraft.save_adapter(twins[0], "task", tmp_path)
     stop = threading.Event()
 
@@ -247,9 +290,9 @@ def test_a_directory_is_read_as_one_version(tmp_path) -> None:
     writer = threading.Thread(target=replace)
     writer.start()
     try:
-        versions = [_version_of(tmp_path)]
+        versions = [version_of(tmp_path)]
         while sum(a != b for a, b in itertools.pairwise(versions)) < 10:  # the alarm ends it
-            versions.append(_version_of(tmp_path))
+            versions.append(version_of(tmp_path))
     finally:
         stop.set()
         writer.join()
@@ -258,7 +301,7 @@ def test_a_directory_is_read_as_one_version(tmp_path) -> None:
 @pytest.mark.slow(seconds=60)
 def test_save_adapter_is_killed_at_any_instant(tmp_path) -> None:
     """The directory holds the old adapter, the new one, or none for the instant of renaming; nothing is left over."""
-    twins = _twins()
+    twins = make_twins()
     source = random.Random(0)
     torchgraft.save_adapter(twins[0], "task", tmp_path)
     whole = sorted(path.name for path in tmp_path.iterdir())
@@ -274,13 +317,13 @@ def test_save_adapter_is_killed_at_any_instant(tmp_path) -> None:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         if (tmp_path / "adapter_config.json").exists():
-            assert _version_of(tmp_path) in (1, 2)
+            assert version_of(tmp_path) in (1, 2)
         else:
             missing += 1
         if source.random() < 0.3:
             torchgraft.save_adapter(twins[0], "task", tmp_path)
             assert sorted(path.name for path in tmp_path.iterdir()) == whole
-            assert _version_of(tmp_path) == 1
+            assert version_of(tmp_path) == 1
     assert missing < 75
 
 

@@ -1,5 +1,7 @@
 #include <c10/core/GradMode.h>
 #include <torchgraft/ops/gated_lora.h>
+#include <torchgraft/ops/gated_lora_linear.h>
+#include <torchgraft/ops/kernel_mode.h>
 
 #include "op_test.h"
 
@@ -118,6 +120,23 @@ TEST_P(GatedLora, MetaHasTheSameShape) {
 
 INSTANTIATE_TEST_SUITE_P(Rows, GatedLora, testing::ValuesIn(kRows),
                          [](const auto& info) { return std::string(info.param.name); });
+
+// Tensors of nothing lie at null, which memcpy may not get: UBSan sees it (scripts/test asan).
+TEST(FusedLora, OfNoColumnsHasARightSizeBesideBaseRows) {
+  set_kernel_mode(KernelMode::kFused);
+  const at::Tensor ids = at::tensor({-1, 0, 2}, at::kLong);
+  for (const at::ScalarType type : {at::kFloat, at::kBFloat16}) {
+    const auto of = [type](at::IntArrayRef sizes) { return randn(sizes).to(type); };
+    const at::Tensor x = of({3, 5, 8});
+    const at::Tensor a = of({3, 2, 8});
+    const at::Tensor b = of({3, 0, 2});
+    EXPECT_EQ(std::get<0>(gated_lora(x, of({3, 5, 0}), a, b, of({3}), {}, {}, ids)).sizes(),
+              at::IntArrayRef({3, 5, 0}));
+    EXPECT_EQ(std::get<0>(gated_lora_linear(x, of({0, 8}), {}, a, b, of({3}), {}, {}, ids)).sizes(),
+              at::IntArrayRef({3, 5, 0}));
+  }
+  set_kernel_mode(KernelMode::kAuto);
+}
 
 TEST(GatedLoraErrors, NameOpArgumentExpectedAndGot) {
   const Inputs in;

@@ -54,7 +54,7 @@ class AdapterPoolThreads : public ::testing::TestWithParam<Numbers> {
   static constexpr int64_t kRows = 4;
 
   AdapterPoolThreads() {
-    const std::vector<std::string> configs = {"unipelt", "lora[r=4]", "mam", "lora[r=2]|seq_bn"};
+    const std::vector<std::string> configs = {"unipelt", "lora[r=4]", "mam", "lora[r=2]|seq_bn", "noreft"};
     for (size_t i = 0; i < 2 * configs.size(); ++i) {
       const std::string name = "adapter_" + std::to_string(i);
       adapters_.push_back(two_versions(configs[i % configs.size()], name, GetParam().dtype));

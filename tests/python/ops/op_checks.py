@@ -11,6 +11,12 @@ TOLERANCE = {
 }
 
 
+def registered_operators():
+    """The names of all operators of the library, without "torchgraft::"."""
+    names = (name.split("::") for name in torch._C._dispatch_get_all_op_names())
+    return {name.split(".")[0] for namespace, name in names if namespace == "torchgraft"}
+
+
 def cast(args, dtype):
     return {
         name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value

@@ -1,4 +1,4 @@
-"""The three ops restated row by row in plain torch, written from their formulas and as slow as it is obvious."""
+"""The operators restated row by row in plain torch, written from their formulas and as slow as it is obvious."""
 
 import math
 
@@ -51,6 +51,10 @@ def gated_lora_linear(x, weight, bias, *lora, **rows):
 
 def activation(name):
     return F.leaky_relu if name == "leakyrelu" else ACT2FN[name]
+
+
+def linear(x, weight, bias, non_linearity):
+    return activation(non_linearity)(F.linear(x, weight, bias))
 
 
 def gated_bottleneck(
@@ -163,8 +167,8 @@ def reft_positions(row, tokens, positions, token_mask):
         begin = real[0] if real else 0
         end = begin + len(real)
     prefix, suffix = positions
-    first, last = range(begin, begin + prefix), range(end - suffix, end)
-    return [[t for t in tokens_of if 0 <= t < tokens] for tokens_of in (first, last)]
+    within = [(max(0, start), min(stop, tokens)) for start, stop in ((begin, begin + prefix), (end - suffix, end))]
+    return [list(range(*ends)) for ends in within]
 
 
 def reft_tokens(x, positions, adapter_ids=None, adapter=0, token_mask=None, **others):
@@ -200,5 +204,5 @@ def reft(
                 source = activation(non_linearity)(source_weight[n, unit] @ x[b, t] + source_bias[n, unit])
                 source = source - subtraction[n] * (projection[n, unit] @ x[b, t])
                 tokens[t] = x[b, t] + source @ projection[n, unit]
-        rows.append(torch.stack(tokens))
+        rows.append(torch.stack(tokens) if tokens else x[b] + 0)
     return torch.stack(rows)

@@ -24,6 +24,13 @@ def test_base_rows_are_exact_beside_non_finite_weights():
     assert not grads["lora_a"][0].any()
 
 
+@pytest.mark.parametrize("dtype", FLOAT_TYPES, ids=str)
+def test_base_rows_of_no_columns(dtype):
+    """Their bytes would be copied from null to null, which UBSan sees (scripts/test asan)."""
+    args = lora(Case("", ids=(-1, 0, 2)), dtype, out_features=0)
+    assert op(**args)[0].shape == (3, 5, 0)
+
+
 def test_result_is_no_alias_and_is_dense():
     args = lora(Case("", adapter=-1), torch.float32)
     args["base"] = args["base"].transpose(0, 1).contiguous().transpose(0, 1)

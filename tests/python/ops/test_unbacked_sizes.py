@@ -5,6 +5,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+import op_checks
+
 ops = torch.ops.torchgraft
 HIDDEN, RANK, HEADS, POSITIONS = 16, 4, 2, 3
 
@@ -50,6 +52,10 @@ CALLS = {
     "linear": lambda x, ids: (ops.linear(x, torch.randn(HIDDEN, HIDDEN), None, "gelu"),) * 2,
     "attention_token_mask": lambda x, ids: (ops.attention_token_mask(x, x.new_zeros(x.size(0), 1, 1, x.size(1))),) * 2,
 }
+
+
+def test_every_operator_is_called():
+    assert op_checks.registered_operators() <= set(CALLS)
 
 
 @pytest.mark.parametrize("name", CALLS)

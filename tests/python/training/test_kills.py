@@ -21,10 +21,11 @@ STEPS = 42  # six epochs of 50 examples in batches of 8
 MOST_RUNS = 10 * KILLS
 
 
-def train(files: Files, output: Path) -> int:
+def train(files: Files, output: Path, *options: object) -> int:
+    """options: may replace the number of epochs, and how often a checkpoint is written."""
     return run_here(
         "train.py", files.base, "-o", output, "--train", files.train, "--validation", files.validation, "--epochs", 6,
-        "--batch-size", 8, "--learning-rate", 0.003, "--checkpoint-every", 1, "--quiet", "--resume",
+        "--batch-size", 8, "--learning-rate", 0.003, "--checkpoint-every", 1, "--quiet", "--resume", *options,
     ).returncode  # fmt: skip
 
 

@@ -273,6 +273,8 @@ TEST_F(Directory, AMarkerThatIsMissingIsNotWaitedForForEver) {
   EXPECT_FALSE(has_marker(folder_.string(), "other"));
   EXPECT_FALSE(has_marker((folder_ / "nowhere").string(), "config"));
   EXPECT_FALSE(has_marker((folder_ / "weights").string(), "config"));
+  std::filesystem::create_directory(folder_ / "folder");
+  EXPECT_FALSE(has_marker(folder_.string(), "folder"));
   DirectoryUpdate update(folder_.string(), "config");
   EXPECT_FALSE(has_marker(folder_.string(), "other"));
 }
