@@ -228,21 +228,6 @@ def test_what_cannot_be_composed_is_named(block: str, message: str) -> None:
         torchgraft.compose(bank("bert_sdpa", "bn", "bn2", "prefix"), "c", block)
 
 
-@pytest.mark.parametrize("variant", ["bert_sdpa", "distilbert_eager"])
-def test_rows_once_for_each_part_are_what_parallel_gives(variant: str) -> None:
-    """The remedy that the error names."""
-    block = torchgraft.Parallel(Stack("bn", "gated"), "both", "lora")
-    module = torchgraft.compose(bank(variant, *parts_of(block)), "c", Stack("bn", "gated"))
-    lengths = [9, 4, 7]
-    wanted = expected_states(variant, make_batch(lengths, 9, DTYPE), block)
-    ids = torch.tensor([module.adapter_names().index(name) for name in ("c", "both", "lora")])
-    batch = make_batch(lengths, 9, DTYPE)
-    arguments = [value.repeat(3, *[1] * (value.dim() - 1)) for value in VARIANTS[variant].arguments(batch)]
-    with torch.no_grad():
-        found = VARIANTS[variant].hidden(module(*arguments, adapter_ids=ids.repeat_interleave(3)))
-    assert difference(found, wanted) <= TOLERANCE
-
-
 def test_wrong_ids_are_named() -> None:
     module = torchgraft.compose(bank("bert_sdpa", "bn", "bn2"), "c", Stack("bn", "bn2"))
     batch = make_batch([9, 4], 9, DTYPE)
