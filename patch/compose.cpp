@@ -14,7 +14,7 @@ Module compose(const Module& module, const std::string& name, const Composition&
   check_composition(tree, "compose");
   Draft draft = open_grafted(module, "compose");
   check_free_name(draft, name);
-  draft.compositions.push_back({name, tree});
+  draft.compositions.push_back({name, tree, std::nullopt});
   check_parts(draft.compositions.back(), draft.adapters, "compose");
   const at::TensorOptions weights = draft.weights;
   const std::vector<Adapter> adapters = draft.adapters;

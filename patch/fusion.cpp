@@ -15,6 +15,7 @@
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
+#include <set>
 #include <utility>
 
 namespace torchgraft {
@@ -62,32 +63,70 @@ std::vector<std::string> fused_adapters(const Draft& draft, const AdapterFusion&
 }
 
 // In keys of weights the name stands between dots, and a setup has a directory of this name.
-void check_fusion_name(const std::string& name) {
+void check_fusion_name(const std::string& name, const char* what) {
   const bool has_any = std::any_of(name.begin(), name.end(), [](unsigned char c) { return c == '.' || c < ' '; });
-  TORCH_CHECK(!name.empty() && !has_any && name.size() <= kLongestText, "load_adapter_fusion: '", shown_text(name),
+  TORCH_CHECK(!name.empty() && !has_any && name.size() <= kLongestText, what, ": '", shown_text(name),
               "' cannot be the name of AdapterFusion layers: use a text of at most ", kLongestText,
               " bytes without dots and control characters");
 }
 
-// Throws c10::Error when `directory` holds other layers than those of `name`.
-void check_replaces_fusion(const std::string& directory, const std::string& name) {
-  static const OwnedFiles kFiles = {kFusionConfigFile,
-                                    {kFusionWeightsFile, kPickledFusionFile},
-                                    "the AdapterFusion layers",
-                                    "AdapterFusion layers",
-                                    "AdapterFusion layers"};
-  const std::string wanted = kFiles.kind + " '" + name + "'";
-  const std::string found = owner_of(directory, wanted, kFiles);
-  TORCH_CHECK(found == wanted, "save_adapter_fusion: ", directory, " holds ", shown_text(found), " already, not '",
-              shown_text(name), "'; give another directory, or overwrite=True to replace it");
+// The sites where an adapter has bottlenecks, in any layer.
+std::set<std::string> bottleneck_sites(const Adapter& adapter) {
+  std::set<std::string> sites;
+  for (const PlannedModule& module : adapter.plan) {
+    if (std::holds_alternative<PlannedBottleneck>(module.method)) {
+      sites.insert(module.site);
+    }
+  }
+  return sites;
+}
+
+// Those of all adapters of a Fuse.
+std::set<std::string> fused_sites(const Draft& draft, const std::vector<std::string>& adapters) {
+  std::set<std::string> result;
+  for (const std::string& name : adapters) {
+    const Adapter& adapter = draft.adapters[find_plain(draft, name, "add_adapter_fusion")];
+    const std::set<std::string> sites = bottleneck_sites(adapter);
+    TORCH_CHECK(!sites.empty(), "add_adapter_fusion: '", name, "' has no bottlenecks, and a Fuse has no other method");
+    if (name == adapters.front()) {
+      result = sites;
+    }
+    TORCH_CHECK(sites == result, "add_adapter_fusion: '", adapters.front(), "' has bottlenecks at ",
+                c10::Join(", ", result), ", and '", name, "' at ", c10::Join(", ", sites),
+                "; the adapters library fuses adapters of the same locations only");
+  }
+  return result;
 }
 
 }  // namespace
 
+Module add_adapter_fusion(const Module& module, const Composition& fuse, const FusionConfig& config, bool trainable) {
+  TORCH_CHECK(fuse.kind == BlockKind::kFuse, "add_adapter_fusion: expected a Fuse, got ", composition_to_string(fuse));
+  check_composition(fuse, "add_adapter_fusion");
+  Draft draft = open_grafted(module, "add_adapter_fusion");
+  FusionConfig own = config;
+  own.name = fusion_name(fuse);
+  check_fusion_name(own.name, "add_adapter_fusion");
+  for (const AdapterFusion& held : draft.fusions) {
+    TORCH_CHECK(held.name() != own.name, "add_adapter_fusion: the module has AdapterFusion layers '", own.name,
+                "' already; remove them first (remove_adapter_fusion), or give the Fuse another name");
+  }
+  own.adapters.clear();
+  for (const Composition& child : fuse.children) {
+    own.adapters.push_back(last_adapter(child));
+  }
+  if (trainable) {
+    check_can_train(own, "add_adapter_fusion");
+  }
+  draft.fusions.push_back(fresh_fusion(own, fused_sites(draft, own.adapters), draft.sites.structure, draft.weights));
+  draft.fusions.back().trainable = trainable;
+  return build(std::move(draft), active_name(module));
+}
+
 Module load_adapter_fusion(const Module& module, const FusionConfig& config, const StateDict& weights,
                            const std::string& name) {
-  check_fusion_name(config.name);
-  check_fusion_name(name.empty() ? config.name : name);
+  check_fusion_name(config.name, "load_adapter_fusion");
+  check_fusion_name(name.empty() ? config.name : name, "load_adapter_fusion");
   Draft draft = open_grafted(module, "load_adapter_fusion");
   AdapterFusion fusion = read_fusion(config, weights, draft.sites.structure, draft.weights);
   fusion.config.name = name.empty() ? config.name : name;
@@ -104,6 +143,18 @@ Module load_adapter_fusion(const Module& module, const std::string& directory, c
     weights = read_safetensors(directory + "/" + kFusionWeightsFile);
   });
   return load_adapter_fusion(module, config, weights, name);
+}
+
+void check_replaces_fusion(const std::string& directory, const std::string& name) {
+  static const OwnedFiles kFiles = {kFusionConfigFile,
+                                    {kFusionWeightsFile, kPickledFusionFile},
+                                    "the AdapterFusion layers",
+                                    "AdapterFusion layers",
+                                    "AdapterFusion layers"};
+  const std::string wanted = kFiles.kind + " '" + name + "'";
+  const std::string found = owner_of(directory, wanted, kFiles);
+  TORCH_CHECK(found == wanted, "save_adapter_fusion: ", directory, " holds ", shown_text(found), " already, not '",
+              shown_text(name), "'; give another directory, or overwrite=True to replace it");
 }
 
 void save_adapter_fusion(const Module& module, const std::string& name, const std::string& directory, bool overwrite) {

@@ -1,6 +1,5 @@
 #include <torchgraft/patch/life.h>
 
-#include <torchgraft/config/gate_pooling.h>
 #include <torchgraft/patch/adapters/adapter_bank.h>
 #include <torchgraft/patch/adapters/compositions.h>
 #include <torchgraft/patch/adapters/make_adapter.h>
@@ -18,7 +17,6 @@
 #include <torchgraft/patch/module/methods.h>
 #include <torchgraft/patch/module/verify_change.h>
 #include <torchgraft/patch/module/verify_results.h>
-#include <torchgraft/plan/phm.h>
 #include <torchgraft/plan/reparametrisation.h>
 #include <torchgraft/plan/saved_config.h>
 
@@ -59,73 +57,6 @@ std::string without_init(const AdapterConfig& config) {
   }
   return config_to_json(copy);
 }
-
-void add_size(const at::Tensor& tensor, const std::string& location, AdapterInfo& info) {
-  info.parameters += tensor.numel();
-  info.bytes += static_cast<int64_t>(tensor.nbytes());
-  info.by_location[location] += tensor.numel();
-}
-
-// The location of a source of weights (a key of a Reparametrisation): "output_adapter" for "layer_0_output_adapter".
-std::string location_of(const std::string& source, const Plan& plan) {
-  const auto module = std::find_if(plan.begin(), plan.end(), [&](const PlannedModule& planned) {
-    return phm_place(planned, "", "", /*shared=*/false).source == source;  // that of a LoRA's factors, too
-  });
-  return module == plan.end() ? source : module->location;
-}
-
-}  // namespace
-
-std::vector<AdapterInfo> list_adapters(const Module& module) {
-  check_grafted(module, "list_adapters");
-  const std::string active = active_name(module);
-  std::vector<AdapterInfo> result;
-  const Module adapters_module = module.attr("adapters").toModule();
-  std::vector<Adapter> adapters = read_adapters(adapters_module, inspect(module));
-  read_heads(adapters_module, adapters);
-  for (const Adapter& adapter : adapters) {
-    AdapterInfo info;
-    info.name = adapter.name;
-    info.config = config_to_json(adapter.config);
-    info.active = adapter.name == active;
-    info.merged = adapter.merged;
-    info.trainable = adapter.trainable;
-    info.gate_pooling = has_gates(adapter.config) ? adapter.config.gate_pooling : "";
-    for (size_t i = 0; i < adapter.plan.size(); ++i) {
-      const PlannedModule& module = adapter.plan[i];
-      const std::set<std::string> computed = computed_weights(adapter, module);
-      for (const auto& [name, tensor] : adapter.weights[i]) {
-        if (is_trained(name, module) && !computed.count(name)) {
-          add_size(tensor, module.location, info);
-        }
-      }
-    }
-    for (const auto& [source, weights] : adapter.sources) {
-      for (const auto& [name, tensor] : weights) {
-        if (is_trained_source(name)) {
-          add_size(tensor, location_of(source, adapter.plan), info);
-        }
-      }
-    }
-    for (const auto& [name, tensor] : adapter.head ? adapter.head->weights : ModuleWeights()) {
-      if (is_learned(adapter.head->config, name)) {
-        add_size(tensor, "head", info);
-      }
-    }
-    result.push_back(std::move(info));
-  }
-  for (const NamedComposition& composition : read_compositions(adapters_module)) {
-    AdapterInfo info;
-    info.name = composition.name;
-    info.config = composition_to_json(composition.tree);
-    info.active = composition.name == active;
-    info.composition = composition_to_string(composition.tree);
-    result.push_back(std::move(info));
-  }
-  return result;
-}
-
-namespace {
 
 const VerifyOptions kUnverified = {/*verify=*/false};
 

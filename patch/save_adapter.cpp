@@ -73,6 +73,17 @@ void say_subtraction(Json& config) {
   }
 }
 
+void add_head_files(AdapterFiles& files, const std::optional<Head>& head, const Structure& structure,
+                    const std::string& name, const std::string& model_class) {
+  if (head) {
+    const auto text = parse_json<Json>(head_config_to_json(head->config), "head");
+    Json file = config_file(text.at("config"), structure, name, model_class);
+    file["pooling"] = text.at("pooling");
+    files.head_config = file.dump(2) + "\n";
+    files.head_weights = head_state(head->config, head->weights, name);
+  }
+}
+
 const OwnedFiles& owned_files() {
   static const OwnedFiles kFiles = {
       kConfigFile,
@@ -117,12 +128,19 @@ AdapterFiles adapter_files(const Module& module, const std::string& name, const 
   files.weights = adapter_hub_state(adapter.plan, structure, adapter.weights, adapter.sources, name,
                                     attention_class(module, structure));
   check_reads_back(adapter, files.weights, structure, name);
-  if (adapter.head) {
-    const auto head = parse_json<Json>(head_config_to_json(adapter.head->config), "head");
-    Json head_file = config_file(head.at("config"), structure, name, model_class);
-    head_file["pooling"] = head.at("pooling");
-    files.head_config = head_file.dump(2) + "\n";
-    files.head_weights = head_state(adapter.head->config, adapter.head->weights, name);
+  add_head_files(files, adapter.head, structure, name, model_class);
+  return files;
+}
+
+AdapterFiles composition_head_files(const Module& module, const std::string& name, const std::string& model_class) {
+  check_grafted(module, "save_adapter_setup");
+  const Module adapters_module = module.attr("adapters").toModule();
+  std::vector<NamedComposition> compositions = read_compositions(adapters_module);
+  read_heads(adapters_module, adapter_names(adapters_module).size(), compositions);
+  AdapterFiles files;
+  const NamedComposition* composition = find_fused(compositions, name);
+  if (composition && composition->head) {
+    add_head_files(files, composition->head, inspect(module), name, model_class);
   }
   return files;
 }

@@ -24,6 +24,10 @@ struct AdapterFiles {
 TORCHGRAFT_PATCH_API AdapterFiles adapter_files(const torch::jit::Module& module, const std::string& name,
                                                 const std::string& model_class = "");
 
+// The head alone, of a composition; empty when it has none.
+TORCHGRAFT_PATCH_API AdapterFiles composition_head_files(const torch::jit::Module& module, const std::string& name,
+                                                         const std::string& model_class = "");
+
 // Writes these files: adapter_config.json and adapter.safetensors, and for a head head_config.json and
 // model_head.safetensors. Writes all of them or, when it throws, none. Removes other files of an earlier adapter, and
 // those that the library would read instead. Makes the directory if need be. A process that is killed meanwhile leaves

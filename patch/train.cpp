@@ -5,14 +5,36 @@
 #include <torchgraft/patch/module/draft.h>
 #include <torchgraft/patch/module/methods.h>
 
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <string_view>
+
 namespace torchgraft {
 
 using torch::jit::Module;
 
 namespace {
 
+// The AdapterFusion layers of a composition.
+void set_trainable(Draft& draft, const NamedComposition& composition, bool trainable, const char* what) {
+  const std::vector<std::string> names = fusion_names(composition.tree);
+  for (AdapterFusion& fusion : draft.fusions) {
+    if (std::find(names.begin(), names.end(), fusion.name()) != names.end()) {
+      fusion.trainable = trainable;
+      if (trainable) {
+        check_can_train(fusion.config, what);
+      }
+    }
+  }
+}
+
 Module with_trainable(const Module& module, const std::string& name, bool trainable, const char* what) {
   Draft draft = open_grafted(module, what);
+  if (const NamedComposition* composition = find_fused(draft.compositions, name)) {
+    set_trainable(draft, *composition, trainable, what);
+    return build(std::move(draft), active_name(module));
+  }
   Adapter& adapter = draft.adapters[find_plain(draft, name, what)];
   adapter.trainable = trainable;
   if (trainable) {
@@ -32,21 +54,55 @@ bool belongs_to(const std::string& path, const std::string& name) {
   return path.find(part) != std::string::npos;
 }
 
+// Whether the parameter belongs to an adapter of a composition, or to its AdapterFusion layers.
+bool is_within(const std::string& path, const NamedComposition& composition) {
+  const std::vector<std::string> adapters = adapters_in(composition.tree);
+  const std::vector<std::string> fusions = fusion_names(composition.tree);
+  return std::any_of(adapters.begin(), adapters.end(),
+                     [&](const std::string& adapter) { return belongs_to(path, adapter); }) ||
+         std::any_of(fusions.begin(), fusions.end(),
+                     [&](const std::string& fusion) { return path.starts_with(fusion_module_name(fusion) + "."); });
+}
+
 }  // namespace
 
 std::vector<std::pair<std::string, at::Tensor>> trainable_parameters(const Module& module, const std::string& name) {
   check_grafted(module, "trainable_parameters");
   const Module adapters = module.attr("adapters").toModule();
-  find_adapter(adapters, name, "trainable_parameters");
+  const std::vector<NamedComposition> compositions = read_compositions(adapters);
+  const auto composition =
+      std::find_if(compositions.begin(), compositions.end(), [&](const auto& held) { return held.name == name; });
+  const bool is_composition = composition != compositions.end();
+  if (!is_composition) {
+    find_adapter(adapters, name, "trainable_parameters");
+  }
   std::vector<std::pair<std::string, at::Tensor>> result;
   for (const auto& parameter : adapters.named_parameters()) {
-    if (belongs_to(parameter.name, name)) {
+    if (belongs_to(parameter.name, name) || (is_composition && is_within(parameter.name, *composition))) {
       result.emplace_back("adapters." + parameter.name, parameter.value);
     }
   }
   TORCH_CHECK(!result.empty(), "trainable_parameters: '", name,
-              "' is frozen; graft or load it as a trainable adapter, or call unfreeze_adapter");
+              is_composition ? "' is frozen, and so are its adapters" : "' is frozen", "; graft or load ",
+              is_composition ? "one" : "it", " as a trainable adapter, or call unfreeze_adapter");
   return result;
+}
+
+at::Tensor fusion_regularization_loss(const Module& module, const std::string& name) {
+  constexpr double kWeight = 0.01;
+  constexpr std::string_view kValue = ".value_weight";
+  check_grafted(module, "fusion_regularization_loss");
+  const std::vector<NamedComposition> compositions = read_compositions(module.attr("adapters").toModule());
+  TORCH_CHECK(find_fused(compositions, name), "fusion_regularization_loss: no composition with a Fuse is called '",
+              name, "'");
+  at::Tensor loss = at::zeros({});
+  for (const auto& [path, parameter] : trainable_parameters(module, name)) {
+    if (path.ends_with(kValue)) {
+      const at::Tensor unit = at::eye(parameter.size(0), parameter.options().requires_grad(false));
+      loss = loss + kWeight * (unit - parameter).pow(2).sum();
+    }
+  }
+  return loss;
 }
 
 Module freeze_adapter(const Module& module, const std::string& name) {

@@ -13,6 +13,12 @@ namespace torchgraft {
 // dropout acts in training mode. DoRA's norms follow its LoRA, with gradients, as in the adapters library. In a module
 // with a trainable adapter the base's weights require no gradients.
 
+// A composition is trained as an adapter is: `name` may be one in trainable_parameters(), whose adapters that are
+// trainable are trained where they stand in it (MAD-X); and a composition with a Fuse below, too. Then its
+// AdapterFusion layers and its head are trained, and the adapters in it stay frozen. Where the library drops out the
+// scores of a Fuse while it trains, so does the module in training mode, with the configuration's dropout_prob; without
+// one, not.
+
 // The parameters of a trainable adapter and of its head, with their names in the module. Every copy of the module has
 // them in the same order. They are the module's own tensors: an optimizer that steps on them trains the module. Throws
 // c10::Error when the adapter is unknown or frozen.
@@ -27,5 +33,10 @@ TORCHGRAFT_PATCH_API torch::jit::Module freeze_adapter(const torch::jit::Module&
 // Returns a copy in which the adapter is trainable. Ejected prefixes are then trained as keys and values, as flat ones
 // are. Throws c10::Error for a merged adapter, and for a Compacter, whose factors freezing has dropped.
 TORCHGRAFT_PATCH_API torch::jit::Module unfreeze_adapter(const torch::jit::Module& module, const std::string& name);
+
+// What the library adds to the loss while it trains AdapterFusion layers, whatever their `regularization` says: 0.01
+// times the sum of squares of (1 - V), of the value matrices V that are trained in the composition `name`. 0 where
+// there are none.
+TORCHGRAFT_PATCH_API at::Tensor fusion_regularization_loss(const torch::jit::Module& module, const std::string& name);
 
 }  // namespace torchgraft

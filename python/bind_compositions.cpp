@@ -3,10 +3,14 @@
 #include <torchgraft/config/composition_string.h>
 #include <torchgraft/patch/compose.h>
 #include <torchgraft/patch/fusion.h>
+#include <torchgraft/patch/head.h>
+#include <torchgraft/patch/save_adapter.h>
+#include <torchgraft/patch/train.h>
 
 #include <torch/csrc/jit/python/pybind.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace py = pybind11;
@@ -28,6 +32,27 @@ void bind_compositions(py::module_& m) {
   m.def("normalised_composition", [](const std::string& json) {
     return torchgraft::composition_to_json(torchgraft::normalised(torchgraft::composition_from_json(json)));
   });
+  m.def(
+      "add_adapter_fusion",
+      [](const Module& module, const std::string& fuse, const std::string& config, bool trainable) {
+        return torchgraft::add_adapter_fusion(module, torchgraft::composition_from_json(fuse),
+                                              torchgraft::fusion_config_from_json(config), trainable);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def("fusion_regularization_loss", &torchgraft::fusion_regularization_loss,
+        py::call_guard<py::gil_scoped_release>());
+  m.def("check_replaces_fusion", &torchgraft::check_replaces_fusion);
+  m.def("composition_head_files", [](const Module& module, const std::string& name, const std::string& model_class) {
+    const torchgraft::AdapterFiles files = torchgraft::composition_head_files(module, name, model_class);
+    return std::pair(files.head_config, files.head_weights);
+  });
+  m.def(
+      "load_head",
+      [](const Module& module, const std::string& name, const std::string& config, const torchgraft::StateDict& weights,
+         const std::string& saved_name) {
+        return torchgraft::load_head(module, name, {torchgraft::head_config_from_json(config), weights, saved_name});
+      },
+      py::call_guard<py::gil_scoped_release>());
   m.def(
       "load_adapter_fusion",
       [](const Module& module, const std::string& config, const torchgraft::StateDict& weights,

@@ -51,6 +51,15 @@ int64_t head_of(const Composition& tree, const std::vector<Adapter>& adapters) {
 
 }  // namespace
 
+const NamedComposition* find_fused(const std::vector<NamedComposition>& compositions, const std::string& name) {
+  for (const NamedComposition& composition : compositions) {
+    if (composition.name == name && !fusion_names(composition.tree).empty()) {
+      return &composition;
+    }
+  }
+  return nullptr;
+}
+
 void check_not_composed(const std::vector<NamedComposition>& compositions, const std::vector<std::string>& names,
                         const char* what) {
   for (const NamedComposition& composition : compositions) {
@@ -117,7 +126,7 @@ void register_compositions(Module& adapters_module, const std::vector<Adapter>& 
     trees.push_back(tree);
     all_names.push_back(composition.name);
     all_configs.push_back(tree);
-    heads.push_back(head_of(composition.tree, adapters));
+    heads.push_back(composition.head ? static_cast<int64_t>(adapters.size() + i) : head_of(composition.tree, adapters));
     for (const std::string& part : adapters_in(composition.tree)) {
       keys.push_back(composition.name + "." + part);
       ids.push_back(static_cast<int64_t>(adapters.size() + i));

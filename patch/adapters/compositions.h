@@ -5,6 +5,7 @@
 
 #include <torch/csrc/jit/api/module.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -14,7 +15,11 @@ namespace torchgraft {
 struct NamedComposition {
   std::string name;
   Composition tree;
+  std::optional<Head> head = std::nullopt;  // of a composition with a Fuse; trained with its AdapterFusion layers
 };
+
+// The composition of that name that has a Fuse, and so weights of its own; null where there is none.
+const NamedComposition* find_fused(const std::vector<NamedComposition>& compositions, const std::string& name);
 
 // Throws c10::Error, on behalf of `what`, when one of `names` is an adapter that a composition uses.
 void check_not_composed(const std::vector<NamedComposition>& compositions, const std::vector<std::string>& names,

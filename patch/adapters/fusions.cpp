@@ -2,12 +2,14 @@
 
 #include <torchgraft/patch/adapters/adapter.h>
 #include <torchgraft/plan/checkpoint.h>
+#include <torchgraft/plan/draws.h>
 #include <torchgraft/plan/match_modules.h>
 #include <torchgraft/plan/plan.h>
 #include <torchgraft/plan/save_adapter_hub.h>
 #include <torchgraft/registration/parse_json.h>
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 
 #include <charconv>
 #include <string_view>
@@ -91,7 +93,60 @@ Plan residual_plan(const Structure& structure) {
   return plan;
 }
 
+// The two numbers of BertFusion: off the diagonal of a fresh value matrix, and init_bert_weights' deviation.
+constexpr double kOffDiagonal = 1e-6;
+constexpr double kFusionStd = 0.02;
+
+// As BertFusion's constructor draws: each torch.nn.Linear first its defaults, then init_bert_weights.
+ModuleWeights fresh_layer(const FusionConfig& config, int64_t hidden, const at::TensorOptions& options) {
+  const at::NoGradGuard no_grad;
+  ModuleWeights weights;
+  const auto draw = [&](const std::string& part, bool has_bias) {
+    linear_weight(hidden, hidden);
+    if (has_bias) {
+      linear_bias(hidden, hidden);
+      weights[part + "_bias"] = at::zeros({hidden}, options);
+    }
+    weights[part + "_weight"] = at::empty({hidden, hidden}).normal_(0.0, kFusionStd).to(options);
+  };
+  if (!config.query && !config.key && !config.value) {
+    weights["dense_weight"] = linear_weight(1, hidden).to(options);
+    weights["dense_bias"] = linear_bias(1, hidden).to(options);
+  }
+  if (config.query) {
+    draw("query", /*has_bias=*/true);
+  }
+  if (config.key) {
+    draw("key", /*has_bias=*/true);
+  }
+  if (config.value) {
+    draw("value", /*has_bias=*/false);
+    if (config.value_initialized) {
+      weights["value_weight"] = at::full({hidden, hidden}, kOffDiagonal).fill_diagonal_(1.0).to(options);
+    }
+  }
+  return weights;
+}
+
 }  // namespace
+
+AdapterFusion fresh_fusion(const FusionConfig& config, const std::set<std::string>& sites, const Structure& structure,
+                           const at::TensorOptions& options) {
+  AdapterFusion result{config};
+  for (const PlannedModule& module : residual_plan(structure)) {
+    if (sites.count(module.site)) {
+      const int64_t hidden = std::get<PlannedBottleneck>(module.method).hidden_size;
+      result.weights[{module.number, module.site}] = fresh_layer(config, hidden, options);
+    }
+  }
+  return result;
+}
+
+void check_can_train(const FusionConfig& config, const char* what) {
+  TORCH_CHECK(config.query || config.key || config.value, what, ": the AdapterFusion layers '", config.name,
+              "' have neither query nor key nor value (fields of their configuration), so that there is nothing to ",
+              "train; make others");
+}
 
 std::map<std::string, std::vector<int64_t>> fusion_shapes(const FusionConfig& config, int64_t hidden) {
   std::map<std::string, std::vector<int64_t>> shapes;
@@ -167,6 +222,11 @@ std::string fusion_layer_name(int64_t number, const std::string& site) {
   return "layer_" + std::to_string(number) + "_" + site;
 }
 
+bool is_trainable_fusion(const Module& adapters_module, const std::string& fusion) {
+  const std::string name = fusion_module_name(fusion);
+  return adapters_module.hasattr(name) && adapters_module.attr(name).toModule().parameters().size() > 0;
+}
+
 std::vector<AdapterFusion> read_fusions(const Module& adapters_module) {
   std::vector<AdapterFusion> result;
   if (!adapters_module.hasattr("fusions")) {
@@ -180,7 +240,11 @@ std::vector<AdapterFusion> read_fusions(const Module& adapters_module) {
       for (const auto& buffer : layer.value.named_buffers(/*recurse=*/false)) {
         weights[buffer.name] = buffer.value.detach().clone();
       }
+      for (const auto& parameter : layer.value.named_parameters(/*recurse=*/false)) {
+        weights[parameter.name] = parameter.value.detach().clone();
+      }
     }
+    fusion.trainable = is_trainable_fusion(adapters_module, fusion.name());
     result.push_back(std::move(fusion));
   }
   return result;
@@ -203,7 +267,7 @@ void register_fusions(Module& adapters_module, const std::vector<AdapterFusion>&
     for (const auto& [place, weights] : fusion.weights) {
       Module layer = make("AdapterFusionLayer");
       for (const auto& [name, tensor] : weights) {
-        layer.register_buffer(name, tensor.detach());
+        layer.register_parameter(name, tensor.detach().set_requires_grad(fusion.trainable), !fusion.trainable);
       }
       held.register_module(fusion_layer_name(place.first, place.second), layer);
     }

@@ -1,5 +1,11 @@
 #include <torchgraft/patch/insert/compose_bottleneck.h>
 
+#include <torchgraft/patch/graph/activation_node.h>
+#include <torchgraft/patch/graph/graph_utils.h>
+
+#include <ATen/ATen.h>
+#include <torch/csrc/jit/ir/constants.h>
+
 namespace torchgraft {
 
 using torch::jit::Value;
@@ -139,13 +145,18 @@ ComposedState BottleneckComposer::split(const Composition& block, ComposedState 
   return state;
 }
 
-Value* BottleneckComposer::up(const ComposedPart& part, const ComposedState& state) {
-  const Inserter::Scope guard = inserter_.one_adapter(part.adapter);
-  const Slot slot = own_slot(part);
-  if (slot.gates[part.adapter] > 0) {
-    add_gate(part, bottlenecks_.gate(slot, state.hidden));  // the library computes it, and does not use it
+// The library computes it, and does not use it.
+void BottleneckComposer::add_unused_gate(const ComposedPart& part, const ComposedState& state) {
+  if (part.slot->gates[part.adapter] > 0) {
+    const Inserter::Scope guard = inserter_.one_adapter(part.adapter);
+    add_gate(part, bottlenecks_.gate(*part.slot, state.hidden));
   }
-  return bottlenecks_.up(slot, state.hidden);
+}
+
+Value* BottleneckComposer::up(const ComposedPart& part, const ComposedState& state) {
+  add_unused_gate(part, state);
+  const Inserter::Scope guard = inserter_.one_adapter(part.adapter);
+  return bottlenecks_.up(own_slot(part), state.hidden);
 }
 
 // An adapter, or a Stack of adapters.
@@ -172,8 +183,8 @@ Value* BottleneckComposer::up_of_child(const Composition& child, ComposedState s
   return up(*present.back(), state);
 }
 
-// query W_q + b_q times key W_k + b_k: all keys have b_k, so that it changes no softmax, and W_k can go to the query.
-// W_v can go behind the weighted sum.
+// query W_q + b_q times key W_k + b_k. W_k can go to the query, and W_v behind the weighted sum. All keys have b_k, so
+// that it changes no softmax, unless scores are dropped.
 Value* BottleneckComposer::fused(const AdapterFusion& fusion, Value* query, const std::vector<Value*>& ups) {
   const auto weight = [&](const char* name) {
     return inserter_.fusion_weight(fusion, *site_.parts.begin()->second.slot, name);
@@ -181,16 +192,75 @@ Value* BottleneckComposer::fused(const AdapterFusion& fusion, Value* query, cons
   if (fusion.config.query) {
     query = graph_.insert(c10::aten::linear, {query, weight("query_weight"), weight("query_bias")});
   }
+  Value* of_bias = nullptr;  // [rows, S, 1]
   if (fusion.config.key) {
+    if (fusion.trainable) {
+      Value* bias = graph_.insert(c10::aten::unsqueeze, {weight("key_bias"), -1});
+      of_bias = graph_.insert(c10::aten::matmul, {query, bias});
+    }
     query = graph_.insert(c10::aten::matmul, {query, weight("key_weight")});
   }
   Value* list = graph_.insertNode(graph_.createList(c10::TensorType::get(), ups))->output();
   Value* stacked = graph_.insert(c10::aten::stack, {list, 2});  // [rows, S, adapters, H]
   Value* scores = graph_.insert(c10::aten::matmul, {stacked, graph_.insert(c10::aten::unsqueeze, {query, -1})});
-  Value* shares = graph_.insert(c10::aten::softmax, {graph_.insert(c10::aten::squeeze, {scores, -1}), -1});
+  scores = graph_.insert(c10::aten::squeeze, {scores, -1});
+  scores = of_bias ? graph_.insert(c10::aten::add, {scores, of_bias}) : scores;
+  const double dropout = fusion.config.dropout_prob.value_or(0.0);
+  scores = fusion.trainable && dropout > 0.0 ? inserter_.dropped(scores, dropout) : scores;
+  Value* shares = graph_.insert(c10::aten::softmax, {scores, -1});
   Value* sum = graph_.insert(c10::aten::matmul, {graph_.insert(c10::aten::unsqueeze, {shares, -2}), stacked});
   sum = graph_.insert(c10::aten::squeeze, {sum, -2});
   return fusion.config.value ? graph_.insert(c10::aten::linear, {sum, weight("value_weight")}) : sum;
+}
+
+std::optional<FoldedFusion> BottleneckComposer::fold(const AdapterFusion& fusion, const Composition& block,
+                                                     const Slot& slot) {
+  std::vector<ComposedPart> parts;
+  for (const Composition& node : block.children) {
+    if (node.kind != BlockKind::kAdapter) {
+      return std::nullopt;
+    }
+    if (const ComposedPart* part = find(node.name)) {
+      parts.push_back(*part);
+    }
+  }
+  return fold_fusion(fusion, fusion.weights.at({slot.number, slot.site}), parts);
+}
+
+Value* BottleneckComposer::folded(const FoldedFusion& fusion, Value* hidden, Value* query) {
+  static const char* const kSource = R"python(
+def shares(inner: Tensor, scores: Tensor, adapters: int) -> Tensor:
+    width = inner.size(-1)
+    products = inner * scores.narrow(-1, 0, width)
+    return torch.softmax(products.unflatten(-1, [adapters, -1]).sum(-1) + scores.narrow(-1, width, adapters), -1)
+
+def weighted(inner: Tensor, shares: Tensor, adapters: int) -> Tensor:
+    return (inner.unflatten(-1, [adapters, -1]) * shares.unsqueeze(-1)).flatten(-2)
+)python";
+  const auto linear = [&](Value* x, const at::Tensor& weight, const at::Tensor& bias) {
+    return graph_.insert(c10::aten::linear, {x, inserter_.new_buffer(weight), inserter_.new_buffer(bias)});
+  };
+  const auto call = [&](const char* name, std::vector<Value*> arguments) {
+    arguments.push_back(graph_.insertConstant(fusion.adapters));
+    return torch::jit::insertGraph(graph_, *compile_graph(kSource, name), arguments)[0];
+  };
+  Value* down = nullptr;
+  Value* scores = nullptr;
+  if (hidden == query) {
+    const int64_t width = fusion.down.size(0);
+    Value* both = linear(hidden, at::cat({fusion.down, fusion.score}), at::cat({fusion.down_bias, fusion.score_bias}));
+    down = graph_.insert(c10::aten::narrow, {both, -1, 0, width});
+    scores = graph_.insert(c10::aten::narrow, {both, -1, width, fusion.score.size(0)});
+  } else {
+    down = linear(hidden, fusion.down, fusion.down_bias);
+    scores = linear(query, fusion.score, fusion.score_bias);
+  }
+  Value* inner = insert_activation(graph_, down, fusion.non_linearity);
+  Value* shares = call("shares", {inner, scores});
+  Value* up_weight = inserter_.new_buffer(fusion.up);
+  Value* result = graph_.insert(c10::aten::linear, {call("weighted", {inner, shares}), up_weight});
+  Value* biases = graph_.insert(c10::aten::matmul, {shares, inserter_.new_buffer(fusion.up_bias)});
+  return graph_.insert(c10::aten::add, {result, biases});
 }
 
 ComposedState BottleneckComposer::fuse(const Composition& block, ComposedState state) {
@@ -211,13 +281,23 @@ ComposedState BottleneckComposer::fuse(const Composition& block, ComposedState s
   Value* before = state.hidden;
   state = pre_forward(*last, state);
   const bool reads_before = !config_of(*last).is_parallel && fusion->config.query_before_ln;
-  std::vector<Value*> ups;
-  for (const Composition& node : block.children) {
-    if (Value* value = up_of_child(node, state)) {
-      ups.push_back(fusion->config.residual_before ? graph_.insert(c10::aten::add, {value, state.residual}) : value);
+  Value* query = reads_before ? before : state.hidden;
+  if (const auto products = fold(*fusion, block, *last->slot)) {
+    for (const Composition& node : block.children) {
+      if (const ComposedPart* part = find(node.name)) {
+        add_unused_gate(*part, state);
+      }
     }
+    state.hidden = folded(*products, state.hidden, query);
+  } else {
+    std::vector<Value*> ups;
+    for (const Composition& node : block.children) {
+      if (Value* value = up_of_child(node, state)) {
+        ups.push_back(fusion->config.residual_before ? graph_.insert(c10::aten::add, {value, state.residual}) : value);
+      }
+    }
+    state.hidden = fused(*fusion, query, ups);
   }
-  state.hidden = fused(*fusion, reads_before ? before : state.hidden, ups);
   if (!fusion->config.residual_before) {
     state.hidden = graph_.insert(c10::aten::add, {state.hidden, state.residual});
   }

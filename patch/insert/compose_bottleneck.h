@@ -1,6 +1,7 @@
 #pragma once
 
 #include <torchgraft/patch/insert/composer.h>
+#include <torchgraft/patch/insert/fold_fusion.h>
 #include <torchgraft/patch/insert/insert_bottleneck.h>
 
 namespace torchgraft {
@@ -28,9 +29,14 @@ class BottleneckComposer : public Composer {
  private:
   // Adapter.pre_forward of `part`.
   ComposedState pre_forward(const ComposedPart& part, ComposedState state);
+  void add_unused_gate(const ComposedPart& part, const ComposedState& state);
   // bottleneck_up of a child of a Fuse: what an adapter adds, without gate and residual.
   Value* up(const ComposedPart& part, const ComposedState& state);
   Value* up_of_child(const Composition& child, ComposedState state);
+  // What bottleneck_up and the layer are together, where the children are adapters and can be folded.
+  std::optional<FoldedFusion> fold(const AdapterFusion& fusion, const Composition& block, const Slot& slot);
+  // BertFusion.forward without the residual, of folded adapters.
+  Value* folded(const FoldedFusion& fusion, Value* hidden, Value* query);
   // BertFusion.forward without the residual.
   Value* fused(const AdapterFusion& fusion, Value* query, const std::vector<Value*>& ups);
 

@@ -49,7 +49,8 @@ ComposedState Composer::compose(const Composition& tree, const ComposedState& st
       return fuse(tree, state);
     case BlockKind::kParallel:
     case BlockKind::kMultiTask:
-      refuse(std::string(to_string(tree.kind)) + " is not supported yet; use one composition for each of its parts");
+      refuse(std::string(to_string(tree.kind)) + " is not supported yet; compose each of its parts, and give every " +
+             "row once for each of them, with adapter_ids");
     case BlockKind::kAdapter:
       break;
   }

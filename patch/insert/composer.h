@@ -17,6 +17,8 @@ struct ComposedPart {
   size_t adapter = 0;
   const Slot* slot = nullptr;
   const PlannedModule* module = nullptr;
+  const ModuleWeights* weights = nullptr;
+  bool trainable = false;
 };
 
 // What a composition acts on at one site.

@@ -83,10 +83,12 @@ ComposedSite CompositionInserter::site_of(const NamedComposition& composition, s
   ComposedSite result{composition.name, site + " of layer " + std::to_string(slots.front()->number), {}};
   for (const std::string& name : adapters_in(composition.tree)) {
     const size_t index = find_adapter(adapters_, name, "compose");
+    const Adapter& adapter = adapters_[index];
     for (const Slot* slot : slots) {
-      for (const PlannedModule& module : adapters_[index].plan) {
-        if (module.layer == slot->layer && module.site == site && slot_name(adapters_[index], module) == slot->name) {
-          result.parts.emplace(name, ComposedPart{index, slot, &module});
+      for (size_t m = 0; m < adapter.plan.size(); ++m) {
+        const PlannedModule& module = adapter.plan[m];
+        if (module.layer == slot->layer && module.site == site && slot_name(adapter, module) == slot->name) {
+          result.parts.emplace(name, ComposedPart{index, slot, &module, &adapter.weights[m], adapter.trainable});
         }
       }
     }

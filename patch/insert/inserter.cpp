@@ -68,7 +68,8 @@ Inserter::Inserter(Graph& graph, const GraphSites& sites, const torch::jit::Modu
   adapters_ =
       graph.insertNode(graph.create(c10::prim::GetAttr, {graph.inputs()[0]}, 1)->s_(c10::attr::name, "adapters"))
           ->output();
-  adapters_->setType(root.attr("adapters").toModule().type());
+  adapters_module_ = root.attr("adapters").toModule();
+  adapters_->setType(adapters_module_.type());
   active_ = graph.insertGetAttr(adapters_, "active");
   all_adapter_ids_ = adapter_ids_;
   all_active_ = active_;
@@ -148,13 +149,19 @@ const AdapterFusion* Inserter::find_fusion(const std::string& name) const {
   return nullptr;
 }
 
+Value* Inserter::new_buffer(const at::Tensor& tensor) {
+  const std::string name = kFoldedBuffer + std::to_string(buffers_++);
+  adapters_module_.register_buffer(name, tensor);
+  return graph_.insertGetAttr(adapters_, name);
+}
+
 Value* Inserter::fusion_weight(const AdapterFusion& fusion, const Slot& slot, const std::string& name) {
   Value* held = graph_.insertGetAttr(adapters_, fusion_module_name(fusion.name()));
   return graph_.insertGetAttr(graph_.insertGetAttr(held, fusion_layer_name(slot.number, slot.site)), name);
 }
 
-Value* Inserter::dropped(const Slot& slot, Value* value) {
-  return graph_.insert(c10::aten::dropout, {value, slot.dropout, graph_.insertGetAttr(adapters_, "training")});
+Value* Inserter::dropped(Value* value, double p) {
+  return graph_.insert(c10::aten::dropout, {value, p, graph_.insertGetAttr(adapters_, "training")});
 }
 
 Value* Inserter::rows_dropped(const Slot& slot, Value* value) {

@@ -49,6 +49,8 @@ class Inserter {
   // The AdapterFusion layers of that name; null when there are none. And a weight at the slot's site.
   const AdapterFusion* find_fusion(const std::string& name) const;
   Value* fusion_weight(const AdapterFusion& fusion, const Slot& slot, const std::string& name);
+  // Adds a tensor that was computed from weights to the `adapters` submodule, and returns its value.
+  Value* new_buffer(const at::Tensor& tensor);
 
   // While it lives, what is inserted uses other adapters.
   class Scope {
@@ -76,7 +78,8 @@ class Inserter {
   // The bank of a parameter; None where the slot has none.
   Value* parameter(const Slot& slot, Value* module, const std::string& name);
   // `value` after the slot's dropout, which acts in training mode.
-  Value* dropped(const Slot& slot, Value* value);
+  Value* dropped(const Slot& slot, Value* value) { return dropped(value, slot.dropout); }
+  Value* dropped(Value* value, double p);
   // `value` [B, S, H] without those rows that the slot's stochastic depth drops in training mode.
   Value* rows_dropped(const Slot& slot, Value* value);
   // The real tokens [B, S] of this layer, for rows with ReFT in one of the slots that came to prepare_reft; null where
@@ -123,6 +126,8 @@ class Inserter {
   size_t layer_ = 0;
   std::optional<torch::jit::SourceRange> place_;
   Value* adapters_ = nullptr;
+  torch::jit::Module adapters_module_;
+  size_t buffers_ = 0;  // that new_buffer() has added
   Value* adapter_ids_ = nullptr;
   Node* top_ = nullptr;
   Value* active_ = nullptr;

@@ -74,6 +74,11 @@ void check_has_gradients(const std::shared_ptr<torch::jit::Graph>& graph) {
   });
 }
 
+bool is_trainable(const std::vector<AdapterFusion>& fusions, const std::string& name) {
+  return std::any_of(fusions.begin(), fusions.end(),
+                     [&](const AdapterFusion& held) { return held.name() == name && held.trainable; });
+}
+
 // Training changes adapters only.
 void freeze_base(const Module& module) {
   for (const at::Tensor& parameter : module.parameters()) {
@@ -95,7 +100,8 @@ Module add_adapters_module(Draft& draft, const std::vector<Slot>& slots, const s
   }
   remember_names(adapters, options.rename);
   adapters.register_attribute("head_mask", c10::StringType::get(), draft.head_mask);
-  add_heads(adapters, draft.adapters, unit);
+  const auto trains = [&](const std::string& name) { return is_trainable(draft.fusions, name); };
+  add_heads(adapters, head_owners(draft.adapters, draft.compositions, trains), unit);
   register_fusions(adapters, draft.fusions, unit);
   adapters.train(draft.module.attr("training", c10::IValue(false)).toBool());  // a frozen module has no such attribute
   draft.module.register_module("adapters", adapters);
@@ -134,8 +140,9 @@ std::string head_mask(const Draft& draft, const std::string& wanted) {
   TORCH_CHECK(has_tensor_argument(draft.module, wanted), "add_head: forward has no Tensor argument '", wanted,
               "' for the token mask; name one of its arguments");
   const auto& adapters = draft.adapters;
-  const auto heads =
-      std::count_if(adapters.begin(), adapters.end(), [](const Adapter& a) { return a.head.has_value(); });
+  const auto has_head = [](const auto& owner) { return owner.head.has_value(); };
+  const auto heads = std::count_if(adapters.begin(), adapters.end(), has_head) +
+                     std::count_if(draft.compositions.begin(), draft.compositions.end(), has_head);
   TORCH_CHECK(heads <= 1 || wanted == draft.head_mask, "add_head: expected the token mask '", draft.head_mask,
               "', which all heads of the module share, got '", wanted, "'");
   return wanted;
@@ -168,6 +175,7 @@ Draft open_draft(const Module& module, const GraftOptions& given) {
     result.adapters = read_adapters(adapters, result.sites.structure);
     read_heads(adapters, result.adapters);
     result.compositions = read_compositions(adapters);
+    read_heads(adapters, result.adapters.size(), result.compositions);
     result.fusions = read_fusions(adapters);
     if (adapters.hasattr("heads")) {
       result.head_mask = adapters.attr("head_mask").toStringRef();
@@ -215,8 +223,9 @@ Module build(Draft draft, const std::string& active) {
   for (Adapter& adapter : draft.adapters) {
     complete_dora(adapter, draft.sites, result);
   }
-  const bool trains = std::any_of(draft.adapters.begin(), draft.adapters.end(),
-                                  [](const Adapter& adapter) { return adapter.trainable; });
+  const auto is_trained = [](const auto& held) { return held.trainable; };
+  const bool trains = std::any_of(draft.adapters.begin(), draft.adapters.end(), is_trained) ||
+                      std::any_of(draft.fusions.begin(), draft.fusions.end(), is_trained);
   if (trains) {
     check_has_gradients(graph);
     freeze_base(result);

@@ -136,6 +136,26 @@ std::set<std::string> activations_of(const std::vector<Adapter>& adapters) {
   return names;
 }
 
+// The head in a row of the banks; `owner` may have it for itself.
+std::optional<Head> head_in_row(const Module& heads, size_t row, const std::string& owner) {
+  const auto configs = heads.attr("configs").toListRef();
+  if (row >= configs.size() || configs[row].toStringRef().empty()) {
+    return std::nullopt;
+  }
+  Head head{head_config_from_json(configs[row].toStringRef()), {}};
+  const std::string own = own_module_name(owner);
+  for (const std::string& name : kWeights) {
+    if (heads.hasattr(own)) {
+      head.weights[name] = heads.attr(own).toModule().attr(name).toTensor().detach().clone();
+      continue;
+    }
+    const at::Tensor weight = heads.attr(name).toTensor().detach()[static_cast<int64_t>(row)];
+    const int64_t first = name.starts_with("dense_") ? head.config.layers - 1 : head.config.num_labels;
+    head.weights[name] = weight.narrow(0, 0, first).clone();
+  }
+  return head;
+}
+
 }  // namespace
 
 bool is_learned(const HeadConfig& config, const std::string& name) { return config.bias || name != "out_bias"; }
@@ -161,28 +181,40 @@ void add_heads(Module& adapters_module, const std::vector<Adapter>& adapters,
   adapters_module.register_module("heads", heads);
 }
 
+std::vector<Adapter> head_owners(const std::vector<Adapter>& adapters,
+                                 const std::vector<NamedComposition>& compositions,
+                                 const std::function<bool(const std::string& fusion)>& trains) {
+  std::vector<Adapter> result = adapters;
+  if (std::none_of(compositions.begin(), compositions.end(), [](const auto& held) { return held.head.has_value(); })) {
+    return result;
+  }
+  for (const NamedComposition& composition : compositions) {
+    const std::vector<std::string> fusions = fusion_names(composition.tree);
+    Adapter owner{composition.name, {}};
+    owner.head = composition.head;
+    owner.trainable = std::any_of(fusions.begin(), fusions.end(), trains);
+    result.push_back(std::move(owner));
+  }
+  return result;
+}
+
 void read_heads(const Module& adapters_module, std::vector<Adapter>& adapters) {
   if (!adapters_module.hasattr("heads")) {
     return;
   }
   const Module heads = adapters_module.attr("heads").toModule();
-  const auto configs = heads.attr("configs").toListRef();
   for (size_t a = 0; a < adapters.size(); ++a) {
-    if (configs[a].toStringRef().empty()) {
-      continue;
-    }
-    Head head{head_config_from_json(configs[a].toStringRef()), {}};
-    const std::string own = own_module_name(adapters[a].name);
-    for (const std::string& name : kWeights) {
-      if (heads.hasattr(own)) {
-        head.weights[name] = heads.attr(own).toModule().attr(name).toTensor().detach().clone();
-        continue;
-      }
-      at::Tensor row = heads.attr(name).toTensor().detach()[static_cast<int64_t>(a)];
-      const int64_t first = name.starts_with("dense_") ? head.config.layers - 1 : head.config.num_labels;
-      head.weights[name] = row.narrow(0, 0, first).clone();
-    }
-    adapters[a].head = std::move(head);
+    adapters[a].head = head_in_row(heads, a, adapters[a].name);
+  }
+}
+
+void read_heads(const Module& adapters_module, size_t adapters, std::vector<NamedComposition>& compositions) {
+  if (!adapters_module.hasattr("heads")) {
+    return;
+  }
+  const Module heads = adapters_module.attr("heads").toModule();
+  for (size_t i = 0; i < compositions.size(); ++i) {
+    compositions[i].head = head_in_row(heads, adapters + i, compositions[i].name);
   }
 }
 

@@ -14,6 +14,8 @@ from ._libraries import library_path, load_operators
 from ._reading import parse_json
 from ._text import TextLimits, forward_inputs, text_limits
 from .adapter_fusion import (
+    add_adapter_fusion,
+    fusion_regularization_loss,
     list_adapter_fusions,
     load_adapter_fusion,
     remove_adapter_fusion,
@@ -127,6 +129,7 @@ __all__ = [
     "TextLimits",
     "UniPELTConfig",
     "VeraConfig",
+    "add_adapter_fusion",
     "add_head",
     "average_adapter",
     "check_room",
@@ -136,6 +139,7 @@ __all__ = [
     "export",
     "forward_inputs",
     "freeze_adapter",
+    "fusion_regularization_loss",
     "from_program",
     "graft",
     "head_config",

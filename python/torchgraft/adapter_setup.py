@@ -2,6 +2,7 @@
 them."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 from ._libraries import patcher
 from ._reading import parse_json, read_text
 from .adapter_fusion import load_adapter_fusion, save_adapter_fusion
-from .checkpoints import check_replaces, load_adapter, save_adapter
+from .adapter_hub import HEAD_CONFIG_FILE, HEAD_WEIGHT_FILES, read_head
+from .checkpoints import check_replaces, load_adapter, pickled, save_adapter
 from .composition import adapters_of, compose
 from .errors import GraftError
-from .grafting import names_of
+from .grafting import cpp_module, names_of, script_module
 from .life import list_adapters
 
 SETUP_FILE = "adapter_setup.json"
@@ -26,12 +28,14 @@ def save_adapter_setup(
     directory: str | Path,
     safetensors: bool = True,
     overwrite: bool = False,
+    model_class: str | None = None,
 ) -> None:
     """Writes a composition and its adapters into a directory that load_adapter_setup() of this package and of
     `adapters==1.3.0` read.
 
     The directory gets adapter_setup.json and, for each adapter, a directory of its name, as save_adapter() writes it.
-    The AdapterFusion layers of each Fuse get one, too. adapter_setup.json comes last.
+    The AdapterFusion layers of each Fuse get one, too, and so does the composition's head. adapter_setup.json comes last.
+    Nothing is written when a part cannot be.
 
     Args:
         module: a grafted module with the composition.
@@ -39,6 +43,7 @@ def save_adapter_setup(
         directory: where to write.
         safetensors: as for save_adapter().
         overwrite: as for save_adapter().
+        model_class: as for save_adapter(), of the composition's head.
 
     Raises:
         GraftError: the module has no such composition, the weights of an Average in it do not sum to 1, which no reader
@@ -51,23 +56,41 @@ def save_adapter_setup(
     tree = parse_json(found[name].config, name)
     _check_weights(tree)
     parts, fusions = adapters_of(tree), patcher().fusion_names_of(found[name].config)
-    for part in [*parts, *fusions]:
+    head_text, head_weights = patcher().composition_head_files(cpp_module(module), name, model_class or "")
+    for part in [*parts, *fusions, *([name] if head_text else [])]:
         _check_folder(part, "save_adapter_setup")
     for part in parts:
-        if not overwrite:
-            check_replaces(Path(directory) / part, part)
+        patcher().adapter_files(cpp_module(module), part, "")  # raises where it cannot be written
+    root = Path(directory)
+    setup = {"adapter_setup": tree, "head_setup": name if head_text else None, "version": _VERSION}
 
     def check() -> None:
         if not overwrite:
-            _check_replaces_setup(Path(directory), tree)
+            _check_replaces_all(root, setup, parts, fusions)
 
     check()
     for part in parts:
-        save_adapter(module, part, Path(directory) / part, safetensors, overwrite=overwrite)
+        save_adapter(module, part, root / part, safetensors, overwrite=overwrite)
     for fusion in fusions:
-        save_adapter_fusion(module, fusion, Path(directory) / fusion, overwrite)
-    text = json.dumps({"adapter_setup": tree, "head_setup": None, "version": _VERSION}, indent=2)
+        save_adapter_fusion(module, fusion, root / fusion, overwrite)
+    if head_text:
+        _save_head(root / name, head_text, head_weights, safetensors)
+    text = json.dumps(setup, indent=2)
     patcher().update_directory(str(directory), {SETUP_FILE: text.encode()}, [], SETUP_FILE, "", check)
+
+
+def _safetensors(weights: dict[str, torch.Tensor]) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / HEAD_WEIGHT_FILES[0]
+        patcher().write_safetensors(weights, str(path))
+        return path.read_bytes()
+
+
+def _save_head(directory: Path, text: str, weights: dict[str, torch.Tensor], safetensors: bool) -> None:
+    name, other = HEAD_WEIGHT_FILES if safetensors else HEAD_WEIGHT_FILES[::-1]
+    content = _safetensors(weights) if safetensors else pickled(weights)
+    files = {HEAD_CONFIG_FILE: text.encode(), name: content}
+    patcher().update_directory(str(directory), files, [other], HEAD_CONFIG_FILE, "", None)
 
 
 def load_adapter_setup(
@@ -85,10 +108,10 @@ def load_adapter_setup(
 
     Raises:
         GraftError: a file is missing or damaged, an adapter does not fit the module, the name is taken, or the
-            directory has heads of its own (head_setup), which load_adapter() of the head's directory reads.
+            directory has heads of its own (head_setup) that no composition takes.
     """
     path = Path(directory) / SETUP_FILE
-    tree = _read_setup(path)
+    tree, head = _read_setup(path)
     name = Path(directory).resolve().name if name is None else name
     if name in names_of(module):
         raise GraftError(f"load_adapter_setup: the module has '{name}' already; give the composition another name")
@@ -98,12 +121,20 @@ def load_adapter_setup(
     for fusion in patcher().fusion_names_of(json.dumps(tree)):
         _check_folder(fusion, str(path))
         module = load_adapter_fusion(module, Path(directory) / fusion, fusion)
-    return compose(module, name, tree, verify=verify, example=example)
+    module = compose(module, name, tree, verify=verify, example=example)
+    return module if head is None else _load_head(module, name, Path(directory) / head)
 
 
-def _read_setup(path: Path) -> dict[str, Any]:
+def _load_head(module: torch.jit.ScriptModule, name: str, directory: Path) -> torch.jit.ScriptModule:
+    head = read_head(directory)
+    if head is None:  # it has warned of a head of an unknown kind
+        return module
+    return script_module(patcher().load_head(cpp_module(module), name, head.config, head.weights, head.name))
+
+
+def _read_setup(path: Path) -> tuple[dict[str, Any], str | None]:
     """Returns the tree of an adapter_setup.json, with the weights of each Average divided by their sum, as the library
-    does when it reads them."""
+    does when it reads them, and the name of the composition's own head."""
     try:
         setup = parse_json(read_text(path), path)
     except OSError as error:
@@ -112,12 +143,23 @@ def _read_setup(path: Path) -> dict[str, Any]:
         raise GraftError(f'{path}: expected an object with "adapter_setup"')
     if unknown := [key for key in setup if key not in ("adapter_setup", "head_setup", "version")]:
         raise GraftError(f"{path}: the key '{unknown[0]}' is not known")
-    if setup.get("head_setup"):
-        raise GraftError(
-            f"{path}: it has heads of its own (head_setup), which no composition takes; save it without head_setup"
-        )
     text = patcher().normalised_composition(json.dumps(setup["adapter_setup"]))
-    return parse_json(text, path)
+    tree, head = parse_json(text, path), setup.get("head_setup")
+    if not head or head == _last_of_stack(tree):  # that adapter's directory has it
+        return tree, None
+    if not isinstance(head, str) or not patcher().fusion_names_of(text):
+        raise GraftError(
+            f"{path}: it has heads of its own (head_setup), and only a composition with a Fuse takes one; save it "
+            "without head_setup"
+        )
+    _check_folder(head, str(path))
+    return tree, head
+
+
+def _last_of_stack(tree: dict[str, Any]) -> str | None:
+    """Returns the adapter that ends a Stack, whose head a composition has."""
+    last = tree["children"][-1]
+    return last["children"][0] if tree["type"] == "Stack" and last["type"] == "single" else None
 
 
 def _check_weights(tree: dict[str, Any]) -> None:
@@ -130,6 +172,32 @@ def _check_weights(tree: dict[str, Any]) -> None:
     for child in tree["children"]:
         if isinstance(child, dict):
             _check_weights(child)
+
+
+def _check_replaces_all(directory: Path, setup: dict[str, Any], parts: list[str], fusions: list[str]) -> None:
+    """Raises GraftError when `directory` holds another composition, or another part in the place of one of its own."""
+    for part in parts:
+        check_replaces(directory / part, part)
+    for fusion in fusions:
+        patcher().check_replaces_fusion(str(directory / fusion), fusion)
+    if setup["head_setup"]:
+        _check_replaces_head(directory / setup["head_setup"], setup["head_setup"])
+    _check_replaces_setup(directory, setup["adapter_setup"])
+
+
+def _check_replaces_head(directory: Path, name: str) -> None:
+    path = directory / HEAD_CONFIG_FILE
+    if not path.is_symlink() and not path.exists():
+        return
+    try:
+        held = parse_json(read_text(path), path)
+    except (OSError, GraftError):
+        held = None
+    if not isinstance(held, dict) or held.get("name") != name:
+        raise GraftError(
+            f"save_adapter_setup: {directory} holds another head already; give another directory, or overwrite=True to "
+            "replace it"
+        )
 
 
 def _check_replaces_setup(directory: Path, tree: dict[str, Any]) -> None:

@@ -3,6 +3,10 @@
 A bank holds the parameters of all adapters of one slot, stacked along the first dimension. A frozen adapter is a row of
 the banks, which require no gradients. A trainable adapter has parameters of its own in the module, among them the MLPs
 of its prefixes, and its dropout acts in train() mode.
+
+A composition is trained as an adapter is: those of its adapters that are trainable, where they stand in it (MAD-X).
+freeze_adapter() and unfreeze_adapter() of a composition with a Fuse are about its AdapterFusion layers and its head;
+the adapters in it stay frozen.
 """
 
 import torch
@@ -12,7 +16,8 @@ from .grafting import cpp_module, script_module
 
 
 def trainable_parameters(module: torch.jit.ScriptModule, name: str) -> dict[str, torch.Tensor]:
-    """Returns the parameters of a trainable adapter and of its head, by their names in the module.
+    """Returns the parameters of a trainable adapter and of its head, by their names in the module; or those of
+    all that is trainable in a composition.
 
     They are the module's own tensors: an optimizer that changes them trains the module. Their order is the same for
     every copy of the module.

@@ -10,7 +10,7 @@ from .adapter_hub import CONFIG_FILE, HEAD_CONFIG_FILE, HEAD_WEIGHT_FILES, WEIGH
 from .grafting import cpp_module, directory_spec, module_with_warnings
 
 
-def _pickled(weights: dict[str, torch.Tensor]) -> bytes:
+def pickled(weights: dict[str, torch.Tensor]) -> bytes:
     buffer = io.BytesIO()
     torch.save(weights, buffer)
     return buffer.getvalue()
@@ -58,10 +58,10 @@ def save_adapter(
         patcher().save_adapter(*arguments, str(directory), model_class or "", overwrite)
         return
     config, weights, head_config, head_weights = patcher().adapter_files(*arguments, model_class or "")
-    contents = {CONFIG_FILE: config.encode(), WEIGHT_FILES[1]: _pickled(weights)}
+    contents = {CONFIG_FILE: config.encode(), WEIGHT_FILES[1]: pickled(weights)}
     obsolete = [WEIGHT_FILES[0], HEAD_WEIGHT_FILES[0]]
     if head_config:
-        contents |= {HEAD_CONFIG_FILE: head_config.encode(), HEAD_WEIGHT_FILES[1]: _pickled(head_weights)}
+        contents |= {HEAD_CONFIG_FILE: head_config.encode(), HEAD_WEIGHT_FILES[1]: pickled(head_weights)}
     else:  # an adapter that was there before may have left a head
         obsolete += [HEAD_CONFIG_FILE, HEAD_WEIGHT_FILES[1]]
     patcher().update_directory(str(directory), contents, obsolete, CONFIG_FILE, "" if overwrite else name, None)

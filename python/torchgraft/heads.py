@@ -68,7 +68,7 @@ def add_head(
     module: torch.jit.ScriptModule, name: str, config: HeadConfig, token_mask: str | None = None
 ) -> torch.jit.ScriptModule:
     """Returns a copy in which the adapter `name` has a head with fresh weights. The head is trainable if the adapter
-    is.
+    is. A composition with a Fuse can have a head, too, which is trained with its AdapterFusion layers.
 
     The copy has the method `forward_with_head(..., adapter_ids=None)` with forward's arguments. It returns logits [B,
     L], for tagging [B, S, L]. In a batch that mixes adapters, L is the largest number of labels of all heads; columns
@@ -77,7 +77,7 @@ def add_head(
 
     Args:
         module: a grafted module.
-        name: the adapter. If it has a head, the new one replaces it.
+        name: the adapter, or a composition with a Fuse. If it has a head, the new one replaces it.
         config: the head's configuration.
         token_mask: the name of forward's argument that says which tokens are real ([B, S], non-zero = real). None:
             "attention_mask", or "decoder_attention_mask" in a model with cross attention; if forward has no such

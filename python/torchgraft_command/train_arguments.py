@@ -15,12 +15,14 @@ DESCRIPTION = """\
 Trains one adapter, with a classification head, on a file of texts with classes.
 
   torchgraft train BASE.pt -o OUT --train reviews.csv --validation-fraction 0.1 --config unipelt --adapter reviews
+  torchgraft train MODEL.pt -o OUT --train all.csv --fuse films,books,tweets --adapter fused    # AdapterFusion
   torchgraft train -o OUT --resume                       # continues a run that was stopped or killed
   torchrun --nproc-per-node 2 -m torchgraft train BASE.pt -o OUT ...
 
 BASE.pt is a TorchScript Transformer, grafted or not, that takes token ids and perhaps a mask. Only the adapter and the
 head are trained. Files end in .csv, .tsv (both with the names of columns in the first line) or .jsonl. What is written
-into OUT: adapter/ (for load_adapter(), here and in AdapterHub), checkpoint.pt, scores.json and logs/ for TensorBoard.
+into OUT: adapter/ (for load_adapter(), here and in AdapterHub; with --fuse for load_adapter_setup()), checkpoint.pt,
+scores.json and logs/ for TensorBoard.
 """
 
 
@@ -103,6 +105,14 @@ def _add_adapter(group: argparse._ArgumentGroup) -> None:
         "--config",
         default="unipelt",
         help="configuration of a new adapter: unipelt, mam, lora, or the path of an adapter_config.json",
+    )
+    group.add_argument(
+        "--fuse",
+        metavar="A,B,...",
+        help="train AdapterFusion layers over these adapters of BASE.pt, which stay frozen; --adapter names the result",
+    )
+    group.add_argument(
+        "--fusion-config", choices=("dynamic", "static"), default="dynamic", help="of new AdapterFusion layers"
     )
     group.add_argument(
         "--start", type=Path, metavar="DIRECTORY", help="begin with the adapter and the head of this directory"
@@ -190,6 +200,10 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
     """Checks the arguments before anything is loaded."""
     if not arguments.config.strip():
         parser.error("--config: expected a configuration's name (unipelt, mam, lora, ...) or a path, got an empty text")
+    if arguments.fuse is not None and arguments.start:
+        parser.error("--fuse trains adapters of BASE.pt together, and --start begins with one of a directory; give one")
+    if arguments.fuse is not None and len(list(filter(None, arguments.fuse.split(",")))) < 2:
+        parser.error(f"--fuse: expected the names of at least two adapters, got '{arguments.fuse}'")
     if arguments.resume and (arguments.output / CHECKPOINT).exists():
         return  # which has the options that are not given
     missing = {"BASE.pt": arguments.model, "--train": arguments.train}

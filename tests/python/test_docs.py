@@ -36,9 +36,10 @@ def test_the_examples_of_adapters_run(tmp_path) -> None:
         assert (tmp_path / written).stat().st_size > 0
 
 
-def test_the_example_of_compositions_runs(tmp_path) -> None:
-    _run("compositions.md", 1, tmp_path)
-    assert (tmp_path / "en_ner_setup" / "adapter_setup.json").stat().st_size > 0
+def test_the_examples_of_compositions_run(tmp_path) -> None:
+    _run("compositions.md", 2, tmp_path)
+    for setup in ("en_ner_setup", "both_setup"):
+        assert (tmp_path / setup / "adapter_setup.json").stat().st_size > 0
 
 
 def test_the_example_of_export_runs(tmp_path) -> None:

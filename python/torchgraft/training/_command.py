@@ -14,25 +14,31 @@ import torch
 from torchgraft_command.train_arguments import CHECKPOINT
 
 from .. import (
+    Fuse,
     HeadConfig,
+    add_adapter_fusion,
     add_head,
+    compose,
     freeze_adapter,
     graft,
     head_config,
+    list_adapter_fusions,
     list_adapters,
     load_adapter,
     save_adapter,
+    save_adapter_setup,
     unfreeze_adapter,
 )
 from .._console import say
 from .._files import EXPECTED_ERRORS, extra_files, load_module, reason, save_module, write_whole
 from .._libraries import load_others, version_text
+from .._reading import parse_json
 from .._steps import showing_steps, step
 from .._text import load_tokenizer, text_limits
 from ..checkpoints import check_replaces
 from ..configs import config_argument
 from ..errors import GraftError
-from ..grafting import names_of
+from ..grafting import is_grafted, names_of
 from .batches import EncodedExamples, encode_examples
 from .examples import Columns, Example, check_every_class, class_names, read_examples, split_examples
 from .listeners import Listener, ProgressBar, TensorBoardLog
@@ -85,7 +91,7 @@ def _run(arguments: argparse.Namespace, workers: Workers) -> None:
     if checkpoint.exists() and not (arguments.resume or arguments.restart):
         raise GraftError(f"{checkpoint}: exists already; give --resume to go on, --restart to start anew, "
                          "or another --output")  # fmt: skip
-    if not arguments.restart:
+    if not arguments.restart and arguments.fuse is None:
         _check_keeps_adapter(output / ADAPTER, arguments.adapter)
     options = TrainingOptions(**{field.name: getattr(arguments, field.name) for field in fields(TrainingOptions)})
     with step("reading examples"):
@@ -130,6 +136,7 @@ def _identity(arguments: argparse.Namespace, data: Data, gate_pooling: str) -> d
             "validation examples": _digest_of_tokens(data.validation), "classes": ", ".join(data.names),
             "config": _digest(config) if isinstance(config, Path) else config,
             "start": _digest(arguments.start) if arguments.start else "",
+            **({"fuse": f"{arguments.fuse}, {arguments.fusion_config}"} if arguments.fuse is not None else {}),
             "gate_pooling": gate_pooling or "all",  # as runs of before say it
             **{name: str(getattr(arguments, name)) for name in made}}  # fmt: skip
 
@@ -186,7 +193,9 @@ def _trainable(base: torch.jit.ScriptModule, arguments: argparse.Namespace, name
     """Returns the model with a trainable adapter and its head: from --start, from the model itself, or fresh."""
     name = arguments.adapter
     torch.manual_seed(arguments.seed)
-    if arguments.start:
+    if arguments.fuse is not None:
+        module = _fused(base, arguments)
+    elif arguments.start:
         module = load_adapter(base, arguments.start, name, trainable=True)
     elif name in names_of(base):
         module = unfreeze_adapter(base, name)
@@ -202,6 +211,31 @@ def _trainable(base: torch.jit.ScriptModule, arguments: argparse.Namespace, name
     head = HeadConfig(num_labels=len(names), labels=names, pooling=arguments.pooling, layers=arguments.head_layers,
                       dropout_prob=arguments.head_dropout)  # fmt: skip
     return add_head(module, name, head)
+
+
+def _fused(base: torch.jit.ScriptModule, arguments: argparse.Namespace) -> torch.jit.ScriptModule:
+    """Returns the model with a Fuse of --fuse under the name --adapter, whose layers are trainable."""
+    name, parts = arguments.adapter, [part for part in arguments.fuse.split(",") if part]
+    fuse = Fuse(*parts)
+    if not is_grafted(base):
+        raise GraftError(f"{arguments.model}: nothing is grafted onto it that --fuse could name; see torchgraft add")
+    if name in names_of(base):
+        _check_is_fuse(base, name, fuse)
+        return unfreeze_adapter(base, name)
+    frozen = base
+    for info in list_adapters(base):
+        if info.name in parts and info.trainable:
+            frozen = freeze_adapter(frozen, info.name)
+    if ",".join(parts) not in list_adapter_fusions(frozen):
+        frozen = add_adapter_fusion(frozen, fuse, arguments.fusion_config)
+    return unfreeze_adapter(compose(frozen, name, fuse), name)
+
+
+def _check_is_fuse(base: torch.jit.ScriptModule, name: str, fuse: Fuse) -> None:
+    held = next(info for info in list_adapters(base) if info.name == name)
+    if not held.composition or parse_json(held.config, name) != fuse.to_dict():
+        what = held.composition or "an adapter"
+        raise GraftError(f"the model's '{name}' is {what}, not {fuse}; give --adapter another name")
 
 
 def _check_gate_pooling(module: torch.jit.ScriptModule, name: str, wanted: str | None) -> None:
@@ -242,9 +276,8 @@ def _write(
     scores: dict[str, dict[str, float]],
 ) -> None:  # fmt: skip
     output: Path = arguments.output
-    save_adapter(
-        module, arguments.adapter, output / ADAPTER, model_class=arguments.model_class, overwrite=arguments.restart
-    )
+    save = save_adapter if arguments.fuse is None else save_adapter_setup
+    save(module, arguments.adapter, output / ADAPTER, model_class=arguments.model_class, overwrite=arguments.restart)
     if arguments.save_model:
         save_module(freeze_adapter(module, arguments.adapter), output / "model.pt", extra_files(arguments.model))
     report = {"labels": data.names, "best_epoch": result.best_epoch, "stopped_early": result.stopped_early,

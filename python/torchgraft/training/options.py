@@ -9,7 +9,7 @@ SCHEDULES = ("linear", "cosine", "constant")
 CRITERIA = ("accuracy", "macro_f1", "loss")
 # The learning rates of the parts of an adapter, where the user gives none. They were chosen on validation sentences of
 # examples/sentiment (docs/training.md). A parallel bottleneck multiplies its result by 4 (scaling), and so its steps.
-DEFAULT_RATES = {"adapter": 3e-3, "parallel": 5e-4, "prefix": 5e-4, "head": 1e-2}
+DEFAULT_RATES = {"adapter": 3e-3, "parallel": 5e-4, "prefix": 5e-4, "head": 1e-2, "fusion": 5e-4}
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class TrainingOptions:
                 raise GraftError(f"training: expected {name} among {', '.join(known)}, got '{getattr(self, name)}'")
 
     def rate_of(self, part: str) -> float:
-        """Returns the learning rate of a part: "adapter", "parallel", "prefix" or "head"."""
+        """Returns the learning rate of a part: "adapter", "parallel", "prefix", "head" or "fusion"."""
         own = {"head": self.head_learning_rate, "prefix": self.prefix_learning_rate,
                "parallel": self.parallel_learning_rate}  # fmt: skip
         return own.get(part) or self.learning_rate or DEFAULT_RATES[part]

@@ -1,4 +1,4 @@
-"""Trains one adapter of a grafted module, with its head."""
+"""Trains one adapter of a grafted module, or the AdapterFusion layers of a composition, with its head."""
 
 import math
 import time
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from .. import list_adapters, trainable_parameters
+from .. import fusion_regularization_loss, list_adapters, trainable_parameters
 from .._files import remove_leftovers
 from .._reading import parse_json
 from .._text import text_arguments
+from ..composition import adapters_of
 from ..errors import GraftError
 from .batches import Batch, EncodedExamples, collate, scoring_batches, training_batches
 from .checkpoint import (
@@ -96,9 +97,16 @@ def _has_parallel(config: Mapping[str, Any]) -> bool:
     return bool(config.get("is_parallel")) or any(map(_has_parallel, config.get("configs", ())))
 
 
+def _configs_of(module: torch.jit.ScriptModule, name: str) -> list[dict[str, Any]]:
+    """Returns the configuration of an adapter, or those of the adapters of a composition."""
+    configs = {info.name: parse_json(info.config, info.name) for info in list_adapters(module)}
+    is_composition = "children" in configs[name]
+    return [configs[part] for part in (adapters_of(configs[name]) if is_composition else [name])]
+
+
 def _part_of(key: str, parallel: bool) -> str:
-    """Returns whether a parameter belongs to the "head", a "prefix", a "parallel" bottleneck or else the "adapter", by
-    its name in the module. Ignores what the user has chosen in it: "adapter_NAME", "SLOT_dropout_NAME".
+    """Returns whether a parameter belongs to the "head", a "prefix", a "parallel" bottleneck, a "fusion" or else the
+    "adapter", by its name in the module. Ignores what the user has chosen in it: "adapter_NAME", "SLOT_dropout_NAME".
 
     Args:
         parallel: whether the adapter has parallel bottlenecks: the factors of a Compacter do not say what they make.
@@ -106,6 +114,8 @@ def _part_of(key: str, parallel: bool) -> str:
     parts = [name.partition("_dropout_")[0] for name in key.split(".") if not name.startswith("adapter_")]
     if "heads" in parts:
         return "head"
+    if any(name.startswith("fusion_") for name in parts):
+        return "fusion"
     if any(name.endswith(("_prefix", "_prefix_source")) for name in parts):
         return "prefix"
     is_parallel = any("_adapter_par_" in name or (parallel and name.endswith("_adapter_source")) for name in parts)
@@ -115,6 +125,8 @@ def _part_of(key: str, parallel: bool) -> str:
 def _optimizer(parameters: Mapping[str, Tensor], parallel: bool, options: TrainingOptions) -> torch.optim.AdamW:
     groups = [{"params": [value for key, value in parameters.items() if _part_of(key, parallel) == part],
                "lr": options.rate_of(part)} for part in DEFAULT_RATES]  # fmt: skip
+    if not groups[-1]["params"]:  # of a fusion, which checkpoints of before do not have
+        groups.pop()
     return torch.optim.AdamW(groups, weight_decay=options.weight_decay)
 
 
@@ -125,7 +137,8 @@ class Trainer:
     Args:
         module: a grafted module whose adapter `name` is trainable and has a classification head, on the workers'
             device. The run changes the adapter's weights in place.
-        name: the adapter.
+        name: the adapter; or a composition, of which all that is trainable is trained: an adapter in a Stack, or the
+            AdapterFusion layers of a Fuse. Then the loss has fusion_regularization_loss(), too.
         training, validation: tokenised examples. Without validation examples the last epoch is kept.
         num_labels: the number of classes.
         options: how to train.
@@ -147,17 +160,18 @@ class Trainer:
     ):  # fmt: skip
         if len(training) == 0:
             raise GraftError("training: there are no training examples")
-        self._module, self._training, self._validation = module, training, validation
+        self._module, self._name, self._training, self._validation = module, name, training, validation
         self._num_labels, self._options, self._checkpoint = num_labels, options, checkpoint
         self._workers = workers or Workers()
         self._listeners = list(listeners) if self._workers.rank == 0 else []
         module.activate(name)
         self._parameters = trainable_parameters(module, name)
         self._workers.take_from_first(list(self._parameters.values()))
+        # Of all processes the first one adds it: their gradients are summed.
+        self._regularised = self._workers.rank == 0 and any(key.endswith(".value_weight") for key in self._parameters)
         batches = math.ceil(len(training) / options.batch_size)
         self._total_steps = options.epochs * math.ceil(batches / options.accumulate)
-        (info,) = [info for info in list_adapters(module) if info.name == name]
-        parallel = _has_parallel(parse_json(info.config, name))
+        parallel = any(_has_parallel(config) for config in _configs_of(module, name))
         self._optimizer = _optimizer(self._parameters, parallel, options)
         factor = learning_rate_factor(options.schedule, round(options.warmup * self._total_steps), self._total_steps)
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, factor)
@@ -229,6 +243,8 @@ class Trainer:
                 loss = cross_entropy(class_scores(self._module, batch).float(), batch.labels, reduction="sum")
                 (loss / rows).backward()
                 loss_sum += loss.detach().double().cpu()
+        if self._regularised:
+            fusion_regularization_loss(self._module, self._name).backward()
         parameters = list(self._parameters.values())
         gradients = []
         for parameter in parameters:

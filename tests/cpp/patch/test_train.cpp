@@ -2,6 +2,8 @@
 
 #include <torchgraft/patch/adapters/adapter_bank.h>
 #include <torchgraft/patch/adapters/adapters_module.h>
+#include <torchgraft/patch/compose.h>
+#include <torchgraft/patch/fusion.h>
 #include <torchgraft/patch/head.h>
 #include <torchgraft/patch/life.h>
 #include <torchgraft/patch/save_adapter.h>
@@ -30,7 +32,8 @@ class TrainStep : public ::testing::TestWithParam<const char*> {};
 
 INSTANTIATE_TEST_SUITE_P(Methods, TrainStep,
                          ::testing::Values("unipelt", "vera[vera_b=0.5]", "dvora[vera_b=0.5]", "seq_bn_inv",
-                                           "mtl_lora[n_up_projection=2, init_weights='bert']"));
+                                           "mtl_lora[n_up_projection=2, init_weights='bert']", "loreft[r=2]",
+                                           "noreft[r=2]", "direft[r=2]"));
 
 TEST_P(TrainStep, ChangesTheTrainableAdapterAndNotTheFrozenOne) {
   auto module =
@@ -59,6 +62,48 @@ TEST_P(TrainStep, ChangesTheTrainableAdapterAndNotTheFrozenOne) {
   EXPECT_GT(largest_difference(run(module, x), before), 1e-3);
   module.get_method("activate")({"still"});
   EXPECT_TRUE(at::equal(run(module, x), still));
+}
+
+TEST(Train, AFuseTrainsItsLayersAndItsHead) {
+  const char* const kConfig = "seq_bn[reduction_factor=4, init_weights='bert']";
+  auto module = graft(encoder(), {spec("a", kConfig, false), spec("b", kConfig, false)});
+  const Composition fuse = composition_from_string("Fuse(a, b)");
+  module = add_adapter_fusion(module, fuse, fusion_config_from_json(R"({"config": "dynamic"})"), /*trainable=*/true);
+  module = compose(module, "both", fuse);
+  module = add_head(module, "both", HeadConfig{});
+  module.get_method("activate")({"both"});
+  std::vector<at::Tensor> parameters;
+  for (const auto& [name, parameter] : trainable_parameters(module, "both")) {
+    EXPECT_TRUE(name.starts_with("adapters.fusion_") || name.starts_with("adapters.heads.adapter_both.")) << name;
+    parameters.push_back(parameter);
+  }
+  EXPECT_EQ(parameters.size(), 2u * 5 + 4);  // two layers; a head of two maps
+  const at::Tensor off = at::full({12, 12}, 1e-6).fill_diagonal_(0.0);
+  EXPECT_NEAR(fusion_regularization_loss(module, "both").item<double>(), 2 * 0.01 * off.square().sum().item<double>(),
+              1e-12);
+  const at::Tensor x = at::randn({2, 5, 12});
+  const auto loss = [&] {
+    const at::Tensor logits = module.get_method("forward_with_head")({x}).toTensor();
+    return (logits - at::ones({2, 2})).square().sum();
+  };
+  const double before = loss().item<double>();
+  for (int step = 0; step < 20; ++step) {
+    for (at::Tensor& parameter : parameters) {
+      parameter.mutable_grad() = at::Tensor();
+    }
+    loss().backward();
+    at::NoGradGuard no_grad;
+    for (at::Tensor& parameter : parameters) {
+      if (parameter.grad().defined()) {
+        parameter.sub_(parameter.grad(), 0.05);
+      }
+    }
+  }
+  EXPECT_LT(loss().item<double>(), 0.5 * before);
+  const auto frozen = freeze_adapter(module, "both");
+  EXPECT_LT(largest_difference(run(frozen, x), run(module, x)), 1e-5);
+  EXPECT_NE(error_of([&] { trainable_parameters(frozen, "both"); }).find("'both' is frozen"), std::string::npos);
+  EXPECT_FALSE(list_adapters(frozen).back().trainable);
 }
 
 TEST(Train, FreezingAndUnfreezingEjectPrefixesAndKeepTheResult) {
