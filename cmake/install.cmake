@@ -54,6 +54,7 @@ if(TORCHGRAFT_BUILD_PATCH)
     patch/head.h
     patch/inspect.h
     patch/life.h
+    patch/list_adapters.h
     patch/load_module.h
     patch/optimize.h
     patch/quantize.h

@@ -1,3 +1,5 @@
+#include <torchgraft/patch/list_adapters.h>
+
 #include <torchgraft/config/config_json.h>
 #include <torchgraft/config/gate_pooling.h>
 #include <torchgraft/patch/adapters/adapter_bank.h>
@@ -5,7 +7,6 @@
 #include <torchgraft/patch/adapters/fusions.h>
 #include <torchgraft/patch/adapters/read_adapters.h>
 #include <torchgraft/patch/graft.h>
-#include <torchgraft/patch/life.h>
 #include <torchgraft/patch/module/heads_module.h>
 #include <torchgraft/patch/module/methods.h>
 #include <torchgraft/plan/phm.h>

@@ -8,12 +8,12 @@
 #include <torchgraft/patch/adapters/directory_update.h>
 #include <torchgraft/patch/adapters/make_adapter.h>
 #include <torchgraft/patch/adapters/read_adapters.h>
-#include <torchgraft/patch/adapters/reads_back.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/life.h>
 #include <torchgraft/patch/module/draft.h>
 #include <torchgraft/patch/module/heads_module.h>
 #include <torchgraft/patch/module/methods.h>
+#include <torchgraft/patch/module/reads_back.h>
 #include <torchgraft/patch/sites/attention_class.h>
 #include <torchgraft/plan/head_weights.h>
 #include <torchgraft/plan/safetensors.h>

@@ -1,6 +1,6 @@
 #include <torchgraft/plan/checkpoint_part.h>
 
-#include <torchgraft/plan/match_modules.h>
+#include <torchgraft/plan/saved_paths.h>
 
 #include <c10/util/Exception.h>
 

@@ -9,10 +9,6 @@
 
 namespace torchgraft {
 
-// The sites of a LoRA on a projection of this path, in the order in which a packed projection holds them; none where
-// the names are not known.
-std::vector<std::string> lora_sites(const std::vector<std::string>& path);
-
 // The saved parameters of each module of the plan; an entry is empty where the checkpoint has none.
 //
 // Matches layers by module path (modulo leading components: "bert.encoder.layer.0" is "encoder.layer.0"), or by number

@@ -21,8 +21,8 @@
 #include <torchgraft/patch/module/heads_module.h>
 #include <torchgraft/patch/module/methods.h>
 #include <torchgraft/patch/module/rename_names.h>
-#include <torchgraft/patch/sites/row_order.h>
 #include <torchgraft/patch/sites/apply_sites.h>
+#include <torchgraft/patch/sites/row_order.h>
 #include <torchgraft/registration/library.h>
 
 #include <algorithm>

@@ -113,8 +113,9 @@ bool find_projection(SiteFinder& finder, Value* heads, const char* role, std::op
   if (!finder.layout_of(linear_input(site.node), site.sequence_first)) {
     const std::string input = "the input of " + finder.path_of(site.node);
     reason = finder.is_square(linear_input(site.node))
-                 ? input + " has as many tokens as rows by its fixed sizes, which cannot be told apart; trace or export "
-                           "the model with other sizes, or with open ones"
+                 ? input +
+                       " has as many tokens as rows by its fixed sizes, which cannot be told apart; trace or export "
+                       "the model with other sizes, or with open ones"
                  : input + " is not of shape [batch, tokens, features] (or tokens first)";
     return false;
   }

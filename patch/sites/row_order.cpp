@@ -107,7 +107,8 @@ class RowOrder {
     if (is_aten(node, {"index", "index_put"})) {
       return indexes_rows(node, rows);
     }
-    if (is_aten(node, {"index_select", "gather", "sort", "topk", "index_copy", "index_add", "scatter", "scatter_add"})) {
+    if (is_aten(node,
+                {"index_select", "gather", "sort", "topk", "index_copy", "index_add", "scatter", "scatter_add"})) {
       return holds_rows(node, "dim", rows);
     }
     if (is_aten(node, {"take_along_dim"})) {
@@ -120,8 +121,9 @@ class RowOrder {
       return lists_rows(node, rows);
     }
     // The parts that a concatenation joins: of different inputs, or of the rows of one.
-    return rows.is_part && is_aten(node, {"slice", "narrow", "select", "chunk", "split", "split_with_sizes", "unbind",
-                                          "tensor_split", "unsafe_chunk", "unsafe_split"}) &&
+    return rows.is_part &&
+           is_aten(node, {"slice", "narrow", "select", "chunk", "split", "split_with_sizes", "unbind", "tensor_split",
+                          "unsafe_chunk", "unsafe_split"}) &&
            is_cut_along_rows(node, rows);
   }
 
@@ -137,8 +139,8 @@ class RowOrder {
     const auto cut = position(node->namedInput("dim"), shape->size());
     const auto result = rows.value->type()->cast<c10::TensorType>() ? shapes_.shape(rows.value) : std::nullopt;
     // A cut along another dimension leaves the rows as they are.
-    const bool keeps = result && cut && *cut < result->size() && result->size() == shape->size() &&
-                       (*result)[*cut] == (*shape)[*cut];
+    const bool keeps =
+        result && cut && *cut < result->size() && result->size() == shape->size() && (*result)[*cut] == (*shape)[*cut];
     const bool is_elsewhere = cut && std::any_of(shape->begin(), shape->end(), [&](const Dim& size) {
                                 return size == shapes_.canonical(rows.count) && &size != &(*shape)[*cut];
                               });

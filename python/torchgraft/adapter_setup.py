@@ -34,8 +34,8 @@ def save_adapter_setup(
     `adapters==1.3.0` read.
 
     The directory gets adapter_setup.json and, for each adapter, a directory of its name, as save_adapter() writes it.
-    The AdapterFusion layers of each Fuse get one, too, and so does the composition's head. adapter_setup.json comes last.
-    Nothing is written when a part cannot be.
+    The AdapterFusion layers of each Fuse get one, too, and so does the composition's head. adapter_setup.json comes
+    last. Nothing is written when a part cannot be.
 
     Args:
         module: a grafted module with the composition.

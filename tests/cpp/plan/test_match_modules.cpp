@@ -264,8 +264,8 @@ std::vector<std::string> sites_of(const std::string& path) {
 
 TEST(LoraSitesByNumber, TakesWhatEndsAnAttentionForItsOutput) {
   const Values output = {"1:selfattn_lora_o"};
-  for (const char* path : {"layers.1.attention.wo", "layers.1.attn.output_proj", "encoder.layer.1.attention.output.dense",
-                           "h.1.attn.c_proj", "layers.1.self_attn.o_proj"}) {
+  for (const char* path : {"layers.1.attention.wo", "layers.1.attn.output_proj",
+                           "encoder.layer.1.attention.output.dense", "h.1.attn.c_proj", "layers.1.self_attn.o_proj"}) {
     EXPECT_EQ(sites_of(path), output) << path;
   }
 }
@@ -284,7 +284,8 @@ TEST(LoraSitesByNumber, RefusesTwoTowers) {
   Structure towers = bert_like(4);
   towers.layers[2].stack = towers.layers[3].stack = 1;
   const std::string error = error_of([&] { lora_sites_by_number(towers, "vision_model.layers.0.q_proj"); });
-  EXPECT_NE(error.find("vision_model.layers.0.q_proj is matched by the number of its layer"), std::string::npos) << error;
+  EXPECT_NE(error.find("vision_model.layers.0.q_proj is matched by the number of its layer"), std::string::npos)
+      << error;
   EXPECT_NE(error.find("several stacks of layers"), std::string::npos) << error;
   Structure both = bart_like(2);
   for (Layer& layer : both.layers) {

@@ -15,16 +15,16 @@ using testing::make_module;
 
 // One attention over x [B, S, 12]; `before` makes y of x, and `behind` the result of z.
 torch::jit::Module around(const std::string& before, const std::string& behind = "    return z\n") {
-  return make_module({{"q", at::randn({12, 12})}, {"k", at::randn({12, 12})}, {"v", at::randn({12, 12})},
-                      {"o", at::randn({12, 12})}},
-                     "def heads(self, x: Tensor, weight: Tensor) -> Tensor:\n"
-                     "    return torch.linear(x, weight).unflatten(-1, [3, 4]).transpose(1, 2)\n"
-                     "def forward(self, x: Tensor, numbers: Tensor) -> Tensor:\n" +
-                         before +
-                         "    a = torch.scaled_dot_product_attention(self.heads(y, self.q), self.heads(y, self.k), "
-                         "self.heads(y, self.v))\n"
-                         "    z = y + torch.linear(a.transpose(1, 2).flatten(2), self.o)\n" +
-                         behind);
+  return make_module(
+      {{"q", at::randn({12, 12})}, {"k", at::randn({12, 12})}, {"v", at::randn({12, 12})}, {"o", at::randn({12, 12})}},
+      "def heads(self, x: Tensor, weight: Tensor) -> Tensor:\n"
+      "    return torch.linear(x, weight).unflatten(-1, [3, 4]).transpose(1, 2)\n"
+      "def forward(self, x: Tensor, numbers: Tensor) -> Tensor:\n" +
+          before +
+          "    a = torch.scaled_dot_product_attention(self.heads(y, self.q), self.heads(y, self.k), "
+          "self.heads(y, self.v))\n"
+          "    z = y + torch.linear(a.transpose(1, 2).flatten(2), self.o)\n" +
+          behind);
 }
 
 std::string refusal(const torch::jit::Module& module) {
@@ -53,12 +53,12 @@ TEST(RowOrder, NamesWhatMovesRows) {
 
 TEST(RowOrder, LeavesWhatKeepsRows) {
   const char* kept[] = {
-      "    y = x.flip([1])\n",                                                          // tokens
-      "    y = x.index_select(1, torch.arange(x.size(1)))\n",                           // tokens
-      "    y = torch.cat([x, x * 2.0])\n",                                              // rows behind rows
-      "    y = torch.cat([x[:, 1:], x[:, :1]], 1)\n",                                   // tokens
-      "    y = x[torch.arange(x.size(0))]\n",                                           // each row once, in order
-      "    y = x + torch.sin(numbers.float()).sort()[0].sum()\n",                       // one number for all rows
+      "    y = x.flip([1])\n",                                     // tokens
+      "    y = x.index_select(1, torch.arange(x.size(1)))\n",      // tokens
+      "    y = torch.cat([x, x * 2.0])\n",                         // rows behind rows
+      "    y = torch.cat([x[:, 1:], x[:, :1]], 1)\n",              // tokens
+      "    y = x[torch.arange(x.size(0))]\n",                      // each row once, in order
+      "    y = x + torch.sin(numbers.float()).sort()[0].sum()\n",  // one number for all rows
       "    y = x.masked_fill((numbers > 3).view(-1, 1, 1), 0.0)\n",
   };
   for (const char* before : kept) {

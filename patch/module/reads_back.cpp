@@ -1,4 +1,4 @@
-#include <torchgraft/patch/adapters/reads_back.h>
+#include <torchgraft/patch/module/reads_back.h>
 
 #include <torchgraft/patch/adapters/make_adapter.h>
 #include <torchgraft/patch/graph/no_warnings.h>
