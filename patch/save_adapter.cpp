@@ -127,7 +127,7 @@ AdapterFiles adapter_files(const Module& module, const std::string& name, const 
   files.config = file.dump(2) + "\n";
   files.weights = adapter_hub_state(adapter.plan, structure, adapter.weights, adapter.sources, name,
                                     attention_class(module, structure));
-  check_reads_back(adapter, files.weights, structure, name);
+  check_reads_back(adapter, saved_config(adapter.config, adapter.sources), files.weights, structure, name);
   add_head_files(files, adapter.head, structure, name, model_class);
   return files;
 }

@@ -2,8 +2,6 @@
 
 #include <torchgraft/patch/adapters/make_adapter.h>
 #include <torchgraft/patch/graph/no_warnings.h>
-#include <torchgraft/plan/save_adapter_hub.h>
-#include <torchgraft/plan/saved_config.h>
 
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
@@ -30,11 +28,11 @@ bool has_weights_of(const Adapter& read, const Adapter& saved) {
   return true;
 }
 
-std::string why_not_read(const Adapter& adapter, const StateDict& state, const Structure& structure,
-                         const std::string& name) {
+std::string why_not_read(const Adapter& adapter, const AdapterConfig& saved, const StateDict& state,
+                         const Structure& structure, const std::string& name) {
   const NoWarnings no_warnings;
   try {
-    const AdapterSpec spec{name, saved_config(adapter.config, adapter.sources), state};
+    const AdapterSpec spec{name, saved, state};
     const Adapter read = make_adapter(spec, structure, at::TensorOptions(at::kFloat));
     return has_weights_of(read, adapter) ? "" : "its weights would go to other layers";
   } catch (const c10::Error& error) {
@@ -44,9 +42,9 @@ std::string why_not_read(const Adapter& adapter, const StateDict& state, const S
 
 }  // namespace
 
-void check_reads_back(const Adapter& adapter, const StateDict& state, const Structure& structure,
-                      const std::string& name) {
-  const std::string reason = why_not_read(adapter, state, structure, name);
+void check_reads_back(const Adapter& adapter, const AdapterConfig& saved, const StateDict& state,
+                      const Structure& structure, const std::string& name) {
+  const std::string reason = why_not_read(adapter, saved, state, structure, name);
   TORCH_CHECK(reason.empty(), "save_adapter: a directory of '", name,
               "' could not be loaded onto this module again: ", reason,
               "; the module's names are read as the library's: give the layers a list of their own "
