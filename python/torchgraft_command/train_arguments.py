@@ -78,8 +78,8 @@ def _add_adapter(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--config",
-        default="unipelt",
-        help="configuration of a new adapter: unipelt, mam, lora, or the path of an adapter_config.json",
+        help="configuration of a new adapter: unipelt, mam, lora, or the path of an adapter_config.json (default: "
+        "unipelt). An adapter of --start or BASE.pt has its own; another one is refused",
     )
     group.add_argument(
         "--start", type=Path, metavar="DIRECTORY", help="begin with the adapter and the head of this directory"
@@ -161,7 +161,7 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
 
 def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """Checks the arguments before anything is loaded."""
-    if not arguments.config.strip():
+    if arguments.config is not None and not arguments.config.strip():
         parser.error("--config: expected a configuration's name (unipelt, mam, lora, ...) or a path, got an empty text")
     if not 0 <= arguments.validation_fraction < 1:
         parser.error(f"--validation-fraction must be at least 0 and below 1, got {arguments.validation_fraction}")
