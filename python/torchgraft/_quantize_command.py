@@ -1,6 +1,8 @@
 """The command quantize of scripts/graft.py."""
 
 import argparse
+import json
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -29,15 +31,26 @@ def quantize_command(arguments: argparse.Namespace) -> None:
     difference = _result_difference(module, result, example) if example is not None else None
     before = arguments.base.stat().st_size
     save_module(result, arguments.output, extra_files(arguments.base))
+    after = arguments.output.stat().st_size
+    if arguments.json:
+        print(json.dumps(_as_data(maps, measured, before, after, difference), indent=2))
+        return
     if not arguments.quiet:
         _print(maps, measured)
-    after = arguments.output.stat().st_size
     say(arguments, f"{arguments.output}: {_count(maps)}; {before / 1e6:.1f} MB before, {after / 1e6:.1f} MB after")
     if difference is None:
         say(arguments, f"no error was measured: {why_not}")
     else:
         inputs = arguments.example or "made-up inputs"
         say(arguments, f"forward's result changes by {difference:.2%}: |change| / |result|, measured on {inputs}")
+
+
+def _as_data(
+    maps: list[LinearMap], measured: list[LinearMap], before: int, after: int, difference: float | None
+) -> dict[str, Any]:
+    errors = {(entry.path, entry.roles): entry.error for entry in measured}
+    entries = [asdict(entry) | {"error": errors.get((entry.path, entry.roles))} for entry in maps]
+    return {"linear_maps": entries, "bytes_before": before, "bytes_after": after, "result_changes_by": difference}
 
 
 def _example(arguments: argparse.Namespace, module: torch.jit.ScriptModule) -> tuple[Any, str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ._libraries import patcher
+from ._reading import parse_json
 from .adapter_hub import read_config
 from .errors import GraftError
 
@@ -331,7 +332,7 @@ def config_fields(config: Any) -> dict[str, Any]:
     text = config_to_json(config)
     core = patcher()
     whole = core.normalise_config(text) if text.lstrip().startswith("{") else core.config_from_string(text)
-    return dict(json.loads(whole))
+    return dict(parse_json(whole, "config"))
 
 
 def is_there(text: str) -> bool:

@@ -171,5 +171,12 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
         parser.error("--patience needs --validation or --validation-fraction")
     if not 0 <= arguments.head_dropout < 1:
         parser.error(f"--head-dropout must be at least 0 and below 1, got {arguments.head_dropout}")
-    if arguments.max_length < 1:
-        parser.error(f"--max-length must be at least 1, got {arguments.max_length}")
+    if not 0 <= arguments.seed < 2**63:
+        parser.error(f"--seed must be at least 0 and below 2**63, got {str(arguments.seed)[:40]}")
+    check_max_length(parser, arguments.max_length)
+
+
+def check_max_length(parser: argparse.ArgumentParser, number: int) -> None:
+    """Checks --max-length, which the tokenizer takes."""
+    if not 1 <= number < 2**31:
+        parser.error(f"--max-length must be at least 1 and below 2**31, got {str(number)[:40]}")

@@ -87,6 +87,7 @@ def _run(arguments: argparse.Namespace, workers: Workers) -> None:
     output.mkdir(parents=True, exist_ok=True)
     listeners: list[Listener] = []
     if workers.rank == 0:
+        _say_cut(arguments, data)
         listeners.extend([] if arguments.quiet else [ProgressBar()])
         if arguments.tensorboard:
             listeners.append(TensorBoardLog(output / "logs"))
@@ -161,6 +162,13 @@ def _load_data(arguments: argparse.Namespace) -> Data:
     data = Data(names, encode_examples(tokenizer, training, names), encode(validation), encode(test))
     check_every_class(data.training.labels, names)
     return data
+
+
+def _say_cut(arguments: argparse.Namespace, data: Data) -> None:
+    for name, examples in (("training", data.training), ("validation", data.validation), ("test", data.test)):
+        if examples is not None and examples.cut:
+            what = f"{examples.cut} of {len(examples)} {name} texts were cut to {arguments.max_length} tokens"
+            say(arguments, f"{what} (--max-length)")
 
 
 def _check_texts(base: torch.jit.ScriptModule, data: Data) -> None:

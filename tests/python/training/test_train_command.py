@@ -365,25 +365,6 @@ def test_a_head_with_other_labels_is_not_trained_further(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("config", ["lora", "unipelt[r=4]"])
-def test_another_configuration_than_the_adapters_is_refused(
-    config: str, trained_before: list[object], main: Callable, capsys: pytest.CaptureFixture, tmp_path: Path
-) -> None:
-    assert main([*trained_before, "--config", config]) == 2
-    told = capsys.readouterr().err
-    assert f"train: error: --config {config}: 'task' of " in told and told.count("\n") == 1
-    assert "has another configuration (" in told and "leave --config out to train it further" in told
-    assert ("r 8 and not 4" in told) == (config != "lora")
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_adapters_own_configuration_may_be_given(trained_before: list[object], whole: Path) -> None:
-    for config in ("UniPELT", whole / "adapter"):
-        base = torch.jit.load(str(trained_before[0]))
-        module = _command._trainable(base, parsed(*trained_before, "--config", config), LABELS)
-        assert [info.trainable for info in torchgraft.list_adapters(module)] == [True]
-
-
 @pytest.mark.quick
 @pytest.mark.parametrize("case", [*WRONG, *FAILING])
 def test_bad_input_is_one_line(case: str, files: Files, main: Callable, capsys: pytest.CaptureFixture) -> None:
