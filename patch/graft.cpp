@@ -7,6 +7,10 @@
 #include <torchgraft/patch/module/exported_methods.h>
 #include <torchgraft/patch/module/methods.h>
 #include <torchgraft/patch/module/verify_results.h>
+#include <torchgraft/patch/pool/row_size.h>
+#include <torchgraft/plan/plan.h>
+
+#include <unistd.h>
 
 #include <algorithm>
 #include <optional>
@@ -67,8 +71,22 @@ void warn_of_exported(const Module& base) {
   }
 }
 
+// Before weights are drawn: a slip in a size would end the process without a word.
+void check_fits_memory(const AdapterSpec& spec, const Draft& draft) {
+  check_supported(spec.config);
+  const double needed = least_bytes(make_plan(draft.sites.structure, spec.config), draft.weights);
+  const double there = static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGE_SIZE));
+  const auto in_gigabytes = [](double bytes) { return bytes / 1e9; };
+  TORCH_CHECK(needed <= there, "graft: '", spec.name, "' needs ", in_gigabytes(needed),
+              " GB for its weights, the machine has ", in_gigabytes(there),
+              " GB; choose a smaller r or prefix_length, or a larger reduction_factor");
+}
+
 // What does not fit may belong to attention that was not recognised.
 Adapter make_adapter_of(const AdapterSpec& spec, const Draft& draft) {
+  if (!spec.weights) {
+    check_fits_memory(spec, draft);
+  }
   if (draft.sites.left_out.empty() || !spec.weights) {
     return make_adapter(spec, draft.sites.structure, draft.weights);
   }

@@ -171,8 +171,8 @@ Module average_adapters(const Module& module, const std::string& name, const std
     sum += share;
   }
   if (normalise || weights.empty()) {
-    TORCH_CHECK(sum != 0.0, "average_adapter: the weights sum to 0 and cannot be normalised; choose others, or turn ",
-                "normalise off");
+    TORCH_CHECK(sum != 0.0, "average_adapter: the weights sum to 0 and cannot be normalised; choose others, or give ",
+                "normalize_weights=False");
     std::for_each(shares.begin(), shares.end(), [&](double& share) { share /= sum; });
   }
   Draft draft = open_grafted(module, "average_adapters");

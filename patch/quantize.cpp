@@ -5,6 +5,7 @@
 #include <torchgraft/patch/graph/linear_map.h>
 #include <torchgraft/patch/graph/loaded_again.h>
 #include <torchgraft/patch/graph/no_warnings.h>
+#include <torchgraft/patch/life.h>
 #include <torchgraft/patch/module/draft.h>
 #include <torchgraft/patch/module/exported_methods.h>
 #include <torchgraft/patch/module/methods.h>
@@ -52,12 +53,25 @@ void check_some(const std::vector<QuantizedMap>& maps) {
   for (const auto& [reason, count] : reasons) {
     lines.push_back(c10::str(count, count == 1 ? " map: " : " maps: ", reason));
   }
-  TORCH_CHECK(false, "quantize: none of the ", maps.size(), " linear maps of forward can be quantised",
-              indented(lines));
+  TORCH_CHECK(false, "quantize: none of the ", maps.size(),
+              " linear maps of forward can be quantised:", indented(lines));
+}
+
+// Int8 products have no gradients.
+void check_is_frozen(const Module& module) {
+  if (!is_grafted(module)) {
+    return;
+  }
+  for (const AdapterInfo& info : list_adapters(module)) {
+    TORCH_CHECK(!info.trainable, "quantize: '", info.name,
+                "' is trainable; train it before the base is quantised, then make it a frozen one (freeze_adapter, "
+                "torchgraft freeze)");
+  }
 }
 
 Base open_base(const Module& module, const QuantizeOptions& options) {
   check_no_hooks(module, "quantize");
+  check_is_frozen(module);
   Base result;
   result.module = base_copy(module);
   result.canonical = canonicalise(result.module, "forward");

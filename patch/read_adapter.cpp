@@ -3,6 +3,7 @@
 #include <torchgraft/config/library_differences.h>
 #include <torchgraft/patch/adapters/adapter_files.h>
 #include <torchgraft/patch/adapters/one_version.h>
+#include <torchgraft/plan/check_safetensors.h>
 #include <torchgraft/plan/regular_file.h>
 #include <torchgraft/plan/safetensors.h>
 #include <torchgraft/registration/parse_json.h>
@@ -45,7 +46,18 @@ std::string saved_name(const std::string& path, const std::string& text) {
   return name;
 }
 
-std::optional<HeadSpec> read_head(const std::string& directory, uint64_t most_weight_bytes) {
+// What is read of a file of weights.
+enum class Weights { kAll, kHeader };
+
+StateDict read_weights(const std::string& path, uint64_t most_bytes, Weights wanted) {
+  if (wanted == Weights::kHeader) {
+    check_safetensors(path, most_bytes);
+    return {};
+  }
+  return read_safetensors(path, most_bytes);
+}
+
+std::optional<HeadSpec> read_head(const std::string& directory, uint64_t most_weight_bytes, Weights wanted) {
   const std::string path = directory + "/" + kHeadConfigFile;
   if (!is_there(path)) {
     return std::nullopt;
@@ -59,10 +71,12 @@ std::optional<HeadSpec> read_head(const std::string& directory, uint64_t most_we
   const std::string weights = directory + "/" + kHeadWeightsFile;
   TORCH_CHECK(is_there(weights), directory, ": no ", kHeadWeightsFile, " beside its ", kHeadConfigFile, "; a ",
               kPickledHeadFile, kReadInPython);
-  return HeadSpec{head_config_from_json(text), read_safetensors(weights, most_weight_bytes), saved_name(path, text)};
+  return HeadSpec{head_config_from_json(text), read_weights(weights, most_weight_bytes, wanted),
+                  saved_name(path, text)};
 }
 
-AdapterSpec read_files(const std::string& directory, const std::string& name, uint64_t most_weight_bytes) {
+AdapterSpec read_files(const std::string& directory, const std::string& name, uint64_t most_weight_bytes,
+                       Weights wanted) {
   const std::string path = directory + "/" + kConfigFile;
   const std::string text = read_text(path, kLongestConfig);
   check_is_adapter_hub(path, text);
@@ -77,19 +91,28 @@ AdapterSpec read_files(const std::string& directory, const std::string& name, ui
   }
   const std::string weights = directory + "/" + kWeightsFile;
   TORCH_CHECK(is_there(weights), directory, ": no ", kWeightsFile, "; a ", kPickledWeightsFile, kReadInPython);
-  spec.weights = read_safetensors(weights, most_weight_bytes);
+  spec.weights = read_weights(weights, most_weight_bytes, wanted);
   spec.prefix_heads = saved_prefix_heads(text);
-  spec.head = read_head(directory, most_weight_bytes);
+  spec.head = read_head(directory, most_weight_bytes, wanted);
+  return spec;
+}
+
+AdapterSpec read_one_adapter(const std::string& directory, const std::string& name, uint64_t most_weight_bytes,
+                             Weights wanted) {
+  AdapterSpec spec;
+  read_one_version(directory, {kConfigFile, kWeightsFile, kHeadConfigFile, kHeadWeightsFile}, kConfigFile,
+                   [&] { spec = read_files(directory, name, most_weight_bytes, wanted); });
   return spec;
 }
 
 }  // namespace
 
 AdapterSpec read_adapter_directory(const std::string& directory, const std::string& name, uint64_t most_weight_bytes) {
-  AdapterSpec spec;
-  read_one_version(directory, {kConfigFile, kWeightsFile, kHeadConfigFile, kHeadWeightsFile}, kConfigFile,
-                   [&] { spec = read_files(directory, name, most_weight_bytes); });
-  return spec;
+  return read_one_adapter(directory, name, most_weight_bytes, Weights::kAll);
+}
+
+AdapterConfig check_adapter_directory(const std::string& directory, uint64_t most_weight_bytes) {
+  return read_one_adapter(directory, "", most_weight_bytes, Weights::kHeader).config;
 }
 
 bool is_adapter_directory(const std::string& directory) { return has_marker(directory, kConfigFile); }

@@ -16,6 +16,11 @@ namespace torchgraft {
 TORCHGRAFT_PATCH_API AdapterSpec read_adapter_directory(const std::string& directory, const std::string& name = "",
                                                         uint64_t most_weight_bytes = kMostWeightBytes);
 
+// Returns the configuration, and throws as read_adapter_directory does, but reads no weights: of their files the
+// headers alone, which tell whether the file is whole.
+TORCHGRAFT_PATCH_API AdapterConfig check_adapter_directory(const std::string& directory,
+                                                           uint64_t most_weight_bytes = kMostWeightBytes);
+
 // Whether an adapter's configuration, a regular file, lies in the directory. While another process saves into it, waits
 // for the instant of renaming to pass, but not for long.
 TORCHGRAFT_PATCH_API bool is_adapter_directory(const std::string& directory);

@@ -2,6 +2,7 @@
 
 #include <torchgraft/config/config_json.h>
 #include <torchgraft/config/gate_pooling.h>
+#include <torchgraft/config/library_differences.h>
 #include <torchgraft/patch/adapters/adapter_files.h>
 #include <torchgraft/patch/adapters/adapters_module.h>
 #include <torchgraft/patch/adapters/directory_owner.h>
@@ -94,6 +95,18 @@ const OwnedFiles& owned_files() {
   return kFiles;
 }
 
+// A fresh adapter is wired as defined, an adapter of the library as the library does it on this model.
+void warn_of_wiring(const std::string& name, const AdapterConfig& config, const std::string& wired_for,
+                    const std::string& attention) {
+  const bool is_albert = attention.find("Albert") != std::string::npos;
+  const char* model_type = is_albert ? "albert" : attention.find("GPTJ") != std::string::npos ? "gptj" : "";
+  if (wired_for.empty() && !library_wiring(model_type, config).empty()) {
+    TORCH_WARN("save_adapter: '", name, "' has bottlenecks which the adapters library wires otherwise on ",
+               is_albert ? "ALBERT" : "GPT-J", ": it gives other results with this directory, torchgraft the same ",
+               "(docs/adapters.md, \"What the library computes otherwise\")");
+  }
+}
+
 }  // namespace
 
 AdapterFiles adapter_files(const Module& module, const std::string& name, const std::string& model_class) {
@@ -104,7 +117,7 @@ AdapterFiles adapter_files(const Module& module, const std::string& name, const 
   read_heads(adapters_module, adapters);
   for (const NamedComposition& composition : read_compositions(adapters_module)) {
     TORCH_CHECK(composition.name != name, "save_adapter: '", name, "' is a composition, ",
-                composition_to_string(composition.tree), "; save its adapters");
+                composition_to_string(composition.tree), "; save_adapter_setup() in Python saves it with its adapters");
   }
   const Adapter& adapter = adapters[find_adapter(adapters, name, "save_adapter")];
   AdapterConfig saved = saved_config(adapter.config, adapter.sources);
@@ -125,8 +138,9 @@ AdapterFiles adapter_files(const Module& module, const std::string& name, const 
     file[kPrefixHeads] = *heads;
   }
   files.config = file.dump(2) + "\n";
-  files.weights = adapter_hub_state(adapter.plan, structure, adapter.weights, adapter.sources, name,
-                                    attention_class(module, structure));
+  const std::string attention = attention_class(module, structure);
+  warn_of_wiring(name, adapter.config, model_type, attention);
+  files.weights = adapter_hub_state(adapter.plan, structure, adapter.weights, adapter.sources, name, attention);
   check_reads_back(adapter, saved_config(adapter.config, adapter.sources), files.weights, structure, name);
   add_head_files(files, adapter.head, structure, name, model_class);
   return files;

@@ -1,5 +1,6 @@
 #include <torchgraft/plan/safetensors.h>
 
+#include <torchgraft/plan/check_safetensors.h>
 #include <torchgraft/plan/regular_file.h>
 #include <torchgraft/plan/temporary_file.h>
 #include <torchgraft/registration/parse_json.h>
@@ -125,10 +126,8 @@ std::string dtype_name(const std::string& path, const std::string& tensor, at::S
   TORCH_CHECK(false, path, ": tensor '", tensor, "': safetensors has no dtype ", dtype);
 }
 
-}  // namespace
-
-StateDict read_safetensors(const std::string& path, uint64_t most_bytes) {
-  RegularFile file(path, most_bytes);
+// Reads up to the end of the header, and checks it against the file's size.
+std::vector<Entry> read_entries(RegularFile& file, const std::string& path) {
   const uint64_t size = file.size();
   TORCH_CHECK(size >= 8, path, ": not a safetensors file, it has ", size, " bytes");
   uint8_t prefix[8];
@@ -142,9 +141,20 @@ StateDict read_safetensors(const std::string& path, uint64_t most_bytes) {
   TORCH_CHECK(length <= kLongestHeader, path, ": its header has ", length, " bytes, expected at most ", kLongestHeader);
   std::string text(length, '\0');
   file.read(text.data(), length, "its header");
-  const std::vector<Entry> entries = parse_entries(path, parse_header(path, text), size - 8 - length);
+  return parse_entries(path, parse_header(path, text), size - 8 - length);
+}
+
+}  // namespace
+
+void check_safetensors(const std::string& path, uint64_t most_bytes) {
+  RegularFile file(path, most_bytes);
+  read_entries(file, path);
+}
+
+StateDict read_safetensors(const std::string& path, uint64_t most_bytes) {
+  RegularFile file(path, most_bytes);
   StateDict result;
-  for (const Entry& entry : entries) {
+  for (const Entry& entry : read_entries(file, path)) {
     at::Tensor tensor = at::empty(entry.shape, at::TensorOptions().dtype(entry.dtype));
     file.read(tensor.data_ptr(), entry.end - entry.begin, "tensor '" + entry.name + "'");
     result.emplace(entry.name, std::move(tensor));

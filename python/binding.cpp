@@ -84,6 +84,7 @@ using torch::jit::Module;
 using torchgraft_python::config_of;
 using torchgraft_python::Example;
 using torchgraft_python::example_of;
+using torchgraft_python::messages_of;
 using torchgraft_python::Spec;
 using torchgraft_python::spec_of;
 using torchgraft_python::verifying_of;
@@ -266,10 +267,14 @@ void bind_files(py::module_& m) {
     return result;
   });
   m.def("adapter_files", [](const Module& module, const std::string& name, const std::string& model_class) {
-    const torchgraft::AdapterFiles files = torchgraft::adapter_files(module, name, model_class);
-    return std::tuple(files.config, files.weights, files.head_config, files.head_weights);
+    torchgraft::AdapterFiles files;
+    const auto messages = messages_of([&] { files = torchgraft::adapter_files(module, name, model_class); });
+    return std::tuple(files.config, files.weights, files.head_config, files.head_weights, messages);
   });
-  m.def("save_adapter", &torchgraft::save_adapter, NoGil());
+  m.def("save_adapter", [](const Module& module, const std::string& name, const std::string& directory,
+                           const std::string& model_class, bool overwrite) {
+    return messages_of([&] { torchgraft::save_adapter(module, name, directory, model_class, overwrite); });
+  });
   m.def("check_replaces", &torchgraft::check_replaces, NoGil());
   // contents: the new files by name. adapter: whose directory it has to be; empty: any. check: may throw. See
   // DirectoryUpdate.

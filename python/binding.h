@@ -50,6 +50,16 @@ Result with_warnings(const Make& make) {
   return {std::move(module), warnings.messages()};
 }
 
+// The same of what makes no module: returns the messages.
+template <typename Do>
+std::vector<std::string> messages_of(const Do& act) {
+  const pybind11::gil_scoped_release no_gil;
+  WarningCollector warnings;
+  const c10::WarningUtils::WarningHandlerGuard guard(&warnings);
+  act();
+  return warnings.messages();
+}
+
 // Positional and named arguments of forward.
 using Example = std::optional<std::pair<pybind11::tuple, pybind11::dict>>;
 

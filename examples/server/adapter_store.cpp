@@ -59,18 +59,39 @@ std::map<std::string, std::string> own_configs(const torch::jit::Module& module)
   return configs;
 }
 
-// The configurations in the folder, each once, with the names of their adapters. `own`: those in the model's file.
+// Names the directories of adapters whose names no request can give.
+void report_bad_names(const std::filesystem::path& folder) {
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+    const std::string name = entry.path().filename().string();
+    if (!is_name(name) && is_adapter(entry.path())) {
+      report(torchgraft::one_line("'" + name + "'"),
+             "requests name letters, digits, '_' and '-' only; give the directory such a name");
+    }
+  }
+}
+
+// What libtorchgraft warns of at the start it says again when the adapter is loaded.
+class NoWarnings : public c10::WarningHandler {
+ public:
+  void process(const c10::Warning& /*warning*/) override {}
+};
+
+// The configurations in the folder, each once, with the names of their adapters. `own`: those in the model's file. Of
+// weights it reads the headers alone: all files of a thousand adapters would keep the start waiting.
 std::map<std::string, std::vector<std::string>> read_configs(const std::filesystem::path& folder,
-                                                             const std::map<std::string, std::string>& own) {
+                                                             const std::map<std::string, std::string>& own,
+                                                             uint64_t file_bytes) {
   std::map<std::string, std::vector<std::string>> configs;
+  NoWarnings none;
+  const c10::WarningUtils::WarningHandlerGuard guard(&none);
+  report_bad_names(folder);
   for (const std::string& name : names_in(folder)) {
     if (own.count(name)) {
-      report(name,
-             "it is in the folder, and the model's file has an adapter of that name, which is served; rename one");
+      log_line("adapter " + name + " of the model's file is served; that of the folder is not: rename one of the two");
       continue;
     }
     try {
-      const auto config = torchgraft::read_adapter_config((folder / name).string());
+      const auto config = torchgraft::check_adapter_directory((folder / name).string(), file_bytes);
       torchgraft::check_supported(config);
       configs[torchgraft::config_to_json(config)].push_back(name);
     } catch (const std::exception& error) {
@@ -81,8 +102,8 @@ std::map<std::string, std::vector<std::string>> read_configs(const std::filesyst
 }
 
 torchgraft::AdapterPoolOptions pool_options(const torch::jit::Module& module, const std::filesystem::path& folder,
-                                            torchgraft::AdapterPoolOptions options) {
-  const auto configs = read_configs(folder, own_configs(module));
+                                            torchgraft::AdapterPoolOptions options, uint64_t file_bytes) {
+  const auto configs = read_configs(folder, own_configs(module), file_bytes);
   options.room.clear();
   for (const auto& [json, names] : configs) {
     options.room.push_back(torchgraft::config_from_json(json));
@@ -129,7 +150,8 @@ AdapterStore::AdapterStore(const torch::jit::Module& module, std::filesystem::pa
     : folder_(std::move(folder)),
       file_bytes_(file_bytes),
       own_(own_configs(module)),
-      pool_(module, pool_options(module, folder_, options), [this](const std::string& name) { return read(name); }) {}
+      pool_(module, pool_options(module, folder_, options, file_bytes),
+            [this](const std::string& name) { return read(name); }) {}
 
 AdapterSpec AdapterStore::read(const std::string& name) const {
   return torchgraft::read_adapter_directory((folder_ / name).string(), name, file_bytes_);

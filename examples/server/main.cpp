@@ -45,6 +45,7 @@ struct Options {
 };
 
 void declare(CLI::App& app, Options& options) {
+  app.option_defaults()->always_capture_default();  // --help shows them
   app.add_option("MODEL.pt", options.model, "a TorchScript text encoder, grafted or not")->required();
   app.add_option("--adapters", options.adapters,
                  "folder of adapter directories, one for each name; a grafted model has adapters without one")
@@ -53,29 +54,28 @@ void declare(CLI::App& app, Options& options) {
          "--library", options.libraries,
          "a library with operators that the model uses besides torch's; its code runs. Several times, if need be")
       ->allow_extra_args(false)  // else it takes MODEL.pt behind it, too
+      ->default_str("")
       ->check(CLI::ExistingFile);
-  app.add_option("--address", options.address, "IPv4 address to listen on")->capture_default_str();
-  app.add_option("--port", options.port, "0: any free port")->capture_default_str();
+  app.add_option("--address", options.address, "IPv4 address to listen on");
+  app.add_option("--port", options.port, "0: any free port");
   app.add_option("--capacity", options.pool.capacity, "adapters in memory at once")->check(CLI::PositiveNumber);
   app.add_option("--max-adapter-bytes", options.pool.max_row_bytes,
                  "memory that one adapter may take; the pool takes as much for each of --capacity")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
+      ->check(CLI::PositiveNumber);
   app.add_option("--max-adapter-file-bytes", options.adapter_file_bytes, "of an adapter's file of weights")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
+      ->check(CLI::PositiveNumber);
   app.add_option("--gate-pooling", options.pool.graft.gate_pooling,
                  "over which tokens gates are means, whatever the adapters were trained with; an answer of \"all\" "
                  "depends on its batch's padding (default: as each adapter's directory says; all for AdapterHub's)")
       ->check(CLI::IsMember({"unpadded", "all"}));
   app.add_option("--threads", options.threads, "threads for each forward pass (libtorch's default)")
+      ->default_str("")
       ->check(CLI::PositiveNumber);
   app.add_option("--workers", options.service.workers, "forward passes at once")->check(CLI::Range(1, 64));
   app.add_option("--max-batch", options.service.batch.rows, "rows in a batch")->check(CLI::PositiveNumber);
   app.add_option("--max-batch-tokens", options.service.batch.tokens,
                  "tokens in a batch, padding included; a single request may have more")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
+      ->check(CLI::PositiveNumber);
   app.add_option("--max-wait-us", options.wait_us, "microseconds that a request waits for others to share its batch")
       ->check(CLI::NonNegativeNumber);
   app.add_option("--max-queue", options.service.batch.queued_rows,
@@ -84,13 +84,13 @@ void declare(CLI::App& app, Options& options) {
   app.add_option("--max-tokens", options.service.tokens, "tokens in a row")->check(CLI::PositiveNumber);
   app.add_option("--vocabulary", options.service.vocabulary,
                  "tokens that the model knows, if its graph does not show it")
+      ->default_str("")
       ->check(CLI::PositiveNumber);
   app.add_option("--pad-id", options.service.pad_id, "the token behind the end of shorter rows");
   app.add_option("--max-body", options.http.body_bytes, "bytes of a request")->check(CLI::PositiveNumber);
   app.add_option("--max-unfinished-bytes", options.http.unfinished_bytes,
                  "of all requests together whose ends have not come; more get 503")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
+      ->check(CLI::PositiveNumber);
   app.add_option("--max-connections", options.http.connections, "fewer where the limit of open files is lower")
       ->check(CLI::PositiveNumber);
   app.add_option("--idle-seconds", options.http.idle_seconds, "after which the server closes a silent connection")

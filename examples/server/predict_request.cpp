@@ -4,6 +4,9 @@
 
 #include <nlohmann/json.hpp>
 
+#include <set>
+#include <vector>
+
 namespace {
 
 using nlohmann::json;
@@ -39,9 +42,26 @@ TokenRows read_rows(const json& list) {
   return rows;
 }
 
+// Refuses a name that an object has twice: a proxy that looks into the body may read the other value.
 json parse_body(const std::string& text) {
+  std::vector<std::set<std::string>> names;
+  std::string twice;
+  const auto watch = [&](int /*depth*/, json::parse_event_t event, json& parsed) {
+    if (event == json::parse_event_t::object_start) {
+      names.emplace_back();
+    } else if (event == json::parse_event_t::object_end) {
+      names.pop_back();
+    } else if (event == json::parse_event_t::key && !names.back().insert(parsed.get<std::string>()).second) {
+      twice = shown(parsed);
+    }
+    return true;
+  };
   try {
-    return torchgraft::parse_json(text, "the body", kDeepestBody);
+    json body = torchgraft::parse_json(text, "the body", kDeepestBody, watch);
+    if (!twice.empty()) {
+      throw RequestError(400, "the body has " + twice + " twice");
+    }
+    return body;
   } catch (const c10::Error& error) {
     throw RequestError(400, error.what_without_backtrace());
   }

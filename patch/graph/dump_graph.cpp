@@ -1,8 +1,10 @@
 #include <torchgraft/patch/graph/dump_graph.h>
 
 #include <c10/util/Exception.h>
+#include <c10/util/error.h>
 
 #include <atomic>
+#include <cerrno>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
@@ -32,11 +34,13 @@ void GraphDump::operator()(const std::string& pass, const torch::jit::Graph& gra
   const std::filesystem::path path = std::filesystem::path(folder_) / (numbered(step_++, pass) + ".txt");
   std::error_code failure;
   std::filesystem::create_directories(folder_, failure);
+  errno = 0;
   std::ofstream file(path);
   file << graph.toString();
   file.close();
-  TORCH_CHECK(!failure && file, "TORCHGRAFT_DUMP: cannot write '", path.string(),
-              "'; name a folder that can be written, or unset the variable");
+  const std::string why = failure ? failure.message() : c10::utils::str_error(errno);
+  TORCH_CHECK(!failure && file, "TORCHGRAFT_DUMP: cannot write '", path.string(), "' (", why,
+              "); name another folder (inspect --dump, or the variable), or write no graphs");
 }
 
 }  // namespace torchgraft

@@ -5,7 +5,6 @@
 
 #include <torch/csrc/jit/ir/constants.h>
 
-#include <algorithm>
 #include <numeric>
 
 namespace torchgraft {
@@ -26,13 +25,17 @@ const ComposedPart* Composer::find(const std::string& adapter) const {
   return found == site_.parts.end() ? nullptr : &found->second;
 }
 
-bool Composer::has_any(const Composition& block) const {
-  const std::vector<std::string> names = adapters_in(block);
-  return std::any_of(names.begin(), names.end(), [&](const std::string& name) { return find(name) != nullptr; });
-}
-
 void Composer::refuse(const std::string& reason) const {
   TORCH_CHECK(false, "compose: '", site_.name, "': ", reason, ", at ", site_.place);
+}
+
+void Composer::check_has_none(const Composition& block) const {
+  for (const std::string& name : adapters_in(block)) {
+    if (find(name) != nullptr) {
+      refuse(std::string("the adapters library has ") + to_string(block.kind) + " for bottlenecks only, and '" + name +
+             "' has another method");
+    }
+  }
 }
 
 ComposedState Composer::compose(const Composition& tree, const ComposedState& state) {
@@ -49,8 +52,10 @@ ComposedState Composer::compose(const Composition& tree, const ComposedState& st
       return fuse(tree, state);
     case BlockKind::kParallel:
     case BlockKind::kMultiTask:
-      refuse(std::string(to_string(tree.kind)) + " is not supported yet; compose each of its parts, and give every " +
-             "row once for each of them, with adapter_ids");
+      TORCH_CHECK(false, "compose: '", site_.name, "': ", to_string(tree.kind),
+                  " is not supported yet; give each of its parts a name of its own (compose each that is no adapter), "
+                  "and run the module with each");
+      break;
     case BlockKind::kAdapter:
       break;
   }
@@ -153,16 +158,12 @@ ComposedState Composer::mean(const std::vector<ComposedState>&, const std::vecto
 }
 
 ComposedState Composer::split(const Composition& block, ComposedState state) {
-  if (has_any(block)) {
-    refuse("the adapters library has Split for bottlenecks only; use it with bottlenecks");
-  }
+  check_has_none(block);
   return state;
 }
 
 ComposedState Composer::fuse(const Composition& block, ComposedState state) {
-  if (has_any(block)) {
-    refuse("the adapters library has Fuse for bottlenecks only; use it with bottlenecks");
-  }
+  check_has_none(block);
   return state;
 }
 

@@ -74,7 +74,8 @@ class Composer {
   virtual ComposedState joined_rows(const std::vector<ComposedState>& states);
 
   const ComposedPart* find(const std::string& adapter) const;
-  bool has_any(const Composition& block) const;
+  // Throws c10::Error when an adapter of the block has this method.
+  void check_has_none(const Composition& block) const;
   [[noreturn]] void refuse(const std::string& reason) const;
 
   // Children of `block` on `state_of(i)`, those that are absent here left out.

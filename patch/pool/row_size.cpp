@@ -46,12 +46,16 @@ void check_row_limit(double bytes, int64_t limit) {
               "; raise max_row_bytes, or use smaller adapters");
 }
 
-void check_least_bytes(const Plan& plan, const at::TensorOptions& options, int64_t limit) {
+double least_bytes(const Plan& plan, const at::TensorOptions& options) {
   double numbers = 0;
   for (const PlannedModule& module : plan) {
     numbers += least_numbers(module);
   }
-  check_row_limit(numbers * static_cast<double>(options.dtype().itemsize()), limit);
+  return numbers * static_cast<double>(options.dtype().itemsize());
+}
+
+void check_least_bytes(const Plan& plan, const at::TensorOptions& options, int64_t limit) {
+  check_row_limit(least_bytes(plan, options), limit);
 }
 
 void RowSize::add(const Adapter& adapter) {

@@ -9,6 +9,9 @@
 
 namespace torchgraft {
 
+// What an adapter of this plan needs for its large matrices alone.
+double least_bytes(const Plan& plan, const at::TensorOptions& options);
+
 // Throws c10::Error when an adapter of this plan needs more than `limit` bytes for its large matrices alone; 0 is no
 // limit. Allocates nothing: a plan may ask for more memory than there is.
 void check_least_bytes(const Plan& plan, const at::TensorOptions& options, int64_t limit);

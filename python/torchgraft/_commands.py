@@ -35,8 +35,8 @@ from ._files import (
     write_whole,
 )
 from ._layers import ROLES, blocks_of, patterns_of, slots_of
-from ._libraries import load_others, version_text
-from ._operators import operators_of, ranges
+from ._libraries import load_others, patcher, version_text
+from ._operators import is_optimized, operators_of, ranges
 from ._optimize_command import optimize_command
 from ._quantize_command import quantize_command
 from ._steps import showing_steps, step
@@ -57,8 +57,8 @@ DUMP = "TORCHGRAFT_DUMP"
 # The options that name files to write. Paths of all others are read, but for the folder of --dump.
 _OUTPUTS = ("output", "svg", "aoti", "onnx")
 
-# One parameter of each kind of grafted module. A module has it exactly once, so it serves to count modules.
-_ONE_PER_MODULE = (".lora_a", ".prefix_key", ".up_weight")
+# A key of a slot. With dropout an adapter has a slot of its own.
+_SLOT_KEY = re.compile(r"adapters\.layer_(\d+)\.(.+?)(_dropout_[^.]*)?\.")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -80,7 +80,8 @@ def run(arguments: argparse.Namespace) -> None:
             command(arguments)
     for warning in caught:
         if issubclass(warning.category, UserWarning):
-            print(f"warning: {printable(warning.message)}", file=sys.stderr)
+            text = str(warning.message).removesuffix(". verify=False does without")  # which no command has
+            print(f"warning: {printable(text)}", file=sys.stderr)
 
 
 def _check_keeps_inputs(arguments: argparse.Namespace) -> None:
@@ -146,18 +147,20 @@ def _adapter_list(module: torch.jit.ScriptModule) -> str:
 
 def _summary(base: torch.jit.ScriptModule, grafted: torch.jit.ScriptModule, path: Path, seconds: float) -> str:
     """Describes a graft in three lines, from the keys adapters.layer_<i>.<slot>.<parameter> of the state dict."""
-    keys = [key for key in grafted.state_dict() if key.startswith("adapters.layer_") and key.endswith(_ONE_PER_MODULE)]
-    layers = len({key.split(".")[1] for key in keys})
-    slots = Counter(key.split(".")[2] for key in keys)
+    places = {match.group(1, 2) for key in grafted.state_dict() if (match := _SLOT_KEY.match(key))}
+    layers = len({layer for layer, _ in places})
+    slots = Counter(slot for _, slot in places)
     counts = ", ".join(f"{slot} x {count}" for slot, count in sorted(slots.items()))
     known = names_of(base)
     new = [info for info in list_adapters(grafted) if info.name not in known]
     added, size = sum(info.parameters for info in new), sum(info.bytes for info in new)
+    was_optimized = is_optimized(base)
     return (
         f"{path}: {_adapter_list(grafted)}\n"
-        f"  in {layers} layers: {counts}\n"
+        f"  in {layers} {'layer' if layers == 1 else 'layers'}: {counts}\n"
         f"  {added:,} parameters added ({_in_bytes(size)}); the file has {_in_bytes(path.stat().st_size)}; "
         f"{seconds:.1f} s"
+        + ("\n  the base was optimised, this file is not: see torchgraft optimize" if was_optimized else "")
     )
 
 

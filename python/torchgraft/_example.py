@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ._files import reason
+from ._kinds import Kind, kind_of
 from ._libraries import patcher
 from ._text import text_arguments
 from .errors import GraftError
@@ -25,11 +26,19 @@ def read_example(path: Path | None) -> Any:
         if path.suffix == ".safetensors":
             return dict(patcher().read_safetensors(str(path)))
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise GraftError(
-            f"{path}: cannot read example inputs ({reason(error)}); expected what torch.save() of a tensor, "
+            f"{path}: cannot read example inputs ({_fault(path, error)}); expected what torch.save() of a tensor, "
             "a tuple or a dict of forward's arguments writes, or a .safetensors file with tensors named as they are"
         ) from error
+
+
+def _fault(path: Path, error: Exception) -> str:
+    """Why a file holds no example inputs. What torch says of a pickle recommends to run what is in it."""
+    if isinstance(error, OSError) or path.suffix == ".safetensors":
+        return reason(error)
+    kind = kind_of(path)
+    return f"it is {kind.value}" if kind not in (Kind.PICKLE, Kind.ZIP) else "it is damaged, or holds more than tensors"
 
 
 def text_example(module: torch.jit.ScriptModule) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ from . import composition, life
 from ._console import say, table_console
 from ._example import read_example
 from ._files import check_script_output, check_writable, extra_files, load_module, save_module
+from ._operators import is_optimized
 from ._reading import parse_json
 from ._steps import show_detail, step
 from ._text import load_tokenizer, of_texts, text_arguments, text_limits
@@ -43,8 +44,9 @@ def load(arguments: argparse.Namespace) -> None:
     """Writes a file with the adapter of a directory added or, with --force, in place of the adapter of that name."""
     check_script_output(arguments.output)
     base = load_module(arguments.base)
+    example = read_example(arguments.example)
     with step("grafting"):
-        module = load_adapter(base, arguments.directory, arguments.name, arguments.trainable)
+        module = load_adapter(base, arguments.directory, arguments.name, arguments.trainable, example=example)
     replaced = len(names_of(module)) == len(names_of(base))
     if replaced and not arguments.force:
         name = f"'{arguments.name}'" if arguments.name else "that directory's name"
@@ -54,7 +56,7 @@ def load(arguments: argparse.Namespace) -> None:
         )
     new = [name for name in names_of(module) if name not in names_of(base)]
     name = f"'{new[0]}'" if new else f"'{arguments.name}'" if arguments.name else "the adapter of its name"
-    _write(module, arguments, f"{arguments.directory} {'replaces' if replaced else 'is'} {name}")
+    _write(base, module, arguments, f"{arguments.directory} {'replaces' if replaced else 'is'} {name}")
 
 
 def match(arguments: argparse.Namespace) -> None:
@@ -87,19 +89,23 @@ def list_(arguments: argparse.Namespace) -> None:
     table_console().print(table)
 
 
-def _write(module: torch.jit.ScriptModule, arguments: argparse.Namespace, done: str) -> None:
-    """Writes the module, and says what was done and which adapters it has now."""
+def _write(base: torch.jit.ScriptModule, module: torch.jit.ScriptModule, arguments: argparse.Namespace,
+           done: str) -> None:  # fmt: skip
+    """Writes the module, and says what was done, and which adapters it has now. base: as it was."""
     save_module(module, arguments.output, extra_files(arguments.base))
     names = names_of(module)
-    say(arguments, f"{arguments.output}: {done}; {'adapters ' + ', '.join(names) if names else 'no adapters'}")
+    active = f" (active: {module.active_adapter() or 'none, the base'})" if names else ""
+    say(arguments, f"{arguments.output}: {done}; {'adapters ' + ', '.join(names) if names else 'no adapters'}{active}")
+    if arguments.command != "lower" and is_optimized(base) and not is_optimized(module):
+        say(arguments, f"  {arguments.base} was optimised, {arguments.output} is not: see torchgraft optimize")
 
 
 def _changed(arguments: argparse.Namespace, done: str, change: Any, *values: Any, **options: Any) -> None:
     check_script_output(arguments.output)
-    module = _load_grafted(arguments.base)
+    base = _load_grafted(arguments.base)
     with step(arguments.command):
-        changed = change(module, *values, **options)
-    _write(changed, arguments, done)
+        changed = change(base, *values, **options)
+    _write(base, changed, arguments, done)
 
 
 def _changed_state(arguments: argparse.Namespace, state: str, wanted: bool, done: str, change: Any) -> None:
@@ -108,11 +114,11 @@ def _changed_state(arguments: argparse.Namespace, state: str, wanted: bool, done
     module = _load_grafted(arguments.base)
     name = arguments.name
     if any(info.name == name and getattr(info, state) == wanted for info in life.list_adapters(module)):
-        _write(module, arguments, f"nothing to do, '{name}' is {done} already")
+        _write(module, module, arguments, f"nothing to do, '{name}' is {done} already")
         return
     with step(arguments.command):
         changed = change(module, name)
-    _write(changed, arguments, f"'{name}' is now {done}")
+    _write(module, changed, arguments, f"'{name}' is now {done}")
 
 
 def remove(arguments: argparse.Namespace) -> None:
@@ -172,7 +178,12 @@ def lower(arguments: argparse.Namespace) -> None:
 
 def ungraft(arguments: argparse.Namespace) -> None:
     """Writes the base, without adapters."""
-    _changed(arguments, "the base", life.ungraft, example=read_example(arguments.example))
+    example = read_example(arguments.example)
+    check_script_output(arguments.output)
+    base = _load_grafted(arguments.base)
+    merged = ", ".join(f"'{info.name}'" for info in life.list_adapters(base) if info.merged)
+    done = f"the base with the merged weights of {merged}" if merged else "the base"
+    _write(base, life.ungraft(base, example=example), arguments, done)
 
 
 def verify(arguments: argparse.Namespace) -> None:
@@ -230,6 +241,8 @@ def gates(arguments: argparse.Namespace) -> None:
         if index is not None:
             print(texts[index])
         _print_gates(*gate_table(gathered, index))
+    if len(texts) > 1 and not arguments.each:
+        print(f"mean of {len(texts)} texts (--each: each of them)")
 
 
 def _gates_by_text(gathered: Any, texts: list[str] | None) -> Any:
@@ -247,8 +260,8 @@ def _gates_by_text(gathered: Any, texts: list[str] | None) -> Any:
 
 
 def _print_gates(locations: Any, layers: Any, values: torch.Tensor) -> None:
-    width = max(map(len, locations))
-    print(" " * width, *(f"{layer:>5}" for layer in layers))
+    width = max(map(len, ["layer", *locations]))
+    print(f"{'layer':>{width}}", *(f"{layer:>5}" for layer in layers))
     for location, row in zip(locations, values.tolist(), strict=True):
         print(f"{location:<{width}}", *("    -" if value != value else f"{value:5.2f}" for value in row))
 

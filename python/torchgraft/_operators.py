@@ -21,6 +21,14 @@ def operators_of(module: torch.jit.ScriptModule) -> dict[str, dict[str, list[int
     return {slot: {name: sorted(layers) for name, layers in found[slot].items()} for slot in sorted(found)}
 
 
+def is_optimized(module: torch.jit.ScriptModule) -> bool:
+    """Returns whether optimize() has put its operator into a module, grafted or not."""
+    methods = [
+        method for name in ("forward", "grafted_forward", "base_forward") if (method := getattr(module, name, None))
+    ]
+    return any(node.kind() == "torchgraft::linear" for method in methods for node in _nodes(method.graph))
+
+
 def _nodes(block: torch._C.Block) -> Iterator[torch._C.Node]:
     for node in block.nodes():
         yield node

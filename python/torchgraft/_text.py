@@ -74,8 +74,11 @@ class TextLimits:
         """Checks the token ids of one text. `where` names it in messages.
 
         Raises:
-            GraftError: the text has too many tokens, or one that the model does not have. The message has the remedy.
+            GraftError: the text has no tokens, too many, or one that the model does not have. The message has the
+                remedy.
         """
+        if not ids:
+            raise GraftError(f"{where} has no tokens: the tokenizer makes none of its text; leave it out")
         fault = self.fault(ids)
         if fault is None:
             return

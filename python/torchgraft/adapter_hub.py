@@ -107,6 +107,10 @@ def read_weights(directory: Path, files: tuple[str, ...] = WEIGHT_FILES) -> dict
             raise GraftError(f"{path}: cannot read the adapter's weights ({reason})") from error
         if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
             raise GraftError(f"{path}: expected a state dict of tensors, got {type(weights).__name__}")
+        for key, value in weights.items():
+            if value.layout != torch.strided or value.is_quantized or value.is_meta:
+                what = "one without numbers (meta)" if value.is_meta else f"{value.layout}, {value.dtype}"
+                raise GraftError(f"{path}: {str(key)[:200]}: expected a dense tensor, got {what}")
         return dict(weights)
     raise GraftError(f"{directory}: no weights, looked for {' and '.join(files)}")
 

@@ -1,13 +1,15 @@
 """Saves adapters to AdapterHub directories (adapter_config.json and weights), and loads them."""
 
 import io
+import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ._libraries import patcher
 from .adapter_hub import CONFIG_FILE, HEAD_CONFIG_FILE, HEAD_WEIGHT_FILES, WEIGHT_FILES
-from .grafting import cpp_module, directory_spec, module_with_warnings
+from .grafting import cpp_module, directory_spec, example_arguments, is_grafted, module_with_warnings
 
 
 def pickled(weights: dict[str, torch.Tensor]) -> bytes:
@@ -55,9 +57,9 @@ def save_adapter(
     """
     arguments = cpp_module(module), name
     if safetensors:
-        patcher().save_adapter(*arguments, str(directory), model_class or "", overwrite)
+        _warn(patcher().save_adapter(*arguments, str(directory), model_class or "", overwrite))
         return
-    config, weights, head_config, head_weights = patcher().adapter_files(*arguments, model_class or "")
+    config, weights, head_config, head_weights, messages = patcher().adapter_files(*arguments, model_class or "")
     contents = {CONFIG_FILE: config.encode(), WEIGHT_FILES[1]: pickled(weights)}
     obsolete = [WEIGHT_FILES[0], HEAD_WEIGHT_FILES[0]]
     if head_config:
@@ -65,11 +67,19 @@ def save_adapter(
     else:  # an adapter that was there before may have left a head
         obsolete += [HEAD_CONFIG_FILE, HEAD_WEIGHT_FILES[1]]
     patcher().update_directory(str(directory), contents, obsolete, CONFIG_FILE, "" if overwrite else name, None)
+    _warn(messages)
+
+
+def _warn(messages: list[str]) -> None:
+    """Warns the caller of save_adapter()."""
+    for message in messages:
+        warnings.warn(message, stacklevel=3)
 
 
 def load_adapter(
-    module: torch.jit.ScriptModule, directory: str | Path, name: str | None = None, trainable: bool = False
-) -> torch.jit.ScriptModule:
+    module: torch.jit.ScriptModule, directory: str | Path, name: str | None = None, trainable: bool = False, *,
+    verify: bool = True, example: Any = None,
+) -> torch.jit.ScriptModule:  # fmt: skip
     """Returns a copy of `module` that has the adapter of a directory. It replaces the adapter of that name, if there is
     one.
 
@@ -82,13 +92,18 @@ def load_adapter(
         directory: what save_adapter() wrote, here or in the `adapters` library, or a LoRA that PEFT saved.
         name: the adapter's name in the result. None: the name in the directory.
         trainable: give the adapter parameters of its own, to train it further. False: the adapter is frozen.
+        verify: if `module` was not grafted, compare results with the base's, as graft() does.
+        example: for `verify`: inputs, as graft() takes them.
 
     Raises:
         GraftError: a file is missing or damaged, or the adapter does not fit the module.
         TypeError: `module` is not TorchScript.
     """
     spec = directory_spec(module, directory, name, trainable)
-    return module_with_warnings(patcher().load_adapter(cpp_module(module), spec))
+    if is_grafted(module):
+        return module_with_warnings(patcher().load_adapter(cpp_module(module), spec))
+    made = patcher().graft(cpp_module(module), [spec], "", "", "", verify, example=example_arguments(example))
+    return module_with_warnings(made)
 
 
 def match_adapter(module: torch.jit.ScriptModule, directory: str | Path) -> list[tuple[str, str]]:

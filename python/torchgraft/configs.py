@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ._libraries import patcher
+from ._reading import parse_json
 from .adapter_hub import read_config
 from .errors import GraftError
 
@@ -313,10 +314,25 @@ class UniPELTConfig(ConfigUnion):
         super().__init__(*[part.replace(use_gating=True) for part in parts])
 
 
-def config_argument(text: str) -> str | Path:
+def config_argument(text: str | None) -> str | Path | None:
     """Returns a configuration that a user names on a command line: a path if it has a slash, else text, which
-    config_to_json() takes for a name or a path."""
-    return Path(text) if "/" in text else text
+    config_to_json() takes for a name or a path. None for None."""
+    return Path(text) if text is not None and "/" in text else text
+
+
+def config_fields(config: Any) -> dict[str, Any]:
+    """Returns all fields of a configuration, as adapter_config.json holds them.
+
+    Args:
+        config: as config_to_json() takes it.
+
+    Raises:
+        GraftError: as config_to_json(); or it is no configuration.
+    """
+    text = config_to_json(config)
+    core = patcher()
+    whole = core.normalise_config(text) if text.lstrip().startswith("{") else core.config_from_string(text)
+    return dict(parse_json(whole, "config"))
 
 
 def is_there(text: str) -> bool:

@@ -37,6 +37,8 @@ def check_add(parser: argparse.ArgumentParser, arguments: argparse.Namespace) ->
 
 
 def check_tune(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if not 0 < arguments.seconds < float("inf"):
+        parser.error(f"--seconds: expected a positive number, got {arguments.seconds}")
     if min(arguments.tokens or [1]) < 1:
         parser.error("--tokens: expected positive numbers")
     if any(size < 64 or size % 64 for size in arguments.features or []):
@@ -55,11 +57,18 @@ def check_inspect(parser: argparse.ArgumentParser, arguments: argparse.Namespace
 def check_gates(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     if arguments.json and arguments.output:
         parser.error("--json prints, --output draws: give one of them")
+    train_arguments.check_max_length(parser, arguments.max_length)
+
+
+def check_remove(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    for name in arguments.name:
+        if arguments.name.count(name) > 1:
+            parser.error(f"the name '{name}' is given twice")
 
 
 CHECKS = {
     "add": check_add, "inspect": check_inspect, "tune": check_tune, "export": check_export, "gates": check_gates,
-    "train": train_arguments.check,
+    "remove": check_remove, "train": train_arguments.check,
 }  # fmt: skip
 
 

@@ -45,6 +45,17 @@ def two_names(text: str, expected: str = "OLD=NEW") -> tuple[str, str]:
     return first, second
 
 
+def seed(text: str) -> int:
+    """Parses a seed as torch.manual_seed takes it."""
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got '{text[:40]}'") from None
+    if not -(2**63) <= number < 2**64:
+        raise argparse.ArgumentTypeError(f"expected a whole number of 64 bits, got {text[:40]}")
+    return number
+
+
 def name_and_directory(text: str) -> tuple[str, Path]:
     """Parses the argument of --adapter."""
     name, directory = two_names(text, "NAME=DIRECTORY")
@@ -118,7 +129,8 @@ def add_adapter_arguments(adding: argparse.ArgumentParser) -> None:
         default=[],
         type=name_and_directory,
         metavar="NAME=DIRECTORY",
-        help="graft a trained adapter from its AdapterHub directory; may be given several times",
+        help="graft a trained adapter from its AdapterHub directory; may be given several times. adapter_ids count "
+        "those of --config first, then these",
     )
     adding.add_argument(
         "--gate-pooling",
@@ -139,7 +151,7 @@ def add_add_command(commands: argparse._SubParsersAction[Parser]) -> None:
     adding.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.pt", help="the file to write")
     add_adapter_arguments(adding)
     adding.add_argument("--active", metavar="NAME", help="the adapter that is active in OUT (default: the last one)")
-    adding.add_argument("--seed", type=int, help="seed of fresh weights (default: others each time)")
+    adding.add_argument("--seed", type=seed, help="seed of fresh weights (default: others each time)")
     adding.add_argument(
         "--trainable",
         action="store_true",
@@ -294,7 +306,7 @@ def add_life_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     unmerging.add_argument("name", metavar="NAME", help="the adapter")
     lowering = command("lower", "replace torchgraft's operators by ATen calls: OUT.pt loads without libtorchgraft.so")
     ungrafting = command("ungraft", "give back the base (after merge: with the merged weights)")
-    for changing in (composing, merging, unmerging, lowering, ungrafting):
+    for changing in (loading, composing, merging, unmerging, lowering, ungrafting):
         add_example_argument(changing, "compare OUT with MODEL")
     verifying = command("verify", "run MODEL.pt on inputs and compare what must agree", writes=False)
     add_example_argument(verifying, "run MODEL")
@@ -373,4 +385,5 @@ def add_quantize_command(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     quantizing.add_argument("--json", action="store_true", help="print JSON")
     add_example_argument(quantizing, "measure the error")
+    quantizing.add_argument("--json", action="store_true", help="print JSON")
     quantizing.add_argument("--force", action="store_true", help="write also over BASE.pt itself")

@@ -20,12 +20,12 @@ def parse(text: str | bytes, source: object, deepest: int = DEEPEST) -> Any:
         deepest: how many levels of brackets the text may have.
 
     Raises:
-        ValueError: the text is not JSON, nested too deeply, or has a number that is not finite. The message is for
-            whoever sent it.
+        ValueError: the text is not JSON, nested too deeply, has a number that is not finite, or an object with a name
+            twice. The message is for whoever sent it.
     """
     try:
         decoded = text.decode("utf-8") if isinstance(text, bytes) else text
-        value = json.loads(decoded, parse_float=_finite, parse_constant=_refuse)
+        value = json.loads(decoded, parse_float=_finite, parse_constant=_refuse, object_pairs_hook=_object)
         too_deep = any(depth > deepest for depth in _depths(value))
     except RecursionError:
         too_deep = True
@@ -41,6 +41,16 @@ def _finite(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"the number {text[:40]} is out of range")
     return number
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Another reader may take the first of two values, where Python takes the last."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the name {json.dumps(twice)[:200]} twice")
+    return result
 
 
 def _refuse(constant: str) -> NoReturn:

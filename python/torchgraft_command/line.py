@@ -61,6 +61,11 @@ class Parser(argparse.ArgumentParser):
             error.message += did_you_mean(str(value), [str(choice) for choice in action.choices or ()])
             raise
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        if action.type is Path and not arg_string:  # Path("") is the current directory
+            raise argparse.ArgumentError(action, "expected a path, got an empty text")
+        return super()._get_value(action, arg_string)
+
     def _print_message(self, message: str, file: Any = None) -> None:
         """argparse's own one would hide that the reader of a help has closed the pipe."""
         (file or sys.stderr).write(message)

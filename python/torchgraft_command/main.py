@@ -109,6 +109,7 @@ def _torchgraft(program: str) -> ModuleType:
 def _guarded(program: str, work: Callable[[], None]) -> None:
     """Runs `work`, with one line for an error that a user can cause."""
     from torchgraft._files import EXPECTED_ERRORS, reason
+    from torchgraft.errors import CommandLineError
 
     try:
         work()
@@ -117,7 +118,7 @@ def _guarded(program: str, work: Callable[[], None]) -> None:
         drop_output()
         raise SystemExit(BROKEN_PIPE) from None
     except EXPECTED_ERRORS as error:
-        fail(_stem(program), reason(error))
+        fail(_stem(program), reason(error), 2 if isinstance(error, CommandLineError) else 1)
 
 
 def _print_completion(parser: argparse.ArgumentParser, shell: str) -> None:

@@ -103,8 +103,8 @@ def _add_adapter(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--config",
-        default="unipelt",
-        help="configuration of a new adapter: unipelt, mam, lora, or the path of an adapter_config.json",
+        help="configuration of a new adapter: unipelt, mam, lora, or the path of an adapter_config.json (default: "
+        "unipelt). An adapter of --start or BASE.pt has its own; another one is refused",
     )
     group.add_argument(
         "--fuse",
@@ -198,7 +198,7 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
 
 def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """Checks the arguments before anything is loaded."""
-    if not arguments.config.strip():
+    if arguments.config is not None and not arguments.config.strip():
         parser.error("--config: expected a configuration's name (unipelt, mam, lora, ...) or a path, got an empty text")
     if arguments.fuse is not None and arguments.start:
         parser.error("--fuse trains adapters of BASE.pt together, and --start begins with one of a directory; give one")
@@ -218,5 +218,12 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
         parser.error("--patience needs --validation or --validation-fraction")
     if not 0 <= arguments.head_dropout < 1:
         parser.error(f"--head-dropout must be at least 0 and below 1, got {arguments.head_dropout}")
-    if arguments.max_length < 1:
-        parser.error(f"--max-length must be at least 1, got {arguments.max_length}")
+    if not 0 <= arguments.seed < 2**63:
+        parser.error(f"--seed must be at least 0 and below 2**63, got {str(arguments.seed)[:40]}")
+    check_max_length(parser, arguments.max_length)
+
+
+def check_max_length(parser: argparse.ArgumentParser, number: int) -> None:
+    """Checks --max-length, which the tokenizer takes."""
+    if not 1 <= number < 2**31:
+        parser.error(f"--max-length must be at least 1 and below 2**31, got {str(number)[:40]}")

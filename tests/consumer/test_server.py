@@ -178,6 +178,8 @@ def test_a_grafted_model_keeps_its_own_adapters(server_program, models, own_adap
         ({"input_ids": "text"}, 400, "expected a list of lists"),
         ({"input_ids": [[1]], "pooling": "max"}, 400, '"first" or "mean", got "max"'),
         ({"texts": ["hello"]}, 400, "torchgraft serve"),
+        ('{"input_ids": [[1]], "adapter": "task-0", "adapter": "task-1"}', 400, 'the body has "adapter" twice'),
+        ('{"input_ids": [[1]], "input_ids": [[2]]}', 400, 'the body has "input_ids" twice'),
         ({"input_ids": [[1]], "temperature": 1}, 400, 'unknown field "temperature"'),
     ],
 )

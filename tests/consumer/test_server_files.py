@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 
@@ -63,6 +64,38 @@ def test_bad_configurations_keep_no_server_from_starting(server_program, models,
     assert all(line.startswith("adapter ") and " cannot be served: " in line and line.isprintable() for line in lines)
 
 
+def test_files_that_cannot_be_read_are_named_at_the_start(server_program, models, own_adapters):
+    """The start reads the header of each file of weights; one that does not match its size is damaged."""
+    kinds = {"cut": "truncated", "gone": "no adapter.safetensors", "pickled": "scripts/convert_adapters.py",
+             "other": "not a safetensors file", "a b": "letters, digits, '_' and '-' only"}  # fmt: skip
+    for name in kinds:
+        shutil.copytree(own_adapters / "task-1", own_adapters / name)
+    weights = {name: own_adapters / name / "adapter.safetensors" for name in kinds}
+    os.truncate(weights["cut"], weights["cut"].stat().st_size - 1)
+    weights["gone"].unlink()
+    weights["pickled"].rename(weights["pickled"].with_name("pytorch_adapter.bin"))
+    weights["other"].write_bytes(b"weights")
+    with Server(server_program, models / "base.pt", own_adapters) as server:
+        assert server.predict("task-1", [[1]])[0] == 200
+        server.stop()
+    lines = server.errors.splitlines()
+    assert len(lines) == len(kinds)
+    for name, what in kinds.items():
+        shown = f"'{name}'" if " " in name else name
+        (line,) = [line for line in lines if line.startswith(f"adapter {shown} cannot be served: ")]
+        assert what in line
+
+
+def test_help_shows_defaults(server_program):
+    done = subprocess.run([server_program, "--help"], capture_output=True, text=True, check=True)
+    shown = " ".join(done.stdout.split())
+    for option in ("capacity", "workers", "max-batch", "max-wait-us", "max-queue", "max-tokens", "pad-id", "max-body",
+                   "max-connections", "idle-seconds", "drain-seconds", "port", "max-adapter-bytes"):  # fmt: skip
+        part = shown.split(f"--{option} ")[1].split(" --")[0]
+        assert re.search(r"=\d+ |\[\d+\]", part), option  # by CLI11's version
+    assert "127.0.0.1" in shown and "[]" not in shown and "--threads INT:POSITIVE threads" in shown
+
+
 def test_an_adapter_of_the_folder_with_a_name_of_the_file_is_named(server_program, models, own_adapters, tmp_path):
     """The file's adapter is served; that the folder's is not is said at the start."""
     base = torch.jit.load(models / "base.pt")
@@ -71,7 +104,7 @@ def test_an_adapter_of_the_folder_with_a_name_of_the_file_is_named(server_progra
         assert server.ask("PUT", "/v1/adapters/task-1")[0] == 409
         server.stop()
         (line,) = server.errors.splitlines()
-    assert line.startswith("adapter task-1 cannot be served: it is in the folder, and the model's file has an adapter")
+    assert line == "adapter task-1 of the model's file is served; that of the folder is not: rename one of the two"
 
 
 def test_what_is_for_python_is_said_with_the_command(server_program, models, own_adapters):

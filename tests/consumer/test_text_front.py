@@ -112,8 +112,9 @@ def test_ids_and_all_other_addresses_are_those_of_the_server(front, expected):
         (b'{"texts": ["\xff"]}', "not JSON"),
         ('{"texts": ' + "[" * 100_000 + "]" * 100_000 + "}", "too deeply"),
         ('{"texts": ["a"], "pooling": ' + "9" * 5000 + "}", "not JSON"),
+        ('{"texts": ["a"], "texts": ["b"]}', 'an object has the name "texts" twice'),
     ],
-    ids=["no text", "no list", "number", "both", "field", "surrogate", "cut", "bytes", "deep", "digits"],
+    ids=["no text", "no list", "number", "both", "field", "surrogate", "cut", "bytes", "deep", "digits", "twice"],
 )
 def test_wrong_requests_are_answered(front, body, message):
     status, answer = front.ask("POST", "/v1/predict", body)

@@ -242,7 +242,7 @@ def test_what_is_refused(tmp_path) -> None:
         torchgraft.compose(module, "c", Fuse("bn", "bn2"))
     library_fusion("bert_sdpa", ["bn", "bn2"], "static", tmp_path / "fusion")
     module = torchgraft.load_adapter_fusion(module, tmp_path / "fusion", "bn,bn2")
-    with pytest.raises(torchgraft.GraftError, match="Fuse for bottlenecks only"):
+    with pytest.raises(torchgraft.GraftError, match="Fuse for bottlenecks only, and 'lora' has another"):
         torchgraft.compose(module, "c", Fuse("bn", "lora"))
     library_fusion("bert_sdpa", ["bn", "bn2"], config_of({"temperature": True}), tmp_path / "warm")
     with pytest.raises(torchgraft.GraftError, match="temperature=true is not supported"):

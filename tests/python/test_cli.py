@@ -202,7 +202,12 @@ WRONG = {
     "not NAME=DIRECTORY": ([*_OUT, "--adapter", "task"], "expected NAME=DIRECTORY, got 'task'"),
     "unknown pooling": ([*_OUT, *_LORA, "--gate-pooling", "some"], "invalid choice: 'some'"),
     "mask without pooling": ([*_OUT, *_LORA, "--token-mask", "attention_mask"], "is for --gate-pooling unpadded"),
-    "seed is no number": ([*_OUT, *_LORA, "--seed", "x"], "invalid int value: 'x'"),
+    "seed is no number": ([*_OUT, *_LORA, "--seed", "x"], "expected a whole number, got 'x'"),
+    "seed is too large": ([*_OUT, *_LORA, "--seed", "9" * 23], "expected a whole number of 64 bits"),
+    "an empty path": (["save", "{folder}/base.pt", "x", ""], "DIRECTORY: expected a path, got an empty text"),
+    "a name twice": (["remove", "{folder}/base.pt", "l", "l", "-o", "{tmp}/o.pt"], "the name 'l' is given twice"),
+    "no tokens": (["gates", "{folder}/base.pt", "--text", "a", "--max-length", "0"], "--max-length must be at least 1"),
+    "no seconds": (["tune", "-o", "{tmp}/t.json", "--seconds", "nan"], "--seconds: expected a positive number"),
 }
 FAILING = {
     "no such file": (["add", "{folder}/none.pt", *_OUT_LORA], "none.pt: no such file"),

@@ -1,6 +1,7 @@
 """scripts/graft.py: what it prints and when; full disks and closed pipes."""
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -91,7 +92,8 @@ class _TakesStates(torch.nn.Module):
 def test_a_model_without_token_ids_is_named_by_what_needs_them(tmp_path: Path) -> None:
     base = torch.jit.trace(_TakesStates().eval(), torch.randn(2, 5, 32), check_trace=False)
     torchgraft.graft(base, "unipelt", "task").save(str(tmp_path / "model.pt"))
-    (tmp_path / "tokenizer.json").write_text(tokenizers.Tokenizer(tokenizers.models.BPE()).to_str())
+    words = tokenizers.models.WordLevel({"<unk>": 0, "a": 1}, "<unk>")
+    (tmp_path / "tokenizer.json").write_text(tokenizers.Tokenizer(words).to_str())
     for command in (["gates", "{}", "--text", "a"], ["export", "{}", "-o", str(tmp_path / "out.pt2")]):
         done = run_here("graft.py", *[part.format(tmp_path / "model.pt") for part in command])
         assert done.returncode == 1
@@ -153,3 +155,91 @@ def test_an_adapter_without_gates_names_those_that_have_some(tmp_path: Path) -> 
         module.save(str(tmp_path / "model.pt"))
         done = run_here("graft.py", "gates", tmp_path / "model.pt", "--text", "a", "--adapter", "plain")
         assert done.returncode == 1 and "the adapter 'plain' has no gates" in done.stderr and told in done.stderr
+
+
+def test_places_of_every_method_are_told(folder: Path, tmp_path: Path) -> None:
+    for config, places in (("loreft", "in 3 layers: output_reft_linear x 3"), ("seq_bn_inv", "inv_adapter_nice_relu")):
+        for more in ([], ["--trainable"]):
+            wanted = ["--config", config, "--name", "t", *more]
+            done = run_here("graft.py", "add", folder / "base.pt", "-o", tmp_path / "out.pt", *wanted)
+            assert done.returncode == 0 and places in done.stdout, done
+
+
+def test_an_optimised_file_that_changes_says_that_it_is_not_optimised_any_more(folder: Path, tmp_path: Path) -> None:
+    fast, slow = tmp_path / "fast.pt", tmp_path / "slow.pt"
+    assert run_here("graft.py", "optimize", folder / "model.pt", "-o", fast).returncode == 0
+    told = f"{fast} was optimised, {slow} is not: see torchgraft optimize"
+    for words in (["load", fast, folder / "saved", "--name", "other"], ["rename", fast, "task", "other"]):
+        assert told in run_here("graft.py", *words, "-o", slow).stdout
+    done = run_here("graft.py", "add", fast, "-o", slow, "--config", "lora", "--name", "x")
+    assert "the base was optimised, this file is not" in done.stdout
+    assert "was optimised" not in run_here("graft.py", "rename", slow, "task", "other", "-o", tmp_path / "o.pt").stdout
+
+
+def test_the_base_of_a_merged_file_is_told(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "merged.pt"
+    torchgraft.merge_adapter(torchgraft.graft(base("bert_sdpa", torch.float32), "lora", "l"), "l").save(str(path))
+    done = run_here("graft.py", "ungraft", path, "-o", tmp_path / "base.pt")
+    assert done.stdout.endswith(": the base with the merged weights of 'l'; no adapters\n")
+
+
+def test_a_trainable_adapter_is_named_before_int8(folder: Path, tmp_path: Path) -> None:
+    assert run_here("graft.py", "unfreeze", folder / "model.pt", "task", "-o", tmp_path / "u.pt").returncode == 0
+    done = run_here("graft.py", "quantize", tmp_path / "u.pt", "-o", tmp_path / "out.pt")
+    assert done.returncode == 1 and "quantize: 'task' is trainable" in done.stderr and "freeze" in done.stderr
+    assert run_here("graft.py", "quantize", folder / "model.pt", "-o", tmp_path / "q.pt").returncode == 0
+    done = run_here("graft.py", "quantize", tmp_path / "q.pt", "-o", tmp_path / "out.pt")
+    assert re.search(r"can be quantised: \d+ maps: it is packed already", done.stderr)
+
+
+def test_gates_are_of_texts_with_tokens(folder: Path, tmp_path: Path) -> None:
+    words = {word: index for index, word in enumerate(["<unk>", "a"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    gates = ["gates", folder / "model.pt", "--tokenizer", tmp_path / "tokenizer.json", "--text", "a"]
+    for text in ("", " "):
+        done = run_here("graft.py", *gates, "--text", text)
+        assert done.returncode == 1 and "text 2 has no tokens" in done.stderr
+    shown = run_here("graft.py", *gates, "--text", "a a").stdout.splitlines()
+    assert shown[0].split() == ["layer", "0", "1", "2"] and shown[-1].startswith("mean of 2 texts")
+
+
+@pytest.mark.parametrize("change", ["to_sparse", "meta"])
+def test_weights_without_numbers_are_named(change: str, folder: Path, tmp_path: Path) -> None:
+    module = torch.jit.load(str(folder / "model.pt"))
+    torchgraft.save_adapter(module, "task", tmp_path / "a", safetensors=False)
+    path = tmp_path / "a" / "pytorch_adapter.bin"
+    weights = torch.load(path, weights_only=True)
+    changed = {"to_sparse": torch.Tensor.to_sparse, "meta": lambda value: value.to("meta")}[change]
+    torch.save({key: changed(value) for key, value in weights.items()}, path)
+    with pytest.raises(torchgraft.GraftError, match=r"pytorch_adapter\.bin: .*: expected a dense tensor, got "):
+        torchgraft.load_adapter(base("bert_sdpa", torch.float32), tmp_path / "a")
+
+
+def test_loading_has_the_remedy_that_its_error_names(folder: Path, tmp_path: Path) -> None:
+    module = torch.jit.load(str(folder / "model.pt"))
+    torchgraft.save_adapter(module, "task", tmp_path / "a", safetensors=False)
+    path = tmp_path / "a" / "pytorch_adapter.bin"
+    torch.save({key: value * float("nan") for key, value in torch.load(path, weights_only=True).items()}, path)
+    plain = base("bert_sdpa", torch.float32)
+    with pytest.raises(torchgraft.GraftError, match="are its weights.; verify=False"):
+        torchgraft.load_adapter(plain, tmp_path / "a")
+    assert torchgraft.load_adapter(plain, tmp_path / "a", verify=False).adapter_names() == ["task"]
+
+
+REFUSED = {
+    "a module as example": (["lora", "--example", "{folder}/base.pt"], "inputs (it is a TorchScript module); expected"),
+    "text as example": (["lora", "--example", "{folder}/saved/adapter_config.json"], "(it is of an unknown kind); exp"),
+    "a LoRA of all memory": (["lora[r=1000000000]"], "GB for its weights, the machine has"),
+    "prefixes of all memory": (["prefix_tuning[prefix_length=10000000000]"], "graft: 't' needs"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_add_cannot_use_is_one_line_of_ours(case: str, folder: Path, tmp_path: Path) -> None:
+    words, message = REFUSED[case]
+    words = [word.format(folder=folder) for word in words]
+    done = run_here("graft.py", "add", folder / "base.pt", "-o", tmp_path / "o.pt", "--name", "t", "--config", *words)
+    assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
+    assert "weights_only" not in done.stderr and list(tmp_path.iterdir()) == []

@@ -94,19 +94,22 @@ def test_commands_say_what_they_did(folder: Path, tmp_path: Path) -> None:
     a, b = tmp_path / "a.pt", tmp_path / "b.pt"
     loaded = folder / "x"
     merged = "merged into the base's weights"
+    none = " (active: none, the base)"
+    is_out = "is out of the base's weights already"
     said = [
-        (["unfreeze", folder / "model.pt", "x", "-o", a], f"{a}: 'x' is now trainable; adapters x, y\n"),
-        (["unfreeze", a, "x", "-o", b], f"{b}: nothing to do, 'x' is trainable already; adapters x, y\n"),
-        (["freeze", a, "x", "-o", b], f"{b}: 'x' is now frozen; adapters x, y\n"),
-        (["freeze", b, "x", "-o", b], f"{b}: nothing to do, 'x' is frozen already; adapters x, y\n"),
-        (["rename", b, "y", "z", "-o", b], f"{b}: 'y' is now 'z'; adapters x, z\n"),
-        (["remove", b, "z", "-o", b], f"{b}: removed 'z'; adapters x\n"),
-        (["merge", b, "x", "-o", b], f"{b}: 'x' is now {merged}; adapters x\n"),
-        (["merge", b, "x", "-o", b], f"{b}: nothing to do, 'x' is {merged} already; adapters x\n"),
-        (["unmerge", b, "x", "-o", b], f"{b}: 'x' is now out of the base's weights; adapters x\n"),
-        (["unmerge", b, "x", "-o", b], f"{b}: nothing to do, 'x' is out of the base's weights already; adapters x\n"),
-        (["load", folder / "base.pt", loaded, "-o", a], f"{a}: {loaded} is 'x'; adapters x\n"),
-        (["load", a, loaded, "-o", a, "--force", "--name", "x"], f"{a}: {loaded} replaces 'x'; adapters x\n"),
+        (["unfreeze", folder / "model.pt", "x", "-o", a], f"{a}: 'x' is now trainable; adapters x, y (active: y)\n"),
+        (["unfreeze", a, "x", "-o", b], f"{b}: nothing to do, 'x' is trainable already; adapters x, y (active: y)\n"),
+        (["freeze", a, "x", "-o", b], f"{b}: 'x' is now frozen; adapters x, y (active: y)\n"),
+        (["freeze", b, "x", "-o", b], f"{b}: nothing to do, 'x' is frozen already; adapters x, y (active: y)\n"),
+        (["rename", b, "y", "z", "-o", b], f"{b}: 'y' is now 'z'; adapters x, z (active: z)\n"),
+        (["remove", b, "z", "-o", b], f"{b}: removed 'z'; adapters x{none}\n"),
+        (["merge", b, "x", "-o", b], f"{b}: 'x' is now {merged}; adapters x{none}\n"),
+        (["merge", b, "x", "-o", b], f"{b}: nothing to do, 'x' is {merged} already; adapters x{none}\n"),
+        (["unmerge", b, "x", "-o", b], f"{b}: 'x' is now out of the base's weights; adapters x{none}\n"),
+        (["unmerge", b, "x", "-o", b], f"{b}: nothing to do, 'x' {is_out}; adapters x{none}\n"),
+        (["load", folder / "base.pt", loaded, "-o", a], f"{a}: {loaded} is 'x'; adapters x (active: x)\n"),
+        (["load", a, loaded, "-o", a, "--force", "--name", "x"],
+         f"{a}: {loaded} replaces 'x'; adapters x (active: x)\n"),
         (["ungraft", a, "-o", a], f"{a}: the base; no adapters\n"),
     ]  # fmt: skip
     for arguments, text in said:

@@ -336,3 +336,4 @@ def test_dump_holds_the_graph_after_every_pass(folder: Path, tmp_path: Path) -> 
 def test_dump_into_a_file_is_refused(folder: Path) -> None:
     done = run("inspect", folder / "base.pt", "--dump", folder / "base.pt")
     check_one_line(done, 1, "TORCHGRAFT_DUMP: cannot write")
+    assert "(Not a directory); name another folder" in done.stderr

@@ -65,6 +65,7 @@ def directory(tmp_path) -> Path:
         ('{"\\udc00": 1}', "not JSON"),
         ("1" * 5000, "not JSON"),
         ("{", "not JSON"),
+        ('{"a": {"b": 1, "b": 2}}', 'not JSON .an object has the name "b" twice'),
         ("", "not JSON"),
     ],
 )

@@ -36,8 +36,8 @@ from .._reading import parse_json
 from .._steps import showing_steps, step
 from .._text import load_tokenizer, text_limits
 from ..checkpoints import check_replaces
-from ..configs import config_argument
-from ..errors import GraftError
+from ..configs import config_argument, config_fields
+from ..errors import CommandLineError, GraftError
 from ..grafting import is_grafted, names_of
 from .batches import EncodedExamples, encode_examples
 from .examples import Columns, Example, check_every_class, class_names, read_examples, split_examples
@@ -50,6 +50,7 @@ from .workers import Workers
 __all__ = ["EXPECTED_ERRORS", "reason", "run"]
 
 ADAPTER = "adapter"
+DEFAULT_CONFIG = "unipelt"
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         GraftError: a file or a setting is wrong, or a loss or gradient is not finite. The message says why and what to
             do.
+        CommandLineError: --config is not the configuration of the adapter that is there.
     """
     goes_on = arguments.resume and (arguments.output / CHECKPOINT).exists()
     if goes_on:
@@ -103,6 +105,7 @@ def _run(arguments: argparse.Namespace, workers: Workers) -> None:
     output.mkdir(parents=True, exist_ok=True)
     listeners: list[Listener] = []
     if workers.rank == 0:
+        _say_cut(arguments, data)
         listeners.extend([] if arguments.quiet else [ProgressBar()])
         if arguments.tensorboard:
             listeners.append(TensorBoardLog(output / "logs"))
@@ -130,7 +133,7 @@ def _check_keeps_adapter(directory: Path, name: str) -> None:
 def _identity(arguments: argparse.Namespace, data: Data, gate_pooling: str) -> dict[str, Any]:
     """Returns what a resumed run must share with the run before, beside its options: the model, the examples, and how
     the adapter was made. Files count by their content, and the gates' pooling as the adapter has it."""
-    config = config_argument(arguments.config)
+    config = config_argument(arguments.config or DEFAULT_CONFIG)
     made = ("new_head", "pooling", "head_layers", "head_dropout")
     return {"model": _digest(arguments.model), "training examples": _digest_of_tokens(data.training),
             "validation examples": _digest_of_tokens(data.validation), "classes": ", ".join(data.names),
@@ -181,6 +184,13 @@ def _load_data(arguments: argparse.Namespace) -> Data:
     return data
 
 
+def _say_cut(arguments: argparse.Namespace, data: Data) -> None:
+    for name, examples in (("training", data.training), ("validation", data.validation), ("test", data.test)):
+        if examples is not None and examples.cut:
+            what = f"{examples.cut} of {len(examples)} {name} texts were cut to {arguments.max_length} tokens"
+            say(arguments, f"{what} (--max-length)")
+
+
 def _check_texts(base: torch.jit.ScriptModule, data: Data) -> None:
     """Checks that the model has the positions and the tokens of every text."""
     limits = text_limits(base)
@@ -197,12 +207,15 @@ def _trainable(base: torch.jit.ScriptModule, arguments: argparse.Namespace, name
         module = _fused(base, arguments)
     elif arguments.start:
         module = load_adapter(base, arguments.start, name, trainable=True)
+        _check_config(module, name, arguments)
     elif name in names_of(base):
         module = unfreeze_adapter(base, name)
+        _check_config(module, name, arguments)
     else:
         module = graft(
-            base, config_argument(arguments.config), name, gate_pooling=arguments.gate_pooling, trainable=True
-        )
+            base, config_argument(arguments.config or DEFAULT_CONFIG), name, gate_pooling=arguments.gate_pooling,
+            trainable=True,
+        )  # fmt: skip
     _check_gate_pooling(module, name, arguments.gate_pooling)
     own = head_config(module, name)
     if own is not None and not arguments.new_head:
@@ -236,6 +249,31 @@ def _check_is_fuse(base: torch.jit.ScriptModule, name: str, fuse: Fuse) -> None:
     if not held.composition or parse_json(held.config, name) != fuse.to_dict():
         what = held.composition or "an adapter"
         raise GraftError(f"the model's '{name}' is {what}, not {fuse}; give --adapter another name")
+
+
+def _check_config(module: torch.jit.ScriptModule, name: str, arguments: argparse.Namespace) -> None:
+    """An adapter that is there has its configuration: checks that --config, if given, is no other."""
+    if arguments.config is None:
+        return
+    (info,) = [info for info in list_adapters(module) if info.name == name]
+    has = _flat(parse_json(info.config, name))
+    wanted = _flat(config_fields(config_argument(arguments.config)))
+    others = [key for key in {**has, **wanted} if has.get(key) != wanted.get(key)]
+    if others:
+        shown = ", ".join(f"{key} {has.get(key)} and not {wanted.get(key)}" for key in others[:3])
+        raise CommandLineError(
+            f"--config {arguments.config}: '{name}' of {arguments.start or arguments.model} has another configuration "
+            f"({shown}); leave --config out to train it further, or make a new adapter with another --adapter"
+            f"{' and without --start' if arguments.start else ''}"
+        )
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Returns {"configs.0.r": 8} of {"configs": [{"r": 8}]}."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        return {path: value}
+    return {key: each for name, part in items for key, each in _flat(part, f"{path}.{name}".lstrip(".")).items()}
 
 
 def _check_gate_pooling(module: torch.jit.ScriptModule, name: str, wanted: str | None) -> None:

@@ -23,6 +23,7 @@ class EncodedExamples:
         labels: int64 [N], the classes.
         where: "FILE, line N" for each example, for messages.
         pad_id, pad_type_id: the token and the type that pad shorter texts.
+        cut: how many texts had more tokens than the tokenizer was asked for.
     """
 
     token_ids: list[list[int]]
@@ -31,6 +32,7 @@ class EncodedExamples:
     where: list[str]
     pad_id: int = 0
     pad_type_id: int = 0
+    cut: int = 0
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -66,6 +68,7 @@ def encode_examples(tokenizer: Any, examples: Sequence[Example], names: Sequence
     return EncodedExamples(
         [encoding.ids for encoding in encodings], [encoding.type_ids for encoding in encodings], labels,
         [example.where for example in examples], padding.get("pad_id", 0), padding.get("pad_type_id", 0),
+        sum(bool(encoding.overflowing) for encoding in encodings),
     )  # fmt: skip
 
 

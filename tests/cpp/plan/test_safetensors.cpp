@@ -1,5 +1,6 @@
 #include "support.h"
 
+#include <torchgraft/plan/check_safetensors.h>
 #include <torchgraft/plan/safetensors.h>
 #include <torchgraft/plan/temporary_file.h>
 
@@ -53,7 +54,9 @@ TEST_F(Safetensors, EveryTruncationIsRefused) {
   const auto size = std::filesystem::file_size(path());
   for (uintmax_t length = 0; length < size; ++length) {
     std::filesystem::resize_file(path(), length);
-    EXPECT_NE(error_of([&] { read_safetensors(path()); }), "") << length << " of " << size << " bytes";
+    const std::string fault = error_of([&] { read_safetensors(path()); });
+    EXPECT_NE(fault, "") << length << " of " << size << " bytes";
+    EXPECT_EQ(error_of([&] { check_safetensors(path(), kMostWeightBytes); }), fault);
     write_safetensors({{"a", at::ones({5})}, {"b", at::ones({2, 2})}}, path());
   }
 }

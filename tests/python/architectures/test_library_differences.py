@@ -99,6 +99,24 @@ def test_a_fresh_adapter_is_wired_as_defined(name: str, method: str) -> None:
     assert "model_type" not in json.loads(fresh.adapter_config("task"))
 
 
+@pytest.mark.parametrize("safetensors", [True, False])
+@pytest.mark.parametrize(("name", "method"), [("albert_eager", "double_seq_bn"), ("gptj_eager", "par_bn")])
+def test_saving_warns_where_the_library_would_wire_otherwise(
+    name: str, method: str, safetensors: bool, tmp_path: Path
+) -> None:
+    """Not of the library's own adapters, nor where the model has no such wiring."""
+    fresh = torchgraft.graft(base(name, "traced", FLOAT), method, "task")
+    with pytest.warns(UserWarning, match="save_adapter: 'task' has bottlenecks which the adapters library wires other"):
+        torchgraft.save_adapter(fresh, "task", tmp_path / "fresh", safetensors)
+    trained = torchgraft.load_adapter(base(name, "traced", FLOAT), _directory(name, method), "task")
+    lora = torchgraft.graft(base(name, "traced", FLOAT), "lora", "task")
+    elsewhere = torchgraft.graft(base("distilbert_eager", "traced", FLOAT), method, "task")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for index, module in enumerate((trained, lora, elsewhere)):
+            torchgraft.save_adapter(module, "task", tmp_path / str(index), safetensors)
+
+
 @pytest.mark.parametrize(("name", "method", "effect"), WARNED)
 def test_what_the_directory_does_not_say_is_a_warning(name: str, method: str, effect: str) -> None:
     with pytest.warns(UserWarning, match=effect):
