@@ -61,9 +61,12 @@ std::map<std::string, std::string> own_configs(const torch::jit::Module& module)
 
 // Names the directories of adapters whose names no request can give.
 void report_bad_names(const std::filesystem::path& folder) {
+  if (folder.empty()) {
+    return;
+  }
   for (const auto& entry : std::filesystem::directory_iterator(folder)) {
     const std::string name = entry.path().filename().string();
-    if (!is_name(name) && is_adapter(entry.path())) {
+    if (!is_name(name) && has_adapter(folder, name)) {
       report(torchgraft::one_line("'" + name + "'"),
              "requests name letters, digits, '_' and '-' only; give the directory such a name");
     }

@@ -32,7 +32,10 @@ std::string why_not_read(const Adapter& adapter, const AdapterConfig& saved, con
                          const Structure& structure, const std::string& name) {
   const NoWarnings no_warnings;
   try {
-    const AdapterSpec spec{name, saved, state};
+    AdapterSpec spec;
+    spec.name = name;
+    spec.config = saved;
+    spec.weights = state;
     const Adapter read = make_adapter(spec, structure, at::TensorOptions(at::kFloat));
     return has_weights_of(read, adapter) ? "" : "its weights would go to other layers";
   } catch (const c10::Error& error) {

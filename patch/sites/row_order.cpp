@@ -158,7 +158,8 @@ class RowOrder {
     if (!joined.empty()) {
       const auto shape = shapes_.shape(rows.value);
       const auto dim = shape ? position(node->namedInput("dim"), shape->size()) : std::nullopt;
-      const bool joins_rows = !dim || (*shape)[*dim] == shapes_.canonical(rows.count);
+      const bool joins_rows = dim ? (*shape)[*dim] == shapes_.canonical(rows.count)
+                                  : constant_int(node->namedInput("dim")).value_or(0) == 0;
       for (Value* part : joined) {
         const auto sizes = shapes_.shape(part);
         const bool is_known = joins_rows && dim && sizes && *dim < sizes->size();

@@ -35,7 +35,7 @@ from ._files import (
     write_whole,
 )
 from ._layers import ROLES, blocks_of, patterns_of, slots_of
-from ._libraries import load_others, patcher, version_text
+from ._libraries import load_others, version_text
 from ._operators import is_optimized, operators_of, ranges
 from ._optimize_command import optimize_command
 from ._quantize_command import quantize_command

@@ -4,7 +4,7 @@
 #include "structures.h"
 
 #include <torchgraft/config/check_supported.h>
-#include <torchgraft/config/composition.h>
+#include <torchgraft/config/composition_string.h>
 #include <torchgraft/config/config_json.h>
 #include <torchgraft/config/config_string.h>
 #include <torchgraft/config/fusion_config.h>
