@@ -209,15 +209,18 @@ void check_row_order(const GraphSites& sites, const Module& root) {
   SymbolicShapes shapes(root);
   std::vector<Shape> queries;  // [rows, heads, tokens, head size]
   for (size_t i = 0; i < sites.layers.size(); ++i) {
-    Value* query = sites.layers[i].attention->namedInput("query");
-    const auto shape = shapes.shape(query);
-    if (!shape || shape->empty() || !sites.layers[i].query.node) {
+    const LinearSite& query = sites.layers[i].query;
+    if (const Node* attention = sites.layers[i].attention) {  // null where edited sites describe the layer
+      const auto heads = shapes.shape(attention->namedInput("query"));
+      if (heads && heads->size() == 4) {
+        queries.push_back(*heads);
+      }
+    }
+    const auto shape = query.node ? shapes.shape(linear_input(query.node)) : std::nullopt;
+    if (!shape || shape->size() < 2) {
       continue;
     }
-    if (shape->size() == 4) {
-      queries.push_back(*shape);
-    }
-    const Node* node = order.moved_behind(linear_input(sites.layers[i].query.node), shape->front());
+    const Node* node = order.moved_behind(linear_input(query.node), (*shape)[query.sequence_first ? 1 : 0]);
     TORCH_CHECK(!node, "graft: rows reach layer ", sites.structure.layers[i].number,
                 " in another order than the module gets them: ", described(node),
                 " chooses or moves rows, and adapter_ids would give rows the adapters of others; order the rows before "

@@ -385,5 +385,4 @@ def add_quantize_command(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     quantizing.add_argument("--json", action="store_true", help="print JSON")
     add_example_argument(quantizing, "measure the error")
-    quantizing.add_argument("--json", action="store_true", help="print JSON")
     quantizing.add_argument("--force", action="store_true", help="write also over BASE.pt itself")

@@ -108,7 +108,9 @@ def test_the_command_prints_what_the_model_gives(folder: Path) -> None:
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids])
     with torch.no_grad():
         gates = grafted(NAME, torch.float32, "unipelt").forward_with_gates(tokens, mask)[1]["task"]
-    for line in done.stdout.splitlines()[1:]:
+    *rows, last = done.stdout.splitlines()[1:]
+    assert last.startswith(f"mean of {len(TEXTS)} texts")
+    for line in rows:
         location, *values = line.split()
         expected = [gates[layer][location].mean().item() for layer in sorted(gates)]
         assert [float(value) for value in values] == pytest.approx(expected, abs=0.0051)

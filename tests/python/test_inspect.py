@@ -297,7 +297,6 @@ FAILING = {
     "sites are a directory": ([*_SITES, "{tmp}"], 1, "expected a regular file, got a directory"),
     "sites are not JSON": ([*_SITES, "{folder}/text.json"], 1, "text.json: not JSON"),
     "sites are a model": ([*_SITES, "{folder}/base.pt"], 1, "base.pt: not JSON"),
-    "config in data": (["inspect", "{folder}/base.pt", "--json", "--config", "mam"], 2, "or give --svg FILE too"),
     "unknown config": ([*_SVG, "--config", "unipel"], 1, "no configuration is called 'unipel'"),
     "all in data": (["inspect", "{folder}/base.pt", "--json", "--all"], 2, "--all is for the table"),
     "picture of nothing": (["inspect", "{folder}/plain.pt", *_SVG[2:]], 1, "no attention was found"),
