@@ -236,11 +236,11 @@ class Comparison {
     } catch (const std::exception&) {
       return;
     }
-    TORCH_CHECK(!moves_rows(of_base, of_adapter, of_row, ids.size(0)), verifier_.what, ": with adapter_ids that give ",
-                name,
-                " to row 0 alone, the module changes the result of another row: it moves rows before its layers; order "
-                "the rows before the module is called",
-                verifier_.remedy);
+    TORCH_CHECK(
+        !moves_rows(of_base, of_adapter, of_row, ids.size(0)), verifier_.what, ": with adapter_ids that give ", name,
+        " to row 0 alone, the module changes the result of another row: it moves rows before its layers or behind "
+        "them; order rows outside of the module",
+        verifier_.remedy);
   }
 
   // Rows of the adapters that the module had before: as many in one batch as there are rows, until each had its turn.

@@ -254,6 +254,7 @@ GraphSites apply_sites(const GraphSites& detected, const Structure& wanted, cons
     result.layers.front().linear_maps = detected.layers.front().linear_maps;
   }
   check_in_order(result);
+  mark_used_elsewhere(*canonical.graph, module, result);
   // Of the runs of a layer, the first one left stands for the layer.
   std::map<int64_t, int64_t> stands_for;
   for (Layer& layer : result.structure.layers) {

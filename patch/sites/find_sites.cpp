@@ -159,31 +159,6 @@ std::set<const Node*> nodes_with_a_role(const GraphSites& found) {
   return result;
 }
 
-// Finds weights that other linear maps apply, too: outside of attentions, in loops, in layers that were not recognised.
-void mark_used_elsewhere(torch::jit::Graph& graph, const Module& module, GraphSites& found) {
-  const std::set<const Node*> taken = nodes_with_a_role(found);
-  const auto weight_of = [&](const Node* linear) {
-    const WeightSource source = weight_source(linear_weight(linear), module);
-    return source.is_computed() ? nullptr : source.identity();
-  };
-  std::set<const void*> others = {};
-  for_each_node(graph.block(), [&](Node* node) {
-    if (is_linear(node) && !taken.count(node)) {
-      others.insert(weight_of(node));
-    }
-  });
-  others.erase(nullptr);
-  for (LayerSites& layer : found.layers) {
-    for (LinearSite* site : {&layer.query, &layer.key, &layer.value, layer.output ? &*layer.output : nullptr,
-                             layer.ffn_in ? &*layer.ffn_in : nullptr, layer.ffn_gate ? &*layer.ffn_gate : nullptr,
-                             layer.ffn_out ? &*layer.ffn_out : nullptr}) {
-      if (site && site->node) {
-        site->is_used_elsewhere = others.count(weight_of(site->node)) > 0;
-      }
-    }
-  }
-}
-
 // Linear maps with no role in any layer, on which a LoRA can be: each has a weight of its own that runs once, on tokens
 // or on one vector for each row. They go to the first layer.
 void find_linear_maps(SiteFinder& finder, torch::jit::Graph& graph, GraphSites& found) {
@@ -236,6 +211,30 @@ void name_unread_quantized(torch::jit::Graph& graph, GraphSites& found) {
 }
 
 }  // namespace
+
+void mark_used_elsewhere(torch::jit::Graph& graph, const Module& module, GraphSites& found) {
+  const std::set<const Node*> taken = nodes_with_a_role(found);
+  const auto weight_of = [&](const Node* linear) {
+    const WeightSource source = weight_source(linear_weight(linear), module);
+    return source.is_computed() ? nullptr : source.identity();
+  };
+  std::set<const void*> others = {};
+  for_each_node(graph.block(), [&](Node* node) {
+    if (is_linear(node) && !taken.count(node)) {
+      others.insert(weight_of(node));
+    }
+  });
+  others.erase(nullptr);
+  for (LayerSites& layer : found.layers) {
+    for (LinearSite* site : {&layer.query, &layer.key, &layer.value, layer.output ? &*layer.output : nullptr,
+                             layer.ffn_in ? &*layer.ffn_in : nullptr, layer.ffn_gate ? &*layer.ffn_gate : nullptr,
+                             layer.ffn_out ? &*layer.ffn_out : nullptr}) {
+      if (site && site->node) {
+        site->is_used_elsewhere = others.count(weight_of(site->node)) > 0;
+      }
+    }
+  }
+}
 
 GraphSites find_sites(const CanonicalGraph& canonical, const Module& module) {
   GraphSites result;

@@ -85,4 +85,7 @@ struct GraphSites {
 // the feed-forward block behind or beside it. Names of modules play no part.
 GraphSites find_sites(const CanonicalGraph& canonical, const torch::jit::Module& module);
 
+// Finds weights that other linear maps apply, too: outside of attentions, in loops, in layers that were not recognised.
+void mark_used_elsewhere(torch::jit::Graph& graph, const torch::jit::Module& module, GraphSites& found);
+
 }  // namespace torchgraft

@@ -29,6 +29,8 @@ class RowOrder {
  public:
   explicit RowOrder(const Module& root) : shapes_(root) {}
 
+  SymbolicShapes& shapes() { return shapes_; }
+
   // The node that gives `tokens` its rows in another order; null when there is none.
   const Node* moved_behind(Value* tokens, const Dim& count) {
     std::vector<Rows> frontier = {{tokens, count, false}};
@@ -47,52 +49,54 @@ class RowOrder {
   }
 
  private:
-  // Whether dimension `dim` of `value` holds the rows. Of an unknown shape it is the first.
-  bool holds_rows(const Value* value, size_t dim, const Rows& rows) {
+  // Whether dimension `dim` of `value`, which may count from the back, holds the rows. Of an argument, whose shape
+  // nothing tells, it is the first.
+  bool holds_rows(Value* value, int64_t dim, const Rows& rows) {
     const auto shape = shapes_.shape(value);
-    return shape ? dim < shape->size() && (*shape)[dim] == shapes_.canonical(rows.count) : dim == 0;
+    if (!shape) {
+      return strip_layout(value)->node()->kind() == c10::prim::Param && (dim == 0 || dim <= -3);
+    }
+    const auto rank = static_cast<int64_t>(shape->size());
+    const int64_t place = dim < 0 ? dim + rank : dim;
+    return place >= 0 && place < rank && (*shape)[place] == shapes_.canonical(rows.count);
   }
 
   bool holds_rows(Node* node, const char* argument, const Rows& rows) {
-    const Value* self = node->input(0);
-    const auto shape = shapes_.shape(self);
     const auto dim = constant_int(node->namedInput(argument));
-    if (!dim) {
-      return true;
-    }
-    const int64_t rank = shape ? static_cast<int64_t>(shape->size()) : 0;
-    return holds_rows(self, static_cast<size_t>(*dim < 0 ? *dim + rank : *dim), rows);
+    return !dim || holds_rows(node->input(0), *dim, rows);
   }
 
   // Whether one of the dimensions that the node lists holds the rows. Without a list it is all of them.
   bool lists_rows(Node* node, const Rows& rows) {
-    const Value* self = node->input(0);
-    const auto shape = shapes_.shape(self);
     const auto dims = shapes_.integers(node->namedInput("dims"));
-    if (!dims || dims->empty()) {
-      return true;
-    }
-    return std::any_of(dims->begin(), dims->end(), [&](const Dim& dim) {
-      const int64_t rank = shape ? static_cast<int64_t>(shape->size()) : 0;
-      return !dim.is_constant() ||
-             holds_rows(self, static_cast<size_t>(dim.factor < 0 ? dim.factor + rank : dim.factor), rows);
+    return !dims || dims->empty() || std::any_of(dims->begin(), dims->end(), [&](const Dim& dim) {
+      return !dim.is_constant() || holds_rows(node->input(0), dim.factor, rows);
     });
   }
 
-  // x[order]: whether one of the indices is for the rows. arange(rows) takes each row once, in order.
+  // arange(n), which takes each of n rows once, in order.
+  static bool counts_up(Node* node) {
+    if (!is_aten(node, {"arange"})) {
+      return false;
+    }
+    const auto has = [&](const char* argument) { return node->schema().argumentIndexWithName(argument).has_value(); };
+    const bool from_0 = !has("start") || constant_int(node->namedInput("start")) == 0;
+    return from_0 && (!has("step") || constant_int(node->namedInput("step")) == 1);
+  }
+
+  // x[order], or x[order] = y: whether one of the indices is for the rows. A number that is written (h[~mask] = 0)
+  // moves none.
   bool indexes_rows(Node* node, const Rows& rows) {
     Node* list = node->namedInput("indices")->node();
-    if (list->kind() != c10::prim::ListConstruct || !depends_on_inputs(node->input(0))) {
+    const bool writes = is_aten(node, {"index_put"});
+    if (list->kind() != c10::prim::ListConstruct || !depends_on_inputs(node->input(0)) ||
+        (writes && !depends_on_inputs(node->namedInput("values")))) {
       return false;
     }
     for (size_t dim = 0; dim < list->inputs().size(); ++dim) {
       Value* index = list->input(dim);
-      const auto shape = is_none(index) ? std::nullopt : shapes_.shape(index);
-      if (is_none(index) || is_aten(strip_layout(index)->node(), {"arange"})) {
-        continue;
-      }
-      const bool is_mask = node->kind() == c10::aten::index_put && shape && shape->size() > 1;
-      if (!is_mask && holds_rows(node->input(0), dim, rows)) {
+      if (!is_none(index) && !counts_up(strip_layout(index)->node()) &&
+          holds_rows(node->input(0), static_cast<int64_t>(dim), rows)) {
         return true;
       }
     }
@@ -167,7 +171,11 @@ class RowOrder {
       }
       return;
     }
+    const bool writes = is_aten(node, {"index_put"});
     for (Value* input : node->inputs()) {
+      if (writes && input == node->namedInput("indices")) {
+        continue;
+      }
       if (is_tensor(input) || input->node()->kind() == c10::prim::ListConstruct ||
           input->node()->kind() == c10::prim::TupleConstruct || !input->type()->cast<c10::IntType>()) {
         frontier.push_back({input, count_in(input, rows), rows.is_part});
@@ -190,12 +198,12 @@ class RowOrder {
 };
 
 // Checks that no layer attends across the rows of another, as models of tables do in turns.
-void check_same_rows(const std::vector<Shape>& queries) {
+void check_same_rows(const std::vector<Shape>& queries, const SymbolicShapes& shapes) {
   for (size_t i = 0; i < queries.size(); ++i) {
     for (size_t j = 0; j < queries.size(); ++j) {
-      const Dim& rows = queries[j][0];
-      TORCH_CHECK(rows == queries[i][0] || !(rows == queries[i][2]) || rows == number(1), "graft: attention ", j,
-                  " takes the tokens of attention ", i,
+      const Dim rows = shapes.canonical(queries[j][0]);
+      const bool swaps = !(rows == shapes.canonical(queries[i][0])) && rows == shapes.canonical(queries[i][2]);
+      TORCH_CHECK(!swaps || rows == number(1), "graft: attention ", j, " takes the tokens of attention ", i,
                   " for rows and attends across rows; adapter_ids, which has a number for each row of the module's "
                   "inputs, means nothing there");
     }
@@ -206,7 +214,7 @@ void check_same_rows(const std::vector<Shape>& queries) {
 
 void check_row_order(const GraphSites& sites, const Module& root) {
   RowOrder order(root);
-  SymbolicShapes shapes(root);
+  SymbolicShapes& shapes = order.shapes();
   std::vector<Shape> queries;  // [rows, heads, tokens, head size]
   for (size_t i = 0; i < sites.layers.size(); ++i) {
     const LinearSite& query = sites.layers[i].query;
@@ -226,7 +234,7 @@ void check_row_order(const GraphSites& sites, const Module& root) {
                 " chooses or moves rows, and adapter_ids would give rows the adapters of others; order the rows before "
                 "the module is called, and put the results back behind it");
   }
-  check_same_rows(queries);
+  check_same_rows(queries, shapes);
 }
 
 }  // namespace torchgraft

@@ -13,8 +13,8 @@ namespace torchgraft {
 //
 // Follows the tokens of each layer back to the inputs, with the dimension that holds the rows, and looks for what
 // chooses or moves rows there: an index, a sort, flip, roll, or parts of rows that are joined again. A product with a
-// matrix that mixes rows is not seen here; verify_results() compares such a module's rows. Throws c10::Error that names
-// the node.
+// matrix that mixes rows, or what a loop does, is not seen here; verify_results() compares such a module's rows. Throws
+// c10::Error that names the node.
 void check_row_order(const GraphSites& sites, const torch::jit::Module& root);
 
 }  // namespace torchgraft

@@ -64,14 +64,15 @@ def _example(arguments: argparse.Namespace, module: torch.jit.ScriptModule) -> t
         return None, "no inputs can be made up for this forward; give --example FILE"
 
 
-def _result_difference(module: torch.jit.ScriptModule, quantised: torch.jit.ScriptModule, example: Any) -> float:
+def _result_difference(module: torch.jit.ScriptModule, quantised: torch.jit.ScriptModule, example: Any) -> float | None:
     """|difference| / |result|, of all floating-point tensors together, without adapters."""
     method = "base_forward" if is_grafted(module) else "forward"
     named = example if isinstance(example, dict) else {}
     positional = () if named else (example,) if isinstance(example, torch.Tensor) else tuple(example)
     with torch.no_grad():
         wanted, got = (_numbers(getattr(each, method)(*positional, **named)) for each in (module, quantised))
-    return (torch.linalg.vector_norm(got - wanted) / torch.linalg.vector_norm(wanted)).item()
+    norm = torch.linalg.vector_norm(wanted).item()
+    return torch.linalg.vector_norm(got - wanted).item() / norm if norm > 0 else None
 
 
 def _numbers(result: Any) -> torch.Tensor:
@@ -85,8 +86,15 @@ def _numbers(result: Any) -> torch.Tensor:
 
 
 def _with_errors(maps: list[LinearMap], measured: list[LinearMap]) -> list[LinearMap]:
-    errors = {(entry.path, entry.roles): entry.error for entry in measured}
-    return [replace(entry, error=errors.get((entry.path, entry.roles))) for entry in maps]
+    """A frozen module's maps have no paths: of maps of one path and role the first is the first that was measured."""
+    errors: dict[tuple[str, Any], list[float | None]] = {}
+    for entry in measured:
+        errors.setdefault((entry.path, entry.roles), []).append(entry.error)
+    left = {key: iter(found) for key, found in errors.items()}
+    return [
+        entry if entry.kept else replace(entry, error=next(left.get((entry.path, entry.roles), iter(())), None))
+        for entry in maps
+    ]
 
 
 def _print(maps: list[LinearMap]) -> None:

@@ -117,7 +117,7 @@ def load_adapter_setup(
         raise GraftError(f"load_adapter_setup: the module has '{name}' already; give the composition another name")
     for part in adapters_of(tree):
         _check_folder(part, str(path))
-        module = load_adapter(module, Path(directory) / part, part)
+        module = load_adapter(module, Path(directory) / part, part, verify=verify, example=example)
     for fusion in patcher().fusion_names_of(json.dumps(tree)):
         _check_folder(fusion, str(path))
         module = load_adapter_fusion(module, Path(directory) / fusion, fusion)
@@ -126,6 +126,9 @@ def load_adapter_setup(
 
 
 def _load_head(module: torch.jit.ScriptModule, name: str, directory: Path) -> torch.jit.ScriptModule:
+    if not (directory / HEAD_CONFIG_FILE).exists():
+        raise GraftError(f"{directory.parent / SETUP_FILE}: its head_setup names {directory.name}, which has no "
+                         f"{HEAD_CONFIG_FILE}")  # fmt: skip
     head = read_head(directory)
     if head is None:  # it has warned of a head of an unknown kind
         return module

@@ -315,9 +315,9 @@ class UniPELTConfig(ConfigUnion):
 
 
 def config_argument(text: str | None) -> str | Path | None:
-    """Returns a configuration that a user names on a command line: a path if it has a slash, else text, which
-    config_to_json() takes for a name or a path. None for None."""
-    return Path(text) if text is not None and "/" in text else text
+    """Returns a configuration that a user names on a command line: a path if it has a slash or is the name of a JSON
+    file, else text, which config_to_json() takes for a name. None for None."""
+    return Path(text) if text is not None and ("/" in text or text.endswith(".json")) else text
 
 
 def config_fields(config: Any) -> dict[str, Any]:

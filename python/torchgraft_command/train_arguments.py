@@ -112,7 +112,7 @@ def _add_adapter(group: argparse._ArgumentGroup) -> None:
         help="train AdapterFusion layers over these adapters of BASE.pt, which stay frozen; --adapter names the result",
     )
     group.add_argument(
-        "--fusion-config", choices=("dynamic", "static"), default="dynamic", help="of new AdapterFusion layers"
+        "--fusion-config", choices=("dynamic", "static"), help="of new AdapterFusion layers (default: dynamic)"
     )
     group.add_argument(
         "--start", type=Path, metavar="DIRECTORY", help="begin with the adapter and the head of this directory"
@@ -150,7 +150,8 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         "--learning-rate",
         type=float,
         metavar="RATE",
-        help="the largest, of AdamW (default: 0.003; 0.0005 for prefixes and parallel bottlenecks, 0.01 for the head)",
+        help="the largest, of AdamW (default: 0.003; 0.0005 for prefixes, parallel bottlenecks and AdapterFusion "
+        "layers, 0.01 for the head)",
     )
     for part, what in (("head", "the head"), ("prefix", "prefixes"), ("parallel", "parallel bottlenecks")):
         group.add_argument(
@@ -202,6 +203,10 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
         parser.error("--config: expected a configuration's name (unipelt, mam, lora, ...) or a path, got an empty text")
     if arguments.fuse is not None and arguments.start:
         parser.error("--fuse trains adapters of BASE.pt together, and --start begins with one of a directory; give one")
+    if arguments.fuse is not None and arguments.config is not None:
+        parser.error("--fuse trains AdapterFusion layers (--fusion-config), and --config is of an adapter; give one")
+    if arguments.fuse is None and arguments.fusion_config is not None:
+        parser.error("--fusion-config is of the layers that --fuse makes; give --fuse")
     if arguments.fuse is not None and len(list(filter(None, arguments.fuse.split(",")))) < 2:
         parser.error(f"--fuse: expected the names of at least two adapters, got '{arguments.fuse}'")
     if arguments.resume and (arguments.output / CHECKPOINT).exists():

@@ -209,6 +209,7 @@ def _trainable(base: torch.jit.ScriptModule, arguments: argparse.Namespace, name
         module = load_adapter(base, arguments.start, name, trainable=True)
         _check_config(module, name, arguments)
     elif name in names_of(base):
+        _check_is_adapter(base, name, arguments)
         module = unfreeze_adapter(base, name)
         _check_config(module, name, arguments)
     else:
@@ -234,14 +235,34 @@ def _fused(base: torch.jit.ScriptModule, arguments: argparse.Namespace) -> torch
         raise GraftError(f"{arguments.model}: nothing is grafted onto it that --fuse could name; see torchgraft add")
     if name in names_of(base):
         _check_is_fuse(base, name, fuse)
+        _check_makes_layers(arguments, f"'{name}'")
         return unfreeze_adapter(base, name)
     frozen = base
     for info in list_adapters(base):
         if info.name in parts and info.trainable:
             frozen = freeze_adapter(frozen, info.name)
-    if ",".join(parts) not in list_adapter_fusions(frozen):
-        frozen = add_adapter_fusion(frozen, fuse, arguments.fusion_config)
+    if ",".join(parts) in list_adapter_fusions(frozen):
+        _check_makes_layers(arguments, f"the layers of {fuse}")
+    else:
+        frozen = add_adapter_fusion(frozen, fuse, arguments.fusion_config or "dynamic")
     return unfreeze_adapter(compose(frozen, name, fuse), name)
+
+
+def _check_is_adapter(base: torch.jit.ScriptModule, name: str, arguments: argparse.Namespace) -> None:
+    held = next(info for info in list_adapters(base) if info.name == name)
+    if held.composition:
+        raise GraftError(
+            f"{arguments.model}: '{name}' is the composition {held.composition}; --fuse trains the layers of a Fuse, "
+            "and --adapter names one of its adapters"
+        )
+
+
+def _check_makes_layers(arguments: argparse.Namespace, what: str) -> None:
+    if arguments.fusion_config is not None:
+        raise CommandLineError(
+            f"--fusion-config {arguments.fusion_config}: {arguments.model} has {what} already, with a configuration of "
+            "their own; leave --fusion-config out"
+        )
 
 
 def _check_is_fuse(base: torch.jit.ScriptModule, name: str, fuse: Fuse) -> None:

@@ -17,7 +17,13 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="requirements/onnx.txt i
 pytest.importorskip("onnxscript", reason="requirements/onnx.txt is not installed")
 
 # Strict: a case that begins to pass must leave the list.
-NOT_YET: dict[str, str] = {}
+NOT_YET = {
+    "deberta_v2_shared_eager": "rows of one batch cannot have different adapters in this model",
+    "torch_encoder_post_nested": "its nested tensors have sizes that depend on the mask",
+} | dict.fromkeys(
+    ("deberta_eager", "beit_relative_eager", "t5_eager", "t5_gated_eager", "mpnet_eager"),
+    "torch.onnx computes attention with a bias in a memory layout that the view behind it does not fit",
+)
 _TOLERANCE = 1e-5
 
 
