@@ -8,7 +8,8 @@ from ..errors import GraftError
 SCHEDULES = ("linear", "cosine", "constant")
 CRITERIA = ("accuracy", "macro_f1", "loss")
 # The learning rates of the parts of an adapter, where the user gives none. They were chosen on validation sentences of
-# examples/sentiment (docs/training.md), but for that of AdapterFusion layers, which nobody has measured. A parallel bottleneck multiplies its result by 4 (scaling), and so its steps.
+# examples/sentiment (docs/training.md), but for that of AdapterFusion layers, which was not measured. A parallel
+# bottleneck multiplies its result by 4 (scaling), and so its steps.
 DEFAULT_RATES = {"adapter": 3e-3, "parallel": 5e-4, "prefix": 5e-4, "head": 1e-2, "fusion": 5e-4}
 
 
