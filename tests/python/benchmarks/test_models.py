@@ -47,7 +47,7 @@ def test_rows_of_a_small_run(tmp_path: Path) -> None:
         assert variants == _ALWAYS | peers
     assert (tmp_path / "bars.svg").read_text().startswith("<?xml")
     cells = [[part.strip() for part in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
-    assert cells[0] == ["variant", "1x8", "2x9"]
+    assert cells[0] == ["variant", "1x8", "2x9", "largest error"]
     assert len(cells) == 3 * 2 + len(written["rows"]) // 2
 
 
