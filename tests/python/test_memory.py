@@ -77,6 +77,7 @@ def _of_two(folder: Path) -> dict[str, Callable]:
         "remove_adapter": lambda _: torchgraft.remove_adapter(two, "bn2"),
         "average_adapter": lambda _: torchgraft.average_adapter(two, "mean", ["bn", "bn2"]),
         "compose": lambda _: torchgraft.compose(fused, "both", torchgraft.Fuse("bn", "bn2")),
+        "add_adapter_fusion": lambda _: torchgraft.add_adapter_fusion(two, torchgraft.Fuse("bn", "bn2")),
         "load_adapter_fusion": lambda _: torchgraft.load_adapter_fusion(two, folder / "fusion", "bn,bn2"),
         "remove_adapter_fusion": lambda _: torchgraft.remove_adapter_fusion(fused, "bn,bn2"),
         "load_adapter_setup": lambda _: torchgraft.load_adapter_setup(plain, folder / "setup", "both"),
@@ -106,6 +107,7 @@ def changes(grafted: torch.jit.ScriptModule, tmp_path: Path) -> dict[str, Callab
 OFTEN = ["graft", "load_adapter", "rename_adapter", "replace_adapter", "lower"]
 OTHERS = [
     "AdapterPool",
+    "add_adapter_fusion",
     "add_head",
     "average_adapter",
     "compose",
