@@ -55,4 +55,5 @@ void divide_by_sum(std::vector<double>& weights);
 
 // A copy whose weights of each Average are divided by their sum: the library does so where it reads adapter_setup.json.
 TORCHGRAFT_PATCH_API Composition normalised(Composition composition);
+
 }  // namespace torchgraft

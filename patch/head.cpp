@@ -13,10 +13,8 @@ namespace {
 
 // Where the head of an adapter stands, or of a composition with a Fuse.
 std::optional<Head>& head_place(Draft& draft, const std::string& name, const char* what) {
-  for (NamedComposition& composition : draft.compositions) {
-    if (composition.name == name && !fusion_names(composition.tree).empty()) {
-      return composition.head;
-    }
+  if (const NamedComposition* fused = find_fused(draft.compositions, name)) {
+    return draft.compositions[fused - draft.compositions.data()].head;
   }
   return draft.adapters[find_plain(draft, name, what)].head;
 }

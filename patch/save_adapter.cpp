@@ -120,7 +120,8 @@ AdapterFiles adapter_files(const Module& module, const std::string& name, const 
                 composition_to_string(composition.tree), "; save_adapter_setup() in Python saves it with its adapters");
   }
   const Adapter& adapter = adapters[find_adapter(adapters, name, "save_adapter")];
-  AdapterConfig saved = saved_config(adapter.config, adapter.sources);
+  const AdapterConfig written = saved_config(adapter.config, adapter.sources);
+  AdapterConfig saved = written;
   const std::string model_type = std::exchange(saved.wired_for, "");
   const bool inverts_output = std::exchange(saved.inverts_output, true);
   const std::string pooling = std::exchange(saved.gate_pooling, kAllTokens);
@@ -141,7 +142,7 @@ AdapterFiles adapter_files(const Module& module, const std::string& name, const 
   const std::string attention = attention_class(module, structure);
   warn_of_wiring(name, adapter.config, model_type, attention);
   files.weights = adapter_hub_state(adapter.plan, structure, adapter.weights, adapter.sources, name, attention);
-  check_reads_back(adapter, saved_config(adapter.config, adapter.sources), files.weights, structure, name);
+  check_reads_back(adapter, written, files.weights, structure, name);
   add_head_files(files, adapter.head, structure, name, model_class);
   return files;
 }

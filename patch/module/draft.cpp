@@ -123,6 +123,17 @@ void check_can_be_grafted(const Module& base, const NewNames& names) {
   check_no_hooks(base, "graft");
 }
 
+// With one adapter for all rows their order is of no importance: who grafts without verifying may have that.
+void check_rows(const Draft& draft) {
+  try {
+    check_row_order(draft.sites, draft.module);
+  } catch (const c10::Error& error) {
+    TORCH_CHECK(!draft.options.verify, error.what_without_backtrace(),
+                "; verify=False (C++: GraftOptions::verify = false) grafts adapters that all rows use together");
+    TORCH_WARN(error.what_without_backtrace());
+  }
+}
+
 }  // namespace
 
 std::string indented(const std::vector<std::string>& lines) {
@@ -147,21 +158,6 @@ std::string head_mask(const Draft& draft, const std::string& wanted) {
               "', which all heads of the module share, got '", wanted, "'");
   return wanted;
 }
-
-namespace {
-
-// With one adapter for all rows their order is of no importance: who grafts without verifying may have that.
-void check_rows(const Draft& draft) {
-  try {
-    check_row_order(draft.sites, draft.module);
-  } catch (const c10::Error& error) {
-    TORCH_CHECK(!draft.options.verify, error.what_without_backtrace(),
-                "; verify=False (C++: GraftOptions::verify = false) grafts adapters that all rows use together");
-    TORCH_WARN(error.what_without_backtrace());
-  }
-}
-
-}  // namespace
 
 Draft open_draft(const Module& module, const GraftOptions& given) {
   link_anchor();

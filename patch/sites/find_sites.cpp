@@ -139,6 +139,19 @@ bool find_layer(SiteFinder& finder, Node* attention, Layer& layer, LayerSites& s
 
 std::string at_path(const std::string& path) { return path.empty() ? "" : "at " + path + ": "; }
 
+// Calls visit(site) for each linear map with a role in a layer, const or not.
+template <typename Sites, typename Visitor>
+void for_each_site(Sites& layer, Visitor&& visit) {
+  for (auto* site : {&layer.query, &layer.key, &layer.value}) {
+    visit(*site);
+  }
+  for (auto* site : {&layer.output, &layer.ffn_in, &layer.ffn_gate, &layer.ffn_out}) {
+    if (*site) {
+      visit(**site);
+    }
+  }
+}
+
 // The linear maps that have a role in some layer, or share a weight with one that has.
 std::set<const Node*> nodes_with_a_role(const GraphSites& found) {
   std::set<const Node*> result;
@@ -147,14 +160,7 @@ std::set<const Node*> nodes_with_a_role(const GraphSites& found) {
     result.insert(site.elsewhere.begin(), site.elsewhere.end());
   };
   for (const LayerSites& layer : found.layers) {
-    for (const LinearSite* site : {&layer.query, &layer.key, &layer.value}) {
-      add(*site);
-    }
-    for (const auto* site : {&layer.output, &layer.ffn_in, &layer.ffn_gate, &layer.ffn_out}) {
-      if (*site) {
-        add(**site);
-      }
-    }
+    for_each_site(layer, add);
   }
   return result;
 }
@@ -218,7 +224,7 @@ void mark_used_elsewhere(torch::jit::Graph& graph, const Module& module, GraphSi
     const WeightSource source = weight_source(linear_weight(linear), module);
     return source.is_computed() ? nullptr : source.identity();
   };
-  std::set<const void*> others = {};
+  std::set<const void*> others;
   for_each_node(graph.block(), [&](Node* node) {
     if (is_linear(node) && !taken.count(node)) {
       others.insert(weight_of(node));
@@ -226,13 +232,8 @@ void mark_used_elsewhere(torch::jit::Graph& graph, const Module& module, GraphSi
   });
   others.erase(nullptr);
   for (LayerSites& layer : found.layers) {
-    for (LinearSite* site : {&layer.query, &layer.key, &layer.value, layer.output ? &*layer.output : nullptr,
-                             layer.ffn_in ? &*layer.ffn_in : nullptr, layer.ffn_gate ? &*layer.ffn_gate : nullptr,
-                             layer.ffn_out ? &*layer.ffn_out : nullptr}) {
-      if (site && site->node) {
-        site->is_used_elsewhere = others.count(weight_of(site->node)) > 0;
-      }
-    }
+    for_each_site(
+        layer, [&](LinearSite& site) { site.is_used_elsewhere = site.node && others.count(weight_of(site.node)) > 0; });
   }
 }
 

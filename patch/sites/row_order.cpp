@@ -136,18 +136,16 @@ class RowOrder {
       return false;
     }
     const auto shape = shapes_.shape(node->input(0));
-    const auto dim = constant_int(node->namedInput("dim"));
-    if (!shape || !dim) {
+    const auto cut = shape ? position(node->namedInput("dim"), shape->size()) : std::nullopt;
+    if (!cut) {
       return true;
     }
-    const auto cut = position(node->namedInput("dim"), shape->size());
-    const auto result = rows.value->type()->cast<c10::TensorType>() ? shapes_.shape(rows.value) : std::nullopt;
+    const auto result = is_tensor(rows.value) ? shapes_.shape(rows.value) : std::nullopt;
     // A cut along another dimension leaves the rows as they are.
-    const bool keeps =
-        result && cut && *cut < result->size() && result->size() == shape->size() && (*result)[*cut] == (*shape)[*cut];
-    const bool is_elsewhere = cut && std::any_of(shape->begin(), shape->end(), [&](const Dim& size) {
-                                return size == shapes_.canonical(rows.count) && &size != &(*shape)[*cut];
-                              });
+    const bool keeps = result && result->size() == shape->size() && (*result)[*cut] == (*shape)[*cut];
+    const bool is_elsewhere = std::any_of(shape->begin(), shape->end(), [&](const Dim& size) {
+      return size == shapes_.canonical(rows.count) && &size != &(*shape)[*cut];
+    });
     return !keeps && !is_elsewhere;
   }
 
@@ -176,8 +174,7 @@ class RowOrder {
       if (writes && input == node->namedInput("indices")) {
         continue;
       }
-      if (is_tensor(input) || input->node()->kind() == c10::prim::ListConstruct ||
-          input->node()->kind() == c10::prim::TupleConstruct || !input->type()->cast<c10::IntType>()) {
+      if (!input->type()->cast<c10::IntType>()) {
         frontier.push_back({input, count_in(input, rows), rows.is_part});
       }
     }

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +101,15 @@ def _write(base: torch.jit.ScriptModule, module: torch.jit.ScriptModule, argumen
         say(arguments, f"  {arguments.base} was optimised, {arguments.output} is not: see torchgraft optimize")
 
 
-def _changed(arguments: argparse.Namespace, done: str, change: Any, *values: Any, **options: Any) -> None:
+def _changed(
+    arguments: argparse.Namespace, done: str | Callable[[Any], str], change: Any, *values: Any, **options: Any
+) -> None:
+    """done: what the command says, or a function that tells of MODEL."""
     check_script_output(arguments.output)
     base = _load_grafted(arguments.base)
     with step(arguments.command):
         changed = change(base, *values, **options)
-    _write(base, changed, arguments, done)
+    _write(base, changed, arguments, done if isinstance(done, str) else done(base))
 
 
 def _changed_state(arguments: argparse.Namespace, state: str, wanted: bool, done: str, change: Any) -> None:
@@ -178,12 +182,12 @@ def lower(arguments: argparse.Namespace) -> None:
 
 def ungraft(arguments: argparse.Namespace) -> None:
     """Writes the base, without adapters."""
-    example = read_example(arguments.example)
-    check_script_output(arguments.output)
-    base = _load_grafted(arguments.base)
-    merged = ", ".join(f"'{info.name}'" for info in life.list_adapters(base) if info.merged)
-    done = f"the base with the merged weights of {merged}" if merged else "the base"
-    _write(base, life.ungraft(base, example=example), arguments, done)
+    _changed(arguments, _base_of, life.ungraft, example=read_example(arguments.example))
+
+
+def _base_of(module: torch.jit.ScriptModule) -> str:
+    merged = ", ".join(f"'{info.name}'" for info in life.list_adapters(module) if info.merged)
+    return f"the base with the merged weights of {merged}" if merged else "the base"
 
 
 def verify(arguments: argparse.Namespace) -> None:

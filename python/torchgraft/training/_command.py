@@ -14,6 +14,7 @@ import torch
 from torchgraft_command.train_arguments import CHECKPOINT
 
 from .. import (
+    AdapterInfo,
     Fuse,
     HeadConfig,
     add_adapter_fusion,
@@ -248,8 +249,12 @@ def _fused(base: torch.jit.ScriptModule, arguments: argparse.Namespace) -> torch
     return unfreeze_adapter(compose(frozen, name, fuse), name)
 
 
+def _info_of(module: torch.jit.ScriptModule, name: str) -> AdapterInfo:
+    return next(info for info in list_adapters(module) if info.name == name)
+
+
 def _check_is_adapter(base: torch.jit.ScriptModule, name: str, arguments: argparse.Namespace) -> None:
-    held = next(info for info in list_adapters(base) if info.name == name)
+    held = _info_of(base, name)
     if held.composition:
         raise GraftError(
             f"{arguments.model}: '{name}' is the composition {held.composition}; --fuse trains the layers of a Fuse, "
@@ -266,7 +271,7 @@ def _check_makes_layers(arguments: argparse.Namespace, what: str) -> None:
 
 
 def _check_is_fuse(base: torch.jit.ScriptModule, name: str, fuse: Fuse) -> None:
-    held = next(info for info in list_adapters(base) if info.name == name)
+    held = _info_of(base, name)
     if not held.composition or parse_json(held.config, name) != fuse.to_dict():
         what = held.composition or "an adapter"
         raise GraftError(f"the model's '{name}' is {what}, not {fuse}; give --adapter another name")
@@ -276,8 +281,7 @@ def _check_config(module: torch.jit.ScriptModule, name: str, arguments: argparse
     """An adapter that is there has its configuration: checks that --config, if given, is no other."""
     if arguments.config is None:
         return
-    (info,) = [info for info in list_adapters(module) if info.name == name]
-    has = _flat(parse_json(info.config, name))
+    has = _flat(parse_json(_info_of(module, name).config, name))
     wanted = _flat(config_fields(config_argument(arguments.config)))
     others = [key for key in {**has, **wanted} if has.get(key) != wanted.get(key)]
     if others:

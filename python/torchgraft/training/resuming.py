@@ -27,7 +27,7 @@ def _actions() -> dict[str, argparse.Action]:
 def kept_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns what a checkpoint keeps of a command line: numbers and texts, among them absolute paths."""
     values = {name: getattr(arguments, name) for name in _actions()}
-    if values["config"] is not None and isinstance(config_argument(values["config"]), Path):
+    if isinstance(config_argument(values["config"]), Path):
         values["config"] = Path(values["config"])
     return {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in values.items()}
 
