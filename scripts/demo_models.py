@@ -17,7 +17,7 @@ import adapters
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "sentiment"))
 
-from encoder import HiddenStates, encoder_folder  # noqa: E402
+from traced_encoder import HiddenStates, encoder_folder  # noqa: E402
 
 # The oracle's names of the two unions, and whether they have gates. The adapters here have the same names.
 GATED = {"unipelt": True, "mam": False}

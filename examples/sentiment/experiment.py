@@ -14,7 +14,6 @@ from torch import Tensor
 
 import torchgraft
 from data import DOMAINS, LABELS
-from encoder import tokenizer, traced_encoder
 from probe import best_probe, features
 from torchgraft._files import write_whole
 from torchgraft.gates import AdapterGates
@@ -30,6 +29,7 @@ from torchgraft.training.batches import collate, scoring_batches
 from torchgraft.training.examples import check_every_class
 from torchgraft.training.metrics import confusion_matrix, scores_of
 from torchgraft.training.options import DEFAULT_RATES
+from traced_encoder import tokenizer, traced_encoder
 
 PROBE = "linear probe"
 # Their names in the report, and their configurations.

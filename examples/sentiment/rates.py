@@ -27,7 +27,6 @@ from torch import Tensor, nn  # noqa: E402
 
 import torchgraft  # noqa: E402
 from data import LABELS, prepare  # noqa: E402
-from encoder import encoder_folder, tokenizer, traced_encoder  # noqa: E402
 from experiment import first, fresh_model  # noqa: E402
 from torchgraft.training import (  # noqa: E402
     EncodedExamples,
@@ -40,6 +39,7 @@ from torchgraft.training import (  # noqa: E402
 )
 from torchgraft.training.batches import collate, training_batches  # noqa: E402
 from torchgraft.training.schedule import learning_rate_factor  # noqa: E402
+from traced_encoder import encoder_folder, tokenizer, traced_encoder  # noqa: E402
 
 DOMAIN, VALIDATION, NAME = "movie_reviews", 500, "rates"
 

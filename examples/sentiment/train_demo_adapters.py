@@ -23,7 +23,6 @@ import torch  # noqa: E402
 
 import torchgraft  # noqa: E402
 from data import LABELS, DataError, prepare  # noqa: E402
-from encoder import tokenizer, traced_encoder  # noqa: E402
 from experiment import first, fresh_model  # noqa: E402
 from torchgraft._files import write_whole  # noqa: E402
 from torchgraft.training import (  # noqa: E402
@@ -34,6 +33,7 @@ from torchgraft.training import (  # noqa: E402
     read_examples,
     score,
 )
+from traced_encoder import tokenizer, traced_encoder  # noqa: E402
 
 ADAPTERS = Path(__file__).resolve().parent / "adapters"
 CONFIGS = {

@@ -17,7 +17,6 @@ from server_support import TOLERANCE
 
 @pytest.fixture
 def encoder_module(monkeypatch):
-    monkeypatch.delitem(sys.modules, "encoder", raising=False)  # examples/sentiment has one, too
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "ray_serve"))
     yield __import__("encoder")
     del sys.modules["encoder"]
