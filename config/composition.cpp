@@ -237,6 +237,11 @@ std::vector<std::string> fusion_names(const Composition& composition) {
   return names;
 }
 
+bool splits_inputs(const Composition& composition) {
+  return composition.kind == BlockKind::kSplit || composition.kind == BlockKind::kBatchSplit ||
+         std::any_of(composition.children.begin(), composition.children.end(), splits_inputs);
+}
+
 Composition with_renamed(Composition composition, const std::string& name, const std::string& new_name) {
   if (composition.kind == BlockKind::kAdapter && composition.name == name) {
     composition.name = new_name;

@@ -167,6 +167,7 @@ AdapterConfig config_from_json(std::string_view text) {
   if (wrapped && json.contains("model_type") && json.at("model_type").is_string()) {
     const auto model = json.at("model_type").get<std::string>();
     config.wired_for = library_wiring(model, config);
+    config.may_move_positions = library_moves_positions(model, config);
     if (has_invertible(config)) {
       const std::optional<bool> inverts = library_inverts_output(model, model_class_in(json));
       config.inverts_output = inverts.value_or(false);

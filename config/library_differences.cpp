@@ -99,6 +99,10 @@ std::string library_wiring(const std::string& model_type, const AdapterConfig& c
   return differs ? model_type : "";
 }
 
+bool library_moves_positions(const std::string& model_type, const AdapterConfig& config) {
+  return has_prefixes(config) && !is_one_of(model_type, {"deberta", "deberta-v2"});
+}
+
 std::optional<bool> library_inverts_output(const std::string& model_type, const std::string& model_class) {
   // "ModelWithHeads" is the former name of "AdapterModel".
   if (model_class.ends_with("AdapterModel") || model_class.ends_with("ModelWithHeads") ||

@@ -25,6 +25,11 @@ TORCHGRAFT_PATCH_API LibraryDifference library_difference(std::string_view adapt
 // too, or counts layers in its own way; else empty.
 std::string library_wiring(const std::string& model_type, const AdapterConfig& config);
 
+// Whether the library's prefixes in `config` move the relative positions of this model's tokens, if its scores have a
+// term of queries or keys and positions (position_embedding_type "relative_key" of BERT and its relatives). On DeBERTa
+// they do not. T5's positions, whose term has no queries, are refused by library_difference().
+bool library_moves_positions(const std::string& model_type, const AdapterConfig& config);
+
 // Whether the library puts the inverse of an invertible adapter before the output embeddings of this model, as it does
 // in its own heads and in models that it knows by an interface, but not in models with heads of `transformers`.
 // nullopt: the class has no output embeddings, or is not known.

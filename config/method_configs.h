@@ -108,6 +108,9 @@ struct AdapterConfig {
   // The model_type ("albert", "gptj", "encoder-decoder") of an adapter that the library has trained, where the library
   // wires bottlenecks of that model in its own way: see BottleneckWiring in plan/plan.h. Empty: as defined.
   std::string wired_for = {};
+  // Read from a directory of the library with prefixes, on a model in which it may count prefixes when it computes
+  // relative positions. Not written: who loads the directory checks it.
+  bool may_move_positions = false;
   // Whether an invertible adapter's inverse stands before the output embeddings, as it is defined. AdapterHub leaves it
   // out in models with heads of the transformers library.
   bool inverts_output = true;

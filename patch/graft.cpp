@@ -34,7 +34,7 @@ void check_complete(const Draft& draft, const std::vector<AdapterSpec>& specs, c
                                     " recognised, others are not and get no adapter:", indented(draft.sites.left_out));
   TORCH_CHECK(
       options.allow_partial, text,
-      "\nallow_partial=True (torchgraft add --allow-partial) grafts onto the recognised ones; so do edited sites, "
+      ".\nallow_partial=True (torchgraft add --allow-partial) grafts onto the recognised ones; so do edited sites, "
       "which say what is wanted (docs/sites.md)");
   TORCH_WARN(text);
 }

@@ -24,7 +24,7 @@ std::string kind_of_archive(caffe2::serialize::PyTorchStreamReader& file) {
       return "an AOTInductor package, which examples/serve_aoti runs";
     }
     if (name.starts_with("models/") || name == "serialized_exported_program.json") {
-      return "an exported program of torch.export; scripts/graft.py add makes TorchScript of it, grafted";
+      return "an exported program of torch.export; torchgraft add makes TorchScript of it, grafted";
     }
   }
   return file.hasRecord("data.pkl") ? "what torch.save() wrote, a state dict or a pickled model; script or trace the "

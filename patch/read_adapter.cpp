@@ -19,8 +19,7 @@ constexpr const char* kKnownHeads =
     "heads for tagging, and for classification and regression by the first or last token, are; a prediction needs its "
     "own head";
 constexpr const char* kReadInPython =
-    " is for Python: scripts/convert_adapters.py, given the folder that this directory is in, writes safetensors "
-    "beside it";
+    " is for Python: torchgraft convert, given the folder that this directory is in, writes safetensors beside it";
 
 // Anything of that name, also a link that leads nowhere: reading it says what is wrong with it.
 bool is_there(const std::string& path) {
@@ -32,8 +31,20 @@ bool is_there(const std::string& path) {
 void check_is_adapter_hub(const std::string& path, const std::string& text) {
   const auto json = parse_json(text, path);
   TORCH_CHECK(!json.is_object() || !json.contains("peft_type"), path,
-              ": it is an adapter of PEFT, which is read in Python: scripts/graft.py load BASE.pt DIRECTORY -o OUT.pt, "
-              "then scripts/graft.py save OUT.pt NAME NEW_DIRECTORY writes what is read here");
+              ": it is an adapter of PEFT, which is read in Python: torchgraft load BASE.pt DIRECTORY -o OUT.pt, "
+              "then torchgraft save OUT.pt NAME NEW_DIRECTORY writes what is read here");
+}
+
+// Directories of the library without adapter_config.json hold something else.
+void check_holds_adapter(const std::string& directory) {
+  const bool is_known = is_there(directory + "/" + kConfigFile);
+  TORCH_CHECK(
+      is_known || !is_there(directory + "/adapter_fusion_config.json"), directory, ": no ", kConfigFile,
+      "; adapter_fusion_config.json says that the directory holds the AdapterFusion layers of several adapters: "
+      "load_adapter_fusion() puts them into a module that has the adapters");
+  TORCH_CHECK(is_known || !is_there(directory + "/adapter_setup.json"), directory, ": no ", kConfigFile,
+              "; adapter_setup.json says that the directory holds a composition with its adapters: "
+              "torchgraft.load_adapter_setup() in Python loads all of it");
 }
 
 // The "name" in the text of a configuration's file.
@@ -78,6 +89,7 @@ std::optional<HeadSpec> read_head(const std::string& directory, uint64_t most_we
 AdapterSpec read_files(const std::string& directory, const std::string& name, uint64_t most_weight_bytes,
                        Weights wanted) {
   const std::string path = directory + "/" + kConfigFile;
+  check_holds_adapter(directory);
   const std::string text = read_text(path, kLongestConfig);
   check_is_adapter_hub(path, text);
   AdapterSpec spec;

@@ -107,6 +107,22 @@ void warn_of_wiring(const std::string& name, const AdapterConfig& config, const 
   }
 }
 
+// The library gives prefixes positions where scores have a term of relative positions, but on DeBERTa.
+void warn_of_positions(const Adapter& adapter, const Structure& structure, const std::string& attention) {
+  const bool is_t5 = attention.find("T5Attention") != std::string::npos;
+  const bool is_deberta = attention.find("Deberta") != std::string::npos || attention.find("Disentangled") == 0;
+  const bool moves = std::any_of(adapter.plan.begin(), adapter.plan.end(), [&](const PlannedModule& module) {
+    const bool relative = structure.layers.at(structure.position(module.layer)).has_relative_scores && !is_deberta;
+    return std::holds_alternative<PlannedPrefix>(module.method) && (is_t5 || relative);
+  });
+  if (moves) {
+    TORCH_WARN("save_adapter: '", adapter.name,
+               "' has prefixes, and the adapters library moves the relative positions ",
+               "of this model's tokens by their length: it gives other results with this directory, torchgraft the ",
+               "same (docs/adapters.md, \"What the library computes otherwise\")");
+  }
+}
+
 }  // namespace
 
 AdapterFiles adapter_files(const Module& module, const std::string& name, const std::string& model_class) {
@@ -141,6 +157,7 @@ AdapterFiles adapter_files(const Module& module, const std::string& name, const 
   files.config = file.dump(2) + "\n";
   const std::string attention = attention_class(module, structure);
   warn_of_wiring(name, adapter.config, model_type, attention);
+  warn_of_positions(adapter, structure, attention);
   files.weights = adapter_hub_state(adapter.plan, structure, adapter.weights, adapter.sources, name, attention);
   check_reads_back(adapter, written, files.weights, structure, name);
   add_head_files(files, adapter.head, structure, name, model_class);

@@ -11,7 +11,9 @@
 #include <torchgraft/plan/reparametrisation.h>
 
 #include <ATen/ATen.h>
+#include <c10/util/StringUtil.h>
 
+#include <map>
 #include <set>
 #include <tuple>
 
@@ -280,6 +282,27 @@ void WeightReader::check_nothing_is_left() const {
   check(checkpoint_.shared);
 }
 
+// A checkpoint without any weight for some layers was trained on a model of fewer layers, or left these out.
+void check_layers(const Plan& plan, const std::vector<SavedParameters>& matched) {
+  std::map<int64_t, bool> has_weights;  // by layer; prefixes have their weights elsewhere
+  for (size_t i = 0; i < plan.size(); ++i) {
+    if (!std::holds_alternative<PlannedPrefix>(plan[i].method)) {
+      has_weights[plan[i].number] |= !matched[i].empty();
+    }
+  }
+  std::vector<int64_t> without;
+  for (const auto& [layer, has_some] : has_weights) {
+    if (!has_some) {
+      without.push_back(layer);
+    }
+  }
+  TORCH_CHECK(without.empty() || without.size() == has_weights.size(),
+              "adapter weights: the checkpoint has nothing for ", without.size() == 1 ? "layer " : "layers ",
+              c10::Join(", ", without), " of the ", has_weights.size(),
+              " that the configuration is for: is the adapter of a model of fewer layers? If it was trained without ",
+              without.size() == 1 ? "it" : "them", ", \"leave_out\" in its adapter_config.json says so");
+}
+
 }  // namespace
 
 AdapterWeights adapter_hub_weights(const Plan& plan, const Structure& structure, const StateDict& state,
@@ -289,6 +312,7 @@ AdapterWeights adapter_hub_weights(const Plan& plan, const Structure& structure,
   Checkpoint checkpoint = sort_checkpoint(state, saved_name);
   keep_part_of_model(checkpoint, plan, structure);
   const std::vector<SavedParameters> matched = match_modules(checkpoint, plan, structure);
+  check_layers(plan, matched);
   WeightReader reader(structure.layers.front().hidden_size, checkpoint, options);
   AdapterWeights result;
   for (size_t i = 0; i < plan.size(); ++i) {

@@ -97,6 +97,7 @@ OrderedJson to_json(const Layer& layer) {
                       {"norm_order", to_string(layer.norm_order)},
                       {"ffn_norm_order", to_string(layer.ffn_norm_order)},
                       {"attention_mask", layer.has_attention_mask},
+                      {"relative_scores", layer.has_relative_scores},
                       {"cache", to_string(layer.cache)}};
   for (const auto& [key, projection] : kRoles) {
     json[key] = to_json(layer.*projection);
@@ -225,6 +226,7 @@ Layer layer_from_json(const OrderedJson& json, size_t position) {
   layer.norm_order = reader.one_of("norm_order", {NormOrder::kPost, NormOrder::kPre, NormOrder::kNone});
   layer.ffn_norm_order = reader.one_of("ffn_norm_order", {NormOrder::kPost, NormOrder::kPre, NormOrder::kNone});
   layer.has_attention_mask = reader.get<bool>("attention_mask");
+  layer.has_relative_scores = json.contains("relative_scores") && reader.get<bool>("relative_scores");  // as "stack"
   for (const auto& [key, projection] : kRoles) {
     layer.*projection = reader.projection(key, /*is_brief=*/false);
   }

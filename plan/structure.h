@@ -52,7 +52,8 @@ struct Layer {
   bool has_attention_residual = false;                  // a residual add after `output`: the site of mh_adapter
   bool has_ffn_residual = false;                        // a residual add after `ffn_out`: the site of output_adapter
   bool has_attention_mask = false;
-  bool has_core = true;   // false: sites describe the projections of an attention that was not recognised
+  bool has_relative_scores = false;  // what is added to the scores depends on queries or keys: relative positions
+  bool has_core = true;              // false: sites describe the projections of an attention that was not recognised
   bool is_brief = false;  // of edited sites, without a core: they name projections, and the rest is to be found
   bool has_end = false;   // the one value that leaves the Transformer layer is known: the site of output_reft
   std::string end_note;   // why it is not, in words

@@ -95,7 +95,7 @@ std::vector<std::string> Decoder::adapter_names() {
 
 void Decoder::activate(const std::string& name) {
   if (!module_.find_method("activate")) {
-    fail(path_ + ": the model has no adapters; graft some onto it with scripts/graft.py");
+    fail(path_ + ": the model has no adapters; graft some onto it with torchgraft add");
   }
   module_.run_method("activate", name);
 }

@@ -98,6 +98,16 @@ std::vector<NamedComposition> read_compositions(const Module& adapters_module) {
   return result;
 }
 
+std::set<std::string> splitting_compositions(const Module& adapters_module) {
+  std::set<std::string> result;
+  for (const NamedComposition& composition : read_compositions(adapters_module)) {
+    if (splits_inputs(composition.tree)) {
+      result.insert(composition.name);
+    }
+  }
+  return result;
+}
+
 std::vector<std::string> names_by_id(const Module& adapters_module) {
   std::vector<std::string> names;
   for (const char* list : {"names", "composition_names"}) {

@@ -6,6 +6,7 @@
 #include <torch/csrc/jit/api/module.h>
 
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -31,6 +32,12 @@ void check_parts(const NamedComposition& composition, const std::vector<Adapter>
 
 // The compositions of an `adapters` submodule.
 std::vector<NamedComposition> read_compositions(const torch::jit::Module& adapters_module);
+
+// In the error of a Split or BatchSplit that gets inputs of another size.
+inline constexpr const char* kOtherSizes = " which is not equal to the sum of ";
+
+// The names of those compositions that split their inputs.
+std::set<std::string> splitting_compositions(const torch::jit::Module& adapters_module);
 
 // The names of the adapters and of the compositions of an `adapters` submodule, in the order of their ids.
 std::vector<std::string> names_by_id(const torch::jit::Module& adapters_module);

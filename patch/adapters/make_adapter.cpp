@@ -135,6 +135,21 @@ void warn_of_output(Adapter& adapter, const Structure& structure) {
   }
 }
 
+// The adapters library computes relative positions over the keys with the prefix among them.
+void check_positions(const Adapter& adapter, const Structure& structure) {
+  for (const PlannedModule& module : adapter.plan) {
+    const Layer& layer = structure.layers.at(structure.position(module.layer));
+    const bool is_moved = adapter.config.may_move_positions && layer.has_relative_scores &&
+                          std::holds_alternative<PlannedPrefix>(module.method);
+    TORCH_CHECK(!is_moved, "graft: '", adapter.name, "' has prefixes that the adapters library trained, and layer ",
+                layer.number, " adds a term of relative positions to its scores",
+                layer.query && !layer.query->path.empty() ? " (of " + layer.query->path + ")" : "",
+                ": the library gives prefixes positions there, too, and torchgraft does not, so that the trained "
+                "adapter would give other results; train it anew here, or remove \"model_type\" from its "
+                "adapter_config.json to accept the difference");
+  }
+}
+
 }  // namespace
 
 Adapter make_adapter(const AdapterSpec& spec, const Structure& structure, const at::TensorOptions& options) {
@@ -145,12 +160,14 @@ Adapter make_adapter(const AdapterSpec& spec, const Structure& structure, const 
   }
   if (!spec.weights) {
     adapter.config.wired_for.clear();  // a fresh adapter is as defined
+    adapter.config.may_move_positions = false;
     adapter.config.inverts_output = true;
     adapter.config.inverts_output_is_known = true;
     check_leave_out(adapter.config, structure);
   }
   warn_of_output(adapter, structure);
   adapter.plan = make_plan(structure, adapter.config);
+  check_positions(adapter, structure);
   adapter.trainable = spec.trainable;
   if (spec.weights) {
     check_prefix_heads(spec, adapter.plan);

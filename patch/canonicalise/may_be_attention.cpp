@@ -153,6 +153,13 @@ bool depends_on_inputs(Value* value) {
   return search_back(value, is_input, [](Node* node) { return node->kind() == c10::prim::GetAttr; });
 }
 
+bool depends_on(Value* value, const std::vector<Value*>& sources) {
+  const auto is_source = [&](Value* found) {
+    return std::find(sources.begin(), sources.end(), found) != sources.end();
+  };
+  return search_back(value, is_source, [](Node* node) { return node->kind() == c10::prim::GetAttr; });
+}
+
 Node* activation_of_scores(Node* product, SymbolicShapes& shapes) {
   if (!is_aten(product, {"matmul", "bmm"})) {
     return nullptr;
@@ -160,8 +167,11 @@ Node* activation_of_scores(Node* product, SymbolicShapes& shapes) {
   Node* activation = nullptr;
   Node* node = product->namedInput("self")->node();
   while (!is_aten(node, {"matmul", "bmm", "baddbmm"})) {
-    const bool activates =
-        is_aten(node, {"relu", "sigmoid", "square", "silu", "gelu", "softplus", "elu", "leaky_relu", "tanh", "pow"});
+    // exp: of a softmax with another sum below it, as 1 + sum.
+    const bool activates = is_aten(
+        node, {"relu",        "relu6",     "sigmoid", "square",    "silu", "gelu",       "softplus", "elu",
+               "celu",        "selu",      "mish",    "tanh",      "pow",  "leaky_relu", "hardtanh", "hardswish",
+               "hardsigmoid", "threshold", "clamp",   "clamp_min", "abs",  "exp",        "exp2"});
     const bool carries = is_layout(node) || is_elementwise(node) ||
                          is_aten(node, {"dropout", "mul", "div", "add", "sub", "masked_fill"});
     if (!activates && !carries) {

@@ -4,6 +4,8 @@
 
 #include <torch/csrc/jit/ir/ir.h>
 
+#include <vector>
+
 namespace torchgraft {
 
 // True when `softmax`, which was not rewritten, may be that of an attention layer: its scores compare activations with
@@ -18,5 +20,8 @@ torch::jit::Node* activation_of_scores(torch::jit::Node* product, SymbolicShapes
 // True when the elements of `value`, not only its shape, depend on a tensor among the graph's inputs. The queries of an
 // attention that pools do not.
 bool depends_on_inputs(torch::jit::Value* value);
+
+// True when the elements of `value` depend on those of one of `sources`.
+bool depends_on(torch::jit::Value* value, const std::vector<torch::jit::Value*>& sources);
 
 }  // namespace torchgraft

@@ -2,6 +2,7 @@
 
 #include <torchgraft/patch/canonicalise/affine_path.h>
 #include <torchgraft/patch/canonicalise/cached_tokens.h>
+#include <torchgraft/patch/canonicalise/head_order.h>
 #include <torchgraft/patch/canonicalise/mask_fills.h>
 #include <torchgraft/patch/canonicalise/may_be_attention.h>
 #include <torchgraft/patch/canonicalise/score_path.h>
@@ -87,8 +88,9 @@ Value* insert_transposed(Graph& graph, SymbolicShapes& shapes, Value* keys_trans
   return graph.insert(c10::aten::transpose, {keys_transposed, -2, -1});
 }
 
-// Inserts [B * h, S, d] as [B, h, S, d]; a value of rank 4 stays. Null when the rank or the head count is not known.
-Value* insert_rank_4(Graph& graph, SymbolicShapes& shapes, Value* value) {
+// Inserts [B * h, S, d], or [h * B, S, d], as [B, h, S, d]; a value of rank 4 stays. Null when the rank or the head
+// count is not known.
+Value* insert_rank_4(Graph& graph, SymbolicShapes& shapes, Value* value, HeadOrder order) {
   const auto shape = shapes.shape(value);
   if (!shape || (shape->size() != 3 && shape->size() != 4)) {
     return nullptr;
@@ -99,8 +101,21 @@ Value* insert_rank_4(Graph& graph, SymbolicShapes& shapes, Value* value) {
   if (shape->front().is_constant()) {
     return nullptr;
   }
-  Value* sizes = graph.insertConstant(std::vector<int64_t>{-1, shape->front().factor});
+  const int64_t heads = shape->front().factor;
+  if (order == HeadOrder::kRowsInHeads) {
+    Value* sizes = graph.insertConstant(std::vector<int64_t>{heads, -1});
+    return graph.insert(c10::aten::transpose, {graph.insert(c10::Symbol::aten("unflatten"), {value, 0, sizes}), 0, 1});
+  }
+  Value* sizes = graph.insertConstant(std::vector<int64_t>{-1, heads});
   return graph.insert(c10::Symbol::aten("unflatten"), {value, 0, sizes});
+}
+
+// Inserts [B, h, S, d] as the product with values was.
+Value* insert_rank_3(Graph& graph, Value* output, HeadOrder order) {
+  if (order == HeadOrder::kRowsInHeads) {
+    output = graph.insert(c10::aten::transpose, {output, 0, 1});
+  }
+  return graph.insert(c10::aten::flatten, {output, 0, 1});
 }
 
 // `value` before all multiplications and divisions by numbers. The numbers go to `factors`.
@@ -120,7 +135,7 @@ Value* take_scale(Value* value, SymbolicShapes& shapes, Factors& factors) {
 
 // Inserts the bias in a shape that broadcasts against [B, h, S, S].
 Value* insert_mask(Graph& graph, SymbolicShapes& shapes, Value* bias, Value* anchor, bool product_is_rank_3,
-                   bool& understood) {
+                   HeadOrder order, bool& understood) {
   if (!bias) {
     return graph.insertConstant(c10::IValue());
   }
@@ -128,7 +143,7 @@ Value* insert_mask(Graph& graph, SymbolicShapes& shapes, Value* bias, Value* anc
     const auto shape = shapes.shape(bias);
     const bool per_head = shape && shape->size() == 3 && !shape->front().is_constant();
     understood = understood && shape.has_value();
-    bias = per_head ? insert_rank_4(graph, shapes, bias) : bias;
+    bias = per_head ? insert_rank_4(graph, shapes, bias, order) : bias;
   }
   bias = graph.insert(c10::Symbol::aten("atleast_2d"), {bias});  // what scaled_dot_product_attention asks for
   return graph.insert(c10::aten::type_as, {bias, anchor});
@@ -195,6 +210,12 @@ std::optional<Attention> find_one(Node* softmax, const torch::jit::Module& modul
   return Attention{softmax, product, *consumer};
 }
 
+// Products pair queries, keys, values and scores element by element: the order of one is that of all.
+HeadOrder order_of(const Attention& attention, SymbolicShapes& shapes) {
+  const HeadOrder of_queries = head_order(shapes, left_factor(attention.product));
+  return of_queries != HeadOrder::kUnknown ? of_queries : head_order(shapes, right_factor(attention.consumer.product));
+}
+
 // Rewrites an attention. Returns the reason, in words, when it cannot.
 std::optional<std::string> raise_one(const std::shared_ptr<Graph>& graph, SymbolicShapes& shapes,
                                      const Attention& attention) {
@@ -222,14 +243,22 @@ std::optional<std::string> raise_one(const std::shared_ptr<Graph>& graph, Symbol
   Value* bias = path.bias(softmax->namedInput("self"));
   // A reshape on the way means that masks were applied in rank 4.
   const bool masked_in_rank_3 = rank->size() == 3 && value_rank->size() == 3 && *dim != 3 && !path.reshaped;
-  Value* mask = insert_mask(*graph, shapes, bias, anchor, masked_in_rank_3, path.understood);
-  Value* query = insert_rank_4(*graph, shapes, left_factor(product));
+  const HeadOrder order = rank->size() == 3 ? order_of(attention, shapes) : HeadOrder::kHeadsInRows;
+  if (order == HeadOrder::kUnknown) {
+    return "how the first dimension of its queries counts rows and heads is not known; view them as [batch, heads, "
+           "tokens, head size]";
+  }
+  if (order == HeadOrder::kRowsInHeads && bias && path.reshaped) {
+    return "its masks are added to scores of shape [heads, batch, queries, keys]; put the heads behind the batch";
+  }
+  Value* mask = insert_mask(*graph, shapes, bias, anchor, masked_in_rank_3, order, path.understood);
+  Value* query = insert_rank_4(*graph, shapes, left_factor(product), order);
   // A scale of the keys scales all scores, also those of prefixes, which come beside the keys.
   Value* keys_transposed = take_scale(right_factor(product), shapes, path.factors);
   Value* keys = take_scale(insert_transposed(*graph, shapes, keys_transposed), shapes, path.factors);
   assume_heads(keys, rank, /*is_transposed=*/false, shapes);
-  Value* key = insert_rank_4(*graph, shapes, keys);
-  Value* value = insert_rank_4(*graph, shapes, right_factor(consumer.product));
+  Value* key = insert_rank_4(*graph, shapes, keys, order);
+  Value* value = insert_rank_4(*graph, shapes, right_factor(consumer.product), order);
   if (!path.understood || !query || !key || !value) {
     return path.understood ? "the heads are not a dimension of their own" : "its scale or mask is not understood";
   }
@@ -245,7 +274,7 @@ std::optional<std::string> raise_one(const std::shared_ptr<Graph>& graph, Symbol
   Value* output = graph->insert(c10::aten::scaled_dot_product_attention, {query, key, value, mask, dropout_p, false},
                                 {torch::jit::NamedValue("scale", path.factors.constant)});
   if (value_rank->size() == 3) {
-    output = graph->insert(c10::aten::flatten, {output, 0, 1});
+    output = insert_rank_3(*graph, output, order);
   }
   consumer.product->output()->replaceAllUsesWith(output);
   return std::nullopt;

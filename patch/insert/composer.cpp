@@ -1,5 +1,6 @@
 #include <torchgraft/patch/insert/composer.h>
 
+#include <torchgraft/patch/adapters/compositions.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/insert/row_functions.h>
 
@@ -144,8 +145,7 @@ void Composer::check_sizes(const Composition& block, Value* x, int64_t dim, cons
   static const auto check = compile_graph(kComposerFunctions, "check_size");
   const int64_t expected = std::accumulate(block.sizes.begin(), block.sizes.end(), int64_t{0});
   const std::string before = "'" + site_.name + "': " + what;
-  const std::string behind =
-      c10::str(" which is not equal to the sum of ", field, " [", c10::Join(", ", block.sizes), "]");
+  const std::string behind = c10::str(kOtherSizes, field, " [", c10::Join(", ", block.sizes), "]");
   torch::jit::insertGraph(graph_, *check,
                           {x, graph_.insertConstant(dim), graph_.insertConstant(expected),
                            graph_.insertConstant(before), graph_.insertConstant(behind)});

@@ -25,9 +25,9 @@ using torch::jit::Value;
 constexpr const char* kHelpers = R"python(
 def update(x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: Tensor, gate: Tensor, adapter_ids: Optional[Tensor],
            adapter: int) -> Tensor:
-    coefficient = selected(scaling, adapter_ids, adapter).view(-1, 1, 1) * gate.unsqueeze(-1)
-    hidden = torch.matmul(x, selected(lora_a, adapter_ids, adapter).transpose(1, 2))
-    return torch.matmul(hidden * coefficient, selected(lora_b, adapter_ids, adapter).transpose(1, 2))
+    coefficient = present(scaling, adapter_ids, adapter).view(-1, 1, 1) * gate.unsqueeze(-1)
+    hidden = torch.matmul(x, present(lora_a, adapter_ids, adapter).transpose(1, 2))
+    return torch.matmul(hidden * coefficient, present(lora_b, adapter_ids, adapter).transpose(1, 2))
 
 def prefixed_mask(query: Tensor, key: Tensor, attn_mask: Optional[Tensor], is_causal: bool) -> Tensor:
     if attn_mask is not None:
@@ -45,12 +45,12 @@ def prefixed_mask(query: Tensor, key: Tensor, attn_mask: Optional[Tensor], is_ca
 
 // The end of both bottlenecks' bodies: computes the result from x, residual and gate.
 constexpr const char* kBottleneck = R"python(
-    inner = torch.matmul(x, selected(down_weight, adapter_ids, adapter).transpose(1, 2)) + \
-        selected(down_bias, adapter_ids, adapter).unsqueeze(1)
+    inner = torch.matmul(x, present(down_weight, adapter_ids, adapter).transpose(1, 2)) + \
+        present(down_bias, adapter_ids, adapter).unsqueeze(1)
     hidden = ACTIVATION
-    up = torch.matmul(hidden, selected(up_weight, adapter_ids, adapter).transpose(1, 2)) + \
-        selected(up_bias, adapter_ids, adapter).unsqueeze(1)
-    return residual + up * (selected(scaling, adapter_ids, adapter).unsqueeze(1) * gate.unsqueeze(-1)), gate
+    up = torch.matmul(hidden, present(up_weight, adapter_ids, adapter).transpose(1, 2)) + \
+        present(up_bias, adapter_ids, adapter).unsqueeze(1)
+    return residual + up * (present(scaling, adapter_ids, adapter).unsqueeze(1) * gate.unsqueeze(-1)), gate
 )python";
 
 // A unit of ReFT: the first for the first tokens of a row, the last for its last ones, which overrule them.
@@ -94,13 +94,16 @@ BOTTLENECK
     check_ids(OP, x, adapter_ids, prefix_key)
     gate = pooled(x, gate_weight, gate_bias, adapter_ids, adapter, token_mask)
     rows, columns = query.size(0), gate.size(1)
-    prefixed_key = selected(prefix_key, adapter_ids, adapter) * gate.narrow(1, 0, 1).view(rows, 1, 1, 1)
-    prefixed_value = selected(prefix_value, adapter_ids, adapter) * gate.narrow(1, columns - 1, 1).view(rows, 1, 1, 1)
     length = prefix_key.size(2)
     positions = torch.arange(length, device=query.device).unsqueeze(0)
     used = torch.logical_and(positions.lt(selected(prefix_length, adapter_ids, adapter).unsqueeze(1)),
                              is_active(x, adapter_ids, adapter).unsqueeze(1))
-    hidden = torch.logical_not(used).view(-1, 1, 1, length)
+    absent = torch.logical_not(used).view(-1, 1, length, 1)
+    prefixed_key = selected(prefix_key, adapter_ids, adapter).masked_fill(absent, 0) * \
+        gate.narrow(1, 0, 1).view(rows, 1, 1, 1)
+    prefixed_value = selected(prefix_value, adapter_ids, adapter).masked_fill(absent, 0) * \
+        gate.narrow(1, columns - 1, 1).view(rows, 1, 1, 1)
+    hidden = absent.view(-1, 1, 1, length)
     mask = prefixed_mask(query, key, attn_mask, is_causal)
     prefix_mask = additive_mask(hidden, query.dtype).expand(rows, mask.size(1), query.size(2), length)
     mask = torch.cat([prefix_mask, mask.expand(rows, mask.size(1), query.size(2), key.size(2))], -1)

@@ -304,7 +304,8 @@ void Inserter::prepare_token_masks(const std::vector<Slot>& slots, const std::ve
                   " is computed from its queries or keys, or written in place behind them, so it is not known before "
                   "them; name the forward argument that is the token mask (token_mask_input)");
       const bool narrows = !is_none(mask) && sites_.structure.layers[layer].cache != CacheKind::kNone;
-      Value* own = narrows ? of_this_pass(mask, layer) : mask;
+      // The attention's own None may stand behind this place.
+      Value* own = is_none(mask) ? graph_.insertConstant(c10::IValue()) : narrows ? of_this_pass(mask, layer) : mask;
       Value* rows = swapped(x, first->sequence_first);
       Node* real = call("attention_token_mask", {NamedValue(rows), NamedValue(readable(own, rows))}, {});
       shared = with_whole_rows(real->output());

@@ -11,7 +11,8 @@ namespace {
 using torch::jit::Value;
 
 // A bank is read as [1, ...] when all rows use one adapter, and as [B, ...] when each has its own; both broadcast. A
-// row without an adapter has a gate of 0, which removes what a method adds, and sees no prefix. 11 is torch.bool:
+// row without an adapter has a gate of 0, which removes what a method adds, and sees no prefix; where a gate would meet
+// a product of the first adapter's weights, which may be no numbers, `present` has zeros for them. 11 is torch.bool:
 // TorchScript that is compiled in C++ has no name for it. 4 is torch.int64. 6 is torch.float32, in which gates of
 // 16-bit inputs are computed, as in ops/gate.cpp: a sum with it is at least that wide.
 //
@@ -34,6 +35,14 @@ def selected(bank: Tensor, adapter_ids: Optional[Tensor], adapter: int) -> Tenso
     if adapter_ids is None:
         return bank.narrow(0, max(adapter, 0), 1)
     return bank.index_select(0, adapter_ids.clamp(min=0))
+
+def present(bank: Tensor, adapter_ids: Optional[Tensor], adapter: int) -> Tensor:
+    rows = selected(bank, adapter_ids, adapter)
+    if adapter_ids is None:
+        if adapter < 0:
+            return torch.zeros_like(rows)
+        return rows
+    return rows.masked_fill(adapter_ids.lt(0).view([-1] + [1] * (rows.dim() - 1)), 0)
 
 def is_active(x: Tensor, adapter_ids: Optional[Tensor], adapter: int) -> Tensor:
     if adapter_ids is None:

@@ -1,6 +1,7 @@
 #include <torchgraft/patch/module/verify_results.h>
 
 #include <torchgraft/patch/adapters/adapters_module.h>
+#include <torchgraft/patch/adapters/compositions.h>
 #include <torchgraft/patch/canonicalise/decompose_linear.h>
 #include <torchgraft/patch/graph/clone_module.h>
 #include <torchgraft/patch/insert/decompose_adapters.h>
@@ -14,6 +15,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <set>
 #include <stdexcept>
 #include <utility>
 
@@ -69,9 +71,13 @@ std::vector<int64_t> row_counts(const Arguments& arguments) {
   return result;
 }
 
-// Ids that give row i the adapter first + i; those behind the last adapter begin again.
-at::Tensor ids_from(int64_t first, int64_t rows, int64_t adapters, c10::Device device) {
-  return at::arange(first, first + rows, at::TensorOptions(at::kLong).device(device)).remainder(adapters);
+// Ids that give row i the adapter at first + i in `adapters`; those behind the last adapter begin again.
+at::Tensor ids_from(const std::vector<int64_t>& adapters, size_t first, int64_t rows, c10::Device device) {
+  std::vector<int64_t> ids;
+  for (int64_t i = 0; i < rows; ++i) {
+    ids.push_back(adapters[(first + i) % adapters.size()]);
+  }
+  return at::tensor(ids, at::TensorOptions(at::kLong).device(device));
 }
 
 // One way of running one of the modules.
@@ -95,9 +101,9 @@ struct Tried {
 // A base and the grafted module on one set of arguments.
 class Comparison {
  public:
-  // `is_drawn`: results that are not finite are a NotFinite.
+  // `is_drawn`: results that are not finite are a NotFinite. `is_made_up`: the arguments are.
   Comparison(const BaseAndGrafted& modules, const BaseForward& forward, at::ScalarType dtype, const Verifier& verifier,
-             bool is_drawn)
+             bool is_drawn, bool is_made_up)
       : base_(clone_module(modules.base), forward.graph),
         grafted_(modules.grafted, forward.graph),
         by_calls_(clone_module(grafted_.module), forward.graph),
@@ -105,7 +111,9 @@ class Comparison {
         dtype_(dtype),
         device_(forward.weights.device()),
         verifier_(verifier),
-        is_drawn_(is_drawn) {
+        is_drawn_(is_drawn),
+        is_made_up_(is_made_up),
+        splitting_(splitting_compositions(modules.grafted.attr("adapters").toModule())) {
     const auto graph = by_calls_.module.get_method("grafted_forward").graph();
     decompose_linear(graph);
     decompose_adapters(graph);
@@ -134,12 +142,16 @@ class Comparison {
     }
     check_active_is_finite(arguments, expected);
     for (const std::string& adapter : adapters) {
-      add(missing, compare_adapter(arguments, adapter, ids, expected));
+      add(missing, may_not_fit(adapter) ? compare_composition(arguments, adapter, ids, expected)
+                                        : compare_adapter(arguments, adapter, ids, expected));
     }
     return missing.empty() ? reason : "the result was not compared with the base's: " + missing;
   }
 
   void check_active_is_finite(const Arguments& arguments, const c10::IValue& of_base) const {
+    if (may_not_fit(active_name(grafted_.module))) {
+      return;
+    }
     const c10::IValue adapted = run({grafted_.run, "forward"}, arguments);
     check_drawn_is_finite(adapted, of_base, "the active adapter");
     TORCH_CHECK(!all_finite(of_base) || all_finite(adapted), verifier_.what,
@@ -199,6 +211,21 @@ class Comparison {
     return {};
   }
 
+  // Whether `name` is a composition that splits inputs, and those were made up.
+  bool may_not_fit(const std::string& name) const { return is_made_up_ && splitting_.count(name) > 0; }
+
+  std::string compare_composition(const Arguments& arguments, const std::string& name, const at::Tensor& ids,
+                                  const c10::IValue& of_base) const {
+    try {
+      return compare_adapter(arguments, name, ids, of_base);
+    } catch (const RunFailure& error) {
+      if (std::string(error.what()).find(kOtherSizes) == std::string::npos) {
+        throw;
+      }
+      return "'" + name + "' splits inputs of other sizes than those that were made up; give example inputs";
+    }
+  }
+
   // The adapter by its operators, by the ATen calls that define them, and by ids that give it to every row.
   std::string compare_adapter(const Arguments& arguments, const std::string& adapter, const at::Tensor& ids,
                               const c10::IValue& of_base) const {
@@ -249,9 +276,15 @@ class Comparison {
     if (!is_grafted(base_.module)) {
       return missing;
     }
-    const auto earlier = static_cast<int64_t>(adapter_names(base_.module.attr("adapters").toModule()).size());
-    for (int64_t first = 0; first < earlier; first += rows) {
-      const at::Tensor ids = ids_from(first, rows, earlier, device_);
+    std::vector<int64_t> earlier;  // without compositions that split a batch of a certain size
+    const std::vector<std::string> names = adapter_names(base_.module.attr("adapters").toModule());
+    for (size_t id = 0; id < names.size(); ++id) {
+      if (splitting_.count(names[id]) == 0) {
+        earlier.push_back(static_cast<int64_t>(id));
+      }
+    }
+    for (size_t first = 0; first < earlier.size(); first += rows) {
+      const at::Tensor ids = ids_from(earlier, first, rows, device_);
       const Trial before{base_.run, "forward", ids};
       const c10::IValue expected = run(before, arguments);
       check_drawn_is_finite(expected, of_base, "the adapters that the module has already");
@@ -282,6 +315,8 @@ class Comparison {
   c10::Device device_;
   const Verifier& verifier_;
   bool is_drawn_;
+  bool is_made_up_;
+  std::set<std::string> splitting_;
 };
 
 }  // namespace
@@ -305,10 +340,10 @@ std::string verify_results(const BaseAndGrafted& modules, const std::optional<Ba
   const BaseForward forward{copies.base, method, graph_of_run(copies.base, method),
                             graph_of_run(copies.grafted, "grafted_forward"), weights};
   const at::ScalarType dtype = coarsest_dtype(*forward.flat, modules.base);
-  const Comparison as_is(copies, forward, dtype, verifier, /*is_drawn=*/false);
+  const Comparison as_is(copies, forward, dtype, verifier, /*is_drawn=*/false, !example);
   std::optional<Comparison> as_drawn;
   if (drawn) {
-    as_drawn.emplace(*drawn, forward, dtype, verifier, /*is_drawn=*/true);
+    as_drawn.emplace(*drawn, forward, dtype, verifier, /*is_drawn=*/true, !example);
   }
   const auto compare = [&](const Arguments& arguments, const c10::IValue& of_base) {
     if (!as_drawn) {

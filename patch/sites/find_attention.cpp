@@ -202,6 +202,16 @@ bool find_keys_and_values(SiteFinder& finder, Node* attention, Layer& layer, Lay
          find_projection(finder, attention->namedInput("value"), "value", layer.value, sites.value, layer, reason);
 }
 
+// Whether a term of queries or keys is added to the scores, as where they meet embeddings of distances.
+bool has_relative_scores(Node* attention, const LayerSites& sites) {
+  std::vector<Value*> projected = {sites.query.node->output()};
+  if (sites.key.node) {
+    projected.push_back(sites.key.node->output());
+  }
+  Value* mask = attention->namedInput("attn_mask");
+  return !is_none(mask) && depends_on(mask, projected);
+}
+
 }  // namespace
 
 bool find_attention(SiteFinder& finder, Node* attention, Layer& layer, LayerSites& sites, std::string& reason) {
@@ -244,6 +254,7 @@ bool find_attention(SiteFinder& finder, Node* attention, Layer& layer, LayerSite
     return false;
   }
   note_shared_maps(layer, sites);
+  layer.has_relative_scores = has_relative_scores(attention, sites);
   const auto input = finder.shapes().shape(linear_input(sites.query.node));
   if (!input || !input->back().is_constant()) {
     reason = "the width of the input of its query projection is not known";

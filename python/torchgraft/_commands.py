@@ -21,6 +21,7 @@ from torchgraft_command.line import printable
 
 from . import _life_commands
 from ._console import say, table_console
+from ._convert_command import convert_command
 from ._drawing import draw
 from ._example import read_example
 from ._files import (
@@ -67,6 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
         "add": add,
         "inspect": inspect,
         "tune": tune_command,
+        "convert": convert_command,
         "export": export_command,
         "optimize": optimize_command,
         "quantize": quantize_command,

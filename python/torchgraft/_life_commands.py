@@ -17,6 +17,8 @@ from ._operators import is_optimized
 from ._reading import parse_json
 from ._steps import show_detail, step
 from ._text import load_tokenizer, of_texts, text_arguments, text_limits
+from .adapter_hub import CONFIG_FILE
+from .adapter_setup import SETUP_FILE, load_adapter_setup, save_adapter_setup
 from .adapter_training import freeze_adapter, unfreeze_adapter
 from .checkpoints import load_adapter, match_adapter, save_adapter
 from .errors import GraftError
@@ -37,14 +39,46 @@ def _load_grafted(path: Path) -> torch.jit.ScriptModule:
 def save(arguments: argparse.Namespace) -> None:
     """Writes one adapter of a file into an AdapterHub directory."""
     module = _load_grafted(arguments.base)
-    save_adapter(module, arguments.name, arguments.directory, not arguments.bin, arguments.model_class, arguments.force)
-    say(arguments, f"{arguments.directory}: adapter {arguments.name}")
+    is_composed = any(info.name == arguments.name and info.composition for info in life.list_adapters(module))
+    if is_composed:
+        save_adapter_setup(
+            module, arguments.name, arguments.directory, not arguments.bin, arguments.force, arguments.model_class
+        )
+    else:
+        save_adapter(
+            module, arguments.name, arguments.directory, not arguments.bin, arguments.model_class, arguments.force
+        )
+    what = "composition" if is_composed else "adapter"
+    say(arguments, f"{arguments.directory}: {what} {arguments.name}")
+
+
+def _load_composition(base: torch.jit.ScriptModule, arguments: argparse.Namespace) -> None:
+    """Of a directory of save_adapter_setup()."""
+    if arguments.trainable:
+        raise GraftError(
+            "--trainable: a composition is loaded frozen; torchgraft unfreeze makes the AdapterFusion layers of a Fuse "
+            "trainable"
+        )
+    present = [name for name in names_of(base) if (arguments.directory / name).is_dir()]
+    if present and not arguments.force:
+        raise GraftError(
+            f"{arguments.base}: it has adapters of names in {arguments.directory} already ({', '.join(present)}); "
+            "--force replaces them"
+        )
+    with step("grafting"):
+        module = load_adapter_setup(base, arguments.directory, arguments.name, example=read_example(arguments.example))
+    name = arguments.name or arguments.directory.resolve().name
+    _write(base, module, arguments, f"{arguments.directory} is '{name}' and its adapters")
 
 
 def load(arguments: argparse.Namespace) -> None:
-    """Writes a file with the adapter of a directory added or, with --force, in place of the adapter of that name."""
+    """Writes a file with the adapter of a directory, or its composition with its adapters, added or, with --force, in
+    place of the adapters of these names."""
     check_script_output(arguments.output)
     base = load_module(arguments.base)
+    if (arguments.directory / SETUP_FILE).exists() and not (arguments.directory / CONFIG_FILE).exists():
+        _load_composition(base, arguments)
+        return
     example = read_example(arguments.example)
     with step("grafting"):
         module = load_adapter(base, arguments.directory, arguments.name, arguments.trainable, example=example)

@@ -73,7 +73,19 @@ def read_config(directory: str | Path) -> str:
     return _read_config_file(path / CONFIG_FILE if path.is_dir() else path)
 
 
+# By the file that another directory of the library has in place of adapter_config.json: what it is, and who reads it.
+_OTHER_DIRECTORIES = {
+    "adapter_fusion_config.json": "the AdapterFusion layers of several adapters: torchgraft.load_adapter_fusion() puts "
+    "them into a module that has the adapters",
+    "adapter_setup.json": "a composition with its adapters: torchgraft.load_adapter_setup() loads all of it",
+    "head_config.json": "a head without an adapter: torchgraft.load_adapter() reads heads beside adapters only",
+}
+
+
 def _read_config_file(path: Path) -> str:
+    for name, meaning in _OTHER_DIRECTORIES.items():
+        if path.name == CONFIG_FILE and not os.path.lexists(path) and os.path.lexists(path.parent / name):
+            raise GraftError(f"{path.parent}: no {CONFIG_FILE}; {name} says that the directory holds {meaning}")
     try:
         text = read_text(path)
     except OSError as error:

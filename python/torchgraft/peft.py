@@ -76,9 +76,9 @@ def load_peft_directory(
         projections = _projections(structure)
     maps = [path.removesuffix(".weight") for path, tensor in parameters.items() if path.endswith(".weight")
             and tensor.dim() == 2]  # fmt: skip
-    model_paths = list(dict.fromkeys([*projections, *maps]))
-    wholes = _present(directory, weights.wholes, model_paths)
     linear_maps = {entry["path"]: entry for entry in structure.get("linear_maps", [])}
+    model_paths = list(dict.fromkeys([*projections, *linear_maps, *maps]))  # linear maps of int8 have no "weight"
+    wholes = _present(directory, weights.wholes, model_paths, linear_maps)
     places = match_paths(directory, [*weights.updates, *wholes], model_paths, list(linear_maps))
     _check_completeness(config, weights.updates, places, model_paths)
     _check_bases(directory, weights.bases, places, parameters)
@@ -97,11 +97,31 @@ def load_peft_directory(
 
 
 def _present(
-    directory: Path, wholes: Mapping[str, tuple[Tensor, Tensor | None]], model_paths: list[str]
+    directory: Path,
+    wholes: Mapping[str, tuple[Tensor, Tensor | None]],
+    model_paths: list[str],
+    linear_maps: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
     """Returns those linear maps that the model has. Warns of the others: the model may have been traced without its
-    head."""
+    head.
+
+    Args:
+        linear_maps: those outside of the model's layers. A map whose weight is an embedding's, too, may have the
+            embedding's path.
+
+    Raises:
+        GraftError: one of the others may be such a map.
+    """
     found = {path: whole for path, whole in wholes.items() if any(place_of(each, path) for each in model_paths)}
+    for path, (weight, _) in wholes.items():
+        for other, entry in linear_maps.items():
+            is_like_it = tuple(weight.shape) == (entry["out_features"], entry["in_features"])
+            if path not in found and is_like_it and not any(place_of(other, each) for each in found):
+                raise GraftError(
+                    f"{directory}: {path} (modules_to_save) may be the model's {other}, which has as many inputs and "
+                    "outputs: a weight that is tied to an embedding has the embedding's path. Untie the model's "
+                    f"weights, so that {path} has one of its own"
+                )
     lost = shown_paths(path for path in wholes if path not in found)
     if lost:
         warnings.warn(
@@ -134,7 +154,13 @@ def _whole_update(
     parameters: Mapping[str, Tensor],
 ) -> Update:
     """Returns the update that makes a linear map of the model the one that was trained as a whole."""
-    old, bias = parameters[f"{model_path}.weight"].detach(), parameters.get(f"{model_path}.bias")
+    weight, bias = parameters.get(f"{model_path}.weight"), parameters.get(f"{model_path}.bias")
+    if weight is None:
+        raise GraftError(
+            f"{config.directory}: {path} was trained as a whole (modules_to_save), and the model's {model_path} has no "
+            "floating-point weight to compare with (int8?); load the adapter onto the float module, and quantise after"
+        )
+    old = weight.detach()
     if config.use_dora:
         raise GraftError(f"{config.directory}: DoRA beside modules that were trained as a whole is not supported")
     if old.shape != whole[0].shape or (bias is None) != (whole[1] is None):

@@ -34,7 +34,7 @@ null for no projection, a residual to false), and it overrules what is seen. Mor
 """
 # Commands whose output is what was asked for: there is nothing to be quiet about.
 SHOWING = {"inspect", "match", "list", "completion"}
-LOADING_NOTHING = {"tune", "completion"}
+LOADING_NOTHING = {"tune", "convert", "completion"}
 
 
 def two_names(text: str, expected: str = "OLD=NEW") -> tuple[str, str]:
@@ -76,6 +76,7 @@ def make_parser(program: str = "torchgraft") -> Parser:
     train_arguments.add_train_command(commands)
     serve_arguments.add_serve_command(commands)
     add_tune_command(commands)
+    add_convert_command(commands)
     add_completion_command(commands)
     for name, command in commands.choices.items():
         add_common_arguments(name, command)
@@ -242,6 +243,18 @@ def add_tune_command(commands: argparse._SubParsersAction[Parser]) -> None:
     tuning.add_argument("--features", type=int, nargs="+", help="hidden sizes, multiples of 64 (default: 384 768)")
 
 
+def add_convert_command(commands: argparse._SubParsersAction[Parser]) -> None:
+    converting = commands.add_parser(
+        "convert", help="write adapter.safetensors beside each pytorch_adapter.bin, for C++, which reads no pickles"
+    )
+    converting.add_argument(
+        "folder",
+        type=Path,
+        metavar="FOLDER",
+        help="an adapter's directory of AdapterHub, or a folder of such directories",
+    )
+
+
 def life_command(
     commands: argparse._SubParsersAction[Parser], name: str, about: str, writes: bool = True, forcing: str = ""
 ) -> argparse.ArgumentParser:
@@ -270,8 +283,15 @@ def add_life_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     saving.add_argument("--bin", action="store_true", help="write pytorch_adapter.bin instead of adapter.safetensors")
     loading = command("load", "add the adapter of a directory", forcing=", and replace an adapter of that name")
-    loading.add_argument("directory", type=Path, metavar="DIRECTORY", help="of AdapterHub, or a LoRA of PEFT")
-    loading.add_argument("--name", help="the adapter's name in OUT.pt (default: its name in the directory)")
+    loading.add_argument(
+        "directory",
+        type=Path,
+        metavar="DIRECTORY",
+        help="of AdapterHub (an adapter, or a composition with its adapters), or a LoRA of PEFT",
+    )
+    loading.add_argument(
+        "--name", help="the adapter's name in OUT.pt (default: its name in the directory; of PEFT: default)"
+    )
     loading.add_argument("--trainable", action="store_true", help="give it parameters of its own, to train it")
     matching = command("match", "show where load would put each weight of a directory", writes=False)
     matching.add_argument("directory", type=Path, metavar="DIRECTORY", help="of AdapterHub, or a LoRA of PEFT")

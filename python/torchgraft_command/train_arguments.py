@@ -214,7 +214,8 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
     missing = {"BASE.pt": arguments.model, "--train": arguments.train}
     if None in missing.values():
         names = ", ".join(name for name, value in missing.items() if value is None)
-        parser.error(f"the following arguments are required: {names}")
+        nothing = f"{arguments.output / CHECKPOINT} is not there to go on from, and " if arguments.resume else ""
+        parser.error(f"{nothing}the following arguments are required: {names}")
     if not 0 <= arguments.validation_fraction < 1:
         parser.error(f"--validation-fraction must be at least 0 and below 1, got {arguments.validation_fraction}")
     if arguments.validation and arguments.validation_fraction:

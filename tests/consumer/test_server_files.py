@@ -66,7 +66,7 @@ def test_bad_configurations_keep_no_server_from_starting(server_program, models,
 
 def test_files_that_cannot_be_read_are_named_at_the_start(server_program, models, own_adapters):
     """The start reads the header of each file of weights; one that does not match its size is damaged."""
-    kinds = {"cut": "truncated", "gone": "no adapter.safetensors", "pickled": "scripts/convert_adapters.py",
+    kinds = {"cut": "truncated", "gone": "no adapter.safetensors", "pickled": "torchgraft convert",
              "other": "not a safetensors file", "a b": "letters, digits, '_' and '-' only"}  # fmt: skip
     for name in kinds:
         shutil.copytree(own_adapters / "task-1", own_adapters / name)
@@ -115,10 +115,8 @@ def test_what_is_for_python_is_said_with_the_command(server_program, models, own
         answers = {name: server.ask("PUT", f"/v1/adapters/{name}") for name in ("peft", "pickled")}
         server.stop()
     assert [status for status, _ in answers.values()] == [422, 422]
-    assert (
-        "an adapter of PEFT, which is read in Python: scripts/graft.py load" in answers["peft"][1]["error"]["message"]
-    )
-    assert "scripts/convert_adapters.py" in answers["pickled"][1]["error"]["message"]
+    assert "an adapter of PEFT, which is read in Python: torchgraft load" in answers["peft"][1]["error"]["message"]
+    assert "torchgraft convert" in answers["pickled"][1]["error"]["message"]
     assert "adapter peft cannot be served: " in server.errors and "an adapter of PEFT" in server.errors
 
 

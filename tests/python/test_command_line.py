@@ -271,5 +271,5 @@ def test_libraries_of_others_are_loaded(tmp_path: Path) -> None:
 def test_every_command_that_loads_takes_libraries() -> None:
     for name, command in COMMANDS.items():
         options = {option for action in command._actions for option in action.option_strings}
-        assert ("--library" in options) == (name not in ("tune", "completion")), name
+        assert ("--library" in options) == (name not in ("tune", "convert", "completion")), name
         assert isinstance(command, argparse.ArgumentParser)

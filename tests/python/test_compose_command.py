@@ -45,3 +45,37 @@ def test_what_cannot_be_composed_is_one_line(model: Path, tmp_path: Path, text: 
     done = run_here("graft.py", "compose", model, "-o", tmp_path / "out.pt", "--name", "c", text)
     assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_inputs_that_a_composition_cannot_split_are_asked_for(model: Path, tmp_path: Path) -> None:
+    """Those that verification makes up have another length."""
+    text = "Split(en, ner, splits=[2, 1])"
+    command = ["graft.py", "compose", model, "-o", tmp_path / "out.pt", "--name", "c", text]
+    done = run_here(*command)
+    assert done.returncode == 0
+    assert "'c' splits inputs of other sizes than those that were made up; give example inputs" in done.stderr
+    torch.save((torch.randn(2, 3, 16),), tmp_path / "example.pt")
+    assert run_here(*command, "--example", tmp_path / "example.pt").returncode == 0
+
+
+def test_a_composition_is_saved_and_loaded_as_a_directory(model: Path, tmp_path: Path) -> None:
+    """As adapters are, by the same commands."""
+    composed, bare, loaded = (tmp_path / name for name in ("composed.pt", "bare.pt", "loaded.pt"))
+    assert run_here("graft.py", "compose", model, "-o", composed, "--name", "both", "Stack(en, ner)").returncode == 0
+    done = run_here("graft.py", "save", composed, "both", tmp_path / "both")
+    assert done.returncode == 0 and "composition both" in done.stdout, done.stderr
+    torchgraft.ungraft(torch.jit.load(str(model)), verify=False).save(str(bare))
+    done = run_here("graft.py", "load", bare, tmp_path / "both", "-o", loaded)
+    assert done.returncode == 0 and "is 'both' and its adapters" in done.stdout, done.stderr
+    x = torch.randn(2, 5, 16)
+    modules = [torch.jit.load(str(path)) for path in (composed, loaded)]
+    for module in modules:
+        module.activate("both")
+    assert torch.equal(modules[0](x), modules[1](x))
+    done = run_here("graft.py", "load", model, tmp_path / "both", "-o", tmp_path / "again.pt")
+    assert done.returncode == 1 and "has adapters of names in" in done.stderr and "--force" in done.stderr
+    assert (
+        run_here("graft.py", "load", model, tmp_path / "both", "-o", tmp_path / "again.pt", "--force").returncode == 0
+    )
+    done = run_here("graft.py", "load", bare, tmp_path / "both", "-o", tmp_path / "new.pt", "--trainable")
+    assert done.returncode == 1 and "a composition is loaded frozen" in done.stderr

@@ -47,6 +47,29 @@ def test_verify_runs_compositions() -> None:
     assert torchgraft.verify(torchgraft.remove_adapter(_module(), "d")) == []
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["BatchSplit(a, b, batch_sizes=[2, 3])", "Split(a, b, splits=[2, 1])", "Stack(a, Split(a, b, splits=[3, 1]))"],
+)
+def test_compositions_that_split_hinder_no_change(text: str) -> None:
+    """Inputs that verification makes up have other sizes. What was not compared is said."""
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    module = torch.jit.script(torch.nn.TransformerEncoder(layer, 2).eval())
+    for name in ("a", "b"):
+        module = torchgraft.graft(module, "seq_bn[reduction_factor=4]", name)
+    with pytest.warns(UserWarning, match="'c' splits inputs of other sizes than those that were made up; give example"):
+        module = torchgraft.compose(module, "c", text)
+    for change in (torchgraft.lower, torchgraft.optimize):
+        with pytest.warns(UserWarning, match="'c'.* splits inputs of other sizes"):
+            change(module)
+    more = torchgraft.graft(module, "lora", "more")
+    assert more.adapter_names() == ["a", "b", "more", "c"]
+    assert any("'c' splits inputs" in text for text in torchgraft.verify(module))
+    tokens, rows = (4, 2) if "3, 1" in text else (3, 2) if "[2, 1]" in text else (4, 5)
+    assert torchgraft.verify(module, example=(torch.randn(rows, tokens, 16),)) == []
+
+
 def test_what_cannot_hold_compositions_refuses_them() -> None:
     module = _module()
     batch = make_batch([9, 4, 7], 9, DTYPE)

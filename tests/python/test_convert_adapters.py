@@ -1,4 +1,4 @@
-"""scripts/convert_adapters.py: adapters that the library saved become readable without pickle."""
+"""torchgraft convert, and its alias scripts/convert_adapters.py: adapters that the library saved become readable without pickle."""
 
 import pickle
 import subprocess
@@ -15,7 +15,7 @@ from torchgraft.adapter_hub import PICKLE_FILE, SAFETENSORS_FILE
 
 
 def convert(folder: Path) -> subprocess.CompletedProcess:
-    return run_here("convert_adapters.py", folder)
+    return run_here("graft.py", "convert", folder)
 
 
 class Bomb:

@@ -120,3 +120,31 @@ def test_the_mask_can_be_an_input_by_name() -> None:
 def test_bad_options_are_named(options: dict, message: str) -> None:
     with pytest.raises(torchgraft.GraftError, match=message):
         torchgraft.graft(base("bert_sdpa", torch.float32), config="unipelt", name="task", **options)
+
+
+class _Unmasked(torch.nn.Module):
+    """Attention written out, without a mask: nobody says that there is padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v, self.o = (torch.nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (f(x).view(x.size(0), x.size(1), 4, 8).transpose(1, 2) for f in (self.q, self.k, self.v))
+        weights = torch.softmax(torch.matmul(q, k.transpose(-1, -2)) / 2.8284271247461903, -1)
+        return x + self.o(torch.matmul(weights, v).transpose(1, 2).flatten(2))
+
+
+def test_without_any_mask_all_tokens_count() -> None:
+    x = torch.randn(3, 5, 32)
+    traced = torch.jit.trace(_Unmasked().eval(), x)
+    results = []
+    for pooling in ("all", "unpadded"):
+        torch.manual_seed(1)
+        module = torchgraft.graft(
+            traced, "lora[r=2,use_gating=True]|prefix_tuning[use_gating=True]", "task", gate_pooling=pooling
+        )
+        results.append(module(x))
+    torch.testing.assert_close(*results, rtol=0, atol=1e-6)
+    assert (results[0] - traced(x)).abs().max() > 1e-4

@@ -65,6 +65,35 @@ def test_an_error_inside_a_lowered_module_is_an_error() -> None:
         lowered(*arguments, adapter_ids=torch.full((arguments[0].size(0),), 5))
 
 
+_KINDS = ["lora[r=2]", "lora[r=2,use_gating=True]", "lora[use_dora=True]", "ia3", "vera[r=3]", "mtl_lora[r=2]",
+          "double_seq_bn[reduction_factor=8,use_gating=True]", 'par_bn[scaling="learned"]', "seq_bn_inv",
+          "seq_bn[ln_before=True,ln_after=True]", "compacter[reduction_factor=4]",
+          "prefix_tuning_flat[prefix_length=3]", "loreft[r=2]", "mam[reduction_factor=8]", "unipelt[r=2]"]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", _KINDS)
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_what_is_wrong_in_an_adapter_stays_with_its_rows(config: str, number: float) -> None:
+    """The rows of the base are computed beside those of adapter 0."""
+    module = torchgraft.graft(base("bert_sdpa", torch.float64), config, "wrong", verify=False)
+    module = torchgraft.graft(module, config, "right", verify=False)
+    variant = VARIANTS["bert_sdpa"]
+    batch = varied_batches(variant, torch.float64)[0]
+    ids = torch.tensor([-1, 1, -1, 1, -1, 1, -1, 1])[: batch.rows]
+    expected = module(*variant.arguments(batch), adapter_ids=ids)
+    with torch.no_grad():
+        for weight in [*module.adapters.parameters(), *module.adapters.buffers()]:
+            if weight.is_floating_point() and weight.dim() > 1 and weight.size(0) == 2:
+                weight[0] = number
+    for form in (module, torchgraft.lower(module, verify=False)):
+        actual = form(*variant.arguments(batch), adapter_ids=ids)
+        assert difference(variant.hidden(actual), variant.hidden(expected)) <= 1e-12
+        if torchgraft.list_adapters(form):
+            form.deactivate()
+        base_rows = form(*variant.arguments(batch))
+        assert bool(variant.hidden(base_rows).isfinite().all())
+
+
 @pytest.mark.parametrize("method", ["lora", "seq_bn", "bn_norms", "compacter_factors", "prefix_gated", "ia3", "mam"])
 @pytest.mark.parametrize("form", ["as it is", "lowered", "saved and loaded"])
 @pytest.mark.parametrize(

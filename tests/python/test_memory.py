@@ -104,7 +104,7 @@ def changes(grafted: torch.jit.ScriptModule, tmp_path: Path) -> dict[str, Callab
     return _of_one(grafted, tmp_path) | _of_two(tmp_path) | others
 
 
-OFTEN = ["graft", "load_adapter", "rename_adapter", "replace_adapter", "lower"]
+OFTEN = ["graft", "replace_adapter"]
 OTHERS = [
     "AdapterPool",
     "add_adapter_fusion",
@@ -113,15 +113,18 @@ OTHERS = [
     "compose",
     "freeze_adapter",
     "from_program",
+    "load_adapter",
     "load_adapter_fusion",
     "load_adapter_setup",
     "load_module",
+    "lower",
     "merge_adapter",
     "optimize",
     "quantize",
     "remove_adapter",
     "remove_adapter_fusion",
     "remove_head",
+    "rename_adapter",
     "unfreeze_adapter",
     "ungraft",
     "unmerge_adapter",

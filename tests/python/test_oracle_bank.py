@@ -15,6 +15,9 @@ from models import VARIANTS, Batch, Variant, make_batch
 from oracle import CONFIGS, TOLERANCE, Result, assert_gates_close, difference, oracle_for, runs_on
 
 DOUBLE = torch.float64
+# The bases of every run: one of each way of writing, and of the library's families. The others are slow: what a bank
+# adds to one adapter (test_oracle_parity.py has each, on each base) depends little on the base.
+_OFTEN = {*EVERY_WAY, "distilbert_sdpa", "roberta_sdpa", "own_post_packed_matmul", "encoder_script_post"}
 _VERIFIED = ("bert_eager", "own_post_scaled_query", "encoder_fast_post_nested")
 
 
@@ -37,7 +40,14 @@ def _expected(variant: Variant, batch: Batch, config: str | None) -> Result:
     return oracle_for(variant, DOUBLE).run(variant, batch, saved)
 
 
-@pytest.mark.parametrize(("name", "config"), [(n, c) for n in VARIANTS for c in CONFIGS if runs_on(c, n)])
+def _marks(name: str, *often: pytest.MarkDecorator) -> tuple[pytest.MarkDecorator, ...]:
+    return often if name in _OFTEN else (pytest.mark.slow(seconds=2),)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [pytest.param(n, c, marks=_marks(n)) for n in VARIANTS for c in CONFIGS if runs_on(c, n)],
+)
 def test_an_adapter_in_a_bank_equals_the_oracle(name: str, config: str) -> None:
     variant, bank = VARIANTS[name], _bank(name)
     batch = _batch(variant)
@@ -62,7 +72,8 @@ _MIXED = [None, "unipelt", "mam", "prefix_two_gates", "lora_all", "prefix_leave_
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.quick] * (name in EVERY_WAY)) for name in VARIANTS]
+    "name",
+    [pytest.param(name, marks=_marks(name, *[pytest.mark.quick] * (name in EVERY_WAY))) for name in VARIANTS],
 )
 def test_each_row_of_a_mixed_batch_equals_the_oracle(name: str) -> None:
     """The oracle runs each row alone, padded as far as the batch is."""

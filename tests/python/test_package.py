@@ -226,6 +226,14 @@ def _no_config(directory: Path) -> None:
     (directory / "adapter_config.json").unlink()
 
 
+def _a_fusion(directory: Path) -> None:
+    (directory / "adapter_config.json").rename(directory / "adapter_fusion_config.json")
+
+
+def _a_setup(directory: Path) -> None:
+    (directory / "adapter_config.json").rename(directory / "adapter_setup.json")
+
+
 def _bad_json(directory: Path) -> None:
     (directory / "adapter_config.json").write_text('{"config": ')
 
@@ -268,6 +276,8 @@ def _code(directory: Path) -> None:
     [
         (shutil.rmtree, "", "not a directory"),
         (_no_config, "adapter_config.json", r"cannot read the adapter's configuration \(No such file"),
+        (_a_fusion, "", r"holds the AdapterFusion layers of several adapters: torchgraft.load_adapter_fusion\(\)"),
+        (_a_setup, "", r"holds a composition with its adapters: torchgraft.load_adapter_setup\(\)"),
         (_bad_json, "adapter_config.json", "not JSON"),
         (_binary_json, "adapter_config.json", "not JSON"),
         (_no_name, "adapter_config.json", 'no "name"; is it an AdapterHub adapter'),

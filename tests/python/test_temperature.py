@@ -125,12 +125,28 @@ class Rectified(Plain):
         return torch.matmul(scores / mask.sum(1)[:, None, None, None], v)
 
 
+class OneMore(Plain):
+    """A softmax with one more token, which nobody attends to: its sum is 1 + sum."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        scores = torch.matmul(q, k.transpose(-1, -2)) / 2.8284271247461903
+        e = scores.masked_fill(mask[:, None, None, :] == 0, -1e4).exp()
+        return torch.matmul(e / (1 + e.sum(-1, keepdim=True)), v)
+
+
+class NotQuite(Plain):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        e = torch.exp(torch.matmul(q, k.transpose(-1, -2)) / 2.8284271247461903)
+        return torch.matmul(e / (e.sum(-1, keepdim=True) + 1e-6), v)
+
+
 @pytest.mark.parametrize("form", ["script", "trace"])
-def test_attention_without_a_softmax_is_named(form: str) -> None:
-    (miss,) = torchgraft.inspect(base_of(Rectified().eval(), form))["near_misses"]
-    assert "its scores go through aten::relu" in miss and "no softmax" in miss
-    with pytest.raises(torchgraft.GraftError, match="aten::relu"):
-        torchgraft.graft(base_of(Rectified().eval(), form), "lora", "task")
+@pytest.mark.parametrize(("model", "name"), [(Rectified, "relu"), (OneMore, "exp"), (NotQuite, "exp")])
+def test_attention_without_a_softmax_is_named(model: type[Plain], name: str, form: str) -> None:
+    misses = torchgraft.inspect(base_of(model().eval(), form))["near_misses"]
+    assert any(f"its scores go through aten::{name}" in miss and "no softmax" in miss for miss in misses)
+    with pytest.raises(torchgraft.GraftError, match=f"aten::{name}"):
+        torchgraft.graft(base_of(model().eval(), form), "lora", "task")
 
 
 def test_sizes_are_those_of_the_layer() -> None:

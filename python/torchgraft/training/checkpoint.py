@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._files import reason, write_whole
+from ..configs import config_fields
 from ..errors import GraftError
 
 _FORMAT = 1
@@ -100,6 +101,15 @@ def load_checkpoint(path: Path) -> TrainingState:
     return TrainingState(**content, best=None if best is None else BestEpoch(**best))
 
 
+def _is_same(name: str, before: Any, now: Any) -> bool:
+    if before == now or name != "config":
+        return bool(before == now)
+    try:  # one configuration has several spellings
+        return config_fields(before) == config_fields(now)
+    except GraftError:  # the content of a file
+        return False
+
+
 def check_same_run(state: TrainingState, settings: dict[str, Any], path: Path) -> None:
     """Compares the settings of a checkpoint with those of this run. To mix two runs would give the weights of neither.
 
@@ -107,7 +117,7 @@ def check_same_run(state: TrainingState, settings: dict[str, Any], path: Path) -
         GraftError: a setting differs. The message names it with both values.
     """
     changed = [name for name in sorted(state.settings.keys() | settings.keys())
-               if state.settings.get(name) != settings.get(name)]  # fmt: skip
+               if not _is_same(name, state.settings.get(name), settings.get(name))]  # fmt: skip
     if changed:
         told = ", ".join(f"{name} was {state.settings.get(name)}, is {settings.get(name)}" for name in changed)
         raise GraftError(f"{path}: the checkpoint is of another run: {told}; give those settings, or start anew")

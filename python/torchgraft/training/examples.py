@@ -98,9 +98,11 @@ def _example(where: str, row: dict[str, Any], columns: Columns) -> Example:
     for name in filter(None, (columns.text, columns.label, columns.group)):
         value = row.get(name)
         if isinstance(value, bool) or not isinstance(value, str | int):
-            raise GraftError(
-                f"{where}: '{name}' is {'missing' if value is None else 'neither text nor a whole number'}"
-            )
+            if value is None:
+                told = f"missing; the row has {', '.join(map(str, row))}: see --text-column, --label-column"
+            else:
+                told = "neither text nor a whole number"
+            raise GraftError(f"{where}: '{name}' is {told}")
         values[name] = str(value).strip()
         if not values[name]:
             raise GraftError(f"{where}: '{name}' is empty")

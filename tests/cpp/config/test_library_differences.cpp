@@ -34,6 +34,17 @@ TEST(LibraryDifferences, OnlyBottlenecksThatAreWiredOtherwiseAreMarked) {
   EXPECT_EQ(wiring("gptj", "lora"), "");
 }
 
+TEST(LibraryDifferences, PrefixesMayMovePositionsButOnDeBERTa) {
+  const auto read = [](const std::string& model, const std::string& method) {
+    const std::string inner = config_to_json(config_from_name(method));
+    return config_from_json(R"({"model_type": ")" + model + R"(", "config": )" + inner + "}").may_move_positions;
+  };
+  EXPECT_TRUE(read("bert", "mam"));
+  EXPECT_FALSE(read("bert", "lora"));
+  EXPECT_FALSE(read("deberta-v2", "mam"));
+  EXPECT_FALSE(config_from_name("mam").may_move_positions);
+}
+
 TEST(LibraryDifferences, AMarkSurvivesJson) {
   const std::string inner = config_to_json(config_from_name("double_seq_bn"));
   const AdapterConfig read = config_from_json(R"({"name": "a", "model_type": "albert", "config": )" + inner + "}");

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
+import adapters
 import torchgraft
 from all_cases import base
 from hugging_face_cases import CASES
@@ -115,6 +117,71 @@ def test_saving_warns_where_the_library_would_wire_otherwise(
         warnings.simplefilter("error")
         for index, module in enumerate((trained, lora, elsewhere)):
             torchgraft.save_adapter(module, "task", tmp_path / str(index), safetensors)
+
+
+_SIZES = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64, vocab_size=50)
+_IDS = torch.arange(12).reshape(2, 6) + 4
+_SHOWN = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+_RELATIVE = [
+    (transformers.BertModel, transformers.BertConfig, "relative_key"),
+    (transformers.BertModel, transformers.BertConfig, "relative_key_query"),
+    (transformers.ElectraModel, transformers.ElectraConfig, "relative_key"),
+]
+
+
+class _Relative:
+    """A model whose scores have a term of queries and distances; traced, and under the library."""
+
+    def __init__(self, model: type, config: type, positions: str) -> None:
+        torch.manual_seed(0)
+        settings = config(**_SIZES, position_embedding_type=positions, attn_implementation="eager", return_dict=False)
+        self.model = model(settings).eval()
+        with torch.no_grad():
+            self.base = torch.jit.trace(self.model, (_IDS, _SHOWN))
+
+    def library(self, method: str, directory: Path) -> torch.Tensor:
+        """Saves an adapter of drawn weights; returns what the library computes with it."""
+        adapters.init(self.model)
+        self.model.add_adapter("task", config=method)
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if "task" in name:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+        self.model.save_adapter(str(directory), "task")
+        self.model.set_active_adapters("task")
+        with torch.no_grad():
+            return self.model(_IDS, _SHOWN)[0]
+
+
+@pytest.mark.parametrize("form", ["traced", "frozen"])
+@pytest.mark.parametrize(("model", "config", "positions"), _RELATIVE)
+def test_prefixes_that_move_relative_positions_are_refused(
+    model: type, config: type, positions: str, form: str, tmp_path: Path
+) -> None:
+    relative = _Relative(model, config, positions)
+    base = torch.jit.freeze(relative.base) if form == "frozen" else relative.base
+    for method in ("prefix_tuning", "mam", "unipelt"):
+        relative.library(method, tmp_path / method)
+        relative.model.delete_adapter("task")
+        with pytest.raises(torchgraft.GraftError, match="layer 0 adds a term of relative positions to its scores"):
+            torchgraft.load_adapter(base, tmp_path / method)
+    content = _config(str(tmp_path / "mam"))
+    del content["model_type"]
+    (tmp_path / "mam" / "adapter_config.json").write_text(json.dumps(content))
+    torchgraft.load_adapter(base, tmp_path / "mam")
+    expected = relative.library("double_seq_bn", tmp_path / "double_seq_bn")
+    with torch.no_grad():
+        result = torchgraft.load_adapter(base, tmp_path / "double_seq_bn")(_IDS, _SHOWN)[0]
+    assert difference(result, expected) <= 1e-5
+
+
+def test_saving_a_fresh_prefix_warns_where_the_library_moves_positions(tmp_path: Path) -> None:
+    fresh = torchgraft.graft(_Relative(*_RELATIVE[0]).base, "prefix_tuning", "task")
+    with pytest.warns(UserWarning, match="save_adapter: 'task' has prefixes, and the adapters library moves"):
+        torchgraft.save_adapter(fresh, "task", tmp_path / "relative")
+    fresh = torchgraft.graft(base("t5_eager", "traced", FLOAT), "prefix_tuning", "task")
+    with pytest.warns(UserWarning, match="save_adapter: 'task' has prefixes, and the adapters library moves"):
+        torchgraft.save_adapter(fresh, "task", tmp_path / "t5")
 
 
 @pytest.mark.parametrize(("name", "method", "effect"), WARNED)

@@ -102,6 +102,30 @@ def test_the_loss_of_a_head_is_said_where_the_model_has_none(tmp_path: Path) -> 
         torch.testing.assert_close(module(*arguments), expected, rtol=1e-10, atol=1e-10)
 
 
+def test_a_tied_head_that_was_trained_as_a_whole_is_refused(tmp_path: Path) -> None:
+    """The graph has it under the embedding's path."""
+    model = hf.BertForMaskedLM(hf.BertConfig(**_SIZES, return_dict=False)).eval()
+    base = torch.jit.trace(model, text_arguments(torch.float32, 0), check_trace=False, strict=False)
+    options = dict(target_modules=["query"], modules_to_save=["decoder"])
+    peft.get_peft_model(model, peft.LoraConfig(**options)).save_pretrained(str(tmp_path))
+    wanted = r"decoder \(modules_to_save\) may be the model's bert.embeddings.word_embeddings, which has as many"
+    with pytest.raises(torchgraft.GraftError, match=wanted):
+        torchgraft.load_adapter(base, tmp_path)
+
+
+def test_linear_maps_outside_of_the_layers_are_found_in_int8(tmp_path: Path) -> None:
+    model = hf.BertModel(hf.BertConfig(**_MODELS["bert"].sizes, return_dict=False)).eval()
+    arguments = text_arguments(torch.float32, 0)
+    base = torch.jit.trace(model, arguments, check_trace=False, strict=False)
+    tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    tuned.save_pretrained(str(tmp_path))
+    with torch.no_grad():
+        expected = tuned.eval()(*arguments)[1]
+        result = torchgraft.load_adapter(torchgraft.quantize(base), tmp_path)(*arguments)[1]
+        assert (base(*arguments)[1] - expected).abs().max() > 0.1
+        assert (result - expected).abs().max() < 0.05  # the error of int8
+
+
 def test_what_was_trained_as_a_whole_must_be_small_and_linear(tmp_path: Path) -> None:
     big = _MODELS["bert"].sizes | dict(num_labels=70, hidden_size=72)
     model = _Model(hf.BertForSequenceClassification(hf.BertConfig(**big, return_dict=False)).eval())

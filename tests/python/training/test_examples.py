@@ -58,7 +58,11 @@ WRONG = {
     "not JSON": ("a.jsonl", '{"text": "a", "label": 1}\n{"text": ', "line 2: not JSON"),
     "not an object": ("a.jsonl", "[1]\n", "line 1: expected an object, got list"),
     "a fraction": ("a.jsonl", '{"text": "a", "label": 0.5}\n', "'label' is neither text nor a whole number"),
-    "no label": ("a.jsonl", '{"text": "a"}\n', "'label' is missing"),
+    "no label": (
+        "a.jsonl",
+        '{"text": "a"}\n',
+        "'label' is missing; the row has text: see --text-column, --label-column",
+    ),
     "Latin-1": ("a.csv", "text,label\ncliché,b\n".encode("latin-1"), "not UTF-8 text (byte 16"),
 }
 

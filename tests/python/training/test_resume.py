@@ -96,6 +96,11 @@ def test_what_is_given_otherwise_is_refused(case: str, stopped: Path, tmp_path: 
     assert done.stderr.count("\n") == 1 and (stopped / "checkpoint.pt").read_bytes() == before
 
 
+def test_a_configuration_may_be_spelled_otherwise(stopped: Path) -> None:
+    done = run_here("train.py", "-o", stopped, "--resume", "--config", "LoRA[r=2]")
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_checkpoint_of_before_says_what_to_give(stopped: Path, files: Files, tmp_path: Path) -> None:
     content = torch.load(stopped / "checkpoint.pt", weights_only=True)
     del content["arguments"]
@@ -133,5 +138,6 @@ def test_a_stranger_s_options_are_checked(change: dict[str, object], message: st
 @pytest.mark.quick
 def test_without_a_checkpoint_a_run_needs_its_files(tmp_path: Path) -> None:
     done = run_here("train.py", "-o", tmp_path / "none", "--resume")
-    assert done.returncode == 2 and "arguments are required: BASE.pt, --train" in done.stderr
+    assert done.returncode == 2
+    assert "checkpoint.pt is not there to go on from, and the following arguments are required: BASE.pt" in done.stderr
     assert not (tmp_path / "none").exists()

@@ -1,0 +1,250 @@
+#include <torchgraft/patch/canonicalise/head_order.h>
+
+#include <torchgraft/patch/graph/graph_utils.h>
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+namespace torchgraft {
+namespace {
+
+using torch::jit::Node;
+using torch::jit::Value;
+
+// A dimension of a value.
+struct Place {
+  Value* value = nullptr;
+  size_t dim = 0;
+};
+
+// A part of a view's dimension: a dimension of the viewed value, or a piece of one.
+struct Part {
+  Dim size;
+  size_t from = 0;
+  bool is_whole = false;
+};
+
+// What the dimensions `dim` of a view consists of, outermost first; empty when the sizes do not show it. Both shapes
+// count the same elements in row-major order.
+std::vector<Part> parts_of(const Shape& from, const Shape& to, size_t dim) {
+  size_t source = 0;
+  Dim rest = from.empty() ? number(1) : from.front();  // of dimension `source`
+  for (size_t target = 0; target <= dim; ++target) {
+    std::vector<Part> parts;
+    Dim wanted = to[target];
+    while (wanted != number(1)) {
+      while (rest == number(1) && source + 1 < from.size()) {
+        rest = from[++source];
+      }
+      const bool is_whole = rest == from[source];
+      if (const auto outer = wanted.divided_by(rest); outer && rest != number(1)) {
+        parts.push_back({rest, source, is_whole});
+        wanted = *outer;
+        rest = number(1);
+      } else if (const auto inner = rest.divided_by(wanted)) {
+        parts.push_back({wanted, source, false});
+        rest = *inner;
+        wanted = number(1);
+      } else {
+        return {};
+      }
+    }
+    if (target == dim) {
+      return parts;
+    }
+  }
+  return {};
+}
+
+HeadOrder order_of_parts(const std::vector<Part>& parts) {
+  const auto is_rows = [](const Part& part) { return !part.size.is_constant() && part.size.factor == 1; };
+  const auto is_heads = [](const Part& part) { return part.size.is_constant(); };
+  const auto first_heads = std::find_if(parts.begin(), parts.end(), is_heads);
+  if (first_heads != parts.begin() && std::all_of(parts.begin(), first_heads, is_rows) &&
+      std::all_of(first_heads, parts.end(), is_heads)) {
+    return HeadOrder::kHeadsInRows;
+  }
+  const auto first_rows = std::find_if(parts.begin(), parts.end(), is_rows);
+  if (first_rows != parts.begin() && std::all_of(parts.begin(), first_rows, is_heads) &&
+      std::all_of(first_rows, parts.end(), is_rows)) {
+    return HeadOrder::kRowsInHeads;
+  }
+  return HeadOrder::kUnknown;
+}
+
+// Where dimension `dim` of a transpose or permute comes from.
+std::optional<size_t> before_exchange(SymbolicShapes& shapes, const Node* node, size_t rank, size_t dim) {
+  if (is_aten(node, {"transpose", "swapaxes", "swapdims"})) {
+    const auto a = position(node->input(1), rank);
+    const auto b = position(node->input(2), rank);
+    if (!a || !b) {
+      return std::nullopt;
+    }
+    return dim == *a ? *b : dim == *b ? *a : dim;
+  }
+  const auto order = shapes.integers(node->namedInput("dims"));  // permute
+  if (!order || dim >= order->size()) {
+    return std::nullopt;
+  }
+  const int64_t at = (*order)[dim].factor;
+  return static_cast<size_t>(at < 0 ? at + static_cast<int64_t>(rank) : at);
+}
+
+// Whether `values` are pieces of one value: its heads.
+bool are_pieces(at::ArrayRef<Value*> values) {
+  const Value* whole = nullptr;
+  for (const Value* value : values) {
+    const Node* node = value->node();
+    node = node->kind() == c10::prim::ListUnpack ? node->input()->node() : node;
+    if (!is_aten(node, {"chunk", "tensor_split", "split", "split_with_sizes", "unbind", "slice", "narrow", "select"}) ||
+        (whole && whole != node->input(0))) {
+      return false;
+    }
+    whole = node->input(0);
+  }
+  return whole != nullptr;
+}
+
+// The place whose order `place` has, when `node` cuts or adds other dimensions.
+std::optional<Place> before_cut(Node* node, size_t rank, size_t dim) {
+  const bool adds = is_aten(node, {"unsqueeze"});
+  const auto at = position(node->namedInput("dim"), rank + adds);
+  if (!at) {
+    return std::nullopt;
+  }
+  Value* self = node->namedInput("self");
+  if (is_aten(node, {"select", "unbind"})) {
+    return Place{self, dim + (dim >= *at)};
+  }
+  if (adds) {
+    return *at == dim ? std::nullopt : std::optional(Place{self, dim - (dim > *at)});
+  }
+  return *at == dim ? std::nullopt : std::optional(Place{self, dim});
+}
+
+// Goes from a value to what it was made of, until a node has put rows and heads into one dimension.
+class OrderSearch {
+ public:
+  explicit OrderSearch(SymbolicShapes& shapes) : shapes_(shapes) {}
+
+  HeadOrder of(const Place& place);
+
+ private:
+  HeadOrder of_view(Node* node, const Shape& to, size_t dim);
+  HeadOrder of_joined(Node* node, size_t dim);
+  HeadOrder of_operands(Node* node, const Place& place);
+  std::optional<Shape> shape(const Value* value);
+
+  SymbolicShapes& shapes_;
+};
+
+std::optional<Shape> OrderSearch::shape(const Value* value) {
+  auto found = shapes_.shape(value);
+  for (size_t i = 0; found && i < found->size(); ++i) {
+    (*found)[i] = shapes_.canonical((*found)[i]);
+  }
+  return found;
+}
+
+HeadOrder OrderSearch::of_view(Node* node, const Shape& to, size_t dim) {
+  Value* self = node->input(0);
+  const auto from = shape(self);
+  if (!from || dim >= to.size()) {
+    return HeadOrder::kUnknown;
+  }
+  const std::vector<Part> parts = parts_of(*from, to, dim);
+  if (parts.size() == 1 && parts.front().is_whole) {
+    return of({self, parts.front().from});
+  }
+  return order_of_parts(parts);
+}
+
+HeadOrder OrderSearch::of_joined(Node* node, size_t dim) {
+  const auto values = joined_tensors(node);
+  const auto result = shape(node->output());
+  const auto at = result ? position(node->namedInput("dim"), result->size()) : std::nullopt;
+  if (values.empty() || !at || is_aten(node, {"stack"})) {
+    return HeadOrder::kUnknown;
+  }
+  if (*at != dim) {  // parts from elsewhere are joined element by element: one of known order tells
+    for (Value* value : values) {
+      const HeadOrder order = of({value, dim});
+      if (order != HeadOrder::kUnknown) {
+        return order;
+      }
+    }
+    return HeadOrder::kUnknown;
+  }
+  const bool have_rows = std::all_of(values.begin(), values.end(), [&](const Value* value) {
+    const auto part = shape(value);
+    return part && part->size() == result->size() && !(*part)[dim].is_constant() && (*part)[dim].factor == 1;
+  });
+  return have_rows && are_pieces(values) ? HeadOrder::kRowsInHeads : HeadOrder::kUnknown;
+}
+
+// Of an operation between tensors: the operand that has the dimension.
+HeadOrder OrderSearch::of_operands(Node* node, const Place& place) {
+  const auto result = shape(place.value);
+  for (Value* input : node->inputs()) {
+    const auto operand = is_tensor(input) ? shape(input) : std::nullopt;
+    if (operand && operand->size() == result->size() && (*operand)[place.dim] == (*result)[place.dim]) {
+      const HeadOrder order = of({input, place.dim});
+      if (order != HeadOrder::kUnknown) {
+        return order;
+      }
+    }
+  }
+  return HeadOrder::kUnknown;
+}
+
+HeadOrder OrderSearch::of(const Place& place) {
+  const auto result = shape(place.value);
+  if (!result || place.dim >= result->size() || (*result)[place.dim].is_constant()) {
+    return HeadOrder::kUnknown;
+  }
+  if ((*result)[place.dim].factor == 1) {
+    return HeadOrder::kHeadsInRows;
+  }
+  Node* node = place.value->node();
+  if (node->kind() == c10::prim::ListUnpack) {
+    node = node->input()->node();
+  }
+  if (is_aten(node, {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as"})) {
+    return of_view(node, *result, place.dim);
+  }
+  if (is_aten(node, {"cat", "concat", "stack"})) {
+    return of_joined(node, place.dim);
+  }
+  if (is_elementwise(node) || is_aten(node, {"mul", "div", "add", "sub", "masked_fill", "where"})) {
+    return of_operands(node, place);
+  }
+  if (is_aten(node, {"bmm", "matmul"})) {
+    return place.dim + 2 < result->size() ? of({node->namedInput("self"), place.dim}) : HeadOrder::kUnknown;
+  }
+  if (is_aten(node, {"transpose", "swapaxes", "swapdims", "permute"})) {
+    const auto before = before_exchange(shapes_, node, result->size(), place.dim);
+    return before ? of({node->input(0), *before}) : HeadOrder::kUnknown;
+  }
+  if (is_aten(node, {"repeat_interleave"})) {  // of rows of one head each
+    const auto at = position(node->namedInput("dim"), result->size());
+    const auto self = shape(node->namedInput("self"));
+    const bool repeats_rows = at && *at == place.dim && self && (*self)[*at].factor == 1;
+    return repeats_rows             ? HeadOrder::kHeadsInRows
+           : at && *at != place.dim ? of({node->namedInput("self"), place.dim})
+                                    : HeadOrder::kUnknown;
+  }
+  if (is_aten(node, {"chunk", "tensor_split", "split", "split_with_sizes", "unbind", "slice", "narrow", "select",
+                     "unsqueeze"})) {
+    const auto self = shape(node->namedInput("self"));
+    const auto before = self ? before_cut(node, self->size(), place.dim) : std::nullopt;
+    return before ? of(*before) : HeadOrder::kUnknown;
+  }
+  return HeadOrder::kUnknown;
+}
+
+}  // namespace
+
+HeadOrder head_order(SymbolicShapes& shapes, Value* value) { return OrderSearch(shapes).of({value, 0}); }
+
+}  // namespace torchgraft

@@ -1,0 +1,187 @@
+"""Attention of rank 3, [rows and heads, tokens, head size]: a prefix goes to its own rows and heads, in either order."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import torchgraft
+
+HEADS, SIZE, WIDTH = 4, 8, 32
+
+
+class _Layer(nn.Module):
+    """One post-norm layer. `split` makes [h B, S, d] or [B h, S, d] of [B, S, h d], `join` its inverse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 64), nn.Linear(64, WIDTH)
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.view(x.size(0), x.size(1), 4, 8).permute(2, 0, 1, 3).reshape(-1, x.size(1), 8)
+
+    def join(self, x: Tensor) -> Tensor:
+        return x.view(4, -1, x.size(1), 8).permute(1, 2, 0, 3).flatten(2)
+
+    def mask(self, scores: Tensor, shown: Tensor) -> Tensor:
+        return scores.masked_fill(shown.repeat(4, 1)[:, None, :] == 0, -1e4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
+        weights = torch.softmax(torch.bmm(q, k.transpose(1, 2)) / 2.8284271247461903, -1)
+        x = self.norm(x + self.o(self.join(torch.bmm(weights, v))))
+        return x + self.down(F.gelu(self.up(x)))
+
+
+class Permuted(_Layer):
+    pass
+
+
+class Joined(_Layer):
+    """As in the Transformers of the TensorFlow tutorials."""
+
+    def split(self, x: Tensor) -> Tensor:
+        return torch.cat(x.split(8, -1), 0)
+
+    def join(self, x: Tensor) -> Tensor:
+        return torch.cat(x.chunk(4, 0), -1)
+
+
+class Stacked(_Layer):
+    def split(self, x: Tensor) -> Tensor:
+        return torch.stack(x.split(8, -1), 0).flatten(0, 1)
+
+
+class ContiguousView(_Layer):
+    def split(self, x: Tensor) -> Tensor:
+        return x.view(x.size(0), x.size(1), 4, 8).permute(2, 0, 1, 3).contiguous().view(-1, x.size(1), 8)
+
+
+class HeadsInRows(_Layer):
+    def split(self, x: Tensor) -> Tensor:
+        return x.view(x.size(0), x.size(1), 4, 8).transpose(1, 2).reshape(-1, x.size(1), 8)
+
+    def join(self, x: Tensor) -> Tensor:
+        return x.view(-1, 4, x.size(1), 8).transpose(1, 2).flatten(2)
+
+
+class TokensFirst(_Layer):
+    """As torch.nn.MultiheadAttention: [S, B, h d] viewed as [S, B h, d]."""
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1).contiguous().view(x.size(1), x.size(0) * 4, 8).transpose(0, 1)
+
+    def join(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1).contiguous().view(x.size(1), -1, 32).transpose(0, 1)
+
+
+def _with_prefix(model: _Layer, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """The definition (Li and Liang 2021, section 4; He et al. 2021, equation 5), heads as a dimension of their own."""
+
+    def heads(y: Tensor) -> Tensor:
+        return y.unflatten(-1, (HEADS, SIZE)).transpose(1, 2)
+
+    rows = (x.size(0), -1, -1, -1)
+    q, k, v = heads(model.q(x)), heads(model.k(x)), heads(model.v(x))
+    k, v = torch.cat([keys.expand(rows), k], 2), torch.cat([values.expand(rows), v], 2)
+    mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    x = model.norm(x + model.o(mixed))
+    return x + model.down(F.gelu(model.up(x)))
+
+
+_SPELLINGS = [Permuted, Joined, Stacked, ContiguousView, HeadsInRows, TokensFirst]
+
+
+@pytest.mark.parametrize("form", ["scripted", "traced"])
+@pytest.mark.parametrize("spelling", _SPELLINGS)
+def test_prefixes_are_of_their_rows_and_heads(spelling: type[_Layer], form: str) -> None:
+    torch.manual_seed(0)
+    model = spelling().double().eval()
+    x = torch.randn(3, 5, WIDTH).double()
+    base = torch.jit.script(model) if form == "scripted" else torch.jit.trace(model, torch.randn(2, 6, WIDTH).double())
+    if form == "scripted" and spelling in (Joined, Stacked):
+        with pytest.raises(torchgraft.GraftError, match="is not known; view them"):
+            torchgraft.graft(base, "prefix_tuning_flat[prefix_length=3]", "a")
+        return
+    grafted = torchgraft.graft(base, "prefix_tuning_flat[prefix_length=3]", "a", example=(x,))
+    grafted = torchgraft.graft(grafted, "prefix_tuning_flat[prefix_length=2]", "b", example=(x,))
+    slot = grafted.adapters.layer_0.self_prefix
+    with torch.no_grad():
+        slot.prefix_key.normal_()
+        slot.prefix_value.normal_()
+        ids = torch.tensor([1, -1, 0])
+        mixed, plain = grafted(x, adapter_ids=ids), base(x)
+        of_base = grafted(x, adapter_ids=torch.full((3,), -1))
+        torch.testing.assert_close(of_base, plain, rtol=0, atol=1e-12)
+        for number, (name, length) in enumerate({"a": 3, "b": 2}.items()):
+            keys, values = slot.prefix_key[number, :, :length], slot.prefix_value[number, :, :length]
+            expected = _with_prefix(model, x, keys, values)
+            grafted.activate(name)
+            torch.testing.assert_close(grafted(x), expected, rtol=0, atol=1e-12)
+            row = ids.tolist().index(number)
+            torch.testing.assert_close(mixed[row], expected[row], rtol=0, atol=1e-12)
+        torch.testing.assert_close(mixed[1], plain[1], rtol=0, atol=1e-12)
+
+
+class MaskedByHead(_Layer):
+    """The mask has an entry for each head and row, in the order of the scores."""
+
+    def forward(self, x: Tensor, shown: Tensor) -> Tensor:
+        q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
+        bias = (1.0 - shown)[None, :, None, :].expand(4, x.size(0), x.size(1), x.size(1)).flatten(0, 1) * -1e9
+        weights = torch.softmax(torch.bmm(q, k.transpose(1, 2)) / 2.8284271247461903 + bias, -1)
+        x = self.norm(x + self.o(self.join(torch.bmm(weights, v))))
+        return x + self.down(F.gelu(self.up(x)))
+
+
+class MaskedInRank4(_Layer):
+    """The mask is added to [h, B, S, S]."""
+
+    def forward(self, x: Tensor, shown: Tensor) -> Tensor:
+        q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
+        scores = torch.bmm(q, k.transpose(1, 2)) / 2.8284271247461903
+        scores = scores.view(4, -1, x.size(1), x.size(1)) + (1.0 - shown)[None, :, None, :] * -1e9
+        weights = torch.softmax(scores.view(-1, x.size(1), x.size(1)), -1)
+        x = self.norm(x + self.o(self.join(torch.bmm(weights, v))))
+        return x + self.down(F.gelu(self.up(x)))
+
+
+@pytest.mark.parametrize("spelling", [MaskedByHead, MaskedInRank4])
+def test_masks_are_of_their_rows_or_refused(spelling: type[_Layer]) -> None:
+    torch.manual_seed(0)
+    model = spelling().double().eval()
+    x, shown = torch.randn(3, 5, WIDTH).double(), torch.ones(3, 5).double()
+    shown[1, 3:] = 0
+    base = torch.jit.trace(model, (torch.randn(2, 6, WIDTH).double(), torch.ones(2, 6).double()))
+    try:
+        grafted = torchgraft.graft(base, "prefix_tuning_flat[prefix_length=3]", "a", example=(x, shown))
+    except torchgraft.GraftError as error:
+        assert spelling is MaskedInRank4 and "put the heads behind the batch" in str(error)
+        return
+    slot = grafted.adapters.layer_0.self_prefix
+    with torch.no_grad():
+        slot.prefix_key.normal_()
+        slot.prefix_value.normal_()
+        rows = grafted(x, shown, adapter_ids=torch.tensor([0, 0, -1]))
+        torch.testing.assert_close(rows[2], base(x, shown)[2], rtol=0, atol=1e-12)
+        torch.testing.assert_close(rows[1:2, :3], grafted(x[1:2, :3], shown[1:2, :3]), rtol=0, atol=1e-12)
+        expected = _with_prefix(model, x[:1], slot.prefix_key[0], slot.prefix_value[0])
+        torch.testing.assert_close(rows[:1], expected, rtol=0, atol=1e-12)
+
+
+class _TwoViews(_Layer):
+    """Two views of each row, one below the other: no heads, though the rows are a multiple of the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = self.o(x)
+        both = torch.cat([seen, seen * 2.0], 0)
+        weights = torch.softmax(torch.bmm(self.q(both), self.k(both).transpose(1, 2)) / 5.656854249492381, -1)
+        both = self.norm(both + self.o(torch.bmm(weights, self.v(both))))
+        return (both + self.down(F.gelu(self.up(both)))).chunk(2, 0)[0]
+
+
+def test_rows_that_are_a_multiple_of_the_batch_are_no_heads() -> None:
+    base = torch.jit.trace(_TwoViews().eval(), torch.randn(2, 5, WIDTH))
+    with pytest.raises(torchgraft.GraftError):
+        torchgraft.graft(base, "prefix_tuning", "a")
