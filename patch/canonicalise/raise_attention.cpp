@@ -216,6 +216,18 @@ HeadOrder order_of(const Attention& attention, SymbolicShapes& shapes) {
   return of_queries != HeadOrder::kUnknown ? of_queries : head_order(shapes, right_factor(attention.consumer.product));
 }
 
+// Why an attention whose heads have this order is not rewritten, in words.
+std::optional<std::string> reason_against(HeadOrder order, bool has_masks_in_rank_4) {
+  if (order == HeadOrder::kUnknown) {
+    return "how the first dimension of its queries counts rows and heads is not known; view them as [batch, heads, "
+           "tokens, head size]";
+  }
+  if (order == HeadOrder::kRowsInHeads && has_masks_in_rank_4) {
+    return "its masks are added to scores of shape [heads, batch, queries, keys]; put the heads behind the batch";
+  }
+  return std::nullopt;
+}
+
 // Rewrites an attention. Returns the reason, in words, when it cannot.
 std::optional<std::string> raise_one(const std::shared_ptr<Graph>& graph, SymbolicShapes& shapes,
                                      const Attention& attention) {
@@ -244,12 +256,8 @@ std::optional<std::string> raise_one(const std::shared_ptr<Graph>& graph, Symbol
   // A reshape on the way means that masks were applied in rank 4.
   const bool masked_in_rank_3 = rank->size() == 3 && value_rank->size() == 3 && *dim != 3 && !path.reshaped;
   const HeadOrder order = rank->size() == 3 ? order_of(attention, shapes) : HeadOrder::kHeadsInRows;
-  if (order == HeadOrder::kUnknown) {
-    return "how the first dimension of its queries counts rows and heads is not known; view them as [batch, heads, "
-           "tokens, head size]";
-  }
-  if (order == HeadOrder::kRowsInHeads && bias && path.reshaped) {
-    return "its masks are added to scores of shape [heads, batch, queries, keys]; put the heads behind the batch";
+  if (const auto reason = reason_against(order, bias && path.reshaped)) {
+    return reason;
   }
   Value* mask = insert_mask(*graph, shapes, bias, anchor, masked_in_rank_3, order, path.understood);
   Value* query = insert_rank_4(*graph, shapes, left_factor(product), order);

@@ -1,4 +1,4 @@
-"""torchgraft convert, and its alias scripts/convert_adapters.py: adapters that the library saved become readable without pickle."""
+"""torchgraft convert: adapters that the library saved become readable without pickle."""
 
 import pickle
 import subprocess

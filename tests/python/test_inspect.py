@@ -24,7 +24,8 @@ BERT = "bert_sdpa"
 MODELS = ["bert_sdpa", "own_pre_unmasked_packed_sdpa", "encoder_script_post"]
 FIELDS = {"index", "layer", "shares", "stack", "kind", "num_heads", "num_kv_heads", "head_dim", "hidden_size",
           "norm_order", "ffn_norm_order", "attention_mask", "relative_scores", "query", "key", "value", "output",
-          "ffn_in", "ffn_gate", "ffn_out", "attention_residual", "ffn_residual", "cache", "locations", "notes"}  # fmt: skip
+          "ffn_in", "ffn_gate", "ffn_out", "attention_residual", "ffn_residual", "cache", "locations",
+          "notes"}  # fmt: skip
 
 
 @pytest.fixture
