@@ -36,7 +36,11 @@ bool is_known_head(std::string_view text) {
   if (!whole.contains("config") || !whole.at("config").is_object()) {
     return false;  // heads of transformers' own classes have no such object
   }
-  const Json type = whole.at("config").value("head_type", Json());
+  const Json& config = whole.at("config");
+  const Json type = config.value("head_type", Json());
+  if (config.value("use_pooler", Json()) == true) {
+    return false;  // the head reads the result of the model's pooler, not its tokens
+  }
   const bool reads_other_token = holds(kOtherTokenModels, whole.value("model_type", Json())) && type != "tagging";
   return holds(kHeadTypes, type) && !reads_other_token;
 }

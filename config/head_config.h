@@ -34,9 +34,9 @@ struct HeadConfig {
 TORCHGRAFT_PATCH_API HeadConfig head_config_from_json(std::string_view json);
 TORCHGRAFT_PATCH_API std::string head_config_to_json(const HeadConfig& config);
 
-// Whether a head_config.json has one of the head types above, and its "model_type" is not of a model whose heads read
-// other tokens (BART, T5: that of the end; BEiT: all). Heads for other tasks have other fields. Throws c10::Error where
-// the text is no JSON object.
+// Whether a head_config.json has one of the head types above, and its head reads tokens that are known: not those of
+// the model's pooler (use_pooler), nor of a "model_type" whose heads read others (BART, T5: that of the end; BEiT:
+// all). Heads for other tasks have other fields. Throws c10::Error where the text is no JSON object.
 TORCHGRAFT_PATCH_API bool is_known_head(std::string_view json);
 
 // Throws c10::Error naming the first field whose value is not supported.

@@ -53,6 +53,18 @@ bool has_prefixes(const AdapterConfig& config) {
   return any_method<PrefixTuningConfig>(config, [](const auto&) { return true; });
 }
 
+// Whether the numbers of layers, or prefixes, which the library keeps apart for each of two towers, matter.
+bool names_layers(const AdapterConfig& config) {
+  return has_prefixes(config) ||
+         any_method<BnConfig>(config,
+                              [](const BnConfig& bn) {
+                                return !bn.leave_out.empty() || !std::holds_alternative<double>(bn.reduction_factor);
+                              }) ||
+         any_method<LoRAConfig>(config, [](const LoRAConfig& lora) { return !lora.leave_out.empty(); }) ||
+         any_method<ReftConfig>(
+             config, [](const ReftConfig& reft) { return !std::holds_alternative<std::string>(reft.layers); });
+}
+
 // The models in which the library's invertible adapter changes what enters the first layer's residual stream. Not so in
 // Whisper (behind the encoder), Gemma (before the embeddings are scaled) and models of two models.
 bool changes_first_input(const std::string& model) {
@@ -80,6 +92,11 @@ std::string refusal(const std::string& model, const AdapterConfig& config) {
     return "on T5 the adapters library moves the relative positions of all tokens by the length of the prefix, which "
            "torchgraft does not, so that the trained adapter would give other results" +
            std::string(kAccept);
+  }
+  if (model == "clip" && names_layers(config)) {
+    return "in a whole CLIP the adapters library numbers the layers of the text tower first, torchgraft those that run "
+           "first, and prefixes of both towers are not supported; train it anew here, or, without prefixes, write the "
+           "numbers that torchgraft.inspect() shows into its adapter_config.json and remove \"model_type\" there";
   }
   if (has_inverse && !changes_first_input(model)) {
     return "it is not known that the adapters library puts invertible adapters of this model between the embeddings "

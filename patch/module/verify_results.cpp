@@ -80,6 +80,25 @@ at::Tensor ids_from(const std::vector<int64_t>& adapters, size_t first, int64_t 
   return at::tensor(ids, at::TensorOptions(at::kLong).device(device));
 }
 
+// What else than the dtype of `weights`, which adapters get, the base computes in, and what to do; or nothing.
+std::string other_dtypes(const Module& base, at::ScalarType coarsest, const at::TensorOptions& weights) {
+  const auto own = c10::typeMetaToScalarType(weights.dtype());
+  std::string other;
+  for (const auto& parameter : base.named_parameters()) {
+    const at::ScalarType dtype = parameter.value.scalar_type();
+    if (at::isFloatingType(dtype) && dtype != own) {
+      other = c10::str(parameter.name, " is ", dtype);
+      break;
+    }
+  }
+  if (other.empty() && coarsest == at::kHalf && own != at::kHalf && own != at::kBFloat16) {
+    other = "its forward casts to 16 bits, as under torch.autocast";
+  }
+  return other.empty() ? ""
+                       : c10::str("; adapters are ", own, ", as the first query projection, but ", other,
+                                  ": trace the base without torch.autocast and with all weights in one dtype");
+}
+
 // One way of running one of the modules.
 struct Trial {
   const TrialRun& run;
@@ -110,6 +129,7 @@ class Comparison {
         base_method_(forward.method),
         dtype_(dtype),
         device_(forward.weights.device()),
+        other_dtypes_(other_dtypes(base_.module, dtype, forward.weights)),
         verifier_(verifier),
         is_drawn_(is_drawn),
         is_made_up_(is_made_up),
@@ -171,8 +191,9 @@ class Comparison {
   static void add(std::string& missing, const std::string& more) { missing = missing.empty() ? more : missing; }
 
   [[noreturn]] void fail(const std::string& error) const {
-    throw RunFailure(c10::str(
-        verifier_.what, ": the base runs on example inputs, but the grafted module fails: ", error, verifier_.remedy));
+    const bool is_of_dtypes = !other_dtypes_.empty() && error.find("dtype") != std::string::npos;
+    throw RunFailure(c10::str(verifier_.what, ": the base runs on example inputs, but the grafted module fails: ",
+                              error, is_of_dtypes ? other_dtypes_ : verifier_.remedy));
   }
 
   c10::IValue run(const Trial& trial, const Arguments& arguments) const {
@@ -313,6 +334,7 @@ class Comparison {
   const char* base_method_;
   at::ScalarType dtype_;
   c10::Device device_;
+  std::string other_dtypes_;
   const Verifier& verifier_;
   bool is_drawn_;
   bool is_made_up_;

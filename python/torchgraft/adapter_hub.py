@@ -141,6 +141,8 @@ def read_head(directory: Path) -> SavedHead | None:
     if not patcher().is_known_head(config):
         fields = parse_json(config, path).get("config")
         kind = fields.get("head_type") if isinstance(fields, dict) else None
+        if isinstance(fields, dict) and fields.get("use_pooler") is True:
+            kind = f"{kind}, use_pooler=True"
         warnings.warn(
             f"{directory}: the adapter's head{f' ({kind})' if kind else ''} is not loaded: heads for tagging, "
             "and for classification and regression by the first or last token, are; a prediction needs its own head",

@@ -1,4 +1,4 @@
-"""Reads LoRA directories of Hugging Face PEFT: adapter_config.json and adapter_model.safetensors."""
+"""Reads LoRA and (IA)^3 directories of Hugging Face PEFT: adapter_config.json and adapter_model.safetensors."""
 
 import copy
 import json
@@ -51,7 +51,7 @@ def _read_files(directory: Path) -> tuple[PeftLoRAConfig, PeftWeights]:
 def load_peft_directory(
     directory: str | Path, structure: Mapping[str, Any], parameters: Mapping[str, Tensor]
 ) -> AdapterDirectory:
-    """Reads a LoRA of PEFT and converts it to an AdapterHub adapter for a model of this structure.
+    """Reads a LoRA or an (IA)^3 of PEFT and converts it to an AdapterHub adapter for a model of this structure.
 
     The function matches linear maps by module path; where a frozen module has none, by the layer's number and the names
     of projections. It pads ranks that differ (rank_pattern) with zeros to the largest, multiplies scalings
@@ -65,8 +65,8 @@ def load_peft_directory(
             result but its bias.
 
     Raises:
-        GraftError: the directory holds no LoRA; a field is not known or not supported; weights are missing, or two are
-            for one linear map; or the model lacks a linear map, or has it outside of its layers.
+        GraftError: the directory holds another method; a field is not known or not supported; weights are missing, or
+            two are for one linear map; or the model lacks a linear map, or has it outside of its layers.
     """
     directory = Path(directory)
     config, weights = read_one_version(directory, (CONFIG_FILE, *WEIGHT_FILES), _read_files)
@@ -93,7 +93,7 @@ def load_peft_directory(
             found = [(_NO_LAYER, model_path, linear_maps[model_path])]
         targets |= _targets(directory, path, model_path, update, found)
     rank = max(update.lora_a.size(0) for update in updates.values())
-    return _as_adapter_hub(directory, targets, rank, structure, parameters)
+    return _as_adapter_hub(config, targets, rank, structure, parameters)
 
 
 def _present(
@@ -163,6 +163,11 @@ def _whole_update(
     old = weight.detach()
     if config.use_dora:
         raise GraftError(f"{config.directory}: DoRA beside modules that were trained as a whole is not supported")
+    if config.scales:
+        raise GraftError(
+            f"{config.directory}: (IA)^3 beside {path}, which was trained as a whole (modules_to_save), is not "
+            "supported; merge it into the base with PEFT's merge_and_unload() before you trace that"
+        )
     if old.shape != whole[0].shape or (bias is None) != (whole[1] is None):
         raise GraftError(
             f"{config.directory}: expected {path} (modules_to_save) to be of shape {list(old.shape)}, as the model's "
@@ -279,12 +284,15 @@ def _targets(
             "map on tokens or rows that runs once; torchgraft.inspect() says what was recognised"
         )
     width = sum(projection["out_features"] for _, _, projection in found)
-    if update.lora_b.size(0) > width and update.lora_a.size(1) == found[0][2]["in_features"]:
+    reads_input = update.lora_a.size(1) in (0, found[0][2]["in_features"])  # (IA)^3 reads none
+    if update.lora_b.size(0) > width and reads_input:
         raise GraftError(
             f"{directory}: {path} is the model's {model_path}, of whose {update.lora_b.size(0)} outputs {width} were "
             f"recognised ({', '.join(role for _, role, _ in found)}); a LoRA cannot be on the others"
         )
-    if update.lora_b.size(0) != width or update.lora_a.size(1) != found[0][2]["in_features"]:
+    if update.lora_b.size(0) != width or not reads_input:
+        if not update.lora_a.size(1):
+            raise GraftError(f"{directory}: expected ia3_l of {path} for {width} outputs, got {update.lora_b.size(0)}")
         raise GraftError(
             f"{directory}: expected lora_A and lora_B of {path} for {found[0][2]['in_features']} inputs and {width} "
             f"outputs, got {update.lora_a.size(1)} and {update.lora_b.size(0)}"
@@ -304,13 +312,13 @@ def _bias(projection: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> Te
 
 
 def _as_adapter_hub(
-    directory: Path,
+    peft_config: PeftLoRAConfig,
     targets: Mapping[tuple[int, str], tuple[dict[str, Any], Update]],
     rank: int,
     structure: Mapping[str, Any],
     parameters: Mapping[str, Tensor],
 ) -> AdapterDirectory:
-    layers = structure["layers"]
+    directory, layers = peft_config.directory, structure["layers"]
     outside = {role: target for (index, role), target in targets.items() if index == _NO_LAYER}
     roles = {role for index, role in targets if index != _NO_LAYER}
     used = {layers[index]["layer"] for index, _ in targets if index != _NO_LAYER}
@@ -321,6 +329,8 @@ def _as_adapter_hub(
         selfattn_lora=any(role in _MATRICES for role in roles),
         attn_matrices=[matrix for role, matrix in _MATRICES.items() if role in roles],
         use_dora=dora,
+        composition_mode="scale" if peft_config.scales else "add",
+        init_weights="ia3" if peft_config.scales else "lora",
         leave_out=sorted({layer["layer"] for layer in layers} - used),
     )
     fields = config.to_dict() | {flag: True for role, flag in _FLAGS.items() if role in roles}
@@ -342,8 +352,9 @@ def _as_adapter_hub(
                     f"{directory}: DoRA on {role} of some layers, and in layer {layer['layer']} on others, is not "
                     "supported; target_modules must name the same projections in each layer"
                 )
-            # Where other layers update this role, the update here is zero.
-            _append(weights, projection, update or Update.zero(projection), fields, parameters)
+            # Where other layers update this role, the update here changes nothing.
+            update = update or Update.zero(projection, peft_config.scales)
+            _append(weights, projection, update, fields, parameters)
     for projection, update in outside.values():
         _append(weights, projection, update, fields, parameters)
     return AdapterDirectory(
@@ -364,6 +375,8 @@ def _append(
     padded = update.padded(fields["r"])
     prefix = f"{projection['path']}.loras.{DEFAULT_NAME}"
     parts = {"lora_A": padded.lora_a, "lora_B": padded.lora_b}
+    if fields["composition_mode"] == "scale":
+        del parts["lora_A"]
     if fields.get("lora_bias"):
         parts["lora_bias"] = torch.zeros(projection["out_features"]) if padded.bias is None else padded.bias
     if padded.magnitude is not None:

@@ -1,4 +1,5 @@
-"""Reads adapter_config.json of Hugging Face PEFT's LoRA. What is not known to be without effect here is refused."""
+"""Reads adapter_config.json of Hugging Face PEFT's LoRA and (IA)^3. What is not known to be without effect here is
+refused."""
 
 import dataclasses
 import json
@@ -27,6 +28,9 @@ _UNSUPPORTED = {
     "monteclora_config": "MonteCLoRA", "target_parameters": "parameters", "trainable_token_indices": "tokens",
     "use_bdlora": "block-diagonal LoRA", "use_qalora": "QALoRA",
 }  # fmt: skip
+# Fields of IA3Config, which has no other: its effect is a vector that multiplies what a linear map gives.
+_OF_IA3 = {"exclude_modules", "feedforward_modules", "init_ia3_weights", "modules_to_save", "target_modules"}
+_MERGE = "merge it into the base with PEFT's merge_and_unload() before you trace that"
 # Initialisations that leave the base's weights as they are.
 _PLAIN_INITIALISATIONS = ("gaussian", "eva", "mica", "orthogonal")
 _ALL_LINEAR = "all-linear"
@@ -40,9 +44,11 @@ _ANY_CONTAINER = r"(?<=\.)[^.]*"  # where layers_pattern says nothing
 
 @dataclass(frozen=True)
 class PeftLoRAConfig:
-    """The fields of LoraConfig on which a trained adapter's results depend, named and read as PEFT does."""
+    """The fields of LoraConfig on which a trained adapter's results depend, named and read as PEFT does. scales: the
+    directory is of an IA3Config, which has some of them."""
 
     directory: Path
+    scales: bool
     r: int
     lora_alpha: float
     target_modules: str | list[str]
@@ -161,14 +167,18 @@ def read_peft_config(directory: Path) -> PeftLoRAConfig:
     """Reads adapter_config.json.
 
     Raises:
-        GraftError: the file is no LoRA's; it has a field that is not known, is not supported or has another type; or
-            the LoRA's initialisation has changed the base's weights.
+        GraftError: the file is of another method; it has a field that is not known, is not supported or has another
+            type; or the LoRA's initialisation has changed the base's weights.
     """
     config = parse_json(read_config(directory), directory / CONFIG_FILE)
-    if config.get("peft_type") != "LORA":
+    scales = config.get("peft_type") == "IA3"
+    if config.get("peft_type") != "LORA" and not scales:
         shown = str(config.get("peft_type"))[:_LONGEST_SHOWN]
-        raise GraftError(f"{directory}: PEFT's {shown} is not supported, only LORA")
-    _check_fields(directory, config)
+        raise GraftError(
+            f"{directory}: PEFT's {shown} is not supported, only LORA and IA3 are; {_MERGE}, or, where it cannot be "
+            "merged, train one of torchgraft's methods"
+        )
+    _check_fields(directory, config, scales)
     _check_initialisation(directory, config.get("init_lora_weights", True))
     values = {}
     for name, (expected, holds, default) in _FIELDS.items():
@@ -182,10 +192,15 @@ def read_peft_config(directory: Path) -> PeftLoRAConfig:
         values["layers_to_transform"] = _as_list(values["layers_to_transform"])
     values["modules_to_save"] = _as_list(values["modules_to_save"])
     values["layers_pattern"] = [each for each in _as_list(values["layers_pattern"]) if each]
-    return PeftLoRAConfig(directory, **values, patterns=_compiled(directory, values))
+    return PeftLoRAConfig(directory, scales, **values, patterns=_compiled(directory, values))
 
 
-def _check_fields(directory: Path, config: Mapping[str, Any]) -> None:
+def _check_fields(directory: Path, config: Mapping[str, Any], scales: bool) -> None:
+    if scales and config.get("feedforward_modules"):
+        raise GraftError(
+            f"{directory}: feedforward_modules={_shown(config['feedforward_modules'])} multiplies what enters linear "
+            f"maps, which is not supported; of (IA)^3 only what multiplies their results is; {_MERGE}"
+        )
     for field, value in config.items():
         if field in _UNSUPPORTED and value not in (None, False, [], {}):
             raise GraftError(f"{directory}: {field} ({_UNSUPPORTED[field]}) is not supported")
@@ -194,7 +209,7 @@ def _check_fields(directory: Path, config: Mapping[str, Any]) -> None:
                 f"{directory}: bias={_shown(value)} has trained the base's biases, which is not supported; only "
                 'bias="none" is'
             )
-        known = field in _WITHOUT_EFFECT or field in _UNSUPPORTED or field in _FIELDS
+        known = field in _WITHOUT_EFFECT or field in _UNSUPPORTED or field in (_OF_IA3 if scales else _FIELDS)
         # null is a feature that is off, of a version that has more of them.
         if value is not None and not known and field not in ("peft_type", "bias", "init_lora_weights"):
             raise GraftError(

@@ -1,4 +1,4 @@
-"""Reads the weights of Hugging Face PEFT's LoRA directories."""
+"""Reads the weights of Hugging Face PEFT's LoRA and (IA)^3 directories."""
 
 import re
 from dataclasses import dataclass
@@ -17,17 +17,19 @@ _MOST_RANK = 64  # a module that was trained as a whole costs all updates of the
 
 _KEY = re.compile(
     r"(?:base_model\.model\.)?(?P<path>.+)\.(?:lora_(?P<part>A|B|magnitude_vector)(?:\.[^.]+)?\.(?P<kind>weight|bias)"
-    r"|lora_(?P<bare>magnitude_vector)(?:\.[^.]+)?)"
+    r"|lora_(?P<bare>magnitude_vector)(?:\.[^.]+)?|(?P<scale>ia3_l)(?:\.[^.]+)?)"
 )
 _WHOLE_KEY = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.(?P<kind>weight|bias)")
 _BASE_KEY = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.base_layer\.(?P<kind>weight|bias)")
-_DIMENSIONS = {"A": 2, "B": 2, "magnitude_vector": 1, "B bias": 1}
+_EMBEDDING_KEY = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.lora_embedding_[AB](?:\.[^.]+)?")
+_DIMENSIONS = {"A": 2, "B": 2, "magnitude_vector": 1, "B bias": 1, "ia3_l": 2}
 
 
 @dataclass(frozen=True)
 class Update:
     """The update B A of one linear map. lora_a: [r, in]; lora_b: [out, r], multiplied by alpha / r already; magnitude:
-    [out], DoRA's; bias: [out], likewise multiplied. All are floating."""
+    [out], DoRA's; bias: [out], likewise multiplied. All are floating. (IA)^3 has no matrix A: lora_a is [1, 0], and
+    lora_b, [out, 1], multiplies what the linear map gives."""
 
     lora_a: Tensor
     lora_b: Tensor
@@ -35,8 +37,10 @@ class Update:
     bias: Tensor | None = None
 
     @classmethod
-    def zero(cls, projection: dict[str, Any]) -> "Update":
-        """Returns the update of rank 1 that changes nothing."""
+    def zero(cls, projection: dict[str, Any], scales: bool) -> "Update":
+        """Returns the update of rank 1 that changes nothing. scales: that of (IA)^3."""
+        if scales:
+            return cls(torch.zeros(1, 0), torch.ones(projection["out_features"], 1))
         return cls(torch.zeros(1, projection["in_features"]), torch.zeros(projection["out_features"], 1))
 
     @classmethod
@@ -100,12 +104,15 @@ def read_peft_weights(config: PeftLoRAConfig) -> PeftWeights:
             path, kind = _whole_of(config, key, tensor)
             wholes.setdefault(path, {})[kind] = tensor
             continue
-        part = match["part"] or match["bare"]
+        part = match["part"] or match["bare"] or match["scale"]
         part += " bias" if match["kind"] == "bias" else ""
         if tensor.dim() != _DIMENSIONS.get(part) or not tensor.is_floating_point():
             raise GraftError(f"{directory}: {key} is not a weight of a LoRA on a linear map")
+        if (part == "ia3_l") != config.scales:
+            raise GraftError(f"{directory}: {key} is no weight of the method that peft_type names")
         if part in parts.setdefault(match["path"], {}):
-            raise GraftError(f"{directory}: two weights are lora_{part} of {match['path']}, {key} is one of them")
+            name = part if config.scales else f"lora_{part}"
+            raise GraftError(f"{directory}: two weights are {name} of {match['path']}, {key} is one of them")
         parts[match["path"]][part] = _widened(tensor)
     updates = {path: _update(config, path, found) for path, found in parts.items()}
     if not updates:
@@ -124,6 +131,12 @@ def _widened(tensor: Tensor) -> Tensor:
 
 def _whole_of(config: PeftLoRAConfig, key: str, tensor: Tensor) -> tuple[str, str]:
     """Returns the path of the linear map that was trained as a whole, and which of its parameters has this key."""
+    if embedding := _EMBEDDING_KEY.fullmatch(key):
+        raise GraftError(
+            f"{config.directory}: a LoRA on the embedding {embedding['path']} is not supported, only on linear maps; "
+            "train without it in target_modules, or merge the adapter into the base with PEFT's merge_and_unload() "
+            "before you trace that"
+        )
     match = _WHOLE_KEY.fullmatch(key)
     if match is None or not config.saves_whole(match["path"]):
         raise GraftError(f"{config.directory}: {key} is not a weight of a LoRA on a linear map")
@@ -141,6 +154,13 @@ def _whole_of(config: PeftLoRAConfig, key: str, tensor: Tensor) -> tuple[str, st
 
 def _update(config: PeftLoRAConfig, path: str, parts: dict[str, Tensor]) -> Update:
     directory = config.directory
+    if config.scales:
+        if parts["ia3_l"].size(1) != 1:
+            raise GraftError(
+                f"{directory}: expected ia3_l of {path} of shape [out, 1], got {list(parts['ia3_l'].shape)}: what "
+                "multiplies the input of a linear map (feedforward_modules) is not supported"
+            )
+        return Update(parts["ia3_l"].new_zeros(1, 0), parts["ia3_l"])
     expected = {"A", "B"} | ({"magnitude_vector"} if config.use_dora else set())
     expected |= {"B bias"} if config.lora_bias else set()
     if set(parts) != expected or parts["A"].size(0) != parts["B"].size(1):

@@ -203,6 +203,17 @@ def test_a_damaged_head_is_an_error_and_a_foreign_one_is_left_out(library, tmp_p
             torchgraft.load_adapter(library[1], tmp_path)
 
 
+def test_a_head_behind_the_pooler_is_left_out_with_a_warning(library, tmp_path: Path) -> None:
+    """The adapter itself is loaded."""
+    model = library[0]
+    model.add_adapter("pooled", config="lora")
+    model.add_classification_head("pooled", num_labels=3, use_pooler=True)
+    model.save_adapter(str(tmp_path), "pooled")
+    with pytest.warns(UserWarning, match=r"the adapter's head \(classification, use_pooler=True\) is not loaded"):
+        loaded = torchgraft.load_adapter(library[1], tmp_path)
+    assert loaded.adapter_names() == ["pooled"] and torchgraft.head_config(loaded, "pooled") is None
+
+
 def _headless_copy(module: torch.jit.ScriptModule) -> str:
     """A directory with the adapter "a" alone."""
     directory = tempfile.mkdtemp()

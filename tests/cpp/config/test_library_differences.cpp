@@ -26,6 +26,15 @@ TEST(LibraryDifferences, OnlyWhatDiffersIsRefused) {
   EXPECT_EQ(of("t5", "lora").refused, "");
 }
 
+TEST(LibraryDifferences, InAWholeClipWhatNamesLayersIsRefused) {
+  for (const char* method : {"prefix_tuning", "mam", "lora[leave_out=[1]]", "seq_bn[leave_out=[0]]",
+                             "seq_bn[reduction_factor={'0': 4, 'default': 16}]", "loreft[layers=[1]]"}) {
+    EXPECT_NE(of("clip", method).refused.find("text tower first"), std::string::npos) << method;
+    EXPECT_EQ(of("clip_text_model", method).refused, "") << method;
+  }
+  EXPECT_EQ(of("clip", "lora").refused + of("clip", "double_seq_bn").refused, "");
+}
+
 TEST(LibraryDifferences, OnlyBottlenecksThatAreWiredOtherwiseAreMarked) {
   EXPECT_EQ(wiring("albert", "double_seq_bn"), "albert");
   EXPECT_EQ(wiring("albert", "seq_bn"), "");

@@ -72,9 +72,13 @@ def _row(name: str, form: str) -> str:
     return f"| {name} | {form} | {reference} | {' | '.join(cells)} |"
 
 
-def _said(family: str, config: str) -> str:
+# Families that have no row in the table: test_other_families.py and test_encoder_decoder.py compare them.
+_OTHERS = {"bert_generation": "bert-generation", "whisper": "whisper", "plbart": "plbart", "mt5": "mt5",
+           "encoder_decoder (of BERTs)": "encoder-decoder", "clip (whole)": "clip"}  # fmt: skip
+
+
+def _said(model_type: str, config: str) -> str:
     """What is said of a directory that the library wrote for such a model; "equal" when nothing is."""
-    model_type = FAMILIES[family].config_class.model_type
     text = json.dumps({"model_type": model_type, "config": config})
     refused, warned = patcher().library_difference(text)
     if refused:
@@ -94,8 +98,9 @@ def directories() -> str:
         "",
     ]
     by_result: dict[tuple[str, ...], list[str]] = {}
-    for family in FAMILIES:
-        said = tuple(_said(family, config) for config in ("lora", "double_seq_bn", "prefix_tuning"))
+    model_types = {family: made.config_class.model_type for family, made in FAMILIES.items()} | _OTHERS
+    for family, model_type in model_types.items():
+        said = tuple(_said(model_type, config) for config in ("lora", "double_seq_bn", "prefix_tuning"))
         by_result.setdefault(said, []).append(family)
     for said, families in by_result.items():
         names = ("LoRA", "bottlenecks", "prefixes") if len(set(said)) > 1 else ("all",)
@@ -103,6 +108,12 @@ def directories() -> str:
         different = "; ".join(f"{method}: {result}" for method, result in results.items() if result != "equal")
         different += "; all else equal" if "equal" in said and different else ""
         lines.append(f"- {', '.join(families)}: {different or 'equal'}.")
+    lines += [
+        "- clip (whole): `leave_out`, sizes by layer and ReFT's `layers` are refused like prefixes.",
+        "- xmod: refused: a trace holds which rows had which language.",
+        "- All: a base traced under `torch.autocast`, or with weights of several dtypes, is refused where an adapter "
+        "meets another dtype than that of the first query projection.",
+    ]
     wrapped = [textwrap.fill(line, 120, subsequent_indent="  " if line.startswith("- ") else "",
                              break_long_words=False, break_on_hyphens=False) for line in lines]  # fmt: skip
     return "\n".join(wrapped)

@@ -164,7 +164,7 @@ def test_what_has_no_place_in_a_frozen_module_is_named(options: dict, message: s
         ),
         (
             dict(target_modules=["query", "word_embeddings"]),
-            "lora_embedding_A is not a weight of a LoRA on a linear map",
+            r"a LoRA on the embedding embeddings.word_embeddings is not supported.*merge_and_unload\(\)",
         ),
     ],
 )
@@ -177,7 +177,8 @@ def test_what_has_no_place_is_named(options: dict, message: str, tmp_path) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"peft_type": "IA3"}, "PEFT's IA3 is not supported"),
+        ({"peft_type": "LOHA"}, r"PEFT's LOHA is not supported, only LORA and IA3 are; merge .* merge_and_unload\(\)"),
+        ({"peft_type": "IA3"}, "the field .* is not known|is no weight of the method"),
         ({"init_lora_weights": "pissa_niter_4"}, "has changed the base's weights"),
         ({"target_parameters": ["encoder.layer.0.output.dense.weight"]}, "target_parameters .* is not supported"),
     ],

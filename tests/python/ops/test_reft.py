@@ -180,6 +180,19 @@ def test_autocast_inference_mode_and_meta_tensors(case):
     op_checks.check_meta(pair(op), args)
 
 
+@cases
+def test_tangents_equal_the_reference(case):
+    """Other operators refuse them (test_every_operator.py)."""
+    args = arguments(case, torch.float64)
+    for name in op_checks.differentiable(args):
+        primal, tangent = (args[name],), (torch.ones_like(args[name]),)
+        found, expected = (
+            torch.func.jvp(lambda value, f=f, name=name: f(**args | {name: value}), primal, tangent)[1]
+            for f in (op, op_reference.reft)
+        )
+        torch.testing.assert_close(found, expected)
+
+
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_drawn_cases_equal_the_reference(data):

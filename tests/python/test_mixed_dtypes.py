@@ -1,0 +1,82 @@
+"""Bases that compute in several dtypes: where an adapter cannot follow, the error names the other dtype and the
+remedy."""
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import models
+import torchgraft
+from models import make_batch
+
+_IDS, _MASK = (make_batch([7, 4], 7, torch.float32).ids, make_batch([7, 4], 7, torch.float32).mask)
+_REMEDY = ": trace the base without torch.autocast and with all weights in one dtype$"
+
+
+class _Text(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = models.hugging_face("bert", "eager", dtype)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.model(input_ids, attention_mask)[0]
+
+
+def _trace(model: nn.Module) -> torch.jit.ScriptModule:
+    return torch.jit.trace(model.eval(), (_IDS, _MASK), check_trace=False, strict=False)
+
+
+@functools.cache
+def _under_autocast() -> torch.jit.ScriptModule:
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        return _trace(_Text(torch.float32))
+
+
+class _InFloat32(nn.Module):
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.float()).to(x.dtype)
+
+
+@functools.cache
+def _one_map_in_float32() -> torch.jit.ScriptModule:
+    model = _Text(torch.bfloat16)
+    for layer in model.model.encoder.layer:
+        layer.output.dense = _InFloat32(layer.output.dense)
+    return _trace(model)
+
+
+@pytest.mark.parametrize("config", ["lora", "mam", "unipelt", "ia3", "seq_bn"])
+def test_a_base_traced_under_autocast_is_refused_with_the_remedy(config: str) -> None:
+    message = "adapters are Float, as the first query projection, but its forward casts to 16 bits, as under torch.auto"
+    with pytest.raises(torchgraft.GraftError, match=message) as caught:
+        torchgraft.graft(_under_autocast(), config, "task")
+    assert "verify=False" not in str(caught.value)  # the result would fail at every run
+    with pytest.raises(torchgraft.GraftError, match=_REMEDY):
+        torchgraft.graft(_under_autocast(), config, "task", example=(_IDS, _MASK))
+
+
+@pytest.mark.parametrize("config", ["lora", "mam", "unipelt", "ia3", "double_seq_bn"])
+def test_a_map_whose_result_is_cast_back_disturbs_no_adapter_beside_it(config: str) -> None:
+    base = _one_map_in_float32()
+    grafted = torchgraft.graft(base, config, "task", example=(_IDS, _MASK))
+    with torch.no_grad():
+        result = grafted(_IDS, _MASK)
+        assert result.dtype == torch.bfloat16 and result.isfinite().all()
+
+
+def test_an_adapter_on_such_a_map_is_refused_with_its_name() -> None:
+    with pytest.raises(torchgraft.GraftError, match=r"but model\..*output.dense.linear.* is Float" + _REMEDY):
+        torchgraft.graft(_one_map_in_float32(), "lora[output_lora=True]", "task")
+
+
+def test_without_a_comparison_it_fails_at_run_time_by_name() -> None:
+    grafted = torchgraft.graft(_under_autocast(), "lora", "task", verify=False)
+    grafted.base_forward(_IDS, _MASK)
+    with pytest.raises(RuntimeError, match=r"layer 0, selfattn_lora_q(.|\n)*expected lora_a of dtype BFloat16"):
+        grafted(_IDS, _MASK)
