@@ -126,8 +126,8 @@ class CompositionReader {
     check(end != std::string_view::npos, "a number, or numbers in brackets,");
     const std::string part(text_.substr(at_, end + (is_list ? 1 : 0) - at_));
     at_ = end + (is_list ? 1 : 0);
-    if (part.starts_with("True") || part.starts_with("False")) {
-      return part.starts_with("True");
+    if (const std::string word = part.substr(0, part.find_last_not_of(' ') + 1); word == "True" || word == "False") {
+      return word == "True";
     }
     return parse_json(part, "composition: " + part);
   }

@@ -58,7 +58,8 @@ MethodConfig read_method(const Json& json) {
   }
   TORCH_CHECK(architecture != "union", "config: a union inside a union is not possible");
   TORCH_CHECK(false, "config: the architecture ", shown_json(architecture),
-              " is not supported (supported: bottleneck, prefix_tuning, lora, mtl_lora, reft and unions of them)");
+              " is not supported (supported: bottleneck, prefix_tuning, lora, mtl_lora, reft and unions of them)",
+              architecture == "prompt_tuning" ? "; train prefix_tuning instead" : "");
 }
 
 AdapterConfig read_adapter(const Json& json) {

@@ -33,6 +33,15 @@ const std::set<std::string> kAround = {"config",     "hidden_size",   "model_cla
 
 }  // namespace
 
+void check_supported(const FusionConfig& config) {
+  TORCH_CHECK(!config.temperature, "adapter fusion: temperature=true is not supported: in the adapters library each ",
+              "forward pass lowers the temperature, so that a result depends on how many came before; train with ",
+              "temperature=false");
+  const double dropout = config.dropout_prob.value_or(0.0);
+  TORCH_CHECK(dropout >= 0.0 && dropout < 1.0, "adapter fusion: expected dropout_prob to be at least 0 and below 1, ",
+              "got ", dropout);
+}
+
 FusionConfig fusion_config_from_json(std::string_view text) {
   const Json json = parse_json(text, "adapter fusion");
   check_texts(json, "adapter fusion");
@@ -63,9 +72,7 @@ FusionConfig fusion_config_from_json(std::string_view text) {
                   "', which is not known");
     }
   }
-  TORCH_CHECK(!result.temperature, "adapter fusion: temperature=true is not supported: in the adapters library each ",
-              "forward pass lowers the temperature, so that a result depends on how many came before; train with ",
-              "temperature=false");
+  check_supported(result);
   if (json.contains("name")) {
     json::read("name", json.at("name"), result.name);
   }

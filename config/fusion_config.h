@@ -27,8 +27,11 @@ struct FusionConfig {
   std::vector<std::string> adapters = {};  // in the order in which they are fused
 };
 
-// Reads an adapter_fusion_config.json. Throws c10::Error for a key that is not known, and for temperature=true, whose
-// results depend on how often the library ran.
+// Throws c10::Error for temperature=true, whose results depend on how often the library ran, and for a dropout_prob
+// that is not at least 0 and below 1. Whoever takes a FusionConfig calls it: a caller may have filled one by hand.
+TORCHGRAFT_PATCH_API void check_supported(const FusionConfig& config);
+
+// Reads an adapter_fusion_config.json. Throws c10::Error for a key that is not known, and as check_supported() does.
 TORCHGRAFT_PATCH_API FusionConfig fusion_config_from_json(std::string_view text);
 
 // The configuration with name and adapters: {"config": {...}, "name": ..., "adapter_names": [...]}.

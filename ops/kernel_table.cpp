@@ -25,8 +25,15 @@ Value one_of(const Json& entry, const char* key, std::initializer_list<std::pair
   TORCH_CHECK(false, "expected \"", key, "\" to be one of ", names, ", got \"", name, "\"");
 }
 
+// The library takes true for 1.
+double number(const Json& entry, const char* key) {
+  const Json& value = entry.at(key);
+  TORCH_CHECK(!value.is_boolean(), "expected \"", key, "\" to be a number, got ", value.dump());
+  return value.get<double>();
+}
+
 double positive(const Json& entry, const char* key) {
-  const auto value = entry.at(key).get<double>();
+  const double value = number(entry, key);
   TORCH_CHECK(value > 0.0 && std::isfinite(value), "expected \"", key, "\" to be a positive number, got ", value);
   return value;
 }
@@ -37,7 +44,7 @@ KernelTable KernelTable::parse(const std::string& text, const std::string& sourc
   KernelTable table;
   const Json json = parse_json(text, source);
   try {
-    const int version = json.at("kernel_table").get<int>();
+    const double version = number(json, "kernel_table");
     TORCH_CHECK(version == 1, "expected \"kernel_table\" to be 1, got ", version);
     const bool is_ours = json.at("instruction_set").get<std::string>() == kernel_instruction_set();
     for (const Json& entry : json.at("measurements")) {

@@ -12,6 +12,7 @@ using torch::jit::Module;
 
 Module compose(const Module& module, const std::string& name, const Composition& tree, const VerifyOptions& verifying) {
   check_composition(tree, "compose");
+  check_supported(tree, "compose");
   Draft draft = open_grafted(module, "compose");
   check_free_name(draft, name);
   draft.compositions.push_back({name, tree, std::nullopt});

@@ -103,6 +103,7 @@ std::set<std::string> fused_sites(const Draft& draft, const std::vector<std::str
 Module add_adapter_fusion(const Module& module, const Composition& fuse, const FusionConfig& config, bool trainable) {
   TORCH_CHECK(fuse.kind == BlockKind::kFuse, "add_adapter_fusion: expected a Fuse, got ", composition_to_string(fuse));
   check_composition(fuse, "add_adapter_fusion");
+  check_supported(config);
   Draft draft = open_grafted(module, "add_adapter_fusion");
   FusionConfig own = config;
   own.name = fusion_name(fuse);
@@ -127,6 +128,7 @@ Module load_adapter_fusion(const Module& module, const FusionConfig& config, con
                            const std::string& name) {
   check_fusion_name(config.name, "load_adapter_fusion");
   check_fusion_name(name.empty() ? config.name : name, "load_adapter_fusion");
+  check_supported(config);
   Draft draft = open_grafted(module, "load_adapter_fusion");
   AdapterFusion fusion = read_fusion(config, weights, draft.sites.structure, draft.weights);
   fusion.config.name = name.empty() ? config.name : name;

@@ -37,6 +37,24 @@ void add_head_size(const std::optional<Head>& head, AdapterInfo& info) {
   }
 }
 
+// The AdapterFusion layers of a composition, each once, whatever other composition uses them, too.
+void add_fusion_sizes(const Composition& composition, const std::vector<AdapterFusion>& fusions, AdapterInfo& info) {
+  const std::vector<std::string> names = fusion_names(composition);
+  for (const AdapterFusion& fusion : fusions) {
+    if (std::find(names.begin(), names.end(), fusion.name()) == names.end()) {
+      continue;
+    }
+    info.trainable |= fusion.trainable;
+    for (const auto& [place, weights] : fusion.weights) {
+      for (const auto& [name, tensor] : weights) {
+        if (!is_unused(name)) {
+          add_size(tensor, place.second, info);
+        }
+      }
+    }
+  }
+}
+
 // The location of a source of weights (a key of a Reparametrisation): "output_adapter" for "layer_0_output_adapter".
 std::string location_of(const std::string& source, const Plan& plan) {
   const auto module = std::find_if(plan.begin(), plan.end(), [&](const PlannedModule& planned) {
@@ -83,12 +101,10 @@ std::vector<AdapterInfo> list_adapters(const Module& module) {
   }
   std::vector<NamedComposition> compositions = read_compositions(adapters_module);
   read_heads(adapters_module, adapters.size(), compositions);
+  const std::vector<AdapterFusion> fusions = read_fusions(adapters_module);
   for (const NamedComposition& composition : compositions) {
     AdapterInfo info;
-    const std::vector<std::string> fusions = fusion_names(composition.tree);
-    info.trainable = std::any_of(fusions.begin(), fusions.end(), [&](const std::string& fusion) {
-      return is_trainable_fusion(adapters_module, fusion);
-    });
+    add_fusion_sizes(composition.tree, fusions, info);
     add_head_size(composition.head, info);
     info.name = composition.name;
     info.config = composition_to_json(composition.tree);

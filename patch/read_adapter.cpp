@@ -18,6 +18,7 @@ namespace {
 constexpr const char* kKnownHeads =
     "heads for tagging, and for classification and regression by the first or last token, are; a prediction needs its "
     "own head";
+constexpr const char* kSetupFile = "adapter_setup.json";
 constexpr const char* kReadInPython =
     " is for Python: torchgraft convert, given the folder that this directory is in, writes safetensors beside it";
 
@@ -25,6 +26,14 @@ constexpr const char* kReadInPython =
 bool is_there(const std::string& path) {
   struct stat status{};
   return lstat(path.c_str(), &status) == 0;
+}
+
+// What save_adapter_setup() writes has the adapters' directories below it.
+void check_is_no_setup(const std::string& directory) {
+  TORCH_CHECK(!is_setup_directory(directory) || is_adapter_directory(directory), directory,
+              ": it holds a composition (", kSetupFile,
+              "), not an adapter; load_adapter_setup reads it in Python, and ",
+              "its adapters have directories of their own in it");
 }
 
 // What PEFT writes has the same file names as AdapterHub's directories.
@@ -111,6 +120,7 @@ AdapterSpec read_files(const std::string& directory, const std::string& name, ui
 
 AdapterSpec read_one_adapter(const std::string& directory, const std::string& name, uint64_t most_weight_bytes,
                              Weights wanted) {
+  check_is_no_setup(directory);
   AdapterSpec spec;
   read_one_version(directory, {kConfigFile, kWeightsFile, kHeadConfigFile, kHeadWeightsFile}, kConfigFile,
                    [&] { spec = read_files(directory, name, most_weight_bytes, wanted); });
@@ -129,7 +139,10 @@ AdapterConfig check_adapter_directory(const std::string& directory, uint64_t mos
 
 bool is_adapter_directory(const std::string& directory) { return has_marker(directory, kConfigFile); }
 
+bool is_setup_directory(const std::string& directory) { return is_there(directory + "/" + kSetupFile); }
+
 AdapterConfig read_adapter_config(const std::string& directory) {
+  check_is_no_setup(directory);
   const std::string path = directory + "/" + kConfigFile;
   std::string text;
   read_one_version(directory, {kConfigFile}, kConfigFile, [&] { text = read_text(path, kLongestConfig); });

@@ -25,6 +25,10 @@ TORCHGRAFT_PATCH_API AdapterConfig check_adapter_directory(const std::string& di
 // for the instant of renaming to pass, but not for long.
 TORCHGRAFT_PATCH_API bool is_adapter_directory(const std::string& directory);
 
+// Whether the directory has an adapter_setup.json: a composition (save_adapter_setup() in Python). No adapter is read
+// from it, and no server or pool takes it.
+TORCHGRAFT_PATCH_API bool is_setup_directory(const std::string& directory);
+
 // Reads the configuration alone. Throws as read_adapter_directory does.
 TORCHGRAFT_PATCH_API AdapterConfig read_adapter_config(const std::string& directory);
 

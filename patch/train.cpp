@@ -36,6 +36,13 @@ Module with_trainable(const Module& module, const std::string& name, bool traina
     return build(std::move(draft), active_name(module));
   }
   Adapter& adapter = draft.adapters[find_plain(draft, name, what)];
+  for (const NamedComposition& composition : draft.compositions) {
+    const std::vector<std::string> parts = adapters_in(composition.tree);
+    const bool is_part = std::find(parts.begin(), parts.end(), name) != parts.end();
+    TORCH_CHECK(!trainable || !is_part || fusion_names(composition.tree).empty(), what, ": the composition '",
+                composition.name, "', ", composition_to_string(composition.tree), ", has a Fuse and uses '", name,
+                "', and the adapters of such a composition stay frozen; remove the composition first");
+  }
   adapter.trainable = trainable;
   if (trainable) {
     restore_reft_sources(adapter);
@@ -64,28 +71,44 @@ bool is_within(const std::string& path, const NamedComposition& composition) {
                      [&](const std::string& fusion) { return path.starts_with(fusion_module_name(fusion) + "."); });
 }
 
-}  // namespace
+using Parameters = std::vector<std::pair<std::string, at::Tensor>>;
 
-std::vector<std::pair<std::string, at::Tensor>> trainable_parameters(const Module& module, const std::string& name) {
-  check_grafted(module, "trainable_parameters");
+[[noreturn]] void refuse_frozen(const std::string& name, const Composition* composition, const char* what) {
+  TORCH_CHECK(composition, what, ": '", name, "' is frozen; graft or load it as a trainable adapter, or call ",
+              "unfreeze_adapter");
+  const bool has_fuse = !fusion_names(*composition).empty();
+  TORCH_CHECK(!has_fuse, what, ": '", name, "', ", composition_to_string(*composition), ", is frozen; call ",
+              "unfreeze_adapter('", name, "') to train its AdapterFusion layers");
+  TORCH_CHECK(false, what, ": '", name, "', ", composition_to_string(*composition), ", is frozen, for its adapters ",
+              "are; call unfreeze_adapter for one of ", c10::Join(", ", adapters_in(*composition)));
+}
+
+Parameters parameters_of(const Module& module, const std::string& name, const char* what) {
+  check_grafted(module, what);
   const Module adapters = module.attr("adapters").toModule();
   const std::vector<NamedComposition> compositions = read_compositions(adapters);
   const auto composition =
       std::find_if(compositions.begin(), compositions.end(), [&](const auto& held) { return held.name == name; });
   const bool is_composition = composition != compositions.end();
   if (!is_composition) {
-    find_adapter(adapters, name, "trainable_parameters");
+    find_adapter(adapters, name, what);
   }
-  std::vector<std::pair<std::string, at::Tensor>> result;
+  Parameters result;
   for (const auto& parameter : adapters.named_parameters()) {
     if (belongs_to(parameter.name, name) || (is_composition && is_within(parameter.name, *composition))) {
       result.emplace_back("adapters." + parameter.name, parameter.value);
     }
   }
-  TORCH_CHECK(!result.empty(), "trainable_parameters: '", name,
-              is_composition ? "' is frozen, and so are its adapters" : "' is frozen", "; graft or load ",
-              is_composition ? "one" : "it", " as a trainable adapter, or call unfreeze_adapter");
+  if (result.empty()) {
+    refuse_frozen(name, is_composition ? &composition->tree : nullptr, what);
+  }
   return result;
+}
+
+}  // namespace
+
+std::vector<std::pair<std::string, at::Tensor>> trainable_parameters(const Module& module, const std::string& name) {
+  return parameters_of(module, name, "trainable_parameters");
 }
 
 at::Tensor fusion_regularization_loss(const Module& module, const std::string& name) {
@@ -96,7 +119,7 @@ at::Tensor fusion_regularization_loss(const Module& module, const std::string& n
   TORCH_CHECK(find_fused(compositions, name), "fusion_regularization_loss: no composition with a Fuse is called '",
               name, "'");
   at::Tensor loss = at::zeros({});
-  for (const auto& [path, parameter] : trainable_parameters(module, name)) {
+  for (const auto& [path, parameter] : parameters_of(module, name, "fusion_regularization_loss")) {
     if (path.ends_with(kValue)) {
       const at::Tensor unit = at::eye(parameter.size(0), parameter.options().requires_grad(false));
       loss = loss + kWeight * (unit - parameter).pow(2).sum();

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <type_traits>
 #include <utility>
 
 namespace torchgraft {
@@ -120,6 +121,10 @@ class FieldReader {
   T get(const char* key) const {
     TORCH_CHECK(json_.contains(key), name_, ": the field \"", key, "\" is missing");
     try {
+      // The library takes true for 1, and 2.5 for 2.
+      constexpr bool kIsNumber = std::is_same_v<T, int64_t>;
+      TORCH_CHECK(!kIsNumber || json_.at(key).is_number_integer(), name_, ": the field \"", key, "\" cannot be ",
+                  shown_json(json_.at(key)));
       // Products of two sizes fit into int64_t.
       const bool is_large = json_.at(key).is_number_unsigned() && json_.at(key).get<uint64_t>() > INT32_MAX;
       TORCH_CHECK(!is_large, name_, ": expected \"", key, "\" below 2^31, got ", shown_json(json_.at(key)));

@@ -30,7 +30,9 @@ void bind_compositions(py::module_& m) {
     return torchgraft::composition_to_json(torchgraft::composition_from_string(text));
   });
   m.def("normalised_composition", [](const std::string& json) {
-    return torchgraft::composition_to_json(torchgraft::normalised(torchgraft::composition_from_json(json)));
+    const torchgraft::Composition read = torchgraft::composition_from_json(json);
+    torchgraft::check_supported(read, "load_adapter_setup");
+    return torchgraft::composition_to_json(torchgraft::normalised(read));
   });
   m.def(
       "add_adapter_fusion",

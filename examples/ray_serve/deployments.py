@@ -1,7 +1,6 @@
 """The Ray Serve application: Gateway reads HTTP, replicas of EncoderReplica hold the model and run batches."""
 
 import asyncio
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,8 @@ import starlette.responses
 from ray import serve
 
 import torchgraft
-from encoder import BATCH_ROWS, Answer, Encoder, Request, model_id_of
+from encoder import BATCH_ROWS, NAME, NO_COMPOSITION, Answer, Encoder, Request, is_composition, model_id_of
 
-NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")  # of a directory in the folder
 FIELDS = {"adapter", "input_ids", "pooling"}
 MOST_TOKENS = 512
 
@@ -105,6 +103,8 @@ class EncoderReplica:
                 lease = await self._adapter(model_id)
             except torchgraft.GraftError as error:
                 return 422, f"adapter '{name}' cannot be loaded: {error}"
+        elif await asyncio.to_thread(self._encoder.has_setup, name):
+            return 422, f"'{name}': {NO_COMPOSITION}"
         else:
             return 404, f"no adapter is called '{name}'"
         return await self._batches.answer(Request(lease, rows, pooling))
@@ -156,6 +156,8 @@ class Gateway:
             name, rows, pooling = read_body(await request.body())
         except BadRequestError as error:
             return failure(400, str(error))
+        if is_composition(name):
+            return failure(422, f"'{name}': {NO_COMPOSITION}")
         if name and not NAME.fullmatch(name):
             return failure(404, "expected an adapter's name of letters, digits, '_' and '-'")
         model_id = await asyncio.to_thread(model_id_of, self._adapters, name)

@@ -1,5 +1,6 @@
 """One base model and some of a folder's adapters, in this process. Knows nothing of Ray."""
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,13 @@ from torchgraft.adapter_hub import read_config, read_one_version
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter.safetensors"
+SETUP_FILE = "adapter_setup.json"
+NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")  # of a directory in the folder
+BLOCK = re.compile(r"(Stack|Fuse|Split|BatchSplit|Parallel|MultiTask|Average)\(")
+NO_COMPOSITION = (
+    "it is a composition, and the server serves single adapters; ask for one of its adapters, or run the composition "
+    "in a program of your own, as examples/serve does"
+)
 BATCH_ROWS = 64
 MOST_ADAPTER_BYTES = 256 << 20  # of a row in memory
 
@@ -75,7 +83,14 @@ class Encoder:
                 _report(path.parent.name, torchgraft.one_line(fault))
             else:
                 files[text] = path
+        for path in sorted(self._adapters.glob(f"*/{SETUP_FILE}")) if self._adapters else []:
+            if is_setup(self._adapters, path.parent.name):
+                _report(path.parent.name, NO_COMPOSITION)
         return list(files.values())
+
+    def has_setup(self, name: str) -> bool:
+        """Whether the folder has a composition of that name, and no adapter."""
+        return is_setup(self._adapters, name)
 
     def load(self, name: str, version: str) -> torchgraft.Lease:
         """Reads an adapter of the folder. Memory can hold several versions of one adapter at a time."""
@@ -145,6 +160,17 @@ def model_id_of(adapters: Path | None, name: str) -> str:
     if not name or adapters is None:
         return ""
     return read_one_version(adapters / name, (CONFIG_FILE, WEIGHTS_FILE), look)
+
+
+def is_composition(name: str) -> bool:
+    """Whether it is text such as "Stack(en, ner)"."""
+    return BLOCK.match(name) is not None
+
+
+def is_setup(adapters: Path | None, name: str) -> bool:
+    """Whether the folder has a composition of that name, and no adapter."""
+    directory = adapters / name if adapters and NAME.fullmatch(name) else None
+    return directory is not None and (directory / SETUP_FILE).is_file() and not model_id_of(adapters, name)
 
 
 def _report(name: str, fault: str) -> None:

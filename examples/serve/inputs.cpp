@@ -43,12 +43,13 @@ std::vector<int64_t> shape_of(const json& list) {
   return shape;
 }
 
-// Copies the numbers of `list` to `next`, row after row. depth: how many dimensions of `shape` enclose `list`.
+// Copies the numbers of `list` to `next`, row after row. depth: how many dimensions of `shape` enclose `list`. true and
+// false are numbers only where `dtype` is bool.
 template <typename Number>
 void copy_numbers(const std::string& where, const json& list, const std::vector<int64_t>& shape, size_t depth,
-                  Number*& next) {
+                  at::ScalarType dtype, Number*& next) {
   if (depth == shape.size()) {
-    if (list.is_boolean()) {
+    if (list.is_boolean() && dtype == at::kBool) {
       *next++ = list.get<bool>() ? 1 : 0;
     } else if (list.is_number() && (std::is_floating_point_v<Number> || list.is_number_integer())) {
       *next++ = list.get<Number>();
@@ -63,7 +64,7 @@ void copy_numbers(const std::string& where, const json& list, const std::vector<
                         (list.is_array() ? "one of " + std::to_string(list.size()) : list.dump()));
   }
   for (size_t index = 0; index < list.size(); ++index) {
-    copy_numbers(where + "[" + std::to_string(index) + "]", list[index], shape, depth + 1, next);
+    copy_numbers(where + "[" + std::to_string(index) + "]", list[index], shape, depth + 1, dtype, next);
   }
 }
 
@@ -73,10 +74,10 @@ at::Tensor to_tensor(const std::string& where, const json& list, at::ScalarType 
   at::Tensor tensor = at::empty(shape, floating ? at::kDouble : at::kLong);
   if (floating) {
     auto* next = tensor.data_ptr<double>();
-    copy_numbers(where, list, shape, 0, next);
+    copy_numbers(where, list, shape, 0, dtype, next);
   } else {
     auto* next = tensor.data_ptr<int64_t>();
-    copy_numbers(where, list, shape, 0, next);
+    copy_numbers(where, list, shape, 0, dtype, next);
   }
   return tensor.to(dtype);
 }

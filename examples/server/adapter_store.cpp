@@ -2,6 +2,7 @@
 
 #include "log.h"
 
+#include <torchgraft/config/composition_string.h>
 #include <torchgraft/patch/check_room.h>
 #include <torchgraft/patch/life.h>
 #include <torchgraft/patch/save_adapter.h>
@@ -25,6 +26,11 @@ bool is_name(const std::string& name) {
     return c < 0x80 && (std::isalnum(c) || c == '_' || c == '-');
   });
 }
+
+constexpr const char* kNoComposition =
+    "it is a composition, and the server serves single adapters; ask for one of its adapters, or run the composition "
+    "in "
+    "a program of your own, as examples/serve does";
 
 // One look: between two, another process may begin to save.
 bool has_adapter(const std::filesystem::path& folder, const std::string& name) {
@@ -73,6 +79,19 @@ void report_bad_names(const std::filesystem::path& folder) {
   }
 }
 
+// Names the directories of compositions, which are no adapters.
+void report_setups(const std::filesystem::path& folder) {
+  if (folder.empty()) {
+    return;
+  }
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+    const std::string name = entry.path().filename().string();
+    if (!has_adapter(folder, name) && torchgraft::is_setup_directory(entry.path().string())) {
+      report(torchgraft::one_line(name), kNoComposition);
+    }
+  }
+}
+
 // What libtorchgraft warns of at the start it says again when the adapter is loaded.
 class NoWarnings : public c10::WarningHandler {
  public:
@@ -88,6 +107,7 @@ std::map<std::string, std::vector<std::string>> read_configs(const std::filesyst
   NoWarnings none;
   const c10::WarningUtils::WarningHandlerGuard guard(&none);
   report_bad_names(folder);
+  report_setups(folder);
   for (const std::string& name : names_in(folder)) {
     if (own.count(name)) {
       log_line("adapter " + name + " of the model's file is served; that of the folder is not: rename one of the two");
@@ -144,6 +164,25 @@ auto answered(const std::string& name, Action action) {
   }
 }
 
+// Whether it is text such as "Stack(en, ner)".
+bool is_composition(const std::string& name) {
+  if (name.size() > kLongestName || name.find('(') == std::string::npos) {
+    return false;
+  }
+  try {
+    torchgraft::composition_from_string(name);
+    return true;
+  } catch (const c10::Error&) {
+    return false;
+  }
+}
+
+void check_no_setup(const std::filesystem::path& folder, const std::string& name) {
+  if (!folder.empty() && torchgraft::is_setup_directory((folder / name).string())) {
+    throw RequestError(422, "'" + name + "': " + kNoComposition);
+  }
+}
+
 }  // namespace
 
 bool is_grafted(const torch::jit::Module& module) { return module.find_method("adapter_names").has_value(); }
@@ -170,6 +209,9 @@ void AdapterStore::check_name(const std::string& name) const {
   if (own_.count(name)) {
     return;
   }
+  if (is_composition(name)) {
+    throw RequestError(422, "'" + name + "': " + kNoComposition);
+  }
   if (!is_name(name)) {
     throw RequestError(404, "expected an adapter's name of letters, digits, '_' and '-', got '" + name + "'");
   }
@@ -180,6 +222,7 @@ void AdapterStore::check_name(const std::string& name) const {
 
 void AdapterStore::check_in_folder(const std::string& name) const {
   if (!own_.count(name) && !has_adapter(folder_, name)) {
+    check_no_setup(folder_, name);
     throw RequestError(404, "no adapter is called '" + name + "'");
   }
 }
@@ -205,6 +248,9 @@ void AdapterStore::load(const std::string& name) {
   }
   if (folder_.empty()) {
     throw RequestError(404, "the server has no folder of adapters; start it with --adapters FOLDER");
+  }
+  if (is_name(name) && !has_adapter(folder_, name)) {
+    check_no_setup(folder_, name);
   }
   if (!is_name(name) || !has_adapter(folder_, name)) {
     throw RequestError(404, "no adapter of that name is in the folder");

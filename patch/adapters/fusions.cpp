@@ -166,6 +166,8 @@ std::map<std::string, std::vector<int64_t>> fusion_shapes(const FusionConfig& co
   return shapes;
 }
 
+bool is_unused(const std::string& weight) { return weight.starts_with("dense_"); }
+
 AdapterFusion read_fusion(const FusionConfig& config, const StateDict& state, const Structure& structure,
                           const at::TensorOptions& options) {
   const Plan plan = residual_plan(structure);

@@ -29,6 +29,9 @@ struct AdapterFusion {
 // The weights of a layer with this configuration on `hidden` features, by name, with their shapes.
 std::map<std::string, std::vector<int64_t>> fusion_shapes(const FusionConfig& config, int64_t hidden);
 
+// Whether a weight of that name is kept and not used: the only ones of layers without query, key and value.
+bool is_unused(const std::string& weight);
+
 // "folded_0", ...: buffers of an `adapters` module that insert/fold_fusion.h has computed from its weights.
 inline constexpr const char* kFoldedBuffer = "folded_";
 

@@ -53,14 +53,10 @@ ComposedState Composer::compose(const Composition& tree, const ComposedState& st
       return fuse(tree, state);
     case BlockKind::kParallel:
     case BlockKind::kMultiTask:
-      TORCH_CHECK(false, "compose: '", site_.name, "': ", to_string(tree.kind),
-                  " is not supported yet; give each of its parts a name of its own (compose each that is no adapter), "
-                  "and run the module with each");
-      break;
     case BlockKind::kAdapter:
       break;
   }
-  TORCH_INTERNAL_ASSERT(false, "an adapter is no block");
+  TORCH_INTERNAL_ASSERT(false, "no block that runs: ", to_string(tree.kind));
 }
 
 ComposedState Composer::child(const Composition& block, size_t i, const ComposedState& state, bool& is_present) {

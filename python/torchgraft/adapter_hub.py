@@ -16,6 +16,7 @@ from ._reading import MOST_WEIGHT_BYTES, open_regular, parse_json, read_text
 from .errors import GraftError
 
 CONFIG_FILE = "adapter_config.json"
+SETUP_FILE = "adapter_setup.json"  # of a composition; adapter_setup.py
 SAFETENSORS_FILE = "adapter.safetensors"
 PICKLE_FILE = "pytorch_adapter.bin"
 WEIGHT_FILES = (SAFETENSORS_FILE, PICKLE_FILE)
@@ -89,6 +90,11 @@ def _read_config_file(path: Path) -> str:
     try:
         text = read_text(path)
     except OSError as error:
+        if path.name == CONFIG_FILE and (path.parent / SETUP_FILE).is_file():
+            raise GraftError(
+                f"{path.parent}: it holds a composition ({SETUP_FILE}), not an adapter; load_adapter_setup() reads it, "
+                "and its adapters have directories of their own in it"
+            ) from error
         raise GraftError(f"{path}: cannot read the adapter's configuration ({error.strerror})") from error
     parse_json(text, path)
     return text

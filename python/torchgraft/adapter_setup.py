@@ -3,6 +3,7 @@ them."""
 
 import json
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,13 @@ import torch
 from ._libraries import patcher
 from ._reading import parse_json, read_text
 from .adapter_fusion import load_adapter_fusion, save_adapter_fusion
-from .adapter_hub import HEAD_CONFIG_FILE, HEAD_WEIGHT_FILES, read_head
+from .adapter_hub import HEAD_CONFIG_FILE, HEAD_WEIGHT_FILES, SETUP_FILE, read_head
 from .checkpoints import check_replaces, load_adapter, pickled, save_adapter
 from .composition import adapters_of, compose
 from .errors import GraftError
 from .grafting import cpp_module, names_of, script_module
 from .life import list_adapters
 
-SETUP_FILE = "adapter_setup.json"
 _VERSION = "adapters.1.3.0"  # the format is that library's
 
 
@@ -49,6 +49,44 @@ def save_adapter_setup(
         GraftError: the module has no such composition, the weights of an Average in it do not sum to 1, which no reader
             of the files would keep, the directory holds another composition or other adapters, or it cannot be written.
     """
+    held = _checked_setup(module, name, Path(directory), overwrite, model_class)
+    root = Path(directory)
+    for part in held.parts:
+        save_adapter(module, part, root / part, safetensors, overwrite=overwrite)
+    for fusion in held.fusions:
+        save_adapter_fusion(module, fusion, root / fusion, overwrite)
+    if held.head_text:
+        _save_head(root / name, held.head_text, held.head_weights, safetensors)
+    text = json.dumps(held.file, indent=2)
+    update = patcher().update_directory
+    update(str(directory), {SETUP_FILE: text.encode()}, [], SETUP_FILE, "", lambda: held.check(root, overwrite))
+
+
+def check_setup(module: torch.jit.ScriptModule, name: str, directory: str | Path, overwrite: bool = False,
+                model_class: str | None = None) -> None:  # fmt: skip
+    """Raises GraftError where save_adapter_setup() would, and writes nothing."""
+    _checked_setup(module, name, Path(directory), overwrite, model_class)
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """What save_adapter_setup() writes."""
+
+    file: dict[str, Any]
+    parts: list[str]
+    fusions: list[str]
+    head_text: str
+    head_weights: dict[str, torch.Tensor]
+
+    def check(self, root: Path, overwrite: bool) -> None:
+        if not overwrite:
+            _check_replaces_all(root, self.file, self.parts, self.fusions)
+
+
+def _checked_setup(
+    module: torch.jit.ScriptModule, name: str, directory: Path, overwrite: bool, model_class: str | None
+) -> _Setup:
+    """Reads the composition, and checks that all of it can be written."""
     found = {info.name: info for info in list_adapters(module)}
     if name not in found or not found[name].composition:
         what = f"'{name}' is an adapter; see save_adapter" if name in found else f"no composition is called '{name}'"
@@ -61,22 +99,10 @@ def save_adapter_setup(
         _check_folder(part, "save_adapter_setup")
     for part in parts:
         patcher().adapter_files(cpp_module(module), part, "")  # raises where it cannot be written
-    root = Path(directory)
     setup = {"adapter_setup": tree, "head_setup": name if head_text else None, "version": _VERSION}
-
-    def check() -> None:
-        if not overwrite:
-            _check_replaces_all(root, setup, parts, fusions)
-
-    check()
-    for part in parts:
-        save_adapter(module, part, root / part, safetensors, overwrite=overwrite)
-    for fusion in fusions:
-        save_adapter_fusion(module, fusion, root / fusion, overwrite)
-    if head_text:
-        _save_head(root / name, head_text, head_weights, safetensors)
-    text = json.dumps(setup, indent=2)
-    patcher().update_directory(str(directory), {SETUP_FILE: text.encode()}, [], SETUP_FILE, "", check)
+    result = _Setup(setup, parts, fusions, head_text, head_weights)
+    result.check(directory, overwrite)
+    return result
 
 
 def _safetensors(weights: dict[str, torch.Tensor]) -> bytes:

@@ -23,7 +23,7 @@ def trainable_parameters(module: torch.jit.ScriptModule, name: str) -> dict[str,
     every copy of the module.
 
     Raises:
-        GraftError: the adapter is unknown or frozen.
+        GraftError: the name is unknown, or nothing is trainable: neither the adapter, nor anything in the composition.
         TypeError: `module` is not TorchScript.
     """
     return dict(patcher().trainable_parameters(cpp_module(module), name))
@@ -34,7 +34,7 @@ def freeze_adapter(module: torch.jit.ScriptModule, name: str) -> torch.jit.Scrip
     adapter's prefixes, and not the MLPs that computed them.
 
     Raises:
-        GraftError: the adapter is unknown.
+        GraftError: the name is unknown, or is that of a composition without a Fuse.
         TypeError: `module` is not TorchScript.
     """
     return script_module(patcher().freeze_adapter(cpp_module(module), name))
@@ -45,7 +45,8 @@ def unfreeze_adapter(module: torch.jit.ScriptModule, name: str) -> torch.jit.Scr
     copy trains their keys and values themselves.
 
     Raises:
-        GraftError: the adapter is unknown, or merged, or a Compacter, whose factors a frozen adapter has dropped.
+        GraftError: the name is unknown, or is that of a composition without a Fuse; the adapter is merged, or a
+            Compacter, whose factors a frozen adapter has dropped.
         TypeError: `module` is not TorchScript.
     """
     return script_module(patcher().unfreeze_adapter(cpp_module(module), name))

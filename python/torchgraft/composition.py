@@ -7,13 +7,27 @@ A block's arguments are those of the library's block of the same name. compose()
 """
 
 import json
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, SupportsFloat
 
 import torch
 
 from ._libraries import patcher
 from .errors import GraftError
 from .grafting import cpp_module, example_arguments, module_with_warnings
+
+
+def weights_of(weights: Iterable[Any], what: str) -> list[float]:
+    """Returns the weights of adapters as floats. Python takes True for 1, which nobody means here.
+
+    Raises:
+        GraftError: one is no number.
+    """
+    found = list(weights)
+    for weight in found:
+        if isinstance(weight, bool) or not isinstance(weight, SupportsFloat):
+            raise GraftError(f"{what}: expected weights to be numbers, got {weight!r}")
+    return [float(weight) for weight in found]
 
 
 class AdapterCompositionBlock:
@@ -91,11 +105,8 @@ class Average(AdapterCompositionBlock):
         normalize_weights: bool = True,
     ):
         super().__init__(*children)
-        given = (
-            [float(weight) for weight in weights]
-            if weights is not None
-            else [1 / max(len(children), 1)] * len(children)
-        )
+        count = len(children)
+        given = [1 / max(count, 1)] * count if weights is None else weights_of(weights, "Average")
         total = sum(given) if weights is not None and normalize_weights else 1.0
         if total == 0:
             raise GraftError("Average: the weights sum to 0 and cannot be normalised")

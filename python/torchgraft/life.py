@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ._libraries import patcher
+from .composition import weights_of
 from .configs import config_to_json
 from .errors import GraftError
 from .grafting import cpp_module, directory_spec, example_arguments, module_with_warnings, script_module
@@ -31,11 +32,12 @@ class AdapterInfo:
         trainable: whether it has parameters of its own to train; see adapter_training.py.
         gate_pooling: "all" or "unpadded": over which tokens its gates are means. Empty: it has no gates, or an
             older version exported the file.
-        parameters: how many trained numbers the adapter and its head have, without the padding in the banks.
+        parameters: how many trained numbers the adapter and its head have, without the padding in the banks. Of a
+            composition: those of its AdapterFusion layers and its head.
         bytes: the size of these numbers.
         by_location: the number of parameters at each location ("selfattn_lora", "output_adapter", ...), and of the
             "head".
-        composition: "Stack(en, ner)": what compose() was given, which has no parameters of its own. Empty: an adapter.
+        composition: "Stack(en, ner)": what compose() was given. Empty: an adapter.
     """
 
     name: str
@@ -137,7 +139,7 @@ def average_adapter(
         GraftError: a name is unknown, `name` is taken, the configurations differ, or the weights sum to 0.
     """
     names = list(adapters)
-    weights = [float(adapters[key]) for key in names] if isinstance(adapters, Mapping) else []
+    weights = weights_of(adapters.values(), "average_adapter") if isinstance(adapters, Mapping) else []
     return module_with_warnings(patcher().average_adapters(cpp_module(module), name, names, weights, normalize_weights,
                                                            verify, example_arguments(example)))  # fmt: skip
 

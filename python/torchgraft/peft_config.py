@@ -139,7 +139,7 @@ def _is_bool(value: Any) -> bool:
 
 
 def _is_layers(value: Any) -> bool:
-    return all(isinstance(each, int) for each in _as_list(value))
+    return all(isinstance(each, int) and not isinstance(each, bool) for each in _as_list(value))
 
 
 def _patterns_to(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:

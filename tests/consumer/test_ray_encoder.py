@@ -46,6 +46,20 @@ def test_bad_adapters_are_named_and_left_out(encoder_module, models, own_adapter
             encoder.load(name, "0")
 
 
+def test_compositions_in_the_folder_and_in_requests_are_named(encoder_module, models, own_adapters, capfd):
+    (own_adapters / "stack").mkdir()
+    (own_adapters / "stack" / "adapter_setup.json").write_text("{}")
+    encoder = encoder_module.Encoder(models / "base.pt", own_adapters, capacity=2, threads=1)
+    assert encoder.has_setup("stack") and not encoder.has_setup("task-1")
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line == f"adapter stack cannot be served: {encoder_module.NO_COMPOSITION}"
+    assert encoder_module.is_setup(own_adapters, "stack") and not encoder_module.is_setup(None, "stack")
+    assert not any(encoder_module.is_setup(own_adapters, name) for name in ("task-1", "none", "../adapters/stack", ""))
+    for name in ("Stack(en, ner)", "Parallel(en, ner)", "BatchSplit(a, b, batch_sizes=[1, 2])"):
+        assert encoder_module.is_composition(name)
+    assert not any(map(encoder_module.is_composition, ("Stack", "a(b)", "", "xStack(")))
+
+
 def grafted_file(models, tmp_path):
     base = torch.jit.load(models / "base.pt")
     path = tmp_path / "grafted.pt"

@@ -111,6 +111,13 @@ def test_base_model_has_no_gates(serve, folder, tmp_path):
         ("grafted.pt", '{"inputs": [[1, 2]], "dtypes": ["int8"]}', [], 'int64, got "int8"'),
         ("grafted.pt", '{"inputs": [[[1, 2], [3]]]}', [], "inputs[0][1]: expected a list of 2"),
         ("grafted.pt", '{"inputs": [[1, 2.5]]}', [], "inputs[0][1]: expected an integer, got 2.5"),
+        ("grafted.pt", '{"inputs": [[1, true]]}', [], "inputs[0][1]: expected an integer, got true"),
+        (
+            "grafted.pt",
+            '{"inputs": [[1, true]], "dtypes": ["float32"]}',
+            [],
+            "inputs[0][1]: expected a number, got true",
+        ),
         ("grafted.pt", '{"inputs": [[1, [2]]]}', [], "inputs[0][1]: expected an integer, got [2]"),
         ("grafted.pt", '{"inputs": []}', [], "missing value for argument"),
     ],

@@ -96,6 +96,11 @@ def test_averages_of_what_cannot_be_averaged_are_refused() -> None:
         torchgraft.average_adapter(module, "mean", {"a": 1.0, "b": -1.0})
     with pytest.raises(torchgraft.GraftError, match="already has an adapter 'a'"):
         torchgraft.average_adapter(module, "a", ["a"])
+    for weight in (True, "1.0", None):
+        with pytest.raises(torchgraft.GraftError, match="average_adapter: expected weights to be numbers, got"):
+            torchgraft.average_adapter(module, "mean", {"a": weight, "b": 1.0})
+        with pytest.raises(torchgraft.GraftError, match="Average: expected weights to be numbers, got"):
+            torchgraft.Average("a", "b", weights=[1.0, weight])
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["f32", "f64"])

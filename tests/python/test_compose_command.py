@@ -1,5 +1,6 @@
 """`torchgraft compose`: the file that it writes, and what it refuses in one line."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,14 @@ def test_a_composition_is_saved_and_loaded_as_a_directory(model: Path, tmp_path:
     )
     done = run_here("graft.py", "load", bare, tmp_path / "both", "-o", tmp_path / "new.pt", "--trainable")
     assert done.returncode == 1 and "a composition is loaded frozen" in done.stderr
+
+
+def test_list_counts_the_layers_of_a_fuse(model: Path, tmp_path: Path) -> None:
+    module = torchgraft.add_adapter_fusion(torch.jit.load(str(model)), ["en", "ner"], "dynamic")
+    torchgraft.compose(module, "both", torchgraft.Fuse("en", "ner")).save(str(tmp_path / "both.pt"))
+    count = 2 * (3 * 16 * 16 + 2 * 16)  # two layers: query, key and value, and the biases of the first two
+    listed = run_here("graft.py", "list", tmp_path / "both.pt", "--json")
+    entry = json.loads(listed.stdout)[-1]
+    assert (entry["name"], entry["parameters"], entry["bytes"]) == ("both", count, 4 * count)
+    assert entry["by_location"] == {"output_adapter": count} and entry["composition"] == "Fuse(en, ner)"
+    assert f"{count:,}" in run_here("graft.py", "list", tmp_path / "both.pt").stdout

@@ -220,7 +220,6 @@ def test_life_of_a_composition() -> None:
         ("Average(bn, bn2, weights=[1])", "as many weights"),
         ("Split(bn, bn2)", "splits with a number for each"),
         ("Average(prefix, bn)", "no Average for this method"),
-        ("Parallel(bn, bn2)", "Parallel is not supported yet; give each of its parts a name"),
     ],
 )
 def test_what_cannot_be_composed_is_named(block: str, message: str) -> None:

@@ -151,6 +151,28 @@ def test_every_value_survives_cpp(config) -> None:
     assert patcher().normalise_config(normalised) == normalised
 
 
+_OTHERWISE = {"reduction_factor": {"0": True, "default": 16}}  # a number, or numbers by layer
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_true_is_no_number_and_one_is_not_true(name: str) -> None:
+    """Python takes one for the other, and JSON libraries may."""
+    config = _make(torchgraft, name).to_dict()
+    seen = set()
+    for field, value in config.items():
+        kind = "bool" if isinstance(value, bool) else "number" if isinstance(value, int | float) else "other"
+        wrong = {"bool": [1, 0, 1.0], "number": [True, False], "other": []}[kind]
+        if field in _OTHERWISE and kind == "number":
+            wrong.append(_OTHERWISE[field])
+        for other in wrong:
+            seen.add(kind)
+            with pytest.raises(
+                torchgraft.GraftError, match=f"expected \\w+[.]{field}.* to be .*, got (true|false|1|0)"
+            ):
+                patcher().normalise_config(json.dumps(config | {field: other}))
+    assert seen == {"bool", "number"}
+
+
 @pytest.mark.parametrize("name", ["seq_bn", "par_bn", "mam", "unipelt"])
 def test_the_library_loads_what_cpp_writes(name: str) -> None:
     written = json.loads(patcher().config_from_name(name))

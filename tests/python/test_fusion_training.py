@@ -243,12 +243,32 @@ def test_the_head_of_a_composition_is_trained_with_it() -> None:
     assert torch.isneginf(mixed[[0, 2], 3:]).all() and torch.isfinite(mixed[1]).all()
     assert torchgraft.head_config(frozen, "c").pooling == "mean"
     assert torchgraft.head_config(frozen, "gated") is None
-    assert torchgraft.list_adapters(frozen)[-1].by_location == {"head": 3 * hidden.size(-1) + 3}
+    counted = torchgraft.list_adapters(frozen)[-1].by_location
+    assert counted["head"] == 3 * hidden.size(-1) + 3
+    assert counted["output_adapter"] == sum(value.numel() for key, value in parameters.items() if "heads" not in key)
     bare = torchgraft.remove_head(frozen, "c")
     with pytest.raises(Exception, match="does not end in an adapter"):
         bare.forward_with_head(*arguments)
     gone = torchgraft.remove_adapter(frozen, "c")
     assert torchgraft.head_config(gone, "bn").num_labels == 5
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic", "empty"])
+def test_layers_are_counted_as_the_library_has_them(kind: str) -> None:
+    config = fields("static", query=False, key=False) if kind == "empty" else kind
+    parts = ["both", "norms"]
+    theirs: dict[str, int] = {}
+    for (_, site, weight), value in parameters_of(library_model("bert_sdpa", Fuse(*parts), config)).items():
+        if not weight.startswith("dense_"):  # of layers without query, key and value: it does not use them
+            theirs[site] = theirs.get(site, 0) + value.numel()
+    module = torchgraft.add_adapter_fusion(bank("bert_sdpa", *parts), parts, config)
+    module = torchgraft.compose(module, "c", Fuse(*parts))
+    module = torchgraft.compose(module, "again", Fuse(*parts))
+    infos = torchgraft.list_adapters(reloaded(module))
+    assert [info.name for info in infos if info.composition] == ["c", "again"]
+    for info in infos[-2:]:
+        assert info.by_location == theirs and info.parameters == sum(theirs.values())
+        assert info.bytes == info.parameters * DTYPE.itemsize
 
 
 @pytest.mark.parametrize("safetensors", [True, False], ids=["safetensors", "bin"])
@@ -317,6 +337,9 @@ def test_what_cannot_be_made_or_trained() -> None:
         torchgraft.add_adapter_fusion(module, ["bn", "bn2"], "fancy")
     with pytest.raises(torchgraft.GraftError, match="expected a Fuse"):
         torchgraft.add_adapter_fusion(module, Stack("bn", "bn2"))
+    for value in (1.0, -0.1, 7):
+        with pytest.raises(torchgraft.GraftError, match="dropout_prob to be at least 0 and below 1"):
+            torchgraft.add_adapter_fusion(module, ["bn", "bn2"], {"dropout_prob": value})
     empty = dict.fromkeys(("key", "query", "value"), False)
     with pytest.raises(torchgraft.GraftError, match="nothing to train"):
         torchgraft.add_adapter_fusion(module, ["bn", "bn2"], empty, trainable=True)

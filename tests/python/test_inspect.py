@@ -71,6 +71,31 @@ def test_every_field_is_there(name: str) -> None:
 # What is given back
 
 
+def _with_numbers(value: object, change) -> list:
+    """Copies of `value`, in each of which one number, or one of true and false, is another thing."""
+    if isinstance(value, bool | int):
+        return [(value, other) for other in change(value)]
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    result = []
+    for key, inner in items:
+        for found, changed in _with_numbers(inner, change):
+            other = value.copy()
+            other[key] = changed
+            result.append((found, other))
+    return result
+
+
+def test_true_is_no_number_in_sites_and_one_is_not_true(seen: dict) -> None:
+    seen["layers"] = seen["layers"][:1]
+    changed = _with_numbers(
+        seen["layers"], lambda value: [int(value)] if isinstance(value, bool) else [True, value + 0.5]
+    )
+    assert len(changed) > 20 and any(isinstance(value, bool) for value, _ in changed)
+    for _, layers in changed:
+        with pytest.raises(torchgraft.GraftError, match="sites: .* cannot be (true|[0-9.]+)"):
+            torchgraft.inspect(base(BERT, FLOAT), sites=seen | {"layers": layers})
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize("name", MODELS)
 def test_unedited_sites_change_nothing(name: str, tmp_path: Path) -> None:

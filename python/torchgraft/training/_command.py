@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from .._libraries import load_others, version_text
 from .._reading import parse_json
 from .._steps import showing_steps, step
 from .._text import load_tokenizer, text_limits
+from ..adapter_setup import check_setup
 from ..checkpoints import check_replaces
 from ..configs import config_argument, config_fields
 from ..errors import CommandLineError, GraftError
@@ -103,6 +105,8 @@ def _run(arguments: argparse.Namespace, workers: Workers) -> None:
     _check_texts(base, data)
     with step("grafting"):
         module = _trainable(base, arguments, data.names).to(workers.device)
+    if arguments.fuse is not None:
+        _check_can_save_fuse(module, arguments)
     output.mkdir(parents=True, exist_ok=True)
     listeners: list[Listener] = []
     if workers.rank == 0:
@@ -124,10 +128,27 @@ def _run(arguments: argparse.Namespace, workers: Workers) -> None:
 
 def _check_keeps_adapter(directory: Path, name: str) -> None:
     """Says before hours of training what writing the adapter would say."""
-    try:
+    with _in_words_of_the_command():
         check_replaces(directory, name)
+
+
+def _check_can_save_fuse(module: torch.jit.ScriptModule, arguments: argparse.Namespace) -> None:
+    """The same for what --fuse writes."""
+    with _in_words_of_the_command():
+        check_setup(
+            module, arguments.adapter, arguments.output / ADAPTER, arguments.restart, model_class=arguments.model_class
+        )
+
+
+@contextlib.contextmanager
+def _in_words_of_the_command() -> Iterator[None]:
+    try:
+        yield
     except GraftError as error:
-        found = str(error).removeprefix("save_adapter: ").split(";")[0]
+        function, _, message = str(error).partition(": ")
+        found, separator, _ = message.partition("; give another directory, or ")
+        if not function.startswith("save_adapter") or not separator:
+            raise
         raise GraftError(f"{found}; give another --output, or --restart to replace it") from error
 
 

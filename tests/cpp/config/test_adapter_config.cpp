@@ -69,6 +69,7 @@ INSTANTIATE_TEST_SUITE_P(
                   "VeRA needs both LoRAConfig.vera_d and LoRAConfig.vera_b"},
         BadConfig{R"({"architecture": "lora", "attn_matrices": ["o"]})", "LoRAConfig.attn_matrices=o is not supported"},
         BadConfig{R"({"architecture": "prompt_tuning"})", "the architecture \"prompt_tuning\" is not supported"},
+        BadConfig{R"({"architecture": "prompt_tuning"})", "; train prefix_tuning instead"},
         BadConfig{R"({"architecture": "reft"})", "ReftConfig needs the field layers"},
         BadConfig{R"({"architecture": "reft", "layers": "some", "prefix_positions": 1, "suffix_positions": 0, "r": 1,
                       "orthogonality": false})",

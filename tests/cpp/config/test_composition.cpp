@@ -57,6 +57,10 @@ TEST(Composition, WhatTheLibraryRefusesIsNamed) {
       {"Stack()", "Stack has no adapters"},
       {"Average(a, b, weights=[1])", "as many weights"},
       {"Average(a, b, weights=[1, -1])", "sum to 0"},
+      {"Average(a, b, weights=[true, 1])", "expected weights[] to be a number, got true"},
+      {"Average(a, b, normalize_weights=Trueish)", "composition: Trueish: not JSON"},
+      {"Average(a, b, normalize_weights=1)", "expected normalize_weights to be true or false, got 1"},
+      {"Split(a, b, splits=[1, true])", "expected splits[] to be an integer, got true"},
       {"Split(a, b)", "splits with a number for each of the 2 children"},
       {"BatchSplit(a, b, batch_sizes=[1, -2])", "batch_sizes from 0 to 2^31, got -2"},
       {"Stack(a, b", "a comma or a closing bracket"},
@@ -80,6 +84,26 @@ TEST(Composition, WhatTheLibraryRefusesIsNamed) {
     wide += ", a";
   }
   EXPECT_NE(error_of(wide + ")").find("at most 64 adapters"), std::string::npos);
+}
+
+TEST(Composition, BlocksThatNoModuleRunsAreNamedWithTheRemedy) {
+  const auto error = [](const char* text) {
+    try {
+      check_supported(composition_from_string(text), "compose");
+    } catch (const c10::Error& thrown) {
+      return std::string(thrown.what_without_backtrace());
+    }
+    return std::string();
+  };
+  EXPECT_EQ(
+      error("Stack(a, Parallel(b, c))"),
+      "compose: Parallel(b, c): Parallel is not supported yet; compose each of its parts under a name of its own, "
+      "and give every row once for each part, with adapter_ids");
+  EXPECT_EQ(
+      error("MultiTask(a, Average(b, c))"),
+      "compose: MultiTask(a, Average(b, c)): MultiTask is not supported; compose each of its parts under a name of "
+      "its own, and give every row that of its task in adapter_ids");
+  EXPECT_EQ(error("Stack(a, Fuse(b, Stack(c, a)), d)"), "");
 }
 
 TEST(Composition, ErrorsShowLittleOfALongText) {

@@ -69,6 +69,10 @@ TEST(KernelTable, DamagedFilesAreNamed) {
                            R"({"kernel_table": 1, "instruction_set": "AVX2", "measurements": [3]})"}) {
     EXPECT_EQ(error_of(text).find("here.json: expected what torchgraft tune writes, got "), 0) << text;
   }
+  EXPECT_EQ(error_of(R"({"kernel_table": true})"), "here.json: expected \"kernel_table\" to be a number, got true");
+  EXPECT_EQ(error_of(R"({"kernel_table": 1, "instruction_set": "x", "measurements": [{"op": "linear",
+                         "dtype": "float32", "tokens": true}]})"),
+            "here.json: expected \"tokens\" to be a number, got true");
   EXPECT_EQ(error_of(R"({"kernel_table": 2})"), "here.json: expected \"kernel_table\" to be 1, got 2");
   EXPECT_EQ(error_of(table("x", measured("gated_lore", "float32", 1, 1, 1, 1))),
             "here.json: expected \"op\" to be one of gated_lora, gated_lora_linear, gated_bottleneck, "

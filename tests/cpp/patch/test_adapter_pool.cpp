@@ -1,14 +1,18 @@
 #include "adapter_folder.h"
 
 #include <torchgraft/patch/check_room.h>
+#include <torchgraft/patch/compose.h>
 #include <torchgraft/patch/head.h>
 #include <torchgraft/patch/life.h>
+#include <torchgraft/patch/read_adapter.h>
 #include <torchgraft/patch/train.h>
 
 #include <c10/core/CPUAllocator.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <filesystem>
+#include <fstream>
 #include <new>
 #include <random>
 
@@ -338,6 +342,31 @@ TEST(AdapterPool, SixtyFourRowsServeAThousandAdapters) {
   EXPECT_EQ(pool.stats().resident, kResident);
   EXPECT_GT(pool.stats().evictions, 500);
   EXPECT_EQ(pool.stats().rebuilds, 0);
+}
+
+TEST(AdapterPool, CompositionsAreNamedWithTheRemedy) {
+  const auto has = [](const std::string& error, const std::string& text) {
+    EXPECT_NE(error.find(text), std::string::npos) << error;
+  };
+  auto module = graft(encoder(), {made_of("seq_bn[reduction_factor=4]", "a"), made_of("lora", "b")});
+  module = compose(module, "both", composition_from_string("Stack(a, b)"));
+  has(error_of([&] { const AdapterPool pool(module, options(8, {})); }),
+      "AdapterPool: the module has the composition 'both', which no pool can hold yet; remove it, or serve the module "
+      "itself");
+  const auto folder = std::filesystem::temp_directory_path() / ("torchgraft_setup_" + std::to_string(getpid()));
+  std::filesystem::create_directory(folder);
+  std::ofstream(folder / "adapter_setup.json") << "{}";
+  EXPECT_TRUE(is_setup_directory(folder.string()));
+  for (const std::string& error : {error_of([&] { read_adapter_directory(folder.string()); }),
+                                   error_of([&] { read_adapter_config(folder.string()); })}) {
+    has(error, ": it holds a composition (adapter_setup.json), not an adapter; load_adapter_setup reads it in Python");
+  }
+  std::filesystem::remove_all(folder);
+  EXPECT_FALSE(is_setup_directory(folder.string()));
+  for (const char* text : {"Parallel(a, b)", "MultiTask(a, b)"}) {
+    has(error_of([&] { compose(module, "c", composition_from_string(text)); }),
+        std::string("compose: ") + text + ": " + std::string(text).substr(0, std::string(text).find('(')) + " is not ");
+  }
 }
 
 }  // namespace

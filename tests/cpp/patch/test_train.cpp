@@ -11,8 +11,11 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <filesystem>
 #include <fstream>
+#include <functional>
+#include <map>
 #include <set>
 
 namespace torchgraft {
@@ -27,6 +30,15 @@ AdapterSpec spec(const std::string& name, const std::string& config, bool traina
 }
 
 at::Tensor run(torch::jit::Module module, const at::Tensor& x) { return module.forward({x}).toTensor(); }
+
+// The frozen adapters "a" and "b", and "both", Fuse(a, b), with a frozen value matrix.
+torch::jit::Module two_fused() {
+  const char* const kConfig = "seq_bn[reduction_factor=4, init_weights='bert']";
+  auto module = graft(encoder(), {spec("a", kConfig, false), spec("b", kConfig, false)});
+  const Composition fuse = composition_from_string("Fuse(a, b)");
+  module = add_adapter_fusion(module, fuse, fusion_config_from_json(R"({"config": "dynamic"})"));
+  return compose(module, "both", fuse);
+}
 
 class TrainStep : public ::testing::TestWithParam<const char*> {};
 
@@ -102,8 +114,62 @@ TEST(Train, AFuseTrainsItsLayersAndItsHead) {
   EXPECT_LT(loss().item<double>(), 0.5 * before);
   const auto frozen = freeze_adapter(module, "both");
   EXPECT_LT(largest_difference(run(frozen, x), run(module, x)), 1e-5);
-  EXPECT_NE(error_of([&] { trainable_parameters(frozen, "both"); }).find("'both' is frozen"), std::string::npos);
   EXPECT_FALSE(list_adapters(frozen).back().trainable);
+}
+
+// (12, 12) and 12 numbers of query and of key, and the value's (12, 12), in two layers of float32.
+TEST(Train, TheLayersOfAFuseAreCounted) {
+  const auto module = two_fused();
+  const AdapterInfo info = list_adapters(module).back();
+  EXPECT_EQ(info.parameters, 2 * (3 * 144 + 2 * 12));
+  EXPECT_EQ(info.bytes, 4 * info.parameters);
+  EXPECT_EQ(info.by_location, (std::map<std::string, int64_t>{{"output_adapter", info.parameters}}));
+  const int64_t with_head = list_adapters(add_head(module, "both", HeadConfig{})).back().parameters;
+  EXPECT_EQ(with_head, info.parameters + 12 * 12 + 12 + 2 * 12 + 2);
+  const auto stacked = compose(module, "stacked", composition_from_string("Stack(a, b)"));
+  EXPECT_EQ(list_adapters(stacked).back().parameters, 0);
+  EXPECT_TRUE(list_adapters(stacked).back().by_location.empty());
+}
+
+TEST(Train, WhatIsFrozenIsNamedWithItsRemedy) {
+  const auto module = compose(two_fused(), "stacked", composition_from_string("Stack(a, b)"));
+  const auto has = [](const std::string& error, const std::string& text) {
+    EXPECT_NE(error.find(text), std::string::npos) << error;
+  };
+  has(error_of([&] { trainable_parameters(module, "a"); }),
+      "trainable_parameters: 'a' is frozen; graft or load it as a trainable adapter, or call unfreeze_adapter");
+  has(error_of([&] { trainable_parameters(module, "both"); }),
+      "trainable_parameters: 'both', Fuse(a, b), is frozen; call unfreeze_adapter('both') to train its");
+  has(error_of([&] { trainable_parameters(module, "stacked"); }),
+      "trainable_parameters: 'stacked', Stack(a, b), is frozen, for its adapters are; call unfreeze_adapter for one of "
+      "a, b");
+  has(error_of([&] { fusion_regularization_loss(module, "both"); }),
+      "fusion_regularization_loss: 'both', Fuse(a, b), is frozen");
+  EXPECT_EQ(trainable_parameters(unfreeze_adapter(module, "both"), "both").size(), 2u * 5);  // as they say
+  has(error_of([&] { unfreeze_adapter(module, "a"); }),
+      "unfreeze_adapter: the composition 'both', Fuse(a, b), has a Fuse and uses 'a', and the adapters of such a "
+      "composition stay frozen; remove the composition first");
+  EXPECT_FALSE(trainable_parameters(unfreeze_adapter(remove_adapters(module, {"both"}), "a"), "stacked").empty());
+}
+
+TEST(Train, AFusionConfigThatACallerFilledIsChecked) {
+  const auto module = two_fused();
+  const StateDict weights = {};
+  for (const auto& [message, change] :
+       {std::pair<std::string, std::function<void(FusionConfig&)>>(
+            "temperature=true is not supported", [](FusionConfig& config) { config.temperature = true; }),
+        {"expected dropout_prob to be at least 0 and below 1, got 1",
+         [](FusionConfig& config) { config.dropout_prob = 1.0; }},
+        {"below 1, got nan", [](FusionConfig& config) { config.dropout_prob = std::nan(""); }}}) {
+    FusionConfig config;
+    config.name = "x";
+    change(config);
+    const Composition fuse = composition_from_string("Fuse(a, b, name='x')");
+    for (const std::string& error : {error_of([&] { add_adapter_fusion(module, fuse, config); }),
+                                     error_of([&] { load_adapter_fusion(module, config, weights); })}) {
+      EXPECT_NE(error.find(message), std::string::npos) << error;
+    }
+  }
 }
 
 TEST(Train, FreezingAndUnfreezingEjectPrefixesAndKeepTheResult) {

@@ -152,3 +152,42 @@ def test_what_the_command_refuses(files: Files, tmp_path: Path, arguments: list[
     done = train(files.base, "-o", tmp_path / "out", "--train", files.train, *arguments, *named, *QUICKLY)
     assert done.returncode in (1, 2) and message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def _another_setup(folder: Path) -> None:
+    module = torchgraft.compose(two_adapters(), "stack", Stack(*NAMES))
+    torchgraft.save_adapter_setup(module, "stack", folder)
+
+
+def _another_head(folder: Path) -> None:
+    (folder / "fused").mkdir(parents=True)
+    (folder / "fused" / "head_config.json").write_text('{"name": "other"}')
+
+
+def _another_adapter(folder: Path) -> None:
+    module = torchgraft.graft(make_base(), "seq_bn", "others")
+    torchgraft.save_adapter(module, "others", folder / "films")
+
+
+@pytest.mark.parametrize("there", [_another_setup, _another_head, _another_adapter])
+def test_what_it_would_write_over_is_seen_before_training(there, files: Files, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    there(out / "adapter")
+    before = sorted((path, path.read_bytes()) for path in out.rglob("*") if path.is_file())
+    command = [files.base, "-o", out, "--train", files.train, "--fuse", "films,books", "--adapter", "fused", *QUICKLY]
+    done = train(*command)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "already" in done.stderr and "give another --output, or --restart to replace it" in done.stderr
+    assert sorted((path, path.read_bytes()) for path in out.rglob("*") if path.is_file()) == before  # no checkpoint
+    assert train(*command, "--restart").returncode == 0
+    assert (out / "checkpoint.pt").exists()
+
+
+def test_an_adapter_whose_name_is_no_folder_is_seen_before_training(files: Files, tmp_path: Path) -> None:
+    module = torchgraft.rename_adapter(torch.jit.load(str(files.base)), "films", "films/new")
+    module.save(str(tmp_path / "base.pt"))
+    (tmp_path / "tokenizer.json").write_bytes((files.base.parent / "tokenizer.json").read_bytes())
+    done = train(tmp_path / "base.pt", "-o", tmp_path / "out", "--train", files.train, "--fuse", "films/new,books",
+                 "--adapter", "fused", *QUICKLY)  # fmt: skip
+    assert done.returncode == 1 and "'films/new' cannot have a directory of its name; rename it" in done.stderr
+    assert not (tmp_path / "out").exists()
