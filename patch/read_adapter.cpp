@@ -28,12 +28,17 @@ bool is_there(const std::string& path) {
   return lstat(path.c_str(), &status) == 0;
 }
 
-// What save_adapter_setup() writes has the adapters' directories below it.
-void check_is_no_setup(const std::string& directory) {
-  TORCH_CHECK(!is_setup_directory(directory) || is_adapter_directory(directory), directory,
-              ": it holds a composition (", kSetupFile,
-              "), not an adapter; load_adapter_setup reads it in Python, and ",
-              "its adapters have directories of their own in it");
+// Directories of the library without adapter_config.json hold something else. What save_adapter_setup() writes has the
+// adapters' directories below it.
+void check_holds_adapter(const std::string& directory) {
+  const bool is_adapter = is_adapter_directory(directory);
+  TORCH_CHECK(
+      is_adapter || !is_setup_directory(directory), directory, ": it holds a composition (", kSetupFile,
+      "), not an adapter; load_adapter_setup reads it in Python, and its adapters have directories of their own ",
+      "in it");
+  TORCH_CHECK(is_adapter || !is_there(directory + "/adapter_fusion_config.json"), directory,
+              ": it holds AdapterFusion layers (adapter_fusion_config.json), not an adapter; load_adapter_fusion puts ",
+              "them into a module that has their adapters");
 }
 
 // What PEFT writes has the same file names as AdapterHub's directories.
@@ -42,18 +47,6 @@ void check_is_adapter_hub(const std::string& path, const std::string& text) {
   TORCH_CHECK(!json.is_object() || !json.contains("peft_type"), path,
               ": it is an adapter of PEFT, which is read in Python: torchgraft load BASE.pt DIRECTORY -o OUT.pt, "
               "then torchgraft save OUT.pt NAME NEW_DIRECTORY writes what is read here");
-}
-
-// Directories of the library without adapter_config.json hold something else.
-void check_holds_adapter(const std::string& directory) {
-  const bool is_known = is_there(directory + "/" + kConfigFile);
-  TORCH_CHECK(
-      is_known || !is_there(directory + "/adapter_fusion_config.json"), directory, ": no ", kConfigFile,
-      "; adapter_fusion_config.json says that the directory holds the AdapterFusion layers of several adapters: "
-      "load_adapter_fusion() puts them into a module that has the adapters");
-  TORCH_CHECK(is_known || !is_there(directory + "/adapter_setup.json"), directory, ": no ", kConfigFile,
-              "; adapter_setup.json says that the directory holds a composition with its adapters: "
-              "torchgraft.load_adapter_setup() in Python loads all of it");
 }
 
 // The "name" in the text of a configuration's file.
@@ -120,7 +113,7 @@ AdapterSpec read_files(const std::string& directory, const std::string& name, ui
 
 AdapterSpec read_one_adapter(const std::string& directory, const std::string& name, uint64_t most_weight_bytes,
                              Weights wanted) {
-  check_is_no_setup(directory);
+  check_holds_adapter(directory);
   AdapterSpec spec;
   read_one_version(directory, {kConfigFile, kWeightsFile, kHeadConfigFile, kHeadWeightsFile}, kConfigFile,
                    [&] { spec = read_files(directory, name, most_weight_bytes, wanted); });
@@ -142,7 +135,7 @@ bool is_adapter_directory(const std::string& directory) { return has_marker(dire
 bool is_setup_directory(const std::string& directory) { return is_there(directory + "/" + kSetupFile); }
 
 AdapterConfig read_adapter_config(const std::string& directory) {
-  check_is_no_setup(directory);
+  check_holds_adapter(directory);
   const std::string path = directory + "/" + kConfigFile;
   std::string text;
   read_one_version(directory, {kConfigFile}, kConfigFile, [&] { text = read_text(path, kLongestConfig); });

@@ -17,8 +17,8 @@ from ._operators import is_optimized
 from ._reading import parse_json
 from ._steps import show_detail, step
 from ._text import load_tokenizer, of_texts, text_arguments, text_limits
-from .adapter_hub import CONFIG_FILE
-from .adapter_setup import SETUP_FILE, load_adapter_setup, save_adapter_setup
+from .adapter_hub import CONFIG_FILE, SETUP_FILE
+from .adapter_setup import load_adapter_setup, save_adapter_setup
 from .adapter_training import freeze_adapter, unfreeze_adapter
 from .checkpoints import load_adapter, match_adapter, save_adapter
 from .errors import GraftError

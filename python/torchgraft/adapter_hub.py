@@ -74,27 +74,23 @@ def read_config(directory: str | Path) -> str:
     return _read_config_file(path / CONFIG_FILE if path.is_dir() else path)
 
 
-# By the file that another directory of the library has in place of adapter_config.json: what it is, and who reads it.
+# By the file that another directory of the library has in place of adapter_config.json: what it holds.
 _OTHER_DIRECTORIES = {
-    "adapter_fusion_config.json": "the AdapterFusion layers of several adapters: torchgraft.load_adapter_fusion() puts "
-    "them into a module that has the adapters",
-    "adapter_setup.json": "a composition with its adapters: torchgraft.load_adapter_setup() loads all of it",
-    "head_config.json": "a head without an adapter: torchgraft.load_adapter() reads heads beside adapters only",
+    SETUP_FILE: f"it holds a composition ({SETUP_FILE}), not an adapter; load_adapter_setup() reads it, and its adapters "
+    "have directories of their own in it",
+    "adapter_fusion_config.json": "it holds AdapterFusion layers (adapter_fusion_config.json), not an adapter; "
+    "load_adapter_fusion() puts them into a module that has their adapters",
+    HEAD_CONFIG_FILE: f"it holds a head ({HEAD_CONFIG_FILE}) without an adapter; heads are read beside adapters only",
 }
 
 
 def _read_config_file(path: Path) -> str:
     for name, meaning in _OTHER_DIRECTORIES.items():
         if path.name == CONFIG_FILE and not os.path.lexists(path) and os.path.lexists(path.parent / name):
-            raise GraftError(f"{path.parent}: no {CONFIG_FILE}; {name} says that the directory holds {meaning}")
+            raise GraftError(f"{path.parent}: {meaning}")
     try:
         text = read_text(path)
     except OSError as error:
-        if path.name == CONFIG_FILE and (path.parent / SETUP_FILE).is_file():
-            raise GraftError(
-                f"{path.parent}: it holds a composition ({SETUP_FILE}), not an adapter; load_adapter_setup() reads it, "
-                "and its adapters have directories of their own in it"
-            ) from error
         raise GraftError(f"{path}: cannot read the adapter's configuration ({error.strerror})") from error
     parse_json(text, path)
     return text
