@@ -76,8 +76,8 @@ def read_config(directory: str | Path) -> str:
 
 # By the file that another directory of the library has in place of adapter_config.json: what it holds.
 _OTHER_DIRECTORIES = {
-    SETUP_FILE: f"it holds a composition ({SETUP_FILE}), not an adapter; load_adapter_setup() reads it, and its adapters "
-    "have directories of their own in it",
+    SETUP_FILE: f"it holds a composition ({SETUP_FILE}), not an adapter; load_adapter_setup() reads it, and its "
+    "adapters have directories of their own in it",
     "adapter_fusion_config.json": "it holds AdapterFusion layers (adapter_fusion_config.json), not an adapter; "
     "load_adapter_fusion() puts them into a module that has their adapters",
     HEAD_CONFIG_FILE: f"it holds a head ({HEAD_CONFIG_FILE}) without an adapter; heads are read beside adapters only",
