@@ -22,6 +22,7 @@
 #include <torchgraft/patch/module/methods.h>
 #include <torchgraft/patch/module/rename_names.h>
 #include <torchgraft/patch/sites/apply_sites.h>
+#include <torchgraft/patch/sites/check_autocast.h>
 #include <torchgraft/patch/sites/row_order.h>
 #include <torchgraft/registration/library.h>
 
@@ -176,6 +177,7 @@ Draft open_draft(const Module& module, const GraftOptions& given) {
   result.sites = choose_sites(result.canonical, result.module, result.options.sites);
   check_found(result.sites.structure);
   if (!regraft) {
+    check_autocast(result.sites, *result.canonical.graph);
     check_rows(result);
   }
   result.weights = weight_options(result.sites, result.module);

@@ -80,3 +80,34 @@ def test_without_a_comparison_it_fails_at_run_time_by_name() -> None:
     grafted.base_forward(_IDS, _MASK)
     with pytest.raises(RuntimeError, match=r"layer 0, selfattn_lora_q(.|\n)*expected lora_a of dtype BFloat16"):
         grafted(_IDS, _MASK)
+
+
+class _EntersAutocast(nn.Module):
+    def __init__(self, attention: bool) -> None:
+        super().__init__()
+        self.attention = attention
+        self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
+        self.norm, self.up, self.down = nn.LayerNorm(32), nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def mix(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = [f(x).view(x.size(0), x.size(1), 4, 8).transpose(1, 2) for f in (self.q, self.k, self.v)]
+        return self.o(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.attention):
+            mixed = self.mix(x)
+        x = self.norm(x + mixed.float())
+        return x + self.down(nn.functional.gelu(self.up(x)))
+
+
+@pytest.mark.parametrize("config", ["lora", "double_seq_bn", "prefix_tuning", "ia3"])
+def test_attention_under_a_scripted_autocast_is_refused(config: str) -> None:
+    """Its casts reach no adapter. Autocast that is turned off casts nothing."""
+    x = torch.randn(2, 5, 32)
+    for example in (None, (x,)):
+        with pytest.raises(torchgraft.GraftError, match="layer 0 runs under torch.autocast, which the module's code"):
+            torchgraft.graft(torch.jit.script(_EntersAutocast(True).eval()), config, "task", example=example)
+    module = torch.jit.script(_EntersAutocast(False).eval())
+    torch.testing.assert_close(
+        torchgraft.graft(module, config, "task")(x, adapter_ids=torch.tensor([-1, -1])), module(x)
+    )

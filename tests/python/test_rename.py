@@ -91,6 +91,24 @@ def test_every_function_finds_what_grafting_added(base: torch.jit.ScriptModule, 
         assert torch.equal(again.activate(x), base.activate(x))
 
 
+class _Required(_Taken):
+    def forward(self, x: Tensor, adapter_ids: Tensor) -> Tensor:  # type: ignore[override]
+        return self.adapters(x + adapter_ids.view(-1, 1, 1))
+
+    @torch.jit.export
+    def activate(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_an_example_has_the_base_s_own_argument(by_name: bool) -> None:
+    own = torch.jit.script(_Required().double().eval())
+    values = (inputs(), torch.tensor([1, 3]))
+    example = dict(zip(("x", "adapter_ids"), values, strict=True)) if by_name else values
+    grafted = torchgraft.graft(own, "lora", "a", rename=NAMES, example=example)
+    torch.testing.assert_close(grafted(*values), own(*values))
+
+
 def test_without_names_such_a_base_is_refused(base: torch.jit.ScriptModule) -> None:
     names = dict(NAMES)
     while names:
