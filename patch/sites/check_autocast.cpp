@@ -1,7 +1,7 @@
 #include <torchgraft/patch/sites/check_autocast.h>
 
 #include <torchgraft/patch/graph/autocast_regions.h>
-#include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/writes.h>
 
 #include <c10/util/Exception.h>
 

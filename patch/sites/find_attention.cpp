@@ -1,8 +1,10 @@
 #include <torchgraft/patch/sites/find_attention.h>
 
 #include <torchgraft/patch/canonicalise/cached_tokens.h>
+#include <torchgraft/patch/canonicalise/may_be_attention.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/linear_map.h>
+#include <torchgraft/patch/graph/writes.h>
 #include <torchgraft/patch/sites/column_probe.h>
 #include <torchgraft/patch/sites/find_cache.h>
 

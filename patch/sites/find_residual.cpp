@@ -104,6 +104,16 @@ std::optional<torch::jit::Use> only_reader_behind_passive(Value* value) {
   return reader;
 }
 
+// Whether a bias stands behind the residual add, (x + product) + bias, so that the branch lacks a part of its map.
+bool adds_bias_behind(SiteFinder& finder, Value* sum) {
+  const auto reader = only_reader_behind_passive(sum);
+  if (!reader || !is_tensor_add(reader->user)) {
+    return false;
+  }
+  const at::Tensor added = resolve_tensor(strip_layout(reader->user->input(1 - reader->offset)), finder.module());
+  return added.defined() && added.dim() == 1;
+}
+
 }  // namespace
 
 std::optional<ResidualSite> find_residual(SiteFinder& finder, Value* branch, Value* block_input) {
@@ -144,6 +154,9 @@ std::optional<ResidualSite> find_residual(SiteFinder& finder, Value* branch, Val
     stream = stream_in(add->input(1 - next->offset), streams);
   }
   site.residual = stream;
+  if (adds_bias_behind(finder, site.sum->output())) {
+    return std::nullopt;
+  }
   if (!finder.layout_of(site.sum->output(), site.sequence_first)) {
     return std::nullopt;
   }

@@ -1,0 +1,118 @@
+"""Layers in branches and loops are named and stop a fresh adapter; spellings of a feed-forward block and of a mask."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchgraft
+from odd_layers import HIDDEN, Plain, TwoLayers, batch
+
+pytestmark = pytest.mark.quick
+
+
+class _Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Plain(), Plain()
+
+
+class ExitsEarly(_Two):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = self.first(x, mask)
+        if bool(x.abs().mean() > 100.0):
+            return x
+        return self.second(x, mask)
+
+
+class OptionalLast(_Two):
+    def forward(self, x: Tensor, mask: Tensor, y: Tensor | None = None) -> Tensor:
+        x = self.first(x, mask)
+        if y is not None:
+            x = self.second(x + y, mask)
+        return x
+
+
+class Chunks(_Two):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = self.first(x, mask)
+        parts: list[Tensor] = []
+        for row in range(x.size(0)):
+            parts.append(self.second(x[row : row + 1], mask[row : row + 1]))
+        return torch.cat(parts)
+
+
+@pytest.mark.parametrize("model", [ExitsEarly, OptionalLast, Chunks])
+def test_a_layer_in_a_block_is_named_and_stops_a_fresh_adapter(model: type[nn.Module]) -> None:
+    base = torch.jit.script(model().eval())
+    assert ["second" in text for text in torchgraft.inspect(base)["near_misses"]] == [True]
+    message = "at second.query: attention was left out: it is inside a branch or a loop"
+    with pytest.raises(torchgraft.GraftError, match=message):
+        torchgraft.graft(base, "lora", "task")
+    with pytest.warns(UserWarning, match=message):
+        torchgraft.graft(base, "lora", "task", allow_partial=True)
+
+
+@pytest.mark.parametrize("model", [ExitsEarly, OptionalLast, Chunks])
+def test_an_adapter_of_all_layers_does_not_fit_the_rest(model: type[nn.Module], tmp_path) -> None:
+    whole = torchgraft.graft(torch.jit.script(TwoLayers(Plain()).eval()), "lora", "task")
+    torchgraft.save_adapter(whole, "task", tmp_path)
+    with pytest.raises(torchgraft.GraftError, match="Some attention was not recognised:\n  at second.query"):
+        torchgraft.load_adapter(torch.jit.script(model().eval()), tmp_path)
+
+
+class BiasBehindTheSum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.inner, self.norm = Plain(), nn.Linear(HIDDEN, 48), nn.LayerNorm(HIDDEN)
+        self.weight, self.bias = nn.Parameter(torch.randn(48, HIDDEN) * 0.2), nn.Parameter(torch.randn(HIDDEN))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y = self.layer(x, mask)
+        return self.norm((y + torch.matmul(torch.relu(self.inner(y)), self.weight)) + self.bias)
+
+
+class BiasBeforeTheSum(BiasBehindTheSum):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y = self.layer(x, mask)
+        return self.norm(y + (torch.matmul(torch.relu(self.inner(y)), self.weight) + self.bias))
+
+
+@pytest.mark.parametrize("form", ["script", "trace"])
+@pytest.mark.parametrize("config", ["seq_bn", "par_bn", "lora[output_lora=True]"])
+def test_a_bias_behind_the_residual_is_exact_or_refused(config: str, form: str, tmp_path) -> None:
+    """One adapter gives the same in both spellings. A branch without its bias would be another one."""
+    plain, odd = BiasBeforeTheSum().eval(), BiasBehindTheSum().eval()
+    odd.load_state_dict(plain.state_dict())
+    base, other = (
+        torch.jit.script(model) if form == "script" else torch.jit.trace(model, batch()) for model in (plain, odd)
+    )
+    grafted = torchgraft.graft(base, config, "task")
+    for bank in grafted.adapters.parameters():
+        bank.data.normal_(std=0.2)
+    torchgraft.save_adapter(grafted, "task", tmp_path)
+    if config != "lora[output_lora=True]":
+        with pytest.raises(torchgraft.GraftError, match="layer 0: no feed-forward block"):
+            torchgraft.load_adapter(other, tmp_path)
+        return
+    loaded = torchgraft.load_adapter(other, tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(*batch()), grafted(*batch()), rtol=1e-5, atol=1e-5)
+        assert (grafted(*batch()) - plain(*batch())).abs().max() > 0.01
+
+
+class FlatMask(Plain):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        rows, heads, tokens, size = q.size(0), q.size(1), q.size(2), q.size(3)
+        flat = rows * heads
+        scores = torch.bmm(q.reshape(flat, tokens, size), k.reshape(flat, tokens, size).transpose(1, 2)) / size**0.5
+        hidden = (mask == 0)[:, None, None, :].expand(rows, heads, tokens, tokens).reshape(flat, tokens, tokens)
+        weights = torch.softmax(scores.masked_fill(hidden, -1e4), -1)
+        return torch.bmm(weights, v.reshape(flat, tokens, size)).view(rows, heads, tokens, size)
+
+
+@pytest.mark.parametrize("form", ["script", "trace"])
+def test_a_mask_of_rows_times_heads_is_refused_by_name(form: str) -> None:
+    model = FlatMask().eval()
+    base = torch.jit.script(model) if form == "script" else torch.jit.trace(model, batch())
+    with pytest.raises(torchgraft.GraftError, match="at query: a softmax was not taken for attention: its scale or mas"):
+        torchgraft.graft(base, "lora", "task")
