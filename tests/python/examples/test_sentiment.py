@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -125,3 +126,14 @@ def test_the_quick_run(tmp_path: Path) -> None:
     (tmp_path / "report.md").unlink()
     again = subprocess.run(command, capture_output=True, text=True, timeout=300)  # nothing is left to run
     assert again.returncode == 0 and (tmp_path / "report.md").read_text() == report, again.stderr
+
+
+@needs_archive
+@pytest.mark.slow(seconds=60)
+def test_the_example_of_fusion(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLE / "fusion.py"), "--sentences", "48", "--epochs", "1", "--test", "20"]
+    done = subprocess.run([*command, "--output", str(tmp_path)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    said = re.search(r"The fusion (beats|does not beat) the best single adapter, \w+: ([+-]\d\.\d+)", done.stdout)
+    assert said and (said[1] == "beats") == (float(said[2]) > 0), done.stdout
+    assert (tmp_path / "fused_0" / "adapter_setup.json").exists()
