@@ -165,8 +165,7 @@ class RowOrder {
       for (Value* part : joined) {
         const auto sizes = shapes_.shape(part);
         const bool is_known = joins_rows && dim && sizes && *dim < sizes->size();
-        frontier.push_back(
-            {part, is_known ? (*sizes)[*dim] : rows.count, rows.is_part || (joins_rows && joined.size() > 1)});
+        frontier.push_back({part, is_known ? (*sizes)[*dim] : rows.count, rows.is_part || joins_rows});
       }
       return;
     }

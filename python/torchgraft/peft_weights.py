@@ -104,6 +104,13 @@ def read_peft_weights(config: PeftLoRAConfig) -> PeftWeights:
             path, kind = _whole_of(config, key, tensor)
             wholes.setdefault(path, {})[kind] = tensor
             continue
+        if ".base_layer." in match["path"]:
+            path = match["path"].partition(".base_layer.")[0]
+            raise GraftError(
+                f"{directory}: {path} is a torch.nn.MultiheadAttention, of which PEFT changes the projection of the "
+                "result, too; that runs on the tokens of all rows as one list, where adapters of rows cannot act. "
+                "Merge the adapter into the base (PEFT's merge_and_unload())"
+            )
         part = match["part"] or match["bare"] or match["scale"]
         part += " bias" if match["kind"] == "bias" else ""
         if tensor.dim() != _DIMENSIONS.get(part) or not tensor.is_floating_point():

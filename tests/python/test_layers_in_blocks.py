@@ -79,8 +79,8 @@ class BiasBeforeTheSum(BiasBehindTheSum):
 
 @pytest.mark.parametrize("form", ["script", "trace"])
 @pytest.mark.parametrize("config", ["seq_bn", "par_bn", "lora[output_lora=True]"])
-def test_a_bias_behind_the_residual_is_exact_or_refused(config: str, form: str, tmp_path) -> None:
-    """One adapter gives the same in both spellings. A branch without its bias would be another one."""
+def test_a_bias_behind_the_residual_is_refused(config: str, form: str, tmp_path) -> None:
+    """A branch without its bias would be another one."""
     plain, odd = BiasBeforeTheSum().eval(), BiasBehindTheSum().eval()
     odd.load_state_dict(plain.state_dict())
     base, other = (
@@ -90,14 +90,8 @@ def test_a_bias_behind_the_residual_is_exact_or_refused(config: str, form: str, 
     for bank in grafted.adapters.parameters():
         bank.data.normal_(std=0.2)
     torchgraft.save_adapter(grafted, "task", tmp_path)
-    if config != "lora[output_lora=True]":
-        with pytest.raises(torchgraft.GraftError, match="layer 0: no feed-forward block"):
-            torchgraft.load_adapter(other, tmp_path)
-        return
-    loaded = torchgraft.load_adapter(other, tmp_path)
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(*batch()), grafted(*batch()), rtol=1e-5, atol=1e-5)
-        assert (grafted(*batch()) - plain(*batch())).abs().max() > 0.01
+    with pytest.raises(torchgraft.GraftError, match="layer 0: no feed-forward block"):
+        torchgraft.load_adapter(other, tmp_path)
 
 
 class FlatMask(Plain):
@@ -114,5 +108,7 @@ class FlatMask(Plain):
 def test_a_mask_of_rows_times_heads_is_refused_by_name(form: str) -> None:
     model = FlatMask().eval()
     base = torch.jit.script(model) if form == "script" else torch.jit.trace(model, batch())
-    with pytest.raises(torchgraft.GraftError, match="at query: a softmax was not taken for attention: its scale or mas"):
+    with pytest.raises(
+        torchgraft.GraftError, match="at query: a softmax was not taken for attention: its scale or mas"
+    ):
         torchgraft.graft(base, "lora", "task")

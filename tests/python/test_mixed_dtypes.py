@@ -83,21 +83,32 @@ def test_without_a_comparison_it_fails_at_run_time_by_name() -> None:
 
 
 class _EntersAutocast(nn.Module):
-    def __init__(self, attention: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.attention = attention
         self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
         self.norm, self.up, self.down = nn.LayerNorm(32), nn.Linear(32, 64), nn.Linear(64, 32)
 
     def mix(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = [f(x).view(x.size(0), x.size(1), 4, 8).transpose(1, 2) for f in (self.q, self.k, self.v)]
+        q = self.q(x).view(x.size(0), x.size(1), 4, 8).transpose(1, 2)
+        k = self.k(x).view(x.size(0), x.size(1), 4, 8).transpose(1, 2)
+        v = self.v(x).view(x.size(0), x.size(1), 4, 8).transpose(1, 2)
         return self.o(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.attention):
-            mixed = self.mix(x)
+    def rest(self, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
         x = self.norm(x + mixed.float())
         return x + self.down(nn.functional.gelu(self.up(x)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mixed = self.mix(x)
+        return self.rest(x, mixed)
+
+
+class _TurnsAutocastOff(_EntersAutocast):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            mixed = self.mix(x)
+        return self.rest(x, mixed)
 
 
 @pytest.mark.parametrize("config", ["lora", "double_seq_bn", "prefix_tuning", "ia3"])
@@ -106,8 +117,8 @@ def test_attention_under_a_scripted_autocast_is_refused(config: str) -> None:
     x = torch.randn(2, 5, 32)
     for example in (None, (x,)):
         with pytest.raises(torchgraft.GraftError, match="layer 0 runs under torch.autocast, which the module's code"):
-            torchgraft.graft(torch.jit.script(_EntersAutocast(True).eval()), config, "task", example=example)
-    module = torch.jit.script(_EntersAutocast(False).eval())
+            torchgraft.graft(torch.jit.script(_EntersAutocast().eval()), config, "task", example=example)
+    module = torch.jit.script(_TurnsAutocastOff().eval())
     torch.testing.assert_close(
         torchgraft.graft(module, config, "task")(x, adapter_ids=torch.tensor([-1, -1])), module(x)
     )

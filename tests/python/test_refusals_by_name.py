@@ -139,7 +139,6 @@ def test_compositions_where_only_adapters_can_be(base, composed, files: Path, tm
     x = torch.randn(2, 5, 16)
     check_refused(lambda: torchgraft.export(composed, (x,)), "export: the module has compositions", "remove them")
     out = tmp_path / "out"
-    check_command("load", files / "base.pt", files / "setup", "-o", out, says=(COMPOSITION,))
     check_command("add", files / "base.pt", "-o", out, "--adapter", f"t={files / 'setup'}", says=(COMPOSITION,))
     torch.save((x,), files / "x.pt")
     words = ("export", files / "composed.pt", "-o", tmp_path / "out.pt2", "--example", files / "x.pt")

@@ -110,7 +110,7 @@ def directories() -> str:
         lines.append(f"- {', '.join(families)}: {different or 'equal'}.")
     lines += [
         "- clip (whole): `leave_out`, sizes by layer and ReFT's `layers` are refused like prefixes.",
-        "- xmod: a trace holds how many rows had which language: equal where all had one, else refused.",
+        "- xmod: refused: a trace holds which rows had which language.",
         "- All: a base traced under `torch.autocast`, or with weights of several dtypes, is refused where an adapter "
         "meets another dtype than that of the first query projection.",
     ]

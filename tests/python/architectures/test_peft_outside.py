@@ -149,6 +149,15 @@ def test_an_output_projection_of_flattened_rows_is_refused_by_name(tmp_path: Pat
         torchgraft.load_adapter(base, tmp_path)
 
 
+def test_a_lora_on_a_whole_multihead_attention_is_refused_by_name(tmp_path: Path) -> None:
+    layer = nn.TransformerEncoderLayer(48, 4, 80, dropout=0.0, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    base = torch.jit.trace(encoder, torch.randn(2, 5, 48), check_trace=False)
+    peft.get_peft_model(encoder, peft.LoraConfig(target_modules=["self_attn"])).save_pretrained(str(tmp_path))
+    with pytest.raises(torchgraft.GraftError, match="layers.0.self_attn is a torch.nn.MultiheadAttention, of which"):
+        torchgraft.load_adapter(base, tmp_path)
+
+
 def test_a_packed_map_of_which_a_part_was_recognised_is_refused_by_name(tmp_path: Path) -> None:
     """Falcon's keys and values stand between groups of queries."""
     config = hf.FalconConfig(

@@ -216,7 +216,7 @@ def test_what_the_configuration_leaves_out_is_not_missed(options: dict, tmp_path
         (dict(rank_pattern={"query": 3}), "of rank 3, as r and rank_pattern say"),
         (
             dict(layers_to_transform=[True]),
-            "expected layers_to_transform to be a layer or a list of layers, got [true]",
+            "expected layers_to_transform to be a layer or a list of layers, got .true.",
         ),
         (dict(r=10**400), "expected r to be a whole number from 1 to 2147483647, got 1000"),
         (dict(lora_alpha=10**400), "expected lora_alpha to be a number, got 1000"),
