@@ -15,6 +15,7 @@
 #include <torchgraft/patch/module/heads_module.h>
 #include <torchgraft/patch/module/methods.h>
 #include <torchgraft/patch/module/reads_back.h>
+#include <torchgraft/patch/read_adapter.h>
 #include <torchgraft/patch/sites/attention_class.h>
 #include <torchgraft/plan/head_weights.h>
 #include <torchgraft/plan/safetensors.h>
@@ -188,6 +189,8 @@ void save_adapter(const Module& module, const std::string& name, const std::stri
                   const std::string& model_class, bool overwrite) {
   const AdapterFiles files = adapter_files(module, name, model_class);
   DirectoryUpdate update(directory, kConfigFile, [&] {
+    TORCH_CHECK(!is_setup_directory(directory), "save_adapter: ", directory,
+                " holds a composition (adapter_setup.json); give the adapter a directory of its own");
     if (!overwrite) {
       check_replaces(directory, name);
     }

@@ -282,11 +282,20 @@ void WeightReader::check_nothing_is_left() const {
   check(checkpoint_.shared);
 }
 
+// Whether the checkpoint has weights for this module alone. Prefixes and invertible adapters have theirs elsewhere, and
+// Compacters may share all of them.
+bool has_own_weights(const PlannedModule& module) {
+  const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method);
+  return !std::holds_alternative<PlannedPrefix>(module.method) &&
+         !std::holds_alternative<PlannedInvertible>(module.method) &&
+         !(bottleneck && (bottleneck->config.shared_W_phm || bottleneck->config.shared_phm_rule));
+}
+
 // A checkpoint without any weight for some layers was trained on a model of fewer layers, or left these out.
 void check_layers(const Plan& plan, const std::vector<SavedParameters>& matched) {
-  std::map<int64_t, bool> has_weights;  // by layer; prefixes have their weights elsewhere
+  std::map<int64_t, bool> has_weights;  // by layer
   for (size_t i = 0; i < plan.size(); ++i) {
-    if (!std::holds_alternative<PlannedPrefix>(plan[i].method)) {
+    if (has_own_weights(plan[i])) {
       has_weights[plan[i].number] |= !matched[i].empty();
     }
   }

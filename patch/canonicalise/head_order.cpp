@@ -91,14 +91,16 @@ std::optional<size_t> before_exchange(SymbolicShapes& shapes, const Node* node, 
   return static_cast<size_t>(at < 0 ? at + static_cast<int64_t>(rank) : at);
 }
 
-// Whether `values` are pieces of one value: its heads.
-bool are_pieces(at::ArrayRef<Value*> values) {
+// Whether `values` are pieces of the features of one value: its heads, in some order.
+bool are_pieces(SymbolicShapes& shapes, at::ArrayRef<Value*> values) {
   const Value* whole = nullptr;
   for (const Value* value : values) {
     const Node* node = value->node();
     node = node->kind() == c10::prim::ListUnpack ? node->input()->node() : node;
-    if (!is_aten(node, {"chunk", "tensor_split", "split", "split_with_sizes", "unbind", "slice", "narrow", "select"}) ||
-        (whole && whole != node->input(0))) {
+    const bool cuts = is_aten(node, {"chunk", "tensor_split", "split", "split_with_sizes", "slice", "narrow"});
+    const auto shape = cuts ? shapes.shape(node->input(0)) : std::nullopt;
+    const auto dim = shape ? position(node->namedInput("dim"), shape->size()) : std::nullopt;
+    if (!dim || *dim + 1 != shape->size() || (whole && whole != node->input(0))) {
       return false;
     }
     whole = node->input(0);
@@ -134,6 +136,7 @@ class OrderSearch {
   HeadOrder of_view(Node* node, const Shape& to, size_t dim);
   HeadOrder of_joined(Node* node, size_t dim);
   HeadOrder of_operands(Node* node, const Place& place);
+  HeadOrder of_first_known(at::ArrayRef<Value*> values, size_t rank, const Dim& size, size_t dim);
   std::optional<Shape> shape(const Value* value);
 
   SymbolicShapes& shapes_;
@@ -168,28 +171,27 @@ HeadOrder OrderSearch::of_joined(Node* node, size_t dim) {
     return HeadOrder::kUnknown;
   }
   if (*at != dim) {  // parts from elsewhere are joined element by element: one of known order tells
-    for (Value* value : values) {
-      const HeadOrder order = of({value, dim});
-      if (order != HeadOrder::kUnknown) {
-        return order;
-      }
-    }
-    return HeadOrder::kUnknown;
+    return of_first_known(values, result->size(), (*result)[dim], dim);
   }
   const bool have_rows = std::all_of(values.begin(), values.end(), [&](const Value* value) {
     const auto part = shape(value);
     return part && part->size() == result->size() && !(*part)[dim].is_constant() && (*part)[dim].factor == 1;
   });
-  return have_rows && are_pieces(values) ? HeadOrder::kRowsInHeads : HeadOrder::kUnknown;
+  return have_rows && are_pieces(shapes_, values) ? HeadOrder::kRowsInHeads : HeadOrder::kUnknown;
 }
 
 // Of an operation between tensors: the operand that has the dimension.
 HeadOrder OrderSearch::of_operands(Node* node, const Place& place) {
   const auto result = shape(place.value);
-  for (Value* input : node->inputs()) {
-    const auto operand = is_tensor(input) ? shape(input) : std::nullopt;
-    if (operand && operand->size() == result->size() && (*operand)[place.dim] == (*result)[place.dim]) {
-      const HeadOrder order = of({input, place.dim});
+  return of_first_known(node->inputs(), result->size(), (*result)[place.dim], place.dim);
+}
+
+// The order of the first of `values` of that rank, and of that size in `dim`, whose order is known.
+HeadOrder OrderSearch::of_first_known(at::ArrayRef<Value*> values, size_t rank, const Dim& size, size_t dim) {
+  for (Value* value : values) {
+    const auto sizes = is_tensor(value) ? shape(value) : std::nullopt;
+    if (sizes && sizes->size() == rank && (*sizes)[dim] == size) {
+      const HeadOrder order = of({value, dim});
       if (order != HeadOrder::kUnknown) {
         return order;
       }
@@ -216,11 +218,14 @@ HeadOrder OrderSearch::of(const Place& place) {
   if (is_aten(node, {"cat", "concat", "stack"})) {
     return of_joined(node, place.dim);
   }
+  if (node->kind() == c10::prim::unchecked_cast) {
+    return of({node->input(), place.dim});
+  }
   if (is_elementwise(node) || is_aten(node, {"mul", "div", "add", "sub", "masked_fill", "where"})) {
     return of_operands(node, place);
   }
   if (is_aten(node, {"bmm", "matmul"})) {
-    return place.dim + 2 < result->size() ? of({node->namedInput("self"), place.dim}) : HeadOrder::kUnknown;
+    return place.dim + 2 < result->size() ? of_operands(node, place) : HeadOrder::kUnknown;
   }
   if (is_aten(node, {"transpose", "swapaxes", "swapdims", "permute"})) {
     const auto before = before_exchange(shapes_, node, result->size(), place.dim);

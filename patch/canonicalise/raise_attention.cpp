@@ -210,10 +210,22 @@ std::optional<Attention> find_one(Node* softmax, const torch::jit::Module& modul
   return Attention{softmax, product, *consumer};
 }
 
-// Products pair queries, keys, values and scores element by element: the order of one is that of all.
+// The order of rows and heads in what has rank 3. Products pair queries, keys, values and scores element by element:
+// the order of one is that of all.
 HeadOrder order_of(const Attention& attention, SymbolicShapes& shapes) {
-  const HeadOrder of_queries = head_order(shapes, left_factor(attention.product));
-  return of_queries != HeadOrder::kUnknown ? of_queries : head_order(shapes, right_factor(attention.consumer.product));
+  bool is_flat = false;
+  bool is_whole = true;
+  HeadOrder result = HeadOrder::kUnknown;
+  for (Value* value : {left_factor(attention.product), right_factor(attention.consumer.product)}) {
+    const auto shape = shapes.shape(value);
+    const bool has_rank_3 = shape && shape->size() == 3;
+    is_flat = is_flat || has_rank_3;
+    is_whole = is_whole && has_rank_3;
+    result = has_rank_3 && result == HeadOrder::kUnknown ? head_order(shapes, value) : result;
+  }
+  // Beside heads in a dimension of their own, [B, h, S, d], none but [B * h] is known to fit.
+  const bool is_clear = is_whole || result == HeadOrder::kHeadsInRows;
+  return !is_flat ? HeadOrder::kHeadsInRows : is_clear ? result : HeadOrder::kUnknown;
 }
 
 // Why an attention whose heads have this order is not rewritten, in words.
@@ -255,7 +267,7 @@ std::optional<std::string> raise_one(const std::shared_ptr<Graph>& graph, Symbol
   Value* bias = path.bias(softmax->namedInput("self"));
   // A reshape on the way means that masks were applied in rank 4.
   const bool masked_in_rank_3 = rank->size() == 3 && value_rank->size() == 3 && *dim != 3 && !path.reshaped;
-  const HeadOrder order = rank->size() == 3 ? order_of(attention, shapes) : HeadOrder::kHeadsInRows;
+  const HeadOrder order = order_of(attention, shapes);
   if (const auto reason = reason_against(order, bias && path.reshaped)) {
     return reason;
   }

@@ -26,8 +26,14 @@ class LinearRaiser {
 
   void raise_product(Node* node);
   void take_bias(Node* sum);
+  void take_bias_behind_sum(Node* sum);
 
  private:
+  static bool is_plain_sum(Node* sum) {
+    return sum->inputs().size() == 3 && constant_double(sum->namedInput("alpha")) == 1.0;
+  }
+  bool lacks_bias(Value* value, Value* bias, const Node* sum);
+  Value* with_bias(Value* product, Value* bias);
   std::optional<Shape> matrix(Value* weight);
   Value* transposed(Value* weight);
   Value* insert_linear(Value* x, Value* weight, Value* bias) {
@@ -81,30 +87,64 @@ void LinearRaiser::raise_product(Node* node) {
   node->output()->replaceAllUsesWith(result);
 }
 
+// Whether `value` is a linear map without a bias, which nothing but its reader in the block of `sum` reads, that can
+// have `bias` where `sum` stands.
+bool LinearRaiser::lacks_bias(Value* value, Value* bias, const Node* sum) {
+  Node* linear = value->node();
+  const bool alone = linear->owningBlock() == sum->owningBlock() && data_uses(value).size() == 1;
+  if (!is_aten(linear, {"linear"}) || !is_none(linear->namedInput("bias")) || !alone) {
+    return false;
+  }
+  // The linear map with the bias reads its input where the sum stands.
+  if (writes_.reach(linear->namedInput("input")) || writes_.reach(linear->namedInput("weight"))) {
+    return false;
+  }
+  const at::Tensor weight = weight_source(linear->namedInput("weight"), module_).tensor;
+  const at::Tensor tensor = resolve_tensor(bias, module_);
+  const auto shape = shapes_.shape(linear->namedInput("weight"));
+  return weight.defined() && tensor.defined() && tensor.scalar_type() == weight.scalar_type() && shape &&
+         tensor.dim() == 1 && number(tensor.size(0)) == shape->front();
+}
+
+Value* LinearRaiser::with_bias(Value* product, Value* bias) {
+  Node* linear = product->node();
+  return insert_linear(linear->namedInput("input"), linear->namedInput("weight"), bias);
+}
+
 // Makes one node of linear(x, w) + b, if nothing else reads the product.
 void LinearRaiser::take_bias(Node* sum) {
-  if (sum->inputs().size() < 3 || constant_double(sum->namedInput("alpha")) != 1.0) {
+  if (!is_plain_sum(sum)) {
     return;
   }
   for (const size_t i : {0, 1}) {
-    Node* linear = sum->input(i)->node();
-    Value* bias = sum->input(1 - i);
-    const bool alone = linear->owningBlock() == sum->owningBlock() && data_uses(sum->input(i)).size() == 1;
-    if (!is_aten(linear, {"linear"}) || !is_none(linear->namedInput("bias")) || !alone) {
-      continue;
-    }
-    // The linear map with the bias reads its input where the sum stands.
-    if (writes_.reach(linear->namedInput("input")) || writes_.reach(linear->namedInput("weight"))) {
-      continue;
-    }
-    const at::Tensor weight = weight_source(linear->namedInput("weight"), module_).tensor;
-    const at::Tensor tensor = resolve_tensor(bias, module_);
-    const auto shape = shapes_.shape(linear->namedInput("weight"));
-    const bool fits = weight.defined() && tensor.defined() && tensor.scalar_type() == weight.scalar_type() && shape &&
-                      tensor.dim() == 1 && number(tensor.size(0)) == shape->front();
-    if (fits) {
+    if (lacks_bias(sum->input(i), sum->input(1 - i), sum)) {
       torch::jit::WithInsertPoint guard(sum);
-      sum->output()->replaceAllUsesWith(insert_linear(linear->namedInput("input"), linear->namedInput("weight"), bias));
+      sum->output()->replaceAllUsesWith(with_bias(sum->input(i), sum->input(1 - i)));
+      return;
+    }
+  }
+}
+
+// Makes y + linear(x, w, b) of (y + linear(x, w)) + b, if nothing else reads the sum without b, and y lacks no bias.
+void LinearRaiser::take_bias_behind_sum(Node* sum) {
+  if (!is_plain_sum(sum)) {
+    return;
+  }
+  for (const size_t i : {0, 1}) {
+    Node* inner = sum->input(i)->node();
+    Value* bias = sum->input(1 - i);
+    if (!is_aten(inner, {"add"}) || is_in_place(inner) || !is_plain_sum(inner) ||
+        inner->owningBlock() != sum->owningBlock() || data_uses(sum->input(i)).size() != 1) {
+      continue;
+    }
+    for (const size_t k : {0, 1}) {
+      Value* product = inner->input(k);
+      Value* other = inner->input(1 - k);
+      if (!lacks_bias(product, bias, sum) || lacks_bias(other, bias, sum) || writes_.reach(other)) {
+        continue;
+      }
+      torch::jit::WithInsertPoint guard(sum);
+      sum->output()->replaceAllUsesWith(graph_->insert(c10::aten::add, {other, with_bias(product, bias)}));
       return;
     }
   }
@@ -131,6 +171,7 @@ void run_round(const std::shared_ptr<Graph>& graph, const Module& module, std::i
 void raise_linear(const std::shared_ptr<Graph>& graph, const Module& module) {
   run_round(graph, module, {"matmul", "mm", "addmm"}, &LinearRaiser::raise_product);
   run_round(graph, module, {"add"}, &LinearRaiser::take_bias);
+  run_round(graph, module, {"add"}, &LinearRaiser::take_bias_behind_sum);
 }
 
 }  // namespace torchgraft

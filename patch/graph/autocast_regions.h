@@ -3,12 +3,13 @@
 #include <torch/csrc/jit/ir/ir.h>
 
 #include <set>
+#include <string>
 
 namespace torchgraft {
 
-// The nodes of `graph` that run inside a scripted `with`, those of inner blocks included; `with torch.no_grad()` and
-// its like do not count, nor does autocast that is turned off. TorchScript casts there for operators of its own, and
-// for no others.
-std::set<const torch::jit::Node*> nodes_under_autocast(torch::jit::Graph& graph);
+// The nodes of `graph` that run inside a scripted `with torch.autocast(...)` that is turned on, those of inner blocks
+// included. TorchScript casts there for operators of its own, and for no others. `device`: only what casts for tensors
+// there ("cpu"); empty: for any.
+std::set<const torch::jit::Node*> nodes_under_autocast(torch::jit::Graph& graph, const std::string& device = "");
 
 }  // namespace torchgraft

@@ -7,8 +7,8 @@
 
 namespace torchgraft {
 
-void check_autocast(const GraphSites& sites, torch::jit::Graph& graph) {
-  const auto under_autocast = nodes_under_autocast(graph);
+void check_autocast(const GraphSites& sites, torch::jit::Graph& graph, c10::Device device) {
+  const auto under_autocast = nodes_under_autocast(graph, c10::DeviceTypeName(device.type(), /*lower_case=*/true));
   for (size_t i = 0; i < sites.layers.size(); ++i) {
     const LayerSites& layer = sites.layers[i];
     for (const torch::jit::Node* node : {layer.attention, layer.query.node, layer.key.node, layer.value.node}) {

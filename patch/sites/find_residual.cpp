@@ -104,19 +104,38 @@ std::optional<torch::jit::Use> only_reader_behind_passive(Value* value) {
   return reader;
 }
 
-// Whether a bias stands behind the residual add, (x + product) + bias, so that the branch lacks a part of its map.
+// Whether `value` is one vector of features, as a bias is.
+bool is_vector(SiteFinder& finder, Value* value) {
+  const at::Tensor tensor = resolve_tensor(strip_layout(value), finder.module());
+  return tensor.defined() && tensor.dim() > 0 && tensor.numel() == tensor.size(-1);
+}
+
+// Whether a bias stands behind the residual add, (x + product) + bias.
 bool adds_bias_behind(SiteFinder& finder, Value* sum) {
   const auto reader = only_reader_behind_passive(sum);
-  if (!reader || !is_tensor_add(reader->user)) {
+  return reader && is_tensor_add(reader->user) && is_vector(finder, reader->user->input(1 - reader->offset));
+}
+
+// Whether a bias stands beside the residual `stream`, (x + bias) + product, in the operand of the add.
+bool adds_bias_before(SiteFinder& finder, Value* operand, Value* stream) {
+  if (operand == stream || !is_tensor_add(operand->node())) {
     return false;
   }
-  const at::Tensor added = resolve_tensor(strip_layout(reader->user->input(1 - reader->offset)), finder.module());
-  return added.defined() && added.dim() == 1;
+  const auto terms = operand->node()->inputs().slice(0, 2);
+  return std::any_of(terms.begin(), terms.end(),
+                     [&](Value* term) { return is_vector(finder, term) || adds_bias_before(finder, term, stream); });
+}
+
+// Whether the linear map that `value` is has a bias.
+bool has_bias(Value* value) {
+  const Node* node = value->node();
+  return is_aten(node, {"linear"}) ? !is_none(node->namedInput("bias")) : is_linear(node);
 }
 
 }  // namespace
 
 std::optional<ResidualSite> find_residual(SiteFinder& finder, Value* branch, Value* block_input) {
+  bool is_whole = has_bias(branch);  // the branch is: no bias of its own is added elsewhere
   for (auto reader = only_reader(branch);; reader = only_reader(branch)) {
     if (!reader) {
       return std::nullopt;
@@ -132,6 +151,7 @@ std::optional<ResidualSite> find_residual(SiteFinder& finder, Value* branch, Val
     if ((!passes && !adds_bias) || node->outputs().size() != 1) {
       return std::nullopt;
     }
+    is_whole = is_whole || adds_bias;
     branch = node->output();
   }
   const auto first = only_reader(branch);
@@ -153,10 +173,12 @@ std::optional<ResidualSite> find_residual(SiteFinder& finder, Value* branch, Val
     site.sum = add;
     stream = stream_in(add->input(1 - next->offset), streams);
   }
-  site.residual = stream;
-  if (adds_bias_behind(finder, site.sum->output())) {
+  const bool lacks_bias = !is_whole && (adds_bias_behind(finder, site.sum->output()) ||
+                                        adds_bias_before(finder, site.add->input(1 - site.branch_operand), stream));
+  if (lacks_bias) {
     return std::nullopt;
   }
+  site.residual = stream;
   if (!finder.layout_of(site.sum->output(), site.sequence_first)) {
     return std::nullopt;
   }

@@ -18,7 +18,7 @@ from ._reading import parse_json
 from ._steps import show_detail, step
 from ._text import load_tokenizer, of_texts, text_arguments, text_limits
 from .adapter_hub import CONFIG_FILE, SETUP_FILE
-from .adapter_setup import load_adapter_setup, save_adapter_setup
+from .adapter_setup import load_adapter_setup, parts_of_setup, save_adapter_setup
 from .adapter_training import freeze_adapter, unfreeze_adapter
 from .checkpoints import load_adapter, match_adapter, save_adapter
 from .errors import GraftError
@@ -37,7 +37,7 @@ def _load_grafted(path: Path) -> torch.jit.ScriptModule:
 
 
 def save(arguments: argparse.Namespace) -> None:
-    """Writes one adapter of a file into an AdapterHub directory."""
+    """Writes one adapter of a file, or a composition with its adapters, into an AdapterHub directory."""
     module = _load_grafted(arguments.base)
     is_composed = any(info.name == arguments.name and info.composition for info in life.list_adapters(module))
     if is_composed:
@@ -59,15 +59,18 @@ def _load_composition(base: torch.jit.ScriptModule, arguments: argparse.Namespac
             "--trainable: a composition is loaded frozen; torchgraft unfreeze makes the AdapterFusion layers of a Fuse "
             "trainable"
         )
-    present = [name for name in names_of(base) if (arguments.directory / name).is_dir()]
+    name = arguments.name or arguments.directory.resolve().name
+    wanted = [name, *parts_of_setup(arguments.directory)]
+    present = [each for each in names_of(base) if each in wanted]
     if present and not arguments.force:
         raise GraftError(
-            f"{arguments.base}: it has adapters of names in {arguments.directory} already ({', '.join(present)}); "
-            "--force replaces them"
+            f"{arguments.base}: it has adapters or compositions of names in {arguments.directory} already "
+            f"({', '.join(present)}); --force replaces them, --name gives the composition another name"
         )
     with step("grafting"):
+        if name in present and any(info.name == name and info.composition for info in life.list_adapters(base)):
+            base = life.remove_adapter(base, name)
         module = load_adapter_setup(base, arguments.directory, arguments.name, example=read_example(arguments.example))
-    name = arguments.name or arguments.directory.resolve().name
     _write(base, module, arguments, f"{arguments.directory} is '{name}' and its adapters")
 
 
@@ -76,7 +79,12 @@ def load(arguments: argparse.Namespace) -> None:
     place of the adapters of these names."""
     check_script_output(arguments.output)
     base = load_module(arguments.base)
-    if (arguments.directory / SETUP_FILE).exists() and not (arguments.directory / CONFIG_FILE).exists():
+    if (arguments.directory / SETUP_FILE).exists():
+        if (arguments.directory / CONFIG_FILE).exists():
+            raise GraftError(
+                f"{arguments.directory}: it holds an adapter ({CONFIG_FILE}) and a composition ({SETUP_FILE}); take "
+                "the files of one of them away"
+            )
         _load_composition(base, arguments)
         return
     example = read_example(arguments.example)

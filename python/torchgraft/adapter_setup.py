@@ -12,6 +12,7 @@ import torch
 from ._libraries import patcher
 from ._reading import parse_json, read_text
 from .adapter_fusion import load_adapter_fusion, save_adapter_fusion
+from .adapter_hub import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from .adapter_hub import HEAD_CONFIG_FILE, HEAD_WEIGHT_FILES, SETUP_FILE, read_head
 from .checkpoints import check_replaces, load_adapter, pickled, save_adapter
 from .composition import adapters_of, compose
@@ -79,6 +80,11 @@ class _Setup:
     head_weights: dict[str, torch.Tensor]
 
     def check(self, root: Path, overwrite: bool) -> None:
+        if (root / ADAPTER_CONFIG_FILE).exists():  # whoever loads the directory would take that adapter
+            raise GraftError(
+                f"save_adapter_setup: {root} holds an adapter ({ADAPTER_CONFIG_FILE}); give the composition a "
+                "directory of its own"
+            )
         if not overwrite:
             _check_replaces_all(root, self.file, self.parts, self.fusions)
 
@@ -149,6 +155,15 @@ def load_adapter_setup(
         module = load_adapter_fusion(module, Path(directory) / fusion, fusion)
     module = compose(module, name, tree, verify=verify, example=example)
     return module if head is None else _load_head(module, name, Path(directory) / head)
+
+
+def parts_of_setup(directory: Path) -> list[str]:
+    """Returns the names of the adapters in a directory of save_adapter_setup().
+
+    Raises:
+        GraftError: adapter_setup.json is missing or damaged.
+    """
+    return adapters_of(_read_setup(directory / SETUP_FILE)[0])
 
 
 def _load_head(module: torch.jit.ScriptModule, name: str, directory: Path) -> torch.jit.ScriptModule:

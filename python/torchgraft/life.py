@@ -69,7 +69,13 @@ def remove_adapter(module: torch.jit.ScriptModule, *names: str) -> torch.jit.Scr
     Raises:
         GraftError: a name is unknown, an adapter is merged, a composition that stays uses it, or none would be left
             (ungraft() gives the base).
+        TypeError: a name is no text.
     """
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(
+                f"remove_adapter: expected names of adapters, got {type(name).__name__}; give each by itself"
+            )
     return script_module(patcher().remove_adapters(cpp_module(module), list(names)))
 
 

@@ -196,11 +196,6 @@ def read_peft_config(directory: Path) -> PeftLoRAConfig:
 
 
 def _check_fields(directory: Path, config: Mapping[str, Any], scales: bool) -> None:
-    if scales and config.get("feedforward_modules"):
-        raise GraftError(
-            f"{directory}: feedforward_modules={_shown(config['feedforward_modules'])} multiplies what enters linear "
-            f"maps, which is not supported; of (IA)^3 only what multiplies their results is; {_MERGE}"
-        )
     for field, value in config.items():
         if field in _UNSUPPORTED and value not in (None, False, [], {}):
             raise GraftError(f"{directory}: {field} ({_UNSUPPORTED[field]}) is not supported")

@@ -165,7 +165,8 @@ def _update(config: PeftLoRAConfig, path: str, parts: dict[str, Tensor]) -> Upda
         if parts["ia3_l"].size(1) != 1:
             raise GraftError(
                 f"{directory}: expected ia3_l of {path} of shape [out, 1], got {list(parts['ia3_l'].shape)}: what "
-                "multiplies the input of a linear map (feedforward_modules) is not supported"
+                "multiplies the input of a linear map (feedforward_modules) is not supported; merge the adapter into "
+                "the base (PEFT's merge_and_unload())"
             )
         return Update(parts["ia3_l"].new_zeros(1, 0), parts["ia3_l"])
     expected = {"A", "B"} | ({"magnitude_vector"} if config.use_dora else set())

@@ -35,7 +35,9 @@ def life_command(
 
 
 def _add_directory_commands(command: Command) -> None:
-    saving = command("save", "write one adapter into an AdapterHub directory", writes=False)
+    saving = command(
+        "save", "write one adapter, or a composition with its adapters, into an AdapterHub directory", writes=False
+    )
     saving.add_argument("name", metavar="NAME", help="the adapter")
     saving.add_argument("directory", type=Path, metavar="DIRECTORY", help="made if it is missing")
     saving.add_argument(
@@ -47,19 +49,25 @@ def _add_directory_commands(command: Command) -> None:
         "--force", action="store_true", help="write also where an adapter of another name is (default: an error)"
     )
     saving.add_argument("--bin", action="store_true", help="write pytorch_adapter.bin instead of adapter.safetensors")
-    loading = command("load", "add the adapter of a directory", forcing=", and replace an adapter of that name")
+    loading = command(
+        "load",
+        "add the adapter of a directory, or its composition with its adapters",
+        forcing=", and replace adapters of those names",
+    )
     loading.add_argument(
         "directory",
         type=Path,
         metavar="DIRECTORY",
-        help="of AdapterHub (an adapter, or a composition with its adapters), or a LoRA of PEFT",
+        help="of AdapterHub (an adapter, or a composition with its adapters), or a LoRA or (IA)^3 of PEFT",
     )
     loading.add_argument(
         "--name", help="the adapter's name in OUT.pt (default: its name in the directory; of PEFT: default)"
     )
     loading.add_argument("--trainable", action="store_true", help="give it parameters of its own, to train it")
     matching = command("match", "show where load would put each weight of a directory", writes=False)
-    matching.add_argument("directory", type=Path, metavar="DIRECTORY", help="of AdapterHub, or a LoRA of PEFT")
+    matching.add_argument(
+        "directory", type=Path, metavar="DIRECTORY", help="of AdapterHub, or a LoRA or (IA)^3 of PEFT"
+    )
     matching.add_argument("--json", action="store_true", help="print JSON")
     add_example_argument(loading, "compare OUT with MODEL")
 

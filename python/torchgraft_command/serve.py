@@ -104,6 +104,8 @@ async def _start(
     line = listening.result().decode(errors="replace").strip()
     if not line.startswith(prefix):
         await _killed(process)
+        if process.returncode in (1, 2):  # it has said why, in a line
+            raise SystemExit(process.returncode)
         raise ServeError(f"{server}: it ended with status {process.returncode} before it listened")
     return process, line.removeprefix(prefix)
 

@@ -73,11 +73,17 @@ def test_a_composition_is_saved_and_loaded_as_a_directory(model: Path, tmp_path:
     for module in modules:
         module.activate("both")
     assert torch.equal(modules[0](x), modules[1](x))
-    done = run_here("graft.py", "load", model, tmp_path / "both", "-o", tmp_path / "again.pt")
-    assert done.returncode == 1 and "has adapters of names in" in done.stderr and "--force" in done.stderr
-    assert (
-        run_here("graft.py", "load", model, tmp_path / "both", "-o", tmp_path / "again.pt", "--force").returncode == 0
-    )
+    for present in (model, composed):  # the latter has the composition, too
+        done = run_here("graft.py", "load", present, tmp_path / "both", "-o", tmp_path / "again.pt")
+        assert done.returncode == 1 and "of names in" in done.stderr and "--force" in done.stderr
+        done = run_here("graft.py", "load", present, tmp_path / "both", "-o", tmp_path / "again.pt", "--force")
+        assert done.returncode == 0, done.stderr
+        assert torch.jit.load(str(tmp_path / "again.pt")).adapter_names() == ["en", "ner", "both"]
+    done = run_here("graft.py", "save", composed, "en", tmp_path / "both")
+    assert done.returncode == 1 and "holds a composition (adapter_setup.json)" in done.stderr
+    assert run_here("graft.py", "save", composed, "en", tmp_path / "en").returncode == 0
+    done = run_here("graft.py", "save", composed, "both", tmp_path / "en", "--force")
+    assert done.returncode == 1 and "holds an adapter (adapter_config.json)" in done.stderr
     done = run_here("graft.py", "load", bare, tmp_path / "both", "-o", tmp_path / "new.pt", "--trainable")
     assert done.returncode == 1 and "a composition is loaded frozen" in done.stderr
 

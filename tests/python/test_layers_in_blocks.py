@@ -79,8 +79,8 @@ class BiasBeforeTheSum(BiasBehindTheSum):
 
 @pytest.mark.parametrize("form", ["script", "trace"])
 @pytest.mark.parametrize("config", ["seq_bn", "par_bn", "lora[output_lora=True]"])
-def test_a_bias_behind_the_residual_is_refused(config: str, form: str, tmp_path) -> None:
-    """A branch without its bias would be another one."""
+def test_a_bias_behind_the_residual_is_the_branch_s(config: str, form: str, tmp_path) -> None:
+    """One adapter gives the same in both spellings."""
     plain, odd = BiasBeforeTheSum().eval(), BiasBehindTheSum().eval()
     odd.load_state_dict(plain.state_dict())
     base, other = (
@@ -90,8 +90,29 @@ def test_a_bias_behind_the_residual_is_refused(config: str, form: str, tmp_path)
     for bank in grafted.adapters.parameters():
         bank.data.normal_(std=0.2)
     torchgraft.save_adapter(grafted, "task", tmp_path)
+    loaded = torchgraft.load_adapter(other, tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(*batch()), grafted(*batch()), rtol=1e-5, atol=1e-5)
+        assert (grafted(*batch()) - plain(*batch())).abs().max() > 0.01
+
+
+class BiasOfRankThree(BiasBehindTheSum):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y = self.layer(x, mask)
+        return self.norm((y + torch.matmul(torch.relu(self.inner(y)), self.weight)) + self.bias.view(1, 1, -1))
+
+
+class BiasBesideTheResidual(BiasBehindTheSum):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y = self.layer(x, mask)
+        return self.norm((y + self.bias) + torch.matmul(torch.relu(self.inner(y)), self.weight))
+
+
+@pytest.mark.parametrize("model", [BiasOfRankThree, BiasBesideTheResidual])
+def test_a_bias_that_stays_outside_of_the_branch_is_refused(model: type[nn.Module]) -> None:
+    """A branch without its bias would be another one."""
     with pytest.raises(torchgraft.GraftError, match="layer 0: no feed-forward block"):
-        torchgraft.load_adapter(other, tmp_path)
+        torchgraft.graft(torch.jit.script(model().eval()), "seq_bn", "task")
 
 
 class FlatMask(Plain):

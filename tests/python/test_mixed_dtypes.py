@@ -122,3 +122,39 @@ def test_attention_under_a_scripted_autocast_is_refused(config: str) -> None:
     torch.testing.assert_close(
         torchgraft.graft(module, config, "task")(x, adapter_ids=torch.tensor([-1, -1])), module(x)
     )
+
+
+class _Nested(_EntersAutocast):
+    """Autocast of CUDA that is turned off leaves that of the CPU on."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.autocast("cuda", enabled=False):
+            mixed = self.mix(x)
+        return self.rest(x, mixed)
+
+
+class _OfAnotherDevice(_EntersAutocast):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cuda"):
+            mixed = self.mix(x)
+        return self.rest(x, mixed)
+
+
+class _Profiled(_EntersAutocast):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autograd.profiler.record_function("attention"):
+            mixed = self.mix(x)
+        return self.rest(x, mixed)
+
+
+def test_each_device_has_an_autocast_of_its_own() -> None:
+    with pytest.raises(torchgraft.GraftError, match="layer 0 runs under torch.autocast"):
+        torchgraft.graft(torch.jit.script(_Nested().eval()), "lora", "task")
+
+
+@pytest.mark.parametrize("model", [_OfAnotherDevice, _Profiled])
+def test_what_casts_nothing_is_no_autocast(model: type[_EntersAutocast]) -> None:
+    x = torch.randn(2, 5, 32)
+    module = torch.jit.script(model().eval())
+    grafted = torchgraft.graft(module, "prefix_tuning", "task")
+    torch.testing.assert_close(grafted(x, adapter_ids=torch.tensor([-1, -1])), module(x))

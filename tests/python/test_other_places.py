@@ -84,3 +84,11 @@ def test_what_means_other_places_is_refused(case: str, tmp_path: Path) -> None:
     ):
         with pytest.raises(torchgraft.GraftError, match=reason):
             take()
+
+
+@pytest.mark.parametrize("config", ["seq_bn_inv[leave_out=[0]]", "compacter|lora[leave_out=[0]]", "prefix_tuning"])
+def test_what_needs_no_weights_of_a_layer_loads(config: str, tmp_path: Path) -> None:
+    """The weights of invertible adapters, of prefixes and, where they are shared, of Compacters are of no layer."""
+    source = torchgraft.graft(_traced(), config, "task")
+    torchgraft.save_adapter(source, "task", tmp_path)
+    assert torchgraft.graft(_traced(), adapters={"task": tmp_path}).adapter_names() == ["task"]

@@ -1,6 +1,7 @@
 #include <torchgraft/config/library_differences.h>
 
 #include <torchgraft/config/config_json.h>
+#include <torchgraft/config/config_string.h>
 #include <torchgraft/config/named_configs.h>
 
 #include <gtest/gtest.h>
@@ -11,7 +12,7 @@ namespace torchgraft {
 namespace {
 
 LibraryDifference of(const std::string& model, const std::string& method) {
-  const std::string config = config_to_json(config_from_name(method));
+  const std::string config = config_to_json(config_from_string(method));
   return library_difference(R"({"name": "task", "model_type": ")" + model + R"(", "config": )" + config + "}");
 }
 

@@ -13,6 +13,11 @@ from hugging_face_models import FAMILIES
 
 CASES = {
     "keys and values": ("bert", dict(target_modules=["key", "value"])),
+    # PEFT fills in what it knows of BERT: ["output.dense"], of which no map is among the targets.
+    "keys and values, feed-forward modules filled in": (
+        "bert",
+        dict(target_modules=["key", "value"], feedforward_modules=None),
+    ),
     "queries of one layer": ("bert", dict(target_modules=["layer.1.attention.self.query"])),
     "uneven": ("bert", dict(target_modules=["layer.0.attention.self.key", "layer.1.attention.self.value"])),
     "feed-forward results": ("bert", dict(target_modules=r".*(value|intermediate\.dense|layer\.\d\.output\.dense)")),
@@ -30,7 +35,7 @@ def _write(case: str, folder: Path, form: str = "traced") -> tuple[torch.jit.Scr
     base = torch.jit.trace(positional, FAMILIES[family].arguments(torch.float64, 0), check_trace=False, strict=False)
     base = torch.jit.freeze(base.eval()) if form == "frozen" else base
     arguments = FAMILIES[family].arguments(torch.float64, 1)
-    config = peft.IA3Config(feedforward_modules=[], **options)
+    config = peft.IA3Config(**(dict(feedforward_modules=[]) | options))
     tuned = peft.get_peft_model(positional.model, config)  # in place
     torch.manual_seed(0)
     with torch.no_grad():
@@ -68,7 +73,6 @@ def test_equals_peft_on_a_frozen_module(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(feedforward_modules=["output.dense"]), "feedforward_modules=.* merge_and_unload"),
         (dict(r=1), "the field r is not known"),
         (dict(field_of_tomorrow=0), "the field field_of_tomorrow is not known"),
         (dict(peft_type="LORA", init_ia3_weights=None, feedforward_modules=None), "ia3_l is no weight of the method"),
@@ -82,6 +86,15 @@ def test_other_configurations_are_refused(fields: dict, message: str, tmp_path: 
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
     with pytest.raises(torchgraft.GraftError, match=message):
+        torchgraft.load_adapter(base, tmp_path)
+
+
+def test_vectors_that_multiply_inputs_are_refused(tmp_path: Path) -> None:
+    model = FAMILIES["bert"].make("eager", torch.float64)
+    base = torch.jit.trace(model, FAMILIES["bert"].arguments(torch.float64, 0), check_trace=False, strict=False)
+    config = peft.IA3Config(target_modules=["key", "output.dense"], feedforward_modules=["output.dense"])
+    peft.get_peft_model(model.model, config).save_pretrained(str(tmp_path))
+    with pytest.raises(torchgraft.GraftError, match=r"got \[1, \d+\]: what multiplies the input .* merge_and_unload"):
         torchgraft.load_adapter(base, tmp_path)
 
 

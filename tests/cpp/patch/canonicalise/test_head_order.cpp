@@ -53,6 +53,10 @@ INSTANTIATE_TEST_SUITE_P(
              HeadOrder::kRowsInHeads},
         Case{"Joined", "    out = torch.cat([q.narrow(-1, 0, 4), q.narrow(-1, 4, 4), q.narrow(-1, 8, 4)], 0)\n",
              HeadOrder::kRowsInHeads},
+        Case{"RotatedByAMatrix",
+             "    y = q.view(x.size(0), x.size(1), 3, 4).permute([2, 0, 1, 3]).flatten(0, 1)\n"
+             "    out = torch.matmul(torch.ones([x.size(1), x.size(1)]), y)\n",
+             HeadOrder::kRowsInHeads},
         Case{"JoinedFromElsewhere", "    out = torch.cat([q, q + 1, q * 2], 0)\n", HeadOrder::kUnknown},
         Case{"BetweenTokens",
              "    out = q.view(x.size(0), x.size(1), 3, 4).permute([0, 2, 1, 3]).permute([2, 1, 0, 3]).flatten(1, 2)\n"

@@ -59,21 +59,24 @@ TEST_P(RaiseLinear, BecomesLinear) {
 
 INSTANTIATE_TEST_SUITE_P(
     Spellings, RaiseLinear,
-    ::testing::Values(Case{"matmul", "    out = torch.matmul(x, self.w)\n", ""},
-                      Case{"matmul_transposed", "    out = x @ self.v.t()\n", ""},
-                      Case{"matmul_swapped", "    out = torch.matmul(x, self.v.transpose(0, 1))\n", ""},
-                      Case{"matmul_bias", "    out = torch.matmul(x, self.w) + self.b\n", ""},
-                      Case{"bias_first", "    out = self.b + torch.matmul(x, self.w)\n", ""},
-                      Case{"mm", "    out = torch.mm(x[0], self.w)\n", ""},
-                      Case{"addmm", "    out = torch.addmm(self.b, x[0], self.w)\n", ""},
-                      Case{"addmm_of_a_residual", "    out = torch.addmm(x[1][:, 1:5], x[0], self.w)\n", "aten::add"},
-                      Case{"product_read_twice", R"python(
+    ::testing::Values(
+        Case{"matmul", "    out = torch.matmul(x, self.w)\n", ""},
+        Case{"matmul_transposed", "    out = x @ self.v.t()\n", ""},
+        Case{"matmul_swapped", "    out = torch.matmul(x, self.v.transpose(0, 1))\n", ""},
+        Case{"matmul_bias", "    out = torch.matmul(x, self.w) + self.b\n", ""},
+        Case{"bias_first", "    out = self.b + torch.matmul(x, self.w)\n", ""},
+        Case{"mm", "    out = torch.mm(x[0], self.w)\n", ""},
+        Case{"addmm", "    out = torch.addmm(self.b, x[0], self.w)\n", ""},
+        Case{"addmm_of_a_residual", "    out = torch.addmm(x[1][:, 1:5], x[0], self.w)\n", "aten::add"},
+        Case{"bias_behind_a_residual", "    out = (x[:, :, 1:5] + torch.matmul(x, self.w)) + self.b\n", "aten::add"},
+        Case{"bias_before_a_sum_with_a_residual", "    out = self.b + (torch.matmul(x, self.w) + x[:, :, 1:5])\n",
+             "aten::add"},
+        Case{"product_read_twice", R"python(
     y = torch.matmul(x, self.w)
     out = (y + self.b) * torch.tanh(y)
 )python",
-                           "aten::add"},
-                      Case{"bias_scaled", "    out = torch.add(torch.matmul(x, self.w), self.b, alpha=2.0)\n",
-                           "aten::add"}),
+             "aten::add"},
+        Case{"bias_scaled", "    out = torch.add(torch.matmul(x, self.w), self.b, alpha=2.0)\n", "aten::add"}),
     [](const auto& info) { return info.param.name; });
 
 class LeaveProductAlone : public RaiseLinear {};
@@ -93,6 +96,23 @@ INSTANTIATE_TEST_SUITE_P(
                       Case{"weight_computed", "    out = torch.matmul(x, torch.tanh(self.w))\n", ""},
                       Case{"scaled_addmm", "    out = torch.addmm(self.b, x[0], self.w, beta=0.5)\n", ""}),
     [](const auto& info) { return info.param.name; });
+
+TEST(RaiseLinear, ABiasBehindAResidualIsOfTheOneMapThatLacksIt) {
+  const auto biases = [](const char* body) {
+    auto module = module_of({"", body, ""});
+    const auto graph = lowered(module);
+    expect_same_results(module, graph);
+    int64_t count = 0;
+    for_each_node(graph->block(), [&](torch::jit::Node* node) {
+      count += is_aten(node, {"linear"}) && !is_none(node->namedInput("bias"));
+    });
+    return count;
+  };
+  EXPECT_EQ(biases("    out = (x[:, :, 1:5] + torch.matmul(x, self.w)) + self.b\n"), 1);
+  EXPECT_EQ(biases("    out = (torch.matmul(x, self.w) + self.b + torch.matmul(x * 2, self.w)) + self.b\n"), 2);
+  EXPECT_EQ(biases("    out = (torch.matmul(x, self.w) + torch.matmul(x * 2, self.w)) + self.b\n"), 0);
+  EXPECT_EQ(biases("    y = x[:, :, 1:5] + torch.matmul(x, self.w)\n    out = (y + self.b) * y\n"), 0);
+}
 
 // Freezing makes constants of parameters; that of a transposed parameter is [in, out].
 TEST(RaiseLinear, AProductWithAConstantOfAFrozenModuleBecomesLinear) {
