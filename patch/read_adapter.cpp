@@ -18,7 +18,6 @@ namespace {
 constexpr const char* kKnownHeads =
     "heads for tagging, and for classification and regression by the first or last token, are; a prediction needs its "
     "own head";
-constexpr const char* kSetupFile = "adapter_setup.json";
 constexpr const char* kReadInPython =
     " is for Python: torchgraft convert, given the folder that this directory is in, writes safetensors beside it";
 

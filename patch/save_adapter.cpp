@@ -179,6 +179,8 @@ AdapterFiles composition_head_files(const Module& module, const std::string& nam
 }
 
 void check_replaces(const std::string& directory, const std::string& name) {
+  TORCH_CHECK(!is_setup_directory(directory), "save_adapter: ", directory, " holds a composition (", kSetupFile,
+              ") already; give another directory, or overwrite=True (torchgraft save --force) to replace it");
   const std::string wanted = "the adapter '" + name + "'";
   const std::string found = owner_of(directory, wanted, owned_files());
   TORCH_CHECK(found == wanted, "save_adapter: ", directory, " holds ", shown_text(found), " already, not '",
@@ -189,8 +191,6 @@ void save_adapter(const Module& module, const std::string& name, const std::stri
                   const std::string& model_class, bool overwrite) {
   const AdapterFiles files = adapter_files(module, name, model_class);
   DirectoryUpdate update(directory, kConfigFile, [&] {
-    TORCH_CHECK(!is_setup_directory(directory), "save_adapter: ", directory,
-                " holds a composition (adapter_setup.json); give the adapter a directory of its own");
     if (!overwrite) {
       check_replaces(directory, name);
     }
@@ -203,6 +203,7 @@ void save_adapter(const Module& module, const std::string& name, const std::stri
   } else {  // an earlier adapter may have left them
     obsolete.insert(obsolete.end(), {kHeadConfigFile, kHeadWeightsFile});
   }
+  obsolete.push_back(kSetupFile);  // a composition, which check_replaces() lets nobody replace without asking
   update.stage(kConfigFile, files.config);
   update.commit(obsolete);
 }

@@ -12,6 +12,9 @@ constexpr const char* kHeadConfigFile = "head_config.json";
 constexpr const char* kHeadWeightsFile = "model_head.safetensors";
 constexpr const char* kPickledHeadFile = "pytorch_model_head.bin";
 
+// What a composition's directory has beside directories of its adapters.
+constexpr const char* kSetupFile = "adapter_setup.json";
+
 constexpr uint64_t kLongestConfig = 1 << 20;  // bytes of a configuration
 
 }  // namespace torchgraft

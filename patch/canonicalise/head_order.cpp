@@ -91,18 +91,37 @@ std::optional<size_t> before_exchange(SymbolicShapes& shapes, const Node* node, 
   return static_cast<size_t>(at < 0 ? at + static_cast<int64_t>(rank) : at);
 }
 
-// Whether `values` are pieces of the features of one value: its heads, in some order.
-bool are_pieces(SymbolicShapes& shapes, at::ArrayRef<Value*> values) {
+// Which piece of its operand `value` is, if it is one along a dimension of a known number of elements, that of heads or
+// of their features: its number, or where it begins. nullopt for any other value.
+std::optional<int64_t> number_of_piece(SymbolicShapes& shapes, const Value* value) {
+  const bool is_listed = value->node()->kind() == c10::prim::ListUnpack;
+  const Node* node = is_listed ? value->node()->input()->node() : value->node();
+  const bool cuts = is_listed ? is_aten(node, {"chunk", "tensor_split", "split", "split_with_sizes", "unbind"})
+                              : is_aten(node, {"slice", "narrow", "select"});
+  const auto shape = cuts ? shapes.shape(node->input(0)) : std::nullopt;
+  const auto dim = shape ? position(node->namedInput("dim"), shape->size()) : std::nullopt;
+  if (!dim || *dim == 0 || !(*shape)[*dim].is_constant()) {
+    return std::nullopt;
+  }
+  if (is_listed) {
+    return static_cast<int64_t>(value->offset());
+  }
+  const Value* start = node->namedInput(is_aten(node, {"select"}) ? "index" : "start");
+  return is_none(start) ? 0 : constant_int(start);
+}
+
+// Whether `values` are the heads of one value, in the order of its features.
+bool are_heads(SymbolicShapes& shapes, at::ArrayRef<Value*> values) {
   const Value* whole = nullptr;
+  std::optional<int64_t> last;
   for (const Value* value : values) {
     const Node* node = value->node();
     node = node->kind() == c10::prim::ListUnpack ? node->input()->node() : node;
-    const bool cuts = is_aten(node, {"chunk", "tensor_split", "split", "split_with_sizes", "slice", "narrow"});
-    const auto shape = cuts ? shapes.shape(node->input(0)) : std::nullopt;
-    const auto dim = shape ? position(node->namedInput("dim"), shape->size()) : std::nullopt;
-    if (!dim || *dim + 1 != shape->size() || (whole && whole != node->input(0))) {
+    const auto piece = number_of_piece(shapes, value);
+    if (!piece || *piece < 0 || (last && *piece <= *last) || (whole && whole != node->input(0))) {
       return false;
     }
+    last = piece;
     whole = node->input(0);
   }
   return whole != nullptr;
@@ -117,6 +136,9 @@ std::optional<Place> before_cut(Node* node, size_t rank, size_t dim) {
   }
   Value* self = node->namedInput("self");
   if (is_aten(node, {"select", "unbind"})) {
+    return Place{self, dim + (dim >= *at)};
+  }
+  if (is_aten(node, {"squeeze"})) {  // of a dimension of one element
     return Place{self, dim + (dim >= *at)};
   }
   if (adds) {
@@ -177,7 +199,7 @@ HeadOrder OrderSearch::of_joined(Node* node, size_t dim) {
     const auto part = shape(value);
     return part && part->size() == result->size() && !(*part)[dim].is_constant() && (*part)[dim].factor == 1;
   });
-  return have_rows && are_pieces(shapes_, values) ? HeadOrder::kRowsInHeads : HeadOrder::kUnknown;
+  return have_rows && are_heads(shapes_, values) ? HeadOrder::kRowsInHeads : HeadOrder::kUnknown;
 }
 
 // Of an operation between tensors: the operand that has the dimension.
@@ -239,9 +261,12 @@ HeadOrder OrderSearch::of(const Place& place) {
            : at && *at != place.dim ? of({node->namedInput("self"), place.dim})
                                     : HeadOrder::kUnknown;
   }
+  if (is_aten(node, {"layer_norm", "rms_norm"})) {
+    return place.dim + 1 < result->size() ? of({node->input(0), place.dim}) : HeadOrder::kUnknown;
+  }
   if (is_aten(node, {"chunk", "tensor_split", "split", "split_with_sizes", "unbind", "slice", "narrow", "select",
-                     "unsqueeze"})) {
-    const auto self = shape(node->namedInput("self"));
+                     "unsqueeze", "squeeze"})) {
+    const auto self = node->inputs().size() > 1 ? shape(node->namedInput("self")) : std::nullopt;
     const auto before = self ? before_cut(node, self->size(), place.dim) : std::nullopt;
     return before ? of(*before) : HeadOrder::kUnknown;
   }

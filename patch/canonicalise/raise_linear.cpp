@@ -33,6 +33,7 @@ class LinearRaiser {
     return sum->inputs().size() == 3 && constant_double(sum->namedInput("alpha")) == 1.0;
   }
   bool lacks_bias(Value* value, Value* bias, const Node* sum);
+  bool may_lack_bias(Value* value, Value* bias, const Node* sum);
   Value* with_bias(Value* product, Value* bias);
   std::optional<Shape> matrix(Value* weight);
   Value* transposed(Value* weight);
@@ -106,6 +107,13 @@ bool LinearRaiser::lacks_bias(Value* value, Value* bias, const Node* sum) {
          tensor.dim() == 1 && number(tensor.size(0)) == shape->front();
 }
 
+// Whether the bias may be of a map in `value`: of a product, or of a branch that was added to another before, as in
+// parallel blocks. A residual stream is no such sum, for its block reads it, too.
+bool LinearRaiser::may_lack_bias(Value* value, Value* bias, const Node* sum) {
+  value = strip_passive(value);
+  return lacks_bias(value, bias, sum) || (is_aten(value->node(), {"add"}) && data_uses(value).size() == 1);
+}
+
 Value* LinearRaiser::with_bias(Value* product, Value* bias) {
   Node* linear = product->node();
   return insert_linear(linear->namedInput("input"), linear->namedInput("weight"), bias);
@@ -140,7 +148,7 @@ void LinearRaiser::take_bias_behind_sum(Node* sum) {
     for (const size_t k : {0, 1}) {
       Value* product = inner->input(k);
       Value* other = inner->input(1 - k);
-      if (!lacks_bias(product, bias, sum) || lacks_bias(other, bias, sum) || writes_.reach(other)) {
+      if (!lacks_bias(product, bias, sum) || may_lack_bias(other, bias, sum) || writes_.reach(other)) {
         continue;
       }
       torch::jit::WithInsertPoint guard(sum);

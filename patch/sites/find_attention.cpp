@@ -204,6 +204,17 @@ bool find_keys_and_values(SiteFinder& finder, Node* attention, Layer& layer, Lay
          find_projection(finder, attention->namedInput("value"), "value", layer.value, sites.value, layer, reason);
 }
 
+// Whether the heads are all that the projection of the queries makes.
+bool are_heads_of_query(const Layer& layer, std::string& reason) {
+  const bool fits = !layer.query || layer.query->out_features == layer.num_heads * layer.head_dim;
+  if (!fits) {
+    reason = c10::str("its queries have ", layer.num_heads, " heads of ", layer.head_dim, " features, and ",
+                      layer.query->path, " makes ", layer.query->out_features,
+                      ": what looks like heads may be windows or several views of a row");
+  }
+  return fits;
+}
+
 // Whether a term of queries or keys is added to the scores, as where they meet embeddings of distances.
 bool has_relative_scores(Node* attention, const LayerSites& sites) {
   std::vector<Value*> projected = {sites.query.node->output()};
@@ -253,6 +264,9 @@ bool find_attention(SiteFinder& finder, Node* attention, Layer& layer, LayerSite
   if (!find_projection(finder, attention->namedInput("query"), "query", layer.query, sites.query, layer, reason) ||
       !find_caches(finder, attention, layer, sites, reason) ||
       !find_keys_and_values(finder, attention, layer, sites, reason)) {
+    return false;
+  }
+  if (!are_heads_of_query(layer, reason)) {
     return false;
   }
   note_shared_maps(layer, sites);

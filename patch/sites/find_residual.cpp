@@ -170,6 +170,9 @@ std::optional<ResidualSite> find_residual(SiteFinder& finder, Value* branch, Val
       break;
     }
     add = next->user;
+    if (!is_whole && is_vector(finder, add->input(1 - next->offset))) {  // (product + another branch) + bias
+      return std::nullopt;
+    }
     site.sum = add;
     stream = stream_in(add->input(1 - next->offset), streams);
   }

@@ -12,8 +12,8 @@ import torch
 from ._libraries import patcher
 from ._reading import parse_json, read_text
 from .adapter_fusion import load_adapter_fusion, save_adapter_fusion
+from .adapter_hub import ADAPTER_FILES, HEAD_CONFIG_FILE, HEAD_WEIGHT_FILES, SETUP_FILE, read_head
 from .adapter_hub import CONFIG_FILE as ADAPTER_CONFIG_FILE
-from .adapter_hub import HEAD_CONFIG_FILE, HEAD_WEIGHT_FILES, SETUP_FILE, read_head
 from .checkpoints import check_replaces, load_adapter, pickled, save_adapter
 from .composition import adapters_of, compose
 from .errors import GraftError
@@ -60,7 +60,8 @@ def save_adapter_setup(
         _save_head(root / name, held.head_text, held.head_weights, safetensors)
     text = json.dumps(held.file, indent=2)
     update = patcher().update_directory
-    update(str(directory), {SETUP_FILE: text.encode()}, [], SETUP_FILE, "", lambda: held.check(root, overwrite))
+    obsolete = list(ADAPTER_FILES)  # of an adapter that overwrite=True replaces
+    update(str(directory), {SETUP_FILE: text.encode()}, obsolete, SETUP_FILE, "", lambda: held.check(root, overwrite))
 
 
 def check_setup(module: torch.jit.ScriptModule, name: str, directory: str | Path, overwrite: bool = False,
@@ -80,11 +81,6 @@ class _Setup:
     head_weights: dict[str, torch.Tensor]
 
     def check(self, root: Path, overwrite: bool) -> None:
-        if (root / ADAPTER_CONFIG_FILE).exists():  # whoever loads the directory would take that adapter
-            raise GraftError(
-                f"save_adapter_setup: {root} holds an adapter ({ADAPTER_CONFIG_FILE}); give the composition a "
-                "directory of its own"
-            )
         if not overwrite:
             _check_replaces_all(root, self.file, self.parts, self.fusions)
 
@@ -220,6 +216,11 @@ def _check_weights(tree: dict[str, Any]) -> None:
 
 def _check_replaces_all(directory: Path, setup: dict[str, Any], parts: list[str], fusions: list[str]) -> None:
     """Raises GraftError when `directory` holds another composition, or another part in the place of one of its own."""
+    if (directory / ADAPTER_CONFIG_FILE).exists():
+        raise GraftError(
+            f"save_adapter_setup: {directory} holds an adapter ({ADAPTER_CONFIG_FILE}) already; give another "
+            "directory, or overwrite=True to replace it"
+        )
     for part in parts:
         check_replaces(directory / part, part)
     for fusion in fusions:

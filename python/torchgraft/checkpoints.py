@@ -9,7 +9,6 @@ import torch
 
 from ._libraries import patcher
 from .adapter_hub import CONFIG_FILE, HEAD_CONFIG_FILE, HEAD_WEIGHT_FILES, SETUP_FILE, WEIGHT_FILES
-from .errors import GraftError
 from .grafting import cpp_module, directory_spec, example_arguments, is_grafted, module_with_warnings
 
 
@@ -60,13 +59,11 @@ def save_adapter(
     if safetensors:
         _warn(patcher().save_adapter(*arguments, str(directory), model_class or "", overwrite))
         return
-    if (Path(directory) / SETUP_FILE).exists():
-        raise GraftError(
-            f"save_adapter: {directory} holds a composition ({SETUP_FILE}); give the adapter a directory of its own"
-        )
     config, weights, head_config, head_weights, messages = patcher().adapter_files(*arguments, model_class or "")
     contents = {CONFIG_FILE: config.encode(), WEIGHT_FILES[1]: pickled(weights)}
-    obsolete = [WEIGHT_FILES[0], HEAD_WEIGHT_FILES[0]]
+    if not overwrite:
+        patcher().check_replaces(str(directory), name)
+    obsolete = [WEIGHT_FILES[0], HEAD_WEIGHT_FILES[0], SETUP_FILE]
     if head_config:
         contents |= {HEAD_CONFIG_FILE: head_config.encode(), HEAD_WEIGHT_FILES[1]: pickled(head_weights)}
     else:  # an adapter that was there before may have left a head

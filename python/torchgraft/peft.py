@@ -78,7 +78,7 @@ def load_peft_directory(
             and tensor.dim() == 2]  # fmt: skip
     linear_maps = {entry["path"]: entry for entry in structure.get("linear_maps", [])}
     model_paths = list(dict.fromkeys([*projections, *linear_maps, *maps]))  # linear maps of int8 have no "weight"
-    wholes = _present(directory, weights.wholes, model_paths, linear_maps)
+    wholes = _present(directory, weights.wholes, model_paths, _output_embeddings(structure))
     places = match_paths(directory, [*weights.updates, *wholes], model_paths, list(linear_maps))
     _check_completeness(config, weights.updates, places, model_paths)
     _check_bases(directory, weights.bases, places, parameters)
@@ -96,25 +96,37 @@ def load_peft_directory(
     return _as_adapter_hub(config, targets, rank, structure, parameters)
 
 
+def _output_embeddings(structure: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Returns the linear maps, by path, from features of the embeddings' width to as many outputs as the table of the
+    tokens has rows."""
+    embeddings = structure.get("embeddings", {})
+    if not embeddings.get("output"):
+        return {}
+    maps = {entry["path"]: entry for entry in structure.get("linear_maps", [])
+            if entry["in_features"] == embeddings["size"]}  # fmt: skip
+    most = max((entry["out_features"] for entry in maps.values()), default=0)
+    return {path: entry for path, entry in maps.items() if entry["out_features"] == most}
+
+
 def _present(
     directory: Path,
     wholes: Mapping[str, tuple[Tensor, Tensor | None]],
     model_paths: list[str],
-    linear_maps: Mapping[str, Mapping[str, Any]],
+    output_embeddings: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
     """Returns those linear maps that the model has. Warns of the others: the model may have been traced without its
     head.
 
     Args:
-        linear_maps: those outside of the model's layers. A map whose weight is an embedding's, too, may have the
-            embedding's path.
+        output_embeddings: the linear maps that may be the model's output embeddings. Such a map may have the path of
+            the embedding that has the same weight.
 
     Raises:
         GraftError: one of the others may be such a map.
     """
     found = {path: whole for path, whole in wholes.items() if any(place_of(each, path) for each in model_paths)}
     for path, (weight, _) in wholes.items():
-        for other, entry in linear_maps.items():
+        for other, entry in output_embeddings.items():
             is_like_it = tuple(weight.shape) == (entry["out_features"], entry["in_features"])
             if path not in found and is_like_it and not any(place_of(other, each) for each in found):
                 raise GraftError(

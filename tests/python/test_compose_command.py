@@ -82,8 +82,12 @@ def test_a_composition_is_saved_and_loaded_as_a_directory(model: Path, tmp_path:
     done = run_here("graft.py", "save", composed, "en", tmp_path / "both")
     assert done.returncode == 1 and "holds a composition (adapter_setup.json)" in done.stderr
     assert run_here("graft.py", "save", composed, "en", tmp_path / "en").returncode == 0
-    done = run_here("graft.py", "save", composed, "both", tmp_path / "en", "--force")
+    done = run_here("graft.py", "save", composed, "both", tmp_path / "en")
     assert done.returncode == 1 and "holds an adapter (adapter_config.json)" in done.stderr
+    for name, kept, gone in (("both", "adapter_setup.json", "adapter_config.json"),
+                             ("en", "adapter_config.json", "adapter_setup.json")):  # fmt: skip
+        assert run_here("graft.py", "save", composed, name, tmp_path / "en", "--force").returncode == 0
+        assert (tmp_path / "en" / kept).exists() and not (tmp_path / "en" / gone).exists()
     done = run_here("graft.py", "load", bare, tmp_path / "both", "-o", tmp_path / "new.pt", "--trainable")
     assert done.returncode == 1 and "a composition is loaded frozen" in done.stderr
 

@@ -24,9 +24,6 @@ class _Layer(nn.Module):
     def join(self, x: Tensor) -> Tensor:
         return x.view(4, -1, x.size(1), 8).permute(1, 2, 0, 3).flatten(2)
 
-    def mask(self, scores: Tensor, shown: Tensor) -> Tensor:
-        return scores.masked_fill(shown.repeat(4, 1)[:, None, :] == 0, -1e4)
-
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
         weights = torch.softmax(torch.bmm(q, k.transpose(1, 2)) / 2.8284271247461903, -1)
@@ -51,6 +48,14 @@ class Joined(_Layer):
 class Stacked(_Layer):
     def split(self, x: Tensor) -> Tensor:
         return torch.stack(x.split(8, -1), 0).flatten(0, 1)
+
+
+class Unbound(_Layer):
+    def split(self, x: Tensor) -> Tensor:
+        return torch.cat(x.view(x.size(0), x.size(1), 4, 8).unbind(2), 0)
+
+    def join(self, x: Tensor) -> Tensor:
+        return torch.cat(x.chunk(4, 0), -1)
 
 
 class ContiguousView(_Layer):
@@ -90,7 +95,7 @@ def _with_prefix(model: _Layer, x: Tensor, keys: Tensor, values: Tensor) -> Tens
     return x + model.down(F.gelu(model.up(x)))
 
 
-_SPELLINGS = [Permuted, Joined, Stacked, ContiguousView, HeadsInRows, TokensFirst]
+_SPELLINGS = [Permuted, Joined, Stacked, Unbound, ContiguousView, HeadsInRows, TokensFirst]
 
 
 @pytest.mark.parametrize("form", ["scripted", "traced"])
@@ -100,7 +105,7 @@ def test_prefixes_are_of_their_rows_and_heads(spelling: type[_Layer], form: str)
     model = spelling().double().eval()
     x = torch.randn(3, 5, WIDTH).double()
     base = torch.jit.script(model) if form == "scripted" else torch.jit.trace(model, torch.randn(2, 6, WIDTH).double())
-    if form == "scripted" and spelling in (Joined, Stacked):
+    if form == "scripted" and spelling in (Joined, Stacked, Unbound):
         with pytest.raises(torchgraft.GraftError, match="is not known; view them"):
             torchgraft.graft(base, "prefix_tuning_flat[prefix_length=3]", "a")
         return
@@ -183,5 +188,32 @@ class _TwoViews(_Layer):
 
 def test_rows_that_are_a_multiple_of_the_batch_are_no_heads() -> None:
     base = torch.jit.trace(_TwoViews().eval(), torch.randn(2, 5, WIDTH))
-    with pytest.raises(torchgraft.GraftError):
+    with pytest.raises(torchgraft.GraftError, match="counts rows and heads is not known|is not of shape"):
+        torchgraft.graft(base, "prefix_tuning", "a")
+
+
+class Reversed(_Layer):
+    """The last features are the first head, of which a prefix of the plain spelling knows nothing."""
+
+    def split(self, x: Tensor) -> Tensor:
+        return torch.cat(list(x.split(8, -1))[::-1], 0)
+
+    def join(self, x: Tensor) -> Tensor:
+        return torch.cat(list(x.chunk(4, 0))[::-1], -1)
+
+
+class Windows(_Layer):
+    """Halves of the tokens, as rows of one head."""
+
+    def split(self, x: Tensor) -> Tensor:
+        return torch.cat(x.chunk(2, 1), 0)
+
+    def join(self, x: Tensor) -> Tensor:
+        return torch.cat(x.chunk(2, 0), 1)
+
+
+@pytest.mark.parametrize("spelling", [Reversed, Windows])
+def test_pieces_that_are_no_heads_in_order_are_refused(spelling: type[_Layer]) -> None:
+    base = torch.jit.trace(spelling().eval(), torch.randn(2, 6, WIDTH))
+    with pytest.raises(torchgraft.GraftError, match="counts rows and heads is not known"):
         torchgraft.graft(base, "prefix_tuning", "a")

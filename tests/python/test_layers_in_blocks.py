@@ -108,6 +108,40 @@ class BiasBesideTheResidual(BiasBehindTheSum):
         return self.norm((y + self.bias) + torch.matmul(torch.relu(self.inner(y)), self.weight))
 
 
+class BiasOfEitherBranch(nn.Module):
+    """Parallel branches without biases, and a bias behind their sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(HIDDEN, HIDDEN, bias=False) for _ in range(4))
+        self.up, self.down = nn.Linear(HIDDEN, 48), nn.Linear(48, HIDDEN, bias=False)
+        self.norm, self.bias = nn.LayerNorm(HIDDEN), nn.Parameter(torch.randn(HIDDEN))
+
+    def attention(self, x: Tensor) -> Tensor:
+        shape = (x.size(0), x.size(1), 4, HIDDEN // 4)
+        q, k, v = self.q(x).view(shape), self.k(x).view(shape), self.v(x).view(shape)
+        mixed = nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return self.o(mixed.transpose(1, 2).flatten(2))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y = self.norm(x)
+        return ((x + self.attention(y)) + self.down(torch.relu(self.up(y)))) + self.bias
+
+
+class BiasOfBothBranches(BiasOfEitherBranch):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y = self.norm(x)
+        return ((self.attention(y) + self.down(torch.relu(self.up(y)))) + self.bias) + x
+
+
+@pytest.mark.parametrize("model", [BiasOfEitherBranch, BiasOfBothBranches])
+def test_a_bias_of_either_of_two_branches_is_refused(model: type[nn.Module]) -> None:
+    base = torch.jit.trace(model().eval(), batch(), check_trace=False)
+    for config in ("double_seq_bn", "seq_bn"):
+        with pytest.raises(torchgraft.GraftError, match="layer 0: no"):
+            torchgraft.graft(base, config, "task")
+
+
 @pytest.mark.parametrize("model", [BiasOfRankThree, BiasBesideTheResidual])
 def test_a_bias_that_stays_outside_of_the_branch_is_refused(model: type[nn.Module]) -> None:
     """A branch without its bias would be another one."""

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from ..errors import GraftError
 FORMATS = (".csv", ".tsv", ".jsonl")
 
 _WHOLE_NUMBER = re.compile("-?[0-9]+")
+_MOST_SHOWN, _LONGEST_SHOWN = 10, 40  # keys of a row in an error, characters of each
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,11 @@ def _example(where: str, row: dict[str, Any], columns: Columns) -> Example:
     for name in filter(None, (columns.text, columns.label, columns.group)):
         value = row.get(name)
         if isinstance(value, bool) or not isinstance(value, str | int):
-            if value is None:
-                told = f"missing; the row has {', '.join(map(str, row))}: see --text-column, --label-column"
+            if name in row and value is None:
+                told = "null"
+            elif value is None:
+                keys = ", ".join(str(key)[:_LONGEST_SHOWN] for key in itertools.islice(row, _MOST_SHOWN))
+                told = f"missing; the row has {keys or 'nothing'}: see --text-column, --label-column"
             else:
                 told = "neither text nor a whole number"
             raise GraftError(f"{where}: '{name}' is {told}")

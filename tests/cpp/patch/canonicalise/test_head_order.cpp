@@ -57,6 +57,14 @@ INSTANTIATE_TEST_SUITE_P(
              "    y = q.view(x.size(0), x.size(1), 3, 4).permute([2, 0, 1, 3]).flatten(0, 1)\n"
              "    out = torch.matmul(torch.ones([x.size(1), x.size(1)]), y)\n",
              HeadOrder::kRowsInHeads},
+        Case{"JoinedInReverse",
+             "    out = torch.cat([q.narrow(-1, 8, 4), q.narrow(-1, 4, 4), q.narrow(-1, 0, 4)], 0)\n",
+             HeadOrder::kUnknown},
+        Case{"PiecesOfTokens", "    out = torch.cat([q.narrow(1, 0, 2), q.narrow(1, 2, 2)], 0)\n", HeadOrder::kUnknown},
+        Case{"Squeezed",
+             "    y = q.view(x.size(0), x.size(1), 3, 4).transpose(1, 2).reshape(1, -1, x.size(1), 4)\n"
+             "    out = torch.layer_norm(y.squeeze(0), [4])\n",
+             HeadOrder::kHeadsInRows},
         Case{"JoinedFromElsewhere", "    out = torch.cat([q, q + 1, q * 2], 0)\n", HeadOrder::kUnknown},
         Case{"BetweenTokens",
              "    out = q.view(x.size(0), x.size(1), 3, 4).permute([0, 2, 1, 3]).permute([2, 1, 0, 3]).flatten(1, 2)\n"
