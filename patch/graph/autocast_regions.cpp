@@ -32,7 +32,8 @@ bool is_autocast(const Value* context) {
 
 // What __init__ has set.
 Region region_of(const Value* context) {
-  Region region{context};
+  Region region;
+  region.context = context;
   for (const auto& use : context->uses()) {
     const Node* user = use.user;
     const auto value =

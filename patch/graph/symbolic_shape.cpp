@@ -205,6 +205,13 @@ std::optional<Shape> SymbolicShapes::of_projection(const Node* node) {
     result = Shape{fresh(), fresh(), weight->back()};
     shapes_[node->input(input)] = result;
   }
+  if (result && !transposed && result->size() < weight->size()) {  // one matrix times many
+    if (result->size() < 2) {
+      return std::nullopt;
+    }
+    (*weight)[weight->size() - 2] = (*result)[result->size() - 2];
+    return weight;
+  }
   if (result) {
     const bool are_many = result->size() == weight->size() && result->size() >= 3;
     for (size_t i = 0; are_many && i + 2 < result->size(); ++i) {

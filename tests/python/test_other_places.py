@@ -86,7 +86,9 @@ def test_what_means_other_places_is_refused(case: str, tmp_path: Path) -> None:
             take()
 
 
-@pytest.mark.parametrize("config", ["seq_bn_inv[leave_out=[0]]", "compacter|lora[leave_out=[0]]", "prefix_tuning"])
+@pytest.mark.parametrize(
+    "config", ["seq_bn_inv[leave_out=[0]]", "compacter[reduction_factor=4]|lora[leave_out=[0]]", "prefix_tuning"]
+)
 def test_what_needs_no_weights_of_a_layer_loads(config: str, tmp_path: Path) -> None:
     """The weights of invertible adapters, of prefixes and, where they are shared, of Compacters are of no layer."""
     source = torchgraft.graft(_traced(), config, "task")
