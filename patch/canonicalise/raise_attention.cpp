@@ -134,15 +134,17 @@ Value* take_scale(Value* value, SymbolicShapes& shapes, Factors& factors) {
 }
 
 // Inserts the bias in a shape that broadcasts against [B, h, S, S].
-Value* insert_mask(Graph& graph, SymbolicShapes& shapes, Value* bias, Value* anchor, bool product_is_rank_3,
-                   HeadOrder order, bool& understood) {
+Value* insert_mask(Graph& graph, SymbolicShapes& shapes, Value* bias, Value* anchor, const Node* product,
+                   bool product_is_rank_3, HeadOrder order, bool& understood) {
   if (!bias) {
     return graph.insertConstant(c10::IValue());
   }
   if (product_is_rank_3) {
     const auto shape = shapes.shape(bias);
+    const auto scores = shapes.shape(product->output());
     const bool per_head = shape && shape->size() == 3 && !shape->front().is_constant();
-    understood = understood && shape.has_value();
+    // Rows of another number, which nothing shows to be those of the scores, cannot be told apart by heads.
+    understood = understood && shape && (!per_head || (scores && scores->front() == shape->front()));
     bias = per_head ? insert_rank_4(graph, shapes, bias, order) : bias;
   }
   bias = graph.insert(c10::Symbol::aten("atleast_2d"), {bias});  // what scaled_dot_product_attention asks for
@@ -271,7 +273,7 @@ std::optional<std::string> raise_one(const std::shared_ptr<Graph>& graph, Symbol
   if (const auto reason = reason_against(order, bias && path.reshaped)) {
     return reason;
   }
-  Value* mask = insert_mask(*graph, shapes, bias, anchor, masked_in_rank_3, order, path.understood);
+  Value* mask = insert_mask(*graph, shapes, bias, anchor, product, masked_in_rank_3, order, path.understood);
   Value* query = insert_rank_4(*graph, shapes, left_factor(product), order);
   // A scale of the keys scales all scores, also those of prefixes, which come beside the keys.
   Value* keys_transposed = take_scale(right_factor(product), shapes, path.factors);

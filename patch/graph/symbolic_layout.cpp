@@ -237,9 +237,22 @@ std::optional<Shape> cut_down(SymbolicShapes& shapes, const Node* node, Shape fr
   return from;
 }
 
+// repeat: as many copies along each dimension, of which it may add some in front.
+std::optional<Shape> tiled(SymbolicShapes& shapes, const Node* node, const Shape& from) {
+  auto result = shapes.integers(node->namedInput("repeats"));
+  if (!result || result->size() < from.size()) {
+    return std::nullopt;
+  }
+  const size_t added = result->size() - from.size();
+  for (size_t i = 0; i < from.size(); ++i) {
+    (*result)[added + i] = (*result)[added + i] * from[i];
+  }
+  return result;
+}
+
 // repeat_interleave of each element equally often, along one dimension.
 std::optional<Shape> repeated(const Node* node, Shape from) {
-  if (is_tensor(node->namedInput("repeats"))) {
+  if (node->inputs().size() < 3 || is_tensor(node->namedInput("repeats"))) {  // one of numbers in a tensor
     return std::nullopt;
   }
   const auto times = constant_int(node->namedInput("repeats"));
@@ -348,8 +361,8 @@ std::optional<Shape> shape_of_layout(SymbolicShapes& shapes, const Node* node) {
   if (is_aten(node, {"index"})) {
     return indexed(node, *from);
   }
-  if (is_aten(node, {"repeat_interleave"}) && node->inputs().size() > 2) {
-    return repeated(node, *from);
+  if (is_aten(node, {"repeat", "repeat_interleave"})) {
+    return is_aten(node, {"repeat"}) ? tiled(shapes, node, *from) : repeated(node, *from);
   }
   if (is_aten(node, {"unsqueeze"})) {
     const auto at = position(node->namedInput("dim"), from->size() + 1);

@@ -20,7 +20,8 @@ bool is_number_type(const Value* value) {
 bool keeps_shape(const Node* node) {
   return is_elementwise(node) || node->kind() == c10::prim::unchecked_cast ||
          is_aten(node, {"layer_norm", "native_layer_norm", "rms_norm", "softmax", "log_softmax", "masked_fill",
-                        "cumsum", "fill", "copy", "index_fill", "select_scatter"});
+                        "cumsum", "fill", "copy", "index_fill", "select_scatter", "zeros_like", "ones_like",
+                        "full_like", "empty_like"});
 }
 
 }  // namespace
@@ -171,7 +172,7 @@ std::optional<Shape> SymbolicShapes::compute(const Value* value) {
     return shape_of_piece(*this, node->input(0)->node(), piece.value_or(-1));
   }
   if (is_aten(node, {"add", "sub", "rsub", "mul", "div", "where", "eq", "ne", "lt", "le", "gt", "ge", "__and__",
-                     "logical_and", "maximum", "minimum"})) {
+                     "logical_and", "logical_or", "maximum", "minimum"})) {
     return of_arithmetic(node);
   }
   if (is_aten(node, {"tensor", "scalar_tensor"})) {

@@ -140,6 +140,17 @@ class MaskedByHead(_Layer):
         return x + self.down(F.gelu(self.up(x)))
 
 
+class MaskedByRepeat(_Layer):
+    """As in the Transformers of the TensorFlow tutorials: the mask is repeated for each head."""
+
+    def forward(self, x: Tensor, shown: Tensor) -> Tensor:
+        q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
+        scores = torch.bmm(q, k.transpose(1, 2)) / 2.8284271247461903
+        weights = torch.softmax(scores.masked_fill(shown.repeat(4, 1)[:, None, :] == 0, -1e9), -1)
+        x = self.norm(x + self.o(self.join(torch.bmm(weights, v))))
+        return x + self.down(F.gelu(self.up(x)))
+
+
 class MaskedInRank4(_Layer):
     """The mask is added to [h, B, S, S]."""
 
@@ -152,15 +163,21 @@ class MaskedInRank4(_Layer):
         return x + self.down(F.gelu(self.up(x)))
 
 
-@pytest.mark.parametrize("spelling", [MaskedByHead, MaskedInRank4])
+REFUSED = {
+    MaskedByRepeat: "its scale or mask is not understood",  # nothing tells the shape of an argument
+    MaskedInRank4: "put the heads behind the batch",
+}
+
+
+@pytest.mark.parametrize("spelling", [MaskedByHead, MaskedByRepeat, MaskedInRank4])
 def test_masks_are_of_their_rows_or_refused(spelling: type[_Layer]) -> None:
     torch.manual_seed(0)
     model = spelling().double().eval()
     x, shown = torch.randn(3, 5, WIDTH).double(), torch.ones(3, 5).double()
     shown[1, 3:] = 0
     base = torch.jit.trace(model, (torch.randn(2, 6, WIDTH).double(), torch.ones(2, 6).double()))
-    if spelling is MaskedInRank4:
-        with pytest.raises(torchgraft.GraftError, match="put the heads behind the batch"):
+    if spelling in REFUSED:
+        with pytest.raises(torchgraft.GraftError, match=REFUSED[spelling]):
             torchgraft.graft(base, "prefix_tuning_flat", "a")
         return
     grafted = torchgraft.graft(base, "prefix_tuning_flat[prefix_length=3]", "a", example=(x, shown))

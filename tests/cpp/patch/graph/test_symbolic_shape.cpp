@@ -64,6 +64,11 @@ TEST(SymbolicShape, LayoutOpsMoveSizesAlong) {
   EXPECT_EQ(shape_of_result("    return y.unflatten(-1, [3, 4]).select(2, 1)\n"), "a, b, 4");
 }
 
+TEST(SymbolicShape, CopiesAreAsManyMore) {
+  EXPECT_EQ(shape_of_result("    return y.repeat([3, 1, 2])\n"), "a*3, b, 24");
+  EXPECT_EQ(shape_of_result("    return torch.zeros_like(y).repeat([2, 1, 1, 1])\n"), "2, a, b, 12");
+}
+
 TEST(SymbolicShape, PiecesOfAConstantSizeHaveAConstantSize) {
   EXPECT_EQ(shape_of_result("    a, b, c = y.chunk(3, -1)\n    return b\n"), "a, b, 4");
   EXPECT_EQ(shape_of_result("    return y.slice(2, 4, 8)\n"), "a, b, 4");
