@@ -223,8 +223,8 @@ def test_what_cannot_start_says_why_in_one_line(server_program, models, tokenize
             "tokenizer",
         ),
         ([models / "base.pt", *folder, "--tokenizer", tmp_path, "--server", server_program], 1, "no such file"),
-        ([*with_server, "--", "--capacity", 0], 1, "before it listened"),
-        ([tokenizer_file, *with_server[1:]], 1, "before it listened"),
+        ([*with_server, "--", "--capacity", 0], 2, "--capacity"),  # the server's own lines and statuses
+        ([tokenizer_file, *with_server[1:]], 1, "tokenizer.json"),
         ([*with_server, "--port", 70000], 2, "65535"),
         ([*with_server, "--max-tokens", 0], 2, "above 0"),
         ([*with_server, "--capacity", 3], 2, "--capacity"),
