@@ -235,4 +235,4 @@ def test_what_cannot_start_says_why_in_one_line(server_program, models, tokenize
         assert message in last, result.stderr
         assert "Traceback" not in result.stderr
     result = run_serve(models / "base.pt", "--port", 0, "--tokenizer", tokenizer_file, "--server", server_program)
-    assert result.returncode == 1 and "base.pt has no adapters; give the folder of some" in result.stderr
+    assert result.returncode == 2 and "base.pt has no adapters; give the folder of some" in result.stderr
