@@ -62,8 +62,8 @@ std::vector<c10::IValue> example_of(const torch::jit::Module& module, const py::
   torch::jit::Stack stack =
       torch::jit::createStackForSchema(schema, torch::jit::tuple_slice(arguments), py::kwargs(named), module._ivalue());
   stack.erase(stack.begin());
-  if (module.find_method(
-          "grafted_forward")) {  // whose last argument is its adapter_ids; a base may have one of its own
+  // The last argument of a grafted forward is its adapter_ids; a base may have one of its own.
+  if (module.find_method("grafted_forward")) {
     stack.pop_back();
   }
   return stack;

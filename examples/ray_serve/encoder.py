@@ -8,11 +8,8 @@ from pathlib import Path
 import torch
 
 import torchgraft
-from torchgraft.adapter_hub import read_config, read_one_version
+from torchgraft.adapter_hub import CONFIG_FILE, SAFETENSORS_FILE, SETUP_FILE, read_config, read_one_version
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter.safetensors"
-SETUP_FILE = "adapter_setup.json"
 NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")  # of a directory in the folder
 BLOCK = re.compile(r"(Stack|Fuse|Split|BatchSplit|Parallel|MultiTask|Average)\(")
 NO_COMPOSITION = (
@@ -152,14 +149,14 @@ def model_id_of(adapters: Path | None, name: str) -> str:
     process saves the adapter, waits for the instant of renaming to pass."""
 
     def look(directory: Path) -> str:
-        weights = directory / WEIGHTS_FILE
+        weights = directory / SAFETENSORS_FILE
         if not (directory / CONFIG_FILE).is_file():
             return ""
         return f"{name}@{weights.stat().st_mtime_ns if weights.is_file() else 0}"
 
     if not name or adapters is None:
         return ""
-    return read_one_version(adapters / name, (CONFIG_FILE, WEIGHTS_FILE), look)
+    return read_one_version(adapters / name, (CONFIG_FILE, SAFETENSORS_FILE), look)
 
 
 def is_composition(name: str) -> bool:

@@ -29,8 +29,7 @@ bool is_name(const std::string& name) {
 
 constexpr const char* kNoComposition =
     "it is a composition, and the server serves single adapters; ask for one of its adapters, or run the composition "
-    "in "
-    "a program of your own, as examples/serve does";
+    "in a program of your own, as examples/serve does";
 
 // One look: between two, another process may begin to save.
 bool has_adapter(const std::filesystem::path& folder, const std::string& name) {
@@ -249,10 +248,10 @@ void AdapterStore::load(const std::string& name) {
   if (folder_.empty()) {
     throw RequestError(404, "the server has no folder of adapters; start it with --adapters FOLDER");
   }
-  if (is_name(name) && !has_adapter(folder_, name)) {
-    check_no_setup(folder_, name);
-  }
   if (!is_name(name) || !has_adapter(folder_, name)) {
+    if (is_name(name)) {
+      check_no_setup(folder_, name);
+    }
     throw RequestError(404, "no adapter of that name is in the folder");
   }
   answered(name, [&] { pool_.insert(read(name)); });

@@ -1,5 +1,6 @@
 #include <torchgraft/patch/canonicalise/head_order.h>
 
+#include <torchgraft/patch/graph/exchanged_dims.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 
 #include <algorithm>
@@ -73,29 +74,16 @@ HeadOrder order_of_parts(const std::vector<Part>& parts) {
   return HeadOrder::kUnknown;
 }
 
-// Where dimension `dim` of a transpose or permute comes from.
-std::optional<size_t> before_exchange(SymbolicShapes& shapes, const Node* node, size_t rank, size_t dim) {
-  if (is_aten(node, {"transpose", "swapaxes", "swapdims"})) {
-    const auto a = position(node->input(1), rank);
-    const auto b = position(node->input(2), rank);
-    if (!a || !b) {
-      return std::nullopt;
-    }
-    return dim == *a ? *b : dim == *b ? *a : dim;
-  }
-  const auto order = shapes.integers(node->namedInput("dims"));  // permute
-  if (!order || dim >= order->size()) {
-    return std::nullopt;
-  }
-  const int64_t at = (*order)[dim].factor;
-  return static_cast<size_t>(at < 0 ? at + static_cast<int64_t>(rank) : at);
+// The node that makes `value`, alone or in a list.
+Node* maker(Value* value) {
+  return value->node()->kind() == c10::prim::ListUnpack ? value->node()->input()->node() : value->node();
 }
 
 // Which piece of its operand `value` is, if it is one along a dimension of a known number of elements, that of heads or
 // of their features: its number, or where it begins. nullopt for any other value.
-std::optional<int64_t> number_of_piece(SymbolicShapes& shapes, const Value* value) {
+std::optional<int64_t> number_of_piece(SymbolicShapes& shapes, Value* value) {
   const bool is_listed = value->node()->kind() == c10::prim::ListUnpack;
-  const Node* node = is_listed ? value->node()->input()->node() : value->node();
+  const Node* node = maker(value);
   const bool cuts = is_listed ? is_aten(node, {"chunk", "tensor_split", "split", "split_with_sizes", "unbind"})
                               : is_aten(node, {"slice", "narrow", "select"});
   const auto shape = cuts ? shapes.shape(node->input(0)) : std::nullopt;
@@ -114,15 +102,13 @@ std::optional<int64_t> number_of_piece(SymbolicShapes& shapes, const Value* valu
 bool are_heads(SymbolicShapes& shapes, at::ArrayRef<Value*> values) {
   const Value* whole = nullptr;
   std::optional<int64_t> last;
-  for (const Value* value : values) {
-    const Node* node = value->node();
-    node = node->kind() == c10::prim::ListUnpack ? node->input()->node() : node;
+  for (Value* value : values) {
     const auto piece = number_of_piece(shapes, value);
-    if (!piece || *piece < 0 || (last && *piece <= *last) || (whole && whole != node->input(0))) {
+    if (!piece || *piece < 0 || (last && *piece <= *last) || (whole && whole != maker(value)->input(0))) {
       return false;
     }
     last = piece;
-    whole = node->input(0);
+    whole = maker(value)->input(0);
   }
   return whole != nullptr;
 }
@@ -135,10 +121,7 @@ std::optional<Place> before_cut(Node* node, size_t rank, size_t dim) {
     return std::nullopt;
   }
   Value* self = node->namedInput("self");
-  if (is_aten(node, {"select", "unbind"})) {
-    return Place{self, dim + (dim >= *at)};
-  }
-  if (is_aten(node, {"squeeze"})) {  // of a dimension of one element
+  if (is_aten(node, {"select", "unbind", "squeeze"})) {  // squeeze: of a dimension of one element
     return Place{self, dim + (dim >= *at)};
   }
   if (adds) {
@@ -159,22 +142,13 @@ class OrderSearch {
   HeadOrder of_joined(Node* node, size_t dim);
   HeadOrder of_operands(Node* node, const Place& place);
   HeadOrder of_first_known(at::ArrayRef<Value*> values, size_t rank, const Dim& size, size_t dim);
-  std::optional<Shape> shape(const Value* value);
 
   SymbolicShapes& shapes_;
 };
 
-std::optional<Shape> OrderSearch::shape(const Value* value) {
-  auto found = shapes_.shape(value);
-  for (size_t i = 0; found && i < found->size(); ++i) {
-    (*found)[i] = shapes_.canonical((*found)[i]);
-  }
-  return found;
-}
-
 HeadOrder OrderSearch::of_view(Node* node, const Shape& to, size_t dim) {
   Value* self = node->input(0);
-  const auto from = shape(self);
+  const auto from = shapes_.shape(self);
   if (!from || dim >= to.size()) {
     return HeadOrder::kUnknown;
   }
@@ -187,7 +161,7 @@ HeadOrder OrderSearch::of_view(Node* node, const Shape& to, size_t dim) {
 
 HeadOrder OrderSearch::of_joined(Node* node, size_t dim) {
   const auto values = joined_tensors(node);
-  const auto result = shape(node->output());
+  const auto result = shapes_.shape(node->output());
   const auto at = result ? position(node->namedInput("dim"), result->size()) : std::nullopt;
   if (values.empty() || !at || is_aten(node, {"stack"})) {
     return HeadOrder::kUnknown;
@@ -196,7 +170,7 @@ HeadOrder OrderSearch::of_joined(Node* node, size_t dim) {
     return of_first_known(values, result->size(), (*result)[dim], dim);
   }
   const bool have_rows = std::all_of(values.begin(), values.end(), [&](const Value* value) {
-    const auto part = shape(value);
+    const auto part = shapes_.shape(value);
     return part && part->size() == result->size() && !(*part)[dim].is_constant() && (*part)[dim].factor == 1;
   });
   return have_rows && are_heads(shapes_, values) ? HeadOrder::kRowsInHeads : HeadOrder::kUnknown;
@@ -204,14 +178,14 @@ HeadOrder OrderSearch::of_joined(Node* node, size_t dim) {
 
 // Of an operation between tensors: the operand that has the dimension.
 HeadOrder OrderSearch::of_operands(Node* node, const Place& place) {
-  const auto result = shape(place.value);
+  const auto result = shapes_.shape(place.value);
   return of_first_known(node->inputs(), result->size(), (*result)[place.dim], place.dim);
 }
 
 // The order of the first of `values` of that rank, and of that size in `dim`, whose order is known.
 HeadOrder OrderSearch::of_first_known(at::ArrayRef<Value*> values, size_t rank, const Dim& size, size_t dim) {
   for (Value* value : values) {
-    const auto sizes = is_tensor(value) ? shape(value) : std::nullopt;
+    const auto sizes = is_tensor(value) ? shapes_.shape(value) : std::nullopt;
     if (sizes && sizes->size() == rank && (*sizes)[dim] == size) {
       const HeadOrder order = of({value, dim});
       if (order != HeadOrder::kUnknown) {
@@ -223,17 +197,14 @@ HeadOrder OrderSearch::of_first_known(at::ArrayRef<Value*> values, size_t rank, 
 }
 
 HeadOrder OrderSearch::of(const Place& place) {
-  const auto result = shape(place.value);
+  const auto result = shapes_.shape(place.value);
   if (!result || place.dim >= result->size() || (*result)[place.dim].is_constant()) {
     return HeadOrder::kUnknown;
   }
   if ((*result)[place.dim].factor == 1) {
     return HeadOrder::kHeadsInRows;
   }
-  Node* node = place.value->node();
-  if (node->kind() == c10::prim::ListUnpack) {
-    node = node->input()->node();
-  }
+  Node* node = maker(place.value);
   if (is_aten(node, {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as"})) {
     return of_view(node, *result, place.dim);
   }
@@ -250,12 +221,12 @@ HeadOrder OrderSearch::of(const Place& place) {
     return place.dim + 2 < result->size() ? of_operands(node, place) : HeadOrder::kUnknown;
   }
   if (is_aten(node, {"transpose", "swapaxes", "swapdims", "permute"})) {
-    const auto before = before_exchange(shapes_, node, result->size(), place.dim);
-    return before ? of({node->input(0), *before}) : HeadOrder::kUnknown;
+    const auto before = exchanged_dims(shapes_, node, result->size());
+    return before ? of({node->input(0), (*before)[place.dim]}) : HeadOrder::kUnknown;
   }
   if (is_aten(node, {"repeat_interleave"})) {  // of rows of one head each
     const auto at = position(node->namedInput("dim"), result->size());
-    const auto self = shape(node->namedInput("self"));
+    const auto self = shapes_.shape(node->namedInput("self"));
     const bool repeats_rows = at && *at == place.dim && self && (*self)[*at].factor == 1;
     return repeats_rows             ? HeadOrder::kHeadsInRows
            : at && *at != place.dim ? of({node->namedInput("self"), place.dim})
@@ -266,7 +237,7 @@ HeadOrder OrderSearch::of(const Place& place) {
   }
   if (is_aten(node, {"chunk", "tensor_split", "split", "split_with_sizes", "unbind", "slice", "narrow", "select",
                      "unsqueeze", "squeeze"})) {
-    const auto self = node->inputs().size() > 1 ? shape(node->namedInput("self")) : std::nullopt;
+    const auto self = node->inputs().size() > 1 ? shapes_.shape(node->namedInput("self")) : std::nullopt;
     const auto before = self ? before_cut(node, self->size(), place.dim) : std::nullopt;
     return before ? of(*before) : HeadOrder::kUnknown;
   }

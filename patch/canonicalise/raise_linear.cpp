@@ -1,5 +1,6 @@
 #include <torchgraft/patch/canonicalise/raise_linear.h>
 
+#include <torchgraft/patch/graph/exchanged_dims.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/symbolic_shape.h>
 #include <torchgraft/patch/graph/writes.h>
@@ -61,13 +62,9 @@ std::optional<Shape> LinearRaiser::matrix(Value* weight) {
 // Inserts [in, out] as [out, in].
 Value* LinearRaiser::transposed(Value* weight) {
   Node* node = weight->node();
-  const bool exchanges = is_aten(node, {"t", "numpy_T", "transpose", "permute", "swapaxes", "swapdims"});
-  const auto before = exchanges ? matrix(node->namedInput("self")) : std::nullopt;
-  const auto after = before ? matrix(weight) : std::nullopt;
-  // The shape of a square does not show whether its sizes were exchanged, and permute(0, 1) exchanges none.
-  const auto order = is_aten(node, {"permute"}) ? resolve_constant(node->namedInput("dims")) : std::nullopt;
-  const bool keeps = order && order->isIntList() && (order->toIntVector().front() & 1) == 0;
-  const bool is_transpose = !keeps && after && (*after)[0] == (*before)[1] && (*after)[1] == (*before)[0];
+  // permute(0, 1) and transpose(0, 0) exchange nothing, and the shape of a square does not show that.
+  const bool is_transpose =
+      exchanged_dims(shapes_, node, 2) == std::vector<size_t>{1, 0} && matrix(node->namedInput("self"));
   return is_transpose ? node->namedInput("self") : graph_->insert(c10::aten::t, {weight});
 }
 

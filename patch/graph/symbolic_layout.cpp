@@ -1,5 +1,6 @@
 #include <torchgraft/patch/graph/symbolic_layout.h>
 
+#include <torchgraft/patch/graph/exchanged_dims.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 
 #include <algorithm>
@@ -162,32 +163,16 @@ std::optional<Shape> viewed(SymbolicShapes& shapes, const Node* node, Shape from
 }
 
 // transpose, swapaxes, swapdims, t, numpy_T and permute.
-std::optional<Shape> exchanged(SymbolicShapes& shapes, const Node* node, Shape from) {
-  const size_t rank = from.size();
-  if (is_aten(node, {"transpose", "swapaxes", "swapdims"})) {
-    const auto a = position(node->input(1), rank);
-    const auto b = position(node->input(2), rank);
-    if (a && b) {
-      std::swap(from[*a], from[*b]);
-      return from;
-    }
+std::optional<Shape> exchanged(SymbolicShapes& shapes, const Node* node, const Shape& from) {
+  const auto order = exchanged_dims(shapes, node, from.size());
+  if (!order) {
+    return std::nullopt;
   }
-  if (is_aten(node, {"t", "numpy_T"}) && rank == 2) {
-    std::swap(from[0], from[1]);
-    return from;
+  Shape result;
+  for (const size_t dim : *order) {
+    result.push_back(from[dim]);
   }
-  if (is_aten(node, {"permute"})) {
-    const auto order = shapes.integers(node->namedInput("dims"));
-    Shape permuted;
-    for (size_t i = 0; order && i < order->size(); ++i) {
-      const int64_t at = (*order)[i].factor < 0 ? (*order)[i].factor + static_cast<int64_t>(rank) : (*order)[i].factor;
-      if (at >= 0 && at < static_cast<int64_t>(rank)) {
-        permuted.push_back(from[at]);
-      }
-    }
-    return permuted.size() == rank ? std::optional<Shape>(permuted) : std::nullopt;
-  }
-  return std::nullopt;
+  return result;
 }
 
 // squeeze, select, slice and narrow.

@@ -1,5 +1,6 @@
 #include <torchgraft/patch/module/compare_on_inputs.h>
 
+#include <torchgraft/patch/adapters/compositions.h>
 #include <torchgraft/patch/module/example_inputs.h>
 #include <torchgraft/patch/module/result_difference.h>
 #include <torchgraft/patch/text_limits.h>
@@ -61,6 +62,17 @@ std::string compare_on_inputs(const BaseForward& forward, const std::optional<Ar
   }
   TORCH_CHECK(run_failure.empty(), run_failure);
   return not_compared + reason + "; give example inputs";
+}
+
+std::string compare_splitting(const std::string& what, const std::function<std::string()>& compare) {
+  try {
+    return compare();
+  } catch (const std::exception& error) {
+    if (std::string(error.what()).find(kOtherSizes) == std::string::npos) {
+      throw;
+    }
+    return what + " splits inputs of other sizes than those that were made up; give example inputs";
+  }
 }
 
 }  // namespace torchgraft

@@ -34,4 +34,8 @@ std::string compare_on_inputs(const BaseForward& forward, const std::optional<Ar
                               const char* other,
                               const std::function<std::string(const Arguments&, const c10::IValue&)>& compare);
 
+// Calls compare() for a composition that splits inputs, which were made up. Returns what it returns, or, where the
+// inputs have no size that the composition splits, that `what` was not compared.
+std::string compare_splitting(const std::string& what, const std::function<std::string()>& compare);
+
 }  // namespace torchgraft

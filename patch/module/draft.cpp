@@ -176,11 +176,9 @@ Draft open_draft(const Module& module, const GraftOptions& given) {
   result.canonical = canonicalise(result.module, "forward");
   result.sites = choose_sites(result.canonical, result.module, result.options.sites);
   check_found(result.sites.structure);
-  if (!regraft) {
-    check_rows(result);
-  }
   result.weights = weight_options(result.sites, result.module);
   if (!regraft) {
+    check_rows(result);
     check_autocast(result.sites, *result.canonical.graph, result.weights.device());
   }
   const std::string mask = usual_head_mask(result.sites.structure);

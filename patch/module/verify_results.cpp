@@ -162,8 +162,8 @@ class Comparison {
     }
     check_active_is_finite(arguments, expected);
     for (const std::string& adapter : adapters) {
-      add(missing, may_not_fit(adapter) ? compare_composition(arguments, adapter, ids, expected)
-                                        : compare_adapter(arguments, adapter, ids, expected));
+      const auto compare_one = [&] { return compare_adapter(arguments, adapter, ids, expected); };
+      add(missing, may_not_fit(adapter) ? compare_splitting("'" + adapter + "'", compare_one) : compare_one());
     }
     return missing.empty() ? reason : "the result was not compared with the base's: " + missing;
   }
@@ -234,18 +234,6 @@ class Comparison {
 
   // Whether `name` is a composition that splits inputs, and those were made up.
   bool may_not_fit(const std::string& name) const { return is_made_up_ && splitting_.count(name) > 0; }
-
-  std::string compare_composition(const Arguments& arguments, const std::string& name, const at::Tensor& ids,
-                                  const c10::IValue& of_base) const {
-    try {
-      return compare_adapter(arguments, name, ids, of_base);
-    } catch (const RunFailure& error) {
-      if (std::string(error.what()).find(kOtherSizes) == std::string::npos) {
-        throw;
-      }
-      return "'" + name + "' splits inputs of other sizes than those that were made up; give example inputs";
-    }
-  }
 
   // The adapter by its operators, by the ATen calls that define them, and by ids that give it to every row.
   std::string compare_adapter(const Arguments& arguments, const std::string& adapter, const at::Tensor& ids,

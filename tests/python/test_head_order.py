@@ -129,38 +129,37 @@ def test_prefixes_are_of_their_rows_and_heads(spelling: type[_Layer], form: str)
         torch.testing.assert_close(mixed[1], plain[1], rtol=0, atol=1e-12)
 
 
-class MaskedByHead(_Layer):
+class _Masked(_Layer):
+    """`hide` hides keys in the scores [h B, S, S]."""
+
+    def forward(self, x: Tensor, shown: Tensor) -> Tensor:
+        q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
+        scores = torch.bmm(q, k.transpose(1, 2)) / 2.8284271247461903
+        weights = torch.softmax(self.hide(scores, x, shown), -1)
+        x = self.norm(x + self.o(self.join(torch.bmm(weights, v))))
+        return x + self.down(F.gelu(self.up(x)))
+
+
+class MaskedByHead(_Masked):
     """The mask has an entry for each head and row, in the order of the scores."""
 
-    def forward(self, x: Tensor, shown: Tensor) -> Tensor:
-        q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
-        bias = (1.0 - shown)[None, :, None, :].expand(4, x.size(0), x.size(1), x.size(1)).flatten(0, 1) * -1e9
-        weights = torch.softmax(torch.bmm(q, k.transpose(1, 2)) / 2.8284271247461903 + bias, -1)
-        x = self.norm(x + self.o(self.join(torch.bmm(weights, v))))
-        return x + self.down(F.gelu(self.up(x)))
+    def hide(self, scores: Tensor, x: Tensor, shown: Tensor) -> Tensor:
+        return scores + (1.0 - shown)[None, :, None, :].expand(4, x.size(0), x.size(1), x.size(1)).flatten(0, 1) * -1e9
 
 
-class MaskedByRepeat(_Layer):
+class MaskedByRepeat(_Masked):
     """As in the Transformers of the TensorFlow tutorials: the mask is repeated for each head."""
 
-    def forward(self, x: Tensor, shown: Tensor) -> Tensor:
-        q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
-        scores = torch.bmm(q, k.transpose(1, 2)) / 2.8284271247461903
-        weights = torch.softmax(scores.masked_fill(shown.repeat(4, 1)[:, None, :] == 0, -1e9), -1)
-        x = self.norm(x + self.o(self.join(torch.bmm(weights, v))))
-        return x + self.down(F.gelu(self.up(x)))
+    def hide(self, scores: Tensor, x: Tensor, shown: Tensor) -> Tensor:
+        return scores.masked_fill(shown.repeat(4, 1)[:, None, :] == 0, -1e9)
 
 
-class MaskedInRank4(_Layer):
+class MaskedInRank4(_Masked):
     """The mask is added to [h, B, S, S]."""
 
-    def forward(self, x: Tensor, shown: Tensor) -> Tensor:
-        q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
-        scores = torch.bmm(q, k.transpose(1, 2)) / 2.8284271247461903
+    def hide(self, scores: Tensor, x: Tensor, shown: Tensor) -> Tensor:
         scores = scores.view(4, -1, x.size(1), x.size(1)) + (1.0 - shown)[None, :, None, :] * -1e9
-        weights = torch.softmax(scores.view(-1, x.size(1), x.size(1)), -1)
-        x = self.norm(x + self.o(self.join(torch.bmm(weights, v))))
-        return x + self.down(F.gelu(self.up(x)))
+        return scores.view(-1, x.size(1), x.size(1))
 
 
 REFUSED = {

@@ -116,8 +116,16 @@ class PermutedInPlace(Plain):
         self.w = nn.Parameter(torch.randn(32, 32) * 0.2)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        q = torch.matmul(x, self.w.permute(0, 1))
+        q = torch.matmul(x, self.same(self.w))
         return self.finish(x, self.attend(self.heads(q), self.heads(self.key(x)), self.heads(self.value(x)), mask))
+
+    def same(self, w: Tensor) -> Tensor:
+        return w.permute(0, 1)
+
+
+class TransposedInPlace(PermutedInPlace):
+    def same(self, w: Tensor) -> Tensor:
+        return w.transpose(1, -1)
 
 
 class ScoresMinusANumber(Plain):
@@ -138,7 +146,7 @@ class SpecialSoftmax(Plain):
         return torch.matmul(torch.special.softmax(torch.matmul(q, k.transpose(-1, -2)) * 0.3, -1), v)
 
 
-TAKEN = [Plain, PermutedInPlace, ScoresMinusANumber, ScoresPlusANumber, SpecialSoftmax]
+TAKEN = [Plain, PermutedInPlace, TransposedInPlace, ScoresMinusANumber, ScoresPlusANumber, SpecialSoftmax]
 EITHER = [
     WriteBeforeTheBias, WriteInsideANorm, SoftmaxOverAllPairs, SoftmaxOverQueries, SlicedGroupedHeads,
     UnevenGroupedHeads, GroupedHeadsWrittenLater, KeysWrittenBehindTheirScale, ProductsOfABranchThatWrites, WholeScores,

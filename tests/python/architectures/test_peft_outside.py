@@ -139,22 +139,20 @@ def test_what_was_trained_as_a_whole_must_be_small_and_linear(tmp_path: Path) ->
         torchgraft.load_adapter(_traced("bert"), tmp_path / "norms")
 
 
-def test_an_output_projection_of_flattened_rows_is_refused_by_name(tmp_path: Path) -> None:
-    """torch.nn.MultiheadAttention applies out_proj to [tokens * rows, features]."""
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        # torch.nn.MultiheadAttention applies out_proj to [tokens * rows, features].
+        ("out_proj", "no LoRA can act on the attention's output projection of layer 0"),
+        ("self_attn", "layers.0.self_attn is a torch.nn.MultiheadAttention, of which"),
+    ],
+)
+def test_parts_of_a_multihead_attention_are_refused_by_name(target: str, message: str, tmp_path: Path) -> None:
     layer = nn.TransformerEncoderLayer(48, 4, 80, dropout=0.0, batch_first=True)
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
     base = torch.jit.trace(encoder, torch.randn(2, 5, 48), check_trace=False)
-    peft.get_peft_model(encoder, peft.LoraConfig(target_modules=["out_proj"])).save_pretrained(str(tmp_path))
-    with pytest.raises(torchgraft.GraftError, match="no LoRA can act on the attention's output projection of layer 0"):
-        torchgraft.load_adapter(base, tmp_path)
-
-
-def test_a_lora_on_a_whole_multihead_attention_is_refused_by_name(tmp_path: Path) -> None:
-    layer = nn.TransformerEncoderLayer(48, 4, 80, dropout=0.0, batch_first=True)
-    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
-    base = torch.jit.trace(encoder, torch.randn(2, 5, 48), check_trace=False)
-    peft.get_peft_model(encoder, peft.LoraConfig(target_modules=["self_attn"])).save_pretrained(str(tmp_path))
-    with pytest.raises(torchgraft.GraftError, match="layers.0.self_attn is a torch.nn.MultiheadAttention, of which"):
+    peft.get_peft_model(encoder, peft.LoraConfig(target_modules=[target])).save_pretrained(str(tmp_path))
+    with pytest.raises(torchgraft.GraftError, match=message):
         torchgraft.load_adapter(base, tmp_path)
 
 
