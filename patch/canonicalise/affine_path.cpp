@@ -82,9 +82,12 @@ bool AffinePath::is_full(Value* bias) {
 // The term beta * bias of baddbmm(bias, q, k, beta, alpha). alpha is a factor of the scores.
 Value* AffinePath::bias_of_product() {
   const auto beta = constant_double(product_->namedInput("beta"));
-  const auto alpha = constant_double(product_->namedInput("alpha"));
-  understood = understood && beta && alpha;
-  factors.constant *= alpha.value_or(1.0);
+  understood = understood && beta;
+  if (const auto alpha = constant_double(product_->namedInput("alpha"))) {
+    factors.constant *= *alpha;
+  } else {
+    factors.dynamic.emplace_back(product_->namedInput("alpha"), /*divides=*/false);
+  }
   if (beta == 0.0) {
     return nullptr;
   }

@@ -133,19 +133,54 @@ Value* take_scale(Value* value, SymbolicShapes& shapes, Factors& factors) {
   return value;
 }
 
+// The number of rows in scores [rows, S, S] whose size is `rows`: from what the queries are projected from, where that
+// shows it, since a mask that reads no queries can be had before them.
+Value* insert_rows(Graph& graph, SymbolicShapes& shapes, Value* anchor, Value* queries, const Dim& rows) {
+  const auto shape = shapes.shape(anchor);
+  const Dim batch = *rows.divided_by(number(rows.factor));
+  const auto found = shape ? std::find(shape->begin(), shape->end(), batch) : Shape::iterator();
+  if (!shape || found == shape->end()) {
+    return graph.insert(c10::aten::size, {queries, 0});
+  }
+  Value* size = graph.insert(c10::aten::size, {anchor, found - shape->begin()});
+  return graph.insert(c10::aten::mul, {size, rows.factor});
+}
+
+// Inserts the bias of scores [B * h, S, S] in a shape that broadcasts against [B, h, S, S]; null when the heads are not
+// known. Nothing may show whether an input has one row for all or one for each head of each row: expanded, it has
+// these.
+Value* insert_mask_by_heads(Graph& graph, SymbolicShapes& shapes, Value* bias, Value* anchor, Node* product,
+                            HeadOrder order) {
+  const auto shape = shapes.shape(bias);
+  if (shape && (shape->size() != 3 || shape->front().is_constant())) {
+    return bias;
+  }
+  const auto scores = shapes.shape(product->output());
+  if (!scores || scores->size() != 3 || scores->front().is_constant()) {
+    return nullptr;
+  }
+  if (!shape || shape->front() != scores->front()) {
+    Value* rows = insert_rows(graph, shapes, anchor, left_factor(product), scores->front());
+    Value* same = graph.insertConstant(-1);
+    Value* sizes = graph.insertNode(graph.createList(c10::IntType::get(), {rows, same, same}))->output();
+    bias = graph.insert(c10::aten::expand, {graph.insert(c10::Symbol::aten("atleast_2d"), {bias}), sizes});
+    shapes.assume(bias, {scores->front(), shapes.fresh(), shapes.fresh()});
+  }
+  return insert_rank_4(graph, shapes, bias, order);
+}
+
 // Inserts the bias in a shape that broadcasts against [B, h, S, S].
-Value* insert_mask(Graph& graph, SymbolicShapes& shapes, Value* bias, Value* anchor, const Node* product,
+Value* insert_mask(Graph& graph, SymbolicShapes& shapes, Value* bias, Value* anchor, Node* product,
                    bool product_is_rank_3, HeadOrder order, bool& understood) {
   if (!bias) {
     return graph.insertConstant(c10::IValue());
   }
   if (product_is_rank_3) {
-    const auto shape = shapes.shape(bias);
-    const auto scores = shapes.shape(product->output());
-    const bool per_head = shape && shape->size() == 3 && !shape->front().is_constant();
-    // Rows of another number, which nothing shows to be those of the scores, cannot be told apart by heads.
-    understood = understood && shape && (!per_head || (scores && scores->front() == shape->front()));
-    bias = per_head ? insert_rank_4(graph, shapes, bias, order) : bias;
+    bias = insert_mask_by_heads(graph, shapes, bias, anchor, product, order);
+    understood = understood && bias;
+    if (!bias) {
+      return nullptr;
+    }
   }
   bias = graph.insert(c10::Symbol::aten("atleast_2d"), {bias});  // what scaled_dot_product_attention asks for
   return graph.insert(c10::aten::type_as, {bias, anchor});

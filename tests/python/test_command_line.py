@@ -243,6 +243,7 @@ torch.jit.script(Model().eval()).save(sys.argv[2])
 """
 
 
+@pytest.mark.slow(seconds=15)  # compiles; consumer/test_server_library.py does in every run
 def test_libraries_of_others_are_loaded(tmp_path: Path) -> None:
     root = Path(torch.__file__).parent
     library, path, out = tmp_path / "other.so", tmp_path / "base.pt", tmp_path / "out.pt"

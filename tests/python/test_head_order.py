@@ -81,8 +81,9 @@ class TokensFirst(_Layer):
         return x.transpose(0, 1).contiguous().view(x.size(1), -1, 32).transpose(0, 1)
 
 
-def _with_prefix(model: _Layer, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """The definition (Li and Liang 2021, section 4; He et al. 2021, equation 5), heads as a dimension of their own."""
+def _with_prefix(model: _Layer, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The definition (Li and Liang 2021, section 4; He et al. 2021, equation 5), heads as a dimension of their own.
+    `bias`, which broadcasts against [B, h, S, S], is added to the scores of the tokens' own keys."""
 
     def heads(y: Tensor) -> Tensor:
         return y.unflatten(-1, (HEADS, SIZE)).transpose(1, 2)
@@ -90,7 +91,9 @@ def _with_prefix(model: _Layer, x: Tensor, keys: Tensor, values: Tensor) -> Tens
     rows = (x.size(0), -1, -1, -1)
     q, k, v = heads(model.q(x)), heads(model.k(x)), heads(model.v(x))
     k, v = torch.cat([keys.expand(rows), k], 2), torch.cat([values.expand(rows), v], 2)
-    mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    if bias is not None:
+        bias = F.pad(bias.expand(x.size(0), HEADS, x.size(1), x.size(1)), (keys.size(-2), 0))
+    mixed = F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2)
     x = model.norm(x + model.o(mixed))
     return x + model.down(F.gelu(model.up(x)))
 
@@ -162,12 +165,6 @@ class MaskedInRank4(_Masked):
         return scores.view(-1, x.size(1), x.size(1))
 
 
-REFUSED = {
-    MaskedByRepeat: "its scale or mask is not understood",  # nothing tells the shape of an argument
-    MaskedInRank4: "put the heads behind the batch",
-}
-
-
 @pytest.mark.parametrize("spelling", [MaskedByHead, MaskedByRepeat, MaskedInRank4])
 def test_masks_are_of_their_rows_or_refused(spelling: type[_Layer]) -> None:
     torch.manual_seed(0)
@@ -175,8 +172,8 @@ def test_masks_are_of_their_rows_or_refused(spelling: type[_Layer]) -> None:
     x, shown = torch.randn(3, 5, WIDTH).double(), torch.ones(3, 5).double()
     shown[1, 3:] = 0
     base = torch.jit.trace(model, (torch.randn(2, 6, WIDTH).double(), torch.ones(2, 6).double()))
-    if spelling in REFUSED:
-        with pytest.raises(torchgraft.GraftError, match=REFUSED[spelling]):
+    if spelling is MaskedInRank4:
+        with pytest.raises(torchgraft.GraftError, match="put the heads behind the batch"):
             torchgraft.graft(base, "prefix_tuning_flat", "a")
         return
     grafted = torchgraft.graft(base, "prefix_tuning_flat[prefix_length=3]", "a", example=(x, shown))
@@ -189,6 +186,54 @@ def test_masks_are_of_their_rows_or_refused(spelling: type[_Layer]) -> None:
         torch.testing.assert_close(rows[1:2, :3], grafted(x[1:2, :3], shown[1:2, :3]), rtol=0, atol=1e-12)
         expected = _with_prefix(model, x[:1], slot.prefix_key[0], slot.prefix_value[0])
         torch.testing.assert_close(rows[:1], expected, rtol=0, atol=1e-12)
+
+
+class _GivenBias(_Masked):
+    """The bias is an argument, of which nothing tells the rank."""
+
+    def hide(self, scores: Tensor, x: Tensor, shown: Tensor) -> Tensor:
+        return scores + shown
+
+
+class GivenHeadsInRows(HeadsInRows, _GivenBias):
+    pass
+
+
+class GivenRowsInHeads(_GivenBias):
+    pass
+
+
+def _in_heads(bias: Tensor, spelling: type[_Layer]) -> Tensor:
+    """[3 h, S, S] as the scores of `spelling` count it, as [3, h, S, S]; others broadcast."""
+    if bias.dim() < 3 or bias.size(0) == 1:
+        return bias
+    return (
+        bias.unflatten(0, (3, HEADS)) if spelling is GivenHeadsInRows else bias.unflatten(0, (HEADS, 3)).transpose(0, 1)
+    )
+
+
+@pytest.mark.parametrize("form", ["scripted", "traced"])
+@pytest.mark.parametrize("shape", [(5,), (5, 5), (1, 5, 5), (12, 1, 5), (12, 5, 5)])
+@pytest.mark.parametrize("spelling", [GivenHeadsInRows, GivenRowsInHeads])
+def test_a_mask_of_any_rank_that_broadcasts_is_of_its_rows_and_heads(
+    spelling: type[_Layer], shape: tuple[int, ...], form: str
+) -> None:
+    torch.manual_seed(0)
+    model = spelling().double().eval()
+    x, bias = torch.randn(3, 5, WIDTH).double(), torch.randn(shape).double()
+    example = (torch.randn(2, 6, WIDTH).double(), torch.randn(6, 6).double())
+    base = torch.jit.script(model) if form == "scripted" else torch.jit.trace(model, example)
+    grafted = torchgraft.graft(base, "prefix_tuning_flat[prefix_length=3]", "a", example=(x, bias))
+    slot = grafted.adapters.layer_0.self_prefix
+    with torch.no_grad():
+        slot.prefix_key.normal_()
+        slot.prefix_value.normal_()
+        rows = grafted(x, bias, adapter_ids=torch.tensor([0, -1, 0]))
+        expected = _with_prefix(model, x, slot.prefix_key[0], slot.prefix_value[0], _in_heads(bias, spelling))
+        torch.testing.assert_close(rows[[0, 2]], expected[[0, 2]], rtol=0, atol=1e-12)
+        torch.testing.assert_close(rows[1], base(x, bias)[1], rtol=0, atol=1e-12)
+        with pytest.raises(RuntimeError):
+            grafted(x, torch.randn(6, 5, 5).double())  # of other rows: an error of the base, too
 
 
 class _TwoViews(_Layer):

@@ -35,7 +35,13 @@ def _assert_same(lowered: torch.jit.ScriptModule, module: torch.jit.ScriptModule
                         )
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["f32", "f64"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        pytest.param(torch.float32, 1e-5, id="f32", marks=pytest.mark.slow(seconds=3)),
+        pytest.param(torch.float64, 1e-12, id="f64"),
+    ],
+)
 @pytest.mark.parametrize("name", EVERY_WAY)
 def test_a_bank_lowered_gives_the_same(name: str, dtype: torch.dtype, tolerance: float) -> None:
     variant = VARIANTS[name]

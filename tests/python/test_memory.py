@@ -133,7 +133,7 @@ OTHERS = [
 
 @pytest.mark.parametrize(
     ("change", "replacements"),
-    [(change, 60) for change in OFTEN]
+    [(change, 40) for change in OFTEN]
     + [pytest.param(change, 200, marks=pytest.mark.slow(seconds=120)) for change in OFTEN + OTHERS],
 )
 def test_replacing_a_module_gives_its_memory_back(

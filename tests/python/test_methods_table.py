@@ -326,8 +326,15 @@ def test_the_tables_have_all_columns_and_all_methods() -> None:
     assert {"lora", "dvora", "compacter++", "direft", "seq_bn_inv", "unipelt"} <= set(found)
 
 
+# One of each kind of method in every run.
+_OFTEN = ("seq_bn", "lora", "prefix_tuning", "loreft", "seq_bn_inv", "unipelt")
+
+
 @pytest.mark.parametrize("column", PROBES)
-@pytest.mark.parametrize("config", tables())
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(each, marks=[pytest.mark.slow(seconds=1)] * (each not in _OFTEN)) for each in tables()],
+)
 def test_a_cell_is_true(config: str, column: str) -> None:
     assert PROBES[column](with_values(config)) == tables()[config][column]
 

@@ -69,6 +69,12 @@ FROZEN_NOT_YET = {
 }
 
 
+def is_second_spelling(name: str) -> bool:
+    """Whether the same model is there with torch's fused attention, too. Checks that hold of what surrounds attention
+    are slow for the second."""
+    return name.endswith("_eager") and f"{name.removesuffix('_eager')}_sdpa" in CASES
+
+
 @functools.cache
 def base(name: str, form: str, dtype: torch.dtype) -> torch.jit.ScriptModule:
     """The case's model as TorchScript, made once a process. Never modify it."""

@@ -54,12 +54,12 @@ def traced(name: str) -> torch.jit.ScriptModule:
     return base(name, CASES[name].forms[0], DTYPE)
 
 
-def program_parameters(known: dict[str, str]) -> list:
-    """Every case by name. `known`: what does not work yet, and why."""
+def program_parameters(known: dict[str, str], often: tuple[str, ...] = DEFAULT) -> list:
+    """Every case by name. `known`: what does not work yet, and why. `often`: those that are not slow."""
     parameters = []
     for name in CASES:
         marks = [pytest.mark.xfail(reason=known[name], strict=True)] if name in known else []
-        if name not in DEFAULT:
+        if name not in often:
             marks.append(pytest.mark.slow(seconds=5))
         parameters.append(pytest.param(name, marks=marks))
     return parameters

@@ -1,12 +1,13 @@
 """Canonicalisation alone, grafting nothing, leaves every architecture as it was: results, gradients, dropout."""
 
 import functools
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from all_cases import CASES, FORMS, QUICK, base
+from all_cases import CASES, FORMS, QUICK, base, is_second_spelling
 from grafted import canonicalised
 from oracle import difference
 
@@ -26,8 +27,12 @@ def _canonical(name: str, form: str) -> torch.jit.ScriptModule:
     return canonicalised(base(name, form, _dtype(name)))
 
 
-def _parameters(forms: list[tuple[str, str]]) -> list:
-    return [pytest.param(*each, id="-".join(each), marks=[pytest.mark.quick] * (each in QUICK)) for each in forms]
+def _parameters(forms: list[tuple[str, str]], is_slow: Callable[[str], bool] = lambda name: False) -> list:
+    parameters = []
+    for each in forms:
+        marks = [pytest.mark.slow(seconds=2)] if is_slow(each[0]) else [pytest.mark.quick] * (each in QUICK)
+        parameters.append(pytest.param(*each, id="-".join(each), marks=marks))
+    return parameters
 
 
 @pytest.mark.parametrize(("name", "form"), _parameters(FORMS))
@@ -65,7 +70,7 @@ def _gradients(module: torch.jit.ScriptModule, case, arguments: tuple) -> dict[s
 _DIFFERENTIABLE = [each for each in FORMS if each[1] != "fused" and each not in _NAN]
 
 
-@pytest.mark.parametrize(("name", "form"), _parameters(_DIFFERENTIABLE))
+@pytest.mark.parametrize(("name", "form"), _parameters(_DIFFERENTIABLE, is_second_spelling))
 def test_gradients_of_the_canonical_module_are_the_modules(name: str, form: str) -> None:
     """A trace of torch.nn's fused kernels has no gradients."""
     case, dtype = CASES[name], _dtype(name)

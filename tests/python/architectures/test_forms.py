@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from all_cases import CASES, FORMS, FROZEN_NOT_YET, base, methods
+from all_cases import CASES, FORMS, FROZEN_NOT_YET, base, is_second_spelling, methods
 from grafted import reloaded
 from oracle import difference
 
@@ -72,6 +72,8 @@ def _parameters() -> list:
     for name, form in FORMS:
         known = FROZEN_NOT_YET.get((name, form))
         marks = [pytest.mark.xfail(reason=known, strict=True)] if known else []
+        if is_second_spelling(name):
+            marks.append(pytest.mark.slow(seconds=3))
         parameters.append(pytest.param(name, form, marks=marks, id=f"{name}-{form}"))
     return parameters
 

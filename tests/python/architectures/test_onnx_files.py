@@ -33,7 +33,7 @@ def _run(session: onnxruntime.InferenceSession, arguments: tuple) -> list[Tensor
     return [torch.from_numpy(numpy.asarray(value)) for value in found]
 
 
-@pytest.mark.parametrize("name", program_parameters(NOT_YET))
+@pytest.mark.parametrize("name", program_parameters(NOT_YET, often=("bert_eager", "gpt2_eager")))
 def test_a_file_gives_what_the_module_gives(name: str, tmp_path: Path) -> None:
     case, used, file = CASES[name], methods(name)[:2], tmp_path / "model.onnx"
     grafted = case.reference.graft(traced(name), used, DTYPE)

@@ -71,6 +71,7 @@ def test_rows_are_added_to_a_file(tmp_path: Path) -> None:
     assert nowhere.returncode == 2 and "--add: expected --json" in nowhere.stderr
 
 
+@pytest.mark.slow(seconds=10)
 def test_shapes_that_a_vision_model_has_not() -> None:
     command = [sys.executable, str(_SCRIPT), "--models", "ViT-base", "--shapes", "8x128"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -110,6 +111,7 @@ def test_every_variant_has_a_colour_of_its_own(models: ModuleType) -> None:
     assert len(set(COLORS.values())) == len(COLORS)
 
 
+@pytest.mark.slow(seconds=15)
 @pytest.mark.parametrize("sizes", [_SMALL, _SMALL | dict(image_size=32)], ids=["text", "vision"])
 def test_engines_compute_the_same(models: ModuleType, sizes: dict) -> None:
     if missing := models.engines.missing_packages():

@@ -20,6 +20,7 @@ def test_a_checkout_is_measured_against_itself() -> None:
     assert len(rows) == 9 and all(float(row[6]) > 0 for row in rows)
 
 
+@pytest.mark.slow(seconds=10)
 def test_a_folder_that_is_no_checkout_is_said(tmp_path: Path) -> None:
     options = [str(tmp_path), "--models", "MiniLM", "--rounds", "1"]
     done = subprocess.run([sys.executable, str(_SCRIPT), *options], capture_output=True, text=True, check=False)

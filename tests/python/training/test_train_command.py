@@ -126,9 +126,11 @@ ACCIDENTS = {
     "disk full": ("files.TemporaryFile.write", 5, "resource.setrlimit(resource.RLIMIT_FSIZE, (99, 99))", 1),
     "terminated": ("torch.optim.AdamW.step", 6, "os.kill(os.getpid(), signal.SIGTERM)", 143),
 }
+OFTEN = ("killed while a checkpoint is written", "disk full")
+RARELY = sorted({*ACCIDENTS} - {*OFTEN})
 
 
-@pytest.mark.parametrize("case", ACCIDENTS)
+@pytest.mark.parametrize("case", [*OFTEN, *(pytest.param(each, marks=pytest.mark.slow(seconds=6)) for each in RARELY)])
 def test_after_an_accident_resume_gives_the_same_weights(case: str, files: Files, whole: Path, tmp_path: Path) -> None:
     function, count, accident, status = ACCIDENTS[case]
     output = tmp_path / "out"

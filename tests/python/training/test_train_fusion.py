@@ -169,7 +169,13 @@ def _another_adapter(folder: Path) -> None:
     torchgraft.save_adapter(module, "others", folder / "films")
 
 
-@pytest.mark.parametrize("there", [_another_setup, _another_head, _another_adapter])
+@pytest.mark.parametrize(
+    "there",
+    [
+        _another_setup,
+        *(pytest.param(each, marks=pytest.mark.slow(seconds=6)) for each in (_another_head, _another_adapter)),
+    ],
+)
 def test_what_it_would_write_over_is_seen_before_training(there, files: Files, tmp_path: Path) -> None:
     out = tmp_path / "out"
     there(out / "adapter")
