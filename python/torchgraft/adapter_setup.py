@@ -17,7 +17,7 @@ from .adapter_hub import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from .checkpoints import check_replaces, load_adapter, pickled, save_adapter
 from .composition import adapters_of, compose
 from .errors import GraftError
-from .grafting import cpp_module, names_of, script_module
+from .grafting import Base, base_module, cpp_module, names_of, script_module
 from .life import list_adapters
 
 _VERSION = "adapters.1.3.0"  # the format is that library's
@@ -122,13 +122,14 @@ def _save_head(directory: Path, text: str, weights: dict[str, torch.Tensor], saf
 
 
 def load_adapter_setup(
-    module: torch.jit.ScriptModule, directory: str | Path, name: str | None = None, *, verify: bool = True,
+    module: Base, directory: str | Path, name: str | None = None, *, verify: bool = True,
     example: Any = None,
 ) -> torch.jit.ScriptModule:  # fmt: skip
     """Returns a copy of `module` that has the composition of a directory, its adapters and AdapterFusion layers.
 
     Args:
-        module: a TorchScript Transformer, grafted or not. Adapters and layers of the same names are replaced.
+        module: a TorchScript Transformer, grafted or not, or an exported program. Adapters and layers of the same
+            names are replaced.
         directory: what save_adapter_setup() wrote, here or in the `adapters` library.
         name: the composition's name in the result. None: the directory's.
         verify: as for compose().
@@ -138,6 +139,7 @@ def load_adapter_setup(
         GraftError: a file is missing or damaged, an adapter does not fit the module, the name is taken, or the
             directory has heads of its own (head_setup) that no composition takes.
     """
+    module = base_module(module)
     path = Path(directory) / SETUP_FILE
     tree, head = _read_setup(path)
     name = Path(directory).resolve().name if name is None else name

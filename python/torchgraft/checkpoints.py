@@ -9,7 +9,15 @@ import torch
 
 from ._libraries import patcher
 from .adapter_hub import CONFIG_FILE, HEAD_CONFIG_FILE, HEAD_WEIGHT_FILES, SETUP_FILE, WEIGHT_FILES
-from .grafting import cpp_module, directory_spec, example_arguments, is_grafted, module_with_warnings
+from .grafting import (
+    Base,
+    base_module,
+    cpp_module,
+    directory_spec,
+    example_arguments,
+    is_grafted,
+    module_with_warnings,
+)
 
 
 def pickled(weights: dict[str, torch.Tensor]) -> bytes:
@@ -79,7 +87,7 @@ def _warn(messages: list[str]) -> None:
 
 
 def load_adapter(
-    module: torch.jit.ScriptModule, directory: str | Path, name: str | None = None, trainable: bool = False, *,
+    module: Base, directory: str | Path, name: str | None = None, trainable: bool = False, *,
     verify: bool = True, example: Any = None,
 ) -> torch.jit.ScriptModule:  # fmt: skip
     """Returns a copy of `module` that has the adapter of a directory. It replaces the adapter of that name, if there is
@@ -90,7 +98,7 @@ def load_adapter(
     adapter is active.
 
     Args:
-        module: a TorchScript Transformer, grafted or not. It is not changed.
+        module: a TorchScript Transformer, grafted or not, or an exported program. It is not changed.
         directory: what save_adapter() wrote, here or in the `adapters` library, or a LoRA that PEFT saved.
         name: the adapter's name in the result. None: the name in the directory.
         trainable: give the adapter parameters of its own, to train it further. False: the adapter is frozen.
@@ -99,8 +107,9 @@ def load_adapter(
 
     Raises:
         GraftError: a file is missing or damaged, or the adapter does not fit the module.
-        TypeError: `module` is not TorchScript.
+        TypeError: `module` is neither TorchScript nor a program.
     """
+    module = base_module(module)
     spec = directory_spec(module, directory, name, trainable)
     if is_grafted(module):
         return module_with_warnings(patcher().load_adapter(cpp_module(module), spec))
@@ -108,7 +117,7 @@ def load_adapter(
     return module_with_warnings(made)
 
 
-def match_adapter(module: torch.jit.ScriptModule, directory: str | Path) -> list[tuple[str, str]]:
+def match_adapter(module: Base, directory: str | Path) -> list[tuple[str, str]]:
     """Returns where load_adapter() would put each weight of a directory.
 
     Returns:
@@ -117,6 +126,7 @@ def match_adapter(module: torch.jit.ScriptModule, directory: str | Path) -> list
 
     Raises:
         GraftError: load_adapter() would refuse the directory, for example because a key has no location in the module.
-        TypeError: `module` is not TorchScript.
+        TypeError: `module` is neither TorchScript nor a program.
     """
+    module = base_module(module)
     return patcher().match_adapter(cpp_module(module), directory_spec(module, directory))

@@ -33,6 +33,25 @@ def cpp_module(module: Any) -> Any:
     return module._c
 
 
+# What adapters are grafted onto: TorchScript, or a program that becomes TorchScript by from_program().
+Base = torch.jit.ScriptModule | torch.export.ExportedProgram
+
+
+def base_module(module: Any) -> torch.jit.ScriptModule:
+    """Returns `module`, or the TorchScript of an exported program.
+
+    Raises:
+        GraftError: as from_program() does.
+        TypeError: `module` is neither.
+    """
+    if isinstance(module, torch.export.ExportedProgram):
+        from .programs.to_script import from_program  # which imports this file
+
+        return from_program(module)
+    cpp_module(module)
+    return module
+
+
 Weights = dict[str, torch.Tensor]
 # One adapter for the patcher: name, configuration, trained weights, the adapter's name in these weights, whether it is
 # trainable, and its head: (configuration, weights, the head's name in these weights).
@@ -147,7 +166,7 @@ def _sites_option(sites: Mapping[str, Any] | str | Path | None) -> dict[str, str
 
 
 def graft(
-    module: torch.jit.ScriptModule,
+    module: Base,
     config: Any = None,
     name: str | None = None,
     adapters: Mapping[str, str | Path] | None = None,
@@ -170,7 +189,8 @@ def graft(
     is; if you write into a weight in place, you change both.
 
     Args:
-        module: a scripted or traced Transformer. If it is grafted already, the adapters are added to those that it has.
+        module: a scripted or traced Transformer, or an exported program. If it is grafted already, the adapters are
+            added to those that it has.
         config: the configuration of a fresh adapter: a name ("unipelt", "mam", "lora", ...), a configuration of this
             package or of the `adapters` library, a dict, or the path of an adapter_config.json.
         name: the name of the fresh adapter.
@@ -217,8 +237,9 @@ def graft(
     Raises:
         GraftError: no attention was found, the model lacks a location, weights do not fit, a name is taken, or a field
             of the configuration is not supported. The message says what to do.
-        TypeError: `module` is not TorchScript, or `config` describes no configuration.
+        TypeError: `module` is neither TorchScript nor a program, or `config` describes no configuration.
     """
+    module = base_module(module)
     base = cpp_module(module)
     sites = sites if part is None else _sites_of_part(module, part, sites)
     specs: list[Spec] = []
@@ -282,11 +303,11 @@ def example_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | 
     return (example,) if isinstance(example, torch.Tensor) else tuple(example), {}
 
 
-def inspect(module: torch.jit.ScriptModule, sites: Mapping[str, Any] | str | Path | None = None) -> dict[str, Any]:
+def inspect(module: Base, sites: Mapping[str, Any] | str | Path | None = None) -> dict[str, Any]:
     """Returns the layers that the patcher sees in `module`, as plain data. For a grafted module it inspects the base.
 
     Args:
-        module: a TorchScript module.
+        module: a TorchScript module, or an exported program.
         sites: an edited result of this function, or the path of a JSON file with it. It overrules what the patcher
             detects (docs/sites.md). None: the patcher detects the sites.
 
@@ -299,6 +320,6 @@ def inspect(module: torch.jit.ScriptModule, sites: Mapping[str, Any] | str | Pat
 
     Raises:
         GraftError: `sites` cannot be read, or does not fit the module.
-        TypeError: `module` is not TorchScript, or `sites` is neither a dict nor a path.
+        TypeError: `module` is neither TorchScript nor a program, or `sites` is neither a dict nor a path.
     """
-    return parse_json(patcher().inspect(cpp_module(module), **_sites_option(sites)), "sites")
+    return parse_json(patcher().inspect(cpp_module(base_module(module)), **_sites_option(sites)), "sites")

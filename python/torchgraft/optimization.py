@@ -5,11 +5,11 @@ from typing import Any
 import torch
 
 from ._libraries import patcher
-from .grafting import cpp_module, example_arguments, module_with_warnings
+from .grafting import Base, base_module, cpp_module, example_arguments, module_with_warnings
 
 
 def optimize(
-    module: torch.jit.ScriptModule, *, exact_base: bool = False, verify: bool = True, example: Any = None
+    module: Base, *, exact_base: bool = False, verify: bool = True, example: Any = None
 ) -> torch.jit.ScriptModule:
     """Returns a copy of `module` whose linear maps, each with the function that follows it, are `torchgraft::linear`:
     the kernel that is faster for the size at hand. Results are equal up to rounding. The copy shares the memory of the
@@ -20,7 +20,7 @@ def optimize(
     module, too, but return one that is not.
 
     Args:
-        module: a scripted, traced or frozen module, grafted or not.
+        module: a scripted, traced or frozen module, grafted or not, or an exported program.
         exact_base: leave the base of a grafted module as it is. Deactivated, the copy then gives the base's results
             bit for bit; otherwise they differ by rounding.
         verify: run both modules and compare the results, of a grafted module those of the base and of all adapters. A
@@ -30,6 +30,7 @@ def optimize(
     Raises:
         GraftError: forward has no linear map with a weight of its own, the module has forward hooks, an adapter is
             trainable, or a result differs on the inputs.
-        TypeError: `module` is not TorchScript.
+        TypeError: `module` is neither TorchScript nor a program.
     """
-    return module_with_warnings(patcher().optimize(cpp_module(module), exact_base, verify, example_arguments(example)))
+    base = cpp_module(base_module(module))
+    return module_with_warnings(patcher().optimize(base, exact_base, verify, example_arguments(example)))

@@ -9,7 +9,7 @@ import torch
 
 from ._libraries import patcher
 from .configs import config_to_json
-from .grafting import cpp_module, directory_spec, script_module
+from .grafting import Base, base_module, cpp_module, directory_spec, script_module
 
 
 class Lease:
@@ -35,7 +35,7 @@ class Lease:
 
 
 def check_room(
-    module: torch.jit.ScriptModule,
+    module: Base,
     room: Iterable[Any],
     *,
     gate_pooling: str | None = None,
@@ -47,10 +47,12 @@ def check_room(
 
     Raises:
         GraftError: `module` is no Transformer, or a configuration is not supported.
-        TypeError: `module` is not TorchScript.
+        TypeError: `module` is neither TorchScript nor a program.
     """
     configs = [config_to_json(config) for config in room]
-    return patcher().check_room(cpp_module(module), configs, gate_pooling or "", token_mask or "", max_row_bytes)
+    return patcher().check_room(
+        cpp_module(base_module(module)), configs, gate_pooling or "", token_mask or "", max_row_bytes
+    )
 
 
 class AdapterPool:
@@ -62,7 +64,7 @@ class AdapterPool:
     has the rules.
 
     Args:
-        module: a base model, or a grafted module, whose adapters then stay. It is not changed.
+        module: a base model, or a grafted module, whose adapters then stay, or an exported program. It is not changed.
         capacity: how many adapters are in memory at once.
         room: configurations, as graft() takes them. Every row is made large enough for each of them. If an adapter
             needs more, the pool builds larger banks beside its traffic. Empty: rows fit the first adapter.
@@ -74,12 +76,12 @@ class AdapterPool:
     Raises:
         GraftError: graft() would refuse `module` or a configuration, or `capacity` is not above the number of adapters
             of `module`.
-        TypeError: `module` is not TorchScript.
+        TypeError: `module` is neither TorchScript nor a program.
     """
 
     def __init__(
         self,
-        module: torch.jit.ScriptModule,
+        module: Base,
         capacity: int = 64,
         room: Iterable[Any] = (),
         *,
@@ -87,6 +89,7 @@ class AdapterPool:
         token_mask: str | None = None,
         max_row_bytes: int = 0,
     ):
+        module = base_module(module)
         self._base = module
         configs = [config_to_json(config) for config in room]
         self._pool = patcher().AdapterPool(

@@ -9,7 +9,7 @@ import torch
 
 from ._libraries import patcher
 from .errors import GraftError, one_line
-from .grafting import cpp_module, example_arguments, script_module
+from .grafting import Base, base_module, cpp_module, example_arguments, script_module
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class LinearMap:
     error: float | None = None
 
 
-def quantize(module: torch.jit.ScriptModule, *, skip: Sequence[str] = ()) -> torch.jit.ScriptModule:
+def quantize(module: Base, *, skip: Sequence[str] = ()) -> torch.jit.ScriptModule:
     """Returns a copy of `module` whose linear maps are dynamic int8: one scale for each row of a weight, and one for
     the activations of a call. Adapters and heads stay as they are. `module` itself is unchanged.
 
@@ -42,21 +42,21 @@ def quantize(module: torch.jit.ScriptModule, *, skip: Sequence[str] = ()) -> tor
     CPU: docs/int8.md says what works on it. It has no other methods than forward, and those of its adapters.
 
     Args:
-        module: a scripted or traced module, grafted or not, with float32 weights on the CPU.
+        module: a scripted or traced module, grafted or not, or an exported program, with float32 weights on the CPU.
         skip: linear maps that stay in floating point: roles ("ffn_out", ...; see LinearMap), module paths, or paths of
             modules around them.
 
     Raises:
         GraftError: no linear map can be quantised, `skip` names nothing, or an adapter is trainable.
-        TypeError: `module` is not TorchScript.
+        TypeError: `module` is neither TorchScript nor a program.
     """
-    made, _, messages = patcher().quantize(cpp_module(module), list(skip))
+    made, _, messages = patcher().quantize(cpp_module(base_module(module)), list(skip))
     for message in messages:
         warnings.warn(message, stacklevel=2)
     return script_module(made)
 
 
-def quantization_error(module: torch.jit.ScriptModule, example: Any, *, skip: Sequence[str] = ()) -> list[LinearMap]:
+def quantization_error(module: Base, example: Any, *, skip: Sequence[str] = ()) -> list[LinearMap]:
     """Returns the linear maps that quantize() would quantise, in execution order, each with its error on `example`.
 
     A map's error is that of its own product: its input is the float32 module's. Of a grafted module the base runs,
@@ -71,7 +71,7 @@ def quantization_error(module: torch.jit.ScriptModule, example: Any, *, skip: Se
         GraftError: as quantize() does, or forward fails on the example.
         TypeError: `module` is not TorchScript.
     """
-    probe, maps, _ = patcher().quantization_probe(cpp_module(module), list(skip))
+    probe, maps, _ = patcher().quantization_probe(cpp_module(base_module(module)), list(skip))
     positional, named = example_arguments(example) or ((), {})
     try:
         with torch.no_grad():
@@ -81,11 +81,11 @@ def quantization_error(module: torch.jit.ScriptModule, example: Any, *, skip: Se
     return [LinearMap(**entry, error=value.item()) for entry, value in zip(maps, errors, strict=True)]
 
 
-def linear_maps(module: torch.jit.ScriptModule, *, skip: Sequence[str] = ()) -> list[LinearMap]:
+def linear_maps(module: Base, *, skip: Sequence[str] = ()) -> list[LinearMap]:
     """Returns all linear maps of forward in execution order: what quantize() does with each. `skip`: as there.
 
     Raises:
         GraftError: as quantize() does.
         TypeError: `module` is not TorchScript.
     """
-    return [LinearMap(**entry) for entry in patcher().quantize(cpp_module(module), list(skip))[1]]
+    return [LinearMap(**entry) for entry in patcher().quantize(cpp_module(base_module(module)), list(skip))[1]]

@@ -190,7 +190,41 @@ def test_only_programs_are_taken() -> None:
     with pytest.raises(TypeError, match="expected a torch.export.ExportedProgram, got Encoder"):
         torchgraft.from_program(Encoder())
     with pytest.raises(TypeError, match=r"got ExportedProgram; .*from_program\(\) makes one of an exported program"):
-        torchgraft.inspect(exported())
+        torchgraft.lower(exported())  # of a grafted module, which no program is
+
+
+def _pooled(program: torch.export.ExportedProgram, directory: Path) -> torch.jit.ScriptModule:
+    pool = torchgraft.AdapterPool(program, capacity=1)
+    pool.insert("task", directory)
+    with pool.acquire(["task"]) as lease:
+        return lease.module
+
+
+BASES: dict[str, Callable] = {
+    "graft": lambda program, directory: torchgraft.graft(program, adapters={"task": directory}),
+    "load_adapter": torchgraft.load_adapter,
+    "AdapterPool": _pooled,
+    "optimize": lambda program, directory: torchgraft.optimize(program),
+    "quantize": lambda program, directory: torchgraft.quantize(program),
+    "inspect": lambda program, directory: torchgraft.inspect(program),
+    "match_adapter": torchgraft.match_adapter,
+    "linear_maps": lambda program, directory: torchgraft.linear_maps(program),
+}
+
+
+@pytest.mark.parametrize("function", BASES)
+def test_a_program_is_a_base_like_its_torchscript(function: str, tmp_path: Path) -> None:
+    program, x = exported(), torch.randn(3, 7, HIDDEN)
+    script = torchgraft.from_program(program)
+    grafted = torchgraft.graft(script, "lora[init_weights='bert']", "task")
+    torchgraft.save_adapter(grafted, "task", tmp_path / "task")
+    made, expected = (BASES[function](each, tmp_path / "task") for each in (program, script))
+    if isinstance(expected, torch.jit.ScriptModule):
+        ids = {"adapter_ids": torch.zeros(3, dtype=torch.long)} if function == "AdapterPool" else {}
+        made, expected = made(x, **ids), expected(x, **ids)
+        assert difference(made, expected) == 0.0
+    else:
+        assert made == expected and made
 
 
 @pytest.mark.parametrize("text", ["Symbol('s0', integer=True)", "Mul(Integer(2), Symbol('s77'))", "s0//2 + 1"])
