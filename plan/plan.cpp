@@ -233,6 +233,12 @@ void Planner::add(const PrefixTuningConfig& config) {
   }
 }
 
+// A table's row is not multiplied by what the row holds: there is nothing for a gate to read.
+bool acts_on_embeddings(const LoRAConfig& config) {
+  return lora_form(config) == LoRAForm::kAdd && !config.use_gating && !config.lora_bias && !config.mtl_lora &&
+         !config.vera_d && !config.vera_b;
+}
+
 void Planner::add(const LoRAConfig& config) {
   for (const std::string& path : config.linear_maps) {
     const bool known = std::any_of(layers_.begin(), layers_.end(), [&](const Layer& layer) {
@@ -266,6 +272,8 @@ void Planner::add(const LoRAConfig& config) {
     for (size_t i = 0; i < layer.linear_maps.size(); ++i) {
       const Projection& linear = layer.linear_maps[i];
       if (std::find(config.linear_maps.begin(), config.linear_maps.end(), linear.path) != config.linear_maps.end()) {
+        TORCH_CHECK(!linear.is_embedding || acts_on_embeddings(config), "plan: on the embedding ", linear.path,
+                    " a LoRA can be that adds B A, without gates, biases, magnitudes and shared factors");
         add_lora("linear_lora", std::string(kLinearMapSite) + std::to_string(i), linear);
       }
     }

@@ -274,7 +274,9 @@ std::string to_json(const Structure& structure) {
   for (const Layer& layer : structure.layers) {
     json["layers"].push_back(to_json(layer));
     for (const Projection& linear : layer.linear_maps) {
-      json["linear_maps"].push_back(to_json(std::optional(linear)));
+      OrderedJson entry = to_json(std::optional(linear));
+      entry["embedding"] = linear.is_embedding;
+      json["linear_maps"].push_back(std::move(entry));
     }
   }
   json["embeddings"] = {{"size", structure.embedding_size > 0 ? OrderedJson(structure.embedding_size) : OrderedJson()},

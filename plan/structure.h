@@ -26,9 +26,10 @@ enum class CacheKind { kNone, kGrowing, kStatic, kFilled };
 struct Projection {
   std::string path;  // module path from the root, e.g. "encoder.layer.0.attention.self.query"
   int64_t in_features = 0;
-  int64_t out_features = 0;  // of this projection alone, even when it is packed with others
-  int64_t offset = 0;        // first output column inside a packed weight (0 when it stands alone)
-  bool packed = false;       // shares its weight with other projections (qkv in one)
+  int64_t out_features = 0;   // of this projection alone, even when it is packed with others
+  int64_t offset = 0;         // first output column inside a packed weight (0 when it stands alone)
+  bool packed = false;        // shares its weight with other projections (qkv in one)
+  bool is_embedding = false;  // a table of in_features rows, outside of the layers: one is looked up for each token
 };
 
 // One attention and what belongs to it. hidden_size is the width of the residual stream. A location whose projection or

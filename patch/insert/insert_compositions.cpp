@@ -139,6 +139,8 @@ void CompositionInserter::insert(const NamedComposition& composition, const Rows
   const LayerSites& layer = inserter_.layer_sites();
   const std::string& name = site.parts.begin()->second.slot->site;
   if (const LinearSite* linear = lora_site(layer, name)) {
+    TORCH_CHECK(!linear->is_lookup, "compose: '", composition.name, "' uses '", site.parts.begin()->first,
+                "', whose LoRA on an embedding takes no part in compositions");
     insert_lora(composition, rows, site, *linear);
   } else if (name == "mh_adapter" || name == "cross_adapter") {
     insert_bottleneck(composition, rows, site, layer.attention_residual.value());

@@ -97,10 +97,25 @@ std::pair<Value*, Value*> LoraInserter::lora(const Slot& slot, Value* x, Value* 
   return {rows.choose(of("present"), result.first, base), result.second};
 }
 
+// A table's row for a token is the product with a vector that is 1 at the token's number: A of that is a column of A.
+// PEFT drops out nothing here.
+std::pair<Value*, Value*> LoraInserter::lookup(const Slot& slot, Value* tokens, Value* base) {
+  Value* module = inserter_.slot_module(slot);
+  const auto of = [&](const char* name) { return inserter_.parameter(slot, module, name); };
+  RowFunctions rows(graph_, inserter_.adapter_ids(), inserter_.active());
+  const auto [columns, unit] = rows.looked_up(of("lora_a"), tokens);
+  Node* op = inserter_.call(
+      "gated_lora",
+      {NamedValue(columns), NamedValue(base), NamedValue(unit), NamedValue(of("lora_b")), NamedValue(of("scaling"))},
+      {{"adapter_ids", inserter_.adapter_ids()}, {"adapter", inserter_.active()}});
+  return {op->outputs()[0], op->outputs()[1]};
+}
+
 Value* LoraInserter::operator()(const Slot& slot, const LinearSite& site) {
   TORCH_CHECK(!site.is_flat, "graft: no LoRA can act on the attention's output projection of layer ", slot.number,
               ", which the model applies to the rows of all sequences together; leave it out");
-  if (linear_weight(site.node)->node()->kind() == c10::prim::Constant && meets_constant(site.node->output())) {
+  if (!site.is_lookup && linear_weight(site.node)->node()->kind() == c10::prim::Constant &&
+      meets_constant(site.node->output())) {
     TORCH_WARN("graft: in layer ", slot.number, " ", slot.site,
                " updates a projection whose result the frozen model multiplies by constants, as DeBERTa does by its "
                "relative positions; if the same projection has made these constants (share_att_key), its LoRA does not "
@@ -116,7 +131,9 @@ Value* LoraInserter::operator()(const Slot& slot, const LinearSite& site) {
 Value* LoraInserter::insert(const Slot& slot, const LinearSite& site) {
   Value* gate = nullptr;
   replace(site, [&](Value* x, Value* base) {
-    const auto made = lora(slot, x, base, inserter_.adapter_ids(), inserter_.active(), inserter_.token_mask(slot));
+    const auto made =
+        site.is_lookup ? lookup(slot, x, base)
+                       : lora(slot, x, base, inserter_.adapter_ids(), inserter_.active(), inserter_.token_mask(slot));
     gate = made.second;
     return made.first;
   });
@@ -138,7 +155,7 @@ void LoraInserter::replace(const LinearSite& site, const std::function<Value*(Va
                        : inserter_.swapped(value, site.sequence_first);
   };
   base = as_tokens(base);
-  Value* output = make(as_tokens(linear_input(site.node)), base);
+  Value* output = make(as_tokens(site.input()), base);
   Value* updated =
       site.is_row ? graph_.insert(c10::aten::squeeze, {output, 1}) : inserter_.swapped(output, site.sequence_first);
   if (site.sequence_first && !site.is_part) {

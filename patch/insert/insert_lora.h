@@ -33,6 +33,8 @@ class LoraInserter {
   // (output, gate) of a LoRA; x is [B, S, in], base [B, S, out]. `adapter_ids` and `adapter` choose the adapters.
   std::pair<Value*, Value*> lora(const Slot& slot, Value* x, Value* base, Value* adapter_ids, Value* adapter,
                                  Value* token_mask);
+  // The same of a table's rows: tokens are int64 [B, S].
+  std::pair<Value*, Value*> lookup(const Slot& slot, Value* tokens, Value* base);
   // The same where the update reads `x` after dropout; the gate reads `x` itself.
   std::pair<Value*, Value*> lora_with_dropout(const Slot& slot, Value* x, Value* base, Value* adapter_ids,
                                               Value* adapter, Value* token_mask);

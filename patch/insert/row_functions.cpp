@@ -107,6 +107,13 @@ def scaled(base: Tensor, vector: Tensor, scaling: Tensor, gate: Tensor, adapter_
     coefficient = selected(scaling, adapter_ids, adapter).unsqueeze(-1) * gate
     return base * (selected(vector, adapter_ids, adapter).squeeze(-1) * coefficient).unsqueeze(1)
 
+def looked_up(lora_a: Tensor, tokens: Tensor, adapter_ids: Optional[Tensor], adapter: int) -> Tuple[Tensor, Tensor]:
+    rows = torch.full([1], adapter, dtype=4, device=tokens.device) if adapter_ids is None else adapter_ids
+    columns = lora_a[rows.clamp(min=0).unsqueeze(1), :, tokens]
+    columns = columns.masked_fill(rows.lt(0).view(-1, 1, 1), 0)
+    unit = torch.eye(lora_a.size(1), dtype=lora_a.dtype, device=lora_a.device)
+    return columns, unit.expand(lora_a.size(0), lora_a.size(1), lora_a.size(1))
+
 def shifted(x: Tensor, bias: Tensor, adapter_ids: Optional[Tensor], adapter: int) -> Tensor:
     chosen = selected(bias, adapter_ids, adapter)
     active = is_active(x, adapter_ids, adapter).unsqueeze(-1)
@@ -263,6 +270,12 @@ Value* RowFunctions::scaled(Value* base, Value* vector, Value* scaling, Value* g
 }
 
 Value* RowFunctions::shifted(Value* x, Value* bias) { return call("shifted", {x, bias, adapter_ids_, adapter_}); }
+
+std::pair<Value*, Value*> RowFunctions::looked_up(Value* lora_a, Value* tokens) {
+  Value* pair = call("looked_up", {lora_a, tokens, adapter_ids_, adapter_});
+  torch::jit::Node* parts = graph_.insertNode(graph_.createTupleUnpack(pair));
+  return {parts->outputs()[0], parts->outputs()[1]};
+}
 
 Value* RowFunctions::with_magnitude(Value* x, Value* magnitude, Value* weight_norm, Value* fixed) {
   return call("with_magnitude", {x, magnitude, weight_norm, fixed, adapter_ids_, adapter_});

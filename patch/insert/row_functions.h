@@ -3,6 +3,7 @@
 #include <torch/csrc/jit/ir/ir.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace torchgraft {
@@ -47,6 +48,10 @@ class RowFunctions {
 
   // x [B, S, O] plus the row's vector (bank [N, O]).
   torch::jit::Value* shifted(torch::jit::Value* x, torch::jit::Value* bias);
+
+  // For tokens (int64 [B, S]) their columns of each row's matrix (bank [N, r, V]), [B, S, r], and for gated_lora, which
+  // leaves out rows without an adapter, unit matrices in the place of this bank, [N, r, r].
+  std::pair<torch::jit::Value*, torch::jit::Value*> looked_up(torch::jit::Value* lora_a, torch::jit::Value* tokens);
 
   // DoRA: (x - fixed) * magnitude / weight_norm + fixed, for x [B, S, O] and banks [N, O].
   torch::jit::Value* with_magnitude(torch::jit::Value* x, torch::jit::Value* magnitude, torch::jit::Value* weight_norm,

@@ -48,6 +48,9 @@ std::vector<LoraRun> lora_runs(const Adapter& adapter, const GraphSites& sites, 
     const PlannedModule& planned = adapter.plan[m];
     const int64_t out_features = std::get<PlannedLoRA>(planned.method).out_features;
     const auto add = [&](const LinearSite& site) {
+      TORCH_CHECK(!site.is_lookup,
+                  "merge_adapter: a LoRA on an embedding is not merged; run the adapter unmerged, or "
+                  "merge it with the library that trained it before the model is traced");
       const BaseWeight weight = base_weight(site, module);
       TORCH_CHECK(
           weight.packed.empty(), "merge_adapter: the weight that ", planned.site, " of layer ", planned.number,

@@ -8,6 +8,7 @@
 #include <torchgraft/patch/sites/find_embeddings.h>
 #include <torchgraft/patch/sites/find_feed_forward.h>
 #include <torchgraft/patch/sites/find_layer_end.h>
+#include <torchgraft/patch/sites/find_lookups.h>
 #include <torchgraft/patch/sites/find_residual.h>
 #include <torchgraft/patch/sites/single_heads.h>
 #include <torchgraft/patch/sites/site_finder.h>
@@ -285,10 +286,13 @@ GraphSites find_sites(const CanonicalGraph& canonical, const Module& module) {
   name_unread_quantized(*canonical.graph, result);
   mark_used_elsewhere(*canonical.graph, module, result);
   find_linear_maps(finder, *canonical.graph, result);
+  find_lookups(finder, *canonical.graph, module, result);
   find_embeddings(finder, canonical.graph, result);
   result.result_is_sequence_first = finder.result_is_sequence_first();
   return result;
 }
+
+Value* LinearSite::input() const { return is_lookup ? node->namedInput("indices") : linear_input(node); }
 
 const LinearSite* lora_site(const LayerSites& layer, const std::string& site) {
   const auto pointer = [](const std::optional<LinearSite>& linear) { return linear ? &*linear : nullptr; };

@@ -22,11 +22,14 @@ struct LinearSite {
   bool sequence_first = false;  // tokens before batch: [S, B, features]
   bool is_part = false;         // other columns belong to other projections
   bool is_row = false;          // its input is [B, features]: a pooler's, a classifier's
+  bool is_lookup = false;       // an aten::embedding: its input is int64 [B, S], its weight [in, out]
   bool is_flat = false;  // its input is no [B, S, features], so that no LoRA can act here: rows [B * S, features]
   bool is_used_elsewhere = false;  // the weight has other linear maps still, which no LoRA here changes
   int64_t offset = 0;
   int64_t width = 0;
   std::vector<torch::jit::Node*> elsewhere = {};
+
+  torch::jit::Value* input() const;
 };
 
 // What a block adds to the residual stream. `add` adds `branch` to `residual`, or to a sum that a later add brings

@@ -315,8 +315,9 @@ def inspect(module: Base, sites: Mapping[str, Any] | str | Path | None = None) -
         {"layers": [...], "linear_maps": [...], "near_misses": [...], "embeddings": {...}}. "layers" has one entry per
         attention: its Transformer layer, kind, heads, sizes, norm orders, the module paths of its projections, the
         locations where adapters can act, and notes on what was not found. "linear_maps" are those outside of the layers
-        on which a LoRA can be. Near misses are sentences. "embeddings" says where an invertible adapter can act: their
-        size, or a note why they were not found, and whether the model has output embeddings.
+        on which a LoRA can be, and tables of embeddings ("embedding": true). Near misses are sentences. "embeddings"
+        says where an invertible adapter can act: their size, or a note why they were not found, and whether the model
+        has output embeddings.
 
     Raises:
         GraftError: `sites` cannot be read, or does not fit the module.

@@ -1,6 +1,5 @@
 """Reads LoRA and (IA)^3 directories of Hugging Face PEFT: adapter_config.json and adapter_model.safetensors."""
 
-import copy
 import json
 import warnings
 from collections.abc import Mapping
@@ -10,27 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._libraries import patcher
 from ._reading import parse_json, read_text
 from .adapter_hub import CONFIG_FILE, AdapterDirectory, read_one_version
 from .configs import LoRAConfig
 from .errors import GraftError
 from .peft_config import PeftLoRAConfig, read_peft_config
+from .peft_frozen import FLAGS, MATRICES, with_paths
 from .peft_paths import Place, match_paths, place_of, shown_paths
 from .peft_weights import WEIGHT_FILES, PeftWeights, Update, read_peft_weights
 
 DEFAULT_NAME = "default"  # PEFT's name for an adapter to which the user gave none
 
-# The roles of a layer's projections at which a LoRA can act, with the matrix or the field of LoRAConfig for it.
-_MATRICES = {"query": "q", "key": "k", "value": "v"}
-_FLAGS = {
-    "output": "attn_output_lora",
-    "ffn_gate": "gate_lora",
-    "ffn_in": "intermediate_lora",
-    "ffn_out": "output_lora",
-}
 _NO_LAYER = -1  # stands for a layer's index: a linear map outside of the layers, whose role is its path
-_ROLES = (*_MATRICES, *_FLAGS)  # in execution order: parts of a packed map are concatenated in this order
+_ROLES = (*MATRICES, *FLAGS)  # in execution order: parts of a packed map are concatenated in this order
 
 
 def is_peft_directory(directory: Path) -> bool:
@@ -72,16 +63,22 @@ def load_peft_directory(
     config, weights = read_one_version(directory, (CONFIG_FILE, *WEIGHT_FILES), _read_files)
     projections = _projections(structure)
     if not projections:
-        structure = _with_paths(config, weights, structure)
+        structure = with_paths(config, weights, structure)
         projections = _projections(structure)
     maps = [path.removesuffix(".weight") for path, tensor in parameters.items() if path.endswith(".weight")
             and tensor.dim() == 2]  # fmt: skip
     linear_maps = {entry["path"]: entry for entry in structure.get("linear_maps", [])}
-    model_paths = list(dict.fromkeys([*projections, *linear_maps, *maps]))  # linear maps of int8 have no "weight"
+    model_paths = list(dict.fromkeys([*projections, *linear_maps, *maps]))  # those of int8 have no "weight"
     wholes = _present(directory, weights.wholes, model_paths, _output_embeddings(structure))
     places = match_paths(directory, [*weights.updates, *wholes], model_paths, list(linear_maps))
     _check_completeness(config, weights.updates, places, model_paths)
     _check_bases(directory, weights.bases, places, parameters)
+    for path in wholes:
+        if linear_maps.get(places[path].path, {}).get("embedding"):
+            raise GraftError(
+                f"{directory}: {path} is an embedding that was trained as a whole (modules_to_save), which is not "
+                "supported; merge the adapter into the base with PEFT's merge_and_unload() before you trace that"
+            )
     updates = weights.updates | {
         path: _whole_update(config, path, places[path].path, whole, parameters) for path, whole in wholes.items()
     }
@@ -190,71 +187,14 @@ def _whole_update(
 
 
 def _projections(structure: Mapping[str, Any]) -> dict[str, list[tuple[int, str, dict[str, Any]]]]:
-    """Returns {path of a linear map: [(index in "layers", role, the projection's entry)]}; several that are packed. A
-    frozen module's linear maps have no paths."""
+    """Returns {path: [(index in "layers", role, the projection's entry)]}; several that are packed. A frozen module's
+    linear maps have no paths."""
     result: dict[str, list[tuple[int, str, dict[str, Any]]]] = {}
     for index, layer in enumerate(structure["layers"]):
         for role in _ROLES:
             if layer["shares"] is None and layer[role] and layer[role]["path"]:
                 result.setdefault(layer[role]["path"], []).append((index, role, layer[role]))
     return result
-
-
-def _with_paths(config: PeftLoRAConfig, weights: PeftWeights, structure: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the structure of a frozen module, with PEFT's paths for linear maps that have an update in some layer.
-
-    Raises:
-        GraftError: an update has no place, or two have one place; or it is a DoRA's, which needs the biases.
-    """
-    directory = config.directory
-    if config.use_dora:
-        raise GraftError(
-            f"{directory}: DoRA needs the biases of the module, which is frozen; graft the module before it is frozen"
-        )
-    if weights.wholes:
-        raise GraftError(
-            f"{directory}: {next(iter(weights.wholes))} was trained as a whole (modules_to_save), and the module is "
-            "frozen; graft the module before it is frozen"
-        )
-    text = json.dumps(structure)
-    result = copy.deepcopy(dict(structure))
-    layers = result["layers"]
-    owners: dict[tuple[int, str], str] = {}
-    for path in weights.updates:
-        places = [(index, _role_of(site)) for index, site in patcher().lora_sites_by_number(text, path)]
-        if not places:
-            raise GraftError(
-                f"{directory}: {path} has no place in the module, which is frozen, so that layers are matched by "
-                "number and projections by name; graft the module before it is frozen"
-            )
-        for place in places:
-            if place in owners:
-                raise GraftError(
-                    f"{directory}: {owners[place]} and {path} are both updates of the {place[1]} projection of layer "
-                    f"{layers[place[0]]['layer']}; graft the whole model that the adapter was trained on"
-                )
-            owners[place] = path
-    for (index, role), path in owners.items():
-        for other, layer in enumerate(layers):
-            if layer["kind"] == layers[index]["kind"] and layer[role] and (other, role) not in owners:
-                layer[role]["path"] = _renumbered(path, layer["layer"] - layers[index]["layer"])
-    for (index, role), path in owners.items():
-        layers[index][role]["path"] = path
-    return result
-
-
-def _role_of(site: str) -> str:
-    """Returns the role of the projection that a LoRA's site is at."""
-    names = {matrix: role for role, matrix in _MATRICES.items()} | {"o": "output"}
-    flags = {flag: role for role, flag in _FLAGS.items()}
-    return flags[site] if site in flags else names[site.rsplit("_", 1)[1]]
-
-
-def _renumbered(path: str, step: int) -> str:
-    """Returns the path of the same linear map `step` layers further on."""
-    parts = path.split(".")
-    position = next(index for index, part in enumerate(parts) if part.isdigit())
-    return ".".join([*parts[:position], str(int(parts[position]) + step), *parts[position + 1 :]])
 
 
 def _check_completeness(
@@ -293,7 +233,13 @@ def _targets(
     if not found:
         raise GraftError(
             f"{directory}: {path} is the model's {model_path}, which is in no layer that was recognised, and no linear "
-            "map on tokens or rows that runs once; torchgraft.inspect() says what was recognised"
+            "map or embedding on tokens or rows that is read once; torchgraft.inspect() says what was recognised"
+        )
+    if update.is_of_embedding != found[0][2].get("embedding", False):
+        kinds = ("an embedding", "a linear map") if update.is_of_embedding else ("a linear map", "an embedding")
+        raise GraftError(
+            f"{directory}: {path} is {kinds[0]}, and the model's {model_path} {kinds[1]} (they are tied); untie the "
+            "model's weights, or merge the adapter into the base with PEFT's merge_and_unload() before you trace that"
         )
     width = sum(projection["out_features"] for _, _, projection in found)
     reads_input = update.lora_a.size(1) in (0, found[0][2]["in_features"])  # (IA)^3 reads none
@@ -338,15 +284,15 @@ def _as_adapter_hub(
     config = LoRAConfig(
         r=rank,
         alpha=rank,
-        selfattn_lora=any(role in _MATRICES for role in roles),
-        attn_matrices=[matrix for role, matrix in _MATRICES.items() if role in roles],
+        selfattn_lora=any(role in MATRICES for role in roles),
+        attn_matrices=[matrix for role, matrix in MATRICES.items() if role in roles],
         use_dora=dora,
         composition_mode="scale" if peft_config.scales else "add",
         init_weights="ia3" if peft_config.scales else "lora",
         leave_out=sorted({layer["layer"] for layer in layers} - used),
     )
-    fields = config.to_dict() | {flag: True for role, flag in _FLAGS.items() if role in roles}
-    if outside:  # these fields are not AdapterHub's, nor are some of _FLAGS
+    fields = config.to_dict() | {flag: True for role, flag in FLAGS.items() if role in roles}
+    if outside:  # these fields are not AdapterHub's, nor are some of FLAGS
         fields["linear_maps"] = list(outside)
     if any(update.bias is not None for _, update in targets.values()):
         fields["lora_bias"] = True

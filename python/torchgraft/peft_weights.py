@@ -21,20 +21,21 @@ _KEY = re.compile(
 )
 _WHOLE_KEY = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.(?P<kind>weight|bias)")
 _BASE_KEY = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.base_layer\.(?P<kind>weight|bias)")
-_EMBEDDING_KEY = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.lora_embedding_[AB](?:\.[^.]+)?")
-_DIMENSIONS = {"A": 2, "B": 2, "magnitude_vector": 1, "B bias": 1, "ia3_l": 2}
+_EMBEDDING_KEY = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.lora_embedding_(?P<part>A|B)(?:\.[^.]+)?")
+_DIMENSIONS = {"A": 2, "B": 2, "magnitude_vector": 1, "B bias": 1, "ia3_l": 2, "embedding A": 2, "embedding B": 2}
 
 
 @dataclass(frozen=True)
 class Update:
     """The update B A of one linear map. lora_a: [r, in]; lora_b: [out, r], multiplied by alpha / r already; magnitude:
     [out], DoRA's; bias: [out], likewise multiplied. All are floating. (IA)^3 has no matrix A: lora_a is [1, 0], and
-    lora_b, [out, 1], multiplies what the linear map gives."""
+    lora_b, [out, 1], multiplies what the linear map gives. Of an embedding, `in` are the rows of its table."""
 
     lora_a: Tensor
     lora_b: Tensor
     magnitude: Tensor | None = None
     bias: Tensor | None = None
+    is_of_embedding: bool = False
 
     @classmethod
     def zero(cls, projection: dict[str, Any], scales: bool) -> "Update":
@@ -56,14 +57,15 @@ class Update:
     def padded(self, rank: int) -> "Update":
         more = rank - self.lora_a.size(0)
         pad = torch.nn.functional.pad
-        return Update(pad(self.lora_a, (0, 0, 0, more)), pad(self.lora_b, (0, more)), self.magnitude, self.bias)
+        a, b = pad(self.lora_a, (0, 0, 0, more)), pad(self.lora_b, (0, more))
+        return Update(a, b, self.magnitude, self.bias, self.is_of_embedding)
 
     def rows(self, first: int, count: int) -> "Update":
         """Returns the part of the update for one of several packed projections."""
         magnitude, bias = (
             None if part is None else part.narrow(0, first, count) for part in (self.magnitude, self.bias)
         )
-        return Update(self.lora_a, self.lora_b.narrow(0, first, count), magnitude, bias)
+        return Update(self.lora_a, self.lora_b.narrow(0, first, count), magnitude, bias, self.is_of_embedding)
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,10 @@ def read_peft_weights(config: PeftLoRAConfig) -> PeftWeights:
         if base := _BASE_KEY.fullmatch(key):
             bases[f"{base['path']}.{base['kind']}"] = tensor
             continue
+        if embedding := _EMBEDDING_KEY.fullmatch(key):
+            part = f"embedding {embedding['part']}"
+            _take(config, parts, embedding["path"], part, key, tensor)
+            continue
         match = _KEY.fullmatch(key)
         if match is None:
             path, kind = _whole_of(config, key, tensor)
@@ -113,14 +119,7 @@ def read_peft_weights(config: PeftLoRAConfig) -> PeftWeights:
             )
         part = match["part"] or match["bare"] or match["scale"]
         part += " bias" if match["kind"] == "bias" else ""
-        if tensor.dim() != _DIMENSIONS.get(part) or not tensor.is_floating_point():
-            raise GraftError(f"{directory}: {key} is not a weight of a LoRA on a linear map")
-        if (part == "ia3_l") != config.scales:
-            raise GraftError(f"{directory}: {key} is no weight of the method that peft_type names")
-        if part in parts.setdefault(match["path"], {}):
-            name = part if config.scales else f"lora_{part}"
-            raise GraftError(f"{directory}: two weights are {name} of {match['path']}, {key} is one of them")
-        parts[match["path"]][part] = _widened(tensor)
+        _take(config, parts, match["path"], part, key, tensor)
     updates = {path: _update(config, path, found) for path, found in parts.items()}
     if not updates:
         raise GraftError(f"{directory}: the adapter has no weights")
@@ -131,6 +130,20 @@ def read_peft_weights(config: PeftLoRAConfig) -> PeftWeights:
     return PeftWeights(updates, whole_maps, bases)
 
 
+def _take(
+    config: PeftLoRAConfig, parts: dict[str, dict[str, Tensor]], path: str, part: str, key: str, tensor: Tensor
+) -> None:
+    """Puts a weight among those of its module."""
+    if tensor.dim() != _DIMENSIONS.get(part) or not tensor.is_floating_point():
+        raise GraftError(f"{config.directory}: {key} is not a weight of a LoRA on a linear map")
+    if (part == "ia3_l") != config.scales:
+        raise GraftError(f"{config.directory}: {key} is no weight of the method that peft_type names")
+    if part in parts.setdefault(path, {}):
+        name = part if config.scales else f"lora_{part}"
+        raise GraftError(f"{config.directory}: two weights are {name} of {path}, {key} is one of them")
+    parts[path][part] = _widened(tensor)
+
+
 def _widened(tensor: Tensor) -> Tensor:
     """Returns the weight as PEFT holds it, which scales in float32 whatever the dtype of the file."""
     return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
@@ -138,12 +151,6 @@ def _widened(tensor: Tensor) -> Tensor:
 
 def _whole_of(config: PeftLoRAConfig, key: str, tensor: Tensor) -> tuple[str, str]:
     """Returns the path of the linear map that was trained as a whole, and which of its parameters has this key."""
-    if embedding := _EMBEDDING_KEY.fullmatch(key):
-        raise GraftError(
-            f"{config.directory}: a LoRA on the embedding {embedding['path']} is not supported, only on linear maps; "
-            "train without it in target_modules, or merge the adapter into the base with PEFT's merge_and_unload() "
-            "before you trace that"
-        )
     match = _WHOLE_KEY.fullmatch(key)
     if match is None or not config.saves_whole(match["path"]):
         raise GraftError(f"{config.directory}: {key} is not a weight of a LoRA on a linear map")
@@ -169,6 +176,14 @@ def _update(config: PeftLoRAConfig, path: str, parts: dict[str, Tensor]) -> Upda
                 "the base (PEFT's merge_and_unload())"
             )
         return Update(parts["ia3_l"].new_zeros(1, 0), parts["ia3_l"])
+    is_of_embedding = "embedding A" in parts or "embedding B" in parts
+    if is_of_embedding:
+        if config.use_dora or config.lora_bias:
+            raise GraftError(
+                f"{directory}: {path} is an embedding, on which DoRA and lora_bias are not supported; merge the "
+                "adapter into the base with PEFT's merge_and_unload() before you trace that"
+            )
+        parts = {part.removeprefix("embedding "): tensor for part, tensor in parts.items()}
     expected = {"A", "B"} | ({"magnitude_vector"} if config.use_dora else set())
     expected |= {"B bias"} if config.lora_bias else set()
     if set(parts) != expected or parts["A"].size(0) != parts["B"].size(1):
@@ -182,4 +197,4 @@ def _update(config: PeftLoRAConfig, path: str, parts: dict[str, Tensor]) -> Upda
         )
     scaling = config.scaling(path)
     bias = parts["B bias"] * scaling if config.lora_bias else None
-    return Update(parts["A"], parts["B"] * scaling, parts.get("magnitude_vector"), bias)
+    return Update(parts["A"], parts["B"] * scaling, parts.get("magnitude_vector"), bias, is_of_embedding)
