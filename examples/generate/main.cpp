@@ -1,6 +1,7 @@
 // Continues prompts with a grafted decoder, each with its own adapter, without Python: knows libtorch and
 // libtorchgraft.so only. Token ids go in and come out.
 
+#include "../number_option.h"
 #include "decoder.h"
 #include "generation.h"
 #include "prompts.h"
@@ -11,6 +12,7 @@
 
 #include <CLI/CLI.hpp>
 #include <iostream>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -33,41 +35,37 @@ void declare(CLI::App& app, Options& options) {
   DecoderForm& form = options.form;
   app.add_option("MODEL.pt", options.model, "a decoder: forward(ids, mask, [positions,] caches...)")->required();
   app.add_option("PROMPTS.json", options.prompts, R"({"prompts": [[5, 6, 7], [8]]}: token ids)")->required();
-  app.add_option("--heads", form.heads, "heads of keys and values (graft.py inspect shows them)")
-      ->required()
-      ->check(CLI::PositiveNumber);
-  app.add_option("--head-size", form.head_size, "the size of each head")->required()->check(CLI::PositiveNumber);
-  app.add_option("--layers", form.layers, "the length of a cache that is a list")->check(CLI::PositiveNumber);
-  app.add_option("--max-positions", form.max_positions, "how many tokens the model has positions for")
-      ->check(CLI::PositiveNumber);
+  add_number(app, "--heads", form.heads, "heads of keys and values (graft.py inspect shows them)", 1)->required();
+  add_number(app, "--head-size", form.head_size, "the size of each head", 1)->required();
+  add_number(app, "--layers", form.layers, "the length of a cache that is a list", 1);
+  add_number(app, "--max-positions", form.max_positions, "how many tokens the model has positions for", 1);
   app.add_flag("--mask-of-tokens", form.mask_of_tokens,
                "the mask is [batch, tokens], 1 for real ones (else [batch, 1, queries, tokens], added to the scores)");
   auto* adapter = app.add_option("--adapter", options.adapter, "the adapter of every sequence");
   app.add_option("--adapter-ids", options.generation.adapter_ids,
                  "one adapter number per prompt, -1 for the base model: 0,1,-1")
       ->delimiter(',')
+      ->transform(number<int64_t>({-1}))
       ->excludes(adapter);
 }
 
 void declare_generation(CLI::App& app, Options& options) {
   GenerationOptions& generation = options.generation;
   SamplingOptions& sampling = generation.sampling;
-  app.add_option("--max-new-tokens", generation.max_new_tokens, "how many tokens to write (20)")
-      ->check(CLI::PositiveNumber);
-  app.add_option("--stop", options.stop, "token ids that end a sequence: 2,50256")->delimiter(',');
+  add_number(app, "--max-new-tokens", generation.max_new_tokens, "how many tokens to write (20)", 1);
+  app.add_option("--stop", options.stop, "token ids that end a sequence: 2,50256")
+      ->delimiter(',')
+      ->transform(number<int64_t>({0}));
   auto* sample = app.add_flag("--sample", options.sample, "draw tokens (without it the likeliest is taken)");
-  app.add_option("--temperature", sampling.temperature, "divides the logits (1)")
-      ->needs(sample)
-      ->check(CLI::PositiveNumber);
-  app.add_option("--top-k", sampling.top_k, "draw among so many tokens")->needs(sample)->check(CLI::PositiveNumber);
-  app.add_option("--top-p", sampling.top_p, "draw among the likeliest tokens of this probability")
-      ->needs(sample)
-      ->check(CLI::Range(1e-9, 1.0));
-  app.add_option("--seed", sampling.seed, "of the random numbers (0)")->needs(sample);
+  add_number(app, "--temperature", sampling.temperature, "divides the logits (1)", std::numeric_limits<double>::min())
+      ->needs(sample);
+  add_number(app, "--top-k", sampling.top_k, "draw among so many tokens", 1)->needs(sample);
+  add_number(app, "--top-p", sampling.top_p, "draw among the likeliest tokens of this probability", 1e-9, 1.0)
+      ->needs(sample);
+  add_number(app, "--seed", sampling.seed, "of the random numbers (0)")->needs(sample);
   app.add_flag("--stream", options.stream, "print \"ROW TOKEN\" as soon as each token is known");
   app.add_option("--output", options.output, R"(write {"tokens": [[...], ...]} to this file)");
-  app.add_option("--threads", options.threads, "threads for each operator (libtorch's default)")
-      ->check(CLI::PositiveNumber);
+  add_number(app, "--threads", options.threads, "threads for each operator (libtorch's default)", 1);
 }
 
 void print(const std::vector<Tokens>& tokens) {

@@ -1,5 +1,6 @@
 // Serves one batch with a grafted TorchScript module, without Python: knows libtorch and libtorchgraft.so only.
 
+#include "../number_option.h"
 #include "inputs.h"
 #include "model.h"
 #include "report.h"
@@ -32,10 +33,10 @@ void declare(CLI::App& app, Options& options) {
   auto* adapter = app.add_option("--adapter", options.choice.adapter, "the adapter for every row");
   app.add_option("--adapter-ids", options.choice.ids, "one adapter number per row, -1 for the base model: 0,1,-1")
       ->delimiter(',')
+      ->transform(number<int64_t>({-1}))
       ->excludes(adapter);
-  app.add_option("--threads", options.threads, "threads for each operator (libtorch's default)")
-      ->check(CLI::PositiveNumber);
-  app.add_option("--repeat", options.repeat, "also time this many passes")->check(CLI::NonNegativeNumber);
+  add_number(app, "--threads", options.threads, "threads for each operator (libtorch's default)", 1);
+  add_number(app, "--repeat", options.repeat, "also time this many passes", 0);
   app.add_option("--output", options.output, "write output and gates in full precision to this JSON file");
 }
 

@@ -1,6 +1,7 @@
 // Serves one batch with an AOTInductor package of a grafted module: libtorch and libtorchgraft.so, no Python and no
 // TorchScript but for the file that other banks are read from.
 
+#include "../number_option.h"
 #include "../serve/inputs.h"
 #include "../serve/report.h"
 #include "package.h"
@@ -35,13 +36,13 @@ void declare(CLI::App& app, Options& options) {
   app.add_option("INPUTS.json", options.inputs, R"({"inputs": [one nested list per argument], "dtypes": ["int64"]})")
       ->required();
   app.add_option("--adapter-ids", options.ids, "one adapter number per row, -1 for the base model: 0,1,-1")
-      ->delimiter(',');
+      ->delimiter(',')
+      ->transform(number<int64_t>({-1}));
   auto* banks = app.add_option("--banks", options.banks, "a grafted .pt: its adapters take the place of the package's");
   auto* model = app.add_option("--model", options.model, "the MODEL.pt that the package was made of, to compare sizes");
   banks->needs(model);
-  app.add_option("--threads", options.threads, "threads for each operator (libtorch's default)")
-      ->check(CLI::PositiveNumber);
-  app.add_option("--repeat", options.repeat, "also time this many passes")->check(CLI::NonNegativeNumber);
+  add_number(app, "--threads", options.threads, "threads for each operator (libtorch's default)", 1);
+  add_number(app, "--repeat", options.repeat, "also time this many passes", 0);
   app.add_option("--output", options.output, "write output and gates in full precision to this JSON file");
 }
 

@@ -1,6 +1,7 @@
 // An HTTP server for one base model and any number of adapters, without Python: libtorch, libtorchgraft.so and
 // libtorchgraft_patch.so.
 
+#include "../number_option.h"
 #include "adapter_store.h"
 #include "http_server.h"
 #include "log.h"
@@ -44,6 +45,8 @@ struct Options {
   HttpLimits http;
 };
 
+constexpr int64_t kLongestWait = 3'600'000'000;  // an hour, in microseconds
+
 void declare(CLI::App& app, Options& options) {
   app.option_defaults()->always_capture_default();  // --help shows them
   app.add_option("MODEL.pt", options.model, "a TorchScript text encoder, grafted or not")->required();
@@ -57,46 +60,37 @@ void declare(CLI::App& app, Options& options) {
       ->default_str("")
       ->check(CLI::ExistingFile);
   app.add_option("--address", options.address, "IPv4 address to listen on");
-  app.add_option("--port", options.port, "0: any free port");
-  app.add_option("--capacity", options.pool.capacity, "adapters in memory at once")->check(CLI::PositiveNumber);
-  app.add_option("--max-adapter-bytes", options.pool.max_row_bytes,
-                 "memory that one adapter may take; the pool takes as much for each of --capacity")
-      ->check(CLI::PositiveNumber);
-  app.add_option("--max-adapter-file-bytes", options.adapter_file_bytes, "of an adapter's file of weights")
-      ->check(CLI::PositiveNumber);
+  add_number(app, "--port", options.port, "0: any free port");
+  add_number(app, "--capacity", options.pool.capacity, "adapters in memory at once", 1);
+  add_number(app, "--max-adapter-bytes", options.pool.max_row_bytes,
+             "memory that one adapter may take; the pool takes as much for each of --capacity", 1);
+  add_number(app, "--max-adapter-file-bytes", options.adapter_file_bytes, "of an adapter's file of weights", 1);
   app.add_option("--gate-pooling", options.pool.graft.gate_pooling,
                  "over which tokens gates are means, whatever the adapters were trained with; an answer of \"all\" "
                  "depends on its batch's padding (default: as each adapter's directory says; all for AdapterHub's)")
       ->check(CLI::IsMember({"unpadded", "all"}));
-  app.add_option("--threads", options.threads, "threads for each forward pass (libtorch's default)")
-      ->default_str("")
-      ->check(CLI::PositiveNumber);
-  app.add_option("--workers", options.service.workers, "forward passes at once")->check(CLI::Range(1, 64));
-  app.add_option("--max-batch", options.service.batch.rows, "rows in a batch")->check(CLI::PositiveNumber);
-  app.add_option("--max-batch-tokens", options.service.batch.tokens,
-                 "tokens in a batch, padding included; a single request may have more")
-      ->check(CLI::PositiveNumber);
-  app.add_option("--max-wait-us", options.wait_us, "microseconds that a request waits for others to share its batch")
-      ->check(CLI::NonNegativeNumber);
-  app.add_option("--max-queue", options.service.batch.queued_rows,
-                 "rows that may wait, at least --max-batch; more get 503")
-      ->check(CLI::PositiveNumber);
-  app.add_option("--max-tokens", options.service.tokens, "tokens in a row")->check(CLI::PositiveNumber);
-  app.add_option("--vocabulary", options.service.vocabulary,
-                 "tokens that the model knows, if its graph does not show it")
-      ->default_str("")
-      ->check(CLI::PositiveNumber);
-  app.add_option("--pad-id", options.service.pad_id, "the token behind the end of shorter rows");
-  app.add_option("--max-body", options.http.body_bytes, "bytes of a request")->check(CLI::PositiveNumber);
-  app.add_option("--max-unfinished-bytes", options.http.unfinished_bytes,
-                 "of all requests together whose ends have not come; more get 503")
-      ->check(CLI::PositiveNumber);
-  app.add_option("--max-connections", options.http.connections, "fewer where the limit of open files is lower")
-      ->check(CLI::PositiveNumber);
-  app.add_option("--idle-seconds", options.http.idle_seconds, "after which the server closes a silent connection")
-      ->check(CLI::PositiveNumber);
-  app.add_option("--drain-seconds", options.drain_seconds,
-                 "how long SIGTERM waits for requests under way; those that still wait then get 503");
+  add_number(app, "--threads", options.threads, "threads for each forward pass (libtorch's default)", 1)
+      ->default_str("");
+  add_number(app, "--workers", options.service.workers, "forward passes at once", 1, 64);
+  add_number(app, "--max-batch", options.service.batch.rows, "rows in a batch", 1);
+  add_number(app, "--max-batch-tokens", options.service.batch.tokens,
+             "tokens in a batch, padding included; a single request may have more", 1);
+  add_number(app, "--max-wait-us", options.wait_us, "microseconds that a request waits for others to share its batch",
+             0, kLongestWait);
+  add_number(app, "--max-queue", options.service.batch.queued_rows,
+             "rows that may wait, at least --max-batch; more get 503", 1);
+  add_number(app, "--max-tokens", options.service.tokens, "tokens in a row", 1);
+  add_number(app, "--vocabulary", options.service.vocabulary,
+             "tokens that the model knows, if its graph does not show it", 1)
+      ->default_str("");
+  add_number(app, "--pad-id", options.service.pad_id, "the token behind the end of shorter rows", 0);
+  add_number(app, "--max-body", options.http.body_bytes, "bytes of a request", 1);
+  add_number(app, "--max-unfinished-bytes", options.http.unfinished_bytes,
+             "of all requests together whose ends have not come; more get 503", 1);
+  add_number(app, "--max-connections", options.http.connections, "fewer where the limit of open files is lower", 1);
+  add_number(app, "--idle-seconds", options.http.idle_seconds, "after which the server closes a silent connection", 1);
+  add_number(app, "--drain-seconds", options.drain_seconds,
+             "how long SIGTERM waits for requests under way; those that still wait then get 503");
 }
 
 void check(const Options& options) {

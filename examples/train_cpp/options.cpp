@@ -1,5 +1,7 @@
 #include "options.h"
 
+#include "../number_option.h"
+
 #include <set>
 
 namespace {
@@ -11,9 +13,8 @@ void declare_data(CLI::App& app, DataOptions& data) {
       ->delimiter(',')
       ->required();
   auto* file = app.add_option("--validation", data.validation, "a file like EXAMPLES that decides which epoch to keep");
-  app.add_option("--validation-fraction", data.validation_fraction,
-                 "instead of a file: this share of EXAMPLES, drawn by --seed")
-      ->check(CLI::Range(0.0, 0.9))
+  add_number(app, "--validation-fraction", data.validation_fraction,
+             "instead of a file: this share of EXAMPLES, drawn by --seed", 0.0, 0.9)
       ->excludes(file);
 }
 
@@ -28,34 +29,27 @@ void declare_adapter(CLI::App& app, Options& options) {
   app.add_option("--pooling", adapter.pooling, "what the head sees; the adapters library knows \"first\" only")
       ->check(CLI::IsMember({"first", "mean", "last"}))
       ->capture_default_str();
-  app.add_option("--head-layers", adapter.head_layers)->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--head-dropout", adapter.head_dropout)->check(CLI::Range(0.0, 0.99))->capture_default_str();
+  add_number(app, "--head-layers", adapter.head_layers, "", 1)->capture_default_str();
+  add_number(app, "--head-dropout", adapter.head_dropout, "", 0, 0.99)->capture_default_str();
   app.add_option("--model-class", options.model_class, "the class of the adapters library that will load the result")
       ->capture_default_str();
 }
 
 void declare_training(CLI::App& app, TrainingOptions& training) {
-  app.add_option("--epochs", training.epochs)->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--batch-size", training.batch_size)->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--accumulate", training.accumulate, "batches that make one step")
-      ->check(CLI::PositiveNumber)
+  add_number(app, "--epochs", training.epochs, "", 1)->capture_default_str();
+  add_number(app, "--batch-size", training.batch_size, "", 1)->capture_default_str();
+  add_number(app, "--accumulate", training.accumulate, "batches that make one step", 1)->capture_default_str();
+  add_number(app, "--learning-rate", training.learning_rate, "at the end of the warm-up; it then falls to 0", 0)
       ->capture_default_str();
-  app.add_option("--learning-rate", training.learning_rate, "at the end of the warm-up; it then falls to 0")
-      ->check(CLI::NonNegativeNumber)
+  add_number(app, "--weight-decay", training.weight_decay, "", 0)->capture_default_str();
+  add_number(app, "--warmup", training.warmup, "share of all steps in which the rate rises", 0.0, 1.0)
       ->capture_default_str();
-  app.add_option("--weight-decay", training.weight_decay)->check(CLI::NonNegativeNumber)->capture_default_str();
-  app.add_option("--warmup", training.warmup, "share of all steps in which the rate rises")
-      ->check(CLI::Range(0.0, 1.0))
+  add_number(app, "--clip", training.clip, "largest norm of all gradients; 0: any", 0)->capture_default_str();
+  add_number(app, "--patience", training.patience,
+             "stop after so many epochs without a lower validation loss; 0: never", 0)
       ->capture_default_str();
-  app.add_option("--clip", training.clip, "largest norm of all gradients; 0: any")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  app.add_option("--patience", training.patience, "stop after so many epochs without a lower validation loss; 0: never")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  app.add_option("--seed", training.seed)->capture_default_str();
-  app.add_option("--checkpoint-every", training.checkpoint_every, "steps; one is also written after each epoch")
-      ->check(CLI::PositiveNumber)
+  add_number(app, "--seed", training.seed, "")->capture_default_str();
+  add_number(app, "--checkpoint-every", training.checkpoint_every, "steps; one is also written after each epoch", 1)
       ->capture_default_str();
 }
 
@@ -68,8 +62,7 @@ void declare(CLI::App& app, Options& options) {
   declare_adapter(app, options);
   declare_training(app, options.training);
   app.add_flag("--restart", options.restart, "start anew where --output has a checkpoint, instead of going on");
-  app.add_option("--threads", options.threads, "threads for each operator (libtorch's default)")
-      ->check(CLI::PositiveNumber);
+  add_number(app, "--threads", options.threads, "threads for each operator (libtorch's default)", 1);
 }
 
 void check(const Options& options) {

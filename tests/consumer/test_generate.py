@@ -139,6 +139,9 @@ def test_a_seed_gives_the_same_tokens_and_top_k_1_the_likeliest(generate: Path, 
         ("grafted.pt", None, ["--max-new-tokens", "50"], "index out of range"),
         ("grafted.pt", None, ["--top-k", "5"], "--top-k"),
         ("grafted.pt", None, ["--nosuch", "5"], "(generate --help)"),
+        ("grafted.pt", None, ["--temperature", "0"], "--temperature: expected a number above 0, got 0 ("),
+        ("grafted.pt", None, ["--top-p", "nan"], "--top-p: expected a number from 1e-09 to 1, got nan ("),
+        ("grafted.pt", None, ["--stop", "2,-3"], "--stop: expected an integer from 0, got -3 ("),
     ],
 )
 def test_errors_are_one_line(

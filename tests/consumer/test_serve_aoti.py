@@ -84,6 +84,7 @@ FAULTS = {
     ),
     "no ids": ([], "the package takes adapter_ids: give one for each row"),
     "no option": (["--adapter-ids", "1,0,-1,1", "--nosuch"], "(serve_aoti --help)"),
+    "no number": (["--repeat", "-1"], "--repeat: expected an integer from 0, got -1 (serve_aoti --help)"),
     "no model": (["--adapter-ids", "1,0,-1,1", "--banks", "other.pt"], "--model"),
 }
 

@@ -93,7 +93,7 @@ def test_help_shows_defaults(server_program):
                    "max-connections", "idle-seconds", "drain-seconds", "port", "max-adapter-bytes"):  # fmt: skip
         part = shown.split(f"--{option} ")[1].split(" --")[0]
         assert re.search(r"=\d+ |\[\d+\]", part), option  # by CLI11's version
-    assert "127.0.0.1" in shown and "[]" not in shown and "--threads INT:POSITIVE threads" in shown
+    assert "127.0.0.1" in shown and "[]" not in shown and "--threads INT:from 1 threads" in shown
 
 
 def test_an_adapter_of_the_folder_with_a_name_of_the_file_is_named(server_program, models, own_adapters, tmp_path):
@@ -309,8 +309,14 @@ def test_adapters_in_memory_are_served_while_the_folder_is_away(server_program, 
         (["--adapters", "nowhere"], "--adapters: Directory does not exist: nowhere"),
         ([], "--adapters: base.pt has no adapters; give the folder of some"),
         (["--adapters", "adapters", "--nosuch"], "--nosuch"),
-        (["--adapters", "adapters", "--capacity", "0"], "--capacity"),
-        (["--adapters", "adapters", "--port", "many"], "--port"),
+        (["--adapters", "adapters", "--capacity", "0"], "--capacity: expected an integer from 1, got 0 ("),
+        (["--capacity", "9" * 20], "--capacity: expected an integer from 1 to 9223372036854775807, got 9999999999999"),
+        (["--capacity", "0x10"], "--capacity: expected an integer from 1, got 0x10 ("),
+        (["--workers", "65"], "--workers: expected an integer from 1 to 64, got 65 ("),
+        (["--port", "many"], "--port: expected an integer from 0, got many ("),
+        (["--port", "65536"], "--port: expected an integer from 0 to 65535, got 65536 ("),
+        (["--drain-seconds", "-1"], "--drain-seconds: expected an integer from 0, got -1 ("),
+        (["--max-wait-us", "9223372036854775807"], "--max-wait-us: expected an integer from 0 to 3600000000, got 92"),
         (["--adapters", "adapters", "--max-queue", "8"], "--max-queue"),
     ],
 )

@@ -271,6 +271,8 @@ EMPTY = {key: value[:0] for key, value in make_examples(3, 0).items()}
         (changed(), ("--validation-fraction", 0.01), "leaves one side of the split empty"),
         (changed(), ("--patience", 1), "--patience"),
         (changed(), ("--nosuch", 1), "(train_cpp --help)"),
+        (changed(), ("--head-dropout", 1.5), "--head-dropout: expected a number from 0 to 0.99, got 1.5 ("),
+        (changed(), ("--seed", -1), "--seed: expected an integer from 0, got -1 ("),
         (changed(), ("--adapter", "not.a.name"), "not.a.name"),
     ],
 )
