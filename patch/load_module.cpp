@@ -1,11 +1,13 @@
 #include <torchgraft/patch/load_module.h>
 
 #include <torchgraft/patch/module/pickle_tensors.h>
+#include <torchgraft/registration/error_text.h>
 
 #include <caffe2/serialize/inline_container.h>
 #include <torch/csrc/jit/serialization/import.h>
 
 #include <array>
+#include <exception>
 #include <filesystem>
 #include <fstream>
 #include <optional>
@@ -90,8 +92,12 @@ void check_tensor_records(const std::string& path) {
 
 torch::jit::Module load_module(const std::string& path) {
   check_kind(path);
-  check_tensor_records(path);
-  return torch::jit::load(path, at::kCPU);
+  try {
+    check_tensor_records(path);
+    return torch::jit::load(path, at::kCPU);
+  } catch (const std::exception& error) {
+    TORCH_CHECK(false, path, ": not a TorchScript file that can be loaded (", one_line(error), ")");
+  }
 }
 
 }  // namespace torchgraft

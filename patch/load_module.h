@@ -10,7 +10,7 @@ namespace torchgraft {
 
 // Loads a TorchScript file onto the CPU. torch::jit::load() also takes a file that holds less of a tensor than its
 // shape says, and whoever uses the tensor reads other memory: such a file is an error here. A .pt is a program all the
-// same: load files of people whose programs you would run. Throws c10::Error.
+// same: load files of people whose programs you would run. Throws c10::Error that names the file.
 TORCHGRAFT_PATCH_API torch::jit::Module load_module(const std::string& path);
 
 // The check alone. Nothing in the file is run.

@@ -58,7 +58,8 @@ LAYERS: dict[str, tuple[str, str]] = {
     ),
     "patch/pool": ("patch/adapters patch/module", "ATen/ c10/ torch/csrc/jit/"),
     "patch": (
-        "config plan patch/graph patch/canonicalise patch/sites patch/adapters patch/insert patch/module patch/pool",
+        "registration/error_text.h config plan patch/graph patch/canonicalise patch/sites patch/adapters patch/insert "
+        "patch/module patch/pool",
         "ATen/ c10/ caffe2/serialize/ torch/csrc/jit/ nlohmann/ sys/ unistd.h",
     ),
     "python": (

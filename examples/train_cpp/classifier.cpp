@@ -5,24 +5,15 @@
 #include <torchgraft/patch/load_module.h>
 #include <torchgraft/patch/save_adapter.h>
 #include <torchgraft/patch/train.h>
-#include <torchgraft/registration/error_text.h>
 
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <filesystem>
 
 namespace {
 
 torch::jit::Module load(const std::string& path) {
-  TORCH_CHECK(std::filesystem::exists(path), path, ": no such file");
-  torch::jit::Module module;
-  try {
-    module = torchgraft::load_module(path);
-  } catch (const c10::Error& error) {
-    TORCH_CHECK(false, path, ": not a TorchScript file that this libtorch can read (", torchgraft::one_line(error),
-                ")");
-  }
+  torch::jit::Module module = torchgraft::load_module(path);
   module.eval();
   return module;
 }
