@@ -175,6 +175,7 @@ class Server:
         try:
             self._process.communicate(timeout=60)
             self.errors = self._logged()
+            assert "Sanitizer:" not in self.errors, self.errors  # else one that found something at the end went unseen
         except subprocess.TimeoutExpired:
             self._process.kill()
             raise
