@@ -10,21 +10,27 @@ constexpr int64_t kPadding = 0;  // any id: the mask hides it
 
 }  // namespace
 
-std::vector<Tokens> generate(Decoder& decoder, const std::vector<Tokens>& prompts, const GenerationOptions& options,
-                             const OnToken& on_token) {
+PaddedPrompts pad_prompts(const std::vector<Tokens>& prompts) {
   const auto rows = static_cast<int64_t>(prompts.size());
   size_t width = 0;
   for (const Tokens& prompt : prompts) {
     width = std::max(width, prompt.size());
   }
-  at::Tensor ids = torch::full({rows, static_cast<int64_t>(width)}, kPadding, torch::kLong);
-  at::Tensor real = torch::zeros({rows, static_cast<int64_t>(width)}, torch::kBool);
+  const at::Tensor ids = torch::full({rows, static_cast<int64_t>(width)}, kPadding, torch::kLong);
+  const at::Tensor real = torch::zeros({rows, static_cast<int64_t>(width)}, torch::kBool);
   for (int64_t row = 0; row < rows; ++row) {
     const auto begin = static_cast<int64_t>(width - prompts[row].size());
     ids[row].slice(0, begin).copy_(torch::tensor(prompts[row], torch::kLong));
     real[row].slice(0, begin).fill_(true);
   }
-  Decoder::State state = decoder.start(rows, options.adapter_ids);
+  return {ids, real};
+}
+
+std::vector<Tokens> generate(const Decoder& decoder, const std::vector<Tokens>& prompts,
+                             const GenerationOptions& options, const OnToken& on_token) {
+  const auto rows = static_cast<int64_t>(prompts.size());
+  auto [ids, real] = pad_prompts(prompts);
+  DecoderState state = decoder.start(rows, options.adapter_ids);
   Sampler sampler(options.sampling, rows);
   std::vector<Tokens> result(prompts.size());
   std::vector<bool> is_done(prompts.size(), false);

@@ -15,9 +15,16 @@ struct GenerationOptions {
   std::vector<int64_t> adapter_ids;  // one for each prompt; empty: the active adapter
 };
 
+// Prompts of one batch, padded on the left.
+struct PaddedPrompts {
+  at::Tensor ids;   // int64 [B, S]
+  at::Tensor real;  // bool [B, S]: which tokens are no padding
+};
+PaddedPrompts pad_prompts(const std::vector<Tokens>& prompts);
+
 // Called for each new token as soon as it is known.
 using OnToken = std::function<void(int64_t row, int64_t token)>;
 
-// The new tokens of each prompt. Prompts of one batch are padded on the left.
-std::vector<Tokens> generate(Decoder& decoder, const std::vector<Tokens>& prompts, const GenerationOptions& options,
-                             const OnToken& on_token);
+// The new tokens of each prompt.
+std::vector<Tokens> generate(const Decoder& decoder, const std::vector<Tokens>& prompts,
+                             const GenerationOptions& options, const OnToken& on_token);

@@ -9,10 +9,12 @@
 #include <torchgraft/registration/error_text.h>
 
 #include <ATen/Parallel.h>
+#include <torch/script.h>
 
 #include <CLI/CLI.hpp>
 #include <iostream>
 #include <limits>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -85,9 +87,13 @@ void run(Options& options) {
   options.generation.sampling.greedy = !options.sample;
   options.generation.stop.insert(options.stop.begin(), options.stop.end());
   const std::vector<Tokens> prompts = read_prompts(options.prompts);
-  Decoder decoder(options.model, options.form);
+  torch::jit::Module module = load_decoder(options.model);
+  const Decoder decoder(module, options.model, options.form);
   if (!options.adapter.empty()) {
-    decoder.activate(options.adapter);
+    if (!module.find_method("activate")) {
+      throw std::runtime_error(options.model + ": the model has no adapters; graft some onto it with torchgraft add");
+    }
+    module.run_method("activate", options.adapter);
   }
   const std::vector<Tokens> tokens = generate(decoder, prompts, options.generation, [&](int64_t row, int64_t token) {
     if (options.stream) {

@@ -2,16 +2,20 @@
 """Asks the server about texts: tokenises them here, with the tokenizer of the model, and sends token ids.
 
     client.py --tokenizer tokenizer.json [--adapter NAME] [--url http://127.0.0.1:8080] TEXT...
+    client.py --tokenizer tokenizer.json --max-new-tokens 40 [--stream] TEXT...
 
-Prints one line of JSON for each text: of an adapter with a head the logits, by label if its labels have names, else the
-hidden state, of the first token or as --pooling says. Needs the package `tokenizers`.
+Prints one line of JSON for each text: of an adapter with a head the logits, by label if its labels have names, else
+the hidden state, of the first token or as --pooling says. With --max-new-tokens: what a decoder writes behind the text;
+with --stream as text, as soon as it is known. Needs the package `tokenizers`.
 """
 
 import argparse
+import http.client
 import json
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 
 from tokenizers import Tokenizer
 
@@ -41,11 +45,41 @@ def predict(
     tokenizer.no_padding()  # the server pads, and knows what is padding
     ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
     body = {"adapter": adapter, "input_ids": ids} | ({"pooling": pooling} if pooling else {})
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(url + "/v1/predict", json.dumps(body).encode(), headers)
+    with _opened(url + "/v1/predict", body) as response:
+        return json.load(response)
+
+
+def generate(url: str, tokenizer: Tokenizer, text: str, adapter: str | None = None, **how: object) -> Iterator[str]:
+    """Yields what a decoder writes behind the text, piece by piece.
+
+    Args:
+        how: fields of the request: max_new_tokens, stop, do_sample, temperature, top_k, top_p, seed.
+
+    Raises:
+        ServerError: the server refused, or the sequence failed; OSError: it cannot be reached.
+    """
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    body = {"adapter": adapter, "input_ids": tokenizer.encode(text).ids, "stream": True, **how}
+    tokens: list[int] = []
+    written = ""
+    with _opened(url + "/v1/generate", body) as response:
+        for line in response:
+            data = json.loads(line.removeprefix(b"data: ")) if line.startswith(b"data: ") else {}
+            if "error" in data:
+                raise ServerError(f"{data['error']['status']}: {data['error']['message']}")
+            tokens += [data["token"]] if "token" in data else []
+            whole = tokenizer.decode(tokens)
+            # A character of several tokens is no character before its last one.
+            if whole.startswith(written) and (not whole.endswith("\ufffd") or "finish_reason" in data):
+                yield whole[len(written) :]
+                written = whole
+
+
+def _opened(url: str, body: dict) -> http.client.HTTPResponse:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return json.load(response)
+        return urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as error:
         raise ServerError(f"{error.code}: {json.load(error)['error']['message']}") from error
 
@@ -66,7 +100,7 @@ def results(answer: dict) -> list[dict]:
     return [{"logits": named(logits, answer.get("labels"))} for logits in answer["logits"]]
 
 
-def main() -> int:
+def declared_arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", nargs="+", metavar="TEXT")
     parser.add_argument("--tokenizer", required=True, help="the model's tokenizer.json")
@@ -74,19 +108,50 @@ def main() -> int:
     parser.add_argument("--url", default="http://127.0.0.1:8080")
     parser.add_argument("--pooling", choices=["first", "mean"])
     parser.add_argument("--most", type=int, default=512, help="tokens of a text; longer ones are cut")
+    writing = parser.add_argument_group("of a decoder")
+    writing.add_argument("--max-new-tokens", type=int, help="how many tokens to write behind each text")
+    writing.add_argument("--stop", type=int, nargs="+", default=[], metavar="ID", help="tokens that end a text")
+    writing.add_argument("--temperature", type=float, help="draw tokens; this divides the logits")
+    writing.add_argument("--top-k", type=int, help="draw among so many tokens")
+    writing.add_argument("--top-p", type=float, help="draw among the likeliest tokens of this probability")
+    writing.add_argument("--seed", type=int, help="draw tokens, with these random numbers")
+    writing.add_argument("--stream", action="store_true", help="print text as soon as it is known")
+    return parser
+
+
+def print_written(tokenizer: Tokenizer, arguments: argparse.Namespace) -> None:
+    drawing = {key: getattr(arguments, key) for key in ("temperature", "top_k", "top_p", "seed")}
+    how = {key: value for key, value in drawing.items() if value is not None}
+    how |= {"do_sample": True} if how else {}
+    how |= {"max_new_tokens": arguments.max_new_tokens, "stop": arguments.stop}
+    for text in arguments.texts:
+        pieces = []
+        for piece in generate(arguments.url, tokenizer, text, arguments.adapter, **how):
+            pieces.append(piece)
+            if arguments.stream:
+                print(piece, end="", flush=True)
+        print("" if arguments.stream else json.dumps({"text": text, "written": "".join(pieces)}, ensure_ascii=False))
+
+
+def print_predicted(tokenizer: Tokenizer, arguments: argparse.Namespace) -> None:
+    how = (arguments.adapter, arguments.pooling, arguments.most)
+    answer = predict(arguments.url, tokenizer, arguments.texts, *how)
+    for text, result in zip(arguments.texts, results(answer), strict=True):
+        print(json.dumps({"text": text, **result}, ensure_ascii=False))
+
+
+def main() -> int:
+    parser = declared_arguments()
     arguments = parser.parse_args()
     try:
         tokenizer = Tokenizer.from_file(arguments.tokenizer)
     except Exception as error:  # the library raises no class of its own
         parser.error(f"{arguments.tokenizer}: {error}")
     try:
-        how = (arguments.adapter, arguments.pooling, arguments.most)
-        answer = predict(arguments.url, tokenizer, arguments.texts, *how)
+        (print_predicted if arguments.max_new_tokens is None else print_written)(tokenizer, arguments)
     except (ServerError, OSError) as error:
         print(f"client.py: {error}", file=sys.stderr)
         return 1
-    for text, result in zip(arguments.texts, results(answer), strict=True):
-        print(json.dumps({"text": text, **result}, ensure_ascii=False))
     return 0
 
 

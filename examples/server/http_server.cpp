@@ -1,22 +1,23 @@
 #include "http_server.h"
 
+#include "http_framing.h"
+
 #include <arpa/inet.h>
 #include <microhttpd.h>
 #include <netinet/in.h>
 #include <poll.h>
+#include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <array>
-#include <cctype>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <stdexcept>
-#include <string_view>
 #include <utility>
 
 namespace {
@@ -27,62 +28,6 @@ constexpr size_t kMostDiscarded = size_t{1} << 30;
 
 // Leaves the escapes of an address as they are: no name here needs one, and %00 would cut a name short.
 size_t no_escapes(void*, MHD_Connection*, char* text) { return std::strlen(text); }
-
-// What a request's headers say of where its body ends.
-struct Framing {
-  int headers = 0;
-  int lengths = 0;
-  int encodings = 0;
-  std::string fault;  // of a name or a value
-};
-
-bool is_token(std::string_view name) {
-  constexpr std::string_view kMarks = "!#$%&'*+-.^_`|~";
-  return !name.empty() && std::all_of(name.begin(), name.end(), [&](unsigned char c) {
-    return (c < 0x80 && std::isalnum(c)) || kMarks.find(static_cast<char>(c)) != std::string_view::npos;
-  });
-}
-
-bool is_same_name(std::string_view a, std::string_view b) {
-  return std::equal(a.begin(), a.end(), b.begin(), b.end(),
-                    [](unsigned char x, unsigned char y) { return std::tolower(x) == std::tolower(y); });
-}
-
-bool has_control(std::string_view value) {
-  return std::any_of(value.begin(), value.end(), [](unsigned char c) { return (c < ' ' && c != '\t') || c == 0x7f; });
-}
-
-MHD_Result read_header(void* framing, MHD_ValueKind, const char* key, const char* text) {
-  auto& result = *static_cast<Framing*>(framing);
-  const std::string_view name = key ? key : "";
-  const std::string_view value = text ? text : "";
-  ++result.headers;
-  if (!is_token(name)) {
-    result.fault = "expected a header's name without spaces and marks before its colon";
-  } else if (has_control(value)) {  // a carriage return, where another reader may see the end of the line
-    result.fault = "expected a header's value without control characters";
-  } else if (is_same_name(name, MHD_HTTP_HEADER_CONTENT_LENGTH)) {
-    ++result.lengths;
-    if (value.empty() || !std::all_of(value.begin(), value.end(), [](unsigned char c) { return std::isdigit(c); })) {
-      result.fault = "expected Content-Length to be a number";
-    }
-  } else if (is_same_name(name, MHD_HTTP_HEADER_TRANSFER_ENCODING)) {
-    ++result.encodings;
-    if (!is_same_name(value, "chunked")) {
-      result.fault = "expected Transfer-Encoding to be chunked";
-    }
-  }
-  return MHD_YES;
-}
-
-// Why nobody can say for sure where the body ends; empty if all can. A proxy before this server may choose another end
-// than libmicrohttpd: what it takes for a body would then be the next client's request.
-std::string framing_fault(const Framing& framing) {
-  if (framing.lengths + framing.encodings > 1) {
-    return "expected Content-Length or Transfer-Encoding, and once";
-  }
-  return framing.fault;
-}
 
 }  // namespace
 
@@ -96,11 +41,14 @@ struct HttpServer::Exchange {
   HttpServer& server;
   MHD_Connection* connection;
   HttpRequest request;
-  std::optional<HttpResponse> response;
-  std::optional<HttpResponse> refusal;  // known before the body has come to its end
+  std::optional<HttpResponse> response = std::nullopt;
+  std::optional<HttpResponse> refusal = std::nullopt;  // known before the body has come to its end
   size_t received = 0;
   size_t held = 0;  // bytes of HttpServer::unfinished_
   bool dispatched = false;
+  bool is_watched = false;
+
+  int socket() const { return MHD_get_connection_info(connection, MHD_CONNECTION_INFO_CONNECTION_FD)->connect_fd; }
 
   // Counts the body's memory among that of unfinished requests, or no longer.
   void hold(size_t bytes) {
@@ -116,6 +64,12 @@ struct HttpServer::Exchange {
 };
 
 namespace {
+
+// What libmicrohttpd reads a stream by.
+struct StreamReader {
+  std::shared_ptr<HttpStream> stream;
+  std::function<ssize_t(char* to, size_t most)> read;
+};
 
 // A handler's hold on a request: answers when told to, at the latest in its destructor.
 class Ticket {
@@ -143,11 +97,63 @@ class Ticket {
 
 }  // namespace
 
+void HttpStream::write(const std::string& text) {
+  const std::lock_guard lock(mutex_);
+  if (!is_closed_) {
+    text_ += text;
+    wake_reader();
+  }
+}
+
+void HttpStream::close() {
+  const std::lock_guard lock(mutex_);
+  is_closed_ = true;
+  wake_reader();
+}
+
+// The caller holds mutex_.
+void HttpStream::wake_reader() {
+  if (resume_) {
+    std::exchange(resume_, nullptr)();
+  }
+}
+
 // What libmicrohttpd calls, on its thread.
 struct HttpServer::Callbacks {
+  // The next bytes of a stream. Where there are none yet, the connection waits until somebody writes some.
+  static ssize_t read_stream(Exchange& exchange, HttpStream& stream, char* to, size_t most) {
+    const std::lock_guard lock(stream.mutex_);
+    if (!stream.text_.empty()) {
+      const size_t size = std::min(most, stream.text_.size());
+      std::copy_n(stream.text_.data(), size, to);
+      stream.text_.erase(0, size);
+      return static_cast<ssize_t>(size);
+    }
+    if (stream.is_closed_) {
+      return MHD_CONTENT_READER_END_OF_STREAM;
+    }
+    stream.resume_ = [&exchange] { exchange.server.resume_later(exchange); };
+    MHD_suspend_connection(exchange.connection);
+    return 0;
+  }
+
+  static MHD_Response* create_response(Exchange& exchange, const HttpResponse& response) {
+    if (!response.stream) {
+      return MHD_create_response_from_buffer(response.body.size(), const_cast<char*>(response.body.data()),
+                                             MHD_RESPMEM_MUST_COPY);
+    }
+    constexpr size_t kBlock = 4096;
+    auto* reader = new StreamReader{response.stream, [&exchange, &stream = *response.stream](char* to, size_t most) {
+                                      return read_stream(exchange, stream, to, most);
+                                    }};
+    return MHD_create_response_from_callback(
+        MHD_SIZE_UNKNOWN, kBlock,
+        [](void* self, uint64_t, char* to, size_t most) { return static_cast<StreamReader*>(self)->read(to, most); },
+        reader, [](void* self) { delete static_cast<StreamReader*>(self); });
+  }
+
   static MHD_Result queue(Exchange& exchange, const HttpResponse& response, bool close = false) {
-    MHD_Response* reply = MHD_create_response_from_buffer(response.body.size(), const_cast<char*>(response.body.data()),
-                                                          MHD_RESPMEM_MUST_COPY);
+    MHD_Response* reply = create_response(exchange, response);
     if (!reply) {
       return MHD_NO;
     }
@@ -166,10 +172,9 @@ struct HttpServer::Callbacks {
   // The headers are there. The server reads nothing more of a request that it refuses here.
   static MHD_Result begin(HttpServer& server, MHD_Connection* connection, const char* url, const char* method,
                           void** state) {
-    auto* exchange = new Exchange{server, connection, {method, url, ""}, std::nullopt, std::nullopt};
+    auto* exchange = new Exchange{server, connection, {method, url, "", std::make_shared<HttpClient>()}};
     *state = exchange;
-    Framing framing;
-    MHD_get_connection_values(connection, MHD_HEADER_KIND, &read_header, &framing);
+    const Framing framing = read_framing(connection);
     if (const std::string fault = framing_fault(framing); !fault.empty()) {
       return queue(*exchange, error_response(400, fault), /*close=*/true);
     }
@@ -205,24 +210,24 @@ struct HttpServer::Callbacks {
 
   static void dispatch(Exchange& exchange) {
     const auto answer = [&exchange](HttpResponse response) {
-      HttpServer& server = exchange.server;
       exchange.response = std::move(response);
-      {
-        const std::lock_guard lock(server.mutex_);
-        server.answered_.push_back(&exchange);
-      }
-      server.wake();
+      exchange.server.resume_later(exchange);
     };
     exchange.hold(0);
     MHD_suspend_connection(exchange.connection);
     exchange.dispatched = true;
     ++exchange.server.in_flight_;
+    const std::shared_ptr<HttpClient> client = exchange.request.client;
     const auto ticket = std::make_shared<Ticket>(answer, exchange.server.draining_);
     try {
       exchange.server.handler_(std::move(exchange.request),
                                [ticket](HttpResponse response) { ticket->respond(std::move(response)); });
     } catch (const std::exception& error) {
       ticket->respond(error_response(500, error.what()));
+    }
+    exchange.request.client = client;
+    if (client->is_watched_) {
+      exchange.server.watch(exchange);
     }
   }
 
@@ -259,6 +264,12 @@ struct HttpServer::Callbacks {
   static void completed(void* self, MHD_Connection*, void** state, MHD_RequestTerminationCode) {
     if (auto* exchange = static_cast<Exchange*>(*state)) {
       exchange->hold(0);
+      if (exchange->request.client) {
+        exchange->request.client->is_gone_ = true;
+      }
+      if (exchange->is_watched) {
+        epoll_ctl(exchange->server.gone_, EPOLL_CTL_DEL, exchange->socket(), nullptr);
+      }
       if (exchange->dispatched) {
         --static_cast<HttpServer*>(self)->in_flight_;
       }
@@ -277,13 +288,14 @@ HttpServer::HttpServer(const std::string& address, uint16_t port, const HttpLimi
     throw std::runtime_error("expected an IPv4 address to listen on, got '" + address + "'");
   }
   wake_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+  gone_ = epoll_create1(EPOLL_CLOEXEC);
   daemon_ = MHD_start_daemon(MHD_USE_EPOLL | MHD_ALLOW_SUSPEND_RESUME, port, nullptr, nullptr, &Callbacks::access, this,
                              MHD_OPTION_SOCK_ADDR, reinterpret_cast<sockaddr*>(&where), MHD_OPTION_NOTIFY_COMPLETED,
                              &Callbacks::completed, this, MHD_OPTION_UNESCAPE_CALLBACK, &no_escapes, nullptr,
                              MHD_OPTION_CONNECTION_LIMIT, limits_.connections, MHD_OPTION_CONNECTION_TIMEOUT,
                              limits_.idle_seconds, MHD_OPTION_CONNECTION_MEMORY_LIMIT, limits_.header_bytes,
                              MHD_OPTION_LISTEN_BACKLOG_SIZE, 1024U, MHD_OPTION_STRICT_FOR_CLIENT, 1, MHD_OPTION_END);
-  if (!daemon_ || wake_ < 0) {
+  if (!daemon_ || wake_ < 0 || gone_ < 0) {
     throw std::runtime_error("cannot listen on " + address + ":" + std::to_string(port) + " (" + std::strerror(errno) +
                              ")");
   }
@@ -298,6 +310,7 @@ HttpServer::~HttpServer() {
   thread_.join();
   MHD_stop_daemon(daemon_);
   close(wake_);
+  close(gone_);
 }
 
 void HttpServer::stop_accepting() {
@@ -318,12 +331,38 @@ void HttpServer::serve() {
         close(listening);
       }
     }
+    find_gone();
     resume_answered();
     MHD_run(daemon_);
     wait_for_events();
   }
   resume_answered();
   MHD_run(daemon_);
+}
+
+// Lets the loop go on with a connection that is suspended. From any thread.
+void HttpServer::resume_later(Exchange& exchange) {
+  {
+    const std::lock_guard lock(mutex_);
+    answered_.push_back(&exchange);
+  }
+  wake();
+}
+
+// libmicrohttpd looks at no connection that is suspended, so that nobody would see its client go.
+void HttpServer::watch(Exchange& exchange) const {
+  epoll_event event = {};
+  event.events = EPOLLRDHUP | EPOLLONESHOT;
+  event.data.ptr = &exchange;
+  exchange.is_watched = epoll_ctl(gone_, EPOLL_CTL_ADD, exchange.socket(), &event) == 0;
+}
+
+void HttpServer::find_gone() const {
+  std::array<epoll_event, 64> events;
+  const int count = epoll_wait(gone_, events.data(), static_cast<int>(events.size()), 0);
+  for (int i = 0; i < count; ++i) {
+    static_cast<Exchange*>(events[static_cast<size_t>(i)].data.ptr)->request.client->is_gone_ = true;
+  }
 }
 
 void HttpServer::resume_answered() {
@@ -344,7 +383,7 @@ void HttpServer::wait_for_events() const {
   if (MHD_get_timeout(daemon_, &timeout) != MHD_YES) {
     timeout = kLongestWait;
   }
-  std::array<pollfd, 2> waiting = {pollfd{events_, POLLIN, 0}, pollfd{wake_, POLLIN, 0}};
+  std::array<pollfd, 3> waiting = {pollfd{events_, POLLIN, 0}, pollfd{wake_, POLLIN, 0}, pollfd{gone_, POLLIN, 0}};
   poll(waiting.data(), waiting.size(), static_cast<int>(std::min(timeout, kLongestWait)));
   eventfd_t ignored = 0;
   eventfd_read(wake_, &ignored);

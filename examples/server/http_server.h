@@ -13,16 +13,49 @@
 struct MHD_Connection;
 struct MHD_Daemon;
 
+// Whoever waits for an answer. Any thread may call it.
+class HttpClient {
+ public:
+  // Only of clients that are watched: whether the client has closed the connection, or its own side of it.
+  bool is_gone() const { return is_gone_; }
+
+  // A handler calls it, before it returns: the server then sees the client go.
+  void watch() { is_watched_ = true; }
+
+ private:
+  friend class HttpServer;
+  std::atomic<bool> is_gone_{false};
+  std::atomic<bool> is_watched_{false};
+};
+
 struct HttpRequest {
   std::string method;
   std::string path;  // without the query
   std::string body;
+  std::shared_ptr<HttpClient> client;
+};
+
+// The body of an answer that is written bit by bit. Any thread may call it. It holds what the client has not taken yet.
+class HttpStream {
+ public:
+  void write(const std::string& text);
+  void close();  // the body ends behind what was written
+
+ private:
+  friend class HttpServer;
+  void wake_reader();
+
+  std::mutex mutex_;
+  std::string text_;
+  bool is_closed_ = false;
+  std::function<void()> resume_;  // while the connection waits for text
 };
 
 struct HttpResponse {
   int status = 200;
   std::string body;
   std::string content_type = "application/json";
+  std::shared_ptr<HttpStream> stream = nullptr;  // in place of `body`; somebody must close it
 };
 
 // {"error": {"status": ..., "message": ...}}
@@ -72,6 +105,9 @@ class HttpServer {
   void wait_for_events() const;
   void wake() const;
   void resume_answered();
+  void resume_later(Exchange& exchange);
+  void watch(Exchange& exchange) const;
+  void find_gone() const;
 
   const HttpLimits limits_;
   const Handler handler_;
@@ -82,6 +118,7 @@ class HttpServer {
   MHD_Daemon* daemon_ = nullptr;
   int events_ = -1;  // libmicrohttpd's epoll
   int wake_ = -1;    // an eventfd
+  int gone_ = -1;    // an epoll of watched clients' connections
   uint16_t port_ = 0;
   std::mutex mutex_;
   std::vector<Exchange*> answered_;  // whose connections wait for the loop to go on with them

@@ -3,11 +3,14 @@
 
 #include "../number_option.h"
 #include "adapter_store.h"
+#include "background.h"
+#include "generate_service.h"
 #include "http_server.h"
 #include "log.h"
 #include "routes.h"
 #include "service.h"
 
+#include <torchgraft/patch/forward_inputs.h>
 #include <torchgraft/patch/load_module.h>
 #include <torchgraft/registration/error_text.h>
 
@@ -22,6 +25,7 @@
 #include <csignal>
 #include <cstdlib>
 #include <iostream>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -42,6 +46,8 @@ struct Options {
   int64_t wait_us = 2000;
   unsigned drain_seconds = 30;
   ServiceOptions service;
+  DecoderForm form;
+  GenerateOptions generate;
   HttpLimits http;
 };
 
@@ -49,7 +55,8 @@ constexpr int64_t kLongestWait = 3'600'000'000;  // an hour, in microseconds
 
 void declare(CLI::App& app, Options& options) {
   app.option_defaults()->always_capture_default();  // --help shows them
-  app.add_option("MODEL.pt", options.model, "a TorchScript text encoder, grafted or not")->required();
+  app.add_option("MODEL.pt", options.model, "a TorchScript text encoder, or a decoder with caches, grafted or not")
+      ->required();
   app.add_option("--adapters", options.adapters,
                  "folder of adapter directories, one for each name; a grafted model has adapters without one")
       ->check(CLI::ExistingDirectory);
@@ -79,7 +86,7 @@ void declare(CLI::App& app, Options& options) {
              0, kLongestWait);
   add_number(app, "--max-queue", options.service.batch.queued_rows,
              "rows that may wait, at least --max-batch; more get 503", 1);
-  add_number(app, "--max-tokens", options.service.tokens, "tokens in a row", 1);
+  add_number(app, "--max-tokens", options.service.tokens, "tokens in a row, with those that are written behind it", 1);
   add_number(app, "--vocabulary", options.service.vocabulary,
              "tokens that the model knows, if its graph does not show it", 1)
       ->default_str("");
@@ -91,6 +98,22 @@ void declare(CLI::App& app, Options& options) {
   add_number(app, "--idle-seconds", options.http.idle_seconds, "after which the server closes a silent connection", 1);
   add_number(app, "--drain-seconds", options.drain_seconds,
              "how long SIGTERM waits for requests under way; those that still wait then get 503");
+}
+
+void declare_generation(CLI::App& app, Options& options) {
+  DecoderForm& form = options.form;
+  const std::string shown = " (default: as the graph shows)";
+  add_number(app, "--heads", form.heads, "of a decoder: heads of keys and values" + shown, 1)->default_str("");
+  add_number(app, "--head-size", form.head_size, "of a decoder: the size of each head" + shown, 1)->default_str("");
+  add_number(app, "--layers", form.layers, "of a decoder: the length of a cache that is a list" + shown, 1)->default_str("");
+  add_number(app, "--max-positions", form.max_positions,
+             "of a decoder: how many tokens the model has positions for (default: not known; what has more fails)", 1)
+      ->default_str("");
+  app.add_flag("--mask-of-tokens", form.mask_of_tokens,
+               "of a decoder: the mask is [batch, tokens], 1 for real ones (else [batch, 1, queries, tokens], added to "
+               "the scores)");
+  add_number(app, "--max-cache-bytes", options.generate.cache_bytes,
+             "of keys and values of all sequences that run, with the copy that a step makes; others wait", 1);
 }
 
 void check(const Options& options) {
@@ -164,6 +187,65 @@ void end_after(std::chrono::seconds time) {
   }).detach();
 }
 
+// What the server serves: texts that an encoder reads, or texts that a decoder writes.
+struct Served {
+  std::optional<Service> predictions;
+  std::optional<GenerateService> generations;
+
+  void stop() {
+    if (predictions) {
+      predictions->stop();
+    }
+    if (generations) {
+      generations->stop();
+    }
+  }
+};
+
+// nullopt: the model reads texts. An encoder needs nothing but token ids, masks and types; what needs more is a decoder
+// if its layers keep keys and values.
+std::optional<DecoderForm> decoder_form(const torch::jit::Module& module, const DecoderForm& given) {
+  try {
+    const torchgraft::ForwardInputs inputs(module);
+  } catch (const c10::Error&) {
+    if (auto form = find_decoder_form(module, given)) {
+      return form;
+    }
+    throw;
+  }
+  if (given.heads > 0 || given.head_size > 0) {
+    throw CLI::ValidationError("--heads", "the model is an encoder of texts: its forward takes no cache");
+  }
+  return std::nullopt;
+}
+
+// The services in `served` hold rows that background jobs wait for: they end first.
+class Ending {
+ public:
+  Ending(Served& served, Background& background) : served_(served), background_(background) {}
+  Ending(const Ending&) = delete;
+  Ending& operator=(const Ending&) = delete;
+  ~Ending() { stop(); }
+  void stop() {
+    served_.stop();
+    background_.stop();
+  }
+
+ private:
+  Served& served_;
+  Background& background_;
+};
+
+GenerateOptions generate_options(const Options& options) {
+  GenerateOptions result = options.generate;
+  result.limits.rows = options.service.batch.rows;
+  result.limits.waiting = options.service.batch.queued_rows;
+  result.limits.prompt_tokens = static_cast<int64_t>(options.service.batch.tokens);
+  result.tokens = static_cast<int64_t>(options.service.tokens);
+  result.vocabulary = options.service.vocabulary;
+  return result;
+}
+
 torch::jit::Module load(const std::string& path) {
   torch::jit::Module module = torchgraft::load_module(path);
   module.eval();
@@ -185,11 +267,21 @@ void serve(const Options& options) {
   if (options.adapters.empty() && !is_grafted(module)) {
     throw CLI::ValidationError("--adapters", options.model + " has no adapters; give the folder of some");
   }
+  const std::optional<DecoderForm> form = decoder_form(module, options.form);
   AdapterStore store(module, options.adapters, options.pool, options.adapter_file_bytes);
   ServiceOptions service_options = options.service;
   service_options.batch.wait = std::chrono::microseconds(options.wait_us);
-  Service service(store, module, service_options);
-  Routes routes(service);
+  Metrics metrics;
+  Background background;
+  Served served;
+  Ending ending(served, background);
+  if (form) {
+    served.generations.emplace(store, background, metrics, module, *form, generate_options(options));
+  } else {
+    served.predictions.emplace(store, background, metrics, module, service_options);
+  }
+  Routes routes({store, background, metrics, served.predictions ? &*served.predictions : nullptr,
+                 served.generations ? &*served.generations : nullptr});
   HttpLimits limits = options.http;
   limits.connections = connections_within_limits(limits.connections);
   HttpServer http(options.address, options.port, limits,
@@ -205,7 +297,7 @@ void serve(const Options& options) {
   http.stop_accepting();
   // Clients may still use open connections: half a second without a request says that none does.
   wait_until_idle(http, std::chrono::milliseconds(500), std::chrono::seconds(options.drain_seconds));
-  service.stop();
+  ending.stop();
   wait_until_idle(http, std::chrono::milliseconds(0),
                   std::chrono::seconds(2));  // for the answers to what stop() dropped
 }
@@ -213,10 +305,11 @@ void serve(const Options& options) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app("Serves a TorchScript text encoder with many adapters over HTTP.", "server");
+  CLI::App app("Serves a TorchScript text encoder or decoder with many adapters over HTTP.", "server");
   Options options;
   options.pool.max_row_bytes = int64_t{256} << 20;
   declare(app, options);
+  declare_generation(app, options);
   try {
     app.parse(argc, argv);
     serve(options);

@@ -44,4 +44,8 @@ struct Metrics {
   Histogram batch_rows{{1, 2, 4, 8, 16, 32, 64, 128, 256}};
   Counter responses;         // by status
   Counter adapter_requests;  // by adapter, of names that are served only; "" is the base
+  Histogram generate_seconds{{0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100}};
+  Counter sequences;  // by how they ended
+  std::atomic<uint64_t> prompt_tokens{0};
+  std::atomic<uint64_t> generated_tokens{0};
 };

@@ -1,16 +1,11 @@
 #pragma once
 
+#include "request_error.h"
+
 #include <cstdint>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <vector>
-
-// Why the server refuses a request, and the status of the answer.
-struct RequestError : std::runtime_error {
-  RequestError(int code, const std::string& message) : std::runtime_error(message), status(code) {}
-  int status;
-};
 
 using TokenRows = std::vector<std::vector<int64_t>>;
 

@@ -1,7 +1,5 @@
 #include "service.h"
 
-#include "log.h"
-
 #include <torchgraft/registration/error_text.h>
 
 #include <ATen/ATen.h>
@@ -14,9 +12,6 @@
 #include <utility>
 
 namespace {
-
-constexpr const char* kEnding = "the server is about to end";
-constexpr const char* kBusy = "too many requests are waiting, or the server is about to end";
 
 // The names of a head's labels, by number; empty unless every label has one.
 std::vector<std::string> labels_of(const torchgraft::HeadConfig& head) {
@@ -43,81 +38,18 @@ Outputs outputs_of(const Work& work, const Signature::Result& result, int64_t fi
 
 }  // namespace
 
-JobThread::JobThread() : thread_([this] { serve(); }) {}
-
-JobThread::~JobThread() { stop(); }
-
-void JobThread::stop() {
-  std::deque<std::function<void()>> dropped;
-  {
-    const std::lock_guard lock(mutex_);
-    stopping_ = true;
-    dropped.swap(jobs_);
-  }
-  changed_.notify_all();
-  dropped.clear();  // these clients get their answers before the running job ends
-  if (thread_.joinable()) {
-    thread_.join();
-  }
-}
-
-bool JobThread::add(std::function<void()> job) {
-  {
-    const std::lock_guard lock(mutex_);
-    if (stopping_) {
-      return false;
-    }
-    jobs_.push_back(std::move(job));
-  }
-  changed_.notify_one();
-  return true;
-}
-
-void JobThread::serve() {
-  std::unique_lock lock(mutex_);
-  for (;;) {
-    changed_.wait(lock, [&] { return stopping_ || !jobs_.empty(); });
-    if (jobs_.empty()) {
-      return;
-    }
-    std::function<void()> job = std::move(jobs_.front());
-    jobs_.pop_front();
-    lock.unlock();
-    try {
-      job();
-    } catch (const std::exception& error) {  // out of memory for an answer
-      log_line(std::string("server: a request was dropped: ") + error.what());
-    }
-    job = nullptr;  // before the lock: freeing what it holds may take long
-    lock.lock();
-  }
-}
-
-Service::Service(AdapterStore& store, const torch::jit::Module& module, const ServiceOptions& options)
+Service::Service(AdapterStore& store, Background& background, Metrics& metrics, const torch::jit::Module& module,
+                 const ServiceOptions& options)
     : store_(store),
+      background_(background),
+      metrics_(metrics),
       options_(options),
       signature_(module, options.pad_id),
       limits_{options.vocabulary > 0 ? options.vocabulary : signature_.limits().vocabulary,
               signature_.limits().positions},
       batcher_(options.batch, options.workers, [this](std::vector<Work> batch) { run(std::move(batch)); }) {}
 
-void Service::stop() {
-  batcher_.stop();  // first: queued requests hold rows that a job may wait for
-  looks_.stop();
-  jobs_.stop();
-}
-
-void Service::in_background(std::function<void()> job) {
-  if (!jobs_.add(std::move(job))) {
-    throw RequestError(503, kEnding);
-  }
-}
-
-void Service::beside(std::function<void()> job) {
-  if (!looks_.add(std::move(job))) {
-    throw RequestError(503, kEnding);
-  }
-}
+void Service::stop() { batcher_.stop(); }
 
 void Service::check(const TokenRows& rows) const {
   if (rows.empty() || rows.size() > options_.batch.rows) {
@@ -157,7 +89,7 @@ void Service::fetch_first(const std::string& adapter, TokenRows rows, std::optio
   waiting_rows_ += count;
   // Ends the count when the job is done or dropped.
   const std::shared_ptr<void> waiting(nullptr, [this, count](void*) { waiting_rows_ -= count; });
-  in_background([this, adapter, rows = std::move(rows), pooling, done = std::move(done), waiting]() mutable {
+  background_.run([this, adapter, rows = std::move(rows), pooling, done = std::move(done), waiting]() mutable {
     try {
       auto lease = store_.acquire(adapter);
       metrics_.adapter_requests.add(adapter);

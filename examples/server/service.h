@@ -1,41 +1,15 @@
 #pragma once
 
 #include "adapter_store.h"
+#include "background.h"
 #include "batcher.h"
 #include "metrics.h"
 
 #include <atomic>
-#include <condition_variable>
-#include <deque>
 #include <functional>
-#include <mutex>
 #include <optional>
 #include <string>
-#include <thread>
 #include <vector>
-
-// A thread for slow jobs, such as reading adapters from disk, that must not hold up the others. In order of arrival.
-class JobThread {
- public:
-  JobThread();
-  JobThread(const JobThread&) = delete;
-  JobThread& operator=(const JobThread&) = delete;
-  ~JobThread();
-
-  // Waits for the running job, drops the others, and accepts no more. One thread may call it.
-  void stop();
-
-  bool add(std::function<void()> job);  // false once it is stopped
-
- private:
-  void serve();
-
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  std::deque<std::function<void()>> jobs_;
-  bool stopping_ = false;
-  std::thread thread_;
-};
 
 struct ServiceOptions {
   BatchLimits batch;
@@ -55,8 +29,9 @@ class Service {
   };
   using Done = std::function<void(Prediction prediction, const RequestError* error)>;
 
-  // `store` must outlive it.
-  Service(AdapterStore& store, const torch::jit::Module& module, const ServiceOptions& options);
+  // What it gets must outlive it. `background` is stopped between stop() and the end.
+  Service(AdapterStore& store, Background& background, Metrics& metrics, const torch::jit::Module& module,
+          const ServiceOptions& options);
 
   // Waits for what runs, and drops what waits without a call of `done`. Later requests fail with 503. One thread may
   // call it.
@@ -67,14 +42,6 @@ class Service {
   // Without `pooling`: the logits of the adapter's head if it has one, else the hidden state of the first token.
   void predict(const std::string& adapter, TokenRows rows, std::optional<Pooling> pooling, Done done);
 
-  // Gives the thread that reads adapters a job. Throws RequestError 503 once it is stopped.
-  void in_background(std::function<void()> job);
-
-  // Gives a job to another thread, which waits for no adapter: it looks into the folder.
-  void beside(std::function<void()> job);
-
-  AdapterStore& store() { return store_; }
-  Metrics& metrics() { return metrics_; }
   // Rows that wait for a batch or for their adapter.
   size_t queued_rows() const { return waiting_rows_ + batcher_.queued_rows(); }
 
@@ -86,12 +53,11 @@ class Service {
   std::optional<std::string> pass(const std::vector<Work>& batch, std::vector<Outputs>& outputs);
 
   AdapterStore& store_;
+  Background& background_;
+  Metrics& metrics_;
   const ServiceOptions options_;
   const Signature signature_;
   const torchgraft::TextLimits limits_;  // of the model, or what the options say
-  Metrics metrics_;
   std::atomic<size_t> waiting_rows_{0};  // for their adapters
   Batcher batcher_;
-  JobThread jobs_;  // ends before the batcher, which it feeds
-  JobThread looks_;
 };

@@ -5,42 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import torchgraft
+from decoder_support import HEADS, HIDDEN, Decoder
 from hosts_support import attempt, run
 
-WORDS, HIDDEN, HEADS, POSITIONS = 31, 16, 2, 24
 FORM = ("--heads", HEADS, "--head-size", HIDDEN // HEADS)
 PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10]]
-
-
-class Decoder(nn.Module):
-    """One pre-norm layer with learned positions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.heads = HEADS  # torch.jit.script reads no globals
-        self.words, self.places = nn.Embedding(WORDS, HIDDEN), nn.Embedding(POSITIONS, HIDDEN)
-        self.norm, self.ffn_norm = nn.LayerNorm(HIDDEN), nn.LayerNorm(HIDDEN)
-        self.q, self.k, self.v, self.o = (nn.Linear(HIDDEN, HIDDEN) for _ in range(4))
-        self.up, self.down, self.head = nn.Linear(HIDDEN, 32), nn.Linear(32, HIDDEN), nn.Linear(HIDDEN, WORDS)
-
-    def split(self, x: Tensor) -> Tensor:
-        return x.view(x.size(0), x.size(1), self.heads, -1).transpose(1, 2)
-
-    def forward(
-        self, ids: Tensor, mask: Tensor, positions: Tensor, past: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        x = self.words(ids) + self.places(positions)
-        n = self.norm(x)
-        k = torch.cat([past[0], self.split(self.k(n))], 2)
-        v = torch.cat([past[1], self.split(self.v(n))], 2)
-        y = F.scaled_dot_product_attention(self.split(self.q(n)), k, v, attn_mask=mask)
-        x = x + self.o(y.transpose(1, 2).flatten(2))
-        x = x + self.down(F.gelu(self.up(self.ffn_norm(x))))
-        return self.head(x), (k, v)
 
 
 @pytest.fixture(scope="module")

@@ -115,3 +115,30 @@ def test_a_server_that_is_not_there(server, tokenizer):
     command = [sys.executable, str(CLIENT), "--tokenizer", str(tokenizer), "--url", "http://127.0.0.1:1", "a"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stderr.startswith("client.py: ") and "Traceback" not in done.stderr
+
+
+def test_a_decoder_continues_texts(server_program, tokenizer, tmp_path):
+    """Drawn and greedily, as text and as JSON; errors of the server are said."""
+    from decoder_support import Decoder, Written, save_models
+    from generate_support import MOST_NEW, start
+
+    torch.manual_seed(0)
+    save_models(tmp_path, Decoder(64))
+    read = tokenizers.Tokenizer.from_file(str(tokenizer))
+    read.no_padding()
+    read.no_truncation()
+    prompt = read.encode("a is").ids
+    with start(server_program, tmp_path) as server:
+        how = ("--adapter", "lora", "--max-new-tokens", MOST_NEW)
+        done = ask(server, tokenizer, *how, "a is", "quick")
+        assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in done.stdout.splitlines()]
+        assert [line["text"] for line in lines] == ["a is", "quick"]
+        assert lines[0]["written"] == read.decode(Written(tmp_path)("lora", prompt, MOST_NEW))
+        assert ask(server, tokenizer, *how, "--stream", "a is").stdout == lines[0]["written"] + "\n"
+        drawn = [
+            ask(server, tokenizer, *how, "--temperature", 3, "--seed", seed, "a is").stdout for seed in (1, 1, 2, 3)
+        ]
+        assert drawn[0] == drawn[1] and len(set(drawn)) > 1
+        done = ask(server, tokenizer, "--max-new-tokens", 100, "a is")
+        assert done.returncode == 1 and done.stderr.startswith("client.py: 500: the model failed: ")

@@ -1,5 +1,6 @@
 #include "targets.h"
 
+#include "generate_request.h"
 #include "predict_request.h"
 #include "structures.h"
 
@@ -142,6 +143,15 @@ void read_fusion_layers(std::string_view bytes) {
   read_fusion(config, state, testing::bert_like(2), at::kFloat);
 }
 
+void read_generate(std::string_view bytes) {
+  try {
+    parse_generate(std::string(bytes));
+  } catch (const RequestError& error) {
+    TORCH_CHECK(error.status != 400, error.what());
+    throw;
+  }
+}
+
 void read_request(std::string_view bytes) {
   try {
     parse_predict(std::string(bytes));
@@ -164,6 +174,7 @@ const std::map<std::string, Target>& targets() {
                                                          {"config", read_config},
                                                          {"config_string", read_config_string},
                                                          {"fusion", read_fusion_layers},
+                                                         {"generate", read_generate},
                                                          {"head", read_head},
                                                          {"pickle", walk_pickle},
                                                          {"request", read_request},

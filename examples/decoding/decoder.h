@@ -1,5 +1,7 @@
 #pragma once
 
+#include "decoder_state.h"
+
 #include <ATen/core/Tensor.h>
 #include <ATen/core/ivalue.h>
 #include <torch/csrc/jit/api/module.h>
@@ -17,36 +19,35 @@ struct DecoderForm {
   bool mask_of_tokens = false;  // [B, P + S], 1 = real; else [B, 1, S, P + S], added to the scores
 };
 
-// A grafted decoder that takes keys and values of earlier passes and gives those of all passes back:
+// Loads a decoder. Throws std::runtime_error.
+torch::jit::Module load_decoder(const std::string& path);
+
+// A decoder, grafted or not, that takes keys and values of earlier passes and gives those of all passes back:
 //   forward(ids [B, S], mask, positions [B, S], caches...) -> (logits [B, S, vocabulary], caches...)
 // `positions` may be missing. Each cache is a tensor [B, heads, P, head size], or a tuple or a list of caches; forward
 // gives them as it takes them.
 class Decoder {
  public:
-  // Throws std::runtime_error, or c10::Error.
-  Decoder(const std::string& path, const DecoderForm& form);
+  // `name`: of the module, for errors. Throws std::runtime_error.
+  Decoder(const torch::jit::Module& module, std::string name, const DecoderForm& form);
 
-  std::vector<std::string> adapter_names();  // adapter_ids index this list
-  void activate(const std::string& name);
-
-  // A batch of sequences; empty before the first pass.
-  struct State {
-    at::Tensor real;  // bool [B, P]: which tokens are no padding
-    std::vector<c10::IValue> caches;
-    at::Tensor adapter_ids;  // int64 [B]; undefined: the active adapter
-  };
-  State start(int64_t rows, const std::vector<int64_t>& adapter_ids) const;
+  // A batch of sequences before their first pass. Without ids: the active adapter. Throws std::runtime_error.
+  DecoderState start(int64_t rows, const std::vector<int64_t>& adapter_ids) const;
 
   // Runs `ids` [B, S], of which `real` says what is no padding, behind the tokens of `state`. Returns the logits of the
-  // last token, [B, vocabulary].
-  at::Tensor step(State& state, const at::Tensor& ids, const at::Tensor& real);
+  // last token, [B, vocabulary]. Throws std::runtime_error; then `state` is as it was.
+  at::Tensor step(DecoderState& state, const at::Tensor& ids, const at::Tensor& real) const;
+
+  int64_t bytes_per_token() const;  // of the caches of one sequence
 
  private:
   c10::IValue empty_cache(const c10::TypePtr& type, int64_t rows) const;
-  void check_caches(const State& state) const;
+  void check_positions(const at::Tensor& real) const;
+  void check_result(const c10::IValue& result, const at::Tensor& ids) const;
+  void check_caches(const DecoderState& state) const;
 
   torch::jit::Module module_;
-  std::string path_;
+  std::string name_;
   DecoderForm form_;
   at::ScalarType dtype_;
   std::vector<c10::Argument> caches_;

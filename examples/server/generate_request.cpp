@@ -1,0 +1,110 @@
+#include "generate_request.h"
+
+#include "request_body.h"
+
+#include <nlohmann/json.hpp>
+
+#include <cmath>
+#include <functional>
+#include <map>
+
+namespace {
+
+using nlohmann::json;
+
+constexpr int kDeepestBody = 3;                    // body -> input_ids -> id
+constexpr int64_t kMostTokens = int64_t{1} << 40;  // sums of such numbers do not overflow
+
+[[noreturn]] void refuse(const std::string& key, const std::string& expected, const json& value) {
+  throw RequestError(400, "\"" + key + "\": expected " + expected + ", got " + shown_value(value));
+}
+
+int64_t read_count(const std::string& key, const json& value) {
+  if (!value.is_number_integer() || value < 1 || value > kMostTokens) {
+    refuse(key, "an integer from 1", value);
+  }
+  return value.get<int64_t>();
+}
+
+bool read_bool(const std::string& key, const json& value) {
+  if (!value.is_boolean()) {
+    refuse(key, "true or false", value);
+  }
+  return value.get<bool>();
+}
+
+double read_temperature(const std::string& key, const json& value) {
+  if (!value.is_number() || !(value.get<double>() >= 1e-6 && value.get<double>() <= 1e6)) {
+    refuse(key, "a number from 0.000001 to 1000000", value);
+  }
+  return value.get<double>();
+}
+
+double read_probability(const std::string& key, const json& value) {
+  if (!value.is_number() || !(value.get<double>() > 0 && value.get<double>() <= 1)) {
+    refuse(key, "a number above 0, at most 1", value);
+  }
+  return value.get<double>();
+}
+
+uint64_t read_seed(const std::string& key, const json& value) {
+  if (!value.is_number_unsigned()) {
+    refuse(key, "an integer from 0", value);
+  }
+  return value.get<uint64_t>();
+}
+
+using Read = std::function<void(GenerateRequest&, const std::string& key, const json& value)>;
+
+const std::map<std::string, Read>& sampling_fields() {
+  static const std::map<std::string, Read> kFields = {
+      {"temperature",
+       [](auto& to, const auto& key, const json& value) { to.sampling.temperature = read_temperature(key, value); }},
+      {"top_k", [](auto& to, const auto& key, const json& value) { to.sampling.top_k = read_count(key, value); }},
+      {"top_p", [](auto& to, const auto& key, const json& value) { to.sampling.top_p = read_probability(key, value); }},
+      {"seed", [](auto& to, const auto& key, const json& value) { to.sampling.seed = read_seed(key, value); }}};
+  return kFields;
+}
+
+const std::map<std::string, Read>& fields() {
+  static const std::map<std::string, Read> kFields = {
+      {"adapter", [](auto& to, const auto&, const json& value) { to.adapter = read_adapter_name(value); }},
+      {"input_ids", [](auto& to, const auto&, const json& value) { to.prompt = read_ids(value, "\"input_ids\""); }},
+      {"max_new_tokens",
+       [](auto& to, const auto& key, const json& value) { to.max_new_tokens = read_count(key, value); }},
+      {"stop",
+       [](auto& to, const auto&, const json& value) {
+         const std::vector<int64_t> ids = read_ids(value, "\"stop\"");
+         to.stop.insert(ids.begin(), ids.end());
+       }},
+      {"do_sample", [](auto& to, const auto& key, const json& value) { to.sampling.greedy = !read_bool(key, value); }},
+      {"stream", [](auto& to, const auto& key, const json& value) { to.stream = read_bool(key, value); }}};
+  return kFields;
+}
+
+}  // namespace
+
+GenerateRequest parse_generate(const std::string& text) {
+  const json body = parse_body(text, kDeepestBody);
+  if (!body.is_object()) {
+    throw RequestError(400, R"(expected {"adapter": name or null, "input_ids": [...]}, got )" + shown_value(body));
+  }
+  GenerateRequest result;
+  for (const auto& [key, value] : body.items()) {
+    const bool is_field = fields().count(key) > 0;
+    if (!is_field && !sampling_fields().count(key)) {
+      throw RequestError(400, "unknown field " + shown_value(key));
+    }
+    (is_field ? fields() : sampling_fields()).at(key)(result, key, value);
+  }
+  for (const auto& [key, read] : sampling_fields()) {
+    if (result.sampling.greedy && body.contains(key)) {
+      throw RequestError(400, "\"" + key + "\" has a meaning with \"do_sample\": true only");
+    }
+  }
+  if (result.prompt.empty()) {
+    throw RequestError(
+        400, body.contains("input_ids") ? "\"input_ids\": expected at least one token id" : "\"input_ids\" is missing");
+  }
+  return result;
+}

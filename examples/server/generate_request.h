@@ -1,0 +1,22 @@
+#pragma once
+
+#include "request_error.h"
+#include "sampling.h"
+
+#include <cstdint>
+#include <set>
+#include <string>
+#include <vector>
+
+// The body of POST /v1/generate.
+struct GenerateRequest {
+  std::string adapter;          // empty: the base model
+  std::vector<int64_t> prompt;  // at least one token
+  int64_t max_new_tokens = 20;
+  std::set<int64_t> stop;  // ids that end the sequence; they are part of it
+  SamplingOptions sampling;
+  bool stream = false;
+};
+
+// Throws RequestError 400 that says what is wrong. Knows neither model nor adapters.
+GenerateRequest parse_generate(const std::string& text);

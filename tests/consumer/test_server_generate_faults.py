@@ -1,0 +1,133 @@
+"""examples/server with a decoder: what goes wrong is one sequence's alone, and bad requests are answered."""
+
+import concurrent.futures
+import random
+
+import pytest
+import torch
+
+from decoder_support import (
+    GIVES_DOUBLE,
+    GIVES_NAN,
+    GIVES_SHORT,
+    NORMAL,
+    RAISES,
+    WRITES_DOUBLE,
+    WRITES_ERROR,
+    WRITES_NAN,
+    WRITES_SHORT,
+    Decoder,
+    FaultyDecoder,
+    Written,
+    save_models,
+)  # fmt: skip
+from generate_support import LONG, MOST_PROMPT, Stream, ask, drawn, start
+from server_support import Server
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    save_models(folder, Decoder(LONG + MOST_PROMPT))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(server_program, models):
+    with start(server_program, models) as running:
+        yield running
+        assert running.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faulty")
+    torch.manual_seed(0)
+    save_models(folder, FaultyDecoder())
+    return folder
+
+
+@pytest.mark.parametrize("in_step", [False, True], ids=["prompt", "step"])
+def test_a_fault_is_of_its_sequence_alone(server_program, faulty, in_step):
+    """The model gives caches of another dtype or length, raises, gives NaN, or has no more positions: that sequence
+    gets an error, and the others go on."""
+    messages = {
+        (GIVES_DOUBLE, WRITES_DOUBLE): "expected the cache 'past' to be Float of shape [1, 2, ",
+        (GIVES_SHORT, WRITES_SHORT): "expected the cache 'past' to be Float of shape [1, 2, ",
+        (RAISES, WRITES_ERROR): "token 28",
+        (GIVES_NAN, WRITES_NAN): "its logits are not numbers",
+    }
+    written = Written(faulty)
+    with Server(server_program, faulty / "base.pt", faulty / "adapters") as server:
+        source = random.Random(3)
+        good = [drawn(source, NORMAL) for _ in range(24)]
+        bad = {("lora", (5, causes[in_step]), 9): message for causes, message in messages.items()}
+        bad["mam", (5, 6, 7), 60] = "index out of range"  # it has 24 positions
+        cases = [*good, *bad] * 2
+        source.shuffle(cases)
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            answers = list(pool.map(lambda case: ask(server, case[0], list(case[1]), case[2]), cases))
+        for case, (status, answer) in zip(cases, answers, strict=True):
+            if isinstance(case[1], tuple):
+                assert status == 500 and bad[case] in answer["error"]["message"], (case, answer)
+            else:
+                assert status == 200 and answer["tokens"] == written(*case), (case, answer)
+        stream = Stream(server, None, [5, WRITES_SHORT], 9)
+        tokens, (name, data) = stream.rest()
+        assert tokens == [GIVES_SHORT] and name == "error" and data["error"]["status"] == 500
+        assert server.metric('torchgraft_sequences_total{end="error"}') == 2 * len(bad) + 1
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({}, 400, '"input_ids" is missing'),
+        ({"input_ids": []}, 400, "expected at least one token id"),
+        ({"input_ids": [[3]]}, 400, '"input_ids": expected token ids, integers from 0, got a list'),
+        ({"input_ids": [3.5]}, 400, "got 3.5"),
+        ({"input_ids": [-1]}, 400, "got -1"),
+        ({"input_ids": [2**63]}, 400, "got 9223372036854775808"),
+        ({"input_ids": [3], "max_new_tokens": 0}, 400, '"max_new_tokens": expected an integer from 1, got 0'),
+        ({"input_ids": [3], "max_new_tokens": 2**64 - 1}, 400, '"max_new_tokens": expected an integer from 1'),
+        ({"input_ids": [3], "max_new_tokens": True}, 400, '"max_new_tokens": expected an integer from 1, got true'),
+        ({"input_ids": [3], "stop": 5}, 400, '"stop": expected a list of integers, got 5'),
+        ({"input_ids": [3], "stream": 1}, 400, '"stream": expected true or false, got 1'),
+        ({"input_ids": [3], "temperature": 2}, 400, '"temperature" has a meaning with "do_sample": true only'),
+        ({"input_ids": [3], "do_sample": True, "temperature": 0}, 400, '"temperature": expected a number from 0.000'),
+        ({"input_ids": [3], "do_sample": True, "top_k": 0}, 400, '"top_k": expected an integer from 1, got 0'),
+        ({"input_ids": [3], "do_sample": True, "top_p": 1.5}, 400, '"top_p": expected a number above 0, at most 1'),
+        ({"input_ids": [3], "do_sample": True, "seed": -1}, 400, '"seed": expected an integer from 0, got -1'),
+        ({"input_ids": [3], "beams": 2}, 400, 'unknown field "beams"'),
+        ('{"input_ids": [3], "input_ids": [4]}', 400, 'the body has "input_ids" twice'),
+        ({"input_ids": [3], "adapter": "nobody"}, 404, "no adapter is called 'nobody'"),
+        ({"input_ids": [3], "adapter": "../secret"}, 404, "expected an adapter's name of letters"),
+        ({"input_ids": [3] * LONG}, 413, f"expected at most {LONG + MOST_PROMPT} tokens"),
+        ({"input_ids": [99]}, 500, "index out of range"),
+    ],
+)  # fmt: skip
+def test_bad_requests(server, body, status, message):
+    got, answer = server.ask("POST", "/v1/generate", body)
+    assert got == status and message in answer["error"]["message"], answer
+    if isinstance(body, dict):  # a stream that has not begun: the same answer
+        assert server.ask("POST", "/v1/generate", {"stream": True, **body})[0] == status
+
+
+def test_limits_that_the_command_line_gives(server_program, models):
+    with start(server_program, models, "--max-positions", 20, "--vocabulary", 10) as server:
+        status, answer = ask(server, None, [3, 4], 19)
+        assert status == 413 and "at most 20 tokens, which the model has positions for, got 2" in str(answer)
+        assert ask(server, None, [3, 4], 18)[0] == 200
+        assert ask(server, None, [3, 10], 1) == (
+            400, {"error": {"status": 400, "message": "expected token ids below 10, got 10"}}
+        )  # fmt: skip
+
+
+def test_a_decoder_reads_no_texts_and_an_encoder_writes_none(server, server_program, tmp_path):
+    from server_support import save_models as save_encoder
+
+    assert server.predict(None, [[3]])[0] == 404 and server.ask("GET", "/v1/generate")[0] == 405
+    save_encoder(tmp_path, 1)
+    with Server(server_program, tmp_path / "base.pt", tmp_path / "adapters") as encoder:
+        status, answer = ask(encoder, None, [3], 1)
+        assert status == 404 and "no decoder with caches" in answer["error"]["message"]
