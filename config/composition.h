@@ -39,7 +39,7 @@ std::string fusion_name(const Composition& fuse);
 TORCHGRAFT_PATCH_API std::vector<std::string> fusion_names(const Composition& composition);
 
 // Whether it has a Split or a BatchSplit: its inputs have as many tokens or rows as their sizes say.
-bool splits_inputs(const Composition& composition);
+TORCHGRAFT_PATCH_API bool splits_inputs(const Composition& composition);
 
 // A copy in which `name` is called `new_name`.
 Composition with_renamed(Composition composition, const std::string& name, const std::string& new_name);

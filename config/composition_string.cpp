@@ -19,6 +19,17 @@ constexpr int kDeepestText = 8;  // check_composition allows fewer
 
 bool is_plain_character(char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '-'; }
 
+// kAdapter: no block is called so.
+BlockKind block_kind(std::string_view name) {
+  for (const BlockKind kind : {BlockKind::kStack, BlockKind::kFuse, BlockKind::kSplit, BlockKind::kBatchSplit,
+                               BlockKind::kParallel, BlockKind::kMultiTask, BlockKind::kAverage}) {
+    if (name == to_string(kind)) {
+      return kind;
+    }
+  }
+  return BlockKind::kAdapter;
+}
+
 // Reads "Stack(en, ner)" from left to right.
 class CompositionReader {
  public:
@@ -94,11 +105,7 @@ class CompositionReader {
     if (!take('(')) {
       return {BlockKind::kAdapter, name};
     }
-    Composition result;
-    for (const BlockKind kind : {BlockKind::kStack, BlockKind::kFuse, BlockKind::kSplit, BlockKind::kBatchSplit,
-                                 BlockKind::kParallel, BlockKind::kMultiTask, BlockKind::kAverage}) {
-      result.kind = name == to_string(kind) ? kind : result.kind;
-    }
+    Composition result{block_kind(name)};
     TORCH_CHECK(result.kind != BlockKind::kAdapter, "composition: no block is called '", shown_text(name),
                 "'; there are Stack, Fuse, Split, BatchSplit, Parallel, MultiTask and Average");
     bool normalise = true;
@@ -190,6 +197,11 @@ Composition composition_from_string(std::string_view text) {
   Composition result = CompositionReader(text).read();
   check_composition(result, "composition");
   return result;
+}
+
+bool is_composition_text(std::string_view text) {
+  const size_t bracket = text.find('(');
+  return bracket != std::string_view::npos && block_kind(text.substr(0, bracket)) != BlockKind::kAdapter;
 }
 
 std::string composition_to_string(const Composition& composition) {

@@ -12,6 +12,8 @@ namespace torchgraft {
 // than letters, digits, "_" and "-" stand in quotes. A name alone is a Stack of it. Throws c10::Error that says what is
 // expected where, and as check_composition does.
 TORCHGRAFT_PATCH_API Composition composition_from_string(std::string_view text);
+// Whether it is the text of a block, not the name of an adapter: one that begins with "Stack(", say.
+TORCHGRAFT_PATCH_API bool is_composition_text(std::string_view text);
 TORCHGRAFT_PATCH_API std::string composition_to_string(const Composition& composition);
 
 }  // namespace torchgraft

@@ -1,16 +1,22 @@
 #pragma once
 
+#include <torchgraft/config/composition_string.h>
 #include <torchgraft/config/head_config.h>
 #include <torchgraft/patch/graft.h>
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
 namespace torchgraft {
+
+struct PoolPins;
+struct PoolRequest;
+struct PoolState;
 
 // How large a pool is, and how it grafts.
 struct AdapterPoolOptions {
@@ -22,6 +28,12 @@ struct AdapterPoolOptions {
   // The most bytes that a row may have; all `capacity` rows grow together. The pool refuses an adapter that needs more.
   // 0: no limit.
   int64_t max_row_bytes = 0;
+  // Compositions that the module holds at once; each costs a branch at every place where its adapters act. For one of
+  // another structure (other blocks, weights or sizes, or adapters of other kinds) the pool builds its module anew
+  // beside its traffic. 0: the pool takes no compositions.
+  int64_t max_compositions = 16;
+  int64_t max_composition_parts = 8;  // adapters in a composition
+  int64_t max_composition_depth = 3;  // blocks one in another
   // How the base is grafted. With gate_pooling "unpadded" a row's result depends on no other row of its batch; empty,
   // each adapter keeps its own, and one batch may mix both. The pool ignores `active`: no adapter is active.
   GraftOptions graft = {};
@@ -31,11 +43,12 @@ struct AdapterPoolOptions {
 struct AdapterPoolStats {
   int64_t capacity = 0;
   int64_t resident = 0;
-  int64_t row_bytes = 0;   // of one row in all banks, padding included
-  int64_t bank_bytes = 0;  // of all rows
-  int64_t loads = 0;       // rows written
-  int64_t evictions = 0;   // adapters that left for others, not those replaced by insert()
-  int64_t rebuilds = 0;    // banks that had to grow
+  int64_t row_bytes = 0;     // of one row in all banks, padding included
+  int64_t bank_bytes = 0;    // of all rows
+  int64_t loads = 0;         // rows written
+  int64_t evictions = 0;     // adapters that left for others, not those replaced by insert()
+  int64_t rebuilds = 0;      // modules built anew: banks that had to grow, and compositions of another structure
+  int64_t compositions = 0;  // that the module holds now
 };
 
 // Any number of adapters on one base. `capacity` of them are in memory, as rows of banks [capacity, ...]. To load an
@@ -62,11 +75,12 @@ class TORCHGRAFT_PATCH_API AdapterPool {
     const torch::jit::Module& module() const;
     bool same_module(const Lease& other) const;
 
-    // The row of each name that was asked for, in that order; -1 for the base.
-    const std::vector<int64_t>& ids() const { return ids_; }
+    // The row of each name that was asked for, in that order; -1 for the base. Ids of compositions follow those of the
+    // rows.
+    const std::vector<int64_t>& ids() const;
 
-    // The task head of the adapter whose name was asked for at `position`; null when the adapter has none. Heads are
-    // not in the module.
+    // The task head of the adapter whose name was asked for at `position`, of a composition the head of the adapter
+    // that ends a Stack; null when there is none. Heads are not in the module.
     const HeadConfig* head(size_t position) const;
 
     // The logits [B, L], for tagging [B, S, L], that this head computes from hidden states [B, S, H] of the adapter's
@@ -74,12 +88,13 @@ class TORCHGRAFT_PATCH_API AdapterPool {
     // adapter has no head.
     at::Tensor logits(size_t position, const at::Tensor& hidden, const at::Tensor& token_mask) const;
 
+    // Whether the name at `position` is a composition with a Split or a BatchSplit, whose rows a batch must have alone.
+    bool splits_inputs(size_t position) const;
+
    private:
     friend class AdapterPool;
-    struct Held;
-    Lease(std::unique_ptr<Held> held, std::vector<int64_t> ids);
-    std::unique_ptr<Held> held_;
-    std::vector<int64_t> ids_;
+    explicit Lease(std::unique_ptr<PoolPins> held);
+    std::unique_ptr<PoolPins> held_;
   };
 
   // Fetches an adapter that is not in memory: returns a spec of that name, with weights, or throws. The pool calls it
@@ -87,7 +102,8 @@ class TORCHGRAFT_PATCH_API AdapterPool {
   using Loader = std::function<AdapterSpec(const std::string& name)>;
 
   // `module` is a base or a grafted module. It stays as it is; the pool shares the memory of the base's weights.
-  // Adapters of a grafted module keep their rows for good, because the loader could not bring them back. `loader` may
+  // Adapters of a grafted module keep their rows for good, because the loader could not bring them back; its
+  // compositions keep their names, as if compose() had got them. `loader` may
   // be null: then only insert() brings adapters in. Throws c10::Error as graft() does, and unless the capacity is above
   // the number of adapters of `module`.
   AdapterPool(const torch::jit::Module& module, AdapterPoolOptions options, Loader loader = nullptr);
@@ -96,12 +112,14 @@ class TORCHGRAFT_PATCH_API AdapterPool {
   AdapterPool& operator=(const AdapterPool&) = delete;
   ~AdapterPool();
 
-  // Returns a lease on the adapters of these names. An empty name is the base, and a name may come several times. Loads
-  // adapters that are not in memory, and waits for rows that others hold. Throws c10::Error when the loader does not
-  // know a name, when an adapter does not fit, and when there are more names than rows; the pool stays usable.
+  // Returns a lease on the adapters of these names. An empty name is the base, and a name may come several times. A
+  // name may also be that of a composition (compose()), or the text of one: "Stack(en, ner)". Its adapters are loaded
+  // and evicted as others are. Loads adapters that are not in memory, and waits for rows that others hold. Throws
+  // c10::Error when the loader does not know a name, when an adapter does not fit, when a composition is refused, and
+  // when there are more names than rows; the pool stays usable.
   Lease acquire(const std::vector<std::string>& names);
 
-  // Does the same without waiting or loading; nullopt when one of the adapters is not in memory.
+  // Does the same without waiting or loading; nullopt when an adapter or a composition is not in memory.
   std::optional<Lease> try_acquire(const std::vector<std::string>& names);
 
   // Brings an adapter in, or replaces the one of that name for all who acquire from now on; leases keep what they have.
@@ -113,12 +131,19 @@ class TORCHGRAFT_PATCH_API AdapterPool {
   // Throws c10::Error for an adapter that came with the module.
   bool evict(const std::string& name);
 
+  // Gives a composition a name, or the name another composition, for all who acquire from now on. Its adapters need not
+  // be in memory. Throws c10::Error for one with a Fuse, a Parallel or a MultiTask, beyond the limits of the options,
+  // and for the name of an adapter in memory.
+  void compose(const std::string& name, const Composition& tree);
+  bool remove_composition(const std::string& name);         // false when there is none
+  std::map<std::string, std::string> compositions() const;  // name -> text
+
   std::vector<std::string> resident() const;  // sorted
   AdapterPoolStats stats() const;
 
  private:
-  struct State;
-  std::shared_ptr<State> state_;
+  std::optional<Lease> lease(const std::vector<PoolRequest>& requests);
+  std::shared_ptr<PoolState> state_;
 };
 
 }  // namespace torchgraft

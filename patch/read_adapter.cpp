@@ -132,6 +132,27 @@ bool is_adapter_directory(const std::string& directory) { return has_marker(dire
 
 bool is_setup_directory(const std::string& directory) { return is_there(directory + "/" + kSetupFile); }
 
+Composition read_adapter_setup(const std::string& directory) {
+  const std::string path = directory + "/" + kSetupFile;
+  std::string text;
+  read_one_version(directory, {kSetupFile}, kSetupFile, [&] { text = read_text(path, kLongestConfig); });
+  const auto setup = parse_json(text, path);
+  TORCH_CHECK(setup.is_object() && setup.contains("adapter_setup"), path,
+              ": expected an object with \"adapter_setup\"");
+  for (const auto& [key, value] : setup.items()) {
+    TORCH_CHECK(key == "adapter_setup" || key == "head_setup" || key == "version", path, ": the key '", shown_text(key),
+                "' is not known");
+  }
+  Composition tree = normalised(composition_from_json(setup.at("adapter_setup").dump()));
+  const auto& last = tree.children.back();
+  const std::string owner = tree.kind == BlockKind::kStack && last.kind == BlockKind::kAdapter ? last.name : "";
+  const bool has_own = setup.contains("head_setup") && !setup.at("head_setup").is_null() &&
+                       !(setup.at("head_setup").is_string() &&
+                         (setup.at("head_setup") == owner || setup.at("head_setup").get<std::string>().empty()));
+  TORCH_CHECK(!has_own, path, ": it has heads of its own (head_setup), which are read in Python (load_adapter_setup)");
+  return tree;
+}
+
 AdapterConfig read_adapter_config(const std::string& directory) {
   check_holds_adapter(directory);
   const std::string path = directory + "/" + kConfigFile;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <torchgraft/config/composition.h>
 #include <torchgraft/patch/graft_spec.h>
 #include <torchgraft/plan/safetensors.h>
 
@@ -26,8 +27,12 @@ TORCHGRAFT_PATCH_API AdapterConfig check_adapter_directory(const std::string& di
 TORCHGRAFT_PATCH_API bool is_adapter_directory(const std::string& directory);
 
 // Whether the directory has an adapter_setup.json: a composition (save_adapter_setup() in Python). No adapter is read
-// from it, and no server or pool takes it.
+// from it, but its adapters have directories of their own in it.
 TORCHGRAFT_PATCH_API bool is_setup_directory(const std::string& directory);
+
+// The composition of such a directory, its weights divided by their sums as the adapters library does. Throws
+// c10::Error when the file is missing or damaged, and for heads of its own, which a composition with a Fuse has.
+TORCHGRAFT_PATCH_API Composition read_adapter_setup(const std::string& directory);
 
 // Reads the configuration alone. Throws as read_adapter_directory does.
 TORCHGRAFT_PATCH_API AdapterConfig read_adapter_config(const std::string& directory);

@@ -30,9 +30,13 @@ torchgraft::AdapterPoolOptions options_of(int64_t capacity, const std::vector<st
 
 std::unique_ptr<AdapterPool> make_pool(const torch::jit::Module& module, int64_t capacity,
                                        const std::vector<std::string>& room, const std::string& gate_pooling,
-                                       const std::string& token_mask_input, int64_t max_row_bytes) {
-  return std::make_unique<AdapterPool>(module,
-                                       options_of(capacity, room, gate_pooling, token_mask_input, max_row_bytes));
+                                       const std::string& token_mask_input, int64_t max_row_bytes,
+                                       const std::vector<int64_t>& composition_limits) {
+  torchgraft::AdapterPoolOptions options = options_of(capacity, room, gate_pooling, token_mask_input, max_row_bytes);
+  options.max_compositions = composition_limits.at(0);
+  options.max_composition_parts = composition_limits.at(1);
+  options.max_composition_depth = composition_limits.at(2);
+  return std::make_unique<AdapterPool>(module, options);
 }
 
 std::vector<std::string> check_room(const torch::jit::Module& module, const std::vector<std::string>& room,
@@ -51,6 +55,7 @@ py::dict stats_of(const AdapterPool& pool) {
   result["loads"] = stats.loads;
   result["evictions"] = stats.evictions;
   result["rebuilds"] = stats.rebuilds;
+  result["compositions"] = stats.compositions;
   return result;
 }
 
@@ -78,6 +83,14 @@ void bind_adapter_pool(py::module_& m) {
           },
           no_gil)
       .def("evict", &AdapterPool::evict, no_gil)
+      .def(
+          "compose",
+          [](AdapterPool& pool, const std::string& name, const std::string& json) {
+            pool.compose(name, torchgraft::composition_from_json(json));
+          },
+          no_gil)
+      .def("remove_composition", &AdapterPool::remove_composition, no_gil)
+      .def("compositions", &AdapterPool::compositions, no_gil)
       .def("resident", &AdapterPool::resident, no_gil)
       .def("stats", &stats_of);
 }

@@ -29,6 +29,10 @@ void bind_compositions(py::module_& m) {
   m.def("composition_from_string", [](const std::string& text) {
     return torchgraft::composition_to_json(torchgraft::composition_from_string(text));
   });
+  m.def("composition_to_string", [](const std::string& json) {
+    return torchgraft::composition_to_string(torchgraft::composition_from_json(json));
+  });
+  m.def("is_composition_text", [](const std::string& text) { return torchgraft::is_composition_text(text); });
   m.def("normalised_composition", [](const std::string& json) {
     const torchgraft::Composition read = torchgraft::composition_from_json(json);
     torchgraft::check_supported(read, "load_adapter_setup");

@@ -56,7 +56,7 @@ LAYERS: dict[str, tuple[str, str]] = {
         "patch/insert",
         "ATen/ c10/ torch/csrc/jit/",
     ),
-    "patch/pool": ("patch/adapters patch/module", "ATen/ c10/ torch/csrc/jit/"),
+    "patch/pool": ("config plan patch/adapter_pool.h patch/adapters patch/module", "ATen/ c10/ torch/csrc/jit/"),
     "patch": (
         "registration/error_text.h config plan patch/graph patch/canonicalise patch/sites patch/adapters patch/insert "
         "patch/module patch/pool",

@@ -27,13 +27,16 @@ def add_gate(self, gate: Tensor, name: str, layer: int, location: str,
 
 def collect_gates(self, gates: List[Tensor], adapter_ids: Optional[Tensor]) -> Dict[str, Dict[int, Dict[str, Tensor]]]:
     result = self.collect_adapter_gates(gates[:len(self.gate_counts)], adapter_ids)
+    present: List[bool] = []
     for i in range(len(self.composed_keys)):
-        if self.has_rows(self.composed_ids[i], adapter_ids):
+        present.append(self.has_rows(self.composed_ids[i], adapter_ids))
+        if present[i]:
             none: Dict[int, Dict[str, Tensor]] = {}
             result[self.composed_keys[i]] = none
     for i in range(len(self.composed_gate_keys)):
-        name = self.composed_gate_keys[i]
-        if name in result:
+        key = self.composed_gate_keys[i]
+        if present[key]:
+            name = self.composed_keys[key]
             gate = gates[len(self.gate_counts) + i]
             self.add_gate(gate, name, self.composed_gate_layers[i], self.composed_gate_locations[i], result)
     return result
@@ -151,16 +154,24 @@ void register_compositions(Module& adapters_module, const std::vector<Adapter>& 
   adapters_module.register_attribute("composed_keys", strings, keys);
   adapters_module.register_attribute("composed_ids", integers, ids);
   adapters_module.register_attribute("composed_heads", integers, heads);
-  adapters_module.register_attribute("composed_gate_keys", strings, c10::List<std::string>());
+  adapters_module.register_attribute("composed_gate_keys", integers, c10::List<int64_t>());
   adapters_module.register_attribute("composed_gate_layers", integers, c10::List<int64_t>());
   adapters_module.register_attribute("composed_gate_locations", strings, c10::List<std::string>());
 }
 
+void register_composition_parts(Module& adapters_module, const std::vector<NamedComposition>& compositions) {
+  c10::List<c10::List<int64_t>> parts;
+  for (const NamedComposition& composition : compositions) {
+    parts.push_back(c10::List<int64_t>(std::vector<int64_t>(adapters_in(composition.tree).size(), 0)));
+  }
+  adapters_module.register_attribute(kCompositionParts, c10::ListType::create(c10::ListType::ofInts()), parts);
+}
+
 void set_composed_gates(Module& adapters_module, const std::vector<ComposedGate>& gates) {
-  c10::List<std::string> keys, locations;
-  c10::List<int64_t> layers;
+  c10::List<std::string> locations;
+  c10::List<int64_t> keys, layers;
   for (const ComposedGate& gate : gates) {
-    keys.push_back(gate.key);
+    keys.push_back(static_cast<int64_t>(gate.key));
     layers.push_back(gate.layer);
     locations.push_back(gate.location);
   }

@@ -47,11 +47,16 @@ std::vector<std::string> names_by_id(const torch::jit::Module& adapters_module);
 void register_compositions(torch::jit::Module& adapters_module, const std::vector<Adapter>& adapters,
                            const std::vector<NamedComposition>& compositions);
 
+// Of a pool's module: for each composition the rows that its adapters stand for, List[List[int]]. Whoever writes an
+// element makes sure that nobody runs rows of the composition.
+inline constexpr const char* kCompositionParts = "composition_parts";
+void register_composition_parts(torch::jit::Module& adapters_module, const std::vector<NamedComposition>& compositions);
+
 // A gate that grafted_forward returns behind those of the slots: of an adapter within a composition.
 struct ComposedGate {
   int64_t layer = 0;  // Layer::number
   std::string location;
-  std::string key;  // "<composition>.<adapter>"
+  size_t key = 0;  // position in composed_keys, of "<composition>.<adapter>"
 };
 void set_composed_gates(torch::jit::Module& adapters_module, const std::vector<ComposedGate>& gates);
 

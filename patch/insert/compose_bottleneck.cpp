@@ -86,7 +86,7 @@ ComposedState BottleneckComposer::pre_forward(const ComposedPart& part, Composed
 
 // Adapter.forward. The result of a parallel one has no residual.
 ComposedState BottleneckComposer::single(const ComposedPart& part, ComposedState state) {
-  const Inserter::Scope guard = inserter_.one_adapter(part.adapter);
+  const Inserter::Scope guard = only(part);
   Value* residual = config_of(part).is_parallel ? graph_.insert(c10::aten::zeros_like, {state.hidden}) : state.residual;
   const auto [output, gate] = bottlenecks_.bottleneck(own_slot(part), state.hidden, residual);
   if (part.slot->gates[part.adapter] > 0) {
@@ -148,14 +148,14 @@ ComposedState BottleneckComposer::split(const Composition& block, ComposedState 
 // The library computes it, and does not use it.
 void BottleneckComposer::add_unused_gate(const ComposedPart& part, const ComposedState& state) {
   if (part.slot->gates[part.adapter] > 0) {
-    const Inserter::Scope guard = inserter_.one_adapter(part.adapter);
+    const Inserter::Scope guard = only(part);
     add_gate(part, bottlenecks_.gate(*part.slot, state.hidden));
   }
 }
 
 Value* BottleneckComposer::up(const ComposedPart& part, const ComposedState& state) {
   add_unused_gate(part, state);
-  const Inserter::Scope guard = inserter_.one_adapter(part.adapter);
+  const Inserter::Scope guard = only(part);
   return bottlenecks_.up(own_slot(part), state.hidden);
 }
 

@@ -38,7 +38,7 @@ def of_rows(vector: Tensor, x: Tensor) -> Tensor:
 
 // The forward of LoRA and IA3: the gate reads the layer's input, the rest what an earlier adapter has made.
 ComposedState LoraComposer::single(const ComposedPart& part, ComposedState state) {
-  const Inserter::Scope guard = inserter_.one_adapter(part.adapter);
+  const Inserter::Scope guard = only(part);
   const Slot& slot = *part.slot;
   const auto& planned = std::get<PlannedLoRA>(part.module->method);
   Value* module = inserter_.slot_module(slot);
@@ -120,7 +120,7 @@ Value* LoraComposer::operator()(const Composition& tree, Value* x, Value* base) 
   if (slot.lora == LoRAForm::kAdd) {
     return result;
   }
-  const Inserter::Scope guard = inserter_.one_adapter(state.last->adapter);
+  const Inserter::Scope guard = only(*state.last);
   Value* module = inserter_.slot_module(slot);
   const auto of = [&](const char* name) { return inserter_.parameter(slot, module, name); };
   RowFunctions rows(graph_, inserter_.adapter_ids(), inserter_.active());

@@ -9,7 +9,7 @@ namespace torchgraft {
 using torch::jit::Value;
 
 ComposedState PrefixComposer::single(const ComposedPart& part, ComposedState state) {
-  const Inserter::Scope guard = inserter_.one_adapter(part.adapter);
+  const Inserter::Scope guard = only(part);
   const Slot& slot = *part.slot;
   const int64_t length = std::get<PlannedPrefix>(part.module->method).config.prefix_length;
   Value* module = inserter_.slot_module(slot);

@@ -192,6 +192,10 @@ ComposedState Composer::sliced(ComposedState state, int64_t dim, int64_t begin, 
   return state;
 }
 
+Inserter::Scope Composer::only(const ComposedPart& part) {
+  return inserter_.one_adapter(part.row ? part.row : graph_.insertConstant(static_cast<int64_t>(part.adapter)));
+}
+
 Value* Composer::pooled_gate(const ComposedPart& part, Value* x) {
   const int64_t gates = part.slot->gates[part.adapter];
   if (gates == 0) {

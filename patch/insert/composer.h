@@ -19,6 +19,8 @@ struct ComposedPart {
   const PlannedModule* module = nullptr;
   const ModuleWeights* weights = nullptr;
   bool trainable = false;
+  torch::jit::Value* row = nullptr;  // of a pool: the row that it stands for
+  size_t key = 0;                    // position in composed_keys
 };
 
 // What a composition acts on at one site.
@@ -85,6 +87,8 @@ class Composer {
   void check_sizes(const Composition& block, Value* x, int64_t dim, const char* what, const char* field);
   Value* sum(const std::vector<Value*>& values, const std::vector<double>& shares);
   Value* joined(const std::vector<Value*>& values, int64_t dim);
+  // All rows use this part.
+  Inserter::Scope only(const ComposedPart& part);
   void add_gate(const ComposedPart& part, Value* gate) { gates_.push_back({part, gate}); }
   // The part's gate [rows, gates] of x [rows, S, I], added to gates(); null where the part has none.
   Value* pooled_gate(const ComposedPart& part, Value* x);

@@ -17,6 +17,9 @@ struct InsertOptions {
   std::vector<NamedComposition> compositions = {};  // of `adapters`; the graph of a module without any is untouched
   std::vector<AdapterFusion> fusions = {};          // likewise
   const std::vector<Adapter>* adapters = nullptr;   // those of the slots, where there are compositions
+  // Of a pool: how many rows its banks have. Ids of compositions come behind these, and the attribute composition_parts
+  // of the `adapters` submodule tells which row each adapter in a composition stands for.
+  std::optional<int64_t> pool_rows = std::nullopt;
 };
 
 // Inserts one torchgraft:: op per run into `graph`, whose sites are `sites`, and one more wherever a projection with a

@@ -35,6 +35,11 @@ def composition_rows(adapter_ids: Optional[Tensor], active: int, id: int) -> Tup
             uses = 1
         return uses, rows
 
+def part_row(parts: List[List[int]], uses: int, composition: int, part: int) -> int:
+    if uses > 0:
+        return parts[composition][part]
+    return 0
+
 def taken(value: Tensor, uses: int, rows: Tensor) -> Tensor:
     if uses == 1:
         return value
@@ -71,24 +76,35 @@ bool is_composed(const std::string& site) { return site != "output_reft" && site
 
 CompositionInserter::Rows CompositionInserter::rows_of(size_t composition) {
   WithInsertPoint guard(inserter_.active()->node()->next());
-  Value* id = graph_.insertConstant(static_cast<int64_t>(adapters_.size() + composition));
+  Value* id = graph_.insertConstant(inserter_.first_composition_id() + static_cast<int64_t>(composition));
   Value* pair = call_rows(graph_, "composition_rows", {inserter_.all_adapter_ids(), inserter_.all_active(), id})[0];
   Node* unpack = graph_.insertNode(graph_.createTupleUnpack(pair));
   Value* has_any = graph_.insert(c10::aten::gt, {unpack->outputs()[0], 0});
-  return {unpack->outputs()[0], unpack->outputs()[1], has_any};
+  Rows rows{unpack->outputs()[0], unpack->outputs()[1], has_any};
+  if (Value* parts = inserter_.composition_parts()) {
+    for (size_t i = 0; i < adapters_in(inserter_.compositions()[composition].tree).size(); ++i) {
+      Value* at = graph_.insertConstant(static_cast<int64_t>(composition));
+      Value* part = graph_.insertConstant(static_cast<int64_t>(i));
+      rows.parts.push_back(call_rows(graph_, "part_row", {parts, rows.uses, at, part})[0]);
+    }
+  }
+  return rows;
 }
 
-ComposedSite CompositionInserter::site_of(const NamedComposition& composition, size_t layer, const std::string& site,
-                                          const std::vector<const Slot*>& slots) const {
+ComposedSite CompositionInserter::site_of(const NamedComposition& composition, const Rows& rows, size_t layer,
+                                          const std::string& site, const std::vector<const Slot*>& slots) const {
   ComposedSite result{composition.name, site + " of layer " + std::to_string(slots.front()->number), {}};
-  for (const std::string& name : adapters_in(composition.tree)) {
+  const std::vector<std::string> names = adapters_in(composition.tree);
+  for (size_t i = 0; i < names.size(); ++i) {
+    const std::string& name = names[i];
     const size_t index = find_adapter(adapters_, name, "compose");
     const Adapter& adapter = adapters_[index];
     for (const Slot* slot : slots) {
       for (size_t m = 0; m < adapter.plan.size(); ++m) {
         const PlannedModule& module = adapter.plan[m];
         if (module.layer == slot->layer && module.site == site && slot_name(adapter, module) == slot->name) {
-          result.parts.emplace(name, ComposedPart{index, slot, &module, &adapter.weights[m], adapter.trainable});
+          result.parts.emplace(name, ComposedPart{index, slot, &module, &adapter.weights[m], adapter.trainable,
+                                                  rows.parts.empty() ? nullptr : rows.parts[i], rows.first_key + i});
         }
       }
     }
@@ -119,13 +135,16 @@ void CompositionInserter::operator()(const std::vector<Slot>& slots, const std::
   }
   const std::vector<NamedComposition>& compositions = inserter_.compositions();
   std::vector<Rows> rows;
+  size_t keys = 0;
   for (size_t i = 0; i < compositions.size(); ++i) {
     check_parts(compositions[i], adapters_, "compose");
     rows.push_back(rows_of(i));
+    rows.back().first_key = keys;
+    keys += adapters_in(compositions[i].tree).size();
   }
   for (const auto& [key, own] : sites) {
     for (size_t i = 0; i < compositions.size(); ++i) {
-      const ComposedSite site = site_of(compositions[i], key.first, key.second, own);
+      const ComposedSite site = site_of(compositions[i], rows[i], key.first, key.second, own);
       if (!site.parts.empty()) {
         check_site(site);
         inserter_.enter(*site.parts.begin()->second.slot, key.first);
@@ -174,8 +193,7 @@ Value* CompositionInserter::at_rows(Value* whole, const Rows& rows, const Compos
   for (const Composer::Gate& gate : evaluated.gates) {
     branch->blocks()[1]->registerOutput(call_rows(graph_, "no_gate", {whole})[0]);
     gates_.push_back(branch->addOutput()->setType(c10::TensorType::get()));
-    const std::string key = site.name + "." + adapters_[gate.part.adapter].name;
-    described_gates_.push_back({gate.part.slot->number, gate.part.slot->location, key});
+    described_gates_.push_back({gate.part.slot->number, gate.part.slot->location, gate.part.key});
   }
   return branch->outputs()[0];
 }

@@ -43,6 +43,8 @@ class CompositionInserter {
     Value* uses = nullptr;
     Value* rows = nullptr;
     Value* has_any = nullptr;
+    std::vector<Value*> parts = {};  // of a pool: the rows that its adapters stand for, in the order of adapters_in
+    size_t first_key = 0;            // its first position in composed_keys
   };
   // A result, and the gates that it was computed with.
   struct Evaluated {
@@ -51,7 +53,7 @@ class CompositionInserter {
   };
 
   Rows rows_of(size_t composition);
-  ComposedSite site_of(const NamedComposition& composition, size_t layer, const std::string& site,
+  ComposedSite site_of(const NamedComposition& composition, const Rows& rows, size_t layer, const std::string& site,
                        const std::vector<const Slot*>& slots) const;
   void check_site(const ComposedSite& site) const;
 

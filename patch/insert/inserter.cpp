@@ -49,6 +49,16 @@ def first_ids(adapter_ids: Optional[Tensor], adapters: int, firsts: List[int]) -
             result = result.masked_fill(adapter_ids.eq(adapters + i), firsts[i])
         return result
 
+def pooled_firsts(adapter_ids: Optional[Tensor], adapters: int, parts: List[List[int]]) -> List[int]:
+    result: List[int] = []
+    for i in range(len(parts)):
+        first = -1
+        if adapter_ids is not None:
+            if bool(adapter_ids.eq(adapters + i).any()):
+                first = parts[i][0]
+        result.append(first)
+    return result
+
 def first_active(active: int, adapters: int, firsts: List[int]) -> int:
     if active >= adapters:
         return firsts[active - adapters]
@@ -87,15 +97,19 @@ Inserter::Inserter(Graph& graph, const GraphSites& sites, const torch::jit::Modu
 
 // Makes rows of compositions rows of the base.
 void Inserter::hide_compositions() {
-  const size_t adapters = options_.adapters->size();
-  std::vector<int64_t> firsts;
-  for (const NamedComposition& composition : options_.compositions) {
-    firsts.push_back(
-        static_cast<int64_t>(find_adapter(*options_.adapters, first_adapter(composition.tree), "compose")));
+  Value* count = graph_.insertConstant(first_composition_id());
+  Value* ids = graph_.insertConstant(first_composition_id() + static_cast<int64_t>(options_.compositions.size()));
+  Value* first = nullptr;
+  if (options_.pool_rows) {
+    first = at_top(graph_, "pooled_firsts", {adapter_ids_, count, composition_parts()});
+  } else {
+    std::vector<int64_t> firsts;
+    for (const NamedComposition& composition : options_.compositions) {
+      firsts.push_back(
+          static_cast<int64_t>(find_adapter(*options_.adapters, first_adapter(composition.tree), "compose")));
+    }
+    first = graph_.insertConstant(firsts);
   }
-  Value* count = graph_.insertConstant(static_cast<int64_t>(adapters));
-  Value* ids = graph_.insertConstant(static_cast<int64_t>(adapters + options_.compositions.size()));
-  Value* first = graph_.insertConstant(firsts);
   first_adapter_ids_ = at_top(graph_, "first_ids", {adapter_ids_, count, first});
   first_active_ = at_top(graph_, "first_active", {active_, count, first});
   adapter_ids_ = at_top(graph_, "plain_ids", {adapter_ids_, count, ids});
@@ -120,9 +134,16 @@ Inserter::Scope Inserter::first_of_each() {
           is_composing_};
 }
 
-Inserter::Scope Inserter::one_adapter(size_t adapter) {
-  Value* all_rows = graph_.insertConstant(c10::IValue());
-  return {*this, all_rows, graph_.insertConstant(static_cast<int64_t>(adapter)), /*is_composing=*/true};
+Inserter::Scope Inserter::one_adapter(Value* adapter) {
+  return {*this, graph_.insertConstant(c10::IValue()), adapter, /*is_composing=*/true};
+}
+
+int64_t Inserter::first_composition_id() const {
+  return options_.pool_rows.value_or(static_cast<int64_t>(options_.adapters->size()));
+}
+
+Value* Inserter::composition_parts() {
+  return options_.pool_rows ? graph_.insertGetAttr(adapters_, kCompositionParts) : nullptr;
 }
 
 Value* Inserter::swapped(Value* value, bool sequence_first) {

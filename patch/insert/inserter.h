@@ -70,7 +70,11 @@ class Inserter {
   // library, whose compositions do not know them.
   Scope first_of_each();
   // All rows use this adapter, whose gates are means over all tokens.
-  Scope one_adapter(size_t adapter);
+  Scope one_adapter(Value* adapter);
+  // The id of the first composition; those of the others follow.
+  int64_t first_composition_id() const;
+  // Of a pool: the rows that stand for the adapters of each composition, List[List[int]]; else null.
+  Value* composition_parts();
   // How many gated ops call() has inserted.
   size_t ops() const { return ops_; }
 

@@ -104,6 +104,9 @@ Module add_adapters_module(Draft& draft, const std::vector<Slot>& slots, const s
   const auto trains = [&](const std::string& name) { return is_trainable(draft.fusions, name); };
   add_heads(adapters, head_owners(draft.adapters, draft.compositions, trains), unit);
   register_fusions(adapters, draft.fusions, unit);
+  if (draft.inserting.pool_rows && !draft.compositions.empty()) {
+    register_composition_parts(adapters, draft.compositions);
+  }
   adapters.train(draft.module.attr("training", c10::IValue(false)).toBool());  // a frozen module has no such attribute
   draft.module.register_module("adapters", adapters);
   return adapters;

@@ -50,9 +50,15 @@ std::vector<Adapter> templates(const std::vector<AdapterConfig>& room, const Dra
 
 }  // namespace
 
-PoolBanks::PoolBanks(Draft draft, std::vector<AdapterConfig> room, int64_t capacity, int64_t max_row_bytes)
+PoolBanks::PoolBanks(Draft draft, std::vector<AdapterConfig> room, const std::vector<PoolShape>& shapes,
+                     int64_t capacity, int64_t max_row_bytes)
     : room_(std::move(room)) {
   draft.adapters = templates(room_, draft);
+  draft.compositions.clear();
+  draft.inserting.pool_rows = capacity;
+  add_shapes(shapes, draft.adapters, draft.compositions, [&](const std::string& name, const AdapterConfig& config) {
+    return make_adapter({name, config, std::nullopt, ""}, draft.sites.structure, draft.weights);
+  });
   poolings_ = gate_poolings(draft.adapters);
   module_ = build(std::move(draft), /*active=*/"");
   module_.eval();
@@ -60,6 +66,9 @@ PoolBanks::PoolBanks(Draft draft, std::vector<AdapterConfig> room, int64_t capac
     check_row_bytes(max_row_bytes);
   }
   allocate_banks(capacity);
+  if (!shapes.empty()) {
+    number_compositions(capacity);
+  }
 }
 
 // Called before `capacity` rows are allocated.
@@ -106,6 +115,37 @@ void PoolBanks::allocate_banks(int64_t capacity) {
   root.setattr("gate_counts", counts);
   if (poolings_.is_mixed()) {
     root.setattr(kPoolsAll, at::ones({capacity + 1}, root.attr(kPoolsAll).toTensor().options()));
+  }
+}
+
+// Ids of compositions begin behind the rows.
+void PoolBanks::number_compositions(int64_t capacity) {
+  Module root = module_.attr("adapters").toModule();
+  c10::List<int64_t> ids;
+  const auto compositions = root.attr(kCompositionParts).toListRef();
+  for (size_t i = 0; i < compositions.size(); ++i) {
+    for (size_t part = 0; part < compositions[i].toListRef().size(); ++part) {
+      ids.push_back(capacity + static_cast<int64_t>(i));
+    }
+  }
+  root.setattr("composed_ids", ids);
+}
+
+void PoolBanks::compose(size_t shape, const std::string& name, const std::vector<std::string>& parts,
+                        const std::vector<int64_t>& rows) {
+  const Module root = module_.attr("adapters").toModule();
+  const auto all = root.attr(kCompositionParts).toList();
+  size_t key = 0;  // of the composition's first part
+  for (size_t i = 0; i < shape; ++i) {
+    key += all.get(i).toListRef().size();
+  }
+  const auto held = all.get(shape).toList();
+  TORCH_INTERNAL_ASSERT(held.size() == rows.size() && parts.size() == rows.size(), name, " has ", rows.size(),
+                        " adapters, its shape ", held.size());
+  const auto keys = root.attr("composed_keys").toList();
+  for (size_t i = 0; i < rows.size(); ++i) {
+    held.set(i, rows[i]);
+    keys.set(key + i, name + "." + parts[i]);
   }
 }
 

@@ -164,6 +164,18 @@ def parts_of_setup(directory: Path) -> list[str]:
     return adapters_of(_read_setup(directory / SETUP_FILE)[0])
 
 
+def read_setup(directory: Path) -> dict[str, Any]:
+    """Returns the composition in a directory of save_adapter_setup(), as to_dict() of a block gives it.
+
+    Raises:
+        GraftError: adapter_setup.json is missing or damaged, or names a head of the composition's own.
+    """
+    tree, head = _read_setup(directory / SETUP_FILE)
+    if head is not None:
+        raise GraftError(f"{directory / SETUP_FILE}: it has a head of its own, which load_adapter_setup reads")
+    return tree
+
+
 def _load_head(module: torch.jit.ScriptModule, name: str, directory: Path) -> torch.jit.ScriptModule:
     if not (directory / HEAD_CONFIG_FILE).exists():
         raise GraftError(f"{directory.parent / SETUP_FILE}: its head_setup names {directory.name}, which has no "

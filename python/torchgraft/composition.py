@@ -174,6 +174,16 @@ def composition_to_json(composition: Any) -> str:
     return json.dumps(composition)
 
 
+def composition_to_text(composition: Any) -> str:
+    """Returns a composition, as composition_to_json() takes it, as text that reads back as the same: Stack(en, ner)."""
+    return patcher().composition_to_string(composition_to_json(composition))
+
+
+def is_composition_text(name: str) -> bool:
+    """Whether it is the text of a block, not the name of an adapter: one that begins with "Stack(", say."""
+    return patcher().is_composition_text(name)
+
+
 def _add_fusion_names(block: Any, tree: Any) -> None:
     """Writes the names of the library's Fuse blocks into what their to_dict() gives, which omits them."""
     if isinstance(block, str):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ._libraries import patcher
+from .composition import composition_to_json
 from .configs import config_to_json
 from .grafting import Base, base_module, cpp_module, directory_spec, script_module
 
@@ -19,7 +20,8 @@ class Lease:
 
     Attributes:
         module: the module to run: call its `forward` or `forward_with_gates` with adapter_ids=ids.
-        ids: int64 [B], on the CPU: the row of each requested name, in their order; -1 is the base model.
+        ids: int64 [B], on the CPU: the row of each requested name, in their order; -1 is the base model. Ids of
+            compositions follow those of the rows.
     """
 
     def __init__(self, held: Any, module: torch.jit.ScriptModule):
@@ -72,6 +74,10 @@ class AdapterPool:
             result does not depend on its batch.
         token_mask: as in graft().
         max_row_bytes: the most that one row may take. An adapter that needs more is refused. 0: no limit.
+        max_compositions: how many compositions the module holds at once. For one of another structure (other blocks,
+            weights or sizes, or adapters of other kinds) the pool builds its module anew, beside its traffic. 0: none.
+        max_composition_parts: the most adapters in a composition.
+        max_composition_depth: the most blocks one in another.
 
     Raises:
         GraftError: graft() would refuse `module` or a configuration, or `capacity` is not above the number of adapters
@@ -88,12 +94,16 @@ class AdapterPool:
         gate_pooling: str | None = None,
         token_mask: str | None = None,
         max_row_bytes: int = 0,
+        max_compositions: int = 16,
+        max_composition_parts: int = 8,
+        max_composition_depth: int = 3,
     ):
         module = base_module(module)
         self._base = module
         configs = [config_to_json(config) for config in room]
+        limits = [max_compositions, max_composition_parts, max_composition_depth]
         self._pool = patcher().AdapterPool(
-            cpp_module(module), capacity, configs, gate_pooling or "", token_mask or "", max_row_bytes
+            cpp_module(module), capacity, configs, gate_pooling or "", token_mask or "", max_row_bytes, limits
         )
         # The module of the newest banks, wrapped for Python: wrapping takes milliseconds.
         self._newest: tuple[Any, torch.jit.ScriptModule] | None = None
@@ -112,10 +122,11 @@ class AdapterPool:
         """Returns a lease on adapters that are in memory.
 
         Args:
-            names: the adapter of each row of a batch. "" is the base model.
+            names: the adapter of each row of a batch. "" is the base model. A name may also be that of a composition
+                (compose()), or the text of one: "Stack(en, ner)".
 
         Raises:
-            GraftError: an adapter is not in memory.
+            GraftError: an adapter is not in memory, or a composition is refused.
         """
         return self._lease(self._pool.acquire(_checked(names)))
 
@@ -123,6 +134,26 @@ class AdapterPool:
         """Returns a lease as acquire() does, or None if an adapter is not in memory."""
         held = self._pool.try_acquire(_checked(names))
         return None if held is None else self._lease(held)
+
+    def compose(self, name: str, composition: Any) -> None:
+        """Gives a composition a name, or the name another composition, for everybody who acquires it from now on.
+
+        Args:
+            name: a text that no adapter in memory has.
+            composition: as compose() takes it. Its adapters need not be in memory.
+
+        Raises:
+            GraftError: it has a Fuse, a Parallel or a MultiTask, is beyond the pool's limits, or the name is taken.
+        """
+        self._pool.compose(name, composition_to_json(composition))
+
+    def remove_composition(self, name: str) -> bool:
+        """Takes the name of a composition away. Leases keep it. Returns False if there was none."""
+        return self._pool.remove_composition(name)
+
+    def compositions(self) -> dict[str, str]:
+        """Returns the compositions that have names, and each as text."""
+        return self._pool.compositions()
 
     def evict(self, name: str) -> bool:
         """Takes an adapter out of memory; its row is free when the last lease on it ends. Returns False if it was not
@@ -135,8 +166,8 @@ class AdapterPool:
 
     def stats(self) -> dict[str, int]:
         """Returns counts and sizes: "capacity", "resident" (adapters in memory), "row_bytes" (of one adapter, with
-        padding), "bank_bytes" (of all rows), "loads" (rows written), "evictions" and "rebuilds" (of banks that had to
-        grow)."""
+        padding), "bank_bytes" (of all rows), "loads" (rows written), "evictions", "rebuilds" (modules built anew, for
+        banks that had to grow or compositions of another structure) and "compositions" (in the module)."""
         return self._pool.stats()
 
     def _lease(self, held: Any) -> Lease:
