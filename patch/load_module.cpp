@@ -10,6 +10,7 @@
 #include <exception>
 #include <filesystem>
 #include <fstream>
+#include <new>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -95,8 +96,13 @@ torch::jit::Module load_module(const std::string& path) {
   try {
     check_tensor_records(path);
     return torch::jit::load(path, at::kCPU);
+  } catch (const std::bad_alloc&) {
+    throw;
   } catch (const std::exception& error) {
-    TORCH_CHECK(false, path, ": not a TorchScript file that can be loaded (", one_line(error), ")");
+    const std::string message = one_line(error);
+    const bool lacks_operator = message.find("Unknown builtin op") != std::string::npos;
+    TORCH_CHECK(false, path, ": not a TorchScript file that can be loaded (", message, ")",
+                lacks_operator ? "; load the library that has this operator first (--library)" : "");
   }
 }
 

@@ -103,6 +103,7 @@ std::pair<Value*, Value*> LoraInserter::lookup(const Slot& slot, Value* tokens, 
   Value* module = inserter_.slot_module(slot);
   const auto of = [&](const char* name) { return inserter_.parameter(slot, module, name); };
   RowFunctions rows(graph_, inserter_.adapter_ids(), inserter_.active());
+  rows.check_ids("gated_lora", base, of("lora_a"));  // before they choose what is read
   const auto [columns, unit] = rows.looked_up(of("lora_a"), tokens);
   Node* op = inserter_.call(
       "gated_lora",

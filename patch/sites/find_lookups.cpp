@@ -38,8 +38,10 @@ void find_lookups(SiteFinder& finder, torch::jit::Graph& graph, const Module& mo
   for_each_node(graph.block(), [&](Node* node) {
     if (is_linear(node)) {
       reads[finder.path_of(node)]++;
-    } else if (is_aten(node, {"embedding"})) {
-      reads[module_path(weight_source(node->namedInput("weight"), module))]++;
+    } else if (is_aten(node, {"embedding", "embedding_renorm_", "embedding_bag"})) {  // max_norm writes into the table
+      reads[module_path(weight_source(node->input(0), module))]++;
+    }
+    if (is_aten(node, {"embedding"})) {
       lookups.push_back(node);
     }
   });

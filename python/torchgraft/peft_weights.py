@@ -178,6 +178,8 @@ def _update(config: PeftLoRAConfig, path: str, parts: dict[str, Tensor]) -> Upda
         return Update(parts["ia3_l"].new_zeros(1, 0), parts["ia3_l"])
     is_of_embedding = "embedding A" in parts or "embedding B" in parts
     if is_of_embedding:
+        if {"A", "B"} & set(parts):
+            raise GraftError(f"{directory}: {path} has weights of a linear map and of an embedding")
         if config.use_dora or config.lora_bias:
             raise GraftError(
                 f"{directory}: {path} is an embedding, on which DoRA and lora_bias are not supported; merge the "

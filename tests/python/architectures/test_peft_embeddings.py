@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import torchgraft
@@ -104,6 +105,36 @@ def test_numbers_of_the_first_adapter_reach_no_row_of_the_base(change, tmp_path:
         none = torch.full((expected.size(0),), -1)
         rows = _hidden(change(module)(*_arguments("bert", 1), adapter_ids=none))
         torch.testing.assert_close(rows, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("change", [lambda module: module, torchgraft.lower], ids=["operators", "lowered"])
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [([0] * 9, r"gated_lora: expected adapter_ids of shape \[\d\], got \[9\]"), (None, r"in \[-1, 1\), got 7 in row 0")],
+)
+def test_wrong_adapter_ids_are_named(change, ids: list[int] | None, message: str, tmp_path: Path) -> None:
+    module = change(torchgraft.load_adapter(_traced("bert"), _adapter(tmp_path), "task"))
+    arguments = _arguments("bert", 1)
+    with pytest.raises(torch.jit.Error, match=message):
+        module(*arguments, adapter_ids=torch.tensor(ids or [7] * arguments[0].size(0)))
+
+
+def test_a_table_that_max_norm_writes_into_is_refused(tmp_path: Path) -> None:
+    model = _make("bert")
+    model.model.embeddings.word_embeddings.max_norm = 0.5
+    base = torch.jit.trace(model, _arguments("bert", 0), check_trace=False, strict=False)
+    with pytest.raises(torchgraft.GraftError, match="no linear map or embedding on tokens"):
+        torchgraft.load_adapter(base, _adapter(tmp_path), "task")
+
+
+def test_weights_of_two_kinds_are_refused(tmp_path: Path) -> None:
+    directory = _adapter(tmp_path)
+    weights = load_file(directory / "adapter_model.safetensors")
+    path = next(key for key in weights if "lora_embedding_A" in key).removesuffix(".lora_embedding_A")
+    more = {f"{path}.lora_A.weight": torch.zeros(4, 3), f"{path}.lora_B.weight": torch.zeros(3, 4)}
+    save_file(weights | more, directory / "adapter_model.safetensors")
+    with pytest.raises(torchgraft.GraftError, match="has weights of a linear map and of an embedding"):
+        torchgraft.load_adapter(_traced("bert"), directory, "task")
 
 
 def test_a_pool_has_rows_for_it(tmp_path: Path) -> None:
