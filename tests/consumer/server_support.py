@@ -154,6 +154,8 @@ class Server:
     def __exit__(self, *_) -> None:
         if self._process.poll() is None:
             self.stop()
+        elif not self.errors:  # it has ended by itself
+            self._read_errors()
 
     @property
     def pid(self) -> int:
@@ -174,12 +176,16 @@ class Server:
     def wait(self) -> int:
         try:
             self._process.communicate(timeout=60)
-            self.errors = self._logged()
-            assert "Sanitizer:" not in self.errors, self.errors  # else one that found something at the end went unseen
+            self._read_errors()
         except subprocess.TimeoutExpired:
             self._process.kill()
             raise
         return self._process.returncode
+
+    def _read_errors(self) -> None:
+        """Fails on what a sanitizer found, also where nobody asks for it."""
+        self.errors = self._logged()
+        assert "Sanitizer:" not in self.errors, self.errors
 
     def _logged(self) -> str:
         self._log.seek(0)
