@@ -11,17 +11,19 @@ import starlette.responses
 from ray import serve
 
 import torchgraft
-from encoder import BATCH_ROWS, NAME, NO_COMPOSITION, Answer, Encoder, Request, is_composition, model_id_of
+from encoder import BATCH_ROWS, NAME, Answer, Encoder, Request, model_id_of
+from torchgraft.composition import composition_to_json, is_composition_text
 
 FIELDS = {"adapter", "input_ids", "pooling"}
 MOST_TOKENS = 512
+MOST_TEXT = 1024  # characters of a composition
 
 
 @dataclass(frozen=True)
 class Settings:
     """Settings of a deployment: `min_replicas` to `max_replicas` replicas, each with `capacity` adapters and `threads`
-    threads for a forward pass. adapters: None: a grafted model's own only. gate_pooling: None: as each adapter was
-    trained."""
+    threads for a forward pass, and `max_compositions` compositions. adapters: None: a grafted model's own only.
+    gate_pooling: None: as each adapter was trained."""
 
     model: Path
     adapters: Path | None
@@ -30,6 +32,7 @@ class Settings:
     min_replicas: int = 1
     max_replicas: int = 4
     gate_pooling: str | None = None
+    max_compositions: int = 16
 
 
 class Batches:
@@ -84,7 +87,12 @@ class EncoderReplica:
 
     def __init__(self, settings: Settings):
         self._encoder = Encoder(
-            settings.model, settings.adapters, settings.capacity, settings.threads, settings.gate_pooling
+            settings.model,
+            settings.adapters,
+            settings.capacity,
+            settings.threads,
+            settings.gate_pooling,
+            settings.max_compositions,
         )
         self._batches = Batches(self._encoder.run)
 
@@ -103,8 +111,13 @@ class EncoderReplica:
                 lease = await self._adapter(model_id)
             except torchgraft.GraftError as error:
                 return 422, f"adapter '{name}' cannot be loaded: {error}"
-        elif await asyncio.to_thread(self._encoder.has_setup, name):
-            return 422, f"'{name}': {NO_COMPOSITION}"
+        elif is_composition_text(name) or await asyncio.to_thread(self._encoder.has_setup, name):
+            try:
+                lease = await asyncio.to_thread(self._encoder.composed, name)
+            except torchgraft.GraftError as error:
+                return 422, f"'{name}' cannot be loaded: {error}"
+            except LookupError as error:
+                return 404, error.args[0]
         else:
             return 404, f"no adapter is called '{name}'"
         return await self._batches.answer(Request(lease, rows, pooling))
@@ -139,6 +152,17 @@ def is_row(row: object) -> bool:
     return is_list and all(type(token) is int and 0 <= token < 2**63 for token in row)
 
 
+def text_fault(text: str) -> str | None:
+    """What is wrong with the text of a composition, as examples/server says it."""
+    if len(text) > MOST_TEXT:
+        return f"expected a composition of at most {MOST_TEXT} characters, got {len(text)}"
+    try:
+        composition_to_json(text)
+    except torchgraft.GraftError as error:
+        return str(error)
+    return None
+
+
 @serve.deployment(max_ongoing_requests=1024, ray_actor_options={"num_cpus": 0})
 class Gateway:
     """HTTP in and out, with the messages of examples/server."""
@@ -156,11 +180,12 @@ class Gateway:
             name, rows, pooling = read_body(await request.body())
         except BadRequestError as error:
             return failure(400, str(error))
-        if is_composition(name):
-            return failure(422, f"'{name}': {NO_COMPOSITION}")
-        if name and not NAME.fullmatch(name):
+        is_text = is_composition_text(name)
+        if is_text and (fault := text_fault(name)):
+            return failure(400, fault)
+        if name and not is_text and not NAME.fullmatch(name):
             return failure(404, "expected an adapter's name of letters, digits, '_' and '-'")
-        model_id = await asyncio.to_thread(model_id_of, self._adapters, name)
+        model_id = "" if is_text else await asyncio.to_thread(model_id_of, self._adapters, name)
         encoder = self._encoder.options(multiplexed_model_id=model_id)
         status, answer = await encoder.predict.remote(name, rows, pooling)
         if status != 200:

@@ -9,15 +9,14 @@ import torch
 
 import torchgraft
 from torchgraft.adapter_hub import CONFIG_FILE, SAFETENSORS_FILE, SETUP_FILE, read_config, read_one_version
+from torchgraft.adapter_setup import read_setup
+from torchgraft.composition import adapters_of, composition_to_json, composition_to_text, is_composition_text
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")  # of a directory in the folder
-BLOCK = re.compile(r"(Stack|Fuse|Split|BatchSplit|Parallel|MultiTask|Average)\(")
-NO_COMPOSITION = (
-    "it is a composition, and the server serves single adapters; ask for one of its adapters, or run the composition "
-    "in a program of your own, as examples/serve does"
-)
 BATCH_ROWS = 64
 MOST_ADAPTER_BYTES = 256 << 20  # of a row in memory
+MOST_PARTS = 8  # adapters in a composition
+TRIES = 20  # files may change, and adapters leave, while a composition comes in
 
 Status = int
 Answer = tuple[Status, dict | str]  # 200 and the body of the answer, or an error's message
@@ -40,7 +39,13 @@ class Encoder:
     """
 
     def __init__(
-        self, model: Path, adapters: Path | None, capacity: int, threads: int, gate_pooling: str | None = None
+        self,
+        model: Path,
+        adapters: Path | None,
+        capacity: int,
+        threads: int,
+        gate_pooling: str | None = None,
+        max_compositions: int = 16,
     ):
         torch.set_num_threads(threads)
         module = torchgraft.load_module(model).eval()
@@ -55,19 +60,22 @@ class Encoder:
         self.own = set(module.adapter_names()) if grafted else set()
         self._pool = torchgraft.AdapterPool(
             module,
-            # One more: while an adapter comes in, requests still run the one that leaves for it.
-            len(self.own) + capacity + 1,
+            # One more: while an adapter comes in, requests still run the one that leaves for it. And rows that Ray
+            # holds no lease on, for the adapters of a composition.
+            len(self.own) + capacity + 1 + MOST_PARTS,
             room=self._room(module),
             gate_pooling=gate_pooling,
             max_row_bytes=MOST_ADAPTER_BYTES,
+            max_compositions=max_compositions,
+            max_composition_parts=MOST_PARTS,
         )
 
     def _room(self, module: torch.jit.ScriptModule) -> list[Path]:
         """One configuration file of each content that can be served. The others are named, and keep nobody waiting."""
         files: dict[str, Path] = {}
-        for path in sorted(self._adapters.glob(f"*/{CONFIG_FILE}")) if self._adapters else []:
-            if path.parent.name in self.own:
-                _report(path.parent.name, "the model's file has an adapter of that name, which is served; rename one")
+        for name, path in self._config_files():
+            if name in self.own:
+                _report(name, "the model's file has an adapter of that name, which is served; rename one")
                 continue
             try:
                 text = read_config(path)
@@ -77,13 +85,24 @@ class Encoder:
             except torchgraft.GraftError as error:
                 fault = str(error)
             if fault:
-                _report(path.parent.name, torchgraft.one_line(fault))
+                _report(name, torchgraft.one_line(fault))
             else:
                 files[text] = path
-        for path in sorted(self._adapters.glob(f"*/{SETUP_FILE}")) if self._adapters else []:
-            if is_setup(self._adapters, path.parent.name):
-                _report(path.parent.name, NO_COMPOSITION)
         return list(files.values())
+
+    def _config_files(self) -> list[tuple[str, Path]]:
+        """The names of adapters and compositions in the folder, and the configuration files of each."""
+        if self._adapters is None:
+            return []
+        files = [(path.parent.name, path) for path in sorted(self._adapters.glob(f"*/{CONFIG_FILE}"))]
+        for path in sorted(self._adapters.glob(f"*/{SETUP_FILE}")):
+            name = path.parent.name
+            if is_setup(self._adapters, name):
+                try:
+                    files += [(name, path.parent / part / CONFIG_FILE) for part in adapters_of(read_setup(path.parent))]
+                except torchgraft.GraftError as error:
+                    _report(name, torchgraft.one_line(str(error)))
+        return files
 
     def has_setup(self, name: str) -> bool:
         """Whether the folder has a composition of that name, and no adapter."""
@@ -95,6 +114,49 @@ class Encoder:
         row = f"{name}@{version}"
         self._pool.insert(row, self._adapters / name)
         return self._pool.acquire([row])
+
+    def composed(self, name: str) -> torchgraft.Lease:
+        """A composition: of the folder, or text such as "Stack(en, ner)" of adapters that are served. Its adapters come
+        in as others do; all of those of a directory are of one version.
+
+        Raises:
+            GraftError: an adapter cannot be read, or the composition is refused.
+            LookupError: an adapter is not there.
+        """
+        for _ in range(TRIES):
+            tree, directories = self._rows_of(name)
+            text = composition_to_text(tree)
+            if lease := self._pool.try_acquire([text]):
+                return lease
+            resident = self._pool.resident()
+            for row, directory in directories.items():
+                if row not in resident:
+                    self._pool.insert(row, directory)
+            if self._rows_of(name) != (tree, directories):
+                continue  # the files changed meanwhile
+            try:
+                return self._pool.acquire([text])
+            except torchgraft.GraftError:
+                if not {*directories, *adapters_of(tree)}.difference(self._pool.resident()):
+                    raise  # else an adapter left for another
+        raise torchgraft.GraftError(f"'{name}': its files, or the adapters in memory, change all the time")
+
+    def _rows_of(self, name: str) -> tuple[dict, dict[str, Path]]:
+        """The composition of rows, and the directory of each row. An adapter of the model's file keeps its name."""
+        if is_composition_text(name):
+            tree, root, begin = torchgraft.parse_json(composition_to_json(name), name), self._adapters, ""
+        else:
+            tree, root, begin = read_setup(self._adapters / name), self._adapters / name, f"{name}/"
+        rows, directories = {}, {}
+        for part in adapters_of(tree):
+            if not begin and part in self.own:
+                continue
+            model_id = model_id_of(root, part) if NAME.fullmatch(part) else ""
+            if not model_id:
+                raise LookupError(f"no adapter is called '{part}'")
+            rows[part] = begin + model_id
+            directories[begin + model_id] = root / part
+        return _with_rows(tree, rows), directories
 
     def resident(self, name: str) -> torchgraft.Lease:
         """An adapter of the model's file, or, for "", the base."""
@@ -159,9 +221,10 @@ def model_id_of(adapters: Path | None, name: str) -> str:
     return read_one_version(adapters / name, (CONFIG_FILE, SAFETENSORS_FILE), look)
 
 
-def is_composition(name: str) -> bool:
-    """Whether it is text such as "Stack(en, ner)"."""
-    return BLOCK.match(name) is not None
+def _with_rows(tree: dict, rows: dict[str, str]) -> dict:
+    if tree["type"] == "single":
+        return tree | {"children": [rows.get(name, name) for name in tree["children"]]}
+    return tree | {"children": [_with_rows(child, rows) for child in tree["children"]]}
 
 
 def is_setup(adapters: Path | None, name: str) -> bool:

@@ -39,6 +39,9 @@ def parsed() -> argparse.Namespace:
         choices=("all", "unpadded"),
         help="over which tokens gates are means (default: as each adapter's directory says; all for AdapterHub's)",
     )
+    parser.add_argument(
+        "--max-compositions", type=int, default=16, help="compositions that each replica holds at once; 0: none"
+    )
     parser.add_argument("--replicas", type=int, default=1, help="at least")
     parser.add_argument("--max-replicas", type=int, help="under load (as many as --replicas)")
     return parser.parse_args()
@@ -69,6 +72,7 @@ def main() -> int:
         arguments.replicas,
         most,
         arguments.gate_pooling,
+        arguments.max_compositions,
     )
     port = arguments.port or free_port()
     cores = max(os.cpu_count() or 1, most * arguments.threads)  # what Ray may place on this machine

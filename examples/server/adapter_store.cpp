@@ -19,6 +19,7 @@ using torchgraft::AdapterPool;
 using torchgraft::AdapterSpec;
 
 constexpr size_t kLongestName = 128;
+constexpr size_t kLongestText = 1024;  // of a composition
 
 // Whether a directory of the folder may have this name. Without dots and slashes no name leads out of the folder.
 bool is_name(const std::string& name) {
@@ -26,10 +27,6 @@ bool is_name(const std::string& name) {
     return c < 0x80 && (std::isalnum(c) || c == '_' || c == '-');
   });
 }
-
-constexpr const char* kNoComposition =
-    "it is a composition, and the server serves single adapters; ask for one of its adapters, or run the composition "
-    "in a program of your own, as examples/serve does";
 
 // One look: between two, another process may begin to save.
 bool has_adapter(const std::filesystem::path& folder, const std::string& name) {
@@ -43,7 +40,8 @@ std::vector<std::string> names_in(const std::filesystem::path& folder) {
   }
   for (const auto& entry : std::filesystem::directory_iterator(folder)) {
     const std::string name = entry.path().filename().string();
-    if (is_name(name) && has_adapter(folder, name)) {
+    const bool is_served = has_adapter(folder, name) || torchgraft::is_setup_directory(entry.path().string());
+    if (is_name(name) && is_served) {
       names.push_back(name);
     }
   }
@@ -78,19 +76,6 @@ void report_bad_names(const std::filesystem::path& folder) {
   }
 }
 
-// Names the directories of compositions, which are no adapters.
-void report_setups(const std::filesystem::path& folder) {
-  if (folder.empty()) {
-    return;
-  }
-  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
-    const std::string name = entry.path().filename().string();
-    if (!has_adapter(folder, name) && torchgraft::is_setup_directory(entry.path().string())) {
-      report(torchgraft::one_line(name), kNoComposition);
-    }
-  }
-}
-
 // What libtorchgraft warns of at the start it says again when the adapter is loaded.
 class NoWarnings : public c10::WarningHandler {
  public:
@@ -106,16 +91,25 @@ std::map<std::string, std::vector<std::string>> read_configs(const std::filesyst
   NoWarnings none;
   const c10::WarningUtils::WarningHandlerGuard guard(&none);
   report_bad_names(folder);
-  report_setups(folder);
+  const auto add = [&](const std::string& name, const std::filesystem::path& directory) {
+    const auto config = torchgraft::check_adapter_directory(directory.string(), file_bytes);
+    torchgraft::check_supported(config);
+    configs[torchgraft::config_to_json(config)].push_back(name);
+  };
   for (const std::string& name : names_in(folder)) {
     if (own.count(name)) {
       log_line("adapter " + name + " of the model's file is served; that of the folder is not: rename one of the two");
       continue;
     }
     try {
-      const auto config = torchgraft::check_adapter_directory((folder / name).string(), file_bytes);
-      torchgraft::check_supported(config);
-      configs[torchgraft::config_to_json(config)].push_back(name);
+      if (has_adapter(folder, name)) {
+        add(name, folder / name);
+        continue;
+      }
+      for (const std::string& part :
+           torchgraft::adapters_in(torchgraft::read_adapter_setup((folder / name).string()))) {
+        add(name, folder / name / part);
+      }
     } catch (const std::exception& error) {
       report(name, error.what());
     }
@@ -163,26 +157,24 @@ auto answered(const std::string& name, Action action) {
   }
 }
 
-// Whether it is text such as "Stack(en, ner)".
-bool is_composition(const std::string& name) {
-  if (name.size() > kLongestName || name.find('(') == std::string::npos) {
-    return false;
+// "Stack(a, b)" of a request.
+torchgraft::Composition composition_of(const std::string& text) {
+  if (text.size() > kLongestText) {
+    throw RequestError(400, "expected a composition of at most " + std::to_string(kLongestText) + " characters, got " +
+                                std::to_string(text.size()));
   }
   try {
-    torchgraft::composition_from_string(name);
-    return true;
-  } catch (const c10::Error&) {
-    return false;
-  }
-}
-
-void check_no_setup(const std::filesystem::path& folder, const std::string& name) {
-  if (!folder.empty() && torchgraft::is_setup_directory((folder / name).string())) {
-    throw RequestError(422, "'" + name + "': " + kNoComposition);
+    return torchgraft::composition_from_string(text);
+  } catch (const c10::Error& error) {
+    throw RequestError(400, torchgraft::one_line(error));
   }
 }
 
 }  // namespace
+
+std::string metric_label(const std::string& adapter) {
+  return torchgraft::is_composition_text(adapter) ? "(composition)" : adapter;
+}
 
 bool is_grafted(const torch::jit::Module& module) { return module.find_method("adapter_names").has_value(); }
 
@@ -192,9 +184,13 @@ AdapterStore::AdapterStore(const torch::jit::Module& module, std::filesystem::pa
       file_bytes_(file_bytes),
       own_(own_configs(module)),
       pool_(module, pool_options(module, folder_, options, file_bytes),
-            [this](const std::string& name) { return read(name); }) {}
+            [this](const std::string& name) { return read(name); }),
+      setups_(folder_, pool_, file_bytes) {}
 
 AdapterSpec AdapterStore::read(const std::string& name) const {
+  if (Setups::is_part(name)) {
+    return setups_.read(name);
+  }
   return torchgraft::read_adapter_directory((folder_ / name).string(), name, file_bytes_);
 }
 
@@ -208,8 +204,9 @@ void AdapterStore::check_name(const std::string& name) const {
   if (own_.count(name)) {
     return;
   }
-  if (is_composition(name)) {
-    throw RequestError(422, "'" + name + "': " + kNoComposition);
+  if (torchgraft::is_composition_text(name)) {
+    check_composition(name);
+    return;
   }
   if (!is_name(name)) {
     throw RequestError(404, "expected an adapter's name of letters, digits, '_' and '-', got '" + name + "'");
@@ -219,10 +216,29 @@ void AdapterStore::check_name(const std::string& name) const {
   }
 }
 
+// The adapters of a composition that stands in a request; of a name, the name.
+std::vector<std::string> AdapterStore::parts_of(const std::string& name) const {
+  const bool is_text = !own_.count(name) && torchgraft::is_composition_text(name);
+  return is_text ? torchgraft::adapters_in(composition_of(name)) : std::vector<std::string>{name};
+}
+
+void AdapterStore::check_composition(const std::string& text) const {
+  for (const std::string& part : parts_of(text)) {
+    if (torchgraft::is_composition_text(part)) {
+      throw RequestError(404, "no adapter is called '" + part + "'");
+    }
+    check_name(part);
+  }
+}
+
 void AdapterStore::check_in_folder(const std::string& name) const {
-  if (!own_.count(name) && !has_adapter(folder_, name)) {
-    check_no_setup(folder_, name);
-    throw RequestError(404, "no adapter is called '" + name + "'");
+  for (const std::string& part : parts_of(name)) {
+    const bool is_whole = part == name && setups_.is_setup(name);
+    if (!own_.count(part) && !has_adapter(folder_, part) && !is_whole) {
+      throw RequestError(setups_.is_setup(part) ? 422 : 404,
+                         setups_.is_setup(part) ? "'" + part + "' is a composition, which cannot be part of another"
+                                                : "no adapter is called '" + part + "'");
+    }
   }
 }
 
@@ -230,7 +246,7 @@ std::optional<AdapterPool::Lease> AdapterStore::try_acquire(const std::string& n
   if (!name.empty()) {
     check_name(name);
   }
-  return pool_.try_acquire({name});
+  return answered(name, [&] { return pool_.try_acquire({name}); });
 }
 
 AdapterPool::Lease AdapterStore::acquire(const std::string& name) {
@@ -238,7 +254,13 @@ AdapterPool::Lease AdapterStore::acquire(const std::string& name) {
     return std::move(*lease);
   }
   check_in_folder(name);
-  return answered(name, [&] { return pool_.acquire({name}); });
+  return answered(name, [&] {
+    const bool is_text = torchgraft::is_composition_text(name);
+    if (!is_text && !own_.count(name) && !has_adapter(folder_, name) && !setups_.is_loaded(name)) {
+      setups_.load(name);
+    }
+    return pool_.acquire({name});
+  });
 }
 
 void AdapterStore::load(const std::string& name) {
@@ -248,13 +270,18 @@ void AdapterStore::load(const std::string& name) {
   if (folder_.empty()) {
     throw RequestError(404, "the server has no folder of adapters; start it with --adapters FOLDER");
   }
-  if (!is_name(name) || !has_adapter(folder_, name)) {
-    if (is_name(name)) {
-      check_no_setup(folder_, name);
-    }
+  if (!is_name(name) || !(has_adapter(folder_, name) || setups_.is_setup(name))) {
     throw RequestError(404, "no adapter of that name is in the folder");
   }
-  answered(name, [&] { pool_.insert(read(name)); });
+  answered(name, [&] {
+    if (!has_adapter(folder_, name)) {
+      setups_.load(name);
+      return;
+    }
+    const AdapterSpec spec = read(name);
+    setups_.remove(name);  // a composition that the directory held before
+    pool_.insert(spec);
+  });
   const std::lock_guard lock(mutex_);
   removed_.erase(name);
 }
@@ -264,19 +291,32 @@ void AdapterStore::remove(const std::string& name) {
   if (own_.count(name)) {
     throw RequestError(409, "adapter '" + name + "' is part of the model's file");
   }
-  if (!pool_.try_acquire({name})) {
+  if (torchgraft::is_composition_text(name)) {
+    throw RequestError(404, "'" + name + "' has no name that could be removed");
+  }
+  if (!setups_.is_loaded(name) && !pool_.try_acquire({name})) {
     check_in_folder(name);
   }
   {
     const std::lock_guard lock(mutex_);
     removed_.insert(name);
   }
-  pool_.evict(name);
+  if (!setups_.remove(name)) {
+    pool_.evict(name);
+  }
 }
 
 std::vector<AdapterStore::Info> AdapterStore::list() const {
-  const std::vector<std::string> resident = pool_.resident();
-  std::set<std::string> names(resident.begin(), resident.end());
+  std::set<std::string> resident, names;
+  for (const std::string& name : pool_.resident()) {
+    if (!Setups::is_part(name)) {
+      resident.insert(name);
+    }
+  }
+  for (const auto& [name, text] : pool_.compositions()) {
+    resident.insert(name);
+  }
+  names = resident;
   for (const auto& [name, config] : own_) {
     names.insert(name);
   }
@@ -286,7 +326,7 @@ std::vector<AdapterStore::Info> AdapterStore::list() const {
   std::vector<Info> result;
   for (const std::string& name : names) {
     if (own_.count(name) || !is_removed(name)) {
-      result.push_back({name, std::binary_search(resident.begin(), resident.end(), name)});
+      result.push_back({name, resident.count(name) > 0});
     }
   }
   return result;
@@ -297,7 +337,15 @@ std::string AdapterStore::config(const std::string& name) const {
   if (const auto own = own_.find(name); own != own_.end()) {
     return own->second;
   }
+  if (torchgraft::is_composition_text(name)) {
+    return torchgraft::composition_to_json(composition_of(name));
+  }
   check_in_folder(name);
+  if (!has_adapter(folder_, name)) {
+    return answered(name, [&] {
+      return torchgraft::composition_to_json(torchgraft::read_adapter_setup((folder_ / name).string()));
+    });
+  }
   return answered(
       name, [&] { return torchgraft::config_to_json(torchgraft::read_adapter_config((folder_ / name).string())); });
 }

@@ -2,6 +2,7 @@
 
 #include "model.h"
 #include "predict_request.h"
+#include "setups.h"
 
 #include <torchgraft/patch/adapter_pool.h>
 
@@ -16,8 +17,12 @@
 
 bool is_grafted(const torch::jit::Module& module);
 
-// The adapters of a folder, one directory each (adapter_config.json, adapter.safetensors), and of the model's file. A
-// pool holds some of them in memory.
+// A name in the metrics. Compositions that stand in requests count together: there are more than a table should hold.
+std::string metric_label(const std::string& adapter);
+
+// The adapters and compositions of a folder, one directory each (adapter_config.json, adapter.safetensors;
+// adapter_setup.json), and of the model's file. A pool holds some of them in memory. Wherever a name is asked for, it
+// may be the text of a composition of such adapters: "Stack(en, ner)".
 class AdapterStore {
  public:
   // `module` is a base model or a grafted one. An empty `folder` is none: then there are only those of the model's
@@ -56,12 +61,15 @@ class AdapterStore {
   torchgraft::AdapterSpec read(const std::string& name) const;
   bool is_removed(const std::string& name) const;
   void check_name(const std::string& name) const;
+  void check_composition(const std::string& text) const;
   void check_in_folder(const std::string& name) const;
+  std::vector<std::string> parts_of(const std::string& name) const;
 
   const std::filesystem::path folder_;
   const uint64_t file_bytes_;
   const std::map<std::string, std::string> own_;  // name -> config of the adapters in the model's file
   torchgraft::AdapterPool pool_;
+  Setups setups_;
   mutable std::mutex mutex_;
   std::set<std::string> removed_;
 };

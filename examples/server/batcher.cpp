@@ -57,7 +57,8 @@ std::vector<Work> Batcher::take() {
     const size_t new_longest = std::max(longest, longest_row(next.rows));
     const size_t new_rows = rows + next.rows.size();
     const bool fits = new_rows <= limits_.rows && new_rows * new_longest <= limits_.tokens;
-    if (!batch.empty() && (!fits || !next.lease.same_module(batch.front().lease))) {
+    const bool is_alone = !batch.empty() && (next.is_alone || batch.front().is_alone);
+    if (!batch.empty() && (is_alone || !fits || !next.lease.same_module(batch.front().lease))) {
       break;
     }
     rows = new_rows;

@@ -18,6 +18,7 @@ struct Work {
   torchgraft::AdapterPool::Lease lease;
   TokenRows rows;
   Pooling pooling = Pooling::kFirst;  // kHead only if the adapter has one
+  bool is_alone = false;              // whether it shares a batch with no other
   // A worker calls it once, with the outputs and a null `error`, or with what went wrong. Nobody calls it when stop(),
   // or a worker that ran out of memory, drops the work.
   std::function<void(Outputs outputs, const std::string* error)> done;

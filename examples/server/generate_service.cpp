@@ -84,7 +84,7 @@ void GenerateService::generate(GenerateRequest request, Client client) {
   check(request);
   auto lease = store_.try_acquire(request.adapter);
   if (lease) {
-    metrics_.adapter_requests.add(request.adapter);
+    metrics_.adapter_requests.add(metric_label(request.adapter));
     enqueue(std::move(*lease), std::move(request), client);
   } else {
     fetch_first(std::move(request), std::move(client));
@@ -101,7 +101,7 @@ void GenerateService::fetch_first(GenerateRequest request, Client client) {
   background_.run([this, request = std::move(request), client = std::move(client), fetching]() mutable {
     try {
       auto lease = store_.acquire(request.adapter);
-      metrics_.adapter_requests.add(request.adapter);
+      metrics_.adapter_requests.add(metric_label(request.adapter));
       enqueue(std::move(lease), std::move(request), client);
     } catch (const RequestError& error) {
       client.on_end(SequenceEnd::kError, &error);
@@ -113,6 +113,10 @@ void GenerateService::fetch_first(GenerateRequest request, Client client) {
 }
 
 void GenerateService::enqueue(torchgraft::AdapterPool::Lease lease, GenerateRequest request, const Client& client) {
+  if (lease.splits_inputs(0)) {
+    throw RequestError(422, "'" + request.adapter + "' splits its tokens or its rows, of which a step has one; compose "
+                            "its adapters without Split and BatchSplit");
+  }
   Sequence sequence{std::move(lease), std::move(request), client.is_gone, client.on_token, client.on_end};
   if (!batcher_.submit(sequence)) {
     const RequestError failure(503, kBusy);

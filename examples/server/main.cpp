@@ -53,6 +53,13 @@ struct Options {
 
 constexpr int64_t kLongestWait = 3'600'000'000;  // an hour, in microseconds
 
+void declare_compositions(CLI::App& app, torchgraft::AdapterPoolOptions& pool) {
+  add_number(app, "--max-compositions", pool.max_compositions,
+             "compositions that the module holds at once, also those that stand in requests; 0: none", 0);
+  add_number(app, "--max-composition-parts", pool.max_composition_parts, "adapters in a composition", 1);
+  add_number(app, "--max-composition-depth", pool.max_composition_depth, "blocks one in another", 1);
+}
+
 void declare(CLI::App& app, Options& options) {
   app.option_defaults()->always_capture_default();  // --help shows them
   app.add_option("MODEL.pt", options.model, "a TorchScript text encoder, or a decoder with caches, grafted or not")
@@ -69,6 +76,7 @@ void declare(CLI::App& app, Options& options) {
   app.add_option("--address", options.address, "IPv4 address to listen on");
   add_number(app, "--port", options.port, "0: any free port");
   add_number(app, "--capacity", options.pool.capacity, "adapters in memory at once", 1);
+  declare_compositions(app, options.pool);
   add_number(app, "--max-adapter-bytes", options.pool.max_row_bytes,
              "memory that one adapter may take; the pool takes as much for each of --capacity", 1);
   add_number(app, "--max-adapter-file-bytes", options.adapter_file_bytes, "of an adapter's file of weights", 1);

@@ -216,6 +216,7 @@ HttpResponse Routes::metrics() const {
   text += metrics.adapter_requests.text("torchgraft_adapter_requests_total", "adapter", "Requests by adapter.");
   text += gauge("torchgraft_adapter_rows", "Adapters that fit in memory.", static_cast<double>(stats.capacity));
   text += gauge("torchgraft_resident_adapters", "Adapters in memory.", static_cast<double>(stats.resident));
+  text += gauge("torchgraft_compositions", "Compositions in the module.", static_cast<double>(stats.compositions));
   text += gauge("torchgraft_adapter_row_bytes", "Memory of one adapter.", static_cast<double>(stats.row_bytes));
   text += gauge("torchgraft_adapter_bytes", "Memory of all rows.", static_cast<double>(stats.bank_bytes));
   text += counter("torchgraft_adapter_loads_total", "Adapters brought into memory.", static_cast<double>(stats.loads));

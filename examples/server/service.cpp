@@ -13,6 +13,8 @@
 
 namespace {
 
+constexpr const char* kOtherSizes = " which is not equal to the sum of ";  // of a Split or BatchSplit
+
 // The names of a head's labels, by number; empty unless every label has one.
 std::vector<std::string> labels_of(const torchgraft::HeadConfig& head) {
   std::vector<std::string> labels(static_cast<size_t>(head.num_labels));
@@ -74,7 +76,7 @@ void Service::predict(const std::string& adapter, TokenRows rows, std::optional<
   check(rows);
   auto lease = store_.try_acquire(adapter);
   if (lease) {
-    metrics_.adapter_requests.add(adapter);
+    metrics_.adapter_requests.add(metric_label(adapter));
     enqueue(std::move(*lease), std::move(rows), pooling, done);
   } else {
     fetch_first(adapter, std::move(rows), pooling, std::move(done));
@@ -92,7 +94,7 @@ void Service::fetch_first(const std::string& adapter, TokenRows rows, std::optio
   background_.run([this, adapter, rows = std::move(rows), pooling, done = std::move(done), waiting]() mutable {
     try {
       auto lease = store_.acquire(adapter);
-      metrics_.adapter_requests.add(adapter);
+      metrics_.adapter_requests.add(metric_label(adapter));
       enqueue(std::move(lease), std::move(rows), pooling, done);
     } catch (const RequestError& error) {
       done({}, &error);
@@ -105,13 +107,15 @@ void Service::fetch_first(const std::string& adapter, TokenRows rows, std::optio
 
 void Service::enqueue(torchgraft::AdapterPool::Lease lease, TokenRows rows, std::optional<Pooling> pooling,
                       const Done& done) {
+  const bool splits = lease.splits_inputs(0);
   const torchgraft::HeadConfig* head = lease.head(0);
   const Pooling answer = pooling.value_or(head ? Pooling::kHead : Pooling::kFirst);
   const bool is_logits = answer == Pooling::kHead;
   const std::vector<std::string> labels = is_logits ? labels_of(*head) : std::vector<std::string>();
-  Work work{std::move(lease), std::move(rows), answer,
-            [done, is_logits, labels](Outputs outputs, const std::string* error) {
-              const RequestError failure(500, error ? "the model failed: " + *error : "");
+  Work work{std::move(lease), std::move(rows), answer, splits,
+            [done, is_logits, labels, splits](Outputs outputs, const std::string* error) {
+              const bool is_of_rows = error && splits && error->find(kOtherSizes) != std::string::npos;
+              const RequestError failure(is_of_rows ? 422 : 500, error ? "the model failed: " + *error : "");
               done({std::move(outputs), is_logits, labels}, error ? &failure : nullptr);
             }};
   if (!batcher_.submit(work)) {

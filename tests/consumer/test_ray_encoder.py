@@ -46,18 +46,43 @@ def test_bad_adapters_are_named_and_left_out(encoder_module, models, own_adapter
             encoder.load(name, "0")
 
 
-def test_compositions_in_the_folder_and_in_requests_are_named(encoder_module, models, own_adapters, capfd):
-    (own_adapters / "stack").mkdir()
-    (own_adapters / "stack" / "adapter_setup.json").write_text("{}")
+def composed(models, folder, text):
+    """What a module with this composition answers to [1, 2]."""
+    module = torch.jit.load(models / "base.pt")
+    for name in torchgraft.composition.adapters_of(json.loads(torchgraft.composition.composition_to_json(text))):
+        module = torchgraft.load_adapter(module, folder / name, name, verify=False)
+    module = torchgraft.compose(module, "whole", text, verify=False)
+    module.activate("whole")
+    with torch.inference_mode():
+        return module(torch.tensor([[1, 2]]), torch.ones(1, 2, dtype=torch.int64))[0, 0], module
+
+
+def test_compositions_of_the_folder_and_of_requests_are_served(encoder_module, models, own_adapters, capfd):
+    text = "Stack(task-4, task-9)"
+    expected, module = composed(models, own_adapters, text)
+    torchgraft.save_adapter_setup(module, "whole", own_adapters / "stack")
+    (own_adapters / "damaged").mkdir()
+    (own_adapters / "damaged" / "adapter_setup.json").write_text("{}")
     encoder = encoder_module.Encoder(models / "base.pt", own_adapters, capacity=2, threads=1)
-    assert encoder.has_setup("stack") and not encoder.has_setup("task-1")
     (line,) = capfd.readouterr().err.splitlines()
-    assert line == f"adapter stack cannot be served: {encoder_module.NO_COMPOSITION}"
+    assert line.startswith("adapter damaged cannot be served: ") and "adapter_setup.json" in line
+    average, _ = composed(models, own_adapters, "Average(task-4, task-9)")
+    request = encoder_module.Request
+    leases = [encoder.load("task-1", "0"), *map(encoder.composed, (text, "stack", "Average(task-4, task-9)"))]
+    answers = encoder.run([request(lease, [[1, 2]], "first") for lease in leases])
+    for (status, body), right in zip(answers[1:], (expected, expected, average), strict=True):
+        assert status == 200
+        torch.testing.assert_close(torch.tensor(body["outputs"][0]), right, **TOLERANCE)
+    with pytest.raises(LookupError, match="no adapter is called 'none'"):
+        encoder.composed("Stack(task-4, none)")
+    with pytest.raises(LookupError, match="no adapter is called '../secret'"):
+        encoder.composed("Stack(task-4, '../secret')")
+    for name, fault in {"Fuse(task-4, task-9)": "AdapterFusion layers", "damaged": "adapter_setup"}.items():
+        with pytest.raises(torchgraft.GraftError, match=fault):
+            encoder.composed(name)
+    assert encoder.has_setup("stack") and not encoder.has_setup("task-1")
     assert encoder_module.is_setup(own_adapters, "stack") and not encoder_module.is_setup(None, "stack")
     assert not any(encoder_module.is_setup(own_adapters, name) for name in ("task-1", "none", "../adapters/stack", ""))
-    for name in ("Stack(en, ner)", "Parallel(en, ner)", "BatchSplit(a, b, batch_sizes=[1, 2])"):
-        assert encoder_module.is_composition(name)
-    assert not any(map(encoder_module.is_composition, ("Stack", "a(b)", "", "xStack(")))
 
 
 def grafted_file(models, tmp_path):
