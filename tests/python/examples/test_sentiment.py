@@ -18,6 +18,7 @@ sys.path.insert(0, str(EXAMPLE))
 
 import data  # noqa: E402
 import experiment  # noqa: E402
+import torchgraft  # noqa: E402
 
 ARCHIVE = data.CACHE / data.ARCHIVE
 # scripts/test runs scripts/setup, which fails where it cannot have the archive: there nothing is skipped.
@@ -137,3 +138,18 @@ def test_the_example_of_fusion(tmp_path: Path) -> None:
     said = re.search(r"The fusion (beats|does not beat) the best single adapter, \w+: ([+-]\d\.\d+)", done.stdout)
     assert said and (said[1] == "beats") == (float(said[2]) > 0), done.stdout
     assert (tmp_path / "fused_0" / "adapter_setup.json").exists()
+
+
+@needs_archive
+@pytest.mark.slow(seconds=60)
+def test_the_example_of_mad_x(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLE / "mad_x.py"), "--sentences", "48", "--epochs", "1", "--test", "20"]
+    done = subprocess.run(
+        [*command, "--steps", "2", "--output", str(tmp_path)], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"loss at masked words: \d+\.\d+ of the base, \d+\.\d+ of the language", done.stdout)
+    assert re.search(r"two rows of one batch, each on its stack: \w+, \w+", done.stdout), done.stdout
+    domains = ["movie_reviews", "amazon_reviews"]
+    names = torchgraft.load_module(tmp_path / "mad_x.pt").adapter_names()
+    assert names == ["reviews", *domains, *(f"{domain}_on_reviews" for domain in domains)]
