@@ -7,7 +7,11 @@ import torchgraft
 
 pytestmark = pytest.mark.quick
 
-CONFIGS = {"a": "seq_bn[reduction_factor=4]", "b": "seq_bn[reduction_factor=8]", "c": "double_seq_bn[reduction_factor=8]"}
+CONFIGS = {
+    "a": "seq_bn[reduction_factor=4]",
+    "b": "seq_bn[reduction_factor=8]",
+    "c": "double_seq_bn[reduction_factor=8]",
+}
 TEXTS = ["Stack(a, b)", "Average(b, a, weights=[0.25, 0.75])", "Stack(c, a)", "Split(a, b, splits=[4, 6])"]
 
 NAMES = {text: f"composition {index}" for index, text in enumerate(TEXTS)}
