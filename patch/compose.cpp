@@ -4,7 +4,10 @@
 #include <torchgraft/patch/module/methods.h>
 #include <torchgraft/patch/module/verify_results.h>
 
+#include <algorithm>
+#include <string>
 #include <utility>
+#include <vector>
 
 namespace torchgraft {
 
@@ -15,6 +18,12 @@ Module compose(const Module& module, const std::string& name, const Composition&
   check_supported(tree, "compose");
   Draft draft = open_grafted(module, "compose");
   check_free_name(draft, name);
+  for (const NamedComposition& other : draft.compositions) {
+    const std::vector<std::string> parts = adapters_in(tree);
+    TORCH_CHECK(std::find(parts.begin(), parts.end(), other.name) == parts.end(), "compose: '", name, "', ",
+                composition_to_string(tree), ", uses '", other.name, "', which is a composition, ",
+                composition_to_string(other.tree), "; name its adapters");
+  }
   draft.compositions.push_back({name, tree, std::nullopt});
   check_parts(draft.compositions.back(), draft.adapters, "compose");
   const at::TensorOptions weights = draft.weights;

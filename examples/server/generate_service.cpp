@@ -114,8 +114,9 @@ void GenerateService::fetch_first(GenerateRequest request, Client client) {
 
 void GenerateService::enqueue(torchgraft::AdapterPool::Lease lease, GenerateRequest request, const Client& client) {
   if (lease.splits_inputs(0)) {
-    throw RequestError(422, "'" + request.adapter + "' splits its tokens or its rows, of which a step has one; compose "
-                            "its adapters without Split and BatchSplit");
+    throw RequestError(422, "'" + request.adapter +
+                                "' splits its tokens or its rows, of which a step has one; compose "
+                                "its adapters without Split and BatchSplit");
   }
   Sequence sequence{std::move(lease), std::move(request), client.is_gone, client.on_token, client.on_end};
   if (!batcher_.submit(sequence)) {

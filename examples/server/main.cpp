@@ -113,7 +113,8 @@ void declare_generation(CLI::App& app, Options& options) {
   const std::string shown = " (default: as the graph shows)";
   add_number(app, "--heads", form.heads, "of a decoder: heads of keys and values" + shown, 1)->default_str("");
   add_number(app, "--head-size", form.head_size, "of a decoder: the size of each head" + shown, 1)->default_str("");
-  add_number(app, "--layers", form.layers, "of a decoder: the length of a cache that is a list" + shown, 1)->default_str("");
+  add_number(app, "--layers", form.layers, "of a decoder: the length of a cache that is a list" + shown, 1)
+      ->default_str("");
   add_number(app, "--max-positions", form.max_positions,
              "of a decoder: how many tokens the model has positions for (default: not known; what has more fails)", 1)
       ->default_str("");

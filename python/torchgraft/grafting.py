@@ -27,7 +27,7 @@ def cpp_module(module: Any) -> Any:
     if not isinstance(module, torch.jit.ScriptModule):
         raise TypeError(
             f"torchgraft works on TorchScript modules, got {type(module).__name__}; "
-            "trace it (torch.jit.trace), script it (torch.jit.script) or load one (torch.jit.load); "
+            "trace it (torch.jit.trace), script it (torch.jit.script) or load one (torchgraft.load_module); "
             "torchgraft.from_program() makes one of an exported program"
         )
     return module._c

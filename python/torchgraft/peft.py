@@ -233,7 +233,8 @@ def _targets(
     if not found:
         raise GraftError(
             f"{directory}: {path} is the model's {model_path}, which is in no layer that was recognised, and no linear "
-            "map or embedding on tokens or rows that is read once; torchgraft.inspect() says what was recognised"
+            "map or embedding that is applied once, to the tokens of all rows: torchgraft.inspect() says what was "
+            "recognised. Merge the adapter into the base with PEFT's merge_and_unload() before you trace that"
         )
     if update.is_of_embedding != found[0][2].get("embedding", False):
         kinds = ("an embedding", "a linear map") if update.is_of_embedding else ("a linear map", "an embedding")

@@ -45,7 +45,7 @@ _FILES = [(config, True) for config in CONFIGS if config != "direft"] + [("union
 
 
 @pytest.mark.parametrize(("config", "safetensors"), _FILES)
-@pytest.mark.parametrize("name", ["bert_sdpa", "distilbert_eager"])
+@pytest.mark.parametrize("name", ["bert_sdpa", pytest.param("distilbert_eager", marks=pytest.mark.slow(seconds=1))])
 def test_the_oracle_reads_what_is_written(name: str, config: str, safetensors: bool, tmp_path) -> None:
     dtype = torch.float64
     variant = VARIANTS[name]

@@ -43,13 +43,22 @@ def test_optimised_and_int8_modules_keep_compositions() -> None:
     run(quantized, "bert_sdpa", batch)
 
 
+def test_a_composition_within_a_composition_is_named() -> None:
+    with pytest.raises(torchgraft.GraftError, match=r"uses 'both', which is a composition, .*; name its adapters"):
+        torchgraft.compose(_module(), "more", "Stack(unipelt, both)")
+
+
 def test_verify_runs_compositions() -> None:
     assert torchgraft.verify(torchgraft.remove_adapter(_module(), "d")) == []
 
 
 @pytest.mark.parametrize(
     "text",
-    ["BatchSplit(a, b, batch_sizes=[2, 3])", "Split(a, b, splits=[2, 1])", "Stack(a, Split(a, b, splits=[3, 1]))"],
+    [
+        "BatchSplit(a, b, batch_sizes=[2, 3])",
+        pytest.param("Split(a, b, splits=[2, 1])", marks=pytest.mark.slow(seconds=4)),
+        pytest.param("Stack(a, Split(a, b, splits=[3, 1]))", marks=pytest.mark.slow(seconds=4)),
+    ],
 )
 def test_compositions_that_split_hinder_no_change(text: str) -> None:
     """Inputs that verification makes up have other sizes. What was not compared is said."""

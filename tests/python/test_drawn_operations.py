@@ -25,7 +25,7 @@ from grafted import base, reloaded
 from models import VARIANTS, make_batch
 from oracle import Saved, difference, oracle_for
 
-CASES, STEPS = 5, 10  # CASES: two of them in every run
+CASES, STEPS = 5, 10  # CASES: one of them in every run
 DTYPE = torch.float64
 TOLERANCE = 1e-9  # merging and unmerging add and take away
 FORMS = ["bert_sdpa", "bert_eager", "distilbert_sdpa", "own_post_packed_matmul", "encoder_script_post"]
@@ -220,7 +220,7 @@ def run_case(seed: int, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow(seconds=15)) for seed in range(2, CASES))]
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow(seconds=15)) for seed in range(1, CASES))]
 )
 @pytest.mark.filterwarnings("ignore:graft|merge_adapter|unmerge_adapter|average_adapter|lower|ungraft")
 def test_every_adapter_stays_what_it_is_through_drawn_operations(seed: int, tmp_path: Path) -> None:

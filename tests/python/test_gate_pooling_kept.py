@@ -80,8 +80,8 @@ def test_a_directory_of_the_library_means_all(tmp_path: Path) -> None:
     ("name", "token_mask"),
     [
         ("bert_sdpa", None),
-        ("bert_sdpa", "attention_mask"),
-        ("own_post_packed_matmul", None),
+        pytest.param("bert_sdpa", "attention_mask", marks=pytest.mark.slow(seconds=4)),
+        pytest.param("own_post_packed_matmul", None, marks=pytest.mark.slow(seconds=4)),
         ("encoder_slow_post_seq_first", None),
     ],
 )

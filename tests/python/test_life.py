@@ -267,7 +267,10 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+@pytest.mark.parametrize(
+    "trainable",
+    [pytest.param(False, id="frozen"), pytest.param(True, id="trainable", marks=pytest.mark.slow(seconds=8))],
+)
 def test_a_name_is_any_text_without_dots(trainable: bool, tmp_path) -> None:
     """All at once: no two names are one attribute in TorchScript."""
     module = base("bert_sdpa", FLOAT)

@@ -55,7 +55,14 @@ def test_a_bank_lowered_gives_the_same(name: str, dtype: torch.dtype, tolerance:
     _assert_same(reloaded(lowered), module, name, tolerance)
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+# test_a_bank_lowered_gives_the_same has all of them in one bank.
+_ALONE = ("seq_bn", "lora", "prefix_tuning", "unipelt", "union_everything", "ia3")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(each, marks=[pytest.mark.slow(seconds=1)] * (each not in _ALONE)) for each in CONFIGS],
+)
 def test_every_method_lowered_gives_the_same(config: str) -> None:
     module = grafted("bert_sdpa", torch.float64, config)
     _assert_same(torchgraft.lower(module), module, "bert_sdpa", 1e-12)
@@ -78,7 +85,7 @@ _KINDS = ["lora[r=2]", "lora[r=2,use_gating=True]", "lora[use_dora=True]", "ia3"
 
 
 @pytest.mark.parametrize("config", _KINDS)
-@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("number", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.slow(seconds=1))])
 def test_what_is_wrong_in_an_adapter_stays_with_its_rows(config: str, number: float) -> None:
     """The rows of the base are computed beside those of adapter 0."""
     module = torchgraft.graft(base("bert_sdpa", torch.float64), config, "wrong", verify=False)
@@ -101,7 +108,9 @@ def test_what_is_wrong_in_an_adapter_stays_with_its_rows(config: str, number: fl
 
 
 @pytest.mark.parametrize("method", ["lora", "seq_bn", "bn_norms", "compacter_factors", "prefix_gated", "ia3", "mam"])
-@pytest.mark.parametrize("form", ["as it is", "lowered", "saved and loaded"])
+@pytest.mark.parametrize(
+    "form", ["as it is", "lowered", pytest.param("saved and loaded", marks=pytest.mark.slow(seconds=1))]
+)
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
@@ -218,7 +227,13 @@ def _non_linearities() -> list[str]:
     return known
 
 
-@pytest.mark.parametrize("non_linearity", _non_linearities())
+@pytest.mark.parametrize(
+    "non_linearity",
+    [
+        pytest.param(each, marks=[pytest.mark.slow(seconds=1)] * (i % 4 > 0))
+        for i, each in enumerate(_non_linearities())
+    ],
+)
 def test_every_non_linearity(non_linearity: str) -> None:
     torch.manual_seed(0)
     config = BnConfig(mh_adapter=True, output_adapter=True, reduction_factor=2, non_linearity=non_linearity)

@@ -164,7 +164,7 @@ def test_what_has_no_place_in_a_frozen_module_is_named(options: dict, message: s
         ),
         (
             dict(target_modules=["query", "position_embeddings"]),  # all rows share them
-            r"embeddings.position_embeddings is the model's .*, and no linear map or embedding on tokens",
+            r"embeddings.position_embeddings is the model's .*, and no linear map or embedding that is applied once",
         ),
     ],
 )
