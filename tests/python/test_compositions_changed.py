@@ -44,8 +44,8 @@ def test_optimised_and_int8_modules_keep_compositions() -> None:
 
 
 def test_a_composition_within_a_composition_is_named() -> None:
-    with pytest.raises(torchgraft.GraftError, match=r"uses 'both', which is a composition, .*; name its adapters"):
-        torchgraft.compose(_module(), "more", "Stack(unipelt, both)")
+    with pytest.raises(torchgraft.GraftError, match=r"uses 'c', which is a composition, .*; name its adapters"):
+        torchgraft.compose(_module(), "more", "Stack(lora2, c)")
 
 
 def test_verify_runs_compositions() -> None:
