@@ -50,11 +50,11 @@ std::optional<AdapterPool::Lease> AdapterPool::try_acquire(const std::vector<std
 }
 
 AdapterPool::Lease AdapterPool::acquire(const std::vector<std::string>& names) {
-  const std::vector<PoolRequest> requests = state_->requests(names);
-  if (auto ready = lease(requests)) {
+  if (auto ready = try_acquire(names)) {
     return std::move(*ready);
   }
   const std::lock_guard loading(state_->loading);
+  const std::vector<PoolRequest> requests = state_->requests(names);  // now compose() gives no name to another
   PoolState::Names wanted;
   for (const PoolRequest& request : requests) {
     wanted.insert(request.parts.begin(), request.parts.end());
@@ -88,6 +88,7 @@ AdapterPool::Lease AdapterPool::acquire(const std::vector<std::string>& names) {
 
 void AdapterPool::compose(const std::string& name, const Composition& tree) {
   TORCH_CHECK(!name.empty(), "AdapterPool: a composition needs a name; the empty one is the base model");
+  check_pool_name(name);
   state_->check_composition(tree, name);
   const std::lock_guard loading(state_->loading);
   const std::lock_guard lock(state_->mutex);

@@ -1,5 +1,6 @@
 #include <torchgraft/patch/adapters/make_adapter.h>
 #include <torchgraft/patch/pool/pool_state.h>
+#include <torchgraft/registration/parse_json.h>
 
 #include <algorithm>
 #include <tuple>
@@ -33,9 +34,12 @@ void check_blocks(const Composition& tree, const std::string& name) {
   }
   TORCH_CHECK(tree.kind != BlockKind::kFuse, "AdapterPool: '", name, "': ", composition_to_string(tree),
               " needs AdapterFusion layers, which no pool holds yet; serve it from a module of its own (compose)");
-  TORCH_CHECK(std::find(std::begin(kPooledBlocks), std::end(kPooledBlocks), tree.kind) != std::end(kPooledBlocks),
-              "AdapterPool: '", name, "': no pool holds a ", to_string(tree.kind),
-              " yet; acquire each of its adapters, and give every row its own");
+  TORCH_CHECK(tree.kind != BlockKind::kParallel, "AdapterPool: '", name, "': no pool holds a Parallel; acquire each ",
+              "of its parts, and repeat the rows for each");
+  TORCH_CHECK(tree.kind != BlockKind::kMultiTask, "AdapterPool: '", name, "': no pool holds a MultiTask; acquire for ",
+              "each row the part of its task");
+  TORCH_INTERNAL_ASSERT(std::find(std::begin(kPooledBlocks), std::end(kPooledBlocks), tree.kind) !=
+                        std::end(kPooledBlocks));
   for (const Composition& child : tree.children) {
     check_blocks(child, name);
   }
@@ -48,6 +52,12 @@ const std::string* head_owner(const Composition& tree) {
 }
 
 }  // namespace
+
+void check_pool_name(const std::string& name) {
+  TORCH_CHECK(!is_composition_text(name), "AdapterPool: '", shown_text(name),
+              "' cannot be a name: it is the text of a ",
+              "composition; give it another one (of a module's adapter or composition: rename_adapter)");
+}
 
 void PoolState::check_composition(const Composition& tree, const std::string& name) const {
   torchgraft::check_composition(tree, "AdapterPool");
@@ -67,26 +77,23 @@ std::vector<PoolRequest> PoolState::requests(const std::vector<std::string>& nam
   std::vector<PoolRequest> result;
   for (const std::string& name : names) {
     PoolRequest& request = result.emplace_back(PoolRequest{name});
-    {
-      const std::lock_guard lock(mutex);
-      if (const auto found = compositions.find(name); found != compositions.end()) {
-        request.tree = found->second;
-      }
-    }
-    if (!request.tree && is_composition_text(name)) {
+    if (is_composition_text(name)) {
       request.tree = composition_from_string(name);
       request.name = composition_to_string(*request.tree);
       check_composition(*request.tree, request.name);
     }
+  }
+  const std::lock_guard lock(mutex);  // one for all names: compose() may give some meanwhile
+  for (PoolRequest& request : result) {
+    if (const auto found = compositions.find(request.name); !request.tree && found != compositions.end()) {
+      request.tree = found->second;
+    }
     if (request.tree) {
       request.text = composition_to_string(*request.tree);
       request.parts = adapters_in(*request.tree);
-    } else if (!name.empty()) {
-      request.parts = {name};
+    } else if (!request.name.empty()) {
+      request.parts = {request.name};
     }
-  }
-  const std::lock_guard lock(mutex);
-  for (const PoolRequest& request : result) {
     for (const std::string& part : request.parts) {
       TORCH_CHECK(!compositions.count(part), "AdapterPool: ", request.text, " uses '", part,
                   "', which is a composition; name its adapters");

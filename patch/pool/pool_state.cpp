@@ -85,6 +85,7 @@ PoolState::PoolState(const Module& module, AdapterPoolOptions given, AdapterPool
   TORCH_CHECK(options.max_compositions >= 0, "AdapterPool: expected max_compositions of at least 0, got ",
               options.max_compositions);
   for (const NamedComposition& composition : std::exchange(base.compositions, {})) {
+    check_pool_name(composition.name);
     check_composition(composition.tree, composition.name);
     compositions[composition.name] = composition.tree;
   }
@@ -96,6 +97,7 @@ PoolState::PoolState(const Module& module, AdapterPoolOptions given, AdapterPool
               " adapters of its own, which stay: expected a capacity above that, got ", capacity);
   std::vector<AdapterConfig> room;
   check_own_pooling(own, base.options.gate_pooling);
+  std::for_each(own.begin(), own.end(), [](const Adapter& adapter) { check_pool_name(adapter.name); });
   for (const AdapterConfig& config : options.room) {
     AdapterConfig row = ejected_config(config);
     row.gate_pooling = base.options.gate_pooling.empty() ? row.gate_pooling : base.options.gate_pooling;
@@ -116,6 +118,7 @@ PoolState::PoolState(const Module& module, AdapterPoolOptions given, AdapterPool
 
 Adapter PoolState::prepare(const AdapterSpec& spec) const {
   TORCH_CHECK(!spec.name.empty(), "AdapterPool: an adapter needs a name; the empty one is the base model");
+  check_pool_name(spec.name);
   AdapterSpec frozen = spec;
   frozen.trainable = false;  // it becomes a row of the banks
   set_gate_pooling(frozen, base.options.gate_pooling, "AdapterPool");

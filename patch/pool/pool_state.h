@@ -22,6 +22,9 @@ struct PoolRequest {
   std::vector<std::string> parts = {};   // the adapters that it needs
 };
 
+// Throws c10::Error for a name that is the text of a composition: acquire() would run that composition.
+void check_pool_name(const std::string& name);
+
 struct PoolState;
 
 // The rows and compositions that a lease holds.

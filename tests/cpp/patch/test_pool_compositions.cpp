@@ -249,13 +249,18 @@ TEST(PoolCompositions, LimitsAndRefusalsNameTheRemedy) {
       refusal("Fuse(a, b)"),
       "AdapterPool: 'Fuse(a, b)': Fuse(a, b) needs AdapterFusion layers, which no pool holds yet; serve it from a "
       "module of its own (compose)");
-  EXPECT_EQ(refusal("Parallel(a, b)"),
-            "AdapterPool: 'Parallel(a, b)': no pool holds a Parallel yet; acquire each of its adapters, and give every "
-            "row its own");
+  EXPECT_EQ(
+      refusal("Parallel(a, b)"),
+      "AdapterPool: 'Parallel(a, b)': no pool holds a Parallel; acquire each of its parts, and repeat the rows for "
+      "each");
+  EXPECT_EQ(refusal("Stack(a, MultiTask(b, c))"),
+            "AdapterPool: 'Stack(a, MultiTask(b, c))': no pool holds a MultiTask; acquire for each row the part of its "
+            "task");
   EXPECT_NE(refusal("Stack(a, ").find("composition: expected"), std::string::npos);
   EXPECT_NE(refusal("Average(l, p)").find("compose: 'Average(l, p)': "), std::string::npos) << refusal("Average(l, p)");
-  EXPECT_EQ(refusal("Split(l, m, splits=[3,4])").find("part_"), std::string::npos)
-      << refusal("Split(l, m, splits=[3,4])");
+  EXPECT_EQ(refusal("Split(l, m, splits=[3,4])"),
+            "compose: 'Split(l, m, splits=[3,4])': the adapters library has Split for bottlenecks only, and 'l' has "
+            "another method, at selfattn_lora_q of layer 0");
   expect_alone(pool, "Stack(a, b)");  // the pool stays usable
   AdapterPool none(encoder(), options_for(4, 0), loader());
   EXPECT_EQ(error_of([&] { none.acquire({"Stack(a, b)"}); }),
