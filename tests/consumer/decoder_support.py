@@ -1,6 +1,7 @@
 """Small decoders with caches, and what they write, computed in Python."""
 
 import functools
+import json
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchgraft
+from torchgraft.composition import adapters_of, composition_to_json, is_composition_text
 
 WORDS, HIDDEN, HEADS, POSITIONS = 31, 16, 2, 24
 NORMAL = 20  # FaultyDecoder writes no token from here on, but what its faults say
@@ -107,7 +109,8 @@ def save_models(folder: Path, decoder: nn.Module) -> None:
 
 
 class Written:
-    """What each adapter writes behind a prompt, alone and greedily: a module of its own for each, without padding."""
+    """What each adapter or composition writes behind a prompt, alone and greedily: a module of its own for each,
+    without padding."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -118,7 +121,13 @@ class Written:
     def module(self, adapter: str | None) -> torch.jit.ScriptModule:
         if adapter is None:
             return self._base
-        return torchgraft.graft(self._base, adapters={"alone": self._folder / "adapters" / adapter})
+        if not is_composition_text(adapter):
+            return torchgraft.graft(self._base, adapters={"alone": self._folder / "adapters" / adapter})
+        names = adapters_of(json.loads(composition_to_json(adapter)))
+        module = torchgraft.graft(self._base, adapters={name: self._folder / "adapters" / name for name in names})
+        module = torchgraft.compose(module, "alone", adapter, verify=False)
+        module.activate("alone")
+        return module
 
     def __call__(self, adapter: str | None, prompt: list[int], count: int) -> list[int]:
         """The prompt in one pass, then token by token."""

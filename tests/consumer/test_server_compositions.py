@@ -4,6 +4,7 @@ compose()."""
 import functools
 import json
 import shutil
+import subprocess
 import threading
 
 import pytest
@@ -88,6 +89,43 @@ def test_compositions_in_requests_and_in_the_folder(server_program, models, own_
     assert server.errors == ""
 
 
+def test_a_composition_of_the_file_goes_before_one_of_the_folder(
+    server_program, models, own_adapters, composed, tmp_path
+):
+    """As an adapter of the file does: it is listed, kept, and comes back when others have taken its place."""
+    module = torch.jit.load(models / "base.pt")
+    for name in ("task-4", "task-9"):
+        module = torchgraft.load_adapter(module, own_adapters / name, name, verify=False)
+    module = torchgraft.compose(module, "task-1", "Stack(task-4, task-9)", verify=False)
+    torchgraft.compose(module, "en ner", "Average(task-4, task-9)", verify=False).save(str(tmp_path / "both.pt"))
+    with Server(server_program, tmp_path / "both.pt", own_adapters, "--max-compositions", 1) as server:
+        for _ in range(2):
+            for name, text in {"task-1": STACK, "en ner": "Average(task-4, task-9)"}.items():
+                torch.testing.assert_close(server.outputs(name, ROWS), composed(text), **TOLERANCE)
+            torch.testing.assert_close(server.outputs("Stack(task-9, task-4)", ROWS),
+                                       composed("Stack(task-9, task-4)"), **TOLERANCE)  # fmt: skip
+        own = (409, "adapter 'task-1' is part of the model's file")
+        for method in ("PUT", "DELETE"):
+            status, answer = server.ask(method, "/v1/adapters/task-1")
+            assert (status, answer["error"]["message"]) == own
+        assert server.ask("GET", "/v1/adapters/task-1")[1]["config"] == torchgraft.Stack("task-4", "task-9").to_dict()
+        names = [info["name"] for info in server.ask("GET", "/v1/adapters")[1]["adapters"]]
+        assert names == sorted({*names, "en ner", "task-1"})
+        status, answer = server.predict("Stack(task-1, task-4)", ROWS)
+        assert status == 422 and "uses 'task-1', which is a composition" in answer["error"]["message"]
+        assert server.stop() == 0
+    started = [line for line in server.errors.splitlines() if "task-1" in line]
+    assert started == ["adapter task-1 of the model's file is served; that of the folder is not: rename one of the two"]
+
+
+def test_a_file_with_the_text_of_a_composition_as_a_name_is_refused(server_program, models, tmp_path):
+    module = torchgraft.graft(torch.jit.load(models / "base.pt"), "lora", "Stack(a, b)", verify=False)
+    module.save(str(tmp_path / "named.pt"))
+    done = subprocess.run([server_program, tmp_path / "named.pt", "--port", "0"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "'Stack(a, b)' cannot be a name: it is the text of a composition" in done.stderr
+
+
 def test_what_is_no_composition_that_it_can_run_is_named(server_program, models, own_adapters):
     (own_adapters / "damaged").mkdir()
     (own_adapters / "damaged" / "adapter_setup.json").write_text("{")
@@ -98,6 +136,8 @@ def test_what_is_no_composition_that_it_can_run_is_named(server_program, models,
         "Stack(task-4, '../secret')": (404, "expected an adapter's name"),
         "Stack(task-0, task-5)": (422, "gates that are means over real tokens only"),
         "Fuse(task-4, task-9)": (422, "AdapterFusion layers, which no pool holds yet"),
+        "Parallel(task-4, task-9)": (422, "no pool holds a Parallel; acquire each of its parts"),
+        "MultiTask(task-4, task-9)": (422, "no pool holds a MultiTask; acquire for each row the part of its task"),
         "Stack(task-4, task-4, task-9)": (422, "at most 2 adapters in a composition, got 3"),
         "Stack(task-4, damaged)": (422, "'damaged' is a composition, which cannot be part of another"),
         "Split(task-4, task-9, splits=[1, 1])": (422, "the given input has sequence length 3"),

@@ -63,6 +63,15 @@ def test_each_adapter_alone(server, written):
     assert len(set(several.values())) == len(several)  # adapters change what is written
 
 
+def test_compositions_in_requests(server, written):
+    texts = ["Stack(bottleneck, lora)", "Average(lora, wide)", "Stack(prefixes, bottleneck)"]
+    source = random.Random(7)
+    cases = [(name, drawn(source)[1], MOST_NEW) for name in (*texts, None, "mam", *texts, "bottleneck")]
+    with concurrent.futures.ThreadPoolExecutor(len(cases)) as pool:
+        for case, found in zip(cases, pool.map(lambda case: tokens_of(server, *case), cases), strict=True):
+            assert found == written(*case), case
+
+
 def test_sequences_of_all_adapters_and_lengths_join_and_leave(server, written):
     steps, rows = (server.metric(f"torchgraft_batch_rows_{word}") for word in ("count", "sum"))
     evicted = server.metric("torchgraft_adapter_evictions_total")

@@ -113,6 +113,26 @@ def test_bad_requests(server, body, status, message):
         assert server.ask("POST", "/v1/generate", {"stream": True, **body})[0] == status
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Split(bottleneck, bottleneck, splits=[1, 2])", "splits its tokens or its rows, of which a step has one"),
+        (
+            "Stack(lora, BatchSplit(lora, wide, batch_sizes=[1, 0]))",
+            "compose its adapters without Split and BatchSplit",
+        ),
+        ("Parallel(lora, wide)", "no pool holds a Parallel; acquire each of its parts"),
+        ("MultiTask(lora, wide)", "no pool holds a MultiTask; acquire for each row the part of its task"),
+        ("Fuse(bottleneck, bottleneck)", "AdapterFusion layers, which no pool holds yet"),
+    ],
+)
+def test_compositions_that_no_sequence_can_use(server, text, message):
+    for _ in range(2):  # the second time its adapters are in memory
+        for stream in (False, True):
+            status, answer = ask(server, text, [3, 4, 5], 2, stream=stream)
+            assert status == 422 and message in answer["error"]["message"], answer
+
+
 def test_limits_that_the_command_line_gives(server_program, models):
     with start(server_program, models, "--max-positions", 20, "--vocabulary", 10) as server:
         status, answer = ask(server, None, [3, 4], 19)
