@@ -2,6 +2,7 @@
 // libtorchgraft.so only. Token ids go in and come out.
 
 #include "../number_option.h"
+#include "beam_search.h"
 #include "decoder.h"
 #include "generation.h"
 #include "prompts.h"
@@ -27,6 +28,7 @@ struct Options {
   std::string output;
   DecoderForm form;
   GenerationOptions generation;
+  BeamOptions beams;
   std::vector<int64_t> stop;
   bool sample = false;
   bool stream = false;
@@ -65,7 +67,13 @@ void declare_generation(CLI::App& app, Options& options) {
   add_number(app, "--top-p", sampling.top_p, "draw among the likeliest tokens of this probability", 1e-9, 1.0)
       ->needs(sample);
   add_number(app, "--seed", sampling.seed, "of the random numbers (0)")->needs(sample);
-  app.add_flag("--stream", options.stream, "print \"ROW TOKEN\" as soon as each token is known");
+  auto* beams = add_number(app, "--num-beams", options.beams.num_beams, "search with so many beams (1: none)", 2, 64)
+                    ->excludes(sample);
+  add_number(app, "--length-penalty", options.beams.length_penalty, "above 0: longer ones score better (1)")
+      ->needs(beams);
+  app.add_flag("--early-stopping", options.beams.early_stopping, "end when as many sequences have ended as beams")
+      ->needs(beams);
+  app.add_flag("--stream", options.stream, "print \"ROW TOKEN\" as soon as each token is known")->excludes(beams);
   app.add_option("--output", options.output, R"(write {"tokens": [[...], ...]} to this file)");
   add_number(app, "--threads", options.threads, "threads for each operator (libtorch's default)", 1);
 }
@@ -95,11 +103,13 @@ void run(Options& options) {
     }
     module.run_method("activate", options.adapter);
   }
-  const std::vector<Tokens> tokens = generate(decoder, prompts, options.generation, [&](int64_t row, int64_t token) {
-    if (options.stream) {
-      std::cout << row << " " << token << std::endl;
-    }
-  });
+  const std::vector<Tokens> tokens =
+      options.beams.num_beams > 1 ? generate_by_beams(decoder, prompts, options.generation, options.beams)
+                                  : generate(decoder, prompts, options.generation, [&](int64_t row, int64_t token) {
+                                      if (options.stream) {
+                                        std::cout << row << " " << token << std::endl;
+                                      }
+                                    });
   if (!options.stream) {
     print(tokens);
   }
