@@ -24,6 +24,14 @@ class ServerError(Exception):
     """The error that the server answered."""
 
 
+class TextChangedError(Exception):
+    """All tokens together make another text than what was yielded: `text`. Some tokenizers clean up what they join."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(f"all tokens together make another text: {text}")
+        self.text = text
+
+
 def predict(
     url: str,
     tokenizer: Tokenizer,
@@ -49,31 +57,53 @@ def predict(
         return json.load(response)
 
 
-def generate(url: str, tokenizer: Tokenizer, text: str, adapter: str | None = None, **how: object) -> Iterator[str]:
-    """Yields what a decoder writes behind the text, piece by piece.
+def generate(url: str, tokenizer: Tokenizer, text: str, adapter: str | None = None, **how: object) -> str:
+    """What a decoder writes behind the text.
 
     Args:
         how: fields of the request: max_new_tokens, stop, do_sample, temperature, top_k, top_p, seed.
 
     Raises:
-        ServerError: the server refused, or the sequence failed; OSError: it cannot be reached.
+        ServerError: the server refused, or the sequence failed; OSError and HTTPException: the connection did.
     """
+    return tokenizer.decode(list(_tokens(url, tokenizer, text, adapter, how)))
+
+
+def stream(url: str, tokenizer: Tokenizer, text: str, adapter: str | None = None, **how: object) -> Iterator[str]:
+    """Yields what generate() returns, piece by piece.
+
+    Raises:
+        TextChangedError: at the end, when generate() would return another text; else as generate().
+    """
+    tokens: list[int] = []
+    whole = yielded = ""
+    for token in _tokens(url, tokenizer, text, adapter, how):
+        tokens.append(token)
+        whole = tokenizer.decode(tokens)
+        # A character of several tokens is no character before its last one.
+        if whole.startswith(yielded) and not whole.endswith("\ufffd"):
+            yield whole[len(yielded) :]
+            yielded = whole
+    if not whole.startswith(yielded):
+        raise TextChangedError(whole)
+    yield whole[len(yielded) :]
+
+
+def _tokens(url: str, tokenizer: Tokenizer, text: str, adapter: str | None, how: dict) -> Iterator[int]:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     body = {"adapter": adapter, "input_ids": tokenizer.encode(text).ids, "stream": True, **how}
-    tokens: list[int] = []
-    written = ""
+    has_ended = False
     with _opened(url + "/v1/generate", body) as response:
         for line in response:
             data = json.loads(line.removeprefix(b"data: ")) if line.startswith(b"data: ") else {}
             if "error" in data:
                 raise ServerError(f"{data['error']['status']}: {data['error']['message']}")
-            tokens += [data["token"]] if "token" in data else []
-            whole = tokenizer.decode(tokens)
-            # A character of several tokens is no character before its last one.
-            if whole.startswith(written) and (not whole.endswith("\ufffd") or "finish_reason" in data):
-                yield whole[len(written) :]
-                written = whole
+            has_ended = has_ended or "finish_reason" in data
+            if "token" in data:
+                yield data["token"]
+    if not has_ended:
+        raise ServerError("the answer broke off: it has no finish_reason")
 
 
 def _opened(url: str, body: dict) -> http.client.HTTPResponse:
@@ -81,7 +111,14 @@ def _opened(url: str, body: dict) -> http.client.HTTPResponse:
     try:
         return urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as error:
-        raise ServerError(f"{error.code}: {json.load(error)['error']['message']}") from error
+        raise ServerError(f"{error.code}: {_message(error)}") from error
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    try:
+        return json.load(error)["error"]["message"]
+    except (ValueError, KeyError, TypeError):  # of a proxy
+        return error.reason
 
 
 def named(logits: list, labels: list[str] | None) -> list | dict:
@@ -107,7 +144,7 @@ def declared_arguments() -> argparse.ArgumentParser:
     parser.add_argument("--adapter", help="default: the base model")
     parser.add_argument("--url", default="http://127.0.0.1:8080")
     parser.add_argument("--pooling", choices=["first", "mean"])
-    parser.add_argument("--most", type=int, default=512, help="tokens of a text; longer ones are cut")
+    parser.add_argument("--most", type=int, help="tokens of a text; longer ones are cut (512)")
     writing = parser.add_argument_group("of a decoder")
     writing.add_argument("--max-new-tokens", type=int, help="how many tokens to write behind each text")
     writing.add_argument("--stop", type=int, nargs="+", default=[], metavar="ID", help="tokens that end a text")
@@ -125,32 +162,47 @@ def print_written(tokenizer: Tokenizer, arguments: argparse.Namespace) -> None:
     how |= {"do_sample": True} if how else {}
     how |= {"max_new_tokens": arguments.max_new_tokens, "stop": arguments.stop}
     for text in arguments.texts:
-        pieces = []
-        for piece in generate(arguments.url, tokenizer, text, arguments.adapter, **how):
-            pieces.append(piece)
-            if arguments.stream:
+        if not arguments.stream:
+            written = generate(arguments.url, tokenizer, text, arguments.adapter, **how)
+            print(json.dumps({"text": text, "written": written}, ensure_ascii=False))
+            continue
+        try:
+            for piece in stream(arguments.url, tokenizer, text, arguments.adapter, **how):
                 print(piece, end="", flush=True)
-        print("" if arguments.stream else json.dumps({"text": text, "written": "".join(pieces)}, ensure_ascii=False))
+        except TextChangedError as change:
+            print(f"client.py: {change}", file=sys.stderr)
+        print()
 
 
 def print_predicted(tokenizer: Tokenizer, arguments: argparse.Namespace) -> None:
-    how = (arguments.adapter, arguments.pooling, arguments.most)
+    how = (arguments.adapter, arguments.pooling, arguments.most or 512)
     answer = predict(arguments.url, tokenizer, arguments.texts, *how)
     for text, result in zip(arguments.texts, results(answer), strict=True):
         print(json.dumps({"text": text, **result}, ensure_ascii=False))
 
 
+def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Ends the program where an argument has no meaning for what is asked."""
+    is_written = arguments.max_new_tokens is not None
+    of_others = ["pooling", "most"] if is_written else ["stop", "temperature", "top_k", "top_p", "seed", "stream"]
+    for name in of_others:
+        if getattr(arguments, name) not in (None, False, []):
+            how = "without" if is_written else "with"
+            parser.error(f"--{name.replace('_', '-')} has a meaning {how} --max-new-tokens only")
+
+
 def main() -> int:
     parser = declared_arguments()
     arguments = parser.parse_args()
+    check_arguments(parser, arguments)
     try:
         tokenizer = Tokenizer.from_file(arguments.tokenizer)
     except Exception as error:  # the library raises no class of its own
         parser.error(f"{arguments.tokenizer}: {error}")
     try:
         (print_predicted if arguments.max_new_tokens is None else print_written)(tokenizer, arguments)
-    except (ServerError, OSError) as error:
-        print(f"client.py: {error}", file=sys.stderr)
+    except (ServerError, OSError, http.client.HTTPException, ValueError) as error:
+        print(f"client.py: {error or type(error).__name__}", file=sys.stderr)
         return 1
     return 0
 
