@@ -4,6 +4,9 @@
 #include <torchgraft/config/head_config.h>
 #include <torchgraft/patch/graft.h>
 
+#include <c10/util/Exception.h>
+
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -34,6 +37,8 @@ struct AdapterPoolOptions {
   int64_t max_compositions = 16;
   int64_t max_composition_parts = 8;  // adapters in a composition
   int64_t max_composition_depth = 3;  // blocks one in another
+  // The longest that acquire() and insert() wait for a row or a composition that others hold. nullopt: no limit.
+  std::optional<std::chrono::milliseconds> longest_wait = {};
   // How the base is grafted. With gate_pooling "unpadded" a row's result depends on no other row of its batch; empty,
   // each adapter keeps its own, and one batch may mix both. The pool ignores `active`: no adapter is active.
   GraftOptions graft = {};
@@ -49,6 +54,12 @@ struct AdapterPoolStats {
   int64_t evictions = 0;     // adapters that left for others, not those replaced by insert()
   int64_t rebuilds = 0;      // modules built anew: banks that had to grow, and compositions of another structure
   int64_t compositions = 0;  // that the module holds now
+};
+
+// Others have held all rows for AdapterPoolOptions::longest_wait.
+class TORCHGRAFT_PATCH_API RowsInUse : public c10::Error {
+ public:
+  using c10::Error::Error;
 };
 
 // Any number of adapters on one base. `capacity` of them are in memory, as rows of banks [capacity, ...]. To load an
@@ -115,8 +126,9 @@ class TORCHGRAFT_PATCH_API AdapterPool {
   // Returns a lease on the adapters of these names. An empty name is the base, and a name may come several times. A
   // name may also be that of a composition (compose()), or the text of one: "Stack(en, ner)". Its adapters are loaded
   // and evicted as others are. Loads adapters that are not in memory, and waits for rows that others hold. Throws
-  // c10::Error when the loader does not know a name, when an adapter does not fit, when a composition is refused, and
-  // when there are more names than rows; the pool stays usable.
+  // c10::Error when the loader does not know a name, when an adapter does not fit, when a composition is refused, when
+  // there are more names than rows, and RowsInUse after `longest_wait`; the pool stays usable. The adapter whose row it
+  // waited for has left then, as soon as its leases end.
   Lease acquire(const std::vector<std::string>& names);
 
   // Does the same without waiting or loading; nullopt when an adapter or a composition is not in memory.

@@ -8,6 +8,7 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/jit/api/function_impl.h>
+#include <torch/csrc/jit/passes/constant_propagation.h>
 #include <torch/csrc/jit/passes/inliner.h>
 #include <torch/csrc/jit/runtime/interpreter.h>
 
@@ -164,6 +165,22 @@ std::optional<ForwardInputs> inputs_of_text(const Module& module) {
 }
 
 }  // namespace
+
+std::optional<int64_t> rows_indexed_by(const Module& module, size_t argument) {
+  const auto& function = module.get_method(method_of_base(module)).function();
+  const auto graph = torch::jit::toGraphFunction(function).graph()->copy();
+  inline_all(*graph);
+  torch::jit::ConstantPropagation(graph);  // a scripted nn.Embedding asks whether it has a padding index
+  std::optional<int64_t> rows;
+  for (const Node* node : graph->nodes()) {  // those in blocks may not run
+    if (is_aten(node, {"embedding"}) && argument < graph->inputs().size() &&
+        ids_origin(node->namedInput("indices")) == graph->inputs()[argument]) {
+      const at::Tensor table = resolve_tensor(node->namedInput("weight"), module);
+      rows = table.defined() ? std::min(rows.value_or(table.size(0)), table.size(0)) : rows;
+    }
+  }
+  return rows;
+}
 
 TextLimits text_limits(const Module& module) {
   const std::string method = method_of_base(module);

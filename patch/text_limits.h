@@ -24,6 +24,10 @@ struct TextLimits {
 // module takes no token ids.
 TORCHGRAFT_PATCH_API TextLimits text_limits(const torch::jit::Module& module);
 
+// How many rows the tables have that argument `argument` of forward indexes (self is number 0): those of the smallest;
+// nullopt where the graph does not show it. For modules that take more than a text, such as decoders.
+TORCHGRAFT_PATCH_API std::optional<int64_t> rows_indexed_by(const torch::jit::Module& module, size_t argument);
+
 // Why a model does not take a text.
 struct TextFault {
   bool is_too_long;     // else it has a token that the model does not have

@@ -163,7 +163,9 @@ PoolShape PoolState::shape_of(const PoolRequest& request, const std::vector<int6
 // A composition of this shape that nobody holds. Where others hold all of them, one loses its name, and this waits for
 // its last lease. nullopt when there is none of this shape that may leave.
 std::optional<size_t> PoolState::take_composition(std::unique_lock<std::mutex>& lock, const PoolShape& shape,
-                                                  const std::set<size_t>& kept, bool may_wait) {
+                                                  const std::string& name, const std::set<size_t>& kept,
+                                                  bool may_wait) {
+  const auto start = std::chrono::steady_clock::now();
   for (;;) {
     std::optional<size_t> best;
     const auto order = [&](size_t i) {
@@ -184,7 +186,7 @@ std::optional<size_t> PoolState::take_composition(std::unique_lock<std::mutex>& 
     if (held.pins == 0) {
       return best;
     }
-    row_freed.wait(lock);
+    wait_for_leases(lock, start, name);
   }
 }
 
@@ -236,7 +238,7 @@ void PoolState::bring(const PoolRequest& request, const std::vector<PoolRequest>
     const PoolShape shape = shape_of(request, *rows);
     const std::set<size_t> kept = present(requests);
     const bool is_full = static_cast<int64_t>(current->compositions.size()) >= options.max_compositions;
-    if (const auto position = take_composition(lock, shape, kept, /*may_wait=*/is_full)) {
+    if (const auto position = take_composition(lock, shape, request.name, kept, /*may_wait=*/is_full)) {
       current->banks.compose(*position, request.name, request.parts, *rows);
       PooledComposition& held = current->compositions[*position];
       held = {held.shape, request.name, request.text, *rows, 0, ++clock};

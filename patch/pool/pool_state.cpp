@@ -130,8 +130,26 @@ Adapter PoolState::prepare(const AdapterSpec& spec) const {
   return adapter;
 }
 
+// Waits until a lease ends. `start`: of all that the caller waits for.
+void PoolState::wait_for_leases(std::unique_lock<std::mutex>& lock, std::chrono::steady_clock::time_point start,
+                                const std::string& name) {
+  if (!options.longest_wait) {
+    row_freed.wait(lock);
+    return;
+  }
+  const auto end = start + *options.longest_wait;
+  if (std::chrono::steady_clock::now() >= end) {
+    throw RowsInUse(
+        {__func__, __FILE__, static_cast<uint32_t>(__LINE__)},
+        c10::str("AdapterPool: no place for '", name, "': others have held all ", options.capacity, " rows for ",
+                 options.longest_wait->count(), " ms; ask again later, or raise the capacity"));
+  }
+  row_freed.wait_until(lock, end);
+}
+
 // Finds a row for the adapter `name` and marks it kWriting. Other adapters in `wanted` keep their rows.
 int64_t PoolState::take_row(const std::string& name, const Names& wanted) {
+  const auto start = std::chrono::steady_clock::now();
   std::unique_lock lock(mutex);
   std::vector<Row>& rows = current->rows;
   const auto may_leave = [&](const Row& row) {
@@ -166,7 +184,7 @@ int64_t PoolState::take_row(const std::string& name, const Names& wanted) {
       current->evict(victim);
     }
     if (!at_once) {
-      row_freed.wait(lock);
+      wait_for_leases(lock, start, name);
     }
   }
 }

@@ -3,6 +3,7 @@
 #include <torchgraft/patch/adapter_pool.h>
 #include <torchgraft/patch/pool/pool_generation.h>
 
+#include <chrono>
 #include <condition_variable>
 #include <map>
 #include <memory>
@@ -78,11 +79,13 @@ struct PoolState {
 
  private:
   void rebuild(std::vector<AdapterConfig> room, const std::vector<PoolShape>& shapes);
+  void wait_for_leases(std::unique_lock<std::mutex>& lock, std::chrono::steady_clock::time_point start,
+                       const std::string& name);
   int64_t take_row(const std::string& name, const Names& wanted);
   void free_row(int64_t number);
   PoolShape shape_of(const PoolRequest& request, const std::vector<int64_t>& rows) const;
   std::optional<size_t> take_composition(std::unique_lock<std::mutex>& lock, const PoolShape& shape,
-                                         const std::set<size_t>& kept, bool may_wait);
+                                         const std::string& name, const std::set<size_t>& kept, bool may_wait);
   std::vector<PoolShape> with_shape(const PoolShape& shape, const PoolRequest& request,
                                     const std::set<size_t>& kept) const;
   std::set<size_t> present(const std::vector<PoolRequest>& requests) const;

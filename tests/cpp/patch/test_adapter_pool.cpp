@@ -141,6 +141,23 @@ TEST(AdapterPool, LeasesKeepAdaptersThatAreReplacedOrEvicted) {
   EXPECT_LT(largest_difference(run(renewed, x), alone(after, x)), kTolerance);
 }
 
+TEST(AdapterPool, WaitingForRowsOfOthersHasAnEnd) {
+  AdapterPoolOptions given = options(1, {"lora"});
+  given.longest_wait = std::chrono::milliseconds(20);
+  const AdapterSpec other = made_of("lora", "b");
+  AdapterPool pool(encoder(), given, [&](const std::string&) { return other; });
+  pool.insert(made_of("lora", "a"));
+  const at::Tensor x = at::randn({1, 5, 12});
+  {
+    const auto held = pool.acquire({"a"});
+    EXPECT_THROW(pool.acquire({"b"}), RowsInUse);
+    EXPECT_THROW(pool.insert(other), RowsInUse);
+    EXPECT_NE(error_of([&] { pool.acquire({"b"}); }).find("no place for 'b': others have held all 1 rows for 20 ms"),
+              std::string::npos);
+  }
+  EXPECT_LT(largest_difference(run(pool.acquire({"b"}), x), alone(other, x)), kTolerance);
+}
+
 TEST(AdapterPool, RewrittenRowsKeepNothingOfEarlierAdapters) {
   AdapterPool pool(encoder(), options(1, {"lora[r=8]|prefix_tuning[prefix_length=6]", "mam", "unipelt"}));
   const at::Tensor x = at::randn({1, 5, 12});

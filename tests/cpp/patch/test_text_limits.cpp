@@ -55,6 +55,31 @@ TEST(TextLimits, AFaultNamesWhatTheModelHas) {
   EXPECT_FALSE(text_fault({std::nullopt, 3}, {-1, 900}));
 }
 
+TEST(TextLimits, RowsThatAnArgumentIndexes) {
+  torch::jit::Module module("Decoder");
+  module.register_attribute("training", c10::BoolType::get(), false);
+  module.register_attribute("past_end", c10::BoolType::get(), false);
+  module.register_parameter("tokens", at::randn({9, kHidden}), /*is_buffer=*/false);
+  module.register_parameter("places", at::randn({6, kHidden}), /*is_buffer=*/false);
+  module.register_parameter("few", at::randn({2, kHidden}), /*is_buffer=*/false);
+  module.define(R"python(
+def look(self, ids: Tensor, padding: Optional[int]) -> Tensor:
+    if padding is not None:
+        ids = ids + padding
+    return torch.embedding(self.tokens, ids)
+
+def forward(self, ids: Tensor, positions: Tensor, past: Tensor) -> Tensor:
+    y = self.look(ids.view(-1, ids.size(1)), None) + torch.embedding(self.places, positions)
+    if self.past_end:
+        y = y + torch.embedding(self.few, ids)
+    return y + past + torch.embedding(self.few, past.long() + 1)
+)python");
+  EXPECT_EQ(rows_indexed_by(module, 1), 9);
+  EXPECT_EQ(rows_indexed_by(module, 2), 6);
+  EXPECT_EQ(rows_indexed_by(module, 3), std::nullopt);
+  EXPECT_EQ(rows_indexed_by(module, 4), std::nullopt);
+}
+
 TEST(TextLimits, ExamplesOfACppHostAreChecked) {
   const torch::jit::Module base = text_encoder();
   const AdapterSpec spec{"task", config_from_name("lora")};
