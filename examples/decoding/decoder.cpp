@@ -37,6 +37,11 @@ at::Tensor additive_mask(const at::Tensor& real, int64_t tokens, at::ScalarType 
 
 }  // namespace
 
+bool takes_positions(const torch::jit::Module& module) {
+  const auto& arguments = module.get_method("forward").function().getSchema().arguments();
+  return arguments.size() > 3 && arguments[3].name().find("position") != std::string::npos;
+}
+
 torch::jit::Module load_decoder(const std::string& path) {
   if (!std::filesystem::is_regular_file(path)) {
     fail(path + ": no such file");
@@ -65,10 +70,14 @@ Decoder::Decoder(const torch::jit::Module& module, std::string name, const Decod
     fail(name_ + ": expected forward(ids, mask, [positions,] caches...), it takes " + std::to_string(arguments.size()) +
          " arguments; export the decoder with its caches (docs/generation.md)");
   }
-  has_positions_ = arguments[2].name().find("position") != std::string::npos;
+  has_positions_ = takes_positions(module_);
   caches_.assign(arguments.begin() + (has_positions_ ? 3 : 2), arguments.end());
   if (caches_.empty()) {
     fail(name_ + ": forward takes no cache of keys and values; export the decoder with one (docs/generation.md)");
+  }
+  if (bytes_per_token() == 0) {
+    fail(text_of(name_, ": expected caches that hold keys and values, got none, of ", form_.heads, " heads of ",
+                 form_.head_size));
   }
 }
 
@@ -85,7 +94,7 @@ IValue Decoder::empty_cache(const c10::TypePtr& type, int64_t rows) const {
   }
   if (const auto list = type->cast<c10::ListType>()) {
     if (form_.layers <= 0) {
-      fail("the cache is a list: say how long it is with --layers");
+      fail(name_ + ": the cache is a list: say how long it is with --layers");
     }
     c10::impl::GenericList elements(list->getElementType());
     for (int64_t layer = 0; layer < form_.layers; ++layer) {
@@ -122,6 +131,22 @@ int64_t Decoder::bytes_per_token() const {
   return tensors * form_.heads * form_.head_size * static_cast<int64_t>(c10::elementSize(dtype_));
 }
 
+void Decoder::try_out() const {
+  const int64_t prompt = form_.max_positions > 0 ? std::clamp<int64_t>(form_.max_positions - 1, 1, 3) : 3;
+  try {
+    DecoderState state = start(2, {});
+    for (const int64_t tokens : {prompt, int64_t{1}}) {
+      const at::Tensor ids = torch::zeros({2, tokens}, torch::kLong);
+      step(state, ids, torch::ones_like(ids, torch::kBool));
+    }
+  } catch (const std::exception& error) {
+    fail(text_of(error.what(), ". Tried with ", form_.heads, " heads (--heads), heads of ", form_.head_size,
+                 " (--head-size), lists of ", form_.layers, " (--layers), and ",
+                 form_.mask_of_tokens ? "a mask of tokens (without --mask-of-tokens: one that is added to the scores)"
+                                      : "a mask that is added to the scores (--mask-of-tokens: one of tokens)"));
+  }
+}
+
 at::Tensor Decoder::step(DecoderState& state, const at::Tensor& ids, const at::Tensor& real) const {
   const c10::InferenceMode no_gradients;
   const int64_t tokens = ids.size(1);
@@ -155,6 +180,18 @@ at::Tensor Decoder::step(DecoderState& state, const at::Tensor& ids, const at::T
 }
 
 void Decoder::check_positions(const at::Tensor& real) const {
+  if (!has_positions_) {
+    // A sequence that has ended goes on as padding: nobody reads what is written behind it.
+    const at::Tensor lengths = real.sum(1).masked_select(real.select(1, real.size(1) - 1));
+    const int64_t shortest = lengths.numel() > 0 ? lengths.min().item<int64_t>() : real.size(1);
+    if (shortest < real.size(1)) {
+      fail(text_of(name_,
+                   ": forward takes no positions, so it would count padding: expected prompts of one length, got ",
+                   shortest, " and ", real.size(1),
+                   " tokens; continue those of each length by themselves, or export the decoder with an argument "
+                   "'positions' (docs/generation.md)"));
+    }
+  }
   if (form_.max_positions > 0) {
     const auto longest = real.sum(1).max().item<int64_t>();
     if (longest > form_.max_positions) {

@@ -39,9 +39,10 @@ void declare(CLI::App& app, Options& options) {
   DecoderForm& form = options.form;
   app.add_option("MODEL.pt", options.model, "a decoder: forward(ids, mask, [positions,] caches...)")->required();
   app.add_option("PROMPTS.json", options.prompts, R"({"prompts": [[5, 6, 7], [8]]}: token ids)")->required();
-  add_number(app, "--heads", form.heads, "heads of keys and values (graft.py inspect shows them)", 1)->required();
-  add_number(app, "--head-size", form.head_size, "the size of each head", 1)->required();
-  add_number(app, "--layers", form.layers, "the length of a cache that is a list", 1);
+  add_number(app, "--heads", form.heads, "heads of keys and values (graft.py inspect shows them)", 1, kMostHeads)
+      ->required();
+  add_number(app, "--head-size", form.head_size, "the size of each head", 1, kLargestHead)->required();
+  add_number(app, "--layers", form.layers, "the length of a cache that is a list", 1, kMostLayers);
   add_number(app, "--max-positions", form.max_positions, "how many tokens the model has positions for", 1);
   app.add_flag("--mask-of-tokens", form.mask_of_tokens,
                "the mask is [batch, tokens], 1 for real ones (else [batch, 1, queries, tokens], added to the scores)");

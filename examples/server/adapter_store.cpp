@@ -152,6 +152,8 @@ auto answered(const std::string& name, Action action) {
   const c10::WarningUtils::WarningHandlerGuard guard(&log);
   try {
     return action();
+  } catch (const torchgraft::RowsInUse& error) {
+    throw RequestError(503, torchgraft::one_line(error));
   } catch (const c10::Error& error) {
     throw RequestError(422, "adapter '" + name + "' cannot be loaded: " + torchgraft::one_line(error));
   }

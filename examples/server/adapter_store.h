@@ -38,7 +38,7 @@ class AdapterStore {
   // A lease on one adapter, or on the base model when `name` is empty. try_acquire() neither waits nor looks into the
   // folder: it returns nullopt when the adapter is not in memory. So adapters in memory are served while the folder is
   // away. Both throw RequestError: 404 for an unknown name, 422 when the adapter's files are damaged or do not fit the
-  // model.
+  // model; acquire() also 503 when others keep all rows longer than the pool's options allow.
   std::optional<torchgraft::AdapterPool::Lease> try_acquire(const std::string& name);
   torchgraft::AdapterPool::Lease acquire(const std::string& name);
 

@@ -18,7 +18,12 @@ GenerateReply::GenerateReply(std::string adapter, bool is_stream, Respond respon
     : adapter_(std::move(adapter)), is_stream_(is_stream), respond_(std::move(respond)) {}
 
 GenerateReply::~GenerateReply() {
-  if (stream_) {
+  if (!stream_ || has_ended_) {
+    return;
+  }
+  try {
+    fail(RequestError(500, "the sequence was given up"));
+  } catch (const std::exception&) {  // out of memory: the stream ends without a reason
     stream_->close();
   }
 }
@@ -36,7 +41,7 @@ void GenerateReply::add(int64_t token) {
 }
 
 void GenerateReply::end(SequenceEnd end, const RequestError* error) {
-  if (std::exchange(has_ended_, true)) {
+  if (has_ended_) {
     return;
   }
   if (error) {
@@ -46,6 +51,7 @@ void GenerateReply::end(SequenceEnd end, const RequestError* error) {
   } else {
     finish(end);
   }
+  has_ended_ = true;  // else the destructor says that it was given up
 }
 
 void GenerateReply::finish(SequenceEnd end) {

@@ -16,7 +16,7 @@ class GenerateReply {
   GenerateReply(std::string adapter, bool is_stream, Respond respond);
   GenerateReply(const GenerateReply&) = delete;
   GenerateReply& operator=(const GenerateReply&) = delete;
-  ~GenerateReply();  // closes a stream that nobody has ended
+  ~GenerateReply();  // ends a stream that nobody has ended with an error
 
   // One thread calls these.
   void add(int64_t token);

@@ -4,8 +4,10 @@
 
 #include <nlohmann/json.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <functional>
+#include <limits>
 #include <map>
 
 namespace {
@@ -14,6 +16,7 @@ using nlohmann::json;
 
 constexpr int kDeepestBody = 3;                    // body -> input_ids -> id
 constexpr int64_t kMostTokens = int64_t{1} << 40;  // sums of such numbers do not overflow
+constexpr size_t kMostStops = 64;
 
 [[noreturn]] void refuse(const std::string& key, const std::string& expected, const json& value) {
   throw RequestError(400, "\"" + key + "\": expected " + expected + ", got " + shown_value(value));
@@ -21,7 +24,7 @@ constexpr int64_t kMostTokens = int64_t{1} << 40;  // sums of such numbers do no
 
 int64_t read_count(const std::string& key, const json& value) {
   if (!value.is_number_integer() || value < 1 || value > kMostTokens) {
-    refuse(key, "an integer from 1", value);
+    refuse(key, "an integer from 1 to " + std::to_string(kMostTokens), value);
   }
   return value.get<int64_t>();
 }
@@ -49,9 +52,19 @@ double read_probability(const std::string& key, const json& value) {
 
 uint64_t read_seed(const std::string& key, const json& value) {
   if (!value.is_number_unsigned()) {
-    refuse(key, "an integer from 0", value);
+    refuse(key, "an integer from 0 to " + std::to_string(std::numeric_limits<uint64_t>::max()), value);
   }
   return value.get<uint64_t>();
+}
+
+std::vector<int64_t> read_stop(const std::string& key, const json& value) {
+  std::vector<int64_t> ids = read_ids(value, "\"" + key + "\"");
+  if (ids.size() > kMostStops) {
+    throw RequestError(400, "\"" + key + "\": expected at most " + std::to_string(kMostStops) + " token ids, got " +
+                                std::to_string(ids.size()));
+  }
+  std::sort(ids.begin(), ids.end());
+  return ids;
 }
 
 using Read = std::function<void(GenerateRequest&, const std::string& key, const json& value)>;
@@ -72,11 +85,7 @@ const std::map<std::string, Read>& fields() {
       {"input_ids", [](auto& to, const auto&, const json& value) { to.prompt = read_ids(value, "\"input_ids\""); }},
       {"max_new_tokens",
        [](auto& to, const auto& key, const json& value) { to.max_new_tokens = read_count(key, value); }},
-      {"stop",
-       [](auto& to, const auto&, const json& value) {
-         const std::vector<int64_t> ids = read_ids(value, "\"stop\"");
-         to.stop.insert(ids.begin(), ids.end());
-       }},
+      {"stop", [](auto& to, const auto& key, const json& value) { to.stop = read_stop(key, value); }},
       {"do_sample", [](auto& to, const auto& key, const json& value) { to.sampling.greedy = !read_bool(key, value); }},
       {"stream", [](auto& to, const auto& key, const json& value) { to.stream = read_bool(key, value); }}};
   return kFields;

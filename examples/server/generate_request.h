@@ -4,7 +4,6 @@
 #include "sampling.h"
 
 #include <cstdint>
-#include <set>
 #include <string>
 #include <vector>
 
@@ -13,7 +12,7 @@ struct GenerateRequest {
   std::string adapter;          // empty: the base model
   std::vector<int64_t> prompt;  // at least one token
   int64_t max_new_tokens = 20;
-  std::set<int64_t> stop;  // ids that end the sequence; they are part of it
+  std::vector<int64_t> stop;  // ids that end the sequence, sorted; they are part of it
   SamplingOptions sampling;
   bool stream = false;
 };

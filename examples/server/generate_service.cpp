@@ -1,20 +1,42 @@
 #include "generate_service.h"
 
 #include <torchgraft/patch/inspect.h>
+#include <torchgraft/patch/text_limits.h>
 #include <torchgraft/registration/error_text.h>
 
 #include <c10/util/Exception.h>
 
-#include <algorithm>
-#include <memory>
+#include <stdexcept>
 #include <string>
 #include <utility>
 
 namespace {
 
+constexpr size_t kIdsArgument = 1;  // of forward, behind self
+constexpr size_t kPositionsArgument = 3;
+
 SequenceLimits with_cache_tokens(SequenceLimits limits, int64_t cache_bytes, int64_t bytes_per_token) {
   limits.cache_tokens = cache_bytes / (2 * bytes_per_token);
+  if (limits.cache_tokens < 2) {
+    throw std::runtime_error("expected room in the caches for at least 2 tokens, of " +
+                             std::to_string(2 * bytes_per_token) + " bytes each with the copy that a step makes, got " +
+                             std::to_string(cache_bytes) + " bytes; raise --max-cache-bytes");
+  }
   return limits;
+}
+
+GenerateOptions with_vocabulary(GenerateOptions options, const torch::jit::Module& module) {
+  if (options.vocabulary == 0) {
+    options.vocabulary = torchgraft::rows_indexed_by(module, kIdsArgument).value_or(0);
+  }
+  return options;
+}
+
+// Of a decoder that has been tried out.
+int64_t bytes_of_token(const torch::jit::Module& module, const DecoderForm& form) {
+  const Decoder decoder(module, "the model", form);
+  decoder.try_out();
+  return decoder.bytes_per_token();
 }
 
 }  // namespace
@@ -43,19 +65,20 @@ std::optional<DecoderForm> find_decoder_form(const torch::jit::Module& module, D
   given.heads = given.heads > 0 ? given.heads : found.heads;
   given.head_size = given.head_size > 0 ? given.head_size : found.head_size;
   given.layers = given.layers > 0 ? given.layers : layers;
+  if (given.max_positions == 0 && takes_positions(module)) {
+    given.max_positions = torchgraft::rows_indexed_by(module, kPositionsArgument).value_or(0);
+  }
   return given;
 }
 
 GenerateService::GenerateService(AdapterStore& store, Background& background, Metrics& metrics,
                                  const torch::jit::Module& module, const DecoderForm& form,
                                  const GenerateOptions& options)
-    : store_(store),
-      background_(background),
-      metrics_(metrics),
-      options_(options),
+    : options_(with_vocabulary(options, module)),
       form_(form),
-      bytes_per_token_(Decoder(module, "the model", form).bytes_per_token()),
+      bytes_per_token_(bytes_of_token(module, form)),
       limits_(with_cache_tokens(options.limits, options.cache_bytes, bytes_per_token_)),
+      fetches_(store, background, metrics),
       batcher_(limits_, form_, metrics) {}
 
 void GenerateService::check(const GenerateRequest& request) const {
@@ -74,42 +97,23 @@ void GenerateService::check(const GenerateRequest& request) const {
   expect(limits_.cache_tokens, "for which the server has caches");
   for (const int64_t id : request.prompt) {
     if (options_.vocabulary > 0 && id >= options_.vocabulary) {
-      throw RequestError(
-          400, "expected token ids below " + std::to_string(options_.vocabulary) + ", got " + std::to_string(id));
+      throw RequestError(400, "expected token ids from 0 and below " + std::to_string(options_.vocabulary) +
+                                  ", which the model has, got " + std::to_string(id));
     }
   }
 }
 
 void GenerateService::generate(GenerateRequest request, Client client) {
   check(request);
-  auto lease = store_.try_acquire(request.adapter);
-  if (lease) {
-    metrics_.adapter_requests.add(metric_label(request.adapter));
-    enqueue(std::move(*lease), std::move(request), client);
-  } else {
-    fetch_first(std::move(request), std::move(client));
-  }
-}
-
-void GenerateService::fetch_first(GenerateRequest request, Client client) {
-  if (waiting() >= limits_.waiting) {
-    throw RequestError(503, kBusy);
-  }
-  ++fetching_;
-  // Ends the count when the job is done or dropped.
-  const std::shared_ptr<void> fetching(nullptr, [this](void*) { --fetching_; });
-  background_.run([this, request = std::move(request), client = std::move(client), fetching]() mutable {
-    try {
-      auto lease = store_.acquire(request.adapter);
-      metrics_.adapter_requests.add(metric_label(request.adapter));
-      enqueue(std::move(lease), std::move(request), client);
-    } catch (const RequestError& error) {
-      client.on_end(SequenceEnd::kError, &error);
-    } catch (const std::exception& error) {
-      const RequestError failure(500, torchgraft::one_line(error));
-      client.on_end(SequenceEnd::kError, &failure);
-    }
-  });
+  const bool room = waiting() < limits_.waiting;
+  const std::string adapter = request.adapter;
+  auto on_lease = [this, request = std::move(request), client](torchgraft::AdapterPool::Lease lease) mutable {
+    enqueue(std::move(lease), std::move(request), client);
+  };
+  const auto on_fault = [client](const RequestError* error) {
+    client.on_end(error ? SequenceEnd::kError : SequenceEnd::kCancelled, error);
+  };
+  fetches_.fetch({adapter, 1, client.is_gone, std::move(on_lease), on_fault}, room);
 }
 
 void GenerateService::enqueue(torchgraft::AdapterPool::Lease lease, GenerateRequest request, const Client& client) {

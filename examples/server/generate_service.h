@@ -1,25 +1,23 @@
 #pragma once
 
-#include "adapter_store.h"
-#include "background.h"
+#include "adapter_fetches.h"
 #include "sequence_batcher.h"
 
 #include <torch/csrc/jit/api/module.h>
 
-#include <atomic>
 #include <functional>
 #include <optional>
 
 struct GenerateOptions {
   SequenceLimits limits;                   // cache_tokens follows from cache_bytes
   int64_t tokens = 512;                    // of a prompt and what is written behind it
-  int64_t vocabulary = 0;                  // token ids must be below it; 0: not known
+  int64_t vocabulary = 0;                  // token ids must be below it; 0: as the graph shows
   int64_t cache_bytes = int64_t{1} << 30;  // of all caches; a step holds them twice, which is counted
 };
 
-// What `given` leaves out (0) as the graph shows it: heads, head size and, of caches in lists, how many layers keep
-// some. nullopt: the model is no decoder with caches of keys and values. Throws c10::Error when its layers differ, or
-// keep them in a way that no program here can make.
+// What `given` leaves out (0) as the graph shows it: heads, head size, positions and, of caches in lists, how many
+// layers keep some. nullopt: the model is no decoder with caches of keys and values. Throws c10::Error when its layers
+// differ, or keep them in a way that no program here can make.
 std::optional<DecoderForm> find_decoder_form(const torch::jit::Module& module, DecoderForm given);
 
 // Generates with one decoder and many adapters. Knows no HTTP.
@@ -44,22 +42,18 @@ class GenerateService {
   void generate(GenerateRequest request, Client client);
 
   // Sequences that wait for their adapter or for room.
-  size_t waiting() const { return fetching_ + batcher_.waiting(); }
+  size_t waiting() const { return fetches_.waiting_rows() + batcher_.waiting(); }
   int64_t running() const { return batcher_.running(); }
   int64_t cache_bytes() const { return batcher_.cached_tokens() * bytes_per_token_; }
 
  private:
   void check(const GenerateRequest& request) const;
-  void fetch_first(GenerateRequest request, Client client);
   void enqueue(torchgraft::AdapterPool::Lease lease, GenerateRequest request, const Client& client);
 
-  AdapterStore& store_;
-  Background& background_;
-  Metrics& metrics_;
   const GenerateOptions options_;
   const DecoderForm form_;
   const int64_t bytes_per_token_;
   const SequenceLimits limits_;
-  std::atomic<size_t> fetching_{0};
+  AdapterFetches fetches_;
   SequenceBatcher batcher_;
 };

@@ -21,6 +21,7 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <csignal>
 #include <cstdlib>
@@ -44,12 +45,19 @@ struct Options {
   uint64_t adapter_file_bytes = uint64_t{1} << 30;
   int threads = 0;
   int64_t wait_us = 2000;
+  int64_t adapter_wait_ms = 30'000;
   unsigned drain_seconds = 30;
   ServiceOptions service;
   DecoderForm form;
   GenerateOptions generate;
   HttpLimits http;
+  std::vector<std::string> given;  // options that have a meaning for one kind of model only
 };
+
+// Without a meaning for the other kind of model.
+constexpr std::array<const char*, 6> kOfDecoders = {"--heads",         "--head-size",      "--layers",
+                                                    "--max-positions", "--mask-of-tokens", "--max-cache-bytes"};
+constexpr std::array<const char*, 3> kOfEncoders = {"--workers", "--max-wait-us", "--pad-id"};
 
 constexpr int64_t kLongestWait = 3'600'000'000;  // an hour, in microseconds
 
@@ -80,6 +88,9 @@ void declare(CLI::App& app, Options& options) {
   add_number(app, "--max-adapter-bytes", options.pool.max_row_bytes,
              "memory that one adapter may take; the pool takes as much for each of --capacity", 1);
   add_number(app, "--max-adapter-file-bytes", options.adapter_file_bytes, "of an adapter's file of weights", 1);
+  add_number(app, "--max-adapter-wait-ms", options.adapter_wait_ms,
+             "milliseconds that a request waits for others to end when they use all of --capacity; then it gets 503", 0,
+             kLongestWait / 1000);
   app.add_option("--gate-pooling", options.pool.graft.gate_pooling,
                  "over which tokens gates are means, whatever the adapters were trained with; an answer of \"all\" "
                  "depends on its batch's padding (default: as each adapter's directory says; all for AdapterHub's)")
@@ -111,18 +122,33 @@ void declare(CLI::App& app, Options& options) {
 void declare_generation(CLI::App& app, Options& options) {
   DecoderForm& form = options.form;
   const std::string shown = " (default: as the graph shows)";
-  add_number(app, "--heads", form.heads, "of a decoder: heads of keys and values" + shown, 1)->default_str("");
-  add_number(app, "--head-size", form.head_size, "of a decoder: the size of each head" + shown, 1)->default_str("");
-  add_number(app, "--layers", form.layers, "of a decoder: the length of a cache that is a list" + shown, 1)
+  add_number(app, "--heads", form.heads, "of a decoder: heads of keys and values" + shown, 1, kMostHeads)
       ->default_str("");
-  add_number(app, "--max-positions", form.max_positions,
-             "of a decoder: how many tokens the model has positions for (default: not known; what has more fails)", 1)
+  add_number(app, "--head-size", form.head_size, "of a decoder: the size of each head" + shown, 1, kLargestHead)
+      ->default_str("");
+  add_number(app, "--layers", form.layers, "of a decoder: the length of a cache that is a list" + shown, 1, kMostLayers)
+      ->default_str("");
+  add_number(
+      app, "--max-positions", form.max_positions,
+      "of a decoder: how many tokens the model has positions for (default: as the graph shows where forward takes "
+      "positions; else what has more fails)",
+      1)
       ->default_str("");
   app.add_flag("--mask-of-tokens", form.mask_of_tokens,
                "of a decoder: the mask is [batch, tokens], 1 for real ones (else [batch, 1, queries, tokens], added to "
                "the scores)");
   add_number(app, "--max-cache-bytes", options.generate.cache_bytes,
              "of keys and values of all sequences that run, with the copy that a step makes; others wait", 1);
+}
+
+void note_given(const CLI::App& app, Options& options) {
+  const auto note = [&](const char* name) {
+    if (app.count(name) > 0) {
+      options.given.emplace_back(name);
+    }
+  };
+  std::for_each(kOfDecoders.begin(), kOfDecoders.end(), note);
+  std::for_each(kOfEncoders.begin(), kOfEncoders.end(), note);
 }
 
 void check(const Options& options) {
@@ -222,10 +248,17 @@ std::optional<DecoderForm> decoder_form(const torch::jit::Module& module, const 
     }
     throw;
   }
-  if (given.heads > 0 || given.head_size > 0) {
-    throw CLI::ValidationError("--heads", "the model is an encoder of texts: its forward takes no cache");
-  }
   return std::nullopt;
+}
+
+void check_given(const Options& options, bool is_decoder) {
+  for (const std::string& name : options.given) {
+    const bool is_of_decoders = std::find(kOfDecoders.begin(), kOfDecoders.end(), name) != kOfDecoders.end();
+    if (is_of_decoders != is_decoder) {
+      throw CLI::ValidationError(name, is_decoder ? "the model is a decoder: this has a meaning for encoders only"
+                                                  : "the model is an encoder of texts: its forward takes no cache");
+    }
+  }
 }
 
 // The services in `served` hold rows that background jobs wait for: they end first.
@@ -277,7 +310,10 @@ void serve(const Options& options) {
     throw CLI::ValidationError("--adapters", options.model + " has no adapters; give the folder of some");
   }
   const std::optional<DecoderForm> form = decoder_form(module, options.form);
-  AdapterStore store(module, options.adapters, options.pool, options.adapter_file_bytes);
+  check_given(options, form.has_value());
+  torchgraft::AdapterPoolOptions pool = options.pool;
+  pool.longest_wait = std::chrono::milliseconds(options.adapter_wait_ms);
+  AdapterStore store(module, options.adapters, pool, options.adapter_file_bytes);
   ServiceOptions service_options = options.service;
   service_options.batch.wait = std::chrono::microseconds(options.wait_us);
   Metrics metrics;
@@ -321,6 +357,7 @@ int main(int argc, char** argv) {
   declare_generation(app, options);
   try {
     app.parse(argc, argv);
+    note_given(app, options);
     serve(options);
     return 0;
   } catch (const CLI::CallForHelp& help) {

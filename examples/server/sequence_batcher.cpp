@@ -25,15 +25,16 @@ const char* to_string(SequenceEnd end) {
   return "";
 }
 
-// A sequence that runs.
+// A sequence that runs, until its batch drops it.
 struct SequenceBatcher::Row {
   Sequence sequence;
   Sampler sampler;
   int64_t written = 0;
   int64_t last = 0;  // the token that the next step reads
+  bool has_ended = false;
 };
 
-// Sequences that share passes: of one module, and of similar length.
+// Sequences that share passes: of one module, and of similar length. What throws changes nothing.
 struct SequenceBatcher::Batch {
   Decoder decoder;
   int64_t longest_class = 0;
@@ -48,23 +49,24 @@ struct SequenceBatcher::Batch {
     return most;
   }
 
-  void keep(const std::vector<int64_t>& numbers) {
-    if (numbers.size() == rows.size()) {
-      return;
+  void drop_ended() {
+    std::vector<int64_t> numbers;
+    for (size_t i = 0; i < rows.size(); ++i) {
+      if (!rows[i].has_ended) {
+        numbers.push_back(static_cast<int64_t>(i));
+      }
     }
-    DecoderState kept = numbers.empty() ? DecoderState() : select_rows(state, numbers);
-    std::vector<Row> left;
-    for (const int64_t number : numbers) {
-      left.push_back(std::move(rows[static_cast<size_t>(number)]));
+    if (numbers.size() < rows.size()) {
+      state = numbers.empty() ? DecoderState() : select_rows(state, numbers);
+      std::erase_if(rows, [](const Row& row) { return row.has_ended; });
     }
-    state = std::move(kept);
-    rows = std::move(left);
   }
 
   void take_over(std::vector<Row>& more, const DecoderState& theirs) {
     if (more.empty()) {
       return;
     }
+    rows.reserve(rows.size() + more.size());
     state = rows.empty() ? theirs : join_rows(state, theirs);
     std::move(more.begin(), more.end(), std::back_inserter(rows));
     more.clear();
@@ -73,7 +75,8 @@ struct SequenceBatcher::Batch {
 
 namespace {
 
-// Sequences of one class share passes: at most three quarters of their caches are padding.
+// Sequences of one class share passes: what each may come to is above a quarter of what the longest may come to. What
+// they have now may differ more.
 int64_t class_of(int64_t tokens) {
   int64_t most = 128;
   while (most < tokens) {
@@ -133,11 +136,7 @@ void SequenceBatcher::serve() {
       begin(std::move(*sequence));
     }
     for (Batch& batch : batches_) {
-      try {
-        advance(batch);
-      } catch (const std::exception& error) {  // out of memory
-        fail(batch.rows, RequestError(500, torchgraft::one_line(error)));
-      }
+      drop_gone_and_advance(batch);
     }
     batches_.remove_if([](const Batch& batch) { return batch.rows.empty(); });
     count();
@@ -148,7 +147,7 @@ void SequenceBatcher::serve() {
   }
   batches_.clear();
   count();
-  std::deque<Sequence> dropped;
+  std::list<Sequence> dropped;
   {
     const std::lock_guard lock(mutex_);
     dropped.swap(waiting_);
@@ -173,82 +172,107 @@ std::optional<Sequence> SequenceBatcher::take(int64_t begun_tokens) {
   return sequence;
 }
 
-// Ends the sequences whose clients have gone.
+// Ends the sequences whose clients have gone. Those that run keep their room until the next step.
 void SequenceBatcher::drop_gone() {
-  std::vector<Sequence> gone;
+  std::list<Sequence> gone;
   {
     const std::lock_guard lock(mutex_);
-    const auto first = std::stable_partition(waiting_.begin(), waiting_.end(),
-                                             [](const Sequence& sequence) { return !sequence.is_gone(); });
-    std::move(first, waiting_.end(), std::back_inserter(gone));
-    waiting_.erase(first, waiting_.end());
+    for (auto next = waiting_.begin(); next != waiting_.end();) {
+      const auto sequence = next++;
+      if (sequence->is_gone()) {
+        gone.splice(gone.end(), waiting_, sequence);
+      }
+    }
   }
   for (Sequence& sequence : gone) {
     end(sequence, SequenceEnd::kCancelled, nullptr);
   }
-  for (Batch& batch : batches_) {
-    std::vector<int64_t> kept;
-    for (size_t i = 0; i < batch.rows.size(); ++i) {
-      if (batch.rows[i].sequence.is_gone()) {
-        end(batch.rows[i].sequence, SequenceEnd::kCancelled, nullptr);
-      } else {
-        kept.push_back(static_cast<int64_t>(i));
-      }
+}
+
+void SequenceBatcher::drop_gone(Batch& batch) {
+  for (Row& row : batch.rows) {
+    if (row.sequence.is_gone()) {
+      end(row, SequenceEnd::kCancelled, nullptr);
     }
-    batch.keep(kept);
   }
+  batch.drop_ended();
 }
 
 // Whether the caches have room for it even when every sequence comes to its most tokens.
 bool SequenceBatcher::has_room(const Sequence& sequence) const {
   const int64_t most = sequence.most_tokens();
+  const Batch* joined = find_batch(sequence);
   size_t rows = 1;
-  int64_t tokens = 0;
-  bool is_counted = false;
+  int64_t tokens = joined ? 0 : most;
   for (const Batch& batch : batches_) {
     const auto size = static_cast<int64_t>(batch.rows.size());
     rows += batch.rows.size();
-    if (!is_counted && size > 0 && batch.longest_class == class_of(most) &&
-        batch.rows.front().sequence.lease.same_module(sequence.lease)) {
-      tokens += (size + 1) * std::max(most, batch.most_tokens());
-      is_counted = true;
-    } else {
-      tokens += size * batch.most_tokens();
-    }
+    tokens += &batch == joined ? (size + 1) * std::max(most, batch.most_tokens()) : size * batch.most_tokens();
   }
-  tokens += is_counted ? 0 : most;
   return rows == 1 || (rows <= limits_.rows && tokens <= limits_.cache_tokens);
 }
 
-SequenceBatcher::Batch& SequenceBatcher::batch_for(const Sequence& sequence) {
-  const int64_t longest = class_of(sequence.most_tokens());
-  for (Batch& batch : batches_) {
-    if (!batch.rows.empty() && batch.longest_class == longest &&
-        batch.rows.front().sequence.lease.same_module(sequence.lease)) {
-      return batch;
+// The batch that a sequence joins behind its prompt; null: a new one.
+const SequenceBatcher::Batch* SequenceBatcher::find_batch(const Sequence& sequence) const {
+  const auto prompt = static_cast<int64_t>(sequence.request.prompt.size());
+  for (const Batch& batch : batches_) {
+    if (!batch.rows.empty() && batch.longest_class == class_of(sequence.most_tokens()) &&
+        batch.rows.front().sequence.lease.same_module(sequence.lease) &&
+        (batch.decoder.has_positions() || batch.state.tokens() == prompt)) {
+      return &batch;
     }
   }
-  batches_.push_back({Decoder(sequence.lease.module(), "the model", form_), longest, {}, {}});
-  return batches_.back();
+  return nullptr;
+}
+
+SequenceBatcher::Batch* SequenceBatcher::find_batch(const Sequence& sequence) {
+  return const_cast<Batch*>(std::as_const(*this).find_batch(sequence));
+}
+
+void SequenceBatcher::begin(Sequence sequence) {
+  std::vector<Row> row;
+  try {
+    Sampler sampler(sequence.request.sampling, 1);
+    row.reserve(1);
+    row.push_back({std::move(sequence), std::move(sampler)});
+  } catch (const std::exception& failure) {
+    const RequestError error(500, torchgraft::one_line(failure));
+    end(sequence, SequenceEnd::kError, &error);
+    return;
+  }
+  try {
+    run_prompt(row);
+  } catch (const std::exception& error) {
+    fail(row, RequestError(500, "the model failed: " + torchgraft::one_line(error)));
+  }
 }
 
 // Runs the prompt, alone.
-void SequenceBatcher::begin(Sequence sequence) {
-  std::vector<Row> row;
-  Sampler sampler(sequence.request.sampling, 1);
-  row.push_back({std::move(sequence), std::move(sampler)});
+void SequenceBatcher::run_prompt(std::vector<Row>& row) {
+  const Sequence& sequence = row.front().sequence;
+  Batch* batch = find_batch(sequence);
+  if (!batch) {
+    batches_.push_back(
+        {Decoder(sequence.lease.module(), "the model", form_), class_of(sequence.most_tokens()), {}, {}});
+    batch = &batches_.back();
+  }
+  const at::Tensor ids = at::tensor(sequence.request.prompt, at::kLong).unsqueeze(0);
+  DecoderState state = batch->decoder.start(1, sequence.lease.ids());
+  const at::Tensor logits = batch->decoder.step(state, ids, at::ones_like(ids, at::kBool));
+  metrics_.prompt_tokens += sequence.request.prompt.size();
+  write(row.front(), logits[0]);
+  if (!row.front().has_ended) {
+    batch->take_over(row, state);
+  }
+}
+
+// An error that is of no sequence, such as too little memory, ends all that share the batch.
+void SequenceBatcher::drop_gone_and_advance(Batch& batch) {
   try {
-    const Sequence& begun = row.front().sequence;
-    Batch& batch = batch_for(begun);
-    const at::Tensor ids = at::tensor(begun.request.prompt, at::kLong).unsqueeze(0);
-    DecoderState state = batch.decoder.start(1, begun.lease.ids());
-    const at::Tensor logits = batch.decoder.step(state, ids, at::ones_like(ids, at::kBool));
-    metrics_.prompt_tokens += begun.request.prompt.size();
-    if (write(row.front(), logits[0])) {
-      batch.take_over(row, state);
-    }
+    drop_gone(batch);
+    advance(batch);
   } catch (const std::exception& error) {
-    fail(row, RequestError(500, "the model failed: " + torchgraft::one_line(error)));
+    fail(batch.rows, RequestError(500, torchgraft::one_line(error)));
   }
 }
 
@@ -276,50 +300,58 @@ void SequenceBatcher::advance(Batch& batch) {
     return;
   }
   metrics_.batch_rows.observe(static_cast<double>(size));
-  std::vector<int64_t> kept;
   for (int64_t i = 0; i < size; ++i) {
-    if (write(batch.rows[static_cast<size_t>(i)], logits[i])) {
-      kept.push_back(i);
-    }
+    write(batch.rows[static_cast<size_t>(i)], logits[i]);
   }
-  batch.keep(kept);
+  batch.drop_ended();
 }
 
 void SequenceBatcher::advance_each_half(Batch& batch) {
+  const size_t middle = batch.rows.size() / 2;
   std::vector<int64_t> first, second;
   for (size_t i = 0; i < batch.rows.size(); ++i) {
-    (i < batch.rows.size() / 2 ? first : second).push_back(static_cast<int64_t>(i));
+    (i < middle ? first : second).push_back(static_cast<int64_t>(i));
   }
   DecoderState state = select_rows(batch.state, first);
   Batch rest{batch.decoder, batch.longest_class, {}, select_rows(batch.state, second)};
-  const auto middle = batch.rows.begin() + static_cast<std::ptrdiff_t>(first.size());
-  std::move(middle, batch.rows.end(), std::back_inserter(rest.rows));
+  rest.rows.reserve(second.size());
+  const auto begin = batch.rows.begin() + static_cast<std::ptrdiff_t>(middle);
+  std::move(begin, batch.rows.end(), std::back_inserter(rest.rows));
   batch.state = std::move(state);
-  batch.rows.erase(middle, batch.rows.end());
-  advance(batch);
-  advance(rest);
-  batch.take_over(rest.rows, rest.state);
+  batch.rows.erase(begin, batch.rows.end());
+  drop_gone_and_advance(batch);
+  drop_gone_and_advance(rest);
+  try {
+    batch.take_over(rest.rows, rest.state);
+  } catch (const std::exception& error) {
+    fail(rest.rows, RequestError(500, torchgraft::one_line(error)));
+  }
 }
 
-// Chooses the next token of a sequence. Returns whether the sequence goes on.
-bool SequenceBatcher::write(Row& row, const at::Tensor& logits) {
-  Sequence& sequence = row.sequence;
+// Chooses the next token of a sequence, and ends the sequence if that is its last one.
+void SequenceBatcher::write(Row& row, const at::Tensor& logits) {
+  const GenerateRequest& request = row.sequence.request;
   try {
     row.last = row.sampler.choose(0, logits);
+    row.sequence.on_token(row.last);
   } catch (const std::exception& failure) {
     const RequestError error(500, "the model failed: " + torchgraft::one_line(failure));
-    end(sequence, SequenceEnd::kError, &error);
-    return false;
+    end(row, SequenceEnd::kError, &error);
+    return;
   }
   ++row.written;
   ++metrics_.generated_tokens;
-  sequence.on_token(row.last);
-  const bool is_stop = sequence.request.stop.count(row.last) > 0;
-  if (is_stop || row.written == sequence.request.max_new_tokens) {
-    end(sequence, is_stop ? SequenceEnd::kStop : SequenceEnd::kLength, nullptr);
-    return false;
+  if (std::binary_search(request.stop.begin(), request.stop.end(), row.last)) {
+    end(row, SequenceEnd::kStop, nullptr);
+  } else if (row.written == request.max_new_tokens) {
+    end(row, SequenceEnd::kLength, nullptr);
   }
-  return true;
+}
+
+void SequenceBatcher::end(Row& row, SequenceEnd how, const RequestError* error) {
+  if (!std::exchange(row.has_ended, true)) {
+    end(row.sequence, how, error);
+  }
 }
 
 void SequenceBatcher::end(Sequence& sequence, SequenceEnd how, const RequestError* error) {
@@ -333,7 +365,7 @@ void SequenceBatcher::end(Sequence& sequence, SequenceEnd how, const RequestErro
 
 void SequenceBatcher::fail(std::vector<Row>& rows, const RequestError& error) {
   for (Row& row : rows) {
-    end(row.sequence, SequenceEnd::kError, &error);
+    end(row, SequenceEnd::kError, &error);
   }
   rows.clear();
 }

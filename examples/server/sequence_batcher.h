@@ -8,7 +8,6 @@
 
 #include <atomic>
 #include <condition_variable>
-#include <deque>
 #include <functional>
 #include <list>
 #include <mutex>
@@ -44,9 +43,10 @@ struct SequenceLimits {
 
 // Continuous batching: sequences join and leave between steps, whatever their adapters. A prompt runs alone, in one
 // pass, so that gates, which pool over the tokens of a pass, are those of the sequence alone. Between two steps as many
-// prompts begin as `prompt_tokens` allows, in order of arrival: sequences that run never wait for more. Those of
-// similar length share a pass, so that a long one costs the short ones no padding. A sequence begins when the cache has
-// room for the most tokens that it may come to; so none is stopped for want of room.
+// prompts begin as `prompt_tokens` allows, in order of arrival: sequences that run never wait for more. Those that may
+// come to similar lengths share a pass, so that a long one costs the short ones no padding; where the decoder takes no
+// positions, only those that have as many tokens, without padding. A sequence begins when the cache has room for the
+// most tokens that it may come to; so none is stopped for want of room.
 class SequenceBatcher {
  public:
   SequenceBatcher(const SequenceLimits& limits, const DecoderForm& form, Metrics& metrics);
@@ -72,12 +72,17 @@ class SequenceBatcher {
   void serve();
   std::optional<Sequence> take(int64_t begun_tokens);
   void drop_gone();
+  void drop_gone(Batch& batch);
   bool has_room(const Sequence& sequence) const;
-  Batch& batch_for(const Sequence& sequence);
+  Batch* find_batch(const Sequence& sequence);
+  const Batch* find_batch(const Sequence& sequence) const;
   void begin(Sequence sequence);
+  void run_prompt(std::vector<Row>& row);
+  void drop_gone_and_advance(Batch& batch);
   void advance(Batch& batch);
   void advance_each_half(Batch& batch);
-  bool write(Row& row, const at::Tensor& logits);
+  void write(Row& row, const at::Tensor& logits);
+  void end(Row& row, SequenceEnd how, const RequestError* error);
   void end(Sequence& sequence, SequenceEnd how, const RequestError* error);
   void fail(std::vector<Row>& rows, const RequestError& error);
   void count();
@@ -90,7 +95,7 @@ class SequenceBatcher {
   std::list<Batch> batches_;  // of the thread alone
   mutable std::mutex mutex_;
   std::condition_variable changed_;
-  std::deque<Sequence> waiting_;
+  std::list<Sequence> waiting_;
   bool stopping_ = false;
   std::thread thread_;
 };

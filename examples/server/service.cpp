@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <iterator>
 #include <map>
-#include <memory>
 #include <utility>
 
 namespace {
@@ -42,13 +41,12 @@ Outputs outputs_of(const Work& work, const Signature::Result& result, int64_t fi
 
 Service::Service(AdapterStore& store, Background& background, Metrics& metrics, const torch::jit::Module& module,
                  const ServiceOptions& options)
-    : store_(store),
-      background_(background),
-      metrics_(metrics),
+    : metrics_(metrics),
       options_(options),
       signature_(module, options.pad_id),
       limits_{options.vocabulary > 0 ? options.vocabulary : signature_.limits().vocabulary,
               signature_.limits().positions},
+      fetches_(store, background, metrics),
       batcher_(options.batch, options.workers, [this](std::vector<Work> batch) { run(std::move(batch)); }) {}
 
 void Service::stop() { batcher_.stop(); }
@@ -74,35 +72,13 @@ void Service::check(const TokenRows& rows) const {
 
 void Service::predict(const std::string& adapter, TokenRows rows, std::optional<Pooling> pooling, Done done) {
   check(rows);
-  auto lease = store_.try_acquire(adapter);
-  if (lease) {
-    metrics_.adapter_requests.add(metric_label(adapter));
-    enqueue(std::move(*lease), std::move(rows), pooling, done);
-  } else {
-    fetch_first(adapter, std::move(rows), pooling, std::move(done));
-  }
-}
-
-void Service::fetch_first(const std::string& adapter, TokenRows rows, std::optional<Pooling> pooling, Done done) {
   const size_t count = rows.size();
-  if (queued_rows() + count > options_.batch.queued_rows) {
-    throw RequestError(503, kBusy);
-  }
-  waiting_rows_ += count;
-  // Ends the count when the job is done or dropped.
-  const std::shared_ptr<void> waiting(nullptr, [this, count](void*) { waiting_rows_ -= count; });
-  background_.run([this, adapter, rows = std::move(rows), pooling, done = std::move(done), waiting]() mutable {
-    try {
-      auto lease = store_.acquire(adapter);
-      metrics_.adapter_requests.add(metric_label(adapter));
-      enqueue(std::move(lease), std::move(rows), pooling, done);
-    } catch (const RequestError& error) {
-      done({}, &error);
-    } catch (const std::exception& error) {
-      const RequestError failure(500, torchgraft::one_line(error));
-      done({}, &failure);
-    }
-  });
+  const bool room = queued_rows() + count <= options_.batch.queued_rows;
+  auto on_lease = [this, rows = std::move(rows), pooling, done](torchgraft::AdapterPool::Lease lease) mutable {
+    enqueue(std::move(lease), std::move(rows), pooling, done);
+  };
+  fetches_.fetch({adapter, count, nullptr, std::move(on_lease), [done](const RequestError* error) { done({}, error); }},
+                 room);
 }
 
 void Service::enqueue(torchgraft::AdapterPool::Lease lease, TokenRows rows, std::optional<Pooling> pooling,

@@ -1,11 +1,9 @@
 #pragma once
 
-#include "adapter_store.h"
-#include "background.h"
+#include "adapter_fetches.h"
 #include "batcher.h"
 #include "metrics.h"
 
-#include <atomic>
 #include <functional>
 #include <optional>
 #include <string>
@@ -43,21 +41,18 @@ class Service {
   void predict(const std::string& adapter, TokenRows rows, std::optional<Pooling> pooling, Done done);
 
   // Rows that wait for a batch or for their adapter.
-  size_t queued_rows() const { return waiting_rows_ + batcher_.queued_rows(); }
+  size_t queued_rows() const { return fetches_.waiting_rows() + batcher_.queued_rows(); }
 
  private:
   void check(const TokenRows& rows) const;
-  void fetch_first(const std::string& adapter, TokenRows rows, std::optional<Pooling> pooling, Done done);
   void enqueue(torchgraft::AdapterPool::Lease lease, TokenRows rows, std::optional<Pooling> pooling, const Done& done);
   void run(std::vector<Work> batch);
   std::optional<std::string> pass(const std::vector<Work>& batch, std::vector<Outputs>& outputs);
 
-  AdapterStore& store_;
-  Background& background_;
   Metrics& metrics_;
   const ServiceOptions options_;
   const Signature signature_;
   const torchgraft::TextLimits limits_;  // of the model, or what the options say
-  std::atomic<size_t> waiting_rows_{0};  // for their adapters
+  AdapterFetches fetches_;
   Batcher batcher_;
 };

@@ -44,6 +44,11 @@ class Decoder(nn.Module):
     def forward(
         self, ids: Tensor, mask: Tensor, positions: Tensor, past: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        return self.decode(ids, mask, positions, past)
+
+    def decode(
+        self, ids: Tensor, mask: Tensor, positions: Tensor, past: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         x = self.words(ids) + self.places(positions)
         n = self.norm(x)
         k = torch.cat([past[0], self.split(self.k(n))], 2)
@@ -54,14 +59,31 @@ class Decoder(nn.Module):
         return self.head(x), (k, v)
 
 
+class CountingDecoder(Decoder):
+    """Takes no positions: it counts the tokens of its cache, padding included."""
+
+    def forward(self, ids: Tensor, mask: Tensor, past: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        first = past[0].size(2)
+        positions = torch.arange(first, first + ids.size(1)).unsqueeze(0)
+        return self.decode(ids, mask, positions, past)
+
+
+class FlatDecoder(Decoder):
+    """Its cache is one list: keys, then values."""
+
+    def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        logits, present = self.decode(ids, mask, positions, (past[0], past[1]))
+        return logits, [present[0], present[1]]
+
+
 class FaultyDecoder(Decoder):
     """A cache of another dtype, one that is not longer, an error, or logits that are not numbers, when it reads one of
-    four tokens; and four tokens behind which it writes those."""
+    four tokens; and four tokens behind which it writes those. Its graph does not show how many positions it has."""
 
     def forward(
         self, ids: Tensor, mask: Tensor, positions: Tensor, past: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        logits, present = self.decode(ids, mask, positions, past)
+        logits, present = self.decode(ids, mask, positions * 1, past)
         normal = torch.arange(logits.size(2)) < 20
         logits = logits.masked_fill(normal.logical_not(), -1e4)
         follows = (torch.arange(logits.size(2)) - 6) == ids.unsqueeze(2)
@@ -75,18 +97,6 @@ class FaultyDecoder(Decoder):
         if bool((ids == 27).any()):
             return logits, past
         return logits, present
-
-    def decode(
-        self, ids: Tensor, mask: Tensor, positions: Tensor, past: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        x = self.words(ids) + self.places(positions)
-        n = self.norm(x)
-        k = torch.cat([past[0], self.split(self.k(n))], 2)
-        v = torch.cat([past[1], self.split(self.v(n))], 2)
-        y = F.scaled_dot_product_attention(self.split(self.q(n)), k, v, attn_mask=mask)
-        x = x + self.o(y.transpose(1, 2).flatten(2))
-        x = x + self.down(F.gelu(self.up(self.ffn_norm(x))))
-        return self.head(x), (k, v)
 
 
 def save_random_adapter(base: torch.jit.ScriptModule, directory: Path, config: str, seed: int) -> None:
@@ -112,8 +122,9 @@ class Written:
     """What each adapter or composition writes behind a prompt, alone and greedily: a module of its own for each,
     without padding."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, positions: bool = True) -> None:
         self._folder = folder
+        self._positions = positions  # whether forward takes some
         self._base = torch.jit.load(folder / "base.pt")
         self._known: dict[tuple, list[int]] = {}
 
@@ -143,7 +154,8 @@ class Written:
         for _ in range(count):
             size, total = ids.size(1), past[0].size(2) + ids.size(1)
             mask = torch.full((size, total), -1e30).triu(1 + total - size)[None, None]
-            logits, past = module(ids, mask, torch.arange(total - size, total)[None], past)
+            positions = (torch.arange(total - size, total)[None],) if self._positions else ()
+            logits, past = module(ids, mask, *positions, past)
             tokens.append(int(logits[0, -1].argmax()))
             ids = torch.tensor([tokens[-1:]])
         return tokens

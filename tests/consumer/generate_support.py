@@ -1,5 +1,6 @@
 """A running examples/server whose model is a decoder, and requests of it."""
 
+import concurrent.futures
 import http.client
 import json
 import random
@@ -14,8 +15,9 @@ CAPACITY = 4  # less than there are adapters: they come and go
 
 def start(server_program: Path, models: Path, *options, adapters: Path | None = None, **more) -> Server:
     folder = adapters or models / "adapters"
-    words = ("--capacity", CAPACITY, "--max-tokens", LONG + MOST_PROMPT, *options)
-    return Server(server_program, models / "base.pt", folder, *words, **more)
+    usual = {"--capacity": CAPACITY, "--max-tokens": LONG + MOST_PROMPT}
+    words = [word for pair in usual.items() if pair[0] not in options for word in pair]
+    return Server(server_program, models / "base.pt", folder, *words, *options, **more)
 
 
 def ask(server: Server, adapter: str | None, prompt: list[int], count: int, **more):
@@ -72,3 +74,14 @@ def drawn(source: random.Random, highest: int = 31):
     """adapter, prompt, count"""
     prompt = [source.randrange(highest) for _ in range(source.randrange(1, MOST_PROMPT + 1))]
     return source.choice([None, *CONFIGS]), prompt, source.randrange(1, MOST_NEW + 1)
+
+
+def check_mixes(server, written, mixes: int, seed: int, together: int = 8) -> None:
+    """Each mix: so many sequences of any adapters and lengths, which come when others have written some tokens."""
+    source = random.Random(seed)
+    prompts = [drawn(source) for _ in range(60)]
+    with concurrent.futures.ThreadPoolExecutor(together) as pool:
+        for _ in range(mixes):
+            mix = [(*source.choice(prompts)[:2], source.randrange(1, MOST_NEW + 1)) for _ in range(together)]
+            for case, found in zip(mix, pool.map(lambda case: tokens_of(server, *case), mix), strict=True):
+                assert found == written(*case), case

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import torchgraft
-from decoder_support import HEADS, HIDDEN, Decoder
+from decoder_support import HEADS, HIDDEN, CountingDecoder, Decoder
 from hosts_support import attempt, run
 
 FORM = ("--heads", HEADS, "--head-size", HIDDEN // HEADS)
@@ -145,3 +145,39 @@ def test_a_cache_that_is_not_given_back_whole_is_an_error(generate: Path, folder
     result = attempt(generate, tmp_path / "forgets.pt", folder / "prompts.json", *FORM)
     expected = "expected the cache 'past' to be Float of shape [3, 2, 4, 8], got Float of shape [3, 2, 0, 8]"
     assert expected in result.stderr
+
+
+def test_a_decoder_without_positions_takes_prompts_of_one_length(generate: Path, folder: Path, tmp_path: Path) -> None:
+    """It would count the padding of the others."""
+    torch.manual_seed(0)
+    base = torch.jit.script(CountingDecoder().eval())
+    base.save(tmp_path / "base.pt")
+    for options in ((), ("--num-beams", 2)):
+        result = attempt(generate, tmp_path / "base.pt", folder / "prompts.json", *FORM, *options)
+        assert result.returncode == 1 and result.stderr.count("\n") == 1
+        assert "base.pt: forward takes no positions, so it would count padding: " in result.stderr
+        assert "expected prompts of one length, got 1 and 4 tokens" in result.stderr
+    prompts = [[3, 4, 5], [6, 7, 8], [9, 3, 9]]
+    (tmp_path / "prompts.json").write_text(json.dumps({"prompts": prompts}))
+    alone = []
+    for prompt in prompts:  # each in one pass over all that is there
+        ids = list(prompt)
+        for _ in range(6):
+            mask = torch.full((len(ids), len(ids)), -1e30).triu(1)[None, None]
+            logits = base(torch.tensor([ids]), mask, (torch.zeros(1, HEADS, 0, HIDDEN // HEADS),) * 2)[0]
+            ids.append(int(logits[0, -1].argmax()))
+        alone.append(ids[3:])
+    assert generated(generate, tmp_path, tmp_path, "--max-new-tokens", 6, model="base.pt") == alone
+    stop = alone[0][1]  # the first sequence ends early, and goes on as padding
+    found = generated(generate, tmp_path, tmp_path, "--max-new-tokens", 6, "--stop", stop, model="base.pt")
+    assert found == [row[: row.index(stop) + 1] if stop in row else row for row in alone]
+
+
+def test_a_cache_whose_length_is_not_known(generate: Path, folder: Path, tmp_path: Path) -> None:
+    class Nothing(torch.nn.Module):
+        def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, past: list[Tensor]) -> tuple[Tensor, Tensor]:
+            return ids, mask
+
+    torch.jit.script(Nothing()).save(tmp_path / "nothing.pt")
+    result = attempt(generate, tmp_path / "nothing.pt", folder / "prompts.json", *FORM)
+    assert result.returncode == 1 and "nothing.pt: the cache is a list: say how long it is with --layers" in result.stderr

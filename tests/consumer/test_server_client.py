@@ -141,4 +141,4 @@ def test_a_decoder_continues_texts(server_program, tokenizer, tmp_path):
         ]
         assert drawn[0] == drawn[1] and len(set(drawn)) > 1
         done = ask(server, tokenizer, "--max-new-tokens", 100, "a is")
-        assert done.returncode == 1 and done.stderr.startswith("client.py: 500: the model failed: ")
+        assert done.returncode == 1 and done.stderr.startswith("client.py: 413: expected at most 64 tokens")

@@ -311,6 +311,10 @@ def test_adapters_in_memory_are_served_while_the_folder_is_away(server_program, 
         (["--drain-seconds", "-1"], "--drain-seconds: expected an integer from 0, got -1 ("),
         (["--max-wait-us", "9223372036854775807"], "--max-wait-us: expected an integer from 0 to 3600000000, got 92"),
         (["--adapters", "adapters", "--max-queue", "8"], "--max-queue"),
+        (["--adapters", "adapters", "--layers", "2"], "--layers: the model is an encoder of texts"),
+        (["--adapters", "adapters", "--mask-of-tokens"], "--mask-of-tokens: the model is an encoder of texts"),
+        (["--adapters", "adapters", "--max-cache-bytes", "9999"], "--max-cache-bytes: the model is an encoder"),
+        (["--heads", "65537"], "--heads: expected an integer from 1 to 65536, got 65537 ("),
     ],
 )
 def test_a_wrong_command_line_ends_with_status_2(server_program, models, words, message):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from decoder_support import CONFIGS, UNGATED, Decoder, Written, save_models
-from generate_support import LONG, MOST_NEW, MOST_PROMPT, Stream, ask, drawn, start, tokens_of
+from generate_support import LONG, MOST_NEW, MOST_PROMPT, Stream, ask, check_mixes, drawn, start, tokens_of
 from hosts_support import run
 from server_support import wait_until
 
@@ -37,17 +37,6 @@ def server(server_program, models):
         assert running.metric("torchgraft_sequences_running") == running.metric("torchgraft_sequences_waiting") == 0
         assert running.metric("torchgraft_cache_bytes") == 0
         assert running.stop() == 0
-
-
-def check_mixes(server, written, mixes: int, seed: int, together: int = 8) -> None:
-    """Each mix: so many sequences of any adapters and lengths, which come when others have written some tokens."""
-    source = random.Random(seed)
-    prompts = [drawn(source) for _ in range(60)]
-    with concurrent.futures.ThreadPoolExecutor(together) as pool:
-        for _ in range(mixes):
-            mix = [(*source.choice(prompts)[:2], source.randrange(1, MOST_NEW + 1)) for _ in range(together)]
-            for case, found in zip(mix, pool.map(lambda case: tokens_of(server, *case), mix), strict=True):
-                assert found == written(*case), case
 
 
 @pytest.mark.quick
