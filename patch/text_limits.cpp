@@ -168,7 +168,7 @@ std::optional<ForwardInputs> inputs_of_text(const Module& module) {
 
 std::optional<int64_t> rows_indexed_by(const Module& module, size_t argument) {
   const auto& function = module.get_method(method_of_base(module)).function();
-  const auto graph = torch::jit::toGraphFunction(function).graph()->copy();
+  auto graph = torch::jit::toGraphFunction(function).graph()->copy();
   inline_all(*graph);
   torch::jit::ConstantPropagation(graph);  // a scripted nn.Embedding asks whether it has a padding index
   std::optional<int64_t> rows;

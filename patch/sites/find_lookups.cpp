@@ -2,6 +2,7 @@
 
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/linear_map.h>
+#include <torchgraft/patch/graph/writes.h>
 #include <torchgraft/patch/sites/base_weight.h>
 
 #include <map>
@@ -29,28 +30,36 @@ Projection describe_lookup(SiteFinder& finder, const Module& module, const Node*
 
 }  // namespace
 
-void find_lookups(SiteFinder& finder, torch::jit::Graph& graph, const Module& module, GraphSites& found) {
+void find_lookups(SiteFinder& finder, const std::shared_ptr<torch::jit::Graph>& graph, const Module& module,
+                  GraphSites& found) {
   if (found.layers.empty()) {
     return;
   }
   std::map<std::string, size_t> reads;
   std::vector<Node*> lookups;
-  for_each_node(graph.block(), [&](Node* node) {
+  for_each_node(graph->block(), [&](Node* node) {
     if (is_linear(node)) {
       reads[finder.path_of(node)]++;
-    } else if (is_aten(node, {"embedding", "embedding_renorm_", "embedding_bag"})) {  // max_norm writes into the table
+    } else if (is_aten(node, {"embedding", "embedding_bag"})) {
       reads[module_path(weight_source(node->input(0), module))]++;
+    } else if (is_aten(node, {"embedding_renorm_", "embedding_renorm"})) {  // max_norm writes into the table
+      torch::jit::Value* table = node->input(0);
+      while (is_aten(table->node(), {"detach"})) {
+        table = table->node()->input(0);
+      }
+      reads[module_path(weight_source(table, module))]++;
     }
     if (is_aten(node, {"embedding"})) {
       lookups.push_back(node);
     }
   });
+  const Writes writes(graph);
   for (Node* node : lookups) {
     const Projection projection = describe_lookup(finder, module, node);
     LinearSite site{node};
     site.is_lookup = true;
-    const bool is_at_top = node->owningBlock() == graph.block();
-    if (is_at_top && finder.layout_of(node->output(), site.sequence_first) && !projection.path.empty() &&
+    const bool is_plain = node->owningBlock() == graph->block() && !writes.reach(node->namedInput("weight"));
+    if (is_plain && finder.layout_of(node->output(), site.sequence_first) && !projection.path.empty() &&
         projection.in_features > 0 && reads.at(projection.path) == 1) {
       found.structure.layers.front().linear_maps.push_back(projection);
       found.layers.front().linear_maps.push_back(site);

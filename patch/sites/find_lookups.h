@@ -6,10 +6,13 @@
 #include <torch/csrc/jit/api/module.h>
 #include <torch/csrc/jit/ir/ir.h>
 
+#include <memory>
+
 namespace torchgraft {
 
 // Adds embeddings of tokens, on which a LoRA can be, to the linear maps of the first layer: those whose table nothing
-// else reads. A table that is tied to a linear map is none.
-void find_lookups(SiteFinder& finder, torch::jit::Graph& graph, const torch::jit::Module& module, GraphSites& found);
+// else reads or writes. A table that is tied to a linear map is none, nor is one of max_norm.
+void find_lookups(SiteFinder& finder, const std::shared_ptr<torch::jit::Graph>& graph, const torch::jit::Module& module,
+                  GraphSites& found);
 
 }  // namespace torchgraft

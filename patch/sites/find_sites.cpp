@@ -286,7 +286,7 @@ GraphSites find_sites(const CanonicalGraph& canonical, const Module& module) {
   name_unread_quantized(*canonical.graph, result);
   mark_used_elsewhere(*canonical.graph, module, result);
   find_linear_maps(finder, *canonical.graph, result);
-  find_lookups(finder, *canonical.graph, module, result);
+  find_lookups(finder, canonical.graph, module, result);
   find_embeddings(finder, canonical.graph, result);
   result.result_is_sequence_first = finder.result_is_sequence_first();
   return result;
