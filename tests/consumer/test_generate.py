@@ -180,4 +180,6 @@ def test_a_cache_whose_length_is_not_known(generate: Path, folder: Path, tmp_pat
 
     torch.jit.script(Nothing()).save(tmp_path / "nothing.pt")
     result = attempt(generate, tmp_path / "nothing.pt", folder / "prompts.json", *FORM)
-    assert result.returncode == 1 and "nothing.pt: the cache is a list: say how long it is with --layers" in result.stderr
+    assert (
+        result.returncode == 1 and "nothing.pt: the cache is a list: say how long it is with --layers" in result.stderr
+    )

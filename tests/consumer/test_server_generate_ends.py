@@ -45,6 +45,8 @@ def test_no_memory_to_drop_a_sequence(server_program, models, written, little_me
         first = Stream(server, None, [3, 4], 1000 if how == "length" else LONG)
         beside = Stream(server, None, [5, 4], LONG if how == "gone" else 1900)  # of the same class
         assert first.status == beside.status == 200
+        for _ in range(3):  # the first is of the prompt's own pass; then it has joined the other
+            assert beside.event()[0] == "message"
         file.touch()
         try:
             if how == "gone":

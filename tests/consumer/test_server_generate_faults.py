@@ -98,7 +98,7 @@ def test_a_fault_is_of_its_sequence_alone(server_program, faulty, in_step):
         ({"input_ids": [3], "do_sample": True, "temperature": 0}, 400, '"temperature": expected a number from 0.000'),
         ({"input_ids": [3], "do_sample": True, "top_k": 0}, 400, '"top_k": expected an integer from 1 to 10995116'),
         ({"input_ids": [3], "do_sample": True, "top_p": 1.5}, 400, '"top_p": expected a number above 0, at most 1'),
-        ({"input_ids": [3], "do_sample": True, "seed": 2**64}, 400, "from 0 to 18446744073709551615, got 184467"),
+        ({"input_ids": [3], "do_sample": True, "seed": 2**64}, 400, "from 0 to 18446744073709551615, got 1.84467"),
         ({"input_ids": [3], "beams": 2}, 400, 'unknown field "beams"'),
         ('{"input_ids": [3], "input_ids": [4]}', 400, 'the body has "input_ids" twice'),
         ({"input_ids": [3], "adapter": "nobody"}, 404, "no adapter is called 'nobody'"),
@@ -118,10 +118,7 @@ def test_bad_requests(server, body, status, message):
     ("text", "message"),
     [
         ("Split(bottleneck, bottleneck, splits=[1, 2])", "splits its tokens or its rows, of which a step has one"),
-        (
-            "Stack(lora, BatchSplit(lora, wide, batch_sizes=[1, 0]))",
-            "compose its adapters without Split and BatchSplit",
-        ),
+        ("BatchSplit(bottleneck, bottleneck, batch_sizes=[1, 0])", "compose its adapters without Split and BatchSplit"),
         ("Parallel(lora, wide)", "no pool holds a Parallel; acquire each of its parts"),
         ("MultiTask(lora, wide)", "no pool holds a MultiTask; acquire for each row the part of its task"),
         ("Fuse(bottleneck, bottleneck)", "AdapterFusion layers, which no pool holds yet"),
