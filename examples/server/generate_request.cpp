@@ -9,6 +9,7 @@
 #include <functional>
 #include <limits>
 #include <map>
+#include <random>
 
 namespace {
 
@@ -110,6 +111,10 @@ GenerateRequest parse_generate(const std::string& text) {
     if (result.sampling.greedy && body.contains(key)) {
       throw RequestError(400, "\"" + key + "\" has a meaning with \"do_sample\": true only");
     }
+  }
+  if (!body.contains("seed")) {
+    std::random_device source;
+    result.sampling.seed = (uint64_t{source()} << 32) | source();
   }
   if (result.prompt.empty()) {
     throw RequestError(

@@ -2,6 +2,8 @@
 
 #include "http_framing.h"
 
+#include <torchgraft/registration/error_text.h>
+
 #include <arpa/inet.h>
 #include <microhttpd.h>
 #include <netinet/in.h>
@@ -223,7 +225,7 @@ struct HttpServer::Callbacks {
       exchange.server.handler_(std::move(exchange.request),
                                [ticket](HttpResponse response) { ticket->respond(std::move(response)); });
     } catch (const std::exception& error) {
-      ticket->respond(error_response(500, error.what()));
+      ticket->respond(error_response(500, torchgraft::one_line(error)));
     }
     exchange.request.client = client;
     if (client->is_watched_) {

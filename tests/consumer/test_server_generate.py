@@ -117,6 +117,11 @@ def test_a_seed_gives_the_same_tokens_whatever_runs_beside(server, generate, mod
     assert json.loads((tmp_path / "tokens.json").read_text())["tokens"] == [alone[2]]
 
 
+def test_without_a_seed_other_tokens_are_drawn_each_time(server):
+    how = {"do_sample": True, "temperature": 1e6}  # all 31 tokens alike: the same twelve once in 31 ** 12 times
+    assert tokens_of(server, None, [3], 12, **how) != tokens_of(server, None, [3], 12, **how)
+
+
 def test_an_adapter_that_is_replaced_or_evicted_stays_with_its_sequence(server_program, models, written, tmp_path):
     adapters = shutil.copytree(models / "adapters", tmp_path / "adapters")
     with start(server_program, models, adapters=adapters) as server:
