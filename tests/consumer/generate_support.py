@@ -6,11 +6,19 @@ import json
 import random
 from pathlib import Path
 
-from decoder_support import CONFIGS
+import torch
+
+from decoder_support import CONFIGS, save_models
 from server_support import Server
 
 MOST_PROMPT, MOST_NEW, LONG = 8, 12, 3000
 CAPACITY = 4  # less than there are adapters: they come and go
+
+
+def saved(folder: Path, decoder: torch.nn.Module) -> Path:
+    torch.manual_seed(0)
+    save_models(folder, decoder)
+    return folder
 
 
 def start(server_program: Path, models: Path, *options, adapters: Path | None = None, **more) -> Server:

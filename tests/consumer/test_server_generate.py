@@ -7,10 +7,9 @@ import shutil
 import threading
 
 import pytest
-import torch
 
-from decoder_support import CONFIGS, UNGATED, Decoder, Written, save_models
-from generate_support import LONG, MOST_NEW, MOST_PROMPT, Stream, ask, check_mixes, drawn, start, tokens_of
+from decoder_support import CONFIGS, UNGATED, Decoder, Written
+from generate_support import LONG, MOST_NEW, MOST_PROMPT, Stream, ask, check_mixes, drawn, saved, start, tokens_of
 from hosts_support import run
 from server_support import wait_until
 
@@ -19,10 +18,7 @@ BYTES_PER_TOKEN = 2 * 2 * 8 * 4  # keys and values of two heads of 8
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    save_models(folder, Decoder(LONG + MOST_PROMPT))
-    return folder
+    return saved(tmp_path_factory.mktemp("models"), Decoder(LONG + MOST_PROMPT))
 
 
 @pytest.fixture(scope="module")

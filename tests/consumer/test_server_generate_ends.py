@@ -1,20 +1,16 @@
 """examples/server with a decoder: memory that runs out, and adapters that cannot be had, end sequences, each once."""
 
 import pytest
-import torch
 
-from decoder_support import Decoder, Written, save_models
-from generate_support import LONG, MOST_NEW, MOST_PROMPT, Stream, ask, start, tokens_of
+from decoder_support import Decoder, Written
+from generate_support import LONG, MOST_NEW, MOST_PROMPT, Stream, ask, saved, start, tokens_of
 from hosts_support import ROOT, run
 from server_support import wait_until
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    save_models(folder, Decoder(LONG + MOST_PROMPT))
-    return folder
+    return saved(tmp_path_factory.mktemp("models"), Decoder(LONG + MOST_PROMPT))
 
 
 @pytest.fixture(scope="module")

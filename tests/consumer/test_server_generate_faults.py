@@ -4,7 +4,6 @@ import concurrent.futures
 import random
 
 import pytest
-import torch
 
 from decoder_support import (
     GIVES_DOUBLE,
@@ -19,18 +18,14 @@ from decoder_support import (
     Decoder,
     FaultyDecoder,
     Written,
-    save_models,
 )  # fmt: skip
-from generate_support import LONG, MOST_PROMPT, Stream, ask, drawn, start
+from generate_support import LONG, MOST_PROMPT, Stream, ask, drawn, saved, start
 from server_support import Server
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    save_models(folder, Decoder(LONG + MOST_PROMPT))
-    return folder
+    return saved(tmp_path_factory.mktemp("models"), Decoder(LONG + MOST_PROMPT))
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +37,7 @@ def server(server_program, models):
 
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("faulty")
-    torch.manual_seed(0)
-    save_models(folder, FaultyDecoder())
-    return folder
+    return saved(tmp_path_factory.mktemp("faulty"), FaultyDecoder())
 
 
 @pytest.mark.parametrize("in_step", [False, True], ids=["prompt", "step"])

@@ -5,14 +5,8 @@ import subprocess
 import pytest
 import torch
 
-from decoder_support import CountingDecoder, Decoder, FlatDecoder, Written, save_models
-from generate_support import ask, check_mixes, start
-
-
-def saved(folder, decoder):
-    torch.manual_seed(0)
-    save_models(folder, decoder)
-    return folder
+from decoder_support import CountingDecoder, Decoder, FlatDecoder, Written
+from generate_support import ask, check_mixes, saved, start
 
 
 @pytest.fixture(scope="module")

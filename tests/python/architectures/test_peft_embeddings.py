@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import torchgraft
 from hugging_face_models import FAMILIES, Family
+from peft_support import save_random_lora
 
 _LLAMA = FAMILIES["llama"]
 _MODELS = {
@@ -53,13 +54,8 @@ def _traced(name: str) -> torch.jit.ScriptModule:
 def _train(name: str, options: dict, folder: Path) -> Tensor:
     """Saves a random adapter in the folder. Returns what PEFT gives."""
     model = _make(name)
-    tuned = peft.get_peft_model(model.model, peft.LoraConfig(r=4, lora_alpha=6, **options))
-    torch.manual_seed(3)
+    save_random_lora(model.model, options, folder)
     with torch.no_grad():
-        for parameter in tuned.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape) * 0.2)
-        tuned.double().eval().save_pretrained(str(folder))
         return _hidden(model(*_arguments(name, 1)))
 
 
