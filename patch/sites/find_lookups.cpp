@@ -15,6 +15,10 @@ namespace {
 using torch::jit::Module;
 using torch::jit::Node;
 
+std::string table_path(torch::jit::Value* table, const Module& module) {
+  return module_path(weight_source(table, module));
+}
+
 // The table of an embedding, as a linear map on the numbers of its rows.
 Projection describe_lookup(SiteFinder& finder, const Module& module, const Node* lookup) {
   Projection result;
@@ -23,7 +27,7 @@ Projection describe_lookup(SiteFinder& finder, const Module& module, const Node*
     result.in_features = (*shape)[0].factor;
     result.out_features = (*shape)[1].factor;
   }
-  result.path = module_path(weight_source(lookup->namedInput("weight"), module));
+  result.path = table_path(lookup->namedInput("weight"), module);
   result.is_embedding = true;
   return result;
 }
@@ -41,18 +45,21 @@ void find_lookups(SiteFinder& finder, const std::shared_ptr<torch::jit::Graph>& 
     if (is_linear(node)) {
       reads[finder.path_of(node)]++;
     } else if (is_aten(node, {"embedding", "embedding_bag"})) {
-      reads[module_path(weight_source(node->input(0), module))]++;
+      reads[table_path(node->input(0), module)]++;
     } else if (is_aten(node, {"embedding_renorm_", "embedding_renorm"})) {  // max_norm writes into the table
       torch::jit::Value* table = node->input(0);
       while (is_aten(table->node(), {"detach"})) {
         table = table->node()->input(0);
       }
-      reads[module_path(weight_source(table, module))]++;
+      reads[table_path(table, module)]++;
     }
     if (is_aten(node, {"embedding"})) {
       lookups.push_back(node);
     }
   });
+  if (lookups.empty()) {
+    return;
+  }
   const Writes writes(graph);
   for (Node* node : lookups) {
     const Projection projection = describe_lookup(finder, module, node);
