@@ -126,6 +126,7 @@ class Matcher {
   std::vector<std::string> sites_by_path(const Path& path, int64_t layer) const;
   std::vector<std::string> bottleneck_by_path(const Path& path, int64_t layer) const;
   std::vector<size_t> linear_maps_for(const SavedModule& saved) const;
+  std::vector<size_t> projections_for(const SavedModule& saved) const;
   std::vector<size_t> modules_for(const SavedModule& saved) const;
   void assign(const SavedModule& saved, const std::vector<size_t>& modules);
 
@@ -231,10 +232,27 @@ std::vector<size_t> Matcher::linear_maps_for(const SavedModule& saved) const {
   return result;
 }
 
+// The planned LoRAs on the projections that have the very path of the saved LoRA, which names no layer by a number
+// ("block.attention.query"). A packed projection has one path for queries, keys and values.
+std::vector<size_t> Matcher::projections_for(const SavedModule& saved) const {
+  std::vector<size_t> result;
+  for (size_t i = 0; saved.kind == SavedKind::kLoRA && !number_position(saved.path) && i < plan_.size(); ++i) {
+    const auto paths = projection_paths(structure_.layers.at(structure_.position(plan_[i].layer)));
+    if (std::any_of(paths.begin(), paths.end(),
+                    [&](const auto& entry) { return entry.first == plan_[i].site && entry.second == saved.path; })) {
+      result.push_back(i);
+    }
+  }
+  return result;
+}
+
 // The modules of the plan that a saved module is for.
 std::vector<size_t> Matcher::modules_for(const SavedModule& saved) const {
   if (const auto linear = linear_maps_for(saved); !linear.empty()) {
     return linear;
+  }
+  if (const auto projections = projections_for(saved); !projections.empty()) {
+    return projections;
   }
   const std::vector<int64_t> layers =
       paths_are_known_ ? layers_by_path(saved.path) : layers_by_number(structure_, saved.path);
