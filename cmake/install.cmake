@@ -23,6 +23,7 @@ set(torchgraft_headers
   ops/gated_prefix_attention.h
   ops/linear.h
   ops/reft.h
+  ops/residual_norm.h
   registration/error_text.h
   registration/export.h
   registration/library.h

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace torchgraft::ops {
 
@@ -124,6 +125,16 @@ struct LinearArguments {
   at::Tensor weight;  // [O, I]
   at::Tensor bias;    // [O] or absent
   std::string non_linearity;
+};
+
+struct ResidualNormArguments {
+  static constexpr const char* kOperator = "residual_norm";
+  at::Tensor x;  // broadcasts against residual
+  at::Tensor residual;
+  std::vector<int64_t> normalized_shape;  // the last dimensions of the sum
+  at::Tensor weight;                      // of normalized_shape, or absent
+  at::Tensor bias;                        // likewise
+  double eps = 1e-5;
 };
 
 struct TokenMaskArguments {

@@ -21,7 +21,8 @@ void register_operator(torch::Library& m, const char* name) {
   m.impl(name, TORCH_FN(&InLowPrecision::call));
 }
 
-// attention_token_mask is not among them: it compares the mask's values, and its result is boolean.
+// Not among them: attention_token_mask, which compares the mask's values and gives booleans, and residual_norm, which
+// leaves dtypes to ATen's calls (forward/residual_norm.cpp).
 template <c10::DeviceType device>
 void register_operators(torch::Library& m) {
   register_operator<device, gated_lora>(m, "gated_lora");

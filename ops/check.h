@@ -15,6 +15,7 @@ void check(const BottleneckLinearArguments& args);
 void check(const PrefixArguments& args);
 void check(const ReftArguments& args);
 void check(const LinearArguments& args);
+void check(const ResidualNormArguments& args);
 void check(const TokenMaskArguments& args);
 
 }  // namespace torchgraft::ops

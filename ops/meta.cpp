@@ -8,6 +8,7 @@
 #include <torchgraft/ops/gated_prefix_attention.h>
 #include <torchgraft/ops/linear.h>
 #include <torchgraft/ops/reft.h>
+#include <torchgraft/ops/residual_norm.h>
 
 // What comes out of each operator, by sizes alone. The compositions of ops/forward/ would do for meta tensors, too, and
 // pass torch.library.opcheck; but inside a kernel ATen's meta functions refuse sizes without a hint (torch.export's
@@ -58,6 +59,12 @@ at::Tensor linear_result(const LinearArguments& args) {
   return at::empty_symint(sizes, args.x.options());
 }
 
+Results normed(const ResidualNormArguments& args) {
+  check(args);
+  const at::Tensor sum = at::add(args.x, args.residual);
+  return {at::empty_symint(sum.sym_sizes(), sum.options()), sum};
+}
+
 at::Tensor changed_tokens(const ReftArguments& args) {
   check(args);
   return at::empty_symint(args.x.sym_sizes(), args.x.options());
@@ -79,6 +86,7 @@ TORCH_LIBRARY_IMPL(torchgraft, Meta, m) {
   m.impl("gated_prefix_attention", from_schema<PrefixArguments, prefix_attention, decltype(gated_prefix_attention)>);
   m.impl("reft", from_schema<ReftArguments, changed_tokens, decltype(reft)>);
   m.impl("linear", from_schema<LinearArguments, linear_result, decltype(linear)>);
+  m.impl("residual_norm", from_schema<ResidualNormArguments, normed, decltype(residual_norm)>);
   m.impl("attention_token_mask", from_schema<TokenMaskArguments, real_tokens, decltype(attention_token_mask)>);
 }
 

@@ -5,6 +5,7 @@
 #include <torchgraft/ops/gated_prefix_attention.h>
 #include <torchgraft/ops/linear.h>
 #include <torchgraft/ops/reft.h>
+#include <torchgraft/ops/residual_norm.h>
 
 // The operators as C++ functions: each call goes through the dispatcher.
 
@@ -84,6 +85,14 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::opti
                   std::string_view non_linearity) {
   static const auto op = find<decltype(linear)>("torchgraft::linear");
   return op.call(x, weight, bias, non_linearity);
+}
+
+std::tuple<at::Tensor, at::Tensor> residual_norm(const at::Tensor& x, const at::Tensor& residual,
+                                                 at::IntArrayRef normalized_shape,
+                                                 const std::optional<at::Tensor>& weight,
+                                                 const std::optional<at::Tensor>& bias, double eps) {
+  static const auto op = find<decltype(residual_norm)>("torchgraft::residual_norm");
+  return op.call(x, residual, normalized_shape, weight, bias, eps);
 }
 
 at::Tensor attention_token_mask(const at::Tensor& x, const std::optional<at::Tensor>& attn_mask) {

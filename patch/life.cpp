@@ -233,7 +233,7 @@ std::vector<SameResult> same_by_merging(const Module& unmerged, const Module& me
           {{unmerged, "forward", name}, {merged, "forward", name}, "'" + name + "', merged,"}};
 }
 
-// What a base calls of its own accord, and decompose_linear() leaves.
+// What a base calls of its own accord, and decompose_optimized() leaves.
 void check_is_lowered(const Module& module) {
   static const auto kNamespace = c10::Symbol::fromQualString("namespaces::torchgraft");
   for_each_method(module, [](const std::string& name, const std::shared_ptr<torch::jit::Graph>& graph) {

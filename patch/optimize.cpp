@@ -1,12 +1,13 @@
 #include <torchgraft/patch/optimize.h>
 
 #include <torchgraft/patch/canonicalise/canonicalise.h>
-#include <torchgraft/patch/canonicalise/decompose_linear.h>
+#include <torchgraft/patch/canonicalise/decompose_optimized.h>
 #include <torchgraft/patch/canonicalise/inline_module_arguments.h>
 #include <torchgraft/patch/graph/clone_module.h>
 #include <torchgraft/patch/graph/dump_graph.h>
 #include <torchgraft/patch/graph/module_methods.h>
 #include <torchgraft/patch/insert/fuse_linear.h>
+#include <torchgraft/patch/insert/fuse_residual_norm.h>
 #include <torchgraft/patch/insert/guard_attributes.h>
 #include <torchgraft/patch/module/methods.h>
 #include <torchgraft/patch/module/verify_change.h>
@@ -22,10 +23,11 @@ namespace {
 
 using torch::jit::Module;
 
-// The graph of `method` with torchgraft::linear where it has linear maps. Callers find a method by its name.
+// The graph of `method` with torchgraft::linear and torchgraft::residual_norm where they fit. Callers find a method by
+// its name.
 size_t replace_method(Module& module, const char* method, const std::shared_ptr<torch::jit::Graph>& graph) {
   const auto schema = module.get_method(method).function().getSchema();
-  const size_t count = fuse_linear(graph, module);
+  const size_t count = fuse_residual_norm(graph, module) + fuse_linear(graph, module);
   graph->lint();
   GraphDump dump("optimize");
   dump(method, *graph);
@@ -44,7 +46,7 @@ size_t optimize_base(Module& module, const char* method) {
 // grafted_forward is in canonical form already.
 size_t optimize_grafted(Module& module) {
   const auto graph = module.get_method("grafted_forward").graph()->copy();
-  decompose_linear(graph);
+  decompose_optimized(graph);
   return replace_method(module, "grafted_forward", graph);
 }
 
@@ -92,9 +94,9 @@ Module optimize(const Module& module, const OptimizeOptions& options) {
     inline_module_arguments(result);
     count += optimize_base(result, "forward");
   }
-  TORCH_CHECK(count > 0,
-              "optimize: forward has no linear map whose weight is a floating-point parameter of the module ",
-              "or a constant, outside of what runs under torch.autocast; there is nothing to optimise");
+  TORCH_CHECK(count > 0, "optimize: forward has no linear map and no norm of a sum whose weight is a floating-point ",
+              "parameter of the module or a constant, outside of what runs under torch.autocast; there is nothing to ",
+              "optimise");
   if (options.verifying.verify) {
     verify_optimized(module, result, options.verifying);
   }

@@ -108,6 +108,9 @@ std::vector<int64_t> layers_by_number(const Structure& structure, const Path& pa
 // The sites by name that a saved module may have in this layer. A decoder layer has two attentions; its feed-forward
 // block may be found behind either.
 std::vector<std::string> sites_by_name(const SavedModule& saved, const Layer& layer) {
+  if (saved.kind == SavedKind::kLoRA && layer.ffn_gate && is_unclear_beside_gate(saved.path)) {
+    return {};
+  }
   std::vector<std::string> named = sites_by_name(saved);
   const bool in_attention = !named.empty() && named.front().find("attn_lora") != std::string::npos;
   const bool layer_is_cross = layer.kind == AttentionKind::kCross;
@@ -232,11 +235,11 @@ std::vector<size_t> Matcher::linear_maps_for(const SavedModule& saved) const {
   return result;
 }
 
-// The planned LoRAs on the projections that have the very path of the saved LoRA, which names no layer by a number
-// ("block.attention.query"). A packed projection has one path for queries, keys and values.
+// The planned LoRAs on the projections that have the very path of the saved LoRA. A packed projection has one path for
+// queries, keys and values.
 std::vector<size_t> Matcher::projections_for(const SavedModule& saved) const {
   std::vector<size_t> result;
-  for (size_t i = 0; saved.kind == SavedKind::kLoRA && !number_position(saved.path) && i < plan_.size(); ++i) {
+  for (size_t i = 0; saved.kind == SavedKind::kLoRA && i < plan_.size(); ++i) {
     const auto paths = projection_paths(structure_.layers.at(structure_.position(plan_[i].layer)));
     if (std::any_of(paths.begin(), paths.end(),
                     [&](const auto& entry) { return entry.first == plan_[i].site && entry.second == saved.path; })) {
@@ -246,6 +249,9 @@ std::vector<size_t> Matcher::projections_for(const SavedModule& saved) const {
   return result;
 }
 
+// Whether a path may be one that save_adapter_hub.cpp makes up for a layer whose own path has no number.
+bool is_of_writer(const Path& path) { return path.size() > 2 && path[0] == "layer" && is_number(path[1]); }
+
 // The modules of the plan that a saved module is for.
 std::vector<size_t> Matcher::modules_for(const SavedModule& saved) const {
   if (const auto linear = linear_maps_for(saved); !linear.empty()) {
@@ -254,8 +260,10 @@ std::vector<size_t> Matcher::modules_for(const SavedModule& saved) const {
   if (const auto projections = projections_for(saved); !projections.empty()) {
     return projections;
   }
-  const std::vector<int64_t> layers =
-      paths_are_known_ ? layers_by_path(saved.path) : layers_by_number(structure_, saved.path);
+  std::vector<int64_t> layers = paths_are_known_ ? layers_by_path(saved.path) : std::vector<int64_t>();
+  if (!paths_are_known_ || (layers.empty() && is_of_writer(saved.path))) {
+    layers = layers_by_number(structure_, saved.path);
+  }
   std::map<int64_t, std::vector<std::string>> sites;
   if (paths_are_known_ && saved.kind == SavedKind::kLoRA) {
     for (const int64_t layer : layers) {

@@ -2,6 +2,7 @@
 
 #include <torchgraft/plan/checkpoint.h>
 #include <torchgraft/plan/invertible.h>
+#include <torchgraft/plan/library_root.h>
 #include <torchgraft/plan/locations.h>
 #include <torchgraft/plan/lora_factors.h>
 #include <torchgraft/plan/phm.h>
@@ -33,16 +34,6 @@ bool has_number(const Path& path) { return std::any_of(path.begin(), path.end(),
 // The path up to its last number, which is the Transformer layer's.
 Path layer_path(const Path& path) {
   return Path(path.begin(), std::find_if(path.rbegin(), path.rend(), is_number).base());
-}
-
-// `key` from where the library's models begin: a model may have been traced inside a wrapper ("model.encoder.layer.0")
-// or under a head ("bert.encoder.layer.0"), whose name load_adapter() of the library would not expect.
-std::string from_library_root(const std::string& key) {
-  static const std::vector<std::string> kRoots = {"encoder", "decoder", "transformer", "text_model", "vision_model",
-                                                  "h",       "layers",  "layer",       "block",      "blocks"};
-  const Path path = split_path(key);
-  const auto root = std::find_first_of(path.begin(), path.end(), kRoots.begin(), kRoots.end());
-  return root == path.end() ? key : joined(Path(root, path.end()));
 }
 
 // The families of the library differ in the names of their containers.
@@ -168,7 +159,13 @@ class Writer {
  public:
   Writer(const Plan& plan, const Structure& structure, const AdapterWeights& weights, const Reparametrisation& sources,
          const std::string& name, bool is_beit)
-      : plan_(plan), structure_(structure), weights_(weights), sources_(sources), name_(name), is_beit_(is_beit) {}
+      : plan_(plan),
+        structure_(structure),
+        weights_(weights),
+        sources_(sources),
+        name_(name),
+        is_beit_(is_beit),
+        strips_roots_(are_told_apart_from_root(structure)) {}
 
   StateDict write() {
     for (size_t i = 0; i < plan_.size(); ++i) {
@@ -200,14 +197,16 @@ class Writer {
   }
 
  private:
+  std::string rooted(const std::string& key) const { return strips_roots_ ? from_library_root(key) : key; }
+
   void put(const std::string& key, const at::Tensor& tensor) {
-    state_[from_library_root(key)] = tensor.detach().cpu().contiguous();
+    state_[rooted(key)] = tensor.detach().cpu().contiguous();
   }
 
   // A packed projection is one module of the library: its parameters are those of its parts, concatenated by rows.
   void append(const std::string& key, const at::Tensor& tensor) {
-    const auto found = state_.find(from_library_root(key));
-    const auto [written, is_new] = layers_of_keys_.emplace(from_library_root(key), layer_);
+    const auto found = state_.find(rooted(key));
+    const auto [written, is_new] = layers_of_keys_.emplace(rooted(key), layer_);
     TORCH_CHECK(is_new || written->second == layer_, "save_adapter: the weights of attentions ", written->second,
                 " and ", layer_, " would have one name, ", key,
                 ", because the model's paths do not tell these layers apart; ", "please report the model");
@@ -366,6 +365,7 @@ class Writer {
   const Reparametrisation& sources_;
   std::string name_;
   bool is_beit_;
+  bool strips_roots_;
   int64_t layer_ = 0;  // whose weights are written
   std::map<std::string, int64_t> layers_of_keys_;
   StateDict state_;

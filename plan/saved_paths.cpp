@@ -52,6 +52,11 @@ std::vector<std::string> feed_forward_sites(const SavedPath& path) {
 
 }  // namespace
 
+bool is_unclear_beside_gate(const SavedPath& path) {
+  return !is_in_attention(path) && is_one_of(path.back(), {"fc1", "fc2", "fc_in", "fc_out", "lin1", "lin2", "linear1",
+                                                           "linear2", "wi", "c_fc", "ffn"});
+}
+
 std::vector<std::string> lora_sites(const SavedPath& path) {
   const std::string& leaf = path.back();
   const std::string prefix = is_cross_attention(path) ? "crossattn_lora_" : "selfattn_lora_";

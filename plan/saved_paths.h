@@ -12,6 +12,9 @@ using SavedPath = std::vector<std::string>;
 // The position of the layer's number: the first number there.
 std::optional<size_t> number_position(const SavedPath& path);
 
+// Whether the last name of `path` ("fc1") does not tell which of three maps a gated feed-forward block has it for.
+bool is_unclear_beside_gate(const SavedPath& path);
+
 // Whether a part of the path contains `word`.
 bool mentions(const SavedPath& path, const std::string& word);
 

@@ -45,5 +45,10 @@ TORCH_LIBRARY(torchgraft, m) {
 
   m.def("linear(Tensor x, Tensor weight, Tensor? bias=None, str non_linearity=\"linear\") -> Tensor", tags);
 
+  m.def(
+      "residual_norm(Tensor x, Tensor residual, int[] normalized_shape, Tensor? weight=None, Tensor? bias=None, "
+      "float eps=1e-05) -> (Tensor output, Tensor sum)",
+      tags);
+
   m.def("attention_token_mask(Tensor x, Tensor? attn_mask=None) -> Tensor", tags);
 }

@@ -123,6 +123,10 @@ struct Kernels {
   // to = (x - mean) inverse weight + bias, of `count` elements each; weight and bias may be null.
   void (*normalize)(const float* x, int64_t count, float mean, float inverse, const float* weight, const float* bias,
                     float* to);
+  // sum = x + residual, and to = (sum - mean) / sqrt(variance + eps) weight + bias, of `count` elements each; weight
+  // and bias may be null.
+  void (*residual_norm)(const float* x, const float* residual, int64_t count, const float* weight, const float* bias,
+                        float eps, float* sum, float* to);
   int64_t (*attention_workspace)(const HeadAttention&);  // bounded, whatever the number of keys
   void (*attention)(const HeadAttention&);
   int64_t (*attention_gradient_workspace)(const HeadAttentionGradient&);  // the same for any number of keys and queries

@@ -155,10 +155,21 @@ Value* AffinePath::bias(Value* scores) {
         inner ? graph_->insert(c10::aten::type_as, {inner, anchor_}) : zero_like(node->namedInput(mask), scores);
     return copy_with(node, operand, filled);
   }
+  if (is_aten(node, {"add", "sub"}) && is_same_for_all_keys(node->input(1 - operand))) {
+    return inner;
+  }
   if (!inner && is_aten(node, {"add"}) && has_unit_alpha(node) && is_tensor(node->input(1 - operand))) {
     return node->input(1 - operand);
   }
   return copy_with(node, operand, inner ? inner : zero_like(node->input(1 - operand), scores));
+}
+
+bool AffinePath::is_same_for_all_keys(Value* added) {
+  if (is_number(added)) {
+    return true;
+  }
+  const auto shape = is_tensor(added) ? shapes_.shape(added) : std::nullopt;
+  return shape && (shape->empty() || shape->back() == number(1));
 }
 
 Value* AffinePath::broadcasting_zero(const Value* scores) {

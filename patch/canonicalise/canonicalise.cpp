@@ -6,6 +6,7 @@
 #include <torchgraft/patch/canonicalise/decompose_linear.h>
 #include <torchgraft/patch/canonicalise/decompose_linear_relu.h>
 #include <torchgraft/patch/canonicalise/decompose_multihead_attention.h>
+#include <torchgraft/patch/canonicalise/decompose_residual_norm.h>
 #include <torchgraft/patch/canonicalise/fold_attributes.h>
 #include <torchgraft/patch/canonicalise/fold_rank_checks.h>
 #include <torchgraft/patch/canonicalise/fold_repeated_heads.h>
@@ -106,6 +107,7 @@ const Pass kRaising[] = {
     {"fold_rank_checks", [](CanonicalGraph& c, const Module&) { fold_rank_checks(c.graph); }},
     {"decompose_fused_encoder", [](CanonicalGraph& c, const Module&) { decompose_fused_encoder(c.graph); }},
     {"decompose_linear", [](CanonicalGraph& c, const Module&) { decompose_linear(c.graph); }},
+    {"decompose_residual_norm", [](CanonicalGraph& c, const Module&) { decompose_residual_norm(c.graph); }},
     {"decompose_linear_relu", [](CanonicalGraph& c, const Module&) { decompose_linear_relu(c.graph); }},
     {"decompose_einsum", [](CanonicalGraph& c, const Module& m) { decompose_einsum(c.graph, m); }},
     {"raise_linear", [](CanonicalGraph& c, const Module& m) { raise_linear(c.graph, m); }},

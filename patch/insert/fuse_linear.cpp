@@ -3,6 +3,7 @@
 #include <torchgraft/patch/graph/activation_node.h>
 #include <torchgraft/patch/graph/autocast_regions.h>
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/insert/dense_parameter.h>
 
 #include <ATen/ATen.h>
 
@@ -16,17 +17,6 @@ namespace {
 using torch::jit::Module;
 using torch::jit::Node;
 using torch::jit::Value;
-
-// What the operator takes: ATen's linear also takes sparse and quantised weights, vectors for weights, and a bias of
-// one number for all outputs.
-bool is_dense_parameter(const Value* value, int64_t dimensions, const Module& module) {
-  const at::Tensor tensor = resolve_tensor(value, module);
-  if (!tensor.defined() || tensor.dim() != dimensions || tensor.layout() != at::kStrided) {
-    return false;
-  }
-  const auto type = tensor.scalar_type();
-  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
-}
 
 bool can_be_fused(const Node* node, const Module& module) {
   if (node->kind() != c10::aten::linear || !is_dense_parameter(node->namedInput("weight"), 2, module)) {

@@ -4,7 +4,7 @@
 #include <torchgraft/patch/adapters/dora.h>
 #include <torchgraft/patch/adapters/make_adapter.h>
 #include <torchgraft/patch/adapters/read_adapters.h>
-#include <torchgraft/patch/canonicalise/decompose_linear.h>
+#include <torchgraft/patch/canonicalise/decompose_optimized.h>
 #include <torchgraft/patch/canonicalise/inline_module_arguments.h>
 #include <torchgraft/patch/canonicalise/raise_mkldnn_convolution.h>
 #include <torchgraft/patch/graph/clone_module.h>
@@ -228,8 +228,8 @@ Module base_copy(const Module& module) {
     remove_methods(result);
     rename_names(result, reversed(names));
   }
-  for_each_method(result,
-                  [](const std::string&, const std::shared_ptr<torch::jit::Graph>& graph) { decompose_linear(graph); });
+  for_each_method(
+      result, [](const std::string&, const std::shared_ptr<torch::jit::Graph>& graph) { decompose_optimized(graph); });
   return result;
 }
 

@@ -1,6 +1,6 @@
 #include <torchgraft/patch/module/trial_run.h>
 
-#include <torchgraft/patch/canonicalise/decompose_linear.h>
+#include <torchgraft/patch/canonicalise/decompose_optimized.h>
 #include <torchgraft/patch/canonicalise/inline_forks.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/linear_map.h>
@@ -83,7 +83,7 @@ std::shared_ptr<Graph> graph_of_run(const Module& module, const char* method) {
   torch::jit::Inline(*graph);
   inline_forks(graph);
   torch::jit::Inline(*graph);  // what forks call
-  decompose_linear(graph);     // one form for those who read the graph
+  decompose_optimized(graph);  // one form for those who read the graph
   for_each_node(graph->block(), [&](Node* node) {
     if (node->kind() == c10::prim::GetAttr && node->s(c10::attr::name) == "training") {
       const torch::jit::WithInsertPoint before(node);

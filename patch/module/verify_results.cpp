@@ -2,7 +2,7 @@
 
 #include <torchgraft/patch/adapters/adapters_module.h>
 #include <torchgraft/patch/adapters/compositions.h>
-#include <torchgraft/patch/canonicalise/decompose_linear.h>
+#include <torchgraft/patch/canonicalise/decompose_optimized.h>
 #include <torchgraft/patch/graph/clone_module.h>
 #include <torchgraft/patch/insert/decompose_adapters.h>
 #include <torchgraft/patch/module/compare_on_inputs.h>
@@ -135,7 +135,7 @@ class Comparison {
         is_made_up_(is_made_up),
         splitting_(splitting_compositions(modules.grafted.attr("adapters").toModule())) {
     const auto graph = by_calls_.module.get_method("grafted_forward").graph();
-    decompose_linear(graph);
+    decompose_optimized(graph);
     decompose_adapters(graph);
   }
 

@@ -18,6 +18,17 @@ using torch::jit::Value;
 
 namespace {
 
+// Whether `columns` are runs of `length` columns in a row, each `step` behind the one before.
+bool lie_in_steps(const std::vector<int64_t>& columns, int64_t length, int64_t step) {
+  for (size_t i = 0; i < columns.size(); ++i) {
+    const auto position = static_cast<int64_t>(i);
+    if (columns[i] != columns.front() + position / length * step + position % length) {
+      return false;
+    }
+  }
+  return true;
+}
+
 // Finds the columns of its linear map's output that `heads` reads. Without them only LoRA is left out, with a note:
 // prefixes do not need them.
 bool find_columns(SiteFinder& finder, Value* heads, Projection& projection, LinearSite& site, Layer& layer,
@@ -33,12 +44,11 @@ bool find_columns(SiteFinder& finder, Value* heads, Projection& projection, Line
   }
   site.offset = columns->front();
   site.is_part = true;
-  bool in_a_row = true;
-  for (int64_t i = 0; i < site.width; ++i) {
-    in_a_row = in_a_row && (*columns)[i] == site.offset + i;
-  }
-  if (!in_a_row) {  // [heads, pieces, head size]: the first head begins at piece * head size
-    if (projection.out_features % site.width != 0 || site.offset % layer.head_dim != 0) {
+  if (!lie_in_steps(*columns, site.width,
+                    0)) {  // [heads, pieces, head size]: the first head begins at piece * head size
+    const int64_t pieces = projection.out_features / site.width;
+    if (projection.out_features % site.width != 0 || site.offset % layer.head_dim != 0 ||
+        site.offset >= pieces * layer.head_dim || !lie_in_steps(*columns, layer.head_dim, pieces * layer.head_dim)) {
       reason = c10::str("it reads columns of ", projection.path, " that lie neither in a row nor head by head");
       return false;
     }

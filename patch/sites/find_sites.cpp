@@ -92,7 +92,7 @@ LayerWeights weights_of(const LayerSites& sites, const Module& module) {
 }
 
 // Numbers Transformer layers from 0 in the order in which they first run. A layer that runs again keeps its number. A
-// cross attention has the number of the self attention before it, unless a feed-forward block lies between them.
+// cross attention has the number of the self attention right before it, unless a feed-forward block lies between them.
 void number_layers(GraphSites& sites, const Module& module) {
   std::map<LayerWeights, int64_t> first_runs;
   int64_t next = 0;
@@ -107,7 +107,7 @@ void number_layers(GraphSites& sites, const Module& module) {
       continue;
     }
     Layer* before = i > 0 ? &sites.structure.layers[i - 1] : nullptr;
-    const bool continues = layer.kind == AttentionKind::kCross && before && before->kind != AttentionKind::kEncoder &&
+    const bool continues = layer.kind == AttentionKind::kCross && before && before->kind == AttentionKind::kSelf &&
                            !before->has_ffn_residual && !before->shares;
     layer.number = continues ? before->number : next++;
     if (continues) {  // the layer's feed-forward block is behind its cross attention

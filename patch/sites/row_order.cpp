@@ -96,11 +96,24 @@ class RowOrder {
     for (size_t dim = 0; dim < list->inputs().size(); ++dim) {
       Value* index = list->input(dim);
       if (!is_none(index) && !counts_up(strip_layout(index)->node()) &&
-          holds_rows(node->input(0), static_cast<int64_t>(dim), rows)) {
+          (holds_rows(node->input(0), static_cast<int64_t>(dim), rows) ||
+           (!writes && takes_rows_from_index(node, rows)))) {
         return true;
       }
     }
     return false;
+  }
+
+  // Whether the result of an indexing has as many rows as the index, by a size that the operand does not have: rows of
+  // another input than the one that counts them (x[lengths.argsort()]).
+  bool takes_rows_from_index(Node* node, const Rows& rows) {
+    const auto before = shapes_.shape(node->input(0));
+    const auto after = shapes_.shape(rows.value);
+    const Dim count = shapes_.canonical(rows.count);
+    const auto has_count = [&](const Shape& shape) {
+      return std::find(shape.begin(), shape.end(), count) != shape.end();
+    };
+    return before && after && has_count(*after) && !has_count(*before);
   }
 
   // Whether `node`, which makes rows.value, has them in another order than its operand, or may have.
@@ -111,8 +124,10 @@ class RowOrder {
     if (is_aten(node, {"index", "index_put"})) {
       return indexes_rows(node, rows);
     }
-    if (is_aten(node,
-                {"index_select", "gather", "sort", "topk", "index_copy", "index_add", "scatter", "scatter_add"})) {
+    if (is_aten(node, {"index_select", "gather"})) {
+      return holds_rows(node, "dim", rows) || (depends_on_inputs(node->input(0)) && takes_rows_from_index(node, rows));
+    }
+    if (is_aten(node, {"sort", "topk", "index_copy", "index_add", "scatter", "scatter_add"})) {
       return holds_rows(node, "dim", rows);
     }
     if (is_aten(node, {"take_along_dim"})) {

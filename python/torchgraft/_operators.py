@@ -21,12 +21,15 @@ def operators_of(module: torch.jit.ScriptModule) -> dict[str, dict[str, list[int
     return {slot: {name: sorted(layers) for name, layers in found[slot].items()} for slot in sorted(found)}
 
 
+_OF_OPTIMIZE = ("torchgraft::linear", "torchgraft::residual_norm")
+
+
 def is_optimized(module: torch.jit.ScriptModule) -> bool:
-    """Returns whether optimize() has put its operator into a module, grafted or not."""
+    """Returns whether optimize() has put its operators into a module, grafted or not."""
     methods = [
         method for name in ("forward", "grafted_forward", "base_forward") if (method := getattr(module, name, None))
     ]
-    return any(node.kind() == "torchgraft::linear" for method in methods for node in _nodes(method.graph))
+    return any(node.kind() in _OF_OPTIMIZE for method in methods for node in _nodes(method.graph))
 
 
 def _nodes(block: torch._C.Block) -> Iterator[torch._C.Node]:

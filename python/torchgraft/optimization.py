@@ -12,7 +12,8 @@ def optimize(
     module: Base, *, exact_base: bool = False, verify: bool = True, example: Any = None
 ) -> torch.jit.ScriptModule:
     """Returns a copy of `module` whose linear maps, each with the function that follows it, are `torchgraft::linear`:
-    the kernel that is faster for the size at hand. Results are equal up to rounding. The copy shares the memory of the
+    the kernel that is faster for the size at hand; and whose layer norms of a sum are `torchgraft::residual_norm`.
+    Results are equal up to rounding, which int8 linear maps may enlarge. The copy shares the memory of the
     weights, and needs libtorchgraft.so. `module` itself is unchanged. What runs under `torch.autocast` in the module
     stays as it is. The copy refuses sparse inputs of linear maps (`x.to_sparse()`), also where `module` takes them.
 
@@ -28,7 +29,7 @@ def optimize(
         example: for `verify`: inputs, as graft() takes them.
 
     Raises:
-        GraftError: forward has no linear map with a weight of its own, the module has forward hooks, an adapter is
+        GraftError: forward has neither a linear map nor a norm of a sum, the module has forward hooks, an adapter is
             trainable, or a result differs on the inputs.
         TypeError: `module` is neither TorchScript nor a program.
     """

@@ -1,5 +1,6 @@
 """Reads LoRA and (IA)^3 directories of Hugging Face PEFT: adapter_config.json and adapter_model.safetensors."""
 
+import itertools
 import json
 import warnings
 from collections.abc import Mapping
@@ -62,7 +63,7 @@ def load_peft_directory(
     directory = Path(directory)
     config, weights = read_one_version(directory, (CONFIG_FILE, *WEIGHT_FILES), _read_files)
     projections = _projections(structure)
-    if not projections:
+    if not projections and not parameters:  # frozen
         structure = with_paths(config, weights, structure)
         projections = _projections(structure)
     maps = [path.removesuffix(".weight") for path, tensor in parameters.items() if path.endswith(".weight")
@@ -242,6 +243,7 @@ def _targets(
             f"{directory}: {path} is {kinds[0]}, and the model's {model_path} {kinds[1]} (they are tied); untie the "
             "model's weights, or merge the adapter into the base with PEFT's merge_and_unload() before you trace that"
         )
+    _check_parts(directory, path, model_path, found)
     width = sum(projection["out_features"] for _, _, projection in found)
     reads_input = update.lora_a.size(1) in (0, found[0][2]["in_features"])  # (IA)^3 reads none
     if update.lora_b.size(0) > width and reads_input:
@@ -261,6 +263,20 @@ def _targets(
         (index, role): (projection, update.rows(projection["offset"] - first, projection["out_features"]))
         for index, role, projection in found
     }  # fmt: skip
+
+
+def _check_parts(directory: Path, path: str, model_path: str, found: list[tuple[int, str, dict[str, Any]]]) -> None:
+    """Checks that no two projections read the same outputs of one linear map: PEFT's update acts on both at once."""
+    parts = sorted(found, key=lambda each: each[2]["offset"])
+    for (index, role, projection), (other_index, other_role, other) in itertools.pairwise(parts):
+        if other["offset"] < projection["offset"] + projection["out_features"]:
+            roles = role if role == other_role else f"{role} and {other_role}"
+            where = "of one layer" if index == other_index else "of two layers"
+            raise GraftError(
+                f"{directory}: {path} is the model's {model_path}, some of whose outputs, or whose weight, two "
+                f"projections {where} have in common ({roles}); a LoRA on such a map is not supported. Merge the "
+                "adapter into the base with PEFT's merge_and_unload() before you trace that"
+            )
 
 
 def _bias(projection: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> Tensor:

@@ -190,9 +190,20 @@ def read_peft_config(directory: Path) -> PeftLoRAConfig:
         raise GraftError(f"{directory}: expected target_modules, which says where the adapter's updates are")
     if values["layers_to_transform"] is not None:
         values["layers_to_transform"] = _as_list(values["layers_to_transform"])
+    if isinstance(values["target_modules"], str) and values["target_modules"] != _ALL_LINEAR:
+        _check_no_layers(directory, values)
     values["modules_to_save"] = _as_list(values["modules_to_save"])
     values["layers_pattern"] = [each for each in _as_list(values["layers_pattern"]) if each]
     return PeftLoRAConfig(directory, scales, **values, patterns=_compiled(directory, values))
+
+
+def _check_no_layers(directory: Path, values: Mapping[str, Any]) -> None:
+    for field in ("layers_to_transform", "layers_pattern"):
+        if values[field] not in (None, [], ""):
+            raise GraftError(
+                f"{directory}: target_modules is a regular expression, beside which PEFT takes no {field}; name the "
+                f"layers in the expression, and remove {field} from adapter_config.json"
+            )
 
 
 def _check_fields(directory: Path, config: Mapping[str, Any], scales: bool) -> None:

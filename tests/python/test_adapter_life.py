@@ -103,7 +103,13 @@ def test_averages_of_what_cannot_be_averaged_are_refused() -> None:
             torchgraft.Average("a", "b", weights=[1.0, weight])
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["f32", "f64"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        pytest.param(torch.float32, 1e-5, id="f32", marks=pytest.mark.slow(seconds=2)),
+        pytest.param(torch.float64, 1e-12, id="f64"),
+    ],
+)
 @pytest.mark.parametrize("name", EVERY_WAY)
 def test_a_merged_lora_gives_the_same_results(name: str, dtype: torch.dtype, tolerance: float) -> None:
     module = _bank(name, dtype)

@@ -13,6 +13,7 @@ import torchgraft
 from grafted import base, grafted, reloaded
 from models import VARIANTS, hugging_face
 from oracle import CONFIGS, TOLERANCE, Oracle, Saved, difference, oracle_for, varied_batches
+from thinned import thinned
 from torchgraft._libraries import patcher
 
 
@@ -42,9 +43,13 @@ def _loaded_by_the_oracle(oracle: Oracle, directory, name: str, dtype: torch.dty
 # The formats differ in the file only: one configuration is enough for the second.
 # The library has no way to load a DiReFT: it does not read what says that it is one.
 _FILES = [(config, True) for config in CONFIGS if config != "direft"] + [("union_everything", False)]
+# One of each kind of parameters. All others are slow.
+_OFTEN = ["unipelt", "seq_bn_map", "seq_bn_channel_scaling", "bn_norms_parallel", "lora_all_gated", "dora_gated",
+          "ia3", "compacter_factors", "prefix_two_gates", "prefix_leave_out", "loreft", "reft_tied",
+          "union_everything"]  # fmt: skip
 
 
-@pytest.mark.parametrize(("config", "safetensors"), _FILES)
+@pytest.mark.parametrize(("config", "safetensors"), thinned(_FILES, lambda file: file[0] in _OFTEN))
 @pytest.mark.parametrize("name", ["bert_sdpa", pytest.param("distilbert_eager", marks=pytest.mark.slow(seconds=1))])
 def test_the_oracle_reads_what_is_written(name: str, config: str, safetensors: bool, tmp_path) -> None:
     dtype = torch.float64
@@ -65,7 +70,7 @@ def test_the_oracle_reads_what_is_written(name: str, config: str, safetensors: b
         oracle.model.delete_adapter(saved_name)
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", thinned(CONFIGS, lambda config: config in _OFTEN))
 def test_what_is_written_is_read_again(config: str, tmp_path) -> None:
     module = grafted("bert_sdpa", torch.float64, config)
     torchgraft.save_adapter(module, "task", tmp_path)

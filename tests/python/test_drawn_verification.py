@@ -66,7 +66,7 @@ def test_a_change_of_a_file_with_such_rows_is_refused(base: torch.jit.ScriptModu
 
 
 @pytest.mark.parametrize("config", ALL_CONFIGS)
-@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("trainable", [False, pytest.param(True, marks=pytest.mark.slow(seconds=2))])
 def test_every_change_of_fresh_adapters_is_verified(base: torch.jit.ScriptModule, config: str, trainable: bool) -> None:
     module = torchgraft.graft(base, config, "task", trainable=trainable)
     module = torchgraft.graft(module, "lora[r=2]", "plain")

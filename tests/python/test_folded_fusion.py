@@ -13,6 +13,7 @@ from oracle import TOLERANCE as TOLERANCES
 from oracle import difference, oracle_for
 from test_adapter_fusion import config_of, library_fusion
 from test_compositions import DTYPE, PARTS, TOLERANCE, bank, expected, parts_of, run
+from thinned import thinned
 from torchgraft import Fuse, Stack
 
 pytestmark = pytest.mark.quick
@@ -35,16 +36,21 @@ def fused(block, directory: Path, config="dynamic") -> torch.jit.ScriptModule:
     return module
 
 
-@pytest.mark.parametrize("fields", [{}, {"value": False}, {"key": False}, {"query": False}, {"query_before_ln": True}],
-                         ids=str)  # fmt: skip
+_BLOCKS = [
+    Fuse("bn", "bn2", "gated"),
+    Fuse("map", "bn"),  # other ranks, and a layer without one of them
+    Fuse("channel", "learned", "bn"),
+    Fuse("both", "both"),
+]
+_FIELDS = [{}, {"value": False}, {"key": False}, {"query": False}, {"query_before_ln": True}]
+
+
 @pytest.mark.parametrize(
-    "block",
-    [
-        Fuse("bn", "bn2", "gated"),
-        Fuse("map", "bn"),  # other ranks, and a layer without one of them
-        Fuse("channel", "learned", "bn"),
-        Fuse("both", "both"),
-    ],
+    ("block", "fields"),
+    thinned(
+        [(block, fields) for block in _BLOCKS for fields in _FIELDS],
+        lambda pair: pair[0] is _BLOCKS[0] or not pair[1],
+    ),
     ids=repr,
 )
 def test_folded_layers_equal_the_library_and_themselves_unfolded(block, fields: dict, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def _moved_by_padding(name: str, module: torch.jit.ScriptModule, dtype: torch.dt
     return difference(b[long.mask == 1], a[short.mask == 1])
 
 
-@pytest.mark.parametrize("config", ["unipelt", "union_everything"])
+@pytest.mark.parametrize("config", [pytest.param("unipelt", marks=pytest.mark.slow(seconds=1)), "union_everything"])
 @pytest.mark.parametrize("name", _MASKED)
 def test_padding_does_not_move_a_row(name: str, config: str) -> None:
     assert _moved_by_padding(name, grafted(name, torch.float64, config, "unpadded")) <= 1e-12

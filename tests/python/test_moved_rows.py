@@ -25,6 +25,26 @@ class _Sorted(nn.Module):
         return hidden[order.argsort()]
 
 
+class _SortedStates(nn.Module):
+    """Sorts hidden states by the lengths of another input, in two ways."""
+
+    def __init__(self, selects: bool) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(16, 16) for _ in range(3))
+        self.selects = selects
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.view(x.size(0), x.size(1), 2, 8).transpose(1, 2)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        order = mask.sum(1).argsort()
+        y = x.index_select(0, order) if self.selects else x[order]
+        kept = mask[order][:, None, None, :] > 0
+        q, k, v = self.heads(self.q(y)), self.heads(self.k(y)), self.heads(self.v(y))
+        attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, kept)
+        return (y + attended.transpose(1, 2).flatten(2))[order.argsort()]
+
+
 class _Mixed(nn.Module):
     """Rows in another order by a product, of which the graph does not say what it does to rows."""
 
@@ -48,6 +68,16 @@ def test_rows_sorted_by_length_are_refused(form: str) -> None:
         torchgraft.graft(base, "lora[r=2]", "task")
     with pytest.raises(torchgraft.GraftError, match="rows reach layer 0 in another order"):
         torchgraft.AdapterPool(base, 2, ["lora[r=2]"])
+
+
+@pytest.mark.parametrize("form", ["traced", "scripted"])
+@pytest.mark.parametrize("selects", [False, True], ids=["index", "index_select"])
+def test_states_sorted_by_another_input_are_refused(selects: bool, form: str) -> None:
+    torch.manual_seed(0)
+    model, example = _SortedStates(selects).eval(), (torch.randn(3, 5, 16), torch.ones(3, 5))
+    base = torch.jit.script(model) if form == "scripted" else torch.jit.trace(model, example, check_trace=False)
+    with pytest.raises(torchgraft.GraftError, match=r"rows reach layer 0 in another order.* moves rows"):
+        torchgraft.graft(base, "lora[r=2]", "task")
 
 
 def test_rows_moved_by_a_product_are_found_by_comparing_results() -> None:

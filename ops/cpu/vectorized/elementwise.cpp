@@ -1,6 +1,7 @@
 #include <torchgraft/ops/cpu/vectorized/lanes.h>
 
 #include <algorithm>
+#include <cmath>
 
 namespace torchgraft::ops::cpu::TORCHGRAFT_VECTORIZED {
 namespace {
@@ -14,6 +15,10 @@ void map(float* values, int64_t count, const Function& function) {
   if (i < count) {
     function(Vec::loadu(values + i, count - i)).store(values + i, count - i);
   }
+}
+
+float lane_sum(const Vec& value) {
+  return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, value);
 }
 
 Vec sigmoid(const Vec& x) { return Vec(1.0F) / (Vec(1.0F) + x.neg().exp()); }
@@ -81,6 +86,35 @@ void normalize(const float* x, int64_t count, float mean, float inverse, const f
     }
     value.store(to + i, static_cast<int>(some));
   }
+}
+
+void residual_norm(const float* x, const float* residual, int64_t count, const float* weight, const float* bias,
+                   float eps, float* sum, float* to) {
+  const int64_t whole = count / kLanes * kLanes;
+  const auto rest = static_cast<int>(count - whole);
+  Vec total(0.0F);
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    const Vec value = Vec::loadu(x + i) + Vec::loadu(residual + i);
+    value.store(sum + i);
+    total = total + value;
+  }
+  if (rest > 0) {  // lanes beyond the rest are 0
+    const Vec value = Vec::loadu(x + whole, rest) + Vec::loadu(residual + whole, rest);
+    value.store(sum + whole, rest);
+    total = total + value;
+  }
+  const float mean = lane_sum(total) / static_cast<float>(count);
+  Vec squares(0.0F);
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    const Vec centered = Vec::loadu(sum + i) - Vec(mean);
+    squares = at::vec::fmadd(centered, centered, squares);
+  }
+  float variance = lane_sum(squares);
+  for (int64_t i = whole; i < count; ++i) {
+    variance += (sum[i] - mean) * (sum[i] - mean);
+  }
+  variance /= static_cast<float>(count);
+  normalize(sum, count, mean, 1.0F / std::sqrt(variance + eps), weight, bias, to);
 }
 
 // The formulas of activations/activation.cpp.

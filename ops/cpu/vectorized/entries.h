@@ -20,6 +20,8 @@ void narrow(const float* from, int64_t count, c10::BFloat16* to);
 void activate(FusedActivation activation, float* values, int64_t count);
 void normalize(const float* x, int64_t count, float mean, float inverse, const float* weight, const float* bias,
                float* to);
+void residual_norm(const float* x, const float* residual, int64_t count, const float* weight, const float* bias,
+                   float eps, float* sum, float* to);
 int64_t attention_workspace(const HeadAttention& job);
 void attention(const HeadAttention& job);
 int64_t attention_gradient_workspace(const HeadAttentionGradient& job);

@@ -31,6 +31,7 @@ const Kernels& TORCHGRAFT_JOIN(kernels_, TORCHGRAFT_INSTRUCTION_SET)() {
                              .narrow = here::narrow,
                              .activate = here::activate,
                              .normalize = here::normalize,
+                             .residual_norm = here::residual_norm,
                              .attention_workspace = here::attention_workspace,
                              .attention = here::attention,
                              .attention_gradient_workspace = here::attention_gradient_workspace,

@@ -50,6 +50,9 @@ TEST(Schemas, AreFrozen) {
             "int adapter=0, Tensor? token_mask=None) -> Tensor");
   EXPECT_EQ(schema("torchgraft::linear"),
             "torchgraft::linear(Tensor x, Tensor weight, Tensor? bias=None, str non_linearity=\"linear\") -> Tensor");
+  EXPECT_EQ(schema("torchgraft::residual_norm"),
+            "torchgraft::residual_norm(Tensor x, Tensor residual, int[] normalized_shape, Tensor? weight=None, "
+            "Tensor? bias=None, float eps=1.0000000000000001e-05) -> (Tensor output, Tensor sum)");
 }
 
 TEST(Library, TellsItsVersionToThoseWhoLoadIt) {

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft_support import save_random_lora
 from torch import Tensor, nn
 
 import torchgraft
+from peft_support import save_random_lora
 
 
 class _Attention(nn.Module):
@@ -48,7 +48,7 @@ class _One(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "make, targets",
+    ("make", "targets"),
     [
         (_Named, ["query", "value", "out"]),
         (_Named, ["layer_1.query"]),
@@ -72,3 +72,28 @@ def test_an_adapter_of_one_layer_alone_is_refused_where_two_could_have_it(tmp_pa
     save_random_lora(_Attention(), {"target_modules": ["out"]}, tmp_path)
     with pytest.raises(torchgraft.GraftError, match=r"out.*first\.out.*layer_1\.out|several|both"):
         torchgraft.load_adapter(torch.jit.trace(_Named().eval(), x), tmp_path)
+
+
+class _ListOut(_Attention):
+    """A number behind the layer's name is not the layer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Sequential(nn.Linear(16, 16))
+
+
+class _TwoListOut(_Named):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layer_1 = _ListOut(), _ListOut()
+
+
+def test_what_is_saved_of_them_loads_again(tmp_path: Path) -> None:
+    base, x = _TwoListOut().double().eval(), torch.randn(2, 5, 16, dtype=torch.float64)
+    traced = torch.jit.trace(copy.deepcopy(base), x)
+    save_random_lora(base, {"target_modules": ["query", "out.0"]}, tmp_path / "peft")
+    grafted = torchgraft.load_adapter(traced, tmp_path / "peft", name="task")
+    torchgraft.save_adapter(grafted, "task", tmp_path / "saved")
+    again = torchgraft.load_adapter(traced, tmp_path / "saved")
+    torch.testing.assert_close(grafted(x), base(x), atol=1e-5, rtol=0)
+    torch.testing.assert_close(again(x), grafted(x), atol=1e-6, rtol=0)

@@ -57,6 +57,15 @@ def linear(x, weight, bias, non_linearity):
     return activation(non_linearity)(F.linear(x, weight, bias))
 
 
+def residual_norm(x, residual, normalized_shape, weight=None, bias=None, eps=1e-5):
+    total = x + residual
+    dims = list(range(-len(normalized_shape), 0))
+    centered = total - total.mean(dims, keepdim=True)
+    output = centered / (centered.square().mean(dims, keepdim=True) + eps).sqrt()
+    output = output if weight is None else output * weight
+    return output if bias is None else output + bias, total
+
+
 def gated_bottleneck(
     x,
     residual,

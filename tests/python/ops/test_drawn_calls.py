@@ -195,6 +195,24 @@ def linear(draw: Draw) -> dict:
     return {"x": x, **linear_map(draw, inputs, draw.size(least=0)), "non_linearity": draw.non_linearity()}
 
 
+def residual_norm(draw: Draw) -> dict:
+    features = draw.choose(
+        [8, 37, 130]
+    )  # of fewer, numbers that lie close together would be divided by next to nothing
+    rows = [draw.size() for _ in range(draw.choose([0, 1, 2]))]
+    shapes = [[*rows, features], [features], [*(1 for _ in rows), features]]
+    x, residual = draw.choose([(shapes[0], shapes[0]), (shapes[0], draw.choose(shapes)), (shapes[1], shapes[0])])
+    optional = [None, draw.floats(features)]
+    return {
+        "x": draw.floats(*x),
+        "residual": draw.floats(*residual),
+        "normalized_shape": [features],
+        "weight": draw.choose(optional),
+        "bias": draw.choose(optional),
+        "eps": draw.choose([1e-3, 1e-1]),
+    }
+
+
 def token_mask(draw: Draw) -> dict:
     batch, tokens, heads = draw.choose([1, 2, 3]), draw.size(), draw.choose([1, 2])
     queries = draw.choose({1, 2, 4, 9} - {tokens})  # not of the tokens themselves, for which the reference has no rule
@@ -223,6 +241,7 @@ OPERATORS = {
     "gated_prefix_attention": Operator(prefix_attention, op_reference.gated_prefix_attention),
     "reft": Operator(reft, op_reference.reft, results=1),
     "linear": Operator(linear, op_reference.linear, results=1),
+    "residual_norm": Operator(residual_norm, op_reference.residual_norm),
     "attention_token_mask": Operator(token_mask, op_reference.attention_token_mask, results=1),
 }  # fmt: skip
 

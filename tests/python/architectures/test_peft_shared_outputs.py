@@ -1,0 +1,175 @@
+"""PEFT's LoRAs on maps of which two projections read the same outputs, and on attention that is not recognised."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchgraft
+from peft_support import save_random_lora
+
+
+def _heads(x: Tensor) -> Tensor:
+    return x.unflatten(-1, [2, 8]).transpose(1, 2)
+
+
+class _Packed(nn.Module):
+    """`read` takes queries, keys and values [B, S, 16] from the packed map's outputs, [B, S, 48]."""
+
+    def __init__(self, read: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({"qkv": nn.Linear(16, 48), "out": nn.Linear(16, 16)})])
+        self.read = read
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = map(_heads, self.read(self.layers[0]["qkv"](x)))
+        attended = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return x + self.layers[0]["out"](attended.transpose(1, 2).flatten(2))
+
+
+def _traced(model: nn.Module) -> torch.jit.ScriptModule:
+    return torch.jit.trace(copy.deepcopy(model), torch.randn(2, 5, 16, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda w: (w[..., :16], w[..., 8:24], w[..., 32:]),
+        lambda w: (w[..., :16], w[..., 16:32], w[..., 16:32]),
+        lambda w: (w[..., :16], w[..., :16], w[..., 32:]),
+    ],
+    ids=["overlap", "keys are values", "queries are keys"],
+)
+def test_outputs_that_two_projections_read_are_refused(read: Callable, tmp_path: Path) -> None:
+    model = _Packed(read).double().eval()
+    traced = _traced(model)
+    save_random_lora(model, {"target_modules": ["qkv"]}, tmp_path)
+    with pytest.raises(torchgraft.GraftError, match=r"layers\.0\.qkv.* two projections of one layer have in common"):
+        torchgraft.load_adapter(traced, tmp_path)
+
+
+def test_heads_that_lie_in_no_known_order_are_refused(tmp_path: Path) -> None:
+    """[3, head size, heads]: neither in a row nor head by head."""
+
+    def read(w: Tensor) -> tuple[Tensor, ...]:
+        return tuple(part.flatten(2) for part in w.unflatten(-1, [3, 8, 2]).transpose(-1, -2).unbind(2))
+
+    model = _Packed(read).double().eval()
+    traced = _traced(model)
+    save_random_lora(model, {"target_modules": ["qkv"]}, tmp_path)
+    message = "reads columns of layers.0.qkv that lie neither in a row nor head by head"
+    assert any(message in text for text in torchgraft.inspect(traced)["layers"][0]["notes"])
+    with pytest.raises(torchgraft.GraftError, match=r"layers\.0\.qkv, which is in no layer that was recognised"):
+        torchgraft.load_adapter(traced, tmp_path)
+
+
+class _Capped(nn.Module):
+    """Its scores are soft-capped: no attention that is recognised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({name: nn.Linear(16, 16) for name in "qkv"})])
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (_heads(self.layers[0][name](x)) for name in "qkv")
+        scores = 5 * torch.tanh(q @ k.transpose(-1, -2) / 5)
+        return x + (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def test_attention_that_is_not_recognised_is_the_reason(tmp_path: Path) -> None:
+    model = _Capped().double().eval()
+    traced = _traced(model)
+    save_random_lora(model, {"target_modules": ["q"]}, tmp_path)
+    with pytest.raises(torchgraft.GraftError, match=r"layers\.0\.q") as caught:
+        torchgraft.load_adapter(traced, tmp_path)
+    assert "frozen" not in str(caught.value) and "in no layer that was recognised" in str(caught.value)
+
+
+class _Latents(nn.Module):
+    """Two attentions in a row whose queries come from other tokens than the keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({name: nn.Linear(16, 16) for name in "qkvo"}) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            q, k, v = (_heads(layer[name](x[:, :1] if name == "q" else x)) for name in "qkv")
+            attended = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            x = torch.cat([x[:, :1] + layer["o"](attended.transpose(1, 2).flatten(2)), x[:, 1:]], 1)
+        return x
+
+
+def test_cross_attentions_in_a_row_are_layers_of_their_own(tmp_path: Path) -> None:
+    model = _Latents().double().eval()
+    traced = _traced(model)
+    save_random_lora(model, {"target_modules": ["q", "v"]}, tmp_path)
+    grafted = torchgraft.load_adapter(traced, tmp_path)
+    x = torch.randn(3, 7, 16, dtype=torch.float64)
+    torch.testing.assert_close(grafted(x), model(x), atol=1e-5, rtol=0)
+    assert [layer["layer"] for layer in torchgraft.inspect(traced)["layers"]] == [0, 1]
+
+
+@pytest.mark.parametrize("field", ["layers_to_transform", "layers_pattern"])
+def test_layers_beside_a_regular_expression_are_refused_as_by_peft(field: str, tmp_path: Path) -> None:
+    model = _Latents().double().eval()
+    traced = _traced(model)
+    save_random_lora(model, {"target_modules": r".*\.q"}, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    value = [0] if field == "layers_to_transform" else "layers"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(torchgraft.GraftError, match=f"a regular expression, beside which PEFT takes no {field}"):
+        torchgraft.load_adapter(traced, tmp_path)
+
+
+class _Gated(nn.Module):
+    """A gated feed-forward block whose maps have numbers for names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        names = {"q": 16, "k": 16, "v": 16, "o": 16, "fc1": 24, "fc2": 24}
+        layer = {name: nn.Linear(16, size) for name, size in names.items()} | {"fc3": nn.Linear(24, 16)}
+        self.layers = nn.ModuleList([nn.ModuleDict(layer)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layers[0]
+        q, k, v = (_heads(layer[name](x)) for name in "qkv")
+        attended = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + layer["o"](attended.transpose(1, 2).flatten(2))
+        return x + layer["fc3"](torch.nn.functional.silu(layer["fc1"](x)) * layer["fc2"](x))
+
+
+@pytest.mark.parametrize("name", ["fc1", "fc2"])
+def test_numbered_maps_beside_a_gate_have_no_place_in_a_frozen_module(name: str, tmp_path: Path) -> None:
+    model = _Gated().double().eval()
+    traced = _traced(model)
+    save_random_lora(model, {"target_modules": [name]}, tmp_path)
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    torch.testing.assert_close(torchgraft.load_adapter(traced, tmp_path)(x), model(x), atol=1e-5, rtol=0)
+    with pytest.raises(torchgraft.GraftError, match=rf"layers\.0\.{name} has no place in the module, which is frozen"):
+        torchgraft.load_adapter(torch.jit.freeze(traced), tmp_path)
+
+
+class _TwoTowers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = _Latents(), _Latents()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x.flip(1))
+
+
+def test_two_towers_of_like_paths_are_saved_apart(tmp_path: Path) -> None:
+    model = _TwoTowers().double().eval()
+    traced = _traced(model)
+    save_random_lora(model, {"target_modules": ["q", "v"]}, tmp_path / "peft")
+    grafted = torchgraft.load_adapter(traced, tmp_path / "peft", name="task")
+    torchgraft.save_adapter(grafted, "task", tmp_path / "saved")
+    again = torchgraft.load_adapter(traced, tmp_path / "saved")
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    torch.testing.assert_close(grafted(x), model(x), atol=1e-5, rtol=0)
+    torch.testing.assert_close(again(x), grafted(x), atol=1e-6, rtol=0)
