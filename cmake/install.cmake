@@ -27,7 +27,8 @@ set(torchgraft_headers
   registration/error_text.h
   registration/export.h
   registration/library.h
-  registration/parse_json.h)
+  registration/parse_json.h
+  registration/tensor_records.h)
 if(TORCHGRAFT_BUILD_PATCH)
   list(APPEND torchgraft_targets torchgraft_patch)
   list(APPEND torchgraft_headers

@@ -1,7 +1,7 @@
 #include <torchgraft/patch/load_module.h>
 
-#include <torchgraft/patch/module/pickle_tensors.h>
 #include <torchgraft/registration/error_text.h>
+#include <torchgraft/registration/tensor_records.h>
 
 #include <caffe2/serialize/inline_container.h>
 #include <torch/csrc/jit/serialization/import.h>
@@ -13,7 +13,6 @@
 #include <new>
 #include <optional>
 #include <string>
-#include <string_view>
 
 namespace torchgraft {
 
@@ -79,17 +78,6 @@ void check_kind(const std::string& path) {
 }
 
 }  // namespace
-
-void check_tensor_records(const std::string& path) {
-  caffe2::serialize::PyTorchStreamReader file(path);
-  for (const std::string archive : {"constants", "data"}) {
-    const std::string name = archive + ".pkl";
-    TORCH_CHECK(file.hasRecord(name), "it has no ", name, ", as the files of torch.jit.save() have since PyTorch 1.4");
-    const auto [pickle, size] = file.getRecord(name);
-    check_pickled_tensors(std::string_view(static_cast<const char*>(pickle.get()), size),
-                          [&](const std::string& key) { return file.getRecordSize(archive + "/" + key); });
-  }
-}
 
 torch::jit::Module load_module(const std::string& path) {
   check_kind(path);

@@ -13,7 +13,4 @@ namespace torchgraft {
 // same: load files of people whose programs you would run. Throws c10::Error that names the file.
 TORCHGRAFT_PATCH_API torch::jit::Module load_module(const std::string& path);
 
-// The check alone. Nothing in the file is run.
-TORCHGRAFT_PATCH_API void check_tensor_records(const std::string& path);
-
 }  // namespace torchgraft

@@ -21,6 +21,7 @@
 #include <torchgraft/plan/temporary_file.h>
 #include <torchgraft/registration/error_text.h>
 #include <torchgraft/registration/library.h>
+#include <torchgraft/registration/tensor_records.h>
 
 #include <pybind11/functional.h>
 #include <torch/csrc/jit/python/pybind.h>

@@ -27,7 +27,7 @@ NOT_TEXT = {".png", ".svg", ".json", ".j2", ".bin", ".pt", ".safetensors"}
 # most. The tables of CONTRIBUTING.md and docs/architecture.md repeat the second column.
 BOTTOM = {"registration/export.h", "registration/parse_json.h"}
 LAYERS: dict[str, tuple[str, str]] = {
-    "registration": ("", "torch/library.h c10/util/ nlohmann/"),
+    "registration": ("", "torch/library.h c10/ caffe2/serialize/ nlohmann/"),
     "activations": ("", "ATen/ c10/"),
     "config": ("activations", "c10/util/ nlohmann/"),
     "plan": ("activations config", "ATen/ c10/ nlohmann/ fcntl.h sys/ unistd.h"),
@@ -58,8 +58,8 @@ LAYERS: dict[str, tuple[str, str]] = {
     ),
     "patch/pool": ("config plan patch/adapter_pool.h patch/adapters patch/module", "ATen/ c10/ torch/csrc/jit/"),
     "patch": (
-        "registration/error_text.h config plan patch/graph patch/canonicalise patch/sites patch/adapters patch/insert "
-        "patch/module patch/pool",
+        "registration/error_text.h registration/tensor_records.h config plan patch/graph patch/canonicalise "
+        "patch/sites patch/adapters patch/insert patch/module patch/pool",
         "ATen/ c10/ caffe2/serialize/ torch/csrc/jit/ nlohmann/ sys/ unistd.h",
     ),
     "python": (

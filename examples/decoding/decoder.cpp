@@ -1,6 +1,7 @@
 #include "decoder.h"
 
 #include <torchgraft/registration/error_text.h>
+#include <torchgraft/registration/tensor_records.h>
 
 #include <torch/script.h>
 
@@ -47,10 +48,11 @@ torch::jit::Module load_decoder(const std::string& path) {
     fail(path + ": no such file");
   }
   try {
+    torchgraft::check_tensor_records(path);
     torch::jit::Module module = torch::jit::load(path, torch::kCPU);
     module.eval();
     return module;
-  } catch (const c10::Error& error) {
+  } catch (const std::exception& error) {
     fail(path + ": not a TorchScript file that can be loaded: " + torchgraft::one_line(error));
   }
 }

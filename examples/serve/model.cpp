@@ -1,6 +1,7 @@
 #include "model.h"
 
 #include <torchgraft/registration/error_text.h>
+#include <torchgraft/registration/tensor_records.h>
 
 #include <torch/script.h>
 
@@ -75,8 +76,9 @@ Model::Model(const std::string& path) {
     throw std::runtime_error(path + ": no such file");
   }
   try {
+    torchgraft::check_tensor_records(path);
     module_ = torch::jit::load(path, torch::kCPU);
-  } catch (const c10::Error& error) {
+  } catch (const std::exception& error) {
     throw std::runtime_error(path + ": not a TorchScript file that can be loaded: " + torchgraft::one_line(error));
   }
   module_.eval();

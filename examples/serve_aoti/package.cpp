@@ -1,6 +1,8 @@
 #include "package.h"
 
+#include <torchgraft/registration/error_text.h>
 #include <torchgraft/registration/parse_json.h>
+#include <torchgraft/registration/tensor_records.h>
 
 #include <ATen/ATen.h>
 #include <torch/csrc/jit/serialization/import.h>
@@ -43,6 +45,15 @@ std::vector<std::string> adapter_texts(const torch::jit::Module& module, const s
     result.push_back(name + " (gates over " + config.value("gate_pooling", "all") + " tokens)");
   }
   return result;
+}
+
+torch::jit::Module load_module(const std::string& path) {
+  try {
+    torchgraft::check_tensor_records(path);
+    return torch::jit::load(path, at::kCPU);
+  } catch (const std::exception& error) {
+    throw std::runtime_error(path + ": not a TorchScript file that can be loaded: " + torchgraft::one_line(error));
+  }
 }
 
 }  // namespace
@@ -139,7 +150,7 @@ void Package::swap_banks(const BankFile& file, const BankFile& like) {
 }
 
 BankFile read_banks(const std::string& path) {
-  const torch::jit::Module module = torch::jit::load(path, at::kCPU);
+  const torch::jit::Module module = load_module(path);
   Banks banks;
   for (const auto& tensor : module.named_parameters()) {
     banks[tensor.name] = tensor.value.detach();

@@ -11,10 +11,10 @@
 #include <torchgraft/config/fusion_config.h>
 #include <torchgraft/config/head_config.h>
 #include <torchgraft/patch/adapters/fusions.h>
-#include <torchgraft/patch/module/pickle_tensors.h>
 #include <torchgraft/plan/plan.h>
 #include <torchgraft/plan/read_adapter_hub.h>
 #include <torchgraft/plan/safetensors.h>
+#include <torchgraft/registration/pickle_tensors.h>
 
 #include <c10/util/Exception.h>
 #include <sys/mman.h>

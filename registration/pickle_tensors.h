@@ -1,5 +1,7 @@
 #pragma once
 
+#include <torchgraft/registration/export.h>
+
 #include <cstdint>
 #include <functional>
 #include <string>
@@ -11,7 +13,7 @@ namespace torchgraft {
 // where a record is shorter than a storage, or a storage than a tensor's shape, and where torch's own reader would not
 // go on.
 // record_bytes: the size of the record that a storage's key names.
-void check_pickled_tensors(std::string_view pickle,
-                           const std::function<uint64_t(const std::string& key)>& record_bytes);
+TORCHGRAFT_API void check_pickled_tensors(std::string_view pickle,
+                                          const std::function<uint64_t(const std::string& key)>& record_bytes);
 
 }  // namespace torchgraft

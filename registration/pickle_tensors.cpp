@@ -1,4 +1,4 @@
-#include <torchgraft/patch/module/pickle_tensors.h>
+#include <torchgraft/registration/pickle_tensors.h>
 
 #include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
