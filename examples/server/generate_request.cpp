@@ -94,6 +94,10 @@ const std::map<std::string, Read>& fields() {
 
 }  // namespace
 
+int64_t most_cached_tokens(const GenerateRequest& request) {
+  return static_cast<int64_t>(request.prompt.size()) + request.max_new_tokens - 1;
+}
+
 GenerateRequest parse_generate(const std::string& text) {
   const json body = parse_body(text, kDeepestBody);
   if (!body.is_object()) {

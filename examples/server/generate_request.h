@@ -17,5 +17,8 @@ struct GenerateRequest {
   bool stream = false;
 };
 
+// How many tokens a cache comes to hold, and so how many positions are used: nothing reads the last token.
+int64_t most_cached_tokens(const GenerateRequest& request);
+
 // Throws RequestError 400 that says what is wrong. Knows neither model nor adapters.
 GenerateRequest parse_generate(const std::string& text);

@@ -82,19 +82,19 @@ GenerateService::GenerateService(AdapterStore& store, Background& background, Me
       batcher_(limits_, form_, metrics) {}
 
 void GenerateService::check(const GenerateRequest& request) const {
-  const int64_t most = static_cast<int64_t>(request.prompt.size()) + request.max_new_tokens;
-  const auto expect = [&](int64_t limit, const std::string& why) {
+  const auto expect = [&](int64_t most, int64_t limit, const std::string& what) {
     if (most > limit) {
-      throw RequestError(413, "expected at most " + std::to_string(limit) + " tokens, " + why + ", got " +
+      throw RequestError(413, "expected at most " + std::to_string(limit) + " tokens" + what + ", got " +
                                   std::to_string(request.prompt.size()) + " and \"max_new_tokens\" " +
                                   std::to_string(request.max_new_tokens));
     }
   };
+  const int64_t cached = most_cached_tokens(request);
   if (form_.max_positions > 0) {
-    expect(form_.max_positions, "which the model has positions for");
+    expect(cached, form_.max_positions, " before the last one, which the model has positions for");
   }
-  expect(options_.tokens, "a prompt and what is written behind it");
-  expect(limits_.cache_tokens, "for which the server has caches");
+  expect(cached + 1, options_.tokens, ", a prompt and what is written behind it");
+  expect(cached, limits_.cache_tokens, " before the last one, for which the server has caches");
   for (const int64_t id : request.prompt) {
     if (options_.vocabulary > 0 && id >= options_.vocabulary) {
       throw RequestError(400, "expected token ids from 0 and below " + std::to_string(options_.vocabulary) +

@@ -31,14 +31,14 @@ struct Sequence {
   std::function<void(int64_t token)> on_token;
   std::function<void(SequenceEnd end, const RequestError* error)> on_end;
 
-  int64_t most_tokens() const { return static_cast<int64_t>(request.prompt.size()) + request.max_new_tokens; }
+  int64_t most_tokens() const { return most_cached_tokens(request); }  // in its cache
 };
 
 struct SequenceLimits {
   size_t rows = 64;              // sequences that run
   size_t waiting = 1024;         // sequences that wait; submit() refuses more
   int64_t prompt_tokens = 8192;  // of the prompts that begin between two steps, unless a single one has more
-  int64_t cache_tokens = 65536;  // that running sequences may come to, padding included
+  int64_t cache_tokens = 65536;  // that the caches of running sequences may come to, padding included
 };
 
 // Continuous batching: sequences join and leave between steps, whatever their adapters. A prompt runs alone, in one
@@ -46,7 +46,7 @@ struct SequenceLimits {
 // prompts begin as `prompt_tokens` allows, in order of arrival: sequences that run never wait for more. Those that may
 // come to similar lengths share a pass, so that a long one costs the short ones no padding; where the decoder takes no
 // positions, only those that have as many tokens, without padding. A sequence begins when the cache has room for the
-// most tokens that it may come to; so none is stopped for want of room.
+// most tokens that its own may come to; so none is stopped for want of room.
 class SequenceBatcher {
  public:
   SequenceBatcher(const SequenceLimits& limits, const DecoderForm& form, Metrics& metrics);
@@ -58,7 +58,7 @@ class SequenceBatcher {
   void stop();
 
   // Returns false, and leaves `sequence` as it was, when as many wait as may, or after stop(). The sequence must have
-  // at most SequenceLimits::cache_tokens.
+  // at most SequenceLimits::cache_tokens in its cache.
   bool submit(Sequence& sequence);
 
   size_t waiting() const;

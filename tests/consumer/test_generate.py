@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import torchgraft
-from decoder_support import HEADS, HIDDEN, CountingDecoder, Decoder
+from decoder_support import HEADS, HIDDEN, POSITIONS, CountingDecoder, Decoder
 from hosts_support import attempt, run
 
 FORM = ("--heads", HEADS, "--head-size", HIDDEN // HEADS)
@@ -64,6 +64,15 @@ def test_each_sequence_has_its_own_adapter(generate: Path, folder: Path, tmp_pat
     assert found[0] != without[0] and found[2] != without[2]  # the adapter changes what is written
 
 
+@pytest.mark.parametrize("options", [(), ("--num-beams", 2)], ids=["greedy", "beams"])
+def test_the_last_token_needs_no_position(generate: Path, folder: Path, tmp_path: Path, options: tuple) -> None:
+    """The longest prompt has four tokens: 21 new ones fill the model's 24 positions. One more is an error below."""
+    found = generated(generate, folder, tmp_path, *options, "--max-new-tokens", 21, "--max-positions", POSITIONS)
+    assert [len(row) for row in found] == [21] * len(PROMPTS)
+    if not options:
+        assert found[2] == greedy(folder, PROMPTS[2], 0, 21)
+
+
 def test_base_model(generate: Path, folder: Path, tmp_path: Path) -> None:
     found = generated(generate, folder, tmp_path, "--max-new-tokens", 6, model="base.pt")
     assert found == [greedy(folder, prompt, -1, 6, model="base.pt") for prompt in PROMPTS]
@@ -107,8 +116,9 @@ def test_a_seed_gives_the_same_tokens_and_top_k_1_the_likeliest(generate: Path, 
         ("base.pt", None, ["--adapter", "first"], "the model has no adapters"),
         ("grafted.pt", None, ["--heads", "3"], "forward fails on ids [3, 4] behind 0 earlier tokens"),
         ("grafted.pt", None, ["--head-size", "9"], "forward fails on ids [3, 4] behind 0 earlier tokens"),
-        ("grafted.pt", None, ["--max-positions", "6"], "expected at most 6 tokens"),
-        ("grafted.pt", None, ["--max-new-tokens", "50"], "index out of range"),
+        ("grafted.pt", None, ["--max-positions", "22"], "at most 22 tokens, which the model has positions for"),
+        ("grafted.pt", None, ["--max-positions", "22", "--num-beams", "2"], "expected at most 22 tokens"),
+        ("grafted.pt", None, ["--max-new-tokens", "22"], "index out of range"),
         ("grafted.pt", None, ["--top-k", "5"], "--top-k"),
         ("grafted.pt", None, ["--nosuch", "5"], "(generate --help)"),
         ("grafted.pt", None, ["--temperature", "0"], "--temperature: expected a number above 0, got 0 ("),

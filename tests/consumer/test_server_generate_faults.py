@@ -19,7 +19,7 @@ from decoder_support import (
     FaultyDecoder,
     Written,
 )  # fmt: skip
-from generate_support import LONG, MOST_PROMPT, Stream, ask, drawn, saved, start
+from generate_support import LONG, MOST_PROMPT, Stream, ask, drawn, saved, start, tokens_of
 from server_support import Server
 
 
@@ -125,9 +125,10 @@ def test_compositions_that_no_sequence_can_use(server, text, message):
 
 def test_limits_that_the_command_line_gives(server_program, models):
     with start(server_program, models, "--max-positions", 20, "--vocabulary", 10) as server:
-        status, answer = ask(server, None, [3, 4], 19)
-        assert status == 413 and "at most 20 tokens, which the model has positions for, got 2" in str(answer)
-        assert ask(server, None, [3, 4], 18)[0] == 200
+        status, answer = ask(server, None, [3, 4], 20)
+        expected = "at most 20 tokens before the last one, which the model has positions for, got 2 and "
+        assert status == 413 and expected in answer["error"]["message"]
+        assert len(tokens_of(server, None, [3, 4], 19)) == 19  # the last one needs no position
         assert ask(server, None, [3, 10], 1) == (
             400,
             {

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from decoder_support import CountingDecoder, Decoder, FlatDecoder, Written
-from generate_support import ask, check_mixes, saved, start
+from generate_support import ask, check_mixes, saved, start, tokens_of
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +45,22 @@ def test_a_cache_that_is_one_list(server_program, flat):
 
 def test_positions_that_the_graph_shows(server_program, models):
     with start(server_program, models) as server:
-        status, answer = ask(server, None, [3, 4], 23)
-        assert status == 413 and "at most 24 tokens, which the model has positions for, got 2" in str(answer)
-        assert ask(server, None, [3, 4], 22)[0] == 200
+        status, answer = ask(server, None, [3, 4], 24)
+        expected = "at most 24 tokens before the last one, which the model has positions for, got 2 and "
+        assert status == 413 and expected in answer["error"]["message"]
+        written = Written(models)
+        for adapter in (None, "unipelt"):  # the last token needs no position
+            assert tokens_of(server, adapter, [3, 4], 23) == written(adapter, [3, 4], 23)
+        assert ask(server, None, [3] * 24, 1)[0] == 200 and ask(server, None, [3] * 24, 2)[0] == 413
+
+
+def test_the_cache_is_filled_to_its_end(server_program, models):
+    """Room for 20 tokens, and one more that no cache keeps."""
+    with start(server_program, models, "--max-cache-bytes", 20 * 256) as server:
+        status, answer = ask(server, None, [3, 4], 20)
+        expected = "at most 20 tokens before the last one, for which the server has caches, got 2 and "
+        assert status == 413 and expected in answer["error"]["message"]
+        assert tokens_of(server, "lora", [3, 4], 19) == Written(models)("lora", [3, 4], 19)
 
 
 @pytest.mark.parametrize(
