@@ -9,12 +9,13 @@ namespace {
 
 constexpr int64_t kKeyBlock = 512;   // keys and prefix positions whose packed form stays in the second cache
 constexpr int64_t kQueryBlock = 12;  // a multiple of outer_product's rows
+constexpr int64_t kFewQueries = 4;   // which read each key too seldom for packing it to pay
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // The parts of a job's workspace.
 struct Workspace {
   int64_t stride;  // of keys and scores: a block and a vector; rows a power of two apart would share few cache sets
-  float* keys;     // [head_size, stride]: a block of keys, transposed and scaled
+  float* keys;     // [head_size, stride]: a block of keys, transposed and scaled; of few queries: these, scaled
   float* values;   // [prefix, head_size]: the prefix's, gated
   float* scores;   // [kQueryBlock, stride]
   float* gates;    // [prefix]: the factor of a prefix's key, key_gate times scale
@@ -137,11 +138,34 @@ void weigh_row(const HeadAttention& job, const Workspace& space, const KeyBlock&
   }
 }
 
-// Queries [first, first + rows) and one block of keys.
-void attend_block(const HeadAttention& job, const Workspace& space, const KeyBlock& block, int64_t first,
-                  int64_t rows) {
-  for (int64_t i = 0; i < rows; ++i) {
-    start_row(job, block, first + i, space.scores + i * space.stride);
+// Adds products of all queries, which are few, with rows of keys to scores from `column` on.
+void score_few(const HeadAttention& job, const Workspace& space, float scale, const float* keys, int64_t key_stride,
+               int64_t count, int64_t column) {
+  for (int64_t query = 0; query < job.queries; ++query) {
+    float* scaled = space.keys + query * job.head_size;
+    std::copy_n(job.q + query * job.q_stride, job.head_size, scaled);
+    scale_row(scaled, job.head_size, scale);
+  }
+  DotProduct product;
+  product.rows = job.queries;
+  product.columns = count;
+  product.depth = product.x_stride = job.head_size;
+  product.x = space.keys;
+  product.w = keys;
+  product.w_stride = key_stride;
+  product.init = product.y = space.scores + column;
+  product.init_stride = product.y_stride = space.stride;
+  dot_product(product);
+}
+
+// Adds the products of queries [first, first + rows) with a block of keys to their scores.
+void score_block(const HeadAttention& job, const Workspace& space, const KeyBlock& block, int64_t first, int64_t rows) {
+  if (job.queries <= kFewQueries) {
+    score_few(job, space, job.key_gate * job.scale, job.prefix_key + block.prefix_begin * job.head_size, job.head_size,
+              block.prefix(), 0);
+    score_few(job, space, job.scale, job.k + block.key_begin * job.k_stride, job.k_stride, block.keys(),
+              block.prefix());
+    return;
   }
   outer_product({.rows = rows,
                  .columns = block.padded(),
@@ -154,6 +178,15 @@ void attend_block(const HeadAttention& job, const Workspace& space, const KeyBlo
                  .init_stride = space.stride,
                  .y = space.scores,
                  .y_stride = space.stride});
+}
+
+// Queries [first, first + rows) and one block of keys.
+void attend_block(const HeadAttention& job, const Workspace& space, const KeyBlock& block, int64_t first,
+                  int64_t rows) {
+  for (int64_t i = 0; i < rows; ++i) {
+    start_row(job, block, first + i, space.scores + i * space.stride);
+  }
+  score_block(job, space, block, first, rows);
   for (int64_t i = 0; i < rows; ++i) {
     weigh_row(job, space, block, first + i, space.scores + i * space.stride);
   }
@@ -205,7 +238,9 @@ void attention(const HeadAttention& job) {
   }
   for (int64_t begin = 0; begin < job.prefix + job.keys; begin += kKeyBlock) {
     const KeyBlock block = key_block(job, begin);
-    pack_keys(job, space, block);
+    if (job.queries > kFewQueries) {
+      pack_keys(job, space, block);
+    }
     for (int64_t first = 0; first < job.queries; first += kQueryBlock) {
       attend_block(job, space, block, first, std::min(kQueryBlock, job.queries - first));
     }

@@ -250,7 +250,13 @@ TEST_F(FusedKernels, PrefixAttention) {
                                                                                {3, 2, 2, 5, 0, 8, 2},
                                                                                {1, 2, 2, 20, 20, 16, 530},
                                                                                {2, 2, 2, 30, 30, 32, 10},
-                                                                               {0, 2, 2, 5, 5, 4, 3}}) {
+                                                                               {0, 2, 2, 5, 5, 4, 3},
+                                                                               // The steps of a decoder.
+                                                                               {3, 4, 2, 1, 600, 64, 10},
+                                                                               {2, 2, 2, 1, 130, 80, 30},
+                                                                               {2, 4, 1, 4, 1040, 19, 5},
+                                                                               {3, 2, 2, 3, 20, 16, 530},
+                                                                               {3, 2, 2, 4, 4, 8, 3}}) {
     const int64_t kind = variant % 4;
     const bool causal = kind == 0 && queries == keys && variant % 8 != 0;
     const int64_t gates = variant % 3;
