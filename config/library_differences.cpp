@@ -93,11 +93,6 @@ std::string refusal(const std::string& model, const AdapterConfig& config) {
            "torchgraft does not, so that the trained adapter would give other results" +
            std::string(kAccept);
   }
-  if (model == "clip" && names_layers(config)) {
-    return "in a whole CLIP the adapters library numbers the layers of the text tower first, torchgraft those that run "
-           "first, and prefixes of both towers are not supported; train it anew here, or, without prefixes, write the "
-           "numbers that torchgraft.inspect() shows into its adapter_config.json and remove \"model_type\" there";
-  }
   if (has_inverse && !changes_first_input(model)) {
     return "it is not known that the adapters library puts invertible adapters of this model between the embeddings "
            "and the first layer, as torchgraft does" +
@@ -112,7 +107,7 @@ std::string library_wiring(const std::string& model_type, const AdapterConfig& c
   const bool differs =
       (model_type == "albert" && any_method<BnConfig>(config, [](const BnConfig& bn) { return bn.mh_adapter; })) ||
       (model_type == "gptj" && any_method<BnConfig>(config, [](const BnConfig& bn) { return bn.output_adapter; })) ||
-      model_type == "encoder-decoder";
+      model_type == "encoder-decoder" || (model_type == "clip" && names_layers(config));
   return differs ? model_type : "";
 }
 

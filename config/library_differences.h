@@ -22,7 +22,7 @@ struct LibraryDifference {
 TORCHGRAFT_PATCH_API LibraryDifference library_difference(std::string_view adapter_config);
 
 // `model_type` if the library wires some bottleneck of `config` on such a model in its own way, which a graph can have
-// too, or counts layers in its own way; else empty.
+// too, or counts layers in its own way and `config` names some, or has prefixes; else empty.
 std::string library_wiring(const std::string& model_type, const AdapterConfig& config);
 
 // Whether the library's prefixes in `config` move the relative positions of this model's tokens, if its scores have a

@@ -106,7 +106,8 @@ using MethodConfig = std::variant<BnConfig, PrefixTuningConfig, LoRAConfig, Reft
 struct AdapterConfig {
   std::vector<MethodConfig> methods;
   // The model_type ("albert", "gptj", "encoder-decoder") of an adapter that the library has trained, where the library
-  // wires bottlenecks of that model in its own way: see BottleneckWiring in plan/plan.h. Empty: as defined.
+  // wires bottlenecks of that model in its own way: see BottleneckWiring in plan/plan.h. Empty: as defined. "clip": the
+  // numbers of layers are the library's; the adapters of a module have numbered_as_found() instead.
   std::string wired_for = {};
   // Read from a directory of the library with prefixes, on a model in which it may count prefixes when it computes
   // relative positions. Not written: who loads the directory checks it.

@@ -55,10 +55,13 @@ void add_fusion_sizes(const Composition& composition, const std::vector<AdapterF
   }
 }
 
-// The location of a source of weights (a key of a Reparametrisation): "output_adapter" for "layer_0_output_adapter".
+// The location of a source of weights (a key of a Reparametrisation): "output_adapter" for "layer_0_output_adapter",
+// "self_prefix" for a tower's prefixes.
 std::string location_of(const std::string& source, const Plan& plan) {
   const auto module = std::find_if(plan.begin(), plan.end(), [&](const PlannedModule& planned) {
-    return phm_place(planned, "", "", /*shared=*/false).source == source;  // that of a LoRA's factors, too
+    const auto* prefix = std::get_if<PlannedPrefix>(&planned.method);
+    return phm_place(planned, "", "", /*shared=*/false).source == source ||  // that of a LoRA's factors, too
+           (prefix && prefix->pool == source);
   });
   return module == plan.end() ? source : module->location;
 }

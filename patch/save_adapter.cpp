@@ -18,6 +18,7 @@
 #include <torchgraft/patch/read_adapter.h>
 #include <torchgraft/patch/sites/attention_class.h>
 #include <torchgraft/plan/head_weights.h>
+#include <torchgraft/plan/library_layers.h>
 #include <torchgraft/plan/safetensors.h>
 #include <torchgraft/plan/save_adapter_hub.h>
 #include <torchgraft/plan/saved_config.h>
@@ -137,7 +138,7 @@ AdapterFiles adapter_files(const Module& module, const std::string& name, const 
                 composition_to_string(composition.tree), "; save_adapter_setup() in Python saves it with its adapters");
   }
   const Adapter& adapter = adapters[find_adapter(adapters, name, "save_adapter")];
-  const AdapterConfig written = saved_config(adapter.config, adapter.sources);
+  const AdapterConfig written = numbered_as_in_library(saved_config(adapter.config, adapter.sources), structure);
   AdapterConfig saved = written;
   const std::string model_type = std::exchange(saved.wired_for, "");
   const bool inverts_output = std::exchange(saved.inverts_output, true);

@@ -334,9 +334,9 @@ class WeightsDrawer {
   void draw_prefix(const PlannedModule& module, ModuleWeights& weights) {
     const auto& prefix = std::get<PlannedPrefix>(module.method);
     if (prefix.group_index == 0) {
-      groups_[module.location] = init_group(prefix, sources_[module.location]);
+      groups_[prefix.pool] = init_group(prefix, sources_[prefix.pool]);
     }
-    std::tie(weights["prefix_key"], weights["prefix_value"]) = prefix_of_layer(groups_.at(module.location), prefix);
+    std::tie(weights["prefix_key"], weights["prefix_value"]) = prefix_of_layer(groups_.at(prefix.pool), prefix);
     if (prefix.config.use_gating) {
       add_gate(weights, prefix.config.shared_gating ? 1 : 2, prefix.hidden_size);
     }
@@ -345,7 +345,7 @@ class WeightsDrawer {
   const Plan& plan_;
   AdapterWeights result_;
   Reparametrisation sources_;
-  std::map<std::string, at::Tensor> groups_;  // prefix location -> the group's prefixes
+  std::map<std::string, at::Tensor> groups_;  // pool -> the group's prefixes
   SharedFactors shared_;
 };
 

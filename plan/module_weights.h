@@ -26,7 +26,8 @@ using ModuleWeights = std::map<std::string, at::Tensor>;
 using AdapterWeights = std::vector<ModuleWeights>;
 
 // What an adapter's weights are computed from while the adapter is trained. A frozen adapter does not keep it. Keys:
-//   "self_prefix", "encoder_prefix", "cross_prefix"   the MLP of the prefixes at that location, see plan/prefix_mlp.h
+//   "self_prefix", "encoder_prefix", "cross_prefix"   the MLP of the prefixes at that location, see plan/prefix_mlp.h;
+//                                                     in a whole CLIP of each tower's (PlannedPrefix::pool)
 //   "layer_0_output_adapter", "shared_phm"            factors of Compacter's projections, see plan/phm.h
 //   "layer_0_selfattn_lora_q", "shared_vera"          factors of VeRA and MTL-LoRA, see plan/lora_factors.h
 //   "layer_0_output_reft"                             an orthogonal projection's, see plan/reft_weights.h

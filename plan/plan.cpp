@@ -1,5 +1,6 @@
 #include <torchgraft/plan/plan.h>
 
+#include <torchgraft/plan/library_layers.h>
 #include <torchgraft/plan/locations.h>
 #include <torchgraft/plan/lora_factors.h>
 
@@ -116,7 +117,7 @@ class Planner {
   Plan plan_;
   std::map<std::string, std::vector<int64_t>> lacking_;
   std::set<std::pair<int64_t, std::string>> taken_;
-  std::set<std::string> prefixed_;  // locations
+  std::set<std::string> prefixed_;  // pools
   bool shares_phm_ = false;
 };
 
@@ -213,22 +214,23 @@ void Planner::add_invertible(const BnConfig& config) {
 }
 
 void Planner::add(const PrefixTuningConfig& config) {
-  std::map<std::string, std::vector<const Layer*>> groups;  // layers that share a prefix MLP
+  std::map<std::string, std::vector<const Layer*>> groups;  // layers that share a prefix MLP, by its pool
   for (const Layer& layer : layers_) {
     const bool wanted = layer.kind == AttentionKind::kSelf ||
                         (layer.kind == AttentionKind::kEncoder ? config.encoder_prefix : config.cross_prefix);
     if (wanted && has_location(layer, prefix_location(layer), layer.has_core, config.leave_out)) {
-      groups[prefix_location(layer)].push_back(&layer);
+      groups[prefix_pool(structure_, layer)].push_back(&layer);
     }
   }
-  for (const auto& [location, layers] : groups) {
-    TORCH_CHECK(prefixed_.insert(location).second, "plan: two prefix configs of the union claim ", location,
+  for (const auto& [pool, layers] : groups) {
+    const std::string location = prefix_location(*layers.front());
+    TORCH_CHECK(prefixed_.insert(pool).second, "plan: two prefix configs of the union claim ", location,
                 "; the layers of a location share the MLP that makes their prefixes, so give one config all of them");
     const auto size = static_cast<int64_t>(layers.size());
     for (int64_t i = 0; i < size; ++i) {
       const Layer& layer = *layers[i];
       add_module(layer, location, location,
-                 PlannedPrefix{config, layer.hidden_size, layer.num_kv_heads, layer.head_dim, i, size});
+                 PlannedPrefix{config, pool, layer.hidden_size, layer.num_kv_heads, layer.head_dim, i, size});
     }
   }
 }
@@ -348,8 +350,9 @@ Plan Planner::finish() {
 
 Plan make_plan(const Structure& structure, const AdapterConfig& config) {
   TORCH_CHECK(!structure.layers.empty(), "plan: the model has no attention layer");
-  Planner planner(structure, config);
-  for (const MethodConfig& method : config.methods) {
+  const AdapterConfig numbered = numbered_as_found(config, structure);
+  Planner planner(structure, numbered);
+  for (const MethodConfig& method : numbered.methods) {
     std::visit([&](const auto& held) { planner.add(held); }, method);
   }
   return planner.finish();

@@ -46,9 +46,10 @@ struct PlannedBottleneck {
   BottleneckWiring wiring = BottleneckWiring::kDefined;
 };
 
-// The prefix of one attention. Layers share an MLP that makes their prefixes.
+// The prefix of one attention. Layers of a group share an MLP that makes their prefixes.
 struct PlannedPrefix {
   PrefixTuningConfig config;
+  std::string pool;  // the group: the location or, in a whole CLIP, the location in a tower (plan/library_layers.h)
   int64_t hidden_size = 0;
   int64_t num_kv_heads = 0;
   int64_t head_dim = 0;
@@ -88,7 +89,8 @@ struct PlannedModule {
 using Plan = std::vector<PlannedModule>;
 
 // Lists the modules that `config` puts on `structure`, in execution order (plan/locations.h). A layer that runs again
-// shares the modules of its first run. leave_out and reduction_factor count Transformer layers. Allocates nothing.
+// shares the modules of its first run. leave_out and reduction_factor count Transformer layers, as the structure does
+// or, where wired_for says so, as the adapters library does. Allocates nothing.
 // Throws c10::Error when the structure has no layer, when a layer outside `leave_out` lacks a location that the config
 // asks for (naming the layers and the remedy), when two configs of a union claim one location, and when the config asks
 // for nothing at all.

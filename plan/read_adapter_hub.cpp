@@ -42,13 +42,13 @@ class WeightReader {
   ModuleWeights read_bottleneck(const PlannedModule& module, const SavedParameters& saved, const std::string& place);
   void read_phm(const PlannedModule& module, const PhmShape& shape, const SavedParameters& saved,
                 const std::string& place, ModuleWeights& weights);
-  const SavedParameters& pool_of(const std::string& location) const;
+  const SavedParameters& pool_of(const PlannedPrefix& prefix, const std::string& location) const;
   at::Tensor ejected(const PlannedPrefix& prefix, const std::string& location);
 
   int64_t hidden_size_;
   const Checkpoint& checkpoint_;
   at::TensorOptions options_;
-  std::map<std::string, at::Tensor> groups_;  // ejected prefixes by location
+  std::map<std::string, at::Tensor> groups_;  // ejected prefixes by pool
   Reparametrisation sources_;
   std::set<std::string> used_;  // keys
 };
@@ -193,7 +193,13 @@ void WeightReader::read_phm(const PlannedModule& module, const PhmShape& shape, 
 
 // The part of the prefix pool for `location`. Some models prefix the location with their own name; DistilBERT calls it
 // "self".
-const SavedParameters& WeightReader::pool_of(const std::string& location) const {
+const SavedParameters& WeightReader::pool_of(const PlannedPrefix& prefix, const std::string& location) const {
+  if (prefix.pool != location) {
+    const auto found = checkpoint_.prefixes.find(prefix.pool);
+    TORCH_CHECK(found != checkpoint_.prefixes.end(), "adapter weights: the prefixes of ", prefix.pool,
+                " are missing in the checkpoint: those of a whole CLIP have two parts, one for each tower");
+    return found->second;
+  }
   const std::string ending = "_" + location;
   for (const auto& [saved_location, parameters] : checkpoint_.prefixes) {
     const bool is_short = saved_location + "_prefix" == location;
@@ -210,13 +216,13 @@ const SavedParameters& WeightReader::pool_of(const std::string& location) const 
 
 // [P, L 2 h d] of the group at `location`, computed in float32 or wider, whatever the model's dtype.
 at::Tensor WeightReader::ejected(const PlannedPrefix& prefix, const std::string& location) {
-  if (const auto known = groups_.find(location); known != groups_.end()) {
+  if (const auto known = groups_.find(prefix.pool); known != groups_.end()) {
     return known->second;
   }
-  const SavedParameters& saved = pool_of(location);
+  const SavedParameters& saved = pool_of(prefix, location);
   const auto dtype = c10::promoteTypes(c10::typeMetaToScalarType(options_.dtype()), at::kFloat);
   const auto wide = [&](const std::string& name, at::IntArrayRef shape) {
-    return take(saved, name, shape, location).to(options_.dtype(dtype));
+    return take(saved, name, shape, prefix.pool).to(options_.dtype(dtype));
   };
   const int64_t length = prefix.config.prefix_length;
   const int64_t out = prefix.group_size * 2 * prefix.num_kv_heads * prefix.head_dim;
@@ -225,7 +231,7 @@ at::Tensor WeightReader::ejected(const PlannedPrefix& prefix, const std::string&
     result = wide("flat", {length * out}).view({length, out});
   } else {
     const int64_t middle = prefix.config.bottleneck_size;
-    ModuleWeights& mlp = sources_[location];
+    ModuleWeights& mlp = sources_[prefix.pool];
     mlp["embeddings"] = wide("embeddings", {length, prefix.hidden_size});
     mlp["down_weight"] = wide("down_weight", {middle, prefix.hidden_size});
     mlp["down_bias"] = wide("down_bias", {middle});
@@ -233,7 +239,7 @@ at::Tensor WeightReader::ejected(const PlannedPrefix& prefix, const std::string&
     mlp["up_bias"] = wide("up_bias", {out});
     result = eject(mlp, prefix.config.non_linearity);
   }
-  groups_[location] = result;
+  groups_[prefix.pool] = result;
   return result;
 }
 

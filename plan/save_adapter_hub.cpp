@@ -185,8 +185,8 @@ class Writer {
     }
     write_shared(kSharedPhm);
     write_shared(kSharedVera);
-    for (const auto& [location, group] : groups_) {
-      if (const auto mlp = sources_.find(location); mlp != sources_.end()) {
+    for (const auto& [pool, group] : groups_) {
+      if (const auto mlp = sources_.find(pool); mlp != sources_.end()) {
         write_mlp(group.key, mlp->second);
       } else {
         // [P, L, 2, h, d]: what prefix_of_layer takes apart
@@ -347,7 +347,7 @@ class Writer {
     const Path query = query_path(layer);
     const std::string place = joined(is_number(query.back()) ? query : parent(query)) + ".prefix_tuning";
     const std::string location = pool_location(layer, module.location);
-    PrefixGroup& group = groups_[module.location];
+    PrefixGroup& group = groups_[prefix.pool];
     if (group.key.empty()) {
       // Every layer of the library holds the pool; we write the first layer's.
       group.key = place + ".pool.prefix_tunings." + name_ + "." + location;
@@ -369,7 +369,7 @@ class Writer {
   int64_t layer_ = 0;  // whose weights are written
   std::map<std::string, int64_t> layers_of_keys_;
   StateDict state_;
-  std::map<std::string, PrefixGroup> groups_;  // by location
+  std::map<std::string, PrefixGroup> groups_;  // by pool
 };
 
 }  // namespace

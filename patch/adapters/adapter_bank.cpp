@@ -231,7 +231,7 @@ std::set<std::string> computed_weights(const Adapter& adapter, const PlannedModu
   if (!adapter.trainable) {
     return {};
   }
-  if (std::holds_alternative<PlannedPrefix>(module.method) && adapter.sources.count(module.location)) {
+  if (const auto* prefix = std::get_if<PlannedPrefix>(&module.method); prefix && adapter.sources.count(prefix->pool)) {
     return {"prefix_key", "prefix_value"};
   }
   if (has_phm_factors(module, adapter.sources)) {

@@ -2,8 +2,10 @@
 
 #include <torchgraft/config/gate_pooling.h>
 #include <torchgraft/plan/head_weights.h>
+#include <torchgraft/plan/library_layers.h>
 #include <torchgraft/plan/lora_factors.h>
 #include <torchgraft/plan/phm.h>
+#include <torchgraft/plan/prefix_mlp.h>
 #include <torchgraft/plan/reft_weights.h>
 #include <torchgraft/plan/reparametrisation.h>
 #include <torchgraft/registration/parse_json.h>
@@ -154,7 +156,7 @@ void check_positions(const Adapter& adapter, const Structure& structure) {
 
 Adapter make_adapter(const AdapterSpec& spec, const Structure& structure, const at::TensorOptions& options) {
   check_supported(spec.config);
-  Adapter adapter{spec.name, spec.config};
+  Adapter adapter{spec.name, numbered_as_found(spec.config, structure)};
   if (!has_gates(adapter.config)) {
     adapter.config.gate_pooling = kAllTokens;
   }
@@ -167,6 +169,7 @@ Adapter make_adapter(const AdapterSpec& spec, const Structure& structure, const 
   }
   warn_of_output(adapter, structure);
   adapter.plan = make_plan(structure, adapter.config);
+  check_prefix_groups(adapter.plan);
   check_positions(adapter, structure);
   adapter.trainable = spec.trainable;
   if (spec.weights) {

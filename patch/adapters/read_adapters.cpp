@@ -133,7 +133,7 @@ void compute_weights(Adapter& adapter) {
   }
   const at::ScalarType dtype = adapter.sources.begin()->second.begin()->second.scalar_type();
   const Reparametrisation sources = converted(adapter.sources, c10::promoteTypes(dtype, at::kFloat));
-  std::map<std::string, at::Tensor> ejected;  // by location
+  std::map<std::string, at::Tensor> ejected;  // by pool
   for (size_t m = 0; m < adapter.plan.size(); ++m) {
     const PlannedModule& module = adapter.plan[m];
     ModuleWeights& weights = adapter.weights[m];
@@ -155,8 +155,8 @@ void compute_weights(Adapter& adapter) {
       continue;
     }
     const auto* prefix = std::get_if<PlannedPrefix>(&module.method);
-    const auto mlp = sources.find(module.location);
-    if (!prefix || mlp == sources.end()) {
+    const auto mlp = prefix ? sources.find(prefix->pool) : sources.end();
+    if (mlp == sources.end()) {
       continue;
     }
     at::Tensor& states = ejected[mlp->first];
@@ -193,6 +193,7 @@ std::vector<Adapter> read_adapters(const torch::jit::Module& adapters_module, co
     adapter.merged = has_merged && adapters_module.attr("merged").toBoolList()[a];
     adapter.trainable = adapters_module.hasattr("trainable") && adapters_module.attr("trainable").toBoolList()[a];
     adapter.sources = read_sources(adapters_module, adapter.name);
+    split_by_tower(adapter.plan, structure, adapter.sources);
     adapter.weights = read_weights(adapters_module, adapter, a);
     compute_weights(adapter);
     share_vera_matrix(adapter.plan, adapter.weights);

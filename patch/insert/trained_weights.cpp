@@ -58,14 +58,14 @@ Value* TrainedWeights::source(const OwnWeights& own, const std::string& key, con
 
 // Dropout differs from the adapters library, which drops keys and values row by row: here all rows of a batch share it.
 Value* TrainedWeights::prefix_states(const OwnWeights& own) {
-  Value*& states = states_[{own.name, own.module.location}];
+  const auto& prefix = std::get<PlannedPrefix>(own.module.method);
+  Value*& states = states_[{own.name, prefix.pool}];
   if (states) {
     return states;
   }
-  const auto& prefix = std::get<PlannedPrefix>(own.module.method);
   std::vector<Value*> inputs;
   for (const char* name : {"embeddings", "down_weight", "down_bias", "up_weight", "up_bias"}) {
-    inputs.push_back(source(own, own.module.location, name));
+    inputs.push_back(source(own, prefix.pool, name));
   }
   inputs.push_back(graph_.insertConstant(2 * prefix.group_size));
   inputs.push_back(graph_.insertConstant(prefix.num_kv_heads));

@@ -46,7 +46,7 @@ class TrainedWeights {
   Value* adapters_;
   torch::jit::Node* end_;
   std::map<std::pair<std::string, std::string>, Value*> banks_;   // by "<layer>.<slot>" and parameter
-  std::map<std::pair<std::string, std::string>, Value*> states_;  // results of prefix MLPs, by adapter and location
+  std::map<std::pair<std::string, std::string>, Value*> states_;  // results of prefix MLPs, by adapter and pool
 };
 
 }  // namespace torchgraft

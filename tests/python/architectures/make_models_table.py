@@ -109,7 +109,6 @@ def directories() -> str:
         different += "; all else equal" if "equal" in said and different else ""
         lines.append(f"- {', '.join(families)}: {different or 'equal'}.")
     lines += [
-        "- clip (whole): `leave_out`, sizes by layer and ReFT's `layers` are refused like prefixes.",
         "- xmod: refused: a trace holds which rows had which language.",
         "- All: a base traced under `torch.autocast`, or with weights of several dtypes, is refused where an adapter "
         "meets another dtype than that of the first query projection.",

@@ -2,9 +2,7 @@
 of docs/models.md: equal, or refused by name."""
 
 import functools
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,8 +17,6 @@ from hugging_face_models import (
     Family,
     audio_arguments,
     encoder_decoder_arguments,
-    image_arguments,
-    text_arguments,
 )
 
 _BERT = FAMILIES["bert"].sizes
@@ -42,16 +38,6 @@ class _Whisper(nn.Module):
         )[0]
 
 
-class _Clip(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor, mask: Tensor, pixels: Tensor) -> Tensor:
-        result = self.model(input_ids=ids, attention_mask=mask, pixel_values=pixels, return_dict=True)
-        return torch.cat([result.text_embeds, result.image_embeds])
-
-
 def _whisper_arguments(dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
     """Sounds, ids of the decoder, and its mask [B, 1, S, S]: the model makes its own by torch.vmap, which cannot be
     traced."""
@@ -62,21 +48,6 @@ def _whisper_arguments(dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
     return features, ids, mask.expand(ids.size(0), 1, *mask.shape)
 
 
-def _clip_arguments(dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
-    return *text_arguments(dtype, seed), *image_arguments(dtype, seed)
-
-
-def _clip_config(**sizes: Any) -> hf.CLIPConfig:
-    parts = dict(
-        text_config=FAMILIES["clip_text"].sizes | dict(eos_token_id=2),
-        vision_config=FAMILIES["clip_vision"].sizes | dict(num_hidden_layers=3),
-    )
-    config = hf.CLIPConfig(**parts, projection_dim=20)
-    for part in (config, config.text_config, config.vision_config):
-        part._attn_implementation = "eager"
-    return config
-
-
 _XMOD = _BERT | dict(languages=["en_XX", "de_DE"], default_language="en_XX")
 _FAMILIES = {
     "whisper": Family(
@@ -85,35 +56,25 @@ _FAMILIES = {
     "mt5": Family(hf.MT5Config, hf.MT5Model, _T5.sizes, _T5.arguments, _T5.wrapper, _T5.gains),
     "plbart": Family(hf.PLBartConfig, hf.PLBartModel, _BART.sizes, _BART.arguments, _BART.wrapper),
     "bert_generation": Family(hf.BertGenerationConfig, hf.BertGenerationEncoder, _BERT),
-    "clip": Family(_clip_config, hf.CLIPModel, {}, _clip_arguments, _Clip),
     "xmod": Family(hf.XmodConfig, hf.XmodModel, _XMOD),
 }
 _SHIFTS = "on T5 the adapters library moves the relative positions"
-_TOWERS = "numbers the layers of the text tower first.*without prefixes, write the numbers that torchgraft.inspect"
 _PARTS = "ReFT cannot act on layer 0: the model has an encoder and a decoder"
 _REFUSED = {
     ("whisper", "loreft"): _PARTS,
     ("mt5", "unipelt"): _SHIFTS,
     ("mt5", "prefix_leave_out"): _SHIFTS,
-    ("clip", "unipelt"): _TOWERS,
-    ("clip", "prefix_leave_out"): _TOWERS,
-    ("clip", "lora_k_leave_out"): _TOWERS,
-    ("clip", "seq_bn_map"): _TOWERS,
     # A trace holds which rows had which language.
     **{("xmod", config): "rows reach layer 1 in another order than the module gets them" for config in _CONFIGS},
 }
 
 # Both parts have to be of one length there.
-_LIBRARY_FAILS = [("mt5", "loreft"), ("plbart", "loreft"), ("clip", "loreft")]
+_LIBRARY_FAILS = [("mt5", "loreft"), ("plbart", "loreft")]
 _CASES = [(family, config) for family in _FAMILIES for config in _CONFIGS if (family, config) not in _LIBRARY_FAILS]
 
 
-def _dtype(family: str) -> torch.dtype:
-    return torch.float32 if family == "clip" else torch.float64  # CLIP writes float64's lowest number into float32
-
-
 def _make(family: str) -> nn.Module:
-    return _FAMILIES[family].make("eager", _dtype(family))
+    return _FAMILIES[family].make("eager", torch.float64)
 
 
 @functools.cache
@@ -125,14 +86,14 @@ def _library(family: str) -> nn.Module:
 
 @functools.cache
 def _base(family: str) -> torch.jit.ScriptModule:
-    arguments = _FAMILIES[family].arguments(_dtype(family), 0)
+    arguments = _FAMILIES[family].arguments(torch.float64, 0)
     return torch.jit.trace(_make(family), arguments, check_trace=False, strict=False)
 
 
 def _write(family: str, config: str, folder: Path) -> tuple[tuple, Tensor]:
     """Arguments and what the library gives; the adapter, random, is saved in the folder."""
     library = _library(family)
-    arguments = _FAMILIES[family].arguments(_dtype(family), 1)
+    arguments = _FAMILIES[family].arguments(torch.float64, 1)
     try:
         oracle.make_oracle_adapter(library.model, _CONFIGS[config], "task", 3)
         library.model.eval().save_adapter(str(folder), "task")
@@ -145,19 +106,6 @@ def _write(family: str, config: str, folder: Path) -> tuple[tuple, Tensor]:
     finally:
         library.model.set_active_adapters(None)
         library.model.delete_adapter("task")
-
-
-def test_numbers_of_layers_of_a_clip_may_be_rewritten(tmp_path: Path) -> None:
-    """What the error says to do: the text's layer 1 runs behind the three of the picture."""
-    arguments, expected = _write("clip", "lora_k_leave_out", tmp_path)
-    path = tmp_path / "adapter_config.json"
-    content = json.loads(path.read_text())
-    assert content.pop("model_type") == "clip" and content["config"]["leave_out"] == [1]
-    layer = next(each for each in torchgraft.inspect(_base("clip"))["layers"] if "text" in each["query"]["path"])
-    content["config"]["leave_out"] = [layer["layer"] + 1]
-    path.write_text(json.dumps(content))
-    with torch.no_grad():
-        assert oracle.difference(torchgraft.load_adapter(_base("clip"), tmp_path)(*arguments), expected) <= 1e-5
 
 
 @pytest.mark.parametrize(("family", "config"), _CASES)
