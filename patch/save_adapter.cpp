@@ -17,16 +17,20 @@
 #include <torchgraft/patch/module/reads_back.h>
 #include <torchgraft/patch/read_adapter.h>
 #include <torchgraft/patch/sites/attention_class.h>
+#include <torchgraft/plan/checkpoint.h>
 #include <torchgraft/plan/head_weights.h>
 #include <torchgraft/plan/library_layers.h>
 #include <torchgraft/plan/safetensors.h>
 #include <torchgraft/plan/save_adapter_hub.h>
 #include <torchgraft/plan/saved_config.h>
+#include <torchgraft/plan/saved_paths.h>
 #include <torchgraft/registration/parse_json.h>
 
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
+#include <cstddef>
+#include <map>
 #include <set>
 #include <sstream>
 #include <utility>
@@ -125,6 +129,40 @@ void warn_of_positions(const Adapter& adapter, const Structure& structure, const
   }
 }
 
+// Layers of a whole CLIP that no result needs are not in `structure`, and the library counts them, too.
+void check_towers(const Module& module, const Structure& structure) {
+  std::map<SavedPath, std::set<std::string>> found;  // the numbers of its layers, by the path of a list
+  for (const Layer& layer : structure.layers) {
+    const SavedPath path = split_path(layer.query ? layer.query->path : "");
+    if (const auto number = number_position(path)) {
+      found[SavedPath(path.begin(), path.begin() + static_cast<std::ptrdiff_t>(*number))].insert(path[*number]);
+    }
+  }
+  for (const auto& [path, numbers] : found) {
+    Module list = module;
+    for (const std::string& name : path) {
+      list = list.attr(name).toModule();
+    }
+    const size_t layers = list.named_children().size();
+    TORCH_CHECK(layers == numbers.size(), "save_adapter: ", c10::Join(".", path), " has ", layers,
+                " layers, and forward runs ", numbers.size(),
+                ": the adapters library counts the others, too, so that the numbers of layers in the configuration ",
+                "would be those of others there; keep the grafted file");
+  }
+}
+
+// Those of the tower that runs first have the adapter here, in the library those of the texts.
+void warn_of_embeddings(const Adapter& adapter, const Structure& structure) {
+  const bool is_inverted = std::any_of(adapter.plan.begin(), adapter.plan.end(), [](const PlannedModule& module) {
+    return std::holds_alternative<PlannedInvertible>(module.method);
+  });
+  if (is_inverted && is_whole_clip(structure)) {
+    TORCH_WARN("save_adapter: '", adapter.name,
+               "' has an invertible adapter, which the adapters library puts elsewhere in a whole CLIP, and counts ",
+               "the layers in another order: it gives other results with this directory, torchgraft the same");
+  }
+}
+
 }  // namespace
 
 AdapterFiles adapter_files(const Module& module, const std::string& name, const std::string& model_class) {
@@ -139,6 +177,9 @@ AdapterFiles adapter_files(const Module& module, const std::string& name, const 
   }
   const Adapter& adapter = adapters[find_adapter(adapters, name, "save_adapter")];
   const AdapterConfig written = numbered_as_in_library(saved_config(adapter.config, adapter.sources), structure);
+  if (written.wired_for != adapter.config.wired_for) {
+    check_towers(module, structure);
+  }
   AdapterConfig saved = written;
   const std::string model_type = std::exchange(saved.wired_for, "");
   const bool inverts_output = std::exchange(saved.inverts_output, true);
@@ -160,6 +201,7 @@ AdapterFiles adapter_files(const Module& module, const std::string& name, const 
   const std::string attention = attention_class(module, structure);
   warn_of_wiring(name, adapter.config, model_type, attention);
   warn_of_positions(adapter, structure, attention);
+  warn_of_embeddings(adapter, structure);
   files.weights = adapter_hub_state(adapter.plan, structure, adapter.weights, adapter.sources, name, attention);
   check_reads_back(adapter, written, files.weights, structure, name);
   add_head_files(files, adapter.head, structure, name, model_class);

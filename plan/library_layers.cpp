@@ -140,7 +140,11 @@ AdapterConfig numbered_as_found(AdapterConfig config, const Structure& structure
 
 AdapterConfig numbered_as_in_library(AdapterConfig config, const Structure& structure) {
   const std::vector<int64_t> order = library_order(structure);
-  if (order.empty() || !config.wired_for.empty() || library_wiring(kClip, config).empty()) {
+  const bool has_inverse = std::any_of(config.methods.begin(), config.methods.end(), [](const MethodConfig& method) {
+    const auto* bottleneck = std::get_if<BnConfig>(&method);
+    return bottleneck && bottleneck->inv_adapter;
+  });
+  if (order.empty() || !config.wired_for.empty() || library_wiring(kClip, config).empty() || has_inverse) {
     return config;
   }
   renumber(config, [&](int64_t number) {

@@ -22,7 +22,8 @@ std::string prefix_pool(const Structure& structure, const Layer& layer);
 // wired_for is empty then. Throws c10::Error when `structure` is not of a whole CLIP, or lacks a layer of that number.
 AdapterConfig numbered_as_found(AdapterConfig config, const Structure& structure);
 
-// The inverse, where `structure` is of a whole CLIP and the numbers matter. Sets wired_for.
+// The inverse, where `structure` is of a whole CLIP and the numbers matter. Sets wired_for. Leaves a configuration with
+// an invertible adapter as it is: the library has that of a whole CLIP elsewhere.
 AdapterConfig numbered_as_in_library(AdapterConfig config, const Structure& structure);
 
 }  // namespace torchgraft

@@ -144,6 +144,36 @@ def test_a_pool_takes_the_librarys_numbers(tmp_path: Path) -> None:
         assert oracle.difference(lease.module(*_arguments(1), adapter_ids=lease.ids), expected) <= 1e-5
 
 
+def test_an_invertible_adapter_is_saved_with_a_warning(tmp_path: Path) -> None:
+    """The library has it behind the texts' embeddings, and the pictures' are first."""
+    grafted = _drawn(torchgraft.graft(_base(), "seq_bn_inv[leave_out=[4]]", "task"))
+    with pytest.warns(UserWarning, match="it gives other results with this directory"):
+        torchgraft.save_adapter(grafted, "task", tmp_path)
+    again = torchgraft.load_adapter(_base(), tmp_path)
+    assert oracle.difference(_result(again), _result(grafted)) <= 1e-6
+
+
+class _Shortened(nn.Module):
+    """Without the last layer of the texts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = CLIP.make("eager", torch.float32).model
+
+    def forward(self, ids: Tensor, mask: Tensor, pixels: Tensor) -> Tensor:
+        texts = self.model.text_model(ids, mask, output_hidden_states=True).hidden_states[-2]
+        return torch.cat([texts.mean(1), self.model.vision_model(pixels)[0].mean(1)], 1)
+
+
+def test_numbers_are_not_saved_where_a_layer_does_not_run(tmp_path: Path) -> None:
+    base = torch.jit.trace(_Shortened(), _arguments(0), check_trace=False, strict=False)
+    assert len(torchgraft.inspect(base)["layers"]) == _DEPTH - 1
+    torchgraft.save_adapter(torchgraft.graft(base, "lora", "task"), "task", tmp_path / "lora")
+    grafted = torchgraft.graft(base, "lora[leave_out=[1]]", "task")
+    with pytest.raises(torchgraft.GraftError, match="has 2 layers, and forward runs 1: the adapters library counts"):
+        torchgraft.save_adapter(grafted, "task", tmp_path / "leave_out")
+
+
 def test_what_shows_no_towers_is_refused(tmp_path: Path) -> None:
     _write(oracle.CONFIGS["lora_k_leave_out"], tmp_path)
     frozen = torch.jit.freeze(_base().eval())
