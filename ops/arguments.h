@@ -1,6 +1,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/SymInt.h>
 
 #include <cstdint>
 #include <optional>
@@ -131,9 +132,9 @@ struct ResidualNormArguments {
   static constexpr const char* kOperator = "residual_norm";
   at::Tensor x;  // broadcasts against residual
   at::Tensor residual;
-  std::vector<int64_t> normalized_shape;  // the last dimensions of the sum
-  at::Tensor weight;                      // of normalized_shape, or absent
-  at::Tensor bias;                        // likewise
+  std::vector<c10::SymInt> normalized_shape;  // the last dimensions of the sum
+  at::Tensor weight;                          // of normalized_shape, or absent
+  at::Tensor bias;                            // likewise
   double eps = 1e-5;
 };
 

@@ -299,17 +299,17 @@ void check(const LinearArguments& args) {
 void check(const ResidualNormArguments& args) {
   const char* op = ResidualNormArguments::kOperator;
   const Checker checker(args);
-  checker.input(args.x);
+  checker.layout("x", args.x);
   checker.layout("residual", args.residual);
-  TORCH_CHECK(at::isFloatingType(args.residual.scalar_type()), op, ": expected residual of a floating dtype, got ",
+  TORCH_CHECK(at::isFloatingType(at::result_type(args.x, args.residual)), op,
+              ": expected x or residual of a floating dtype, got ", args.x.scalar_type(), " and ",
               args.residual.scalar_type());
-  checker.device("residual", args.residual);
   TORCH_CHECK(!args.normalized_shape.empty(), op, ": expected normalized_shape of one number or more, got none");
-  const c10::IntArrayRef expected = args.normalized_shape;
+  const c10::SymIntArrayRef expected = args.normalized_shape;
   for (const auto& [name, tensor] : {std::pair("weight", args.weight), std::pair("bias", args.bias)}) {
     if (tensor.defined()) {
-      TORCH_CHECK(tensor.sym_sizes() == c10::fromIntArrayRefSlow(expected), op, ": expected ", name, " of shape ",
-                  expected, ", as normalized_shape, got ", tensor.sym_sizes());
+      TORCH_CHECK(tensor.sym_sizes() == expected, op, ": expected ", name, " of shape ", expected,
+                  ", as normalized_shape, got ", tensor.sym_sizes());
       checker.layout(name, tensor);
       checker.device(name, tensor);
     }

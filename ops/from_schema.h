@@ -11,14 +11,14 @@
 namespace torchgraft::ops {
 
 // The dispatcher calls a kernel with the arguments of the schema, one by one: Tensor? comes as optional<Tensor>, str as
-// string_view, int[] as IntArrayRef. Kernels of ours take them as one struct of arguments.h. This file turns one into
-// the other, so that no kernel repeats the list.
+// string_view, SymInt[] as SymIntArrayRef. Kernels of ours take them as one struct of arguments.h. This file turns one
+// into the other, so that no kernel repeats the list.
 
 // One argument of the dispatcher's as the member that holds it.
 inline const at::Tensor& as_member(const at::Tensor& tensor) { return tensor; }
 inline at::Tensor as_member(const std::optional<at::Tensor>& tensor) { return tensor.value_or(at::Tensor()); }
 inline std::string as_member(std::string_view text) { return std::string(text); }
-inline std::vector<int64_t> as_member(at::IntArrayRef numbers) { return numbers.vec(); }
+inline std::vector<c10::SymInt> as_member(c10::SymIntArrayRef numbers) { return numbers.vec(); }
 template <typename Number>  // int, float, bool, float?
 Number as_member(Number number) {
   return number;

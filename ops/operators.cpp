@@ -88,7 +88,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::opti
 }
 
 std::tuple<at::Tensor, at::Tensor> residual_norm(const at::Tensor& x, const at::Tensor& residual,
-                                                 at::IntArrayRef normalized_shape,
+                                                 c10::SymIntArrayRef normalized_shape,
                                                  const std::optional<at::Tensor>& weight,
                                                  const std::optional<at::Tensor>& bias, double eps) {
   static const auto op = find<decltype(residual_norm)>("torchgraft::residual_norm");

@@ -46,7 +46,7 @@ TORCH_LIBRARY(torchgraft, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias=None, str non_linearity=\"linear\") -> Tensor", tags);
 
   m.def(
-      "residual_norm(Tensor x, Tensor residual, int[] normalized_shape, Tensor? weight=None, Tensor? bias=None, "
+      "residual_norm(Tensor x, Tensor residual, SymInt[] normalized_shape, Tensor? weight=None, Tensor? bias=None, "
       "float eps=1e-05) -> (Tensor output, Tensor sum)",
       tags);
 

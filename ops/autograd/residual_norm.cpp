@@ -11,7 +11,7 @@ namespace {
 
 // ATen's calls bring their own gradients, of any order and mode.
 std::tuple<at::Tensor, at::Tensor> differentiable_residual_norm(const at::Tensor& x, const at::Tensor& residual,
-                                                                at::IntArrayRef normalized_shape,
+                                                                c10::SymIntArrayRef normalized_shape,
                                                                 const std::optional<at::Tensor>& weight,
                                                                 const std::optional<at::Tensor>& bias, double eps) {
   const bool is_recorded = at::GradMode::is_enabled() && (requires_grad(x) || requires_grad(residual) ||

@@ -19,9 +19,9 @@ bool is_readable(const at::Tensor& tensor) {
 // The sum of dense tensors of one shape lies as they do: it stays what a view of it expects.
 bool takes_fused_norm(const ResidualNormArguments& args) {
   return args.x.scalar_type() == at::kFloat && args.x.dim() > 0 && takes_fused_kernels(args.x) &&
-         is_readable(args.residual) && args.x.sizes() == args.residual.sizes() &&
-         args.normalized_shape == args.x.sizes().slice(args.x.dim() - 1) && args.x.is_contiguous() &&
-         args.residual.is_contiguous() && is_readable(args.weight) && is_readable(args.bias);
+         is_readable(args.residual) && args.x.sizes() == args.residual.sizes() && args.normalized_shape.size() == 1 &&
+         args.normalized_shape[0] == args.x.size(-1) && args.x.is_contiguous() && args.residual.is_contiguous() &&
+         is_readable(args.weight) && is_readable(args.bias);
 }
 
 Results residual_norm_forward(const ResidualNormArguments& args) {
@@ -54,7 +54,7 @@ Results composed_residual_norm(const ResidualNormArguments& args) {
     return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
   };
   const at::Tensor sum = at::add(args.x, args.residual);
-  return {at::layer_norm(sum, args.normalized_shape, optional(args.weight), optional(args.bias), args.eps), sum};
+  return {at::layer_norm_symint(sum, args.normalized_shape, optional(args.weight), optional(args.bias), args.eps), sum};
 }
 
 }  // namespace torchgraft::ops

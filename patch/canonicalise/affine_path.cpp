@@ -8,6 +8,7 @@
 #include <torch/csrc/jit/ir/constants.h>
 
 #include <algorithm>
+#include <cmath>
 
 namespace torchgraft {
 
@@ -22,6 +23,13 @@ namespace {
 bool casts_to_integers(const Node* cast) {
   const auto dtype = is_dtype_cast(cast) ? constant_int(cast->namedInput("dtype")) : std::nullopt;
   return dtype && !at::isFloatingType(static_cast<at::ScalarType>(*dtype));
+}
+
+// A constant beside which scores keep their digits: a large one rounds them.
+bool is_small_number(const Value* value) {
+  constexpr double kMost = 64.0;
+  const auto constant = constant_double(value);
+  return constant && std::abs(*constant) <= kMost;
 }
 
 }  // namespace
@@ -155,21 +163,13 @@ Value* AffinePath::bias(Value* scores) {
         inner ? graph_->insert(c10::aten::type_as, {inner, anchor_}) : zero_like(node->namedInput(mask), scores);
     return copy_with(node, operand, filled);
   }
-  if (is_aten(node, {"add", "sub"}) && is_same_for_all_keys(node->input(1 - operand))) {
-    return inner;
+  if (is_aten(node, {"add", "sub"}) && is_small_number(node->input(1 - operand))) {
+    return inner;  // no softmax sees what is the same for all keys, those of a prefix, too
   }
   if (!inner && is_aten(node, {"add"}) && has_unit_alpha(node) && is_tensor(node->input(1 - operand))) {
     return node->input(1 - operand);
   }
   return copy_with(node, operand, inner ? inner : zero_like(node->input(1 - operand), scores));
-}
-
-bool AffinePath::is_same_for_all_keys(Value* added) {
-  if (is_number(added)) {
-    return true;
-  }
-  const auto shape = is_tensor(added) ? shapes_.shape(added) : std::nullopt;
-  return shape && (shape->empty() || shape->back() == number(1));
 }
 
 Value* AffinePath::broadcasting_zero(const Value* scores) {

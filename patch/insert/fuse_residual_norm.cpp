@@ -18,8 +18,9 @@ using torch::jit::Module;
 using torch::jit::Node;
 using torch::jit::Value;
 
+// An add in place (add_) writes, which the operator does not.
 bool is_sum_of_tensors(const Node* node) {
-  return is_aten(node, {"add"}) && has_unit_alpha(node) && is_tensor(node->namedInput("self")) &&
+  return node->kind() == c10::aten::add && has_unit_alpha(node) && is_tensor(node->namedInput("self")) &&
          is_tensor(node->namedInput("other"));
 }
 

@@ -297,6 +297,7 @@ def _as_adapter_hub(
     outside = {role: target for (index, role), target in targets.items() if index == _NO_LAYER}
     roles = {role for index, role in targets if index != _NO_LAYER}
     used = {layers[index]["layer"] for index, _ in targets if index != _NO_LAYER}
+    _check_all_have(directory, roles & set(FLAGS), used, layers)
     dora = any(update.magnitude is not None for _, update in targets.values())
     config = LoRAConfig(
         r=rank,
@@ -337,6 +338,19 @@ def _as_adapter_hub(
         config=json.dumps(fields),
         weights={key: torch.cat(parts) for key, parts in weights.items()},
     )
+
+
+def _check_all_have(directory: Path, roles: set[str], used: set[int], layers: list[Mapping[str, Any]]) -> None:
+    """Checks that each layer with an update has all of `roles`: an adapter has its locations in all of its layers."""
+    for role in sorted(roles):
+        lacking = sorted(used - {layer["layer"] for layer in layers if layer[role]})
+        if lacking:
+            shown = ", ".join(map(str, lacking))
+            raise GraftError(
+                f"{directory}: layers {shown} have an update and no {role} of their own, where other layers have one "
+                f"on {role}; a LoRA on different projections by layer is not supported. Merge the adapter into the "
+                "base with PEFT's merge_and_unload() before you trace that"
+            )
 
 
 def _append(

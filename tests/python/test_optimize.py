@@ -231,3 +231,21 @@ def test_the_command_writes_a_file(tmp_path: Path) -> None:
     arguments = VARIANTS["bert_sdpa"].arguments(make_batch([9, 5], 9, torch.float32))
     with torch.no_grad():
         torch.testing.assert_close(module(*arguments), wanted(*arguments), rtol=1e-4, atol=1e-5)
+
+
+def test_norms_of_sums_are_one_operator_with_the_sum() -> None:
+    optimized = torchgraft.optimize(base("bert_sdpa", torch.float32))
+    graph = str(optimized.forward.graph)
+    assert graph.count("torchgraft::residual_norm(") == 6  # two in each of three layers
+    assert graph.count("aten::layer_norm(") == 1  # behind the embeddings, which are added in place
+    grafted_again = torchgraft.graft(optimized, "seq_bn", "task")  # finds the norms
+    assert "torchgraft::residual_norm(" not in str(grafted_again.base_forward.graph)
+
+
+def test_an_int8_module_has_its_norms_optimised() -> None:
+    module = torchgraft.quantize(grafted("bert_sdpa", torch.float32, "unipelt"))
+    optimized = torchgraft.optimize(module)
+    assert "torchgraft::residual_norm(" in str(optimized.grafted_forward.graph)
+    for batch in varied_batches(VARIANTS["bert_sdpa"], torch.float32):
+        found, wanted = (_result(each, "bert_sdpa", batch) for each in (optimized, module))
+        assert (found - wanted).norm() <= 1e-2 * wanted.norm()  # activations are rounded to int8 anew

@@ -51,7 +51,7 @@ TEST(Schemas, AreFrozen) {
   EXPECT_EQ(schema("torchgraft::linear"),
             "torchgraft::linear(Tensor x, Tensor weight, Tensor? bias=None, str non_linearity=\"linear\") -> Tensor");
   EXPECT_EQ(schema("torchgraft::residual_norm"),
-            "torchgraft::residual_norm(Tensor x, Tensor residual, int[] normalized_shape, Tensor? weight=None, "
+            "torchgraft::residual_norm(Tensor x, Tensor residual, SymInt[] normalized_shape, Tensor? weight=None, "
             "Tensor? bias=None, float eps=1.0000000000000001e-05) -> (Tensor output, Tensor sum)");
 }
 

@@ -173,3 +173,28 @@ def test_two_towers_of_like_paths_are_saved_apart(tmp_path: Path) -> None:
     x = torch.randn(2, 5, 16, dtype=torch.float64)
     torch.testing.assert_close(grafted(x), model(x), atol=1e-5, rtol=0)
     torch.testing.assert_close(again(x), grafted(x), atol=1e-6, rtol=0)
+
+
+class _Staged(nn.Module):
+    """A layer without a feed-forward block before one with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        maps = {name: nn.Linear(16, 16) for name in "qkvo"}
+        more = {name: nn.Linear(16, 16) for name in "qkvo"} | {"up": nn.Linear(16, 24), "down": nn.Linear(24, 16)}
+        self.layers = nn.ModuleList([nn.ModuleDict(maps), nn.ModuleDict(more)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            q, k, v = (_heads(layer[name](x)) for name in "qkv")
+            attended = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            x = x + layer["o"](attended.transpose(1, 2).flatten(2))
+        return x + self.layers[1]["down"](torch.relu(self.layers[1]["up"](x)))
+
+
+def test_a_layer_without_the_block_of_others_is_named(tmp_path: Path) -> None:
+    model = _Staged().double().eval()
+    traced = _traced(model)
+    save_random_lora(model, {"target_modules": ["q", "up"]}, tmp_path)
+    with pytest.raises(torchgraft.GraftError, match=r"layers 0 have an update and no ffn_in of their own"):
+        torchgraft.load_adapter(traced, tmp_path)

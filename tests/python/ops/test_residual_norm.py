@@ -112,6 +112,16 @@ def test_a_sum_that_is_not_contiguous_lies_as_atens():
     assert total.stride() == (x + residual).stride() and output.is_contiguous()
 
 
+@pytest.mark.parametrize("others", [torch.long, torch.bool, torch.float64], ids=str)
+def test_sums_of_several_dtypes_are_those_of_aten(others):
+    x, residual = randn(3, 5, 8, dtype=torch.float32), torch.ones(3, 5, 8, dtype=others)
+    for operands in ((x, residual), (residual, x)):
+        output, total = op(*operands, [8])
+        assert torch.equal(total, operands[0] + operands[1]) and total.dtype == (x + residual).dtype
+        torch.testing.assert_close(output, torch.nn.functional.layer_norm(total, [8]))
+        op_checks.check_meta(op, {"x": operands[0], "residual": operands[1], "normalized_shape": [8]})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -121,8 +131,10 @@ def test_a_sum_that_is_not_contiguous_lies_as_atens():
             r"residual_norm: expected bias of shape \[8\], as normalized_shape, got \[3, 8\]",
         ),
         ({"normalized_shape": []}, "residual_norm: expected normalized_shape of one number or more, got none"),
-        ({"x": torch.zeros(3, 5, 8, dtype=torch.long)}, "residual_norm: expected x of dtype Float, Double"),
-        ({"residual": torch.zeros(8, dtype=torch.long)}, "residual_norm: expected residual of a floating dtype"),
+        (
+            {"x": torch.zeros(3, 5, 8, dtype=torch.long), "residual": torch.zeros(8, dtype=torch.bool)},
+            "residual_norm: expected x or residual of a floating dtype, got Long and Bool",
+        ),
         ({"residual": torch.zeros(3, 5, 8).to_sparse()}, "residual_norm: expected residual to be a dense tensor"),
     ],
 )

@@ -66,6 +66,7 @@ TEST(FuseResidualNorm, LeavesWhatIsNoNormOfASumOfTensors) {
 TEST(FuseResidualNorm, LeavesASumThatIsReadOrWrittenBeforeTheNorm) {
   for (const char* body : {"    s = x + y\n    t = s * 2\n    return t + torch.layer_norm(s, [6], self.w, self.b)\n",
                            "    s = x + y\n    s.mul_(x)\n    return torch.layer_norm(s, [6], self.w, self.b)\n",
+                           "    r = x[0]\n    x += y\n    return torch.layer_norm(x, [6], self.w, self.b) * r\n",
                            "    s = x + y\n    x.mul_(2)\n    return torch.layer_norm(s, [6], self.w, self.b) + x\n"}) {
     EXPECT_EQ(Fused(body).count, 0u) << body;
   }
