@@ -270,7 +270,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, ADAPTERS])
     parser.add_argument("--cached", type=int, nargs="+", default=[128, 512], help="tokens in the cache of a step")
-    parser.add_argument("--rounds", type=int, default=30, help="of steps")
+    parser.add_argument("--rounds", type=int, default=30, help="of steps, 0: none")
     parser.add_argument("--generations", type=int, default=5, help="rounds of greedy generation, 0: none")
     parser.add_argument("--prompt", type=int, default=16, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=32, help="new tokens of each row")
@@ -295,7 +295,8 @@ def main() -> int:
     threads = os.environ.get("OMP_NUM_THREADS", "not set")
     console.print(f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads (OMP_NUM_THREADS "
                   f"{threads}), {what}")  # fmt: skip
-    console.print(step_table(arguments, clock))
+    if arguments.rounds > 0:
+        console.print(step_table(arguments, clock))
     if arguments.generations > 0:
         console.print(generation_table(arguments, clock))
     return 0

@@ -67,10 +67,11 @@ def test_each_sequence_has_its_own_adapter(generate: Path, folder: Path, tmp_pat
 @pytest.mark.parametrize("options", [(), ("--num-beams", 2)], ids=["greedy", "beams"])
 def test_the_last_token_needs_no_position(generate: Path, folder: Path, tmp_path: Path, options: tuple) -> None:
     """The longest prompt has four tokens: 21 new ones fill the model's 24 positions. One more is an error below."""
-    found = generated(generate, folder, tmp_path, *options, "--max-new-tokens", 21, "--max-positions", POSITIONS)
+    options += ("--adapter", "second", "--max-new-tokens", 21, "--max-positions", POSITIONS)
+    found = generated(generate, folder, tmp_path, *options)
     assert [len(row) for row in found] == [21] * len(PROMPTS)
-    if not options:
-        assert found[2] == greedy(folder, PROMPTS[2], 0, 21)
+    if "--num-beams" not in options:
+        assert found == [greedy(folder, prompt, 1, 21) for prompt in PROMPTS]
 
 
 def test_base_model(generate: Path, folder: Path, tmp_path: Path) -> None:

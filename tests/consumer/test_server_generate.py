@@ -152,8 +152,9 @@ def test_banks_that_grow_while_a_sequence_runs(server_program, models, written, 
 def test_caches_stay_within_their_bytes(server_program, models, written):
     """Twice the tokens' bytes: a step copies them. What does not fit waits, in order of arrival."""
     with start(server_program, models, "--max-cache-bytes", 2 * BYTES_PER_TOKEN * 1000) as server:
-        refused = 'expected at most 1000 tokens, for which the server has caches, got 2 and "max_new_tokens" 999'
-        status, answer = ask(server, None, [3, 4], 999)
+        limit = "expected at most 1000 tokens before the last one, for which the server has caches"
+        refused = f'{limit}, got 2 and "max_new_tokens" 1000'
+        status, answer = ask(server, None, [3, 4], 1000)
         assert status == 413 and answer["error"]["message"] == refused
         largest, running, done = [0.0], [0.0], threading.Event()
 
