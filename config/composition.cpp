@@ -84,6 +84,7 @@ void check_block(const Composition& block, int level, const std::string& what) {
   check_numbers(block, what);
   TORCH_CHECK(block.name.empty() || block.kind == BlockKind::kFuse, what, ": only Fuse has a name");
   const std::set<BlockKind>& allowed = allowed_nestings().at(block.kind);
+  bool is_behind_batch_split = false;
   for (const Composition& child : block.children) {
     const bool is_block = child.kind != BlockKind::kAdapter;
     TORCH_CHECK(allowed.count(child.kind), what, ": the adapters library cannot nest ", shown(child), " inside ",
@@ -91,6 +92,14 @@ void check_block(const Composition& block, int level, const std::string& what) {
     TORCH_CHECK(!is_block || block.kind != BlockKind::kStack || level < 1, what, ": ", shown(child),
                 " stands too deep: a Stack within another block takes adapters only");
     check_block(child, level + 1, what);
+    // The library repeats rows once, and cuts them for each Parallel anew.
+    TORCH_CHECK(child.kind != BlockKind::kParallel || !is_behind_batch_split, what, ": ", shown(block), " has a ",
+                "Parallel behind a BatchSplit, which the adapters library cannot run: it splits the batch in the ",
+                "first layer and the repeated rows in the others; put the BatchSplit into each part of the Parallel");
+    is_behind_batch_split = is_behind_batch_split || child.kind == BlockKind::kBatchSplit;
+    TORCH_CHECK(child.kind != BlockKind::kParallel || parallel_channels(child) == parallel_channels(block), what, ": ",
+                shown(block), " has Parallel blocks with different numbers of children, whose rows do not match; ",
+                "give all of them as many");
   }
 }
 
@@ -242,6 +251,22 @@ bool splits_inputs(const Composition& composition) {
          std::any_of(composition.children.begin(), composition.children.end(), splits_inputs);
 }
 
+bool has_parallel(const Composition& composition) {
+  return composition.kind == BlockKind::kParallel ||
+         std::any_of(composition.children.begin(), composition.children.end(), has_parallel);
+}
+
+int64_t parallel_channels(const Composition& composition) {
+  if (composition.kind == BlockKind::kParallel) {
+    return static_cast<int64_t>(composition.children.size());
+  }
+  int64_t most = 1;
+  for (const Composition& child : composition.children) {
+    most = std::max(most, parallel_channels(child));
+  }
+  return most;
+}
+
 Composition with_renamed(Composition composition, const std::string& name, const std::string& new_name) {
   if (composition.kind == BlockKind::kAdapter && composition.name == name) {
     composition.name = new_name;
@@ -266,9 +291,6 @@ void check_composition(const Composition& composition, const std::string& what) 
 }
 
 void check_supported(const Composition& composition, const std::string& what) {
-  TORCH_CHECK(composition.kind != BlockKind::kParallel, what, ": ", shown(composition), ": Parallel is not supported ",
-              "yet; compose each of its parts under a name of its own, and give every row once for each part, with ",
-              "adapter_ids");
   TORCH_CHECK(composition.kind != BlockKind::kMultiTask, what, ": ", shown(composition), ": MultiTask is not ",
               "supported; compose each of its parts under a name of its own, and give every row that of its task in ",
               "adapter_ids");

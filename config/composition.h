@@ -41,6 +41,10 @@ TORCHGRAFT_PATCH_API std::vector<std::string> fusion_names(const Composition& co
 // Whether it has a Split or a BatchSplit: its inputs have as many tokens or rows as their sizes say.
 TORCHGRAFT_PATCH_API bool splits_inputs(const Composition& composition);
 
+// Whether it has a Parallel, and how many rows that makes of one row of the batch; 1 without one.
+TORCHGRAFT_PATCH_API bool has_parallel(const Composition& composition);
+TORCHGRAFT_PATCH_API int64_t parallel_channels(const Composition& composition);
+
 // A copy in which `name` is called `new_name`.
 Composition with_renamed(Composition composition, const std::string& name, const std::string& new_name);
 
@@ -48,8 +52,7 @@ Composition with_renamed(Composition composition, const std::string& name, const
 // many levels, numbers that do not fit. `what` begins the message.
 TORCHGRAFT_PATCH_API void check_composition(const Composition& composition, const std::string& what);
 
-// Throws c10::Error, in the name of `what`, for a Parallel or a MultiTask in it, which no module runs yet, and says
-// what to do instead.
+// Throws c10::Error, in the name of `what`, for a MultiTask in it, which no module runs, and says what to do instead.
 TORCHGRAFT_PATCH_API void check_supported(const Composition& composition, const std::string& what);
 
 // Reads what the library writes into adapter_setup.json (to_dict): {"type": "Stack", "children": [...], "kwargs": {}}.

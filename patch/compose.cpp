@@ -26,6 +26,7 @@ Module compose(const Module& module, const std::string& name, const Composition&
   }
   draft.compositions.push_back({name, tree, std::nullopt});
   check_parts(draft.compositions.back(), draft.adapters, "compose");
+  draft.example = verifying.example;
   const at::TensorOptions weights = draft.weights;
   const std::vector<Adapter> adapters = draft.adapters;
   Module result = build(std::move(draft), active_name(module));

@@ -1,6 +1,7 @@
 #include <torchgraft/patch/adapters/compositions.h>
 
 #include <torchgraft/config/config_json.h>
+#include <torchgraft/patch/adapters/parallel_rows.h>
 
 #include <algorithm>
 #include <utility>
@@ -44,8 +45,13 @@ def collect_gates(self, gates: List[Tensor], adapter_ids: Optional[Tensor]) -> D
 
 namespace {
 
-// As parse_heads_from_composition: the adapter that ends a Stack. -2: there is none.
+// As parse_heads_from_composition: the adapter that ends a Stack. -2: there is none. Channels of a Parallel have heads
+// of their own (channel_heads); -1 keeps their place.
 int64_t head_of(const Composition& tree, const std::vector<Adapter>& adapters) {
+  const std::vector<std::string> channels = channel_heads(tree);
+  if (!channels.empty()) {
+    return channels.size() > 1 ? -1 : static_cast<int64_t>(find_adapter(adapters, channels.front(), "compose"));
+  }
   if (tree.kind != BlockKind::kStack || tree.children.back().kind != BlockKind::kAdapter) {
     return -2;
   }

@@ -99,15 +99,15 @@ ComposedState BottleneckComposer::single(const ComposedPart& part, ComposedState
 }
 
 // The library joins bottleneck_up where the first part has it.
-ComposedState BottleneckComposer::joined_rows(const std::vector<ComposedState>& states) {
+ComposedState BottleneckComposer::joined_rows(BlockKind block, const std::vector<ComposedState>& states) {
   for (const ComposedState& state : states) {
     if (states.front().has_up && !state.has_up) {
-      refuse(
-          "a part of a BatchSplit is a Split or does nothing there, which the adapters library cannot join with the "
-          "first part; put it first, or give all parts the same locations and leave_out");
+      refuse(std::string("a part of a ") + to_string(block) +
+             " is a Split or does nothing there, which the adapters library cannot join with the first part; put it "
+             "first, or give all parts the same locations and leave_out");
     }
   }
-  return Composer::joined_rows(states);
+  return Composer::joined_rows(block, states);
 }
 
 ComposedState BottleneckComposer::mean(const std::vector<ComposedState>& states, const std::vector<double>& shares) {

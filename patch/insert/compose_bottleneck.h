@@ -21,7 +21,7 @@ class BottleneckComposer : public Composer {
  protected:
   ComposedState single(const ComposedPart& part, ComposedState state) override;
   ComposedState pre_block(const Composition& block, ComposedState state) override;
-  ComposedState joined_rows(const std::vector<ComposedState>& states) override;
+  ComposedState joined_rows(BlockKind block, const std::vector<ComposedState>& states) override;
   ComposedState mean(const std::vector<ComposedState>& states, const std::vector<double>& shares) override;
   ComposedState split(const Composition& block, ComposedState state) override;
   ComposedState fuse(const Composition& block, ComposedState state) override;

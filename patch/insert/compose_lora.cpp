@@ -85,9 +85,9 @@ void LoraComposer::check_are_alike(const std::vector<ComposedState>& states, con
   }
 }
 
-ComposedState LoraComposer::joined_rows(const std::vector<ComposedState>& states) {
-  check_are_alike(states, "BatchSplit");
-  return Composer::joined_rows(states);
+ComposedState LoraComposer::joined_rows(BlockKind block, const std::vector<ComposedState>& states) {
+  check_are_alike(states, to_string(block));
+  return Composer::joined_rows(block, states);
 }
 
 ComposedState LoraComposer::mean(const std::vector<ComposedState>& states, const std::vector<double>& shares) {

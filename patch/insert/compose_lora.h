@@ -16,7 +16,7 @@ class LoraComposer : public Composer {
  protected:
   ComposedState single(const ComposedPart& part, ComposedState state) override;
   ComposedState mean(const std::vector<ComposedState>& states, const std::vector<double>& shares) override;
-  ComposedState joined_rows(const std::vector<ComposedState>& states) override;
+  ComposedState joined_rows(BlockKind block, const std::vector<ComposedState>& states) override;
 
  private:
   void check_are_alike(const std::vector<ComposedState>& states, const char* block) const;

@@ -48,6 +48,11 @@ def of_rows(prefix: Tensor, rows: int) -> Tensor:
 
 // The library cuts a prefix behind a BatchSplit as it has cut the first part, and repeats it. A gate has all rows.
 void PrefixComposer::check_behind_split(const ComposedState& state, bool has_gate) const {
+  if (state.is_behind_parallel && has_gate) {
+    refuse(
+        "a prefix with a gate stands behind a Parallel, where the adapters library cuts it to the rows of the "
+        "first child and cannot run it; put it into each child, as Parallel(Stack(a, c), Stack(b, c))");
+  }
   if (state.split_rows == 0) {
     return;
   }
@@ -61,15 +66,15 @@ void PrefixComposer::check_behind_split(const ComposedState& state, bool has_gat
 }
 
 // The library pads to the longest prefix, and lets rows see what it pads with.
-ComposedState PrefixComposer::joined_rows(const std::vector<ComposedState>& states) {
+ComposedState PrefixComposer::joined_rows(BlockKind block, const std::vector<ComposedState>& states) {
   for (const ComposedState& state : states) {
     if (state.tokens != states.front().tokens) {
-      refuse(
-          "the adapters of a BatchSplit have prefixes of different lengths, which the adapters library fills up "
-          "with keys that rows see; give them one prefix_length");
+      refuse(std::string("the adapters of a ") + to_string(block) +
+             " have prefixes of different lengths, which the adapters library fills up with keys that rows see; give "
+             "them one prefix_length");
     }
   }
-  return Composer::joined_rows(states);
+  return Composer::joined_rows(block, states);
 }
 
 std::pair<Value*, Value*> PrefixComposer::operator()(const Composition& tree, Value* x) {

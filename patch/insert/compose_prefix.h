@@ -15,7 +15,7 @@ class PrefixComposer : public Composer {
 
  protected:
   ComposedState single(const ComposedPart& part, ComposedState state) override;
-  ComposedState joined_rows(const std::vector<ComposedState>& states) override;
+  ComposedState joined_rows(BlockKind block, const std::vector<ComposedState>& states) override;
 
  private:
   void check_behind_split(const ComposedState& state, bool has_gate) const;

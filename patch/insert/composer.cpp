@@ -10,11 +10,16 @@
 
 namespace torchgraft {
 
+using torch::jit::NamedValue;
 using torch::jit::Value;
 
 namespace {
 
 constexpr const char* kComposerFunctions = R"python(
+def rows_of_each(x: Tensor, channels: int) -> int:
+    assert x.size(0) % channels == 0, "a Parallel of {} got {} rows".format(channels, x.size(0))
+    return x.size(0) // channels
+
 def check_size(x: Tensor, dim: int, expected: int, before: str, behind: str) -> None:
     assert x.size(dim) == expected, before + str(x.size(dim)) + behind
 )python";
@@ -52,6 +57,7 @@ ComposedState Composer::compose(const Composition& tree, const ComposedState& st
     case BlockKind::kFuse:
       return fuse(tree, state);
     case BlockKind::kParallel:
+      return parallel(tree, state);
     case BlockKind::kMultiTask:
     case BlockKind::kAdapter:
       break;
@@ -130,10 +136,36 @@ ComposedState Composer::batch_split(const Composition& block, ComposedState stat
     states.push_back(child(block, i, part, is_present));
     begin += block.sizes[i];
   }
-  ComposedState result = joined_rows(states);
+  ComposedState result = joined_rows(block.kind, states);
   result.last = states.back().last;
   result.is_branch = false;
   result.split_rows = begin;
+  result.is_behind_parallel = false;
+  return result;
+}
+
+// A BatchSplit into parts of one size: repeat_rows() has repeated the rows before.
+ComposedState Composer::parallel(const Composition& block, ComposedState state) {
+  static const auto rows_of_each = compile_graph(kComposerFunctions, "rows_of_each");
+  state = pre_block(block, state);
+  const auto channels = static_cast<int64_t>(block.children.size());
+  Value* rows = torch::jit::insertGraph(graph_, *rows_of_each, {state.input, graph_.insertConstant(channels)})[0];
+  std::vector<ComposedState> states;
+  Value* begin = graph_.insertConstant(0);
+  for (size_t i = 0; i < block.children.size(); ++i) {
+    Value* end = graph_.insert(c10::aten::add, {begin, rows});
+    ComposedState part = sliced(state, 0, begin, end);
+    part.split_rows = 0;
+    part.is_behind_parallel = false;
+    bool is_present = false;
+    states.push_back(child(block, i, part, is_present));
+    begin = end;
+  }
+  ComposedState result = joined_rows(block.kind, states);
+  result.last = states.back().last;
+  result.is_branch = false;
+  result.split_rows = 0;
+  result.is_behind_parallel = channels > 1;
   return result;
 }
 
@@ -163,13 +195,14 @@ ComposedState Composer::fuse(const Composition& block, ComposedState state) {
   return state;
 }
 
-ComposedState Composer::joined_rows(const std::vector<ComposedState>& states) {
+ComposedState Composer::joined_rows(BlockKind block, const std::vector<ComposedState>& states) {
   ComposedState result = states.front();
   const auto of = [&](Value* ComposedState::* member) {
     std::vector<Value*> values;
     for (const ComposedState& state : states) {
       if (!(state.*member) != !(states.front().*member)) {
-        refuse("an adapter of a BatchSplit does nothing there, which the adapters library cannot run");
+        refuse(std::string("an adapter of a ") + to_string(block) +
+               " does nothing there, which the adapters library cannot run");
       }
       values.push_back(state.*member);
     }
@@ -181,7 +214,7 @@ ComposedState Composer::joined_rows(const std::vector<ComposedState>& states) {
   return result;
 }
 
-ComposedState Composer::sliced(ComposedState state, int64_t dim, int64_t begin, int64_t end) {
+ComposedState Composer::sliced(ComposedState state, int64_t dim, NamedValue begin, NamedValue end) {
   const auto slice = [&](Value* value) -> Value* {
     return value ? graph_.insert(c10::aten::slice, {value, dim, begin, end, 1}) : nullptr;
   };

@@ -43,6 +43,7 @@ struct ComposedState {
   int64_t tokens = 0;      // prefix: the length of its keys; LoRA: 1 for a vector that (IA)^3 has made for all tokens
   int64_t first_rows = 0;  // behind a BatchSplit: of its first part; of nested ones, of the innermost first part
   int64_t split_rows = 0;  // behind a BatchSplit: of all of its parts; else 0
+  bool is_behind_parallel = false;  // which has more than one child
 };
 
 // Evaluates a composition at one site as ComposableAdapterLayerBase of the adapters library does, block by block. What
@@ -72,8 +73,8 @@ class Composer {
   virtual ComposedState mean(const std::vector<ComposedState>& states, const std::vector<double>& shares);
   virtual ComposedState split(const Composition& block, ComposedState state);
   virtual ComposedState fuse(const Composition& block, ComposedState state);
-  // The states one behind the other along the batch.
-  virtual ComposedState joined_rows(const std::vector<ComposedState>& states);
+  // The states of a block's children, one behind the other along the batch.
+  virtual ComposedState joined_rows(BlockKind block, const std::vector<ComposedState>& states);
 
   const ComposedPart* find(const std::string& adapter) const;
   // Throws c10::Error when an adapter of the block has this method.
@@ -82,7 +83,7 @@ class Composer {
 
   // Children of `block` on `state_of(i)`, those that are absent here left out.
   ComposedState child(const Composition& block, size_t i, const ComposedState& state, bool& is_present);
-  ComposedState sliced(ComposedState state, int64_t dim, int64_t begin, int64_t end);
+  ComposedState sliced(ComposedState state, int64_t dim, torch::jit::NamedValue begin, torch::jit::NamedValue end);
   // Makes the graph throw, as the library does, where dimension `dim` of `x` is not as long as the block's sizes say.
   void check_sizes(const Composition& block, Value* x, int64_t dim, const char* what, const char* field);
   Value* sum(const std::vector<Value*>& values, const std::vector<double>& shares);
@@ -101,6 +102,7 @@ class Composer {
   ComposedState stack(const Composition& block, ComposedState state);
   ComposedState average(const Composition& block, ComposedState state);
   ComposedState batch_split(const Composition& block, ComposedState state);
+  ComposedState parallel(const Composition& block, ComposedState state);
 
   std::vector<Gate> gates_;
 };

@@ -1,5 +1,6 @@
 #include <torchgraft/patch/insert/insert.h>
 
+#include <torchgraft/patch/adapters/parallel_rows.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/insert/insert_bottleneck.h>
 #include <torchgraft/patch/insert/insert_compositions.h>
@@ -8,6 +9,7 @@
 #include <torchgraft/patch/insert/insert_prefix.h>
 #include <torchgraft/patch/insert/insert_reft.h>
 #include <torchgraft/patch/insert/inserter.h>
+#include <torchgraft/patch/insert/repeat_rows.h>
 #include <torchgraft/patch/insert/verify.h>
 
 #include <torch/csrc/jit/passes/dead_code_elimination.h>
@@ -30,11 +32,28 @@ void return_with(Graph& graph, const std::vector<Value*>& gates) {
   graph.registerOutput(pair);
 }
 
+// Last, so that all ops read what they change. Their gates are null so far.
+void insert_all_invertible(Inserter& inserter, const GraphSites& sites, const std::vector<Slot>& slots,
+                           const std::vector<SlotRun>& gated, std::vector<Value*>& gates) {
+  for (size_t i = gated.size(); i-- > 0;) {
+    if (!gates[i]) {
+      const Slot& slot = slots[gated[i].slot];
+      inserter.enter(slot, gated[i].layer);
+      const Inserter::Scope first = inserter.first_of_each();
+      gates[i] = insert_invertible(inserter, sites.embeddings.value(), slot);
+    }
+  }
+}
+
 }  // namespace
 
 size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& sites, const std::vector<Slot>& slots,
                        const std::vector<SlotRun>& runs, const torch::jit::Module& module,
                        const InsertOptions& options) {
+  std::optional<RowRepeater> repeat_rows;
+  if (has_parallel(options.compositions)) {
+    repeat_rows.emplace(*graph, sites, module);
+  }
   Inserter inserter(*graph, sites, module, options);
   if (options.poolings.unpadded && !options.token_mask_input) {
     inserter.prepare_token_masks(slots, runs, module);
@@ -78,16 +97,11 @@ size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& si
     torch::jit::Module adapters = module.attr("adapters").toModule();
     set_composed_gates(adapters, compositions.described_gates());
   }
-  const std::vector<SlotRun> gated = gated_runs(slots, runs);
-  for (size_t i = gated.size(); i-- > 0;) {  // last, so that all ops read what they change
-    if (!gates[i]) {
-      const Slot& slot = slots[gated[i].slot];
-      inserter.enter(slot, gated[i].layer);
-      const Inserter::Scope first = inserter.first_of_each();
-      gates[i] = insert_invertible(inserter, sites.embeddings.value(), slot);
-    }
-  }
+  insert_all_invertible(inserter, sites, slots, gated_runs(slots, runs), gates);
   return_with(*graph, gates);
+  if (repeat_rows) {
+    (*repeat_rows)(options.compositions, inserter.first_composition_id(), options.examples);
+  }
   torch::jit::EliminateDeadCode(graph);  // the attentions that gated_prefix_attention has replaced
   // A composition may drop what an adapter in it has made: a parallel bottleneck in a Stack reads the residual.
   return options.compositions.empty() ? inserter.ops() : count_ops(*graph);

@@ -20,6 +20,8 @@ struct InsertOptions {
   // Of a pool: how many rows its banks have. Ids of compositions come behind these, and the attribute composition_parts
   // of the `adapters` submodule tells which row each adapter in a composition stands for.
   std::optional<int64_t> pool_rows = std::nullopt;
+  // Arguments of forward, likeliest first, that may be run to find out where rows of a Parallel can be repeated.
+  std::vector<std::vector<c10::IValue>> examples = {};
 };
 
 // Inserts one torchgraft:: op per run into `graph`, whose sites are `sites`, and one more wherever a projection with a

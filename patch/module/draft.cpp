@@ -3,6 +3,7 @@
 #include <torchgraft/patch/adapters/adapters_module.h>
 #include <torchgraft/patch/adapters/dora.h>
 #include <torchgraft/patch/adapters/make_adapter.h>
+#include <torchgraft/patch/adapters/parallel_rows.h>
 #include <torchgraft/patch/adapters/read_adapters.h>
 #include <torchgraft/patch/canonicalise/decompose_optimized.h>
 #include <torchgraft/patch/canonicalise/inline_module_arguments.h>
@@ -17,10 +18,12 @@
 #include <torchgraft/patch/insert/guard_attributes.h>
 #include <torchgraft/patch/insert/use_eager_autograd.h>
 #include <torchgraft/patch/insert/verify.h>
+#include <torchgraft/patch/module/example_inputs.h>
 #include <torchgraft/patch/module/graft_options.h>
 #include <torchgraft/patch/module/heads_module.h>
 #include <torchgraft/patch/module/methods.h>
 #include <torchgraft/patch/module/rename_names.h>
+#include <torchgraft/patch/module/trial_run.h>
 #include <torchgraft/patch/sites/apply_sites.h>
 #include <torchgraft/patch/sites/check_autocast.h>
 #include <torchgraft/patch/sites/row_order.h>
@@ -233,6 +236,33 @@ Module base_copy(const Module& module) {
   return result;
 }
 
+namespace {
+
+// Arguments of forward that may be run to find out where rows of a Parallel can be repeated.
+std::vector<Arguments> row_examples(const Draft& draft) {
+  bool trains = false;
+  for (const Module& module : draft.module.modules()) {
+    const bool has_state = module.hasattr("training") && module.attr("training").isBool();
+    trains = trains || (has_state && module.attr("training").toBool());
+  }
+  if (!has_parallel(draft.compositions) || trains || !reason_not_to_run(draft.canonical.graph).empty()) {
+    return {};
+  }
+  if (draft.example) {
+    return {*draft.example};
+  }
+  const auto forward = draft.module.get_method("forward");
+  std::vector<Arguments> result;
+  const ExampleInputs made = make_example_inputs(forward.function().getSchema(), *forward.graph(),
+                                                 *draft.canonical.graph, draft.module, draft.weights);
+  for (const ExampleInputs::Candidate& candidate : made.candidates) {
+    result.push_back(candidate.arguments);
+  }
+  return result;
+}
+
+}  // namespace
+
 Module build(Draft draft, const std::string& active) {
   Module& result = draft.module;
   const auto& graph = draft.canonical.graph;
@@ -256,6 +286,7 @@ Module build(Draft draft, const std::string& active) {
   draft.inserting.fusions = draft.fusions;
   draft.inserting.adapters = &draft.adapters;
   draft.inserting.poolings = gate_poolings(draft.adapters);
+  draft.inserting.examples = row_examples(draft);
   GraphDump dump("insert");
   const size_t ops = insert_adapters(graph, draft.sites, slots, runs, result, draft.inserting);
   dump("insert_adapters", *graph);

@@ -8,6 +8,7 @@
 #include <torchgraft/patch/insert/insert.h>
 #include <torchgraft/patch/sites/find_sites.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -22,11 +23,12 @@ struct Draft {
   GraphSites sites;           // points into canonical.graph
   GraftOptions options;       // a grafted module keeps those that it was made with
   InsertOptions inserting;
-  at::TensorOptions weights;                   // dtype and device of the adapters
-  std::vector<Adapter> adapters;               // at first those that the module has
-  std::vector<NamedComposition> compositions;  // likewise
-  std::vector<AdapterFusion> fusions;          // likewise
-  std::string head_mask;                       // the argument of forward that is the heads' token mask; empty: none
+  at::TensorOptions weights;                        // dtype and device of the adapters
+  std::vector<Adapter> adapters;                    // at first those that the module has
+  std::vector<NamedComposition> compositions;       // likewise
+  std::vector<AdapterFusion> fusions;               // likewise
+  std::optional<std::vector<c10::IValue>> example;  // arguments of forward, for who gets some to verify with
+  std::string head_mask;  // the argument of forward that is the heads' token mask; empty: none
 };
 
 // Copies the base of `module`, canonicalises the copy's forward, finds the sites and reads the adapters. Throws

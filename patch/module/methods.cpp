@@ -1,5 +1,7 @@
 #include <torchgraft/patch/module/methods.h>
 
+#include <torchgraft/patch/adapters/adapters_module.h>
+#include <torchgraft/patch/adapters/parallel_rows.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/module_methods.h>
 
@@ -93,6 +95,53 @@ Value* insert_method_call(Graph& graph, const Function& method, at::ArrayRef<Val
   return graph.insertNode(call)->output();
 }
 
+// kParallelRows in a graph of a module whose compositions have a Parallel; in others it changes nothing.
+class ParallelRows {
+ public:
+  ParallelRows(Graph& graph, const Module& adapters) : graph_(graph), adapters_(adapters) {
+    compositions_ = read_compositions(adapters);
+    is_needed_ = has_parallel(compositions_);
+  }
+
+  explicit operator bool() const { return is_needed_; }
+
+  Value* ids_of_rows(Value* ids) { return is_needed_ ? call("ids_of_rows", {ids}, {first(), channels()}) : ids; }
+  Value* index_of_result(Value* result, Value* ids, Value* active) {
+    return call("index_of_result", {result, ids, active}, {first(), channels()});
+  }
+  Value* repeated_ids(Value* ids, Value* active, Value* index) {
+    return call("repeated_ids", {ids, active, index}, {});
+  }
+  Value* repeated_mask(Value* mask, Value* index) { return call("repeated_mask", {mask, index}, {}); }
+  Value* heads_of_channels(Value* ids, Value* head_ids) {
+    c10::List<c10::List<int64_t>> heads;
+    for (const NamedComposition& composition : compositions_) {
+      c10::List<int64_t> own;
+      for (const std::string& name : channel_heads(composition.tree)) {
+        own.push_back(find_id(adapters_, name, "compose"));
+      }
+      heads.push_back(own);
+    }
+    return call("heads_of_channels", {ids, head_ids}, {first(), channels(), heads});
+  }
+
+ private:
+  c10::IValue first() const { return static_cast<int64_t>(adapter_names(adapters_).size()); }
+  c10::IValue channels() const { return channels_of(compositions_); }
+
+  Value* call(const char* function, std::vector<Value*> arguments, const std::vector<c10::IValue>& constants) {
+    for (const c10::IValue& constant : constants) {
+      arguments.push_back(graph_.insertConstant(constant));
+    }
+    return torch::jit::insertGraph(graph_, *compile_graph(kParallelRows, function), arguments)[0];
+  }
+
+  Graph& graph_;
+  const Module adapters_;
+  std::vector<NamedComposition> compositions_;
+  bool is_needed_ = false;
+};
+
 struct GraftedCall {
   Value* result = nullptr;
   Value* gates = nullptr;
@@ -138,7 +187,8 @@ void add_forward_with_gates(Module& module, const Function& grafted, const c10::
   Value* adapters = graph->insertGetAttr(graph->inputs()[0], "adapters");
   const Function& collect = module.attr("adapters").toModule().type()->getMethod("collect_gates");
   const c10::TypePtr gates_type = collect.getSchema().returns()[0].type();
-  Value* gates = insert_method_call(*graph, collect, {adapters, call.gates, graph->inputs().back()}, gates_type);
+  Value* ids = ParallelRows(*graph, module.attr("adapters").toModule()).ids_of_rows(graph->inputs().back());
+  Value* gates = insert_method_call(*graph, collect, {adapters, call.gates, ids}, gates_type);
   Value* pair = graph->insertNode(graph->createTuple({call.result, gates}))->output();
   graph->registerOutput(pair);
   add_method(module, "forward_with_gates", graph, arguments, {Argument("", pair->type())});
@@ -177,9 +227,16 @@ void add_forward_with_head(Module& module, const Function& grafted, const c10::T
   Value* ids = graph->inputs().back();
   Value* active = graph->insertGetAttr(adapters, "active");
   if (module.attr("adapters").toModule().hasattr("composed_heads")) {
+    ParallelRows parallel(*graph, module.attr("adapters").toModule());
+    if (parallel) {
+      Value* index = parallel.index_of_result(hidden, ids, active);
+      ids = parallel.repeated_ids(ids, active, index);
+      mask = parallel.repeated_mask(mask, index);
+    }
     Value* heads = graph->insertGetAttr(adapters, "composed_heads");
     active = torch::jit::insertGraph(*graph, *compile_graph(kHeadsOfCompositions, "head_id"), {active, ids, heads})[0];
-    ids = torch::jit::insertGraph(*graph, *compile_graph(kHeadsOfCompositions, "head_ids"), {ids, heads})[0];
+    Value* of_rows = torch::jit::insertGraph(*graph, *compile_graph(kHeadsOfCompositions, "head_ids"), {ids, heads})[0];
+    ids = parallel ? parallel.heads_of_channels(ids, of_rows) : of_rows;
   }
   const Function& logits = module.attr("adapters").toModule().attr("heads").toModule().type()->getMethod("logits");
   Value* result = insert_method_call(

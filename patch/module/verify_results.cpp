@@ -9,12 +9,14 @@
 #include <torchgraft/patch/module/compare_rows.h>
 #include <torchgraft/patch/module/methods.h>
 #include <torchgraft/patch/module/result_difference.h>
+#include <torchgraft/patch/module/row_counts.h>
 #include <torchgraft/patch/module/trial_run.h>
 #include <torchgraft/registration/error_text.h>
 
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <map>
 #include <set>
 #include <stdexcept>
 #include <utility>
@@ -29,47 +31,6 @@ using torch::jit::Module;
 struct NotFinite : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
-
-void add_size(std::vector<int64_t>& sizes, int64_t size) {
-  if (size > 0 && std::find(sizes.begin(), sizes.end(), size) == sizes.end()) {
-    sizes.push_back(size);
-  }
-}
-
-// The numbers of rows that the adapted layers may see, likeliest first: the first sizes of tensors among `arguments`,
-// the second, lengths of lists, one row, and products of two sizes, where dimensions are joined.
-std::vector<int64_t> row_counts(const Arguments& arguments) {
-  std::vector<at::Tensor> tensors;
-  std::vector<int64_t> lengths;
-  for (const c10::IValue& argument : arguments) {
-    argument.visit([&](const c10::IValue& part) {
-      if (part.isTensor() && part.toTensor().defined() && !part.toTensor().is_nested()) {
-        tensors.push_back(part.toTensor());
-      } else if (part.isList()) {
-        lengths.push_back(static_cast<int64_t>(part.toListRef().size()));
-      }
-      return false;
-    });
-  }
-  std::vector<int64_t> result;
-  for (const int64_t dimension : {0, 1}) {
-    for (const at::Tensor& tensor : tensors) {
-      add_size(result, tensor.dim() > dimension ? tensor.size(dimension) : 0);
-    }
-  }
-  for (const int64_t length : lengths) {
-    add_size(result, length);
-  }
-  add_size(result, 1);
-  for (const at::Tensor& tensor : tensors) {
-    for (int64_t dimension = 0; dimension + 1 < tensor.dim(); ++dimension) {
-      add_size(result, tensor.size(dimension) * tensor.size(dimension + 1));
-    }
-    add_size(result, tensor.dim() > 2 ? tensor.size(2) : 0);
-    add_size(result, tensor.dim() > 0 ? 2 * tensor.size(0) : 0);
-  }
-  return result;
-}
 
 // Ids that give row i the adapter at first + i in `adapters`; those behind the last adapter begin again.
 at::Tensor ids_from(const std::vector<int64_t>& adapters, size_t first, int64_t rows, c10::Device device) {
@@ -134,6 +95,11 @@ class Comparison {
         is_drawn_(is_drawn),
         is_made_up_(is_made_up),
         splitting_(splitting_compositions(modules.grafted.attr("adapters").toModule())) {
+    for (const NamedComposition& composition : read_compositions(modules.grafted.attr("adapters").toModule())) {
+      if (parallel_channels(composition.tree) > 1) {
+        channels_[composition.name] = parallel_channels(composition.tree);
+      }
+    }
     const auto graph = by_calls_.module.get_method("grafted_forward").graph();
     decompose_optimized(graph);
     decompose_adapters(graph);
@@ -252,7 +218,12 @@ class Comparison {
       const Trial by_ids{grafted_.run, "forward", at::full_like(ids, position)};
       add(missing, compare(active, expected, by_ids, run(by_ids, arguments), arguments,
                            {name + " by adapter_ids", "the active adapter's"}));
-      check_row_stays(arguments, name, ids, position, of_base, expected);
+      const auto parallel = channels_.find(adapter);
+      if (parallel == channels_.end()) {
+        check_row_stays(arguments, name, ids, position, of_base, expected);
+      } else if (splitting_.count(adapter) == 0) {
+        check_channels(arguments, name, ids, position, of_base, expected, parallel->second);
+      }
     }
     return missing;
   }
@@ -277,6 +248,22 @@ class Comparison {
         " to row 0 alone, the module changes the result of another row: it moves rows before its layers or behind "
         "them; order rows outside of the module",
         verifier_.remedy);
+  }
+
+  // A Parallel in row 0 alone repeats this row, and leaves the others as they are.
+  void check_channels(const Arguments& arguments, const std::string& name, const at::Tensor& ids, int64_t position,
+                      const c10::IValue& of_base, const c10::IValue& of_adapter, int64_t channels) const {
+    if (ids.size(0) < 2) {
+      return;
+    }
+    const at::Tensor of_first = ids.clone();
+    of_first[0] = position;
+    std::vector<at::Tensor> of_row = tensors_in(run({grafted_.run, "forward", of_first}, arguments));
+    const auto expected = with_first_repeated(of_base, of_adapter, of_row, ids.size(0), channels);
+    const ResultDifference difference(dtype_, c10::IValue(expected), c10::IValue(of_row));
+    TORCH_CHECK(!difference.is_too_large(), verifier_.what, ": with adapter_ids that give ", name, " to row 0 alone, ",
+                "the result differs from that of each row by itself ", difference.text(), "; please report the model",
+                verifier_.remedy);
   }
 
   // Rows of the adapters that the module had before: as many in one batch as there are rows, until each had its turn.
@@ -327,6 +314,7 @@ class Comparison {
   bool is_drawn_;
   bool is_made_up_;
   std::set<std::string> splitting_;
+  std::map<std::string, int64_t> channels_;  // of compositions with a Parallel
 };
 
 }  // namespace
