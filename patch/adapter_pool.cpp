@@ -90,13 +90,17 @@ void AdapterPool::compose(const std::string& name, const Composition& tree) {
   TORCH_CHECK(!name.empty(), "AdapterPool: a composition needs a name; the empty one is the base model");
   check_pool_name(name);
   state_->check_composition(tree, name);
+  const std::vector<std::string> parts = adapters_in(tree);
+  TORCH_CHECK(std::find(parts.begin(), parts.end(), name) == parts.end(), "AdapterPool: the composition ",
+              composition_to_string(tree), " uses the adapter '", name, "' and cannot have the same name; give it ",
+              "another one");
   const std::lock_guard loading(state_->loading);
   const std::lock_guard lock(state_->mutex);
   TORCH_CHECK(!state_->current->index.count(name), "AdapterPool: an adapter is called '", name,
               "'; evict it first, or give the composition another name");
-  for (const std::string& part : adapters_in(tree)) {
-    TORCH_CHECK(!state_->compositions.count(part) && part != name, "AdapterPool: '", name, "', ",
-                composition_to_string(tree), ", uses '", part, "', which is a composition; name its adapters");
+  for (const std::string& part : parts) {
+    TORCH_CHECK(!state_->compositions.count(part), "AdapterPool: '", name, "', ", composition_to_string(tree),
+                ", uses '", part, "', which is a composition; name its adapters");
   }
   state_->compositions[name] = tree;
 }

@@ -4,7 +4,10 @@
 #include <torchgraft/patch/module/methods.h>
 #include <torchgraft/patch/module/verify_results.h>
 
+#include <ATen/ATen.h>
+
 #include <algorithm>
+#include <map>
 #include <string>
 #include <utility>
 #include <vector>
@@ -12,6 +15,26 @@
 namespace torchgraft {
 
 using torch::jit::Module;
+
+namespace {
+
+// A bank of `module` that its adapters, read back and stacked again, do not give: rows of smaller adapters are filled
+// up with zeros, and somebody wrote over them. Empty: there is none.
+std::string written_bank(const Module& module, const Module& result) {
+  std::map<std::string, at::Tensor> banks;
+  for (const auto& bank : result.attr("adapters").toModule().named_parameters()) {
+    banks.emplace(bank.name, bank.value);
+  }
+  for (const auto& bank : module.attr("adapters").toModule().named_parameters()) {
+    const auto found = banks.find(bank.name);
+    if (found != banks.end() && found->second.sizes() == bank.value.sizes() && !found->second.equal(bank.value)) {
+      return bank.name;
+    }
+  }
+  return "";
+}
+
+}  // namespace
 
 Module compose(const Module& module, const std::string& name, const Composition& tree, const VerifyOptions& verifying) {
   check_composition(tree, "compose");
@@ -34,8 +57,17 @@ Module compose(const Module& module, const std::string& name, const Composition&
     const Verifier verifier{"compose",
                             "; verify=False (C++: VerifyOptions::verify = false) composes without comparing"};
     const BaseAndGrafted both{module, result};
-    const std::string reason = verify_results(both, with_drawn_weights(both, adapters, adapters), verifying.example,
-                                              weights, {name}, verifier);
+    std::string reason;
+    try {
+      reason = verify_results(both, with_drawn_weights(both, adapters, adapters), verifying.example, weights, {name},
+                              verifier);
+    } catch (const c10::Error&) {
+      const std::string bank = written_bank(module, result);
+      TORCH_CHECK(bank.empty(), "compose: the bank adapters.", bank, " of the module has numbers where none of its ",
+                  "adapters has a weight: smaller adapters fill up their rows with zeros, and somebody wrote over ",
+                  "them; write only the part of a row that its adapter has, or replace the adapter (replace_adapter)");
+      throw;
+    }
     if (!reason.empty()) {
       TORCH_WARN("compose: ", reason, ". verify=False does without");
     }

@@ -87,6 +87,17 @@ bool may_have_tensors(const c10::TypePtr& type) {
          type->kind() == c10::TypeKind::AnyType || std::any_of(contained.begin(), contained.end(), may_have_tensors);
 }
 
+// The argument of which `tokens` is a function that keeps all dimensions where they are; null where it is of none.
+Value* argument_of(Value* tokens) {
+  const auto keeps = [](const Node* node) {
+    return is_elementwise(node) || is_aten(node, {"layer_norm", "rms_norm", "dropout", "to", "contiguous", "detach"});
+  };
+  while (keeps(tokens->node())) {
+    tokens = tokens->node()->input(0);
+  }
+  return tokens->node()->kind() == c10::prim::Param && is_tensor(tokens) ? tokens : nullptr;
+}
+
 }  // namespace
 
 RowRepeater::RowRepeater(Graph& graph, const GraphSites& sites, const Module& root) : graph_(graph), root_(root) {
@@ -111,6 +122,10 @@ void RowRepeater::find_batch(const GraphSites& sites, const Module& root) {
   for (const LayerSites& layer : sites.layers) {
     const LinearSite& query = layer.query;
     sequence_first_ = sequence_first_ || query.sequence_first;
+    if (Value* argument = query.node ? argument_of(linear_input(query.node)) : nullptr) {
+      known_.emplace(argument, query.sequence_first ? 1 : 0);
+      counted_ = counted_ ? counted_ : argument;
+    }
     const auto tokens = query.node ? shapes.shape(linear_input(query.node)) : std::nullopt;
     if (!tokens || tokens->size() != 3) {
       continue;

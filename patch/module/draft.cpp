@@ -248,15 +248,26 @@ std::vector<Arguments> row_examples(const Draft& draft) {
   if (!has_parallel(draft.compositions) || trains || !reason_not_to_run(draft.canonical.graph).empty()) {
     return {};
   }
-  if (draft.example) {
-    return {*draft.example};
-  }
   const auto forward = draft.module.get_method("forward");
+  std::vector<Arguments> given;
+  if (draft.example) {
+    given.push_back(*draft.example);
+  } else {
+    const ExampleInputs made = make_example_inputs(forward.function().getSchema(), *forward.graph(),
+                                                   *draft.canonical.graph, draft.module, draft.weights);
+    for (const ExampleInputs::Candidate& candidate : made.candidates) {
+      given.push_back(candidate.arguments);
+    }
+  }
+  const auto& declared = forward.function().getSchema().arguments();
   std::vector<Arguments> result;
-  const ExampleInputs made = make_example_inputs(forward.function().getSchema(), *forward.graph(),
-                                                 *draft.canonical.graph, draft.module, draft.weights);
-  for (const ExampleInputs::Candidate& candidate : made.candidates) {
-    result.push_back(candidate.arguments);
+  for (Arguments& arguments : given) {
+    while (arguments.size() + 1 < declared.size() && declared[arguments.size() + 1].default_value()) {
+      arguments.push_back(*declared[arguments.size() + 1].default_value());
+    }
+    if (arguments.size() + 1 == declared.size()) {
+      result.push_back(arguments);
+    }
   }
   return result;
 }

@@ -35,7 +35,7 @@ void check_blocks(const Composition& tree, const std::string& name) {
   TORCH_CHECK(tree.kind != BlockKind::kFuse, "AdapterPool: '", name, "': ", composition_to_string(tree),
               " needs AdapterFusion layers, which no pool holds yet; serve it from a module of its own (compose)");
   TORCH_CHECK(tree.kind != BlockKind::kParallel, "AdapterPool: '", name, "': no pool holds a Parallel; acquire each ",
-              "of its parts, and repeat the rows for each");
+              "of its parts, and repeat the rows for each (a module's own: remove_adapter takes it out)");
   TORCH_CHECK(tree.kind != BlockKind::kMultiTask, "AdapterPool: '", name, "': no pool holds a MultiTask; acquire for ",
               "each row the part of its task");
   TORCH_INTERNAL_ASSERT(std::find(std::begin(kPooledBlocks), std::end(kPooledBlocks), tree.kind) !=
@@ -94,6 +94,9 @@ std::vector<PoolRequest> PoolState::requests(const std::vector<std::string>& nam
     } else if (!request.name.empty()) {
       request.parts = {request.name};
     }
+    TORCH_CHECK(static_cast<int64_t>(request.parts.size()) <= options.capacity, "AdapterPool: ", request.text, " has ",
+                request.parts.size(), " adapters, and the pool holds at most ", options.capacity,
+                " at once; raise the capacity");
     for (const std::string& part : request.parts) {
       TORCH_CHECK(!compositions.count(part), "AdapterPool: ", request.text, " uses '", part,
                   "', which is a composition; name its adapters");

@@ -83,7 +83,7 @@ class Fuse(AdapterCompositionBlock):
 
 
 class Parallel(AdapterCompositionBlock):
-    """Adapters side by side on copies of one input."""
+    """Adapters side by side on copies of one input: B rows become B rows for each child, one child behind the other."""
 
 
 class MultiTask(AdapterCompositionBlock):
@@ -158,6 +158,13 @@ def adapters_of(tree: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(name for child in tree["children"] for name in adapters_of(child)))
 
 
+def has_parallel(tree: dict[str, Any]) -> bool:
+    """Whether what to_dict() gives has a Parallel in it."""
+    return tree["type"] == "Parallel" or any(
+        has_parallel(child) for child in tree["children"] if isinstance(child, dict)
+    )
+
+
 def composition_to_json(composition: Any) -> str:
     """Returns a composition as the patcher reads it.
 
@@ -211,7 +218,8 @@ def compose(
             text, "Stack(en, ner)".
         verify: run the copy and compare the composition by its operators, by plain ATen calls and by adapter_ids, and
             the module's adapters with what they gave before. A warning says what could not be compared.
-        example: for `verify`: inputs, as graft() takes them.
+        example: for `verify`: inputs, as graft() takes them. And for a Parallel: inputs of the kind that the module
+            will get. Those of another kind (a mask more, another dtype) give the same results, and save nothing.
 
     Raises:
         GraftError: an adapter is unknown, the name is taken, or the library cannot run this composition either: the

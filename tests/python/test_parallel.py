@@ -12,6 +12,9 @@ from models import VARIANTS, Batch, make_batch
 from oracle import difference, oracle_for
 from test_compositions import DTYPE, TOLERANCE, bank, expected, expected_states, library_block, parts_of, run, saved
 from torchgraft import Average, BatchSplit, Parallel, Split, Stack
+from torchgraft.training.batches import EncodedExamples
+from torchgraft.training.options import TrainingOptions
+from torchgraft.training.trainer import Trainer
 
 pytestmark = pytest.mark.quick
 
@@ -157,17 +160,16 @@ def test_each_child_has_its_own_head() -> None:
     for name, labels in (("bn", 2), ("gated", 3)):
         head = torchgraft.HeadConfig(num_labels=labels, layers=1, pooling="mean")
         module = torchgraft.add_head(module, name, head, token_mask="attention_mask")
-    module = torchgraft.compose(module, "c", Parallel("bn", Stack("bn", "gated")), verify=False)
-    module = torchgraft.compose(module, "d", Stack("bn", "gated"), verify=False)
+    module = torchgraft.compose(module, "c", Parallel("bn", Stack("gated")), verify=False)
     batch = make_batch([9, 4, 7], 9, DTYPE, 5)
     arguments = VARIANTS["bert_sdpa"].arguments(batch)
     with torch.no_grad():
-        of_bn, of_stack = (module.forward_with_head(*arguments, adapter_ids=torch.full([3], id)) for id in (0, 3))
+        of_bn, of_gated = (module.forward_with_head(*arguments, adapter_ids=torch.full([3], id)) for id in (0, 1))
         module.activate("c")
         assert difference(module.forward_with_head(*arguments).nan_to_num(neginf=-1),
-                          torch.cat([of_bn, of_stack]).nan_to_num(neginf=-1)) <= TOLERANCE  # fmt: skip
+                          torch.cat([of_bn, of_gated]).nan_to_num(neginf=-1)) <= TOLERANCE  # fmt: skip
         found = module.forward_with_head(*arguments, adapter_ids=torch.tensor([1, 2, 0]))
-        assert found.size(0) == 4 and difference(found[3:], of_stack[1:2]) <= TOLERANCE
+        assert found.size(0) == 4 and difference(found[3:], of_gated[1:2]) <= TOLERANCE
         assert difference(found[1:3, :2], of_bn[1:, :2]) <= TOLERANCE
 
 
@@ -184,7 +186,7 @@ def test_life_of_a_parallel(tmp_path) -> None:
     assert difference(run(lowered, "bert_sdpa", batch), wanted) <= TOLERANCE
 
     torchgraft.save_adapter_setup(module, "c", tmp_path / "ours")
-    assert json.loads((tmp_path / "ours" / "adapter_setup.json").read_text())["adapter_composition"] == block.to_dict()
+    assert json.loads((tmp_path / "ours" / "adapter_setup.json").read_text())["adapter_setup"] == block.to_dict()
     again = torchgraft.load_adapter_setup(base("bert_sdpa", DTYPE), tmp_path / "ours", "again")
     again.activate("again")
     assert difference(run(again, "bert_sdpa", batch), wanted) <= TOLERANCE
@@ -223,3 +225,53 @@ def test_other_models_give_each_child(variant: str, count: int) -> None:
     found = run(module, variant, batch, adapter_ids=ids)
     rows = [wanted[0][:1], plain[1:2], wanted[1][2:3], wanted[1][:1]]
     assert difference(found, torch.cat([row for row in rows if row.size(0)])) <= TOLERANCE
+
+
+def rows_of_linear_maps(module: torch.jit.ScriptModule, *arguments: torch.Tensor | None) -> set[int]:
+    """How many rows the linear maps of a pass see."""
+    with torch.no_grad(), torch.profiler.profile(record_shapes=True) as profile:
+        module(*arguments)
+    shapes = [event.input_shapes[0] for event in profile.events() if event.name == "aten::linear"]
+    return {shape[0] for shape in shapes if len(shape) == 3}
+
+
+def drawn(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for key, tensor in module.adapters.state_dict().items():
+            if tensor.is_floating_point() and "scaling" not in key:
+                tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) * 0.1)
+    return module
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_what_lies_under_the_first_adapter_runs_once(with_mask: bool) -> None:
+    """Inputs of another kind than the example have the same results."""
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    module = torch.jit.script(torch.nn.TransformerEncoder(layer, 3).eval())
+    for name in ("a", "b"):
+        module = torchgraft.graft(module, "seq_bn[reduction_factor=2, leave_out=[0, 1]]", name)
+    causal = torch.ones(5, 5).triu(1).bool()
+    x, padding = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    example = (x, None, padding) if with_mask else (x,)
+    module = torchgraft.compose(drawn(module), "c", Parallel("a", "b"), example=example)
+    for count in (1, 2, 5, 6):
+        x, padding = torch.randn(count, 5, 16), torch.arange(5)[None] >= torch.randint(2, 6, (count, 1))
+        for arguments in ((x,), (x, None, padding), (x, causal), (x, causal, padding)):
+            with torch.no_grad():
+                alone = [module(*arguments, adapter_ids=torch.full([count], id)) for id in (0, 1)]
+                found = module(*arguments, adapter_ids=torch.full([count], 2))
+            assert difference(alone[0], alone[1]) > 1e-3
+            assert difference(found, torch.cat(alone)) <= 1e-5
+    module.activate("c")
+    x, padding = torch.randn(4, 5, 16), torch.zeros(4, 5, dtype=torch.bool)
+    assert 4 in rows_of_linear_maps(module, *((x, None, padding) if with_mask else (x,)))
+    assert rows_of_linear_maps(module, *((x,) if with_mask else (x, None, padding))) == {8}
+
+
+def test_rows_with_one_label_have_no_parallel() -> None:
+    module = torchgraft.compose(bank("bert_sdpa", "bn", "bn2"), "c", Parallel("bn", "bn2"), verify=False)
+    with pytest.raises(torchgraft.GraftError, match=r"'c', Parallel\(bn, bn2\), has a Parallel"):
+        Trainer(module, "c", EncodedExamples([[1], [2]], [[0], [0]], torch.tensor([0, 1]), ["", ""]), None, 2,
+                TrainingOptions())  # fmt: skip

@@ -18,10 +18,6 @@ from torchgraft import AdapterPool, Fuse, MultiTask, Parallel, Stack
 
 pytestmark = pytest.mark.quick
 
-PARALLEL = (
-    "Parallel is not supported yet; compose each of its parts under a name of its own, and give every row once for "
-    "each part, with adapter_ids"
-)
 MULTI_TASK = (
     "MultiTask is not supported; compose each of its parts under a name of its own, and give every row that of its "
     "task in adapter_ids"
@@ -71,9 +67,6 @@ def check_command(*words: object, says: tuple[str, ...]) -> None:
 
 
 BLOCKS = [
-    (Parallel("en", "ner"), "Parallel(en, ner)", PARALLEL),
-    (Parallel("en", Stack("en", "ner")), "Parallel(en, Stack(en, ner))", PARALLEL),
-    (Stack("en", Parallel("en", "ner")), "Parallel(en, ner)", PARALLEL),
     (MultiTask("en", "ner"), "MultiTask(en, ner)", MULTI_TASK),
     (MultiTask(Fuse("en", "ner"), "en"), "MultiTask(Fuse(en, ner), en)", MULTI_TASK),
 ]
@@ -96,7 +89,7 @@ def test_blocks_that_no_module_runs(block, named: str, message: str, model, file
 
 
 def test_the_remedy_for_parallel_and_multi_task_is_one(model) -> None:
-    """Every row once for each part; or each with its task's part."""
+    """Every row once for each part; or each with its task's part. Pools and caches have no other way."""
     x = torch.randn(2, 5, 16)
     module = torchgraft.compose(model, "both", Stack("en", "ner"), verify=False)
     ids = torch.tensor([1, 1, 2, 2])  # Parallel("ner", Stack("en", "ner"))
@@ -105,6 +98,33 @@ def test_the_remedy_for_parallel_and_multi_task_is_one(model) -> None:
         for row, name in ((0, "ner"), (2, "both")):
             module.activate(name)
             torch.testing.assert_close(found[row : row + 2], module(x))
+
+
+def test_parallel_where_rows_cannot_be_repeated(model) -> None:
+    both = torchgraft.compose(model, "both", Parallel("en", "ner"), verify=False)
+    remedy = "no pool holds a Parallel; acquire each of its parts, and repeat the rows for each"
+    check_refused(lambda: AdapterPool(both, 8), f"'both': {remedy}")
+    check_refused(lambda: AdapterPool(model, 8).acquire(["Parallel(en, ner)"]), remedy)
+    check_refused(lambda: torchgraft.export(both, (torch.randn(2, 5, 16),)), "export: the module has compositions")
+
+
+def test_names_and_capacities_of_pools(base, model, tmp_path: Path) -> None:
+    pool = AdapterPool(model, 8)
+    check_refused(lambda: pool.compose("en", Stack("en", "ner")), "uses the adapter 'en' and cannot have the same name")
+    torchgraft.save_adapter(model, "en", tmp_path / "en")
+    pool = AdapterPool(base, 1)
+    pool.insert("en", tmp_path / "en")
+    check_refused(lambda: pool.acquire(["Stack(en, ner)"]), "has 2 adapters, and the pool holds at most 1 at once")
+
+
+def test_a_bank_that_somebody_wrote_over(model) -> None:
+    noisy = torchgraft.rename_adapter(model, "en", "english")
+    with torch.no_grad():
+        for name, bank in noisy.adapters.named_parameters():
+            if "down_weight" in name or "up_weight" in name:
+                bank.copy_(torch.randn(bank.shape))
+    check_refused(lambda: torchgraft.compose(noisy, "c", Stack("english", "ner")), "the bank adapters.layer_0.",
+                  "somebody wrote over", "replace_adapter")  # fmt: skip
 
 
 def test_prompt_tuning(base, files: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from .. import fusion_regularization_loss, list_adapters, trainable_parameters
 from .._files import remove_leftovers
 from .._reading import parse_json
 from .._text import text_arguments
-from ..composition import adapters_of
+from ..composition import adapters_of, has_parallel
 from ..errors import GraftError
 from .batches import Batch, EncodedExamples, collate, scoring_batches, training_batches
 from .checkpoint import (
@@ -104,6 +104,14 @@ def _configs_of(module: torch.jit.ScriptModule, name: str) -> list[dict[str, Any
     return [configs[part] for part in (adapters_of(configs[name]) if is_composition else [name])]
 
 
+def _check_rows(module: torch.jit.ScriptModule, name: str) -> None:
+    """Raises GraftError where a row of the examples has several results, and one label."""
+    for info in list_adapters(module):
+        if info.name == name and info.composition and has_parallel(parse_json(info.config, name)):
+            raise GraftError(f"training: '{name}', {info.composition}, has a Parallel, whose rows have a result for "
+                             "each child; train its children one by one")  # fmt: skip
+
+
 def _part_of(key: str, parallel: bool) -> str:
     """Returns whether a parameter belongs to the "head", a "prefix", a "parallel" bottleneck, a "fusion" or else the
     "adapter", by its name in the module. Ignores what the user has chosen in it: "adapter_NAME", "SLOT_dropout_NAME".
@@ -164,6 +172,7 @@ class Trainer:
         self._num_labels, self._options, self._checkpoint = num_labels, options, checkpoint
         self._workers = workers or Workers()
         self._listeners = list(listeners) if self._workers.rank == 0 else []
+        _check_rows(module, name)
         module.activate(name)
         self._parameters = trainable_parameters(module, name)
         self._workers.take_from_first(list(self._parameters.values()))

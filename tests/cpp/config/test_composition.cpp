@@ -96,14 +96,22 @@ TEST(Composition, BlocksThatNoModuleRunsAreNamedWithTheRemedy) {
     return std::string();
   };
   EXPECT_EQ(
-      error("Stack(a, Parallel(b, c))"),
-      "compose: Parallel(b, c): Parallel is not supported yet; compose each of its parts under a name of its own, "
-      "and give every row once for each part, with adapter_ids");
-  EXPECT_EQ(
       error("MultiTask(a, Average(b, c))"),
       "compose: MultiTask(a, Average(b, c)): MultiTask is not supported; compose each of its parts under a name of "
       "its own, and give every row that of its task in adapter_ids");
   EXPECT_EQ(error("Stack(a, Fuse(b, Stack(c, a)), d)"), "");
+  EXPECT_EQ(error("Stack(a, Parallel(b, c))"), "");
+}
+
+TEST(Composition, ParallelRepeatsRowsOnce) {
+  EXPECT_EQ(parallel_channels(composition_from_string("Stack(a, Parallel(b, c, a))")), 3);
+  EXPECT_EQ(parallel_channels(composition_from_string("Average(a, b)")), 1);
+  EXPECT_TRUE(has_parallel(composition_from_string("Parallel(a)")));
+  EXPECT_FALSE(has_parallel(composition_from_string("Stack(a, b)")));
+  EXPECT_NE(error_of("Stack(Parallel(a, b), Parallel(a, b, c))").find("different numbers of children"),
+            std::string::npos);
+  EXPECT_NE(error_of("Stack(BatchSplit(a, b, batch_sizes=[1, 2]), Parallel(a, b))").find("behind a BatchSplit"),
+            std::string::npos);
 }
 
 TEST(Composition, ErrorsShowLittleOfALongText) {
