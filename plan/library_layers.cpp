@@ -28,9 +28,13 @@ SavedPath path_of(const Layer& layer) {
   return first ? split_path(first->path) : SavedPath();
 }
 
+// The tower of a CLIP: "<...>.text_model.encoder.layers.<number>.self_attn.<...>", or "vision_model".
 Tower tower_of(const SavedPath& path) {
-  const auto has = [&](const char* part) { return std::find(path.begin(), path.end(), part) != path.end(); };
-  return has("text_model") ? Tower::kText : has("vision_model") ? Tower::kVision : Tower::kNone;
+  const auto number = number_position(path);
+  const bool is_clip = number && *number >= 3 && *number + 1 < path.size() && path[*number - 1] == "layers" &&
+                       path[*number - 2] == "encoder" && path[*number + 1] == "self_attn";
+  const std::string name = is_clip ? path[*number - 3] : "";
+  return name == "text_model" ? Tower::kText : name == "vision_model" ? Tower::kVision : Tower::kNone;
 }
 
 // The numbers of a whole CLIP's layers as found, in the library's order; empty for any other structure.

@@ -2,6 +2,7 @@
 
 #include <torchgraft/patch/adapters/parallel_rows.h>
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/linear_map.h>
 #include <torchgraft/patch/graph/symbolic_shape.h>
 #include <torchgraft/patch/insert/repeat_later.h>
 

@@ -23,9 +23,10 @@ using testing::append;
 using testing::attention_at;
 using testing::error_of;
 
-void add_tower(Structure& structure, const std::string& name, int64_t layers, int64_t stack) {
+void add_tower(Structure& structure, const std::string& name, int64_t layers, int64_t stack,
+               const std::string& container = "encoder.layers") {
   for (int64_t i = 0; i < layers; ++i) {
-    const std::string path = c10::str("model.", name, ".encoder.layers.", i);
+    const std::string path = c10::str("model.", name, ".", container, ".", i);
     Layer layer = attention_at(AttentionKind::kSelf, path + ".self_attn");
     layer.stack = stack;
     add_feed_forward(layer, path + ".mlp.fc1", path + ".mlp.fc2");
@@ -185,6 +186,13 @@ TEST(LibraryLayers, AnMlpOfBothTowersIsSplit) {
   Reparametrisation again = sources;
   split_by_tower(plan, structure, again);
   EXPECT_EQ(again.size(), 2u);
+}
+
+TEST(LibraryLayers, TowersOfOtherContainersAreNoClip) {
+  Structure structure;
+  add_tower(structure, "vision_model", 3, 0, "layer");
+  add_tower(structure, "text_model", 2, 1, "layer");
+  EXPECT_FALSE(is_whole_clip(structure));
 }
 
 }  // namespace
