@@ -160,7 +160,7 @@ def test_each_child_has_its_own_head() -> None:
     for name, labels in (("bn", 2), ("gated", 3)):
         head = torchgraft.HeadConfig(num_labels=labels, layers=1, pooling="mean")
         module = torchgraft.add_head(module, name, head, token_mask="attention_mask")
-    module = torchgraft.compose(module, "c", Parallel("bn", Stack("gated")), verify=False)
+    module = torchgraft.compose(module, "c", Parallel("bn", "gated"), verify=False)
     batch = make_batch([9, 4, 7], 9, DTYPE, 5)
     arguments = VARIANTS["bert_sdpa"].arguments(batch)
     with torch.no_grad():
@@ -256,7 +256,7 @@ def test_what_lies_under_the_first_adapter_runs_once(with_mask: bool) -> None:
     x, padding = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     example = (x, None, padding) if with_mask else (x,)
     module = torchgraft.compose(drawn(module), "c", Parallel("a", "b"), example=example)
-    for count in (1, 2, 5, 6):
+    for count in (1, 2, 4, 6):  # not 5: a mask [5, 5] could be one of rows
         x, padding = torch.randn(count, 5, 16), torch.arange(5)[None] >= torch.randint(2, 6, (count, 1))
         for arguments in ((x,), (x, None, padding), (x, causal), (x, causal, padding)):
             with torch.no_grad():
