@@ -230,6 +230,7 @@ def parsed() -> argparse.Namespace:
 
 def main() -> int:
     arguments, console = parsed(), Console(width=110)
+    transformers.logging.set_verbosity_error()  # it remarks on a model that is made here
     try:
         arguments.output.mkdir(parents=True, exist_ok=True)
         tokenizer, found = make_models(arguments, console)
