@@ -131,6 +131,19 @@ void Package::swap_banks(const BankFile& file, const BankFile& like) {
     throw std::runtime_error("the package has the adapters " + joined(like.adapters) + ", and the new file has " +
                              joined(file.adapters) + ": export that file");
   }
+  // The code may have the numbers of what the package does not hold as a tensor.
+  for (const auto& [name, bank] : like.banks) {
+    const bool is_there = std::find(names.begin(), names.end(), name) != names.end();
+    const bool is_shared = std::any_of(names.begin(), names.end(), [&](const std::string& other) {
+      return like.banks.contains(other) && like.banks.at(other).data_ptr() == bank.data_ptr();
+    });
+    const bool is_equal =
+        size_text(like.banks, name) == size_text(file.banks, name) && at::equal(bank, file.banks.at(name));
+    if (!is_there && !is_shared && !is_equal) {
+      throw std::runtime_error("the bank " + name +
+                               " has changed, and the package does not have it as a tensor: export " + "the new file");
+    }
+  }
   Banks used;
   for (const std::string& name : names) {
     if (!name.starts_with(kBanks)) {

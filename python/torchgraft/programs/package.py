@@ -1,5 +1,6 @@
 """AOTInductor packages: programs as compiled code, which C++ runs without Python and without TorchScript."""
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,13 @@ import torch
 from torch import Tensor
 
 from .._files import check_writable, write_whole
+from .._libraries import patcher
 from ..errors import GraftError
 from ..life import list_adapters
-from .description import CUSTOM, description_text
+from .bank_constants import banks_read, computed_from_banks
+from .description import CUSTOM, description_of
 from .read_program import quiet
+from .to_script import input_ranges
 
 _BANKS = "adapters."
 _POOLS_ALL = "adapters.pools_all"  # one flag for each adapter, where their gate_pooling differs
@@ -27,7 +31,9 @@ def compile_package(program: torch.export.ExportedProgram, path: str | Path, *, 
     Args:
         program: what export() returns.
         path: the file to write, ending in .pt2.
-        freezing: pack the base's weights for this processor: faster, and they cannot be changed in the package.
+        freezing: pack the base's weights for this processor: faster, and they cannot be changed in the package. Where
+            the program computes something from banks alone, as some forms of adapters do, nothing is packed: it would
+            be computed once, and banks that are written later would not reach it.
 
     Raises:
         GraftError: the file cannot be written, or the program cannot be compiled.
@@ -36,10 +42,12 @@ def compile_package(program: torch.export.ExportedProgram, path: str | Path, *, 
     if target.suffix != ".pt2":
         raise GraftError(f"compile_package: expected a file ending in .pt2, got '{target}'")
     check_writable(target)
-    description = description_text(program)
-    options: dict[str, Any] = {"freezing": freezing}
+    description = description_of(program)
+    # Inductor writes tensors of up to eight numbers into the code, where nobody can change them.
+    options: dict[str, Any] = {"always_keep_tensor_constants": True, "cpp.dynamic_threads": True}
+    options["freezing"] = freezing and computed_from_banks(program) is None
     if description:
-        options["aot_inductor.metadata"] = {CUSTOM: description}
+        options["aot_inductor.metadata"] = {CUSTOM: json.dumps(description | {"package": _package_text(program)})}
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "package.pt2"
         try:
@@ -49,6 +57,16 @@ def compile_package(program: torch.export.ExportedProgram, path: str | Path, *, 
             text = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise GraftError(f"compile_package: AOTInductor does not compile the program ({text})") from error
         write_whole(package.read_bytes(), target)
+
+
+def _package_text(program: torch.export.ExportedProgram) -> dict[str, Any]:
+    """What a host compares before it loads the package's code."""
+    return {
+        "torch": torch.__version__,
+        "torchgraft": patcher().version(),
+        "banks": banks_read(program),
+        "inputs": input_ranges(program),
+    }
 
 
 def load_banks(package: Any, module: torch.jit.ScriptModule, like: torch.jit.ScriptModule) -> None:
@@ -67,6 +85,7 @@ def load_banks(package: Any, module: torch.jit.ScriptModule, like: torch.jit.Scr
     """
     banks, old = _banks(module), _banks(like)
     names = [name for name in package.get_constant_fqns() if name.startswith(_BANKS)]
+    _check_absent(banks, old, names)
     if _POOLS_ALL not in names:
         _check_poolings(module, like)
     for name in names:
@@ -82,6 +101,19 @@ def load_banks(package: Any, module: torch.jit.ScriptModule, like: torch.jit.Scr
             "once; make a package of the module as it is now"
         )
     package.load_constants({name: banks[name].detach().contiguous() for name in names}, check_full_update=False)
+
+
+def _check_absent(banks: dict[str, Tensor], old: dict[str, Tensor], names: list[str]) -> None:
+    """What the package does not have must be as it was: its code may have these numbers written into it."""
+    shared = {old[name].data_ptr() for name in names if name in old}
+    for name in sorted(old.keys() - set(names)):
+        if old[name].data_ptr() in shared:  # one tensor under several names: the package has one of them
+            continue
+        if _size_text(banks.get(name)) != _size_text(old[name]) or not torch.equal(banks[name], old[name]):
+            raise GraftError(
+                f"load_banks: '{name}' has changed, and the package does not have it as a tensor that can be written; "
+                "make a package of the module as it is now"
+            )
 
 
 def _banks(module: torch.jit.ScriptModule) -> dict[str, Tensor]:

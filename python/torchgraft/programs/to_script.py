@@ -72,6 +72,31 @@ def fixed_inputs(program: torch.export.ExportedProgram) -> str | None:
     return ", ".join(f"{name} {sizes_of(value)}" for name, value in tensors)
 
 
+def input_ranges(program: torch.export.ExportedProgram) -> list[dict[str, Any]]:
+    """Returns the inputs: "name", "dtype", and as "sizes" the least and the most of each size; None: no limit."""
+    names = set(program.graph_signature.user_inputs)
+    inputs = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
+    tensors = [(node.name, node.meta["val"]) for node in inputs if isinstance(node.meta.get("val"), torch.Tensor)]
+    return [
+        {
+            "name": name,
+            "dtype": str(value.dtype).removeprefix("torch."),
+            "sizes": [_range_of(program, size) for size in sizes_of(value)],
+        }
+        for name, value in tensors
+    ]
+
+
+def _range_of(program: torch.export.ExportedProgram, size: int | torch.SymInt) -> list[int | None]:
+    if isinstance(size, int):
+        return [size, size]
+    limits = program.range_constraints.get(size.node.expr)
+    if limits is None:  # computed of other sizes
+        return [0, None]
+    most = limits.upper
+    return [int(limits.lower), None if most.is_infinite or most > 2**62 else int(most)]
+
+
 def _check_dialect(program: torch.export.ExportedProgram) -> None:
     used = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     if any(name.startswith("torchgraft.") for name in used):
