@@ -17,7 +17,7 @@ inline constexpr const char* kUnpaddedTokens = "unpadded";
 void check_gate_pooling(const std::string& pooling, const char* what);
 
 // Whether an adapter of this configuration has a gate.
-bool has_gates(const AdapterConfig& config);
+TORCHGRAFT_PATCH_API bool has_gates(const AdapterConfig& config);
 
 // Whether an adapter of this configuration has gates that are means over unpadded tokens.
 TORCHGRAFT_PATCH_API bool pools_unpadded(const AdapterConfig& config);

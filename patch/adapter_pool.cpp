@@ -153,6 +153,17 @@ std::vector<std::string> AdapterPool::resident() const {
   return names;
 }
 
+std::vector<AdapterConfig> AdapterPool::room() const {
+  const std::lock_guard lock(state_->mutex);
+  return state_->current->banks.room();
+}
+
+std::string AdapterPool::misfit(const AdapterConfig& config) const {
+  const Adapter adapter = state_->prepare({"room", config, std::nullopt, ""});
+  const std::lock_guard lock(state_->mutex);
+  return state_->current->banks.misfit(adapter);
+}
+
 AdapterPoolStats AdapterPool::stats() const {
   const std::lock_guard lock(state_->mutex);
   AdapterPoolStats result = state_->counts;

@@ -28,6 +28,10 @@ struct AdapterPoolOptions {
   // a longer prefix) the pool builds larger banks beside its traffic and moves over to them. Empty: the configuration
   // of the first adapter.
   std::vector<AdapterConfig> room = {};
+  // The banks stay those that `room` and the module's adapters need: an adapter that does not fit is an error, and the
+  // pool takes no compositions. For who hands the banks' tensors on: an AOTInductor package that reads them, for
+  // example.
+  bool fixed_banks = false;
   // The most bytes that a row may have; all `capacity` rows grow together. The pool refuses an adapter that needs more.
   // 0: no limit.
   int64_t max_row_bytes = 0;
@@ -151,6 +155,15 @@ class TORCHGRAFT_PATCH_API AdapterPool {
   std::map<std::string, std::string> compositions() const;  // name -> text
 
   std::vector<std::string> resident() const;  // sorted
+
+  // The configurations that each row can hold now, with or without gates and sizes of their own. A pool on the same
+  // base with this room has banks of the same names and sizes.
+  std::vector<AdapterConfig> room() const;
+
+  // Why an adapter of this configuration does not fit into the banks as they are ("no bank for
+  // layer_0.selfattn_lora_k"); empty: it fits. Throws c10::Error when it does not fit the model.
+  std::string misfit(const AdapterConfig& config) const;
+
   AdapterPoolStats stats() const;
 
  private:

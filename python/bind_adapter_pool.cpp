@@ -92,6 +92,14 @@ void bind_adapter_pool(py::module_& m) {
       .def("remove_composition", &AdapterPool::remove_composition, no_gil)
       .def("compositions", &AdapterPool::compositions, no_gil)
       .def("resident", &AdapterPool::resident, no_gil)
+      .def("room",
+           [](const AdapterPool& pool) {
+             std::vector<std::string> configs;
+             for (const torchgraft::AdapterConfig& config : pool.room()) {
+               configs.push_back(torchgraft::config_to_json(config));
+             }
+             return configs;
+           })
       .def("stats", &stats_of);
 }
 

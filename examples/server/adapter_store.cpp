@@ -119,6 +119,9 @@ std::map<std::string, std::vector<std::string>> read_configs(const std::filesyst
 
 torchgraft::AdapterPoolOptions pool_options(const torch::jit::Module& module, const std::filesystem::path& folder,
                                             torchgraft::AdapterPoolOptions options, uint64_t file_bytes) {
+  if (options.fixed_banks) {
+    return options;
+  }
   const auto configs = read_configs(folder, own_configs(module), file_bytes);
   options.room.clear();
   for (const auto& [json, names] : configs) {
@@ -187,7 +190,26 @@ AdapterStore::AdapterStore(const torch::jit::Module& module, std::filesystem::pa
       own_(own_configs(module)),
       pool_(module, pool_options(module, folder_, options, file_bytes),
             [this](const std::string& name) { return read(name); }),
-      setups_(folder_, pool_, file_bytes) {}
+      setups_(folder_, pool_, file_bytes) {
+  if (options.fixed_banks) {
+    report_misfits();
+  }
+}
+
+void AdapterStore::report_misfits() const {
+  for (const auto& [json, names] : read_configs(folder_, own_, file_bytes_)) {
+    std::string fault;
+    try {
+      const std::string lacks = pool_.misfit(torchgraft::config_from_json(json));
+      fault = lacks.empty() ? "" : "there is " + lacks + "; make the package for its configuration, too (--room)";
+    } catch (const c10::Error& error) {
+      fault = error.what_without_backtrace();
+    }
+    for (const std::string& name : fault.empty() ? std::vector<std::string>() : names) {
+      report(name, fault);
+    }
+  }
+}
 
 AdapterSpec AdapterStore::read(const std::string& name) const {
   if (Setups::is_part(name)) {

@@ -26,12 +26,12 @@ std::string metric_label(const std::string& adapter);
 class AdapterStore {
  public:
   // `module` is a base model or a grafted one. An empty `folder` is none: then there are only those of the model's
-  // file. The pool makes rows for those configurations in the folder that fit, and
-  // ignores `options.room`; one line on stderr names each adapter that cannot be served, and why. With
-  // gate_pooling "unpadded" in `options.graft` an answer does not depend on the rest of its batch; empty, each adapter
-  // keeps the one that it was trained with. A line on stderr names each that is loaded with another one. file_bytes:
-  // the most that a file of weights may have. Throws when it cannot read the folder, and when the module has adapters
-  // of another gate_pooling than asked for.
+  // file. The pool makes rows for those configurations in the folder that fit, and ignores `options.room`; with
+  // fixed_banks it makes them for `options.room` alone. One line on stderr names each adapter that cannot be served,
+  // and why. With gate_pooling "unpadded" in `options.graft` an answer does not depend on the rest of its batch; empty,
+  // each adapter keeps the one that it was trained with. A line on stderr names each that is loaded with another one.
+  // file_bytes: the most that a file of weights may have. Throws when it cannot read the folder, and when the module
+  // has adapters of another gate_pooling than asked for.
   AdapterStore(const torch::jit::Module& module, std::filesystem::path folder,
                const torchgraft::AdapterPoolOptions& options, uint64_t file_bytes);
 
@@ -56,8 +56,10 @@ class AdapterStore {
   std::vector<Info> list() const;                     // sorted; throws when it cannot read the folder
   std::string config(const std::string& name) const;  // JSON; throws as acquire() does
   torchgraft::AdapterPoolStats stats() const { return pool_.stats(); }
+  torchgraft::AdapterPool& pool() { return pool_; }
 
  private:
+  void report_misfits() const;
   torchgraft::AdapterSpec read(const std::string& name) const;
   bool is_removed(const std::string& name) const;
   void check_name(const std::string& name) const;

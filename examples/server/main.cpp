@@ -7,6 +7,7 @@
 #include "generate_service.h"
 #include "http_server.h"
 #include "log.h"
+#include "package_check.h"
 #include "routes.h"
 #include "service.h"
 
@@ -26,6 +27,7 @@
 #include <csignal>
 #include <cstdlib>
 #include <iostream>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -37,11 +39,13 @@ namespace {
 
 struct Options {
   std::string model;
+  std::string package;
   std::string adapters;
   std::vector<std::string> libraries;
   std::string address = "127.0.0.1";
   uint16_t port = 8080;
   torchgraft::AdapterPoolOptions pool;
+  bool has_capacity = false;
   uint64_t adapter_file_bytes = uint64_t{1} << 30;
   int threads = 0;
   int64_t wait_us = 2000;
@@ -57,7 +61,10 @@ struct Options {
 // Without a meaning for the other kind of model.
 constexpr std::array<const char*, 6> kOfDecoders = {"--heads",         "--head-size",      "--layers",
                                                     "--max-positions", "--mask-of-tokens", "--max-cache-bytes"};
-constexpr std::array<const char*, 3> kOfEncoders = {"--workers", "--max-wait-us", "--pad-id"};
+constexpr std::array<const char*, 4> kOfEncoders = {"--workers", "--max-wait-us", "--pad-id", "--package"};
+// A package runs no compositions.
+constexpr std::array<const char*, 3> kOfCompositions = {"--max-compositions", "--max-composition-parts",
+                                                        "--max-composition-depth"};
 
 constexpr int64_t kLongestWait = 3'600'000'000;  // an hour, in microseconds
 
@@ -75,6 +82,9 @@ void declare(CLI::App& app, Options& options) {
   app.add_option("--adapters", options.adapters,
                  "folder of adapter directories, one for each name; a grafted model has adapters without one")
       ->check(CLI::ExistingDirectory);
+  app.add_option("--package", options.package,
+                 "an AOTInductor package of MODEL.pt (torchgraft export --pool): it runs instead; its code runs")
+      ->check(CLI::ExistingFile);
   app.add_option(
          "--library", options.libraries,
          "a library with operators that the model uses besides torch's; its code runs. Several times, if need be")
@@ -149,6 +159,12 @@ void note_given(const CLI::App& app, Options& options) {
   };
   std::for_each(kOfDecoders.begin(), kOfDecoders.end(), note);
   std::for_each(kOfEncoders.begin(), kOfEncoders.end(), note);
+  for (const char* name : kOfCompositions) {
+    if (!options.package.empty() && app.count(name) > 0) {
+      throw CLI::ValidationError(name, "a package runs no compositions: leave this out, or --package");
+    }
+  }
+  options.has_capacity = app.count("--capacity") > 0;
 }
 
 void check(const Options& options) {
@@ -313,9 +329,16 @@ void serve(const Options& options) {
   check_given(options, form.has_value());
   torchgraft::AdapterPoolOptions pool = options.pool;
   pool.longest_wait = std::chrono::milliseconds(options.adapter_wait_ms);
+  const std::optional<PackageForm> package_form =
+      options.package.empty() ? std::nullopt : std::optional(read_package_form(options.package));
+  if (package_form) {
+    fit_pool(pool, *package_form, options.has_capacity);
+  }
   AdapterStore store(module, options.adapters, pool, options.adapter_file_bytes);
   ServiceOptions service_options = options.service;
   service_options.batch.wait = std::chrono::microseconds(options.wait_us);
+  const std::unique_ptr<Package> package =
+      package_form ? open_package(options.package, *package_form, store, module, service_options) : nullptr;
   Metrics metrics;
   Background background;
   Served served;
@@ -323,7 +346,7 @@ void serve(const Options& options) {
   if (form) {
     served.generations.emplace(store, background, metrics, module, *form, generate_options(options));
   } else {
-    served.predictions.emplace(store, background, metrics, module, service_options);
+    served.predictions.emplace(store, background, metrics, module, service_options, package.get());
   }
   Routes routes({store, background, metrics, served.predictions ? &*served.predictions : nullptr,
                  served.generations ? &*served.generations : nullptr});

@@ -40,8 +40,8 @@ size_t longest_row(const TokenRows& rows) {
   return longest;
 }
 
-Signature::Signature(const torch::jit::Module& module, int64_t pad_id)
-    : inputs_(module), limits_(torchgraft::text_limits(module)), pad_id_(pad_id) {}
+Signature::Signature(const torch::jit::Module& module, int64_t pad_id, Package* package)
+    : inputs_(module), limits_(torchgraft::text_limits(module)), pad_id_(pad_id), package_(package) {}
 
 Signature::Result Signature::run(const torch::jit::Module& module, const TokenRows& rows,
                                  const std::vector<int64_t>& adapter_ids) const {
@@ -76,7 +76,7 @@ Signature::Result Signature::run(const torch::jit::Module& module, const TokenRo
 Signature::Result Signature::run_padded(const torch::jit::Module& module, const TokenRows& rows,
                                         const std::vector<int64_t>& adapter_ids) const {
   const auto batch = static_cast<int64_t>(rows.size());
-  const auto longest = static_cast<int64_t>(longest_row(rows));
+  const auto longest = static_cast<int64_t>(std::max(longest_row(rows), package_ ? package_->least_tokens() : 0));
   const at::Tensor ids = at::full({batch, longest}, pad_id_, at::kLong);
   const at::Tensor mask = at::zeros({batch, longest}, at::kLong);
   for (int64_t i = 0; i < batch; ++i) {
@@ -84,9 +84,12 @@ Signature::Result Signature::run_padded(const torch::jit::Module& module, const 
     std::copy(row.begin(), row.end(), ids.data_ptr<int64_t>() + i * longest);
     std::fill_n(mask.data_ptr<int64_t>() + i * longest, row.size(), 1);
   }
-  const torch::jit::Kwargs named = {{"adapter_ids", at::tensor(adapter_ids, at::kLong)}};
+  const std::vector<c10::IValue> arguments = inputs_.arguments({ids, mask});
+  const at::Tensor adapters = at::tensor(adapter_ids, at::kLong);
   const at::Tensor result =
-      first_tensor(module.get_method("forward")(inputs_.arguments({ids, mask}), named)).to(at::kFloat);
+      (package_ ? package_->run(arguments, adapters)
+                : first_tensor(module.get_method("forward")(arguments, {{"adapter_ids", adapters}})))
+          .to(at::kFloat);
   TORCH_CHECK(result.dim() >= 2 && result.dim() <= 3 && result.size(0) == batch,
               "the model returned a tensor of shape ", result.sizes(), " for ", batch,
               " rows; this server answers [rows, tokens, hidden] and [rows, n]");

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "package.h"
 #include "predict_request.h"
 
 #include <torchgraft/patch/forward_inputs.h>
@@ -26,16 +27,19 @@ size_t longest_row(const TokenRows& rows);
 class Signature {
  public:
   // Throws c10::Error when forward needs something that token ids do not give (torchgraft::ForwardInputs).
-  // pad_id: the token behind the end of shorter rows.
-  explicit Signature(const torch::jit::Module& module, int64_t pad_id = 0);
+  // pad_id: the token behind the end of shorter rows. package: what runs in the module's place; it must outlive this.
+  explicit Signature(const torch::jit::Module& module, int64_t pad_id = 0, Package* package = nullptr);
 
   struct Result {
     at::Tensor states;  // float [rows, tokens, hidden], or what the model returns instead: [rows, n]
     at::Tensor mask;    // int64 [rows, tokens], 1 where a token is real
   };
 
-  // One forward pass; of a model without a mask, one for each length of row. adapter_ids: one per row.
+  // One forward pass; of a model without a mask, one for each length of row. module: unused where a package runs.
+  // adapter_ids: one per row.
   Result run(const torch::jit::Module& module, const TokenRows& rows, const std::vector<int64_t>& adapter_ids) const;
+
+  bool takes_mask() const { return inputs_.takes_mask(); }
 
   // As far as the graph shows them.
   const torchgraft::TextLimits& limits() const { return limits_; }
@@ -47,6 +51,7 @@ class Signature {
   torchgraft::ForwardInputs inputs_;
   torchgraft::TextLimits limits_;
   int64_t pad_id_;
+  Package* package_;
 };
 
 // The answers for states [n, tokens, hidden], pooled (not kHead); states [n, k] are answers already. `rows`: the

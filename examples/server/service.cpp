@@ -40,10 +40,11 @@ Outputs outputs_of(const Work& work, const Signature::Result& result, int64_t fi
 }  // namespace
 
 Service::Service(AdapterStore& store, Background& background, Metrics& metrics, const torch::jit::Module& module,
-                 const ServiceOptions& options)
+                 const ServiceOptions& options, Package* package)
     : metrics_(metrics),
       options_(options),
-      signature_(module, options.pad_id),
+      signature_(module, options.pad_id, package),
+      least_tokens_(package && !package->pads_rows() ? package->least_tokens() : 1),
       limits_{options.vocabulary > 0 ? options.vocabulary : signature_.limits().vocabulary,
               signature_.limits().positions},
       fetches_(store, background, metrics),
@@ -59,6 +60,12 @@ void Service::check(const TokenRows& rows) const {
   for (const auto& row : rows) {
     if (row.empty()) {
       throw RequestError(400, "expected at least one token in every row");
+    }
+    if (row.size() < least_tokens_) {
+      throw RequestError(422, "expected at least " + std::to_string(least_tokens_) + " tokens in a row, got " +
+                                  std::to_string(row.size()) +
+                                  ": the package takes no fewer, and gates of its adapters " +
+                                  "would be means over padding, too");
     }
     if (const auto fault = torchgraft::text_fault(limits_, row)) {
       throw RequestError(fault->is_too_long ? 413 : 400, fault->message);

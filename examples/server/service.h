@@ -27,9 +27,10 @@ class Service {
   };
   using Done = std::function<void(Prediction prediction, const RequestError* error)>;
 
-  // What it gets must outlive it. `background` is stopped between stop() and the end.
+  // What it gets must outlive it. `background` is stopped between stop() and the end. package: null, or what runs in
+  // the module's place.
   Service(AdapterStore& store, Background& background, Metrics& metrics, const torch::jit::Module& module,
-          const ServiceOptions& options);
+          const ServiceOptions& options, Package* package = nullptr);
 
   // Waits for what runs, and drops what waits without a call of `done`. Later requests fail with 503. One thread may
   // call it.
@@ -52,6 +53,7 @@ class Service {
   Metrics& metrics_;
   const ServiceOptions options_;
   const Signature signature_;
+  const size_t least_tokens_;            // of a row
   const torchgraft::TextLimits limits_;  // of the model, or what the options say
   AdapterFetches fetches_;
   Batcher batcher_;

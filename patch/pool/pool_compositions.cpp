@@ -62,8 +62,9 @@ void check_pool_name(const std::string& name) {
 void PoolState::check_composition(const Composition& tree, const std::string& name) const {
   torchgraft::check_composition(tree, "AdapterPool");
   check_blocks(tree, name);
-  TORCH_CHECK(options.max_compositions > 0, "AdapterPool: '", name,
-              "' is a composition, of which this pool holds none; raise max_compositions");
+  TORCH_CHECK(
+      options.max_compositions > 0, "AdapterPool: '", name, "' is a composition, of which this pool holds none; ",
+      options.fixed_banks ? "its banks are fixed (a server with --package runs none)" : "raise max_compositions");
   const int64_t depth = depth_of(tree);
   TORCH_CHECK(depth <= options.max_composition_depth, "AdapterPool: '", name, "': expected at most ",
               options.max_composition_depth, " blocks one in another, got ", depth, "; raise max_composition_depth");

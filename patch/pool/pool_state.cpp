@@ -84,6 +84,10 @@ PoolState::PoolState(const Module& module, AdapterPoolOptions given, AdapterPool
               options.max_row_bytes);
   TORCH_CHECK(options.max_compositions >= 0, "AdapterPool: expected max_compositions of at least 0, got ",
               options.max_compositions);
+  TORCH_CHECK(!options.fixed_banks || options.max_compositions == 0,
+              "AdapterPool: expected max_compositions of 0 with fixed_banks: a composition of another structure needs "
+              "another module, got ",
+              options.max_compositions);
   for (const NamedComposition& composition : std::exchange(base.compositions, {})) {
     check_pool_name(composition.name);
     check_composition(composition.tree, composition.name);
@@ -191,7 +195,10 @@ int64_t PoolState::take_row(const std::string& name, const Names& wanted) {
 
 // Writes a row and then moves the adapter's name to it. Grows the banks first when the adapter does not fit.
 void PoolState::load(const Adapter& adapter, const Names& wanted, bool permanent) {
-  if (!current->banks.misfit(adapter).empty()) {
+  if (const std::string lacks = current->banks.misfit(adapter); !lacks.empty()) {
+    TORCH_CHECK(!options.fixed_banks, "AdapterPool: '", adapter.name,
+                "' does not fit into the banks, which are fixed: ", lacks,
+                "; make them for its configuration, too (room)");
     std::vector<AdapterConfig> room = current->banks.room();
     add_room(room, ejected_config(adapter.config));
     rebuild(std::move(room), shapes_of(*current));

@@ -164,6 +164,11 @@ class AdapterPool:
         """Returns the names of the adapters in memory, sorted."""
         return self._pool.resident()
 
+    def room(self) -> list[str]:
+        """Returns the configurations that each row can hold now, as JSON. A pool on the same base with this `room` has
+        banks of the same names and sizes."""
+        return self._pool.room()
+
     def stats(self) -> dict[str, int]:
         """Returns counts and sizes: "capacity", "resident" (adapters in memory), "row_bytes" (of one adapter, with
         padding), "bank_bytes" (of all rows), "loads" (rows written), "evictions", "rebuilds" (modules built anew, for

@@ -17,6 +17,19 @@ def check_export(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
             parser.error(f"{option}: expected a file ending in {suffix}, got '{path}'")
         if path and path.resolve() == arguments.base.resolve():
             parser.error(f"{option}: '{path}' is the model itself; give another file")
+    of_pools = {"--room": arguments.room, "--adapters": arguments.adapters, "--gate-pooling": arguments.gate_pooling}
+    if arguments.pool is None:
+        if given := [option for option, value in of_pools.items() if value]:
+            parser.error(f"{given[0]} goes with --pool ROWS")
+        return
+    if not arguments.room and arguments.adapters is None:
+        parser.error("--pool: give the adapters that its rows can hold: --adapters FOLDER, --room CONFIG")
+    if arguments.adapters is not None and not arguments.adapters.is_dir():
+        parser.error(f"--adapters: '{arguments.adapters}' is no folder")
+    others = {"--gates": arguments.gates, "--no-ids": arguments.no_ids, "--lowered": arguments.lowered,
+              "--onnx": arguments.onnx}  # fmt: skip
+    if given := [option for option, value in others.items() if value]:
+        parser.error(f"{given[0]} does not go with --pool: the server's programs return no gates, and take adapter_ids")
 
 
 def check_add(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:

@@ -271,6 +271,28 @@ def add_export_command(commands: argparse._SubParsersAction[Parser]) -> None:
         "(default: made up for a text encoder)",
     )
 
+    exporting.add_argument(
+        "--pool",
+        type=serve_arguments.positive,
+        metavar="ROWS",
+        help="leave room for so many adapters at once, which examples/server --package brings in and out",
+    )
+    exporting.add_argument(
+        "--adapters", type=Path, metavar="FOLDER", help="of a pool: its rows can hold each adapter of this folder"
+    )
+    exporting.add_argument(
+        "--room",
+        action="append",
+        default=[],
+        metavar="CONFIG",
+        help="of a pool: its rows can hold adapters of this configuration, as add --config takes it; repeat it",
+    )
+    exporting.add_argument(
+        "--gate-pooling",
+        choices=("all", "unpadded"),
+        help="of a pool: over which tokens gates are means (default: as each adapter's directory says)",
+    )
+
 
 def add_optimize_command(commands: argparse._SubParsersAction[Parser]) -> None:
     optimizing = commands.add_parser("optimize", help="make a faster copy of BASE, grafted or not, for inference")

@@ -18,6 +18,7 @@ from .description import FILE, description_text
 from .export import export
 from .onnx_file import check_packages, save_onnx
 from .package import compile_package
+from .pool_of import pool_of
 from .read_program import quiet
 from .text_of import sizes_of
 
@@ -27,7 +28,7 @@ def export_command(arguments: argparse.Namespace) -> None:
 
     Args:
         arguments: the command line's: base (path), output, aoti, onnx, example (paths or None), lowered, static,
-            gates, no_ids (bool).
+            gates, no_ids (bool), pool (a number or None), and what pool_of() takes.
     """
     outputs = [path for path in (arguments.output, arguments.aoti, arguments.onnx) if path]
     for path in outputs:
@@ -35,11 +36,12 @@ def export_command(arguments: argparse.Namespace) -> None:
     if arguments.onnx:
         check_packages()
     module = load_module(arguments.base)
+    pool = pool_of(arguments, module) if arguments.pool is not None else None
     example = read_example(arguments.example) if arguments.example else text_example(module)
     options = {"adapter_ids": not arguments.no_ids, "gates": arguments.gates, "dynamic": not arguments.static}
     lowered = arguments.lowered or not (arguments.output or arguments.aoti)
     with step("exporting"), contextlib.nullcontext() if arguments.example else of_texts("export", module):
-        program = export(module, example, lowered=lowered, **options)
+        program = export(pool or module, example, lowered=lowered, **options)
     if arguments.output:
         save_program(program, arguments.output, _texts(extra_files(arguments.base)))
     if arguments.aoti:
@@ -49,8 +51,11 @@ def export_command(arguments: argparse.Namespace) -> None:
         with step(f"writing {arguments.onnx}"):
             save_onnx(program if lowered else export(module, example, lowered=True, **options), arguments.onnx)
     adapters = ", ".join(f"{index} {name}" for index, name in enumerate(names_of(module)))
+    held = f"; adapters {adapters}" if adapters else ""
+    if pool is not None:
+        held = f"; rows for {arguments.pool} adapters of {len(pool.room())} configurations"
     for path in outputs:
-        say(arguments, f"{path}: {_inputs(program)}" + (f"; adapters {adapters}" if adapters else ""))
+        say(arguments, f"{path}: {_inputs(program)}{held}")
 
 
 def save_program(program: torch.export.ExportedProgram, path: Path, extra: dict[str, str]) -> None:

@@ -13,6 +13,7 @@ from .._reading import parse_json
 from ..errors import GraftError
 from ..grafting import is_grafted
 from ..life import AdapterInfo, list_adapters
+from ..pool import AdapterPool
 
 # Where it stands: in the program's metadata, and as a file beside it (extra_files) or a key of a package's metadata.
 CUSTOM = "torchgraft"
@@ -38,6 +39,20 @@ def describe(module: torch.jit.ScriptModule, adapter_ids: bool, gates: bool, low
         "gate_outputs": [name for name in dict.fromkeys(gate_names(module)) if name] if gates else [],
         "gates": _gate_columns(module) if gates else {},
         "lowered": lowered,
+    }
+
+
+def describe_pool(pool: AdapterPool) -> dict[str, Any]:
+    """Returns a description of what is exported of a pool: the same keys, no adapters, and "pool": what a host needs
+    for a pool with the same banks."""
+    room = [json.loads(config) for config in pool.room()]
+    return {
+        "adapters": [],
+        "adapter_ids": True,
+        "gate_outputs": [],
+        "gates": {},
+        "lowered": False,
+        "pool": {"capacity": pool.stats()["capacity"], "room": room},
     }
 
 
@@ -87,6 +102,10 @@ def described_adapters(path: Path) -> list[AdapterInfo] | None:
     with zipfile.ZipFile(path) as archive:
         text = _description_in(archive, path)
     description = parse_json(text, path) if text else {}
+    if isinstance(description, dict) and "pool" in description:
+        raise GraftError(
+            f"{path}: {kind.value} of a pool: whoever serves it (examples/server) brings the adapters along"
+        )
     adapters = description.get("adapters") if isinstance(description, dict) else None
     if not adapters or not isinstance(adapters, list):
         raise GraftError(f"{path}: {kind.value} without adapters of torchgraft")

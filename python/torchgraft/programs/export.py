@@ -11,14 +11,15 @@ from torch.export import Dim
 from ..errors import GraftError, one_line
 from ..grafting import cpp_module, is_grafted
 from ..life import list_adapters, lower
-from .description import CUSTOM, describe, gate_names
+from ..pool import AdapterPool
+from .description import CUSTOM, describe, describe_pool, gate_names
 from .eager import Eager
 from .read_program import quiet
 from .to_script import fixed_inputs
 
 
 def export(
-    module: torch.jit.ScriptModule,
+    module: torch.jit.ScriptModule | AdapterPool,
     example_inputs: Any,
     *,
     adapter_ids: bool = True,
@@ -34,6 +35,8 @@ def export(
 
     Args:
         module: a TorchScript module. If it is grafted, the adapter that is active now is the active one in the program.
+            Or a pool: the program then has its banks as they are now, and takes its rows' numbers. A host that hands
+            its own pool's banks to the compiled program (examples/server) serves any number of adapters with it.
         example_inputs: inputs of forward, adapter_ids left out: a tuple, a dict by name, or one tensor. Give at least
             two rows, and lengths that are no sizes of the model.
         adapter_ids: the program takes adapter_ids, int64 [B], as its last input. False: it takes none, and every row
@@ -46,8 +49,11 @@ def export(
 
     Raises:
         GraftError: the module does what no program can do (branches on values), or refuses the example.
-        TypeError: `module` is not TorchScript.
+        TypeError: `module` is neither TorchScript nor a pool.
     """
+    pool = module if isinstance(module, AdapterPool) else None
+    if pool is not None:
+        module = _pool_module(pool, adapter_ids, gates, lowered)
     cpp_module(module)
     grafted = is_grafted(module)
     if "quantized::linear_dynamic" in str(module.inlined_graph):
@@ -55,7 +61,7 @@ def export(
             "export: the module has packed int8 or float16 weights, which no exported program can hold; export the "
             "module in float32"
         )
-    if grafted and any(info.composition for info in list_adapters(module)):
+    if grafted and pool is None and any(info.composition for info in list_adapters(module)):
         raise GraftError(
             "export: the module has compositions, whose rows are found while it runs, as no exported program can; "
             "remove them (remove_adapter) and export their adapters"
@@ -64,7 +70,7 @@ def export(
         raise GraftError("export: nothing is grafted onto the module, so that it has no gates")
     arguments = _arguments(module, example_inputs)
     ids = (torch.zeros(_rows(module, arguments), dtype=torch.int64),) if adapter_ids and grafted else ()
-    description = describe(module, bool(ids), gates, lowered)
+    description = describe(module, bool(ids), gates, lowered) if pool is None else describe_pool(pool)
     given = _left_out(module, len(arguments), bool(ids))
     target = lower(module, example=example_inputs) if lowered and grafted else module
     eager = _WithGates(target, "grafted_forward", given) if gates else Eager(target, given=given)
@@ -73,6 +79,20 @@ def export(
     if dynamic:
         _warn_of_fixed_sizes(program)
     return program
+
+
+def _pool_module(pool: AdapterPool, adapter_ids: bool, gates: bool, lowered: bool) -> torch.jit.ScriptModule:
+    """The module of a pool's newest banks."""
+    if not adapter_ids or gates or lowered:
+        raise GraftError("export: the program of a pool takes adapter_ids, returns no gates and is not lowered")
+    if not pool.room():
+        raise GraftError("export: the pool has no banks yet; name configurations that its rows can hold (room)")
+    if pool.stats()["compositions"] > 0:
+        raise GraftError(
+            "export: the pool has compositions, whose rows are found while it runs, as no exported program can; make "
+            "the pool with max_compositions=0"
+        )
+    return pool.acquire([]).module
 
 
 def _arguments(module: torch.jit.ScriptModule, example: Any) -> tuple[Any, ...]:

@@ -11,6 +11,8 @@ from grafted import grafted
 from oracle import difference
 from scripts_here import run_here
 from small import HIDDEN, Encoder, randomised
+from torchgraft.programs.bank_constants import banks_read, computed_from_banks
+from torchgraft.programs.to_script import input_ranges
 
 
 def load(path: Path):
@@ -41,6 +43,7 @@ def test_a_package_lists_and_swaps_its_adapters(tmp_path: Path) -> None:
     package, ids, x = load(out), torch.tensor([1, 0, -1]), torch.randn(3, 7, example.size(-1))
     other = torchgraft.replace_adapter(module, "second", torchgraft.LoRAConfig(r=3, use_gating=True))
     randomised(other, seed=1)
+    other.adapters.layer_0.selfattn_lora_q.scaling.copy_(torch.tensor([0.5, 3.0]))  # few numbers: no part of the code
     with torch.no_grad():
         before, after = module.forward_with_gates(x, ids), other(x, ids)
         assert difference(before[0], after) > 0.1
@@ -75,6 +78,56 @@ class _Package:
 
     def load_constants(self, constants: dict[str, Tensor], check_full_update: bool) -> None:
         self.written = constants
+
+
+@pytest.mark.quick
+def test_what_a_package_does_not_have_must_stay() -> None:
+    """A compiler may have written a tensor of few numbers into the code."""
+    module, _ = _model()
+    other, _ = _model()
+    package = _Package(module)
+    name = "adapters.layer_0.selfattn_lora_q.scaling"
+    package.names.remove(name)
+    torchgraft.load_banks(package, other, like=module)
+    assert sorted(package.written) == sorted(package.names)
+    other.state_dict()[name].mul_(2)
+    package.written = {}
+    with pytest.raises(torchgraft.GraftError, match=f"'{name}' has changed, and the package does not have it"):
+        torchgraft.load_banks(package, other, like=module)
+    assert package.written == {}
+
+
+@pytest.mark.quick
+def test_the_program_of_a_pool(tmp_path: Path) -> None:
+    """It takes rows' numbers, computes what the pool's module computes, and says what the pool is like."""
+    torch.manual_seed(0)
+    example = torch.randn(2, 5, HIDDEN)
+    base = torch.jit.trace(Encoder().eval(), example)
+    torchgraft.save_adapter(randomised(torchgraft.graft(base, "unipelt", "a")), "a", tmp_path / "a")
+    pool = torchgraft.AdapterPool(base, 3, ["unipelt", "lora[r=2]"], max_compositions=0)
+    pool.insert("a", tmp_path / "a")
+    lease = pool.acquire(["a", "", "a"])
+    program = torchgraft.export(pool, example)
+    x = torch.randn(3, 7, HIDDEN)
+    with torch.no_grad():
+        assert difference(program.module()(x, lease.ids), lease.module(x, adapter_ids=lease.ids)) <= 1e-6
+        assert difference(program.module()(x, lease.ids), base(x)) > 0.1
+    description = program.graph_module.meta["custom"]["torchgraft"]
+    assert description["adapters"] == [] and description["pool"]["capacity"] == 3
+    again = torchgraft.AdapterPool(base, 3, description["pool"]["room"], max_compositions=0)
+    shapes = [
+        {name: tensor.shape for name, tensor in each.acquire([]).module.state_dict().items()} for each in (pool, again)
+    ]
+    assert shapes[0] == shapes[1]
+    assert set(banks_read(program)) <= set(shapes[0]) and computed_from_banks(program) is None
+    sizes = input_ranges(program)
+    assert [each["name"] for each in sizes] == ["x", "adapter_ids"] and sizes[0]["sizes"][2] == [HIDDEN, HIDDEN]
+    assert sizes[0]["sizes"][0][1] is None
+    for options in ({"gates": True}, {"adapter_ids": False}, {"lowered": True}):
+        with pytest.raises(torchgraft.GraftError, match="the program of a pool takes adapter_ids"):
+            torchgraft.export(pool, example, **options)
+    with pytest.raises(torchgraft.GraftError, match="has no banks yet"):
+        torchgraft.export(torchgraft.AdapterPool(base, 3), example)
 
 
 @pytest.mark.quick
