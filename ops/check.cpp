@@ -316,6 +316,17 @@ void check(const ResidualNormArguments& args) {
   }
 }
 
+void check_sum(const ResidualNormArguments& args, const at::Tensor& sum) {
+  const c10::SymIntArrayRef expected = args.normalized_shape;
+  const auto first = sum.dim() - static_cast<int64_t>(expected.size());
+  const char* text = ": expected x + residual to end in the sizes of normalized_shape, ";
+  TORCH_CHECK(first >= 0, args.kOperator, text, expected, ", got ", sum.sym_sizes());
+  for (int64_t dim = first; dim < sum.dim(); ++dim) {
+    TORCH_SYM_CHECK(sum.sym_size(dim).sym_eq(expected[dim - first]), args.kOperator, text, expected, ", got ",
+                    sum.sym_sizes());
+  }
+}
+
 void check(const TokenMaskArguments& args) {
   const Checker checker(args);
   checker.shape("x", args.x, {"B", "S", "H"});

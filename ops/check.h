@@ -16,6 +16,8 @@ void check(const PrefixArguments& args);
 void check(const ReftArguments& args);
 void check(const LinearArguments& args);
 void check(const ResidualNormArguments& args);
+// `sum`: x + residual.
+void check_sum(const ResidualNormArguments& args, const at::Tensor& sum);
 void check(const TokenMaskArguments& args);
 
 }  // namespace torchgraft::ops

@@ -62,14 +62,7 @@ at::Tensor linear_result(const LinearArguments& args) {
 Results normed(const ResidualNormArguments& args) {
   check(args);
   const at::Tensor sum = at::add(args.x, args.residual);
-  const auto first = sum.dim() - static_cast<int64_t>(args.normalized_shape.size());
-  TORCH_CHECK(first >= 0, args.kOperator, ": expected a sum of ", args.normalized_shape.size(),
-              " dimensions or more, as normalized_shape, got ", sum.sym_sizes());
-  for (int64_t dim = first; dim < sum.dim(); ++dim) {
-    TORCH_SYM_CHECK(sum.sym_size(dim).sym_eq(args.normalized_shape[dim - first]), args.kOperator,
-                    ": expected a sum that ends in normalized_shape ", c10::SymIntArrayRef(args.normalized_shape),
-                    ", got ", sum.sym_sizes());
-  }
+  check_sum(args, sum);
   return {at::empty_symint(sum.sym_sizes(), sum.options()), sum};
 }
 

@@ -12,8 +12,8 @@ namespace torchgraft::ops {
 // What a block adds to the residual stream, and the layer norm behind it (Ba et al. 2016), as torch.nn.functional has
 // it:
 //   sum = x + residual
-//   output = (sum - mean) / sqrt(variance + eps) weight + bias     over the dimensions of normalized_shape, the last
-//   ones
+//   output = (sum - mean) / sqrt(variance + eps) weight + bias
+// with mean and variance over the last dimensions, whose sizes are normalized_shape.
 //
 // x and residual broadcast against each other and may have different dtypes, as in ATen's add; weight and bias of shape
 // normalized_shape, or absent. Returns (output, sum) in the dtypes that ATen's calls give. Where no gradients are

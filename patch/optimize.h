@@ -19,8 +19,8 @@ struct OptimizeOptions {
 // follows it, run as torchgraft::linear, which takes the kernel that is faster (ops/kernel_choice.h), and layer norms
 // of a sum as torchgraft::residual_norm. Results are equal up to rounding, which int8 linear maps may enlarge. Weights
 // share the memory of the module's own; other methods than forward stay as they are. The result needs libtorchgraft.so,
-// also where the module needed none. What runs under torch.autocast stays as it is; linear maps of sparse inputs are
-// errors of the result when it runs.
+// also where the module needed none. What runs under torch.autocast stays as it is; linear maps and norms of sparse
+// inputs are errors of the result when it runs.
 //
 // Optimise last: what changes a grafted module (grafting, removing, merging, ...) takes an optimised one, too, but
 // gives one that is not optimised. Throws c10::Error when forward has neither a linear map nor a norm of a sum, when

@@ -11,8 +11,8 @@ namespace torchgraft {
 // first; the adapters library those of the text first, and its prefixes of each tower have an MLP of their own.
 
 // Whether `structure` is of both towers, as their paths show: all of its attentions are in
-// "text_model.encoder.layers.<number>.self_attn" or "vision_model. ...", each tower counts from 0, and there are both. A
-// frozen module has no paths.
+// "text_model.encoder.layers.<number>.self_attn" or "vision_model. ...", each tower counts from 0, and there are both.
+// A frozen module has no paths.
 bool is_whole_clip(const Structure& structure);
 
 // The key of the MLP that makes the prefix of `layer`: the location, or in a whole CLIP the library's name for that of

@@ -54,6 +54,7 @@ Results composed_residual_norm(const ResidualNormArguments& args) {
     return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
   };
   const at::Tensor sum = at::add(args.x, args.residual);
+  check_sum(args, sum);
   return {at::layer_norm_symint(sum, args.normalized_shape, optional(args.weight), optional(args.bias), args.eps), sum};
 }
 

@@ -62,6 +62,15 @@ bool AffinePath::scales_keys_alike(Value* factor, const Value* scores) {
          is_one(per_head[2]) && is_one(per_head[3]);
 }
 
+// Whether a number, or one of each head, is added to the scores of all keys. As a mask it would not be a prefix's.
+bool AffinePath::is_learned_for_all_keys(Value* added) {
+  if (is_number(added)) {
+    return true;
+  }
+  const auto shape = is_tensor(added) && is_learned(added) ? shapes_.shape(added) : std::nullopt;
+  return shape && (shape->empty() || shape->back() == number(1));
+}
+
 Value* AffinePath::zero_like(Value* value, const Value* scores) {
   if (!is_tensor(value)) {
     return broadcasting_zero(scores);
@@ -163,8 +172,12 @@ Value* AffinePath::bias(Value* scores) {
         inner ? graph_->insert(c10::aten::type_as, {inner, anchor_}) : zero_like(node->namedInput(mask), scores);
     return copy_with(node, operand, filled);
   }
-  if (is_aten(node, {"add", "sub"}) && is_small_number(node->input(1 - operand))) {
-    return inner;  // no softmax sees what is the same for all keys, those of a prefix, too
+  if (is_aten(node, {"add", "sub"})) {
+    Value* added = node->input(1 - operand);
+    if (is_small_number(added)) {
+      return inner;  // no softmax sees what is the same for all keys, those of a prefix, too
+    }
+    understood = understood && !is_learned_for_all_keys(added);
   }
   if (!inner && is_aten(node, {"add"}) && has_unit_alpha(node) && is_tensor(node->input(1 - operand))) {
     return node->input(1 - operand);

@@ -40,6 +40,7 @@ class AffinePath {
  private:
   torch::jit::Value* of_branch(torch::jit::Node* branch, size_t output);
   bool keeps_last_dimension(torch::jit::Node* reshape);
+  bool is_learned_for_all_keys(torch::jit::Value* added);
   bool scales_keys_alike(torch::jit::Value* factor, const torch::jit::Value* scores);
   // Zeros in the shape of `value`, which is combined with `scores`; of a number, zeros that broadcast against them.
   torch::jit::Value* zero_like(torch::jit::Value* value, const torch::jit::Value* scores);

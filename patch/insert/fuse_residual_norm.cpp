@@ -37,11 +37,21 @@ bool is_read_first_by(const Value* sum, const Node* norm) {
                      [&](const torch::jit::Use& use) { return use.user == norm || norm->isBefore(use.user); });
 }
 
+// Whether a `with` block begins or ends between the two: torch.no_grad(), in which one of them stands.
+bool are_in_one_scope(Node* add, const Node* norm) {
+  for (Node* node = add; node != norm; node = node->next()) {
+    if (node->kind() == c10::prim::Enter || node->kind() == c10::prim::Exit) {
+      return false;
+    }
+  }
+  return true;
+}
+
 bool can_be_fused(Node* norm, const Module& module, const Writes& writes) {
   Value* sum = norm->namedInput("input");
   Node* add = sum->node();
-  return is_sum_of_tensors(add) && add->owningBlock() == norm->owningBlock() && is_read_first_by(sum, norm) &&
-         is_plain_norm(norm, module) &&
+  return is_sum_of_tensors(add) && add->owningBlock() == norm->owningBlock() && norm->isAfter(add) &&
+         is_read_first_by(sum, norm) && is_plain_norm(norm, module) && are_in_one_scope(add, norm) &&
          !writes.between(add, norm, {sum, add->namedInput("self"), add->namedInput("other")});
 }
 

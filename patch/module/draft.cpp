@@ -245,7 +245,8 @@ std::vector<Arguments> row_examples(const Draft& draft) {
     const bool has_state = module.hasattr("training") && module.attr("training").isBool();
     trains = trains || (has_state && module.attr("training").toBool());
   }
-  if (!has_parallel(draft.compositions) || trains || !reason_not_to_run(graph_of_run(draft.module, "forward")).empty()) {
+  if (!has_parallel(draft.compositions) || trains ||
+      !reason_not_to_run(graph_of_run(draft.module, "forward")).empty()) {
     return {};
   }
   const auto forward = draft.module.get_method("forward");

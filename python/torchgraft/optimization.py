@@ -15,7 +15,8 @@ def optimize(
     the kernel that is faster for the size at hand; and whose layer norms of a sum are `torchgraft::residual_norm`.
     Results are equal up to rounding, which int8 linear maps may enlarge. The copy shares the memory of the
     weights, and needs libtorchgraft.so. `module` itself is unchanged. What runs under `torch.autocast` in the module
-    stays as it is. The copy refuses sparse inputs of linear maps (`x.to_sparse()`), also where `module` takes them.
+    stays as it is. The copy refuses sparse inputs of linear maps and norms (`x.to_sparse()`), also where `module` takes
+    them.
 
     Optimise last, before `torch.jit.freeze`: graft, train, optimise. Functions that change adapters take an optimised
     module, too, but return one that is not.

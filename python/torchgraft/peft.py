@@ -53,14 +53,15 @@ def load_peft_directory(
     Args:
         directory: what `PeftModel.save_pretrained()` wrote.
         structure: the result of torchgraft.inspect() for the model.
-        parameters: the model's parameters, by path. DoRA needs the biases: PEFT's DoRA scales all of a projection's
-            result but its bias.
+        parameters: the model's parameters, by path; those of adapters count for nothing. DoRA needs the biases: PEFT's
+            DoRA scales all of a projection's result but its bias.
 
     Raises:
         GraftError: the directory holds another method; a field is not known or not supported; weights are missing, or
             two are for one linear map; or the model lacks a linear map, or has it outside of its layers.
     """
     directory = Path(directory)
+    parameters = {path: each for path, each in parameters.items() if not path.startswith("adapters.")}
     config, weights = read_one_version(directory, (CONFIG_FILE, *WEIGHT_FILES), _read_files)
     projections = _projections(structure)
     if not projections and not parameters:  # frozen
@@ -347,7 +348,7 @@ def _check_all_have(directory: Path, roles: set[str], used: set[int], layers: li
         if lacking:
             shown = ", ".join(map(str, lacking))
             raise GraftError(
-                f"{directory}: layers {shown} have an update and no {role} of their own, where other layers have one "
+                f"{directory}: the layers {shown} have an update and no {role} of their own, and other layers one "
                 f"on {role}; a LoRA on different projections by layer is not supported. Merge the adapter into the "
                 "base with PEFT's merge_and_unload() before you trace that"
             )

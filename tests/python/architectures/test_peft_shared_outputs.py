@@ -196,5 +196,47 @@ def test_a_layer_without_the_block_of_others_is_named(tmp_path: Path) -> None:
     model = _Staged().double().eval()
     traced = _traced(model)
     save_random_lora(model, {"target_modules": ["q", "up"]}, tmp_path)
-    with pytest.raises(torchgraft.GraftError, match=r"layers 0 have an update and no ffn_in of their own"):
+    with pytest.raises(torchgraft.GraftError, match=r"the layers 0 have an update and no ffn_in of their own"):
         torchgraft.load_adapter(traced, tmp_path)
+
+
+def test_a_frozen_module_that_has_an_adapter_takes_another_one(tmp_path: Path) -> None:
+    model = _Staged().double().eval()
+    traced = torch.jit.freeze(_traced(model))
+    save_random_lora(model, {"target_modules": ["q", "v"]}, tmp_path)
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    grafted = torchgraft.graft(traced, "lora[r=2]", "fresh")
+    first, second = torchgraft.load_adapter(traced, tmp_path), torchgraft.load_adapter(grafted, tmp_path)
+    torch.testing.assert_close(first(x), model(x), atol=1e-5, rtol=0)
+    torch.testing.assert_close(second(x), model(x), atol=1e-5, rtol=0)
+
+
+class _Shifted(_Capped):
+    """Scores to which `added` is added."""
+
+    def __init__(self, added: float | Tensor) -> None:
+        super().__init__()
+        self.added = nn.Parameter(added) if isinstance(added, Tensor) else added
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (_heads(self.layers[0][name](x)) for name in "qkv")
+        scores = q @ k.transpose(-1, -2) / 3 + self.added
+        return x + (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def test_a_number_on_all_scores_is_one_of_a_prefix_too() -> None:
+    shifted = torchgraft.graft(_traced(_Shifted(0.7).double().eval()), "prefix_tuning_flat[prefix_length=3]", "task")
+    plain_model = _Shifted(0.0).double().eval()
+    plain_model.load_state_dict({key: value for key, value in shifted.state_dict().items() if "adapters" not in key})
+    plain = torchgraft.graft(_traced(plain_model), "prefix_tuning_flat[prefix_length=3]", "task")
+    for bank, other in zip(shifted.adapters.parameters(), plain.adapters.parameters(), strict=True):
+        bank.data.normal_()
+        other.data.copy_(bank)
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    torch.testing.assert_close(shifted(x), plain(x), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("added", [1000.0, torch.tensor(9.0), torch.randn(2, 1, 1)], ids=["large", "one", "heads"])
+def test_what_rounds_scores_or_is_learned_is_no_mask(added: float | Tensor) -> None:
+    with pytest.raises(torchgraft.GraftError, match="not recognised|no attention"):
+        torchgraft.graft(_traced(_Shifted(added).eval().double()), "prefix_tuning_flat[prefix_length=3]", "task")

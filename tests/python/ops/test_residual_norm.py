@@ -86,8 +86,9 @@ def test_a_scripted_call_gives_the_same(name):
 
 
 @pytest.mark.parametrize("name", ["plain", "broadcast"])
-def test_autocast_gives_what_atens_calls_give(name):
-    args = arguments(name, torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_gives_what_atens_calls_give(name, dtype):
+    args = arguments(name, dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output, total = op(**args)
         wanted = args["x"] + args["residual"]
@@ -129,6 +130,10 @@ def test_sums_of_several_dtypes_are_those_of_aten(others):
         (
             {"bias": torch.zeros(3, 8)},
             r"residual_norm: expected bias of shape \[8\], as normalized_shape, got \[3, 8\]",
+        ),
+        (
+            {"normalized_shape": [5], "weight": None, "bias": None},
+            r"to end in the sizes of normalized_shape, \[5\], got",
         ),
         ({"normalized_shape": []}, "residual_norm: expected normalized_shape of one number or more, got none"),
         (
