@@ -145,6 +145,8 @@ def _exported(eager: Eager, example: tuple[Any, ...], dynamic: bool) -> torch.ex
         dict.fromkeys(range(value.dim()), Dim.AUTO) if isinstance(value, Tensor) and dynamic else None
         for value in example
     )
+    # torch.export takes one tensor that is given twice for one input, and drops the other.
+    example = tuple(value.clone() if isinstance(value, Tensor) else value for value in example)
     try:
         with quiet():
             return torch.export.export(eager, example, dynamic_shapes=(*shapes,), strict=False)

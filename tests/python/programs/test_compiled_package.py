@@ -98,6 +98,17 @@ def test_what_a_package_does_not_have_must_stay() -> None:
 
 
 @pytest.mark.quick
+def test_one_tensor_as_two_inputs_of_the_example() -> None:
+    class Two(torch.nn.Module):
+        def forward(self, left: Tensor, right: Tensor) -> Tensor:
+            return left - 2 * right
+
+    x, y = torch.randn(2, 3), torch.randn(2, 3)
+    program = torchgraft.export(torch.jit.trace(Two(), (x, y)), (x, x))
+    assert difference(program.module()(x, y), x - 2 * y) <= 1e-6
+
+
+@pytest.mark.quick
 def test_the_program_of_a_pool(tmp_path: Path) -> None:
     """It takes rows' numbers, computes what the pool's module computes, and says what the pool is like."""
     torch.manual_seed(0)
