@@ -45,7 +45,7 @@ def describe(module: torch.jit.ScriptModule, adapter_ids: bool, gates: bool, low
 def describe_pool(pool: AdapterPool) -> dict[str, Any]:
     """Returns a description of what is exported of a pool: the same keys, no adapters, and "pool": what a host needs
     for a pool with the same banks."""
-    room = [json.loads(config) for config in pool.room()]
+    room = [parse_json(config, "room") for config in pool.room()]
     return {
         "adapters": [],
         "adapter_ids": True,
