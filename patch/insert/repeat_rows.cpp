@@ -181,6 +181,9 @@ Value* RowRepeater::is_like(Value* input, const c10::IValue& example, int64_t ex
     return call(graph_, kRepeated, function,
                 {input, constant(rank), constant(dtype), constant(dim), constant(other), rows});
   }
+  if (example.isNone()) {
+    return graph_.insert(c10::aten::__is__, {input, constant(c10::IValue())});
+  }
   const bool is_simple = (example.isInt() && input->type()->cast<c10::IntType>()) ||
                          (example.isDouble() && input->type()->cast<c10::FloatType>()) ||
                          (example.isBool() && input->type()->cast<c10::BoolType>());
