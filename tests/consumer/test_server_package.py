@@ -39,11 +39,6 @@ def package(models: Path) -> Path:
     return models / "base.aoti.pt2"
 
 
-@pytest.fixture(scope="session")
-def plain_program(server_program: Path) -> Path:
-    return server_program
-
-
 @pytest.fixture(scope="module", name="server_program")
 def server_with_package(server_program: Path, package: Path) -> list:
     """In place of the program that other files start."""
@@ -79,13 +74,13 @@ def test_an_adapter_is_replaced_under_load(server_program, models, own_adapters,
             assert all(each.result() > 0 for each in clients)
 
 
-def test_one_answer_with_and_without_the_package(plain_program, package, models):
+def test_one_answer_with_and_without_the_package(server_program, models):
     """Mixed batches, also of two forward passes at once, beside the server that has no package."""
     source = random.Random(5)
     requests = [(name_of(source.randrange(-1, ADAPTERS)), random_row(source)) for _ in range(60)]
     options = ["--workers", 2, "--max-wait-us", 20_000]
     answers = []
-    for program in (plain_program, [plain_program, "--package", package]):
+    for program in (server_program[:1], server_program):
         with Server(program, models / "base.pt", models / "adapters", *options) as server:
             with concurrent.futures.ThreadPoolExecutor(12) as pool:
                 answers.append(torch.cat(list(pool.map(lambda each: server.outputs(each[0], [each[1]]), requests))))
