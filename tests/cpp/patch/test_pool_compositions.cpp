@@ -252,7 +252,7 @@ TEST(PoolCompositions, LimitsAndRefusalsNameTheRemedy) {
   EXPECT_EQ(
       refusal("Parallel(a, b)"),
       "AdapterPool: 'Parallel(a, b)': no pool holds a Parallel; acquire each of its parts, and repeat the rows for "
-      "each");
+      "each (a module's own: remove_adapter takes it out)");
   EXPECT_EQ(refusal("Stack(a, MultiTask(b, c))"),
             "AdapterPool: 'Stack(a, MultiTask(b, c))': no pool holds a MultiTask; acquire for each row the part of its "
             "task");

@@ -206,7 +206,8 @@ def test_a_frozen_module_that_has_an_adapter_takes_another_one(tmp_path: Path) -
     save_random_lora(model, {"target_modules": ["q", "v"]}, tmp_path)
     x = torch.randn(2, 5, 16, dtype=torch.float64)
     grafted = torchgraft.graft(traced, "lora[r=2]", "fresh")
-    first, second = torchgraft.load_adapter(traced, tmp_path), torchgraft.load_adapter(grafted, tmp_path)
+    first, second = torchgraft.load_adapter(traced, tmp_path), torchgraft.load_adapter(grafted, tmp_path, "task")
+    second.activate("task")
     torch.testing.assert_close(first(x), model(x), atol=1e-5, rtol=0)
     torch.testing.assert_close(second(x), model(x), atol=1e-5, rtol=0)
 
