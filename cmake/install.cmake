@@ -47,6 +47,7 @@ if(TORCHGRAFT_BUILD_PATCH)
     config/named_configs.h
     config/reft_config.h
     patch/adapter_pool.h
+    patch/base_digest.h
     patch/check_room.h
     patch/compose.h
     patch/forward_inputs.h

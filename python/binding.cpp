@@ -6,6 +6,7 @@
 #include <torchgraft/ops/kernel_mode.h>
 #include <torchgraft/patch/adapters/directory_update.h>
 #include <torchgraft/patch/adapters/one_version.h>
+#include <torchgraft/patch/base_digest.h>
 #include <torchgraft/patch/canonicalise/canonicalise.h>
 #include <torchgraft/patch/forward_inputs.h>
 #include <torchgraft/patch/head.h>
@@ -208,6 +209,7 @@ void bind_grafting(py::module_& m) {
 
 void bind_life(py::module_& m) {
   m.def("list_adapters", &list_adapters);
+  m.def("base_digest", &torchgraft::base_digest, NoGil());
   m.def("remove_adapters", &torchgraft::remove_adapters, NoGil());
   m.def("rename_adapter", &torchgraft::rename_adapter, NoGil());
   m.def(

@@ -2,6 +2,7 @@
 
 #include <torchgraft/config/config_json.h>
 #include <torchgraft/config/gate_pooling.h>
+#include <torchgraft/patch/base_digest.h>
 #include <torchgraft/registration/library.h>
 #include <torchgraft/registration/parse_json.h>
 
@@ -11,6 +12,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <set>
 #include <utility>
 
 namespace {
@@ -93,6 +95,7 @@ PackageForm read_package_form(const std::string& path) {
     check_versions(path, description.at("package"));
     PackageForm form;
     form.capacity = description.at("pool").at("capacity");
+    form.base = description.at("pool").at("base");
     for (const auto& config : description.at("pool").at("room")) {
       form.room.push_back(torchgraft::config_from_json(config.dump()));
     }
@@ -135,7 +138,26 @@ Package::Package(const std::string& path, PackageForm form, size_t passes)
       pads_rows_(pads(form_)),
       loader_(path, "model", /*run_single_threaded=*/false, passes) {}
 
+// An adapter at a location that the package has no code for would do nothing there.
+void Package::check_slots(const std::unordered_map<std::string, at::Tensor>& held) const {
+  const auto slot_of = [](const std::string& bank) { return bank.substr(0, bank.rfind('.')); };
+  std::set<std::string> read;
+  std::set<const void*> memory;  // layers may share their banks, of which the package has one name
+  for (const std::string& name : form_.banks) {
+    read.insert(slot_of(name));
+    memory.insert(held.at(name).data_ptr());
+  }
+  for (const auto& [name, bank] : held) {
+    const bool is_read = read.count(slot_of(name)) > 0 || memory.count(bank.data_ptr()) > 0;
+    TORCH_CHECK(is_read, path_, ": knows nothing of ", slot_of(name), ", where the model has adapters: it was made of ",
+                "another model; ", kRemedy);
+  }
+}
+
 void Package::read_banks_of(const torch::jit::Module& module) {
+  TORCH_CHECK(torchgraft::base_digest(module) == form_.base, path_,
+              ": the base's weights are not those that it was made of: it is of another model, or of another version; ",
+              kRemedy);
   const auto held = banks_of(module);
   const std::vector<std::string> names = loader_.get_constant_fqns();
   for (const std::string& name : form_.banks) {
@@ -152,6 +174,7 @@ void Package::read_banks_of(const torch::jit::Module& module) {
     TORCH_CHECK(is_there || is_shared, path_, ": has the numbers of the bank ", name, " written into its code; ",
                 kRemedy);
   }
+  check_slots(held);
   const auto old = loader_.get_runner()->extract_constants_map(/*use_inactive=*/false);
   for (const std::string& name : names) {
     if (!name.starts_with(kBanks)) {

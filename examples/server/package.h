@@ -24,6 +24,7 @@ struct PackageForm {
   };
   int64_t capacity = 0;                         // rows of its banks
   std::vector<torchgraft::AdapterConfig> room;  // what each row can hold
+  std::string base;                             // base_digest() of the model
   std::vector<std::string> banks;               // those that it reads
   std::vector<Input> inputs;                    // the last one is adapter_ids
 };
@@ -56,6 +57,8 @@ class Package {
   bool pads_rows() const { return pads_rows_; }
 
  private:
+  void check_slots(const std::unordered_map<std::string, at::Tensor>& held) const;
+
   const std::string path_;
   const PackageForm form_;
   const size_t least_tokens_;

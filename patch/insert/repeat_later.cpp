@@ -1,6 +1,7 @@
 #include <torchgraft/patch/insert/repeat_later.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/writes.h>
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
@@ -89,6 +90,28 @@ bool reads_any(const Node* node, const std::set<const Value*>& values) {
   return found;
 }
 
+// Whether a size is all that `value` is: no number that was computed from sizes.
+bool is_size(const Value* value) {
+  const Node* node = value->node();
+  const bool wraps = node->kind() == c10::prim::NumToTensor || node->kind() == c10::aten::Int;
+  return wraps ? is_size(node->input(0))
+               : node->kind() == c10::aten::size && value->type()->kind() != c10::TypeKind::ListType;
+}
+
+// Whether all branches of `node` ask only whether an argument is None, which is part of its kind.
+bool branches_by_kind(const Node* node) {
+  if (node->blocks().empty()) {
+    return true;
+  }
+  const Node* condition = node->kind() == c10::prim::If ? node->input()->node() : nullptr;
+  if (!condition || (condition->kind() != c10::aten::__is__ && condition->kind() != c10::aten::__isnot__)) {
+    return false;
+  }
+  return std::all_of(node->blocks().begin(), node->blocks().end(), [](const Block* block) {
+    return std::all_of(block->nodes().begin(), block->nodes().end(), branches_by_kind);
+  });
+}
+
 bool agree(const at::Tensor& a, const at::Tensor& b) {
   if (!at::isFloatingType(a.scalar_type())) {
     return a.equal(b);
@@ -116,11 +139,24 @@ Value* counterpart(const Graph& graph, Graph& copy, const Value* value) {
 
 }  // namespace
 
-LatePlace::LatePlace(Graph& graph) : graph_(graph) { find(); }
+bool tells_no_numbers(const Node* node) {
+  return is_aten(node, {"size", "len", "dim", "is_floating_point"}) || node->kind() == c10::prim::dtype ||
+         node->kind() == c10::prim::device || node->kind() == c10::prim::layout;
+}
+
+LatePlace::LatePlace(Graph& graph) : graph_(graph) {
+  find();
+  for_each_node(graph.block(), [&](const Node* node) {
+    // A repeated value shares no memory with others, and what is run for an example must not be seen.
+    place_ = is_writer(node) || draws_random_numbers(node) ? nullptr : place_;
+  });
+}
 
 void LatePlace::find() {
   std::set<const Value*> of_ids = {graph_.inputs().back()};
   std::set<const Value*> of_inputs(graph_.inputs().begin() + 1, graph_.inputs().end() - 1);
+  std::set<const Value*> of_numbers = of_inputs;  // not by way of sizes alone
+  bool branches = false;                          // by what the inputs are: another input may go another way
   std::vector<Value*> made(graph_.inputs().begin() + 1, graph_.inputs().end() - 1);
   for (Node* node : graph_.nodes()) {
     const bool has_ids = reads_any(node, of_ids);
@@ -129,9 +165,14 @@ void LatePlace::find() {
       place_ = has_ids ? node : nullptr;
       break;
     }
+    branches = branches || (has_inputs && !branches_by_kind(node));
+    const bool has_numbers = !tells_no_numbers(node) && reads_any(node, of_numbers);
     for (Value* output : node->outputs()) {
       if (has_ids) {
         of_ids.insert(output);
+      }
+      if (has_numbers) {
+        of_numbers.insert(output);
       }
       if (has_inputs) {
         of_inputs.insert(output);
@@ -139,6 +180,7 @@ void LatePlace::find() {
       }
     }
   }
+  place_ = branches ? nullptr : place_;
   if (!place_) {
     return;
   }
@@ -148,7 +190,8 @@ void LatePlace::find() {
   }
   for (Value* value : made) {
     if (used.count(value)) {
-      live_.push_back({value});
+      const bool is_argument = value->node()->kind() == c10::prim::Param;
+      live_.push_back({.value = value, .is_of_numbers = !is_argument && of_numbers.count(value) > 0});
     }
   }
 }
@@ -196,10 +239,13 @@ bool LatePlace::tell(Live& live, const c10::IValue& once, const c10::IValue& rep
   }
   if (once.isInt()) {
     live.kind = once.toInt() == repeated.toInt() ? Kind::kFree : Kind::kCount;
+    if (!is_size(live.value)) {
+      return false;
+    }
     return live.kind == Kind::kFree || (once.toInt() % rows == 0 && once.toInt() / rows * all == repeated.toInt());
   }
   if (!once.isTensor()) {
-    return (once.isBool() || once.isDouble() || once.isIntList()) && once == repeated;
+    return false;
   }
   const at::Tensor& a = once.toTensor();
   const at::Tensor& b = repeated.toTensor();
@@ -207,12 +253,12 @@ bool LatePlace::tell(Live& live, const c10::IValue& once, const c10::IValue& rep
   if (a.dim() != b.dim() || a.scalar_type() != b.scalar_type()) {
     return false;
   }
-  if (a.sizes() == b.sizes() && agree(a, b)) {
-    return true;
+  if (a.sizes() == b.sizes() && agree(a, b)) {  // numbers of another input may differ by its rows
+    return !live.is_of_numbers && (a.dim() > 0 || is_size(live.value));
   }
   if (a.dim() == 0 && a.scalar_type() == at::kLong && !takes_none(live.value)) {
     live.kind = Kind::kCount;
-    return a.item<int64_t>() % rows == 0 && a.item<int64_t>() / rows * all == b.item<int64_t>();
+    return is_size(live.value) && a.item<int64_t>() % rows == 0 && a.item<int64_t>() / rows * all == b.item<int64_t>();
   }
   live.kind = Kind::kRows;
   for (live.dim = 0; live.dim < a.dim(); ++live.dim) {

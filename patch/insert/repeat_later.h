@@ -9,6 +9,9 @@
 
 namespace torchgraft {
 
+// Whether the result of `node` tells sizes, a dtype or a device of its operands, and none of their numbers.
+bool tells_no_numbers(const torch::jit::Node* node);
+
 // The place before the first adapter of a graph, where rows of a Parallel can be repeated later than at the graph's
 // top: what stands before it is then computed once for all children.
 //
@@ -16,6 +19,7 @@ namespace torchgraft {
 // batch's or the heads'. So a run of what stands before the place answers: rows that were repeated before it must give
 // what the same rows give that are repeated behind it. Each value that crosses it is then one of Kind, or the place
 // will not do. A module that runs on other kinds of inputs than the run saw repeats rows at the top (same_kind).
+// A graph that writes in place, or that branches by what its inputs are before the place, repeats rows at the top.
 class LatePlace {
  public:
   using Graph = torch::jit::Graph;
@@ -43,6 +47,7 @@ class LatePlace {
   };
   struct Live {
     Value* value = nullptr;
+    bool is_of_numbers = false;  // not of the inputs' sizes alone
     Kind kind = Kind::kFree;
     int64_t rank = 0;
     int64_t dim = 0;

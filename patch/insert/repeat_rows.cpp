@@ -4,6 +4,7 @@
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/linear_map.h>
 #include <torchgraft/patch/graph/symbolic_shape.h>
+#include <torchgraft/patch/graph/writes.h>
 #include <torchgraft/patch/insert/repeat_later.h>
 
 #include <torch/csrc/jit/ir/constants.h>
@@ -32,11 +33,18 @@ def repeated(x: Tensor, index: Optional[Tensor], rows: int, dim: int, name: str)
             "rows: expected {} of them along dimension {} of '{}', got the size {}".format(rows, dim, name, x.size())
         return x.index_select(dim, index)
 
-def repeated_like(x: Tensor, index: Optional[Tensor], rows: int, sequence_first: bool, name: str) -> Tensor:
+def repeated_like(x: Tensor, index: Optional[Tensor], rows: int, sequence_first: bool, has_none: bool,
+                  name: str) -> Tensor:
     if index is None:
         return x
     else:
         is_first = x.dim() > 0 and x.size(0) == rows
+        if has_none:
+            may_have = is_first or (sequence_first and x.dim() > 1 and x.size(1) == rows)
+            assert rows == 1 or not may_have, "forward: a composition with a Parallel repeats the batch's {} rows, " \
+                "and '{}' {}, which had none in the example of compose(), may have them; pass another number of " \
+                "rows, or activate the parts of the Parallel one by one".format(rows, name, x.size())
+            return x
         if sequence_first and x.dim() > 1 and x.size(1) == rows:
             assert not is_first, "forward: a composition with a Parallel repeats the batch's {} rows, and either " \
                 "dimension of '{}' {} may be theirs; pass another number of rows, or activate the parts of the " \
@@ -46,12 +54,25 @@ def repeated_like(x: Tensor, index: Optional[Tensor], rows: int, sequence_first:
             return x.index_select(0, index)
         return x
 
-def repeated_optional(x: Optional[Tensor], index: Optional[Tensor], rows: int, sequence_first: bool,
+def repeated_optional(x: Optional[Tensor], index: Optional[Tensor], rows: int, sequence_first: bool, has_none: bool,
                       name: str) -> Optional[Tensor]:
     if x is None:
         return None
     else:
-        return repeated_like(x, index, rows, sequence_first, name)
+        return repeated_like(x, index, rows, sequence_first, has_none, name)
+
+def check_rows(x: Optional[Tensor], index: Optional[Tensor], rows: int, sequence_first: bool, name: str,
+               counted: str) -> bool:
+    if x is None or index is None:
+        return True
+    else:
+        has_rows = x.dim() == 0 or x.size(0) == rows or x.size(0) == 1
+        if sequence_first and x.dim() > 1:
+            has_rows = has_rows or x.size(1) == rows or x.size(1) == 1
+        assert has_rows, "forward: a composition with a Parallel repeats the {} rows of '{}', and what the layers " \
+            "read is made of '{}' {}, too, whose rows cannot be told; give both as many rows, or activate the parts " \
+            "of the Parallel one by one".format(rows, counted, name, x.size())
+        return True
 
 def is_like_tensor(x: Tensor, rank: int, dtype: int, dim: int, other: int, rows: int) -> bool:
     like = x.dim() == rank and x.dtype == dtype
@@ -88,6 +109,30 @@ bool may_have_tensors(const c10::TypePtr& type) {
          type->kind() == c10::TypeKind::AnyType || std::any_of(contained.begin(), contained.end(), may_have_tensors);
 }
 
+// Adds to `found` the arguments of which `value` is made, not by way of sizes or of an attention.
+void add_sources(Value* value, std::set<Value*>& found) {
+  std::vector<Value*> frontier = {value};
+  std::set<Value*> seen = {value};
+  for (size_t i = 0; i < frontier.size(); ++i) {
+    Node* node = frontier[i]->node();
+    if (node->kind() == c10::prim::Param && (is_tensor(frontier[i]) || is_optional_tensor(frontier[i]))) {
+      found.insert(frontier[i]);
+    }
+    if (tells_no_numbers(node) || is_aten(node, {"scaled_dot_product_attention"})) {
+      continue;
+    }
+    std::vector<Value*> next(node->inputs().begin(), node->inputs().end());
+    for (torch::jit::Block* block : node->blocks()) {
+      next.insert(next.end(), block->outputs().begin(), block->outputs().end());
+    }
+    for (Value* input : next) {
+      if (seen.insert(input).second) {
+        frontier.push_back(input);
+      }
+    }
+  }
+}
+
 // The argument of which `tokens` is a function that keeps all dimensions where they are; null where it is of none.
 Value* argument_of(Value* tokens) {
   const auto keeps = [](const Node* node) {
@@ -115,6 +160,13 @@ RowRepeater::RowRepeater(Graph& graph, const GraphSites& sites, const Module& ro
                 input->type()->repr_str(), ", whose rows cannot be told; compose each of its parts under a name of ",
                 "its own, and give every row once for each part, with adapter_ids");
   }
+  const Writes writes(graph.shared_from_this());
+  for (const Value* input : graph.inputs().slice(1)) {
+    TORCH_CHECK(!is_tensor(input) || !writes.reach(input), "compose: a Parallel repeats the rows of forward's ",
+                "arguments, and forward may write into '", input->debugNameBase(), "', which would not reach the ",
+                "caller's tensor; compose each of its parts under a name of its own, and give every row once for each ",
+                "part, with adapter_ids");
+  }
   find_batch(sites, root);
 }
 
@@ -122,6 +174,9 @@ void RowRepeater::find_batch(const GraphSites& sites, const Module& root) {
   SymbolicShapes shapes(root);
   for (const LayerSites& layer : sites.layers) {
     const LinearSite& query = layer.query;
+    if (query.node) {
+      add_sources(linear_input(query.node), sources_);
+    }
     sequence_first_ = sequence_first_ || query.sequence_first;
     if (Value* argument = query.node ? argument_of(linear_input(query.node)) : nullptr) {
       known_.emplace(argument, query.sequence_first ? 1 : 0);
@@ -151,6 +206,7 @@ void RowRepeater::find_batch(const GraphSites& sites, const Module& root) {
               "there are; compose each of its parts under a name of its own, and give every row once for each part, ",
               "with adapter_ids");
   known_.emplace(counted_, 0);
+  sources_.erase(counted_);
 }
 
 int64_t RowRepeater::rows_in(const std::vector<c10::IValue>& arguments) const {
@@ -220,10 +276,15 @@ void RowRepeater::operator()(const std::vector<NamedComposition>& compositions, 
                       {ids, active, rows, unpack->outputs()[1], constant(first_id), constant(channels)});
   Value* repeated_ids = call(graph_, kParallelRows, "repeated_ids", {ids, active, index});
   Node* behind_ids = graph_.insertNode(graph_.createNone());  // dead code in the end
+  for (Value* source : sources_) {
+    call(graph_, kRepeated, "check_rows",
+         {source, index, rows, constant(sequence_first_), constant(std::string(source->debugNameBase())),
+          constant(std::string(counted_->debugNameBase()))});
+  }
   std::vector<std::pair<Value*, Value*>> replaced;
   for (size_t i = 1; i + 1 < graph_.inputs().size(); ++i) {
     Value* input = graph_.inputs()[i];
-    if (Value* value = repeated(input, index, rows)) {
+    if (Value* value = repeated(input, index, rows, examples)) {
       replaced.emplace_back(input, value);
     }
   }
@@ -250,7 +311,27 @@ void RowRepeater::operator()(const std::vector<NamedComposition>& compositions, 
   }
 }
 
-Value* RowRepeater::repeated(Value* input, Value* index, Value* rows) {
+// Whether no example of several rows gives `input` any.
+bool RowRepeater::has_no_rows(const Value* input, const std::vector<std::vector<c10::IValue>>& examples) const {
+  const size_t at = input->offset() - 1;
+  bool is_shown = false;
+  for (const std::vector<c10::IValue>& example : examples) {
+    const int64_t rows = rows_in(example);
+    if (rows < 2 || at >= example.size() || !example[at].isTensor()) {
+      continue;
+    }
+    const at::Tensor& tensor = example[at].toTensor();
+    const bool is_first = tensor.dim() > 0 && tensor.size(0) == rows;
+    if (is_first || (sequence_first_ && tensor.dim() > 1 && tensor.size(1) == rows)) {
+      return false;
+    }
+    is_shown = true;
+  }
+  return is_shown;
+}
+
+Value* RowRepeater::repeated(Value* input, Value* index, Value* rows,
+                             const std::vector<std::vector<c10::IValue>>& examples) {
   const auto constant = [&](const c10::IValue& value) { return graph_.insertConstant(value); };
   Value* name = constant(std::string(input->debugNameBase()));
   if (const auto known = known_.find(input); known != known_.end()) {
@@ -260,7 +341,8 @@ Value* RowRepeater::repeated(Value* input, Value* index, Value* rows) {
     return nullptr;
   }
   const char* function = is_tensor(input) ? "repeated_like" : "repeated_optional";
-  return call(graph_, kRepeated, function, {input, index, rows, constant(sequence_first_), name});
+  return call(graph_, kRepeated, function,
+              {input, index, rows, constant(sequence_first_), constant(has_no_rows(input, examples)), name});
 }
 
 }  // namespace torchgraft

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <map>
+#include <set>
 #include <vector>
 
 namespace torchgraft {
@@ -30,7 +31,8 @@ class RowRepeater {
   using Value = torch::jit::Value;
 
   void find_batch(const GraphSites& sites, const torch::jit::Module& root);
-  Value* repeated(Value* input, Value* index, Value* rows);
+  Value* repeated(Value* input, Value* index, Value* rows, const std::vector<std::vector<c10::IValue>>& examples);
+  bool has_no_rows(const Value* input, const std::vector<std::vector<c10::IValue>>& examples) const;
   int64_t rows_in(const std::vector<c10::IValue>& arguments) const;
   // Whether forward gets arguments of the kind of `example`; null where that cannot be told.
   Value* is_like(const std::vector<c10::IValue>& example, Value* rows);
@@ -40,6 +42,7 @@ class RowRepeater {
   const torch::jit::Module& root_;
   std::map<const Value*, int64_t> known_;  // arguments one dimension of which is known to be the batch, and which
   Value* counted_ = nullptr;               // the argument that tells how many rows there are
+  std::set<Value*> sources_;               // the others that what the layers read is made of
   bool sequence_first_ = false;
 };
 

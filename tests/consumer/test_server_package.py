@@ -108,12 +108,28 @@ def _refused(program: list, model: Path, *options: object) -> str:
     return done.stderr
 
 
+def test_a_package_of_another_version_of_the_model(server_program, models):
+    """One number of one token's embedding differs, which no request of the check need read."""
+    other = torch.jit.load(models / "base.pt")
+    with torch.no_grad():
+        next(iter(other.parameters()))[-1, 0] += 1.0
+    other.save(models / "version.pt")
+    refused = _refused(server_program, models / "version.pt")
+    assert "the base's weights are not those that it was made of" in refused
+
+
+def test_a_model_with_an_adapter_that_the_package_does_not_know(server_program, models):
+    own = torchgraft.graft(torch.jit.load(models / "base.pt"), "lora[r=2, output_lora=True]", "own", verify=False)
+    own.save(models / "own.pt")
+    assert "where the model has adapters: it was made of another model" in _refused(server_program, models / "own.pt")
+
+
 def test_a_package_of_another_model(server_program, models):
     torch.manual_seed(1)
     ids = torch.ones(2, 8, dtype=torch.int64)
     model = Encoder().eval()
     torch.jit.trace(model, (ids, ids), check_trace=False).save(models / "other.pt")
-    assert "gives other results than the model, by " in _refused(server_program, models / "other.pt")
+    assert "the base's weights are not those that it was made of" in _refused(server_program, models / "other.pt")
 
 
 def test_options_that_the_package_has_fixed(server_program, models):

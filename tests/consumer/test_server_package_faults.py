@@ -24,7 +24,7 @@ def description(inputs: list | None = None, **package: object) -> dict:
     versions = {"torch": torch.__version__, "torchgraft": torchgraft.__version__}
     return {
         "adapters": [],
-        "pool": {"capacity": 3, "room": [{"config": {"architecture": "lora", "r": 2}}]},
+        "pool": {"capacity": 3, "base": "", "room": [{"config": {"architecture": "lora", "r": 2}}]},
         "package": versions | {"banks": [], "inputs": SIZES if inputs is None else inputs} | package,
     }
 
@@ -57,7 +57,13 @@ FAULTS: dict[str, tuple[object, list, str]] = {
     "compositions": (description(), ["--max-compositions", 2], "--max-compositions: a package runs no compositions"),
     "other pooling": (
         description()
-        | {"pool": {"capacity": 3, "room": [{"config": {"architecture": "lora", "r": 2, "use_gating": True}}]}},
+        | {
+            "pool": {
+                "capacity": 3,
+                "base": "",
+                "room": [{"config": {"architecture": "lora", "r": 2, "use_gating": True}}],
+            }
+        },
         ["--gate-pooling", "unpadded"],
         "--gate-pooling: the package's gates are means over all tokens, got unpadded",
     ),

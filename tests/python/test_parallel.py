@@ -9,6 +9,7 @@ import torch
 import torchgraft
 from grafted import base, reloaded
 from models import VARIANTS, Batch, make_batch
+from odd_layers import HIDDEN, Plain
 from oracle import difference, oracle_for
 from test_compositions import DTYPE, TOLERANCE, bank, expected, expected_states, library_block, parts_of, run, saved
 from torchgraft import Average, BatchSplit, Parallel, Split, Stack
@@ -244,30 +245,134 @@ def drawn(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
     return module
 
 
+class _Layers(torch.nn.Module):
+    """Three layers, and a mask of tokens that a caller may leave out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(Plain() for _ in range(3))
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        kept = torch.ones(x.size(0), x.size(1)) if mask is None else mask
+        for layer in self.layers:
+            x = layer(x, kept)
+        return x
+
+
 @pytest.mark.parametrize("with_mask", [False, True])
 def test_what_lies_under_the_first_adapter_runs_once(with_mask: bool) -> None:
     """Inputs of another kind than the example have the same results."""
     torch.manual_seed(0)
-    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    module = torch.jit.script(torch.nn.TransformerEncoder(layer, 3).eval())
+    module = torch.jit.script(_Layers().eval())
     for name in ("a", "b"):
-        module = torchgraft.graft(module, "seq_bn[reduction_factor=2, leave_out=[0, 1]]", name)
-    causal = torch.ones(5, 5).triu(1).bool()
-    x, padding = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
-    example = (x, None, padding) if with_mask else (x,)
+        module = torchgraft.graft(module, "lora[r=4, leave_out=[0, 1]]", name)
+    x, mask = torch.randn(2, 5, HIDDEN), torch.tensor([[1.0] * 5, [1.0] * 3 + [0.0] * 2])
+    example = (x, mask) if with_mask else (x,)
     module = torchgraft.compose(drawn(module), "c", Parallel("a", "b"), example=example)
-    for count in (1, 2, 4, 6):  # not 5: a mask [5, 5] could be one of rows
-        x, padding = torch.randn(count, 5, 16), torch.arange(5)[None] >= torch.randint(2, 6, (count, 1))
-        for arguments in ((x,), (x, None, padding), (x, causal), (x, causal, padding)):
+    for count in (1, 2, 5, 6):
+        x, mask = torch.randn(count, 5, HIDDEN), (torch.arange(5)[None] < torch.randint(2, 6, (count, 1))).float()
+        for arguments in ((x,), (x, mask)):
             with torch.no_grad():
                 alone = [module(*arguments, adapter_ids=torch.full([count], id)) for id in (0, 1)]
                 found = module(*arguments, adapter_ids=torch.full([count], 2))
             assert difference(alone[0], alone[1]) > 1e-3
             assert difference(found, torch.cat(alone)) <= 1e-5
     module.activate("c")
-    x, padding = torch.randn(4, 5, 16), torch.zeros(4, 5, dtype=torch.bool)
-    assert 4 in rows_of_linear_maps(module, *((x, None, padding) if with_mask else (x,)))
-    assert rows_of_linear_maps(module, *((x,) if with_mask else (x, None, padding))) == {8}
+    x, mask = torch.randn(4, 5, HIDDEN), torch.ones(4, 5)
+    assert 4 in rows_of_linear_maps(module, *((x, mask) if with_mask else (x,)))
+    assert rows_of_linear_maps(module, *((x,) if with_mask else (x, mask))) == {8}
+
+
+class _AliasedHead(_Layers):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        x = self.layers[0](x, mask)
+        head = x[:, 0]
+        y = self.layers[2](self.layers[1](x, mask), mask)
+        if not bool((mask > 0).all()):
+            x += y
+        return head + y[:, 0]
+
+
+class _CountsPadding(_Layers):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        padding = (mask == 0).sum()
+        for layer in self.layers:
+            x = layer(x, mask)
+        return x * (1 + padding / x.size(0))
+
+
+class _DropsFullMasks(_Layers):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        kept = torch.ones(1, x.size(1))
+        if not bool((mask > 0).all()):
+            kept = mask
+        for layer in self.layers:
+            x = layer(x, kept)
+        return x
+
+
+class _OneRowAlone(_Layers):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        alone = x.size(0) == 1
+        for layer in self.layers:
+            x = layer(x, mask)
+        return x[0:1] if alone else x
+
+
+@pytest.mark.parametrize("model", [_AliasedHead, _CountsPadding, _DropsFullMasks])
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_the_example_does_not_show_is_right_too(model: type[torch.nn.Module], count: int) -> None:
+    """The example's mask is all ones; it is a batch with padding that tells the models from simpler ones."""
+    torch.manual_seed(0)
+    module = torch.jit.script(model().eval())
+    for name in ("a", "b"):
+        module = torchgraft.graft(module, "lora[r=4, leave_out=[0]]", name, verify=False)
+    example = (torch.randn(3, 5, HIDDEN), torch.ones(3, 5))
+    module = torchgraft.compose(drawn(module), "c", Parallel("a", "b"), example=example)
+    x, mask = torch.randn(count, 5, HIDDEN), torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0]).repeat(count, 1)
+    with torch.no_grad():
+        alone = [module(x, mask, adapter_ids=torch.full([count], id)) for id in (0, 1)]
+        assert difference(module(x, mask, adapter_ids=torch.full([count], 2)), torch.cat(alone)) <= 1e-5
+
+
+class _PositionsFirst(_Layers):
+    def forward(self, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        h = positions + x
+        for layer in self.layers:
+            h = layer(h, torch.ones(h.size(0), h.size(1)))
+        return h
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_an_argument_that_broadcasts_over_rows_counts_none(count: int) -> None:
+    torch.manual_seed(0)
+    module = torch.jit.script(_PositionsFirst().eval())
+    for name in ("a", "b"):
+        module = torchgraft.graft(module, "lora[r=4]", name, verify=False)
+    module = torchgraft.compose(drawn(module), "c", Parallel("a", "b"), verify=False)
+    arguments = torch.randn(1, 5, HIDDEN), torch.randn(count, 5, HIDDEN)
+    with torch.no_grad():
+        if count > 1:
+            with pytest.raises(torch.jit.Error, match="whose rows cannot be told"):
+                module(*arguments, adapter_ids=torch.full([count], 2))
+            return
+        alone = torch.cat([module(*arguments, adapter_ids=torch.full([count], id)) for id in (0, 1)])
+        assert difference(module(*arguments, adapter_ids=torch.full([count], 2)), alone) <= 1e-5
+
+
+def test_arguments_that_forward_writes_into_are_refused() -> None:
+    class Writes(_Layers):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            x.mul_(2.0)
+            for layer in self.layers:
+                x = layer(x, mask)
+            return x
+
+    module = torch.jit.script(Writes().eval())
+    for name in ("a", "b"):
+        module = torchgraft.graft(module, "lora[r=4]", name, verify=False)
+    with pytest.raises(torchgraft.GraftError, match="a Parallel repeats the rows .* forward may write into 'x"):
+        torchgraft.compose(module, "c", Parallel("a", "b"))
 
 
 def test_rows_with_one_label_have_no_parallel() -> None:

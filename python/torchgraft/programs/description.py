@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from .._kinds import Kind, kind_of
+from .._libraries import patcher
 from .._reading import parse_json
 from ..errors import GraftError
-from ..grafting import is_grafted
+from ..grafting import cpp_module, is_grafted
 from ..life import AdapterInfo, list_adapters
 from ..pool import AdapterPool
 
@@ -46,13 +47,15 @@ def describe_pool(pool: AdapterPool) -> dict[str, Any]:
     """Returns a description of what is exported of a pool: the same keys, no adapters, and "pool": what a host needs
     for a pool with the same banks."""
     room = [parse_json(config, "room") for config in pool.room()]
+    with pool.acquire([]) as lease:
+        digest = patcher().base_digest(cpp_module(lease.module))
     return {
         "adapters": [],
         "adapter_ids": True,
         "gate_outputs": [],
         "gates": {},
         "lowered": False,
-        "pool": {"capacity": pool.stats()["capacity"], "room": room},
+        "pool": {"capacity": pool.stats()["capacity"], "room": room, "base": digest},
     }
 
 

@@ -18,6 +18,7 @@ from hugging_face_cases import CASES
 from oracle import difference
 from oracle_reference import _prepared
 from test_compositions_of_families import bank, widest
+from thinned import thinned
 
 # The children of each act at the same sites, and differ in what they do where the library can make two of one adapter.
 KINDS = {
@@ -26,7 +27,7 @@ KINDS = {
     "prefixes": ["prefix_gated"],
     "behind": ["lora_all", "double_seq_bn"],
 }
-QUICK = {"bert_sdpa", "t5_eager"}
+OFTEN = {"bert_sdpa", "bert_eager", "t5_eager", "gpt2_sdpa", "vit_sdpa", "llama_sdpa"}
 
 
 def children_of(kind: str, names: dict[str, str], module) -> list:
@@ -74,7 +75,7 @@ PACKED = {name for name in CASES if name.startswith(("gpt2", "deberta_eager"))} 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", thinned(CASES, lambda name: name in OFTEN, seconds=1.5))
 def test_parallel_equals_the_library(name: str, kind: str) -> None:
     case = CASES[name]
     if any(method in case.without for method in KINDS[kind]):
