@@ -12,16 +12,16 @@ namespace {
 
 using Results = std::tuple<at::Tensor, at::Tensor>;
 
-bool is_readable(const at::Tensor& tensor) {
+bool is_float32(const at::Tensor& tensor) {
   return !tensor.defined() || (has_memory(tensor) && tensor.scalar_type() == at::kFloat);
 }
 
 // The sum of dense tensors of one shape lies as they do: it stays what a view of it expects.
 bool takes_fused_norm(const ResidualNormArguments& args) {
   return args.x.scalar_type() == at::kFloat && args.x.dim() > 0 && takes_fused_kernels(args.x) &&
-         is_readable(args.residual) && args.x.sizes() == args.residual.sizes() && args.normalized_shape.size() == 1 &&
+         is_float32(args.residual) && args.x.sizes() == args.residual.sizes() && args.normalized_shape.size() == 1 &&
          args.normalized_shape[0] == args.x.size(-1) && args.x.is_contiguous() && args.residual.is_contiguous() &&
-         is_readable(args.weight) && is_readable(args.bias);
+         is_float32(args.weight) && is_float32(args.bias);
 }
 
 Results residual_norm_forward(const ResidualNormArguments& args) {
