@@ -35,8 +35,7 @@ void check_prefix_groups(const Plan& plan) {
     }
     const PlannedModule& other = *first.emplace(prefix->pool, &module).first->second;
     const auto& expected = std::get<PlannedPrefix>(other.method);
-    TORCH_CHECK(prefix->hidden_size == expected.hidden_size && prefix->num_kv_heads == expected.num_kv_heads &&
-                    prefix->head_dim == expected.head_dim,
+    TORCH_CHECK(prefix->num_kv_heads == expected.num_kv_heads && prefix->head_dim == expected.head_dim,
                 "plan: one MLP makes the prefixes of all layers (", module.location,
                 "), and they have different sizes: ", expected.num_kv_heads, " heads of ", expected.head_dim,
                 " in layer ", other.number, ", ", prefix->num_kv_heads, " heads of ", prefix->head_dim, " in layer ",

@@ -8,9 +8,14 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "python"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import hypothesis  # noqa: E402
 import torch  # noqa: E402
 
 import torchgraft  # noqa: E402, F401
+
+# Each run draws the same cases.
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile("same")
 
 # Tiny models: a second thread only waits, and waits long where the cores are shared.
 torch.set_num_threads(1)

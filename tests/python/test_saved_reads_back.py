@@ -49,8 +49,8 @@ _REFUSED = {
     "attention": _BOTTLENECKS,
     "crossmodel": _BOTTLENECKS,
     "loras": set(_CONFIGS),
-    "embedding_and_layers": set(_CONFIGS),
-    "sequence_in_sequence": set(_CONFIGS),
+    "embedding_and_layers": set(_CONFIGS) - {"lora"},  # whose paths are the model's own
+    "sequence_in_sequence": set(_CONFIGS) - {"lora"},
 }
 
 

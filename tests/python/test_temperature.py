@@ -72,13 +72,13 @@ def base_of(model: nn.Module, form: str) -> torch.jit.ScriptModule:
 def with_prefix(model: Warm, factor: Tensor, key: Tensor, value: Tensor, x: Tensor, mask: Tensor) -> Tensor:
     """The layer with keys and values [heads, length, size] before its own: the definition of a prefix.
 
-    What is added to the scores of the tokens is a bias of their keys, as masks are, and is not added to a prefix's.
+    A number that is added to all scores is added to a prefix's, too, whose keys stand before the tokens'.
     """
     rows = x.size(0)
     keys = torch.cat([key.expand(rows, -1, -1, -1), model.heads(model.key(x))], 2)
     values = torch.cat([value.expand(rows, -1, -1, -1), model.heads(model.value(x))], 2)
     scores = torch.matmul(model.heads(model.query(x)), keys.transpose(-1, -2)) / SCALE * factor
-    scores[..., key.size(1) :] += model.added
+    scores = scores + model.added
     seen = torch.cat([mask.new_ones(rows, key.size(1)), mask], 1)
     scores = scores.masked_fill(seen[:, None, None, :] == 0, -torch.inf)
     return model.finish(x, torch.matmul(torch.softmax(scores, -1), values))

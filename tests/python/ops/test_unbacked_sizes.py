@@ -50,6 +50,7 @@ CALLS = {
     ),
     "reft": lambda x, ids: (ops.reft(x, *reft_bank(), ids),) * 2,
     "linear": lambda x, ids: (ops.linear(x, torch.randn(HIDDEN, HIDDEN), None, "gelu"),) * 2,
+    "residual_norm": lambda x, ids: ops.residual_norm(x, x, [HIDDEN], torch.randn(HIDDEN), None),
     "attention_token_mask": lambda x, ids: (ops.attention_token_mask(x, x.new_zeros(x.size(0), 1, 1, x.size(1))),) * 2,
 }
 
