@@ -71,7 +71,7 @@ DOCUMENTS = [path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob(
 
 
 def prepare(folder: Path) -> None:
-    """BASE.pt and BASE.pt2; MODEL.pt with the adapter NAME, which DIRECTORY holds, too; texts and a tokenizer."""
+    """BASE.pt and BASE.pt2; MODEL.pt with the adapter NAME, also in DIRECTORY and FOLDER/NAME; texts and a tokenizer."""
     torch.manual_seed(0)
     encoder = _Encoder().eval()
     example = torch.tensor([[2, 4, 5, 3], [2, 6, 3, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
@@ -82,7 +82,8 @@ def prepare(folder: Path) -> None:
     torch.export.save(program, str(folder / "BASE.pt2"))
     model = torchgraft.graft(base, "unipelt", "NAME")
     model.save(str(folder / "MODEL.pt"))
-    torchgraft.save_adapter(model, "NAME", folder / "DIRECTORY")
+    for directory in (folder / "DIRECTORY", folder / "FOLDER/NAME"):
+        torchgraft.save_adapter(model, "NAME", directory)
     torch.save(example, folder / "INPUTS.pt")
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>")
