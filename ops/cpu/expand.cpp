@@ -8,7 +8,8 @@
 namespace torchgraft::ops::cpu {
 namespace {
 
-// With this many columns of `hidden` or more, sums along them are faster than products with the transposed weight.
+// With this many columns of `hidden` or more, sums along them are faster than products with the transposed weight. For
+// rows of few tokens they always are: to transpose a weight costs more than to read it.
 constexpr int64_t kLongSum = 96;
 
 // A slice's weight, transposed: [R, O], and below it the bias. Per-channel scaling is multiplied in.
@@ -99,9 +100,9 @@ class Expander {
     at::Tensor output = at::empty_like(base_);
     const int64_t element = output.element_size();
     auto* to = static_cast<char*>(output.mutable_data_ptr());
-    const bool long_sums = depth_ >= kLongSum && !per_channel_;
+    const bool sums = !per_channel_ && (depth_ >= kLongSum || !packs_tokens(tokens_, columns_));
     std::vector<float> table;  // of all tiles, when they use one slice
-    if (!long_sums && runs_.count() == 1 && runs_.slices[0] >= 0) {
+    if (!sums && runs_.count() == 1 && runs_.slices[0] >= 0) {
       table = wide_.of(runs_.slices[0]);
     }
     for_each_tile(runs_, [&](int64_t run, int64_t begin, int64_t end) {
@@ -118,7 +119,7 @@ class Expander {
       }
       FloatResult tile(from.is_bfloat16, tile_to, count, columns_, columns_);
       const FloatView init(from, count * columns_);
-      if (long_sums) {
+      if (sums) {
         dot_tile(slice, first, count, init.data(), tile.data());
       } else if (runs_.count() == 1) {
         outer_tile(table, first, count, init.data(), tile.data());

@@ -46,10 +46,10 @@ void four_sums(const Vec& a, const Vec& b, const Vec& c, const Vec& d, const flo
 }
 #endif
 
-// sums[i][j] += x[i] . w[j] over `depth`.
+// sums[i][j] += x[i] . w[j] over `depth`. Fetches what lies `ahead` numbers behind each line of w.
 template <int R, int C>
 inline __attribute__((always_inline)) void accumulate(Vec (&sums)[R][C], const float* x, int64_t x_stride,
-                                                      const float* w, int64_t w_stride, int64_t depth) {
+                                                      const float* w, int64_t w_stride, int64_t depth, int64_t ahead) {
   int64_t k = 0;
   for (; k + kLanes <= depth; k += kLanes) {
     Vec left[R];
@@ -59,6 +59,7 @@ inline __attribute__((always_inline)) void accumulate(Vec (&sums)[R][C], const f
     }
 #pragma GCC unroll 8
     for (int j = 0; j < C; ++j) {
+      fetch_ahead(w, j * w_stride + k + ahead);
       const Vec right = Vec::loadu(w + j * w_stride + k);
 #pragma GCC unroll 8
       for (int i = 0; i < R; ++i) {
@@ -78,6 +79,14 @@ inline __attribute__((always_inline)) void accumulate(Vec (&sums)[R][C], const f
 
 using Panel = WeightRows<kColumns>;
 
+// How far behind a row of w the row lies that is read next but one: at least a page, which takes as long to read as
+// memory takes to answer.
+int64_t rows_ahead(int64_t w_stride) {
+  constexpr int64_t kPage = 1024;  // floats
+  const int64_t panels = 1 + kPage / std::max<int64_t>(kColumns * w_stride, 1);
+  return panels * kColumns * w_stride;
+}
+
 // panel: of the columns from `column` on
 template <int R, int C>
 void block(const DotProduct& job, const Panel& panel, int64_t row, int64_t column) {
@@ -89,9 +98,11 @@ void block(const DotProduct& job, const Panel& panel, int64_t row, int64_t colum
       sums[i][j] = Vec(0.0F);
     }
   }
-  accumulate<R, C>(sums, job.x + row * job.x_stride, job.x_stride, panel.w(), panel.w_stride(), job.depth);
+  accumulate<R, C>(sums, job.x + row * job.x_stride, job.x_stride, panel.w(), panel.w_stride(), job.depth,
+                   rows_ahead(panel.w_stride()));
   if (job.depth2 > 0) {
-    accumulate<R, C>(sums, job.x2 + row * job.x2_stride, job.x2_stride, panel.w2(), panel.w2_stride(), job.depth2);
+    accumulate<R, C>(sums, job.x2 + row * job.x2_stride, job.x2_stride, panel.w2(), panel.w2_stride(),
+                     job.depth2, /*ahead=*/0);
   }
   // On the stack: the compiler would have to expect that every value written through y changes one of the inputs.
   float row_sums[R][(C + 3) / 4 * 4];

@@ -4,6 +4,8 @@
 #include <ATen/cpu/vec/vec.h>
 #include <torchgraft/ops/cpu/vectorized/entries.h>
 
+#include <cstdint>
+
 namespace torchgraft::ops::cpu::TORCHGRAFT_VECTORIZED {
 
 using Vec = at::vec::Vectorized<float>;
@@ -11,6 +13,14 @@ constexpr int64_t kLanes = Vec::size();
 
 // `count` rounded up to whole vectors.
 constexpr int64_t in_vectors(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+
+constexpr int64_t kLine = 16;  // numbers in a line of the cache
+
+// Brings w[offset] into the cache. A weight is read once for many tokens, or for a single one, and comes from memory:
+// its rows are too short for the processor to see what follows. w[offset] may lie behind the weight's end.
+inline void fetch_ahead(const float* w, int64_t offset) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(w) + offset * sizeof(float)));
+}
 
 inline void scale_row(float* row, int64_t count, float factor) {
   int64_t i = 0;

@@ -80,14 +80,6 @@ struct Part {
   int64_t depth;
 };
 
-constexpr int64_t kLine = 16;  // numbers in a line of the cache
-
-// Brings w[offset] into the cache. A weight is read once for 64 tokens and comes from memory: its rows are too short
-// for the processor to see what follows. w[offset] may lie behind the weight's end.
-inline void fetch_ahead(const float* w, int64_t offset) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(w) + offset * sizeof(float)));
-}
-
 // Terms one by one, float32.
 struct Singles {
   static constexpr bool kReadsFloats = true;  // of w: a bfloat16 one is widened first
