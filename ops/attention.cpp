@@ -149,8 +149,14 @@ Prefix with_zeros_where_hidden(Prefix prefix) {
 
 Prefix select_prefix(const PrefixArguments& args, const Selection& selection, const Gate& gate, bool trim) {
   Prefix prefix;
-  prefix.key = select(selection, args.prefix_key);
-  prefix.value = select(selection, args.prefix_value);
+  if (trim && selection.is_mixed() && cpu::reads_bank_in_place(args, selection)) {
+    prefix.key = args.prefix_key;
+    prefix.value = args.prefix_value;
+    prefix.rows = selection.rows;
+  } else {
+    prefix.key = select(selection, args.prefix_key);
+    prefix.value = select(selection, args.prefix_value);
+  }
   if (trim && !selection.is_mixed()) {
     // By few calls of ATen: with a few tokens, calls are most of what the operator costs.
     const int64_t length = args.prefix_length.const_data_ptr<int64_t>()[selection.slice * args.prefix_length.stride(0)];

@@ -55,8 +55,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> flash_sequence_backward(const Pre
 
 // The prefixes that the rows use.
 struct Prefix {
-  at::Tensor key;         // [(B,) h_kv, P, d], not gated
-  at::Tensor value;       // [(B,) h_kv, P, d], not gated
+  at::Tensor key;         // [(B,) h_kv, P, d], not gated; the bank with `rows`
+  at::Tensor value;       // [(B,) h_kv, P, d], not gated; the bank with `rows`
+  at::Tensor rows;        // int64 [B]: the slice of key and value for each row; undefined: its own, or the only one
   at::Tensor hidden;      // bool [P] or [B, 1, 1, P]: positions past the row's prefix_length. Undefined: none
   at::Tensor key_gate;    // [B, 1, 1, 1]; undefined: not gated
   at::Tensor value_gate;  // [B, 1, 1, 1]
@@ -66,8 +67,8 @@ struct Prefix {
 // whoever multiplies by them calls this first. The fused kernels do not read them.
 Prefix with_zeros_where_hidden(Prefix prefix);
 
-// trim: leave out, rather than hide, the positions that a uniform selection does not use. That reads prefix_length: for
-// dense CPU tensors only. Not for a base selection.
+// trim: leave out, rather than hide, the positions that a uniform selection does not use, and copy no slice of a bank
+// that cpu::attend() can read in place. That reads prefix_length: for dense CPU tensors only. Not for a base selection.
 Prefix select_prefix(const PrefixArguments& args, const Selection& selection, const Gate& gate, bool trim);
 
 // scale query key^T of the prefix without its gate: [B, h, S, P].

@@ -74,6 +74,14 @@ bool takes_fused_attention(const PrefixArguments& args) {
          !at::isTensorSubclassLike(args.key);
 }
 
+bool reads_bank_in_place(const PrefixArguments& args, const Selection& selection) {
+  const auto is_dense = [](const at::Tensor& bank) {
+    return bank.scalar_type() == at::kFloat && !at::isTensorSubclassLike(bank) && bank.is_contiguous();
+  };
+  return takes_fused_attention(args) && is_dense(args.prefix_key) && is_dense(args.prefix_value) &&
+         !at::isTensorSubclassLike(selection.rows);
+}
+
 AttentionForward attend(const PrefixArguments& args, const Prefix& prefix, const at::Tensor& additive_mask) {
   const at::Tensor query = with_dense_rows(args.query);
   const at::Tensor key = with_dense_rows(args.key);
@@ -83,9 +91,10 @@ AttentionForward attend(const PrefixArguments& args, const Prefix& prefix, const
   const int64_t queries = query.size(2);
   const int64_t head_size = query.size(3);
   const int64_t positions = prefix.key.size(-2);
-  const at::Tensor prefix_key = prefix.key.to(at::kFloat).contiguous();  // [(B,) h_kv, P, d]
+  const at::Tensor prefix_key = prefix.key.to(at::kFloat).contiguous();  // [(B or N,) h_kv, P, d]
   const at::Tensor prefix_value = prefix.value.to(at::kFloat).contiguous();
   const int64_t prefix_row = prefix_key.dim() == 4 ? prefix_key.stride(0) : 0;
+  const at::Tensor slices = prefix.rows.defined() ? prefix.rows.contiguous() : at::Tensor();
   const std::vector<float> key_gates = per_row(prefix.key_gate, batch);
   const std::vector<float> value_gates = per_row(prefix.value_gate, batch);
   const std::vector<int64_t> used = prefix_lengths(prefix, batch);
@@ -110,7 +119,8 @@ AttentionForward attend(const PrefixArguments& args, const Prefix& prefix, const
       query_rows.read(query, b, head, job.q, job.q_stride);
       key_rows.read(key, b, kv_head, job.k, job.k_stride);
       value_rows.read(value, b, kv_head, job.v, job.v_stride);
-      const int64_t in_prefix = b * prefix_row + kv_head * positions * head_size;
+      const int64_t slice = slices.defined() ? slices.const_data_ptr<int64_t>()[b] : b;
+      const int64_t in_prefix = slice * prefix_row + kv_head * positions * head_size;
       job.prefix_key = prefix_key.const_data_ptr<float>() + in_prefix;
       job.prefix_value = prefix_value.const_data_ptr<float>() + in_prefix;
       job.key_gate = key_gates[b];

@@ -10,6 +10,10 @@ namespace torchgraft::ops::cpu {
 // composition does.
 bool takes_fused_attention(const PrefixArguments& args);
 
+// Whether attend() below takes the bank and the rows of a mixed selection instead of a copy of each row's slice: dense
+// banks of float32.
+bool reads_bank_in_place(const PrefixArguments& args, const Selection& selection);
+
 // As ops::attend: one pass over prefix and sequence, head by head; nothing of size [S, S_k] is formed. bfloat16 is
 // widened one head at a time.
 AttentionForward attend(const PrefixArguments& args, const Prefix& prefix, const at::Tensor& mask);

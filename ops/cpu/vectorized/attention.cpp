@@ -7,28 +7,33 @@
 namespace torchgraft::ops::cpu::TORCHGRAFT_VECTORIZED {
 namespace {
 
-constexpr int64_t kKeyBlock = 512;   // keys and prefix positions whose packed form stays in the second cache
-constexpr int64_t kQueryBlock = 12;  // a multiple of outer_product's rows
-constexpr int64_t kFewQueries = 4;   // which read each key too seldom for packing it to pay
+constexpr int64_t kKeyBlock = 512;       // keys and prefix positions whose packed form stays in the second cache
+constexpr int64_t kLongKeyBlock = 2048;  // the same of few queries, whose scores stay in the first cache
+constexpr int64_t kQueryBlock = 12;      // a multiple of outer_product's rows
+constexpr int64_t kFewQueries = 4;       // which read each key too seldom for packing it to pay
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+bool has_few_queries(const HeadAttention& job) { return job.queries <= kFewQueries; }
+
+int64_t key_block_size(const HeadAttention& job) { return has_few_queries(job) ? kLongKeyBlock : kKeyBlock; }
 
 // The parts of a job's workspace.
 struct Workspace {
   int64_t stride;  // of keys and scores: a block and a vector; rows a power of two apart would share few cache sets
-  float* keys;     // [head_size, stride]: a block of keys, transposed and scaled; of few queries: these, scaled
-  float* values;   // [prefix, head_size]: the prefix's, gated
-  float* scores;   // [kQueryBlock, stride]
+  float* keys;     // [head_size, stride]: a block of keys, transposed and scaled; empty of few queries
+  float* queries;  // [2, queries, head_size] of few queries: scaled for the sequence's keys, then for the prefix's
+  float* scores;   // [kQueryBlock or fewer, stride]
   float* gates;    // [prefix]: the factor of a prefix's key, key_gate times scale
   float* scales;   // [stride]: of any other key, scale
   float* maxima;   // [queries]
   float* sums;     // [queries]
 
   explicit Workspace(const HeadAttention& job)
-      : stride(in_vectors(std::min(kKeyBlock, job.prefix + job.keys)) + kLanes),
+      : stride(in_vectors(std::min(key_block_size(job), job.prefix + job.keys)) + kLanes),
         keys(job.workspace),
-        values(keys + job.head_size * stride),
-        scores(values + job.prefix * job.head_size),
-        gates(scores + kQueryBlock * stride),
+        queries(keys + (has_few_queries(job) ? 0 : job.head_size * stride)),
+        scores(queries + (has_few_queries(job) ? 2 * job.queries * job.head_size : 0)),
+        gates(scores + std::min(kQueryBlock, job.queries) * stride),
         scales(gates + job.prefix),
         maxima(scales + stride),
         sums(maxima + job.queries) {}
@@ -47,7 +52,7 @@ struct KeyBlock {
 };
 
 KeyBlock key_block(const HeadAttention& job, int64_t begin) {
-  const int64_t end = std::min(begin + kKeyBlock, job.prefix + job.keys);
+  const int64_t end = std::min(begin + key_block_size(job), job.prefix + job.keys);
   const auto in_keys = [&](int64_t position) { return std::max<int64_t>(position - job.prefix, 0); };
   return {.prefix_begin = std::min(begin, job.prefix),
           .prefix_end = std::min(end, job.prefix),
@@ -138,19 +143,22 @@ void weigh_row(const HeadAttention& job, const Workspace& space, const KeyBlock&
   }
 }
 
-// Adds products of all queries, which are few, with rows of keys to scores from `column` on.
-void score_few(const HeadAttention& job, const Workspace& space, float scale, const float* keys, int64_t key_stride,
-               int64_t count, int64_t column) {
+// Writes all queries, which are few, times `scale`.
+void scale_few(const HeadAttention& job, float scale, float* to) {
   for (int64_t query = 0; query < job.queries; ++query) {
-    float* scaled = space.keys + query * job.head_size;
-    std::copy_n(job.q + query * job.q_stride, job.head_size, scaled);
-    scale_row(scaled, job.head_size, scale);
+    std::copy_n(job.q + query * job.q_stride, job.head_size, to + query * job.head_size);
   }
+  scale_row(to, job.queries * job.head_size, scale);
+}
+
+// Adds products of all queries, which are few and scaled, with rows of keys to scores from `column` on.
+void score_few(const HeadAttention& job, const Workspace& space, const float* queries, const float* keys,
+               int64_t key_stride, int64_t count, int64_t column) {
   DotProduct product;
   product.rows = job.queries;
   product.columns = count;
   product.depth = product.x_stride = job.head_size;
-  product.x = space.keys;
+  product.x = queries;
   product.w = keys;
   product.w_stride = key_stride;
   product.init = product.y = space.scores + column;
@@ -160,10 +168,10 @@ void score_few(const HeadAttention& job, const Workspace& space, float scale, co
 
 // Adds the products of queries [first, first + rows) with a block of keys to their scores.
 void score_block(const HeadAttention& job, const Workspace& space, const KeyBlock& block, int64_t first, int64_t rows) {
-  if (job.queries <= kFewQueries) {
-    score_few(job, space, job.key_gate * job.scale, job.prefix_key + block.prefix_begin * job.head_size, job.head_size,
-              block.prefix(), 0);
-    score_few(job, space, job.scale, job.k + block.key_begin * job.k_stride, job.k_stride, block.keys(),
+  if (has_few_queries(job)) {
+    score_few(job, space, space.queries + job.queries * job.head_size,
+              job.prefix_key + block.prefix_begin * job.head_size, job.head_size, block.prefix(), 0);
+    score_few(job, space, space.queries, job.k + block.key_begin * job.k_stride, job.k_stride, block.keys(),
               block.prefix());
     return;
   }
@@ -190,7 +198,7 @@ void attend_block(const HeadAttention& job, const Workspace& space, const KeyBlo
   for (int64_t i = 0; i < rows; ++i) {
     weigh_row(job, space, block, first + i, space.scores + i * space.stride);
   }
-  // output += weights values, of the prefix and of the sequence.
+  // output += weights values, of the prefix, whose weights are gated, and of the sequence.
   float* output = job.output + first * job.output_stride;
   OuterProduct product{.rows = rows,
                        .columns = job.head_size,
@@ -200,9 +208,12 @@ void attend_block(const HeadAttention& job, const Workspace& space, const KeyBlo
                        .y = output,
                        .y_stride = job.output_stride};
   if (block.prefix() > 0) {
+    for (int64_t i = 0; i < rows; ++i) {
+      scale_row(space.scores + i * space.stride, block.prefix(), job.value_gate);
+    }
     product.depth = block.prefix();
     product.x = space.scores;
-    product.w = space.values + block.prefix_begin * job.head_size;
+    product.w = job.prefix_value + block.prefix_begin * job.head_size;
     product.w_stride = job.head_size;
     outer_product(product);
   }
@@ -227,18 +238,21 @@ void attention(const HeadAttention& job) {
   prefetch_rows(job.k, job.k_stride, job.keys, job.head_size);
   prefetch_rows(job.q, job.q_stride, job.queries, job.head_size);
   prefetch_rows(job.v, job.v_stride, job.keys, job.head_size);
-  std::fill_n(space.gates, job.prefix, job.key_gate * job.scale);
-  std::fill_n(space.scales, space.stride, job.scale);
-  std::copy_n(job.prefix_value, job.prefix * job.head_size, space.values);
-  scale_row(space.values, job.prefix * job.head_size, job.value_gate);
+  if (has_few_queries(job)) {
+    scale_few(job, job.scale, space.queries);
+    scale_few(job, job.key_gate * job.scale, space.queries + job.queries * job.head_size);
+  } else {
+    std::fill_n(space.gates, job.prefix, job.key_gate * job.scale);
+    std::fill_n(space.scales, space.stride, job.scale);
+  }
   std::fill_n(space.maxima, job.queries, -kInfinity);
   std::fill_n(space.sums, job.queries, 0.0F);
   for (int64_t query = 0; query < job.queries; ++query) {
     std::fill_n(job.output + query * job.output_stride, job.head_size, 0.0F);
   }
-  for (int64_t begin = 0; begin < job.prefix + job.keys; begin += kKeyBlock) {
+  for (int64_t begin = 0; begin < job.prefix + job.keys; begin += key_block_size(job)) {
     const KeyBlock block = key_block(job, begin);
-    if (job.queries > kFewQueries) {
+    if (!has_few_queries(job)) {
       pack_keys(job, space, block);
     }
     for (int64_t first = 0; first < job.queries; first += kQueryBlock) {

@@ -29,10 +29,14 @@ void block(const OuterProduct& job, int64_t row, int64_t column) {
   }
   const float* x = job.x + row * job.x_stride;
   const float* w = job.w + column;
+  [[maybe_unused]] const int64_t ahead = 1024 / std::max<int64_t>(job.w_stride, 1) * job.w_stride;  // a page
   for (int64_t k = 0; k < job.depth; ++k) {
     Vec right[C];
 #pragma GCC unroll 8
     for (int j = 0; j < C; ++j) {
+      if constexpr (R <= 2) {  // w comes from memory: it is packed for more rows only
+        fetch_ahead(w, k * job.w_stride + j * kLanes + ahead);
+      }
       right[j] = Vec::loadu(w + k * job.w_stride + j * kLanes);
     }
 #pragma GCC unroll 8

@@ -254,7 +254,7 @@ TEST_F(FusedKernels, PrefixAttention) {
                                                                                // The steps of a decoder.
                                                                                {3, 4, 2, 1, 600, 64, 10},
                                                                                {2, 2, 2, 1, 130, 80, 30},
-                                                                               {2, 4, 1, 4, 1040, 19, 5},
+                                                                               {2, 4, 1, 4, 2100, 19, 5},
                                                                                {3, 2, 2, 3, 20, 16, 530},
                                                                                {3, 2, 2, 4, 4, 8, 3}}) {
     const int64_t kind = variant % 4;
