@@ -62,7 +62,7 @@ void pool(Gate& gate, const RowArguments& rows, const Selection& selection) {
   const bool masked = rows.token_mask.defined();
   const at::Tensor mask = masked ? rows.token_mask.contiguous() : at::Tensor();
   gate.tokens = at::empty({masked ? batch : 1, 1}, gate.sigmoids.options());
-  gate.value = at::zeros({batch, gates}, gate.sigmoids.options());
+  gate.value = at::empty({batch, gates}, gate.sigmoids.options());
   auto* counts = gate.tokens.mutable_data_ptr<float>();
   auto* sigmoids = gate.sigmoids.mutable_data_ptr<float>();
   auto* values = gate.value.mutable_data_ptr<float>();

@@ -97,6 +97,7 @@ size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& si
     torch::jit::Module adapters = module.attr("adapters").toModule();
     set_composed_gates(adapters, compositions.described_gates());
   }
+  insert_lora.join_packed_parts();
   insert_all_invertible(inserter, sites, slots, gated_runs(slots, runs), gates);
   return_with(*graph, gates);
   if (repeat_rows) {

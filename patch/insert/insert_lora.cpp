@@ -149,6 +149,8 @@ void LoraInserter::replace(const LinearSite& site, const std::function<Value*(Va
   Value* base = whole;
   if (site.is_part) {
     base = graph_.insert(c10::aten::narrow, {whole, -1, site.offset, site.width});
+    packed_[site.node].columns = site.packed_width;
+    packed_[site.node].reads.push_back(base->node());
   }
   // A vector for each row becomes one token.
   const auto as_tokens = [&](Value* value) {
@@ -164,10 +166,17 @@ void LoraInserter::replace(const LinearSite& site, const std::function<Value*(Va
   }
   if (site.is_part) {
     updated = graph_.insert(c10::aten::slice_scatter, {whole, updated, -1, site.offset, site.offset + site.width, 1});
+    packed_[site.node].writes.push_back(updated->node());
   }
   whole->replaceAllUsesAfterNodeWith(end, updated);
   end->destroy();
   projections_[site.node] = updated;
+}
+
+void LoraInserter::join_packed_parts() {
+  for (const auto& [linear, parts] : packed_) {
+    join_parts(graph_, parts);
+  }
 }
 
 Value* LoraInserter::one_adapter() {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <torchgraft/patch/insert/inserter.h>
+#include <torchgraft/patch/insert/join_parts.h>
 
 #include <functional>
 #include <map>
@@ -19,6 +20,9 @@ class LoraInserter {
   // Puts what `make` gives, of x [B, S, in] and the result so far [B, S, out], in place of that result.
   void replace(const LinearSite& site,
                const std::function<torch::jit::Value*(torch::jit::Value* x, torch::jit::Value* base)>& make);
+
+  // Copies each packed projection once for all of its LoRAs. Call it when all are inserted.
+  void join_packed_parts();
 
  private:
   using Node = torch::jit::Node;
@@ -42,6 +46,7 @@ class LoraInserter {
   Inserter& inserter_;
   torch::jit::Graph& graph_;
   std::map<const Node*, Value*> projections_;  // results of linear maps with the adapters so far
+  std::map<const Node*, PackedParts> packed_;  // by linear map
   Value* one_adapter_ = nullptr;
 };
 

@@ -50,6 +50,7 @@ LinearSite site_at(SiteFinder& finder, const Projection& wanted, const std::stri
   site.offset = wanted.offset - whole.offset;
   site.width = wanted.out_features;
   site.is_part = wanted.out_features != whole.out_features;
+  site.packed_width = whole.out_features;
   return site;
 }
 

@@ -44,6 +44,7 @@ bool find_columns(SiteFinder& finder, Value* heads, Projection& projection, Line
   }
   site.offset = columns->front();
   site.is_part = true;
+  site.packed_width = projection.out_features;
   if (!lie_in_steps(*columns, site.width,
                     0)) {  // [heads, pieces, head size]: the first head begins at piece * head size
     const int64_t pieces = projection.out_features / site.width;

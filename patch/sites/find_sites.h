@@ -27,6 +27,7 @@ struct LinearSite {
   bool is_used_elsewhere = false;  // the weight has other linear maps still, which no LoRA here changes
   int64_t offset = 0;
   int64_t width = 0;
+  int64_t packed_width = 0;  // of all columns of the node, where is_part; 0: not known
   std::vector<torch::jit::Node*> elsewhere = {};
 
   torch::jit::Value* input() const;
