@@ -14,6 +14,7 @@
 #include <torchgraft/patch/graph/linear_map.h>
 #include <torchgraft/patch/graph/module_methods.h>
 #include <torchgraft/patch/graph/writes.h>
+#include <torchgraft/patch/insert/addmm_form.h>
 #include <torchgraft/patch/insert/fuse_projections.h>
 #include <torchgraft/patch/insert/guard_attributes.h>
 #include <torchgraft/patch/insert/use_eager_autograd.h>
@@ -306,6 +307,8 @@ Module build(Draft draft, const std::string& active) {
     fuse_projections(graph);
     dump("fuse_projections", *graph);
   }
+  write_addmm_form(graph, result);
+  dump("write_addmm_form", *graph);
   if (trains) {
     use_eager_autograd(graph);
     dump("use_eager_autograd", *graph);

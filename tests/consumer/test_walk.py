@@ -71,7 +71,7 @@ DOCUMENTS = [path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob(
 
 
 def prepare(folder: Path) -> None:
-    """BASE.pt and BASE.pt2; MODEL.pt with the adapter NAME, also in DIRECTORY and FOLDER/NAME; texts and a tokenizer."""
+    """BASE.pt and BASE.pt2; MODEL.pt with NAME, which DIRECTORY and FOLDER/NAME hold, too; texts and a tokenizer."""
     torch.manual_seed(0)
     encoder = _Encoder().eval()
     example = torch.tensor([[2, 4, 5, 3], [2, 6, 3, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])

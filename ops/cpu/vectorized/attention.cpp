@@ -118,7 +118,7 @@ float exponentials(float* row, int64_t count, float largest) {
     value.store(row + i);
     lanes = lanes + value;
   }
-  return at::vec::vec_reduce_all([](const Vec& a, const Vec& b) { return a + b; }, lanes);
+  return lane_sum(lanes);
 }
 
 // Adds one block of keys to the running softmax of one query: its scores become weights, and earlier sums are scaled to

@@ -17,10 +17,6 @@ void map(float* values, int64_t count, const Function& function) {
   }
 }
 
-float lane_sum(const Vec& value) {
-  return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, value);
-}
-
 Vec sigmoid(const Vec& x) { return Vec(1.0F) / (Vec(1.0F) + x.neg().exp()); }
 
 }  // namespace

@@ -22,6 +22,10 @@ inline void fetch_ahead(const float* w, int64_t offset) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(w) + offset * sizeof(float)));
 }
 
+inline float lane_sum(const Vec& value) {
+  return at::vec::vec_reduce_all([](const Vec& a, const Vec& b) { return a + b; }, value);
+}
+
 inline void scale_row(float* row, int64_t count, float factor) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {

@@ -73,6 +73,15 @@ def _subtract(a: Any, b: Any, factor: Any = 1) -> Any:
     return a - (b if factor == 1 else factor * b)
 
 
+def _part(values: Any, start: int | None = None, stop: int | None = None, step: int = 1) -> Any:
+    return values[start:stop:step]
+
+
+def _sizes(tensor: torch.Tensor, *dim: int) -> Any:
+    """A list, as in TorchScript, which can be cut and joined."""
+    return tensor.size(*dim) if dim else list(tensor.size())
+
+
 def _whole(value: Any) -> Any:
     return torch.sym_int(value) if isinstance(value, float | torch.SymFloat) else value
 
@@ -91,7 +100,7 @@ ON_VALUES: dict[str, Callable[..., Any]] = {
     "aten::__not__": operator.not_, "aten::__and__": operator.and_, "aten::__or__": operator.or_,
     "aten::__is__": operator.is_, "aten::__isnot__": operator.is_not, "aten::__contains__": operator.contains,
     "aten::__getitem__": operator.getitem, "aten::_set_item": operator.setitem, "aten::len": len,
-    "aten::append": _append, "aten::tensor": _tensor, "aten::to": _to, "aten::list": list,
+    "aten::append": _append, "aten::slice": _part, "aten::tensor": _tensor, "aten::to": _to, "aten::list": list,
     "aten::Float": torch.sym_float, "aten::Bool": bool, "aten::Int": _whole, "aten::ScalarImplicit": _same,
     "aten::IntImplicit": _same, "aten::FloatImplicit": _same, "aten::format": _string_format,
     "prim::NumToTensor": _same, "prim::min": _least, "prim::max": _greatest, "prim::unchecked_cast": _same,
@@ -103,7 +112,7 @@ ON_VALUES: dict[str, Callable[..., Any]] = {
 ON_TENSORS: dict[str, Callable[..., Any]] = {
     "aten::Int": torch.Tensor.item, "aten::Float": torch.Tensor.item, "aten::Bool": torch.Tensor.item,
     "aten::ScalarImplicit": torch.Tensor.item, "aten::IntImplicit": torch.Tensor.item,
-    "aten::FloatImplicit": torch.Tensor.item, "aten::size": lambda tensor, *dim: tensor.size(*dim),
+    "aten::FloatImplicit": torch.Tensor.item, "aten::size": _sizes,
     "aten::dim": torch.Tensor.dim, "aten::numel": torch.Tensor.numel, "aten::len": len,
     "aten::__is__": operator.is_, "aten::__isnot__": operator.is_not,
     "aten::is_floating_point": torch.Tensor.is_floating_point, "prim::dtype": lambda tensor: _NUMBER_OF[tensor.dtype],
