@@ -27,7 +27,11 @@ NOT_TEXT = {".png", ".svg", ".json", ".j2", ".bin", ".pt", ".safetensors"}
 # most. The tables of CONTRIBUTING.md and docs/architecture.md repeat the second column.
 BOTTOM = {"registration/export.h", "registration/parse_json.h"}
 LAYERS: dict[str, tuple[str, str]] = {
-    "registration": ("", "torch/library.h c10/ caffe2/serialize/ nlohmann/"),
+    "registration": (
+        "",
+        "torch/library.h torch/headeronly/version.h torch/csrc/inductor/aoti_torch/c/shim.h c10/ caffe2/serialize/ "
+        "nlohmann/",
+    ),
     "activations": ("", "ATen/ c10/"),
     "config": ("activations", "c10/util/ nlohmann/"),
     "plan": ("activations config", "ATen/ c10/ nlohmann/ fcntl.h sys/ unistd.h"),
@@ -38,7 +42,10 @@ LAYERS: dict[str, tuple[str, str]] = {
         "activations registration/masked_score.h registration/token_mask_error.h ops ops/cpu",
         "ATen/ c10/ torch/library.h",
     ),
-    "ops/autograd": ("activations ops ops/cpu ops/forward", "ATen/ c10/ torch/library.h torch/csrc/autograd/"),
+    "ops/autograd": (
+        "activations ops ops/cpu ops/forward",
+        "ATen/ c10/ torch/library.h torch/csrc/autograd/ torch/headeronly/version.h",
+    ),
     "patch/graph": ("activations registration/error_text.h", "ATen/ c10/ torch/csrc/jit/"),
     "patch/canonicalise": ("registration/masked_score.h patch/graph", "ATen/ c10/ torch/csrc/jit/"),
     "patch/sites": ("plan patch/graph patch/canonicalise", "ATen/ c10/ torch/csrc/jit/"),

@@ -8,23 +8,17 @@
 #include <torch/csrc/jit/serialization/import.h>
 
 #include <algorithm>
-#include <sstream>
+#include <set>
 #include <stdexcept>
 #include <utility>
 
 namespace {
 
-constexpr const char* kBanks = "adapters.";
 constexpr const char* kPoolsAll = "adapters.pools_all";  // one flag for each adapter, where they differ in it
 
-std::string size_text(const Banks& banks, const std::string& name) {
+std::string size_of(const Banks& banks, const std::string& name) {
   const auto found = banks.find(name);
-  if (found == banks.end()) {
-    return "none";
-  }
-  std::ostringstream text;
-  text << found->second.scalar_type() << " " << found->second.sizes();
-  return text.str();
+  return found == banks.end() ? "none" : size_text(found->second);
 }
 
 std::string joined(const std::vector<std::string>& texts) {
@@ -62,9 +56,14 @@ Package::Package(const std::string& path) : loader_(path) {
   const auto metadata = loader_.get_metadata();
   const auto found = metadata.find("torchgraft");
   if (found == metadata.end()) {
-    throw std::runtime_error(path + ": has no adapters; expected a package of torchgraft export --aoti");
+    throw std::runtime_error(path + ": has no adapters; expected a package of torchgraft export MODEL.pt --aoti");
   }
   description_ = torchgraft::parse_json(found->second, path);
+  if (description_.contains("pool")) {
+    throw std::runtime_error(path +
+                             ": a package of a pool, whose banks are empty until a pool writes adapters into them; "
+                             "serve it with examples/server --package, or export MODEL.pt without --pool");
+  }
 }
 
 std::vector<std::string> Package::adapter_names() const {
@@ -79,7 +78,8 @@ Response Package::run(std::vector<at::Tensor> inputs, const std::vector<int64_t>
   const bool takes_ids = description_.at("adapter_ids");
   if (takes_ids == ids.empty()) {
     throw std::runtime_error(takes_ids ? "the package takes adapter_ids: give one for each row"
-                                       : "the package takes no adapter_ids: all rows use one adapter");
+                                       : "the package takes no adapter_ids, all rows use one adapter: leave --adapter-ids "
+                                         "out, or export without --no-ids");
   }
   if (takes_ids) {
     inputs.push_back(at::tensor(ids, at::kLong));
@@ -131,17 +131,17 @@ void Package::swap_banks(const BankFile& file, const BankFile& like) {
     throw std::runtime_error("the package has the adapters " + joined(like.adapters) + ", and the new file has " +
                              joined(file.adapters) + ": export that file");
   }
+  if (sharing(file.banks) != sharing(like.banks)) {
+    throw std::runtime_error("layers share their banks otherwise in the new file than in the package: export that file");
+  }
   // The code may have the numbers of what the package does not hold as a tensor.
+  const std::set<const void*> held = memory_of(names, like.banks);
   for (const auto& [name, bank] : like.banks) {
-    const bool is_there = std::find(names.begin(), names.end(), name) != names.end();
-    const bool is_shared = std::any_of(names.begin(), names.end(), [&](const std::string& other) {
-      return like.banks.contains(other) && like.banks.at(other).data_ptr() == bank.data_ptr();
-    });
     const bool is_equal =
-        size_text(like.banks, name) == size_text(file.banks, name) && at::equal(bank, file.banks.at(name));
-    if (!is_there && !is_shared && !is_equal) {
+        size_of(like.banks, name) == size_of(file.banks, name) && at::equal(bank, file.banks.at(name));
+    if (!held.contains(bank.data_ptr()) && !is_equal) {
       throw std::runtime_error("the bank " + name +
-                               " has changed, and the package does not have it as a tensor: export " + "the new file");
+                               " has changed, and the package does not have it as a tensor: export the new file");
     }
   }
   Banks used;
@@ -150,7 +150,7 @@ void Package::swap_banks(const BankFile& file, const BankFile& like) {
       continue;
     }
     // load_constants checks no sizes.
-    const std::string expected = size_text(like.banks, name), found = size_text(file.banks, name);
+    const std::string expected = size_of(like.banks, name), found = size_of(file.banks, name);
     if (!file.banks.contains(name) || expected != found) {
       throw std::runtime_error("the bank " + name + " is " + expected + " in the package, and " + found +
                                " in the new file: export that file");

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "../package_banks.h"
 #include "../serve/model.h"
 
 #include <ATen/core/Tensor.h>
@@ -8,10 +9,7 @@
 #include <cstdint>
 #include <nlohmann/json.hpp>
 #include <string>
-#include <unordered_map>
 #include <vector>
-
-using Banks = std::unordered_map<std::string, at::Tensor>;
 
 // A grafted TorchScript file: its banks, by the names that a package of it has for them, and of each adapter the name
 // and the tokens that its gates are means over.
@@ -23,7 +21,7 @@ struct BankFile {
 // A package of `torchgraft export --aoti`, and the description that it carries.
 class Package {
  public:
-  // Throws std::runtime_error or c10::Error.
+  // Throws std::runtime_error or c10::Error, also for a package of a pool: its banks hold no adapter yet.
   explicit Package(const std::string& path);
 
   std::vector<std::string> adapter_names() const;  // adapter_ids index this list
@@ -32,8 +30,9 @@ class Package {
   Response run(std::vector<at::Tensor> inputs, const std::vector<int64_t>& ids);
 
   // Makes the package use other banks: those of its constants that `banks` has. Nobody may run it meanwhile. Throws
-  // std::runtime_error, and changes nothing, when a bank is missing or has another size than in `like`, or when an
-  // adapter's gates are means over other tokens, which the package's code has fixed.
+  // std::runtime_error, and changes nothing, when a bank is missing or has another size than in `like`, when layers
+  // share their banks otherwise, or when an adapter's gates are means over other tokens, which the package's code has
+  // fixed.
   void swap_banks(const BankFile& file, const BankFile& like);
 
  private:

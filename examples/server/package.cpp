@@ -7,7 +7,6 @@
 #include <torchgraft/registration/parse_json.h>
 
 #include <ATen/Parallel.h>
-#include <c10/util/StringUtil.h>
 #include <torch/version.h>
 
 #include <algorithm>
@@ -17,7 +16,6 @@
 
 namespace {
 
-constexpr const char* kBanks = "adapters.";
 constexpr const char* kRemedy = "make it anew: torchgraft export MODEL.pt --pool ROWS --aoti OUT.aoti.pt2";
 
 // What `torchgraft export` has written into the package.
@@ -27,7 +25,7 @@ nlohmann::json description_in(const std::string& path) {
     metadata = torch::inductor::AOTIModelPackageLoader::load_metadata_from_package(path, "model");
   } catch (const std::exception& error) {
     TORCH_CHECK(false, path, ": not an AOTInductor package, or a damaged one (",
-                std::string(error.what()).substr(0, std::string(error.what()).find('\n')), ")");
+                std::string(error.what()).substr(0, std::string(error.what()).find('\n')), "); ", kRemedy);
   }
   const auto found = metadata.find("torchgraft");
   TORCH_CHECK(found != metadata.end(), path, ": a package that torchgraft has not made; ", kRemedy);
@@ -66,11 +64,9 @@ bool pads(const PackageForm& form) {
   });
 }
 
-std::string size_text(const at::Tensor& tensor) { return c10::str(tensor.scalar_type(), " ", tensor.sizes()); }
-
 // The banks of `module` by the names that a package has for them.
-std::unordered_map<std::string, at::Tensor> banks_of(const torch::jit::Module& module) {
-  std::unordered_map<std::string, at::Tensor> banks;
+Banks banks_of(const torch::jit::Module& module) {
+  Banks banks;
   const auto add = [&](const std::string& name, const at::Tensor& tensor) {
     if (name.starts_with(kBanks)) {
       banks[name] = tensor;
@@ -116,7 +112,8 @@ void check_sizes(const PackageForm& form, size_t rows, size_t tokens) {
   for (const PackageForm::Input& input : form.inputs) {
     const bool is_ids = &input == &form.inputs.back();
     TORCH_CHECK(input.sizes.size() == (is_ids ? 1 : 2), "the package takes ", input.name, " with ", input.sizes.size(),
-                " dimensions, expected ", is_ids ? "adapter_ids [rows]" : "[rows, tokens]");
+                " dimensions, expected ", is_ids ? "adapter_ids [rows]" : "[rows, tokens]", "; ", kRemedy,
+                ", of a text encoder");
     const auto check = [&](size_t dimension, size_t most, const char* what, const char* option) {
       const PackageForm::Range& range = input.sizes.at(dimension);
       TORCH_CHECK(range.least <= 2 && (range.most > 2 || most <= 2), "the package takes ", input.name, " of ",
@@ -138,19 +135,23 @@ Package::Package(const std::string& path, PackageForm form, size_t passes)
       pads_rows_(pads(form_)),
       loader_(path, "model", /*run_single_threaded=*/false, passes) {}
 
-// An adapter at a location that the package has no code for would do nothing there.
-void Package::check_slots(const std::unordered_map<std::string, at::Tensor>& held) const {
+// What the package's code reads of `held` is there, as a tensor that can be written, and an adapter can be nowhere
+// else: at a location that the package has no code for it would do nothing.
+void Package::check_slots(const Banks& held, const std::vector<std::string>& constants) const {
   const auto slot_of = [](const std::string& bank) { return bank.substr(0, bank.rfind('.')); };
-  std::set<std::string> read;
-  std::set<const void*> memory;  // layers may share their banks, of which the package has one name
+  const std::set<const void*> written = memory_of(constants, held), read = memory_of(form_.banks, held);
+  std::set<std::string> slots;
   for (const std::string& name : form_.banks) {
-    read.insert(slot_of(name));
-    memory.insert(held.at(name).data_ptr());
+    const auto bank = held.find(name);
+    TORCH_CHECK(bank != held.end(), path_, ": reads the bank ", name,
+                ", which the model's pool does not have: it was made of another model; ", kRemedy);
+    TORCH_CHECK(written.contains(bank->second.data_ptr()), path_, ": has the numbers of the bank ", name,
+                " written into its code; ", kRemedy);
+    slots.insert(slot_of(name));
   }
   for (const auto& [name, bank] : held) {
-    const bool is_read = read.count(slot_of(name)) > 0 || memory.count(bank.data_ptr()) > 0;
-    TORCH_CHECK(is_read, path_, ": knows nothing of ", slot_of(name), ", where the model has adapters: it was made of ",
-                "another model; ", kRemedy);
+    TORCH_CHECK(slots.contains(slot_of(name)) || read.contains(bank.data_ptr()), path_, ": knows nothing of ",
+                slot_of(name), ", where the model has adapters: it was made of another model; ", kRemedy);
   }
 }
 
@@ -158,35 +159,21 @@ void Package::read_banks_of(const torch::jit::Module& module) {
   TORCH_CHECK(torchgraft::base_digest(module) == form_.base, path_,
               ": the base's weights are not those that it was made of: it is of another model, or of another version; ",
               kRemedy);
-  const auto held = banks_of(module);
-  const std::vector<std::string> names = loader_.get_constant_fqns();
-  for (const std::string& name : form_.banks) {
-    const bool is_there = std::find(names.begin(), names.end(), name) != names.end();
+  const Banks held = banks_of(module);
+  std::vector<std::string> constants = loader_.get_constant_fqns();
+  std::erase_if(constants, [](const std::string& name) { return !name.starts_with(kBanks); });
+  check_slots(held, constants);
+  const auto packed = loader_.get_runner()->extract_constants_map(/*use_inactive=*/false);
+  for (const std::string& name : constants) {
     const auto bank = held.find(name);
-    TORCH_CHECK(bank != held.end(), path_, ": reads the bank ", name,
-                ", which the model's pool does not have: it was made ", "of another model; ", kRemedy);
-    TORCH_CHECK(bank->second.is_contiguous(), name, ": expected a contiguous bank");
-    // Layers that share one tensor, of which the package has one name.
-    const bool is_shared = std::any_of(names.begin(), names.end(), [&](const std::string& other) {
-      const auto found = held.find(other);
-      return found != held.end() && found->second.data_ptr() == bank->second.data_ptr();
-    });
-    TORCH_CHECK(is_there || is_shared, path_, ": has the numbers of the bank ", name, " written into its code; ",
-                kRemedy);
-  }
-  check_slots(held);
-  const auto old = loader_.get_runner()->extract_constants_map(/*use_inactive=*/false);
-  for (const std::string& name : names) {
-    if (!name.starts_with(kBanks)) {
-      continue;
-    }
-    const auto bank = held.find(name);
-    const auto constant = old.find(name);
     TORCH_CHECK(bank != held.end(), path_, ": has the bank ", name,
-                ", which the model's pool does not have: it was made of ", "another model; ", kRemedy);
-    TORCH_CHECK(constant == old.end() || size_text(constant->second) == size_text(bank->second), path_, ": the bank ",
-                name, " is ", constant == old.end() ? "" : size_text(constant->second), " in the package, and ",
+                ", which the model's pool does not have: it was made of another model; ", kRemedy);
+    // load_constants checks no sizes.
+    const auto constant = packed.find(name);
+    const std::string size = constant == packed.end() ? "of unknown size" : size_text(constant->second);
+    TORCH_CHECK(size == size_text(bank->second), path_, ": the bank ", name, " is ", size, " in the package, and ",
                 size_text(bank->second), " in the model's pool: it was made of another model; ", kRemedy);
+    TORCH_INTERNAL_ASSERT(bank->second.is_contiguous(), name, ": a pool makes contiguous banks");
     banks_[name] = bank->second;
   }
   // The package reads these tensors from now on. Not update_constant_buffer: it knows other names.

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../package_banks.h"
+
 #include <torchgraft/config/adapter_config.h>
 
 #include <ATen/core/ivalue.h>
@@ -9,7 +11,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
-#include <unordered_map>
 #include <vector>
 
 // What an AOTInductor package of a pool says of itself: `torchgraft export BASE.pt --pool N --aoti OUT.aoti.pt2`.
@@ -57,12 +58,12 @@ class Package {
   bool pads_rows() const { return pads_rows_; }
 
  private:
-  void check_slots(const std::unordered_map<std::string, at::Tensor>& held) const;
+  void check_slots(const Banks& held, const std::vector<std::string>& constants) const;
 
   const std::string path_;
   const PackageForm form_;
   const size_t least_tokens_;
   const bool pads_rows_;
   torch::inductor::AOTIModelPackageLoader loader_;
-  std::unordered_map<std::string, at::Tensor> banks_;
+  Banks banks_;
 };

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/headeronly/version.h>
 #include <torchgraft/ops/bank.h>
 #include <torchgraft/ops/from_schema.h>
 #include <torchgraft/ops/gate.h>
@@ -8,6 +9,16 @@
 #include <tuple>
 #include <utility>
 #include <vector>
+
+// The functions that the template torch::autograd::Function calls and that differ between torch 2.13 and 2.14. They are
+// weak, so that a library for the one loads with the other as far as its own check (registration/check_torch.cpp), which
+// names both versions. If they were strong, the loader would stop before and name a mangled symbol.
+namespace torch::autograd {
+[[gnu::weak]] decltype(_wrap_outputs) _wrap_outputs;
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 14
+[[gnu::weak]] decltype(fire_node_creation_hooks) fire_node_creation_hooks;
+#endif
+}  // namespace torch::autograd
 
 namespace torchgraft::ops {
 

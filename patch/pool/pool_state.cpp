@@ -87,7 +87,7 @@ PoolState::PoolState(const Module& module, AdapterPoolOptions given, AdapterPool
   TORCH_CHECK(!options.fixed_banks || options.max_compositions == 0,
               "AdapterPool: expected max_compositions of 0 with fixed_banks: a composition of another structure needs "
               "another module, got ",
-              options.max_compositions);
+              options.max_compositions, "; set one of the two");
   for (const NamedComposition& composition : std::exchange(base.compositions, {})) {
     check_pool_name(composition.name);
     check_composition(composition.tree, composition.name);

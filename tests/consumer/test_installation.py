@@ -1,6 +1,9 @@
 """What is installed, and what a C++ host outside the source tree can do with it."""
 
+import os
 import re
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -129,7 +132,35 @@ def test_package_refuses_another_libtorch(prefix, tmp_path):
     result = attempt("cmake", "-S", tmp_path, "-B", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={search}")
     assert result.returncode != 0
     message = " ".join(result.stderr.split())
-    assert "needs LibTorch 2.13, as it was built with 2.13" in message and "; found 2.12.1 in" in message
+    minor = ".".join(torch.__version__.split(".")[:2])
+    assert f"needs LibTorch {minor}, as it was built with {minor}" in message and "; found 2.12.1 in" in message
+
+
+@pytest.fixture(scope="module")
+def another_torch(tmp_path_factory) -> dict[str, str]:
+    """The environment of a process whose torch says that it is 2.99.1."""
+    library = tmp_path_factory.mktemp("torch") / "torch_2_99_1.so"
+    version = "((2ULL << 56) | (99ULL << 48) | (1ULL << 40))"
+    source = library.with_suffix(".c")
+    source.write_text(f"unsigned long long aoti_torch_abi_version(void) {{ return {version}; }}\n")
+    run("gcc", "-shared", "-fPIC", "-o", library, source)
+    return os.environ | {"LD_PRELOAD": str(library)}
+
+
+LOADED = "import sys, torch; torch.ops.load_library(sys.argv[1]); print('loaded')"
+HOSTS = {"linked": "linked_only", "by Python": None}
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_library_that_meets_another_torch_ends_the_process(host, hosts, prefix, another_torch):
+    program = [hosts / HOSTS[host]] if HOSTS[host] else [sys.executable, "-c", LOADED, libraries(prefix)[0]]
+    done = attempt(*program, env=another_torch)
+    assert done.returncode == -signal.SIGABRT and "loaded" not in done.stdout
+    built = re.escape(torch.__version__.split("+")[0])
+    assert re.search(
+        rf"what\(\):  torchgraft: libtorchgraft.so was built for torch {built}, and this process has torch 2.99.1; ",
+        done.stderr,
+    ), done.stderr
 
 
 def test_a_cuda_build_of_torch_needs_no_toolkit(prefix, tmp_path):
