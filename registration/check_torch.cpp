@@ -22,11 +22,10 @@ std::string minor_text(uint64_t version) { return part(version, kMajor) + "." + 
   constexpr uint64_t kBuiltFor = TORCH_ABI_VERSION;
   const uint64_t loaded = aoti_torch_abi_version();
   if (loaded >> kMinor != kBuiltFor >> kMinor) {
-    throw std::runtime_error("torchgraft: libtorchgraft.so was built for torch " TORCH_VERSION
-                             ", and this process has torch " +
-                             minor_text(loaded) + "." + part(loaded, kPatch) +
-                             "; load a libtorchgraft.so that was built for torch " + minor_text(loaded) +
-                             ", or run this one with torch " + minor_text(kBuiltFor));
+    throw std::runtime_error(
+        "torchgraft: libtorchgraft.so was built for torch " TORCH_VERSION ", and this process has torch " +
+        minor_text(loaded) + "." + part(loaded, kPatch) + "; load a libtorchgraft.so that was built for torch " +
+        minor_text(loaded) + ", or run this one with torch " + minor_text(kBuiltFor));
   }
 }
 

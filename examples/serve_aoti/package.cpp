@@ -50,21 +50,31 @@ torch::jit::Module load_module(const std::string& path) {
   }
 }
 
-}  // namespace
-
-Package::Package(const std::string& path) : loader_(path) {
-  const auto metadata = loader_.get_metadata();
+// What `torchgraft export` has written into the package. Loads none of its code.
+nlohmann::json description_in(const std::string& path) {
+  std::unordered_map<std::string, std::string> metadata;
+  try {
+    metadata = torch::inductor::AOTIModelPackageLoader::load_metadata_from_package(path, "model");
+  } catch (const std::exception& error) {
+    throw std::runtime_error(path + ": not an AOTInductor package, or a damaged one (" + torchgraft::one_line(error) +
+                             "); expected one of torchgraft export MODEL.pt --aoti");
+  }
   const auto found = metadata.find("torchgraft");
   if (found == metadata.end()) {
     throw std::runtime_error(path + ": has no adapters; expected a package of torchgraft export MODEL.pt --aoti");
   }
-  description_ = torchgraft::parse_json(found->second, path);
-  if (description_.contains("pool")) {
+  const nlohmann::json description = torchgraft::parse_json(found->second, path);
+  if (description.contains("pool")) {
     throw std::runtime_error(path +
                              ": a package of a pool, whose banks are empty until a pool writes adapters into them; "
                              "serve it with examples/server --package, or export MODEL.pt without --pool");
   }
+  return description;
 }
+
+}  // namespace
+
+Package::Package(const std::string& path) : description_(description_in(path)), loader_(path) {}
 
 std::vector<std::string> Package::adapter_names() const {
   std::vector<std::string> names;
@@ -77,9 +87,10 @@ std::vector<std::string> Package::adapter_names() const {
 Response Package::run(std::vector<at::Tensor> inputs, const std::vector<int64_t>& ids) {
   const bool takes_ids = description_.at("adapter_ids");
   if (takes_ids == ids.empty()) {
-    throw std::runtime_error(takes_ids ? "the package takes adapter_ids: give one for each row"
-                                       : "the package takes no adapter_ids, all rows use one adapter: leave --adapter-ids "
-                                         "out, or export without --no-ids");
+    throw std::runtime_error(takes_ids
+                                 ? "the package takes adapter_ids: give one for each row"
+                                 : "the package takes no adapter_ids, all rows use one adapter: leave --adapter-ids "
+                                   "out, or export without --no-ids");
   }
   if (takes_ids) {
     inputs.push_back(at::tensor(ids, at::kLong));
@@ -132,7 +143,8 @@ void Package::swap_banks(const BankFile& file, const BankFile& like) {
                              joined(file.adapters) + ": export that file");
   }
   if (sharing(file.banks) != sharing(like.banks)) {
-    throw std::runtime_error("layers share their banks otherwise in the new file than in the package: export that file");
+    throw std::runtime_error(
+        "layers share their banks otherwise in the new file than in the package: export that file");
   }
   // The code may have the numbers of what the package does not hold as a tensor.
   const std::set<const void*> held = memory_of(names, like.banks);

@@ -38,8 +38,8 @@ class Package {
  private:
   std::vector<AdapterGates> gates_of(const std::vector<at::Tensor>& outputs, const std::vector<int64_t>& ids) const;
 
+  const nlohmann::json description_;
   torch::inductor::AOTIModelPackageLoader loader_;
-  nlohmann::json description_;
 };
 
 BankFile read_banks(const std::string& path);

@@ -143,9 +143,10 @@ std::unique_ptr<Package> open_package(const std::string& path, const PackageForm
   package->read_banks_of(store.pool().acquire({}).module());
   Comparison comparison(path, module, in_torchscript, in_package);
   const size_t least = package->least_tokens();
-  TORCH_CHECK(least == 1 || in_package.takes_mask(), path, ": takes rows of ", least,
-              " tokens or more, and the model takes no mask, so that shorter rows could not be padded; make it of a model "
-              "that takes a mask, or serve without --package");
+  TORCH_CHECK(
+      least == 1 || in_package.takes_mask(), path, ": takes rows of ", least,
+      " tokens or more, and the model takes no mask, so that shorter rows could not be padded; make it of a model "
+      "that takes a mask, or serve without --package");
   const size_t shortest = package->pads_rows() ? 1 : least;
   compare_all(store.pool(), form.room, comparison, std::max(std::min(tokens, kLongestRow), shortest), shortest);
   return package;

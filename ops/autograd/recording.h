@@ -11,8 +11,8 @@
 #include <vector>
 
 // The functions that the template torch::autograd::Function calls and that differ between torch 2.13 and 2.14. They are
-// weak, so that a library for the one loads with the other as far as its own check (registration/check_torch.cpp), which
-// names both versions. If they were strong, the loader would stop before and name a mangled symbol.
+// weak, so that a library for the one loads with the other as far as its own check (registration/check_torch.cpp),
+// which names both versions. If they were strong, the loader would stop before and name a mangled symbol.
 namespace torch::autograd {
 [[gnu::weak]] decltype(_wrap_outputs) _wrap_outputs;
 #if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 14

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import torchgraft
-from hosts_support import attempt, run
+from hosts_support import attempt, package_without_code, run
 from test_serve import check_same
 
 TOKENS, HIDDEN = 5, 16
@@ -30,7 +30,8 @@ def _noisy(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """model.pt (adapters "first" and "second"), its package model.aoti.pt2, inputs.json; other.pt, in which "second" is
     another adapter of the same size, wider.pt, in which it is larger, and unpadded.pt, in which the gates of "first"
-    are means over unpadded tokens."""
+    are means over unpadded tokens, and shared.pt, in which two layers share a bank; pool.aoti.pt2, which says that it
+    is a package of a pool."""
     folder = tmp_path_factory.mktemp("packages")
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(HIDDEN, 2, 32, batch_first=True, dropout=0.0)
@@ -41,6 +42,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torchgraft.replace_adapter(module, "second", "lora[r=16]").save(folder / "wider.pt")
     unpadded = torchgraft.graft(base, "unipelt", "first", gate_pooling="unpadded")
     torchgraft.graft(unpadded, "lora", "second").save(folder / "unpadded.pt")
+    shared = torch.jit.load(folder / "other.pt")
+    shared.adapters.layer_1.selfattn_lora_q.lora_a = shared.adapters.layer_0.selfattn_lora_q.lora_a
+    shared.save(folder / "shared.pt")
+    package_without_code(folder / "pool.aoti.pt2", {"torchgraft": json.dumps({"adapters": [], "pool": {}})})
     inputs = torch.randn(len(IDS), TOKENS, HIDDEN)
     torchgraft.compile_package(torchgraft.export(module, inputs[:2], gates=True), folder / "model.aoti.pt2")
     torch.save(inputs, folder / "inputs.pt")
@@ -82,6 +87,10 @@ FAULTS = {
         "first (gates over all tokens), second (gates over all tokens), and the new file has first (gates over "
         "unpadded tokens)",
     ),
+    "other sharing": (
+        ["--adapter-ids", "1,0,-1,1", "--model", "model.pt", "--banks", "shared.pt"],
+        "layers share their banks otherwise in the new file than in the package: export that file",
+    ),
     "no ids": ([], "the package takes adapter_ids: give one for each row"),
     "no option": (["--adapter-ids", "1,0,-1,1", "--nosuch"], "(serve_aoti --help)"),
     "no number": (["--repeat", "-1"], "--repeat: expected an integer from 0, got -1 (serve_aoti --help)"),
@@ -105,6 +114,11 @@ def test_an_unknown_adapter_is_named(serve_aoti: Path, folder: Path) -> None:
     assert done.returncode == 1
 
 
-def test_a_file_that_is_no_package_is_named(serve_aoti: Path, folder: Path) -> None:
-    done = attempt(serve_aoti, folder / "model.pt", folder / "inputs.json")
-    assert done.returncode == 1 and done.stderr.startswith("serve_aoti: ")
+NO_PACKAGES = {"model.pt": "expected one of torchgraft export MODEL.pt --aoti", "pool.aoti.pt2": "examples/server"}
+
+
+@pytest.mark.parametrize("name", NO_PACKAGES)
+def test_a_file_that_is_no_package_of_adapters_is_named(name: str, serve_aoti: Path, folder: Path) -> None:
+    done = attempt(serve_aoti, folder / name, folder / "inputs.json")
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"serve_aoti: {folder / name}: ")
+    assert NO_PACKAGES[name] in done.stderr.splitlines()[-1]

@@ -1,14 +1,13 @@
 """examples/server refuses a package that cannot be served before it loads the package's code, which is missing here."""
 
 import json
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
 import torchgraft
-from hosts_support import attempt
+from hosts_support import attempt, package_without_code
 from server_support import MOST_TOKENS
 
 LIMITED = [2, MOST_TOKENS]
@@ -34,7 +33,7 @@ def sized(rows: list, tokens: list) -> list:
 
 
 FAULTS: dict[str, tuple[object, list, str]] = {
-    "no zip": (b"not a package", [], "not an AOTInductor package, or a damaged one"),
+    "no zip": (b"not a package", [], "); make it anew: torchgraft export"),
     "of others": (None, [], "a package that torchgraft has not made"),
     "fixed adapters": ({"adapters": [], "adapter_ids": True}, [], "its adapters are fixed"),
     "damaged": (b"{", [], "not JSON"),
@@ -52,7 +51,11 @@ FAULTS: dict[str, tuple[object, list, str]] = {
         [],
         f"takes at most 9 tokens, and the server's limit is {MOST_TOKENS}; give --max-tokens 9",
     ),
-    "other inputs": (description(SIZES[2:] * 2), [], "takes adapter_ids with 1 dimensions, expected [rows, tokens]"),
+    "other inputs": (
+        description(SIZES[2:] * 2),
+        [],
+        "takes adapter_ids with 1 dimensions, expected [rows, tokens]; make it anew",
+    ),
     "other capacity": (description(), ["--capacity", 4], "--capacity: the package has rows for 3 adapters, got 4"),
     "compositions": (description(), ["--max-compositions", 2], "--max-compositions: a package runs no compositions"),
     "other pooling": (
@@ -78,10 +81,7 @@ def test_a_package_is_refused_in_one_line(case: str, server_program: Path, model
         path.write_bytes(content)
     else:
         text = content.decode() if isinstance(content, bytes) else json.dumps(content)
-        with zipfile.ZipFile(path, "w") as archive:
-            metadata = {} if content is None else {"torchgraft": text}
-            archive.writestr("package/data/aotinductor/model/a.wrapper_metadata.json", json.dumps(metadata))
-            archive.writestr("package/archive_format", "pt2")
+        package_without_code(path, {} if content is None else {"torchgraft": text})
     given = ["--adapters", models / "adapters", "--port", 0, "--package", path, *options]
     done = attempt(server_program, models / "base.pt", *given)
     assert done.returncode in (1, 2) and done.stderr.splitlines()[-1].startswith("server: ")
