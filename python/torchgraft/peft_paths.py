@@ -50,11 +50,29 @@ def shown_paths(paths: Iterable[str]) -> str:
     return ", ".join(every[:_MOST_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
+def _best_places(peft_path: str, model_paths: list[str]) -> list[Place]:
+    """Returns the linear maps whose paths share most components with PEFT's."""
+    found = [place for place in (place_of(model_path, peft_path) for model_path in model_paths) if place]
+    longest = max((shared for shared, _ in found), default=0)
+    return [place for shared, place in found if shared == longest]
+
+
+def _common_prefixes(best_of_paths: Iterable[list[Place]]) -> tuple[str, str] | None:
+    """Returns what precedes the common part in the model and in PEFT's paths, if only one pair of prefixes serves all
+    updates. The paths as they stand (no prefixes) come before others."""
+    serving = [{(place.model_prefix, place.peft_prefix) for place in best} for best in best_of_paths]
+    common = set.intersection(*serving) if serving else set()
+    if ("", "") in common:
+        return "", ""
+    return next(iter(common)) if len(common) == 1 else None
+
+
 def match_paths(
     directory: Path, peft_paths: Iterable[str], model_paths: list[str], outside: Iterable[str] = ()
 ) -> dict[str, Place]:
     """Finds the model's linear map of each update: one map for an update, one update for a map, and for all updates the
-    same components before the part of the path that is common.
+    same components before the part of the path that is common. A path that is a map's own is for that map, even if it
+    ends another's path.
 
     Args:
         directory: named in errors.
@@ -66,18 +84,20 @@ def match_paths(
     Raises:
         GraftError: there is none, or there are several.
     """
-    places: dict[str, Place] = {}
-    owners: dict[str, str] = {}
-    for path in peft_paths:
-        found = [place for place in (place_of(model_path, path) for model_path in model_paths) if place]
-        longest = max((shared for shared, _ in found), default=0)
-        best = [place for shared, place in found if shared == longest]
+    best_of = {path: _best_places(path, model_paths) for path in peft_paths}
+    for path, best in best_of.items():
         if not best:
             others = f" (outside of its layers it has {shown_paths(outside)})" if outside else ""
             raise GraftError(
                 f"{directory}: the model has no linear map {path}{others}; PEFT adapters are matched by module path, "
                 "and a weight that is tied to an embedding has the embedding's"
             )
+    common = _common_prefixes(best_of.values())
+    places: dict[str, Place] = {}
+    owners: dict[str, str] = {}
+    for path, best in best_of.items():
+        if len(best) > 1 and common is not None:
+            best = [place for place in best if (place.model_prefix, place.peft_prefix) == common]
         if len(best) > 1:
             raise GraftError(
                 f"{directory}: {path} could be the model's {best[0].path} and its {best[1].path}; graft the part of "

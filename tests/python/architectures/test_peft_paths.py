@@ -1,5 +1,6 @@
 """Which linear map an update of PEFT is for: found by path, or refused. A directory that lost weights is refused."""
 
+import copy
 import itertools
 import json
 from collections.abc import Callable
@@ -302,3 +303,59 @@ def test_weights_of_the_base_in_the_file_must_be_the_models(tmp_path) -> None:
     _change_weights(tmp_path, lambda weights: weights | {key: weight + 1})
     with pytest.raises(torchgraft.GraftError, match="query.weight of the base, and the model's is another"):
         torchgraft.load_adapter(_traced(Tower(1)), tmp_path)
+
+
+class Nested(torch.nn.Module):
+    """Its own layer and that of its part have projections of the same names; the part's paths end as its own do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (torch.nn.Linear(16, 16).double() for _ in range(3))
+        self.inner: torch.nn.Module = Inner()
+        self.table = torch.nn.Embedding(20, 16).double()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.inner(self.table(ids))
+        return attend(x, self.query(x), self.key(x), self.value(x))
+
+
+class Inner(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (torch.nn.Linear(16, 16).double() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return attend(x, self.query(x), self.key(x), self.value(x))
+
+
+def attend(x: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    heads = [each.unflatten(-1, [2, 8]).transpose(1, 2) for each in (query, key, value)]
+    return x + torch.nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("targets", [["query", "value"], "query|value", ["inner.query", "value"]], ids=str)
+def test_a_path_that_is_the_end_of_another_is_itself(targets: list[str] | str, tmp_path) -> None:
+    torch.manual_seed(0)
+    module = Nested()
+    base = _traced(copy.deepcopy(module))
+    expected = _train(module, tmp_path, target_modules=targets)
+    _assert_equal(torchgraft.load_adapter(base, tmp_path), expected)
+
+
+def test_a_path_that_ends_two_and_is_none_is_refused(tmp_path) -> None:
+    """Trained on a part of which the model has two."""
+    _train(Nested(), tmp_path, target_modules=r"inner\.query")
+    _change_weights(tmp_path, lambda weights: {key.replace("inner.", ""): weights[key] for key in weights})
+    _change_config(tmp_path, target_modules=["query"])
+    with pytest.raises(torchgraft.GraftError, match=r"could be the model's one\.query and its two\.query"):
+        torchgraft.load_adapter(_traced(Twins()), tmp_path)
+
+
+class Twins(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = Inner(), Inner()
+        self.table = torch.nn.Embedding(20, 16).double()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.two(self.one(self.table(ids)))
