@@ -249,13 +249,13 @@ std::vector<size_t> Matcher::projections_for(const SavedModule& saved) const {
   return result;
 }
 
-// Whether the path of a layer's attention has a number.
-bool has_number(const Layer& layer) {
-  const auto& first = layer.query ? layer.query : layer.key ? layer.key : layer.value;
-  return first && number_position(split_path(first->path));
+// Whether the paths of all projections of a layer have a number: save_adapter_hub.cpp makes up the others.
+bool has_numbers(const Layer& layer) {
+  const auto paths = projection_paths(layer);
+  return std::all_of(paths.begin(), paths.end(), [](const auto& entry) { return number_position(entry.second); });
 }
 
-// Whether a path may be one that save_adapter_hub.cpp makes up for a layer whose own path has no number.
+// Whether a path may be one that save_adapter_hub.cpp makes up for a projection whose own path has no number.
 bool is_of_writer(const Path& path) { return path.size() > 2 && path[0] == "layer" && is_number(path[1]); }
 
 // The modules of the plan that a saved module is for.
@@ -269,7 +269,7 @@ std::vector<size_t> Matcher::modules_for(const SavedModule& saved) const {
   std::vector<int64_t> layers = paths_are_known_ ? layers_by_path(saved.path) : std::vector<int64_t>();
   if (!paths_are_known_ || (layers.empty() && is_of_writer(saved.path))) {
     layers = layers_by_number(structure_, saved.path);
-    std::erase_if(layers, [&](int64_t layer) { return paths_are_known_ && has_number(structure_.layers.at(layer)); });
+    std::erase_if(layers, [&](int64_t layer) { return paths_are_known_ && has_numbers(structure_.layers.at(layer)); });
   }
   std::map<int64_t, std::vector<std::string>> sites;
   if (paths_are_known_ && saved.kind == SavedKind::kLoRA) {

@@ -88,10 +88,30 @@ class _TwoListOut(_Named):
         self.first, self.layer_1 = _ListOut(), _ListOut()
 
 
-def test_what_is_saved_of_them_loads_again(tmp_path: Path) -> None:
-    base, x = _TwoListOut().double().eval(), torch.randn(2, 5, 16, dtype=torch.float64)
+class _ListQuery(_Attention):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Sequential(nn.Linear(16, 16))
+
+
+class _OneListQuery(_Named):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = _ListQuery()
+
+
+@pytest.mark.parametrize(
+    ("make", "targets"),
+    [
+        (_TwoListOut, ["query", "out.0"]),
+        (_OneListQuery, ["query.0", "value"]),
+        (_OneListQuery, ["query.0", "first.out"]),
+    ],
+)
+def test_what_is_saved_of_them_loads_again(make: type, targets: list[str], tmp_path: Path) -> None:
+    base, x = make().double().eval(), torch.randn(2, 5, 16, dtype=torch.float64)
     traced = torch.jit.trace(copy.deepcopy(base), x)
-    save_random_lora(base, {"target_modules": ["query", "out.0"]}, tmp_path / "peft")
+    save_random_lora(base, {"target_modules": targets}, tmp_path / "peft")
     grafted = torchgraft.load_adapter(traced, tmp_path / "peft", name="task")
     torchgraft.save_adapter(grafted, "task", tmp_path / "saved")
     again = torchgraft.load_adapter(traced, tmp_path / "saved")
