@@ -16,6 +16,12 @@ using torch::jit::Graph;
 using torch::jit::Node;
 using torch::jit::Value;
 
+// The library keeps positions for the whole of a forward pass: those that the mask gives, or that the first layer with
+// ReFT has.
+constexpr const char* kStacks =
+    "the model has several stacks of layers (towers), and the adapters library takes the positions of one for all; "
+    "trace the tower that ReFT is for by itself";
+
 // `node`, or the node of the graph's own block that it stands in.
 Node* in_own_block(Node* node, const Graph& graph) {
   while (node->owningBlock() != graph.block()) {
@@ -101,7 +107,7 @@ bool check_next(Layer& layer, LayerSites& sites, const LayerSites& next, const G
     return false;
   }
   const bool is_behind = readers({sites.end->value}, nullptr, graph).count(in_own_block(next.query.node, graph)) > 0;
-  layer.end_note = "the next layer reads something other than its last sum or norm";
+  layer.end_note = is_behind ? "the next layer reads something other than its last sum or norm" : kStacks;
   sites.end.reset();
   return !is_behind;
 }
@@ -120,8 +126,7 @@ void find_layer_ends(GraphSites& sites, Graph& graph) {
   }
   for (size_t i = 0; i < layers.size(); ++i) {
     if (has_stacks && sites.layers[i].end) {
-      layers[i].end_note =
-          "the model has several stacks of layers, and the adapters library counts the positions of all by one mask";
+      layers[i].end_note = kStacks;
       sites.layers[i].end.reset();
     }
   }

@@ -190,3 +190,11 @@ def test_what_shows_no_towers_is_refused(tmp_path: Path) -> None:
 def test_prefixes_of_two_sizes_are_refused_where_no_tower_is_known() -> None:
     with pytest.raises(torchgraft.GraftError, match="one MLP makes the prefixes of all layers"):
         torchgraft.graft(torch.jit.freeze(_base().eval()), "prefix_tuning", "task")
+
+
+@pytest.mark.parametrize("layers", [[VISION_LAYERS - 1], [_DEPTH - 1], "all"], ids=str)
+def test_loreft_on_both_towers_is_refused_with_the_reason(layers: list[int] | str) -> None:
+    """Layer VISION_LAYERS - 1 is the last of the tower that runs first: the next layer is no reader of it."""
+    reason = r"ReFT cannot act on layer \d: the model has several stacks of layers .*trace the tower"
+    with pytest.raises(torchgraft.GraftError, match=reason):
+        torchgraft.graft(_base(), torchgraft.LoReftConfig(layers=layers), "task")
