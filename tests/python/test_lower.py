@@ -1,5 +1,6 @@
 """lower(): the same results without the operator library."""
 
+import functools
 import subprocess
 import sys
 
@@ -107,6 +108,12 @@ def test_what_is_wrong_in_an_adapter_stays_with_its_rows(config: str, number: fl
         assert bool(variant.hidden(base_rows).isfinite().all())
 
 
+@functools.cache
+def _in_form(method: str, form: str) -> torch.jit.ScriptModule:
+    module = grafted("bert_sdpa", torch.float32, method)
+    return {"as it is": lambda m: m, "lowered": torchgraft.lower, "saved and loaded": reloaded}[form](module)
+
+
 @pytest.mark.parametrize("method", ["lora", "seq_bn", "bn_norms", "compacter_factors", "prefix_gated", "ia3", "mam"])
 @pytest.mark.parametrize(
     "form", ["as it is", "lowered", pytest.param("saved and loaded", marks=pytest.mark.slow(seconds=1))]
@@ -124,8 +131,7 @@ def test_what_is_wrong_in_an_adapter_stays_with_its_rows(config: str, number: fl
 )
 def test_wrong_adapter_ids_are_refused_in_every_form(method: str, form: str, ids: list, message: str) -> None:
     """Also where no operator of torchgraft reads them: (IA)^3 is plain ATen code, and so is a lowered module."""
-    module = grafted("bert_sdpa", torch.float32, method)
-    module = {"as it is": lambda m: m, "lowered": torchgraft.lower, "saved and loaded": reloaded}[form](module)
+    module = _in_form(method, form)
     variant = VARIANTS["bert_sdpa"]
     with pytest.raises((RuntimeError, torch.jit.Error), match=message):
         module(*variant.arguments(make_batch([5, 3], 5, torch.float32)), adapter_ids=torch.tensor(ids))

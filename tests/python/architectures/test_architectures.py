@@ -10,8 +10,9 @@ _SEEDS = (1, 2)  # other batch sizes, lengths and paddings than the one that was
 
 
 def _marks(name: str, form: str, dtype: torch.dtype) -> list:
-    """float32 beside float64 is there for the path, which a model's two spellings of attention share."""
-    if is_second_spelling(name) and dtype == torch.float32 and len(dtypes(name)) > 1:
+    """float32 beside float64 is there for the path, which the spellings of a model's attention and its forms share."""
+    is_other = is_second_spelling(name) or form != CASES[name].forms[0]
+    if is_other and (name, form) not in QUICK and dtype == torch.float32 and len(dtypes(name)) > 1:
         return [pytest.mark.slow(seconds=2)]
     return [pytest.mark.quick] * ((name, form) in QUICK)
 

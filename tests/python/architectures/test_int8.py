@@ -20,13 +20,19 @@ from models import VARIANTS, make_batch
 from oracle import Saved, assert_gates_close, difference, oracle_for
 from oracle_reference import _prepared
 from own_models import own_encoder
+from thinned import thinned
 
 # Post-norm, pre-norm, a decoder with rotary positions, an encoder and decoder, shared layers, projections that are
 # applied to positions too.
 _NAMES = ["bert_sdpa", "vit_eager", "llama_sdpa", "bart_eager", "albert_sdpa", "t5_eager", "deberta_v2_eager"]
 _SEEDS = (0, 1, 2)
 _QUICK = {"bert_sdpa", "llama_sdpa"}
+_PER_CHANNEL = {"bert_sdpa", "llama_sdpa", "t5_eager"}
 _EACH = [pytest.param(name, marks=[pytest.mark.quick] * (name in _QUICK)) for name in _NAMES]
+# float16 holds the values of every graph to the last bits; int8 takes other operators at the same places.
+_RESULTS = [pytest.param(name, "float16", marks=[pytest.mark.quick] * (name in _QUICK)) for name in _NAMES] + thinned(
+    [(name, "per_channel") for name in _NAMES], lambda each: each[0] in _PER_CHANNEL, seconds=3
+)
 
 
 @functools.cache
@@ -69,8 +75,7 @@ def _assert_small(distances: list[float], scheme: str, allowed: float, what: str
     assert max(distances) < 0.2, (what, distances)  # a step of few activations
 
 
-@pytest.mark.parametrize("name", _EACH)
-@pytest.mark.parametrize("scheme", ["per_channel", "float16"])
+@pytest.mark.parametrize(("name", "scheme"), _RESULTS)
 def test_results_and_gates_equal_the_library(name: str, scheme: str) -> None:
     _assert_equal_to_the_library(CASES[name], scheme, None, methods(name))
 
