@@ -51,7 +51,8 @@ def saved(variant: str, part: str):
 @functools.cache
 def bank(variant: str, *parts: str) -> torch.jit.ScriptModule:
     directories = {part: saved(variant, part).directory for part in parts}
-    return torchgraft.graft(base(variant, DTYPE), adapters=directories, active=parts[0])
+    # test_oracle_bank.py verifies grafts of banks.
+    return torchgraft.graft(base(variant, DTYPE), adapters=directories, active=parts[0], verify=False)
 
 
 def library_block(variant: str, block: torchgraft.AdapterCompositionBlock):
@@ -124,7 +125,8 @@ _SECOND = {STACKS[i] for i in (1, 4, 8, 12, 15)}
     ids=str,
 )
 def test_stacks_equal_the_library(variant: str, block) -> None:
-    module = torchgraft.compose(bank(variant, *parts_of(block)), "c", block)
+    # Verified on one base: the results are compared below.
+    module = torchgraft.compose(bank(variant, *parts_of(block)), "c", block, verify=variant == "bert_sdpa")
     module.activate("c")
     batch = make_batch([9, 4, 7], 9, DTYPE)
     wanted, _ = expected(variant, batch, block)

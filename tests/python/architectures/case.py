@@ -21,8 +21,14 @@ Gates = dict[int, dict[str, Tensor]]  # gates[layer][location]: [rows, columns]
 class Reference(Protocol):
     """Adapters have the names of their methods."""
 
-    def graft(self, base: torch.jit.ScriptModule, methods: list[str], dtype: torch.dtype) -> torch.jit.ScriptModule:
-        """`base` with an adapter for each method, all in one bank, every parameter random and none of them zero."""
+    def graft(
+        self, base: torch.jit.ScriptModule, methods: list[str], dtype: torch.dtype, verify: bool = True
+    ) -> torch.jit.ScriptModule:
+        """`base` with an adapter for each method, all in one bank, every parameter random and none of them zero.
+
+        Args:
+            verify: that of torchgraft.graft(), which takes half of its time.
+        """
         ...
 
     def run(self, grafted: torch.jit.ScriptModule, method: str, arguments: tuple) -> tuple[Tensor, Gates]:

@@ -35,8 +35,11 @@ class OracleReference:
     lora_order: str = "qkv"
     repair: Callable[[nn.Module], None] | None = None
 
-    def graft(self, base: torch.jit.ScriptModule, methods: list[str], dtype: torch.dtype) -> torch.jit.ScriptModule:
-        return torchgraft.graft(base, adapters={method: self.accepted_directory(method, dtype) for method in methods})
+    def graft(
+        self, base: torch.jit.ScriptModule, methods: list[str], dtype: torch.dtype, verify: bool = True
+    ) -> torch.jit.ScriptModule:
+        directories = {method: self.accepted_directory(method, dtype) for method in methods}
+        return torchgraft.graft(base, adapters=directories, verify=verify)
 
     def run(self, grafted: torch.jit.ScriptModule, method: str, arguments: tuple) -> tuple[Tensor, Gates]:
         return self.expected(method, _dtype_of(grafted), arguments)

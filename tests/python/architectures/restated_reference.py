@@ -75,9 +75,11 @@ class RestatedReference:
     layers: Callable[[nn.Module], list[Layer]]
     hidden: Callable = lambda result: result[0] if isinstance(result, tuple) else result
 
-    def graft(self, base: torch.jit.ScriptModule, methods: list[str], dtype: torch.dtype) -> torch.jit.ScriptModule:
+    def graft(
+        self, base: torch.jit.ScriptModule, methods: list[str], dtype: torch.dtype, verify: bool = True
+    ) -> torch.jit.ScriptModule:
         specs = [(method, config_to_json(oracle.CONFIGS[method]), None, "", False, None) for method in methods]
-        grafted, _ = patcher().graft(base._c, specs, "all", "", "", True)
+        grafted, _ = patcher().graft(base._c, specs, "all", "", "", verify)
         grafted = torch.jit._recursive.wrap_cpp_module(grafted)
         randomise_grafted(grafted)
         return grafted

@@ -20,9 +20,9 @@ def test_keys_and_values_that_are_saved_are_those_that_the_library_saved(name: s
     case, dtype = CASES[name], torch.float32
     directories = {method: case.reference.accepted_directory(method, dtype) for method in methods(name)}
     saved = {method: torchgraft.load_adapter_directory(directory) for method, directory in directories.items()}
-    bank = torchgraft.graft(
-        base(name, "traced", dtype), adapters={saved[method].name: directories[method] for method in saved}
-    )
+    # test_architectures.py verifies the same graft.
+    named = {saved[method].name: directories[method] for method in saved}
+    bank = torchgraft.graft(base(name, "traced", dtype), adapters=named, verify=False)
     for method, adapter in saved.items():
         torchgraft.save_adapter(bank, adapter.name, tmp_path / method)
         written = load_file(tmp_path / method / "adapter.safetensors")
