@@ -10,6 +10,7 @@
 #include <torch/csrc/jit/ir/constants.h>
 
 #include <algorithm>
+#include <iterator>
 #include <string>
 
 namespace torchgraft {
@@ -23,7 +24,7 @@ using torch::jit::WithInsertPoint;
 namespace {
 
 // `repeated`: dimension `dim` is the batch. `repeated_like`: that which has as many sizes as there are rows, if one
-// has; masks [1, 1, S, S] and tables stay as they are.
+// has; masks [1, 1, S, S] and tables stay as they are. `heads`: those of a mask [B * heads, S, S], or 1.
 constexpr const char* kRepeated = R"python(
 def repeated(x: Tensor, index: Optional[Tensor], rows: int, dim: int, name: str) -> Tensor:
     if index is None:
@@ -34,9 +35,11 @@ def repeated(x: Tensor, index: Optional[Tensor], rows: int, dim: int, name: str)
         return x.index_select(dim, index)
 
 def repeated_like(x: Tensor, index: Optional[Tensor], rows: int, sequence_first: bool, has_none: bool,
-                  name: str) -> Tensor:
+                  heads: int, name: str) -> Tensor:
     if index is None:
         return x
+    elif heads > 1 and x.dim() == 3 and x.size(0) == rows * heads:
+        return x.unflatten(0, [rows, heads]).index_select(0, index).flatten(0, 1)
     else:
         is_first = x.dim() > 0 and x.size(0) == rows
         if has_none:
@@ -55,11 +58,11 @@ def repeated_like(x: Tensor, index: Optional[Tensor], rows: int, sequence_first:
         return x
 
 def repeated_optional(x: Optional[Tensor], index: Optional[Tensor], rows: int, sequence_first: bool, has_none: bool,
-                      name: str) -> Optional[Tensor]:
+                      heads: int, name: str) -> Optional[Tensor]:
     if x is None:
         return None
     else:
-        return repeated_like(x, index, rows, sequence_first, has_none, name)
+        return repeated_like(x, index, rows, sequence_first, has_none, heads, name)
 
 def check_rows(x: Optional[Tensor], index: Optional[Tensor], rows: int, sequence_first: bool, name: str,
                counted: str) -> bool:
@@ -133,6 +136,31 @@ void add_sources(Value* value, std::set<Value*>& found) {
   }
 }
 
+// Enters the arguments that are masks [B * heads, S, S] of one attention, as nn.MultiheadAttention takes them: it makes
+// [B, heads, S, S] of them.
+void add_heads_of_masks(const Node* attention, std::map<const Value*, int64_t>& found) {
+  Node* view = attention->input(3)->node();
+  const bool is_view = is_aten(view, {"view", "reshape"}) &&
+                       view->input(1)->node()->kind() == c10::prim::ListConstruct &&
+                       view->input(1)->node()->inputs().size() == 4;
+  const auto heads = is_view ? torch::jit::constant_as<int64_t>(view->input(1)->node()->input(1)) : std::nullopt;
+  if (!heads || *heads < 2) {
+    return;
+  }
+  std::vector<Value*> frontier = {view->input(0)};
+  std::set<Value*> seen(frontier.begin(), frontier.end());
+  for (size_t i = 0; i < frontier.size(); ++i) {
+    Node* node = frontier[i]->node();
+    if (node->kind() == c10::prim::Param) {
+      found.emplace(frontier[i], *heads);
+    }
+    if (is_elementwise(node) || is_aten(node, {"masked_fill", "where", "to", "contiguous", "zeros_like"})) {
+      std::copy_if(node->inputs().begin(), node->inputs().end(), std::back_inserter(frontier),
+                   [&](Value* input) { return seen.insert(input).second; });
+    }
+  }
+}
+
 // The argument of which `tokens` is a function that keeps all dimensions where they are; null where it is of none.
 Value* argument_of(Value* tokens) {
   const auto keeps = [](const Node* node) {
@@ -168,6 +196,11 @@ RowRepeater::RowRepeater(Graph& graph, const GraphSites& sites, const Module& ro
                 "part, with adapter_ids");
   }
   find_batch(sites, root);
+  for_each_node(graph.block(), [&](const Node* node) {
+    if (is_aten(node, {"scaled_dot_product_attention"})) {
+      add_heads_of_masks(node, heads_of_masks_);
+    }
+  });
 }
 
 void RowRepeater::find_batch(const GraphSites& sites, const Module& root) {
@@ -340,9 +373,11 @@ Value* RowRepeater::repeated(Value* input, Value* index, Value* rows,
   if (!is_tensor(input) && !is_optional_tensor(input)) {
     return nullptr;
   }
+  const auto heads = heads_of_masks_.find(input);
   const char* function = is_tensor(input) ? "repeated_like" : "repeated_optional";
   return call(graph_, kRepeated, function,
-              {input, index, rows, constant(sequence_first_), constant(has_no_rows(input, examples)), name});
+              {input, index, rows, constant(sequence_first_), constant(has_no_rows(input, examples)),
+               constant(heads == heads_of_masks_.end() ? int64_t{1} : heads->second), name});
 }
 
 }  // namespace torchgraft

@@ -41,8 +41,9 @@ class RowRepeater {
   torch::jit::Graph& graph_;
   const torch::jit::Module& root_;
   std::map<const Value*, int64_t> known_;  // arguments one dimension of which is known to be the batch, and which
-  Value* counted_ = nullptr;               // the argument that tells how many rows there are
-  std::set<Value*> sources_;               // the others that what the layers read is made of
+  std::map<const Value*, int64_t> heads_of_masks_;  // arguments that may be [B * heads, S, S]
+  Value* counted_ = nullptr;                        // the argument that tells how many rows there are
+  std::set<Value*> sources_;                        // the others that what the layers read is made of
   bool sequence_first_ = false;
 };
 
