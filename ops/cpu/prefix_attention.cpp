@@ -39,6 +39,27 @@ class HeadRows {
   std::vector<float> widened_;
 };
 
+// Keys and values of prefixes [(B or N,) h_kv, P, d], as float32.
+class PrefixRows {
+ public:
+  explicit PrefixRows(const Prefix& prefix)
+      : key_(prefix.key.to(at::kFloat).contiguous()),
+        value_(prefix.value.to(at::kFloat).contiguous()),
+        slices_(prefix.rows.defined() ? prefix.rows.contiguous() : at::Tensor()) {}
+
+  void read(int64_t b, int64_t kv_head, HeadAttention& job) const {
+    const int64_t slice = slices_.defined() ? slices_.const_data_ptr<int64_t>()[b] : b;
+    const int64_t first = (key_.dim() == 4 ? slice * key_.stride(0) : 0) + kv_head * key_.stride(-3);
+    job.prefix_key = key_.const_data_ptr<float>() + first;
+    job.prefix_value = value_.const_data_ptr<float>() + first;
+  }
+
+ private:
+  at::Tensor key_;
+  at::Tensor value_;
+  at::Tensor slices_;  // int64 [B]
+};
+
 // A value per batch row; 1 without gates.
 std::vector<float> per_row(const at::Tensor& gate, int64_t batch) {
   std::vector<float> result(batch, 1.0F);
@@ -90,11 +111,7 @@ AttentionForward attend(const PrefixArguments& args, const Prefix& prefix, const
   const int64_t heads = query.size(1);
   const int64_t queries = query.size(2);
   const int64_t head_size = query.size(3);
-  const int64_t positions = prefix.key.size(-2);
-  const at::Tensor prefix_key = prefix.key.to(at::kFloat).contiguous();  // [(B or N,) h_kv, P, d]
-  const at::Tensor prefix_value = prefix.value.to(at::kFloat).contiguous();
-  const int64_t prefix_row = prefix_key.dim() == 4 ? prefix_key.stride(0) : 0;
-  const at::Tensor slices = prefix.rows.defined() ? prefix.rows.contiguous() : at::Tensor();
+  const PrefixRows prefix_rows(prefix);
   const std::vector<float> key_gates = per_row(prefix.key_gate, batch);
   const std::vector<float> value_gates = per_row(prefix.value_gate, batch);
   const std::vector<int64_t> used = prefix_lengths(prefix, batch);
@@ -119,10 +136,7 @@ AttentionForward attend(const PrefixArguments& args, const Prefix& prefix, const
       query_rows.read(query, b, head, job.q, job.q_stride);
       key_rows.read(key, b, kv_head, job.k, job.k_stride);
       value_rows.read(value, b, kv_head, job.v, job.v_stride);
-      const int64_t slice = slices.defined() ? slices.const_data_ptr<int64_t>()[b] : b;
-      const int64_t in_prefix = slice * prefix_row + kv_head * positions * head_size;
-      job.prefix_key = prefix_key.const_data_ptr<float>() + in_prefix;
-      job.prefix_value = prefix_value.const_data_ptr<float>() + in_prefix;
+      prefix_rows.read(b, kv_head, job);
       job.key_gate = key_gates[b];
       job.value_gate = value_gates[b];
       job.scale = scale;
