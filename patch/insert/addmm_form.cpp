@@ -21,9 +21,8 @@ bool is_floating(const at::Tensor& tensor, int64_t rank) {
 
 bool has_weight_and_bias(Value* weight, Value* bias, const Module& module) {
   const at::Tensor matrix = resolve_tensor(weight, module);
-  return is_floating(matrix, 2) &&
-         (is_none(bias) || (is_floating(resolve_tensor(bias, module), 1) &&
-                            resolve_tensor(bias, module).size(0) == matrix.size(1)));
+  return is_floating(matrix, 2) && (is_none(bias) || (is_floating(resolve_tensor(bias, module), 1) &&
+                                                      resolve_tensor(bias, module).size(0) == matrix.size(1)));
 }
 
 std::vector<Node*> nodes_of(Block* block, const char* name) {

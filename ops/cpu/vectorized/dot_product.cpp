@@ -101,8 +101,8 @@ void block(const DotProduct& job, const Panel& panel, int64_t row, int64_t colum
   accumulate<R, C>(sums, job.x + row * job.x_stride, job.x_stride, panel.w(), panel.w_stride(), job.depth,
                    rows_ahead(panel.w_stride()));
   if (job.depth2 > 0) {
-    accumulate<R, C>(sums, job.x2 + row * job.x2_stride, job.x2_stride, panel.w2(), panel.w2_stride(),
-                     job.depth2, /*ahead=*/0);
+    accumulate<R, C>(sums, job.x2 + row * job.x2_stride, job.x2_stride, panel.w2(), panel.w2_stride(), job.depth2,
+                     /*ahead=*/0);
   }
   // On the stack: the compiler would have to expect that every value written through y changes one of the inputs.
   float row_sums[R][(C + 3) / 4 * 4];

@@ -15,9 +15,8 @@ using testing::run_graph;
 struct Forms {
   explicit Forms(const std::string& body) {
     at::manual_seed(0);
-    const auto module =
-        make_module({{"w", at::randn({5, 7})}, {"square", at::randn({5, 5})}, {"b", at::randn({7})}},
-                    "\ndef forward(self, x: Tensor) -> Tensor:\n" + body);
+    const auto module = make_module({{"w", at::randn({5, 7})}, {"square", at::randn({5, 5})}, {"b", at::randn({7})}},
+                                    "\ndef forward(self, x: Tensor) -> Tensor:\n" + body);
     const auto before = module.get_method("forward").graph();
     written = before->copy();
     write_addmm_form(written, module);
