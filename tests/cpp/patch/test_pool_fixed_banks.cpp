@@ -1,5 +1,7 @@
 #include "adapter_folder.h"
 
+#include <torchgraft/config/gate_pooling.h>
+
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -36,14 +38,16 @@ std::map<std::string, const void*> memory_of(const torch::jit::Module& module) {
 }
 
 TEST(PoolFixedBanks, AMisfitSaysWhatIsMissing) {
-  const AdapterPool pool(encoder(), fixed({"lora[r=4, use_gating=True, gate_pooling=unpadded]", "seq_bn"}));
+  const AdapterPool pool(encoder(), fixed({"lora[r=4, use_gating=True]", "seq_bn"}));
   EXPECT_EQ(misfit(pool, "lora[r=4]"), "");
-  EXPECT_EQ(misfit(pool, "lora[r=2, use_gating=True, gate_pooling=unpadded]"), "");
-  EXPECT_EQ(misfit(pool, "lora[r=4, use_gating=True]"), "no gates over all tokens");
+  AdapterConfig gated = config_from_string("lora[r=2, use_gating=True]");
+  EXPECT_EQ(pool.misfit(gated), "");
+  gated.gate_pooling = kUnpaddedTokens;
+  EXPECT_EQ(pool.misfit(gated), "no gates over unpadded tokens");
   EXPECT_EQ(misfit(pool, "lora[r=4, output_lora=True]"), "no bank for layer_0.output_lora");
   EXPECT_EQ(misfit(pool, "lora[r=5]"),
             "no room for lora_a [5, 12] in the bank of layer_0.selfattn_lora_q, which has [4, 12]");
-  EXPECT_EQ(misfit(pool, "seq_bn[use_gating=True, gate_pooling=unpadded]"),
+  EXPECT_EQ(misfit(pool, "seq_bn[use_gating=True]"),
             "no gate_weight in the bank of layer_0.output_adapter");
   // What the model itself has no place for is an error, in a pool of any room.
   EXPECT_NE(error_of([&] { misfit(pool, "seq_bn[mh_adapter=False, output_adapter=False, cross_adapter=True]"); }), "");
