@@ -15,10 +15,12 @@
 // which names both versions. If they were strong, the loader would stop before and name a mangled symbol.
 namespace torch::autograd {
 #if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 14
-[[gnu::weak]] optional_variable_list _wrap_outputs(
-    const variable_list&, const std::unordered_set<at::TensorImpl*>&, const std::unordered_set<at::TensorImpl*>&,
-    const at::ArrayRef<std::optional<Variable>>, const c10::intrusive_ptr<Node>&, const _jvp_fn_t&,
-    const std::unordered_set<at::TensorImpl*>&, const _view_as_self_fn_t&, bool, c10::intrusive_ptr<Node>&);
+[[gnu::weak]] optional_variable_list _wrap_outputs(const variable_list&, const std::unordered_set<at::TensorImpl*>&,
+                                                   const std::unordered_set<at::TensorImpl*>&,
+                                                   const at::ArrayRef<std::optional<Variable>>,
+                                                   const c10::intrusive_ptr<Node>&, const _jvp_fn_t&,
+                                                   const std::unordered_set<at::TensorImpl*>&,
+                                                   const _view_as_self_fn_t&, bool, c10::intrusive_ptr<Node>&);
 [[gnu::weak]] decltype(fire_node_creation_hooks) fire_node_creation_hooks;
 #else
 [[gnu::weak]] decltype(_wrap_outputs) _wrap_outputs;

@@ -47,8 +47,7 @@ TEST(PoolFixedBanks, AMisfitSaysWhatIsMissing) {
   EXPECT_EQ(misfit(pool, "lora[r=4, output_lora=True]"), "no bank for layer_0.output_lora");
   EXPECT_EQ(misfit(pool, "lora[r=5]"),
             "no room for lora_a [5, 12] in the bank of layer_0.selfattn_lora_q, which has [4, 12]");
-  EXPECT_EQ(misfit(pool, "seq_bn[use_gating=True]"),
-            "no gate_weight in the bank of layer_0.output_adapter");
+  EXPECT_EQ(misfit(pool, "seq_bn[use_gating=True]"), "no gate_bias in the bank of layer_0.output_adapter_seq_ln_relu");
   // What the model itself has no place for is an error, in a pool of any room.
   EXPECT_NE(error_of([&] { misfit(pool, "seq_bn[mh_adapter=False, output_adapter=False, cross_adapter=True]"); }), "");
 }
