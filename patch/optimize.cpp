@@ -6,7 +6,6 @@
 #include <torchgraft/patch/graph/clone_module.h>
 #include <torchgraft/patch/graph/dump_graph.h>
 #include <torchgraft/patch/graph/module_methods.h>
-#include <torchgraft/patch/insert/addmm_form.h>
 #include <torchgraft/patch/insert/fuse_linear.h>
 #include <torchgraft/patch/insert/fuse_residual_norm.h>
 #include <torchgraft/patch/insert/guard_attributes.h>
@@ -44,11 +43,11 @@ size_t optimize_base(Module& module, const char* method) {
   return replace_method(module, method, canonical.graph);
 }
 
-// grafted_forward is in canonical form already, but for its linear maps with a transposed weight.
+// grafted_forward is in canonical form already, but for maps whose weights are held transposed (addmm_form.h), which no
+// torchgraft::linear takes.
 size_t optimize_grafted(Module& module) {
   const auto graph = module.get_method("grafted_forward").graph()->copy();
   decompose_optimized(graph);
-  read_addmm_form(graph, module);
   return replace_method(module, "grafted_forward", graph);
 }
 

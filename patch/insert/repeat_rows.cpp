@@ -142,7 +142,8 @@ void add_heads_of_masks(const Node* attention, std::map<const Value*, int64_t>& 
   Node* view = attention->input(3)->node();
   const bool is_view = is_aten(view, {"view", "reshape"}) &&
                        view->input(1)->node()->kind() == c10::prim::ListConstruct &&
-                       view->input(1)->node()->inputs().size() == 4;
+                       view->input(1)->node()->inputs().size() == 4 &&
+                       !torch::jit::toIValue(view->input(1)->node()->input(0));  // 1: of all rows together
   const auto heads = is_view ? torch::jit::constant_as<int64_t>(view->input(1)->node()->input(1)) : std::nullopt;
   if (!heads || *heads < 2) {
     return;

@@ -6,6 +6,7 @@
 #include <torchgraft/patch/graph/linear_map.h>
 #include <torchgraft/patch/graph/no_warnings.h>
 #include <torchgraft/patch/graph/writes.h>
+#include <torchgraft/patch/insert/addmm_form.h>
 
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
@@ -84,6 +85,7 @@ std::shared_ptr<Graph> graph_of_run(const Module& module, const char* method) {
   inline_forks(graph);
   torch::jit::Inline(*graph);  // what forks call
   decompose_optimized(graph);  // one form for those who read the graph
+  read_addmm_form(graph, module);
   for_each_node(graph->block(), [&](Node* node) {
     if (node->kind() == c10::prim::GetAttr && node->s(c10::attr::name) == "training") {
       const torch::jit::WithInsertPoint before(node);

@@ -27,3 +27,32 @@ def test_a_mask_for_each_head_is_repeated_with_its_row(kind: torch.dtype, monkey
             results[name] = module(x, mask)
     assert (results["a"] - results["b"]).abs().max() > 1e-3
     torch.testing.assert_close(results["both"], torch.cat([results["a"], results["b"]], dim=1), atol=1e-5, rtol=0)
+
+
+def test_a_bias_for_each_head_that_all_rows_share_is_not_repeated() -> None:
+    """One row: the bias has as many matrices as a mask for each head of each row."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.o, self.up, self.down = (torch.nn.Linear(16, 16) for _ in range(6))
+
+        def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+            q, k, v = (m(x).view(x.size(0), x.size(1), 2, 8).transpose(1, 2) for m in (self.q, self.k, self.v))
+            mask = bias.view(1, 2, x.size(1), x.size(1))
+            mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
+            x = x + self.o(mixed.transpose(1, 2).flatten(2))
+            return x + self.down(torch.relu(self.up(x)))
+
+    torch.manual_seed(0)
+    x, bias = torch.randn(1, 5, 16), torch.randn(2, 5, 5)
+    module = torch.jit.trace(Layer().eval(), (torch.randn(3, 5, 16), bias), check_trace=False)
+    for name in ("a", "b"):
+        module = torchgraft.graft(module, "seq_bn[scaling=200]", name, verify=False)
+    module = torchgraft.compose(module, "both", Parallel("a", "b"), verify=False)
+    results = {}
+    for name in ("a", "b", "both"):
+        module.activate(name)
+        with torch.no_grad():
+            results[name] = module(x, bias)
+    torch.testing.assert_close(results["both"], torch.cat([results["a"], results["b"]]), atol=1e-5, rtol=0)
