@@ -63,7 +63,6 @@ KeyBlock key_block(const HeadAttention& job, int64_t begin) {
 // Asks for the first rows early: they lie too far apart for the processor to guess.
 void prefetch_rows(const float* rows, int64_t stride, int64_t count, int64_t size) {
   constexpr int64_t kMost = 64;
-  constexpr int64_t kLine = 16;  // floats
   for (int64_t i = 0; i < std::min(count, kMost); ++i) {
     for (int64_t j = 0; j < size; j += kLine) {
       __builtin_prefetch(rows + i * stride + j);

@@ -79,10 +79,8 @@ inline __attribute__((always_inline)) void accumulate(Vec (&sums)[R][C], const f
 
 using Panel = WeightRows<kColumns>;
 
-// How far behind a row of w the row lies that is read next but one: at least a page, which takes as long to read as
-// memory takes to answer.
+// How far behind a row of w the row lies that is asked for when that row is read: whole panels, a page at least.
 int64_t rows_ahead(int64_t w_stride) {
-  constexpr int64_t kPage = 1024;  // floats
   const int64_t panels = 1 + kPage / std::max<int64_t>(kColumns * w_stride, 1);
   return panels * kColumns * w_stride;
 }

@@ -14,7 +14,8 @@ constexpr int64_t kLanes = Vec::size();
 // `count` rounded up to whole vectors.
 constexpr int64_t in_vectors(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
-constexpr int64_t kLine = 16;  // numbers in a line of the cache
+constexpr int64_t kLine = 16;    // numbers in a line of the cache
+constexpr int64_t kPage = 1024;  // numbers in a page of memory, which takes as long to read as memory to answer
 
 // Brings w[offset] into the cache. A weight is read once for many tokens, or for a single one, and comes from memory:
 // its rows are too short for the processor to see what follows. w[offset] may lie behind the weight's end.

@@ -29,7 +29,7 @@ void block(const OuterProduct& job, int64_t row, int64_t column) {
   }
   const float* x = job.x + row * job.x_stride;
   const float* w = job.w + column;
-  [[maybe_unused]] const int64_t ahead = 1024 / std::max<int64_t>(job.w_stride, 1) * job.w_stride;  // a page
+  [[maybe_unused]] const int64_t ahead = kPage / std::max<int64_t>(job.w_stride, 1) * job.w_stride;
   for (int64_t k = 0; k < job.depth; ++k) {
     Vec right[C];
 #pragma GCC unroll 8

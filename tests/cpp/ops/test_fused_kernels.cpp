@@ -256,7 +256,8 @@ TEST_F(FusedKernels, PrefixAttention) {
                                                                                {2, 2, 2, 1, 130, 80, 30},
                                                                                {2, 4, 1, 4, 2100, 19, 5},
                                                                                {3, 2, 2, 3, 20, 16, 530},
-                                                                               {3, 2, 2, 4, 4, 8, 3}}) {
+                                                                               {3, 2, 2, 4, 4, 8, 3},
+                                                                               {2, 2, 1, 2, 20, 8, 2060}}) {
     const int64_t kind = variant % 4;
     const bool causal = kind == 0 && queries == keys && variant % 8 != 0;
     const int64_t gates = variant % 3;
