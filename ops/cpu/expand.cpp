@@ -11,6 +11,7 @@ namespace {
 // With this many columns of `hidden` or more, sums along them are faster than products with the transposed weight. For
 // rows of few tokens they always are: to transpose a weight costs more than to read it.
 constexpr int64_t kLongSum = 96;
+constexpr int64_t kFewTokens = 4;
 
 // A slice's weight, transposed: [R, O], and below it the bias. Per-channel scaling is multiplied in.
 class WideTable {
@@ -100,7 +101,7 @@ class Expander {
     at::Tensor output = at::empty_like(base_);
     const int64_t element = output.element_size();
     auto* to = static_cast<char*>(output.mutable_data_ptr());
-    const bool sums = !per_channel_ && (depth_ >= kLongSum || !packs_tokens(tokens_, columns_));
+    const bool sums = !per_channel_ && (depth_ >= kLongSum || tokens_ <= kFewTokens);
     std::vector<float> table;  // of all tiles, when they use one slice
     if (!sums && runs_.count() == 1 && runs_.slices[0] >= 0) {
       table = wide_.of(runs_.slices[0]);
