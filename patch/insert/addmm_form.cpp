@@ -10,7 +10,6 @@
 namespace torchgraft {
 namespace {
 
-using torch::jit::Block;
 using torch::jit::Graph;
 using torch::jit::Module;
 using torch::jit::Node;
@@ -26,17 +25,13 @@ bool are_weight_and_bias(Value* weight, Value* bias, const Module& module) {
   return is_floating(matrix, 2) && is_floating(row, 1) && row.size(0) == matrix.size(1);
 }
 
-std::vector<Node*> nodes_of(Block* block, const char* name) {
+std::vector<Node*> nodes_of(Graph& graph, const char* name) {
   std::vector<Node*> result;
-  for (Node* node : block->nodes()) {
+  for_each_node(graph.block(), [&](Node* node) {
     if (is_aten(node, {name})) {
       result.push_back(node);
     }
-    for (Block* inner : node->blocks()) {
-      const std::vector<Node*> found = nodes_of(inner, name);
-      result.insert(result.end(), found.begin(), found.end());
-    }
-  }
+  });
   return result;
 }
 
@@ -109,14 +104,14 @@ void read(Graph& graph, Node* view, const Module& module) {
 }  // namespace
 
 void write_addmm_form(const std::shared_ptr<Graph>& graph, const Module& module) {
-  for (Node* linear : nodes_of(graph->block(), "linear")) {
+  for (Node* linear : nodes_of(*graph, "linear")) {
     write(*graph, linear, module);
   }
   torch::jit::EliminateDeadCode(graph);
 }
 
 void read_addmm_form(const std::shared_ptr<Graph>& graph, const Module& module) {
-  for (Node* view : nodes_of(graph->block(), "view")) {
+  for (Node* view : nodes_of(*graph, "view")) {
     read(*graph, view, module);
   }
   torch::jit::EliminateDeadCode(graph);

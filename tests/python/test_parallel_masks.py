@@ -7,6 +7,19 @@ import torchgraft
 from torchgraft import Parallel
 
 
+def results_of(module: torch.jit.ScriptModule, config: str, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of two adapters, and of both in a Parallel, whose rows are repeated at the top."""
+    for name in ("a", "b"):
+        module = torchgraft.graft(module, config, name, verify=False)
+    module = torchgraft.compose(module, "both", Parallel("a", "b"), verify=False)
+    results = {}
+    for name in ("a", "b", "both"):
+        module.activate(name)
+        with torch.no_grad():
+            results[name] = module(*inputs)
+    return results
+
+
 @pytest.mark.parametrize("kind", [torch.float32, torch.bool], ids=str)
 def test_a_mask_for_each_head_is_repeated_with_its_row(kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """nn.MultiheadAttention takes masks [B * heads, S, S]."""
@@ -17,14 +30,7 @@ def test_a_mask_for_each_head_is_repeated_with_its_row(kind: torch.dtype, monkey
     x, mask = torch.randn(5, 3, 16), torch.randn(6, 5, 5)
     mask = mask > 1 if kind is torch.bool else mask
     module = torch.jit.trace(encoder, (x, mask), check_trace=False)
-    for name in ("a", "b"):
-        module = torchgraft.graft(module, "double_seq_bn[scaling=200]", name, verify=False)
-    module = torchgraft.compose(module, "both", Parallel("a", "b"), verify=False)  # repeated at the top
-    results = {}
-    for name in ("a", "b", "both"):
-        module.activate(name)
-        with torch.no_grad():
-            results[name] = module(x, mask)
+    results = results_of(module, "double_seq_bn[scaling=200]", x, mask)
     assert (results["a"] - results["b"]).abs().max() > 1e-3
     torch.testing.assert_close(results["both"], torch.cat([results["a"], results["b"]], dim=1), atol=1e-5, rtol=0)
 
@@ -47,12 +53,5 @@ def test_a_bias_for_each_head_that_all_rows_share_is_not_repeated() -> None:
     torch.manual_seed(0)
     x, bias = torch.randn(1, 5, 16), torch.randn(2, 5, 5)
     module = torch.jit.trace(Layer().eval(), (torch.randn(3, 5, 16), bias), check_trace=False)
-    for name in ("a", "b"):
-        module = torchgraft.graft(module, "seq_bn[scaling=200]", name, verify=False)
-    module = torchgraft.compose(module, "both", Parallel("a", "b"), verify=False)
-    results = {}
-    for name in ("a", "b", "both"):
-        module.activate(name)
-        with torch.no_grad():
-            results[name] = module(x, bias)
+    results = results_of(module, "seq_bn[scaling=200]", x, bias)
     torch.testing.assert_close(results["both"], torch.cat([results["a"], results["b"]]), atol=1e-5, rtol=0)
