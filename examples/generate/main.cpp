@@ -2,6 +2,7 @@
 // libtorchgraft.so only. Token ids go in and come out.
 
 #include "../number_option.h"
+#include "../quantized_engine.h"
 #include "beam_search.h"
 #include "decoder.h"
 #include "generation.h"
@@ -77,6 +78,7 @@ void declare_generation(CLI::App& app, Options& options) {
   app.add_flag("--stream", options.stream, "print \"ROW TOKEN\" as soon as each token is known")->excludes(beams);
   app.add_option("--output", options.output, R"(write {"tokens": [[...], ...]} to this file)");
   add_number(app, "--threads", options.threads, "threads for each operator (libtorch's default)", 1);
+  add_quantized_engine(app);
 }
 
 void print(const std::vector<Tokens>& tokens) {

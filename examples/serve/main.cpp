@@ -1,6 +1,7 @@
 // Serves one batch with a grafted TorchScript module, without Python: knows libtorch and libtorchgraft.so only.
 
 #include "../number_option.h"
+#include "../quantized_engine.h"
 #include "inputs.h"
 #include "model.h"
 #include "report.h"
@@ -36,6 +37,7 @@ void declare(CLI::App& app, Options& options) {
       ->transform(number<int64_t>({-1}))
       ->excludes(adapter);
   add_number(app, "--threads", options.threads, "threads for each operator (libtorch's default)", 1);
+  add_quantized_engine(app);
   add_number(app, "--repeat", options.repeat, "also time this many passes", 0);
   app.add_option("--output", options.output, "write output and gates in full precision to this JSON file");
 }

@@ -2,6 +2,7 @@
 // libtorchgraft_patch.so.
 
 #include "../number_option.h"
+#include "../quantized_engine.h"
 #include "adapter_store.h"
 #include "background.h"
 #include "generate_service.h"
@@ -107,6 +108,7 @@ void declare(CLI::App& app, Options& options) {
       ->check(CLI::IsMember({"unpadded", "all"}));
   add_number(app, "--threads", options.threads, "threads for each forward pass (libtorch's default)", 1)
       ->default_str("");
+  add_quantized_engine(app);
   add_number(app, "--workers", options.service.workers, "forward passes at once", 1, 64);
   add_number(app, "--max-batch", options.service.batch.rows, "rows in a batch", 1);
   add_number(app, "--max-batch-tokens", options.service.batch.tokens,
@@ -167,7 +169,19 @@ void note_given(const CLI::App& app, Options& options) {
   options.has_capacity = app.count("--capacity") > 0;
 }
 
+// oneDNN's dynamic products, as torch 2.13 calls them, keep the scale of their input in the packed weight: of passes at
+// once, one would read the scale of another.
+void check_engine(const Options& options) {
+  if (at::globalContext().qEngine() == at::kONEDNN && options.service.workers > 1) {
+    throw CLI::ValidationError("--quantized-engine",
+                               "onednn computes wrong numbers when passes run at once: expected "
+                               "--workers 1, got " +
+                                   std::to_string(options.service.workers));
+  }
+}
+
 void check(const Options& options) {
+  check_engine(options);
   const BatchLimits& batch = options.service.batch;
   if (batch.queued_rows < batch.rows) {
     throw CLI::ValidationError("--max-queue", "expected at least --max-batch, " + std::to_string(batch.rows) +

@@ -91,6 +91,19 @@ def test_base_model_has_no_gates(serve, folder, tmp_path):
     torch.testing.assert_close(torch.tensor(report["output"]["values"]), expected)
 
 
+def test_an_int8_model_with_every_engine(serve, folder, tmp_path, monkeypatch):
+    torchgraft.quantize(torch.jit.load(folder / "grafted.pt")).save(folder / "int8.pt")
+    inputs = torch.load(folder / "inputs.pt")
+    # Sets torch.backends.quantized.engine back to what it is.
+    monkeypatch.setattr(torch.backends.quantized, "engine", torch.backends.quantized.engine)
+    for engine in torch.backends.quantized.supported_engines:
+        report, _ = served(serve, folder, tmp_path, "--quantized-engine", engine, model="int8.pt")
+        torch.backends.quantized.engine = engine
+        with torch.inference_mode():
+            expected = torch.jit.load(folder / "int8.pt")(inputs)
+        torch.testing.assert_close(torch.tensor(report["output"]["values"]), expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("model", "inputs", "options", "message"),
     [
@@ -102,6 +115,7 @@ def test_base_model_has_no_gates(serve, folder, tmp_path):
         ("grafted.pt", None, ["--threads", "0"], "--threads: expected an integer from 1, got 0 (serve --help)"),
         ("grafted.pt", None, ["--adapter", "first", "--adapter-ids", "0"], "excludes"),
         ("grafted.pt", None, ["--nosuch"], "(serve --help)"),
+        ("grafted.pt", None, ["--quantized-engine", "mkl"], "--quantized-engine: mkl not in {"),
         ("base.pt", None, ["--adapter", "first"], "has no adapters"),
         ("base.pt", None, ["--adapter-ids", "0,0,0"], "has no adapters"),
         ("grafted.pt", "{", [], "inputs.json: not JSON ("),

@@ -175,6 +175,14 @@ def test_a_queue_that_is_smaller_than_a_request_is_refused(server_program, model
     assert result.stderr.startswith("server: --max-queue: expected at least --max-batch, 64")
 
 
+def test_an_engine_that_computes_wrong_in_threads_is_refused_for_several_workers(server_program, models):
+    command = [server_program, models / "base.pt", "--quantized-engine", "onednn", "--workers", 2]
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("server: --quantized-engine: onednn computes wrong numbers when passes run at once")
+    assert "expected --workers 1, got 2" in result.stderr
+
+
 def test_sums_have_all_their_digits(server):
     def digits_of_the_sum():
         server.predict(None, [[1]])

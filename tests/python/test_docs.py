@@ -46,8 +46,8 @@ def test_the_example_of_export_runs(tmp_path) -> None:
     _run("export.md", 1, tmp_path)
 
 
-def test_the_example_of_int8_runs(tmp_path) -> None:
-    _run("int8.md", 1, tmp_path)
+def test_the_examples_of_int8_run(tmp_path) -> None:
+    _run("int8.md", 2, tmp_path)
 
 
 def test_the_example_of_generation_runs(tmp_path) -> None:
