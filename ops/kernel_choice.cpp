@@ -36,8 +36,25 @@ const KernelTable& measured() {
   return table;
 }
 
+// With AMX ATen's products of bfloat16 are faster than the kernels here, which win where there is little to multiply.
+bool has_faster_tiles(FusedOp op, const at::Tensor& x, int64_t tokens, int64_t features) {
+  if (x.scalar_type() != at::kBFloat16 || !cpu::kernels().has_tiles_of_bfloat16) {
+    return false;
+  }
+  switch (op) {
+    case FusedOp::kLora:
+      return tokens > 256;
+    case FusedOp::kPrefixAttention:
+      return x.size(-2) > 128;
+    case FusedOp::kBottleneck:
+      return tokens * features > 16 * 768;
+    default:
+      return true;
+  }
+}
+
 // `linear` of many tokens: on Intel's processors MKL's product is the faster one.
-bool has_faster_rival(FusedOp op, int64_t tokens) {
+bool has_faster_linear(FusedOp op, int64_t tokens) {
   constexpr int64_t kMany = 192;
   static const bool is_intel = [] {
     const auto capabilities = at::cpu::get_cpu_capabilities();
@@ -53,7 +70,11 @@ bool has_memory(const at::Tensor& x) {
   return x.is_cpu() && !at::isTensorSubclassLike(x) && x.layout() == at::kStrided && x.numel() > 0;
 }
 
-bool takes_fused_kernels(const at::Tensor& x) { return has_memory(x) && may_run(x.scalar_type()); }
+bool takes_fused_kernels(const at::Tensor& x) {
+  const bool has_faster_products =
+      kernel_mode() == KernelMode::kAuto && x.scalar_type() == at::kBFloat16 && cpu::kernels().has_tiles_of_bfloat16;
+  return has_memory(x) && may_run(x.scalar_type()) && !has_faster_products;
+}
 
 bool takes_fused_kernels(FusedOp op, const at::Tensor& x) {
   if (!has_memory(x)) {
@@ -65,7 +86,7 @@ bool takes_fused_kernels(FusedOp op, const at::Tensor& x) {
     if (const auto faster = measured().fused_is_faster(op, x.scalar_type(), tokens, features)) {
       return *faster;
     }
-    if (has_faster_rival(op, tokens)) {
+    if (has_faster_tiles(op, x, tokens, features) || has_faster_linear(op, tokens)) {
       return false;
     }
   }

@@ -24,15 +24,14 @@ bool processor_has(const char* name) {
 }
 
 // The AVX-512 kernels multiply bfloat16 by pairs where the processor can; without that they were not measured. On such
-// a processor ATen's products (oneDNN's) are faster than the AVX2 kernels, which widen to float32. With AMX, ATen's are
-// faster than all kernels here.
+// a processor ATen's products (oneDNN's) are faster than the AVX2 kernels, which widen to float32.
 Kernels with_products_of_bfloat16(Kernels table, bool is_avx512) {
   const bool has_pairs = processor_has("avx512_bf16");
   if (is_avx512 && has_pairs) {
     table.token_product_bfloat16 = vectorized_avx512_bf16::token_product_bfloat16;
   }
-  const bool is_fast = is_avx512 ? has_pairs : table.is_fast_in_bfloat16 && !has_pairs;
-  table.is_fast_in_bfloat16 = is_fast && !processor_has("amx_bf16");
+  table.is_fast_in_bfloat16 = is_avx512 ? has_pairs : table.is_fast_in_bfloat16 && !has_pairs;
+  table.has_tiles_of_bfloat16 = processor_has("amx_bf16");
   return table;
 }
 

@@ -108,6 +108,7 @@ struct Kernels {
   const char* instruction_set;               // "default", "avx2" or "avx512"
   bool is_fast;                              // in float32: measured to be faster than ATen's compositions
   bool is_fast_in_bfloat16;                  // the same
+  bool has_tiles_of_bfloat16;                // AMX: ATen's large products of bfloat16 are faster than all here
   void (*dot_product)(const DotProduct&);    // the lanes hold terms of one sum, which are added up at the end
   void (*token_product)(const DotProduct&);  // the lanes hold tokens, which are packed first
   // The same by the processor's own products of bfloat16, where x_is_bfloat16 and w is bfloat16; null: the processor

@@ -22,6 +22,7 @@ const Kernels& TORCHGRAFT_JOIN(kernels_, TORCHGRAFT_INSTRUCTION_SET)() {
   static const Kernels table{.instruction_set = TORCHGRAFT_NAME(TORCHGRAFT_INSTRUCTION_SET),
                              .is_fast = kIsFast,
                              .is_fast_in_bfloat16 = kIsFastInBFloat16,
+                             .has_tiles_of_bfloat16 = false,
                              .dot_product = here::dot_product,
                              .token_product = here::token_product,
                              .token_product_bfloat16 = nullptr,
