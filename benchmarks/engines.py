@@ -2,6 +2,8 @@
 
     int8                              the base by torchgraft.quantize(), frozen
     torchgraft, int8                  the grafted module by torchgraft.quantize(), frozen
+    int8, oneDNN                      both with weights packed for torch's engine "onednn" instead of its default
+    torchgraft, int8, oneDNN
     ONNX Runtime                      the base as an ONNX file
     ONNX Runtime, int8                the same by onnxruntime.quantization.quantize_dynamic, per channel
     torchgraft, ONNX Runtime          the grafted module, lowered, as an ONNX file
@@ -34,6 +36,16 @@ PREFIX = "torchgraft, "  # of the variants that have the adapter
 def missing_packages() -> list[str]:
     names = ("onnx", "onnxscript", "onnxruntime", "openvino")
     return [name for name in names if importlib.util.find_spec(name) is None]
+
+
+def quantized_module(module: torch.jit.ScriptModule, engine: str) -> torch.jit.ScriptModule:
+    """int8 of a module, its weights packed for one of torch's engines."""
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = engine
+    try:
+        return torch.jit.freeze(torchgraft.quantize(module).eval())
+    finally:
+        torch.backends.quantized.engine = before
 
 
 class PerThreads:
@@ -134,7 +146,8 @@ def variants(
     folder = Path(tempfile.mkdtemp(prefix="torchgraft_engines_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for prefix, given in {"": base, PREFIX: module}.items():
-        result[f"{prefix}int8"] = torch.jit.freeze(torchgraft.quantize(given).eval())
+        result[f"{prefix}int8"] = quantized_module(given, torch.backends.quantized.engine)
+        result[f"{prefix}int8, oneDNN"] = quantized_module(given, "onednn")
         program = torchgraft.export(given, batch, lowered=True)
         file = folder / f"{'grafted' if prefix else 'base'}.onnx"
         torchgraft.save_onnx(program, file)

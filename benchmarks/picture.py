@@ -1,5 +1,10 @@
-"""Draws the rows of benchmarks/models.py as bars: time by shape and variant, as multiples of the base's."""
+"""Draws the rows of benchmarks/models.py as bars: time by shape and variant, as multiples of the base's.
 
+.venv/bin/python benchmarks/picture.py ROWS.json PICTURE     # draws what models.py --json has written
+"""
+
+import json
+import sys
 from pathlib import Path
 
 from rows import BASE, Row
@@ -18,6 +23,8 @@ COLORS = {
     "torchgraft, optimised": "darkgreen",
     "int8": "plum",
     "torchgraft, int8": "limegreen",
+    "int8, oneDNN": "thistle",
+    "torchgraft, int8, oneDNN": "springgreen",
     "ONNX Runtime": "lightblue",
     "ONNX Runtime, int8": "steelblue",
     "torchgraft, ONNX Runtime": "navy",
@@ -57,9 +64,15 @@ def draw(rows: list[Row], path: Path) -> None:
         axis.set_xticklabels([f"{shape}\n{threads} thr." for threads, shape in columns], fontsize=8)
         axis.set_ylabel("time / base")
         axis.set_title(f"{model}, {config}", fontsize=10)
-        axis.set_ylim(bottom=0.8)
+        axis.set_ylim(bottom=0.8 if min(row.ratio for row in mine) > 0.8 else 0)
     drawn = [name for name in COLORS if any(row.variant == name for row in rows)]
     patches = [pyplot.Rectangle((0, 0), 1, 1, color=COLORS[name]) for name in drawn]
     figure.tight_layout()
-    figure.legend(patches, drawn, fontsize=8, ncols=len(drawn), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    columns = min(len(drawn), 6)
+    figure.legend(patches, drawn, fontsize=8, ncols=columns, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    rows_file, picture = sys.argv[1:]
+    draw([Row(**row) for row in json.loads(Path(rows_file).read_text())["rows"]], Path(picture))
