@@ -1,8 +1,13 @@
 #include "package_banks.h"
 
+#include <torchgraft/registration/error_text.h>
+#include <torchgraft/registration/parse_json.h>
+
 #include <c10/util/StringUtil.h>
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 
 #include <map>
+#include <stdexcept>
 
 std::string size_text(const at::Tensor& tensor) { return c10::str(tensor.scalar_type(), " ", tensor.sizes()); }
 
@@ -30,4 +35,46 @@ std::set<std::set<std::string>> sharing(const Banks& banks) {
     }
   }
   return shared;
+}
+
+namespace {
+
+std::string joined_names(const std::set<std::string>& names) {
+  std::string result;
+  for (const std::string& name : names) {
+    result += (result.empty() ? "" : " and ") + name;
+  }
+  return result;
+}
+
+}  // namespace
+
+std::string other_sharing(const Banks& in_package, const Banks& in_file) {
+  const auto before = sharing(in_package), after = sharing(in_file);
+  for (const auto& group : before) {
+    if (!after.contains(group)) {
+      return joined_names(group) + " are one tensor in the package, and not in the new file";
+    }
+  }
+  for (const auto& group : after) {
+    if (!before.contains(group)) {
+      return joined_names(group) + " are one tensor in the new file, and not in the package";
+    }
+  }
+  return "";
+}
+
+nlohmann::json package_description(const std::string& path, const std::string& remedy) {
+  std::unordered_map<std::string, std::string> metadata;
+  try {
+    metadata = torch::inductor::AOTIModelPackageLoader::load_metadata_from_package(path, "model");
+  } catch (const std::exception& error) {
+    throw std::runtime_error(path + ": not an AOTInductor package, or a damaged one (" + torchgraft::one_line(error) +
+                             "); " + remedy);
+  }
+  const auto found = metadata.find("torchgraft");
+  if (found == metadata.end()) {
+    throw std::runtime_error(path + ": a package that torchgraft has not made; " + remedy);
+  }
+  return torchgraft::parse_json(found->second, path);
 }

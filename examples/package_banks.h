@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <nlohmann/json.hpp>
 #include <set>
 #include <string>
 #include <unordered_map>
@@ -21,3 +22,11 @@ std::set<const void*> memory_of(const std::vector<std::string>& names, const Ban
 
 // The groups of names that stand for one tensor.
 std::set<std::set<std::string>> sharing(const Banks& banks);
+
+// How the new banks share tensors otherwise than the old ones, naming a group: "a and b are one tensor in the package,
+// and not in the new file". Empty: they do not.
+std::string other_sharing(const Banks& in_package, const Banks& in_file);
+
+// What `torchgraft export` has written into a package. Loads none of its code. Throws std::runtime_error for what is no
+// such package; `remedy` ends its text.
+nlohmann::json package_description(const std::string& path, const std::string& remedy);

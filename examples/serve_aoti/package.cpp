@@ -50,20 +50,8 @@ torch::jit::Module load_module(const std::string& path) {
   }
 }
 
-// What `torchgraft export` has written into the package. Loads none of its code.
 nlohmann::json description_in(const std::string& path) {
-  std::unordered_map<std::string, std::string> metadata;
-  try {
-    metadata = torch::inductor::AOTIModelPackageLoader::load_metadata_from_package(path, "model");
-  } catch (const std::exception& error) {
-    throw std::runtime_error(path + ": not an AOTInductor package, or a damaged one (" + torchgraft::one_line(error) +
-                             "); expected one of torchgraft export MODEL.pt --aoti");
-  }
-  const auto found = metadata.find("torchgraft");
-  if (found == metadata.end()) {
-    throw std::runtime_error(path + ": has no adapters; expected a package of torchgraft export MODEL.pt --aoti");
-  }
-  const nlohmann::json description = torchgraft::parse_json(found->second, path);
+  nlohmann::json description = package_description(path, "expected one of torchgraft export MODEL.pt --aoti");
   if (description.contains("pool")) {
     throw std::runtime_error(path +
                              ": a package of a pool, whose banks are empty until a pool writes adapters into them; "
@@ -142,9 +130,8 @@ void Package::swap_banks(const BankFile& file, const BankFile& like) {
     throw std::runtime_error("the package has the adapters " + joined(like.adapters) + ", and the new file has " +
                              joined(file.adapters) + ": export that file");
   }
-  if (sharing(file.banks) != sharing(like.banks)) {
-    throw std::runtime_error(
-        "layers share their banks otherwise in the new file than in the package: export that file");
+  if (const std::string other = other_sharing(like.banks, file.banks); !other.empty()) {
+    throw std::runtime_error(other + ": export the new file");
   }
   // The code may have the numbers of what the package does not hold as a tensor.
   const std::set<const void*> held = memory_of(names, like.banks);

@@ -18,20 +18,6 @@ namespace {
 
 constexpr const char* kRemedy = "make it anew: torchgraft export MODEL.pt --pool ROWS --aoti OUT.aoti.pt2";
 
-// What `torchgraft export` has written into the package.
-nlohmann::json description_in(const std::string& path) {
-  std::unordered_map<std::string, std::string> metadata;
-  try {
-    metadata = torch::inductor::AOTIModelPackageLoader::load_metadata_from_package(path, "model");
-  } catch (const std::exception& error) {
-    TORCH_CHECK(false, path, ": not an AOTInductor package, or a damaged one (",
-                std::string(error.what()).substr(0, std::string(error.what()).find('\n')), "); ", kRemedy);
-  }
-  const auto found = metadata.find("torchgraft");
-  TORCH_CHECK(found != metadata.end(), path, ": a package that torchgraft has not made; ", kRemedy);
-  return torchgraft::parse_json(found->second, path);
-}
-
 // "2.13" of "2.13.0+cpu".
 std::string minor_version(const std::string& version) {
   return version.substr(0, version.find('.', version.find('.') + 1));
@@ -84,7 +70,7 @@ Banks banks_of(const torch::jit::Module& module) {
 }  // namespace
 
 PackageForm read_package_form(const std::string& path) {
-  const nlohmann::json description = description_in(path);
+  const nlohmann::json description = package_description(path, kRemedy);
   try {
     TORCH_CHECK(description.contains("pool") && description.contains("package"), path,
                 ": its adapters are fixed, so that no pool can bring others in; ", kRemedy);

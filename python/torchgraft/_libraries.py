@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Iterable
 from functools import cache
@@ -52,9 +53,18 @@ def cmake_prefix_path() -> str:
 
 
 def built_for() -> str | None:
-    """Returns the version of the torch that the libraries were built for; None if they do not say."""
-    file = library_path().with_name(_TORCH_VERSION)
-    return file.read_text(encoding="utf-8").strip() if file.is_file() else None
+    """Returns the version of the torch that the libraries were built for; None if they do not say.
+
+    A file beside the libraries says so. Without it, as where somebody copied libtorchgraft.so alone, the bytes of the
+    library do: its own check (registration/check_torch.cpp) has the version in its message. Loading it would end the
+    process if the versions differ.
+    """
+    library = library_path()
+    file = library.with_name(_TORCH_VERSION)
+    if file.is_file():
+        return file.read_text(encoding="utf-8").strip()
+    found = re.search(rb"was built for torch ([0-9][^ ,]*), and this process", library.read_bytes())
+    return found[1].decode() if found else None
 
 
 def _check_torch() -> None:

@@ -89,7 +89,8 @@ FAULTS = {
     ),
     "other sharing": (
         ["--adapter-ids", "1,0,-1,1", "--model", "model.pt", "--banks", "shared.pt"],
-        "layers share their banks otherwise in the new file than in the package: export that file",
+        "adapters.layer_0.selfattn_lora_q.lora_a and adapters.layer_1.selfattn_lora_q.lora_a are one tensor in the new "
+        "file, and not in the package: export the new file",
     ),
     "no ids": ([], "the package takes adapter_ids: give one for each row"),
     "no option": (["--adapter-ids", "1,0,-1,1", "--nosuch"], "(serve_aoti --help)"),

@@ -80,6 +80,19 @@ def test_a_library_for_another_torch_is_named_with_both_versions(tmp_path: Path)
     assert in_another_process("import torchgraft", TORCHGRAFT_LIBRARY_DIR=str(tmp_path)).returncode == 0
 
 
+def test_a_library_alone_for_another_torch_is_named(tmp_path: Path) -> None:
+    """Without torchgraft_torch_version.txt; loading it would end the process."""
+    torch_version = torch.__version__.split("+")[0].encode()
+    library, other = torchgraft.library_path(), b"9" * len(torch_version)
+    built = b"was built for torch " + torch_version
+    content = library.read_bytes()
+    assert content.count(built) == 1
+    (tmp_path / library.name).write_bytes(content.replace(built, b"was built for torch " + other))
+    done = in_another_process("import torchgraft", TORCHGRAFT_LIBRARY_DIR=str(tmp_path))
+    assert f"were built for torch {other.decode()}, and torch {torch.__version__} is installed" in done.stderr
+    assert done.returncode == 1 and "ImportError" in done.stderr
+
+
 def test_operators_alone_suffice_until_something_is_grafted(tmp_path: Path) -> None:
     library = torchgraft.library_path()
     (tmp_path / library.name).symlink_to(library.resolve())
