@@ -91,6 +91,18 @@ def _convolution(*arguments: Any) -> torch.Tensor:
     return torch.convolution(*arguments[:9])
 
 
+def _is_nothing(tensor: torch.Tensor) -> bool:
+    return tensor.dim() == 1 and isinstance(tensor.shape[0], int) and tensor.shape[0] == 0
+
+
+def _cat(tensors: list[torch.Tensor], dim: Any = 0) -> torch.Tensor:
+    """ATen passes over tensors of size [0] beside wider ones, as an empty cache of transformers is; ONNX cannot."""
+    wide = [tensor for tensor in tensors if tensor.dim() > 1]
+    if len({tensor.dtype for tensor in tensors}) == 1 and wide:
+        tensors = [tensor for tensor in tensors if not _is_nothing(tensor)]
+    return torch.cat(tensors, dim)
+
+
 ON_VALUES: dict[str, Callable[..., Any]] = {
     "aten::add": _add, "aten::sub": _subtract, "aten::mul": operator.mul,
     "aten::rsub": lambda a, b, *rest: _subtract(b, a, *rest), "aten::div": _divide, "aten::floordiv": operator.floordiv,
@@ -100,7 +112,7 @@ ON_VALUES: dict[str, Callable[..., Any]] = {
     "aten::__not__": operator.not_, "aten::__and__": operator.and_, "aten::__or__": operator.or_,
     "aten::__is__": operator.is_, "aten::__isnot__": operator.is_not, "aten::__contains__": operator.contains,
     "aten::__getitem__": operator.getitem, "aten::_set_item": operator.setitem, "aten::len": len,
-    "aten::append": _append, "aten::slice": _part, "aten::tensor": _tensor, "aten::to": _to, "aten::list": list,
+    "aten::cat": _cat, "aten::append": _append, "aten::slice": _part, "aten::tensor": _tensor, "aten::to": _to, "aten::list": list,
     "aten::Float": torch.sym_float, "aten::Bool": bool, "aten::Int": _whole, "aten::ScalarImplicit": _same,
     "aten::IntImplicit": _same, "aten::FloatImplicit": _same, "aten::format": _string_format,
     "prim::NumToTensor": _same, "prim::min": _least, "prim::max": _greatest, "prim::unchecked_cast": _same,
