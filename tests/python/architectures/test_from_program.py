@@ -41,3 +41,6 @@ def test_a_program_is_a_base_as_its_trace_is(name: str) -> None:
                 assert difference(case.hidden(result), case.hidden(expected)) <= 1e-5
                 if gates:
                     assert_gates_close(gates[method], expected_gates[method], 1e-5)
+            ids = torch.tensor([1, 0, -1, 0][: arguments[0].size(0)])
+            result, expected = ours(*arguments, ids), theirs(*arguments, ids)
+            assert difference(case.hidden(result), case.hidden(expected)) <= 1e-5
