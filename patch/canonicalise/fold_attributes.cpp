@@ -66,6 +66,49 @@ bool decides_attention(const Value* flag) {
   });
 }
 
+// Removes questions about the thread's state that nobody reads the answers of. PyTorch takes them for effects, and
+// keeps all that leads to them: the reasons why an nn.TransformerEncoderLayer does not run its fused kernel.
+void drop_unread_questions(Graph& graph) {
+  std::vector<Node*> unread;
+  for_each_node(graph.block(), [&](Node* node) {
+    const bool asks = is_aten(node, {"is_grad_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled"});
+    if (asks && node->output()->uses().empty()) {
+      unread.push_back(node);
+    }
+  });
+  for (Node* node : unread) {
+    node->destroy();
+  }
+}
+
+// The value that `value` is, perhaps known there not to be None.
+Value* without_refinement(Value* value) {
+  while (value->node()->kind() == c10::prim::unchecked_cast ||
+         value->node()->kind() == c10::prim::unchecked_unwrap_optional) {
+    value = value->node()->input();
+  }
+  return value;
+}
+
+// Replaces results of branches that are one value on both sides by that value, inner branches first.
+void merge_equal_results(Block* block) {
+  for (Node* node : block->nodes()) {
+    for (Block* inner : node->blocks()) {
+      merge_equal_results(inner);
+    }
+    if (node->kind() != c10::prim::If) {
+      continue;
+    }
+    for (size_t i = 0; i < node->outputs().size(); ++i) {
+      Value* value = without_refinement(node->blocks()[0]->outputs()[i]);
+      const bool is_one = value == without_refinement(node->blocks()[1]->outputs()[i]);
+      if (is_one && *value->type() == *node->outputs()[i]->type()) {
+        node->outputs()[i]->replaceAllUsesWith(value);
+      }
+    }
+  }
+}
+
 // Replaces the attributes that are read and that `folds` by constants, and simplifies.
 std::vector<ModuleAttribute> fold(const std::shared_ptr<Graph>& graph, const Module& module,
                                   const std::function<bool(Node*, const c10::IValue&)>& folds) {
@@ -103,6 +146,8 @@ void simplify(std::shared_ptr<Graph> graph) {
     torch::jit::PeepholeOptimize(graph, /*disable_shape_peephole=*/true);
     torch::jit::EliminateCommonSubexpression(graph);
     torch::jit::EliminateDeadCode(graph);
+    drop_unread_questions(*graph);
+    merge_equal_results(graph->block());
     std::string after = graph->toString(/*print_source_locations=*/false);
     if (after == before) {
       break;

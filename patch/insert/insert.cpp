@@ -10,6 +10,7 @@
 #include <torchgraft/patch/insert/insert_reft.h>
 #include <torchgraft/patch/insert/inserter.h>
 #include <torchgraft/patch/insert/repeat_rows.h>
+#include <torchgraft/patch/insert/share_attributes.h>
 #include <torchgraft/patch/insert/verify.h>
 
 #include <torch/csrc/jit/passes/dead_code_elimination.h>
@@ -43,6 +44,11 @@ void insert_all_invertible(Inserter& inserter, const GraphSites& sites, const st
       gates[i] = insert_invertible(inserter, sites.embeddings.value(), slot);
     }
   }
+}
+
+void tidy(const std::shared_ptr<Graph>& graph) {
+  share_attributes(*graph);
+  torch::jit::EliminateDeadCode(graph);  // the attentions that gated_prefix_attention has replaced
 }
 
 }  // namespace
@@ -103,7 +109,7 @@ size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& si
   if (repeat_rows) {
     (*repeat_rows)(options.compositions, inserter.first_composition_id(), options.examples);
   }
-  torch::jit::EliminateDeadCode(graph);  // the attentions that gated_prefix_attention has replaced
+  tidy(graph);
   // A composition may drop what an adapter in it has made: a parallel bottleneck in a Stack reads the residual.
   return options.compositions.empty() ? inserter.ops() : count_ops(*graph);
 }

@@ -88,5 +88,54 @@ TEST(FoldTraining, DropoutAloneKeepsItsAttribute) {
   EXPECT_TRUE(fold_training(module.get_method("forward").graph()->copy(), module).empty());
 }
 
+// nn.TransformerEncoderLayer asks so before it decides on its fused kernel.
+TEST(Simplify, QuestionsThatNobodyReadsAreDroppedWithWhatLeadsToThem) {
+  torch::jit::Module module("Asks");
+  module.define(R"python(
+def forward(self, x: Tensor, fast: bool) -> Tensor:
+    why = ""
+    if fast:
+        why = "device" if x.is_cuda else why
+        if torch.is_grad_enabled():
+            why = "grad"
+        if torch.is_autocast_enabled():
+            why = "autocast"
+    if torch.is_grad_enabled():
+        return torch.relu(x)
+    return torch.tanh(x)
+)python");
+  const auto graph = module.get_method("forward").graph()->copy();
+  simplify(graph);
+  torch::jit::testing::FileCheck()
+      .check_count("aten::is_grad_enabled", 1, /*exactly=*/true)
+      ->check_not("aten::is_autocast_enabled")
+      ->check_count("prim::If", 1, /*exactly=*/true)
+      ->run(*graph);
+}
+
+TEST(Simplify, ABranchThatYieldsOneValueOnBothSidesGoes) {
+  torch::jit::Module module("Yields");
+  module.define(R"python(
+def same(self, x: Tensor, mask: Optional[Tensor], flag: bool) -> Tuple[Tensor, Optional[Tensor]]:
+    kept = mask
+    if flag:
+        if mask is not None:
+            kept = mask
+    return x, kept
+
+def other(self, x: Tensor, mask: Optional[Tensor], flag: bool) -> Tuple[Tensor, Optional[Tensor]]:
+    kept = mask
+    if flag:
+        kept = x
+    return x, kept
+)python");
+  const auto same = module.get_method("same").graph()->copy();
+  simplify(same);
+  torch::jit::testing::FileCheck().check_not("prim::If")->run(*same);
+  const auto other = module.get_method("other").graph()->copy();
+  simplify(other);
+  torch::jit::testing::FileCheck().check("prim::If")->run(*other);
+}
+
 }  // namespace
 }  // namespace torchgraft
