@@ -8,6 +8,7 @@
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/loaded_again.h>
 #include <torchgraft/patch/graph/module_methods.h>
+#include <torchgraft/patch/graph/whole_graphs.h>
 #include <torchgraft/patch/graph/writes.h>
 #include <torchgraft/patch/insert/decompose_adapters.h>
 #include <torchgraft/patch/module/draft.h>
@@ -297,9 +298,10 @@ Module lower(const Module& module, const VerifyOptions& verifying) {
   Draft draft = open_grafted(module, "lower");
   const at::TensorOptions weights = draft.weights;
   Module result = build(std::move(draft), active_name(module));
-  const auto graph = result.get_method("grafted_forward").graph();
+  const auto graph = whole_graph(result, "grafted_forward");
   decompose_adapters(graph);
   graph->lint();
+  replace_whole_graph(result, "grafted_forward", graph);
   check_is_lowered(result);
   loaded_again(result, "lower");
   if (verifying.verify) {

@@ -5,7 +5,7 @@
 #include <torchgraft/patch/canonicalise/inline_module_arguments.h>
 #include <torchgraft/patch/graph/clone_module.h>
 #include <torchgraft/patch/graph/dump_graph.h>
-#include <torchgraft/patch/graph/module_methods.h>
+#include <torchgraft/patch/graph/whole_graphs.h>
 #include <torchgraft/patch/insert/fuse_linear.h>
 #include <torchgraft/patch/insert/fuse_residual_norm.h>
 #include <torchgraft/patch/insert/guard_attributes.h>
@@ -26,13 +26,11 @@ using torch::jit::Module;
 // The graph of `method` with torchgraft::linear and torchgraft::residual_norm where they fit. Callers find a method by
 // its name.
 size_t replace_method(Module& module, const char* method, const std::shared_ptr<torch::jit::Graph>& graph) {
-  const auto schema = module.get_method(method).function().getSchema();
   const size_t count = fuse_residual_norm(graph, module) + fuse_linear(graph, module);
   graph->lint();
   GraphDump dump("optimize");
   dump(method, *graph);
-  remove_method(module, method);
-  add_method(module, method, graph, schema.arguments(), schema.returns());
+  replace_whole_graph(module, method, graph);
   return count;
 }
 
@@ -46,7 +44,7 @@ size_t optimize_base(Module& module, const char* method) {
 // grafted_forward is in canonical form already, but for maps whose weights are held transposed (addmm_form.h), which no
 // torchgraft::linear takes.
 size_t optimize_grafted(Module& module) {
-  const auto graph = module.get_method("grafted_forward").graph()->copy();
+  const auto graph = whole_graph(module, "grafted_forward");
   decompose_optimized(graph);
   return replace_method(module, "grafted_forward", graph);
 }

@@ -2,6 +2,7 @@
 
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/loaded_again.h>
+#include <torchgraft/patch/graph/whole_graphs.h>
 
 #include <c10/util/Exception.h>
 
@@ -11,7 +12,7 @@ namespace {
 using torch::jit::Module;
 using torch::jit::Node;
 
-size_t count_in(const Module& module) { return count_ops(*module.get_method("grafted_forward").graph()); }
+size_t count_in(const Module& module) { return count_ops(*whole_graph(module, "grafted_forward")); }
 
 }  // namespace
 
@@ -29,6 +30,7 @@ size_t count_ops(torch::jit::Graph& graph) {
 void verify_grafted(const Module& module, size_t ops) {
   for (const char* name : {"forward", "forward_with_gates", "grafted_forward", "base_forward"}) {
     module.get_method(name).graph()->lint();
+    whole_graph(module, name)->lint();
   }
   TORCH_INTERNAL_ASSERT(count_in(module) == ops, "planned ", ops, " ops, inserted ", count_in(module));
   const Module loaded = loaded_again(module, "graft");

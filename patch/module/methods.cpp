@@ -4,6 +4,7 @@
 #include <torchgraft/patch/adapters/parallel_rows.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/module_methods.h>
+#include <torchgraft/patch/graph/whole_graphs.h>
 
 #include <torch/csrc/jit/api/function_impl.h>
 #include <torch/csrc/jit/ir/constants.h>
@@ -147,14 +148,13 @@ struct GraftedCall {
   Value* gates = nullptr;
 };
 
-GraftedCall insert_grafted_call(Graph& graph, const Function& grafted, const c10::TypePtr& pair_type) {
-  Value* pair = insert_method_call(graph, grafted, graph.inputs(), pair_type);
+GraftedCall insert_grafted_call(Graph& graph, const Module& module) {
+  Value* pair = insert_whole_graph_call(graph, module, kGrafted, graph.inputs());
   Node* unpack = graph.insertNode(graph.createTupleUnpack(pair));
   return {unpack->outputs()[0], unpack->outputs()[1]};
 }
 
-void add_forward(Module& module, const Function& base, const Function& grafted, const c10::TypePtr& pair_type,
-                 const FunctionSchema& schema) {
+void add_forward(Module& module, const FunctionSchema& schema) {
   const auto arguments = with_adapter_ids(schema);
   const auto graph = graph_for(module, arguments);
   WithInsertPoint guard(graph->return_node());
@@ -168,22 +168,21 @@ void add_forward(Module& module, const Function& base, const Function& grafted, 
   {
     WithInsertPoint inner(branch->addBlock());
     const auto base_inputs = graph->inputs().slice(0, graph->inputs().size() - 1);
-    branch->blocks()[0]->registerOutput(insert_method_call(*graph, base, base_inputs, result_type));
+    branch->blocks()[0]->registerOutput(insert_whole_graph_call(*graph, module, kBaseForward, base_inputs));
   }
   {
     WithInsertPoint inner(branch->addBlock());
-    branch->blocks()[1]->registerOutput(insert_grafted_call(*graph, grafted, pair_type).result);
+    branch->blocks()[1]->registerOutput(insert_grafted_call(*graph, module).result);
   }
   graph->registerOutput(branch->output()->setType(result_type));
   add_method(module, "forward", graph, arguments, schema.returns());
 }
 
-void add_forward_with_gates(Module& module, const Function& grafted, const c10::TypePtr& pair_type,
-                            const FunctionSchema& schema) {
+void add_forward_with_gates(Module& module, const FunctionSchema& schema) {
   const auto arguments = with_adapter_ids(schema);
   const auto graph = graph_for(module, arguments);
   WithInsertPoint guard(graph->return_node());
-  const GraftedCall call = insert_grafted_call(*graph, grafted, pair_type);
+  const GraftedCall call = insert_grafted_call(*graph, module);
   Value* adapters = graph->insertGetAttr(graph->inputs()[0], "adapters");
   const Function& collect = module.attr("adapters").toModule().type()->getMethod("collect_gates");
   const c10::TypePtr gates_type = collect.getSchema().returns()[0].type();
@@ -211,12 +210,11 @@ Value* hidden_states(Graph& graph, Value* result) {
   return result;
 }
 
-void add_forward_with_head(Module& module, const Function& grafted, const c10::TypePtr& pair_type,
-                           const FunctionSchema& schema, const HeadInputs& inputs) {
+void add_forward_with_head(Module& module, const FunctionSchema& schema, const HeadInputs& inputs) {
   const auto arguments = with_adapter_ids(schema);
   const auto graph = graph_for(module, arguments);
   WithInsertPoint guard(graph->return_node());
-  Value* hidden = hidden_states(*graph, insert_grafted_call(*graph, grafted, pair_type).result);
+  Value* hidden = hidden_states(*graph, insert_grafted_call(*graph, module).result);
   hidden = inputs.sequence_first ? graph->insert(c10::aten::transpose, {hidden, 0, 1}) : hidden;
   Value* mask = nullptr;
   for (size_t i = 1; i < arguments.size(); ++i) {
@@ -316,22 +314,21 @@ void add_methods(Module& module, const std::shared_ptr<Graph>& grafted_graph, co
   const FunctionSchema schema = forward.getSchema();
   const auto base_graph = torch::jit::toGraphFunction(const_cast<Function&>(forward)).graph();
   std::vector<std::string> names = kAddedMethods;
-  names.push_back(kWithHead);
+  names.insert(names.end(), {kWithHead, kWholeGraphs});
   for (const std::string& name : names) {
     const bool is_attribute = module.hasattr(name);
     TORCH_CHECK(name == "forward" || !(is_attribute || module.find_method(name)), "graft: the module already has ",
                 is_attribute ? "an attribute '" : "a method '", name, "', which grafting adds", name_remedy(name));
   }
   remove_method(module, "forward");
-  const Function& base = add_method(module, kBaseForward, base_graph, schema.arguments(), schema.returns());
-
+  add_whole_graphs(module);
+  add_whole_graph(module, kBaseForward, base_graph, schema.arguments(), schema.returns());
   const c10::TypePtr pair_type = grafted_graph->outputs()[0]->type();
-  const Function& grafted =
-      add_method(module, kGrafted, grafted_graph, with_adapter_ids(schema), {Argument("", pair_type)});
-  add_forward(module, base, grafted, pair_type, schema);
-  add_forward_with_gates(module, grafted, pair_type, schema);
+  add_whole_graph(module, kGrafted, grafted_graph, with_adapter_ids(schema), {Argument("", pair_type)});
+  add_forward(module, schema);
+  add_forward_with_gates(module, schema);
   if (module.attr("adapters").toModule().hasattr("heads")) {
-    add_forward_with_head(module, grafted, pair_type, schema, heads);
+    add_forward_with_head(module, schema, heads);
   }
   module.define(kDelegates);
   change_callers(module, /*add_argument=*/true);
@@ -340,7 +337,7 @@ void add_methods(Module& module, const std::shared_ptr<Graph>& grafted_graph, co
 void remove_methods(Module& module) {
   const Function& base = module.get_method(kBaseForward).function();
   const FunctionSchema schema = base.getSchema();
-  const auto graph = torch::jit::toGraphFunction(const_cast<Function&>(base)).graph();
+  const auto graph = whole_graph(module, kBaseForward);
   change_callers(module, /*add_argument=*/false);
   for (const std::string& name : kAddedMethods) {
     remove_method(module, name);
@@ -348,6 +345,7 @@ void remove_methods(Module& module) {
   if (module.find_method(kWithHead)) {
     remove_method(module, kWithHead);
   }
+  remove_whole_graphs(module);
   add_method(module, "forward", graph, schema.arguments(), schema.returns());
   module._ivalue()->unsafeRemoveAttr("adapters");
   module.type()->unsafeRemoveAttribute("adapters");

@@ -4,6 +4,7 @@
 #include <torchgraft/patch/adapters/compositions.h>
 #include <torchgraft/patch/canonicalise/decompose_optimized.h>
 #include <torchgraft/patch/graph/clone_module.h>
+#include <torchgraft/patch/graph/whole_graphs.h>
 #include <torchgraft/patch/insert/decompose_adapters.h>
 #include <torchgraft/patch/module/compare_on_inputs.h>
 #include <torchgraft/patch/module/compare_rows.h>
@@ -100,9 +101,10 @@ class Comparison {
         channels_[composition.name] = parallel_channels(composition.tree);
       }
     }
-    const auto graph = by_calls_.module.get_method("grafted_forward").graph();
+    const auto graph = whole_graph(by_calls_.module, "grafted_forward");
     decompose_optimized(graph);
     decompose_adapters(graph);
+    replace_whole_graph(by_calls_.module, "grafted_forward", graph);
   }
 
   c10::IValue run_base(const Arguments& arguments) const { return run({base_.run, base_method_}, arguments); }

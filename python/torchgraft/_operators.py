@@ -12,7 +12,7 @@ def operators_of(module: torch.jit.ScriptModule) -> dict[str, dict[str, list[int
     """Returns {slot ("selfattn_lora_q"): {operator ("gated_lora_linear"): layers}}. A slot that only ATen calls compute
     is missing."""
     found: dict[str, dict[str, set[int]]] = {}
-    for node in _nodes(module.grafted_forward.graph):
+    for node in _nodes(module.grafted_forward.inlined_graph):
         kind = node.kind()
         slots = {match.groups() for value in node.inputs() if (match := _SLOT_PATH.fullmatch(_path_of(value)))}
         if kind.startswith("torchgraft::"):
@@ -29,7 +29,7 @@ def is_optimized(module: torch.jit.ScriptModule) -> bool:
     methods = [
         method for name in ("forward", "grafted_forward", "base_forward") if (method := getattr(module, name, None))
     ]
-    return any(node.kind() in _OF_OPTIMIZE for method in methods for node in _nodes(method.graph))
+    return any(node.kind() in _OF_OPTIMIZE for method in methods for node in _nodes(method.inlined_graph))
 
 
 def _nodes(block: torch._C.Block) -> Iterator[torch._C.Node]:

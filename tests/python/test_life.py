@@ -291,15 +291,3 @@ def test_a_name_is_any_text_without_dots(trainable: bool, tmp_path) -> None:
             )
     renamed = torchgraft.rename_adapter(loaded, "sst-2", "SST 2")
     assert "SST 2" in torchgraft.remove_adapter(renamed, "2nd").adapter_names()
-
-
-@pytest.mark.parametrize("name", ["bert_sdpa", "encoder_script_post"])
-def test_a_frozen_module_that_keeps_its_methods_raises_as_any_other(name: str) -> None:
-    """torch.jit.freeze drops methods whose names the interpreter looks for when it reports an error."""
-    module = torchgraft.graft(base(name, torch.float32), "seq_bn", "task")
-    frozen = torch.jit.freeze(module.eval(), preserved_attrs=["base_forward", "grafted_forward"])
-    variant = VARIANTS[name]
-    batch = make_batch([8, 8], 8, torch.float32)
-    assert difference(*(variant.hidden(each(*variant.arguments(batch))) for each in (frozen, module))) <= 1e-5
-    with pytest.raises(RuntimeError, match=r"expected adapter_ids of shape \[2\], got \[3\]"):
-        frozen(*variant.arguments(batch), adapter_ids=torch.tensor([0, 0, 0]))

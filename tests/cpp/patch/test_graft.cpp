@@ -1,6 +1,7 @@
 #include "encoder.h"
 
 #include <torchgraft/patch/graft.h>
+#include <torchgraft/patch/graph/whole_graphs.h>
 
 #include <gtest/gtest.h>
 #include <torch/csrc/jit/serialization/import.h>
@@ -25,14 +26,16 @@ at::Tensor run(torch::jit::Module& module, const at::Tensor& x) {
 
 TEST(Graft, MamFusesParallelBottlenecksWithTheLinearMapsBesideThem) {
   const auto module = graft(encoder(), {fresh("task", "mam")});
-  const auto& graph = *module.get_method("grafted_forward").graph();
+  const auto whole = whole_graph(module, "grafted_forward");
+  const auto& graph = *whole;
   EXPECT_EQ(testing::count_kind(graph, "torchgraft::gated_bottleneck_linear"), 2u);
   EXPECT_EQ(testing::count_kind(graph, "torchgraft::gated_bottleneck"), 0u);
 }
 
 TEST(Graft, UnipeltInsertsOneOpPerSite) {
   const auto module = graft(encoder(), {fresh("task", "unipelt")});
-  const auto& graph = *module.get_method("grafted_forward").graph();
+  const auto whole = whole_graph(module, "grafted_forward");
+  const auto& graph = *whole;
   EXPECT_EQ(testing::count_kind(graph, "torchgraft::gated_lora_linear"), 4u);
   EXPECT_EQ(testing::count_kind(graph, "torchgraft::gated_prefix_attention"), 2u);
   EXPECT_EQ(testing::count_kind(graph, "torchgraft::gated_bottleneck"), 2u);

@@ -113,7 +113,7 @@ def test_a_token_mask_may_be_named() -> None:
     )
     found = torchgraft.graft(base("bert_sdpa", FLOAT), adapters={"task": _bert_directory("noreft")})
     assert difference(_hidden(named, *_bert("left")), _hidden(found, *_bert("left"))) == 0
-    assert "attention_token_mask" not in str(named.grafted_forward.graph)
+    assert "attention_token_mask" not in str(named.grafted_forward.inlined_graph)
     with pytest.raises(torchgraft.GraftError, match="a token mask is used with .* and with ReFT only"):
         torchgraft.graft(base("bert_sdpa", FLOAT), "lora", "task", token_mask="attention_mask")
 
