@@ -1,11 +1,11 @@
 #include <torchgraft/patch/base_digest.h>
+#include <torchgraft/patch/graph/inline_all.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
 
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
 #include <c10/util/hash.h>
-#include <torch/csrc/jit/passes/inliner.h>
 
 #include <map>
 
@@ -40,7 +40,7 @@ std::string base_digest(const torch::jit::Module& module) {
     text += name + " " + digest;
   }
   const auto graph = module.get_method("base_forward").graph()->copy();
-  torch::jit::Inline(*graph);
+  inline_all(*graph);
   for_each_node(graph->block(), [&](const torch::jit::Node* node) {
     const auto constant = node->kind() == c10::prim::Constant ? resolve_constant(node->output()) : std::nullopt;
     if (constant && constant->isTensor() && constant->toTensor().layout() == at::kStrided) {

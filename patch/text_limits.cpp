@@ -2,6 +2,7 @@
 
 #include <torchgraft/patch/forward_inputs.h>
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/inline_all.h>
 #include <torchgraft/patch/graph/writes.h>
 #include <torchgraft/patch/module/methods.h>
 
@@ -9,7 +10,6 @@
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/jit/api/function_impl.h>
 #include <torch/csrc/jit/passes/constant_propagation.h>
-#include <torch/csrc/jit/passes/inliner.h>
 #include <torch/csrc/jit/runtime/interpreter.h>
 
 #include <algorithm>
@@ -31,17 +31,6 @@ const Value* ids_origin(const Value* value) {
     value = value->node()->namedInput("self");
   }
   return value;
-}
-
-// torch::jit::Inline() may leave calls inside a callee that was never optimised: repeats until none is left.
-void inline_all(Graph& graph) {
-  constexpr int kDeepest = 64;
-  bool calls = true;
-  for (int depth = 0; calls && depth < kDeepest; ++depth) {
-    torch::jit::Inline(graph);
-    calls = false;
-    for_each_node(graph.block(), [&](Node* node) { calls = calls || node->kind() == c10::prim::CallMethod; });
-  }
 }
 
 constexpr size_t kMostNodes = 500;  // positions are computed from a length, not from hidden states

@@ -1,4 +1,5 @@
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/inline_all.h>
 
 #include <torchgraft/patch/graph/linear_map.h>
 
@@ -6,7 +7,6 @@
 #include <torch/csrc/jit/api/function_impl.h>
 #include <torch/csrc/jit/frontend/resolver.h>
 #include <torch/csrc/jit/ir/constants.h>
-#include <torch/csrc/jit/passes/inliner.h>
 
 #include <algorithm>
 #include <deque>
@@ -367,7 +367,7 @@ std::shared_ptr<Graph> compile_graph(const std::string& source, const std::strin
     unit->second.define(std::nullopt, source, torch::jit::nativeResolver(), /*self=*/nullptr);
   }
   auto graph = torch::jit::toGraphFunction(unit->second.get_function(name)).graph()->copy();
-  torch::jit::Inline(*graph);
+  inline_all(*graph);
   return graph;
 }
 

@@ -1,4 +1,5 @@
 #include <torchgraft/patch/module/merge_places.h>
+#include <torchgraft/patch/graph/inline_all.h>
 
 #include <torchgraft/patch/graph/clone_module.h>
 #include <torchgraft/patch/graph/graph_utils.h>
@@ -9,7 +10,6 @@
 #include <torchgraft/patch/module/exported_methods.h>
 
 #include <torch/csrc/jit/api/function_impl.h>
-#include <torch/csrc/jit/passes/inliner.h>
 
 #include <algorithm>
 #include <limits>
@@ -144,7 +144,7 @@ std::map<std::string, std::set<const c10::TensorImpl*>> reads_of_methods(const M
     const auto* function = torch::jit::tryToGraphFunction(method.function());
     if (function && !parts.count(method.name())) {
       const auto graph = method.graph()->copy();
-      torch::jit::Inline(*graph);
+      inline_all(*graph);
       for (const auto& [tensor, reads] : tensor_reads(*graph, module)) {
         result[method.name()].insert(tensor);
       }

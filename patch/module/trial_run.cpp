@@ -1,4 +1,5 @@
 #include <torchgraft/patch/module/trial_run.h>
+#include <torchgraft/patch/graph/inline_all.h>
 
 #include <torchgraft/patch/canonicalise/decompose_optimized.h>
 #include <torchgraft/patch/canonicalise/inline_forks.h>
@@ -15,7 +16,6 @@
 #include <torch/csrc/jit/ir/constants.h>
 #include <torch/csrc/jit/passes/constant_propagation.h>
 #include <torch/csrc/jit/passes/dead_code_elimination.h>
-#include <torch/csrc/jit/passes/inliner.h>
 #include <torch/csrc/jit/runtime/graph_executor.h>
 
 #include <algorithm>
@@ -81,9 +81,9 @@ void add_in_double(const at::Tensor& tensor, Memo& memo) {
 
 std::shared_ptr<Graph> graph_of_run(const Module& module, const char* method) {
   auto graph = torch::jit::toGraphFunction(module.get_method(method).function()).graph()->copy();
-  torch::jit::Inline(*graph);
+  inline_all(*graph);
   inline_forks(graph);
-  torch::jit::Inline(*graph);  // what forks call
+  inline_all(*graph);  // what forks call
   decompose_optimized(graph);  // one form for those who read the graph
   read_addmm_form(graph, module);
   for_each_node(graph->block(), [&](Node* node) {

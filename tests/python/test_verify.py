@@ -340,3 +340,27 @@ def test_inputs_are_made_up_for_pytorch_s_transformer(batch_first: bool) -> None
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*compared.*")
         _graft(torch.jit.script(module.eval()))
+
+
+def test_results_are_compared_where_the_executors_optimisation_is_off() -> None:
+    """torch.jit's inliner then leaves the calls of callees."""
+
+    class Inner(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.layer(x, mask)
+
+    modules = [torch.jit.script(Inner(Inner(Layer(undo=undo))).eval()) for undo in (False, True)]
+    was_on = torch._C._get_graph_executor_optimize()
+    torch._C._set_graph_executor_optimize(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            _graft(modules[0])
+        with pytest.raises(torchgraft.GraftError, match=r"differs from the base's by 0\."):
+            _graft(modules[1])
+    finally:
+        torch._C._set_graph_executor_optimize(was_on)
