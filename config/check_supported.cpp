@@ -174,6 +174,18 @@ void check(const LoRAConfig& config) {
 
 void check(const ReftConfig& config) { check_reft(config); }
 
+void check(const PromptTuningConfig& config) {
+  constexpr int64_t kLongest = 1 << 20;  // far beyond any model
+  TORCH_CHECK(config.prompt_length > 0 && config.prompt_length <= kLongest,
+              "config: expected PromptTuningConfig.prompt_length to be from 1 to ", kLongest, ", got ",
+              config.prompt_length);
+  require_one_of("PromptTuningConfig.prompt_init", config.prompt_init, {"random_uniform", "from_string"});
+  require_one_of("PromptTuningConfig.combine", config.combine, {"prefix", "prefix_after_bos"});
+  TORCH_CHECK(config.random_uniform_scale >= 0.0 && std::isfinite(config.random_uniform_scale),
+              "config: expected PromptTuningConfig.random_uniform_scale to be finite and not negative, got ",
+              config.random_uniform_scale);
+}
+
 }  // namespace
 
 void check_supported(const AdapterConfig& config) {

@@ -40,6 +40,10 @@ MethodConfig read_method(const Json& json) {
     return read_config(json, "PrefixTuningConfig", PrefixTuningConfig{},
                        [](auto& config, auto visit) { visit_prefix_fields(config, visit); });
   }
+  if (architecture == "prompt_tuning") {
+    return read_config(json, "PromptTuningConfig", PromptTuningConfig{},
+                       [](auto& config, auto visit) { visit_prompt_fields(config, visit); });
+  }
   if (architecture == "lora") {
     check_vera_numbers(json);
     return read_config(json, "LoRAConfig", LoRAConfig{},
@@ -58,8 +62,8 @@ MethodConfig read_method(const Json& json) {
   }
   TORCH_CHECK(architecture != "union", "config: a union inside a union is not possible");
   TORCH_CHECK(false, "config: the architecture ", shown_json(architecture),
-              " is not supported (supported: bottleneck, prefix_tuning, lora, mtl_lora, reft and unions of them)",
-              architecture == "prompt_tuning" ? "; train prefix_tuning instead" : "");
+              " is not supported (supported: bottleneck, prefix_tuning, prompt_tuning, lora, mtl_lora, reft and unions "
+              "of them)");
 }
 
 AdapterConfig read_adapter(const Json& json) {
@@ -87,6 +91,12 @@ OrderedJson write_method(const MethodConfig& method) {
   } else if (const auto* prefix = std::get_if<PrefixTuningConfig>(&method)) {
     result["architecture"] = "prefix_tuning";
     visit_prefix_fields(*prefix, visitor);
+  } else if (const auto* prompt = std::get_if<PromptTuningConfig>(&method)) {
+    result["architecture"] = "prompt_tuning";
+    visit_prompt_fields(*prompt, visitor);
+    if (prompt->random_uniform_scale == kPromptScale) {
+      result.erase("random_uniform_scale");
+    }
   } else if (const auto* reft = std::get_if<ReftConfig>(&method)) {
     result["architecture"] = "reft";
     visit_reft_fields(*reft, visitor);

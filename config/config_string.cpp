@@ -128,6 +128,10 @@ std::pair<const char*, std::vector<std::string>> described(const MethodConfig& m
     visit_prefix_fields(*prefix, add);
     return {"PrefixTuningConfig", fields};
   }
+  if (const auto* prompt = std::get_if<PromptTuningConfig>(&method)) {
+    visit_prompt_fields(*prompt, add);
+    return {"PromptTuningConfig", fields};
+  }
   if (const auto* reft = std::get_if<ReftConfig>(&method)) {
     visit_reft_fields(*reft, add);
     return {"ReftConfig", fields};

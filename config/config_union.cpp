@@ -9,6 +9,7 @@ const char* method_name(const MethodConfig& method) {
   return std::holds_alternative<BnConfig>(method)             ? "bottleneck"
          : std::holds_alternative<PrefixTuningConfig>(method) ? "prefix tuning"
          : std::holds_alternative<ReftConfig>(method)         ? "ReFT"
+         : std::holds_alternative<PromptTuningConfig>(method) ? "prompt tuning"
                                                               : "LoRA";
 }
 
@@ -47,8 +48,9 @@ AdapterConfig config_union(std::vector<MethodConfig> methods) {
       TORCH_CHECK(apart, "config: a union has two ", method_name(a), " configs (", j, " and ", i,
                   ") for the same locations; ",
                   left ? "give each its own of mh_adapter and output_adapter, or use leave_out"
-                  : std::holds_alternative<ReftConfig>(a) ? "give one config all their layers"
-                                                          : "use leave_out to give each its own layers");
+                  : std::holds_alternative<ReftConfig>(a)         ? "give one config all their layers"
+                  : std::holds_alternative<PromptTuningConfig>(a) ? "give one config all tokens"
+                                                                  : "use leave_out to give each its own layers");
     }
   }
   return AdapterConfig{std::move(methods)};

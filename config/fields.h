@@ -61,6 +61,16 @@ void visit_prefix_fields(Config& c, Visitor&& visit) {
 }
 
 template <typename Config, typename Visitor>
+void visit_prompt_fields(Config& c, Visitor&& visit) {
+  visit("prompt_length", c.prompt_length);
+  visit("prompt_init", c.prompt_init);
+  visit("prompt_init_text", c.prompt_init_text);
+  visit("combine", c.combine);
+  visit("init_weights_seed", c.init_weights_seed);
+  visit("random_uniform_scale", c.random_uniform_scale);
+}
+
+template <typename Config, typename Visitor>
 void visit_lora_fields(Config& c, Visitor&& visit) {
   visit("selfattn_lora", c.selfattn_lora);
   visit("intermediate_lora", c.intermediate_lora);

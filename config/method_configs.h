@@ -11,6 +11,8 @@
 
 namespace torchgraft {
 
+inline constexpr double kPromptScale = 0.5;
+
 // Fields and defaults are those of adapters==1.3.0 (tests compare them one by one with the live library).
 
 // Bottleneck adapters. reduction_factor: one number, or a map from layer number (or "default") to a number.
@@ -99,8 +101,21 @@ struct LoRAConfig {
   double weights_sharpness = 0.05;
 };
 
+// Prompt tuning (Lester et al. 2021): tokens before the embedded ones ("prefix"), or behind the first of them
+// ("prefix_after_bos").
+struct PromptTuningConfig {
+  int64_t prompt_length = 10;
+  std::string prompt_init = "random_uniform";  // or "from_string", which needs a tokenizer
+  std::optional<std::string> prompt_init_text;
+  std::string combine = "prefix";
+  std::optional<int64_t> init_weights_seed;
+  // No dataclass field in the library, which loses it whenever it writes a configuration. Written to JSON only where it
+  // is another number.
+  double random_uniform_scale = kPromptScale;
+};
+
 // One method.
-using MethodConfig = std::variant<BnConfig, PrefixTuningConfig, LoRAConfig, ReftConfig>;
+using MethodConfig = std::variant<BnConfig, PrefixTuningConfig, LoRAConfig, ReftConfig, PromptTuningConfig>;
 
 // All methods under one adapter name; a single method is a union of one.
 struct AdapterConfig {

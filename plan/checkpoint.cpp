@@ -27,6 +27,7 @@ std::string join(Path::const_iterator first, Path::const_iterator last) {
 
 const std::string kShared = "shared_parameters";
 const std::string kInvertible = "invertible_adapters";
+const std::string kPrompts = "prompt_tunings";
 const std::string kBehindNorm = "down_behind_norm_";
 
 bool is_phm_factor(const std::string& name) {
@@ -94,7 +95,8 @@ std::optional<SavedKind> kind_of(const std::string& container) {
 }
 
 // A key "<path>.<container>.<name>.<parameter>". The container is one of loras, adapters, prefix_gates, refts,
-// prefix_tunings, invertible_adapters or shared_parameters (both without a path in a model that has no head).
+// prefix_tunings, prompt_tunings, invertible_adapters or shared_parameters (the last two without a path in a model that
+// has no head).
 struct ParsedKey {
   Path path;
   std::string container;
@@ -105,7 +107,8 @@ struct ParsedKey {
 std::optional<ParsedKey> parse(const std::string& key) {
   const Path parts = split_path(key);
   for (size_t i = 0; i + 2 < parts.size(); ++i) {
-    if (kind_of(parts[i]) || parts[i] == "prefix_tunings" || parts[i] == kShared || parts[i] == kInvertible) {
+    if (kind_of(parts[i]) || parts[i] == "prefix_tunings" || parts[i] == kShared || parts[i] == kInvertible ||
+        parts[i] == kPrompts) {
       return ParsedKey{Path(parts.begin(), parts.begin() + i), parts[i], parts[i + 1],
                        Path(parts.begin() + i + 2, parts.end())};
     }
@@ -210,6 +213,13 @@ Checkpoint sort_checkpoint(const StateDict& state, const std::string& name) {
           join(parsed->parameter.begin(), parsed->parameter.end()), SavedTensor{key, tensor});
       TORCH_CHECK(is_new || is_same(tensor, kept->second.tensor), "adapter weights: expected ", key, " and ",
                   kept->second.key, " to be the same invertible adapter, but their values differ");
+      continue;
+    }
+    if (parsed && parsed->name == name && parsed->container == kPrompts) {
+      const auto [kept, is_new] = checkpoint.prompt.emplace(join(parsed->parameter.begin(), parsed->parameter.end()),
+                                                            SavedTensor{key, tensor});
+      TORCH_CHECK(is_new || is_same(tensor, kept->second.tensor), "adapter weights: expected ", key, " and ",
+                  kept->second.key, " to be the same prompt, but their values differ");
       continue;
     }
     const bool in_pool = parsed && parsed->container == "prefix_tunings";

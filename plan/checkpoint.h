@@ -21,6 +21,9 @@ struct SavedTensor {
 // source_weight_0, original_0, ... (reft_weights.h).
 using SavedParameters = std::map<std::string, SavedTensor>;
 
+// The adapters library's name of a prompt's only parameter.
+inline constexpr const char* kSavedPrompt = "prompt_embedding.weight";
+
 // The oracle's containers of adapter modules.
 enum class SavedKind { kLoRA, kBottleneck, kPrefixGate, kReft };
 
@@ -36,6 +39,7 @@ struct Checkpoint {
   std::vector<SavedModule> modules;
   std::map<std::string, SavedParameters> prefixes;  // the prefix pool, by the adapters library's location key
   SavedParameters invertible;                       // by the adapters library's names: "F.0.weight"
+  SavedParameters prompt;                           // likewise: "prompt_embedding.weight"
   SavedParameters shared;                           // Compacter's and VeRA's, by the adapters library's names
 };
 

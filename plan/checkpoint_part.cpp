@@ -64,7 +64,9 @@ bool names_layers(const PlannedModule& module) {
         if constexpr (std::is_same_v<Config, BnConfig>) {
           by_layer = !std::holds_alternative<double>(planned.config.reduction_factor);
         }
-        if constexpr (std::is_same_v<Config, ReftConfig>) {
+        if constexpr (std::is_same_v<Config, PromptTuningConfig>) {
+          return false;
+        } else if constexpr (std::is_same_v<Config, ReftConfig>) {
           return !std::holds_alternative<std::string>(planned.config.layers);
         } else {
           return by_layer || !planned.config.leave_out.empty();

@@ -243,6 +243,18 @@ ModuleWeights init_invertible(const PlannedInvertible& planned) {
   return weights;
 }
 
+// A new torch.nn.Embedding, whose weight the library draws a second time.
+at::Tensor init_prompt(const PlannedPrompt& planned) {
+  const PromptTuningConfig& config = planned.config;
+  TORCH_CHECK(config.prompt_init != "from_string",
+              "graft: prompt_init=\"from_string\" needs the tokenizer of the model, which a graph has not got; graft "
+              "with prompt_init=\"random_uniform\", or add the adapter by the adapters library and load its directory");
+  const std::vector<int64_t> shape = {config.prompt_length, planned.embedding_size};
+  normal(shape, 1.0);
+  fix_seed(config.init_weights_seed);
+  return at::empty(shape).uniform_(-config.random_uniform_scale, config.random_uniform_scale);
+}
+
 // The prefixes of all layers of a group, [P, L 2 h d]; `mlp` gets the weights that they are computed from, unless they
 // are flat.
 at::Tensor init_group(const PlannedPrefix& planned, ModuleWeights& mlp) {
@@ -324,6 +336,8 @@ class WeightsDrawer {
       weights = init_bottleneck(module, shared_, sources_);
     } else if (const auto* invertible = std::get_if<PlannedInvertible>(&module.method)) {
       weights = init_invertible(*invertible);
+    } else if (const auto* prompt = std::get_if<PlannedPrompt>(&module.method)) {
+      weights["prompt"] = init_prompt(*prompt);
     } else if (const auto* reft = std::get_if<PlannedReft>(&module.method)) {
       weights = init_reft(*reft, sources_[reft_source(module)]);
     } else {

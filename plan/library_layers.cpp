@@ -102,6 +102,8 @@ void renumber(ReftConfig& config, const Renumber& renamed) {
   }
 }
 
+void renumber(PromptTuningConfig& /*config*/, const Renumber& /*renamed*/) {}
+
 void renumber(AdapterConfig& config, const Renumber& renamed) {
   for (MethodConfig& method : config.methods) {
     std::visit([&](auto& held) { renumber(held, renamed); }, method);

@@ -94,6 +94,7 @@ class Planner {
   void add(const PrefixTuningConfig& config);
   void add(const LoRAConfig& config);
   void add(const ReftConfig& config);
+  void add(const PromptTuningConfig& config);
   Plan finish();
 
  private:
@@ -304,6 +305,12 @@ void Planner::add(const ReftConfig& config) {
                 "; leave the layer out of the config's layers, or use another method");
     add_module(layer, "output_reft", "output_reft", PlannedReft{config, layer.hidden_size});
   }
+}
+
+void Planner::add(const PromptTuningConfig& config) {
+  TORCH_CHECK(structure_.embedding_size > 0, "plan: the model has no place for prompt_tuning: ",
+              structure_.embedding_note, "; train prefix_tuning instead");
+  add_module(layers_.front(), "prompt_tuning", "prompt_tuning", PlannedPrompt{config, structure_.embedding_size});
 }
 
 // What was not found in these layers, each note once: those of other layers differ in the numbers of their paths.

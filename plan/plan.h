@@ -73,8 +73,15 @@ struct PlannedReft {
   int64_t hidden_size = 0;
 };
 
+// Tokens among the embeddings. Its location and site are "prompt_tuning", and it is the first layer's.
+struct PlannedPrompt {
+  PromptTuningConfig config;
+  int64_t embedding_size = 0;
+};
+
 // One method with the sizes of its site.
-using PlannedMethod = std::variant<PlannedLoRA, PlannedBottleneck, PlannedPrefix, PlannedInvertible, PlannedReft>;
+using PlannedMethod =
+    std::variant<PlannedLoRA, PlannedBottleneck, PlannedPrefix, PlannedInvertible, PlannedReft, PlannedPrompt>;
 
 // A method and where it acts.
 struct PlannedModule {

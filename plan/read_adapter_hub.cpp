@@ -254,6 +254,9 @@ ModuleWeights WeightReader::read(const PlannedModule& module, const SavedParamet
     for (const auto& [name, shape] : invertible_shapes(*invertible)) {
       weights[name] = take(checkpoint_.invertible, invertible_names().at(name), shape, place);
     }
+  } else if (const auto* prompt = std::get_if<PlannedPrompt>(&module.method)) {
+    weights["prompt"] = take(checkpoint_.prompt, kSavedPrompt,
+                             {prompt->config.prompt_length, prompt->embedding_size}, place);
   } else if (const auto* reft = std::get_if<PlannedReft>(&module.method)) {
     const TakeTensor take_tensor = [&](const std::string& name, at::IntArrayRef shape) {
       return take(saved, name, shape, place);
@@ -285,15 +288,17 @@ void WeightReader::check_nothing_is_left() const {
     check(parameters);
   }
   check(checkpoint_.invertible);
+  check(checkpoint_.prompt);
   check(checkpoint_.shared);
 }
 
-// Whether the checkpoint has weights for this module alone. Prefixes and invertible adapters have theirs elsewhere, and
-// Compacters may share all of them.
+// Whether the checkpoint has weights for this module alone. Prefixes, prompts and invertible adapters have theirs
+// elsewhere, and Compacters may share all of them.
 bool has_own_weights(const PlannedModule& module) {
   const auto* bottleneck = std::get_if<PlannedBottleneck>(&module.method);
   return !std::holds_alternative<PlannedPrefix>(module.method) &&
          !std::holds_alternative<PlannedInvertible>(module.method) &&
+         !std::holds_alternative<PlannedPrompt>(module.method) &&
          !(bottleneck && (bottleneck->config.shared_W_phm || bottleneck->config.shared_phm_rule));
 }
 
@@ -359,6 +364,9 @@ std::vector<WeightMatch> adapter_hub_matches(const Plan& plan, const Structure& 
   }
   for (const auto& [name, saved] : checkpoint.invertible) {
     result.push_back({saved.key, "the embeddings, inv_adapter: " + name});
+  }
+  for (const auto& [name, saved] : checkpoint.prompt) {
+    result.push_back({saved.key, "the embeddings, prompt_tuning: " + name});
   }
   for (const auto& [name, saved] : checkpoint.shared) {
     result.push_back({saved.key, c10::str("all modules: ", name)});

@@ -177,6 +177,9 @@ class Writer {
         write_bottleneck(plan_[i], *bottleneck, layer, weights_[i]);
       } else if (std::holds_alternative<PlannedInvertible>(plan_[i].method)) {
         write_invertible(layer, weights_[i]);
+      } else if (std::holds_alternative<PlannedPrompt>(plan_[i].method)) {
+        state_["prompt_tuning.prompt_tunings." + name_ + "." + kSavedPrompt] =
+            weights_[i].at("prompt").detach().cpu().contiguous();
       } else if (const auto* reft = std::get_if<PlannedReft>(&plan_[i].method)) {
         write_reft(plan_[i], *reft, layer, weights_[i]);
       } else {

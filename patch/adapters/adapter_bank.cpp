@@ -193,6 +193,18 @@ Slot stack_slot(const std::vector<Adapter>& adapters, const Members& members) {
     const auto device = slot.parameters.at("prefix_key").device();
     slot.parameters["prefix_length"] = at::tensor(lengths, at::kLong).to(device);
   }
+  if (std::holds_alternative<PlannedPrompt>(first.method)) {
+    std::vector<int64_t> lengths(adapters.size(), 0);
+    std::vector<int64_t> begins(adapters.size(), 0);
+    for (const auto& [a, m] : members) {
+      const PromptTuningConfig& config = std::get<PlannedPrompt>(adapters[a].plan[m].method).config;
+      lengths[a] = config.prompt_length;
+      begins[a] = config.combine == "prefix_after_bos" ? 1 : 0;
+    }
+    const auto device = slot.parameters.at("prompt").device();
+    slot.parameters["prompt_length"] = at::tensor(lengths, at::kLong).to(device);
+    slot.parameters["prompt_begin"] = at::tensor(begins, at::kLong).to(device);
+  }
   for (const auto& [a, m] : members) {
     if (adapters[a].trainable) {
       slot.own.push_back(own_weights(adapters[a], a, adapters[a].plan[m], adapters[a].weights[m]));
@@ -212,8 +224,8 @@ bool Slot::has_bank(const std::string& parameter) const {
 }
 
 bool is_trained(const std::string& parameter, bool scaling_is_trained) {
-  static const std::set<std::string> kFixed = {"prefix_length", "present",   "weight_norm",
-                                               "fixed",         "positions", "subtraction"};
+  static const std::set<std::string> kFixed = {"prefix_length", "present",   "weight_norm",   "fixed",
+                                               "positions",     "subtraction", "prompt_length", "prompt_begin"};
   return !kFixed.count(parameter) && (parameter != "scaling" || scaling_is_trained);
 }
 
@@ -295,7 +307,8 @@ std::vector<SlotRun> slot_runs(const std::vector<Slot>& slots, const Structure& 
   for (size_t i = 0; i < structure.layers.size(); ++i) {
     const Layer& layer = structure.layers[i];
     for (size_t s = 0; s < slots.size(); ++s) {
-      const bool is_outside = linear_map_position(slots[s].site) || slots[s].site == "inv_adapter";
+      const bool is_outside = linear_map_position(slots[s].site) || slots[s].site == "inv_adapter" ||
+                              slots[s].site == "prompt_tuning";
       const bool runs_again = layer.shares && !is_outside;
       if (slots[s].layer == layer.index || (runs_again && slots[s].layer == *layer.shares)) {
         runs.push_back({s, i});
@@ -305,7 +318,7 @@ std::vector<SlotRun> slot_runs(const std::vector<Slot>& slots, const Structure& 
   return runs;
 }
 
-bool has_gate(const Slot& slot) { return slot.site != "output_reft"; }
+bool has_gate(const Slot& slot) { return slot.site != "output_reft" && slot.site != "prompt_tuning"; }
 
 std::vector<SlotRun> gated_runs(const std::vector<Slot>& slots, const std::vector<SlotRun>& runs) {
   std::vector<SlotRun> result;

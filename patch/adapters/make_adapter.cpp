@@ -73,6 +73,8 @@ std::vector<int64_t> named_layers(const ReftConfig& config) {
   return numbers ? *numbers : std::vector<int64_t>();
 }
 
+std::vector<int64_t> named_layers(const PromptTuningConfig& /*config*/) { return {}; }
+
 // A layer to leave out that the model lacks is a slip. In a trained adapter it is not: it was no layer there either.
 void check_leave_out(const AdapterConfig& config, const Structure& structure) {
   for (const MethodConfig& method : config.methods) {

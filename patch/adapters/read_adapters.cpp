@@ -56,6 +56,8 @@ std::map<std::string, std::vector<int64_t>> shapes_of(const PlannedModule& modul
     gate_features = hidden;
   } else if (const auto* invertible = std::get_if<PlannedInvertible>(&module.method)) {
     return invertible_shapes(*invertible);
+  } else if (const auto* prompt = std::get_if<PlannedPrompt>(&module.method)) {
+    return {{"prompt", {prompt->config.prompt_length, prompt->embedding_size}}};
   } else if (const auto* reft = std::get_if<PlannedReft>(&module.method)) {
     shapes = reft_shapes(*reft);
   } else {

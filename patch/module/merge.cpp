@@ -19,6 +19,9 @@ std::string obstacle(const PlannedModule& module) {
   if (std::holds_alternative<PlannedInvertible>(module.method)) {
     return "an invertible adapter has non-linearities";
   }
+  if (std::holds_alternative<PlannedPrompt>(module.method)) {
+    return "a prompt adds tokens";
+  }
   if (std::holds_alternative<PlannedReft>(module.method)) {
     return "ReFT changes some tokens only";
   }

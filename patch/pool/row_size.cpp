@@ -30,6 +30,9 @@ double least_numbers(const PlannedModule& module) {
   if (const auto* invertible = std::get_if<PlannedInvertible>(&module.method)) {
     return product({invertible->embedding_size, invertible->f_size + invertible->g_size});
   }
+  if (const auto* prompt = std::get_if<PlannedPrompt>(&module.method)) {
+    return product({prompt->config.prompt_length, prompt->embedding_size});
+  }
   if (const auto* reft = std::get_if<PlannedReft>(&module.method)) {
     return product({2, reft_units(reft->config), reft->config.r, reft->hidden_size});
   }
@@ -82,6 +85,9 @@ void RowSize::add(const Adapter& adapter) {
       grow(slot, "present", {}, sizeof(bool));
     } else if (std::holds_alternative<PlannedPrefix>(module.method)) {
       grow(slot, "prefix_length", {}, sizeof(int64_t));
+    } else if (std::holds_alternative<PlannedPrompt>(module.method)) {
+      grow(slot, "prompt_length", {}, sizeof(int64_t));
+      grow(slot, "prompt_begin", {}, sizeof(int64_t));
     } else if (!bottleneck && !lora) {
       continue;
     } else if (bottleneck ? !bottleneck_form(*bottleneck).is_plain() : lora_form(lora->config) != LoRAForm::kAdd) {

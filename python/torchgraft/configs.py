@@ -196,6 +196,27 @@ class MTLLoRAConfig(LoRAConfig):
 
 
 @dataclass
+class PromptTuningConfig(_Method):
+    """Lester et al. 2021: tokens before the embedded ones, or behind the first of them (`combine="prefix_after_bos"`).
+
+    As in the library, `random_uniform_scale` is an attribute of the class.
+    """
+
+    architecture: str | None = "prompt_tuning"
+    prompt_length: int = 10
+    prompt_init: str = "random_uniform"
+    prompt_init_text: str | None = None
+    random_uniform_scale = 0.5
+    combine: str = "prefix"
+    init_weights_seed: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all fields, and also another `random_uniform_scale` than 0.5, which the library leaves out."""
+        scale = self.random_uniform_scale
+        return asdict(self) | ({} if scale == 0.5 else {"random_uniform_scale": scale})
+
+
+@dataclass
 class ReftConfig(_Method):
     """Wu et al. 2024: a low-rank change of what leaves a layer, at the first and the last real tokens of a row.
 
@@ -350,6 +371,8 @@ def _fields_of(config: Any) -> dict[str, Any]:
         fields["configs"] = [_fields_of(part) for part in config.configs]
     elif not getattr(config, "subtract_projection", True):
         fields["subtract_projection"] = False
+    elif getattr(config, "random_uniform_scale", 0.5) != 0.5:
+        fields["random_uniform_scale"] = config.random_uniform_scale
     return fields
 
 
