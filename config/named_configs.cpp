@@ -209,10 +209,7 @@ AdapterConfig config_from_name(std::string_view name) {
       names.push_back(known);
     }
   }
-  static const std::set<std::string, std::less<>> kUnsupported = {"prompttuning"};
   const std::string all = c10::Join(", ", names);
-  TORCH_CHECK(!kUnsupported.contains(plain), "config: the method of '", name, "' is not supported; there are: ", all,
-              "; nearest to it is prefix_tuning");
   TORCH_CHECK(false, "config: no configuration is called '", name, "'; there are: ", all, did_you_mean(name, names));
 }
 

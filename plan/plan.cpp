@@ -23,6 +23,8 @@ LoRAForm lora_form(const LoRAConfig& config) {
   return config.composition_mode == "scale" ? LoRAForm::kScale : config.use_dora ? LoRAForm::kDora : LoRAForm::kAdd;
 }
 
+int64_t prompt_begin(const PromptTuningConfig& config) { return config.combine == "prefix_after_bos" ? 1 : 0; }
+
 std::vector<std::string> own_norms(const BnConfig& config) {
   std::vector<std::string> result;
   if (config.ln_before) {

@@ -79,6 +79,9 @@ struct PlannedPrompt {
   int64_t embedding_size = 0;
 };
 
+// How many of the embedded tokens stand before the prompt.
+int64_t prompt_begin(const PromptTuningConfig& config);
+
 // One method with the sizes of its site.
 using PlannedMethod =
     std::variant<PlannedLoRA, PlannedBottleneck, PlannedPrefix, PlannedInvertible, PlannedReft, PlannedPrompt>;

@@ -199,7 +199,7 @@ Slot stack_slot(const std::vector<Adapter>& adapters, const Members& members) {
     for (const auto& [a, m] : members) {
       const PromptTuningConfig& config = std::get<PlannedPrompt>(adapters[a].plan[m].method).config;
       lengths[a] = config.prompt_length;
-      begins[a] = config.combine == "prefix_after_bos" ? 1 : 0;
+      begins[a] = prompt_begin(config);
     }
     const auto device = slot.parameters.at("prompt").device();
     slot.parameters["prompt_length"] = at::tensor(lengths, at::kLong).to(device);

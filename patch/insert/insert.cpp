@@ -7,6 +7,7 @@
 #include <torchgraft/patch/insert/insert_invertible.h>
 #include <torchgraft/patch/insert/insert_lora.h>
 #include <torchgraft/patch/insert/insert_prefix.h>
+#include <torchgraft/patch/insert/insert_prompt.h>
 #include <torchgraft/patch/insert/insert_reft.h>
 #include <torchgraft/patch/insert/inserter.h>
 #include <torchgraft/patch/insert/repeat_rows.h>
@@ -86,10 +87,13 @@ size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& si
     return op->outputs()[1];
   };
   std::vector<Value*> gates;
+  std::optional<SlotRun> prompts;
   for (const SlotRun& run : runs) {
     const Slot& slot = slots[run.slot];
     inserter.enter(slot, run.layer);
-    if (!has_gate(slot)) {
+    if (slot.site == "prompt_tuning") {
+      prompts = run;
+    } else if (!has_gate(slot)) {
       const Inserter::Scope first = inserter.first_of_each();
       insert_reft(inserter, slot);
     } else {
@@ -105,6 +109,10 @@ size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& si
   }
   insert_lora.join_packed_parts();
   insert_all_invertible(inserter, sites, slots, gated_runs(slots, runs), gates);
+  if (prompts) {
+    inserter.enter(slots[prompts->slot], prompts->layer);
+    insert_prompt(inserter, sites.embeddings.value(), slots[prompts->slot], module);
+  }
   return_with(*graph, gates);
   if (repeat_rows) {
     (*repeat_rows)(options.compositions, inserter.first_composition_id(), options.examples);

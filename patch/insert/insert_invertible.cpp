@@ -85,7 +85,9 @@ Value* insert_invertible(Inserter& inserter, const EmbeddingSite& site, const Sl
     WithInsertPoint guard(end);
     const auto [result, ones] = changed(inserter, slot, inserter.swapped(site.value, site.sequence_first), "nice");
     gate = ones;
-    site.value->replaceAllUsesAfterNodeWith(end, as_found(inserter, result, site.sequence_first));
+    Value* output = as_found(inserter, result, site.sequence_first);
+    site.value->replaceAllUsesAfterNodeWith(end, output);
+    inserter.replace_stream(site.value, output);
   }
   end->destroy();
   if (slot.inverts_output) {

@@ -42,6 +42,17 @@ at::Tensor ids_from(const std::vector<int64_t>& adapters, size_t first, int64_t 
   return at::tensor(ids, at::TensorOptions(at::kLong).device(device));
 }
 
+// How many tokens an adapter puts among the embeddings. A composition has no prompt.
+int64_t prompt_length(const Module& adapters, size_t id) {
+  for (const auto& buffer : adapters.named_buffers()) {
+    if (buffer.name.ends_with(".prompt_length")) {
+      return static_cast<int64_t>(id) < buffer.value.size(0) ? buffer.value[static_cast<int64_t>(id)].item<int64_t>()
+                                                             : 0;
+    }
+  }
+  return 0;
+}
+
 // What else than the dtype of `weights`, which adapters get, the base computes in, and what to do; or nothing.
 std::string other_dtypes(const Module& base, at::ScalarType coarsest, const at::TensorOptions& weights) {
   const auto own = c10::typeMetaToScalarType(weights.dtype());
@@ -274,21 +285,25 @@ class Comparison {
     if (!is_grafted(base_.module)) {
       return missing;
     }
-    std::vector<int64_t> earlier;  // without compositions that split a batch of a certain size
-    const std::vector<std::string> names = adapter_names(base_.module.attr("adapters").toModule());
+    // Without compositions that split a batch of a certain size; by how many tokens they add.
+    std::map<int64_t, std::vector<int64_t>> earlier;
+    const Module bank = base_.module.attr("adapters").toModule();
+    const std::vector<std::string> names = adapter_names(bank);
     for (size_t id = 0; id < names.size(); ++id) {
       if (splitting_.count(names[id]) == 0) {
-        earlier.push_back(static_cast<int64_t>(id));
+        earlier[prompt_length(bank, id)].push_back(static_cast<int64_t>(id));
       }
     }
-    for (size_t first = 0; first < earlier.size(); first += rows) {
-      const at::Tensor ids = ids_from(earlier, first, rows, device_);
-      const Trial before{base_.run, "forward", ids};
-      const c10::IValue expected = run(before, arguments);
-      check_drawn_is_finite(expected, of_base, "the adapters that the module has already");
-      const Trial after{grafted_.run, "forward", ids};
-      add(missing, compare(before, expected, after, run(after, arguments), arguments,
-                           {"rows of the adapters that the module has already", "before"}));
+    for (const auto& [length, alike] : earlier) {
+      for (size_t first = 0; first < alike.size(); first += rows) {
+        const at::Tensor ids = ids_from(alike, first, rows, device_);
+        const Trial before{base_.run, "forward", ids};
+        const c10::IValue expected = run(before, arguments);
+        check_drawn_is_finite(expected, of_base, "the adapters that the module has already");
+        const Trial after{grafted_.run, "forward", ids};
+        add(missing, compare(before, expected, after, run(after, arguments), arguments,
+                             {"rows of the adapters that the module has already", "before"}));
+      }
     }
     return missing;
   }

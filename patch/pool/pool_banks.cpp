@@ -179,7 +179,7 @@ std::string PoolBanks::misfit(const Adapter& adapter) const {
 
 // Puts each parameter together beside the bank and then copies it over the whole row: nothing is left of an earlier
 // adapter, whatever its ranks. `weights` is null when the adapter does not have this slot.
-void PoolBanks::write_slot(const Slot& slot, int64_t row, const ModuleWeights* weights) {
+void PoolBanks::write_slot(const Slot& slot, int64_t row, const ModuleWeights* weights, const PlannedModule* module) {
   for (const auto& [name, bank] : slot.parameters) {
     const at::Tensor target = bank.select(0, row);
     at::Tensor value = at::full(target.sizes(), missing_value(name), target.options());
@@ -187,6 +187,10 @@ void PoolBanks::write_slot(const Slot& slot, int64_t row, const ModuleWeights* w
       value.fill_(weights != nullptr);
     } else if (name == "prefix_length") {
       value.fill_(weights ? weights->at("prefix_key").size(1) : 0);
+    } else if (name == "prompt_length") {
+      value.fill_(weights ? weights->at("prompt").size(0) : 0);
+    } else if (name == "prompt_begin") {
+      value.fill_(module ? prompt_begin(std::get<PlannedPrompt>(module->method).config) : 0);
     } else if (weights && weights->count(name)) {
       write_parameter(value, name, weights->at(name));
     }
@@ -205,10 +209,14 @@ void PoolBanks::write(int64_t row, const Adapter& adapter) {
     const auto module = modules.find(path);
     return module == modules.end() ? nullptr : &adapter.weights[module->second];
   };
+  const auto module_at = [&](const std::string& path) {
+    const auto module = modules.find(path);
+    return module == modules.end() ? nullptr : &adapter.plan[module->second];
+  };
   for (const bool has_slot : {false, true}) {  // in this order: slots may share a bank, which keeps what comes last
     for (const Slot& slot : slots_) {
       if (const ModuleWeights* weights = weights_at(slot.path); (weights != nullptr) == has_slot) {
-        write_slot(slot, row, weights);
+        write_slot(slot, row, weights, module_at(slot.path));
       }
     }
   }

@@ -49,7 +49,7 @@ class PoolBanks {
   void check_row_bytes(int64_t limit) const;
   void allocate_banks(int64_t capacity);
   void number_compositions(int64_t capacity);
-  static void write_slot(const Slot& slot, int64_t row, const ModuleWeights* weights);
+  static void write_slot(const Slot& slot, int64_t row, const ModuleWeights* weights, const PlannedModule* module);
 
   torch::jit::Module module_;
   std::vector<AdapterConfig> room_;

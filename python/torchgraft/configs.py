@@ -197,10 +197,7 @@ class MTLLoRAConfig(LoRAConfig):
 
 @dataclass
 class PromptTuningConfig(_Method):
-    """Lester et al. 2021: tokens before the embedded ones, or behind the first of them (`combine="prefix_after_bos"`).
-
-    As in the library, `random_uniform_scale` is an attribute of the class.
-    """
+    """Lester et al. 2021: tokens among the embedded ones. `random_uniform_scale` is an attribute of the class."""
 
     architecture: str | None = "prompt_tuning"
     prompt_length: int = 10
@@ -212,8 +209,7 @@ class PromptTuningConfig(_Method):
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all fields, and also another `random_uniform_scale` than 0.5, which the library leaves out."""
-        scale = self.random_uniform_scale
-        return asdict(self) | ({} if scale == 0.5 else {"random_uniform_scale": scale})
+        return _fields_of(self, super().to_dict())
 
 
 @dataclass
@@ -364,9 +360,9 @@ def is_there(text: str) -> bool:
         return False
 
 
-def _fields_of(config: Any) -> dict[str, Any]:
-    """Returns config.to_dict(), with what it leaves out of the library's DiReftConfig."""
-    fields = dict(config.to_dict())
+def _fields_of(config: Any, fields: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Returns config.to_dict(), with what it leaves out of the library's DiReftConfig and PromptTuningConfig."""
+    fields = dict(config.to_dict() if fields is None else fields)
     if "configs" in fields and hasattr(config, "configs"):
         fields["configs"] = [_fields_of(part) for part in config.configs]
     elif not getattr(config, "subtract_projection", True):

@@ -120,12 +120,11 @@ def test_what_is_for_python_is_said_with_the_command(server_program, models, own
     assert "adapter peft cannot be served: " in server.errors and "an adapter of PEFT" in server.errors
 
 
-def test_prompt_tuning_and_a_fuse_in_the_file_are_named(server_program, models, own_adapters, tmp_path):
-    write_config(own_adapters, "prompt", config(architecture="prompt_tuning", prompt_length=3))
+def test_another_method_and_a_fuse_in_the_file_are_named(server_program, models, own_adapters, tmp_path):
+    write_config(own_adapters, "prompt", config(architecture="soft_prompt", prompt_length=3))
     with Server(server_program, models / "base.pt", own_adapters) as server:
         status, answer = server.ask("PUT", "/v1/adapters/prompt")
-        assert status == 422 and '"prompt_tuning" is not supported' in answer["error"]["message"]
-        assert "train prefix_tuning instead" in answer["error"]["message"]
+        assert status == 422 and '"soft_prompt" is not supported' in answer["error"]["message"]
         server.stop()
     (line,) = server.errors.splitlines()
     assert line.startswith("adapter prompt cannot be served: ")

@@ -110,8 +110,9 @@ class LibraryBank:
         module = torchgraft.load_adapter(plain(), self.directory(name), "task", trainable=True)
         named = torchgraft.trainable_parameters(module, "task")
         batch = make_batch([7, 4], 7, DOUBLE)
-        weights = torch.randn(2, 7, 48, dtype=DOUBLE, generator=torch.Generator().manual_seed(8))
-        ours = torch.autograd.grad((hidden(module, batch) * weights).sum(), [*named.values()])
+        output = hidden(module, batch)
+        weights = torch.randn(output.shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(8))
+        ours = torch.autograd.grad((output * weights).sum(), [*named.values()])
         model = self.model
         model.train_adapter(name)
         theirs = {key: value for key, value in model.named_parameters() if f".{name}." in key and value.requires_grad}

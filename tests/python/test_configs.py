@@ -16,8 +16,9 @@ from torchgraft.configs import config_to_json
 pytestmark = pytest.mark.quick
 
 CLASSES = [
-    "BnConfig", "SeqBnConfig", "DoubleSeqBnConfig", "ParBnConfig", "PrefixTuningConfig", "LoRAConfig", "VeraConfig",
-    "DvoRAConfig", "MTLLoRAConfig", "ReftConfig", "LoReftConfig", "NoReftConfig", "DiReftConfig", "AdapterPlusConfig",
+    "BnConfig", "SeqBnConfig", "DoubleSeqBnConfig", "ParBnConfig", "PrefixTuningConfig", "PromptTuningConfig",
+    "LoRAConfig", "VeraConfig", "DvoRAConfig", "MTLLoRAConfig", "ReftConfig", "LoReftConfig", "NoReftConfig",
+    "DiReftConfig", "AdapterPlusConfig",
 ]  # fmt: skip
 UNIONS = ["MAMConfig", "UniPELTConfig"]
 REQUIRED = dict(mh_adapter=True, output_adapter=False, reduction_factor=4, non_linearity="gelu")
@@ -25,11 +26,9 @@ REFT_REQUIRED = dict(layers=[0, 2], prefix_positions=1, suffix_positions=2, r=3,
 # A field that the library leaves out of what it writes: it loads a DiReFT as a NoReFT.
 NOT_WRITTEN = {"DiReftConfig": {"subtract_projection": False}, "direft": {"subtract_projection": False}}
 
-# Names of the library whose methods this version does not even parse.
-OTHER_METHODS = {"prompt_tuning"}
 # Parsed, and refused by the field that they rest on.
 REFUSED: dict[str, str] = {}
-NAMES = sorted(set(ADAPTER_CONFIG_MAP) - OTHER_METHODS)
+NAMES = sorted(ADAPTER_CONFIG_MAP)
 
 # Values other than the defaults, one field of each type at least.
 VARIED = [
@@ -37,6 +36,7 @@ VARIED = [
     adapters.BnConfig(**REQUIRED, scaling="channel", residual_before_ln="post_add", inv_adapter="glow"),
     adapters.ParBnConfig(scaling=0.5, dropout=0.25, phm_init_range=1e-05),
     adapters.PrefixTuningConfig(flat=True, prefix_length=3, shared_gating=False, encoder_prefix=False),
+    adapters.PromptTuningConfig(prompt_length=3, prompt_init_text="a text", combine="prefix_after_bos"),
     adapters.LoRAConfig(r=3, alpha=5, attn_matrices=["k"], vera_d=0.5, dtype="float16"),
     adapters.VeraConfig(vera_d=1.0, vera_b=0.5, r=3),
     adapters.MTLLoRAConfig(n_up_projection=3, weights_sharpness=0.5, task_specific_matrix_type="linear"),
@@ -124,14 +124,6 @@ def test_named_configurations_are_the_librarys(name: str) -> None:
     expected = ADAPTER_CONFIG_MAP[name].to_dict() | NOT_WRITTEN.get(name, {})
     assert json.loads(patcher().config_from_name(name)) == expected
     assert json.loads(config_to_json(ADAPTER_CONFIG_MAP[name])) == expected
-
-
-@pytest.mark.parametrize("name", sorted(OTHER_METHODS))
-def test_other_methods_are_refused(name: str) -> None:
-    with pytest.raises(torchgraft.GraftError, match=f"the method of '{name}' is not supported; there are: compacter"):
-        patcher().config_from_name(name)
-    with pytest.raises(torchgraft.GraftError, match="architecture .* is not supported"):
-        patcher().normalise_config(config_to_json(ADAPTER_CONFIG_MAP[name]))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters.configuration import PromptTuningConfig
 
 import torchgraft
 from scripts_here import run_here
@@ -22,7 +21,6 @@ MULTI_TASK = (
     "MultiTask is not supported; compose each of its parts under a name of its own, and give every row that of its "
     "task in adapter_ids"
 )
-PROMPT_TUNING = "prompt_tuning"
 COMPOSITION = "it holds a composition (adapter_setup.json), not an adapter; load_adapter_setup"
 
 
@@ -125,28 +123,6 @@ def test_a_bank_that_somebody_wrote_over(model) -> None:
                 bank.copy_(torch.randn(bank.shape))
     check_refused(lambda: torchgraft.compose(noisy, "c", Stack("english", "ner")), "the bank adapters.layer_0.",
                   "somebody wrote over", "replace_adapter")  # fmt: skip
-
-
-def test_prompt_tuning(base, files: Path, tmp_path: Path) -> None:
-    near = "nearest to it is prefix_tuning"
-    of_fields = ('the architecture "prompt_tuning" is not supported', "train prefix_tuning instead")
-    check_refused(lambda: torchgraft.graft(base, PROMPT_TUNING, "t"), "the method of 'prompt_tuning'", near)
-    check_refused(lambda: torchgraft.graft(base, "prompt_tuning[prompt_length=3]", "t"), "'prompt_tuning'", near)
-    check_refused(lambda: torchgraft.graft(base, f"lora|{PROMPT_TUNING}", "t"), "'prompt_tuning'", near)
-    check_refused(lambda: torchgraft.graft(base, PromptTuningConfig(), "t"), *of_fields)
-    check_refused(lambda: AdapterPool(base, 2, room=[PROMPT_TUNING]), "'prompt_tuning'", near)
-    out = ("-o", tmp_path / "out.pt")
-    check_command("add", files / "base.pt", *out, "--config", PROMPT_TUNING, "--name", "t", says=(near,))
-    content = {"config": PromptTuningConfig().to_dict(), "hidden_size": 16, "model_type": "bert", "name": "t"}
-    (tmp_path / "t").mkdir()
-    (tmp_path / "t" / "adapter_config.json").write_text(json.dumps(content))
-    torchgraft.save_adapter(torchgraft.graft(base, "lora", "t"), "t", tmp_path / "lora")
-    (tmp_path / "lora" / "adapter.safetensors").rename(tmp_path / "t" / "adapter.safetensors")
-    check_refused(lambda: torchgraft.load_adapter(base, tmp_path / "t"), *of_fields)
-    check_refused(lambda: AdapterPool(base, 2).insert("t", tmp_path / "t"), *of_fields)
-    check_command("load", files / "base.pt", tmp_path / "t", *out, says=of_fields)
-    assert not (tmp_path / "out.pt").exists()
-
 
 def test_compositions_where_only_adapters_can_be(base, composed, files: Path, tmp_path: Path) -> None:
     assert AdapterPool(composed, 8).compositions().keys() == {"en_ner"}

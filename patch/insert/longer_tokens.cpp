@@ -1,0 +1,397 @@
+#include <torchgraft/patch/insert/longer_tokens.h>
+
+#include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/linear_map.h>
+#include <torchgraft/patch/graph/symbolic_shape.h>
+#include <torchgraft/patch/graph/writes.h>
+
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <limits>
+#include <map>
+#include <optional>
+#include <string>
+#include <unordered_set>
+#include <utility>
+
+namespace torchgraft {
+namespace {
+
+using torch::jit::Block;
+using torch::jit::Graph;
+using torch::jit::Module;
+using torch::jit::Node;
+using torch::jit::Use;
+using torch::jit::Value;
+using torch::jit::WithInsertPoint;
+
+// 11 is torch.bool. The last dimension of a mask is the keys', the one before it the queries', unless that one is
+// broadcast. `wider_flags`: of what sets or adds to scores; `has_keys_only`: a table [B, S] that is still to be reshaped.
+constexpr const char* kWiderMask = R"python(
+def longer(mask: Tensor, added: int, fill: float, dim: int) -> Tensor:
+    new = torch.full_like(mask.narrow(dim, 0, 1), fill).repeat_interleave(added, dim)
+    return torch.cat([new, mask], dim)
+
+def wider(mask: Tensor, added: int, fill: float, has_keys_only: bool) -> Tensor:
+    if added == 0:
+        return mask
+    if not has_keys_only and mask.dim() > 1 and mask.size(-2) > 1:
+        return longer(longer(mask, added, fill, -2), added, fill, -1)
+    return longer(mask, added, fill, -1)
+
+def wider_mask(mask: Tensor, added: int) -> Tensor:
+    return wider(mask, added, 1.0 if mask.dtype == 11 else 0.0, False)
+
+def wider_optional(mask: Optional[Tensor], added: int) -> Optional[Tensor]:
+    if mask is None:
+        return None
+    return wider_mask(mask, added)
+
+def wider_flags(mask: Tensor, added: int, has_keys_only: bool) -> Tensor:
+    return wider(mask, added, 0.0, has_keys_only and mask.dim() < 3)
+)python";
+
+constexpr const char* kRemedy = "; train prefix_tuning instead";
+
+[[noreturn]] void refuse(const Node* node, const std::string& why) {
+  TORCH_CHECK(false, "graft: prompt_tuning cannot add tokens to this model: ", why, kRemedy, "; at ", described(node));
+}
+
+bool is_attention(const Node* node) {
+  return is_aten(node, {"scaled_dot_product_attention"}) ||
+         std::string_view(node->kind().toQualString()) == "torchgraft::gated_prefix_attention";
+}
+
+class Longer {
+ public:
+  Longer(Graph& graph, const Module& module, const LongerTokens& longer, const Value* adapter_ids)
+      : graph_(graph), shapes_(module), longer_(longer) {
+    for (Value* input : graph.inputs()) {
+      if (input != graph.inputs()[0] && input != adapter_ids) {
+        of_arguments_.insert(input);
+      }
+    }
+    Shape shape = shapes_.shape(longer.before).value_or(Shape{});
+    if (shape.size() != 3) {
+      shape = {shapes_.fresh(), shapes_.fresh(), number(longer.features)};
+    }
+    rows_ = shape[longer.sequence_first ? 1 : 0];
+    tokens_ = shape[longer.sequence_first ? 0 : 1];
+    shape[longer.sequence_first ? 0 : 1] = shapes_.fresh();
+    shapes_.assume(longer.tokens, shape);
+    longer_values_.insert(longer.tokens);
+  }
+
+  void run() {
+    visit(graph_.block());
+    for (const auto& [node, input] : crossings_) {
+      cross(node, input);
+    }
+  }
+
+ private:
+  // Marks what depends on the longer tokens, and notes where something else meets it.
+  void visit(Block* block) {
+    for (Node* node : block->nodes()) {
+      if (node == longer_.tokens->node()) {
+        continue;
+      }
+      bool is_longer = false;
+      bool is_of_arguments = false;
+      for (Value* input : node->inputs()) {
+        is_longer |= longer_values_.count(input) > 0;
+        is_of_arguments |= of_arguments_.count(input) > 0;
+      }
+      for (Block* inner : node->blocks()) {
+        visit(inner);
+        for (Value* output : inner->outputs()) {
+          is_longer |= longer_values_.count(output) > 0;
+          is_of_arguments |= of_arguments_.count(output) > 0;
+        }
+      }
+      for (Value* output : node->outputs()) {
+        if (is_longer) {
+          longer_values_.insert(output);
+        } else if (is_of_arguments) {
+          of_arguments_.insert(output);
+        }
+      }
+      if (is_longer && !is_result(node)) {
+        check(node);
+        for (size_t i = 0; i < node->inputs().size(); ++i) {
+          if (is_foreign(node->input(i))) {
+            crossings_.emplace_back(node, i);
+          }
+        }
+      }
+    }
+  }
+
+  // Whether the node packs what forward returns.
+  static bool is_result(const Node* node) {
+    const bool packs = node->kind() == c10::prim::TupleConstruct || node->kind() == c10::prim::ListConstruct ||
+                       node->kind() == c10::prim::DictConstruct;
+    return packs && std::all_of(node->output()->uses().begin(), node->output()->uses().end(), [](const Use& use) {
+      return use.user->kind() == c10::prim::Return || is_result(use.user);
+    });
+  }
+
+  bool is_foreign(Value* value) const { return of_arguments_.count(value) > 0 && longer_values_.count(value) == 0; }
+
+  // That a node does not know the number of tokens, and shows the new ones to all.
+  void check(Node* node) {
+    if (node->kind() == c10::prim::Loop) {
+      refuse(node, "a loop reads them");
+    }
+    if (is_attention(node)) {
+      const auto causal = resolve_constant(node->namedInput("is_causal"));
+      if (!causal || !causal->isBool() || causal->toBool()) {
+        refuse(node, "an attention is causal, and not all tokens would see the prompt");
+      }
+    } else if (is_aten(node, {"slice"})) {
+      check_slice(node);
+    } else if (is_aten(node, {"narrow"})) {
+      check_dim(node, "dim", "it takes a fixed number of tokens");
+    } else if (is_aten(node, {"view", "reshape"}) && node->inputs().size() == 2) {
+      check_view(node);
+    }
+  }
+
+  void check_dim(Node* node, const char* argument, const std::string& why) {
+    const auto shape = shapes_.shape(node->input(0));
+    const auto dim = shape ? position(node->namedInput(argument), shape->size()) : std::nullopt;
+    if (!dim || !(*shape)[*dim].is_constant()) {
+      refuse(node, why);
+    }
+  }
+
+  void check_slice(Node* node) {
+    const Value* end = node->namedInput("end");
+    const auto last = constant_int(end);
+    const bool is_open = is_none(end) || (last && (*last < 0 || *last >= std::numeric_limits<int32_t>::max()));
+    if (!is_open || constant_int(node->namedInput("step")) != 1) {
+      check_dim(node, "dim", "it takes a fixed number of tokens");
+    }
+  }
+
+  // Where one size is left to be found, the others may leave it to take tokens of several rows for those of one.
+  void check_view(Node* node) {
+    const auto sizes = shapes_.integers(node->input(1));
+    const auto shape = shapes_.shape(node->input(0));
+    if (!sizes) {
+      refuse(node, "the sizes of this view are not known");
+    }
+    int64_t known = 1;
+    bool has_rest = false;
+    for (const Dim& size : *sizes) {
+      has_rest |= size == number(-1);
+      known *= size.is_constant() && size.factor > 0 ? size.factor : 1;
+    }
+    if (has_rest && (!shape || product(*shape).factor % known != 0)) {
+      refuse(node, "the number of tokens or rows may be a constant in this view");
+    }
+  }
+
+  void cross(Node* node, size_t index) {
+    Value* value = node->input(index);
+    if (value->type()->isSubtypeOf(*c10::DeviceObjType::get()) || is_passive_number(value)) {
+      return;
+    }
+    if (node->kind() == c10::prim::If && index == 0 && is_presence(value->node())) {
+      return;
+    }
+    if (Value* size = longer_size(value, node)) {
+      if (size != value) {
+        node->replaceInput(index, size);
+      }
+      return;
+    }
+    if (value->type()->isSubtypeOf(*c10::OptionalType::ofTensor())) {
+      if (is_attention(node) && node->namedInput("attn_mask") == value) {
+        widen(node, index, is_tensor(value) ? "wider_mask" : "wider_optional", std::nullopt);
+        return;
+      }
+      return cross_mask(node, index);
+    }
+    refuse(node, "it reads %" + value->debugName() + ", which depends on forward's arguments");
+  }
+
+  static bool is_passive_number(const Value* value) {
+    const Node* node = value->node();
+    return node->kind() == c10::prim::dtype || node->kind() == c10::prim::layout;
+  }
+
+  static bool is_presence(const Node* node) {
+    return is_aten(node, {"__is__", "__isnot__"}) && is_none(node->input(1));
+  }
+
+  // What stands for a size that is no tensor's content: `value` itself for the number of rows, the longer size for that
+  // of tokens; null for others.
+  Value* longer_size(Value* value, Node* user) {
+    if (value->node()->kind() == c10::prim::ListConstruct && value->type()->isSubtypeOf(*c10::ListType::ofInts())) {
+      std::vector<Value*> sizes;
+      for (Value* element : value->node()->inputs()) {
+        Value* size = is_foreign(element) ? longer_size(element, user) : element;
+        if (!size) {
+          return nullptr;
+        }
+        sizes.push_back(size);
+      }
+      if (at::ArrayRef<Value*>(sizes).equals(value->node()->inputs())) {
+        return value;
+      }
+      WithInsertPoint guard(user);
+      return graph_.insertNode(graph_.createList(c10::IntType::get(), sizes))->output();
+    }
+    Node* node = value->node();
+    const bool is_number = node->kind() == c10::prim::NumToTensor;
+    if (!is_number && !value->type()->isSubtypeOf(*c10::IntType::get())) {
+      return nullptr;
+    }
+    const Dim dim = shapes_.canonical(shapes_.integer(is_number ? node->input() : value));
+    if (dim == shapes_.canonical(rows_)) {
+      return value;
+    }
+    if (is_number || !(dim == shapes_.canonical(tokens_))) {
+      return nullptr;
+    }
+    WithInsertPoint guard(user);
+    return graph_.insert(c10::aten::size, {longer_.tokens, longer_.sequence_first ? 0 : 1});
+  }
+
+  // A tensor that is no attention's mask yet: a mask on its way to it, or the place is refused.
+  void cross_mask(Node* node, size_t index) {
+    Value* value = node->input(index);
+    if (!is_of_weights(value)) {
+      if (is_cast(node) && index == 0) {
+        if (cast_to_mask(node->output())) {
+          return;
+        }
+      } else if (sets_scores(node, index)) {
+        widen(node, index, "wider_flags", false);
+        return;
+      } else if (is_reshaped(node) && index == 0 && all_set_scores(node->output())) {
+        widen(node, index, "wider_flags", true);
+        return;
+      }
+    }
+    refuse(node, "it reads the tensor %" + value->debugName() +
+                     ", which depends on forward's arguments and is not an attention mask alone");
+  }
+
+  static bool is_cast(const Node* node) { return is_aten(node, {"type_as", "to"}); }
+  static bool is_reshaped(const Node* node) { return is_aten(node, {"view", "reshape", "expand_as", "expand", "unsqueeze"}); }
+
+  // Widens what is made of a mask by casts alone where attentions read it.
+  bool cast_to_mask(Value* value) {
+    std::vector<std::pair<Node*, size_t>> places;
+    for (const Use& use : std::vector<Use>(value->uses().begin(), value->uses().end())) {
+      if (is_cast(use.user) && use.offset == 0) {
+        if (!cast_to_mask(use.user->output())) {
+          return false;
+        }
+      } else if (is_attention(use.user) && use.user->namedInput("attn_mask") == value) {
+        places.emplace_back(use.user, use.offset);
+      } else {
+        return false;
+      }
+    }
+    for (const auto& [user, offset] : places) {
+      widen(user, offset, "wider_mask", std::nullopt);
+    }
+    return true;
+  }
+
+  // Whether the node adds the mask to scores, or sets scores by it, and only attentions read these.
+  bool sets_scores(Node* node, size_t index) {
+    const bool sets = (is_aten(node, {"add"}) && index < 2) || (is_aten(node, {"masked_fill"}) && index == 1);
+    return sets && !is_in_place(node) && ends_in_masks(node->output());
+  }
+
+  bool all_set_scores(Value* value) {
+    for (const Use& use : value->uses()) {
+      const bool goes_on = is_reshaped(use.user) && use.offset == 0 ? all_set_scores(use.user->output())
+                                                                   : sets_scores(use.user, use.offset);
+      if (!goes_on) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  // Whether attentions read nothing but this as their mask.
+  bool ends_in_masks(Value* value) {
+    for (const Use& use : value->uses()) {
+      if (is_attention(use.user) && use.user->namedInput("attn_mask") == value) {
+        continue;
+      }
+      const bool returns = use.user->kind() == c10::prim::Return && use.user->owningBlock()->owningNode() &&
+                           use.user->owningBlock()->owningNode()->kind() == c10::prim::If;
+      Value* next = returns ? use.user->owningBlock()->owningNode()->output(use.offset)
+                    : is_cast(use.user) || is_reshaped(use.user) || is_aten(use.user, {"add", "masked_fill", "atleast_2d", "clamp"})
+                        ? use.user->output()
+                        : nullptr;
+      if (!next || !ends_in_masks(next)) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  // Whether a linear map or a table had a part in the value: it is no mask, which has known values for visible tokens.
+  bool is_of_weights(Value* value) const {
+    std::unordered_set<const Value*> seen = {value};
+    std::vector<Value*> frontier = {value};
+    for (size_t i = 0; i < frontier.size(); ++i) {
+      Node* node = frontier[i]->node();
+      if (is_linear(node) || is_attention(node) ||
+          is_aten(node, {"embedding", "matmul", "bmm", "mm", "conv1d", "conv2d", "index_select", "index", "gather"})) {
+        return true;
+      }
+      for (Value* input : node->inputs()) {
+        if (seen.insert(input).second) {
+          frontier.push_back(input);
+        }
+      }
+    }
+    return false;
+  }
+
+  void widen(Node* node, size_t index, const char* function, std::optional<bool> has_keys_only) {
+    Value* mask = node->input(index);
+    const bool is_top_level = node->owningBlock() == graph_.block();
+    const auto key = std::pair(mask, std::pair(std::string(function), has_keys_only.value_or(false)));
+    if (const auto found = widened_.find(key); found != widened_.end()) {
+      node->replaceInput(index, found->second);
+      return;
+    }
+    std::vector<Value*> arguments = {mask, longer_.added};
+    WithInsertPoint guard(node);
+    if (has_keys_only) {
+      arguments.push_back(graph_.insertConstant(*has_keys_only));
+    }
+    Value* wide = torch::jit::insertGraph(graph_, *compile_graph(kWiderMask, function), arguments)[0];
+    node->replaceInput(index, wide);
+    if (is_top_level) {
+      widened_[key] = wide;
+    }
+  }
+
+  Graph& graph_;
+  SymbolicShapes shapes_;
+  const LongerTokens& longer_;
+  Dim rows_, tokens_;
+  std::unordered_set<const Value*> longer_values_;
+  std::unordered_set<const Value*> of_arguments_;
+  std::vector<std::pair<Node*, size_t>> crossings_;
+  std::map<std::pair<const Value*, std::pair<std::string, bool>>, Value*> widened_;
+};
+
+}  // namespace
+
+void make_longer(Graph& graph, const Module& module, const LongerTokens& longer, const Value* adapter_ids) {
+  Longer(graph, module, longer, adapter_ids).run();
+}
+
+}  // namespace torchgraft

@@ -1,0 +1,110 @@
+"""Prompt tuning: equal to adapters==1.3.0, live; the results have the prompt's tokens, too."""
+
+import pytest
+import torch
+
+import adapters
+import torchgraft
+from adapters import ConfigUnion, LoRAConfig, PromptTuningConfig, SeqBnConfig, SeqBnInvConfig, UniPELTConfig
+from grafted import base, check_refused
+from library_bank import DOUBLE, VARIANT, LibraryBank, check_learner, hidden, plain
+from models import VARIANTS, hugging_face, make_batch
+from oracle import TOLERANCE, difference, randomise, varied_batches
+
+CONFIGS = {
+    "prompt": PromptTuningConfig(prompt_length=3),
+    "behind_first": PromptTuningConfig(prompt_length=3, combine="prefix_after_bos"),
+    "longer": PromptTuningConfig(),
+    "union": ConfigUnion(
+        PromptTuningConfig(prompt_length=4), LoRAConfig(r=3, use_gating=True), SeqBnConfig(use_gating=True)
+    ),
+    "union_inv": ConfigUnion(PromptTuningConfig(prompt_length=2, combine="prefix_after_bos"), SeqBnInvConfig()),
+    "lora": LoRAConfig(r=4),
+    "unipelt": UniPELTConfig(),
+}
+PROMPTS = [name for name in CONFIGS if name not in ("lora", "unipelt")]
+LIBRARY = LibraryBank(CONFIGS, lambda: hugging_face("bert", "sdpa", DOUBLE))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", PROMPTS)
+def test_an_adapter_equals_the_library(name: str) -> None:
+    module = LIBRARY.check_alone(name)
+    module.deactivate()
+    for batch in varied_batches(VARIANT, DOUBLE):
+        with torch.no_grad():
+            assert torch.equal(hidden(module, batch), hidden(plain(), batch))
+
+
+@torch.no_grad()
+def test_batches_of_a_bank_equal_the_library() -> None:
+    """Rows of equally many tokens share a batch, whichever prompts they have; others are refused."""
+    bank = LIBRARY.bank
+    for names in (["prompt", "behind_first", "prompt"], ["longer"], ["lora", None, "unipelt"], ["union_inv"]):
+        batch = make_batch([9 - 2 * i for i in range(len(names))], 9, DOUBLE)
+        ids = torch.tensor([-1 if name is None else bank.adapter_names().index(name) for name in names])
+        found = hidden(bank, batch, adapter_ids=ids)
+        for row, name in enumerate(names):
+            wanted = LIBRARY.expected(name, batch.row(row))
+            assert difference(found[row : row + 1], wanted) <= TOLERANCE[DOUBLE], name
+    batch = make_batch([9, 6], 9, DOUBLE)
+    with pytest.raises(Exception, match="expected adapter_ids of equally long prompts, got rows with 0 and with 10"):
+        hidden(bank, batch, adapter_ids=torch.tensor([-1, bank.adapter_names().index("longer")]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["bert_eager", "roberta_sdpa", "roberta_eager", "distilbert_sdpa", "distilbert_eager",
+                                  "vit_sdpa", "vit_eager"])  # fmt: skip
+def test_families_equal_the_library(name: str, tmp_path) -> None:
+    variant = VARIANTS[name]
+    model = hugging_face(variant.family, variant.attention, DOUBLE)
+    adapters.init(model)
+    for seed, each in enumerate(("prompt", "behind_first")):
+        model.add_adapter(each, config=CONFIGS[each])
+        model.double()
+        randomise(model, each, seed)
+        model.save_adapter(str(tmp_path / each), each)
+    model.eval()
+    module = torchgraft.graft(base(name, DOUBLE), adapters={each: tmp_path / each for each in ("prompt", "behind_first")})
+    for each in ("prompt", "behind_first"):
+        model.set_active_adapters(each)
+        module.activate(each)
+        for batch in varied_batches(variant, DOUBLE):
+            found = variant.hidden(module(*variant.arguments(batch)))
+            expected = variant.hidden(model(*variant.arguments(batch)))
+            assert difference(found, expected) <= TOLERANCE[DOUBLE]
+
+
+@pytest.mark.parametrize("name", ["prompt", "union_inv"])
+def test_a_directory_comes_back_bit_for_bit(name: str, tmp_path) -> None:
+    LIBRARY.check_written(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["prompt", "behind_first"])
+def test_gradients_equal_the_library(name: str) -> None:
+    LIBRARY.check_gradients(name)
+
+
+def test_a_learner_in_a_bank_moves_alone() -> None:
+    bank = torchgraft.graft(plain(), adapters={each: LIBRARY.directory(each) for each in ("prompt", "behind_first")})
+    module = torchgraft.graft(bank, PromptTuningConfig(prompt_length=3), "learner", trainable=True)
+    check_same = check_learner(module, 2, 1e-4)
+    check_same(torchgraft.freeze_adapter(module, "learner"))
+
+
+def test_a_pool_holds_prompts() -> None:
+    LIBRARY.check_pool(["prompt", "behind_first"], "prompt_tuning")
+
+
+@pytest.mark.quick
+def test_what_cannot_be_is_refused() -> None:
+    bare = base("bert_sdpa", DOUBLE)
+    refused = {
+        "prompt_tuning[prompt_length=0]": "expected PromptTuningConfig.prompt_length to be from 1 to",
+        "prompt_tuning[combine=suffix]": "PromptTuningConfig.combine=suffix is not supported yet",
+        "prompt_tuning[prompt_init=from_string]": "needs the tokenizer of the model",
+    }
+    check_refused(bare, refused)
+    module = torchgraft.graft(bare, adapters={"task": LIBRARY.directory("prompt")})
+    with pytest.raises(torchgraft.GraftError, match="no weight can hold prompt_tuning of layer 0, because a prompt"):
+        torchgraft.merge_adapter(module, "task")
