@@ -117,6 +117,7 @@ class Longer {
           of_arguments_.insert(output);
         }
       }
+      learn_shape(node);
       if (is_longer && !is_result(node)) {
         check(node);
         for (size_t i = 0; i < node->inputs().size(); ++i) {
@@ -124,6 +125,21 @@ class Longer {
             crossings_.emplace_back(node, i);
           }
         }
+      }
+    }
+  }
+
+  // The result of an adapter's op has the shape of what it changes.
+  void learn_shape(Node* node) {
+    if (std::string_view(node->kind().ns().toUnqualString()) != "torchgraft" || !node->maybeSchema()) {
+      return;
+    }
+    for (const char* changed : {"base", "residual", "query", "x"}) {
+      if (node->schema().argumentIndexWithName(changed)) {
+        if (const auto shape = shapes_.shape(node->namedInput(changed))) {
+          shapes_.assume(node->output(0), *shape);
+        }
+        return;
       }
     }
   }
