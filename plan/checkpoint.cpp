@@ -216,8 +216,8 @@ Checkpoint sort_checkpoint(const StateDict& state, const std::string& name) {
       continue;
     }
     if (parsed && parsed->name == name && parsed->container == kPrompts) {
-      const auto [kept, is_new] = checkpoint.prompt.emplace(join(parsed->parameter.begin(), parsed->parameter.end()),
-                                                            SavedTensor{key, tensor});
+      const auto [kept, is_new] =
+          checkpoint.prompt.emplace(join(parsed->parameter.begin(), parsed->parameter.end()), SavedTensor{key, tensor});
       TORCH_CHECK(is_new || is_same(tensor, kept->second.tensor), "adapter weights: expected ", key, " and ",
                   kept->second.key, " to be the same prompt, but their values differ");
       continue;

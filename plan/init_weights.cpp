@@ -288,7 +288,11 @@ std::vector<size_t> drawing_order(const Plan& plan) {
     const bool is_prefix = std::holds_alternative<PlannedPrefix>(plan[i].method);
     const bool is_prompt = std::holds_alternative<PlannedPrompt>(plan[i].method);
     const int behind_layers = is_inverse(plan[i]) ? 2 : is_prompt || (is_prefix && has_inverse) ? 1 : 0;
-    const int in_layer = is_prompt ? -1 : is_prefix ? 0 : plan[i].site == "output_lora" ? 2 : plan[i].site == "output_reft" ? 3 : 1;
+    const int in_layer = is_prompt                       ? -1
+                         : is_prefix                     ? 0
+                         : plan[i].site == "output_lora" ? 2
+                         : plan[i].site == "output_reft" ? 3
+                                                         : 1;
     return std::tuple(behind_layers, plan[i].layer, in_layer);
   };
   std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return rank(a) < rank(b); });

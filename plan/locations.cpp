@@ -8,9 +8,9 @@ namespace torchgraft {
 
 size_t execution_order(const std::string& site) {
   static const std::vector<std::string> kSites = {
-      "inv_adapter",      "prompt_tuning",    "selfattn_lora_q",   "selfattn_lora_k", "selfattn_lora_v",
-      "crossattn_lora_q", "crossattn_lora_k", "crossattn_lora_v",  "self_prefix",     "encoder_prefix",
-      "cross_prefix",     "selfattn_lora_o",  "crossattn_lora_o",  "mh_adapter",      "cross_adapter",
+      "inv_adapter",      "prompt_tuning",     "selfattn_lora_q",  "selfattn_lora_k", "selfattn_lora_v",
+      "crossattn_lora_q", "crossattn_lora_k",  "crossattn_lora_v", "self_prefix",     "encoder_prefix",
+      "cross_prefix",     "selfattn_lora_o",   "crossattn_lora_o", "mh_adapter",      "cross_adapter",
       "gate_lora",        "intermediate_lora", "output_lora",      "output_adapter",  "output_reft"};
   if (linear_map_position(site)) {
     return kSites.size();

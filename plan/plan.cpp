@@ -310,8 +310,9 @@ void Planner::add(const ReftConfig& config) {
 }
 
 void Planner::add(const PromptTuningConfig& config) {
-  TORCH_CHECK(structure_.embedding_size > 0, "plan: the model has no place for prompt_tuning: ",
-              structure_.embedding_note, "; train prefix_tuning instead");
+  TORCH_CHECK(structure_.embedding_size > 0,
+              "plan: the model has no place for prompt_tuning: ", structure_.embedding_note,
+              "; train prefix_tuning instead");
   add_module(layers_.front(), "prompt_tuning", "prompt_tuning", PlannedPrompt{config, structure_.embedding_size});
 }
 

@@ -255,8 +255,8 @@ ModuleWeights WeightReader::read(const PlannedModule& module, const SavedParamet
       weights[name] = take(checkpoint_.invertible, invertible_names().at(name), shape, place);
     }
   } else if (const auto* prompt = std::get_if<PlannedPrompt>(&module.method)) {
-    weights["prompt"] = take(checkpoint_.prompt, kSavedPrompt,
-                             {prompt->config.prompt_length, prompt->embedding_size}, place);
+    weights["prompt"] =
+        take(checkpoint_.prompt, kSavedPrompt, {prompt->config.prompt_length, prompt->embedding_size}, place);
   } else if (const auto* reft = std::get_if<PlannedReft>(&module.method)) {
     const TakeTensor take_tensor = [&](const std::string& name, at::IntArrayRef shape) {
       return take(saved, name, shape, place);

@@ -224,7 +224,7 @@ bool Slot::has_bank(const std::string& parameter) const {
 }
 
 bool is_trained(const std::string& parameter, bool scaling_is_trained) {
-  static const std::set<std::string> kFixed = {"prefix_length", "present",   "weight_norm",   "fixed",
+  static const std::set<std::string> kFixed = {"prefix_length", "present",     "weight_norm",   "fixed",
                                                "positions",     "subtraction", "prompt_length", "prompt_begin"};
   return !kFixed.count(parameter) && (parameter != "scaling" || scaling_is_trained);
 }
@@ -307,8 +307,8 @@ std::vector<SlotRun> slot_runs(const std::vector<Slot>& slots, const Structure& 
   for (size_t i = 0; i < structure.layers.size(); ++i) {
     const Layer& layer = structure.layers[i];
     for (size_t s = 0; s < slots.size(); ++s) {
-      const bool is_outside = linear_map_position(slots[s].site) || slots[s].site == "inv_adapter" ||
-                              slots[s].site == "prompt_tuning";
+      const bool is_outside =
+          linear_map_position(slots[s].site) || slots[s].site == "inv_adapter" || slots[s].site == "prompt_tuning";
       const bool runs_again = layer.shares && !is_outside;
       if (slots[s].layer == layer.index || (runs_again && slots[s].layer == *layer.shares)) {
         runs.push_back({s, i});

@@ -70,7 +70,9 @@ std::vector<Value*> call_rows(torch::jit::Graph& graph, const char* function, st
 }
 
 // ReFT and invertible adapters act in Inserter::first_of_each().
-bool is_composed(const std::string& site) { return site != "output_reft" && site != "inv_adapter" && site != "prompt_tuning"; }
+bool is_composed(const std::string& site) {
+  return site != "output_reft" && site != "inv_adapter" && site != "prompt_tuning";
+}
 
 }  // namespace
 

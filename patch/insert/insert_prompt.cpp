@@ -57,9 +57,9 @@ void insert_prompt(Inserter& inserter, const EmbeddingSite& site, const Slot& sl
     Value* x = inserter.swapped(site.value, site.sequence_first);
     longer.added = call("prompt_tokens", {x, inserter.parameter(slot, bank, "prompt_length"), inserter.adapter_ids(),
                                           inserter.active()});
-    Value* joined = call("with_prompts", {x, inserter.parameter(slot, bank, "prompt"),
-                                          inserter.parameter(slot, bank, "prompt_begin"), longer.added,
-                                          inserter.adapter_ids(), inserter.active()});
+    Value* joined = call("with_prompts",
+                         {x, inserter.parameter(slot, bank, "prompt"), inserter.parameter(slot, bank, "prompt_begin"),
+                          longer.added, inserter.adapter_ids(), inserter.active()});
     Value* swapped = inserter.swapped(joined, site.sequence_first);
     longer.tokens = site.sequence_first ? graph.insert(c10::aten::contiguous, {swapped}) : swapped;
   }

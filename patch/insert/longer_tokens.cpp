@@ -27,7 +27,8 @@ using torch::jit::Value;
 using torch::jit::WithInsertPoint;
 
 // 11 is torch.bool. The last dimension of a mask is the keys', the one before it the queries', unless that one is
-// broadcast. `wider_flags`: of what sets or adds to scores; `has_keys_only`: a table [B, S] that is still to be reshaped.
+// broadcast. `wider_flags`: of what sets or adds to scores; `has_keys_only`: a table [B, S] that is still to be
+// reshaped.
 constexpr const char* kWiderMask = R"python(
 def longer(mask: Tensor, added: int, fill: float, dim: int) -> Tensor:
     new = torch.full_like(mask.narrow(dim, 0, 1), fill).repeat_interleave(added, dim)
@@ -149,8 +150,8 @@ class Longer {
     const bool packs = node->kind() == c10::prim::TupleConstruct || node->kind() == c10::prim::ListConstruct ||
                        node->kind() == c10::prim::DictConstruct;
     return packs && std::all_of(node->output()->uses().begin(), node->output()->uses().end(), [](const Use& use) {
-      return use.user->kind() == c10::prim::Return || is_result(use.user);
-    });
+             return use.user->kind() == c10::prim::Return || is_result(use.user);
+           });
   }
 
   bool is_foreign(Value* value) const { return of_arguments_.count(value) > 0 && longer_values_.count(value) == 0; }
@@ -211,10 +212,11 @@ class Longer {
 
   void cross(Node* node, size_t index) {
     Value* value = node->input(index);
-    if (value->type()->isSubtypeOf(*c10::DeviceObjType::get()) || is_passive_number(value)) {
+    if (value->type()->isSubtypeOf(*c10::DeviceObjType::get()) || value->node()->kind() == c10::prim::dtype) {
       return;
     }
-    if (node->kind() == c10::prim::If && index == 0 && is_presence(value->node())) {
+    if (node->kind() == c10::prim::If && index == 0 && is_aten(value->node(), {"__is__", "__isnot__"}) &&
+        is_none(value->node()->input(1))) {
       return;
     }
     if (Value* size = longer_size(value, node)) {
@@ -231,15 +233,6 @@ class Longer {
       return cross_mask(node, index);
     }
     refuse(node, "it reads %" + value->debugName() + ", which depends on forward's arguments");
-  }
-
-  static bool is_passive_number(const Value* value) {
-    const Node* node = value->node();
-    return node->kind() == c10::prim::dtype || node->kind() == c10::prim::layout;
-  }
-
-  static bool is_presence(const Node* node) {
-    return is_aten(node, {"__is__", "__isnot__"}) && is_none(node->input(1));
   }
 
   // What stands for a size that is no tensor's content: `value` itself for the number of rows, the longer size for that
@@ -297,7 +290,9 @@ class Longer {
   }
 
   static bool is_cast(const Node* node) { return is_aten(node, {"type_as", "to"}); }
-  static bool is_reshaped(const Node* node) { return is_aten(node, {"view", "reshape", "expand_as", "expand", "unsqueeze"}); }
+  static bool is_reshaped(const Node* node) {
+    return is_aten(node, {"view", "reshape", "expand_as", "expand", "unsqueeze"});
+  }
 
   // Widens what is made of a mask by casts alone where attentions read it.
   bool cast_to_mask(Value* value) {
@@ -328,7 +323,7 @@ class Longer {
   bool all_set_scores(Value* value) {
     for (const Use& use : value->uses()) {
       const bool goes_on = is_reshaped(use.user) && use.offset == 0 ? all_set_scores(use.user->output())
-                                                                   : sets_scores(use.user, use.offset);
+                                                                    : sets_scores(use.user, use.offset);
       if (!goes_on) {
         return false;
       }
@@ -345,7 +340,8 @@ class Longer {
       const bool returns = use.user->kind() == c10::prim::Return && use.user->owningBlock()->owningNode() &&
                            use.user->owningBlock()->owningNode()->kind() == c10::prim::If;
       Value* next = returns ? use.user->owningBlock()->owningNode()->output(use.offset)
-                    : is_cast(use.user) || is_reshaped(use.user) || is_aten(use.user, {"add", "masked_fill", "atleast_2d", "clamp"})
+                    : is_cast(use.user) || is_reshaped(use.user) ||
+                            is_aten(use.user, {"add", "masked_fill", "atleast_2d", "clamp"})
                         ? use.user->output()
                         : nullptr;
       if (!next || !ends_in_masks(next)) {

@@ -65,7 +65,9 @@ def test_families_equal_the_library(name: str, tmp_path) -> None:
         randomise(model, each, seed)
         model.save_adapter(str(tmp_path / each), each)
     model.eval()
-    module = torchgraft.graft(base(name, DOUBLE), adapters={each: tmp_path / each for each in ("prompt", "behind_first")})
+    module = torchgraft.graft(
+        base(name, DOUBLE), adapters={each: tmp_path / each for each in ("prompt", "behind_first")}
+    )
     for each in ("prompt", "behind_first"):
         model.set_active_adapters(each)
         module.activate(each)

@@ -124,6 +124,7 @@ def test_a_bank_that_somebody_wrote_over(model) -> None:
     check_refused(lambda: torchgraft.compose(noisy, "c", Stack("english", "ner")), "the bank adapters.layer_0.",
                   "somebody wrote over", "replace_adapter")  # fmt: skip
 
+
 def test_compositions_where_only_adapters_can_be(base, composed, files: Path, tmp_path: Path) -> None:
     assert AdapterPool(composed, 8).compositions().keys() == {"en_ner"}
     pool = AdapterPool(base, 2)
