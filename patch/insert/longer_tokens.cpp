@@ -33,22 +33,18 @@ constexpr const char* kWiderMask = R"python(
 def longer(mask: Tensor, added: int, fill: float, dim: int) -> Tensor:
     new = torch.full_like(mask.narrow(dim, 0, 1), fill).repeat_interleave(added, dim)
     return torch.cat([new, mask], dim)
-
 def wider(mask: Tensor, added: int, fill: float, has_keys_only: bool) -> Tensor:
     if added == 0:
         return mask
     if not has_keys_only and mask.dim() > 1 and mask.size(-2) > 1:
         return longer(longer(mask, added, fill, -2), added, fill, -1)
     return longer(mask, added, fill, -1)
-
 def wider_mask(mask: Tensor, added: int) -> Tensor:
     return wider(mask, added, 1.0 if mask.dtype == 11 else 0.0, False)
-
 def wider_optional(mask: Optional[Tensor], added: int) -> Optional[Tensor]:
     if mask is None:
         return None
     return wider_mask(mask, added)
-
 def wider_flags(mask: Tensor, added: int, has_keys_only: bool) -> Tensor:
     return wider(mask, added, 0.0, has_keys_only and mask.dim() < 3)
 )python";
@@ -153,7 +149,6 @@ class Longer {
              return use.user->kind() == c10::prim::Return || is_result(use.user);
            });
   }
-
   bool is_foreign(Value* value) const { return of_arguments_.count(value) > 0 && longer_values_.count(value) == 0; }
 
   // That a node does not know the number of tokens, and shows the new ones to all.
@@ -174,7 +169,6 @@ class Longer {
       check_view(node);
     }
   }
-
   void check_dim(Node* node, const char* argument, const std::string& why) {
     const auto shape = shapes_.shape(node->input(0));
     const auto dim = shape ? position(node->namedInput(argument), shape->size()) : std::nullopt;
@@ -182,7 +176,6 @@ class Longer {
       refuse(node, why);
     }
   }
-
   void check_slice(Node* node) {
     const Value* end = node->namedInput("end");
     const auto last = constant_int(end);
@@ -288,7 +281,6 @@ class Longer {
     refuse(node, "it reads the tensor %" + value->debugName() +
                      ", which depends on forward's arguments and is not an attention mask alone");
   }
-
   static bool is_cast(const Node* node) { return is_aten(node, {"type_as", "to"}); }
   static bool is_reshaped(const Node* node) {
     return is_aten(node, {"view", "reshape", "expand_as", "expand", "unsqueeze"});
@@ -319,7 +311,6 @@ class Longer {
     const bool sets = (is_aten(node, {"add"}) && index < 2) || (is_aten(node, {"masked_fill"}) && index == 1);
     return sets && !is_in_place(node) && ends_in_masks(node->output());
   }
-
   bool all_set_scores(Value* value) {
     for (const Use& use : value->uses()) {
       const bool goes_on = is_reshaped(use.user) && use.offset == 0 ? all_set_scores(use.user->output())
@@ -330,7 +321,6 @@ class Longer {
     }
     return true;
   }
-
   // Whether attentions read nothing but this as their mask.
   bool ends_in_masks(Value* value) {
     for (const Use& use : value->uses()) {

@@ -53,8 +53,7 @@ def test_batches_of_a_bank_equal_the_library() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["bert_eager", "roberta_sdpa", "roberta_eager", "distilbert_sdpa", "distilbert_eager",
-                                  "vit_sdpa", "vit_eager"])  # fmt: skip
+@pytest.mark.parametrize("name", ["bert_eager", "roberta_sdpa", "roberta_eager"])  # fmt: skip
 def test_families_equal_the_library(name: str, tmp_path) -> None:
     variant = VARIANTS[name]
     model = hugging_face(variant.family, variant.attention, DOUBLE)
@@ -65,9 +64,8 @@ def test_families_equal_the_library(name: str, tmp_path) -> None:
         randomise(model, each, seed)
         model.save_adapter(str(tmp_path / each), each)
     model.eval()
-    module = torchgraft.graft(
-        base(name, DOUBLE), adapters={each: tmp_path / each for each in ("prompt", "behind_first")}
-    )
+    directories = {each: tmp_path / each for each in ("prompt", "behind_first")}
+    module = torchgraft.graft(base(name, DOUBLE), adapters=directories)
     for each in ("prompt", "behind_first"):
         model.set_active_adapters(each)
         module.activate(each)
