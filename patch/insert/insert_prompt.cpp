@@ -48,13 +48,14 @@ void insert_prompt(Inserter& inserter, const EmbeddingSite& site, const Slot& sl
   const auto call = [&](const char* function, const std::vector<Value*>& arguments) {
     return torch::jit::insertGraph(graph, *compile_graph(prompt_source(), function), arguments)[0];
   };
-  Node* maker = site.value->node();
+  Value* stream = inserter.present_stream(site.value);  // behind invertible adapters, as in the library
+  Node* maker = stream->node();
   Node* end = inserter.marker_behind(maker->kind() == c10::prim::Param ? inserter.top() : maker);
   LongerTokens longer;
   {
     WithInsertPoint guard(end);
     Value* bank = inserter.slot_module(slot);
-    Value* x = inserter.swapped(site.value, site.sequence_first);
+    Value* x = inserter.swapped(stream, site.sequence_first);
     longer.added = call("prompt_tokens", {x, inserter.parameter(slot, bank, "prompt_length"), inserter.adapter_ids(),
                                           inserter.active()});
     Value* joined = call("with_prompts",
@@ -64,9 +65,9 @@ void insert_prompt(Inserter& inserter, const EmbeddingSite& site, const Slot& sl
     longer.tokens = site.sequence_first ? graph.insert(c10::aten::contiguous, {swapped}) : swapped;
   }
   longer.sequence_first = site.sequence_first;
-  longer.before = site.value;
+  longer.before = stream;
   longer.features = slot.parameters.at("prompt").size(-1);
-  site.value->replaceAllUsesAfterNodeWith(end, longer.tokens);
+  stream->replaceAllUsesAfterNodeWith(end, longer.tokens);
   end->destroy();
   make_longer(graph, module, longer, inserter.adapter_ids());
 }

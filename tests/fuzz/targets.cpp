@@ -75,6 +75,9 @@ double size_of(const PlannedModule& module) {
     double operator()(const PlannedReft& reft) const {
       return static_cast<double>(reft.config.r) * static_cast<double>(reft.hidden_size);
     }
+    double operator()(const PlannedPrompt& prompt) const {
+      return static_cast<double>(prompt.config.prompt_length) * static_cast<double>(prompt.embedding_size);
+    }
   };
   return std::visit(Size(), module.method);
 }
