@@ -16,6 +16,8 @@
 
 #include <torch/csrc/jit/passes/dead_code_elimination.h>
 
+#include <algorithm>
+
 namespace torchgraft {
 
 using torch::jit::Graph;
@@ -24,6 +26,18 @@ using torch::jit::Value;
 using torch::jit::WithInsertPoint;
 
 namespace {
+
+bool is_prompt(const Slot& slot) { return slot.site == "prompt_tuning"; }
+
+// Why the rows of a batch must have prompts of one length, as far as the adapters tell; "" where they need not.
+std::string why_equal_prompts(const std::vector<Slot>& slots, const InsertOptions& options) {
+  if (options.poolings.unpadded) {
+    return "gates of gate_pooling=\"unpadded\" read a mask that does not know of prompts";
+  }
+  const bool has_reft =
+      std::any_of(slots.begin(), slots.end(), [](const Slot& slot) { return slot.site == "output_reft"; });
+  return has_reft ? "ReFT takes the last tokens of a row to be its own" : "";
+}
 
 // Makes the graph return (its result, gates).
 void return_with(Graph& graph, const std::vector<Value*>& gates) {
@@ -62,6 +76,11 @@ size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& si
     repeat_rows.emplace(*graph, sites, module);
   }
   Inserter inserter(*graph, sites, module, options);
+  std::optional<PromptInserter> prompts;
+  if (const auto slot = std::find_if(slots.begin(), slots.end(), is_prompt); slot != slots.end()) {
+    prompts.emplace(inserter, sites.embeddings.value(), *slot, module, why_equal_prompts(slots, options));
+    inserter.set_own_tokens(prompts->own_tokens());
+  }
   if (options.poolings.unpadded && !options.token_mask_input) {
     inserter.prepare_token_masks(slots, runs, module);
   }
@@ -87,13 +106,13 @@ size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& si
     return op->outputs()[1];
   };
   std::vector<Value*> gates;
-  std::optional<SlotRun> prompts;
   for (const SlotRun& run : runs) {
     const Slot& slot = slots[run.slot];
+    if (is_prompt(slot)) {
+      continue;
+    }
     inserter.enter(slot, run.layer);
-    if (slot.site == "prompt_tuning") {
-      prompts = run;
-    } else if (!has_gate(slot)) {
+    if (!has_gate(slot)) {
       const Inserter::Scope first = inserter.first_of_each();
       insert_reft(inserter, slot);
     } else {
@@ -110,8 +129,7 @@ size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& si
   insert_lora.join_packed_parts();
   insert_all_invertible(inserter, sites, slots, gated_runs(slots, runs), gates);
   if (prompts) {
-    inserter.enter(slots[prompts->slot], prompts->layer);
-    insert_prompt(inserter, sites.embeddings.value(), slots[prompts->slot], module);
+    prompts->finish();
   }
   return_with(*graph, gates);
   if (repeat_rows) {

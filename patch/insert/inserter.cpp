@@ -223,8 +223,11 @@ Value* Inserter::readable(Value* mask, Value* x) {
 }
 
 Value* Inserter::token_mask(const Slot& slot) {
-  if (is_composing_ || !options_.poolings.unpadded || !slot.parameters.count("gate_weight")) {
+  if (is_composing_ || !slot.parameters.count("gate_weight")) {
     return nullptr;
+  }
+  if (!options_.poolings.unpadded) {
+    return own_tokens_;
   }
   if (!input_mask_) {
     return token_masks_.at(layer_);

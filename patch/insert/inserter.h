@@ -93,6 +93,8 @@ class Inserter {
   // A value of the residual stream that was found in the graph, as adapters that replaced it have left it.
   Value* present_stream(Value* found) const;
   void replace_stream(Value* found, Value* by) { streams_[found] = by; }
+  // The tokens [B, S], or None for all of them, that gates without a mask of their own are means over; null for all.
+  void set_own_tokens(Value* tokens) { own_tokens_ = tokens; }
   // The tokens that the slot's gate is a mean over; null for all tokens, or without a gate.
   Value* token_mask(const Slot& slot);
   // gate_weight and gate_bias.
@@ -141,6 +143,7 @@ class Inserter {
   Value* first_active_ = nullptr;
   bool is_composing_ = false;  // gates are means over all tokens
   Value* input_mask_ = nullptr;
+  Value* own_tokens_ = nullptr;
   Value* real_input_ = nullptr;  // the token mask that is an input, as bool
   std::optional<TrainedWeights> trained_;
 };

@@ -4,6 +4,7 @@
 #include <torchgraft/patch/graph/linear_map.h>
 #include <torchgraft/patch/graph/symbolic_shape.h>
 #include <torchgraft/patch/graph/writes.h>
+#include <torchgraft/patch/insert/wider_masks.h>
 
 #include <c10/util/Exception.h>
 
@@ -25,29 +26,6 @@ using torch::jit::Node;
 using torch::jit::Use;
 using torch::jit::Value;
 using torch::jit::WithInsertPoint;
-
-// 11 is torch.bool. The last dimension of a mask is the keys', the one before it the queries', unless that one is
-// broadcast. `wider_flags`: of what sets or adds to scores; `has_keys_only`: a table [B, S] that is still to be
-// reshaped.
-constexpr const char* kWiderMask = R"python(
-def longer(mask: Tensor, added: int, fill: float, dim: int) -> Tensor:
-    new = torch.full_like(mask.narrow(dim, 0, 1), fill).repeat_interleave(added, dim)
-    return torch.cat([new, mask], dim)
-def wider(mask: Tensor, added: int, fill: float, has_keys_only: bool) -> Tensor:
-    if added == 0:
-        return mask
-    if not has_keys_only and mask.dim() > 1 and mask.size(-2) > 1:
-        return longer(longer(mask, added, fill, -2), added, fill, -1)
-    return longer(mask, added, fill, -1)
-def wider_mask(mask: Tensor, added: int) -> Tensor:
-    return wider(mask, added, 1.0 if mask.dtype == 11 else 0.0, False)
-def wider_optional(mask: Optional[Tensor], added: int) -> Optional[Tensor]:
-    if mask is None:
-        return None
-    return wider_mask(mask, added)
-def wider_flags(mask: Tensor, added: int, has_keys_only: bool) -> Tensor:
-    return wider(mask, added, 0.0, has_keys_only and mask.dim() < 3)
-)python";
 
 constexpr const char* kRemedy = "; train prefix_tuning instead";
 
@@ -78,6 +56,11 @@ class Longer {
     shape[longer.sequence_first ? 0 : 1] = shapes_.fresh();
     shapes_.assume(longer.tokens, shape);
     longer_values_.insert(longer.tokens);
+    own_ = longer.own;
+    if (!own_) {
+      WithInsertPoint guard(longer.tokens->node());
+      own_ = graph.insertConstant(c10::IValue());
+    }
   }
 
   void run() {
@@ -85,14 +68,17 @@ class Longer {
     for (const auto& [node, input] : crossings_) {
       cross(node, input);
     }
+    for (Node* attention : longer_.own ? attentions_ : std::vector<Node*>()) {
+      show_own(attention);
+    }
   }
 
  private:
   // Marks what depends on the longer tokens, and notes where something else meets it.
   void visit(Block* block) {
     for (Node* node : block->nodes()) {
-      if (node == longer_.tokens->node()) {
-        continue;
+      if (node == longer_.tokens->node() || node == longer_.lengths->node() || node == own_->node()) {
+        continue;  // they follow the longer tokens
       }
       bool is_longer = false;
       bool is_of_arguments = false;
@@ -161,6 +147,7 @@ class Longer {
       if (!causal || !causal->isBool() || causal->toBool()) {
         refuse(node, "an attention is causal, and not all tokens would see the prompt");
       }
+      attentions_.push_back(node);
     } else if (is_aten(node, {"slice"})) {
       check_slice(node);
     } else if (is_aten(node, {"narrow"})) {
@@ -368,25 +355,41 @@ class Longer {
       node->replaceInput(index, found->second);
       return;
     }
-    std::vector<Value*> arguments = {mask, longer_.added};
+    std::vector<Value*> arguments = {mask, longer_.added, longer_.lengths, own_};
     WithInsertPoint guard(node);
     if (has_keys_only) {
       arguments.push_back(graph_.insertConstant(*has_keys_only));
     }
-    Value* wide = torch::jit::insertGraph(graph_, *compile_graph(kWiderMask, function), arguments)[0];
+    Value* wide = torch::jit::insertGraph(graph_, *compile_graph(wider_mask_source(), function), arguments)[0];
     node->replaceInput(index, wide);
     if (is_top_level) {
       widened_[key] = wide;
     }
   }
 
+  // Hides what is not a row's own from an attention whose queries are [B, heads, tokens, features].
+  void show_own(Node* attention) {
+    const size_t index = *attention->schema().argumentIndexWithName("attn_mask");
+    Value* mask = attention->input(index);
+    Value* own_mask = nullptr;
+    Value*& shared = attention->owningBlock() == graph_.block() ? shown_[mask] : own_mask;
+    if (!shared) {
+      WithInsertPoint guard(attention);
+      shared = torch::jit::insertGraph(graph_, *compile_graph(wider_mask_source(), "shown"), {mask, own_})[0];
+    }
+    attention->replaceInput(index, shared);
+  }
+
   Graph& graph_;
   SymbolicShapes shapes_;
   const LongerTokens& longer_;
+  Value* own_ = nullptr;  // longer_.own, or None
   Dim rows_, tokens_;
   std::unordered_set<const Value*> longer_values_;
   std::unordered_set<const Value*> of_arguments_;
   std::vector<std::pair<Node*, size_t>> crossings_;
+  std::vector<Node*> attentions_;
+  std::map<const Value*, Value*> shown_;
   std::map<std::pair<const Value*, std::pair<std::string, bool>>, Value*> widened_;
 };
 

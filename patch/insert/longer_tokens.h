@@ -12,8 +12,12 @@ struct LongerTokens {
   torch::jit::Value* tokens = nullptr;  // [B, P + S, E], or [P + S, B, E]
   bool sequence_first = false;
   torch::jit::Value* before = nullptr;  // the same without the P tokens
-  torch::jit::Value* added = nullptr;   // P, an int
   int64_t features = 0;                 // E
+  // Rows may have prompts of different lengths: [B], or [1] for all of them. P is the longest, an int. `own` tells of
+  // each token whether it is the row's, [B, P + S], and is None where all are; null where rows are equally long.
+  torch::jit::Value* lengths = nullptr;
+  torch::jit::Value* added = nullptr;
+  torch::jit::Value* own = nullptr;
 };
 
 // Makes what is computed from `longer.tokens` right for P more tokens: attention masks that come from forward's
@@ -24,6 +28,9 @@ struct LongerTokens {
 // tokens, if it depends on forward's arguments in no other way than through such masks, the number of rows, dtypes,
 // devices, and whether an optional argument is there; and if no number of tokens is a constant in it. Throws
 // c10::Error, which names the node, where the graph does not follow the rule.
+//
+// In rows with shorter prompts the columns of a mask follow the row's own tokens, and attentions do not show what comes
+// behind them. Whether that is enough, why_not_unequal() says (unequal_rows.h).
 void make_longer(torch::jit::Graph& graph, const torch::jit::Module& module, const LongerTokens& longer,
                  const torch::jit::Value* adapter_ids);
 

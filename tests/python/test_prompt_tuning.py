@@ -1,14 +1,16 @@
 """Prompt tuning: equal to adapters==1.3.0, live; the results have the prompt's tokens, too."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 import adapters
 import torchgraft
 from adapters import ConfigUnion, LoRAConfig, PromptTuningConfig, SeqBnConfig, SeqBnInvConfig, UniPELTConfig
-from grafted import base, check_refused
+from grafted import base, check_refused, reloaded
 from library_bank import DOUBLE, VARIANT, LibraryBank, check_learner, hidden, plain
-from models import VARIANTS, hugging_face, make_batch
+from models import VARIANTS, Batch, hugging_face, make_batch
 from oracle import TOLERANCE, difference, randomise, varied_batches
 
 CONFIGS = {
@@ -22,6 +24,7 @@ CONFIGS = {
     "lora": LoRAConfig(r=4),
     "unipelt": UniPELTConfig(),
 }
+ALONE = ("prompt", "behind_first", "longer")
 PROMPTS = [name for name in CONFIGS if name not in ("lora", "unipelt")]
 LIBRARY = LibraryBank(CONFIGS, lambda: hugging_face("bert", "sdpa", DOUBLE))
 
@@ -36,20 +39,30 @@ def test_an_adapter_equals_the_library(name: str) -> None:
             assert torch.equal(hidden(module, batch), hidden(plain(), batch))
 
 
+def check_rows(module: torch.jit.ScriptModule, names: list[str | None], expected: Callable) -> None:
+    """Each row begins with what `expected` gives for it alone; behind it there is padding."""
+    batch = make_batch([9 - i % 5 for i in range(len(names))], 9, DOUBLE)
+    ids = torch.tensor([-1 if name is None else module.adapter_names().index(name) for name in names])
+    found = hidden(module, batch, adapter_ids=ids)
+    for row, name in enumerate(names):
+        wanted = expected(name, batch.row(row))
+        apart = difference(found[row : row + 1, : wanted.size(1)], wanted)
+        assert apart <= TOLERANCE[DOUBLE], f"row {row} ({name}) differs by {apart}"
+    longest = max(CONFIGS[name].prompt_length if name in ALONE else 0 for name in names)
+    assert found.size(1) >= 9 + longest
+
+
 @torch.no_grad()
-def test_batches_of_a_bank_equal_the_library() -> None:
-    """Rows of equally many tokens share a batch, whichever prompts they have; others are refused."""
+@pytest.mark.quick
+@pytest.mark.parametrize("form", ["plain", "lowered", "optimised", "loaded"])
+def test_each_row_of_a_mixed_batch_equals_the_library(form: str) -> None:
+    """Rows with prompts of all lengths, rows without one and rows of the base."""
     bank = LIBRARY.bank
-    for names in (["prompt", "behind_first", "prompt"], ["longer"], ["lora", None, "unipelt"], ["union_inv"]):
-        batch = make_batch([9 - 2 * i for i in range(len(names))], 9, DOUBLE)
-        ids = torch.tensor([-1 if name is None else bank.adapter_names().index(name) for name in names])
-        found = hidden(bank, batch, adapter_ids=ids)
-        for row, name in enumerate(names):
-            wanted = LIBRARY.expected(name, batch.row(row))
-            assert difference(found[row : row + 1], wanted) <= TOLERANCE[DOUBLE], name
-    batch = make_batch([9, 6], 9, DOUBLE)
-    with pytest.raises(Exception, match="expected adapter_ids of equally long prompts, got rows with 0 and with 10"):
-        hidden(bank, batch, adapter_ids=torch.tensor([-1, bank.adapter_names().index("longer")]))
+    module = {"plain": lambda: bank, "lowered": lambda: torchgraft.lower(bank), "loaded": lambda: reloaded(bank),
+              "optimised": lambda: torchgraft.optimize(bank)}[form]()  # fmt: skip
+    check_rows(module, [None, *CONFIGS, None], LIBRARY.expected)
+    check_rows(module, ["lora", None, "unipelt"], LIBRARY.expected)
+    check_rows(module, ["longer"], LIBRARY.expected)
 
 
 @torch.no_grad()
@@ -73,6 +86,28 @@ def test_families_equal_the_library(name: str, tmp_path) -> None:
             found = variant.hidden(module(*variant.arguments(batch)))
             expected = variant.hidden(model(*variant.arguments(batch)))
             assert difference(found, expected) <= TOLERANCE[DOUBLE]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["own_post_unmasked_packed_sdpa", "own_pre_sdpa_bool",
+                                  "encoder_slow_pre_seq_first", "own_post_ids_matmul"])  # fmt: skip
+def test_stacks_take_it_at_their_input(name: str) -> None:
+    """Each row is what the base gives for embeddings with the row's prompt before them, with and without a mask."""
+    variant = VARIANTS[name]
+    module = base(name, DOUBLE)
+    for length in (3, 5):
+        module = torchgraft.graft(module, PromptTuningConfig(prompt_length=length), f"of_{length}")
+    (bank,) = [value for key, value in module.adapters.state_dict().items() if key.endswith(".prompt")]
+    batch = make_batch([9, 6, 9] if variant.masked else [9, 9, 9], 9, DOUBLE)
+    found = variant.hidden(module(*variant.arguments(batch), adapter_ids=torch.tensor([1, 0, -1])))
+    for row, prompt in enumerate((bank[1], bank[0, :3], bank[0, :0])):
+        one = batch.row(row)
+        flags = torch.ones(1, len(prompt), dtype=torch.int64)
+        longer = Batch(torch.cat([flags, one.ids], 1), torch.cat([flags, one.mask], 1),
+                       torch.cat([prompt[None], one.embeddings], 1))  # fmt: skip
+        expected = variant.hidden(base(name, DOUBLE)(*variant.arguments(longer)))
+        mine = found[row : row + 1, : expected.size(1)]
+        assert difference(variant.compared(mine, longer), variant.compared(expected, longer)) <= TOLERANCE[DOUBLE]
 
 
 @pytest.mark.parametrize("name", ["prompt", "union_inv"])
