@@ -83,7 +83,7 @@ class Longer {
       bool is_longer = false;
       bool is_of_arguments = false;
       for (Value* input : node->inputs()) {
-        is_longer |= longer_values_.count(input) > 0;
+        is_longer |= longer_values_.count(input) > 0 && !reads_form(node, input);
         is_of_arguments |= of_arguments_.count(input) > 0;
       }
       for (Block* inner : node->blocks()) {
@@ -110,6 +110,12 @@ class Longer {
         }
       }
     }
+  }
+
+  // A dtype or a device, which more tokens leave as they are.
+  static bool reads_form(const Node* node, const Value* input) {
+    return node->kind() == c10::prim::dtype || node->kind() == c10::prim::device ||
+           (is_aten(node, {"type_as", "to"}) && input != node->input(0));
   }
 
   // The result of an adapter's op has the shape of what it changes.
@@ -263,6 +269,9 @@ class Longer {
       } else if (is_reshaped(node) && index == 0 && all_set_scores(node->output())) {
         widen(node, index, "wider_flags", true);
         return;
+      } else if (is_reshaped(node) && index == 0 && is_mask(node->output())) {
+        widen(node, index, "wider_keys", true);
+        return;
       }
     }
     refuse(node, "it reads the tensor %" + value->debugName() +
@@ -293,6 +302,23 @@ class Longer {
     return true;
   }
 
+  // Whether attentions read nothing but this as their mask, reshaped or cast.
+  bool is_mask(Value* value) {
+    return std::all_of(value->uses().begin(), value->uses().end(), [&](const Use& use) {
+      if (is_attention(use.user)) {
+        return use.user->namedInput("attn_mask") == value;
+      }
+      Value* block_result = result_of_block(use);
+      const bool goes_on = (is_cast(use.user) || is_reshaped(use.user)) && use.offset == 0;
+      return block_result ? is_mask(block_result) : goes_on && is_mask(use.user->output());
+    });
+  }
+  // What an If gives where the use is what one of its blocks returns; else null.
+  static Value* result_of_block(const Use& use) {
+    Node* owner = use.user->kind() == c10::prim::Return ? use.user->owningBlock()->owningNode() : nullptr;
+    return owner && owner->kind() == c10::prim::If ? owner->output(use.offset) : nullptr;
+  }
+
   // Whether the node adds the mask to scores, or sets scores by it, and only attentions read these.
   bool sets_scores(Node* node, size_t index) {
     const bool sets = (is_aten(node, {"add"}) && index < 2) || (is_aten(node, {"masked_fill"}) && index == 1);
@@ -314,9 +340,8 @@ class Longer {
       if (is_attention(use.user) && use.user->namedInput("attn_mask") == value) {
         continue;
       }
-      const bool returns = use.user->kind() == c10::prim::Return && use.user->owningBlock()->owningNode() &&
-                           use.user->owningBlock()->owningNode()->kind() == c10::prim::If;
-      Value* next = returns ? use.user->owningBlock()->owningNode()->output(use.offset)
+      Value* block_result = result_of_block(use);
+      Value* next = block_result ? block_result
                     : is_cast(use.user) || is_reshaped(use.user) ||
                             is_aten(use.user, {"add", "masked_fill", "atleast_2d", "clamp"})
                         ? use.user->output()

@@ -6,7 +6,9 @@
 #include <torchgraft/patch/graph/writes.h>
 
 #include <algorithm>
+#include <map>
 #include <optional>
+#include <tuple>
 #include <unordered_set>
 #include <vector>
 
@@ -89,6 +91,10 @@ class UnequalWalk {
           refuse(node);
         }
         if (flow_.count(inner->outputs()[i])) {
+          const Dim own = inner_of(inner->outputs()[i]);
+          if (inner_.emplace(node->outputs().at(i), own).first->second != own) {
+            refuse(node);
+          }
           add(node, node->outputs().at(i));
         }
       }
@@ -114,26 +120,43 @@ class UnequalWalk {
       }
       return;
     }
-    if (reads_form_of_tokens(node)) {
+    if (takes_form_of_tokens(node) || is_read_for_form(node)) {
       return;
     }
     for (size_t i = 0; i < node->inputs().size(); ++i) {
       const bool is_sizes = takes_sizes(node) && i == 1;
-      if (!is_sizes && !flow_.count(node->input(i)) && !is_tensor(node->input(i)) && !is_fixed(node->input(i))) {
+      if (!is_sizes && !flow_.count(node->input(i)) && !may_be_tensor(node->input(i)) && !is_fixed(node->input(i))) {
         return refuse(node);
       }
     }
     if (is_in_place(node) || !is_apart(node)) {
       return refuse(node);
     }
+    const auto inputs = node->inputs();
+    const auto inner = std::find_if(inputs.begin(), inputs.end(), [&](const Value* input) { return inner_.count(input); });
     for (Value* output : node->outputs()) {
+      if (inner != inputs.end()) {
+        inner_.emplace(output, inner_.at(*inner));
+      }
       add(node, output);
     }
   }
 
+  static bool may_be_tensor(const Value* value) { return value->type()->isSubtypeOf(*c10::OptionalType::ofTensor()); }
+
   // A tensor that is no token, in the dtype of tokens.
-  bool reads_form_of_tokens(const Node* node) const {
+  bool takes_form_of_tokens(const Node* node) const {
     return is_aten(node, {"type_as", "to"}) && !flow_.count(node->input(0));
+  }
+
+  // Whether nothing but the dtype and the like of what the node gives is read: of scores, for their mask.
+  static bool is_read_for_form(const Node* node) {
+    return std::all_of(node->outputs().begin(), node->outputs().end(), [](const Value* output) {
+      return std::all_of(output->uses().begin(), output->uses().end(), [](const Use& use) {
+        return reads_form(use.user) || (is_pointwise(use.user) && use.user->inputs().size() > 0 &&
+                                        is_read_for_form(use.user));
+      });
+    });
   }
 
   // Numbers, flags and the like that are constants, weights, or sizes without tokens, or follow from these.
@@ -284,16 +307,26 @@ class UnequalWalk {
     if (is_aten(node, {"expand"})) {
       return to->size() - *after == from->size() - *before && (*to)[*after] == (*from)[*before];
     }
-    const Dim inner_before = product(Shape(from->begin() + static_cast<int64_t>(*before) + 1, from->end()));
-    const Dim inner_after = product(Shape(to->begin() + static_cast<int64_t>(*after) + 1, to->end()));
-    const int64_t each_before = (*from)[*before].factor;
-    const int64_t each_after = (*to)[*after].factor;
-    return shapes_.canonical(inner_before) == shapes_.canonical(inner_after) && each_before == each_after;
+    const Dim behind_before = product(Shape(from->begin() + static_cast<int64_t>(*before) + 1, from->end()));
+    const Dim behind_after = product(Shape(to->begin() + static_cast<int64_t>(*after) + 1, to->end()));
+    const Dim step = shapes_.canonical(behind_before * inner_of(node->input(0)));
+    const auto inner = step.divided_by(shapes_.canonical(behind_after));
+    if (!inner || !(*to)[*after].divided_by(shapes_.canonical(tokens_ * *inner))) {
+      return false;
+    }
+    inner_[node->output()] = *inner;
+    return true;
+  }
+
+  // How many elements of its dimension one token has: 1 in [B * T], B in [T * B].
+  Dim inner_of(const Value* value) const {
+    const auto found = inner_.find(value);
+    return found == inner_.end() ? Dim{} : found->second;
   }
 
   // Whether operands that have tokens have them in one place, as broadcasting sees it.
   bool is_aligned(Node* node) {
-    std::optional<std::pair<size_t, Dim>> place;
+    std::optional<std::tuple<size_t, Dim, Dim>> place;
     for (Value* input : node->inputs()) {
       if (!flow_.count(input)) {
         continue;
@@ -309,7 +342,7 @@ class UnequalWalk {
         }
         continue;
       }
-      const auto own = std::pair(shape->size() - *dim, (*shape)[*dim]);
+      const auto own = std::tuple(shape->size() - *dim, (*shape)[*dim], inner_of(input));
       if (place && *place != own) {
         return false;
       }
@@ -335,6 +368,7 @@ class UnequalWalk {
   Dim rows_, tokens_;
   std::unordered_set<const Value*> flow_;   // what is computed from the tokens
   std::unordered_set<const Value*> sizes_;  // sizes that the number of tokens is a factor of
+  std::map<const Value*, Dim> inner_;       // inner_of() where it is not 1
   std::string reason_;
 };
 

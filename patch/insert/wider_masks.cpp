@@ -38,6 +38,8 @@ def wider_optional(mask: Optional[Tensor], added: int, lengths: Tensor, own: Opt
     return wider_mask(mask, added, lengths, own)
 def wider_flags(mask: Tensor, added: int, lengths: Tensor, own: Optional[Tensor], has_keys_only: bool) -> Tensor:
     return wider(mask, added, lengths, own, 0.0, has_keys_only and mask.dim() < 3)
+def wider_keys(mask: Tensor, added: int, lengths: Tensor, own: Optional[Tensor], has_keys_only: bool) -> Tensor:
+    return wider(mask, added, lengths, own, 1.0 if mask.dtype == 11 else 0.0, has_keys_only and mask.dim() < 3)
 def shown(mask: Optional[Tensor], own: Optional[Tensor]) -> Optional[Tensor]:
     if own is None:
         return mask

@@ -12,6 +12,7 @@ namespace torchgraft {
 //     wider_optional(mask, added, lengths, own)              of an attention, where it may be None
 //     wider_flags(mask, added, lengths, own, has_keys_only)  of what sets or adds to scores; has_keys_only: a table
 //                                                            [B, S] that is still to be reshaped
+//     wider_keys(mask, added, lengths, own, has_keys_only)   of an attention's mask that is still to be reshaped
 //     shown(mask, own)                                       an attention's mask that hides what is not a row's own
 const std::string& wider_mask_source();
 
