@@ -87,7 +87,9 @@ Value* insert_invertible(Inserter& inserter, const EmbeddingSite& site, const Sl
     gate = ones;
     Value* output = as_found(inserter, result, site.sequence_first);
     site.value->replaceAllUsesAfterNodeWith(end, output);
-    inserter.replace_stream(site.value, output);
+    if (inserter.present_stream(site.value) == site.value) {  // else the output of another slot follows this one
+      inserter.replace_stream(site.value, output);
+    }
   }
   end->destroy();
   if (slot.inverts_output) {

@@ -4,6 +4,8 @@
 #include <torchgraft/patch/insert/row_functions.h>
 #include <torchgraft/patch/insert/unequal_rows.h>
 
+#include <c10/util/Exception.h>
+
 namespace torchgraft {
 
 using torch::jit::Node;
@@ -99,6 +101,7 @@ void PromptInserter::finish() {
     longer_.tokens = site_.sequence_first ? graph_.insert(c10::aten::contiguous, {swapped}) : swapped;
   }
   longer_.before->replaceAllUsesAfterNodeWith(end, longer_.tokens);
+  TORCH_INTERNAL_ASSERT(longer_.tokens->hasUses(), "nothing behind the embeddings reads the prompts");
   end->destroy();
   make_longer(graph_, module_, longer_, inserter_.adapter_ids());
 }
