@@ -318,7 +318,9 @@ std::vector<SlotRun> slot_runs(const std::vector<Slot>& slots, const Structure& 
   return runs;
 }
 
-bool has_gate(const Slot& slot) { return slot.site != "output_reft" && slot.site != "prompt_tuning"; }
+bool has_gate(const Slot& slot) { return slot.site != "output_reft" && !is_prompt(slot); }
+
+bool is_prompt(const Slot& slot) { return slot.site == "prompt_tuning"; }
 
 std::vector<SlotRun> gated_runs(const std::vector<Slot>& slots, const std::vector<SlotRun>& runs) {
   std::vector<SlotRun> result;

@@ -95,6 +95,9 @@ std::vector<SlotRun> slot_runs(const std::vector<Slot>& slots, const Structure& 
 
 // Whether the op of a slot returns a gate; and the runs of such slots. grafted_forward returns its gates in this order.
 bool has_gate(const Slot& slot);
+
+// Whether the slot holds tokens among the embeddings.
+bool is_prompt(const Slot& slot);
 std::vector<SlotRun> gated_runs(const std::vector<Slot>& slots, const std::vector<SlotRun>& runs);
 
 }  // namespace torchgraft

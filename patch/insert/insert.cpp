@@ -27,16 +27,21 @@ using torch::jit::WithInsertPoint;
 
 namespace {
 
-bool is_prompt(const Slot& slot) { return slot.site == "prompt_tuning"; }
-
-// Why the rows of a batch must have prompts of one length, as far as the adapters tell; "" where they need not.
-std::string why_equal_prompts(const std::vector<Slot>& slots, const InsertOptions& options) {
-  if (options.poolings.unpadded) {
-    return "gates of gate_pooling=\"unpadded\" read a mask that does not know of prompts";
+// Throws c10::Error where something else in the module does not know of a prompt's tokens.
+void check_beside_prompt(const std::vector<Slot>& slots, const InsertOptions& options) {
+  constexpr const char* kApart = "; keep the adapters with prompts in a module of their own";
+  TORCH_CHECK(options.compositions.empty(), "graft: a module with prompt_tuning cannot have compositions", kApart);
+  TORCH_CHECK(!options.poolings.unpadded, "graft: beside prompt_tuning gate_pooling=\"unpadded\" is not supported: the ",
+              "mask does not tell of the prompt's tokens; use gate_pooling=\"all\"", kApart);
+  for (const Slot& slot : slots) {
+    TORCH_CHECK(slot.site != "output_reft", "graft: a module with prompt_tuning cannot have ReFT, whose positions ",
+                "would be those of the prompt", kApart);
   }
-  const bool has_reft =
-      std::any_of(slots.begin(), slots.end(), [](const Slot& slot) { return slot.site == "output_reft"; });
-  return has_reft ? "ReFT takes the last tokens of a row to be its own" : "";
+  for (const Adapter& adapter : *options.adapters) {
+    TORCH_CHECK(!adapter.head || adapter.head->config.head_type == "tagging" || adapter.head->config.pooling == "first",
+                "graft: beside prompt_tuning a head must have pooling=\"first\", that of '", adapter.name,
+                "' has pooling=\"", adapter.head ? adapter.head->config.pooling : "", "\"", kApart);
+  }
 }
 
 // Makes the graph return (its result, gates).
@@ -78,7 +83,8 @@ size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& si
   Inserter inserter(*graph, sites, module, options);
   std::optional<PromptInserter> prompts;
   if (const auto slot = std::find_if(slots.begin(), slots.end(), is_prompt); slot != slots.end()) {
-    prompts.emplace(inserter, sites.embeddings.value(), *slot, module, why_equal_prompts(slots, options));
+    check_beside_prompt(slots, options);
+    prompts.emplace(inserter, sites.embeddings.value(), *slot, module);
     inserter.set_own_tokens(prompts->own_tokens());
   }
   if (options.poolings.unpadded && !options.token_mask_input) {

@@ -61,13 +61,12 @@ def with_prompts(x: Tensor, prompt: Tensor, prompt_begin: Tensor, lengths: Tenso
 }  // namespace
 
 PromptInserter::PromptInserter(Inserter& inserter, const EmbeddingSite& site, const Slot& slot,
-                               const torch::jit::Module& module, std::string why_equal)
+                               const torch::jit::Module& module)
     : inserter_(inserter), graph_(inserter.graph()), site_(site), slot_(slot), module_(module) {
   longer_.sequence_first = site.sequence_first;
   longer_.features = slot.parameters.at("prompt").size(-1);
-  if (why_equal.empty()) {
-    why_equal = why_not_unequal(graph_, module, {site.value, site.sequence_first, longer_.features});
-  }
+  const std::string why_equal =
+      why_not_unequal(graph_, module, {site.value, site.sequence_first, longer_.features});
   Node* maker = site.value->node();
   Node* end = inserter.marker_behind(maker->kind() == c10::prim::Param ? inserter.top() : maker);
   {

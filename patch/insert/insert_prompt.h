@@ -3,7 +3,7 @@
 #include <torchgraft/patch/insert/inserter.h>
 #include <torchgraft/patch/insert/longer_tokens.h>
 
-#include <string>
+#include <vector>
 
 namespace torchgraft {
 
@@ -11,10 +11,8 @@ namespace torchgraft {
 // prompt than others of its batch, or without one, ends with filler, which no attention shows and no gate counts.
 class PromptInserter {
  public:
-  // Before all other ops: gates read own_tokens(). `why_equal`: why the rows of a batch must have prompts of one
-  // length, as far as the adapters tell; "" where they need not.
-  PromptInserter(Inserter& inserter, const EmbeddingSite& site, const Slot& slot, const torch::jit::Module& module,
-                 std::string why_equal);
+  // Before all other ops: gates read own_tokens().
+  PromptInserter(Inserter& inserter, const EmbeddingSite& site, const Slot& slot, const torch::jit::Module& module);
 
   // The tokens [B, S] that are a row's own, bool, or None where all are; null where rows must be equally long.
   torch::jit::Value* own_tokens() const { return longer_.own; }

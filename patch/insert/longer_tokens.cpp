@@ -1,9 +1,9 @@
 #include <torchgraft/patch/insert/longer_tokens.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
-#include <torchgraft/patch/graph/linear_map.h>
 #include <torchgraft/patch/graph/symbolic_shape.h>
 #include <torchgraft/patch/graph/writes.h>
+#include <torchgraft/patch/insert/mask_uses.h>
 #include <torchgraft/patch/insert/wider_masks.h>
 
 #include <c10/util/Exception.h>
@@ -33,15 +33,10 @@ constexpr const char* kRemedy = "; train prefix_tuning instead";
   TORCH_CHECK(false, "graft: prompt_tuning cannot add tokens to this model: ", why, kRemedy, "; at ", described(node));
 }
 
-bool is_attention(const Node* node) {
-  return is_aten(node, {"scaled_dot_product_attention"}) ||
-         std::string_view(node->kind().toQualString()) == "torchgraft::gated_prefix_attention";
-}
-
 class Longer {
  public:
   Longer(Graph& graph, const Module& module, const LongerTokens& longer, const Value* adapter_ids)
-      : graph_(graph), shapes_(module), longer_(longer) {
+      : graph_(graph), module_(module), shapes_(module), longer_(longer) {
     for (Value* input : graph.inputs()) {
       if (input != graph.inputs()[0] && input != adapter_ids) {
         of_arguments_.insert(input);
@@ -212,7 +207,7 @@ class Longer {
       return;
     }
     if (value->type()->isSubtypeOf(*c10::OptionalType::ofTensor())) {
-      if (is_attention(node) && node->namedInput("attn_mask") == value) {
+      if (is_attention(node) && node->namedInput("attn_mask") == value && !is_of_weights(value, module_)) {
         widen(node, index, is_tensor(value) ? "wider_mask" : "wider_optional", std::nullopt);
         return;
       }
@@ -258,18 +253,18 @@ class Longer {
   // A tensor that is no attention's mask yet: a mask on its way to it, or the place is refused.
   void cross_mask(Node* node, size_t index) {
     Value* value = node->input(index);
-    if (!is_of_weights(value)) {
-      if (is_cast(node) && index == 0) {
+    if (!is_of_weights(value, module_)) {
+      if (is_mask_cast(node) && index == 0) {
         if (cast_to_mask(node->output())) {
           return;
         }
       } else if (sets_scores(node, index)) {
         widen(node, index, "wider_flags", false);
         return;
-      } else if (is_reshaped(node) && index == 0 && all_set_scores(node->output())) {
+      } else if (is_mask_reshape(node) && index == 0 && only_sets_scores(node->output())) {
         widen(node, index, "wider_flags", true);
         return;
-      } else if (is_reshaped(node) && index == 0 && is_mask(node->output())) {
+      } else if (is_mask_reshape(node) && index == 0 && is_only_mask(node->output())) {
         widen(node, index, "wider_keys", true);
         return;
       }
@@ -277,16 +272,11 @@ class Longer {
     refuse(node, "it reads the tensor %" + value->debugName() +
                      ", which depends on forward's arguments and is not an attention mask alone");
   }
-  static bool is_cast(const Node* node) { return is_aten(node, {"type_as", "to"}); }
-  static bool is_reshaped(const Node* node) {
-    return is_aten(node, {"view", "reshape", "expand_as", "expand", "unsqueeze"});
-  }
-
   // Widens what is made of a mask by casts alone where attentions read it.
   bool cast_to_mask(Value* value) {
     std::vector<std::pair<Node*, size_t>> places;
     for (const Use& use : std::vector<Use>(value->uses().begin(), value->uses().end())) {
-      if (is_cast(use.user) && use.offset == 0) {
+      if (is_mask_cast(use.user) && use.offset == 0) {
         if (!cast_to_mask(use.user->output())) {
           return false;
         }
@@ -300,76 +290,6 @@ class Longer {
       widen(user, offset, "wider_mask", std::nullopt);
     }
     return true;
-  }
-
-  // Whether attentions read nothing but this as their mask, reshaped or cast.
-  bool is_mask(Value* value) {
-    return std::all_of(value->uses().begin(), value->uses().end(), [&](const Use& use) {
-      if (is_attention(use.user)) {
-        return use.user->namedInput("attn_mask") == value;
-      }
-      Value* block_result = result_of_block(use);
-      const bool goes_on = (is_cast(use.user) || is_reshaped(use.user)) && use.offset == 0;
-      return block_result ? is_mask(block_result) : goes_on && is_mask(use.user->output());
-    });
-  }
-  // What an If gives where the use is what one of its blocks returns; else null.
-  static Value* result_of_block(const Use& use) {
-    Node* owner = use.user->kind() == c10::prim::Return ? use.user->owningBlock()->owningNode() : nullptr;
-    return owner && owner->kind() == c10::prim::If ? owner->output(use.offset) : nullptr;
-  }
-
-  // Whether the node adds the mask to scores, or sets scores by it, and only attentions read these.
-  bool sets_scores(Node* node, size_t index) {
-    const bool sets = (is_aten(node, {"add"}) && index < 2) || (is_aten(node, {"masked_fill"}) && index == 1);
-    return sets && !is_in_place(node) && ends_in_masks(node->output());
-  }
-  bool all_set_scores(Value* value) {
-    for (const Use& use : value->uses()) {
-      const bool goes_on = is_reshaped(use.user) && use.offset == 0 ? all_set_scores(use.user->output())
-                                                                    : sets_scores(use.user, use.offset);
-      if (!goes_on) {
-        return false;
-      }
-    }
-    return true;
-  }
-  // Whether attentions read nothing but this as their mask.
-  bool ends_in_masks(Value* value) {
-    for (const Use& use : value->uses()) {
-      if (is_attention(use.user) && use.user->namedInput("attn_mask") == value) {
-        continue;
-      }
-      Value* block_result = result_of_block(use);
-      Value* next = block_result ? block_result
-                    : is_cast(use.user) || is_reshaped(use.user) ||
-                            is_aten(use.user, {"add", "masked_fill", "atleast_2d", "clamp"})
-                        ? use.user->output()
-                        : nullptr;
-      if (!next || !ends_in_masks(next)) {
-        return false;
-      }
-    }
-    return true;
-  }
-
-  // Whether a linear map or a table had a part in the value: it is no mask, which has known values for visible tokens.
-  bool is_of_weights(Value* value) const {
-    std::unordered_set<const Value*> seen = {value};
-    std::vector<Value*> frontier = {value};
-    for (size_t i = 0; i < frontier.size(); ++i) {
-      Node* node = frontier[i]->node();
-      if (is_linear(node) || is_attention(node) ||
-          is_aten(node, {"embedding", "matmul", "bmm", "mm", "conv1d", "conv2d", "index_select", "index", "gather"})) {
-        return true;
-      }
-      for (Value* input : node->inputs()) {
-        if (seen.insert(input).second) {
-          frontier.push_back(input);
-        }
-      }
-    }
-    return false;
   }
 
   void widen(Node* node, size_t index, const char* function, std::optional<bool> has_keys_only) {
@@ -406,6 +326,7 @@ class Longer {
   }
 
   Graph& graph_;
+  const Module& module_;
   SymbolicShapes shapes_;
   const LongerTokens& longer_;
   Value* own_ = nullptr;  // longer_.own, or None

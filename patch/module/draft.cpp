@@ -315,7 +315,9 @@ Module build(Draft draft, const std::string& active) {
   }
   guard_attributes(graph, draft.canonical.folded);
   dump("guard_attributes", *graph);
-  add_methods(result, graph, {draft.head_mask, draft.sites.result_is_sequence_first});
+  // No head beside a prompt reads the mask, which does not tell of the prompt's tokens.
+  const bool has_prompt = std::any_of(slots.begin(), slots.end(), is_prompt);
+  add_methods(result, graph, {has_prompt ? "" : draft.head_mask, draft.sites.result_is_sequence_first});
   if (!active.empty()) {
     bank.get_method("activate")({active});
   }

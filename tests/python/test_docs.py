@@ -25,7 +25,7 @@ def _run(document: str, blocks: int, folder: Path) -> None:
 
 
 def test_the_examples_of_adapters_run(tmp_path) -> None:
-    _run("adapters.md", 19, tmp_path)
+    _run("adapters.md", 20, tmp_path)
     for written in (
         "reviews_adapter/adapter.safetensors",
         "tweets_adapter/pytorch_adapter.bin",

@@ -66,6 +66,11 @@ def export(
             "export: the module has compositions, whose rows are found while it runs, as no exported program can; "
             "remove them (remove_adapter) and export their adapters"
         )
+    if grafted and any(name.endswith(".prompt_length") for name, _ in module.adapters.named_buffers()):
+        raise GraftError(
+            "export: the module has prompts (prompt_tuning), whose number of tokens is read while it runs, as no "
+            "exported program can; remove them (remove_adapter), or train prefix_tuning instead"
+        )
     if gates and not grafted:
         raise GraftError("export: nothing is grafted onto the module, so that it has no gates")
     arguments = _arguments(module, example_inputs)
