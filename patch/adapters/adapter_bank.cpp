@@ -150,6 +150,20 @@ at::Tensor present_in(const Members& members, int64_t adapters) {
   return result;
 }
 
+// How long each prompt is, and how many tokens come before it.
+void add_prompt_places(Slot& slot, const std::vector<Adapter>& adapters, const Members& members) {
+  std::vector<int64_t> lengths(adapters.size(), 0);
+  std::vector<int64_t> begins(adapters.size(), 0);
+  for (const auto& [a, m] : members) {
+    const PromptTuningConfig& config = std::get<PlannedPrompt>(adapters[a].plan[m].method).config;
+    lengths[a] = config.prompt_length;
+    begins[a] = prompt_begin(config);
+  }
+  const auto device = slot.parameters.at("prompt").device();
+  slot.parameters["prompt_length"] = at::tensor(lengths, at::kLong).to(device);
+  slot.parameters["prompt_begin"] = at::tensor(begins, at::kLong).to(device);
+}
+
 Slot stack_slot(const std::vector<Adapter>& adapters, const Members& members) {
   at::NoGradGuard no_grad;
   const PlannedModule& first = adapters[members[0].first].plan[members[0].second];
@@ -194,16 +208,7 @@ Slot stack_slot(const std::vector<Adapter>& adapters, const Members& members) {
     slot.parameters["prefix_length"] = at::tensor(lengths, at::kLong).to(device);
   }
   if (std::holds_alternative<PlannedPrompt>(first.method)) {
-    std::vector<int64_t> lengths(adapters.size(), 0);
-    std::vector<int64_t> begins(adapters.size(), 0);
-    for (const auto& [a, m] : members) {
-      const PromptTuningConfig& config = std::get<PlannedPrompt>(adapters[a].plan[m].method).config;
-      lengths[a] = config.prompt_length;
-      begins[a] = prompt_begin(config);
-    }
-    const auto device = slot.parameters.at("prompt").device();
-    slot.parameters["prompt_length"] = at::tensor(lengths, at::kLong).to(device);
-    slot.parameters["prompt_begin"] = at::tensor(begins, at::kLong).to(device);
+    add_prompt_places(slot, adapters, members);
   }
   for (const auto& [a, m] : members) {
     if (adapters[a].trainable) {

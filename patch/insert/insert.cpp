@@ -31,7 +31,8 @@ namespace {
 void check_beside_prompt(const std::vector<Slot>& slots, const InsertOptions& options) {
   constexpr const char* kApart = "; keep the adapters with prompts in a module of their own";
   TORCH_CHECK(options.compositions.empty(), "graft: a module with prompt_tuning cannot have compositions", kApart);
-  TORCH_CHECK(!options.poolings.unpadded, "graft: beside prompt_tuning gate_pooling=\"unpadded\" is not supported: the ",
+  TORCH_CHECK(!options.poolings.unpadded,
+              "graft: beside prompt_tuning gate_pooling=\"unpadded\" is not supported: the ",
               "mask does not tell of the prompt's tokens; use gate_pooling=\"all\"", kApart);
   for (const Slot& slot : slots) {
     TORCH_CHECK(slot.site != "output_reft", "graft: a module with prompt_tuning cannot have ReFT, whose positions ",
@@ -51,6 +52,39 @@ void return_with(Graph& graph, const std::vector<Value*>& gates) {
   Value* pair = graph.insertNode(graph.createTuple({graph.outputs()[0], list}))->output();
   graph.eraseOutput(0);
   graph.registerOutput(pair);
+}
+
+// The gate of the slot's op; `attentions` gets the result of one with prefixes.
+Value* insert(Inserter& inserter, const Slot& slot, LoraInserter& insert_lora, BottleneckInserter& insert_bottleneck,
+              std::map<size_t, Value*>& attentions) {
+  const LayerSites& layer = inserter.layer_sites();
+  if (const LinearSite* linear = lora_site(layer, slot.site)) {
+    return insert_lora(slot, *linear);
+  }
+  if (slot.site == "mh_adapter" || slot.site == "cross_adapter") {
+    return insert_bottleneck(slot, layer.attention_residual.value());
+  }
+  if (slot.site == "output_adapter") {
+    return insert_bottleneck(slot, layer.ffn_residual.value());
+  }
+  TORCH_INTERNAL_ASSERT(slot.site.ends_with("_prefix"), slot.site, " was planned for layer ", inserter.layer(),
+                        ", which has no such site");
+  Node* op = insert_prefix(inserter, slot);
+  attentions[inserter.layer()] = op->outputs()[0];
+  return op->outputs()[1];
+}
+
+// nullopt without a prompt among the slots.
+std::optional<PromptInserter> begin_prompts(Inserter& inserter, const GraphSites& sites, const std::vector<Slot>& slots,
+                                            const torch::jit::Module& module, const InsertOptions& options) {
+  const auto slot = std::find_if(slots.begin(), slots.end(), is_prompt);
+  if (slot == slots.end()) {
+    return std::nullopt;
+  }
+  check_beside_prompt(slots, options);
+  PromptInserter prompts(inserter, sites.embeddings.value(), *slot, module);
+  inserter.set_own_tokens(prompts.own_tokens());
+  return prompts;
 }
 
 // Last, so that all ops read what they change. Their gates are null so far.
@@ -81,12 +115,7 @@ size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& si
     repeat_rows.emplace(*graph, sites, module);
   }
   Inserter inserter(*graph, sites, module, options);
-  std::optional<PromptInserter> prompts;
-  if (const auto slot = std::find_if(slots.begin(), slots.end(), is_prompt); slot != slots.end()) {
-    check_beside_prompt(slots, options);
-    prompts.emplace(inserter, sites.embeddings.value(), *slot, module);
-    inserter.set_own_tokens(prompts->own_tokens());
-  }
+  std::optional<PromptInserter> prompts = begin_prompts(inserter, sites, slots, module, options);
   if (options.poolings.unpadded && !options.token_mask_input) {
     inserter.prepare_token_masks(slots, runs, module);
   }
@@ -94,23 +123,6 @@ size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& si
   LoraInserter insert_lora(inserter);
   BottleneckInserter insert_bottleneck(inserter);
   std::map<size_t, Value*> attentions;  // results of the ops with prefixes
-  const auto insert = [&](const Slot& slot) {
-    const LayerSites& layer = inserter.layer_sites();
-    if (const LinearSite* linear = lora_site(layer, slot.site)) {
-      return insert_lora(slot, *linear);
-    }
-    if (slot.site == "mh_adapter" || slot.site == "cross_adapter") {
-      return insert_bottleneck(slot, layer.attention_residual.value());
-    }
-    if (slot.site == "output_adapter") {
-      return insert_bottleneck(slot, layer.ffn_residual.value());
-    }
-    TORCH_INTERNAL_ASSERT(slot.site.ends_with("_prefix"), slot.site, " was planned for layer ", inserter.layer(),
-                          ", which has no such site");
-    Node* op = insert_prefix(inserter, slot);
-    attentions[inserter.layer()] = op->outputs()[0];
-    return op->outputs()[1];
-  };
   std::vector<Value*> gates;
   for (const SlotRun& run : runs) {
     const Slot& slot = slots[run.slot];
@@ -122,7 +134,8 @@ size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& si
       const Inserter::Scope first = inserter.first_of_each();
       insert_reft(inserter, slot);
     } else {
-      gates.push_back(slot.site == "inv_adapter" ? nullptr : insert(slot));
+      gates.push_back(slot.site == "inv_adapter" ? nullptr
+                                                 : insert(inserter, slot, insert_lora, insert_bottleneck, attentions));
     }
   }
   if (!options.compositions.empty()) {

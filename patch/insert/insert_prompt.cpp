@@ -65,16 +65,15 @@ PromptInserter::PromptInserter(Inserter& inserter, const EmbeddingSite& site, co
     : inserter_(inserter), graph_(inserter.graph()), site_(site), slot_(slot), module_(module) {
   longer_.sequence_first = site.sequence_first;
   longer_.features = slot.parameters.at("prompt").size(-1);
-  const std::string why_equal =
-      why_not_unequal(graph_, module, {site.value, site.sequence_first, longer_.features});
+  const std::string why_equal = why_not_unequal(graph_, module, {site.value, site.sequence_first, longer_.features});
   Node* maker = site.value->node();
   Node* end = inserter.marker_behind(maker->kind() == c10::prim::Param ? inserter.top() : maker);
   {
     WithInsertPoint guard(end);
     Value* x = inserter.swapped(site.value, site.sequence_first);
     Value* lengths = inserter.parameter(slot, inserter.slot_module(slot), "prompt_length");
-    longer_.lengths = call("prompt_lengths", {x, lengths, inserter.adapter_ids(), inserter.active(),
-                                              graph_.insertConstant(why_equal)});
+    longer_.lengths = call("prompt_lengths",
+                           {x, lengths, inserter.adapter_ids(), inserter.active(), graph_.insertConstant(why_equal)});
     longer_.added = call("longest_prompt", {longer_.lengths});
     longer_.own = why_equal.empty() ? call("own_tokens", {x, longer_.lengths, longer_.added}) : nullptr;
   }
@@ -86,7 +85,7 @@ Value* PromptInserter::call(const char* function, const std::vector<Value*>& arg
 }
 
 void PromptInserter::finish() {
-  longer_.before = inserter_.present_stream(site_.value);  // behind invertible adapters, as in the library
+  longer_.before = inserter_.present_stream(site_.value);            // behind invertible adapters, as in the library
   Node* last = (longer_.own ? longer_.own : longer_.added)->node();  // invertible adapters stand before it
   Node* end = inserter_.marker_behind(last);
   {

@@ -30,8 +30,8 @@ Value* passed_on(const Use& use) {
   if (Value* result = result_of_block(use)) {
     return result;
   }
-  const bool keeps = is_mask_cast(use.user) || is_mask_reshape(use.user) ||
-                     is_aten(use.user, {"masked_fill", "atleast_2d", "clamp"});
+  const bool keeps =
+      is_mask_cast(use.user) || is_mask_reshape(use.user) || is_aten(use.user, {"masked_fill", "atleast_2d", "clamp"});
   const bool adds = is_aten(use.user, {"add"}) && use.offset < 2;
   return adds || (keeps && use.offset == 0) ? use.user->output() : nullptr;
 }

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <map>
 #include <optional>
+#include <string_view>
 #include <tuple>
 #include <unordered_set>
 #include <vector>
@@ -43,8 +44,9 @@ bool is_permutation(const Node* node) {
 
 // Reads a tensor for its form alone.
 bool reads_form(const Node* node) {
-  return node->kind() == c10::prim::dtype || node->kind() == c10::prim::device ||
-         node->kind() == c10::prim::is_cuda || is_aten(node, {"dim", "is_floating_point"});
+  return node->kind() == c10::prim::dtype || node->kind() == c10::prim::device || node->kind() == c10::prim::is_cuda ||
+         is_aten(node, {"dim", "is_floating_point"}) ||
+         std::string_view(node->kind().toQualString()) == "prim::is_nested";
 }
 
 class UnequalWalk {
@@ -61,7 +63,8 @@ class UnequalWalk {
   }
 
   std::string run() {
-    if (tokens_.is_constant() || tokens_.symbols.size() != 1 || shapes_.canonical(tokens_) == shapes_.canonical(rows_)) {
+    if (tokens_.is_constant() || tokens_.symbols.size() != 1 ||
+        shapes_.canonical(tokens_) == shapes_.canonical(rows_)) {
       return "the number of tokens is not known apart from that of rows";
     }
     visit(graph_.block());
@@ -133,7 +136,8 @@ class UnequalWalk {
       return refuse(node);
     }
     const auto inputs = node->inputs();
-    const auto inner = std::find_if(inputs.begin(), inputs.end(), [&](const Value* input) { return inner_.count(input); });
+    const auto inner =
+        std::find_if(inputs.begin(), inputs.end(), [&](const Value* input) { return inner_.count(input); });
     for (Value* output : node->outputs()) {
       if (inner != inputs.end()) {
         inner_.emplace(output, inner_.at(*inner));
@@ -153,8 +157,8 @@ class UnequalWalk {
   static bool is_read_for_form(const Node* node) {
     return std::all_of(node->outputs().begin(), node->outputs().end(), [](const Value* output) {
       return std::all_of(output->uses().begin(), output->uses().end(), [](const Use& use) {
-        return reads_form(use.user) || (is_pointwise(use.user) && use.user->inputs().size() > 0 &&
-                                        is_read_for_form(use.user));
+        return reads_form(use.user) ||
+               (is_pointwise(use.user) && use.user->inputs().size() > 0 && is_read_for_form(use.user));
       });
     });
   }
@@ -162,8 +166,13 @@ class UnequalWalk {
   // Numbers, flags and the like that are constants, weights, or sizes without tokens, or follow from these.
   bool is_fixed(Value* value) {
     Node* node = value->node();
-    if (sizes_.count(value) || flow_.count(value) || !node->blocks().empty()) {
+    if (sizes_.count(value) || flow_.count(value) || node->kind() == c10::prim::Loop) {
       return false;
+    }
+    for (Block* block : node->blocks()) {  // a dropout in training mode alone
+      if (!is_fixed(block->outputs()[value->offset()])) {
+        return false;
+      }
     }
     if (node->kind() == c10::prim::Param) {
       return value == graph_.inputs()[0];
@@ -230,8 +239,8 @@ class UnequalWalk {
     if (is_aten(node, {"select"})) {
       const auto shape = shapes_.shape(node->input(0));
       const auto dim = shape ? position(node->namedInput("dim"), shape->size()) : std::nullopt;
-      return dim && (!has_tokens((*shape)[*dim]) || ((*shape)[*dim] == shapes_.canonical(tokens_) &&
-                                                    constant_int(node->namedInput("index")) == 0));
+      return dim && (!has_tokens((*shape)[*dim]) ||
+                     ((*shape)[*dim] == shapes_.canonical(tokens_) && constant_int(node->namedInput("index")) == 0));
     }
     if (is_aten(node, {"slice", "chunk", "split", "split_with_sizes", "unbind"})) {
       return is_whole_slice(node) || is_along_others(node);
@@ -265,8 +274,9 @@ class UnequalWalk {
   bool last_has_tokens(Value* value, size_t count) {
     const auto shape = shapes_.shape(value);
     return !shape || shape->size() < count ||
-           std::any_of(shape->end() - static_cast<int64_t>(count), shape->end(),
-                       [&](const Dim& dim) { return has_tokens(dim); });
+           std::any_of(
+               shape->end() - static_cast<int64_t>(count), shape->end(),
+               [&](const Dim& dim) { return has_tokens(dim); });
   }
   bool is_along_others(Node* node) {
     const auto shape = shapes_.shape(node->input(0));

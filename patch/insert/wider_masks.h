@@ -4,9 +4,9 @@
 
 namespace torchgraft {
 
-// Functions in TorchScript that make attention masks right for more tokens, `added` at the front of each row: those of a
-// row's prompt, `lengths` of them, are visible, and its other columns follow. Where `own` is not None, rows have prompts
-// of different lengths, and filler behind their own tokens.
+// Functions in TorchScript that make attention masks right for more tokens, `added` at the front of each row: those of
+// a row's prompt, `lengths` of them, are visible, and its other columns follow. Where `own` is not None, rows have
+// prompts of different lengths, and filler behind their own tokens.
 //
 //     wider_mask(mask, added, lengths, own)                  of an attention
 //     wider_optional(mask, added, lengths, own)              of an attention, where it may be None

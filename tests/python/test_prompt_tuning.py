@@ -143,6 +143,57 @@ def test_a_pool_holds_prompts() -> None:
     LIBRARY.check_pool(["prompt", "behind_first"], "prompt_tuning")
 
 
+@torch.no_grad()
+def test_a_head_reads_token_0_of_a_mixed_batch() -> None:
+    """The library's head takes hidden[:, 0], a token of the prompt with "prefix"; its mask plays no part."""
+    module = LIBRARY.bank
+    names, batch = ["longer", "behind_first", "prompt"], make_batch([9, 7, 8], 9, DOUBLE)
+    for name in names:
+        module = torchgraft.add_head(module, name, torchgraft.HeadConfig(num_labels=2, layers=1))
+    ids = torch.tensor([module.adapter_names().index(name) for name in names])
+    found = module.forward_with_head(*VARIANT.arguments(batch), adapter_ids=ids)
+    for row, name in enumerate(names):
+        weight, bias = (getattr(module.adapters.heads, f"out_{each}")[ids[row]] for each in ("weight", "bias"))
+        expected = torch.nn.functional.linear(LIBRARY.expected(name, batch.row(row))[:, 0], weight, bias)
+        assert difference(found[row : row + 1], expected) <= TOLERANCE[DOUBLE]
+
+
+def test_a_pool_mixes_rows_with_and_without_prompts() -> None:
+    pool = torchgraft.AdapterPool(plain(), capacity=4, room=["prompt_tuning", "lora[r=4]"])
+    rows, batch = ["prompt", "longer", "", "lora"], make_batch([9, 7, 5, 9], 9, DOUBLE)
+    for name in filter(None, rows):
+        pool.insert(name, LIBRARY.directory(name))
+    with pool.acquire(rows) as lease, torch.no_grad():
+        found = hidden(lease.module, batch, adapter_ids=lease.ids)
+        for row, name in enumerate(rows):
+            wanted = LIBRARY.expected(name or None, batch.row(row))
+            assert difference(found[row : row + 1, : wanted.size(1)], wanted) <= TOLERANCE[DOUBLE], name
+
+
+class _Mean(torch.nn.Module):
+    """An encoder that gives the mean of its tokens, which filler would change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dtype=DOUBLE)
+        self.layers = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).mean(1)
+
+
+def test_rows_of_other_lengths_are_refused_where_tokens_meet() -> None:
+    base_of_mean = torch.jit.script(_Mean().eval())
+    module = torchgraft.graft(base_of_mean, "prompt_tuning[prompt_length=2]", "task")
+    x = torch.randn(3, 5, 16, dtype=DOUBLE)
+    (prompt,) = [value for key, value in module.adapters.state_dict().items() if key.endswith(".prompt")]
+    expected = base_of_mean(torch.cat([prompt.expand(3, 2, 16), x], 1))
+    assert difference(module(x, adapter_ids=torch.tensor([0, 0, 0])), expected) <= TOLERANCE[DOUBLE]
+    with pytest.raises(Exception, match="got 0 and 2 tokens; put them in .* at aten::mean"):
+        module(x, adapter_ids=torch.tensor([0, -1, 0]))
+
+
 @pytest.mark.quick
 def test_what_cannot_be_is_refused() -> None:
     bare = base("bert_sdpa", DOUBLE)
@@ -152,6 +203,16 @@ def test_what_cannot_be_is_refused() -> None:
         "prompt_tuning[prompt_init=from_string]": "needs the tokenizer of the model",
     }
     check_refused(bare, refused)
-    module = torchgraft.graft(bare, adapters={"task": LIBRARY.directory("prompt")})
+    two = {name: LIBRARY.directory(name) for name in ("prompt", "lora")}
+    module = torchgraft.graft(bare, adapters=two)
+    check_refused(module, {"loreft": "a module with prompt_tuning cannot have ReFT"})
     with pytest.raises(torchgraft.GraftError, match="no weight can hold prompt_tuning of layer 0, because a prompt"):
-        torchgraft.merge_adapter(module, "task")
+        torchgraft.merge_adapter(module, "prompt")
+    with pytest.raises(torchgraft.GraftError, match="a module with prompt_tuning cannot have compositions"):
+        torchgraft.compose(module, "both", torchgraft.Average("lora", "lora"))
+    with pytest.raises(torchgraft.GraftError, match='beside prompt_tuning gate_pooling="unpadded" is not supported'):
+        torchgraft.graft(module, "unipelt", "unpadded", gate_pooling="unpadded")
+    with pytest.raises(torchgraft.GraftError, match='a head must have pooling="first", that of \'lora\' has .*"mean"'):
+        torchgraft.add_head(module, "lora", torchgraft.HeadConfig(num_labels=2, pooling="mean"))
+    with pytest.raises(torchgraft.GraftError, match="export: the module has prompts"):
+        torchgraft.export(module, VARIANT.arguments(make_batch([7, 7], 7, DOUBLE)))
