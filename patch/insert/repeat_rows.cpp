@@ -5,6 +5,7 @@
 #include <torchgraft/patch/graph/linear_map.h>
 #include <torchgraft/patch/graph/symbolic_shape.h>
 #include <torchgraft/patch/graph/writes.h>
+#include <torchgraft/patch/insert/heads_of_masks.h>
 #include <torchgraft/patch/insert/repeat_later.h>
 
 #include <torch/csrc/jit/ir/constants.h>
@@ -37,6 +38,8 @@ def repeated(x: Tensor, index: Optional[Tensor], rows: int, dim: int, name: str)
 def repeated_like(x: Tensor, index: Optional[Tensor], rows: int, sequence_first: bool, has_none: bool,
                   heads: int, name: str) -> Tensor:
     if index is None:
+        return x
+    elif heads > 1 and x.dim() == 3 and x.size(0) == 1:
         return x
     elif heads > 1 and x.dim() == 3 and x.size(0) == rows * heads:
         return x.unflatten(0, [rows, heads]).index_select(0, index).flatten(0, 1)
@@ -132,32 +135,6 @@ void add_sources(Value* value, std::set<Value*>& found) {
       if (seen.insert(input).second) {
         frontier.push_back(input);
       }
-    }
-  }
-}
-
-// Enters the arguments that are masks [B * heads, S, S] of one attention, as nn.MultiheadAttention takes them: it makes
-// [B, heads, S, S] of them.
-void add_heads_of_masks(const Node* attention, std::map<const Value*, int64_t>& found) {
-  Node* view = attention->input(3)->node();
-  const bool is_view = is_aten(view, {"view", "reshape"}) &&
-                       view->input(1)->node()->kind() == c10::prim::ListConstruct &&
-                       view->input(1)->node()->inputs().size() == 4 &&
-                       !torch::jit::toIValue(view->input(1)->node()->input(0));  // 1: of all rows together
-  const auto heads = is_view ? torch::jit::constant_as<int64_t>(view->input(1)->node()->input(1)) : std::nullopt;
-  if (!heads || *heads < 2) {
-    return;
-  }
-  std::vector<Value*> frontier = {view->input(0)};
-  std::set<Value*> seen(frontier.begin(), frontier.end());
-  for (size_t i = 0; i < frontier.size(); ++i) {
-    Node* node = frontier[i]->node();
-    if (node->kind() == c10::prim::Param) {
-      found.emplace(frontier[i], *heads);
-    }
-    if (is_elementwise(node) || is_aten(node, {"masked_fill", "where", "to", "contiguous", "zeros_like"})) {
-      std::copy_if(node->inputs().begin(), node->inputs().end(), std::back_inserter(frontier),
-                   [&](Value* input) { return seen.insert(input).second; });
     }
   }
 }
