@@ -6,6 +6,7 @@
 #include <torchgraft/patch/module/draft.h>
 #include <torchgraft/patch/module/exported_methods.h>
 #include <torchgraft/patch/module/methods.h>
+#include <torchgraft/patch/module/place_dtypes.h>
 #include <torchgraft/patch/module/verify_results.h>
 #include <torchgraft/patch/pool/row_size.h>
 #include <torchgraft/plan/plan.h>
@@ -88,10 +89,10 @@ Adapter make_adapter_of(const AdapterSpec& spec, const Draft& draft) {
     check_fits_memory(spec, draft);
   }
   if (draft.sites.left_out.empty() || !spec.weights) {
-    return make_adapter(spec, draft.sites.structure, draft.weights);
+    return make_placed_adapter(spec, draft.sites, draft.module, draft.weights);
   }
   try {
-    return make_adapter(spec, draft.sites.structure, draft.weights);
+    return make_placed_adapter(spec, draft.sites, draft.module, draft.weights);
   } catch (const c10::Error& error) {
     TORCH_CHECK(false, error.msg(), "\nSome attention was not recognised:", indented(draft.sites.left_out));
   }

@@ -16,6 +16,7 @@
 #include <torchgraft/patch/module/heads_module.h>
 #include <torchgraft/patch/module/merge.h>
 #include <torchgraft/patch/module/methods.h>
+#include <torchgraft/patch/module/place_dtypes.h>
 #include <torchgraft/patch/module/verify_change.h>
 #include <torchgraft/patch/module/verify_results.h>
 #include <torchgraft/plan/reparametrisation.h>
@@ -156,7 +157,7 @@ Module replace_adapter(const Module& module, const AdapterSpec& spec) {
   Adapter& adapter = draft.adapters[find_plain(draft, spec.name, "replace_adapter")];
   TORCH_CHECK(!adapter.merged, "replace_adapter: '", spec.name,
               "' is merged into the base's weights; unmerge it first");
-  adapter = make_adapter(spec, draft.sites.structure, draft.weights);
+  adapter = make_placed_adapter(spec, draft.sites, draft.module, draft.weights);
   return build(std::move(draft), active_name(module));
 }
 

@@ -21,8 +21,7 @@ void inline_all(torch::jit::Graph& graph) {
   for (bool has_calls = true; has_calls;) {  // ends: TorchScript has no recursion
     torch::jit::Inline(graph);
     has_calls = false;
-    for_each_node(graph.block(),
-                  [&](const torch::jit::Node* node) { has_calls = has_calls || can_be_inlined(node); });
+    for_each_node(graph.block(), [&](const torch::jit::Node* node) { has_calls = has_calls || can_be_inlined(node); });
   }
 }
 

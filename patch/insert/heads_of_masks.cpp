@@ -16,8 +16,8 @@ namespace {
 using torch::jit::Node;
 using torch::jit::Value;
 
-// The heads of which `node` makes a dimension of a mask [B * heads, S, S], rows first: as nn.MultiheadAttention does, or
-// raise_attention, where the mask meets scores of that shape. None: it does no such thing, or not by a number.
+// The heads of which `node` makes a dimension of a mask [B * heads, S, S], rows first: as nn.MultiheadAttention does,
+// or raise_attention, where the mask meets scores of that shape. None: it does no such thing, or not by a number.
 std::optional<int64_t> heads_split_off(Node* node) {
   if (is_aten(node, {"unflatten"}) && constant_int(node->input(1)) == 0) {
     const auto sizes = torch::jit::constant_as<c10::List<int64_t>>(node->input(2));
@@ -34,8 +34,9 @@ std::optional<int64_t> heads_split_off(Node* node) {
 // in the same place.
 bool keeps_places(const Node* node) {
   return is_elementwise(node) ||
-         is_aten(node, {"masked_fill", "where", "to", "contiguous", "zeros_like", "expand", "atleast_2d", "gt", "ge",
-                        "lt", "le", "eq", "ne", "logical_not", "bitwise_not", "add", "sub", "rsub", "mul", "div"});
+         is_aten(node, {"masked_fill", "where", "to",  "contiguous", "zeros_like", "expand", "atleast_2d",
+                        "gt",          "ge",    "lt",  "le",         "eq",         "ne",     "logical_not",
+                        "bitwise_not", "add",   "sub", "rsub",       "mul",        "div"});
 }
 
 }  // namespace

@@ -23,6 +23,7 @@
 #include <torchgraft/patch/module/graft_options.h>
 #include <torchgraft/patch/module/heads_module.h>
 #include <torchgraft/patch/module/methods.h>
+#include <torchgraft/patch/module/place_dtypes.h>
 #include <torchgraft/patch/module/rename_names.h>
 #include <torchgraft/patch/module/trial_run.h>
 #include <torchgraft/patch/sites/apply_sites.h>
@@ -279,6 +280,7 @@ std::vector<Arguments> row_examples(const Draft& draft) {
 Module build(Draft draft, const std::string& active) {
   Module& result = draft.module;
   const auto& graph = draft.canonical.graph;
+  cast_to_places(draft.adapters, draft.sites, result);
   for (Adapter& adapter : draft.adapters) {
     complete_dora(adapter, draft.sites, result);
   }

@@ -1,5 +1,5 @@
-#include <torchgraft/patch/module/merge_places.h>
 #include <torchgraft/patch/graph/inline_all.h>
+#include <torchgraft/patch/module/merge_places.h>
 
 #include <torchgraft/patch/graph/clone_module.h>
 #include <torchgraft/patch/graph/graph_utils.h>

@@ -1,5 +1,5 @@
-#include <torchgraft/patch/module/trial_run.h>
 #include <torchgraft/patch/graph/inline_all.h>
+#include <torchgraft/patch/module/trial_run.h>
 
 #include <torchgraft/patch/canonicalise/decompose_optimized.h>
 #include <torchgraft/patch/canonicalise/inline_forks.h>
@@ -34,7 +34,8 @@ using Memo = c10::IValue::HashIdentityIValueMap;
 bool is_harmless(const Node* node) {
   const std::string kind = node->kind().toQualString();
   return only_complains(node) || node->kind() == c10::prim::SetAttr || node->kind() == c10::prim::Enter ||
-         node->kind() == c10::prim::Exit || is_aten(node, {"set_grad_enabled"}) || kind.starts_with("aten::is_");
+         node->kind() == c10::prim::Exit || is_aten(node, {"set_grad_enabled", "get_autocast_dtype"}) ||
+         kind.starts_with("aten::is_");
 }
 
 // The tensors that nodes of `kind` bring into `graph` and that something may write into.
@@ -83,7 +84,7 @@ std::shared_ptr<Graph> graph_of_run(const Module& module, const char* method) {
   auto graph = torch::jit::toGraphFunction(module.get_method(method).function()).graph()->copy();
   inline_all(*graph);
   inline_forks(graph);
-  inline_all(*graph);  // what forks call
+  inline_all(*graph);          // what forks call
   decompose_optimized(graph);  // one form for those who read the graph
   read_addmm_form(graph, module);
   for_each_node(graph->block(), [&](Node* node) {

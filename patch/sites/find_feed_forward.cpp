@@ -20,7 +20,8 @@ struct FeedForward {
   ResidualSite residual;
 };
 
-// Linear maps that read one of `streams` through at most one norm, as the entry of a feed-forward block does.
+// Linear maps that read one of `streams` through at most one norm, as the entry of a feed-forward block does. T5 in
+// float16 keeps its stream in range by a clamp, which the block and its residual both read.
 std::vector<Node*> linears_reading(SiteFinder& finder, const std::vector<Value*>& streams) {
   std::vector<Node*> result;
   std::vector<std::pair<Value*, bool>> frontier;  // value, whether a norm has been passed
@@ -42,7 +43,7 @@ std::vector<Node*> linears_reading(SiteFinder& finder, const std::vector<Value*>
             std::find(result.begin(), result.end(), user) == result.end()) {
           result.push_back(user);
         }
-      } else if ((is_layout(user) || is_aten(user, {"dropout"}) || (is_norm(user) && !normed)) &&
+      } else if ((is_layout(user) || is_aten(user, {"dropout", "clamp"}) || (is_norm(user) && !normed)) &&
                  seen.insert(user->output()).second) {
         frontier.emplace_back(user->output(), normed || is_norm(user));
       }

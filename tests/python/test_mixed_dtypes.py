@@ -2,9 +2,13 @@
 remedy."""
 
 import functools
+import re
+from pathlib import Path
 
+import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import models
@@ -43,12 +47,15 @@ class _InFloat32(nn.Module):
         return self.linear(x.float()).to(x.dtype)
 
 
-@functools.cache
-def _one_map_in_float32() -> torch.jit.ScriptModule:
-    model = _Text(torch.bfloat16)
+def _in_float32(model: _Text) -> _Text:
     for layer in model.model.encoder.layer:
         layer.output.dense = _InFloat32(layer.output.dense)
-    return _trace(model)
+    return model
+
+
+@functools.cache
+def _one_map_in_float32() -> torch.jit.ScriptModule:
+    return _trace(_in_float32(_Text(torch.bfloat16)))
 
 
 @pytest.mark.parametrize("config", ["lora", "mam", "unipelt", "ia3", "seq_bn"])
@@ -70,9 +77,64 @@ def test_a_map_whose_result_is_cast_back_disturbs_no_adapter_beside_it(config: s
         assert result.dtype == torch.bfloat16 and result.isfinite().all()
 
 
-def test_an_adapter_on_such_a_map_is_refused_with_its_name() -> None:
-    with pytest.raises(torchgraft.GraftError, match=r"but model\..*output.dense.linear.* is Float" + _REMEDY):
-        torchgraft.graft(_one_map_in_float32(), "lora[output_lora=True]", "task")
+def _dtypes(module: torch.jit.ScriptModule, location: str) -> set[torch.dtype]:
+    """Of the LoRAs there."""
+    return {value.dtype for path, value in module.named_parameters() if re.search(rf"\.{location}.*\.lora_a$", path)}
+
+
+def test_a_lora_on_such_a_map_has_its_dtype_as_in_peft(tmp_path: Path) -> None:
+    model = _in_float32(_Text(torch.bfloat16)).eval()
+    torch.manual_seed(0)
+    names = ["query", "value", "linear"]
+    config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=names, init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    wrapped.save_pretrained(tmp_path)
+    module = torchgraft.load_adapter(_one_map_in_float32(), tmp_path, "task", example=(_IDS, _MASK))
+    assert _dtypes(module, "output_lora") == {torch.float32}
+    assert _dtypes(module, "selfattn_lora") == {torch.bfloat16}
+    with torch.no_grad():
+        wanted, got = wrapped(_IDS, _MASK), module(_IDS, _MASK)
+        base = module.base_forward(_IDS, _MASK)
+    assert got.dtype == wanted.dtype
+    assert (wanted - base).abs().max() > 0.1
+    torch.testing.assert_close(got, wanted, atol=0.05, rtol=0.02)
+
+
+class _T5(nn.Module):
+    """As transformers loads T5 in float16: the last map of a feed-forward block stays float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = transformers.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=100)
+        torch.manual_seed(0)
+        self.model = transformers.T5Model(config).half()
+        for name, part in self.model.named_modules():
+            if name.endswith(".wo"):
+                part.float()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor) -> Tensor:
+        given = {"attention_mask": attention_mask, "decoder_input_ids": decoder_input_ids}
+        return self.model(input_ids=input_ids, **given).last_hidden_state
+
+
+def test_loras_of_a_t5_in_float16_have_the_dtype_of_their_maps_as_in_peft(tmp_path: Path) -> None:
+    model = _T5().eval()
+    ids = torch.randint(2, 100, (2, 7))
+    arguments = (ids, torch.ones_like(ids), torch.randint(2, 100, (2, 5)))
+    base = torch.jit.trace(model, arguments, check_trace=False, strict=False)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q", "v", "wi", "wo"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    wrapped.save_pretrained(tmp_path)
+    module = torchgraft.load_adapter(base, tmp_path, "task", example=arguments)
+    assert _dtypes(module, "output_lora") == {torch.float32}
+    assert _dtypes(module, "intermediate_lora") == _dtypes(module, "selfattn_lora") == {torch.float16}
+    with torch.no_grad():
+        wanted, got, of_base = wrapped(*arguments), module(*arguments), module.base_forward(*arguments)
+    assert got.dtype == wanted.dtype
+    assert (wanted - of_base).abs().max() > 0.1
+    torch.testing.assert_close(got, wanted, atol=0.02, rtol=0.02)
+    with pytest.raises(torchgraft.GraftError, match=r"wo.* is Float" + _REMEDY):
+        torchgraft.graft(base, "seq_bn", "task", example=arguments)
 
 
 def test_without_a_comparison_it_fails_at_run_time_by_name() -> None:

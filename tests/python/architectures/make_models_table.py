@@ -110,8 +110,9 @@ def directories() -> str:
         lines.append(f"- {', '.join(families)}: {different or 'equal'}.")
     lines += [
         "- xmod: refused: a trace holds which rows had which language.",
-        "- All: a base traced under `torch.autocast`, or with weights of several dtypes, is refused where an adapter "
-        "meets another dtype than that of the first query projection.",
+        "- All: a base traced under `torch.autocast`, or with weights of several dtypes, is refused where a prefix "
+        "or a bottleneck meets another dtype than that of the first query projection. LoRAs have that of their linear "
+        "map's weight.",
     ]
     wrapped = [textwrap.fill(line, 120, subsequent_indent="  " if line.startswith("- ") else "",
                              break_long_words=False, break_on_hyphens=False) for line in lines]  # fmt: skip

@@ -1,0 +1,105 @@
+#include <torchgraft/patch/module/place_dtypes.h>
+
+#include <torchgraft/patch/adapters/make_adapter.h>
+#include <torchgraft/patch/graph/autocast_regions.h>
+#include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/linear_map.h>
+#include <torchgraft/patch/graph/no_warnings.h>
+#include <torchgraft/plan/lora_factors.h>
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <optional>
+#include <set>
+
+namespace torchgraft {
+namespace {
+
+using torch::jit::Module;
+using torch::jit::Value;
+
+// The dtype of the weight that a linear map multiplies with; nothing where it is not known or no floating point.
+std::optional<at::ScalarType> weight_dtype(const torch::jit::Node* linear, const Module& module) {
+  Value* weight = linear_weight(linear);
+  while ((is_layout(weight->node()) || is_aten(weight->node(), {"t"})) && !is_aten(weight->node(), {"to", "type_as"})) {
+    weight = weight->node()->input(0);
+  }
+  const at::Tensor tensor = resolve_tensor(weight, module);
+  const bool is_known = tensor.defined() && at::isFloatingType(tensor.scalar_type()) && !tensor.is_quantized();
+  return is_known ? std::optional(tensor.scalar_type()) : std::nullopt;
+}
+
+class PlaceDtypes {
+ public:
+  PlaceDtypes(const GraphSites& sites, const Module& module)
+      : sites_(sites),
+        module_(module),
+        under_autocast_(nodes_under_autocast(*sites.layers.front().attention->owningGraph())) {}
+
+  // The dtype of the linear map on which `planned` is a LoRA; nothing where it is none, or not known.
+  std::optional<at::ScalarType> operator()(const PlannedModule& planned) const {
+    if (!std::holds_alternative<PlannedLoRA>(planned.method)) {
+      return std::nullopt;
+    }
+    const LinearSite* site = lora_site(sites_.layers.at(sites_.structure.position(planned.layer)), planned.site);
+    const bool is_known = site && site->node && under_autocast_.count(site->node) == 0;
+    return is_known ? weight_dtype(site->node, module_) : std::nullopt;
+  }
+
+ private:
+  const GraphSites& sites_;
+  const Module& module_;
+  std::set<const torch::jit::Node*> under_autocast_;
+};
+
+void cast(ModuleWeights& weights, at::ScalarType dtype) {
+  for (auto& [name, tensor] : weights) {
+    const bool casts = tensor.defined() && at::isFloatingType(tensor.scalar_type()) && tensor.scalar_type() != dtype;
+    tensor = casts ? tensor.detach().to(dtype) : tensor;
+  }
+}
+
+// What a factor of several modules, or a source of a weight, is part of has one dtype.
+bool can_be_cast(const Adapter& adapter) {
+  return adapter.sources.empty() && std::none_of(adapter.plan.begin(), adapter.plan.end(), [](const auto& planned) {
+           const auto* lora = std::get_if<PlannedLoRA>(&planned.method);
+           return lora && lora_factors(planned) != LoRAFactors::kNone;
+         });
+}
+
+}  // namespace
+
+void cast_to_places(std::vector<Adapter>& adapters, const GraphSites& sites, const Module& module) {
+  const PlaceDtypes dtype_at(sites, module);
+  for (Adapter& adapter : adapters) {
+    for (size_t m = 0; can_be_cast(adapter) && m < adapter.plan.size(); ++m) {
+      if (const auto dtype = dtype_at(adapter.plan[m])) {
+        cast(adapter.weights[m], *dtype);
+      }
+    }
+  }
+}
+
+Adapter make_placed_adapter(const AdapterSpec& spec, const GraphSites& sites, const Module& module,
+                            const at::TensorOptions& options) {
+  Adapter result = make_adapter(spec, sites.structure, options);
+  const PlaceDtypes dtype_at(sites, module);
+  const auto own = c10::typeMetaToScalarType(options.dtype());
+  at::ScalarType widest = own;
+  for (const PlannedModule& planned : result.plan) {
+    widest = c10::promoteTypes(widest, dtype_at(planned).value_or(own));
+  }
+  if (!spec.weights || widest == own || !can_be_cast(result)) {
+    return result;
+  }
+  const NoWarnings no_warnings;  // they were said above
+  Adapter wide = make_adapter(spec, sites.structure, options.dtype(widest));
+  for (size_t m = 0; m < wide.plan.size(); ++m) {
+    cast(wide.weights[m], dtype_at(wide.plan[m]).value_or(own));
+  }
+  wide.head = std::move(result.head);
+  return wide;
+}
+
+}  // namespace torchgraft
