@@ -1,12 +1,21 @@
 #include <torchgraft/patch/adapters/adapter.h>
 
 #include <torchgraft/config/gate_pooling.h>
+#include <torchgraft/plan/lora_factors.h>
 
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cctype>
+#include <variant>
 
 namespace torchgraft {
+
+bool has_factors(const Adapter& adapter) {
+  return !adapter.sources.empty() || std::any_of(adapter.plan.begin(), adapter.plan.end(), [](const auto& planned) {
+    return std::holds_alternative<PlannedLoRA>(planned.method) && lora_factors(planned) != LoRAFactors::kNone;
+  });
+}
 
 GatePoolings gate_poolings(const std::vector<Adapter>& adapters) {
   GatePoolings result;

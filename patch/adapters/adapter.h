@@ -27,6 +27,9 @@ struct Adapter {
   std::optional<Head> head = std::nullopt;
 };
 
+// Whether weights of `adapter` are computed from others, or shared by modules, and so have one dtype.
+bool has_factors(const Adapter& adapter);
+
 // Over which tokens the gates of some adapters are means. An adapter without gates counts as one whose gates, of
 // exactly 1, are means over all tokens.
 struct GatePoolings {

@@ -5,7 +5,6 @@
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/linear_map.h>
 #include <torchgraft/patch/graph/no_warnings.h>
-#include <torchgraft/plan/lora_factors.h>
 
 #include <ATen/ATen.h>
 
@@ -60,20 +59,12 @@ void cast(ModuleWeights& weights, at::ScalarType dtype) {
   }
 }
 
-// What a factor of several modules, or a source of a weight, is part of has one dtype.
-bool can_be_cast(const Adapter& adapter) {
-  return adapter.sources.empty() && std::none_of(adapter.plan.begin(), adapter.plan.end(), [](const auto& planned) {
-           const auto* lora = std::get_if<PlannedLoRA>(&planned.method);
-           return lora && lora_factors(planned) != LoRAFactors::kNone;
-         });
-}
-
 }  // namespace
 
 void cast_to_places(std::vector<Adapter>& adapters, const GraphSites& sites, const Module& module) {
   const PlaceDtypes dtype_at(sites, module);
   for (Adapter& adapter : adapters) {
-    for (size_t m = 0; can_be_cast(adapter) && m < adapter.plan.size(); ++m) {
+    for (size_t m = 0; !has_factors(adapter) && m < adapter.plan.size(); ++m) {
       if (const auto dtype = dtype_at(adapter.plan[m])) {
         cast(adapter.weights[m], *dtype);
       }
@@ -90,7 +81,7 @@ Adapter make_placed_adapter(const AdapterSpec& spec, const GraphSites& sites, co
   for (const PlannedModule& planned : result.plan) {
     widest = c10::promoteTypes(widest, dtype_at(planned).value_or(own));
   }
-  if (!spec.weights || widest == own || !can_be_cast(result)) {
+  if (!spec.weights || widest == own || has_factors(result)) {
     return result;
   }
   const NoWarnings no_warnings;  // they were said above
