@@ -38,7 +38,7 @@ def base() -> torch.jit.ScriptModule:
 def _without_ids(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
     """A file whose operators do not read adapter_ids: rows of the base run the active adapter."""
     result = saved_and_loaded(module)
-    graph = result.grafted_forward.inlined_graph
+    graph = result.whole_graphs.grafted_forward.graph
     given = list(graph.inputs())[-1].debugName()
     for node in [node for node in graph.nodes() if node.kind().startswith(OPERATORS)]:
         none = graph.create("prim::Constant")
