@@ -8,7 +8,15 @@ from torch import Tensor
 
 import adapters
 import torchgraft
-from adapters import ConfigUnion, LoRAConfig, PromptTuningConfig, SeqBnConfig, SeqBnInvConfig, UniPELTConfig
+from adapters import (
+    ConfigUnion,
+    DoubleSeqBnInvConfig,
+    LoRAConfig,
+    PromptTuningConfig,
+    SeqBnConfig,
+    SeqBnInvConfig,
+    UniPELTConfig,
+)
 from grafted import base, check_refused, reloaded
 from library_bank import DOUBLE, VARIANT, LibraryBank, check_learner, hidden, plain
 from models import VARIANTS, Batch, hugging_face, make_batch
@@ -22,11 +30,12 @@ CONFIGS = {
         PromptTuningConfig(prompt_length=4), LoRAConfig(r=3, use_gating=True), SeqBnConfig(use_gating=True)
     ),
     "union_inv": ConfigUnion(PromptTuningConfig(prompt_length=2, combine="prefix_after_bos"), SeqBnInvConfig()),
+    "inverse": DoubleSeqBnInvConfig(),
     "lora": LoRAConfig(r=4),
     "unipelt": UniPELTConfig(),
 }
 ALONE = ("prompt", "behind_first", "longer")
-PROMPTS = [name for name in CONFIGS if name not in ("lora", "unipelt")]
+PROMPTS = [name for name in CONFIGS if name not in ("inverse", "lora", "unipelt")]
 LIBRARY = LibraryBank(CONFIGS, lambda: hugging_face("bert", "sdpa", DOUBLE))
 
 
@@ -101,7 +110,7 @@ def test_families_equal_the_library(name: str, tmp_path) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["own_post_unmasked_packed_sdpa", "own_pre_sdpa_bool",
+@pytest.mark.parametrize("name", ["own_post_unmasked_packed_sdpa", "own_pre_sdpa_bool", "encoder_fast_post",
                                   "encoder_slow_pre_seq_first"])  # fmt: skip
 def test_stacks_take_it_at_their_input(name: str) -> None:
     """Each row is what the base gives for embeddings with the row's prompt before them, with and without a mask."""

@@ -45,7 +45,7 @@ class TrainStep : public ::testing::TestWithParam<const char*> {};
 INSTANTIATE_TEST_SUITE_P(Methods, TrainStep,
                          ::testing::Values("unipelt", "vera[vera_b=0.5]", "dvora[vera_b=0.5]", "seq_bn_inv",
                                            "mtl_lora[n_up_projection=2, init_weights='bert']", "loreft[r=2]",
-                                           "noreft[r=2]", "direft[r=2]"));
+                                           "noreft[r=2]", "direft[r=2]", "prompt_tuning[prompt_length=3]"));
 
 TEST_P(TrainStep, ChangesTheTrainableAdapterAndNotTheFrozenOne) {
   auto module =
