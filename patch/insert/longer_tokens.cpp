@@ -52,10 +52,9 @@ class Longer {
     shapes_.assume(longer.tokens, shape);
     longer_values_.insert(longer.tokens);
     own_ = longer.own;
-    if (!own_) {
-      WithInsertPoint guard(longer.tokens->node());
-      own_ = graph.insertConstant(c10::IValue());
-    }
+    WithInsertPoint guard(longer.tokens->node());
+    own_ = own_ ? own_ : graph.insertConstant(c10::IValue());
+    tokens_before_ = graph.insert(c10::aten::size, {longer.before, longer.sequence_first ? 0 : 1});
   }
 
   void run() {
@@ -300,7 +299,7 @@ class Longer {
       node->replaceInput(index, found->second);
       return;
     }
-    std::vector<Value*> arguments = {mask, longer_.added, longer_.lengths, own_};
+    std::vector<Value*> arguments = {mask, tokens_before_, longer_.added, longer_.lengths, own_};
     WithInsertPoint guard(node);
     if (has_keys_only) {
       arguments.push_back(graph_.insertConstant(*has_keys_only));
@@ -329,7 +328,8 @@ class Longer {
   const Module& module_;
   SymbolicShapes shapes_;
   const LongerTokens& longer_;
-  Value* own_ = nullptr;  // longer_.own, or None
+  Value* own_ = nullptr;            // longer_.own, or None
+  Value* tokens_before_ = nullptr;  // S, an int
   Dim rows_, tokens_;
   std::unordered_set<const Value*> longer_values_;
   std::unordered_set<const Value*> of_arguments_;

@@ -23,23 +23,33 @@ def longer(mask: Tensor, added: int, lengths: Tensor, own: Optional[Tensor], fil
     shape[dim] = sizes[dim]
     sizes[0] = rows
     return wide.expand(sizes).gather(dim, at.clamp(max=sizes[dim] - 1).view(shape).expand(sizes))
-def wider(mask: Tensor, added: int, lengths: Tensor, own: Optional[Tensor], fill: float, has_keys_only: bool) -> Tensor:
-    if added == 0:
+def wider(mask: Tensor, tokens: int, added: int, lengths: Tensor, own: Optional[Tensor], fill: float,
+          has_keys_only: bool, is_final: bool) -> Tensor:
+    if added == 0 or mask.dim() == 0:
         return mask
+    if mask.size(-1) == 1:
+        mask = mask.expand(list(mask.size())[:-1] + [tokens])
+    if own is not None and is_final and mask.dim() < 4:
+        mask = mask.reshape([1] * (4 - mask.dim()) + list(mask.size()))
     has_rows = mask.dim() == 4 or (has_keys_only and mask.dim() == 2)
     if not has_keys_only and mask.dim() > 1 and mask.size(-2) > 1:
-        return longer(longer(mask, added, lengths, own, fill, -2, has_rows), added, lengths, own, fill, -1, has_rows)
+        mask = longer(mask, added, lengths, own, fill, -2, has_rows)
     return longer(mask, added, lengths, own, fill, -1, has_rows)
-def wider_mask(mask: Tensor, added: int, lengths: Tensor, own: Optional[Tensor]) -> Tensor:
-    return wider(mask, added, lengths, own, 1.0 if mask.dtype == 11 else 0.0, False)
-def wider_optional(mask: Optional[Tensor], added: int, lengths: Tensor, own: Optional[Tensor]) -> Optional[Tensor]:
+def visible(mask: Tensor) -> float:
+    return 1.0 if mask.dtype == 11 else 0.0
+def wider_mask(mask: Tensor, tokens: int, added: int, lengths: Tensor, own: Optional[Tensor]) -> Tensor:
+    return wider(mask, tokens, added, lengths, own, visible(mask), False, True)
+def wider_optional(mask: Optional[Tensor], tokens: int, added: int, lengths: Tensor,
+                   own: Optional[Tensor]) -> Optional[Tensor]:
     if mask is None:
         return None
-    return wider_mask(mask, added, lengths, own)
-def wider_flags(mask: Tensor, added: int, lengths: Tensor, own: Optional[Tensor], has_keys_only: bool) -> Tensor:
-    return wider(mask, added, lengths, own, 0.0, has_keys_only and mask.dim() < 3)
-def wider_keys(mask: Tensor, added: int, lengths: Tensor, own: Optional[Tensor], has_keys_only: bool) -> Tensor:
-    return wider(mask, added, lengths, own, 1.0 if mask.dtype == 11 else 0.0, has_keys_only and mask.dim() < 3)
+    return wider_mask(mask, tokens, added, lengths, own)
+def wider_flags(mask: Tensor, tokens: int, added: int, lengths: Tensor, own: Optional[Tensor],
+                has_keys_only: bool) -> Tensor:
+    return wider(mask, tokens, added, lengths, own, 0.0, has_keys_only and mask.dim() < 3, not has_keys_only)
+def wider_keys(mask: Tensor, tokens: int, added: int, lengths: Tensor, own: Optional[Tensor],
+               has_keys_only: bool) -> Tensor:
+    return wider(mask, tokens, added, lengths, own, visible(mask), has_keys_only and mask.dim() < 3, False)
 def shown(mask: Optional[Tensor], own: Optional[Tensor]) -> Optional[Tensor]:
     if own is None:
         return mask
