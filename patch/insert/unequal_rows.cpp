@@ -128,7 +128,10 @@ class UnequalWalk {
     }
     for (size_t i = 0; i < node->inputs().size(); ++i) {
       const bool is_sizes = takes_sizes(node) && i == 1;
-      if (!is_sizes && !flow_.count(node->input(i)) && !may_be_tensor(node->input(i)) && !is_fixed(node->input(i))) {
+      // A trace has tensors of numbers, of sizes too.
+      const bool is_known =
+          !sizes_.count(node->input(i)) && (may_be_tensor(node->input(i)) || is_fixed(node->input(i)));
+      if (!is_sizes && !flow_.count(node->input(i)) && !is_known) {
         return refuse(node);
       }
     }

@@ -33,6 +33,10 @@ def wider(mask: Tensor, tokens: int, added: int, lengths: Tensor, own: Optional[
         mask = mask.reshape([1] * (4 - mask.dim()) + list(mask.size()))
     has_rows = mask.dim() == 4 or (has_keys_only and mask.dim() == 2)
     if not has_keys_only and mask.dim() > 1 and mask.size(-2) > 1:
+        assert torch.equal(mask, mask.narrow(-2, 0, 1).expand(list(mask.size()))), "prompt_tuning: expected " \
+            "attention masks that are the same for all queries, got one of shape {} whose rows differ, as of a " \
+            "causal model or of relative positions: what a prompt sees there is not known; use prefix_tuning, or a " \
+            "mask of keys alone".format(list(mask.size()))
         mask = longer(mask, added, lengths, own, fill, -2, has_rows)
     return longer(mask, added, lengths, own, fill, -1, has_rows)
 def visible(mask: Tensor) -> float:

@@ -203,6 +203,55 @@ def test_rows_of_other_lengths_are_refused_where_tokens_meet() -> None:
         module(x, adapter_ids=torch.tensor([0, -1, 0]))
 
 
+class _TimesTokens(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = hugging_face("bert", "sdpa", DOUBLE)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.model(ids, mask)[0]
+        return x * x.size(1)
+
+
+def test_a_trace_that_reads_how_many_tokens_there_are_takes_equal_rows_alone() -> None:
+    """A traced number of tokens is a tensor."""
+    given = (torch.tensor([[3, 4, 5], [6, 7, 8]]), torch.ones(2, 3, dtype=torch.int64))
+    traced = torch.jit.trace(_TimesTokens().eval(), given, check_trace=False)
+    module = torchgraft.graft(traced, "prompt_tuning[prompt_length=2]", "task")
+    module(*given, adapter_ids=torch.tensor([0, 0]))
+    with pytest.raises(Exception, match="got 0 and 2 tokens; put them in .* at aten::mul"):
+        module(*given, adapter_ids=torch.tensor([0, -1]))
+
+
+class _Causal(torch.nn.Module):
+    """One layer, whose mask is made of the numbers of ids."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = torch.nn.Embedding(30, 16)
+        self.q, self.k, self.v, self.o = (torch.nn.Linear(16, 16) for _ in range(4))
+        self.norm, self.norm2 = torch.nn.LayerNorm(16), torch.nn.LayerNorm(16)
+        self.wide, self.narrow = torch.nn.Linear(16, 32), torch.nn.Linear(32, 16)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        at = torch.arange(ids.size(1), device=ids.device)
+        mask = torch.full([ids.size(1), ids.size(1)], 0.0).masked_fill(at[None] > at[:, None], float("-inf"))
+        x = self.words(ids)
+        q, k, v = [f(x).view(x.size(0), x.size(1), 2, 8).transpose(1, 2) for f in (self.q, self.k, self.v)]
+        y = torch.softmax(q @ k.transpose(-1, -2) / 8**0.5 + mask, -1) @ v
+        x = self.norm(x + self.o(y.transpose(1, 2).reshape(x.size(0), x.size(1), 16)))
+        return self.norm2(x + self.narrow(torch.relu(self.wide(x))))
+
+
+def test_a_mask_that_differs_by_query_is_refused() -> None:
+    """What a prompt's tokens see there is not known: a causal model would show them the tokens behind them."""
+    ids = torch.tensor([[3, 4, 5], [6, 7, 8]])
+    with pytest.raises(torchgraft.GraftError, match="expected attention masks that are the same for all queries"):
+        torchgraft.graft(
+            torch.jit.trace(_Causal().eval(), ids), "prompt_tuning[prompt_length=2]", "task", example=(ids,)
+        )
+
+
 @pytest.mark.quick
 def test_what_cannot_be_is_refused() -> None:
     bare = base("bert_sdpa", DOUBLE)
