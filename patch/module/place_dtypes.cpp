@@ -31,25 +31,27 @@ std::optional<at::ScalarType> weight_dtype(const torch::jit::Node* linear, const
 
 class PlaceDtypes {
  public:
-  PlaceDtypes(const GraphSites& sites, const Module& module)
-      : sites_(sites),
-        module_(module),
-        under_autocast_(nodes_under_autocast(*sites.layers.front().attention->owningGraph())) {}
+  PlaceDtypes(const GraphSites& sites, const Module& module) : sites_(sites), module_(module) {}
 
   // The dtype of the linear map on which `planned` is a LoRA; nothing where it is none, or not known.
-  std::optional<at::ScalarType> operator()(const PlannedModule& planned) const {
+  std::optional<at::ScalarType> operator()(const PlannedModule& planned) {
     if (!std::holds_alternative<PlannedLoRA>(planned.method)) {
       return std::nullopt;
     }
     const LinearSite* site = lora_site(sites_.layers.at(sites_.structure.position(planned.layer)), planned.site);
-    const bool is_known = site && site->node && under_autocast_.count(site->node) == 0;
-    return is_known ? weight_dtype(site->node, module_) : std::nullopt;
+    if (!site || !site->node) {
+      return std::nullopt;
+    }
+    if (!under_autocast_) {
+      under_autocast_ = nodes_under_autocast(*site->node->owningGraph());
+    }
+    return under_autocast_->count(site->node) == 0 ? weight_dtype(site->node, module_) : std::nullopt;
   }
 
  private:
   const GraphSites& sites_;
   const Module& module_;
-  std::set<const torch::jit::Node*> under_autocast_;
+  std::optional<std::set<const torch::jit::Node*>> under_autocast_;  // of the one graph that all sites are in
 };
 
 void cast(ModuleWeights& weights, at::ScalarType dtype) {
@@ -62,7 +64,7 @@ void cast(ModuleWeights& weights, at::ScalarType dtype) {
 }  // namespace
 
 void cast_to_places(std::vector<Adapter>& adapters, const GraphSites& sites, const Module& module) {
-  const PlaceDtypes dtype_at(sites, module);
+  PlaceDtypes dtype_at(sites, module);
   for (Adapter& adapter : adapters) {
     for (size_t m = 0; !has_factors(adapter) && m < adapter.plan.size(); ++m) {
       if (const auto dtype = dtype_at(adapter.plan[m])) {
@@ -75,7 +77,7 @@ void cast_to_places(std::vector<Adapter>& adapters, const GraphSites& sites, con
 Adapter make_placed_adapter(const AdapterSpec& spec, const GraphSites& sites, const Module& module,
                             const at::TensorOptions& options) {
   Adapter result = make_adapter(spec, sites.structure, options);
-  const PlaceDtypes dtype_at(sites, module);
+  PlaceDtypes dtype_at(sites, module);
   const auto own = c10::typeMetaToScalarType(options.dtype());
   at::ScalarType widest = own;
   for (const PlannedModule& planned : result.plan) {
