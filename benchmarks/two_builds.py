@@ -9,6 +9,7 @@ configuration the medians' ratios to the bare base, before and after, and the ra
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -80,9 +81,11 @@ class Checkout:
     def seconds(self, *request: object) -> float:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None and stdout is not None
-        stdin.write(json.dumps(request) + "\n")
-        stdin.flush()
-        answer = stdout.readline()
+        answer = ""
+        with contextlib.suppress(BrokenPipeError):  # it may have ended before, or while it reads
+            stdin.write(json.dumps(request) + "\n")
+            stdin.flush()
+            answer = stdout.readline()
         if not answer:
             raise SystemExit(f"{' '.join(self._process.args)} ended; give it '{json.dumps(request)}' to see why")
         return float(answer)

@@ -11,6 +11,7 @@
 
 namespace torchgraft {
 
+// PromptTuningConfig::random_uniform_scale of the library: fresh prompts are uniform in [-0.5, 0.5].
 inline constexpr double kPromptScale = 0.5;
 
 // Fields and defaults are those of adapters==1.3.0 (tests compare them one by one with the live library).

@@ -86,7 +86,10 @@ Module optimize(const Module& module, const OptimizeOptions& options) {
   if (is_grafted(module)) {
     check_is_trained(module);
     count += optimize_grafted(result);
-    count += options.exact_base ? 0 : optimize_base(result, "base_forward");
+    if (!options.exact_base) {
+      count += optimize_base(result, "base_forward");
+      forget_original_forward(result);
+    }
   } else {
     TORCH_CHECK(!options.exact_base, "optimize: expected a grafted module with exact_base, which keeps its base as it ",
                 "is, got one without adapters");

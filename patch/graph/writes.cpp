@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <map>
 #include <utility>
 
 namespace torchgraft {
@@ -57,6 +58,54 @@ bool updates_statistics(const Node* node) {
   return kind.find("_norm") != std::string::npos && node->schema().argumentIndexWithName("running_mean") &&
          !is_switched_off(node, {"training", "train", "use_input_stats"});
 }
+
+// The loops that `node` stands in, the innermost first.
+std::vector<Node*> loops_around(const Node* node) {
+  std::vector<Node*> loops;
+  for (Node* owner = const_cast<Node*>(node)->owningBlock()->owningNode(); owner;
+       owner = owner->owningBlock()->owningNode()) {
+    if (owner->kind() != c10::prim::If) {
+      loops.push_back(owner);
+    }
+  }
+  return loops;
+}
+
+// The tensors that `writer` may write into. In a loop, these may be any that one round hands to the next: AliasDb does
+// not know that a later round reads them under another name.
+std::vector<Value*> written_tensors(const Node* writer) {
+  if (changes_container(writer)) {
+    return {};
+  }
+  std::vector<Value*> result = written_inputs(writer);
+  for (Node* loop : loops_around(writer)) {
+    for (const auto& values : {loop->inputs(), loop->blocks()[0]->inputs(), loop->blocks()[0]->outputs()}) {
+      std::copy_if(values.begin(), values.end(), std::back_inserter(result),
+                   [](const Value* value) { return holds_tensors(*value->type()); });
+    }
+  }
+  return result;
+}
+
+// The node that allocated the memory of `value`, or older memory of which `value` may be a copy; null where it is not
+// known, or where the node runs more than once. What was there before the node ran does not share this memory.
+const Node* allocator_of(Value* value) {
+  const auto continues = [](const Node* node) {
+    return is_layout(node) || is_in_place(node) || is_aten(node, {"slice", "narrow", "select", "expand"});
+  };
+  while (continues(value->node())) {
+    value = value->node()->input(0);
+  }
+  const Node* node = value->node();
+  const auto* schema = node->maybeSchema();
+  if (!schema || !node->kind().is_aten() || may_return_operand(node) || !loops_around(node).empty()) {
+    return nullptr;
+  }
+  const auto shares = [](const c10::Argument& result) { return result.alias_info() != nullptr; };
+  return std::any_of(schema->returns().begin(), schema->returns().end(), shares) ? nullptr : node;
+}
+
+bool is_older(const Value* value, const Node* allocator) { return allocator && value->node()->isBefore(allocator); }
 
 }  // namespace
 
@@ -200,21 +249,36 @@ Writes::Writes(const std::shared_ptr<Graph>& graph) {
     return;
   }
   memory_.emplace(graph);
-  ValueSet written;
+  std::map<const Node*, ValueSet> written;  // by allocator; null: unknown
+  ValueSet reached;
   for (const Node* writer : writers_) {
-    const auto inputs = changes_container(writer) ? std::vector<Value*>() : written_inputs(writer);
-    written.insert(inputs.begin(), inputs.end());
+    for (Value* tensor : written_tensors(writer)) {
+      written[allocator_of(tensor)].insert(tensor);
+    }
+    const auto loops = changes_container(writer) ? std::vector<Node*>() : loops_around(writer);
+    if (!loops.empty()) {
+      for_each_node(loops.back()->blocks()[0],
+                    [&](Node* node) { reached.insert(node->outputs().begin(), node->outputs().end()); });
+    }
   }
-  written = memory_->connected(std::move(written));
-  const auto visit = [&](at::ArrayRef<Value*> values) {
-    std::copy_if(values.begin(), values.end(), std::inserter(untouched_, untouched_.end()), [&](Value* value) {
-      return std::none_of(written.begin(), written.end(), [&](const Value* other) {
+  const auto add_reached = [&](const Node* allocator, const ValueSet& shared, at::ArrayRef<Value*> values) {
+    std::copy_if(values.begin(), values.end(), std::inserter(reached, reached.end()), [&](Value* value) {
+      return !is_older(value, allocator) && std::any_of(shared.begin(), shared.end(), [&](const Value* other) {
         return other == value || memory_->aliases().mayContainAlias(value, const_cast<Value*>(other));
       });
     });
   };
-  visit(graph->inputs());
-  for_each_node(graph->block(), [&](Node* node) { visit(node->outputs()); });
+  for (const auto& [allocator, inputs] : written) {
+    const ValueSet shared = memory_->connected(inputs);
+    add_reached(allocator, shared, graph->inputs());
+    for_each_node(graph->block(), [&](Node* node) { add_reached(allocator, shared, node->outputs()); });
+  }
+  const auto add_untouched = [&](at::ArrayRef<Value*> values) {
+    std::copy_if(values.begin(), values.end(), std::inserter(untouched_, untouched_.end()),
+                 [&](const Value* value) { return !reached.count(value); });
+  };
+  add_untouched(graph->inputs());
+  for_each_node(graph->block(), [&](Node* node) { add_untouched(node->outputs()); });
 }
 
 bool Writes::reach(const Value* value) const { return !writers_.empty() && !untouched_.count(value); }
@@ -234,8 +298,13 @@ Node* Writes::between(const Node* begin, const Node* end, const ValueSet& values
     if (changes_container(writer)) {
       return !containers.empty() && memory_->aliases().mayContainAlias(written_inputs(writer), containers);
     }
-    return memory_->aliases().writesToAlias(writer, shared) ||
-           memory_->aliases().mayContainAlias(written_inputs(writer), read);
+    const auto tensors = written_tensors(writer);
+    const bool are_older = std::all_of(tensors.begin(), tensors.end(), [&](Value* tensor) {
+      const Node* allocator = allocator_of(tensor);
+      return std::all_of(values.begin(), values.end(), [&](const Value* value) { return is_older(value, allocator); });
+    });
+    return !are_older && (!loops_around(begin).empty() || memory_->aliases().writesToAlias(writer, shared) ||
+                          memory_->aliases().mayContainAlias(tensors, read));
   };
   const auto found = std::find_if(writers_.begin(), writers_.end(), [&](Node* writer) {
     return writer != begin && writer->isAfter(begin) && writer->isBefore(end) && writes(writer);

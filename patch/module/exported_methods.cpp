@@ -1,6 +1,7 @@
 #include <torchgraft/patch/module/exported_methods.h>
 
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/module/methods.h>
 
 #include <torch/csrc/jit/api/function_impl.h>
 
@@ -30,6 +31,9 @@ void add_called(const Module& module, const std::string& method, std::set<std::s
 std::set<std::string> called_by_forward(const Module& module) {
   std::set<std::string> called;
   add_called(module, "forward", called);
+  if (module.find_method(kOriginalForward)) {
+    add_called(module, kOriginalForward, called);
+  }
   return called;
 }
 

@@ -68,9 +68,15 @@ def head_ids(adapter_ids: Optional[Tensor], heads: List[int]) -> Optional[Tensor
 
 constexpr const char* kWithHead = "forward_with_head";  // where there are heads
 
-const std::vector<std::string> kAddedMethods = {"forward",        "forward_with_gates", kBaseForward,
-                                                kGrafted,         "activate",           "deactivate",
-                                                "active_adapter", "adapter_names",      "adapter_config"};
+const std::vector<std::string> kAddedMethods = {"forward",        "forward_with_gates", kBaseForward, kGrafted,
+                                                kOriginalForward, "activate",           "deactivate", "active_adapter",
+                                                "adapter_names",  "adapter_config"};
+
+bool calls_methods(Graph& graph) {
+  bool calls = false;
+  for_each_node(graph.block(), [&](Node* node) { calls = calls || node->kind() == c10::prim::CallMethod; });
+  return calls;
+}
 
 std::vector<Argument> with_adapter_ids(const FunctionSchema& schema) {
   std::vector<Argument> arguments = schema.arguments();
@@ -249,7 +255,7 @@ void change_callers(const Module& module, bool add_argument) {
     auto* function = torch::jit::tryToGraphFunction(*method);
     const std::string& name = method->name();
     if (!function || name == kBaseForward || name == kGrafted || name == "forward" || name == "forward_with_gates" ||
-        name == kWithHead) {
+        name == kWithHead || name == kOriginalForward) {
       continue;
     }
     for_each_node(function->graph()->block(), [&](Node* node) {
@@ -321,6 +327,9 @@ void add_methods(Module& module, const std::shared_ptr<Graph>& grafted_graph, co
                 is_attribute ? "an attribute '" : "a method '", name, "', which grafting adds", name_remedy(name));
   }
   remove_method(module, "forward");
+  if (calls_methods(*base_graph)) {
+    add_method(module, kOriginalForward, base_graph->copy(), schema.arguments(), schema.returns());
+  }
   add_whole_graphs(module);
   add_whole_graph(module, kBaseForward, base_graph, schema.arguments(), schema.returns());
   const c10::TypePtr pair_type = grafted_graph->outputs()[0]->type();
@@ -334,16 +343,24 @@ void add_methods(Module& module, const std::shared_ptr<Graph>& grafted_graph, co
   change_callers(module, /*add_argument=*/true);
 }
 
+void forget_original_forward(Module& module) {
+  if (module.find_method(kOriginalForward)) {
+    remove_method(module, kOriginalForward);
+  }
+}
+
 void remove_methods(Module& module) {
   const Function& base = module.get_method(kBaseForward).function();
   const FunctionSchema schema = base.getSchema();
-  const auto graph = whole_graph(module, kBaseForward);
+  const auto original = module.find_method(kOriginalForward);
+  const auto graph = original ? original->graph()->copy() : whole_graph(module, kBaseForward);
   change_callers(module, /*add_argument=*/false);
-  for (const std::string& name : kAddedMethods) {
-    remove_method(module, name);
-  }
-  if (module.find_method(kWithHead)) {
-    remove_method(module, kWithHead);
+  std::vector<std::string> added = kAddedMethods;
+  added.emplace_back(kWithHead);
+  for (const std::string& name : added) {
+    if (module.find_method(name)) {
+      remove_method(module, name);
+    }
   }
   remove_whole_graphs(module);
   add_method(module, "forward", graph, schema.arguments(), schema.returns());

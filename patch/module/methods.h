@@ -9,6 +9,11 @@
 
 namespace torchgraft {
 
+// The method that holds forward as the base had it, where it calls other methods, its submodules' among them: such a
+// graph is short, and base_forward no longer tells which methods of the module it consists of. remove_methods() gives
+// it back. Nothing runs it.
+constexpr const char* kOriginalForward = "original_forward";
+
 // What to do with a base that has a name which grafting adds: ends an error.
 std::string name_remedy(const std::string& name);
 
@@ -47,6 +52,9 @@ struct HeadInputs {
 // heads, forward_with_head. forward runs the untouched base when no adapter is active and no adapter_ids are given.
 void add_methods(torch::jit::Module& module, const std::shared_ptr<torch::jit::Graph>& grafted,
                  const HeadInputs& heads);
+
+// For those who change base_forward: after remove_methods(), forward is what base_forward is now.
+void forget_original_forward(torch::jit::Module& module);
 
 // Undoes add_methods and removes the submodule `adapters`: the base's methods and attributes are left.
 void remove_methods(torch::jit::Module& module);
