@@ -72,6 +72,13 @@ std::string other_dtypes(const Module& base, at::ScalarType coarsest, const at::
                                   ": trace the base without torch.autocast and with all weights in one dtype");
 }
 
+// Whether a run says that rows cannot differ: DeBERTa's share the positions that a LoRA reads (insert_lora.cpp), and in
+// some models prompts must be of one length (insert_prompt.cpp).
+bool refuses_mixed_rows(const std::string& error) {
+  return error.find("rows of one batch cannot have different adapters") != std::string::npos ||
+         error.find("expected rows with prompts of one length") != std::string::npos;
+}
+
 // One way of running one of the modules.
 struct Trial {
   const TrialRun& run;
@@ -241,8 +248,7 @@ class Comparison {
     return missing;
   }
 
-  // The adapter in row 0 alone may not change another row instead. Where rows cannot differ, as the positions that
-  // DeBERTa's rows share, a run says so itself.
+  // The adapter in row 0 alone may not change another row instead.
   void check_row_stays(const Arguments& arguments, const std::string& name, const at::Tensor& ids, int64_t position,
                        const c10::IValue& of_base, const c10::IValue& of_adapter) const {
     if (ids.size(0) < 2) {
@@ -253,8 +259,12 @@ class Comparison {
     c10::IValue of_row;
     try {
       of_row = grafted_.run("forward", arguments, of_first);
-    } catch (const std::exception&) {
-      return;
+    } catch (const std::exception& error) {
+      const std::string text = one_line(error);
+      if (refuses_mixed_rows(text)) {
+        return;
+      }
+      fail(text);
     }
     TORCH_CHECK(
         !moves_rows(of_base, of_adapter, of_row, ids.size(0)), verifier_.what, ": with adapter_ids that give ", name,

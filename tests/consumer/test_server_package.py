@@ -19,10 +19,16 @@ from test_server import (  # noqa: F401
     random_row,
     test_adapters_come_and_go_without_a_restart,
     test_an_adapter_with_a_head_answers_logits,
+    test_clients_that_go_away,
     test_each_adapter_alone,
+    test_more_than_the_queue_holds_is_refused,
+    test_names_are_never_paths,
+    test_one_request_that_fails_spoils_no_other,
+    test_other_addresses,
     test_requests_of_all_adapters_at_once,
     test_rows_of_one_request_are_padded_without_effect,
     test_sigterm_under_load_loses_nothing,
+    test_what_is_wrong_is_said,
 )
 
 pytestmark = pytest.mark.slow(seconds=20)

@@ -77,3 +77,32 @@ def test_a_program_gives_what_the_module_gives(name: str) -> None:
             assert difference(case.hidden(result), case.hidden(expected)) <= _TOLERANCE
             _assert_gates(gates, columns, expected_gates, ids, grafted.adapter_names())
             assert difference(case.hidden(alone(*arguments)), case.hidden(grafted(*arguments))) <= _TOLERANCE
+
+
+def _gradients(run: Any, parameters: dict[str, torch.nn.Parameter], hidden: Any, arguments: tuple) -> dict[str, Tensor]:
+    trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    loss = hidden(run(*arguments)).square().mean()
+    return dict(zip(trained, torch.autograd.grad(loss, list(trained.values()), allow_unused=True), strict=True))
+
+
+# bert_sdpa: tests/python/programs/test_export_command.py.
+@pytest.mark.parametrize("name", program_parameters(NOT_YET, often=("own_einsum",)))
+def test_gradients_of_a_program_are_the_modules(name: str) -> None:
+    case = CASES[name]
+    module = torchgraft.graft(traced(name), methods(name)[0], "task", trainable=True, verify=False)
+    with torch.no_grad():
+        for bank in module.adapters.parameters():
+            bank.add_(torch.randn_like(bank) * 0.1)  # a fresh LoRA's first factor has no gradient
+    program = torchgraft.export(module, case.arguments(DTYPE, 0)).module()
+    arguments = case.arguments(DTYPE, 1)
+    rows = _ids(module, arguments).size(0)
+    ids = torch.tensor([0, -1, 0, 0, -1][:rows])
+    expected = _gradients(module, dict(module.named_parameters()), case.hidden, (*arguments, ids))
+    found = _gradients(program, dict(program.named_parameters()), case.hidden, (*arguments, ids))
+    assert found.keys() == expected.keys() and len(expected) > 2
+    for parameter, gradient in expected.items():
+        if gradient is None:
+            assert found[parameter] is None or not found[parameter].any()
+        else:
+            assert difference(found[parameter], gradient) <= 1e-4 * max(1.0, float(gradient.abs().max()))
+    assert any(gradient is not None and gradient.abs().max() > 1e-4 for gradient in expected.values())

@@ -52,6 +52,39 @@ def test_on_intel_linear_maps_of_many_tokens_are_atens(kernels: str) -> None:
     assert done.stdout.splitlines() == [f"{tokens} {is_atens}" for tokens, is_atens in wanted.items()]
 
 
+_BFLOAT16 = """
+import torch
+torch.ops.load_library({library!r})
+ops = torch.ops.torchgraft
+def randn(*size): return torch.randn(size).bfloat16()
+def lora(tokens): ops.gated_lora(randn(1, tokens, 64), randn(1, tokens, 64), randn(1, 8, 64), randn(1, 64, 8),
+                                 randn(1))
+def bottleneck(tokens): ops.gated_bottleneck(randn(1, tokens, 768), randn(1, tokens, 768), randn(1, 8, 768),
+                                             randn(1, 8), randn(1, 768, 8), randn(1, 768), randn(1, 1), "relu")
+def prefix(tokens): ops.gated_prefix_attention(*randn(3, 1, 2, tokens, 32), randn(1, tokens, 64),
+                                               *randn(2, 1, 2, 4, 32), torch.tensor([4]))
+def linear(tokens): ops.linear(randn(1, tokens, 64), randn(64, 64))
+products = {{"aten::linear", "aten::matmul", "aten::bmm", "aten::baddbmm"}}
+for call, sizes in ((lora, (256, 257)), (bottleneck, (16, 17)), (prefix, (128, 129)), (linear, (1, 300))):
+    for tokens in sizes:
+        with torch.autograd.profiler.profile() as profile:
+            call(tokens)
+        print(call.__name__, tokens, not products.isdisjoint(event.name for event in profile.function_events))
+"""
+
+
+@pytest.mark.parametrize("kernels", ["auto", "fused"])
+def test_with_amx_products_of_bfloat16_are_atens_where_there_is_much_to_multiply(kernels: str) -> None:
+    capabilities = torch.cpu.get_capabilities()
+    if not (capabilities.get("amx_bf16") and torch.backends.cpu.get_cpu_capability() == "AVX512"):
+        pytest.skip("this processor has no AMX")
+    done = _run(_BFLOAT16, TORCHGRAFT_KERNELS=kernels)
+    assert done.returncode == 0, done.stderr
+    atens = ["lora 257", "bottleneck 17", "prefix 129", "linear 1", "linear 300"] if kernels == "auto" else []
+    shown = [line.rsplit(" ", 1) for line in done.stdout.splitlines()]
+    assert [call for call, is_atens in shown if is_atens == "True"] == atens and len(shown) == 8
+
+
 def _run(text: str = _CODE, **environment: str) -> subprocess.CompletedProcess:
     [library] = {path for path in torch.ops.loaded_libraries if "libtorchgraft.so" in path}  # this process's, too
     code = text.format(library=library)

@@ -3,6 +3,7 @@
 #include <torchgraft/patch/adapters/mean_adapter.h>
 #include <torchgraft/patch/adapters/read_adapters.h>
 #include <torchgraft/patch/graft.h>
+#include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/whole_graphs.h>
 #include <torchgraft/patch/inspect.h>
 #include <torchgraft/patch/module/drawn_weights.h>
@@ -100,6 +101,30 @@ TEST(VerifyResults, AnAdapterThatIsAnotherByItsIdsIsRefused) {
   EXPECT_EQ(verified({base, module}, {"a"}), "");
   expect_text(error_of([&] { verified({base, module}, {"b"}); }),
               "test: on example inputs the result of 'b' by adapter_ids differs from the active adapter's ");
+}
+
+// A module that takes rows of different adapters only where it says so is right; one that fails otherwise is not.
+TEST(VerifyResults, ABatchWithOneRowOfAnAdapterMayBeRefusedButNotFail) {
+  const Module base = encoder();
+  for (const auto& [message, passes] : std::initializer_list<std::pair<std::string, bool>>{
+           {"rows of one batch cannot have different adapters in this model", true}, {"another error", false}}) {
+    Module module = grafted(base, {"a"});
+    const auto graph = whole_graph(module, "grafted_forward");
+    const torch::jit::WithInsertPoint before(*graph->nodes().begin());
+    const std::string source =
+        "\ndef check(ids: Optional[Tensor]):\n    if ids is not None:\n        assert "
+        "bool((ids == ids[0]).all()), '" +
+        message + "'\n    return 0\n";
+    torch::jit::insertGraph(*graph, *compile_graph(source, "check"), {graph->inputs().back()});
+    replace_whole_graph(module, "grafted_forward", graph);
+    SCOPED_TRACE(message);
+    if (passes) {
+      EXPECT_EQ(verified({base, module}, {"a"}), "");
+    } else {
+      const std::string text = error_of([&] { verified({base, module}, {"a"}); });
+      EXPECT_NE(text.find("another error"), std::string::npos) << text;
+    }
+  }
 }
 
 TEST(VerifyResults, NumbersThatAreNotFiniteAreTheUsersOnlyWhereTheyAreNotDrawn) {
