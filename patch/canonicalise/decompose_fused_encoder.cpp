@@ -6,6 +6,7 @@
 
 #include <torch/csrc/jit/ir/constants.h>
 
+#include <algorithm>
 #include <unordered_map>
 #include <vector>
 
@@ -90,6 +91,8 @@ bool is_fused(const Node* node) {
   return is_aten(node, {"_transformer_encoder_layer_fwd", "_native_multi_head_attention"});
 }
 
+bool has_fused(const Block* block) { return std::any_of(block->nodes().begin(), block->nodes().end(), is_fused); }
+
 // Makes every prim::If with a fused op directly in one of its blocks take the other block. Replaces the condition
 // wherever it is used: the early return of the fused side depends on it too.
 void pin_unfused_branch(Graph& graph) {
@@ -98,12 +101,10 @@ void pin_unfused_branch(Graph& graph) {
       return;
     }
     for (size_t i = 0; i < 2; ++i) {
-      for (Node* inner : node->blocks()[i]->nodes()) {
-        if (is_fused(inner)) {
-          torch::jit::WithInsertPoint guard(node);
-          node->input()->replaceAllUsesWith(graph.insertConstant(/*take the true block:*/ i == 1));
-          return;
-        }
+      if (has_fused(node->blocks()[i])) {
+        torch::jit::WithInsertPoint guard(node);
+        node->input()->replaceAllUsesWith(graph.insertConstant(/*take the true block:*/ i == 1));
+        return;
       }
     }
   });
@@ -217,6 +218,14 @@ void decompose_straight_line(Graph& graph) {
 }
 
 }  // namespace
+
+bool may_run_fused_encoder(Graph& graph) {
+  bool may = false;
+  for_each_node(graph.block(), [&](const Node* node) {
+    may = may || (node->kind() == c10::prim::If && (has_fused(node->blocks()[0]) || has_fused(node->blocks()[1])));
+  });
+  return may;
+}
 
 void decompose_fused_encoder(const std::shared_ptr<Graph>& graph) {
   densify_nested(graph);

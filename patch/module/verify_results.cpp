@@ -2,8 +2,10 @@
 
 #include <torchgraft/patch/adapters/adapters_module.h>
 #include <torchgraft/patch/adapters/compositions.h>
+#include <torchgraft/patch/canonicalise/decompose_fused_encoder.h>
 #include <torchgraft/patch/canonicalise/decompose_optimized.h>
 #include <torchgraft/patch/graph/clone_module.h>
+#include <torchgraft/patch/graph/inline_all.h>
 #include <torchgraft/patch/graph/whole_graphs.h>
 #include <torchgraft/patch/insert/decompose_adapters.h>
 #include <torchgraft/patch/module/compare_on_inputs.h>
@@ -77,6 +79,15 @@ std::string other_dtypes(const Module& base, at::ScalarType coarsest, const at::
 bool refuses_mixed_rows(const std::string& error) {
   return error.find("rows of one batch cannot have different adapters") != std::string::npos ||
          error.find("expected rows with prompts of one length") != std::string::npos;
+}
+
+// Why the base itself may have two results.
+std::string fused_encoder_hint(const Module& base, const std::string& method) {
+  const auto graph = base.get_method(method).graph()->copy();
+  inline_all(*graph);
+  return may_run_fused_encoder(*graph) ? "; the base takes torch's fused encoder layers, which hide every token whose "
+                                         "float mask is not 0: give it a bool mask, or one of 0 and -inf"
+                                       : "";
 }
 
 // One way of running one of the modules.
@@ -326,7 +337,8 @@ class Comparison {
       return ResultDifference(at::kDouble, before.in_double(arguments), after.in_double(arguments));
     });
     TORCH_CHECK(missing, verifier_.what, ": on example inputs the result of ", names.what, " differs from ",
-                names.other, " ", difference.text(), names.therefore, "; please report the model", verifier_.remedy);
+                names.other, " ", difference.text(), names.therefore, fused_encoder_hint(base_.module, base_method_),
+                "; please report the model", verifier_.remedy);
     return *missing;
   }
 

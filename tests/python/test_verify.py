@@ -364,3 +364,22 @@ def test_results_are_compared_where_the_executors_optimisation_is_off() -> None:
             _graft(modules[1])
     finally:
         torch._C._set_graph_executor_optimize(was_on)
+
+
+class _MaskedEncoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.encoder(x, src_key_padding_mask=mask)
+
+
+def test_a_float_mask_that_torchs_fused_encoder_reads_as_flags_is_named() -> None:
+    base, x, mask = torch.jit.script(_MaskedEncoder().eval()), torch.randn(2, 5, 16), torch.zeros(2, 5)
+    mask[1, 3:] = -torch.inf
+    torchgraft.graft(base, "lora", "task", example=(x, mask))
+    mask[1, 3:] = -1.5
+    with pytest.raises(torchgraft.GraftError, match="fused encoder layers, which hide every token whose float mask"):
+        torchgraft.graft(base, "lora", "task", example=(x, mask))
