@@ -85,8 +85,11 @@ def _gradients(run: Any, parameters: dict[str, torch.nn.Parameter], hidden: Any,
     return dict(zip(trained, torch.autograd.grad(loss, list(trained.values()), allow_unused=True), strict=True))
 
 
+_NO_GRADIENTS = {"beit_relative_eager": "attention asks, where gradients flow, for the size of its computed bias"}
+
+
 # bert_sdpa: tests/python/programs/test_export_command.py.
-@pytest.mark.parametrize("name", program_parameters(NOT_YET, often=("own_einsum",)))
+@pytest.mark.parametrize("name", program_parameters(NOT_YET | _NO_GRADIENTS, often=("own_einsum",)))
 def test_gradients_of_a_program_are_the_modules(name: str) -> None:
     case = CASES[name]
     module = torchgraft.graft(traced(name), methods(name)[0], "task", trainable=True, verify=False)
