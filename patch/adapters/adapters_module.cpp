@@ -62,6 +62,8 @@ def COLLECT(self, gates: List[Tensor], adapter_ids: Optional[Tensor]) -> Dict[st
             layers: Dict[int, Dict[str, Tensor]] = {}
             for i in range(len(gates)):
                 count = self.gate_counts[i][a]
+                if gates[i].dim() < 2:  # of a branch that did not run
+                    count = 0
                 if count > 0:
                     gate = gates[i].narrow(1, 0, count)
                     if rows is not None:

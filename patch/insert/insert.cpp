@@ -45,8 +45,49 @@ void check_beside_prompt(const std::vector<Slot>& slots, const InsertOptions& op
   }
 }
 
+// Throws c10::Error where the adapters cannot stand in a branch, as some layers do.
+void check_in_branches(const torch::jit::Graph& graph, const GraphSites& sites, const std::vector<Slot>& slots,
+                       const InsertOptions& options) {
+  for (size_t i = 0; i < sites.layers.size(); ++i) {
+    const Node* query = sites.layers[i].query.node;
+    if (!query || query->owningBlock() == graph.block()) {
+      continue;
+    }
+    const Layer& layer = sites.structure.layers[i];
+    const std::string where = c10::str("layer ", layer.number, layer.query ? " (" + layer.query->path + ")" : "",
+                                       " stands in a branch of the module");
+    TORCH_CHECK(options.compositions.empty(), "compose: no composition can be in this module: ", where,
+                "; make the branch constant, or use adapters by themselves");
+    TORCH_CHECK(std::none_of(slots.begin(), slots.end(), is_prompt),
+                "graft: no prompt_tuning can be in this module: ", where,
+                "; make the branch constant, or use prefix_tuning");
+  }
+}
+
+// A gate that is made in a branch, as a value of the graph's own block: a tensor of one dimension where the branch did
+// not run (Adapters.collect_gates knows).
+Value* outside_of_branches(Graph& graph, Value* gate) {
+  while (gate->node()->owningBlock() != graph.block()) {
+    torch::jit::Block* block = gate->node()->owningBlock();
+    Node* branch = block->owningNode();
+    for (torch::jit::Block* other : branch->blocks()) {
+      if (other == block) {
+        block->registerOutput(gate);
+        continue;
+      }
+      WithInsertPoint guard(other->return_node());
+      Value* shape = graph.insertConstant(std::vector<int64_t>{0});
+      other->registerOutput(graph.insert(c10::aten::zeros, {shape}));
+    }
+    gate = branch->addOutput()->setType(c10::TensorType::get());
+  }
+  return gate;
+}
+
 // Makes the graph return (its result, gates).
-void return_with(Graph& graph, const std::vector<Value*>& gates) {
+void return_with(Graph& graph, std::vector<Value*> gates) {
+  std::transform(gates.begin(), gates.end(), gates.begin(),
+                 [&](Value* gate) { return outside_of_branches(graph, gate); });
   WithInsertPoint guard(graph.return_node());
   Value* list = graph.insertNode(graph.createList(c10::TensorType::get(), gates))->output();
   Value* pair = graph.insertNode(graph.createTuple({graph.outputs()[0], list}))->output();
@@ -110,6 +151,7 @@ void tidy(const std::shared_ptr<Graph>& graph) {
 size_t insert_adapters(const std::shared_ptr<Graph>& graph, const GraphSites& sites, const std::vector<Slot>& slots,
                        const std::vector<SlotRun>& runs, const torch::jit::Module& module,
                        const InsertOptions& options) {
+  check_in_branches(*graph, sites, slots, options);
   std::optional<RowRepeater> repeat_rows;
   if (has_parallel(options.compositions)) {
     repeat_rows.emplace(*graph, sites, module);

@@ -315,7 +315,7 @@ void Inserter::prepare_token_masks(const std::vector<Slot>& slots, const std::ve
       mask = mask->node()->namedInput("self");
     }
     check_cache(layer);
-    Value*& shared = shared_masks_[mask];
+    Value*& shared = shared_masks_[{mask, sites.query.node->owningBlock()}];
     if (!shared) {
       const LinearSite* first = &sites.query;
       for (const LinearSite* site : {&sites.key, &sites.value}) {

@@ -123,8 +123,9 @@ class Inserter {
   Graph& graph_;
   const GraphSites& sites_;
   const InsertOptions& options_;
-  std::map<const Value*, Value*> shared_masks_;  // token masks by attention mask
-  std::map<const Value*, Value*> real_tokens_;   // those of real_tokens(), by attention mask
+  // Token masks by attention mask and the block in which they are made.
+  std::map<std::pair<const Value*, const torch::jit::Block*>, Value*> shared_masks_;
+  std::map<const Value*, Value*> real_tokens_;  // those of real_tokens(), by attention mask
   std::vector<const Slot*> reft_slots_;
   std::map<const Value*, Value*> streams_;  // values of the residual stream, and their replacements
   std::map<size_t, Value*> token_masks_;    // token masks by layer

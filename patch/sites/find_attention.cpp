@@ -119,8 +119,8 @@ bool find_projection(SiteFinder& finder, Value* heads, const char* role, std::op
     return false;
   }
   site.node = linears.front();
-  if (!finder.is_top_level(site.node)) {
-    reason = std::string("the projection of its ") + role + " is inside a branch or a loop";
+  if (!finder.is_at_home(site.node)) {
+    reason = std::string("the projection of its ") + role + " is inside another branch, or a loop";
     return false;
   }
   if (!finder.layout_of(linear_input(site.node), site.sequence_first)) {
@@ -226,6 +226,18 @@ bool are_heads_of_query(const Layer& layer, std::string& reason) {
   return fits;
 }
 
+// Makes the block of `attention` the layer's home, unless a loop is around it.
+bool enter_home(SiteFinder& finder, Node* attention, std::string& reason) {
+  for (const Node* owner = attention->owningBlock()->owningNode(); owner; owner = owner->owningBlock()->owningNode()) {
+    if (owner->kind() != c10::prim::If) {
+      reason = "it is inside a loop";
+      return false;
+    }
+  }
+  finder.home() = attention->owningBlock();
+  return true;
+}
+
 // Whether a term of queries or keys is added to the scores, as where they meet embeddings of distances.
 bool has_relative_scores(Node* attention, const LayerSites& sites) {
   std::vector<Value*> projected = {sites.query.node->output()};
@@ -239,8 +251,7 @@ bool has_relative_scores(Node* attention, const LayerSites& sites) {
 }  // namespace
 
 bool find_attention(SiteFinder& finder, Node* attention, Layer& layer, LayerSites& sites, std::string& reason) {
-  if (!finder.is_top_level(attention)) {
-    reason = "it is inside a branch or a loop";
+  if (!enter_home(finder, attention, reason)) {
     return false;
   }
   // Shapes flow from the projections: visit those first, so that their assumptions are known.

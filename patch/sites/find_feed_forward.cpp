@@ -35,7 +35,7 @@ std::vector<Node*> linears_reading(SiteFinder& finder, const std::vector<Value*>
     const auto [value, normed] = frontier[i];
     for (const auto& use : data_uses(value)) {
       Node* user = use.user;
-      if (use.offset != 0 || !finder.is_top_level(user)) {
+      if (use.offset != 0 || !finder.is_at_home(user)) {
         continue;
       }
       if (is_linear(user)) {

@@ -46,32 +46,30 @@ Node* norm_after(Value* sum) {
 
 namespace {
 
-// `node`, or the node of the graph's own block around it.
-Node* top_level_node(Node* node) {
-  while (Node* owner = node->owningBlock()->owningNode()) {
-    if (owner->kind() == c10::prim::Return || owner->kind() == c10::prim::Param) {
-      break;
-    }
-    node = owner;
+// `node`, or the node of `block` that it stands in; null where it stands elsewhere.
+Node* in_block(Node* node, const torch::jit::Block* block) {
+  while (node && node->owningBlock() != block) {
+    node = node->owningBlock()->owningNode();
   }
   return node;
 }
 
-// The one top-level node that reads `value`, and at which input. A branch (stochastic depth in training) may read it
-// many times.
+// The one node of the block of `value` that reads it, and at which input. A branch (stochastic depth in training) may
+// read it many times.
 std::optional<torch::jit::Use> only_reader(Value* value) {
   const auto uses = data_uses(value);
   if (uses.empty()) {
     return std::nullopt;
   }
-  Node* reader = top_level_node(uses[0].user);
+  const torch::jit::Block* block = value->node()->owningBlock();
+  Node* reader = in_block(uses[0].user, block);
   for (const auto& use : uses) {
-    if (top_level_node(use.user) != reader) {
+    if (in_block(use.user, block) != reader) {
       return std::nullopt;
     }
   }
   const bool direct = uses[0].user == reader;
-  if (direct && uses.size() > 1) {
+  if (!reader || (direct && uses.size() > 1)) {
     return std::nullopt;
   }
   return torch::jit::Use(reader, direct ? uses[0].offset : 0);

@@ -135,6 +135,14 @@ bool find_layer(SiteFinder& finder, Node* attention, Layer& layer, LayerSites& s
   }
   find_attention_residual(finder, layer, sites);
   find_feed_forward(finder, layer, sites);
+  if (finder.is_top_level(attention)) {
+    return true;
+  }
+  if (!layer.has_attention_residual || !layer.has_ffn_residual) {
+    reason = "it is inside a branch, and no whole layer is: " + c10::Join("; ", layer.notes);
+    return false;
+  }
+  layer.notes.emplace_back("it is inside a branch: adapters act in it, and have gates, where the branch runs");
   return true;
 }
 

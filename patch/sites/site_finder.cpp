@@ -113,7 +113,7 @@ std::optional<LinearSite> SiteFinder::linear_behind(Value* value, bool through_a
       }
     }
   }
-  if (!found || !is_top_level(found)) {
+  if (!found || !is_at_home(found)) {
     return std::nullopt;
   }
   LinearSite site{found};

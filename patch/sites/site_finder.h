@@ -12,7 +12,7 @@
 namespace torchgraft {
 
 // Answers what find_attention, find_residual, find_feed_forward and apply_sites all ask of one canonical graph. Keeps
-// the shapes worked out so far, and the batch size of the present attention.
+// the shapes worked out so far, and the batch size and the block of the present attention.
 class SiteFinder {
  public:
   SiteFinder(const CanonicalGraph& canonical, const torch::jit::Module& module);
@@ -21,6 +21,9 @@ class SiteFinder {
   const torch::jit::Module& module() const { return module_; }
   // The batch size in the present attention. Set it before layout_of is called.
   Dim& batch() { return batch_; }
+  // The block that the present attention stands in: the graph's own, or that of a branch. All of a layer stands there.
+  torch::jit::Block*& home() { return home_; }
+  bool is_at_home(const torch::jit::Node* node) const { return node->owningBlock() == home_; }
   // The linear maps behind any attention's queries, keys and values.
   const std::set<torch::jit::Node*>& attention_projections() const { return attention_projections_; }
   // Counts a linear map among them, of an attention that was not recognised.
@@ -62,6 +65,7 @@ class SiteFinder {
   const torch::jit::Module& module_;
   SymbolicShapes shapes_;
   Dim batch_;
+  torch::jit::Block* home_ = nullptr;
   std::set<torch::jit::Node*> attention_projections_;
   std::map<const void*, std::vector<torch::jit::Node*>> linears_elsewhere_;
 };

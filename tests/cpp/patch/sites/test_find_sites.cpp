@@ -92,7 +92,7 @@ TEST(FindSites, AMissingResidualAddIsNoted) {
   EXPECT_EQ(structure.layers[0].notes[0], "no residual add follows o");
 }
 
-TEST(FindSites, AttentionInABranchIsANearMiss) {
+TEST(FindSites, AttentionInABranchWithoutItsProjectionsIsANearMiss) {
   const Structure structure = inspect(make_module({{"w", at::randn({12, 12})}}, R"python(
 def forward(self, x: Tensor, flag: bool) -> Tensor:
     q = torch.linear(x, self.w).view(x.size(0), x.size(1), 3, 4).transpose(1, 2)
@@ -102,7 +102,8 @@ def forward(self, x: Tensor, flag: bool) -> Tensor:
 )python"));
   EXPECT_TRUE(structure.layers.empty());
   ASSERT_EQ(structure.near_misses.size(), 1u);
-  EXPECT_EQ(structure.near_misses[0], "at w: attention was left out: it is inside a branch or a loop");
+  EXPECT_EQ(structure.near_misses[0],
+            "at w: attention was left out: the projection of its query is inside another branch, or a loop");
 }
 
 }  // namespace
