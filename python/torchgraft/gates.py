@@ -27,13 +27,16 @@ def gather_gates(batches: Iterable[AdapterGates]) -> dict[int, dict[str, Tensor]
         batches: for each batch the gates of one adapter, [layer][location]: floating, [rows, columns].
 
     Returns:
-        The same, with the rows of all batches one behind the other: float32 [all rows, columns], on the CPU.
+        The same, with the rows of all batches one behind the other: float32 [all rows, columns], on the CPU. NaN
+        where a batch has no gates of a layer: its branch did not run.
 
     Raises:
         GraftError: an entry holds the gates of several adapters, by name.
     """
-    parts: dict[int, dict[str, list[Tensor]]] = {}
-    for gates in batches:
+    parts: dict[int, dict[str, dict[int, Tensor]]] = {}
+    rows: list[int] = []
+    for index, gates in enumerate(batches):
+        rows.append(0)
         for layer in gates:
             for location in gates[layer]:
                 if not isinstance(gates[layer][location], Tensor):
@@ -42,10 +45,18 @@ def gather_gates(batches: Iterable[AdapterGates]) -> dict[int, dict[str, Tensor]
                         f"plot_gates: expected the gates of one adapter, gates[name]; got those of: {names}"
                     )
                 gate = gates[layer][location].detach().to("cpu", torch.float32)
-                parts.setdefault(layer, {}).setdefault(location, []).append(gate)
+                parts.setdefault(layer, {}).setdefault(location, {})[index] = gate
+                rows[-1] = gate.size(0)
     return {
-        layer: {location: torch.cat(parts[layer][location]) for location in parts[layer]} for layer in sorted(parts)
+        layer: {location: _whole(found, rows) for location, found in parts[layer].items()} for layer in sorted(parts)
     }
+
+
+def _whole(found: dict[int, Tensor], rows: list[int]) -> Tensor:
+    """The gates of all batches: NaN where the layer did not run, in a branch."""
+    columns = next(iter(found.values())).size(1)
+    missing = (torch.full((count, columns), float("nan")) for count in rows)
+    return torch.cat([found.get(index, absent) for index, absent in enumerate(missing)])
 
 
 def _locations(gates: AdapterGates) -> list[str]:
@@ -70,7 +81,7 @@ def gate_table(gates: AdapterGates, example: int | None = None) -> tuple[list[st
         for location in gates[layer]:
             gate = gates[layer][location].detach().to("cpu", torch.float32)
             rows = gate if example is None else gate[example : example + 1]
-            values[locations.index(location), j] = rows.mean()
+            values[locations.index(location), j] = rows.nanmean()
     return locations, layers, values
 
 

@@ -57,6 +57,16 @@ def test_batches_of_a_data_set_are_weighted_by_their_rows() -> None:
     assert shown[2, 1] == pytest.approx(expected.mean().item())
 
 
+def test_rows_whose_branch_did_not_run_stay_empty() -> None:
+    first, second = ({0: {"selfattn_lora": torch.full((2, 2), value)}} for value in (0.25, 0.75))
+    second[1] = {"selfattn_lora": torch.full((2, 2), 0.5)}
+    gathered = gather_gates([first, second])
+    assert gathered[0]["selfattn_lora"][:, 0].tolist() == [0.25, 0.25, 0.75, 0.75]
+    assert gathered[1]["selfattn_lora"].isnan()[:, 0].tolist() == [True, True, False, False]
+    assert gate_table(gathered)[2].tolist() == [[0.5, 0.5]]
+    assert gate_table(gathered, 0)[2].isnan().tolist() == [[False, True]]
+
+
 def test_a_place_without_a_gate_stays_empty() -> None:
     gates = {0: {"selfattn_lora": torch.ones(2, 3)}, 4: {"output_adapter": torch.zeros(2, 1)}}
     locations, layers, values = gate_table(gates)
