@@ -188,6 +188,18 @@ def test_an_adapter_of_a_straight_model_loads_and_trains(tmp_path: Path) -> None
         assert of_last and any(grad is not None and grad.abs().max() > 0 for grad in of_last) == bool(chosen)
 
 
+def test_a_program_has_the_branch_of_its_example() -> None:
+    module = _grafted(OptionalLast(PreNorm), "unipelt", "all")
+    ids = torch.tensor([1, -1, 0])
+    for chosen in (0, 1):
+        program = torchgraft.export(module, (*batch(), chosen), gates=True).module()
+        with torch.no_grad():
+            found, gates = program(*batch(), chosen, ids)
+            torch.testing.assert_close(found, module(*batch(), chosen, ids), rtol=1e-5, atol=1e-6)
+        assert gates["layer_2.selfattn_lora"].shape == gates["layer_1.selfattn_lora"].shape == (3, 2)
+        assert gates["layer_2.selfattn_lora"].isnan().all() == (chosen == 0)
+
+
 def test_what_cannot_be_in_such_a_module_is_refused() -> None:
     module = _grafted(OptionalLast(PreNorm), "lora", "all")
     where = r"layer 2 \(layers.2.query\) stands in a branch of the module"

@@ -123,8 +123,14 @@ def _rows(module: torch.jit.ScriptModule, arguments: tuple[Any, ...]) -> int:
             gates = module.grafted_forward(*arguments)[1]
     except (RuntimeError, torch.jit.Error) as error:
         raise GraftError(f"export: the module does not run on the example inputs: {one_line(error)}") from error
+    gates = [gate for gate in gates if _has_run(gate)]
     tensors = [value for value in (*gates, *arguments) if isinstance(value, Tensor)]
     return tensors[0].size(0)
+
+
+def _has_run(gate: Tensor) -> bool:
+    """Whether the layer of a gate of grafted_forward has run: it may stand in a branch."""
+    return gate.dim() == 2
 
 
 def _left_out(module: torch.jit.ScriptModule, count: int, adapter_ids: bool) -> dict[str, Any]:
@@ -134,14 +140,18 @@ def _left_out(module: torch.jit.ScriptModule, count: int, adapter_ids: bool) -> 
 
 
 class _WithGates(Eager):
-    """Returns (result, gates), the gates of one location side by side."""
+    """Returns (result, gates), the gates of one location side by side; NaN where a layer's branch does not run."""
 
     def run(self, values: Iterable[Any]) -> tuple[Any, dict[str, Tensor]]:
         result, gates = super().run(values)
         parts: dict[str, list[Tensor]] = {}
-        for name, gate in zip(gate_names(self._script), gates, strict=True):
+        known = next((gate for gate in gates if _has_run(gate)), None)
+        counts = self._script.adapters.gate_counts
+        for name, gate, count in zip(gate_names(self._script), gates, counts, strict=True):
             if name:
-                parts.setdefault(name, []).append(gate)
+                has_run = known is None or _has_run(gate)
+                part = gate if has_run else known.new_full((known.size(0), max(count)), float("nan"))
+                parts.setdefault(name, []).append(part)
         return result, {name: torch.cat(found, 1) for name, found in parts.items()}
 
 
