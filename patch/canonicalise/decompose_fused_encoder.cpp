@@ -2,6 +2,7 @@
 
 #include <torchgraft/patch/canonicalise/fold_attributes.h>
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/inline_all.h>
 #include <torchgraft/patch/graph/source_parts.h>
 
 #include <torch/csrc/jit/ir/constants.h>
@@ -219,9 +220,11 @@ void decompose_straight_line(Graph& graph) {
 
 }  // namespace
 
-bool may_run_fused_encoder(Graph& graph) {
+bool may_run_fused_encoder(const Graph& graph) {
+  const auto inlined = const_cast<Graph&>(graph).copy();
+  inline_all(*inlined);
   bool may = false;
-  for_each_node(graph.block(), [&](const Node* node) {
+  for_each_node(inlined->block(), [&](const Node* node) {
     may = may || (node->kind() == c10::prim::If && (has_fused(node->blocks()[0]) || has_fused(node->blocks()[1])));
   });
   return may;

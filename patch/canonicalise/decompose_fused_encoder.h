@@ -17,7 +17,7 @@ namespace torchgraft {
 // other floats than 0 and -inf has two results, of which this pass keeps the unfused one.
 void decompose_fused_encoder(const std::shared_ptr<torch::jit::Graph>& graph);
 
-// Whether `graph`, with all calls inlined, chooses between a fused op and an unfused side when it runs.
-bool may_run_fused_encoder(torch::jit::Graph& graph);
+// Whether `graph`, or what it calls, chooses between a fused op and an unfused side when it runs.
+bool may_run_fused_encoder(const torch::jit::Graph& graph);
 
 }  // namespace torchgraft
