@@ -1,5 +1,6 @@
 #include <torchgraft/patch/canonicalise/affine_path.h>
 
+#include <torchgraft/patch/canonicalise/mask_fills.h>
 #include <torchgraft/patch/canonicalise/score_path.h>
 #include <torchgraft/patch/graph/dtype_casts.h>
 #include <torchgraft/patch/graph/graph_utils.h>
@@ -18,6 +19,13 @@ using torch::jit::Node;
 using torch::jit::Value;
 
 namespace {
+
+// A step that fills in -1e4 makes all scores of a row the same where it hides the whole row. A mask that is added does
+// so, too, if it is so low that the sum rounds the score away. float16 (5) has no such numbers.
+constexpr const char* kDeepFill = R"python(
+def deep_fill(dtype: int, plain: float, deep: float) -> float:
+    return plain if dtype == 5 else deep
+)python";
 
 // Integers lose what a float has behind its point: such a cast is not affine.
 bool casts_to_integers(const Node* cast) {
@@ -85,6 +93,26 @@ Value* AffinePath::copy_with(Node* node, size_t operand, Value* replacement) {
   Node* copy = graph_->createClone(node, [](Value* v) { return v; });
   copy->replaceInput(operand, replacement);
   return graph_->insertNode(copy)->output();
+}
+
+Value* AffinePath::with_deep_fill(Node* node, Value* copy) {
+  constexpr double kDeep = 1e20;  // no score changes what is as large
+  constexpr double kDeeper = 1e18;
+  const size_t operand = fill_operand(node);
+  Value* fill = copy->node()->input(operand);
+  const auto number = filled_with(fill, shapes_.root());
+  if (!number || std::abs(*number) >= kDeep) {
+    return copy;
+  }
+  const torch::jit::WithInsertPoint before(copy->node());
+  Value* dtype = graph_->insert(c10::prim::dtype, {anchor_});
+  Value* deep =
+      torch::jit::insertGraph(*graph_, *compile_graph(kDeepFill, "deep_fill"),
+                              {dtype, graph_->insertConstant(*number), graph_->insertConstant(*number * kDeeper)})[0];
+  const std::vector<torch::jit::NamedValue> named = {{"dtype", dtype}};
+  copy->node()->replaceInput(operand,
+                             is_tensor(fill) ? graph_->insert(c10::aten::full_like, {fill, deep}, named) : deep);
+  return copy;
 }
 
 // Whether `bias` is known to be as large as the scores, [B * h, S, S]. Then it can be reshaped like them (DeBERTa's
@@ -170,7 +198,7 @@ Value* AffinePath::bias(Value* scores) {
     // What was added may be an integer, which cannot hold what is filled in.
     Value* filled =
         inner ? graph_->insert(c10::aten::type_as, {inner, anchor_}) : zero_like(node->namedInput(mask), scores);
-    return copy_with(node, operand, filled);
+    return with_deep_fill(node, copy_with(node, operand, filled));
   }
   if (is_aten(node, {"add", "sub"})) {
     Value* added = node->input(1 - operand);

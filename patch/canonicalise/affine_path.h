@@ -45,6 +45,8 @@ class AffinePath {
   // Zeros in the shape of `value`, which is combined with `scores`; of a number, zeros that broadcast against them.
   torch::jit::Value* zero_like(torch::jit::Value* value, const torch::jit::Value* scores);
   torch::jit::Value* broadcasting_zero(const torch::jit::Value* scores);
+  // `copy`, made of the step `node`, fills in numbers beside which no score is seen, as the step does.
+  torch::jit::Value* with_deep_fill(torch::jit::Node* node, torch::jit::Value* copy);
   torch::jit::Value* copy_with(torch::jit::Node* node, size_t operand, torch::jit::Value* replacement);
 
   bool is_full(torch::jit::Value* bias);

@@ -18,25 +18,6 @@ using torch::jit::Block;
 using torch::jit::Node;
 using torch::jit::Value;
 
-// The number in every element of `value`; nullopt when it is not known.
-std::optional<double> filled_with(const Value* value, const torch::jit::Module& root) {
-  if (const auto number = constant_double(value)) {
-    return number;
-  }
-  const Node* node = value->node();
-  if (const at::Tensor tensor = resolve_tensor(value, root); tensor.defined()) {
-    return tensor.numel() == 1 ? std::optional(tensor.item<double>()) : std::nullopt;
-  }
-  if (is_aten(node, {"full"})) {
-    return filled_with(node->namedInput("fill_value"), root);
-  }
-  if (is_aten(node, {"tensor", "scalar_tensor", "to", "type_as", "expand", "expand_as", "view"}) ||
-      node->kind() == c10::prim::NumToTensor) {
-    return filled_with(node->input(0), root);
-  }
-  return std::nullopt;
-}
-
 // The inputs whose elements `node` reads: not those of which it only takes the size, the dtype or the device.
 at::ArrayRef<const Value*> elements_read(const Node* node) {
   const auto inputs = node->inputs();
@@ -76,10 +57,7 @@ bool is_computed_from(const Value* value, const Value* source) {
 // it is not known.
 std::optional<std::string> why_step_is_no_mask(Node* node, const Node* product, std::optional<double> slope,
                                                const torch::jit::Module& root) {
-  const bool fills = is_aten(node, {"masked_fill"});
-  // masked_fill(scores, mask, value); where(condition, scores, value), or the other way round.
-  const bool scores_come_last = !fills && score_operand(node) == 2;
-  const auto value = filled_with(node->namedInput(fills ? "value" : scores_come_last ? "self" : "other"), root);
+  const auto value = filled_with(node->input(fill_operand(node)), root);
   if (value && slope && *value * *slope <= kMaskedScore) {
     return std::nullopt;
   }
@@ -108,6 +86,29 @@ std::optional<std::string> why_step_reads_scores(Node* node, const Node* product
 }
 
 }  // namespace
+
+// masked_fill(scores, mask, value); where(condition, scores, value), or the other way round.
+size_t fill_operand(const Node* step) {
+  return is_aten(step, {"masked_fill"}) || score_operand(const_cast<Node*>(step)) == 1 ? 2 : 1;
+}
+
+std::optional<double> filled_with(const Value* value, const torch::jit::Module& root) {
+  if (const auto number = constant_double(value)) {
+    return number;
+  }
+  const Node* node = value->node();
+  if (const at::Tensor tensor = resolve_tensor(value, root); tensor.defined()) {
+    return tensor.numel() == 1 ? std::optional(tensor.item<double>()) : std::nullopt;
+  }
+  if (is_aten(node, {"full"})) {
+    return filled_with(node->namedInput("fill_value"), root);
+  }
+  if (is_aten(node, {"tensor", "scalar_tensor", "to", "type_as", "expand", "expand_as", "view"}) ||
+      node->kind() == c10::prim::NumToTensor) {
+    return filled_with(node->input(0), root);
+  }
+  return std::nullopt;
+}
 
 std::optional<std::string> why_no_mask(const Value* scores, const Node* product, const torch::jit::Module& root) {
   std::optional<std::string> reason;

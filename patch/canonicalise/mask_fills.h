@@ -14,4 +14,10 @@ namespace torchgraft {
 std::optional<std::string> why_no_mask(const torch::jit::Value* scores, const torch::jit::Node* product,
                                        const torch::jit::Module& root);
 
+// The input of `step`, a masked_fill or where on a path of scores, with what it fills in.
+size_t fill_operand(const torch::jit::Node* step);
+
+// The number in every element of `value`, a number or a tensor; nullopt when it is not known.
+std::optional<double> filled_with(const torch::jit::Value* value, const torch::jit::Module& root);
+
 }  // namespace torchgraft

@@ -40,6 +40,8 @@ class SymbolicShapes {
  public:
   explicit SymbolicShapes(const torch::jit::Module& root) : root_(root) {}
 
+  const torch::jit::Module& root() const { return root_; }
+
   // nullopt when the value is not a tensor or its rank cannot be known. An object that holds a packed weight has the
   // weight's shape.
   std::optional<Shape> shape(const torch::jit::Value* value);

@@ -55,6 +55,9 @@ SPELLINGS = {
     "    -1, torch.topk(scores, 3)[1], 0.0)",
     "their own top-k by a factor": "scores = scores - (scores < torch.topk(scores, 3)[0][..., -1:]).float() * 1e9",
     "their largest subtracted": "scores = scores - scores.amax(-1, keepdim=True)",
+    "filled by two masks": "scores = scores.masked_fill(mask[:, None, None, :] == 0, -1e4)\n"
+    "scores = scores.masked_fill(torch.ones(7, 7).triu(1) > 0, -1e4)",
+    "filled by where with a number": "scores = torch.where(mask[:, None, None, :] == 0, -1e5, scores)",
     "where keeps the scores first": "scores = torch.where(mask[:, None, None, :] != 0, scores, torch.full([], -1e9))",
 }
 # These are refused, with a reason that holds the text; all others are taken.
@@ -134,11 +137,11 @@ def make_layer(tmp_path, monkeypatch) -> Callable[[str], nn.Module]:
     return make
 
 
-def batch() -> tuple[Tensor, Tensor]:
+def batch(tokens_of_second: int = 2) -> tuple[Tensor, Tensor]:
     """Hidden states and a mask with padding, but in the last row."""
     torch.manual_seed(1)
     mask = torch.ones(3, 7, dtype=torch.long)
-    mask[0, 4:], mask[1, 2:] = 0, 0
+    mask[0, 4:], mask[1, tokens_of_second:] = 0, 0
     return torch.randn(3, 7, HIDDEN), mask
 
 
@@ -155,10 +158,13 @@ def test_a_fresh_adapter_changes_nothing(spelling: str, form: str, make_layer: C
 
 
 def assert_equal(grafted: torch.jit.ScriptModule, layer: nn.Module) -> None:
-    with torch.no_grad():
-        expected = layer(*batch())
-        for ids in (None, torch.full((3,), -1)):
-            assert (grafted(*batch(), adapter_ids=ids) - expected).abs().max().item() < 1e-5
+    """With padding in a row, and with a row of padding, which is NaN where scores are -inf."""
+    for tokens in (2, 0):
+        with torch.no_grad():
+            expected = layer(*batch(tokens))
+            rows = [row for row in range(3) if tokens > 0 or expected[row].isfinite().all()]
+            for ids in (None, torch.full((3,), -1)):
+                assert (grafted(*batch(tokens), adapter_ids=ids) - expected)[rows].abs().max().item() < 1e-5
 
 
 @pytest.mark.parametrize("form", ["script", "trace"])
