@@ -7,13 +7,13 @@
 #include <torchgraft/patch/adapters/adapters_module.h>
 #include <torchgraft/patch/adapters/directory_owner.h>
 #include <torchgraft/patch/adapters/directory_update.h>
-#include <torchgraft/patch/adapters/make_adapter.h>
 #include <torchgraft/patch/adapters/read_adapters.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/life.h>
 #include <torchgraft/patch/module/draft.h>
 #include <torchgraft/patch/module/heads_module.h>
 #include <torchgraft/patch/module/methods.h>
+#include <torchgraft/patch/module/place_dtypes.h>
 #include <torchgraft/patch/module/reads_back.h>
 #include <torchgraft/patch/read_adapter.h>
 #include <torchgraft/patch/sites/attention_class.h>
@@ -264,7 +264,7 @@ Module load_adapter(const Module& module, const AdapterSpec& spec) {
   }
   Draft draft = open_draft(module, {});
   check_free_name(draft, spec.name);
-  draft.adapters.push_back(make_adapter(spec, draft.sites.structure, draft.weights));
+  draft.adapters.push_back(make_placed_adapter(spec, draft.sites, draft.module, draft.weights));
   return build(std::move(draft), active_name(module));
 }
 

@@ -5,16 +5,13 @@
 
 #include <c10/util/Exception.h>
 
-#include <algorithm>
 #include <cctype>
 #include <variant>
 
 namespace torchgraft {
 
-bool has_factors(const Adapter& adapter) {
-  return !adapter.sources.empty() || std::any_of(adapter.plan.begin(), adapter.plan.end(), [](const auto& planned) {
-    return std::holds_alternative<PlannedLoRA>(planned.method) && lora_factors(planned) != LoRAFactors::kNone;
-  });
+bool has_factors(const PlannedModule& planned) {
+  return std::holds_alternative<PlannedLoRA>(planned.method) && lora_factors(planned) != LoRAFactors::kNone;
 }
 
 GatePoolings gate_poolings(const std::vector<Adapter>& adapters) {

@@ -27,8 +27,8 @@ struct Adapter {
   std::optional<Head> head = std::nullopt;
 };
 
-// Whether weights of `adapter` are computed from others, or shared by modules, and so have one dtype.
-bool has_factors(const Adapter& adapter);
+// Whether `planned` is a LoRA with factors that modules of its adapter share, and that so have one dtype.
+bool has_factors(const PlannedModule& planned);
 
 // Over which tokens the gates of some adapters are means. An adapter without gates counts as one whose gates, of
 // exactly 1, are means over all tokens.

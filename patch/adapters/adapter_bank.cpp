@@ -88,6 +88,8 @@ at::Tensor stack_rows(const std::string& parameter, const std::vector<std::pair<
   TORCH_INTERNAL_ASSERT(!rows.empty(), "no row of ", parameter);
   std::vector<int64_t> sizes;
   for (const auto& [row, value] : rows) {
+    TORCH_INTERNAL_ASSERT(value.scalar_type() == rows.back().second.scalar_type(), "rows of ", parameter, " in ",
+                          value.scalar_type(), " and in ", rows.back().second.scalar_type());
     sizes.resize(std::max<size_t>(sizes.size(), value.dim()), 0);
     for (int64_t i = 0; i < value.dim(); ++i) {
       sizes[i] = std::max(sizes[i], value.size(i));

@@ -8,9 +8,9 @@
 
 #include <ATen/ATen.h>
 
-#include <algorithm>
 #include <optional>
 #include <set>
+#include <utility>
 
 namespace torchgraft {
 namespace {
@@ -61,13 +61,28 @@ void cast(ModuleWeights& weights, at::ScalarType dtype) {
   }
 }
 
+void check_factors(const Adapter& adapter, size_t m, at::ScalarType dtype, const GraphSites& sites) {
+  const PlannedModule& planned = adapter.plan[m];
+  if (!has_factors(planned)) {
+    return;
+  }
+  const Layer& layer = sites.structure.layers.at(sites.structure.position(planned.layer));
+  for (const auto& [name, tensor] : adapter.weights[m]) {
+    TORCH_CHECK(!tensor.defined() || !at::isFloatingType(tensor.scalar_type()) || tensor.scalar_type() == dtype,
+                "graft: '", adapter.name, "' has ", planned.location, " in layer ", layer.number,
+                " with matrices that all of its layers share, in ", tensor.scalar_type(), ", where the linear map is ",
+                dtype, "; leave this map out, use a plain LoRA, or trace the base with all weights in one dtype");
+  }
+}
+
 }  // namespace
 
 void cast_to_places(std::vector<Adapter>& adapters, const GraphSites& sites, const Module& module) {
   PlaceDtypes dtype_at(sites, module);
   for (Adapter& adapter : adapters) {
-    for (size_t m = 0; !has_factors(adapter) && m < adapter.plan.size(); ++m) {
+    for (size_t m = 0; m < adapter.plan.size(); ++m) {
       if (const auto dtype = dtype_at(adapter.plan[m])) {
+        check_factors(adapter, m, *dtype, sites);
         cast(adapter.weights[m], *dtype);
       }
     }
@@ -76,23 +91,24 @@ void cast_to_places(std::vector<Adapter>& adapters, const GraphSites& sites, con
 
 Adapter make_placed_adapter(const AdapterSpec& spec, const GraphSites& sites, const Module& module,
                             const at::TensorOptions& options) {
-  Adapter result = make_adapter(spec, sites.structure, options);
+  std::vector<Adapter> made = {make_adapter(spec, sites.structure, options)};
   PlaceDtypes dtype_at(sites, module);
   const auto own = c10::typeMetaToScalarType(options.dtype());
   at::ScalarType widest = own;
-  for (const PlannedModule& planned : result.plan) {
+  for (const PlannedModule& planned : made[0].plan) {
     widest = c10::promoteTypes(widest, dtype_at(planned).value_or(own));
   }
-  if (!spec.weights || widest == own || has_factors(result)) {
-    return result;
+  if (spec.weights && widest != own) {
+    const NoWarnings no_warnings;  // they were said above
+    const Adapter wide = make_adapter(spec, sites.structure, options.dtype(widest));
+    for (size_t m = 0; m < wide.plan.size(); ++m) {
+      if (dtype_at(wide.plan[m]).value_or(own) != own && !has_factors(wide.plan[m])) {
+        made[0].weights[m] = wide.weights[m];
+      }
+    }
   }
-  const NoWarnings no_warnings;  // they were said above
-  Adapter wide = make_adapter(spec, sites.structure, options.dtype(widest));
-  for (size_t m = 0; m < wide.plan.size(); ++m) {
-    cast(wide.weights[m], dtype_at(wide.plan[m]).value_or(own));
-  }
-  wide.head = std::move(result.head);
-  return wide;
+  cast_to_places(made, sites, module);
+  return std::move(made[0]);
 }
 
 }  // namespace torchgraft

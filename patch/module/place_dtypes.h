@@ -14,10 +14,11 @@ namespace torchgraft {
 // adapters of the module have another: T5 keeps `wo` in float32 when the rest is float16. Where something may cast
 // between the weight and the product (torch.autocast, traced or entered by the module) a LoRA keeps its dtype.
 
-// Gives the LoRAs of `adapters` these dtypes.
+// Gives the LoRAs of `adapters` these dtypes. Throws c10::Error for one whose factors the modules of an adapter share
+// (VeRA, MTL-LoRA), and so have one dtype, where its linear map has another.
 void cast_to_places(std::vector<Adapter>& adapters, const GraphSites& sites, const torch::jit::Module& module);
 
-// make_adapter() with `options`. What comes from a directory gets the dtype of its place, rounded once.
+// make_adapter() with `options`, and then cast_to_places(). What comes from a directory is rounded once.
 Adapter make_placed_adapter(const AdapterSpec& spec, const GraphSites& sites, const torch::jit::Module& module,
                             const at::TensorOptions& options);
 

@@ -2,8 +2,8 @@
 
 #include <torchgraft/config/gate_pooling.h>
 #include <torchgraft/patch/adapters/dora.h>
-#include <torchgraft/patch/adapters/make_adapter.h>
 #include <torchgraft/patch/module/check_applied_once.h>
+#include <torchgraft/patch/module/place_dtypes.h>
 #include <torchgraft/patch/pool/row_size.h>
 #include <torchgraft/plan/saved_config.h>
 
@@ -128,7 +128,7 @@ Adapter PoolState::prepare(const AdapterSpec& spec) const {
   set_gate_pooling(frozen, base.options.gate_pooling, "AdapterPool");
   check_supported(frozen.config);
   check_least_bytes(make_plan(base.sites.structure, frozen.config), base.weights, options.max_row_bytes);
-  Adapter adapter = make_adapter(frozen, base.sites.structure, base.weights);
+  Adapter adapter = make_placed_adapter(frozen, base.sites, base.module, base.weights);
   check_applied_once(adapter, base.sites, "AdapterPool");
   complete_dora(adapter, base.sites, base.module);
   return adapter;

@@ -117,11 +117,16 @@ class _T5(nn.Module):
         return self.model(input_ids=input_ids, **given).last_hidden_state
 
 
-def test_loras_of_a_t5_in_float16_have_the_dtype_of_their_maps_as_in_peft(tmp_path: Path) -> None:
+def _t5_in_float16() -> tuple[_T5, tuple[Tensor, ...], torch.jit.ScriptModule]:
+    """The model, arguments for it, and its trace."""
     model = _T5().eval()
     ids = torch.randint(2, 100, (2, 7))
     arguments = (ids, torch.ones_like(ids), torch.randint(2, 100, (2, 5)))
-    base = torch.jit.trace(model, arguments, check_trace=False, strict=False)
+    return model, arguments, torch.jit.trace(model, arguments, check_trace=False, strict=False)
+
+
+def test_loras_of_a_t5_in_float16_have_the_dtype_of_their_maps_as_in_peft(tmp_path: Path) -> None:
+    model, arguments, base = _t5_in_float16()
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q", "v", "wi", "wo"], init_lora_weights=False)
     wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     wrapped.save_pretrained(tmp_path)
@@ -135,6 +140,37 @@ def test_loras_of_a_t5_in_float16_have_the_dtype_of_their_maps_as_in_peft(tmp_pa
     torch.testing.assert_close(got, wanted, atol=0.02, rtol=0.02)
     with pytest.raises(torchgraft.GraftError, match=r"wo.* is Float" + _REMEDY):
         torchgraft.graft(base, "seq_bn", "task", example=arguments)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_such_loras_are_the_same_however_they_come(use_dora: bool, tmp_path: Path) -> None:
+    """Added to a module with adapters, replaced, or inserted into a pool: each is rounded once, to its map's dtype."""
+    model, arguments, base = _t5_in_float16()
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q", "wo"], init_lora_weights=False, use_dora=use_dora)
+    peft.get_peft_model(model, config, autocast_adapter_dtype=False).save_pretrained(tmp_path)
+    module = torchgraft.load_adapter(base, tmp_path, "a", example=arguments)
+    module = torchgraft.load_adapter(module, tmp_path, "b", example=arguments)
+    module = torchgraft.load_adapter(module, tmp_path, "b", example=arguments)
+    banks = {name: bank for name, bank in module.named_parameters() if "lora" in name and bank.dim() == 3}
+    assert len(banks) > 4 and all(torch.equal(bank[0], bank[1]) for bank in banks.values())
+    pool = torchgraft.AdapterPool(base, 2)
+    pool.insert("a", tmp_path)
+    with pool.acquire(["a", "a"]) as lease, torch.no_grad():
+        assert torch.equal(lease.module(*arguments, lease.ids), module(*arguments, torch.zeros(2).long()))
+
+
+def test_a_union_with_a_trained_prefix_has_its_lora_in_the_map_s_dtype() -> None:
+    _, arguments, base = _t5_in_float16()
+    lora = torchgraft.LoRAConfig(selfattn_lora=False, output_lora=True, attn_matrices=[])
+    config = torchgraft.ConfigUnion(torchgraft.PrefixTuningConfig(flat=False, prefix_length=3), lora)
+    module = torchgraft.graft(base, config, "task", example=arguments, trainable=True)
+    assert _dtypes(module, "output_lora") == {torch.float32}
+    shared = torchgraft.VeraConfig(selfattn_lora=False, output_lora=True, attn_matrices=[])
+    message = (
+        "has output_lora in layer 0 with matrices that all of its layers share, in Half, where the linear map is Fl"
+    )
+    with pytest.raises(torchgraft.GraftError, match=message):
+        torchgraft.graft(module, shared, "shared", verify=False)
 
 
 def test_without_a_comparison_it_fails_at_run_time_by_name() -> None:
