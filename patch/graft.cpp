@@ -2,6 +2,8 @@
 
 #include <torchgraft/config/gate_pooling.h>
 #include <torchgraft/patch/adapters/make_adapter.h>
+#include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/inline_all.h>
 #include <torchgraft/patch/module/check_applied_once.h>
 #include <torchgraft/patch/module/draft.h>
 #include <torchgraft/patch/module/exported_methods.h>
@@ -15,6 +17,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <set>
 
 namespace torchgraft {
 
@@ -72,6 +75,24 @@ void warn_of_exported(const Module& base) {
   }
 }
 
+// torch.jit.freeze keeps a module with attributes that forward assigns, and frees its methods, which an error would
+// name.
+void warn_of_assigned(const Module& base) {
+  const auto graph = base.get_method("forward").graph()->copy();
+  inline_all(*graph);
+  std::set<std::string> names;
+  for_each_node(graph->block(), [&](const torch::jit::Node* node) {
+    if (node->kind() == c10::prim::SetAttr) {
+      names.insert("'" + node->s(c10::attr::name) + "'");
+    }
+  });
+  if (!names.empty()) {
+    TORCH_WARN("graft: forward assigns ", c10::Join(", ", names),
+               "; after torch.jit.freeze, an error while the module runs may end the process: freeze it with ",
+               "preserved_attrs=[\"base_forward\", \"grafted_forward\"], and not inside another module");
+  }
+}
+
 // Before weights are drawn: a slip in a size would end the process without a word.
 void check_fits_memory(const AdapterSpec& spec, const Draft& draft) {
   check_supported(spec.config);
@@ -125,6 +146,7 @@ Module graft(const Module& module, const std::vector<AdapterSpec>& specs, const 
   warn_of_order(draft, specs);
   if (!is_grafted(module)) {
     warn_of_exported(module);
+    warn_of_assigned(module);
   }
   for (AdapterSpec spec : specs) {
     check_free_name(draft, spec.name);

@@ -11,7 +11,7 @@ namespace torchgraft {
 
 // The method that holds forward as the base had it, where it calls other methods, its submodules' among them: such a
 // graph is short, and base_forward no longer tells which methods of the module it consists of. remove_methods() gives
-// it back. Nothing runs it.
+// it back, and called_by_forward() reads it. Nothing runs it.
 constexpr const char* kOriginalForward = "original_forward";
 
 // What to do with a base that has a name which grafting adds: ends an error.

@@ -1,5 +1,7 @@
 """What a module has beside its forward: attributes, training mode, exported methods, submodules with adapters."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -157,3 +159,39 @@ def test_an_error_at_run_time_names_layer_and_location(tmp_path: Path) -> None:
         module.adapters.layer_1.selfattn_lora_v.lora_b = nn.Parameter(torch.zeros(1, 1, 1))
         with pytest.raises(RuntimeError, match=r"layer 1, selfattn_lora_v, beside second\.query"):
             module(*batch())
+
+
+class _Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.runs = Plain(), 0
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        self.runs += 1
+        return self.layer(x, mask)
+
+
+_PRESERVED = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+module = torch.jit.load(sys.argv[2]).eval()
+frozen = torch.jit.freeze(module, preserved_attrs=["base_forward", "grafted_forward"])
+x, mask = torch.randn(3, 7, 32), torch.ones(3, 7, dtype=torch.long)
+frozen(x, mask)
+try:
+    frozen(x, mask, torch.tensor([9, 0, 0]))
+except Exception as error:
+    print(str(error).strip().splitlines()[-1])
+"""
+
+
+def test_a_base_that_assigns_attributes_is_warned_of_with_a_remedy_that_helps(tmp_path: Path) -> None:
+    base = torch.jit.script(_Counts().eval())
+    with pytest.warns(UserWarning, match="graft: forward assigns 'runs'; after torch.jit.freeze.*preserved_attrs"):
+        module = torchgraft.graft(base, "lora", "task")
+    module.save(str(tmp_path / "model.pt"))
+    [library] = {path for path in torch.ops.loaded_libraries if "libtorchgraft.so" in path}
+    command = [sys.executable, "-W", "ignore", "-c", _PRESERVED, library, str(tmp_path / "model.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "RuntimeError: gated_lora_linear: expected adapter_ids in [-1, 1), got 9 in row 0"
