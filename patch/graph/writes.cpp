@@ -105,7 +105,10 @@ const Node* allocator_of(Value* value) {
   return std::any_of(schema->returns().begin(), schema->returns().end(), shares) ? nullptr : node;
 }
 
-bool is_older(const Value* value, const Node* allocator) { return allocator && value->node()->isBefore(allocator); }
+// A list or dict may get the memory later.
+bool is_older(const Value* value, const Node* allocator) {
+  return allocator && is_tensor(value) && value->node()->isBefore(allocator);
+}
 
 }  // namespace
 

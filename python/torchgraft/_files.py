@@ -2,6 +2,7 @@
 
 import stat
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -60,7 +61,9 @@ def load_module(path: str | Path) -> torch.jit.ScriptModule:
                 return load_program(path)
             if kind is Kind.SCRIPT:
                 _check_records(path)
-            return with_short_errors(torch.jit.load(str(path), map_location="cpu"))
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=r"`torch\.jit\.load` is deprecated")  # nobody can help it
+                return with_short_errors(torch.jit.load(str(path), map_location="cpu"))
     except (RuntimeError, ValueError, OSError) as error:
         if isinstance(error, GraftError):
             raise

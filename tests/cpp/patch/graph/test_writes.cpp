@@ -147,6 +147,29 @@ TEST(Writes, WhatIsOlderThanWhatIsWrittenStays) {
   }
 }
 
+TEST(Writes, AnOlderListMayHoldWhatIsWritten) {
+  const auto graph = make_module({}, R"python(
+def forward(self, x: Tensor):
+    kept = [x]
+    made = torch.zeros_like(x)
+    kept.append(made)
+    made.add_(1)
+    return torch.cat(kept)
+)python")
+                         .get_method("forward")
+                         .graph()
+                         ->copy();
+  Node* list = nullptr;
+  Node* writer = nullptr;
+  Node* reader = nullptr;
+  for_each_node(graph->block(), [&](Node* node) {
+    list = node->kind() == c10::prim::ListConstruct ? node : list;
+    writer = is_aten(node, {"add"}) ? node : writer;
+    reader = is_aten(node, {"cat"}) ? node : reader;
+  });
+  EXPECT_EQ(Writes(graph).between(writer->prev(), reader, {list->output()}), writer);
+}
+
 // Of lists of tensors, as an exported program has them, aten::index is composed of others, and copies nevertheless.
 TEST(Writes, WhatIsIndexedIsACopy) {
   const auto graph = std::make_shared<torch::jit::Graph>();
