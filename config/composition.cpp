@@ -290,15 +290,6 @@ void check_composition(const Composition& composition, const std::string& what) 
   check_block(composition, 0, what);
 }
 
-void check_supported(const Composition& composition, const std::string& what) {
-  TORCH_CHECK(composition.kind != BlockKind::kMultiTask, what, ": ", shown(composition), ": MultiTask is not ",
-              "supported; compose each of its parts under a name of its own, and give every row that of its task in ",
-              "adapter_ids");
-  for (const Composition& child : composition.children) {
-    check_supported(child, what);
-  }
-}
-
 Composition composition_from_json(std::string_view text) {
   const Json json = parse_json(text, "composition");
   check_texts(json, "composition");

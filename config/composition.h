@@ -52,9 +52,6 @@ Composition with_renamed(Composition composition, const std::string& name, const
 // many levels, numbers that do not fit. `what` begins the message.
 TORCHGRAFT_PATCH_API void check_composition(const Composition& composition, const std::string& what);
 
-// Throws c10::Error, in the name of `what`, for a MultiTask in it, which no module runs, and says what to do instead.
-TORCHGRAFT_PATCH_API void check_supported(const Composition& composition, const std::string& what);
-
 // Reads what the library writes into adapter_setup.json (to_dict): {"type": "Stack", "children": [...], "kwargs": {}}.
 // Throws c10::Error as check_composition does, and for keys and types that are not known.
 TORCHGRAFT_PATCH_API Composition composition_from_json(std::string_view text);

@@ -6,7 +6,9 @@
 
 #include <torch/csrc/jit/api/module.h>
 
+#include <cstdint>
 #include <string>
+#include <vector>
 
 namespace torchgraft {
 
@@ -20,5 +22,10 @@ namespace torchgraft {
 // a method has no such block, an adapter that a block reads from does nothing in a layer.
 TORCHGRAFT_PATCH_API torch::jit::Module compose(const torch::jit::Module& module, const std::string& name,
                                                 const Composition& tree, const VerifyOptions& verifying = {});
+
+// The ids that rows of each task of the composition `name` have in adapter_ids, in the order of the tasks: of a
+// MultiTask(a, b) those of a and of b. compose() adds a composition for each task that is more than one adapter,
+// "<name>_<task>", where the module has none of its tree. Throws c10::Error when `name` has no MultiTask.
+TORCHGRAFT_PATCH_API std::vector<int64_t> task_ids(const torch::jit::Module& module, const std::string& name);
 
 }  // namespace torchgraft

@@ -128,6 +128,9 @@ Module remove_adapters(const Module& module, const std::vector<std::string>& nam
     draft.adapters.erase(draft.adapters.begin() + static_cast<int64_t>(index));
     active = active == name ? "" : active;
   }
+  for (const NamedComposition& composition : draft.compositions) {
+    ids_of_tasks(composition.tree, names_of(draft.adapters), draft.compositions, "remove_adapters");
+  }
   TORCH_CHECK(!draft.adapters.empty(), "remove_adapters: this removes the last adapter; ungraft gives the base");
   return build(std::move(draft), active);
 }

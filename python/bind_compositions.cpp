@@ -1,6 +1,7 @@
 #include "binding.h"
 
 #include <torchgraft/config/composition_string.h>
+#include <torchgraft/config/composition_tasks.h>
 #include <torchgraft/patch/compose.h>
 #include <torchgraft/patch/fusion.h>
 #include <torchgraft/patch/head.h>
@@ -26,6 +27,7 @@ void bind_compositions(py::module_& m) {
     return with_warnings(
         [&] { return torchgraft::compose(module, name, torchgraft::composition_from_json(composition), verifying); });
   });
+  m.def("task_ids", &torchgraft::task_ids);
   m.def("composition_from_string", [](const std::string& text) {
     return torchgraft::composition_to_json(torchgraft::composition_from_string(text));
   });
@@ -35,7 +37,7 @@ void bind_compositions(py::module_& m) {
   m.def("is_composition_text", [](const std::string& text) { return torchgraft::is_composition_text(text); });
   m.def("normalised_composition", [](const std::string& json) {
     const torchgraft::Composition read = torchgraft::composition_from_json(json);
-    torchgraft::check_supported(read, "load_adapter_setup");
+    torchgraft::check_tasks(read, "load_adapter_setup");
     return torchgraft::composition_to_json(torchgraft::normalised(read));
   });
   m.def(

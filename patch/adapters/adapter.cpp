@@ -34,6 +34,14 @@ std::string attribute_text(const std::string& name) {
   return text;
 }
 
+std::vector<std::string> names_of(const std::vector<Adapter>& adapters) {
+  std::vector<std::string> names;
+  for (const Adapter& adapter : adapters) {
+    names.push_back(adapter.name);
+  }
+  return names;
+}
+
 size_t find_adapter(const std::vector<Adapter>& adapters, const std::string& name, const char* what) {
   std::string names;
   for (size_t i = 0; i < adapters.size(); ++i) {

@@ -45,6 +45,8 @@ GatePoolings gate_poolings(const std::vector<Adapter>& adapters);
 // texts.
 std::string attribute_text(const std::string& name);
 
+std::vector<std::string> names_of(const std::vector<Adapter>& adapters);
+
 // Position of `name` among `adapters`. Throws c10::Error that lists the names, on behalf of the function `what`.
 size_t find_adapter(const std::vector<Adapter>& adapters, const std::string& name, const char* what);
 

@@ -1,5 +1,6 @@
 #include <torchgraft/patch/adapters/compositions.h>
 
+#include <torchgraft/config/composition_tasks.h>
 #include <torchgraft/config/config_json.h>
 #include <torchgraft/patch/adapters/parallel_rows.h>
 
@@ -58,6 +59,40 @@ int64_t head_of(const Composition& tree, const std::vector<Adapter>& adapters) {
   return static_cast<int64_t>(find_adapter(adapters, tree.children.back().name, "compose"));
 }
 
+// Where an adapter acts: layer and site of each of its modules.
+std::set<std::pair<int64_t, std::string>> places_of(const Adapter& adapter) {
+  std::set<std::pair<int64_t, std::string>> places;
+  for (const PlannedModule& module : adapter.plan) {
+    places.emplace(module.layer, module.site);
+  }
+  return places;
+}
+
+// The library joins what the tasks' adapters have made, and lets the last of them add it to the layer's result.
+void check_task_adapters(const NamedComposition& composition, const std::vector<Adapter>& adapters, const char* what) {
+  const std::string begin =
+      std::string(what) + ": '" + composition.name + "', " + composition_to_string(composition.tree) + ": ";
+  for (const std::string& part : adapters_in(composition.tree)) {
+    for (const PlannedModule& module : adapters[find_adapter(adapters, part, what)].plan) {
+      const auto* lora = std::get_if<PlannedLoRA>(&module.method);
+      TORCH_CHECK(lora, begin, "the adapters library has MultiTask for LoRAs only, and '", part, "' has ", module.site,
+                  "; give each row the id of its adapter in adapter_ids");
+      TORCH_CHECK(lora->config.composition_mode == "add" && !lora->config.use_dora, begin, "'", part, "' is (IA)^3 or ",
+                  "DoRA, whose tasks the adapters library mixes: the last one scales the rows of all; give each row ",
+                  "the id of its adapter in adapter_ids");
+    }
+  }
+  const std::vector<std::string> parts = adapters_in_tasks(composition.tree);
+  const auto expected = parts.empty() ? decltype(places_of(adapters.front()))()
+                                      : places_of(adapters[find_adapter(adapters, parts.front(), what)]);
+  for (const std::string& part : parts) {
+    TORCH_CHECK(places_of(adapters[find_adapter(adapters, part, what)]) == expected, begin, "'", part, "' and '",
+                parts.front(), "' act in different places, where the adapters library cannot join their results; give ",
+                "all tasks the same locations, attn_matrices and leave_out, or each row the id of its adapter in ",
+                "adapter_ids");
+  }
+}
+
 }  // namespace
 
 const NamedComposition* find_fused(const std::vector<NamedComposition>& compositions, const std::string& name) {
@@ -90,6 +125,29 @@ void check_parts(const NamedComposition& composition, const std::vector<Adapter>
                 composition.name, "', ", composition_to_string(composition.tree), ", has a Fuse, in which no adapter ",
                 "can be trained yet; freeze it first (freeze_adapter)");
   }
+  if (has_multi_task(composition.tree)) {
+    check_task_adapters(composition, adapters, what);
+  }
+}
+
+std::vector<int64_t> ids_of_tasks(const Composition& tree, const std::vector<std::string>& adapters,
+                                  const std::vector<NamedComposition>& compositions, const std::string& what) {
+  std::vector<int64_t> ids;
+  for (const Composition& task : tasks_of(tree)) {
+    if (task.kind == BlockKind::kAdapter) {
+      const auto found = std::find(adapters.begin(), adapters.end(), task.name);
+      TORCH_CHECK(found != adapters.end(), what, ": no adapter is called '", task.name, "'");
+      ids.push_back(found - adapters.begin());
+      continue;
+    }
+    const auto found = std::find_if(compositions.begin(), compositions.end(), [&](const NamedComposition& held) {
+      return composition_to_json(held.tree) == composition_to_json(task);
+    });
+    TORCH_CHECK(found != compositions.end(), what, ": no composition is ", composition_to_string(task), ", which is a ",
+                "task of ", composition_to_string(tree), "; remove that one first, or with it");
+    ids.push_back(static_cast<int64_t>(adapters.size() + (found - compositions.begin())));
+  }
+  return ids;
 }
 
 std::vector<NamedComposition> read_compositions(const Module& adapters_module) {
@@ -111,6 +169,16 @@ std::set<std::string> splitting_compositions(const Module& adapters_module) {
   std::set<std::string> result;
   for (const NamedComposition& composition : read_compositions(adapters_module)) {
     if (splits_inputs(composition.tree)) {
+      result.insert(composition.name);
+    }
+  }
+  return result;
+}
+
+std::set<std::string> task_compositions(const Module& adapters_module) {
+  std::set<std::string> result;
+  for (const NamedComposition& composition : read_compositions(adapters_module)) {
+    if (has_multi_task(composition.tree)) {
       result.insert(composition.name);
     }
   }

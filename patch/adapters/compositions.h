@@ -30,6 +30,12 @@ void check_not_composed(const std::vector<NamedComposition>& compositions, const
 // cannot have: a merged one, and in a composition with a Fuse a trainable one.
 void check_parts(const NamedComposition& composition, const std::vector<Adapter>& adapters, const char* what);
 
+// The ids of what rows of each task of a composition with a MultiTask use: one of `adapters`, or a composition of the
+// same tree.
+// Throws c10::Error, on behalf of `what`, when such a composition is missing.
+std::vector<int64_t> ids_of_tasks(const Composition& tree, const std::vector<std::string>& adapters,
+                                  const std::vector<NamedComposition>& compositions, const std::string& what);
+
 // The compositions of an `adapters` submodule.
 std::vector<NamedComposition> read_compositions(const torch::jit::Module& adapters_module);
 
@@ -38,6 +44,9 @@ inline constexpr const char* kOtherSizes = " which is not equal to the sum of ";
 
 // The names of those compositions that split their inputs.
 std::set<std::string> splitting_compositions(const torch::jit::Module& adapters_module);
+
+// The names of those compositions that have a MultiTask: no row runs them, but one of their tasks.
+std::set<std::string> task_compositions(const torch::jit::Module& adapters_module);
 
 // The names of the adapters and of the compositions of an `adapters` submodule, in the order of their ids.
 std::vector<std::string> names_by_id(const torch::jit::Module& adapters_module);

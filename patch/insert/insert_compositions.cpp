@@ -1,5 +1,6 @@
 #include <torchgraft/patch/insert/insert_compositions.h>
 
+#include <torchgraft/config/composition_tasks.h>
 #include <torchgraft/config/gate_pooling.h>
 #include <torchgraft/patch/graph/graph_utils.h>
 #include <torchgraft/patch/graph/linear_map.h>
@@ -34,6 +35,12 @@ def composition_rows(adapter_ids: Optional[Tensor], active: int, id: int) -> Tup
         elif rows.numel() == adapter_ids.numel():
             uses = 1
         return uses, rows
+
+def refuse_rows(adapter_ids: Optional[Tensor], active: int, id: int, message: str) -> None:
+    if adapter_ids is None:
+        assert active != id, message
+    else:
+        assert not bool(adapter_ids.eq(id).any()), message
 
 def part_row(parts: List[List[int]], uses: int, composition: int, part: int) -> int:
     if uses > 0:
@@ -93,6 +100,22 @@ CompositionInserter::Rows CompositionInserter::rows_of(size_t composition) {
   return rows;
 }
 
+void CompositionInserter::refuse_rows_of(size_t composition) {
+  const NamedComposition& held = inserter_.compositions()[composition];
+  const std::vector<int64_t> ids = ids_of_tasks(held.tree, names_of(adapters_), inserter_.compositions(), "compose");
+  const std::vector<Composition> tasks = tasks_of(held.tree);
+  std::string message = "forward: '" + held.name + "', " + composition_to_string(held.tree) +
+                        ", needs the task of each row; give adapter_ids, with";
+  for (size_t i = 0; i < ids.size(); ++i) {
+    message += (i == 0 ? " " : ", ") + std::to_string(ids[i]) + " for ";
+    message += tasks[i].kind == BlockKind::kAdapter ? "'" + tasks[i].name + "'" : composition_to_string(tasks[i]);
+  }
+  WithInsertPoint guard(inserter_.active()->node()->next());
+  Value* id = graph_.insertConstant(inserter_.first_composition_id() + static_cast<int64_t>(composition));
+  call_rows(graph_, "refuse_rows",
+            {inserter_.all_adapter_ids(), inserter_.all_active(), id, graph_.insertConstant(message)});
+}
+
 ComposedSite CompositionInserter::site_of(const NamedComposition& composition, const Rows& rows, size_t layer,
                                           const std::string& site, const std::vector<const Slot*>& slots) const {
   ComposedSite result{composition.name, site + " of layer " + std::to_string(slots.front()->number), {}};
@@ -140,7 +163,12 @@ void CompositionInserter::operator()(const std::vector<Slot>& slots, const std::
   size_t keys = 0;
   for (size_t i = 0; i < compositions.size(); ++i) {
     check_parts(compositions[i], adapters_, "compose");
-    rows.push_back(rows_of(i));
+    if (has_multi_task(compositions[i].tree)) {
+      refuse_rows_of(i);
+      rows.emplace_back();
+    } else {
+      rows.push_back(rows_of(i));
+    }
     rows.back().first_key = keys;
     keys += adapters_in(compositions[i].tree).size();
   }
@@ -150,7 +178,7 @@ void CompositionInserter::operator()(const std::vector<Slot>& slots, const std::
       if (!site.parts.empty()) {
         check_site(site);
         inserter_.enter(*site.parts.begin()->second.slot, key.first);
-        insert(compositions[i], rows[i], site);
+        insert(compositions[i], rows[i], site);  // of a MultiTask: checks the site
       }
     }
   }
@@ -162,6 +190,10 @@ void CompositionInserter::insert(const NamedComposition& composition, const Rows
   if (const LinearSite* linear = lora_site(layer, name)) {
     TORCH_CHECK(!linear->is_lookup, "compose: '", composition.name, "' uses '", site.parts.begin()->first,
                 "', whose LoRA on an embedding takes no part in compositions");
+    if (has_multi_task(composition.tree)) {
+      check_composed_loras(site, *linear);
+      return;
+    }
     insert_lora(composition, rows, site, *linear);
   } else if (name == "mh_adapter" || name == "cross_adapter") {
     insert_bottleneck(composition, rows, site, layer.attention_residual.value());

@@ -53,6 +53,8 @@ class CompositionInserter {
   };
 
   Rows rows_of(size_t composition);
+  // Makes the graph throw where a row, or all, use a composition with a MultiTask: each row needs the id of its task.
+  void refuse_rows_of(size_t composition);
   ComposedSite site_of(const NamedComposition& composition, const Rows& rows, size_t layer, const std::string& site,
                        const std::vector<const Slot*>& slots) const;
   void check_site(const ComposedSite& site) const;

@@ -122,7 +122,8 @@ class Comparison {
         verifier_(verifier),
         is_drawn_(is_drawn),
         is_made_up_(is_made_up),
-        splitting_(splitting_compositions(modules.grafted.attr("adapters").toModule())) {
+        splitting_(splitting_compositions(modules.grafted.attr("adapters").toModule())),
+        tasks_(task_compositions(modules.grafted.attr("adapters").toModule())) {
     for (const NamedComposition& composition : read_compositions(modules.grafted.attr("adapters").toModule())) {
       if (parallel_channels(composition.tree) > 1) {
         channels_[composition.name] = parallel_channels(composition.tree);
@@ -164,7 +165,8 @@ class Comparison {
   }
 
   void check_active_is_finite(const Arguments& arguments, const c10::IValue& of_base) const {
-    if (may_not_fit(active_name(grafted_.module))) {
+    const std::string active = active_name(grafted_.module);
+    if (may_not_fit(active) || tasks_.count(active)) {
       return;
     }
     const c10::IValue adapted = run({grafted_.run, "forward"}, arguments);
@@ -310,7 +312,7 @@ class Comparison {
     const Module bank = base_.module.attr("adapters").toModule();
     const std::vector<std::string> names = adapter_names(bank);
     for (size_t id = 0; id < names.size(); ++id) {
-      if (splitting_.count(names[id]) == 0) {
+      if (splitting_.count(names[id]) == 0 && tasks_.count(names[id]) == 0) {
         earlier[prompt_length(bank, id)].push_back(static_cast<int64_t>(id));
       }
     }
@@ -352,6 +354,7 @@ class Comparison {
   bool is_drawn_;
   bool is_made_up_;
   std::set<std::string> splitting_;
+  std::set<std::string> tasks_;              // compositions that no row runs, but one of their tasks
   std::map<std::string, int64_t> channels_;  // of compositions with a Parallel
 };
 

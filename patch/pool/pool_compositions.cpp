@@ -37,7 +37,7 @@ void check_blocks(const Composition& tree, const std::string& name) {
   TORCH_CHECK(tree.kind != BlockKind::kParallel, "AdapterPool: '", name, "': no pool holds a Parallel; acquire each ",
               "of its parts, and repeat the rows for each (a module's own: remove_adapter takes it out)");
   TORCH_CHECK(tree.kind != BlockKind::kMultiTask, "AdapterPool: '", name, "': no pool holds a MultiTask; acquire for ",
-              "each row the part of its task");
+              "each row the part of its task (a module's own: remove_adapter takes it out)");
   TORCH_INTERNAL_ASSERT(std::find(std::begin(kPooledBlocks), std::end(kPooledBlocks), tree.kind) !=
                         std::end(kPooledBlocks));
   for (const Composition& child : tree.children) {

@@ -35,6 +35,7 @@ from .composition import (
     Split,
     Stack,
     compose,
+    task_ids,
 )
 from .configs import (
     AdapterConfig,
@@ -174,6 +175,7 @@ __all__ = [
     "save_adapter_fusion",
     "save_adapter_setup",
     "save_onnx",
+    "task_ids",
     "text_limits",
     "trainable_parameters",
     "unfreeze_adapter",

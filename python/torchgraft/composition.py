@@ -87,7 +87,7 @@ class Parallel(AdapterCompositionBlock):
 
 
 class MultiTask(AdapterCompositionBlock):
-    """Adapters of which each row uses that of its task."""
+    """LoRAs of which each row uses that of its task. task_ids() gives the adapter_ids of the tasks."""
 
 
 class Average(AdapterCompositionBlock):
@@ -158,10 +158,10 @@ def adapters_of(tree: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(name for child in tree["children"] for name in adapters_of(child)))
 
 
-def has_parallel(tree: dict[str, Any]) -> bool:
-    """Whether what to_dict() gives has a Parallel in it."""
-    return tree["type"] == "Parallel" or any(
-        has_parallel(child) for child in tree["children"] if isinstance(child, dict)
+def has_block(tree: dict[str, Any], block: str) -> bool:
+    """Whether what to_dict() gives has a block of this name in it: "Parallel"."""
+    return tree["type"] == block or any(
+        has_block(child, block) for child in tree["children"] if isinstance(child, dict)
     )
 
 
@@ -227,3 +227,14 @@ def compose(
     """
     return module_with_warnings(patcher().compose(cpp_module(module), name, composition_to_json(composition), verify,
                                                   example_arguments(example)))  # fmt: skip
+
+
+def task_ids(module: torch.jit.ScriptModule, name: str) -> list[int]:
+    """Returns what rows of each task of a composition with a MultiTask have in adapter_ids, in the order of the tasks.
+
+    `torch.tensor(task_ids(module, "tasks"))[tasks]` are the adapter_ids of what the library calls task_ids=tasks.
+
+    Raises:
+        GraftError: the module has no composition of that name that has a MultiTask.
+    """
+    return list(patcher().task_ids(cpp_module(module), name))

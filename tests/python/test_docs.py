@@ -37,7 +37,7 @@ def test_the_examples_of_adapters_run(tmp_path) -> None:
 
 
 def test_the_examples_of_compositions_run(tmp_path) -> None:
-    _run("compositions.md", 4, tmp_path)
+    _run("compositions.md", 5, tmp_path)
     for setup in ("en_ner_setup", "both_setup"):
         assert (tmp_path / setup / "adapter_setup.json").stat().st_size > 0
 

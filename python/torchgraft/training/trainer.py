@@ -16,7 +16,7 @@ from .. import fusion_regularization_loss, list_adapters, trainable_parameters
 from .._files import remove_leftovers
 from .._reading import parse_json
 from .._text import text_arguments
-from ..composition import adapters_of, has_parallel
+from ..composition import adapters_of, has_block
 from ..errors import GraftError
 from .batches import Batch, EncodedExamples, collate, scoring_batches, training_batches
 from .checkpoint import (
@@ -107,9 +107,15 @@ def _configs_of(module: torch.jit.ScriptModule, name: str) -> list[dict[str, Any
 def _check_rows(module: torch.jit.ScriptModule, name: str) -> None:
     """Raises GraftError where a row of the examples has several results, and one label."""
     for info in list_adapters(module):
-        if info.name == name and info.composition and has_parallel(parse_json(info.config, name)):
+        if info.name != name or not info.composition:
+            continue
+        tree = parse_json(info.config, name)
+        if has_block(tree, "Parallel"):
             raise GraftError(f"training: '{name}', {info.composition}, has a Parallel, whose rows have a result for "
                              "each child; train its children one by one")  # fmt: skip
+        if has_block(tree, "MultiTask"):
+            raise GraftError(f"training: '{name}', {info.composition}, has a MultiTask, whose rows need the ids of "
+                             "their tasks, which no file of examples has; train its children one by one")  # fmt: skip
 
 
 def _part_of(key: str, parallel: bool) -> str:

@@ -1,4 +1,5 @@
 #include <torchgraft/config/composition_string.h>
+#include <torchgraft/config/composition_tasks.h>
 
 #include <c10/util/Exception.h>
 #include <gtest/gtest.h>
@@ -86,21 +87,36 @@ TEST(Composition, WhatTheLibraryRefusesIsNamed) {
   EXPECT_NE(error_of(wide + ")").find("at most 64 adapters"), std::string::npos);
 }
 
-TEST(Composition, BlocksThatNoModuleRunsAreNamedWithTheRemedy) {
+TEST(Composition, TasksAreTheCompositionWithOneChildOfEachMultiTask) {
+  const auto tasks = [](const char* text) {
+    std::vector<std::string> texts;
+    for (const Composition& task : tasks_of(composition_from_string(text))) {
+      texts.push_back(task.kind == BlockKind::kAdapter ? task.name : composition_to_string(task));
+    }
+    return texts;
+  };
+  using Texts = std::vector<std::string>;
+  EXPECT_EQ(tasks("Stack(a, b)"), Texts());
+  EXPECT_EQ(tasks("MultiTask(a, Stack(b))"), (Texts{"a", "b"}));
+  EXPECT_EQ(tasks("Stack(a, MultiTask(b, Stack(c, d)), e)"), (Texts{"Stack(a, b, e)", "Stack(a, c, d, e)"}));
+  EXPECT_EQ(tasks("Stack(MultiTask(a, b), MultiTask(c, a))"), (Texts{"Stack(a, c)", "Stack(b, a)"}));
+  EXPECT_EQ(adapters_in_tasks(composition_from_string("Stack(a, MultiTask(b, Stack(c, b)))")), (Texts{"b", "c"}));
+}
+
+TEST(Composition, BlocksThatNoTaskHasAreNamedWithTheRemedy) {
   const auto error = [](const char* text) {
     try {
-      check_supported(composition_from_string(text), "compose");
+      check_tasks(composition_from_string(text), "compose");
     } catch (const c10::Error& thrown) {
       return std::string(thrown.what_without_backtrace());
     }
     return std::string();
   };
-  EXPECT_EQ(
-      error("MultiTask(a, Average(b, c))"),
-      "compose: MultiTask(a, Average(b, c)): MultiTask is not supported; compose each of its parts under a name of "
-      "its own, and give every row that of its task in adapter_ids");
+  EXPECT_EQ(error("Stack(Parallel(a, b), MultiTask(a, b))"),
+            "compose: Stack(Parallel(a, b), MultiTask(a, b)): Parallel and MultiTask both say which rows an adapter "
+            "gets; compose them under names of their own, and give each row its id in adapter_ids");
   EXPECT_EQ(error("Stack(a, Fuse(b, Stack(c, a)), d)"), "");
-  EXPECT_EQ(error("Stack(a, Parallel(b, c))"), "");
+  EXPECT_EQ(error("Stack(a, MultiTask(b, c))"), "");
 }
 
 TEST(Composition, ParallelRepeatsRowsOnce) {

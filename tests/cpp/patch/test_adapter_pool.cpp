@@ -378,7 +378,7 @@ TEST(AdapterPool, CompositionsAreNamedWithTheRemedy) {
   std::filesystem::remove_all(folder);
   EXPECT_FALSE(is_setup_directory(folder.string()));
   has(error_of([&] { compose(module, "c", composition_from_string("MultiTask(a, b)")); }),
-      "compose: MultiTask(a, b): MultiTask is not ");
+      "compose: 'c', MultiTask(a, b): the adapters library has MultiTask for LoRAs only, and 'a' has output_adapter");
 }
 
 }  // namespace

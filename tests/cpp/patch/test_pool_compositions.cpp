@@ -255,7 +255,7 @@ TEST(PoolCompositions, LimitsAndRefusalsNameTheRemedy) {
       "each (a module's own: remove_adapter takes it out)");
   EXPECT_EQ(refusal("Stack(a, MultiTask(b, c))"),
             "AdapterPool: 'Stack(a, MultiTask(b, c))': no pool holds a MultiTask; acquire for each row the part of its "
-            "task");
+            "task (a module's own: remove_adapter takes it out)");
   EXPECT_NE(refusal("Stack(a, ").find("composition: expected"), std::string::npos);
   EXPECT_NE(refusal("Average(l, p)").find("compose: 'Average(l, p)': "), std::string::npos) << refusal("Average(l, p)");
   EXPECT_EQ(refusal("Split(l, m, splits=[3,4])"),
