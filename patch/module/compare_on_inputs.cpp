@@ -1,6 +1,8 @@
 #include <torchgraft/patch/module/compare_on_inputs.h>
 
 #include <torchgraft/patch/adapters/compositions.h>
+#include <torchgraft/patch/adapters/parallel_rows.h>
+#include <torchgraft/patch/canonicalise/canonicalise.h>
 #include <torchgraft/patch/module/example_inputs.h>
 #include <torchgraft/patch/module/result_difference.h>
 #include <torchgraft/patch/text_limits.h>
@@ -23,6 +25,11 @@ std::string try_inputs(const TrialRun& run, const BaseForward& forward, const Ar
 }
 
 }  // namespace
+
+std::shared_ptr<torch::jit::Graph> flat_graph(const torch::jit::Module& grafted) {
+  const bool repeats = has_parallel(read_compositions(grafted.attr("adapters").toModule()));
+  return repeats ? canonicalise(grafted, "base_forward").graph : graph_of_run(grafted, "grafted_forward");
+}
 
 std::string compare_on_inputs(const BaseForward& forward, const std::optional<Arguments>& example, const char* what,
                               const char* other,

@@ -24,6 +24,10 @@ struct BaseForward {
   at::TensorOptions weights;                 // dtype and device of its weights
 };
 
+// BaseForward::flat of a grafted module. With a Parallel it is the base's, canonicalised anew: the grafted graph
+// repeats the rows of an argument first, which hides who reads it.
+std::shared_ptr<torch::jit::Graph> flat_graph(const torch::jit::Module& grafted);
+
 // Runs `forward` on `example`, or on inputs that are made up (example_inputs.h), and calls `compare` with the first
 // ones that give numbers, and with the result. `compare` returns what it did not compare; empty when nothing was left.
 //

@@ -133,8 +133,7 @@ std::string verify_change(const Module& module, const std::vector<SameResult>& p
   const bool grafted = is_grafted(module);
   const char* method = grafted ? "base_forward" : "forward";
   const BaseForward forward{base, method, graph_of_run(base, method),
-                            grafted ? graph_of_run(base, "grafted_forward") : canonicalise(base, method).graph,
-                            options_of(base)};
+                            grafted ? flat_graph(base) : canonicalise(base, method).graph, options_of(base)};
   ChangeComparison comparison(pairs, forward.graph, coarsest_dtype(*forward.flat, base), verifier, is_drawn, !example);
   return compare_on_inputs(
       forward, example, verifier.what, "the module as it was",

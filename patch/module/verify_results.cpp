@@ -376,8 +376,8 @@ std::string verify_results(const BaseAndGrafted& modules, const std::optional<Ba
   const char* method = is_grafted(modules.base) ? "base_forward" : "forward";
   // Errors in a module that was frozen may end the process (clone_module.cpp). Runs may activate other adapters.
   const BaseAndGrafted copies{clone_module(modules.base), clone_module(modules.grafted)};
-  const BaseForward forward{copies.base, method, graph_of_run(copies.base, method),
-                            graph_of_run(copies.grafted, "grafted_forward"), weights};
+  const BaseForward forward{copies.base, method, graph_of_run(copies.base, method), flat_graph(copies.grafted),
+                            weights};
   const at::ScalarType dtype = coarsest_dtype(*forward.flat, modules.base);
   const Comparison as_is(copies, forward, dtype, verifier, /*is_drawn=*/false, !example);
   std::optional<Comparison> as_drawn;
