@@ -2,13 +2,13 @@
 
 #include <torchgraft/patch/adapters/adapters_module.h>
 #include <torchgraft/patch/adapters/compositions.h>
-#include <torchgraft/patch/canonicalise/decompose_fused_encoder.h>
 #include <torchgraft/patch/canonicalise/decompose_optimized.h>
 #include <torchgraft/patch/graph/clone_module.h>
 #include <torchgraft/patch/graph/whole_graphs.h>
 #include <torchgraft/patch/insert/decompose_adapters.h>
 #include <torchgraft/patch/module/compare_on_inputs.h>
 #include <torchgraft/patch/module/compare_rows.h>
+#include <torchgraft/patch/module/failure_hints.h>
 #include <torchgraft/patch/module/methods.h>
 #include <torchgraft/patch/module/result_difference.h>
 #include <torchgraft/patch/module/row_counts.h>
@@ -52,40 +52,6 @@ int64_t prompt_length(const Module& adapters, size_t id) {
     }
   }
   return 0;
-}
-
-// What else than the dtype of `weights`, which adapters get, the base computes in, and what to do; or nothing.
-std::string other_dtypes(const Module& base, at::ScalarType coarsest, const at::TensorOptions& weights) {
-  const auto own = c10::typeMetaToScalarType(weights.dtype());
-  std::string other;
-  for (const auto& parameter : base.named_parameters()) {
-    const at::ScalarType dtype = parameter.value.scalar_type();
-    if (at::isFloatingType(dtype) && dtype != own) {
-      other = c10::str(parameter.name, " is ", dtype);
-      break;
-    }
-  }
-  if (other.empty() && coarsest == at::kHalf && own != at::kHalf && own != at::kBFloat16) {
-    other = "its forward casts to 16 bits, as under torch.autocast";
-  }
-  return other.empty() ? ""
-                       : c10::str("; adapters are ", own, ", as the first query projection, but ", other,
-                                  ": trace the base without torch.autocast and with all weights in one dtype");
-}
-
-// Whether a run says that rows cannot differ: DeBERTa's share the positions that a LoRA reads (insert_lora.cpp), and in
-// some models prompts must be of one length (insert_prompt.cpp).
-bool refuses_mixed_rows(const std::string& error) {
-  return error.find("rows of one batch cannot have different adapters") != std::string::npos ||
-         error.find("expected rows with prompts of one length") != std::string::npos;
-}
-
-// Why the base itself may have two results.
-std::string fused_encoder_hint(const Module& base, const std::string& method) {
-  return may_run_fused_encoder(*base.get_method(method).graph())
-             ? "; the base takes torch's fused encoder layers, which hide every token whose "
-               "float mask is not 0: give it a bool mask, or one of 0 and -inf"
-             : "";
 }
 
 // One way of running one of the modules.

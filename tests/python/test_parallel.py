@@ -2,7 +2,6 @@
 
 import functools
 import json
-import warnings
 
 import pytest
 import torch
@@ -184,23 +183,6 @@ def test_each_child_has_its_own_head() -> None:
         found = module.forward_with_head(*arguments, adapter_ids=torch.tensor([1, 2, 0]))
         assert found.size(0) == 4 and difference(found[3:], of_gated[1:2]) <= TOLERANCE
         assert difference(found[1:3, :2], of_bn[1:, :2]) <= TOLERANCE
-
-
-@pytest.mark.parametrize(
-    ("variant", "block"),
-    [
-        ("bert_sdpa", Parallel("bn", BatchSplit("bn2", "bn", batch_sizes=[1, 1]))),
-        ("encoder_slow_pre_seq_first", Parallel("bn", "bn2")),
-    ],
-)
-def test_verified_on_inputs_that_are_made_up(variant: str, block: Parallel) -> None:
-    """A warning would say what was not compared."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        module = composed(variant, block, verify=True)
-        torchgraft.lower(torchgraft.rename_adapter(module, "bn", "en"))
-        torchgraft.compose(module, "more", Stack("bn", "bn2"))
-    assert not [each for each in caught if "not compared" in str(each.message)]
 
 
 def test_life_of_a_parallel(tmp_path) -> None:
