@@ -1,8 +1,8 @@
-#include <torchgraft/patch/graph/inline_all.h>
 #include <torchgraft/patch/module/merge_places.h>
 
 #include <torchgraft/patch/graph/clone_module.h>
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/inline_all.h>
 #include <torchgraft/patch/graph/module_methods.h>
 #include <torchgraft/patch/graph/symbolic_shape.h>
 #include <torchgraft/patch/graph/tensor_reads.h>

@@ -1,9 +1,9 @@
-#include <torchgraft/patch/graph/inline_all.h>
 #include <torchgraft/patch/module/trial_run.h>
 
 #include <torchgraft/patch/canonicalise/decompose_optimized.h>
 #include <torchgraft/patch/canonicalise/inline_forks.h>
 #include <torchgraft/patch/graph/graph_utils.h>
+#include <torchgraft/patch/graph/inline_all.h>
 #include <torchgraft/patch/graph/linear_map.h>
 #include <torchgraft/patch/graph/no_warnings.h>
 #include <torchgraft/patch/graph/writes.h>

@@ -171,11 +171,12 @@ class _Counts(nn.Module):
         return self.layer(x, mask)
 
 
-_PRESERVED = """
+_FROZEN = """
 import sys, torch
 torch.ops.load_library(sys.argv[1])
 module = torch.jit.load(sys.argv[2]).eval()
-frozen = torch.jit.freeze(module, preserved_attrs=["base_forward", "grafted_forward"])
+frozen = torch.jit.freeze(module, preserved_attrs=sys.argv[3:])
+del module
 x, mask = torch.randn(3, 7, 32), torch.ones(3, 7, dtype=torch.long)
 frozen(x, mask)
 try:
@@ -185,13 +186,25 @@ except Exception as error:
 """
 
 
+def _error_of_frozen(module: torch.jit.ScriptModule, path: Path, *preserved: str) -> str:
+    """Of wrong adapter_ids, in a process of its own, which such an error could end."""
+    module.save(str(path))
+    [library] = {each for each in torch.ops.loaded_libraries if "libtorchgraft.so" in each}
+    command = [sys.executable, "-W", "ignore", "-c", _FROZEN, library, str(path), *preserved]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+_WRONG_IDS = "RuntimeError: gated_lora_linear: expected adapter_ids in [-1, 1), got 9 in row 0"
+
+
+def test_an_error_in_a_frozen_module_is_one_as_any_other(tmp_path: Path) -> None:
+    assert _error_of_frozen(_graft(Plain()), tmp_path / "model.pt") == _WRONG_IDS
+
+
 def test_a_base_that_assigns_attributes_is_warned_of_with_a_remedy_that_helps(tmp_path: Path) -> None:
     base = torch.jit.script(_Counts().eval())
     with pytest.warns(UserWarning, match="graft: forward assigns 'runs'; after torch.jit.freeze.*preserved_attrs"):
         module = torchgraft.graft(base, "lora", "task")
-    module.save(str(tmp_path / "model.pt"))
-    [library] = {path for path in torch.ops.loaded_libraries if "libtorchgraft.so" in path}
-    command = [sys.executable, "-W", "ignore", "-c", _PRESERVED, library, str(tmp_path / "model.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "RuntimeError: gated_lora_linear: expected adapter_ids in [-1, 1), got 9 in row 0"
+    assert _error_of_frozen(module, tmp_path / "model.pt", "base_forward", "grafted_forward") == _WRONG_IDS

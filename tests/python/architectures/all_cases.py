@@ -63,6 +63,7 @@ _FLOAT32_ONLY = {"clip_text_sdpa", "clip_text_eager"}
 FROZEN_NOT_YET = {
     (name, "scripted"): "freezing folds the mask away in one of two branches that were the same layers"
     for name in ("timm_vit_explicit", "timm_vit_qk_norm_layer_scale_explicit")
+    if torch.__version__ < (2, 14)
 } | {
     ("deberta_v2_shared_eager", "traced"): "freezing computes the projected relative positions once and for all, "
     "where no LoRA reaches them"
