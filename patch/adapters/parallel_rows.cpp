@@ -43,12 +43,18 @@ def repeated_ids(adapter_ids: Optional[Tensor], active: int, index: Optional[Ten
         else:
             return adapter_ids.index_select(0, index)
 
+def given_ids(adapter_ids: Optional[Tensor], index: Optional[Tensor]) -> Optional[Tensor]:
+    if adapter_ids is None or index is None:
+        return adapter_ids
+    else:
+        return adapter_ids.index_select(0, index)
+
 def ids_of_rows(adapter_ids: Optional[Tensor], first: int, channels: List[int]) -> Optional[Tensor]:
     if adapter_ids is None:
         return None
     else:
         index = repeated_index(adapter_ids, -1, adapter_ids.size(0), adapter_ids.device, first, channels)
-        return repeated_ids(adapter_ids, -1, index)
+        return given_ids(adapter_ids, index)
 
 def index_of_result(result: Tensor, adapter_ids: Optional[Tensor], active: int, first: int,
                     channels: List[int]) -> Optional[Tensor]:

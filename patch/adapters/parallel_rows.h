@@ -24,6 +24,7 @@ std::vector<std::string> channel_heads(const Composition& tree);
 //       channel, then those that have a second one, and so on: rows of a Parallel alone stand child by child, as in the
 //       adapters library.
 //   repeated_ids(adapter_ids, active, index) -> Tensor?     the ids of these rows.
+//   given_ids(adapter_ids, index) -> Tensor?                the same; None where the active one is that of all rows.
 //   ids_of_rows(adapter_ids, first, channels) -> Tensor?    the same, for ids that forward got.
 //   index_of_result(result, adapter_ids, active, first, channels) -> Tensor?    repeated_index, of rows of a result.
 //   repeated_mask(mask, index) -> Tensor?

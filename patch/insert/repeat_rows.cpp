@@ -285,7 +285,7 @@ void RowRepeater::operator()(const std::vector<NamedComposition>& compositions, 
   const std::vector<int64_t> channels = channels_of(compositions);
   Value* index = call(graph_, kParallelRows, "repeated_index",
                       {ids, active, rows, unpack->outputs()[1], constant(first_id), constant(channels)});
-  Value* repeated_ids = call(graph_, kParallelRows, "repeated_ids", {ids, active, index});
+  Value* repeated_ids = call(graph_, kParallelRows, "given_ids", {ids, index});
   Node* behind_ids = graph_.insertNode(graph_.createNone());  // dead code in the end
   for (Value* source : sources_) {
     call(graph_, kRepeated, "check_rows",

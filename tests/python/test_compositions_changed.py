@@ -1,5 +1,7 @@
 """Other changes of modules with compositions: lower, optimise, quantise, train, add heads; what cannot be done."""
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor
@@ -149,3 +151,20 @@ def test_a_row_of_a_stack_has_the_head_of_its_last_adapter() -> None:
             module.forward_with_head(*arguments)
         # Rows that say themselves which adapter they use do not read the active one.
         assert torch.equal(module.forward_with_head(*arguments, adapter_ids=torch.tensor([0, 2])), mixed)
+
+
+@pytest.mark.parametrize(
+    ("variant", "block"),
+    [
+        ("bert_sdpa", torchgraft.Parallel("bn", torchgraft.BatchSplit("bn2", "bn", batch_sizes=[1, 1]))),
+        ("encoder_slow_pre_seq_first", torchgraft.Parallel("bn", "bn2")),
+    ],
+)
+def test_verified_on_inputs_that_are_made_up(variant: str, block: torchgraft.Parallel) -> None:
+    """A warning would say what was not compared."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        module = torchgraft.compose(bank(variant, "bn", "bn2"), "c", block)
+        torchgraft.lower(torchgraft.rename_adapter(module, "bn", "en"))
+        torchgraft.compose(module, "more", Stack("bn", "bn2"))
+    assert not [each for each in caught if "not compared" in str(each.message)]

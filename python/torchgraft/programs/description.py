@@ -33,7 +33,8 @@ def describe(module: torch.jit.ScriptModule, adapter_ids: bool, gates: bool, low
     entries = [vars(info) | {"by_location": dict(info.by_location)}
                for info in (list_adapters(module) if is_grafted(module) else [])]  # fmt: skip
     for entry in entries:
-        del entry["composition"]  # export() takes none
+        if not entry["composition"]:
+            del entry["composition"]
     return {
         "adapters": entries,
         "adapter_ids": adapter_ids,
@@ -118,11 +119,12 @@ def described_adapters(path: Path) -> list[AdapterInfo] | None:
 def _adapter_info(entry: Any, path: Path) -> AdapterInfo:
     """Reads what describe() has written of one adapter; files of before lack what has a default."""
     types = {"name": str, "config": str, "active": bool, "merged": bool, "trainable": bool, "gate_pooling": str,
-             "parameters": int, "bytes": int, "by_location": dict}  # fmt: skip
+             "parameters": int, "bytes": int, "by_location": dict, "composition": str}  # fmt: skip
     found = dict(entry) if isinstance(entry, dict) else {}
     if unknown := [key for key in found if key not in types]:
         raise GraftError(f"{path}: expected an adapter's entry to have {', '.join(types)}, got '{unknown[0]}', too")
     found.setdefault("gate_pooling", "")
+    found.setdefault("composition", "")
     for key, kind in types.items():
         if type(found.get(key)) is not kind:
             raise GraftError(

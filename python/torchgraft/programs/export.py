@@ -61,11 +61,8 @@ def export(
             "export: the module has packed int8 or float16 weights, which no exported program can hold; export the "
             "module in float32"
         )
-    if grafted and pool is None and any(info.composition for info in list_adapters(module)):
-        raise GraftError(
-            "export: the module has compositions, whose rows are found while it runs, as no exported program can; "
-            "remove them (remove_adapter) and export their adapters"
-        )
+    if grafted and pool is None:
+        _check_compositions(module, adapter_ids, gates)
     if grafted and any(name.endswith(".prompt_length") for name, _ in module.adapters.named_buffers()):
         raise GraftError(
             "export: the module has prompts (prompt_tuning), whose number of tokens is read while it runs, as no "
@@ -84,6 +81,27 @@ def export(
     if dynamic:
         _warn_of_fixed_sizes(program)
     return program
+
+
+def _check_compositions(module: torch.jit.ScriptModule, adapter_ids: bool, gates: bool) -> None:
+    """Raises GraftError where a program would have to find the rows of a composition, or to tell its gates."""
+    compositions = {info.name: info.composition for info in list_adapters(module) if info.composition}
+    if compositions and adapter_ids:
+        raise GraftError(
+            "export: the module has compositions, whose rows are found while it runs, as no exported program can; "
+            "activate one, and export it for all rows (adapter_ids=False, --no-ids), or remove them (remove_adapter)"
+        )
+    if compositions and gates:
+        raise GraftError(
+            "export: the module has compositions, whose gates no program returns; export it without gates, or remove "
+            "them (remove_adapter)"
+        )
+    text = compositions.get(module.active_adapter() or "", "")
+    if "MultiTask(" in text:
+        raise GraftError(
+            f"export: the active composition, {text}, needs the task of each row, and a module with compositions is "
+            "exported without adapter_ids; remove the compositions (remove_adapter) and export their adapters"
+        )
 
 
 def _pool_module(pool: AdapterPool, adapter_ids: bool, gates: bool, lowered: bool) -> torch.jit.ScriptModule:
