@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
+from .._reading import parse_json
+from ..composition import has_block
 from ..errors import GraftError, one_line
 from ..grafting import cpp_module, is_grafted
 from ..life import list_adapters, lower
@@ -85,7 +87,7 @@ def export(
 
 def _check_compositions(module: torch.jit.ScriptModule, adapter_ids: bool, gates: bool) -> None:
     """Raises GraftError where a program would have to find the rows of a composition, or to tell its gates."""
-    compositions = {info.name: info.composition for info in list_adapters(module) if info.composition}
+    compositions = [info for info in list_adapters(module) if info.composition]
     if compositions and adapter_ids:
         raise GraftError(
             "export: the module has compositions, whose rows are found while it runs, as no exported program can; "
@@ -96,12 +98,13 @@ def _check_compositions(module: torch.jit.ScriptModule, adapter_ids: bool, gates
             "export: the module has compositions, whose gates no program returns; export it without gates, or remove "
             "them (remove_adapter)"
         )
-    text = compositions.get(module.active_adapter() or "", "")
-    if "MultiTask(" in text:
-        raise GraftError(
-            f"export: the active composition, {text}, needs the task of each row, and a module with compositions is "
-            "exported without adapter_ids; remove the compositions (remove_adapter) and export their adapters"
-        )
+    for info in compositions:
+        if info.active and has_block(parse_json(info.config, info.name), "MultiTask"):
+            raise GraftError(
+                f"export: the active composition, {info.composition}, needs the task of each row, and a module with "
+                "compositions is exported without adapter_ids; remove the compositions (remove_adapter) and export "
+                "their adapters"
+            )
 
 
 def _pool_module(pool: AdapterPool, adapter_ids: bool, gates: bool, lowered: bool) -> torch.jit.ScriptModule:
