@@ -124,6 +124,9 @@ class Comparison {
     }
     check_active_is_finite(arguments, expected);
     for (const std::string& adapter : adapters) {
+      if (tasks_.count(adapter)) {
+        continue;
+      }
       const auto compare_one = [&] { return compare_adapter(arguments, adapter, ids, expected); };
       add(missing, may_not_fit(adapter) ? compare_splitting("'" + adapter + "'", compare_one) : compare_one());
     }

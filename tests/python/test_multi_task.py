@@ -195,3 +195,5 @@ def test_the_library_cannot_run_them_either(block) -> None:
 def test_verified_without_an_example() -> None:
     module = torchgraft.compose(reloaded(LIBRARY.bank), "tasks", MultiTask("a", Stack("b", "c")))
     assert module.adapter_names()[-2:] == ["tasks", "tasks_1"]
+    module.activate("tasks")
+    assert torchgraft.verify(module) == []
