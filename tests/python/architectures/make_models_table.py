@@ -14,13 +14,14 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 import torch  # noqa: E402
 
-from all_cases import CASES, FORMS, FROZEN_NOT_YET, METHODS, methods  # noqa: E402
+from all_cases import CASES, FORMS, FROZEN_NOT_YET, METHODS, OPTIMIZED_NOT_YET, methods  # noqa: E402
 from hugging_face_models import FAMILIES  # noqa: E402
 from oracle import difference  # noqa: E402
 from oracle_reference import OracleReference  # noqa: E402
 from torchgraft._libraries import patcher  # noqa: E402
 
-COLUMNS = [*METHODS, "frozen", "optimized"]
+NOT_YET = {"frozen": FROZEN_NOT_YET, "optimized": OPTIMIZED_NOT_YET}
+COLUMNS = [*METHODS, *NOT_YET]
 
 _HEAD = f"""# Models
 
@@ -62,12 +63,11 @@ def _row(name: str, form: str) -> str:
     case = CASES[name]
     base = case.to_script(form, torch.float32)
     cells = [_cell(case, base, method) for method in METHODS]
-    if (name, form) in FROZEN_NOT_YET:
-        cells += ["not yet", "not yet"]
-    else:
-        frozen = torch.jit.freeze(base.eval())
-        optimized = torch.jit.optimize_for_inference(torch.jit.freeze(base))  # it changes what it is given
-        cells += [_cell(case, changed, methods(name)[0]) for changed in (frozen, optimized)]
+    frozen = torch.jit.freeze(base.eval())
+    optimized = torch.jit.optimize_for_inference(torch.jit.freeze(base))  # it changes what it is given
+    for column, changed in (("frozen", frozen), ("optimized", optimized)):
+        known = (name, form) in NOT_YET[column]
+        cells.append("not yet" if known else _cell(case, changed, methods(name)[0]))
     reference = "adapters" if isinstance(case.reference, OracleReference) else "restated"
     return f"| {name} | {form} | {reference} | {' | '.join(cells)} |"
 
@@ -125,8 +125,8 @@ def main() -> None:
     for name, form in FORMS:
         print(_row(name, form))
     print("\n*-*: the model, or the library with it, has no such location. *not yet*:\n")
-    for reason in sorted(set(FROZEN_NOT_YET.values())):
-        print(f"- {reason}.")
+    for reason in sorted(set(OPTIMIZED_NOT_YET.values())):
+        print(textwrap.fill(f"- {reason}.", 120, subsequent_indent="  "))
     print("\n" + directories())
 
 
