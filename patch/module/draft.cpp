@@ -71,11 +71,12 @@ bool has_tensor_argument(const Module& module, const std::string& name) {
   });
 }
 
-// A backward pass would end at the first packed weight that it meets.
+// A backward pass would end at the first packed weight, or quantised number, that it meets.
 void check_has_gradients(const std::shared_ptr<torch::jit::Graph>& graph) {
   for_each_node(graph->block(), [](const torch::jit::Node* node) {
-    TORCH_CHECK(!is_packed_linear(node), "graft: no adapter can be trained on a base with packed int8 or float16 ",
-                "weights: ", described(node), " has no gradient; train on the base in float32, save the adapter, and ",
+    TORCH_CHECK(!is_packed_linear(node) && !is_unread_quantized(node),
+                "graft: no adapter can be trained on a base with packed int8 or float16 ", "weights: ", described(node),
+                " has no gradient; train on the base in float32, save the adapter, and ",
                 "graft it onto this base from its directory");
   });
 }

@@ -1,5 +1,6 @@
 """Makes exported programs of TorchScript modules, grafted or not."""
 
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -58,7 +59,7 @@ def export(
         module = _pool_module(pool, adapter_ids, gates, lowered)
     cpp_module(module)
     grafted = is_grafted(module)
-    if "quantized::linear_dynamic" in str(module.inlined_graph):
+    if re.search(r"= quantized::\w+", str(module.inlined_graph)):
         raise GraftError(
             "export: the module has packed int8 or float16 weights, which no exported program can hold; export the "
             "module in float32"
