@@ -16,7 +16,7 @@ using torch::jit::Value;
 bool is_norm(const Node* node) { return is_aten(node, {"layer_norm", "rms_norm"}); }
 
 SiteFinder::SiteFinder(const CanonicalGraph& canonical, const Module& module)
-    : graph_(*canonical.graph), module_(module), shapes_(module) {
+    : graph_(*canonical.graph), module_(module), shapes_(module), home_(graph_.block()) {
   for_each_node(graph_.block(), [&](Node* node) {
     if (is_aten(node, {"scaled_dot_product_attention"})) {
       for (const char* input : {"query", "key", "value"}) {

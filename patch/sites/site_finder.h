@@ -65,7 +65,7 @@ class SiteFinder {
   const torch::jit::Module& module_;
   SymbolicShapes shapes_;
   Dim batch_;
-  torch::jit::Block* home_ = nullptr;
+  torch::jit::Block* home_;
   std::set<torch::jit::Node*> attention_projections_;
   std::map<const void*, std::vector<torch::jit::Node*>> linears_elsewhere_;
 };
