@@ -181,7 +181,7 @@ def test_one_static_layer_of_several_stops_a_graft() -> None:
         with pytest.raises(torchgraft.GraftError, match="int8 layers were left out"):
             torchgraft.graft(module, config=config, name="task")
     with pytest.raises(torchgraft.GraftError, match="no adapter can be trained on a base with packed int8"):
-        torchgraft.graft(module, config="seq_bn", name="task", trainable=True, allow_partial=True)
+        torchgraft.graft(module, config="lora", name="task", trainable=True, allow_partial=True)
     with pytest.raises(torchgraft.GraftError, match="export: the module has packed int8 or float16 weights"):
         torchgraft.export(module, (x,))
 
