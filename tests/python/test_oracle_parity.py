@@ -11,10 +11,19 @@ from grafted import EVERY_WAY, grafted, saved_adapter
 from models import VARIANTS
 from oracle import CONFIGS, TOLERANCE, assert_gates_close, difference, oracle_for, runs_on, varied_batches
 
-# Every base with the unions; every method on one base of each way of writing attention.
+# Every base with the unions; every method on one base of each way of writing attention. Of these, each run has every
+# method on one base in turn: test_oracle_bank.py has each on all of them, in float64.
 _UNIONS = ["unipelt", "mam", "union_everything"]
+
+
+def _marks(variant: str, config: str) -> list[pytest.MarkDecorator]:
+    turn = list(CONFIGS).index(config) % len(EVERY_WAY)
+    is_often = config in _UNIONS or sorted(EVERY_WAY).index(variant) == turn
+    return [pytest.mark.quick] * (config == "unipelt") + [pytest.mark.slow(seconds=1)] * (not is_often)
+
+
 _CASES = [
-    pytest.param(variant, config, marks=[pytest.mark.quick] * (config == "unipelt"))
+    pytest.param(variant, config, marks=_marks(variant, config))
     for variant in VARIANTS
     for config in (CONFIGS if variant in EVERY_WAY else _UNIONS)
     if runs_on(config, variant)  # the other case is below
