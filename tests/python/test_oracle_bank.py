@@ -44,9 +44,15 @@ def _marks(name: str, *often: pytest.MarkDecorator) -> tuple[pytest.MarkDecorato
     return often if name in _OFTEN else (pytest.mark.slow(seconds=2),)
 
 
+def _in_turn(name: str, config: str) -> tuple[pytest.MarkDecorator, ...]:
+    """Of two bases in their order, each run has one with each method."""
+    is_often = name in EVERY_WAY or (list(VARIANTS).index(name) + list(CONFIGS).index(config)) % 2 == 0
+    return () if is_often else (pytest.mark.slow(seconds=1),)
+
+
 @pytest.mark.parametrize(
     ("name", "config"),
-    [pytest.param(n, c, marks=_marks(n)) for n in VARIANTS for c in CONFIGS if runs_on(c, n)],
+    [pytest.param(n, c, marks=_marks(n) or _in_turn(n, c)) for n in VARIANTS for c in CONFIGS if runs_on(c, n)],
 )
 def test_an_adapter_in_a_bank_equals_the_oracle(name: str, config: str) -> None:
     variant, bank = VARIANTS[name], _bank(name)
